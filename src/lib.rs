@@ -1,1 +1,4 @@
-//! .
+//! Busway: a virtual machine monitor that gives guests real PCI devices.
+
+pub mod config;
+pub mod kvm;

@@ -1,1 +1,3 @@
+//! The `busway` command.
+
 fn main() {}

@@ -1,0 +1,144 @@
+//! The seam between a PCI function and the machine that holds it.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Which of a function's address decoders: a BAR or the expansion ROM.
+///
+/// PCIe 6.0 §7.5.1.2.1 and §7.5.1.2.4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum BarIndex {
+    /// BAR 0 to 5, by the register that holds the low half.
+    Bar(u8),
+    /// The expansion ROM.
+    Rom,
+}
+
+/// What a BAR decodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BarKind {
+    /// I/O ports.
+    Io,
+    /// Memory below 4 GiB.
+    Memory32 {
+        /// The prefetchable flag.
+        prefetchable: bool,
+    },
+    /// Memory anywhere; takes two registers.
+    Memory64 {
+        /// The prefetchable flag.
+        prefetchable: bool,
+    },
+}
+
+/// A BAR that decodes now, at this place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarRegion {
+    /// Which BAR.
+    pub index: BarIndex,
+    /// Ports or memory.
+    pub kind: BarKind,
+    /// First guest-physical address or port.
+    pub address: u64,
+    /// Bytes; a power of two.
+    pub size: u64,
+}
+
+/// An address in Busway's own process, valid for as long as the function that named it lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostAddress(pub usize);
+
+/// A part of a BAR that the guest may use without Busway standing between.
+#[derive(Clone, Debug)]
+pub enum BarPart {
+    /// Memory the guest reaches directly, such as a host device's registers mapped by `mmap`.
+    Memory {
+        /// Bytes from the BAR's start; page-aligned.
+        offset: u64,
+        /// Bytes; a multiple of the page size.
+        size: u64,
+        /// Where it is mapped in this process.
+        host: HostAddress,
+    },
+    /// A register whose write, of any value, signals an eventfd.
+    Doorbell {
+        /// Bytes from the BAR's start.
+        offset: u64,
+        /// The eventfd.
+        event: Arc<OwnedFd>,
+    },
+}
+
+/// One PCI function, as the guest sees it.
+///
+/// A function is shared between vCPU threads and locks itself. `config_*` and `bar_*` accesses come
+/// from the guest: any offset and any width of 1, 2, 4 or 8 bytes has to be answered, and where
+/// nothing is behind it, reads give all ones.
+///
+/// A function never maps its BARs itself. After each configuration write the topology asks
+/// [`decoded`](Self::decoded) and, where the answer changed, moves the BARs through the
+/// [`BarMapper`], outside of the function's lock.
+pub trait PciFunction: Send + Sync + Debug {
+    /// Reads configuration space at `offset` (0 to 4095); the access does not cross a doubleword.
+    fn config_read(&self, offset: u16, data: &mut [u8]);
+
+    /// Writes configuration space at `offset` (0 to 4095); the access does not cross a doubleword.
+    fn config_write(&self, offset: u16, data: &[u8]);
+
+    /// Every BAR that the function has, decoding or not, at the address its register holds.
+    fn bars(&self) -> Vec<BarRegion>;
+
+    /// The BARs that decode now: the command register's enable for their kind is set (and the ROM's
+    /// own enable, for the ROM). Values written while decoding is off are only values.
+    fn decoded(&self) -> Vec<BarRegion>;
+
+    /// The parts of a BAR that need no exit. Asked when the BAR is mapped; fixed for the function's
+    /// life.
+    fn parts(&self, bar: BarIndex) -> Vec<BarPart> {
+        let _ = bar;
+        Vec::new()
+    }
+
+    /// Reads from a BAR, `offset` bytes from its start.
+    fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]);
+
+    /// Writes to a BAR, `offset` bytes from its start.
+    fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]);
+
+    /// Puts the function into its state at power-on. Called with no vCPU running.
+    fn reset(&self);
+
+    /// The bridge side of the function, where it is one.
+    fn bridge(&self) -> Option<&dyn Bridge> {
+        None
+    }
+}
+
+/// What a PCI-to-PCI bridge (a root port) lets through to its secondary bus.
+///
+/// PCIe 6.0 §7.5.1.3.
+pub trait Bridge {
+    /// Secondary and subordinate bus number, as the guest has set them; `(0, 0)` before that.
+    fn bus_numbers(&self) -> (u8, u8);
+
+    /// Whether the bridge forwards `region` downstream: its command register and windows allow it.
+    fn forwards(&self, region: &BarRegion) -> bool;
+}
+
+/// Makes BARs reachable for the guest. The machine implements it.
+///
+/// Called without any function's lock held; the same BAR is never mapped twice without an `unmap`
+/// between.
+pub trait BarMapper: Send + Sync {
+    /// Makes `region` reach `function`.
+    ///
+    /// # Errors
+    /// The region overlaps something else, or the kernel refused. The BAR then stays unmapped and
+    /// the caller logs it: a guest that places a BAR badly harms itself only.
+    fn map(&self, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()>;
+
+    /// Undoes [`map`](Self::map).
+    fn unmap(&self, function: &Arc<dyn PciFunction>, region: &BarRegion);
+}

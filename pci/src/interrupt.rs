@@ -1,0 +1,86 @@
+//! How a function's interrupts leave it: the traits that the machine and the device implement.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+/// The write that a message-signalled interrupt is. PCIe 6.0 §6.1.4.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MsiMessage {
+    /// Where it goes; on x86 within 0xFEE0_0000..0xFEF0_0000.
+    pub address: u64,
+    /// What is written there.
+    pub data: u32,
+}
+
+/// A route to the guest could not be made or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// no interrupt route is free: all {limit} of KVM's GSIs are in use
+    #[error("no interrupt route is free: all {limit} of KVM's GSIs are in use")]
+    Exhausted {
+        /// How many there are.
+        limit: u32,
+    },
+    /// {what} failed: {source}
+    #[error("{what} failed: {source}")]
+    Kernel {
+        /// The ioctl or system call.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Makes routes from a device's vectors to the guest. The machine's interrupt router implements it.
+pub trait InterruptRoutes: Send + Sync + Debug {
+    /// Makes an eventfd whose signal delivers `message` to the guest, unmasked from the start.
+    ///
+    /// This is what a vector costs; it is called when the guest first unmasks it, not before.
+    ///
+    /// # Errors
+    /// [`RouteError`]
+    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError>;
+}
+
+/// One vector's way to the guest. Dropping the last reference takes it down.
+pub trait InterruptRoute: Send + Sync + Debug {
+    /// Changes the message, as the guest does to move an interrupt to another CPU: one update of
+    /// the routing table.
+    ///
+    /// # Errors
+    /// [`RouteError::Kernel`]
+    fn update(&self, message: MsiMessage) -> Result<(), RouteError>;
+
+    /// Holds back the interrupt (`true`) or lets it through. A signal that comes while masked is
+    /// kept, as one, and delivered when the mask goes.
+    ///
+    /// # Errors
+    /// [`RouteError::Kernel`]
+    fn set_masked(&self, masked: bool) -> Result<(), RouteError>;
+
+    /// Whether a signal is kept back by the mask.
+    fn pending(&self) -> bool;
+
+    /// The eventfd: what a kernel driver (VFIO) or a worker signals.
+    fn event(&self) -> BorrowedFd<'_>;
+
+    /// Signals it from this process.
+    fn trigger(&self);
+}
+
+/// The source of a function's message-signalled interrupts: told when a vector gets its eventfd.
+pub trait VectorOwner {
+    /// From now on vector `first + i` signals `events[i]`. MSI connects all its vectors in one call;
+    /// MSI-X one at a time, when the guest first unmasks it, and the other vectors must not be
+    /// disturbed by that. The eventfds stay open until [`disconnect_all`](Self::disconnect_all).
+    ///
+    /// # Errors
+    /// The device could not be told; the vectors stay unconnected and the error is logged.
+    fn connect(&mut self, first: u16, events: &[BorrowedFd<'_>]) -> io::Result<()>;
+
+    /// All vectors are off: the guest disabled MSI or MSI-X, or the function was reset. The eventfds
+    /// close after this.
+    fn disconnect_all(&mut self);
+}
