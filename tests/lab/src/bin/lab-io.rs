@@ -1,5 +1,5 @@
 //! Proves I/O inside a guest, and again on the host: writes a pattern over a whole drive, reads it
-//! back, and says at which physical addresses the buffers lay.
+//! back, and says in one line of `key=value` words how much, how fast, and where its buffers lay.
 //!
 //!     lab-io write DEVICE SEED [PLACE]
 //!     lab-io verify DEVICE SEED [PLACE]
@@ -96,9 +96,8 @@ fn main() -> Result<()> {
         .with_context(|| format!("flushing {path}"))?;
 
     let seconds = started.elapsed().as_secs_f64();
-    println!("@@bytes={size}");
-    println!("@@mb_per_second={:.1}", size as f64 / 1e6 / seconds);
-    println!("@@buffer_address={address:#x}");
+    let rate = size as f64 / 1e6 / seconds;
+    println!("bytes={size} mb_per_second={rate:.1} buffer_address={address:#x}");
     Ok(())
 }
 
