@@ -12,6 +12,9 @@ mod address;
 mod bars;
 mod capability;
 mod config;
+mod connection;
+#[cfg(test)]
+mod fake;
 mod function;
 mod host_bridge;
 mod interrupt;
