@@ -8,12 +8,16 @@ use crate::interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
 /// A vector could not be connected, or not be changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum VectorError {
+    /// it cannot be routed to the guest: {0}
     #[error("it cannot be routed to the guest: {0}")]
     Route(#[from] RouteError),
+    /// it cannot be enabled in the device: {0}
     #[error("it cannot be enabled in the device: {0}")]
     Device(#[source] std::io::Error),
+    /// its message cannot be changed: {0}
     #[error("its message cannot be changed: {0}")]
     Message(#[source] RouteError),
+    /// its mask cannot be changed: {0}
     #[error("its mask cannot be changed: {0}")]
     Mask(#[source] RouteError),
 }
@@ -94,13 +98,8 @@ impl Complaints {
         self.made = true;
         log::log!(
             level,
-            "{}: {what} does not reach the guest: {error}; tried again when the guest next unmasks it",
+            "{}: {what}: {error}; this is tried again when the guest next unmasks it",
             self.function
         );
-    }
-
-    /// From now on the next failure is the first.
-    pub(crate) fn forget(&mut self) {
-        self.made = false;
     }
 }

@@ -183,7 +183,6 @@ impl Msi {
         }
         self.enabled = false;
         (self.given, self.address, self.data, self.mask) = (0, 0, 0, 0);
-        self.complaints.forget();
     }
 
     /// How many vectors the guest gave, never more than were asked for.

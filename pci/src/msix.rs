@@ -264,7 +264,6 @@ impl Msix {
         }
         self.enabled = false;
         self.function_masked = false;
-        self.complaints.forget();
         for vector in &mut self.vectors {
             *vector = Vector::at_reset();
         }
