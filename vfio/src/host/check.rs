@@ -110,13 +110,11 @@ pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>) -> Vec<Refusal> {
     for group in groups {
         let blockers = group_blockers(host, group, addresses);
         if !blockers.is_empty() {
-            let member = |address: &&Bdf| {
-                host.device(**address)
-                    .is_some_and(|d| d.group == Some(group))
-            };
+            let member = |device: &HostDevice| device.group == Some(group) && !device.is_bridge();
+            let asked = |address: &&Bdf| host.device(**address).is_some_and(member);
             refusals.push(Refusal::GroupNotViable {
                 group,
-                asked: addresses.iter().filter(member).copied().collect(),
+                asked: addresses.iter().filter(asked).copied().collect(),
                 blockers,
             });
         }
@@ -231,20 +229,14 @@ fn remedy(address: Bdf, usage: &Usage) -> String {
         Usage::Mounted { at, .. } => {
             let system = |path: &&str| ["/", "/usr", "/boot", "/var"].contains(path);
             let names: Vec<_> = at.iter().filter_map(|path| path.to_str()).collect();
-            if names.iter().any(|path| system(&path)) {
+            if names.iter().any(system) {
                 "the host runs from it, so it cannot be given away".to_owned()
             } else {
                 format!("unmount it first: umount {}", names.join(" "))
             }
         }
-        Usage::Swap { chain } => {
-            let device = chain.last().map_or("", String::as_str);
-            let folder = if chain.len() > 1 && !device.starts_with("md") {
-                "mapper/"
-            } else {
-                ""
-            };
-            format!("stop swapping to it first: swapoff /dev/{folder}{device}")
+        Usage::Swap { device, .. } => {
+            format!("stop swapping to it first: swapoff {}", device.display())
         }
         Usage::Held { release, .. } => format!("take it down first: {release}"),
         Usage::Claimed { disk } => format!(

@@ -256,6 +256,9 @@ impl FakeHost {
     }
 }
 
+/// Given a request's number and text: the errno that it fails with, if it is to fail.
+pub type Fails = Box<dyn FnMut(usize, &str) -> Option<i32>>;
+
 /// Answers writes as the kernel does (drivers/base/bus.c, drivers/pci/pci-driver.c).
 pub struct FakeKernel {
     bus: PathBuf,
@@ -263,7 +266,7 @@ pub struct FakeKernel {
     /// What was asked for: `ATTRIBUTE VALUE` below the bus's folder, or `modprobe NAME`.
     pub log: Vec<String>,
     /// Whether the request with this number (from 0) and text fails, and with which errno.
-    pub fails: Box<dyn FnMut(usize, &str) -> Option<i32>>,
+    pub fails: Fails,
     /// Takes this device away at the request with this number.
     pub unplug_at: Option<(usize, String)>,
 }

@@ -132,7 +132,8 @@ impl Blocks {
         }
         if self.mounts.swaps_to(name) {
             let chain = chain.clone();
-            found.push(Usage::Swap { chain });
+            let device = block.node(name);
+            found.push(Usage::Swap { chain, device });
         }
         for above in &block.above {
             let used = self.walk(above, chain, found);
@@ -183,6 +184,14 @@ impl Block {
             above,
             partition,
             spanned: Vec::new(),
+        }
+    }
+
+    /// Its node, by the name that people know.
+    fn node(&self, name: &str) -> PathBuf {
+        match &self.mapped {
+            Some(mapped) => Path::new("/dev/mapper").join(&mapped.name),
+            None => Path::new("/dev").join(name.replace('!', "/")),
         }
     }
 }

@@ -34,6 +34,8 @@ pub enum Usage {
     Swap {
         /// From the disk or partition to the swap device.
         chain: Vec<String>,
+        /// The swap device's node.
+        device: PathBuf,
     },
     /// Something stands on one of its disks (LVM, RAID, encryption), though nothing of it is mounted.
     Held {
@@ -88,7 +90,7 @@ impl fmt::Display for Usage {
                 }
                 write!(f, " ({})", chain.join(" > "))
             }
-            Self::Swap { chain } => write!(f, "swap ({})", chain.join(" > ")),
+            Self::Swap { chain, .. } => write!(f, "swap ({})", chain.join(" > ")),
             Self::Held { chain, .. } => f.write_str(&chain.join(" > ")),
             Self::Claimed { disk } => write!(f, "{disk}, opened exclusively"),
             Self::DefaultRoute { chain } => write!(f, "default route ({})", chain.join(" > ")),
