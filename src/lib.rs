@@ -2,4 +2,5 @@
 
 pub mod config;
 pub mod kvm;
+pub mod memory;
 pub mod report;
