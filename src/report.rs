@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io::{self, Write as _};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -71,7 +72,9 @@ pub struct Report {
     map_calls: AtomicU64,
     map_bytes: AtomicU64,
     vectors: AtomicU64,
+    /// 0 where nobody has measured it.
     own_memory: AtomicU64,
+    guest_memory: Mutex<Vec<Range<usize>>>,
     exits: Mutex<BTreeMap<&'static str, u64>>,
     running: Mutex<Option<Sender<()>>>,
     progress: OnceLock<Box<ProgressFn>>,
@@ -97,6 +100,7 @@ impl Report {
             map_bytes: AtomicU64::new(0),
             vectors: AtomicU64::new(0),
             own_memory: AtomicU64::new(0),
+            guest_memory: Mutex::default(),
             exits: Mutex::default(),
             running: Mutex::default(),
             progress: OnceLock::new(),
@@ -135,7 +139,26 @@ impl Report {
         self.vectors.store(vectors, Relaxed);
     }
 
-    /// How many bytes of memory are Busway's own; [`own_memory`] measures them.
+    /// Where guest memory is mapped in this process, so that Busway's own can be told from it.
+    pub fn set_guest_memory(&self, mappings: Vec<Range<usize>>) {
+        *lock(&self.guest_memory) = mappings;
+    }
+
+    /// Measures Busway's own memory, where it is known which is not. It takes as long as
+    /// [`own_memory`] does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`own_memory`].
+    pub fn measure_own_memory(&self) -> io::Result<()> {
+        let guest = lock(&self.guest_memory).clone();
+        if !guest.is_empty() {
+            self.set_own_memory(own_memory(&guest)?);
+        }
+        Ok(())
+    }
+
+    /// How many bytes of memory are Busway's own, measured by somebody else.
     pub fn set_own_memory(&self, bytes: u64) {
         self.own_memory.store(bytes, Relaxed);
     }
@@ -191,7 +214,7 @@ impl Report {
                 bytes: self.map_bytes.load(Relaxed),
             },
             vectors: self.vectors.load(Relaxed),
-            own_memory_bytes: self.own_memory.load(Relaxed),
+            own_memory_bytes: Some(self.own_memory.load(Relaxed)).filter(|bytes| *bytes != 0),
             exits: lock(&self.exits).clone(),
         }
     }
@@ -237,8 +260,9 @@ pub struct Snapshot {
     pub dma_mappings: Mappings,
     /// Host interrupt vectors in use for assigned devices.
     pub vectors: u64,
-    /// Memory that is Busway's own: its proportional set size beyond guest RAM.
-    pub own_memory_bytes: u64,
+    /// Memory that is Busway's own: its proportional set size beyond guest RAM. Absent (`null`) where
+    /// it was not measured.
+    pub own_memory_bytes: Option<u64>,
     /// Exits to user space, by kind.
     pub exits: BTreeMap<&'static str, u64>,
 }
@@ -293,12 +317,9 @@ impl fmt::Display for Snapshot {
             Bytes(self.dma_mappings.bytes)
         )?;
         writeln!(f, "{:<18} {:>10}", "vectors", self.vectors)?;
-        writeln!(
-            f,
-            "{:<18} {:>10}",
-            "own memory",
-            Bytes(self.own_memory_bytes)
-        )?;
+        if let Some(bytes) = self.own_memory_bytes {
+            writeln!(f, "{:<18} {:>10}", "own memory", Bytes(bytes))?;
+        }
         for (kind, count) in &self.exits {
             writeln!(f, "{:<18} {count:>10}", format!("exits {kind}"))?;
         }
@@ -390,6 +411,16 @@ mod tests {
         assert_eq!(json["vectors"], 5);
         assert_eq!(json["own_memory_bytes"], 4 << 20);
         assert_eq!(json["exits"]["mmio_write"], 7);
+    }
+
+    #[test]
+    fn own_memory_is_measured_where_the_guests_is_known() {
+        let report = Report::start();
+        report.measure_own_memory().unwrap();
+        assert_eq!(report.snapshot().own_memory_bytes, None);
+        report.set_guest_memory(vec![0..0x1000, 0x2000..0x3000]);
+        report.measure_own_memory().unwrap();
+        assert!(report.snapshot().own_memory_bytes.is_some());
     }
 
     #[test]

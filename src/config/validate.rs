@@ -140,28 +140,24 @@ pub enum InvalidConfig {
 
 /// A device of the configuration, by the name it has or else by where it was said: `--disk no. 2`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Name {
-    flag: &'static str,
-    number: usize,
-    id: Option<String>,
-}
+pub struct Name(String);
 
 impl Name {
-    fn new(flag: &'static str, index: usize, id: Option<&String>) -> Self {
-        Self {
-            flag,
-            number: index.saturating_add(1),
-            id: id.cloned(),
+    fn new(flag: &str, index: usize, id: Option<&String>) -> Self {
+        match id {
+            Some(id) => Self(format!("{flag} id={id}")),
+            None => Self::numbered(flag, index),
         }
+    }
+
+    fn numbered(flag: &str, index: usize) -> Self {
+        Self(format!("{flag} no. {}", index.saturating_add(1)))
     }
 }
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.id {
-            Some(id) => write!(f, "{} id={id}", self.flag),
-            None => write!(f, "{} no. {}", self.flag, self.number),
-        }
+        f.write_str(&self.0)
     }
 }
 
@@ -217,11 +213,11 @@ impl VmConfig {
             let good = |byte: u8| byte.is_ascii_graphic() && byte != b',' && byte != b'/';
             if id.is_empty() || !id.bytes().all(good) {
                 return Err(InvalidConfig::Id {
-                    device: Name { id: None, ..name },
+                    device: name,
                     id: id.clone(),
                 });
             }
-            seen.add(Name { id: None, ..name }, id.clone(), true)?;
+            seen.add(name, id.clone(), true)?;
         }
         Ok(())
     }
@@ -313,7 +309,7 @@ impl DiskConfig {
 impl NetConfig {
     fn validate(&self, name: &Name) -> Result<(), InvalidConfig> {
         let pairs = self.num_queues / 2;
-        if self.num_queues % 2 != 0 || !(1..=u16::from(MAX_CPUS)).contains(&pairs) {
+        if !self.num_queues.is_multiple_of(2) || !(1..=u16::from(MAX_CPUS)).contains(&pairs) {
             return Err(InvalidConfig::QueueCount {
                 device: name.clone(),
                 count: self.num_queues,
@@ -390,7 +386,7 @@ fn numbered<'a>(
     ids: impl Iterator<Item = Option<&'a String>>,
 ) -> impl Iterator<Item = (Name, Option<&'a String>)> {
     ids.enumerate()
-        .map(move |(index, id)| (Name::new(flag, index, id), id))
+        .map(move |(index, id)| (Name::numbered(flag, index), id))
 }
 
 /// What was said so far of one kind, where a thing can be said once.
