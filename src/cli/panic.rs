@@ -38,3 +38,37 @@ fn payload(payload: &dyn Any) -> &str {
         .or_else(|| payload.downcast_ref::<&str>().copied())
         .unwrap_or("a panic without words")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::env;
+    use std::process::Command;
+    use std::thread;
+
+    /// Set in the process that is to panic.
+    const CHILD: &str = "BUSWAY_TEST_PANIC";
+
+    #[test]
+    fn a_panic_on_any_thread_ends_the_process() {
+        if env::var_os(CHILD).is_some() {
+            exit_on_any();
+            let _never = thread::spawn(|| panic!("out of tea")).join();
+            process::exit(0);
+        }
+        let this = "cli::panic::tests::a_panic_on_any_thread_ends_the_process";
+        let output = Command::new(env::current_exe().unwrap())
+            .args(["--exact", this, "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let expected = format!(
+            "busway: error: this is a bug in Busway {}: out of tea (src/cli/panic.rs:",
+            env!("CARGO_PKG_VERSION")
+        );
+        assert!(stderr.starts_with(&expected), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    }
+}

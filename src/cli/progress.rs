@@ -86,11 +86,12 @@ impl Pinning {
     }
 }
 
+const TEMPLATE: &str = "busway: pinning guest memory [{bar:20}] {binary_bytes} of \
+                        {binary_total_bytes}, {eta} to go";
+
 /// Draws until there is no more, and leaves the line as it was.
 fn draw(done: &AtomicU64, total: u64, more: &mut dyn FnMut() -> bool) {
-    let template = "busway: pinning guest memory [{bar:30}] {binary_bytes} of \
-                    {binary_total_bytes}, {eta} to go";
-    let Ok(style) = ProgressStyle::with_template(template) else {
+    let Ok(style) = ProgressStyle::with_template(TEMPLATE) else {
         return;
     };
     let bar = ProgressBar::new(total).with_style(style.progress_chars("=> "));
@@ -104,6 +105,11 @@ fn draw(done: &AtomicU64, total: u64, more: &mut dyn FnMut() -> bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_bar_can_be_drawn() {
+        assert!(ProgressStyle::with_template(TEMPLATE).is_ok());
+    }
 
     #[test]
     fn quick_pinning_draws_nothing() {
