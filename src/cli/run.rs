@@ -20,10 +20,10 @@ use crate::report::{Report, Stage};
 pub(super) struct RunArgs {
     /// Read the VM from a file, with the same words as the flags
     ///
-    /// A TOML file: `kernel`, `initramfs` and `cmdline` at its top, a table for each flag ([cpus], [memory]), and
-    /// one of a list of tables for each device ([[disk]], [[net]], [[device]]). A string in a table's place is what
-    /// would stand after the flag: serial = "tty". What a flag says too, the flag decides, key by key;
-    /// devices of flags come after those of the file.
+    /// A TOML file: `kernel`, `initramfs` and `cmdline` at its top, a table for each flag ([cpus],
+    /// [memory]), and one of a list of tables for each device ([[disk]], [[net]], [[device]]). A
+    /// string in a table's place is what would stand after the flag: serial = "tty". What a flag says
+    /// too, the flag decides, key by key; devices of flags come after those of the file.
     #[arg(long, value_name = "FILE", help_heading = BOOT)]
     config: Option<PathBuf>,
 
