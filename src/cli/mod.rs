@@ -3,6 +3,7 @@
 //! It turns flags and `vm.toml` into a [`crate::config::VmConfig`] and hands that to the machine. How
 //! a VM is built and run is not known here.
 
+pub mod device;
 mod failure;
 mod file;
 mod logging;
@@ -60,6 +61,8 @@ enum Command {
     /// Boot a guest
     #[command(after_long_help = run::EXAMPLES, after_help = run::MORE)]
     Run(Box<run::RunArgs>),
+    /// Show the host's PCI devices, and move them to VFIO and back
+    Device(device::DeviceArgs),
     /// Print a shell's completion script
     ///
     /// For bash: busway completions bash > /etc/bash_completion.d/busway
@@ -92,6 +95,9 @@ impl Cli {
         })?;
         match self.command {
             Command::Run(args) => run::run(&args, self.verbose, report),
+            Command::Device(args) => {
+                device::run(&args).map_err(|error| Failure::new(error.exit_status(), error))
+            }
             Command::Completions { shell } => completions(shell),
         }
     }

@@ -9,11 +9,6 @@ const FORCED: &[(&str, &str)] = &[
         "vmm-sys-util 0.15, which all of rust-vmm stands on, is with bitflags 1",
     ),
     (
-        "rand",
-        "the build script of pci-ids makes its tables with phf_codegen 0.11; the other is of tests",
-    ),
-    ("rand_core", "as rand"),
-    (
         "syn",
         "build only: zerocopy-derive is with syn 2, the derives of serde, clap and thiserror with 3",
     ),
