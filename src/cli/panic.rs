@@ -25,7 +25,7 @@ fn message(info: &PanicHookInfo<'_>) -> String {
         .map(|place| format!(" ({place})"))
         .unwrap_or_default();
     format!(
-        "busway: error: this is a bug in Busway {}: {}{place}\r\n",
+        "busway: error: this is a bug in Busway {}: {}{place}\n",
         env!("CARGO_PKG_VERSION"),
         payload(info.payload())
     )
