@@ -3,3 +3,5 @@
 pub mod cli;
 pub mod config;
 pub mod kvm;
+pub mod memory;
+pub mod report;
