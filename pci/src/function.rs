@@ -1,6 +1,6 @@
 //! The seam between a PCI function and the machine that holds it.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,6 +14,15 @@ pub enum BarIndex {
     Bar(u8),
     /// The expansion ROM.
     Rom,
+}
+
+impl fmt::Display for BarIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bar(number) => write!(f, "BAR {number}"),
+            Self::Rom => f.write_str("the expansion ROM"),
+        }
+    }
 }
 
 /// What a BAR decodes.

@@ -8,11 +8,24 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod bars;
+mod capability;
+mod config;
 mod function;
 mod interrupt;
+mod msi;
+mod msix;
+pub mod spec;
 
 pub use address::{Bdf, Bus, Device, Function, ParseBdfError, Segment};
+pub use bars::{BarError, Bars};
+pub use capability::{
+    Capability, ConfigRead, ExtendedCapability, capabilities, extended_capabilities,
+};
+pub use config::{ConfigSpace, Identity, Register};
 pub use function::{
     BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, PciFunction,
 };
 pub use interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError, VectorOwner};
+pub use msi::{Msi, MsiFeatures};
+pub use msix::{Msix, MsixLocation};
