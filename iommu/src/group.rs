@@ -91,7 +91,7 @@ fn blockers(paths: &HostPaths, group: u32) -> String {
         .into_iter()
         .filter_map(|(address, folder)| {
             let driver = paths.driver_of(&folder)?;
-            let exempt = driver.starts_with("vfio") || driver == "pci-stub" || is_bridge(&folder);
+            let exempt = driver.contains("vfio") || driver == "pci-stub" || is_bridge(&folder);
             (!exempt)
                 .then(|| format!("{address} is bound to {driver} (`busway device bind {address}`)"))
         })
