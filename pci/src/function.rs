@@ -116,7 +116,11 @@ pub trait PciFunction: Send + Sync + Debug {
     /// Writes to a BAR, `offset` bytes from its start.
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]);
 
-    /// Puts the function into its state at power-on. Called with no vCPU running.
+    /// Puts the function into its state at power-on.
+    ///
+    /// Called when the guest restarts, with no vCPU running, and when the guest resets the bus that
+    /// the function is on: then with none of its BARs mapped, while a last access may still be on its
+    /// way.
     fn reset(&self);
 
     /// The bridge side of the function, where it is one.
@@ -134,6 +138,14 @@ pub trait Bridge {
 
     /// Whether the bridge forwards `region` downstream: its command register and windows allow it.
     fn forwards(&self, region: &BarRegion) -> bool;
+
+    /// Whether the guest holds the secondary bus in reset. The topology resets the functions below
+    /// when that begins, and lets nothing through while it lasts.
+    ///
+    /// PCIe 6.0 §7.5.1.3.13.
+    fn in_reset(&self) -> bool {
+        false
+    }
 }
 
 /// Makes BARs reachable for the guest. The machine implements it.

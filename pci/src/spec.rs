@@ -287,8 +287,13 @@ pub const EXP_DEVICE_CONTROL_READ_512: u16 = 0b010 << 12;
 pub const EXP_DEVICE_STATUS_ERRORS: u16 = 0x000f;
 /// Link capabilities: the link's state can be read. §7.5.3.6.
 pub const EXP_LINK_ACTIVE_REPORTING: u32 = 1 << 20;
+/// Link capabilities and status: speed. §7.5.3.6, §7.5.3.8.
+pub const EXP_LINK_SPEED: u32 = 0xf;
 /// Link capabilities and status: width, from this bit. §7.5.3.6, §7.5.3.8.
 pub const EXP_LINK_WIDTH_SHIFT: u32 = 4;
+/// Link capabilities: it keeps to the rules by which ASPM is optional; set in all since PCIe 3.0.
+/// §7.5.3.6.
+pub const EXP_LINK_ASPM_OPTIONALITY: u32 = 1 << 22;
 /// Link capabilities: port number, from this bit. §7.5.3.6.
 pub const EXP_LINK_PORT_SHIFT: u32 = 24;
 /// Link control: common clock and extended synch. §7.5.3.7.
@@ -299,12 +304,16 @@ pub const EXP_LINK_STATUS_SLOT_CLOCK: u16 = 1 << 12;
 pub const EXP_LINK_STATUS_ACTIVE: u16 = 1 << 13;
 /// Slot capabilities: physical slot number, from this bit, 13 bits. §7.5.3.9.
 pub const EXP_SLOT_NUMBER_SHIFT: u32 = 19;
+/// The greatest physical slot number. §7.5.3.9.
+pub const EXP_SLOT_NUMBER_MAX: u16 = 0x1fff;
 /// Slot status: something is in the slot. §7.5.3.11.
 pub const EXP_SLOT_STATUS_PRESENT: u16 = 1 << 6;
 /// Root control: system error enables and the PME interrupt enable. §7.5.3.12.
 pub const EXP_ROOT_CONTROL_WRITABLE: u16 = 0x000f;
 /// Root status: a PME came; cleared by writing one. §7.5.3.14.
 pub const EXP_ROOT_STATUS_PME: u32 = 1 << 16;
+/// Link control 2: target link speed. §7.5.3.19.
+pub const EXP_LINK_CONTROL_2_TARGET: u16 = 0x000f;
 
 // Ways to configuration space.
 
