@@ -1,10 +1,13 @@
-//! One host device, as a PCI function.
+//! One host device, as a PCI function; and binding it.
 //!
 //! [`Opener`] opens a device that is bound to a VFIO driver, by its group or as a character device,
 //! and attaches it to the VM's DMA space. What comes out is a [`DeviceIo`]: regions, interrupts,
 //! reset. [`AssignedFunction`] makes a PCI function of one for the guest: what of its configuration
 //! space is the device's and what is Busway's, which parts of its BARs need no exit, and how its
 //! interrupts get to the guest.
+//!
+//! [`host`] is the other side: which devices there are, what uses them, and moving them between the
+//! host's drivers and VFIO.
 //!
 //! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
 
@@ -14,6 +17,7 @@ mod device_io;
 #[cfg(test)]
 mod fake;
 mod function;
+pub mod host;
 mod kernel_device;
 mod kvm;
 mod lists;

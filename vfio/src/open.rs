@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space};
 use busway_pci::Bdf;
 
+use crate::host::is_vfio_driver;
 use crate::{KernelDevice, KvmFiles, sys};
 
 /// A device could not be opened.
@@ -354,7 +355,7 @@ fn check(paths: &HostPaths, device: &Path) -> Result<Bdf, DeviceError> {
     }
     match paths.driver_of(device) {
         None => Err(DeviceError::NoDriver { address }),
-        Some(driver) if !driver.contains("vfio") => {
+        Some(driver) if !is_vfio_driver(&driver) => {
             Err(DeviceError::WrongDriver { address, driver })
         }
         Some(_) => Ok(address),

@@ -1,0 +1,13 @@
+//! The guest's RAM: where it lies, where it comes from, and who hears when it changes.
+//!
+//! This module knows nothing of KVM or VFIO. They listen to the list of regions.
+
+pub mod layout;
+
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// One state of the guest's RAM: the regions and where they are mapped in this process.
+pub type RamMap = GuestMemoryMmap<()>;
+
+/// A handle to the guest's RAM, cheap to clone; `memory()` gives the present [`RamMap`].
+pub type GuestRam = GuestMemoryAtomic<RamMap>;
