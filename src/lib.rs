@@ -3,3 +3,4 @@
 pub mod config;
 pub mod kvm;
 pub mod memory;
+pub mod virtio;
