@@ -1,5 +1,8 @@
 //! Busway: a virtual machine monitor that gives guests real PCI devices.
 
+pub mod acpi;
+pub mod boot;
 pub mod config;
+pub mod devices;
 pub mod kvm;
 pub mod memory;
