@@ -1,6 +1,9 @@
 //! Busway: a virtual machine monitor that gives guests real PCI devices.
 
+pub mod acpi;
+pub mod boot;
 pub mod config;
+pub mod devices;
 pub mod kvm;
 pub mod memory;
 pub mod virtio;
