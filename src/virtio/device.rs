@@ -3,7 +3,7 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::epoll::EventSet;
@@ -74,8 +74,9 @@ pub trait Worker: Send + Debug {
     /// Its thread's name, of which Linux keeps 15 bytes.
     fn name(&self) -> String;
 
-    /// What wakes it, level- or edge-triggered as the event set says. Asked once, at the start.
-    fn sources(&self) -> Vec<(BorrowedFd<'_>, EventSet)>;
+    /// What wakes it: descriptors that it keeps open, level- or edge-triggered as the event set says.
+    /// Asked at the start.
+    fn sources(&self) -> Vec<(RawFd, EventSet)>;
 
     /// Source number `source` is ready. Each is also woken once at the start, for what came before.
     ///

@@ -8,9 +8,11 @@
 //! `DEVICE_NEEDS_RESET`, what merely asks for too much is answered with an error.
 
 pub mod blk;
+pub mod console;
 mod device;
 mod event;
 mod interrupts;
+pub mod net;
 mod pci;
 mod queue;
 pub mod rng;

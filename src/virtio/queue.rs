@@ -5,10 +5,10 @@
 //! chain cut short by a bad descriptor, buffers outside of RAM, device-readable after
 //! device-writable ones, and more slices than a system call takes.
 
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
-use std::os::fd::{AsFd, BorrowedFd};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -64,6 +64,8 @@ impl Chain<'_> {
 pub struct Virtqueue {
     index: u16,
     queue: Queue,
+    /// The used index when the driver was last considered for an interrupt.
+    told_used: u16,
     doorbell: Event,
     interrupts: Arc<Interrupts>,
     stop: Arc<AtomicBool>,
@@ -79,16 +81,12 @@ impl Virtqueue {
     ) -> Self {
         Self {
             index,
+            told_used: queue.next_used(),
             queue,
             doorbell,
             interrupts,
             stop,
         }
-    }
-
-    /// Which of the device's queues it is.
-    pub(crate) fn index(&self) -> u16 {
-        self.index
     }
 
     /// Descriptors in the ring.
@@ -97,8 +95,8 @@ impl Virtqueue {
     }
 
     /// What the driver's notification signals.
-    pub(crate) fn doorbell(&self) -> BorrowedFd<'_> {
-        self.doorbell.as_fd()
+    pub(crate) fn doorbell(&self) -> RawFd {
+        self.doorbell.as_fd().as_raw_fd()
     }
 
     /// Wakes the queue's own worker once more: for a worker that leaves work for the next round, so
@@ -163,8 +161,32 @@ impl Virtqueue {
         head: u16,
         written: usize,
     ) -> Result<(), QueueError> {
-        let written = u32::try_from(written).unwrap_or(u32::MAX);
-        Ok(self.queue.add_used(memory, head, written)?)
+        self.complete_together(memory, &[(head, written)])
+    }
+
+    /// Returns several chains, each with the bytes written to it, of which the driver sees all or
+    /// none.
+    pub(crate) fn complete_together(
+        &mut self,
+        memory: &RamMap,
+        chains: &[(u16, usize)],
+    ) -> Result<(), QueueError> {
+        let Some((&last, before)) = chains.split_last() else {
+            return Ok(());
+        };
+        let length = |written| u32::try_from(written).unwrap_or(u32::MAX);
+        for &(head, written) in before {
+            // `virtq_used_elem`, virtio 1.3 §2.7.8; out of the driver's sight up to `add_used`.
+            let next = self.queue.next_used();
+            let slot = u64::from(next.checked_rem(self.queue.size()).unwrap_or(0));
+            let element = [u32::from(head).to_le(), length(written).to_le()];
+            let at = self.queue.used_ring().saturating_add(4 + 8 * slot);
+            memory
+                .write_obj(element, GuestAddress(at))
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            self.queue.set_next_used(next.wrapping_add(1));
+        }
+        Ok(self.queue.add_used(memory, last.0, length(last.1))?)
     }
 
     /// Interrupts the driver for what has been completed, where it wants that.
@@ -175,16 +197,31 @@ impl Virtqueue {
         Ok(())
     }
 
+    /// Virtio 1.3 §2.7.7: by `used_event`, or by the available ring's flags.
     fn wants_interrupt(&mut self, memory: &RamMap) -> Result<bool, QueueError> {
-        // Also the barrier between the used index and what is read next.
-        let wanted = self.queue.needs_notification(memory)?;
-        if self.queue.event_idx_enabled() {
-            return Ok(wanted);
-        }
-        let flags: u16 = memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+        let used = self.queue.next_used();
+        let told = std::mem::replace(&mut self.told_used, used);
+        // The used index is stored before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let avail = self.queue.avail_ring();
+        let event_idx = self.queue.event_idx_enabled();
+        let offset = if event_idx {
+            4 + 2 * u64::from(self.queue.size())
+        } else {
+            0
+        };
+        let wish: u16 = memory
+            .load(
+                GuestAddress(avail.saturating_add(offset)),
+                Ordering::Relaxed,
+            )
             .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u16::from_le(flags) & spec::AVAIL_F_NO_INTERRUPT == 0)
+        let wish = u16::from_le(wish);
+        Ok(if event_idx {
+            used.wrapping_sub(wish).wrapping_sub(1) < used.wrapping_sub(told)
+        } else {
+            wish & spec::AVAIL_F_NO_INTERRUPT == 0
+        })
     }
 
     /// Asks the driver to notify; says whether chains have come meanwhile, for which it need not.

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -166,10 +166,10 @@ impl Worker for RngWorker {
         self.name.clone()
     }
 
-    fn sources(&self) -> Vec<(BorrowedFd<'_>, EventSet)> {
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
         vec![
             (self.queue.doorbell(), doorbell_events()),
-            (self.source.as_fd(), doorbell_events()),
+            (self.source.as_raw_fd(), doorbell_events()),
         ]
     }
 

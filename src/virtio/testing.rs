@@ -2,7 +2,7 @@
 //! function only as a guest does, and interrupt routes that count.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -447,11 +447,4 @@ impl Ring {
         });
         found.unwrap()
     }
-}
-
-/// A tap's or a socket's other end, owned.
-pub(crate) fn socket_pair() -> (OwnedFd, OwnedFd) {
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    (ours.into(), theirs.into())
 }

@@ -78,7 +78,7 @@ fn watch(worker: &dyn Worker, stop: &Event) -> io::Result<Epoll> {
     )?;
     for (number, (fd, events)) in (0..).zip(worker.sources()) {
         let event = EpollEvent::new(events, number);
-        match epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event) {
+        match epoll.ctl(ControlOperation::Add, fd, event) {
             // A regular file, or /dev/urandom: it is always ready, and nobody has to wait for it.
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
             result => result?,

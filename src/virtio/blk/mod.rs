@@ -6,9 +6,11 @@ mod image;
 mod lock;
 mod request;
 mod sys;
+#[cfg(test)]
+mod tests;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
@@ -209,7 +211,7 @@ impl Worker for BlkWorker {
         self.name.clone()
     }
 
-    fn sources(&self) -> Vec<(BorrowedFd<'_>, EventSet)> {
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
         vec![(self.queue.doorbell(), doorbell_events())]
     }
 

@@ -100,7 +100,7 @@ fn without_msix_the_isr_says_it_and_reading_clears_it() {
 }
 
 #[test]
-fn a_reset_device_can_be_driven_again_and_leaves_no_thread() {
+fn a_reset_device_can_be_driven_again_and_goes_away_with_its_function() {
     let (mut driver, mut ring) = running(0);
     let buffer = driver.alloc(64);
     for _ in 0..10 {
@@ -144,9 +144,11 @@ fn the_access_capability_reaches_the_bar() {
     assert_eq!(driver.status(), 3);
 }
 
+type Breakage = fn(&mut Ring);
+
 #[test]
 fn a_bad_ring_sets_needs_reset_with_a_configuration_interrupt_and_a_reset_heals() {
-    let breakages: [(&str, fn(&mut Ring)); 6] = [
+    let breakages: [(&str, Breakage); 6] = [
         ("outside of RAM", |ring| {
             ring.submit(&[(u64::MAX - 100, 64, true)]);
         }),
