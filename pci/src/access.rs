@@ -127,3 +127,132 @@ fn target(address: u32, port: u64, width: usize) -> Option<(Bdf, u16)> {
     let bdf = Bdf::from_routing_id((address >> 8) as u16);
     Some((bdf, (address & 0xfc) as u16 + byte as u16))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::address::Device;
+    use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32};
+    use crate::function::BarIndex;
+    use crate::host_bridge::HostBridge;
+    use crate::link::Link;
+    use crate::root_port::RootPort;
+    use crate::topology::Place;
+
+    /// A host bridge, and a function behind a port on bus 1.
+    fn topology() -> Arc<Topology> {
+        let topology = Topology::new(FakeMapper::new(false));
+        let at = |number| Place::root(Device::new(number).unwrap());
+        topology.add(at(0), Arc::new(HostBridge::new())).unwrap();
+        let port = RootPort::new(1, Link::default(), Arc::new(FakeRoutes::default()));
+        let port = topology.add(at(1), Arc::new(port)).unwrap();
+        let function = FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)]);
+        topology.add(Place::behind(port), function).unwrap();
+        let bus = Bdf::new(0, 1, 0).unwrap();
+        topology.config_write(bus, spec::SECONDARY_BUS, &[1, 1]);
+        Arc::new(topology)
+    }
+
+    fn read<const N: usize>(ecam: &Ecam, offset: u64) -> [u8; N] {
+        let mut data = [0; N];
+        ecam.read(offset, &mut data);
+        data
+    }
+
+    #[test]
+    fn memory_offsets_name_bus_device_function_and_register() {
+        let ecam = Ecam::new(topology());
+        assert_eq!(read(&ecam, 0), [0x36, 0x1b, 0x08, 0x00]);
+        assert_eq!(read(&ecam, 0x10_0002), [0x78, 0x56]);
+        assert_eq!(read(&ecam, 0x8000), [0x36, 0x1b, 0x0c, 0x00]);
+        assert_eq!(read(&ecam, 0x1000), [0xff; 4]);
+        assert_eq!(read(&ecam, spec::ECAM_SIZE), [0xff; 4]);
+        ecam.write(0x10_0010, &[0xff; 8]);
+        assert_eq!(read(&ecam, 0x10_0010), [0, 0xf0, 0xff, 0xff, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn an_access_across_two_functions_reaches_both() {
+        let ecam = Ecam::new(topology());
+        assert_eq!(read(&ecam, 0x7ffe), [0xff, 0xff, 0x36, 0x1b]);
+        assert_eq!(read(&ecam, 0xffe), [0, 0, 0xff, 0xff]);
+        assert_eq!(read(&ecam, 0x0fff_fffe), [0xff; 4]);
+    }
+
+    fn ports() -> impl Fn(u64, usize) -> u32 {
+        let ports = Cf8Cfc::new(topology());
+        ports.write(0, &0x8001_0000u32.to_le_bytes());
+        move |port, width| {
+            let mut data = [0; 4];
+            ports.read(port, &mut data[..width]);
+            u32::from_le_bytes(data)
+        }
+    }
+
+    #[test]
+    fn the_data_ports_read_the_register_that_the_address_port_names() {
+        let read = ports();
+        assert_eq!(read(4, 4), 0x5678_1234);
+        assert_eq!((read(6, 2), read(5, 1)), (0x5678, 0x12));
+        assert_eq!(read(0, 4), 0x8001_0000);
+        assert_eq!((read(1, 1), read(7, 2), read(8, 1)), (0xff, 0xffff, 0xff));
+    }
+
+    #[test]
+    fn the_address_port_takes_whole_doublewords_only() {
+        let ports = Cf8Cfc::new(topology());
+        let address = || {
+            let mut data = [0; 4];
+            ports.read(0, &mut data);
+            u32::from_le_bytes(data)
+        };
+        ports.write(0, &u32::MAX.to_le_bytes());
+        assert_eq!(address(), 0x80ff_fffc);
+        ports.write(0, &0x8000_0800u32.to_le_bytes());
+        ports.write(3, &[1]);
+        ports.write(0, &[0, 0]);
+        assert_eq!(address(), 0x8000_0800);
+        let mut data = [0; 2];
+        ports.read(4, &mut data);
+        assert_eq!(data, [0x36, 0x1b]);
+        ports.write(0, &0x0000_0800u32.to_le_bytes());
+        ports.read(4, &mut data);
+        assert_eq!(data, [0xff; 2], "the enable bit is off");
+        ports.reset();
+        assert_eq!(address(), 0);
+    }
+
+    #[test]
+    fn a_write_through_the_data_ports_arrives() {
+        let ports = Cf8Cfc::new(topology());
+        ports.write(0, &0x8001_0010u32.to_le_bytes());
+        ports.write(6, &[0xad, 0xde]);
+        let mut data = [0; 4];
+        ports.read(4, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 0xdead_0000);
+    }
+
+    proptest! {
+        #[test]
+        fn no_access_of_any_offset_and_width_panics(
+            accesses in vec((
+                prop_oneof![0..0x1000u64, 0x8000..0x9000u64, 0x10_0000..0x10_1000u64, any::<u64>()],
+                vec(any::<u8>(), 0..20),
+            ), 0..40),
+        ) {
+            let topology = topology();
+            let ecam = Ecam::new(topology.clone());
+            let ports = Cf8Cfc::new(topology);
+            for (offset, mut data) in accesses {
+                ecam.write(offset, &data);
+                ecam.read(offset, &mut data);
+                ports.write(offset % 12, &data);
+                ports.read(offset % 12, &mut data);
+                ports.read(offset, &mut data);
+            }
+        }
+    }
+}

@@ -289,3 +289,6 @@ fn register_at(offset: u16) -> Option<BarIndex> {
         None
     }
 }
+
+#[cfg(test)]
+mod tests;

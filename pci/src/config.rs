@@ -339,3 +339,104 @@ impl ConfigRead for ConfigSpace {
         u32::from_le_bytes(data)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::capability::{capabilities, extended_capabilities};
+
+    fn endpoint() -> ConfigSpace {
+        let identity = Identity {
+            vendor: 0x1af4,
+            device: 0x1042,
+            revision: 1,
+            class: 0x01_80_00,
+            subsystem_vendor: 0x1af4,
+            subsystem: 0x1100,
+        };
+        ConfigSpace::type0(&identity, Bars::new())
+    }
+
+    #[test]
+    fn the_header_says_who_it_is() {
+        let space = endpoint();
+        assert_eq!(space.read_dword(0x00), 0x1042_1af4);
+        assert_eq!(space.read_dword(0x08), 0x0180_0001);
+        assert_eq!(space.read_dword(0x2c), 0x1100_1af4);
+        assert_eq!(space.get::<u8>(0x0e), 0);
+        let bridge = ConfigSpace::type1(&Identity::default());
+        assert_eq!(bridge.get::<u8>(0x0e), 1);
+    }
+
+    #[test]
+    fn the_guest_changes_writable_bits_and_clears_others_by_ones() {
+        let mut space = endpoint();
+        space.define(0x80, 0x00ff_00ffu32, 0x0000_ffff);
+        space.clear_by_one(0x82, 0x0f0fu16);
+        space.write(0x80, &[0x12, 0x34, 0x05, 0xff]);
+        assert_eq!(space.get::<u32>(0x80), 0x00fa_3412);
+        space.set(0x82, 0xffffu16);
+        space.reset();
+        assert_eq!(space.get::<u32>(0x80), 0xf0f0_00ff);
+    }
+
+    #[test]
+    fn capabilities_are_linked_as_they_are_added() {
+        let mut space = endpoint();
+        assert_eq!(capabilities(&space), []);
+        let first = space.add_capability(0x09, &[5, 1, 2], &[]);
+        let second = space.add_capability(0x11, &[0; 10], &[0, 0xc0]);
+        assert_eq!((first, second), (0x40, 0x48));
+        let found: Vec<_> = capabilities(&space).iter().map(|c| c.offset).collect();
+        assert_eq!(found, [first, second]);
+        space.write(second, &[0xff; 4]);
+        assert_eq!(space.read_dword(second), 0xc000_0011);
+
+        let first = space.add_extended_capability(0x0d, 1, &[1, 2, 3, 4], &[0xff]);
+        let second = space.add_extended_capability(0x03, 1, &[0; 8], &[]);
+        let found = extended_capabilities(&space);
+        let found: Vec<_> = found.iter().map(|c| (c.id, c.offset)).collect();
+        assert_eq!(found, [(0x0d, first), (0x03, second)]);
+        space.write(first + 4, &[9; 4]);
+        assert_eq!(space.read_dword(first + 4), 0x0403_0209);
+    }
+
+    #[test]
+    fn beyond_what_is_defined_are_zeros_and_beyond_the_end_ones() {
+        let mut space = endpoint();
+        let mut data = [0; 8];
+        space.read(0xffc, &mut data);
+        assert_eq!(data, [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        space.define(0xfff, u32::MAX, u32::MAX);
+        assert_eq!(space.get::<u32>(0xfff), 0xff);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_not_writable_never_changes(
+            accesses in vec((any::<u16>(), vec(any::<u8>(), 0..12)), 0..60),
+        ) {
+            let mut space = endpoint();
+            let offset = space.add_capability(0x11, &[7; 10], &[]);
+            let before: Vec<_> = (0..4096).step_by(4).map(|at| space.read_dword(at)).collect();
+            for (at, mut data) in accesses {
+                space.write(at, &data);
+                space.write(at % 0x60, &data);
+                space.read(at, &mut data);
+            }
+            for (at, before) in (0..4096).step_by(4).zip(before) {
+                let writable = match at {
+                    0x04 => 0x0547,
+                    0x0c | 0x3c => 0xff,
+                    _ => 0,
+                };
+                prop_assert_eq!(space.read_dword(at) & !writable, before);
+            }
+            prop_assert_eq!(capabilities(&space).len(), 1);
+            prop_assert_eq!(capabilities(&space)[0].offset, offset);
+        }
+    }
+}

@@ -12,9 +12,13 @@ mod address;
 mod bars;
 mod capability;
 mod config;
+mod connection;
+#[cfg(test)]
+mod fake;
 mod function;
 mod host_bridge;
 mod interrupt;
+mod intx;
 mod link;
 mod msi;
 mod msix;
@@ -34,6 +38,7 @@ pub use function::{
 };
 pub use host_bridge::HostBridge;
 pub use interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError, VectorOwner};
+pub use intx::InterruptPin;
 pub use link::{Link, LinkSpeed};
 pub use msi::{Msi, MsiFeatures};
 pub use msix::{Msix, MsixLocation};

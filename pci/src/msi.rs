@@ -3,7 +3,8 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, VectorOwner};
+use crate::connection::{Complaints, Connection, VectorError};
+use crate::interrupt::{InterruptRoutes, MsiMessage, VectorOwner};
 use crate::spec;
 
 /// What a function's MSI can do. PCIe 6.0 §7.7.1.2.
@@ -55,20 +56,12 @@ impl MsiFeatures {
 /// The registers as the capability lays them out, from its start.
 type Registers = [u8; 0x18];
 
-#[derive(Debug)]
-struct Connection {
-    route: Arc<dyn InterruptRoute>,
-    message: MsiMessage,
-    masked: bool,
-}
-
 /// The MSI state of a function. PCIe 6.0 §7.7.1 and §6.1.4.
 ///
 /// All vectors that the guest enabled are connected together when it sets the enable bit. It belongs
 /// to the function that has it and is locked with it.
 #[derive(Debug)]
 pub struct Msi {
-    name: Box<str>,
     routes: Arc<dyn InterruptRoutes>,
     features: MsiFeatures,
     enabled: bool,
@@ -81,7 +74,7 @@ pub struct Msi {
     pending: u32,
     /// None, or as many as are enabled.
     connections: Vec<Connection>,
-    complained: bool,
+    complaints: Complaints,
 }
 
 impl Msi {
@@ -89,7 +82,6 @@ impl Msi {
     #[must_use]
     pub fn new(features: MsiFeatures, routes: Arc<dyn InterruptRoutes>) -> Self {
         Self {
-            name: "a function".into(),
             routes,
             features,
             enabled: false,
@@ -99,14 +91,14 @@ impl Msi {
             mask: 0,
             pending: 0,
             connections: Vec::new(),
-            complained: false,
+            complaints: Complaints::of("a function"),
         }
     }
 
     /// Says whose it is, for the log.
     #[must_use]
     pub fn named(mut self, name: impl Into<Box<str>>) -> Self {
-        self.name = name.into();
+        self.complaints = Complaints::of(name);
         self
     }
 
@@ -179,7 +171,7 @@ impl Msi {
             0
         };
         match self.connections.get(usize::from(vector)) {
-            Some(connection) => connection.route.trigger(),
+            Some(connection) => connection.trigger(),
             None => self.pending |= 1 << vector,
         }
     }
@@ -191,7 +183,6 @@ impl Msi {
         }
         self.enabled = false;
         (self.given, self.address, self.data, self.mask) = (0, 0, 0, 0);
-        self.complained = false;
     }
 
     /// How many vectors the guest gave, never more than were asked for.
@@ -233,7 +224,7 @@ impl Msi {
     fn pending_bits(&self) -> u32 {
         (0..)
             .zip(&self.connections)
-            .filter(|(_, connection)| connection.route.pending())
+            .filter(|(_, connection)| connection.pending())
             .fold(self.pending, |bits, (vector, _): (u32, _)| {
                 bits | 1 << vector
             })
@@ -279,6 +270,10 @@ impl Msi {
         }
     }
 
+    fn masked(&self, vector: u16) -> bool {
+        self.mask & 1 << vector != 0
+    }
+
     /// Connects what is enabled, or brings the connections in line with the registers.
     fn settle(&mut self, owner: &mut dyn VectorOwner) {
         let outcome = if self.connections.is_empty() {
@@ -286,42 +281,23 @@ impl Msi {
         } else {
             self.refresh()
         };
-        if let Err(failure) = outcome {
-            let level = if self.complained {
-                log::Level::Debug
-            } else {
-                log::Level::Warn
-            };
-            self.complained = true;
-            log::log!(
-                level,
-                "MSI of {}: {failure}; the guest does not get its interrupts until it writes the capability with success",
-                self.name
-            );
+        if let Err(error) = outcome {
+            self.complaints.make("MSI", &error);
         }
     }
 
-    fn connect(&mut self, owner: &mut dyn VectorOwner) -> Result<(), String> {
-        let connections = (0..self.count())
-            .map(|vector| {
-                let message = self.message(vector);
-                Ok(Connection {
-                    route: self.routes.connect(message)?,
-                    message,
-                    masked: false,
-                })
-            })
-            .collect::<Result<Vec<_>, crate::RouteError>>()
-            .map_err(|error| format!("cannot be routed to the guest: {error}"))?;
-        let mut connections = connections;
-        mask_as(&mut connections, self.mask)?;
-        let events: Vec<BorrowedFd<'_>> = connections.iter().map(|c| c.route.event()).collect();
-        owner
-            .connect(0, &events)
-            .map_err(|error| format!("cannot be enabled in the device: {error}"))?;
+    fn connect(&mut self, owner: &mut dyn VectorOwner) -> Result<(), VectorError> {
+        let mut connections = Vec::new();
+        for vector in 0..self.count() {
+            let mut connection = Connection::new(&*self.routes, self.message(vector))?;
+            connection.mask(self.masked(vector))?;
+            connections.push(connection);
+        }
+        let events: Vec<BorrowedFd<'_>> = connections.iter().map(Connection::event).collect();
+        owner.connect(0, &events).map_err(VectorError::Device)?;
         for (vector, connection) in connections.iter().enumerate() {
             if self.pending & 1 << vector != 0 {
-                connection.route.trigger();
+                connection.trigger();
             }
         }
         self.pending = 0;
@@ -329,18 +305,14 @@ impl Msi {
         Ok(())
     }
 
-    fn refresh(&mut self) -> Result<(), String> {
-        let messages: Vec<_> = (0..self.count())
-            .map(|vector| self.message(vector))
-            .collect();
-        for (connection, message) in self.connections.iter_mut().zip(messages) {
-            if connection.message != message {
-                let change = connection.route.update(message);
-                change.map_err(|error| format!("cannot change its message: {error}"))?;
-                connection.message = message;
-            }
+    fn refresh(&mut self) -> Result<(), VectorError> {
+        let vectors = 0..self.count();
+        let wanted: Vec<_> = vectors.map(|v| (self.message(v), self.masked(v))).collect();
+        for (connection, (message, masked)) in self.connections.iter_mut().zip(wanted) {
+            connection.retarget(message)?;
+            connection.mask(masked)?;
         }
-        mask_as(&mut self.connections, self.mask)
+        Ok(())
     }
 
     /// The source stops signalling first; only then do the eventfds close.
@@ -351,15 +323,5 @@ impl Msi {
     }
 }
 
-/// Holds back or lets through each connection as its bit of `mask` says.
-fn mask_as(connections: &mut [Connection], mask: u32) -> Result<(), String> {
-    for (vector, connection) in connections.iter_mut().enumerate() {
-        let masked = mask & 1 << vector != 0;
-        if connection.masked != masked {
-            let change = connection.route.set_masked(masked);
-            change.map_err(|error| format!("cannot change its mask: {error}"))?;
-            connection.masked = masked;
-        }
-    }
-    Ok(())
-}
+#[cfg(test)]
+mod tests;

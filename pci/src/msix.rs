@@ -4,10 +4,10 @@
 //! time; from then on masking holds the route back and takes nothing down. The other vectors never
 //! notice. Where the table lies in a BAR is the function's business.
 
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, VectorOwner};
+use crate::connection::{Complaints, Connection, VectorError};
+use crate::interrupt::{InterruptRoutes, MsiMessage, VectorOwner};
 use crate::spec;
 
 /// Where the table or the PBA lies.
@@ -34,14 +34,6 @@ impl MsixLocation {
             offset: register & !spec::MSIX_BIR,
         }
     }
-}
-
-/// A vector's way to the guest, and what it was last told.
-#[derive(Debug)]
-struct Connection {
-    route: Arc<dyn InterruptRoute>,
-    message: MsiMessage,
-    masked: bool,
 }
 
 /// One entry of the table, its pending bit, and its way to the guest.
@@ -92,7 +84,7 @@ impl Vector {
     }
 
     fn pending(&self) -> bool {
-        self.pending || self.connection.as_ref().is_some_and(|c| c.route.pending())
+        self.pending || self.connection.as_ref().is_some_and(Connection::pending)
     }
 }
 
@@ -101,12 +93,11 @@ impl Vector {
 /// It belongs to the function that has it and is locked with it.
 #[derive(Debug)]
 pub struct Msix {
-    name: Box<str>,
     routes: Arc<dyn InterruptRoutes>,
     vectors: Vec<Vector>,
     enabled: bool,
     function_masked: bool,
-    complained: bool,
+    complaints: Complaints,
 }
 
 impl Msix {
@@ -115,19 +106,18 @@ impl Msix {
     pub fn new(vectors: u16, routes: Arc<dyn InterruptRoutes>) -> Self {
         let count = vectors.clamp(1, spec::MSIX_MAX_VECTORS);
         Self {
-            name: "a function".into(),
             routes,
             vectors: (0..count).map(|_| Vector::at_reset()).collect(),
             enabled: false,
             function_masked: false,
-            complained: false,
+            complaints: Complaints::of("a function"),
         }
     }
 
     /// Says whose it is, for the log.
     #[must_use]
     pub fn named(mut self, name: impl Into<Box<str>>) -> Self {
-        self.name = name.into();
+        self.complaints = Complaints::of(name);
         self
     }
 
@@ -255,7 +245,7 @@ impl Msix {
             return;
         };
         match &vector.connection {
-            Some(connection) => connection.route.trigger(),
+            Some(connection) => connection.trigger(),
             None => vector.pending = true,
         }
     }
@@ -274,7 +264,6 @@ impl Msix {
         }
         self.enabled = false;
         self.function_masked = false;
-        self.complained = false;
         for vector in &mut self.vectors {
             *vector = Vector::at_reset();
         }
@@ -313,44 +302,10 @@ impl Msix {
                 .and_then(|()| connection.mask(false))
                 .err(),
         };
-        if let Some(failure) = failure {
-            self.complain(number, &failure);
+        if let Some(error) = failure {
+            self.complaints
+                .make(&format!("MSI-X vector {number}"), &error);
         }
-    }
-
-    /// Once in the log; the guest can repeat the failure as often as it likes.
-    fn complain(&mut self, vector: u16, failure: &str) {
-        let level = if self.complained {
-            log::Level::Debug
-        } else {
-            log::Level::Warn
-        };
-        self.complained = true;
-        log::log!(
-            level,
-            "MSI-X vector {vector} of {}: {failure}; the guest does not get this interrupt until it masks and unmasks the vector with success",
-            self.name
-        );
-    }
-}
-
-impl Connection {
-    fn mask(&mut self, masked: bool) -> Result<(), String> {
-        if self.masked != masked {
-            let change = self.route.set_masked(masked);
-            change.map_err(|error| format!("cannot change its mask: {error}"))?;
-            self.masked = masked;
-        }
-        Ok(())
-    }
-
-    fn retarget(&mut self, message: MsiMessage) -> Result<(), String> {
-        if self.message != message {
-            let change = self.route.update(message);
-            change.map_err(|error| format!("cannot change its message: {error}"))?;
-            self.message = message;
-        }
-        Ok(())
     }
 }
 
@@ -360,21 +315,17 @@ fn connect(
     number: u16,
     routes: &dyn InterruptRoutes,
     owner: &mut dyn VectorOwner,
-) -> Result<(), String> {
-    let route = routes
-        .connect(vector.message)
-        .map_err(|error| format!("cannot be routed to the guest: {error}"))?;
-    let events: [BorrowedFd<'_>; 1] = [route.event()];
+) -> Result<(), VectorError> {
+    let connection = Connection::new(routes, vector.message)?;
     owner
-        .connect(number, &events)
-        .map_err(|error| format!("cannot be enabled in the device: {error}"))?;
+        .connect(number, &[connection.event()])
+        .map_err(VectorError::Device)?;
     if std::mem::take(&mut vector.pending) {
-        route.trigger();
+        connection.trigger();
     }
-    vector.connection = Some(Connection {
-        route,
-        message: vector.message,
-        masked: false,
-    });
+    vector.connection = Some(connection);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

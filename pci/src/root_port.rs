@@ -109,6 +109,7 @@ fn add_express(space: &mut ConfigSpace, slot: u16, link: Link) {
         at + spec::EXP_LINK_CAPABILITIES,
         link.speed_and_width()
             | spec::EXP_LINK_ACTIVE_REPORTING
+            | spec::EXP_LINK_ASPM_OPTIONALITY
             | u32::from(slot as u8) << spec::EXP_LINK_PORT_SHIFT,
         0,
     );
@@ -266,4 +267,131 @@ fn prefetchable_window(space: &ConfigSpace) -> (u64, u64) {
 fn memory_address(space: &ConfigSpace, register: u16) -> u64 {
     let bits: u16 = space.get(register);
     u64::from(bits & spec::MEMORY_WINDOW_ADDRESS) << 16
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::capability::{ConfigRead, capabilities};
+    use crate::fake::{FakeRoutes, MEMORY_32, PREFETCHABLE_64};
+    use crate::link::LinkSpeed;
+
+    impl ConfigRead for RootPort {
+        fn read_dword(&self, offset: u16) -> u32 {
+            let mut data = [0; 4];
+            self.config_read(offset, &mut data);
+            u32::from_le_bytes(data)
+        }
+    }
+
+    fn port() -> RootPort {
+        let link = Link {
+            speed: LinkSpeed::Gt16,
+            width: 4,
+        };
+        RootPort::new(3, link, Arc::new(FakeRoutes::default()))
+    }
+
+    fn write(port: &RootPort, offset: u16, value: u32) {
+        port.config_write(offset, &value.to_le_bytes());
+    }
+
+    fn region(kind: BarKind, address: u64, size: u64) -> BarRegion {
+        BarRegion {
+            index: BarIndex::Bar(0),
+            kind,
+            address,
+            size,
+        }
+    }
+
+    #[test]
+    fn the_link_is_up_at_the_speed_and_width_it_was_given() {
+        let port = port();
+        let express = capabilities(&port)[0];
+        assert_eq!(express.id, spec::CAP_PCI_EXPRESS);
+        let read = |register| port.read_dword(express.offset + register);
+        assert_eq!(read(0) >> 16, 0x0142, "version 2, root port, slot");
+        assert_eq!(read(spec::EXP_LINK_CAPABILITIES) & 0x3ff, 0x044);
+        assert_eq!(read(spec::EXP_LINK_CONTROL) >> 16, 0x3044);
+        assert_eq!(read(spec::EXP_LINK_CAPABILITIES_2), 0b11110);
+        assert_eq!(read(spec::EXP_SLOT_CAPABILITIES) >> 19, 3);
+        let capabilities = read(spec::EXP_LINK_CAPABILITIES);
+        assert_eq!(Link::from_capabilities(capabilities).width, 4);
+    }
+
+    #[test]
+    fn at_reset_nothing_is_let_through_even_with_decoding_on() {
+        let port = port();
+        let all = [
+            region(MEMORY_32, 0, 0x1000),
+            region(BarKind::Io, 0, 0x20),
+            region(PREFETCHABLE_64, 1 << 36, 1 << 30),
+        ];
+        write(&port, spec::COMMAND, 7);
+        assert!(all.iter().all(|region| !port.forwards(region)));
+    }
+
+    #[test]
+    fn a_region_is_let_through_where_it_lies_wholly_in_a_window() {
+        let port = port();
+        write(&port, spec::COMMAND, 3);
+        write(&port, spec::IO_BASE, 0xd0c0);
+        write(&port, spec::MEMORY_BASE, 0xc010_c000);
+        write(&port, spec::PREFETCHABLE_BASE, 0xfff0_0000);
+        write(&port, spec::PREFETCHABLE_BASE_UPPER, 0x10);
+        write(&port, spec::PREFETCHABLE_LIMIT_UPPER, 0xffff_ffff);
+        for (kind, address, size, through) in [
+            (BarKind::Io, 0xc000, 0x20, true),
+            (BarKind::Io, 0xdfe0, 0x20, true),
+            (BarKind::Io, 0xe000, 0x20, false),
+            (MEMORY_32, 0xc000_0000, 1 << 21, true),
+            (MEMORY_32, 0xc000_0000, 1 << 22, false),
+            (MEMORY_32, 0xbfff_f000, 0x1000, false),
+            (PREFETCHABLE_64, 0x10_0000_0000, 1 << 36, true),
+            (PREFETCHABLE_64, 1 << 63, 1 << 63, true),
+            (PREFETCHABLE_64, 0xf_0000_0000, 1 << 30, false),
+        ] {
+            let region = region(kind, address, size);
+            assert_eq!(port.forwards(&region), through, "{region:x?}");
+        }
+        write(&port, spec::COMMAND, 1);
+        assert!(!port.forwards(&region(MEMORY_32, 0xc000_0000, 0x1000)));
+        assert!(port.forwards(&region(BarKind::Io, 0xc000, 4)));
+    }
+
+    #[test]
+    fn its_interrupt_is_routed_when_the_guest_enables_msi() {
+        let port = port();
+        let msi = capabilities(&port)[1];
+        assert_eq!(msi.id, spec::CAP_MSI);
+        write(&port, msi.offset, 1 << 16);
+        assert_eq!(port.state().msi.connected(), 1);
+        assert_eq!(port.read_dword(msi.offset) >> 16 & 1, 1);
+        port.reset();
+        assert_eq!(port.state().msi.connected(), 0);
+        assert_eq!(port.read_dword(msi.offset) >> 16 & 1, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn no_write_changes_who_it_is_or_panics(
+            writes in vec((0..1024u16, any::<u32>(), 0..5usize), 0..80),
+            address: u64,
+            log2 in 0..64u32,
+        ) {
+            let port = port();
+            let list = capabilities(&port);
+            for (dword, value, width) in writes {
+                port.config_write(dword % 64 * 4, &value.to_le_bytes()[..width]);
+                port.config_write(dword * 4, &value.to_le_bytes()[..width]);
+                port.forwards(&region(PREFETCHABLE_64, address, 1 << log2));
+                prop_assert_eq!(port.read_dword(0), 0x000c_1b36);
+                prop_assert_eq!(capabilities(&port), list.clone());
+            }
+        }
+    }
 }

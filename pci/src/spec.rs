@@ -291,6 +291,9 @@ pub const EXP_LINK_ACTIVE_REPORTING: u32 = 1 << 20;
 pub const EXP_LINK_SPEED: u32 = 0xf;
 /// Link capabilities and status: width, from this bit. §7.5.3.6, §7.5.3.8.
 pub const EXP_LINK_WIDTH_SHIFT: u32 = 4;
+/// Link capabilities: it keeps to the rules by which ASPM is optional; set in all since PCIe 3.0.
+/// §7.5.3.6.
+pub const EXP_LINK_ASPM_OPTIONALITY: u32 = 1 << 22;
 /// Link capabilities: port number, from this bit. §7.5.3.6.
 pub const EXP_LINK_PORT_SHIFT: u32 = 24;
 /// Link control: common clock and extended synch. §7.5.3.7.

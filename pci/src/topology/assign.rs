@@ -124,41 +124,37 @@ impl Topology {
     pub fn assign(&self, windows: &Windows) -> Result<(), AssignError> {
         let mut mappings = self.mappings();
         let tree = self.snapshot();
-        for node in tree.nodes() {
-            let decode = spec::COMMAND_IO | spec::COMMAND_MEMORY;
-            write16(
-                &*node.pci,
-                spec::COMMAND,
-                read16(&*node.pci, spec::COMMAND) & !decode,
-            );
-        }
-        number_buses(&tree, None, 0, &mut 1)?;
-        for space in [Space::Io, Space::Memory32, Space::Memory64] {
-            for node in tree
-                .nodes()
-                .iter()
-                .filter(|node| node.pci.bridge().is_some())
-            {
-                close_window(&*node.pci, space);
-            }
-            place_in_root(&tree, space, windows)?;
-        }
-        for node in tree
-            .nodes()
-            .iter()
-            .filter(|node| node.pci.bridge().is_some())
-        {
-            let open = spec::COMMAND_IO | spec::COMMAND_MEMORY | spec::COMMAND_BUS_MASTER;
-            write16(
-                &*node.pci,
-                spec::COMMAND,
-                read16(&*node.pci, spec::COMMAND) | open,
-            );
-        }
+        let outcome = assign(&tree, windows);
         let ids: Vec<_> = tree.nodes().iter().map(|node| node.id).collect();
         self.remap(&mut mappings, &ids);
-        Ok(())
+        outcome
     }
+}
+
+fn assign(tree: &Tree, windows: &Windows) -> Result<(), AssignError> {
+    let bridges = || {
+        tree.nodes()
+            .iter()
+            .filter(|node| node.pci.bridge().is_some())
+    };
+    let decode = spec::COMMAND_IO | spec::COMMAND_MEMORY;
+    for node in tree.nodes() {
+        let command = read16(&*node.pci, spec::COMMAND);
+        write16(&*node.pci, spec::COMMAND, command & !decode);
+    }
+    number_buses(tree, None, 0, &mut 1)?;
+    for space in [Space::Io, Space::Memory32, Space::Memory64] {
+        for node in bridges() {
+            close_window(&*node.pci, space);
+        }
+        place_in_root(tree, space, windows)?;
+    }
+    for node in bridges() {
+        let command = read16(&*node.pci, spec::COMMAND);
+        let open = command | decode | spec::COMMAND_BUS_MASTER;
+        write16(&*node.pci, spec::COMMAND, open);
+    }
+    Ok(())
 }
 
 /// Numbers the buses behind the bridges of one bus, depth first, from `next` on.
@@ -329,3 +325,6 @@ fn read16(pci: &dyn PciFunction, offset: u16) -> u16 {
 fn write16(pci: &dyn PciFunction, offset: u16, value: u16) {
     pci.config_write(offset, &value.to_le_bytes());
 }
+
+#[cfg(test)]
+mod tests;

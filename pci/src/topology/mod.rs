@@ -221,3 +221,6 @@ fn set_multi_function(offset: u16, data: &mut [u8], multi_function: bool) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
