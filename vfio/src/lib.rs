@@ -1,1 +1,3 @@
-//! .
+//! One host device, as a PCI function; and binding it.
+
+pub mod host;
