@@ -101,37 +101,45 @@ impl Gate {
 mod tests {
     use super::*;
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
     #[test]
-    fn a_turn_is_had_once_and_a_closed_gate_holds_everybody() {
-        let gate = Arc::new(Gate::default());
-        let threads: Vec<_> = (0..4)
+    fn a_turn_is_had_once_by_each_and_a_closed_gate_holds_everybody() {
+        const THREADS: usize = 4;
+        let (gate, turns) = (Arc::new(Gate::default()), Arc::new(AtomicUsize::new(0)));
+        let threads: Vec<_> = (0..THREADS)
             .map(|_| {
-                let gate = gate.clone();
+                let (gate, turns) = (gate.clone(), turns.clone());
                 thread::spawn(move || {
-                    let (mut turn, mut turns) = (Turn::default(), 0);
+                    let mut turn = Turn::default();
                     while let Some(next) = gate.pass(turn) {
                         turn = next;
-                        turns += 1;
+                        turns.fetch_add(1, Ordering::SeqCst);
                     }
-                    turns
                 })
             })
             .collect();
-        for _ in 0..3 {
-            gate.wait_for(4);
+        for round in 1..=3 {
+            gate.wait_for(THREADS);
             gate.open();
-            // Everybody has to have had the turn before the gate closes on the next.
-            while gate.state().parked == 4 {
+            while turns.load(Ordering::SeqCst) < THREADS * round {
                 thread::yield_now();
             }
-            gate.wait_for(4);
             gate.close();
+            gate.wait_for(THREADS);
+            assert_eq!(turns.load(Ordering::SeqCst), THREADS * round);
         }
         gate.end();
         for thread in threads {
-            assert!((1..=3).contains(&thread.join().unwrap()));
+            thread.join().unwrap();
         }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_is_gone() {
+        let gate = Gate::default();
+        gate.gone();
+        gate.wait_for(1);
     }
 }

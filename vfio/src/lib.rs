@@ -1,3 +1,27 @@
 //! One host device, as a PCI function; and binding it.
+//!
+//! [`Opener`] opens a device that is bound to a VFIO driver, by its group or as a character device,
+//! and attaches it to the VM's DMA space. What comes out is a [`DeviceIo`]: regions, interrupts,
+//! reset. [`AssignedFunction`] makes a PCI function of one for the guest: what of its configuration
+//! space is the device's and what is Busway's, which parts of its BARs need no exit, and how its
+//! interrupts get to the guest.
+//!
+//! [`host`] is the host's side: which devices there are, what uses them, and binding them.
+//!
+//! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
 
+mod areas;
+mod device_io;
 pub mod host;
+mod kernel_device;
+mod kvm;
+mod mapping;
+mod open;
+mod sys;
+
+pub use areas::Area;
+pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
+pub use kernel_device::KernelDevice;
+pub use kvm::KvmFiles;
+pub use mapping::Mapping;
+pub use open::{DeviceError, Opener};
