@@ -1,7 +1,10 @@
 //! Busway: a virtual machine monitor that gives guests real PCI devices.
 
+pub mod acpi;
+pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod devices;
 pub mod kvm;
 pub mod memory;
 pub mod report;

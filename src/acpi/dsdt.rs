@@ -1,0 +1,219 @@
+//! The differentiated system description table: the namespace. §5.2.11.1.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
+    IO, If, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, Or, Package, PackageBuilder,
+    Path, ResourceTemplate, Return, Scope, Store, Uuid,
+};
+use acpi_tables::sdt::Sdt;
+
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, intx_gsi};
+use crate::devices::{power, rtc, serial};
+use crate::memory::layout;
+
+/// Size of the header that each table has.
+const HEADER: u32 = 36;
+/// Revision 2: integers are 64 bits wide.
+const REVISION: u8 = 2;
+
+/// `_OSC` of a PCI host bridge. PCI Firmware 3.3 §4.5.1.
+const OSC_UUID: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
+/// Bits of the control field: what the operating system may take over. Table 4-6.
+const OSC_NATIVE_HOTPLUG: u32 = 1 << 0;
+const OSC_PME: u32 = 1 << 2;
+const OSC_AER: u32 = 1 << 3;
+const OSC_CAPABILITY: u32 = 1 << 4;
+/// Bits of the status field. ACPI §6.2.12.1.
+const OSC_UNKNOWN_UUID: u8 = 1 << 2;
+const OSC_UNKNOWN_REVISION: u8 = 1 << 3;
+const OSC_CONTROL_MASKED: u8 = 1 << 4;
+
+/// The table.
+pub(super) fn dsdt(platform: &Platform) -> Sdt {
+    let mut aml = Vec::new();
+    host_bridge(platform, &mut aml);
+    motherboard(&mut aml);
+    legacy_devices(platform, &mut aml);
+    processors(platform, &mut aml);
+    // §7.4.2.6: the value of SLP_TYP for soft off.
+    let soft_off = power::SLEEP_TYPE_S5;
+    Name::new(
+        path("_S5_"),
+        &Package::new(vec![&soft_off, &soft_off, &0_u8, &0_u8]),
+    )
+    .to_aml_bytes(&mut aml);
+
+    let mut dsdt = Sdt::new(
+        *b"DSDT",
+        HEADER,
+        REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
+    dsdt.append_slice(&aml);
+    dsdt
+}
+
+/// Bus 0 of segment 0 and all behind it. PCI Firmware 3.3 §4.
+fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
+    let buses = AddressSpace::new_bus_number(0_u16, 0xff);
+    let configuration = IO::new(0xcf8, 0xcf8, 1, 8);
+    let io_low = AddressSpace::new_io(0_u16, 0xcf7, None);
+    let io_high = AddressSpace::new_io(0xd00_u16, 0xffff, None);
+    let window32 = (!platform.mmio32.is_empty()).then(|| {
+        AddressSpace::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            platform.mmio32.start as u32,
+            (platform.mmio32.end - 1) as u32,
+            None,
+        )
+    });
+    let window64 = (!platform.mmio64.is_empty()).then(|| {
+        AddressSpace::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            platform.mmio64.start,
+            platform.mmio64.end - 1,
+            None,
+        )
+    });
+    let mut resources: Vec<&dyn Aml> = vec![&buses, &configuration, &io_low, &io_high];
+    resources.extend(window32.as_ref().map(|window| window as &dyn Aml));
+    resources.extend(window64.as_ref().map(|window| window as &dyn Aml));
+
+    let hid = Name::new(path("_HID"), &EISAName::new("PNP0A08"));
+    let cid = Name::new(path("_CID"), &EISAName::new("PNP0A03"));
+    let segment = Name::new(path("_SEG"), &0_u8);
+    let bus = Name::new(path("_BBN"), &0_u8);
+    let uid = Name::new(path("_UID"), &0_u8);
+    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(resources));
+    let prt = Name::new(path("_PRT"), &interrupt_routing());
+    let osc = Osc::new(platform);
+    in_system_bus(
+        &Device::new(
+            path("PCI0"),
+            vec![&hid, &cid, &segment, &bus, &uid, &crs, &prt, &osc],
+        ),
+        aml,
+    );
+}
+
+/// `_PRT`: each pin of each device is hard-wired to an interrupt. §6.2.13.
+fn interrupt_routing() -> PackageBuilder {
+    let mut table = PackageBuilder::new();
+    for slot in 0_u8..32 {
+        for pin in 0_u8..4 {
+            // All functions of the device.
+            let address = u32::from(slot) << 16 | 0xffff;
+            table.add_element(&Package::new(vec![
+                &address,
+                &pin,
+                &0_u8,
+                &intx_gsi(slot, pin),
+            ]));
+        }
+    }
+    table
+}
+
+/// `_OSC`: there is no firmware that works behind the operating system's back, so it may control
+/// power management events, errors and the PCIe capability; and hot-plug where slots have it. Not
+/// offered are what the machine lacks: SHPC, LTR and DPC.
+struct Osc {
+    control: u32,
+}
+
+impl Osc {
+    fn new(platform: &Platform) -> Self {
+        let mut control = OSC_PME | OSC_AER | OSC_CAPABILITY;
+        if platform.native_hotplug {
+            control |= OSC_NATIVE_HOTPLUG;
+        }
+        Self { control }
+    }
+}
+
+impl Aml for Osc {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        let (uuid, revision, buffer) = (Arg(0), Arg(1), Arg(3));
+        let (status, control, granted) = (path("STAT"), path("CTRL"), Local(0));
+        let field = |name: &str| Name::new_field_name(name);
+        Method::new(
+            path("_OSC"),
+            4,
+            // It makes names, so only one call at a time.
+            true,
+            vec![
+                &CreateDWordField::new(&field("STAT"), &buffer, &0_u8),
+                &If::new(
+                    &Equal::new(&uuid, &Uuid::new(OSC_UUID)),
+                    vec![
+                        &CreateDWordField::new(&field("CTRL"), &buffer, &8_u8),
+                        &And::new(&granted, &control, &self.control),
+                        &If::new(
+                            &NotEqual::new(&revision, &1_u8),
+                            vec![&Or::new(&status, &status, &OSC_UNKNOWN_REVISION)],
+                        ),
+                        &If::new(
+                            &NotEqual::new(&granted, &control),
+                            vec![&Or::new(&status, &status, &OSC_CONTROL_MASKED)],
+                        ),
+                        &Store::new(&control, &granted),
+                    ],
+                ),
+                &Else::new(vec![&Or::new(&status, &status, &OSC_UNKNOWN_UUID)]),
+                &Return::new(&buffer),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// What no device has but nobody else may take: ECAM (PCI Firmware 3.3 §4.1.2 wants it here) and the
+/// power management ports.
+fn motherboard(aml: &mut Vec<u8>) {
+    let hid = Name::new(path("_HID"), &EISAName::new("PNP0C02"));
+    let uid = Name::new(path("_UID"), &0_u8);
+    let ecam = Memory32Fixed::new(true, layout::ECAM_START as u32, layout::ECAM_SIZE as u32);
+    let pm = IO::new(power::PM_BASE, power::PM_BASE, 1, power::PM_SIZE as u8);
+    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ecam, &pm]));
+    in_system_bus(&Device::new(path("MBRD"), vec![&hid, &uid, &crs]), aml);
+}
+
+/// The devices at ISA addresses.
+fn legacy_devices(platform: &Platform, aml: &mut Vec<u8>) {
+    let hid = Name::new(path("_HID"), &EISAName::new("PNP0B00"));
+    let ports = IO::new(rtc::BASE, rtc::BASE, 1, rtc::SIZE as u8);
+    let irq = Interrupt::new(true, true, false, false, rtc::IRQ);
+    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ports, &irq]));
+    in_system_bus(&Device::new(path("RTC_"), vec![&hid, &crs]), aml);
+    if platform.serial {
+        let hid = Name::new(path("_HID"), &EISAName::new("PNP0501"));
+        let uid = Name::new(path("_UID"), &1_u8);
+        let ports = IO::new(serial::BASE, serial::BASE, 1, serial::SIZE as u8);
+        let irq = Interrupt::new(true, true, false, false, serial::IRQ);
+        let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ports, &irq]));
+        in_system_bus(&Device::new(path("COM1"), vec![&hid, &uid, &crs]), aml);
+    }
+}
+
+/// Processor devices, whose `_UID`s are the MADT's. §8.4.
+fn processors(platform: &Platform, aml: &mut Vec<u8>) {
+    for (uid, _) in (0_u32..).zip(&platform.cpus) {
+        let hid = Name::new(path("_HID"), &"ACPI0007");
+        let id = Name::new(path("_UID"), &uid);
+        let name = format!("C{uid:03X}");
+        in_system_bus(&Device::new(path(&name), vec![&hid, &id]), aml);
+    }
+}
+
+fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
+    Scope::new(path("\\_SB_"), vec![device]).to_aml_bytes(aml);
+}
+
+fn path(name: &str) -> Path {
+    Path::new(name)
+}

@@ -1,0 +1,142 @@
+//! The ACPI tables: what the firmware of a board like this one would tell.
+//!
+//! Full ACPI hardware (not hardware-reduced): the machine has a PIC, a PIT and a CMOS clock, and its
+//! power button is the fixed one. The registers the tables speak of are
+//! [`devices::power`](crate::devices::power)'s; the addresses are [`layout`](crate::memory::layout)'s.
+//! References are to ACPI 6.5 and to the PCI Firmware Specification 3.3.
+
+mod dsdt;
+mod fadt;
+mod madt;
+
+use std::ops::Range;
+
+use acpi_tables::Aml;
+use acpi_tables::facs::FACS;
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::xsdt::XSDT;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
+
+use crate::memory::layout;
+
+/// Where the tables lie: the area that a kernel without boot parameters searches for the RSDP
+/// (§5.2.5.1). The memory map reserves it.
+pub const TABLES: Range<u64> = 0xe_0000..0x10_0000;
+
+/// The global system interrupt of the system control interrupt. Level-triggered, active high.
+pub const SCI: u32 = 9;
+
+/// The first of the global system interrupts that PCI's INTx lines are wired to.
+const INTX_GSI_BASE: u32 = 16;
+/// How many there are.
+const INTX_GSIS: u32 = 8;
+
+const OEM_ID: [u8; 6] = *b"BUSWAY";
+const OEM_TABLE_ID: [u8; 8] = *b"BUSWAYVM";
+const OEM_REVISION: u32 = 1;
+
+/// What the tables describe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Platform {
+    /// Processors, the boot processor first. The position in the list is the ACPI processor UID.
+    pub cpus: Vec<Cpu>,
+    /// The window for 32-bit BARs.
+    pub mmio32: Range<u64>,
+    /// The window for 64-bit BARs; may be empty.
+    pub mmio64: Range<u64>,
+    /// There is a serial port COM1.
+    pub serial: bool,
+    /// Root ports have hot-plug slots that the guest's own driver handles.
+    pub native_hotplug: bool,
+}
+
+/// A processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cpu {
+    /// The ID of its local APIC.
+    pub apic_id: u32,
+    /// It is there from the start; one that is not can come later.
+    pub enabled: bool,
+}
+
+/// The global system interrupt that INTx pin `pin` (0 is INTA) of device `slot` on bus 0 is wired to.
+/// The DSDT's `_PRT` says the same.
+#[must_use]
+pub const fn intx_gsi(slot: u8, pin: u8) -> u32 {
+    INTX_GSI_BASE + (slot as u32 + pin as u32) % INTX_GSIS
+}
+
+/// Why there are no tables.
+#[derive(Debug, thiserror::Error)]
+pub enum AcpiError {
+    /// the ACPI tables need {size} bytes, but there is room for {room}
+    #[error("the ACPI tables need {size} bytes, but there is room for {room}")]
+    TooBig {
+        /// Bytes of the tables.
+        size: u64,
+        /// Bytes between 0xE0000 and 1 MiB.
+        room: u64,
+    },
+    /// cannot write the ACPI tables to guest memory: {0}
+    #[error("cannot write the ACPI tables to guest memory: {0}")]
+    Memory(GuestMemoryError),
+}
+
+/// Writes the tables to guest memory, and says where the RSDP is.
+///
+/// # Errors
+/// [`AcpiError`]
+pub fn install(ram: &impl GuestMemory, platform: &Platform) -> Result<GuestAddress, AcpiError> {
+    let image = Image::new(platform);
+    let (size, room) = (image.bytes.len() as u64, TABLES.end - TABLES.start);
+    if size > room {
+        return Err(AcpiError::TooBig { size, room });
+    }
+    let start = GuestAddress(TABLES.start);
+    ram.write_slice(&image.bytes, start)
+        .map_err(AcpiError::Memory)?;
+    Ok(start)
+}
+
+/// All tables as they lie from [`TABLES`]`.start` on, the RSDP first.
+struct Image {
+    bytes: Vec<u8>,
+}
+
+impl Image {
+    fn new(platform: &Platform) -> Self {
+        let mut image = Self {
+            bytes: vec![0; Rsdp::len()],
+        };
+        let facs = image.append(&FACS::new());
+        let dsdt = image.append(&dsdt::dsdt(platform));
+        let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+        xsdt.add_entry(image.append(&fadt::fadt(facs, dsdt)));
+        xsdt.add_entry(image.append(&madt::madt(&platform.cpus)));
+        xsdt.add_entry(image.append(&mcfg()));
+        let xsdt = image.append(&xsdt);
+        let mut rsdp = Vec::with_capacity(Rsdp::len());
+        Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
+        image.bytes[..rsdp.len()].copy_from_slice(&rsdp);
+        image
+    }
+
+    /// Appends a table and says its guest-physical address. 64 bytes is the FACS' alignment (§5.2.10).
+    fn append(&mut self, table: &dyn Aml) -> u64 {
+        let start = self.bytes.len().next_multiple_of(64);
+        self.bytes.resize(start, 0);
+        table.to_aml_bytes(&mut self.bytes);
+        TABLES.start + start as u64
+    }
+}
+
+/// Where ECAM is. PCI Firmware 3.3 §4.1.2.
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(layout::ECAM_START, 0, 0, 0xff);
+    mcfg
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+//! bzImage by Linux's 64-bit boot protocol. Documentation/arch/x86/boot.rst and zero-page.rst.
+
+use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory};
+
+use super::e820::E820;
+use super::entry::{Entry, Mode};
+use super::error::BootError;
+use super::layout::{CMDLINE, CMDLINE_ROOM, HIGH_MEMORY, ZERO_PAGE};
+use super::place_initramfs;
+use super::source::{BootSource, Input};
+
+/// Offset of the setup header in the file, and in the zero page.
+const HEADER: u64 = 0x1f1;
+/// Offset of the header's second jump byte; the header ends that many bytes behind 0x202.
+const HEADER_LENGTH: u64 = 0x201;
+const HEADER_LENGTH_BASE: usize = 0x202;
+/// `boot_flag`
+const BOOT_FLAG: u16 = 0xaa55;
+/// "HdrS", `header`
+const MAGIC: u32 = 0x5372_6448;
+/// The first version of the protocol that can say whether there is a 64-bit entry.
+const VERSION_WITH_64_BIT: u16 = 0x020c;
+/// `XLF_KERNEL_64` of `xloadflags`.
+const XLF_KERNEL_64: u16 = 1 << 0;
+/// `LOADED_HIGH` of `loadflags`: the protected-mode code goes to 1 MiB, not to 64 KiB.
+const LOADED_HIGH: u8 = 1 << 0;
+/// `type_of_loader` of a loader that has no number.
+const LOADER_UNDEFINED: u8 = 0xff;
+/// The 64-bit entry's distance from where the protected-mode code is loaded.
+const ENTRY_64: u64 = 0x200;
+/// Sectors of the real-mode code where `setup_sects` says 0, and bytes of one.
+const DEFAULT_SETUP_SECTORS: u8 = 4;
+const SECTOR: u64 = 512;
+
+/// The header of a bzImage that has a 64-bit entry.
+#[derive(Debug)]
+pub(super) struct SetupHeader {
+    header: setup_header,
+    /// Where in the file the protected-mode code starts.
+    payload: u64,
+}
+
+impl SetupHeader {
+    /// The file's setup header; `None` where the file is no bzImage.
+    pub(super) fn read(kernel: &Input) -> Result<Option<Self>, BootError> {
+        let mut header = setup_header::default();
+        let read = kernel.read_at(header.as_mut_slice(), HEADER)?;
+        let (magic, boot_flag) = (header.header, header.boot_flag);
+        if magic != MAGIC || boot_flag != BOOT_FLAG {
+            return Ok(None);
+        }
+        let mut length = [0];
+        kernel.read_at(&mut length, HEADER_LENGTH)?;
+        let known = (HEADER_LENGTH_BASE + usize::from(length[0])).saturating_sub(HEADER as usize);
+        if read < known.min(size_of::<setup_header>()) {
+            return Err(kernel.damaged("it ends within its setup header"));
+        }
+        // What lies behind this kernel's header is code, not fields of a later version.
+        if let Some(unknown) = header.as_mut_slice().get_mut(known..) {
+            unknown.fill(0);
+        }
+        let version = header.version;
+        if version < VERSION_WITH_64_BIT
+            || header.xloadflags & XLF_KERNEL_64 == 0
+            || header.loadflags & LOADED_HIGH == 0
+        {
+            let [minor, major] = version.to_le_bytes();
+            return Err(BootError::No64BitEntry {
+                path: kernel.path.clone(),
+                major,
+                minor,
+            });
+        }
+        let sectors = match header.setup_sects {
+            0 => DEFAULT_SETUP_SECTORS,
+            sectors => sectors,
+        };
+        let payload = (u64::from(sectors) + 1) * SECTOR;
+        if kernel.size <= payload + ENTRY_64 {
+            return Err(kernel.damaged(format!(
+                "its code should start at byte {payload}, but it has {} bytes",
+                kernel.size
+            )));
+        }
+        // `syssize` counts 16-byte units; a file may be longer (a signature), never shorter.
+        let promised = u64::from(header.syssize) * 16;
+        if kernel.size - payload + 15 < promised {
+            return Err(kernel.damaged(format!(
+                "it should hold {promised} bytes of code, but it has {}",
+                kernel.size - payload
+            )));
+        }
+        Ok(Some(Self { header, payload }))
+    }
+}
+
+/// Loads the kernel where it prefers to be, its initramfs as high as it can be, and the zero page.
+pub(super) fn load(
+    ram: &impl GuestMemory,
+    source: &BootSource,
+    setup: &SetupHeader,
+    map: &E820,
+    rsdp: GuestAddress,
+) -> Result<Entry, BootError> {
+    let kernel = &source.kernel;
+    let mut header = setup.header;
+    let start = header.pref_address;
+    let length = kernel.size - setup.payload;
+    // The kernel unpacks itself within `init_size` bytes from where it is loaded.
+    let end = start.checked_add(length.max(header.init_size.into()));
+    let end = end
+        .filter(|_| start >= HIGH_MEMORY)
+        .ok_or_else(|| kernel.damaged(format!("it asks to be loaded at {start:#x}")))?;
+    if !map.is_ram(&(start..end)) || end > map.low_ram_end() {
+        return Err(BootError::KernelTooBig {
+            path: kernel.path.clone(),
+            start,
+            end,
+            ram_end: map.low_ram_end(),
+        });
+    }
+    // Checked first: reading is what takes time.
+    let cmdline_max = u64::from(header.cmdline_size).min(CMDLINE_ROOM - 1);
+    source.write_cmdline(ram, cmdline_max)?;
+    if let Some(initramfs) = &source.initramfs {
+        let limit = u64::from(header.initrd_addr_max) + 1;
+        let address = place_initramfs(source, map, initramfs.size, end, limit)?;
+        initramfs.read_into(ram, address, 0, initramfs.size)?;
+        // Both fit in 32 bits, for `limit` does.
+        header.ramdisk_image = address as u32;
+        header.ramdisk_size = initramfs.size as u32;
+    }
+    kernel.read_into(ram, start, setup.payload, length)?;
+
+    header.type_of_loader = LOADER_UNDEFINED;
+    header.code32_start = start as u32;
+    header.cmd_line_ptr = CMDLINE as u32;
+    write_zero_page(ram, header, map, rsdp)?;
+    Ok(Entry {
+        mode: Mode::Linux64,
+        address: GuestAddress(start + ENTRY_64),
+    })
+}
+
+fn write_zero_page(
+    ram: &impl GuestMemory,
+    header: setup_header,
+    map: &E820,
+    rsdp: GuestAddress,
+) -> Result<(), BootError> {
+    let mut page = boot_params {
+        hdr: header,
+        acpi_rsdp_addr: rsdp.0,
+        ..Default::default()
+    };
+    let mut table = page.e820_table;
+    let mut count = 0;
+    for (slot, region) in table.iter_mut().zip(map.regions()) {
+        *slot = boot_e820_entry {
+            addr: region.range.start,
+            size: region.range.end - region.range.start,
+            r#type: region.kind as u32,
+        };
+        count += 1;
+    }
+    page.e820_table = table;
+    page.e820_entries = count;
+    ram.write_slice(page.as_slice(), GuestAddress(ZERO_PAGE))
+        .map_err(|source| BootError::Memory {
+            what: "the zero page",
+            address: ZERO_PAGE,
+            source,
+        })
+}

@@ -1,0 +1,195 @@
+//! Where a console's output goes and where its input comes from, for the serial port and the virtio
+//! console alike: terminal, pseudo-terminal, file, socket, or nowhere.
+//!
+//! [`Writer`] never keeps its caller waiting for long, and [`Reader`] is a descriptor to wait for. On
+//! Busway's own terminal Ctrl-A is the escape key: `x` after it quits, `a` sends it, `h` shows help.
+
+mod input;
+mod output;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub use input::{Input, Reader};
+pub use output::Writer;
+
+use self::input::{Escape, SocketServer};
+use super::terminal::{Pty, RawMode};
+use crate::config::ConsoleConfig;
+
+/// A console's backend could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleError {
+    /// two consoles want the terminal; give it to one of --serial and --console
+    #[error("two consoles want the terminal; give it to one of --serial and --console")]
+    TerminalTaken,
+    /// cannot use the terminal: {0}
+    #[error("cannot use the terminal: {0}")]
+    Terminal(io::Error),
+    /// cannot make a pseudo-terminal: {0}; is /dev/pts mounted?
+    #[error("cannot make a pseudo-terminal: {0}; is /dev/pts mounted?")]
+    Pty(io::Error),
+    /// cannot write the console's output to {path}: {source}
+    #[error("cannot write the console's output to {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// cannot listen at {path}: {source}; a socket that an earlier run has left must be removed first
+    #[error("cannot listen at {}: {source}; a socket that an earlier run has left must be removed first", path.display())]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// cannot start the console's thread: {0}
+    #[error("cannot start the console's thread: {0}")]
+    Thread(io::Error),
+}
+
+/// Both directions of a console.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// Takes the guest's output.
+    pub writer: Writer,
+    /// Gives the guest's input; absent where there can be none.
+    pub reader: Option<Reader>,
+    /// Where users find it: the pseudo-terminal's device or the socket.
+    pub location: Option<PathBuf>,
+}
+
+impl Endpoint {
+    /// Opens what `config` says; `None` for [`ConsoleConfig::Off`]. `quit` is signalled when Ctrl-A x is
+    /// pressed on Busway's terminal.
+    ///
+    /// # Errors
+    /// [`ConsoleError`]
+    pub fn open(config: &ConsoleConfig, quit: &EventFd) -> Result<Option<Self>, ConsoleError> {
+        match config {
+            ConsoleConfig::Off => Ok(None),
+            ConsoleConfig::Null => Ok(Some(Self {
+                writer: Writer::null(),
+                reader: None,
+                location: None,
+            })),
+            ConsoleConfig::Tty => Self::terminal(quit).map(Some),
+            ConsoleConfig::Pty => Self::pty().map(Some),
+            ConsoleConfig::File(path) => Self::file(path).map(Some),
+            ConsoleConfig::Socket(path) => Self::socket(path).map(Some),
+        }
+    }
+
+    /// Standard input and output, whatever they are.
+    fn terminal(quit: &EventFd) -> Result<Self, ConsoleError> {
+        static TAKEN: AtomicBool = AtomicBool::new(false);
+        if TAKEN.swap(true, Ordering::Relaxed) {
+            return Err(ConsoleError::TerminalTaken);
+        }
+        let output = io::stdout()
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(ConsoleError::Terminal)?;
+        let writer = Writer::to_file(output.into()).map_err(ConsoleError::Thread)?;
+        let quit = quit.try_clone().map_err(ConsoleError::Terminal)?;
+        let escape = Escape::new(quit, writer.clone());
+        let reader = standard_input(escape).map_err(ConsoleError::Terminal)?;
+        Ok(Self {
+            writer,
+            reader,
+            location: None,
+        })
+    }
+
+    fn pty() -> Result<Self, ConsoleError> {
+        let Pty {
+            master,
+            slave,
+            path,
+        } = Pty::open().map_err(ConsoleError::Pty)?;
+        let output = master.try_clone().map_err(ConsoleError::Pty)?;
+        Ok(Self {
+            writer: Writer::to_file(output).map_err(ConsoleError::Thread)?,
+            reader: Some(Reader::pty(master, slave)),
+            location: Some(path),
+        })
+    }
+
+    fn file(path: &Path) -> Result<Self, ConsoleError> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)
+            .map_err(|source| ConsoleError::File {
+                path: path.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            writer: Writer::to_file(file).map_err(ConsoleError::Thread)?,
+            reader: None,
+            location: None,
+        })
+    }
+
+    fn socket(path: &Path) -> Result<Self, ConsoleError> {
+        let server = SocketServer::listen(path).map_err(|source| ConsoleError::Socket {
+            path: path.to_owned(),
+            source,
+        })?;
+        let writer = Writer::to_client(server.client()).map_err(ConsoleError::Thread)?;
+        Ok(Self {
+            writer,
+            reader: Some(Reader::socket(server)),
+            location: Some(path.to_owned()),
+        })
+    }
+}
+
+/// Standard input as a reader, or `None` where nothing can come from it.
+fn standard_input(escape: Escape) -> io::Result<Option<Reader>> {
+    let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+    if stdin.is_terminal() {
+        return match RawMode::enter(stdin.as_fd()) {
+            Ok(raw) => Ok(Some(Reader::terminal(stdin, escape, Some(raw)))),
+            Err(error) => {
+                log::warn!("the guest gets no input from the terminal: {error}");
+                Ok(None)
+            }
+        };
+    }
+    let file = File::from(stdin);
+    let kind = file.metadata()?.file_type();
+    if kind.is_fifo() || kind.is_socket() {
+        Ok(Some(Reader::terminal(file.into(), escape, None)))
+    } else if kind.is_file() {
+        // A file is always readable and cannot be waited for; what comes out of a pipe can.
+        Ok(Some(Reader::terminal(through_pipe(file)?, escape, None)))
+    } else {
+        Ok(None)
+    }
+}
+
+/// A pipe that a thread fills from `file`.
+fn through_pipe(mut file: File) -> io::Result<OwnedFd> {
+    let (reader, mut writer) = io::pipe()?;
+    std::thread::Builder::new()
+        .name("stdin".into())
+        .spawn(move || {
+            if let Err(error) = io::copy(&mut file, &mut writer) {
+                log::debug!("standard input ended: {error}");
+            }
+        })?;
+    Ok(reader.into())
+}
+
+#[cfg(test)]
+mod tests;

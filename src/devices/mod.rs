@@ -1,0 +1,43 @@
+//! The platform's own devices, those that are not on PCI: serial port, clock, and what resets the
+//! machine or turns it off.
+//!
+//! Each is a [`BusDevice`](crate::kvm::BusDevice) whose ports are constants beside it. None knows KVM:
+//! an edge-triggered interrupt leaves by an eventfd, a level-triggered one by an [`InterruptLine`], and
+//! a wish to reset or to turn off by a [`PowerSink`].
+
+pub mod console;
+pub mod power;
+pub mod rtc;
+pub mod serial;
+mod terminal;
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+/// A level-triggered interrupt input.
+pub trait InterruptLine: Send + Sync + Debug {
+    /// Asserts the line or takes it back. Repeating a level is harmless.
+    fn set_level(&self, asserted: bool);
+}
+
+/// Whoever decides on the machine's life. Called on a vCPU thread, so it must only take note.
+pub trait PowerSink: Send + Sync + Debug {
+    /// The guest asked for a reset.
+    fn reset(&self);
+
+    /// The guest turned itself off.
+    fn power_off(&self);
+}
+
+/// Starts or stops watching `fd` for being readable; its events carry its number.
+fn watch(events: &Epoll, operation: ControlOperation, fd: &impl AsRawFd) -> io::Result<()> {
+    let fd = fd.as_raw_fd();
+    events.ctl(
+        operation,
+        fd,
+        EpollEvent::new(EventSet::IN, fd.unsigned_abs().into()),
+    )
+}

@@ -1,0 +1,445 @@
+//! What turns the machine off or resets it: ACPI's PM1 registers with power button and timer, the reset
+//! control register, and the keyboard controller's reset line.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{InterruptLine, PowerSink};
+use crate::kvm::BusDevice;
+
+/// First of the power management ports.
+pub const PM_BASE: u16 = 0x600;
+/// How many they are.
+pub const PM_SIZE: u16 = 0x10;
+/// PM1 status and enable. ACPI 6.5 §4.8.3.1.
+pub const PM1_EVENT: u16 = PM_BASE;
+/// PM1 control. ACPI 6.5 §4.8.3.2.
+pub const PM1_CONTROL: u16 = PM_BASE + 4;
+/// The power management timer. ACPI 6.5 §4.8.3.3.
+pub const PM_TIMER: u16 = PM_BASE + 8;
+
+/// SLP_TYP that turns the machine off; `_S5` says so.
+pub const SLEEP_TYPE_S5: u8 = 5;
+
+/// The reset control register of PC chipsets (Intel ICH9 datasheet §13.7.5), which lies among the
+/// PCI configuration ports.
+pub const RESET_CONTROL: u16 = 0xcf9;
+/// What resets when it is written there: "system reset" and "reset CPU".
+pub const RESET_VALUE: u8 = RESET_SYSTEM | RESET_CPU;
+
+/// First of the PCI configuration ports.
+pub const CONFIG_PORTS: u16 = 0xcf8;
+/// How many they are.
+pub const CONFIG_PORTS_SIZE: u16 = 8;
+
+/// The keyboard controller's command and status port.
+pub const KEYBOARD_COMMAND: u16 = 0x64;
+
+const RESET_SYSTEM: u8 = 1 << 1;
+const RESET_CPU: u8 = 1 << 2;
+/// The keyboard controller's command that pulses the reset line.
+const PULSE_RESET: u8 = 0xfe;
+
+const TIMER_STATUS: u16 = 1 << 0;
+const GLOBAL_STATUS: u16 = 1 << 5;
+const POWER_BUTTON: u16 = 1 << 8;
+const SLEEP_BUTTON: u16 = 1 << 9;
+const RTC_STATUS: u16 = 1 << 10;
+const WAKE_STATUS: u16 = 1 << 15;
+/// The events that can be enabled, whether the machine has them or not: ACPICA tests that enabling
+/// takes.
+const ENABLES: u16 = TIMER_STATUS | GLOBAL_STATUS | POWER_BUTTON | SLEEP_BUTTON | RTC_STATUS;
+/// The status bits that writing 1 clears.
+const STATUSES: u16 = ENABLES | WAKE_STATUS;
+
+const SCI_ENABLED: u16 = 1 << 0;
+const SLEEP_ENABLE: u16 = 1 << 13;
+const SLEEP_TYPE_SHIFT: u16 = 10;
+const SLEEP_TYPE_MASK: u16 = 0b111;
+
+/// The timer's frequency in Hz.
+const PM_TIMER_HZ: u128 = 3_579_545;
+
+/// What the PM1 registers hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PowerState {
+    /// PM1 status.
+    pub status: u16,
+    /// PM1 enable.
+    pub enable: u16,
+    /// PM1 control, without the bits that are fixed or only written.
+    pub control: u16,
+    /// The timer's highest bit when it was last looked at; a change of it sets its status.
+    pub timer_high: bool,
+}
+
+/// ACPI's fixed power management hardware.
+///
+/// Timer overflows show in the status register, and raise the SCI when a PM1 register is next
+/// accessed; no known system waits for them.
+pub struct AcpiPower {
+    state: Mutex<PowerState>,
+    start: Instant,
+    sci: Arc<dyn InterruptLine>,
+    sink: Arc<dyn PowerSink>,
+}
+
+impl fmt::Debug for AcpiPower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AcpiPower")
+            .field("state", &self.state())
+            .finish_non_exhaustive()
+    }
+}
+
+impl AcpiPower {
+    /// The hardware with `sci` as its interrupt; belongs at [`PM_BASE`].
+    #[must_use]
+    pub fn new(sci: Arc<dyn InterruptLine>, sink: Arc<dyn PowerSink>) -> Self {
+        Self {
+            state: Mutex::default(),
+            start: Instant::now(),
+            sci,
+            sink,
+        }
+    }
+
+    /// Presses the power button: the guest is asked to turn itself off.
+    pub fn press_button(&self) {
+        let mut state = self.lock();
+        state.status |= POWER_BUTTON;
+        self.update_sci(&state);
+    }
+
+    /// As after power-on.
+    pub fn reset(&self) {
+        let mut state = self.lock();
+        *state = PowerState {
+            timer_high: timer_high(self.start.elapsed()),
+            ..Default::default()
+        };
+        self.update_sci(&state);
+    }
+
+    /// What the registers hold.
+    #[must_use]
+    pub fn state(&self) -> PowerState {
+        *self.lock()
+    }
+
+    /// The registers as bytes in their places.
+    fn registers(&self, state: &mut PowerState) -> [u8; PM_SIZE as usize] {
+        let elapsed = self.start.elapsed();
+        if timer_high(elapsed) != state.timer_high {
+            state.timer_high = !state.timer_high;
+            state.status |= TIMER_STATUS;
+        }
+        let mut bytes = [0; PM_SIZE as usize];
+        bytes[0..2].copy_from_slice(&state.status.to_le_bytes());
+        bytes[2..4].copy_from_slice(&state.enable.to_le_bytes());
+        bytes[4..6].copy_from_slice(&(state.control | SCI_ENABLED).to_le_bytes());
+        bytes[8..12].copy_from_slice(&timer(elapsed).to_le_bytes());
+        bytes
+    }
+
+    fn update_sci(&self, state: &PowerState) {
+        self.sci.set_level(state.status & state.enable != 0);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PowerState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for AcpiPower {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut state = self.lock();
+        let registers = self.registers(&mut state);
+        self.update_sci(&state);
+        for (at, byte) in (offset as usize..).zip(data) {
+            *byte = registers.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut state = self.lock();
+        let mut registers = self.registers(&mut state);
+        // Status bits are cleared by ones: a byte that is not written clears none.
+        registers[0..2].fill(0);
+        // SLP_EN acts when it is written, and is never kept.
+        registers[5] &= !(SLEEP_ENABLE >> 8) as u8;
+        for (at, byte) in (offset as usize..).zip(data) {
+            if let Some(register) = registers.get_mut(at) {
+                *register = *byte;
+            }
+        }
+        let word = |at: usize| u16::from_le_bytes([registers[at], registers[at + 1]]);
+        state.status &= !(word(0) & STATUSES);
+        state.enable = word(2) & ENABLES;
+        let control = word(4);
+        state.control = control & SLEEP_TYPE_MASK << SLEEP_TYPE_SHIFT;
+        self.update_sci(&state);
+        drop(state);
+        if control & SLEEP_ENABLE != 0 {
+            let sleep_type = control >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
+            if sleep_type == u16::from(SLEEP_TYPE_S5) {
+                self.sink.power_off();
+            } else {
+                log::debug!("guest asked for sleep type {sleep_type}, which does not exist");
+            }
+        }
+    }
+}
+
+fn timer(elapsed: Duration) -> u32 {
+    (elapsed.as_nanos() * PM_TIMER_HZ / 1_000_000_000) as u32
+}
+
+fn timer_high(elapsed: Duration) -> bool {
+    timer(elapsed) >> 31 == 1
+}
+
+/// The reset control register, in front of the PCI configuration ports among which it lies.
+///
+/// Byte accesses to 0xCF9 are the register's; all others are the configuration mechanism's.
+pub struct ResetControl {
+    value: Mutex<u8>,
+    sink: Arc<dyn PowerSink>,
+    config: Arc<dyn BusDevice>,
+}
+
+impl fmt::Debug for ResetControl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResetControl")
+            .field("value", &self.value)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ResetControl {
+    /// The register before `config`, which answers at [`CONFIG_PORTS`]; belongs there in its place.
+    #[must_use]
+    pub fn new(sink: Arc<dyn PowerSink>, config: Arc<dyn BusDevice>) -> Self {
+        Self {
+            value: Mutex::new(0),
+            sink,
+            config,
+        }
+    }
+}
+
+/// Offset of the reset control register from the first configuration port.
+const RESET_OFFSET: u64 = (RESET_CONTROL - CONFIG_PORTS) as u64;
+
+impl BusDevice for ResetControl {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if offset == RESET_OFFSET && data.len() == 1 {
+            data.fill(*self.value.lock().unwrap_or_else(PoisonError::into_inner));
+        } else {
+            self.config.read(offset, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match data {
+            &[value] if offset == RESET_OFFSET => {
+                // The CPU reset bit is never seen set: with it the machine starts anew.
+                *self.value.lock().unwrap_or_else(PoisonError::into_inner) = value & RESET_SYSTEM;
+                if value & RESET_CPU != 0 {
+                    self.sink.reset();
+                }
+            }
+            _ => self.config.write(offset, data),
+        }
+    }
+}
+
+/// The keyboard controller's command port, of which only the reset line is there. Status always says
+/// that a command would be taken and that no key waits.
+#[derive(Debug)]
+pub struct KeyboardReset {
+    sink: Arc<dyn PowerSink>,
+}
+
+impl KeyboardReset {
+    /// The port; belongs at [`KEYBOARD_COMMAND`], one byte.
+    #[must_use]
+    pub fn new(sink: Arc<dyn PowerSink>) -> Self {
+        Self { sink }
+    }
+}
+
+impl BusDevice for KeyboardReset {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _offset: u64, data: &[u8]) {
+        if data.first() == Some(&PULSE_RESET) {
+            self.sink.reset();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Default)]
+    struct Board {
+        sci: AtomicBool,
+        resets: AtomicU32,
+        power_offs: AtomicU32,
+    }
+
+    impl InterruptLine for Board {
+        fn set_level(&self, asserted: bool) {
+            self.sci.store(asserted, Ordering::Relaxed);
+        }
+    }
+
+    impl PowerSink for Board {
+        fn reset(&self) {
+            self.resets.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn power_off(&self) {
+            self.power_offs.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    impl Board {
+        fn sci(&self) -> bool {
+            self.sci.load(Ordering::Relaxed)
+        }
+
+        fn resets(&self) -> u32 {
+            self.resets.load(Ordering::Relaxed)
+        }
+
+        fn power_offs(&self) -> u32 {
+            self.power_offs.load(Ordering::Relaxed)
+        }
+    }
+
+    fn power() -> (Arc<Board>, AcpiPower) {
+        let board = Arc::new(Board::default());
+        (board.clone(), AcpiPower::new(board.clone(), board))
+    }
+
+    fn read16(device: &dyn BusDevice, offset: u64) -> u16 {
+        let mut data = [0; 2];
+        device.read(offset, &mut data);
+        u16::from_le_bytes(data)
+    }
+
+    fn write16(device: &dyn BusDevice, offset: u64, value: u16) {
+        device.write(offset, &value.to_le_bytes());
+    }
+
+    #[test]
+    fn the_power_button_holds_the_sci_from_its_press_until_the_guest_clears_it() {
+        let (board, power) = power();
+        power.press_button();
+        assert!(!board.sci(), "not enabled");
+        write16(&power, 2, POWER_BUTTON);
+        assert!(board.sci());
+        assert_eq!(read16(&power, 0), POWER_BUTTON);
+        write16(&power, 0, GLOBAL_STATUS);
+        assert!(board.sci(), "another event's bit clears nothing");
+        write16(&power, 0, POWER_BUTTON);
+        assert!(!board.sci());
+        assert_eq!((read16(&power, 0), read16(&power, 2)), (0, POWER_BUTTON));
+        power.press_button();
+        power.reset();
+        assert!(!board.sci());
+        assert_eq!(power.state().status, 0);
+    }
+
+    #[test]
+    fn sleep_type_5_with_sleep_enable_turns_off_and_nothing_else_does() {
+        let (board, power) = power();
+        let s5 = u16::from(SLEEP_TYPE_S5) << SLEEP_TYPE_SHIFT;
+        write16(&power, 4, s5);
+        write16(&power, 4, SLEEP_ENABLE | 1 << SLEEP_TYPE_SHIFT);
+        assert_eq!(board.power_offs(), 0);
+        assert_eq!(read16(&power, 4), SCI_ENABLED | 1 << SLEEP_TYPE_SHIFT);
+        write16(&power, 4, SLEEP_ENABLE | s5);
+        assert_eq!(board.power_offs(), 1);
+        assert_eq!(read16(&power, 4), SCI_ENABLED | s5, "SLP_EN reads 0");
+        power.write(5, &[((SLEEP_ENABLE | s5) >> 8) as u8]);
+        assert_eq!(board.power_offs(), 2, "by a byte access too");
+    }
+
+    #[test]
+    fn the_timer_counts_at_its_frequency_and_wraps_after_32_bits() {
+        assert_eq!(timer(Duration::from_secs(1)), 3_579_545);
+        assert_eq!(
+            timer(Duration::from_secs(1 << 20)),
+            ((3_579_545_u64 << 20) & 0xffff_ffff) as u32
+        );
+        assert!(!timer_high(Duration::from_secs(599)) && timer_high(Duration::from_secs(600)));
+    }
+
+    #[test]
+    fn the_reset_register_resets_and_leaves_configuration_accesses_alone() {
+        struct Config;
+        impl BusDevice for Config {
+            fn read(&self, offset: u64, data: &mut [u8]) {
+                data.fill(0xc0 + offset as u8);
+            }
+            fn write(&self, _offset: u64, _data: &[u8]) {}
+        }
+        let board = Arc::new(Board::default());
+        let reset = ResetControl::new(board.clone(), Arc::new(Config));
+        reset.write(RESET_OFFSET, &[RESET_SYSTEM]);
+        assert_eq!(board.resets(), 0);
+        let mut byte = [0];
+        reset.read(RESET_OFFSET, &mut byte);
+        assert_eq!(byte, [RESET_SYSTEM]);
+        let mut word = [0; 4];
+        reset.read(0, &mut word);
+        assert_eq!(word, [0xc0; 4]);
+        reset.write(0, &0x8000_0000_u32.to_le_bytes());
+        reset.write(4, &[0xff]);
+        assert_eq!(board.resets(), 0);
+        reset.write(RESET_OFFSET, &[RESET_VALUE]);
+        assert_eq!(board.resets(), 1);
+    }
+
+    #[test]
+    fn the_keyboard_controller_takes_one_command_only() {
+        let board = Arc::new(Board::default());
+        let keyboard = KeyboardReset::new(board.clone());
+        let mut status = [0xff];
+        keyboard.read(0, &mut status);
+        assert_eq!(status, [0]);
+        keyboard.write(0, &[0xaa]);
+        assert_eq!(board.resets(), 0);
+        keyboard.write(0, &[PULSE_RESET]);
+        assert_eq!(board.resets(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn any_access_is_answered_and_the_sci_is_what_status_and_enable_say(
+            accesses in proptest::collection::vec(
+                (0_u64..0x20, proptest::collection::vec(any::<u8>(), 0..9)), 0..40
+            )
+        ) {
+            let (board, power) = power();
+            for (offset, mut data) in accesses {
+                power.write(offset, &data);
+                power.read(offset, &mut data);
+                let state = power.state();
+                prop_assert_eq!(board.sci(), state.status & state.enable != 0);
+                prop_assert_eq!(state.enable & !ENABLES, 0);
+            }
+        }
+    }
+}

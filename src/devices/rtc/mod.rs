@@ -1,0 +1,211 @@
+//! The CMOS clock, a Motorola MC146818, at ports 0x70 and 0x71.
+//!
+//! It shows the host's time in UTC, plus what the guest has set it off by. All that happens in it is a
+//! function of the time: events are worked out when a register is read, and one timer is armed for the
+//! next event that has an interrupt, if there is one. References are to the MC146818A data sheet.
+
+mod calendar;
+mod clock;
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+pub use clock::RtcState;
+
+use crate::kvm::BusDevice;
+
+/// The index port; the data port is the one behind it.
+pub const BASE: u16 = 0x70;
+/// Ports.
+pub const SIZE: u16 = 2;
+/// ISA interrupt, edge-triggered.
+pub const IRQ: u32 = 8;
+/// The CMOS byte that holds the century, as the FADT says.
+pub const CENTURY: u8 = 0x32;
+
+/// Bit 7 of the index port masks NMI; it is no part of the index.
+const INDEX_MASK: u8 = 0x7f;
+
+/// The clock.
+///
+/// As a descriptor it is its timer: whoever runs the event loop waits for it to be readable, and then
+/// calls [`on_timer`](Self::on_timer).
+#[derive(Debug)]
+pub struct Rtc {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: RtcState,
+    irq: EventFd,
+    timer: TimerFd,
+}
+
+impl Rtc {
+    /// A clock that shows the host's time and whose interrupt is `irq`; belongs at [`BASE`].
+    ///
+    /// # Errors
+    /// There is no timer to be had.
+    pub fn new(irq: EventFd) -> io::Result<Self> {
+        Ok(Self {
+            inner: Mutex::new(Inner {
+                state: RtcState::new(now()),
+                irq,
+                timer: TimerFd::new()?,
+            }),
+        })
+    }
+
+    /// The timer expired.
+    pub fn on_timer(&self) {
+        // Arming the timer anew also makes it unreadable.
+        self.access(|state, now| {
+            state.advance(now);
+        });
+    }
+
+    /// The machine was reset; the time and the CMOS RAM stay.
+    pub fn reset(&self) {
+        self.access(RtcState::reset);
+    }
+
+    /// What the clock remembers.
+    #[must_use]
+    pub fn state(&self) -> RtcState {
+        self.lock().state.clone()
+    }
+
+    /// Does something to the state, then raises the interrupt if that asserted it, and arms the timer.
+    fn access<T>(&self, act: impl FnOnce(&mut RtcState, i64) -> T) -> T {
+        let mut inner = self.lock();
+        let Inner { state, irq, timer } = &mut *inner;
+        let now = now();
+        let (was_asserted, was_due) = (state.asserted(), state.next_interrupt(now));
+        let result = act(state, now);
+        if state.asserted() && !was_asserted {
+            // Can only fail when the counter is full, and then the interrupt is on its way.
+            let _ = irq.write(1);
+        }
+        let due = state.next_interrupt(now);
+        if due.is_some() || was_due.is_some() {
+            let armed = match due {
+                Some(delay) => timer.reset(Duration::from_nanos(delay.unsigned_abs()), None),
+                None => timer.clear(),
+            };
+            if let Err(error) = armed {
+                log::warn!("cannot arm the clock's timer: {error}; its alarm will not come");
+            }
+        }
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsRawFd for Rtc {
+    fn as_raw_fd(&self) -> RawFd {
+        self.lock().timer.as_raw_fd()
+    }
+}
+
+impl BusDevice for Rtc {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        for byte in data {
+            // The index port cannot be read on most boards.
+            *byte = match offset {
+                1 => self.access(RtcState::read),
+                _ => 0xff,
+            };
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        for &byte in data {
+            match offset {
+                0 => self.lock().state.index = byte & INDEX_MASK,
+                _ => self.access(|state, now| state.write(byte, now)),
+            }
+        }
+    }
+}
+
+/// The host's time in nanoseconds since the start of 1970; 64 bits of them last until 2262.
+fn now() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|time| i64::try_from(time.as_nanos()).ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vmm_sys_util::poll::{PollContext, PollToken};
+
+    use super::*;
+
+    #[test]
+    fn the_ports_show_the_hosts_date() {
+        let rtc = Rtc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()).unwrap();
+        let read = |index: u8| {
+            rtc.write(0, &[index | 0x80]);
+            let mut data = [0];
+            rtc.read(1, &mut data);
+            data[0]
+        };
+        let year = loop {
+            // Both on one side of a new year.
+            let before = SystemTime::now();
+            let shown = (read(CENTURY), read(9));
+            if before
+                .elapsed()
+                .is_ok_and(|time| time < Duration::from_secs(1))
+            {
+                break shown;
+            }
+        };
+        assert_eq!(year.0, 0x20);
+        assert!(year.1 >= 0x24, "{year:?}");
+        assert_eq!(read(13), 0x80);
+    }
+
+    #[test]
+    fn a_periodic_interrupt_arrives_by_timer_and_eventfd() {
+        let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let rtc = Arc::new(Rtc::new(irq.try_clone().unwrap()).unwrap());
+        let write = |index: u8, value: u8| {
+            rtc.write(0, &[index]);
+            rtc.write(1, &[value]);
+        };
+        write(11, 0x42);
+        let poll: PollContext<u32> = PollContext::new().unwrap();
+        poll.add_fd_with_events(
+            &*rtc,
+            vmm_sys_util::poll::WatchingEvents::empty().set_read(),
+            0,
+        )
+        .unwrap();
+        assert_eq!(0_u32.as_raw_token(), 0);
+        for _ in 0..3 {
+            let events = poll.wait_timeout(Duration::from_secs(10)).unwrap();
+            assert_eq!(events.iter_readable().count(), 1, "the timer expires");
+            drop(events);
+            rtc.on_timer();
+            assert_eq!(irq.read().unwrap(), 1);
+            rtc.write(0, &[12]);
+            let mut flags = [0];
+            rtc.read(1, &mut flags);
+            assert_eq!(flags[0] & 0xc0, 0xc0);
+        }
+    }
+}

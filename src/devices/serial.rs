@@ -1,0 +1,249 @@
+//! The serial port COM1: a 16550A whose output and input are a console's.
+//!
+//! The registers are `vm-superio`'s. A thread of its own brings input, and waits while the guest's
+//! receive FIFO is full; output goes by the console's [`Writer`].
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use vm_superio::Trigger;
+use vm_superio::serial::{SerialEvents, SerialState};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::console::{Endpoint, Input, Reader, Writer};
+use super::watch;
+use crate::kvm::BusDevice;
+
+/// First port of COM1.
+pub const BASE: u16 = 0x3f8;
+/// Ports.
+pub const SIZE: u16 = 8;
+/// ISA interrupt, edge-triggered.
+pub const IRQ: u32 = 4;
+
+type Uart = vm_superio::Serial<Irq, Arc<Room>, Writer>;
+
+/// The port.
+#[derive(Debug)]
+pub struct Serial {
+    uart: Arc<Mutex<Uart>>,
+    irq: Irq,
+    room: Arc<Room>,
+    writer: Writer,
+    input: Option<InputThread>,
+}
+
+#[derive(Debug)]
+struct InputThread {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Serial {
+    /// The port, whose interrupt is `irq`; belongs at [`BASE`].
+    ///
+    /// # Errors
+    /// There is no thread or no descriptor to be had for the input.
+    pub fn new(irq: EventFd, endpoint: Endpoint) -> io::Result<Self> {
+        let irq = Irq(Arc::new(irq));
+        let room = Arc::new(Room {
+            event: EventFd::new(EFD_NONBLOCK)?,
+            wanted: AtomicBool::new(false),
+        });
+        let Endpoint { writer, reader, .. } = endpoint;
+        let uart = Arc::new(Mutex::new(Uart::with_events(
+            irq.clone(),
+            room.clone(),
+            writer.clone(),
+        )));
+        let input = reader
+            .map(|reader| InputThread::start(reader, uart.clone(), room.clone()))
+            .transpose()?;
+        Ok(Self {
+            uart,
+            irq,
+            room,
+            writer,
+            input,
+        })
+    }
+
+    /// The machine was reset: the registers are as after power-on, and unread input is gone.
+    pub fn reset(&self) {
+        let mut uart = lock(&self.uart);
+        *uart = Uart::with_events(self.irq.clone(), self.room.clone(), self.writer.clone());
+        self.room.signal();
+    }
+
+    /// What the registers hold.
+    #[must_use]
+    pub fn state(&self) -> SerialState {
+        lock(&self.uart).state()
+    }
+
+    /// Waits until the output has been written, for a second at most.
+    pub fn drain(&self) {
+        self.writer.drain();
+    }
+}
+
+impl BusDevice for Serial {
+    /// Bytes after the first are further accesses to the same register, as string instructions make them.
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut uart = lock(&self.uart);
+        for byte in data {
+            *byte = uart.read(offset as u8);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut uart = lock(&self.uart);
+        for &byte in data {
+            if let Err(error) = uart.write(offset as u8, byte) {
+                log::debug!("serial port: {error}");
+            }
+        }
+    }
+}
+
+impl Drop for Serial {
+    fn drop(&mut self) {
+        // The reader gives the terminal back when its thread ends.
+        self.input = None;
+        self.writer.drain();
+    }
+}
+
+impl InputThread {
+    fn start(reader: Reader, uart: Arc<Mutex<Uart>>, room: Arc<Room>) -> io::Result<Self> {
+        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let events = Epoll::new()?;
+        watch(&events, ControlOperation::Add, &stop)?;
+        watch(&events, ControlOperation::Add, &room.event)?;
+        watch(&events, ControlOperation::Add, &reader)?;
+        let stop_fd = stop.as_raw_fd();
+        let thread = std::thread::Builder::new()
+            .name("serial-in".into())
+            .spawn(move || {
+                if let Err(error) = bring_input(reader, &uart, &room, &events, stop_fd) {
+                    log::warn!("the serial port's input ended: {error}");
+                }
+            })?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for InputThread {
+    fn drop(&mut self) {
+        // Can only fail when it was signalled before.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::warn!("the serial port's input thread panicked");
+        }
+    }
+}
+
+/// The input thread: reads as much as the FIFO has room for, and waits for room where it has none.
+fn bring_input(
+    mut reader: Reader,
+    uart: &Mutex<Uart>,
+    room: &Room,
+    events: &Epoll,
+    stop: i32,
+) -> io::Result<()> {
+    let mut buffer = [0; 64];
+    let mut ready = [EpollEvent::default(); 3];
+    loop {
+        let count = match events.wait(-1, &mut ready) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            result => result?,
+        };
+        for event in ready.iter().take(count) {
+            if event.fd() == stop {
+                return Ok(());
+            }
+            if event.fd() == room.event.as_raw_fd() {
+                // Read to make it unreadable; what it counted does not matter.
+                let _ = room.event.read();
+                watch(events, ControlOperation::Add, &reader)?;
+                continue;
+            }
+            let free = {
+                let uart = lock(uart);
+                let free = uart.fifo_capacity();
+                if free == 0 {
+                    room.wanted.store(true, Ordering::Relaxed);
+                }
+                free
+            };
+            if free == 0 {
+                watch(events, ControlOperation::Delete, &reader)?;
+                continue;
+            }
+            let free = free.min(buffer.len());
+            match reader.read(&mut buffer[..free]) {
+                Input::Bytes(count) => {
+                    let bytes = buffer.get(..count).unwrap_or_default();
+                    if let Err(error) = lock(uart).enqueue_raw_bytes(bytes) {
+                        log::debug!("serial port: {error}");
+                    }
+                }
+                Input::Nothing => {}
+                Input::Closed => return Ok(()),
+            }
+        }
+    }
+}
+
+fn lock(uart: &Mutex<Uart>) -> MutexGuard<'_, Uart> {
+    uart.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The interrupt's eventfd.
+#[derive(Clone, Debug)]
+struct Irq(Arc<EventFd>);
+
+impl Trigger for Irq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// Tells the input thread that the FIFO has room again, where it asked. Both sides hold the UART's lock.
+#[derive(Debug)]
+struct Room {
+    event: EventFd,
+    wanted: AtomicBool,
+}
+
+impl Room {
+    fn signal(&self) {
+        if self.wanted.swap(false, Ordering::Relaxed) {
+            // Can only fail when it was signalled before.
+            let _ = self.event.write(1);
+        }
+    }
+}
+
+impl SerialEvents for Room {
+    fn buffer_read(&self) {}
+
+    fn out_byte(&self) {}
+
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        self.signal();
+    }
+}

@@ -1,0 +1,246 @@
+//! Terminals: raw mode, given back at any end of the process, and pseudo-terminals.
+//!
+//! Raw mode is taken back when its guard drops, when the process exits, when a thread panics, and on a
+//! signal that ends the process. SIGKILL and a power cut cannot be caught: then `stty sane` (or `reset`)
+//! gives the terminal back.
+
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::ptr;
+use std::sync::Once;
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+/// The terminal as it was, and its descriptor. Leaked, for a signal handler may read it at any time.
+struct Saved {
+    fd: OwnedFd,
+    settings: libc::termios,
+    handlers: [(libc::c_int, libc::sigaction); FATAL.len()],
+}
+
+/// What is to be restored; null where nothing is.
+static SAVED: AtomicPtr<Saved> = AtomicPtr::new(ptr::null_mut());
+
+/// The signals that end a process by default and may reach this one.
+const FATAL: [libc::c_int; 11] = [
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGQUIT,
+    libc::SIGTERM,
+    libc::SIGABRT,
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGSYS,
+    libc::SIGPIPE,
+];
+
+/// Raw mode of the process' terminal. Dropping it gives the terminal back.
+#[derive(Debug)]
+pub(crate) struct RawMode(());
+
+impl RawMode {
+    /// Puts the terminal `fd` into raw mode: each key reaches the guest, Ctrl-C among them. Output
+    /// processing stays on, so that Busway's own messages keep their line ends.
+    ///
+    /// # Errors
+    /// It is no terminal, another one is in raw mode already, or the process is in the background,
+    /// where it may not touch it.
+    pub(crate) fn enter(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        if !in_foreground(fd) {
+            return Err(io::Error::other(
+                "the process is in the background of its terminal",
+            ));
+        }
+        let fd = fd.try_clone_to_owned()?;
+        let settings = settings(fd.as_fd())?;
+        let mut raw = settings;
+        // SAFETY: `raw` is a valid termios that nobody else sees.
+        unsafe { libc::cfmakeraw(&mut raw) };
+        raw.c_oflag = settings.c_oflag;
+        let saved = Box::into_raw(Box::new(Saved {
+            fd,
+            settings,
+            handlers: FATAL.map(|signal| (signal, disposition(signal))),
+        }));
+        if SAVED
+            .compare_exchange(ptr::null_mut(), saved, Ordering::AcqRel, Ordering::Acquire)
+            .is_err()
+        {
+            // SAFETY: `saved` came from `Box::into_raw` above and was not published.
+            drop(unsafe { Box::from_raw(saved) });
+            return Err(io::Error::other("a terminal is in raw mode already"));
+        }
+        let guard = Self(());
+        // SAFETY: published pointers are never freed, so the reference lives as long as it is used.
+        let saved = unsafe { &*saved };
+        catch_the_end(saved);
+        apply(saved.fd.as_fd(), &raw)?;
+        Ok(guard)
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Gives the terminal back, once. Safe to call from a signal handler.
+fn restore() {
+    let saved = SAVED.swap(ptr::null_mut(), Ordering::AcqRel);
+    // SAFETY: the pointer is null or one that `enter` published; those are never freed.
+    if let Some(saved) = unsafe { saved.as_ref() } {
+        // Nothing can be done about a failure: the terminal is gone, or is not ours any more.
+        let _ = apply(saved.fd.as_fd(), &saved.settings);
+    }
+}
+
+/// Sees to it that the process cannot end with the terminal in raw mode.
+fn catch_the_end(saved: &Saved) {
+    static AT_EXIT: Once = Once::new();
+    AT_EXIT.call_once(|| {
+        // SAFETY: `restore_at_exit` is a function for the whole life of the process.
+        unsafe { libc::atexit(restore_at_exit) };
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            // Before the message, so that it can be read.
+            restore();
+            hook(info);
+        }));
+    });
+    for (signal, before) in &saved.handlers {
+        let default = before.sa_sigaction == libc::SIG_DFL;
+        // A fault's handler (the runtime's, for stack overflow) is chained; of the others only the
+        // default is replaced, for whoever handles or ignores a signal also lives on.
+        let fault = matches!(*signal, libc::SIGSEGV | libc::SIGBUS);
+        if !default && !fault {
+            continue;
+        }
+        // SAFETY: all-zero is a valid sigaction: default action, empty mask, no flags.
+        let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+        action.sa_sigaction = on_fatal_signal as extern "C" fn(libc::c_int) as usize;
+        // On the alternate stack, for the stack may be what is at an end.
+        action.sa_flags = libc::SA_ONSTACK;
+        // SAFETY: `action` is valid, and its handler does only what a handler may: it swaps an atomic,
+        // and calls tcsetattr, sigaction and raise.
+        unsafe { libc::sigaction(*signal, &action, ptr::null_mut()) };
+    }
+}
+
+extern "C" fn restore_at_exit() {
+    restore();
+}
+
+/// Gives the terminal back and lets the signal do what it would have done.
+extern "C" fn on_fatal_signal(signal: libc::c_int) {
+    let saved = SAVED.load(Ordering::Acquire);
+    restore();
+    // SAFETY: as in `restore`. sigaction and raise are async-signal-safe; the action is one that the
+    // kernel gave for this signal, or the default where it was noted by nobody.
+    unsafe {
+        let mut before: libc::sigaction = MaybeUninit::zeroed().assume_init();
+        if let Some(saved) = saved.as_ref() {
+            for (number, action) in &saved.handlers {
+                if *number == signal {
+                    before = *action;
+                }
+            }
+        }
+        libc::sigaction(signal, &before, ptr::null_mut());
+        // Blocked while this handler runs, so it is delivered when it returns.
+        libc::raise(signal);
+    }
+}
+
+fn disposition(signal: libc::c_int) -> libc::sigaction {
+    // SAFETY: all-zero is a valid sigaction, and the kernel fills it in.
+    unsafe {
+        let mut action = MaybeUninit::zeroed().assume_init();
+        libc::sigaction(signal, ptr::null(), &mut action);
+        action
+    }
+}
+
+fn settings(fd: BorrowedFd<'_>) -> io::Result<libc::termios> {
+    let mut settings = MaybeUninit::uninit();
+    // SAFETY: the descriptor is open, and the pointer is to room for a termios.
+    if unsafe { libc::tcgetattr(fd.as_raw_fd(), settings.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: tcgetattr succeeded, so that it filled it in.
+    Ok(unsafe { settings.assume_init() })
+}
+
+fn apply(fd: BorrowedFd<'_>, settings: &libc::termios) -> io::Result<()> {
+    // SAFETY: the descriptor is open, and `settings` is a valid termios.
+    if unsafe { libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, settings) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Whether the process may change the terminal `fd` without being stopped: it is in its foreground,
+/// or the terminal does not control it.
+fn in_foreground(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: both only ask.
+    unsafe {
+        let foreground = libc::tcgetpgrp(fd.as_raw_fd());
+        foreground == -1 || foreground == libc::getpgrp()
+    }
+}
+
+/// A new pseudo-terminal.
+#[derive(Debug)]
+pub(crate) struct Pty {
+    /// Busway's side.
+    pub(crate) master: File,
+    /// The user's side, in raw mode. Kept open: without anybody on it the master reads as hung up.
+    pub(crate) slave: File,
+    /// The device for users to open.
+    pub(crate) path: PathBuf,
+}
+
+impl Pty {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// The system has none left, or `/dev/pts` is not there.
+    pub(crate) fn open() -> io::Result<Self> {
+        let (mut master, mut slave) = (-1, -1);
+        // SAFETY: the pointers are to two integers; the others may be null.
+        let result = unsafe {
+            libc::openpty(
+                &mut master,
+                &mut slave,
+                ptr::null_mut(),
+                ptr::null(),
+                ptr::null(),
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: openpty gave two descriptors that are nobody else's.
+        let (master, slave) = unsafe { (File::from_raw_fd(master), File::from_raw_fd(slave)) };
+        for file in [&master, &slave] {
+            // SAFETY: the descriptor is open.
+            if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        let mut raw = settings(slave.as_fd())?;
+        // SAFETY: `raw` is a valid termios that nobody else sees.
+        unsafe { libc::cfmakeraw(&mut raw) };
+        apply(slave.as_fd(), &raw)?;
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd()))?;
+        Ok(Self {
+            master,
+            slave,
+            path,
+        })
+    }
+}
