@@ -8,3 +8,4 @@ pub mod devices;
 pub mod kvm;
 pub mod memory;
 pub mod report;
+pub mod virtio;
