@@ -11,17 +11,28 @@
 //! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
 
 mod areas;
+mod config;
 mod device_io;
+#[cfg(test)]
+mod fake;
+mod function;
 pub mod host;
 mod kernel_device;
 mod kvm;
+mod lists;
 mod mapping;
+mod msix_layout;
 mod open;
+mod policy;
+mod survey;
 mod sys;
+mod vectors;
 
 pub use areas::Area;
 pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
+pub use function::{AssignedFunction, Summary};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;
 pub use open::{DeviceError, Opener};
+pub use survey::AssignError;
