@@ -5,6 +5,7 @@
 mod names;
 mod table;
 
+use std::collections::HashMap;
 use std::io::{self, IsTerminal as _, Write};
 use std::path::Path;
 
@@ -186,20 +187,26 @@ fn show(host: &Host, list: &ListArgs, width: Option<usize>) -> Result<String, Re
     let wanted = |device: &&HostDevice| {
         list.addresses.is_empty() || list.addresses.contains(&device.address)
     };
-    let rows: Vec<_> = host
-        .devices()
-        .filter(wanted)
-        .map(|device| row(device, host.usage(device.address), &names))
-        .collect();
+    // A host has many devices of a kind, and a vendor's part of the database may be long.
+    let mut known = HashMap::new();
+    let mut rows = Vec::new();
+    for device in host.devices().filter(wanted) {
+        let ids = (device.vendor, device.device);
+        let name = known
+            .entry(ids)
+            .or_insert_with(|| names.device(ids.0, ids.1));
+        let class = names.class(device.class);
+        rows.push(row(device, host.usage(device.address), class, name.clone()));
+    }
     Ok(Table { rows: &rows, width }.to_string())
 }
 
-fn row(device: &HostDevice, uses: &[Usage], names: &Names) -> Row {
+fn row(device: &HostDevice, uses: &[Usage], class: String, name: String) -> Row {
     let number = |number: Option<u32>| number.map_or_else(|| "-".to_owned(), |n| n.to_string());
     Row {
         address: device.address.to_string(),
-        class: names.class(device.class),
-        name: names.device(device.vendor, device.device),
+        class,
+        name,
         driver: device.driver.clone().unwrap_or_else(|| "-".to_owned()),
         group: number(device.group),
         node: number(device.numa_node),

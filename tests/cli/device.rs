@@ -336,7 +336,7 @@ fn a_bridge_with_a_hot_plug_driver_is_named_with_the_way_to_free_it() {
         str![[r#"
 exit status 3
 0000:00:02.1 cannot go alone: IOMMU group 2 goes to a guest as a whole, and of it
-  0000:00:02.0 is with shpchp  a bridge
+  0000:00:02.0 is with shpchp, a bridge
   take the bridge from its driver: echo 0000:00:02.0 > /sys/bus/pci/drivers/shpchp/unbind
 
 "#]]

@@ -244,7 +244,8 @@ fn remedy(address: Bdf, usage: &Usage) -> String {
              fuser --verbose /dev/{disk}"
         ),
         Usage::DefaultRoute { .. } => {
-            "the host would lose its network: give it another default route first (ip route)"
+            "the host reaches the network by it: give it another default \
+                                       route first, and remove this (ip route, ip -6 route)"
                 .to_owned()
         }
         Usage::Interface { name } => format!("take it down first: ip link set {name} down"),
@@ -269,18 +270,13 @@ fn group_not_viable(
         "{} cannot go alone: IOMMU group {group} goes to a guest as a whole, and of it",
         join(&mut asked.iter())
     )?;
-    let widest = blockers.iter().map(|b| b.driver.len()).max().unwrap_or(0);
     for blocker in blockers {
-        write!(
-            f,
-            "\n  {} is with {:widest$}",
-            blocker.address, blocker.driver
-        )?;
-        for (index, usage) in blocker.uses.iter().enumerate() {
-            write!(f, "{} {usage}", if index > 0 { "," } else { "  in use:" })?;
-        }
+        write!(f, "\n  {} is with {}", blocker.address, blocker.driver)?;
         if blocker.is_bridge {
-            f.write_str("  a bridge")?;
+            f.write_str(", a bridge")?;
+        }
+        for (index, usage) in blocker.uses.iter().enumerate() {
+            write!(f, "{} {usage}", if index > 0 { "," } else { ", in use:" })?;
         }
     }
     for bridge in blockers.iter().filter(|b| b.is_bridge) {
