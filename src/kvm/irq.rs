@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
@@ -27,7 +28,7 @@ const PIC_PINS: u32 = 8;
 const TIMER_GSI: u32 = 0;
 const TIMER_PIN: u32 = 2;
 
-/// What the table costs now and did cost at most, for the boot report.
+/// Vectors in use, for the boot report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VectorCount {
     /// Message-signalled vectors routed now.
@@ -36,10 +37,19 @@ pub struct VectorCount {
     pub most: usize,
 }
 
-/// A handle to the owner of the GSI routing table, cheap to clone.
+/// A handle to the owner of the GSI routing table, cheap to clone. A handle counts the vectors that
+/// came through it and its clones.
 #[derive(Clone)]
 pub struct IrqRouter {
     shared: Arc<Shared>,
+    count: Arc<Counter>,
+}
+
+/// Vectors of one handle.
+#[derive(Debug, Default)]
+struct Counter {
+    now: AtomicUsize,
+    most: AtomicUsize,
 }
 
 struct Shared {
@@ -53,7 +63,8 @@ struct Shared {
 struct Table {
     /// The message of GSI `IOAPIC_PINS + index`.
     messages: Vec<Option<MsiMessage>>,
-    count: VectorCount,
+    /// How many of them there are.
+    used: usize,
 }
 
 impl fmt::Debug for IrqRouter {
@@ -77,12 +88,26 @@ impl IrqRouter {
             .map_err(KvmError::ioctl("KVM_SET_GSI_ROUTING", "the VM"))?;
         Ok(Self {
             shared: Arc::new(shared),
+            count: Arc::default(),
         })
     }
 
-    /// How many vectors are in use.
+    /// Another handle to the same table, with a count of its own.
+    #[must_use]
+    pub fn counting_anew(&self) -> Self {
+        Self {
+            shared: self.shared.clone(),
+            count: Arc::default(),
+        }
+    }
+
+    /// How many vectors are in use by way of this handle.
+    #[must_use]
     pub fn vectors(&self) -> VectorCount {
-        self.shared.table().count
+        VectorCount {
+            now: self.count.now.load(Ordering::Relaxed),
+            most: self.count.most.load(Ordering::Relaxed),
+        }
     }
 
     /// A pin of the legacy interrupt controllers that a device holds up or down.
@@ -142,7 +167,7 @@ impl Shared {
             .ok()
             .and_then(|index| index.checked_add(IOAPIC_PINS));
         // KVM wants GSIs below its limit, and no more routes than it.
-        let routes = legacy_routes().len().saturating_add(table.count.now);
+        let routes = legacy_routes().len().saturating_add(table.used);
         let gsi = match gsi {
             Some(gsi) if gsi < self.limit && routes < self.limit as usize => gsi,
             _ => return Err(exhausted),
@@ -159,8 +184,7 @@ impl Shared {
             }
             return Err(kernel("KVM_SET_GSI_ROUTING", error));
         }
-        table.count.now += 1;
-        table.count.most = table.count.most.max(table.count.now);
+        table.used += 1;
         Ok(gsi)
     }
 
@@ -188,7 +212,7 @@ impl Shared {
         let mut table = self.table();
         if let Some(entry) = entry_mut(&mut table, gsi) {
             *entry = None;
-            table.count.now = table.count.now.saturating_sub(1);
+            table.used = table.used.saturating_sub(1);
         }
     }
 }
@@ -257,8 +281,11 @@ impl InterruptRoutes for IrqRouter {
             self.shared.free(gsi);
             return Err(kernel("KVM_IRQFD", error));
         }
+        let now = self.count.now.fetch_add(1, Ordering::Relaxed) + 1;
+        self.count.most.fetch_max(now, Ordering::Relaxed);
         Ok(Arc::new(Vector {
             router: self.shared.clone(),
+            count: self.count.clone(),
             gsi,
             event,
             masked: Mutex::new(false),
@@ -269,6 +296,7 @@ impl InterruptRoutes for IrqRouter {
 /// One vector's way.
 struct Vector {
     router: Arc<Shared>,
+    count: Arc<Counter>,
     gsi: u32,
     event: EventFd,
     masked: Mutex<bool>,
@@ -335,6 +363,7 @@ impl Drop for Vector {
             log::error!("the irqfd of GSI {} stays: {error}", self.gsi);
         }
         self.router.free(self.gsi);
+        self.count.now.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
+use busway_vfio::KvmFiles;
 use kvm_bindings::{
     KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, KVM_DEV_VFIO_FILE_DEL, kvm_create_device,
     kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_VFIO,
@@ -30,22 +31,6 @@ impl KvmVfio {
         Ok(Self { fd })
     }
 
-    /// Adds a VFIO group's or device's file.
-    ///
-    /// # Errors
-    /// The kernel's; `EEXIST` where it was added before.
-    pub fn add(&self, file: BorrowedFd<'_>) -> io::Result<()> {
-        self.set(KVM_DEV_VFIO_FILE_ADD, file)
-    }
-
-    /// Takes a file away, before it is closed.
-    ///
-    /// # Errors
-    /// The kernel's; `ENOENT` where it was not added.
-    pub fn remove(&self, file: BorrowedFd<'_>) -> io::Result<()> {
-        self.set(KVM_DEV_VFIO_FILE_DEL, file)
-    }
-
     fn set(&self, attribute: u32, file: BorrowedFd<'_>) -> io::Result<()> {
         // KVM reads the descriptor's number through the pointer. KVM_DEV_VFIO_FILE is the older
         // KVM_DEV_VFIO_GROUP under a new name, so this serves groups on every kernel.
@@ -57,5 +42,17 @@ impl KvmVfio {
             flags: 0,
         };
         self.fd.set_device_attr(&attribute).map_err(io::Error::from)
+    }
+}
+
+impl KvmFiles for KvmVfio {
+    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        self.set(KVM_DEV_VFIO_FILE_ADD, file)
+    }
+
+    fn remove(&self, file: BorrowedFd<'_>) {
+        if let Err(error) = self.set(KVM_DEV_VFIO_FILE_DEL, file) {
+            log::error!("KVM_DEV_VFIO_FILE_DEL: {error}; the device stays open until the VM ends");
+        }
     }
 }

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::num::NonZero;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -43,17 +44,20 @@ struct Chunk {
 
 impl Ram {
     /// Populates all of RAM; `progress` is told, a few times a second and at the end, how many
-    /// bytes are done.
+    /// bytes are done, and can have it broken off.
     ///
     /// # Errors
     /// [`PrefaultError`], of the first chunk that failed.
-    pub fn prefault(&self, mut progress: impl FnMut(u64)) -> Result<(), PrefaultError> {
+    pub fn prefault(
+        &self,
+        mut progress: impl FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<(), PrefaultError> {
         let chunks = self.chunks();
         let threads = thread::available_parallelism()
             .map_or(1, NonZero::get)
             .min(MOST_THREADS)
             .min(chunks.len());
-        let (next, done, failed) = (
+        let (next, done, stop) = (
             AtomicUsize::new(0),
             AtomicU64::new(0),
             AtomicBool::new(false),
@@ -61,15 +65,15 @@ impl Ram {
         let (finished, result) = mpsc::channel();
         thread::scope(|scope| {
             for _ in 0..threads {
-                let (chunks, next, done, failed) = (&chunks, &next, &done, &failed);
+                let (chunks, next, done, stop) = (&chunks, &next, &done, &stop);
                 let finished = finished.clone();
                 scope.spawn(move || {
                     let mut outcome = Ok(());
-                    while !failed.load(Ordering::Relaxed)
+                    while !stop.load(Ordering::Relaxed)
                         && let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed))
                     {
                         if let Err(source) = populate(chunk) {
-                            failed.store(true, Ordering::Relaxed);
+                            stop.store(true, Ordering::Relaxed);
                             outcome = Err(PrefaultError {
                                 guest: chunk.guest,
                                 source,
@@ -87,11 +91,16 @@ impl Ram {
             loop {
                 match result.recv_timeout(TICK) {
                     Ok(one) => outcome = outcome.and(one),
-                    Err(RecvTimeoutError::Timeout) => progress(done.load(Ordering::Relaxed)),
+                    Err(RecvTimeoutError::Timeout) => {
+                        if progress(done.load(Ordering::Relaxed)).is_break() {
+                            stop.store(true, Ordering::Relaxed);
+                        }
+                    }
                     Err(RecvTimeoutError::Disconnected) => break,
                 }
             }
-            progress(done.load(Ordering::Relaxed));
+            // It is over either way.
+            let _ = progress(done.load(Ordering::Relaxed));
             outcome
         })
     }
@@ -161,7 +170,11 @@ mod tests {
         };
         let ram = Ram::new(&config, false).unwrap();
         let mut last = 0;
-        ram.prefault(|done| last = done).unwrap();
+        ram.prefault(|done| {
+            last = done;
+            ControlFlow::Continue(())
+        })
+        .unwrap();
         assert_eq!(last, config.size);
         for region in ram.mappings() {
             let mut resident = vec![0_u8; region.size() / 4096];

@@ -3,11 +3,12 @@
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use super::{GuestRam, RamMap, Region, layout};
 use crate::config::MemoryConfig;
@@ -147,9 +148,25 @@ impl Ram {
 
     /// RAM as regions for the list.
     pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
+        self.regions.iter().map(|region| {
+            let name = match region.start_addr().0 {
+                layout::HIGH_RAM_START.. => "guest RAM above 4 GiB",
+                _ => "guest RAM below 4 GiB",
+            };
+            Arc::new(Region::ram(name, region.clone()))
+        })
+    }
+
+    /// Where RAM is mapped in this process.
+    #[must_use]
+    pub fn host_ranges(&self) -> Vec<Range<usize>> {
         self.regions
             .iter()
-            .map(|region| Arc::new(Region::ram("RAM", region.clone())))
+            .map(|region| {
+                let start = region.as_ptr() as usize;
+                start..start + region.size()
+            })
+            .collect()
     }
 
     /// The mappings, in ascending order.
