@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod kvm;
+pub mod machine;
 pub mod memory;
 pub mod report;
 pub mod virtio;

@@ -13,6 +13,7 @@ use super::schema::{self, Section};
 use super::words::{Place, Wrong};
 use super::{DIAGNOSTICS, file, progress};
 use crate::config::{ConsoleConfig, VmConfig};
+use crate::machine::{self, Ended};
 use crate::report::{Report, Stage};
 
 /// What `busway run` takes.
@@ -155,6 +156,8 @@ Exit status: 0 the guest powered off; 1 it failed while running; 2 bad usage or 
 
 /// Runs a guest until its end.
 pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(), Failure> {
+    // Threads start below, and the signals that end a VM are the machine's.
+    machine::block_signals();
     let config = args.config().map_err(Failure::usage)?;
     let publication = Publication {
         file: args.report.clone(),
@@ -175,11 +178,13 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
     ended
 }
 
-fn boot(_config: &VmConfig, _report: &Report) -> Result<(), Failure> {
-    Err(Failure::new(
-        super::RUNTIME,
-        "this build has no machine to run",
-    ))
+fn boot(config: &VmConfig, report: &Report) -> Result<(), Failure> {
+    match machine::run(config, report) {
+        Ok(Ended::PowerOff) => log::info!("the guest powered off"),
+        Ok(Ended::Quit) => log::info!("left by the console's escape key"),
+        Err(error) => return Err(Failure::new(error.exit_status(), error)),
+    }
+    Ok(())
 }
 
 /// Why there is no configuration.
