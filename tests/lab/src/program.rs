@@ -1,0 +1,48 @@
+//! The Busway binary as the emulated host runs it.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+/// The cargo profile to build with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Optimised, with every overflow and debug assertion checked: for tests.
+    Lab,
+    /// As users have it: for measuring.
+    Release,
+}
+
+/// Builds `busway` as a static program, so that it runs in the emulated host whatever C library this
+/// machine has, and returns its path.
+pub fn build_busway(profile: Profile) -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    let profile = match profile {
+        Profile::Lab => "lab",
+        Profile::Release => "release",
+    };
+    let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."))
+        .env(
+            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
+            "-C target-feature=+crt-static",
+        )
+        .args(["build", "--quiet", "--package", "busway", "--bin", "busway"])
+        .args(["--target", TARGET, "--profile", profile])
+        .args(["--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!("cargo could not build busway");
+    }
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == "busway")
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .context("cargo built no program named busway")
+}
