@@ -5,11 +5,13 @@
 //! what came of them as data. When the `Host` is dropped, or this process dies, nothing is left.
 
 mod agent;
+mod binding;
 mod config;
 mod cpio;
 mod guest;
 mod host;
 mod job;
+mod lab;
 mod parts;
 mod process;
 mod program;
@@ -25,6 +27,7 @@ pub use config::{HostConfig, Iommu, Kernel};
 pub use guest::{GuestKernel, GuestResult, GuestRun, RunningGuest, Vmm};
 pub use host::Host;
 pub use job::{Job, Output};
+pub use lab::Lab;
 pub use parts::{Extent, Parts};
 pub use program::{Profile, build_busway};
 pub use qmp::Qmp;

@@ -1,0 +1,107 @@
+//! The lab itself: both hosts have what VFIO stands on, and a guest of QEMU's gets a drive there.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use anyhow::{Result, ensure};
+use busway_lab::{Device, GuestRun, Host, HostConfig, Iommu, Kernel, Lab, Vmm};
+
+use crate::Proof;
+
+pub(crate) const PROOFS: &[Proof] = &[
+    (
+        "stock_host_has_kvm_vfio_and_a_group_for_each_device",
+        stock_host,
+    ),
+    (
+        "stock_host_gives_qemu_guest_a_drive_that_keeps_its_data",
+        qemu_guest_drive,
+    ),
+    ("small_host_has_iommufd", small_host),
+    ("small_host_has_the_amd_iommu", amd_host),
+    ("nothing_is_left_running", nothing_left),
+];
+
+fn zoo(kernel: Kernel) -> HostConfig {
+    HostConfig::new(kernel)
+        .device(Device::nvme("nv0", 256))
+        .device(Device::e1000e("nic0"))
+}
+
+/// Each device of the zoo is alone in its IOMMU group.
+fn check_groups(host: &Host) -> Result<()> {
+    let mut groups = BTreeSet::new();
+    for id in ["nv0", "nic0"] {
+        let address = host.address(id)?;
+        let members = host.run(&format!(
+            "ls /sys/bus/pci/devices/{address}/iommu_group/devices"
+        ))?;
+        ensure!(members.trim() == address, "{id}'s group has {members}");
+        groups.insert(host.run(&format!(
+            "readlink /sys/bus/pci/devices/{address}/iommu_group"
+        ))?);
+    }
+    ensure!(groups.len() == 2, "the devices share a group");
+    Ok(())
+}
+
+fn stock_host(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Stock))?;
+    host.run("test -c /dev/kvm && test -c /dev/vfio/vfio && ! test -e /dev/iommu")?;
+    ensure!(host.driver(&host.address("nv0")?)?.as_deref() == Some("nvme"));
+    ensure!(host.driver(&host.address("nic0")?)?.as_deref() == Some("e1000e"));
+    check_groups(host)
+}
+
+fn small_host(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Small))?;
+    host.run("test -c /dev/kvm && test -c /dev/vfio/vfio && test -c /dev/iommu")?;
+    check_groups(host)
+}
+
+fn amd_host(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Small).iommu(Iommu::Amd))?;
+    host.run("test -c /dev/kvm && test -c /dev/iommu")?;
+    check_groups(host)
+}
+
+fn qemu_guest_drive(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Stock))?;
+    let address = host.address("nv0")?;
+    let verify = "fio --name=verify --rw=write --bs=64k --size=32m --direct=1 --ioengine=io_uring \
+                  --iodepth=8 --verify=crc32c --minimal --filename=";
+    host.bind_by_hand(&address)?;
+    let run = GuestRun::new(Vmm::Qemu)
+        .device(&address)
+        .programs()
+        .script(&format!(
+            "value serial $(cat /sys/class/nvme/nvme0/serial)\n\
+         {verify}/dev/nvme0n1 --do_verify=1 >/dev/null\n\
+         sync\n"
+        ));
+    let result = host.guest(&run)?.success()?;
+    println!("guest's first program after {:?}", result.boot_time());
+    ensure!(result.value("serial")? == "NV0");
+    host.unbind_by_hand(&address)?;
+    host.run(&format!(
+        "udevadm settle; {verify}/dev/nvme0n1 --verify_only=1"
+    ))?;
+    Ok(())
+}
+
+/// After a host is stopped, no process on this machine has its scratch folder on its command line.
+fn nothing_left(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Stock))?;
+    let scratch = host
+        .share()
+        .parent()
+        .map(|path| path.display().to_string())
+        .unwrap_or_default();
+    lab.stop();
+    for entry in fs::read_dir("/proc")? {
+        let cmdline = fs::read_to_string(entry?.path().join("cmdline")).unwrap_or_default();
+        ensure!(!cmdline.contains(&scratch), "still running: {cmdline}");
+    }
+    ensure!(!fs::exists(&scratch)?, "{scratch} is still there");
+    Ok(())
+}
