@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -50,6 +50,7 @@ pub struct GuestRun {
     cmdline: String,
     arguments: Vec<String>,
     programs: bool,
+    files: Vec<(String, PathBuf)>,
     script: String,
     limit: Duration,
 }
@@ -66,6 +67,7 @@ impl GuestRun {
             cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
             arguments: Vec::new(),
             programs: false,
+            files: Vec::new(),
             script: String::new(),
             limit: Duration::from_secs(600),
         }
@@ -114,6 +116,12 @@ impl GuestRun {
         self
     }
 
+    /// Puts a file of this machine, such as a static program, into the guest: `bin/lab-io`.
+    pub fn file(mut self, inside: &str, outside: &Path) -> Self {
+        self.files.push((inside.to_owned(), outside.to_owned()));
+        self
+    }
+
     /// What the guest does.
     pub fn script(mut self, script: &str) -> Self {
         self.script = script.to_owned();
@@ -124,6 +132,21 @@ impl GuestRun {
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
+    }
+
+    /// The initramfs segment of the guest's own.
+    fn segment(&self) -> Result<Vec<u8>> {
+        let mut files = vec![("script", self.script.clone().into_bytes())];
+        for (inside, outside) in &self.files {
+            let content = fs::read(outside);
+            let content = content.with_context(|| format!("reading {}", outside.display()))?;
+            files.push((inside, content));
+        }
+        Ok(cpio::archive(
+            files
+                .iter()
+                .map(|(name, content)| (*name, content.as_slice())),
+        ))
     }
 
     fn command(&self, kernel: &str, initramfs: &str, report: &str) -> Vec<String> {
@@ -213,10 +236,7 @@ impl Host {
     pub fn start_guest(&self, run: &GuestRun) -> Result<RunningGuest<'_>> {
         let folder = self.job_folder()?;
         let inside = folder.inside();
-        fs::write(
-            folder.path.join("script.cpio"),
-            cpio::archive([("script", run.script.as_bytes())]),
-        )?;
+        fs::write(folder.path.join("script.cpio"), run.segment()?)?;
         fs::write(folder.path.join("guest-run"), include_str!("guest-run.sh"))?;
         let parts = self.parts();
         let kernel = match run.kernel {

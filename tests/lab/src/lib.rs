@@ -29,7 +29,7 @@ pub use host::Host;
 pub use job::{Job, Output};
 pub use lab::Lab;
 pub use parts::{Extent, Parts};
-pub use program::{Profile, build_busway};
+pub use program::{Profile, build_busway, build_static};
 pub use qmp::Qmp;
 pub use server::{DataServer, Upload};
 pub use snapshot::{Mapping, Snapshot, Thread};
