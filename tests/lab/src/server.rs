@@ -57,12 +57,12 @@ impl DataServer {
 
     /// The URL, for a guest, of so many bytes grown from a seed.
     pub fn url(&self, bytes: u64, seed: u64) -> String {
-        format!("http://{GATEWAY}:{}/{bytes}/{seed}", self.address.port())
+        format!("http://{GATEWAY}:{}/{bytes}/{seed}", self.port())
     }
 
-    /// The URL that takes uploads.
-    pub fn upload_url(&self) -> String {
-        format!("http://{GATEWAY}:{}/", self.address.port())
+    /// The port on which [`GATEWAY`] takes downloads and uploads.
+    pub fn port(&self) -> u16 {
+        self.address.port()
     }
 
     /// The SHA-256 of so many bytes grown from a seed, in hexadecimal.

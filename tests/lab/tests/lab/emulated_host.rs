@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Result, ensure};
-use busway_lab::{Device, GuestRun, Host, HostConfig, Iommu, Kernel, Lab, Vmm};
+use busway_lab::{
+    DataServer, Device, GATEWAY, GuestKernel, GuestRun, Host, HostConfig, Iommu, Kernel, Lab,
+    Upload, Vmm,
+};
 
 use crate::Proof;
 
@@ -17,7 +20,15 @@ pub(crate) const PROOFS: &[Proof] = &[
         "stock_host_gives_qemu_guest_a_drive_that_keeps_its_data",
         qemu_guest_drive,
     ),
+    (
+        "stock_host_gives_qemu_guest_a_nic_that_moves_data_both_ways",
+        qemu_guest_nic,
+    ),
     ("small_host_has_iommufd", small_host),
+    (
+        "small_host_boots_the_small_kernel_as_elf_and_counts_at_marks",
+        qemu_guest_marks,
+    ),
     ("small_host_has_the_amd_iommu", amd_host),
     ("nothing_is_left_running", nothing_left),
 ];
@@ -86,6 +97,71 @@ fn qemu_guest_drive(lab: &mut Lab) -> Result<()> {
     host.run(&format!(
         "udevadm settle; {verify}/dev/nvme0n1 --verify_only=1"
     ))?;
+    Ok(())
+}
+
+fn qemu_guest_nic(lab: &mut Lab) -> Result<()> {
+    const BYTES: u64 = 1_000_000;
+    let host = lab.host(&zoo(Kernel::Stock))?;
+    let address = host.address("nic0")?;
+    let server = DataServer::start()?;
+    host.bind_by_hand(&address)?;
+    let run = GuestRun::new(Vmm::Qemu).device(&address).script(&format!(
+        "dhcp eth0\n\
+         wget -q -O /data {}\n\
+         value sha256 $(sha256sum </data)\n\
+         value echoed $(upload {GATEWAY} {} /data)\n",
+        server.url(BYTES, 1),
+        server.port(),
+    ));
+    let result = host.guest(&run)?.success()?;
+    host.unbind_by_hand(&address)?;
+    let sha256 = DataServer::sha256(BYTES, 1);
+    ensure!(result.value("sha256")?.starts_with(&sha256));
+    ensure!(result.value("echoed")? == sha256);
+    ensure!(
+        server.uploads()
+            == [Upload {
+                bytes: BYTES,
+                sha256
+            }]
+    );
+    Ok(())
+}
+
+fn qemu_guest_marks(lab: &mut Lab) -> Result<()> {
+    const MEMORY: u64 = 256;
+    let host = lab.host(&zoo(Kernel::Small))?;
+    let run = GuestRun::new(Vmm::Qemu)
+        .kernel(GuestKernel::SmallElf)
+        .memory_mib(MEMORY)
+        .cpus(2)
+        .script("mark first\nmark memory\nnproc | block processors\n");
+    let result = host.guest(&run)?.success()?;
+    println!("guest's first program after {:?}", result.boot_time());
+    ensure!(result.block("processors")?.trim() == "2");
+    let (first, memory) = (&result.marks["first"], &result.marks["memory"]);
+    ensure!(
+        memory.since(first, "exits").is_some_and(|exits| exits > 0),
+        "no exit counted"
+    );
+    ensure!(
+        memory
+            .threads
+            .iter()
+            .filter(|thread| thread.name.ends_with("/KVM"))
+            .count()
+            == 2
+    );
+    ensure!(first.mappings.is_empty());
+    ensure!(
+        memory.mappings.iter().any(|each| each.size >= MEMORY << 10),
+        "no guest memory"
+    );
+    ensure!(
+        (1000..MEMORY << 10).contains(&memory.own_pss(MEMORY)),
+        "no memory of QEMU's own"
+    );
     Ok(())
 }
 
