@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use busway_lab::{
     DataServer, Device, GATEWAY, GuestKernel, GuestRun, Host, HostConfig, Iommu, Kernel, Lab,
     Upload, Vmm,
@@ -30,7 +32,12 @@ pub(crate) const PROOFS: &[Proof] = &[
         qemu_guest_marks,
     ),
     ("small_host_has_the_amd_iommu", amd_host),
-    ("nothing_is_left_running", nothing_left),
+    (
+        "small_host_makes_virtual_functions_each_alone_in_its_group",
+        virtual_functions,
+    ),
+    ("nothing_is_left_after_a_host_is_dropped", nothing_left),
+    ("nothing_runs_on_after_its_owner_is_killed", killed_owner),
 ];
 
 fn zoo(kernel: Kernel) -> HostConfig {
@@ -165,19 +172,83 @@ fn qemu_guest_marks(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// After a host is stopped, no process on this machine has its scratch folder on its command line.
+fn virtual_functions(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&HostConfig::new(Kernel::Small).device(Device::igb("igb0")))?;
+    let functions = host.virtual_functions("igb0", 2)?;
+    ensure!(functions.len() == 2);
+    for function in functions {
+        let group = format!("/sys/bus/pci/devices/{function}/iommu_group/devices");
+        ensure!(host.run(&format!("ls {group}"))?.trim() == function);
+        ensure!(host.driver(&function)?.as_deref() == Some("igbvf"));
+    }
+    Ok(())
+}
+
+/// The processes of this machine whose command line contains these words.
+fn processes(words: &str) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Ok(id) = entry.file_name().to_string_lossy().parse() else {
+            continue;
+        };
+        // A process can end while the folder is read.
+        let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if String::from_utf8_lossy(&cmdline).contains(words) {
+            found.push(id);
+        }
+    }
+    Ok(found)
+}
+
 fn nothing_left(lab: &mut Lab) -> Result<()> {
-    let host = lab.host(&zoo(Kernel::Stock))?;
+    let host = lab.host(&zoo(Kernel::Small))?;
     let scratch = host
         .share()
         .parent()
-        .map(|path| path.display().to_string())
-        .unwrap_or_default();
+        .context("the share is in a folder")?
+        .to_owned();
+    let words = scratch.display().to_string();
+    ensure!(processes(&words)? == [host.qemu_pid()]);
     lab.stop();
-    for entry in fs::read_dir("/proc")? {
-        let cmdline = fs::read_to_string(entry?.path().join("cmdline")).unwrap_or_default();
-        ensure!(!cmdline.contains(&scratch), "still running: {cmdline}");
-    }
-    ensure!(!fs::exists(&scratch)?, "{scratch} is still there");
+    ensure!(processes(&words)?.is_empty(), "QEMU is still running");
+    ensure!(!scratch.exists(), "{words} is still there");
+    Ok(())
+}
+
+fn killed_owner(lab: &mut Lab) -> Result<()> {
+    lab.stop();
+    let mut owner = Command::new(env!("CARGO_BIN_EXE_lab"))
+        .args([
+            "run",
+            "--kernel",
+            "small",
+            "--without-busway",
+            "--",
+            "echo up; sleep infinity",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut line = String::new();
+    BufReader::new(owner.stdout.take().context("a pipe")?).read_line(&mut line)?;
+    let scratch = format!("busway-lab/run/{}-", owner.id());
+    let qemu = processes(&scratch)?;
+    owner.kill()?;
+    owner.wait()?;
+    ensure!(
+        line == "up\n" && qemu.len() == 1,
+        "the host did not come up"
+    );
+    // tail ends when the process that it is told of does.
+    let gone = Command::new("timeout")
+        .args([
+            "60",
+            "tail",
+            &format!("--pid={}", qemu[0]),
+            "-f",
+            "/dev/null",
+        ])
+        .status()?;
+    ensure!(gone.success(), "QEMU outlives the process that started it");
     Ok(())
 }
