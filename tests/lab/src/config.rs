@@ -1,6 +1,7 @@
 //! What an emulated host is made of.
 
 use std::fs;
+use std::time::Duration;
 
 use crate::zoo::Device;
 
@@ -128,6 +129,14 @@ impl Accelerator {
             true => Self::Kvm,
             false => Self::Tcg,
         }
+    }
+
+    /// How long a boot may take, on a machine that is slow and busy with other things.
+    pub(crate) fn patience(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Kvm => 120,
+            Self::Tcg => 600,
+        })
     }
 
     pub(crate) fn arguments(self) -> &'static [&'static str] {

@@ -20,9 +20,6 @@ use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::zoo;
 
-/// How long a boot may take, on a machine that is slow and busy with other things.
-const BOOT: Duration = Duration::from_secs(600);
-
 /// A running emulated host. Whatever becomes of this process, QEMU ends with it.
 #[derive(Debug)]
 pub struct Host {
@@ -137,7 +134,7 @@ impl Host {
         let qemu = Qemu(child);
         let agent = Agent::new(line, logs)?;
         let qmp = Qmp::new(monitor).map_err(|_| agent.death("QEMU started"))?;
-        agent.wait_ready(BOOT)?;
+        agent.wait_ready(accelerator.patience())?;
         Ok(Self {
             qemu,
             agent,

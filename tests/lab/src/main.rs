@@ -117,8 +117,18 @@ impl HostArgs {
     }
 }
 
-fn main() -> Result<ExitCode> {
-    match Cli::parse().command {
+/// The exit status when it is the lab that failed, and not the command in it.
+const LAB_FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    execute(Cli::parse().command).unwrap_or_else(|error| {
+        eprintln!("lab: error: {error:#}");
+        ExitCode::from(LAB_FAILED)
+    })
+}
+
+fn execute(command: Command) -> Result<ExitCode> {
+    match command {
         Command::Setup { stock } => {
             Parts::prepare(if stock { Extent::Stock } else { Extent::Full })?;
             Ok(ExitCode::SUCCESS)
