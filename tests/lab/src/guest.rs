@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -50,6 +50,7 @@ pub struct GuestRun {
     cmdline: String,
     arguments: Vec<String>,
     programs: bool,
+    files: Vec<(String, PathBuf)>,
     script: String,
     limit: Duration,
 }
@@ -66,6 +67,7 @@ impl GuestRun {
             cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
             arguments: Vec::new(),
             programs: false,
+            files: Vec::new(),
             script: String::new(),
             limit: Duration::from_secs(600),
         }
@@ -111,6 +113,12 @@ impl GuestRun {
     /// Gives the guest Debian's `fio` and `lspci`, at the price of 57 MB more of initramfs.
     pub fn programs(mut self) -> Self {
         self.programs = true;
+        self
+    }
+
+    /// Puts a file of this machine into the guest, at a path relative to its root.
+    pub fn file(mut self, inside: &str, path: &Path) -> Self {
+        self.files.push((inside.to_owned(), path.to_owned()));
         self
     }
 
@@ -213,10 +221,16 @@ impl Host {
     pub fn start_guest(&self, run: &GuestRun) -> Result<RunningGuest<'_>> {
         let folder = self.job_folder()?;
         let inside = folder.inside();
-        fs::write(
-            folder.path.join("script.cpio"),
-            cpio::archive([("script", run.script.as_bytes())]),
-        )?;
+        let mut files = vec![("script", run.script.clone().into_bytes())];
+        for (inside, path) in &run.files {
+            let content = fs::read(path);
+            files.push((
+                inside,
+                content.with_context(|| format!("reading {}", path.display()))?,
+            ));
+        }
+        let segment = cpio::archive(files.iter().map(|(name, bytes)| (*name, bytes.as_slice())));
+        fs::write(folder.path.join("script.cpio"), segment)?;
         fs::write(folder.path.join("guest-run"), include_str!("guest-run.sh"))?;
         let parts = self.parts();
         let kernel = match run.kernel {

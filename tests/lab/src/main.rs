@@ -1,5 +1,7 @@
 //! `scripts/lab`: the emulated host by hand.
 
+mod demo;
+
 use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -35,6 +37,8 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// A guest with an NVMe drive and a NIC, beside a virtio disk and NIC: `scripts/demo`.
+    Demo(demo::DemoArgs),
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -108,6 +112,7 @@ impl HostArgs {
 
 fn main() -> Result<ExitCode> {
     match Cli::parse().command {
+        Command::Demo(arguments) => demo::run(&arguments),
         Command::Setup { stock } => {
             Parts::prepare(if stock { Extent::Stock } else { Extent::Full })?;
             Ok(ExitCode::SUCCESS)

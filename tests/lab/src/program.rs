@@ -16,9 +16,18 @@ pub enum Profile {
     Release,
 }
 
-/// Builds `busway` as a static program, so that it runs in the emulated host whatever C library this
-/// machine has, and returns its path.
+/// Builds `busway`, and returns its path.
 pub fn build_busway(profile: Profile) -> Result<PathBuf> {
+    build("busway", "busway", profile)
+}
+
+/// Builds `lab-io`, which writes and verifies whole drives, and returns its path.
+pub fn build_lab_io() -> Result<PathBuf> {
+    build("busway-lab", "lab-io", Profile::Lab)
+}
+
+/// Builds a static program, so that it runs in the emulated host whatever C library this machine has.
+fn build(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let profile = match profile {
         Profile::Lab => "lab",
@@ -30,19 +39,19 @@ pub fn build_busway(profile: Profile) -> Result<PathBuf> {
             "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
             "-C target-feature=+crt-static",
         )
-        .args(["build", "--quiet", "--package", "busway", "--bin", "busway"])
+        .args(["build", "--quiet", "--package", package, "--bin", program])
         .args(["--target", TARGET, "--profile", profile])
         .args(["--message-format", "json-render-diagnostics"])
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run cargo")?;
     if !output.status.success() {
-        bail!("cargo could not build busway");
+        bail!("cargo could not build {program}");
     }
     String::from_utf8_lossy(&output.stdout)
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "busway")
+        .filter(|message| message["target"]["name"] == program)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo built no program named busway")
+        .with_context(|| format!("cargo built no program named {program}"))
 }
