@@ -116,9 +116,9 @@ impl GuestRun {
         self
     }
 
-    /// Puts a file of this machine into the guest, at a path relative to its root.
-    pub fn file(mut self, inside: &str, path: &Path) -> Self {
-        self.files.push((inside.to_owned(), path.to_owned()));
+    /// Puts a file of this machine, such as a static program, into the guest: `bin/lab-io`.
+    pub fn file(mut self, inside: &str, outside: &Path) -> Self {
+        self.files.push((inside.to_owned(), outside.to_owned()));
         self
     }
 
@@ -132,6 +132,21 @@ impl GuestRun {
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
+    }
+
+    /// The initramfs segment of the guest's own.
+    fn segment(&self) -> Result<Vec<u8>> {
+        let mut files = vec![("script", self.script.clone().into_bytes())];
+        for (inside, outside) in &self.files {
+            let content = fs::read(outside);
+            let content = content.with_context(|| format!("reading {}", outside.display()))?;
+            files.push((inside, content));
+        }
+        Ok(cpio::archive(
+            files
+                .iter()
+                .map(|(name, content)| (*name, content.as_slice())),
+        ))
     }
 
     fn command(&self, kernel: &str, initramfs: &str, report: &str) -> Vec<String> {
@@ -221,16 +236,7 @@ impl Host {
     pub fn start_guest(&self, run: &GuestRun) -> Result<RunningGuest<'_>> {
         let folder = self.job_folder()?;
         let inside = folder.inside();
-        let mut files = vec![("script", run.script.clone().into_bytes())];
-        for (inside, path) in &run.files {
-            let content = fs::read(path);
-            files.push((
-                inside,
-                content.with_context(|| format!("reading {}", path.display()))?,
-            ));
-        }
-        let segment = cpio::archive(files.iter().map(|(name, bytes)| (*name, bytes.as_slice())));
-        fs::write(folder.path.join("script.cpio"), segment)?;
+        fs::write(folder.path.join("script.cpio"), run.segment()?)?;
         fs::write(folder.path.join("guest-run"), include_str!("guest-run.sh"))?;
         let parts = self.parts();
         let kernel = match run.kernel {

@@ -48,30 +48,68 @@ impl Drop for Qemu {
     }
 }
 
+/// Where the host's console is shown; a log keeps it in either case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Console {
+    Log,
+    Terminal,
+}
+
+impl Console {
+    fn arguments(self, log: &Path) -> [String; 4] {
+        let log = log.display();
+        let line = match self {
+            Self::Log => format!("file,id=console,path={log}"),
+            Self::Terminal => format!("stdio,id=console,signal=off,logfile={log}"),
+        };
+        let port = "isa-serial,index=0,chardev=console";
+        [
+            "-chardev".to_owned(),
+            line,
+            "-device".to_owned(),
+            port.to_owned(),
+        ]
+    }
+}
+
 impl Host {
     /// Boots a host, making what the lab lacks first, and returns when its agent answers.
     pub fn boot(config: HostConfig) -> Result<Self> {
+        Self::boot_on(config, Console::Log)
+    }
+
+    /// Boots a host whose console is this process's terminal.
+    pub fn boot_on_terminal(config: HostConfig) -> Result<Self> {
+        Self::boot_on(config, Console::Terminal)
+    }
+
+    fn boot_on(config: HostConfig, console: Console) -> Result<Self> {
         let parts = Parts::prepare(match config.kernel {
             Kernel::Stock => Extent::Stock,
             Kernel::Small => Extent::Full,
         })?;
         match Accelerator::detect() {
-            Accelerator::Kvm => Self::boot_nested(&config, &parts).or_else(|error| {
+            Accelerator::Kvm => Self::boot_nested(&config, &parts, console).or_else(|error| {
                 eprintln!("lab: this machine's KVM does not nest after all: {error:#}");
-                Self::boot_with(&config, &parts, Accelerator::Tcg)
+                Self::boot_with(&config, &parts, console, Accelerator::Tcg)
             }),
-            Accelerator::Tcg => Self::boot_with(&config, &parts, Accelerator::Tcg),
+            Accelerator::Tcg => Self::boot_with(&config, &parts, console, Accelerator::Tcg),
         }
     }
 
-    fn boot_nested(config: &HostConfig, parts: &Parts) -> Result<Self> {
-        let host = Self::boot_with(config, parts, Accelerator::Kvm)?;
+    fn boot_nested(config: &HostConfig, parts: &Parts, console: Console) -> Result<Self> {
+        let host = Self::boot_with(config, parts, console, Accelerator::Kvm)?;
         host.run("test -c /dev/kvm")
             .context("the emulated host has no /dev/kvm")?;
         Ok(host)
     }
 
-    fn boot_with(config: &HostConfig, parts: &Parts, accelerator: Accelerator) -> Result<Self> {
+    fn boot_with(
+        config: &HostConfig,
+        parts: &Parts,
+        console: Console,
+        accelerator: Accelerator,
+    ) -> Result<Self> {
         let scratch = Scratch::new(&parts.cache)?;
         let folder = scratch.path();
         fs::create_dir_all(folder.join("share/jobs"))?;
@@ -85,13 +123,15 @@ impl Host {
         let mut command = qemu_command(parts);
         command
             .args(machine_arguments(config, parts, accelerator, folder))
+            .args(console.arguments(&logs[0]))
             .args(line_arguments("agent", &agent_end))
             .args(["-device", "isa-serial,index=1,chardev=agent"])
             .args(line_arguments("qmp", &qmp_end))
             .args(["-mon", "chardev=qmp,mode=control"])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
             .stderr(log);
+        if console == Console::Log {
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+        }
         let child = spawn_bound(command, vec![agent_end.into(), qmp_end.into()])
             .context("cannot start the lab's QEMU")?;
         let qemu = Qemu(child);
@@ -258,7 +298,6 @@ fn machine_arguments(
         format!("local,path={path},mount_tag={tag},security_model=none,multidevs=remap{more}")
     };
     let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let console = format!("file:{}/console.log", scratch.display());
 
     let mut arguments: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
@@ -281,7 +320,7 @@ fn machine_arguments(
         "-initrd",
         &parts.images.join("host.img").display().to_string(),
     ]);
-    add(&["-append", &cmdline, "-serial", &console]);
+    add(&["-append", &cmdline]);
     add(config.iommu.arguments());
     add(&["-virtfs", &folder("cache", &parts.cache, ",readonly=on")]);
     add(&["-virtfs", &folder("project", &project, ",readonly=on")]);

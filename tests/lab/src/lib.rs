@@ -30,7 +30,7 @@ pub use host::Host;
 pub use job::{Job, Output};
 pub use lab::Lab;
 pub use parts::{Extent, Parts};
-pub use program::{Profile, build_busway, build_lab_io};
+pub use program::{Profile, build_busway, build_lab_io, build_static};
 pub use qmp::Qmp;
 pub use server::{DataServer, Upload};
 pub use snapshot::{Mapping, Snapshot, Thread};

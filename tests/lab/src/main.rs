@@ -1,6 +1,7 @@
 //! `scripts/lab`: the emulated host by hand.
 
 mod demo;
+mod terminal;
 
 use std::io;
 use std::process::ExitCode;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 use busway_lab::{Device, Extent, Host, HostConfig, Iommu, Kernel, Parts, Profile, build_busway};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use terminal::Terminal;
 
 /// The emulated host: VFIO, KVM and an IOMMU on any machine.
 #[derive(Debug, Parser)]
@@ -39,6 +41,11 @@ enum Command {
     },
     /// A guest with an NVMe drive and a NIC, beside a virtio disk and NIC: `scripts/demo`.
     Demo(demo::DemoArgs),
+    /// Boots the emulated host with a shell of its own on this terminal; the shell's end is the host's.
+    Shell {
+        #[command(flatten)]
+        host: HostArgs,
+    },
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -79,7 +86,7 @@ struct HostArgs {
 }
 
 impl HostArgs {
-    fn boot(&self) -> Result<Host> {
+    fn config(&self) -> Result<HostConfig> {
         let kernel = match self.kernel {
             KernelArg::Stock => Kernel::Stock,
             KernelArg::Small => Kernel::Small,
@@ -98,21 +105,23 @@ impl HostArgs {
                 Device::parse(&format!("dev{number}"), text).map_err(anyhow::Error::msg)?;
             config = config.device(device);
         }
-        let busway = match self.without_busway {
-            true => None,
-            false => Some(build_busway(Profile::Lab)?),
-        };
-        let host = Host::boot(config)?;
-        if let Some(busway) = busway {
-            host.install(&busway)?;
+        Ok(config)
+    }
+
+    fn boot(&self, boot: fn(HostConfig) -> Result<Host>) -> Result<Host> {
+        let config = self.config()?;
+        if self.without_busway {
+            return boot(config);
         }
+        let busway = build_busway(Profile::Lab)?;
+        let host = boot(config)?;
+        host.install(&busway)?;
         Ok(host)
     }
 }
 
 fn main() -> Result<ExitCode> {
     match Cli::parse().command {
-        Command::Demo(arguments) => demo::run(&arguments),
         Command::Setup { stock } => {
             Parts::prepare(if stock { Extent::Stock } else { Extent::Full })?;
             Ok(ExitCode::SUCCESS)
@@ -121,12 +130,32 @@ fn main() -> Result<ExitCode> {
             host,
             limit,
             command,
-        } => {
-            let host = host.boot()?;
-            let job = host.spawn(&command.join(" "))?;
-            let limit = Duration::from_secs(limit);
-            let status = job.follow(limit, &mut io::stdout(), &mut io::stderr())?;
-            Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
-        }
+        } => run(&host, limit, &command.join(" ")),
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Shell { host } => shell(&host),
     }
+}
+
+fn run(host: &HostArgs, limit: u64, command: &str) -> Result<ExitCode> {
+    let host = host.boot(Host::boot)?;
+    let job = host.spawn(command)?;
+    let status = job.follow(
+        Duration::from_secs(limit),
+        &mut io::stdout(),
+        &mut io::stderr(),
+    )?;
+    Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
+}
+
+fn shell(host: &HostArgs) -> Result<ExitCode> {
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    const SHELL: &str = "stty -F /dev/ttyS0 sane; cd; TERM=vt100 exec setsid --wait --ctty \
+                         bash -i <>/dev/ttyS0 >&0 2>&1";
+    // QEMU restores the terminal when it powers off, but not when it is killed.
+    let terminal = Terminal::save();
+    let host = host.boot(Host::boot_on_terminal)?;
+    let status = host.spawn(SHELL)?.wait(DAY)?.status;
+    host.power_off()?;
+    drop(terminal);
+    Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
 }

@@ -1,4 +1,4 @@
-//! The Busway binary as the emulated host runs it.
+//! The workspace's programs, as the emulated host and its guests run them.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -18,16 +18,17 @@ pub enum Profile {
 
 /// Builds `busway`, and returns its path.
 pub fn build_busway(profile: Profile) -> Result<PathBuf> {
-    build("busway", "busway", profile)
+    build_static("busway", "busway", profile)
 }
 
 /// Builds `lab-io`, which writes and verifies whole drives, and returns its path.
 pub fn build_lab_io() -> Result<PathBuf> {
-    build("busway-lab", "lab-io", Profile::Lab)
+    build_static("busway-lab", "lab-io", Profile::Lab)
 }
 
-/// Builds a static program, so that it runs in the emulated host whatever C library this machine has.
-fn build(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
+/// Builds a program of the workspace, static so that it runs whatever C library is there, and
+/// returns its path.
+pub fn build_static(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let profile = match profile {
         Profile::Lab => "lab",
