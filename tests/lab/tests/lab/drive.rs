@@ -211,9 +211,10 @@ impl Face {
     }
 }
 
-/// Extended capabilities that a guest does not see, as `docs/design.md` lists them: SR-IOV, ARI, ATS,
-/// PRI, PASID, resizable BARs, and L1 substates and DPC, which belong to the host's own link.
-const HIDDEN: &[u16] = &[0x10, 0x0e, 0x0f, 0x13, 0x1b, 0x15, 0x24, 0x1e, 0x1d];
+/// Extended capabilities that a guest does not see: the list in `docs/design.md`.
+const HIDDEN: &[u16] = &[
+    0x00, 0x0e, 0x0f, 0x10, 0x11, 0x12, 0x13, 0x15, 0x17, 0x1b, 0x1d, 0x1e, 0x1f, 0x24,
+];
 
 fn host_face(host: &Host, address: &str) -> Result<Face> {
     let folder = format!("/sys/bus/pci/devices/{address}");
