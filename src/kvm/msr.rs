@@ -15,10 +15,15 @@ const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const WRITE_BACK: u64 = 6;
 
+/// Zero at power-on. KVM makes a vCPU so, but the offset has been seen not to reach an emulated
+/// processor: the guest then read the host's counter, and its timers came as late as the host had
+/// been up. Written once more, it does; vCPUs that get the same value are synchronised by KVM (Linux, arch/x86/kvm/x86.c, `kvm_synchronize_tsc`).
+const IA32_TIME_STAMP_COUNTER: u32 = 0x10;
+
 /// The TSC runs through a reset, as it does through a processor's INIT; writing it would only set
 /// the vCPUs' counters apart.
 const RUNS_ON: [u32; 3] = [
-    0x10,  // IA32_TIME_STAMP_COUNTER
+    IA32_TIME_STAMP_COUNTER,
     0x3b,  // IA32_TSC_ADJUST
     0x6e0, // IA32_TSC_DEADLINE, which goes with the local APIC's timer mode
 ];
@@ -26,6 +31,7 @@ const RUNS_ON: [u32; 3] = [
 /// Sets what differs from KVM's own idea of power-on.
 pub(super) fn set_boot(vcpu: &VcpuFd, id: u8) -> Result<(), KvmError> {
     let entries = [
+        (IA32_TIME_STAMP_COUNTER, 0),
         (IA32_MISC_ENABLE, FAST_STRINGS),
         (IA32_MTRR_DEF_TYPE, MTRR_ENABLED | WRITE_BACK),
     ]
