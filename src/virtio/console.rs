@@ -54,6 +54,15 @@ impl ConsoleSize {
     }
 }
 
+/// Columns and rows of the terminal that Busway's output goes to, where it is one.
+pub fn terminal_size() -> Option<(u16, u16)> {
+    // SAFETY: all zeros is a valid winsize, which is plain data.
+    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
+    // SAFETY: TIOCGWINSZ writes a winsize, which `size` is.
+    let result = unsafe { libc::ioctl(io::stdout().as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (result == 0).then_some((size.ws_col, size.ws_row))
+}
+
 /// `struct virtio_console_config`. Virtio 1.3 §5.3.4.
 fn config_bytes(columns: u16, rows: u16) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(12);

@@ -1,9 +1,10 @@
 //! How a virtio device interrupts its guest: which vector means what, the ISR register, and the way
 //! from a worker to the vector's eventfd that takes no lock.
 
+use std::fmt::Display;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
@@ -25,7 +26,11 @@ pub struct Interrupts {
     queue_vectors: Box<[AtomicU16]>,
     isr: AtomicU8,
     needs_reset: AtomicBool,
+    complaints: AtomicU32,
 }
+
+/// Complaints about one device's driver that are warnings; a hostile one could fill the log.
+const LOUD_COMPLAINTS: u32 = 8;
 
 impl Interrupts {
     /// For a device with `queues` queues: a vector for each, and one for the configuration.
@@ -42,6 +47,7 @@ impl Interrupts {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
+            complaints: AtomicU32::new(0),
         }
     }
 
@@ -80,8 +86,18 @@ impl Interrupts {
         self.deliver(self.config_vector.load(Ordering::Relaxed), 0);
     }
 
-    /// The device cannot go on: its status says so, and the driver is told. Virtio 1.3 §2.1.2.
-    pub(crate) fn needs_reset(&self) {
+    /// The device cannot go on, for `reason`: its status says so, and the driver is told.
+    /// Virtio 1.3 §2.1.2.
+    pub(crate) fn needs_reset(&self, name: &str, reason: &dyn Display) {
+        let level = if self.complaints.fetch_add(1, Ordering::Relaxed) < LOUD_COMPLAINTS {
+            log::Level::Warn
+        } else {
+            log::Level::Debug
+        };
+        log::log!(
+            level,
+            "virtio device {name} stops until its driver resets it: {reason}"
+        );
         self.needs_reset.store(true, Ordering::Release);
         self.config_changed();
     }

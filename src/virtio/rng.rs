@@ -142,22 +142,37 @@ impl RngWorker {
             return Ok(Filled::NoRequest);
         };
         let room = chain.writable.take_front(MAX_REQUEST);
-        let written = match room.receive(self.source.as_fd()) {
-            Ok(written) => written,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.queue.undo_pop();
-                return Ok(Filled::NoEntropy);
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut self.failed, true) {
-                    log::error!("{}: reading random numbers: {error}", self.name);
+        let written = if room.is_empty() {
+            0
+        } else {
+            match room.receive(self.source.as_fd()) {
+                Ok(written) if written > 0 => written,
+                // An empty answer would have the driver ask again at once, for ever: it waits.
+                result => {
+                    self.queue.undo_pop();
+                    self.complain(result);
+                    return Ok(Filled::NoEntropy);
                 }
-                0
             }
         };
         self.queue.complete(memory, chain.head(), written)?;
         self.queue.interrupt(memory)?;
         Ok(Filled::One)
+    }
+
+    /// Says once that the source has ended or failed.
+    fn complain(&mut self, result: io::Result<usize>) {
+        let reason = match result {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => error.to_string(),
+            Ok(_) => "it has ended".to_owned(),
+        };
+        if !std::mem::replace(&mut self.failed, true) {
+            log::warn!(
+                "{}: no random numbers from their source: {reason}",
+                self.name
+            );
+        }
     }
 }
 
@@ -190,5 +205,61 @@ impl Worker for RngWorker {
         }
         self.queue.wake_again();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::Driver;
+    use std::io::Write;
+
+    fn driver(source: &std::path::Path) -> Driver {
+        let config = RngConfig {
+            src: source.to_owned(),
+        };
+        Driver::new(Rng::new("rng0", &config).unwrap())
+    }
+
+    #[test]
+    fn a_request_waits_for_a_source_that_has_nothing_yet() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fifo");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let mut driver = driver(&path);
+        let mut pipe = OpenOptions::new().write(true).open(&path).unwrap();
+        driver.negotiate(0);
+        let mut ring = driver.queue(0, 16);
+        driver.ready();
+        let buffer = driver.alloc(64);
+        for round in 0..20 {
+            ring.submit(&[(buffer, 64, true)]);
+            driver.notify(&ring);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            assert_eq!(ring.poll_used(), None);
+            pipe.write_all(&[round; 5]).unwrap();
+            assert_eq!(ring.wait_used().1, 5);
+            assert_eq!(driver.read(buffer, 5), [round; 5]);
+        }
+    }
+
+    #[test]
+    fn a_request_is_bounded() {
+        let mut driver = driver("/dev/zero".as_ref());
+        driver.negotiate(0);
+        let mut ring = driver.queue(0, 16);
+        driver.ready();
+        let len = driver.run(&mut ring, &[(0x100_000, 1 << 20, true)]);
+        assert_eq!(len as usize, MAX_REQUEST);
+    }
+
+    #[test]
+    fn what_gives_no_random_numbers_is_refused() {
+        for (path, expected) in [("/nonexistent", "cannot open"), ("/", "is no source")] {
+            let config = RngConfig { src: path.into() };
+            let error = Rng::new("rng0", &config).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 }

@@ -89,11 +89,7 @@ fn watch(worker: &dyn Worker, stop: &Event) -> io::Result<Epoll> {
 
 fn run(worker: &mut dyn Worker, epoll: &Epoll, stop: &AtomicBool, interrupts: &Interrupts) {
     if let Err(error) = serve(worker, epoll, stop) {
-        log::warn!(
-            "{}: the guest's driver broke the device, which now waits for a reset: {error}",
-            worker.name()
-        );
-        interrupts.needs_reset();
+        interrupts.needs_reset(&worker.name(), &error);
     }
 }
 

@@ -53,6 +53,46 @@ impl Default for FakeDevice {
 }
 
 impl FakeDevice {
+    /// A device as it was recorded: lines of sysfs's `resource`, then of `lspci -xxxx`, with what VFIO
+    /// fills in for it: the BARs' kinds, and a VF's identity.
+    pub(crate) fn recorded(text: &str) -> Self {
+        let mut fake = Self::default();
+        let (resources, dump): (Vec<_>, Vec<_>) =
+            text.lines().partition(|line| line.starts_with("0x"));
+        let hex = |digits: &str| u64::from_str_radix(digits.trim_start_matches("0x"), 16).unwrap();
+        for line in dump {
+            let (offset, bytes) = line.split_once(": ").unwrap();
+            let bytes: Vec<_> = bytes.split(' ').map(|byte| hex(byte) as u8).collect();
+            fake.set_config(hex(offset) as usize, &bytes);
+        }
+        if fake.config_at(0) == [0xff; 4] {
+            fake.set_config(0, &[0x86, 0x80, 0xca, 0x10]);
+        }
+        for (number, line) in resources.into_iter().enumerate() {
+            let fields: Vec<_> = line.split(' ').map(hex).collect();
+            let [start, end, flags] = fields[..] else {
+                panic!("{line}");
+            };
+            if end == start {
+                continue;
+            }
+            fake.set_bar(number, end - start + 1);
+            // linux/ioport.h: I/O, prefetchable, 64-bit.
+            let bit = |from: u64, to| if flags & from != 0 { to } else { 0 };
+            let register = bit(0x100, 1) | bit(0x2000, 8) | bit(0x10_0000, 4);
+            fake.set_config(0x10 + number * 4, &[register, 0, 0, 0]);
+            if register & 1 != 0 {
+                fake.bars[number].areas.clear();
+            }
+        }
+        let vectors = IrqInfo {
+            count: 2048,
+            resizable: true,
+        };
+        (fake.msix, fake.msi) = (vectors, vectors);
+        fake
+    }
+
     pub(crate) fn set_config(&self, offset: usize, data: &[u8]) {
         self.config.lock().unwrap()[offset..offset + data.len()].copy_from_slice(data);
     }

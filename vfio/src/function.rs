@@ -57,7 +57,7 @@ pub struct Summary {
     pub name: String,
     /// Vectors that have a way to the guest now.
     pub vectors_connected: usize,
-    /// Vectors that the device has.
+    /// Vectors that the guest can have: of MSI-X, else of MSI.
     pub vectors: usize,
     /// The parts of BARs that the guest reaches without an exit: BAR, offset, bytes.
     pub mapped: Vec<(u8, u64, u64)>,
@@ -164,10 +164,11 @@ impl AssignedFunction {
             name: self.name.clone(),
             vectors_connected: msi.map_or(0, |state| state.msi.connected())
                 + msix.map_or(0, |state| state.msix.connected()),
-            vectors: msix.map_or_else(
-                || self.io.irq(IrqIndex::Msi).count as usize,
-                |state| state.msix.vectors().into(),
-            ),
+            vectors: match (msix, msi) {
+                (Some(state), _) => state.msix.vectors().into(),
+                (None, Some(_)) => self.io.irq(IrqIndex::Msi).count as usize,
+                (None, None) => 0,
+            },
             mapped: self
                 .parts
                 .iter()

@@ -1,7 +1,7 @@
 use super::*;
 use crate::fake::{FakeDevice, FakeRoutes, IrqCall};
 use crate::{Area, IrqInfo, Region};
-use busway_pci::{HostAddress, capabilities, extended_capabilities};
+use busway_pci::{BarKind, HostAddress, capabilities, extended_capabilities};
 use proptest::prelude::*;
 
 /// QEMU's NVMe drive as VFIO shows it, with an SR-IOV capability first in its extended list.
@@ -283,6 +283,77 @@ fn an_integrated_endpoint_becomes_one_with_a_link() {
     assert_eq!(read(&function, 0x80), 0x0002_0010);
     assert_eq!(read(&function, 0x8c), 0x11);
     assert_eq!(read(&function, 0x90), 0x11_0000);
+}
+
+/// What the guest sees of a device: standard and extended capabilities, and BARs.
+type Seen = (Vec<u8>, Vec<u16>, Vec<(u8, BarKind, u64)>);
+
+fn seen(recorded: &str) -> Seen {
+    let (_, _, function) = function(FakeDevice::recorded(recorded));
+    let config = |offset| read(&function, offset);
+    let bars = function.bars().into_iter().map(|bar| match bar.index {
+        BarIndex::Bar(number) => (number, bar.kind, bar.size),
+        BarIndex::Rom => panic!("{bar:?}"),
+    });
+    (
+        capabilities(&config).iter().map(|c| c.id).collect(),
+        extended_capabilities(&config)
+            .iter()
+            .map(|c| c.id)
+            .collect(),
+        bars.collect(),
+    )
+}
+
+#[test]
+fn recorded_devices_show_what_they_are_and_nothing_of_the_hosts() {
+    let plain = BarKind::Memory32 {
+        prefetchable: false,
+    };
+    let long = |prefetchable| BarKind::Memory64 { prefetchable };
+    assert_eq!(
+        seen(include_str!("../testdata/nvme.txt")),
+        (
+            vec![0x11, 0x10, 0x01],
+            vec![],
+            vec![(0, long(false), 0x4000)]
+        )
+    );
+    assert_eq!(
+        seen(include_str!("../testdata/e1000e.txt")),
+        (
+            vec![0x01, 0x05, 0x10, 0x11],
+            vec![0x01, 0x03],
+            vec![
+                (0, plain, 0x2_0000),
+                (1, plain, 0x2_0000),
+                (2, BarKind::Io, 0x20),
+                (3, plain, 0x4000)
+            ]
+        )
+    );
+    // The PF's SR-IOV and ARI are gone, and so is the VF's ARI.
+    assert_eq!(
+        seen(include_str!("../testdata/igb.txt")),
+        (
+            vec![0x01, 0x05, 0x11, 0x10],
+            vec![0x01],
+            vec![
+                (0, plain, 0x2_0000),
+                (1, plain, 0x2_0000),
+                (2, BarKind::Io, 0x20),
+                (3, long(false), 0x4000)
+            ]
+        )
+    );
+    assert_eq!(
+        seen(include_str!("../testdata/igbvf.txt")),
+        (
+            vec![0x10, 0x11],
+            vec![0x01],
+            vec![(0, long(true), 0x4000), (3, long(true), 0x4000)]
+        )
+    );
 }
 
 #[test]

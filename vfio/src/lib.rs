@@ -6,7 +6,8 @@
 //! space is the device's and what is Busway's, which parts of its BARs need no exit, and how its
 //! interrupts get to the guest.
 //!
-//! [`host`] is the host's side: which devices there are, what uses them, and binding them.
+//! [`host`] is the other side: which devices there are, what uses them, and moving them between the
+//! host's drivers and VFIO.
 //!
 //! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
 

@@ -5,11 +5,12 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space};
 use busway_pci::Bdf;
 
+use crate::host::is_vfio_driver;
 use crate::{KernelDevice, KvmFiles, sys};
 
 /// A device could not be opened.
@@ -146,7 +147,8 @@ impl Drop for OpenGroup {
     }
 }
 
-/// Opens devices for one VM.
+/// Opens devices for one VM. Several threads may open devices at once, which pays: the kernel resets
+/// each one meanwhile.
 #[derive(Debug)]
 pub struct Opener {
     paths: HostPaths,
@@ -179,28 +181,19 @@ impl Opener {
     /// # Errors
     /// [`DeviceError`]; nothing is left open or attached then.
     pub fn open(&self, device: &Path) -> Result<KernelDevice, DeviceError> {
-        let address = self.check(device)?;
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if open
-            .devices
-            .get(&address)
-            .is_some_and(|token| token.strong_count() > 0)
-        {
-            return Err(DeviceError::Twice { address });
-        }
-        let token = Arc::new(());
+        let address = check(&self.paths, device)?;
+        let token = self.claim(address)?;
         let opened = match &self.space {
             Space::Type1(container) => {
-                let group = self.group(&mut open, container, device, address)?;
+                let group = self.group(container, device, address)?;
                 Opened {
                     file: self.in_group(&group.group, address)?,
                     attachment: Attachment::Group(group),
-                    _token: token.clone(),
+                    _token: token,
                 }
             }
-            Space::Iommufd(ioas) => self.cdev(device, address, ioas, token.clone())?,
+            Space::Iommufd(ioas) => self.cdev(device, address, ioas, token)?,
         };
-        open.devices.insert(address, Arc::downgrade(&token));
         KernelDevice::new(&address.to_string(), opened).map_err(|source| DeviceError::Kernel {
             address,
             what: "VFIO_DEVICE_GET_INFO",
@@ -208,30 +201,26 @@ impl Opener {
         })
     }
 
-    /// That the device is there and ready, as sysfs shows it.
-    fn check(&self, device: &Path) -> Result<Bdf, DeviceError> {
-        let address: Bdf = device
-            .file_name()
-            .and_then(|name| name.to_str()?.parse().ok())
-            .ok_or_else(|| DeviceError::NotPci {
-                path: device.to_owned(),
-            })?;
-        if !device.exists() {
-            return Err(DeviceError::NotThere { address });
+    /// Takes a device for as long as the token lives: the kernel would let a group's device be
+    /// opened twice.
+    fn claim(&self, address: Bdf) -> Result<Arc<()>, DeviceError> {
+        let mut open = self.lock();
+        let taken = open.devices.get(&address);
+        if taken.is_some_and(|token| token.strong_count() > 0) {
+            return Err(DeviceError::Twice { address });
         }
-        match self.paths.driver_of(device) {
-            None => Err(DeviceError::NoDriver { address }),
-            Some(driver) if !driver.contains("vfio") => {
-                Err(DeviceError::WrongDriver { address, driver })
-            }
-            Some(_) => Ok(address),
-        }
+        let token = Arc::new(());
+        open.devices.insert(address, Arc::downgrade(&token));
+        Ok(token)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The device's group, opened now or before.
     fn group(
         &self,
-        open: &mut Open,
         container: &Arc<Container>,
         device: &Path,
         address: Bdf,
@@ -243,6 +232,7 @@ impl Opener {
                 address,
                 obstacle: Obstacle::no_iommu(&self.paths),
             })?;
+        let mut open = self.lock();
         if let Some(group) = open.groups.get(&number).and_then(Weak::upgrade) {
             return Ok(group);
         }
@@ -342,5 +332,80 @@ impl Opener {
                 what: "KVM_DEV_VFIO_FILE_ADD",
                 source,
             })
+    }
+}
+
+/// That the device is there and ready, as sysfs shows it.
+fn check(paths: &HostPaths, device: &Path) -> Result<Bdf, DeviceError> {
+    let address: Bdf = device
+        .file_name()
+        .and_then(|name| name.to_str()?.parse().ok())
+        .ok_or_else(|| DeviceError::NotPci {
+            path: device.to_owned(),
+        })?;
+    if !device.exists() {
+        return Err(DeviceError::NotThere { address });
+    }
+    // Without an IOMMU no VFIO driver takes it, and asking for one would lead nowhere.
+    if paths.group_of(device).is_none() {
+        return Err(DeviceError::NoGroup {
+            address,
+            obstacle: Obstacle::no_iommu(paths),
+        });
+    }
+    match paths.driver_of(device) {
+        None => Err(DeviceError::NoDriver { address }),
+        Some(driver) if !is_vfio_driver(&driver) => {
+            Err(DeviceError::WrongDriver { address, driver })
+        }
+        Some(_) => Ok(address),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_is_not_ready_is_told_before_anything_is_opened() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = HostPaths {
+            sys: root.path().join("sys"),
+            dev: root.path().join("dev"),
+            proc: root.path().join("proc"),
+        };
+        let folder = |name: &str| paths.sys.join("bus/pci/devices").join(name);
+        let device = |name: &str, driver: Option<&str>| {
+            fs::create_dir_all(folder(name)).unwrap();
+            symlink("../../groups/7", folder(name).join("iommu_group")).unwrap();
+            if let Some(driver) = driver {
+                symlink(
+                    format!("../../drivers/{driver}"),
+                    folder(name).join("driver"),
+                )
+                .unwrap();
+            }
+        };
+        device("0000:01:00.0", Some("nvme"));
+        device("0000:02:00.0", None);
+        device("0000:03:00.0", Some("vfio-pci"));
+        device("0000:05:00.0", Some("mlx5_vfio_pci"));
+        fs::create_dir_all(folder("0000:04:00.0")).unwrap();
+        let told = |name: &str| match check(&paths, &folder(name)) {
+            Ok(address) => address.to_string(),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(
+            told("0000:01:00.0"),
+            "0000:01:00.0 is bound to nvme, not to vfio-pci: `busway device bind 0000:01:00.0`"
+        );
+        assert!(told("0000:02:00.0").contains("bound to no driver"));
+        assert_eq!(told("0000:03:00.0"), "0000:03:00.0");
+        assert_eq!(told("0000:05:00.0"), "0000:05:00.0");
+        assert!(told("0000:04:00.0").contains("the host has no IOMMU in use"));
+        assert!(told("0000:06:00.0").starts_with("there is no PCI device 0000:06:00.0"));
+        assert!(told("usb1").contains("is not a PCI device"));
     }
 }

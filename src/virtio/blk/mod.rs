@@ -1,6 +1,6 @@
 //! The virtio block device: what it tells the guest, and its workers.
 //!
-//! The host's side of a disk is [`image`], the meaning of a request is [`request`].
+//! The host's side of a disk is `image`, the meaning of a request is `request`.
 
 mod image;
 mod lock;

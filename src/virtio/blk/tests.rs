@@ -361,6 +361,65 @@ fn impossible_queues_are_refused_with_what_would_be_possible() {
     );
 }
 
+/// A block device made of a file.
+struct Loop(String);
+
+impl Loop {
+    fn new(file: &NamedTempFile) -> Option<Self> {
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file.path())
+            .output();
+        match output {
+            Ok(output) if output.status.success() => Some(Self(
+                String::from_utf8(output.stdout).unwrap().trim().to_owned(),
+            )),
+            other => {
+                eprintln!("skipped: no loop device here: {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup")
+            .args(["--detach", &self.0])
+            .status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk_and_is_not_shared() {
+    let file = image(MIB);
+    let Some(device) = Loop::new(&file) else {
+        return;
+    };
+    for direct in [false, true] {
+        let config = DiskConfig {
+            path: device.0.clone().into(),
+            readonly: false,
+            direct,
+            num_queues: 1,
+            queue_size: 64,
+            id: None,
+        };
+        let mut disk = Disk::new(Blk::new("disk0", &config).unwrap());
+        let sectors = u64::from_le_bytes(disk.driver.bar_read(disk.driver.device));
+        assert_eq!(sectors, MIB / 512);
+        let bytes = pattern(8192, 1);
+        assert_eq!(disk.write(8, &bytes), blk::S_OK);
+        assert_eq!(disk.request(blk::T_FLUSH, 0, &[]), blk::S_OK);
+        assert_eq!(disk.read(8, 8192), (blk::S_OK, bytes));
+        assert_eq!(disk.ranges(blk::T_WRITE_ZEROES, &[(8, 8, 0)]), blk::S_OK);
+        assert_eq!(disk.read(8, 4096).1, vec![0; 4096]);
+        assert_eq!(disk.ranges(blk::T_DISCARD, &[(16, 8, 0)]), blk::S_OK);
+        let second = Blk::new("disk1", &config).unwrap_err().to_string();
+        assert!(second.contains("is in use on this host"), "{second}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

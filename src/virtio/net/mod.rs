@@ -213,6 +213,7 @@ impl VirtioDevice for Net {
         let features = activation.features;
         self.tap.set_offload(offload(features))?;
         self.tap.use_pairs(1)?;
+        self.tap.discard_waiting();
         // Virtio 1.3 §5.1.2: the control queue follows those pairs that the driver knows of.
         let pairs = if features & net::F_MQ != 0 {
             self.pairs

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_char};
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
@@ -158,6 +158,20 @@ impl Tap {
             }
         }
         Ok(())
+    }
+
+    /// Drops what waits in the queues: it came before the driver was ready, and may be unfinished in
+    /// ways that this driver does not take.
+    pub(super) fn discard_waiting(&self) {
+        let mut start = [0; 64];
+        for queue in &self.queues {
+            // As many as the kernel keeps at most, by its default; what comes meanwhile is welcome.
+            for _ in 0..libc::TUN_READQ_SIZE * 2 {
+                if (&**queue).read(&mut start).is_err() {
+                    break;
+                }
+            }
+        }
     }
 
     /// Makes `queue` one of the interface's, and learns its name.

@@ -397,3 +397,40 @@ fn addresses_are_read_in_both_spellings_and_made_local() {
     let [first, ..] = random_mac().unwrap();
     assert_eq!(first & 3, 2);
 }
+
+#[test]
+fn no_chain_on_any_queue_panics_and_the_card_works_after_a_reset() {
+    use proptest::prelude::*;
+    use proptest::test_runner::{Config, TestRunner};
+    let chain = proptest::collection::vec(
+        (
+            0_u64..crate::virtio::testing::RAM_SIZE,
+            0_u32..4096,
+            any::<bool>(),
+        ),
+        1..6,
+    );
+    let chains = proptest::collection::vec((0_usize..3, chain), 1..40);
+    let mut runner = TestRunner::new(Config::with_cases(24));
+    runner
+        .run(&chains, |chains| {
+            let Some(net) = card(2) else { return Ok(()) };
+            let wire = Wire::new(net.tap_name());
+            let mut driver = Driver::new(net);
+            driver.negotiate(!spec::feature::EVENT_IDX);
+            let mut rings: Vec<Ring> = (0..3).map(|index| driver.queue(index, 64)).collect();
+            driver.ready();
+            for (queue, chain) in chains {
+                rings[queue].submit(&chain);
+                driver.notify(&rings[queue]);
+                wire.send(&frame(GUEST, HOST, 300, 0));
+            }
+            let (mut rx, _tx) = bring_up(&mut driver, net::F_MRG_RXBUF);
+            let buffers = provide(&mut driver, &mut rx, 16, 2048);
+            let packet = frame(GUEST, HOST, 60, 77);
+            wire.send(&packet);
+            prop_assert_eq!(receive(&driver, &mut rx, &buffers, 2048), (1, packet));
+            Ok(())
+        })
+        .unwrap();
+}

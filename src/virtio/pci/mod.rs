@@ -203,8 +203,7 @@ impl VirtioPci {
     /// The driver is ready.
     fn start(&self, function: &mut Function) {
         if let Err(error) = self.try_start(function) {
-            log::warn!("virtio device {}: not started: {error}", self.name);
-            self.interrupts.needs_reset();
+            self.interrupts.needs_reset(&self.name, &error);
         }
     }
 

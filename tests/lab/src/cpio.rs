@@ -2,7 +2,7 @@
 
 /// A `newc` archive of regular files (Linux Documentation/driver-api/early-userspace/buffer-format.rst).
 /// Appended to an initramfs, it adds them to it.
-pub(crate) fn archive<'a>(files: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Vec<u8> {
+pub fn archive<'a>(files: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Vec<u8> {
     const REGULAR: u32 = 0o100_755;
     let mut bytes = Vec::new();
     for (number, (name, content)) in files.into_iter().enumerate() {

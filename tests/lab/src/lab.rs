@@ -10,15 +10,15 @@ use crate::host::Host;
 /// Keeps one host running, so that many guests share its boot.
 #[derive(Debug, Default)]
 pub struct Lab {
-    busway: Option<PathBuf>,
+    programs: Vec<PathBuf>,
     current: Option<Host>,
 }
 
 impl Lab {
-    /// A lab whose hosts have this `busway`, if any, in their `/usr/local/bin`.
-    pub fn new(busway: Option<PathBuf>) -> Self {
+    /// A lab whose hosts have these programs in their `/usr/local/bin`.
+    pub fn new(programs: Vec<PathBuf>) -> Self {
         Self {
-            busway,
+            programs,
             current: None,
         }
     }
@@ -30,8 +30,8 @@ impl Lab {
         if !self.current.as_ref().is_some_and(fits) {
             self.stop();
             let host = Host::boot(config.clone())?;
-            if let Some(busway) = &self.busway {
-                host.install(busway)?;
+            for program in &self.programs {
+                host.install(program)?;
             }
             self.current = Some(host);
         }

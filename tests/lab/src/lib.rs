@@ -24,12 +24,13 @@ mod watch;
 mod zoo;
 
 pub use config::{HostConfig, Iommu, Kernel};
+pub use cpio::archive;
 pub use guest::{GuestKernel, GuestResult, GuestRun, RunningGuest, Vmm};
 pub use host::Host;
 pub use job::{Job, Output};
 pub use lab::Lab;
 pub use parts::{Extent, Parts};
-pub use program::{Profile, build_busway, build_static};
+pub use program::{Profile, build_busway, build_lab_io, build_static};
 pub use qmp::Qmp;
 pub use server::{DataServer, Upload};
 pub use snapshot::{Mapping, Snapshot, Thread};

@@ -1,5 +1,7 @@
 //! `scripts/lab`: the emulated host by hand.
 
+mod bench;
+mod demo;
 mod terminal;
 
 use std::io;
@@ -38,6 +40,10 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// A guest with an NVMe drive and a NIC, beside a virtio disk and NIC: `scripts/demo`.
+    Demo(demo::DemoArgs),
+    /// Busway and QEMU with the same drive and guest, in turns, side by side: `scripts/bench`.
+    Bench(bench::BenchArgs),
     /// Boots the emulated host with a shell of its own on this terminal; the shell's end is the host's.
     Shell {
         #[command(flatten)]
@@ -138,6 +144,8 @@ fn execute(command: Command) -> Result<ExitCode> {
             limit,
             command,
         } => run(&host, limit, &command.join(" ")),
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Shell { host } => shell(&host),
     }
 }

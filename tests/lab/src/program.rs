@@ -21,6 +21,11 @@ pub fn build_busway(profile: Profile) -> Result<PathBuf> {
     build_static("busway", "busway", profile)
 }
 
+/// Builds `lab-io`, which writes and verifies whole drives, and returns its path.
+pub fn build_lab_io() -> Result<PathBuf> {
+    build_static("busway-lab", "lab-io", Profile::Lab)
+}
+
 /// Builds a program of the workspace, static so that it runs whatever C library is there, and
 /// returns its path.
 pub fn build_static(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {

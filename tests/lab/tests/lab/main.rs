@@ -6,25 +6,44 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
-use busway_lab::Lab;
+use busway_lab::{Lab, Profile, build_busway, build_lab_io};
 use libtest_mimic::{Arguments, Failed, Trial};
 
+mod assigned;
+mod bad_input;
+mod drive;
 mod emulated_host;
+mod life;
+mod nic;
+mod virtio;
 
 /// A trial: what it proves, and how. A host that it leaves unwell is replaced if it fails.
 type Proof = (&'static str, fn(&mut Lab) -> Result<()>);
 
-fn main() -> ExitCode {
+fn main() -> Result<ExitCode> {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let lab = Arc::new(Mutex::new(Lab::new(None)));
-    let trials = emulated_host::PROOFS
-        .iter()
+    let programs = match arguments.list {
+        true => Vec::new(),
+        false => vec![build_busway(Profile::Lab)?, build_lab_io()?],
+    };
+    let lab = Arc::new(Mutex::new(Lab::new(programs)));
+    let proofs = [
+        drive::PROOFS,
+        nic::PROOFS,
+        virtio::PROOFS,
+        bad_input::PROOFS,
+        life::PROOFS,
+        emulated_host::PROOFS,
+    ];
+    let trials = proofs
+        .into_iter()
+        .flatten()
         .map(|proof| trial(proof, &lab))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     lab.lock().unwrap_or_else(PoisonError::into_inner).stop();
-    conclusion.exit_code()
+    Ok(conclusion.exit_code())
 }
 
 fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {

@@ -1,0 +1,228 @@
+//! The benchmark: Busway and QEMU given the same drive and guest, in turns, on one emulated host.
+//!
+//! The machine below is slow and noisy, so figures stand side by side from one run, as medians with
+//! their spread; ratios and counts carry over to real hosts, absolute speed does not.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use busway_lab::{
+    Device, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Kernel, Profile, Vmm,
+    build_busway,
+};
+use clap::Args;
+use serde::Serialize;
+
+const MEMORY_MIB: u64 = 512;
+
+/// How to measure.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Turns of each VMM.
+    #[arg(long, default_value_t = 5)]
+    turns: u32,
+    /// Seconds of random reads a turn.
+    #[arg(long, default_value_t = 8)]
+    seconds: u32,
+    /// Processors of the guest, each with a queue of the drive's.
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// Write every figure to a file, too.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// What one turn of one VMM gave.
+#[derive(Debug, Clone, Serialize)]
+struct Turn {
+    vmm: &'static str,
+    reads_per_second: f64,
+    exits_per_read: f64,
+    mmio_exits_per_read: f64,
+    boot_ms: f64,
+    own_pss_kib: f64,
+    own_dirty_kib: f64,
+}
+
+/// Measures, and prints both side by side.
+pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
+    let host = Host::boot(HostConfig::new(Kernel::Small).device(Device::nvme("nv0", 256)))?;
+    host.install(&build_busway(Profile::Release)?)?;
+    let address = host.address("nv0")?;
+    host.run(&format!("busway device bind {address}"))?;
+    let version =
+        host.run("qemu-system-x86_64 --version | sed -n 's/.*version \\([^ ]*\\).*/\\1/p'")?;
+
+    let mut turns = Vec::new();
+    for number in 1..=arguments.turns {
+        for (vmm, name) in [(Vmm::Busway, "busway"), (Vmm::Qemu, "qemu")] {
+            eprintln!("turn {number} of {}: {name}", arguments.turns);
+            turns.push(turn(&host, vmm, name, &address, arguments)?);
+        }
+    }
+    print(&turns, version.trim(), arguments);
+    if let Some(path) = &arguments.json {
+        fs::write(path, serde_json::to_string_pretty(&turns)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn turn(
+    host: &Host,
+    vmm: Vmm,
+    name: &'static str,
+    address: &str,
+    arguments: &BenchArgs,
+) -> Result<Turn> {
+    let guest = || {
+        GuestRun::new(vmm)
+            .kernel(GuestKernel::SmallBzImage)
+            .cpus(arguments.cpus)
+            .memory_mib(MEMORY_MIB)
+            .device(address)
+    };
+    let booted = host.guest(&guest())?.success()?;
+    let fio = "fio --name=reads --filename=/dev/nvme0n1 --rw=randread --bs=4k --iodepth=16 \
+               --ioengine=libaio --direct=1 --time_based --minimal";
+    let read = host
+        .guest(&guest().programs().script(&format!(
+            "{fio} --numjobs={0} --group_reporting --runtime=2 >/dev/null\nmark before 2\n\
+             {fio} --numjobs={0} --group_reporting --runtime={1} >/tmp/fio\nmark after 2\n\
+             mark memory 5\nvalue kib \"$(cut -d ';' -f 6 /tmp/fio)\"\n\
+             value rate \"$(cut -d ';' -f 8 /tmp/fio)\"\n",
+            arguments.cpus, arguments.seconds
+        )))?
+        .success()?;
+    let reads = read.value("kib")?.parse::<f64>()? / 4.0;
+    let memory = read
+        .marks
+        .get("memory")
+        .context("the host took no snapshot of memory")?;
+    Ok(Turn {
+        vmm: name,
+        reads_per_second: read.value("rate")?.parse()?,
+        exits_per_read: grown(&read, "exits")? / reads,
+        mmio_exits_per_read: grown(&read, "mmio_exits")? / reads,
+        boot_ms: booted.boot_time().context("no boot time")?.as_secs_f64() * 1e3,
+        own_pss_kib: memory.own_pss(MEMORY_MIB) as f64,
+        own_dirty_kib: memory.own_dirty(MEMORY_MIB) as f64,
+    })
+}
+
+fn grown(result: &GuestResult, counter: &str) -> Result<f64> {
+    let marks = result.marks.get("before").zip(result.marks.get("after"));
+    let grown = marks.and_then(|(before, after)| after.since(before, counter));
+    Ok(grown.with_context(|| format!("KVM has no counter {counter}"))? as f64)
+}
+
+/// A figure of a turn, how it is printed, and what Busway's median has to be.
+struct Figure {
+    name: &'static str,
+    of: fn(&Turn) -> f64,
+    decimals: usize,
+    wanted: Wanted,
+}
+
+enum Wanted {
+    /// At least this much of QEMU's.
+    RatioFrom(f64),
+    /// At most this much of QEMU's.
+    RatioTo(f64),
+    /// At most this.
+    To(f64),
+}
+
+const FIGURES: &[Figure] = &[
+    Figure {
+        name: "4 KiB random reads a second",
+        of: |turn| turn.reads_per_second,
+        decimals: 0,
+        wanted: Wanted::RatioFrom(0.95),
+    },
+    Figure {
+        name: "exits a read",
+        of: |turn| turn.exits_per_read,
+        decimals: 3,
+        wanted: Wanted::RatioTo(1.0),
+    },
+    Figure {
+        name: "MMIO exits to user space a read",
+        of: |turn| turn.mmio_exits_per_read,
+        decimals: 3,
+        wanted: Wanted::To(0.0),
+    },
+    Figure {
+        name: "exec to guest user space, ms",
+        of: |turn| turn.boot_ms,
+        decimals: 0,
+        wanted: Wanted::RatioTo(0.6),
+    },
+    Figure {
+        name: "own memory (PSS), KiB",
+        of: |turn| turn.own_pss_kib,
+        decimals: 0,
+        wanted: Wanted::To(5.0 * 1024.0),
+    },
+    Figure {
+        name: "  of that dirty, KiB",
+        of: |turn| turn.own_dirty_kib,
+        decimals: 0,
+        wanted: Wanted::RatioTo(1.0),
+    },
+];
+
+/// Median, least and most.
+fn spread(turns: &[Turn], vmm: &str, of: fn(&Turn) -> f64) -> (f64, f64, f64) {
+    let mut figures: Vec<f64> = turns
+        .iter()
+        .filter(|turn| turn.vmm == vmm)
+        .map(of)
+        .collect();
+    figures.sort_by(f64::total_cmp);
+    let middle = figures.len() / 2;
+    let median = match figures.len() % 2 {
+        0 => f64::midpoint(figures[middle - 1], figures[middle]),
+        _ => figures[middle],
+    };
+    (median, figures[0], figures[figures.len() - 1])
+}
+
+fn print(turns: &[Turn], version: &str, arguments: &BenchArgs) {
+    println!(
+        "\nan NVMe drive assigned to a guest of {} vCPU and {MEMORY_MIB} MiB; median (least..most) of {} turns",
+        arguments.cpus, arguments.turns
+    );
+    let qemu = format!("QEMU {version} q35");
+    println!(
+        "{:<32} {:>24} {qemu:>24} {:>7}  wanted",
+        "", "Busway", "ratio"
+    );
+    for figure in FIGURES {
+        let decimals = figure.decimals;
+        let (ours, least, most) = spread(turns, "busway", figure.of);
+        let (theirs, their_least, their_most) = spread(turns, "qemu", figure.of);
+        let cell = |median: f64, least: f64, most: f64| {
+            format!("{median:.decimals$} ({least:.decimals$}..{most:.decimals$})")
+        };
+        let ratio = ours / theirs;
+        let (wanted, holds) = match figure.wanted {
+            Wanted::RatioFrom(limit) => (format!("ratio >= {limit}"), ratio >= limit),
+            Wanted::RatioTo(limit) => (format!("ratio <= {limit}"), ratio <= limit),
+            Wanted::To(limit) => (format!("<= {limit}"), ours <= limit),
+        };
+        let ratio = if ratio.is_finite() {
+            format!("{ratio:.2}")
+        } else {
+            "-".to_owned()
+        };
+        println!(
+            "{:<32} {:>24} {:>24} {ratio:>7}  {wanted}{}",
+            figure.name,
+            cell(ours, least, most),
+            cell(theirs, their_least, their_most),
+            if holds { "" } else { "  MISSED" },
+        );
+    }
+}

@@ -1,0 +1,166 @@
+//! A guest's life: how it boots, restarts and ends, and what is left when Busway dies.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use busway_lab::{GuestKernel, Lab};
+
+use crate::Proof;
+use crate::assigned::{bound, give_back, guest, zoo};
+
+pub(crate) const PROOFS: &[Proof] = &[
+    (
+        "killed_during_io_leaves_a_drive_that_a_second_guest_boots_with",
+        killed,
+    ),
+    ("a_guest_restarts_with_its_drive_and_its_disk", restarted),
+    ("sigterm_powers_the_guest_off", powered_off),
+    (
+        "a_guest_that_ignores_the_power_button_is_killed_in_time",
+        ignored,
+    ),
+    (
+        "the_stock_kernel_finds_nothing_wrong_with_the_machine",
+        clean_log,
+    ),
+    ("sixteen_processors_start", many_cpus),
+];
+
+fn killed(lab: &mut Lab) -> Result<()> {
+    let (host, address) = bound(lab, "nv0")?;
+    let endless = "lab-io write /dev/nvme0n1 1\nvalue io begun\n\
+                   while true; do lab-io write /dev/nvme0n1 1 >/dev/null; done\n";
+    let run = guest()?.device(&address).script(endless);
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value io begun")?;
+    running.signal("KILL")?;
+    let result = running.finish()?;
+    ensure!(result.status == 128 + 9, "status {}", result.status);
+    give_back(host, &address, "nvme")?;
+    host.run(&format!("udevadm settle; busway device bind {address}"))?;
+    let second = guest()?.device(&address).script(
+        "lab-io write /dev/nvme0n1 2\nvalue verified \"$(lab-io verify /dev/nvme0n1 2)\"\n",
+    );
+    host.guest(&second)?.success()?.value("verified").map(drop)
+}
+
+/// The first boot leaves a word on each drive and resets; the second finds both.
+fn restarted(lab: &mut Lab) -> Result<()> {
+    let (host, address) = bound(lab, "nv0")?;
+    host.run("rm -f /run/restart.raw; truncate -s 1M /run/restart.raw")?;
+    let run = guest()?
+        .device(&address)
+        .args(&["--disk", "path=/run/restart.raw"])
+        .script(
+            "if [ \"$(head -c 5 /dev/vda)\" = again ]; then\n\
+             value second \"$(head -c 5 /dev/nvme0n1)\"\n\
+         else\n\
+             value first \"$(cat /sys/class/nvme/nvme0/serial)\"\n\
+             printf again | dd of=/dev/nvme0n1 bs=4096 conv=sync,fsync 2>/dev/null\n\
+             printf again | dd of=/dev/vda bs=4096 conv=sync,fsync 2>/dev/null\n\
+             reboot -f\n\
+         fi\n",
+        );
+    let result = host.guest(&run)?.success()?;
+    ensure!(
+        result.value("second")? == "again",
+        "the drive's word was {}",
+        result.value("second")?
+    );
+    Ok(())
+}
+
+/// The guest's kernel hears the ACPI power button; its script waits for the event and obeys.
+fn powered_off(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo())?;
+    let run = guest()?.kernel(GuestKernel::SmallBzImage).script(
+        "event=$(grep -l 'Power Button' /sys/class/input/event*/device/name | head -n 1)\n\
+         event=/dev/input/$(basename \"$(dirname \"$(dirname \"$event\")\")\")\n\
+         value waiting yes\nhead -c 24 \"$event\" >/dev/null\nvalue pressed yes\n",
+    );
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value waiting")?;
+    running.signal("TERM")?;
+    let result = running.finish()?.success()?;
+    result.value("pressed").map(drop)
+}
+
+fn ignored(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo())?;
+    let run = guest()?
+        .script("value deaf yes\nwhile true; do sleep 1000; done\n")
+        .limit(Duration::from_secs(300));
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value deaf")?;
+    running.signal("TERM")?;
+    let result = running.finish()?;
+    ensure!(
+        result.status == 1,
+        "status {}: {}",
+        result.status,
+        result.stderr
+    );
+    ensure!(
+        result.stderr.contains("power"),
+        "it says: {}",
+        result.stderr
+    );
+    Ok(())
+}
+
+/// No line of the log blames the firmware or reports resources in conflict.
+fn clean_log(lab: &mut Lab) -> Result<()> {
+    let (host, address) = bound(lab, "nv0")?;
+    let run = guest()?
+        .cpus(2)
+        .device(&address)
+        .cmdline("console=ttyS0 panic=-1")
+        .script("dmesg | block log\ncat /proc/interrupts | block interrupts\n");
+    let result = host.guest(&run)?.success()?;
+    let log = result.block("log")?;
+    let bad = [
+        "firmware bug",
+        "firmware warn",
+        "acpi error",
+        "acpi warning",
+        "acpi bios",
+        "conflict",
+        "can't claim",
+        "failed to assign",
+        "no compatible bridge window",
+        "invalid",
+        "not assigned",
+        "call trace",
+        "warning:",
+        "unhandled",
+    ];
+    let complaints: Vec<&str> = log
+        .lines()
+        .filter(|line| {
+            let line = line.to_lowercase();
+            bad.iter().any(|words| line.contains(words))
+        })
+        .collect();
+    ensure!(
+        complaints.is_empty(),
+        "the guest complains:\n{}",
+        complaints.join("\n")
+    );
+    ensure!(log.contains("kvm-clock"), "no kvm-clock");
+    Ok(())
+}
+
+fn many_cpus(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo())?;
+    let run = guest()?
+        .kernel(GuestKernel::SmallElf)
+        .cpus(16)
+        .script("value cpus \"$(nproc)\"\n");
+    let result = host.guest(&run)?.success()?;
+    ensure!(
+        result.value("cpus")? == "16",
+        "{} processors",
+        result.value("cpus")?
+    );
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! NICs, assigned: a physical one and an SR-IOV virtual function, each moving 100 MB.
+
+use anyhow::{Result, ensure};
+use busway_lab::{DataServer, GuestRun, Host, Lab};
+
+use crate::Proof;
+use crate::assigned::{Interface, bound, give_back, guest, zoo};
+
+pub(crate) const PROOFS: &[Proof] = &[
+    ("nic_by_group_moves_100_mb", |lab| {
+        nic(lab, Interface::Group)
+    }),
+    ("nic_by_cdev_moves_100_mb", |lab| nic(lab, Interface::Cdev)),
+    ("virtual_function_by_group_moves_100_mb", |lab| {
+        virtual_function(lab, Interface::Group)
+    }),
+    ("virtual_function_by_cdev_moves_100_mb", |lab| {
+        virtual_function(lab, Interface::Cdev)
+    }),
+];
+
+const BYTES: u64 = 100_000_000;
+
+/// The guest gets an address, fetches the bytes, and checks their sum.
+fn fetch(host: &Host, run: GuestRun, driver: &str) -> Result<()> {
+    let server = DataServer::start()?;
+    let run = run.script(&format!(
+        "cat >/tmp/udhcpc <<'END'\n#!/bin/sh\n\
+         [ \"$1\" != bound ] || ip addr add \"$ip/$mask\" dev \"$interface\"\nEND\n\
+         chmod +x /tmp/udhcpc\nip link set eth0 up\n\
+         value driver \"$(basename \"$(readlink /sys/class/net/eth0/device/driver)\")\"\n\
+         value mac \"$(cat /sys/class/net/eth0/address)\"\n\
+         udhcpc -q -n -t 20 -i eth0 -s /tmp/udhcpc\n\
+         value sum \"$(wget -q -O - {} | sha256sum | cut -d ' ' -f 1)\"\n\
+         grep eth0 /proc/interrupts | block interrupts\n",
+        server.url(BYTES, 3)
+    ));
+    let result = host.guest(&run)?.success()?;
+    ensure!(
+        result.value("driver")? == driver,
+        "driver {}",
+        result.value("driver")?
+    );
+    ensure!(
+        result.value("sum")? == DataServer::sha256(BYTES, 3),
+        "wrong data"
+    );
+    if driver == "igbvf" {
+        ensure!(
+            result.value("mac")? == MAC,
+            "MAC address {}",
+            result.value("mac")?
+        );
+    }
+    Ok(())
+}
+
+fn nic(lab: &mut Lab, interface: Interface) -> Result<()> {
+    let (host, address) = bound(lab, "nic0")?;
+    fetch(
+        host,
+        guest()?.device(&address).args(&interface.arguments()),
+        "e1000e",
+    )?;
+    give_back(host, &address, "e1000e")
+}
+
+const MAC: &str = "02:00:00:00:00:07";
+
+fn virtual_function(lab: &mut Lab, interface: Interface) -> Result<()> {
+    let host = lab.host(&zoo())?;
+    let physical = host.address("nic1")?;
+    let folder = format!("/sys/bus/pci/devices/{physical}");
+    // The physical function's link comes first, or the virtual one's mailbox has nobody to answer.
+    let address = host.run(&format!(
+        "set -e; nic=$(ls {folder}/net); ip link set $nic up\n\
+         [ \"$(cat /sys/class/net/$nic/carrier)\" = 1 ] ||\n\
+             timeout 60 ip monitor link dev $nic | grep -q -m 1 LOWER_UP ||\n\
+             [ \"$(cat /sys/class/net/$nic/carrier)\" = 1 ]\n\
+         [ -e {folder}/virtfn0 ] || echo 1 >{folder}/sriov_numvfs\n\
+         ip link set $nic vf 0 mac {MAC}\n\
+         basename $(readlink {folder}/virtfn0)\n"
+    ))?;
+    let address = address.trim();
+    host.run(&format!("busway device bind {address}"))?;
+    fetch(
+        host,
+        guest()?.device(address).args(&interface.arguments()),
+        "igbvf",
+    )?;
+    host.run(&format!("busway device unbind {address}"))
+        .map(drop)
+}
