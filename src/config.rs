@@ -1,10 +1,32 @@
 //! What a VM is made of, as the command line and `--config vm.toml` say it in the same words.
 //!
-//! The field names are the words of the flags; see `docs/design.md`.
+//! The field names are the words of the flags; see `docs/design.md`. What a single value must be is
+//! checked where it is read (`cli`); what values must be together, by [`VmConfig::validate`]; what the
+//! host must have for them, by those who open it.
 
-use std::path::PathBuf;
+mod validate;
 
+use std::path::{Path, PathBuf};
+
+use busway_pci::{Bdf, ParseBdfError};
 use serde::{Deserialize, Serialize};
+
+pub use validate::InvalidConfig;
+
+/// How many vCPUs a VM can have.
+pub const MAX_CPUS: u8 = 64;
+
+/// The least RAM that a guest can have; a kernel with its initial RAM file system needs more.
+pub const MIN_MEMORY: u64 = 16 << 20;
+
+/// What RAM comes in multiples of.
+pub const MEMORY_STEP: u64 = 1 << 20;
+
+/// The longest queue. virtio 1.3 §2.7.
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// Where Linux shows PCI functions by address.
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
 
 /// A whole VM.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -107,8 +129,23 @@ pub struct DiskConfig {
     pub id: Option<String>,
 }
 
+impl DiskConfig {
+    /// A disk with every choice at its default.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            readonly: false,
+            direct: false,
+            num_queues: one(),
+            queue_size: disk_queue_size(),
+            id: None,
+        }
+    }
+}
+
 /// `--net`
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// The tap interface; made where it does not exist, and named by the kernel where absent.
@@ -126,6 +163,18 @@ pub struct NetConfig {
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+}
+
+impl Default for NetConfig {
+    fn default() -> Self {
+        Self {
+            tap: None,
+            mac: None,
+            num_queues: two(),
+            queue_size: net_queue_size(),
+            id: None,
+        }
+    }
 }
 
 /// `--rng`
@@ -174,6 +223,40 @@ pub struct DeviceConfig {
     pub id: Option<String>,
 }
 
+impl DeviceConfig {
+    /// The function that a person means by `text`: an address (`0000:01:00.0`, `01:00.0`), or any path
+    /// in sysfs that ends in one. Its path is then the one by address.
+    ///
+    /// # Errors
+    ///
+    /// When there is no address at the end of it.
+    pub fn new(text: &str) -> Result<Self, ParseBdfError> {
+        let address: Bdf = last_component(Path::new(text))
+            .unwrap_or(text)
+            .parse()
+            .map_err(|_not_an_address| ParseBdfError(text.to_owned()))?;
+        Ok(Self {
+            path: Path::new(PCI_DEVICES).join(address.to_string()),
+            id: None,
+        })
+    }
+
+    /// The function's address.
+    ///
+    /// # Errors
+    ///
+    /// When the path does not end in one.
+    pub fn address(&self) -> Result<Bdf, ParseBdfError> {
+        last_component(&self.path)
+            .and_then(|name| name.parse().ok())
+            .ok_or_else(|| ParseBdfError(self.path.display().to_string()))
+    }
+}
+
+fn last_component(path: &Path) -> Option<&str> {
+    path.file_name()?.to_str()
+}
+
 /// `--platform`
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -209,4 +292,33 @@ fn disk_queue_size() -> u16 {
 
 fn net_queue_size() -> u16 {
     256
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_spelling_of_a_device_is_one_path() {
+        for text in [
+            "01:00.0",
+            "0000:01:00.0",
+            "0000:01:00.0/",
+            "/sys/bus/pci/devices/0000:01:00.0",
+            "/sys/bus/pci/devices/0000:01:00.0/",
+            "/sys/devices/pci0000:00/0000:00:1c.0/0000:01:00.0",
+        ] {
+            let device = DeviceConfig::new(text).unwrap();
+            assert_eq!(device.path, Path::new("/sys/bus/pci/devices/0000:01:00.0"));
+            assert_eq!(device.address().unwrap().to_string(), "0000:01:00.0");
+        }
+    }
+
+    #[test]
+    fn what_is_no_pci_function_is_no_device() {
+        for text in ["", "/", "..", "eth0", "/sys/class/net/eth0", "01:00"] {
+            let error = DeviceConfig::new(text).unwrap_err();
+            assert!(error.to_string().starts_with(&format!("`{text}`")));
+        }
+    }
 }

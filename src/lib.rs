@@ -2,7 +2,11 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod kvm;
+pub mod machine;
 pub mod memory;
+pub mod report;
+pub mod virtio;

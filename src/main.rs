@@ -1,3 +1,5 @@
 //! The `busway` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    busway::cli::main()
+}

@@ -1,1 +1,35 @@
-//! .
+//! Who may DMA where: the IOMMU mappings of a VM, over the kernel's two interfaces for them.
+//!
+//! A [`Space`] is one set of mappings from I/O virtual addresses to this process's memory. It is a
+//! VFIO Type1 container ([`Container`]) or an iommufd I/O address space ([`Ioas`]), and belongs to the
+//! VM: it outlives the devices that are attached to it, and a device that comes after the last one
+//! left finds everything mapped. [`DmaSpace`] is what the memory code sees of it.
+//!
+//! The crate opens groups ([`Group`]), for attaching one is what starts a container, but not devices:
+//! those are `busway-vfio`'s. `unsafe` stands in [`info`] and the private module `sys`.
+
+mod dma;
+mod error;
+mod group;
+pub mod info;
+mod iommufd;
+mod memlock;
+mod obstacle;
+mod paths;
+mod ranges;
+mod space;
+mod sys;
+mod tracker;
+mod type1;
+
+pub use dma::{Access, DmaSpace, HostVa, Iova, Stats};
+pub use error::{MapError, OpenError};
+pub use group::Group;
+pub use iommufd::Ioas;
+pub use memlock::MemlockError;
+pub use obstacle::{Node, Obstacle};
+pub use paths::HostPaths;
+pub use ranges::IovaRange;
+pub use space::{Kind, Mode, Space};
+pub use tracker::{Mapping, Tracker};
+pub use type1::Container;

@@ -1,6 +1,6 @@
 //! The seam between a PCI function and the machine that holds it.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,6 +14,15 @@ pub enum BarIndex {
     Bar(u8),
     /// The expansion ROM.
     Rom,
+}
+
+impl fmt::Display for BarIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bar(number) => write!(f, "BAR {number}"),
+            Self::Rom => f.write_str("the expansion ROM"),
+        }
+    }
 }
 
 /// What a BAR decodes.
@@ -107,7 +116,11 @@ pub trait PciFunction: Send + Sync + Debug {
     /// Writes to a BAR, `offset` bytes from its start.
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]);
 
-    /// Puts the function into its state at power-on. Called with no vCPU running.
+    /// Puts the function into its state at power-on.
+    ///
+    /// Called when the guest restarts, with no vCPU running, and when the guest resets the bus that
+    /// the function is on: then with none of its BARs mapped, while a last access may still be on its
+    /// way.
     fn reset(&self);
 
     /// The bridge side of the function, where it is one.
@@ -125,6 +138,14 @@ pub trait Bridge {
 
     /// Whether the bridge forwards `region` downstream: its command register and windows allow it.
     fn forwards(&self, region: &BarRegion) -> bool;
+
+    /// Whether the guest holds the secondary bus in reset. The topology resets the functions below
+    /// when that begins, and lets nothing through while it lasts.
+    ///
+    /// PCIe 6.0 §7.5.1.3.13.
+    fn in_reset(&self) -> bool {
+        false
+    }
 }
 
 /// Makes BARs reachable for the guest. The machine implements it.

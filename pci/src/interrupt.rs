@@ -84,3 +84,13 @@ pub trait VectorOwner {
     /// close after this.
     fn disconnect_all(&mut self);
 }
+
+/// The owner for a device in this process, which signals by [`Msix::trigger`](crate::Msix::trigger)
+/// or [`Msi::trigger`](crate::Msi::trigger) and needs no eventfd.
+impl VectorOwner for () {
+    fn connect(&mut self, _first: u16, _events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn disconnect_all(&mut self) {}
+}

@@ -7,12 +7,40 @@
 
 #![forbid(unsafe_code)]
 
+mod access;
 mod address;
+mod bars;
+mod capability;
+mod config;
+mod connection;
+#[cfg(test)]
+mod fake;
 mod function;
+mod host_bridge;
 mod interrupt;
+mod intx;
+mod link;
+mod msi;
+mod msix;
+mod root_port;
+pub mod spec;
+mod topology;
 
+pub use access::{Cf8Cfc, Ecam};
 pub use address::{Bdf, Bus, Device, Function, ParseBdfError, Segment};
+pub use bars::{BarError, Bars};
+pub use capability::{
+    Capability, ConfigRead, ExtendedCapability, capabilities, extended_capabilities,
+};
+pub use config::{ConfigSpace, Identity, Register};
 pub use function::{
     BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, PciFunction,
 };
+pub use host_bridge::HostBridge;
 pub use interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError, VectorOwner};
+pub use intx::InterruptPin;
+pub use link::{Link, LinkSpeed};
+pub use msi::{Msi, MsiFeatures};
+pub use msix::{Msix, MsixLocation};
+pub use root_port::RootPort;
+pub use topology::{AssignError, FunctionId, Place, PlaceError, Topology, Windows};

@@ -119,6 +119,15 @@ impl AddressMap {
         removed
     }
 
+    /// Removes every range.
+    pub fn clear(&self) {
+        let _writer = self
+            .writer
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.entries.store(Arc::default());
+    }
+
     /// Reads from whatever is at `address`; all ones where nothing is.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {

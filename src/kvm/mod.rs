@@ -1,5 +1,27 @@
 //! The kernel's side of the machine: VM, vCPUs, memory slots, interrupt routes and exit dispatch.
 
 mod address_map;
+mod cpuid;
+mod doorbell;
+mod error;
+mod gate;
+mod irq;
+mod kick;
+mod memslots;
+mod msr;
+mod run;
+mod vcpu;
+mod vcpus;
+mod vfio;
+mod vm;
 
 pub use address_map::{AddressMap, BusDevice, Overlap};
+pub use doorbell::{Doorbell, Doorbells};
+pub use error::KvmError;
+pub use irq::{IrqRouter, LevelLine, VectorCount};
+pub use memslots::Memslots;
+pub use run::{Buses, ExitKind, VcpuEvent};
+pub use vcpu::{CpuModel, MAX_VCPUS};
+pub use vcpus::{EventSink, Vcpus};
+pub use vfio::KvmVfio;
+pub use vm::Vm;

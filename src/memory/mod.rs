@@ -3,8 +3,15 @@
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
 pub mod layout;
+mod prefault;
+mod ram;
+mod regions;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+pub use prefault::PrefaultError;
+pub use ram::{Ram, RamError};
+pub use regions::{Region, RegionError, RegionKind, RegionListener, Regions, RegionsError};
 
 /// One state of the guest's RAM: the regions and where they are mapped in this process.
 pub type RamMap = GuestMemoryMmap<()>;

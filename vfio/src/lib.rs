@@ -1,1 +1,38 @@
-//! .
+//! One host device, as a PCI function; and binding it.
+//!
+//! [`Opener`] opens a device that is bound to a VFIO driver, by its group or as a character device,
+//! and attaches it to the VM's DMA space. What comes out is a [`DeviceIo`]: regions, interrupts,
+//! reset. [`AssignedFunction`] makes a PCI function of one for the guest: what of its configuration
+//! space is the device's and what is Busway's, which parts of its BARs need no exit, and how its
+//! interrupts get to the guest.
+//!
+//! [`host`] is the host's side: which devices there are, what uses them, and binding them.
+//!
+//! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
+
+mod areas;
+mod config;
+mod device_io;
+#[cfg(test)]
+mod fake;
+mod function;
+pub mod host;
+mod kernel_device;
+mod kvm;
+mod lists;
+mod mapping;
+mod msix_layout;
+mod open;
+mod policy;
+mod survey;
+mod sys;
+mod vectors;
+
+pub use areas::Area;
+pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
+pub use function::{AssignedFunction, Summary};
+pub use kernel_device::KernelDevice;
+pub use kvm::KvmFiles;
+pub use mapping::Mapping;
+pub use open::{DeviceError, Opener};
+pub use survey::AssignError;

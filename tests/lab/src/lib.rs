@@ -1,1 +1,37 @@
-//! .
+//! The emulated host: VFIO, KVM and an IOMMU on any machine.
+//!
+//! A Linux host runs in QEMU with an IOMMU and a zoo of PCI devices; Busway, unchanged, binds its
+//! devices and boots guests in it. A test boots a [`Host`], runs scripts and guests there, and reads
+//! what came of them as data. When the `Host` is dropped, or this process dies, nothing is left.
+
+mod agent;
+mod binding;
+mod config;
+mod cpio;
+mod guest;
+mod host;
+mod job;
+mod lab;
+mod parts;
+mod process;
+mod program;
+mod qmp;
+mod scratch;
+mod server;
+mod snapshot;
+mod transcript;
+mod watch;
+mod zoo;
+
+pub use config::{HostConfig, Iommu, Kernel};
+pub use guest::{GuestKernel, GuestResult, GuestRun, RunningGuest, Vmm};
+pub use host::Host;
+pub use job::{Job, Output};
+pub use lab::Lab;
+pub use parts::{Extent, Parts};
+pub use program::{Profile, build_busway, build_static};
+pub use qmp::Qmp;
+pub use server::{DataServer, Upload};
+pub use snapshot::{Mapping, Snapshot, Thread};
+pub use transcript::{Line, Transcript};
+pub use zoo::{Device, GATEWAY, Kind};

@@ -1,0 +1,150 @@
+//! An IOMMU group: the functions that the host's IOMMU cannot tell apart, given away as one.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
+
+use crate::{Container, HostPaths, Obstacle, OpenError, sys};
+
+/// A group that is attached to a container. Dropping it takes it out: every descriptor of its
+/// devices has to be closed by then, so devices hold their group.
+#[derive(Debug)]
+pub struct Group {
+    file: File,
+    number: u32,
+    container: Arc<Container>,
+}
+
+impl Group {
+    /// Opens the group numbered `number` and attaches it. The kernel lets a group be opened once.
+    ///
+    /// # Errors
+    /// [`OpenError`]; [`OpenError::NotViable`] names the members in the way.
+    pub fn open(
+        paths: &HostPaths,
+        number: u32,
+        container: &Arc<Container>,
+    ) -> Result<Self, OpenError> {
+        let path = paths.group(number);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|error| OpenError::Node {
+                obstacle: Obstacle::opening(paths, &path, error),
+                path,
+            })?;
+        let flags = sys::group_status(&file).map_err(|source| OpenError::Kernel {
+            what: format!("VFIO_GROUP_GET_STATUS on IOMMU group {number}"),
+            source,
+        })?;
+        if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
+            return Err(OpenError::NotViable {
+                group: number,
+                blockers: blockers(paths, number),
+            });
+        }
+        container.attach(&file, number)?;
+        Ok(Self {
+            file,
+            number,
+            container: container.clone(),
+        })
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Opens the device called `name`, a PCI address as sysfs writes it.
+    ///
+    /// # Errors
+    /// The kernel's: EBUSY where the device is open already, ENODEV where it is gone or not bound to
+    /// a VFIO driver.
+    pub fn device(&self, name: &str) -> io::Result<OwnedFd> {
+        sys::group_device(&self.file, name)
+    }
+}
+
+impl AsFd for Group {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.container.detach(&self.file, self.number);
+    }
+}
+
+/// The members of a group that keep it from being given away, each with its driver and the command
+/// that frees it. Bridges are exempt, and so is what no driver is bound to.
+fn blockers(paths: &HostPaths, group: u32) -> String {
+    let blockers: Vec<String> = paths
+        .members(group)
+        .into_iter()
+        .filter_map(|(address, folder)| {
+            let driver = paths.driver_of(&folder)?;
+            let exempt = driver.contains("vfio") || driver == "pci-stub" || is_bridge(&folder);
+            (!exempt)
+                .then(|| format!("{address} is bound to {driver} (`busway device bind {address}`)"))
+        })
+        .collect();
+    if blockers.is_empty() {
+        "the kernel does not say by whom; see `dmesg`".to_owned()
+    } else {
+        blockers.join(", ")
+    }
+}
+
+/// Base class 06h: a bridge. PCI Code and ID Assignment Specification 1.15 §1.7
+fn is_bridge(folder: &std::path::Path) -> bool {
+    std::fs::read_to_string(folder.join("class"))
+        .is_ok_and(|class| class.trim().trim_start_matches("0x").starts_with("0604"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn who_blocks_a_group_is_named_with_the_way_out_and_bridges_are_exempt() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = HostPaths {
+            sys: root.path().join("sys"),
+            ..HostPaths::default()
+        };
+        for (address, class, driver) in [
+            ("0000:00:1f.0", "0x060100", Some("lpc_ich")),
+            ("0000:00:1c.0", "0x060400", Some("pcieport")),
+            ("0000:00:1f.2", "0x010601", Some("vfio-pci")),
+            ("0000:00:1f.3", "0x0c0500", None),
+        ] {
+            let folder = root
+                .path()
+                .join("sys/kernel/iommu_groups/9/devices")
+                .join(address);
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("class"), format!("{class}\n")).unwrap();
+            if let Some(driver) = driver {
+                symlink(
+                    format!("../../bus/pci/drivers/{driver}"),
+                    folder.join("driver"),
+                )
+                .unwrap();
+            }
+        }
+        assert_eq!(
+            blockers(&paths, 9),
+            "0000:00:1f.0 is bound to lpc_ich (`busway device bind 0000:00:1f.0`)"
+        );
+    }
+}

@@ -1,0 +1,355 @@
+//! Why the kernel said no, and what to do about it.
+//!
+//! An errno is shared by causes that have nothing in common but the number. What tells them apart
+//! stands in sysfs and procfs; this module looks there once something has failed, and only then.
+
+use std::fmt;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::HostPaths;
+
+/// What stands in the way; its text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Obstacle {
+    /// the kernel has no module …
+    #[error(
+        "the kernel module {module} is not loaded: run `modprobe {module}` \
+         (a kernel that lacks it was built without {option})"
+    )]
+    Module {
+        /// The module.
+        module: &'static str,
+        /// The option of the kernel's configuration that builds it.
+        option: &'static str,
+    },
+    /// the host's IOMMU is off
+    #[error(
+        "the host has no IOMMU in use: enable {technology} in the firmware's set-up and boot the \
+         host's kernel with `{parameter}`"
+    )]
+    NoIommu {
+        /// What the processor's maker calls it.
+        technology: &'static str,
+        /// The kernel's parameter.
+        parameter: &'static str,
+    },
+    /// the node's owner and mode forbid it
+    #[error(
+        "permission denied: it belongs to {node}; run as root, or give it to your user: \
+         `chown {user} {path}`"
+    )]
+    Permission {
+        /// The node.
+        path: PathBuf,
+        /// Its owner and mode.
+        node: Node,
+        /// Who runs Busway.
+        user: u32,
+    },
+    /// the device cgroup forbids it
+    #[error(
+        "the device cgroup forbids it although the file's mode ({node}) allows it: let the \
+         container or unit use character device {major}:{minor} (systemd: DeviceAllow={path}; \
+         docker: --device {path})"
+    )]
+    DeviceCgroup {
+        /// The node.
+        path: PathBuf,
+        /// Its owner and mode.
+        node: Node,
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// somebody else has it
+    #[error("it is in use by {holder}: end that first")]
+    Busy {
+        /// The process, as well as it can be told.
+        holder: String,
+    },
+    /// the host does not remap interrupts
+    #[error(
+        "the host cannot isolate the device's interrupts (no interrupt remapping): turn it on in \
+         the firmware's set-up and leave `intremap=off` and `nointremap` off the host's command \
+         line; or, where every guest is trusted, `echo Y > {parameter}`"
+    )]
+    InterruptRemapping {
+        /// The module parameter that waives it.
+        parameter: PathBuf,
+    },
+    /// the kernel is locked down
+    #[error(
+        "operation not permitted, and the host's kernel is locked down ({mode}): if its log \
+         (`dmesg`) names lockdown, boot without `lockdown={mode}` or turn Secure Boot off"
+    )]
+    Lockdown {
+        /// `integrity` or `confidentiality`
+        mode: String,
+    },
+    /// anything else, with a hint
+    #[error("{source}: {hint}")]
+    Hinted {
+        /// Why.
+        source: io::Error,
+        /// What helps.
+        hint: &'static str,
+    },
+    /// anything else
+    #[error("{0}")]
+    Other(io::Error),
+}
+
+/// Who owns a device node and who may use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Owner's id.
+    pub uid: u32,
+    /// Group's id.
+    pub gid: u32,
+    /// Permission bits.
+    pub mode: u32,
+}
+
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { uid, gid, mode } = self;
+        write!(f, "user {uid}, group {gid}, mode {mode:04o}")
+    }
+}
+
+/// A kernel module, and the option that builds it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Module(pub(crate) &'static str, pub(crate) &'static str);
+
+pub(crate) const VFIO_PCI: Module = Module("vfio-pci", "CONFIG_VFIO_PCI");
+pub(crate) const VFIO_TYPE1: Module = Module("vfio_iommu_type1", "CONFIG_VFIO_IOMMU_TYPE1");
+pub(crate) const IOMMUFD: Module = Module("iommufd", "CONFIG_IOMMUFD");
+
+impl Obstacle {
+    /// Why the node at `path`, which `module` makes, could not be opened.
+    #[must_use]
+    pub fn opening(paths: &HostPaths, path: &Path, error: io::Error) -> Self {
+        Self::opening_made_by(paths, path, VFIO_PCI, error)
+    }
+
+    pub(crate) fn opening_made_by(
+        paths: &HostPaths,
+        path: &Path,
+        module: Module,
+        error: io::Error,
+    ) -> Self {
+        let Module(module, option) = module;
+        match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+                if !has_iommu(paths) {
+                    return no_iommu(paths);
+                }
+                Self::Module { module, option }
+            }
+            Some(libc::EACCES | libc::EPERM) => {
+                let user = crate::sys::effective_user();
+                let Ok(meta) = std::fs::metadata(path) else {
+                    return Self::Other(error);
+                };
+                let node = Node {
+                    uid: meta.uid(),
+                    gid: meta.gid(),
+                    mode: meta.mode() & 0o7777,
+                };
+                // The device cgroup answers EPERM, and to root as well; the mode answers EACCES.
+                if error.raw_os_error() == Some(libc::EPERM) && meta.file_type().is_char_device() {
+                    let device = meta.rdev();
+                    return Self::DeviceCgroup {
+                        path: path.to_owned(),
+                        node,
+                        major: libc::major(device),
+                        minor: libc::minor(device),
+                    };
+                }
+                Self::Permission {
+                    path: path.to_owned(),
+                    node,
+                    user,
+                }
+            }
+            Some(libc::EBUSY) => Self::Busy {
+                holder: holder(paths, path),
+            },
+            _ => Self::Other(error),
+        }
+    }
+
+    /// Why a device could not be attached to an address space. `module` is the one whose
+    /// `allow_unsafe_interrupts` waives interrupt remapping.
+    #[must_use]
+    pub fn attaching(paths: &HostPaths, module: &str, error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EPERM) => {
+                if let Some(mode) = lockdown(paths) {
+                    return Self::Lockdown { mode };
+                }
+                Self::InterruptRemapping {
+                    parameter: paths
+                        .sys
+                        .join("module")
+                        .join(module)
+                        .join("parameters/allow_unsafe_interrupts"),
+                }
+            }
+            Some(libc::EINVAL) => Self::Hinted {
+                source: error,
+                hint: "the IOMMU reserves addresses that are mapped already, or its firmware \
+                       demands the device for itself (an RMRR; see `dmesg`)",
+            },
+            Some(libc::ENODEV) if !has_iommu(paths) => no_iommu(paths),
+            _ => Self::Other(error),
+        }
+    }
+
+    /// That the host's IOMMU is off, in the words of its processor.
+    #[must_use]
+    pub fn no_iommu(paths: &HostPaths) -> Self {
+        no_iommu(paths)
+    }
+}
+
+/// Whether any device of the host is in an IOMMU group.
+pub(crate) fn has_iommu(paths: &HostPaths) -> bool {
+    std::fs::read_dir(paths.sys.join("kernel/iommu_groups"))
+        .is_ok_and(|mut groups| groups.next().is_some())
+}
+
+fn no_iommu(paths: &HostPaths) -> Obstacle {
+    let cpu = std::fs::read_to_string(paths.proc.join("cpuinfo")).unwrap_or_default();
+    if cpu.contains("AuthenticAMD") || cpu.contains("HygonGenuine") {
+        Obstacle::NoIommu {
+            technology: "AMD-Vi (IOMMU)",
+            parameter: "amd_iommu=on iommu=pt",
+        }
+    } else {
+        Obstacle::NoIommu {
+            technology: "VT-d",
+            parameter: "intel_iommu=on iommu=pt",
+        }
+    }
+}
+
+/// The lockdown mode in force, where there is one: the bracketed word of
+/// `none [integrity] confidentiality`.
+fn lockdown(paths: &HostPaths) -> Option<String> {
+    let text = std::fs::read_to_string(paths.sys.join("kernel/security/lockdown")).ok()?;
+    let mode = text.split_once('[')?.1.split_once(']')?.0;
+    (mode != "none").then(|| mode.to_owned())
+}
+
+/// The processes that have `path` open, as far as this one may see.
+fn holder(paths: &HostPaths, path: &Path) -> String {
+    let holders: Vec<String> = std::fs::read_dir(&paths.proc)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .filter_map(|process| {
+            let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+            let mut open = std::fs::read_dir(process.path().join("fd")).ok()?;
+            open.any(|fd| {
+                fd.is_ok_and(|fd| std::fs::read_link(fd.path()).is_ok_and(|link| link == path))
+            })
+            .then(|| {
+                let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+                format!("process {pid} ({})", name.trim())
+            })
+        })
+        .collect();
+    if holders.is_empty() {
+        format!(
+            "another process (see `fuser -v {}` as root)",
+            path.display()
+        )
+    } else {
+        holders.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn made_up() -> (tempfile::TempDir, HostPaths) {
+        let root = tempfile::tempdir().unwrap();
+        let paths = HostPaths {
+            sys: root.path().join("sys"),
+            dev: root.path().join("dev"),
+            proc: root.path().join("proc"),
+        };
+        fs::create_dir_all(paths.sys.join("kernel/iommu_groups")).unwrap();
+        fs::create_dir_all(&paths.proc).unwrap();
+        (root, paths)
+    }
+
+    fn errno(number: i32) -> io::Error {
+        io::Error::from_raw_os_error(number)
+    }
+
+    #[test]
+    fn a_missing_node_is_a_missing_module_or_a_missing_iommu() {
+        let (_root, paths) = made_up();
+        fs::write(paths.proc.join("cpuinfo"), "vendor_id : AuthenticAMD").unwrap();
+        let node = paths.container();
+        let text = Obstacle::opening(&paths, &node, errno(libc::ENOENT)).to_string();
+        assert!(text.contains("amd_iommu=on"), "{text}");
+        fs::create_dir(paths.sys.join("kernel/iommu_groups/0")).unwrap();
+        let text = Obstacle::opening(&paths, &node, errno(libc::ENOENT)).to_string();
+        assert!(text.contains("modprobe vfio-pci"), "{text}");
+    }
+
+    #[test]
+    fn a_denial_is_told_by_its_number_and_names_owner_or_cgroup() {
+        let (_root, paths) = made_up();
+        let null = Path::new("/dev/null");
+        let text = Obstacle::opening(&paths, null, errno(libc::EPERM)).to_string();
+        assert!(
+            text.contains("device cgroup") && text.contains("1:3"),
+            "{text}"
+        );
+        let text = Obstacle::opening(&paths, null, errno(libc::EACCES)).to_string();
+        assert!(
+            text.contains("mode 0666") && text.contains("chown"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_refused_attachment_is_remapping_unless_the_kernel_is_locked_down() {
+        let (_root, paths) = made_up();
+        let refused = || errno(libc::EPERM);
+        let text = Obstacle::attaching(&paths, "vfio_iommu_type1", refused()).to_string();
+        assert!(
+            text.contains("module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"),
+            "{text}"
+        );
+        let security = paths.sys.join("kernel/security");
+        fs::create_dir_all(&security).unwrap();
+        fs::write(
+            security.join("lockdown"),
+            "none [integrity] confidentiality\n",
+        )
+        .unwrap();
+        let text = Obstacle::attaching(&paths, "iommufd", refused()).to_string();
+        assert!(text.contains("lockdown=integrity"), "{text}");
+    }
+
+    #[test]
+    fn whoever_holds_a_node_is_named() {
+        let (_root, paths) = made_up();
+        let process = paths.proc.join("4711");
+        fs::create_dir_all(process.join("fd")).unwrap();
+        fs::write(process.join("comm"), "qemu\n").unwrap();
+        std::os::unix::fs::symlink(paths.group(7), process.join("fd/3")).unwrap();
+        let text = Obstacle::opening(&paths, &paths.group(7), errno(libc::EBUSY)).to_string();
+        assert_eq!(text, "it is in use by process 4711 (qemu): end that first");
+    }
+}

@@ -1,0 +1,105 @@
+//! Where the host's files are: `/sys`, `/dev` and `/proc`, or a test's made-up host.
+
+use std::path::{Path, PathBuf};
+
+/// The roots that everything about the host is read below.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPaths {
+    /// `/sys`
+    pub sys: PathBuf,
+    /// `/dev`
+    pub dev: PathBuf,
+    /// `/proc`
+    pub proc: PathBuf,
+}
+
+impl Default for HostPaths {
+    fn default() -> Self {
+        Self {
+            sys: "/sys".into(),
+            dev: "/dev".into(),
+            proc: "/proc".into(),
+        }
+    }
+}
+
+impl HostPaths {
+    /// The VFIO container device. linux/vfio.h
+    #[must_use]
+    pub fn container(&self) -> PathBuf {
+        self.dev.join("vfio/vfio")
+    }
+
+    /// The device of the group numbered `group`.
+    #[must_use]
+    pub fn group(&self, group: u32) -> PathBuf {
+        self.dev.join("vfio").join(group.to_string())
+    }
+
+    /// The iommufd device. linux/iommufd.h
+    #[must_use]
+    pub fn iommufd(&self) -> PathBuf {
+        self.dev.join("iommu")
+    }
+
+    /// The VFIO character device of the PCI function whose folder in sysfs is `device`: the node's
+    /// path, where the kernel has made one (`CONFIG_VFIO_DEVICE_CDEV`, and a VFIO driver is bound).
+    #[must_use]
+    pub fn cdev(&self, device: &Path) -> Option<PathBuf> {
+        let name = std::fs::read_dir(device.join("vfio-dev"))
+            .ok()?
+            .filter_map(Result::ok)
+            .map(|entry| entry.file_name())
+            .find(|name| name.as_encoded_bytes().starts_with(b"vfio"))?;
+        let node = self.dev.join("vfio/devices").join(name);
+        node.exists().then_some(node)
+    }
+
+    /// The IOMMU group of the PCI function whose folder in sysfs is `device`.
+    #[must_use]
+    pub fn group_of(&self, device: &Path) -> Option<u32> {
+        std::fs::read_link(device.join("iommu_group"))
+            .ok()?
+            .file_name()?
+            .to_str()?
+            .parse()
+            .ok()
+    }
+
+    /// The name of the driver that the function at `device` is bound to.
+    #[must_use]
+    pub fn driver_of(&self, device: &Path) -> Option<String> {
+        let link = std::fs::read_link(device.join("driver")).ok()?;
+        Some(link.file_name()?.to_string_lossy().into_owned())
+    }
+
+    /// The functions of a group: the name (a PCI address) and the folder of each, in order.
+    #[must_use]
+    pub fn members(&self, group: u32) -> Vec<(String, PathBuf)> {
+        let folder = self
+            .sys
+            .join("kernel/iommu_groups")
+            .join(group.to_string())
+            .join("devices");
+        let mut members: Vec<_> = std::fs::read_dir(folder)
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok)
+            .map(|entry| {
+                (
+                    entry.file_name().to_string_lossy().into_owned(),
+                    entry.path(),
+                )
+            })
+            .collect();
+        members.sort();
+        members
+    }
+
+    /// Whether a module is loaded or built in. Built-in modules appear there when they have
+    /// parameters, so `false` is no proof that one is missing.
+    #[must_use]
+    pub fn module_is_there(&self, module: &str) -> bool {
+        self.sys.join("module").join(module).exists()
+    }
+}

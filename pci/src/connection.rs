@@ -1,0 +1,105 @@
+//! A vector's way to the guest and what it was last told, as MSI and MSI-X both have it.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use crate::interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
+
+/// A vector could not be connected, or not be changed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VectorError {
+    /// it cannot be routed to the guest: {0}
+    #[error("it cannot be routed to the guest: {0}")]
+    Route(#[from] RouteError),
+    /// it cannot be enabled in the device: {0}
+    #[error("it cannot be enabled in the device: {0}")]
+    Device(#[source] std::io::Error),
+    /// its message cannot be changed: {0}
+    #[error("its message cannot be changed: {0}")]
+    Message(#[source] RouteError),
+    /// its mask cannot be changed: {0}
+    #[error("its mask cannot be changed: {0}")]
+    Mask(#[source] RouteError),
+}
+
+#[derive(Debug)]
+pub(crate) struct Connection {
+    route: Arc<dyn InterruptRoute>,
+    message: MsiMessage,
+    masked: bool,
+}
+
+impl Connection {
+    /// A route for `message`, not masked.
+    pub(crate) fn new(
+        routes: &dyn InterruptRoutes,
+        message: MsiMessage,
+    ) -> Result<Self, VectorError> {
+        Ok(Self {
+            route: routes.connect(message)?,
+            message,
+            masked: false,
+        })
+    }
+
+    /// Holds interrupts back or lets them through; nothing where that is so already.
+    pub(crate) fn mask(&mut self, masked: bool) -> Result<(), VectorError> {
+        if self.masked != masked {
+            self.route.set_masked(masked).map_err(VectorError::Mask)?;
+            self.masked = masked;
+        }
+        Ok(())
+    }
+
+    /// Sends `message` from now on; nothing where that is so already.
+    pub(crate) fn retarget(&mut self, message: MsiMessage) -> Result<(), VectorError> {
+        if self.message != message {
+            self.route.update(message).map_err(VectorError::Message)?;
+            self.message = message;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn pending(&self) -> bool {
+        self.route.pending()
+    }
+
+    pub(crate) fn trigger(&self) {
+        self.route.trigger();
+    }
+
+    pub(crate) fn event(&self) -> BorrowedFd<'_> {
+        self.route.event()
+    }
+}
+
+/// Where failures go that the guest can repeat as often as it likes: the first is a warning.
+#[derive(Debug)]
+pub(crate) struct Complaints {
+    function: Box<str>,
+    made: bool,
+}
+
+impl Complaints {
+    pub(crate) fn of(function: impl Into<Box<str>>) -> Self {
+        Self {
+            function: function.into(),
+            made: false,
+        }
+    }
+
+    /// `what` is the vector.
+    pub(crate) fn make(&mut self, what: &str, error: &VectorError) {
+        let level = if self.made {
+            log::Level::Debug
+        } else {
+            log::Level::Warn
+        };
+        self.made = true;
+        log::log!(
+            level,
+            "{}: {what}: {error}; this is tried again when the guest next unmasks it",
+            self.function
+        );
+    }
+}

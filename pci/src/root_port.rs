@@ -1,0 +1,397 @@
+//! A PCIe root port: the bridge between bus 0 and the one device on its link.
+//!
+//! The port says what it lets through; the topology acts on it. Its slot is not hot-plug capable.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::config::{ConfigSpace, Identity};
+use crate::function::{BarIndex, BarKind, BarRegion, Bridge, PciFunction};
+use crate::interrupt::InterruptRoutes;
+use crate::link::Link;
+use crate::msi::{Msi, MsiFeatures};
+use crate::spec;
+
+/// A root port with one slot.
+#[derive(Debug)]
+pub struct RootPort {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    space: ConfigSpace,
+    msi: Msi,
+    msi_offset: u16,
+}
+
+impl RootPort {
+    /// A root port whose slot has the number `slot` (13 bits, and unique in the machine), with this
+    /// link. A link slower than the device's own makes Linux report a bottleneck.
+    ///
+    /// It says that it is QEMU's generic root port, 1b36:000c, which needs no driver but the bus's.
+    #[must_use]
+    pub fn new(slot: u16, link: Link, routes: Arc<dyn InterruptRoutes>) -> Self {
+        let mut space = ConfigSpace::type1(&Identity {
+            vendor: 0x1b36,
+            device: 0x000c,
+            class: 0x06_04_00,
+            ..Identity::default()
+        });
+        define_bridge(&mut space);
+        add_express(&mut space, slot, link);
+        let features = MsiFeatures {
+            vectors: 1,
+            address_64: true,
+            masking: true,
+        };
+        let msi = Msi::new(features, routes).named(format!("the root port of slot {slot}"));
+        let msi_offset = space.add_capability(spec::CAP_MSI, &msi.capability_body(), &[]);
+        Self {
+            state: Mutex::new(State {
+                space,
+                msi,
+                msi_offset,
+            }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The type 1 header's registers. Windows are closed at reset: their base is above their limit.
+fn define_bridge(space: &mut ConfigSpace) {
+    for bus in [
+        spec::PRIMARY_BUS,
+        spec::SECONDARY_BUS,
+        spec::SUBORDINATE_BUS,
+    ] {
+        space.define(bus, 0u8, u8::MAX);
+    }
+    let io = spec::IO_WINDOW_ADDRESS;
+    space.define(spec::IO_BASE, io, io);
+    space.define(spec::IO_LIMIT, 0, io);
+    space.clear_by_one(spec::SECONDARY_STATUS, spec::STATUS_ERRORS);
+    let memory = spec::MEMORY_WINDOW_ADDRESS;
+    space.define(spec::MEMORY_BASE, memory, memory);
+    space.define(spec::MEMORY_LIMIT, 0, memory);
+    let wide = spec::PREFETCHABLE_64;
+    space.define(spec::PREFETCHABLE_BASE, memory | wide, memory);
+    space.define(spec::PREFETCHABLE_LIMIT, wide, memory);
+    space.define(spec::PREFETCHABLE_BASE_UPPER, 0, u32::MAX);
+    space.define(spec::PREFETCHABLE_LIMIT_UPPER, 0, u32::MAX);
+    space.define(
+        spec::BRIDGE_CONTROL,
+        0,
+        spec::BRIDGE_CONTROL_PARITY | spec::BRIDGE_CONTROL_SERR | spec::BRIDGE_CONTROL_RESET,
+    );
+}
+
+/// The PCI Express capability. No ASPM, no ARI forwarding, no hot-plug: what is absent reads zero.
+fn add_express(space: &mut ConfigSpace, slot: u16, link: Link) {
+    let body = [0; spec::EXP_CAPABILITY_SIZE as usize - 2];
+    let at = space.add_capability(spec::CAP_PCI_EXPRESS, &body, &[]);
+    let capabilities = spec::EXP_VERSION_2 | spec::EXP_TYPE_ROOT_PORT | spec::EXP_SLOT_IMPLEMENTED;
+    space.define(at + spec::EXP_CAPABILITIES, capabilities, 0);
+    space.define(
+        at + spec::EXP_DEVICE_CAPABILITIES,
+        spec::EXP_DEVICE_PAYLOAD_256 | spec::EXP_DEVICE_ROLE_BASED_ERRORS,
+        0,
+    );
+    space.define(
+        at + spec::EXP_DEVICE_CONTROL,
+        spec::EXP_DEVICE_CONTROL_READ_512,
+        spec::EXP_DEVICE_CONTROL_WRITABLE,
+    );
+    space.clear_by_one(at + spec::EXP_DEVICE_STATUS, spec::EXP_DEVICE_STATUS_ERRORS);
+    space.define(
+        at + spec::EXP_LINK_CAPABILITIES,
+        link.speed_and_width()
+            | spec::EXP_LINK_ACTIVE_REPORTING
+            | spec::EXP_LINK_ASPM_OPTIONALITY
+            | u32::from(slot as u8) << spec::EXP_LINK_PORT_SHIFT,
+        0,
+    );
+    space.define(
+        at + spec::EXP_LINK_CONTROL,
+        0,
+        spec::EXP_LINK_CONTROL_WRITABLE,
+    );
+    space.define(
+        at + spec::EXP_LINK_STATUS,
+        link.speed_and_width() as u16
+            | spec::EXP_LINK_STATUS_SLOT_CLOCK
+            | spec::EXP_LINK_STATUS_ACTIVE,
+        0,
+    );
+    space.define(
+        at + spec::EXP_SLOT_CAPABILITIES,
+        u32::from(slot & spec::EXP_SLOT_NUMBER_MAX) << spec::EXP_SLOT_NUMBER_SHIFT,
+        0,
+    );
+    space.define(at + spec::EXP_SLOT_STATUS, spec::EXP_SLOT_STATUS_PRESENT, 0);
+    space.define(
+        at + spec::EXP_ROOT_CONTROL,
+        0,
+        spec::EXP_ROOT_CONTROL_WRITABLE,
+    );
+    space.clear_by_one(at + spec::EXP_ROOT_STATUS, spec::EXP_ROOT_STATUS_PME);
+    space.define(
+        at + spec::EXP_LINK_CAPABILITIES_2,
+        link.supported_speeds(),
+        0,
+    );
+    space.define(
+        at + spec::EXP_LINK_CONTROL_2,
+        link.speed.register(),
+        spec::EXP_LINK_CONTROL_2_TARGET,
+    );
+}
+
+impl PciFunction for RootPort {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        let state = self.state();
+        state.space.read(offset, data);
+        if let Some(offset) = offset.checked_sub(state.msi_offset) {
+            state.msi.read(offset, data);
+        }
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        let State {
+            space,
+            msi,
+            msi_offset,
+        } = &mut *self.state();
+        space.write(offset, data);
+        if let Some(offset) = offset.checked_sub(*msi_offset) {
+            msi.write(offset, data, &mut ());
+        }
+    }
+
+    fn bars(&self) -> Vec<BarRegion> {
+        Vec::new()
+    }
+
+    fn decoded(&self) -> Vec<BarRegion> {
+        Vec::new()
+    }
+
+    fn bar_read(&self, _bar: BarIndex, _offset: u64, data: &mut [u8]) {
+        data.fill(u8::MAX);
+    }
+
+    fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
+
+    fn reset(&self) {
+        let State { space, msi, .. } = &mut *self.state();
+        space.reset();
+        msi.reset(&mut ());
+    }
+
+    fn bridge(&self) -> Option<&dyn Bridge> {
+        Some(self)
+    }
+}
+
+impl Bridge for RootPort {
+    fn bus_numbers(&self) -> (u8, u8) {
+        let space = &self.state().space;
+        (
+            space.get(spec::SECONDARY_BUS),
+            space.get(spec::SUBORDINATE_BUS),
+        )
+    }
+
+    fn forwards(&self, region: &BarRegion) -> bool {
+        let space = &self.state().space;
+        let enable = match region.kind {
+            BarKind::Io => spec::COMMAND_IO,
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => spec::COMMAND_MEMORY,
+        };
+        if space.command() & enable == 0 {
+            return false;
+        }
+        let Some(last) = region.address.checked_add(region.size.saturating_sub(1)) else {
+            return false;
+        };
+        let within = |(base, limit): (u64, u64)| base <= region.address && last <= limit;
+        match region.kind {
+            BarKind::Io => within(io_window(space)),
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => {
+                within(memory_window(space)) || within(prefetchable_window(space))
+            }
+        }
+    }
+
+    fn in_reset(&self) -> bool {
+        let control: u16 = self.state().space.get(spec::BRIDGE_CONTROL);
+        control & spec::BRIDGE_CONTROL_RESET != 0
+    }
+}
+
+/// First and last port let through; nothing where the first is above the last.
+fn io_window(space: &ConfigSpace) -> (u64, u64) {
+    let address = |register| {
+        let bits: u8 = space.get(register);
+        u64::from(bits & spec::IO_WINDOW_ADDRESS) << 8
+    };
+    (
+        address(spec::IO_BASE),
+        address(spec::IO_LIMIT) | (spec::IO_WINDOW_GRANULE - 1),
+    )
+}
+
+/// First and last address of the window below 4 GiB.
+fn memory_window(space: &ConfigSpace) -> (u64, u64) {
+    (
+        memory_address(space, spec::MEMORY_BASE),
+        memory_address(space, spec::MEMORY_LIMIT) | (spec::MEMORY_WINDOW_GRANULE - 1),
+    )
+}
+
+/// First and last address of the prefetchable window.
+fn prefetchable_window(space: &ConfigSpace) -> (u64, u64) {
+    let address = |low, high| {
+        let upper: u32 = space.get(high);
+        u64::from(upper) << 32 | memory_address(space, low)
+    };
+    (
+        address(spec::PREFETCHABLE_BASE, spec::PREFETCHABLE_BASE_UPPER),
+        address(spec::PREFETCHABLE_LIMIT, spec::PREFETCHABLE_LIMIT_UPPER)
+            | (spec::MEMORY_WINDOW_GRANULE - 1),
+    )
+}
+
+fn memory_address(space: &ConfigSpace, register: u16) -> u64 {
+    let bits: u16 = space.get(register);
+    u64::from(bits & spec::MEMORY_WINDOW_ADDRESS) << 16
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::capability::{ConfigRead, capabilities};
+    use crate::fake::{FakeRoutes, MEMORY_32, PREFETCHABLE_64};
+    use crate::link::LinkSpeed;
+
+    impl ConfigRead for RootPort {
+        fn read_dword(&self, offset: u16) -> u32 {
+            let mut data = [0; 4];
+            self.config_read(offset, &mut data);
+            u32::from_le_bytes(data)
+        }
+    }
+
+    fn port() -> RootPort {
+        let link = Link {
+            speed: LinkSpeed::Gt16,
+            width: 4,
+        };
+        RootPort::new(3, link, Arc::new(FakeRoutes::default()))
+    }
+
+    fn write(port: &RootPort, offset: u16, value: u32) {
+        port.config_write(offset, &value.to_le_bytes());
+    }
+
+    fn region(kind: BarKind, address: u64, size: u64) -> BarRegion {
+        BarRegion {
+            index: BarIndex::Bar(0),
+            kind,
+            address,
+            size,
+        }
+    }
+
+    #[test]
+    fn the_link_is_up_at_the_speed_and_width_it_was_given() {
+        let port = port();
+        let express = capabilities(&port)[0];
+        assert_eq!(express.id, spec::CAP_PCI_EXPRESS);
+        let read = |register| port.read_dword(express.offset + register);
+        assert_eq!(read(0) >> 16, 0x0142, "version 2, root port, slot");
+        assert_eq!(read(spec::EXP_LINK_CAPABILITIES) & 0x3ff, 0x044);
+        assert_eq!(read(spec::EXP_LINK_CONTROL) >> 16, 0x3044);
+        assert_eq!(read(spec::EXP_LINK_CAPABILITIES_2), 0b11110);
+        assert_eq!(read(spec::EXP_SLOT_CAPABILITIES) >> 19, 3);
+        let capabilities = read(spec::EXP_LINK_CAPABILITIES);
+        assert_eq!(Link::from_capabilities(capabilities).width, 4);
+    }
+
+    #[test]
+    fn at_reset_nothing_is_let_through_even_with_decoding_on() {
+        let port = port();
+        let all = [
+            region(MEMORY_32, 0, 0x1000),
+            region(BarKind::Io, 0, 0x20),
+            region(PREFETCHABLE_64, 1 << 36, 1 << 30),
+        ];
+        write(&port, spec::COMMAND, 7);
+        assert!(all.iter().all(|region| !port.forwards(region)));
+    }
+
+    #[test]
+    fn a_region_is_let_through_where_it_lies_wholly_in_a_window() {
+        let port = port();
+        write(&port, spec::COMMAND, 3);
+        write(&port, spec::IO_BASE, 0xd0c0);
+        write(&port, spec::MEMORY_BASE, 0xc010_c000);
+        write(&port, spec::PREFETCHABLE_BASE, 0xfff0_0000);
+        write(&port, spec::PREFETCHABLE_BASE_UPPER, 0x10);
+        write(&port, spec::PREFETCHABLE_LIMIT_UPPER, 0xffff_ffff);
+        for (kind, address, size, through) in [
+            (BarKind::Io, 0xc000, 0x20, true),
+            (BarKind::Io, 0xdfe0, 0x20, true),
+            (BarKind::Io, 0xe000, 0x20, false),
+            (MEMORY_32, 0xc000_0000, 1 << 21, true),
+            (MEMORY_32, 0xc000_0000, 1 << 22, false),
+            (MEMORY_32, 0xbfff_f000, 0x1000, false),
+            (PREFETCHABLE_64, 0x10_0000_0000, 1 << 36, true),
+            (PREFETCHABLE_64, 1 << 63, 1 << 63, true),
+            (PREFETCHABLE_64, 0xf_0000_0000, 1 << 30, false),
+        ] {
+            let region = region(kind, address, size);
+            assert_eq!(port.forwards(&region), through, "{region:x?}");
+        }
+        write(&port, spec::COMMAND, 1);
+        assert!(!port.forwards(&region(MEMORY_32, 0xc000_0000, 0x1000)));
+        assert!(port.forwards(&region(BarKind::Io, 0xc000, 4)));
+    }
+
+    #[test]
+    fn its_interrupt_is_routed_when_the_guest_enables_msi() {
+        let port = port();
+        let msi = capabilities(&port)[1];
+        assert_eq!(msi.id, spec::CAP_MSI);
+        write(&port, msi.offset, 1 << 16);
+        assert_eq!(port.state().msi.connected(), 1);
+        assert_eq!(port.read_dword(msi.offset) >> 16 & 1, 1);
+        port.reset();
+        assert_eq!(port.state().msi.connected(), 0);
+        assert_eq!(port.read_dword(msi.offset) >> 16 & 1, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn no_write_changes_who_it_is_or_panics(
+            writes in vec((0..1024u16, any::<u32>(), 0..5usize), 0..80),
+            address: u64,
+            log2 in 0..64u32,
+        ) {
+            let port = port();
+            let list = capabilities(&port);
+            for (dword, value, width) in writes {
+                port.config_write(dword % 64 * 4, &value.to_le_bytes()[..width]);
+                port.config_write(dword * 4, &value.to_le_bytes()[..width]);
+                port.forwards(&region(PREFETCHABLE_64, address, 1 << log2));
+                prop_assert_eq!(port.read_dword(0), 0x000c_1b36);
+                prop_assert_eq!(capabilities(&port), list.clone());
+            }
+        }
+    }
+}

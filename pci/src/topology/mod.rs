@@ -1,0 +1,226 @@
+//! The functions of segment 0: who answers at which address, and which BARs the guest can reach.
+//!
+//! The guest decides both as it goes, by the bus numbers and windows of bridges and by each
+//! function's command register. The topology finds functions by what the registers say at the time,
+//! and after each configuration write maps and unmaps what changed by it.
+
+mod assign;
+mod mapping;
+mod tree;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+
+use crate::address::{Bdf, Device};
+use crate::function::{BarMapper, PciFunction};
+use crate::spec;
+pub use assign::{AssignError, Windows};
+use mapping::Mappings;
+pub use tree::{FunctionId, Place, PlaceError};
+use tree::{Node, Tree};
+
+/// The PCI functions of a machine.
+///
+/// vCPU threads access configuration space in parallel. Locks are taken in this order: the mappings,
+/// then the tree (never held while a function is written), then a function's own. So a function must
+/// not call the topology from within an access, nor may the [`BarMapper`] from within a call; a
+/// function's own lock is never held when the mapper is called.
+pub struct Topology {
+    mapper: Arc<dyn BarMapper>,
+    tree: RwLock<Tree>,
+    /// Serialises changes of what is mapped; accesses to BARs do not come here.
+    mappings: Mutex<Mappings>,
+}
+
+impl fmt::Debug for Topology {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Topology")
+            .field("tree", &self.tree)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Topology {
+    /// A topology without functions, whose BARs `mapper` makes reachable.
+    #[must_use]
+    pub fn new(mapper: Arc<dyn BarMapper>) -> Self {
+        Self {
+            mapper,
+            tree: RwLock::default(),
+            mappings: Mutex::default(),
+        }
+    }
+
+    /// Adds a function.
+    ///
+    /// # Errors
+    /// [`PlaceError`]: something is there already, or the bridge above is none.
+    pub fn add(
+        &self,
+        place: Place,
+        function: Arc<dyn PciFunction>,
+    ) -> Result<FunctionId, PlaceError> {
+        let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
+        let id = tree.add(place, function)?;
+        drop(tree);
+        self.remap(&mut self.mappings(), &[id]);
+        Ok(id)
+    }
+
+    /// Takes out a function and all that is behind it, with their BARs unmapped, and gives them
+    /// back. Nothing where it is out already.
+    pub fn remove(&self, id: FunctionId) -> Vec<Arc<dyn PciFunction>> {
+        let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
+        let nodes = tree.remove(id);
+        drop(tree);
+        let ids: Vec<_> = nodes.iter().map(|node| node.id).collect();
+        self.remap(&mut self.mappings(), &ids);
+        nodes.into_iter().map(|node| node.pci).collect()
+    }
+
+    /// The lowest device number on bus 0 that has no function.
+    #[must_use]
+    pub fn free_device(&self) -> Option<Device> {
+        let tree = self.tree();
+        (0..Device::COUNT)
+            .filter_map(Device::new)
+            .find(|&device| tree.children(None).all(|node| node.place.device != device))
+    }
+
+    /// Every function; a bridge before what is behind it.
+    #[must_use]
+    pub fn functions(&self) -> Vec<(FunctionId, Arc<dyn PciFunction>)> {
+        let tree = self.tree();
+        let nodes = tree.nodes().iter();
+        nodes.map(|node| (node.id, node.pci.clone())).collect()
+    }
+
+    /// The function with this name.
+    #[must_use]
+    pub fn function(&self, id: FunctionId) -> Option<Arc<dyn PciFunction>> {
+        self.tree().get(id).map(|node| node.pci.clone())
+    }
+
+    /// Where a function is by the bus numbers that the guest has set; on bus 0 while its bridge has
+    /// none.
+    #[must_use]
+    pub fn bdf(&self, id: FunctionId) -> Option<Bdf> {
+        self.tree().bdf(id)
+    }
+
+    /// Reads configuration space, of any offset and width. All ones where nothing answers.
+    pub fn config_read(&self, bdf: Bdf, offset: u16, data: &mut [u8]) {
+        data.fill(u8::MAX);
+        let tree = self.tree();
+        let Some(node) = tree.find(bdf).cloned() else {
+            return;
+        };
+        let multi_function = tree.is_multi_function(&node);
+        drop(tree);
+        let mut rest = data;
+        for (offset, width) in in_dwords(offset, rest.len()) {
+            let (part, after) = rest.split_at_mut(width);
+            node.pci.config_read(offset, part);
+            set_multi_function(offset, part, multi_function);
+            rest = after;
+        }
+    }
+
+    /// Writes configuration space, of any offset and width, and maps and unmaps what changes by it
+    /// before it returns. Dropped where nothing answers.
+    pub fn config_write(&self, bdf: Bdf, offset: u16, data: &[u8]) {
+        let Some(node) = self.tree().find(bdf).cloned() else {
+            return;
+        };
+        let mut rest = data;
+        for (offset, width) in in_dwords(offset, data.len()) {
+            let (part, after) = rest.split_at(width);
+            self.write_dword(&node, offset, part);
+            rest = after;
+        }
+    }
+
+    /// Puts every function into its state at power-on, as when the machine is reset. No vCPU may
+    /// run. Nothing is mapped or numbered after it; [`assign`](Self::assign) comes next.
+    pub fn reset(&self) {
+        let functions = self.functions();
+        for (_, function) in &functions {
+            function.reset();
+        }
+        let ids: Vec<_> = functions.iter().map(|(id, _)| *id).collect();
+        self.remap(&mut self.mappings(), &ids);
+    }
+
+    fn write_dword(&self, node: &Node, offset: u16, data: &[u8]) {
+        let Some(bridge) = node.pci.bridge() else {
+            node.pci.config_write(offset, data);
+            self.remap(&mut self.mappings(), &[node.id]);
+            return;
+        };
+        // One bridge write at a time, so that each reset is seen to begin exactly once.
+        let mut mappings = self.mappings();
+        let was_in_reset = bridge.in_reset();
+        node.pci.config_write(offset, data);
+        let begins = bridge.in_reset() && !was_in_reset;
+        let affected = self.tree().with_descendants(node.id);
+        self.remap(&mut mappings, &affected);
+        drop(mappings);
+        if begins {
+            // By now nothing below is mapped. Resets can take long: other functions go on.
+            for &id in affected.iter().filter(|&&id| id != node.id) {
+                if let Some(function) = self.function(id) {
+                    function.reset();
+                }
+            }
+            self.remap(&mut self.mappings(), &affected);
+        }
+    }
+
+    /// Brings what is mapped of `functions` in line with their registers as they are now.
+    fn remap(&self, mappings: &mut Mappings, functions: &[FunctionId]) {
+        let tree = self.snapshot();
+        mappings.update(&tree, functions, &*self.mapper);
+    }
+
+    /// The tree as it is now, to look at without its lock.
+    fn snapshot(&self) -> Tree {
+        self.tree().clone()
+    }
+
+    fn mappings(&self) -> MutexGuard<'_, Mappings> {
+        self.mappings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tree(&self) -> RwLockReadGuard<'_, Tree> {
+        self.tree.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Cuts an access into parts that do not cross a doubleword, each with its offset and width; what is
+/// beyond configuration space is cut off.
+fn in_dwords(offset: u16, width: usize) -> impl Iterator<Item = (u16, usize)> {
+    let end = usize::from(offset)
+        .saturating_add(width)
+        .min(spec::CONFIG_SPACE_SIZE.into());
+    let mut at = usize::from(offset);
+    std::iter::from_fn(move || {
+        let part = at;
+        at = (at + 1).next_multiple_of(4).min(end);
+        (part < end).then(|| (part as u16, at - part))
+    })
+}
+
+/// Whether a device has several functions is a matter of where they were put, so the header type's
+/// bit is the topology's to answer. PCIe 6.0 §7.5.1.1.9.
+fn set_multi_function(offset: u16, data: &mut [u8], multi_function: bool) {
+    let at = spec::HEADER_TYPE.checked_sub(offset).map(usize::from);
+    if let Some(byte) = at.and_then(|at| data.get_mut(at)) {
+        *byte &= !spec::HEADER_TYPE_MULTI_FUNCTION;
+        if multi_function {
+            *byte |= spec::HEADER_TYPE_MULTI_FUNCTION;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

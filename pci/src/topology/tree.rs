@@ -1,0 +1,214 @@
+//! Where functions are: the tree of buses, and which of its branches the guest's bus numbers reach.
+
+use std::sync::Arc;
+
+use crate::address::{Bdf, Bus, Device, Function, Segment};
+use crate::function::{BarRegion, PciFunction};
+
+/// A function's name within its topology, for as long as that lives. It says nothing about the bus
+/// number, which is the guest's to choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FunctionId(u32);
+
+/// Where a function sits: on bus 0, or on the bus behind a bridge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The bridge above; none on bus 0.
+    pub bridge: Option<FunctionId>,
+    /// Device number. A root port's link leads to device 0 only.
+    pub device: Device,
+    /// Function number. A device without a function 0 is not found by the guest.
+    pub function: Function,
+}
+
+impl Place {
+    /// Function 0 of a device on bus 0.
+    #[must_use]
+    pub fn root(device: Device) -> Self {
+        Self {
+            bridge: None,
+            device,
+            function: Function::default(),
+        }
+    }
+
+    /// Function 0 of the device behind a root port.
+    #[must_use]
+    pub fn behind(port: FunctionId) -> Self {
+        Self {
+            bridge: Some(port),
+            device: Device::default(),
+            function: Function::default(),
+        }
+    }
+
+    /// The same device, another function.
+    #[must_use]
+    pub fn with_function(self, function: Function) -> Self {
+        Self { function, ..self }
+    }
+}
+
+/// A function cannot be added there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlaceError {
+    /// device {device:#04x} function {function} is taken on {bus}
+    #[error("device {device:#04x} function {function} is taken on {bus}")]
+    Taken {
+        /// Which bus, for a person.
+        bus: &'static str,
+        /// The device number.
+        device: u8,
+        /// The function number.
+        function: u8,
+    },
+    /// the function meant to be the bridge above is no bridge, or has been removed
+    #[error("the function meant to be the bridge above is no bridge, or has been removed")]
+    NoBridge,
+}
+
+/// A function in its place.
+#[derive(Clone, Debug)]
+pub(super) struct Node {
+    pub(super) id: FunctionId,
+    pub(super) place: Place,
+    pub(super) pci: Arc<dyn PciFunction>,
+}
+
+impl Node {
+    /// Secondary and subordinate bus number, where the node is a bridge that reaches `bus`.
+    fn reaches(&self, bus: u8) -> Option<(u8, u8)> {
+        let bridge = self.pci.bridge()?;
+        let (secondary, subordinate) = bridge.bus_numbers();
+        let within = secondary != 0 && (secondary..=subordinate).contains(&bus);
+        (within && !bridge.in_reset()).then_some((secondary, subordinate))
+    }
+}
+
+/// All functions. A bridge comes before what is behind it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tree {
+    nodes: Vec<Node>,
+    added: u32,
+}
+
+impl Tree {
+    pub(super) fn add(
+        &mut self,
+        place: Place,
+        pci: Arc<dyn PciFunction>,
+    ) -> Result<FunctionId, PlaceError> {
+        if let Some(bridge) = place.bridge {
+            let above = self.get(bridge).and_then(|node| node.pci.bridge());
+            above.ok_or(PlaceError::NoBridge)?;
+        }
+        if self.nodes.iter().any(|node| node.place == place) {
+            return Err(PlaceError::Taken {
+                bus: match place.bridge {
+                    Some(_) => "the bus behind that bridge",
+                    None => "bus 0",
+                },
+                device: place.device.number(),
+                function: place.function.number(),
+            });
+        }
+        let id = FunctionId(self.added);
+        self.added += 1;
+        self.nodes.push(Node { id, place, pci });
+        Ok(id)
+    }
+
+    /// Takes out a function and all that is behind it.
+    pub(super) fn remove(&mut self, id: FunctionId) -> Vec<Node> {
+        let doomed = self.with_descendants(id);
+        let (out, kept) = std::mem::take(&mut self.nodes)
+            .into_iter()
+            .partition(|node| doomed.contains(&node.id));
+        self.nodes = kept;
+        out
+    }
+
+    pub(super) fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    pub(super) fn get(&self, id: FunctionId) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.id == id)
+    }
+
+    /// What is on the bus behind `bridge`, or on bus 0.
+    pub(super) fn children(&self, bridge: Option<FunctionId>) -> impl Iterator<Item = &Node> {
+        let on_bus = move |node: &&Node| node.place.bridge == bridge;
+        self.nodes.iter().filter(on_bus)
+    }
+
+    /// `id`, where it exists, and every function behind it.
+    pub(super) fn with_descendants(&self, id: FunctionId) -> Vec<FunctionId> {
+        let mut found = Vec::new();
+        for node in &self.nodes {
+            let below = node
+                .place
+                .bridge
+                .is_some_and(|above| found.contains(&above));
+            if node.id == id || below {
+                found.push(node.id);
+            }
+        }
+        found
+    }
+
+    /// The function that answers at `bdf` by the bus numbers as they are now.
+    pub(super) fn find(&self, bdf: Bdf) -> Option<&Node> {
+        if bdf.segment != Segment(0) {
+            return None;
+        }
+        let mut above = None;
+        let mut at = 0;
+        while at != bdf.bus.0 {
+            // A bus below lies deeper than the bridge that reaches it, so this ends with the tree.
+            let (bridge, secondary) = self.children(above).find_map(|node| {
+                let (secondary, _) = node.reaches(bdf.bus.0)?;
+                Some((node.id, secondary))
+            })?;
+            above = Some(bridge);
+            at = secondary;
+        }
+        self.children(above)
+            .find(|node| node.place.device == bdf.device && node.place.function == bdf.function)
+    }
+
+    /// Where `id` is by the bus numbers as they are now; on bus 0 where its bridge has none yet.
+    pub(super) fn bdf(&self, id: FunctionId) -> Option<Bdf> {
+        let place = self.get(id)?.place;
+        let bridge = place.bridge.and_then(|above| self.get(above)?.pci.bridge());
+        Some(Bdf {
+            segment: Segment(0),
+            bus: Bus(bridge.map_or(0, |bridge| bridge.bus_numbers().0)),
+            device: place.device,
+            function: place.function,
+        })
+    }
+
+    /// Whether the device that `node` is part of has another function too.
+    pub(super) fn is_multi_function(&self, node: &Node) -> bool {
+        self.children(node.place.bridge)
+            .any(|other| other.place.device == node.place.device && other.id != node.id)
+    }
+
+    /// The BARs of `id` that the guest can reach: they decode, and every bridge above forwards them.
+    pub(super) fn reachable(&self, id: FunctionId) -> Vec<BarRegion> {
+        let Some(node) = self.get(id) else {
+            return Vec::new();
+        };
+        let mut regions = node.pci.decoded();
+        let mut above = node.place.bridge;
+        while let Some(node) = above.and_then(|id| self.get(id)) {
+            if let Some(bridge) = node.pci.bridge() {
+                let open = !bridge.in_reset();
+                regions.retain(|region| open && bridge.forwards(region));
+            }
+            above = node.place.bridge;
+        }
+        regions
+    }
+}

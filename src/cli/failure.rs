@@ -1,0 +1,94 @@
+//! What went wrong, as the exit status and as a person reads it.
+
+use std::error::Error;
+use std::fmt;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+
+/// Something failed while running.
+pub const RUNTIME: u8 = 1;
+/// The command line or the configuration is wrong.
+pub const USAGE: u8 = 2;
+/// This host cannot do it.
+pub const HOST: u8 = 3;
+
+/// An error and the status that the process exits with for it.
+#[derive(Debug)]
+pub struct Failure {
+    status: u8,
+    error: Box<dyn Error + Send + Sync>,
+}
+
+impl Failure {
+    /// An error with its exit status: [`RUNTIME`], [`USAGE`] or [`HOST`].
+    pub fn new(status: u8, error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self {
+            status,
+            error: error.into(),
+        }
+    }
+
+    /// The command line or the configuration is wrong.
+    pub fn usage(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::new(USAGE, error)
+    }
+
+    /// Prints the error and gives its status.
+    pub fn report(&self) -> ExitCode {
+        let coloured = io::stderr().is_terminal() && !no_color();
+        let label = if coloured {
+            "\x1b[1;31merror:\x1b[0m"
+        } else {
+            "error:"
+        };
+        // Where nobody reads it, the status still says it.
+        let _unread = writeln!(io::stderr(), "busway: {label} {self}");
+        ExitCode::from(self.status)
+    }
+}
+
+/// The error, and below it each cause that says something new.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut said = self.error.to_string();
+        f.write_str(&said)?;
+        let mut cause = self.error.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if !said.contains(&text) {
+                write!(f, "\n  because: {text}")?;
+                said.push_str(&text);
+            }
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// The user asked for no colours: <https://no-color.org>.
+pub(super) fn no_color() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot open /dev/kvm: {0}")]
+    struct Open(#[source] Cause);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("permission denied")]
+    struct Cause(#[source] io::Error);
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let root = io::Error::other("the device cgroup forbids it");
+        let failure = Failure::new(HOST, Open(Cause(root)));
+        assert_eq!(
+            failure.to_string(),
+            "cannot open /dev/kvm: permission denied\n  because: the device cgroup forbids it"
+        );
+    }
+}

@@ -1,0 +1,219 @@
+//! `--config vm.toml`: the same words as the flags', in TOML.
+//!
+//! A section is a table (`[cpus]`), a device one of a list of tables (`[[disk]]`); either can be a
+//! string too, which then is what would stand after the flag: `serial = "tty"`, `cpus = "boot=2"`,
+//! `device = ["0000:01:00.0"]`. An error names the line.
+
+use std::ops::Range;
+use std::path::Path;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::schema::{self, Section};
+use super::value::Value;
+use super::words::{Place, Wrong};
+use crate::config::VmConfig;
+
+/// Reads a file's text into a configuration. Its path is for the messages.
+pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<(), Wrong> {
+    let file = File { path, text };
+    let document = DeTable::parse(text).map_err(|error| {
+        let span = error.span().unwrap_or_default();
+        Wrong::Toml(file.place(&span, ""), error.message().to_owned())
+    })?;
+    for Entry { key, at, value } in entries(document.get_ref()) {
+        match key {
+            "kernel" => config.kernel = Some(file.text(&value, "kernel")?.into()),
+            "initramfs" => config.initramfs = Some(file.text(&value, "initramfs")?.into()),
+            "cmdline" => config.cmdline = Some(file.cmdline(&value)?),
+            "cpus" => file.section(&schema::CPUS, &mut config.cpus, &value)?,
+            "memory" => file.section(&schema::MEMORY, &mut config.memory, &value)?,
+            "rng" => file.section(&schema::RNG, &mut config.rng, &value)?,
+            "serial" => file.section(&schema::SERIAL, &mut config.serial, &value)?,
+            "console" => file.section(&schema::CONSOLE, &mut config.console, &value)?,
+            "platform" => file.section(&schema::PLATFORM, &mut config.platform, &value)?,
+            "disk" => file.list(&schema::DISK, &mut config.disk, &value)?,
+            "net" => file.list(&schema::NET, &mut config.net, &value)?,
+            "device" => file.list(&schema::DEVICE, &mut config.device, &value)?,
+            unknown => {
+                return Err(Wrong::UnknownKey {
+                    place: file.place(&at, ""),
+                    key: unknown.to_owned(),
+                    known: schema::TOP.to_vec(),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A key and its value, with where they stand.
+struct Entry<'a> {
+    key: &'a str,
+    at: Range<usize>,
+    value: Node<'a>,
+}
+
+/// A value and where it stands.
+struct Node<'a> {
+    value: &'a DeValue<'a>,
+    span: Range<usize>,
+}
+
+impl<'a> Node<'a> {
+    fn new(value: &'a Spanned<DeValue<'a>>) -> Self {
+        Self {
+            value: value.get_ref(),
+            span: value.span(),
+        }
+    }
+}
+
+/// A table's entries in the order of the file, so that the first error is the first one in it.
+fn entries<'a>(table: &'a DeTable<'a>) -> Vec<Entry<'a>> {
+    let mut entries: Vec<_> = table
+        .iter()
+        .map(|(key, value)| Entry {
+            key: key.get_ref(),
+            at: key.span(),
+            value: Node::new(value),
+        })
+        .collect();
+    entries.sort_by_key(|entry| entry.at.start);
+    entries
+}
+
+struct File<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl File<'_> {
+    fn place(&self, span: &Range<usize>, table: &str) -> Place {
+        let before = self.text.bytes().take(span.start);
+        let line = 1 + before.filter(|byte| *byte == b'\n').count();
+        Place::File(self.path.to_owned(), line, table.to_owned())
+    }
+
+    fn text(&self, node: &Node<'_>, name: &'static str) -> Result<String, Wrong> {
+        let place = self.place(&node.span, "");
+        let value = scalar(node.value);
+        let text = value.text().map_err(|reason| Wrong::Value {
+            place,
+            key: name,
+            reason,
+        })?;
+        Ok(text.to_owned())
+    }
+
+    /// A kernel's command line, which may be empty.
+    fn cmdline(&self, node: &Node<'_>) -> Result<String, Wrong> {
+        match node.value {
+            DeValue::String(text) if text.is_empty() => Ok(String::new()),
+            _ => self.text(node, "cmdline"),
+        }
+    }
+
+    /// A section of which there is one.
+    fn section<T>(
+        &self,
+        section: &Section<T>,
+        target: &mut T,
+        node: &Node<'_>,
+    ) -> Result<(), Wrong> {
+        self.part(section, target, node).map(drop)
+    }
+
+    /// A section of which there are several; what is there stays.
+    fn list<T>(
+        &self,
+        section: &Section<T>,
+        targets: &mut Vec<T>,
+        node: &Node<'_>,
+    ) -> Result<(), Wrong> {
+        let one = |node: &Node<'_>| {
+            let mut new = (section.blank)();
+            let said = self.part(section, &mut new, node)?;
+            section.check_required(&said, &self.place(&node.span, section.name))?;
+            Ok(new)
+        };
+        match node.value {
+            DeValue::Array(nodes) => {
+                for node in nodes.iter() {
+                    targets.push(one(&Node::new(node))?);
+                }
+            }
+            _ => targets.push(one(node)?),
+        }
+        Ok(())
+    }
+
+    /// Applies a table, or a string that stands for one; the keys that it says.
+    fn part<T>(
+        &self,
+        section: &Section<T>,
+        target: &mut T,
+        node: &Node<'_>,
+    ) -> Result<Vec<&'static str>, Wrong> {
+        let place = self.place(&node.span, section.name);
+        let mut said = Vec::new();
+        match node.value {
+            DeValue::Table(table) => {
+                for Entry { key, at, value } in entries(table) {
+                    let place = self.place(&at, section.name);
+                    let value = scalar(value.value);
+                    let name = section.apply_key(target, key, &value, &place)?;
+                    section.say(name, &mut said, &place)?;
+                }
+            }
+            DeValue::String(text) => return section.apply(target, text, &place),
+            DeValue::Boolean(_) if section.bare.is_some() => {
+                let value = scalar(node.value);
+                said.push(section.apply_bare(target, &value, &place)?);
+            }
+            other => {
+                return Err(Wrong::Shape {
+                    place,
+                    what: format!(
+                        "is {}, where a table ([{}]) or the text of the flag --{} is wanted",
+                        kind(other),
+                        section.name,
+                        section.name
+                    ),
+                });
+            }
+        }
+        Ok(said)
+    }
+}
+
+/// What a flag could say too, or what it is instead.
+fn scalar(value: &DeValue<'_>) -> Value {
+    match value {
+        DeValue::String(text) => Value::Text(text.to_string()),
+        DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
+            .map_or(Value::Other("a number beyond 64 bits"), Value::Integer),
+        DeValue::Boolean(on) => Value::Switch(*on),
+        DeValue::Array(values) => {
+            Value::List(values.iter().map(|value| scalar(value.get_ref())).collect())
+        }
+        DeValue::Float(_) | DeValue::Datetime(_) | DeValue::Table(_) => Value::Other(kind(value)),
+    }
+}
+
+fn kind(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a text",
+        DeValue::Integer(_) => "a number",
+        DeValue::Float(_) => "a number with a point",
+        DeValue::Boolean(_) => "a switch",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "a list",
+        DeValue::Table(_) => "a table",
+    }
+}
+
+#[cfg(test)]
+#[path = "file_test.rs"]
+mod tests;

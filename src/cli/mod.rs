@@ -1,0 +1,149 @@
+//! The command line: what a person types, the errors they read, and the exit status.
+//!
+//! It turns flags and `vm.toml` into a [`crate::config::VmConfig`] and hands that to the machine. How
+//! a VM is built and run is not known here.
+
+pub mod device;
+mod failure;
+mod file;
+mod logging;
+mod nearest;
+mod options;
+mod panic;
+mod progress;
+mod run;
+mod schema;
+mod value;
+mod words;
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::error::ErrorKind;
+use clap::{ArgAction, CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
+
+pub use failure::{Failure, HOST, RUNTIME, USAGE};
+
+use crate::report::Report;
+
+/// Gives guests real PCI devices
+///
+/// Busway is a virtual machine monitor for Linux/KVM whose first job is to give guests real PCI
+/// devices.
+#[derive(Debug, Parser)]
+#[command(name = "busway", version, max_term_width = 100, after_help = EXIT_STATUS)]
+#[command(arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Say what is done and where boot time went; -vv: how; -vvv: all
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = DIAGNOSTICS)]
+    verbose: u8,
+
+    /// Append the log to a file instead of standard error
+    #[arg(long, global = true, value_name = "FILE", help_heading = DIAGNOSTICS)]
+    log_file: Option<PathBuf>,
+}
+
+/// The heading of what tells about a run.
+const DIAGNOSTICS: &str = "Diagnostics";
+
+const EXIT_STATUS: &str = "\
+Exit status: 0 the guest powered off, or the command did what it says; 1 it failed while running;
+2 bad usage or configuration; 3 this host cannot do it.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot a guest
+    #[command(after_long_help = run::EXAMPLES, after_help = run::MORE)]
+    Run(Box<run::RunArgs>),
+    /// Show the host's PCI devices, and move them to VFIO and back
+    Device(device::DeviceArgs),
+    /// Print a shell's completion script
+    ///
+    /// For bash: busway completions bash > /etc/bash_completion.d/busway
+    Completions {
+        /// Whose language to write in
+        shell: Shell,
+    },
+}
+
+/// Runs the command that this process's arguments say.
+#[must_use]
+pub fn main() -> ExitCode {
+    let report = Arc::new(Report::start());
+    panic::exit_on_any();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return print(&error),
+    };
+    match cli.execute(&report) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+impl Cli {
+    fn execute(self, report: &Arc<Report>) -> Result<(), Failure> {
+        logging::start(self.verbose, self.log_file.as_deref()).map_err(|error| {
+            let file = self.log_file.as_deref().unwrap_or_else(|| "".as_ref());
+            Failure::usage(format!("--log-file {}: {error}", file.display()))
+        })?;
+        match self.command {
+            Command::Run(args) => run::run(&args, self.verbose, report),
+            Command::Device(args) => {
+                device::run(&args).map_err(|error| Failure::new(error.exit_status(), error))
+            }
+            Command::Completions { shell } => completions(shell),
+        }
+    }
+}
+
+/// What the argument parser has to say: help and version, or what is wrong with the arguments.
+fn print(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _unread = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _unread = error.print();
+            ExitCode::from(USAGE)
+        }
+        _ => {
+            let text = error.render();
+            let mut stderr = io::stderr().lock();
+            let _unread = if stderr.is_terminal() && !failure::no_color() {
+                write!(stderr, "busway: {}", text.ansi())
+            } else {
+                write!(stderr, "busway: {text}")
+            };
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn completions(shell: Shell) -> Result<(), Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "busway", &mut script);
+    match io::stdout().write_all(&script) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::new(RUNTIME, error))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_is_in_order() {
+        Cli::command().debug_assert();
+    }
+}

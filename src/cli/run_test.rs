@@ -1,0 +1,112 @@
+use super::*;
+use crate::config::DeviceConfig;
+use clap::Parser;
+
+#[derive(Debug, Parser)]
+struct Command {
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+fn config(flags: &[&str]) -> Result<VmConfig, String> {
+    let flags = ["run", "--kernel", "vmlinuz"].iter().chain(flags);
+    let args = Command::try_parse_from(flags).map_err(|error| error.to_string())?;
+    args.run.config().map_err(|error| error.to_string())
+}
+
+#[test]
+fn the_first_guest_can_be_seen() {
+    let shown = config(&[]).unwrap();
+    assert_eq!(shown.serial, ConsoleConfig::Tty);
+    assert_eq!(shown.console, ConsoleConfig::Off);
+    assert_eq!(shown.cmdline.as_deref(), Some("console=ttyS0"));
+    let virtio = config(&["--serial", "off", "--console", "tty"]).unwrap();
+    assert_eq!(virtio.cmdline.as_deref(), Some("console=hvc0"));
+    let own = config(&["--cmdline", ""]).unwrap();
+    assert_eq!(own.cmdline.as_deref(), Some(""));
+}
+
+#[test]
+fn a_repeatable_flag_takes_one_or_several() {
+    let config = config(&[
+        "--disk",
+        "path=a",
+        "path=b,readonly=on",
+        "--device",
+        "01:00.0",
+        "02:00.0",
+        "--disk",
+        "path=c",
+    ])
+    .unwrap();
+    let paths: Vec<_> = config.disk.iter().map(|disk| disk.path.to_str()).collect();
+    assert_eq!(paths, [Some("a"), Some("b"), Some("c")]);
+    assert!(config.disk[1].readonly);
+    assert_eq!(
+        config.device,
+        ["0000:01:00.0", "0000:02:00.0"].map(|address| DeviceConfig::new(address).unwrap())
+    );
+}
+
+#[test]
+fn flags_come_after_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("vm.toml");
+    let text = "kernel = \"other\"\nserial = \"pty\"\nmemory = \"size=1G,shared=on\"\n\
+                [[disk]]\npath = \"a\"\n";
+    fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    let config = config(&["--config", file, "--memory", "size=2G", "--disk", "path=b"]).unwrap();
+    assert_eq!(config.kernel, Some("vmlinuz".into()));
+    assert_eq!(config.serial, ConsoleConfig::Pty);
+    assert_eq!((config.memory.size, config.memory.shared), (2 << 30, true));
+    assert_eq!(config.disk.len(), 2);
+    assert_eq!(config.disk[1].path, Path::new("b"));
+}
+
+#[test]
+fn a_report_must_have_a_folder_to_be_in() {
+    let check = |file: &str| {
+        Publication {
+            file: Some(file.into()),
+            table: false,
+        }
+        .check()
+        .map_err(|failure| failure.to_string())
+    };
+    assert_eq!(check("report.json"), Ok(()));
+    assert_eq!(check("/dev/stdout"), Ok(()));
+    for file in [
+        "/nowhere/at/all/report.json",
+        "/",
+        "/tmp",
+        "/dev/null/report.json",
+    ] {
+        let complaint = check(file).unwrap_err();
+        assert!(
+            complaint.starts_with(&format!("--report {file}: ")),
+            "{complaint}"
+        );
+    }
+}
+
+#[test]
+fn the_report_is_out_when_the_guest_runs_and_again_at_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("report.json");
+    let publication = Publication {
+        file: Some(file.clone()),
+        table: false,
+    };
+    let report = Arc::new(Report::start());
+    let publisher = publication.when_running(&report).unwrap();
+    report.reached(Stage::FirstInstruction);
+    publisher.join().unwrap();
+    let read =
+        || -> serde_json::Value { serde_json::from_slice(&fs::read(&file).unwrap()).unwrap() };
+    assert!(read()["milliseconds"]["first_instruction"].is_number());
+    assert_eq!(read()["vectors"], 0);
+    report.set_vectors(4);
+    publication.publish(&report);
+    assert_eq!(read()["vectors"], 4);
+}

@@ -1,0 +1,430 @@
+//! What the parts of a configuration must be for one another.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::{
+    ConsoleConfig, DiskConfig, MAX_CPUS, MAX_QUEUE_SIZE, MEMORY_STEP, MIN_MEMORY, MemoryConfig,
+    NetConfig, VmConfig,
+};
+
+/// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
+const INTERFACE_NAME: usize = 15;
+
+/// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidConfig {
+    /// no kernel: give one with --kernel FILE (a bzImage, or an ELF file with a PVH entry)
+    #[error("no kernel: give one with --kernel FILE (a bzImage, or an ELF file with a PVH entry)")]
+    NoKernel,
+    /// --cpus boot={boot}: a VM has 1 to 64 processors
+    #[error("--cpus boot={boot}: a VM has 1 to {MAX_CPUS} processors")]
+    Cpus {
+        /// What was asked for.
+        boot: u8,
+    },
+    /// --cpus max={max}: must be from boot={boot} to 64
+    #[error("--cpus max={max}: must be from boot={boot} to {MAX_CPUS}")]
+    MaxCpus {
+        /// What was asked for.
+        max: u8,
+        /// Processors at boot.
+        boot: u8,
+    },
+    /// --memory size={size}: a guest needs 16M at least
+    #[error(
+        "--memory size={size}: a guest needs {}M at least; a size is in bytes, or has K, M, G or T \
+         after it",
+        MIN_MEMORY >> 20
+    )]
+    TooLittleMemory {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// --memory size={size}: must be a multiple of {step} bytes
+    #[error("--memory size={size}: must be a multiple of {step} bytes ({what})")]
+    UnevenMemory {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// What it must be a multiple of.
+        step: u64,
+        /// What that is.
+        what: &'static str,
+    },
+    /// --memory hugepage_size={size}: huge pages are a power of two, 2M or more
+    #[error("--memory hugepage_size={size}: a huge page's size is a power of two, 2M or more")]
+    HugePageSize {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// --memory hugepage_size= without huge pages
+    #[error("--memory hugepage_size= needs hugepages=on beside it")]
+    HugePageSizeAlone,
+    /// {device}: num_queues={count} is out of range
+    #[error("{device}: num_queues={count} must be {wanted}")]
+    QueueCount {
+        /// Whose.
+        device: Name,
+        /// What was asked for.
+        count: u16,
+        /// What would do.
+        wanted: &'static str,
+    },
+    /// {device}: queue_size={size} is no power of two from 2 to 32768
+    #[error("{device}: queue_size={size} must be a power of two from 2 to {MAX_QUEUE_SIZE}")]
+    QueueSize {
+        /// Whose.
+        device: Name,
+        /// What was asked for.
+        size: u16,
+    },
+    /// {device}: `{tap}` is no name for a network interface
+    #[error(
+        "{device}: `{tap}` is no name for a network interface: 1 to 15 characters, without spaces, \
+         `/` and `:`"
+    )]
+    TapName {
+        /// Whose.
+        device: Name,
+        /// What was asked for.
+        tap: String,
+    },
+    /// {device}: `{mac}` is no MAC address for a NIC
+    #[error(
+        "{device}: `{mac}` is no MAC address for a NIC: write six bytes as 52:54:00:12:34:56, the \
+         first of them even"
+    )]
+    Mac {
+        /// Whose.
+        device: Name,
+        /// What was asked for.
+        mac: String,
+    },
+    /// {device}: {why}
+    #[error("{device}: {why}")]
+    Address {
+        /// Whose.
+        device: Name,
+        /// What is wrong with it.
+        why: busway_pci::ParseBdfError,
+    },
+    /// {first} and {second} have the same {what}
+    #[error("{first} and {second} have the same {what}, `{value}`: {remedy}")]
+    Twice {
+        /// The one that came first.
+        first: Name,
+        /// The other.
+        second: Name,
+        /// What is the same.
+        what: &'static str,
+        /// What it is.
+        value: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// --serial and --console cannot both have the terminal
+    #[error(
+        "--serial tty and --console tty: there is one terminal; give one of them off, pty, \
+         file=PATH or socket=PATH"
+    )]
+    OneTerminal,
+    /// {device}: `{id}` is no name
+    #[error("{device}: id=`{id}` must have a character, and no spaces, commas or `/`")]
+    Id {
+        /// Whose.
+        device: Name,
+        /// What was asked for.
+        id: String,
+    },
+}
+
+/// A device of the configuration, by the name it has or else by where it was said: `--disk no. 2`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name(String);
+
+impl Name {
+    fn new(flag: &str, index: usize, id: Option<&String>) -> Self {
+        match id {
+            Some(id) => Self(format!("{flag} id={id}")),
+            None => Self::numbered(flag, index),
+        }
+    }
+
+    fn numbered(flag: &str, index: usize) -> Self {
+        Self(format!("{flag} no. {}", index.saturating_add(1)))
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl VmConfig {
+    /// Checks what can be checked without looking at the host.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that is wrong.
+    pub fn validate(&self) -> Result<(), InvalidConfig> {
+        if self.kernel.is_none() {
+            return Err(InvalidConfig::NoKernel);
+        }
+        self.validate_cpus()?;
+        self.memory.validate()?;
+        for (index, disk) in self.disk.iter().enumerate() {
+            disk.validate(&Name::new("--disk", index, disk.id.as_ref()))?;
+        }
+        for (index, net) in self.net.iter().enumerate() {
+            net.validate(&Name::new("--net", index, net.id.as_ref()))?;
+        }
+        if self.serial == ConsoleConfig::Tty && self.console == ConsoleConfig::Tty {
+            return Err(InvalidConfig::OneTerminal);
+        }
+        self.validate_ids()?;
+        self.validate_disjoint()
+    }
+
+    fn validate_cpus(&self) -> Result<(), InvalidConfig> {
+        let boot = self.cpus.boot;
+        if !(1..=MAX_CPUS).contains(&boot) {
+            return Err(InvalidConfig::Cpus { boot });
+        }
+        match self.cpus.max {
+            Some(max) if !(boot..=MAX_CPUS).contains(&max) => {
+                Err(InvalidConfig::MaxCpus { max, boot })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Names are unique among all devices.
+    fn validate_ids(&self) -> Result<(), InvalidConfig> {
+        let disks = self.disk.iter().map(|disk| disk.id.as_ref());
+        let nets = self.net.iter().map(|net| net.id.as_ref());
+        let devices = self.device.iter().map(|device| device.id.as_ref());
+        let named = numbered("--disk", disks)
+            .chain(numbered("--net", nets))
+            .chain(numbered("--device", devices));
+        let mut seen = Seen::new("id", "names are unique in a VM");
+        for (name, id) in named {
+            let Some(id) = id else { continue };
+            let good = |byte: u8| byte.is_ascii_graphic() && byte != b',' && byte != b'/';
+            if id.is_empty() || !id.bytes().all(good) {
+                return Err(InvalidConfig::Id {
+                    device: name,
+                    id: id.clone(),
+                });
+            }
+            seen.add(name, id.clone(), true)?;
+        }
+        Ok(())
+    }
+
+    /// No two devices stand on the same thing of the host's.
+    fn validate_disjoint(&self) -> Result<(), InvalidConfig> {
+        let mut functions = Seen::new("PCI address", "a function can be given once");
+        for (index, device) in self.device.iter().enumerate() {
+            let name = Name::new("--device", index, device.id.as_ref());
+            let address = device.address().map_err(|why| InvalidConfig::Address {
+                device: name.clone(),
+                why,
+            })?;
+            functions.add(name, address.to_string(), true)?;
+        }
+        let mut images = Seen::new(
+            "path",
+            "a disk that is written to can be given once; give both readonly=on, or make a copy",
+        );
+        for (index, disk) in self.disk.iter().enumerate() {
+            let name = Name::new("--disk", index, disk.id.as_ref());
+            images.add(
+                name,
+                plain(&disk.path).display().to_string(),
+                !disk.readonly,
+            )?;
+        }
+        let mut taps = Seen::new("tap", "each NIC needs its own");
+        let mut macs = Seen::new("mac", "each NIC needs its own, or none to get a random one");
+        for (index, net) in self.net.iter().enumerate() {
+            let name = Name::new("--net", index, net.id.as_ref());
+            if let Some(tap) = &net.tap {
+                taps.add(name.clone(), tap.clone(), true)?;
+            }
+            if let Some(mac) = &net.mac {
+                macs.add(name, mac.to_ascii_lowercase(), true)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MemoryConfig {
+    fn validate(&self) -> Result<(), InvalidConfig> {
+        let size = self.size;
+        if size < MIN_MEMORY {
+            return Err(InvalidConfig::TooLittleMemory { size });
+        }
+        if !size.is_multiple_of(MEMORY_STEP) {
+            return Err(InvalidConfig::UnevenMemory {
+                size,
+                step: MEMORY_STEP,
+                what: "1M",
+            });
+        }
+        let Some(page) = self.hugepage_size else {
+            return Ok(());
+        };
+        if !self.hugepages {
+            return Err(InvalidConfig::HugePageSizeAlone);
+        }
+        if !page.is_power_of_two() || page < 2 << 20 {
+            return Err(InvalidConfig::HugePageSize { size: page });
+        }
+        if !size.is_multiple_of(page) {
+            return Err(InvalidConfig::UnevenMemory {
+                size,
+                step: page,
+                what: "hugepage_size",
+            });
+        }
+        Ok(())
+    }
+}
+
+impl DiskConfig {
+    fn validate(&self, name: &Name) -> Result<(), InvalidConfig> {
+        if !(1..=u16::from(MAX_CPUS)).contains(&self.num_queues) {
+            return Err(InvalidConfig::QueueCount {
+                device: name.clone(),
+                count: self.num_queues,
+                wanted: "from 1 to 64",
+            });
+        }
+        queue_size(name, self.queue_size)
+    }
+}
+
+impl NetConfig {
+    fn validate(&self, name: &Name) -> Result<(), InvalidConfig> {
+        let pairs = self.num_queues / 2;
+        if !self.num_queues.is_multiple_of(2) || !(1..=u16::from(MAX_CPUS)).contains(&pairs) {
+            return Err(InvalidConfig::QueueCount {
+                device: name.clone(),
+                count: self.num_queues,
+                wanted: "even, from 2 to 128: a receive and a transmit queue for each pair",
+            });
+        }
+        if let Some(tap) = &self.tap
+            && !is_interface_name(tap)
+        {
+            return Err(InvalidConfig::TapName {
+                device: name.clone(),
+                tap: tap.clone(),
+            });
+        }
+        if let Some(mac) = &self.mac
+            && parse_mac(mac).is_none()
+        {
+            return Err(InvalidConfig::Mac {
+                device: name.clone(),
+                mac: mac.clone(),
+            });
+        }
+        queue_size(name, self.queue_size)
+    }
+
+    /// The MAC address, where one is given and is that of a single NIC.
+    #[must_use]
+    pub fn mac_address(&self) -> Option<[u8; 6]> {
+        parse_mac(self.mac.as_deref()?)
+    }
+}
+
+fn queue_size(name: &Name, size: u16) -> Result<(), InvalidConfig> {
+    if size.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(&size) {
+        return Ok(());
+    }
+    Err(InvalidConfig::QueueSize {
+        device: name.clone(),
+        size,
+    })
+}
+
+/// What the kernel takes as an interface's name: `dev_valid_name` of linux/netdevice.h.
+fn is_interface_name(name: &str) -> bool {
+    (1..=INTERFACE_NAME).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && !name
+            .bytes()
+            .any(|byte| byte == b'/' || byte == b':' || byte.is_ascii_whitespace())
+}
+
+/// Six bytes in hexadecimal; not a group's address (IEEE 802, the first byte's lowest bit).
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut bytes = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut bytes {
+        let part = parts.next()?;
+        if part.len() != 2 || !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return None;
+        }
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    (parts.next().is_none() && bytes[0] & 1 == 0).then_some(bytes)
+}
+
+/// The path as it would be if nobody had written `.` and doubled slashes into it.
+fn plain(path: &Path) -> PathBuf {
+    path.components().collect()
+}
+
+fn numbered<'a>(
+    flag: &'static str,
+    ids: impl Iterator<Item = Option<&'a String>>,
+) -> impl Iterator<Item = (Name, Option<&'a String>)> {
+    ids.enumerate()
+        .map(move |(index, id)| (Name::numbered(flag, index), id))
+}
+
+/// What was said so far of one kind, where a thing can be said once.
+struct Seen {
+    what: &'static str,
+    remedy: &'static str,
+    all: Vec<(Name, String, bool)>,
+}
+
+impl Seen {
+    fn new(what: &'static str, remedy: &'static str) -> Self {
+        Self {
+            what,
+            remedy,
+            all: Vec::new(),
+        }
+    }
+
+    /// Adds one; an equal one before it is an error when either is exclusive.
+    fn add(&mut self, name: Name, value: String, exclusive: bool) -> Result<(), InvalidConfig> {
+        let clash = self
+            .all
+            .iter()
+            .find(|(_, before, alone)| *before == value && (*alone || exclusive));
+        if let Some((first, ..)) = clash {
+            return Err(InvalidConfig::Twice {
+                first: first.clone(),
+                second: name,
+                what: self.what,
+                value,
+                remedy: self.remedy,
+            });
+        }
+        self.all.push((name, value, exclusive));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "validate_test.rs"]
+mod tests;

@@ -1,0 +1,162 @@
+use super::*;
+use crate::config::DeviceConfig;
+
+/// A VM that is in order, changed by `change`.
+fn validate(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
+    let mut config = VmConfig {
+        kernel: Some("vmlinuz".into()),
+        ..VmConfig::default()
+    };
+    change(&mut config);
+    config.validate().map_err(|error| error.to_string())
+}
+
+fn complaint(change: impl FnOnce(&mut VmConfig)) -> String {
+    validate(change).unwrap_err()
+}
+
+fn device(address: &str, id: Option<&str>) -> DeviceConfig {
+    DeviceConfig {
+        id: id.map(str::to_owned),
+        ..DeviceConfig::new(address).unwrap()
+    }
+}
+
+#[test]
+fn the_defaults_with_a_kernel_are_a_vm() {
+    assert_eq!(validate(|_| ()), Ok(()));
+    assert!(complaint(|vm| vm.kernel = None).contains("--kernel FILE"));
+}
+
+#[test]
+fn processors_are_counted() {
+    assert_eq!(validate(|vm| vm.cpus.boot = 64), Ok(()));
+    assert!(complaint(|vm| vm.cpus.boot = 0).starts_with("--cpus boot=0"));
+    assert!(complaint(|vm| vm.cpus.boot = 65).contains("1 to 64"));
+    assert!(complaint(|vm| vm.cpus.max = Some(0)).contains("from boot=1 to 64"));
+}
+
+#[test]
+fn memory_has_a_least_size_and_a_step() {
+    let sized = |size| complaint(move |vm: &mut VmConfig| vm.memory.size = size);
+    assert!(sized(512).contains("16M at least"));
+    assert!(sized((512 << 20) + 1).contains("multiple of 1048576"));
+    let huge = |size, on: bool| {
+        move |vm: &mut VmConfig| {
+            vm.memory.hugepages = on;
+            vm.memory.hugepage_size = Some(size);
+        }
+    };
+    assert_eq!(validate(huge(2 << 20, true)), Ok(()));
+    assert!(complaint(huge(2 << 20, false)).contains("hugepages=on"));
+    assert!(complaint(huge(3 << 20, true)).contains("power of two"));
+    assert!(complaint(huge(1 << 30, true)).contains("hugepage_size"));
+}
+
+#[test]
+fn queues_are_counted_and_sized() {
+    let disk = |count, size| {
+        complaint(move |vm: &mut VmConfig| {
+            vm.disk.push(DiskConfig::new("a"));
+            vm.disk.push(DiskConfig {
+                num_queues: count,
+                queue_size: size,
+                ..DiskConfig::new("b")
+            });
+        })
+    };
+    assert!(disk(0, 128).starts_with("--disk no. 2: num_queues=0"));
+    assert!(disk(1, 100).contains("power of two"));
+    let odd = complaint(|vm| {
+        vm.net.push(NetConfig {
+            num_queues: 3,
+            id: Some("lan".into()),
+            ..NetConfig::default()
+        });
+    });
+    assert!(
+        odd.starts_with("--net id=lan: num_queues=3 must be even"),
+        "{odd}"
+    );
+}
+
+#[test]
+fn a_device_given_twice_is_refused_by_both_names() {
+    let twice = complaint(|vm| {
+        vm.device.push(device("01:00.0", None));
+        vm.device.push(device("02:00.0", None));
+        vm.device
+            .push(device("/sys/bus/pci/devices/0000:01:00.0/", Some("nvme")));
+    });
+    assert_eq!(
+        twice,
+        "--device no. 1 and --device id=nvme have the same PCI address, `0000:01:00.0`: \
+         a function can be given once"
+    );
+}
+
+#[test]
+fn a_disk_image_is_shared_only_for_reading() {
+    let pair = |readonly| {
+        move |vm: &mut VmConfig| {
+            for path in ["/img/a.raw", "/img/./a.raw"] {
+                vm.disk.push(DiskConfig {
+                    readonly,
+                    ..DiskConfig::new(path)
+                });
+            }
+        }
+    };
+    assert_eq!(validate(pair(true)), Ok(()));
+    assert!(complaint(pair(false)).contains("`/img/a.raw`"));
+}
+
+#[test]
+fn names_are_unique_among_all_devices() {
+    let same = complaint(|vm| {
+        vm.disk.push(DiskConfig {
+            id: Some("x".into()),
+            ..DiskConfig::new("a")
+        });
+        vm.device.push(device("01:00.0", Some("x")));
+    });
+    assert!(same.starts_with("--disk no. 1 and --device no. 1 have the same id, `x`"));
+    assert!(complaint(|vm| vm.device.push(device("01:00.0", Some("a b")))).contains("a b"));
+    assert!(complaint(|vm| vm.device.push(device("01:00.0", Some("")))).contains("id=``"));
+}
+
+#[test]
+fn one_terminal_is_not_two() {
+    let both = complaint(|vm| {
+        vm.serial = ConsoleConfig::Tty;
+        vm.console = ConsoleConfig::Tty;
+    });
+    assert!(both.contains("one terminal"));
+}
+
+#[test]
+fn taps_and_macs_are_what_linux_takes() {
+    let net = |tap: &str, mac: &str| NetConfig {
+        tap: Some(tap.to_owned()),
+        mac: Some(mac.to_owned()),
+        ..NetConfig::default()
+    };
+    let one = |tap: &'static str, mac: &'static str| validate(move |vm| vm.net.push(net(tap, mac)));
+    assert_eq!(one("vmtap0", "52:54:00:12:34:56"), Ok(()));
+    for mac in [
+        "",
+        "52:54:00:12:34",
+        "53:54:00:12:34:56",
+        "+2:54:00:12:34:56",
+    ] {
+        assert!(one("vmtap0", mac).unwrap_err().contains("MAC"), "{mac}");
+    }
+    for tap in ["", "..", "a/b", "a b", "sixteencharacter"] {
+        assert!(one(tap, "52:54:00:12:34:56").is_err(), "{tap}");
+    }
+    let same = complaint(|vm| {
+        vm.net.push(net("a", "52:54:00:AA:00:01"));
+        vm.net.push(net("b", "52:54:00:aa:00:01"));
+    });
+    assert!(same.contains("same mac"), "{same}");
+}

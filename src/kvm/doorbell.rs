@@ -1,0 +1,55 @@
+//! ioeventfds: registers whose write signals an eventfd in the kernel, without an exit.
+
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Makes doorbells.
+#[derive(Clone, Debug)]
+pub struct Doorbells {
+    fd: Arc<VmFd>,
+}
+
+/// A register that rings, until this is dropped.
+#[derive(Debug)]
+pub struct Doorbell {
+    fd: Arc<VmFd>,
+    event: EventFd,
+    at: u64,
+}
+
+impl Doorbells {
+    pub(super) fn new(fd: Arc<VmFd>) -> Self {
+        Self { fd }
+    }
+
+    /// From now on a write of any width and value at guest-physical address `at` signals `event`
+    /// and goes nowhere else.
+    ///
+    /// # Errors
+    /// The kernel's; `EEXIST` where something rings there already.
+    pub fn ring(&self, at: u64, event: &OwnedFd) -> io::Result<Doorbell> {
+        let raw = event.try_clone()?.into_raw_fd();
+        // SAFETY: the number is of a descriptor that was just made and that nothing else owns.
+        let event = unsafe { EventFd::from_raw_fd(raw) };
+        self.fd
+            .register_ioevent(&event, &IoEventAddress::Mmio(at), NoDatamatch)?;
+        Ok(Doorbell {
+            fd: self.fd.clone(),
+            event,
+            at,
+        })
+    }
+}
+
+impl Drop for Doorbell {
+    fn drop(&mut self) {
+        let at = IoEventAddress::Mmio(self.at);
+        if let Err(error) = self.fd.unregister_ioevent(&self.event, &at, NoDatamatch) {
+            log::error!("the doorbell at {:#x} stays: {error}", self.at);
+        }
+    }
+}

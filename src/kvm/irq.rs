@@ -1,0 +1,416 @@
+//! The way of an interrupt to the guest: KVM's table of GSIs, its irqfds and its lines.
+//!
+//! One [`IrqRouter`] owns the table. A message-signalled vector has a GSI of its own, an eventfd and
+//! an irqfd for as long as its [`InterruptRoute`] lives; the pins of the legacy interrupt controllers
+//! are routed once.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::error::KvmError;
+
+/// Pins of the IOAPIC; GSIs from here on are free for messages.
+const IOAPIC_PINS: u32 = 24;
+/// Pins of one of the two PICs.
+const PIC_PINS: u32 = 8;
+/// The timer's GSI, and the IOAPIC pin that it is wired to on a PC (an interrupt source override
+/// in the MADT says so): the pin with the number 2 is the cascade of the PICs, which has none.
+const TIMER_GSI: u32 = 0;
+const TIMER_PIN: u32 = 2;
+
+/// Vectors in use, for the boot report.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VectorCount {
+    /// Message-signalled vectors routed now.
+    pub now: usize,
+    /// The most there were.
+    pub most: usize,
+}
+
+/// A handle to the owner of the GSI routing table, cheap to clone. A handle counts the vectors that
+/// came through it and its clones.
+#[derive(Clone)]
+pub struct IrqRouter {
+    shared: Arc<Shared>,
+    count: Arc<Counter>,
+}
+
+/// Vectors of one handle.
+#[derive(Debug, Default)]
+struct Counter {
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+struct Shared {
+    fd: Arc<VmFd>,
+    /// How many routes the table can hold.
+    limit: u32,
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    /// The message of GSI `IOAPIC_PINS + index`.
+    messages: Vec<Option<MsiMessage>>,
+    /// How many of them there are.
+    used: usize,
+}
+
+impl fmt::Debug for IrqRouter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IrqRouter")
+            .field("limit", &self.shared.limit)
+            .field("vectors", &self.vectors())
+            .finish_non_exhaustive()
+    }
+}
+
+impl IrqRouter {
+    pub(super) fn new(fd: Arc<VmFd>, limit: u32) -> Result<Self, KvmError> {
+        let shared = Shared {
+            fd,
+            limit,
+            table: Mutex::default(),
+        };
+        shared
+            .install(&Table::default())
+            .map_err(KvmError::ioctl("KVM_SET_GSI_ROUTING", "the VM"))?;
+        Ok(Self {
+            shared: Arc::new(shared),
+            count: Arc::default(),
+        })
+    }
+
+    /// Another handle to the same table, with a count of its own.
+    #[must_use]
+    pub fn counting_anew(&self) -> Self {
+        Self {
+            shared: self.shared.clone(),
+            count: Arc::default(),
+        }
+    }
+
+    /// How many vectors are in use by way of this handle.
+    #[must_use]
+    pub fn vectors(&self) -> VectorCount {
+        VectorCount {
+            now: self.count.now.load(Ordering::Relaxed),
+            most: self.count.most.load(Ordering::Relaxed),
+        }
+    }
+
+    /// A pin of the legacy interrupt controllers that a device holds up or down.
+    pub fn level_line(&self, gsi: u32) -> LevelLine {
+        LevelLine {
+            fd: self.shared.fd.clone(),
+            gsi,
+        }
+    }
+
+    /// An eventfd whose signal is a pulse on a pin of the legacy interrupt controllers.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`]
+    pub fn edge_line(&self, gsi: u32) -> Result<EventFd, KvmError> {
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| KvmError::Ioctl {
+            what: "eventfd",
+            object: format!("GSI {gsi}"),
+            source,
+        })?;
+        self.shared
+            .fd
+            .register_irqfd(&event, gsi)
+            .map_err(KvmError::ioctl("KVM_IRQFD", format_args!("GSI {gsi}")))?;
+        Ok(event)
+    }
+}
+
+impl Shared {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands the whole table to KVM.
+    fn install(&self, table: &Table) -> Result<(), kvm_ioctls::Error> {
+        let mut entries = legacy_routes();
+        entries.extend(
+            (IOAPIC_PINS..)
+                .zip(&table.messages)
+                .filter_map(|(gsi, message)| Some(message_route(gsi, message.as_ref()?))),
+        );
+        let routing = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| kvm_ioctls::Error::new(libc::ENOSPC))?;
+        self.fd.set_gsi_routing(&routing)
+    }
+
+    /// Gives `message` a free GSI.
+    fn take(&self, message: MsiMessage) -> Result<u32, RouteError> {
+        let mut table = self.table();
+        let free = table
+            .messages
+            .iter()
+            .position(Option::is_none)
+            .unwrap_or(table.messages.len());
+        let exhausted = RouteError::Exhausted { limit: self.limit };
+        let gsi = u32::try_from(free)
+            .ok()
+            .and_then(|index| index.checked_add(IOAPIC_PINS));
+        // KVM wants GSIs below its limit, and no more routes than it.
+        let routes = legacy_routes().len().saturating_add(table.used);
+        let gsi = match gsi {
+            Some(gsi) if gsi < self.limit && routes < self.limit as usize => gsi,
+            _ => return Err(exhausted),
+        };
+        if free == table.messages.len() {
+            table.messages.push(None);
+        }
+        if let Some(entry) = table.messages.get_mut(free) {
+            *entry = Some(message);
+        }
+        if let Err(error) = self.install(&table) {
+            if let Some(entry) = table.messages.get_mut(free) {
+                *entry = None;
+            }
+            return Err(kernel("KVM_SET_GSI_ROUTING", error));
+        }
+        table.used += 1;
+        Ok(gsi)
+    }
+
+    /// Changes the message of a GSI that was taken.
+    fn change(&self, gsi: u32, message: MsiMessage) -> Result<(), RouteError> {
+        let mut table = self.table();
+        let Some(entry) = entry_mut(&mut table, gsi) else {
+            return Ok(());
+        };
+        let Some(before) = entry.replace(message).filter(|before| *before != message) else {
+            return Ok(());
+        };
+        let result = self.install(&table);
+        if result.is_err()
+            && let Some(entry) = entry_mut(&mut table, gsi)
+        {
+            *entry = Some(before);
+        }
+        result.map_err(|error| kernel("KVM_SET_GSI_ROUTING", error))
+    }
+
+    /// Frees a GSI. Its irqfd is gone, so KVM keeps the stale route until the next change: nothing
+    /// can trigger it, and a table is not installed for every vector of a device that goes.
+    fn free(&self, gsi: u32) {
+        let mut table = self.table();
+        if let Some(entry) = entry_mut(&mut table, gsi) {
+            *entry = None;
+            table.used = table.used.saturating_sub(1);
+        }
+    }
+}
+
+fn entry_mut(table: &mut Table, gsi: u32) -> Option<&mut Option<MsiMessage>> {
+    let index = gsi.checked_sub(IOAPIC_PINS)?;
+    table.messages.get_mut(index as usize)
+}
+
+fn kernel(what: &'static str, error: kvm_ioctls::Error) -> RouteError {
+    RouteError::Kernel {
+        what,
+        source: error.into(),
+    }
+}
+
+/// The pins of a PC: each goes to its PIC and to the IOAPIC.
+fn legacy_routes() -> Vec<kvm_irq_routing_entry> {
+    let pin_route = |gsi, irqchip, pin| {
+        let mut entry = kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            ..Default::default()
+        };
+        entry.u.irqchip.irqchip = irqchip;
+        entry.u.irqchip.pin = pin;
+        entry
+    };
+    let pic = (0..2 * PIC_PINS)
+        .filter(|gsi| *gsi != TIMER_PIN)
+        .map(|gsi| {
+            if gsi < PIC_PINS {
+                pin_route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)
+            } else {
+                pin_route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - PIC_PINS)
+            }
+        });
+    let ioapic = (0..IOAPIC_PINS).filter(|gsi| *gsi != TIMER_PIN).map(|gsi| {
+        let pin = if gsi == TIMER_GSI { TIMER_PIN } else { gsi };
+        pin_route(gsi, KVM_IRQCHIP_IOAPIC, pin)
+    });
+    pic.chain(ioapic).collect()
+}
+
+fn message_route(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
+    entry.u.msi.address_lo = message.address as u32;
+    entry.u.msi.address_hi = (message.address >> 32) as u32;
+    entry.u.msi.data = message.data;
+    entry
+}
+
+impl InterruptRoutes for IrqRouter {
+    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+        let event =
+            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| RouteError::Kernel {
+                what: "eventfd",
+                source,
+            })?;
+        let gsi = self.shared.take(message)?;
+        if let Err(error) = self.shared.fd.register_irqfd(&event, gsi) {
+            self.shared.free(gsi);
+            return Err(kernel("KVM_IRQFD", error));
+        }
+        let now = self.count.now.fetch_add(1, Ordering::Relaxed) + 1;
+        self.count.most.fetch_max(now, Ordering::Relaxed);
+        Ok(Arc::new(Vector {
+            router: self.shared.clone(),
+            count: self.count.clone(),
+            gsi,
+            event,
+            masked: Mutex::new(false),
+        }))
+    }
+}
+
+/// One vector's way.
+struct Vector {
+    router: Arc<Shared>,
+    count: Arc<Counter>,
+    gsi: u32,
+    event: EventFd,
+    masked: Mutex<bool>,
+}
+
+impl fmt::Debug for Vector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vector")
+            .field("gsi", &self.gsi)
+            .field("masked", &self.masked)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vector {
+    fn masked(&self) -> MutexGuard<'_, bool> {
+        self.masked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl InterruptRoute for Vector {
+    fn update(&self, message: MsiMessage) -> Result<(), RouteError> {
+        self.router.change(self.gsi, message)
+    }
+
+    /// A masked vector has no irqfd, so its eventfd keeps the signal; KVM looks at the eventfd when
+    /// the irqfd comes back.
+    fn set_masked(&self, masked: bool) -> Result<(), RouteError> {
+        let mut now = self.masked();
+        if *now == masked {
+            return Ok(());
+        }
+        let fd = &self.router.fd;
+        let result = if masked {
+            fd.unregister_irqfd(&self.event, self.gsi)
+        } else {
+            fd.register_irqfd(&self.event, self.gsi)
+        };
+        result.map_err(|error| kernel("KVM_IRQFD", error))?;
+        *now = masked;
+        Ok(())
+    }
+
+    fn pending(&self) -> bool {
+        *self.masked() && is_readable(self.event())
+    }
+
+    fn event(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open for as long as `self.event`, which `self` owns.
+        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
+    }
+
+    fn trigger(&self) {
+        // It fails only where the count would overflow, and then a signal is there already.
+        let _ = self.event.write(1);
+    }
+}
+
+impl Drop for Vector {
+    fn drop(&mut self) {
+        if !*self.masked()
+            && let Err(error) = self.router.fd.unregister_irqfd(&self.event, self.gsi)
+        {
+            log::error!("the irqfd of GSI {} stays: {error}", self.gsi);
+        }
+        self.router.free(self.gsi);
+        self.count.now.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Whether an eventfd has a signal, without taking it.
+fn is_readable(event: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd {
+        fd: event.as_fd().as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: the pointer is to one `pollfd`, which is what the count says.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    ready == 1 && poll.revents & libc::POLLIN != 0
+}
+
+/// A pin held up or down by one device.
+#[derive(Debug)]
+pub struct LevelLine {
+    fd: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl LevelLine {
+    /// Sets the level; says so in the log where the kernel refused.
+    pub fn set(&self, active: bool) {
+        if let Err(error) = self.fd.set_irq_line(self.gsi, active) {
+            log::error!("KVM_IRQ_LINE failed on GSI {}: {error}", self.gsi);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_legacy_pins_are_those_of_a_pc() {
+        let routes: Vec<_> = legacy_routes()
+            .iter()
+            // SAFETY: `type_` says which member is there.
+            .map(|entry| (entry.gsi, unsafe { entry.u.irqchip }))
+            .map(|(gsi, chip)| (gsi, chip.irqchip, chip.pin))
+            .collect();
+        assert!(routes.contains(&(0, KVM_IRQCHIP_IOAPIC, 2)));
+        assert!(routes.contains(&(0, KVM_IRQCHIP_PIC_MASTER, 0)));
+        assert!(routes.contains(&(9, KVM_IRQCHIP_PIC_SLAVE, 1)));
+        assert!(routes.contains(&(23, KVM_IRQCHIP_IOAPIC, 23)));
+        assert!(routes.iter().all(|(gsi, ..)| *gsi != 2));
+    }
+}

@@ -1,0 +1,212 @@
+//! One vCPU's registers: made, entered, and put back into their state at power-on.
+
+use std::fmt;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING,
+    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+};
+use kvm_ioctls::{Cap, VcpuFd};
+
+use super::cpuid::{self, Platform};
+use super::error::KvmError;
+use super::msr;
+use super::vm::Vm;
+
+/// The most that a VM has; an xAPIC id of 8 bits and the MADT's entries would carry 255.
+pub const MAX_VCPUS: u8 = 64;
+
+// Offsets and bits of the local APIC's page. Intel SDM vol. 3A §11.4 and §11.5.1.
+const LAPIC_LVT_LINT0: usize = 0x350;
+const LAPIC_LVT_LINT1: usize = 0x360;
+const DELIVERY_EXTINT: u32 = 7 << 8;
+const DELIVERY_NMI: u32 = 4 << 8;
+
+/// The FPU's control word and MXCSR at power-on. Intel SDM vol. 3A §10.1.1, table 10-1.
+const FPU_CONTROL: u16 = 0x37f;
+const MXCSR: u32 = 0x1f80;
+
+/// What this host's KVM gives any vCPU.
+#[derive(Debug)]
+pub struct CpuModel {
+    supported: Vec<kvm_cpuid_entry2>,
+    tsc_deadline: bool,
+}
+
+impl CpuModel {
+    /// Asks KVM.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`]
+    pub fn new(vm: &Vm) -> Result<Self, KvmError> {
+        let supported = vm
+            .kvm()
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID", "/dev/kvm"))?;
+        Ok(Self {
+            supported: supported.as_slice().to_vec(),
+            tsc_deadline: vm.kvm().check_extension(Cap::TscDeadlineTimer),
+        })
+    }
+
+    /// Bits of a guest-physical address.
+    #[must_use]
+    pub fn address_bits(&self) -> u8 {
+        cpuid::address_bits(&self.supported)
+    }
+}
+
+/// A vCPU that is not running.
+pub(super) struct Vcpu {
+    pub(super) id: u8,
+    pub(super) fd: VcpuFd,
+    power_on: PowerOn,
+}
+
+/// The state that a reset goes back to.
+struct PowerOn {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    lapic: kvm_lapic_state,
+    debug: kvm_debugregs,
+    /// The same for every vCPU.
+    msrs: Arc<[kvm_msr_entry]>,
+}
+
+impl fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpu")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Makes `count` vCPUs, in their state at power-on: the first runnable, the others waiting for INIT
+/// and SIPI.
+pub(super) fn create(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, KvmError> {
+    let limit = vm.kvm().get_max_vcpus().min(MAX_VCPUS.into());
+    if usize::from(count) > limit {
+        return Err(KvmError::TooManyVcpus {
+            asked: count.into(),
+            limit,
+        });
+    }
+    let mut msrs: Option<Arc<[kvm_msr_entry]>> = None;
+    (0..count)
+        .map(|id| {
+            let fd = vm.fd().create_vcpu(id.into()).map_err(KvmError::ioctl(
+                "KVM_CREATE_VCPU",
+                format_args!("vCPU {id}"),
+            ))?;
+            let platform = Platform {
+                cpus: count,
+                tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
+                tsc_deadline: model.tsc_deadline,
+            };
+            let table = cpuid::guest_table(&model.supported, platform, id);
+            let ioctl = |what| KvmError::ioctl(what, format!("vCPU {id}"));
+            let table = CpuId::from_entries(&table)
+                .map_err(|_| ioctl("KVM_SET_CPUID2")(kvm_ioctls::Error::new(libc::E2BIG)))?;
+            fd.set_cpuid2(&table).map_err(ioctl("KVM_SET_CPUID2"))?;
+            msr::set_boot(&fd, id)?;
+            let msrs = match &msrs {
+                Some(msrs) => msrs.clone(),
+                None => msrs
+                    .insert(msr::read_all(vm.kvm(), &fd, id)?.into())
+                    .clone(),
+            };
+
+            let mut lapic = fd.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?;
+            // As firmware leaves it: the PIC on LINT0, the NMI on LINT1. MP 1.4 §3.6.2.2.
+            set_lapic(&mut lapic, LAPIC_LVT_LINT0, DELIVERY_EXTINT);
+            set_lapic(&mut lapic, LAPIC_LVT_LINT1, DELIVERY_NMI);
+            fd.set_lapic(&lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
+            let power_on = PowerOn {
+                regs: fd.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
+                sregs: fd.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?,
+                debug: fd.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?,
+                lapic,
+                msrs,
+            };
+            Ok(Vcpu { id, fd, power_on })
+        })
+        .collect()
+}
+
+fn set_lapic(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
+    for (register, byte) in lapic.regs.iter_mut().skip(offset).zip(value.to_le_bytes()) {
+        *register = byte as _;
+    }
+}
+
+impl Vcpu {
+    /// Makes this the boot processor's entry: `apply` sets the system registers and gives the
+    /// general ones.
+    pub(super) fn enter(
+        &mut self,
+        apply: impl FnOnce(&mut kvm_sregs) -> kvm_regs,
+    ) -> Result<(), KvmError> {
+        let mut sregs = self.fd.get_sregs().map_err(self.ioctl("KVM_GET_SREGS"))?;
+        let regs = apply(&mut sregs);
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(self.ioctl("KVM_SET_SREGS"))?;
+        self.fd
+            .set_regs(&regs)
+            .map_err(self.ioctl("KVM_SET_REGS"))?;
+        self.reset_fpu()
+    }
+
+    /// Puts every register into its state at power-on.
+    pub(super) fn reset(&mut self) -> Result<(), KvmError> {
+        let state = &self.power_on;
+        let events = kvm_vcpu_events {
+            flags: KVM_VCPUEVENT_VALID_NMI_PENDING
+                | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+                | KVM_VCPUEVENT_VALID_SHADOW,
+            ..Default::default()
+        };
+        let mp_state = kvm_mp_state {
+            mp_state: match self.id {
+                0 => KVM_MP_STATE_RUNNABLE,
+                _ => KVM_MP_STATE_UNINITIALIZED,
+            },
+        };
+        self.fd
+            .set_vcpu_events(&events)
+            .map_err(self.ioctl("KVM_SET_VCPU_EVENTS"))?;
+        // The registers first: they hold the local APIC's mode, which its state depends on.
+        self.fd
+            .set_sregs(&state.sregs)
+            .map_err(self.ioctl("KVM_SET_SREGS"))?;
+        self.fd
+            .set_regs(&state.regs)
+            .map_err(self.ioctl("KVM_SET_REGS"))?;
+        self.fd
+            .set_debug_regs(&state.debug)
+            .map_err(self.ioctl("KVM_SET_DEBUGREGS"))?;
+        msr::write_all(&self.fd, self.id, &state.msrs)?;
+        self.fd
+            .set_lapic(&state.lapic)
+            .map_err(self.ioctl("KVM_SET_LAPIC"))?;
+        self.reset_fpu()?;
+        self.fd
+            .set_mp_state(mp_state)
+            .map_err(self.ioctl("KVM_SET_MP_STATE"))
+    }
+
+    fn reset_fpu(&mut self) -> Result<(), KvmError> {
+        let fpu = kvm_fpu {
+            fcw: FPU_CONTROL,
+            mxcsr: MXCSR,
+            ..Default::default()
+        };
+        self.fd.set_fpu(&fpu).map_err(self.ioctl("KVM_SET_FPU"))
+    }
+
+    fn ioctl(&self, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError + use<> {
+        KvmError::ioctl(what, format!("vCPU {}", self.id))
+    }
+}

@@ -1,0 +1,205 @@
+//! The threads of a VM's vCPUs: started, held, let go and ended together.
+
+use std::fmt;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+
+use super::error::KvmError;
+use super::gate::{Gate, Turn};
+use super::kick::{self, Kick};
+use super::run::{self, Buses, ExitCounts, ExitKind, Left, VcpuEvent};
+use super::vcpu::{self, CpuModel, Vcpu};
+use super::vm::Vm;
+
+/// A vCPU's thread runs devices' register accesses and little else.
+const STACK: usize = 512 << 10;
+
+/// Is told what a vCPU cannot deal with; called on its thread.
+pub type EventSink = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
+
+/// All vCPUs of a VM. They are held at first. Dropping ends the threads.
+pub struct Vcpus {
+    gate: Arc<Gate>,
+    vcpus: Vec<Thread>,
+}
+
+struct Thread {
+    vcpu: Arc<Mutex<Vcpu>>,
+    counts: Arc<ExitCounts>,
+    kick: Kick,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Vcpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpus")
+            .field("count", &self.vcpus.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vcpus {
+    /// Makes `count` vCPUs (1 to 64) and their threads.
+    ///
+    /// # Errors
+    /// [`KvmError`]
+    pub fn new(
+        vm: &Vm,
+        model: &CpuModel,
+        count: u8,
+        buses: &Buses,
+        events: &EventSink,
+    ) -> Result<Self, KvmError> {
+        kick::prepare_signal();
+        let mut all = Self {
+            gate: Arc::default(),
+            vcpus: Vec::with_capacity(count.into()),
+        };
+        for vcpu in vcpu::create(vm, model, count)? {
+            all.start(vcpu, buses.clone(), events.clone())?;
+        }
+        Ok(all)
+    }
+
+    fn start(&mut self, vcpu: Vcpu, buses: Buses, events: EventSink) -> Result<(), KvmError> {
+        let id = vcpu.id;
+        let failed = |source| KvmError::Thread { id, source };
+        let kick = Kick::new(&vcpu.fd).map_err(failed)?;
+        let (vcpu, counts) = (Arc::new(Mutex::new(vcpu)), Arc::new(ExitCounts::default()));
+        let body = {
+            let (gate, vcpu, counts) = (self.gate.clone(), vcpu.clone(), counts.clone());
+            move || thread_body(&gate, &vcpu, &buses, &counts, &events)
+        };
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .stack_size(STACK)
+            .spawn(body)
+            .map_err(failed)?;
+        self.vcpus.push(Thread {
+            vcpu,
+            counts,
+            kick,
+            thread: Some(thread),
+        });
+        Ok(())
+    }
+
+    /// Sets the boot processor's entry: `apply` sets the system registers and gives the general
+    /// ones. To be called while the vCPUs are held.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`]
+    pub fn enter(&self, apply: impl FnOnce(&mut kvm_sregs) -> kvm_regs) -> Result<(), KvmError> {
+        match self.vcpus.first() {
+            Some(boot) => lock(&boot.vcpu).enter(apply),
+            None => Ok(()),
+        }
+    }
+
+    /// Puts every vCPU into its state at power-on. To be called while they are held.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`]
+    pub fn reset(&self) -> Result<(), KvmError> {
+        self.vcpus
+            .iter()
+            .try_for_each(|thread| lock(&thread.vcpu).reset())
+    }
+
+    /// Lets the guest run.
+    pub fn resume(&self) {
+        self.gate.open();
+    }
+
+    /// Stops the guest between two instructions, and returns when no vCPU is in it.
+    pub fn hold(&self) {
+        self.gate.close();
+        self.kick();
+        self.gate.wait_for(self.vcpus.len());
+    }
+
+    /// Exits to user space of one kind, of all vCPUs together.
+    #[must_use]
+    pub fn exits(&self, kind: ExitKind) -> u64 {
+        self.vcpus
+            .iter()
+            .map(|thread| thread.counts.get(kind))
+            .sum()
+    }
+
+    fn kick(&self) {
+        for thread in &self.vcpus {
+            if let Some(handle) = &thread.thread {
+                thread.kick.kick(handle.as_pthread_t());
+            }
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.gate.end();
+        self.kick();
+        for thread in &mut self.vcpus {
+            if let Some(Err(_)) = thread.thread.take().map(JoinHandle::join) {
+                log::error!("a vCPU's thread had panicked");
+            }
+        }
+    }
+}
+
+fn lock(vcpu: &Mutex<Vcpu>) -> MutexGuard<'_, Vcpu> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps the others from waiting for a thread that panicked, and tells.
+struct Farewell<'a> {
+    gate: &'a Gate,
+    events: &'a EventSink,
+    id: u8,
+}
+
+impl Drop for Farewell<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.gate.gone();
+            (self.events)(VcpuEvent::Failed {
+                id: self.id,
+                reason: "its thread panicked; this is an error in Busway".to_owned(),
+            });
+        }
+    }
+}
+
+fn thread_body(
+    gate: &Gate,
+    vcpu: &Mutex<Vcpu>,
+    buses: &Buses,
+    counts: &ExitCounts,
+    events: &EventSink,
+) {
+    let id = lock(vcpu).id;
+    let _farewell = Farewell { gate, events, id };
+    let mut last = Turn::default();
+    while let Some(turn) = gate.pass(last) {
+        last = turn;
+        let mut vcpu = lock(vcpu);
+        let event = loop {
+            let left = run::run(&mut vcpu, buses, counts);
+            // The flag first, then the gate: who closes the gate sets the flag after it.
+            vcpu.fd.set_kvm_immediate_exit(0);
+            match left {
+                Left::Kicked if gate.is_on(turn) => {}
+                Left::Kicked => break None,
+                Left::Event(event) => break Some(event),
+            }
+        };
+        drop(vcpu);
+        if let Some(event) = event {
+            events(event);
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! A machine out of a configuration.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
+use busway_pci::{InterruptRoutes, PciFunction, Windows};
+use busway_vfio::{AssignedFunction, KernelDevice, Opener};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::RunError;
+use super::bars::Bars;
+use super::dma::DmaListener;
+use super::events::Events;
+use super::pci::Pci;
+use super::platform::{Platform, open_console};
+use super::signals::Signals;
+use crate::acpi;
+use crate::boot::{self, BootSource, E820};
+use crate::config::{Choice, ConsoleConfig, VmConfig};
+use crate::kvm::{Buses, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
+use crate::memory::{GuestRam, Ram, Regions, layout};
+use crate::report::{Report, Stage};
+use crate::virtio::blk::Blk;
+use crate::virtio::console::Console;
+use crate::virtio::net::Net;
+use crate::virtio::rng::Rng;
+use crate::virtio::{VirtioDevice, VirtioPci};
+
+/// A machine. The fields go in the order in which they stand: who uses something before what is used.
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) vcpus: Vcpus,
+    pub(super) pci: Pci,
+    pub(super) platform: Platform,
+    dma: Option<Arc<dyn DmaSpace>>,
+    _memory: MemoryMap,
+    ram: Ram,
+    pub(super) events: Arc<Events>,
+    pub(super) quit: EventFd,
+    /// Counts the assigned devices' vectors.
+    host_vectors: IrqRouter,
+    boot: Boot,
+    pub(super) vm: Vm,
+}
+
+/// What a start needs, the first as every other.
+#[derive(Debug)]
+struct Boot {
+    source: BootSource,
+    acpi: acpi::Platform,
+}
+
+/// The list of regions, emptied when it is dropped, so that nothing is mapped for anybody then.
+#[derive(Debug)]
+struct MemoryMap(Arc<Regions>);
+
+impl Drop for MemoryMap {
+    fn drop(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Machine {
+    /// Takes from the host what `config` asks for and puts it together, ready for the guest's first
+    /// instruction.
+    pub(super) fn assemble(
+        config: &VmConfig,
+        report: &Report,
+        signals: &Signals,
+    ) -> Result<Self, RunError> {
+        few_arenas();
+        // What costs nothing to find out comes first.
+        let source = open_kernel(config)?;
+        let vm = Vm::new()?;
+        let model = CpuModel::new(&vm)?;
+        let router = vm.irq_router()?;
+
+        let ram = take_memory(config, report, signals)?;
+        let memory = MemoryMap(Arc::default());
+        memory.0.listen(Arc::new(vm.memslots()))?;
+        for region in ram.regions() {
+            memory.0.add(region)?;
+        }
+        report.set_guest_memory(ram.host_ranges());
+        report.reached(Stage::Memory);
+        signals.check()?;
+
+        let (dma, devices) = match open_devices(config, &vm, &ram)? {
+            Some((space, devices)) => {
+                let dma = space.dma();
+                memory.0.listen(Arc::new(DmaListener::new(dma.clone())))?;
+                let stats = dma.stats();
+                report.set_mappings(stats.map_calls, stats.bytes);
+                (Some(dma), devices)
+            }
+            None => (None, Vec::new()),
+        };
+        report.reached(Stage::DmaMap);
+        signals.check()?;
+
+        let buses = Buses::default();
+        let windows = windows(&ram, &model);
+        let bars = Bars::new(
+            buses.clone(),
+            memory.0.clone(),
+            vm.doorbells(),
+            [windows.memory32.clone(), windows.memory64.clone()],
+        );
+        let acpi = acpi_platform(config, &windows);
+        let mut pci = Pci::new(bars, &buses, windows)?;
+        let quit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(RunError::system("eventfd"))?;
+        let events = Events::new().map_err(RunError::system("eventfd"))?;
+        let platform = Platform::new(
+            &config.serial,
+            &buses,
+            &router,
+            pci.topology(),
+            &events,
+            &quit,
+        )?;
+        add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
+        let host_vectors = router.counting_anew();
+        add_assigned(&mut pci, devices, &router, &host_vectors)?;
+        report.reached(Stage::Devices);
+        signals.check()?;
+
+        let vcpus = Vcpus::new(&vm, &model, config.cpus.boot, &buses, &events.sink())?;
+        let machine = Self {
+            vcpus,
+            pci,
+            platform,
+            dma,
+            _memory: memory,
+            ram,
+            events,
+            quit,
+            host_vectors,
+            boot: Boot { source, acpi },
+            vm,
+        };
+        machine.load()?;
+        Ok(machine)
+    }
+
+    /// Does what firmware does, and puts the boot processor at the kernel's entry. No vCPU may run.
+    pub(super) fn load(&self) -> Result<(), RunError> {
+        use vm_memory::GuestAddressSpace;
+
+        self.pci.assign()?;
+        let ram = self.ram.guest().memory();
+        let rsdp = acpi::install(&*ram, &self.boot.acpi)?;
+        let map = E820::new(&layout::ram_ranges(self.ram.size()));
+        let entry = boot::load(&*ram, &self.boot.source, &map, rsdp)?;
+        self.vcpus.enter(|sregs| entry.apply(sregs))?;
+        Ok(())
+    }
+
+    /// Puts everything into its state at power-on, and starts the kernel anew. Host devices are
+    /// reset, and stay with the VM.
+    pub(super) fn restart(&self) -> Result<(), RunError> {
+        self.vcpus.hold();
+        self.events.clear();
+        self.pci.topology().reset();
+        self.platform.reset();
+        self.vm.reset_chips()?;
+        self.vcpus.reset()?;
+        self.load()
+    }
+
+    /// Says in the report what the run has cost so far.
+    pub(super) fn account(&self, report: &Report) {
+        if let Some(dma) = &self.dma {
+            let stats = dma.stats();
+            report.set_mappings(stats.map_calls, stats.bytes);
+        }
+        report.set_vectors(self.host_vectors.vectors().most as u64);
+        for kind in ExitKind::ALL {
+            report.set_exits(kind.name(), self.vcpus.exits(kind));
+        }
+    }
+}
+
+fn open_kernel(config: &VmConfig) -> Result<BootSource, RunError> {
+    let kernel = config.kernel.as_deref().unwrap_or(Path::new(""));
+    let cmdline = match &config.cmdline {
+        Some(cmdline) => cmdline,
+        None => boot::default_cmdline(&config.serial, &config.console),
+    };
+    Ok(BootSource::open(
+        kernel,
+        config.initramfs.as_deref(),
+        cmdline,
+    )?)
+}
+
+/// RAM, populated where that is wanted.
+fn take_memory(config: &VmConfig, report: &Report, signals: &Signals) -> Result<Ram, RunError> {
+    let assigned = !config.device.is_empty();
+    let prefault = config.memory.prefault.unwrap_or(assigned);
+    let ram = Ram::new(&config.memory, prefault || assigned)?;
+    if prefault {
+        let total = ram.size();
+        let mut stopped = None;
+        report.pinning(0, total);
+        ram.prefault(|done| {
+            report.pinning(done, total);
+            stopped = stopped.or_else(|| signals.take());
+            match stopped {
+                Some(_) => ControlFlow::Break(()),
+                None => ControlFlow::Continue(()),
+            }
+        })?;
+        if let Some(signal) = stopped {
+            return Err(RunError::StoppedEarly { signal });
+        }
+    }
+    Ok(ram)
+}
+
+/// A DMA space and the assigned devices in it; nothing where there are none.
+///
+/// The devices are opened before RAM is mapped: a VFIO container maps only with a group in it.
+fn open_devices(
+    config: &VmConfig,
+    vm: &Vm,
+    ram: &Ram,
+) -> Result<Option<(Space, Vec<KernelDevice>)>, RunError> {
+    if config.device.is_empty() {
+        return Ok(None);
+    }
+    let paths = HostPaths::default();
+    let folders: Vec<&Path> = config.device.iter().map(|device| &*device.path).collect();
+    let mode = match config.platform.iommufd {
+        Choice::On => Mode::On,
+        Choice::Off => Mode::Off,
+        Choice::Auto => Mode::Auto,
+    };
+    let space = Space::open(&paths, mode, &folders)?;
+    space.reserve(&paths, ram.size())?;
+    let opener = Opener::new(paths, space.clone(), Some(Arc::new(vm.vfio()?)));
+    let devices = folders
+        .into_iter()
+        .map(|folder| opener.open(folder))
+        .collect::<Result<_, _>>()?;
+    Ok(Some((space, devices)))
+}
+
+fn windows(ram: &Ram, model: &CpuModel) -> Windows {
+    Windows {
+        io: layout::PCI_IO,
+        memory32: layout::MMIO32_START..layout::MMIO32_END,
+        memory64: layout::mmio64(ram.size(), model.address_bits()),
+    }
+}
+
+fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
+    acpi::Platform {
+        cpus: (0..config.cpus.boot)
+            .map(|id| acpi::Cpu {
+                apic_id: id.into(),
+                enabled: true,
+            })
+            .collect(),
+        mmio32: windows.memory32.clone(),
+        mmio64: windows.memory64.clone(),
+        serial: config.serial != ConsoleConfig::Off,
+        native_hotplug: false,
+    }
+}
+
+/// The virtio devices: disks, NICs, console and entropy source.
+fn add_virtio(
+    pci: &mut Pci,
+    config: &VmConfig,
+    ram: &GuestRam,
+    router: &IrqRouter,
+    quit: &EventFd,
+) -> Result<(), RunError> {
+    let routes: Arc<dyn InterruptRoutes> = Arc::new(router.clone());
+    let mut add = |device: Box<dyn VirtioDevice>| -> Result<(), RunError> {
+        let function = VirtioPci::new(device, ram.clone(), routes.clone())?;
+        let name = function.name().to_owned();
+        pci.add(&name, function)
+    };
+    let name = |kind, index, id: &Option<String>| match id {
+        Some(id) => id.clone(),
+        None => format!("{kind}{index}"),
+    };
+    for (index, disk) in config.disk.iter().enumerate() {
+        add(Box::new(Blk::new(&name("disk", index, &disk.id), disk)?))?;
+    }
+    for (index, net) in config.net.iter().enumerate() {
+        let net = Net::new(&name("net", index, &net.id), net)?;
+        log::info!("net {}: tap {}", net.name(), net.tap_name());
+        add(Box::new(net))?;
+    }
+    if let Some(endpoint) = open_console("--console", &config.console, quit)? {
+        add(Box::new(Console::new("console", endpoint)))?;
+    }
+    add(Box::new(Rng::new("rng", &config.rng)?))
+}
+
+/// The host's devices.
+fn add_assigned(
+    pci: &mut Pci,
+    devices: Vec<KernelDevice>,
+    router: &IrqRouter,
+    host_vectors: &IrqRouter,
+) -> Result<(), RunError> {
+    for device in devices {
+        let name = device.name().to_owned();
+        let routes = Arc::new(host_vectors.clone());
+        let function = AssignedFunction::new(&name, Arc::new(device), routes)?;
+        log::info!("{:?}", function.summary());
+        let function: Arc<dyn PciFunction> = function;
+        pci.add_behind_port(&name, function, Arc::new(router.clone()))?;
+    }
+    Ok(())
+}
+
+/// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,
+/// and each heap has pages that are only ever touched once.
+fn few_arenas() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the parameter exists and takes any count; allocations made before stay valid.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}

@@ -1,0 +1,49 @@
+//! How PCI hangs on the guest's address map: configuration space, and BARs that need an exit.
+
+use std::sync::Arc;
+
+use busway_pci::{BarIndex, Cf8Cfc, Ecam, PciFunction};
+
+use crate::kvm::BusDevice;
+
+/// ECAM as the address map sees it.
+pub(super) struct EcamWindow(pub(super) Ecam);
+
+impl BusDevice for EcamWindow {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write(offset, data);
+    }
+}
+
+/// The configuration ports.
+pub(super) struct ConfigPorts(pub(super) Arc<Cf8Cfc>);
+
+impl BusDevice for ConfigPorts {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write(offset, data);
+    }
+}
+
+/// A BAR.
+pub(super) struct Bar {
+    pub(super) function: Arc<dyn PciFunction>,
+    pub(super) index: BarIndex,
+}
+
+impl BusDevice for Bar {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.function.bar_read(self.index, offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.function.bar_write(self.index, offset, data);
+    }
+}

@@ -1,0 +1,203 @@
+//! Why a VM did not start or did not end well, and the exit status that says so.
+
+use std::io;
+use std::time::Duration;
+
+use busway_iommu::{MemlockError, OpenError};
+use busway_pci::{AssignError, PlaceError};
+use busway_vfio::DeviceError;
+
+use crate::acpi::AcpiError;
+use crate::boot::BootError;
+use crate::config::InvalidConfig;
+use crate::devices::console::ConsoleError;
+use crate::kvm::{KvmError, Overlap};
+use crate::memory::{PrefaultError, RamError, RegionsError};
+use crate::virtio::VirtioPciError;
+use crate::virtio::blk::BlkError;
+use crate::virtio::net::NetError;
+use crate::virtio::rng::RngError;
+
+/// A failure while running.
+const FAILURE: u8 = 1;
+/// Bad usage or configuration.
+const CONFIGURATION: u8 = 2;
+/// The host cannot do it.
+const HOST: u8 = 3;
+
+/// Why a VM could not run, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration contradicts itself.
+    #[error(transparent)]
+    Config(#[from] InvalidConfig),
+    /// There is nothing that could be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// KVM cannot do it.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// There is no such RAM.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// RAM could not be populated.
+    #[error(transparent)]
+    Prefault(#[from] PrefaultError),
+    /// Memory could not be made reachable.
+    #[error(transparent)]
+    Regions(#[from] RegionsError),
+    /// A disk cannot be had.
+    #[error(transparent)]
+    Disk(#[from] BlkError),
+    /// A NIC cannot be had.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The entropy source cannot be had.
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    /// {flag}: {source}
+    #[error("{flag}: {source}")]
+    Console {
+        /// `--serial` or `--console`.
+        flag: &'static str,
+        /// Why.
+        source: ConsoleError,
+    },
+    /// A virtio device cannot be a PCI function.
+    #[error(transparent)]
+    Virtio(#[from] VirtioPciError),
+    /// The host's IOMMU cannot be used.
+    #[error(transparent)]
+    DmaSpace(#[from] OpenError),
+    /// guest RAM cannot be pinned for the assigned devices: {0}
+    #[error("guest RAM cannot be pinned for the assigned devices: {0}")]
+    Memlock(#[from] MemlockError),
+    /// A host device cannot be had.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A host device cannot be shown to a guest.
+    #[error(transparent)]
+    Function(#[from] busway_vfio::AssignError),
+    /// {device} finds no slot: bus 0 has 31, and each virtio device and each assigned device takes one
+    #[error(
+        "{device} finds no slot: bus 0 has 31, and each virtio device and each assigned device \
+         takes one; give the VM fewer devices"
+    )]
+    NoSlot {
+        /// The device that was one too many.
+        device: String,
+    },
+    /// A function cannot be put where it should be.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The devices' BARs do not fit.
+    #[error(transparent)]
+    Addresses(#[from] AssignError),
+    /// Two platform devices claim an address.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+    /// The ACPI tables cannot be made.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// {what}: {source}
+    #[error("{what}: {source}")]
+    System {
+        /// What was done.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// the guest triple-faulted
+    #[error(
+        "the guest triple-faulted on vCPU {vcpu}{}, {:.1} s after its start: its kernel cannot run \
+         on this machine, or is damaged",
+        at(*.rip), after.as_secs_f64()
+    )]
+    TripleFault {
+        /// Which vCPU.
+        vcpu: u8,
+        /// Where, where that is known.
+        rip: Option<u64>,
+        /// How long the guest had been running.
+        after: Duration,
+    },
+    /// vCPU {vcpu} cannot go on: {reason}
+    #[error("vCPU {vcpu} cannot go on: {reason}")]
+    Vcpu {
+        /// Which vCPU.
+        vcpu: u8,
+        /// Why.
+        reason: String,
+    },
+    /// the guest told KVM that it has crashed
+    #[error("the guest told KVM that it has crashed; its console has more")]
+    Crashed,
+    /// stopped by a signal before the guest had started
+    #[error("stopped by signal {signal} before the guest had started")]
+    StoppedEarly {
+        /// The signal's number.
+        signal: i32,
+    },
+    /// the guest did not power off in time
+    #[error(
+        "the guest did not power off within {} s of being asked to, and was killed",
+        limit.as_secs()
+    )]
+    DeafGuest {
+        /// How long it was given.
+        limit: Duration,
+    },
+    /// the guest was killed by a second signal
+    #[error("the guest was killed: signal {signal} came while it was powering off")]
+    Killed {
+        /// The signal's number.
+        signal: i32,
+    },
+}
+
+fn at(rip: Option<u64>) -> String {
+    rip.map(|rip| format!(" at rip {rip:#x}"))
+        .unwrap_or_default()
+}
+
+impl RunError {
+    /// For `map_err` on a system call.
+    pub(super) fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System { what, source }
+    }
+
+    /// The exit status: 1 for a failure while running, 2 for bad usage or configuration, 3 for a
+    /// host that cannot do it.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::Config(_)
+            | Self::Boot(_)
+            | Self::Disk(_)
+            | Self::Rng(_)
+            | Self::Console { .. }
+            | Self::NoSlot { .. }
+            | Self::Net(NetError::Config { .. })
+            | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })
+            | Self::Ram(
+                RamError::Empty | RamError::Unaligned(_) | RamError::NotWholeHugePages { .. },
+            ) => CONFIGURATION,
+            Self::Kvm(
+                KvmError::Unavailable { .. }
+                | KvmError::MissingCapability(_)
+                | KvmError::ApiVersion(_)
+                | KvmError::TooManyVcpus { .. },
+            )
+            | Self::Ram(_)
+            | Self::Prefault(_)
+            | Self::Regions(_)
+            | Self::Net(_)
+            | Self::DmaSpace(_)
+            | Self::Memlock(_)
+            | Self::Device(_)
+            | Self::Function(_)
+            | Self::Addresses(_) => HOST,
+            _ => FAILURE,
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! What vCPU threads tell the event loop.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::devices::PowerSink;
+use crate::kvm::{EventSink, VcpuEvent};
+
+/// Something that the machine has to decide.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// The guest asked for a reset by a register.
+    Reset,
+    /// The guest turned itself off.
+    PowerOff,
+    /// A vCPU cannot deal with something.
+    Vcpu(VcpuEvent),
+}
+
+/// What waits to be decided. Each thing waits once, so a guest cannot make the list long.
+#[derive(Debug)]
+pub(super) struct Events {
+    waiting: Mutex<VecDeque<Event>>,
+    signal: EventFd,
+}
+
+impl Events {
+    pub(super) fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            waiting: Mutex::default(),
+            signal: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        }))
+    }
+
+    /// What vCPUs are given.
+    pub(super) fn sink(self: &Arc<Self>) -> EventSink {
+        let events = self.clone();
+        Arc::new(move |event| events.push(Event::Vcpu(event)))
+    }
+
+    /// The next thing. Nothing is left of the signal once there is none.
+    pub(super) fn take(&self) -> Option<Event> {
+        let mut waiting = self.waiting();
+        let event = waiting.pop_front();
+        if event.is_none() {
+            // Nonblocking; it fails where there is no signal.
+            let _ = self.signal.read();
+        }
+        event
+    }
+
+    /// Forgets what waits: the guest that it is about is no more.
+    pub(super) fn clear(&self) {
+        self.waiting().clear();
+    }
+
+    fn push(&self, event: Event) {
+        let mut waiting = self.waiting();
+        if !waiting.contains(&event) {
+            waiting.push_back(event);
+            // It fails only where the count would overflow, and then a signal is there already.
+            let _ = self.signal.write(1);
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<Event>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl PowerSink for Events {
+    fn reset(&self) {
+        self.push(Event::Reset);
+    }
+
+    fn power_off(&self) {
+        self.push(Event::PowerOff);
+    }
+}
+
+impl AsRawFd for Events {
+    fn as_raw_fd(&self) -> RawFd {
+        self.signal.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_come_in_order_and_each_waits_once() {
+        let events = Events::new().unwrap();
+        for _ in 0..1000 {
+            events.reset();
+            events.power_off();
+        }
+        assert_eq!(events.take(), Some(Event::Reset));
+        events.reset();
+        assert_eq!(events.take(), Some(Event::PowerOff));
+        assert_eq!(events.take(), Some(Event::Reset));
+        assert_eq!(events.take(), None);
+        events.reset();
+        events.clear();
+        assert_eq!(events.take(), None);
+    }
+}

@@ -1,0 +1,181 @@
+//! A machine's life: one event loop, from the first instruction to the end.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::RunError;
+use super::assembly::Machine;
+use super::events::Event;
+use super::signals::Signals;
+use crate::kvm::VcpuEvent;
+use crate::report::{Report, Stage};
+
+/// How long a guest may take to power off when it was asked to by a signal.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
+
+/// A guest that triple-faults is restarted, as a PC would be: some kernels reboot in this way. One
+/// that does it this soon would do it for ever.
+const TOO_SOON: Duration = Duration::from_secs(5);
+
+/// How a VM ended that ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The guest turned itself off.
+    PowerOff,
+    /// A person at the console left it (Ctrl-A x).
+    Quit,
+}
+
+/// What the loop waits for.
+#[derive(Clone, Copy)]
+enum Source {
+    Signal,
+    Event,
+    Quit,
+    Clock,
+}
+
+impl Source {
+    const ALL: [Self; 4] = [Self::Signal, Self::Event, Self::Quit, Self::Clock];
+}
+
+/// What the loop remembers.
+struct Life {
+    /// When the guest started, the last time.
+    started: Instant,
+    /// By when it has to have powered off.
+    deadline: Option<Instant>,
+}
+
+impl Machine {
+    /// Lets the guest run until it ends.
+    pub(super) fn live(&mut self, report: &Report, signals: &Signals) -> Result<Ended, RunError> {
+        let epoll = Epoll::new().map_err(RunError::system("epoll_create"))?;
+        for source in Source::ALL {
+            let event = EpollEvent::new(EventSet::IN, source as u64);
+            epoll
+                .ctl(
+                    ControlOperation::Add,
+                    self.descriptor(source, signals),
+                    event,
+                )
+                .map_err(RunError::system("epoll_ctl"))?;
+        }
+        self.account(report);
+        report.reached(Stage::FirstInstruction);
+        self.vcpus.resume();
+        let mut life = Life {
+            started: Instant::now(),
+            deadline: None,
+        };
+        let mut ready = [EpollEvent::default(); Source::ALL.len()];
+        loop {
+            let count = match epoll.wait(life.timeout(), &mut ready) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                result => result.map_err(RunError::system("epoll_wait"))?,
+            };
+            for event in ready.iter().take(count) {
+                let source = usize::try_from(event.data())
+                    .ok()
+                    .and_then(|index| Source::ALL.get(index));
+                let ended = match source {
+                    Some(Source::Signal) => self.on_signal(&mut life, signals)?,
+                    Some(Source::Event) => self.on_event(&mut life)?,
+                    Some(Source::Quit) => Some(Ended::Quit),
+                    Some(Source::Clock) => {
+                        self.platform.rtc.on_timer();
+                        None
+                    }
+                    None => None,
+                };
+                if let Some(ended) = ended {
+                    return Ok(ended);
+                }
+            }
+            if life
+                .deadline
+                .is_some_and(|deadline| deadline <= Instant::now())
+            {
+                return Err(RunError::DeafGuest {
+                    limit: POWER_OFF_LIMIT,
+                });
+            }
+        }
+    }
+
+    fn descriptor(&self, source: Source, signals: &Signals) -> RawFd {
+        match source {
+            Source::Signal => signals.as_raw_fd(),
+            Source::Event => self.events.as_raw_fd(),
+            Source::Quit => self.quit.as_raw_fd(),
+            Source::Clock => self.platform.rtc.as_raw_fd(),
+        }
+    }
+
+    /// The first signal asks the guest to power off, the second does not ask.
+    fn on_signal(&self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
+        while let Some(signal) = signals.take() {
+            if life.deadline.is_some() {
+                return Err(RunError::Killed { signal });
+            }
+            log::info!(
+                "signal {signal}: the guest is asked to power off, and has {} s for it",
+                POWER_OFF_LIMIT.as_secs()
+            );
+            life.deadline = Instant::now().checked_add(POWER_OFF_LIMIT);
+            self.platform.power.press_button();
+        }
+        Ok(None)
+    }
+
+    fn on_event(&self, life: &mut Life) -> Result<Option<Ended>, RunError> {
+        while let Some(event) = self.events.take() {
+            match event {
+                Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => {
+                    return Ok(Some(Ended::PowerOff));
+                }
+                Event::Reset | Event::Vcpu(VcpuEvent::Reset) => {
+                    log::info!("the guest restarts");
+                    self.start_anew(life)?;
+                }
+                Event::Vcpu(VcpuEvent::TripleFault { id, rip }) => {
+                    let fault = RunError::TripleFault {
+                        vcpu: id,
+                        rip,
+                        after: life.started.elapsed(),
+                    };
+                    if life.started.elapsed() < TOO_SOON {
+                        return Err(fault);
+                    }
+                    log::warn!("{fault}; it is restarted");
+                    self.start_anew(life)?;
+                }
+                Event::Vcpu(VcpuEvent::Crash) => return Err(RunError::Crashed),
+                Event::Vcpu(VcpuEvent::Failed { id, reason }) => {
+                    return Err(RunError::Vcpu { vcpu: id, reason });
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn start_anew(&self, life: &mut Life) -> Result<(), RunError> {
+        self.restart()?;
+        life.started = Instant::now();
+        self.vcpus.resume();
+        Ok(())
+    }
+}
+
+impl Life {
+    /// Milliseconds until the deadline, rounded up; -1 where there is none. epoll_wait(2)
+    fn timeout(&self) -> i32 {
+        let Some(deadline) = self.deadline else {
+            return -1;
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    }
+}

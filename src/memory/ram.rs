@@ -1,0 +1,420 @@
+//! Where the guest's RAM comes from: ordinary pages, a memfd where it is shared, or huge pages.
+
+use std::ffi::CStr;
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
+
+use super::{GuestRam, RamMap, Region, layout};
+use crate::config::MemoryConfig;
+
+/// Pages of this size and its multiples are what a guest can be made of.
+const PAGE: u64 = 4096;
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// --memory size={0} is no multiple of 4096 bytes
+    #[error("--memory size={0} is no multiple of 4096 bytes")]
+    Unaligned(u64),
+    /// --memory size=0: a VM needs RAM
+    #[error("--memory size=0: a VM needs RAM")]
+    Empty,
+    /// --memory size= asks for {asked} MiB, and this host has {total} MiB, of which {available} MiB
+    /// are free: ask for less
+    #[error(
+        "--memory size= asks for {asked} MiB, and this host has {total} MiB, of which \
+         {available} MiB are free: ask for less"
+    )]
+    TooLarge {
+        /// MiB asked for.
+        asked: u64,
+        /// MiB of RAM that the host has.
+        total: u64,
+        /// MiB that the host could give now.
+        available: u64,
+    },
+    /// --memory hugepage_size={size}: this host has no huge pages of that size, only {have}
+    #[error("--memory hugepage_size={size}: this host has no huge pages of that size, only {have}")]
+    NoSuchHugePage {
+        /// Bytes asked for.
+        size: u64,
+        /// The sizes that there are.
+        have: String,
+    },
+    /// --memory size={size} is no multiple of the huge page's {page} bytes
+    #[error("--memory size={size} is no multiple of the huge page's {page} bytes")]
+    NotWholeHugePages {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes of a huge page.
+        page: u64,
+    },
+    /// {needed} huge pages of {page_kib} KiB are needed and {free} are free: reserve them with
+    /// `echo {total} | sudo tee {path}`
+    #[error(
+        "{needed} huge pages of {page_kib} KiB are needed and {free} are free: reserve them with \
+         `echo {total} | sudo tee {path}`"
+    )]
+    TooFewHugePages {
+        /// How many the VM takes.
+        needed: u64,
+        /// How many are free.
+        free: u64,
+        /// KiB of a page.
+        page_kib: u64,
+        /// How many the pool has to hold, with what others have taken.
+        total: u64,
+        /// The pool's size in sysfs.
+        path: String,
+    },
+    /// {what} failed for {size} bytes of guest RAM: {source}
+    #[error("{what} failed for {size} bytes of guest RAM: {source}")]
+    Map {
+        /// The system call.
+        what: &'static str,
+        /// Bytes.
+        size: u64,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The RAM of one VM.
+#[derive(Clone, Debug)]
+pub struct Ram {
+    map: GuestRam,
+    regions: Vec<Arc<GuestRegionMmap>>,
+    huge_page: Option<u64>,
+}
+
+impl Ram {
+    /// Maps RAM as configured. No page is touched yet; `whole` says that all of them will be, so
+    /// that the host has to have them now.
+    ///
+    /// # Errors
+    /// [`RamError`]; what the host cannot give is refused before anything is taken.
+    pub fn new(config: &MemoryConfig, whole: bool) -> Result<Self, RamError> {
+        let size = config.size;
+        if size == 0 {
+            return Err(RamError::Empty);
+        }
+        if !size.is_multiple_of(PAGE) {
+            return Err(RamError::Unaligned(size));
+        }
+        let huge_page = match config.hugepages {
+            true => Some(reserved_huge_pages(config)?),
+            false => {
+                check_host_memory(size, whole)?;
+                None
+            }
+        };
+
+        let mut regions = Vec::new();
+        for range in layout::ram_ranges(size) {
+            let length = range.end - range.start;
+            let mapping = map(length, config, huge_page)?;
+            let region =
+                GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or_else(|| {
+                    let source = io::Error::from(io::ErrorKind::InvalidInput);
+                    map_error("mmap", length)(source)
+                })?;
+            advise(&region, config, huge_page.is_some());
+            regions.push(Arc::new(region));
+        }
+        let map = RamMap::from_arc_regions(regions.clone()).map_err(|error| {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, error.to_string());
+            map_error("mapping", size)(source)
+        })?;
+        Ok(Self {
+            map: GuestRam::new(map),
+            regions,
+            huge_page,
+        })
+    }
+
+    /// The handle that devices and the boot loader use.
+    #[must_use]
+    pub fn guest(&self) -> &GuestRam {
+        &self.map
+    }
+
+    /// RAM as regions for the list.
+    pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
+        self.regions.iter().map(|region| {
+            let name = match region.start_addr().0 {
+                layout::HIGH_RAM_START.. => "guest RAM above 4 GiB",
+                _ => "guest RAM below 4 GiB",
+            };
+            Arc::new(Region::ram(name, region.clone()))
+        })
+    }
+
+    /// Where RAM is mapped in this process.
+    #[must_use]
+    pub fn host_ranges(&self) -> Vec<Range<usize>> {
+        self.regions
+            .iter()
+            .map(|region| {
+                let start = region.as_ptr() as usize;
+                start..start + region.size()
+            })
+            .collect()
+    }
+
+    /// The mappings, in ascending order.
+    pub(super) fn mappings(&self) -> &[Arc<GuestRegionMmap>] {
+        &self.regions
+    }
+
+    /// Bytes of a huge page, where RAM is made of them.
+    pub(super) fn huge_page(&self) -> Option<u64> {
+        self.huge_page
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.regions.iter().map(|region| region.size() as u64).sum()
+    }
+}
+
+fn map_error(what: &'static str, size: u64) -> impl FnOnce(io::Error) -> RamError {
+    move |source| RamError::Map { what, size, source }
+}
+
+fn map(
+    size: u64,
+    config: &MemoryConfig,
+    huge_page: Option<u64>,
+) -> Result<vm_memory::MmapRegion, RamError> {
+    let length = usize::try_from(size)
+        .map_err(|_| map_error("mmap", size)(io::ErrorKind::OutOfMemory.into()))?;
+    let builder = MmapRegionBuilder::new(length)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_hugetlbfs(huge_page.is_some());
+    // Huge pages are reserved by the mapping, so that a guest is never killed for want of one.
+    let flags = huge_page.map_or(libc::MAP_NORESERVE, |_| 0);
+    let builder = if config.shared {
+        let file = memfd(size, huge_page).map_err(map_error("memfd_create", size))?;
+        builder
+            .with_file_offset(FileOffset::new(file, 0))
+            .with_mmap_flags(flags | libc::MAP_SHARED)
+    } else {
+        let huge = huge_page.map_or(0, |page| {
+            libc::MAP_HUGETLB | (page.trailing_zeros() as i32) << libc::MAP_HUGE_SHIFT
+        });
+        builder.with_mmap_flags(flags | huge | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+    };
+    builder.build().map_err(|error| {
+        let source = match error {
+            MmapRegionError::Mmap(source) => source,
+            other => io::Error::new(io::ErrorKind::InvalidInput, other.to_string()),
+        };
+        map_error("mmap", size)(source)
+    })
+}
+
+/// A nameless file of `size` bytes that another process can map.
+fn memfd(size: u64, huge_page: Option<u64>) -> io::Result<File> {
+    const NAME: &CStr = c"guest-ram";
+    let huge = huge_page.map_or(0, |page| {
+        libc::MFD_HUGETLB | page.trailing_zeros() << libc::MFD_HUGE_SHIFT
+    });
+    // SAFETY: the name is a string with its end, which is all that the call reads.
+    let raw = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | huge) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made, and nothing else owns it.
+    let file = unsafe { File::from_raw_fd(raw) };
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// What the kernel should know about the mapping. Advice only: a refusal costs speed.
+fn advise(region: &GuestRegionMmap, config: &MemoryConfig, huge: bool) {
+    let mut advice = vec![
+        // A child must not keep the guest's memory, nor break its pinning by copy-on-write.
+        libc::MADV_DONTFORK,
+        libc::MADV_DONTDUMP,
+    ];
+    if !huge {
+        advice.push(match config.thp {
+            true => libc::MADV_HUGEPAGE,
+            false => libc::MADV_NOHUGEPAGE,
+        });
+    }
+    for advice in advice {
+        // SAFETY: the range is the region's own mapping, and none of this advice changes contents.
+        let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+        if result != 0 {
+            let error = io::Error::last_os_error();
+            log::debug!("madvise({advice}) on guest RAM: {error}");
+        }
+    }
+}
+
+/// Refuses what the host has not got: more than is free, where the whole is needed at once, and
+/// otherwise more than there is, for a guest may never touch it all.
+fn check_host_memory(asked: u64, whole: bool) -> Result<(), RamError> {
+    let Ok(text) = fs::read_to_string("/proc/meminfo") else {
+        return Ok(());
+    };
+    check_against_meminfo(asked, whole, &text)
+}
+
+fn check_against_meminfo(asked: u64, whole: bool, meminfo: &str) -> Result<(), RamError> {
+    let kib = |name: &str| {
+        meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+    };
+    let (Some(total), Some(available)) = (kib("MemTotal"), kib("MemAvailable")) else {
+        return Ok(());
+    };
+    let limit = if whole { available } else { total };
+    if asked > limit.saturating_mul(KIB) {
+        return Err(RamError::TooLarge {
+            asked: asked.div_ceil(MIB),
+            total: total / KIB,
+            available: available / KIB,
+        });
+    }
+    Ok(())
+}
+
+/// The size of the huge pages to use, once it is known that enough of them are free.
+fn reserved_huge_pages(config: &MemoryConfig) -> Result<u64, RamError> {
+    const POOLS: &str = "/sys/kernel/mm/hugepages";
+    let mut sizes: Vec<u64> = fs::read_dir(POOLS)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.ok()?.file_name();
+            let kib = name
+                .to_str()?
+                .strip_prefix("hugepages-")?
+                .strip_suffix("kB")?;
+            kib.parse::<u64>().ok()?.checked_mul(KIB)
+        })
+        .collect();
+    sizes.sort_unstable();
+    let page = match config.hugepage_size {
+        Some(page) => page,
+        None => default_huge_page().unwrap_or(2 * MIB),
+    };
+    if !sizes.contains(&page) {
+        let have: Vec<String> = sizes
+            .iter()
+            .map(|size| format!("{} KiB", size / KIB))
+            .collect();
+        return Err(RamError::NoSuchHugePage {
+            size: page,
+            have: if have.is_empty() {
+                "none at all".to_owned()
+            } else {
+                have.join(" and ")
+            },
+        });
+    }
+    if !config.size.is_multiple_of(page) {
+        return Err(RamError::NotWholeHugePages {
+            size: config.size,
+            page,
+        });
+    }
+    let folder = format!("{POOLS}/hugepages-{}kB", page / KIB);
+    let read = |name: &str| {
+        fs::read_to_string(format!("{folder}/{name}"))
+            .ok()
+            .and_then(|text| text.trim().parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    // Reserved pages are free, but promised to somebody else's mapping.
+    let free = read("free_hugepages").saturating_sub(read("resv_hugepages"));
+    let needed = config.size / page;
+    if free < needed {
+        let taken = read("nr_hugepages").saturating_sub(free);
+        return Err(RamError::TooFewHugePages {
+            needed,
+            free,
+            page_kib: page / KIB,
+            total: taken + needed,
+            path: format!("{folder}/nr_hugepages"),
+        });
+    }
+    Ok(page)
+}
+
+fn default_huge_page() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let rest = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
+    rest.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(KIB)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestAddressSpace};
+
+    #[test]
+    fn more_than_the_host_can_give_is_refused_with_the_figures() {
+        let meminfo = "MemTotal:        8000000 kB\nMemFree: 1 kB\nMemAvailable:    4096000 kB\n";
+        check_against_meminfo(4000 * MIB, true, meminfo).unwrap();
+        let error = check_against_meminfo(4001 * MIB, true, meminfo).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "--memory size= asks for 4001 MiB, and this host has 7812 MiB, of which 4000 MiB are \
+             free: ask for less"
+        );
+        check_against_meminfo(7812 * MIB, false, meminfo).unwrap();
+        check_against_meminfo(7813 * MIB, false, meminfo).unwrap_err();
+        check_against_meminfo(u64::MAX, true, "nonsense").unwrap();
+    }
+
+    #[test]
+    fn ram_of_every_kind_is_mapped_where_the_layout_says() {
+        for shared in [false, true] {
+            let config = MemoryConfig {
+                size: 16 << 20,
+                shared,
+                ..Default::default()
+            };
+            let ram = Ram::new(&config, false).unwrap();
+            assert_eq!(ram.size(), config.size);
+            let memory = ram.guest().memory();
+            memory
+                .write_obj(7_u64, GuestAddress((16 << 20) - 8))
+                .unwrap();
+            memory.write_obj(7_u8, GuestAddress(16 << 20)).unwrap_err();
+            assert_eq!(ram.mappings()[0].file_offset().is_some(), shared);
+        }
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        for size in [0, 4095, 4097] {
+            let config = MemoryConfig {
+                size,
+                ..Default::default()
+            };
+            assert!(Ram::new(&config, false).is_err(), "{size}");
+        }
+    }
+}

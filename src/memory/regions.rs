@@ -1,0 +1,360 @@
+//! The one list of what the guest reaches as memory, and those who follow it.
+//!
+//! KVM's memory slots, DMA spaces and vhost tables are listeners. They hear of a region in the
+//! order in which they were added, and of its going in reverse, so that nothing can reach memory
+//! that the next one has not got or has lost.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
+
+/// What a region is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RegionKind {
+    /// The guest's RAM.
+    Ram,
+    /// A device's own memory: a BAR of a host device, mapped into this process.
+    Device,
+}
+
+/// Something to be held and never looked at.
+trait Owner: Send + Sync {}
+
+impl<T: Send + Sync> Owner for T {}
+
+/// A guest-physical range and the memory of this process that is behind it.
+pub struct Region {
+    name: String,
+    kind: RegionKind,
+    guest: u64,
+    size: u64,
+    host: usize,
+    /// Keeps the mapping at `host`.
+    _owner: Box<dyn Owner>,
+}
+
+impl Region {
+    /// A region of RAM, which it keeps mapped.
+    #[must_use]
+    pub fn ram(name: &str, memory: Arc<GuestRegionMmap>) -> Self {
+        Self {
+            name: name.to_owned(),
+            kind: RegionKind::Ram,
+            guest: memory.start_addr().0,
+            size: memory.len(),
+            host: memory.as_ptr() as usize,
+            _owner: Box::new(memory),
+        }
+    }
+
+    /// `size` bytes of a device's memory, mapped at `host`, for the guest at `guest`.
+    ///
+    /// # Safety
+    /// The memory has to stay mapped at `host`, readable and writable and used by nothing that
+    /// assumes it unchanging, for as long as `owner` lives.
+    pub unsafe fn device(
+        name: &str,
+        guest: u64,
+        size: u64,
+        host: usize,
+        owner: impl Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            kind: RegionKind::Device,
+            guest,
+            size,
+            host,
+            _owner: Box::new(owner),
+        }
+    }
+
+    /// Whose it is, for a person.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it is made of.
+    #[must_use]
+    pub fn kind(&self) -> RegionKind {
+        self.kind
+    }
+
+    /// First guest-physical address.
+    #[must_use]
+    pub fn guest(&self) -> u64 {
+        self.guest
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where it is mapped in this process.
+    #[must_use]
+    pub fn host(&self) -> usize {
+        self.host
+    }
+
+    /// Last guest-physical address.
+    fn last(&self) -> u64 {
+        self.guest.saturating_add(self.size.saturating_sub(1))
+    }
+}
+
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {:#x}..={:#x}", self.name, self.guest, self.last())
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {self} (mapped at {:#x})", self.kind, self.host)
+    }
+}
+
+/// What a listener says when it cannot follow.
+pub type RegionError = Box<dyn Error + Send + Sync>;
+
+/// One who follows the list.
+pub trait RegionListener: Send + Sync {
+    /// What it is, for a person.
+    fn name(&self) -> &str;
+
+    /// A region has come. A listener takes note of the kinds it serves and ignores the others.
+    ///
+    /// # Errors
+    /// The region then does not come at all: those told before are told that it has gone.
+    fn added(&self, region: &Arc<Region>) -> Result<(), RegionError>;
+
+    /// A region is going. Afterwards nothing of the listener's may reach it.
+    fn removed(&self, region: &Arc<Region>);
+}
+
+/// A region could not be added.
+#[derive(Debug, thiserror::Error)]
+pub enum RegionsError {
+    /// {new} overlaps {present}
+    #[error("{new} overlaps {present}")]
+    Overlap {
+        /// What was to come.
+        new: String,
+        /// What is there.
+        present: String,
+    },
+    /// {region} was refused by the {listener}: {source}
+    #[error("{region} was refused by the {listener}: {source}")]
+    Refused {
+        /// What was to come.
+        region: String,
+        /// Who refused.
+        listener: String,
+        /// Why.
+        source: RegionError,
+    },
+}
+
+/// The list.
+#[derive(Default)]
+pub struct Regions {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    regions: Vec<Arc<Region>>,
+    listeners: Vec<Arc<dyn RegionListener>>,
+}
+
+impl fmt::Debug for Regions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(&self.state().regions).finish()
+    }
+}
+
+impl Regions {
+    /// Adds a listener behind the others, and tells it of what is there.
+    ///
+    /// # Errors
+    /// [`RegionsError::Refused`]; the listener is then not added and keeps nothing.
+    pub fn listen(&self, listener: Arc<dyn RegionListener>) -> Result<(), RegionsError> {
+        let mut state = self.state();
+        for (told, region) in state.regions.iter().enumerate() {
+            if let Err(source) = listener.added(region) {
+                for region in state.regions.iter().take(told).rev() {
+                    listener.removed(region);
+                }
+                return Err(refused(region, listener.as_ref(), source));
+            }
+        }
+        state.listeners.push(listener);
+        Ok(())
+    }
+
+    /// Adds a region and tells every listener.
+    ///
+    /// # Errors
+    /// [`RegionsError`]; the list and every listener are then as before.
+    pub fn add(&self, region: Arc<Region>) -> Result<(), RegionsError> {
+        let mut state = self.state();
+        let overlaps =
+            |other: &&Arc<Region>| other.guest <= region.last() && region.guest <= other.last();
+        if let Some(present) = state.regions.iter().find(overlaps) {
+            return Err(RegionsError::Overlap {
+                new: region.to_string(),
+                present: present.to_string(),
+            });
+        }
+        for (told, listener) in state.listeners.iter().enumerate() {
+            if let Err(source) = listener.added(&region) {
+                for listener in state.listeners.iter().take(told).rev() {
+                    listener.removed(&region);
+                }
+                return Err(refused(&region, listener.as_ref(), source));
+            }
+        }
+        state.regions.push(region);
+        Ok(())
+    }
+
+    /// Takes a region away, telling every listener first, the last one added before the others.
+    pub fn remove(&self, region: &Arc<Region>) {
+        let mut state = self.state();
+        let Some(at) = state.regions.iter().position(|r| Arc::ptr_eq(r, region)) else {
+            return;
+        };
+        for listener in state.listeners.iter().rev() {
+            listener.removed(region);
+        }
+        state.regions.remove(at);
+    }
+
+    /// Takes everything away, the last one first.
+    pub fn clear(&self) {
+        let mut state = self.state();
+        while let Some(region) = state.regions.pop() {
+            for listener in state.listeners.iter().rev() {
+                listener.removed(&region);
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn refused(region: &Region, listener: &dyn RegionListener, source: RegionError) -> RegionsError {
+    RegionsError::Refused {
+        region: region.to_string(),
+        listener: listener.name().to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Log = Arc<Mutex<Vec<String>>>;
+
+    struct Witness {
+        name: &'static str,
+        refuses: Option<&'static str>,
+        log: Log,
+    }
+
+    impl RegionListener for Witness {
+        fn name(&self) -> &str {
+            self.name
+        }
+
+        fn added(&self, region: &Arc<Region>) -> Result<(), RegionError> {
+            if self.refuses == Some(region.name()) {
+                return Err("it is full".into());
+            }
+            let line = format!("{} +{}", self.name, region.name());
+            self.log.lock().unwrap().push(line);
+            Ok(())
+        }
+
+        fn removed(&self, region: &Arc<Region>) {
+            let line = format!("{} -{}", self.name, region.name());
+            self.log.lock().unwrap().push(line);
+        }
+    }
+
+    fn region(name: &str, guest: u64, size: u64) -> Arc<Region> {
+        // SAFETY: the listeners of these tests never touch the memory.
+        Arc::new(unsafe { Region::device(name, guest, size, 0, ()) })
+    }
+
+    fn witness(name: &'static str, refuses: Option<&'static str>, log: &Log) -> Arc<Witness> {
+        Arc::new(Witness {
+            name,
+            refuses,
+            log: log.clone(),
+        })
+    }
+
+    fn taken(log: &Log) -> Vec<String> {
+        std::mem::take(&mut log.lock().unwrap())
+    }
+
+    #[test]
+    fn listeners_hear_of_a_region_in_order_and_of_its_going_in_reverse() {
+        let (log, regions) = (Log::default(), Regions::default());
+        let ram = region("ram", 0, 0x1000);
+        regions.listen(witness("kvm", None, &log)).unwrap();
+        regions.add(ram.clone()).unwrap();
+        regions.listen(witness("dma", None, &log)).unwrap();
+        assert_eq!(taken(&log), ["kvm +ram", "dma +ram"]);
+        regions.remove(&ram);
+        regions.remove(&ram);
+        assert_eq!(taken(&log), ["dma -ram", "kvm -ram"]);
+    }
+
+    #[test]
+    fn a_refusal_leaves_everyone_as_before() {
+        let (log, regions) = (Log::default(), Regions::default());
+        regions.listen(witness("kvm", None, &log)).unwrap();
+        regions.listen(witness("dma", Some("bar"), &log)).unwrap();
+        let error = regions.add(region("bar", 0, 0x1000)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "bar at 0x0..=0xfff was refused by the dma: it is full"
+        );
+        assert_eq!(taken(&log), ["kvm +bar", "kvm -bar"]);
+        regions.add(region("ram", 0, 0x1000)).unwrap();
+    }
+
+    #[test]
+    fn a_listener_that_cannot_take_what_is_there_keeps_nothing() {
+        let (log, regions) = (Log::default(), Regions::default());
+        regions.add(region("low", 0, 0x1000)).unwrap();
+        regions.add(region("high", 0x1000, 0x1000)).unwrap();
+        let error = regions.listen(witness("dma", Some("high"), &log));
+        assert!(error.is_err());
+        assert_eq!(taken(&log), ["dma +low", "dma -low"]);
+        regions.clear();
+        assert_eq!(taken(&log), [""; 0]);
+    }
+
+    #[test]
+    fn an_overlap_names_both() {
+        let regions = Regions::default();
+        regions.add(region("ram", 0x1000, 0x1000)).unwrap();
+        let error = regions.add(region("bar", 0x1fff, 1)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "bar at 0x1fff..=0x1fff overlaps ram at 0x1000..=0x1fff"
+        );
+        regions.add(region("bar", 0x2000, 1)).unwrap();
+    }
+}

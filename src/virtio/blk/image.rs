@@ -1,0 +1,543 @@
+//! A disk's image: a raw file or a block device of the host, opened, locked, measured, read and
+//! written.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
+
+use super::lock;
+use super::sys;
+use crate::virtio::segments::Segments;
+
+/// Bytes of the buffer through which go what a direct file does not take from where it lies, and the
+/// zeros that the host cannot write otherwise.
+const BOUNCE_SIZE: usize = 64 << 10;
+/// What block sizes can be: from a sector to a page.
+const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=4096;
+
+/// An image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// cannot open {path}: {source}{hint}
+    #[error("cannot open {path}: {source}{hint}")]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+        /// What to do, starting with a separator.
+        hint: &'static str,
+    },
+    /// {path} is in use on this host: it is mounted, part of a volume, or opened by another program for itself; release it there, or give the guest a copy
+    #[error(
+        "{path} is in use on this host: it is mounted, part of a volume, or opened by another program for itself; release it there, or give the guest a copy"
+    )]
+    InUse {
+        /// The block device.
+        path: PathBuf,
+    },
+    /// {path} is locked by {holder}: two machines that write one image destroy it; stop the other one, or give readonly=on to both
+    #[error(
+        "{path} is locked by {holder}: two machines that write one image destroy it; stop the other one, or give readonly=on to both"
+    )]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// Who has it, as far as /proc tells.
+        holder: String,
+    },
+    /// {path} is {what}: a disk is a raw image file or a block device
+    #[error("{path} is {what}: a disk is a raw image file or a block device")]
+    Kind {
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        what: &'static str,
+    },
+    /// {path} holds {size} bytes, less than one block of {block}: make it larger, with `truncate -s 10G` for example
+    #[error(
+        "{path} holds {size} bytes, less than one block of {block}: make it larger, with `truncate -s 10G` for example"
+    )]
+    Empty {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size: u64,
+        /// Its block size.
+        block: u32,
+    },
+    /// {path} lies on a file system without direct I/O: give direct=off
+    #[error("{path} lies on a file system without direct I/O: give direct=off")]
+    NotDirect {
+        /// The image.
+        path: PathBuf,
+    },
+    /// {what} of {path} failed: {source}
+    #[error("{what} of {path} failed: {source}")]
+    Kernel {
+        /// The system call.
+        what: &'static str,
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Mode {
+    pub(super) readonly: bool,
+    pub(super) direct: bool,
+}
+
+/// What the image's storage asks for and can do. Bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// The least that is read or written, and what positions are multiples of.
+    pub(super) block_size: u32,
+    /// What is written without reading first.
+    pub(super) physical_block_size: u32,
+    /// Preferred least request; 0 where unknown.
+    pub(super) min_io_size: u32,
+    /// Best request; 0 where unknown.
+    pub(super) opt_io_size: u32,
+    /// What a discard frees; 0 where there is no discard.
+    pub(super) discard_granularity: u32,
+    /// What memory has to be aligned to; 1 where it need not be.
+    pub(super) memory_alignment: u32,
+}
+
+/// An opened and locked image. The lock ends with it.
+#[derive(Debug)]
+pub(super) struct Image {
+    file: File,
+    capacity: u64,
+    readonly: bool,
+    is_device: bool,
+    limits: Limits,
+}
+
+impl Image {
+    pub(super) fn open(path: &Path, mode: Mode) -> Result<Self, ImageError> {
+        let metadata = std::fs::metadata(path).map_err(|source| open_error(path, mode, source))?;
+        let kind = metadata.file_type();
+        let is_device = kind.is_block_device();
+        if !is_device && !kind.is_file() {
+            let what = if kind.is_dir() {
+                "a directory"
+            } else if kind.is_char_device() {
+                "a character device"
+            } else {
+                "neither"
+            };
+            return Err(ImageError::Kind {
+                path: path.to_owned(),
+                what,
+            });
+        }
+        let mut flags = 0;
+        if mode.direct {
+            flags |= libc::O_DIRECT;
+        }
+        if is_device && !mode.readonly {
+            // For a block device: fails where the host itself uses it.
+            flags |= libc::O_EXCL;
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!mode.readonly)
+            .custom_flags(flags)
+            .open(path)
+            .map_err(|source| open_error(path, mode, source))?;
+        lock::lock(&file, mode.readonly).map_err(|error| lock_error(path, error))?;
+        let kernel = |what| {
+            move |source| ImageError::Kernel {
+                what,
+                path: path.to_owned(),
+                source,
+            }
+        };
+        let limits = if is_device {
+            device_limits(&file, mode).map_err(kernel("asking for the geometry"))?
+        } else {
+            file_limits(&file, path, mode)?
+        };
+        let size = if is_device {
+            sys::device_size(&file).map_err(kernel("BLKGETSIZE64"))?
+        } else {
+            metadata.len()
+        };
+        let block = u64::from(limits.block_size);
+        let capacity = size - size % block;
+        if capacity == 0 {
+            return Err(ImageError::Empty {
+                path: path.to_owned(),
+                size,
+                block: limits.block_size,
+            });
+        }
+        if capacity != size {
+            log::warn!(
+                "{}: the last {} bytes do not fill a block of {block} and stay out of the guest's sight",
+                path.display(),
+                size - capacity
+            );
+        }
+        warn_of_formats(&file, path);
+        Ok(Self {
+            file,
+            capacity,
+            readonly: mode.readonly,
+            is_device,
+            limits,
+        })
+    }
+
+    /// Bytes; a multiple of the block size.
+    pub(super) fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    pub(super) fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    pub(super) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Fills `data` from byte `start` on.
+    pub(super) fn read(&self, mut data: Segments<'_>, start: u64) -> io::Result<()> {
+        let mut at = start;
+        if !data.aligned(self.memory_alignment()) {
+            return self.read_bounced(data, start);
+        }
+        while !data.is_empty() {
+            let done = retry(|| data.read_from(self.file.as_fd(), at))?;
+            if done == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            data.advance(done);
+            at = at.saturating_add(done as u64);
+        }
+        Ok(())
+    }
+
+    /// Stores `data` from byte `start` on.
+    pub(super) fn write(&self, mut data: Segments<'_>, start: u64) -> io::Result<()> {
+        let mut at = start;
+        if !data.aligned(self.memory_alignment()) {
+            return self.write_bounced(data, start);
+        }
+        while !data.is_empty() {
+            let done = retry(|| data.write_to(self.file.as_fd(), at))?;
+            if done == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            data.advance(done);
+            at = at.saturating_add(done as u64);
+        }
+        Ok(())
+    }
+
+    /// Makes what has been written last.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        retry(|| self.file.sync_data())
+    }
+
+    /// Gives up what `start..start + len` holds.
+    pub(super) fn discard(&self, start: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        if self.is_device {
+            return sys::discard(&self.file, start, len);
+        }
+        match fallocate(&self.file, FallocateMode::PunchHole, true, start, len) {
+            // A discard is advice: where the file system takes none, all stays as it is.
+            Err(error) if unsupported(&error.into()) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+
+    /// Zeroes `start..start + len`, which may free it where `may_unmap`.
+    pub(super) fn zero(&self, start: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let mode = if may_unmap {
+            FallocateMode::PunchHole
+        } else {
+            FallocateMode::ZeroRange
+        };
+        match fallocate(&self.file, mode, true, start, len).map_err(io::Error::from) {
+            Err(error) if unsupported(&error) => self.write_zeros(start, len),
+            result => result,
+        }
+    }
+
+    fn memory_alignment(&self) -> usize {
+        self.limits.memory_alignment as usize
+    }
+
+    fn read_bounced(&self, mut data: Segments<'_>, start: u64) -> io::Result<()> {
+        let mut bounce = Bounce::new(self.memory_alignment());
+        let mut at = start;
+        while !data.is_empty() {
+            let buffer = bounce.first(data.len());
+            self.file.read_exact_at(buffer, at)?;
+            at = at.saturating_add(data.write(buffer) as u64);
+        }
+        Ok(())
+    }
+
+    fn write_bounced(&self, mut data: Segments<'_>, start: u64) -> io::Result<()> {
+        let mut bounce = Bounce::new(self.memory_alignment());
+        let mut at = start;
+        while !data.is_empty() {
+            let buffer = bounce.first(data.len());
+            let count = data.read(buffer);
+            self.file.write_all_at(buffer, at)?;
+            at = at.saturating_add(count as u64);
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut bounce = Bounce::new(self.memory_alignment());
+        let mut done = 0;
+        while done < len {
+            let left = usize::try_from(len - done).unwrap_or(usize::MAX);
+            let buffer = bounce.first(left);
+            self.file.write_all_at(buffer, start.saturating_add(done))?;
+            done = done.saturating_add(buffer.len() as u64);
+        }
+        Ok(())
+    }
+}
+
+/// An aligned buffer, made for one request. Zeros at first.
+struct Bounce {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Bounce {
+    fn new(alignment: usize) -> Self {
+        let bytes = vec![0; BOUNCE_SIZE.saturating_add(alignment)];
+        let start = bytes.as_ptr().align_offset(alignment.max(1));
+        Self { bytes, start }
+    }
+
+    /// Its first `len` bytes, or all.
+    fn first(&mut self, len: usize) -> &mut [u8] {
+        let end = self.start.saturating_add(len.min(BOUNCE_SIZE));
+        self.bytes.get_mut(self.start..end).unwrap_or_default()
+    }
+}
+
+fn unsupported(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV)
+    )
+}
+
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn device_limits(file: &File, mode: Mode) -> io::Result<Limits> {
+    let geometry = sys::geometry(file)?;
+    let queue = sys_queue(file.metadata()?.rdev());
+    let granularity = std::fs::read_to_string(queue.join("discard_granularity"))
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0);
+    Ok(Limits {
+        block_size: geometry
+            .logical
+            .clamp(*BLOCK_SIZES.start(), *BLOCK_SIZES.end()),
+        physical_block_size: geometry.physical.max(geometry.logical),
+        min_io_size: geometry.min_io,
+        opt_io_size: geometry.opt_io,
+        discard_granularity: granularity,
+        memory_alignment: if mode.direct {
+            geometry.logical.max(512)
+        } else {
+            1
+        },
+    })
+}
+
+/// Where sysfs has a block device's queue; a partition's is its disk's.
+fn sys_queue(device: u64) -> PathBuf {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let folder = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    let own = folder.join("queue");
+    if own.is_dir() {
+        own
+    } else {
+        folder.join("../queue")
+    }
+}
+
+fn file_limits(file: &File, path: &Path, mode: Mode) -> Result<Limits, ImageError> {
+    let physical = 4096;
+    let mut limits = Limits {
+        block_size: *BLOCK_SIZES.start(),
+        physical_block_size: physical,
+        min_io_size: physical,
+        opt_io_size: 0,
+        discard_granularity: physical,
+        memory_alignment: 1,
+    };
+    if mode.direct {
+        let not_direct = || ImageError::NotDirect {
+            path: path.to_owned(),
+        };
+        let alignment = match sys::direct_alignment(file) {
+            Some(alignment) => alignment,
+            None => probe_direct(file).ok_or_else(not_direct)?,
+        };
+        if !BLOCK_SIZES.contains(&alignment.offset.max(512)) {
+            return Err(not_direct());
+        }
+        limits.block_size = alignment.offset.max(512);
+        limits.memory_alignment = alignment.memory.max(1);
+    }
+    Ok(limits)
+}
+
+/// Finds by reading what alignment a direct file needs, where the kernel does not say.
+fn probe_direct(file: &File) -> Option<sys::DirectAlignment> {
+    let block = [512_u32, 4096].into_iter().find(|&block| {
+        let mut bounce = Bounce::new(block as usize);
+        file.read_at(bounce.first(block as usize), 0).is_ok()
+    })?;
+    Some(sys::DirectAlignment {
+        memory: block,
+        offset: block,
+    })
+}
+
+fn open_error(path: &Path, mode: Mode, source: io::Error) -> ImageError {
+    let path = path.to_owned();
+    let hint = match source.raw_os_error() {
+        Some(libc::EBUSY) => return ImageError::InUse { path },
+        Some(libc::EINVAL) if mode.direct => return ImageError::NotDirect { path },
+        Some(libc::ENOENT) => "; make an empty one with `truncate -s 10G`, for example",
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !mode.readonly => {
+            "; it has to be writable for the user that runs this, or give readonly=on"
+        }
+        Some(libc::EACCES | libc::EPERM) => "; it has to be readable for the user that runs this",
+        _ => "",
+    };
+    ImageError::Open { path, source, hint }
+}
+
+fn lock_error(path: &Path, error: lock::LockError) -> ImageError {
+    let path = path.to_owned();
+    match error {
+        lock::LockError::Held(holder) => ImageError::Locked { path, holder },
+        lock::LockError::Kernel(source) => ImageError::Kernel {
+            what: "locking",
+            path,
+            source,
+        },
+    }
+}
+
+/// Says so where a raw image looks like one of another format, which the guest would see as it is.
+fn warn_of_formats(file: &File, path: &Path) {
+    let mut bounce = Bounce::new(4096);
+    let start = bounce.first(4096);
+    let formats: [(&[u8], &str); 3] = [
+        (b"QFI\xfb", "qcow2"),
+        (b"KDMV", "VMDK"),
+        (b"vhdxfile", "VHDX"),
+    ];
+    if file.read_at(start, 0).is_err() {
+        return;
+    }
+    for (magic, name) in formats {
+        if start.starts_with(magic) {
+            log::warn!(
+                "{} looks like {name}: it is given to the guest as a raw disk; convert it with `qemu-img convert -O raw`",
+                path.display()
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn open(path: &Path, readonly: bool) -> Result<Image, ImageError> {
+        Image::open(
+            path,
+            Mode {
+                readonly,
+                direct: false,
+            },
+        )
+    }
+
+    #[test]
+    fn the_tail_that_fills_no_block_is_left_out() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[7; 1500]).unwrap();
+        assert_eq!(open(file.path(), false).unwrap().capacity(), 1024);
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused_by_name() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let empty = open(file.path(), false).unwrap_err().to_string();
+        assert!(empty.contains("holds 0 bytes"), "{empty}");
+        let null = open(Path::new("/dev/null"), false).unwrap_err().to_string();
+        assert!(null.contains("a character device"), "{null}");
+        let missing = open(Path::new("/nonexistent/disk"), false)
+            .unwrap_err()
+            .to_string();
+        assert!(missing.contains("truncate -s"), "{missing}");
+    }
+
+    #[test]
+    fn a_second_writer_is_refused_and_told_who_the_first_is() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let _first = open(file.path(), false).unwrap();
+        for readonly in [false, true] {
+            let error = open(file.path(), readonly).unwrap_err().to_string();
+            let pid = format!("process {}", std::process::id());
+            assert!(error.contains(&pid), "{error}");
+        }
+    }
+
+    #[test]
+    fn readers_share_and_keep_writers_out() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let _readers = [
+            open(file.path(), true).unwrap(),
+            open(file.path(), true).unwrap(),
+        ];
+        assert!(matches!(
+            open(file.path(), false),
+            Err(ImageError::Locked { .. })
+        ));
+    }
+}

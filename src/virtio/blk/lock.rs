@@ -1,0 +1,77 @@
+//! The lock that keeps two machines from writing one image: an open file description's lock over all
+//! of it, which ends with the descriptor. QEMU's locks lie within it and collide with it as they
+//! should.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::sys;
+
+/// The image is not ours.
+#[derive(Debug)]
+pub(super) enum LockError {
+    /// Somebody has it: who, as far as /proc tells.
+    Held(String),
+    /// The kernel refused otherwise.
+    Kernel(io::Error),
+}
+
+/// Takes the lock: shared for a reader, exclusive for a writer.
+pub(super) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
+    match sys::lock(file, shared) {
+        Ok(()) => Ok(()),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => Err(LockError::Held(
+                holder(file).unwrap_or_else(|| "another process".to_owned()),
+            )),
+            // A file system without locks, such as some network ones: nobody else could have one.
+            Some(libc::EOPNOTSUPP | libc::ENOLCK | libc::ENOSYS | libc::EINVAL) => {
+                log::warn!("no lock on a disk image: its file system has none ({error})");
+                Ok(())
+            }
+            _ => Err(LockError::Kernel(error)),
+        },
+    }
+}
+
+/// Finds a process that holds a lock on `file`. The lock belongs to a descriptor and not to a
+/// process, so that only the descriptors' information tells.
+fn holder(file: &File) -> Option<String> {
+    let metadata = file.metadata().ok()?;
+    let device = metadata.dev();
+    let inode = format!(
+        "{:02x}:{:02x}:{}",
+        libc::major(device),
+        libc::minor(device),
+        metadata.ino()
+    );
+    std::fs::read_dir("/proc")
+        .ok()?
+        .flatten()
+        .find_map(|process| {
+            let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+            let descriptors = std::fs::read_dir(process.path().join("fdinfo")).ok()?;
+            let locks = descriptors
+                .flatten()
+                .any(|descriptor| has_lock(&descriptor.path(), &inode));
+            locks.then(|| describe(pid))
+        })
+}
+
+/// Whether a descriptor's information has a line such as `lock: 1: OFDLCK ADVISORY WRITE -1
+/// fe:00:12 0 EOF`.
+fn has_lock(fdinfo: &Path, inode: &str) -> bool {
+    let text = std::fs::read_to_string(fdinfo).unwrap_or_default();
+    text.lines()
+        .filter(|line| line.starts_with("lock:"))
+        .any(|line| line.split_whitespace().any(|word| word == inode))
+}
+
+fn describe(pid: u32) -> String {
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => format!("process {pid} ({})", name.trim_end()),
+        Err(_) => format!("process {pid}"),
+    }
+}

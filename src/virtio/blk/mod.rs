@@ -1,0 +1,223 @@
+//! The virtio block device: what it tells the guest, and its workers.
+//!
+//! The host's side of a disk is [`image`], the meaning of a request is [`request`].
+
+mod image;
+mod lock;
+mod request;
+mod sys;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
+use super::queue::{QueueError, Virtqueue};
+use super::segments::MAX_SEGMENTS;
+use super::spec::{self, blk};
+use crate::config::DiskConfig;
+use crate::memory::GuestRam;
+use vm_memory::GuestAddressSpace;
+
+pub use image::ImageError;
+use image::{Image, Mode};
+use request::Requests;
+
+/// Most queues of one disk: as many as a VM has vCPUs.
+const MAX_QUEUES: u16 = 64;
+/// A request is one descriptor for its header, one for its status, and its data.
+const REQUEST_OVERHEAD: u32 = 2;
+/// Most sectors of one discard: 2 GiB, so that a request ends in reasonable time.
+const MAX_DISCARD_SECTORS: u32 = 1 << 22;
+/// Most sectors of one write zeroes: 16 MiB, for where the host cannot do better than to write.
+const MAX_ZERO_SECTORS: u32 = 1 << 15;
+/// Most ranges of one discard or write zeroes.
+const MAX_RANGES: u32 = 32;
+
+/// A disk cannot be as configured, or the host does not let us have it.
+#[derive(Debug, thiserror::Error)]
+pub enum BlkError {
+    /// disk {name}: {what}
+    #[error("disk {name}: {what}")]
+    Config {
+        /// The disk.
+        name: String,
+        /// What is wrong, and what would be right.
+        what: String,
+    },
+    /// disk {name}: {source}
+    #[error("disk {name}: {source}")]
+    Image {
+        /// The disk.
+        name: String,
+        /// What became of its image.
+        source: ImageError,
+    },
+}
+
+/// A virtio disk.
+#[derive(Debug)]
+pub struct Blk {
+    name: String,
+    image: Arc<Image>,
+    config: Arc<DeviceConfig>,
+    num_queues: u16,
+    queue_size: u16,
+}
+
+impl Blk {
+    /// Opens and locks the image. `name` is the disk's in this VM.
+    ///
+    /// # Errors
+    /// [`BlkError`]
+    pub fn new(name: &str, config: &DiskConfig) -> Result<Self, BlkError> {
+        let wrong = |what: String| BlkError::Config {
+            name: name.to_owned(),
+            what,
+        };
+        if !(1..=MAX_QUEUES).contains(&config.num_queues) {
+            return Err(wrong(format!(
+                "num_queues={} is impossible: give 1 to {MAX_QUEUES}",
+                config.num_queues
+            )));
+        }
+        let sizes = 4..=MAX_SEGMENTS as u16;
+        if !config.queue_size.is_power_of_two() || !sizes.contains(&config.queue_size) {
+            return Err(wrong(format!(
+                "queue_size={} is impossible: give a power of two from {} to {}",
+                config.queue_size,
+                sizes.start(),
+                sizes.end()
+            )));
+        }
+        let mode = Mode {
+            readonly: config.readonly,
+            direct: config.direct,
+        };
+        let image = Image::open(&config.path, mode).map_err(|source| BlkError::Image {
+            name: name.to_owned(),
+            source,
+        })?;
+        let bytes = config_bytes(&image, config.num_queues, config.queue_size);
+        Ok(Self {
+            name: name.to_owned(),
+            image: Arc::new(image),
+            config: DeviceConfig::new(bytes),
+            num_queues: config.num_queues,
+            queue_size: config.queue_size,
+        })
+    }
+}
+
+/// `struct virtio_blk_config`. Virtio 1.3 §5.2.4.
+fn config_bytes(image: &Image, num_queues: u16, queue_size: u16) -> Vec<u8> {
+    let limits = image.limits();
+    let block = limits.block_size;
+    let discard_alignment = (limits.discard_granularity / blk::SECTOR as u32).max(1);
+    let mut bytes = Vec::with_capacity(60);
+    bytes.extend((image.capacity() / blk::SECTOR).to_le_bytes());
+    bytes.extend(0_u32.to_le_bytes()); // size_max, not offered
+    bytes.extend((u32::from(queue_size) - REQUEST_OVERHEAD).to_le_bytes()); // seg_max
+    bytes.extend([0; 4]); // geometry, not offered
+    bytes.extend(block.to_le_bytes()); // blk_size
+    bytes.push((limits.physical_block_size / block).max(1).ilog2() as u8); // physical_block_exp
+    bytes.push(0); // alignment_offset
+    bytes.extend(
+        u16::try_from(limits.min_io_size / block)
+            .unwrap_or(0)
+            .to_le_bytes(),
+    );
+    bytes.extend((limits.opt_io_size / block).to_le_bytes());
+    bytes.extend([0, 0]); // writeback, not offered, and unused0
+    bytes.extend(num_queues.to_le_bytes());
+    bytes.extend(MAX_DISCARD_SECTORS.to_le_bytes());
+    bytes.extend(MAX_RANGES.to_le_bytes());
+    bytes.extend(discard_alignment.to_le_bytes());
+    bytes.extend(MAX_ZERO_SECTORS.to_le_bytes());
+    bytes.extend(MAX_RANGES.to_le_bytes());
+    bytes.extend([1, 0, 0, 0]); // write_zeroes_may_unmap and unused1
+    bytes
+}
+
+impl VirtioDevice for Blk {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn device_type(&self) -> u16 {
+        spec::device_type::BLOCK
+    }
+
+    fn class(&self) -> u32 {
+        0x01_00_00 // mass storage, SCSI
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = blk::F_SEG_MAX | blk::F_BLK_SIZE | blk::F_TOPOLOGY | blk::F_FLUSH;
+        if self.num_queues > 1 {
+            features |= blk::F_MQ;
+        }
+        if self.image.readonly() {
+            features |= blk::F_RO;
+        } else {
+            features |= blk::F_WRITE_ZEROES;
+            if self.image.limits().discard_granularity > 0 {
+                features |= blk::F_DISCARD;
+            }
+        }
+        features
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![self.queue_size; self.num_queues.into()]
+    }
+
+    fn config(&self) -> Arc<DeviceConfig> {
+        Arc::clone(&self.config)
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> io::Result<Vec<Box<dyn Worker>>> {
+        let mut workers: Vec<Box<dyn Worker>> = Vec::new();
+        for index in 0..usize::from(self.num_queues) {
+            let Some(queue) = activation.take_queue(index) else {
+                continue;
+            };
+            workers.push(Box::new(BlkWorker {
+                name: format!("{}-q{index}", self.name),
+                ram: activation.ram.clone(),
+                queue,
+                requests: Requests::new(Arc::clone(&self.image), &self.name, activation.features),
+            }));
+        }
+        Ok(workers)
+    }
+}
+
+/// Serves one queue.
+#[derive(Debug)]
+struct BlkWorker {
+    name: String,
+    ram: GuestRam,
+    queue: Virtqueue,
+    requests: Requests,
+}
+
+impl Worker for BlkWorker {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        vec![(self.queue.doorbell(), doorbell_events())]
+    }
+
+    fn wake(&mut self, _source: usize) -> Result<(), QueueError> {
+        let memory = self.ram.memory();
+        let requests = &mut self.requests;
+        self.queue.drain(&memory, |chain| requests.serve(chain))
+    }
+}

@@ -1,0 +1,217 @@
+//! What a block request means: its header, its data, its status byte. Virtio 1.3 §5.2.6.
+
+use std::sync::Arc;
+
+use super::image::Image;
+use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::segments::Segments;
+use crate::virtio::spec::{self, blk};
+
+/// Why a request has not been carried out.
+#[derive(Debug)]
+enum Failure {
+    /// Answered with `VIRTIO_BLK_S_UNSUPP`: the guest asked for what was not offered.
+    Unsupported,
+    /// Answered with `VIRTIO_BLK_S_IOERR`: the guest asked for what is not there.
+    Refused,
+    /// Answered with `VIRTIO_BLK_S_IOERR`: the host's error.
+    Host(&'static str, std::io::Error),
+}
+
+/// One queue's way to the image.
+#[derive(Debug)]
+pub(super) struct Requests {
+    image: Arc<Image>,
+    name: String,
+    id: [u8; blk::ID_SIZE],
+    /// The driver did not take `VIRTIO_BLK_F_FLUSH`, and so counts on each write to be lasting.
+    /// Virtio 1.3 §5.2.5.2.
+    write_through: bool,
+    features: u64,
+    /// Host errors so far: the first ones are logged.
+    errors: u32,
+}
+
+/// A guest that makes one error makes many.
+const LOGGED_ERRORS: u32 = 8;
+
+impl Requests {
+    pub(super) fn new(image: Arc<Image>, name: &str, features: u64) -> Self {
+        let mut id = [0; blk::ID_SIZE];
+        for (to, from) in id.iter_mut().zip(name.bytes()) {
+            *to = from;
+        }
+        Self {
+            image,
+            name: name.to_owned(),
+            id,
+            write_through: features & blk::F_FLUSH == 0,
+            features,
+            errors: 0,
+        }
+    }
+
+    /// Carries out one request and gives the number of bytes written to the guest.
+    ///
+    /// # Errors
+    /// The chain is no request: there is no room for a header, or none for a status.
+    pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<usize, QueueError> {
+        let mut header = [0; blk::HEADER_SIZE];
+        if chain.readable.read(&mut header) < header.len() {
+            return Err(chain.malformed("a block request shorter than its header"));
+        }
+        let Some(data_len) = chain.writable.len().checked_sub(1) else {
+            return Err(chain.malformed("a block request without room for its status"));
+        };
+        let mut input = chain.writable.take_front(data_len);
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        let kind = u32::from_le_bytes([t0, t1, t2, t3]);
+        let sector = u64::from_le_bytes(sector);
+        let result = match kind {
+            blk::T_IN => self.read(sector, input),
+            blk::T_OUT => self.write(sector, chain.readable),
+            blk::T_FLUSH => self.flush(),
+            blk::T_GET_ID => {
+                input.write(&self.id);
+                Ok(())
+            }
+            blk::T_DISCARD if self.has(blk::F_DISCARD) => self.discard(chain.readable),
+            blk::T_WRITE_ZEROES if self.has(blk::F_WRITE_ZEROES) => self.zero(chain.readable),
+            _ => Err(Failure::Unsupported),
+        };
+        let status = match result {
+            Ok(()) => blk::S_OK,
+            Err(failure) => self.status_of(&failure),
+        };
+        // The status comes after the data, whether that has been written or not.
+        Ok(data_len.saturating_add(chain.writable.write(&[status])))
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.features & feature != 0
+    }
+
+    fn status_of(&mut self, failure: &Failure) -> u8 {
+        match failure {
+            Failure::Unsupported => blk::S_UNSUPP,
+            Failure::Refused => blk::S_IOERR,
+            Failure::Host(what, error) => {
+                self.errors = self.errors.saturating_add(1);
+                if self.errors <= LOGGED_ERRORS {
+                    log::error!("disk {}: {what} failed: {error}", self.name);
+                }
+                blk::S_IOERR
+            }
+        }
+    }
+
+    /// The bytes from `sector` on, where `len` of them lie within the disk in whole blocks.
+    fn range(&self, sector: u64, len: u64) -> Result<u64, Failure> {
+        let start = sector.checked_mul(blk::SECTOR).ok_or(Failure::Refused)?;
+        let end = start.checked_add(len).ok_or(Failure::Refused)?;
+        let block = u64::from(self.image.limits().block_size);
+        if end > self.image.capacity() || !(start | len).is_multiple_of(block) {
+            return Err(Failure::Refused);
+        }
+        Ok(start)
+    }
+
+    fn writable(&self) -> Result<(), Failure> {
+        if self.image.readonly() {
+            return Err(Failure::Refused);
+        }
+        Ok(())
+    }
+
+    fn read(&self, sector: u64, data: Segments<'_>) -> Result<(), Failure> {
+        let start = self.range(sector, data.len() as u64)?;
+        self.image
+            .read(data, start)
+            .map_err(|error| Failure::Host("read", error))
+    }
+
+    fn write(&self, sector: u64, data: Segments<'_>) -> Result<(), Failure> {
+        self.writable()?;
+        let start = self.range(sector, data.len() as u64)?;
+        self.image
+            .write(data, start)
+            .map_err(|error| Failure::Host("write", error))?;
+        self.written()
+    }
+
+    fn flush(&self) -> Result<(), Failure> {
+        self.image
+            .flush()
+            .map_err(|error| Failure::Host("flush", error))
+    }
+
+    fn written(&self) -> Result<(), Failure> {
+        if self.write_through {
+            self.flush()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn discard(&self, ranges: Segments<'_>) -> Result<(), Failure> {
+        self.writable()?;
+        for range in self.ranges(ranges, super::MAX_DISCARD_SECTORS, 0)? {
+            self.image
+                .discard(range.start, range.len)
+                .map_err(|error| Failure::Host("discard", error))?;
+        }
+        self.written()
+    }
+
+    fn zero(&self, ranges: Segments<'_>) -> Result<(), Failure> {
+        self.writable()?;
+        for range in self.ranges(ranges, super::MAX_ZERO_SECTORS, blk::RANGE_F_UNMAP)? {
+            let may_unmap = range.flags & blk::RANGE_F_UNMAP != 0;
+            self.image
+                .zero(range.start, range.len, may_unmap)
+                .map_err(|error| Failure::Host("write zeroes", error))?;
+        }
+        self.written()
+    }
+
+    /// `struct virtio_blk_discard_write_zeroes[]`: all are checked before one is carried out.
+    fn ranges(
+        &self,
+        mut bytes: Segments<'_>,
+        max_sectors: u32,
+        allowed_flags: u32,
+    ) -> Result<Vec<Range>, Failure> {
+        let count = bytes.len() / blk::RANGE_SIZE;
+        let whole = bytes.len().is_multiple_of(blk::RANGE_SIZE);
+        if !whole || count == 0 || count > super::MAX_RANGES as usize {
+            return Err(Failure::Refused);
+        }
+        let mut ranges = Vec::with_capacity(count);
+        for _ in 0..count {
+            let mut raw = [0; blk::RANGE_SIZE];
+            bytes.read(&mut raw);
+            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = raw;
+            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+            let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+            let flags = u32::from_le_bytes(flags);
+            // Virtio 1.3 §5.2.6.2: unknown flags, and unmap in a discard, are unsupported.
+            if flags & !allowed_flags != 0 {
+                return Err(Failure::Unsupported);
+            }
+            if sectors > max_sectors {
+                return Err(Failure::Refused);
+            }
+            let len = u64::from(sectors) * spec::blk::SECTOR;
+            let start = self.range(sector, len)?;
+            ranges.push(Range { start, len, flags });
+        }
+        Ok(ranges)
+    }
+}
+
+#[derive(Debug)]
+struct Range {
+    start: u64,
+    len: u64,
+    flags: u32,
+}

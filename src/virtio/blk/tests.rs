@@ -1,0 +1,393 @@
+use super::*;
+use crate::virtio::spec::pci::common;
+use crate::virtio::spec::status;
+use crate::virtio::testing::{Buffer, Driver, Ring};
+use proptest::prelude::*;
+use std::os::unix::fs::FileExt;
+use tempfile::NamedTempFile;
+
+const MIB: u64 = 1 << 20;
+
+fn image(size: u64) -> NamedTempFile {
+    // Not in /tmp, which may be a tmpfs: no direct I/O there on older kernels.
+    let file = NamedTempFile::new_in("/var/tmp").unwrap();
+    file.as_file().set_len(size).unwrap();
+    file
+}
+
+fn disk(file: &NamedTempFile, change: impl FnOnce(&mut DiskConfig)) -> Blk {
+    let mut config = DiskConfig {
+        path: file.path().to_owned(),
+        readonly: false,
+        direct: false,
+        num_queues: 1,
+        queue_size: 64,
+        id: None,
+    };
+    change(&mut config);
+    Blk::new("disk0", &config).unwrap()
+}
+
+/// Sector, number of sectors, and flags.
+type Range = (u64, u32, u32);
+
+/// A disk's driver that has come up, and the queue's buffers.
+struct Disk {
+    driver: Driver,
+    ring: Ring,
+    header: u64,
+    data: u64,
+    status: u64,
+}
+
+const RAM: u64 = crate::virtio::testing::RAM_SIZE;
+const DATA_SIZE: u64 = 256 << 10;
+
+impl Disk {
+    fn new(device: Blk) -> Self {
+        Self::with_features(device, !spec::feature::EVENT_IDX)
+    }
+
+    fn with_features(device: Blk, features: u64) -> Self {
+        let mut driver = Driver::new(device);
+        let queues = u16::from_le_bytes(driver.common(common::NUM_QUEUES));
+        driver.enable_msix(queues + 1);
+        driver.negotiate(features);
+        let ring = driver.queue(0, 64);
+        driver.ready();
+        assert_eq!(driver.status() & status::DEVICE_NEEDS_RESET, 0);
+        let header = driver.alloc(16);
+        let data = driver.alloc(DATA_SIZE);
+        let status = driver.alloc(1);
+        Self {
+            driver,
+            ring,
+            header,
+            data,
+            status,
+        }
+    }
+
+    fn request(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> u8 {
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.driver.write(self.header, &header);
+        self.driver.write(self.status, &[0xee]);
+        let mut chain = vec![(self.header, 16, false)];
+        chain.extend_from_slice(data);
+        chain.push((self.status, 1, true));
+        self.driver.run(&mut self.ring, &chain);
+        self.driver.read(self.status, 1)[0]
+    }
+
+    fn write(&mut self, sector: u64, bytes: &[u8]) -> u8 {
+        self.driver.write(self.data, bytes);
+        self.request(
+            blk::T_OUT,
+            sector,
+            &[(self.data, bytes.len() as u32, false)],
+        )
+    }
+
+    fn read(&mut self, sector: u64, len: u32) -> (u8, Vec<u8>) {
+        let status = self.request(blk::T_IN, sector, &[(self.data, len, true)]);
+        (status, self.driver.read(self.data, len as usize))
+    }
+
+    fn ranges(&mut self, kind: u32, ranges: &[Range]) -> u8 {
+        let mut bytes = Vec::new();
+        for (sector, sectors, flags) in ranges {
+            bytes.extend(sector.to_le_bytes());
+            bytes.extend(sectors.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+        }
+        self.driver.write(self.data, &bytes);
+        self.request(kind, 0, &[(self.data, bytes.len() as u32, false)])
+    }
+}
+
+fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len)
+        .map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed))
+        .collect()
+}
+
+#[test]
+fn what_is_written_is_in_the_file_and_is_read_back() {
+    for direct in [false, true] {
+        let file = image(MIB);
+        let mut disk = Disk::new(disk(&file, |config| config.direct = direct));
+        let bytes = pattern(64 << 10, 7);
+        assert_eq!(disk.write(8, &bytes), blk::S_OK);
+        assert_eq!(disk.request(blk::T_FLUSH, 0, &[]), blk::S_OK);
+        let mut stored = vec![0; bytes.len()];
+        file.as_file().read_exact_at(&mut stored, 8 * 512).unwrap();
+        assert_eq!(stored, bytes, "direct={direct}");
+        assert_eq!(
+            disk.read(8, 64 << 10),
+            (blk::S_OK, bytes),
+            "direct={direct}"
+        );
+        assert_eq!(disk.driver.route(0).wait(), 3);
+    }
+}
+
+#[test]
+fn a_direct_disk_takes_buffers_at_any_address() {
+    let file = image(MIB);
+    let mut disk = Disk::new(disk(&file, |config| config.direct = true));
+    let bytes = pattern(160 << 10, 3);
+    disk.driver.write(disk.data + 1, &bytes);
+    let (odd, len) = (disk.data + 1, bytes.len() as u32);
+    let halves = |write| [(odd, 4097, write), (odd + 4097, len - 4097, write)];
+    assert_eq!(disk.request(blk::T_OUT, 16, &halves(false)), blk::S_OK);
+    disk.driver.write(disk.data, &vec![0; DATA_SIZE as usize]);
+    assert_eq!(disk.request(blk::T_IN, 16, &halves(true)), blk::S_OK);
+    assert_eq!(disk.driver.read(odd, bytes.len()), bytes);
+}
+
+#[test]
+fn many_buffers_are_one_request() {
+    let file = image(MIB);
+    let mut disk = Disk::new(disk(&file, |_| ()));
+    let bytes = pattern(60 * 512, 9);
+    disk.driver.write(disk.data, &bytes);
+    let buffers =
+        |write| -> Vec<Buffer> { (0..60).map(|i| (disk.data + i * 512, 512, write)).collect() };
+    let (out, into) = (buffers(false), buffers(true));
+    assert_eq!(disk.request(blk::T_OUT, 0, &out), blk::S_OK);
+    disk.driver.write(disk.data, &vec![0; bytes.len()]);
+    assert_eq!(disk.request(blk::T_IN, 0, &into), blk::S_OK);
+    assert_eq!(disk.driver.read(disk.data, bytes.len()), bytes);
+}
+
+#[test]
+fn a_readonly_disk_says_so_and_refuses_writes() {
+    let file = image(MIB);
+    let device = disk(&file, |config| config.readonly = true);
+    assert_ne!(device.features() & blk::F_RO, 0);
+    let mut disk = Disk::new(device);
+    assert_eq!(disk.write(0, &[1; 512]), blk::S_IOERR);
+    assert_eq!(disk.ranges(blk::T_DISCARD, &[(0, 8, 0)]), blk::S_UNSUPP);
+    assert_eq!(
+        disk.ranges(blk::T_WRITE_ZEROES, &[(0, 8, 0)]),
+        blk::S_UNSUPP
+    );
+    assert_eq!(disk.read(0, 512), (blk::S_OK, vec![0; 512]));
+}
+
+#[test]
+fn discard_frees_and_write_zeroes_zeroes() {
+    use std::os::unix::fs::MetadataExt;
+    let file = image(MIB);
+    let mut disk = Disk::new(disk(&file, |_| ()));
+    for sector in [0, 512] {
+        assert_eq!(disk.write(sector, &pattern(256 << 10, 1)), blk::S_OK);
+    }
+    file.as_file().sync_all().unwrap();
+    let before = file.as_file().metadata().unwrap().blocks();
+    let everything = [(0, 512, 0), (512, 512, 0)];
+    assert_eq!(disk.ranges(blk::T_DISCARD, &everything), blk::S_OK);
+    assert!(file.as_file().metadata().unwrap().blocks() < before);
+    for unmap in [0, 1] {
+        disk.write(0, &pattern(4096, 1));
+        assert_eq!(
+            disk.ranges(blk::T_WRITE_ZEROES, &[(1, 2, unmap)]),
+            blk::S_OK
+        );
+        let (_, bytes) = disk.read(0, 2048);
+        assert_eq!(bytes[512..1536], [0; 1024]);
+        assert_ne!(bytes[..512], [0; 512]);
+        assert_ne!(bytes[1536..], [0; 512]);
+    }
+}
+
+#[test]
+fn bad_ranges_change_nothing() {
+    let file = image(MIB);
+    let mut disk = Disk::new(disk(&file, |_| ()));
+    let bytes = pattern(4096, 5);
+    disk.write(0, &bytes);
+    let beyond = [(0, 8, 0), (2048, 1, 0)];
+    let cases: [(u32, &[Range], u8); 6] = [
+        (blk::T_DISCARD, &beyond, blk::S_IOERR),
+        (blk::T_WRITE_ZEROES, &beyond, blk::S_IOERR),
+        (blk::T_WRITE_ZEROES, &[(u64::MAX, 8, 0)], blk::S_IOERR),
+        (blk::T_WRITE_ZEROES, &[(0, u32::MAX, 0)], blk::S_IOERR),
+        (blk::T_WRITE_ZEROES, &[(0, 8, 2)], blk::S_UNSUPP),
+        (blk::T_DISCARD, &[(0, 8, 1)], blk::S_UNSUPP),
+    ];
+    for (kind, ranges, expected) in cases {
+        assert_eq!(disk.ranges(kind, ranges), expected, "{kind} {ranges:?}");
+    }
+    assert_eq!(disk.read(0, 4096).1, bytes);
+}
+
+#[test]
+fn requests_beyond_the_disk_or_of_unknown_kind_are_answered_with_an_error() {
+    let file = image(MIB);
+    let mut disk = Disk::new(disk(&file, |_| ()));
+    for (sector, len) in [
+        (2048, 512),
+        (2047, 1024),
+        (u64::MAX, 512),
+        (1 << 55, 512),
+        (0, 100),
+    ] {
+        assert_eq!(disk.read(sector, len).0, blk::S_IOERR, "{sector} {len}");
+        assert_eq!(disk.write(sector, &vec![1; len as usize]), blk::S_IOERR);
+    }
+    assert_eq!(file.as_file().metadata().unwrap().len(), MIB);
+    assert_eq!(disk.request(0x1234, 0, &[]), blk::S_UNSUPP);
+    // A file that has shrunk under the guest.
+    file.as_file().set_len(4096).unwrap();
+    assert_eq!(disk.read(2000, 512).0, blk::S_IOERR);
+    assert_eq!(disk.read(0, 512).0, blk::S_OK);
+}
+
+#[test]
+fn the_disk_is_known_by_its_name() {
+    let file = image(MIB);
+    let mut disk = Disk::new(disk(&file, |_| ()));
+    let status = disk.request(blk::T_GET_ID, 0, &[(disk.data, 20, true)]);
+    assert_eq!(status, blk::S_OK);
+    assert_eq!(
+        disk.driver.read(disk.data, 20),
+        b"disk0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
+    );
+}
+
+#[test]
+fn the_configuration_has_size_and_queues() {
+    let file = image(3 * MIB + 100);
+    let driver = Driver::new(disk(&file, |config| config.num_queues = 4));
+    assert_eq!(
+        u64::from_le_bytes(driver.bar_read(driver.device)),
+        3 * MIB / 512
+    );
+    assert_eq!(u16::from_le_bytes(driver.bar_read(driver.device + 34)), 4);
+    assert_eq!(u32::from_le_bytes(driver.bar_read(driver.device + 20)), 512);
+    assert_eq!(driver.bar_read::<8>(driver.device + 60), [0xff; 8]);
+    assert_ne!(driver.offered() & blk::F_MQ, 0);
+}
+
+#[test]
+fn each_queue_has_its_own_worker_and_vector() {
+    let file = image(MIB);
+    let mut driver = Driver::new(disk(&file, |config| config.num_queues = 3));
+    driver.enable_msix(4);
+    driver.negotiate(0);
+    let mut rings: Vec<_> = (0..3).map(|index| driver.queue(index, 16)).collect();
+    driver.ready();
+    let header = driver.alloc(16);
+    let status = driver.alloc(1);
+    driver.write(header, &blk::T_FLUSH.to_le_bytes());
+    for (vector, ring) in (0..).zip(&mut rings) {
+        driver.run(ring, &[(header, 16, false), (status, 1, true)]);
+        assert_eq!(driver.route(vector).wait(), 1);
+        assert_eq!(driver.function.connected_vectors(), 4);
+    }
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let names: Vec<_> = threads
+        .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
+        .collect();
+    for index in 0..3 {
+        assert!(names.contains(&format!("disk0-q{index}\n")), "{names:?}");
+    }
+}
+
+#[test]
+fn a_reset_in_mid_flight_leaves_a_disk_that_works() {
+    let file = image(MIB);
+    let mut disk = Disk::new(disk(&file, |_| ()));
+    for round in 0..20 {
+        let bytes = pattern(4096, round);
+        disk.driver.write(disk.data, &bytes);
+        for _ in 0..8 {
+            disk.ring.submit(&[
+                (disk.header, 16, false),
+                (disk.data, 4096, true),
+                (disk.status, 1, true),
+            ]);
+            disk.driver.notify(&disk.ring);
+        }
+        disk.driver.set_common(common::DEVICE_STATUS, &[0]);
+        disk.driver.negotiate(0);
+        disk.ring = disk.driver.queue(0, 16);
+        disk.driver.ready();
+        assert_eq!(disk.write(0, &bytes), blk::S_OK);
+        assert_eq!(disk.read(0, 4096), (blk::S_OK, bytes));
+    }
+}
+
+#[test]
+fn a_request_without_header_or_status_breaks_the_device_only() {
+    let file = image(MIB);
+    for chain in [
+        &[(0x2000, 8, false), (0x3000, 1, true)][..],
+        &[(0x2000, 16, false)],
+    ] {
+        let mut disk = Disk::new(disk(&file, |_| ()));
+        disk.ring.submit(chain);
+        disk.driver.notify(&disk.ring);
+        crate::virtio::testing::eventually("needs reset", || {
+            disk.driver.status() & status::DEVICE_NEEDS_RESET != 0
+        });
+    }
+}
+
+#[test]
+fn impossible_queues_are_refused_with_what_would_be_possible() {
+    let file = image(MIB);
+    let refuse = |num_queues, queue_size| {
+        let config = DiskConfig {
+            path: file.path().to_owned(),
+            readonly: false,
+            direct: false,
+            num_queues,
+            queue_size,
+            id: None,
+        };
+        Blk::new("disk0", &config).unwrap_err().to_string()
+    };
+    assert_eq!(
+        refuse(0, 64),
+        "disk disk0: num_queues=0 is impossible: give 1 to 64"
+    );
+    assert_eq!(
+        refuse(1, 100),
+        "disk disk0: queue_size=100 is impossible: give a power of two from 4 to 1024"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn no_request_whatever_panics_or_leaves_the_disk(
+        requests in proptest::collection::vec(
+            (0_u32..16, prop_oneof![0_u64..2100, any::<u64>()],
+             proptest::collection::vec((0_u64..RAM, 0_u32..8192, any::<bool>()), 0..6)),
+            1..12),
+        direct in any::<bool>(),
+    ) {
+        let file = image(MIB);
+        let mut disk = Disk::new(disk(&file, |config| config.direct = direct));
+        for (kind, sector, mut buffers) in requests {
+            buffers.sort_by_key(|buffer| buffer.2);
+            let mut header = [0; 16];
+            header[..4].copy_from_slice(&kind.to_le_bytes());
+            header[8..].copy_from_slice(&sector.to_le_bytes());
+            disk.driver.write(disk.header, &header);
+            let mut chain = vec![(disk.header, 16, false)];
+            chain.extend(buffers);
+            chain.push((disk.status, 1, true));
+            disk.ring.submit(&chain);
+            disk.driver.notify(&disk.ring);
+        }
+        disk.driver.function.registers();
+        drop(disk);
+        prop_assert_eq!(file.as_file().metadata().unwrap().len(), MIB);
+    }
+}

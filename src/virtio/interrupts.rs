@@ -1,0 +1,153 @@
+//! How a virtio device interrupts its guest: which vector means what, the ISR register, and the way
+//! from a worker to the vector's eventfd that takes no lock.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwapOption;
+use busway_pci::{InterruptRoutes, Msix, VectorOwner};
+
+use super::event::Event;
+use super::spec::{NO_VECTOR, isr};
+
+/// The interrupts of one device, shared by its transport and its workers.
+///
+/// A vector that is connected is signalled by its eventfd alone; masking is the route's. Only a
+/// vector that the guest has never unmasked goes through the MSI-X state's lock, which is the
+/// device's own.
+#[derive(Debug)]
+pub struct Interrupts {
+    msix: Mutex<Msix>,
+    events: VectorEvents,
+    config_vector: AtomicU16,
+    queue_vectors: Box<[AtomicU16]>,
+    isr: AtomicU8,
+    needs_reset: AtomicBool,
+}
+
+impl Interrupts {
+    /// For a device with `queues` queues: a vector for each, and one for the configuration.
+    pub(crate) fn new(name: &str, queues: u16, routes: Arc<dyn InterruptRoutes>) -> Self {
+        let msix = Msix::new(queues.saturating_add(1), routes).named(name);
+        Self {
+            events: VectorEvents(
+                (0..msix.vectors())
+                    .map(|_| ArcSwapOption::empty())
+                    .collect(),
+            ),
+            msix: Mutex::new(msix),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            isr: AtomicU8::new(0),
+            needs_reset: AtomicBool::new(false),
+        }
+    }
+
+    /// The MSI-X state, for reading.
+    pub(crate) fn msix(&self) -> MutexGuard<'_, Msix> {
+        self.msix.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the MSI-X state, with what hears of vectors being connected.
+    pub(crate) fn with_msix(&self, change: impl FnOnce(&mut Msix, &mut dyn VectorOwner)) {
+        change(&mut self.msix(), &mut &self.events);
+    }
+
+    /// The driver chose the vector for changes of the configuration.
+    pub(crate) fn set_config_vector(&self, vector: u16) {
+        self.config_vector.store(vector, Ordering::Relaxed);
+    }
+
+    /// The driver chose a queue's vector.
+    pub(crate) fn set_queue_vector(&self, queue: u16, vector: u16) {
+        if let Some(slot) = self.queue_vectors.get(usize::from(queue)) {
+            slot.store(vector, Ordering::Relaxed);
+        }
+    }
+
+    /// A queue has used buffers.
+    pub(crate) fn queue(&self, queue: u16) {
+        let slot = self.queue_vectors.get(usize::from(queue));
+        let vector = slot.map_or(NO_VECTOR, |slot| slot.load(Ordering::Relaxed));
+        self.deliver(vector, isr::QUEUE);
+    }
+
+    /// The configuration has changed.
+    pub(crate) fn config_changed(&self) {
+        self.isr.fetch_or(isr::CONFIG, Ordering::AcqRel);
+        self.deliver(self.config_vector.load(Ordering::Relaxed), 0);
+    }
+
+    /// The device cannot go on: its status says so, and the driver is told. Virtio 1.3 §2.1.2.
+    pub(crate) fn needs_reset(&self) {
+        self.needs_reset.store(true, Ordering::Release);
+        self.config_changed();
+    }
+
+    /// Whether the device waits for a reset.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// Reads the ISR register, which clears it. Virtio 1.3 §4.1.4.5.
+    pub(crate) fn take_isr(&self) -> u8 {
+        self.isr.swap(0, Ordering::AcqRel)
+    }
+
+    /// The device was reset, no worker runs: what is virtio's goes back to its start. MSI-X is PCI's
+    /// and stays.
+    pub(crate) fn reset(&self) {
+        self.set_config_vector(NO_VECTOR);
+        for slot in &self.queue_vectors {
+            slot.store(NO_VECTOR, Ordering::Relaxed);
+        }
+        self.isr.store(0, Ordering::Release);
+        self.needs_reset.store(false, Ordering::Release);
+    }
+
+    fn deliver(&self, vector: u16, isr: u8) {
+        if self.events.signal(vector) {
+            return;
+        }
+        let mut msix = self.msix();
+        if msix.control() & busway_pci::spec::MSIX_CONTROL_ENABLE != 0 {
+            msix.trigger(vector);
+        } else {
+            self.isr.fetch_or(isr, Ordering::AcqRel);
+        }
+    }
+}
+
+/// The eventfds of the connected vectors.
+#[derive(Debug)]
+struct VectorEvents(Box<[ArcSwapOption<Event>]>);
+
+impl VectorEvents {
+    fn signal(&self, vector: u16) -> bool {
+        let event = self.0.get(usize::from(vector)).map(ArcSwapOption::load);
+        match event.as_deref() {
+            Some(Some(event)) => {
+                event.signal();
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+impl VectorOwner for &VectorEvents {
+    fn connect(&mut self, first: u16, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        for (slot, event) in self.0.iter().skip(first.into()).zip(events) {
+            slot.store(Some(Arc::new(event.try_clone_to_owned()?.into())));
+        }
+        Ok(())
+    }
+
+    fn disconnect_all(&mut self) {
+        for slot in &self.0 {
+            slot.store(None);
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! The network card's control queue: how many pairs of queues are in use, and what the kernel may
+//! hand over unfinished. Virtio 1.3 §5.1.6.5.
+
+use std::sync::Arc;
+
+use super::tap::Tap;
+use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::segments::Segments;
+use crate::virtio::spec::net;
+
+/// The control queue's commands.
+#[derive(Debug)]
+pub(super) struct Control {
+    tap: Arc<Tap>,
+    max_pairs: u16,
+    features: u64,
+}
+
+impl Control {
+    pub(super) fn new(tap: Arc<Tap>, max_pairs: u16, features: u64) -> Self {
+        Self {
+            tap,
+            max_pairs,
+            features,
+        }
+    }
+
+    /// Carries out one command and gives the number of bytes written to the guest.
+    ///
+    /// # Errors
+    /// The chain is no command: there is no room for a header, or none for the answer.
+    pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<usize, QueueError> {
+        let mut header = [0; 2];
+        if chain.readable.read(&mut header) < header.len() {
+            return Err(chain.malformed("a control command shorter than its header"));
+        }
+        if chain.writable.is_empty() {
+            return Err(chain.malformed("a control command without room for its answer"));
+        }
+        let [class, command] = header;
+        let done = match (class, command) {
+            (net::CTRL_MQ, net::CTRL_MQ_VQ_PAIRS_SET) => self.set_pairs(chain.readable),
+            (net::CTRL_GUEST_OFFLOADS, net::CTRL_GUEST_OFFLOADS_SET) => {
+                self.set_offloads(chain.readable)
+            }
+            _ => false,
+        };
+        let answer = if done { net::CTRL_OK } else { net::CTRL_ERR };
+        Ok(chain.writable.write(&[answer]))
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.features & feature != 0
+    }
+
+    fn set_pairs(&self, mut data: Segments<'_>) -> bool {
+        let mut pairs = [0; 2];
+        if !self.has(net::F_MQ) || data.read(&mut pairs) < pairs.len() {
+            return false;
+        }
+        let pairs = u16::from_le_bytes(pairs);
+        (1..=self.max_pairs).contains(&pairs) && self.done(self.tap.use_pairs(pairs))
+    }
+
+    fn set_offloads(&self, mut data: Segments<'_>) -> bool {
+        let mut offloads = [0; 8];
+        if !self.has(net::F_CTRL_GUEST_OFFLOADS) || data.read(&mut offloads) < offloads.len() {
+            return false;
+        }
+        let offloads = u64::from_le_bytes(offloads);
+        let guest = net::F_GUEST_CSUM | net::F_GUEST_TSO4 | net::F_GUEST_TSO6 | net::F_GUEST_ECN;
+        offloads & !(self.features & guest) == 0
+            && self.done(self.tap.set_offload(super::offload(offloads)))
+    }
+
+    fn done(&self, result: std::io::Result<()>) -> bool {
+        if let Err(error) = &result {
+            log::warn!("tap {}: a control command failed: {error}", self.tap.name());
+        }
+        result.is_ok()
+    }
+}

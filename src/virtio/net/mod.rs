@@ -1,0 +1,327 @@
+//! The virtio network card on a tap interface. Virtio 1.3 §5.1.
+//!
+//! A worker for each pair of queues, on the tap's own queue of the same number. What the driver
+//! agrees to handle unfinished (checksums, segments), the kernel hands over so, and the other way.
+
+mod control;
+mod receive;
+mod tap;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+
+use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
+use super::queue::{QueueError, Virtqueue};
+use super::spec::{self, net};
+use crate::config::NetConfig;
+use crate::memory::GuestRam;
+use control::Control;
+use receive::Receiver;
+use tap::Tap;
+pub use tap::TapError;
+
+/// Most pairs of queues: as many as a VM has vCPUs.
+const MAX_PAIRS: u16 = 64;
+const CONTROL_QUEUE_SIZE: u16 = 64;
+/// What queue sizes can be: a packet of 64 KiB fits into the least.
+const QUEUE_SIZES: std::ops::RangeInclusive<u16> = 32..=4096;
+
+/// A network card cannot be as configured, or the host does not let us have its tap.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// net {name}: {what}
+    #[error("net {name}: {what}")]
+    Config {
+        /// The card.
+        name: String,
+        /// What is wrong, and what would be right.
+        what: String,
+    },
+    /// net {name}: {source}
+    #[error("net {name}: {source}")]
+    Tap {
+        /// The card.
+        name: String,
+        /// What became of its tap.
+        source: TapError,
+    },
+    /// net {name}: no random MAC address: {source}; give one with mac=
+    #[error("net {name}: no random MAC address: {source}; give one with mac=")]
+    Mac {
+        /// The card.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A virtio network card.
+#[derive(Debug)]
+pub struct Net {
+    name: String,
+    tap: Arc<Tap>,
+    mac: [u8; 6],
+    pairs: u16,
+    queue_size: u16,
+    config: Arc<DeviceConfig>,
+}
+
+impl Net {
+    /// Opens the tap. `name` is the card's in this VM.
+    ///
+    /// # Errors
+    /// [`NetError`]
+    pub fn new(name: &str, config: &NetConfig) -> Result<Self, NetError> {
+        let wrong = |what: String| NetError::Config {
+            name: name.to_owned(),
+            what,
+        };
+        let pairs = config.num_queues / 2;
+        if !config.num_queues.is_multiple_of(2) || !(1..=MAX_PAIRS).contains(&pairs) {
+            return Err(wrong(format!(
+                "num_queues={} is impossible: receive and transmit queues come in pairs, give 2 to {}",
+                config.num_queues,
+                2 * MAX_PAIRS
+            )));
+        }
+        if !config.queue_size.is_power_of_two() || !QUEUE_SIZES.contains(&config.queue_size) {
+            return Err(wrong(format!(
+                "queue_size={} is impossible: give a power of two from {} to {}",
+                config.queue_size,
+                QUEUE_SIZES.start(),
+                QUEUE_SIZES.end()
+            )));
+        }
+        let mac = match &config.mac {
+            Some(text) => parse_mac(text).ok_or_else(|| {
+                wrong(format!(
+                    "mac={text} is not the address of one card: write six bytes as 52:54:00:12:34:56"
+                ))
+            })?,
+            None => random_mac().map_err(|source| NetError::Mac {
+                name: name.to_owned(),
+                source,
+            })?,
+        };
+        let tap = Tap::open(config.tap.as_deref(), pairs).map_err(|source| NetError::Tap {
+            name: name.to_owned(),
+            source,
+        })?;
+        let mut bytes = mac.to_vec();
+        bytes.extend(net::S_LINK_UP.to_le_bytes());
+        bytes.extend(pairs.to_le_bytes());
+        Ok(Self {
+            name: name.to_owned(),
+            tap: Arc::new(tap),
+            mac,
+            pairs,
+            queue_size: config.queue_size,
+            config: DeviceConfig::new(bytes),
+        })
+    }
+
+    /// The tap interface's name on the host.
+    pub fn tap_name(&self) -> &str {
+        self.tap.name()
+    }
+
+    /// The guest's MAC address.
+    pub fn mac(&self) -> [u8; 6] {
+        self.mac
+    }
+}
+
+/// `TUN_F_*` for the features of what the driver takes unfinished.
+fn offload(features: u64) -> libc::c_uint {
+    [
+        (net::F_GUEST_CSUM, libc::TUN_F_CSUM),
+        (net::F_GUEST_TSO4, libc::TUN_F_TSO4),
+        (net::F_GUEST_TSO6, libc::TUN_F_TSO6),
+        (net::F_GUEST_ECN, libc::TUN_F_TSO_ECN),
+    ]
+    .into_iter()
+    .filter(|(feature, _)| features & feature != 0)
+    .fold(0, |flags, (_, flag)| flags | flag)
+}
+
+impl VirtioDevice for Net {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn device_type(&self) -> u16 {
+        spec::device_type::NET
+    }
+
+    fn class(&self) -> u32 {
+        0x02_00_00 // network controller, Ethernet
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = net::F_CSUM
+            | net::F_GUEST_CSUM
+            | net::F_CTRL_GUEST_OFFLOADS
+            | net::F_MAC
+            | net::F_GUEST_TSO4
+            | net::F_GUEST_TSO6
+            | net::F_GUEST_ECN
+            | net::F_HOST_TSO4
+            | net::F_HOST_TSO6
+            | net::F_HOST_ECN
+            | net::F_MRG_RXBUF
+            | net::F_STATUS
+            | net::F_CTRL_VQ;
+        if self.pairs > 1 {
+            features |= net::F_MQ;
+        }
+        features
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        let mut sizes = vec![self.queue_size; usize::from(self.pairs) * 2];
+        sizes.push(CONTROL_QUEUE_SIZE);
+        sizes
+    }
+
+    fn config(&self) -> Arc<DeviceConfig> {
+        Arc::clone(&self.config)
+    }
+
+    /// Virtio 1.3 §5.1.3.1: what stands on what.
+    fn accepts(&self, features: u64) -> bool {
+        let has = |feature| features & feature != 0;
+        let stands_on = [
+            (net::F_GUEST_TSO4 | net::F_GUEST_TSO6, net::F_GUEST_CSUM),
+            (net::F_GUEST_ECN, net::F_GUEST_TSO4 | net::F_GUEST_TSO6),
+            (net::F_HOST_TSO4 | net::F_HOST_TSO6, net::F_CSUM),
+            (net::F_HOST_ECN, net::F_HOST_TSO4 | net::F_HOST_TSO6),
+            (net::F_MQ | net::F_CTRL_GUEST_OFFLOADS, net::F_CTRL_VQ),
+        ];
+        stands_on
+            .into_iter()
+            .all(|(upper, lower)| !has(upper) || has(lower))
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> io::Result<Vec<Box<dyn Worker>>> {
+        let features = activation.features;
+        self.tap.set_offload(offload(features))?;
+        self.tap.use_pairs(1)?;
+        // Virtio 1.3 §5.1.2: the control queue follows those pairs that the driver knows of.
+        let pairs = if features & net::F_MQ != 0 {
+            self.pairs
+        } else {
+            1
+        };
+        let mut control = if features & net::F_CTRL_VQ != 0 {
+            activation
+                .take_queue(usize::from(pairs) * 2)
+                .map(|queue| (queue, Control::new(Arc::clone(&self.tap), pairs, features)))
+        } else {
+            None
+        };
+        let mut workers: Vec<Box<dyn Worker>> = Vec::new();
+        for pair in 0..usize::from(pairs) {
+            let queues = (
+                activation.take_queue(2 * pair),
+                activation.take_queue(2 * pair + 1),
+            );
+            let ((Some(receive), Some(transmit)), Some(tap)) = (queues, self.tap.queue(pair))
+            else {
+                continue;
+            };
+            workers.push(Box::new(NetWorker {
+                name: format!("{}-q{pair}", self.name),
+                ram: activation.ram.clone(),
+                tap: Arc::clone(tap),
+                receive,
+                transmit,
+                receiver: Receiver::new(features),
+                control: control.take(),
+            }));
+        }
+        Ok(workers)
+    }
+}
+
+/// Serves one pair of queues; the first pair's also the control queue.
+#[derive(Debug)]
+struct NetWorker {
+    name: String,
+    ram: GuestRam,
+    tap: Arc<File>,
+    receive: Virtqueue,
+    transmit: Virtqueue,
+    receiver: Receiver,
+    control: Option<(Virtqueue, Control)>,
+}
+
+const TRANSMIT: usize = 2;
+const CONTROL: usize = 3;
+
+impl Worker for NetWorker {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn sources(&self) -> Vec<(RawFd, EventSet)> {
+        let mut sources = vec![
+            (self.tap.as_raw_fd(), doorbell_events()),
+            (self.receive.doorbell(), doorbell_events()),
+            (self.transmit.doorbell(), doorbell_events()),
+        ];
+        if let Some((queue, _)) = &self.control {
+            sources.push((queue.doorbell(), doorbell_events()));
+        }
+        sources
+    }
+
+    fn wake(&mut self, source: usize) -> Result<(), QueueError> {
+        let memory = self.ram.memory();
+        match (source, &mut self.control) {
+            (CONTROL, Some((queue, control))) => queue.drain(&memory, |chain| control.serve(chain)),
+            (TRANSMIT, _) => {
+                let tap = self.tap.as_fd();
+                self.transmit.drain(&memory, |chain| {
+                    // A packet that the kernel does not take, for its header is wrong or the
+                    // interface down, is lost, as on a wire.
+                    if let Err(error) = chain.readable.send(tap) {
+                        log::trace!("a packet was not sent: {error}");
+                    }
+                    Ok(0)
+                })
+            }
+            _ => self.receiver.receive(&self.tap, &mut self.receive, &memory),
+        }
+    }
+}
+
+/// Six bytes in hexadecimal, of one card: neither a group's address nor all zeros.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split([':', '-']);
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return None;
+        }
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    let [first, ..] = mac;
+    (parts.next().is_none() && first & 1 == 0 && mac != [0; 6]).then_some(mac)
+}
+
+/// A locally administered address. IEEE 802 §8.2.
+fn random_mac() -> io::Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut mac)?;
+    let [first, ..] = &mut mac;
+    *first = (*first & !1) | 2;
+    Ok(mac)
+}

@@ -1,0 +1,399 @@
+//! The card on a real tap: the host's side is a packet socket on the interface. Skipped where the
+//! kernel does not let us make one.
+
+use super::*;
+use crate::virtio::spec::pci::common;
+use crate::virtio::spec::status;
+use crate::virtio::testing::{Driver, Ring, eventually, readable};
+use std::os::fd::{FromRawFd, OwnedFd};
+
+/// An EtherType for experiments, so that nobody else's packets count. IEEE 802 §9.2.4.
+const ETHERTYPE: u16 = 0x88b5;
+const GUEST: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+const HOST: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
+
+fn config(num_queues: u16) -> NetConfig {
+    NetConfig {
+        tap: None,
+        mac: Some("52:54:00:01:02:03".into()),
+        num_queues,
+        queue_size: 64,
+        id: None,
+    }
+}
+
+/// A card, or a reason why there can be none here.
+fn card(num_queues: u16) -> Option<Net> {
+    match Net::new("net0", &config(num_queues)) {
+        Ok(net) => Some(net),
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+/// The host's side of the interface.
+struct Wire {
+    socket: OwnedFd,
+}
+
+impl Wire {
+    fn new(tap: &str) -> Self {
+        let protocol = libc::c_int::from(ETHERTYPE.to_be());
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        // SAFETY: socket takes no pointer; the descriptor is new and ours.
+        let socket = unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, kind, protocol)) };
+        let name = std::ffi::CString::new(tap).unwrap();
+        // SAFETY: all zeros is a valid sockaddr_ll.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = ETHERTYPE.to_be();
+        // SAFETY: `name` is a C string.
+        address.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
+        // SAFETY: `address` is a sockaddr_ll of the size given.
+        let bound = unsafe {
+            libc::bind(
+                socket.as_raw_fd(),
+                (&raw const address).cast(),
+                size_of_val(&address) as u32,
+            )
+        };
+        assert_eq!(bound, 0, "{}", io::Error::last_os_error());
+        Self { socket }
+    }
+
+    fn set_mtu(&self, tap: &str, mtu: i32) {
+        // SAFETY: all zeros is a valid ifreq.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(tap.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_mtu = mtu;
+        // SAFETY: SIOCSIFMTU reads an ifreq.
+        let result = unsafe {
+            libc::ioctl(
+                self.socket.as_raw_fd(),
+                libc::SIOCSIFMTU,
+                &raw const request,
+            )
+        };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    }
+
+    fn send(&self, packet: &[u8]) {
+        // SAFETY: `packet` is alive and of the length given.
+        let sent = unsafe {
+            libc::write(
+                self.socket.as_raw_fd(),
+                packet.as_ptr().cast(),
+                packet.len(),
+            )
+        };
+        assert_eq!(
+            sent,
+            packet.len() as isize,
+            "{}",
+            io::Error::last_os_error()
+        );
+    }
+
+    fn receive(&self) -> Vec<u8> {
+        let mut packet = vec![0; 70_000];
+        let socket = self.socket.as_fd();
+        assert!(
+            readable(socket, std::time::Duration::from_secs(10)),
+            "no packet"
+        );
+        // SAFETY: `packet` is alive and of the length given.
+        let size =
+            unsafe { libc::read(socket.as_raw_fd(), packet.as_mut_ptr().cast(), packet.len()) };
+        packet.truncate(usize::try_from(size).unwrap());
+        packet
+    }
+}
+
+fn frame(to: [u8; 6], from: [u8; 6], len: usize, seed: u8) -> Vec<u8> {
+    let mut frame = to.to_vec();
+    frame.extend(from);
+    frame.extend(ETHERTYPE.to_be_bytes());
+    frame.extend((0..len).map(|i| (i as u8).wrapping_mul(7).wrapping_add(seed)));
+    frame
+}
+
+/// Brings up a card's driver with its first pair of queues.
+fn bring_up(driver: &mut Driver, features: u64) -> (Ring, Ring) {
+    let queues = u16::from_le_bytes(driver.common(common::NUM_QUEUES));
+    driver.enable_msix(queues + 1);
+    driver.negotiate(features);
+    let rings = (driver.queue(0, 64), driver.queue(1, 64));
+    driver.ready();
+    assert_eq!(driver.status() & status::DEVICE_NEEDS_RESET, 0);
+    rings
+}
+
+/// Receives packets until one of ours comes, as the header and the frame; refills with buffers of
+/// `size`.
+fn receive(driver: &Driver, ring: &mut Ring, buffers: &[u64], size: u32) -> (u16, Vec<u8>) {
+    loop {
+        let (head, len) = ring.wait_used();
+        let read =
+            |head: u32, len: u32| driver.read(buffers[head as usize % buffers.len()], len as usize);
+        let mut packet = read(head, len);
+        let count = u16::from_le_bytes([packet[10], packet[11]]);
+        let mut heads = vec![head];
+        for _ in 1..count {
+            // The others are there already.
+            let (head, len) = ring.poll_used().expect("all of a packet at once");
+            packet.extend(read(head, len));
+            heads.push(head);
+        }
+        for head in heads {
+            ring.submit(&[(buffers[head as usize % buffers.len()], size, true)]);
+        }
+        driver.notify(ring);
+        if packet.get(24..26) == Some(&ETHERTYPE.to_be_bytes()) {
+            return (count, packet[net::HEADER_SIZE..].to_vec());
+        }
+    }
+}
+
+fn provide(driver: &mut Driver, ring: &mut Ring, count: u64, size: u32) -> Vec<u64> {
+    let buffers: Vec<u64> = (0..count).map(|_| driver.alloc(size.into())).collect();
+    for &buffer in &buffers {
+        ring.submit(&[(buffer, size, true)]);
+    }
+    driver.notify(ring);
+    buffers
+}
+
+#[test]
+fn packets_go_both_ways() {
+    let Some(net) = card(2) else { return };
+    let wire = Wire::new(net.tap_name());
+    let mut driver = Driver::new(net);
+    assert_eq!(driver.bar_read::<6>(driver.device), GUEST);
+    assert_eq!(driver.bar_read::<2>(driver.device + 6), [1, 0]);
+    let (mut rx, mut tx) = bring_up(&mut driver, net::F_MRG_RXBUF);
+    let buffers = provide(&mut driver, &mut rx, 64, 2048);
+    for seed in 0..100 {
+        let packet = frame(GUEST, HOST, 600, seed);
+        wire.send(&packet);
+        assert_eq!(receive(&driver, &mut rx, &buffers, 2048), (1, packet));
+        let packet = frame(HOST, GUEST, 900, seed);
+        let at = driver.alloc(0x1000) & 0xff_ffff;
+        driver.write(at, &[0; net::HEADER_SIZE]);
+        driver.write(at + 12, &packet);
+        driver.run(
+            &mut tx,
+            &[(at, 12, false), (at + 12, packet.len() as u32, false)],
+        );
+        assert_eq!(wire.receive(), packet);
+    }
+    assert!(driver.route(0).wait() >= 1);
+    assert_eq!(driver.route(1).wait(), 100);
+}
+
+#[test]
+fn a_large_packet_is_spread_over_merged_buffers() {
+    let Some(net) = card(2) else { return };
+    let wire = Wire::new(net.tap_name());
+    wire.set_mtu(net.tap_name(), 9000);
+    let mut driver = Driver::new(net);
+    let features = net::F_MRG_RXBUF | spec::feature::EVENT_IDX;
+    let (mut rx, _tx) = bring_up(&mut driver, features);
+    let buffers = provide(&mut driver, &mut rx, 64, 1024);
+    for seed in 0..20 {
+        let packet = frame(GUEST, HOST, 8000, seed);
+        wire.send(&packet);
+        assert_eq!(receive(&driver, &mut rx, &buffers, 1024), (8, packet));
+    }
+}
+
+#[test]
+fn a_packet_waits_for_buffers_and_one_that_never_fits_is_dropped() {
+    let Some(net) = card(2) else { return };
+    let wire = Wire::new(net.tap_name());
+    wire.set_mtu(net.tap_name(), 9000);
+    let mut driver = Driver::new(net);
+    let (mut rx, _tx) = bring_up(&mut driver, 0);
+    wire.send(&frame(GUEST, HOST, 8000, 1));
+    let small = frame(GUEST, HOST, 100, 2);
+    wire.send(&small);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let buffers = provide(&mut driver, &mut rx, 32, 2048);
+    assert_eq!(receive(&driver, &mut rx, &buffers, 2048), (1, small));
+}
+
+#[test]
+fn pairs_of_queues_are_used_as_the_driver_asks() {
+    let Some(net) = card(4) else { return };
+    let wire = Wire::new(net.tap_name());
+    let mut driver = Driver::new(net);
+    driver.enable_msix(6);
+    driver.negotiate(net::F_MQ | net::F_CTRL_VQ | net::F_MRG_RXBUF);
+    let mut rings: Vec<Ring> = (0..5).map(|index| driver.queue(index, 64)).collect();
+    driver.ready();
+    assert_eq!(driver.bar_read::<2>(driver.device + 8), [2, 0]);
+    let mut control = rings.pop().unwrap();
+    let at = driver.alloc(64);
+    let mut command = |bytes: &[u8]| {
+        driver.write(at, bytes);
+        let len = bytes.len() as u32;
+        assert_eq!(
+            driver.run(&mut control, &[(at, len, false), (at + 32, 1, true)]),
+            1
+        );
+        driver.read(at + 32, 1)[0]
+    };
+    assert_eq!(command(&[4, 0, 2, 0]), net::CTRL_OK);
+    assert_eq!(command(&[4, 0, 2, 0]), net::CTRL_OK);
+    assert_eq!(command(&[4, 0, 3, 0]), net::CTRL_ERR);
+    assert_eq!(command(&[4, 0, 0, 0]), net::CTRL_ERR);
+    assert_eq!(command(&[4, 0]), net::CTRL_ERR);
+    assert_eq!(command(&[9, 9, 9]), net::CTRL_ERR);
+    // The second pair transmits.
+    let packet = frame(HOST, GUEST, 60, 3);
+    driver.write(at, &[0; net::HEADER_SIZE]);
+    driver.write(at + 12, &packet);
+    let len = 12 + packet.len() as u32;
+    driver.run(&mut rings[3], &[(at, len, false)]);
+    assert_eq!(wire.receive(), packet);
+    // Back to one pair: everything comes on the first.
+    driver.write(at, &[4, 0, 1, 0]);
+    driver.run(&mut control, &[(at, 4, false), (at + 32, 1, true)]);
+    assert_eq!(driver.read(at + 32, 1), [net::CTRL_OK]);
+    let mut first = rings.remove(0);
+    let buffers = provide(&mut driver, &mut first, 64, 2048);
+    for seed in 0..10 {
+        let packet = frame(GUEST, HOST, 100, seed);
+        wire.send(&packet);
+        assert_eq!(receive(&driver, &mut first, &buffers, 2048).1, packet);
+    }
+}
+
+#[test]
+fn offloads_are_the_drivers_to_choose_among_what_it_negotiated() {
+    let Some(net) = card(2) else { return };
+    let mut driver = Driver::new(net);
+    let features =
+        net::F_CTRL_VQ | net::F_CTRL_GUEST_OFFLOADS | net::F_GUEST_CSUM | net::F_GUEST_TSO4;
+    driver.negotiate(features);
+    driver.queue(0, 64);
+    driver.queue(1, 64);
+    let mut control = driver.queue(2, 64);
+    driver.ready();
+    let at = driver.alloc(64);
+    for (offloads, answer) in [
+        (net::F_GUEST_CSUM, net::CTRL_OK),
+        (net::F_GUEST_CSUM | net::F_GUEST_TSO4, net::CTRL_OK),
+        (net::F_GUEST_CSUM | net::F_GUEST_TSO6, net::CTRL_ERR),
+        (0, net::CTRL_OK),
+    ] {
+        driver.write(
+            at,
+            &[net::CTRL_GUEST_OFFLOADS, net::CTRL_GUEST_OFFLOADS_SET],
+        );
+        driver.write(at + 2, &offloads.to_le_bytes());
+        driver.run(&mut control, &[(at, 10, false), (at + 32, 1, true)]);
+        assert_eq!(driver.read(at + 32, 1), [answer], "{offloads:#x}");
+    }
+}
+
+#[test]
+fn a_reset_in_mid_traffic_leaves_a_card_that_works() {
+    let Some(net) = card(2) else { return };
+    let wire = Wire::new(net.tap_name());
+    let mut driver = Driver::new(net);
+    for round in 0..10 {
+        let (mut rx, _tx) = bring_up(&mut driver, net::F_MRG_RXBUF);
+        let buffers = provide(&mut driver, &mut rx, 4, 2048);
+        let packet = frame(GUEST, HOST, 200, round);
+        wire.send(&packet);
+        // What came before the reset may come first.
+        loop {
+            if receive(&driver, &mut rx, &buffers, 2048).1 == packet {
+                break;
+            }
+        }
+        for seed in 0..8 {
+            wire.send(&frame(GUEST, HOST, 200, 100 + seed));
+        }
+        driver.set_common(common::DEVICE_STATUS, &[0]);
+    }
+}
+
+#[test]
+fn features_without_what_they_stand_on_are_refused() {
+    let Some(net) = card(2) else { return };
+    assert!(net.accepts(net.features()));
+    for features in [
+        net::F_GUEST_TSO4,
+        net::F_HOST_TSO6,
+        net::F_GUEST_CSUM | net::F_GUEST_ECN,
+        net::F_MQ,
+    ] {
+        assert!(!net.accepts(features), "{features:#x}");
+    }
+}
+
+#[test]
+fn a_receive_buffer_too_short_for_a_header_breaks_the_device_only() {
+    let Some(net) = card(2) else { return };
+    let wire = Wire::new(net.tap_name());
+    let mut driver = Driver::new(net);
+    let (mut rx, _tx) = bring_up(&mut driver, net::F_MRG_RXBUF);
+    rx.submit(&[(0x1000, 4, true)]);
+    driver.notify(&rx);
+    wire.send(&frame(GUEST, HOST, 100, 0));
+    eventually("needs reset", || {
+        driver.status() & status::DEVICE_NEEDS_RESET != 0
+    });
+}
+
+#[test]
+fn a_tap_in_use_is_named() {
+    let Some(net) = card(2) else { return };
+    let again = NetConfig {
+        tap: Some(net.tap_name().to_owned()),
+        ..config(2)
+    };
+    let error = Net::new("net1", &again).unwrap_err().to_string();
+    let expected = format!(
+        "net net1: tap {} is in use by another program",
+        net.tap_name()
+    );
+    assert!(error.starts_with(&expected), "{error}");
+}
+
+#[test]
+fn impossible_configurations_are_refused_with_what_would_be_possible() {
+    let refuse = |change: fn(&mut NetConfig)| {
+        let mut config = config(2);
+        change(&mut config);
+        Net::new("net0", &config).unwrap_err().to_string()
+    };
+    let odd = refuse(|config| config.num_queues = 3);
+    assert!(odd.contains("come in pairs, give 2 to 128"), "{odd}");
+    let size = refuse(|config| config.queue_size = 100);
+    assert!(size.contains("a power of two from 32 to 4096"), "{size}");
+    let mac = refuse(|config| config.mac = Some("01:00:5e:00:00:01".into()));
+    assert!(mac.contains("not the address of one card"), "{mac}");
+}
+
+#[test]
+fn addresses_are_read_in_both_spellings_and_made_local() {
+    assert_eq!(parse_mac("52:54:00:01:02:03"), Some(GUEST));
+    assert_eq!(parse_mac("52-54-00-01-02-03"), Some(GUEST));
+    for text in [
+        "",
+        "52:54:00:01:02",
+        "52:54:00:01:02:03:04",
+        "52:54:0:1:2:3",
+        "+2:54:00:01:02:03",
+    ] {
+        assert_eq!(parse_mac(text), None, "{text}");
+    }
+    let [first, ..] = random_mac().unwrap();
+    assert_eq!(first & 3, 2);
+}

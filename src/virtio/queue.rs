@@ -1,0 +1,267 @@
+//! A virtqueue as a device's worker sees it: chains that are whole and lie in RAM, and completions
+//! that interrupt only where the driver asked for it.
+//!
+//! The ring itself is the `virtio-queue` crate's. What it lets pass in silence is refused here: a
+//! chain cut short by a bad descriptor, buffers outside of RAM, device-readable after
+//! device-writable ones, and more slices than a system call takes.
+
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use super::event::Event;
+use super::interrupts::Interrupts;
+use super::segments::{MAX_SEGMENTS, Segments};
+use super::spec;
+use crate::memory::RamMap;
+
+/// The driver broke the queue's rules. The device needs a reset; there is no other way on.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// ring: {0}
+    #[error("ring: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// chain {head}: {what}
+    #[error("chain {head}: {what}")]
+    Chain {
+        /// The chain's first descriptor.
+        head: u16,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+}
+
+/// What the driver made available in one go.
+#[derive(Debug)]
+pub(crate) struct Chain<'m> {
+    head: u16,
+    /// What the device reads.
+    pub(crate) readable: Segments<'m>,
+    /// What the device writes.
+    pub(crate) writable: Segments<'m>,
+}
+
+impl Chain<'_> {
+    /// The name under which it is completed.
+    pub(crate) fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The error that says what is wrong with this chain.
+    pub(crate) fn malformed(&self, what: &'static str) -> QueueError {
+        QueueError::Chain {
+            head: self.head,
+            what,
+        }
+    }
+}
+
+/// One enabled queue, owned by its worker.
+#[derive(Debug)]
+pub struct Virtqueue {
+    index: u16,
+    queue: Queue,
+    /// The used index when the driver was last considered for an interrupt.
+    told_used: u16,
+    doorbell: Event,
+    interrupts: Arc<Interrupts>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Virtqueue {
+    pub(crate) fn new(
+        index: u16,
+        queue: Queue,
+        doorbell: Event,
+        interrupts: Arc<Interrupts>,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            index,
+            told_used: queue.next_used(),
+            queue,
+            doorbell,
+            interrupts,
+            stop,
+        }
+    }
+
+    /// Descriptors in the ring.
+    pub(crate) fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// What the driver's notification signals.
+    pub(crate) fn doorbell(&self) -> RawFd {
+        self.doorbell.as_fd().as_raw_fd()
+    }
+
+    /// Wakes the queue's own worker once more: for a worker that leaves work for the next round, so
+    /// that its other sources have their turn.
+    pub(crate) fn wake_again(&self) {
+        self.doorbell.signal();
+    }
+
+    /// The next chain; `None` where there is none, and while the device is being stopped.
+    pub(crate) fn pop<'m>(&mut self, memory: &'m RamMap) -> Result<Option<Chain<'m>>, QueueError> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let Some(mut descriptors) = self.queue.iter(memory)?.next() else {
+            return Ok(None);
+        };
+        let head = descriptors.head_index();
+        let malformed = |what| Err(QueueError::Chain { head, what });
+        let mut chain = Chain {
+            head,
+            readable: Segments::default(),
+            writable: Segments::default(),
+        };
+        let mut whole = false;
+        for (count, descriptor) in descriptors.by_ref().enumerate() {
+            if count >= MAX_SEGMENTS {
+                return malformed("more descriptors than a request may have");
+            }
+            whole = !descriptor.has_next();
+            let side = if descriptor.is_write_only() {
+                &mut chain.writable
+            } else if chain.writable.is_empty() {
+                &mut chain.readable
+            } else {
+                return malformed("a device-readable buffer after a device-writable one");
+            };
+            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+            for slice in memory.get_slices(descriptor.addr(), len) {
+                let Ok(slice) = slice else {
+                    return malformed("a buffer outside of RAM");
+                };
+                if !side.push(slice) {
+                    return malformed("more buffers than a request may have");
+                }
+            }
+        }
+        if !whole {
+            return malformed("cut short by a bad descriptor, a loop or a bad indirect table");
+        }
+        Ok(Some(chain))
+    }
+
+    /// Gives back the last chain that was popped, to be popped again.
+    pub(crate) fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Returns the chain `head`, of which `written` bytes have been written, to the driver.
+    pub(crate) fn complete(
+        &mut self,
+        memory: &RamMap,
+        head: u16,
+        written: usize,
+    ) -> Result<(), QueueError> {
+        self.complete_together(memory, &[(head, written)])
+    }
+
+    /// Returns several chains, each with the bytes written to it, of which the driver sees all or
+    /// none.
+    pub(crate) fn complete_together(
+        &mut self,
+        memory: &RamMap,
+        chains: &[(u16, usize)],
+    ) -> Result<(), QueueError> {
+        let Some((&last, before)) = chains.split_last() else {
+            return Ok(());
+        };
+        let length = |written| u32::try_from(written).unwrap_or(u32::MAX);
+        for &(head, written) in before {
+            // `virtq_used_elem`, virtio 1.3 §2.7.8; out of the driver's sight up to `add_used`.
+            let next = self.queue.next_used();
+            let slot = u64::from(next.checked_rem(self.queue.size()).unwrap_or(0));
+            let element = [u32::from(head).to_le(), length(written).to_le()];
+            let at = self.queue.used_ring().saturating_add(4 + 8 * slot);
+            memory
+                .write_obj(element, GuestAddress(at))
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            self.queue.set_next_used(next.wrapping_add(1));
+        }
+        Ok(self.queue.add_used(memory, last.0, length(last.1))?)
+    }
+
+    /// Interrupts the driver for what has been completed, where it wants that.
+    pub(crate) fn interrupt(&mut self, memory: &RamMap) -> Result<(), QueueError> {
+        if self.wants_interrupt(memory)? {
+            self.interrupts.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Virtio 1.3 §2.7.7: by `used_event`, or by the available ring's flags.
+    fn wants_interrupt(&mut self, memory: &RamMap) -> Result<bool, QueueError> {
+        let used = self.queue.next_used();
+        let told = std::mem::replace(&mut self.told_used, used);
+        // The used index is stored before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let avail = self.queue.avail_ring();
+        let event_idx = self.queue.event_idx_enabled();
+        let offset = if event_idx {
+            4 + 2 * u64::from(self.queue.size())
+        } else {
+            0
+        };
+        let wish: u16 = memory
+            .load(
+                GuestAddress(avail.saturating_add(offset)),
+                Ordering::Relaxed,
+            )
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        let wish = u16::from_le(wish);
+        Ok(if event_idx {
+            used.wrapping_sub(wish).wrapping_sub(1) < used.wrapping_sub(told)
+        } else {
+            wish & spec::AVAIL_F_NO_INTERRUPT == 0
+        })
+    }
+
+    /// Asks the driver to notify; says whether chains have come meanwhile, for which it need not.
+    pub(crate) fn enable_notification(&mut self, memory: &RamMap) -> Result<bool, QueueError> {
+        let more = self.queue.enable_notification(memory)?;
+        Ok(more && !self.stop.load(Ordering::Relaxed))
+    }
+
+    /// Lets the driver know that it need not notify.
+    pub(crate) fn disable_notification(&mut self, memory: &RamMap) -> Result<(), QueueError> {
+        Ok(self.queue.disable_notification(memory)?)
+    }
+
+    /// Serves what is available: `serve` handles one chain and returns the bytes it has written.
+    ///
+    /// Ends when the queue is empty and the driver knows that it has to notify, or after a round of
+    /// the ring's size, with the worker's next wake-up already signalled.
+    pub(crate) fn drain(
+        &mut self,
+        memory: &RamMap,
+        mut serve: impl FnMut(Chain<'_>) -> Result<usize, QueueError>,
+    ) -> Result<(), QueueError> {
+        self.disable_notification(memory)?;
+        let mut budget = self.size();
+        loop {
+            while let Some(chain) = self.pop(memory)? {
+                let head = chain.head();
+                let written = serve(chain)?;
+                self.complete(memory, head, written)?;
+                self.interrupt(memory)?;
+                budget = budget.saturating_sub(1);
+                if budget == 0 {
+                    self.wake_again();
+                    return Ok(());
+                }
+            }
+            if !self.enable_notification(memory)? {
+                return Ok(());
+            }
+            self.disable_notification(memory)?;
+        }
+    }
+}

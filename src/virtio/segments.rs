@@ -1,0 +1,251 @@
+//! One direction of a descriptor chain: a list of slices of guest memory, consumed from the front,
+//! that system calls read into and write from without a copy.
+//!
+//! The guest can change these bytes at any time. Whatever is decided upon is copied out first.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use vm_memory::VolatileSlice;
+
+/// Most slices that one system call takes: `UIO_MAXIOV` in linux/uio.h. A chain is held to it, so
+/// that a request is one call.
+pub(crate) const MAX_SEGMENTS: usize = 1024;
+
+/// Slices of guest memory, in the order of their chain.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Segments<'m> {
+    slices: Vec<VolatileSlice<'m>>,
+    /// How many of `slices` are consumed.
+    first: usize,
+    len: usize,
+}
+
+impl<'m> Segments<'m> {
+    /// Adds a slice at the end; says whether there was room.
+    pub(crate) fn push(&mut self, slice: VolatileSlice<'m>) -> bool {
+        if slice.is_empty() {
+            return true;
+        }
+        let Some(len) = self.len.checked_add(slice.len()) else {
+            return false;
+        };
+        if self.slices.len() >= MAX_SEGMENTS {
+            return false;
+        }
+        self.len = len;
+        self.slices.push(slice);
+        true
+    }
+
+    /// Bytes left.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn rest(&self) -> &[VolatileSlice<'m>] {
+        self.slices.get(self.first..).unwrap_or_default()
+    }
+
+    /// Drops `count` bytes from the front, or all there are.
+    pub(crate) fn advance(&mut self, count: usize) {
+        let mut left = count;
+        while left > 0 {
+            let Some(slice) = self.slices.get_mut(self.first) else {
+                break;
+            };
+            match slice.offset(left) {
+                Ok(after) if !after.is_empty() => {
+                    *slice = after;
+                    break;
+                }
+                _ => {
+                    left = left.saturating_sub(slice.len());
+                    self.first += 1;
+                }
+            }
+        }
+        self.len = self.len.saturating_sub(count);
+    }
+
+    /// Takes the first `count` bytes, or all there are, off the front.
+    pub(crate) fn take_front(&mut self, count: usize) -> Segments<'m> {
+        let mut front = Segments::default();
+        for slice in self.rest() {
+            let want = count.saturating_sub(front.len);
+            if want == 0 {
+                break;
+            }
+            let part = slice.subslice(0, want.min(slice.len())).unwrap_or(*slice);
+            front.push(part);
+        }
+        self.advance(front.len);
+        front
+    }
+
+    /// Copies out of the guest and consumes; the number of bytes is the shorter of both sides'.
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        for slice in self.rest() {
+            match buffer.get_mut(done..) {
+                Some(room) if !room.is_empty() => done += slice.copy_to(room),
+                _ => break,
+            }
+        }
+        self.advance(done);
+        done
+    }
+
+    /// Copies into the guest and consumes; the number of bytes is the shorter of both sides'.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> usize {
+        let mut done = 0;
+        for slice in self.rest() {
+            match bytes.get(done..) {
+                Some(left) if !left.is_empty() => {
+                    let count = left.len().min(slice.len());
+                    slice.copy_from(left.get(..count).unwrap_or_default());
+                    done += count;
+                }
+                _ => break,
+            }
+        }
+        self.advance(done);
+        done
+    }
+
+    /// Whether each slice starts and ends on a multiple of `alignment`, a power of two.
+    pub(crate) fn aligned(&self, alignment: usize) -> bool {
+        let mask = alignment.wrapping_sub(1);
+        self.rest()
+            .iter()
+            .all(|slice| (slice.ptr_guard().as_ptr() as usize | slice.len()) & mask == 0)
+    }
+
+    /// `preadv`: from `file` at `offset` into the guest. Consumes nothing.
+    pub(crate) fn read_from(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        let iov = self.iovecs();
+        let offset = file_offset(offset)?;
+        // SAFETY: each entry of `iov` is a live slice of guest memory, whose mapping `'m` keeps; the
+        // guest's own use of it is outside of Rust's aliasing, for no reference to it exists.
+        let result = unsafe { libc::preadv64(file.as_raw_fd(), iov.as_ptr(), count(&iov), offset) };
+        size(result)
+    }
+
+    /// `pwritev`: from the guest to `file` at `offset`. Consumes nothing.
+    pub(crate) fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
+        let iov = self.iovecs();
+        let offset = file_offset(offset)?;
+        // SAFETY: as in `read_from`; the kernel only reads the slices.
+        let result =
+            unsafe { libc::pwritev64(file.as_raw_fd(), iov.as_ptr(), count(&iov), offset) };
+        size(result)
+    }
+
+    /// `readv`: from a stream into the guest. Consumes nothing.
+    pub(crate) fn receive(&self, stream: BorrowedFd<'_>) -> io::Result<usize> {
+        let iov = self.iovecs();
+        // SAFETY: as in `read_from`.
+        size(unsafe { libc::readv(stream.as_raw_fd(), iov.as_ptr(), count(&iov)) })
+    }
+
+    /// `writev`: from the guest to a stream. Consumes nothing.
+    pub(crate) fn send(&self, stream: BorrowedFd<'_>) -> io::Result<usize> {
+        let iov = self.iovecs();
+        // SAFETY: as in `write_to`.
+        size(unsafe { libc::writev(stream.as_raw_fd(), iov.as_ptr(), count(&iov)) })
+    }
+
+    fn iovecs(&self) -> Vec<libc::iovec> {
+        self.rest()
+            .iter()
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect()
+    }
+}
+
+fn count(iov: &[libc::iovec]) -> libc::c_int {
+    libc::c_int::try_from(iov.len()).unwrap_or(libc::c_int::MAX)
+}
+
+fn file_offset(offset: u64) -> io::Result<libc::off64_t> {
+    libc::off64_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+fn size(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+    fn memory() -> GuestMemoryMmap<()> {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap()
+    }
+
+    fn segments<'m>(memory: &'m GuestMemoryMmap<()>, parts: &[(u64, usize)]) -> Segments<'m> {
+        let mut segments = Segments::default();
+        for &(address, len) in parts {
+            assert!(segments.push(memory.get_slice(GuestAddress(address), len).unwrap()));
+        }
+        segments
+    }
+
+    #[test]
+    fn what_is_written_across_slices_is_read_back() {
+        let memory = memory();
+        let parts = [(0, 3), (0x100, 5), (0x200, 2)];
+        let mut out = segments(&memory, &parts);
+        assert_eq!(out.write(b"abcdefghijkl"), 10);
+        assert!(out.is_empty());
+        let mut back = segments(&memory, &parts);
+        let mut head = [0; 4];
+        assert_eq!(back.read(&mut head), 4);
+        let mut tail = [0; 9];
+        assert_eq!(back.read(&mut tail), 6);
+        assert_eq!((&head, &tail[..6]), (b"abcd", &b"efghij"[..]));
+    }
+
+    #[test]
+    fn slices_beyond_what_a_system_call_takes_are_refused() {
+        let memory = memory();
+        let mut segments = Segments::default();
+        let slice = memory.get_slice(GuestAddress(0), 1).unwrap();
+        for _ in 0..MAX_SEGMENTS {
+            assert!(segments.push(slice));
+        }
+        assert!(!segments.push(slice));
+        assert_eq!(segments.len(), MAX_SEGMENTS);
+    }
+
+    proptest! {
+        #[test]
+        fn splitting_keeps_every_byte_and_its_order(
+            lens in proptest::collection::vec(0_usize..64, 0..16),
+            cut in 0_usize..1100,
+        ) {
+            let memory = memory();
+            let parts: Vec<_> = lens.iter().enumerate().map(|(i, &len)| (i as u64 * 64, len)).collect();
+            let total: usize = lens.iter().sum();
+            let bytes: Vec<u8> = (0..total).map(|i| i as u8).collect();
+            segments(&memory, &parts).write(&bytes);
+            let mut rest = segments(&memory, &parts);
+            let mut front = rest.take_front(cut);
+            prop_assert_eq!(front.len(), cut.min(total));
+            prop_assert_eq!(front.len() + rest.len(), total);
+            let mut joined = vec![0; total];
+            let split = front.read(&mut joined);
+            rest.read(&mut joined[split..]);
+            prop_assert_eq!(joined, bytes);
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Constants of virtio 1.3, under their own names. Nothing else stands here.
+
+/// Device types. Virtio 1.3 §5.
+pub mod device_type {
+    /// Network card. §5.1
+    pub const NET: u16 = 1;
+    /// Block device. §5.2
+    pub const BLOCK: u16 = 2;
+    /// Console. §5.3
+    pub const CONSOLE: u16 = 3;
+    /// Entropy source. §5.4
+    pub const ENTROPY: u16 = 4;
+}
+
+/// Device status bits. Virtio 1.3 §2.1.
+pub mod status {
+    /// The guest has noticed the device.
+    pub const ACKNOWLEDGE: u8 = 1;
+    /// The guest knows how to drive it.
+    pub const DRIVER: u8 = 2;
+    /// The driver is ready.
+    pub const DRIVER_OK: u8 = 4;
+    /// Feature negotiation is complete.
+    pub const FEATURES_OK: u8 = 8;
+    /// The device has met an error that it cannot recover from.
+    pub const DEVICE_NEEDS_RESET: u8 = 64;
+    /// The driver has given up.
+    pub const FAILED: u8 = 128;
+}
+
+/// Feature bits that do not belong to one type of device. Virtio 1.3 §6.
+pub mod feature {
+    /// `VIRTIO_F_INDIRECT_DESC`
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    /// `VIRTIO_F_EVENT_IDX`
+    pub const EVENT_IDX: u64 = 1 << 29;
+    /// `VIRTIO_F_VERSION_1`
+    pub const VERSION_1: u64 = 1 << 32;
+}
+
+/// A vector register that holds this has no vector. Virtio 1.3 §4.1.5.1.2.
+pub const NO_VECTOR: u16 = 0xffff;
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`. Virtio 1.3 §2.7.6.
+pub const AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// ISR status bits. Virtio 1.3 §4.1.4.5.
+pub mod isr {
+    /// A queue has used buffers.
+    pub const QUEUE: u8 = 1;
+    /// The device configuration, or the status, has changed.
+    pub const CONFIG: u8 = 2;
+}
+
+/// Virtio over PCI. Virtio 1.3 §4.1.
+pub mod pci {
+    /// Vendor of every virtio device. §4.1.2
+    pub const VENDOR: u16 = 0x1af4;
+    /// Device id of type 0; a modern device's is this and its type. §4.1.2
+    pub const MODERN_DEVICE_BASE: u16 = 0x1040;
+    /// A modern device's subsystem id is this or above. §4.1.2.1
+    pub const SUBSYSTEM_BASE: u16 = 0x40;
+
+    /// `VIRTIO_PCI_CAP_COMMON_CFG`. §4.1.4
+    pub const CAP_COMMON_CFG: u8 = 1;
+    /// `VIRTIO_PCI_CAP_NOTIFY_CFG`
+    pub const CAP_NOTIFY_CFG: u8 = 2;
+    /// `VIRTIO_PCI_CAP_ISR_CFG`
+    pub const CAP_ISR_CFG: u8 = 3;
+    /// `VIRTIO_PCI_CAP_DEVICE_CFG`
+    pub const CAP_DEVICE_CFG: u8 = 4;
+    /// `VIRTIO_PCI_CAP_PCI_CFG`
+    pub const CAP_PCI_CFG: u8 = 5;
+
+    /// Offsets in `struct virtio_pci_common_cfg`. §4.1.4.3
+    pub mod common {
+        /// `device_feature_select`, 32 bits
+        pub const DEVICE_FEATURE_SELECT: u64 = 0;
+        /// `device_feature`, 32 bits, read-only
+        pub const DEVICE_FEATURE: u64 = 4;
+        /// `driver_feature_select`, 32 bits
+        pub const DRIVER_FEATURE_SELECT: u64 = 8;
+        /// `driver_feature`, 32 bits
+        pub const DRIVER_FEATURE: u64 = 12;
+        /// `config_msix_vector`, 16 bits
+        pub const CONFIG_MSIX_VECTOR: u64 = 16;
+        /// `num_queues`, 16 bits, read-only
+        pub const NUM_QUEUES: u64 = 18;
+        /// `device_status`, 8 bits
+        pub const DEVICE_STATUS: u64 = 20;
+        /// `config_generation`, 8 bits, read-only
+        pub const CONFIG_GENERATION: u64 = 21;
+        /// `queue_select`, 16 bits
+        pub const QUEUE_SELECT: u64 = 22;
+        /// `queue_size`, 16 bits
+        pub const QUEUE_SIZE: u64 = 24;
+        /// `queue_msix_vector`, 16 bits
+        pub const QUEUE_MSIX_VECTOR: u64 = 26;
+        /// `queue_enable`, 16 bits
+        pub const QUEUE_ENABLE: u64 = 28;
+        /// `queue_notify_off`, 16 bits, read-only
+        pub const QUEUE_NOTIFY_OFF: u64 = 30;
+        /// `queue_desc`, 64 bits, also accessed by halves
+        pub const QUEUE_DESC: u64 = 32;
+        /// `queue_driver`, 64 bits, also accessed by halves
+        pub const QUEUE_DRIVER: u64 = 40;
+        /// `queue_device`, 64 bits, also accessed by halves
+        pub const QUEUE_DEVICE: u64 = 48;
+        /// Bytes, without the fields that need a feature we do not offer.
+        pub const SIZE: u64 = 56;
+    }
+}
+
+/// Block device. Virtio 1.3 §5.2.
+pub mod blk {
+    /// `VIRTIO_BLK_F_SEG_MAX`. §5.2.3
+    pub const F_SEG_MAX: u64 = 1 << 2;
+    /// `VIRTIO_BLK_F_RO`
+    pub const F_RO: u64 = 1 << 5;
+    /// `VIRTIO_BLK_F_BLK_SIZE`
+    pub const F_BLK_SIZE: u64 = 1 << 6;
+    /// `VIRTIO_BLK_F_FLUSH`
+    pub const F_FLUSH: u64 = 1 << 9;
+    /// `VIRTIO_BLK_F_TOPOLOGY`
+    pub const F_TOPOLOGY: u64 = 1 << 10;
+    /// `VIRTIO_BLK_F_MQ`
+    pub const F_MQ: u64 = 1 << 12;
+    /// `VIRTIO_BLK_F_DISCARD`
+    pub const F_DISCARD: u64 = 1 << 13;
+    /// `VIRTIO_BLK_F_WRITE_ZEROES`
+    pub const F_WRITE_ZEROES: u64 = 1 << 14;
+
+    /// `VIRTIO_BLK_T_IN`. §5.2.6
+    pub const T_IN: u32 = 0;
+    /// `VIRTIO_BLK_T_OUT`
+    pub const T_OUT: u32 = 1;
+    /// `VIRTIO_BLK_T_FLUSH`
+    pub const T_FLUSH: u32 = 4;
+    /// `VIRTIO_BLK_T_GET_ID`
+    pub const T_GET_ID: u32 = 8;
+    /// `VIRTIO_BLK_T_DISCARD`
+    pub const T_DISCARD: u32 = 11;
+    /// `VIRTIO_BLK_T_WRITE_ZEROES`
+    pub const T_WRITE_ZEROES: u32 = 13;
+
+    /// `VIRTIO_BLK_S_OK`. §5.2.6
+    pub const S_OK: u8 = 0;
+    /// `VIRTIO_BLK_S_IOERR`
+    pub const S_IOERR: u8 = 1;
+    /// `VIRTIO_BLK_S_UNSUPP`
+    pub const S_UNSUPP: u8 = 2;
+
+    /// Bytes of a sector, the unit of every position and length, whatever the block size.
+    pub const SECTOR: u64 = 512;
+    /// Bytes of `struct virtio_blk_req` before its data.
+    pub const HEADER_SIZE: usize = 16;
+    /// Bytes of the string that `VIRTIO_BLK_T_GET_ID` asks for.
+    pub const ID_SIZE: usize = 20;
+    /// Bytes of `struct virtio_blk_discard_write_zeroes`.
+    pub const RANGE_SIZE: usize = 16;
+    /// Its flag that says that write zeroes may deallocate.
+    pub const RANGE_F_UNMAP: u32 = 1;
+}
+
+/// Network card. Virtio 1.3 §5.1.
+pub mod net {
+    /// `VIRTIO_NET_F_CSUM`: the device takes packets with a partial checksum. §5.1.3
+    pub const F_CSUM: u64 = 1 << 0;
+    /// `VIRTIO_NET_F_GUEST_CSUM`: the driver takes them.
+    pub const F_GUEST_CSUM: u64 = 1 << 1;
+    /// `VIRTIO_NET_F_CTRL_GUEST_OFFLOADS`
+    pub const F_CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
+    /// `VIRTIO_NET_F_MAC`
+    pub const F_MAC: u64 = 1 << 5;
+    /// `VIRTIO_NET_F_GUEST_TSO4`
+    pub const F_GUEST_TSO4: u64 = 1 << 7;
+    /// `VIRTIO_NET_F_GUEST_TSO6`
+    pub const F_GUEST_TSO6: u64 = 1 << 8;
+    /// `VIRTIO_NET_F_GUEST_ECN`
+    pub const F_GUEST_ECN: u64 = 1 << 9;
+    /// `VIRTIO_NET_F_HOST_TSO4`
+    pub const F_HOST_TSO4: u64 = 1 << 11;
+    /// `VIRTIO_NET_F_HOST_TSO6`
+    pub const F_HOST_TSO6: u64 = 1 << 12;
+    /// `VIRTIO_NET_F_HOST_ECN`
+    pub const F_HOST_ECN: u64 = 1 << 13;
+    /// `VIRTIO_NET_F_MRG_RXBUF`
+    pub const F_MRG_RXBUF: u64 = 1 << 15;
+    /// `VIRTIO_NET_F_STATUS`
+    pub const F_STATUS: u64 = 1 << 16;
+    /// `VIRTIO_NET_F_CTRL_VQ`
+    pub const F_CTRL_VQ: u64 = 1 << 17;
+    /// `VIRTIO_NET_F_MQ`
+    pub const F_MQ: u64 = 1 << 22;
+
+    /// `VIRTIO_NET_S_LINK_UP`. §5.1.4
+    pub const S_LINK_UP: u16 = 1;
+
+    /// Bytes of `struct virtio_net_hdr` with `num_buffers`. §5.1.6
+    pub const HEADER_SIZE: usize = 12;
+    /// Offset of its `num_buffers`.
+    pub const HEADER_NUM_BUFFERS: usize = 10;
+
+    /// `VIRTIO_NET_OK`. §5.1.6.5
+    pub const CTRL_OK: u8 = 0;
+    /// `VIRTIO_NET_ERR`
+    pub const CTRL_ERR: u8 = 1;
+    /// `VIRTIO_NET_CTRL_MQ`. §5.1.6.5.5
+    pub const CTRL_MQ: u8 = 4;
+    /// `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`
+    pub const CTRL_MQ_VQ_PAIRS_SET: u8 = 0;
+    /// `VIRTIO_NET_CTRL_GUEST_OFFLOADS`. §5.1.6.5.8
+    pub const CTRL_GUEST_OFFLOADS: u8 = 5;
+    /// `VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET`
+    pub const CTRL_GUEST_OFFLOADS_SET: u8 = 0;
+}
+
+/// Console. Virtio 1.3 §5.3.
+pub mod console {
+    /// `VIRTIO_CONSOLE_F_SIZE`. §5.3.3
+    pub const F_SIZE: u64 = 1 << 0;
+    /// Queue from which the guest receives. §5.3.2
+    pub const RECEIVEQ: u16 = 0;
+    /// Queue to which it transmits.
+    pub const TRANSMITQ: u16 = 1;
+}

@@ -1,0 +1,137 @@
+use snapbox::str;
+
+use crate::{busway, file};
+
+/// What `busway run` with these flags complains of, which is bad usage.
+fn refused(flags: &[&str]) -> String {
+    let output = busway().arg("run").args(flags).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{flags:?}");
+    assert!(output.stdout.is_empty());
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn a_guest_needs_a_kernel() {
+    busway().arg("run").assert().code(2).stderr_eq(str![[r#"
+busway: error: no kernel: give one with --kernel FILE (a bzImage, or an ELF file with a PVH entry)
+
+"#]]);
+}
+
+#[test]
+fn an_unknown_flag_is_named_with_the_nearest() {
+    busway()
+        .args(["run", "--memroy", "size=1G"])
+        .assert()
+        .code(2)
+        .stderr_eq(str![[r#"
+busway: error: unexpected argument '--memroy' found
+
+  tip: a similar argument exists: '--memory'
+
+Usage: busway run --memory <KEY=VALUE,…>
+
+For more information, try '--help'.
+
+"#]]);
+}
+
+#[test]
+fn an_unknown_word_of_the_file_is_named_with_its_line_and_the_nearest() {
+    let (folder, _path) = file(
+        "vm.toml",
+        "kernel = \"vmlinuz\"\n\n[memroy]\nsize = \"1G\"\n",
+    );
+    busway()
+        .args(["run", "--config", "vm.toml"])
+        .current_dir(folder.path())
+        .assert()
+        .code(2)
+        .stderr_eq(str![[r#"
+busway: error: vm.toml: unknown key `memroy`, line 3; did you mean `memory`? (there are: kernel, initramfs, cmdline, cpus, memory, disk, net, rng, serial, console, device, platform)
+
+"#]]);
+}
+
+#[test]
+fn an_unknown_key_of_a_flag_is_named_with_the_nearest() {
+    busway()
+        .args(["run", "--disk", "path=a.raw,readolny=on"])
+        .assert()
+        .code(2)
+        .stderr_eq(str![[r#"
+busway: error: --disk: unknown key `readolny`; did you mean `readonly`? (there are: path, readonly, direct, num_queues, queue_size, id)
+
+"#]]);
+}
+
+#[test]
+fn what_a_later_version_has_is_not_taken_silently() {
+    for flags in [
+        ["--firmware", "OVMF.fd"],
+        ["--vsock", "cid=3"],
+        ["--device", "01:00.0,iommu=on"],
+        ["--net", "tap=a,vhost_user=on"],
+    ] {
+        refused(&flags);
+    }
+}
+
+#[test]
+fn a_bad_size_says_how_to_write_one() {
+    busway()
+        .args(["run", "--memory", "size=4GB"])
+        .assert()
+        .code(2)
+        .stderr_eq(str![[r#"
+busway: error: --memory size=4GB: size: `4GB` is not a size: write a whole number of bytes, or one with K, M, G or T after it
+
+"#]]);
+    assert!(refused(&["--kernel", "k", "--memory", "size=4"]).contains("16M at least"));
+}
+
+#[test]
+fn a_device_given_twice_is_refused_by_both_names() {
+    busway()
+        .args(["run", "--kernel", "k", "--device", "01:00.0,id=nvme"])
+        .args(["--device", "path=/sys/bus/pci/devices/0000:01:00.0/"])
+        .assert()
+        .code(2)
+        .stderr_eq(str![[r#"
+busway: error: --device id=nvme and --device no. 2 have the same PCI address, `0000:01:00.0`: a function can be given once
+
+"#]]);
+}
+
+#[test]
+fn what_is_no_device_says_how_to_write_one() {
+    busway()
+        .args(["run", "--kernel", "k", "--device", "nvme0"])
+        .assert()
+        .code(2)
+        .stderr_eq(str![[r#"
+busway: error: --device nvme0: `nvme0` is not a PCI address: write it as 0000:01:00.0 (segment:bus:device.function) or 01:00.0
+
+"#]]);
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let complaint = refused(&["--config", "/nowhere/vm.toml"]);
+    assert!(
+        complaint.starts_with("busway: error: cannot read --config /nowhere/vm.toml: No such file"),
+        "{complaint}"
+    );
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_known_before_the_guest_starts() {
+    let complaint = refused(&["--kernel", "k", "--report", "/nowhere/report.json"]);
+    assert!(complaint.contains("--report /nowhere/report.json: /nowhere: No such file"));
+}
+
+#[test]
+fn errors_have_no_colours_where_nobody_sees_them() {
+    assert!(!refused(&["--memory", "size=x"]).contains('\x1b'));
+    assert!(!refused(&["--memroy", "size=x"]).contains('\x1b'));
+}

@@ -1,0 +1,8 @@
+//! The kernel's interface, driven by guests of a few instructions. Needs `/dev/kvm`; where there is
+//! none, each test says so and passes.
+
+mod exits;
+mod guest;
+mod interrupts;
+mod memory;
+mod processors;

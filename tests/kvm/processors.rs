@@ -1,0 +1,85 @@
+//! Processors start, are held, and start again.
+
+use crate::guest::{AP_CODE, Guest, SPIN, STOP, TELL_AL, al, guest, wrmsr, x2apic};
+
+/// A guest whose boot processor wakes the others, each of which tells its APIC id.
+fn many(cpus: u8) -> Option<Guest> {
+    // IA32_X2APIC_ICR: INIT, then start-up with vector 2, to all but oneself.
+    let [init, startup] = [0xc_4500, 0xc_4602].map(|command| wrmsr(0x830, 0, command));
+    let guest = guest(
+        cpus,
+        &[&x2apic(), &init, &startup, &al(0xb0), TELL_AL, STOP],
+    )?;
+    // mov eax, 1; cpuid; shr ebx, 24; mov al, bl
+    let id = [
+        0x66, 0xb8, 1, 0, 0, 0, 0x0f, 0xa2, 0x66, 0xc1, 0xeb, 24, 0x88, 0xd8,
+    ];
+    guest.write(AP_CODE.into(), &[&id[..], TELL_AL, STOP].concat());
+    Some(guest)
+}
+
+fn everybody(guest: &Guest, cpus: u8) -> Vec<u8> {
+    let mut told: Vec<u8> = (0..cpus).map(|_| guest.next()).collect();
+    told.sort_unstable();
+    told
+}
+
+#[test]
+fn application_processors_wait_for_the_boot_processor_and_know_their_ids() {
+    for cpus in [1, 2, 4, 64] {
+        let Some(guest) = many(cpus) else { return };
+        guest.vcpus.resume();
+        let mut expected: Vec<u8> = (1..cpus).collect();
+        expected.push(0xb0);
+        assert_eq!(everybody(&guest, cpus), expected);
+    }
+}
+
+#[test]
+fn after_a_reset_all_of_it_happens_again() {
+    let Some(guest) = many(4) else { return };
+    for _ in 0..5 {
+        guest.vcpus.resume();
+        assert_eq!(everybody(&guest, 4), [1, 2, 3, 0xb0]);
+        guest.vcpus.hold();
+        guest.vcpus.reset().unwrap();
+        guest.vm.reset_chips().unwrap();
+        guest.enter().unwrap();
+    }
+}
+
+#[test]
+fn a_spinning_guest_is_held_and_goes_on_where_it_was() {
+    // mov al, 0; again: inc al; tell; mov cx, 0; loop $; jmp again
+    let Some(guest) = guest(
+        1,
+        &[
+            &al(0),
+            &[0xfe, 0xc0],
+            TELL_AL,
+            &[0xb9, 0, 0, 0xe2, 0xfe, 0xeb, 0xf5],
+        ],
+    ) else {
+        return;
+    };
+    guest.vcpus.resume();
+    let mut expected = 1_u8;
+    for _ in 0..50 {
+        assert_eq!(guest.next(), expected);
+        expected = expected.wrapping_add(1);
+        guest.vcpus.hold();
+        guest.vcpus.resume();
+    }
+}
+
+#[test]
+fn held_at_once_and_ended_at_once_is_no_race() {
+    for _ in 0..20 {
+        let Some(guest) = guest(4, &[SPIN]) else {
+            return;
+        };
+        guest.vcpus.resume();
+        guest.vcpus.hold();
+        guest.vcpus.resume();
+    }
+}

@@ -1,0 +1,148 @@
+//! What an emulated host is made of.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::zoo::Device;
+
+/// The kernel that the emulated host runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// Debian's own, with modules: VFIO by group and type1 container, no iommufd.
+    Stock,
+    /// The lab's small one: VFIO also by cdev, with iommufd.
+    Small,
+}
+
+/// The IOMMU that the emulated host has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Iommu {
+    /// Intel VT-d with interrupt remapping.
+    Intel,
+    /// AMD-Vi with interrupt and DMA remapping.
+    Amd,
+    /// None: what a host without one says.
+    None,
+}
+
+impl Iommu {
+    pub(crate) fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Intel => &["-device", "intel-iommu,intremap=on,caching-mode=on"],
+            Self::Amd => &["-device", "amd-iommu,intremap=on,dma-remap=on"],
+            Self::None => &[],
+        }
+    }
+}
+
+/// An emulated host: what [`Host::boot`](crate::Host::boot) boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostConfig {
+    pub(crate) kernel: Kernel,
+    pub(crate) iommu: Iommu,
+    pub(crate) cpus: u32,
+    pub(crate) memory_mib: u64,
+    pub(crate) cmdline: String,
+    pub(crate) devices: Vec<Device>,
+}
+
+impl HostConfig {
+    /// Two processors, 4 GiB, an Intel IOMMU and no device yet.
+    pub fn new(kernel: Kernel) -> Self {
+        Self {
+            kernel,
+            iommu: Iommu::Intel,
+            cpus: 2,
+            memory_mib: 4096,
+            cmdline: String::new(),
+            devices: Vec::new(),
+        }
+    }
+
+    /// Takes another IOMMU.
+    pub fn iommu(mut self, iommu: Iommu) -> Self {
+        self.iommu = iommu;
+        self
+    }
+
+    /// Takes another number of processors.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Takes another memory size.
+    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Appends words to the kernel's command line.
+    pub fn cmdline(mut self, words: &str) -> Self {
+        self.cmdline = words.to_owned();
+        self
+    }
+
+    /// Adds a device.
+    pub fn device(mut self, device: Device) -> Self {
+        self.devices.push(device);
+        self
+    }
+}
+
+/// What runs the emulated host's processors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Accelerator {
+    /// This machine's KVM, nested: full speed.
+    Kvm,
+    /// QEMU's emulation, anywhere.
+    Tcg,
+}
+
+impl Accelerator {
+    /// KVM where this machine's can nest, as far as it says; `BUSWAY_LAB_ACCEL=tcg` or `kvm`
+    /// overrules.
+    pub(crate) fn detect() -> Self {
+        match std::env::var("BUSWAY_LAB_ACCEL").as_deref() {
+            Ok("kvm") => return Self::Kvm,
+            Ok("tcg") => return Self::Tcg,
+            _ => {}
+        }
+        let says = |path: &str, wanted: &[&str]| {
+            fs::read_to_string(path).is_ok_and(|text| {
+                text.split_ascii_whitespace()
+                    .any(|word| wanted.contains(&word))
+            })
+        };
+        let nests = ["kvm_intel", "kvm_amd"].iter().any(|module| {
+            says(
+                &format!("/sys/module/{module}/parameters/nested"),
+                &["Y", "y", "1"],
+            )
+        });
+        let opens = fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok();
+        match says("/proc/cpuinfo", &["vmx", "svm"]) && nests && opens {
+            true => Self::Kvm,
+            false => Self::Tcg,
+        }
+    }
+
+    /// How long a boot may take, on a machine that is slow and busy with other things.
+    pub(crate) fn patience(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Kvm => 120,
+            Self::Tcg => 600,
+        })
+    }
+
+    pub(crate) fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
+            Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "EPYC-v1,+svm,+npt"],
+        }
+    }
+}

@@ -1,0 +1,39 @@
+# Runs a VMM for a guest run, in the emulated host. Arguments: the run's folder, then the command.
+# Each line of the VMM's standard output goes on with the time in front of it. At a guest's
+# `@@mark NAME` the VMM's counters are written to FOLDER/mark.NAME. The exit status is the VMM's.
+folder=$1
+shift
+pipe=/run/lab/console.$$
+mkfifo "$pipe"
+trap 'rm -f "$pipe"' EXIT
+
+snapshot() { # MARK
+    local mark=$1 file value task stat
+    printf 'at %s\n' "$EPOCHREALTIME"
+    for file in /sys/kernel/debug/kvm/"$pid"-*/*; do
+        [ -f "$file" ] && read -r value <"$file" && printf 'kvm %s %s\n' "${file##*/}" "$value"
+    done
+    for task in /proc/"$pid"/task/*; do
+        # proc(5): after the name in parentheses, utime and stime are the 12th and 13th words.
+        read -r stat <"$task/stat" || continue
+        set -- ${stat##*) }
+        stat=${stat#*(}
+        printf 'thread %s %s %s %s\n' "${task##*/}" "${12}" "${13}" "${stat%)*}"
+    done
+    # The map of a whole guest takes a second under emulation: only where a mark asks for memory.
+    case $mark in memory*) sed 's/^/map /' "/proc/$pid/smaps" ;; esac
+}
+
+began=$EPOCHREALTIME
+"$@" </dev/null >"$pipe" 2>"$folder/vmm.stderr" &
+pid=$!
+echo "$pid" >"$folder/vmm.pid"
+printf '%s @@exec\n' "$began"
+while IFS= read -r line || [ -n "$line" ]; do
+    line=${line%$'\r'}
+    printf '%s %s\n' "$EPOCHREALTIME" "$line"
+    case $line in
+    *'@@mark '*) snapshot "${line##*@@mark }" >"$folder/mark.${line##*@@mark }" ;;
+    esac
+done <"$pipe"
+wait "$pid"

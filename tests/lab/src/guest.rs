@@ -1,0 +1,376 @@
+//! One guest, run in the emulated host by Busway or by QEMU.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::cpio;
+use crate::host::Host;
+use crate::job::Job;
+use crate::snapshot::Snapshot;
+use crate::transcript::{EXEC, Transcript, UP};
+
+/// The VMM that runs a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    /// The `busway` that [`Host::install`] put into the host.
+    Busway,
+    /// QEMU's q35 machine with KVM, from the host's own package.
+    Qemu,
+}
+
+/// The kernel that a guest boots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestKernel {
+    /// Debian's own, a bzImage.
+    Stock,
+    /// The lab's small one, as bzImage.
+    SmallBzImage,
+    /// The same as ELF, by the PVH entry.
+    SmallElf,
+}
+
+/// A guest to be run: what it is made of, and the script that it runs.
+///
+/// The script is busybox's shell with `set -e`. It has the functions `value KEY WORDS`,
+/// `COMMAND | block NAME` and `mark NAME [SECONDS]`; at a mark the host takes a [`Snapshot`] of the
+/// VMM, while the guest waits that long (a second, if it says nothing). At the script's end the guest
+/// powers off, and `status` is among its values.
+#[derive(Debug, Clone)]
+pub struct GuestRun {
+    vmm: Vmm,
+    kernel: GuestKernel,
+    cpus: u32,
+    memory_mib: u64,
+    devices: Vec<String>,
+    cmdline: String,
+    arguments: Vec<String>,
+    programs: bool,
+    files: Vec<(String, PathBuf)>,
+    script: String,
+    limit: Duration,
+}
+
+impl GuestRun {
+    /// One processor, 512 MiB, the stock kernel, no device and nothing to do.
+    pub fn new(vmm: Vmm) -> Self {
+        Self {
+            vmm,
+            kernel: GuestKernel::Stock,
+            cpus: 1,
+            memory_mib: 512,
+            devices: Vec::new(),
+            cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
+            arguments: Vec::new(),
+            programs: false,
+            files: Vec::new(),
+            script: String::new(),
+            limit: Duration::from_secs(600),
+        }
+    }
+
+    /// Takes another kernel.
+    pub fn kernel(mut self, kernel: GuestKernel) -> Self {
+        self.kernel = kernel;
+        self
+    }
+
+    /// Takes another number of processors.
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Takes another memory size.
+    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Gives the guest a host device by its address, which has to be bound to VFIO.
+    pub fn device(mut self, address: &str) -> Self {
+        self.devices.push(address.to_owned());
+        self
+    }
+
+    /// Takes another kernel command line than `console=ttyS0 quiet panic=-1`.
+    pub fn cmdline(mut self, cmdline: &str) -> Self {
+        self.cmdline = cmdline.to_owned();
+        self
+    }
+
+    /// Adds words to the VMM's own command line.
+    pub fn args(mut self, words: &[&str]) -> Self {
+        self.arguments
+            .extend(words.iter().map(|&word| word.to_owned()));
+        self
+    }
+
+    /// Gives the guest Debian's `fio` and `lspci`, at the price of 57 MB more of initramfs.
+    pub fn programs(mut self) -> Self {
+        self.programs = true;
+        self
+    }
+
+    /// Puts a file of this machine, such as a static program, into the guest: `bin/lab-io`.
+    pub fn file(mut self, inside: &str, outside: &Path) -> Self {
+        self.files.push((inside.to_owned(), outside.to_owned()));
+        self
+    }
+
+    /// What the guest does.
+    pub fn script(mut self, script: &str) -> Self {
+        self.script = script.to_owned();
+        self
+    }
+
+    /// How long it may take altogether.
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// The initramfs segment of the guest's own.
+    fn segment(&self) -> Result<Vec<u8>> {
+        let mut files = vec![("script", self.script.clone().into_bytes())];
+        for (inside, outside) in &self.files {
+            let content = fs::read(outside);
+            let content = content.with_context(|| format!("reading {}", outside.display()))?;
+            files.push((inside, content));
+        }
+        Ok(cpio::archive(
+            files
+                .iter()
+                .map(|(name, content)| (*name, content.as_slice())),
+        ))
+    }
+
+    fn command(&self, kernel: &str, initramfs: &str, report: &str) -> Vec<String> {
+        let mut words: Vec<String> = Vec::new();
+        let mut add = |more: &[&str]| words.extend(more.iter().map(|&word| word.to_owned()));
+        let boot = [kernel, initramfs, &self.cmdline];
+        match self.vmm {
+            Vmm::Busway => {
+                add(&["busway", "run", "--kernel", boot[0], "--initramfs", boot[1]]);
+                add(&[
+                    "--cmdline",
+                    boot[2],
+                    "--cpus",
+                    &format!("boot={}", self.cpus),
+                ]);
+                add(&["--memory", &format!("size={}M", self.memory_mib)]);
+                add(&["--serial", "tty", "--console", "off", "--report", report]);
+                self.devices
+                    .iter()
+                    .for_each(|address| add(&["--device", address]));
+            }
+            Vmm::Qemu => {
+                add(&[
+                    "qemu-system-x86_64",
+                    "-machine",
+                    "q35,accel=kvm",
+                    "-cpu",
+                    "host",
+                ]);
+                add(&[
+                    "-nodefaults",
+                    "-no-user-config",
+                    "-display",
+                    "none",
+                    "-no-reboot",
+                ]);
+                add(&["-serial", "stdio", "-kernel", boot[0], "-initrd", boot[1]]);
+                add(&["-append", boot[2], "-smp", &self.cpus.to_string()]);
+                add(&["-m", &self.memory_mib.to_string()]);
+                for (port, address) in self.devices.iter().enumerate() {
+                    add(&[
+                        "-device",
+                        &format!("pcie-root-port,id=port{port},chassis={port}"),
+                    ]);
+                    add(&[
+                        "-device",
+                        &format!("vfio-pci,host={address},bus=port{port}"),
+                    ]);
+                }
+            }
+        }
+        words.extend(self.arguments.iter().cloned());
+        words
+    }
+}
+
+/// A guest that runs.
+#[derive(Debug)]
+pub struct RunningGuest<'host> {
+    host: &'host Host,
+    job: Job,
+    limit: Duration,
+}
+
+/// What came of a guest.
+#[derive(Debug, Clone)]
+pub struct GuestResult {
+    /// The VMM's exit status.
+    pub status: i32,
+    /// The guest's console, and what its script said.
+    pub transcript: Transcript,
+    /// The VMM's counters at each of the guest's marks.
+    pub marks: BTreeMap<String, Snapshot>,
+    /// What the VMM wrote to its standard error.
+    pub stderr: String,
+    /// Busway's boot report, if it wrote one.
+    pub report: Option<Value>,
+}
+
+impl Host {
+    /// Runs a guest to its end.
+    pub fn guest(&self, run: &GuestRun) -> Result<GuestResult> {
+        self.start_guest(run)?.finish()
+    }
+
+    /// Starts a guest.
+    pub fn start_guest(&self, run: &GuestRun) -> Result<RunningGuest<'_>> {
+        let folder = self.job_folder()?;
+        let inside = folder.inside();
+        fs::write(folder.path.join("script.cpio"), run.segment()?)?;
+        fs::write(folder.path.join("guest-run"), include_str!("guest-run.sh"))?;
+        let parts = self.parts();
+        let kernel = match run.kernel {
+            GuestKernel::Stock => parts.stock.join("bzImage"),
+            GuestKernel::SmallBzImage => parts.small.join("bzImage"),
+            GuestKernel::SmallElf => parts.small.join("vmlinux"),
+        };
+        let mut images = vec![parts.images.join("guest.img")];
+        if run.programs {
+            images.push(parts.images.join("guest-programs.img"));
+        }
+        let images: Vec<PathBuf> = images.iter().map(|image| parts.inside(image)).collect();
+        let images: Vec<String> = images
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect();
+        let initramfs = format!("/run/lab/{}.img", folder.id);
+        let kernel = parts.inside(&kernel).display().to_string();
+        let command = run.command(&kernel, &initramfs, &format!("{inside}/report.json"));
+        let command: Vec<String> = command.iter().map(|word| quote(word)).collect();
+        let script = format!(
+            "trap 'rm -f {initramfs}' EXIT\ncat {} {inside}/script.cpio >{initramfs}\n\
+             bash {inside}/guest-run {inside} {}\n",
+            images.join(" "),
+            command.join(" "),
+        );
+        let name = format!("a guest under {:?}", run.vmm);
+        let job = self.start(folder, &name, &script)?;
+        Ok(RunningGuest {
+            host: self,
+            job,
+            limit: run.limit,
+        })
+    }
+}
+
+impl RunningGuest<'_> {
+    /// Waits until the guest's console shows a line that contains these words.
+    pub fn wait_line(&self, words: &str) -> Result<String> {
+        self.job.wait_line(self.limit, |line| line.contains(words))
+    }
+
+    /// Waits until the guest's first program has begun.
+    pub fn wait_up(&self) -> Result<()> {
+        self.wait_line(UP).map(drop)
+    }
+
+    /// The VMM's process id in the host.
+    pub fn pid(&self) -> Result<u32> {
+        self.wait_line(EXEC)?;
+        let text = fs::read_to_string(self.job.folder().join("vmm.pid"))?;
+        text.trim()
+            .parse()
+            .context("the VMM's process id is no number")
+    }
+
+    /// Sends the VMM a signal, by its name without `SIG`.
+    pub fn signal(&self, name: &str) -> Result<()> {
+        let pid = self.pid()?;
+        self.host.run(&format!("kill -s {name} {pid}")).map(drop)
+    }
+
+    /// Waits for the end, and collects what came of it. At the limit the VMM is killed.
+    pub fn finish(self) -> Result<GuestResult> {
+        let read = |name: &str| {
+            let bytes = fs::read(self.job.folder().join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let output = self
+            .job
+            .wait(self.limit)
+            .with_context(|| read("vmm.stderr"))?;
+        let mut marks = BTreeMap::new();
+        for entry in fs::read_dir(self.job.folder())? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if let Some(mark) = name.strip_prefix("mark.") {
+                marks.insert(mark.to_owned(), Snapshot::parse(&read(&name)));
+            }
+        }
+        Ok(GuestResult {
+            status: output.status,
+            transcript: Transcript::parse(&output.stdout),
+            marks,
+            stderr: read("vmm.stderr") + &output.stderr,
+            report: serde_json::from_str(&read("report.json")).ok(),
+        })
+    }
+}
+
+impl GuestResult {
+    /// From the VMM's start to the guest's first program.
+    pub fn boot_time(&self) -> Option<Duration> {
+        let started = self.transcript.time_of(EXEC)?;
+        Duration::try_from_secs_f64(self.transcript.time_of(UP)? - started).ok()
+    }
+
+    /// A value that the script must have given.
+    pub fn value(&self, key: &str) -> Result<&str> {
+        let value = self.transcript.values.get(key).map(String::as_str);
+        value.with_context(|| self.explain(&format!("the guest gave no {key}")))
+    }
+
+    /// A block that the script must have given.
+    pub fn block(&self, name: &str) -> Result<&str> {
+        let block = self.transcript.blocks.get(name).map(String::as_str);
+        block.with_context(|| self.explain(&format!("the guest gave no block {name}")))
+    }
+
+    /// Itself, if the VMM ended with status 0 and the guest's script did; else why not.
+    pub fn success(self) -> Result<Self> {
+        let script = self.transcript.values.get("status").map(String::as_str);
+        if self.status == 0 && script == Some("0") {
+            return Ok(self);
+        }
+        let script = script.unwrap_or("none: it did not reach its end");
+        let what = format!(
+            "the VMM's exit status is {}, the script's {script}",
+            self.status
+        );
+        Err(anyhow::Error::msg(self.explain(&what)))
+    }
+
+    fn explain(&self, what: &str) -> String {
+        let text = self.transcript.text();
+        let lines: Vec<&str> = text.lines().collect();
+        let last = lines[lines.len().saturating_sub(40)..].join("\n");
+        format!(
+            "{what}; the guest's console ends:\n{last}\nthe VMM said:\n{}",
+            self.stderr
+        )
+    }
+}
+
+/// A word as the shell reads it back.
+pub(crate) fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}

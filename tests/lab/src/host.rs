@@ -1,0 +1,327 @@
+//! The emulated host: booted, given scripts to run, and gone when dropped.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::agent::Agent;
+use crate::config::{Accelerator, HostConfig, Iommu, Kernel};
+use crate::job::{Folder, Job, Output};
+use crate::parts::{Extent, Parts};
+use crate::process::spawn_bound;
+use crate::qmp::Qmp;
+use crate::scratch::Scratch;
+use crate::zoo;
+
+/// A running emulated host. Whatever becomes of this process, QEMU ends with it.
+#[derive(Debug)]
+pub struct Host {
+    // In the order in which they go: QEMU ends before its folder does.
+    qemu: Qemu,
+    agent: Arc<Agent>,
+    qmp: Mutex<Qmp>,
+    jobs: AtomicU64,
+    config: HostConfig,
+    parts: Parts,
+    scratch: Scratch,
+}
+
+/// QEMU's process, killed and reaped when dropped.
+#[derive(Debug)]
+struct Qemu(Child);
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // An error means that it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Where the host's console is shown; a log keeps it in either case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Console {
+    Log,
+    Terminal,
+}
+
+impl Console {
+    fn arguments(self, log: &Path) -> [String; 4] {
+        let log = log.display();
+        let line = match self {
+            Self::Log => format!("file,id=console,path={log}"),
+            Self::Terminal => format!("stdio,id=console,signal=off,logfile={log}"),
+        };
+        let port = "isa-serial,index=0,chardev=console";
+        [
+            "-chardev".to_owned(),
+            line,
+            "-device".to_owned(),
+            port.to_owned(),
+        ]
+    }
+}
+
+impl Host {
+    /// Boots a host, making what the lab lacks first, and returns when its agent answers.
+    pub fn boot(config: HostConfig) -> Result<Self> {
+        Self::boot_on(config, Console::Log)
+    }
+
+    /// Boots a host whose console is this process's terminal.
+    pub fn boot_on_terminal(config: HostConfig) -> Result<Self> {
+        Self::boot_on(config, Console::Terminal)
+    }
+
+    fn boot_on(config: HostConfig, console: Console) -> Result<Self> {
+        let parts = Parts::prepare(match config.kernel {
+            Kernel::Stock => Extent::Stock,
+            Kernel::Small => Extent::Full,
+        })?;
+        match Accelerator::detect() {
+            Accelerator::Kvm => Self::boot_nested(&config, &parts, console).or_else(|error| {
+                eprintln!("lab: this machine's KVM does not nest after all: {error:#}");
+                Self::boot_with(&config, &parts, console, Accelerator::Tcg)
+            }),
+            Accelerator::Tcg => Self::boot_with(&config, &parts, console, Accelerator::Tcg),
+        }
+    }
+
+    fn boot_nested(config: &HostConfig, parts: &Parts, console: Console) -> Result<Self> {
+        let host = Self::boot_with(config, parts, console, Accelerator::Kvm)?;
+        host.run("test -c /dev/kvm")
+            .context("the emulated host has no /dev/kvm")?;
+        Ok(host)
+    }
+
+    fn boot_with(
+        config: &HostConfig,
+        parts: &Parts,
+        console: Console,
+        accelerator: Accelerator,
+    ) -> Result<Self> {
+        let scratch = Scratch::new(&parts.cache)?;
+        let folder = scratch.path();
+        fs::create_dir_all(folder.join("share/jobs"))?;
+        for (name, bytes) in config.devices.iter().filter_map(zoo::Device::backing) {
+            File::create_new(folder.join(name))?.set_len(bytes)?;
+        }
+        let (line, agent_end) = UnixStream::pair()?;
+        let (monitor, qmp_end) = UnixStream::pair()?;
+        let logs = [folder.join("console.log"), folder.join("qemu.log")];
+        let log = File::create(&logs[1])?;
+        let mut command = qemu_command(parts);
+        command
+            .args(machine_arguments(config, parts, accelerator, folder))
+            .args(console.arguments(&logs[0]))
+            .args(line_arguments("agent", &agent_end))
+            .args(["-device", "isa-serial,index=1,chardev=agent"])
+            .args(line_arguments("qmp", &qmp_end))
+            .args(["-mon", "chardev=qmp,mode=control"])
+            .stderr(log);
+        if console == Console::Log {
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+        }
+        let child = spawn_bound(command, vec![agent_end.into(), qmp_end.into()])
+            .context("cannot start the lab's QEMU")?;
+        let qemu = Qemu(child);
+        let agent = Agent::new(line, logs)?;
+        let qmp = Qmp::new(monitor).map_err(|_| agent.death("QEMU started"))?;
+        agent.wait_ready(accelerator.patience())?;
+        Ok(Self {
+            qemu,
+            agent,
+            qmp: Mutex::new(qmp),
+            jobs: AtomicU64::new(1),
+            config: config.clone(),
+            parts: parts.clone(),
+            scratch,
+        })
+    }
+
+    /// What it was made of.
+    pub fn config(&self) -> &HostConfig {
+        &self.config
+    }
+
+    /// The lab's parts that it runs from.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    /// The folder that the host sees as `/lab`.
+    pub fn share(&self) -> PathBuf {
+        self.scratch.path().join("share")
+    }
+
+    /// Everything that the host's console has shown.
+    pub fn console(&self) -> String {
+        let bytes = fs::read(self.scratch.path().join("console.log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The file behind a drive.
+    pub fn backing_file(&self, id: &str) -> PathBuf {
+        self.scratch.path().join(format!("{id}.img"))
+    }
+
+    /// QEMU's machine protocol.
+    pub fn qmp(&self) -> MutexGuard<'_, Qmp> {
+        self.qmp.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The address of a device of the zoo, by its id, as `0000:01:00.0`.
+    pub fn address(&self, id: &str) -> Result<String> {
+        self.qmp().address(id)
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&self) -> bool {
+        !self.agent.is_gone()
+    }
+
+    pub(crate) fn job_folder(&self) -> Result<Folder> {
+        let id = self.jobs.fetch_add(1, Ordering::Relaxed);
+        let path = self.share().join("jobs").join(id.to_string());
+        fs::create_dir(&path)?;
+        Ok(Folder { id, path })
+    }
+
+    pub(crate) fn start(&self, folder: Folder, name: &str, script: &str) -> Result<Job> {
+        folder.start(&self.agent, name, script)
+    }
+
+    /// Starts a bash script in the host, beside whatever else runs there.
+    pub fn spawn(&self, script: &str) -> Result<Job> {
+        let name = script.lines().next().unwrap_or_default();
+        self.start(self.job_folder()?, name, script)
+    }
+
+    /// Runs a bash script to its end.
+    pub fn output(&self, script: &str, limit: Duration) -> Result<Output> {
+        self.spawn(script)?.wait(limit)
+    }
+
+    /// Runs a bash script that has to succeed, in at most five minutes; returns what it printed.
+    pub fn run(&self, script: &str) -> Result<String> {
+        self.output(script, Duration::from_secs(300))?
+            .success()
+            .with_context(|| format!("in the emulated host: {script}"))
+    }
+
+    /// Puts a program of this machine, a static one, into the host's `/usr/local/bin`.
+    pub fn install(&self, program: &Path) -> Result<()> {
+        let name = program.file_name().context("a program has a name")?;
+        fs::copy(program, self.share().join(name))
+            .with_context(|| format!("cannot copy {}", program.display()))?;
+        let name = name.display();
+        self.run(&format!(
+            "install /lab/{name} /usr/local/bin/ && rm /lab/{name}"
+        ))?;
+        Ok(())
+    }
+
+    /// Powers the host off as its owner would, so that what it wrote is on its drives.
+    pub fn power_off(self) -> Result<()> {
+        self.agent
+            .order("OFF")
+            .map_err(|_| self.agent.death("powering off"))?;
+        if !self.agent.wait_gone(Duration::from_secs(120)) {
+            bail!("the emulated host did not power off:\n{}", self.console());
+        }
+        Ok(())
+    }
+
+    /// The process id of QEMU on this machine: what a power cut kills.
+    pub fn qemu_pid(&self) -> u32 {
+        self.qemu.0.id()
+    }
+}
+
+/// QEMU out of the Debian root, by the root's own loader and libraries: it needs neither chroot nor
+/// privilege, and nothing of this machine's distribution.
+fn qemu_command(parts: &Parts) -> Command {
+    let root = &parts.root;
+    let libraries = root.join("usr/lib/x86_64-linux-gnu");
+    let mut command = Command::new(root.join("usr/lib64/ld-linux-x86-64.so.2"));
+    command
+        .env("QEMU_MODULE_DIR", libraries.join("qemu"))
+        .arg("--library-path")
+        .arg(&libraries)
+        .arg(root.join("usr/bin/qemu-system-x86_64"));
+    for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+        command.arg("-L").arg(root.join(firmware));
+    }
+    command
+}
+
+fn line_arguments(id: &str, end: &UnixStream) -> [String; 2] {
+    [
+        "-chardev".to_owned(),
+        format!("socket,id={id},fd={}", end.as_raw_fd()),
+    ]
+}
+
+fn machine_arguments(
+    config: &HostConfig,
+    parts: &Parts,
+    accelerator: Accelerator,
+    scratch: &Path,
+) -> Vec<String> {
+    let base = |path: &Path| path.file_name().unwrap_or_default().display().to_string();
+    let kernel = match config.kernel {
+        Kernel::Stock => &parts.stock,
+        Kernel::Small => &parts.small,
+    };
+    let cmdline = format!(
+        "console=ttyS0 quiet panic=-1 {} lab.root={} lab.modules={} {}",
+        match config.iommu {
+            Iommu::Intel => "intel_iommu=on",
+            Iommu::Amd | Iommu::None => "",
+        },
+        base(&parts.root),
+        base(&parts.stock),
+        config.cmdline,
+    );
+    let folder = |tag: &str, path: &Path, more: &str| {
+        let path = path.display();
+        format!("local,path={path},mount_tag={tag},security_model=none,multidevs=remap{more}")
+    };
+    let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+
+    let mut arguments: Vec<String> = Vec::new();
+    let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
+    add(&[
+        "-machine",
+        "q35,kernel-irqchip=split",
+        "-nodefaults",
+        "-no-user-config",
+    ]);
+    add(&["-display", "none", "-no-reboot"]);
+    add(accelerator.arguments());
+    add(&[
+        "-smp",
+        &config.cpus.to_string(),
+        "-m",
+        &config.memory_mib.to_string(),
+    ]);
+    add(&["-kernel", &kernel.join("bzImage").display().to_string()]);
+    add(&[
+        "-initrd",
+        &parts.images.join("host.img").display().to_string(),
+    ]);
+    add(&["-append", &cmdline]);
+    add(config.iommu.arguments());
+    add(&["-virtfs", &folder("cache", &parts.cache, ",readonly=on")]);
+    add(&["-virtfs", &folder("project", &project, ",readonly=on")]);
+    add(&["-virtfs", &folder("share", &scratch.join("share"), "")]);
+    arguments.extend(zoo::arguments(&config.devices, scratch));
+    arguments
+}

@@ -1,0 +1,167 @@
+//! `scripts/lab`: the emulated host by hand.
+
+mod terminal;
+
+use std::io;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use busway_lab::{Device, Extent, Host, HostConfig, Iommu, Kernel, Parts, Profile, build_busway};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use terminal::Terminal;
+
+/// The emulated host: VFIO, KVM and an IOMMU on any machine.
+#[derive(Debug, Parser)]
+#[command(name = "lab")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Makes what the lab stands on: a Debian root, two kernels, initramfs images.
+    Setup {
+        /// All but the small kernel, which takes ten minutes to build.
+        #[arg(long)]
+        stock: bool,
+    },
+    /// Boots the emulated host and runs a command in it.
+    Run {
+        #[command(flatten)]
+        host: HostArgs,
+        /// The longest that it may take, in seconds.
+        #[arg(long, default_value_t = 3600)]
+        limit: u64,
+        /// The command and its arguments, as bash reads them.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Boots the emulated host with a shell of its own on this terminal; the shell's end is the host's.
+    Shell {
+        #[command(flatten)]
+        host: HostArgs,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum KernelArg {
+    Stock,
+    Small,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum IommuArg {
+    Intel,
+    Amd,
+    None,
+}
+
+/// What the host is made of.
+#[derive(Debug, Args)]
+struct HostArgs {
+    /// The host's kernel: Debian's own, or the small one with iommufd.
+    #[arg(long, value_enum, default_value = "stock")]
+    kernel: KernelArg,
+    /// The host's IOMMU.
+    #[arg(long, value_enum, default_value = "intel")]
+    iommu: IommuArg,
+    /// The host's processors.
+    #[arg(long, default_value_t = 2)]
+    cpus: u32,
+    /// The host's memory, in MiB.
+    #[arg(long, default_value_t = 4096)]
+    memory: u64,
+    /// A device: nvme[:MIB], e1000e, igb, e1000, rtl8139, edu, ivshmem[:MIB], xhci or hda; its id is
+    /// dev0, dev1 and so on.
+    #[arg(long)]
+    device: Vec<String>,
+    /// Do not build Busway and put it into the host.
+    #[arg(long)]
+    without_busway: bool,
+}
+
+impl HostArgs {
+    fn config(&self) -> Result<HostConfig> {
+        let kernel = match self.kernel {
+            KernelArg::Stock => Kernel::Stock,
+            KernelArg::Small => Kernel::Small,
+        };
+        let iommu = match self.iommu {
+            IommuArg::Intel => Iommu::Intel,
+            IommuArg::Amd => Iommu::Amd,
+            IommuArg::None => Iommu::None,
+        };
+        let mut config = HostConfig::new(kernel)
+            .iommu(iommu)
+            .cpus(self.cpus)
+            .memory_mib(self.memory);
+        for (number, text) in self.device.iter().enumerate() {
+            let device =
+                Device::parse(&format!("dev{number}"), text).map_err(anyhow::Error::msg)?;
+            config = config.device(device);
+        }
+        Ok(config)
+    }
+
+    fn boot(&self, boot: fn(HostConfig) -> Result<Host>) -> Result<Host> {
+        let config = self.config()?;
+        if self.without_busway {
+            return boot(config);
+        }
+        let busway = build_busway(Profile::Lab)?;
+        let host = boot(config)?;
+        host.install(&busway)?;
+        Ok(host)
+    }
+}
+
+/// The exit status when it is the lab that failed, and not the command in it.
+const LAB_FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    execute(Cli::parse().command).unwrap_or_else(|error| {
+        eprintln!("lab: error: {error:#}");
+        ExitCode::from(LAB_FAILED)
+    })
+}
+
+fn execute(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Setup { stock } => {
+            Parts::prepare(if stock { Extent::Stock } else { Extent::Full })?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Run {
+            host,
+            limit,
+            command,
+        } => run(&host, limit, &command.join(" ")),
+        Command::Shell { host } => shell(&host),
+    }
+}
+
+fn run(host: &HostArgs, limit: u64, command: &str) -> Result<ExitCode> {
+    let host = host.boot(Host::boot)?;
+    let job = host.spawn(command)?;
+    let status = job.follow(
+        Duration::from_secs(limit),
+        &mut io::stdout(),
+        &mut io::stderr(),
+    )?;
+    Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
+}
+
+fn shell(host: &HostArgs) -> Result<ExitCode> {
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    const SHELL: &str = "stty -F /dev/ttyS0 sane; cd; TERM=vt100 exec setsid --wait --ctty \
+                         bash -i <>/dev/ttyS0 >&0 2>&1";
+    // QEMU restores the terminal when it powers off, but not when it is killed.
+    let terminal = Terminal::save();
+    let host = host.boot(Host::boot_on_terminal)?;
+    let status = host.spawn(SHELL)?.wait(DAY)?.status;
+    host.power_off()?;
+    drop(terminal);
+    Ok(ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)))
+}

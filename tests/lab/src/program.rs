@@ -1,0 +1,53 @@
+//! The workspace's programs, as the emulated host and its guests run them.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+/// The cargo profile to build with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// Optimised, with every overflow and debug assertion checked: for tests.
+    Lab,
+    /// As users have it: for measuring.
+    Release,
+}
+
+/// Builds `busway`, and returns its path.
+pub fn build_busway(profile: Profile) -> Result<PathBuf> {
+    build_static("busway", "busway", profile)
+}
+
+/// Builds a program of the workspace, static so that it runs whatever C library is there, and
+/// returns its path.
+pub fn build_static(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    let profile = match profile {
+        Profile::Lab => "lab",
+        Profile::Release => "release",
+    };
+    let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."))
+        .env(
+            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
+            "-C target-feature=+crt-static",
+        )
+        .args(["build", "--quiet", "--package", package, "--bin", program])
+        .args(["--target", TARGET, "--profile", profile])
+        .args(["--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!("cargo could not build {program}");
+    }
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == program)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| format!("cargo built no program named {program}"))
+}

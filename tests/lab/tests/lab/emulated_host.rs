@@ -1,0 +1,254 @@
+//! The lab itself: both hosts have what VFIO stands on, and a guest of QEMU's gets a drive there.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use busway_lab::{
+    DataServer, Device, GATEWAY, GuestKernel, GuestRun, Host, HostConfig, Iommu, Kernel, Lab,
+    Upload, Vmm,
+};
+
+use crate::Proof;
+
+pub(crate) const PROOFS: &[Proof] = &[
+    (
+        "stock_host_has_kvm_vfio_and_a_group_for_each_device",
+        stock_host,
+    ),
+    (
+        "stock_host_gives_qemu_guest_a_drive_that_keeps_its_data",
+        qemu_guest_drive,
+    ),
+    (
+        "stock_host_gives_qemu_guest_a_nic_that_moves_data_both_ways",
+        qemu_guest_nic,
+    ),
+    ("small_host_has_iommufd", small_host),
+    (
+        "small_host_boots_the_small_kernel_as_elf_and_counts_at_marks",
+        qemu_guest_marks,
+    ),
+    ("small_host_has_the_amd_iommu", amd_host),
+    (
+        "small_host_makes_virtual_functions_each_alone_in_its_group",
+        virtual_functions,
+    ),
+    ("nothing_is_left_after_a_host_is_dropped", nothing_left),
+    ("nothing_runs_on_after_its_owner_is_killed", killed_owner),
+];
+
+fn zoo(kernel: Kernel) -> HostConfig {
+    HostConfig::new(kernel)
+        .device(Device::nvme("nv0", 256))
+        .device(Device::e1000e("nic0"))
+}
+
+/// Each device of the zoo is alone in its IOMMU group.
+fn check_groups(host: &Host) -> Result<()> {
+    let mut groups = BTreeSet::new();
+    for id in ["nv0", "nic0"] {
+        let address = host.address(id)?;
+        let members = host.run(&format!(
+            "ls /sys/bus/pci/devices/{address}/iommu_group/devices"
+        ))?;
+        ensure!(members.trim() == address, "{id}'s group has {members}");
+        groups.insert(host.run(&format!(
+            "readlink /sys/bus/pci/devices/{address}/iommu_group"
+        ))?);
+    }
+    ensure!(groups.len() == 2, "the devices share a group");
+    Ok(())
+}
+
+fn stock_host(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Stock))?;
+    host.run("test -c /dev/kvm && test -c /dev/vfio/vfio && ! test -e /dev/iommu")?;
+    ensure!(host.driver(&host.address("nv0")?)?.as_deref() == Some("nvme"));
+    ensure!(host.driver(&host.address("nic0")?)?.as_deref() == Some("e1000e"));
+    check_groups(host)
+}
+
+fn small_host(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Small))?;
+    host.run("test -c /dev/kvm && test -c /dev/vfio/vfio && test -c /dev/iommu")?;
+    check_groups(host)
+}
+
+fn amd_host(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Small).iommu(Iommu::Amd))?;
+    host.run("test -c /dev/kvm && test -c /dev/iommu")?;
+    check_groups(host)
+}
+
+fn qemu_guest_drive(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Stock))?;
+    let address = host.address("nv0")?;
+    let verify = "fio --name=verify --rw=write --bs=64k --size=32m --direct=1 --ioengine=io_uring \
+                  --iodepth=8 --verify=crc32c --minimal --filename=";
+    host.bind_by_hand(&address)?;
+    let run = GuestRun::new(Vmm::Qemu)
+        .device(&address)
+        .programs()
+        .script(&format!(
+            "value serial $(cat /sys/class/nvme/nvme0/serial)\n\
+         {verify}/dev/nvme0n1 --do_verify=1 >/dev/null\n\
+         sync\n"
+        ));
+    let result = host.guest(&run)?.success()?;
+    println!("guest's first program after {:?}", result.boot_time());
+    ensure!(result.value("serial")? == "NV0");
+    host.unbind_by_hand(&address)?;
+    host.run(&format!(
+        "udevadm settle; {verify}/dev/nvme0n1 --verify_only=1"
+    ))?;
+    Ok(())
+}
+
+fn qemu_guest_nic(lab: &mut Lab) -> Result<()> {
+    const BYTES: u64 = 1_000_000;
+    let host = lab.host(&zoo(Kernel::Stock))?;
+    let address = host.address("nic0")?;
+    let server = DataServer::start()?;
+    host.bind_by_hand(&address)?;
+    let run = GuestRun::new(Vmm::Qemu).device(&address).script(&format!(
+        "dhcp eth0\n\
+         wget -q -O /data {}\n\
+         value sha256 $(sha256sum </data)\n\
+         value echoed $(upload {GATEWAY} {} /data)\n",
+        server.url(BYTES, 1),
+        server.port(),
+    ));
+    let result = host.guest(&run)?.success()?;
+    host.unbind_by_hand(&address)?;
+    let sha256 = DataServer::sha256(BYTES, 1);
+    ensure!(result.value("sha256")?.starts_with(&sha256));
+    ensure!(result.value("echoed")? == sha256);
+    ensure!(
+        server.uploads()
+            == [Upload {
+                bytes: BYTES,
+                sha256
+            }]
+    );
+    Ok(())
+}
+
+fn qemu_guest_marks(lab: &mut Lab) -> Result<()> {
+    const MEMORY: u64 = 256;
+    let host = lab.host(&zoo(Kernel::Small))?;
+    let run = GuestRun::new(Vmm::Qemu)
+        .kernel(GuestKernel::SmallElf)
+        .memory_mib(MEMORY)
+        .cpus(2)
+        .script("mark first\nmark memory\nnproc | block processors\n");
+    let result = host.guest(&run)?.success()?;
+    println!("guest's first program after {:?}", result.boot_time());
+    ensure!(result.block("processors")?.trim() == "2");
+    let (first, memory) = (&result.marks["first"], &result.marks["memory"]);
+    ensure!(
+        memory.since(first, "exits").is_some_and(|exits| exits > 0),
+        "no exit counted"
+    );
+    ensure!(
+        memory
+            .threads
+            .iter()
+            .filter(|thread| thread.name.ends_with("/KVM"))
+            .count()
+            == 2
+    );
+    ensure!(first.mappings.is_empty());
+    ensure!(
+        memory.mappings.iter().any(|each| each.size >= MEMORY << 10),
+        "no guest memory"
+    );
+    ensure!(
+        (1000..MEMORY << 10).contains(&memory.own_pss(MEMORY)),
+        "no memory of QEMU's own"
+    );
+    Ok(())
+}
+
+fn virtual_functions(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&HostConfig::new(Kernel::Small).device(Device::igb("igb0")))?;
+    let functions = host.virtual_functions("igb0", 2)?;
+    ensure!(functions.len() == 2);
+    for function in functions {
+        let group = format!("/sys/bus/pci/devices/{function}/iommu_group/devices");
+        ensure!(host.run(&format!("ls {group}"))?.trim() == function);
+        ensure!(host.driver(&function)?.as_deref() == Some("igbvf"));
+    }
+    Ok(())
+}
+
+/// The processes of this machine whose command line contains these words.
+fn processes(words: &str) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Ok(id) = entry.file_name().to_string_lossy().parse() else {
+            continue;
+        };
+        // A process can end while the folder is read.
+        let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if String::from_utf8_lossy(&cmdline).contains(words) {
+            found.push(id);
+        }
+    }
+    Ok(found)
+}
+
+fn nothing_left(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Small))?;
+    let scratch = host
+        .share()
+        .parent()
+        .context("the share is in a folder")?
+        .to_owned();
+    let words = scratch.display().to_string();
+    ensure!(processes(&words)? == [host.qemu_pid()]);
+    lab.stop();
+    ensure!(processes(&words)?.is_empty(), "QEMU is still running");
+    ensure!(!scratch.exists(), "{words} is still there");
+    Ok(())
+}
+
+fn killed_owner(lab: &mut Lab) -> Result<()> {
+    lab.stop();
+    let mut owner = Command::new(env!("CARGO_BIN_EXE_lab"))
+        .args([
+            "run",
+            "--kernel",
+            "small",
+            "--without-busway",
+            "--",
+            "echo up; sleep infinity",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut line = String::new();
+    BufReader::new(owner.stdout.take().context("a pipe")?).read_line(&mut line)?;
+    let scratch = format!("busway-lab/run/{}-", owner.id());
+    let qemu = processes(&scratch)?;
+    owner.kill()?;
+    owner.wait()?;
+    ensure!(
+        line == "up\n" && qemu.len() == 1,
+        "the host did not come up"
+    );
+    // tail ends when the process that it is told of does.
+    let gone = Command::new("timeout")
+        .args([
+            "60",
+            "tail",
+            &format!("--pid={}", qemu[0]),
+            "-f",
+            "/dev/null",
+        ])
+        .status()?;
+    ensure!(gone.success(), "QEMU outlives the process that started it");
+    Ok(())
+}

@@ -1,0 +1,341 @@
+//! The guest's view of a device's configuration space: for each bit, whether the device answers or
+//! Busway does. Built once from the policy's table and the device's lists.
+
+use busway_pci::{Bars, ConfigSpace, Identity, spec};
+
+use crate::lists::{Kept, List};
+use crate::policy::{self, Action, Rule};
+use crate::{DeviceIo, RegionIndex};
+
+const SIZE: usize = spec::CONFIG_SPACE_SIZE as usize;
+
+/// Device/port type, in the first doubleword of the capability. PCIe 6.0 §7.5.3.2
+const EXP_TYPE: u32 = 0xf << 20;
+const EXP_TYPE_INTEGRATED_ENDPOINT: u32 = 0b1001 << 20;
+/// 2.5 GT/s and one lane: in link capabilities and link status alike. PCIe 6.0 §7.5.3.6
+const EXP_SLOWEST_LINK: u32 = 1 | 1 << spec::EXP_LINK_WIDTH_SHIFT;
+
+/// Power management control: the state. PCIe 6.0 §7.5.2.2
+const PM_CONTROL: u16 = 4;
+const PM_STATE: u8 = 0b11;
+
+/// One byte's bits, by who answers for them.
+#[derive(Clone, Copy, Debug)]
+struct Source {
+    /// Read from the device.
+    read: u8,
+    /// Written to the device.
+    write: u8,
+}
+
+/// Where the guest asks for a function level reset.
+#[derive(Clone, Copy, Debug)]
+struct ResetBit {
+    offset: u16,
+    mask: u8,
+}
+
+/// What the guest sees of a configuration space, and what it changed of Busway's part.
+#[derive(Debug)]
+pub(crate) struct GuestConfig {
+    /// Busway's bits. What it holds where the device answers means nothing.
+    overlay: ConfigSpace,
+    sources: Vec<Source>,
+    reset_bits: Vec<ResetBit>,
+    /// Where the power management capability is.
+    power: Option<u16>,
+    /// The device is not in D0, and its BARs do not decode. PCIe 6.0 §5.3.1
+    asleep: bool,
+    /// Bits of the device's command register that stay set whatever the guest writes.
+    held_command: u16,
+}
+
+impl GuestConfig {
+    /// The view of the device behind `io`, whose BARs and lists are these.
+    pub(crate) fn new(io: &dyn DeviceIo, bars: Bars, standard: &List, extended: &List) -> Self {
+        let size = io.region(RegionIndex::CONFIG).size;
+        let passed = Source {
+            read: u8::MAX,
+            write: u8::MAX,
+        };
+        let absent = Source { read: 0, write: 0 };
+        let regions = bars.regions();
+        let has = |io: bool| {
+            let mut kinds = regions.iter().map(|region| region.kind);
+            kinds.any(|kind| (kind == busway_pci::BarKind::Io) == io)
+        };
+        let bit = |set, bit| if set { bit } else { 0 };
+        let mut config = Self {
+            overlay: ConfigSpace::type0(&Identity::default(), bars),
+            sources: (0..SIZE as u64)
+                .map(|at| if at < size { passed } else { absent })
+                .collect(),
+            reset_bits: Vec::new(),
+            power: None,
+            asleep: false,
+            held_command: bit(has(true), spec::COMMAND_IO)
+                | bit(has(false), spec::COMMAND_MEMORY)
+                | spec::COMMAND_INTX_DISABLE,
+        };
+        for rule in policy::HEADER {
+            config.apply(0, spec::HEADER_SIZE, rule);
+        }
+        for extent in standard.hidden.iter().chain(&extended.hidden) {
+            config.hide(extent.start, extent.end);
+        }
+        config.link_standard(standard);
+        config.link_extended(extended);
+        for kept in standard.kept.iter().chain(&extended.kept) {
+            for rule in kept.rules {
+                config.apply(kept.extent.start, kept.extent.end, rule);
+            }
+        }
+        if let Some(express) = standard.find(spec::CAP_PCI_EXPRESS.into()) {
+            config.adapt_express(io, express);
+        }
+        if let Some(features) = standard.find(spec::CAP_ADVANCED_FEATURES.into())
+            && read_dword(io, features.extent.start) & policy::AF_CAPABILITIES_FLR != 0
+        {
+            config.reset_bits.push(ResetBit {
+                offset: features.extent.start.saturating_add(4),
+                mask: policy::AF_CONTROL_FLR as u8,
+            });
+        }
+        config.power = standard
+            .find(spec::CAP_POWER_MANAGEMENT.into())
+            .map(|power| power.extent.start);
+        config
+    }
+
+    /// Makes the bytes from `start` to before `end` Busway's, all zero.
+    pub(crate) fn hide(&mut self, start: u16, end: u16) {
+        let span = usize::from(start)..usize::from(end).min(SIZE);
+        for source in self.sources.get_mut(span).into_iter().flatten() {
+            *source = Source { read: 0, write: 0 };
+        }
+    }
+
+    /// Gives Busway's part of a register its value, and the bits that the guest can change.
+    pub(crate) fn define<R: busway_pci::Register>(&mut self, offset: u16, value: R, writable: R) {
+        self.overlay.define(offset, value, writable);
+    }
+
+    /// Busway's part of a register.
+    pub(crate) fn held<R: busway_pci::Register>(&self, offset: u16) -> R {
+        self.overlay.get(offset)
+    }
+
+    fn apply(&mut self, base: u16, end: u16, rule: &Rule) {
+        let start = base.saturating_add(rule.offset);
+        for (at, mask) in (start..end.min(spec::CONFIG_SPACE_SIZE)).zip(rule.mask.to_le_bytes()) {
+            let Some(source) = self.sources.get_mut(usize::from(at)) else {
+                return;
+            };
+            match rule.action {
+                Action::Pass => {}
+                Action::ReadOnly => source.write &= !mask,
+                Action::Emulate | Action::Hide => {
+                    source.read &= !mask;
+                    source.write &= !mask;
+                }
+            }
+        }
+    }
+
+    fn link_standard(&mut self, list: &List) {
+        let first = list.kept.first().map_or(0, |kept| kept.extent.start);
+        self.define(spec::CAPABILITIES_POINTER, first as u8, 0);
+        let bit = if first == 0 {
+            0
+        } else {
+            spec::STATUS_CAPABILITIES
+        };
+        self.define(spec::STATUS, bit, 0);
+        for (kept, next) in list.links() {
+            let pointer = kept.extent.start.saturating_add(1);
+            self.hide(pointer, pointer.saturating_add(1));
+            self.define(pointer, next as u8, 0);
+        }
+    }
+
+    /// The list has to begin at 0x100. Where what is there is hidden, a null capability leads on to
+    /// the rest. PCIe 6.0 §7.6.3, §7.9.28
+    fn link_extended(&mut self, list: &List) {
+        let start = spec::EXTENDED_CONFIG_START;
+        let first = list.kept.first().map_or(0, |kept| kept.extent.start);
+        if first != start {
+            self.hide(start, start + 4);
+            self.define(start, u32::from(first) << 20, 0);
+        }
+        for (kept, next) in list.links() {
+            let header =
+                u32::from(kept.id) | u32::from(kept.version & 0xf) << 16 | u32::from(next) << 20;
+            self.hide(kept.extent.start, kept.extent.start.saturating_add(4));
+            self.define(kept.extent.start, header, 0);
+        }
+    }
+
+    /// Every function sits behind a root port in the guest: one that is integrated into the host's
+    /// root complex becomes an endpoint with the slowest link there is. PCIe 6.0 §7.5.3.2
+    fn adapt_express(&mut self, io: &dyn DeviceIo, express: Kept) {
+        let base = express.extent.start;
+        let dword = |offset: u16| read_dword(io, base.saturating_add(offset));
+        if dword(spec::EXP_DEVICE_CAPABILITIES) & policy::EXP_DEVICE_CAPABILITIES_FLR != 0 {
+            self.reset_bits.push(ResetBit {
+                offset: base.saturating_add(spec::EXP_DEVICE_CONTROL + 1),
+                mask: (policy::EXP_DEVICE_CONTROL_FLR >> 8) as u8,
+            });
+        }
+        if dword(0) & EXP_TYPE != EXP_TYPE_INTEGRATED_ENDPOINT {
+            return;
+        }
+        let rule = Rule {
+            offset: 0,
+            mask: EXP_TYPE,
+            action: Action::Hide,
+            why: "zero is an endpoint",
+        };
+        self.apply(base, express.extent.end, &rule);
+        for (offset, value) in [
+            (spec::EXP_LINK_CAPABILITIES, EXP_SLOWEST_LINK),
+            (spec::EXP_LINK_CONTROL, EXP_SLOWEST_LINK << 16),
+        ] {
+            let at = base.saturating_add(offset);
+            let end = at.saturating_add(4);
+            if end <= express.extent.end {
+                self.hide(at, end);
+                self.define(at, value, 0);
+            }
+        }
+    }
+
+    /// Reads as the guest does. What the device answers for reads ones when it is gone.
+    pub(crate) fn read(&self, io: &dyn DeviceIo, offset: u16, data: &mut [u8]) {
+        self.overlay.read(offset, data);
+        let sources = self.sources(offset, data.len());
+        if sources.iter().all(|source| source.read == 0) {
+            return;
+        }
+        let mut device = vec![u8::MAX; sources.len()];
+        if io
+            .region_read(RegionIndex::CONFIG, offset.into(), &mut device)
+            .is_err()
+        {
+            device.fill(u8::MAX);
+        }
+        for ((byte, device), source) in data.iter_mut().zip(device).zip(sources) {
+            *byte = (device & source.read) | (*byte & !source.read);
+        }
+    }
+
+    /// Writes as the guest does, and says whether it asked for a function level reset.
+    pub(crate) fn write(&mut self, io: &dyn DeviceIo, offset: u16, data: &[u8]) -> bool {
+        self.overlay.write(offset, data);
+        let mut pieces: Vec<(u16, Vec<u8>)> = Vec::new();
+        let bytes = (offset..spec::CONFIG_SPACE_SIZE).zip(data);
+        for ((at, byte), source) in bytes.zip(self.sources(offset, data.len())) {
+            if source.write == 0 {
+                continue;
+            }
+            let byte = (byte & source.write) | (self.held_byte(at) & !source.write);
+            match pieces.last_mut() {
+                Some((start, piece)) if usize::from(at - *start) == piece.len() => piece.push(byte),
+                _ => pieces.push((at, vec![byte])),
+            }
+        }
+        for (at, piece) in &pieces {
+            write_aligned(io, *at, piece);
+        }
+        if let Some(power) = self.power {
+            let control = power.saturating_add(PM_CONTROL);
+            if touches(offset, data, control) {
+                self.asleep = read_byte(io, control) & PM_STATE != 0;
+            }
+        }
+        self.reset_bits.iter().any(|bit| {
+            let byte = bit
+                .offset
+                .checked_sub(offset)
+                .and_then(|at| data.get(usize::from(at)));
+            byte.is_some_and(|byte| byte & bit.mask != 0)
+        })
+    }
+
+    /// Every BAR, where its register says.
+    pub(crate) fn bars(&self) -> Vec<busway_pci::BarRegion> {
+        self.overlay.regions()
+    }
+
+    /// The BARs that decode.
+    pub(crate) fn decoded(&self) -> Vec<busway_pci::BarRegion> {
+        if self.asleep {
+            return Vec::new();
+        }
+        self.overlay.decoded()
+    }
+
+    /// Takes bus mastering from the device, so that it cannot touch memory, and leaves decoding on.
+    pub(crate) fn quieten(&self, io: &dyn DeviceIo) {
+        write_aligned(io, spec::COMMAND, &self.held_command.to_le_bytes());
+    }
+
+    /// Puts Busway's part into its state at power-on, after the device was reset.
+    pub(crate) fn reset(&mut self, io: &dyn DeviceIo) {
+        self.overlay.reset();
+        self.asleep = false;
+        self.quieten(io);
+    }
+
+    fn held_byte(&self, offset: u16) -> u8 {
+        let [low, high] = self.held_command.to_le_bytes();
+        match offset {
+            spec::COMMAND => low,
+            offset if offset == spec::COMMAND + 1 => high,
+            _ => 0,
+        }
+    }
+
+    fn sources(&self, offset: u16, size: usize) -> &[Source] {
+        let start = usize::from(offset).min(SIZE);
+        let end = start.saturating_add(size).min(SIZE);
+        self.sources.get(start..end).unwrap_or_default()
+    }
+}
+
+fn touches(offset: u16, data: &[u8], at: u16) -> bool {
+    at.checked_sub(offset)
+        .is_some_and(|at| usize::from(at) < data.len())
+}
+
+/// The doubleword of a device's configuration space at `offset`; all ones where it does not answer.
+pub(crate) fn read_dword(io: &dyn DeviceIo, offset: u16) -> u32 {
+    let mut data = [u8::MAX; 4];
+    match io.region_read(RegionIndex::CONFIG, offset.into(), &mut data) {
+        Ok(()) => u32::from_le_bytes(data),
+        Err(_) => u32::MAX,
+    }
+}
+
+fn read_byte(io: &dyn DeviceIo, offset: u16) -> u8 {
+    let mut data = [0];
+    match io.region_read(RegionIndex::CONFIG, offset.into(), &mut data) {
+        Ok(()) => data[0],
+        Err(_) => 0,
+    }
+}
+
+/// Writes to a device's configuration space in accesses that are naturally aligned.
+fn write_aligned(io: &dyn DeviceIo, mut offset: u16, mut data: &[u8]) {
+    while !data.is_empty() {
+        let size = [4, 2, 1]
+            .into_iter()
+            .find(|&size| data.len() >= size && usize::from(offset).is_multiple_of(size))
+            .unwrap_or(1);
+        let (now, rest) = data.split_at(size);
+        if let Err(error) = io.region_write(RegionIndex::CONFIG, offset.into(), now) {
+            log::debug!("configuration space, {size} bytes at {offset:#x}: {error}");
+        }
+        data = rest;
+        offset = offset.saturating_add(size as u16);
+    }
+}

@@ -1,0 +1,160 @@
+//! What the PCI side of a passthrough device stands on: one device's regions, interrupts and reset.
+//!
+//! The kernel's VFIO is one implementation ([`KernelDevice`](crate::KernelDevice)), a fake device in
+//! tests another. Error and request events are interrupts here as well: VFIO numbers them so.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_BAR5_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
+    VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX,
+};
+
+use crate::Mapping;
+use crate::areas::Area;
+
+/// A region of a VFIO PCI device. linux/vfio.h
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RegionIndex(u32);
+
+impl RegionIndex {
+    /// Configuration space.
+    pub const CONFIG: Self = Self(VFIO_PCI_CONFIG_REGION_INDEX);
+    /// The expansion ROM.
+    pub const ROM: Self = Self(VFIO_PCI_ROM_REGION_INDEX);
+
+    /// The BAR numbered `number`, 0 to 5.
+    #[must_use]
+    pub const fn bar(number: u8) -> Option<Self> {
+        if number as u32 <= VFIO_PCI_BAR5_REGION_INDEX {
+            Some(Self(number as u32))
+        } else {
+            None
+        }
+    }
+
+    /// The kernel's number.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+}
+
+/// What there is to know of a region.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Region {
+    /// Bytes; zero where the device has no such region.
+    pub size: u64,
+    /// It can be read.
+    pub readable: bool,
+    /// It can be written.
+    pub writable: bool,
+    /// The parts that can be mapped, ascending and disjoint.
+    pub areas: Vec<Area>,
+}
+
+/// A kind of interrupt of a VFIO PCI device. linux/vfio.h
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IrqIndex {
+    /// The pin.
+    Intx,
+    /// MSI.
+    Msi,
+    /// MSI-X.
+    Msix,
+}
+
+impl IrqIndex {
+    /// The kernel's number.
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Intx => VFIO_PCI_INTX_IRQ_INDEX,
+            Self::Msi => VFIO_PCI_MSI_IRQ_INDEX,
+            Self::Msix => VFIO_PCI_MSIX_IRQ_INDEX,
+        }
+    }
+}
+
+/// What there is to know of a kind of interrupt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IrqInfo {
+    /// How many vectors.
+    pub count: u32,
+    /// Vectors can be added while others are in use (`VFIO_IRQ_INFO_NORESIZE` is clear): for MSI-X
+    /// from Linux 6.5 on, where the host's interrupt controller allows it.
+    pub resizable: bool,
+}
+
+/// Interrupts could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum IrqError {
+    /// the host gives the device {given} vectors at most
+    #[error("the host gives the device {given} vectors at most")]
+    Fewer {
+        /// How many it can have.
+        given: u32,
+    },
+    /// VFIO_DEVICE_SET_IRQS failed: {0}
+    #[error("VFIO_DEVICE_SET_IRQS failed: {0}")]
+    Kernel(io::Error),
+}
+
+/// One host device, opened.
+pub trait DeviceIo: Send + Sync + Debug {
+    /// What a region is; an empty one where the device has none by this number.
+    fn region(&self, index: RegionIndex) -> Region;
+
+    /// Reads `data.len()` bytes, `offset` bytes into a region. For 1, 2 and 4 naturally aligned
+    /// bytes this is one access of the device; for 8 it is one or two, as the kernel can.
+    ///
+    /// # Errors
+    /// The device is gone, asleep, or has nothing there.
+    fn region_read(&self, index: RegionIndex, offset: u64, data: &mut [u8]) -> io::Result<()>;
+
+    /// Writes; as [`region_read`](Self::region_read).
+    ///
+    /// # Errors
+    /// As for reading.
+    fn region_write(&self, index: RegionIndex, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Maps a part of a region that [`Region::areas`] covers.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn map(&self, index: RegionIndex, area: Area) -> io::Result<Mapping>;
+
+    /// How many interrupts of a kind there are.
+    fn irq(&self, index: IrqIndex) -> IrqInfo;
+
+    /// Has vector `first + i` signal `events[i]`, or nothing. The first call for a kind enables it,
+    /// with `first + events.len()` vectors; later ones change the vectors that they name and leave
+    /// the others alone.
+    ///
+    /// # Errors
+    /// [`IrqError`]; the vectors named signal nothing then.
+    fn set_irqs(
+        &self,
+        index: IrqIndex,
+        first: u32,
+        events: &[Option<BorrowedFd<'_>>],
+    ) -> Result<(), IrqError>;
+
+    /// Disables a kind of interrupt. Nothing happens where it is not enabled.
+    ///
+    /// # Errors
+    /// [`IrqError::Kernel`]
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), IrqError>;
+
+    /// Whether the device can be reset by itself: by FLR, a change of power state, or because it is
+    /// alone on its bus.
+    fn can_reset(&self) -> bool;
+
+    /// Resets the device. Interrupts have to be disabled before.
+    ///
+    /// # Errors
+    /// The kernel's; ENOTTY where there is no way.
+    fn reset(&self) -> io::Result<()>;
+}

@@ -1,0 +1,247 @@
+//! A device that is not there, for tests: any configuration space, and a record of what it was told.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
+
+use crate::{Area, DeviceIo, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex};
+
+/// What a device was told about its interrupts: whether each vector got an eventfd.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum IrqCall {
+    Set(IrqIndex, u32, Vec<bool>),
+    Disable(IrqIndex),
+}
+
+/// A device in memory. Writes to configuration space change it as they are.
+#[derive(Debug)]
+pub(crate) struct FakeDevice {
+    pub(crate) config: Mutex<Vec<u8>>,
+    pub(crate) bars: [Region; 6],
+    pub(crate) msi: IrqInfo,
+    pub(crate) msix: IrqInfo,
+    /// How many vectors the host has for it.
+    pub(crate) most_vectors: u32,
+    pub(crate) can_reset: bool,
+    pub(crate) irqs: Mutex<Irqs>,
+    pub(crate) resets: Mutex<Vec<u16>>,
+    pub(crate) bar_writes: Mutex<Vec<(RegionIndex, u64, Vec<u8>)>>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Irqs {
+    calls: Vec<IrqCall>,
+    vectors: Vec<bool>,
+}
+
+impl Default for FakeDevice {
+    fn default() -> Self {
+        Self {
+            config: Mutex::new(vec![0; 4096]),
+            bars: Default::default(),
+            msi: IrqInfo::default(),
+            msix: IrqInfo::default(),
+            most_vectors: u32::MAX,
+            can_reset: true,
+            irqs: Mutex::default(),
+            resets: Mutex::default(),
+            bar_writes: Mutex::default(),
+        }
+    }
+}
+
+impl FakeDevice {
+    pub(crate) fn set_config(&self, offset: usize, data: &[u8]) {
+        self.config.lock().unwrap()[offset..offset + data.len()].copy_from_slice(data);
+    }
+
+    pub(crate) fn config_at<const N: usize>(&self, offset: usize) -> [u8; N] {
+        self.config.lock().unwrap()[offset..offset + N]
+            .try_into()
+            .unwrap()
+    }
+
+    pub(crate) fn set_bar(&mut self, bar: usize, size: u64) {
+        self.bars[bar] = Region {
+            size,
+            readable: true,
+            writable: true,
+            areas: vec![Area { offset: 0, size }],
+        };
+    }
+
+    pub(crate) fn irq_calls(&self) -> Vec<IrqCall> {
+        self.irqs.lock().unwrap().calls.clone()
+    }
+
+    /// Which vectors have an eventfd.
+    pub(crate) fn connected(&self) -> Vec<bool> {
+        self.irqs.lock().unwrap().vectors.clone()
+    }
+
+    /// What the command register held at each reset.
+    pub(crate) fn resets(&self) -> Vec<u16> {
+        self.resets.lock().unwrap().clone()
+    }
+}
+
+impl DeviceIo for FakeDevice {
+    fn region(&self, index: RegionIndex) -> Region {
+        match index {
+            RegionIndex::CONFIG => Region {
+                size: self.config.lock().unwrap().len() as u64,
+                readable: true,
+                writable: true,
+                areas: Vec::new(),
+            },
+            other => self
+                .bars
+                .get(other.number() as usize)
+                .cloned()
+                .unwrap_or_default(),
+        }
+    }
+
+    fn region_read(&self, index: RegionIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        if index == RegionIndex::CONFIG {
+            let config = self.config.lock().unwrap();
+            let start = offset as usize;
+            let found = config.get(start..start + data.len());
+            data.copy_from_slice(found.ok_or(io::ErrorKind::InvalidInput)?);
+        } else {
+            data.fill(0x5a);
+        }
+        Ok(())
+    }
+
+    fn region_write(&self, index: RegionIndex, offset: u64, data: &[u8]) -> io::Result<()> {
+        if index == RegionIndex::CONFIG {
+            let mut config = self.config.lock().unwrap();
+            let start = offset as usize;
+            let found = config.get_mut(start..start + data.len());
+            found
+                .ok_or(io::ErrorKind::InvalidInput)?
+                .copy_from_slice(data);
+        } else {
+            let write = (index, offset, data.to_vec());
+            self.bar_writes.lock().unwrap().push(write);
+        }
+        Ok(())
+    }
+
+    fn map(&self, _index: RegionIndex, area: Area) -> io::Result<Mapping> {
+        Mapping::anonymous(area.size, area.offset)
+    }
+
+    fn irq(&self, index: IrqIndex) -> IrqInfo {
+        match index {
+            IrqIndex::Intx => IrqInfo::default(),
+            IrqIndex::Msi => self.msi,
+            IrqIndex::Msix => self.msix,
+        }
+    }
+
+    fn set_irqs(
+        &self,
+        index: IrqIndex,
+        first: u32,
+        events: &[Option<BorrowedFd<'_>>],
+    ) -> Result<(), IrqError> {
+        let mut irqs = self.irqs.lock().unwrap();
+        let end = first + events.len() as u32;
+        let connected: Vec<_> = events.iter().map(Option::is_some).collect();
+        irqs.calls
+            .push(IrqCall::Set(index, first, connected.clone()));
+        // As drivers/vfio/pci/vfio_pci_intrs.c: the first call makes room, for good unless the
+        // kernel can add.
+        if irqs.vectors.is_empty() {
+            if end > self.most_vectors {
+                return Err(IrqError::Fewer {
+                    given: self.most_vectors,
+                });
+            }
+            irqs.vectors.resize(end as usize, false);
+        }
+        if end as usize > irqs.vectors.len() {
+            if !self.irq(index).resizable {
+                let error = io::Error::from_raw_os_error(libc::EINVAL);
+                return Err(IrqError::Kernel(error));
+            }
+            irqs.vectors.resize(end as usize, false);
+        }
+        irqs.vectors[first as usize..end as usize].copy_from_slice(&connected);
+        Ok(())
+    }
+
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), IrqError> {
+        let mut irqs = self.irqs.lock().unwrap();
+        irqs.calls.push(IrqCall::Disable(index));
+        irqs.vectors.clear();
+        Ok(())
+    }
+
+    fn can_reset(&self) -> bool {
+        self.can_reset
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        let command = u16::from_le_bytes(self.config_at(4));
+        self.resets.lock().unwrap().push(command);
+        Ok(())
+    }
+}
+
+/// A new eventfd that reads without waiting.
+pub(crate) fn eventfd() -> OwnedFd {
+    // SAFETY: takes numbers only.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+    assert!(fd >= 0);
+    // SAFETY: it was just made, for this.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// How often an eventfd was signalled since the last time of asking.
+pub(crate) fn signals(event: &OwnedFd) -> u64 {
+    let mut value = 0_u64;
+    // SAFETY: eight bytes are written to `value`, or none.
+    let read = unsafe { libc::read(event.as_raw_fd(), (&raw mut value).cast(), 8) };
+    if read == 8 { value } else { 0 }
+}
+
+/// Routes that go nowhere.
+#[derive(Debug, Default)]
+pub(crate) struct FakeRoutes {
+    pub(crate) made: Mutex<Vec<MsiMessage>>,
+}
+
+#[derive(Debug)]
+struct FakeRoute(OwnedFd);
+
+impl InterruptRoutes for FakeRoutes {
+    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+        self.made.lock().unwrap().push(message);
+        Ok(Arc::new(FakeRoute(eventfd())))
+    }
+}
+
+impl InterruptRoute for FakeRoute {
+    fn update(&self, _message: MsiMessage) -> Result<(), RouteError> {
+        Ok(())
+    }
+
+    fn set_masked(&self, _masked: bool) -> Result<(), RouteError> {
+        Ok(())
+    }
+
+    fn pending(&self) -> bool {
+        false
+    }
+
+    fn event(&self) -> BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.0)
+    }
+
+    fn trigger(&self) {}
+}

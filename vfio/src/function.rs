@@ -1,0 +1,349 @@
+//! A host device as a PCI function of the guest.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use busway_pci::{BarIndex, BarPart, BarRegion, InterruptRoutes, Msi, Msix, PciFunction, spec};
+
+use crate::config::{GuestConfig, read_dword};
+use crate::lists::{self, List};
+use crate::msix_layout::GuestLocation;
+use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
+use crate::vectors::{MsiVectors, MsixVectors};
+use crate::{AssignError, DeviceIo, IrqIndex, RegionIndex};
+
+/// A host device, as the guest sees it.
+///
+/// The device is reset when it becomes a function and when it stops being one, and is quiet then: no
+/// interrupt, no bus mastering. The guest's interrupts cost nothing before it unmasks them.
+///
+/// INTx is not given yet: the pin reads zero, and a device that has nothing else interrupts nobody.
+#[derive(Debug)]
+pub struct AssignedFunction {
+    name: String,
+    state: Mutex<State>,
+    table: Option<GuestLocation>,
+    pba: Option<GuestLocation>,
+    // Dropped before the device: a mapping holds it open.
+    parts: Vec<Part>,
+    io: Arc<dyn DeviceIo>,
+}
+
+/// What the guest can change.
+#[derive(Debug)]
+struct State {
+    config: GuestConfig,
+    msi: Option<MsiState>,
+    msix: Option<MsixState>,
+}
+
+#[derive(Debug)]
+struct MsiState {
+    at: u16,
+    msi: Msi,
+    vectors: MsiVectors,
+}
+
+#[derive(Debug)]
+struct MsixState {
+    at: u16,
+    msix: Msix,
+    vectors: MsixVectors,
+}
+
+/// What a function uses, for reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// The device.
+    pub name: String,
+    /// Vectors that have a way to the guest now.
+    pub vectors_connected: usize,
+    /// Vectors that the device has.
+    pub vectors: usize,
+    /// The parts of BARs that the guest reaches without an exit: BAR, offset, bytes.
+    pub mapped: Vec<(u8, u64, u64)>,
+    /// It can be reset by itself.
+    pub can_reset: bool,
+}
+
+impl AssignedFunction {
+    /// Resets the device behind `io`, called `name` in messages (its address on the host), and makes
+    /// a function of it whose interrupts go by `routes`.
+    ///
+    /// # Errors
+    /// [`AssignError`]
+    pub fn new(
+        name: &str,
+        io: Arc<dyn DeviceIo>,
+        routes: Arc<dyn InterruptRoutes>,
+    ) -> Result<Arc<Self>, AssignError> {
+        if !io.can_reset() {
+            log::warn!(
+                "{name} cannot be reset by itself: what one guest leaves in it, the next one finds"
+            );
+        }
+        reset_device(name, &*io);
+        check_header(name, &*io)?;
+        let bars = read_bars(&*io).map_err(|source| AssignError::Bar {
+            name: name.to_owned(),
+            source,
+        })?;
+        let dword = |offset| read_dword(&*io, offset);
+        let mut standard = lists::standard(&dword);
+        let extended =
+            if io.region(RegionIndex::CONFIG).size > u64::from(spec::EXTENDED_CONFIG_START) {
+                lists::extended(&dword)
+            } else {
+                List::default()
+            };
+        let msi = find_msi(name, &*io, &mut standard).map(|(at, features)| MsiState {
+            at,
+            msi: Msi::new(features, routes.clone()).named(name),
+            vectors: MsiVectors::new(name, io.clone()),
+        });
+        let layout = find_msix(name, &*io, &mut standard, &bars.regions());
+        let parts = map_parts(name, &*io, &bars.regions(), layout.as_ref());
+        let mut config = GuestConfig::new(&*io, bars, &standard, &extended);
+        if let Some(state) = &msi {
+            let end = state.at.saturating_add(state.msi.capability_size());
+            config.hide(state.at.saturating_add(2), end);
+        }
+        let msix = layout.map(|(at, layout)| {
+            config.hide(
+                at.saturating_add(2),
+                at.saturating_add(spec::MSIX_CAPABILITY_SIZE),
+            );
+            let msix = layout.state(name, routes.clone());
+            let [first, second] = Msix::CAPABILITY_WRITABLE;
+            let writable = u16::from_le_bytes([first, second]);
+            config.define(
+                at.saturating_add(spec::MSIX_CONTROL),
+                msix.control(),
+                writable,
+            );
+            config.define(
+                at.saturating_add(spec::MSIX_TABLE),
+                layout.table().register(),
+                0,
+            );
+            config.define(
+                at.saturating_add(spec::MSIX_PBA),
+                layout.pba().register(),
+                0,
+            );
+            MsixState {
+                at,
+                msix,
+                vectors: MsixVectors::new(name, io.clone()),
+            }
+        });
+        config.quieten(&*io);
+        let layout = layout.map(|(_, layout)| layout);
+        Ok(Arc::new(Self {
+            name: name.to_owned(),
+            state: Mutex::new(State { config, msi, msix }),
+            table: layout.map(|layout| layout.table()),
+            pba: layout.map(|layout| layout.pba()),
+            parts,
+            io,
+        }))
+    }
+
+    /// The device's name in messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it uses now.
+    #[must_use]
+    pub fn summary(&self) -> Summary {
+        let state = self.lock();
+        let msi = state.msi.as_ref();
+        let msix = state.msix.as_ref();
+        Summary {
+            name: self.name.clone(),
+            vectors_connected: msi.map_or(0, |state| state.msi.connected())
+                + msix.map_or(0, |state| state.msix.connected()),
+            vectors: msix.map_or_else(
+                || self.io.irq(IrqIndex::Msi).count as usize,
+                |state| state.msix.vectors().into(),
+            ),
+            mapped: self
+                .parts
+                .iter()
+                .map(|part| (part.bar, part.area.offset, part.area.size))
+                .collect(),
+            can_reset: self.io.can_reset(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything to its state at power-on, the device's and ours.
+    fn reset_all(&self, state: &mut State) {
+        if let Some(MsixState { msix, vectors, .. }) = &mut state.msix {
+            msix.reset(vectors);
+        }
+        if let Some(MsiState { msi, vectors, .. }) = &mut state.msi {
+            msi.reset(vectors);
+        }
+        // The kernel puts back what the command register holds before: bus mastering goes first.
+        state.config.quieten(&*self.io);
+        reset_device(&self.name, &*self.io);
+        state.config.reset(&*self.io);
+    }
+
+    /// Which of MSI-X's structures an access touches.
+    fn trap(&self, bar: u8, offset: u64, size: u64) -> Trap {
+        let touched = |location: &Option<GuestLocation>| {
+            location
+                .filter(|location| location.bar == bar && location.area.touches(offset, size))
+                .map(|location| offset.checked_sub(location.area.offset))
+        };
+        if let Some(within) = touched(&self.table) {
+            within.map_or(Trap::Astride, Trap::Table)
+        } else if let Some(within) = touched(&self.pba) {
+            within.map_or(Trap::Astride, Trap::Pba)
+        } else {
+            Trap::Device
+        }
+    }
+}
+
+/// Who answers for an access to a BAR.
+enum Trap {
+    /// The device itself.
+    Device,
+    /// The table, from this offset.
+    Table(u64),
+    /// The pending bits, from this offset.
+    Pba(u64),
+    /// It begins before one of the two: no driver does that.
+    Astride,
+}
+
+impl PciFunction for AssignedFunction {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        let state = self.lock();
+        state.config.read(&*self.io, offset, data);
+        if let Some(MsiState { at, msi, .. }) = &state.msi
+            && let Some(offset) = offset.checked_sub(*at)
+        {
+            msi.read(offset, data);
+        }
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        let mut state = self.lock();
+        let State { config, msi, msix } = &mut *state;
+        let reset = config.write(&*self.io, offset, data);
+        if let Some(MsiState { at, msi, vectors }) = msi
+            && let Some(offset) = offset.checked_sub(*at)
+        {
+            msi.write(offset, data, vectors);
+        }
+        if let Some(MsixState { at, msix, vectors }) = msix {
+            let control: u16 = config.held(at.saturating_add(spec::MSIX_CONTROL));
+            if control != msix.control() {
+                msix.write_control(control, vectors);
+            }
+        }
+        if reset {
+            self.reset_all(&mut state);
+        }
+    }
+
+    fn bars(&self) -> Vec<BarRegion> {
+        self.lock().config.bars()
+    }
+
+    fn decoded(&self) -> Vec<BarRegion> {
+        self.lock().config.decoded()
+    }
+
+    fn parts(&self, bar: BarIndex) -> Vec<BarPart> {
+        let here = self
+            .parts
+            .iter()
+            .filter(|part| BarIndex::Bar(part.bar) == bar);
+        here.map(|part| BarPart::Memory {
+            offset: part.area.offset,
+            size: part.area.size,
+            host: part.mapping.address(),
+        })
+        .collect()
+    }
+
+    fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        data.fill(u8::MAX);
+        let BarIndex::Bar(number) = bar else {
+            return;
+        };
+        match self.trap(number, offset, data.len() as u64) {
+            Trap::Device => {
+                if let Some(region) = RegionIndex::bar(number)
+                    && let Err(error) = self.io.region_read(region, offset, data)
+                {
+                    log::debug!("{}: {bar}, reading at {offset:#x}: {error}", self.name);
+                    data.fill(u8::MAX);
+                }
+            }
+            Trap::Table(offset) => {
+                if let Some(state) = &self.lock().msix {
+                    state.msix.table_read(offset, data);
+                }
+            }
+            Trap::Pba(offset) => {
+                if let Some(state) = &self.lock().msix {
+                    state.msix.pba_read(offset, data);
+                }
+            }
+            Trap::Astride => {}
+        }
+    }
+
+    fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
+        let BarIndex::Bar(number) = bar else {
+            return;
+        };
+        match self.trap(number, offset, data.len() as u64) {
+            Trap::Device => {
+                if let Some(region) = RegionIndex::bar(number)
+                    && let Err(error) = self.io.region_write(region, offset, data)
+                {
+                    log::debug!("{}: {bar}, writing at {offset:#x}: {error}", self.name);
+                }
+            }
+            Trap::Table(offset) => {
+                if let Some(MsixState { msix, vectors, .. }) = &mut self.lock().msix {
+                    msix.table_write(offset, data, vectors);
+                }
+            }
+            Trap::Pba(_) | Trap::Astride => {}
+        }
+    }
+
+    fn reset(&self) {
+        self.reset_all(&mut self.lock());
+    }
+}
+
+impl Drop for AssignedFunction {
+    fn drop(&mut self) {
+        self.reset_all(&mut self.lock());
+    }
+}
+
+fn reset_device(name: &str, io: &dyn DeviceIo) {
+    if io.can_reset()
+        && let Err(error) = io.reset()
+    {
+        log::warn!("{name}: VFIO_DEVICE_RESET: {error}; it goes on as it is");
+    }
+}
+
+#[cfg(test)]
+#[path = "function_test.rs"]
+mod tests;

@@ -1,0 +1,449 @@
+use super::*;
+use crate::fake::{FakeDevice, FakeRoutes, IrqCall};
+use crate::{Area, IrqInfo, Region};
+use busway_pci::{HostAddress, capabilities, extended_capabilities};
+use proptest::prelude::*;
+
+/// QEMU's NVMe drive as VFIO shows it, with an SR-IOV capability first in its extended list.
+fn nvme() -> FakeDevice {
+    let mut fake = FakeDevice::default();
+    fake.set_bar(0, 0x4000);
+    fake.msix = IrqInfo {
+        count: 65,
+        resizable: true,
+    };
+    let put = |offset, value: u32| fake.set_config(offset, &value.to_le_bytes());
+    put(0x00, 0x0010_1b36);
+    put(0x04, 0x0010_0007);
+    put(0x08, 0x0108_0202);
+    put(0x0c, 0x8000_0000 | 0x0080_0000);
+    put(0x10, 0x0000_0004);
+    put(0x2c, 0x1100_1af4);
+    put(0x34, 0x40);
+    put(0x3c, 0x0000_010b);
+    // MSI-X at 0x40, power management at 0x60, PCI Express at 0x80.
+    put(0x40, 0x0040_6011);
+    put(0x44, 0x0000_2000);
+    put(0x48, 0x0000_3000);
+    put(0x60, 0x0003_8001);
+    put(0x80, 0x0002_0010);
+    put(0x84, 0x1000_8000);
+    put(0x88, 0x0000_2010);
+    put(0x94, 0xffff_ffff);
+    // SR-IOV at 0x100, AER at 0x140, ARI at 0x180, serial number at 0x190.
+    put(0x100, 0x1401_0010);
+    put(0x104, 0xdead_beef);
+    put(0x140, 0x1802_0001);
+    put(0x148, 0x0046_2030);
+    put(0x180, 0x1901_000e);
+    put(0x184, 0x0000_0100);
+    put(0x190, 0x0001_0003);
+    put(0x194, 0x1234_5678);
+    fake
+}
+
+fn function(fake: FakeDevice) -> (Arc<FakeDevice>, Arc<FakeRoutes>, Arc<AssignedFunction>) {
+    let fake = Arc::new(fake);
+    let routes = Arc::new(FakeRoutes::default());
+    let function = AssignedFunction::new("0000:01:00.0", fake.clone(), routes.clone()).unwrap();
+    (fake, routes, function)
+}
+
+fn read(function: &AssignedFunction, offset: u16) -> u32 {
+    let mut data = [0; 4];
+    function.config_read(offset, &mut data);
+    u32::from_le_bytes(data)
+}
+
+fn write(function: &AssignedFunction, offset: u16, value: u32) {
+    function.config_write(offset, &value.to_le_bytes());
+}
+
+#[test]
+fn identity_is_the_devices_and_pin_rom_bist_and_multi_function_are_not() {
+    let (_, _, function) = function(nvme());
+    assert_eq!(read(&function, 0x00), 0x0010_1b36);
+    assert_eq!(read(&function, 0x08), 0x0108_0202);
+    assert_eq!(read(&function, 0x0c), 0);
+    assert_eq!(read(&function, 0x2c), 0x1100_1af4);
+    assert_eq!(read(&function, 0x30), 0);
+    assert_eq!(read(&function, 0x3c), 0);
+    function.config_write(0x3c, &[0x0b]);
+    assert_eq!(read(&function, 0x3c), 0x0b);
+    write(&function, 0x00, 0);
+    assert_eq!(read(&function, 0x00), 0x0010_1b36);
+}
+
+#[test]
+fn hidden_capabilities_leave_both_chains_and_their_bytes_read_zero() {
+    let (_, _, function) = function(nvme());
+    let config = |offset| read(&function, offset);
+    let standard: Vec<_> = capabilities(&config)
+        .iter()
+        .map(|c| (c.id, c.offset))
+        .collect();
+    assert_eq!(standard, [(0x11, 0x40), (0x01, 0x60), (0x10, 0x80)]);
+    let extended: Vec<_> = extended_capabilities(&config)
+        .iter()
+        .map(|c| (c.id, c.offset))
+        .collect();
+    assert_eq!(extended, [(0, 0x100), (1, 0x140), (3, 0x190)]);
+    assert_eq!(config(0x104), 0);
+    assert_eq!(config(0x184), 0);
+    assert_eq!(config(0x148), 0x0046_2030);
+    assert_eq!(config(0x194), 0x1234_5678);
+    write(&function, 0x104, 1);
+    assert_eq!(config(0x104), 0);
+    // Slot registers of an endpoint.
+    assert_eq!(config(0x94), 0);
+}
+
+#[test]
+fn decoding_is_the_guests_and_stays_on_in_the_device() {
+    let (fake, _, function) = function(nvme());
+    let command = || u16::from_le_bytes(fake.config_at(4));
+    let held = spec::COMMAND_MEMORY | spec::COMMAND_INTX_DISABLE;
+    assert_eq!(command(), held);
+    assert_eq!(read(&function, 4) as u16, 0);
+    write(&function, 0x10, 0xffff_ffff);
+    write(&function, 0x14, 0xffff_ffff);
+    assert_eq!(
+        [read(&function, 0x10), read(&function, 0x14)],
+        [0xffff_c004, 0xffff_ffff]
+    );
+    write(&function, 0x10, 0xe000_0000);
+    write(&function, 0x14, 1);
+    assert_eq!(function.decoded(), []);
+    function.config_write(4, &6_u16.to_le_bytes());
+    assert_eq!(command(), held | spec::COMMAND_BUS_MASTER);
+    assert_eq!(read(&function, 4) as u16, 6);
+    let decoded = function.decoded();
+    assert_eq!((decoded.len(), decoded[0].address), (1, 0x1_e000_0000));
+    function.config_write(4, &[0]);
+    assert_eq!(command(), held);
+    assert_eq!(function.decoded(), []);
+}
+
+#[test]
+fn asleep_the_device_decodes_nothing() {
+    let (_, _, function) = function(nvme());
+    function.config_write(4, &[6]);
+    assert_eq!(function.decoded().len(), 1);
+    function.config_write(0x64, &[3, 0]);
+    assert_eq!(function.decoded(), []);
+    function.config_write(0x64, &[0, 0]);
+    assert_eq!(function.decoded().len(), 1);
+}
+
+#[test]
+fn everything_but_the_tables_and_pending_bits_pages_is_mapped() {
+    let (_, _, function) = function(nvme());
+    let parts = function.parts(BarIndex::Bar(0));
+    let [BarPart::Memory { offset, size, host }] = parts[..] else {
+        panic!("{parts:?}");
+    };
+    assert_eq!((offset, size), (0, 0x2000));
+    assert_ne!(host, HostAddress(0));
+    assert_eq!(function.summary().mapped, [(0, 0, 0x2000)]);
+}
+
+#[test]
+fn a_vector_costs_nothing_until_the_guest_unmasks_it() {
+    let (fake, routes, function) = function(nvme());
+    let bar = BarIndex::Bar(0);
+    // Enabled and masked, as Linux does first; then the table, then the function's mask goes.
+    function.config_write(0x42, &0xc000_u16.to_le_bytes());
+    for vector in 0..3_u64 {
+        let at = 0x2000 + vector * 16;
+        function.bar_write(bar, at, &0xfee0_1000_u32.to_le_bytes());
+        function.bar_write(bar, at + 8, &(0x40 + vector as u32).to_le_bytes());
+    }
+    function.config_write(0x42, &0x8000_u16.to_le_bytes());
+    assert_eq!(
+        (fake.irq_calls(), routes.made.lock().unwrap().len()),
+        (vec![], 0)
+    );
+    for vector in [1_u64, 0] {
+        function.bar_write(bar, 0x2000 + vector * 16 + 12, &[0; 4]);
+    }
+    let msix = IrqIndex::Msix;
+    assert_eq!(
+        fake.irq_calls(),
+        [
+            IrqCall::Set(msix, 0, vec![false]),
+            IrqCall::Set(msix, 1, vec![true]),
+            IrqCall::Set(msix, 0, vec![true]),
+        ]
+    );
+    assert_eq!(function.summary().vectors_connected, 2);
+    let mut entry = [0; 8];
+    function.bar_read(bar, 0x2010, &mut entry);
+    assert_eq!(u64::from_le_bytes(entry), 0xfee0_1000);
+    assert_eq!(read(&function, 0x40), 0x8040_6011);
+    function.config_write(0x42, &[0, 0]);
+    assert_eq!(fake.irq_calls().last(), Some(&IrqCall::Disable(msix)));
+    assert!(fake.bar_writes.lock().unwrap().is_empty());
+}
+
+#[test]
+fn trapped_bytes_beside_the_table_reach_the_device_and_astride_ones_do_not() {
+    let (fake, _, function) = function(nvme());
+    let bar = BarIndex::Bar(0);
+    let mut data = [0; 4];
+    function.bar_read(bar, 0x2800, &mut data);
+    assert_eq!(data, [0x5a; 4]);
+    function.bar_write(bar, 0x2800, &[1, 2, 3, 4]);
+    function.bar_write(bar, 0x1ffc, &[0; 8]);
+    function.bar_write(bar, 0x3000, &[0; 8]);
+    let writes = fake.bar_writes.lock().unwrap().clone();
+    assert_eq!(
+        writes,
+        [(RegionIndex::bar(0).unwrap(), 0x2800, vec![1, 2, 3, 4])]
+    );
+    let mut data = [0; 8];
+    function.bar_read(bar, 0x1ffc, &mut data);
+    assert_eq!(data, [0xff; 8]);
+    function.bar_read(bar, 0x3000, &mut data);
+    assert_eq!(data, [0; 8]);
+}
+
+#[test]
+fn a_reset_takes_bus_mastering_and_interrupts_first_and_forgets_what_the_guest_wrote() {
+    let (fake, _, function) = function(nvme());
+    let held = spec::COMMAND_MEMORY | spec::COMMAND_INTX_DISABLE;
+    function.config_write(4, &[6]);
+    write(&function, 0x10, 0xe000_0000);
+    function.config_write(0x42, &0x8000_u16.to_le_bytes());
+    function.bar_write(BarIndex::Bar(0), 0x200c, &[0; 4]);
+    // By the guest's own function level reset.
+    function.config_write(0x88, &0xa010_u16.to_le_bytes());
+    assert_eq!(fake.resets()[1..], [held]);
+    assert!(fake.connected().is_empty());
+    assert_eq!(read(&function, 4) as u16, 0);
+    assert_eq!(read(&function, 0x10), 4);
+    assert_eq!(read(&function, 0x40), 0x0040_6011);
+    assert_eq!(u16::from_le_bytes(fake.config_at(0x88)), 0x2010);
+    function.reset();
+    drop(function);
+    assert_eq!(fake.resets().len(), 4);
+}
+
+#[test]
+fn without_a_way_to_reset_it_is_at_least_quiet() {
+    let mut fake = nvme();
+    fake.can_reset = false;
+    let (fake, _, function) = function(fake);
+    function.config_write(4, &[6]);
+    drop(function);
+    assert!(fake.resets().is_empty());
+    assert_eq!(fake.config_at::<2>(4)[0] & 4, 0);
+}
+
+#[test]
+fn a_table_beyond_its_bar_hides_msix_and_the_rest_works() {
+    let fake = nvme();
+    fake.set_config(0x44, &0x3ff8_u32.to_le_bytes());
+    let (_, _, function) = function(fake);
+    let config = |offset| read(&function, offset);
+    let ids: Vec<_> = capabilities(&config).iter().map(|c| c.id).collect();
+    assert_eq!(ids, [0x01, 0x10]);
+    assert_eq!(config(0x40), 0);
+    assert_eq!(function.summary().mapped, [(0, 0, 0x4000)]);
+}
+
+#[test]
+fn msi_connects_all_its_vectors_in_one_call() {
+    let fake = FakeDevice {
+        msi: IrqInfo {
+            count: 4,
+            resizable: false,
+        },
+        ..FakeDevice::default()
+    };
+    fake.set_config(0, &0x11e8_1234_u32.to_le_bytes());
+    fake.set_config(6, &[0x10, 0]);
+    fake.set_config(0x34, &[0x40]);
+    // Four vectors, 64-bit.
+    fake.set_config(0x40, &0x0084_0005_u32.to_le_bytes());
+    let (fake, _, function) = function(fake);
+    write(&function, 0x44, 0xfee0_0000);
+    function.config_write(0x4c, &[0x30, 0]);
+    function.config_write(0x42, &0x00a1_u16.to_le_bytes());
+    let all = IrqCall::Set(IrqIndex::Msi, 0, vec![true; 4]);
+    assert_eq!(fake.irq_calls(), [all]);
+    assert_eq!(function.summary().vectors_connected, 4);
+    assert_eq!(read(&function, 0x40) >> 16, 0x00a5);
+}
+
+#[test]
+fn an_integrated_endpoint_becomes_one_with_a_link() {
+    let fake = nvme();
+    fake.set_config(0x80, &0x0092_0010_u32.to_le_bytes());
+    let (_, _, function) = function(fake);
+    assert_eq!(read(&function, 0x80), 0x0002_0010);
+    assert_eq!(read(&function, 0x8c), 0x11);
+    assert_eq!(read(&function, 0x90), 0x11_0000);
+}
+
+#[test]
+fn what_cannot_be_given_is_refused_with_the_reason() {
+    let refuse = |fake: FakeDevice| {
+        let routes = Arc::new(FakeRoutes::default());
+        AssignedFunction::new("0000:01:00.0", Arc::new(fake), routes)
+            .unwrap_err()
+            .to_string()
+    };
+    let gone = nvme();
+    gone.set_config(0, &[0xff; 4096]);
+    assert!(refuse(gone).contains("does not answer"));
+    let bridge = nvme();
+    bridge.set_config(0x0e, &[0x81]);
+    assert!(refuse(bridge).contains("no endpoint (header type 1)"));
+    let mut odd = nvme();
+    odd.set_bar(0, 0x3000);
+    assert!(refuse(odd).contains("BAR 0 of 0x3000 bytes is impossible"));
+    let mut cut = nvme();
+    cut.set_bar(5, 0x4000);
+    cut.set_config(0x24, &[4]);
+    assert!(refuse(cut).contains("no BAR 6"));
+}
+
+#[test]
+fn a_conventional_device_has_no_extended_space() {
+    let fake = nvme();
+    fake.config.lock().unwrap().truncate(256);
+    let (_, _, function) = function(fake);
+    assert_eq!(read(&function, 0x100), 0);
+    assert_eq!(read(&function, 0xffc), 0);
+    write(&function, 0x100, 1);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Config(u16, Vec<u8>),
+    Bar(u8, u64, Vec<u8>),
+    Reset,
+}
+
+fn access() -> impl Strategy<Value = Vec<u8>> {
+    let width = prop::sample::select(vec![1_usize, 2, 3, 4, 8]);
+    width.prop_flat_map(|width| prop::collection::vec(any::<u8>(), width))
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let offset = prop_oneof![0_u16..0x200, any::<u16>()];
+    let place = prop_oneof![0_u64..0x5000, any::<u64>()];
+    prop::collection::vec(
+        prop_oneof![
+            8 => (offset, access()).prop_map(|(at, data)| Step::Config(at, data)),
+            8 => (0_u8..7, place, access()).prop_map(|(bar, at, data)| Step::Bar(bar, at, data)),
+            1 => Just(Step::Reset),
+        ],
+        0..60,
+    )
+}
+
+/// A configuration space of noise, in which lists hold together here and there.
+fn hostile() -> impl Strategy<Value = FakeDevice> {
+    let noise = prop_oneof![
+        Just(vec![0xff; 4096]),
+        Just(vec![0; 4096]),
+        prop::collection::vec(any::<u8>(), 4096),
+    ];
+    let pointer = || prop_oneof![0x40_u8..0xff, Just(0)];
+    let id = prop::sample::select(vec![
+        0x01_u8, 0x05, 0x09, 0x10, 0x11, 0x13, 0x14, 0x00, 0xff,
+    ]);
+    let standard = prop::collection::vec((pointer(), id, pointer()), 0..20);
+    let link = || prop_oneof![0x100_u16..0xfff, Just(0)];
+    let extended = prop::collection::vec((link(), 0_u16..0x30, link()), 0..20);
+    let size = prop_oneof![
+        3 => Just(0_u64),
+        4 => (4_u32..14).prop_map(|log2| 1 << log2),
+        1 => (14_u32..64).prop_map(|log2| 1 << log2),
+        1 => any::<u64>(),
+    ];
+    let bars = prop::collection::vec((size, prop::sample::select(vec![0_u8, 1, 4, 8, 12])), 6);
+    let interrupts = (0_u32..70, 0_u32..40, any::<bool>(), 0_u32..70);
+    let first = (pointer(), any::<bool>());
+    (noise, standard, extended, bars, interrupts, first).prop_map(
+        |(noise, standard, extended, bars, (msix, msi, resizable, most), (first, tame))| {
+            let mut fake = FakeDevice {
+                config: Mutex::new(noise),
+                most_vectors: most,
+                msix: IrqInfo {
+                    count: msix,
+                    resizable,
+                },
+                msi: IrqInfo {
+                    count: msi,
+                    resizable: false,
+                },
+                ..FakeDevice::default()
+            };
+            if tame {
+                fake.set_config(0, &[0x86, 0x80]);
+                fake.set_config(6, &[0x10]);
+                fake.set_config(0x0e, &[0]);
+                fake.set_config(0x34, &[first]);
+            }
+            for (at, id, next) in standard {
+                fake.set_config(usize::from(at & !3), &[id, next]);
+            }
+            for (at, id, next) in extended {
+                let header = u32::from(id) | 1 << 16 | u32::from(next) << 20;
+                fake.set_config(usize::from(at & !3), &header.to_le_bytes());
+            }
+            for (number, (size, flags)) in bars.into_iter().enumerate() {
+                fake.bars[number] = Region {
+                    size,
+                    readable: true,
+                    writable: true,
+                    areas: vec![Area { offset: 0, size }],
+                };
+                fake.set_config(0x10 + number * 4, &[flags]);
+            }
+            fake
+        },
+    )
+}
+
+proptest! {
+    /// Whatever a device says and a guest does: nothing panics, both lists of the guest's end, none
+    /// of what the table hides is in them, and no vector is connected that is not enabled.
+    #[test]
+    fn a_hostile_device_and_a_hostile_guest_harm_nothing(fake in hostile(), steps in steps()) {
+        let fake = Arc::new(fake);
+        let routes = Arc::new(FakeRoutes::default());
+        if let Ok(function) = AssignedFunction::new("fake", fake.clone(), routes) {
+            for step in steps {
+                match step {
+                    Step::Config(at, mut data) => {
+                        function.config_write(at, &data);
+                        function.config_read(at, &mut data);
+                    }
+                    Step::Bar(bar, at, mut data) => {
+                        let bar = if bar == 6 { BarIndex::Rom } else { BarIndex::Bar(bar) };
+                        function.bar_write(bar, at, &data);
+                        function.bar_read(bar, at, &mut data);
+                    }
+                    Step::Reset => function.reset(),
+                }
+                for region in function.decoded() {
+                    prop_assert!(function.bars().contains(&region));
+                }
+                prop_assert_eq!(read(&function, 0x30), 0);
+            }
+            function.reset();
+            let config = |offset| read(&function, offset);
+            for found in extended_capabilities(&config) {
+                prop_assert!(found.id == 0 || !matches!(
+                    crate::policy::find(crate::policy::EXTENDED, found.id).map(|rule| rule.keep),
+                    Some(crate::policy::Keep::No(_))
+                ), "{:?}", found);
+            }
+            prop_assert!(capabilities(&config).len() <= 48);
+            prop_assert!(fake.connected().iter().all(|connected| !connected));
+        }
+    }
+}

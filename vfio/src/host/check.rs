@@ -1,0 +1,308 @@
+//! What stands against moving a device to VFIO or back.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use busway_pci::Bdf;
+
+use super::Host;
+use super::device::{HostDevice, is_vfio_driver};
+use super::iommu::IommuAdvice;
+use super::usage::{self, Process, Usage};
+
+/// A reason not to touch a device, with what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is no such device.
+    NotThere {
+        /// The address asked for.
+        address: Bdf,
+    },
+    /// It is a bridge.
+    Bridge {
+        /// The bridge.
+        address: Bdf,
+    },
+    /// No IOMMU translates for it.
+    NoGroup {
+        /// The device.
+        address: Bdf,
+        /// What to do.
+        advice: IommuAdvice,
+    },
+    /// The host uses it.
+    InUse {
+        /// The device.
+        address: Bdf,
+        /// The uses; never empty.
+        uses: Vec<Usage>,
+    },
+    /// Others in its IOMMU group would stay with drivers of the host.
+    GroupNotViable {
+        /// The group.
+        group: u32,
+        /// Those of its members that were asked for.
+        asked: Vec<Bdf>,
+        /// Those in the way; never empty.
+        blockers: Vec<GroupBlocker>,
+    },
+    /// A process has it open by VFIO.
+    HeldOpen {
+        /// The device.
+        address: Bdf,
+        /// The processes; never empty.
+        processes: Vec<Process>,
+    },
+}
+
+/// A member of an IOMMU group that keeps the group from being given to a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupBlocker {
+    /// The member.
+    pub address: Bdf,
+    /// The driver that it is bound to.
+    pub driver: String,
+    /// Whether it is a bridge, which cannot be given away with the rest.
+    pub is_bridge: bool,
+    /// What uses it.
+    pub uses: Vec<Usage>,
+}
+
+impl Refusal {
+    /// Whether what was asked for does not make sense, rather than that the host cannot do it.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::NotThere { .. } | Self::Bridge { .. })
+    }
+}
+
+/// All that stands against giving these devices to VFIO together.
+#[must_use]
+pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>) -> Vec<Refusal> {
+    let mut refusals = Vec::new();
+    let mut groups = BTreeSet::new();
+    for &address in addresses {
+        let Some(device) = host.device(address) else {
+            refusals.push(Refusal::NotThere { address });
+            continue;
+        };
+        if device.is_bridge() {
+            refusals.push(Refusal::Bridge { address });
+            continue;
+        }
+        match device.group {
+            Some(group) => {
+                groups.insert(group);
+            }
+            None => refusals.push(Refusal::NoGroup {
+                address,
+                advice: IommuAdvice::read(&host.root),
+            }),
+        }
+        // What VFIO has already is not taken from anybody.
+        if !device.is_with_vfio() {
+            let uses = uses(host, address);
+            if !uses.is_empty() {
+                refusals.push(Refusal::InUse { address, uses });
+            }
+        }
+    }
+    for group in groups {
+        let blockers = group_blockers(host, group, addresses);
+        if !blockers.is_empty() {
+            let member = |device: &HostDevice| device.group == Some(group) && !device.is_bridge();
+            let asked = |address: &&Bdf| host.device(**address).is_some_and(member);
+            refusals.push(Refusal::GroupNotViable {
+                group,
+                asked: addresses.iter().filter(asked).copied().collect(),
+                blockers,
+            });
+        }
+    }
+    refusals
+}
+
+/// All that stands against giving these devices back to the host.
+#[must_use]
+pub fn check_unbind(host: &Host, addresses: &BTreeSet<Bdf>) -> Vec<Refusal> {
+    let check = |&address: &Bdf| {
+        let Some(device) = host.device(address) else {
+            return Some(Refusal::NotThere { address });
+        };
+        if !device.is_with_vfio() {
+            return None;
+        }
+        // A driver of the host is turned away from a group that a process owns, even where the
+        // process uses another member of it; and virtual functions end with their physical one.
+        let same_group = |other: &HostDevice| other.group.is_some() && other.group == device.group;
+        let members = host.devices().filter(|other| {
+            other.address == address
+                || same_group(other)
+                || other.physical_function == Some(address)
+        });
+        let uses = members.flat_map(|other| host.usage(other.address));
+        let processes: BTreeSet<_> = uses
+            .filter_map(|usage| match usage {
+                Usage::Process(process) => Some(process.clone()),
+                _ => None,
+            })
+            .collect();
+        (!processes.is_empty()).then(|| Refusal::HeldOpen {
+            address,
+            processes: processes.into_iter().collect(),
+        })
+    };
+    addresses.iter().filter_map(check).collect()
+}
+
+/// The members of `group`, but for those in `taken`, whose drivers keep it from being given away.
+///
+/// The kernel lends a group to user space while each member's driver leaves DMA alone: none, those
+/// that set `driver_managed_dma` (VFIO's, `pci-stub` and the PCIe ports' own), but not the hot-plug
+/// driver of a conventional bridge (`shpchp`). drivers/pci/pci-driver.c, pci_dma_configure.
+#[must_use]
+pub(super) fn group_blockers(host: &Host, group: u32, taken: &BTreeSet<Bdf>) -> Vec<GroupBlocker> {
+    let blocks = |device: &HostDevice| {
+        let driver = device.driver.clone()?;
+        let harmless = is_vfio_driver(&driver) || matches!(&*driver, "pci-stub" | "pcieport");
+        (!harmless && !taken.contains(&device.address)).then(|| GroupBlocker {
+            address: device.address,
+            driver,
+            is_bridge: device.is_bridge(),
+            uses: uses(host, device.address),
+        })
+    };
+    host.group(group).filter_map(blocks).collect()
+}
+
+/// What taking a device from its driver would break.
+fn uses(host: &Host, address: Bdf) -> Vec<Usage> {
+    let uses = host.usage(address).iter().filter(|u| u.prevents_bind());
+    let mut uses: Vec<_> = uses.cloned().collect();
+    if uses.is_empty() {
+        uses.extend(usage::claimed_disk(&host.root, address));
+    }
+    uses
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotThere { address } => write!(
+                f,
+                "{address}: there is no such PCI device\n  see those there are: busway device list"
+            ),
+            Self::Bridge { address } => write!(
+                f,
+                "{address} is a bridge, which no guest can be given\n  \
+                 name the devices behind it: busway device list"
+            ),
+            Self::NoGroup { address, advice } => {
+                write!(f, "{address} is in no IOMMU group\n  {advice}")
+            }
+            Self::InUse { address, uses } => {
+                write!(f, "{address} is in use")?;
+                for usage in uses {
+                    write!(f, "\n  {usage}\n    {}", remedy(*address, usage))?;
+                }
+                Ok(())
+            }
+            Self::GroupNotViable {
+                group,
+                asked,
+                blockers,
+            } => group_not_viable(f, *group, asked, blockers),
+            Self::HeldOpen { address, processes } => {
+                write!(f, "{address} is held by")?;
+                for (index, process) in processes.iter().enumerate() {
+                    write!(f, "{} {process}", if index > 0 { "," } else { "" })?;
+                }
+                f.write_str("\n  end it first: the kernel would wait for it")
+            }
+        }
+    }
+}
+
+/// What ends a use of the device at `address`.
+fn remedy(address: Bdf, usage: &Usage) -> String {
+    match usage {
+        Usage::Mounted { at, .. } => {
+            let system = |path: &&str| ["/", "/usr", "/boot", "/var"].contains(path);
+            let names: Vec<_> = at.iter().filter_map(|path| path.to_str()).collect();
+            if names.iter().any(system) {
+                "the host runs from it, so it cannot be given away".to_owned()
+            } else {
+                format!("unmount it first: umount {}", names.join(" "))
+            }
+        }
+        Usage::Swap { device, .. } => {
+            format!("stop swapping to it first: swapoff {}", device.display())
+        }
+        Usage::Held { release, .. } => format!("take it down first: {release}"),
+        Usage::Claimed { disk } => format!(
+            "end that use first; it may be ZFS, a mount in a container, or a program: \
+             fuser --verbose /dev/{disk}"
+        ),
+        Usage::DefaultRoute { .. } => {
+            "the host reaches the network by it: give it another default \
+                                       route first, and remove this (ip route, ip -6 route)"
+                .to_owned()
+        }
+        Usage::Interface { name } => format!("take it down first: ip link set {name} down"),
+        Usage::VirtualFunctions { .. } => {
+            format!("remove them first: echo 0 > /sys/bus/pci/devices/{address}/sriov_numvfs")
+        }
+        Usage::Process(process) => format!("end process {} first", process.pid),
+    }
+}
+
+fn group_not_viable(
+    f: &mut fmt::Formatter<'_>,
+    group: u32,
+    asked: &[Bdf],
+    blockers: &[GroupBlocker],
+) -> fmt::Result {
+    let join = |addresses: &mut dyn Iterator<Item = &Bdf>| {
+        addresses.map(Bdf::to_string).collect::<Vec<_>>().join(" ")
+    };
+    write!(
+        f,
+        "{} cannot go alone: IOMMU group {group} goes to a guest as a whole, and of it",
+        join(&mut asked.iter())
+    )?;
+    for blocker in blockers {
+        write!(f, "\n  {} is with {}", blocker.address, blocker.driver)?;
+        if blocker.is_bridge {
+            f.write_str(", a bridge")?;
+        }
+        for (index, usage) in blocker.uses.iter().enumerate() {
+            write!(f, "{} {usage}", if index > 0 { "," } else { ", in use:" })?;
+        }
+    }
+    for bridge in blockers.iter().filter(|b| b.is_bridge) {
+        write!(
+            f,
+            "\n  take the bridge from its driver: echo {} > /sys/bus/pci/drivers/{}/unbind",
+            bridge.address, bridge.driver
+        )?;
+    }
+    let others: Vec<_> = blockers.iter().filter(|b| !b.is_bridge).collect();
+    if others.is_empty() {
+        return Ok(());
+    }
+    let mut all: Vec<_> = asked
+        .iter()
+        .chain(others.iter().map(|b| &b.address))
+        .collect();
+    all.sort();
+    let free = if others.iter().any(|b| !b.uses.is_empty()) {
+        "free what is in use, then bind them together"
+    } else {
+        "bind them together"
+    };
+    write!(
+        f,
+        "\n  {free}: busway device bind {}",
+        join(&mut all.into_iter())
+    )
+}

@@ -1,0 +1,126 @@
+//! Why a device has no IOMMU group, and what to do about it.
+
+use std::fmt;
+
+use super::root::{self, SysRoot};
+
+/// What keeps the IOMMU from being used, as far as the host tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IommuAdvice {
+    /// An Intel processor, and the firmware's tables have no DMAR.
+    IntelFirmware,
+    /// An Intel processor, and the kernel was not told to use its IOMMU.
+    IntelParameter,
+    /// An AMD processor, and the firmware's tables have no IVRS.
+    AmdFirmware,
+    /// An AMD processor, and the kernel was told not to use its IOMMU.
+    AmdParameter,
+    /// The IOMMU is on, but this device is not behind it.
+    NotBehind,
+    /// Nothing stands out.
+    Unknown,
+}
+
+impl IommuAdvice {
+    /// Looks at processor, firmware tables and the kernel's command line.
+    #[must_use]
+    pub fn read(root: &SysRoot) -> Self {
+        if !root::names(&root.sys.join("class/iommu")).is_empty() {
+            return Self::NotBehind;
+        }
+        let processor = root::text(&root.proc.join("cpuinfo")).unwrap_or_default();
+        let parameters = root::text(&root.proc.join("cmdline")).unwrap_or_default();
+        let tables = root::names(&root.sys.join("firmware/acpi/tables"));
+        let table = |name: &str| tables.iter().any(|table| table == name);
+        let says = |key, value| says(&parameters, key, value);
+        if processor.contains("GenuineIntel") {
+            match (table("DMAR"), says("intel_iommu", "on")) {
+                (false, _) => Self::IntelFirmware,
+                (true, false) => Self::IntelParameter,
+                (true, true) => Self::Unknown,
+            }
+        } else if processor.contains("AuthenticAMD") || processor.contains("HygonGenuine") {
+            match (
+                table("IVRS"),
+                says("amd_iommu", "off") || says("iommu", "off"),
+            ) {
+                (false, _) => Self::AmdFirmware,
+                (true, true) => Self::AmdParameter,
+                (true, false) => Self::Unknown,
+            }
+        } else {
+            Self::Unknown
+        }
+    }
+}
+
+/// Whether the kernel's command line has `key=…,value,…`.
+fn says(parameters: &str, key: &str, value: &str) -> bool {
+    parameters
+        .split_whitespace()
+        .filter_map(|word| word.split_once('='))
+        .any(|(k, values)| k == key && values.split(',').any(|v| v == value))
+}
+
+impl fmt::Display for IommuAdvice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::IntelFirmware => {
+                "the firmware offers no IOMMU: turn VT-d on in its set-up, and boot the kernel with \
+                 intel_iommu=on"
+            }
+            Self::IntelParameter => "boot the kernel with the parameter intel_iommu=on",
+            Self::AmdFirmware => {
+                "the firmware offers no IOMMU: turn AMD-Vi (called IOMMU there) on in its set-up"
+            }
+            Self::AmdParameter => {
+                "boot the kernel without the parameter amd_iommu=off (or iommu=off)"
+            }
+            Self::NotBehind => {
+                "the host's IOMMU is on, but this device is not behind it, so it cannot be given away"
+            }
+            Self::Unknown => {
+                "turn the IOMMU on in the firmware's set-up, and look what the kernel says of it: \
+                 dmesg | grep -i iommu"
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn advice(processor: &str, table: Option<&str>, parameters: &str) -> IommuAdvice {
+        let folder = tempfile::tempdir().unwrap();
+        let root = SysRoot::under(folder.path());
+        let tables = root.sys.join("firmware/acpi/tables");
+        fs::create_dir_all(&tables).unwrap();
+        fs::create_dir_all(&root.proc).unwrap();
+        if let Some(table) = table {
+            fs::write(tables.join(table), "").unwrap();
+        }
+        fs::write(
+            root.proc.join("cpuinfo"),
+            format!("vendor_id\t: {processor}\n"),
+        )
+        .unwrap();
+        fs::write(root.proc.join("cmdline"), parameters).unwrap();
+        IommuAdvice::read(&root)
+    }
+
+    #[test]
+    fn the_advice_is_for_this_processor_and_these_parameters() {
+        use IommuAdvice::*;
+        let intel = "GenuineIntel";
+        assert_eq!(advice(intel, None, ""), IntelFirmware);
+        assert_eq!(advice(intel, Some("DMAR"), "quiet"), IntelParameter);
+        assert_eq!(advice(intel, Some("DMAR"), "intel_iommu=sm_on,on"), Unknown);
+        let amd = "AuthenticAMD";
+        assert_eq!(advice(amd, None, ""), AmdFirmware);
+        assert_eq!(advice(amd, Some("IVRS"), "amd_iommu=off"), AmdParameter);
+        assert_eq!(advice(amd, Some("IVRS"), "intel_iommu=on"), Unknown);
+        assert_eq!(advice("unheard of", None, ""), Unknown);
+    }
+}

@@ -1,0 +1,114 @@
+//! Where the kernel's file systems are mounted, and reading their small files.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use busway_pci::Bdf;
+
+/// The mount points that the host is read from: the real ones, or a made-up tree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SysRoot {
+    /// sysfs
+    pub sys: PathBuf,
+    /// procfs
+    pub proc: PathBuf,
+    /// Device nodes.
+    pub dev: PathBuf,
+}
+
+impl Default for SysRoot {
+    fn default() -> Self {
+        Self::under(Path::new("/"))
+    }
+}
+
+impl SysRoot {
+    /// `sys`, `proc` and `dev` in one folder.
+    #[must_use]
+    pub fn under(folder: &Path) -> Self {
+        Self {
+            sys: folder.join("sys"),
+            proc: folder.join("proc"),
+            dev: folder.join("dev"),
+        }
+    }
+
+    /// The PCI bus.
+    pub(crate) fn bus(&self) -> PathBuf {
+        self.sys.join("bus/pci")
+    }
+
+    /// A device's folder.
+    #[must_use]
+    pub fn device(&self, address: Bdf) -> PathBuf {
+        self.bus().join("devices").join(address.to_string())
+    }
+
+    /// A PCI driver's folder.
+    pub(crate) fn driver(&self, name: &str) -> PathBuf {
+        self.bus().join("drivers").join(name)
+    }
+
+    /// The driver that a device is bound to now.
+    pub(crate) fn driver_of(&self, address: Bdf) -> Option<String> {
+        link_name(&self.device(address).join("driver"))
+    }
+
+    /// The driver that alone may take a device, where one was set.
+    pub(crate) fn override_of(&self, address: Bdf) -> Option<String> {
+        // An attribute without a value reads as the kernel's printf of a null pointer.
+        text(&self.device(address).join("driver_override"))
+            .filter(|name| !name.is_empty() && name != "(null)")
+    }
+}
+
+/// A file's text without white space at its ends, where it can be read.
+pub(crate) fn text(path: &Path) -> Option<String> {
+    let bytes = fs::read(path).ok()?;
+    Some(String::from_utf8_lossy(&bytes).trim().to_owned())
+}
+
+/// A number written as `0x1af4`.
+pub(crate) fn hex(path: &Path) -> Option<u32> {
+    let text = text(path)?;
+    u32::from_str_radix(text.strip_prefix("0x")?, 16).ok()
+}
+
+/// A decimal number.
+pub(crate) fn number<T: std::str::FromStr>(path: &Path) -> Option<T> {
+    text(path)?.parse().ok()
+}
+
+/// The last component of what a link points to.
+pub(crate) fn link_name(path: &Path) -> Option<String> {
+    let target = fs::read_link(path).ok()?;
+    Some(target.file_name()?.to_string_lossy().into_owned())
+}
+
+/// The names in a folder, sorted; none where it is absent or may not be read.
+pub(crate) fn names(folder: &Path) -> Vec<String> {
+    try_names(folder).unwrap_or_default()
+}
+
+/// The names in a folder, sorted.
+pub(crate) fn try_names(folder: &Path) -> io::Result<Vec<String>> {
+    let mut names = fs::read_dir(folder)?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
+}
+
+/// The PCI device that stands innermost on a path below `/sys/devices`.
+pub(crate) fn innermost_pci(path: &Path) -> Option<Bdf> {
+    path.components()
+        .rev()
+        .find_map(|part| full_address(part.as_os_str().to_str()?))
+}
+
+/// The address that sysfs would name so. [`Bdf`] also reads the short form, which is none of sysfs's.
+pub(crate) fn full_address(name: &str) -> Option<Bdf> {
+    let address: Bdf = name.parse().ok()?;
+    (address.to_string() == name).then_some(address)
+}

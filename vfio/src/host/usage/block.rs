@@ -1,0 +1,244 @@
+//! Disks, and what stands on them: partitions, LVM, RAID, encryption, file systems, swap.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use busway_pci::Bdf;
+
+use super::Usage;
+use super::mounts::Mounts;
+use crate::host::root::{self, SysRoot};
+
+/// How deep one block device may stand on another. Real stacks have fewer than ten.
+const DEEPEST: usize = 32;
+
+/// Every block device of the host.
+struct Blocks {
+    nodes: BTreeMap<String, Block>,
+    mounts: Mounts,
+}
+
+#[derive(Debug, Default)]
+struct Block {
+    /// `MAJOR:MINOR`.
+    number: String,
+    /// Device-mapper's name of it, where it is one of its own.
+    mapped: Option<Mapped>,
+    /// The PCI devices that it is on; several for an NVMe namespace with several paths.
+    owners: Vec<Bdf>,
+    /// What stands on it: partitions, and devices that hold it.
+    above: Vec<String>,
+    /// Whether it is part of another block device.
+    partition: bool,
+    /// The others of a file system that spans several.
+    spanned: Vec<String>,
+}
+
+#[derive(Debug)]
+struct Mapped {
+    name: String,
+    uuid: String,
+}
+
+/// The uses of the disks of every PCI device.
+pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
+    let blocks = Blocks::read(root);
+    let mut uses = Vec::new();
+    for (name, block) in &blocks.nodes {
+        if block.owners.is_empty() || block.partition {
+            continue;
+        }
+        let mut found = Vec::new();
+        blocks.walk(name, &mut Vec::new(), &mut found);
+        for &owner in &block.owners {
+            uses.extend(found.iter().map(|usage| (owner, usage.clone())));
+        }
+    }
+    uses
+}
+
+/// A disk of the device that somebody has open exclusively, where one is.
+pub(in crate::host) fn claimed_disk(root: &SysRoot, address: Bdf) -> Option<Usage> {
+    let blocks = Blocks::read(root);
+    let disks = blocks
+        .nodes
+        .iter()
+        .filter(|(_, block)| block.owners.contains(&address) && !block.partition);
+    disks
+        .map(|(name, _)| name)
+        .find(|name| {
+            // open(2): without O_CREAT, on a block device, O_EXCL fails with EBUSY while the device,
+            // or a partition of it, is in use by the system.
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_EXCL | libc::O_NONBLOCK)
+                .open(root.dev.join(name.replace('!', "/")))
+                .is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+        })
+        .map(|disk| Usage::Claimed { disk: disk.clone() })
+}
+
+impl Blocks {
+    fn read(root: &SysRoot) -> Self {
+        let class = root.sys.join("class/block");
+        let mut nodes: BTreeMap<String, Block> = BTreeMap::new();
+        for name in root::names(&class) {
+            // Vanished meanwhile, where the path does not resolve.
+            if let Ok(path) = class.join(&name).canonicalize() {
+                nodes.insert(name, Block::read(root, &path));
+            }
+        }
+        let mut blocks = Self {
+            nodes,
+            mounts: Mounts::read(root),
+        };
+        blocks.read_btrfs(root);
+        blocks
+    }
+
+    /// btrfs spans devices that only its own folder ties together.
+    fn read_btrfs(&mut self, root: &SysRoot) {
+        let folder = root.sys.join("fs/btrfs");
+        for uuid in root::names(&folder) {
+            let members = root::names(&folder.join(uuid).join("devices"));
+            for name in &members {
+                if let Some(block) = self.nodes.get_mut(name) {
+                    block.spanned = members.iter().filter(|m| *m != name).cloned().collect();
+                }
+            }
+        }
+    }
+
+    /// Adds the uses of `name` and of all that stands on it. Returns whether there is any.
+    fn walk(&self, name: &str, chain: &mut Vec<String>, found: &mut Vec<Usage>) -> bool {
+        let Some(block) = self.nodes.get(name) else {
+            return false;
+        };
+        let shown = block.mapped.as_ref().map_or(name, |mapped| &mapped.name);
+        if chain.len() >= DEEPEST || chain.iter().any(|below| below == shown) {
+            return false;
+        }
+        // A partition's name says its disk's.
+        let disk = if block.partition { chain.pop() } else { None };
+        chain.push(shown.to_owned());
+        let before = found.len();
+
+        let at = self.mounted(name, block);
+        if !at.is_empty() {
+            let chain = chain.clone();
+            found.push(Usage::Mounted { chain, at });
+        }
+        if self.mounts.swaps_to(name) {
+            let chain = chain.clone();
+            let device = block.node(name);
+            found.push(Usage::Swap { chain, device });
+        }
+        for above in &block.above {
+            let used = self.walk(above, chain, found);
+            let holder = self.nodes.get(above).filter(|block| !block.partition);
+            if let (false, Some(holder)) = (used, holder) {
+                let mut chain = chain.clone();
+                chain.push(holder.mapped.as_ref().map_or(above, |m| &m.name).clone());
+                let release = release(above, holder);
+                found.push(Usage::Held { chain, release });
+            }
+        }
+
+        chain.pop();
+        chain.extend(disk);
+        found.len() > before
+    }
+
+    fn mounted(&self, name: &str, block: &Block) -> Vec<PathBuf> {
+        let at = self.mounts.at(name, &block.number);
+        if !at.is_empty() {
+            return at;
+        }
+        let mut others = block.spanned.iter().filter_map(|other| {
+            let number = &self.nodes.get(other)?.number;
+            Some(self.mounts.at(other, number))
+        });
+        others.find(|at| !at.is_empty()).unwrap_or_default()
+    }
+}
+
+impl Block {
+    fn read(root: &SysRoot, path: &Path) -> Self {
+        let partition = path.join("partition").exists();
+        let partitions = root::names(path)
+            .into_iter()
+            .filter(|name| path.join(name).join("partition").exists());
+        let above = partitions
+            .chain(root::names(&path.join("holders")))
+            .collect();
+        let mapped = root::text(&path.join("dm/name")).map(|name| Mapped {
+            name,
+            uuid: root::text(&path.join("dm/uuid")).unwrap_or_default(),
+        });
+        Self {
+            number: root::text(&path.join("dev")).unwrap_or_default(),
+            mapped,
+            owners: owners(root, path),
+            above,
+            partition,
+            spanned: Vec::new(),
+        }
+    }
+
+    /// Its node, by the name that people know.
+    fn node(&self, name: &str) -> PathBuf {
+        match &self.mapped {
+            Some(mapped) => Path::new("/dev/mapper").join(&mapped.name),
+            None => Path::new("/dev").join(name.replace('!', "/")),
+        }
+    }
+}
+
+/// The PCI devices that a block device is on.
+fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
+    if let Some(owner) = root::innermost_pci(path) {
+        return vec![owner];
+    }
+    // With NVMe multipath a namespace is no child of its controllers but of the subsystem, whose
+    // folder links to them: nvme-subsys0/{nvme0 -> …/0000:01:00.0/nvme/nvme0, nvme0n1}.
+    let subsystems = root.sys.join("devices/virtual/nvme-subsystem");
+    let subsystem = path.ancestors().skip(1).find(|folder| {
+        folder
+            .parent()
+            .is_some_and(|parent| subsystems.canonicalize().is_ok_and(|real| real == parent))
+    });
+    let Some(subsystem) = subsystem else {
+        return Vec::new();
+    };
+    let links = root::names(subsystem)
+        .into_iter()
+        .map(|name| subsystem.join(name));
+    let mut owners: Vec<_> = links
+        .filter(|link| link.is_symlink())
+        .filter_map(|link| root::innermost_pci(&link.canonicalize().ok()?))
+        .collect();
+    owners.sort();
+    owners.dedup();
+    owners
+}
+
+/// The command that takes a block device that stands on others down.
+fn release(name: &str, block: &Block) -> String {
+    match &block.mapped {
+        Some(Mapped { name, uuid }) if uuid.starts_with("LVM-") => {
+            format!("lvchange --activate n /dev/mapper/{name}")
+        }
+        Some(Mapped { name, uuid }) if uuid.starts_with("CRYPT-") => {
+            format!("cryptsetup close {name}")
+        }
+        Some(Mapped { name, uuid }) if uuid.starts_with("mpath-") => {
+            format!("multipath -f {name}")
+        }
+        Some(Mapped { name, .. }) => format!("dmsetup remove {name}"),
+        None if name.starts_with("md") => format!("mdadm --stop /dev/{name}"),
+        None if name.starts_with("bcache") => format!("echo 1 > /sys/block/{name}/bcache/stop"),
+        None => format!("stop what made /dev/{name}"),
+    }
+}

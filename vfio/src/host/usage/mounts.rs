@@ -1,0 +1,142 @@
+//! What the kernel says is mounted and swapped to.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::host::root::{self, SysRoot};
+
+/// The block devices that hold mounted file systems and swap.
+#[derive(Debug, Default)]
+pub(super) struct Mounts {
+    by_number: BTreeMap<String, Vec<PathBuf>>,
+    by_source: BTreeMap<String, Vec<PathBuf>>,
+    swaps: Vec<String>,
+}
+
+impl Mounts {
+    /// Reads this process's mount namespace and the host's swap devices.
+    pub(super) fn read(root: &SysRoot) -> Self {
+        let mut mounts = Self::default();
+        let text = root::text(&root.proc.join("self/mountinfo")).unwrap_or_default();
+        for mount in text.lines().filter_map(Mount::parse) {
+            if let Some(name) = device_name(root, &mount.source) {
+                let at = mounts.by_source.entry(name).or_default();
+                at.push(mount.at.clone());
+            }
+            mounts
+                .by_number
+                .entry(mount.number)
+                .or_default()
+                .push(mount.at);
+        }
+        let text = root::text(&root.proc.join("swaps")).unwrap_or_default();
+        mounts.swaps = text
+            .lines()
+            .skip(1)
+            .filter_map(|line| device_name(root, &unescape(line.split_whitespace().next()?)))
+            .collect();
+        mounts
+    }
+
+    /// Where the block device `name`, numbered `MAJOR:MINOR`, is mounted; the shortest path first.
+    ///
+    /// By both, for some file systems (btrfs) show a number of their own.
+    pub(super) fn at(&self, name: &str, number: &str) -> Vec<PathBuf> {
+        let by_number = self.by_number.get(number).into_iter();
+        let mut at: Vec<_> = by_number
+            .chain(self.by_source.get(name))
+            .flatten()
+            .cloned()
+            .collect();
+        at.sort_by_key(|path| (path.as_os_str().len(), path.clone()));
+        at.dedup();
+        at
+    }
+
+    /// Whether the block device `name` is swapped to.
+    pub(super) fn swaps_to(&self, name: &str) -> bool {
+        self.swaps.iter().any(|swap| swap == name)
+    }
+}
+
+struct Mount {
+    number: String,
+    at: PathBuf,
+    source: String,
+}
+
+impl Mount {
+    /// A line of mountinfo (proc_pid_mountinfo(5)):
+    /// `36 35 98:0 /root /mountpoint options [optional fields…] - type source options`.
+    fn parse(line: &str) -> Option<Self> {
+        let (left, right) = line.split_once(" - ")?;
+        let mut left = left.split(' ').skip(2);
+        Some(Self {
+            number: left.next()?.to_owned(),
+            at: PathBuf::from(unescape(left.nth(1)?)),
+            source: unescape(right.split(' ').nth(1)?),
+        })
+    }
+}
+
+/// The kernel's name of the block device whose node, or a link to it, is `path`: `dm-0` for
+/// `/dev/mapper/vg-root`.
+fn device_name(root: &SysRoot, path: &str) -> Option<String> {
+    let path = Path::new(path).strip_prefix("/dev").ok()?;
+    let node = root.dev.join(path);
+    // In another namespace's container the node may be absent; its name is all that there is.
+    let node = node.canonicalize().unwrap_or(node);
+    let below = node
+        .strip_prefix(root.dev.canonicalize().unwrap_or_else(|_| root.dev.clone()))
+        .or_else(|_| node.strip_prefix(&root.dev))
+        .ok()?;
+    // sysfs writes the slash of such names as cciss/c0d0 as an exclamation mark.
+    Some(below.to_str()?.replace('/', "!"))
+}
+
+/// Undoes the kernel's octal escapes of white space and backslash: `\040` is a space.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let escape = tail.get(..3).filter(|_| first == b'\\');
+        let octal = escape
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match octal {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = tail.get(3..).unwrap_or_default();
+            }
+            None => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_line_with_optional_fields_and_spaces_is_read() {
+        let line =
+            "36 35 259:3 /@home /mnt/my\\040disk rw,noatime shared:1 master:2 - btrfs /dev/sda3 rw";
+        let mount = Mount::parse(line).unwrap();
+        assert_eq!(mount.number, "259:3");
+        assert_eq!(mount.at, Path::new("/mnt/my disk"));
+        assert_eq!(mount.source, "/dev/sda3");
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_makes_it_fail(line in ".*") {
+            let _ = Mount::parse(&line);
+            let _ = unescape(&line);
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! A device opened through the kernel's VFIO, by its group or as a character device.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+
+use busway_iommu::info;
+use vfio_bindings::bindings::vfio::{
+    VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_NUM_IRQS,
+    VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
+    vfio_region_info, vfio_region_info_cap_sparse_mmap,
+};
+
+use crate::areas::Area;
+use crate::open::Opened;
+use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex, sys};
+
+/// A VFIO device of the kernel's.
+///
+/// It goes as it came, in reverse: KVM forgets its file, the descriptor closes, and then the group
+/// or the address space that it is attached to is let go. Nothing of that can panic; a device that
+/// was pulled out meanwhile is closed like any other.
+#[derive(Debug)]
+pub struct KernelDevice {
+    name: String,
+    can_reset: bool,
+    regions: Vec<(u64, Region)>,
+    irqs: Vec<IrqInfo>,
+    opened: Opened,
+}
+
+impl KernelDevice {
+    /// Asks an opened and attached device what it is made of.
+    pub(crate) fn new(name: &str, opened: Opened) -> io::Result<Self> {
+        let file = &opened.file;
+        let device = sys::device_info(file)?;
+        if device.flags & VFIO_DEVICE_FLAGS_PCI == 0 {
+            return Err(io::Error::other("it is no PCI device to VFIO"));
+        }
+        // A region or interrupt that cannot be asked for keeps its number, as an empty one.
+        let regions = (0..VFIO_PCI_NUM_REGIONS.min(device.num_regions))
+            .map(|index| {
+                sys::region_info(file, index).map_or_else(
+                    |error| {
+                        log::debug!("{name}: region {index}: {error}");
+                        Default::default()
+                    },
+                    |answer| parse_region(&answer),
+                )
+            })
+            .collect();
+        let irqs = (0..VFIO_PCI_NUM_IRQS.min(device.num_irqs))
+            .map(|index| {
+                sys::irq_info(file, index).map_or_else(
+                    |_| IrqInfo::default(),
+                    |irq| IrqInfo {
+                        count: irq.count,
+                        resizable: irq.flags & VFIO_IRQ_INFO_NORESIZE == 0,
+                    },
+                )
+            })
+            .collect();
+        Ok(Self {
+            name: name.to_owned(),
+            can_reset: device.flags & VFIO_DEVICE_FLAGS_RESET != 0,
+            regions,
+            irqs,
+            opened,
+        })
+    }
+
+    /// Its address, as sysfs writes it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn known(&self, index: RegionIndex) -> io::Result<&(u64, Region)> {
+        self.regions
+            .get(index.number() as usize)
+            .filter(|(_, region)| region.size > 0)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+    }
+
+    /// Where in the descriptor an access of `size` bytes goes.
+    fn place(&self, index: RegionIndex, offset: u64, size: usize) -> io::Result<u64> {
+        let (base, region) = self.known(index)?;
+        let end = offset.checked_add(size as u64);
+        if end.is_none_or(|end| end > region.size) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        base.checked_add(offset)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+    }
+}
+
+impl DeviceIo for KernelDevice {
+    fn region(&self, index: RegionIndex) -> Region {
+        self.regions
+            .get(index.number() as usize)
+            .map(|(_, region)| region.clone())
+            .unwrap_or_default()
+    }
+
+    fn region_read(&self, index: RegionIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let place = self.place(index, offset, data.len())?;
+        self.opened.file.read_exact_at(data, place)
+    }
+
+    fn region_write(&self, index: RegionIndex, offset: u64, data: &[u8]) -> io::Result<()> {
+        let place = self.place(index, offset, data.len())?;
+        self.opened.file.write_all_at(data, place)
+    }
+
+    fn map(&self, index: RegionIndex, area: Area) -> io::Result<Mapping> {
+        let size =
+            usize::try_from(area.size).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let place = self.place(index, area.offset, size)?;
+        let (_, region) = self.known(index)?;
+        Mapping::of_device(
+            self.opened.file.as_fd(),
+            place,
+            area.offset,
+            area.size,
+            region.writable,
+        )
+    }
+
+    fn irq(&self, index: IrqIndex) -> IrqInfo {
+        self.irqs
+            .get(index.number() as usize)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    fn set_irqs(
+        &self,
+        index: IrqIndex,
+        first: u32,
+        events: &[Option<BorrowedFd<'_>>],
+    ) -> Result<(), IrqError> {
+        match sys::set_irq_events(&self.opened.file, index.number(), first, events) {
+            Ok(0) => Ok(()),
+            Ok(given) => Err(IrqError::Fewer { given }),
+            Err(error) => Err(IrqError::Kernel(error)),
+        }
+    }
+
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), IrqError> {
+        match sys::disable_irqs(&self.opened.file, index.number()) {
+            // EINVAL: that kind is not enabled.
+            Err(error) if error.raw_os_error() != Some(libc::EINVAL) => {
+                Err(IrqError::Kernel(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn can_reset(&self) -> bool {
+        self.can_reset
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        sys::reset(&self.opened.file)
+    }
+}
+
+/// Reads a `vfio_region_info` and the capabilities behind it: where in the descriptor the region
+/// begins, and what it is.
+fn parse_region(answer: &[u8]) -> (u64, Region) {
+    let u32_at = |at| info::u32_at(answer, at).unwrap_or(0);
+    let u64_at = |at| info::u64_at(answer, at).unwrap_or(0);
+    let flags = u32_at(std::mem::offset_of!(vfio_region_info, flags));
+    let size = u64_at(std::mem::offset_of!(vfio_region_info, size));
+    let mut areas = Vec::new();
+    if flags & VFIO_REGION_INFO_FLAG_MMAP != 0 {
+        let first = if flags & VFIO_REGION_INFO_FLAG_CAPS != 0 {
+            u32_at(std::mem::offset_of!(vfio_region_info, cap_offset))
+        } else {
+            0
+        };
+        // Without the capability all of the region can be mapped.
+        areas = match info::capability(answer, first, VFIO_REGION_INFO_CAP_SPARSE_MMAP as u16) {
+            Some(sparse) => {
+                type Cap = vfio_region_info_cap_sparse_mmap;
+                let count = info::u32_at(sparse, std::mem::offset_of!(Cap, nr_areas)).unwrap_or(0);
+                info::pairs_at(sparse, std::mem::offset_of!(Cap, areas), count)
+                    .into_iter()
+                    .map(|(offset, size)| Area { offset, size })
+                    .collect()
+            }
+            None => vec![Area { offset: 0, size }],
+        };
+    }
+    let region = Region {
+        size,
+        readable: flags & VFIO_REGION_INFO_FLAG_READ != 0,
+        writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
+        areas,
+    };
+    let base = u64_at(std::mem::offset_of!(vfio_region_info, offset));
+    (base, region)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(flags: u32, sparse: &[(u64, u64)]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for word in [0, flags, 0, 32] {
+            bytes.extend(u32::to_ne_bytes(word));
+        }
+        for value in [0x4000_u64, 7 << 40] {
+            bytes.extend(value.to_ne_bytes());
+        }
+        bytes.extend([1_u16, 1].map(u16::to_ne_bytes).concat());
+        bytes.extend([0, sparse.len() as u32, 0].map(u32::to_ne_bytes).concat());
+        for (offset, size) in sparse {
+            bytes.extend([*offset, *size].map(u64::to_ne_bytes).concat());
+        }
+        bytes
+    }
+
+    #[test]
+    fn sparse_areas_are_what_can_be_mapped_and_else_all_of_it() {
+        let (base, region) = parse_region(&answer(0xf, &[(0, 0x2000), (0x3000, 0x1000)]));
+        assert_eq!(base, 7 << 40);
+        assert!(region.readable && region.writable);
+        let spans: Vec<_> = region.areas.iter().map(|a| (a.offset, a.size)).collect();
+        assert_eq!(spans, [(0, 0x2000), (0x3000, 0x1000)]);
+        let (_, whole) = parse_region(&answer(0x7, &[]));
+        assert_eq!(whole.areas.len(), 1);
+        let (_, none) = parse_region(&answer(0x3, &[]));
+        assert!(none.areas.is_empty());
+        // A sparse list with nothing in it means that nothing can be mapped.
+        let (_, empty) = parse_region(&answer(0xf, &[]));
+        assert!(empty.areas.is_empty());
+        assert_eq!(parse_region(&[]), Default::default());
+    }
+}

@@ -1,0 +1,212 @@
+//! A device's two capability lists as the guest gets them: which stay, which go, and how far each
+//! reaches. Nothing that the device says can make this fail; it can only leave less.
+
+use busway_pci::{ConfigRead, capabilities, extended_capabilities, spec};
+
+use crate::policy::{self, Keep, Rule};
+
+/// A capability's place: from `start` to before `end`. Never empty, and no two overlap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) start: u16,
+    pub(crate) end: u16,
+}
+
+/// A capability that the guest sees.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kept {
+    pub(crate) id: u16,
+    pub(crate) version: u8,
+    pub(crate) extent: Extent,
+    pub(crate) rules: &'static [Rule],
+}
+
+/// One list: what stays in it, in the device's order, and the bytes of what goes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct List {
+    pub(crate) kept: Vec<Kept>,
+    pub(crate) hidden: Vec<Extent>,
+}
+
+impl List {
+    /// Takes a capability out that turns out to be of no use.
+    pub(crate) fn hide(&mut self, start: u16) {
+        let extents = self.kept.iter().map(|kept| kept.extent);
+        self.hidden
+            .extend(extents.filter(|extent| extent.start == start));
+        self.kept.retain(|kept| kept.extent.start != start);
+    }
+
+    /// The first capability of a kind.
+    pub(crate) fn find(&self, id: u16) -> Option<Kept> {
+        self.kept.iter().find(|kept| kept.id == id).copied()
+    }
+
+    /// Each capability's start with that of the next, or zero.
+    pub(crate) fn links(&self) -> impl Iterator<Item = (Kept, u16)> {
+        let starts = self.kept.iter().map(|kept| kept.extent.start);
+        let next = starts.skip(1).chain([0]);
+        self.kept.iter().copied().zip(next)
+    }
+}
+
+/// The list that starts in the header.
+pub(crate) fn standard(config: &impl ConfigRead) -> List {
+    let found: Vec<_> = capabilities(config)
+        .into_iter()
+        .map(|found| (u16::from(found.id), 0, found.offset))
+        .collect();
+    let end = spec::EXTENDED_CONFIG_START;
+    sort_out(&found, policy::CAPABILITIES, end, |id, offset| {
+        standard_size(config, id, offset)
+    })
+}
+
+/// The list that starts at 0x100.
+pub(crate) fn extended(config: &impl ConfigRead) -> List {
+    let found: Vec<_> = extended_capabilities(config)
+        .into_iter()
+        .map(|found| (found.id, found.version, found.offset))
+        .collect();
+    let end = spec::CONFIG_SPACE_SIZE;
+    sort_out(&found, policy::EXTENDED, end, |_, _| end)
+}
+
+fn sort_out(
+    found: &[(u16, u8, u16)],
+    rules: &'static [policy::CapabilityRule],
+    end_of_space: u16,
+    size: impl Fn(u16, u16) -> u16,
+) -> List {
+    let mut list = List::default();
+    for &(id, version, start) in found {
+        let rule = policy::find(rules, id).map_or(Keep::Yes(&[]), |rule| rule.keep);
+        let size = match rule {
+            Keep::Yes(_) => size(id, start),
+            Keep::No(most) => most,
+        };
+        // Where capabilities overlap, each ends where the next one starts.
+        let next = found
+            .iter()
+            .map(|&(_, _, other)| other)
+            .filter(|&other| other > start)
+            .min()
+            .unwrap_or(end_of_space)
+            .min(end_of_space);
+        let extent = Extent {
+            start,
+            end: start.saturating_add(size.max(4)).min(next),
+        };
+        match rule {
+            Keep::Yes(rules) => list.kept.push(Kept {
+                id,
+                version,
+                extent,
+                rules,
+            }),
+            Keep::No(_) => list.hidden.push(extent),
+        }
+    }
+    list
+}
+
+/// Bytes of a capability that has rules, so that these do not reach beyond it; for others as far as
+/// the next one.
+fn standard_size(config: &impl ConfigRead, id: u16, offset: u16) -> u16 {
+    if id != u16::from(spec::CAP_PCI_EXPRESS) {
+        return spec::EXTENDED_CONFIG_START;
+    }
+    let version = config.read_dword(offset) >> 16 & 0xf;
+    if version < 2 {
+        0x14 // PCIe 1.1 §7.8: to the link's registers.
+    } else {
+        spec::EXP_CAPABILITY_SIZE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn space(dwords: &[(u16, u32)]) -> impl Fn(u16) -> u32 + use<> {
+        let dwords = dwords.to_vec();
+        move |offset| {
+            let found = dwords.iter().find(|(at, _)| *at == offset);
+            found.map_or(0, |(_, value)| *value)
+        }
+    }
+
+    fn ids(list: &List) -> Vec<u16> {
+        list.kept.iter().map(|kept| kept.id).collect()
+    }
+
+    #[test]
+    fn what_the_table_hides_leaves_the_chain_and_the_rest_keeps_its_order() {
+        // AER at 0x100, SR-IOV at 0x160, serial number at 0x140, in this order.
+        let config = space(&[
+            (0x100, 0x1602_0001),
+            (0x160, 0x1401_0010),
+            (0x140, 0x0001_0003),
+        ]);
+        let list = extended(&config);
+        assert_eq!(ids(&list), [spec::EXT_CAP_AER, spec::EXT_CAP_SERIAL_NUMBER]);
+        assert_eq!(
+            list.hidden,
+            [Extent {
+                start: 0x160,
+                end: 0x1a0
+            }]
+        );
+        let links: Vec<_> = list
+            .links()
+            .map(|(kept, next)| (kept.extent.start, next))
+            .collect();
+        assert_eq!(links, [(0x100, 0x140), (0x140, 0)]);
+    }
+
+    #[test]
+    fn a_loop_ends_and_overlapping_capabilities_are_cut() {
+        let header = (0x04, u32::from(spec::STATUS_CAPABILITIES) << 16);
+        let config = space(&[header, (0x34, 0x40), (0x40, 0x4410), (0x44, 0x4005)]);
+        let list = standard(&config);
+        assert_eq!(ids(&list), [0x10, 0x05]);
+        let spans: Vec<_> = list
+            .kept
+            .iter()
+            .map(|k| (k.extent.start, k.extent.end))
+            .collect();
+        assert_eq!(spans, [(0x40, 0x44), (0x44, 0x100)]);
+    }
+
+    #[test]
+    fn all_ones_is_no_list() {
+        let gone = |_| u32::MAX;
+        assert!(standard(&gone).kept.is_empty());
+        assert!(extended(&gone).kept.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn extents_never_overlap_whatever_the_device_says(
+            words in prop::collection::vec(any::<u32>(), 1024),
+            links in prop::collection::vec((any::<u16>(), 0_u16..0x40), 0..64),
+        ) {
+            let mut words = words;
+            for (at, id) in links {
+                // A chain that holds together somewhat more often than chance.
+                let next = u32::from(at) % 0xf00 + 0x100;
+                let from = usize::from(at / 7 % 960 + 64);
+                words[from] = (next & 0xffc) << 20 | u32::from(id) | 1 << 16;
+            }
+            words[1] |= u32::from(spec::STATUS_CAPABILITIES) << 16;
+            let config = move |offset: u16| words.get(usize::from(offset / 4)).copied().unwrap_or(0);
+            for list in [standard(&config), extended(&config)] {
+                let mut all: Vec<_> = list.kept.iter().map(|k| k.extent).chain(list.hidden).collect();
+                all.sort_by_key(|extent| extent.start);
+                prop_assert!(all.iter().all(|extent| extent.start < extent.end));
+                prop_assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
+            }
+        }
+    }
+}

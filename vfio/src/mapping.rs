@@ -1,0 +1,157 @@
+//! Memory of a device, mapped into this process.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+use busway_pci::HostAddress;
+
+use crate::areas::PAGE_SIZE;
+
+/// A piece of address space that maps a part of a device; unmapped when dropped.
+///
+/// The mapping keeps the device open in the kernel, whatever becomes of the descriptor.
+#[derive(Debug)]
+pub struct Mapping {
+    address: usize,
+    size: usize,
+}
+
+/// What the kernel can map by one page table entry, the larger ones first. Intel SDM 3A §4.5
+const HUGE_PAGES: [usize; 2] = [1 << 30, 2 << 20];
+
+impl Mapping {
+    /// Maps `size` bytes of `fd`, which begin at `fd_offset`. `bar_offset` is their place in the BAR:
+    /// address and place agree modulo the largest page that fits, so that the kernel can use such
+    /// pages here and in the guest's tables.
+    pub(crate) fn of_device(
+        fd: BorrowedFd<'_>,
+        fd_offset: u64,
+        bar_offset: u64,
+        size: u64,
+        writable: bool,
+    ) -> io::Result<Self> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let size = usize::try_from(size).map_err(|_| invalid())?;
+        let fd_offset = libc::off_t::try_from(fd_offset).map_err(|_| invalid())?;
+        let reserved = Self::reserve(size, bar_offset)?;
+        let mut protection = libc::PROT_READ;
+        if writable {
+            protection |= libc::PROT_WRITE;
+        }
+        // SAFETY: the range replaced is `reserved`, which nobody else knows.
+        let address = unsafe {
+            libc::mmap(
+                reserved.address as *mut libc::c_void,
+                reserved.size,
+                protection,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                fd.as_raw_fd(),
+                fd_offset,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(reserved)
+    }
+
+    /// Sets `size` bytes of address space aside, at an address that agrees with `place` modulo the
+    /// largest page that fits.
+    fn reserve(size: usize, place: u64) -> io::Result<Self> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let align = HUGE_PAGES
+            .into_iter()
+            .find(|&page| size >= page)
+            .unwrap_or(PAGE_SIZE as usize);
+        let place = usize::try_from(place % align as u64).map_err(|_| invalid())?;
+        let room = size.checked_add(align).ok_or_else(invalid)?;
+        // SAFETY: an anonymous mapping without access, at an address of the kernel's choice, touches
+        // nothing that is there.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                room,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = base as usize;
+        // Below `base + align`, so that `size` bytes fit behind it.
+        let address = base + (place + align - base % align) % align;
+        let mapping = Self { address, size };
+        // The slack on both sides goes back, each as a mapping of its own.
+        drop(Self {
+            address: base,
+            size: address - base,
+        });
+        drop(Self {
+            address: address + size,
+            size: room - (address - base) - size,
+        });
+        Ok(mapping)
+    }
+
+    /// Plain memory in a device's place, for tests.
+    #[cfg(test)]
+    pub(crate) fn anonymous(size: u64, place: u64) -> io::Result<Self> {
+        Self::reserve(usize::try_from(size).unwrap_or(usize::MAX), place)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn address(&self) -> HostAddress {
+        HostAddress(self.address)
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size as u64
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.size == 0 {
+            return;
+        }
+        // SAFETY: the range was mapped by `reserve` and belongs to this value alone; its address is
+        // given out as a number only, by whose contract nobody uses it any more.
+        let result = unsafe { libc::munmap(self.address as *mut libc::c_void, self.size) };
+        if result < 0 {
+            log::debug!("munmap: {}", io::Error::last_os_error());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_area_agrees_with_its_place_in_the_bar_modulo_the_huge_page() {
+        for (size, place, align) in [
+            (0x1000, 0x3000, 0x1000),
+            (2 << 20, 0x3000, 2 << 20),
+            ((64 << 20) - 0x3000, 0x3000, 2 << 20),
+            (4 << 30, 0, 1 << 30),
+        ] {
+            let mapping = Mapping::anonymous(size, place).unwrap();
+            let HostAddress(address) = mapping.address();
+            assert_eq!(address as u64 % align, place % align, "{size:#x}");
+            assert_eq!(mapping.size(), size);
+        }
+    }
+
+    #[test]
+    fn an_impossible_size_is_an_error() {
+        assert!(Mapping::anonymous(u64::MAX, 0).is_err());
+        assert!(Mapping::anonymous(1 << 62, 0).is_err());
+    }
+}

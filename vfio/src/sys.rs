@@ -1,0 +1,168 @@
+//! The kernel's calls on a VFIO device, one safe function each. Nothing here decides anything.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use busway_iommu::info;
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info,
+    vfio_irq_info, vfio_irq_set, vfio_region_info,
+};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr};
+use vmm_sys_util::ioctl_io_nr;
+
+// linux/vfio.h
+ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 7);
+ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
+ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
+ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
+ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, VFIO_TYPE as u32, VFIO_BASE + 18);
+ioctl_io_nr!(
+    VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+    VFIO_TYPE as u32,
+    VFIO_BASE + 19
+);
+
+fn check(result: i32) -> io::Result<u32> {
+    u32::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+const fn size_of_u32<T>() -> u32 {
+    size_of::<T>() as u32
+}
+
+pub(crate) fn device_info(device: &File) -> io::Result<vfio_device_info> {
+    let mut device_info = vfio_device_info {
+        argsz: size_of_u32::<vfio_device_info>(),
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one that the ioctl takes.
+    check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_GET_INFO(), &mut device_info) })?;
+    Ok(device_info)
+}
+
+/// The bytes of a `vfio_region_info` and the capabilities behind it.
+pub(crate) fn region_info(device: &File, index: u32) -> io::Result<Vec<u8>> {
+    let mut request = [0; size_of::<vfio_region_info>()];
+    let at = std::mem::offset_of!(vfio_region_info, index);
+    for (to, from) in request.iter_mut().skip(at).zip(index.to_ne_bytes()) {
+        *to = from;
+    }
+    // SAFETY: the structure starts with `argsz`, which the kernel keeps to.
+    unsafe { info::query(device.as_fd(), VFIO_DEVICE_GET_REGION_INFO(), &request) }
+}
+
+pub(crate) fn irq_info(device: &File, index: u32) -> io::Result<vfio_irq_info> {
+    let mut irq_info = vfio_irq_info {
+        argsz: size_of_u32::<vfio_irq_info>(),
+        index,
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one that the ioctl takes.
+    check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_GET_IRQ_INFO(), &mut irq_info) })?;
+    Ok(irq_info)
+}
+
+/// Sets which eventfd each vector from `first` on signals. A result above zero is how many vectors
+/// the host could have given.
+pub(crate) fn set_irq_events(
+    device: &File,
+    index: u32,
+    first: u32,
+    events: &[Option<BorrowedFd<'_>>],
+) -> io::Result<u32> {
+    let fds = events
+        .iter()
+        .map(|event| event.as_ref().map_or(-1, |fd| fd.as_raw_fd()));
+    set_irqs(
+        device,
+        VFIO_IRQ_SET_DATA_EVENTFD,
+        index,
+        first,
+        events.len(),
+        fds,
+    )
+}
+
+pub(crate) fn disable_irqs(device: &File, index: u32) -> io::Result<u32> {
+    set_irqs(
+        device,
+        VFIO_IRQ_SET_DATA_NONE,
+        index,
+        0,
+        0,
+        std::iter::empty(),
+    )
+}
+
+fn set_irqs(
+    device: &File,
+    data: u32,
+    index: u32,
+    first: u32,
+    count: usize,
+    fds: impl Iterator<Item = i32>,
+) -> io::Result<u32> {
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let header = size_of::<vfio_irq_set>();
+    let size = header.saturating_add(count.saturating_mul(size_of::<i32>()));
+    let argsz = u32::try_from(size).map_err(invalid)?;
+    let count = u32::try_from(count).map_err(invalid)?;
+    let flags = data | VFIO_IRQ_SET_ACTION_TRIGGER;
+    // The fields of `vfio_irq_set` in order, then the descriptors: words all.
+    let words: Vec<u32> = [argsz, flags, index, first, count]
+        .into_iter()
+        .chain(fds.map(|fd| fd as u32))
+        .collect();
+    // SAFETY: the kernel reads `argsz` bytes of `words`, which hold the header and `count` numbers.
+    check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+}
+
+pub(crate) fn reset(device: &File) -> io::Result<()> {
+    // SAFETY: takes no argument.
+    check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
+}
+
+pub(crate) fn bind_iommufd(device: &File, iommufd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut bind = vfio_device_bind_iommufd {
+        argsz: size_of_u32::<vfio_device_bind_iommufd>(),
+        iommufd: iommufd.as_raw_fd(),
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one that the ioctl takes; without the token flag its pointer is
+    // not used.
+    check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_BIND_IOMMUFD(), &mut bind) }).map(drop)
+}
+
+pub(crate) fn attach_ioas(device: &File, ioas: u32) -> io::Result<()> {
+    let mut attach = vfio_device_attach_iommufd_pt {
+        argsz: size_of_u32::<vfio_device_attach_iommufd_pt>(),
+        pt_id: ioas,
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one that the ioctl takes.
+    check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut attach) })
+        .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interrupt_set_is_five_words_and_then_descriptors() {
+        assert_eq!(size_of::<vfio_irq_set>(), 20);
+        assert_eq!(std::mem::offset_of!(vfio_irq_set, count), 16);
+        assert_eq!(std::mem::offset_of!(vfio_irq_set, data), 20);
+    }
+
+    #[test]
+    fn the_numbers_are_the_kernels() {
+        assert_eq!(VFIO_DEVICE_SET_IRQS(), 0x3b6e);
+        assert_eq!(VFIO_DEVICE_RESET(), 0x3b6f);
+        assert_eq!(VFIO_DEVICE_BIND_IOMMUFD(), 0x3b76);
+    }
+}

@@ -1,0 +1,393 @@
+//! Reading, binding and giving back devices on made-up hosts.
+
+mod fake_host;
+
+use busway_pci::Bdf;
+use busway_vfio::host::{BindError, Host, Refusal, UnbindError, Usage, bind, unbind};
+use fake_host::{FakeHost, Spec};
+use proptest::prelude::*;
+
+fn at(address: &str) -> Bdf {
+    address.parse().unwrap()
+}
+
+fn uses(host: &FakeHost, address: &str) -> Vec<String> {
+    let host = Host::read(&host.root).unwrap();
+    host.usage(at(address))
+        .iter()
+        .map(Usage::to_string)
+        .collect()
+}
+
+const NVME: Spec<'_> = Spec {
+    address: "0000:01:00.0",
+    behind: "pci0000:00/0000:00:01.0",
+    vendor: 0x144d,
+    device: 0xa808,
+    class: 0x010802,
+    group: Some(12),
+    node: 0,
+    driver: Some("nvme"),
+    driver_override: None,
+};
+
+/// Two NICs in one group behind a port, and an NVMe drive that has no driver.
+fn host_with_three() -> FakeHost {
+    let mut host = FakeHost::new();
+    host.device(&Spec {
+        address: "0000:00:01.0",
+        class: 0x060400,
+        driver: Some("pcieport"),
+        group: Some(2),
+        ..Spec::default()
+    });
+    host.device(&Spec::default());
+    host.device(&Spec {
+        address: "0000:00:02.1",
+        driver: Some("igb"),
+        driver_override: Some("igb"),
+        ..Spec::default()
+    });
+    host.device(&Spec {
+        driver: None,
+        ..NVME
+    });
+    host
+}
+
+const THREE: [&str; 3] = ["0000:00:02.0", "0000:00:02.1", "0000:01:00.0"];
+
+#[test]
+fn a_mount_is_found_through_partition_encryption_and_volume() {
+    let mut host = FakeHost::new();
+    host.device(&NVME);
+    host.disk(
+        NVME.address,
+        "nvme/nvme0/nvme0n1",
+        259,
+        &["nvme0n1p1", "nvme0n1p2", "nvme0n1p3"],
+    );
+    host.mapped(0, "luks", "CRYPT-LUKS2-1", &["nvme0n1p2"]);
+    host.mapped(1, "vg-root", "LVM-1", &["dm-0"]);
+    host.mapped(2, "vg-swap", "LVM-2", &["dm-0"]);
+    host.mapped(3, "vg-spare", "LVM-3", &["dm-0"]);
+    host.mount("253:1", "/", "/dev/mapper/vg-root");
+    host.mount("253:1", "/var/lib/docker", "/dev/mapper/vg-root");
+    host.mount("259:1", "/boot/efi", "/dev/nvme0n1p1");
+    host.append("proc/swaps", "/dev/dm-2 partition 8388604 0 -2");
+    assert_eq!(
+        uses(&host, NVME.address),
+        [
+            "/boot/efi (nvme0n1p1)",
+            "/ +1 (nvme0n1p2 > luks > vg-root)",
+            "swap (nvme0n1p2 > luks > vg-swap)",
+            "nvme0n1p2 > luks > vg-spare",
+        ]
+    );
+}
+
+#[test]
+fn an_nvme_namespace_with_several_paths_uses_each_of_its_controllers() {
+    let mut host = FakeHost::new();
+    host.device(&NVME);
+    let subsystem = "sys/devices/virtual/nvme-subsystem/nvme-subsys0";
+    host.block(&format!("{subsystem}/nvme0n1"), "259:0");
+    let controller = "sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0/nvme/nvme0";
+    host.file(&format!("{controller}/serial"), "S1\n");
+    host.link(&format!("{subsystem}/nvme0"), controller);
+    host.mount("259:0", "/data", "/dev/nvme0n1");
+    assert_eq!(uses(&host, NVME.address), ["/data (nvme0n1)"]);
+}
+
+#[test]
+fn every_member_of_a_btrfs_is_in_use_though_only_one_is_named_in_the_mount() {
+    let mut host = FakeHost::new();
+    host.device(&NVME);
+    host.device(&Spec {
+        address: "0000:02:00.0",
+        ..NVME
+    });
+    host.disk("0000:01:00.0", "nvme/nvme0/nvme0n1", 259, &[]);
+    host.disk("0000:02:00.0", "nvme/nvme1/nvme1n1", 260, &[]);
+    for name in ["nvme0n1", "nvme1n1"] {
+        let link = format!("sys/fs/btrfs/b6e6/devices/{name}");
+        host.link(&link, &format!("sys/class/block/{name}"));
+    }
+    host.mount("0:45", "/pool", "/dev/nvme0n1");
+    assert_eq!(uses(&host, "0000:01:00.0"), ["/pool (nvme0n1)"]);
+    assert_eq!(uses(&host, "0000:02:00.0"), ["/pool (nvme1n1)"]);
+}
+
+#[test]
+fn the_default_route_is_found_through_bond_and_bridge() {
+    let mut host = host_with_three();
+    host.native("0000:00:02.0", "e1000e");
+    host.interface(Some("0000:00:02.0"), "eth0", &["bond0"]);
+    host.interface(None, "bond0", &["br0"]);
+    host.interface(None, "br0", &[]);
+    host.interface(Some("0000:00:02.1"), "eth1", &[]);
+    host.default_route("br0");
+    assert_eq!(
+        uses(&host, "0000:00:02.0"),
+        ["default route (eth0 > bond0 > br0)"]
+    );
+    assert_eq!(uses(&host, "0000:00:02.1"), ["eth1"]);
+}
+
+#[test]
+fn a_process_is_found_by_group_by_node_and_by_device() {
+    let mut host = FakeHost::new();
+    let with = |address, group| Spec {
+        address,
+        group: Some(group),
+        driver: Some("vfio-pci"),
+        ..NVME
+    };
+    for (address, group) in [
+        ("0000:01:00.0", 1),
+        ("0000:02:00.0", 2),
+        ("0000:03:00.0", 3),
+    ] {
+        host.device(&with(address, group));
+    }
+    host.file(
+        "sys/bus/pci/devices/0000:02:00.0/vfio-dev/vfio4/dev",
+        "511:4\n",
+    );
+    host.process(41, "qemu", "dev/vfio/1");
+    host.process(42, "busway", "dev/vfio/devices/vfio4");
+    host.process(43, "dpdk", "anon_inode:[vfio-device]");
+    let path = "vfio-device-syspath:\t/sys/devices/pci0000:00/0000:00:01.0/0000:03:00.0\n";
+    host.file("proc/43/fdinfo/7", &format!("pos:\t0\n{path}"));
+    assert_eq!(uses(&host, "0000:01:00.0"), ["qemu (pid 41)"]);
+    assert_eq!(uses(&host, "0000:02:00.0"), ["busway (pid 42)"]);
+    assert_eq!(uses(&host, "0000:03:00.0"), ["dpdk (pid 43)"]);
+}
+
+#[test]
+fn binding_and_giving_back_ends_where_it_began() {
+    let mut host = host_with_three();
+    host.native("0000:01:00.0", "nvme");
+    let mut kernel = host.kernel();
+    let addresses = THREE.map(at);
+    let bound = bind(&host.root, &mut kernel, &addresses, &mut |_| ()).unwrap();
+    assert_eq!(bound.len(), 3);
+    assert_eq!(kernel.log.first().unwrap(), "modprobe vfio-pci");
+    for address in THREE {
+        assert_eq!(host.driver_of(address).as_deref(), Some("vfio-pci"));
+    }
+
+    // A second time changes nothing.
+    kernel.log.clear();
+    let again = bind(&host.root, &mut kernel, &addresses, &mut |_| ()).unwrap();
+    assert!(again.iter().all(|device| device.already));
+    assert!(kernel.log.is_empty());
+
+    let back = unbind(&host.root, &mut kernel, &addresses, &mut |_| ()).unwrap();
+    let drivers: Vec<_> = back.iter().map(|device| device.driver.as_deref()).collect();
+    assert_eq!(drivers, [Some("e1000e"), Some("igb"), Some("nvme")]);
+    assert!(host.state().values().all(|(_, set)| set == "(null)"));
+}
+
+#[test]
+fn a_driver_that_was_never_loaded_is_loaded_when_its_device_comes_back() {
+    let mut host = FakeHost::new();
+    host.device(&Spec {
+        driver: Some("vfio-pci"),
+        driver_override: Some("vfio-pci"),
+        ..NVME
+    });
+    host.native(NVME.address, "nvme");
+    std::fs::remove_dir(host.path("sys/bus/pci/drivers/nvme")).unwrap();
+    host.file("modules/pci:v0000144Dd0000A808", "nvme");
+    let back = unbind(
+        &host.root,
+        &mut host.kernel(),
+        &[at(NVME.address)],
+        &mut |_| (),
+    )
+    .unwrap();
+    assert_eq!(back[0].driver.as_deref(), Some("nvme"));
+}
+
+#[test]
+fn a_device_that_the_host_has_no_driver_for_comes_back_without_one() {
+    let mut host = FakeHost::new();
+    host.device(&Spec {
+        driver: Some("vfio-pci"),
+        driver_override: Some("vfio-pci"),
+        ..NVME
+    });
+    let back = unbind(
+        &host.root,
+        &mut host.kernel(),
+        &[at(NVME.address)],
+        &mut |_| (),
+    )
+    .unwrap();
+    assert_eq!(back[0].former.as_deref(), Some("vfio-pci"));
+    assert_eq!(back[0].driver, None);
+}
+
+#[test]
+fn a_device_in_another_drivers_hands_is_not_touched_by_unbind() {
+    let mut host = FakeHost::new();
+    host.device(&Spec {
+        driver: Some("pci-stub"),
+        driver_override: Some("pci-stub"),
+        ..NVME
+    });
+    let mut kernel = host.kernel();
+    let back = unbind(&host.root, &mut kernel, &[at(NVME.address)], &mut |_| ()).unwrap();
+    assert_eq!(
+        (&back[0].former, back[0].driver.as_deref()),
+        (&None, Some("pci-stub"))
+    );
+    assert!(kernel.log.is_empty());
+}
+
+#[test]
+fn a_process_that_holds_another_member_of_the_group_keeps_both_from_coming_back() {
+    let mut host = FakeHost::new();
+    for address in ["0000:01:00.0", "0000:01:00.1"] {
+        host.device(&Spec {
+            address,
+            driver: Some("vfio-pci"),
+            ..NVME
+        });
+    }
+    host.file(
+        "sys/bus/pci/devices/0000:01:00.1/vfio-dev/vfio0/dev",
+        "511:0\n",
+    );
+    host.process(4242, "busway", "dev/vfio/devices/vfio0");
+    let mut kernel = host.kernel();
+    let result = unbind(&host.root, &mut kernel, &[at("0000:01:00.0")], &mut |_| ());
+    let Err(UnbindError::Refused(refused)) = result else {
+        panic!("{result:?}");
+    };
+    assert!(
+        matches!(&refused.0[..], [Refusal::HeldOpen { .. }]),
+        "{refused}"
+    );
+    assert!(kernel.log.is_empty());
+}
+
+/// Binds with one request failing. Returns whether that was reached.
+fn bind_failing(host: &FakeHost, addresses: &[Bdf], number: usize) -> bool {
+    let before = host.state();
+    let mut kernel = host.kernel();
+    kernel.fails = Box::new(move |n, _| (n == number).then_some(libc::EINVAL));
+    match bind(&host.root, &mut kernel, addresses, &mut |_| ()) {
+        Ok(_) => false,
+        Err(BindError::Failed { stranded, .. }) => {
+            assert!(stranded.is_empty(), "{stranded:?}");
+            assert_eq!(host.state(), before, "after {:#?}", kernel.log);
+            true
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn a_failure_at_any_step_leaves_every_device_as_it_was() {
+    let fails_at = |&number: &usize| bind_failing(&host_with_three(), &THREE.map(at), number);
+    let reached = (0..).take_while(fails_at).count();
+    // Module; override, detach and attach of two; override and attach of the one without a driver.
+    assert_eq!(reached, 1 + 3 + 3 + 2);
+}
+
+#[test]
+fn what_cannot_be_undone_is_named_and_the_rest_is_undone() {
+    let host = host_with_three();
+    let before = host.state();
+    let mut kernel = host.kernel();
+    kernel.fails = Box::new(|_, request| {
+        (request == "drivers/vfio-pci/bind 0000:01:00.0"
+            || request == "drivers/igb/bind 0000:00:02.1")
+            .then_some(libc::EIO)
+    });
+    let result = bind(&host.root, &mut kernel, &THREE.map(at), &mut |_| ());
+    let Err(BindError::Failed { stranded, .. }) = result else {
+        panic!("{result:?}");
+    };
+    assert_eq!(stranded.len(), 1);
+    assert_eq!(stranded[0].address, at("0000:00:02.1"));
+    let after = host.state();
+    for address in ["0000:00:02.0", "0000:01:00.0"] {
+        assert_eq!(after[address], before[address]);
+    }
+}
+
+#[test]
+fn a_device_that_vanishes_is_an_error_and_the_rest_is_undone() {
+    for number in 0..9 {
+        let host = host_with_three();
+        let mut before = host.state();
+        let mut kernel = host.kernel();
+        kernel.unplug_at = Some((number, "0000:01:00.0".to_owned()));
+        let result = bind(&host.root, &mut kernel, &THREE.map(at), &mut |_| ());
+        assert!(
+            matches!(result, Err(BindError::Failed { .. })),
+            "{number}: {result:?}"
+        );
+        before.remove("0000:01:00.0");
+        assert_eq!(host.state(), before, "{number}");
+    }
+}
+
+#[test]
+fn a_driver_that_turns_the_device_away_is_noticed_though_the_write_succeeded() {
+    struct Deaf(fake_host::FakeKernel);
+    impl busway_vfio::host::Kernel for Deaf {
+        fn write(&mut self, attribute: &std::path::Path, value: &str) -> std::io::Result<()> {
+            if attribute.ends_with("vfio-pci/bind") {
+                return Ok(());
+            }
+            self.0.write(attribute, value)
+        }
+        fn load_module(&mut self, name: &str) -> std::io::Result<()> {
+            self.0.load_module(name)
+        }
+    }
+    let host = host_with_three();
+    let before = host.state();
+    let result = bind(
+        &host.root,
+        &mut Deaf(host.kernel()),
+        &THREE.map(at),
+        &mut |_| (),
+    );
+    assert!(
+        result
+            .unwrap_err()
+            .to_string()
+            .contains("the device is with no driver")
+    );
+    assert_eq!(host.state(), before);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn any_devices_survive_any_failure(
+        devices in prop::collection::vec((0..4usize, any::<bool>(), any::<bool>()), 1..6),
+        number in 0..24usize,
+    ) {
+        let mut host = FakeHost::new();
+        let mut asked = Vec::new();
+        for (index, &(driver, reserved, chosen)) in devices.iter().enumerate() {
+            let address = format!("0000:0{}:00.0", index + 1);
+            let driver = [None, Some("nvme"), Some("pci-stub"), Some("vfio-pci")][driver];
+            // A reserved device is with the driver that it is reserved for, or with none yet.
+            let driver_override = driver.filter(|_| reserved);
+            let group = Some(index as u32);
+            host.device(&Spec { address: &address, driver, driver_override, group, ..NVME });
+            if chosen {
+                asked.push(at(&address));
+            }
+        }
+        bind_failing(&host, &asked, number);
+    }
+}
