@@ -13,6 +13,7 @@ fn platform(cpus: u32) -> Platform {
                 enabled: apic_id < 4,
             })
             .collect(),
+        last_bus: 7,
         mmio32: layout::MMIO32_START..layout::MMIO32_END,
         mmio64: layout::mmio64(6 << 30, 40),
         serial: true,

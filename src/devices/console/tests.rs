@@ -48,6 +48,19 @@ fn off_is_nothing_and_null_swallows() {
 }
 
 #[test]
+fn the_terminal_is_one_consoles_until_its_writers_are_gone() {
+    let (_, pipe) = io::pipe().unwrap();
+    let claim = Claim::take().unwrap();
+    let writer = Writer::to_terminal(OwnedFd::from(pipe).into(), claim).unwrap();
+    let escape = Escape::new(quit(), writer.clone());
+    drop(writer);
+    let second = Endpoint::open(&ConsoleConfig::Tty, &quit()).unwrap_err();
+    assert!(matches!(second, ConsoleError::TerminalTaken), "{second}");
+    drop(escape);
+    assert!(Claim::take().is_some());
+}
+
+#[test]
 fn a_file_has_all_output_when_the_writer_drops() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("log");
