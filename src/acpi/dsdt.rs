@@ -58,7 +58,7 @@ pub(super) fn dsdt(platform: &Platform) -> Sdt {
 
 /// Bus 0 of segment 0 and all behind it. PCI Firmware 3.3 §4.
 fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
-    let buses = AddressSpace::new_bus_number(0_u16, 0xff);
+    let buses = AddressSpace::new_bus_number(0_u16, platform.last_bus.into());
     let configuration = IO::new(0xcf8, 0xcf8, 1, 8);
     let io_low = AddressSpace::new_io(0_u16, 0xcf7, None);
     let io_high = AddressSpace::new_io(0xd00_u16, 0xffff, None);

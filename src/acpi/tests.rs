@@ -1,1 +1,179 @@
+use std::path::Path;
+use std::process::Command;
 
+use vm_memory::GuestMemoryMmap;
+
+use super::*;
+
+fn platform(cpus: u32) -> Platform {
+    Platform {
+        cpus: (0..cpus)
+            .map(|apic_id| Cpu {
+                apic_id,
+                enabled: apic_id < 4,
+            })
+            .collect(),
+        last_bus: 7,
+        mmio32: layout::MMIO32_START..layout::MMIO32_END,
+        mmio64: layout::mmio64(6 << 30, 40),
+        serial: true,
+        native_hotplug: true,
+    }
+}
+
+/// The tables by signature, found as an operating system finds them: from the RSDP on.
+fn tables(platform: &Platform) -> Vec<(String, Vec<u8>)> {
+    let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let rsdp = install(&ram, platform).unwrap();
+    let read = |address: u64, length: usize| {
+        let mut bytes = vec![0; length];
+        ram.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    };
+    let word = |address| u32::from_le_bytes(read(address, 4).try_into().unwrap());
+    let quad = |address| u64::from_le_bytes(read(address, 8).try_into().unwrap());
+    let table = |address: u64| {
+        let bytes = read(address, word(address + 4) as usize);
+        (String::from_utf8(bytes[..4].to_vec()).unwrap(), bytes)
+    };
+    assert_eq!(rsdp.0 % 16, 0);
+    let root = read(rsdp.0, 36);
+    assert_eq!(&root[..8], b"RSD PTR ");
+    assert_eq!(sum(&root[..20]), 0);
+    assert_eq!(sum(&root), 0);
+    let xsdt = quad(rsdp.0 + 24);
+    let mut found = vec![table(xsdt)];
+    let entries = (u64::from(word(xsdt + 4)) - 36) / 8;
+    for entry in 0..entries {
+        found.push(table(quad(xsdt + 36 + entry * 8)));
+    }
+    let fadt = found.iter().find(|(name, _)| name == "FACP").unwrap();
+    let field = |at: usize| u64::from(u32::from_le_bytes(fadt.1[at..at + 4].try_into().unwrap()));
+    let (facs, dsdt) = (field(36), field(40));
+    assert_eq!(facs % 64, 0);
+    found.extend([table(dsdt), table(facs)]);
+    found
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+#[test]
+fn each_table_is_found_from_the_rsdp_and_its_checksum_holds() {
+    let tables = tables(&platform(4));
+    let names: Vec<_> = tables.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["XSDT", "FACP", "APIC", "MCFG", "DSDT", "FACS"]);
+    for (name, bytes) in &tables {
+        // The FACS has no checksum.
+        if name != "FACS" {
+            assert_eq!(sum(bytes), 0, "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_madt_lists_each_processor_once_by_the_entry_its_id_needs() {
+    let (_, madt) = tables(&platform(300)).swap_remove(2);
+    let (mut local, mut x2, mut io, mut overrides, mut nmis) = (0, 0, 0, Vec::new(), 0);
+    let mut at = 44;
+    while at < madt.len() {
+        let entry = &madt[at..at + usize::from(madt[at + 1])];
+        match entry[0] {
+            0 => {
+                assert_eq!(entry[2], entry[3], "UID and ID");
+                assert_eq!(u32::from(entry[3]), local);
+                assert_eq!(entry[4], if local < 4 { 1 } else { 2 });
+                local += 1;
+            }
+            9 => {
+                assert_eq!(entry[4..8], entry[12..16], "UID and ID");
+                x2 += 1;
+            }
+            1 => io += 1,
+            2 => overrides.push((entry[3], entry[4], entry[8])),
+            4 | 10 => nmis += 1,
+            other => panic!("unexpected entry {other}"),
+        }
+        at += entry.len();
+    }
+    assert_eq!((local, x2, io, nmis), (255, 45, 1, 2));
+    assert_eq!(overrides, [(0, 2, 0), (9, 9, 0b1101)]);
+}
+
+#[test]
+fn the_fadt_claims_the_hardware_that_is_there() {
+    let (_, fadt) = tables(&platform(1)).swap_remove(1);
+    let word = |at: usize| u32::from_le_bytes(fadt[at..at + 4].try_into().unwrap());
+    assert_eq!(u16::from_le_bytes([fadt[46], fadt[47]]), 9, "SCI");
+    assert_eq!(word(48), 0, "no SMI port: ACPI mode is always on");
+    assert_eq!((word(56), word(64), word(76)), (0x600, 0x604, 0x608));
+    assert_eq!(fadt[108], 0x32, "century");
+    let boot = u16::from_le_bytes([fadt[109], fadt[110]]);
+    assert_eq!(boot & 0b10_0010, 0, "no 8042, and the CMOS clock is there");
+    let flags = word(112);
+    assert_eq!(flags >> 20 & 1, 0, "not hardware-reduced");
+    assert_eq!(flags >> 4 & 1, 0, "a fixed power button");
+    assert_eq!(flags >> 10 & 1, 1, "a reset register");
+    assert_eq!(
+        &fadt[116..129],
+        [1, 8, 0, 1, 0xf9, 0xc, 0, 0, 0, 0, 0, 0, 6]
+    );
+}
+
+#[test]
+fn intx_lines_of_neighbours_differ_and_stay_among_the_gsis() {
+    for slot in 0..32 {
+        let lines: Vec<_> = (0..4).map(|pin| intx_gsi(slot, pin)).collect();
+        assert!(lines.iter().all(|gsi| (16..24).contains(gsi)));
+        assert!(lines.windows(2).all(|pair| pair[0] != pair[1]));
+        assert_ne!(intx_gsi(slot, 0), intx_gsi(slot + 1, 0));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_an_error() {
+    let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let error = install(&ram, &platform(4000)).unwrap_err();
+    assert!(matches!(error, AcpiError::TooBig { .. }), "{error}");
+    let small = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
+    let error = install(&small, &platform(1)).unwrap_err();
+    assert!(matches!(error, AcpiError::Memory(_)), "{error}");
+}
+
+/// Runs iasl in `folder`; its output, or `None` where there is no iasl.
+fn iasl(folder: &Path, arguments: &[&str]) -> Option<String> {
+    let output = match Command::new("iasl")
+        .args(arguments)
+        .current_dir(folder)
+        .output()
+    {
+        Ok(output) => output,
+        Err(error) => {
+            eprintln!("skipped: cannot run iasl (Debian package acpica-tools): {error}");
+            return None;
+        }
+    };
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert!(output.status.success(), "{arguments:?}: {text}");
+    Some(text)
+}
+
+#[test]
+fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, bytes) in tables(&platform(64)) {
+        let file = format!("{name}.aml");
+        std::fs::write(folder.path().join(&file), &bytes).unwrap();
+        let Some(read) = iasl(folder.path(), &["-d", &file]) else {
+            return;
+        };
+        assert!(!read.contains("rror"), "{name}: {read}");
+        let source = format!("{name}.dsl");
+        let back = iasl(folder.path(), &["-p", "back", &source]).unwrap();
+        assert!(!back.contains("Error  "), "{name}: {back}");
+        assert!(!back.contains("Warning  "), "{name}: {back}");
+        assert!(folder.path().join("back.aml").exists(), "{name}: {back}");
+    }
+}

@@ -88,3 +88,6 @@ fn place_initramfs(
     }
     Ok(address)
 }
+
+#[cfg(test)]
+mod tests;

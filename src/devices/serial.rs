@@ -91,19 +91,19 @@ impl Serial {
     }
 }
 
+/// The registers are a byte wide; a wider access reaches as many of them, as it does on an ISA bus.
 impl BusDevice for Serial {
-    /// Bytes after the first are further accesses to the same register, as string instructions make them.
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut uart = lock(&self.uart);
-        for byte in data {
-            *byte = uart.read(offset as u8);
+        for (register, byte) in (offset..).zip(data) {
+            *byte = uart.read(register as u8);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let mut uart = lock(&self.uart);
-        for &byte in data {
-            if let Err(error) = uart.write(offset as u8, byte) {
+        for (register, &byte) in (offset..).zip(data) {
+            if let Err(error) = uart.write(register as u8, byte) {
                 log::debug!("serial port: {error}");
             }
         }
@@ -245,5 +245,99 @@ impl SerialEvents for Room {
 
     fn in_buffer_empty(&self) {
         self.signal();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::ConsoleConfig;
+
+    // Registers and bits of the 16550.
+    const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+    const LINE_STATUS: u64 = 5;
+    const DATA_READY: u8 = 1;
+
+    /// A port on a socket in `folder`, with a client connected.
+    fn port(folder: &tempfile::TempDir) -> (Serial, UnixStream, EventFd) {
+        let path = folder.path().join("serial");
+        let quit = EventFd::new(EFD_NONBLOCK).unwrap();
+        let endpoint = Endpoint::open(&ConsoleConfig::Socket(path.clone()), &quit)
+            .unwrap()
+            .unwrap();
+        assert_eq!(endpoint.location.as_deref(), Some(path.as_path()));
+        let irq = EventFd::new(0).unwrap();
+        let serial = Serial::new(irq.try_clone().unwrap(), endpoint).unwrap();
+        let mut client = UnixStream::connect(path).unwrap();
+        client
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        serial.write(INTERRUPT_ENABLE, &[1]);
+        // Input has arrived only when the client has been accepted.
+        client.write_all(b"!").unwrap();
+        irq.read().unwrap();
+        assert_eq!(read(&serial, DATA), b'!');
+        (serial, client, irq)
+    }
+
+    fn read(serial: &Serial, register: u64) -> u8 {
+        let mut data = [0];
+        serial.read(register, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn what_the_guest_writes_reaches_the_client() {
+        let folder = tempfile::tempdir().unwrap();
+        let (serial, mut client, _irq) = port(&folder);
+        for byte in b"hello" {
+            serial.write(DATA, &[*byte]);
+        }
+        let mut buffer = [0; 5];
+        client.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"hello");
+        drop(serial);
+        assert!(!folder.path().join("serial").exists(), "the socket is gone");
+    }
+
+    #[test]
+    fn input_beyond_the_fifo_waits_until_the_guest_has_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let (serial, mut client, irq) = port(&folder);
+        let sent: Vec<u8> = (0..1000_u32).map(|n| n as u8).collect();
+        client.write_all(&sent).unwrap();
+        let mut seen = Vec::new();
+        while seen.len() < sent.len() {
+            irq.read().unwrap();
+            while read(&serial, LINE_STATUS) & DATA_READY != 0 {
+                seen.push(read(&serial, DATA));
+            }
+        }
+        assert_eq!(seen, sent);
+    }
+
+    #[test]
+    fn a_reset_forgets_the_registers_and_input_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let (serial, mut client, irq) = port(&folder);
+        client.write_all(&[7; 300]).unwrap();
+        irq.read().unwrap();
+        serial.reset();
+        assert_eq!(serial.state().interrupt_enable, 0);
+        client.write_all(b"z").unwrap();
+        serial.write(INTERRUPT_ENABLE, &[1]);
+        loop {
+            irq.read().unwrap();
+            while read(&serial, LINE_STATUS) & DATA_READY != 0 {
+                if read(&serial, DATA) == b'z' {
+                    return;
+                }
+            }
+        }
     }
 }

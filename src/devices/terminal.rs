@@ -116,15 +116,15 @@ fn catch_the_end(saved: &Saved) {
         let default = before.sa_sigaction == libc::SIG_DFL;
         // A fault's handler (the runtime's, for stack overflow) is chained; of the others only the
         // default is replaced, for whoever handles or ignores a signal also lives on.
-        let fault = matches!(*signal, libc::SIGSEGV | libc::SIGBUS);
-        if !default && !fault {
+        if !default && !is_fault(*signal) {
             continue;
         }
         // SAFETY: all-zero is a valid sigaction: default action, empty mask, no flags.
         let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-        action.sa_sigaction = on_fatal_signal as extern "C" fn(libc::c_int) as usize;
+        let handler: extern "C" fn(_, _, _) = on_fatal_signal;
+        action.sa_sigaction = handler as usize;
         // On the alternate stack, for the stack may be what is at an end.
-        action.sa_flags = libc::SA_ONSTACK;
+        action.sa_flags = libc::SA_ONSTACK | libc::SA_SIGINFO;
         // SAFETY: `action` is valid, and its handler does only what a handler may: it swaps an atomic,
         // and calls tcsetattr, sigaction and raise.
         unsafe { libc::sigaction(*signal, &action, ptr::null_mut()) };
@@ -136,24 +136,40 @@ extern "C" fn restore_at_exit() {
 }
 
 /// Gives the terminal back and lets the signal do what it would have done.
-extern "C" fn on_fatal_signal(signal: libc::c_int) {
+extern "C" fn on_fatal_signal(
+    signal: libc::c_int,
+    info: *const libc::siginfo_t,
+    _context: *const libc::c_void,
+) {
     let saved = SAVED.load(Ordering::Acquire);
     restore();
-    // SAFETY: as in `restore`. sigaction and raise are async-signal-safe; the action is one that the
-    // kernel gave for this signal, or the default where it was noted by nobody.
+    // SAFETY: as in `restore`; `info` is the kernel's, for the handler was set with SA_SIGINFO. sigaction
+    // and raise are async-signal-safe, and the action is one that the kernel gave for this signal, or
+    // the default.
     unsafe {
         let mut before: libc::sigaction = MaybeUninit::zeroed().assume_init();
-        if let Some(saved) = saved.as_ref() {
-            for (number, action) in &saved.handlers {
-                if *number == signal {
-                    before = *action;
+        // Positive codes are the kernel's own: the instruction faulted.
+        if is_fault(signal) && (*info).si_code > 0 {
+            if let Some(saved) = saved.as_ref() {
+                for (number, action) in &saved.handlers {
+                    if *number == signal {
+                        before = *action;
+                    }
                 }
             }
+            // It faults again, and whoever cares for that now hears of it.
+            libc::sigaction(signal, &before, ptr::null_mut());
+            return;
         }
         libc::sigaction(signal, &before, ptr::null_mut());
         // Blocked while this handler runs, so it is delivered when it returns.
         libc::raise(signal);
     }
+}
+
+/// The signals for which the runtime has a handler, which finds out about stack overflow.
+fn is_fault(signal: libc::c_int) -> bool {
+    matches!(signal, libc::SIGSEGV | libc::SIGBUS)
 }
 
 fn disposition(signal: libc::c_int) -> libc::sigaction {
@@ -242,5 +258,117 @@ impl Pty {
             slave,
             path,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    const CHILD: &str = "BUSWAY_TEST_TERMINAL";
+
+    /// Not a test of its own: the process that [`ends`] starts, with a terminal as standard input.
+    #[test]
+    fn child() {
+        let Ok(end) = std::env::var(CHILD) else {
+            return;
+        };
+        let raw = RawMode::enter(io::stdin().as_fd()).unwrap();
+        assert!(
+            RawMode::enter(io::stdin().as_fd()).is_err(),
+            "one at a time"
+        );
+        println!("\nraw");
+        let mut line = String::new();
+        // The parent looks at the terminal, then closes the pipe or sends a signal.
+        BufReader::new(File::open("/dev/fd/2").unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        match end.as_str() {
+            "drop" => drop(raw),
+            "panic" => panic!("on purpose"),
+            "panic in a thread" => {
+                let thread = std::thread::spawn(|| panic!("on purpose"));
+                assert!(thread.join().is_err());
+                std::mem::forget(raw);
+                // SAFETY: ends the process without any clean-up, which is what is asked for.
+                unsafe { libc::_exit(0) };
+            }
+            "exit" => std::process::exit(0),
+            "abort" => std::process::abort(),
+            "stack overflow" => overflow(0),
+            other => panic!("what is {other}?"),
+        }
+    }
+
+    #[expect(unconditional_recursion, reason = "that is what is tested")]
+    fn overflow(depth: u64) {
+        let frame = std::hint::black_box([depth; 128]);
+        overflow(frame[0] + 1);
+    }
+
+    /// Runs [`child`] on a terminal, lets it end as `end` says once it is in raw mode, and checks that
+    /// the terminal is then as it was before.
+    fn ends(end: &str, act: impl FnOnce(&mut Child)) {
+        let pty = Pty::open().unwrap();
+        let mut before = settings(pty.slave.as_fd()).unwrap();
+        before.c_lflag |= libc::ICANON | libc::ECHO | libc::ISIG;
+        before.c_iflag |= libc::ICRNL;
+        apply(pty.slave.as_fd(), &before).unwrap();
+        // Standard error is the child's second input: standard input is the terminal.
+        let (hold, held) = io::pipe().unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "devices::terminal::tests::child", "--nocapture"])
+            .env(CHILD, end)
+            .stdin(pty.slave.try_clone().unwrap())
+            .stdout(Stdio::piped())
+            .stderr(hold)
+            .spawn()
+            .unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let mut output = output.lines().map_while(Result::ok);
+        assert!(output.any(|line| line == "raw"), "{end}: no raw mode");
+        let raw = settings(pty.slave.as_fd()).unwrap();
+        assert_eq!(raw.c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG), 0);
+        assert_eq!(raw.c_oflag, before.c_oflag);
+        act(&mut child);
+        drop(held);
+        child.wait().unwrap();
+        let after = settings(pty.slave.as_fd()).unwrap();
+        assert_eq!(after.c_lflag, before.c_lflag, "{end}");
+        assert_eq!(after.c_iflag, before.c_iflag, "{end}");
+    }
+
+    #[test]
+    fn the_terminal_comes_back_however_the_process_ends() {
+        for end in [
+            "drop",
+            "panic",
+            "panic in a thread",
+            "exit",
+            "abort",
+            "stack overflow",
+        ] {
+            ends(end, |_| {});
+        }
+    }
+
+    #[test]
+    fn the_terminal_comes_back_after_each_signal_that_ends_a_process() {
+        use std::os::unix::process::ExitStatusExt;
+        for signal in FATAL {
+            // Rust's runtime ignores this one.
+            if signal == libc::SIGPIPE {
+                continue;
+            }
+            ends("drop", |child| {
+                // SAFETY: the child is ours and has not been waited for.
+                assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
+                assert_eq!(child.wait().unwrap().signal(), Some(signal));
+            });
+        }
     }
 }

@@ -263,6 +263,8 @@ fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
                 enabled: true,
             })
             .collect(),
+        // One behind each root port, and each assigned device has a port.
+        last_bus: u8::try_from(config.device.len()).unwrap_or(u8::MAX),
         mmio32: windows.memory32.clone(),
         mmio64: windows.memory64.clone(),
         serial: config.serial != ConsoleConfig::Off,

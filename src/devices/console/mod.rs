@@ -90,15 +90,12 @@ impl Endpoint {
 
     /// Standard input and output, whatever they are.
     fn terminal(quit: &EventFd) -> Result<Self, ConsoleError> {
-        static TAKEN: AtomicBool = AtomicBool::new(false);
-        if TAKEN.swap(true, Ordering::Relaxed) {
-            return Err(ConsoleError::TerminalTaken);
-        }
+        let claim = Claim::take().ok_or(ConsoleError::TerminalTaken)?;
         let output = io::stdout()
             .as_fd()
             .try_clone_to_owned()
             .map_err(ConsoleError::Terminal)?;
-        let writer = Writer::to_file(output.into()).map_err(ConsoleError::Thread)?;
+        let writer = Writer::to_terminal(output.into(), claim).map_err(ConsoleError::Thread)?;
         let quit = quit.try_clone().map_err(ConsoleError::Terminal)?;
         let escape = Escape::new(quit, writer.clone());
         let reader = standard_input(escape).map_err(ConsoleError::Terminal)?;
@@ -151,6 +148,24 @@ impl Endpoint {
             reader: Some(Reader::socket(server)),
             location: Some(path.to_owned()),
         })
+    }
+}
+
+/// That the process' terminal is one console's, which it can be of one at a time.
+#[derive(Debug)]
+struct Claim(());
+
+static CLAIMED: AtomicBool = AtomicBool::new(false);
+
+impl Claim {
+    fn take() -> Option<Self> {
+        (!CLAIMED.swap(true, Ordering::Relaxed)).then_some(Self(()))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        CLAIMED.store(false, Ordering::Relaxed);
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use vmm_sys_util::poll::{PollContext, WatchingEvents};
 
+use super::Claim;
 use super::input::Client;
 
 /// Bytes that may wait.
@@ -37,7 +38,7 @@ impl fmt::Debug for Writer {
         match &self.handle {
             Some(handle) => f
                 .debug_struct("Writer")
-                .field("waiting", &handle.0.lock().buffer.len())
+                .field("waiting", &handle.shared.lock().buffer.len())
                 .finish(),
             None => f.write_str("Writer(null)"),
         }
@@ -45,7 +46,11 @@ impl fmt::Debug for Writer {
 }
 
 /// Closes the buffer when the last writer is gone.
-struct Handle(Arc<Shared>);
+struct Handle {
+    shared: Arc<Shared>,
+    /// The terminal is this console's as long as there is a writer.
+    _claim: Option<Claim>,
+}
 
 #[derive(Default)]
 struct Shared {
@@ -83,28 +88,35 @@ impl Writer {
     }
 
     pub(super) fn to_file(file: File) -> io::Result<Self> {
-        Self::to_sink(Sink::File(file))
+        Self::to_sink(Sink::File(file), None)
+    }
+
+    pub(super) fn to_terminal(file: File, claim: Claim) -> io::Result<Self> {
+        Self::to_sink(Sink::File(file), Some(claim))
     }
 
     pub(super) fn to_client(client: Client) -> io::Result<Self> {
-        Self::to_sink(Sink::Client(client))
+        Self::to_sink(Sink::Client(client), None)
     }
 
-    fn to_sink(sink: Sink) -> io::Result<Self> {
+    fn to_sink(sink: Sink, claim: Option<Claim>) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let thread = shared.clone();
         std::thread::Builder::new()
             .name("console-out".into())
             .spawn(move || thread.run(sink))?;
         Ok(Self {
-            handle: Some(Arc::new(Handle(shared))),
+            handle: Some(Arc::new(Handle {
+                shared,
+                _claim: claim,
+            })),
         })
     }
 
     /// Waits until all output has been written, for a second at most. Belongs before the process exits.
     pub fn drain(&self) {
         if let Some(handle) = &self.handle {
-            handle.0.drain();
+            handle.shared.drain();
         }
     }
 }
@@ -113,7 +125,7 @@ impl Write for Writer {
     /// Takes all of `bytes`; never fails.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Some(handle) = &self.handle {
-            handle.0.push(bytes);
+            handle.shared.push(bytes);
         }
         Ok(bytes.len())
     }
@@ -126,9 +138,9 @@ impl Write for Writer {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.0.drain();
-        self.0.lock().closed = true;
-        self.0.work.notify_one();
+        self.shared.drain();
+        self.shared.lock().closed = true;
+        self.shared.work.notify_one();
     }
 }
 

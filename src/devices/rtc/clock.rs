@@ -164,8 +164,8 @@ impl RtcState {
         let (from, to) = (self.seen, self.time(now));
         self.seen = to;
         if from < to {
-            if let Some(period) = self.period()
-                && from.div_euclid(period) != to.div_euclid(period)
+            if let Some(hertz) = self.rate()
+                && ticks(from, hertz) != ticks(to, hertz)
             {
                 self.flags |= PERIODIC;
             }
@@ -193,17 +193,21 @@ impl RtcState {
             return None;
         }
         let time = self.time(now);
-        let boundary = |step: i64| (time.div_euclid(step) + 1).saturating_mul(step);
+        // The first nanosecond of the next of `hertz` ticks a second.
+        let boundary = |hertz: i64| {
+            let next = (ticks(time, hertz) + 1) * i128::from(SECOND);
+            i64::try_from((next + i128::from(hertz) - 1).div_euclid(hertz.into())).ok()
+        };
         let enabled = |bit| self.byte(B) & bit != 0;
         let running = self.stopped.is_none();
-        let periodic = self.period().filter(|_| enabled(PERIODIC)).map(boundary);
-        let update = (enabled(UPDATE) && running).then(|| boundary(SECOND));
-        let alarm = if enabled(ALARM) && running {
-            self.next_alarm(time)
-        } else {
-            None
-        };
-        let next = [periodic, update, alarm].into_iter().flatten().min()?;
+        let next = [
+            self.rate().filter(|_| enabled(PERIODIC)).and_then(boundary),
+            (enabled(UPDATE) && running).then(|| boundary(1)).flatten(),
+            (enabled(ALARM) && running)
+                .then(|| self.next_alarm(time))
+                .flatten(),
+        ];
+        let next = next.into_iter().flatten().min()?;
         Some(next.saturating_sub(time).max(1))
     }
 
@@ -248,15 +252,14 @@ impl RtcState {
         }
     }
 
-    /// Nanoseconds between periodic events. Data sheet, table 5, for a 32.768 kHz base.
-    fn period(&self) -> Option<i64> {
-        let hertz = match self.byte(A) & A_RATE {
-            0 => return None,
-            1 => 256,
-            2 => 128,
-            rate => 32_768 >> (rate - 1),
-        };
-        Some(SECOND / hertz)
+    /// Periodic events a second. Data sheet, table 5, for a 32.768 kHz base.
+    fn rate(&self) -> Option<i64> {
+        match self.byte(A) & A_RATE {
+            0 => None,
+            1 => Some(256),
+            2 => Some(128),
+            rate => Some(32_768 >> (rate - 1)),
+        }
     }
 
     /// The first time after `from` that the alarm matches; it does at least once a day, or never.
@@ -289,7 +292,7 @@ impl RtcState {
         if self.byte(B) & B_BINARY != 0 {
             value
         } else {
-            value / 10 << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
@@ -329,6 +332,11 @@ impl RtcState {
     }
 }
 
+/// How many ticks of `hertz` a second there were up to `time`.
+fn ticks(time: i64, hertz: i64) -> i128 {
+    (i128::from(time) * i128::from(hertz)).div_euclid(SECOND.into())
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -351,7 +359,7 @@ mod tests {
     #[test]
     fn the_time_is_the_hosts_in_bcd_or_binary_with_12_or_24_hours() {
         let mut clock = RtcState::new(NOW);
-        let mut all = |clock: &mut RtcState| {
+        let all = |clock: &mut RtcState| {
             [CENTURY, YEAR, MONTH, DAY, WEEKDAY, HOURS, MINUTES, SECONDS]
                 .map(|index| read(clock, index, NOW))
         };
@@ -445,9 +453,11 @@ mod tests {
     fn periodic_and_update_interrupts_come_at_their_boundaries() {
         let mut clock = RtcState::new(NOW);
         write(&mut clock, B, B_24_HOURS | PERIODIC | UPDATE, NOW);
-        assert_eq!(clock.next_interrupt(NOW), Some(SECOND / 1024));
-        assert!(clock.advance(NOW + SECOND / 1024));
-        assert_eq!(read(&mut clock, C, NOW + SECOND / 1024), C_IRQ | PERIODIC);
+        let tick = SECOND / 1024 + 1;
+        assert_eq!(clock.next_interrupt(NOW), Some(tick));
+        assert!(!clock.advance(NOW + tick - 1));
+        assert!(clock.advance(NOW + tick));
+        assert_eq!(read(&mut clock, C, NOW + tick), C_IRQ | PERIODIC);
         assert!(clock.advance(NOW + SECOND));
         assert_eq!(
             read(&mut clock, C, NOW + SECOND) & !ALARM,

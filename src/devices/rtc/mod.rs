@@ -116,22 +116,24 @@ impl AsRawFd for Rtc {
     }
 }
 
+/// A word written to the index port is an index and then its data.
 impl BusDevice for Rtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        for byte in data {
-            // The index port cannot be read on most boards.
-            *byte = match offset {
+        for (port, byte) in (offset..).zip(data) {
+            *byte = match port {
                 1 => self.access(RtcState::read),
+                // The index port cannot be read on most boards.
                 _ => 0xff,
             };
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        for &byte in data {
-            match offset {
+        for (port, &byte) in (offset..).zip(data) {
+            match port {
                 0 => self.lock().state.index = byte & INDEX_MASK,
-                _ => self.access(|state, now| state.write(byte, now)),
+                1 => self.access(|state, now| state.write(byte, now)),
+                _ => {}
             }
         }
     }
