@@ -80,7 +80,7 @@ impl Pci {
     pub(super) fn assign(&self) -> Result<(), RunError> {
         self.topology.assign(&self.windows)?;
         for (id, function) in self.topology.functions() {
-            let bdf = self.topology.bdf(id).unwrap_or(Bdf::default());
+            let bdf = self.topology.bdf(id).unwrap_or_default();
             log::debug!("{bdf}: {:x?}", function.bars());
         }
         Ok(())
