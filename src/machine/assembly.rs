@@ -1,8 +1,11 @@
 //! A machine out of a configuration.
 
 use std::ops::ControlFlow;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
 use busway_pci::{InterruptRoutes, PciFunction, Windows};
@@ -77,7 +80,23 @@ impl Machine {
         let model = CpuModel::new(&vm)?;
         let router = vm.irq_router()?;
 
-        let ram = take_memory(config, report, signals)?;
+        let prefault = config.memory.prefault.unwrap_or(!config.device.is_empty());
+        let ram = Ram::new(&config.memory, prefault || !config.device.is_empty())?;
+        // The kernel resets each device that is opened, and memory is populated meanwhile.
+        let failed = AtomicBool::new(false);
+        let (populated, opened) = thread::scope(|scope| {
+            let opening = scope.spawn(|| {
+                open_devices(config, &vm, &ram)
+                    .inspect_err(|_| failed.store(true, Ordering::Relaxed))
+            });
+            let populated = match prefault {
+                true => populate(&ram, report, signals, &failed),
+                false => Ok(()),
+            };
+            let opened = opening.join().unwrap_or_else(|panic| resume_unwind(panic));
+            (populated, opened)
+        });
+        populated?;
         let memory = MemoryMap(Arc::default());
         memory.0.listen(Arc::new(vm.memslots()))?;
         for region in ram.regions() {
@@ -87,7 +106,7 @@ impl Machine {
         report.reached(Stage::Memory);
         signals.check()?;
 
-        let (dma, devices) = match open_devices(config, &vm, &ram)? {
+        let (dma, devices) = match opened? {
             Some((space, devices)) => {
                 let dma = space.dma();
                 memory.0.listen(Arc::new(DmaListener::new(dma.clone())))?;
@@ -195,28 +214,28 @@ fn open_kernel(config: &VmConfig) -> Result<BootSource, RunError> {
     )?)
 }
 
-/// RAM, populated where that is wanted.
-fn take_memory(config: &VmConfig, report: &Report, signals: &Signals) -> Result<Ram, RunError> {
-    let assigned = !config.device.is_empty();
-    let prefault = config.memory.prefault.unwrap_or(assigned);
-    let ram = Ram::new(&config.memory, prefault || assigned)?;
-    if prefault {
-        let total = ram.size();
-        let mut stopped = None;
-        report.pinning(0, total);
-        ram.prefault(|done| {
-            report.pinning(done, total);
-            stopped = stopped.or_else(|| signals.take());
-            match stopped {
-                Some(_) => ControlFlow::Break(()),
-                None => ControlFlow::Continue(()),
-            }
-        })?;
-        if let Some(signal) = stopped {
-            return Err(RunError::StoppedEarly { signal });
+/// Touches all of RAM, unless a signal comes, or somebody else has failed and it is for nothing.
+fn populate(
+    ram: &Ram,
+    report: &Report,
+    signals: &Signals,
+    failed: &AtomicBool,
+) -> Result<(), RunError> {
+    let total = ram.size();
+    let mut stopped = None;
+    report.pinning(0, total);
+    ram.prefault(|done| {
+        report.pinning(done, total);
+        stopped = stopped.or_else(|| signals.take());
+        if stopped.is_some() || failed.load(Ordering::Relaxed) {
+            return ControlFlow::Break(());
         }
+        ControlFlow::Continue(())
+    })?;
+    match stopped {
+        Some(signal) => Err(RunError::StoppedEarly { signal }),
+        None => Ok(()),
     }
-    Ok(ram)
 }
 
 /// A DMA space and the assigned devices in it; nothing where there are none.
@@ -240,11 +259,17 @@ fn open_devices(
     let space = Space::open(&paths, mode, &folders)?;
     space.reserve(&paths, ram.size())?;
     let opener = Opener::new(paths, space.clone(), Some(Arc::new(vm.vfio()?)));
-    let devices = folders
-        .into_iter()
-        .map(|folder| opener.open(folder))
-        .collect::<Result<_, _>>()?;
-    Ok(Some((space, devices)))
+    let devices: Result<_, _> = thread::scope(|scope| {
+        let opening: Vec<_> = folders
+            .into_iter()
+            .map(|folder| scope.spawn(|| opener.open(folder)))
+            .collect();
+        opening
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .collect()
+    });
+    Ok(Some((space, devices?)))
 }
 
 fn windows(ram: &Ram, model: &CpuModel) -> Windows {

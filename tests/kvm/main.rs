@@ -6,3 +6,4 @@ mod guest;
 mod interrupts;
 mod memory;
 mod processors;
+mod whole;

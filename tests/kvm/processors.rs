@@ -1,5 +1,7 @@
 //! Processors start, are held, and start again.
 
+use std::time::{Duration, Instant};
+
 use crate::guest::{AP_CODE, Guest, SPIN, STOP, TELL_AL, al, guest, wrmsr, x2apic};
 
 /// A guest whose boot processor wakes the others, each of which tells its APIC id.
@@ -81,5 +83,41 @@ fn held_at_once_and_ended_at_once_is_no_race() {
         guest.vcpus.resume();
         guest.vcpus.hold();
         guest.vcpus.resume();
+    }
+}
+
+#[test]
+fn a_deadline_timer_comes_when_it_is_due_after_each_reset_too() {
+    let Some(guest) = guest(
+        1,
+        &[
+            &x2apic(),
+            // IA32_X2APIC_LVT_TIMER: deadline mode, vector 0x40
+            &wrmsr(0x832, 0, 0x4_0040),
+            // rdtsc; add eax, 0x100_0000; adc edx, 0; mov ecx, 0x6e0; wrmsr
+            &[0x0f, 0x31, 0x66, 0x05, 0, 0, 0, 1, 0x66, 0x83, 0xd2, 0],
+            &[0x66, 0xb9, 0xe0, 0x06, 0, 0, 0x0f, 0x30],
+            // sti; again: hlt; jmp again
+            &[0xfb, 0xf4, 0xeb, 0xfd],
+        ],
+    ) else {
+        return;
+    };
+    guest.write(
+        0x3000,
+        &[&al(0x40)[..], TELL_AL, &[0xfa, 0xf4, 0xeb, 0xfd]].concat(),
+    );
+    guest.write(0x100, &[0x00, 0x30, 0, 0]);
+    for round in 0..6 {
+        let start = Instant::now();
+        guest.vcpus.resume();
+        assert_eq!(guest.next(), 0x40);
+        let took = start.elapsed();
+        // 16 Mi ticks are some milliseconds at any frequency that there is.
+        assert!(took < Duration::from_secs(2), "round {round}: {took:?}");
+        guest.vcpus.hold();
+        guest.vcpus.reset().unwrap();
+        guest.vm.reset_chips().unwrap();
+        guest.enter().unwrap();
     }
 }

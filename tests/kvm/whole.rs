@@ -1,0 +1,225 @@
+//! `busway run` as a whole, with kernels of a few instructions.
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// Where the kernels are loaded and entered, in 32-bit mode.
+const ENTRY: u32 = 0x10_0000;
+/// A word of RAM that no loader writes, so that it outlives a reset.
+const MEMORY: [u8; 4] = 0x20_0000_u32.to_le_bytes();
+
+/// An ELF file of `code` with the note of a PVH entry. Xen docs/misc/pvh; System V ABI, "ELF header".
+fn kernel(code: &[u8]) -> Vec<u8> {
+    const HEADERS: u64 = 64 + 2 * 56;
+    const CODE: u64 = 0x1000;
+    // PT_NOTE "Xen", type 18: XEN_ELFNOTE_PHYS32_ENTRY.
+    let mut note = Vec::new();
+    for word in [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), ENTRY] {
+        note.extend(word.to_le_bytes());
+    }
+    let size = code.len() as u64;
+    let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+    elf.resize(16, 0);
+    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    for word in [ENTRY.into(), 64, 0] {
+        elf.extend(u64::to_le_bytes(word));
+    }
+    for half in [0, 0, 64, 56, 2, 0, 0, 0_u16] {
+        elf.extend(half.to_le_bytes());
+    }
+    let mut segment = |kind: u32, offset: u64, address: u64, size: u64| {
+        elf.extend(kind.to_le_bytes());
+        elf.extend(7_u32.to_le_bytes());
+        for word in [offset, address, address, size, size, 4] {
+            elf.extend(word.to_le_bytes());
+        }
+    };
+    segment(1, CODE, ENTRY.into(), size);
+    segment(4, HEADERS, 0, note.len() as u64);
+    elf.extend(note);
+    elf.resize(CODE as usize, 0);
+    elf.extend(code);
+    elf
+}
+
+/// `mov dx, 0x3f8`, then `mov al, byte; out dx, al` for each.
+fn say(text: &str) -> Vec<u8> {
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03];
+    code.extend(text.bytes().flat_map(|byte| [0xb0, byte, 0xee]));
+    code
+}
+
+/// `mov dx, port; mov ax, value; out dx, ax`
+fn outw(port: u16, value: u16) -> Vec<u8> {
+    let ([a, b], [c, d]) = (port.to_le_bytes(), value.to_le_bytes());
+    vec![0x66, 0xba, a, b, 0x66, 0xb8, c, d, 0x66, 0xef]
+}
+
+/// SLP_TYP 5 and SLP_EN to PM1 control, then `hlt`.
+fn power_off() -> Vec<u8> {
+    [&outw(0x604, 0x3400)[..], &[0xf4, 0xeb, 0xfd]].concat()
+}
+
+struct Run {
+    folder: TempDir,
+    command: Command,
+}
+
+/// What came of a run.
+struct Finished {
+    output: Output,
+    /// `--report`
+    report: serde_json::Value,
+}
+
+impl Run {
+    fn new(code: &[u8]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kernel");
+        fs::write(&path, kernel(code)).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_busway"));
+        command
+            .args(["run", "--memory", "size=64M", "--kernel"])
+            .arg(path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Self { folder, command }
+    }
+
+    /// What comes of it; nothing, said on standard error, where there is no KVM.
+    fn finish(mut self) -> Option<Finished> {
+        if !has_kvm() {
+            return None;
+        }
+        let report = self.folder.path().join("report.json");
+        self.command.arg("--report").arg(&report);
+        let output = self.command.output().unwrap();
+        let report = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
+        Some(Finished { output, report })
+    }
+
+    /// Runs until the guest has said `word`.
+    fn until(mut self, word: &str) -> Option<(Child, TempDir)> {
+        if !has_kvm() {
+            return None;
+        }
+        let mut child = self.command.spawn().unwrap();
+        let mut said = String::new();
+        let output = child.stdout.as_mut().unwrap();
+        while !said.contains(word) {
+            let mut byte = [0];
+            output.read_exact(&mut byte).unwrap();
+            said.push(byte[0].into());
+        }
+        Some((child, self.folder))
+    }
+}
+
+fn has_kvm() -> bool {
+    let there = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(Path::new("/dev/kvm"));
+    if let Err(error) = &there {
+        eprintln!("skipped: /dev/kvm: {error}");
+    }
+    there.is_ok()
+}
+
+fn signal(child: &Child, number: libc::c_int) {
+    // SAFETY: the call takes no pointer; the child has not been waited for, so the id is its.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, number) }, 0);
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_guest_that_powers_off_ends_with_status_0_and_its_output_is_whole() {
+    let text = "all of this, to the last byte\n".repeat(50);
+    let Some(Finished { output, report }) = Run::new(&[say(&text), power_off()].concat()).finish()
+    else {
+        return;
+    };
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), text);
+    assert!(report["milliseconds"]["first_instruction"].is_f64());
+    assert_eq!(report["exits"]["pio_write"], text.len() + 1);
+}
+
+#[test]
+fn each_way_to_reset_restarts_the_guest_and_memory_outlives_it() {
+    // inc dword [MEMORY]; cmp dword [MEMORY], 3; jge over the reset
+    for (name, reset) in [
+        ("0xcf9", vec![0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee]),
+        ("keyboard controller", vec![0xb0, 0xfe, 0xe6, 0x64]),
+    ] {
+        let reset = [&reset[..], &[0xeb, 0xfe]].concat();
+        let code = [
+            &say("boot ")[..],
+            &[0xff, 0x05],
+            &MEMORY,
+            &[0x83, 0x3d],
+            &MEMORY,
+            &[3, 0x7d, reset.len() as u8],
+            &reset,
+            &power_off(),
+        ]
+        .concat();
+        let Some(Finished { output, .. }) = Run::new(&code).finish() else {
+            return;
+        };
+        assert_eq!(output.status.code(), Some(0), "{name}: {}", stderr(&output));
+        assert_eq!(output.stdout, b"boot boot boot ", "{name}");
+    }
+}
+
+#[test]
+fn a_kernel_that_triple_faults_at_once_is_named_and_not_tried_for_ever() {
+    // ud2, without an interrupt table
+    let Some(Finished { output, .. }) = Run::new(&[0x0f, 0x0b]).finish() else {
+        return;
+    };
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("triple-faulted"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn sigterm_presses_the_power_button() {
+    // PM1 enable = the power button; mov dx, 0x600; again: in ax, dx; test ah, 1; jz again
+    let wait = [
+        0x66, 0xba, 0x00, 0x06, 0x66, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf9,
+    ];
+    let code = [&outw(0x602, 0x100)[..], &say("ready"), &wait, &power_off()].concat();
+    let Some((child, _folder)) = Run::new(&code).until("ready") else {
+        return;
+    };
+    signal(&child, libc::SIGTERM);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
+fn a_second_signal_kills_a_guest_that_does_not_listen() {
+    let Some((child, _folder)) =
+        Run::new(&[&say("deaf")[..], &[0xeb, 0xfe]].concat()).until("deaf")
+    else {
+        return;
+    };
+    signal(&child, libc::SIGTERM);
+    // Signals of one kind that wait are one: the second has to be another or come later.
+    signal(&child, libc::SIGINT);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("killed"), "{}", stderr(&output));
+}
