@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use busway_pci::{
-    Bdf, Device, Ecam, FunctionId, HostBridge, InterruptRoutes, Link, PciFunction, Place, RootPort,
+    Device, Ecam, FunctionId, HostBridge, InterruptRoutes, Link, PciFunction, Place, RootPort,
     Topology, Windows, capabilities, spec,
 };
 
