@@ -83,23 +83,26 @@ impl Drop for Group {
     }
 }
 
-/// The members of a group that keep it from being given away, each with its driver and the command
-/// that frees it. Bridges are exempt, and so is what no driver is bound to.
+/// The members of a group that keep it from being given away, each with its driver, and the command
+/// that frees them all. Bridges are exempt, and so is what no driver is bound to.
 fn blockers(paths: &HostPaths, group: u32) -> String {
-    let blockers: Vec<String> = paths
+    let (names, addresses): (Vec<String>, Vec<String>) = paths
         .members(group)
         .into_iter()
         .filter_map(|(address, folder)| {
             let driver = paths.driver_of(&folder)?;
             let exempt = driver.contains("vfio") || driver == "pci-stub" || is_bridge(&folder);
-            (!exempt)
-                .then(|| format!("{address} is bound to {driver} (`busway device bind {address}`)"))
+            (!exempt).then(|| (format!("{address} is bound to {driver}"), address))
         })
-        .collect();
-    if blockers.is_empty() {
+        .unzip();
+    if names.is_empty() {
         "the kernel does not say by whom; see `dmesg`".to_owned()
     } else {
-        blockers.join(", ")
+        format!(
+            "{}: `busway device bind {}`",
+            names.join(", "),
+            addresses.join(" ")
+        )
     }
 }
 
@@ -144,7 +147,7 @@ mod tests {
         }
         assert_eq!(
             blockers(&paths, 9),
-            "0000:00:1f.0 is bound to lpc_ich (`busway device bind 0000:00:1f.0`)"
+            "0000:00:1f.0 is bound to lpc_ich: `busway device bind 0000:00:1f.0`"
         );
     }
 }

@@ -163,7 +163,7 @@ impl GuestRun {
                     &format!("boot={}", self.cpus),
                 ]);
                 add(&["--memory", &format!("size={}M", self.memory_mib)]);
-                add(&["--serial", "tty", "--console", "off", "--report", report]);
+                add(&["--serial", "tty", "--report", report]);
                 self.devices
                     .iter()
                     .for_each(|address| add(&["--device", address]));

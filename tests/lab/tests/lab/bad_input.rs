@@ -62,13 +62,18 @@ fn refused_command(host: &Host, command: &str, status: i32, says: &[&str]) -> Re
 
 fn not_a_kernel(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&zoo())?;
-    refused(
+    refused_command(
         host,
-        "--kernel /etc/services",
+        "busway run --kernel /etc/services",
         2,
         &["/etc/services", "kernel"],
     )?;
-    refused(host, "--kernel /nowhere/bzImage", 2, &["/nowhere/bzImage"])
+    refused_command(
+        host,
+        "busway run --kernel /nowhere/bzImage",
+        2,
+        &["/nowhere/bzImage"],
+    )
 }
 
 fn absent(lab: &mut Lab) -> Result<()> {
@@ -123,7 +128,12 @@ fn twice(lab: &mut Lab) -> Result<()> {
 
 fn too_much_memory(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&zoo())?;
-    refused(host, "--memory size=512G", 3, &["512", "GiB"])
+    refused(
+        host,
+        "--memory size=512G",
+        3,
+        &["524288 MiB", "ask for less"],
+    )
 }
 
 fn unknown_word(lab: &mut Lab) -> Result<()> {

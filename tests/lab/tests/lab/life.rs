@@ -128,11 +128,9 @@ fn clean_log(lab: &mut Lab) -> Result<()> {
         "can't claim",
         "failed to assign",
         "no compatible bridge window",
-        "invalid",
         "not assigned",
         "call trace",
-        "warning:",
-        "unhandled",
+        "soft lockup",
     ];
     let complaints: Vec<&str> = log
         .lines()
