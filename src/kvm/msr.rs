@@ -15,9 +15,8 @@ const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const WRITE_BACK: u64 = 6;
 
-/// Zero at power-on. KVM makes a vCPU so, but the offset has been seen not to reach an emulated
-/// processor: the guest then read the host's counter, and its timers came as late as the host had
-/// been up. Written once more, it does; vCPUs that get the same value are synchronised by KVM (Linux, arch/x86/kvm/x86.c, `kvm_synchronize_tsc`).
+/// Zero at power-on, as KVM has it, but to be written once the vCPU has its frequency. vCPUs that are
+/// given the same value are synchronised by KVM. Linux, arch/x86/kvm/x86.c, `kvm_synchronize_tsc`.
 const IA32_TIME_STAMP_COUNTER: u32 = 0x10;
 
 /// The TSC runs through a reset, as it does through a processor's INIT; writing it would only set

@@ -93,13 +93,15 @@ pub(super) fn create(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, 
             limit,
         });
     }
+    // All of them before any is set up: the TSCs are synchronised by what is written to them, which
+    // has to be at one frequency.
+    let fds = (0..count)
+        .map(|id| create_one(vm, id))
+        .collect::<Result<Vec<_>, _>>()?;
     let mut msrs: Option<Arc<[kvm_msr_entry]>> = None;
     (0..count)
-        .map(|id| {
-            let fd = vm.fd().create_vcpu(id.into()).map_err(KvmError::ioctl(
-                "KVM_CREATE_VCPU",
-                format_args!("vCPU {id}"),
-            ))?;
+        .zip(fds)
+        .map(|(id, fd)| {
             let platform = Platform {
                 cpus: count,
                 tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
@@ -133,6 +135,23 @@ pub(super) fn create(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, 
             Ok(Vcpu { id, fd, power_on })
         })
         .collect()
+}
+
+fn create_one(vm: &Vm, id: u8) -> Result<VcpuFd, KvmError> {
+    let object = format_args!("vCPU {id}");
+    let fd = vm
+        .fd()
+        .create_vcpu(id.into())
+        .map_err(KvmError::ioctl("KVM_CREATE_VCPU", object))?;
+    // KVM gives a vCPU the frequency that the host's TSC was thought to have when KVM was loaded.
+    // Where the host has since measured it anew, and the processor cannot scale, that fails without
+    // a word: KVM then takes the guest's TSC to stand still, and its timers come too late by all the
+    // time that the host has been up. 0 is the frequency of now. Linux, arch/x86/kvm/x86.c,
+    // `kvm_set_tsc_khz`.
+    if let Err(error) = fd.set_tsc_khz(0) {
+        log::debug!("KVM_SET_TSC_KHZ failed on {object}: {error}");
+    }
+    Ok(fd)
 }
 
 fn set_lapic(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
