@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -123,11 +123,14 @@ impl Agent {
     fn explain(&self, failure: Failure, doing: &str, limit: Duration) -> anyhow::Error {
         match failure {
             Failure::Gone => self.death(doing),
-            Failure::TimedOut => anyhow!(
-                "{doing} took longer than {} s; the emulated host's console ends:\n{}",
-                limit.as_secs(),
-                tail(&self.logs[0])
-            ),
+            Failure::TimedOut => {
+                let text = format!(
+                    "{doing} took longer than {} s; the emulated host's console ends:\n{}",
+                    limit.as_secs(),
+                    tail(&self.logs[0])
+                );
+                io::Error::new(io::ErrorKind::TimedOut, text).into()
+            }
         }
     }
 
@@ -182,6 +185,14 @@ impl Agent {
     pub(crate) fn status(&self, id: u64) -> Option<i32> {
         unpoisoned(&self.state).jobs[&id].status
     }
+}
+
+/// Whether this error is that something did not come within its limit.
+pub fn is_stall(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)
+    })
 }
 
 /// A log's last lines.

@@ -69,7 +69,7 @@ impl GuestRun {
             programs: false,
             files: Vec::new(),
             script: String::new(),
-            limit: Duration::from_secs(600),
+            limit: Duration::from_secs(240),
         }
     }
 

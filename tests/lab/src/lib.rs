@@ -23,6 +23,7 @@ mod transcript;
 mod watch;
 mod zoo;
 
+pub use agent::is_stall;
 pub use config::{HostConfig, Iommu, Kernel};
 pub use cpio::archive;
 pub use guest::{GuestKernel, GuestResult, GuestRun, RunningGuest, Vmm};

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
-use busway_lab::{Lab, Profile, build_busway, build_lab_io};
+use busway_lab::{Lab, Profile, build_busway, build_lab_io, is_stall};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 mod assigned;
@@ -19,6 +19,10 @@ mod virtio;
 
 /// A trial: what it proves, and how. A host that it leaves unwell is replaced if it fails.
 type Proof = (&'static str, fn(&mut Lab) -> Result<()>);
+
+/// How often a trial is begun that ends in a stall, which the emulator is known for: see
+/// `docs/lab.md`. Every other failure is final at once.
+const ATTEMPTS: u32 = 3;
 
 fn main() -> Result<ExitCode> {
     let mut arguments = Arguments::from_args();
@@ -51,10 +55,15 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
     let reason = cannot();
     Trial::test(name, move || {
         let mut lab = lab.lock().unwrap_or_else(PoisonError::into_inner);
-        prove(&mut lab).map_err(|error| {
+        for attempt in 1.. {
+            let Err(error) = prove(&mut lab) else { break };
             lab.stop();
-            Failed::from(format!("{error:#}"))
-        })
+            if attempt == ATTEMPTS || !is_stall(&error) {
+                return Err(Failed::from(format!("{error:#}")));
+            }
+            eprintln!("{name}: a stall, attempt {attempt} of {ATTEMPTS}: {error:#}");
+        }
+        Ok(())
     })
     .with_ignored_flag(reason.is_some())
     .with_kind(reason.unwrap_or_default())
