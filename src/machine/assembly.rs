@@ -340,7 +340,7 @@ fn add_assigned(
         let name = device.name().to_owned();
         let routes = Arc::new(host_vectors.clone());
         let function = AssignedFunction::new(&name, Arc::new(device), routes)?;
-        log::info!("{:?}", function.summary());
+        log::info!("{}", function.summary());
         let function: Arc<dyn PciFunction> = function;
         pci.add_behind_port(&name, function, Arc::new(router.clone()))?;
     }

@@ -1,5 +1,6 @@
 //! A host device as a PCI function of the guest.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{BarIndex, BarPart, BarRegion, InterruptRoutes, Msi, Msix, PciFunction, spec};
@@ -63,6 +64,22 @@ pub struct Summary {
     pub mapped: Vec<(u8, u64, u64)>,
     /// It can be reset by itself.
     pub can_reset: bool,
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let direct: u64 = self.mapped.iter().map(|(_, _, size)| size).sum();
+        let Self { name, vectors, .. } = self;
+        write!(
+            f,
+            "{name}: {vectors} vectors, {} KiB of BARs without exits",
+            direct >> 10
+        )?;
+        match self.can_reset {
+            true => Ok(()),
+            false => f.write_str(", no reset of its own"),
+        }
+    }
 }
 
 impl AssignedFunction {
