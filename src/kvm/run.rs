@@ -139,7 +139,7 @@ pub(super) fn run(vcpu: &mut Vcpu, buses: &Buses, counts: &ExitCounts) -> Left {
                 counts.count(ExitKind::Other);
                 continue;
             }
-            Ok(VcpuExit::Shutdown) => VcpuEvent::TripleFault { id, rip: Some(0) },
+            Ok(VcpuExit::Shutdown) => VcpuEvent::TripleFault { id, rip: None },
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => VcpuEvent::Reset,
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => VcpuEvent::PowerOff,
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => VcpuEvent::Crash,

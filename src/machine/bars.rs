@@ -173,3 +173,157 @@ impl BarMapper for Bars {
         self.bus(region).remove(region.address);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use busway_pci::{BarIndex, HostAddress};
+    use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+
+    use super::*;
+    use crate::config::MemoryConfig;
+    use crate::kvm::Vm;
+    use crate::memory::{Ram, RegionsError};
+
+    const WINDOW: Range<u64> = 0xc000_0000..0xc100_0000;
+
+    /// A function whose BAR 0 has a page that needs no exit, and that answers the rest with sevens.
+    #[derive(Debug)]
+    struct Function(Ram);
+
+    impl PciFunction for Function {
+        fn config_read(&self, _offset: u16, _data: &mut [u8]) {}
+        fn config_write(&self, _offset: u16, _data: &[u8]) {}
+        fn bars(&self) -> Vec<BarRegion> {
+            Vec::new()
+        }
+        fn decoded(&self) -> Vec<BarRegion> {
+            Vec::new()
+        }
+        fn parts(&self, _bar: BarIndex) -> Vec<BarPart> {
+            let host = self.0.guest().memory().get_host_address(GuestAddress(0));
+            vec![BarPart::Memory {
+                offset: 0x1000,
+                size: 0x1000,
+                host: HostAddress(host.unwrap() as usize),
+            }]
+        }
+        fn bar_read(&self, _bar: BarIndex, _offset: u64, data: &mut [u8]) {
+            data.fill(7);
+        }
+        fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
+        fn reset(&self) {}
+    }
+
+    struct Fixture {
+        _vm: Vm,
+        regions: Arc<Regions>,
+        buses: Buses,
+        bars: Bars,
+        function: Arc<dyn PciFunction>,
+    }
+
+    /// Nothing, said on standard error, where there is no KVM.
+    fn fixture() -> Option<Fixture> {
+        let vm = Vm::new()
+            .inspect_err(|error| eprintln!("skipped: {error}"))
+            .ok()?;
+        let (regions, buses) = (Arc::new(Regions::default()), Buses::default());
+        regions.listen(Arc::new(vm.memslots())).unwrap();
+        let page = MemoryConfig {
+            size: 0x1000,
+            ..Default::default()
+        };
+        Some(Fixture {
+            bars: Bars::new(
+                buses.clone(),
+                regions.clone(),
+                vm.doorbells(),
+                [WINDOW, 0..0],
+            ),
+            function: Arc::new(Function(Ram::new(&page, false).unwrap())),
+            _vm: vm,
+            regions,
+            buses,
+        })
+    }
+
+    fn at(address: u64, size: u64) -> BarRegion {
+        BarRegion {
+            index: BarIndex::Bar(0),
+            kind: BarKind::Memory32 {
+                prefetchable: false,
+            },
+            address,
+            size,
+        }
+    }
+
+    fn read(buses: &Buses, address: u64) -> u8 {
+        let mut data = [0];
+        buses.mmio.read(address, &mut data);
+        data[0]
+    }
+
+    /// Whether something is on the list of regions there.
+    fn is_memory(regions: &Regions, guest: u64) -> bool {
+        // SAFETY: it is removed again before anything could reach it.
+        let probe = Arc::new(unsafe { Region::device("probe", guest, 0x1000, 0x1000, ()) });
+        match regions.add(probe.clone()) {
+            Err(RegionsError::Overlap { .. }) => true,
+            _ => {
+                regions.remove(&probe);
+                false
+            }
+        }
+    }
+
+    #[test]
+    fn a_bar_is_reachable_where_it_was_mapped_and_nowhere_after() {
+        let Some(f) = fixture() else { return };
+        for start in [WINDOW.start, WINDOW.end - 0x4000] {
+            let region = at(start, 0x4000);
+            f.bars.map(&f.function, &region).unwrap();
+            assert_eq!(
+                [read(&f.buses, start), read(&f.buses, start + 0x4000)],
+                [7, 0xff]
+            );
+            assert!(is_memory(&f.regions, start + 0x1000));
+            assert!(!is_memory(&f.regions, start + 0x2000));
+            f.bars.unmap(&f.function, &region);
+            assert_eq!(read(&f.buses, start), 0xff);
+            assert!(!is_memory(&f.regions, start + 0x1000));
+        }
+    }
+
+    #[test]
+    fn a_bar_outside_of_the_windows_or_over_another_is_refused_and_harms_nobody() {
+        let Some(f) = fixture() else { return };
+        let there = at(WINDOW.start, 0x4000);
+        f.bars.map(&f.function, &there).unwrap();
+        for (address, size) in [
+            (0, 0x4000),
+            (WINDOW.start - 0x4000, 0x4000),
+            (WINDOW.end, 0x4000),
+            (WINDOW.start, 1 << 32),
+            (u64::MAX - 0xfff, 0x4000),
+        ] {
+            f.bars.map(&f.function, &at(address, size)).unwrap_err();
+        }
+        let error = f.bars.map(&f.function, &at(WINDOW.start + 0x2000, 0x2000));
+        assert!(error.unwrap_err().to_string().contains("overlaps BAR 0"));
+        assert_eq!(read(&f.buses, WINDOW.start), 7);
+        assert!(is_memory(&f.regions, WINDOW.start + 0x1000));
+    }
+
+    #[test]
+    fn a_part_that_cannot_be_memory_is_reached_by_exit() {
+        let Some(f) = fixture() else { return };
+        // SAFETY: nothing runs that could reach it.
+        let other = unsafe { Region::device("other", WINDOW.start + 0x1000, 0x1000, 0x1000, ()) };
+        let other = Arc::new(other);
+        // The address is no memory of this process's, which KVM finds out only at an access.
+        f.regions.add(other.clone()).unwrap();
+        f.bars.map(&f.function, &at(WINDOW.start, 0x4000)).unwrap();
+        assert_eq!(read(&f.buses, WINDOW.start), 7);
+    }
+}

@@ -1,6 +1,7 @@
 //! Where the guest's RAM comes from: ordinary pages, a memfd where it is shared, or huge pages.
 
 use std::ffi::CStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
@@ -17,6 +18,7 @@ use crate::config::MemoryConfig;
 const PAGE: u64 = 4096;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
 
 /// RAM could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -27,18 +29,18 @@ pub enum RamError {
     /// --memory size=0: a VM needs RAM
     #[error("--memory size=0: a VM needs RAM")]
     Empty,
-    /// --memory size= asks for {asked} MiB, and this host has {total} MiB, of which {available} MiB
-    /// are free: ask for less
+    /// --memory size= asks for {asked}, and this host has {total}, of which {available} are free: ask
+    /// for less
     #[error(
-        "--memory size= asks for {asked} MiB, and this host has {total} MiB, of which \
-         {available} MiB are free: ask for less"
+        "--memory size= asks for {}, and this host has {}, of which {} are free: ask for less",
+        Amount(*asked), Amount(*total), Amount(*available)
     )]
     TooLarge {
-        /// MiB asked for.
+        /// Bytes asked for.
         asked: u64,
-        /// MiB of RAM that the host has.
+        /// Bytes of RAM that the host has.
         total: u64,
-        /// MiB that the host could give now.
+        /// Bytes that the host could give now.
         available: u64,
     },
     /// --memory hugepage_size={size}: this host has no huge pages of that size, only {have}
@@ -85,6 +87,19 @@ pub enum RamError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// Bytes, as a person says them: whole or large in GiB, else in MiB.
+struct Amount(u64);
+
+impl fmt::Display for Amount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes if bytes.is_multiple_of(GIB) => write!(f, "{} GiB", bytes / GIB),
+            bytes if bytes >= 10 * GIB => write!(f, "{:.1} GiB", bytes as f64 / GIB as f64),
+            bytes => write!(f, "{} MiB", bytes / MIB),
+        }
+    }
 }
 
 /// The RAM of one VM.
@@ -284,9 +299,9 @@ fn check_against_meminfo(asked: u64, whole: bool, meminfo: &str) -> Result<(), R
     let limit = if whole { available } else { total };
     if asked > limit.saturating_mul(KIB) {
         return Err(RamError::TooLarge {
-            asked: asked.div_ceil(MIB),
-            total: total / KIB,
-            available: available / KIB,
+            asked,
+            total: total.saturating_mul(KIB),
+            available: available.saturating_mul(KIB),
         });
     }
     Ok(())
@@ -383,6 +398,8 @@ mod tests {
             "--memory size= asks for 4001 MiB, and this host has 7812 MiB, of which 4000 MiB are \
              free: ask for less"
         );
+        let error = check_against_meminfo(512 << 30, false, meminfo).unwrap_err();
+        assert!(error.to_string().contains("asks for 512 GiB, "), "{error}");
         check_against_meminfo(7812 * MIB, false, meminfo).unwrap();
         check_against_meminfo(7813 * MIB, false, meminfo).unwrap_err();
         check_against_meminfo(u64::MAX, true, "nonsense").unwrap();
