@@ -73,7 +73,7 @@ impl DataServer {
             Ok(())
         })
         .expect("hashing cannot fail");
-        format!("{:x}", hash.finalize())
+        hexadecimal(&hash.finalize())
     }
 
     /// What has been sent here so far.
@@ -137,8 +137,17 @@ fn serve(stream: TcpStream) -> io::Result<Option<Upload>> {
     if method == Some("POST") {
         let mut body = reader.take(length);
         let mut hash = Sha256::new();
-        let bytes = io::copy(&mut body, &mut hash)?;
-        let sha256 = format!("{:x}", hash.finalize());
+        let mut bytes = 0;
+        let mut chunk = [0; 16 << 10];
+        loop {
+            let read = body.read(&mut chunk)?;
+            if read == 0 {
+                break;
+            }
+            hash.update(&chunk[..read]);
+            bytes += read as u64;
+        }
+        let sha256 = hexadecimal(&hash.finalize());
         head(&mut writer, "200 OK", sha256.len() as u64)?;
         writer.write_all(sha256.as_bytes())?;
         return Ok(Some(Upload { bytes, sha256 }));
@@ -156,6 +165,10 @@ fn serve(stream: TcpStream) -> io::Result<Option<Upload>> {
         _ => head(&mut writer, "404 Not Found", 0)?,
     }
     Ok(None)
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn head(writer: &mut impl Write, status: &str, length: u64) -> io::Result<()> {
@@ -188,7 +201,7 @@ mod tests {
         let body = exchange(&server, b"GET /100001/7 HTTP/1.1\r\n\r\n");
         assert_eq!(body.len(), 100_001);
         assert_eq!(
-            format!("{:x}", Sha256::digest(&body)),
+            hexadecimal(&Sha256::digest(&body)),
             DataServer::sha256(100_001, 7)
         );
         assert_ne!(
@@ -204,7 +217,7 @@ mod tests {
             &server,
             b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello",
         );
-        let expected = format!("{:x}", Sha256::digest(b"hello"));
+        let expected = hexadecimal(&Sha256::digest(b"hello"));
         assert_eq!(answer, expected.as_bytes());
     }
 }
