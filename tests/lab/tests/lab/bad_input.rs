@@ -128,12 +128,7 @@ fn twice(lab: &mut Lab) -> Result<()> {
 
 fn too_much_memory(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&zoo())?;
-    refused(
-        host,
-        "--memory size=512G",
-        3,
-        &["524288 MiB", "ask for less"],
-    )
+    refused(host, "--memory size=512G", 3, &["512 GiB", "ask for less"])
 }
 
 fn unknown_word(lab: &mut Lab) -> Result<()> {
