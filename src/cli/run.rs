@@ -45,7 +45,7 @@ pub(super) struct RunArgs {
     /// Processors: boot=N[,max=N]
     ///
     ///   boot=N          how many run at boot, 1 to 64 [1]
-    ///   max=N           how many there can be [boot]
+    ///   max=N           how many there can be; as many as boot, for now [boot]
     #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = RESOURCES)]
     cpus: Vec<String>,
 

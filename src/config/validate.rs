@@ -23,6 +23,14 @@ pub enum InvalidConfig {
         /// What was asked for.
         boot: u8,
     },
+    /// --cpus max={max}: vCPUs cannot be added to a running guest yet
+    #[error(
+        "--cpus max={max}: vCPUs cannot be added to a running guest yet: leave max= out, or boot={max}"
+    )]
+    NoCpuHotplug {
+        /// What was asked for.
+        max: u8,
+    },
     /// --cpus max={max}: must be from boot={boot} to 64
     #[error("--cpus max={max}: must be from boot={boot} to {MAX_CPUS}")]
     MaxCpus {
@@ -195,6 +203,7 @@ impl VmConfig {
             Some(max) if !(boot..=MAX_CPUS).contains(&max) => {
                 Err(InvalidConfig::MaxCpus { max, boot })
             }
+            Some(max) if max > boot => Err(InvalidConfig::NoCpuHotplug { max }),
             _ => Ok(()),
         }
     }

@@ -34,6 +34,7 @@ fn processors_are_counted() {
     assert!(complaint(|vm| vm.cpus.boot = 0).starts_with("--cpus boot=0"));
     assert!(complaint(|vm| vm.cpus.boot = 65).contains("1 to 64"));
     assert!(complaint(|vm| vm.cpus.max = Some(0)).contains("from boot=1 to 64"));
+    assert!(complaint(|vm| vm.cpus.max = Some(2)).contains("cannot be added"));
 }
 
 #[test]
