@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use crate::intx::InterruptPin;
+
 /// The write that a message-signalled interrupt is. PCIe 6.0 §6.1.4.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MsiMessage {
@@ -68,6 +70,27 @@ pub trait InterruptRoute: Send + Sync + Debug {
 
     /// Signals it from this process.
     fn trigger(&self);
+}
+
+/// Makes the ways from a function's interrupt pins to the guest, as its place is wired. The machine
+/// implements it.
+pub trait InterruptLines: Send + Sync + Debug {
+    /// Connects `pin`: the line that it leads to is level-triggered, and other pins may share it.
+    ///
+    /// # Errors
+    /// [`RouteError`]
+    fn connect(&self, pin: InterruptPin) -> Result<Arc<dyn InterruptLine>, RouteError>;
+}
+
+/// A pin's way to the guest, for a source that masks itself when it has signalled, as VFIO does.
+/// Dropping the last reference takes it down, and the line goes down unless another pin holds it up.
+pub trait InterruptLine: Send + Sync + Debug {
+    /// The eventfd whose signal puts the line up.
+    fn event(&self) -> BorrowedFd<'_>;
+
+    /// The eventfd that is signalled when the guest is done with the interrupt and the line went
+    /// down: the source unmasks itself, and signals again where it still wants something.
+    fn resample(&self) -> BorrowedFd<'_>;
 }
 
 /// The source of a function's message-signalled interrupts: told when a vector gets its eventfd.

@@ -33,8 +33,8 @@ impl InterruptPin {
         Self::ALL.into_iter().find(|pin| pin.register() == register)
     }
 
-    /// The pin on the primary side of a bridge that this pin of `device` behind it comes out at; and
-    /// on bus 0, by custom, which of four lines it takes. PCIe 6.0 §2.2.8.1.
+    /// The pin on the primary side of a bridge that this pin of `device` behind it comes out at.
+    /// Which line a pin on bus 0 is wired to is the machine's to say. PCIe 6.0 §2.2.8.1.
     #[must_use]
     pub fn swizzle(self, device: Device) -> Self {
         match (self.register() - 1 + device.number() % 4) % 4 {

@@ -37,7 +37,10 @@ pub use function::{
     BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, PciFunction,
 };
 pub use host_bridge::HostBridge;
-pub use interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError, VectorOwner};
+pub use interrupt::{
+    InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage, RouteError,
+    VectorOwner,
+};
 pub use intx::InterruptPin;
 pub use link::{Link, LinkSpeed};
 pub use msi::{Msi, MsiFeatures};

@@ -7,6 +7,7 @@ use acpi_tables::aml::{
     Path, ResourceTemplate, Return, Scope, Store, Uuid,
 };
 use acpi_tables::sdt::Sdt;
+use busway_pci::{Device as Slot, InterruptPin};
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, intx_gsi};
 use crate::devices::{power, rtc, serial};
@@ -104,13 +105,14 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
 /// `_PRT`: each pin of each device is hard-wired to an interrupt. §6.2.13.
 fn interrupt_routing() -> PackageBuilder {
     let mut table = PackageBuilder::new();
-    for slot in 0_u8..32 {
-        for pin in 0_u8..4 {
+    for slot in (0..Slot::COUNT).filter_map(Slot::new) {
+        for pin in InterruptPin::ALL {
             // All functions of the device.
-            let address = u32::from(slot) << 16 | 0xffff;
+            let address = u32::from(slot.number()) << 16 | 0xffff;
+            let number = pin.register() - 1;
             table.add_element(&Package::new(vec![
                 &address,
-                &pin,
+                &number,
                 &0_u8,
                 &intx_gsi(slot, pin),
             ]));

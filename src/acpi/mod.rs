@@ -16,6 +16,7 @@ use acpi_tables::facs::FACS;
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
+use busway_pci::{Device, InterruptPin};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 use crate::memory::layout;
@@ -64,11 +65,13 @@ pub struct Cpu {
     pub enabled: bool,
 }
 
-/// The global system interrupt that INTx pin `pin` (0 is INTA) of device `slot` on bus 0 is wired to.
-/// The DSDT's `_PRT` says the same.
+/// The global system interrupt that `pin` of the device in `slot` on bus 0 is wired to. The DSDT's
+/// `_PRT` says the same. A pin behind a bridge comes out at one of the bridge's:
+/// [`InterruptPin::swizzle`].
 #[must_use]
-pub const fn intx_gsi(slot: u8, pin: u8) -> u32 {
-    INTX_GSI_BASE + (slot as u32 + pin as u32) % INTX_GSIS
+pub fn intx_gsi(slot: Device, pin: InterruptPin) -> u32 {
+    let pin = u32::from(pin.register()) - 1;
+    INTX_GSI_BASE + (u32::from(slot.number()) + pin) % INTX_GSIS
 }
 
 /// Why there are no tables.

@@ -123,11 +123,15 @@ fn the_fadt_claims_the_hardware_that_is_there() {
 
 #[test]
 fn intx_lines_of_neighbours_differ_and_stay_among_the_gsis() {
-    for slot in 0..32 {
-        let lines: Vec<_> = (0..4).map(|pin| intx_gsi(slot, pin)).collect();
+    let slots: Vec<_> = (0..Device::COUNT).filter_map(Device::new).collect();
+    let lines = |slot: Device| InterruptPin::ALL.map(|pin| intx_gsi(slot, pin));
+    for slot in &slots {
+        let lines = lines(*slot);
         assert!(lines.iter().all(|gsi| (16..24).contains(gsi)));
         assert!(lines.windows(2).all(|pair| pair[0] != pair[1]));
-        assert_ne!(intx_gsi(slot, 0), intx_gsi(slot + 1, 0));
+    }
+    for pair in slots.windows(2) {
+        assert_ne!(lines(pair[0])[0], lines(pair[1])[0]);
     }
 }
 

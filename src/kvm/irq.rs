@@ -110,6 +110,11 @@ impl IrqRouter {
         }
     }
 
+    /// The VM that it is the router of.
+    pub(super) fn vm(&self) -> &Arc<VmFd> {
+        &self.shared.fd
+    }
+
     /// A pin of the legacy interrupt controllers that a device holds up or down.
     pub fn level_line(&self, gsi: u32) -> LevelLine {
         LevelLine {
@@ -222,7 +227,7 @@ fn entry_mut(table: &mut Table, gsi: u32) -> Option<&mut Option<MsiMessage>> {
     table.messages.get_mut(index as usize)
 }
 
-fn kernel(what: &'static str, error: kvm_ioctls::Error) -> RouteError {
+pub(super) fn kernel(what: &'static str, error: kvm_ioctls::Error) -> RouteError {
     RouteError::Kernel {
         what,
         source: error.into(),
@@ -345,8 +350,7 @@ impl InterruptRoute for Vector {
     }
 
     fn event(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is open for as long as `self.event`, which `self` owns.
-        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
+        borrow(&self.event)
     }
 
     fn trigger(&self) {
@@ -365,6 +369,12 @@ impl Drop for Vector {
         self.router.free(self.gsi);
         self.count.now.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// An eventfd's descriptor.
+pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as `event`, which stays borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// Whether an eventfd has a signal, without taking it.

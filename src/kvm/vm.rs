@@ -14,12 +14,16 @@ use crate::memory::layout;
 const API_VERSION: i32 = 12;
 
 /// What no VM can do without, and what a person should read where it is missing.
-const REQUIRED: [(Cap, &str); 10] = [
+const REQUIRED: [(Cap, &str); 11] = [
     (
         Cap::Irqchip,
         "the in-kernel interrupt controllers (KVM_CAP_IRQCHIP)",
     ),
     (Cap::Irqfd, "irqfd (KVM_CAP_IRQFD)"),
+    (
+        Cap::IrqfdResample,
+        "level-triggered irqfd (KVM_CAP_IRQFD_RESAMPLE)",
+    ),
     (Cap::IrqRouting, "interrupt routing (KVM_CAP_IRQ_ROUTING)"),
     (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
     (

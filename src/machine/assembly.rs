@@ -9,14 +9,14 @@ use std::thread;
 
 use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
 use busway_pci::{InterruptRoutes, PciFunction, Windows};
-use busway_vfio::{AssignedFunction, KernelDevice, Opener};
+use busway_vfio::{AssignOptions, AssignedFunction, KernelDevice, Opener, Wiring};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::RunError;
 use super::bars::Bars;
 use super::dma::DmaListener;
 use super::events::Events;
-use super::pci::Pci;
+use super::pci::{Pci, pins_behind_port};
 use super::platform::{Platform, open_console};
 use super::signals::Signals;
 use crate::acpi;
@@ -338,11 +338,16 @@ fn add_assigned(
 ) -> Result<(), RunError> {
     for device in devices {
         let name = device.name().to_owned();
-        let routes = Arc::new(host_vectors.clone());
-        let function = AssignedFunction::new(&name, Arc::new(device), routes)?;
+        let slot = pci.port_slot(&name)?;
+        let wiring = Wiring {
+            routes: Arc::new(host_vectors.clone()),
+            lines: Arc::new(router.pins(pins_behind_port(slot))),
+        };
+        let options = AssignOptions::default();
+        let function = AssignedFunction::new(&name, Arc::new(device), wiring, &options)?;
         log::info!("{}", function.summary());
         let function: Arc<dyn PciFunction> = function;
-        pci.add_behind_port(&name, function, Arc::new(router.clone()))?;
+        pci.add_behind_port(slot, &name, function, Arc::new(router.clone()))?;
     }
     Ok(())
 }

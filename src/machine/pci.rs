@@ -6,13 +6,14 @@
 use std::sync::Arc;
 
 use busway_pci::{
-    Device, Ecam, FunctionId, HostBridge, InterruptRoutes, Link, PciFunction, Place, RootPort,
-    Topology, Windows, capabilities, spec,
+    Device, Ecam, FunctionId, HostBridge, InterruptPin, InterruptRoutes, Link, PciFunction, Place,
+    RootPort, Topology, Windows, capabilities, spec,
 };
 
 use super::RunError;
 use super::bars::Bars;
 use super::bus::EcamWindow;
+use crate::acpi;
 use crate::kvm::Buses;
 use crate::memory::layout;
 
@@ -62,14 +63,19 @@ impl Pci {
         self.place(name, 1, function).map(drop)
     }
 
-    /// Adds a host device, behind a root port of its own whose link is as fast as its.
+    /// The slot that the root port for the host device `name` will have.
+    pub(super) fn port_slot(&self, name: &str) -> Result<Device, RunError> {
+        self.free_slot(name, FIRST_PORT)
+    }
+
+    /// Adds a host device, behind a root port of its own in `slot` whose link is as fast as its.
     pub(super) fn add_behind_port(
         &mut self,
+        slot: Device,
         name: &str,
         function: Arc<dyn PciFunction>,
         routes: Arc<dyn InterruptRoutes>,
     ) -> Result<(), RunError> {
-        let slot = self.free_slot(name, FIRST_PORT)?;
         let port = RootPort::new(slot.number().into(), link_of(&*function), routes);
         let port = self.place(name, slot.number(), Arc::new(port))?;
         self.topology.add(Place::behind(port), function)?;
@@ -119,6 +125,12 @@ impl Drop for Pci {
         self.buses.mmio.clear();
         self.buses.ports.clear();
     }
+}
+
+/// The global system interrupts that INTA to INTD of the device behind the root port in `slot` lead
+/// to: a link has device 0 only, so the port passes its pins on as they are.
+pub(super) fn pins_behind_port(slot: Device) -> [u32; 4] {
+    InterruptPin::ALL.map(|pin| acpi::intx_gsi(slot, pin.swizzle(Device::default())))
 }
 
 /// The link of a PCIe function; the fastest there is where it does not say.

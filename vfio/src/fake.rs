@@ -1,10 +1,13 @@
 //! A device that is not there, for tests: any configuration space, and a record of what it was told.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
+use busway_pci::{
+    InterruptLine, InterruptLines, InterruptPin, InterruptRoute, InterruptRoutes, MsiMessage,
+    RouteError,
+};
 
 use crate::{Area, DeviceIo, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex};
 
@@ -280,8 +283,41 @@ impl InterruptRoute for FakeRoute {
     }
 
     fn event(&self) -> BorrowedFd<'_> {
-        std::os::fd::AsFd::as_fd(&self.0)
+        self.0.as_fd()
     }
 
     fn trigger(&self) {}
+}
+
+/// Lines that go nowhere.
+#[derive(Debug, Default)]
+pub(crate) struct FakeLines {
+    /// The pins that were connected.
+    pub(crate) made: Mutex<Vec<InterruptPin>>,
+}
+
+#[derive(Debug)]
+struct FakeLine {
+    event: OwnedFd,
+    resample: OwnedFd,
+}
+
+impl InterruptLines for FakeLines {
+    fn connect(&self, pin: InterruptPin) -> Result<Arc<dyn InterruptLine>, RouteError> {
+        self.made.lock().unwrap().push(pin);
+        Ok(Arc::new(FakeLine {
+            event: eventfd(),
+            resample: eventfd(),
+        }))
+    }
+}
+
+impl InterruptLine for FakeLine {
+    fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    fn resample(&self) -> BorrowedFd<'_> {
+        self.resample.as_fd()
+    }
 }

@@ -3,14 +3,14 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{BarIndex, BarPart, BarRegion, InterruptRoutes, Msi, Msix, PciFunction, spec};
+use busway_pci::{BarIndex, BarPart, BarRegion, Msi, Msix, PciFunction, spec};
 
 use crate::config::{GuestConfig, read_dword};
 use crate::lists::{self, List};
 use crate::msix_layout::GuestLocation;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{AssignError, DeviceIo, IrqIndex, RegionIndex};
+use crate::{AssignError, AssignOptions, DeviceIo, IrqIndex, RegionIndex, Wiring};
 
 /// A host device, as the guest sees it.
 ///
@@ -84,15 +84,18 @@ impl fmt::Display for Summary {
 
 impl AssignedFunction {
     /// Resets the device behind `io`, called `name` in messages (its address on the host), and makes
-    /// a function of it whose interrupts go by `routes`.
+    /// a function of it that is connected to its guest by `wiring`.
     ///
     /// # Errors
     /// [`AssignError`]
     pub fn new(
         name: &str,
         io: Arc<dyn DeviceIo>,
-        routes: Arc<dyn InterruptRoutes>,
+        wiring: Wiring,
+        options: &AssignOptions,
     ) -> Result<Arc<Self>, AssignError> {
+        let Wiring { routes, lines: _ } = wiring;
+        let AssignOptions {} = options;
         if !io.can_reset() {
             log::warn!(
                 "{name} cannot be reset by itself: what one guest leaves in it, the next one finds"

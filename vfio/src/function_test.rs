@@ -1,5 +1,5 @@
 use super::*;
-use crate::fake::{FakeDevice, FakeRoutes, IrqCall};
+use crate::fake::{FakeDevice, FakeLines, FakeRoutes, IrqCall};
 use crate::{Area, IrqInfo, Region};
 use busway_pci::{BarKind, HostAddress, capabilities, extended_capabilities};
 use proptest::prelude::*;
@@ -45,8 +45,20 @@ fn nvme() -> FakeDevice {
 fn function(fake: FakeDevice) -> (Arc<FakeDevice>, Arc<FakeRoutes>, Arc<AssignedFunction>) {
     let fake = Arc::new(fake);
     let routes = Arc::new(FakeRoutes::default());
-    let function = AssignedFunction::new("0000:01:00.0", fake.clone(), routes.clone()).unwrap();
+    let function = assign("0000:01:00.0", fake.clone(), routes.clone()).unwrap();
     (fake, routes, function)
+}
+
+fn assign(
+    name: &str,
+    fake: Arc<FakeDevice>,
+    routes: Arc<FakeRoutes>,
+) -> Result<Arc<AssignedFunction>, AssignError> {
+    let wiring = Wiring {
+        routes,
+        lines: Arc::new(FakeLines::default()),
+    };
+    AssignedFunction::new(name, fake, wiring, &AssignOptions::default())
 }
 
 fn read(function: &AssignedFunction, offset: u16) -> u32 {
@@ -360,7 +372,7 @@ fn recorded_devices_show_what_they_are_and_nothing_of_the_hosts() {
 fn what_cannot_be_given_is_refused_with_the_reason() {
     let refuse = |fake: FakeDevice| {
         let routes = Arc::new(FakeRoutes::default());
-        AssignedFunction::new("0000:01:00.0", Arc::new(fake), routes)
+        assign("0000:01:00.0", Arc::new(fake), routes)
             .unwrap_err()
             .to_string()
     };
@@ -486,7 +498,7 @@ proptest! {
     fn a_hostile_device_and_a_hostile_guest_harm_nothing(fake in hostile(), steps in steps()) {
         let fake = Arc::new(fake);
         let routes = Arc::new(FakeRoutes::default());
-        if let Ok(function) = AssignedFunction::new("fake", fake.clone(), routes) {
+        if let Ok(function) = assign("fake", fake.clone(), routes) {
             for step in steps {
                 match step {
                     Step::Config(at, mut data) => {

@@ -28,6 +28,7 @@ mod policy;
 mod survey;
 mod sys;
 mod vectors;
+mod wiring;
 
 pub use areas::Area;
 pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
@@ -37,3 +38,4 @@ pub use kvm::KvmFiles;
 pub use mapping::Mapping;
 pub use open::{DeviceError, Opener};
 pub use survey::AssignError;
+pub use wiring::{AssignOptions, Wiring};

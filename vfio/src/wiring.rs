@@ -1,0 +1,18 @@
+//! What a function of a host device is given when it is made.
+
+use std::sync::Arc;
+
+use busway_pci::{InterruptLines, InterruptRoutes};
+
+/// How a function is connected to its guest.
+#[derive(Clone, Debug)]
+pub struct Wiring {
+    /// Ways for MSI and MSI-X.
+    pub routes: Arc<dyn InterruptRoutes>,
+    /// Ways for the interrupt pin.
+    pub lines: Arc<dyn InterruptLines>,
+}
+
+/// What the person who gives a device away can choose about it.
+#[derive(Clone, Debug, Default)]
+pub struct AssignOptions {}
