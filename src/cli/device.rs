@@ -3,6 +3,7 @@
 //! What stands here is what a person types and reads; the work is done by [`busway_vfio::host`].
 
 mod names;
+mod permits;
 mod table;
 
 use std::collections::HashMap;
@@ -17,6 +18,7 @@ use busway_vfio::host::{
 use clap::{Args, Subcommand};
 
 use names::Names;
+use permits::{BindPermits, UnbindPermits};
 use table::{Row, Table};
 
 /// `busway device`
@@ -40,11 +42,11 @@ pub enum DeviceCommand {
     /// The devices are taken from their drivers and given to vfio-pci: all of them, or, where
     /// something fails, none. Refused are devices that the host uses (mounted, swapped to, the default
     /// route), and devices that share an IOMMU group with others that stay with the host.
-    Bind(AddressArgs),
+    Bind(BindArgs),
     /// Give devices back to the host's own drivers
     ///
     /// Refused while a process still has the device open.
-    Unbind(AddressArgs),
+    Unbind(UnbindArgs),
 }
 
 /// `busway device list`
@@ -55,12 +57,28 @@ pub struct ListArgs {
     pub addresses: Vec<Bdf>,
 }
 
-/// `busway device bind` and `unbind`
+/// `busway device bind`
 #[derive(Args, Clone, Debug)]
-pub struct AddressArgs {
+pub struct BindArgs {
     /// The devices: 0000:01:00.0, or 01:00.0 for short, or their folders in sysfs
     #[arg(value_name = "ADDRESS", value_parser = address, required = true)]
     pub addresses: Vec<Bdf>,
+
+    /// What is done in spite of what stands against it.
+    #[command(flatten)]
+    pub permits: BindPermits,
+}
+
+/// `busway device unbind`
+#[derive(Args, Clone, Debug)]
+pub struct UnbindArgs {
+    /// The devices: 0000:01:00.0, or 01:00.0 for short, or their folders in sysfs
+    #[arg(value_name = "ADDRESS", value_parser = address, required = true)]
+    pub addresses: Vec<Bdf>,
+
+    /// What is done in spite of what stands against it.
+    #[command(flatten)]
+    pub permits: UnbindPermits,
 }
 
 /// An address, or a folder of sysfs whose name is one.
@@ -156,11 +174,23 @@ pub fn run_on(
     let lines: String = match &args.command {
         DeviceCommand::List(list) => show(&Host::read(root)?, list, width)?,
         DeviceCommand::Bind(bind) => {
-            let bound = host::bind(root, kernel, &bind.addresses, &mut tell)?;
+            let bound = host::bind(
+                root,
+                kernel,
+                &bind.addresses,
+                &bind.permits.all(),
+                &mut tell,
+            )?;
             bound.iter().map(bound_line).collect()
         }
         DeviceCommand::Unbind(unbind) => {
-            let unbound = host::unbind(root, kernel, &unbind.addresses, &mut tell)?;
+            let unbound = host::unbind(
+                root,
+                kernel,
+                &unbind.addresses,
+                &unbind.permits.all(),
+                &mut tell,
+            )?;
             unbound.iter().map(unbound_line).collect()
         }
     };

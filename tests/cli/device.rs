@@ -338,6 +338,7 @@ exit status 3
 0000:00:02.1 cannot go alone: IOMMU group 2 goes to a guest as a whole, and of it
   0000:00:02.0 is with shpchp, a bridge
   take the bridge from its driver: echo 0000:00:02.0 > /sys/bus/pci/drivers/shpchp/unbind
+  or bind without them, though no guest can have it before they go too: --allow-group
 
 "#]]
     );
@@ -372,6 +373,7 @@ fn a_device_that_a_guest_has_is_not_taken_back() {
 exit status 3
 0000:18:02.0 is held by busway (pid 4242)
   end it first: the kernel would wait for it
+  or have the kernel ask it to let go, and wait: --allow-open
 
 "#]]
     );

@@ -3,7 +3,7 @@
 mod fake_host;
 
 use busway_pci::Bdf;
-use busway_vfio::host::{BindError, Host, Refusal, UnbindError, Usage, bind, unbind};
+use busway_vfio::host::{BindError, Host, Permits, Refusal, UnbindError, Usage, bind, unbind};
 use fake_host::{FakeHost, Spec};
 use proptest::prelude::*;
 
@@ -170,7 +170,14 @@ fn binding_and_giving_back_ends_where_it_began() {
     host.native("0000:01:00.0", "nvme");
     let mut kernel = host.kernel();
     let addresses = THREE.map(at);
-    let bound = bind(&host.root, &mut kernel, &addresses, &mut |_| ()).unwrap();
+    let bound = bind(
+        &host.root,
+        &mut kernel,
+        &addresses,
+        &Permits::new(),
+        &mut |_| (),
+    )
+    .unwrap();
     assert_eq!(bound.len(), 3);
     assert_eq!(kernel.log.first().unwrap(), "modprobe vfio-pci");
     for address in THREE {
@@ -179,11 +186,25 @@ fn binding_and_giving_back_ends_where_it_began() {
 
     // A second time changes nothing.
     kernel.log.clear();
-    let again = bind(&host.root, &mut kernel, &addresses, &mut |_| ()).unwrap();
+    let again = bind(
+        &host.root,
+        &mut kernel,
+        &addresses,
+        &Permits::new(),
+        &mut |_| (),
+    )
+    .unwrap();
     assert!(again.iter().all(|device| device.already));
     assert!(kernel.log.is_empty());
 
-    let back = unbind(&host.root, &mut kernel, &addresses, &mut |_| ()).unwrap();
+    let back = unbind(
+        &host.root,
+        &mut kernel,
+        &addresses,
+        &Permits::new(),
+        &mut |_| (),
+    )
+    .unwrap();
     let drivers: Vec<_> = back.iter().map(|device| device.driver.as_deref()).collect();
     assert_eq!(drivers, [Some("e1000e"), Some("igb"), Some("nvme")]);
     assert!(host.state().values().all(|(_, set)| set == "(null)"));
@@ -204,6 +225,7 @@ fn a_driver_that_was_never_loaded_is_loaded_when_its_device_comes_back() {
         &host.root,
         &mut host.kernel(),
         &[at(NVME.address)],
+        &Permits::new(),
         &mut |_| (),
     )
     .unwrap();
@@ -222,6 +244,7 @@ fn a_device_that_the_host_has_no_driver_for_comes_back_without_one() {
         &host.root,
         &mut host.kernel(),
         &[at(NVME.address)],
+        &Permits::new(),
         &mut |_| (),
     )
     .unwrap();
@@ -238,7 +261,14 @@ fn a_device_in_another_drivers_hands_is_not_touched_by_unbind() {
         ..NVME
     });
     let mut kernel = host.kernel();
-    let back = unbind(&host.root, &mut kernel, &[at(NVME.address)], &mut |_| ()).unwrap();
+    let back = unbind(
+        &host.root,
+        &mut kernel,
+        &[at(NVME.address)],
+        &Permits::new(),
+        &mut |_| (),
+    )
+    .unwrap();
     assert_eq!(
         (&back[0].former, back[0].driver.as_deref()),
         (&None, Some("pci-stub"))
@@ -262,7 +292,13 @@ fn a_process_that_holds_another_member_of_the_group_keeps_both_from_coming_back(
     );
     host.process(4242, "busway", "dev/vfio/devices/vfio0");
     let mut kernel = host.kernel();
-    let result = unbind(&host.root, &mut kernel, &[at("0000:01:00.0")], &mut |_| ());
+    let result = unbind(
+        &host.root,
+        &mut kernel,
+        &[at("0000:01:00.0")],
+        &Permits::new(),
+        &mut |_| (),
+    );
     let Err(UnbindError::Refused(refused)) = result else {
         panic!("{result:?}");
     };
@@ -278,7 +314,13 @@ fn bind_failing(host: &FakeHost, addresses: &[Bdf], number: usize) -> bool {
     let before = host.state();
     let mut kernel = host.kernel();
     kernel.fails = Box::new(move |n, _| (n == number).then_some(libc::EINVAL));
-    match bind(&host.root, &mut kernel, addresses, &mut |_| ()) {
+    match bind(
+        &host.root,
+        &mut kernel,
+        addresses,
+        &Permits::new(),
+        &mut |_| (),
+    ) {
         Ok(_) => false,
         Err(BindError::Failed { stranded, .. }) => {
             assert!(stranded.is_empty(), "{stranded:?}");
@@ -307,7 +349,13 @@ fn what_cannot_be_undone_is_named_and_the_rest_is_undone() {
             || request == "drivers/igb/bind 0000:00:02.1")
             .then_some(libc::EIO)
     });
-    let result = bind(&host.root, &mut kernel, &THREE.map(at), &mut |_| ());
+    let result = bind(
+        &host.root,
+        &mut kernel,
+        &THREE.map(at),
+        &Permits::new(),
+        &mut |_| (),
+    );
     let Err(BindError::Failed { stranded, .. }) = result else {
         panic!("{result:?}");
     };
@@ -326,7 +374,13 @@ fn a_device_that_vanishes_is_an_error_and_the_rest_is_undone() {
         let mut before = host.state();
         let mut kernel = host.kernel();
         kernel.unplug_at = Some((number, "0000:01:00.0".to_owned()));
-        let result = bind(&host.root, &mut kernel, &THREE.map(at), &mut |_| ());
+        let result = bind(
+            &host.root,
+            &mut kernel,
+            &THREE.map(at),
+            &Permits::new(),
+            &mut |_| (),
+        );
         assert!(
             matches!(result, Err(BindError::Failed { .. })),
             "{number}: {result:?}"
@@ -356,6 +410,7 @@ fn a_driver_that_turns_the_device_away_is_noticed_though_the_write_succeeded() {
         &host.root,
         &mut Deaf(host.kernel()),
         &THREE.map(at),
+        &Permits::new(),
         &mut |_| (),
     );
     assert!(

@@ -7,6 +7,7 @@ use busway_pci::Bdf;
 use super::check::check_bind;
 use super::error::{BindError, RefusedError, Stranded};
 use super::kernel::Kernel;
+use super::permit::Permits;
 use super::root::SysRoot;
 use super::steps::{Step, StepError, Stepper};
 use super::{Host, is_vfio_driver};
@@ -36,8 +37,8 @@ struct Before {
     driver_override: Option<String>,
 }
 
-/// Binds the devices at `addresses` to `vfio-pci` through `driver_override`; `tell` hears of each
-/// step before it is taken.
+/// Binds the devices at `addresses` to `vfio-pci` through `driver_override`, in spite of
+/// what `permits` allows; `tell` hears of each step before it is taken.
 ///
 /// # Errors
 ///
@@ -47,11 +48,12 @@ pub fn bind(
     root: &SysRoot,
     kernel: &mut dyn Kernel,
     addresses: &[Bdf],
+    permits: &Permits,
     tell: &mut dyn FnMut(&Step),
 ) -> Result<Vec<Bound>, BindError> {
     let addresses: BTreeSet<_> = addresses.iter().copied().collect();
     let host = Host::read(root)?;
-    let refusals = check_bind(&host, &addresses);
+    let refusals = check_bind(&host, &addresses, permits);
     if !refusals.is_empty() {
         return Err(RefusedError(refusals).into());
     }

@@ -8,6 +8,7 @@ use busway_pci::Bdf;
 use super::Host;
 use super::device::{HostDevice, is_vfio_driver};
 use super::iommu::IommuAdvice;
+use super::permit::{Permit, Permits, is_system};
 use super::usage::{self, Process, Usage};
 
 /// A reason not to touch a device, with what to do about it.
@@ -76,9 +77,9 @@ impl Refusal {
     }
 }
 
-/// All that stands against giving these devices to VFIO together.
+/// All that stands against giving these devices to VFIO together, but for what `permits` allows.
 #[must_use]
-pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>) -> Vec<Refusal> {
+pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     let mut groups = BTreeSet::new();
     for &address in addresses {
@@ -101,11 +102,15 @@ pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>) -> Vec<Refusal> {
         }
         // What VFIO has already is not taken from anybody.
         if !device.is_with_vfio() {
-            let uses = uses(host, address);
+            let mut uses = uses(host, address);
+            uses.retain(|usage| Permit::of(usage).is_none_or(|permit| !permits.contains(&permit)));
             if !uses.is_empty() {
                 refusals.push(Refusal::InUse { address, uses });
             }
         }
+    }
+    if permits.contains(&Permit::Group) {
+        return refusals;
     }
     for group in groups {
         let blockers = group_blockers(host, group, addresses);
@@ -122,14 +127,14 @@ pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>) -> Vec<Refusal> {
     refusals
 }
 
-/// All that stands against giving these devices back to the host.
+/// All that stands against giving these devices back to the host, but for what `permits` allows.
 #[must_use]
-pub fn check_unbind(host: &Host, addresses: &BTreeSet<Bdf>) -> Vec<Refusal> {
+pub fn check_unbind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -> Vec<Refusal> {
     let check = |&address: &Bdf| {
         let Some(device) = host.device(address) else {
             return Some(Refusal::NotThere { address });
         };
-        if !device.is_with_vfio() {
+        if !device.is_with_vfio() || permits.contains(&Permit::Open) {
             return None;
         }
         // A driver of the host is turned away from a group that a process owns, even where the
@@ -204,6 +209,9 @@ impl fmt::Display for Refusal {
                 write!(f, "{address} is in use")?;
                 for usage in uses {
                     write!(f, "\n  {usage}\n    {}", remedy(*address, usage))?;
+                    if let Some(permit) = Permit::of(usage) {
+                        write!(f, "\n    or take it all the same: {permit}")?;
+                    }
                 }
                 Ok(())
             }
@@ -217,7 +225,12 @@ impl fmt::Display for Refusal {
                 for (index, process) in processes.iter().enumerate() {
                     write!(f, "{} {process}", if index > 0 { "," } else { "" })?;
                 }
-                f.write_str("\n  end it first: the kernel would wait for it")
+                write!(
+                    f,
+                    "\n  end it first: the kernel would wait for it\n  \
+                     or have the kernel ask it to let go, and wait: {}",
+                    Permit::Open
+                )
             }
         }
     }
@@ -227,10 +240,9 @@ impl fmt::Display for Refusal {
 fn remedy(address: Bdf, usage: &Usage) -> String {
     match usage {
         Usage::Mounted { at, .. } => {
-            let system = |path: &&str| ["/", "/usr", "/boot", "/var"].contains(path);
             let names: Vec<_> = at.iter().filter_map(|path| path.to_str()).collect();
-            if names.iter().any(system) {
-                "the host runs from it, so it cannot be given away".to_owned()
+            if at.iter().any(|path| is_system(path)) {
+                "the host runs from it, and will not survive it".to_owned()
             } else {
                 format!("unmount it first: umount {}", names.join(" "))
             }
@@ -250,7 +262,7 @@ fn remedy(address: Bdf, usage: &Usage) -> String {
         }
         Usage::Interface { name } => format!("take it down first: ip link set {name} down"),
         Usage::VirtualFunctions { .. } => {
-            format!("remove them first: echo 0 > /sys/bus/pci/devices/{address}/sriov_numvfs")
+            format!("remove them first: busway device vfs {address} 0")
         }
         Usage::Process(process) => format!("end process {} first", process.pid),
     }
@@ -288,7 +300,7 @@ fn group_not_viable(
     }
     let others: Vec<_> = blockers.iter().filter(|b| !b.is_bridge).collect();
     if others.is_empty() {
-        return Ok(());
+        return allow_group(f);
     }
     let mut all: Vec<_> = asked
         .iter()
@@ -304,5 +316,14 @@ fn group_not_viable(
         f,
         "\n  {free}: busway device bind {}",
         join(&mut all.into_iter())
+    )?;
+    allow_group(f)
+}
+
+fn allow_group(f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    write!(
+        f,
+        "\n  or bind without them, though no guest can have it before they go too: {}",
+        Permit::Group
     )
 }

@@ -15,6 +15,12 @@ pub struct SysRoot {
     pub proc: PathBuf,
     /// Device nodes.
     pub dev: PathBuf,
+    /// What is kept until the host is switched off.
+    pub run: PathBuf,
+    /// The host's configuration.
+    pub etc: PathBuf,
+    /// The kernels' modules, a folder for each release.
+    pub modules: PathBuf,
 }
 
 impl Default for SysRoot {
@@ -24,13 +30,16 @@ impl Default for SysRoot {
 }
 
 impl SysRoot {
-    /// `sys`, `proc` and `dev` in one folder.
+    /// The usual names in one folder.
     #[must_use]
     pub fn under(folder: &Path) -> Self {
         Self {
             sys: folder.join("sys"),
             proc: folder.join("proc"),
             dev: folder.join("dev"),
+            run: folder.join("run"),
+            etc: folder.join("etc"),
+            modules: folder.join("lib/modules"),
         }
     }
 

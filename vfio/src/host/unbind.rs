@@ -7,6 +7,7 @@ use busway_pci::Bdf;
 use super::check::check_unbind;
 use super::error::{RefusedError, UnbindError};
 use super::kernel::Kernel;
+use super::permit::Permits;
 use super::root::SysRoot;
 use super::steps::{Step, StepError, Stepper};
 use super::{Host, is_vfio_driver};
@@ -33,11 +34,12 @@ pub fn unbind(
     root: &SysRoot,
     kernel: &mut dyn Kernel,
     addresses: &[Bdf],
+    permits: &Permits,
     tell: &mut dyn FnMut(&Step),
 ) -> Result<Vec<Unbound>, UnbindError> {
     let addresses: BTreeSet<_> = addresses.iter().copied().collect();
     let host = Host::read(root)?;
-    let refusals = check_unbind(&host, &addresses);
+    let refusals = check_unbind(&host, &addresses, permits);
     if !refusals.is_empty() {
         return Err(RefusedError(refusals).into());
     }

@@ -1,0 +1,93 @@
+//! What a person may allow though it stands against moving a device: one switch for each reason, and
+//! none for all of them.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::Path;
+
+use super::usage::Usage;
+
+/// The reasons that were allowed.
+pub type Permits = BTreeSet<Permit>;
+
+/// A reason not to move a device, which its own switch overrules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Permit {
+    /// A file system on it is mounted.
+    Mounted,
+    /// The host itself runs from it.
+    System,
+    /// The host swaps to it.
+    Swap,
+    /// LVM, RAID or encryption stands on it.
+    Holders,
+    /// Somebody not otherwise known has a disk of it for themselves.
+    Claimed,
+    /// The default route goes through it.
+    Route,
+    /// It has virtual functions.
+    VirtualFunctions,
+    /// Others of its IOMMU group stay with the host.
+    Group,
+    /// A process has it open by VFIO.
+    Open,
+}
+
+impl Permit {
+    /// Every reason that a switch overrules.
+    pub const ALL: [Self; 9] = [
+        Self::Mounted,
+        Self::System,
+        Self::Swap,
+        Self::Holders,
+        Self::Claimed,
+        Self::Route,
+        Self::VirtualFunctions,
+        Self::Group,
+        Self::Open,
+    ];
+
+    /// The switch's name on the command line.
+    #[must_use]
+    pub fn switch(self) -> &'static str {
+        match self {
+            Self::Mounted => "--allow-mounted",
+            Self::System => "--allow-system",
+            Self::Swap => "--allow-swap",
+            Self::Holders => "--allow-holders",
+            Self::Claimed => "--allow-claimed",
+            Self::Route => "--allow-route",
+            Self::VirtualFunctions => "--allow-vfs",
+            Self::Group => "--allow-group",
+            Self::Open => "--allow-open",
+        }
+    }
+
+    /// What allows a device to be taken in spite of this use; none where no switch does.
+    #[must_use]
+    pub fn of(usage: &Usage) -> Option<Self> {
+        Some(match usage {
+            Usage::Mounted { at, .. } if at.iter().any(|path| is_system(path)) => Self::System,
+            Usage::Mounted { .. } => Self::Mounted,
+            Usage::Swap { .. } => Self::Swap,
+            Usage::Held { .. } => Self::Holders,
+            Usage::Claimed { .. } => Self::Claimed,
+            Usage::DefaultRoute { .. } => Self::Route,
+            Usage::VirtualFunctions { .. } => Self::VirtualFunctions,
+            Usage::Interface { .. } | Usage::Process(_) => return None,
+        })
+    }
+}
+
+impl fmt::Display for Permit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.switch())
+    }
+}
+
+/// Whether the host cannot do without what is mounted there.
+pub(super) fn is_system(path: &Path) -> bool {
+    ["/", "/usr", "/boot", "/var"]
+        .iter()
+        .any(|system| path == Path::new(system))
+}
