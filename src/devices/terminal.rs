@@ -276,6 +276,11 @@ mod tests {
         let Ok(end) = std::env::var(CHILD) else {
             return;
         };
+        // Under nohup(1), and in the background of some shells, tests are started with these ignored.
+        for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+            // SAFETY: the default action runs no code of ours.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
         let raw = RawMode::enter(io::stdin().as_fd()).unwrap();
         assert!(
             RawMode::enter(io::stdin().as_fd()).is_err(),

@@ -3,6 +3,7 @@
 //! The machine below is slow and noisy, so figures stand side by side from one run, as medians with
 //! their spread; ratios and counts carry over to real hosts, absolute speed does not.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
@@ -28,6 +29,9 @@ pub(crate) struct BenchArgs {
     /// Processors of the guest, each with a queue of the drive's.
     #[arg(long, default_value_t = 1)]
     cpus: u32,
+    /// Print each of KVM's counters, too: what the exits were.
+    #[arg(long)]
+    counters: bool,
     /// Write every figure to a file, too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -43,6 +47,8 @@ struct Turn {
     boot_ms: f64,
     own_pss_kib: f64,
     own_dirty_kib: f64,
+    /// KVM's counters during the reads, each divided by their number.
+    counters_per_read: BTreeMap<String, f64>,
 }
 
 /// Measures, and prints both side by side.
@@ -63,6 +69,9 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
         }
     }
     print(&turns, version.trim(), arguments);
+    if arguments.counters {
+        print_counters(&turns);
+    }
     if let Some(path) = &arguments.json {
         fs::write(path, serde_json::to_string_pretty(&turns)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -120,7 +129,20 @@ fn turn(
         boot_ms: booted.boot_time().context("no boot time")?.as_secs_f64() * 1e3,
         own_pss_kib: memory.own_pss(MEMORY_MIB) as f64,
         own_dirty_kib: memory.own_dirty(MEMORY_MIB) as f64,
+        counters_per_read: counters(&read)
+            .into_iter()
+            .map(|(name, grown)| (name, grown as f64 / reads))
+            .collect(),
     })
+}
+
+/// How much each of KVM's counters grew while the guest read.
+fn counters(result: &GuestResult) -> BTreeMap<String, u64> {
+    let Some((before, after)) = result.marks.get("before").zip(result.marks.get("after")) else {
+        return BTreeMap::new();
+    };
+    let grown = |name: &String| Some((name.clone(), after.since(before, name)?));
+    after.kvm.keys().filter_map(grown).collect()
 }
 
 fn grown(result: &GuestResult, counter: &str) -> Result<f64> {
@@ -193,12 +215,8 @@ fn spread(turns: &[Turn], vmm: &str, of: fn(&Turn) -> f64) -> (f64, f64, f64) {
         .map(of)
         .collect();
     figures.sort_by(f64::total_cmp);
-    let middle = figures.len() / 2;
-    let median = match figures.len() % 2 {
-        0 => f64::midpoint(figures[middle - 1], figures[middle]),
-        _ => figures[middle],
-    };
-    (median, figures[0], figures[figures.len() - 1])
+    let (least, most) = (figures[0], figures[figures.len() - 1]);
+    (median(figures), least, most)
 }
 
 fn print(turns: &[Turn], version: &str, arguments: &BenchArgs) {
@@ -236,5 +254,45 @@ fn print(turns: &[Turn], version: &str, arguments: &BenchArgs) {
             cell(theirs, their_least, their_most),
             if holds { "" } else { "  MISSED" },
         );
+    }
+}
+
+/// What KVM counted for a read, as medians: of the counters that moved.
+fn print_counters(turns: &[Turn]) {
+    let names: std::collections::BTreeSet<&String> = turns
+        .iter()
+        .flat_map(|turn| turn.counters_per_read.keys())
+        .collect();
+    println!(
+        "\n{:<32} {:>12} {:>12}",
+        "KVM's counters a read", "Busway", "QEMU"
+    );
+    for name in names {
+        let of = |vmm: &str| {
+            median(
+                turns
+                    .iter()
+                    .filter(|turn| turn.vmm == vmm)
+                    .filter_map(|turn| turn.counters_per_read.get(name).copied())
+                    .collect(),
+            )
+        };
+        let (ours, theirs) = (of("busway"), of("qemu"));
+        if ours.max(theirs) >= 0.0005 {
+            println!("{name:<32} {ours:>12.3} {theirs:>12.3}");
+        }
+    }
+}
+
+/// The middle one; not a number where there is none.
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    let middle = figures.len() / 2;
+    match (figures.get(middle.wrapping_sub(1)), figures.get(middle)) {
+        (Some(below), Some(above)) if figures.len().is_multiple_of(2) => {
+            f64::midpoint(*below, *above)
+        }
+        (_, Some(middle)) => *middle,
+        _ => f64::NAN,
     }
 }
