@@ -5,6 +5,7 @@
 #   KERNEL, INITRAMFS   what the guest boots; the guest's part of the demonstration is in the initramfs
 #   WORK                a folder for what is written
 #   URL, SHA256         data for the NIC to fetch, and its checksum; without them it gets an address and reaches its router
+#   CPUS                how many processors the guest has; two without it
 #   OVERWRITE=yes       drives may be written over; without it they are only read
 set -euo pipefail
 
@@ -98,7 +99,7 @@ END
 (cd "$WORK" && echo guest.env | busybox cpio -o -H newc 2>/dev/null | cat "$INITRAMFS" - >"$WORK/initramfs")
 status=0
 run busway run --kernel "$KERNEL" --initramfs "$WORK/initramfs" --cmdline 'console=ttyS0 quiet panic=-1' \
-    --cpus boot=2 --memory size=512M --disk path="$WORK/disk.raw" --net tap=busway-demo "${devices[@]}" \
+    --cpus boot="${CPUS:-2}" --memory size=512M --disk path="$WORK/disk.raw" --net tap=busway-demo "${devices[@]}" \
     --report "$WORK/report.json" -v </dev/null | tee "$WORK/console" || status=$?
 [ "$status" = 0 ] || { echo "demo: busway ended with status $status" >&2; exit 1; }
 

@@ -67,7 +67,8 @@ fn in_the_lab(busway: &Path, lab_io: &Path) -> Result<i32> {
     lay_out(&host.share(), host.parts(), lab_io)?;
     let server = DataServer::start()?;
     let script = format!(
-        "mkdir /tmp/demo && export KERNEL=/lab/bzImage INITRAMFS=/lab/initramfs.base WORK=/tmp/demo \
+        // The emulator loses a guest with several processors now and then: see docs/lab.md.
+        "mkdir /tmp/demo && export CPUS=1 KERNEL=/lab/bzImage INITRAMFS=/lab/initramfs.base WORK=/tmp/demo \
          OVERWRITE=yes NIC_BYTES={NIC_BYTES} URL={} SHA256={}\nexec bash /lab/demo.sh {} {} 2>&1",
         server.url(NIC_BYTES, SEED),
         DataServer::sha256(NIC_BYTES, SEED),
