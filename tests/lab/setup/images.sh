@@ -50,5 +50,4 @@ make_images() {
     pack "$tree" "$dir/guest-programs.img"
 }
 
-images=$cache/images-$(key "$root" "$stock" "${guest_modules[@]}" "${guest_programs[@]}" \
-    "$setup_dir"/{host-init,host-agent,guest-init} "$(declare -f make_images with_modules pack)")
+images=$cache/images-$(key "${root##*/}" "${stock##*/}" "$setup_dir"/{images.sh,host-init,host-agent,guest-init})

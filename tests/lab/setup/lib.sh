@@ -44,6 +44,7 @@ key() {
 made() {
     local dir=$1 what=$2 function=$3 began=$SECONDS
     [ -d "$dir" ] && return
+    install_prerequisites
     say "making $what (its logs are in $cache/logs)"
     as_root rm -rf "$dir.partial"
     mkdir -p "$dir.partial"

@@ -63,4 +63,4 @@ apt_of_root() {
     apt-get -o "Dir=$root" -o APT::Sandbox::User="$(id -un)" -o APT::Architecture=amd64 "$@"
 }
 
-root=$cache/root-$(key "$root_suite" "${root_packages[@]}" "${root_backports[@]}" "$(declare -f make_root in_root)")
+root=$cache/root-$(key "$setup_dir/root.sh")

@@ -38,4 +38,4 @@ make_stock() {
     rm -r "$dir/package"
 }
 
-stock=$cache/stock-$stock_version-$(key "${stock_modules[@]}" "$(declare -f make_stock)")
+stock=$cache/stock-$stock_version-$(key "$setup_dir/stock.sh")

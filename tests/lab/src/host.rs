@@ -18,6 +18,7 @@ use crate::parts::{Extent, Parts};
 use crate::process::spawn_bound;
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
+use crate::tsc;
 use crate::zoo;
 
 /// A running emulated host. Whatever becomes of this process, QEMU ends with it.
@@ -280,9 +281,12 @@ fn machine_arguments(
         Kernel::Stock => &parts.stock,
         Kernel::Small => &parts.small,
     };
-    // A busy machine can be too slow for the kernel's check that timer interrupts arrive.
+    // A busy machine can be too slow for the kernel's check that timer interrupts arrive, and for its
+    // measuring of the time-stamp counter, which is told and trusted instead.
     let cmdline = format!(
-        "console=ttyS0 quiet panic=-1 no_timer_check {} lab.root={} lab.modules={} {}",
+        "console=ttyS0 quiet panic=-1 no_timer_check tsc_early_khz={} tsc=reliable {} lab.root={} \
+         lab.modules={} {}",
+        tsc::khz(),
         match config.iommu {
             Iommu::Intel => "intel_iommu=on",
             Iommu::Amd | Iommu::None => "",

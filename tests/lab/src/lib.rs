@@ -20,6 +20,7 @@ mod scratch;
 mod server;
 mod snapshot;
 mod transcript;
+mod tsc;
 mod watch;
 mod zoo;
 

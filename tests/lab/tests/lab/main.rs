@@ -11,6 +11,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod assigned;
 mod bad_input;
+mod demo;
 mod drive;
 mod emulated_host;
 mod life;
@@ -39,6 +40,7 @@ fn main() -> Result<ExitCode> {
         bad_input::PROOFS,
         life::PROOFS,
         emulated_host::PROOFS,
+        demo::PROOFS,
     ];
     let trials = proofs
         .into_iter()
