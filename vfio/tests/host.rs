@@ -129,7 +129,7 @@ fn the_default_route_is_found_through_bond_and_bridge() {
     host.default_route("br0");
     assert_eq!(
         uses(&host, "0000:00:02.0"),
-        ["default route (eth0 > bond0 > br0)"]
+        ["eth0 > bond0 > br0", "default route (eth0 > bond0 > br0)"]
     );
     assert_eq!(uses(&host, "0000:00:02.1"), ["eth1"]);
 }
@@ -445,4 +445,52 @@ proptest! {
         }
         bind_failing(&host, &asked, number);
     }
+}
+
+#[test]
+fn no_host_of_the_library_gets_a_control_character_past_the_model() {
+    for (name, _) in fake_host::library::HOSTS {
+        let fake = FakeHost::named(name);
+        let host = Host::read(&fake.root).unwrap();
+        assert!(host.devices().count() > 0, "{name}");
+        for device in host.devices() {
+            let uses = host.usage(device.address).iter().map(Usage::to_string);
+            let texts = uses.chain(device.driver.clone());
+            let texts = texts.chain(device.reset_methods.clone());
+            for text in texts.chain(device.modalias.clone()) {
+                assert!(!text.chars().any(char::is_control), "{name}: {text:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn zfs_bcache_and_multipath_are_found_below_what_is_mounted() {
+    let host = FakeHost::named("storage");
+    assert_eq!(uses(&host, "0000:43:00.0"), ["/cache (nvme2n1 > bcache0)"]);
+    assert_eq!(
+        uses(&host, "0000:44:00.0"),
+        ["/srv/backup (nvme3n1p1 > ZFS tank)"]
+    );
+    assert_eq!(
+        uses(&host, "0000:45:00.0"),
+        [
+            "/vault (sda > mpatha > mpatha-part1)",
+            "/vault (sdb > mpatha > mpatha-part1)",
+            "/cache (sdc > bcache0)",
+        ]
+    );
+}
+
+#[test]
+fn the_way_back_to_who_came_by_ssh_is_found() {
+    let host = FakeHost::named("server");
+    assert_eq!(
+        uses(&host, "0000:18:00.1"),
+        [
+            "ens1f1 > bond0 > br0 10.0.0.1 2001:db8::1",
+            "default route (ens1f1 > bond0 > br0)",
+            "this SSH session, from 192.0.2.77 (ens1f1 > bond0 > br0)",
+        ]
+    );
 }

@@ -25,9 +25,12 @@ pub struct BindPermits {
     /// Take a disk that somebody has for themselves: ZFS, a container, a program
     #[arg(long)]
     pub allow_claimed: bool,
-    /// Take the interface that the default route goes through
+    /// Take the interface that the default route, your SSH session, a bond or a bridge goes through
     #[arg(long)]
     pub allow_route: bool,
+    /// Take the display that the host's console appears on
+    #[arg(long)]
+    pub allow_display: bool,
     /// Take a device that has virtual functions, which end with its driver
     #[arg(long)]
     pub allow_vfs: bool,
@@ -45,6 +48,7 @@ impl BindPermits {
             (self.allow_holders, Permit::Holders),
             (self.allow_claimed, Permit::Claimed),
             (self.allow_route, Permit::Route),
+            (self.allow_display, Permit::Display),
             (self.allow_vfs, Permit::VirtualFunctions),
             (self.allow_group, Permit::Group),
         ];

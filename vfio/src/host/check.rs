@@ -184,6 +184,13 @@ pub(super) fn group_blockers(host: &Host, group: u32, taken: &BTreeSet<Bdf>) -> 
 fn uses(host: &Host, address: Bdf) -> Vec<Usage> {
     let uses = host.usage(address).iter().filter(|u| u.prevents_bind());
     let mut uses: Vec<_> = uses.cloned().collect();
+    // A route that goes by an interface says more than what the interface is part of.
+    let routed: Vec<_> = uses.iter().filter_map(Usage::route_from).collect();
+    let routed: Vec<_> = routed.into_iter().map(str::to_owned).collect();
+    uses.retain(|usage| match usage {
+        Usage::Interface { chain, .. } => !chain.first().is_some_and(|c| routed.contains(c)),
+        _ => true,
+    });
     if uses.is_empty() {
         uses.extend(usage::claimed_disk(&host.root, address));
     }
@@ -260,7 +267,18 @@ fn remedy(address: Bdf, usage: &Usage) -> String {
                                        route first, and remove this (ip route, ip -6 route)"
                 .to_owned()
         }
-        Usage::Interface { name } => format!("take it down first: ip link set {name} down"),
+        Usage::SshRoute { .. } => {
+            "you would cut yourself off: come by another way, or from the host's own console"
+                .to_owned()
+        }
+        Usage::Interface { chain, .. } => {
+            let name = chain.first().map_or("", String::as_str);
+            format!("take it out of there first: ip link set {name} nomaster")
+        }
+        Usage::BootDisplay => {
+            "the host's console would go dark: use another display, or reach the host by network"
+                .to_owned()
+        }
         Usage::VirtualFunctions { .. } => {
             format!("remove them first: busway device vfs {address} 0")
         }

@@ -1,7 +1,9 @@
 //! One PCI device as sysfs shows it.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
+use std::thread;
 
 use busway_pci::Bdf;
 
@@ -27,12 +29,24 @@ pub struct HostDevice {
     pub driver: Option<String>,
     /// The driver that alone may take it, where one was set.
     pub driver_override: Option<String>,
+    /// What its drivers are found by: `pci:v00008086d000010D3sv…`.
+    pub modalias: Option<String>,
+    /// The bridge that it is behind; none on a root bus.
+    pub parent: Option<Bdf>,
+    /// Its host bridge, as sysfs names it: `pci0000:00`.
+    pub root_bus: Option<String>,
     /// IOMMU group; none where no IOMMU translates for it.
     pub group: Option<u32>,
     /// NUMA node, where the firmware says one.
     pub numa_node: Option<u32>,
     /// BARs 0 to 5 and the expansion ROM, those that there are.
     pub resources: Vec<Resource>,
+    /// Its PCI Express link, where it has one of its own.
+    pub link: Option<Link>,
+    /// How the kernel can reset it, the first choice first: `flr`, `pm`, `bus` and others.
+    pub reset_methods: Vec<String>,
+    /// Whether the firmware's messages appeared on it.
+    pub boot_display: bool,
     /// Where it can make virtual functions.
     pub sriov: Option<Sriov>,
     /// Where it is a virtual function: what made it.
@@ -50,6 +64,59 @@ pub struct Resource {
     pub size: u64,
     /// The kernel's `IORESOURCE_*` flags (linux/ioport.h).
     pub flags: u64,
+}
+
+impl Resource {
+    /// Whether it is a range of I/O ports, not of memory.
+    #[must_use]
+    pub const fn is_io(&self) -> bool {
+        self.flags & IORESOURCE_IO != 0
+    }
+
+    /// Whether it may be read ahead of need.
+    #[must_use]
+    pub const fn is_prefetchable(&self) -> bool {
+        self.flags & IORESOURCE_PREFETCH != 0
+    }
+
+    /// Whether it may lie above 4 GiB.
+    #[must_use]
+    pub const fn is_64bit(&self) -> bool {
+        self.flags & IORESOURCE_MEM_64 != 0
+    }
+}
+
+// linux/ioport.h
+const IORESOURCE_IO: u64 = 0x100;
+const IORESOURCE_PREFETCH: u64 = 0x2000;
+const IORESOURCE_MEM_64: u64 = 0x10_0000;
+
+/// A PCI Express link: what it runs at, and the most that the device can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// As it runs; nothing while it is down.
+    pub current: Option<LinkState>,
+    /// At most.
+    pub max: LinkState,
+}
+
+/// Speed and width of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkState {
+    /// Speed in tenths of GT/s: 25, 50, 80, 160, 320, 640.
+    pub speed: u16,
+    /// Lanes.
+    pub width: u8,
+}
+
+impl Link {
+    /// Whether it runs slower or narrower than the device could.
+    #[must_use]
+    pub fn is_degraded(&self) -> bool {
+        let max = self.max;
+        self.current
+            .is_some_and(|now| now.speed < max.speed || now.width < max.width)
+    }
 }
 
 /// Single-root I/O virtualisation.
@@ -89,34 +156,157 @@ pub(super) fn read_all(root: &SysRoot) -> Result<BTreeMap<Bdf, HostDevice>, Host
     let folder = root.bus().join("devices");
     let names =
         root::try_names(&folder).map_err(|source| HostError::NoPciBus { folder, source })?;
-    let addresses = names.iter().filter_map(|name| root::full_address(name));
-    Ok(addresses
-        .filter_map(|address| Some((address, read(root, address)?)))
+    let addresses: Vec<_> = names
+        .iter()
+        .filter_map(|name| root::full_address(name))
+        .collect();
+    let read_some = |addresses: &[Bdf]| -> Vec<HostDevice> {
+        let devices = addresses.iter().filter_map(|&address| read(root, address));
+        devices.collect()
+    };
+    // A device is two dozen small files: with hundreds of devices that is worth every processor.
+    let share = addresses.len().div_ceil(threads()).max(FEW);
+    let devices = if addresses.len() <= share {
+        read_some(&addresses)
+    } else {
+        thread::scope(|scope| {
+            let parts = addresses.chunks(share);
+            let readers: Vec<_> = parts.map(|part| scope.spawn(|| read_some(part))).collect();
+            let parts = readers
+                .into_iter()
+                .map(|reader| reader.join().unwrap_or_default());
+            parts.flatten().collect()
+        })
+    };
+    Ok(devices
+        .into_iter()
+        .map(|device| (device.address, device))
         .collect())
+}
+
+/// So few devices that a thread costs more than it brings.
+const FEW: usize = 64;
+
+fn threads() -> usize {
+    thread::available_parallelism().map_or(1, |count| count.get().min(8))
 }
 
 /// One device; none where it is not there, or has just vanished.
 fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
     let folder = root.device(address);
-    let id = |name: &str| Some(root::hex(&folder.join(name))? as u16);
+    let modalias = root::text(&folder.join("modalias"));
+    let Ids {
+        vendor,
+        device,
+        subsystem_vendor,
+        subsystem_device,
+        class,
+    } = modalias
+        .as_deref()
+        .and_then(Ids::of_modalias)
+        .or_else(|| Ids::read(&folder))?;
+    let (parent, root_bus) = place(&folder);
     Some(HostDevice {
         address,
-        vendor: id("vendor")?,
-        device: id("device")?,
-        subsystem_vendor: id("subsystem_vendor").unwrap_or(0),
-        subsystem_device: id("subsystem_device").unwrap_or(0),
-        class: root::hex(&folder.join("class"))?,
+        vendor,
+        device,
+        subsystem_vendor,
+        subsystem_device,
+        class,
         driver: root.driver_of(address),
         driver_override: root.override_of(address),
+        modalias,
+        parent,
+        root_bus,
         group: root::link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
         // -1 where the firmware says nothing.
         numa_node: root::number(&folder.join("numa_node")),
         resources: root::text(&folder.join("resource"))
             .map_or_else(Vec::new, |text| resources(&text)),
+        link: link(&folder),
+        reset_methods: reset_methods(&folder),
+        // Only displays have the attribute.
+        boot_display: class >> 16 == 0x03 && root::number(&folder.join("boot_vga")) == Some(1_u8),
         sriov: sriov(&folder),
         physical_function: link_address(&folder.join("physfn")),
         vfio_cdev: root::names(&folder.join("vfio-dev")).into_iter().next(),
     })
+}
+
+/// What a device says that it is.
+struct Ids {
+    vendor: u16,
+    device: u16,
+    subsystem_vendor: u16,
+    subsystem_device: u16,
+    class: u32,
+}
+
+impl Ids {
+    /// From `pci:v00008086d000010D3sv00008086sd0000A01Fbc02sc00i00` (drivers/pci/pci-driver.c,
+    /// modalias_show), which is one file for five.
+    fn of_modalias(text: &str) -> Option<Self> {
+        let mut rest = text.strip_prefix("pci:")?;
+        let mut field = |name: &str, digits: usize| {
+            let number = rest.strip_prefix(name)?;
+            let value = u32::from_str_radix(number.get(..digits)?, 16).ok()?;
+            rest = number.get(digits..)?;
+            Some(value)
+        };
+        let ids = [
+            field("v", 8)?,
+            field("d", 8)?,
+            field("sv", 8)?,
+            field("sd", 8)?,
+        ];
+        let [vendor, device, subsystem_vendor, subsystem_device] =
+            ids.map(|id| u16::try_from(id).ok());
+        Some(Self {
+            vendor: vendor?,
+            device: device?,
+            subsystem_vendor: subsystem_vendor?,
+            subsystem_device: subsystem_device?,
+            class: field("bc", 2)? << 16 | field("sc", 2)? << 8 | field("i", 2)?,
+        })
+    }
+
+    fn read(folder: &Path) -> Option<Self> {
+        let id = |name: &str| u16::try_from(root::hex(&folder.join(name))?).ok();
+        Some(Self {
+            vendor: id("vendor")?,
+            device: id("device")?,
+            subsystem_vendor: id("subsystem_vendor").unwrap_or(0),
+            subsystem_device: id("subsystem_device").unwrap_or(0),
+            class: root::hex(&folder.join("class"))?,
+        })
+    }
+}
+
+/// The bridge above a device and its host bridge, from where its link on the bus points:
+/// `../../../devices/pci0000:00/0000:00:01.0/0000:01:00.0`.
+fn place(folder: &Path) -> (Option<Bdf>, Option<String>) {
+    let Ok(target) = fs::read_link(folder) else {
+        return (None, None);
+    };
+    let above = target.ancestors().skip(1);
+    let mut above = above.filter_map(|path| path.file_name()?.to_str());
+    let parent = above.next();
+    let root_bus = parent
+        .into_iter()
+        .chain(above)
+        .find(|name| is_root_bus(name));
+    (
+        parent.and_then(root::full_address),
+        root_bus.map(str::to_owned),
+    )
+}
+
+/// `pci0000:00`; with five digits behind an Intel volume management device.
+fn is_root_bus(name: &str) -> bool {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit());
+    name.strip_prefix("pci")
+        .and_then(|rest| rest.split_once(':'))
+        .is_some_and(|(segment, bus)| digits(segment) && digits(bus))
 }
 
 fn link_address(path: &Path) -> Option<Bdf> {
@@ -132,6 +322,37 @@ fn sriov(folder: &Path) -> Option<Sriov> {
             .filter_map(|name| link_address(&folder.join(name)))
             .collect(),
     })
+}
+
+fn link(folder: &Path) -> Option<Link> {
+    let state = |which: &str| {
+        let text = root::text(&folder.join(format!("{which}_link_speed")))?;
+        Some(LinkState {
+            speed: speed(&text)?,
+            // 0 and 255 where it is not known, or the device does not answer.
+            width: root::number(&folder.join(format!("{which}_link_width")))
+                .filter(|width| (1..=32).contains(width))?,
+        })
+    };
+    let max = state("max")?;
+    let current = state("current");
+    Some(Link { current, max })
+}
+
+/// `8.0 GT/s PCIe` (before Linux 5.7 `8 GT/s`) in tenths; `Unknown` is none.
+fn speed(text: &str) -> Option<u16> {
+    let number = text.strip_suffix(" PCIe").unwrap_or(text);
+    let number: f32 = number.strip_suffix(" GT/s")?.parse().ok()?;
+    let tenths = (number * 10.0).round();
+    (1.0..10_000.0).contains(&tenths).then_some(tenths as u16)
+}
+
+/// The attribute `reset_method`, since Linux 5.15; before, only `reset` says that there is one.
+fn reset_methods(folder: &Path) -> Vec<String> {
+    let words = root::text(&folder.join("reset_method"));
+    let words = words.or_else(|| folder.join("reset").exists().then(|| "yes".to_owned()));
+    let words = words.unwrap_or_default();
+    words.split_whitespace().map(str::to_owned).collect()
 }
 
 /// The sysfs attribute `resource`: a line `START END FLAGS` for each, all zero where absent.
@@ -163,6 +384,36 @@ mod tests {
                     0x0000000000000000 0xffffffffffffffff 0x0000000000040200\n";
         let sizes: Vec<_> = resources(text).iter().map(|r| (r.index, r.size)).collect();
         assert_eq!(sizes, [(0, 0x4000), (3, u64::MAX)]);
+    }
+
+    #[test]
+    fn speeds_are_read_in_both_spellings_and_nonsense_is_none() {
+        assert_eq!(speed("8.0 GT/s PCIe"), Some(80));
+        assert_eq!(speed("2.5 GT/s"), Some(25));
+        assert_eq!(speed("64 GT/s"), Some(640));
+        for text in ["Unknown", "", "NaN GT/s", "-8 GT/s", "inf GT/s", "1e9 GT/s"] {
+            assert_eq!(speed(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_modalias_says_all_five_numbers() {
+        let ids = Ids::of_modalias("pci:v00008086d000010D3sv00001AF4sd00001100bc02sc01i03");
+        let ids = ids.unwrap();
+        assert_eq!((ids.vendor, ids.device), (0x8086, 0x10d3));
+        assert_eq!(
+            (ids.subsystem_vendor, ids.subsystem_device),
+            (0x1af4, 0x1100)
+        );
+        assert_eq!(ids.class, 0x020103);
+        for text in [
+            "",
+            "pci:v0000",
+            "pci:vFFFFFFFFd00000000",
+            "pci:v0000808éd000010D3",
+        ] {
+            assert!(Ids::of_modalias(text).is_none(), "{text}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod device;
 mod error;
 mod iommu;
 mod kernel;
+mod modules;
 mod permit;
 mod root;
 mod steps;
@@ -22,15 +23,16 @@ use busway_pci::Bdf;
 
 pub use bind::{Bound, VFIO_PCI, bind};
 pub use check::{GroupBlocker, Refusal, check_bind, check_unbind};
-pub use device::{HostDevice, Resource, Sriov, is_vfio_driver};
+pub use device::{HostDevice, Link, LinkState, Resource, Sriov, is_vfio_driver};
 pub use error::{BindError, HostError, RefusedError, Stranded, UnbindError};
 pub use iommu::IommuAdvice;
 pub use kernel::{Kernel, LinuxKernel};
+pub use modules::{Aliases, Availability, availability};
 pub use permit::{Permit, Permits};
 pub use root::SysRoot;
 pub use steps::{Step, StepError};
 pub use unbind::{Unbound, unbind};
-pub use usage::{Process, Usage};
+pub use usage::{InterfaceAddress, Process, Usage};
 
 /// The PCI devices of a host and what uses each, as they were when read.
 #[derive(Clone, Debug)]
@@ -56,6 +58,12 @@ impl Host {
             devices,
             usage,
         })
+    }
+
+    /// Where it was read.
+    #[must_use]
+    pub fn root(&self) -> &SysRoot {
+        &self.root
     }
 
     /// Every device, by address.

@@ -23,8 +23,10 @@ pub enum Permit {
     Holders,
     /// Somebody not otherwise known has a disk of it for themselves.
     Claimed,
-    /// The default route goes through it.
+    /// A route that somebody needs, or a bond or bridge, goes through it.
     Route,
+    /// It is the display that the host's console appears on.
+    Display,
     /// It has virtual functions.
     VirtualFunctions,
     /// Others of its IOMMU group stay with the host.
@@ -35,13 +37,14 @@ pub enum Permit {
 
 impl Permit {
     /// Every reason that a switch overrules.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Mounted,
         Self::System,
         Self::Swap,
         Self::Holders,
         Self::Claimed,
         Self::Route,
+        Self::Display,
         Self::VirtualFunctions,
         Self::Group,
         Self::Open,
@@ -57,6 +60,7 @@ impl Permit {
             Self::Holders => "--allow-holders",
             Self::Claimed => "--allow-claimed",
             Self::Route => "--allow-route",
+            Self::Display => "--allow-display",
             Self::VirtualFunctions => "--allow-vfs",
             Self::Group => "--allow-group",
             Self::Open => "--allow-open",
@@ -72,9 +76,12 @@ impl Permit {
             Usage::Swap { .. } => Self::Swap,
             Usage::Held { .. } => Self::Holders,
             Usage::Claimed { .. } => Self::Claimed,
-            Usage::DefaultRoute { .. } => Self::Route,
+            Usage::DefaultRoute { .. } | Usage::SshRoute { .. } | Usage::Interface { .. } => {
+                Self::Route
+            }
+            Usage::BootDisplay => Self::Display,
             Usage::VirtualFunctions { .. } => Self::VirtualFunctions,
-            Usage::Interface { .. } | Usage::Process(_) => return None,
+            Usage::Process(_) => return None,
         })
     }
 }

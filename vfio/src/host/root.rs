@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use busway_iommu::HostPaths;
 use busway_pci::Bdf;
 
 /// The mount points that the host is read from: the real ones, or a made-up tree.
@@ -43,6 +44,16 @@ impl SysRoot {
         }
     }
 
+    /// The same for the crate that maps memory.
+    #[must_use]
+    pub fn paths(&self) -> HostPaths {
+        HostPaths {
+            sys: self.sys.clone(),
+            dev: self.dev.clone(),
+            proc: self.proc.clone(),
+        }
+    }
+
     /// The PCI bus.
     pub(crate) fn bus(&self) -> PathBuf {
         self.sys.join("bus/pci")
@@ -72,10 +83,26 @@ impl SysRoot {
     }
 }
 
-/// A file's text without white space at its ends, where it can be read.
+/// A file's text without white space at its ends, where it can be read. What could steer a terminal is
+/// not let through.
 pub(crate) fn text(path: &Path) -> Option<String> {
     let bytes = fs::read(path).ok()?;
-    Some(String::from_utf8_lossy(&bytes).trim().to_owned())
+    Some(printable(String::from_utf8_lossy(&bytes).trim()))
+}
+
+/// The text with every character replaced that would steer a terminal or turn the direction of
+/// writing; line ends and tabs stay.
+pub(crate) fn printable(text: &str) -> String {
+    let steers = |c: char| {
+        (c.is_control() && !matches!(c, '\n' | '\t'))
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.replace(steers, "\u{fffd}")
+}
+
+/// The same on one line.
+pub(crate) fn one_line(text: &str) -> String {
+    printable(text).replace(['\n', '\t'], "\u{fffd}")
 }
 
 /// A number written as `0x1af4`.
@@ -92,7 +119,7 @@ pub(crate) fn number<T: std::str::FromStr>(path: &Path) -> Option<T> {
 /// The last component of what a link points to.
 pub(crate) fn link_name(path: &Path) -> Option<String> {
     let target = fs::read_link(path).ok()?;
-    Some(target.file_name()?.to_string_lossy().into_owned())
+    Some(one_line(&target.file_name()?.to_string_lossy()))
 }
 
 /// The names in a folder, sorted; none where it is absent or may not be read.

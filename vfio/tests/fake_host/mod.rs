@@ -3,6 +3,8 @@
 
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+pub mod library;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;

@@ -34,6 +34,8 @@ struct Block {
     partition: bool,
     /// The others of a file system that spans several.
     spanned: Vec<String>,
+    /// The ZFS pool that it is of, where that is in use.
+    pool: Option<String>,
 }
 
 #[derive(Debug)]
@@ -85,6 +87,7 @@ impl Blocks {
         let class = root.sys.join("class/block");
         let mut nodes: BTreeMap<String, Block> = BTreeMap::new();
         for name in root::names(&class) {
+            let name = root::one_line(&name);
             // Vanished meanwhile, where the path does not resolve.
             if let Ok(path) = class.join(&name).canonicalize() {
                 nodes.insert(name, Block::read(root, &path));
@@ -95,7 +98,33 @@ impl Blocks {
             mounts: Mounts::read(root),
         };
         blocks.read_btrfs(root);
+        blocks.read_zfs(root);
         blocks
+    }
+
+    /// ZFS holds its disks without a word in sysfs. Which pools are in use it says itself, and which
+    /// disk is of which udev has noted (systemd's udev, ID_FS_LABEL of a zfs_member).
+    fn read_zfs(&mut self, root: &SysRoot) {
+        let pools = root::names(&root.proc.join("spl/kstat/zfs"));
+        if pools.is_empty() {
+            return;
+        }
+        for block in self.nodes.values_mut() {
+            let note = root.run.join(format!("udev/data/b{}", block.number));
+            let note = root::text(&note).unwrap_or_default();
+            let value = |key: &str| {
+                let mut lines = note.lines();
+                lines.find_map(|line| {
+                    line.strip_prefix("E:")?
+                        .strip_prefix(key)?
+                        .strip_prefix('=')
+                })
+            };
+            if value("ID_FS_TYPE") == Some("zfs_member") {
+                let pool = value("ID_FS_LABEL").map(str::to_owned);
+                block.pool = pool.filter(|pool| pools.contains(pool));
+            }
+        }
     }
 
     /// btrfs spans devices that only its own folder ties together.
@@ -135,12 +164,28 @@ impl Blocks {
             let device = block.node(name);
             found.push(Usage::Swap { chain, device });
         }
+        if let Some(pool) = &block.pool {
+            let mut chain = chain.clone();
+            chain.push(format!("ZFS {pool}"));
+            let at = self.mounts.of_pool(pool);
+            found.push(if at.is_empty() {
+                let release = format!("zpool export {pool}");
+                Usage::Held { chain, release }
+            } else {
+                Usage::Mounted { chain, at }
+            });
+        }
         for above in &block.above {
             let used = self.walk(above, chain, found);
             let holder = self.nodes.get(above).filter(|block| !block.partition);
             if let (false, Some(holder)) = (used, holder) {
+                let name = holder.mapped.as_ref().map_or(above, |m| &m.name);
+                // Some things hold each other; nothing real does.
+                if chain.contains(name) {
+                    continue;
+                }
                 let mut chain = chain.clone();
-                chain.push(holder.mapped.as_ref().map_or(above, |m| &m.name).clone());
+                chain.push(name.clone());
                 let release = release(above, holder);
                 found.push(Usage::Held { chain, release });
             }
@@ -172,9 +217,10 @@ impl Block {
             .filter(|name| path.join(name).join("partition").exists());
         let above = partitions
             .chain(root::names(&path.join("holders")))
+            .chain(cached(path))
             .collect();
         let mapped = root::text(&path.join("dm/name")).map(|name| Mapped {
-            name,
+            name: root::one_line(&name),
             uuid: root::text(&path.join("dm/uuid")).unwrap_or_default(),
         });
         Self {
@@ -184,6 +230,7 @@ impl Block {
             above,
             partition,
             spanned: Vec::new(),
+            pool: None,
         }
     }
 
@@ -194,6 +241,16 @@ impl Block {
             None => Path::new("/dev").join(name.replace('!', "/")),
         }
     }
+}
+
+/// The devices that a block device caches for, where bcache has it as a cache: its set links to each
+/// backing device, and that to what is made of it.
+fn cached(path: &Path) -> impl Iterator<Item = String> {
+    let set = path.join("bcache/set");
+    let backing = root::names(&set)
+        .into_iter()
+        .filter(|name| name.starts_with("bdev"));
+    backing.filter_map(move |name| root::link_name(&set.join(name).join("dev")))
 }
 
 /// The PCI devices that a block device is on.

@@ -8,12 +8,13 @@ mod process;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use busway_pci::Bdf;
 
 use super::device::HostDevice;
-use super::root::SysRoot;
+use super::root::{self, SysRoot};
 
 pub(super) use block::claimed_disk;
 pub use process::Process;
@@ -37,7 +38,8 @@ pub enum Usage {
         /// The swap device's node.
         device: PathBuf,
     },
-    /// Something stands on one of its disks (LVM, RAID, encryption), though nothing of it is mounted.
+    /// Something stands on one of its disks (LVM, RAID, encryption, a ZFS pool), though nothing of it is
+    /// mounted.
     Held {
         /// From the disk or partition to the topmost holder.
         chain: Vec<String>,
@@ -55,11 +57,22 @@ pub enum Usage {
         /// From its interface to the one that has the route: `["eth0", "bond0", "br0"]`.
         chain: Vec<String>,
     },
+    /// The session of whoever asks goes through its network interface: they came by SSH.
+    SshRoute {
+        /// From its interface to the one that has the route.
+        chain: Vec<String>,
+        /// Where they are.
+        client: IpAddr,
+    },
     /// It has a network interface.
     Interface {
-        /// The interface.
-        name: String,
+        /// The interface, and what it is part of (bond, bridge, VLAN), one above the other.
+        chain: Vec<String>,
+        /// The addresses of all these.
+        addresses: Vec<InterfaceAddress>,
     },
+    /// It is the display that the firmware chose, and where the kernel's messages appear.
+    BootDisplay,
     /// It has virtual functions, which end with its driver.
     VirtualFunctions {
         /// Their addresses.
@@ -69,11 +82,46 @@ pub enum Usage {
     Process(Process),
 }
 
+/// An address of a network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceAddress {
+    /// The interface.
+    pub interface: String,
+    /// Its address.
+    pub address: IpAddr,
+}
+
+impl InterfaceAddress {
+    /// Whether it is one that every interface gives itself (RFC 4291 §2.5.6, RFC 3927).
+    #[must_use]
+    pub fn is_link_local(&self) -> bool {
+        match self.address {
+            IpAddr::V4(address) => address.is_link_local(),
+            IpAddr::V6(address) => address.segments()[0] & 0xffc0 == 0xfe80,
+        }
+    }
+}
+
 impl Usage {
-    /// Whether taking the device from its driver would break the use.
+    /// Whether taking the device from its driver would break the use. An interface that is part of
+    /// nothing else, and by which no route is known to go, may be taken.
     #[must_use]
     pub fn prevents_bind(&self) -> bool {
-        !matches!(self, Self::Interface { .. })
+        match self {
+            Self::Interface { chain, .. } => chain.len() > 1,
+            _ => true,
+        }
+    }
+
+    /// The device's interface that a route goes by, where this is one.
+    #[must_use]
+    pub fn route_from(&self) -> Option<&str> {
+        match self {
+            Self::DefaultRoute { chain } | Self::SshRoute { chain, .. } => {
+                chain.first().map(String::as_str)
+            }
+            _ => None,
+        }
     }
 }
 
@@ -83,7 +131,7 @@ impl fmt::Display for Usage {
         match self {
             Self::Mounted { chain, at } => {
                 if let Some(first) = at.first() {
-                    write!(f, "{}", first.display())?;
+                    f.write_str(&root::one_line(&first.to_string_lossy()))?;
                 }
                 if at.len() > 1 {
                     write!(f, " +{}", at.len() - 1)?;
@@ -94,7 +142,17 @@ impl fmt::Display for Usage {
             Self::Held { chain, .. } => f.write_str(&chain.join(" > ")),
             Self::Claimed { disk } => write!(f, "{disk}, opened exclusively"),
             Self::DefaultRoute { chain } => write!(f, "default route ({})", chain.join(" > ")),
-            Self::Interface { name } => f.write_str(name),
+            Self::SshRoute { chain, client } => {
+                write!(f, "this SSH session, from {client} ({})", chain.join(" > "))
+            }
+            Self::Interface { chain, addresses } => {
+                f.write_str(&chain.join(" > "))?;
+                for shown in addresses.iter().filter(|a| !a.is_link_local()) {
+                    write!(f, " {}", shown.address)?;
+                }
+                Ok(())
+            }
+            Self::BootDisplay => f.write_str("boot display"),
             Self::VirtualFunctions { functions } => match functions.len() {
                 1 => f.write_str("1 VF"),
                 count => write!(f, "{count} VFs"),
@@ -114,6 +172,10 @@ pub(super) fn read_all(
         all.entry(address).or_default().push(usage);
     }
     for device in devices.values() {
+        if device.boot_display && !device.is_with_vfio() {
+            let uses = all.entry(device.address).or_default();
+            uses.push(Usage::BootDisplay);
+        }
         if let Some(sriov) = device.sriov.as_ref().filter(|s| !s.functions.is_empty()) {
             let functions = sriov.functions.clone();
             let usage = Usage::VirtualFunctions { functions };

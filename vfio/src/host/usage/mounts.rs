@@ -10,6 +10,7 @@ use crate::host::root::{self, SysRoot};
 pub(super) struct Mounts {
     by_number: BTreeMap<String, Vec<PathBuf>>,
     by_source: BTreeMap<String, Vec<PathBuf>>,
+    by_pool: BTreeMap<String, Vec<PathBuf>>,
     swaps: Vec<String>,
 }
 
@@ -21,6 +22,12 @@ impl Mounts {
         for mount in text.lines().filter_map(Mount::parse) {
             if let Some(name) = device_name(root, &mount.source) {
                 let at = mounts.by_source.entry(name).or_default();
+                at.push(mount.at.clone());
+            }
+            if mount.kind == "zfs" {
+                // `pool/dataset/…`
+                let pool = mount.source.split('/').next().unwrap_or_default();
+                let at = mounts.by_pool.entry(pool.to_owned()).or_default();
                 at.push(mount.at.clone());
             }
             mounts
@@ -53,6 +60,13 @@ impl Mounts {
         at
     }
 
+    /// Where file systems of the ZFS pool are mounted; the shortest path first.
+    pub(super) fn of_pool(&self, pool: &str) -> Vec<PathBuf> {
+        let mut at = self.by_pool.get(pool).cloned().unwrap_or_default();
+        at.sort_by_key(|path| (path.as_os_str().len(), path.clone()));
+        at
+    }
+
     /// Whether the block device `name` is swapped to.
     pub(super) fn swaps_to(&self, name: &str) -> bool {
         self.swaps.iter().any(|swap| swap == name)
@@ -62,6 +76,7 @@ impl Mounts {
 struct Mount {
     number: String,
     at: PathBuf,
+    kind: String,
     source: String,
 }
 
@@ -71,10 +86,12 @@ impl Mount {
     fn parse(line: &str) -> Option<Self> {
         let (left, right) = line.split_once(" - ")?;
         let mut left = left.split(' ').skip(2);
+        let mut right = right.split(' ');
         Some(Self {
             number: left.next()?.to_owned(),
             at: PathBuf::from(unescape(left.nth(1)?)),
-            source: unescape(right.split(' ').nth(1)?),
+            kind: right.next()?.to_owned(),
+            source: unescape(right.next()?),
         })
     }
 }
