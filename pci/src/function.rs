@@ -63,6 +63,9 @@ pub struct HostAddress(pub usize);
 #[derive(Clone, Debug)]
 pub enum BarPart {
     /// Memory the guest reaches directly, such as a host device's registers mapped by `mmap`.
+    ///
+    /// Of a BAR smaller than a page it can be the page that begins with the BAR, where nothing else
+    /// is in that on the host; the guest has it while nothing else is in its own page either.
     Memory {
         /// Bytes from the BAR's start; page-aligned.
         offset: u64,
@@ -102,6 +105,15 @@ pub trait PciFunction: Send + Sync + Debug {
     /// The BARs that decode now: the command register's enable for their kind is set (and the ROM's
     /// own enable, for the ROM). Values written while decoding is off are only values.
     fn decoded(&self) -> Vec<BarRegion>;
+
+    /// Carries out what a configuration write asked for and what must not happen while a BAR is mapped,
+    /// such as putting a host device to sleep or resetting it. A function with such a thing to do
+    /// decodes nothing until then. Says whether it decodes something again.
+    ///
+    /// Called after a configuration write, when none of its BARs is mapped.
+    fn settle(&self) -> bool {
+        false
+    }
 
     /// The parts of a BAR that need no exit. Asked when the BAR is mapped; fixed for the function's
     /// life.

@@ -29,11 +29,21 @@ pub(super) struct Bars {
 /// Whether it is ports, and the first address.
 type Key = (bool, u64);
 
+/// Bytes of a page.
+const PAGE_SIZE: u64 = 4096;
+
 /// What a mapped BAR has beside its place on the address map.
 #[derive(Default)]
 struct Shortcuts {
     regions: Vec<Arc<Region>>,
     doorbells: Vec<Doorbell>,
+    /// Of a BAR smaller than a page: the page, which is on the list while no other BAR is in it.
+    page: Option<Page>,
+}
+
+struct Page {
+    region: Arc<Region>,
+    listed: bool,
 }
 
 impl fmt::Debug for Bars {
@@ -98,7 +108,10 @@ impl Bars {
                     let inside = offset
                         .checked_add(size)
                         .is_some_and(|end| end <= region.size);
-                    if !inside {
+                    let page = region.size < PAGE_SIZE
+                        && (offset, size) == (0, PAGE_SIZE)
+                        && region.address.is_multiple_of(PAGE_SIZE);
+                    if !inside && !page {
                         continue;
                     }
                     // SAFETY: a function answers for the memory that its parts name for as long as
@@ -112,6 +125,13 @@ impl Bars {
                             function.clone(),
                         )
                     });
+                    if !inside {
+                        shortcuts.page = Some(Page {
+                            region: part,
+                            listed: false,
+                        });
+                        continue;
+                    }
                     self.regions
                         .add(part.clone())
                         .map(|()| shortcuts.regions.push(part))
@@ -133,6 +153,29 @@ impl Bars {
             }
         }
         shortcuts
+    }
+
+    /// Gives the page around `region` to the one BAR in it or, where there are more, to none.
+    fn share_page(&self, mapped: &mut BTreeMap<Key, Shortcuts>, region: &BarRegion) {
+        let (ports, start) = key(region);
+        let start = start - start % PAGE_SIZE;
+        if ports || region.size >= PAGE_SIZE {
+            return;
+        }
+        let inside = (false, start)..(false, start.saturating_add(PAGE_SIZE));
+        let alone = mapped.range(inside.clone()).count() == 1;
+        let pages = mapped
+            .range_mut(inside)
+            .filter_map(|(_, s)| s.page.as_mut());
+        for page in pages.filter(|page| page.listed != alone) {
+            page.listed = alone;
+            if !alone {
+                self.regions.remove(&page.region);
+            } else if let Err(error) = self.regions.add(page.region.clone()) {
+                page.listed = false;
+                log::debug!("{} is reached by exits: {error}", page.region);
+            }
+        }
     }
 
     fn mapped(&self) -> MutexGuard<'_, BTreeMap<Key, Shortcuts>> {
@@ -160,17 +203,23 @@ impl BarMapper for Bars {
             )
             .map_err(|overlap| io::Error::new(io::ErrorKind::AddrInUse, overlap))?;
         let shortcuts = self.shortcuts(function, region);
-        self.mapped().insert(key(region), shortcuts);
+        let mut mapped = self.mapped();
+        mapped.insert(key(region), shortcuts);
+        self.share_page(&mut mapped, region);
         Ok(())
     }
 
     fn unmap(&self, _function: &Arc<dyn PciFunction>, region: &BarRegion) {
-        let shortcuts = self.mapped().remove(&key(region)).unwrap_or_default();
+        let mut mapped = self.mapped();
+        let shortcuts = mapped.remove(&key(region)).unwrap_or_default();
         drop(shortcuts.doorbells);
-        for region in shortcuts.regions.iter().rev() {
+        let page = shortcuts.page.filter(|page| page.listed);
+        let page = page.map(|page| page.region);
+        for region in shortcuts.regions.iter().chain(&page).rev() {
             self.regions.remove(region);
         }
         self.bus(region).remove(region.address);
+        self.share_page(&mut mapped, region);
     }
 }
 
@@ -186,9 +235,10 @@ mod tests {
 
     const WINDOW: Range<u64> = 0xc000_0000..0xc100_0000;
 
-    /// A function whose BAR 0 has a page that needs no exit, and that answers the rest with sevens.
+    /// A function whose BAR 0 has a page that needs no exit, the second or the one that begins with it,
+    /// and that answers the rest with sevens.
     #[derive(Debug)]
-    struct Function(Ram);
+    struct Function(Ram, u64);
 
     impl PciFunction for Function {
         fn config_read(&self, _offset: u16, _data: &mut [u8]) {}
@@ -202,7 +252,7 @@ mod tests {
         fn parts(&self, _bar: BarIndex) -> Vec<BarPart> {
             let host = self.0.guest().memory().get_host_address(GuestAddress(0));
             vec![BarPart::Memory {
-                offset: 0x1000,
+                offset: self.1,
                 size: 0x1000,
                 host: HostAddress(host.unwrap() as usize),
             }]
@@ -220,6 +270,7 @@ mod tests {
         buses: Buses,
         bars: Bars,
         function: Arc<dyn PciFunction>,
+        small: Arc<dyn PciFunction>,
     }
 
     /// Nothing, said on standard error, where there is no KVM.
@@ -240,7 +291,8 @@ mod tests {
                 vm.doorbells(),
                 [WINDOW, 0..0],
             ),
-            function: Arc::new(Function(Ram::new(&page, false).unwrap())),
+            function: Arc::new(Function(Ram::new(&page, false).unwrap(), 0x1000)),
+            small: Arc::new(Function(Ram::new(&page, false).unwrap(), 0)),
             _vm: vm,
             regions,
             buses,
@@ -325,5 +377,26 @@ mod tests {
         f.regions.add(other.clone()).unwrap();
         f.bars.map(&f.function, &at(WINDOW.start, 0x4000)).unwrap();
         assert_eq!(read(&f.buses, WINDOW.start), 7);
+    }
+    #[test]
+    fn a_bar_of_less_than_a_page_is_memory_while_it_has_the_page_to_itself() {
+        let Some(f) = fixture() else { return };
+        let page = WINDOW.start + 0x1000;
+        let (first, second) = (at(page, 0x100), at(page + 0x800, 0x100));
+        f.bars.map(&f.small, &first).unwrap();
+        assert!(is_memory(&f.regions, page));
+        f.bars.map(&f.small, &second).unwrap();
+        assert!(!is_memory(&f.regions, page));
+        assert_eq!([read(&f.buses, page), read(&f.buses, page + 0x800)], [7, 7]);
+        f.bars.unmap(&f.small, &second);
+        assert!(is_memory(&f.regions, page));
+        f.bars.unmap(&f.small, &first);
+        assert!(!is_memory(&f.regions, page));
+        // Not at the page's start: what the guest would find there is not what the host has.
+        f.bars.map(&f.small, &second).unwrap();
+        assert!(!is_memory(&f.regions, page));
+        f.bars.map(&f.small, &first).unwrap();
+        f.bars.unmap(&f.small, &second);
+        assert!(is_memory(&f.regions, page));
     }
 }

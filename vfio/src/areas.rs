@@ -37,7 +37,21 @@ impl Area {
 
 /// Whole pages of `offered` that lie within the first `size` bytes and touch none of `trapped`,
 /// ascending and disjoint.
+///
+/// A region smaller than a page is offered whole where it has its page to itself on the host
+/// (`vfio_pci_probe_mmaps` in Linux, drivers/vfio/pci/vfio_pci_core.c): then it is that page.
 pub(crate) fn mappable(offered: &[Area], size: u64, trapped: &[Area]) -> Vec<Area> {
+    let all = Area { offset: 0, size };
+    let page = Area {
+        offset: 0,
+        size: PAGE_SIZE,
+    };
+    if (1..PAGE_SIZE).contains(&size) && offered.contains(&all) {
+        let free = trapped
+            .iter()
+            .all(|area| area.size == 0 || !page.touches(area.offset, area.size));
+        return if free { vec![page] } else { Vec::new() };
+    }
     let mut pieces: Vec<(u64, u64)> = offered
         .iter()
         .filter_map(|area| {
@@ -98,8 +112,15 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_of_less_than_a_page_or_with_the_table_alone_has_nothing_to_map() {
-        assert_eq!(mappable(&[area(0, 256)], 256, &[]), []);
+    fn a_bar_of_less_than_a_page_is_the_page_where_it_has_that_to_itself() {
+        assert_eq!(mappable(&[area(0, 256)], 256, &[]), [area(0, 0x1000)]);
+        assert_eq!(mappable(&[area(0, 128)], 256, &[]), []);
+        assert_eq!(mappable(&[], 256, &[]), []);
+        assert_eq!(mappable(&[area(0, 256)], 256, &[area(128, 16)]), []);
+    }
+
+    #[test]
+    fn a_bar_with_the_table_alone_has_nothing_to_map() {
         assert_eq!(mappable(&[area(0, 0x1000)], 0x1000, &[area(0, 16)]), []);
     }
 
@@ -130,6 +151,7 @@ mod tests {
             trapped in ranges(),
         ) {
             let size = pages * PAGE_SIZE + odd;
+            prop_assume!(size >= PAGE_SIZE || size == 0);
             let parts = mappable(&offered, size, &trapped);
             prop_assert!(parts.windows(2).all(|pair| pair[0].offset + pair[0].size <= pair[1].offset));
             for part in &parts {

@@ -5,6 +5,7 @@ use busway_pci::{Bars, ConfigSpace, Identity, spec};
 
 use crate::lists::{Kept, List};
 use crate::policy::{self, Action, Rule};
+use crate::power::Power;
 use crate::{DeviceIo, RegionIndex};
 
 const SIZE: usize = spec::CONFIG_SPACE_SIZE as usize;
@@ -14,10 +15,6 @@ const EXP_TYPE: u32 = 0xf << 20;
 const EXP_TYPE_INTEGRATED_ENDPOINT: u32 = 0b1001 << 20;
 /// 2.5 GT/s and one lane: in link capabilities and link status alike. PCIe 6.0 §7.5.3.6
 const EXP_SLOWEST_LINK: u32 = 1 | 1 << spec::EXP_LINK_WIDTH_SHIFT;
-
-/// Power management control: the state. PCIe 6.0 §7.5.2.2
-const PM_CONTROL: u16 = 4;
-const PM_STATE: u8 = 0b11;
 
 /// One byte's bits, by who answers for them.
 #[derive(Clone, Copy, Debug)]
@@ -42,10 +39,11 @@ pub(crate) struct GuestConfig {
     overlay: ConfigSpace,
     sources: Vec<Source>,
     reset_bits: Vec<ResetBit>,
-    /// Where the power management capability is.
-    power: Option<u16>,
-    /// The device is not in D0, and its BARs do not decode. PCIe 6.0 §5.3.1
-    asleep: bool,
+    /// A function level reset was asked for, and comes when nothing of the device is mapped.
+    reset_wanted: bool,
+    power: Option<Power>,
+    /// What registers held at power-on that the guest writes in the device: where, what, which bits.
+    fresh: Vec<(u16, u8, u8)>,
     /// Bits of the device's command register that stay set whatever the guest writes.
     held_command: u16,
 }
@@ -71,15 +69,18 @@ impl GuestConfig {
                 .map(|at| if at < size { passed } else { absent })
                 .collect(),
             reset_bits: Vec::new(),
+            reset_wanted: false,
             power: None,
-            asleep: false,
+            fresh: Vec::new(),
             held_command: bit(has(true), spec::COMMAND_IO)
                 | bit(has(false), spec::COMMAND_MEMORY)
                 | spec::COMMAND_INTX_DISABLE,
         };
         for rule in policy::HEADER {
-            config.apply(0, spec::HEADER_SIZE, rule);
+            config.apply(io, 0, spec::HEADER_SIZE, rule);
         }
+        // Written whenever the device is quietened.
+        config.fresh.retain(|(at, ..)| !is_command(*at));
         for extent in standard.hidden.iter().chain(&extended.hidden) {
             config.hide(extent.start, extent.end);
         }
@@ -87,7 +88,10 @@ impl GuestConfig {
         config.link_extended(extended);
         for kept in standard.kept.iter().chain(&extended.kept) {
             for rule in kept.rules {
-                config.apply(kept.extent.start, kept.extent.end, rule);
+                config.apply(io, kept.extent.start, kept.extent.end, rule);
+            }
+            if kept.read_only {
+                config.protect(kept.extent.start, kept.extent.end);
             }
         }
         if let Some(express) = standard.find(spec::CAP_PCI_EXPRESS.into()) {
@@ -103,7 +107,7 @@ impl GuestConfig {
         }
         config.power = standard
             .find(spec::CAP_POWER_MANAGEMENT.into())
-            .map(|power| power.extent.start);
+            .map(|power| Power::new(power.extent.start));
         config
     }
 
@@ -125,19 +129,36 @@ impl GuestConfig {
         self.overlay.get(offset)
     }
 
-    fn apply(&mut self, base: u16, end: u16, rule: &Rule) {
+    /// Keeps the guest from writing the bytes from `start` to before `end`.
+    fn protect(&mut self, start: u16, end: u16) {
+        let span = usize::from(start)..usize::from(end).min(SIZE);
+        for source in self.sources.get_mut(span).into_iter().flatten() {
+            source.write = 0;
+        }
+    }
+
+    fn apply(&mut self, io: &dyn DeviceIo, base: u16, end: u16, rule: &Rule) {
         let start = base.saturating_add(rule.offset);
-        for (at, mask) in (start..end.min(spec::CONFIG_SPACE_SIZE)).zip(rule.mask.to_le_bytes()) {
+        let held = match rule.action {
+            Action::Pass | Action::Shadow => read_dword(io, start).to_le_bytes(),
+            _ => [0; 4],
+        };
+        let bytes = (start..end.min(spec::CONFIG_SPACE_SIZE)).zip(rule.mask.to_le_bytes());
+        for ((at, mask), held) in bytes.zip(held) {
             let Some(source) = self.sources.get_mut(usize::from(at)) else {
                 return;
             };
             match rule.action {
-                Action::Pass => {}
+                Action::Pass if mask != 0 => self.fresh.push((at, held & mask, mask)),
+                Action::Pass | Action::Clear => {}
                 Action::ReadOnly => source.write &= !mask,
-                Action::Emulate | Action::Hide => {
+                Action::Emulate | Action::Shadow | Action::Hide => {
                     source.read &= !mask;
                     source.write &= !mask;
                 }
+            }
+            if rule.action == Action::Shadow && mask != 0 {
+                self.overlay.define(at, held, mask);
             }
         }
     }
@@ -195,7 +216,7 @@ impl GuestConfig {
             action: Action::Hide,
             why: "zero is an endpoint",
         };
-        self.apply(base, express.extent.end, &rule);
+        self.apply(io, base, express.extent.end, &rule);
         for (offset, value) in [
             (spec::EXP_LINK_CAPABILITIES, EXP_SLOWEST_LINK),
             (spec::EXP_LINK_CONTROL, EXP_SLOWEST_LINK << 16),
@@ -228,8 +249,9 @@ impl GuestConfig {
         }
     }
 
-    /// Writes as the guest does, and says whether it asked for a function level reset.
-    pub(crate) fn write(&mut self, io: &dyn DeviceIo, offset: u16, data: &[u8]) -> bool {
+    /// Writes as the guest does. What may not happen while a BAR is mapped waits for
+    /// [`settle`](Self::settle).
+    pub(crate) fn write(&mut self, io: &dyn DeviceIo, offset: u16, data: &[u8]) {
         self.overlay.write(offset, data);
         let mut pieces: Vec<(u16, Vec<u8>)> = Vec::new();
         let bytes = (offset..spec::CONFIG_SPACE_SIZE).zip(data);
@@ -237,7 +259,15 @@ impl GuestConfig {
             if source.write == 0 {
                 continue;
             }
-            let byte = (byte & source.write) | (self.held_byte(at) & !source.write);
+            // What the guest reads and cannot change stays as it is in the device, whose VFIO might
+            // let it through.
+            let kept = source.read & !source.write;
+            let kept = if kept == 0 {
+                0
+            } else {
+                read_byte(io, at) & kept
+            };
+            let byte = (byte & source.write) | kept | (self.held_byte(at) & !source.write);
             match pieces.last_mut() {
                 Some((start, piece)) if usize::from(at - *start) == piece.len() => piece.push(byte),
                 _ => pieces.push((at, vec![byte])),
@@ -246,19 +276,27 @@ impl GuestConfig {
         for (at, piece) in &pieces {
             write_aligned(io, *at, piece);
         }
-        if let Some(power) = self.power {
-            let control = power.saturating_add(PM_CONTROL);
-            if touches(offset, data, control) {
-                self.asleep = read_byte(io, control) & PM_STATE != 0;
-            }
+        if let Some(power) = &mut self.power {
+            power.written(io, offset, data);
         }
-        self.reset_bits.iter().any(|bit| {
+        self.reset_wanted |= self.reset_bits.iter().any(|bit| {
             let byte = bit
                 .offset
                 .checked_sub(offset)
                 .and_then(|at| data.get(usize::from(at)));
             byte.is_some_and(|byte| byte & bit.mask != 0)
-        })
+        });
+    }
+
+    /// Does what waited until nothing of the device is mapped, and says what comes of it.
+    pub(crate) fn settle(&mut self, io: &dyn DeviceIo) -> Settled {
+        if std::mem::take(&mut self.reset_wanted) {
+            return Settled::Reset;
+        }
+        match self.power.as_mut().is_some_and(|power| power.settle(io)) {
+            true => Settled::Decodes,
+            false => Settled::Done,
+        }
     }
 
     /// Every BAR, where its register says.
@@ -268,10 +306,22 @@ impl GuestConfig {
 
     /// The BARs that decode.
     pub(crate) fn decoded(&self) -> Vec<busway_pci::BarRegion> {
-        if self.asleep {
+        if !self.is_awake() {
             return Vec::new();
         }
         self.overlay.decoded()
+    }
+
+    /// Whether the device is there for accesses to its BARs.
+    pub(crate) fn is_awake(&self) -> bool {
+        !self.reset_wanted && self.power.as_ref().is_none_or(Power::is_awake)
+    }
+
+    /// Wakes the device, so that it can be reset.
+    pub(crate) fn wake(&mut self, io: &dyn DeviceIo) {
+        if let Some(power) = &mut self.power {
+            power.reset(io);
+        }
     }
 
     /// Takes bus mastering from the device, so that it cannot touch memory, and leaves decoding on.
@@ -279,11 +329,19 @@ impl GuestConfig {
         write_aligned(io, spec::COMMAND, &self.held_command.to_le_bytes());
     }
 
-    /// Puts Busway's part into its state at power-on, after the device was reset.
+    /// Puts everything into its state at power-on, after the device was reset: Busway's part, and what
+    /// the kernel put back into the device because the guest had written it.
     pub(crate) fn reset(&mut self, io: &dyn DeviceIo) {
         self.overlay.reset();
-        self.asleep = false;
+        self.reset_wanted = false;
+        self.wake(io);
         self.quieten(io);
+        for &(at, value, mask) in &self.fresh {
+            let now = read_byte(io, at);
+            if now & mask != value {
+                write_aligned(io, at, &[(now & !mask) | value]);
+            }
+        }
     }
 
     fn held_byte(&self, offset: u16) -> u8 {
@@ -302,9 +360,19 @@ impl GuestConfig {
     }
 }
 
-fn touches(offset: u16, data: &[u8], at: u16) -> bool {
-    at.checked_sub(offset)
-        .is_some_and(|at| usize::from(at) < data.len())
+/// What came of [`GuestConfig::settle`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    /// There was nothing to do, or it is done.
+    Done,
+    /// BARs decode again.
+    Decodes,
+    /// The device is to be reset.
+    Reset,
+}
+
+fn is_command(offset: u16) -> bool {
+    (spec::COMMAND..spec::COMMAND + 2).contains(&offset)
 }
 
 /// The doubleword of a device's configuration space at `offset`; all ones where it does not answer.
@@ -316,7 +384,7 @@ pub(crate) fn read_dword(io: &dyn DeviceIo, offset: u16) -> u32 {
     }
 }
 
-fn read_byte(io: &dyn DeviceIo, offset: u16) -> u8 {
+pub(crate) fn read_byte(io: &dyn DeviceIo, offset: u16) -> u8 {
     let mut data = [0];
     match io.region_read(RegionIndex::CONFIG, offset.into(), &mut data) {
         Ok(()) => data[0],
@@ -325,7 +393,7 @@ fn read_byte(io: &dyn DeviceIo, offset: u16) -> u8 {
 }
 
 /// Writes to a device's configuration space in accesses that are naturally aligned.
-fn write_aligned(io: &dyn DeviceIo, mut offset: u16, mut data: &[u8]) {
+pub(crate) fn write_aligned(io: &dyn DeviceIo, mut offset: u16, mut data: &[u8]) {
     while !data.is_empty() {
         let size = [4, 2, 1]
             .into_iter()

@@ -28,6 +28,8 @@ pub(crate) struct FakeDevice {
     /// How many vectors the host has for it.
     pub(crate) most_vectors: u32,
     pub(crate) can_reset: bool,
+    /// Its power management, at 0x60, has no state but D0.
+    pub(crate) only_d0: bool,
     pub(crate) irqs: Mutex<Irqs>,
     pub(crate) resets: Mutex<Vec<u16>>,
     pub(crate) bar_writes: Mutex<Vec<(RegionIndex, u64, Vec<u8>)>>,
@@ -48,6 +50,7 @@ impl Default for FakeDevice {
             msix: IrqInfo::default(),
             most_vectors: u32::MAX,
             can_reset: true,
+            only_d0: false,
             irqs: Mutex::default(),
             resets: Mutex::default(),
             bar_writes: Mutex::default(),
@@ -167,6 +170,9 @@ impl DeviceIo for FakeDevice {
             found
                 .ok_or(io::ErrorKind::InvalidInput)?
                 .copy_from_slice(data);
+            if self.only_d0 {
+                config[0x64] &= !3;
+            }
         } else {
             let write = (index, offset, data.to_vec());
             self.bar_writes.lock().unwrap().push(write);

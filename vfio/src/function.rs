@@ -1,11 +1,13 @@
 //! A host device as a PCI function of the guest.
 
+mod bars;
+
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{BarIndex, BarPart, BarRegion, Msi, Msix, PciFunction, spec};
 
-use crate::config::{GuestConfig, read_dword};
+use crate::config::{GuestConfig, Settled, read_dword};
 use crate::lists::{self, List};
 use crate::msix_layout::GuestLocation;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
@@ -211,38 +213,11 @@ impl AssignedFunction {
             msi.reset(vectors);
         }
         // The kernel puts back what the command register holds before: bus mastering goes first.
+        state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
         reset_device(&self.name, &*self.io);
         state.config.reset(&*self.io);
     }
-
-    /// Which of MSI-X's structures an access touches.
-    fn trap(&self, bar: u8, offset: u64, size: u64) -> Trap {
-        let touched = |location: &Option<GuestLocation>| {
-            location
-                .filter(|location| location.bar == bar && location.area.touches(offset, size))
-                .map(|location| offset.checked_sub(location.area.offset))
-        };
-        if let Some(within) = touched(&self.table) {
-            within.map_or(Trap::Astride, Trap::Table)
-        } else if let Some(within) = touched(&self.pba) {
-            within.map_or(Trap::Astride, Trap::Pba)
-        } else {
-            Trap::Device
-        }
-    }
-}
-
-/// Who answers for an access to a BAR.
-enum Trap {
-    /// The device itself.
-    Device,
-    /// The table, from this offset.
-    Table(u64),
-    /// The pending bits, from this offset.
-    Pba(u64),
-    /// It begins before one of the two: no driver does that.
-    Astride,
 }
 
 impl PciFunction for AssignedFunction {
@@ -259,7 +234,7 @@ impl PciFunction for AssignedFunction {
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
         let State { config, msi, msix } = &mut *state;
-        let reset = config.write(&*self.io, offset, data);
+        config.write(&*self.io, offset, data);
         if let Some(MsiState { at, msi, vectors }) = msi
             && let Some(offset) = offset.checked_sub(*at)
         {
@@ -271,8 +246,17 @@ impl PciFunction for AssignedFunction {
                 msix.write_control(control, vectors);
             }
         }
-        if reset {
-            self.reset_all(&mut state);
+    }
+
+    fn settle(&self) -> bool {
+        let mut state = self.lock();
+        match state.config.settle(&*self.io) {
+            Settled::Done => false,
+            Settled::Decodes => true,
+            Settled::Reset => {
+                self.reset_all(&mut state);
+                false
+            }
         }
     }
 
@@ -285,65 +269,15 @@ impl PciFunction for AssignedFunction {
     }
 
     fn parts(&self, bar: BarIndex) -> Vec<BarPart> {
-        let here = self
-            .parts
-            .iter()
-            .filter(|part| BarIndex::Bar(part.bar) == bar);
-        here.map(|part| BarPart::Memory {
-            offset: part.area.offset,
-            size: part.area.size,
-            host: part.mapping.address(),
-        })
-        .collect()
+        self.parts_of(bar)
     }
 
     fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
-        data.fill(u8::MAX);
-        let BarIndex::Bar(number) = bar else {
-            return;
-        };
-        match self.trap(number, offset, data.len() as u64) {
-            Trap::Device => {
-                if let Some(region) = RegionIndex::bar(number)
-                    && let Err(error) = self.io.region_read(region, offset, data)
-                {
-                    log::debug!("{}: {bar}, reading at {offset:#x}: {error}", self.name);
-                    data.fill(u8::MAX);
-                }
-            }
-            Trap::Table(offset) => {
-                if let Some(state) = &self.lock().msix {
-                    state.msix.table_read(offset, data);
-                }
-            }
-            Trap::Pba(offset) => {
-                if let Some(state) = &self.lock().msix {
-                    state.msix.pba_read(offset, data);
-                }
-            }
-            Trap::Astride => {}
-        }
+        self.read_bar(bar, offset, data);
     }
 
     fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
-        let BarIndex::Bar(number) = bar else {
-            return;
-        };
-        match self.trap(number, offset, data.len() as u64) {
-            Trap::Device => {
-                if let Some(region) = RegionIndex::bar(number)
-                    && let Err(error) = self.io.region_write(region, offset, data)
-                {
-                    log::debug!("{}: {bar}, writing at {offset:#x}: {error}", self.name);
-                }
-            }
-            Trap::Table(offset) => {
-                if let Some(MsixState { msix, vectors, .. }) = &mut self.lock().msix {
-                    msix.table_write(offset, data, vectors);
-                }
-            }
-            Trap::Pba(_) | Trap::Astride => {}
-        }
+        self.write_bar(bar, offset, data);
     }
 
     fn reset(&self) {

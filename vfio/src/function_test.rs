@@ -137,14 +137,100 @@ fn decoding_is_the_guests_and_stays_on_in_the_device() {
 }
 
 #[test]
-fn asleep_the_device_decodes_nothing() {
-    let (_, _, function) = function(nvme());
+fn a_device_sleeps_only_when_nothing_is_mapped_and_is_left_alone_until_it_wakes() {
+    let (fake, _, function) = function(nvme());
+    let state = || fake.config_at::<1>(0x64)[0] & 3;
+    let bar = BarIndex::Bar(0);
     function.config_write(4, &[6]);
     assert_eq!(function.decoded().len(), 1);
     function.config_write(0x64, &[3, 0]);
-    assert_eq!(function.decoded(), []);
+    assert_eq!((function.decoded(), state()), (vec![], 0));
+    assert!(!function.settle());
+    assert_eq!((function.decoded(), state()), (vec![], 3));
+    let mut data = [0; 4];
+    function.bar_read(bar, 0, &mut data);
+    function.bar_write(bar, 0, &data);
+    assert_eq!(data, [0xff; 4]);
+    assert!(fake.bar_writes.lock().unwrap().is_empty());
+    // The rest of the register is written without waking it; waking is done at once.
+    function.config_write(0x64, &[3, 2]);
+    assert_eq!((state(), fake.config_at::<2>(0x64)[1]), (3, 2));
     function.config_write(0x64, &[0, 0]);
+    assert_eq!((function.decoded().len(), state()), (1, 0));
+    // Asked for and taken back before it came to it.
+    function.config_write(0x64, &[3, 0]);
+    function.config_write(0x64, &[0, 0]);
+    assert!(!function.settle());
+    assert_eq!((function.decoded().len(), state()), (1, 0));
+    function.bar_read(bar, 0, &mut data);
+    assert_eq!(data, [0x5a; 4]);
+}
+
+#[test]
+fn a_reset_wakes_the_device_first() {
+    let (fake, _, function) = function(nvme());
+    function.config_write(0x64, &[3, 0]);
+    function.settle();
+    function.reset();
+    assert_eq!(fake.config_at::<1>(0x64)[0] & 3, 0);
+    function.config_write(4, &[6]);
     assert_eq!(function.decoded().len(), 1);
+}
+
+#[test]
+fn a_state_that_the_device_has_not_leaves_it_awake() {
+    let mut fake = nvme();
+    fake.only_d0 = true;
+    let (_, _, function) = function(fake);
+    function.config_write(4, &[6]);
+    function.config_write(0x64, &[1, 0]);
+    assert_eq!(function.decoded(), []);
+    assert!(function.settle());
+    assert_eq!(function.decoded().len(), 1);
+}
+
+#[test]
+fn what_the_guest_wrote_in_the_device_is_put_back_though_the_kernels_reset_restores_it() {
+    let (fake, _, function) = function(nvme());
+    // Device control (0x2010 at power-on), cache line size, AER's masks and severities.
+    function.config_write(0x88, &0x5917_u16.to_le_bytes());
+    function.config_write(0x0c, &[0x10, 0x40]);
+    write(&function, 0x148, 0);
+    write(&function, 0x14c, u32::MAX);
+    assert_eq!(fake.config_at::<2>(0x88), 0x5917_u16.to_le_bytes());
+    assert_eq!(fake.config_at::<2>(0x0c), [0x10, 0x40]);
+    assert_eq!(
+        [read(&function, 0x148), read(&function, 0x14c)],
+        [0, u32::MAX]
+    );
+    assert_eq!(u32::from_le_bytes(fake.config_at(0x148)), 0x0046_2030);
+    function.reset();
+    assert_eq!(fake.config_at::<2>(0x88), 0x2010_u16.to_le_bytes());
+    assert_eq!(fake.config_at::<2>(0x0c), [0, 0]);
+    assert_eq!(
+        [read(&function, 0x148), read(&function, 0x14c)],
+        [0x0046_2030, 0]
+    );
+}
+
+#[test]
+fn a_bit_that_the_guest_may_read_only_keeps_its_value_when_its_neighbours_are_written() {
+    let fake = nvme();
+    // LTR enabled by the host, in device control 2.
+    fake.set_config(0xa8, &[0x00, 0x04]);
+    let (fake, _, function) = function(fake);
+    function.config_write(0xa8, &[0x09, 0x02]);
+    assert_eq!(fake.config_at::<2>(0xa8), [0x09, 0x06]);
+    assert_eq!(read(&function, 0xa8) as u16, 0x0609);
+}
+
+#[test]
+fn a_capability_that_is_read_only_is_not_written_and_what_lies_behind_it_is() {
+    let (fake, _, function) = function(nvme());
+    write(&function, 0x194, 0);
+    write(&function, 0x1a0, 7);
+    assert_eq!(u32::from_le_bytes(fake.config_at(0x194)), 0x1234_5678);
+    assert_eq!(u32::from_le_bytes(fake.config_at(0x1a0)), 7);
 }
 
 #[test]
@@ -198,25 +284,50 @@ fn a_vector_costs_nothing_until_the_guest_unmasks_it() {
 }
 
 #[test]
-fn trapped_bytes_beside_the_table_reach_the_device_and_astride_ones_do_not() {
+fn registers_beside_the_table_are_reached_at_every_width_and_place() {
     let (fake, _, function) = function(nvme());
     let bar = BarIndex::Bar(0);
-    let mut data = [0; 4];
-    function.bar_read(bar, 0x2800, &mut data);
-    assert_eq!(data, [0x5a; 4]);
-    function.bar_write(bar, 0x2800, &[1, 2, 3, 4]);
-    function.bar_write(bar, 0x1ffc, &[0; 8]);
-    function.bar_write(bar, 0x3000, &[0; 8]);
-    let writes = fake.bar_writes.lock().unwrap().clone();
+    let region = RegionIndex::bar(0).unwrap();
+    // The table ends at 0x2410.
+    for width in [1_usize, 2, 4, 8] {
+        for offset in [0x2410_u64, 0x2413, 0x2ff7, 0x3010] {
+            let mut data = [0; 8];
+            function.bar_read(bar, offset, &mut data[..width]);
+            assert_eq!(data[..width], [0x5a; 8][..width]);
+            function.bar_write(bar, offset, &data[..width]);
+            let written = fake.bar_writes.lock().unwrap().pop();
+            assert_eq!(written, Some((region, offset, vec![0x5a; width])));
+        }
+    }
+}
+
+#[test]
+fn an_access_that_is_half_a_register_and_half_of_the_table_is_both() {
+    let (fake, _, function) = function(nvme());
+    let bar = BarIndex::Bar(0);
+    let region = RegionIndex::bar(0).unwrap();
+    // Into the table's first address, out of its last mask, into and out of the pending bits.
+    function.bar_write(bar, 0x1ffc, &[1, 1, 1, 1, 0x04, 0x10, 0xe0, 0xfe]);
+    function.bar_write(bar, 0x240c, &[0, 0, 0, 0, 2, 2, 2, 2]);
+    function.bar_write(bar, 0x2ffe, &[3; 4]);
+    function.bar_write(bar, 0x300c, &[4; 8]);
+    let writes = std::mem::take(&mut *fake.bar_writes.lock().unwrap());
     assert_eq!(
         writes,
-        [(RegionIndex::bar(0).unwrap(), 0x2800, vec![1, 2, 3, 4])]
+        [
+            (region, 0x1ffc, vec![1; 4]),
+            (region, 0x2410, vec![2; 4]),
+            (region, 0x2ffe, vec![3; 2]),
+            (region, 0x3010, vec![4; 4]),
+        ]
     );
     let mut data = [0; 8];
     function.bar_read(bar, 0x1ffc, &mut data);
-    assert_eq!(data, [0xff; 8]);
-    function.bar_read(bar, 0x3000, &mut data);
-    assert_eq!(data, [0; 8]);
+    assert_eq!(data, [0x5a, 0x5a, 0x5a, 0x5a, 0x04, 0x10, 0xe0, 0xfe]);
+    function.bar_read(bar, 0x240c, &mut data);
+    assert_eq!(data, [0, 0, 0, 0, 0x5a, 0x5a, 0x5a, 0x5a]);
+    function.bar_read(bar, 0x2ffd, &mut data);
+    assert_eq!(data, [0x5a, 0x5a, 0x5a, 0, 0, 0, 0, 0]);
 }
 
 #[test]
@@ -229,6 +340,8 @@ fn a_reset_takes_bus_mastering_and_interrupts_first_and_forgets_what_the_guest_w
     function.bar_write(BarIndex::Bar(0), 0x200c, &[0; 4]);
     // By the guest's own function level reset.
     function.config_write(0x88, &0xa010_u16.to_le_bytes());
+    assert_eq!((fake.resets().len(), function.decoded()), (1, vec![]));
+    assert!(!function.settle());
     assert_eq!(fake.resets()[1..], [held]);
     assert!(fake.connected().is_empty());
     assert_eq!(read(&function, 4) as u16, 0);
@@ -406,6 +519,7 @@ enum Step {
     Config(u16, Vec<u8>),
     Bar(u8, u64, Vec<u8>),
     Reset,
+    Settle,
 }
 
 fn access() -> impl Strategy<Value = Vec<u8>> {
@@ -421,6 +535,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             8 => (offset, access()).prop_map(|(at, data)| Step::Config(at, data)),
             8 => (0_u8..7, place, access()).prop_map(|(bar, at, data)| Step::Bar(bar, at, data)),
             1 => Just(Step::Reset),
+            2 => Just(Step::Settle),
         ],
         0..60,
     )
@@ -511,6 +626,9 @@ proptest! {
                         function.bar_read(bar, at, &mut data);
                     }
                     Step::Reset => function.reset(),
+                    Step::Settle => {
+                        function.settle();
+                    }
                 }
                 for region in function.decoded() {
                     prop_assert!(function.bars().contains(&region));

@@ -12,7 +12,7 @@ use vfio_bindings::bindings::vfio::{
     vfio_region_info, vfio_region_info_cap_sparse_mmap,
 };
 
-use crate::areas::Area;
+use crate::areas::{Area, PAGE_SIZE};
 use crate::open::Opened;
 use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex, sys};
 
@@ -114,10 +114,15 @@ impl DeviceIo for KernelDevice {
     }
 
     fn map(&self, index: RegionIndex, area: Area) -> io::Result<Mapping> {
-        let size =
-            usize::try_from(area.size).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let place = self.place(index, area.offset, size)?;
-        let (_, region) = self.known(index)?;
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let (base, region) = self.known(index)?;
+        // The last page counts whole, so that a BAR smaller than that can be mapped.
+        let end = area.offset.checked_add(area.size);
+        let pages = region.size.checked_next_multiple_of(PAGE_SIZE);
+        if end.is_none() || end > pages {
+            return Err(invalid());
+        }
+        let place = base.checked_add(area.offset).ok_or_else(invalid)?;
         Mapping::of_device(
             self.opened.file.as_fd(),
             place,

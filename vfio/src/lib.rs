@@ -25,6 +25,7 @@ mod mapping;
 mod msix_layout;
 mod open;
 mod policy;
+mod power;
 mod survey;
 mod sys;
 mod vectors;

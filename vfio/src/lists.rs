@@ -19,6 +19,8 @@ pub(crate) struct Kept {
     pub(crate) version: u8,
     pub(crate) extent: Extent,
     pub(crate) rules: &'static [Rule],
+    /// Nothing of it can be written.
+    pub(crate) read_only: bool,
 }
 
 /// One list: what stays in it, in the device's order, and the bytes of what goes.
@@ -83,7 +85,7 @@ fn sort_out(
         let rule = policy::find(rules, id).map_or(Keep::Yes(&[]), |rule| rule.keep);
         let size = match rule {
             Keep::Yes(_) => size(id, start),
-            Keep::No(most) => most,
+            Keep::ReadOnly(most) | Keep::No(most) => most,
         };
         // Where capabilities overlap, each ends where the next one starts.
         let next = found
@@ -97,30 +99,38 @@ fn sort_out(
             start,
             end: start.saturating_add(size.max(4)).min(next),
         };
-        match rule {
-            Keep::Yes(rules) => list.kept.push(Kept {
-                id,
-                version,
-                extent,
-                rules,
-            }),
-            Keep::No(_) => list.hidden.push(extent),
-        }
+        let (rules, read_only): (&[Rule], _) = match rule {
+            Keep::Yes(rules) => (rules, false),
+            Keep::ReadOnly(_) => (&[], true),
+            Keep::No(_) => {
+                list.hidden.push(extent);
+                continue;
+            }
+        };
+        list.kept.push(Kept {
+            id,
+            version,
+            extent,
+            rules,
+            read_only,
+        });
     }
     list
 }
 
-/// Bytes of a capability that has rules, so that these do not reach beyond it; for others as far as
-/// the next one.
+/// Bytes of a capability that has rules, so that these do not reach beyond it: some devices have
+/// registers of their own between capabilities. For others as far as the next one.
 fn standard_size(config: &impl ConfigRead, id: u16, offset: u16) -> u16 {
-    if id != u16::from(spec::CAP_PCI_EXPRESS) {
-        return spec::EXTENDED_CONFIG_START;
-    }
-    let version = config.read_dword(offset) >> 16 & 0xf;
-    if version < 2 {
-        0x14 // PCIe 1.1 §7.8: to the link's registers.
-    } else {
-        spec::EXP_CAPABILITY_SIZE
+    const POWER_MANAGEMENT: u16 = spec::CAP_POWER_MANAGEMENT as u16;
+    const EXPRESS: u16 = spec::CAP_PCI_EXPRESS as u16;
+    const ADVANCED_FEATURES: u16 = spec::CAP_ADVANCED_FEATURES as u16;
+    match id {
+        POWER_MANAGEMENT => 8,
+        ADVANCED_FEATURES => 6,
+        // PCIe 1.1 §7.8: to the link's registers.
+        EXPRESS if config.read_dword(offset) >> 16 & 0xf < 2 => 0x14,
+        EXPRESS => spec::EXP_CAPABILITY_SIZE,
+        _ => spec::EXTENDED_CONFIG_START,
     }
 }
 

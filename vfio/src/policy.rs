@@ -5,6 +5,13 @@
 //! the BARs, keeps MPS and phantom functions to itself and drops writes to read-only registers
 //! (Linux, drivers/vfio/pci/vfio_pci_config.c). The rules say where the guest's view has to differ
 //! from that. Sections are PCIe 6.0's.
+//!
+//! What a row names as [`Action::Pass`] is more than what none names: it is put back to what it held
+//! at power-on when the guest resets the device, for the kernel's reset restores what the guest
+//! wrote.
+
+mod extended;
+mod standard;
 
 use busway_pci::spec;
 
@@ -13,10 +20,16 @@ use busway_pci::spec;
 pub(crate) enum Action {
     /// The device, read and written.
     Pass,
+    /// The device, read; writing ones clears it.
+    Clear,
     /// The device, read; writes go nowhere.
     ReadOnly,
-    /// Busway holds it, and the guest can change it.
+    /// Busway holds it, and the guest can change it. For the header, whose registers are a type 0
+    /// header's.
     Emulate,
+    /// Busway holds a copy of what the device had at power-on, and the guest can change the copy. For
+    /// whole bytes of a capability.
+    Shadow,
     /// Busway holds it, and the guest cannot change it: zero unless something is put there.
     Hide,
 }
@@ -45,7 +58,12 @@ const fn rule(offset: u16, mask: u32, action: Action, why: &'static str) -> Rule
 
 const ALL: u32 = u32::MAX;
 
-use Action::{Emulate, Hide, Pass, ReadOnly};
+use Action::{Clear, Emulate, Hide, Pass, ReadOnly, Shadow};
+pub(crate) use extended::EXTENDED;
+pub(crate) use standard::{
+    AF_CAPABILITIES_FLR, AF_CONTROL_FLR, CAPABILITIES, EXP_DEVICE_CAPABILITIES_FLR,
+    EXP_DEVICE_CONTROL_FLR, PM_CONTROL, PM_STATE,
+};
 
 /// The type 0 header. §7.5.1.1, §7.5.1.2
 pub(crate) const HEADER: &[Rule] = &[
@@ -154,6 +172,8 @@ pub(crate) const HEADER: &[Rule] = &[
 pub(crate) enum Keep {
     /// It stays in the list, with these rules.
     Yes(&'static [Rule]),
+    /// It stays in the list, and of its bytes, this many at most, none can be written.
+    ReadOnly(u16),
     /// It leaves the list, and its bytes, this many at most, read zero.
     No(u16),
 }
@@ -168,6 +188,22 @@ pub(crate) struct CapabilityRule {
     pub(crate) why: &'static str,
 }
 
+const fn kept(id: u16, rules: &'static [Rule], why: &'static str) -> CapabilityRule {
+    CapabilityRule {
+        id,
+        keep: Keep::Yes(rules),
+        why,
+    }
+}
+
+const fn read_only(id: u16, size: u16, why: &'static str) -> CapabilityRule {
+    CapabilityRule {
+        id,
+        keep: Keep::ReadOnly(size),
+        why,
+    }
+}
+
 const fn hidden(id: u16, size: u16, why: &'static str) -> CapabilityRule {
     CapabilityRule {
         id,
@@ -175,172 +211,6 @@ const fn hidden(id: u16, size: u16, why: &'static str) -> CapabilityRule {
         why,
     }
 }
-
-/// Enhanced allocation. §7.8.5
-const CAP_ENHANCED_ALLOCATION: u16 = 0x14;
-
-/// The capabilities of the header's list. §7.5.1.1.11
-///
-/// MSI and MSI-X (§7.7.1, §7.7.2) are state machines of their own and not in here.
-pub(crate) const CAPABILITIES: &[CapabilityRule] = &[
-    CapabilityRule {
-        id: spec::CAP_PCI_EXPRESS as u16,
-        keep: Keep::Yes(EXPRESS),
-        why: "the link is the host's, the reset is carried out by VFIO",
-    },
-    CapabilityRule {
-        id: spec::CAP_ADVANCED_FEATURES as u16,
-        keep: Keep::Yes(&[rule(
-            0x04,
-            AF_CONTROL_FLR,
-            Hide,
-            "initiate FLR §7.9.21.4: carried out by VFIO, reads zero",
-        )]),
-        why: "the reset is carried out by VFIO",
-    },
-    hidden(
-        CAP_ENHANCED_ALLOCATION,
-        0x64,
-        "fixed addresses are the host's §7.8.5",
-    ),
-];
-
-/// The PCI Express capability. §7.5.3
-const EXPRESS: &[Rule] = &[
-    rule(
-        0x00,
-        (spec::EXP_SLOT_IMPLEMENTED as u32) << 16,
-        Hide,
-        "slot implemented §7.5.3.2: not of an endpoint",
-    ),
-    rule(
-        0x08,
-        EXP_DEVICE_CONTROL_FLR,
-        Hide,
-        "initiate FLR §7.5.3.4: carried out by VFIO, reads zero",
-    ),
-    rule(0x08, 0xffff_0000, ReadOnly, "device status §7.5.3.5"),
-    rule(0x0c, ALL, ReadOnly, "link capabilities §7.5.3.6"),
-    rule(
-        0x10,
-        ALL,
-        ReadOnly,
-        "link control and status §7.5.3.7: the link is shared with the host's port",
-    ),
-    rule(0x14, ALL, Hide, "slot capabilities §7.5.3.9: a port's"),
-    rule(
-        0x18,
-        ALL,
-        Hide,
-        "slot control and status §7.5.3.10: a port's",
-    ),
-    rule(
-        0x1c,
-        ALL,
-        Hide,
-        "root control and capabilities §7.5.3.12: a port's",
-    ),
-    rule(0x20, ALL, Hide, "root status §7.5.3.14: a port's"),
-    rule(0x24, 1 << 5, Hide, "ARI forwarding §7.5.3.15: a port's"),
-    rule(
-        0x28,
-        1 << 5,
-        Hide,
-        "ARI forwarding enable §7.5.3.16: a port's",
-    ),
-    rule(0x2c, ALL, ReadOnly, "link capabilities 2 §7.5.3.18"),
-    rule(0x30, ALL, ReadOnly, "link control and status 2 §7.5.3.19"),
-    rule(0x34, ALL, Hide, "slot capabilities 2 §7.5.3.21: a port's"),
-    rule(
-        0x38,
-        ALL,
-        Hide,
-        "slot control and status 2 §7.5.3.22: a port's",
-    ),
-];
-
-/// Device control: initiate function level reset. §7.5.3.4
-pub(crate) const EXP_DEVICE_CONTROL_FLR: u32 = 1 << 15;
-/// Device capabilities: function level reset is there. §7.5.3.3
-pub(crate) const EXP_DEVICE_CAPABILITIES_FLR: u32 = 1 << 28;
-/// AF control, in the doubleword that it begins: initiate FLR. §7.9.21.4
-pub(crate) const AF_CONTROL_FLR: u32 = 1 << 0;
-/// AF capabilities, in the doubleword of the header: FLR is there. §7.9.21.3
-pub(crate) const AF_CAPABILITIES_FLR: u32 = 1 << 25;
-
-// Extended capabilities that `spec` has no name for. PCI Code and ID Assignment 1.15 §3
-const EXT_CAP_MRIOV: u16 = 0x0011;
-const EXT_CAP_MULTICAST: u16 = 0x0012;
-const EXT_CAP_TPH: u16 = 0x0017;
-const EXT_CAP_DPC: u16 = 0x001d;
-const EXT_CAP_L1_SUBSTATES: u16 = 0x001e;
-const EXT_CAP_PTM: u16 = 0x001f;
-
-/// The extended capabilities. §7.6.3
-pub(crate) const EXTENDED: &[CapabilityRule] = &[
-    hidden(
-        0,
-        4,
-        "the null capability: a place-holder of VFIO's §7.9.28",
-    ),
-    hidden(
-        spec::EXT_CAP_ARI,
-        0x08,
-        "names the next function of the host's device §7.8.8",
-    ),
-    hidden(
-        spec::EXT_CAP_ATS,
-        0x08,
-        "needs an IOMMU that the guest can see §10.5.1",
-    ),
-    hidden(
-        spec::EXT_CAP_SRIOV,
-        0x40,
-        "virtual functions would appear on the host §9.3.3",
-    ),
-    hidden(EXT_CAP_MRIOV, 0x40, "the fabric is the host's"),
-    hidden(EXT_CAP_MULTICAST, 0x30, "addresses are the host's §7.9.11"),
-    hidden(
-        spec::EXT_CAP_PRI,
-        0x10,
-        "needs an IOMMU that the guest can see §10.5.2",
-    ),
-    hidden(
-        spec::EXT_CAP_RESIZABLE_BAR,
-        0x34,
-        "the size of a BAR is the host's to choose §7.8.6",
-    ),
-    hidden(
-        EXT_CAP_TPH,
-        0x0c,
-        "steering tags name the host's processors §7.9.13",
-    ),
-    hidden(
-        spec::EXT_CAP_PASID,
-        0x08,
-        "needs an IOMMU that the guest can see §7.8.9",
-    ),
-    hidden(
-        EXT_CAP_DPC,
-        0x44,
-        "containment is between the device and the host's port §7.9.14",
-    ),
-    hidden(
-        EXT_CAP_L1_SUBSTATES,
-        0x14,
-        "is agreed upon with the host's port §7.8.3",
-    ),
-    hidden(
-        EXT_CAP_PTM,
-        0x0c,
-        "is agreed upon with the host's port §7.9.15",
-    ),
-    hidden(
-        spec::EXT_CAP_VF_RESIZABLE_BAR,
-        0x34,
-        "belongs to SR-IOV §7.8.7",
-    ),
-];
 
 /// The rule for a capability, where there is one.
 pub(crate) fn find(rules: &'static [CapabilityRule], id: u16) -> Option<&'static CapabilityRule> {
@@ -359,7 +229,7 @@ mod tests {
         }
         let lists = express.filter_map(|rule| match rule.keep {
             Keep::Yes(rules) => Some(rules),
-            Keep::No(_) => None,
+            Keep::ReadOnly(_) | Keep::No(_) => None,
         });
         for rules in lists.chain([HEADER]) {
             for (i, one) in rules.iter().enumerate() {
@@ -369,6 +239,23 @@ mod tests {
                         one.offset != other.offset || one.mask & other.mask == 0,
                         "{one:?} {other:?}"
                     );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_shadow_is_of_whole_bytes_and_no_capability_is_named_twice() {
+        for table in [CAPABILITIES, EXTENDED] {
+            for (i, one) in table.iter().enumerate() {
+                assert!(
+                    table[i + 1..].iter().all(|other| other.id != one.id),
+                    "{one:?}"
+                );
+                let Keep::Yes(rules) = one.keep else { continue };
+                for rule in rules.iter().filter(|rule| rule.action == Shadow) {
+                    let whole = |byte: u8| byte == 0 || byte == u8::MAX;
+                    assert!(rule.mask.to_le_bytes().into_iter().all(whole), "{rule:?}");
                 }
             }
         }

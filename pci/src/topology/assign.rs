@@ -13,6 +13,9 @@ use crate::address::Bdf;
 use crate::function::{BarIndex, BarKind, PciFunction};
 use crate::spec;
 
+/// Bytes of a page of memory, on every machine that this runs on.
+const PAGE_SIZE: u64 = 4096;
+
 /// The guest addresses and ports that PCI has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Windows {
@@ -73,6 +76,15 @@ impl Space {
         match self {
             Self::Io => spec::IO_WINDOW_GRANULE,
             Self::Memory32 | Self::Memory64 => spec::MEMORY_WINDOW_GRANULE,
+        }
+    }
+
+    /// What a BAR is aligned to, though it be smaller: memory comes in pages, and one that has a page
+    /// to itself can be reached without an exit.
+    fn bar_alignment(self) -> u64 {
+        match self {
+            Self::Io => spec::BAR_IO_MIN,
+            Self::Memory32 | Self::Memory64 => PAGE_SIZE,
         }
     }
 
@@ -188,7 +200,7 @@ fn requests(tree: &Tree, bus: Option<FunctionId>, space: Space) -> Vec<Request> 
                 requests.push(Request {
                     function: node.id,
                     size: region.size.into(),
-                    align: region.size.into(),
+                    align: region.size.max(space.bar_alignment()).into(),
                     what: What::Bar(region.index, region.kind),
                 });
             }

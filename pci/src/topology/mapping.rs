@@ -27,6 +27,14 @@ struct Mapping {
 pub(super) struct Mappings(BTreeMap<FunctionId, Vec<Mapping>>);
 
 impl Mappings {
+    /// Whether anything of a function is mapped.
+    pub(super) fn has(&self, function: FunctionId) -> bool {
+        let mappings = self.0.get(&function).into_iter().flatten();
+        mappings
+            .into_iter()
+            .any(|mapping| mapping.state == State::Mapped)
+    }
+
     /// Brings the mappings of `functions` in line with the tree. All that goes is unmapped before
     /// anything is mapped, so that BARs can change places.
     pub(super) fn update(&mut self, tree: &Tree, functions: &[FunctionId], mapper: &dyn BarMapper) {

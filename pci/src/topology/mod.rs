@@ -155,6 +155,10 @@ impl Topology {
         let Some(bridge) = node.pci.bridge() else {
             node.pci.config_write(offset, data);
             self.remap(&mut self.mappings(), &[node.id]);
+            // Both locks are free: what has to be settled can take long.
+            if !self.mappings().has(node.id) && node.pci.settle() {
+                self.remap(&mut self.mappings(), &[node.id]);
+            }
             return;
         };
         // One bridge write at a time, so that each reset is seen to begin exactly once.

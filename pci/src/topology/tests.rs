@@ -238,6 +238,74 @@ fn accesses_of_every_width_and_offset_reach_functions_in_doublewords() {
     f.topology.config_write(bdf(BESIDE), u16::MAX, &[0; 4]);
 }
 
+/// A function that, when 0x40 is written, has something to do that its BAR must not be mapped for.
+#[derive(Debug)]
+struct Busy {
+    inner: Arc<FakeFunction>,
+    mapper: Arc<FakeMapper>,
+    asked: std::sync::atomic::AtomicBool,
+    done: std::sync::atomic::AtomicUsize,
+}
+
+impl PciFunction for Busy {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.inner.config_read(offset, data);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.inner.config_write(offset, data);
+        if offset == 0x40 {
+            self.asked.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn bars(&self) -> Vec<BarRegion> {
+        self.inner.bars()
+    }
+
+    fn decoded(&self) -> Vec<BarRegion> {
+        match self.asked.load(Ordering::Relaxed) {
+            true => Vec::new(),
+            false => self.inner.decoded(),
+        }
+    }
+
+    fn settle(&self) -> bool {
+        assert!(self.mapper.mapped().is_empty());
+        let asked = self.asked.swap(false, Ordering::Relaxed);
+        self.done.fetch_add(asked.into(), Ordering::Relaxed);
+        asked
+    }
+
+    fn bar_read(&self, _bar: BarIndex, _offset: u64, _data: &mut [u8]) {}
+
+    fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
+
+    fn reset(&self) {}
+}
+
+#[test]
+fn what_must_not_happen_while_a_bar_is_mapped_happens_while_none_is_and_it_comes_back() {
+    let mapper = FakeMapper::new(false);
+    let topology = Topology::new(mapper.clone());
+    let busy = Arc::new(Busy {
+        inner: FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)]),
+        mapper: mapper.clone(),
+        asked: false.into(),
+        done: 0.into(),
+    });
+    topology.add(Place::root(device(2)), busy.clone()).unwrap();
+    write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
+    write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
+    assert_eq!(mapper.mapped().len(), 1);
+    write32(&topology, bdf(BESIDE), 0x40, 1);
+    assert_eq!(busy.done.load(Ordering::Relaxed), 1);
+    assert_eq!(mapper.mapped().len(), 1);
+    write16(&topology, bdf(BESIDE), spec::COMMAND, 0);
+    write32(&topology, bdf(BESIDE), 0x40, 1);
+    assert_eq!(busy.done.load(Ordering::Relaxed), 2);
+}
+
 /// What should be mapped, worked out from the registers alone.
 fn expected(f: &Fixture) -> BTreeMap<(usize, BarIndex), BarRegion> {
     let functions = f.topology.functions();
