@@ -151,13 +151,41 @@ pub trait Bridge {
     /// Whether the bridge forwards `region` downstream: its command register and windows allow it.
     fn forwards(&self, region: &BarRegion) -> bool;
 
-    /// Whether the guest holds the secondary bus in reset. The topology resets the functions below
-    /// when that begins, and lets nothing through while it lasts.
+    /// Whether the guest holds the secondary bus in reset, or without power. The topology resets the
+    /// functions below when that begins, and lets nothing through while it lasts.
     ///
-    /// PCIe 6.0 §7.5.1.3.13.
+    /// PCIe 6.0 §7.5.1.3.13, §6.7.
     fn in_reset(&self) -> bool {
         false
     }
+
+    /// The slot behind the bridge, where devices can come and go at run time.
+    fn hot_plug(&self) -> Option<&dyn HotPlug> {
+        None
+    }
+}
+
+/// A slot whose device can come and go while the guest runs. PCIe 6.0 §6.7.
+///
+/// The topology says what is in it ([`Topology::plug`](crate::Topology::plug),
+/// [`Topology::unplug`](crate::Topology::unplug)); the machine presses its button.
+pub trait HotPlug {
+    /// Its number.
+    fn slot(&self) -> u16;
+
+    /// Something is in the slot, or not, from before the guest's start.
+    fn furnish(&self, present: bool);
+
+    /// Something came into the slot, or left it, and the guest is told.
+    fn set_present(&self, present: bool);
+
+    /// Whether the guest gives it power.
+    fn powered(&self) -> bool;
+
+    /// Presses the attention button, by which the guest is asked to let go of what is in the slot,
+    /// or to take it. `false`, and nothing is done, where no driver of the guest's attends to it. A
+    /// second press before the guest has acted takes back the first.
+    fn press_button(&self) -> bool;
 }
 
 /// Makes BARs reachable for the guest. The machine implements it.

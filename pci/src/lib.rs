@@ -23,6 +23,7 @@ mod link;
 mod msi;
 mod msix;
 mod root_port;
+mod slot;
 pub mod spec;
 mod topology;
 
@@ -34,7 +35,7 @@ pub use capability::{
 };
 pub use config::{ConfigSpace, Identity, Register};
 pub use function::{
-    BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, PciFunction,
+    BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, HotPlug, PciFunction,
 };
 pub use host_bridge::HostBridge;
 pub use interrupt::{
@@ -46,4 +47,5 @@ pub use link::{Link, LinkSpeed};
 pub use msi::{Msi, MsiFeatures};
 pub use msix::{Msix, MsixLocation};
 pub use root_port::RootPort;
+pub use slot::SlotListener;
 pub use topology::{AssignError, FunctionId, Place, PlaceError, Topology, Windows};

@@ -1,20 +1,23 @@
 //! A PCIe root port: the bridge between bus 0 and the one device on its link.
 //!
-//! The port says what it lets through; the topology acts on it. Its slot is not hot-plug capable.
+//! The port says what it lets through; the topology acts on it. Its slot takes hot-plug operations
+//! where it is told to; what has no power there is in reset.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::{ConfigSpace, Identity};
-use crate::function::{BarIndex, BarKind, BarRegion, Bridge, PciFunction};
+use crate::function::{BarIndex, BarKind, BarRegion, Bridge, HotPlug, PciFunction};
 use crate::interrupt::InterruptRoutes;
 use crate::link::Link;
 use crate::msi::{Msi, MsiFeatures};
+use crate::slot::{Change, Slot, SlotListener};
 use crate::spec;
 
 /// A root port with one slot.
 #[derive(Debug)]
 pub struct RootPort {
     state: Mutex<State>,
+    listener: Option<Arc<dyn SlotListener>>,
 }
 
 #[derive(Debug)]
@@ -22,6 +25,13 @@ struct State {
     space: ConfigSpace,
     msi: Msi,
     msi_offset: u16,
+    /// Where the PCI Express capability is.
+    express: u16,
+    slot_number: u16,
+    /// A slot that takes hot-plug operations.
+    slot: Option<Slot>,
+    /// It has a window for I/O ports.
+    io: bool,
 }
 
 impl RootPort {
@@ -38,7 +48,7 @@ impl RootPort {
             ..Identity::default()
         });
         define_bridge(&mut space);
-        add_express(&mut space, slot, link);
+        let express = add_express(&mut space, slot, link);
         let features = MsiFeatures {
             vectors: 1,
             address_64: true,
@@ -51,12 +61,74 @@ impl RootPort {
                 space,
                 msi,
                 msi_offset,
+                express,
+                slot_number: slot,
+                slot: None,
+                io: true,
             }),
+            listener: None,
         }
+    }
+
+    /// Lets devices come and go at run time; the slot is empty until a function is added behind the
+    /// port. `listener` hears what the guest does with the slot.
+    #[must_use]
+    pub fn hot_plug(mut self, listener: Arc<dyn SlotListener>) -> Self {
+        self.listener = Some(listener);
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.slot = Some(Slot::new(state.slot_number));
+        state.show_link();
+        self
+    }
+
+    /// Has no window for I/O ports, as is right where nothing behind it has any: an operating system
+    /// that reserves room for what may be plugged in would run out of ports, of which there are 16
+    /// windows' worth in all.
+    #[must_use]
+    pub fn without_io(mut self) -> Self {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.space.define(spec::IO_BASE, 0u8, 0);
+        state.space.define(spec::IO_LIMIT, 0u8, 0);
+        state.io = false;
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Changes the slot, where there is one, and interrupts the guest where it has to hear of that.
+    fn change(&mut self, change: impl FnOnce(&mut Slot) -> Change) -> Change {
+        let Some(slot) = &mut self.slot else {
+            return Change::default();
+        };
+        let change = change(slot);
+        self.show_link();
+        if change.interrupt {
+            self.msi.trigger(0);
+        }
+        change
+    }
+
+    /// Has the link status say whether there is anybody at the other end.
+    fn show_link(&mut self) {
+        let Some(slot) = &self.slot else {
+            return;
+        };
+        let at = self.express.saturating_add(spec::EXP_LINK_STATUS);
+        let status: u16 = self.space.get(at);
+        let status = match slot.link_up() {
+            true => status | spec::EXP_LINK_STATUS_ACTIVE,
+            false => status & !spec::EXP_LINK_STATUS_ACTIVE,
+        };
+        self.space.set(at, status);
+    }
+
+    /// How far into the slot's registers an access begins; nothing where it is before them.
+    fn in_slot(&self, offset: u16) -> Option<u16> {
+        offset.checked_sub(self.express.saturating_add(spec::EXP_SLOT_CAPABILITIES))
     }
 }
 
@@ -88,8 +160,8 @@ fn define_bridge(space: &mut ConfigSpace) {
     );
 }
 
-/// The PCI Express capability. No ASPM, no ARI forwarding, no hot-plug: what is absent reads zero.
-fn add_express(space: &mut ConfigSpace, slot: u16, link: Link) {
+/// The PCI Express capability, and where it is. No ASPM, no ARI forwarding: what is absent reads zero.
+fn add_express(space: &mut ConfigSpace, slot: u16, link: Link) -> u16 {
     let body = [0; spec::EXP_CAPABILITY_SIZE as usize - 2];
     let at = space.add_capability(spec::CAP_PCI_EXPRESS, &body, &[]);
     let capabilities = spec::EXP_VERSION_2 | spec::EXP_TYPE_ROOT_PORT | spec::EXP_SLOT_IMPLEMENTED;
@@ -147,6 +219,7 @@ fn add_express(space: &mut ConfigSpace, slot: u16, link: Link) {
         link.speed.register(),
         spec::EXP_LINK_CONTROL_2_TARGET,
     );
+    at
 }
 
 impl PciFunction for RootPort {
@@ -156,17 +229,31 @@ impl PciFunction for RootPort {
         if let Some(offset) = offset.checked_sub(state.msi_offset) {
             state.msi.read(offset, data);
         }
+        if let (Some(slot), Some(within)) = (&state.slot, state.in_slot(offset)) {
+            let registers = slot.registers();
+            for (byte, register) in data
+                .iter_mut()
+                .zip(registers.iter().skip(usize::from(within)))
+            {
+                *byte = *register;
+            }
+        }
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
-        let State {
-            space,
-            msi,
-            msi_offset,
-        } = &mut *self.state();
-        space.write(offset, data);
-        if let Some(offset) = offset.checked_sub(*msi_offset) {
-            msi.write(offset, data, &mut ());
+        let mut state = self.state();
+        state.space.write(offset, data);
+        if let Some(offset) = offset.checked_sub(state.msi_offset) {
+            state.msi.write(offset, data, &mut ());
+        }
+        let change = match state.in_slot(offset) {
+            Some(within) => state.change(|slot| slot.write(within, data)),
+            None => Change::default(),
+        };
+        let number = state.slot_number;
+        drop(state);
+        if let (Some(listener), Some(on)) = (&self.listener, change.power) {
+            listener.power_switched(number, on);
         }
     }
 
@@ -185,9 +272,13 @@ impl PciFunction for RootPort {
     fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
 
     fn reset(&self) {
-        let State { space, msi, .. } = &mut *self.state();
-        space.reset();
-        msi.reset(&mut ());
+        let mut state = self.state();
+        state.space.reset();
+        state.msi.reset(&mut ());
+        if let Some(slot) = &mut state.slot {
+            slot.reset();
+        }
+        state.show_link();
     }
 
     fn bridge(&self) -> Option<&dyn Bridge> {
@@ -205,7 +296,8 @@ impl Bridge for RootPort {
     }
 
     fn forwards(&self, region: &BarRegion) -> bool {
-        let space = &self.state().space;
+        let state = self.state();
+        let space = &state.space;
         let enable = match region.kind {
             BarKind::Io => spec::COMMAND_IO,
             BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => spec::COMMAND_MEMORY,
@@ -218,7 +310,7 @@ impl Bridge for RootPort {
         };
         let within = |(base, limit): (u64, u64)| base <= region.address && last <= limit;
         match region.kind {
-            BarKind::Io => within(io_window(space)),
+            BarKind::Io => state.io && within(io_window(space)),
             BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => {
                 within(memory_window(space)) || within(prefetchable_window(space))
             }
@@ -226,8 +318,45 @@ impl Bridge for RootPort {
     }
 
     fn in_reset(&self) -> bool {
-        let control: u16 = self.state().space.get(spec::BRIDGE_CONTROL);
-        control & spec::BRIDGE_CONTROL_RESET != 0
+        let state = self.state();
+        let control: u16 = state.space.get(spec::BRIDGE_CONTROL);
+        let no_power = state.slot.as_ref().is_some_and(|slot| !slot.powered());
+        control & spec::BRIDGE_CONTROL_RESET != 0 || no_power
+    }
+
+    fn hot_plug(&self) -> Option<&dyn HotPlug> {
+        self.listener.as_ref().map(|_| self as &dyn HotPlug)
+    }
+}
+
+impl HotPlug for RootPort {
+    fn slot(&self) -> u16 {
+        self.state().slot_number
+    }
+
+    fn furnish(&self, present: bool) {
+        let mut state = self.state();
+        if let Some(slot) = &mut state.slot {
+            slot.furnish(present);
+        }
+        state.show_link();
+    }
+
+    fn set_present(&self, present: bool) {
+        let _no_power_switched = self.state().change(|slot| slot.set_present(present));
+    }
+
+    fn powered(&self) -> bool {
+        self.state().slot.as_ref().is_some_and(Slot::powered)
+    }
+
+    fn press_button(&self) -> bool {
+        let mut state = self.state();
+        let attended = state.slot.as_ref().is_some_and(Slot::attended);
+        if attended {
+            let _no_power_switched = state.change(Slot::press_button);
+        }
+        attended
     }
 }
 
@@ -374,6 +503,58 @@ mod tests {
         port.reset();
         assert_eq!(port.state().msi.connected(), 0);
         assert_eq!(port.read_dword(msi.offset) >> 16 & 1, 0);
+    }
+
+    #[derive(Debug, Default)]
+    struct Heard(Mutex<Vec<(u16, bool)>>);
+
+    impl SlotListener for Heard {
+        fn power_switched(&self, slot: u16, on: bool) {
+            self.0.lock().unwrap().push((slot, on));
+        }
+    }
+
+    #[test]
+    fn a_hot_plug_port_asks_by_its_msi_and_hears_when_power_goes() {
+        let (routes, heard) = (Arc::new(FakeRoutes::default()), Arc::new(Heard::default()));
+        let port = RootPort::new(16, Link::default(), routes.clone()).hot_plug(heard.clone());
+        let [express, msi] = capabilities(&port)[..] else {
+            panic!("two capabilities");
+        };
+        let read = |register| port.read_dword(express.offset + register);
+        let link_up = |port: &RootPort| {
+            port.read_dword(express.offset + spec::EXP_LINK_CONTROL) >> 29 & 1 == 1
+        };
+        assert!(!link_up(&port) && port.in_reset() && !port.press_button());
+        port.furnish(true);
+        assert!(link_up(&port) && !port.in_reset() && port.powered());
+        assert_eq!(read(spec::EXP_SLOT_CAPABILITIES), 16 << 19 | 0x4_0073);
+        assert_eq!(read(spec::EXP_SLOT_CONTROL), 0x0040_0100);
+        assert!(!port.press_button(), "nobody listens");
+
+        write(&port, msi.offset + 4, 0xfee0_0000);
+        write(&port, msi.offset, 1 << 16);
+        write(&port, express.offset + spec::EXP_SLOT_CONTROL, 0x1129);
+        assert!(port.press_button());
+        assert_eq!(routes.arrived().len(), 1);
+        write(&port, express.offset + spec::EXP_SLOT_CONTROL, 0x0001_1729);
+        assert_eq!(*heard.0.lock().unwrap(), [(16, false)]);
+        assert!(!link_up(&port) && port.in_reset());
+        port.set_present(false);
+        port.reset();
+        assert!(!port.powered());
+        let listened = heard.0.lock().unwrap().len();
+        assert_eq!(listened, 1, "a reset is no doing of the guest's");
+    }
+
+    #[test]
+    fn a_port_without_io_lets_no_port_through() {
+        let port = port().without_io();
+        write(&port, spec::COMMAND, 3);
+        write(&port, spec::IO_BASE, 0xf000);
+        assert_eq!(port.read_dword(spec::IO_BASE) & 0xffff, 0);
+        assert!(!port.forwards(&region(BarKind::Io, 0xc000, 4)));
+        assert!(!port.forwards(&region(BarKind::Io, 0, 4)));
     }
 
     proptest! {

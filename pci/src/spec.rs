@@ -302,10 +302,46 @@ pub const EXP_LINK_CONTROL_WRITABLE: u16 = 0x00c0;
 pub const EXP_LINK_STATUS_SLOT_CLOCK: u16 = 1 << 12;
 /// Link status: the data link layer is up. §7.5.3.8.
 pub const EXP_LINK_STATUS_ACTIVE: u16 = 1 << 13;
+/// Slot capabilities: there is an attention button. §7.5.3.9.
+pub const EXP_SLOT_ATTENTION_BUTTON: u32 = 1 << 0;
+/// Slot capabilities: software switches the slot's power. §7.5.3.9.
+pub const EXP_SLOT_POWER_CONTROLLER: u32 = 1 << 1;
+/// Slot capabilities: there is a power indicator. §7.5.3.9.
+pub const EXP_SLOT_POWER_INDICATOR: u32 = 1 << 4;
+/// Slot capabilities: what is in the slot may leave without notice. §7.5.3.9.
+pub const EXP_SLOT_SURPRISE: u32 = 1 << 5;
+/// Slot capabilities: it takes hot-plug operations. §7.5.3.9.
+pub const EXP_SLOT_HOT_PLUG: u32 = 1 << 6;
+/// Slot capabilities: commands take effect at once, and their completion is not told. §7.5.3.9.
+pub const EXP_SLOT_NO_COMMAND_COMPLETED: u32 = 1 << 18;
 /// Slot capabilities: physical slot number, from this bit, 13 bits. §7.5.3.9.
 pub const EXP_SLOT_NUMBER_SHIFT: u32 = 19;
 /// The greatest physical slot number. §7.5.3.9.
 pub const EXP_SLOT_NUMBER_MAX: u16 = 0x1fff;
+/// Slot control: tell of the attention button. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_BUTTON: u16 = 1 << 0;
+/// Slot control: tell of power faults. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_POWER_FAULT: u16 = 1 << 1;
+/// Slot control: tell when something came or left. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_PRESENCE: u16 = 1 << 3;
+/// Slot control: tell by an interrupt. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_INTERRUPT: u16 = 1 << 5;
+/// Slot control: what the power indicator shows, two bits. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_INDICATOR: u16 = 0b11 << 8;
+/// Slot control: the power indicator is on. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_INDICATOR_ON: u16 = 0b01 << 8;
+/// Slot control: the power indicator is off. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_INDICATOR_OFF: u16 = 0b11 << 8;
+/// Slot control: power is off. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_POWER_OFF: u16 = 1 << 10;
+/// Slot control: tell when the link comes up or goes down. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_LINK: u16 = 1 << 12;
+/// Slot status: the attention button was pressed; cleared by writing one. §7.5.3.11.
+pub const EXP_SLOT_STATUS_BUTTON: u16 = 1 << 0;
+/// Slot status: something came or left; cleared by writing one. §7.5.3.11.
+pub const EXP_SLOT_STATUS_PRESENCE: u16 = 1 << 3;
+/// Slot status: the link came up or went down; cleared by writing one. §7.5.3.11.
+pub const EXP_SLOT_STATUS_LINK: u16 = 1 << 8;
 /// Slot status: something is in the slot. §7.5.3.11.
 pub const EXP_SLOT_STATUS_PRESENT: u16 = 1 << 6;
 /// Root control: system error enables and the PME interrupt enable. §7.5.3.12.

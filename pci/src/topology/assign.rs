@@ -1,7 +1,9 @@
 //! What firmware does before the guest's kernel starts: bus numbers, bridge windows and addresses.
 //!
 //! Within a bus the most aligned comes first, so that nothing is wasted between powers of two; a
-//! bridge's window is as large as what is behind it. Functions are left with decoding off, for the
+//! bridge's window is as large as what is behind it, and one with a slot for devices that come later
+//! has some room for them: an operating system that finds a window closed would place it anew at each
+//! boot. Functions are left with decoding off, for the
 //! guest's drivers to turn on; bridges are left open.
 
 use std::cmp::Reverse;
@@ -96,6 +98,10 @@ impl Space {
         }
     }
 }
+
+/// Room for devices that come at run time, in each memory window: what Linux gives a bridge that it
+/// sets up itself (`pci=hpmmiosize=`).
+const HOT_PLUG_ROOM: u64 = 2 << 20;
 
 /// Something that needs room. Sizes are wide so that a sum of hostile BARs cannot overflow.
 #[derive(Debug)]
@@ -205,15 +211,19 @@ fn requests(tree: &Tree, bus: Option<FunctionId>, space: Space) -> Vec<Request> 
                 });
             }
         }
-        if node.pci.bridge().is_some() {
+        if let Some(bridge) = node.pci.bridge() {
             let inner = self::requests(tree, Some(node.id), space);
-            if let Some(most_aligned) = inner.first() {
+            let granule = u128::from(space.granule());
+            let spare = match bridge.hot_plug() {
+                Some(_) if space != Space::Io => u128::from(HOT_PLUG_ROOM),
+                _ => 0,
+            };
+            let size = offsets(&inner, 0).1.next_multiple_of(granule).max(spare);
+            if size != 0 {
                 requests.push(Request {
                     function: node.id,
-                    size: offsets(&inner, 0)
-                        .1
-                        .next_multiple_of(space.granule().into()),
-                    align: most_aligned.align.max(space.granule().into()),
+                    size,
+                    align: inner.first().map_or(granule, |most| most.align.max(granule)),
                     what: What::Window(inner),
                 });
             }

@@ -11,8 +11,8 @@ mod tree;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
-use crate::address::{Bdf, Device};
-use crate::function::{BarMapper, PciFunction};
+use crate::address::{Bdf, Device, Function};
+use crate::function::{BarMapper, HotPlug, PciFunction};
 use crate::spec;
 pub use assign::{AssignError, Windows};
 use mapping::Mappings;
@@ -51,7 +51,7 @@ impl Topology {
         }
     }
 
-    /// Adds a function.
+    /// Adds a function before the guest's start: a slot behind which it is, is then taken.
     ///
     /// # Errors
     /// [`PlaceError`]: something is there already, or the bridge above is none.
@@ -63,8 +63,63 @@ impl Topology {
         let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
         let id = tree.add(place, function)?;
         drop(tree);
+        if let Some(port) = place.bridge {
+            self.with_slot(port, |slot| slot.furnish(true));
+        }
         self.remap(&mut self.mappings(), &[id]);
         Ok(id)
+    }
+
+    /// Puts a device into the slot behind a bridge while the guest runs, by its functions, and tells
+    /// the guest. It is reached when the guest has given the slot power.
+    ///
+    /// # Errors
+    /// [`PlaceError`]: the slot is taken, or there is none; nothing is plugged in then.
+    pub fn plug(
+        &self,
+        bridge: FunctionId,
+        functions: Vec<(Function, Arc<dyn PciFunction>)>,
+    ) -> Result<Vec<FunctionId>, PlaceError> {
+        let is_slot = self.with_slot(bridge, |_| ()).is_some();
+        is_slot.then_some(()).ok_or(PlaceError::NoSlot)?;
+        let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
+        let mut plugged = Vec::with_capacity(functions.len());
+        for (number, function) in functions {
+            match tree.add(Place::behind(bridge).with_function(number), function) {
+                Ok(id) => plugged.push(id),
+                Err(error) => {
+                    for id in plugged {
+                        tree.remove(id);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        drop(tree);
+        self.remap(&mut self.mappings(), &plugged);
+        self.with_slot(bridge, |slot| slot.set_present(true));
+        Ok(plugged)
+    }
+
+    /// Empties the slot behind a bridge while the guest runs, whether the guest let go of the device
+    /// or not: its functions answer no longer, then their BARs are unmapped, then the guest is told.
+    /// The functions are the caller's, to be dropped; an access that a vCPU began before may hold one
+    /// for a moment longer.
+    pub fn unplug(&self, bridge: FunctionId) -> Vec<Arc<dyn PciFunction>> {
+        let below: Vec<_> = self.tree().children(Some(bridge)).map(|n| n.id).collect();
+        let functions = below.into_iter().flat_map(|id| self.remove(id)).collect();
+        self.with_slot(bridge, |slot| slot.set_present(false));
+        functions
+    }
+
+    /// The slot behind a bridge, where it takes hot-plug operations.
+    pub fn with_slot<T>(
+        &self,
+        bridge: FunctionId,
+        act: impl FnOnce(&dyn HotPlug) -> T,
+    ) -> Option<T> {
+        let port = self.function(bridge)?;
+        port.bridge()?.hot_plug().map(act)
     }
 
     /// Takes out a function and all that is behind it, with their BARs unmapped, and gives them
@@ -226,5 +281,7 @@ fn set_multi_function(offset: u16, data: &mut [u8], multi_function: bool) {
     }
 }
 
+#[cfg(test)]
+mod hot_plug_tests;
 #[cfg(test)]
 mod tests;

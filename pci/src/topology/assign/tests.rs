@@ -4,7 +4,10 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::fake::{FakeFunction, FakeMapper, MEMORY_32, MEMORY_64, PREFETCHABLE_64};
+use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32, MEMORY_64, PREFETCHABLE_64};
+use crate::link::Link;
+use crate::root_port::RootPort;
+use crate::slot::SlotListener;
 use crate::topology::Place;
 use crate::topology::tests::{bdf, device, port, read32, write16};
 
@@ -162,6 +165,39 @@ fn assigning_again_after_a_reset_gives_the_same() {
     topology.reset();
     topology.assign(&WINDOWS).unwrap();
     assert_eq!(addresses(&topology), before);
+}
+
+#[derive(Debug)]
+struct Deaf;
+
+impl SlotListener for Deaf {
+    fn power_switched(&self, _slot: u16, _on: bool) {}
+}
+
+#[test]
+fn a_hot_plug_port_has_room_in_its_memory_windows_and_none_of_the_few_ports() {
+    let topology = Topology::new(FakeMapper::new(true));
+    for number in 1..32 {
+        let routes = Arc::new(FakeRoutes::default());
+        let port = RootPort::new(number, Link::default(), routes).hot_plug(Arc::new(Deaf));
+        topology
+            .add(Place::root(device(number as u8)), Arc::new(port))
+            .unwrap();
+    }
+    topology.assign(&WINDOWS).unwrap();
+    for number in 1..32 {
+        let at = bdf(&format!("00:{number:02x}.0"));
+        let window = |register| {
+            let bits = read32(&topology, at, register);
+            (bits & 0xfff0, bits >> 16 & 0xfff0)
+        };
+        let (base, limit) = window(spec::MEMORY_BASE);
+        assert_eq!(limit - base, 0x10, "2 MiB: {base:#x}..{limit:#x}");
+        let (base, limit) = window(spec::PREFETCHABLE_BASE);
+        assert_eq!(limit.wrapping_sub(base) & 0xfff0, 0x10);
+        let io = read32(&topology, at, spec::IO_BASE);
+        assert!(io & 0xf0 > io >> 8 & 0xf0, "closed: {io:#x}");
+    }
 }
 
 fn bars() -> impl Strategy<Value = Vec<BarSpec>> {
