@@ -71,16 +71,6 @@ impl Slot {
         slot
     }
 
-    /// Its number.
-    pub(crate) fn number(&self) -> u16 {
-        self.number
-    }
-
-    /// Whether something is in it.
-    pub(crate) fn present(&self) -> bool {
-        self.present
-    }
-
     /// Whether it has power.
     pub(crate) fn powered(&self) -> bool {
         self.control & spec::EXP_SLOT_CONTROL_POWER_OFF == 0

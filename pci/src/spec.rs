@@ -182,6 +182,17 @@ pub const EXT_CAP_PASID: u16 = 0x001b;
 /// Resizable BARs of virtual functions. §7.8.7.
 pub const EXT_CAP_VF_RESIZABLE_BAR: u16 = 0x0024;
 
+// Advanced error reporting. §7.8.4.
+
+/// AER: uncorrectable errors seen. §7.8.4.2.
+pub const AER_UNCORRECTABLE_STATUS: u16 = 0x04;
+/// AER: which uncorrectable errors are fatal. §7.8.4.4.
+pub const AER_UNCORRECTABLE_SEVERITY: u16 = 0x0c;
+/// AER: capabilities and control. §7.8.4.7.
+pub const AER_CONTROL: u16 = 0x18;
+/// AER capabilities and control: the bit of the error that came first. §7.8.4.7.
+pub const AER_CONTROL_FIRST_ERROR: u32 = 0x1f;
+
 // MSI. §7.7.1.
 
 /// MSI: message control. §7.7.1.2.

@@ -141,7 +141,7 @@ impl Machine {
         )?;
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         let host_vectors = router.counting_anew();
-        add_assigned(&mut pci, devices, &router, &host_vectors)?;
+        add_assigned(&mut pci, devices, &router, &host_vectors, &events)?;
         report.reached(Stage::Devices);
         signals.check()?;
 
@@ -293,7 +293,7 @@ fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
         mmio32: windows.memory32.clone(),
         mmio64: windows.memory64.clone(),
         serial: config.serial != ConsoleConfig::Off,
-        native_hotplug: false,
+        native_hotplug: !config.device.is_empty(),
     }
 }
 
@@ -335,6 +335,7 @@ fn add_assigned(
     devices: Vec<KernelDevice>,
     router: &IrqRouter,
     host_vectors: &IrqRouter,
+    events: &Arc<Events>,
 ) -> Result<(), RunError> {
     for device in devices {
         let name = device.name().to_owned();
@@ -347,7 +348,13 @@ fn add_assigned(
         let function = AssignedFunction::new(&name, Arc::new(device), wiring, &options)?;
         log::info!("{}", function.summary());
         let function: Arc<dyn PciFunction> = function;
-        pci.add_behind_port(slot, &name, function, Arc::new(router.clone()))?;
+        pci.add_behind_port(
+            slot,
+            &name,
+            function,
+            Arc::new(router.clone()),
+            events.clone(),
+        )?;
     }
     Ok(())
 }

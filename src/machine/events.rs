@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use busway_pci::SlotListener;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::PowerSink;
@@ -17,6 +18,13 @@ pub(super) enum Event {
     Reset,
     /// The guest turned itself off.
     PowerOff,
+    /// The guest switched a slot's power.
+    SlotPower {
+        /// The slot.
+        slot: u16,
+        /// On or off.
+        on: bool,
+    },
     /// A vCPU cannot deal with something.
     Vcpu(VcpuEvent),
 }
@@ -79,6 +87,12 @@ impl PowerSink for Events {
 
     fn power_off(&self) {
         self.push(Event::PowerOff);
+    }
+}
+
+impl SlotListener for Events {
+    fn power_switched(&self, slot: u16, on: bool) {
+        self.push(Event::SlotPower { slot, on });
     }
 }
 

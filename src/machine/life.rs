@@ -152,6 +152,10 @@ impl Machine {
                     log::warn!("{fault}; it is restarted");
                     self.start_anew(life)?;
                 }
+                Event::SlotPower { slot, on } => {
+                    let state = if on { "on" } else { "off" };
+                    log::debug!("slot {slot}: the guest switched its power {state}");
+                }
                 Event::Vcpu(VcpuEvent::Crash) => return Err(RunError::Crashed),
                 Event::Vcpu(VcpuEvent::Failed { id, reason }) => {
                     return Err(RunError::Vcpu { vcpu: id, reason });

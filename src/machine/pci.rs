@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use busway_pci::{
-    Device, Ecam, FunctionId, HostBridge, InterruptPin, InterruptRoutes, Link, PciFunction, Place,
-    RootPort, Topology, Windows, capabilities, spec,
+    BarKind, Device, Ecam, FunctionId, HostBridge, InterruptPin, InterruptRoutes, Link,
+    PciFunction, Place, RootPort, SlotListener, Topology, Windows, capabilities, spec,
 };
 
 use super::RunError;
@@ -68,18 +68,26 @@ impl Pci {
         self.free_slot(name, FIRST_PORT)
     }
 
-    /// Adds a host device, behind a root port of its own in `slot` whose link is as fast as its.
+    /// Adds a host device, behind a root port of its own in `slot` whose link is as fast as its. The
+    /// device can leave at run time: `slots` hears what the guest does with the port's slot. Gives the
+    /// port.
     pub(super) fn add_behind_port(
         &mut self,
         slot: Device,
         name: &str,
         function: Arc<dyn PciFunction>,
         routes: Arc<dyn InterruptRoutes>,
-    ) -> Result<(), RunError> {
-        let port = RootPort::new(slot.number().into(), link_of(&*function), routes);
+        slots: Arc<dyn SlotListener>,
+    ) -> Result<FunctionId, RunError> {
+        let mut port =
+            RootPort::new(slot.number().into(), link_of(&*function), routes).hot_plug(slots);
+        let has_ports = function.bars().iter().any(|bar| bar.kind == BarKind::Io);
+        if !has_ports {
+            port = port.without_io();
+        }
         let port = self.place(name, slot.number(), Arc::new(port))?;
         self.topology.add(Place::behind(port), function)?;
-        Ok(())
+        Ok(port)
     }
 
     /// Numbers buses and gives addresses, as firmware does. No vCPU may run.

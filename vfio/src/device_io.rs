@@ -8,8 +8,9 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_PCI_BAR5_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX,
-    VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX,
+    VFIO_PCI_BAR5_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
+    VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_PCI_REQ_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX,
 };
 
 use crate::Mapping;
@@ -64,6 +65,10 @@ pub enum IrqIndex {
     Msi,
     /// MSI-X.
     Msix,
+    /// An error that the device does not recover from by itself; one vector.
+    Error,
+    /// The host wants the device back; one vector.
+    Request,
 }
 
 impl IrqIndex {
@@ -74,6 +79,8 @@ impl IrqIndex {
             Self::Intx => VFIO_PCI_INTX_IRQ_INDEX,
             Self::Msi => VFIO_PCI_MSI_IRQ_INDEX,
             Self::Msix => VFIO_PCI_MSIX_IRQ_INDEX,
+            Self::Error => VFIO_PCI_ERR_IRQ_INDEX,
+            Self::Request => VFIO_PCI_REQ_IRQ_INDEX,
         }
     }
 }

@@ -32,6 +32,8 @@ pub(crate) struct FakeDevice {
     pub(crate) only_d0: bool,
     pub(crate) irqs: Mutex<Irqs>,
     pub(crate) resets: Mutex<Vec<u16>>,
+    /// Events that somebody wants to hear of.
+    pub(crate) listened: Mutex<Vec<IrqIndex>>,
     pub(crate) bar_writes: Mutex<Vec<(RegionIndex, u64, Vec<u8>)>>,
 }
 
@@ -53,6 +55,7 @@ impl Default for FakeDevice {
             only_d0: false,
             irqs: Mutex::default(),
             resets: Mutex::default(),
+            listened: Mutex::default(),
             bar_writes: Mutex::default(),
         }
     }
@@ -189,6 +192,10 @@ impl DeviceIo for FakeDevice {
             IrqIndex::Intx => IrqInfo::default(),
             IrqIndex::Msi => self.msi,
             IrqIndex::Msix => self.msix,
+            IrqIndex::Error | IrqIndex::Request => IrqInfo {
+                count: 1,
+                resizable: false,
+            },
         }
     }
 
@@ -198,6 +205,10 @@ impl DeviceIo for FakeDevice {
         first: u32,
         events: &[Option<BorrowedFd<'_>>],
     ) -> Result<(), IrqError> {
+        if matches!(index, IrqIndex::Error | IrqIndex::Request) {
+            self.listened.lock().unwrap().push(index);
+            return Ok(());
+        }
         let mut irqs = self.irqs.lock().unwrap();
         let end = first + events.len() as u32;
         let connected: Vec<_> = events.iter().map(Option::is_some).collect();

@@ -11,9 +11,11 @@
 //!
 //! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
 
+mod aer;
 mod areas;
 mod config;
 mod device_io;
+mod events;
 #[cfg(test)]
 mod fake;
 mod function;
@@ -31,8 +33,10 @@ mod sys;
 mod vectors;
 mod wiring;
 
+pub use aer::{ErrorCounts, ErrorStatus, Uncorrectable, is_silent};
 pub use areas::Area;
 pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
+pub use events::{DeviceEvents, Event};
 pub use function::{AssignedFunction, Summary};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;

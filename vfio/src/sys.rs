@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 
 use busway_iommu::info;
 use vfio_bindings::bindings::vfio::{
@@ -119,6 +119,17 @@ fn set_irqs(
         .collect();
     // SAFETY: the kernel reads `argsz` bytes of `words`, which hold the header and `count` numbers.
     check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+}
+
+/// A new eventfd that reads without waiting.
+pub(crate) fn eventfd() -> io::Result<File> {
+    // SAFETY: takes numbers only.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made, and nothing else owns it.
+    Ok(unsafe { File::from_raw_fd(fd) })
 }
 
 pub(crate) fn reset(device: &File) -> io::Result<()> {

@@ -223,7 +223,9 @@ fn requests(tree: &Tree, bus: Option<FunctionId>, space: Space) -> Vec<Request> 
                 requests.push(Request {
                     function: node.id,
                     size,
-                    align: inner.first().map_or(granule, |most| most.align.max(granule)),
+                    align: inner
+                        .first()
+                        .map_or(granule, |most| most.align.max(granule)),
                     what: What::Window(inner),
                 });
             }
