@@ -221,6 +221,22 @@ pub struct DeviceConfig {
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+    /// What an error of the device's does to the VM.
+    #[serde(default)]
+    pub on_error: OnError,
+}
+
+/// What an uncorrectable error of a device's does to the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// The VM ends, as failed.
+    #[default]
+    Stop,
+    /// The guest is held.
+    Pause,
+    /// It is logged.
+    Ignore,
 }
 
 impl DeviceConfig {
@@ -238,6 +254,7 @@ impl DeviceConfig {
         Ok(Self {
             path: Path::new(PCI_DEVICES).join(address.to_string()),
             id: None,
+            on_error: OnError::default(),
         })
     }
 
@@ -250,6 +267,18 @@ impl DeviceConfig {
         last_component(&self.path)
             .and_then(|name| name.parse().ok())
             .ok_or_else(|| ParseBdfError(self.path.display().to_string()))
+    }
+}
+
+impl DeviceConfig {
+    /// The device as messages name it: its address on the host, and the name that it was given.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let address = last_component(&self.path).unwrap_or("a device");
+        match &self.id {
+            Some(id) => format!("{address} ({id})"),
+            None => address.to_owned(),
+        }
     }
 }
 
@@ -312,6 +341,14 @@ mod tests {
             assert_eq!(device.path, Path::new("/sys/bus/pci/devices/0000:01:00.0"));
             assert_eq!(device.address().unwrap().to_string(), "0000:01:00.0");
         }
+    }
+
+    #[test]
+    fn a_device_is_named_by_address_and_by_the_name_it_was_given() {
+        let mut config = DeviceConfig::new("01:00.0").unwrap();
+        assert_eq!(config.name(), "0000:01:00.0");
+        config.id = Some("scratch".into());
+        assert_eq!(config.name(), "0000:01:00.0 (scratch)");
     }
 
     #[test]

@@ -100,10 +100,13 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHERE", help_heading = DEVICES)]
     console: Option<String>,
 
-    /// Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME]
+    /// Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=stop|pause|ignore]
     ///
-    ///   path=PATH     address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`
-    ///   id=NAME       name, unique in the VM
+    ///   path=PATH         address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`
+    ///   id=NAME           name, unique in the VM
+    ///   on_error=stop     an uncorrectable error of the device's ends the VM [stop]
+    ///   on_error=pause    it holds the guest; a signal such as SIGTERM ends it
+    ///   on_error=ignore   it is logged
     ///
     /// `busway device list` shows what there is, `busway device bind ADDRESS` prepares one.
     #[arg(

@@ -3,8 +3,8 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig, NetConfig, PlatformConfig,
-    RngConfig,
+    ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig, NetConfig, OnError,
+    PlatformConfig, RngConfig,
 };
 
 /// Puts a value where it belongs.
@@ -193,10 +193,12 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
     blank: || DeviceConfig {
         path: "".into(),
         id: None,
+        on_error: OnError::default(),
     },
     keys: keys! {
         "path": |device, value| set_device_path(device, value)?;
         "id": |device, value| device.id = Some(value.text()?.to_owned());
+        "on_error": |device, value| device.on_error = on_error(value)?;
     },
     required: Some("path"),
     bare: Some(set_device_path),
@@ -206,6 +208,21 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
 fn set_device_path(device: &mut DeviceConfig, value: &Value) -> Result<(), Reason> {
     device.path = DeviceConfig::new(value.text()?)?.path;
     Ok(())
+}
+
+/// What an error can do.
+const ON_ERROR: &[&str] = &["stop", "pause", "ignore"];
+
+fn on_error(value: &Value) -> Result<OnError, Reason> {
+    match value {
+        Value::Text(word) if word == "stop" => Ok(OnError::Stop),
+        Value::Text(word) if word == "pause" => Ok(OnError::Pause),
+        Value::Text(word) if word == "ignore" => Ok(OnError::Ignore),
+        other => Err(Reason::Word {
+            value: other.to_string(),
+            words: ON_ERROR,
+        }),
+    }
 }
 
 /// `--platform`

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
-use busway_pci::{InterruptRoutes, PciFunction, Windows};
-use busway_vfio::{AssignOptions, AssignedFunction, KernelDevice, Opener, Wiring};
+use busway_pci::{FunctionId, InterruptRoutes, Windows};
+use busway_vfio::{AssignOptions, AssignedFunction, DeviceIo, KernelDevice, Opener, Wiring};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::RunError;
+use super::assigned::Assigned;
 use super::bars::Bars;
 use super::dma::DmaListener;
 use super::events::Events;
@@ -36,6 +37,7 @@ use crate::virtio::{VirtioDevice, VirtioPci};
 pub(super) struct Machine {
     pub(super) vcpus: Vcpus,
     pub(super) pci: Pci,
+    pub(super) assigned: Assigned,
     pub(super) platform: Platform,
     dma: Option<Arc<dyn DmaSpace>>,
     _memory: MemoryMap,
@@ -141,7 +143,14 @@ impl Machine {
         )?;
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         let host_vectors = router.counting_anew();
-        add_assigned(&mut pci, devices, &router, &host_vectors, &events)?;
+        let mut assigned = Assigned::new().map_err(RunError::system("epoll_create"))?;
+        let devices = config.device.iter().zip(devices);
+        for (config, device) in devices {
+            let name = device.name().to_owned();
+            let io: Arc<dyn DeviceIo> = Arc::new(device);
+            let port = add_assigned(&mut pci, &name, io.clone(), &router, &host_vectors, &events)?;
+            assigned.add(config, port, io);
+        }
         report.reached(Stage::Devices);
         signals.check()?;
 
@@ -149,6 +158,7 @@ impl Machine {
         let machine = Self {
             vcpus,
             pci,
+            assigned,
             platform,
             dma,
             _memory: memory,
@@ -178,8 +188,9 @@ impl Machine {
 
     /// Puts everything into its state at power-on, and starts the kernel anew. Host devices are
     /// reset, and stay with the VM.
-    pub(super) fn restart(&self) -> Result<(), RunError> {
+    pub(super) fn restart(&mut self) -> Result<(), RunError> {
         self.vcpus.hold();
+        self.assigned.on_restart(self.pci.topology());
         self.events.clear();
         self.pci.topology().reset();
         self.platform.reset();
@@ -329,34 +340,30 @@ fn add_virtio(
     add(Box::new(Rng::new("rng", &config.rng)?))
 }
 
-/// The host's devices.
+/// A host device, behind a root port of its own, which is given.
 fn add_assigned(
     pci: &mut Pci,
-    devices: Vec<KernelDevice>,
+    name: &str,
+    io: Arc<dyn DeviceIo>,
     router: &IrqRouter,
     host_vectors: &IrqRouter,
     events: &Arc<Events>,
-) -> Result<(), RunError> {
-    for device in devices {
-        let name = device.name().to_owned();
-        let slot = pci.port_slot(&name)?;
-        let wiring = Wiring {
-            routes: Arc::new(host_vectors.clone()),
-            lines: Arc::new(router.pins(pins_behind_port(slot))),
-        };
-        let options = AssignOptions::default();
-        let function = AssignedFunction::new(&name, Arc::new(device), wiring, &options)?;
-        log::info!("{}", function.summary());
-        let function: Arc<dyn PciFunction> = function;
-        pci.add_behind_port(
-            slot,
-            &name,
-            function,
-            Arc::new(router.clone()),
-            events.clone(),
-        )?;
-    }
-    Ok(())
+) -> Result<FunctionId, RunError> {
+    let slot = pci.port_slot(name)?;
+    let wiring = Wiring {
+        routes: Arc::new(host_vectors.clone()),
+        lines: Arc::new(router.pins(pins_behind_port(slot))),
+    };
+    let options = AssignOptions::default();
+    let function = AssignedFunction::new(name, io, wiring, &options)?;
+    log::info!("{}", function.summary());
+    pci.add_behind_port(
+        slot,
+        name,
+        function,
+        Arc::new(router.clone()),
+        events.clone(),
+    )
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

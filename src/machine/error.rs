@@ -129,6 +129,26 @@ pub enum RunError {
         /// Why.
         reason: String,
     },
+    /// {device} had an uncorrectable error, and the VM was stopped
+    #[error(
+        "{device} had an uncorrectable error: {what}; the VM was stopped, for data may be damaged. \
+         `dmesg` on the host has more; check the device before it is used again, or let the guest \
+         live with such errors: on_error=pause or on_error=ignore beside the --device"
+    )]
+    DeviceError {
+        /// The device.
+        device: String,
+        /// What its registers say.
+        what: String,
+    },
+    /// the guest, which was held after a device's error, was ended by a signal
+    #[error(
+        "the guest was held after a device's error, and was ended by signal {signal} as it was"
+    )]
+    EndedHeld {
+        /// The signal's number.
+        signal: i32,
+    },
     /// the guest told KVM that it has crashed
     #[error("the guest told KVM that it has crashed; its console has more")]
     Crashed,

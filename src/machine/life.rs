@@ -7,6 +7,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::RunError;
 use super::assembly::Machine;
+use super::assigned::Verdict;
 use super::events::Event;
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
@@ -35,10 +36,17 @@ enum Source {
     Event,
     Quit,
     Clock,
+    Device,
 }
 
 impl Source {
-    const ALL: [Self; 4] = [Self::Signal, Self::Event, Self::Quit, Self::Clock];
+    const ALL: [Self; 5] = [
+        Self::Signal,
+        Self::Event,
+        Self::Quit,
+        Self::Clock,
+        Self::Device,
+    ];
 }
 
 /// What the loop remembers.
@@ -47,6 +55,8 @@ struct Life {
     started: Instant,
     /// By when it has to have powered off.
     deadline: Option<Instant>,
+    /// The guest does not run, until somebody lets it.
+    held: bool,
 }
 
 impl Machine {
@@ -69,10 +79,11 @@ impl Machine {
         let mut life = Life {
             started: Instant::now(),
             deadline: None,
+            held: false,
         };
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
-            let count = match epoll.wait(life.timeout(), &mut ready) {
+            let count = match epoll.wait(life.timeout(self.assigned.deadline()), &mut ready) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
@@ -88,16 +99,19 @@ impl Machine {
                         self.platform.rtc.on_timer();
                         None
                     }
+                    Some(Source::Device) => {
+                        self.on_device(&mut life)?;
+                        None
+                    }
                     None => None,
                 };
                 if let Some(ended) = ended {
                     return Ok(ended);
                 }
             }
-            if life
-                .deadline
-                .is_some_and(|deadline| deadline <= Instant::now())
-            {
+            let now = Instant::now();
+            self.assigned.on_time(self.pci.topology(), now);
+            if life.deadline.is_some_and(|deadline| deadline <= now) {
                 return Err(RunError::DeafGuest {
                     limit: POWER_OFF_LIMIT,
                 });
@@ -111,14 +125,30 @@ impl Machine {
             Source::Event => self.events.as_raw_fd(),
             Source::Quit => self.quit.as_raw_fd(),
             Source::Clock => self.platform.rtc.as_raw_fd(),
+            Source::Device => self.assigned.as_raw_fd(),
         }
     }
 
-    /// The first signal asks the guest to power off, the second does not ask.
+    /// An error of a device's can end the VM or hold the guest.
+    fn on_device(&mut self, life: &mut Life) -> Result<(), RunError> {
+        let topology = self.pci.topology();
+        let verdict = self.assigned.on_ready(topology, life.held)?;
+        if verdict == Verdict::Hold {
+            self.vcpus.hold();
+            life.held = true;
+        }
+        Ok(())
+    }
+
+    /// The first signal asks the guest to power off, the second does not ask. A guest that is held
+    /// cannot be asked.
     fn on_signal(&self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
         while let Some(signal) = signals.take() {
             if life.deadline.is_some() {
                 return Err(RunError::Killed { signal });
+            }
+            if life.held {
+                return Err(RunError::EndedHeld { signal });
             }
             log::info!(
                 "signal {signal}: the guest is asked to power off, and has {} s for it",
@@ -130,7 +160,7 @@ impl Machine {
         Ok(None)
     }
 
-    fn on_event(&self, life: &mut Life) -> Result<Option<Ended>, RunError> {
+    fn on_event(&mut self, life: &mut Life) -> Result<Option<Ended>, RunError> {
         while let Some(event) = self.events.take() {
             match event {
                 Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => {
@@ -155,6 +185,7 @@ impl Machine {
                 Event::SlotPower { slot, on } => {
                     let state = if on { "on" } else { "off" };
                     log::debug!("slot {slot}: the guest switched its power {state}");
+                    self.assigned.on_slot_power(self.pci.topology(), slot);
                 }
                 Event::Vcpu(VcpuEvent::Crash) => return Err(RunError::Crashed),
                 Event::Vcpu(VcpuEvent::Failed { id, reason }) => {
@@ -165,18 +196,20 @@ impl Machine {
         Ok(None)
     }
 
-    fn start_anew(&self, life: &mut Life) -> Result<(), RunError> {
+    fn start_anew(&mut self, life: &mut Life) -> Result<(), RunError> {
         self.restart()?;
         life.started = Instant::now();
-        self.vcpus.resume();
+        if !life.held {
+            self.vcpus.resume();
+        }
         Ok(())
     }
 }
 
 impl Life {
-    /// Milliseconds until the deadline, rounded up; -1 where there is none. epoll_wait(2)
-    fn timeout(&self) -> i32 {
-        let Some(deadline) = self.deadline else {
+    /// Milliseconds until its deadline or the other, rounded up; -1 where there is none. epoll_wait(2)
+    fn timeout(&self, other: Option<Instant>) -> i32 {
+        let Some(deadline) = self.deadline.into_iter().chain(other).min() else {
             return -1;
         };
         let left = deadline.saturating_duration_since(Instant::now());

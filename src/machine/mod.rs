@@ -6,6 +6,7 @@
 //! into memory that is gone, and every host device is reset before it is given back.
 
 mod assembly;
+mod assigned;
 mod bars;
 mod bus;
 mod dma;

@@ -279,6 +279,12 @@ impl RunningGuest<'_> {
         self.job.wait_line(self.limit, |line| line.contains(words))
     }
 
+    /// Waits until the VMM has said these words on its standard error.
+    pub fn wait_said(&self, words: &str) -> Result<String> {
+        let wanted = |line: &str| line.contains(words);
+        self.job.wait_line_in("vmm.stderr", self.limit, wanted)
+    }
+
     /// Waits until the guest's first program has begun.
     pub fn wait_up(&self) -> Result<()> {
         self.wait_line(UP).map(drop)

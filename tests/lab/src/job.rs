@@ -142,11 +142,21 @@ impl Job {
 
     /// Waits until its standard output holds a line that `wanted` accepts, and returns that line.
     pub fn wait_line(&self, limit: Duration, wanted: impl Fn(&str) -> bool) -> Result<String> {
+        self.wait_line_in("stdout", limit, wanted)
+    }
+
+    /// The same for a line of another file in its folder.
+    pub(crate) fn wait_line_in(
+        &self,
+        file: &str,
+        limit: Duration,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<String> {
         let deadline = Instant::now() + limit;
         let watch = Watch::new(&self.folder)?;
         loop {
             let ended = !self.is_running();
-            let text = self.read("stdout");
+            let text = self.read(file);
             let whole = text.rfind('\n').map_or("", |end| &text[..end]);
             if let Some(line) = whole.lines().find(|line| wanted(line)) {
                 return Ok(line.to_owned());

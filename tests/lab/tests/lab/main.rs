@@ -14,6 +14,7 @@ mod bad_input;
 mod demo;
 mod drive;
 mod emulated_host;
+mod events;
 mod life;
 mod nic;
 mod virtio;
@@ -39,6 +40,7 @@ fn main() -> Result<ExitCode> {
         virtio::PROOFS,
         bad_input::PROOFS,
         life::PROOFS,
+        events::PROOFS,
         emulated_host::PROOFS,
         demo::PROOFS,
     ];

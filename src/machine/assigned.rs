@@ -1,0 +1,296 @@
+//! The host's devices in a VM that runs: what their errors do to it, and how they leave it.
+//!
+//! A device that the host wants back is asked of the guest by its slot's attention button. The guest's
+//! driver lets go and switches the slot's power off, and the device is closed, by which the host's
+//! `unbind` returns. Where nobody attends to the slot, or not in time, or the device is gone already,
+//! the device is pulled out: the guest's driver finds it absent.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use busway_pci::{FunctionId, Topology};
+use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::RunError;
+use crate::config::{DeviceConfig, OnError};
+
+/// How long a guest may take to let go of a device that the host wants back. Linux waits five seconds
+/// of these after the button was pressed, for it could be pressed again to take that back.
+pub(super) const RELEASE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often a device's errors are told of at most.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// The devices.
+#[derive(Debug)]
+pub(super) struct Assigned {
+    /// Ready when an event of a device's has come.
+    ready: Epoll,
+    devices: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    name: String,
+    on_error: OnError,
+    /// The root port in whose slot it is.
+    port: FunctionId,
+    /// By when the guest has to have let go.
+    leaves: Option<Instant>,
+    counts: ErrorCounts,
+    told: Told,
+    events: DeviceEvents,
+    io: Arc<dyn DeviceIo>,
+}
+
+/// Whether a VM goes on after an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It does.
+    GoOn,
+    /// The guest is to be held.
+    Hold,
+}
+
+impl Assigned {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            ready: Epoll::new()?,
+            devices: Vec::new(),
+        })
+    }
+
+    /// Hears from now on what the device of `config`, which is in the slot behind `port`, tells.
+    pub(super) fn add(&mut self, config: &DeviceConfig, port: FunctionId, io: Arc<dyn DeviceIo>) {
+        let name = config.name();
+        let events = DeviceEvents::listen(&name, &*io);
+        for event in [&events.error, &events.request].into_iter().flatten() {
+            let watched = self.ready.ctl(
+                ControlOperation::Add,
+                event.as_raw_fd(),
+                EpollEvent::new(EventSet::IN, 0),
+            );
+            if let Err(error) = watched {
+                log::warn!("{name}: its events are not heard: epoll_ctl: {error}");
+            }
+        }
+        self.devices.push(Entry {
+            name,
+            on_error: config.on_error,
+            port,
+            leaves: None,
+            counts: ErrorCounts::read(&config.path),
+            told: Told::default(),
+            events,
+            io,
+        });
+    }
+
+    /// Deals with what the devices have told. `held`: the guest does not run, and cannot be asked.
+    pub(super) fn on_ready(
+        &mut self,
+        topology: &Topology,
+        held: bool,
+    ) -> Result<Verdict, RunError> {
+        let mut verdict = Verdict::GoOn;
+        for device in &mut self.devices {
+            let errors = device.events.error.as_ref().map_or(0, |event| event.take());
+            if errors > 0 && device.fail(held)? == Verdict::Hold {
+                verdict = Verdict::Hold;
+            }
+        }
+        let held = held || verdict == Verdict::Hold;
+        let wanted: Vec<_> = self
+            .devices
+            .iter()
+            .filter(|device| {
+                let request = device.events.request.as_ref();
+                request.is_some_and(|event| event.take() > 0)
+            })
+            .map(|device| device.port)
+            .collect();
+        for port in wanted {
+            self.ask_for(port, topology, held);
+        }
+        Ok(verdict)
+    }
+
+    /// The guest switched the power of a slot: where it was asked to let go, it has.
+    pub(super) fn on_slot_power(&mut self, topology: &Topology, slot: u16) {
+        let let_go = self.devices.iter().find_map(|device| {
+            let off = topology.with_slot(device.port, |its| its.slot() == slot && !its.powered());
+            (device.leaves.is_some() && off == Some(true)).then_some(device.port)
+        });
+        if let Some(port) = let_go {
+            self.release(port, topology, "the guest let go of it");
+        }
+    }
+
+    /// By when something has to have happened.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.devices.iter().filter_map(|device| device.leaves).min()
+    }
+
+    /// Pulls out what the guest was asked for and has not let go of in time.
+    pub(super) fn on_time(&mut self, topology: &Topology, now: Instant) {
+        let late = |device: &&Entry| device.leaves.is_some_and(|deadline| deadline <= now);
+        while let Some(port) = self.devices.iter().find(late).map(|device| device.port) {
+            let limit = RELEASE_LIMIT.as_secs();
+            let why = format!("the guest did not let go of it within {limit} s and loses it");
+            self.release(port, topology, &why);
+        }
+    }
+
+    /// Pulls out what the guest was asked for: it starts anew, and shall not find it. No vCPU may run.
+    pub(super) fn on_restart(&mut self, topology: &Topology) {
+        let leaving = |device: &&Entry| device.leaves.is_some();
+        while let Some(port) = self.devices.iter().find(leaving).map(|device| device.port) {
+            self.release(port, topology, "the guest restarts without it");
+        }
+    }
+
+    /// The host wants back what is behind `port`.
+    fn ask_for(&mut self, port: FunctionId, topology: &Topology, held: bool) {
+        let Some(device) = self.devices.iter().find(|device| device.port == port) else {
+            return; // It went with another function of its slot.
+        };
+        let name = &device.name;
+        if device.leaves.is_some() {
+            log::debug!("{name}: the host still waits for it");
+            return;
+        }
+        if is_silent(&*device.io) {
+            self.release(
+                port,
+                topology,
+                "it is gone from the host, and the guest loses it",
+            );
+            return;
+        }
+        if topology.with_slot(port, |slot| slot.powered()) == Some(false) {
+            self.release(port, topology, "the guest had let go of it");
+            return;
+        }
+        if held {
+            self.release(port, topology, "the guest, which is held, loses it");
+            return;
+        }
+        if topology.with_slot(port, |slot| slot.press_button()) != Some(true) {
+            let why = "the guest has no driver that could be asked to let go of it, and loses it";
+            self.release(port, topology, why);
+            return;
+        }
+        log::warn!(
+            "{name}: the host wants it back; the guest is asked to let go of it, and has {} s",
+            RELEASE_LIMIT.as_secs()
+        );
+        let deadline = Instant::now().checked_add(RELEASE_LIMIT);
+        for device in self.devices.iter_mut().filter(|device| device.port == port) {
+            device.leaves = deadline;
+        }
+    }
+
+    /// Takes all functions of a slot from the guest, and closes their devices.
+    fn release(&mut self, port: FunctionId, topology: &Topology, how: &str) {
+        // Dropped first: a function resets its device as it goes.
+        drop(topology.unplug(port));
+        let gone = |device: &mut Entry| device.port == port;
+        for device in self.devices.extract_if(.., gone) {
+            for event in [&device.events.error, &device.events.request]
+                .into_iter()
+                .flatten()
+            {
+                let unwatched = self.ready.ctl(
+                    ControlOperation::Delete,
+                    event.as_raw_fd(),
+                    EpollEvent::default(),
+                );
+                if let Err(error) = unwatched {
+                    log::debug!("{}: epoll_ctl: {error}", device.name);
+                }
+            }
+            let name = device.name.clone();
+            drop(device);
+            log::warn!("{name}: {how}; the host has it back");
+        }
+    }
+}
+
+impl AsRawFd for Assigned {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ready.as_raw_fd()
+    }
+}
+
+impl Entry {
+    /// The device had an error.
+    fn fail(&mut self, held: bool) -> Result<Verdict, RunError> {
+        let mut what = ErrorStatus::read(&*self.io).to_string();
+        let counted = self.counts.refresh();
+        if !counted.is_empty() {
+            what = format!("{what}; the host counted {}", counted.join(", "));
+        }
+        let name = &self.name;
+        match self.on_error {
+            OnError::Stop => Err(RunError::DeviceError {
+                device: name.clone(),
+                what,
+            }),
+            OnError::Pause if !held => {
+                log::error!(
+                    "{name} had an uncorrectable error: {what}; the guest is held (on_error=pause): \
+                     a signal such as SIGTERM ends it"
+                );
+                Ok(Verdict::Hold)
+            }
+            OnError::Pause | OnError::Ignore => {
+                if let Some(more) = self.told.tell(Instant::now()) {
+                    log::error!("{name} had an uncorrectable error: {what}{more}");
+                }
+                Ok(Verdict::GoOn)
+            }
+        }
+    }
+}
+
+/// What keeps a device from filling the log.
+#[derive(Debug, Default)]
+struct Told {
+    until: Option<Instant>,
+    untold: u64,
+}
+
+impl Told {
+    /// Whether to tell of an error now, and if so what to add.
+    fn tell(&mut self, now: Instant) -> Option<String> {
+        if self.until.is_some_and(|until| now < until) {
+            self.untold += 1;
+            return None;
+        }
+        self.until = now.checked_add(QUIET);
+        match std::mem::take(&mut self.untold) {
+            0 => Some(String::new()),
+            more => Some(format!("; {more} more were not told of")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_storm_of_errors_is_told_of_now_and_then_with_how_many_there_were() {
+        let (mut told, start) = (Told::default(), Instant::now());
+        assert_eq!(told.tell(start), Some(String::new()));
+        for _ in 0..9 {
+            assert_eq!(told.tell(start + QUIET / 2), None);
+        }
+        let later = told.tell(start + QUIET).unwrap();
+        assert!(later.contains("9 more"), "{later}");
+        assert_eq!(told.tell(start + 3 * QUIET), Some(String::new()));
+    }
+}
