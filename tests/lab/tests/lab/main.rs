@@ -15,6 +15,7 @@ mod demo;
 mod drive;
 mod emulated_host;
 mod events;
+mod interrupts;
 mod life;
 mod nic;
 mod virtio;
@@ -41,6 +42,7 @@ fn main() -> Result<ExitCode> {
         bad_input::PROOFS,
         life::PROOFS,
         events::PROOFS,
+        interrupts::PROOFS,
         emulated_host::PROOFS,
         demo::PROOFS,
     ];
