@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
-use busway_pci::{FunctionId, InterruptRoutes, Windows};
-use busway_vfio::{AssignOptions, AssignedFunction, DeviceIo, KernelDevice, Opener, Wiring};
+use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
+use busway_vfio::{AssignOptions, AssignedFunction, KernelDevice, Opener, Resets, Wiring};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::RunError;
@@ -18,6 +18,7 @@ use super::bars::Bars;
 use super::dma::DmaListener;
 use super::events::Events;
 use super::pci::{Pci, pins_behind_port};
+use super::places::{Behind, HostFunction, behind_ports};
 use super::platform::{Platform, open_console};
 use super::signals::Signals;
 use crate::acpi;
@@ -144,12 +145,34 @@ impl Machine {
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         let host_vectors = router.counting_anew();
         let mut assigned = Assigned::new().map_err(RunError::system("epoll_create"))?;
-        let devices = config.device.iter().zip(devices);
-        for (config, device) in devices {
-            let name = device.name().to_owned();
-            let io: Arc<dyn DeviceIo> = Arc::new(device);
-            let port = add_assigned(&mut pci, &name, io.clone(), &router, &host_vectors, &events)?;
-            assigned.add(config, port, io);
+        let devices: Vec<_> = devices.into_iter().map(Arc::new).collect();
+        let resets = Arc::<Resets>::default();
+        for device in &devices {
+            resets.add(device.name(), device.clone());
+        }
+        resets.begin();
+        let given: Vec<_> = devices.iter().map(|device| HostFunction::of(device)).collect();
+        for port in behind_ports(&given) {
+            let device = |behind: &Behind| {
+                let device = devices.get(behind.index)?.clone();
+                Some((config.device.get(behind.index)?, behind.function, device))
+            };
+            let here: Vec<_> = port.iter().filter_map(device).collect();
+            let functions: Vec<_> = here
+                .iter()
+                .map(|(_, number, device)| (*number, device.clone()))
+                .collect();
+            let port = add_assigned(
+                &mut pci,
+                &functions,
+                &resets,
+                &router,
+                &host_vectors,
+                &events,
+            )?;
+            for (config, _, device) in here {
+                assigned.add(config, port, device);
+            }
         }
         report.reached(Stage::Devices);
         signals.check()?;
@@ -206,6 +229,7 @@ impl Machine {
             report.set_mappings(stats.map_calls, stats.bytes);
         }
         report.set_vectors(self.host_vectors.vectors().most as u64);
+        report.set_devices(self.pci.assigned());
         for kind in ExitKind::ALL {
             report.set_exits(kind.name(), self.vcpus.exits(kind));
         }
@@ -273,7 +297,7 @@ fn open_devices(
     let devices: Result<_, _> = thread::scope(|scope| {
         let opening: Vec<_> = folders
             .into_iter()
-            .map(|folder| scope.spawn(|| opener.open(folder)))
+            .map(|folder| scope.spawn(|| opener.open(folder, None)))
             .collect();
         opening
             .into_iter()
@@ -340,30 +364,32 @@ fn add_virtio(
     add(Box::new(Rng::new("rng", &config.rng)?))
 }
 
-/// A host device, behind a root port of its own, which is given.
+/// The functions of a host device, with their numbers, behind a root port, which is given.
 fn add_assigned(
     pci: &mut Pci,
-    name: &str,
-    io: Arc<dyn DeviceIo>,
+    functions: &[(Function, Arc<KernelDevice>)],
+    resets: &Arc<Resets>,
     router: &IrqRouter,
     host_vectors: &IrqRouter,
     events: &Arc<Events>,
 ) -> Result<FunctionId, RunError> {
-    let slot = pci.port_slot(name)?;
-    let wiring = Wiring {
-        routes: Arc::new(host_vectors.clone()),
-        lines: Arc::new(router.pins(pins_behind_port(slot))),
-    };
-    let options = AssignOptions::default();
-    let function = AssignedFunction::new(name, io, wiring, &options)?;
-    log::info!("{}", function.summary());
-    pci.add_behind_port(
-        slot,
-        name,
-        function,
-        Arc::new(router.clone()),
-        events.clone(),
-    )
+    let names: Vec<_> = functions.iter().map(|(_, device)| device.name()).collect();
+    let names = names.join(" and ");
+    let slot = pci.port_slot(&names)?;
+    let mut behind = Vec::new();
+    for (number, device) in functions {
+        let wiring = Wiring {
+            routes: Arc::new(host_vectors.clone()),
+            lines: Arc::new(router.pins(pins_behind_port(slot))),
+            resets: resets.clone(),
+        };
+        let options = AssignOptions::default();
+        let function = AssignedFunction::new(device.name(), device.clone(), wiring, &options)?;
+        log::info!("{}", function.summary());
+        behind.push((*number, function));
+    }
+    let routes = Arc::new(router.clone());
+    pci.add_behind_port(slot, &names, behind, routes, events.clone())
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,
