@@ -5,11 +5,14 @@ use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
 use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
 use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
-use busway_vfio::{AssignOptions, AssignedFunction, KernelDevice, Opener, Resets, Wiring};
+use busway_vfio::{
+    AssignOptions, AssignedFunction, DeviceError, KernelDevice, Opener, Resets, TokenUse, VfToken,
+    Wiring,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::RunError;
@@ -23,7 +26,7 @@ use super::platform::{Platform, open_console};
 use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
-use crate::config::{Choice, ConsoleConfig, VmConfig};
+use crate::config::{Choice, ConsoleConfig, DeviceConfig, VmConfig};
 use crate::kvm::{Buses, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions, layout};
 use crate::report::{Report, Stage};
@@ -293,18 +296,39 @@ fn open_devices(
     };
     let space = Space::open(&paths, mode, &folders)?;
     space.reserve(&paths, ram.size())?;
+    let uses: Vec<_> = folders
+        .iter()
+        .map(|folder| TokenUse::of(&paths, folder))
+        .collect();
     let opener = Opener::new(paths, space.clone(), Some(Arc::new(vm.vfio()?)));
-    let devices: Result<_, _> = thread::scope(|scope| {
-        let opening: Vec<_> = folders
-            .into_iter()
-            .map(|folder| scope.spawn(|| opener.open(folder, None)))
-            .collect();
-        opening
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
-            .collect()
-    });
-    Ok(Some((space, devices?)))
+    let open = |setting: bool| -> Vec<Option<Result<KernelDevice, DeviceError>>> {
+        thread::scope(|scope| {
+            let devices = config.device.iter().zip(&uses).map(|(device, &used)| {
+                let open = || opener.open(&device.path, vf_token(config, device, used).as_ref());
+                ((used == TokenUse::Sets) == setting).then(|| scope.spawn(open))
+            });
+            let opening: Vec<_> = devices.collect();
+            let join = |thread: ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+            };
+            opening.into_iter().map(|thread| thread.map(join)).collect()
+        })
+    };
+    // Opening a physical function says which token its virtual functions have.
+    let (first, then) = (open(true), open(false));
+    let devices = first.into_iter().zip(then).filter_map(|(a, b)| a.or(b));
+    Ok(Some((space, devices.collect::<Result<_, _>>()?)))
+}
+
+/// The VF token of a device: its own or, where it can have one, that of all.
+fn vf_token(config: &VmConfig, device: &DeviceConfig, used: TokenUse) -> Option<VfToken> {
+    let of_all = config.platform.vf_token.as_ref();
+    let token = device
+        .vf_token
+        .as_ref()
+        .or(of_all.filter(|_| used != TokenUse::None));
+    // The configuration has been found sound.
+    token?.parse().ok()
 }
 
 fn windows(ram: &Ram, model: &CpuModel) -> Windows {

@@ -11,10 +11,14 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod assigned;
 mod bad_input;
+#[path = "../../../kvm/bare.rs"]
+mod bare;
+mod bare_kernel;
 mod demo;
 mod drive;
 mod emulated_host;
 mod events;
+mod groups;
 mod life;
 mod nic;
 mod virtio;
@@ -41,6 +45,7 @@ fn main() -> Result<ExitCode> {
         bad_input::PROOFS,
         life::PROOFS,
         events::PROOFS,
+        groups::PROOFS,
         emulated_host::PROOFS,
         demo::PROOFS,
     ];
