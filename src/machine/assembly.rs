@@ -301,10 +301,12 @@ fn open_devices(
         .map(|folder| TokenUse::of(&paths, folder))
         .collect();
     let opener = Opener::new(paths, space.clone(), Some(Arc::new(vm.vfio()?)));
+    let opener = &opener;
     let open = |setting: bool| -> Vec<Option<Result<KernelDevice, DeviceError>>> {
         thread::scope(|scope| {
             let devices = config.device.iter().zip(&uses).map(|(device, &used)| {
-                let open = || opener.open(&device.path, vf_token(config, device, used).as_ref());
+                let open =
+                    move || opener.open(&device.path, vf_token(config, device, used).as_ref());
                 ((used == TokenUse::Sets) == setting).then(|| scope.spawn(open))
             });
             let opening: Vec<_> = devices.collect();
