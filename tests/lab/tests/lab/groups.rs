@@ -15,34 +15,35 @@ use crate::bare_kernel::{Trace, identify, restart};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
-        "two_functions_of_one_device_are_one_in_the_guest_and_work_after_each_of_10_restarts",
+        "groups_two_functions_of_one_device_are_one_in_the_guest_and_work_after_each_of_10_restarts",
         two_functions,
     ),
     (
-        "no_trace_of_one_start_is_left_in_any_device_at_the_next_10_by_group",
+        "groups_no_trace_of_one_start_is_left_in_any_device_at_the_next_10_by_group",
         |lab| fresh(lab, Interface::Group),
     ),
     (
-        "no_trace_of_one_start_is_left_in_any_device_at_the_next_10_by_cdev",
+        "groups_no_trace_of_one_start_is_left_in_any_device_at_the_next_10_by_cdev",
         |lab| fresh(lab, Interface::Cdev),
     ),
     (
-        "a_drive_goes_50_times_from_its_driver_to_a_guest_that_is_killed_and_back",
+        "groups_a_drive_goes_50_times_from_its_driver_to_a_guest_that_is_killed_and_back",
         fifty_rounds,
     ),
-    ("sixteen_functions_work_in_one_guest_by_group", |lab| {
-        sixteen(lab, Interface::Group)
-    }),
     (
-        "sixteen_functions_in_one_guest_by_cdev_are_mapped_for_as_often_as_one",
+        "groups_sixteen_functions_work_in_one_guest_by_group",
+        |lab| sixteen(lab, Interface::Group),
+    ),
+    (
+        "groups_sixteen_functions_in_one_guest_by_cdev_are_mapped_for_as_often_as_one",
         |lab| sixteen(lab, Interface::Cdev),
     ),
     (
-        "who_keeps_a_group_or_a_reset_from_the_vm_is_named_and_let_be",
+        "groups_who_keeps_a_group_or_a_reset_from_the_vm_is_named_and_let_be",
         in_the_way,
     ),
     (
-        "a_virtual_function_of_a_physical_one_with_vfio_needs_its_token",
+        "groups_a_virtual_function_of_a_physical_one_with_vfio_needs_its_token",
         token,
     ),
 ];
