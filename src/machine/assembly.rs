@@ -154,7 +154,10 @@ impl Machine {
             resets.add(device.name(), device.clone());
         }
         resets.begin();
-        let given: Vec<_> = devices.iter().map(|device| HostFunction::of(device)).collect();
+        let given: Vec<_> = devices
+            .iter()
+            .map(|device| HostFunction::of(device))
+            .collect();
         for port in behind_ports(&given) {
             let device = |behind: &Behind| {
                 let device = devices.get(behind.index)?.clone();
