@@ -224,6 +224,9 @@ pub struct DeviceConfig {
     /// What an error of the device's does to the VM.
     #[serde(default)]
     pub on_error: OnError,
+    /// VF token, a UUID: what the users of a physical function and of its virtual functions share.
+    #[serde(default)]
+    pub vf_token: Option<String>,
 }
 
 /// What an uncorrectable error of a device's does to the VM.
@@ -255,6 +258,7 @@ impl DeviceConfig {
             path: Path::new(PCI_DEVICES).join(address.to_string()),
             id: None,
             on_error: OnError::default(),
+            vf_token: None,
         })
     }
 
@@ -292,6 +296,8 @@ fn last_component(path: &Path) -> Option<&str> {
 pub struct PlatformConfig {
     /// Which of the kernel's VFIO interfaces to use.
     pub iommufd: Choice,
+    /// VF token of every device that needs one and has none of its own.
+    pub vf_token: Option<String>,
 }
 
 /// A switch with a default that depends on the host.

@@ -24,7 +24,7 @@ mod type1;
 
 pub use dma::{Access, DmaSpace, HostVa, Iova, Stats};
 pub use error::{MapError, OpenError};
-pub use group::Group;
+pub use group::{Group, not_viable};
 pub use iommufd::Ioas;
 pub use memlock::MemlockError;
 pub use obstacle::{Node, Obstacle};

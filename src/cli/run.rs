@@ -100,25 +100,29 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHERE", help_heading = DEVICES)]
     console: Option<String>,
 
-    /// Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=stop|pause|ignore]
+    /// Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=…][,vf_token=UUID]
     ///
     ///   path=PATH         address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`
     ///   id=NAME           name, unique in the VM
     ///   on_error=stop     an uncorrectable error of the device's ends the VM [stop]
     ///   on_error=pause    it holds the guest; a signal such as SIGTERM ends it
     ///   on_error=ignore   it is logged
+    ///   vf_token=UUID     what all share who use a physical function and its virtual
+    ///                     functions, where VFIO has both
     ///
+    /// Functions of one host device become one device of the guest's.
     /// `busway device list` shows what there is, `busway device bind ADDRESS` prepares one.
     #[arg(
         long, value_name = "ADDRESS,…", num_args = 1.., verbatim_doc_comment, help_heading = PASSTHROUGH
     )]
     device: Vec<String>,
 
-    /// How devices are reached: iommufd=on|off|auto [default: iommufd=auto]
+    /// How devices are reached: iommufd=on|off|auto[,vf_token=UUID] [default: iommufd=auto]
     ///
     ///   iommufd=on    by iommufd and the device's cdev
     ///   iommufd=off   by the VFIO group and a type1 container
     ///   iommufd=auto  by iommufd where the host has it
+    ///   vf_token=UUID that of each device which needs one and has none of its own
     #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = PASSTHROUGH)]
     platform: Vec<String>,
 

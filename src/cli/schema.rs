@@ -194,11 +194,13 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
         path: "".into(),
         id: None,
         on_error: OnError::default(),
+        vf_token: None,
     },
     keys: keys! {
         "path": |device, value| set_device_path(device, value)?;
         "id": |device, value| device.id = Some(value.text()?.to_owned());
         "on_error": |device, value| device.on_error = on_error(value)?;
+        "vf_token": |device, value| device.vf_token = Some(value.text()?.to_owned());
     },
     required: Some("path"),
     bare: Some(set_device_path),
@@ -229,7 +231,9 @@ fn on_error(value: &Value) -> Result<OnError, Reason> {
 pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     name: "platform",
     blank: PlatformConfig::default,
-    keys: keys! {"iommufd": |platform, value| platform.iommufd = value.choice()?;
+    keys: keys! {
+        "iommufd": |platform, value| platform.iommufd = value.choice()?;
+        "vf_token": |platform, value| platform.vf_token = Some(value.text()?.to_owned());
     },
     required: None,
     bare: None,

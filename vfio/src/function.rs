@@ -11,9 +11,10 @@ use crate::config::{GuestConfig, Settled, read_dword};
 use crate::lists::{self, List};
 use crate::msix_layout::{DeviceLocation, GuestLocation};
 use crate::pin::{InPlaceOfPin, Pin};
+use crate::resets::ResetHandle;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{AssignError, AssignOptions, DeviceIo, RegionIndex, Wiring};
+use crate::{AssignError, AssignOptions, DeviceIo, RegionIndex, ResetMethod, Wiring};
 
 /// A host device, as the guest sees it.
 ///
@@ -28,6 +29,7 @@ pub struct AssignedFunction {
     table: Option<GuestLocation>,
     pba: Option<GuestLocation>,
     device_pba: Option<DeviceLocation>,
+    reset: ResetHandle,
     // Dropped before the device: a mapping holds it open.
     parts: Vec<Part>,
     io: Arc<dyn DeviceIo>,
@@ -85,8 +87,8 @@ pub struct Summary {
     pub pin: Option<(InterruptPin, bool)>,
     /// The parts of BARs that the guest reaches without an exit: BAR, offset, bytes.
     pub mapped: Vec<(u8, u64, u64)>,
-    /// It can be reset by itself.
-    pub can_reset: bool,
+    /// How it is reset.
+    pub reset: ResetMethod,
 }
 
 impl fmt::Display for Summary {
@@ -97,11 +99,12 @@ impl fmt::Display for Summary {
         if let Some((pin, _)) = self.pin {
             write!(f, "{pin}, ")?;
         }
-        write!(f, "{} KiB of BARs without exits", direct >> 10)?;
-        match self.can_reset {
-            true => Ok(()),
-            false => f.write_str(", no reset of its own"),
-        }
+        write!(
+            f,
+            "{} KiB of BARs without exits, reset by {}",
+            direct >> 10,
+            self.reset
+        )
     }
 }
 
@@ -117,14 +120,13 @@ impl AssignedFunction {
         wiring: Wiring,
         options: &AssignOptions,
     ) -> Result<Arc<Self>, AssignError> {
-        let Wiring { routes, lines } = wiring;
+        let Wiring {
+            routes,
+            lines,
+            resets,
+        } = wiring;
         let AssignOptions {} = options;
-        if !io.can_reset() {
-            log::warn!(
-                "{name} cannot be reset by itself: what one guest leaves in it, the next one finds"
-            );
-        }
-        reset_device(name, &*io);
+        let reset = resets.join(name, &io);
         check_header(name, &*io)?;
         let bars = read_bars(&*io).map_err(|source| AssignError::Bar {
             name: name.to_owned(),
@@ -201,6 +203,7 @@ impl AssignedFunction {
             table: layout.map(|layout| layout.table()),
             pba: layout.map(|layout| layout.pba()),
             device_pba: layout.map(|layout| layout.device_pba()),
+            reset,
             parts,
             io,
         }))
@@ -236,7 +239,7 @@ impl AssignedFunction {
                 .iter()
                 .map(|part| (part.bar, part.area.offset, part.area.size))
                 .collect(),
-            can_reset: self.io.can_reset(),
+            reset: self.reset.method(),
         }
     }
 
@@ -244,14 +247,9 @@ impl AssignedFunction {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Everything to its state at power-on, the device's and ours.
-    fn reset_all(&self, state: &mut State) {
-        self.end_all(state);
-        state.settle_pin();
-    }
-
-    /// The same, with no interrupt connected.
-    fn end_all(&self, state: &mut State) {
+    /// Makes the device quiet, has `reset` reset it, and puts everything of ours into its state at
+    /// power-on, with no interrupt connected.
+    fn reset_by(&self, state: &mut State, reset: impl FnOnce(&ResetHandle)) {
         if let Some(MsixState { msix, vectors, .. }) = &mut state.msix {
             msix.reset(vectors);
         }
@@ -261,11 +259,23 @@ impl AssignedFunction {
         if let Some(pin) = &mut state.pin {
             pin.disconnect(&mut state.config);
         }
+        if let Some(pin) = &mut state.pin {
+            pin.disconnect(&mut state.config);
+        }
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
-        reset_device(&self.name, &*self.io);
+        reset(&self.reset);
         state.config.reset(&*self.io);
+    }
+
+    /// The guest will not use the device again: it is made quiet, and reset where the kernel does not
+    /// when it is closed. Devices that are reset together are all told so before the first is dropped.
+    pub fn retire(&self) {
+        let mut state = self.lock();
+        if self.reset.is_used() {
+            self.reset_by(&mut state, ResetHandle::retire);
+        }
     }
 }
 
@@ -282,6 +292,7 @@ impl PciFunction for AssignedFunction {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
+        self.reset.touch();
         let messages = state.uses_messages();
         let State {
             config,
@@ -325,7 +336,8 @@ impl PciFunction for AssignedFunction {
             Settled::Done => false,
             Settled::Decodes => true,
             Settled::Reset => {
-                self.reset_all(&mut state);
+                self.reset_by(&mut state, ResetHandle::reset_function);
+                state.settle_pin();
                 false
             }
         }
@@ -352,21 +364,15 @@ impl PciFunction for AssignedFunction {
     }
 
     fn reset(&self) {
-        self.reset_all(&mut self.lock());
+        let mut state = self.lock();
+        self.reset_by(&mut state, ResetHandle::reset);
+        state.settle_pin();
     }
 }
 
 impl Drop for AssignedFunction {
     fn drop(&mut self) {
-        self.end_all(&mut self.lock());
-    }
-}
-
-fn reset_device(name: &str, io: &dyn DeviceIo) {
-    if io.can_reset()
-        && let Err(error) = io.reset()
-    {
-        log::warn!("{name}: VFIO_DEVICE_RESET: {error}; it goes on as it is");
+        self.retire();
     }
 }
 

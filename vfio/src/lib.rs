@@ -13,6 +13,7 @@
 
 mod aer;
 mod areas;
+mod attachment;
 mod config;
 mod device_io;
 mod events;
@@ -20,6 +21,7 @@ mod events;
 mod fake;
 mod function;
 pub mod host;
+mod hot_reset;
 mod kernel_device;
 mod kvm;
 mod lists;
@@ -29,9 +31,12 @@ mod open;
 mod pin;
 mod policy;
 mod power;
+mod reset;
+mod resets;
 mod survey;
 mod sys;
 mod vectors;
+mod vf_token;
 mod wiring;
 
 pub use aer::{ErrorCounts, ErrorStatus, Uncorrectable, is_silent};
@@ -43,5 +48,8 @@ pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;
 pub use open::{DeviceError, Opener};
+pub use reset::{Affected, FunctionReset, ResetMethod};
+pub use resets::Resets;
 pub use survey::AssignError;
+pub use vf_token::{ParseVfTokenError, TokenUse, VfToken};
 pub use wiring::{AssignOptions, Wiring};

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use busway_pci::{InterruptLines, InterruptRoutes};
 
+use crate::Resets;
+
 /// How a function is connected to its guest.
 #[derive(Clone, Debug)]
 pub struct Wiring {
@@ -11,6 +13,8 @@ pub struct Wiring {
     pub routes: Arc<dyn InterruptRoutes>,
     /// Ways for the interrupt pin.
     pub lines: Arc<dyn InterruptLines>,
+    /// The resets of its VM, which knows the device, or is made known to it.
+    pub resets: Arc<Resets>,
 }
 
 /// What the person who gives a device away can choose about it.

@@ -258,9 +258,9 @@ fn exclusive_line(lab: &mut Lab) -> Result<()> {
     }
     host.run(&format!("busway device bind {address}"))?;
     let server = DataServer::start()?;
-    let run = guest()?.device(&address).script(
-        &(functions(&server) + "dhcp eth0; fetch alone eth0; irqs alone eth0\n"),
-    );
+    let run = guest()?
+        .device(&address)
+        .script(&(functions(&server) + "dhcp eth0; fetch alone eth0; irqs alone eth0\n"));
     let irq = host.run(&format!("cat /sys/bus/pci/devices/{address}/irq"))?;
     let irq = irq.trim();
     let user = host.run(&format!("cat /sys/kernel/irq/{irq}/actions"))?;

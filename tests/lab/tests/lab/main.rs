@@ -11,10 +11,14 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod assigned;
 mod bad_input;
+#[path = "../../../kvm/bare.rs"]
+mod bare;
+mod bare_kernel;
 mod demo;
 mod drive;
 mod emulated_host;
 mod events;
+mod groups;
 mod interrupts;
 mod life;
 mod nic;
@@ -43,6 +47,7 @@ fn main() -> Result<ExitCode> {
         life::PROOFS,
         events::PROOFS,
         interrupts::PROOFS,
+        groups::PROOFS,
         emulated_host::PROOFS,
         demo::PROOFS,
     ];
