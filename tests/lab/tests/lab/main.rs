@@ -15,6 +15,7 @@ mod demo;
 mod drive;
 mod emulated_host;
 mod events;
+mod host_view;
 mod life;
 mod nic;
 mod virtio;
@@ -42,6 +43,7 @@ fn main() -> Result<ExitCode> {
         life::PROOFS,
         events::PROOFS,
         emulated_host::PROOFS,
+        host_view::PROOFS,
         demo::PROOFS,
     ];
     let trials = proofs
