@@ -224,6 +224,16 @@ pub struct DeviceConfig {
     /// What an error of the device's does to the VM.
     #[serde(default)]
     pub on_error: OnError,
+    /// Whether the guest gets the device's expansion ROM. Absent: it does, unless that is known to do
+    /// harm.
+    #[serde(default)]
+    pub rom: Option<bool>,
+    /// An expansion ROM to be had in place of the device's.
+    #[serde(default)]
+    pub romfile: Option<PathBuf>,
+    /// Which of NVIDIA's GPUDirect cliques a GPU is in, 0 to 15.
+    #[serde(default)]
+    pub x_nv_gpudirect_clique: Option<u8>,
 }
 
 /// What an uncorrectable error of a device's does to the VM.
@@ -255,6 +265,9 @@ impl DeviceConfig {
             path: Path::new(PCI_DEVICES).join(address.to_string()),
             id: None,
             on_error: OnError::default(),
+            rom: None,
+            romfile: None,
+            x_nv_gpudirect_clique: None,
         })
     }
 

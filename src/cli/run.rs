@@ -100,13 +100,17 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHERE", help_heading = DEVICES)]
     console: Option<String>,
 
-    /// Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=stop|pause|ignore]
+    /// Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=stop|pause|ignore]…
     ///
     ///   path=PATH         address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`
     ///   id=NAME           name, unique in the VM
     ///   on_error=stop     an uncorrectable error of the device's ends the VM [stop]
     ///   on_error=pause    it holds the guest; a signal such as SIGTERM ends it
     ///   on_error=ignore   it is logged
+    ///   rom=on|off        the guest gets the expansion ROM [on, unless it is known to do harm]
+    ///   romfile=FILE      an expansion ROM in place of the device's
+    ///   x_nv_gpudirect_clique=N
+    ///                     GPUs of NVIDIA's with the same N, 0 to 15, copy to each other directly
     ///
     /// `busway device list` shows what there is, `busway device bind ADDRESS` prepares one.
     #[arg(

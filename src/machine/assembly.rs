@@ -9,7 +9,9 @@ use std::thread;
 
 use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
 use busway_pci::{FunctionId, InterruptRoutes, Windows};
-use busway_vfio::{AssignOptions, AssignedFunction, DeviceIo, KernelDevice, Opener, Wiring};
+use busway_vfio::{
+    AssignOptions, AssignedFunction, DeviceIo, KernelDevice, Opener, RomChoice, RomImage, Wiring,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::RunError;
@@ -78,6 +80,7 @@ impl Machine {
         few_arenas();
         // What costs nothing to find out comes first.
         let source = open_kernel(config)?;
+        let options = assign_options(config)?;
         let vm = Vm::new()?;
         let model = CpuModel::new(&vm)?;
         let router = vm.irq_router()?;
@@ -144,11 +147,19 @@ impl Machine {
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         let host_vectors = router.counting_anew();
         let mut assigned = Assigned::new().map_err(RunError::system("epoll_create"))?;
-        let devices = config.device.iter().zip(devices);
-        for (config, device) in devices {
+        let devices = config.device.iter().zip(&options).zip(devices);
+        for ((config, options), device) in devices {
             let name = device.name().to_owned();
             let io: Arc<dyn DeviceIo> = Arc::new(device);
-            let port = add_assigned(&mut pci, &name, io.clone(), &router, &host_vectors, &events)?;
+            let port = add_assigned(
+                &mut pci,
+                &name,
+                io.clone(),
+                options,
+                &router,
+                &host_vectors,
+                &events,
+            )?;
             assigned.add(config, port, io);
         }
         report.reached(Stage::Devices);
@@ -340,11 +351,29 @@ fn add_virtio(
     add(Box::new(Rng::new("rng", &config.rng)?))
 }
 
+/// What was said about each assigned device, in their order.
+fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
+    let options = config.device.iter().map(|device| {
+        let rom = match (&device.romfile, device.rom) {
+            (Some(path), _) => RomChoice::Image(RomImage::load(path)?),
+            (None, Some(true)) => RomChoice::Device,
+            (None, Some(false)) => RomChoice::None,
+            (None, None) => RomChoice::Auto,
+        };
+        Ok(AssignOptions {
+            rom,
+            nv_gpudirect_clique: device.x_nv_gpudirect_clique,
+        })
+    });
+    options.collect()
+}
+
 /// A host device, behind a root port of its own, which is given.
 fn add_assigned(
     pci: &mut Pci,
     name: &str,
     io: Arc<dyn DeviceIo>,
+    options: &AssignOptions,
     router: &IrqRouter,
     host_vectors: &IrqRouter,
     events: &Arc<Events>,
@@ -354,8 +383,7 @@ fn add_assigned(
         routes: Arc::new(host_vectors.clone()),
         lines: Arc::new(router.pins(pins_behind_port(slot))),
     };
-    let options = AssignOptions::default();
-    let function = AssignedFunction::new(name, io, wiring, &options)?;
+    let function = AssignedFunction::new(name, io, wiring, options)?;
     log::info!("{}", function.summary());
     pci.add_behind_port(
         slot,

@@ -7,9 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{BarIndex, BarPart, BarRegion, Msi, Msix, PciFunction, spec};
 
+use crate::clique::Clique;
 use crate::config::{GuestConfig, Settled, read_dword};
 use crate::lists::{self, List};
 use crate::msix_layout::GuestLocation;
+use crate::quirks::Quirks;
+use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
 use crate::{AssignError, AssignOptions, DeviceIo, IrqIndex, RegionIndex, Wiring};
@@ -26,6 +29,7 @@ pub struct AssignedFunction {
     state: Mutex<State>,
     table: Option<GuestLocation>,
     pba: Option<GuestLocation>,
+    rom: Option<Rom>,
     // Dropped before the device: a mapping holds it open.
     parts: Vec<Part>,
     io: Arc<dyn DeviceIo>,
@@ -97,7 +101,10 @@ impl AssignedFunction {
         options: &AssignOptions,
     ) -> Result<Arc<Self>, AssignError> {
         let Wiring { routes, lines: _ } = wiring;
-        let AssignOptions {} = options;
+        let AssignOptions {
+            rom,
+            nv_gpudirect_clique,
+        } = options;
         if !io.can_reset() {
             log::warn!(
                 "{name} cannot be reset by itself: what one guest leaves in it, the next one finds"
@@ -105,7 +112,9 @@ impl AssignedFunction {
         }
         reset_device(name, &*io);
         check_header(name, &*io)?;
-        let bars = read_bars(&*io).map_err(|source| AssignError::Bar {
+        let quirks = Quirks::of(&*io);
+        let rom = Rom::new(name, &*io, rom, quirks.hides_rom());
+        let bars = read_bars(&*io, rom.as_ref()).map_err(|source| AssignError::Bar {
             name: name.to_owned(),
             source,
         })?;
@@ -122,9 +131,15 @@ impl AssignedFunction {
             msi: Msi::new(features, routes.clone()).named(name),
             vectors: MsiVectors::new(name, io.clone()),
         });
-        let layout = find_msix(name, &*io, &mut standard, &bars.regions());
+        let layout = find_msix(name, &*io, &mut standard, &bars.regions(), &quirks);
+        let clique = nv_gpudirect_clique
+            .map(|number| Clique::add(name, &*io, number, &mut standard))
+            .transpose()?;
         let parts = map_parts(name, &*io, &bars.regions(), layout.as_ref());
         let mut config = GuestConfig::new(&*io, bars, &standard, &extended);
+        if let Some(clique) = clique {
+            clique.show(&mut config);
+        }
         if let Some(state) = &msi {
             let end = state.at.saturating_add(state.msi.capability_size());
             config.hide(state.at.saturating_add(2), end);
@@ -165,6 +180,7 @@ impl AssignedFunction {
             state: Mutex::new(State { config, msi, msix }),
             table: layout.map(|layout| layout.table()),
             pba: layout.map(|layout| layout.pba()),
+            rom,
             parts,
             io,
         }))
@@ -299,6 +315,8 @@ fn reset_device(name: &str, io: &dyn DeviceIo) {
     }
 }
 
+#[cfg(test)]
+mod options_tests;
 #[cfg(test)]
 #[path = "function_test.rs"]
 mod tests;

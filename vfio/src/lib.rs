@@ -13,6 +13,7 @@
 
 mod aer;
 mod areas;
+mod clique;
 mod config;
 mod device_io;
 mod events;
@@ -28,6 +29,8 @@ mod msix_layout;
 mod open;
 mod policy;
 mod power;
+mod quirks;
+mod rom;
 mod survey;
 mod sys;
 mod vectors;
@@ -42,5 +45,6 @@ pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;
 pub use open::{DeviceError, Opener};
+pub use rom::{RomChoice, RomError, RomImage};
 pub use survey::AssignError;
 pub use wiring::{AssignOptions, Wiring};
