@@ -227,6 +227,16 @@ pub struct DeviceConfig {
     /// VF token, a UUID: what the users of a physical function and of its virtual functions share.
     #[serde(default)]
     pub vf_token: Option<String>,
+    /// Whether the guest gets the device's expansion ROM. Absent: it does, unless that is known to do
+    /// harm.
+    #[serde(default)]
+    pub rom: Option<bool>,
+    /// An expansion ROM to be had in place of the device's.
+    #[serde(default)]
+    pub romfile: Option<PathBuf>,
+    /// Which of NVIDIA's GPUDirect cliques a GPU is in, 0 to 15.
+    #[serde(default)]
+    pub x_nv_gpudirect_clique: Option<u8>,
 }
 
 /// What an uncorrectable error of a device's does to the VM.
@@ -259,6 +269,9 @@ impl DeviceConfig {
             id: None,
             on_error: OnError::default(),
             vf_token: None,
+            rom: None,
+            romfile: None,
+            x_nv_gpudirect_clique: None,
         })
     }
 

@@ -8,6 +8,7 @@
 //! The crate opens groups ([`Group`]), for attaching one is what starts a container, but not devices:
 //! those are `busway-vfio`'s. `unsafe` stands in [`info`] and the private module `sys`.
 
+mod advice;
 mod dma;
 mod error;
 mod group;
@@ -22,6 +23,7 @@ mod sys;
 mod tracker;
 mod type1;
 
+pub use advice::{IommuAdvice, ParameterChange};
 pub use dma::{Access, DmaSpace, HostVa, Iova, Stats};
 pub use error::{MapError, OpenError};
 pub use group::{Group, not_viable};

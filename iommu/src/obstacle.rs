@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::HostPaths;
+use crate::{HostPaths, IommuAdvice};
 
 /// What stands in the way; its text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -25,16 +25,8 @@ pub enum Obstacle {
         option: &'static str,
     },
     /// the host's IOMMU is off
-    #[error(
-        "the host has no IOMMU in use: enable {technology} in the firmware's set-up and boot the \
-         host's kernel with `{parameter}`"
-    )]
-    NoIommu {
-        /// What the processor's maker calls it.
-        technology: &'static str,
-        /// The kernel's parameter.
-        parameter: &'static str,
-    },
+    #[error("the host has no IOMMU in use: {0}")]
+    NoIommu(IommuAdvice),
     /// the node's owner and mode forbid it
     #[error(
         "permission denied: it belongs to {node}; run as root, or give it to your user: \
@@ -223,18 +215,7 @@ pub(crate) fn has_iommu(paths: &HostPaths) -> bool {
 }
 
 fn no_iommu(paths: &HostPaths) -> Obstacle {
-    let cpu = std::fs::read_to_string(paths.proc.join("cpuinfo")).unwrap_or_default();
-    if cpu.contains("AuthenticAMD") || cpu.contains("HygonGenuine") {
-        Obstacle::NoIommu {
-            technology: "AMD-Vi (IOMMU)",
-            parameter: "amd_iommu=on iommu=pt",
-        }
-    } else {
-        Obstacle::NoIommu {
-            technology: "VT-d",
-            parameter: "intel_iommu=on iommu=pt",
-        }
-    }
+    Obstacle::NoIommu(IommuAdvice::read(paths))
 }
 
 /// The lockdown mode in force, where there is one: the bracketed word of
@@ -300,7 +281,7 @@ mod tests {
         fs::write(paths.proc.join("cpuinfo"), "vendor_id : AuthenticAMD").unwrap();
         let node = paths.container();
         let text = Obstacle::opening(&paths, &node, errno(libc::ENOENT)).to_string();
-        assert!(text.contains("amd_iommu=on"), "{text}");
+        assert!(text.contains("AMD-Vi"), "{text}");
         fs::create_dir(paths.sys.join("kernel/iommu_groups/0")).unwrap();
         let text = Obstacle::opening(&paths, &node, errno(libc::ENOENT)).to_string();
         assert!(text.contains("modprobe vfio-pci"), "{text}");

@@ -2,24 +2,35 @@
 //!
 //! What stands here is what a person types and reads; the work is done by [`busway_vfio::host`].
 
+mod check;
+mod facts;
+mod json;
+mod list;
+mod long;
 mod names;
 mod permits;
+mod svg;
 mod table;
+mod topology;
+mod tree;
+mod watch;
 
-use std::collections::HashMap;
-use std::io::{self, IsTerminal as _, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 use busway_pci::{Bdf, ParseBdfError};
 use busway_vfio::host::{
-    self, BindError, Bound, Host, HostDevice, HostError, Kernel, LinuxKernel, RefusedError, Step,
-    SysRoot, UnbindError, Unbound, Usage,
+    self, BindError, Bound, HostError, Kernel, LinuxKernel, Step, SysRoot, UnbindError, Unbound,
 };
 use clap::{Args, Subcommand};
 
+pub use check::CheckArgs;
+pub use list::{ListArgs, ListError};
 use names::Names;
 use permits::{BindPermits, UnbindPermits};
-use table::{Row, Table};
+pub(super) use table::{fold, shorten};
+
+use super::style::{Screen, write_out};
 
 /// `busway device`
 #[derive(Args, Clone, Debug)]
@@ -34,9 +45,18 @@ pub struct DeviceArgs {
 pub enum DeviceCommand {
     /// Show the host's PCI devices, and what uses each
     ///
-    /// GROUP is the IOMMU group: its members go to a guest together. Run as root, it also shows which
-    /// processes hold devices by VFIO. Output that is not read on a terminal is not cut.
+    /// GROUP is the IOMMU group: its members go to a guest together. Where the terminal is wide there is
+    /// more: LINK (speed in GT/s and lanes, with the most it can where that is more), RESET (how the kernel
+    /// can reset it), VFS (virtual functions, of those it can make), BARS (their sizes) and OTHERS (drivers
+    /// that it could have). Run as root, it also shows which processes hold devices by VFIO. Output that is
+    /// not read on a terminal is not cut.
     List(ListArgs),
+    /// Say whether a guest can have devices, and what to do where it cannot
+    ///
+    /// Every obstacle is named, with the command that removes it, and what else is worth knowing. Several
+    /// devices are looked at as one guest's. Nothing is changed. Exit status: 0 a guest can have them now;
+    /// 3 something stands against it, if only that they are to be bound; 2 there is no such device.
+    Check(CheckArgs),
     /// Give devices to VFIO, so that a guest can have them
     ///
     /// The devices are taken from their drivers and given to vfio-pci: all of them, or, where
@@ -47,14 +67,6 @@ pub enum DeviceCommand {
     ///
     /// Refused while a process still has the device open.
     Unbind(UnbindArgs),
-}
-
-/// `busway device list`
-#[derive(Args, Clone, Debug)]
-pub struct ListArgs {
-    /// Show only these devices: 0000:01:00.0, or 01:00.0 for short
-    #[arg(value_name = "ADDRESS", value_parser = address)]
-    pub addresses: Vec<Bdf>,
 }
 
 /// `busway device bind`
@@ -95,15 +107,21 @@ pub enum DeviceError {
     /// The host could not be read.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// A device to be shown is not there.
+    /// Devices to be shown are not there.
     #[error(transparent)]
-    Refused(#[from] RefusedError),
+    List(#[from] ListError),
     /// Devices were not bound.
     #[error(transparent)]
     Bind(#[from] BindError),
     /// Devices were not given back.
     #[error(transparent)]
     Unbind(#[from] UnbindError),
+    /// A guest cannot have the devices now; why has been said.
+    #[error("")]
+    NotReady {
+        /// Whether some are not there at all.
+        absent: bool,
+    },
     /// cannot write the result: {0}
     #[error("cannot write the result: {0}")]
     Output(#[from] io::Error),
@@ -114,7 +132,7 @@ impl DeviceError {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::Refused(refused)
+            Self::List(ListError::Refused(refused))
             | Self::Bind(BindError::Refused(refused))
             | Self::Unbind(UnbindError::Refused(refused)) => {
                 // Where one of them is the host's fault, mending the command line does not help.
@@ -127,7 +145,17 @@ impl DeviceError {
             Self::Host(_) | Self::Bind(BindError::Host(_)) | Self::Unbind(UnbindError::Host(_)) => {
                 3
             }
-            Self::Bind(BindError::Failed { .. })
+            Self::NotReady { absent } => {
+                if *absent {
+                    2
+                } else {
+                    3
+                }
+            }
+            Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. }) => 2,
+            Self::List(ListError::Host(_)) => 3,
+            Self::List(ListError::Picture { .. } | ListError::Json(_))
+            | Self::Bind(BindError::Failed { .. })
             | Self::Unbind(UnbindError::Failed(_))
             | Self::Output(_) => 1,
         }
@@ -141,16 +169,18 @@ impl DeviceError {
 /// [`DeviceError`], whose [`exit_status`](DeviceError::exit_status) says what to exit with.
 pub fn run(args: &DeviceArgs) -> Result<(), DeviceError> {
     let mut out = io::stdout().lock();
-    let width = out
-        .is_terminal()
-        .then(|| terminal_size::terminal_size_of(&out))
-        .flatten()
-        .map(|(width, _)| usize::from(width.0));
-    run_on(args, &SysRoot::default(), &mut LinuxKernel, &mut out, width)
+    let screen = Screen::of_stdout();
+    run_on(
+        args,
+        &SysRoot::default(),
+        &mut LinuxKernel,
+        &mut out,
+        screen,
+    )
 }
 
-/// Runs `busway device` on the host below `root`, and writes what a terminal of `width` columns
-/// shows; none: no terminal.
+/// Runs `busway device` on the host below `root`, and writes what a screen shows: a terminal of so many
+/// columns, or none.
 ///
 /// # Errors
 ///
@@ -160,8 +190,9 @@ pub fn run_on(
     root: &SysRoot,
     kernel: &mut dyn Kernel,
     out: &mut dyn Write,
-    width: Option<usize>,
+    screen: impl Into<Screen>,
 ) -> Result<(), DeviceError> {
+    let screen = screen.into();
     let mut loaded = String::new();
     let mut tell = |step: &Step| {
         log::info!("{step}");
@@ -172,7 +203,13 @@ pub fn run_on(
         }
     };
     let lines: String = match &args.command {
-        DeviceCommand::List(list) => show(&Host::read(root)?, list, width)?,
+        DeviceCommand::List(list) if list.watch => return watch_list(list, root, out, screen),
+        DeviceCommand::List(list) => list::show(root, &Names::load(), list, screen)?,
+        DeviceCommand::Check(args) => {
+            let (text, ready) = check::show(root, args, screen, &host::open_node)?;
+            write_out(out, &text)?;
+            return ready;
+        }
         DeviceCommand::Bind(bind) => {
             let bound = host::bind(
                 root,
@@ -195,53 +232,26 @@ pub fn run_on(
         }
     };
     let said = loaded + &lines;
-    match out.write_all(said.as_bytes()).and_then(|()| out.flush()) {
-        // Whoever reads has seen enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => Ok(result?),
-    }
+    Ok(write_out(out, &said)?)
 }
 
-fn show(host: &Host, list: &ListArgs, width: Option<usize>) -> Result<String, RefusedError> {
-    let absent = |address: &&Bdf| host.device(**address).is_none();
-    let absent = list
-        .addresses
-        .iter()
-        .filter(absent)
-        .map(|&address| host::Refusal::NotThere { address });
-    let absent: Vec<_> = absent.collect();
-    if !absent.is_empty() {
-        return Err(RefusedError(absent));
-    }
+/// Shows the list anew whenever it changes, until whoever reads has seen enough.
+fn watch_list(
+    list: &ListArgs,
+    root: &SysRoot,
+    out: &mut dyn Write,
+    screen: Screen,
+) -> Result<(), DeviceError> {
     let names = Names::load();
-    let wanted = |device: &&HostDevice| {
-        list.addresses.is_empty() || list.addresses.contains(&device.address)
-    };
-    // A host has many devices of a kind, and a vendor's part of the database may be long.
-    let mut known = HashMap::new();
-    let mut rows = Vec::new();
-    for device in host.devices().filter(wanted) {
-        let ids = (device.vendor, device.device);
-        let name = known
-            .entry(ids)
-            .or_insert_with(|| names.device(ids.0, ids.1));
-        let class = names.class(device.class);
-        rows.push(row(device, host.usage(device.address), class, name.clone()));
-    }
-    Ok(Table { rows: &rows, width }.to_string())
-}
-
-fn row(device: &HostDevice, uses: &[Usage], class: String, name: String) -> Row {
-    let number = |number: Option<u32>| number.map_or_else(|| "-".to_owned(), |n| n.to_string());
-    Row {
-        address: device.address.to_string(),
-        class,
-        name,
-        driver: device.driver.clone().unwrap_or_else(|| "-".to_owned()),
-        group: number(device.group),
-        node: number(device.numa_node),
-        uses: uses.iter().map(Usage::to_string).collect(),
-    }
+    watch::watch(
+        &mut |screen| Ok(list::show(root, &names, list, screen)?),
+        screen,
+        out,
+        &mut || {
+            std::thread::sleep(list::EVERY);
+            Some(Screen::of_stdout())
+        },
+    )
 }
 
 fn bound_line(bound: &Bound) -> String {

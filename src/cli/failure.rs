@@ -5,6 +5,8 @@ use std::fmt;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
+use super::style::ColorChoice;
+
 /// Something failed while running.
 pub const RUNTIME: u8 = 1;
 /// The command line or the configuration is wrong.
@@ -33,16 +35,25 @@ impl Failure {
         Self::new(USAGE, error)
     }
 
+    /// A status to exit with, where everything has been said.
+    pub(super) fn silent(status: u8) -> Self {
+        Self::new(status, "")
+    }
+
     /// Prints the error and gives its status.
     pub fn report(&self) -> ExitCode {
-        let coloured = io::stderr().is_terminal() && !no_color();
+        let text = self.to_string();
+        if text.is_empty() {
+            return ExitCode::from(self.status);
+        }
+        let coloured = ColorChoice::chosen().applies(io::stderr().is_terminal());
         let label = if coloured {
             "\x1b[1;31merror:\x1b[0m"
         } else {
             "error:"
         };
         // Where nobody reads it, the status still says it.
-        let _unread = writeln!(io::stderr(), "busway: {label} {self}");
+        let _unread = writeln!(io::stderr(), "busway: {label} {text}");
         ExitCode::from(self.status)
     }
 }

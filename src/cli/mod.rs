@@ -4,8 +4,10 @@
 //! a VM is built and run is not known here.
 
 pub mod device;
+pub mod doctor;
 mod failure;
 mod file;
+mod findings;
 mod logging;
 mod nearest;
 mod options;
@@ -13,6 +15,7 @@ mod panic;
 mod progress;
 mod run;
 mod schema;
+pub mod style;
 mod value;
 mod words;
 
@@ -44,6 +47,17 @@ struct Cli {
     #[arg(short, long, global = true, action = ArgAction::Count, help_heading = DIAGNOSTICS)]
     verbose: u8,
 
+    /// Colour what is printed
+    #[arg(
+        long,
+        global = true,
+        value_name = "WHEN",
+        default_value = "auto",
+        hide_default_value = true
+    )]
+    #[arg(help_heading = DIAGNOSTICS)]
+    color: style::ColorChoice,
+
     /// Append the log to a file instead of standard error
     #[arg(long, global = true, value_name = "FILE", help_heading = DIAGNOSTICS)]
     log_file: Option<PathBuf>,
@@ -63,6 +77,10 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Show the host's PCI devices, and move them to VFIO and back
     Device(device::DeviceArgs),
+    /// Look the host over: can it give devices to guests, and what would help?
+    ///
+    /// Exit status: 0 it can; 3 something stands against it.
+    Doctor(doctor::DoctorArgs),
     /// Print a shell's completion script
     ///
     /// For bash: busway completions bash > /etc/bash_completion.d/busway
@@ -89,6 +107,7 @@ pub fn main() -> ExitCode {
 
 impl Cli {
     fn execute(self, report: &Arc<Report>) -> Result<(), Failure> {
+        style::choose(self.color);
         logging::start(self.verbose, self.log_file.as_deref()).map_err(|error| {
             let file = self.log_file.as_deref().unwrap_or_else(|| "".as_ref());
             Failure::usage(format!("--log-file {}: {error}", file.display()))
@@ -98,6 +117,7 @@ impl Cli {
             Command::Device(args) => {
                 device::run(&args).map_err(|error| Failure::new(error.exit_status(), error))
             }
+            Command::Doctor(args) => doctor::run(&args),
             Command::Completions { shell } => completions(shell),
         }
     }
@@ -117,7 +137,7 @@ fn print(error: &clap::Error) -> ExitCode {
         _ => {
             let text = error.render();
             let mut stderr = io::stderr().lock();
-            let _unread = if stderr.is_terminal() && !failure::no_color() {
+            let _unread = if style::ColorChoice::chosen().applies(stderr.is_terminal()) {
                 write!(stderr, "busway: {}", text.ansi())
             } else {
                 write!(stderr, "busway: {text}")

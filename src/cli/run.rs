@@ -109,6 +109,10 @@ pub(super) struct RunArgs {
     ///   on_error=ignore   it is logged
     ///   vf_token=UUID     what all share who use a physical function and its virtual
     ///                     functions, where VFIO has both
+    ///   rom=on|off        the guest gets the expansion ROM [on, unless it is known to do harm]
+    ///   romfile=FILE      an expansion ROM in place of the device's
+    ///   x_nv_gpudirect_clique=N
+    ///                     GPUs of NVIDIA's with the same N, 0 to 15, copy to each other directly
     ///
     /// Functions of one host device become one device of the guest's.
     /// `busway device list` shows what there is, `busway device bind ADDRESS` prepares one.

@@ -195,12 +195,18 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
         id: None,
         on_error: OnError::default(),
         vf_token: None,
+        rom: None,
+        romfile: None,
+        x_nv_gpudirect_clique: None,
     },
     keys: keys! {
         "path": |device, value| set_device_path(device, value)?;
         "id": |device, value| device.id = Some(value.text()?.to_owned());
         "on_error": |device, value| device.on_error = on_error(value)?;
         "vf_token": |device, value| device.vf_token = Some(value.text()?.to_owned());
+        "rom": |device, value| device.rom = Some(value.switch()?);
+        "romfile": |device, value| device.romfile = Some(value.text()?.into());
+        "x_nv_gpudirect_clique": |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
     },
     required: Some("path"),
     bare: Some(set_device_path),

@@ -4,8 +4,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::{
-    ConsoleConfig, DiskConfig, MAX_CPUS, MAX_QUEUE_SIZE, MEMORY_STEP, MIN_MEMORY, MemoryConfig,
-    NetConfig, VmConfig,
+    ConsoleConfig, DeviceConfig, DiskConfig, MAX_CPUS, MAX_QUEUE_SIZE, MEMORY_STEP, MIN_MEMORY,
+    MemoryConfig, NetConfig, VmConfig,
 };
 
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
@@ -144,6 +144,20 @@ pub enum InvalidConfig {
          file=PATH or socket=PATH"
     )]
     OneTerminal,
+    /// {device}: rom=off and romfile= exclude each other
+    #[error("{device}: rom=off and romfile= exclude each other: leave one out")]
+    RomfileUnwanted {
+        /// Which.
+        device: Name,
+    },
+    /// {device}: x_nv_gpudirect_clique={clique} is above 15
+    #[error("{device}: x_nv_gpudirect_clique={clique} must be a number from 0 to 15")]
+    Clique {
+        /// Which.
+        device: Name,
+        /// What was given.
+        clique: u8,
+    },
     /// {device}: `{id}` is no name
     #[error("{device}: id=`{id}` must have a character, and no spaces, commas or `/`")]
     Id {
@@ -267,6 +281,9 @@ impl VmConfig {
             })?;
             functions.add(name, address.to_string(), true)?;
         }
+        for (index, device) in self.device.iter().enumerate() {
+            device.validate(&Name::new("--device", index, device.id.as_ref()))?;
+        }
         let mut images = Seen::new(
             "path",
             "a disk that is written to can be given once; give both readonly=on, or make a copy",
@@ -291,6 +308,23 @@ impl VmConfig {
             }
         }
         Ok(())
+    }
+}
+
+impl DeviceConfig {
+    fn validate(&self, name: &Name) -> Result<(), InvalidConfig> {
+        if self.rom == Some(false) && self.romfile.is_some() {
+            return Err(InvalidConfig::RomfileUnwanted {
+                device: name.clone(),
+            });
+        }
+        match self.x_nv_gpudirect_clique {
+            Some(clique @ 16..) => Err(InvalidConfig::Clique {
+                device: name.clone(),
+                clique,
+            }),
+            _ => Ok(()),
+        }
     }
 }
 

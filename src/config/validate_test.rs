@@ -186,3 +186,29 @@ fn taps_and_macs_are_what_linux_takes() {
     });
     assert!(same.contains("same mac"), "{same}");
 }
+
+#[test]
+fn a_rom_is_given_or_not_and_cliques_count_to_15() {
+    let changed = |change: fn(&mut DeviceConfig)| {
+        validate(move |vm| {
+            let mut device = device("01:00.0", Some("gpu"));
+            change(&mut device);
+            vm.device.push(device);
+        })
+    };
+    assert_eq!(
+        changed(|device| device.romfile = Some("a.rom".into())),
+        Ok(())
+    );
+    assert_eq!(
+        changed(|device| device.x_nv_gpudirect_clique = Some(15)),
+        Ok(())
+    );
+    let both = changed(|device| {
+        device.rom = Some(false);
+        device.romfile = Some("a.rom".into());
+    });
+    assert!(both.unwrap_err().contains("leave one out"));
+    let clique = changed(|device| device.x_nv_gpudirect_clique = Some(16)).unwrap_err();
+    assert!(clique.contains("from 0 to 15"), "{clique}");
+}

@@ -10,8 +10,8 @@ use std::thread::{self, ScopedJoinHandle};
 use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
 use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
 use busway_vfio::{
-    AssignOptions, AssignedFunction, DeviceError, KernelDevice, Opener, Resets, TokenUse, VfToken,
-    Wiring,
+    AssignOptions, AssignedFunction, DeviceError, KernelDevice, Opener, Resets, RomChoice,
+    RomImage, TokenUse, VfToken, Wiring,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -82,6 +82,7 @@ impl Machine {
         few_arenas();
         // What costs nothing to find out comes first.
         let source = open_kernel(config)?;
+        let options = assign_options(config)?;
         let vm = Vm::new()?;
         let model = CpuModel::new(&vm)?;
         let router = vm.irq_router()?;
@@ -159,25 +160,18 @@ impl Machine {
             .map(|device| HostFunction::of(device))
             .collect();
         for port in behind_ports(&given) {
-            let device = |behind: &Behind| {
-                let device = devices.get(behind.index)?.clone();
-                Some((config.device.get(behind.index)?, behind.function, device))
+            let of = |behind: &Behind| {
+                Some(Given {
+                    config: config.device.get(behind.index)?,
+                    options: options.get(behind.index)?,
+                    number: behind.function,
+                    device: devices.get(behind.index)?.clone(),
+                })
             };
-            let here: Vec<_> = port.iter().filter_map(device).collect();
-            let functions: Vec<_> = here
-                .iter()
-                .map(|(_, number, device)| (*number, device.clone()))
-                .collect();
-            let port = add_assigned(
-                &mut pci,
-                &functions,
-                &resets,
-                &router,
-                &host_vectors,
-                &events,
-            )?;
-            for (config, _, device) in here {
-                assigned.add(config, port, device);
+            let here: Vec<_> = port.iter().filter_map(of).collect();
+            let port = add_assigned(&mut pci, &here, &resets, &router, &host_vectors, &events)?;
+            for given in here {
+                assigned.add(given.config, port, given.device);
             }
         }
         report.reached(Stage::Devices);
@@ -396,29 +390,56 @@ fn add_virtio(
     add(Box::new(Rng::new("rng", &config.rng)?))
 }
 
-/// The functions of a host device, with their numbers, behind a root port, which is given.
+/// A host function that was asked for, opened.
+struct Given<'a> {
+    config: &'a DeviceConfig,
+    options: &'a AssignOptions,
+    /// Its number in the guest.
+    number: Function,
+    device: Arc<KernelDevice>,
+}
+
+/// What was said about each assigned device, in their order.
+fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
+    let options = config.device.iter().map(|device| {
+        let rom = match (&device.romfile, device.rom) {
+            (Some(path), _) => RomChoice::Image(RomImage::load(path)?),
+            (None, Some(true)) => RomChoice::Device,
+            (None, Some(false)) => RomChoice::None,
+            (None, None) => RomChoice::Auto,
+        };
+        Ok(AssignOptions {
+            rom,
+            nv_gpudirect_clique: device.x_nv_gpudirect_clique,
+        })
+    });
+    options.collect()
+}
+
+/// The functions of a host device behind a root port, which is given.
 fn add_assigned(
     pci: &mut Pci,
-    functions: &[(Function, Arc<KernelDevice>)],
+    functions: &[Given<'_>],
     resets: &Arc<Resets>,
     router: &IrqRouter,
     host_vectors: &IrqRouter,
     events: &Arc<Events>,
 ) -> Result<FunctionId, RunError> {
-    let names: Vec<_> = functions.iter().map(|(_, device)| device.name()).collect();
+    let names: Vec<_> = functions.iter().map(|given| given.device.name()).collect();
     let names = names.join(" and ");
     let slot = pci.port_slot(&names)?;
     let mut behind = Vec::new();
-    for (number, device) in functions {
+    for given in functions {
         let wiring = Wiring {
             routes: Arc::new(host_vectors.clone()),
             lines: Arc::new(router.pins(pins_behind_port(slot))),
             resets: resets.clone(),
         };
-        let options = AssignOptions::default();
-        let function = AssignedFunction::new(device.name(), device.clone(), wiring, &options)?;
+        let device = given.device.clone();
+        let name = device.name().to_owned();
+        let function = AssignedFunction::new(&name, device, wiring, given.options)?;
         log::info!("{}", function.summary());
-        behind.push((*number, function));
+        behind.push((given.number, function));
     }
     let routes = Arc::new(router.clone());
     pci.add_behind_port(slot, &names, behind, routes, events.clone())

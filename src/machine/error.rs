@@ -49,6 +49,9 @@ pub enum RunError {
     /// A disk cannot be had.
     #[error(transparent)]
     Disk(#[from] BlkError),
+    /// The file that was to be a device's ROM cannot be.
+    #[error(transparent)]
+    Rom(#[from] busway_vfio::RomError),
     /// A NIC cannot be had.
     #[error(transparent)]
     Net(#[from] NetError),
@@ -194,6 +197,7 @@ impl RunError {
             Self::Config(_)
             | Self::Boot(_)
             | Self::Disk(_)
+            | Self::Rom(_)
             | Self::Rng(_)
             | Self::Console { .. }
             | Self::NoSlot { .. }

@@ -1,5 +1,6 @@
 //! What a person sees of `busway`: its help, its complaints, its exit status.
 
+mod colour;
 mod dependencies;
 mod errors;
 mod help;

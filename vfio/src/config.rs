@@ -174,9 +174,9 @@ impl GuestConfig {
         };
         self.define(spec::STATUS, bit, 0);
         for (kept, next) in list.links() {
-            let pointer = kept.extent.start.saturating_add(1);
-            self.hide(pointer, pointer.saturating_add(1));
-            self.define(pointer, next as u8, 0);
+            let start = kept.extent.start;
+            self.hide(start, start.saturating_add(2));
+            self.define(start, kept.id | next << 8, 0);
         }
     }
 

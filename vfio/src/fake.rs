@@ -31,6 +31,9 @@ pub(crate) struct FakeDevice {
     pub(crate) intx: IrqInfo,
     /// What setting the pin up fails with.
     pub(crate) intx_refused: Option<i32>,
+    /// What its ROM reads; no ROM where it is empty.
+    pub(crate) rom: Vec<u8>,
+    pub(crate) rom_reads: Mutex<usize>,
     pub(crate) msi: IrqInfo,
     pub(crate) msix: IrqInfo,
     /// How many vectors the host has for it.
@@ -79,6 +82,8 @@ impl Default for FakeDevice {
             bars: Default::default(),
             intx: IrqInfo::default(),
             intx_refused: None,
+            rom: Vec::new(),
+            rom_reads: Mutex::default(),
             msi: IrqInfo::default(),
             msix: IrqInfo::default(),
             most_vectors: u32::MAX,
@@ -198,6 +203,11 @@ impl DeviceIo for FakeDevice {
                 writable: true,
                 areas: Vec::new(),
             },
+            RegionIndex::ROM => Region {
+                size: self.rom.len() as u64,
+                readable: true,
+                ..Region::default()
+            },
             other => self
                 .bars
                 .get(other.number() as usize)
@@ -211,6 +221,11 @@ impl DeviceIo for FakeDevice {
             let config = self.config.lock().unwrap();
             let start = offset as usize;
             let found = config.get(start..start + data.len());
+            data.copy_from_slice(found.ok_or(io::ErrorKind::InvalidInput)?);
+        } else if index == RegionIndex::ROM {
+            *self.rom_reads.lock().unwrap() += 1;
+            let start = offset as usize;
+            let found = self.rom.get(start..start + data.len());
             data.copy_from_slice(found.ok_or(io::ErrorKind::InvalidInput)?);
         } else {
             data.fill(0x5a);

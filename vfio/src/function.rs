@@ -7,11 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec};
 
+use crate::clique::Clique;
 use crate::config::{GuestConfig, Settled, read_dword};
 use crate::lists::{self, List};
 use crate::msix_layout::{DeviceLocation, GuestLocation};
 use crate::pin::{InPlaceOfPin, Pin};
+use crate::quirks::Quirks;
 use crate::resets::ResetHandle;
+use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
 use crate::{AssignError, AssignOptions, DeviceIo, RegionIndex, ResetMethod, Wiring};
@@ -30,6 +33,7 @@ pub struct AssignedFunction {
     pba: Option<GuestLocation>,
     device_pba: Option<DeviceLocation>,
     reset: ResetHandle,
+    rom: Option<Rom>,
     // Dropped before the device: a mapping holds it open.
     parts: Vec<Part>,
     io: Arc<dyn DeviceIo>,
@@ -125,10 +129,15 @@ impl AssignedFunction {
             lines,
             resets,
         } = wiring;
-        let AssignOptions {} = options;
+        let AssignOptions {
+            rom,
+            nv_gpudirect_clique,
+        } = options;
         let reset = resets.join(name, &io);
         check_header(name, &*io)?;
-        let bars = read_bars(&*io).map_err(|source| AssignError::Bar {
+        let quirks = Quirks::of(&*io);
+        let rom = Rom::new(name, &*io, rom, quirks.hides_rom());
+        let bars = read_bars(&*io, rom.as_ref()).map_err(|source| AssignError::Bar {
             name: name.to_owned(),
             source,
         })?;
@@ -145,9 +154,15 @@ impl AssignedFunction {
             msi: Msi::new(features, routes.clone()).named(name),
             vectors: MsiVectors::new(name, io.clone()),
         });
-        let layout = find_msix(name, &*io, &mut standard, &bars.regions());
+        let layout = find_msix(name, &*io, &mut standard, &bars.regions(), &quirks);
+        let clique = nv_gpudirect_clique
+            .map(|number| Clique::add(name, &*io, number, &mut standard))
+            .transpose()?;
         let parts = map_parts(name, &*io, &bars.regions(), layout.as_ref());
         let mut config = GuestConfig::new(&*io, bars, &standard, &extended);
+        if let Some(clique) = clique {
+            clique.show(&mut config);
+        }
         if let Some(state) = &msi {
             let end = state.at.saturating_add(state.msi.capability_size());
             config.hide(state.at.saturating_add(2), end);
@@ -204,6 +219,7 @@ impl AssignedFunction {
             pba: layout.map(|layout| layout.pba()),
             device_pba: layout.map(|layout| layout.device_pba()),
             reset,
+            rom,
             parts,
             io,
         }))
@@ -376,6 +392,8 @@ impl Drop for AssignedFunction {
     }
 }
 
+#[cfg(test)]
+mod options_tests;
 #[cfg(test)]
 #[path = "function_test.rs"]
 mod tests;

@@ -5,7 +5,7 @@ use busway_pci::{BarKind, HostAddress, capabilities, extended_capabilities};
 use proptest::prelude::*;
 
 /// QEMU's NVMe drive as VFIO shows it, with an SR-IOV capability first in its extended list.
-fn nvme() -> FakeDevice {
+pub(super) fn nvme() -> FakeDevice {
     let mut fake = FakeDevice::default();
     fake.set_bar(0, 0x4000);
     fake.intx.count = 1;
@@ -55,12 +55,21 @@ fn assign(
     fake: Arc<FakeDevice>,
     routes: Arc<FakeRoutes>,
 ) -> Result<Arc<AssignedFunction>, AssignError> {
+    assign_with(name, fake, routes, &AssignOptions::default())
+}
+
+pub(super) fn assign_with(
+    name: &str,
+    fake: Arc<FakeDevice>,
+    routes: Arc<FakeRoutes>,
+    options: &AssignOptions,
+) -> Result<Arc<AssignedFunction>, AssignError> {
     let wiring = Wiring {
         routes,
         lines: Arc::new(FakeLines::default()),
         resets: Arc::default(),
     };
-    AssignedFunction::new(name, fake, wiring, &AssignOptions::default())
+    AssignedFunction::new(name, fake, wiring, options)
 }
 
 /// What sets the pin up in the device.
@@ -71,13 +80,13 @@ fn pin_set_up() -> Vec<IrqCall> {
     ]
 }
 
-fn read(function: &AssignedFunction, offset: u16) -> u32 {
+pub(super) fn read(function: &AssignedFunction, offset: u16) -> u32 {
     let mut data = [0; 4];
     function.config_read(offset, &mut data);
     u32::from_le_bytes(data)
 }
 
-fn write(function: &AssignedFunction, offset: u16, value: u32) {
+pub(super) fn write(function: &AssignedFunction, offset: u16, value: u32) {
     function.config_write(offset, &value.to_le_bytes());
 }
 
@@ -747,11 +756,13 @@ fn hostile() -> impl Strategy<Value = FakeDevice> {
     ];
     let bars = prop::collection::vec((size, prop::sample::select(vec![0_u8, 1, 4, 8, 12])), 6);
     let interrupts = (0_u32..70, 0_u32..40, any::<bool>(), 0_u32..70);
-    let first = (pointer(), any::<bool>());
+    let rom = prop::sample::select(vec![0_usize, 512, 2048, 3000, 1 << 16]);
+    let first = (pointer(), any::<bool>(), rom);
     (noise, standard, extended, bars, interrupts, first).prop_map(
-        |(noise, standard, extended, bars, (msix, msi, resizable, most), (first, tame))| {
+        |(noise, standard, extended, bars, (msix, msi, resizable, most), (first, tame, rom))| {
             let mut fake = FakeDevice {
                 config: Mutex::new(noise),
+                rom: vec![0xa5; rom],
                 most_vectors: most,
                 msix: IrqInfo {
                     count: msix,
@@ -819,7 +830,7 @@ proptest! {
                 for region in function.decoded() {
                     prop_assert!(function.bars().contains(&region));
                 }
-                prop_assert_eq!(read(&function, 0x30), 0);
+                prop_assert_eq!(read(&function, 0x30) & 0x7fe, 0);
                 let connected = function.summary().pin.is_some_and(|(_, connected)| connected);
                 prop_assert_eq!(connected, fake.kind() == Some(IrqIndex::Intx));
                 let messages = function.lock().uses_messages();

@@ -1,7 +1,7 @@
 //! A device's two capability lists as the guest gets them: which stay, which go, and how far each
 //! reaches. Nothing that the device says can make this fail; it can only leave less.
 
-use busway_pci::{ConfigRead, capabilities, extended_capabilities, spec};
+use busway_pci::{ConfigRead, MsiFeatures, capabilities, extended_capabilities, spec};
 
 use crate::policy::{self, Keep, Rule};
 
@@ -37,6 +37,26 @@ impl List {
         self.hidden
             .extend(extents.filter(|extent| extent.start == start));
         self.kept.retain(|kept| kept.extent.start != start);
+    }
+
+    /// Whether a capability could stand at `at`, `size` bytes long, in the list that starts in the
+    /// header.
+    pub(crate) fn is_free(&self, config: &impl ConfigRead, at: u16, size: u16) -> bool {
+        let end = at.saturating_add(size);
+        self.kept.iter().all(|kept| {
+            let length = known_length(config, kept).min(kept.extent.end - kept.extent.start);
+            end <= kept.extent.start || kept.extent.start.saturating_add(length) <= at
+        })
+    }
+
+    /// Puts a capability at the list's end, where [`is_free`](Self::is_free) found room.
+    pub(crate) fn append(&mut self, new: Kept) {
+        for kept in &mut self.kept {
+            if (kept.extent.start..kept.extent.end).contains(&new.extent.start) {
+                kept.extent.end = new.extent.start;
+            }
+        }
+        self.kept.push(new);
     }
 
     /// The first capability of a kind.
@@ -131,6 +151,24 @@ fn standard_size(config: &impl ConfigRead, id: u16, offset: u16) -> u16 {
         EXPRESS if config.read_dword(offset) >> 16 & 0xf < 2 => 0x14,
         EXPRESS => spec::EXP_CAPABILITY_SIZE,
         _ => spec::EXTENDED_CONFIG_START,
+    }
+}
+
+/// Bytes of a capability of the header's list that are surely its own.
+fn known_length(config: &impl ConfigRead, kept: &Kept) -> u16 {
+    const MSI: u16 = spec::CAP_MSI as u16;
+    const MSIX: u16 = spec::CAP_MSIX as u16;
+    const VENDOR: u16 = spec::CAP_VENDOR as u16;
+    let start = kept.extent.start;
+    let [_, _, length, _] = config.read_dword(start).to_le_bytes();
+    match kept.id {
+        MSI => MsiFeatures::from_control((config.read_dword(start) >> 16) as u16).capability_size(),
+        MSIX => spec::MSIX_CAPABILITY_SIZE,
+        VENDOR => u16::from(length).max(4),
+        id => match standard_size(config, id, start) {
+            spec::EXTENDED_CONFIG_START => 8,
+            size => size,
+        },
     }
 }
 

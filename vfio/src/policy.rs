@@ -144,7 +144,7 @@ pub(crate) const HEADER: &[Rule] = &[
     rule(0x24, ALL, Emulate, "BAR 5"),
     rule(0x28, ALL, ReadOnly, "CardBus CIS pointer §7.5.1.2.2"),
     rule(0x2c, ALL, ReadOnly, "subsystem identity §7.5.1.2.3"),
-    rule(0x30, ALL, Hide, "expansion ROM §7.5.1.2.4: not given yet"),
+    rule(0x30, ALL, Emulate, "expansion ROM §7.5.1.2.4"),
     rule(0x34, 0xff, Hide, "start of the relinked list §7.5.1.1.11"),
     rule(0x34, !0xff, ReadOnly, "reserved"),
     rule(0x38, ALL, ReadOnly, "reserved"),

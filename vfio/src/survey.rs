@@ -7,6 +7,8 @@ use crate::areas::{Area, mappable};
 use crate::config::read_dword;
 use crate::lists::List;
 use crate::msix_layout::MsixLayout;
+use crate::quirks::Quirks;
+use crate::rom::Rom;
 use crate::vectors::disable;
 use crate::{DeviceIo, IrqError, IrqIndex, Mapping, RegionIndex};
 
@@ -48,6 +50,14 @@ pub enum AssignError {
         /// Why.
         source: PinError,
     },
+    /// {name} cannot have x_nv_gpudirect_clique=: {why}
+    #[error("{name} cannot have x_nv_gpudirect_clique=: {why}")]
+    Clique {
+        /// The device.
+        name: String,
+        /// Why.
+        why: &'static str,
+    },
 }
 
 /// A part of a BAR that the guest reaches without an exit.
@@ -76,9 +86,9 @@ pub(crate) fn check_header(name: &str, io: &dyn DeviceIo) -> Result<(), AssignEr
     Ok(())
 }
 
-/// The device's BARs: sizes from VFIO's regions, kinds from the registers, which VFIO fills in from
+/// The device's BARs and ROM: sizes from VFIO's regions, kinds from the registers, which VFIO fills in from
 /// what the host gave the device (for a VF too, whose own are empty).
-pub(crate) fn read_bars(io: &dyn DeviceIo) -> Result<Bars, BarError> {
+pub(crate) fn read_bars(io: &dyn DeviceIo, rom: Option<&Rom>) -> Result<Bars, BarError> {
     let mut bars = Bars::new();
     let mut upper_half = false;
     for number in 0..spec::BAR_COUNT {
@@ -100,6 +110,12 @@ pub(crate) fn read_bars(io: &dyn DeviceIo) -> Result<Bars, BarError> {
             BarKind::Memory32 { prefetchable }
         };
         bars.add(BarIndex::Bar(number), kind, size)?;
+    }
+    if let Some(rom) = rom {
+        let kind = BarKind::Memory32 {
+            prefetchable: false,
+        };
+        bars.add(BarIndex::Rom, kind, rom.size())?;
     }
     Ok(bars)
 }
@@ -159,6 +175,7 @@ pub(crate) fn find_msix(
     io: &dyn DeviceIo,
     list: &mut List,
     bars: &[BarRegion],
+    quirks: &Quirks,
 ) -> Option<(u16, MsixLayout)> {
     let found = list.find(spec::CAP_MSIX.into())?;
     let at = found.extent.start;
@@ -172,8 +189,16 @@ pub(crate) fn find_msix(
     } else if io.irq(IrqIndex::Msix).count == 0 {
         "the host cannot use it".to_owned()
     } else {
-        let capability = [0, spec::MSIX_TABLE, spec::MSIX_PBA].map(dword);
-        match MsixLayout::read(capability, bar_size) {
+        let mut capability = [0, spec::MSIX_TABLE, spec::MSIX_PBA].map(dword);
+        let mut layout = MsixLayout::read(capability, bar_size);
+        if let Some(offset) = quirks.pba_offset()
+            && layout.is_err()
+        {
+            let [.., pba] = &mut capability;
+            *pba = (*pba & spec::MSIX_BIR) | (offset & !spec::MSIX_BIR);
+            layout = MsixLayout::read(capability, bar_size);
+        }
+        match layout {
             Ok(layout) => return Some((at, layout)),
             Err(error) => error.to_string(),
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use busway_pci::{InterruptLines, InterruptRoutes};
 
-use crate::Resets;
+use crate::{Resets, RomChoice};
 
 /// How a function is connected to its guest.
 #[derive(Clone, Debug)]
@@ -19,4 +19,9 @@ pub struct Wiring {
 
 /// What the person who gives a device away can choose about it.
 #[derive(Clone, Debug, Default)]
-pub struct AssignOptions {}
+pub struct AssignOptions {
+    /// What the guest finds as its expansion ROM.
+    pub rom: RomChoice,
+    /// Which of NVIDIA's cliques a GPU is in, 0 to 15, where it is in one.
+    pub nv_gpudirect_clique: Option<u8>,
+}

@@ -34,8 +34,12 @@ impl AssignedFunction {
     /// Reads as the guest does. What nobody answers for reads ones.
     pub(super) fn read_bar(&self, bar: BarIndex, mut offset: u64, mut data: &mut [u8]) {
         data.fill(u8::MAX);
-        let BarIndex::Bar(number) = bar else {
-            return;
+        let number = match (bar, &self.rom) {
+            (BarIndex::Bar(number), _) => number,
+            (BarIndex::Rom, Some(rom)) if self.lock().config.is_awake() => {
+                return rom.read(&self.name, &*self.io, offset, data);
+            }
+            (BarIndex::Rom, _) => return,
         };
         while !data.is_empty() {
             let (reach, size) = self.reach(number, offset, data.len());
@@ -56,7 +60,7 @@ impl AssignedFunction {
         }
     }
 
-    /// Writes as the guest does. The pending bits are read-only.
+    /// Writes as the guest does. The pending bits and the ROM are read-only.
     pub(super) fn write_bar(&self, bar: BarIndex, mut offset: u64, mut data: &[u8]) {
         let BarIndex::Bar(number) = bar else {
             return;

@@ -3,12 +3,14 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use busway_iommu::IommuAdvice;
 use busway_pci::Bdf;
 
 use super::Host;
 use super::device::{HostDevice, is_vfio_driver};
-use super::iommu::IommuAdvice;
+use super::finding::Remedy;
 use super::permit::{Permit, Permits, is_system};
+use super::root;
 use super::usage::{self, Process, Usage};
 
 /// A reason not to touch a device, with what to do about it.
@@ -97,7 +99,7 @@ pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -> 
             }
             None => refusals.push(Refusal::NoGroup {
                 address,
-                advice: IommuAdvice::read(&host.root),
+                advice: IommuAdvice::read(&host.root.paths()),
             }),
         }
         // What VFIO has already is not taken from anybody.
@@ -181,7 +183,7 @@ pub(super) fn group_blockers(host: &Host, group: u32, taken: &BTreeSet<Bdf>) -> 
 }
 
 /// What taking a device from its driver would break.
-fn uses(host: &Host, address: Bdf) -> Vec<Usage> {
+pub(super) fn uses(host: &Host, address: Bdf) -> Vec<Usage> {
     let uses = host.usage(address).iter().filter(|u| u.prevents_bind());
     let mut uses: Vec<_> = uses.cloned().collect();
     // A route that goes by an interface says more than what the interface is part of.
@@ -244,45 +246,54 @@ impl fmt::Display for Refusal {
 }
 
 /// What ends a use of the device at `address`.
-fn remedy(address: Bdf, usage: &Usage) -> String {
+pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
     match usage {
         Usage::Mounted { at, .. } => {
             let names: Vec<_> = at.iter().filter_map(|path| path.to_str()).collect();
             if at.iter().any(|path| is_system(path)) {
-                "the host runs from it, and will not survive it".to_owned()
+                Remedy::words("the host runs from it, and will not survive it")
             } else {
-                format!("unmount it first: umount {}", names.join(" "))
+                let command = format!("umount {}", root::one_line(&names.join(" ")));
+                Remedy::command("unmount it first", command)
             }
         }
-        Usage::Swap { device, .. } => {
-            format!("stop swapping to it first: swapoff {}", device.display())
-        }
-        Usage::Held { release, .. } => format!("take it down first: {release}"),
-        Usage::Claimed { disk } => format!(
-            "end that use first; it may be ZFS, a mount in a container, or a program: \
-             fuser --verbose /dev/{disk}"
+        Usage::Swap { device, .. } => Remedy::command(
+            "stop swapping to it first",
+            format!("swapoff {}", device.display()),
         ),
-        Usage::DefaultRoute { .. } => {
-            "the host reaches the network by it: give it another default \
-                                       route first, and remove this (ip route, ip -6 route)"
-                .to_owned()
-        }
-        Usage::SshRoute { .. } => {
-            "you would cut yourself off: come by another way, or from the host's own console"
-                .to_owned()
-        }
+        Usage::Held { release, .. } => Remedy::command("take it down first", release),
+        Usage::Claimed { disk } => Remedy::command(
+            "end that use first; it may be ZFS, a mount in a container, or a program",
+            format!("fuser --verbose /dev/{disk}"),
+        ),
+        Usage::DefaultRoute { .. } => Remedy::words(
+            "the host reaches the network by it: give it another default route first, and remove \
+             this (ip route, ip -6 route)",
+        ),
+        Usage::SshRoute { .. } => Remedy::words(
+            "you would cut yourself off: come by another way, or from the host's own console",
+        ),
         Usage::Interface { chain, .. } => {
             let name = chain.first().map_or("", String::as_str);
-            format!("take it out of there first: ip link set {name} nomaster")
+            Remedy::command(
+                "take it out of there first",
+                match chain.get(1) {
+                    Some(upper) if upper.contains('.') => format!("ip link delete {upper}"),
+                    _ => format!("ip link set {name} nomaster"),
+                },
+            )
         }
-        Usage::BootDisplay => {
-            "the host's console would go dark: use another display, or reach the host by network"
-                .to_owned()
-        }
-        Usage::VirtualFunctions { .. } => {
-            format!("remove them first: busway device vfs {address} 0")
-        }
-        Usage::Process(process) => format!("end process {} first", process.pid),
+        Usage::BootDisplay => Remedy::words(
+            "the host's console would go dark: use another display, or reach the host by network",
+        ),
+        Usage::VirtualFunctions { .. } => Remedy::command(
+            "remove them first",
+            format!("busway device vfs {address} 0"),
+        ),
+        Usage::Process(process) => Remedy::command(
+            format!("end process {} first", process.pid),
+            format!("kill {}", process.pid),
+        ),
     }
 }
 

@@ -4,16 +4,21 @@
 //! Everything is read below a [`SysRoot`], and every change goes through [`Kernel`], so that a
 //! made-up host serves as well as the real one. Opening a device for a guest is not done here.
 
+mod acs;
+mod asker;
 mod bind;
 mod check;
 mod device;
+mod doctor;
 mod error;
-mod iommu;
+mod finding;
 mod kernel;
 mod modules;
 mod permit;
+mod ready;
 mod root;
 mod steps;
+mod surroundings;
 mod unbind;
 mod usage;
 
@@ -22,15 +27,19 @@ use std::collections::BTreeMap;
 use busway_pci::Bdf;
 
 pub use bind::{Bound, VFIO_PCI, bind};
+pub use busway_iommu::IommuAdvice;
 pub use check::{GroupBlocker, Refusal, check_bind, check_unbind};
 pub use device::{HostDevice, Link, LinkState, Resource, Sriov, is_vfio_driver};
+pub use doctor::examine;
 pub use error::{BindError, HostError, RefusedError, Stranded, UnbindError};
-pub use iommu::IommuAdvice;
+pub use finding::{Finding, Level, Remedy, worst};
 pub use kernel::{Kernel, LinuxKernel};
 pub use modules::{Aliases, Availability, availability};
 pub use permit::{Permit, Permits};
+pub use ready::{Check, DeviceCheck};
 pub use root::SysRoot;
 pub use steps::{Step, StepError};
+pub use surroundings::{Opens, open_node};
 pub use unbind::{Unbound, unbind};
 pub use usage::{InterfaceAddress, Process, Usage};
 
@@ -81,6 +90,39 @@ impl Host {
     #[must_use]
     pub fn usage(&self, address: Bdf) -> &[Usage] {
         self.usage.get(&address).map_or(&[], Vec::as_slice)
+    }
+
+    /// The bridges above a device, from its root bus down.
+    #[must_use]
+    pub fn above(&self, device: &HostDevice) -> Vec<&HostDevice> {
+        let mut bridges: Vec<&HostDevice> = Vec::new();
+        let mut next = device.parent;
+        while let Some(bridge) = next.and_then(|address| self.device(address)) {
+            // PCI is a tree; what is read need not be one.
+            if bridges.iter().any(|known| known.address == bridge.address) {
+                break;
+            }
+            bridges.push(bridge);
+            next = bridge.parent;
+        }
+        bridges.reverse();
+        bridges
+    }
+
+    /// The IOMMU groups of several devices, in the order of their first one.
+    #[must_use]
+    pub fn shared_groups(&self) -> Vec<u32> {
+        let mut counts = BTreeMap::new();
+        for group in self.devices().filter_map(|device| device.group) {
+            *counts.entry(group).or_insert(0_usize) += 1;
+        }
+        let mut shared = Vec::new();
+        for group in self.devices().filter_map(|device| device.group) {
+            if counts.get(&group).is_some_and(|count| *count > 1) && !shared.contains(&group) {
+                shared.push(group);
+            }
+        }
+        shared
     }
 
     /// The members of an IOMMU group, by address.

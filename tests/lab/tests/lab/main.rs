@@ -19,6 +19,7 @@ mod drive;
 mod emulated_host;
 mod events;
 mod groups;
+mod host_view;
 mod interrupts;
 mod life;
 mod nic;
@@ -49,6 +50,7 @@ fn main() -> Result<ExitCode> {
         interrupts::PROOFS,
         groups::PROOFS,
         emulated_host::PROOFS,
+        host_view::PROOFS,
         demo::PROOFS,
     ];
     let trials = proofs

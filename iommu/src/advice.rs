@@ -1,8 +1,9 @@
-//! Why a device has no IOMMU group, and what to do about it.
+//! Why no IOMMU translates for a device, and what to do about it.
 
 use std::fmt;
+use std::fs;
 
-use super::root::{self, SysRoot};
+use crate::HostPaths;
 
 /// What keeps the IOMMU from being used, as far as the host tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,14 +25,18 @@ pub enum IommuAdvice {
 impl IommuAdvice {
     /// Looks at processor, firmware tables and the kernel's command line.
     #[must_use]
-    pub fn read(root: &SysRoot) -> Self {
-        if !root::names(&root.sys.join("class/iommu")).is_empty() {
+    pub fn read(paths: &HostPaths) -> Self {
+        let has_unit = fs::read_dir(paths.sys.join("class/iommu"))
+            .is_ok_and(|mut units| units.next().is_some());
+        if has_unit {
             return Self::NotBehind;
         }
-        let processor = root::text(&root.proc.join("cpuinfo")).unwrap_or_default();
-        let parameters = root::text(&root.proc.join("cmdline")).unwrap_or_default();
-        let tables = root::names(&root.sys.join("firmware/acpi/tables"));
-        let table = |name: &str| tables.iter().any(|table| table == name);
+        let text = |name: &str| fs::read(paths.proc.join(name)).unwrap_or_default();
+        let (processor, parameters) = (text("cpuinfo"), text("cmdline"));
+        let processor = String::from_utf8_lossy(&processor);
+        let parameters = String::from_utf8_lossy(&parameters);
+        let tables = paths.sys.join("firmware/acpi/tables");
+        let table = |name: &str| tables.join(name).exists();
         let says = |key, value| says(&parameters, key, value);
         if processor.contains("GenuineIntel") {
             match (table("DMAR"), says("intel_iommu", "on")) {
@@ -50,6 +55,29 @@ impl IommuAdvice {
             }
         } else {
             Self::Unknown
+        }
+    }
+}
+
+/// A change to the kernel's command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParameterChange {
+    /// To be added.
+    Add(&'static str),
+    /// To be removed.
+    Remove(&'static str),
+}
+
+impl IommuAdvice {
+    /// What to change of the kernel's command line, where that is (part of) it.
+    #[must_use]
+    pub fn parameter(self) -> Option<ParameterChange> {
+        match self {
+            Self::IntelFirmware | Self::IntelParameter => {
+                Some(ParameterChange::Add("intel_iommu=on"))
+            }
+            Self::AmdParameter => Some(ParameterChange::Remove("amd_iommu=off")),
+            Self::AmdFirmware | Self::NotBehind | Self::Unknown => None,
         }
     }
 }
@@ -90,11 +118,14 @@ impl fmt::Display for IommuAdvice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
 
     fn advice(processor: &str, table: Option<&str>, parameters: &str) -> IommuAdvice {
         let folder = tempfile::tempdir().unwrap();
-        let root = SysRoot::under(folder.path());
+        let root = HostPaths {
+            sys: folder.path().join("sys"),
+            dev: folder.path().join("dev"),
+            proc: folder.path().join("proc"),
+        };
         let tables = root.sys.join("firmware/acpi/tables");
         fs::create_dir_all(&tables).unwrap();
         fs::create_dir_all(&root.proc).unwrap();

@@ -1,0 +1,79 @@
+//! How long `busway device list` takes on a made-up host of 500 devices: `cargo bench --bench device_list`.
+//!
+//! It prints, and never fails: the machine decides how fast it is.
+
+#[path = "../vfio/tests/fake_host/mod.rs"]
+mod fake_host;
+
+use std::time::{Duration, Instant};
+
+use busway::cli::device::{DeviceArgs, run_on};
+use clap::{Args as _, FromArgMatches as _};
+use fake_host::FakeHost;
+
+const TIMES: usize = 50;
+
+/// Twenty root ports with 24 virtual functions each and some drives, all with what a real one has.
+fn description() -> String {
+    let mut text = "kernel 6.12.0\niommu dmar0 cap=0x1\nremapping on\nuser 0\n".to_owned();
+    for vendor in 0x1000..0x2000 {
+        text += &format!("alias pci:v0000{vendor:04X}d*sv*sd*bc*sc*i* module_{vendor:x}\n");
+    }
+    text += "alias vfio_pci:v*d*sv*sd*bc*sc*i* vfio_pci\n";
+    for port in 0..20_u32 {
+        let group = port * 32;
+        text += &format!(
+            "device 0000:00:{port:02x}.0 8086:347a class=060400 driver=pcieport group={group} \
+             link=16.0x16/16.0x16\n"
+        );
+        for index in 0..24_u32 {
+            let (bus, slot) = (port + 1, index + 1);
+            let group = group + index + 1;
+            let address = format!("0000:{bus:02x}:{slot:02x}.0");
+            let common = format!("group={group} numa=0 link=8.0x8/16.0x8 reset=flr,bus");
+            if index % 4 == 0 {
+                text += &format!(
+                    "  device {address} 144d:a80a class=010802 driver=nvme {common} bars=16K/64\n    \
+                     disk nvme/nvme{group}/nvme{group}n1 {group}\n"
+                );
+            } else {
+                text += &format!(
+                    "  device {address} 8086:154c class=020000 driver=iavf {common} \
+                     bars=64K/64p,-,16K/64p\n    interface eth{group}\n"
+                );
+            }
+        }
+    }
+    text
+}
+
+fn measure(host: &FakeHost, words: &[&str]) {
+    let command = DeviceArgs::augment_args(clap::Command::new("device").no_binary_name(true));
+    let matches = command.try_get_matches_from(words);
+    let args = matches.and_then(|matches| DeviceArgs::from_arg_matches(&matches));
+    let args = args.expect("arguments that are right");
+    let mut times: Vec<Duration> = (0..TIMES)
+        .map(|_| {
+            let mut out = Vec::new();
+            let start = Instant::now();
+            run_on(&args, &host.root, &mut host.kernel(), &mut out, Some(200))
+                .expect("a list of the devices");
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    println!(
+        "device {:<12} 500 devices, {TIMES} times: fastest {:.1?}, median {:.1?}, slowest {:.1?}",
+        words.join(" "),
+        times[0],
+        times[TIMES / 2],
+        times[TIMES - 1],
+    );
+}
+
+fn main() {
+    let host = FakeHost::described(&description());
+    for words in [&["list"][..], &["list", "--tree"], &["list", "--json"]] {
+        measure(&host, words);
+    }
+}

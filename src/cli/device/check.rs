@@ -1,0 +1,113 @@
+//! `busway device check`: whether a guest can have devices, and what to do where it cannot.
+
+use std::collections::BTreeSet;
+
+use busway_pci::Bdf;
+use busway_vfio::host::{Check, DeviceCheck, Host, Opens, SysRoot};
+use clap::Args;
+use serde::Serialize;
+
+use super::names::Names;
+use super::{DeviceError, ListError};
+use crate::cli::findings::{self, FindingJson};
+use crate::cli::style::{Screen, Style};
+
+/// `busway device check`
+#[derive(Args, Clone, Debug)]
+pub struct CheckArgs {
+    /// The devices that a guest is to have together: 0000:01:00.0, or 01:00.0 for short
+    #[arg(value_name = "ADDRESS", value_parser = super::address, required = true)]
+    pub addresses: Vec<Bdf>,
+
+    /// How much memory the guest has, all of which is locked
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = findings::memory)]
+    pub memory: u64,
+
+    /// Print JSON, whose schema docs/device-json.md describes
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    version: u32,
+    ready: bool,
+    devices: Vec<DeviceJson<'a>>,
+    host: Vec<FindingJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct DeviceJson<'a> {
+    address: String,
+    ready: bool,
+    needs_only_binding: bool,
+    findings: Vec<FindingJson<'a>>,
+}
+
+/// What was found, in words or as JSON; and what the command ends with.
+pub(super) fn show(
+    root: &SysRoot,
+    args: &CheckArgs,
+    screen: Screen,
+    opens: Opens<'_>,
+) -> Result<(String, Result<(), DeviceError>), DeviceError> {
+    let host = Host::read(root)?;
+    let addresses: BTreeSet<_> = args.addresses.iter().copied().collect();
+    let check = Check::of(&host, &addresses, args.memory, opens);
+    let ready = check.is_ready();
+    let end = match ready {
+        true => Ok(()),
+        false => Err(DeviceError::NotReady {
+            absent: check.devices.iter().any(|device| !device.is_there),
+        }),
+    };
+    if args.json {
+        let json = Json {
+            version: super::json::VERSION,
+            ready,
+            devices: check.devices.iter().map(device_json).collect(),
+            host: findings::json(&check.host),
+        };
+        let text = serde_json::to_string_pretty(&json).map_err(ListError::from)?;
+        return Ok((text + "\n", end));
+    }
+    let names = Names::load();
+    let mut text = String::new();
+    for of in &check.devices {
+        let name = host
+            .device(of.address)
+            .map(|device| names.device(device.vendor, device.device));
+        let verdict = verdict(of);
+        text += &findings::heading(
+            &format!("{}  {}", of.address, name.unwrap_or_default()),
+            verdict,
+            screen,
+        );
+        text += &findings::show(&of.findings, screen);
+        text.push('\n');
+    }
+    let (word, style) = match findings::has_obstacle(&check.host) {
+        true => ("cannot give devices to guests", Style::BAD),
+        false => ("can give devices to guests", Style::GOOD),
+    };
+    text += &findings::heading("This host", (word, style), screen);
+    text += &findings::show(&check.host, screen);
+    Ok((text, end))
+}
+
+fn verdict(device: &DeviceCheck) -> (&'static str, Style) {
+    match (device.is_ready(), device.needs_only_binding()) {
+        (true, _) => ("ready", Style::GOOD),
+        (false, true) => ("ready to be bound", Style::WARN),
+        (false, false) => ("not ready", Style::BAD),
+    }
+}
+
+fn device_json(device: &DeviceCheck) -> DeviceJson<'_> {
+    DeviceJson {
+        address: device.address.to_string(),
+        ready: device.is_ready(),
+        needs_only_binding: device.needs_only_binding(),
+        findings: findings::json(&device.findings),
+    }
+}

@@ -1,0 +1,162 @@
+//! `busway device list --long`: everything that is known of a device, in a block of lines.
+
+use std::fmt::Write as _;
+
+use busway_vfio::host::{HostDevice, LinkState, Resource};
+
+use super::facts::{self, Facts};
+use super::table::{fold, shorten};
+use crate::cli::style::{Screen, Style};
+
+/// Where the words begin.
+const INDENT: usize = 13;
+
+/// A block for each device, with an empty line between.
+pub(super) fn show(facts: &Facts<'_>, devices: &[&HostDevice], screen: Screen) -> String {
+    let blocks: Vec<_> = devices
+        .iter()
+        .map(|device| block(facts, device, screen))
+        .collect();
+    blocks.join("\n")
+}
+
+fn block(facts: &Facts<'_>, device: &HostDevice, screen: Screen) -> String {
+    let mut text = format!(
+        "{}  {}\n",
+        Style::BOLD.paint(device.address, screen.colour),
+        match screen.width {
+            Some(width) => shorten(facts.name(device), width.saturating_sub(14)),
+            None => facts.name(device).to_owned(),
+        }
+    );
+    for (label, words) in lines(facts, device) {
+        let width = screen.width.unwrap_or(usize::MAX).saturating_sub(INDENT);
+        for (index, line) in fold(&words, width).into_iter().enumerate() {
+            let label = if index == 0 { label } else { "" };
+            let _infallible = writeln!(text, "  {label:<11}{line}");
+        }
+    }
+    text
+}
+
+fn lines(facts: &Facts<'_>, device: &HostDevice) -> Vec<(&'static str, String)> {
+    let mut lines = vec![(
+        "kind",
+        format!(
+            "{} ({:06x}), {:04x}:{:04x}, subsystem {:04x}:{:04x}",
+            facts.class(device),
+            device.class,
+            device.vendor,
+            device.device,
+            device.subsystem_vendor,
+            device.subsystem_device
+        ),
+    )];
+    lines.push(("driver", driver(facts, device)));
+    lines.push(("group", group(facts, device)));
+    let mut place = device.root_bus.clone().unwrap_or_default();
+    for bridge in facts.host.above(device) {
+        let _infallible = write!(place, " > {}", bridge.address);
+    }
+    if let Some(node) = device.numa_node {
+        let _infallible = write!(place, ", NUMA node {node}");
+    }
+    lines.push(("place", place));
+    if let Some(link) = device.link {
+        let state = |state: LinkState| format!("{} GT/s x{}", facts::speed(state), state.width);
+        let words = match link.current {
+            None => format!("down; can {}", state(link.max)),
+            Some(now) if link.is_degraded() => {
+                format!("{}; can {}", state(now), state(link.max))
+            }
+            Some(now) => state(now),
+        };
+        lines.push(("link", words));
+    }
+    // Nobody resets a host bridge or what stands for the chipset.
+    if device.class >> 16 != 0x06 {
+        let words = match device.reset_methods.is_empty() {
+            true => "none".to_owned(),
+            false => device.reset_methods.join(", "),
+        };
+        lines.push(("reset", words));
+    }
+    for bar in &device.resources {
+        lines.push(("BAR", bar_words(bar)));
+    }
+    if let Some(sriov) = &device.sriov {
+        let mut words = format!("{} of {}", sriov.functions.len(), sriov.total);
+        for (index, function) in sriov.functions.iter().enumerate() {
+            let _infallible = write!(words, "{} {function}", if index == 0 { ":" } else { "," });
+        }
+        lines.push(("VFs", words));
+    }
+    if let Some(physical) = device.physical_function {
+        lines.push(("VF of", physical.to_string()));
+    }
+    for usage in facts.uses(device) {
+        lines.push(("used by", usage));
+    }
+    // One label serves all the lines that have it.
+    let mut last = "";
+    for (label, _) in &mut lines {
+        if *label == last {
+            *label = "";
+        } else {
+            last = label;
+        }
+    }
+    lines
+}
+
+fn driver(facts: &Facts<'_>, device: &HostDevice) -> String {
+    let mut words = device.driver.clone().unwrap_or_else(|| "none".to_owned());
+    if let Some(only) = &device.driver_override {
+        let _infallible = write!(words, ", reserved for {only}");
+    }
+    let others = facts.alternatives(device);
+    if !others.is_empty() {
+        let _infallible = write!(words, "; could have {}", others.join(", "));
+    }
+    if let Some(best) = facts
+        .vfio(device)
+        .first()
+        .filter(|_| !device.is_with_vfio())
+    {
+        let _infallible = write!(words, "; for a guest {best}");
+    }
+    words
+}
+
+fn group(facts: &Facts<'_>, device: &HostDevice) -> String {
+    let Some(group) = device.group else {
+        return "none: no IOMMU translates for it".to_owned();
+    };
+    let members = facts.host.group(group);
+    let others: Vec<_> = members
+        .filter(|member| member.address != device.address)
+        .map(|member| member.address.to_string())
+        .collect();
+    match others.is_empty() {
+        true => format!("{group}, alone"),
+        false => format!("{group}, with {}", others.join(", ")),
+    }
+}
+
+fn bar_words(bar: &Resource) -> String {
+    let which = match bar.index {
+        6 => "ROM".to_owned(),
+        index => index.to_string(),
+    };
+    let mut words = format!("{which}: {}", facts::size(bar.size));
+    if bar.is_io() {
+        words += ", I/O ports";
+    }
+    if bar.is_64bit() {
+        words += ", 64-bit";
+    }
+    if bar.is_prefetchable() && bar.index < 6 {
+        words += ", prefetchable";
+    }
+    words
+}

@@ -1,0 +1,113 @@
+//! Findings of the host's side as a person reads them, and as JSON.
+
+use std::fmt::Write as _;
+
+use busway_vfio::host::{Finding, Level, Remedy};
+use serde::Serialize;
+
+use super::device::{fold, shorten};
+use super::style::{Screen, Style};
+use super::value::Value;
+
+/// Where the words of a finding begin: after its level and its topic.
+const INDENT: usize = 19;
+
+/// A finding, as the schema in `docs/device-json.md` has it.
+#[derive(Serialize)]
+pub(super) struct FindingJson<'a> {
+    level: &'static str,
+    topic: &'static str,
+    text: &'a str,
+    remedies: Vec<RemedyJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct RemedyJson<'a> {
+    what: &'a str,
+    command: Option<&'a str>,
+}
+
+pub(super) fn json(findings: &[Finding]) -> Vec<FindingJson<'_>> {
+    findings.iter().map(one).collect()
+}
+
+fn one(finding: &Finding) -> FindingJson<'_> {
+    FindingJson {
+        level: finding.level.word(),
+        topic: finding.topic,
+        text: &finding.text,
+        remedies: finding
+            .remedies
+            .iter()
+            .map(|remedy| RemedyJson {
+                what: &remedy.what,
+                command: remedy.command.as_deref(),
+            })
+            .collect(),
+    }
+}
+
+/// Bytes, as the flags of a guest say them.
+pub(super) fn memory(text: &str) -> Result<u64, String> {
+    let value = Value::Text(text.to_owned());
+    value.size().map_err(|reason| reason.to_string())
+}
+
+pub(super) fn has_obstacle(findings: &[Finding]) -> bool {
+    busway_vfio::host::worst(findings) == Level::Obstacle
+}
+
+/// What is looked at, and what came of it.
+pub(super) fn heading(what: &str, (verdict, style): (&str, Style), screen: Screen) -> String {
+    let what = what.trim_end();
+    let room = screen
+        .width
+        .map(|width| width.saturating_sub(verdict.len() + 2));
+    let what = room.map_or_else(|| what.to_owned(), |room| shorten(what, room));
+    let what = Style::BOLD.paint(what, screen.colour);
+    format!("{what}: {}\n", style.paint(verdict, screen.colour))
+}
+
+/// A line for each finding, its level in words and in colour, and its remedies below it. Commands stand on
+/// lines of their own, and are never cut.
+pub(super) fn show(findings: &[Finding], screen: Screen) -> String {
+    let mut text = String::new();
+    let width = screen.width.unwrap_or(usize::MAX).saturating_sub(INDENT);
+    let mut last = "";
+    for finding in findings {
+        let (word, style) = match finding.level {
+            Level::Fine => ("ok", Style::GOOD),
+            Level::Note => ("note", Style::PLAIN),
+            Level::Warning => ("warn", Style::WARN),
+            Level::Obstacle => ("FAIL", Style::BAD),
+        };
+        let topic = if finding.topic == last {
+            ""
+        } else {
+            finding.topic
+        };
+        last = finding.topic;
+        for (index, line) in fold(&finding.text, width).into_iter().enumerate() {
+            let _infallible = match index {
+                0 => {
+                    let word = style.paint(format!("{word:<5}"), screen.colour);
+                    writeln!(text, "  {word} {topic:<10} {line}")
+                }
+                _ => writeln!(text, "{:INDENT$}{line}", ""),
+            };
+        }
+        for Remedy { what, command } in &finding.remedies {
+            let colon = if command.is_some() { ":" } else { "" };
+            let lines = fold(&format!("→ {what}{colon}"), width);
+            for (index, line) in lines.into_iter().enumerate() {
+                let before = if index == 0 { "" } else { "  " };
+                let _infallible = writeln!(text, "{:INDENT$}{before}{line}", "");
+            }
+            if let Some(command) = command {
+                let command = Style::COMMAND.paint(command, screen.colour);
+                let _infallible = writeln!(text, "{:INDENT$}  {command}", "");
+            }
+        }
+    }
+    text
+}

@@ -1,0 +1,96 @@
+//! Who asks: the user of this process, and what the kernel lets them do.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use super::root::{self, SysRoot};
+
+/// linux/capability.h
+const CAP_DAC_OVERRIDE: u32 = 1;
+/// linux/capability.h
+const CAP_IPC_LOCK: u32 = 14;
+
+/// The user of this process, as procfs tells.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Asker {
+    /// Effective user.
+    pub(super) user: u32,
+    groups: Vec<u32>,
+    capabilities: u64,
+    /// Whether its capabilities count everywhere, or only in a container.
+    is_initial: bool,
+    /// The hard limit of locked memory in bytes; none: no limit.
+    memlock: Option<u64>,
+    /// The hard limit of open files; none: no limit.
+    files: Option<u64>,
+}
+
+impl Asker {
+    /// Reads `/proc/self`. What cannot be read is taken to be allowed.
+    #[must_use]
+    pub(super) fn read(root: &SysRoot) -> Self {
+        let text = |name: &str| root::text(&root.proc.join("self").join(name)).unwrap_or_default();
+        let status = text("status");
+        let field = |name: &str| {
+            let mut lines = status.lines();
+            lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        };
+        let ids = |name: &str| -> Vec<u32> {
+            let words = field(name).unwrap_or_default().split_whitespace();
+            words.filter_map(|word| word.parse().ok()).collect()
+        };
+        let limits = text("limits");
+        let limit = |name: &str| {
+            let line = limits.lines().find_map(|line| line.strip_prefix(name))?;
+            // Soft limit, hard limit, unit.
+            line.split_whitespace().nth(1)?.parse().ok()
+        };
+        let mut groups = ids("Groups");
+        groups.extend(ids("Gid").get(1));
+        Self {
+            user: ids("Uid").get(1).copied().unwrap_or(0),
+            groups,
+            capabilities: field("CapEff")
+                .and_then(|digits| u64::from_str_radix(digits.trim(), 16).ok())
+                .unwrap_or(u64::MAX),
+            is_initial: text("uid_map")
+                .split_whitespace()
+                .eq(["0", "0", &u32::MAX.to_string()]),
+            memlock: limit("Max locked memory"),
+            files: limit("Max open files"),
+        }
+    }
+
+    /// Whether the mode of a file lets this user read and write it.
+    #[must_use]
+    pub(super) fn may_use(&self, file: &Path) -> bool {
+        let Ok(meta) = fs::metadata(file) else {
+            return true;
+        };
+        if self.capabilities >> CAP_DAC_OVERRIDE & 1 == 1 {
+            return true;
+        }
+        let bits = if meta.uid() == self.user {
+            meta.mode() >> 6
+        } else if self.groups.contains(&meta.gid()) {
+            meta.mode() >> 3
+        } else {
+            meta.mode()
+        };
+        bits & 0o6 == 0o6
+    }
+
+    /// The bytes that this process may lock; none: as many as there are.
+    #[must_use]
+    pub(super) fn may_lock(&self) -> Option<u64> {
+        let exempt = self.is_initial && self.capabilities >> CAP_IPC_LOCK & 1 == 1;
+        self.memlock.filter(|_| !exempt)
+    }
+
+    /// The files that this process may have open; none: as many as it likes.
+    #[must_use]
+    pub(super) fn may_open(&self) -> Option<u64> {
+        self.files
+    }
+}
