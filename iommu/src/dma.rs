@@ -1,6 +1,8 @@
 //! The words of DMA, and the trait that memory code maps through.
 
 use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
 
 use crate::{IovaRange, MapError};
 
@@ -55,11 +57,13 @@ impl Access {
 /// What a space has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Mapping calls made to the kernel.
+    /// Mapping calls made to the kernel for memory.
     pub map_calls: u64,
+    /// Mapping calls made to the kernel for parts of devices.
+    pub device_map_calls: u64,
     /// Unmapping calls made to the kernel.
     pub unmap_calls: u64,
-    /// Bytes that are mapped now.
+    /// Bytes of memory that are mapped now.
     pub bytes: u64,
 }
 
@@ -82,6 +86,24 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
         host: HostVa,
         size: u64,
         access: Access,
+        owner: &str,
+    ) -> Result<(), MapError>;
+
+    /// Lets every device of this space reach a part of another device by `iova`: peer-to-peer DMA.
+    /// The part is `size` bytes of a BAR that are mapped at `host`; `dma_buf` opens the same bytes as
+    /// a dma-buf, which iommufd maps in the place of an address.
+    ///
+    /// Nothing is pinned. A dma-buf's mapping is dead once the device that it belongs to is reset:
+    /// it has to be unmapped and mapped again.
+    ///
+    /// # Errors
+    /// [`MapError`]; [`MapError::NoPeerToPeer`] where the host's kernel cannot do it.
+    fn map_device(
+        &self,
+        iova: Iova,
+        host: HostVa,
+        size: u64,
+        dma_buf: &dyn Fn() -> io::Result<OwnedFd>,
         owner: &str,
     ) -> Result<(), MapError>;
 

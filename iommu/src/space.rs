@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::{Container, DmaSpace, HostPaths, Ioas, MemlockError, OpenError, memlock};
+use crate::memlock::{self, Accounting};
+use crate::{Container, DmaSpace, HostPaths, Ioas, MemlockError, OpenError};
 
 /// Whether to use iommufd, as the user says it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -81,7 +82,11 @@ impl Space {
     /// # Errors
     /// [`MemlockError`], with the figure to set.
     pub fn reserve(&self, paths: &HostPaths, bytes: u64) -> Result<(), MemlockError> {
-        memlock::reserve(paths, bytes)
+        let accounting = match self {
+            Self::Type1(_) => Accounting::Process,
+            Self::Iommufd(_) => Accounting::User,
+        };
+        memlock::reserve(paths, accounting, bytes)
     }
 }
 

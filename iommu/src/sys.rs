@@ -7,7 +7,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use iommufd_bindings::iommufd::{
-    IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_TYPE, iommu_ioas_iova_ranges, iommu_iova_range,
+    IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_IOAS_MAP_FILE, IOMMUFD_TYPE, iommu_ioas_iova_ranges,
+    iommu_ioas_map_file, iommu_iova_range,
 };
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_TYPE, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
@@ -34,6 +35,11 @@ ioctl_io_nr!(
     IOMMU_IOAS_IOVA_RANGES,
     IOMMUFD_TYPE as u32,
     IOMMUFD_CMD_IOAS_IOVA_RANGES
+);
+ioctl_io_nr!(
+    IOMMU_IOAS_MAP_FILE,
+    IOMMUFD_TYPE as u32,
+    IOMMUFD_CMD_IOAS_MAP_FILE
 );
 
 fn check(result: i32) -> io::Result<i32> {
@@ -169,6 +175,14 @@ pub(crate) fn ioas_ranges(iommufd: &impl AsRawFd, ioas: u32) -> io::Result<Vec<(
             }
         }
     }
+}
+
+/// Maps a file that is memory: a memfd, or from Linux 7.0 on a dma-buf of a VFIO device.
+pub(crate) fn ioas_map_file(iommufd: &impl AsRawFd, map: &iommu_ioas_map_file) -> io::Result<()> {
+    let mut map = *map;
+    // SAFETY: the structure is the one that the ioctl takes. The kernel holds what it maps by itself.
+    check(unsafe { ioctl_with_mut_ref(&iommufd.as_raw_fd(), IOMMU_IOAS_MAP_FILE(), &mut map) })
+        .map(drop)
 }
 
 /// The user whose rights this process has.
