@@ -2,12 +2,12 @@
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
+use busway_iommu::{DmaSpace, Space};
 use busway_pci::{FunctionId, InterruptRoutes, Windows};
 use busway_vfio::{
     AssignOptions, AssignedFunction, DeviceIo, KernelDevice, Opener, RomChoice, RomImage, Wiring,
@@ -19,12 +19,13 @@ use super::assigned::Assigned;
 use super::bars::Bars;
 use super::dma::DmaListener;
 use super::events::Events;
+use super::host_devices::HostDevices;
 use super::pci::{Pci, pins_behind_port};
 use super::platform::{Platform, open_console};
 use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
-use crate::config::{Choice, ConsoleConfig, VmConfig};
+use crate::config::{ConsoleConfig, VmConfig};
 use crate::kvm::{Buses, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions, layout};
 use crate::report::{Report, Stage};
@@ -85,13 +86,19 @@ impl Machine {
         let model = CpuModel::new(&vm)?;
         let router = vm.irq_router()?;
 
+        let host_devices = HostDevices::find(config)?;
+        let device_configs = host_devices.configs(config);
         let prefault = config.memory.prefault.unwrap_or(!config.device.is_empty());
-        let ram = Ram::new(&config.memory, prefault || !config.device.is_empty())?;
+        let ram = Ram::around(
+            &config.memory,
+            prefault || !config.device.is_empty(),
+            &host_devices.reserved(),
+        )?;
         // The kernel resets each device that is opened, and memory is populated meanwhile.
         let failed = AtomicBool::new(false);
         let (populated, opened) = thread::scope(|scope| {
             let opening = scope.spawn(|| {
-                open_devices(config, &vm, &ram)
+                open_devices(config, host_devices, &vm, &ram)
                     .inspect_err(|_| failed.store(true, Ordering::Relaxed))
             });
             let populated = match prefault {
@@ -114,10 +121,11 @@ impl Machine {
         let (dma, devices) = match opened? {
             Some((space, devices)) => {
                 let dma = space.dma();
-                memory.0.listen(Arc::new(DmaListener::new(dma.clone())))?;
+                let listener = Arc::new(DmaListener::new(dma.clone(), config.platform.p2p));
+                memory.0.listen(listener.clone())?;
                 let stats = dma.stats();
                 report.set_mappings(stats.map_calls, stats.bytes);
-                (Some(dma), devices)
+                (Some((dma, listener)), devices)
             }
             None => (None, Vec::new()),
         };
@@ -126,6 +134,8 @@ impl Machine {
 
         let buses = Buses::default();
         let windows = windows(&ram, &model);
+        // Nothing is there before the guest's first instruction.
+        let free_address = windows.memory32.start;
         let bars = Bars::new(
             buses.clone(),
             memory.0.clone(),
@@ -147,11 +157,11 @@ impl Machine {
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         let host_vectors = router.counting_anew();
         let mut assigned = Assigned::new().map_err(RunError::system("epoll_create"))?;
-        let devices = config.device.iter().zip(&options).zip(devices);
+        let devices = device_configs.iter().zip(&options).zip(devices);
         for ((config, options), device) in devices {
             let name = device.name().to_owned();
             let io: Arc<dyn DeviceIo> = Arc::new(device);
-            let port = add_assigned(
+            let (port, function) = add_assigned(
                 &mut pci,
                 &name,
                 io.clone(),
@@ -160,8 +170,14 @@ impl Machine {
                 &host_vectors,
                 &events,
             )?;
+            if let Some((_, listener)) = &dma {
+                listener
+                    .try_out(&*function, free_address)
+                    .map_err(RunError::PeerToPeer)?;
+            }
             assigned.add(config, port, io);
         }
+        let dma = dma.map(|(dma, _)| dma);
         report.reached(Stage::Devices);
         signals.check()?;
 
@@ -191,7 +207,7 @@ impl Machine {
         self.pci.assign()?;
         let ram = self.ram.guest().memory();
         let rsdp = acpi::install(&*ram, &self.boot.acpi)?;
-        let map = E820::new(&layout::ram_ranges(self.ram.size()));
+        let map = E820::new(&self.ram.guest_ranges());
         let entry = boot::load(&*ram, &self.boot.source, &map, rsdp)?;
         self.vcpus.enter(|sregs| entry.apply(sregs))?;
         Ok(())
@@ -265,22 +281,29 @@ fn populate(
 /// The devices are opened before RAM is mapped: a VFIO container maps only with a group in it.
 fn open_devices(
     config: &VmConfig,
+    host_devices: HostDevices,
     vm: &Vm,
     ram: &Ram,
 ) -> Result<Option<(Space, Vec<KernelDevice>)>, RunError> {
     if config.device.is_empty() {
         return Ok(None);
     }
-    let paths = HostPaths::default();
-    let folders: Vec<&Path> = config.device.iter().map(|device| &*device.path).collect();
-    let mode = match config.platform.iommufd {
-        Choice::On => Mode::On,
-        Choice::Off => Mode::Off,
-        Choice::Auto => Mode::Auto,
-    };
-    let space = Space::open(&paths, mode, &folders)?;
+    let HostDevices {
+        paths,
+        devices,
+        mode,
+        iommufd,
+    } = host_devices;
+    let folders: Vec<_> = devices.iter().map(|(folder, _)| folder.clone()).collect();
+    let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
+    let space = Space::open(&paths, mode, &folders, iommufd)?;
     space.reserve(&paths, ram.size())?;
     let opener = Opener::new(paths, space.clone(), Some(Arc::new(vm.vfio()?)));
+    for (folder, handed) in devices {
+        if let Some(handed) = handed {
+            opener.hand(handed, &folder)?;
+        }
+    }
     let devices: Result<_, _> = thread::scope(|scope| {
         let opening: Vec<_> = folders
             .into_iter()
@@ -298,7 +321,10 @@ fn windows(ram: &Ram, model: &CpuModel) -> Windows {
     Windows {
         io: layout::PCI_IO,
         memory32: layout::MMIO32_START..layout::MMIO32_END,
-        memory64: layout::mmio64(ram.size(), model.address_bits()),
+        memory64: layout::mmio64(
+            ram.guest_ranges().last().map_or(0, |range| range.end),
+            model.address_bits(),
+        ),
     }
 }
 
@@ -368,7 +394,7 @@ fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
     options.collect()
 }
 
-/// A host device, behind a root port of its own, which is given.
+/// A host device, behind a root port of its own; both are given.
 fn add_assigned(
     pci: &mut Pci,
     name: &str,
@@ -377,7 +403,7 @@ fn add_assigned(
     router: &IrqRouter,
     host_vectors: &IrqRouter,
     events: &Arc<Events>,
-) -> Result<FunctionId, RunError> {
+) -> Result<(FunctionId, Arc<AssignedFunction>), RunError> {
     let slot = pci.port_slot(name)?;
     let wiring = Wiring {
         routes: Arc::new(host_vectors.clone()),
@@ -385,13 +411,14 @@ fn add_assigned(
     };
     let function = AssignedFunction::new(name, io, wiring, options)?;
     log::info!("{}", function.summary());
-    pci.add_behind_port(
+    let port = pci.add_behind_port(
         slot,
         name,
-        function,
+        function.clone(),
         Arc::new(router.clone()),
         events.clone(),
-    )
+    )?;
+    Ok((port, function))
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

@@ -20,6 +20,7 @@ mod events;
 #[cfg(test)]
 mod fake;
 mod function;
+mod handed;
 pub mod host;
 mod kernel_device;
 mod kvm;
@@ -41,6 +42,7 @@ pub use areas::Area;
 pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
 pub use events::{DeviceEvents, Event};
 pub use function::{AssignedFunction, Summary};
+pub use handed::{Handed, HandedError, interface};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space};
 use busway_pci::Bdf;
 
+use crate::handed::{Handed, HandedKind};
 use crate::host::is_vfio_driver;
 use crate::{KernelDevice, KvmFiles, sys};
 
@@ -109,8 +110,9 @@ enum Attachment {
     /// An address space of an iommufd.
     Ioas {
         kvm: Option<Arc<dyn KvmFiles>>,
-        #[expect(dead_code, reason = "held, not used")]
         ioas: Arc<Ioas>,
+        /// The device's group, which the space knows of.
+        group: Option<u32>,
     },
 }
 
@@ -126,8 +128,13 @@ pub(crate) struct Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        if let Attachment::Ioas { kvm: Some(kvm), .. } = &self.attachment {
-            kvm.remove(self.file.as_fd());
+        if let Attachment::Ioas { kvm, ioas, group } = &self.attachment {
+            if let Some(kvm) = kvm {
+                kvm.remove(self.file.as_fd());
+            }
+            if let Some(group) = group {
+                ioas.left(*group);
+            }
         }
     }
 }
@@ -162,6 +169,10 @@ pub struct Opener {
 struct Open {
     groups: BTreeMap<u32, Weak<OpenGroup>>,
     devices: BTreeMap<Bdf, Weak<()>>,
+    /// Character devices that somebody else has opened, until they are asked for.
+    handed_devices: BTreeMap<Bdf, File>,
+    /// The same of groups.
+    handed_groups: BTreeMap<u32, File>,
 }
 
 impl Opener {
@@ -173,6 +184,25 @@ impl Opener {
             space,
             kvm,
             open: Mutex::default(),
+        }
+    }
+
+    /// Takes a descriptor to use in the place of one that would be opened, for the device whose
+    /// folder in sysfs is `device` and, where it is a group's, for the group's other devices.
+    ///
+    /// # Errors
+    /// [`DeviceError::Twice`]
+    pub fn hand(&self, handed: Handed, device: &Path) -> Result<(), DeviceError> {
+        let address = address_of(device)?;
+        let mut open = self.lock();
+        let before = match handed.kind {
+            HandedKind::Cdev(_) => open.handed_devices.insert(address, handed.file),
+            HandedKind::Group(number) => open.handed_groups.insert(number, handed.file),
+            HandedKind::Iommufd => None,
+        };
+        match before {
+            Some(_) => Err(DeviceError::Twice { address }),
+            None => Ok(()),
         }
     }
 
@@ -236,8 +266,11 @@ impl Opener {
         if let Some(group) = open.groups.get(&number).and_then(Weak::upgrade) {
             return Ok(group);
         }
-        let group = Group::open(&self.paths, number, container)
-            .map_err(|source| DeviceError::Open { address, source })?;
+        let group = match open.handed_groups.remove(&number) {
+            Some(file) => Group::from_file(&self.paths, file, number, container),
+            None => Group::open(&self.paths, number, container),
+        };
+        let group = group.map_err(|source| DeviceError::Open { address, source })?;
         self.tell_kvm(group.as_fd(), address)?;
         let group = Arc::new(OpenGroup {
             kvm: self.kvm.clone(),
@@ -274,6 +307,56 @@ impl Opener {
         token: Arc<()>,
     ) -> Result<Opened, DeviceError> {
         let failed = |source| DeviceError::Open { address, source };
+        let handed = self.lock().handed_devices.remove(&address);
+        let (file, path) = match handed {
+            Some(file) => (file, self.paths.cdev_node(device).unwrap_or_default()),
+            None => self.open_cdev(device, address)?,
+        };
+        self.tell_kvm(file.as_fd(), address)?;
+        let group = self.paths.group_of(device);
+        if let Some(group) = group {
+            ioas.joined(group);
+        }
+        // From here on dropping it undoes everything.
+        let opened = Opened {
+            file,
+            attachment: Attachment::Ioas {
+                kvm: self.kvm.clone(),
+                ioas: ioas.clone(),
+                group,
+            },
+            _token: token,
+        };
+        sys::bind_iommufd(&opened.file, ioas.fd()).map_err(|source| {
+            match source.raw_os_error() {
+                // EBUSY: open through its group; EINVAL: bound to another iommufd.
+                Some(libc::EBUSY | libc::EINVAL) => DeviceError::Busy { address, path },
+                Some(libc::EACCES) => DeviceError::VfToken { address },
+                _ => DeviceError::Kernel {
+                    address,
+                    what: "VFIO_DEVICE_BIND_IOMMUFD",
+                    source,
+                },
+            }
+        })?;
+        sys::attach_ioas(&opened.file, ioas.id()).map_err(|error| {
+            // EADDRINUSE: it reserves what is mapped, which can be looked up.
+            let conflict = (error.raw_os_error() == Some(libc::EADDRINUSE))
+                .then(|| ioas.conflict(group?))
+                .flatten();
+            failed(match conflict {
+                Some(conflict) => OpenError::Map(conflict),
+                None => OpenError::Attach {
+                    what: address.to_string(),
+                    obstacle: Obstacle::attaching(&self.paths, "iommufd", error),
+                },
+            })
+        })?;
+        Ok(opened)
+    }
+
+    fn open_cdev(&self, device: &Path, address: Bdf) -> Result<(File, PathBuf), DeviceError> {
+        let failed = |source| DeviceError::Open { address, source };
         let path = self.paths.cdev(device).ok_or_else(|| {
             failed(OpenError::NoCdev {
                 device: address.to_string(),
@@ -292,35 +375,7 @@ impl Opener {
                     path: path.clone(),
                 })
             })?;
-        self.tell_kvm(file.as_fd(), address)?;
-        // From here on dropping it undoes everything.
-        let opened = Opened {
-            file,
-            attachment: Attachment::Ioas {
-                kvm: self.kvm.clone(),
-                ioas: ioas.clone(),
-            },
-            _token: token,
-        };
-        sys::bind_iommufd(&opened.file, ioas.fd()).map_err(|source| {
-            match source.raw_os_error() {
-                // EBUSY: open through its group; EINVAL: bound to another iommufd.
-                Some(libc::EBUSY | libc::EINVAL) => DeviceError::Busy { address, path },
-                Some(libc::EACCES) => DeviceError::VfToken { address },
-                _ => DeviceError::Kernel {
-                    address,
-                    what: "VFIO_DEVICE_BIND_IOMMUFD",
-                    source,
-                },
-            }
-        })?;
-        sys::attach_ioas(&opened.file, ioas.id()).map_err(|error| {
-            failed(OpenError::Attach {
-                what: address.to_string(),
-                obstacle: Obstacle::attaching(&self.paths, "iommufd", error),
-            })
-        })?;
-        Ok(opened)
+        Ok((file, path))
     }
 
     fn tell_kvm(&self, file: BorrowedFd<'_>, address: Bdf) -> Result<(), DeviceError> {
@@ -335,14 +390,18 @@ impl Opener {
     }
 }
 
-/// That the device is there and ready, as sysfs shows it.
-fn check(paths: &HostPaths, device: &Path) -> Result<Bdf, DeviceError> {
-    let address: Bdf = device
+fn address_of(device: &Path) -> Result<Bdf, DeviceError> {
+    device
         .file_name()
         .and_then(|name| name.to_str()?.parse().ok())
         .ok_or_else(|| DeviceError::NotPci {
             path: device.to_owned(),
-        })?;
+        })
+}
+
+/// That the device is there and ready, as sysfs shows it.
+fn check(paths: &HostPaths, device: &Path) -> Result<Bdf, DeviceError> {
+    let address = address_of(device)?;
     if !device.exists() {
         return Err(DeviceError::NotThere { address });
     }

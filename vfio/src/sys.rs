@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use busway_iommu::info;
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info,
-    vfio_irq_info, vfio_irq_set, vfio_region_info,
+    VFIO_BASE, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_device_attach_iommufd_pt,
+    vfio_device_bind_iommufd, vfio_device_info, vfio_irq_info, vfio_irq_set, vfio_region_info,
 };
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
@@ -19,6 +19,7 @@ ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+ioctl_io_nr!(VFIO_DEVICE_FEATURE, VFIO_TYPE as u32, VFIO_BASE + 17);
 ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, VFIO_TYPE as u32, VFIO_BASE + 18);
 ioctl_io_nr!(
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
@@ -137,6 +138,39 @@ pub(crate) fn reset(device: &File) -> io::Result<()> {
     check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
 }
 
+/// A part of a BAR as a dma-buf. `VFIO_DEVICE_FEATURE_DMA_BUF`, from Linux 6.19 on.
+pub(crate) fn dma_buf(device: &File, region: u32, offset: u64, size: u64) -> io::Result<OwnedFd> {
+    // `struct vfio_device_feature`, whose data is `struct vfio_device_feature_dma_buf` with one
+    // `struct vfio_region_dma_range`: pairs of words, then two doublewords.
+    let pair = |low: u32, high: u32| {
+        let [low, high] = [low, high].map(u32::to_ne_bytes);
+        let mut bytes = [0; 8];
+        for (to, from) in bytes.iter_mut().zip(low.into_iter().chain(high)) {
+            *to = from;
+        }
+        u64::from_ne_bytes(bytes)
+    };
+    let open_flags = (libc::O_RDWR | libc::O_CLOEXEC) as u32;
+    let ranges = 1;
+    let request: [u64; 5] = [
+        pair(
+            size_of::<[u64; 5]>() as u32,
+            VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF,
+        ),
+        pair(region, open_flags),
+        pair(0, ranges),
+        offset,
+        size,
+    ];
+    // SAFETY: the kernel reads the bytes that the first word counts.
+    let fd = unsafe { ioctl_with_ptr(device, VFIO_DEVICE_FEATURE(), request.as_ptr()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel made the descriptor for this call, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 pub(crate) fn bind_iommufd(device: &File, iommufd: BorrowedFd<'_>) -> io::Result<()> {
     let mut bind = vfio_device_bind_iommufd {
         argsz: size_of_u32::<vfio_device_bind_iommufd>(),
@@ -159,6 +193,18 @@ pub(crate) fn attach_ioas(device: &File, ioas: u32) -> io::Result<()> {
         .map(drop)
 }
 
+/// Takes over a descriptor that this process inherited, and has it closed on exec.
+///
+/// # Safety
+/// It is open, and nothing else in this process uses or closes it.
+pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
+    let number = i32::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: setting the flag touches no memory.
+    check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: the caller says that it is nobody else's.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(number) }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +220,7 @@ mod tests {
     fn the_numbers_are_the_kernels() {
         assert_eq!(VFIO_DEVICE_SET_IRQS(), 0x3b6e);
         assert_eq!(VFIO_DEVICE_RESET(), 0x3b6f);
+        assert_eq!(VFIO_DEVICE_FEATURE(), 0x3b75);
         assert_eq!(VFIO_DEVICE_BIND_IOMMUFD(), 0x3b76);
     }
 }

@@ -12,6 +12,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 mod assigned;
 mod bad_input;
 mod demo;
+mod dma;
 mod drive;
 mod emulated_host;
 mod events;
@@ -45,6 +46,7 @@ fn main() -> Result<ExitCode> {
         emulated_host::PROOFS,
         host_view::PROOFS,
         demo::PROOFS,
+        dma::PROOFS,
     ];
     let trials = proofs
         .into_iter()
