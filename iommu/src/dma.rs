@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use crate::{IovaRange, MapError};
+use crate::{Backing, IovaRange, MapError, Mapping};
 
 /// An I/O virtual address: what a device puts on the bus, before the IOMMU translates it. For a VM
 /// without a virtual IOMMU it is the guest-physical address.
@@ -67,6 +67,9 @@ pub struct Stats {
     pub bytes: u64,
 }
 
+/// Opens a part of a device as a dma-buf.
+pub type OpenDmaBuf<'a> = dyn Fn() -> io::Result<OwnedFd> + 'a;
+
 /// A set of mappings from I/O virtual addresses to memory, which devices are attached to.
 ///
 /// Adjacent pieces with one owner are one mapping: where they continue each other in both address
@@ -87,7 +90,17 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
         size: u64,
         access: Access,
         owner: &str,
-    ) -> Result<(), MapError>;
+    ) -> Result<(), MapError> {
+        let mapping = Mapping {
+            iova,
+            host,
+            size,
+            access,
+            backing: Backing::Memory,
+            owner: owner.to_owned(),
+        };
+        self.add(mapping, &|| Err(io::ErrorKind::Unsupported.into()))
+    }
 
     /// Lets every device of this space reach a part of another device by `iova`: peer-to-peer DMA.
     /// The part is `size` bytes of a BAR that are mapped at `host`; `dma_buf` opens the same bytes as
@@ -103,9 +116,26 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
         iova: Iova,
         host: HostVa,
         size: u64,
-        dma_buf: &dyn Fn() -> io::Result<OwnedFd>,
+        dma_buf: &OpenDmaBuf<'_>,
         owner: &str,
-    ) -> Result<(), MapError>;
+    ) -> Result<(), MapError> {
+        let mapping = Mapping {
+            iova,
+            host,
+            size,
+            access: Access::ReadWrite,
+            backing: Backing::Device,
+            owner: owner.to_owned(),
+        };
+        self.add(mapping, dma_buf)
+    }
+
+    /// What [`map`](Self::map) and [`map_device`](Self::map_device) come down to: `dma_buf` is for a
+    /// part of a device.
+    ///
+    /// # Errors
+    /// Theirs.
+    fn add(&self, mapping: Mapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError>;
 
     /// Takes back what was mapped within `size` bytes from `iova`, which may be several mappings but
     /// no part of one.

@@ -22,8 +22,8 @@ use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
 use crate::{
-    Access, Backing, DmaSpace, HostPaths, HostVa, Iova, IovaRange, MapError, Mapping, OpenError,
-    Stats, sys,
+    Access, Backing, DmaSpace, HostPaths, Iova, IovaRange, MapError, Mapping, OpenDmaBuf,
+    OpenError, Stats, sys,
 };
 
 /// What a kernel needs for [`DmaSpace::map_device`], and the way round it.
@@ -129,16 +129,6 @@ impl Ioas {
         ))
     }
 
-    fn add(
-        &self,
-        mapping: Mapping,
-        call: impl Fn(&Mapping, IovaRange) -> Result<(), MapError>,
-    ) -> Result<(), MapError> {
-        let mut state = self.lock();
-        let usable = self.usable_ranges()?;
-        state.map(&self.paths, mapping, Some(&usable), call)
-    }
-
     fn map_memory(&self, mapping: &Mapping, range: IovaRange) -> Result<(), MapError> {
         let map = iommu_ioas_map {
             size: size_of::<iommu_ioas_map>() as u32,
@@ -202,44 +192,18 @@ impl Ioas {
 }
 
 impl DmaSpace for Ioas {
-    fn map(
-        &self,
-        iova: Iova,
-        host: HostVa,
-        size: u64,
-        access: Access,
-        owner: &str,
-    ) -> Result<(), MapError> {
-        let mapping = Mapping {
-            iova,
-            host,
-            size,
-            access,
-            backing: Backing::Memory,
-            owner: owner.to_owned(),
-        };
-        self.add(mapping, |mapping, range| self.map_memory(mapping, range))
-    }
-
-    fn map_device(
-        &self,
-        iova: Iova,
-        host: HostVa,
-        size: u64,
-        dma_buf: &dyn Fn() -> io::Result<OwnedFd>,
-        owner: &str,
-    ) -> Result<(), MapError> {
-        let mapping = Mapping {
-            iova,
-            host,
-            size,
-            access: Access::ReadWrite,
-            backing: Backing::Device,
-            owner: owner.to_owned(),
-        };
-        self.add(mapping, |mapping, range| {
-            self.map_dma_buf(mapping, range, dma_buf())
-        })
+    fn add(&self, mapping: Mapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
+        let mut state = self.lock();
+        let usable = self.usable_ranges()?;
+        state.map(
+            &self.paths,
+            mapping,
+            Some(&usable),
+            |mapping, range| match mapping.backing {
+                Backing::Memory => self.map_memory(mapping, range),
+                Backing::Device => self.map_dma_buf(mapping, range, dma_buf()),
+            },
+        )
     }
 
     fn unmap(&self, iova: Iova, size: u64) -> Result<(), MapError> {

@@ -13,6 +13,7 @@ mod dma;
 mod error;
 mod group;
 pub mod info;
+pub mod ioctl;
 mod iommufd;
 mod ledger;
 mod memlock;
@@ -26,7 +27,7 @@ mod tracker;
 mod type1;
 
 pub use advice::{IommuAdvice, ParameterChange};
-pub use dma::{Access, DmaSpace, HostVa, Iova, Stats};
+pub use dma::{Access, DmaSpace, HostVa, Iova, OpenDmaBuf, Stats};
 pub use error::{MapError, OpenError};
 pub use group::Group;
 pub use iommufd::Ioas;

@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use iommufd_bindings::iommufd::{
     IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_IOAS_MAP_FILE, IOMMUFD_TYPE, iommu_ioas_iova_ranges,
@@ -18,6 +18,7 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_
 use vmm_sys_util::ioctl_io_nr;
 
 use crate::info;
+use crate::ioctl::{check, size_of_u32};
 
 // linux/vfio.h
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
@@ -42,21 +43,9 @@ ioctl_io_nr!(
     IOMMUFD_CMD_IOAS_MAP_FILE
 );
 
-fn check(result: i32) -> io::Result<i32> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
-
-const fn size_of_u32<T>() -> u32 {
-    size_of::<T>() as u32
-}
-
 pub(crate) fn api_version(container: &File) -> io::Result<i32> {
     // SAFETY: takes no argument.
-    check(unsafe { ioctl(container, VFIO_GET_API_VERSION()) })
+    check(unsafe { ioctl(container, VFIO_GET_API_VERSION()) }).map(|version| version as i32)
 }
 
 pub(crate) fn check_extension(container: &File, extension: u32) -> io::Result<bool> {
@@ -137,7 +126,7 @@ pub(crate) fn group_device(group: &File, name: &str) -> io::Result<OwnedFd> {
         vmm_sys_util::ioctl::ioctl_with_ptr(group, VFIO_GROUP_GET_DEVICE_FD(), name.as_ptr())
     })?;
     // SAFETY: the kernel made the descriptor for this call, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
 /// The ranges that an I/O address space allows, both ends included.

@@ -7,7 +7,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio::{
@@ -21,8 +20,8 @@ use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
 use crate::{
-    Access, Backing, DmaSpace, HostPaths, HostVa, Iova, IovaRange, MapError, Mapping, OpenError,
-    Stats, info, sys,
+    DmaSpace, HostPaths, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats, info,
+    sys,
 };
 
 /// The module whose parameters rule Type1.
@@ -224,9 +223,17 @@ impl Container {
         })
     }
 
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl DmaSpace for Container {
     /// Maps, or remembers for the first group to come. How many more mappings the kernel takes is
     /// asked first: its own answer, ENOSPC, says neither how many there are nor what to do.
-    fn add(&self, mapping: Mapping) -> Result<(), MapError> {
+    ///
+    /// A device's memory is taken by its address: Type1 looks up what the page tables say.
+    fn add(&self, mapping: Mapping, _dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
         let mut state = self.lock();
         if state.groups > 0
             && let Ok(limits) = self.limits()
@@ -240,49 +247,6 @@ impl Container {
             .map(&self.paths, mapping, usable.as_deref(), |mapping, range| {
                 self.map_now(mapping, range)
             })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl DmaSpace for Container {
-    fn map(
-        &self,
-        iova: Iova,
-        host: HostVa,
-        size: u64,
-        access: Access,
-        owner: &str,
-    ) -> Result<(), MapError> {
-        self.add(Mapping {
-            iova,
-            host,
-            size,
-            access,
-            backing: Backing::Memory,
-            owner: owner.to_owned(),
-        })
-    }
-
-    /// Type1 takes a device's memory by its address: it looks up what the page tables say.
-    fn map_device(
-        &self,
-        iova: Iova,
-        host: HostVa,
-        size: u64,
-        _dma_buf: &dyn Fn() -> io::Result<OwnedFd>,
-        owner: &str,
-    ) -> Result<(), MapError> {
-        self.add(Mapping {
-            iova,
-            host,
-            size,
-            access: Access::ReadWrite,
-            backing: Backing::Device,
-            owner: owner.to_owned(),
-        })
     }
 
     fn unmap(&self, iova: Iova, size: u64) -> Result<(), MapError> {

@@ -177,9 +177,8 @@ impl RegionListener for DmaListener {
 #[cfg(test)]
 mod tests {
     use std::io;
-    use std::os::fd::OwnedFd;
 
-    use busway_iommu::{IovaRange, Stats};
+    use busway_iommu::{IovaRange, Mapping, OpenDmaBuf, Stats};
 
     use super::*;
     use crate::memory::Peer;
@@ -192,21 +191,13 @@ mod tests {
     }
 
     impl DmaSpace for Space {
-        fn map(&self, _: Iova, _: HostVa, _: u64, _: Access, _: &str) -> Result<(), MapError> {
-            Ok(())
-        }
-
-        fn map_device(
-            &self,
-            iova: Iova,
-            _host: HostVa,
-            size: u64,
-            _dma_buf: &dyn Fn() -> io::Result<OwnedFd>,
-            owner: &str,
-        ) -> Result<(), MapError> {
+        fn add(&self, mapping: Mapping, _dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
+            let Mapping {
+                iova, size, owner, ..
+            } = mapping;
             if self.refuses {
                 return Err(MapError::Malformed {
-                    owner: owner.to_owned(),
+                    owner,
                     iova,
                     size,
                     why: "no dma-buf",

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use busway_iommu::info;
+use busway_iommu::ioctl::{check, size_of_u32};
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET, VFIO_IRQ_SET_ACTION_TRIGGER,
     VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_device_attach_iommufd_pt,
@@ -26,14 +27,6 @@ ioctl_io_nr!(
     VFIO_TYPE as u32,
     VFIO_BASE + 19
 );
-
-fn check(result: i32) -> io::Result<u32> {
-    u32::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
-const fn size_of_u32<T>() -> u32 {
-    size_of::<T>() as u32
-}
 
 pub(crate) fn device_info(device: &File) -> io::Result<vfio_device_info> {
     let mut device_info = vfio_device_info {
