@@ -216,8 +216,13 @@ pub enum ConsoleConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceConfig {
-    /// The device's folder in sysfs, or its address: `0000:01:00.0`.
+    /// The device's folder in sysfs, or its address: `0000:01:00.0`. Empty where `fd` says which.
+    #[serde(default)]
     pub path: PathBuf,
+    /// A descriptor that somebody else has opened: of the device's VFIO character device, or of its
+    /// VFIO group.
+    #[serde(default)]
+    pub fd: Option<u32>,
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
@@ -266,6 +271,7 @@ impl DeviceConfig {
             .map_err(|_not_an_address| ParseBdfError(text.to_owned()))?;
         Ok(Self {
             path: Path::new(PCI_DEVICES).join(address.to_string()),
+            fd: None,
             id: None,
             on_error: OnError::default(),
             vf_token: None,
@@ -309,6 +315,10 @@ fn last_component(path: &Path) -> Option<&str> {
 pub struct PlatformConfig {
     /// Which of the kernel's VFIO interfaces to use.
     pub iommufd: Choice,
+    /// An iommufd that somebody else has opened.
+    pub iommufd_fd: Option<u32>,
+    /// Whether assigned devices reach each other's memory.
+    pub p2p: Choice,
     /// VF token of every device that needs one and has none of its own.
     pub vf_token: Option<String>,
 }

@@ -1,8 +1,10 @@
 //! The words of DMA, and the trait that memory code maps through.
 
 use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
 
-use crate::{IovaRange, MapError};
+use crate::{Backing, IovaRange, MapError, Mapping};
 
 /// An I/O virtual address: what a device puts on the bus, before the IOMMU translates it. For a VM
 /// without a virtual IOMMU it is the guest-physical address.
@@ -55,13 +57,18 @@ impl Access {
 /// What a space has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Mapping calls made to the kernel.
+    /// Mapping calls made to the kernel for memory.
     pub map_calls: u64,
+    /// Mapping calls made to the kernel for parts of devices.
+    pub device_map_calls: u64,
     /// Unmapping calls made to the kernel.
     pub unmap_calls: u64,
-    /// Bytes that are mapped now.
+    /// Bytes of memory that are mapped now.
     pub bytes: u64,
 }
+
+/// Opens a part of a device as a dma-buf.
+pub type OpenDmaBuf<'a> = dyn Fn() -> io::Result<OwnedFd> + 'a;
 
 /// A set of mappings from I/O virtual addresses to memory, which devices are attached to.
 ///
@@ -83,7 +90,52 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
         size: u64,
         access: Access,
         owner: &str,
-    ) -> Result<(), MapError>;
+    ) -> Result<(), MapError> {
+        let mapping = Mapping {
+            iova,
+            host,
+            size,
+            access,
+            backing: Backing::Memory,
+            owner: owner.to_owned(),
+        };
+        self.add(mapping, &|| Err(io::ErrorKind::Unsupported.into()))
+    }
+
+    /// Lets every device of this space reach a part of another device by `iova`: peer-to-peer DMA.
+    /// The part is `size` bytes of a BAR that are mapped at `host`; `dma_buf` opens the same bytes as
+    /// a dma-buf, which iommufd maps in the place of an address.
+    ///
+    /// Nothing is pinned. A dma-buf's mapping is dead once the device that it belongs to is reset:
+    /// it has to be unmapped and mapped again.
+    ///
+    /// # Errors
+    /// [`MapError`]; [`MapError::NoPeerToPeer`] where the host's kernel cannot do it.
+    fn map_device(
+        &self,
+        iova: Iova,
+        host: HostVa,
+        size: u64,
+        dma_buf: &OpenDmaBuf<'_>,
+        owner: &str,
+    ) -> Result<(), MapError> {
+        let mapping = Mapping {
+            iova,
+            host,
+            size,
+            access: Access::ReadWrite,
+            backing: Backing::Device,
+            owner: owner.to_owned(),
+        };
+        self.add(mapping, dma_buf)
+    }
+
+    /// What [`map`](Self::map) and [`map_device`](Self::map_device) come down to: `dma_buf` is for a
+    /// part of a device.
+    ///
+    /// # Errors
+    /// Theirs.
+    fn add(&self, mapping: Mapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError>;
 
     /// Takes back what was mapped within `size` bytes from `iova`, which may be several mappings but
     /// no part of one.

@@ -100,8 +100,8 @@ pub enum MapError {
     },
     /// the IOMMU cannot map a part of it
     #[error(
-        "{owner} at {range} covers {gap}, which the host's IOMMU reserves or does not reach \
-         (usable: {usable}): give the guest less memory, or none there"
+        "{owner} at {range} cannot be mapped for devices: {why}; give the guest less memory, or \
+         leave out the device that stands in the way"
     )]
     Unusable {
         /// Whose memory.
@@ -110,8 +110,8 @@ pub enum MapError {
         range: IovaRange,
         /// The first part that cannot be mapped.
         gap: IovaRange,
-        /// What can.
-        usable: String,
+        /// Who reserves it, or how far the IOMMU reaches.
+        why: String,
     },
     /// nothing is mapped within {size:#x} bytes from {iova}
     #[error("nothing is mapped for devices within {size:#x} bytes from {iova}")]
@@ -133,18 +133,30 @@ pub enum MapError {
     },
     /// the kernel's limit of mappings is reached
     #[error(
-        "{owner} at {range} cannot be mapped for devices: the container's limit of mappings is \
-         reached ({made} made); raise it before Busway starts: \
-         `echo {} > /sys/module/vfio_iommu_type1/parameters/dma_entry_limit`",
-        made.saturating_mul(2).max(65_535)
+        "{owner} cannot be mapped for devices: {needed} more mappings are needed and the VFIO \
+         container takes {left} more beside the {made} it has; raise its limit before Busway \
+         starts: `echo {} > /sys/module/vfio_iommu_type1/parameters/dma_entry_limit`",
+        made.saturating_add(*needed).saturating_mul(2).max(65_535)
     )]
     TooMany {
         /// Whose memory.
         owner: String,
-        /// Where.
-        range: IovaRange,
+        /// How many more there have to be.
+        needed: u64,
+        /// How many more there can be.
+        left: u64,
         /// How many there are.
         made: u64,
+    },
+    /// the host's kernel cannot map a device for others
+    #[error("{owner} at {range} cannot be reached by other devices: {why}")]
+    NoPeerToPeer {
+        /// Whose memory.
+        owner: String,
+        /// Where.
+        range: IovaRange,
+        /// Why, and what helps.
+        why: String,
     },
     /// the limit of locked memory
     #[error("{owner} at {range} cannot be pinned for devices: {source}")]

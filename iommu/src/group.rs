@@ -37,6 +37,19 @@ impl Group {
                 obstacle: Obstacle::opening(paths, &path, error),
                 path,
             })?;
+        Self::from_file(paths, file, number, container)
+    }
+
+    /// Attaches the group numbered `number`, which is open already.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn from_file(
+        paths: &HostPaths,
+        file: File,
+        number: u32,
+        container: &Arc<Container>,
+    ) -> Result<Self, OpenError> {
         let flags = sys::group_status(&file).map_err(|source| OpenError::Kernel {
             what: format!("VFIO_GROUP_GET_STATUS on IOMMU group {number}"),
             source,

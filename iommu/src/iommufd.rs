@@ -6,24 +6,30 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommufd_bindings::iommufd::{
-    iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_unmap,
+    iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as MAP_READABLE,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as MAP_WRITEABLE,
 };
 use iommufd_ioctls::{IommuFd, IommufdError};
 
+use crate::ledger::{self, Ledger};
+use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
-use crate::ranges::{first_gap, normalise};
-use crate::type1::{map_failed, unusable};
+use crate::ranges::normalise;
 use crate::{
-    Access, DmaSpace, HostPaths, HostVa, Iova, IovaRange, MapError, Mapping, OpenError, Stats,
-    Tracker, sys,
+    Access, Backing, DmaSpace, HostPaths, Iova, IovaRange, MapError, Mapping, OpenDmaBuf,
+    OpenError, Stats, sys,
 };
+
+/// What a kernel needs for [`DmaSpace::map_device`], and the way round it.
+const NO_DMA_BUF: &str = "the host's kernel maps no VFIO device's memory into iommufd (it takes \
+                          Linux 7.0 or later with CONFIG_VFIO_PCI_DMABUF): use such a kernel, or \
+                          `--platform iommufd=off`";
 
 /// A VM's DMA mappings in an iommufd. Devices that are bound to it hold it.
 pub struct Ioas {
@@ -31,14 +37,7 @@ pub struct Ioas {
     iommufd: IommuFd,
     id: u32,
     paths: HostPaths,
-    state: Mutex<State>,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    tracker: Tracker,
-    map_calls: u64,
-    unmap_calls: u64,
+    state: Mutex<Ledger>,
 }
 
 impl fmt::Debug for Ioas {
@@ -104,6 +103,22 @@ impl Ioas {
         sys::borrow(&self.iommufd)
     }
 
+    /// A device of this group is attached: from now on it is named where it is in the way.
+    pub fn joined(&self, group: u32) {
+        self.lock().joined(group);
+    }
+
+    /// One device of this group is not any more.
+    pub fn left(&self, group: u32) {
+        self.lock().left(group);
+    }
+
+    /// What of the mapped memory a device of `group` reserves: why it could not be attached.
+    #[must_use]
+    pub fn conflict(&self, group: u32) -> Option<MapError> {
+        self.lock().conflict(&self.paths, group)
+    }
+
     fn ranges(&self) -> io::Result<Vec<IovaRange>> {
         let ranges = sys::ioas_ranges(&self.iommufd, self.id)?;
         Ok(normalise(
@@ -114,77 +129,95 @@ impl Ioas {
         ))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn map_memory(&self, mapping: &Mapping, range: IovaRange) -> Result<(), MapError> {
+        let map = iommu_ioas_map {
+            size: size_of::<iommu_ioas_map>() as u32,
+            flags: flags(mapping.access),
+            ioas_id: self.id,
+            user_va: mapping.host.0 as u64,
+            length: mapping.size,
+            iova: mapping.iova.0,
+            ..Default::default()
+        };
+        self.iommufd.map_iommu_ioas(&map).map_err(|error| {
+            let accounting = Accounting::User;
+            ledger::refused(
+                &self.paths,
+                accounting,
+                "IOMMU_IOAS_MAP",
+                mapping,
+                range,
+                cause(error),
+            )
+        })
+    }
+
+    fn map_dma_buf(
+        &self,
+        mapping: &Mapping,
+        range: IovaRange,
+        dma_buf: io::Result<OwnedFd>,
+    ) -> Result<(), MapError> {
+        let refused = |what, source: io::Error| {
+            let why = match source.raw_os_error() {
+                // ENOTTY: no such call. Before Linux 7.0 there is one, and it takes a memfd only.
+                Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EINVAL) => NO_DMA_BUF.to_owned(),
+                Some(libc::ENODEV) => format!("{what}: its memory is switched off"),
+                _ => format!("{what}: {source}"),
+            };
+            MapError::NoPeerToPeer {
+                owner: mapping.owner.clone(),
+                range,
+                why,
+            }
+        };
+        let dma_buf = dma_buf.map_err(|error| refused("VFIO_DEVICE_FEATURE_DMA_BUF", error))?;
+        let map = iommu_ioas_map_file {
+            size: size_of::<iommu_ioas_map_file>() as u32,
+            flags: flags(mapping.access),
+            ioas_id: self.id,
+            fd: dma_buf.as_raw_fd(),
+            start: 0,
+            length: mapping.size,
+            iova: mapping.iova.0,
+        };
+        // The address space holds the dma-buf from here on; its descriptor has done its work.
+        sys::ioas_map_file(&self.iommufd, &map)
+            .map_err(|error| refused("IOMMU_IOAS_MAP_FILE", error))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ledger> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl DmaSpace for Ioas {
-    fn map(
-        &self,
-        iova: Iova,
-        host: HostVa,
-        size: u64,
-        access: Access,
-        owner: &str,
-    ) -> Result<(), MapError> {
+    fn add(&self, mapping: Mapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
         let mut state = self.lock();
-        let mapping = Mapping {
-            iova,
-            host,
-            size,
-            access,
-            owner: owner.to_owned(),
-        };
-        let range = state.tracker.check(&mapping)?;
-        let usable = self.ranges().map_err(|source| MapError::Kernel {
-            what: "IOMMU_IOAS_IOVA_RANGES",
-            owner: mapping.owner.clone(),
-            range,
-            source,
-        })?;
-        if let Some(gap) = first_gap(range, &usable) {
-            return Err(unusable(&mapping, range, gap, &usable));
-        }
-        let mut flags = MAP_FIXED_IOVA | MAP_READABLE;
-        if access.writes() {
-            flags |= MAP_WRITEABLE;
-        }
-        let map = iommu_ioas_map {
-            size: size_of::<iommu_ioas_map>() as u32,
-            flags,
-            ioas_id: self.id,
-            user_va: host.0 as u64,
-            length: size,
-            iova: iova.0,
-            ..Default::default()
-        };
-        self.iommufd.map_iommu_ioas(&map).map_err(|error| {
-            map_failed(&self.paths, "IOMMU_IOAS_MAP", &mapping, range, cause(error))
-        })?;
-        state.map_calls += 1;
-        state.tracker.insert(mapping)
+        let usable = self.usable_ranges()?;
+        state.map(
+            &self.paths,
+            mapping,
+            Some(&usable),
+            |mapping, range| match mapping.backing {
+                Backing::Memory => self.map_memory(mapping, range),
+                Backing::Device => self.map_dma_buf(mapping, range, dma_buf()),
+            },
+        )
     }
 
     fn unmap(&self, iova: Iova, size: u64) -> Result<(), MapError> {
-        let mut state = self.lock();
-        let range = state.tracker.check_removal(iova, size)?;
-        let mut unmap = iommu_ioas_unmap {
-            size: size_of::<iommu_ioas_unmap>() as u32,
-            ioas_id: self.id,
-            iova: iova.0,
-            length: size,
+        let call = || {
+            let mut unmap = iommu_ioas_unmap {
+                size: size_of::<iommu_ioas_unmap>() as u32,
+                ioas_id: self.id,
+                iova: iova.0,
+                length: size,
+            };
+            self.iommufd.unmap_iommu_ioas(&mut unmap).map_err(cause)
         };
-        self.iommufd
-            .unmap_iommu_ioas(&mut unmap)
-            .map_err(|error| MapError::Kernel {
-                what: "IOMMU_IOAS_UNMAP",
-                owner: "what is mapped".to_owned(),
-                range,
-                source: cause(error),
-            })?;
-        state.unmap_calls += 1;
-        state.tracker.remove(iova, size)
+        self.lock()
+            .unmap(iova, size, "IOMMU_IOAS_UNMAP", Some(call))
     }
 
     fn usable_ranges(&self) -> Result<Vec<IovaRange>, MapError> {
@@ -197,13 +230,13 @@ impl DmaSpace for Ioas {
     }
 
     fn stats(&self) -> Stats {
-        let state = self.lock();
-        Stats {
-            map_calls: state.map_calls,
-            unmap_calls: state.unmap_calls,
-            bytes: state.tracker.bytes(),
-        }
+        self.lock().stats()
     }
+}
+
+fn flags(access: Access) -> u32 {
+    let writable = if access.writes() { MAP_WRITEABLE } else { 0 };
+    MAP_FIXED_IOVA | MAP_READABLE | writable
 }
 
 /// The errno behind an error of `iommufd-ioctls`.

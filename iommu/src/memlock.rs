@@ -1,9 +1,13 @@
 //! The limit of locked memory, which pinned guest RAM counts against.
 //!
-//! Both of the kernel's interfaces charge what they pin: a Type1 container against the process, each
-//! container anew, an iommufd against the user. Neither does for a process with `CAP_IPC_LOCK`.
+//! The kernel's two interfaces charge differently. A Type1 container charges the process
+//! (`VmLck`; drivers/vfio/vfio_iommu_type1.c), an iommufd the user, for all of whose processes one
+//! limit holds (`locked_vm` of `struct user_struct`; drivers/iommu/iommufd/pages.c): what others
+//! have pinned counts, and shows as `VmPin` of each. Neither charges a process with `CAP_IPC_LOCK`.
 
+use std::fmt;
 use std::io;
+use std::path::Path;
 
 use crate::HostPaths;
 use crate::sys::{self, Limit};
@@ -11,50 +15,106 @@ use crate::sys::{self, Limit};
 /// `CAP_IPC_LOCK`. linux/capability.h
 const CAP_IPC_LOCK: u32 = 14;
 
+/// Whom the kernel charges for what is pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Accounting {
+    /// The process: Type1.
+    Process,
+    /// The user: iommufd.
+    User,
+}
+
 /// The limit of locked memory is too low, and could not be raised.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "it needs {need} KiB of locked memory and the limit (RLIMIT_MEMLOCK) is {hard} KiB: set it to \
-     {need} by `ulimit -l {need}` as root, LimitMEMLOCK={need}K in a systemd unit, or \
+    "it needs {need} KiB of locked memory{others} and the limit (RLIMIT_MEMLOCK) is {hard} KiB: \
+     set it to {need} by `ulimit -l {need}` as root, LimitMEMLOCK={need}K in a systemd unit, or \
      `{user} hard memlock {need}` in /etc/security/limits.conf",
     need = self.need.div_ceil(1024),
     hard = self.hard / 1024,
+    others = Others(self),
 )]
 pub struct MemlockError {
     /// Bytes needed.
     pub need: u64,
+    /// Bytes of them that other processes of this user have pinned, where those count.
+    pub others: u64,
     /// The hard limit, in bytes.
     pub hard: u64,
     /// The user it holds for.
     pub user: u32,
 }
 
-/// What this process has locked, and whether it is bound by the limit at all.
+struct Others<'a>(&'a MemlockError);
+
+impl fmt::Display for Others<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.others / 1024 {
+            0 => Ok(()),
+            others => write!(
+                f,
+                " ({others} KiB of them for what user {}'s other processes have pinned, which \
+                 iommufd counts too)",
+                self.0.user
+            ),
+        }
+    }
+}
+
+/// What is locked already, and whether this process is bound by the limit at all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Locked {
-    bytes: u64,
+    /// By this process.
+    own: u64,
+    /// By other processes, where those count.
+    others: u64,
     exempt: bool,
+}
+
+impl Locked {
+    /// What locking `more` bytes needs.
+    fn with(self, more: u64, hard: u64) -> MemlockError {
+        MemlockError {
+            need: self.own.saturating_add(self.others).saturating_add(more),
+            others: self.others,
+            hard,
+            user: sys::effective_user(),
+        }
+    }
 }
 
 /// Makes sure that `more` bytes can be pinned beside what is locked already, raising the limit where
 /// this process may.
-pub(crate) fn reserve(paths: &HostPaths, more: u64) -> Result<(), MemlockError> {
-    let locked = locked(paths);
+pub(crate) fn reserve(
+    paths: &HostPaths,
+    accounting: Accounting,
+    more: u64,
+) -> Result<(), MemlockError> {
+    let locked = locked(paths, accounting);
     if locked.exempt {
         return Ok(());
     }
     let Ok(limit) = sys::memlock_limit() else {
         return Ok(());
     };
-    let need = locked.bytes.saturating_add(more);
-    match raised(limit, need) {
-        None => Ok(()),
-        Some(wanted) => set(wanted).map_err(|_| MemlockError {
-            need,
-            hard: limit.hard,
-            user: sys::effective_user(),
-        }),
+    let needs = locked.with(more, limit.hard);
+    let Some(wanted) = raised(limit, needs.need) else {
+        return Ok(());
+    };
+    if set(wanted).is_ok() {
+        return Ok(());
     }
+    // What others have pinned is an estimate: not everything that shows is charged to the user. The
+    // kernel decides, under the most that there can be.
+    if needs.need - needs.others <= limit.hard {
+        let most = Limit {
+            soft: limit.hard,
+            hard: limit.hard,
+        };
+        let _ = set(most);
+        return Ok(());
+    }
+    Err(needs)
 }
 
 fn set(limit: Limit) -> io::Result<()> {
@@ -63,15 +123,15 @@ fn set(limit: Limit) -> io::Result<()> {
 }
 
 /// Whether pinning `more` bytes fails for the limit alone: why ENOMEM came back.
-pub(crate) fn explains(paths: &HostPaths, more: u64) -> Option<MemlockError> {
-    let locked = locked(paths);
+pub(crate) fn explains(
+    paths: &HostPaths,
+    accounting: Accounting,
+    more: u64,
+) -> Option<MemlockError> {
+    let locked = locked(paths, accounting);
     let limit = sys::memlock_limit().ok()?;
-    let need = locked.bytes.saturating_add(more);
-    (!locked.exempt && need > limit.soft).then(|| MemlockError {
-        need,
-        hard: limit.hard,
-        user: sys::effective_user(),
-    })
+    let needs = locked.with(more, limit.hard);
+    (!locked.exempt && needs.need > limit.soft).then_some(needs)
 }
 
 /// The limit to set so that `need` bytes fit; nothing where they do.
@@ -91,56 +151,145 @@ const fn raised(limit: Limit, need: u64) -> Option<Limit> {
     }
 }
 
-fn locked(paths: &HostPaths) -> Locked {
-    let read = |name: &str| {
-        std::fs::read_to_string(paths.proc.join("self").join(name)).unwrap_or_default()
-    };
-    parse(&read("status"), &read("uid_map"))
-}
-
-/// A capability counts in the initial user namespace only: root of a container has it in vain. There
-/// alone does `uid_map` map every id onto itself.
-fn parse(status: &str, uid_map: &str) -> Locked {
-    let field = |name: &str| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-            .map(str::trim)
-    };
-    let capabilities = field("CapEff")
-        .and_then(|digits| u64::from_str_radix(digits, 16).ok())
-        .unwrap_or(0);
-    let initial = uid_map
+fn locked(paths: &HostPaths, accounting: Accounting) -> Locked {
+    let read = |of: &Path, name: &str| std::fs::read_to_string(of.join(name)).unwrap_or_default();
+    let own = paths.proc.join("self");
+    let status = Status::parse(&read(&own, "status"));
+    // A capability counts in the initial user namespace only: root of a container has it in vain.
+    // There alone does `uid_map` map every id onto itself.
+    let initial = read(&own, "uid_map")
         .split_whitespace()
         .eq(["0", "0", &u32::MAX.to_string()]);
-    let kib = field("VmLck")
-        .and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok())
-        .unwrap_or(0);
+    let exempt = initial && status.may_lock;
+    if accounting == Accounting::Process || exempt {
+        return Locked {
+            own: status.locked,
+            others: 0,
+            exempt,
+        };
+    }
+    let others = std::fs::read_dir(&paths.proc)
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .filter(|entry| {
+            let name = entry.file_name();
+            name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
+        })
+        .map(|entry| Status::parse(&read(&entry.path(), "status")))
+        .filter(|other| other.user == status.user && other.id != status.id && !other.may_lock)
+        .fold(0_u64, |sum, other| sum.saturating_add(other.pinned));
     Locked {
-        bytes: kib.saturating_mul(1024),
-        exempt: initial && capabilities >> CAP_IPC_LOCK & 1 == 1,
+        own: status.pinned,
+        others,
+        exempt,
+    }
+}
+
+/// What `/proc/PID/status` says of a process. proc_pid_status(5)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Status {
+    id: Option<u32>,
+    /// The real user.
+    user: Option<u32>,
+    /// `VmLck`, in bytes.
+    locked: u64,
+    /// `VmPin`, in bytes.
+    pinned: u64,
+    /// It has `CAP_IPC_LOCK`, in whatever user namespace.
+    may_lock: bool,
+}
+
+impl Status {
+    fn parse(status: &str) -> Self {
+        let field = |name: &str| {
+            let rest = status
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            rest.split_whitespace().next()
+        };
+        let bytes = |name| {
+            field(name)
+                .and_then(|kib| kib.parse::<u64>().ok())
+                .unwrap_or(0)
+                .saturating_mul(1024)
+        };
+        let capabilities = field("CapEff")
+            .and_then(|digits| u64::from_str_radix(digits, 16).ok())
+            .unwrap_or(0);
+        Self {
+            id: field("Pid").and_then(|id| id.parse().ok()),
+            user: field("Uid").and_then(|id| id.parse().ok()),
+            locked: bytes("VmLck"),
+            pinned: bytes("VmPin"),
+            may_lock: capabilities >> CAP_IPC_LOCK & 1 == 1,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     const INITIAL: &str = "         0          0 4294967295\n";
 
+    /// A host with this process (101), and others: id, user, VmPin in KiB, CapEff.
+    fn host(
+        uid_map: &str,
+        capabilities: &str,
+        others: &[(u32, u32, u64, &str)],
+    ) -> (tempfile::TempDir, HostPaths) {
+        let root = tempfile::tempdir().unwrap();
+        let paths = HostPaths {
+            proc: root.path().to_owned(),
+            ..HostPaths::default()
+        };
+        let process = |name: &str, id: u32, user: u32, pinned: u64, capabilities: &str| {
+            fs::create_dir_all(paths.proc.join(name)).unwrap();
+            let text = format!(
+                "Name:\tx\nPid:\t{id}\nUid:\t{user}\t{user}\t{user}\t{user}\n\
+                 VmLck:\t     512 kB\nVmPin:\t     {pinned} kB\nCapEff:\t{capabilities}\n"
+            );
+            fs::write(paths.proc.join(name).join("status"), text).unwrap();
+        };
+        for name in ["self", "101"] {
+            process(name, 101, 1000, 4, capabilities);
+        }
+        fs::write(paths.proc.join("self/uid_map"), uid_map).unwrap();
+        for &(id, user, pinned, capabilities) in others {
+            process(&id.to_string(), id, user, pinned, capabilities);
+        }
+        (root, paths)
+    }
+
     #[test]
     fn root_is_exempt_and_the_root_of_a_container_is_not() {
-        let status = "Name:\tbusway\nVmLck:\t     512 kB\nCapEff:\t000001ffffffffff\n";
-        assert_eq!(
-            parse(status, INITIAL),
-            Locked {
-                bytes: 512 << 10,
-                exempt: true
-            }
-        );
-        assert!(!parse(status, "0 100000 65536\n").exempt);
-        assert!(!parse("CapEff:\t0000000000000000\n", INITIAL).exempt);
-        assert_eq!(parse("", ""), Locked::default());
+        const ALL: &str = "000001ffffffffff";
+        let exempt = |uid_map, capabilities| {
+            let (_root, paths) = host(uid_map, capabilities, &[]);
+            locked(&paths, Accounting::User).exempt
+        };
+        assert!(exempt(INITIAL, ALL));
+        assert!(!exempt("0 100000 65536\n", ALL));
+        assert!(!exempt(INITIAL, "0000000000000000"));
+        assert_eq!(Status::parse("nonsense"), Status::default());
+    }
+
+    #[test]
+    fn a_container_counts_the_process_and_an_iommufd_what_the_user_has_pinned() {
+        let others = [
+            (200, 1000, 64, "0"),
+            (201, 1001, 128, "0"),
+            (202, 1000, 256, "ffffffffff"),
+        ];
+        let (_root, paths) = host(INITIAL, "0", &others);
+        let of = |accounting| {
+            let locked = locked(&paths, accounting);
+            (locked.own >> 10, locked.others >> 10)
+        };
+        assert_eq!(of(Accounting::Process), (512, 0));
+        assert_eq!(of(Accounting::User), (4, 64));
     }
 
     #[test]
@@ -157,15 +306,22 @@ mod tests {
     }
 
     #[test]
-    fn the_error_gives_the_exact_figure() {
-        let error = MemlockError {
+    fn the_error_gives_the_exact_figure_and_whose_it_is() {
+        let error = |others| MemlockError {
             need: (4 << 30) + 1,
+            others,
             hard: 8 << 20,
             user: 1000,
         };
-        let text = error.to_string();
+        let text = error(0).to_string();
         assert!(
             text.contains("ulimit -l 4194305") && text.contains("is 8192 KiB"),
+            "{text}"
+        );
+        assert!(!text.contains("iommufd"), "{text}");
+        let text = error(64 << 10).to_string();
+        assert!(
+            text.contains("(64 KiB of them for what user 1000's"),
             "{text}"
         );
     }

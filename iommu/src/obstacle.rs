@@ -191,7 +191,7 @@ impl Obstacle {
                         .join("parameters/allow_unsafe_interrupts"),
                 }
             }
-            Some(libc::EINVAL) => Self::Hinted {
+            Some(libc::EINVAL | libc::EADDRINUSE) => Self::Hinted {
                 source: error,
                 hint: "the IOMMU reserves addresses that are mapped already, or its firmware \
                        demands the device for itself (an RMRR; see `dmesg`)",

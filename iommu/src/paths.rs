@@ -43,16 +43,22 @@ impl HostPaths {
     }
 
     /// The VFIO character device of the PCI function whose folder in sysfs is `device`: the node's
-    /// path, where the kernel has made one (`CONFIG_VFIO_DEVICE_CDEV`, and a VFIO driver is bound).
+    /// path, where the kernel has made one (`CONFIG_VFIO_DEVICE_CDEV`, and a VFIO driver is bound) and
+    /// it is here.
     #[must_use]
     pub fn cdev(&self, device: &Path) -> Option<PathBuf> {
+        self.cdev_node(device).filter(|node| node.exists())
+    }
+
+    /// As [`cdev`](Self::cdev), whether or not the node can be seen from here.
+    #[must_use]
+    pub fn cdev_node(&self, device: &Path) -> Option<PathBuf> {
         let name = std::fs::read_dir(device.join("vfio-dev"))
             .ok()?
             .filter_map(Result::ok)
             .map(|entry| entry.file_name())
             .find(|name| name.as_encoded_bytes().starts_with(b"vfio"))?;
-        let node = self.dev.join("vfio/devices").join(name);
-        node.exists().then_some(node)
+        Some(self.dev.join("vfio/devices").join(name))
     }
 
     /// The folder in sysfs of the PCI function at `address`.

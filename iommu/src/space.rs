@@ -1,9 +1,11 @@
 //! Which of the kernel's interfaces a VM's devices use.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::{Container, DmaSpace, HostPaths, Ioas, MemlockError, OpenError, memlock};
+use crate::memlock::{self, Accounting};
+use crate::{Container, DmaSpace, HostPaths, Ioas, MemlockError, OpenError};
 
 /// Whether to use iommufd, as the user says it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,9 +41,19 @@ impl Space {
     /// Opens a space for the functions whose folders in sysfs are `devices`. [`Mode::Auto`] takes
     /// iommufd where it is there, may be opened, and every device has a character device for it.
     ///
+    /// An `iommufd` that is open already is used in the place of the host's node.
+    ///
     /// # Errors
     /// [`OpenError`]: that of the interface that was chosen.
-    pub fn open(paths: &HostPaths, mode: Mode, devices: &[&Path]) -> Result<Self, OpenError> {
+    pub fn open(
+        paths: &HostPaths,
+        mode: Mode,
+        devices: &[&Path],
+        iommufd: Option<File>,
+    ) -> Result<Self, OpenError> {
+        if let Some(file) = iommufd {
+            return Ioas::in_iommufd(file, paths).map(Self::Iommufd);
+        }
         match mode {
             Mode::On => Ioas::open(paths).map(Self::Iommufd),
             Mode::Off => Container::open(paths).map(Self::Type1),
@@ -81,7 +93,11 @@ impl Space {
     /// # Errors
     /// [`MemlockError`], with the figure to set.
     pub fn reserve(&self, paths: &HostPaths, bytes: u64) -> Result<(), MemlockError> {
-        memlock::reserve(paths, bytes)
+        let accounting = match self {
+            Self::Type1(_) => Accounting::Process,
+            Self::Iommufd(_) => Accounting::User,
+        };
+        memlock::reserve(paths, accounting, bytes)
     }
 }
 
@@ -132,7 +148,9 @@ mod tests {
             (Mode::Off, "/nowhere/dev/vfio/vfio"),
             (Mode::Auto, "/nowhere/dev/vfio/vfio"),
         ] {
-            let text = Space::open(&paths, mode, &[]).unwrap_err().to_string();
+            let text = Space::open(&paths, mode, &[], None)
+                .unwrap_err()
+                .to_string();
             assert!(text.starts_with(&format!("cannot open {node}: ")), "{text}");
         }
     }

@@ -4,10 +4,11 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use iommufd_bindings::iommufd::{
-    IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_TYPE, iommu_ioas_iova_ranges, iommu_iova_range,
+    IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_IOAS_MAP_FILE, IOMMUFD_TYPE, iommu_ioas_iova_ranges,
+    iommu_ioas_map_file, iommu_iova_range,
 };
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_TYPE, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
@@ -17,6 +18,7 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_
 use vmm_sys_util::ioctl_io_nr;
 
 use crate::info;
+use crate::ioctl::{check, size_of_u32};
 
 // linux/vfio.h
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
@@ -35,22 +37,15 @@ ioctl_io_nr!(
     IOMMUFD_TYPE as u32,
     IOMMUFD_CMD_IOAS_IOVA_RANGES
 );
-
-fn check(result: i32) -> io::Result<i32> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
-
-const fn size_of_u32<T>() -> u32 {
-    size_of::<T>() as u32
-}
+ioctl_io_nr!(
+    IOMMU_IOAS_MAP_FILE,
+    IOMMUFD_TYPE as u32,
+    IOMMUFD_CMD_IOAS_MAP_FILE
+);
 
 pub(crate) fn api_version(container: &File) -> io::Result<i32> {
     // SAFETY: takes no argument.
-    check(unsafe { ioctl(container, VFIO_GET_API_VERSION()) })
+    check(unsafe { ioctl(container, VFIO_GET_API_VERSION()) }).map(|version| version as i32)
 }
 
 pub(crate) fn check_extension(container: &File, extension: u32) -> io::Result<bool> {
@@ -131,7 +126,7 @@ pub(crate) fn group_device(group: &File, name: &str) -> io::Result<OwnedFd> {
         vmm_sys_util::ioctl::ioctl_with_ptr(group, VFIO_GROUP_GET_DEVICE_FD(), name.as_ptr())
     })?;
     // SAFETY: the kernel made the descriptor for this call, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
 /// The ranges that an I/O address space allows, both ends included.
@@ -169,6 +164,14 @@ pub(crate) fn ioas_ranges(iommufd: &impl AsRawFd, ioas: u32) -> io::Result<Vec<(
             }
         }
     }
+}
+
+/// Maps a file that is memory: a memfd, or from Linux 7.0 on a dma-buf of a VFIO device.
+pub(crate) fn ioas_map_file(iommufd: &impl AsRawFd, map: &iommu_ioas_map_file) -> io::Result<()> {
+    let mut map = *map;
+    // SAFETY: the structure is the one that the ioctl takes. The kernel holds what it maps by itself.
+    check(unsafe { ioctl_with_mut_ref(&iommufd.as_raw_fd(), IOMMU_IOAS_MAP_FILE(), &mut map) })
+        .map(drop)
 }
 
 /// The user whose rights this process has.

@@ -8,6 +8,15 @@ use std::collections::BTreeMap;
 
 use crate::{Access, HostVa, Iova, IovaRange, MapError};
 
+/// What is behind a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Backing {
+    /// Memory of the host's, which is pinned.
+    Memory,
+    /// A part of a device's BAR.
+    Device,
+}
+
 /// One stretch of mapped memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
@@ -19,6 +28,8 @@ pub struct Mapping {
     pub size: u64,
     /// What devices may do with it.
     pub access: Access,
+    /// What is behind it.
+    pub backing: Backing,
     /// Whose it is.
     pub owner: String,
 }
@@ -30,9 +41,12 @@ impl Mapping {
         IovaRange::sized(self.iova.0, self.size)
     }
 
-    /// Whether `next` goes on where this ends, in both address spaces, for the same owner.
+    /// Whether `next` goes on where this ends, in both address spaces, for the same owner. Parts of
+    /// devices never do: each comes and goes with its own BAR.
     fn continues_into(&self, next: &Self) -> bool {
-        self.owner == next.owner
+        self.backing == Backing::Memory
+            && next.backing == Backing::Memory
+            && self.owner == next.owner
             && self.access == next.access
             && self.iova.0.checked_add(self.size) == Some(next.iova.0)
             && u64::try_from(self.host.0)
@@ -155,10 +169,11 @@ impl Tracker {
         self.by_iova.values()
     }
 
-    /// Bytes mapped.
+    /// Bytes of memory mapped.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.iter()
+            .filter(|mapping| mapping.backing == Backing::Memory)
             .fold(0, |sum, mapping| sum.saturating_add(mapping.size))
     }
 
@@ -186,6 +201,7 @@ mod tests {
             host: HostVa(host),
             size,
             access: Access::ReadWrite,
+            backing: Backing::Memory,
             owner: owner.to_owned(),
         }
     }
@@ -238,6 +254,19 @@ mod tests {
             })
             .unwrap();
         assert_eq!(tracker.iter().count(), 4);
+    }
+
+    #[test]
+    fn neighbouring_bars_stay_apart_so_that_each_can_go_alone() {
+        let mut tracker = Tracker::default();
+        let bar = |iova, host| Mapping {
+            backing: Backing::Device,
+            ..ram(iova, host, 0x1000, "BAR 0")
+        };
+        tracker.insert(bar(0, 0x10_0000)).unwrap();
+        tracker.insert(bar(0x1000, 0x10_1000)).unwrap();
+        tracker.remove(Iova(0), 0x1000).unwrap();
+        assert_eq!((tracker.iter().count(), tracker.bytes()), (1, 0));
     }
 
     #[test]

@@ -15,11 +15,13 @@ use vfio_bindings::bindings::vfio::{
     vfio_iommu_type1_info, vfio_iommu_type1_info_cap_iova_range, vfio_iommu_type1_info_dma_avail,
 };
 
+use crate::ledger::{self, Ledger};
+use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
-use crate::ranges::{first_gap, normalise};
+use crate::ranges::normalise;
 use crate::{
-    Access, DmaSpace, HostPaths, HostVa, Iova, IovaRange, MapError, Mapping, OpenError, Stats,
-    Tracker, info, memlock, sys,
+    DmaSpace, HostPaths, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats, info,
+    sys,
 };
 
 /// The module whose parameters rule Type1.
@@ -35,11 +37,16 @@ pub struct Container {
 
 #[derive(Debug, Default)]
 struct State {
-    tracker: Tracker,
+    ledger: Ledger,
     groups: usize,
     limits: Limits,
-    map_calls: u64,
-    unmap_calls: u64,
+}
+
+impl State {
+    /// Where the kernel maps now; nothing while no group is attached, for then it maps nowhere.
+    fn usable(&self) -> Option<Vec<IovaRange>> {
+        (self.groups > 0).then(|| self.limits.ranges.clone())
+    }
 }
 
 /// What the attached groups' IOMMUs allow.
@@ -109,11 +116,20 @@ impl Container {
     /// Attaches a group. The first one starts the IOMMU and has everything mapped for it.
     pub(crate) fn attach(&self, group: &File, number: u32) -> Result<(), OpenError> {
         let mut state = self.lock();
-        let attach = |error| OpenError::Attach {
-            what: format!("IOMMU group {number}"),
-            obstacle: Obstacle::attaching(&self.paths, MODULE, error),
+        let refused = |error: io::Error| {
+            // EINVAL has several causes; that the group reserves what is mapped can be looked up.
+            if error.raw_os_error() == Some(libc::EINVAL)
+                && let Some(conflict) = state.ledger.conflict(&self.paths, number)
+            {
+                return OpenError::Map(conflict);
+            }
+            OpenError::Attach {
+                what: format!("IOMMU group {number}"),
+                obstacle: Obstacle::attaching(&self.paths, MODULE, error),
+            }
         };
-        sys::set_container(group, &self.file).map_err(attach)?;
+        sys::set_container(group, &self.file).map_err(refused)?;
+        state.ledger.joined(number);
         match self.start(&mut state, number) {
             Ok(limits) => {
                 state.limits = limits;
@@ -123,6 +139,7 @@ impl Container {
             Err(error) => {
                 // With the last group the kernel drops whatever was mapped up to the failure.
                 let _ = sys::unset_container(group);
+                state.ledger.left(number);
                 Err(error)
             }
         }
@@ -142,14 +159,13 @@ impl Container {
             source,
         })?;
         if first {
-            let mappings: Vec<_> = state.tracker.iter().cloned().collect();
-            for mapping in &mappings {
-                let Some(range) = mapping.range() else {
-                    continue; // The tracker holds none that has no range.
-                };
-                self.map_now(&limits, state.map_calls, mapping, range)?;
-                state.map_calls += 1;
-            }
+            let needed = state.ledger.mappings() as u64;
+            check_room(&limits, needed, 0, "guest memory")?;
+            state
+                .ledger
+                .map_all(&self.paths, &limits.ranges, |mapping, range| {
+                    self.map_now(mapping, range)
+                })?;
         }
         Ok(limits)
     }
@@ -162,6 +178,7 @@ impl Container {
             log::debug!("VFIO_GROUP_UNSET_CONTAINER on group {number}: {error}");
         }
         state.groups = state.groups.saturating_sub(1);
+        state.ledger.left(number);
         if state.groups == 0 {
             state.limits = Limits::default();
         }
@@ -181,16 +198,7 @@ impl Container {
         sys::type1_info(&self.file).map(|answer| parse_limits(&answer))
     }
 
-    fn map_now(
-        &self,
-        limits: &Limits,
-        made: u64,
-        mapping: &Mapping,
-        range: IovaRange,
-    ) -> Result<(), MapError> {
-        if let Some(gap) = first_gap(range, &limits.ranges) {
-            return Err(unusable(mapping, range, gap, &limits.ranges));
-        }
+    fn map_now(&self, mapping: &Mapping, range: IovaRange) -> Result<(), MapError> {
         let mut flags = VFIO_DMA_MAP_FLAG_READ;
         if mapping.access.writes() {
             flags |= VFIO_DMA_MAP_FLAG_WRITE;
@@ -202,13 +210,16 @@ impl Container {
             mapping.size,
             flags,
         )
-        .map_err(|source| match source.raw_os_error() {
-            Some(libc::ENOSPC) => MapError::TooMany {
-                owner: mapping.owner.clone(),
+        .map_err(|source| {
+            let accounting = Accounting::Process;
+            ledger::refused(
+                &self.paths,
+                accounting,
+                "VFIO_IOMMU_MAP_DMA",
+                mapping,
                 range,
-                made,
-            },
-            _ => map_failed(&self.paths, "VFIO_IOMMU_MAP_DMA", mapping, range, source),
+                source,
+            )
         })
     }
 
@@ -218,43 +229,31 @@ impl Container {
 }
 
 impl DmaSpace for Container {
-    fn map(
-        &self,
-        iova: Iova,
-        host: HostVa,
-        size: u64,
-        access: Access,
-        owner: &str,
-    ) -> Result<(), MapError> {
+    /// Maps, or remembers for the first group to come. How many more mappings the kernel takes is
+    /// asked first: its own answer, ENOSPC, says neither how many there are nor what to do.
+    ///
+    /// A device's memory is taken by its address: Type1 looks up what the page tables say.
+    fn add(&self, mapping: Mapping, _dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
         let mut state = self.lock();
-        let mapping = Mapping {
-            iova,
-            host,
-            size,
-            access,
-            owner: owner.to_owned(),
-        };
-        let range = state.tracker.check(&mapping)?;
-        if state.groups > 0 {
-            self.map_now(&state.limits, state.map_calls, &mapping, range)?;
-            state.map_calls += 1;
+        if state.groups > 0
+            && let Ok(limits) = self.limits()
+        {
+            let made = state.ledger.mappings() as u64;
+            check_room(&limits, 1, made, &mapping.owner)?;
         }
-        state.tracker.insert(mapping)
+        let usable = state.usable();
+        state
+            .ledger
+            .map(&self.paths, mapping, usable.as_deref(), |mapping, range| {
+                self.map_now(mapping, range)
+            })
     }
 
     fn unmap(&self, iova: Iova, size: u64) -> Result<(), MapError> {
         let mut state = self.lock();
-        let range = state.tracker.check_removal(iova, size)?;
-        if state.groups > 0 {
-            sys::unmap_dma(&self.file, iova.0, size).map_err(|source| MapError::Kernel {
-                what: "VFIO_IOMMU_UNMAP_DMA",
-                owner: "what is mapped".to_owned(),
-                range,
-                source,
-            })?;
-            state.unmap_calls += 1;
-        }
-        state.tracker.remove(iova, size)
+        let call =
+            (state.groups > 0).then_some(|| sys::unmap_dma(&self.file, iova.0, size).map(drop));
+        state.ledger.unmap(iova, size, "VFIO_IOMMU_UNMAP_DMA", call)
     }
 
     fn usable_ranges(&self) -> Result<Vec<IovaRange>, MapError> {
@@ -262,53 +261,20 @@ impl DmaSpace for Container {
     }
 
     fn stats(&self) -> Stats {
-        let state = self.lock();
-        Stats {
-            map_calls: state.map_calls,
-            unmap_calls: state.unmap_calls,
-            bytes: state.tracker.bytes(),
-        }
+        self.lock().ledger.stats()
     }
 }
 
-pub(crate) fn unusable(
-    mapping: &Mapping,
-    range: IovaRange,
-    gap: IovaRange,
-    usable: &[IovaRange],
-) -> MapError {
-    let usable: Vec<_> = usable.iter().map(ToString::to_string).collect();
-    MapError::Unusable {
-        owner: mapping.owner.clone(),
-        range,
-        gap,
-        usable: usable.join(", "),
-    }
-}
-
-pub(crate) fn map_failed(
-    paths: &HostPaths,
-    what: &'static str,
-    mapping: &Mapping,
-    range: IovaRange,
-    source: io::Error,
-) -> MapError {
-    let owner = mapping.owner.clone();
-    match source.raw_os_error() {
-        Some(libc::ENOMEM) => match memlock::explains(paths, mapping.size) {
-            Some(source) => MapError::Memlock {
-                owner,
-                range,
-                source,
-            },
-            None => MapError::OutOfMemory { owner, range },
-        },
-        _ => MapError::Kernel {
-            what,
-            owner,
-            range,
-            source,
-        },
+/// That the container takes `needed` more mappings, as far as the kernel says.
+fn check_room(limits: &Limits, needed: u64, made: u64, owner: &str) -> Result<(), MapError> {
+    match limits.available.map(u64::from) {
+        Some(left) if left < needed => Err(MapError::TooMany {
+            owner: owner.to_owned(),
+            needed,
+            left,
+            made,
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -379,6 +345,22 @@ mod tests {
             [(0, 0xfedf_ffff), (0xfef0_0000, (1 << 39) - 1)]
         );
         assert_eq!(limits.available, Some(65_535));
+    }
+
+    #[test]
+    fn the_limit_of_mappings_is_foreseen_with_its_figures_and_the_way_out() {
+        let limits = |available| Limits {
+            available,
+            ..Limits::default()
+        };
+        let room = |available, needed| check_room(&limits(available), needed, 7, "guest RAM");
+        assert!(room(Some(2), 2).is_ok() && room(None, 1000).is_ok());
+        assert_eq!(
+            room(Some(1), 2).unwrap_err().to_string(),
+            "guest RAM cannot be mapped for devices: 2 more mappings are needed and the VFIO \
+             container takes 1 more beside the 7 it has; raise its limit before Busway starts: \
+             `echo 65535 > /sys/module/vfio_iommu_type1/parameters/dma_entry_limit`"
+        );
     }
 
     #[test]

@@ -93,6 +93,11 @@ pub enum BarPart {
 /// [`decoded`](Self::decoded) and, where the answer changed, moves the BARs through the
 /// [`BarMapper`], outside of the function's lock.
 pub trait PciFunction: Send + Sync + Debug {
+    /// What messages call it: a host device by its address there.
+    fn name(&self) -> String {
+        "a device".to_owned()
+    }
+
     /// Reads configuration space at `offset` (0 to 4095); the access does not cross a doubleword.
     fn config_read(&self, offset: u16, data: &mut [u8]);
 
@@ -120,6 +125,14 @@ pub trait PciFunction: Send + Sync + Debug {
     fn parts(&self, bar: BarIndex) -> Vec<BarPart> {
         let _ = bar;
         Vec::new()
+    }
+
+    /// Opens a part of a BAR, or a piece of one, as a dma-buf, by which other devices can be let
+    /// reach it; nothing where it can be reached by none, because it is no host device's memory.
+    /// Linux, Documentation/driver-api/dma-buf.rst
+    fn dma_buf(&self, bar: BarIndex, offset: u64, size: u64) -> Option<io::Result<OwnedFd>> {
+        let _ = (bar, offset, size);
+        None
     }
 
     /// Reads from a BAR, `offset` bytes from its start.

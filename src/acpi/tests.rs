@@ -15,7 +15,7 @@ fn platform(cpus: u32) -> Platform {
             .collect(),
         last_bus: 7,
         mmio32: layout::MMIO32_START..layout::MMIO32_END,
-        mmio64: layout::mmio64(6 << 30, 40),
+        mmio64: layout::mmio64(7 << 30, 40),
         serial: true,
         native_hotplug: true,
     }

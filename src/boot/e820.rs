@@ -116,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_guest_with_ram_on_both_sides_of_the_hole_sees_what_a_pc_shows() {
-        let map = E820::new(&ram_ranges(6 << 30));
+        let map = E820::new(&ram_ranges(6 << 30, &[]));
         let seen: Vec<_> = map
             .regions()
             .iter()
@@ -141,7 +141,7 @@ mod tests {
         fn regions_ascend_without_overlap_and_all_ram_but_the_low_hole_is_there(
             size in 1_u64 << 20..1 << 40
         ) {
-            let ram = ram_ranges(size);
+            let ram = ram_ranges(size, &[]);
             let map = E820::new(&ram);
             for pair in map.regions().windows(2) {
                 prop_assert!(pair[0].range.end <= pair[1].range.start);

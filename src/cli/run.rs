@@ -103,6 +103,9 @@ pub(super) struct RunArgs {
     /// Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=…][,vf_token=UUID]
     ///
     ///   path=PATH         address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`
+    ///   fd=N              a descriptor that Busway inherits, instead of opening the device: of its
+    ///                     /dev/vfio/devices/vfioN, or of its group's /dev/vfio/N (with path=, where
+    ///                     the group has several devices)
     ///   id=NAME           name, unique in the VM
     ///   on_error=stop     an uncorrectable error of the device's ends the VM [stop]
     ///   on_error=pause    it holds the guest; a signal such as SIGTERM ends it
@@ -121,11 +124,16 @@ pub(super) struct RunArgs {
     )]
     device: Vec<String>,
 
-    /// How devices are reached: iommufd=on|off|auto[,vf_token=UUID] [default: iommufd=auto]
+    /// How devices are reached: iommufd=on|off|auto[,p2p=on|off|auto]… [default: iommufd=auto]
     ///
     ///   iommufd=on    by iommufd and the device's cdev
     ///   iommufd=off   by the VFIO group and a type1 container
     ///   iommufd=auto  by iommufd where the host has it
+    ///   iommufd_fd=N  an iommufd that Busway inherits, instead of opening /dev/iommu
+    ///   p2p=on        devices reach each other's memory (peer-to-peer DMA), or it is an error
+    ///   p2p=off       they do not
+    ///   p2p=auto      they do where the host can: always by type1, by iommufd from Linux 7.0 on;
+    ///                 what will not work is said once [auto]
     ///   vf_token=UUID that of each device which needs one and has none of its own
     #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = PASSTHROUGH)]
     platform: Vec<String>,

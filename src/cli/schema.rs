@@ -26,8 +26,8 @@ pub(super) struct Section<T: 'static> {
     pub(super) blank: fn() -> T,
     /// Its keys.
     pub(super) keys: &'static [Key<T>],
-    /// The key that must be there.
-    pub(super) required: Option<&'static str>,
+    /// The keys of which one must be there; a value without a key counts as the first.
+    pub(super) required: &'static [&'static str],
     /// What a value without a key sets, where there can be one.
     pub(super) bare: Option<Set<T>>,
     /// Only one thing can be said: each excludes the others.
@@ -83,7 +83,7 @@ pub(super) static CPUS: Section<CpusConfig> = Section {
         "boot": |cpus, value| cpus.boot = value.number()?;
         "max": |cpus, value| cpus.max = Some(value.number()?);
     },
-    required: None,
+    required: &[],
     bare: None,
     single: false,
 };
@@ -100,7 +100,7 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
         "prefault": |memory, value| memory.prefault = Some(value.switch()?);
         "thp": |memory, value| memory.thp = value.switch()?;
     },
-    required: None,
+    required: &[],
     bare: None,
     single: false,
 };
@@ -117,7 +117,7 @@ pub(super) static DISK: Section<DiskConfig> = Section {
         "queue_size": |disk, value| disk.queue_size = value.number()?;
         "id": |disk, value| disk.id = Some(value.text()?.to_owned());
     },
-    required: Some("path"),
+    required: &["path"],
     bare: None,
     single: false,
 };
@@ -133,7 +133,7 @@ pub(super) static NET: Section<NetConfig> = Section {
         "queue_size": |net, value| net.queue_size = value.number()?;
         "id": |net, value| net.id = Some(value.text()?.to_owned());
     },
-    required: None,
+    required: &[],
     bare: None,
     single: false,
 };
@@ -144,7 +144,7 @@ pub(super) static RNG: Section<RngConfig> = Section {
     blank: RngConfig::default,
     keys: keys! {"src": |rng, value| rng.src = value.text()?.into();
     },
-    required: None,
+    required: &[],
     bare: None,
     single: false,
 };
@@ -166,7 +166,7 @@ const fn console(name: &'static str) -> Section<ConsoleConfig> {
             "file": |console, value| *console = ConsoleConfig::File(value.text()?.into());
             "socket": |console, value| *console = ConsoleConfig::Socket(value.text()?.into());
         },
-        required: None,
+        required: &[],
         bare: Some(|console, value| {
             *console = match value {
                 Value::Switch(false) => ConsoleConfig::Off,
@@ -192,6 +192,7 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
     name: "device",
     blank: || DeviceConfig {
         path: "".into(),
+        fd: None,
         id: None,
         on_error: OnError::default(),
         vf_token: None,
@@ -201,6 +202,7 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
     },
     keys: keys! {
         "path": |device, value| set_device_path(device, value)?;
+        "fd": |device, value| device.fd = Some(value.number()?);
         "id": |device, value| device.id = Some(value.text()?.to_owned());
         "on_error": |device, value| device.on_error = on_error(value)?;
         "vf_token": |device, value| device.vf_token = Some(value.text()?.to_owned());
@@ -208,7 +210,7 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
         "romfile": |device, value| device.romfile = Some(value.text()?.into());
         "x_nv_gpudirect_clique": |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
     },
-    required: Some("path"),
+    required: &["path", "fd"],
     bare: Some(set_device_path),
     single: false,
 };
@@ -239,9 +241,11 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     blank: PlatformConfig::default,
     keys: keys! {
         "iommufd": |platform, value| platform.iommufd = value.choice()?;
+        "iommufd_fd": |platform, value| platform.iommufd_fd = Some(value.number()?);
+        "p2p": |platform, value| platform.p2p = value.choice()?;
         "vf_token": |platform, value| platform.vf_token = Some(value.text()?.to_owned());
     },
-    required: None,
+    required: &[],
     bare: None,
     single: false,
 };

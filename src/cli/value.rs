@@ -161,6 +161,10 @@ impl Bounded for u8 {
     const MOST: u64 = Self::MAX as u64;
 }
 
+impl Bounded for u32 {
+    const MOST: u64 = Self::MAX as u64;
+}
+
 impl Bounded for u16 {
     const MOST: u64 = Self::MAX as u64;
 }

@@ -70,12 +70,12 @@ pub(super) enum Wrong {
     #[error("{0}: only one of these can be said")]
     Several(Place),
     /// {place}: `{key}` is missing
-    #[error("{place}: `{key}` is missing")]
+    #[error("{place}: `{}` is missing", keys.join("` or `"))]
     Missing {
         /// Where.
         place: Place,
-        /// The key.
-        key: &'static str,
+        /// The key, or those of which one would do.
+        keys: &'static [&'static str],
     },
     /// A value that no key introduces.
     #[error(
@@ -201,7 +201,7 @@ impl<T> Section<T> {
         Ok(key.name)
     }
 
-    /// Applies a value that stands without a key, for what it says; it counts as the required key.
+    /// Applies a value that stands without a key, for what it says; it counts as the (first) required key.
     pub(super) fn apply_bare(
         &self,
         target: &mut T,
@@ -214,18 +214,18 @@ impl<T> Section<T> {
             known: self.names(),
         })?;
         set(target, value).map_err(|reason| Wrong::Bare(place.clone(), reason))?;
-        Ok(self.required.unwrap_or(self.name))
+        Ok(self.required.first().copied().unwrap_or(self.name))
     }
 
-    /// The required key must have been said.
+    /// A required key must have been said.
     pub(super) fn check_required(&self, said: &[&'static str], place: &Place) -> Result<(), Wrong> {
-        match self.required {
-            Some(key) if !said.contains(&key) => Err(Wrong::Missing {
-                place: place.clone(),
-                key,
-            }),
-            _ => Ok(()),
+        if self.required.is_empty() || self.required.iter().any(|key| said.contains(key)) {
+            return Ok(());
         }
+        Err(Wrong::Missing {
+            place: place.clone(),
+            keys: self.required,
+        })
     }
 }
 

@@ -89,7 +89,11 @@ fn a_device_is_an_address_or_a_path_but_not_both() {
             .path
     );
     assert!(make("01:00.0,path=02:00.0").unwrap_err().contains("twice"));
-    assert!(make("id=nvme").unwrap_err().contains("`path` is missing"));
+    assert!(
+        make("id=nvme")
+            .unwrap_err()
+            .contains("`path` or `fd` is missing")
+    );
     assert!(make("path=nvme0").unwrap_err().contains("0000:01:00.0"));
 }
 

@@ -4,12 +4,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::{
-    ConsoleConfig, DeviceConfig, DiskConfig, MAX_CPUS, MAX_QUEUE_SIZE, MEMORY_STEP, MIN_MEMORY,
-    MemoryConfig, NetConfig, VmConfig,
+    Choice, ConsoleConfig, DeviceConfig, DiskConfig, MAX_CPUS, MAX_QUEUE_SIZE, MEMORY_STEP,
+    MIN_MEMORY, MemoryConfig, NetConfig, PlatformConfig, VmConfig,
 };
 
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
 const INTERFACE_NAME: usize = 15;
+
+/// The last of the three descriptors that every process has.
+const STANDARD_ERROR: u32 = 2;
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -158,6 +161,25 @@ pub enum InvalidConfig {
         /// What was given.
         clique: u8,
     },
+    /// {device}: fd={fd} is standard input, output or error
+    #[error(
+        "{device}: {key}={fd} is standard input, output or error: hand the descriptor over as \
+         another number, 3 or more"
+    )]
+    StandardFd {
+        /// Whose.
+        device: Name,
+        /// `fd` or `iommufd_fd`.
+        key: &'static str,
+        /// What was asked for.
+        fd: u32,
+    },
+    /// --platform iommufd_fd={fd} with iommufd=off
+    #[error("--platform iommufd_fd={fd} contradicts iommufd=off beside it: leave one of them out")]
+    IommufdOff {
+        /// What was asked for.
+        fd: u32,
+    },
     /// {device}: `{id}` is no name
     #[error("{device}: id=`{id}` must have a character, and no spaces, commas or `/`")]
     Id {
@@ -275,6 +297,10 @@ impl VmConfig {
         let mut functions = Seen::new("PCI address", "a function can be given once");
         for (index, device) in self.device.iter().enumerate() {
             let name = Name::new("--device", index, device.id.as_ref());
+            // The descriptor says which device it is, once the VM is put together.
+            if device.fd.is_some() && device.path.as_os_str().is_empty() {
+                continue;
+            }
             let address = device.address().map_err(|why| InvalidConfig::Address {
                 device: name.clone(),
                 why,
@@ -284,6 +310,7 @@ impl VmConfig {
         for (index, device) in self.device.iter().enumerate() {
             device.validate(&Name::new("--device", index, device.id.as_ref()))?;
         }
+        self.validate_descriptors()?;
         let mut images = Seen::new(
             "path",
             "a disk that is written to can be given once; give both readonly=on, or make a copy",
@@ -323,6 +350,37 @@ impl DeviceConfig {
                 device: name.clone(),
                 clique,
             }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl VmConfig {
+    /// Descriptors that somebody else has opened can be that, and each serves one purpose.
+    fn validate_descriptors(&self) -> Result<(), InvalidConfig> {
+        let mut seen = Seen::new(
+            "fd",
+            "give it once: the descriptor of a group serves all of its devices",
+        );
+        let devices = self.device.iter().enumerate().map(|(index, device)| {
+            let name = Name::new("--device", index, device.id.as_ref());
+            (name, "fd", device.fd)
+        });
+        let platform = Name("--platform".to_owned());
+        let all = devices.chain([(platform, "iommufd_fd", self.platform.iommufd_fd)]);
+        for (device, key, fd) in all {
+            let Some(fd) = fd else { continue };
+            if fd <= STANDARD_ERROR {
+                return Err(InvalidConfig::StandardFd { device, key, fd });
+            }
+            seen.add(device, fd.to_string(), true)?;
+        }
+        match self.platform {
+            PlatformConfig {
+                iommufd: Choice::Off,
+                iommufd_fd: Some(fd),
+                ..
+            } => Err(InvalidConfig::IommufdOff { fd }),
             _ => Ok(()),
         }
     }

@@ -212,3 +212,30 @@ fn a_rom_is_given_or_not_and_cliques_count_to_15() {
     let clique = changed(|device| device.x_nv_gpudirect_clique = Some(16)).unwrap_err();
     assert!(clique.contains("from 0 to 15"), "{clique}");
 }
+
+#[test]
+fn a_descriptor_in_the_place_of_a_device_is_no_standard_one_and_given_once() {
+    let handed = |fd| DeviceConfig {
+        path: "".into(),
+        fd: Some(fd),
+        ..device("0000:01:00.0", None)
+    };
+    assert_eq!(
+        validate(|vm| vm.device = vec![handed(3), handed(4)]),
+        Ok(())
+    );
+    let standard = complaint(|vm| vm.device.push(handed(2)));
+    assert!(standard.contains("fd=2 is standard"), "{standard}");
+    let twice = complaint(|vm| vm.device = vec![handed(3), handed(3)]);
+    assert!(twice.contains("the same fd, `3`"), "{twice}");
+    let shared = complaint(|vm| {
+        vm.device.push(handed(5));
+        vm.platform.iommufd_fd = Some(5);
+    });
+    assert!(shared.contains("--platform have the same fd"), "{shared}");
+    let off = complaint(|vm| {
+        vm.platform.iommufd_fd = Some(5);
+        vm.platform.iommufd = Choice::Off;
+    });
+    assert!(off.contains("contradicts iommufd=off"), "{off}");
+}

@@ -2,12 +2,12 @@
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, ScopedJoinHandle};
 
-use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
+use busway_iommu::{DmaSpace, Space};
 use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
 use busway_vfio::{
     AssignOptions, AssignedFunction, DeviceError, KernelDevice, Opener, Resets, RomChoice,
@@ -20,13 +20,14 @@ use super::assigned::Assigned;
 use super::bars::Bars;
 use super::dma::DmaListener;
 use super::events::Events;
+use super::host_devices::HostDevices;
 use super::pci::{Pci, pins_behind_port};
 use super::places::{Behind, HostFunction, behind_ports};
 use super::platform::{Platform, open_console};
 use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
-use crate::config::{Choice, ConsoleConfig, DeviceConfig, VmConfig};
+use crate::config::{ConsoleConfig, DeviceConfig, VmConfig};
 use crate::kvm::{Buses, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions, layout};
 use crate::report::{Report, Stage};
@@ -87,13 +88,19 @@ impl Machine {
         let model = CpuModel::new(&vm)?;
         let router = vm.irq_router()?;
 
+        let host_devices = HostDevices::find(config)?;
+        let device_configs = host_devices.configs(config);
         let prefault = config.memory.prefault.unwrap_or(!config.device.is_empty());
-        let ram = Ram::new(&config.memory, prefault || !config.device.is_empty())?;
+        let ram = Ram::around(
+            &config.memory,
+            prefault || !config.device.is_empty(),
+            &host_devices.reserved(),
+        )?;
         // The kernel resets each device that is opened, and memory is populated meanwhile.
         let failed = AtomicBool::new(false);
         let (populated, opened) = thread::scope(|scope| {
             let opening = scope.spawn(|| {
-                open_devices(config, &vm, &ram)
+                open_devices(config, host_devices, &vm, &ram)
                     .inspect_err(|_| failed.store(true, Ordering::Relaxed))
             });
             let populated = match prefault {
@@ -116,10 +123,11 @@ impl Machine {
         let (dma, devices) = match opened? {
             Some((space, devices)) => {
                 let dma = space.dma();
-                memory.0.listen(Arc::new(DmaListener::new(dma.clone())))?;
+                let listener = Arc::new(DmaListener::new(dma.clone(), config.platform.p2p));
+                memory.0.listen(listener.clone())?;
                 let stats = dma.stats();
                 report.set_mappings(stats.map_calls, stats.bytes);
-                (Some(dma), devices)
+                (Some((dma, listener)), devices)
             }
             None => (None, Vec::new()),
         };
@@ -128,6 +136,8 @@ impl Machine {
 
         let buses = Buses::default();
         let windows = windows(&ram, &model);
+        // Nothing is there before the guest's first instruction.
+        let free_address = windows.memory32.start;
         let bars = Bars::new(
             buses.clone(),
             memory.0.clone(),
@@ -162,18 +172,27 @@ impl Machine {
         for port in behind_ports(&given) {
             let of = |behind: &Behind| {
                 Some(Given {
-                    config: config.device.get(behind.index)?,
+                    config: device_configs.get(behind.index)?,
                     options: options.get(behind.index)?,
                     number: behind.function,
                     device: devices.get(behind.index)?.clone(),
                 })
             };
             let here: Vec<_> = port.iter().filter_map(of).collect();
-            let port = add_assigned(&mut pci, &here, &resets, &router, &host_vectors, &events)?;
+            let (port, functions) =
+                add_assigned(&mut pci, &here, &resets, &router, &host_vectors, &events)?;
+            if let Some((_, listener)) = &dma {
+                for function in &functions {
+                    listener
+                        .try_out(&**function, free_address)
+                        .map_err(RunError::PeerToPeer)?;
+                }
+            }
             for given in here {
                 assigned.add(given.config, port, given.device);
             }
         }
+        let dma = dma.map(|(dma, _)| dma);
         report.reached(Stage::Devices);
         signals.check()?;
 
@@ -203,7 +222,7 @@ impl Machine {
         self.pci.assign()?;
         let ram = self.ram.guest().memory();
         let rsdp = acpi::install(&*ram, &self.boot.acpi)?;
-        let map = E820::new(&layout::ram_ranges(self.ram.size()));
+        let map = E820::new(&self.ram.guest_ranges());
         let entry = boot::load(&*ram, &self.boot.source, &map, rsdp)?;
         self.vcpus.enter(|sregs| entry.apply(sregs))?;
         Ok(())
@@ -281,32 +300,39 @@ fn populate(
 /// The devices are opened before RAM is mapped: a VFIO container maps only with a group in it.
 fn open_devices(
     config: &VmConfig,
+    host_devices: HostDevices,
     vm: &Vm,
     ram: &Ram,
 ) -> Result<Option<(Space, Vec<KernelDevice>)>, RunError> {
     if config.device.is_empty() {
         return Ok(None);
     }
-    let paths = HostPaths::default();
-    let folders: Vec<&Path> = config.device.iter().map(|device| &*device.path).collect();
-    let mode = match config.platform.iommufd {
-        Choice::On => Mode::On,
-        Choice::Off => Mode::Off,
-        Choice::Auto => Mode::Auto,
-    };
-    let space = Space::open(&paths, mode, &folders)?;
+    let HostDevices {
+        paths,
+        devices,
+        mode,
+        iommufd,
+    } = host_devices;
+    let folders: Vec<_> = devices.iter().map(|(folder, _)| folder.clone()).collect();
+    let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
+    let space = Space::open(&paths, mode, &folders, iommufd)?;
     space.reserve(&paths, ram.size())?;
     let uses: Vec<_> = folders
         .iter()
         .map(|folder| TokenUse::of(&paths, folder))
         .collect();
     let opener = Opener::new(paths, space.clone(), Some(Arc::new(vm.vfio()?)));
+    for (folder, handed) in devices {
+        if let Some(handed) = handed {
+            opener.hand(handed, &folder)?;
+        }
+    }
     let opener = &opener;
     let open = |setting: bool| -> Vec<Option<Result<KernelDevice, DeviceError>>> {
         thread::scope(|scope| {
-            let devices = config.device.iter().zip(&uses).map(|(device, &used)| {
-                let open =
-                    move || opener.open(&device.path, vf_token(config, device, used).as_ref());
+            let devices = config.device.iter().zip(&folders).zip(&uses);
+            let devices = devices.map(|((device, folder), &used)| {
+                let open = move || opener.open(folder, vf_token(config, device, used).as_ref());
                 ((used == TokenUse::Sets) == setting).then(|| scope.spawn(open))
             });
             let opening: Vec<_> = devices.collect();
@@ -337,7 +363,10 @@ fn windows(ram: &Ram, model: &CpuModel) -> Windows {
     Windows {
         io: layout::PCI_IO,
         memory32: layout::MMIO32_START..layout::MMIO32_END,
-        memory64: layout::mmio64(ram.size(), model.address_bits()),
+        memory64: layout::mmio64(
+            ram.guest_ranges().last().map_or(0, |range| range.end),
+            model.address_bits(),
+        ),
     }
 }
 
@@ -416,7 +445,7 @@ fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
     options.collect()
 }
 
-/// The functions of a host device behind a root port, which is given.
+/// The functions of a host device behind a root port; all are given.
 fn add_assigned(
     pci: &mut Pci,
     functions: &[Given<'_>],
@@ -424,7 +453,7 @@ fn add_assigned(
     router: &IrqRouter,
     host_vectors: &IrqRouter,
     events: &Arc<Events>,
-) -> Result<FunctionId, RunError> {
+) -> Result<(FunctionId, Vec<Arc<AssignedFunction>>), RunError> {
     let names: Vec<_> = functions.iter().map(|given| given.device.name()).collect();
     let names = names.join(" and ");
     let slot = pci.port_slot(&names)?;
@@ -441,8 +470,13 @@ fn add_assigned(
         log::info!("{}", function.summary());
         behind.push((given.number, function));
     }
+    let made = behind
+        .iter()
+        .map(|(_, function)| function.clone())
+        .collect();
     let routes = Arc::new(router.clone());
-    pci.add_behind_port(slot, &names, behind, routes, events.clone())
+    let port = pci.add_behind_port(slot, &names, behind, routes, events.clone())?;
+    Ok((port, made))
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

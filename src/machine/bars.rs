@@ -7,11 +7,11 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{BarKind, BarMapper, BarPart, BarRegion, PciFunction};
+use busway_pci::{BarIndex, BarKind, BarMapper, BarPart, BarRegion, PciFunction};
 
 use super::bus::Bar;
 use crate::kvm::{AddressMap, Buses, Doorbell, Doorbells};
-use crate::memory::{Region, Regions};
+use crate::memory::{Peer, Region, Regions};
 
 /// End of the I/O ports.
 const PORTS_END: u64 = 0x1_0000;
@@ -116,22 +116,23 @@ impl Bars {
                     }
                     // SAFETY: a function answers for the memory that its parts name for as long as
                     // it lives, and the region holds it; device memory has no Rust reference to it.
-                    let part = Arc::new(unsafe {
+                    let part = unsafe {
                         Region::device(
-                            &format!("{} of an assigned device", region.index),
+                            &format!("{} of {}", region.index, function.name()),
                             region.address.saturating_add(offset),
                             size,
                             host.0,
                             function.clone(),
                         )
-                    });
+                    };
                     if !inside {
                         shortcuts.page = Some(Page {
-                            region: part,
+                            region: Arc::new(part),
                             listed: false,
                         });
                         continue;
                     }
+                    let part = Arc::new(part.for_peers(peer(function, region.index, offset, size)));
                     self.regions
                         .add(part.clone())
                         .map(|()| shortcuts.regions.push(part))
@@ -183,6 +184,19 @@ impl Bars {
     }
 }
 
+/// How other devices can reach a part of a BAR. It holds nothing: whoever maps the part by it does.
+fn peer(function: &Arc<dyn PciFunction>, bar: BarIndex, offset: u64, size: u64) -> Peer {
+    let weak = Arc::downgrade(function);
+    Peer {
+        device: function.name(),
+        dma_buf: Box::new(move || {
+            weak.upgrade()
+                .and_then(|function| function.dma_buf(bar, offset, size))
+                .unwrap_or_else(|| Err(io::ErrorKind::Unsupported.into()))
+        }),
+    }
+}
+
 fn key(region: &BarRegion) -> Key {
     (region.kind == BarKind::Io, region.address)
 }
@@ -225,7 +239,7 @@ impl BarMapper for Bars {
 
 #[cfg(test)]
 mod tests {
-    use busway_pci::{BarIndex, HostAddress};
+    use busway_pci::HostAddress;
     use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
     use super::*;

@@ -3,9 +3,9 @@
 use std::io;
 use std::time::Duration;
 
-use busway_iommu::{MemlockError, OpenError};
+use busway_iommu::{MapError, MemlockError, OpenError};
 use busway_pci::{AssignError, PlaceError};
-use busway_vfio::DeviceError;
+use busway_vfio::{DeviceError, HandedError};
 
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
@@ -75,6 +75,12 @@ pub enum RunError {
     /// guest RAM cannot be pinned for the assigned devices: {0}
     #[error("guest RAM cannot be pinned for the assigned devices: {0}")]
     Memlock(#[from] MemlockError),
+    /// --platform p2p=on: {0}
+    #[error("--platform p2p=on: {0}")]
+    PeerToPeer(MapError),
+    /// A descriptor that was handed over is of no use.
+    #[error(transparent)]
+    Handed(#[from] HandedError),
     /// A host device cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -200,6 +206,7 @@ impl RunError {
             | Self::Rom(_)
             | Self::Rng(_)
             | Self::Console { .. }
+            | Self::Handed(_)
             | Self::NoSlot { .. }
             | Self::Net(NetError::Config { .. })
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })
@@ -218,6 +225,7 @@ impl RunError {
             | Self::Net(_)
             | Self::DmaSpace(_)
             | Self::Memlock(_)
+            | Self::PeerToPeer(_)
             | Self::Device(_)
             | Self::Function(_)
             | Self::Addresses(_) => HOST,

@@ -12,6 +12,7 @@ mod bus;
 mod dma;
 mod error;
 mod events;
+mod host_devices;
 mod life;
 mod pci;
 mod places;

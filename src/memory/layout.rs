@@ -31,26 +31,56 @@ pub const PCI_IO: Range<u64> = 0x1000..0x1_0000;
 /// pages.
 const MMIO64_ALIGNMENT: u64 = 1 << 30;
 
-/// The guest-physical ranges of `size` bytes of RAM, in ascending order: one below the hole and,
-/// where that is not enough, one from 4 GiB.
+/// RAM below is where kernels and their tables go: it stays, whatever the host's IOMMU reserves.
+const KERNEL_END: u64 = 16 << 20;
+
+/// The guest-physical ranges of `size` bytes of RAM, in ascending order: one below the PCI hole and,
+/// where that is not enough, one from 4 GiB. RAM goes round the `holes`, which are ascending.
 #[must_use]
-pub fn ram_ranges(size: u64) -> Vec<Range<u64>> {
-    let low = size.min(MMIO32_START);
-    let high = HIGH_RAM_START..HIGH_RAM_START.saturating_add(size - low);
-    [0..low, high]
-        .into_iter()
-        .filter(|range| !range.is_empty())
-        .collect()
+pub fn ram_ranges(size: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut ranges = Vec::new();
+    let mut left = size;
+    for place in [0..MMIO32_START, HIGH_RAM_START..u64::MAX] {
+        let (mut start, mut holes) = (place.start, holes.iter());
+        while start < place.end && left > 0 {
+            let hole = holes.find(|hole| hole.end > start);
+            let end = hole.map_or(place.end, |hole| hole.start.min(place.end));
+            let length = end.saturating_sub(start).min(left);
+            if length > 0 {
+                ranges.push(start..start + length);
+                left -= length;
+            }
+            start = hole.map_or(place.end, |hole| hole.end);
+        }
+    }
+    ranges
 }
 
-/// The window for 64-bit BARs: from the first GiB boundary above RAM up to what `address_bits` of
-/// guest-physical address reach. Empty where nothing is left.
+/// The holes that RAM goes round where devices let no memory be in `reserved` (first and last
+/// addresses, ascending): with their ends at multiples of `step`, the page that RAM is made of.
 #[must_use]
-pub fn mmio64(ram_size: u64, address_bits: u8) -> Range<u64> {
-    let top_of_ram = ram_ranges(ram_size)
-        .last()
-        .map_or(0, |range| range.end)
-        .max(HIGH_RAM_START);
+pub fn holes(reserved: impl IntoIterator<Item = (u64, u64)>, step: u64) -> Vec<Range<u64>> {
+    let mut holes: Vec<Range<u64>> = Vec::new();
+    for (first, last) in reserved {
+        let start = first - first % step;
+        let end = last
+            .checked_add(1)
+            .and_then(|end| end.checked_next_multiple_of(step))
+            .unwrap_or(u64::MAX);
+        match holes.last_mut() {
+            _ if start < KERNEL_END => {}
+            Some(before) if before.end >= start => before.end = before.end.max(end),
+            _ => holes.push(start..end),
+        }
+    }
+    holes
+}
+
+/// The window for 64-bit BARs: from the first GiB boundary above RAM, which ends at `top_of_ram`, up
+/// to what `address_bits` of guest-physical address reach. Empty where nothing is left.
+#[must_use]
+pub fn mmio64(top_of_ram: u64, address_bits: u8) -> Range<u64> {
+    let top_of_ram = top_of_ram.max(HIGH_RAM_START);
     let end = 1_u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX);
     let start = top_of_ram
         .checked_next_multiple_of(MMIO64_ALIGNMENT)
@@ -60,21 +90,80 @@ pub fn mmio64(ram_size: u64, address_bits: u8) -> Range<u64> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
     fn ram_keeps_clear_of_the_hole_and_loses_no_byte() {
         for whole_below in [256 << 20, 3 << 30] {
             let range = 0..whole_below;
-            assert_eq!(ram_ranges(whole_below), [range]);
+            assert_eq!(ram_ranges(whole_below, &[]), [range]);
         }
-        assert_eq!(ram_ranges(6 << 30), [0..3 << 30, 4 << 30..7 << 30]);
+        assert_eq!(ram_ranges(6 << 30, &[]), [0..3 << 30, 4 << 30..7 << 30]);
+    }
+
+    #[test]
+    fn ram_goes_round_what_the_iommu_reserves() {
+        // The doorbell of MSIs, and what AMD's IOMMUs keep below 1 TiB for HyperTransport.
+        let reserved = [(0xfee0_0000, 0xfeef_ffff), (0xfd_0000_0000, 0xff_ffff_ffff)];
+        let holes = holes(reserved, 2 << 20);
+        assert_eq!(ram_ranges(6 << 30, &holes), [0..3 << 30, 4 << 30..7 << 30]);
+        let around = ram_ranges(1 << 40, &holes);
+        // 12 GiB are reserved, and the PCI hole is 1 GiB.
+        let past = (1 << 40) + (13 << 30);
+        assert_eq!(around, [0..3 << 30, 4 << 30..0xfd_0000_0000, 1 << 40..past]);
+    }
+
+    #[test]
+    fn a_hole_ends_with_a_page_and_leaves_the_kernels_place_alone() {
+        let reserved = [
+            (0, 0xfff),
+            (0xbd80_1000, 0xbd80_1fff),
+            (0xbd9f_0000, 0xbda0_0000),
+        ];
+        let found = holes(reserved, 2 << 20);
+        let expected = 0xbd80_0000..0xbdc0_0000;
+        assert_eq!(found, std::slice::from_ref(&expected));
+        assert_eq!(
+            ram_ranges(3 << 30, &found),
+            [
+                0..0xbd80_0000,
+                0xbdc0_0000..3 << 30,
+                4 << 30..(4 << 30) + (4 << 20)
+            ]
+        );
+        let to_the_end = 1 << 40..u64::MAX;
+        assert_eq!(
+            holes([(1 << 40, u64::MAX)], 4096),
+            std::slice::from_ref(&to_the_end)
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_byte_is_lost_or_in_a_hole(
+            size in 1_u64..1 << 36,
+            reserved in prop::collection::vec((0_u64..1 << 36, 0_u64..1 << 32), 0..4),
+        ) {
+            let mut reserved: Vec<_> =
+                reserved.into_iter().map(|(start, size)| (start, start + size)).collect();
+            reserved.sort_unstable();
+            let holes = holes(reserved, 2 << 20);
+            let ranges = ram_ranges(size, &holes);
+            prop_assert_eq!(ranges.iter().map(|range| range.end - range.start).sum::<u64>(), size);
+            prop_assert!(ranges.windows(2).all(|pair| pair[0].end < pair[1].start));
+            for range in &ranges {
+                let clear = |hole: &Range<u64>| range.end <= hole.start || hole.end <= range.start;
+                prop_assert!(holes.iter().all(clear));
+            }
+        }
     }
 
     #[test]
     fn the_64_bit_window_lies_above_ram_and_ends_with_the_address_width() {
         assert_eq!(mmio64(256 << 20, 40), 4 << 30..1 << 40);
-        assert_eq!(mmio64((6 << 30) + 4096, 40), 8 << 30..1 << 40);
+        assert_eq!(mmio64((7 << 30) + 4096, 40), 8 << 30..1 << 40);
         assert!(mmio64(1 << 36, 36).is_empty());
     }
 }

@@ -11,7 +11,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 pub use prefault::PrefaultError;
 pub use ram::{Ram, RamError};
-pub use regions::{Region, RegionError, RegionKind, RegionListener, Regions, RegionsError};
+pub use regions::{Peer, Region, RegionError, RegionKind, RegionListener, Regions, RegionsError};
 
 /// One state of the guest's RAM: the regions and where they are mapped in this process.
 pub type RamMap = GuestMemoryMmap<()>;

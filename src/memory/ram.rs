@@ -111,12 +111,25 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Maps RAM as configured. No page is touched yet; `whole` says that all of them will be, so
-    /// that the host has to have them now.
+    /// As [`around`](Self::around), where nothing is reserved.
+    ///
+    /// # Errors
+    /// [`RamError`]
+    pub fn new(config: &MemoryConfig, whole: bool) -> Result<Self, RamError> {
+        Self::around(config, whole, &[])
+    }
+
+    /// Maps RAM as configured, round the addresses in `reserved` (first and last, ascending), where
+    /// assigned devices let none be. No page is touched yet; `whole` says that all of them will be,
+    /// so that the host has to have them now.
     ///
     /// # Errors
     /// [`RamError`]; what the host cannot give is refused before anything is taken.
-    pub fn new(config: &MemoryConfig, whole: bool) -> Result<Self, RamError> {
+    pub fn around(
+        config: &MemoryConfig,
+        whole: bool,
+        reserved: &[(u64, u64)],
+    ) -> Result<Self, RamError> {
         let size = config.size;
         if size == 0 {
             return Err(RamError::Empty);
@@ -133,7 +146,8 @@ impl Ram {
         };
 
         let mut regions = Vec::new();
-        for range in layout::ram_ranges(size) {
+        let holes = layout::holes(reserved.iter().copied(), huge_page.unwrap_or(2 * MIB));
+        for range in layout::ram_ranges(size, &holes) {
             let length = range.end - range.start;
             let mapping = map(length, config, huge_page)?;
             let region =
@@ -170,6 +184,18 @@ impl Ram {
             };
             Arc::new(Region::ram(name, region.clone()))
         })
+    }
+
+    /// Where RAM is, to the guest, in ascending order.
+    #[must_use]
+    pub fn guest_ranges(&self) -> Vec<Range<u64>> {
+        self.regions
+            .iter()
+            .map(|region| {
+                let start = region.start_addr().0;
+                start..start.saturating_add(region.len())
+            })
+            .collect()
     }
 
     /// Where RAM is mapped in this process.

@@ -6,6 +6,8 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
@@ -24,6 +26,20 @@ trait Owner: Send + Sync {}
 
 impl<T: Send + Sync> Owner for T {}
 
+/// How other devices can reach a device's memory.
+pub struct Peer {
+    /// The device's name.
+    pub device: String,
+    /// Opens the region as a dma-buf.
+    pub dma_buf: Box<dyn Fn() -> io::Result<OwnedFd> + Send + Sync>,
+}
+
+impl fmt::Debug for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Peer").field(&self.device).finish()
+    }
+}
+
 /// A guest-physical range and the memory of this process that is behind it.
 pub struct Region {
     name: String,
@@ -31,6 +47,7 @@ pub struct Region {
     guest: u64,
     size: u64,
     host: usize,
+    peer: Option<Peer>,
     /// Keeps the mapping at `host`.
     _owner: Box<dyn Owner>,
 }
@@ -45,6 +62,7 @@ impl Region {
             guest: memory.start_addr().0,
             size: memory.len(),
             host: memory.as_ptr() as usize,
+            peer: None,
             _owner: Box::new(memory),
         }
     }
@@ -67,8 +85,22 @@ impl Region {
             guest,
             size,
             host,
+            peer: None,
             _owner: Box::new(owner),
         }
+    }
+
+    /// The region, which other devices can be let reach.
+    #[must_use]
+    pub fn for_peers(mut self, peer: Peer) -> Self {
+        self.peer = Some(peer);
+        self
+    }
+
+    /// How other devices can reach it, if they can: only host devices have such memory.
+    #[must_use]
+    pub fn peer(&self) -> Option<&Peer> {
+        self.peer.as_ref()
     }
 
     /// Whose it is, for a person.

@@ -21,8 +21,9 @@ pub(crate) enum Attachment {
     /// An address space of an iommufd.
     Ioas {
         kvm: Option<Arc<dyn KvmFiles>>,
-        #[expect(dead_code, reason = "held, not used")]
         ioas: Arc<Ioas>,
+        /// The device's group, which the space knows of.
+        group: Option<u32>,
     },
 }
 
@@ -44,8 +45,13 @@ pub(crate) struct Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        if let Attachment::Ioas { kvm: Some(kvm), .. } = &self.attachment {
-            kvm.remove(self.file.as_fd());
+        if let Attachment::Ioas { kvm, ioas, group } = &self.attachment {
+            if let Some(kvm) = kvm {
+                kvm.remove(self.file.as_fd());
+            }
+            if let Some(group) = group {
+                ioas.left(*group);
+            }
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR5_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
@@ -142,6 +142,15 @@ pub trait DeviceIo: Send + Sync + Debug {
     /// # Errors
     /// The kernel's.
     fn map(&self, index: RegionIndex, area: Area) -> io::Result<Mapping>;
+
+    /// Opens a part of a region that [`Region::areas`] covers as a dma-buf.
+    ///
+    /// # Errors
+    /// The kernel's: ENOTTY before Linux 6.19, and where it is built without it.
+    fn dma_buf(&self, index: RegionIndex, area: Area) -> io::Result<OwnedFd> {
+        let _ = (index, area);
+        Err(io::Error::from_raw_os_error(libc::ENOTTY))
+    }
 
     /// How many interrupts of a kind there are.
     fn irq(&self, index: IrqIndex) -> IrqInfo;

@@ -3,6 +3,8 @@
 mod bars;
 
 use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec};
@@ -17,7 +19,7 @@ use crate::resets::ResetHandle;
 use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{AssignError, AssignOptions, DeviceIo, RegionIndex, ResetMethod, Wiring};
+use crate::{Area, AssignError, AssignOptions, DeviceIo, RegionIndex, ResetMethod, Wiring};
 
 /// A host device, as the guest sees it.
 ///
@@ -296,6 +298,10 @@ impl AssignedFunction {
 }
 
 impl PciFunction for AssignedFunction {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         let state = self.lock();
         state.config.read(&*self.io, offset, data);
@@ -369,6 +375,14 @@ impl PciFunction for AssignedFunction {
 
     fn parts(&self, bar: BarIndex) -> Vec<BarPart> {
         self.parts_of(bar)
+    }
+
+    fn dma_buf(&self, bar: BarIndex, offset: u64, size: u64) -> Option<io::Result<OwnedFd>> {
+        let BarIndex::Bar(number) = bar else {
+            return None;
+        };
+        let index = RegionIndex::bar(number)?;
+        Some(self.io.dma_buf(index, Area { offset, size }))
     }
 
     fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {

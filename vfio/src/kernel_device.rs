@@ -1,7 +1,7 @@
 //! A device opened through the kernel's VFIO, by its group or as a character device.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -142,6 +142,10 @@ impl DeviceIo for KernelDevice {
             area.size,
             region.writable,
         )
+    }
+
+    fn dma_buf(&self, index: RegionIndex, area: Area) -> io::Result<OwnedFd> {
+        sys::dma_buf(&self.opened.file, index.number(), area.offset, area.size)
     }
 
     fn irq(&self, index: IrqIndex) -> IrqInfo {

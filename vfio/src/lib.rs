@@ -21,6 +21,7 @@ mod events;
 #[cfg(test)]
 mod fake;
 mod function;
+mod handed;
 pub mod host;
 mod hot_reset;
 mod kernel_device;
@@ -47,6 +48,7 @@ pub use areas::Area;
 pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
 pub use events::{DeviceEvents, Event};
 pub use function::{AssignedFunction, Summary};
+pub use handed::{Handed, HandedError, interface};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;

@@ -1,15 +1,17 @@
 //! Opening a host device for a VM: what has to hold before, and in which order the kernel wants it.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space, not_viable};
 use busway_pci::Bdf;
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
+use crate::handed::{Handed, HandedKind};
 use crate::host::is_vfio_driver;
 use crate::vf_token::TokenUse;
 use crate::{KernelDevice, KvmFiles, VfToken, sys};
@@ -129,6 +131,14 @@ pub struct Opener {
     space: Space,
     kvm: Option<Arc<dyn KvmFiles>>,
     open: Arc<OpenOnes>,
+    handed: Mutex<HandedOnes>,
+}
+
+/// Descriptors that somebody else has opened, until they are asked for.
+#[derive(Debug, Default)]
+struct HandedOnes {
+    devices: BTreeMap<Bdf, File>,
+    groups: BTreeMap<u32, File>,
 }
 
 impl Opener {
@@ -140,6 +150,26 @@ impl Opener {
             space,
             kvm,
             open: Arc::default(),
+            handed: Mutex::default(),
+        }
+    }
+
+    /// Takes a descriptor to use in the place of one that would be opened, for the device whose
+    /// folder in sysfs is `device` and, where it is a group's, for the group's other devices.
+    ///
+    /// # Errors
+    /// [`DeviceError::Twice`]
+    pub fn hand(&self, handed: Handed, device: &Path) -> Result<(), DeviceError> {
+        let address = address_of(device)?;
+        let mut ones = self.handed();
+        let before = match handed.kind {
+            HandedKind::Cdev(_) => ones.devices.insert(address, handed.file),
+            HandedKind::Group(number) => ones.groups.insert(number, handed.file),
+            HandedKind::Iommufd => None,
+        };
+        match before {
+            Some(_) => Err(DeviceError::Twice { address }),
+            None => Ok(()),
         }
     }
 
@@ -181,6 +211,10 @@ impl Opener {
         })
     }
 
+    fn handed(&self) -> MutexGuard<'_, HandedOnes> {
+        self.handed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes a device for as long as the claim lives: the kernel would let a group's device be
     /// opened twice.
     fn claim(&self, address: Bdf) -> Result<Arc<()>, DeviceError> {
@@ -212,8 +246,11 @@ impl Opener {
         if let Some(group) = groups.get(&number).and_then(Weak::upgrade) {
             return Ok(group);
         }
-        let group = Group::open(&self.paths, number, container)
-            .map_err(|source| DeviceError::Open { address, source })?;
+        let group = match self.handed().groups.remove(&number) {
+            Some(file) => Group::from_file(&self.paths, file, number, container),
+            None => Group::open(&self.paths, number, container),
+        };
+        let group = group.map_err(|source| DeviceError::Open { address, source })?;
         self.tell_kvm(group.as_fd(), address)?;
         let group = Arc::new(OpenGroup {
             kvm: self.kvm.clone(),
@@ -258,6 +295,66 @@ impl Opener {
         claim: Arc<()>,
     ) -> Result<Opened, DeviceError> {
         let failed = |source| DeviceError::Open { address, source };
+        let handed = self.handed().devices.remove(&address);
+        let (file, path) = match handed {
+            Some(file) => (file, self.paths.cdev_node(device).unwrap_or_default()),
+            None => self.open_cdev(device, address)?,
+        };
+        self.tell_kvm(file.as_fd(), address)?;
+        let group = self.paths.group_of(device);
+        if let Some(group) = group {
+            ioas.joined(group);
+        }
+        // From here on dropping it undoes everything.
+        let opened = Opened {
+            file,
+            attachment: Attachment::Ioas {
+                kvm: self.kvm.clone(),
+                ioas: ioas.clone(),
+                group,
+            },
+            address,
+            folder: device.to_owned(),
+            paths: self.paths.clone(),
+            open: self.open.clone(),
+            _claim: claim,
+        };
+        bind(&opened.file, ioas, address, vf_token).map_err(|source| {
+            match source.raw_os_error() {
+                // EPERM and EBUSY: the group is not free; EBUSY: open through its group; EINVAL: bound
+                // to another iommufd.
+                Some(libc::EPERM | libc::EBUSY | libc::EINVAL) => {
+                    match group.and_then(|group| not_viable(&self.paths, group)) {
+                        Some(error) => failed(error),
+                        None => DeviceError::Busy { address, path },
+                    }
+                }
+                Some(libc::EACCES) => refused(address, vf_token),
+                _ => DeviceError::Kernel {
+                    address,
+                    what: "VFIO_DEVICE_BIND_IOMMUFD",
+                    source,
+                },
+            }
+        })?;
+        sys::attach_ioas(&opened.file, ioas.id()).map_err(|error| {
+            // EADDRINUSE: it reserves what is mapped, which can be looked up.
+            let conflict = (error.raw_os_error() == Some(libc::EADDRINUSE))
+                .then(|| ioas.conflict(group?))
+                .flatten();
+            failed(match conflict {
+                Some(conflict) => OpenError::Map(conflict),
+                None => OpenError::Attach {
+                    what: address.to_string(),
+                    obstacle: Obstacle::attaching(&self.paths, "iommufd", error),
+                },
+            })
+        })?;
+        Ok(opened)
+    }
+
+    fn open_cdev(&self, device: &Path, address: Bdf) -> Result<(File, PathBuf), DeviceError> {
+        let failed = |source| DeviceError::Open { address, source };
         let path = self.paths.cdev(device).ok_or_else(|| {
             failed(OpenError::NoCdev {
                 device: address.to_string(),
@@ -276,46 +373,7 @@ impl Opener {
                     path: path.clone(),
                 })
             })?;
-        self.tell_kvm(file.as_fd(), address)?;
-        // From here on dropping it undoes everything.
-        let opened = Opened {
-            file,
-            attachment: Attachment::Ioas {
-                kvm: self.kvm.clone(),
-                ioas: ioas.clone(),
-            },
-            address,
-            folder: device.to_owned(),
-            paths: self.paths.clone(),
-            open: self.open.clone(),
-            _claim: claim,
-        };
-        bind(&opened.file, ioas, address, vf_token).map_err(|source| {
-            match source.raw_os_error() {
-                // EPERM and EBUSY: the group is not free; EBUSY: open through its group; EINVAL: bound
-                // to another iommufd.
-                Some(libc::EPERM | libc::EBUSY | libc::EINVAL) => {
-                    let group = self.paths.group_of(device);
-                    match group.and_then(|group| not_viable(&self.paths, group)) {
-                        Some(error) => failed(error),
-                        None => DeviceError::Busy { address, path },
-                    }
-                }
-                Some(libc::EACCES) => refused(address, vf_token),
-                _ => DeviceError::Kernel {
-                    address,
-                    what: "VFIO_DEVICE_BIND_IOMMUFD",
-                    source,
-                },
-            }
-        })?;
-        sys::attach_ioas(&opened.file, ioas.id()).map_err(|error| {
-            failed(OpenError::Attach {
-                what: address.to_string(),
-                obstacle: Obstacle::attaching(&self.paths, "iommufd", error),
-            })
-        })?;
-        Ok(opened)
+        Ok((file, path))
     }
 
     fn tell_kvm(&self, file: BorrowedFd<'_>, address: Bdf) -> Result<(), DeviceError> {
@@ -357,19 +415,22 @@ fn refused(address: Bdf, vf_token: Option<&VfToken>) -> DeviceError {
     }
 }
 
-/// That the device is there and ready, as sysfs shows it.
-fn check(paths: &HostPaths, device: &Path) -> Result<Bdf, DeviceError> {
-    // A link may have any name: two that lead to one device are one.
+/// A link may have any name: two that lead to one device are one.
+fn address_of(device: &Path) -> Result<Bdf, DeviceError> {
     let real = device.canonicalize();
-    let address: Bdf = real
-        .as_deref()
+    real.as_deref()
         .unwrap_or(device)
         .file_name()
         .and_then(|name| name.to_str()?.parse().ok())
         .ok_or_else(|| DeviceError::NotPci {
             path: device.to_owned(),
-        })?;
-    if real.is_err() {
+        })
+}
+
+/// That the device is there and ready, as sysfs shows it.
+fn check(paths: &HostPaths, device: &Path) -> Result<Bdf, DeviceError> {
+    let address = address_of(device)?;
+    if !device.exists() {
         return Err(DeviceError::NotThere { address });
     }
     // Without an IOMMU no VFIO driver takes it, and asking for one would lead nowhere.

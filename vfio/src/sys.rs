@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use busway_iommu::info;
+use busway_iommu::ioctl::{check, size_of_u32};
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_DEVICE_BIND_FLAG_TOKEN, VFIO_IRQ_SET_ACTION_TRIGGER,
-    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE,
-    vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info, vfio_irq_info,
-    vfio_irq_set, vfio_region_info,
+    VFIO_BASE, VFIO_DEVICE_BIND_FLAG_TOKEN, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD,
+    VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
+    vfio_device_info, vfio_irq_info, vfio_irq_set, vfio_region_info,
 };
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
@@ -26,20 +27,13 @@ ioctl_io_nr!(
     VFIO_BASE + 12
 );
 ioctl_io_nr!(VFIO_DEVICE_PCI_HOT_RESET, VFIO_TYPE as u32, VFIO_BASE + 13);
+ioctl_io_nr!(VFIO_DEVICE_FEATURE, VFIO_TYPE as u32, VFIO_BASE + 17);
 ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, VFIO_TYPE as u32, VFIO_BASE + 18);
 ioctl_io_nr!(
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
     VFIO_TYPE as u32,
     VFIO_BASE + 19
 );
-
-fn check(result: i32) -> io::Result<u32> {
-    u32::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
-const fn size_of_u32<T>() -> u32 {
-    size_of::<T>() as u32
-}
 
 pub(crate) fn device_info(device: &File) -> io::Result<vfio_device_info> {
     let mut device_info = vfio_device_info {
@@ -159,6 +153,39 @@ pub(crate) fn reset(device: &File) -> io::Result<()> {
     check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
 }
 
+/// A part of a BAR as a dma-buf. `VFIO_DEVICE_FEATURE_DMA_BUF`, from Linux 6.19 on.
+pub(crate) fn dma_buf(device: &File, region: u32, offset: u64, size: u64) -> io::Result<OwnedFd> {
+    // `struct vfio_device_feature`, whose data is `struct vfio_device_feature_dma_buf` with one
+    // `struct vfio_region_dma_range`: pairs of words, then two doublewords.
+    let pair = |low: u32, high: u32| {
+        let [low, high] = [low, high].map(u32::to_ne_bytes);
+        let mut bytes = [0; 8];
+        for (to, from) in bytes.iter_mut().zip(low.into_iter().chain(high)) {
+            *to = from;
+        }
+        u64::from_ne_bytes(bytes)
+    };
+    let open_flags = (libc::O_RDWR | libc::O_CLOEXEC) as u32;
+    let ranges = 1;
+    let request: [u64; 5] = [
+        pair(
+            size_of::<[u64; 5]>() as u32,
+            VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF,
+        ),
+        pair(region, open_flags),
+        pair(0, ranges),
+        offset,
+        size,
+    ];
+    // SAFETY: the kernel reads the bytes that the first word counts.
+    let fd = unsafe { ioctl_with_ptr(device, VFIO_DEVICE_FEATURE(), request.as_ptr()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel made the descriptor for this call, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// The most functions that a hot reset is believed to touch: those of all buses of a segment.
 const MOST_AFFECTED: u32 = 1 << 16;
 
@@ -243,6 +270,18 @@ pub(crate) fn attach_ioas(device: &File, ioas: u32) -> io::Result<()> {
         .map(drop)
 }
 
+/// Takes over a descriptor that this process inherited, and has it closed on exec.
+///
+/// # Safety
+/// It is open, and nothing else in this process uses or closes it.
+pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
+    let number = i32::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: setting the flag touches no memory.
+    check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: the caller says that it is nobody else's.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(number) }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -270,6 +309,7 @@ mod tests {
         assert_eq!(VFIO_DEVICE_RESET(), 0x3b6f);
         assert_eq!(VFIO_DEVICE_GET_PCI_HOT_RESET_INFO(), 0x3b70);
         assert_eq!(VFIO_DEVICE_PCI_HOT_RESET(), 0x3b71);
+        assert_eq!(VFIO_DEVICE_FEATURE(), 0x3b75);
         assert_eq!(VFIO_DEVICE_BIND_IOMMUFD(), 0x3b76);
     }
 }

@@ -15,6 +15,8 @@ use busway_lab::{
 use clap::Args;
 use serde::Serialize;
 
+use crate::mapping;
+
 const MEMORY_MIB: u64 = 512;
 
 /// How to measure.
@@ -32,6 +34,9 @@ pub(crate) struct BenchArgs {
     /// Print each of KVM's counters, too: what the exits were.
     #[arg(long)]
     counters: bool,
+    /// Turns of each VMM for the time to map memory.
+    #[arg(long, default_value_t = 3)]
+    mapping_turns: u32,
     /// Write every figure to a file, too.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -53,13 +58,18 @@ struct Turn {
 
 /// Measures, and prints both side by side.
 pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
-    let host = Host::boot(HostConfig::new(Kernel::Small).device(Device::nvme("nv0", 256)))?;
+    // Room for 2 GiB of huge pages beside 2 GiB of other memory.
+    let config = HostConfig::new(Kernel::Small)
+        .memory_mib(6144)
+        .device(Device::nvme("nv0", 256));
+    let host = Host::boot(config)?;
     host.install(&build_busway(Profile::Release)?)?;
     let address = host.address("nv0")?;
     host.run(&format!("busway device bind {address}"))?;
     let version =
         host.run("qemu-system-x86_64 --version | sed -n 's/.*version \\([^ ]*\\).*/\\1/p'")?;
 
+    let mapped = mapping::run(&host, &address, arguments.mapping_turns)?;
     let mut turns = Vec::new();
     for number in 1..=arguments.turns {
         for (vmm, name) in [(Vmm::Busway, "busway"), (Vmm::Qemu, "qemu")] {
@@ -73,7 +83,8 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
         print_counters(&turns);
     }
     if let Some(path) = &arguments.json {
-        fs::write(path, serde_json::to_string_pretty(&turns)?)
+        let figures = serde_json::json!({"drive": turns, "mapping": mapped});
+        fs::write(path, serde_json::to_string_pretty(&figures)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
@@ -207,13 +218,13 @@ const FIGURES: &[Figure] = &[
     },
 ];
 
-/// Median, least and most.
 fn spread(turns: &[Turn], vmm: &str, of: fn(&Turn) -> f64) -> (f64, f64, f64) {
-    let mut figures: Vec<f64> = turns
-        .iter()
-        .filter(|turn| turn.vmm == vmm)
-        .map(of)
-        .collect();
+    let turns = turns.iter().filter(|turn| turn.vmm == vmm);
+    median_and_spread(turns.map(of).collect())
+}
+
+/// Median, least and most.
+pub(crate) fn median_and_spread(mut figures: Vec<f64>) -> (f64, f64, f64) {
     figures.sort_by(f64::total_cmp);
     let (least, most) = (figures[0], figures[figures.len() - 1]);
     (median(figures), least, most)

@@ -12,6 +12,9 @@ pub enum Kernel {
     Stock,
     /// The lab's small one: VFIO also by cdev, with iommufd.
     Small,
+    /// The newest that Debian has, as small as it goes: for what only it can, which is mapping a device's memory for
+    /// others by dma-buf. It has no disks and no IP.
+    Backports,
 }
 
 /// The IOMMU that the emulated host has.

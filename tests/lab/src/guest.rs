@@ -49,6 +49,7 @@ pub struct GuestRun {
     devices: Vec<String>,
     cmdline: String,
     arguments: Vec<String>,
+    opener: Option<String>,
     programs: bool,
     files: Vec<(String, PathBuf)>,
     script: String,
@@ -66,6 +67,7 @@ impl GuestRun {
             devices: Vec::new(),
             cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
             arguments: Vec::new(),
+            opener: None,
             programs: false,
             files: Vec::new(),
             script: String::new(),
@@ -107,6 +109,13 @@ impl GuestRun {
     pub fn args(mut self, words: &[&str]) -> Self {
         self.arguments
             .extend(words.iter().map(|&word| word.to_owned()));
+        self
+    }
+
+    /// Has a bash script become the VMM: it prepares what it will, descriptors and limits among it, and ends with
+    /// `exec … "$@"`.
+    pub fn opened_by(mut self, script: &str) -> Self {
+        self.opener = Some(script.to_owned());
         self
     }
 
@@ -256,6 +265,13 @@ impl Host {
         let initramfs = format!("/run/lab/{}.img", folder.id);
         let kernel = parts.inside(&kernel).display().to_string();
         let command = run.command(&kernel, &initramfs, &format!("{inside}/report.json"));
+        let command = match &run.opener {
+            Some(opener) => {
+                fs::write(folder.path.join("opener"), opener)?;
+                [vec!["bash".to_owned(), format!("{inside}/opener")], command].concat()
+            }
+            None => command,
+        };
         let command: Vec<String> = command.iter().map(|word| quote(word)).collect();
         let script = format!(
             "trap 'rm -f {initramfs}' EXIT\ncat {} {inside}/script.cpio >{initramfs}\n\

@@ -85,6 +85,7 @@ impl Host {
         let parts = Parts::prepare(match config.kernel {
             Kernel::Stock => Extent::Stock,
             Kernel::Small => Extent::Full,
+            Kernel::Backports => Extent::Backports,
         })?;
         match Accelerator::detect() {
             Accelerator::Kvm => Self::boot_nested(&config, &parts, console).or_else(|error| {
@@ -280,6 +281,7 @@ fn machine_arguments(
     let kernel = match config.kernel {
         Kernel::Stock => &parts.stock,
         Kernel::Small => &parts.small,
+        Kernel::Backports => &parts.backports,
     };
     // A busy machine can be too slow for the kernel's check that timer interrupts arrive, and for its
     // measuring of the time-stamp counter, which is told and trusted instead.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod demo;
+mod mapping;
 mod terminal;
 
 use std::io;
@@ -28,6 +29,9 @@ enum Command {
         /// All but the small kernel, which takes ten minutes to build.
         #[arg(long)]
         stock: bool,
+        /// The backports kernel as well, which takes five.
+        #[arg(long, conflicts_with = "stock")]
+        backports: bool,
     },
     /// Boots the emulated host and runs a command in it.
     Run {
@@ -55,6 +59,7 @@ enum Command {
 enum KernelArg {
     Stock,
     Small,
+    Backports,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -67,7 +72,8 @@ enum IommuArg {
 /// What the host is made of.
 #[derive(Debug, Args)]
 struct HostArgs {
-    /// The host's kernel: Debian's own, or the small one with iommufd.
+    /// The host's kernel: Debian's own, the small one with iommufd, or the newest with dma-bufs of
+    /// devices.
     #[arg(long, value_enum, default_value = "stock")]
     kernel: KernelArg,
     /// The host's IOMMU.
@@ -93,6 +99,7 @@ impl HostArgs {
         let kernel = match self.kernel {
             KernelArg::Stock => Kernel::Stock,
             KernelArg::Small => Kernel::Small,
+            KernelArg::Backports => Kernel::Backports,
         };
         let iommu = match self.iommu {
             IommuArg::Intel => Iommu::Intel,
@@ -135,8 +142,12 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Setup { stock } => {
-            Parts::prepare(if stock { Extent::Stock } else { Extent::Full })?;
+        Command::Setup { stock, backports } => {
+            Parts::prepare(match (stock, backports) {
+                (true, _) => Extent::Stock,
+                (false, true) => Extent::All,
+                (false, false) => Extent::Full,
+            })?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Run {

@@ -17,6 +17,8 @@ pub struct Parts {
     pub stock: PathBuf,
     /// The small kernel: `bzImage`, and `vmlinux` for the PVH entry.
     pub small: PathBuf,
+    /// The backports kernel: `bzImage`. Nothing where it was not asked for.
+    pub backports: PathBuf,
     /// The initramfs images.
     pub images: PathBuf,
 }
@@ -24,19 +26,26 @@ pub struct Parts {
 /// How much of the lab has to be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
-    /// All but the small kernel, which takes long to build.
+    /// All but the kernels that are built, which takes long.
     Stock,
-    /// Everything.
+    /// That and the backports kernel.
+    Backports,
+    /// That of [`Stock`](Self::Stock) and the small kernel.
     Full,
+    /// Everything.
+    All,
 }
 
 impl Parts {
     /// Makes what is missing, which can take many minutes the first time, and says where everything is.
     pub fn prepare(extent: Extent) -> Result<Self> {
         let mut setup = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("setup/setup"));
-        if extent == Extent::Stock {
-            setup.arg("--stock");
-        }
+        setup.args(match extent {
+            Extent::Stock => Some("--stock"),
+            Extent::Backports => Some("--backports"),
+            Extent::Full => None,
+            Extent::All => Some("--all"),
+        });
         let output = setup
             .stderr(Stdio::inherit())
             .output()
@@ -60,6 +69,7 @@ impl Parts {
             root: folder("root")?,
             stock: folder("stock")?,
             small: folder("small")?,
+            backports: folder("backports")?,
             images: folder("images")?,
         })
     }

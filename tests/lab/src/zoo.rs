@@ -175,7 +175,11 @@ impl Device {
             Kind::Igb => nic("igb"),
             Kind::E1000 => nic("e1000"),
             Kind::Rtl8139 => nic("rtl8139"),
-            Kind::Edu => plain("edu"),
+            // Its DMA engine reaches 28 bits of address unless told otherwise.
+            Kind::Edu => vec![
+                "-device".to_owned(),
+                format!("edu,id={id},dma_mask={},bus={bus}", u64::MAX),
+            ],
             Kind::IvshmemPlain { size_mib } => vec![
                 "-object".to_owned(),
                 format!("memory-backend-memfd,id={id}-memory,size={size_mib}M,share=on"),

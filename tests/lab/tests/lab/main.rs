@@ -15,6 +15,7 @@ mod bad_input;
 mod bare;
 mod bare_kernel;
 mod demo;
+mod dma;
 mod drive;
 mod emulated_host;
 mod events;
@@ -52,6 +53,7 @@ fn main() -> Result<ExitCode> {
         emulated_host::PROOFS,
         host_view::PROOFS,
         demo::PROOFS,
+        dma::PROOFS,
     ];
     let trials = proofs
         .into_iter()
