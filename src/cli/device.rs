@@ -2,6 +2,7 @@
 //!
 //! What stands here is what a person types and reads; the work is done by [`busway_vfio::host`].
 
+mod binding;
 mod check;
 mod facts;
 mod json;
@@ -13,22 +14,24 @@ mod svg;
 mod table;
 mod topology;
 mod tree;
+mod vfs;
 mod watch;
 
 use std::io::{self, Write};
 use std::path::Path;
 
 use busway_pci::{Bdf, ParseBdfError};
-use busway_vfio::host::{
-    self, BindError, Bound, HostError, Kernel, LinuxKernel, Step, SysRoot, UnbindError, Unbound,
-};
+use busway_vfio::host::{self, ChangeError, HostError, Kernel, LinuxKernel, NoUser, SysRoot};
 use clap::{Args, Subcommand};
 
+pub(super) use binding::Changes;
+pub use binding::{BindArgs, RestoreArgs, UnbindArgs};
 pub use check::CheckArgs;
 pub use list::{ListArgs, ListError};
 use names::Names;
-use permits::{BindPermits, UnbindPermits};
 pub(super) use table::{fold, shorten};
+pub use vfs::VfsArgs;
+pub(super) use vfs::aligned;
 
 use super::style::{Screen, write_out};
 
@@ -59,38 +62,25 @@ pub enum DeviceCommand {
     Check(CheckArgs),
     /// Give devices to VFIO, so that a guest can have them
     ///
-    /// The devices are taken from their drivers and given to vfio-pci: all of them, or, where
-    /// something fails, none. Refused are devices that the host uses (mounted, swapped to, the default
-    /// route), and devices that share an IOMMU group with others that stay with the host.
+    /// The devices are taken from their drivers and given to vfio-pci, or to the variant of it that the
+    /// kernel has for them: all of them, or, where something fails or Ctrl-C is pressed, none. Refused
+    /// are devices that the host uses (mounted, swapped to, the default route), and devices that share
+    /// an IOMMU group with others that stay with the host. What each had before is written down, for
+    /// `restore`.
     Bind(BindArgs),
     /// Give devices back to the host's own drivers
     ///
-    /// Refused while a process still has the device open.
+    /// A driver_override that was there before they were bound is set again, and the rule that binds
+    /// them at boot is removed. Refused while a process still has the device open.
     Unbind(UnbindArgs),
-}
-
-/// `busway device bind`
-#[derive(Args, Clone, Debug)]
-pub struct BindArgs {
-    /// The devices: 0000:01:00.0, or 01:00.0 for short, or their folders in sysfs
-    #[arg(value_name = "ADDRESS", value_parser = address, required = true)]
-    pub addresses: Vec<Bdf>,
-
-    /// What is done in spite of what stands against it.
-    #[command(flatten)]
-    pub permits: BindPermits,
-}
-
-/// `busway device unbind`
-#[derive(Args, Clone, Debug)]
-pub struct UnbindArgs {
-    /// The devices: 0000:01:00.0, or 01:00.0 for short, or their folders in sysfs
-    #[arg(value_name = "ADDRESS", value_parser = address, required = true)]
-    pub addresses: Vec<Bdf>,
-
-    /// What is done in spite of what stands against it.
-    #[command(flatten)]
-    pub permits: UnbindPermits,
+    /// Put devices back exactly as they were before Busway moved them
+    ///
+    /// That is the driver or none, driver_override, and who has the nodes; after a crash in the middle
+    /// of `bind` as well. The record of it lasts until the host reboots, as the binding itself does;
+    /// what is bound at every boot is then left to the host's own drivers.
+    Restore(RestoreArgs),
+    /// Make, set, list and remove virtual functions (SR-IOV)
+    Vfs(VfsArgs),
 }
 
 /// An address, or a folder of sysfs whose name is one.
@@ -110,12 +100,15 @@ pub enum DeviceError {
     /// Devices to be shown are not there.
     #[error(transparent)]
     List(#[from] ListError),
-    /// Devices were not bound.
+    /// Devices were not moved as asked.
     #[error(transparent)]
-    Bind(#[from] BindError),
-    /// Devices were not given back.
+    Change(#[from] ChangeError),
+    /// Their nodes cannot be given to the user.
     #[error(transparent)]
-    Unbind(#[from] UnbindError),
+    User(#[from] NoUser),
+    /// cannot tell where this program is, for udev to run it at boot: {0}
+    #[error("cannot tell where this program is, for udev to run it at boot: {0}")]
+    OwnPath(io::Error),
     /// A guest cannot have the devices now; why has been said.
     #[error("")]
     NotReady {
@@ -131,34 +124,26 @@ impl DeviceError {
     /// The status to exit with: 1 a failure, 2 bad usage, 3 the host cannot do it.
     #[must_use]
     pub fn exit_status(&self) -> u8 {
-        match self {
+        let usage = match self {
             Self::List(ListError::Refused(refused))
-            | Self::Bind(BindError::Refused(refused))
-            | Self::Unbind(UnbindError::Refused(refused)) => {
+            | Self::Change(ChangeError::Refused(refused)) => {
                 // Where one of them is the host's fault, mending the command line does not help.
-                if refused.0.iter().all(host::Refusal::is_usage) {
-                    2
-                } else {
-                    3
-                }
+                refused.0.iter().all(host::Refusal::is_usage)
             }
-            Self::Host(_) | Self::Bind(BindError::Host(_)) | Self::Unbind(UnbindError::Host(_)) => {
-                3
+            Self::Change(ChangeError::NoFunctions(error)) => error.is_usage(),
+            Self::NotReady { absent } => *absent,
+            Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. })
+            | Self::Change(ChangeError::NoHugePages(_))
+            | Self::User(_) => true,
+            Self::Host(_) | Self::List(ListError::Host(_)) | Self::Change(ChangeError::Host(_)) => {
+                false
             }
-            Self::NotReady { absent } => {
-                if *absent {
-                    2
-                } else {
-                    3
-                }
-            }
-            Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. }) => 2,
-            Self::List(ListError::Host(_)) => 3,
             Self::List(ListError::Picture { .. } | ListError::Json(_))
-            | Self::Bind(BindError::Failed { .. })
-            | Self::Unbind(UnbindError::Failed(_))
-            | Self::Output(_) => 1,
-        }
+            | Self::Change(_)
+            | Self::OwnPath(_)
+            | Self::Output(_) => return 1,
+        };
+        if usage { 2 } else { 3 }
     }
 }
 
@@ -169,6 +154,13 @@ impl DeviceError {
 /// [`DeviceError`], whose [`exit_status`](DeviceError::exit_status) says what to exit with.
 pub fn run(args: &DeviceArgs) -> Result<(), DeviceError> {
     let mut out = io::stdout().lock();
+    let changes = !matches!(
+        args.command,
+        DeviceCommand::List(_) | DeviceCommand::Check(_)
+    );
+    if changes {
+        host::note_interrupts();
+    }
     let screen = Screen::of_stdout();
     run_on(
         args,
@@ -193,46 +185,18 @@ pub fn run_on(
     screen: impl Into<Screen>,
 ) -> Result<(), DeviceError> {
     let screen = screen.into();
-    let mut loaded = String::new();
-    let mut tell = |step: &Step| {
-        log::info!("{step}");
-        if let Step::Load { module } = step
-            && module == host::VFIO_PCI
-        {
-            loaded = format!("loaded the module {module}\n");
-        }
-    };
-    let lines: String = match &args.command {
+    let (said, result) = match &args.command {
         DeviceCommand::List(list) if list.watch => return watch_list(list, root, out, screen),
-        DeviceCommand::List(list) => list::show(root, &Names::load(), list, screen)?,
-        DeviceCommand::Check(args) => {
-            let (text, ready) = check::show(root, args, screen, &host::open_node)?;
-            write_out(out, &text)?;
-            return ready;
-        }
-        DeviceCommand::Bind(bind) => {
-            let bound = host::bind(
-                root,
-                kernel,
-                &bind.addresses,
-                &bind.permits.all(),
-                &mut tell,
-            )?;
-            bound.iter().map(bound_line).collect()
-        }
-        DeviceCommand::Unbind(unbind) => {
-            let unbound = host::unbind(
-                root,
-                kernel,
-                &unbind.addresses,
-                &unbind.permits.all(),
-                &mut tell,
-            )?;
-            unbound.iter().map(unbound_line).collect()
-        }
+        DeviceCommand::List(list) => (list::show(root, &Names::load(), list, screen)?, Ok(())),
+        DeviceCommand::Check(args) => check::show(root, args, screen, &host::open_node)?,
+        DeviceCommand::Bind(args) => binding::bind(args, root, kernel),
+        DeviceCommand::Unbind(args) => binding::unbind(args, root, kernel),
+        DeviceCommand::Restore(args) => binding::restore(args, root, kernel),
+        DeviceCommand::Vfs(args) => vfs::vfs(args, root, kernel),
     };
-    let said = loaded + &lines;
-    Ok(write_out(out, &said)?)
+    let written = write_out(out, &said);
+    result?;
+    Ok(written?)
 }
 
 /// Shows the list anew whenever it changes, until whoever reads has seen enough.
@@ -252,37 +216,4 @@ fn watch_list(
             Some(Screen::of_stdout())
         },
     )
-}
-
-fn bound_line(bound: &Bound) -> String {
-    let Bound {
-        address,
-        group,
-        driver,
-        former,
-        already,
-    } = bound;
-    let from = match former {
-        _ if *already => "already with".to_owned(),
-        Some(former) => format!("taken from {former}, now with"),
-        None => "now with".to_owned(),
-    };
-    format!("{address}: {from} {driver}, IOMMU group {group}\n")
-}
-
-fn unbound_line(unbound: &Unbound) -> String {
-    let Unbound {
-        address,
-        former,
-        driver,
-    } = unbound;
-    let now = match (former, driver) {
-        (Some(former), Some(driver)) => format!("taken from {former}, now with {driver}"),
-        (Some(former), None) => {
-            format!("taken from {former}; no driver of the host takes it")
-        }
-        (None, Some(driver)) => format!("with {driver}; VFIO does not have it"),
-        (None, None) => "with no driver, and none of the host takes it".to_owned(),
-    };
-    format!("{address}: {now}\n")
 }

@@ -8,6 +8,7 @@ pub mod doctor;
 mod failure;
 mod file;
 mod findings;
+pub mod hugepages;
 mod logging;
 mod nearest;
 mod options;
@@ -81,6 +82,8 @@ enum Command {
     ///
     /// Exit status: 0 it can; 3 something stands against it.
     Doctor(doctor::DoctorArgs),
+    /// Show the host's huge pages, and reserve some by NUMA node and size
+    Hugepages(hugepages::HugepagesArgs),
     /// Print a shell's completion script
     ///
     /// For bash: busway completions bash > /etc/bash_completion.d/busway
@@ -118,6 +121,9 @@ impl Cli {
                 device::run(&args).map_err(|error| Failure::new(error.exit_status(), error))
             }
             Command::Doctor(args) => doctor::run(&args),
+            Command::Hugepages(args) => {
+                hugepages::run(&args).map_err(|error| Failure::new(error.exit_status(), error))
+            }
             Command::Completions { shell } => completions(shell),
         }
     }

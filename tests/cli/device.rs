@@ -2,6 +2,8 @@
 //!
 //! The texts are in `tests/cli/device/`; `SNAPSHOTS=overwrite` writes them anew, to be looked at.
 
+#[path = "device/binding.rs"]
+mod binding;
 #[path = "../../vfio/tests/fake_host/mod.rs"]
 mod fake_host;
 
@@ -417,6 +419,8 @@ fn the_help_is_for_people() {
         help("list --help"),
         help("bind --help"),
         help("unbind --help"),
+        help("restore --help"),
+        help("vfs --help"),
     ];
     assert_data_eq!(text.join("\n----\n\n"), file!["device/help.txt"].raw());
 }

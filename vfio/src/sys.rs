@@ -282,6 +282,18 @@ pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(number) }))
 }
 
+/// A socket to the kernel's routing, which closes when the file does.
+pub(crate) fn route_socket() -> io::Result<File> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: the call takes three numbers.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made, and nothing else owns it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

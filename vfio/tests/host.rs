@@ -3,12 +3,34 @@
 mod fake_host;
 
 use busway_pci::Bdf;
-use busway_vfio::host::{BindError, Host, Permits, Refusal, UnbindError, Usage, bind, unbind};
+use busway_vfio::host::{
+    self, BindOptions, Bound, ChangeError, Host, Kernel, Permits, Refusal, Session, Unbound, Usage,
+};
 use fake_host::{FakeHost, Spec};
 use proptest::prelude::*;
 
 fn at(address: &str) -> Bdf {
     address.parse().unwrap()
+}
+
+fn bind(
+    host: &FakeHost,
+    kernel: &mut dyn Kernel,
+    addresses: &[Bdf],
+) -> Result<Vec<Bound>, ChangeError> {
+    let mut tell = |_: &_| ();
+    let mut session = Session::new(&host.root, kernel, &mut tell);
+    host::bind(&mut session, addresses, &BindOptions::default())
+}
+
+fn unbind(
+    host: &FakeHost,
+    kernel: &mut dyn Kernel,
+    addresses: &[Bdf],
+) -> Result<Vec<Unbound>, ChangeError> {
+    let mut tell = |_: &_| ();
+    let mut session = Session::new(&host.root, kernel, &mut tell);
+    host::unbind(&mut session, addresses, &Permits::new())
 }
 
 fn uses(host: &FakeHost, address: &str) -> Vec<String> {
@@ -170,14 +192,7 @@ fn binding_and_giving_back_ends_where_it_began() {
     host.native("0000:01:00.0", "nvme");
     let mut kernel = host.kernel();
     let addresses = THREE.map(at);
-    let bound = bind(
-        &host.root,
-        &mut kernel,
-        &addresses,
-        &Permits::new(),
-        &mut |_| (),
-    )
-    .unwrap();
+    let bound = bind(&host, &mut kernel, &addresses).unwrap();
     assert_eq!(bound.len(), 3);
     assert_eq!(kernel.log.first().unwrap(), "modprobe vfio-pci");
     for address in THREE {
@@ -186,28 +201,16 @@ fn binding_and_giving_back_ends_where_it_began() {
 
     // A second time changes nothing.
     kernel.log.clear();
-    let again = bind(
-        &host.root,
-        &mut kernel,
-        &addresses,
-        &Permits::new(),
-        &mut |_| (),
-    )
-    .unwrap();
+    let again = bind(&host, &mut kernel, &addresses).unwrap();
     assert!(again.iter().all(|device| device.already));
     assert!(kernel.log.is_empty());
 
-    let back = unbind(
-        &host.root,
-        &mut kernel,
-        &addresses,
-        &Permits::new(),
-        &mut |_| (),
-    )
-    .unwrap();
+    let back = unbind(&host, &mut kernel, &addresses).unwrap();
     let drivers: Vec<_> = back.iter().map(|device| device.driver.as_deref()).collect();
     assert_eq!(drivers, [Some("e1000e"), Some("igb"), Some("nvme")]);
-    assert!(host.state().values().all(|(_, set)| set == "(null)"));
+    // What was reserved before is reserved again.
+    let reserved = |address: &str| host.state()[address].1.clone();
+    assert_eq!(THREE.map(reserved), ["(null)", "igb", "(null)"]);
 }
 
 #[test]
@@ -221,14 +224,7 @@ fn a_driver_that_was_never_loaded_is_loaded_when_its_device_comes_back() {
     host.native(NVME.address, "nvme");
     std::fs::remove_dir(host.path("sys/bus/pci/drivers/nvme")).unwrap();
     host.file("modules/pci:v0000144Dd0000A808", "nvme");
-    let back = unbind(
-        &host.root,
-        &mut host.kernel(),
-        &[at(NVME.address)],
-        &Permits::new(),
-        &mut |_| (),
-    )
-    .unwrap();
+    let back = unbind(&host, &mut host.kernel(), &[at(NVME.address)]).unwrap();
     assert_eq!(back[0].driver.as_deref(), Some("nvme"));
 }
 
@@ -240,14 +236,7 @@ fn a_device_that_the_host_has_no_driver_for_comes_back_without_one() {
         driver_override: Some("vfio-pci"),
         ..NVME
     });
-    let back = unbind(
-        &host.root,
-        &mut host.kernel(),
-        &[at(NVME.address)],
-        &Permits::new(),
-        &mut |_| (),
-    )
-    .unwrap();
+    let back = unbind(&host, &mut host.kernel(), &[at(NVME.address)]).unwrap();
     assert_eq!(back[0].former.as_deref(), Some("vfio-pci"));
     assert_eq!(back[0].driver, None);
 }
@@ -261,14 +250,7 @@ fn a_device_in_another_drivers_hands_is_not_touched_by_unbind() {
         ..NVME
     });
     let mut kernel = host.kernel();
-    let back = unbind(
-        &host.root,
-        &mut kernel,
-        &[at(NVME.address)],
-        &Permits::new(),
-        &mut |_| (),
-    )
-    .unwrap();
+    let back = unbind(&host, &mut kernel, &[at(NVME.address)]).unwrap();
     assert_eq!(
         (&back[0].former, back[0].driver.as_deref()),
         (&None, Some("pci-stub"))
@@ -292,14 +274,8 @@ fn a_process_that_holds_another_member_of_the_group_keeps_both_from_coming_back(
     );
     host.process(4242, "busway", "dev/vfio/devices/vfio0");
     let mut kernel = host.kernel();
-    let result = unbind(
-        &host.root,
-        &mut kernel,
-        &[at("0000:01:00.0")],
-        &Permits::new(),
-        &mut |_| (),
-    );
-    let Err(UnbindError::Refused(refused)) = result else {
+    let result = unbind(&host, &mut kernel, &[at("0000:01:00.0")]);
+    let Err(ChangeError::Refused(refused)) = result else {
         panic!("{result:?}");
     };
     assert!(
@@ -314,15 +290,9 @@ fn bind_failing(host: &FakeHost, addresses: &[Bdf], number: usize) -> bool {
     let before = host.state();
     let mut kernel = host.kernel();
     kernel.fails = Box::new(move |n, _| (n == number).then_some(libc::EINVAL));
-    match bind(
-        &host.root,
-        &mut kernel,
-        addresses,
-        &Permits::new(),
-        &mut |_| (),
-    ) {
+    match bind(host, &mut kernel, addresses) {
         Ok(_) => false,
-        Err(BindError::Failed { stranded, .. }) => {
+        Err(ChangeError::Bind { stranded, .. }) => {
             assert!(stranded.is_empty(), "{stranded:?}");
             assert_eq!(host.state(), before, "after {:#?}", kernel.log);
             true
@@ -335,8 +305,9 @@ fn bind_failing(host: &FakeHost, addresses: &[Bdf], number: usize) -> bool {
 fn a_failure_at_any_step_leaves_every_device_as_it_was() {
     let fails_at = |&number: &usize| bind_failing(&host_with_three(), &THREE.map(at), number);
     let reached = (0..).take_while(fails_at).count();
-    // Module; override, detach and attach of two; override and attach of the one without a driver.
-    assert_eq!(reached, 1 + 3 + 3 + 2);
+    // Module; journal; override, detach and attach of two; override and attach of the one without a
+    // driver.
+    assert_eq!(reached, 1 + 1 + 3 + 3 + 2);
 }
 
 #[test]
@@ -349,14 +320,8 @@ fn what_cannot_be_undone_is_named_and_the_rest_is_undone() {
             || request == "drivers/igb/bind 0000:00:02.1")
             .then_some(libc::EIO)
     });
-    let result = bind(
-        &host.root,
-        &mut kernel,
-        &THREE.map(at),
-        &Permits::new(),
-        &mut |_| (),
-    );
-    let Err(BindError::Failed { stranded, .. }) = result else {
+    let result = bind(&host, &mut kernel, &THREE.map(at));
+    let Err(ChangeError::Bind { stranded, .. }) = result else {
         panic!("{result:?}");
     };
     assert_eq!(stranded.len(), 1);
@@ -369,20 +334,14 @@ fn what_cannot_be_undone_is_named_and_the_rest_is_undone() {
 
 #[test]
 fn a_device_that_vanishes_is_an_error_and_the_rest_is_undone() {
-    for number in 0..9 {
+    for number in 0..10 {
         let host = host_with_three();
         let mut before = host.state();
         let mut kernel = host.kernel();
         kernel.unplug_at = Some((number, "0000:01:00.0".to_owned()));
-        let result = bind(
-            &host.root,
-            &mut kernel,
-            &THREE.map(at),
-            &Permits::new(),
-            &mut |_| (),
-        );
+        let result = bind(&host, &mut kernel, &THREE.map(at));
         assert!(
-            matches!(result, Err(BindError::Failed { .. })),
+            matches!(result, Err(ChangeError::Bind { .. })),
             "{number}: {result:?}"
         );
         before.remove("0000:01:00.0");
@@ -392,27 +351,11 @@ fn a_device_that_vanishes_is_an_error_and_the_rest_is_undone() {
 
 #[test]
 fn a_driver_that_turns_the_device_away_is_noticed_though_the_write_succeeded() {
-    struct Deaf(fake_host::FakeKernel);
-    impl busway_vfio::host::Kernel for Deaf {
-        fn write(&mut self, attribute: &std::path::Path, value: &str) -> std::io::Result<()> {
-            if attribute.ends_with("vfio-pci/bind") {
-                return Ok(());
-            }
-            self.0.write(attribute, value)
-        }
-        fn load_module(&mut self, name: &str) -> std::io::Result<()> {
-            self.0.load_module(name)
-        }
-    }
     let host = host_with_three();
     let before = host.state();
-    let result = bind(
-        &host.root,
-        &mut Deaf(host.kernel()),
-        &THREE.map(at),
-        &Permits::new(),
-        &mut |_| (),
-    );
+    let mut kernel = host.kernel();
+    kernel.deaf_to = Some("drivers/vfio-pci/bind");
+    let result = bind(&host, &mut kernel, &THREE.map(at));
     assert!(
         result
             .unwrap_err()

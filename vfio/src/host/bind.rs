@@ -1,19 +1,40 @@
 //! Giving devices to VFIO: all of those asked for, or none.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use busway_pci::Bdf;
 
-use super::check::check_bind;
-use super::error::{BindError, RefusedError, Stranded};
-use super::kernel::Kernel;
-use super::permit::Permits;
-use super::root::SysRoot;
-use super::steps::{Step, StepError, Stepper};
-use super::{Host, is_vfio_driver};
+use super::check::{Refusal, check_bind, check_unbind};
+use super::error::{ChangeError, RefusedError};
+use super::journal::{Identity, Journal, Record};
+use super::lock::{BOOT, PATIENCE};
+use super::modules::Aliases;
+use super::permit::{Permit, Permits};
+use super::persist::{self, Persist};
+use super::put_back::put_back;
+use super::session::Session;
+use super::steps::StepError;
+use super::{Host, HostDevice, is_vfio_driver, user, variant};
 
-/// The driver that lends a PCI device to user space.
+/// The driver that lends any PCI device to user space.
 pub const VFIO_PCI: &str = "vfio-pci";
+
+/// How devices are bound.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BindOptions {
+    /// The driver, where it is not to be the one that the kernel has for the device.
+    pub driver: Option<String>,
+    /// What is done in spite of what stands against it.
+    pub permits: Permits,
+    /// Whom the devices' nodes are given to.
+    pub user: Option<u32>,
+    /// Whether they are bound again at each boot.
+    pub persist: Option<Persist>,
+    /// Whether a rule of udev's asks for it, which comes to each device of a group by itself, and
+    /// has reserved it already.
+    pub from_rule: bool,
+}
 
 /// A device that VFIO has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,120 +49,259 @@ pub struct Bound {
     pub former: Option<String>,
     /// Whether VFIO had it before.
     pub already: bool,
+    /// Whether it will be bound again at each boot.
+    pub persists: bool,
 }
 
-/// What a device had before.
-struct Before {
-    address: Bdf,
-    driver: Option<String>,
-    driver_override: Option<String>,
+/// A device and what is to become of it.
+struct Plan<'a> {
+    device: &'a HostDevice,
+    /// The module of the driver.
+    module: String,
+    driver: String,
+    /// Whether the driver has it already.
+    already: bool,
+    /// What it had before.
+    record: Record,
+    /// The nodes of it that are given away now, and who had them.
+    given: BTreeMap<PathBuf, u32>,
+    /// The rule that it had.
+    rule: Option<String>,
 }
 
-/// Binds the devices at `addresses` to `vfio-pci` through `driver_override`, in spite of
-/// what `permits` allows; `tell` hears of each step before it is taken.
+/// Binds the devices at `addresses` to VFIO drivers through `driver_override`.
 ///
 /// # Errors
 ///
 /// Where something stands against it, with nothing changed; or where a step failed, with every
-/// device given back the driver and override that it had.
+/// device given back what it had.
 pub fn bind(
-    root: &SysRoot,
-    kernel: &mut dyn Kernel,
+    session: &mut Session<'_>,
     addresses: &[Bdf],
-    permits: &Permits,
-    tell: &mut dyn FnMut(&Step),
-) -> Result<Vec<Bound>, BindError> {
+    options: &BindOptions,
+) -> Result<Vec<Bound>, ChangeError> {
     let addresses: BTreeSet<_> = addresses.iter().copied().collect();
-    let host = Host::read(root)?;
-    let refusals = check_bind(&host, &addresses, permits);
-    if !refusals.is_empty() {
-        return Err(RefusedError(refusals).into());
-    }
+    // Before waiting for anybody, and for those who may not change anything.
+    let mut options = options.clone();
+    let spelled = |name: &String| variant::driver_of(session.root, name);
+    options.driver = options.driver.as_ref().map(spelled);
+    let options = &options;
+    refuse(&Host::read(session.root)?, &addresses, options)?;
+    // At boot many wait for each other.
+    let patience = if options.from_rule { BOOT } else { PATIENCE };
+    let _lock = session.lock_within(patience)?;
+    let host = Host::read(session.root)?;
+    refuse(&host, &addresses, options)?;
+    let former = Journal::read(session.root)?;
+    let aliases = Aliases::read(session.root);
 
-    let mut bound = Vec::new();
-    let mut plan = Vec::new();
-    for device in addresses.iter().filter_map(|&address| host.device(address)) {
-        let before = device.driver.clone();
-        let already = before.clone().filter(|driver| is_vfio_driver(driver));
-        bound.push(Bound {
-            address: device.address,
-            group: device.group.unwrap_or_default(),
-            driver: already.clone().unwrap_or_else(|| VFIO_PCI.to_owned()),
-            former: before.clone().filter(|_| already.is_none()),
-            already: already.is_some(),
-        });
-        if already.is_none() {
-            plan.push(Before {
-                address: device.address,
-                driver: before,
-                driver_override: device.driver_override.clone(),
-            });
-        }
-    }
-
-    let mut stepper = Stepper::new(root, kernel, tell);
-    let mut begun = 0;
-    match take_all(&mut stepper, &plan, &mut begun) {
-        Ok(()) => Ok(bound),
-        Err(source) => {
-            let begun = plan.get(..begun).unwrap_or(&plan);
-            let stranded = begun
-                .iter()
-                .rev()
-                .filter_map(|before| restore(&mut stepper, before));
-            let stranded = stranded.collect();
-            Err(BindError::Failed { source, stranded })
-        }
+    let devices = addresses.iter().filter_map(|&address| host.device(address));
+    let mut plans: Vec<_> = devices
+        .map(|device| plan(session, &aliases, &former, device, options))
+        .collect();
+    let mut journal = former.clone();
+    match bind_all(session, &mut journal, &mut plans, options) {
+        Ok(()) => Ok(plans.iter().map(|plan| bound(plan, options)).collect()),
+        Err(source) => Err(undo(session, &former, journal, &plans, source)),
     }
 }
 
-/// Takes every device of the plan; `begun` counts those that may have been touched.
-fn take_all(
-    stepper: &mut Stepper<'_>,
-    plan: &[Before],
-    begun: &mut usize,
-) -> Result<(), StepError> {
-    if !plan.is_empty() && !stepper.root.driver(VFIO_PCI).exists() {
-        stepper.load(VFIO_PCI)?;
+fn refuse(
+    host: &Host,
+    addresses: &BTreeSet<Bdf>,
+    options: &BindOptions,
+) -> Result<(), RefusedError> {
+    let mut permits = options.permits.clone();
+    if options.from_rule {
+        permits.insert(Permit::Group);
     }
-    for Before { address, .. } in plan {
-        *begun += 1;
-        stepper.set_override(*address, Some(VFIO_PCI))?;
-        stepper.detach(*address)?;
-        stepper.attach(*address, VFIO_PCI)?;
+    let mut refusals = check_bind(host, addresses, &permits);
+    // One that changes from one VFIO driver to another must not be in a guest.
+    let changes = |address: &&Bdf| {
+        let now = host
+            .device(**address)
+            .and_then(|device| device.driver.clone());
+        let now = now.filter(|now| is_vfio_driver(now));
+        now.is_some_and(|now| options.driver.as_ref().is_some_and(|driver| *driver != now))
+    };
+    let changing = addresses.iter().filter(changes).copied().collect();
+    refusals.extend(check_unbind(host, &changing, &options.permits));
+    refuse_if(refusals)
+}
+
+pub(super) fn refuse_if(refusals: Vec<Refusal>) -> Result<(), RefusedError> {
+    match refusals.is_empty() {
+        true => Ok(()),
+        false => Err(RefusedError(refusals)),
+    }
+}
+
+fn plan<'a>(
+    session: &Session<'_>,
+    aliases: &Aliases,
+    journal: &Journal,
+    device: &'a HostDevice,
+    options: &BindOptions,
+) -> Plan<'a> {
+    let address = device.address;
+    let now = device.driver.clone().filter(|now| is_vfio_driver(now));
+    let asked = options.driver.clone();
+    let already = now.filter(|now| asked.as_ref().is_none_or(|asked| asked == now));
+    let module = match already.as_ref().or(asked.as_ref()) {
+        Some(driver) => driver.clone(),
+        None => variant::module_for(session.root, aliases, address),
+    };
+    let driver = already.clone();
+    let driver = driver.unwrap_or_else(|| variant::driver_of(session.root, &module));
+    // What the journal says holds while the device is where it was taken: an earlier change that was
+    // killed, or one that stands. Else somebody has put it back since.
+    let record = journal.get(address).filter(|record| {
+        let reserved = device.driver_override.as_ref() == Some(&record.taken_for);
+        record.identity == Identity::of(device) && (device.is_with_vfio() || reserved)
+    });
+    let record = record.cloned().unwrap_or_else(|| Record {
+        identity: Identity::of(device),
+        driver: device.driver.clone(),
+        driver_override: device.driver_override.clone(),
+        taken_for: driver.clone(),
+        nodes: BTreeMap::new(),
+    });
+    Plan {
+        device,
+        module,
+        driver,
+        already: already.is_some(),
+        record,
+        given: BTreeMap::new(),
+        rule: persist::rule_text(session.root, address),
+    }
+}
+
+fn bind_all(
+    session: &mut Session<'_>,
+    journal: &mut Journal,
+    plans: &mut [Plan<'_>],
+    options: &BindOptions,
+) -> Result<(), StepError> {
+    let mut modules = BTreeSet::new();
+    for plan in plans.iter_mut().filter(|plan| !plan.already) {
+        if !session.root.driver(&plan.driver).exists() && modules.insert(plan.module.clone()) {
+            session.load(&plan.module)?;
+        }
+        // Now that it is loaded, it says its name.
+        plan.driver = variant::driver_of(session.root, &plan.module);
+        plan.record.taken_for.clone_from(&plan.driver);
+    }
+
+    // What a rule does is undone by giving the device to the host's own driver, which it had when the
+    // rule was made: at boot it may have none yet.
+    let recorded =
+        |plan: &&Plan<'_>| !options.from_rule && (!plan.already || options.persist.is_some());
+    for plan in plans.iter().filter(recorded) {
+        journal.insert(plan.device.address, plan.record.clone());
+    }
+    journal.save(session)?;
+    for Plan { device, driver, .. } in plans.iter().filter(|plan| !plan.already) {
+        session.set_override(device.address, Some(driver))?;
+        session.detach(device.address)?;
+        session.attach(device.address, driver)?;
+    }
+
+    if let Some(user) = options.user {
+        give(session, journal, plans, user, options.from_rule)?;
+    }
+    if let Some(persist) = &options.persist {
+        for Plan { device, driver, .. } in plans.iter() {
+            let identity = Identity::of(device);
+            let text = persist::text(persist, device.address, identity, driver, options.user);
+            let path = persist::rule(session.root, device.address);
+            session.file(&path, Some(&text))?;
+        }
     }
     Ok(())
 }
 
-/// Gives a device back what it had, judging by what it has now and not by what was done. Returns
-/// what went wrong.
-fn restore(stepper: &mut Stepper<'_>, before: &Before) -> Option<Stranded> {
-    let address = before.address;
-    // One that has been unplugged has nothing to be given back.
-    if !stepper.is_there(address) {
-        return None;
+/// Gives the devices' nodes to a user, and remembers who had them.
+fn give(
+    session: &mut Session<'_>,
+    journal: &mut Journal,
+    plans: &mut [Plan<'_>],
+    user: u32,
+    from_rule: bool,
+) -> Result<(), StepError> {
+    // A rule runs while udev is busy, with itself.
+    if !from_rule && !session.is_dry() {
+        session.kernel.settle();
     }
-    let mut first = None;
-    let mut keep = |result: Result<(), StepError>| {
-        if let Err(error) = result {
-            first.get_or_insert(error);
+    let mut given = BTreeSet::new();
+    for plan in plans.iter_mut() {
+        for node in user::nodes(session.root, plan.device) {
+            match session.kernel.owner(&node) {
+                Ok(now) if now == user => continue,
+                Ok(now) => plan.given.insert(node.clone(), now),
+                // It is there when the device is bound.
+                Err(_) if session.is_dry() => None,
+                Err(_) => continue,
+            };
+            given.insert(node);
         }
-    };
-    if stepper.root.override_of(address) != before.driver_override {
-        keep(stepper.set_override(address, before.driver_override.as_deref()));
+        if plan.given.is_empty() || from_rule {
+            continue;
+        }
+        for (node, &former) in &plan.given {
+            plan.record.nodes.entry(node.clone()).or_insert(former);
+        }
+        journal.insert(plan.device.address, plan.record.clone());
     }
-    if stepper.root.driver_of(address) != before.driver {
-        keep(stepper.detach(address));
-        if let Some(driver) = &before.driver {
-            keep(stepper.attach(address, driver));
+    journal.save(session)?;
+    given
+        .into_iter()
+        .try_for_each(|node| session.own(node, user))
+}
+
+/// Undoes what was done, and says what could not be.
+fn undo(
+    session: &mut Session<'_>,
+    former: &Journal,
+    mut journal: Journal,
+    plans: &[Plan<'_>],
+    source: StepError,
+) -> ChangeError {
+    session.undo();
+    let mut stranded = Vec::new();
+    let mut trouble = None;
+    for plan in plans.iter().rev() {
+        let address = plan.device.address;
+        let rule = persist::rule(session.root, address);
+        if persist::rule_text(session.root, address) != plan.rule {
+            trouble = session.file(&rule, plan.rule.as_deref()).err().or(trouble);
+        }
+        // What it had when this began, which need not be what the journal says of it.
+        let before = Record {
+            driver: plan.device.driver.clone(),
+            driver_override: plan.device.driver_override.clone(),
+            nodes: plan.given.clone(),
+            ..plan.record.clone()
+        };
+        match put_back(session, address, &before) {
+            Some(left) => stranded.push(left),
+            None => journal.copy_from(former, address),
         }
     }
-    // What counts is where it ended.
-    let given_back = stepper.root.driver_of(address) == before.driver
-        && stepper.root.override_of(address) == before.driver_override;
-    first.filter(|_| !given_back).map(|source| Stranded {
-        address,
-        driver: before.driver.clone(),
-        source,
-    })
+    trouble = journal.save(session).err().or(trouble);
+    if let Some(error) = trouble {
+        log::warn!("{error}");
+    }
+    ChangeError::Bind { source, stranded }
+}
+
+fn bound(plan: &Plan<'_>, options: &BindOptions) -> Bound {
+    Bound {
+        address: plan.device.address,
+        group: plan.device.group.unwrap_or_default(),
+        driver: plan.driver.clone(),
+        former: plan.device.driver.clone().filter(|_| !plan.already),
+        already: plan.already,
+        persists: options.persist.is_some() || plan.rule.is_some(),
+    }
 }

@@ -7,7 +7,13 @@ use std::path::PathBuf;
 use busway_pci::Bdf;
 
 use super::check::Refusal;
+use super::hugepages::HugePagesError;
+use super::journal::JournalError;
+use super::lock::LockError;
+use super::restore::Restored;
 use super::steps::StepError;
+use super::unbind::Unbound;
+use super::vfs::VfsError;
 
 /// The host could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -52,23 +58,68 @@ pub struct Stranded {
     pub source: StepError,
 }
 
-/// Devices were not bound to VFIO.
+/// Devices were not moved as asked.
 #[derive(Debug, thiserror::Error)]
-pub enum BindError {
+pub enum ChangeError {
     /// The host could not be read.
     #[error(transparent)]
     Host(#[from] HostError),
     /// Something stands against it. Nothing was changed.
     #[error(transparent)]
     Refused(#[from] RefusedError),
+    /// Somebody else is changing devices. Nothing was changed.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// What devices had before cannot be read. Nothing was changed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// A step failed, and what had been done was undone, but for `stranded`.
     #[error("{source}{}", Undone(.stranded))]
-    Failed {
+    Bind {
         /// The step.
         source: StepError,
         /// Devices that could not be given back.
         stranded: Vec<Stranded>,
     },
+    /// Steps failed; every other device was given to the host's own drivers.
+    #[error("{}", Lines(.failures))]
+    Unbind {
+        /// Devices that the host has now.
+        unbound: Vec<Unbound>,
+        /// The steps, one for each of the others.
+        failures: Vec<StepError>,
+    },
+    /// Steps failed; every other device was put back, and these still are in the journal.
+    #[error("{}\n  what they had is still recorded: try again with `busway device restore --all`", Lines(.stranded))]
+    Restore {
+        /// Devices that are as they were.
+        restored: Vec<Restored>,
+        /// The others.
+        stranded: Vec<Stranded>,
+    },
+    /// Virtual functions cannot be as asked. Nothing was changed.
+    #[error(transparent)]
+    NoFunctions(#[from] VfsError),
+    /// A step failed, and virtual functions that were new were removed.
+    #[error(transparent)]
+    Functions(StepError),
+    /// Huge pages cannot be as asked. Nothing was changed.
+    #[error(transparent)]
+    NoHugePages(#[from] HugePagesError),
+    /// A pool of huge pages could not be changed.
+    #[error(transparent)]
+    HugePages(StepError),
+}
+
+struct Lines<'a, T>(&'a [T]);
+
+impl<T: fmt::Display> fmt::Display for Lines<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, line) in self.0.iter().enumerate() {
+            write!(f, "{}{line}", if index > 0 { "\n" } else { "" })?;
+        }
+        Ok(())
+    }
 }
 
 struct Undone<'a>(&'a [Stranded]);
@@ -81,20 +132,6 @@ impl fmt::Display for Undone<'_> {
         for stranded in self.0 {
             write!(f, "\n{stranded}")?;
         }
-        Ok(())
+        f.write_str("\n  what it had is recorded: try again with `busway device restore --all`")
     }
-}
-
-/// Devices were not given back to the host.
-#[derive(Debug, thiserror::Error)]
-pub enum UnbindError {
-    /// The host could not be read.
-    #[error(transparent)]
-    Host(#[from] HostError),
-    /// Something stands against it. Nothing was changed.
-    #[error(transparent)]
-    Refused(#[from] RefusedError),
-    /// A step failed. Devices named before this one were given back.
-    #[error(transparent)]
-    Failed(#[from] StepError),
 }

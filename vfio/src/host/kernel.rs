@@ -1,9 +1,15 @@
 //! What binding asks of the kernel, as a trait so that a test can stand in for it.
 
-use std::fs::OpenOptions;
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::netlink::{self, VfSetting, VfState};
 
 /// The changes that binding makes to a host.
 pub trait Kernel {
@@ -20,6 +26,51 @@ pub trait Kernel {
     ///
     /// Where there is no such module, or it cannot be loaded.
     fn load_module(&mut self, name: &str) -> io::Result<()>;
+
+    /// Gives a node to a user.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not there, or the caller may not.
+    fn own(&mut self, node: &Path, user: u32) -> io::Result<()>;
+
+    /// Waits until nobody else is about to set the owner of a new node; not for ever.
+    fn settle(&mut self);
+
+    /// Who has a node.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not there.
+    fn owner(&self, node: &Path) -> io::Result<u32>;
+
+    /// Sets a virtual function of the network interface with this index.
+    ///
+    /// # Errors
+    ///
+    /// The driver's answer.
+    fn set_vf(&mut self, interface: u32, vf: u32, setting: VfSetting) -> io::Result<()>;
+
+    /// What the virtual functions of the network interface with this index are set to, by number.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's answer.
+    fn vf_states(&self, interface: u32) -> io::Result<BTreeMap<u32, VfState>>;
+
+    /// Writes a file whole or not at all, for good before it returns, and its folder if need be.
+    ///
+    /// # Errors
+    ///
+    /// The file system's answer.
+    fn save(&mut self, path: &Path, text: &str) -> io::Result<()>;
+
+    /// Removes a file. One that is not there is as wanted.
+    ///
+    /// # Errors
+    ///
+    /// The file system's answer.
+    fn remove(&mut self, path: &Path) -> io::Result<()>;
 }
 
 /// The running kernel.
@@ -63,11 +114,88 @@ impl Kernel for LinuxKernel {
             said
         }))
     }
+
+    fn own(&mut self, node: &Path, user: u32) -> io::Result<()> {
+        chown(node, Some(user), None)
+    }
+
+    fn settle(&mut self) {
+        // It is there while udev has something to do (libudev, udev_queue_get_queue_is_empty). Its
+        // rules set owners, and one of somebody else's may take its time.
+        let busy = Path::new("/run/udev/queue");
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while busy.exists() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn owner(&self, node: &Path) -> io::Result<u32> {
+        Ok(node.metadata()?.uid())
+    }
+
+    fn set_vf(&mut self, interface: u32, vf: u32, setting: VfSetting) -> io::Result<()> {
+        netlink::set(interface, vf, setting)
+    }
+
+    fn vf_states(&self, interface: u32) -> io::Result<BTreeMap<u32, VfState>> {
+        netlink::states(interface)
+    }
+
+    fn save(&mut self, path: &Path, text: &str) -> io::Result<()> {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        // udev and others read only names that end as they should.
+        name.push(".new");
+        let new = path.with_file_name(name);
+        let write = || {
+            let mut file = File::create(&new)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&new, path)?;
+            sync_folder(path)
+        };
+        write().inspect_err(|_| {
+            // What is left of it is of no use.
+            let _ = fs::remove_file(&new);
+        })
+    }
+
+    fn remove(&mut self, path: &Path) -> io::Result<()> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => sync_folder(path),
+        }
+    }
+}
+
+/// Has a folder's entries be as they are now after a crash too.
+fn sync_folder(path: &Path) -> io::Result<()> {
+    match path.parent() {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_written_whole_and_removed_twice() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/devices.json");
+        LinuxKernel.save(&path, "first").unwrap();
+        LinuxKernel.save(&path, "second").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "second");
+        let names: Vec<_> = fs::read_dir(path.parent().unwrap()).unwrap().collect();
+        assert_eq!(names.len(), 1, "{names:?}");
+        LinuxKernel.remove(&path).unwrap();
+        LinuxKernel.remove(&path).unwrap();
+        assert!(!path.exists());
+    }
 
     #[test]
     fn an_attribute_that_is_not_there_is_not_made() {

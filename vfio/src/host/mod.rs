@@ -12,36 +12,58 @@ mod device;
 mod doctor;
 mod error;
 mod finding;
+mod hugepages;
+mod interrupt;
+mod journal;
 mod kernel;
+mod lock;
 mod modules;
+mod netlink;
 mod permit;
+mod persist;
+mod put_back;
 mod ready;
+mod restore;
 mod root;
+mod session;
 mod steps;
 mod surroundings;
 mod unbind;
 mod usage;
+mod user;
+mod variant;
+mod vfs;
 
 use std::collections::BTreeMap;
 
 use busway_pci::Bdf;
 
-pub use bind::{Bound, VFIO_PCI, bind};
+pub use bind::{BindOptions, Bound, VFIO_PCI, bind};
 pub use busway_iommu::IommuAdvice;
 pub use check::{GroupBlocker, Refusal, check_bind, check_unbind};
 pub use device::{HostDevice, Link, LinkState, Resource, Sriov, is_vfio_driver};
 pub use doctor::examine;
-pub use error::{BindError, HostError, RefusedError, Stranded, UnbindError};
+pub use error::{ChangeError, HostError, RefusedError, Stranded};
 pub use finding::{Finding, Level, Remedy, worst};
+pub use hugepages::{HugePages, HugePagesError, Reserved, huge_pages, reserve_huge_pages};
+pub use interrupt::{interrupted, note_interrupts};
+pub use journal::JournalError;
 pub use kernel::{Kernel, LinuxKernel};
+pub use lock::LockError;
 pub use modules::{Aliases, Availability, availability};
+pub use netlink::{Mac, VfSetting, VfState};
 pub use permit::{Permit, Permits};
+pub use persist::Persist;
 pub use ready::{Check, DeviceCheck};
+pub use restore::{Outcome, Restored, restore};
 pub use root::SysRoot;
+pub use session::Session;
 pub use steps::{Step, StepError};
 pub use surroundings::{Opens, open_node};
 pub use unbind::{Unbound, unbind};
 pub use usage::{InterfaceAddress, Process, Usage};
+pub use user::{NoUser, user_id};
+pub use vfs::{Function, Functions, VfsError, VfsOptions, vfs};
 
 /// The PCI devices of a host and what uses each, as they were when read.
 #[derive(Clone, Debug)]

@@ -59,6 +59,21 @@ impl SysRoot {
         self.sys.join("bus/pci")
     }
 
+    /// What Busway keeps while the host runs.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.run.join("busway")
+    }
+
+    /// What devices had before they were moved.
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.state().join("devices.json")
+    }
+
+    /// The host's own rules for udev.
+    pub(crate) fn rules(&self) -> PathBuf {
+        self.etc.join("udev/rules.d")
+    }
+
     /// A device's folder.
     #[must_use]
     pub fn device(&self, address: Bdf) -> PathBuf {

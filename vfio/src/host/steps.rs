@@ -1,13 +1,14 @@
-//! The single changes that binding is made of, each checked and each naming itself when it fails.
+//! The single changes that a host is put through, and how each says itself when it fails.
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use busway_pci::Bdf;
 
-use super::kernel::Kernel;
-use super::root::{self, SysRoot};
+use super::hugepages::pool_folder;
+use super::netlink::VfSetting;
+use super::root::SysRoot;
 
 /// One change to the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +44,131 @@ pub enum Step {
         /// The device.
         address: Bdf,
     },
+    /// Give a node of VFIO's to a user.
+    Own {
+        /// The node.
+        node: PathBuf,
+        /// The user's id.
+        user: u32,
+    },
+    /// Have a device make this many virtual functions.
+    Functions {
+        /// The device.
+        address: Bdf,
+        /// How many; 0 removes all.
+        count: u16,
+    },
+    /// Say whether drivers of the host may take new virtual functions.
+    Autoprobe {
+        /// The device that makes them.
+        address: Bdf,
+        /// Whether they may.
+        on: bool,
+    },
+    /// Set a virtual function.
+    SetFunction {
+        /// The physical function's network interface.
+        interface: String,
+        /// The function's number.
+        vf: u32,
+        /// What to set.
+        setting: VfSetting,
+    },
+    /// Reserve huge pages.
+    HugePages {
+        /// The NUMA node; none: all.
+        node: Option<u32>,
+        /// The size of one, in bytes.
+        size: u64,
+        /// How many there are to be.
+        count: u64,
+    },
+    /// Bring free memory together.
+    Compact,
+    /// Write a file that outlives this process, or remove it.
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What is in it; none: it is removed.
+        text: Option<String>,
+    },
+}
+
+/// What a step is to the kernel.
+pub(super) enum Action<'a> {
+    /// A value written to a sysfs attribute.
+    Write(PathBuf, String),
+    /// A module loaded.
+    Load(&'a str),
+    /// A node's owner changed.
+    Own(&'a Path, u32),
+    /// A virtual function set by its interface.
+    SetFunction(&'a str, u32, VfSetting),
+    /// A file written or removed.
+    File(&'a Path, Option<&'a str>),
+}
+
+impl Step {
+    pub(super) fn action(&self, root: &SysRoot) -> Action<'_> {
+        match self {
+            Self::Load { module } => Action::Load(module),
+            // An empty line clears it (drivers/base/driver.c, driver_set_override).
+            Self::Override { address, driver } => Action::Write(
+                root.device(*address).join("driver_override"),
+                format!("{}\n", driver.as_deref().unwrap_or_default()),
+            ),
+            Self::Detach { address, driver } => {
+                Action::Write(root.driver(driver).join("unbind"), address.to_string())
+            }
+            Self::Attach { address, driver } => {
+                Action::Write(root.driver(driver).join("bind"), address.to_string())
+            }
+            Self::Probe { address } => {
+                Action::Write(root.bus().join("drivers_probe"), address.to_string())
+            }
+            Self::Own { node, user } => Action::Own(node, *user),
+            Self::Functions { address, count } => Action::Write(
+                root.device(*address).join("sriov_numvfs"),
+                count.to_string(),
+            ),
+            Self::Autoprobe { address, on } => Action::Write(
+                root.device(*address).join("sriov_drivers_autoprobe"),
+                u8::from(*on).to_string(),
+            ),
+            Self::SetFunction {
+                interface,
+                vf,
+                setting,
+            } => Action::SetFunction(interface, *vf, *setting),
+            Self::HugePages { node, size, count } => Action::Write(
+                pool_folder(root, *node, *size).join("nr_hugepages"),
+                count.to_string(),
+            ),
+            Self::Compact => Action::Write(root.proc.join("sys/vm/compact_memory"), "1".to_owned()),
+            Self::File { path, text } => Action::File(path, text.as_deref()),
+        }
+    }
+
+    /// The step as a command for the shell.
+    #[must_use]
+    pub fn command(&self, root: &SysRoot) -> String {
+        match self.action(root) {
+            Action::Write(attribute, value) => {
+                let value = value.trim();
+                let space = if value.is_empty() { "" } else { " " };
+                format!("echo{space}{value} > {}", attribute.display())
+            }
+            Action::Load(module) => format!("modprobe {module}"),
+            Action::Own(node, user) => format!("chown {user} {}", node.display()),
+            Action::SetFunction(interface, vf, setting) => {
+                format!("ip link set {interface} vf {vf} {setting}")
+            }
+            Action::File(path, None) => format!("rm {}", path.display()),
+            Action::File(path, Some(text)) => {
+                format!("cat > {} <<'END'\n{text}END", path.display())
+            }
+        }
+    }
 }
 
 impl fmt::Display for Step {
@@ -60,6 +186,40 @@ impl fmt::Display for Step {
             Self::Detach { address, driver } => write!(f, "take {address} from {driver}"),
             Self::Attach { address, driver } => write!(f, "give {address} to {driver}"),
             Self::Probe { address } => write!(f, "offer {address} to the host's drivers"),
+            Self::Own { node, user } => write!(f, "give {} to user {user}", node.display()),
+            Self::Functions { address, count: 0 } => {
+                write!(f, "remove the virtual functions of {address}")
+            }
+            Self::Functions { address, count } => {
+                write!(f, "have {address} make {count} virtual functions")
+            }
+            Self::Autoprobe { address, on: true } => {
+                write!(
+                    f,
+                    "let the host's drivers have new virtual functions of {address}"
+                )
+            }
+            Self::Autoprobe { address, .. } => {
+                write!(
+                    f,
+                    "keep new virtual functions of {address} from the host's drivers"
+                )
+            }
+            Self::SetFunction {
+                interface,
+                vf,
+                setting,
+            } => write!(f, "set VF {vf} of {interface} to {setting}"),
+            Self::HugePages { node, size, count } => {
+                write!(f, "reserve {count} huge pages of {} KiB", size / 1024)?;
+                match node {
+                    Some(node) => write!(f, " on node {node}"),
+                    None => Ok(()),
+                }
+            }
+            Self::Compact => f.write_str("bring free memory together"),
+            Self::File { path, text: None } => write!(f, "remove {}", path.display()),
+            Self::File { path, .. } => write!(f, "write {}", path.display()),
         }
     }
 }
@@ -68,13 +228,29 @@ impl fmt::Display for Step {
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     /// cannot {step}: writing to {attribute}: {source}. {remedy}
-    #[error("cannot {step}: writing to {}: {source}\n  {}", attribute.display(), remedy(.source))]
+    #[error("cannot {step}: writing to {}: {source}\n  {}", attribute.display(), remedy(.step, .source))]
     Write {
         /// What was to be done.
         step: Step,
         /// The sysfs attribute.
         attribute: PathBuf,
         /// The kernel's answer.
+        source: io::Error,
+    },
+    /// cannot {step}: {source}. {remedy}
+    #[error("cannot {step}: {source}\n  {}", file_remedy(.source))]
+    File {
+        /// What was to be done.
+        step: Step,
+        /// Why not.
+        source: io::Error,
+    },
+    /// cannot {step}: {source}. {remedy}
+    #[error("cannot {step}: {source}\n  {}", interface_remedy(.source))]
+    Interface {
+        /// What was to be done.
+        step: Step,
+        /// The driver's answer.
         source: io::Error,
     },
     /// cannot {step}: {source}
@@ -99,24 +275,24 @@ pub enum StepError {
         /// The driver that it is bound to instead.
         now: Option<String>,
     },
-}
-
-impl StepError {
-    /// Whether the caller lacks the right to change the host.
-    #[must_use]
-    pub fn is_permission(&self) -> bool {
-        match self {
-            Self::Write { source, .. } | Self::Load { source, .. } => {
-                source.kind() == io::ErrorKind::PermissionDenied
-            }
-            Self::WithoutEffect { .. } => false,
-        }
-    }
+    /// interrupted, before it could {step}
+    #[error("interrupted, before it could {step}")]
+    Interrupted {
+        /// What was to be done next.
+        step: Step,
+    },
 }
 
 /// What to do about the kernel's refusal to take a value.
-fn remedy(error: &io::Error) -> &'static str {
+fn remedy(step: &Step, error: &io::Error) -> &'static str {
     match error.raw_os_error() {
+        Some(libc::ENOMEM | libc::EIO) if matches!(step, Step::Functions { .. }) => {
+            "the firmware left them no addresses: turn SR-IOV on in its set-up, or boot the kernel \
+             with pci=realloc"
+        }
+        Some(libc::ENOENT) if matches!(step, Step::Functions { .. }) => {
+            "its driver makes no virtual functions"
+        }
         Some(libc::EPERM | libc::EACCES) => "only root may: run it with sudo",
         Some(libc::EROFS) => {
             "sysfs is mounted read-only here, as in a container: run it on the host itself"
@@ -128,6 +304,28 @@ fn remedy(error: &io::Error) -> &'static str {
             "somebody uses the device or its IOMMU group: see `busway device list`"
         }
         _ => "the kernel's log may say more: dmesg | tail",
+    }
+}
+
+fn interface_remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => "only root may: run it with sudo",
+        Some(libc::EOPNOTSUPP) => "the interface's driver cannot set that",
+        Some(libc::EINVAL | libc::ERANGE) => "the interface's driver does not take that value",
+        _ => "the kernel's log may say more: dmesg | tail",
+    }
+}
+
+fn file_remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "only root may: run it with sudo",
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "that file system is mounted read-only: run it where it can be written"
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "there is no room left on that file system: see df"
+        }
+        _ => "see whether it is there, and what its file system says: dmesg | tail",
     }
 }
 
@@ -143,117 +341,5 @@ fn module_remedy(error: &io::Error) -> &'static str {
          with CONFIG_VFIO_PCI"
     } else {
         "try it by hand, and see the kernel's log: dmesg | tail"
-    }
-}
-
-/// Takes steps, telling of each beforehand.
-pub(super) struct Stepper<'a> {
-    pub(super) root: &'a SysRoot,
-    kernel: &'a mut dyn Kernel,
-    tell: &'a mut dyn FnMut(&Step),
-}
-
-impl<'a> Stepper<'a> {
-    pub(super) fn new(
-        root: &'a SysRoot,
-        kernel: &'a mut dyn Kernel,
-        tell: &'a mut dyn FnMut(&Step),
-    ) -> Self {
-        Self { root, kernel, tell }
-    }
-
-    /// Whether the device is still there.
-    pub(super) fn is_there(&self, address: Bdf) -> bool {
-        self.root.device(address).exists()
-    }
-
-    /// Loads a module.
-    pub(super) fn load(&mut self, module: &str) -> Result<(), StepError> {
-        let step = Step::Load {
-            module: module.to_owned(),
-        };
-        (self.tell)(&step);
-        let loaded = self.kernel.load_module(module);
-        loaded.map_err(|source| StepError::Load { step, source })
-    }
-
-    /// Sets or clears `driver_override`.
-    pub(super) fn set_override(
-        &mut self,
-        address: Bdf,
-        driver: Option<&str>,
-    ) -> Result<(), StepError> {
-        let attribute = self.root.device(address).join("driver_override");
-        let step = Step::Override {
-            address,
-            driver: driver.map(str::to_owned),
-        };
-        // An empty line clears it (drivers/base/driver.c, driver_set_override).
-        self.write(
-            step,
-            attribute,
-            &format!("{}\n", driver.unwrap_or_default()),
-        )
-    }
-
-    /// Takes a device from the driver that it is bound to now, if any.
-    pub(super) fn detach(&mut self, address: Bdf) -> Result<(), StepError> {
-        let Some(driver) = self.root.driver_of(address) else {
-            return Ok(());
-        };
-        let attribute = self.root.driver(&driver).join("unbind");
-        let step = Step::Detach { address, driver };
-        let written = self.write(step.clone(), attribute, &address.to_string());
-        match self.root.driver_of(address) {
-            // Somebody else was quicker, or the device's driver was just removed: as wanted.
-            None => Ok(()),
-            now => written.and(Err(StepError::WithoutEffect { step, address, now })),
-        }
-    }
-
-    /// Gives a device to `driver`, and sees that it is there.
-    ///
-    /// The driver's own `bind` attribute probes before it returns, and returns what the probe did;
-    /// `drivers_probe` keeps that to itself.
-    pub(super) fn attach(&mut self, address: Bdf, driver: &str) -> Result<(), StepError> {
-        let attribute = self.root.driver(driver).join("bind");
-        let step = Step::Attach {
-            address,
-            driver: driver.to_owned(),
-        };
-        let written = self.write(step.clone(), attribute, &address.to_string());
-        match self.root.driver_of(address) {
-            // The kernel may have probed it on its own just before.
-            Some(now) if now == driver => Ok(()),
-            now => written.and(Err(StepError::WithoutEffect { step, address, now })),
-        }
-    }
-
-    /// Lets the kernel choose a driver; returns which took the device.
-    pub(super) fn probe(&mut self, address: Bdf) -> Result<Option<String>, StepError> {
-        let attribute = self.root.bus().join("drivers_probe");
-        let written = self.write(Step::Probe { address }, attribute, &address.to_string());
-        match self.root.driver_of(address) {
-            Some(driver) => Ok(Some(driver)),
-            None => written.map(|()| None),
-        }
-    }
-
-    /// Loads the host's own driver for a device, as udev does when it first sees one.
-    pub(super) fn load_for(&mut self, address: Bdf) -> Result<(), StepError> {
-        match root::text(&self.root.device(address).join("modalias")) {
-            Some(alias) => self.load(&alias),
-            None => Ok(()),
-        }
-    }
-
-    fn write(&mut self, step: Step, attribute: PathBuf, value: &str) -> Result<(), StepError> {
-        (self.tell)(&step);
-        let written = self.kernel.write(&attribute, value);
-        written.map_err(|source| StepError::Write {
-            step,
-            attribute,
-            source,
-        })
     }
 }

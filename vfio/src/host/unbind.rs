@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use busway_pci::Bdf;
 
+use super::bind::refuse_if;
 use super::check::check_unbind;
-use super::error::{RefusedError, UnbindError};
-use super::kernel::Kernel;
+use super::error::ChangeError;
+use super::journal::{Identity, Journal};
 use super::permit::Permits;
-use super::root::SysRoot;
-use super::steps::{Step, StepError, Stepper};
-use super::{Host, is_vfio_driver};
+use super::session::Session;
+use super::steps::StepError;
+use super::{Host, HostDevice, is_vfio_driver, persist};
 
 /// A device that the host has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,71 +22,118 @@ pub struct Unbound {
     pub former: Option<String>,
     /// The driver that has it now; none where the host has none for it.
     pub driver: Option<String>,
+    /// Whether it was to be bound at each boot, and is not any more.
+    pub persisted: bool,
 }
 
-/// Takes the devices at `addresses` from VFIO, clears their `driver_override`, and lets the host's
-/// own drivers have them; `tell` hears of each step before it is taken.
+/// Takes the devices at `addresses` from VFIO, gives them the `driver_override` that they had before,
+/// and lets the host's own drivers have them. A rule that would bind them at boot is removed.
 ///
 /// # Errors
 ///
-/// Where something stands against it, with nothing changed; or where a step failed. A device that no
-/// driver of the host takes is no error.
+/// Where something stands against it, with nothing changed; or where steps failed, with every other
+/// device given back. A device that no driver of the host takes is no error.
 pub fn unbind(
-    root: &SysRoot,
-    kernel: &mut dyn Kernel,
+    session: &mut Session<'_>,
     addresses: &[Bdf],
     permits: &Permits,
-    tell: &mut dyn FnMut(&Step),
-) -> Result<Vec<Unbound>, UnbindError> {
+) -> Result<Vec<Unbound>, ChangeError> {
     let addresses: BTreeSet<_> = addresses.iter().copied().collect();
-    let host = Host::read(root)?;
-    let refusals = check_unbind(&host, &addresses, permits);
-    if !refusals.is_empty() {
-        return Err(RefusedError(refusals).into());
-    }
-    let mut stepper = Stepper::new(root, kernel, tell);
+    refuse_if(check_unbind(
+        &Host::read(session.root)?,
+        &addresses,
+        permits,
+    ))?;
+    let _lock = session.lock()?;
+    let host = Host::read(session.root)?;
+    refuse_if(check_unbind(&host, &addresses, permits))?;
+    let mut journal = Journal::read(session.root)?;
+
     let mut unbound = Vec::new();
+    let mut failures = Vec::new();
     for device in addresses.iter().filter_map(|&address| host.device(address)) {
-        let is_vfio = |driver: &&String| is_vfio_driver(driver);
-        let former = device.driver.as_ref().filter(is_vfio).cloned();
-        let reserved = device.driver_override.as_ref().filter(is_vfio).is_some();
-        let driver = if former.is_some() || reserved || device.driver.is_none() {
-            give_back(&mut stepper, device.address, former.is_some(), reserved)?
-        } else {
-            device.driver.clone()
-        };
-        unbound.push(Unbound {
-            address: device.address,
-            former,
-            driver,
-        });
+        // Between two devices, for half of the way back is no place to stop.
+        if let Err(error) = session.go_on(device.address) {
+            failures.push(error);
+            break;
+        }
+        match give_to_host(session, &mut journal, device) {
+            Ok(device) => unbound.push(device),
+            Err(error) => failures.push(error),
+        }
     }
-    Ok(unbound)
+    match failures.is_empty() {
+        true => Ok(unbound),
+        false => Err(ChangeError::Unbind { unbound, failures }),
+    }
+}
+
+/// Lets the host's own driver have a device, and forgets what Busway knew of it.
+pub(super) fn give_to_host(
+    session: &mut Session<'_>,
+    journal: &mut Journal,
+    device: &HostDevice,
+) -> Result<Unbound, StepError> {
+    let address = device.address;
+    // First of all, or a device that comes anew would be bound again.
+    let persisted = persist::rule_text(session.root, address).is_some();
+    if persisted {
+        session.file(&persist::rule(session.root, address), None)?;
+    }
+    let vfio = |driver: &Option<String>| driver.clone().filter(|driver| is_vfio_driver(driver));
+    let former = vfio(&device.driver);
+    let reserved = vfio(&device.driver_override).is_some();
+    let driver = if former.is_some() || reserved || device.driver.is_none() {
+        let record = journal.get(address).cloned();
+        let record = record.filter(|record| record.identity == Identity::of(device));
+        if let Some(record) = &record {
+            for (node, &user) in &record.nodes {
+                if session.kernel.owner(node).is_ok_and(|now| now != user) {
+                    session.own(node.clone(), user)?;
+                }
+            }
+        }
+        if reserved {
+            let earlier = record.and_then(|record| record.driver_override);
+            let earlier = earlier.filter(|driver| !is_vfio_driver(driver));
+            session.set_override(address, earlier.as_deref())?;
+        }
+        offer(session, address, former.is_some())?
+    } else {
+        device.driver.clone()
+    };
+    journal.remove(address);
+    journal.save(session)?;
+    Ok(Unbound {
+        address,
+        former,
+        driver,
+        persisted,
+    })
 }
 
 /// Returns the driver that has the device then.
-fn give_back(
-    stepper: &mut Stepper<'_>,
+fn offer(
+    session: &mut Session<'_>,
     address: Bdf,
     bound: bool,
-    reserved: bool,
 ) -> Result<Option<String>, StepError> {
-    if reserved {
-        stepper.set_override(address, None)?;
-    }
     if bound {
-        stepper.detach(address)?;
+        session.detach(address)?;
     }
-    if let Some(driver) = stepper.root.driver_of(address) {
+    if session.is_dry() {
+        return session.probe(address).map(|_| None);
+    }
+    if let Some(driver) = session.root.driver_of(address) {
         return Ok(Some(driver));
     }
-    if let Some(driver) = stepper.probe(address)? {
+    if let Some(driver) = session.probe(address)? {
         return Ok(Some(driver));
     }
     // Its module may never have been loaded, where the device was reserved since boot. That there is
     // none, or that it may not be loaded, leaves the device without a driver, as it then was at boot.
-    if stepper.load_for(address).is_ok() {
-        return stepper.probe(address);
+    if session.load_for(address).is_ok() {
+        return session.probe(address);
     }
     Ok(None)
 }

@@ -1,0 +1,153 @@
+//! The host's pools of huge pages.
+
+use std::path::PathBuf;
+
+use super::error::ChangeError;
+use super::root::{self, SysRoot};
+use super::session::Session;
+use super::steps::Step;
+
+/// The huge pages of one size, on one NUMA node or on all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HugePages {
+    /// The node; none: all of the host.
+    pub node: Option<u32>,
+    /// The size of one, in bytes.
+    pub size: u64,
+    /// How many there are.
+    pub total: u64,
+    /// How many of them nobody uses.
+    pub free: u64,
+    /// How many of them go when they are free: what a shrunk pool still has in use.
+    pub surplus: u64,
+}
+
+/// What came of a reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reserved {
+    /// How many pages there were to be.
+    pub asked: u64,
+    /// What there is now.
+    pub now: HugePages,
+}
+
+/// Huge pages were not reserved, and nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum HugePagesError {
+    /// this host has no NUMA node {0}
+    #[error("this host has no NUMA node {0}\n  see those there are: busway hugepages")]
+    NoNode(u32),
+    /// this host has no huge pages of {0} bytes
+    #[error(
+        "this host has no huge pages of that size ({0} bytes)\n  see those there are: busway hugepages"
+    )]
+    NoSize(u64),
+    /// {amount} bytes are no whole number of huge pages of {size} bytes
+    #[error("{amount} bytes are no whole number of huge pages of {size} bytes")]
+    NotWhole {
+        /// What was asked for.
+        amount: u64,
+        /// One of them.
+        size: u64,
+    },
+}
+
+/// Every pool of the host, by node and size.
+#[must_use]
+pub fn huge_pages(root: &SysRoot) -> Vec<HugePages> {
+    let names = root::names(&root.sys.join("devices/system/node"));
+    let mut nodes: Vec<u32> = names
+        .iter()
+        .filter_map(|name| name.strip_prefix("node")?.parse().ok())
+        .collect();
+    nodes.sort_unstable();
+    let pools: Vec<_> = nodes
+        .iter()
+        .flat_map(|&node| pools(root, Some(node)))
+        .collect();
+    match pools.is_empty() {
+        // A kernel without NUMA.
+        true => self::pools(root, None),
+        false => pools,
+    }
+}
+
+fn pools(root: &SysRoot, node: Option<u32>) -> Vec<HugePages> {
+    let names = root::names(&folder(root, node));
+    let size = |name: &String| {
+        let size = name.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+        size.parse::<u64>().ok()?.checked_mul(1024)
+    };
+    let mut sizes: Vec<_> = names.iter().filter_map(size).collect();
+    sizes.sort_unstable();
+    sizes
+        .into_iter()
+        .filter_map(|size| pool(root, node, size))
+        .collect()
+}
+
+fn folder(root: &SysRoot, node: Option<u32>) -> PathBuf {
+    match node {
+        Some(node) => root
+            .sys
+            .join(format!("devices/system/node/node{node}/hugepages")),
+        None => root.sys.join("kernel/mm/hugepages"),
+    }
+}
+
+/// Where the pages of a size are, on a node or on all.
+pub(super) fn pool_folder(root: &SysRoot, node: Option<u32>, size: u64) -> PathBuf {
+    folder(root, node).join(format!("hugepages-{}kB", size / 1024))
+}
+
+fn pool(root: &SysRoot, node: Option<u32>, size: u64) -> Option<HugePages> {
+    let folder = pool_folder(root, node, size);
+    let number = |name: &str| root::number(&folder.join(name));
+    Some(HugePages {
+        node,
+        size,
+        total: number("nr_hugepages")?,
+        free: number("free_hugepages")?,
+        surplus: number("surplus_hugepages").unwrap_or(0),
+    })
+}
+
+/// Has there be `amount` bytes in huge pages of `size` bytes, on one node, or spread over all. The
+/// kernel gives as many as it finds; where that is too few, it is asked to make room, and once more.
+///
+/// # Errors
+///
+/// Where there is no such pool, or it cannot be written. Too few pages are no error here.
+pub fn reserve_huge_pages(
+    session: &mut Session<'_>,
+    node: Option<u32>,
+    size: u64,
+    amount: u64,
+) -> Result<Reserved, ChangeError> {
+    if let Some(node) = node.filter(|&node| !folder(session.root, Some(node)).exists()) {
+        return Err(HugePagesError::NoNode(node).into());
+    }
+    let find = |root: &SysRoot| pool(root, node, size).ok_or(HugePagesError::NoSize(size));
+    find(session.root)?;
+    if !amount.is_multiple_of(size) {
+        return Err(HugePagesError::NotWhole { amount, size }.into());
+    }
+    let asked = amount / size;
+    let _lock = session.lock()?;
+    let ask = Step::HugePages {
+        node,
+        size,
+        count: asked,
+    };
+    session.take(ask.clone()).map_err(ChangeError::HugePages)?;
+    let mut now = find(session.root)?;
+    if now.total < asked && !session.is_dry() {
+        let compacted = session.take(Step::Compact);
+        // A kernel without compaction has nothing better to offer.
+        if compacted.is_ok() {
+            session.take(ask).map_err(ChangeError::HugePages)?;
+            now = find(session.root)?;
+        }
+    }
+    Ok(Reserved { asked, now })
+}

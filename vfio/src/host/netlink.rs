@@ -1,0 +1,382 @@
+//! What a physical function's network interface is told, and tells, of its virtual functions: two
+//! requests of rtnetlink(7), written and read byte by byte.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+
+use crate::sys;
+
+/// What a virtual function can be set to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VfSetting {
+    /// Its Ethernet address.
+    Mac(Mac),
+    /// The VLAN that it is in, 1 to 4094; 0: none.
+    Vlan(u16),
+    /// Whether it may do what concerns others: be promiscuous, change its own address.
+    Trust(bool),
+    /// Whether frames with another's source address are dropped.
+    SpoofCheck(bool),
+}
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mac(pub [u8; 6]);
+
+/// What a virtual function is set to, as far as the driver says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VfState {
+    /// Its Ethernet address; none while the driver leaves that to whoever gets it.
+    pub mac: Option<Mac>,
+    /// The VLAN that it is in; none: all frames are its own.
+    pub vlan: Option<u16>,
+    /// See [`VfSetting::Trust`].
+    pub trust: Option<bool>,
+    /// See [`VfSetting::SpoofCheck`].
+    pub spoof_check: Option<bool>,
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl std::str::FromStr for Mac {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or(())?;
+            *byte = u8::from_str_radix(part, 16).map_err(drop)?;
+        }
+        match parts.next() {
+            None => Ok(Self(bytes)),
+            Some(_) => Err(()),
+        }
+    }
+}
+
+impl Mac {
+    /// Whether one interface can have it: not a group's address, and not all zero.
+    #[must_use]
+    pub fn is_unicast(self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
+}
+
+/// As `ip link set … vf N` spells it.
+impl fmt::Display for VfSetting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let switch = |on: &bool| if *on { "on" } else { "off" };
+        match self {
+            Self::Mac(mac) => write!(f, "mac {mac}"),
+            Self::Vlan(id) => write!(f, "vlan {id}"),
+            Self::Trust(on) => write!(f, "trust {}", switch(on)),
+            Self::SpoofCheck(on) => write!(f, "spoofchk {}", switch(on)),
+        }
+    }
+}
+
+// linux/netlink.h
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
+const NLMSG_ERROR: u16 = 2;
+const HEADER: usize = 16;
+// linux/rtnetlink.h
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
+const RTM_SETLINK: u16 = 19;
+/// The length of `struct ifinfomsg`.
+const LINK: usize = 16;
+const RTEXT_FILTER_VF: u32 = 1;
+const RTEXT_FILTER_SKIP_STATS: u32 = 8;
+// linux/if_link.h
+const IFLA_VFINFO_LIST: u16 = 22;
+const IFLA_EXT_MASK: u16 = 29;
+const IFLA_VF_INFO: u16 = 1;
+const IFLA_VF_MAC: u16 = 1;
+const IFLA_VF_VLAN: u16 = 2;
+const IFLA_VF_SPOOFCHK: u16 = 4;
+const IFLA_VF_TRUST: u16 = 9;
+/// An attribute's type without its flags (linux/netlink.h, `NLA_TYPE_MASK`).
+const TYPE_MASK: u16 = 0x3fff;
+
+/// Sets one virtual function of the interface with this index.
+pub(super) fn set(interface: u32, vf: u32, setting: VfSetting) -> io::Result<()> {
+    let answer = ask(&set_request(interface, vf, setting))?;
+    acknowledged(&answer)
+}
+
+/// What the virtual functions of the interface with this index are set to.
+pub(super) fn states(interface: u32) -> io::Result<BTreeMap<u32, VfState>> {
+    parse_states(&ask(&states_request(interface))?)
+}
+
+fn ask(request: &[u8]) -> io::Result<Vec<u8>> {
+    let mut socket: File = sys::route_socket()?;
+    // Without an address, a message goes to the kernel. netlink(7)
+    socket.write_all(request)?;
+    // An attribute is no longer than 64 KiB, and the list is one.
+    let mut answer = vec![0; 256 << 10];
+    let length = socket.read(&mut answer)?;
+    answer.truncate(length);
+    Ok(answer)
+}
+
+fn set_request(interface: u32, vf: u32, setting: VfSetting) -> Vec<u8> {
+    let mut value = vf.to_ne_bytes().to_vec();
+    let kind = match setting {
+        VfSetting::Mac(Mac(bytes)) => {
+            // struct ifla_vf_mac has room for 32 bytes of it.
+            value.extend(bytes);
+            value.resize(4 + 32, 0);
+            IFLA_VF_MAC
+        }
+        VfSetting::Vlan(id) => {
+            value.extend(u32::from(id).to_ne_bytes());
+            // No priority.
+            value.extend(0u32.to_ne_bytes());
+            IFLA_VF_VLAN
+        }
+        VfSetting::Trust(on) => {
+            value.extend(u32::from(on).to_ne_bytes());
+            IFLA_VF_TRUST
+        }
+        VfSetting::SpoofCheck(on) => {
+            value.extend(u32::from(on).to_ne_bytes());
+            IFLA_VF_SPOOFCHK
+        }
+    };
+    let info = attribute(IFLA_VF_INFO, &attribute(kind, &value));
+    let list = attribute(IFLA_VFINFO_LIST, &info);
+    message(RTM_SETLINK, NLM_F_ACK, interface, &list)
+}
+
+fn states_request(interface: u32) -> Vec<u8> {
+    let mask = RTEXT_FILTER_VF | RTEXT_FILTER_SKIP_STATS;
+    let mask = attribute(IFLA_EXT_MASK, &mask.to_ne_bytes());
+    message(RTM_GETLINK, 0, interface, &mask)
+}
+
+/// A request about an interface.
+fn message(kind: u16, flags: u16, interface: u32, attributes: &[u8]) -> Vec<u8> {
+    let length = (HEADER + LINK + attributes.len()) as u32;
+    let mut bytes = length.to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    // One request to a socket, so that neither number tells anything.
+    bytes.extend([0; 8]);
+    // struct ifinfomsg: family and type, index, flags and which of them to change.
+    bytes.extend([0; 4]);
+    bytes.extend(interface.to_ne_bytes());
+    bytes.extend([0; 8]);
+    bytes.extend(attributes);
+    bytes
+}
+
+/// struct nlattr: length and type before the value, and the next on a multiple of four.
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the kernel's answer makes no sense",
+    )
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes
+        .get(at..at + 2)?
+        .try_into()
+        .ok()
+        .map(u16::from_ne_bytes)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes
+        .get(at..at + 4)?
+        .try_into()
+        .ok()
+        .map(u32::from_ne_bytes)
+}
+
+/// The kernel's error, where the answer is one. Error 0 is its acknowledgement.
+fn acknowledged(answer: &[u8]) -> io::Result<()> {
+    if u16_at(answer, 4) != Some(NLMSG_ERROR) {
+        return Ok(());
+    }
+    match u32_at(answer, HEADER).map(u32::cast_signed) {
+        Some(0) => Ok(()),
+        Some(errno) => Err(io::Error::from_raw_os_error(errno.saturating_neg())),
+        None => Err(malformed()),
+    }
+}
+
+fn parse_states(answer: &[u8]) -> io::Result<BTreeMap<u32, VfState>> {
+    acknowledged(answer)?;
+    let length = u32_at(answer, 0).ok_or_else(malformed)? as usize;
+    let link = answer.get(HEADER + LINK..length).ok_or_else(malformed)?;
+    if u16_at(answer, 4) != Some(RTM_NEWLINK) {
+        return Err(malformed());
+    }
+    let mut states = BTreeMap::new();
+    let lists = attributes(link).filter(|(kind, _)| *kind == IFLA_VFINFO_LIST);
+    for (_, info) in lists.flat_map(|(_, list)| attributes(list)) {
+        let mut state = VfState::default();
+        let mut index = None;
+        for (kind, value) in attributes(info) {
+            // Each begins with the function's number.
+            let Some(setting) = u32_at(value, 4) else {
+                continue;
+            };
+            // A driver that cannot say has all bits set.
+            let switch = (setting != u32::MAX).then_some(setting != 0);
+            match kind {
+                IFLA_VF_MAC => {
+                    index = u32_at(value, 0);
+                    let mac = value
+                        .get(4..10)
+                        .and_then(|mac| mac.try_into().ok())
+                        .map(Mac);
+                    state.mac = mac.filter(|mac| mac.0 != [0; 6]);
+                }
+                IFLA_VF_VLAN => {
+                    state.vlan = u16::try_from(setting).ok().filter(|&id| id != 0);
+                }
+                IFLA_VF_SPOOFCHK => state.spoof_check = switch,
+                IFLA_VF_TRUST => state.trust = switch,
+                _ => {}
+            }
+        }
+        states.extend(index.map(|index| (index, state)));
+    }
+    Ok(states)
+}
+
+/// The attributes in these bytes, up to the first that is cut short.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16_at(bytes, 0)?);
+        let kind = u16_at(bytes, 2)? & TYPE_MASK;
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MAC: Mac = Mac([2, 0, 0, 0, 0, 7]);
+
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn a_request_is_laid_out_as_the_headers_say() {
+        let header = [0x38, 0, 0, 0, 19, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let link = [0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let nested = [24, 0, 22, 0, 20, 0, 1, 0, 16, 0, 2, 0];
+        let vlan = [3, 0, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0];
+        let expected = [&header[..], &link, &nested, &vlan].concat();
+        assert_eq!(set_request(5, 3, VfSetting::Vlan(100)), expected);
+    }
+
+    #[test]
+    fn a_mac_is_written_as_it_is_read() {
+        assert_eq!("02:00:00:00:00:07".parse(), Ok(MAC));
+        assert_eq!(MAC.to_string(), "02:00:00:00:00:07");
+        for wrong in [
+            "",
+            "02:00:00:00:00",
+            "02:00:00:00:00:07:08",
+            "2:0:0:0:0:7",
+            "g2:00:00:00:00:07",
+        ] {
+            assert_eq!(wrong.parse::<Mac>(), Err(()), "{wrong}");
+        }
+        assert!(MAC.is_unicast());
+        assert!(!Mac([1, 0, 0x5e, 0, 0, 1]).is_unicast());
+    }
+
+    /// What the kernel answers of these functions.
+    fn answer(functions: &[(u32, VfState)]) -> Vec<u8> {
+        let switch = |index: u32, on: Option<bool>| {
+            let value = on.map_or(u32::MAX, u32::from);
+            [index.to_ne_bytes(), value.to_ne_bytes()].concat()
+        };
+        let mut list = Vec::new();
+        for &(index, state) in functions {
+            let mut mac = index.to_ne_bytes().to_vec();
+            mac.extend(state.mac.map_or([0; 6], |mac| mac.0));
+            mac.resize(36, 0);
+            let vlan = u32::from(state.vlan.unwrap_or(0));
+            let vlan = [index.to_ne_bytes(), vlan.to_ne_bytes(), [0; 4]].concat();
+            let mut info = attribute(IFLA_VF_MAC, &mac);
+            info.extend(attribute(IFLA_VF_VLAN, &vlan));
+            info.extend(attribute(
+                IFLA_VF_SPOOFCHK,
+                &switch(index, state.spoof_check),
+            ));
+            info.extend(attribute(IFLA_VF_TRUST, &switch(index, state.trust)));
+            list.extend(attribute(IFLA_VF_INFO | 0x8000, &info));
+        }
+        // IFLA_IFNAME before it, as ever.
+        let mut attributes = attribute(3, b"eth0\0");
+        attributes.extend(attribute(IFLA_VFINFO_LIST | 0x8000, &list));
+        message(RTM_NEWLINK, 0, 2, &attributes)
+    }
+
+    #[test]
+    fn what_the_kernel_says_of_each_function_is_read() {
+        let functions = [
+            (
+                0,
+                VfState {
+                    mac: Some(MAC),
+                    vlan: Some(7),
+                    trust: Some(true),
+                    spoof_check: Some(false),
+                },
+            ),
+            (1, VfState::default()),
+        ];
+        let states = parse_states(&answer(&functions)).unwrap();
+        assert_eq!(states, BTreeMap::from(functions));
+    }
+
+    #[test]
+    fn the_kernels_refusal_is_its_errno() {
+        let mut bytes = message(NLMSG_ERROR, 0, 0, &[]);
+        bytes[HEADER..HEADER + 4].copy_from_slice(&(-libc::EOPNOTSUPP).to_ne_bytes());
+        let error = acknowledged(&bytes).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP));
+        bytes[HEADER..HEADER + 4].fill(0);
+        acknowledged(&bytes).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_makes_it_fail(mut noise in prop::collection::vec(any::<u8>(), 0..200), cut in 0..400usize) {
+            let _ = parse_states(&noise);
+            let functions = [(0, VfState { mac: Some(MAC), ..VfState::default() }), (1, VfState::default())];
+            let mut bytes = answer(&functions);
+            bytes.truncate(cut);
+            bytes.append(&mut noise);
+            let _ = parse_states(&bytes);
+        }
+    }
+}

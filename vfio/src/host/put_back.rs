@@ -1,0 +1,55 @@
+//! Giving a device what it had, judging by what it has now and not by what was done to it.
+
+use busway_pci::Bdf;
+
+use super::error::Stranded;
+use super::journal::Record;
+use super::session::Session;
+use super::steps::StepError;
+
+/// Gives a device the driver, the override and the nodes' owners of its record. Goes on where a step
+/// fails; returns the first failure if the device did not end as recorded.
+pub(super) fn put_back(
+    session: &mut Session<'_>,
+    address: Bdf,
+    record: &Record,
+) -> Option<Stranded> {
+    // One that has been unplugged has nothing to be given back.
+    if !session.is_there(address) {
+        return None;
+    }
+    let mut first = None;
+    let mut keep = |result: Result<(), StepError>| {
+        if let Err(error) = result {
+            first.get_or_insert(error);
+        }
+    };
+    for (node, &user) in &record.nodes {
+        // The nodes end with the driver; one that is left may be another device's by now, but then
+        // it belongs to whom such nodes belong to.
+        if session.kernel.owner(node).is_ok_and(|now| now != user) {
+            keep(session.own(node.clone(), user));
+        }
+    }
+    if session.root.override_of(address) != record.driver_override {
+        keep(session.set_override(address, record.driver_override.as_deref()));
+    }
+    if session.root.driver_of(address) != record.driver {
+        keep(session.detach(address));
+        if let Some(driver) = &record.driver {
+            if !session.root.driver(driver).exists() {
+                // Its module was removed meanwhile.
+                keep(session.load(driver));
+            }
+            keep(session.attach(address, driver));
+        }
+    }
+    // What counts is where it ended.
+    let given_back = session.root.driver_of(address) == record.driver
+        && session.root.override_of(address) == record.driver_override;
+    first.filter(|_| !given_back).map(|source| Stranded {
+        address,
+        driver: record.driver.clone(),
+        source,
+    })
+}

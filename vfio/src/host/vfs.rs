@@ -1,0 +1,386 @@
+//! Virtual functions of a device: made, set, listed and removed.
+
+use std::collections::BTreeMap;
+
+use busway_pci::Bdf;
+
+use super::error::ChangeError;
+use super::journal::Journal;
+use super::netlink::{VfSetting, VfState};
+use super::root::{self, SysRoot};
+use super::session::Session;
+use super::steps::{Step, StepError};
+use super::usage::Usage;
+use super::{Host, HostDevice};
+
+/// What is to become of a device's virtual functions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VfsOptions {
+    /// How many there are to be; none: as many as there are.
+    pub count: Option<u16>,
+    /// What each is set to, by its number.
+    pub settings: BTreeMap<u32, Vec<VfSetting>>,
+    /// Whether new ones are left without a driver of the host's.
+    pub no_autoprobe: bool,
+}
+
+/// A device and its virtual functions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Functions {
+    /// The physical function.
+    pub physical: Bdf,
+    /// How many it can make.
+    pub total: u16,
+    /// Its network interface, and whether that is up.
+    pub interface: Option<(String, bool)>,
+    /// Those that there are, by number.
+    pub functions: Vec<Function>,
+}
+
+/// A virtual function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Its number, from 0.
+    pub index: u32,
+    /// Where it sits.
+    pub address: Bdf,
+    /// Its IOMMU group.
+    pub group: Option<u32>,
+    /// The driver that it is bound to.
+    pub driver: Option<String>,
+    /// What it is set to, where it is a network's.
+    pub state: Option<VfState>,
+}
+
+/// Virtual functions were not made, set or removed as asked, and nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum VfsError {
+    /// {0}: there is no such PCI device
+    #[error("{0}: there is no such PCI device\n  see those there are: busway device list")]
+    NotThere(Bdf),
+    /// {0} cannot make virtual functions
+    #[error(
+        "{0} cannot make virtual functions: it has no SR-IOV\n  \
+         where it should have, turn SR-IOV on in the firmware's set-up and the card's own"
+    )]
+    NotCapable(Bdf),
+    /// {address} is a virtual function itself
+    #[error(
+        "{address} is a virtual function itself\n  name the one that made it: busway device vfs {physical}"
+    )]
+    IsVirtual {
+        /// The function.
+        address: Bdf,
+        /// What made it.
+        physical: Bdf,
+    },
+    /// {address} makes at most {total} virtual functions
+    #[error("{address} makes at most {total} virtual functions, not {asked}")]
+    TooMany {
+        /// The device.
+        address: Bdf,
+        /// How many were asked for.
+        asked: u16,
+        /// How many it makes.
+        total: u16,
+    },
+    /// {address} has no driver of the host's
+    #[error(
+        "{address} is with {}, and its own driver is what makes virtual functions\n  \
+         give it back first: busway device unbind {address}",
+        driver.as_deref().unwrap_or("no driver")
+    )]
+    NoDriver {
+        /// The device.
+        address: Bdf,
+        /// The driver that has it.
+        driver: Option<String>,
+    },
+    /// the virtual functions of {address} are in use
+    #[error("the virtual functions of {address} cannot be removed: some are in use{}\n  end that first", Uses(.uses))]
+    InUse {
+        /// The device.
+        address: Bdf,
+        /// The functions in use, and by what.
+        uses: Vec<(Bdf, Vec<Usage>)>,
+    },
+    /// {address} has no virtual function {index}
+    #[error("{address} has no virtual function {index}: it has {count}, from 0 up")]
+    NoFunction {
+        /// The device.
+        address: Bdf,
+        /// The number.
+        index: u32,
+        /// How many there are, or would be.
+        count: u32,
+    },
+    /// {0} has no network interface
+    #[error("{0} has no network interface, through which virtual functions are set")]
+    NoInterface(Bdf),
+}
+
+struct Uses<'a>(&'a [(Bdf, Vec<Usage>)]);
+
+impl std::fmt::Display for Uses<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (address, uses) in self.0 {
+            let uses: Vec<_> = uses.iter().map(Usage::to_string).collect();
+            write!(f, "\n  {address}: {}", uses.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+impl VfsError {
+    /// Whether what was asked for does not make sense, rather than that the host cannot do it.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::NotThere(_)
+                | Self::IsVirtual { .. }
+                | Self::TooMany { .. }
+                | Self::NoFunction { .. }
+        )
+    }
+}
+
+/// Makes, sets or removes virtual functions of the device at `address`, and tells which there are
+/// then. New ones are set before any driver sees them.
+///
+/// # Errors
+///
+/// Where something stands against it, with nothing changed; or where a step failed, with new ones
+/// removed again.
+pub fn vfs(
+    session: &mut Session<'_>,
+    address: Bdf,
+    options: &VfsOptions,
+) -> Result<Functions, ChangeError> {
+    let changes = options.count.is_some() || !options.settings.is_empty();
+    check(&Host::read(session.root)?, address, options)?;
+    if !changes {
+        return read(session, address);
+    }
+    let _lock = session.lock()?;
+    let host = Host::read(session.root)?;
+    let present = check(&host, address, options)?;
+    let interface = interface(session.root, address);
+    let count = options
+        .count
+        .filter(|&count| usize::from(count) != present.len());
+    if let Some(count) = count {
+        if !present.is_empty() {
+            remove(session, address, &present)?;
+        }
+        if count > 0 {
+            make(session, address, count, options, interface.as_deref())?;
+        }
+    } else if let Some(interface) = &interface {
+        set_all(session, interface, options).map_err(ChangeError::Functions)?;
+    }
+    read(session, address)
+}
+
+/// The virtual functions that there are, where nothing stands against it.
+fn check(host: &Host, address: Bdf, options: &VfsOptions) -> Result<Vec<Bdf>, VfsError> {
+    let device = host.device(address).ok_or(VfsError::NotThere(address))?;
+    if let Some(physical) = device.physical_function {
+        return Err(VfsError::IsVirtual { address, physical });
+    }
+    let sriov = device.sriov.as_ref().ok_or(VfsError::NotCapable(address))?;
+    let total = sriov.total;
+    let present = sriov.functions.clone();
+    if let Some(asked) = options.count.filter(|&asked| asked > total) {
+        return Err(VfsError::TooMany {
+            address,
+            asked,
+            total,
+        });
+    }
+    let count = options.count.map_or(present.len(), usize::from);
+    if options
+        .count
+        .is_some_and(|asked| usize::from(asked) != present.len())
+    {
+        if device.driver.is_none() || device.is_with_vfio() {
+            let driver = device.driver.clone();
+            return Err(VfsError::NoDriver { address, driver });
+        }
+        refuse_in_use(host, device, &present)?;
+    }
+    if let Some((&index, _)) = options
+        .settings
+        .iter()
+        .find(|(index, _)| **index as usize >= count)
+    {
+        let count = count as u32;
+        return Err(VfsError::NoFunction {
+            address,
+            index,
+            count,
+        });
+    }
+    if !options.settings.is_empty() && interface(&host.root, address).is_none() {
+        return Err(VfsError::NoInterface(address));
+    }
+    Ok(present)
+}
+
+fn refuse_in_use(host: &Host, device: &HostDevice, functions: &[Bdf]) -> Result<(), VfsError> {
+    let used = |&function: &Bdf| {
+        let uses = host
+            .usage(function)
+            .iter()
+            .filter(|usage| usage.prevents_bind());
+        let uses: Vec<_> = uses.cloned().collect();
+        (!uses.is_empty()).then_some((function, uses))
+    };
+    let uses: Vec<_> = functions.iter().filter_map(used).collect();
+    let address = device.address;
+    match uses.is_empty() {
+        true => Ok(()),
+        false => Err(VfsError::InUse { address, uses }),
+    }
+}
+
+fn remove(session: &mut Session<'_>, address: Bdf, functions: &[Bdf]) -> Result<(), ChangeError> {
+    let mut journal = Journal::read(session.root)?;
+    let removed = session.take(Step::Functions { address, count: 0 });
+    removed.map_err(ChangeError::Functions)?;
+    // What comes to their addresses is new.
+    functions
+        .iter()
+        .for_each(|&function| journal.remove(function));
+    journal.save(session).map_err(ChangeError::Functions)
+}
+
+fn make(
+    session: &mut Session<'_>,
+    address: Bdf,
+    count: u16,
+    options: &VfsOptions,
+    interface: Option<&str>,
+) -> Result<(), ChangeError> {
+    let autoprobe = root::text(&session.root.device(address).join("sriov_drivers_autoprobe"));
+    // A driver reads what its device is set to when it gets it.
+    let hold =
+        (options.no_autoprobe || !options.settings.is_empty()) && autoprobe.as_deref() == Some("1");
+    let mut steps = || {
+        if hold {
+            session.take(Step::Autoprobe { address, on: false })?;
+        }
+        session.take(Step::Functions { address, count })?;
+        if let Some(interface) = interface {
+            set_all(session, interface, options)?;
+        }
+        if hold {
+            session.take(Step::Autoprobe { address, on: true })?;
+        }
+        if hold && !options.no_autoprobe {
+            for (_, function) in functions(session.root, address) {
+                session.probe(function)?;
+            }
+        }
+        Ok(())
+    };
+    let result: Result<(), StepError> = steps();
+    result.map_err(|source| {
+        session.undo();
+        let mut undo = Vec::new();
+        if !functions(session.root, address).is_empty() {
+            undo.push(Step::Functions { address, count: 0 });
+        }
+        if hold {
+            undo.push(Step::Autoprobe { address, on: true });
+        }
+        for step in undo {
+            if let Err(error) = session.take(step) {
+                log::warn!("{error}");
+            }
+        }
+        ChangeError::Functions(source)
+    })
+}
+
+fn set_all(
+    session: &mut Session<'_>,
+    interface: &str,
+    options: &VfsOptions,
+) -> Result<(), StepError> {
+    for (&vf, settings) in &options.settings {
+        for &setting in settings {
+            session.take(Step::SetFunction {
+                interface: interface.to_owned(),
+                vf,
+                setting,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// What there is now.
+fn read(session: &mut Session<'_>, address: Bdf) -> Result<Functions, ChangeError> {
+    let host = Host::read(session.root)?;
+    let device = host.device(address).ok_or(VfsError::NotThere(address))?;
+    let interface = interface(session.root, address);
+    let states = interface.as_deref().and_then(|interface| {
+        let index = root::number(&folder(session.root, interface).join("ifindex"))?;
+        let states = session.kernel.vf_states(index);
+        states
+            .inspect_err(|error| log::warn!("{interface} does not tell of its functions: {error}"))
+            .ok()
+    });
+    let states = states.unwrap_or_default();
+    let functions = functions(session.root, address).into_iter();
+    let function = |(index, address): (u32, Bdf)| Function {
+        index,
+        address,
+        group: host.device(address).and_then(|device| device.group),
+        driver: host
+            .device(address)
+            .and_then(|device| device.driver.clone()),
+        state: states.get(&index).copied(),
+    };
+    let is_up = |interface: String| {
+        // IFF_UP is the lowest bit (linux/if.h).
+        let flags = root::hex(&folder(session.root, &interface).join("flags"));
+        (interface, flags.is_none_or(|flags| flags & 1 != 0))
+    };
+    Ok(Functions {
+        physical: address,
+        total: device.sriov.as_ref().map_or(0, |sriov| sriov.total),
+        functions: functions.map(function).collect(),
+        interface: interface.map(is_up),
+    })
+}
+
+/// The virtual functions by number, as the kernel's links `virtfnN` have them.
+fn functions(root: &SysRoot, address: Bdf) -> Vec<(u32, Bdf)> {
+    let folder = root.device(address);
+    let names = root::names(&folder);
+    let function = |name: &String| {
+        let index = name.strip_prefix("virtfn")?.parse().ok()?;
+        let address = root::link_name(&folder.join(name))?.parse().ok()?;
+        Some((index, address))
+    };
+    let mut functions: Vec<_> = names.iter().filter_map(function).collect();
+    functions.sort_unstable();
+    functions
+}
+
+fn folder(root: &SysRoot, interface: &str) -> std::path::PathBuf {
+    root.sys.join("class/net").join(interface)
+}
+
+/// The physical function's own network interface: the first that does not stand for another port or
+/// function behind it, which in a switch are named `pf0vf3`.
+fn interface(root: &SysRoot, address: Bdf) -> Option<String> {
+    let names = root::names(&root.device(address).join("net"));
+    let stands_for_another = |name: &String| {
+        let port = root::text(&folder(root, name).join("phys_port_name"));
+        port.is_some_and(|port| port.contains("vf") || port.contains("sf"))
+    };
+    names.into_iter().find(|name| !stands_for_another(name))
+}
