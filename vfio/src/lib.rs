@@ -17,10 +17,13 @@ mod clique;
 mod config;
 mod device_io;
 mod events;
-#[cfg(test)]
+#[cfg(any(test, feature = "hostile"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 mod fake;
 mod function;
 pub mod host;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod kernel_device;
 mod kvm;
 mod lists;
