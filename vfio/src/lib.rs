@@ -18,11 +18,14 @@ mod clique;
 mod config;
 mod device_io;
 mod events;
-#[cfg(test)]
+#[cfg(any(test, feature = "hostile"))]
+#[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 mod fake;
 mod function;
 mod handed;
 pub mod host;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod hot_reset;
 mod kernel_device;
 mod kvm;

@@ -98,7 +98,7 @@ impl Mapping {
     }
 
     /// Plain memory in a device's place, for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "hostile"))]
     pub(crate) fn anonymous(size: u64, place: u64) -> io::Result<Self> {
         Self::reserve(usize::try_from(size).unwrap_or(usize::MAX), place)
     }

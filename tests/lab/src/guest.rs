@@ -195,15 +195,15 @@ impl GuestRun {
                 add(&["-serial", "stdio", "-kernel", boot[0], "-initrd", boot[1]]);
                 add(&["-append", boot[2], "-smp", &self.cpus.to_string()]);
                 add(&["-m", &self.memory_mib.to_string()]);
-                for (port, address) in self.devices.iter().enumerate() {
+                for (port, functions) in functions_by_slot(&self.devices).iter().enumerate() {
                     add(&[
                         "-device",
                         &format!("pcie-root-port,id=port{port},chassis={port}"),
                     ]);
-                    add(&[
-                        "-device",
-                        &format!("vfio-pci,host={address},bus=port{port}"),
-                    ]);
+                    for (function, address) in functions.iter().enumerate() {
+                        let place = format!("bus=port{port},addr=0.{function},multifunction=on");
+                        add(&["-device", &format!("vfio-pci,host={address},{place}")]);
+                    }
                 }
             }
         }
@@ -392,7 +392,44 @@ impl GuestResult {
     }
 }
 
+/// Which host functions become those of one device in the guest: the first of a slot, and what follows
+/// it without a gap. Virtual functions share a slot's number, but leave gaps.
+fn functions_by_slot(addresses: &[String]) -> Vec<Vec<&str>> {
+    let mut slots: Vec<(&str, Vec<&str>)> = Vec::new();
+    for address in addresses {
+        let (slot, function) = address.rsplit_once('.').unwrap_or((address, "0"));
+        let follows = |(known, functions): &&mut (&str, Vec<&str>)| {
+            *known == slot && function == functions.len().to_string()
+        };
+        match slots.iter_mut().find(follows) {
+            Some((_, functions)) => functions.push(address),
+            None => slots.push((slot, vec![address])),
+        }
+    }
+    slots.into_iter().map(|(_, functions)| functions).collect()
+}
+
 /// A word as the shell reads it back.
 pub(crate) fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_of_one_device_stay_together_and_virtual_ones_do_not() {
+        let addresses = ["01:00.0", "02:00.0", "02:00.1", "03:10.0", "03:10.2"].map(str::to_owned);
+        let slots = functions_by_slot(&addresses);
+        assert_eq!(
+            slots,
+            [
+                vec!["01:00.0"],
+                vec!["02:00.0", "02:00.1"],
+                vec!["03:10.0"],
+                vec!["03:10.2"]
+            ]
+        );
+    }
 }

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::agent::Agent;
 use crate::config::{Accelerator, HostConfig, Iommu, Kernel};
+use crate::doorbell;
 use crate::job::{Folder, Job, Output};
 use crate::parts::{Extent, Parts};
 use crate::process::spawn_bound;
@@ -29,6 +30,8 @@ pub struct Host {
     agent: Arc<Agent>,
     qmp: Mutex<Qmp>,
     jobs: AtomicU64,
+    /// The servers' ends of the lines to doorbell devices: while they are open, the peers are there.
+    _doorbells: Vec<UnixStream>,
     config: HostConfig,
     parts: Parts,
     scratch: Scratch,
@@ -128,11 +131,21 @@ impl Host {
             .args(line_arguments("qmp", &qmp_end))
             .args(["-mon", "chardev=qmp,mode=control"])
             .stderr(log);
+        let mut inherited = vec![agent_end.into(), qmp_end.into()];
+        let mut servers = Vec::new();
+        for device in &config.devices {
+            if let zoo::Kind::IvshmemDoorbell { vectors } = device.kind {
+                let memory = folder.join(format!("{}.img", device.id));
+                let (server, end) = doorbell::serve(&memory, vectors)?;
+                command.args(line_arguments(&format!("{}-server", device.id), &end));
+                servers.push(server);
+                inherited.push(end.into());
+            }
+        }
         if console == Console::Log {
             command.stdin(Stdio::null()).stdout(Stdio::null());
         }
-        let child = spawn_bound(command, vec![agent_end.into(), qmp_end.into()])
-            .context("cannot start the lab's QEMU")?;
+        let child = spawn_bound(command, inherited).context("cannot start the lab's QEMU")?;
         let qemu = Qemu(child);
         let agent = Agent::new(line, logs)?;
         let qmp = Qmp::new(monitor).map_err(|_| agent.death("QEMU started"))?;
@@ -142,6 +155,7 @@ impl Host {
             agent,
             qmp: Mutex::new(qmp),
             jobs: AtomicU64::new(1),
+            _doorbells: servers,
             config: config.clone(),
             parts: parts.clone(),
             scratch,
@@ -169,9 +183,14 @@ impl Host {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// The file behind a drive.
+    /// The file behind a drive or a device's memory.
     pub fn backing_file(&self, id: &str) -> PathBuf {
         self.scratch.path().join(format!("{id}.img"))
+    }
+
+    /// The file that holds what a sound controller has played.
+    pub fn sound_file(&self, id: &str) -> PathBuf {
+        self.scratch.path().join(format!("{id}.wav"))
     }
 
     /// QEMU's machine protocol.

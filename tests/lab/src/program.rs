@@ -16,14 +16,23 @@ pub enum Profile {
     Release,
 }
 
-/// Builds `busway`, and returns its path.
+/// Builds `busway`, and returns its path; or that of one built already, which `BUSWAY_LAB_PROGRAM` names,
+/// such as a package's.
 pub fn build_busway(profile: Profile) -> Result<PathBuf> {
+    if let Some(path) = env::var_os("BUSWAY_LAB_PROGRAM") {
+        return Ok(path.into());
+    }
     build_static("busway", "busway", profile)
 }
 
 /// Builds `lab-io`, which writes and verifies whole drives, and returns its path.
 pub fn build_lab_io() -> Result<PathBuf> {
     build_static("busway-lab", "lab-io", Profile::Lab)
+}
+
+/// Builds `lab-pci`, which drives devices from a guest's user space, and returns its path.
+pub fn build_lab_pci() -> Result<PathBuf> {
+    build_static("busway-lab", "lab-pci", Profile::Lab)
 }
 
 /// Builds a program of the workspace, static so that it runs whatever C library is there, and

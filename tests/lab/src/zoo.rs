@@ -9,8 +9,8 @@ pub struct Device {
     pub id: String,
     /// What it is.
     pub kind: Kind,
-    /// Its function number, where it shares a host device with the one before it; else 0.
-    pub function: u8,
+    /// The device, by its id, whose further function it is: behind the same root port, in the same group.
+    pub beside: Option<String>,
 }
 
 /// What a device is, and what is particular to it.
@@ -39,9 +39,14 @@ pub enum Kind {
         /// The BAR's size.
         size_mib: u64,
     },
-    /// A USB 3 controller.
+    /// The same with a small BAR and MSI-X, but no DMA. It is its own and only peer.
+    IvshmemDoorbell {
+        /// How many vectors it has.
+        vectors: u16,
+    },
+    /// A USB 3 controller with a disk.
     Xhci,
-    /// A sound controller.
+    /// A sound controller with a codec, whose output the outer machine finds in a file.
     Hda,
 }
 
@@ -50,13 +55,13 @@ impl Device {
         Self {
             id: id.to_owned(),
             kind,
-            function: 0,
+            beside: None,
         }
     }
 
-    /// Makes it function `number` of the device that the one before it is function 0 of.
-    pub fn function(mut self, number: u8) -> Self {
-        self.function = number;
+    /// Makes it a further function of another device, named by its id, which has to come before it.
+    pub fn beside(mut self, first: &str) -> Self {
+        self.beside = Some(first.to_owned());
         self
     }
 
@@ -101,7 +106,12 @@ impl Device {
         Self::new(id, Kind::IvshmemPlain { size_mib })
     }
 
-    /// A USB controller.
+    /// An `ivshmem-doorbell` with so many vectors.
+    pub fn doorbell(id: &str, vectors: u16) -> Self {
+        Self::new(id, Kind::IvshmemDoorbell { vectors })
+    }
+
+    /// A USB controller with a disk of [`USB_DISK_MIB`].
     pub fn xhci(id: &str) -> Self {
         Self::new(id, Kind::Xhci)
     }
@@ -112,7 +122,7 @@ impl Device {
     }
 
     /// The device that a command line means: `nvme`, `nvme:SIZE_MIB`, `e1000e`, `igb`, `e1000`, `rtl8139`, `edu`,
-    /// `ivshmem:SIZE_MIB`, `xhci` or `hda`.
+    /// `ivshmem:SIZE_MIB`, `doorbell`, `xhci` or `hda`.
     pub fn parse(id: &str, text: &str) -> Result<Self, String> {
         let (name, size) = match text.split_once(':') {
             None => (text, None),
@@ -132,6 +142,7 @@ impl Device {
             ("e1000", _) => Self::e1000(id),
             ("rtl8139", _) => Self::rtl8139(id),
             ("edu", _) => Self::edu(id),
+            ("doorbell", _) => Self::doorbell(id, 4),
             ("xhci", _) => Self::xhci(id),
             ("hda", _) => Self::hda(id),
             _ => return Err(format!("the zoo has no {name:?}")),
@@ -144,53 +155,90 @@ impl Device {
 
     /// The file behind the device, to be made in the host's scratch folder, with its size in bytes.
     pub(crate) fn backing(&self) -> Option<(String, u64)> {
-        match self.kind {
-            Kind::Nvme { size_mib, .. } => Some((format!("{}.img", self.id), size_mib << 20)),
-            _ => None,
-        }
+        let size_mib = match self.kind {
+            Kind::Nvme { size_mib, .. } | Kind::IvshmemPlain { size_mib } => size_mib,
+            Kind::IvshmemDoorbell { .. } => DOORBELL_MIB,
+            Kind::Xhci => USB_DISK_MIB,
+            _ => return None,
+        };
+        Some((format!("{}.img", self.id), size_mib << 20))
     }
 
-    fn arguments(&self, bus: &str, scratch: &Path) -> Vec<String> {
+    /// `place` is the bus, and the function's address there if it is one of several.
+    fn arguments(&self, place: &str, scratch: &Path) -> Vec<String> {
         let id = &self.id;
+        let scratch = scratch.display();
+        let option = |value: String| ["-device".to_owned(), value];
+        let with = |name: &str, value: String| [name.to_owned(), value];
         let nic = |model: &str| {
-            vec![
-                "-netdev".to_owned(),
-                format!("user,id={id}-net"),
-                "-device".to_owned(),
-                format!("{model},id={id},netdev={id}-net,bus={bus}"),
+            [
+                with("-netdev", format!("user,id={id}-net")),
+                option(format!("{model},id={id},netdev={id}-net,{place}")),
             ]
+            .concat()
         };
-        let plain = |model: &str| vec!["-device".to_owned(), format!("{model},id={id},bus={bus}")];
+        let drive = with(
+            "-drive",
+            format!("file={scratch}/{id}.img,format=raw,if=none,id={id}-drive"),
+        );
         match &self.kind {
-            Kind::Nvme { serial, .. } => vec![
-                "-drive".to_owned(),
-                format!(
-                    "file={}/{id}.img,format=raw,if=none,id={id}-drive",
-                    scratch.display()
-                ),
-                "-device".to_owned(),
-                format!("nvme,id={id},drive={id}-drive,serial={serial},bus={bus}"),
-            ],
+            Kind::Nvme { serial, .. } => [
+                drive,
+                option(format!(
+                    "nvme,id={id},drive={id}-drive,serial={serial},{place}"
+                )),
+            ]
+            .concat(),
             Kind::E1000e => nic("e1000e"),
             Kind::Igb => nic("igb"),
             Kind::E1000 => nic("e1000"),
             Kind::Rtl8139 => nic("rtl8139"),
-            // Its DMA engine reaches 28 bits of address unless told otherwise.
-            Kind::Edu => vec![
-                "-device".to_owned(),
-                format!("edu,id={id},dma_mask={},bus={bus}", u64::MAX),
-            ],
-            Kind::IvshmemPlain { size_mib } => vec![
-                "-object".to_owned(),
-                format!("memory-backend-memfd,id={id}-memory,size={size_mib}M,share=on"),
-                "-device".to_owned(),
-                format!("ivshmem-plain,id={id},memdev={id}-memory,bus={bus}"),
-            ],
-            Kind::Xhci => plain("qemu-xhci"),
-            Kind::Hda => plain("intel-hda"),
+            // Its own DMA engine reaches 28 bits, which no guest's memory has to be within.
+            Kind::Edu => option(format!("edu,id={id},dma_mask={},{place}", u64::MAX)).to_vec(),
+            Kind::IvshmemPlain { size_mib } => [
+                with(
+                    "-object",
+                    format!(
+                        "memory-backend-file,id={id}-memory,mem-path={scratch}/{id}.img,\
+                         size={size_mib}M,share=on"
+                    ),
+                ),
+                option(format!("ivshmem-plain,id={id},memdev={id}-memory,{place}")),
+            ]
+            .concat(),
+            // The server's end of the line is `Host`'s.
+            Kind::IvshmemDoorbell { vectors } => option(format!(
+                "ivshmem-doorbell,id={id},chardev={id}-server,vectors={vectors},{place}"
+            ))
+            .to_vec(),
+            Kind::Xhci => [
+                drive,
+                option(format!("qemu-xhci,id={id},{place}")),
+                option(format!(
+                    "usb-storage,drive={id}-drive,bus={id}.0,serial={id}"
+                )),
+            ]
+            .concat(),
+            // Without a mixer there is nothing that a driver would mute.
+            Kind::Hda => [
+                with(
+                    "-audiodev",
+                    format!("wav,id={id}-audio,path={scratch}/{id}.wav"),
+                ),
+                option(format!("intel-hda,id={id},{place}")),
+                option(format!(
+                    "hda-output,bus={id}.0,audiodev={id}-audio,mixer=off"
+                )),
+            ]
+            .concat(),
         }
     }
 }
+
+/// The size of a USB disk.
+pub const USB_DISK_MIB: u64 = 16;
+/// The size of the memory that an `ivshmem-doorbell` has beside its vectors.
+const DOORBELL_MIB: u64 = 1;
 
 /// The address by which whoever is on an emulated NIC's network reaches a server on the outer machine's 127.0.0.1.
 pub const GATEWAY: &str = "10.0.2.2";
@@ -212,22 +260,26 @@ pub(crate) fn arguments(devices: &[Device], scratch: &Path) -> Vec<String> {
         arguments.push("-device".to_owned());
         arguments.push(format!("pcie-pci-bridge,id=conventional,bus={bus}"));
     }
-    let mut bus = String::new();
-    for (index, device) in devices.iter().enumerate() {
-        let mut place = String::new();
-        if device.function > 0 {
-            place = format!(",addr=0.{}", device.function);
-        } else {
-            bus = match device.is_conventional() {
-                true => "conventional".to_owned(),
-                false => root_port(&mut arguments),
-            };
-            let next = devices.get(index + 1);
-            if next.is_some_and(|next| next.function > 0) {
-                place = ",multifunction=on,addr=0.0".to_owned();
-            }
+    let functions_of = |id: &str| {
+        let beside = |device: &&Device| device.beside.as_deref() == Some(id);
+        devices.iter().filter(beside).collect::<Vec<_>>()
+    };
+    for device in devices.iter().filter(|device| device.beside.is_none()) {
+        let bus = match device.is_conventional() {
+            true => "conventional".to_owned(),
+            false => root_port(&mut arguments),
+        };
+        let more = functions_of(&device.id);
+        if more.is_empty() {
+            arguments.extend(device.arguments(&format!("bus={bus}"), scratch));
+            continue;
         }
-        arguments.extend(device.arguments(&format!("{bus}{place}"), scratch));
+        let place = format!("bus={bus},multifunction=on,addr=0.0");
+        arguments.extend(device.arguments(&place, scratch));
+        for (function, device) in (1..).zip(more) {
+            let place = format!("bus={bus},addr=0.{function}");
+            arguments.extend(device.arguments(&place, scratch));
+        }
     }
     arguments
 }
@@ -268,16 +320,17 @@ mod tests {
     }
 
     #[test]
-    fn functions_of_one_device_share_its_port() {
+    fn further_functions_share_the_first_ones_port() {
         let zoo = [
             Device::nvme("a", 8),
-            Device::e1000e("b").function(1),
+            Device::edu("b").beside("a"),
             Device::edu("c"),
         ];
-        let arguments = arguments(&zoo, Path::new("/tmp")).join(" ");
-        assert!(arguments.contains("serial=A,bus=port1,multifunction=on,addr=0.0"));
-        assert!(arguments.contains("netdev=b-net,bus=port1,addr=0.1"));
-        assert!(arguments.ends_with("edu,id=c,bus=port2"));
+        let arguments = arguments(&zoo, Path::new("/tmp"));
+        let ending = |end: &str| arguments.iter().filter(|each| each.ends_with(end)).count();
+        assert_eq!(ending("bus=port1,multifunction=on,addr=0.0"), 1);
+        assert_eq!(ending("bus=port1,addr=0.1"), 1);
+        assert_eq!(ending("bus=port2"), 1);
     }
 
     #[test]

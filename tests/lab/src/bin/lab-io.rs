@@ -5,18 +5,18 @@
 //!     lab-io verify DEVICE SEED [PLACE]
 //!
 //! PLACE is `low` or `high`: buffers below or above 4 GiB, for proof that DMA reaches both sides of
-//! the hole. Every 512-byte sector holds its own number, the seed, and a stream drawn from both, so a
-//! sector that is stale, misplaced or torn is found and named.
+//! the hole.
 
 use std::alloc::Layout;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use busway_lab::pattern::{check, fill};
+use busway_lab::physical_address;
 
-const SECTOR: usize = 512;
 const CHUNK: usize = 256 << 10;
 const BLOCK: usize = 2 << 20;
 const FOUR_GIB: u64 = 4 << 30;
@@ -123,85 +123,6 @@ fn place_block(place: Option<&str>) -> Result<(Box<Block>, u64)> {
         ensure!(
             elsewhere.len() < 4096,
             "8 GiB allocated, and none of it on the wanted side"
-        );
-    }
-}
-
-/// From `/proc/self/pagemap`: bits 0 to 54 are the page frame number, bit 63 says present.
-/// Linux, Documentation/admin-guide/mm/pagemap.rst.
-fn physical_address(byte: &u8) -> Result<u64> {
-    let virtual_address = std::ptr::from_ref(byte) as u64;
-    let mut entry = [0; 8];
-    File::open("/proc/self/pagemap")?.read_exact_at(&mut entry, virtual_address / 4096 * 8)?;
-    let entry = u64::from_ne_bytes(entry);
-    let frame = entry & ((1 << 55) - 1);
-    ensure!(
-        entry >> 63 == 1 && frame != 0,
-        "pagemap hides frame numbers: root is needed"
-    );
-    Ok(frame * 4096 + virtual_address % 4096)
-}
-
-fn fill(buffer: &mut [u8], offset: u64, seed: u64) {
-    for (index, sector) in buffer.chunks_exact_mut(SECTOR).enumerate() {
-        let number = offset / SECTOR as u64 + index as u64;
-        for (word, bytes) in stream(number, seed).zip(sector.chunks_exact_mut(8)) {
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
-    }
-}
-
-fn check(buffer: &[u8], offset: u64, seed: u64) -> Result<()> {
-    for (index, sector) in buffer.chunks_exact(SECTOR).enumerate() {
-        let number = offset / SECTOR as u64 + index as u64;
-        for (place, (word, bytes)) in stream(number, seed).zip(sector.chunks_exact(8)).enumerate() {
-            if bytes != word.to_le_bytes() {
-                let found: Vec<String> = sector
-                    .iter()
-                    .take(16)
-                    .map(|byte| format!("{byte:02x}"))
-                    .collect();
-                bail!(
-                    "sector {number} differs at byte {}: it begins {}",
-                    place * 8,
-                    found.join(" ")
-                );
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The sector's number, the seed, then 62 words of SplitMix64 started from both.
-fn stream(number: u64, seed: u64) -> impl Iterator<Item = u64> {
-    let mut state = number.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ seed;
-    let words = std::iter::repeat_with(move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut word = state;
-        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        word ^ (word >> 31)
-    });
-    [number, seed].into_iter().chain(words)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_filled_checks_and_a_flipped_bit_or_a_moved_sector_does_not() {
-        let mut buffer = vec![0; 4 * SECTOR];
-        fill(&mut buffer, 8192, 7);
-        check(&buffer, 8192, 7).unwrap();
-        assert!(check(&buffer, 8192, 8).is_err());
-        assert!(check(&buffer, 4096, 7).is_err());
-        buffer[3 * SECTOR - 1] ^= 1;
-        assert!(
-            check(&buffer, 8192, 7)
-                .unwrap_err()
-                .to_string()
-                .contains("sector 18")
         );
     }
 }
