@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{BarIndex, BarPart, BarRegion, Msi, Msix, PciFunction, spec};
 
+use crate::aer::is_silent;
 use crate::clique::Clique;
 use crate::config::{GuestConfig, Settled, read_dword};
 use crate::lists::{self, List};
@@ -231,7 +232,11 @@ impl AssignedFunction {
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
-        reset_device(&self.name, &*self.io);
+        // The kernel would wait a minute for one that is gone to come out of its reset.
+        match is_silent(&*self.io) {
+            true => log::debug!("{} does not answer, and is not reset", self.name),
+            false => reset_device(&self.name, &*self.io),
+        }
         state.config.reset(&*self.io);
     }
 }
