@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec};
 
+use crate::aer::is_silent;
 use crate::clique::Clique;
 use crate::config::{GuestConfig, Settled, read_dword};
 use crate::lists::{self, List};
@@ -277,13 +278,14 @@ impl AssignedFunction {
         if let Some(pin) = &mut state.pin {
             pin.disconnect(&mut state.config);
         }
-        if let Some(pin) = &mut state.pin {
-            pin.disconnect(&mut state.config);
-        }
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
-        reset(&self.reset);
+        // The kernel would wait a minute for one that is gone to come out of its reset.
+        match is_silent(&*self.io) {
+            true => log::debug!("{} does not answer, and is not reset", self.name),
+            false => reset(&self.reset),
+        }
         state.config.reset(&*self.io);
     }
 

@@ -547,7 +547,7 @@ fn interrupt_status_is_the_devices_where_it_has_a_pin_and_zero_elsewhere() {
         fake.set_config(0x3d, &[pin]);
         let (_, _, function) = function(fake);
         assert_eq!(read(&function, 4) >> 16, status);
-        assert_eq!(read(&function, 0x3c) >> 8, pin.into());
+        assert_eq!(read(&function, 0x3c) >> 8, u32::from(pin));
     }
     let mut unusable = msi_only(8);
     unusable.intx.count = 0;

@@ -217,6 +217,7 @@ pub(super) fn assign(
     let wiring = Wiring {
         routes: routes.clone(),
         lines: Arc::new(FakeLines::default()),
+        resets: Arc::default(),
     };
     AssignedFunction::new("fake", fake.clone(), wiring, &AssignOptions::default()).ok()
 }
