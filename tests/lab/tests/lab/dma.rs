@@ -263,7 +263,7 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
              grep flags /proc/{pid}/fdinfo/${{n##*/}};; esac; done"
         ))?;
         let result = running.finish()?.success()?;
-        ensure!(result.value("serial")? == "NV0", "another drive");
+        ensure!(result.value("serial")?.trim() == "NV0", "another drive");
         ensure!(user.trim() == NOBODY.to_string(), "it is user {user}");
         // O_CLOEXEC is 02000000.
         let kept = flags.lines().filter(|line| !line.ends_with("2100002"));
