@@ -10,7 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::bars::Bars;
 use crate::config::{ConfigSpace, Identity};
 use crate::function::{BarIndex, BarKind, BarMapper, BarRegion, PciFunction};
-use crate::interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError, VectorOwner};
+use crate::interrupt::{
+    InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage, PinOwner,
+    RouteError, VectorOwner,
+};
+use crate::intx::InterruptPin;
 
 pub(crate) const MEMORY_32: BarKind = BarKind::Memory32 {
     prefetchable: false,
@@ -116,10 +120,16 @@ pub(crate) struct FakeOwner {
     /// First vector and how many, of each call.
     pub(crate) connects: Vec<(u16, usize)>,
     pub(crate) disconnects: usize,
+    pub(crate) enables: usize,
     pub(crate) refuses: bool,
 }
 
 impl VectorOwner for FakeOwner {
+    fn enable(&mut self) -> io::Result<()> {
+        self.enables += 1;
+        Ok(())
+    }
+
     fn connect(&mut self, first: u16, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         if self.refuses {
             return Err(io::Error::other("refused"));
@@ -130,6 +140,104 @@ impl VectorOwner for FakeOwner {
 
     fn disconnect_all(&mut self) {
         self.disconnects += 1;
+    }
+}
+
+/// Lines to a guest, counted.
+#[derive(Debug, Default)]
+pub(crate) struct FakeLines {
+    made: Mutex<Vec<InterruptPin>>,
+    up: Arc<AtomicUsize>,
+    exhausted: Mutex<bool>,
+}
+
+impl FakeLines {
+    /// The pins that were ever connected.
+    pub(crate) fn made(&self) -> Vec<InterruptPin> {
+        lock(&self.made).clone()
+    }
+
+    /// How many lines there are now.
+    pub(crate) fn up(&self) -> usize {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn exhaust(&self, exhausted: bool) {
+        *lock(&self.exhausted) = exhausted;
+    }
+}
+
+impl InterruptLines for FakeLines {
+    fn connect(&self, pin: InterruptPin) -> Result<Arc<dyn InterruptLine>, RouteError> {
+        if *lock(&self.exhausted) {
+            return Err(RouteError::Exhausted { limit: 0 });
+        }
+        lock(&self.made).push(pin);
+        self.up.fetch_add(1, Ordering::Relaxed);
+        Ok(Arc::new(FakeLine {
+            event: File::open("/dev/null").unwrap(),
+            up: self.up.clone(),
+        }))
+    }
+}
+
+#[derive(Debug)]
+struct FakeLine {
+    event: File,
+    up: Arc<AtomicUsize>,
+}
+
+impl InterruptLine for FakeLine {
+    fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    fn resample(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+impl Drop for FakeLine {
+    fn drop(&mut self) {
+        self.up.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A pin that keeps what it was told.
+#[derive(Debug)]
+pub(crate) struct FakePinOwner {
+    lines: Arc<FakeLines>,
+    pub(crate) connected: bool,
+    pub(crate) refuses: bool,
+    /// How many lines there were at each time of being told to be silent.
+    pub(crate) lines_at_disconnect: Vec<usize>,
+}
+
+impl FakePinOwner {
+    pub(crate) fn watching(lines: &Arc<FakeLines>) -> Self {
+        Self {
+            lines: lines.clone(),
+            connected: false,
+            refuses: false,
+            lines_at_disconnect: Vec::new(),
+        }
+    }
+}
+
+impl PinOwner for FakePinOwner {
+    fn connect(&mut self, _event: BorrowedFd<'_>, _resample: BorrowedFd<'_>) -> io::Result<()> {
+        assert!(!self.connected, "connected twice");
+        if self.refuses {
+            return Err(io::Error::other("refused"));
+        }
+        self.connected = true;
+        Ok(())
+    }
+
+    fn disconnect(&mut self) {
+        assert!(self.connected, "disconnected what was not connected");
+        self.connected = false;
+        self.lines_at_disconnect.push(self.lines.up());
     }
 }
 

@@ -93,8 +93,32 @@ pub trait InterruptLine: Send + Sync + Debug {
     fn resample(&self) -> BorrowedFd<'_>;
 }
 
+/// The source of a function's wired interrupt: told when its pin has a way to the guest.
+pub trait PinOwner {
+    /// From now on the pin signals `event` and masks itself then, and unmasks itself whenever
+    /// `resample` is signalled.
+    ///
+    /// # Errors
+    /// The device could not be told; the pin signals nothing.
+    fn connect(&mut self, event: BorrowedFd<'_>, resample: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// The pin signals nothing any more. The eventfds close after this.
+    fn disconnect(&mut self);
+}
+
 /// The source of a function's message-signalled interrupts: told when a vector gets its eventfd.
 pub trait VectorOwner {
+    /// The guest enabled MSI-X, and no vector is connected yet. The device is to be in that mode
+    /// from now on, for firmware and drivers of it may look; what it sends on a vector that is not
+    /// connected stays pending in it.
+    ///
+    /// # Errors
+    /// The device could not be told; the error is logged, and it is tried again with the first
+    /// vector.
+    fn enable(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// From now on vector `first + i` signals `events[i]`. MSI connects all its vectors in one call;
     /// MSI-X one at a time, when the guest first unmasks it, and the other vectors must not be
     /// disturbed by that. The eventfds stay open until [`disconnect_all`](Self::disconnect_all).

@@ -1,8 +1,13 @@
-//! The wired interrupts' pins, and how they are told apart behind bridges.
+//! The wired interrupts' pins: how they are told apart behind bridges, and when a function's has a
+//! way to the guest.
 //!
-//! A pin's level and what it is wired to are not here.
+//! A pin's level is between the device and the interrupt controller; what it is wired to is the
+//! machine's to say.
+
+use std::sync::Arc;
 
 use crate::address::Device;
+use crate::interrupt::{InterruptLine, InterruptLines, PinOwner, RouteError};
 
 /// One of a device's four interrupt pins. PCIe 6.0 §6.1.2 and §7.5.1.1.13.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,9 +51,118 @@ impl InterruptPin {
     }
 }
 
+/// A pin could not be connected.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// its line to the guest cannot be had: {0}
+    #[error("its line to the guest cannot be had: {0}")]
+    Line(#[from] RouteError),
+    /// {0}
+    #[error("{0}")]
+    Device(#[source] std::io::Error),
+}
+
+/// The wired interrupt of a function whose device masks itself when it has signalled. PCIe 6.0
+/// §6.1.2.
+///
+/// The pin has a way to the guest while neither MSI nor MSI-X is enabled (§6.1.4), from the state at
+/// reset on. The command register's interrupt disable bit (§7.5.1.1.3) is the device's to heed, and
+/// takes nothing down: a guest may turn it at each interrupt. It belongs to the function that has it
+/// and is locked with it.
+#[derive(Debug)]
+pub struct Intx {
+    pin: InterruptPin,
+    lines: Arc<dyn InterruptLines>,
+    line: Option<Arc<dyn InterruptLine>>,
+    name: Box<str>,
+    complained: bool,
+}
+
+impl Intx {
+    /// A pin that is not connected yet, of the function called `name` in the log.
+    #[must_use]
+    pub fn new(
+        pin: InterruptPin,
+        lines: Arc<dyn InterruptLines>,
+        name: impl Into<Box<str>>,
+    ) -> Self {
+        Self {
+            pin,
+            lines,
+            line: None,
+            name: name.into(),
+            complained: false,
+        }
+    }
+
+    /// Which pin it is.
+    #[must_use]
+    pub fn pin(&self) -> InterruptPin {
+        self.pin
+    }
+
+    /// Whether it has a way to the guest now.
+    #[must_use]
+    pub fn connected(&self) -> bool {
+        self.line.is_some()
+    }
+
+    /// Connects the pin; nothing where it is.
+    ///
+    /// # Errors
+    /// [`PinError`]; it stays unconnected.
+    pub fn connect(&mut self, owner: &mut dyn PinOwner) -> Result<(), PinError> {
+        if self.line.is_none() {
+            let line = self.lines.connect(self.pin)?;
+            owner
+                .connect(line.event(), line.resample())
+                .map_err(PinError::Device)?;
+            self.line = Some(line);
+        }
+        Ok(())
+    }
+
+    /// Disconnects the pin; nothing where it is not. The source stops signalling first; only then do
+    /// the eventfds close.
+    pub fn disconnect(&mut self, owner: &mut dyn PinOwner) {
+        if let Some(line) = self.line.take() {
+            owner.disconnect();
+            drop(line);
+        }
+    }
+
+    /// Brings the pin in line with whether the function uses messages, MSI or MSI-X. What fails is
+    /// tried again at the next time of calling; the first failure is a warning.
+    pub fn settle(&mut self, messages: bool, owner: &mut dyn PinOwner) {
+        if messages {
+            self.disconnect(owner);
+        } else if let Err(error) = self.connect(owner) {
+            let level = match std::mem::replace(&mut self.complained, true) {
+                false => log::Level::Warn,
+                true => log::Level::Debug,
+            };
+            log::log!(
+                level,
+                "{}: its interrupt pin is not connected: {error}; this is tried again when the \
+                 guest next writes the command register",
+                self.name
+            );
+        }
+    }
+}
+
+impl std::fmt::Display for InterruptPin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "INT{self:?}")
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::fake::{FakeLines, FakePinOwner};
 
     #[test]
     fn pins_round_trip_through_the_register() {
@@ -66,5 +180,53 @@ mod tests {
         let [a, b, c, d] = InterruptPin::ALL;
         assert_eq!(pins(1), [b, c, d, a]);
         assert_eq!(pins(31), [d, a, b, c]);
+    }
+
+    #[test]
+    fn the_source_stops_before_the_line_goes() {
+        let lines = Arc::new(FakeLines::default());
+        let mut intx = Intx::new(InterruptPin::C, lines.clone(), "test");
+        let mut owner = FakePinOwner::watching(&lines);
+        intx.settle(false, &mut owner);
+        intx.settle(false, &mut owner);
+        assert_eq!((lines.made(), lines.up()), (vec![InterruptPin::C], 1));
+        intx.settle(true, &mut owner);
+        assert_eq!((lines.up(), owner.lines_at_disconnect), (0, vec![1]));
+    }
+
+    #[test]
+    fn what_the_device_refuses_leaves_no_line_and_is_tried_again() {
+        let lines = Arc::new(FakeLines::default());
+        let mut intx = Intx::new(InterruptPin::A, lines.clone(), "test");
+        let mut owner = FakePinOwner::watching(&lines);
+        owner.refuses = true;
+        assert!(matches!(intx.connect(&mut owner), Err(PinError::Device(_))));
+        assert!(!intx.connected() && lines.up() == 0);
+        owner.refuses = false;
+        intx.settle(false, &mut owner);
+        assert!(intx.connected());
+        assert!(owner.lines_at_disconnect.is_empty());
+    }
+
+    proptest! {
+        /// However modes change and whatever fails: the pin is connected only while no message is,
+        /// the device is told of each change once, and no line is left behind.
+        #[test]
+        fn a_line_is_there_exactly_while_the_device_was_told_of_it(
+            steps in prop::collection::vec((any::<bool>(), any::<bool>(), any::<bool>()), 0..40),
+        ) {
+            let lines = Arc::new(FakeLines::default());
+            let mut intx = Intx::new(InterruptPin::B, lines.clone(), "test");
+            let mut owner = FakePinOwner::watching(&lines);
+            for (messages, refuses, exhausted) in steps {
+                owner.refuses = refuses;
+                lines.exhaust(exhausted);
+                let before = intx.connected();
+                intx.settle(messages, &mut owner);
+                prop_assert_eq!(intx.connected(), !messages && (before || !refuses && !exhausted));
+                prop_assert_eq!(lines.up(), usize::from(intx.connected()));
+                prop_assert_eq!(owner.connected, intx.connected());
+            }
+        }
     }
 }

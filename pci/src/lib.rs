@@ -39,10 +39,10 @@ pub use function::{
 };
 pub use host_bridge::HostBridge;
 pub use interrupt::{
-    InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage, RouteError,
-    VectorOwner,
+    InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage, PinOwner,
+    RouteError, VectorOwner,
 };
-pub use intx::InterruptPin;
+pub use intx::{InterruptPin, Intx, PinError};
 pub use link::{Link, LinkSpeed};
 pub use msi::{Msi, MsiFeatures};
 pub use msix::{Msix, MsixLocation};

@@ -124,6 +124,12 @@ impl Msi {
         self.enabled
     }
 
+    /// How many vectors the function asks for.
+    #[must_use]
+    pub fn vectors(&self) -> u8 {
+        1 << self.features.log2()
+    }
+
     /// How many vectors have a route to the guest now.
     #[must_use]
     pub fn connected(&self) -> usize {
@@ -305,12 +311,18 @@ impl Msi {
         Ok(())
     }
 
+    /// A masked vector takes over its message when its mask goes: the guest may write the message in
+    /// pieces till then, and moves an interrupt with one update.
     fn refresh(&mut self) -> Result<(), VectorError> {
         let vectors = 0..self.count();
         let wanted: Vec<_> = vectors.map(|v| (self.message(v), self.masked(v))).collect();
         for (connection, (message, masked)) in self.connections.iter_mut().zip(wanted) {
-            connection.retarget(message)?;
-            connection.mask(masked)?;
+            if masked {
+                connection.mask(true)?;
+            } else {
+                connection.retarget(message)?;
+                connection.mask(false)?;
+            }
         }
         Ok(())
     }

@@ -170,12 +170,14 @@ impl Msix {
         let enable = control & spec::MSIX_CONTROL_ENABLE != 0;
         let mask = control & spec::MSIX_CONTROL_MASK != 0;
         let changed = (enable, mask) != (self.enabled, self.function_masked);
-        let disable = self.enabled && !enable;
-        self.enabled = enable;
+        let was_enabled = std::mem::replace(&mut self.enabled, enable);
         self.function_masked = mask;
-        if disable {
+        if was_enabled && !enable {
             self.disconnect(owner);
         } else if changed && enable {
+            if !was_enabled && let Err(error) = owner.enable() {
+                self.complaints.make("MSI-X", &VectorError::Device(error));
+            }
             for vector in 0..self.vectors() {
                 self.settle(vector, owner);
             }
@@ -222,7 +224,7 @@ impl Msix {
     }
 
     /// Reads the PBA, `offset` bytes from its start; zeros beyond its end. A bit is set while an
-    /// interrupt is held back by a mask.
+    /// interrupt is held back by a mask: here, not in the source.
     pub fn pba_read(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..=u64::MAX).zip(data) {
             let first = usize::try_from(at).ok().and_then(|at| at.checked_mul(8));
@@ -231,6 +233,23 @@ impl Msix {
                 .zip(vectors.unwrap_or_default())
                 .filter(|(_, vector)| vector.pending())
                 .fold(0, |byte, (bit, _)| byte | 1 << bit);
+        }
+    }
+
+    /// Adds to what [`pba_read`](Self::pba_read) gave the bits of the source's own PBA, read at the
+    /// same offset: those of vectors that are not connected, for the source has them masked.
+    pub fn pba_add(&self, offset: u64, data: &mut [u8], source: &[u8]) {
+        if !self.enabled {
+            return;
+        }
+        for ((at, byte), source) in (offset..=u64::MAX).zip(data).zip(source) {
+            let first = usize::try_from(at).ok().and_then(|at| at.checked_mul(8));
+            let vectors = first.and_then(|first| self.vectors.get(first..));
+            *byte |= (0..8)
+                .zip(vectors.unwrap_or_default())
+                .filter(|(_, vector)| vector.connection.is_none())
+                .fold(0, |mask, (bit, _)| mask | 1 << bit)
+                & source;
         }
     }
 
@@ -248,6 +267,12 @@ impl Msix {
             Some(connection) => connection.trigger(),
             None => vector.pending = true,
         }
+    }
+
+    /// Whether the guest enabled MSI-X.
+    #[must_use]
+    pub fn enabled(&self) -> bool {
+        self.enabled
     }
 
     /// How many vectors have a route to the guest now.

@@ -1,7 +1,7 @@
 //! The guest's view of a device's configuration space: for each bit, whether the device answers or
 //! Busway does. Built once from the policy's table and the device's lists.
 
-use busway_pci::{Bars, ConfigSpace, Identity, spec};
+use busway_pci::{Bars, ConfigSpace, Identity, InterruptPin, spec};
 
 use crate::lists::{Kept, List};
 use crate::policy::{self, Action, Rule};
@@ -44,8 +44,10 @@ pub(crate) struct GuestConfig {
     power: Option<Power>,
     /// What registers held at power-on that the guest writes in the device: where, what, which bits.
     fresh: Vec<(u16, u8, u8)>,
-    /// Bits of the device's command register that stay set whatever the guest writes.
-    held_command: u16,
+    /// Decoding, which stays on in the device whatever the guest writes.
+    decoding: u16,
+    /// The guest's interrupt disable bit is told to the device; else it is disabled there.
+    pin_connected: bool,
 }
 
 impl GuestConfig {
@@ -72,9 +74,8 @@ impl GuestConfig {
             reset_wanted: false,
             power: None,
             fresh: Vec::new(),
-            held_command: bit(has(true), spec::COMMAND_IO)
-                | bit(has(false), spec::COMMAND_MEMORY)
-                | spec::COMMAND_INTX_DISABLE,
+            decoding: bit(has(true), spec::COMMAND_IO) | bit(has(false), spec::COMMAND_MEMORY),
+            pin_connected: false,
         };
         for rule in policy::HEADER {
             config.apply(io, 0, spec::HEADER_SIZE, rule);
@@ -326,7 +327,40 @@ impl GuestConfig {
 
     /// Takes bus mastering from the device, so that it cannot touch memory, and leaves decoding on.
     pub(crate) fn quieten(&self, io: &dyn DeviceIo) {
-        write_aligned(io, spec::COMMAND, &self.held_command.to_le_bytes());
+        write_aligned(io, spec::COMMAND, &self.held_command().to_le_bytes());
+    }
+
+    /// Says whether the guest has the device's interrupt pin; none has one before.
+    pub(crate) fn set_pin(&mut self, io: &dyn DeviceIo, pin: Option<InterruptPin>) {
+        let register = pin.map_or(0, InterruptPin::register);
+        self.define(spec::INTERRUPT_PIN, register, 0);
+        if pin.is_none() {
+            let status = Rule {
+                offset: spec::STATUS & !3,
+                mask: u32::from(spec::STATUS_INTERRUPT) << 16,
+                action: Action::Hide,
+                why: "there is no pin",
+            };
+            self.apply(io, 0, spec::HEADER_SIZE, &status);
+        }
+    }
+
+    /// Whether the pin has a way to the guest now.
+    pub(crate) fn pin_connected(&self) -> bool {
+        self.pin_connected
+    }
+
+    /// Says whether it has. Without one its interrupts are disabled in the device; with one that is
+    /// the guest's to say.
+    pub(crate) fn set_pin_connected(&mut self, io: &dyn DeviceIo, connected: bool) {
+        if std::mem::replace(&mut self.pin_connected, connected) == connected {
+            return;
+        }
+        let [_, high] = self.held_command().to_le_bytes();
+        let at = spec::COMMAND + 1;
+        let [_, disable] = spec::COMMAND_INTX_DISABLE.to_le_bytes();
+        let byte = (read_byte(io, at) & !disable) | (high & disable);
+        write_aligned(io, at, &[byte]);
     }
 
     /// Puts everything into its state at power-on, after the device was reset: Busway's part, and what
@@ -344,8 +378,17 @@ impl GuestConfig {
         }
     }
 
+    /// What Busway has the device's command register hold.
+    fn held_command(&self) -> u16 {
+        let disable: u16 = match self.pin_connected {
+            true => self.held(spec::COMMAND),
+            false => u16::MAX,
+        };
+        self.decoding | disable & spec::COMMAND_INTX_DISABLE
+    }
+
     fn held_byte(&self, offset: u16) -> u8 {
-        let [low, high] = self.held_command.to_le_bytes();
+        let [low, high] = self.held_command().to_le_bytes();
         match offset {
             spec::COMMAND => low,
             offset if offset == spec::COMMAND + 1 => high,

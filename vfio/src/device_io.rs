@@ -104,6 +104,16 @@ pub enum IrqError {
         /// How many it can have.
         given: u32,
     },
+    /// {users}, and this device cannot be told apart on it
+    #[error(
+        "{users}, and this device cannot share it: it has no working interrupt disable bit (PCI \
+         2.3); unbind those others from their drivers, put the card into another slot, or use a \
+         driver that uses MSI in the guest"
+    )]
+    LineShared {
+        /// Who else is on the line.
+        users: String,
+    },
     /// VFIO_DEVICE_SET_IRQS failed: {0}
     #[error("VFIO_DEVICE_SET_IRQS failed: {0}")]
     Kernel(io::Error),
@@ -148,6 +158,13 @@ pub trait DeviceIo: Send + Sync + Debug {
         first: u32,
         events: &[Option<BorrowedFd<'_>>],
     ) -> Result<(), IrqError>;
+
+    /// Has the device unmask itself whenever `event` is signalled: an interrupt pin, which masks
+    /// itself when it has signalled and has to be set before. A signal that is there already counts.
+    ///
+    /// # Errors
+    /// [`IrqError::Kernel`]
+    fn unmask_on(&self, index: IrqIndex, event: BorrowedFd<'_>) -> Result<(), IrqError>;
 
     /// Disables a kind of interrupt. Nothing happens where it is not enabled.
     ///

@@ -9,12 +9,14 @@ use busway_pci::{
     RouteError,
 };
 
+use crate::vectors::signal;
 use crate::{Area, DeviceIo, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex};
 
 /// What a device was told about its interrupts: whether each vector got an eventfd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum IrqCall {
     Set(IrqIndex, u32, Vec<bool>),
+    UnmaskOn(IrqIndex),
     Disable(IrqIndex),
 }
 
@@ -26,10 +28,15 @@ pub(crate) struct FakeDevice {
     /// What its ROM reads; no ROM where it is empty.
     pub(crate) rom: Vec<u8>,
     pub(crate) rom_reads: Mutex<usize>,
+    pub(crate) intx: IrqInfo,
+    /// What setting the pin up fails with.
+    pub(crate) intx_refused: Option<i32>,
     pub(crate) msi: IrqInfo,
     pub(crate) msix: IrqInfo,
     /// How many vectors the host has for it.
     pub(crate) most_vectors: u32,
+    /// What the device sends whenever its interrupts were just disabled.
+    pub(crate) sends_when_disabled: Vec<u32>,
     pub(crate) can_reset: bool,
     /// Its power management, at 0x60, has no state but D0.
     pub(crate) only_d0: bool,
@@ -43,7 +50,20 @@ pub(crate) struct FakeDevice {
 #[derive(Debug, Default)]
 pub(crate) struct Irqs {
     calls: Vec<IrqCall>,
-    vectors: Vec<bool>,
+    kind: Option<IrqIndex>,
+    vectors: Vec<Option<OwnedFd>>,
+    /// What the device sent on vectors that have no eventfd, which the kernel masks in it.
+    pending: Vec<u32>,
+}
+
+impl Irqs {
+    fn send(&mut self, vector: u32) {
+        match self.vectors.get(vector as usize) {
+            Some(Some(event)) => signal(event.as_fd()),
+            _ if self.kind == Some(IrqIndex::Msix) => self.pending.push(vector),
+            _ => {}
+        }
+    }
 }
 
 impl Default for FakeDevice {
@@ -53,9 +73,12 @@ impl Default for FakeDevice {
             bars: Default::default(),
             rom: Vec::new(),
             rom_reads: Mutex::default(),
+            intx: IrqInfo::default(),
+            intx_refused: None,
             msi: IrqInfo::default(),
             msix: IrqInfo::default(),
             most_vectors: u32::MAX,
+            sends_when_disabled: Vec::new(),
             can_reset: true,
             only_d0: false,
             irqs: Mutex::default(),
@@ -104,6 +127,7 @@ impl FakeDevice {
             resizable: true,
         };
         (fake.msix, fake.msi) = (vectors, vectors);
+        fake.intx.count = u32::from(fake.config_at::<1>(0x3d) != [0]);
         fake
     }
 
@@ -130,9 +154,25 @@ impl FakeDevice {
         self.irqs.lock().unwrap().calls.clone()
     }
 
+    pub(crate) fn forget_irq_calls(&self) {
+        self.irqs.lock().unwrap().calls.clear();
+    }
+
+    /// The kind of interrupt that is set up.
+    pub(crate) fn kind(&self) -> Option<IrqIndex> {
+        self.irqs.lock().unwrap().kind
+    }
+
     /// Which vectors have an eventfd.
     pub(crate) fn connected(&self) -> Vec<bool> {
-        self.irqs.lock().unwrap().vectors.clone()
+        let irqs = self.irqs.lock().unwrap();
+        irqs.vectors.iter().map(Option::is_some).collect()
+    }
+
+    /// Sends a message, as the device does. One on a vector without eventfd stays pending in the
+    /// device; one while messages are disabled is lost.
+    pub(crate) fn send(&self, vector: u32) {
+        self.irqs.lock().unwrap().send(vector);
     }
 
     /// What the command register held at each reset.
@@ -204,7 +244,7 @@ impl DeviceIo for FakeDevice {
 
     fn irq(&self, index: IrqIndex) -> IrqInfo {
         match index {
-            IrqIndex::Intx => IrqInfo::default(),
+            IrqIndex::Intx => self.intx,
             IrqIndex::Msi => self.msi,
             IrqIndex::Msix => self.msix,
             IrqIndex::Error | IrqIndex::Request => IrqInfo {
@@ -229,31 +269,58 @@ impl DeviceIo for FakeDevice {
         let connected: Vec<_> = events.iter().map(Option::is_some).collect();
         irqs.calls
             .push(IrqCall::Set(index, first, connected.clone()));
-        // As drivers/vfio/pci/vfio_pci_intrs.c: the first call makes room, for good unless the
-        // kernel can add.
+        // As drivers/vfio/pci/vfio_pci_intrs.c: one kind at a time; the first call makes room, for
+        // good unless the kernel can add.
+        if irqs.kind.is_some_and(|kind| kind != index) {
+            let error = io::Error::from_raw_os_error(libc::EINVAL);
+            return Err(IrqError::Kernel(error));
+        }
+        if let (IrqIndex::Intx, Some(error)) = (index, self.intx_refused) {
+            return Err(IrqError::Kernel(io::Error::from_raw_os_error(error)));
+        }
         if irqs.vectors.is_empty() {
-            if end > self.most_vectors {
+            if end > self.most_vectors && index != IrqIndex::Intx {
                 return Err(IrqError::Fewer {
                     given: self.most_vectors,
                 });
             }
-            irqs.vectors.resize(end as usize, false);
+            irqs.vectors.resize_with(end as usize, || None);
         }
         if end as usize > irqs.vectors.len() {
             if !self.irq(index).resizable {
                 let error = io::Error::from_raw_os_error(libc::EINVAL);
                 return Err(IrqError::Kernel(error));
             }
-            irqs.vectors.resize(end as usize, false);
+            irqs.vectors.resize_with(end as usize, || None);
         }
-        irqs.vectors[first as usize..end as usize].copy_from_slice(&connected);
+        for (slot, event) in irqs.vectors[first as usize..].iter_mut().zip(events) {
+            *slot = event.map(|event| event.try_clone_to_owned().unwrap());
+        }
+        irqs.kind = Some(index);
+        for vector in std::mem::take(&mut irqs.pending) {
+            irqs.send(vector);
+        }
+        Ok(())
+    }
+
+    fn unmask_on(&self, index: IrqIndex, _event: BorrowedFd<'_>) -> Result<(), IrqError> {
+        let mut irqs = self.irqs.lock().unwrap();
+        assert_eq!((irqs.kind, index), (Some(IrqIndex::Intx), IrqIndex::Intx));
+        irqs.calls.push(IrqCall::UnmaskOn(index));
         Ok(())
     }
 
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), IrqError> {
         let mut irqs = self.irqs.lock().unwrap();
         irqs.calls.push(IrqCall::Disable(index));
-        irqs.vectors.clear();
+        if irqs.kind == Some(index) {
+            irqs.vectors.clear();
+            irqs.pending.clear();
+            irqs.kind = None;
+        }
+        for vector in &self.sends_when_disabled {
+            irqs.send(*vector);
+        }
         Ok(())
     }
 

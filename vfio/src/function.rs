@@ -5,24 +5,25 @@ mod bars;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{BarIndex, BarPart, BarRegion, Msi, Msix, PciFunction, spec};
+use busway_pci::{BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec};
 
 use crate::clique::Clique;
 use crate::config::{GuestConfig, Settled, read_dword};
 use crate::lists::{self, List};
-use crate::msix_layout::GuestLocation;
+use crate::msix_layout::{DeviceLocation, GuestLocation};
+use crate::pin::{InPlaceOfPin, Pin};
 use crate::quirks::Quirks;
 use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{AssignError, AssignOptions, DeviceIo, IrqIndex, RegionIndex, Wiring};
+use crate::{AssignError, AssignOptions, DeviceIo, RegionIndex, Wiring};
 
 /// A host device, as the guest sees it.
 ///
 /// The device is reset when it becomes a function and when it stops being one, and is quiet then: no
 /// interrupt, no bus mastering. The guest's interrupts cost nothing before it unmasks them.
 ///
-/// INTx is not given yet: the pin reads zero, and a device that has nothing else interrupts nobody.
+/// Its pin is connected while neither MSI nor MSI-X is enabled, from power-on.
 #[derive(Debug)]
 pub struct AssignedFunction {
     name: String,
@@ -30,6 +31,7 @@ pub struct AssignedFunction {
     table: Option<GuestLocation>,
     pba: Option<GuestLocation>,
     rom: Option<Rom>,
+    device_pba: Option<DeviceLocation>,
     // Dropped before the device: a mapping holds it open.
     parts: Vec<Part>,
     io: Arc<dyn DeviceIo>,
@@ -39,8 +41,25 @@ pub struct AssignedFunction {
 #[derive(Debug)]
 struct State {
     config: GuestConfig,
+    pin: Option<Pin>,
     msi: Option<MsiState>,
     msix: Option<MsixState>,
+}
+
+impl State {
+    /// Whether the guest enabled MSI or MSI-X.
+    fn uses_messages(&self) -> bool {
+        self.msi.as_ref().is_some_and(|state| state.msi.enabled())
+            || self.msix.as_ref().is_some_and(|state| state.msix.enabled())
+    }
+
+    /// Brings the pin in line with the registers.
+    fn settle_pin(&mut self) {
+        let messages = self.uses_messages();
+        if let Some(pin) = &mut self.pin {
+            pin.settle(messages, &mut self.config);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -66,6 +85,8 @@ pub struct Summary {
     pub vectors_connected: usize,
     /// Vectors that the guest can have: of MSI-X, else of MSI.
     pub vectors: usize,
+    /// Its interrupt pin, and whether that has a way to the guest now.
+    pub pin: Option<(InterruptPin, bool)>,
     /// The parts of BARs that the guest reaches without an exit: BAR, offset, bytes.
     pub mapped: Vec<(u8, u64, u64)>,
     /// It can be reset by itself.
@@ -76,11 +97,11 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let direct: u64 = self.mapped.iter().map(|(_, _, size)| size).sum();
         let Self { name, vectors, .. } = self;
-        write!(
-            f,
-            "{name}: {vectors} vectors, {} KiB of BARs without exits",
-            direct >> 10
-        )?;
+        write!(f, "{name}: {vectors} vectors, ")?;
+        if let Some((pin, _)) = self.pin {
+            write!(f, "{pin}, ")?;
+        }
+        write!(f, "{} KiB of BARs without exits", direct >> 10)?;
         match self.can_reset {
             true => Ok(()),
             false => f.write_str(", no reset of its own"),
@@ -100,7 +121,7 @@ impl AssignedFunction {
         wiring: Wiring,
         options: &AssignOptions,
     ) -> Result<Arc<Self>, AssignError> {
-        let Wiring { routes, lines: _ } = wiring;
+        let Wiring { routes, lines } = wiring;
         let AssignOptions {
             rom,
             nv_gpudirect_clique,
@@ -174,13 +195,28 @@ impl AssignedFunction {
             }
         });
         config.quieten(&*io);
+        let mut pin = Pin::find(name, &io, lines);
+        config.set_pin(&*io, pin.as_ref().map(Pin::pin));
+        if let Some(Err(source)) = pin.as_mut().map(|pin| pin.connect(&mut config)) {
+            if msi.is_none() && msix.is_none() {
+                let name = name.to_owned();
+                return Err(AssignError::Pin { name, source });
+            }
+            log::warn!("{name}: its interrupt pin cannot be connected: {source}");
+        }
         let layout = layout.map(|(_, layout)| layout);
         Ok(Arc::new(Self {
             name: name.to_owned(),
-            state: Mutex::new(State { config, msi, msix }),
+            state: Mutex::new(State {
+                config,
+                pin,
+                msi,
+                msix,
+            }),
             table: layout.map(|layout| layout.table()),
             pba: layout.map(|layout| layout.pba()),
             rom,
+            device_pba: layout.map(|layout| layout.device_pba()),
             parts,
             io,
         }))
@@ -204,9 +240,13 @@ impl AssignedFunction {
                 + msix.map_or(0, |state| state.msix.connected()),
             vectors: match (msix, msi) {
                 (Some(state), _) => state.msix.vectors().into(),
-                (None, Some(_)) => self.io.irq(IrqIndex::Msi).count as usize,
+                (None, Some(state)) => state.msi.vectors().into(),
                 (None, None) => 0,
             },
+            pin: state
+                .pin
+                .as_ref()
+                .map(|pin| (pin.pin(), state.config.pin_connected())),
             mapped: self
                 .parts
                 .iter()
@@ -222,11 +262,20 @@ impl AssignedFunction {
 
     /// Everything to its state at power-on, the device's and ours.
     fn reset_all(&self, state: &mut State) {
+        self.end_all(state);
+        state.settle_pin();
+    }
+
+    /// The same, with no interrupt connected.
+    fn end_all(&self, state: &mut State) {
         if let Some(MsixState { msix, vectors, .. }) = &mut state.msix {
             msix.reset(vectors);
         }
         if let Some(MsiState { msi, vectors, .. }) = &mut state.msi {
             msi.reset(vectors);
+        }
+        if let Some(pin) = &mut state.pin {
+            pin.disconnect(&mut state.config);
         }
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
@@ -249,18 +298,40 @@ impl PciFunction for AssignedFunction {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
-        let State { config, msi, msix } = &mut *state;
+        let messages = state.uses_messages();
+        let State {
+            config,
+            pin,
+            msi,
+            msix,
+        } = &mut *state;
         config.write(&*self.io, offset, data);
         if let Some(MsiState { at, msi, vectors }) = msi
             && let Some(offset) = offset.checked_sub(*at)
         {
+            let pin = pin.as_mut();
+            let vectors = &mut InPlaceOfPin {
+                vectors,
+                pin,
+                config,
+            };
             msi.write(offset, data, vectors);
         }
         if let Some(MsixState { at, msix, vectors }) = msix {
             let control: u16 = config.held(at.saturating_add(spec::MSIX_CONTROL));
             if control != msix.control() {
+                let pin = pin.as_mut();
+                let vectors = &mut InPlaceOfPin {
+                    vectors,
+                    pin,
+                    config,
+                };
                 msix.write_control(control, vectors);
             }
+        }
+        let command = (spec::COMMAND..spec::COMMAND + 2).contains(&offset);
+        if command || state.uses_messages() != messages {
+            state.settle_pin();
         }
     }
 
@@ -303,7 +374,7 @@ impl PciFunction for AssignedFunction {
 
 impl Drop for AssignedFunction {
     fn drop(&mut self) {
-        self.reset_all(&mut self.lock());
+        self.end_all(&mut self.lock());
     }
 }
 

@@ -1,6 +1,6 @@
 use super::*;
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes, IrqCall};
-use crate::{Area, IrqInfo, Region};
+use crate::{Area, IrqIndex, IrqInfo, Region};
 use busway_pci::{BarKind, HostAddress, capabilities, extended_capabilities};
 use proptest::prelude::*;
 
@@ -8,6 +8,7 @@ use proptest::prelude::*;
 pub(super) fn nvme() -> FakeDevice {
     let mut fake = FakeDevice::default();
     fake.set_bar(0, 0x4000);
+    fake.intx.count = 1;
     fake.msix = IrqInfo {
         count: 65,
         resizable: true,
@@ -70,6 +71,14 @@ pub(super) fn assign_with(
     AssignedFunction::new(name, fake, wiring, options)
 }
 
+/// What sets the pin up in the device.
+fn pin_set_up() -> Vec<IrqCall> {
+    vec![
+        IrqCall::Set(IrqIndex::Intx, 0, vec![true]),
+        IrqCall::UnmaskOn(IrqIndex::Intx),
+    ]
+}
+
 pub(super) fn read(function: &AssignedFunction, offset: u16) -> u32 {
     let mut data = [0; 4];
     function.config_read(offset, &mut data);
@@ -81,16 +90,16 @@ pub(super) fn write(function: &AssignedFunction, offset: u16, value: u32) {
 }
 
 #[test]
-fn identity_is_the_devices_and_pin_rom_bist_and_multi_function_are_not() {
+fn identity_and_pin_are_the_devices_and_rom_bist_and_multi_function_are_not() {
     let (_, _, function) = function(nvme());
     assert_eq!(read(&function, 0x00), 0x0010_1b36);
     assert_eq!(read(&function, 0x08), 0x0108_0202);
     assert_eq!(read(&function, 0x0c), 0);
     assert_eq!(read(&function, 0x2c), 0x1100_1af4);
     assert_eq!(read(&function, 0x30), 0);
-    assert_eq!(read(&function, 0x3c), 0);
-    function.config_write(0x3c, &[0x0b]);
-    assert_eq!(read(&function, 0x3c), 0x0b);
+    assert_eq!(read(&function, 0x3c), 0x0100);
+    function.config_write(0x3c, &[0x0b, 0x02]);
+    assert_eq!(read(&function, 0x3c), 0x010b);
     write(&function, 0x00, 0);
     assert_eq!(read(&function, 0x00), 0x0010_1b36);
 }
@@ -123,7 +132,7 @@ fn hidden_capabilities_leave_both_chains_and_their_bytes_read_zero() {
 fn decoding_is_the_guests_and_stays_on_in_the_device() {
     let (fake, _, function) = function(nvme());
     let command = || u16::from_le_bytes(fake.config_at(4));
-    let held = spec::COMMAND_MEMORY | spec::COMMAND_INTX_DISABLE;
+    let held = spec::COMMAND_MEMORY;
     assert_eq!(command(), held);
     assert_eq!(read(&function, 4) as u16, 0);
     write(&function, 0x10, 0xffff_ffff);
@@ -266,29 +275,34 @@ fn a_vector_costs_nothing_until_the_guest_unmasks_it() {
         function.bar_write(bar, at + 8, &(0x40 + vector as u32).to_le_bytes());
     }
     function.config_write(0x42, &0x8000_u16.to_le_bytes());
+    // The device is in that mode, and that is all.
+    let msix = IrqIndex::Msix;
+    let mut calls = pin_set_up();
+    calls.extend([
+        IrqCall::Disable(IrqIndex::Intx),
+        IrqCall::Set(msix, 0, vec![false]),
+    ]);
     assert_eq!(
         (fake.irq_calls(), routes.made.lock().unwrap().len()),
-        (vec![], 0)
+        (calls.clone(), 0)
     );
     for vector in [1_u64, 0] {
         function.bar_write(bar, 0x2000 + vector * 16 + 12, &[0; 4]);
     }
-    let msix = IrqIndex::Msix;
-    assert_eq!(
-        fake.irq_calls(),
-        [
-            IrqCall::Set(msix, 0, vec![false]),
-            IrqCall::Set(msix, 1, vec![true]),
-            IrqCall::Set(msix, 0, vec![true]),
-        ]
-    );
+    calls.extend([
+        IrqCall::Set(msix, 1, vec![true]),
+        IrqCall::Set(msix, 0, vec![true]),
+    ]);
+    assert_eq!(fake.irq_calls(), calls);
     assert_eq!(function.summary().vectors_connected, 2);
     let mut entry = [0; 8];
     function.bar_read(bar, 0x2010, &mut entry);
     assert_eq!(u64::from_le_bytes(entry), 0xfee0_1000);
     assert_eq!(read(&function, 0x40), 0x8040_6011);
     function.config_write(0x42, &[0, 0]);
-    assert_eq!(fake.irq_calls().last(), Some(&IrqCall::Disable(msix)));
+    calls.push(IrqCall::Disable(msix));
+    calls.extend(pin_set_up());
+    assert_eq!(fake.irq_calls(), calls);
     assert!(fake.bar_writes.lock().unwrap().is_empty());
 }
 
@@ -352,7 +366,7 @@ fn a_reset_takes_bus_mastering_and_interrupts_first_and_forgets_what_the_guest_w
     assert_eq!((fake.resets().len(), function.decoded()), (1, vec![]));
     assert!(!function.settle());
     assert_eq!(fake.resets()[1..], [held]);
-    assert!(fake.connected().is_empty());
+    assert_eq!(fake.kind(), Some(IrqIndex::Intx), "as at power-on");
     assert_eq!(read(&function, 4) as u16, 0);
     assert_eq!(read(&function, 0x10), 4);
     assert_eq!(read(&function, 0x40), 0x0040_6011);
@@ -403,10 +417,166 @@ fn msi_connects_all_its_vectors_in_one_call() {
     write(&function, 0x44, 0xfee0_0000);
     function.config_write(0x4c, &[0x30, 0]);
     function.config_write(0x42, &0x00a1_u16.to_le_bytes());
-    let all = IrqCall::Set(IrqIndex::Msi, 0, vec![true; 4]);
-    assert_eq!(fake.irq_calls(), [all]);
+    let set = |event| IrqCall::Set(IrqIndex::Msi, 0, vec![event; 4]);
+    let tried = [set(false), IrqCall::Disable(IrqIndex::Msi)];
+    assert_eq!(fake.irq_calls()[..2], tried);
+    assert_eq!(fake.irq_calls()[2..], [set(true)]);
     assert_eq!(function.summary().vectors_connected, 4);
     assert_eq!(read(&function, 0x40) >> 16, 0x00a5);
+}
+
+#[test]
+fn a_host_with_fewer_msi_vectors_is_what_the_guest_is_told_of() {
+    let fake = msi_only(2);
+    let (fake, _, function) = function(fake);
+    // Two of eight.
+    assert_eq!(read(&function, 0x40) >> 16, 0x0082);
+    function.config_write(0x42, &0x00b1_u16.to_le_bytes());
+    assert_eq!(fake.connected(), [true; 2]);
+}
+
+/// A device with a pin and eight MSI vectors, of which the host can give some.
+fn msi_only(given: u32) -> FakeDevice {
+    let mut fake = FakeDevice {
+        msi: IrqInfo {
+            count: 8,
+            resizable: false,
+        },
+        most_vectors: given,
+        ..FakeDevice::default()
+    };
+    fake.intx.count = 1;
+    fake.set_config(0, &0x11e8_1234_u32.to_le_bytes());
+    fake.set_config(6, &[0x18, 0]);
+    fake.set_config(0x34, &[0x40]);
+    fake.set_config(0x3d, &[2]);
+    fake.set_config(0x40, &0x0086_0005_u32.to_le_bytes());
+    fake
+}
+
+#[test]
+fn the_pin_is_connected_exactly_while_no_message_is() {
+    let fake = Arc::new(msi_only(8));
+    let routes = Arc::new(FakeRoutes::default());
+    let lines = Arc::new(FakeLines::default());
+    let wiring = Wiring {
+        routes,
+        lines: lines.clone(),
+    };
+    let options = AssignOptions::default();
+    let function = AssignedFunction::new("fake", fake.clone(), wiring, &options).unwrap();
+    let pin = InterruptPin::B;
+    assert_eq!(function.summary().pin, Some((pin, true)));
+    assert!(function.summary().to_string().contains("8 vectors, INTB, "));
+    fake.forget_irq_calls();
+    // MSI on and off, as a driver that is reloaded does.
+    for _ in 0..3 {
+        function.config_write(0x42, &1_u16.to_le_bytes());
+        assert_eq!(function.summary().pin, Some((pin, false)));
+        assert_eq!(fake.kind(), Some(IrqIndex::Msi));
+        function.config_write(0x42, &0_u16.to_le_bytes());
+        assert_eq!(fake.kind(), Some(IrqIndex::Intx));
+    }
+    let mut round = vec![
+        IrqCall::Disable(IrqIndex::Intx),
+        IrqCall::Set(IrqIndex::Msi, 0, vec![true]),
+        IrqCall::Disable(IrqIndex::Msi),
+    ];
+    round.extend(pin_set_up());
+    assert_eq!(fake.irq_calls(), [&round[..]; 3].concat());
+    assert_eq!(*lines.made.lock().unwrap(), [pin; 4]);
+    drop(function);
+    assert_eq!(fake.kind(), None);
+}
+
+#[test]
+fn interrupt_disable_goes_to_the_device_only_while_the_pin_is_connected() {
+    let (fake, _, function) = function(msi_only(8));
+    let disabled = || u16::from_le_bytes(fake.config_at(4)) & spec::COMMAND_INTX_DISABLE != 0;
+    let seen = || read(&function, 4) as u16 & spec::COMMAND_INTX_DISABLE != 0;
+    let set = |disable| {
+        let bit = if disable {
+            spec::COMMAND_INTX_DISABLE
+        } else {
+            0
+        };
+        function.config_write(4, &(bit | spec::COMMAND_SERR).to_le_bytes());
+    };
+    assert_eq!((disabled(), seen()), (false, false));
+    set(true);
+    assert_eq!((disabled(), seen()), (true, true));
+    set(false);
+    assert_eq!((disabled(), seen()), (false, false));
+    // It takes nothing down: a guest may do it at each interrupt.
+    assert_eq!(fake.irq_calls().len(), 4);
+    function.config_write(0x42, &[1, 0]);
+    assert_eq!((disabled(), seen()), (true, false));
+    set(false);
+    assert_eq!((disabled(), seen()), (true, false));
+    set(true);
+    function.config_write(0x42, &[0, 0]);
+    assert_eq!((disabled(), seen()), (true, true));
+    set(false);
+    assert_eq!((disabled(), seen()), (false, false));
+    let command = u16::from_le_bytes(fake.config_at(4));
+    assert_ne!(
+        command & spec::COMMAND_SERR,
+        0,
+        "the rest of the byte is kept"
+    );
+}
+
+#[test]
+fn interrupt_status_is_the_devices_where_it_has_a_pin_and_zero_elsewhere() {
+    for (pin, status) in [(2, 0x18), (0, 0x10)] {
+        let fake = msi_only(8);
+        fake.set_config(0x3d, &[pin]);
+        let (_, _, function) = function(fake);
+        assert_eq!(read(&function, 4) >> 16, status);
+        assert_eq!(read(&function, 0x3c) >> 8, pin.into());
+    }
+    let mut unusable = msi_only(8);
+    unusable.intx.count = 0;
+    let (_, _, function) = function(unusable);
+    assert_eq!((read(&function, 4) >> 16, read(&function, 0x3c)), (0x10, 0));
+}
+
+#[test]
+fn a_host_line_that_cannot_be_had_is_fatal_only_where_there_is_nothing_else() {
+    let mut fake = msi_only(8);
+    fake.intx_refused = Some(libc::EBUSY);
+    let (fake, _, function) = function(fake);
+    assert_eq!(function.summary().pin, Some((InterruptPin::B, false)));
+    function.config_write(0x42, &[1, 0]);
+    assert_eq!(fake.kind(), Some(IrqIndex::Msi));
+    function.config_write(0x42, &[0, 0]);
+    assert_eq!(fake.kind(), None);
+
+    let mut fake = msi_only(8);
+    fake.intx_refused = Some(libc::EBUSY);
+    fake.set_config(0x34, &[0]);
+    let routes = Arc::new(FakeRoutes::default());
+    let error = assign("fake", Arc::new(fake), routes).unwrap_err();
+    assert!(
+        error.to_string().contains("no interrupt but its pin"),
+        "{error}"
+    );
+}
+
+#[test]
+fn pending_bits_of_vectors_that_were_never_unmasked_are_the_devices() {
+    let (_, _, function) = function(nvme());
+    let bar = BarIndex::Bar(0);
+    let pending = || {
+        let mut data = [0; 8];
+        function.bar_read(bar, 0x3000, &mut data);
+        data
+    };
+    assert_eq!(pending(), [0; 8]);
+    function.config_write(0x42, &0x8000_u16.to_le_bytes());
+    assert_eq!(pending(), [0x5a; 8]);
+    function.bar_write(bar, 0x201c, &[0; 4]);
+    assert_eq!(pending(), [0x58, 0x5a, 0x5a, 0x5a, 0x5a, 0x5a, 0x5a, 0x5a]);
 }
 
 #[test]
@@ -590,7 +760,9 @@ fn hostile() -> impl Strategy<Value = FakeDevice> {
                 },
                 ..FakeDevice::default()
             };
+            fake.intx.count = msix % 2;
             if tame {
+                fake.set_config(0x3d, &[first % 6]);
                 fake.set_config(0, &[0x86, 0x80]);
                 fake.set_config(6, &[0x10]);
                 fake.set_config(0x0e, &[0]);
@@ -645,6 +817,10 @@ proptest! {
                     prop_assert!(function.bars().contains(&region));
                 }
                 prop_assert_eq!(read(&function, 0x30) & 0x7fe, 0);
+                let connected = function.summary().pin.is_some_and(|(_, connected)| connected);
+                prop_assert_eq!(connected, fake.kind() == Some(IrqIndex::Intx));
+                let messages = function.lock().uses_messages();
+                prop_assert_eq!(connected, function.summary().pin.is_some() && !messages);
             }
             function.reset();
             let config = |offset| read(&function, offset);
@@ -655,7 +831,8 @@ proptest! {
                 ), "{:?}", found);
             }
             prop_assert!(capabilities(&config).len() <= 48);
-            prop_assert!(fake.connected().iter().all(|connected| !connected));
+            drop(function);
+            prop_assert_eq!(fake.kind(), None);
         }
     }
 }

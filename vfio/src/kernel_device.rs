@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use busway_iommu::info;
 use vfio_bindings::bindings::vfio::{
@@ -14,6 +15,7 @@ use vfio_bindings::bindings::vfio::{
 
 use crate::areas::{Area, PAGE_SIZE};
 use crate::open::Opened;
+use crate::pin::line_users;
 use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex, sys};
 
 /// A VFIO device of the kernel's.
@@ -148,8 +150,20 @@ impl DeviceIo for KernelDevice {
         match sys::set_irq_events(&self.opened.file, index.number(), first, events) {
             Ok(0) => Ok(()),
             Ok(given) => Err(IrqError::Fewer { given }),
+            // The one flag that VFIO asks for or not is whether the line may be shared.
+            Err(error) if index == IrqIndex::Intx && error.raw_os_error() == Some(libc::EBUSY) => {
+                Err(IrqError::LineShared {
+                    users: line_users(Path::new("/sys"), &self.name),
+                })
+            }
             Err(error) => Err(IrqError::Kernel(error)),
         }
+    }
+
+    fn unmask_on(&self, index: IrqIndex, event: BorrowedFd<'_>) -> Result<(), IrqError> {
+        sys::set_unmask_event(&self.opened.file, index.number(), event)
+            .map(drop)
+            .map_err(IrqError::Kernel)
     }
 
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), IrqError> {

@@ -27,6 +27,7 @@ mod lists;
 mod mapping;
 mod msix_layout;
 mod open;
+mod pin;
 mod policy;
 mod power;
 mod quirks;

@@ -96,6 +96,12 @@ impl MsixLayout {
         here.map(|location| location.area).collect()
     }
 
+    /// Where the device has its pending bits.
+    pub(crate) fn device_pba(&self) -> DeviceLocation {
+        let [_, pba] = self.device;
+        pba
+    }
+
     /// Where the guest finds the table.
     pub(crate) fn table(&self) -> GuestLocation {
         let [DeviceLocation { bar, area }, _] = self.device;

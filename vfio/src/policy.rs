@@ -84,7 +84,8 @@ pub(crate) const HEADER: &[Rule] = &[
         0x04,
         spec::COMMAND_INTX_DISABLE as u32,
         Emulate,
-        "the pin is not connected; the device's own stays disabled",
+        "interrupt disable §7.5.1.1.3 is told to VFIO while the pin is connected; else the device's \
+         own stays disabled",
     ),
     rule(
         0x04,
@@ -95,8 +96,8 @@ pub(crate) const HEADER: &[Rule] = &[
     rule(
         0x04,
         (spec::STATUS_INTERRUPT as u32) << 16,
-        Hide,
-        "interrupt status §7.5.1.1.4 of a pin that is not connected",
+        ReadOnly,
+        "interrupt status §7.5.1.1.4; hidden where there is no pin",
     ),
     rule(
         0x04,
@@ -157,7 +158,7 @@ pub(crate) const HEADER: &[Rule] = &[
         0x3c,
         0xff00,
         Hide,
-        "interrupt pin §7.5.1.1.13: not connected yet, so the guest uses MSI or MSI-X",
+        "interrupt pin §7.5.1.1.13: the device's, where the host can use it",
     ),
     rule(
         0x3c,

@@ -1,7 +1,7 @@
 //! Looking a device over: whether it can be given to a guest at all, its BARs, its interrupts, and
 //! what of it can be mapped.
 
-use busway_pci::{BarError, BarIndex, BarKind, BarRegion, Bars, MsiFeatures, spec};
+use busway_pci::{BarError, BarIndex, BarKind, BarRegion, Bars, MsiFeatures, PinError, spec};
 
 use crate::areas::{Area, mappable};
 use crate::config::read_dword;
@@ -9,7 +9,8 @@ use crate::lists::List;
 use crate::msix_layout::MsixLayout;
 use crate::quirks::Quirks;
 use crate::rom::Rom;
-use crate::{DeviceIo, IrqIndex, Mapping, RegionIndex};
+use crate::vectors::disable;
+use crate::{DeviceIo, IrqError, IrqIndex, Mapping, RegionIndex};
 
 /// A device cannot be made a function of a guest.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +49,14 @@ pub enum AssignError {
         name: String,
         /// Why.
         why: &'static str,
+    },
+    /// {name} has no interrupt but its pin, and that cannot be connected: {source}
+    #[error("{name} has no interrupt but its pin, and that cannot be connected: {source}")]
+    Pin {
+        /// The device.
+        name: String,
+        /// Why.
+        source: PinError,
     },
 }
 
@@ -122,6 +131,7 @@ pub(crate) fn find_msi(
     let mut features = MsiFeatures::from_control((read_dword(io, at) >> 16) as u16);
     let count = io.irq(IrqIndex::Msi).count;
     features.vectors = u8::try_from(count).unwrap_or(u8::MAX).min(features.vectors);
+    features.vectors = msi_vectors_given(name, io, features.vectors);
     let reason = if at.saturating_add(features.capability_size()) > found.extent.end {
         "its capability is cut short"
     } else if count == 0 {
@@ -132,6 +142,31 @@ pub(crate) fn find_msi(
     log::warn!("{name}: its MSI is hidden: {reason}");
     list.hide(at);
     None
+}
+
+/// How many of a device's MSI vectors the host can give, which is not known before it is tried: a
+/// guest that is told of no more is not promised what would stay silent.
+fn msi_vectors_given(name: &str, io: &dyn DeviceIo, asked: u8) -> u8 {
+    if asked <= 1 {
+        return asked;
+    }
+    match io.set_irqs(IrqIndex::Msi, 0, &vec![None; asked.into()]) {
+        Ok(()) => {
+            disable(name, io, IrqIndex::Msi);
+            asked
+        }
+        Err(IrqError::Fewer { given }) => {
+            // A power of two. PCIe 6.0 §7.7.1.2
+            let given = 1 << given.clamp(1, asked.into()).ilog2();
+            log::info!(
+                "{name}: the host can give {given} of its {asked} MSI vectors, and the guest is \
+                 told so; a host with interrupt remapping gives more"
+            );
+            given
+        }
+        // That is said when the guest enables them.
+        Err(IrqError::LineShared { .. } | IrqError::Kernel(_)) => asked,
+    }
 }
 
 /// The device's MSI-X and where its capability is, where it can be used; else it leaves the list.

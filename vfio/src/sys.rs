@@ -6,9 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 
 use busway_iommu::info;
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info,
-    vfio_irq_info, vfio_irq_set, vfio_region_info,
+    VFIO_BASE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD,
+    VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
+    vfio_device_info, vfio_irq_info, vfio_irq_set, vfio_region_info,
 };
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
@@ -79,7 +79,7 @@ pub(crate) fn set_irq_events(
         .map(|event| event.as_ref().map_or(-1, |fd| fd.as_raw_fd()));
     set_irqs(
         device,
-        VFIO_IRQ_SET_DATA_EVENTFD,
+        VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER,
         index,
         first,
         events.len(),
@@ -87,10 +87,26 @@ pub(crate) fn set_irq_events(
     )
 }
 
+/// Has an eventfd's signal unmask the interrupts of a kind.
+pub(crate) fn set_unmask_event(
+    device: &File,
+    index: u32,
+    event: BorrowedFd<'_>,
+) -> io::Result<u32> {
+    set_irqs(
+        device,
+        VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_UNMASK,
+        index,
+        0,
+        1,
+        std::iter::once(event.as_raw_fd()),
+    )
+}
+
 pub(crate) fn disable_irqs(device: &File, index: u32) -> io::Result<u32> {
     set_irqs(
         device,
-        VFIO_IRQ_SET_DATA_NONE,
+        VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER,
         index,
         0,
         0,
@@ -100,7 +116,7 @@ pub(crate) fn disable_irqs(device: &File, index: u32) -> io::Result<u32> {
 
 fn set_irqs(
     device: &File,
-    data: u32,
+    flags: u32,
     index: u32,
     first: u32,
     count: usize,
@@ -111,7 +127,6 @@ fn set_irqs(
     let size = header.saturating_add(count.saturating_mul(size_of::<i32>()));
     let argsz = u32::try_from(size).map_err(invalid)?;
     let count = u32::try_from(count).map_err(invalid)?;
-    let flags = data | VFIO_IRQ_SET_ACTION_TRIGGER;
     // The fields of `vfio_irq_set` in order, then the descriptors: words all.
     let words: Vec<u32> = [argsz, flags, index, first, count]
         .into_iter()

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use busway_pci::VectorOwner;
 
-use crate::{DeviceIo, IrqError, IrqIndex};
+use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo};
 
 /// MSI's vectors, which are enabled all at once.
 #[derive(Debug)]
@@ -52,21 +52,23 @@ impl VectorOwner for MsiVectors {
 
 /// MSI-X's vectors, which are connected one by one.
 ///
-/// Where the kernel can add vectors to those in use, each costs the host a vector when it is
-/// connected and not before. An older kernel fixes the number when MSI-X is enabled: it is given the
-/// whole table then, with no eventfd but the first's, so that later vectors are only connected, and
-/// what has none costs the host no interrupt line.
+/// The device's MSI-X is enabled when the guest's is. Where the kernel can add vectors to those in
+/// use, each but the first costs the host a vector when it is connected and not before. An older
+/// kernel fixes the number when MSI-X is enabled: it is given the whole table then, with no eventfds,
+/// so that later vectors are only connected, and what has none costs the host no interrupt line.
 ///
 /// A host that cannot give that many gets what is needed, and MSI-X is disabled and enabled again
-/// with more each time. What the device sends in that window is lost to the kernel; every vector that
-/// was connected is therefore signalled once when the window closes. A driver finds nothing to do, or
-/// what it would have missed.
+/// with more each time. What the device sends in that window is lost to the kernel, and so is what it
+/// kept pending; every connected vector is therefore signalled once when the window closes, and every
+/// other when it is connected. A driver finds nothing to do, or what it would have missed.
 #[derive(Debug)]
 pub(crate) struct MsixVectors {
     name: String,
     io: Arc<dyn DeviceIo>,
     /// How many the kernel has set up, zero while MSI-X is disabled there.
     enabled: u32,
+    /// It was disabled for a moment since the guest enabled it.
+    interrupted: bool,
     /// The connected ones' eventfds, by vector, where they may be needed again.
     kept: Vec<Option<OwnedFd>>,
 }
@@ -77,6 +79,7 @@ impl MsixVectors {
             name: name.to_owned(),
             io,
             enabled: 0,
+            interrupted: false,
             kept: Vec::new(),
         }
     }
@@ -85,13 +88,26 @@ impl MsixVectors {
         self.io.set_irqs(IrqIndex::Msix, first, events)
     }
 
-    /// Enables MSI-X with no vector connected.
-    fn enable(&mut self, resizable: bool, count: u32) -> Result<(), IrqError> {
+    /// Enables MSI-X with no vector connected: room for all of them where it cannot be added, and
+    /// else for one, which is the least that enabling takes.
+    fn enable_empty(&mut self) -> io::Result<()> {
+        let IrqInfo { count, resizable } = self.io.irq(IrqIndex::Msix);
         let empty = vec![None; count as usize];
-        // One vector, without an eventfd, is the least that enabling takes.
-        let enabled = if resizable { 1 } else { count };
-        self.set(0, empty.get(..enabled as usize).unwrap_or_default())?;
-        self.enabled = enabled;
+        let (one, _) = empty.split_at(empty.len().min(1));
+        let all = if resizable { one } else { &empty };
+        match self.set(0, all) {
+            Ok(()) => self.enabled = all.len() as u32,
+            Err(IrqError::Fewer { given }) => {
+                log::info!(
+                    "{}: the host can give {given} of {count} MSI-X vectors; adding them as they \
+                     are needed",
+                    self.name
+                );
+                self.set(0, one).map_err(io::Error::other)?;
+                self.enabled = 1;
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        }
         Ok(())
     }
 
@@ -104,23 +120,15 @@ impl MsixVectors {
                 info.count
             )));
         }
-        if self.enabled == 0 && !(info.resizable && first == 0) {
-            match self.enable(info.resizable, info.count) {
-                Ok(()) => {}
-                Err(IrqError::Fewer { given }) => {
-                    log::info!(
-                        "{}: the host can give {given} of {} MSI-X vectors; adding them as they \
-                         are needed",
-                        self.name,
-                        info.count
-                    );
-                }
-                Err(error) => return Err(io::Error::other(error)),
-            }
+        if self.enabled == 0 {
+            self.enable_empty()?;
         }
         if info.resizable || end <= self.enabled {
             self.set(first, events).map_err(io::Error::other)?;
             self.enabled = self.enabled.max(end);
+            if self.interrupted {
+                events.iter().flatten().copied().for_each(signal);
+            }
             return Ok(());
         }
         self.enable_again(first, events)
@@ -129,11 +137,12 @@ impl MsixVectors {
     /// Enables MSI-X anew with room for the vectors from `first` on, and every connected one.
     fn enable_again(&mut self, first: u32, events: &[Option<BorrowedFd<'_>>]) -> io::Result<()> {
         disable(&self.name, &*self.io, IrqIndex::Msix);
-        let before: Vec<_> = self
+        let mut before: Vec<_> = self
             .kept
             .iter()
             .map(|event| event.as_ref().map(AsFd::as_fd))
             .collect();
+        before.resize(before.len().max(1), None);
         let first = first as usize;
         let mut all = before.clone();
         all.resize(all.len().max(first.saturating_add(events.len())), None);
@@ -148,15 +157,22 @@ impl MsixVectors {
         } else {
             0
         };
-        for event in self.kept.iter().flatten() {
-            signal(event);
-        }
         self.enabled = enabled as u32;
+        self.interrupted = true;
+        let connected = if result.is_ok() { &all } else { &before };
+        connected.iter().flatten().copied().for_each(signal);
         result.map_err(io::Error::other)
     }
 }
 
 impl VectorOwner for MsixVectors {
+    fn enable(&mut self) -> io::Result<()> {
+        match self.enabled {
+            0 => self.enable_empty(),
+            _ => Ok(()),
+        }
+    }
+
     fn connect(&mut self, first: u16, events: &[BorrowedFd<'_>]) -> io::Result<()> {
         let set: Vec<_> = events.iter().copied().map(Some).collect();
         self.connect_more(first.into(), &set)?;
@@ -176,13 +192,14 @@ impl VectorOwner for MsixVectors {
 
     fn disconnect_all(&mut self) {
         self.kept.clear();
+        self.interrupted = false;
         if std::mem::take(&mut self.enabled) > 0 {
             disable(&self.name, &*self.io, IrqIndex::Msix);
         }
     }
 }
 
-fn disable(name: &str, io: &dyn DeviceIo, index: IrqIndex) {
+pub(crate) fn disable(name: &str, io: &dyn DeviceIo, index: IrqIndex) {
     if let Err(error) = io.disable_irqs(index) {
         // A device that was pulled out has none any more.
         log::debug!("{name}: {index:?} cannot be disabled: {error}");
@@ -190,9 +207,9 @@ fn disable(name: &str, io: &dyn DeviceIo, index: IrqIndex) {
 }
 
 /// Signals an eventfd: adds one. eventfd(2)
-fn signal(event: &OwnedFd) {
+pub(crate) fn signal(event: BorrowedFd<'_>) {
     let written = event
-        .try_clone()
+        .try_clone_to_owned()
         .map(File::from)
         .and_then(|mut file| file.write_all(&1_u64.to_ne_bytes()));
     if let Err(error) = written {
@@ -202,9 +219,13 @@ fn signal(event: &OwnedFd) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::fake::IrqCall;
     use crate::fake::{FakeDevice, eventfd, signals};
-    use crate::{IrqInfo, fake::IrqCall};
 
     fn device(count: u32, resizable: bool) -> Arc<FakeDevice> {
         Arc::new(FakeDevice {
@@ -272,11 +293,31 @@ mod tests {
         vectors.connect(0, &[a.as_fd()]).unwrap();
         vectors.connect(3, &[b.as_fd()]).unwrap();
         assert_eq!(fake.connected(), [true, false, false, true]);
-        assert_eq!([&a, &b].map(signals), [1, 0]);
+        assert_eq!([&a, &b].map(signals), [1, 1]);
         // The fifth is too many; the others go on.
         assert!(vectors.connect(4, &[c.as_fd()]).is_err());
         assert_eq!(fake.connected(), [true, false, false, true]);
         assert_eq!([&a, &b, &c].map(signals), [1, 1, 0]);
+    }
+
+    #[test]
+    fn the_device_is_in_msix_mode_from_when_the_guest_enables_it() {
+        for (resizable, most_vectors, room) in [(true, 8, 1), (false, 8, 4), (false, 2, 1)] {
+            let fake = Arc::new(FakeDevice {
+                msix: IrqInfo {
+                    count: 4,
+                    resizable,
+                },
+                most_vectors,
+                ..FakeDevice::default()
+            });
+            let mut vectors = MsixVectors::new("fake", fake.clone());
+            vectors.enable().unwrap();
+            assert_eq!(fake.kind(), Some(IrqIndex::Msix));
+            assert_eq!(fake.connected(), vec![false; room]);
+            vectors.disconnect_all();
+            assert_eq!(fake.kind(), None);
+        }
     }
 
     #[test]
@@ -294,5 +335,76 @@ mod tests {
         let events: Vec<_> = events.iter().map(AsFd::as_fd).collect();
         vectors.connect(0, &events).unwrap();
         assert_eq!(fake.connected(), [true]);
+    }
+
+    /// What the guest or the device does to a vector.
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Connect(u16),
+        Send(u16),
+        DisconnectAll,
+    }
+
+    proptest! {
+        /// On any kernel and however few vectors the host has: what the device sends after a vector
+        /// was connected signals that vector's eventfd, also what it sends while MSI-X is disabled in
+        /// order to be enabled with more; and what it sent before, once MSI-X was enabled.
+        #[test]
+        fn no_interrupt_is_lost(
+            resizable: bool,
+            most_vectors in 1..8_u32,
+            sends_when_disabled in prop::collection::vec(0..6_u32, 0..3),
+            steps in prop::collection::vec(prop_oneof![
+                4 => (0..6_u16).prop_map(Step::Connect),
+                4 => (0..6_u16).prop_map(Step::Send),
+                1 => Just(Step::DisconnectAll),
+            ], 0..40),
+        ) {
+            let count = 6;
+            let fake = Arc::new(FakeDevice {
+                msix: IrqInfo { count, resizable },
+                most_vectors,
+                sends_when_disabled: sends_when_disabled.clone(),
+                ..FakeDevice::default()
+            });
+            let mut vectors = MsixVectors::new("fake", fake.clone());
+            let mut connected: BTreeMap<u16, OwnedFd> = BTreeMap::new();
+            let mut sent = [false; 6];
+            vectors.enable().unwrap();
+            for step in steps {
+                match step {
+                    Step::Connect(vector) if !connected.contains_key(&vector) => {
+                        let event = eventfd();
+                        fake.forget_irq_calls();
+                        let result = vectors.connect(vector, &[event.as_fd()]);
+                        let fits = u32::from(vector) < most_vectors;
+                        prop_assert!(result.is_ok() || !fits && !resizable, "{result:?}");
+                        if result.is_ok() {
+                            connected.insert(vector, event);
+                        }
+                        let window = fake.irq_calls().contains(&IrqCall::Disable(IrqIndex::Msix));
+                        for vector in &sends_when_disabled {
+                            sent[*vector as usize] |= window;
+                        }
+                    }
+                    Step::Connect(_) => {}
+                    Step::Send(vector) => {
+                        fake.send(vector.into());
+                        sent[usize::from(vector)] = true;
+                    }
+                    Step::DisconnectAll => {
+                        vectors.disconnect_all();
+                        connected.clear();
+                        sent = [false; 6];
+                        vectors.enable().unwrap();
+                    }
+                }
+                for (vector, event) in &connected {
+                    let signals = signals(event);
+                    prop_assert!(signals > 0 || !sent[usize::from(*vector)], "{vector} is lost");
+                    sent[usize::from(*vector)] = false;
+                }
+            }
+        }
     }
 }

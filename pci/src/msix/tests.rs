@@ -64,7 +64,7 @@ fn a_vector_costs_nothing_until_it_is_unmasked() {
     f.control(ENABLE | MASK);
     f.message(7, message(7));
     f.control(ENABLE);
-    assert_eq!(f.msix.connected(), 0);
+    assert_eq!((f.msix.connected(), f.owner.enables), (0, 1));
     f.mask(7, false);
     f.mask(2047, false);
     assert_eq!(f.owner.connects, [(7, 1), (2047, 1)]);
@@ -158,6 +158,29 @@ fn a_pending_bit_is_where_its_vector_is() {
     let mut data = [0xff; 4];
     f.msix.pba_read(7, &mut data);
     assert_eq!(data, [0, 1 << 5, 0, 0]);
+}
+
+#[test]
+fn the_sources_own_pending_bits_count_for_vectors_that_are_not_connected() {
+    let mut f = Fixture::new(20);
+    let read = |f: &Fixture, source: [u8; 3]| {
+        let mut data = [0; 3];
+        f.msix.pba_read(0, &mut data);
+        f.msix.pba_add(0, &mut data, &source);
+        data
+    };
+    assert_eq!(read(&f, [0xff; 3]), [0; 3], "while MSI-X is disabled");
+    f.control(ENABLE);
+    f.mask(1, false);
+    f.mask(9, false);
+    f.mask(9, true);
+    f.msix.trigger(9);
+    // A connected vector is never masked in the source, and the table has twenty.
+    assert_eq!(read(&f, [0xff; 3]), [0xfd, 0xff, 0x0f]);
+    assert_eq!(read(&f, [0b10, 0, 0b100]), [0, 0b10, 0b100]);
+    let mut beyond = [0];
+    f.msix.pba_add(u64::MAX, &mut beyond, &[0xff]);
+    assert_eq!(beyond, [0]);
 }
 
 /// What a guest or a device does.

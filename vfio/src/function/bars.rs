@@ -2,8 +2,9 @@
 
 use busway_pci::{BarIndex, BarPart};
 
-use super::{AssignedFunction, MsixState};
+use super::{AssignedFunction, MsixState, State};
 use crate::RegionIndex;
+use crate::pin::InPlaceOfPin;
 
 /// Who answers for a part of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,9 +52,7 @@ impl AssignedFunction {
                     }
                 }
                 Reach::Pba(at) => {
-                    if let Some(state) = &self.lock().msix {
-                        state.msix.pba_read(at, piece);
-                    }
+                    self.read_pending(at, piece);
                 }
             }
             data = rest;
@@ -72,7 +71,16 @@ impl AssignedFunction {
             match reach {
                 Reach::Device => self.write_device(number, offset, piece),
                 Reach::Table(at) => {
-                    if let Some(MsixState { msix, vectors, .. }) = &mut self.lock().msix {
+                    let State {
+                        config, pin, msix, ..
+                    } = &mut *self.lock();
+                    if let Some(MsixState { msix, vectors, .. }) = msix {
+                        let pin = pin.as_mut();
+                        let vectors = &mut InPlaceOfPin {
+                            vectors,
+                            pin,
+                            config,
+                        };
                         msix.table_write(at, piece, vectors);
                     }
                 }
@@ -80,6 +88,28 @@ impl AssignedFunction {
             }
             data = rest;
             offset = offset.saturating_add(size as u64);
+        }
+    }
+
+    /// The pending bits: what is held back here, and for vectors that the guest has not unmasked yet
+    /// what the device keeps itself.
+    fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        let state = self.lock();
+        let Some(MsixState { msix, .. }) = &state.msix else {
+            return;
+        };
+        msix.pba_read(offset, data);
+        let Some(place) = self.device_pba.filter(|_| state.config.is_awake()) else {
+            return;
+        };
+        let Some(region) = RegionIndex::bar(place.bar) else {
+            return;
+        };
+        let mut bits = vec![0; data.len()];
+        let at = place.area.offset.saturating_add(offset);
+        match self.io.region_read(region, at, &mut bits) {
+            Ok(()) => msix.pba_add(offset, data, &bits),
+            Err(error) => log::debug!("{}: its pending bits: {error}", self.name),
         }
     }
 
