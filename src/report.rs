@@ -72,6 +72,7 @@ pub struct Report {
     map_calls: AtomicU64,
     map_bytes: AtomicU64,
     vectors: AtomicU64,
+    vector_updates: AtomicU64,
     /// 0 where nobody has measured it.
     own_memory: AtomicU64,
     guest_memory: Mutex<Vec<Range<usize>>>,
@@ -99,6 +100,7 @@ impl Report {
             map_calls: AtomicU64::new(0),
             map_bytes: AtomicU64::new(0),
             vectors: AtomicU64::new(0),
+            vector_updates: AtomicU64::new(0),
             own_memory: AtomicU64::new(0),
             guest_memory: Mutex::default(),
             exits: Mutex::default(),
@@ -134,9 +136,11 @@ impl Report {
         self.map_bytes.store(bytes, Relaxed);
     }
 
-    /// How many host interrupt vectors are in use for assigned devices now.
-    pub fn set_vectors(&self, vectors: u64) {
+    /// How many host interrupt vectors are in use for assigned devices now, and how often one of
+    /// them was given another message.
+    pub fn set_vectors(&self, vectors: u64, updates: u64) {
         self.vectors.store(vectors, Relaxed);
+        self.vector_updates.store(updates, Relaxed);
     }
 
     /// Where guest memory is mapped in this process, so that Busway's own can be told from it.
@@ -214,6 +218,7 @@ impl Report {
                 bytes: self.map_bytes.load(Relaxed),
             },
             vectors: self.vectors.load(Relaxed),
+            vector_updates: self.vector_updates.load(Relaxed),
             own_memory_bytes: Some(self.own_memory.load(Relaxed)).filter(|bytes| *bytes != 0),
             exits: lock(&self.exits).clone(),
         }
@@ -260,6 +265,8 @@ pub struct Snapshot {
     pub dma_mappings: Mappings,
     /// Host interrupt vectors in use for assigned devices.
     pub vectors: u64,
+    /// How often one of them was given another message, as a guest does to move it to another CPU.
+    pub vector_updates: u64,
     /// Memory that is Busway's own: its proportional set size beyond guest RAM. Absent (`null`) where
     /// it was not measured.
     pub own_memory_bytes: Option<u64>,
@@ -316,7 +323,11 @@ impl fmt::Display for Snapshot {
             self.dma_mappings.calls,
             Bytes(self.dma_mappings.bytes)
         )?;
-        writeln!(f, "{:<18} {:>10}", "vectors", self.vectors)?;
+        writeln!(
+            f,
+            "{:<18} {:>10} moved {} times",
+            "vectors", self.vectors, self.vector_updates
+        )?;
         if let Some(bytes) = self.own_memory_bytes {
             writeln!(f, "{:<18} {:>10}", "own memory", Bytes(bytes))?;
         }
@@ -394,7 +405,7 @@ mod tests {
         let report = Report::start();
         report.reached(Stage::Memory);
         report.set_mappings(3, 6 << 30);
-        report.set_vectors(5);
+        report.set_vectors(5, 3);
         report.set_own_memory(4 << 20);
         report.set_exits("mmio_write", 7);
         let json = serde_json::to_value(report.snapshot()).unwrap();
@@ -409,6 +420,7 @@ mod tests {
         assert_eq!(json["dma_mappings"]["calls"], 3);
         assert_eq!(json["dma_mappings"]["bytes"], 6_u64 << 30);
         assert_eq!(json["vectors"], 5);
+        assert_eq!(json["vector_updates"], 3);
         assert_eq!(json["own_memory_bytes"], 4 << 20);
         assert_eq!(json["exits"]["mmio_write"], 7);
     }
@@ -429,7 +441,7 @@ mod tests {
         let path = folder.path().join("report.json");
         let report = Report::start();
         report.write(&path).unwrap();
-        report.set_vectors(9);
+        report.set_vectors(9, 4);
         report.write(&path).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         assert_eq!(json["vectors"], 9);
@@ -467,14 +479,14 @@ mod tests {
         report.stages[0].store(1_500_000, Relaxed);
         report.stages[4].store(21_500_000, Relaxed);
         report.set_mappings(2, 512 << 20);
-        report.set_vectors(5);
+        report.set_vectors(5, 3);
         report.set_own_memory(3 << 20);
         let expected = "\
 stage                   at ms    took ms
 parse                     1.5        1.5
 first instruction        21.5       20.0
 DMA mappings                2 calls, 512.0 MiB
-vectors                     5
+vectors                     5 moved 3 times
 own memory            3.0 MiB
 ";
         assert_eq!(report.snapshot().to_string(), expected);

@@ -106,7 +106,7 @@ fn the_report_is_out_when_the_guest_runs_and_again_at_its_end() {
         || -> serde_json::Value { serde_json::from_slice(&fs::read(&file).unwrap()).unwrap() };
     assert!(read()["milliseconds"]["first_instruction"].is_number());
     assert_eq!(read()["vectors"], 0);
-    report.set_vectors(4);
+    report.set_vectors(4, 0);
     publication.publish(&report);
     assert_eq!(read()["vectors"], 4);
 }

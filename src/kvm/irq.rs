@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
@@ -35,6 +35,9 @@ pub struct VectorCount {
     pub now: usize,
     /// The most there were.
     pub most: usize,
+    /// How often one's message was changed: updates of KVM's table beyond those that took and gave
+    /// back.
+    pub updates: u64,
 }
 
 /// A handle to the owner of the GSI routing table, cheap to clone. A handle counts the vectors that
@@ -50,6 +53,7 @@ pub struct IrqRouter {
 struct Counter {
     now: AtomicUsize,
     most: AtomicUsize,
+    updates: AtomicU64,
 }
 
 struct Shared {
@@ -107,6 +111,7 @@ impl IrqRouter {
         VectorCount {
             now: self.count.now.load(Ordering::Relaxed),
             most: self.count.most.load(Ordering::Relaxed),
+            updates: self.count.updates.load(Ordering::Relaxed),
         }
     }
 
@@ -193,14 +198,14 @@ impl Shared {
         Ok(gsi)
     }
 
-    /// Changes the message of a GSI that was taken.
-    fn change(&self, gsi: u32, message: MsiMessage) -> Result<(), RouteError> {
+    /// Changes the message of a GSI that was taken, and says whether it was another one.
+    fn change(&self, gsi: u32, message: MsiMessage) -> Result<bool, RouteError> {
         let mut table = self.table();
         let Some(entry) = entry_mut(&mut table, gsi) else {
-            return Ok(());
+            return Ok(false);
         };
         let Some(before) = entry.replace(message).filter(|before| *before != message) else {
-            return Ok(());
+            return Ok(false);
         };
         let result = self.install(&table);
         if result.is_err()
@@ -208,7 +213,9 @@ impl Shared {
         {
             *entry = Some(before);
         }
-        result.map_err(|error| kernel("KVM_SET_GSI_ROUTING", error))
+        result
+            .map(|()| true)
+            .map_err(|error| kernel("KVM_SET_GSI_ROUTING", error))
     }
 
     /// Frees a GSI. Its irqfd is gone, so KVM keeps the stale route until the next change: nothing
@@ -324,7 +331,10 @@ impl Vector {
 
 impl InterruptRoute for Vector {
     fn update(&self, message: MsiMessage) -> Result<(), RouteError> {
-        self.router.change(self.gsi, message)
+        if self.router.change(self.gsi, message)? {
+            self.count.updates.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// A masked vector has no irqfd, so its eventfd keeps the signal; KVM looks at the eventfd when

@@ -203,9 +203,11 @@ impl Machine {
         self.vcpus.hold();
         self.assigned.on_restart(self.pci.topology());
         self.events.clear();
+        // A device's pin is connected anew by its reset, and what it signals then must not be
+        // forgotten by the chips.
+        self.vm.reset_chips()?;
         self.pci.topology().reset();
         self.platform.reset();
-        self.vm.reset_chips()?;
         self.vcpus.reset()?;
         self.load()
     }
@@ -216,7 +218,8 @@ impl Machine {
             let stats = dma.stats();
             report.set_mappings(stats.map_calls, stats.bytes);
         }
-        report.set_vectors(self.host_vectors.vectors().most as u64);
+        let vectors = self.host_vectors.vectors();
+        report.set_vectors(vectors.most as u64, vectors.updates);
         for kind in ExitKind::ALL {
             report.set_exits(kind.name(), self.vcpus.exits(kind));
         }

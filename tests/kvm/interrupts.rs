@@ -77,6 +77,9 @@ fn a_route_follows_its_message_also_while_masked() {
     route.update(message(0x40)).unwrap();
     route.set_masked(false).unwrap();
     assert_eq!(guest.next(), 0x40);
+    // Two messages were changed, and the table was changed twice for it.
+    route.update(message(0x40)).unwrap();
+    assert_eq!(guest.router.vectors().updates, 2);
 }
 
 #[test]

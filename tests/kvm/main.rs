@@ -4,6 +4,7 @@
 mod exits;
 mod guest;
 mod interrupts;
+mod lines;
 mod memory;
 mod processors;
 mod whole;
