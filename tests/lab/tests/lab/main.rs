@@ -16,6 +16,7 @@ mod drive;
 mod emulated_host;
 mod events;
 mod host_view;
+mod interrupts;
 mod life;
 mod nic;
 mod virtio;
@@ -42,6 +43,7 @@ fn main() -> Result<ExitCode> {
         bad_input::PROOFS,
         life::PROOFS,
         events::PROOFS,
+        interrupts::PROOFS,
         emulated_host::PROOFS,
         host_view::PROOFS,
         demo::PROOFS,
