@@ -234,6 +234,9 @@ pub struct DeviceConfig {
     /// Which of NVIDIA's GPUDirect cliques a GPU is in, 0 to 15.
     #[serde(default)]
     pub x_nv_gpudirect_clique: Option<u8>,
+    /// VF token, a UUID: what the users of a physical function and of its virtual functions share.
+    #[serde(default)]
+    pub vf_token: Option<String>,
 }
 
 /// What an uncorrectable error of a device's does to the VM.
@@ -268,6 +271,7 @@ impl DeviceConfig {
             rom: None,
             romfile: None,
             x_nv_gpudirect_clique: None,
+            vf_token: None,
         })
     }
 
@@ -305,6 +309,8 @@ fn last_component(path: &Path) -> Option<&str> {
 pub struct PlatformConfig {
     /// Which of the kernel's VFIO interfaces to use.
     pub iommufd: Choice,
+    /// VF token of every device that needs one and has none of its own.
+    pub vf_token: Option<String>,
 }
 
 /// A switch with a default that depends on the host.

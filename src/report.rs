@@ -76,6 +76,7 @@ pub struct Report {
     own_memory: AtomicU64,
     guest_memory: Mutex<Vec<Range<usize>>>,
     exits: Mutex<BTreeMap<&'static str, u64>>,
+    devices: Mutex<Vec<AssignedDevice>>,
     running: Mutex<Option<Sender<()>>>,
     progress: OnceLock<Box<ProgressFn>>,
 }
@@ -102,6 +103,7 @@ impl Report {
             own_memory: AtomicU64::new(0),
             guest_memory: Mutex::default(),
             exits: Mutex::default(),
+            devices: Mutex::default(),
             running: Mutex::default(),
             progress: OnceLock::new(),
         }
@@ -137,6 +139,11 @@ impl Report {
     /// How many host interrupt vectors are in use for assigned devices now.
     pub fn set_vectors(&self, vectors: u64) {
         self.vectors.store(vectors, Relaxed);
+    }
+
+    /// What the assigned devices are like now.
+    pub fn set_devices(&self, devices: Vec<AssignedDevice>) {
+        *lock(&self.devices) = devices;
     }
 
     /// Where guest memory is mapped in this process, so that Busway's own can be told from it.
@@ -215,6 +222,7 @@ impl Report {
             },
             vectors: self.vectors.load(Relaxed),
             own_memory_bytes: Some(self.own_memory.load(Relaxed)).filter(|bytes| *bytes != 0),
+            devices: lock(&self.devices).clone(),
             exits: lock(&self.exits).clone(),
         }
     }
@@ -263,8 +271,22 @@ pub struct Snapshot {
     /// Memory that is Busway's own: its proportional set size beyond guest RAM. Absent (`null`) where
     /// it was not measured.
     pub own_memory_bytes: Option<u64>,
+    /// The assigned devices, as they were given.
+    pub devices: Vec<AssignedDevice>,
     /// Exits to user space, by kind.
     pub exits: BTreeMap<&'static str, u64>,
+}
+
+/// A host device that the guest has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AssignedDevice {
+    /// Its address on the host.
+    pub host: String,
+    /// Its address in the guest.
+    pub guest: String,
+    /// How it is reset: `flr`, `af_flr`, `device_specific`, `acpi`, `bus` or `pm` for what the kernel
+    /// does with the function alone, `hot` where that takes its slot or bus, or `none`.
+    pub reset: &'static str,
 }
 
 /// Milliseconds from the process's start; absent (`null`) where a stage was not reached.
@@ -317,6 +339,10 @@ impl fmt::Display for Snapshot {
             Bytes(self.dma_mappings.bytes)
         )?;
         writeln!(f, "{:<18} {:>10}", "vectors", self.vectors)?;
+        for device in &self.devices {
+            let AssignedDevice { host, guest, reset } = device;
+            writeln!(f, "{host:<18} {guest:>10} in the guest, reset {reset}")?;
+        }
         if let Some(bytes) = self.own_memory_bytes {
             writeln!(f, "{:<18} {:>10}", "own memory", Bytes(bytes))?;
         }
@@ -395,6 +421,11 @@ mod tests {
         report.reached(Stage::Memory);
         report.set_mappings(3, 6 << 30);
         report.set_vectors(5);
+        report.set_devices(vec![AssignedDevice {
+            host: "0000:05:00.0".to_owned(),
+            guest: "0000:01:00.0".to_owned(),
+            reset: "flr",
+        }]);
         report.set_own_memory(4 << 20);
         report.set_exits("mmio_write", 7);
         let json = serde_json::to_value(report.snapshot()).unwrap();
@@ -409,6 +440,9 @@ mod tests {
         assert_eq!(json["dma_mappings"]["calls"], 3);
         assert_eq!(json["dma_mappings"]["bytes"], 6_u64 << 30);
         assert_eq!(json["vectors"], 5);
+        assert_eq!(json["devices"][0]["host"], "0000:05:00.0");
+        assert_eq!(json["devices"][0]["guest"], "0000:01:00.0");
+        assert_eq!(json["devices"][0]["reset"], "flr");
         assert_eq!(json["own_memory_bytes"], 4 << 20);
         assert_eq!(json["exits"]["mmio_write"], 7);
     }

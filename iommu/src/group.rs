@@ -44,7 +44,8 @@ impl Group {
         if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
             return Err(OpenError::NotViable {
                 group: number,
-                blockers: blockers(paths, number),
+                blockers: blockers(paths, number)
+                    .unwrap_or_else(|| "the kernel does not say by whom; see `dmesg`".to_owned()),
             });
         }
         container.attach(&file, number)?;
@@ -83,9 +84,16 @@ impl Drop for Group {
     }
 }
 
+/// The error that says who keeps a group from being given away; nothing where nobody does.
+#[must_use]
+pub fn not_viable(paths: &HostPaths, group: u32) -> Option<OpenError> {
+    let blockers = blockers(paths, group)?;
+    Some(OpenError::NotViable { group, blockers })
+}
+
 /// The members of a group that keep it from being given away, each with its driver, and the command
 /// that frees them all. Bridges are exempt, and so is what no driver is bound to.
-fn blockers(paths: &HostPaths, group: u32) -> String {
+fn blockers(paths: &HostPaths, group: u32) -> Option<String> {
     let (names, addresses): (Vec<String>, Vec<String>) = paths
         .members(group)
         .into_iter()
@@ -95,15 +103,13 @@ fn blockers(paths: &HostPaths, group: u32) -> String {
             (!exempt).then(|| (format!("{address} is bound to {driver}"), address))
         })
         .unzip();
-    if names.is_empty() {
-        "the kernel does not say by whom; see `dmesg`".to_owned()
-    } else {
+    (!names.is_empty()).then(|| {
         format!(
             "{}: `busway device bind {}`",
             names.join(", "),
             addresses.join(" ")
         )
-    }
+    })
 }
 
 /// Base class 06h: a bridge. PCI Code and ID Assignment Specification 1.15 §1.7
@@ -146,8 +152,10 @@ mod tests {
             }
         }
         assert_eq!(
-            blockers(&paths, 9),
-            "0000:00:1f.0 is bound to lpc_ich: `busway device bind 0000:00:1f.0`"
+            not_viable(&paths, 9).unwrap().to_string(),
+            "IOMMU group 9 cannot be given away while others use parts of it: 0000:00:1f.0 is bound \
+             to lpc_ich: `busway device bind 0000:00:1f.0`"
         );
+        assert!(not_viable(&paths, 8).is_none());
     }
 }

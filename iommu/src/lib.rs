@@ -26,7 +26,7 @@ mod type1;
 pub use advice::{IommuAdvice, ParameterChange};
 pub use dma::{Access, DmaSpace, HostVa, Iova, Stats};
 pub use error::{MapError, OpenError};
-pub use group::Group;
+pub use group::{Group, not_viable};
 pub use iommufd::Ioas;
 pub use memlock::MemlockError;
 pub use obstacle::{Node, Obstacle};

@@ -55,6 +55,12 @@ impl HostPaths {
         node.exists().then_some(node)
     }
 
+    /// The folder in sysfs of the PCI function at `address`.
+    #[must_use]
+    pub fn function(&self, address: &str) -> PathBuf {
+        self.sys.join("bus/pci/devices").join(address)
+    }
+
     /// The IOMMU group of the PCI function whose folder in sysfs is `device`.
     #[must_use]
     pub fn group_of(&self, device: &Path) -> Option<u32> {

@@ -111,18 +111,22 @@ pub(super) struct RunArgs {
     ///   romfile=FILE      an expansion ROM in place of the device's
     ///   x_nv_gpudirect_clique=N
     ///                     GPUs of NVIDIA's with the same N, 0 to 15, copy to each other directly
+    ///   vf_token=UUID     what all share who use a physical function and its virtual
+    ///                     functions, where VFIO has both
     ///
+    /// Functions of one host device become one device of the guest's.
     /// `busway device list` shows what there is, `busway device bind ADDRESS` prepares one.
     #[arg(
         long, value_name = "ADDRESS,…", num_args = 1.., verbatim_doc_comment, help_heading = PASSTHROUGH
     )]
     device: Vec<String>,
 
-    /// How devices are reached: iommufd=on|off|auto [default: iommufd=auto]
+    /// How devices are reached: iommufd=on|off|auto[,vf_token=UUID] [default: iommufd=auto]
     ///
     ///   iommufd=on    by iommufd and the device's cdev
     ///   iommufd=off   by the VFIO group and a type1 container
     ///   iommufd=auto  by iommufd where the host has it
+    ///   vf_token=UUID that of each device which needs one and has none of its own
     #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = PASSTHROUGH)]
     platform: Vec<String>,
 

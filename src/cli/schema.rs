@@ -197,6 +197,7 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
         rom: None,
         romfile: None,
         x_nv_gpudirect_clique: None,
+        vf_token: None,
     },
     keys: keys! {
         "path": |device, value| set_device_path(device, value)?;
@@ -205,6 +206,7 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
         "rom": |device, value| device.rom = Some(value.switch()?);
         "romfile": |device, value| device.romfile = Some(value.text()?.into());
         "x_nv_gpudirect_clique": |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
+        "vf_token": |device, value| device.vf_token = Some(value.text()?.to_owned());
     },
     required: Some("path"),
     bare: Some(set_device_path),
@@ -235,7 +237,9 @@ fn on_error(value: &Value) -> Result<OnError, Reason> {
 pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     name: "platform",
     blank: PlatformConfig::default,
-    keys: keys! {"iommufd": |platform, value| platform.iommufd = value.choice()?;
+    keys: keys! {
+        "iommufd": |platform, value| platform.iommufd = value.choice()?;
+        "vf_token": |platform, value| platform.vf_token = Some(value.text()?.to_owned());
     },
     required: None,
     bare: None,

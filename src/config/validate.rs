@@ -116,6 +116,14 @@ pub enum InvalidConfig {
         /// What is wrong with it.
         why: busway_pci::ParseBdfError,
     },
+    /// {device}: vf_token={why}
+    #[error("{device}: vf_token={why}")]
+    VfToken {
+        /// Whose.
+        device: Name,
+        /// What is wrong with it.
+        why: busway_vfio::ParseVfTokenError,
+    },
     /// {first} and {second} have the same {what}
     #[error("{first} and {second} have the same {what}, `{value}`: {remedy}")]
     Twice {
@@ -204,6 +212,7 @@ impl VmConfig {
         if self.serial == ConsoleConfig::Tty && self.console == ConsoleConfig::Tty {
             return Err(InvalidConfig::OneTerminal);
         }
+        self.validate_vf_tokens()?;
         self.validate_ids()?;
         self.validate_disjoint()
     }
@@ -220,6 +229,22 @@ impl VmConfig {
             Some(max) if max > boot => Err(InvalidConfig::NoCpuHotplug { max }),
             _ => Ok(()),
         }
+    }
+
+    fn validate_vf_tokens(&self) -> Result<(), InvalidConfig> {
+        let devices = self.device.iter().enumerate().map(|(index, device)| {
+            let name = Name::new("--device", index, device.id.as_ref());
+            (name, device.vf_token.as_ref())
+        });
+        let platform = Name("--platform".to_owned());
+        for (device, token) in devices.chain([(platform, self.platform.vf_token.as_ref())]) {
+            if let Some(token) = token {
+                token
+                    .parse::<busway_vfio::VfToken>()
+                    .map_err(|why| InvalidConfig::VfToken { device, why })?;
+            }
+        }
+        Ok(())
     }
 
     /// Names are unique among all devices.

@@ -23,6 +23,31 @@ fn device(address: &str, id: Option<&str>) -> DeviceConfig {
 }
 
 #[test]
+fn a_vf_token_is_a_uuid_wherever_it_is_said() {
+    const GOOD: &str = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+    let with = |of_device: &str, of_platform: &str| {
+        validate(|vm| {
+            vm.device = vec![DeviceConfig {
+                vf_token: Some(of_device.to_owned()),
+                ..device("01:00.0", None)
+            }];
+            vm.platform.vf_token = Some(of_platform.to_owned());
+        })
+    };
+    assert_eq!(with(GOOD, GOOD), Ok(()));
+    let error = with("secret", GOOD).unwrap_err();
+    assert!(
+        error.starts_with("--device no. 1: vf_token=`secret` is no UUID"),
+        "{error}"
+    );
+    let error = with(GOOD, "secret").unwrap_err();
+    assert!(
+        error.starts_with("--platform: vf_token=`secret` is no UUID"),
+        "{error}"
+    );
+}
+
+#[test]
 fn the_defaults_with_a_kernel_are_a_vm() {
     assert_eq!(validate(|_| ()), Ok(()));
     assert!(complaint(|vm| vm.kernel = None).contains("--kernel FILE"));

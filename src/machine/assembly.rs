@@ -5,12 +5,13 @@ use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
 use busway_iommu::{DmaSpace, HostPaths, Mode, Space};
-use busway_pci::{FunctionId, InterruptRoutes, Windows};
+use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
 use busway_vfio::{
-    AssignOptions, AssignedFunction, DeviceIo, KernelDevice, Opener, RomChoice, RomImage, Wiring,
+    AssignOptions, AssignedFunction, DeviceError, KernelDevice, Opener, Resets, RomChoice,
+    RomImage, TokenUse, VfToken, Wiring,
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -20,11 +21,12 @@ use super::bars::Bars;
 use super::dma::DmaListener;
 use super::events::Events;
 use super::pci::{Pci, pins_behind_port};
+use super::places::{Behind, HostFunction, behind_ports};
 use super::platform::{Platform, open_console};
 use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
-use crate::config::{Choice, ConsoleConfig, VmConfig};
+use crate::config::{Choice, ConsoleConfig, DeviceConfig, VmConfig};
 use crate::kvm::{Buses, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions, layout};
 use crate::report::{Report, Stage};
@@ -147,20 +149,36 @@ impl Machine {
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         let host_vectors = router.counting_anew();
         let mut assigned = Assigned::new().map_err(RunError::system("epoll_create"))?;
-        let devices = config.device.iter().zip(&options).zip(devices);
-        for ((config, options), device) in devices {
-            let name = device.name().to_owned();
-            let io: Arc<dyn DeviceIo> = Arc::new(device);
+        let devices: Vec<_> = devices.into_iter().map(Arc::new).collect();
+        let resets = Arc::<Resets>::default();
+        for device in &devices {
+            resets.add(device.name(), device.clone());
+        }
+        resets.begin();
+        let given: Vec<_> = devices
+            .iter()
+            .map(|device| HostFunction::of(device))
+            .collect();
+        for behind in behind_ports(&given) {
+            let device = |behind: &Behind| {
+                let options = options.get(behind.index)?;
+                Some((behind.function, devices.get(behind.index)?.clone(), options))
+            };
+            let functions: Vec<_> = behind.iter().filter_map(device).collect();
             let port = add_assigned(
                 &mut pci,
-                &name,
-                io.clone(),
-                options,
+                &functions,
+                &resets,
                 &router,
                 &host_vectors,
                 &events,
             )?;
-            assigned.add(config, port, io);
+            let configs = behind
+                .iter()
+                .filter_map(|each| config.device.get(each.index));
+            for (config, (_, device, _)) in configs.zip(functions) {
+                assigned.add(config, port, device);
+            }
         }
         report.reached(Stage::Devices);
         signals.check()?;
@@ -217,6 +235,7 @@ impl Machine {
             report.set_mappings(stats.map_calls, stats.bytes);
         }
         report.set_vectors(self.host_vectors.vectors().most as u64);
+        report.set_devices(self.pci.assigned());
         for kind in ExitKind::ALL {
             report.set_exits(kind.name(), self.vcpus.exits(kind));
         }
@@ -280,18 +299,41 @@ fn open_devices(
     };
     let space = Space::open(&paths, mode, &folders)?;
     space.reserve(&paths, ram.size())?;
+    let uses: Vec<_> = folders
+        .iter()
+        .map(|folder| TokenUse::of(&paths, folder))
+        .collect();
     let opener = Opener::new(paths, space.clone(), Some(Arc::new(vm.vfio()?)));
-    let devices: Result<_, _> = thread::scope(|scope| {
-        let opening: Vec<_> = folders
-            .into_iter()
-            .map(|folder| scope.spawn(|| opener.open(folder)))
-            .collect();
-        opening
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
-            .collect()
-    });
-    Ok(Some((space, devices?)))
+    let opener = &opener;
+    let open = |setting: bool| -> Vec<Option<Result<KernelDevice, DeviceError>>> {
+        thread::scope(|scope| {
+            let devices = config.device.iter().zip(&uses).map(|(device, &used)| {
+                let open =
+                    move || opener.open(&device.path, vf_token(config, device, used).as_ref());
+                ((used == TokenUse::Sets) == setting).then(|| scope.spawn(open))
+            });
+            let opening: Vec<_> = devices.collect();
+            let join = |thread: ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+            };
+            opening.into_iter().map(|thread| thread.map(join)).collect()
+        })
+    };
+    // Opening a physical function says which token its virtual functions have.
+    let (first, then) = (open(true), open(false));
+    let devices = first.into_iter().zip(then).filter_map(|(a, b)| a.or(b));
+    Ok(Some((space, devices.collect::<Result<_, _>>()?)))
+}
+
+/// The VF token of a device: its own or, where it can have one, that of all.
+fn vf_token(config: &VmConfig, device: &DeviceConfig, used: TokenUse) -> Option<VfToken> {
+    let of_all = config.platform.vf_token.as_ref();
+    let token = device
+        .vf_token
+        .as_ref()
+        .or(of_all.filter(|_| used != TokenUse::None));
+    // The configuration has been found sound.
+    token?.parse().ok()
 }
 
 fn windows(ram: &Ram, model: &CpuModel) -> Windows {
@@ -368,30 +410,34 @@ fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
     options.collect()
 }
 
-/// A host device, behind a root port of its own, which is given.
+/// The functions of a host device, with their numbers, behind a root port, which is given.
 fn add_assigned(
     pci: &mut Pci,
-    name: &str,
-    io: Arc<dyn DeviceIo>,
-    options: &AssignOptions,
+    functions: &[(Function, Arc<KernelDevice>, &AssignOptions)],
+    resets: &Arc<Resets>,
     router: &IrqRouter,
     host_vectors: &IrqRouter,
     events: &Arc<Events>,
 ) -> Result<FunctionId, RunError> {
-    let slot = pci.port_slot(name)?;
-    let wiring = Wiring {
-        routes: Arc::new(host_vectors.clone()),
-        lines: Arc::new(router.pins(pins_behind_port(slot))),
-    };
-    let function = AssignedFunction::new(name, io, wiring, options)?;
-    log::info!("{}", function.summary());
-    pci.add_behind_port(
-        slot,
-        name,
-        function,
-        Arc::new(router.clone()),
-        events.clone(),
-    )
+    let names: Vec<_> = functions
+        .iter()
+        .map(|(_, device, _)| device.name())
+        .collect();
+    let names = names.join(" and ");
+    let slot = pci.port_slot(&names)?;
+    let mut behind = Vec::new();
+    for (number, device, options) in functions {
+        let wiring = Wiring {
+            routes: Arc::new(host_vectors.clone()),
+            lines: Arc::new(router.pins(pins_behind_port(slot))),
+            resets: resets.clone(),
+        };
+        let function = AssignedFunction::new(device.name(), device.clone(), wiring, options)?;
+        log::info!("{}", function.summary());
+        behind.push((*number, function));
+    }
+    let routes = Arc::new(router.clone());
+    pci.add_behind_port(slot, &names, behind, routes, events.clone())
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

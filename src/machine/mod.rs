@@ -14,6 +14,7 @@ mod error;
 mod events;
 mod life;
 mod pci;
+mod places;
 mod platform;
 mod signals;
 

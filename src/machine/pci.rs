@@ -3,12 +3,13 @@
 //! The host bridge has slot 0. Virtio functions come from slot 1 up, in the order in which they are
 //! given, and root ports from slot 16 up, so that neither moves when one of the others is added.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use busway_pci::{
-    BarKind, Device, Ecam, FunctionId, HostBridge, InterruptPin, InterruptRoutes, Link,
+    BarKind, Device, Ecam, Function, FunctionId, HostBridge, InterruptPin, InterruptRoutes, Link,
     PciFunction, Place, RootPort, SlotListener, Topology, Windows, capabilities, spec,
 };
+use busway_vfio::AssignedFunction;
 
 use super::RunError;
 use super::bars::Bars;
@@ -16,6 +17,7 @@ use super::bus::EcamWindow;
 use crate::acpi;
 use crate::kvm::Buses;
 use crate::memory::layout;
+use crate::report::AssignedDevice;
 
 /// The first slot that is tried for a root port.
 const FIRST_PORT: u8 = 16;
@@ -29,6 +31,8 @@ pub(super) struct Pci {
     windows: Windows,
     /// Bit n: slot n is taken.
     slots: u32,
+    /// Those that are still there.
+    assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
 }
 
 impl Pci {
@@ -39,6 +43,7 @@ impl Pci {
             buses: buses.clone(),
             windows,
             slots: 0,
+            assigned: Vec::new(),
         };
         pci.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
         buses.mmio.insert(
@@ -68,26 +73,44 @@ impl Pci {
         self.free_slot(name, FIRST_PORT)
     }
 
-    /// Adds a host device, behind a root port of its own in `slot` whose link is as fast as its. The
-    /// device can leave at run time: `slots` hears what the guest does with the port's slot. Gives the
-    /// port.
+    /// Adds the functions of a host device, function 0 first, behind a root port in `slot` whose link
+    /// is as fast as theirs. The device can leave at run time: `slots` hears what the guest does with
+    /// the port's slot. Gives the port.
     pub(super) fn add_behind_port(
         &mut self,
         slot: Device,
         name: &str,
-        function: Arc<dyn PciFunction>,
+        functions: Vec<(Function, Arc<AssignedFunction>)>,
         routes: Arc<dyn InterruptRoutes>,
         slots: Arc<dyn SlotListener>,
     ) -> Result<FunctionId, RunError> {
-        let mut port =
-            RootPort::new(slot.number().into(), link_of(&*function), routes).hot_plug(slots);
-        let has_ports = function.bars().iter().any(|bar| bar.kind == BarKind::Io);
-        if !has_ports {
+        let link = functions.first().map(|(_, function)| link_of(&**function));
+        let link = link.unwrap_or_default();
+        let mut port = RootPort::new(slot.number().into(), link, routes).hot_plug(slots);
+        let mut bars = functions.iter().flat_map(|(_, function)| function.bars());
+        if !bars.any(|bar| bar.kind == BarKind::Io) {
             port = port.without_io();
         }
         let port = self.place(name, slot.number(), Arc::new(port))?;
-        self.topology.add(Place::behind(port), function)?;
+        for (number, function) in functions {
+            let place = Place::behind(port).with_function(number);
+            let id = self.topology.add(place, function.clone())?;
+            self.assigned.push((id, Arc::downgrade(&function)));
+        }
         Ok(port)
+    }
+
+    /// What the report says of the host's functions, in the order in which they were added.
+    pub(super) fn assigned(&self) -> Vec<AssignedDevice> {
+        let of = |(id, function): &(FunctionId, Weak<AssignedFunction>)| {
+            let summary = function.upgrade()?.summary();
+            Some(AssignedDevice {
+                host: summary.name,
+                guest: self.topology.bdf(*id)?.to_string(),
+                reset: summary.reset.word(),
+            })
+        };
+        self.assigned.iter().filter_map(of).collect()
     }
 
     /// Numbers buses and gives addresses, as firmware does. No vCPU may run.
@@ -126,6 +149,11 @@ impl Pci {
 
 impl Drop for Pci {
     fn drop(&mut self) {
+        // All before the first is closed, for some are reset together.
+        let assigned = self.assigned.drain(..);
+        for function in assigned.filter_map(|(_, function)| function.upgrade()) {
+            function.retire();
+        }
         for (id, _) in self.topology.functions() {
             // What is behind a port goes with it.
             self.topology.remove(id);

@@ -13,8 +13,8 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_REQ_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX,
 };
 
-use crate::Mapping;
 use crate::areas::Area;
+use crate::{Affected, FunctionReset, Mapping};
 
 /// A region of a VFIO PCI device. linux/vfio.h
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -164,4 +164,31 @@ pub trait DeviceIo: Send + Sync + Debug {
     /// # Errors
     /// The kernel's; ENOTTY where there is no way.
     fn reset(&self) -> io::Result<()>;
+
+    /// What [`reset`](Self::reset) does; nothing where it cannot be done.
+    fn function_reset(&self) -> Option<FunctionReset> {
+        self.can_reset().then_some(FunctionReset::Other)
+    }
+
+    /// Whether the kernel resets the device, as far as it can be by itself, when this process opens it
+    /// and when it closes it: not so where somebody else has it open as well.
+    fn is_reset_by_opening(&self) -> bool {
+        false
+    }
+
+    /// What a reset of the device's slot or bus touches, the device itself among it.
+    ///
+    /// # Errors
+    /// The kernel's; ENODEV where neither can be reset.
+    fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {
+        Err(io::Error::from_raw_os_error(libc::ENODEV))
+    }
+
+    /// Resets the device's slot or bus. Everything that this touches has to be quiet.
+    ///
+    /// # Errors
+    /// The kernel's; EINVAL where it does not hold all of it to be this process's.
+    fn hot_reset(&self) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENODEV))
+    }
 }

@@ -9,7 +9,10 @@ use busway_pci::{
     RouteError,
 };
 
-use crate::{Area, DeviceIo, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex};
+use crate::{
+    Affected, Area, DeviceIo, FunctionReset, IrqError, IrqIndex, IrqInfo, Mapping, Region,
+    RegionIndex,
+};
 
 /// What a device was told about its interrupts: whether each vector got an eventfd.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +40,12 @@ pub(crate) struct FakeDevice {
     pub(crate) resets: Mutex<Vec<u16>>,
     /// Events that somebody wants to hear of.
     pub(crate) listened: Mutex<Vec<IrqIndex>>,
+    pub(crate) function_reset: Option<FunctionReset>,
+    /// What a hot reset of it touches; no bus to reset where there is nothing.
+    pub(crate) reach: Mutex<Vec<Affected>>,
+    /// What the command register held at each hot reset.
+    pub(crate) hot_resets: Mutex<Vec<u16>>,
+    pub(crate) reset_by_opening: bool,
     pub(crate) bar_writes: Mutex<Vec<(RegionIndex, u64, Vec<u8>)>>,
 }
 
@@ -61,6 +70,10 @@ impl Default for FakeDevice {
             irqs: Mutex::default(),
             resets: Mutex::default(),
             listened: Mutex::default(),
+            function_reset: Some(FunctionReset::Other),
+            reach: Mutex::default(),
+            hot_resets: Mutex::default(),
+            reset_by_opening: false,
             bar_writes: Mutex::default(),
         }
     }
@@ -264,6 +277,31 @@ impl DeviceIo for FakeDevice {
     fn reset(&self) -> io::Result<()> {
         let command = u16::from_le_bytes(self.config_at(4));
         self.resets.lock().unwrap().push(command);
+        Ok(())
+    }
+
+    fn function_reset(&self) -> Option<FunctionReset> {
+        self.function_reset.filter(|_| self.can_reset)
+    }
+
+    fn is_reset_by_opening(&self) -> bool {
+        self.reset_by_opening
+    }
+
+    fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {
+        let reach = self.reach.lock().unwrap().clone();
+        match reach.is_empty() {
+            true => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+            false => Ok(reach),
+        }
+    }
+
+    fn hot_reset(&self) -> io::Result<()> {
+        if self.reach.lock().unwrap().iter().any(|each| !each.owned) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let command = u16::from_le_bytes(self.config_at(4));
+        self.hot_resets.lock().unwrap().push(command);
         Ok(())
     }
 }

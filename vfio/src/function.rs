@@ -12,10 +12,11 @@ use crate::config::{GuestConfig, Settled, read_dword};
 use crate::lists::{self, List};
 use crate::msix_layout::GuestLocation;
 use crate::quirks::Quirks;
+use crate::resets::ResetHandle;
 use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{AssignError, AssignOptions, DeviceIo, IrqIndex, RegionIndex, Wiring};
+use crate::{AssignError, AssignOptions, DeviceIo, IrqIndex, RegionIndex, ResetMethod, Wiring};
 
 /// A host device, as the guest sees it.
 ///
@@ -30,6 +31,7 @@ pub struct AssignedFunction {
     table: Option<GuestLocation>,
     pba: Option<GuestLocation>,
     rom: Option<Rom>,
+    reset: ResetHandle,
     // Dropped before the device: a mapping holds it open.
     parts: Vec<Part>,
     io: Arc<dyn DeviceIo>,
@@ -68,8 +70,8 @@ pub struct Summary {
     pub vectors: usize,
     /// The parts of BARs that the guest reaches without an exit: BAR, offset, bytes.
     pub mapped: Vec<(u8, u64, u64)>,
-    /// It can be reset by itself.
-    pub can_reset: bool,
+    /// How it is reset.
+    pub reset: ResetMethod,
 }
 
 impl fmt::Display for Summary {
@@ -78,13 +80,10 @@ impl fmt::Display for Summary {
         let Self { name, vectors, .. } = self;
         write!(
             f,
-            "{name}: {vectors} vectors, {} KiB of BARs without exits",
-            direct >> 10
-        )?;
-        match self.can_reset {
-            true => Ok(()),
-            false => f.write_str(", no reset of its own"),
-        }
+            "{name}: {vectors} vectors, {} KiB of BARs without exits, reset by {}",
+            direct >> 10,
+            self.reset
+        )
     }
 }
 
@@ -100,17 +99,16 @@ impl AssignedFunction {
         wiring: Wiring,
         options: &AssignOptions,
     ) -> Result<Arc<Self>, AssignError> {
-        let Wiring { routes, lines: _ } = wiring;
+        let Wiring {
+            routes,
+            lines: _,
+            resets,
+        } = wiring;
         let AssignOptions {
             rom,
             nv_gpudirect_clique,
         } = options;
-        if !io.can_reset() {
-            log::warn!(
-                "{name} cannot be reset by itself: what one guest leaves in it, the next one finds"
-            );
-        }
-        reset_device(name, &*io);
+        let reset = resets.join(name, &io);
         check_header(name, &*io)?;
         let quirks = Quirks::of(&*io);
         let rom = Rom::new(name, &*io, rom, quirks.hides_rom());
@@ -181,6 +179,7 @@ impl AssignedFunction {
             table: layout.map(|layout| layout.table()),
             pba: layout.map(|layout| layout.pba()),
             rom,
+            reset,
             parts,
             io,
         }))
@@ -212,7 +211,7 @@ impl AssignedFunction {
                 .iter()
                 .map(|part| (part.bar, part.area.offset, part.area.size))
                 .collect(),
-            can_reset: self.io.can_reset(),
+            reset: self.reset.method(),
         }
     }
 
@@ -220,8 +219,9 @@ impl AssignedFunction {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Everything to its state at power-on, the device's and ours.
-    fn reset_all(&self, state: &mut State) {
+    /// Makes the device quiet, has `reset` reset it, and puts everything of ours into its state at
+    /// power-on.
+    fn reset_by(&self, state: &mut State, reset: impl FnOnce(&ResetHandle)) {
         if let Some(MsixState { msix, vectors, .. }) = &mut state.msix {
             msix.reset(vectors);
         }
@@ -231,8 +231,17 @@ impl AssignedFunction {
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
-        reset_device(&self.name, &*self.io);
+        reset(&self.reset);
         state.config.reset(&*self.io);
+    }
+
+    /// The guest will not use the device again: it is made quiet, and reset where the kernel does not
+    /// when it is closed. Devices that are reset together are all told so before the first is dropped.
+    pub fn retire(&self) {
+        let mut state = self.lock();
+        if self.reset.is_used() {
+            self.reset_by(&mut state, ResetHandle::retire);
+        }
     }
 }
 
@@ -249,6 +258,7 @@ impl PciFunction for AssignedFunction {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
+        self.reset.touch();
         let State { config, msi, msix } = &mut *state;
         config.write(&*self.io, offset, data);
         if let Some(MsiState { at, msi, vectors }) = msi
@@ -270,7 +280,7 @@ impl PciFunction for AssignedFunction {
             Settled::Done => false,
             Settled::Decodes => true,
             Settled::Reset => {
-                self.reset_all(&mut state);
+                self.reset_by(&mut state, ResetHandle::reset_function);
                 false
             }
         }
@@ -297,21 +307,13 @@ impl PciFunction for AssignedFunction {
     }
 
     fn reset(&self) {
-        self.reset_all(&mut self.lock());
+        self.reset_by(&mut self.lock(), ResetHandle::reset);
     }
 }
 
 impl Drop for AssignedFunction {
     fn drop(&mut self) {
-        self.reset_all(&mut self.lock());
-    }
-}
-
-fn reset_device(name: &str, io: &dyn DeviceIo) {
-    if io.can_reset()
-        && let Err(error) = io.reset()
-    {
-        log::warn!("{name}: VFIO_DEVICE_RESET: {error}; it goes on as it is");
+        self.retire();
     }
 }
 

@@ -66,6 +66,7 @@ pub(super) fn assign_with(
     let wiring = Wiring {
         routes,
         lines: Arc::new(FakeLines::default()),
+        resets: Arc::default(),
     };
     AssignedFunction::new(name, fake, wiring, options)
 }
@@ -358,8 +359,20 @@ fn a_reset_takes_bus_mastering_and_interrupts_first_and_forgets_what_the_guest_w
     assert_eq!(read(&function, 0x40), 0x0040_6011);
     assert_eq!(u16::from_le_bytes(fake.config_at(0x88)), 0x2010);
     function.reset();
+    assert_eq!(fake.resets().len(), 3);
+    // The guest is done with it only if it has begun.
     drop(function);
-    assert_eq!(fake.resets().len(), 4);
+    assert_eq!(fake.resets().len(), 3);
+}
+
+#[test]
+fn a_device_that_a_guest_used_is_reset_when_it_is_let_go() {
+    let (fake, _, function) = function(nvme());
+    assert_eq!(fake.resets().len(), 1);
+    function.config_write(4, &[6]);
+    drop(function);
+    let held = spec::COMMAND_MEMORY | spec::COMMAND_INTX_DISABLE;
+    assert_eq!(fake.resets()[1..], [held]);
 }
 
 #[test]

@@ -13,8 +13,12 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::areas::{Area, PAGE_SIZE};
-use crate::open::Opened;
-use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex, sys};
+use crate::attachment::Opened;
+use crate::config::read_dword;
+use crate::{
+    Affected, DeviceIo, FunctionReset, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex,
+    sys,
+};
 
 /// A VFIO device of the kernel's.
 ///
@@ -74,6 +78,12 @@ impl KernelDevice {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether it is a virtual function of another device.
+    #[must_use]
+    pub fn is_virtual_function(&self) -> bool {
+        self.opened.folder.join("physfn").exists()
     }
 
     fn known(&self, index: RegionIndex) -> io::Result<&(u64, Region)> {
@@ -168,6 +178,31 @@ impl DeviceIo for KernelDevice {
 
     fn reset(&self) -> io::Result<()> {
         sys::reset(&self.opened.file)
+    }
+
+    /// What VFIO says counts: it has tried. What sysfs says names it.
+    fn function_reset(&self) -> Option<FunctionReset> {
+        if !self.can_reset {
+            return None;
+        }
+        match self.opened.reset_methods() {
+            Some(method) => method.or(Some(FunctionReset::Other)),
+            None => Some(FunctionReset::of_capabilities(&|offset| {
+                read_dword(self, offset)
+            })),
+        }
+    }
+
+    fn is_reset_by_opening(&self) -> bool {
+        true
+    }
+
+    fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {
+        self.opened.hot_reset_reach()
+    }
+
+    fn hot_reset(&self) -> io::Result<()> {
+        self.opened.hot_reset()
     }
 }
 

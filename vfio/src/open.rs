@@ -1,17 +1,18 @@
 //! Opening a host device for a VM: what has to hold before, and in which order the kernel wants it.
 
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
-use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space};
+use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space, not_viable};
 use busway_pci::Bdf;
 
+use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
 use crate::host::is_vfio_driver;
-use crate::{KernelDevice, KvmFiles, sys};
+use crate::vf_token::TokenUse;
+use crate::{KernelDevice, KvmFiles, VfToken, sys};
 
 /// A device could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -80,12 +81,31 @@ pub enum DeviceError {
         /// The node it is open through.
         path: PathBuf,
     },
-    /// the device is a VF of a PF that is itself with VFIO
+    /// the device is shared between a PF and its VFs, and the token is missing
     #[error(
-        "{address} is a virtual function whose physical function is with VFIO as well, and needs \
-         its VF token: bind the physical function to its own driver"
+        "{address} needs a VF token, as VFIO has both the physical function and its virtual \
+         functions: say the one that they were opened with, `--device {address},vf_token=UUID`, or \
+         bind the physical function to its own driver"
     )]
-    VfToken {
+    NoVfToken {
+        /// The address.
+        address: Bdf,
+    },
+    /// the token is another one
+    #[error(
+        "{address} has another VF token than the one given: it is the one that its physical \
+         function was opened with, first and while no virtual function was in use"
+    )]
+    WrongVfToken {
+        /// The address.
+        address: Bdf,
+    },
+    /// the token is for nothing
+    #[error(
+        "{address} takes no VF token: it is neither a physical function, nor a virtual function \
+         whose physical function is with VFIO; leave vf_token= out"
+    )]
+    UnusedVfToken {
         /// The address.
         address: Bdf,
     },
@@ -101,52 +121,6 @@ pub enum DeviceError {
     },
 }
 
-/// What a device is attached to, and has to let go of after it is closed.
-#[derive(Debug)]
-enum Attachment {
-    /// A group, which its other devices hold as well.
-    Group(#[expect(dead_code, reason = "held, not used")] Arc<OpenGroup>),
-    /// An address space of an iommufd.
-    Ioas {
-        kvm: Option<Arc<dyn KvmFiles>>,
-        #[expect(dead_code, reason = "held, not used")]
-        ioas: Arc<Ioas>,
-    },
-}
-
-/// An attached device's descriptor. KVM, where it knows the descriptor itself, has to forget it before
-/// it closes; what the device is attached to is let go after that.
-#[derive(Debug)]
-pub(crate) struct Opened {
-    // Dropped in this order, after `Drop::drop`.
-    pub(crate) file: File,
-    attachment: Attachment,
-    _token: Arc<()>,
-}
-
-impl Drop for Opened {
-    fn drop(&mut self) {
-        if let Attachment::Ioas { kvm: Some(kvm), .. } = &self.attachment {
-            kvm.remove(self.file.as_fd());
-        }
-    }
-}
-
-/// A group that KVM knows of.
-#[derive(Debug)]
-struct OpenGroup {
-    kvm: Option<Arc<dyn KvmFiles>>,
-    group: Group,
-}
-
-impl Drop for OpenGroup {
-    fn drop(&mut self) {
-        if let Some(kvm) = &self.kvm {
-            kvm.remove(self.group.as_fd());
-        }
-    }
-}
-
 /// Opens devices for one VM. Several threads may open devices at once, which pays: the kernel resets
 /// each one meanwhile.
 #[derive(Debug)]
@@ -154,14 +128,7 @@ pub struct Opener {
     paths: HostPaths,
     space: Space,
     kvm: Option<Arc<dyn KvmFiles>>,
-    open: Mutex<Open>,
-}
-
-/// What this VM has open.
-#[derive(Debug, Default)]
-struct Open {
-    groups: BTreeMap<u32, Weak<OpenGroup>>,
-    devices: BTreeMap<Bdf, Weak<()>>,
+    open: Arc<OpenOnes>,
 }
 
 impl Opener {
@@ -172,27 +139,40 @@ impl Opener {
             paths,
             space,
             kvm,
-            open: Mutex::default(),
+            open: Arc::default(),
         }
     }
 
     /// Opens the device whose folder in sysfs is `device` and attaches it to the VM's space.
+    /// `vf_token` is what the user of its physical function, and of its other virtual functions, says
+    /// too. A physical function's is set by opening it, so that comes before its virtual ones.
     ///
     /// # Errors
     /// [`DeviceError`]; nothing is left open or attached then.
-    pub fn open(&self, device: &Path) -> Result<KernelDevice, DeviceError> {
+    pub fn open(
+        &self,
+        device: &Path,
+        vf_token: Option<&VfToken>,
+    ) -> Result<KernelDevice, DeviceError> {
         let address = check(&self.paths, device)?;
-        let token = self.claim(address)?;
+        if vf_token.is_some() && TokenUse::of(&self.paths, device) == TokenUse::None {
+            return Err(DeviceError::UnusedVfToken { address });
+        }
+        let claim = self.claim(address)?;
         let opened = match &self.space {
             Space::Type1(container) => {
                 let group = self.group(container, device, address)?;
                 Opened {
-                    file: self.in_group(&group.group, address)?,
+                    file: self.in_group(&group.group, address, vf_token)?,
                     attachment: Attachment::Group(group),
-                    _token: token,
+                    address,
+                    folder: device.to_owned(),
+                    paths: self.paths.clone(),
+                    open: self.open.clone(),
+                    _claim: claim,
                 }
             }
-            Space::Iommufd(ioas) => self.cdev(device, address, ioas, token)?,
+            Space::Iommufd(ioas) => self.cdev(device, address, ioas, vf_token, claim)?,
         };
         KernelDevice::new(&address.to_string(), opened).map_err(|source| DeviceError::Kernel {
             address,
@@ -201,21 +181,17 @@ impl Opener {
         })
     }
 
-    /// Takes a device for as long as the token lives: the kernel would let a group's device be
+    /// Takes a device for as long as the claim lives: the kernel would let a group's device be
     /// opened twice.
     fn claim(&self, address: Bdf) -> Result<Arc<()>, DeviceError> {
-        let mut open = self.lock();
-        let taken = open.devices.get(&address);
-        if taken.is_some_and(|token| token.strong_count() > 0) {
+        let mut devices = self.open.devices();
+        let taken = devices.get(&address);
+        if taken.is_some_and(|claim| claim.strong_count() > 0) {
             return Err(DeviceError::Twice { address });
         }
-        let token = Arc::new(());
-        open.devices.insert(address, Arc::downgrade(&token));
-        Ok(token)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        let claim = Arc::new(());
+        devices.insert(address, Arc::downgrade(&claim));
+        Ok(claim)
     }
 
     /// The device's group, opened now or before.
@@ -232,8 +208,8 @@ impl Opener {
                 address,
                 obstacle: Obstacle::no_iommu(&self.paths),
             })?;
-        let mut open = self.lock();
-        if let Some(group) = open.groups.get(&number).and_then(Weak::upgrade) {
+        let mut groups = self.open.groups();
+        if let Some(group) = groups.get(&number).and_then(Weak::upgrade) {
             return Ok(group);
         }
         let group = Group::open(&self.paths, number, container)
@@ -243,27 +219,34 @@ impl Opener {
             kvm: self.kvm.clone(),
             group,
         });
-        open.groups.insert(number, Arc::downgrade(&group));
+        groups.insert(number, Arc::downgrade(&group));
         Ok(group)
     }
 
-    fn in_group(&self, group: &Group, address: Bdf) -> Result<File, DeviceError> {
+    fn in_group(
+        &self,
+        group: &Group,
+        address: Bdf,
+        vf_token: Option<&VfToken>,
+    ) -> Result<File, DeviceError> {
         let failed = |source: io::Error| match source.raw_os_error() {
             Some(libc::EBUSY) => DeviceError::Busy {
                 address,
                 path: self.paths.group(group.number()),
             },
-            Some(libc::EACCES) => DeviceError::VfToken { address },
+            Some(libc::EACCES) => refused(address, vf_token),
             _ => DeviceError::Kernel {
                 address,
                 what: "VFIO_GROUP_GET_DEVICE_FD",
                 source,
             },
         };
-        group
-            .device(&address.to_string())
-            .map(File::from)
-            .map_err(failed)
+        // The name that the kernel knows a device by has its options behind it.
+        let name = match vf_token {
+            Some(token) => format!("{address} vf_token={token}"),
+            None => address.to_string(),
+        };
+        group.device(&name).map(File::from).map_err(failed)
     }
 
     fn cdev(
@@ -271,7 +254,8 @@ impl Opener {
         device: &Path,
         address: Bdf,
         ioas: &Arc<Ioas>,
-        token: Arc<()>,
+        vf_token: Option<&VfToken>,
+        claim: Arc<()>,
     ) -> Result<Opened, DeviceError> {
         let failed = |source| DeviceError::Open { address, source };
         let path = self.paths.cdev(device).ok_or_else(|| {
@@ -300,13 +284,24 @@ impl Opener {
                 kvm: self.kvm.clone(),
                 ioas: ioas.clone(),
             },
-            _token: token,
+            address,
+            folder: device.to_owned(),
+            paths: self.paths.clone(),
+            open: self.open.clone(),
+            _claim: claim,
         };
-        sys::bind_iommufd(&opened.file, ioas.fd()).map_err(|source| {
+        bind(&opened.file, ioas, address, vf_token).map_err(|source| {
             match source.raw_os_error() {
-                // EBUSY: open through its group; EINVAL: bound to another iommufd.
-                Some(libc::EBUSY | libc::EINVAL) => DeviceError::Busy { address, path },
-                Some(libc::EACCES) => DeviceError::VfToken { address },
+                // EPERM and EBUSY: the group is not free; EBUSY: open through its group; EINVAL: bound
+                // to another iommufd.
+                Some(libc::EPERM | libc::EBUSY | libc::EINVAL) => {
+                    let group = self.paths.group_of(device);
+                    match group.and_then(|group| not_viable(&self.paths, group)) {
+                        Some(error) => failed(error),
+                        None => DeviceError::Busy { address, path },
+                    }
+                }
+                Some(libc::EACCES) => refused(address, vf_token),
                 _ => DeviceError::Kernel {
                     address,
                     what: "VFIO_DEVICE_BIND_IOMMUFD",
@@ -335,15 +330,46 @@ impl Opener {
     }
 }
 
+/// Binds a device to the VM's iommufd.
+///
+/// Kernels before Linux 6.17 neither take a VF token there nor ask for one: the device can be had
+/// without, and that is said.
+fn bind(file: &File, ioas: &Ioas, address: Bdf, vf_token: Option<&VfToken>) -> io::Result<()> {
+    let bound = sys::bind_iommufd(file, ioas.fd(), vf_token.map(VfToken::bytes));
+    match bound {
+        Err(error) if vf_token.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
+            sys::bind_iommufd(file, ioas.fd(), None)?;
+            log::warn!(
+                "{address}: this host's kernel takes no VF token over iommufd (Linux 6.17 does), and \
+                 asks for none: it was opened without; `--platform iommufd=off` uses the token"
+            );
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// What EACCES means: the kernel wants a VF token, or another one.
+fn refused(address: Bdf, vf_token: Option<&VfToken>) -> DeviceError {
+    match vf_token {
+        None => DeviceError::NoVfToken { address },
+        Some(_) => DeviceError::WrongVfToken { address },
+    }
+}
+
 /// That the device is there and ready, as sysfs shows it.
 fn check(paths: &HostPaths, device: &Path) -> Result<Bdf, DeviceError> {
-    let address: Bdf = device
+    // A link may have any name: two that lead to one device are one.
+    let real = device.canonicalize();
+    let address: Bdf = real
+        .as_deref()
+        .unwrap_or(device)
         .file_name()
         .and_then(|name| name.to_str()?.parse().ok())
         .ok_or_else(|| DeviceError::NotPci {
             path: device.to_owned(),
         })?;
-    if !device.exists() {
+    if real.is_err() {
         return Err(DeviceError::NotThere { address });
     }
     // Without an IOMMU no VFIO driver takes it, and asking for one would lead nowhere.

@@ -6,11 +6,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 
 use busway_iommu::info;
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, vfio_device_info,
-    vfio_irq_info, vfio_irq_set, vfio_region_info,
+    VFIO_BASE, VFIO_DEVICE_BIND_FLAG_TOKEN, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD,
+    VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
+    vfio_device_info, vfio_irq_info, vfio_irq_set, vfio_region_info,
 };
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
 // linux/vfio.h
@@ -19,6 +19,12 @@ ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+ioctl_io_nr!(
+    VFIO_DEVICE_GET_PCI_HOT_RESET_INFO,
+    VFIO_TYPE as u32,
+    VFIO_BASE + 12
+);
+ioctl_io_nr!(VFIO_DEVICE_PCI_HOT_RESET, VFIO_TYPE as u32, VFIO_BASE + 13);
 ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, VFIO_TYPE as u32, VFIO_BASE + 18);
 ioctl_io_nr!(
     VFIO_DEVICE_ATTACH_IOMMUFD_PT,
@@ -137,14 +143,76 @@ pub(crate) fn reset(device: &File) -> io::Result<()> {
     check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
 }
 
-pub(crate) fn bind_iommufd(device: &File, iommufd: BorrowedFd<'_>) -> io::Result<()> {
+/// The most functions that a hot reset is believed to touch: those of all buses of a segment.
+const MOST_AFFECTED: u32 = 1 << 16;
+
+/// What `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO` answers: a `vfio_pci_hot_reset_info` and its devices, as
+/// words.
+pub(crate) fn hot_reset_info(device: &File) -> io::Result<Vec<u32>> {
+    // argsz, flags, count; two words for each device.
+    const HEADER: usize = 3;
+    let mut room = 8_u32;
+    loop {
+        let mut words = vec![0_u32; HEADER + 2 * room as usize];
+        let argsz = u32::try_from(size_of_val(words.as_slice()))
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        if let Some(first) = words.first_mut() {
+            *first = argsz;
+        }
+        // SAFETY: the kernel writes the header, and devices as far as `argsz` says that there is room:
+        // `words` has as many bytes.
+        let result = check(unsafe {
+            ioctl_with_mut_ptr(
+                device,
+                VFIO_DEVICE_GET_PCI_HOT_RESET_INFO(),
+                words.as_mut_ptr(),
+            )
+        });
+        let count = words.get(2).copied().unwrap_or(0);
+        match result {
+            Ok(_) => {
+                words.truncate(HEADER + 2 * count as usize);
+                return Ok(words);
+            }
+            Err(error)
+                if error.raw_os_error() == Some(libc::ENOSPC)
+                    && (room + 1..=MOST_AFFECTED).contains(&count) =>
+            {
+                room = count;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Resets slot or bus. `groups` prove whose the devices on it are; none for a character device, whose
+/// iommufd does.
+pub(crate) fn hot_reset(device: &File, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let count = u32::try_from(groups.len()).map_err(invalid)?;
+    let argsz = u32::try_from((3 + groups.len()) * size_of::<u32>()).map_err(invalid)?;
+    // The fields of `vfio_pci_hot_reset` in order, then the descriptors: words all.
+    let fds = groups.iter().map(|group| group.as_raw_fd() as u32);
+    let words: Vec<u32> = [argsz, 0, count].into_iter().chain(fds).collect();
+    // SAFETY: the kernel reads `argsz` bytes of `words`, which hold the header and `count` numbers.
+    check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_PCI_HOT_RESET(), words.as_ptr()) }).map(drop)
+}
+
+/// Binds a device to an iommufd, with the 16 bytes of a VF token where one is given. linux/vfio.h
+pub(crate) fn bind_iommufd(
+    device: &File,
+    iommufd: BorrowedFd<'_>,
+    token: Option<&[u8; 16]>,
+) -> io::Result<()> {
     let mut bind = vfio_device_bind_iommufd {
         argsz: size_of_u32::<vfio_device_bind_iommufd>(),
+        flags: token.map_or(0, |_| VFIO_DEVICE_BIND_FLAG_TOKEN),
         iommufd: iommufd.as_raw_fd(),
+        token_uuid_ptr: token.map_or(0, |token| token.as_ptr() as u64),
         ..Default::default()
     };
-    // SAFETY: the structure is the one that the ioctl takes; without the token flag its pointer is
-    // not used.
+    // SAFETY: the structure is the one that the ioctl takes; with the token flag the kernel reads 16
+    // bytes through its pointer, which are borrowed for the call, and without it reads none.
     check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_BIND_IOMMUFD(), &mut bind) }).map(drop)
 }
 
@@ -162,6 +230,9 @@ pub(crate) fn attach_ioas(device: &File, ioas: u32) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vfio_bindings::bindings::vfio::{
+        vfio_pci_dependent_device, vfio_pci_hot_reset, vfio_pci_hot_reset_info,
+    };
 
     #[test]
     fn the_interrupt_set_is_five_words_and_then_descriptors() {
@@ -171,9 +242,18 @@ mod tests {
     }
 
     #[test]
+    fn a_hot_reset_is_three_words_and_then_two_for_each_device_or_one_for_each_group() {
+        assert_eq!(size_of::<vfio_pci_hot_reset_info>(), 12);
+        assert_eq!(size_of::<vfio_pci_dependent_device>(), 8);
+        assert_eq!(size_of::<vfio_pci_hot_reset>(), 12);
+    }
+
+    #[test]
     fn the_numbers_are_the_kernels() {
         assert_eq!(VFIO_DEVICE_SET_IRQS(), 0x3b6e);
         assert_eq!(VFIO_DEVICE_RESET(), 0x3b6f);
+        assert_eq!(VFIO_DEVICE_GET_PCI_HOT_RESET_INFO(), 0x3b70);
+        assert_eq!(VFIO_DEVICE_PCI_HOT_RESET(), 0x3b71);
         assert_eq!(VFIO_DEVICE_BIND_IOMMUFD(), 0x3b76);
     }
 }

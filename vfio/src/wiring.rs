@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use busway_pci::{InterruptLines, InterruptRoutes};
 
+use crate::Resets;
 use crate::RomChoice;
 
 /// How a function is connected to its guest.
@@ -13,6 +14,8 @@ pub struct Wiring {
     pub routes: Arc<dyn InterruptRoutes>,
     /// Ways for the interrupt pin.
     pub lines: Arc<dyn InterruptLines>,
+    /// The resets of its VM, which knows the device, or is made known to it.
+    pub resets: Arc<Resets>,
 }
 
 /// What the person who gives a device away can choose about it.

@@ -9,6 +9,8 @@ pub struct Device {
     pub id: String,
     /// What it is.
     pub kind: Kind,
+    /// Its function number, where it shares a host device with the one before it; else 0.
+    pub function: u8,
 }
 
 /// What a device is, and what is particular to it.
@@ -48,7 +50,14 @@ impl Device {
         Self {
             id: id.to_owned(),
             kind,
+            function: 0,
         }
+    }
+
+    /// Makes it function `number` of the device that the one before it is function 0 of.
+    pub fn function(mut self, number: u8) -> Self {
+        self.function = number;
+        self
     }
 
     /// An NVMe drive whose serial number is its id in upper case.
@@ -199,12 +208,22 @@ pub(crate) fn arguments(devices: &[Device], scratch: &Path) -> Vec<String> {
         arguments.push("-device".to_owned());
         arguments.push(format!("pcie-pci-bridge,id=conventional,bus={bus}"));
     }
-    for device in devices {
-        let bus = match device.is_conventional() {
-            true => "conventional".to_owned(),
-            false => root_port(&mut arguments),
-        };
-        arguments.extend(device.arguments(&bus, scratch));
+    let mut bus = String::new();
+    for (index, device) in devices.iter().enumerate() {
+        let mut place = String::new();
+        if device.function > 0 {
+            place = format!(",addr=0.{}", device.function);
+        } else {
+            bus = match device.is_conventional() {
+                true => "conventional".to_owned(),
+                false => root_port(&mut arguments),
+            };
+            let next = devices.get(index + 1);
+            if next.is_some_and(|next| next.function > 0) {
+                place = ",multifunction=on,addr=0.0".to_owned();
+            }
+        }
+        arguments.extend(device.arguments(&format!("{bus}{place}"), scratch));
     }
     arguments
 }
@@ -242,6 +261,19 @@ mod tests {
                 .count(),
             2
         );
+    }
+
+    #[test]
+    fn functions_of_one_device_share_its_port() {
+        let zoo = [
+            Device::nvme("a", 8),
+            Device::e1000e("b").function(1),
+            Device::edu("c"),
+        ];
+        let arguments = arguments(&zoo, Path::new("/tmp")).join(" ");
+        assert!(arguments.contains("serial=A,bus=port1,multifunction=on,addr=0.0"));
+        assert!(arguments.contains("netdev=b-net,bus=port1,addr=0.1"));
+        assert!(arguments.ends_with("edu,id=c,bus=port2"));
     }
 
     #[test]

@@ -11,10 +11,14 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod assigned;
 mod bad_input;
+#[path = "../../../kvm/bare.rs"]
+mod bare;
+mod bare_kernel;
 mod demo;
 mod drive;
 mod emulated_host;
 mod events;
+mod groups;
 mod host_view;
 mod life;
 mod nic;
@@ -42,6 +46,7 @@ fn main() -> Result<ExitCode> {
         bad_input::PROOFS,
         life::PROOFS,
         events::PROOFS,
+        groups::PROOFS,
         emulated_host::PROOFS,
         host_view::PROOFS,
         demo::PROOFS,

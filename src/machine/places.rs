@@ -1,0 +1,156 @@
+//! Which host functions share a root port.
+//!
+//! The functions of one host device are one multi-function device of the guest's, as its drivers may
+//! expect to find each other. A virtual function is a device of its own: its number says which it is
+//! of its physical function's, and no more. So is a conventional device that shares a bus with others
+//! on the host: behind ports of their own they do not share interrupts and windows, and Linux, as
+//! every system, takes conventional functions behind a port.
+
+use busway_pci::{Bdf, Function};
+use busway_vfio::KernelDevice;
+
+/// A function of the host's that the guest is to have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HostFunction {
+    /// Where it is on the host; nothing where that is not known.
+    pub(super) address: Option<Bdf>,
+    /// It is a virtual function.
+    pub(super) is_virtual: bool,
+}
+
+impl HostFunction {
+    pub(super) fn of(device: &KernelDevice) -> Self {
+        Self {
+            address: device.name().parse().ok(),
+            is_virtual: device.is_virtual_function(),
+        }
+    }
+}
+
+/// A function behind a port: which of the given ones it is, and its number there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Behind {
+    pub(super) index: usize,
+    pub(super) function: Function,
+}
+
+/// What is behind each port, function 0 first. Ports come in the order in which the first function of
+/// each was given, so that one more device at the end moves none.
+///
+/// Numbers are those of the host where its function 0 is among them; else the lowest becomes function
+/// 0, for a guest does not look further where there is none, and the others keep theirs.
+pub(super) fn behind_ports(given: &[HostFunction]) -> Vec<Vec<Behind>> {
+    let mut ports: Vec<(Option<Bdf>, Vec<Behind>)> = Vec::new();
+    for (index, host) in given.iter().enumerate() {
+        let device = host.address.filter(|_| !host.is_virtual);
+        let new = Behind {
+            index,
+            function: device.map_or(Function::default(), |device| device.function),
+        };
+        let device = device.map(|device| Bdf {
+            function: Function::default(),
+            ..device
+        });
+        let same = ports
+            .iter_mut()
+            .find(|(other, _)| device.is_some() && *other == device);
+        match same {
+            Some((_, functions)) => functions.push(new),
+            None => ports.push((device, vec![new])),
+        }
+    }
+    ports
+        .into_iter()
+        .map(|(_, mut functions)| {
+            functions.sort_by_key(|each| each.function);
+            if let Some(lowest) = functions.first_mut() {
+                lowest.function = Function::default();
+            }
+            functions
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn host(text: &str) -> HostFunction {
+        HostFunction {
+            address: Some(text.parse().unwrap()),
+            is_virtual: false,
+        }
+    }
+
+    fn virtual_function(text: &str) -> HostFunction {
+        HostFunction {
+            is_virtual: true,
+            ..host(text)
+        }
+    }
+
+    fn numbers(given: &[HostFunction]) -> Vec<Vec<(usize, u8)>> {
+        let ports = behind_ports(given).into_iter().map(|port| {
+            let functions = port.into_iter();
+            functions
+                .map(|each| (each.index, each.function.number()))
+                .collect()
+        });
+        ports.collect()
+    }
+
+    #[test]
+    fn functions_of_one_device_share_a_port_and_keep_their_numbers() {
+        let given = ["01:00.1", "02:00.0", "01:00.0", "01:00.3"].map(host);
+        assert_eq!(
+            numbers(&given),
+            [vec![(2, 0), (0, 1), (3, 3)], vec![(1, 0)]]
+        );
+    }
+
+    #[test]
+    fn without_function_0_the_lowest_takes_its_place() {
+        let given = ["01:00.3", "01:00.2", "03:1f.6"].map(host);
+        assert_eq!(numbers(&given), [vec![(1, 0), (0, 3)], vec![(2, 0)]]);
+    }
+
+    #[test]
+    fn virtual_functions_and_devices_that_share_a_bus_are_devices_of_their_own() {
+        let mut given = ["01:10.0", "01:10.2"].map(virtual_function).to_vec();
+        given.extend(["02:01.0", "02:02.0", "01:00.0"].map(host));
+        given.push(virtual_function("01:00.4"));
+        let alone: Vec<_> = (0..given.len()).map(|index| vec![(index, 0)]).collect();
+        assert_eq!(numbers(&given), alone);
+        let unknown = HostFunction {
+            address: None,
+            is_virtual: false,
+        };
+        assert_eq!(numbers(&[unknown; 2]), [[(0, 0)], [(1, 0)]]);
+    }
+
+    proptest! {
+        #[test]
+        fn each_function_has_one_place_and_each_port_a_function_0(
+            ids in prop::collection::btree_set(any::<u16>(), 0..40),
+        ) {
+            let given: Vec<_> = ids
+                .iter()
+                .map(|&id| HostFunction {
+                    address: Some(Bdf::from_routing_id(id)),
+                    is_virtual: id % 5 == 0,
+                })
+                .collect();
+            let ports = behind_ports(&given);
+            let mut indices: Vec<_> = ports.iter().flatten().map(|each| each.index).collect();
+            indices.sort_unstable();
+            prop_assert!(indices.into_iter().eq(0..given.len()));
+            for port in &ports {
+                prop_assert_eq!(port[0].function.number(), 0);
+                prop_assert!(port.windows(2).all(|pair| pair[0].function < pair[1].function));
+            }
+            let more = [&given[..], &[HostFunction { address: None, is_virtual: false }]].concat();
+            prop_assert_eq!(&behind_ports(&more)[..ports.len()], &ports[..]);
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! An opened device, what it is attached to, and what its VM has open beside it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use busway_iommu::{Group, HostPaths, Ioas};
+use busway_pci::Bdf;
+
+use crate::hot_reset::{self, Owner};
+use crate::{Affected, FunctionReset, KvmFiles, sys};
+
+/// What a device is attached to, and has to let go of after it is closed.
+#[derive(Debug)]
+pub(crate) enum Attachment {
+    /// A group, which its other devices hold as well.
+    Group(#[expect(dead_code, reason = "held, not used")] Arc<OpenGroup>),
+    /// An address space of an iommufd.
+    Ioas {
+        kvm: Option<Arc<dyn KvmFiles>>,
+        #[expect(dead_code, reason = "held, not used")]
+        ioas: Arc<Ioas>,
+    },
+}
+
+/// An attached device's descriptor. KVM, where it knows the descriptor itself, has to forget it before
+/// it closes; what the device is attached to is let go after that.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    // Dropped in this order, after `Drop::drop`.
+    pub(crate) file: File,
+    pub(crate) attachment: Attachment,
+    pub(crate) address: Bdf,
+    /// Its folder in sysfs.
+    pub(crate) folder: PathBuf,
+    pub(crate) paths: HostPaths,
+    /// Of the same VM.
+    pub(crate) open: Arc<OpenOnes>,
+    pub(crate) _claim: Arc<()>,
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if let Attachment::Ioas { kvm: Some(kvm), .. } = &self.attachment {
+            kvm.remove(self.file.as_fd());
+        }
+    }
+}
+
+/// A group that KVM knows of.
+#[derive(Debug)]
+pub(crate) struct OpenGroup {
+    pub(crate) kvm: Option<Arc<dyn KvmFiles>>,
+    pub(crate) group: Group,
+}
+
+impl Drop for OpenGroup {
+    fn drop(&mut self) {
+        if let Some(kvm) = &self.kvm {
+            kvm.remove(self.group.as_fd());
+        }
+    }
+}
+
+/// What a VM has open.
+#[derive(Debug, Default)]
+pub(crate) struct OpenOnes {
+    groups: Mutex<BTreeMap<u32, Weak<OpenGroup>>>,
+    devices: Mutex<BTreeMap<Bdf, Weak<()>>>,
+}
+
+impl OpenOnes {
+    pub(crate) fn groups(&self) -> MutexGuard<'_, BTreeMap<u32, Weak<OpenGroup>>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn devices(&self) -> MutexGuard<'_, BTreeMap<Bdf, Weak<()>>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn group(&self, number: u32) -> Option<Arc<OpenGroup>> {
+        self.groups().get(&number).and_then(Weak::upgrade)
+    }
+}
+
+impl Opened {
+    /// How the kernel resets it, as sysfs says it; nothing where the kernel is too old to.
+    pub(crate) fn reset_methods(&self) -> Option<Option<FunctionReset>> {
+        let methods = fs::read_to_string(self.folder.join("reset_method")).ok()?;
+        Some(FunctionReset::parse(&methods))
+    }
+
+    /// What a hot reset touches.
+    pub(crate) fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {
+        let words = sys::hot_reset_info(&self.file)?;
+        let dependents = hot_reset::parse(&words, self.address.segment);
+        let affected = dependents.into_iter().map(|dependent| {
+            let folder = self.paths.function(&dependent.address.to_string());
+            Affected {
+                address: dependent.address,
+                owned: match dependent.owner {
+                    Owner::Group(number) => self.open.group(number).is_some(),
+                    Owner::Iommufd { ours } => ours,
+                },
+                driver: self.paths.driver_of(&folder),
+            }
+        });
+        Ok(affected.collect())
+    }
+
+    /// Resets slot or bus. A group is proof that its devices are this VM's, and the kernel wants no
+    /// more groups than there are devices; a character device's iommufd is proof by itself.
+    pub(crate) fn hot_reset(&self) -> io::Result<()> {
+        let groups: Vec<Arc<OpenGroup>> = match self.attachment {
+            Attachment::Ioas { .. } => Vec::new(),
+            Attachment::Group(_) => {
+                let words = sys::hot_reset_info(&self.file)?;
+                let mut numbers: Vec<u32> = hot_reset::parse(&words, self.address.segment)
+                    .into_iter()
+                    .filter_map(|dependent| match dependent.owner {
+                        Owner::Group(number) => Some(number),
+                        Owner::Iommufd { .. } => None,
+                    })
+                    .collect();
+                numbers.sort_unstable();
+                numbers.dedup();
+                let groups = numbers.into_iter().map(|number| self.open.group(number));
+                groups.flatten().collect()
+            }
+        };
+        let fds: Vec<_> = groups.iter().map(|open| open.group.as_fd()).collect();
+        sys::hot_reset(&self.file, &fds)
+    }
+}

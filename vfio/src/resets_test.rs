@@ -1,0 +1,184 @@
+use super::*;
+use crate::Affected;
+use crate::fake::FakeDevice;
+
+const A: &str = "0000:02:01.0";
+const B: &str = "0000:02:02.0";
+const ELSEWHERE: &str = "0000:05:00.0";
+
+fn affected(address: &str) -> Affected {
+    Affected {
+        address: address.parse().unwrap(),
+        owned: true,
+        driver: Some("vfio-pci".to_owned()),
+    }
+}
+
+/// A device without a reset of its own, on a bus with these.
+fn on_bus(bus: &[&str]) -> Arc<FakeDevice> {
+    let fake = FakeDevice {
+        function_reset: None,
+        ..FakeDevice::default()
+    };
+    *fake.reach.lock().unwrap() = bus.iter().map(|address| affected(address)).collect();
+    Arc::new(fake)
+}
+
+fn with_reset(function_reset: FunctionReset) -> Arc<FakeDevice> {
+    Arc::new(FakeDevice {
+        function_reset: Some(function_reset),
+        ..FakeDevice::default()
+    })
+}
+
+fn vm(devices: &[(&str, &Arc<FakeDevice>)]) -> (Arc<Resets>, Vec<ResetHandle>) {
+    let resets = Arc::<Resets>::default();
+    let devices: Vec<(&str, Arc<dyn DeviceIo>)> = devices
+        .iter()
+        .map(|&(name, fake)| (name, fake.clone() as Arc<dyn DeviceIo>))
+        .collect();
+    for (name, io) in &devices {
+        resets.add(name, io.clone());
+    }
+    resets.begin();
+    let handles = devices.iter().map(|(name, io)| resets.join(name, io));
+    let handles = handles.collect();
+    (resets, handles)
+}
+
+fn hot(devices: &[&Arc<FakeDevice>]) -> usize {
+    let counts = devices
+        .iter()
+        .map(|fake| fake.hot_resets.lock().unwrap().len());
+    counts.sum()
+}
+
+#[test]
+fn a_shared_bus_is_reset_once_when_all_on_it_are_quiet_and_not_before() {
+    let (a, b) = (on_bus(&[A, B]), on_bus(&[A, B]));
+    let other = with_reset(FunctionReset::Flr);
+    let (_resets, handles) = vm(&[(A, &a), (ELSEWHERE, &other), (B, &b)]);
+    assert_eq!(hot(&[&a, &b]), 1, "at the start");
+    assert_eq!(other.resets().len(), 1);
+    for (round, last) in [(2, 2), (3, 0)] {
+        handles.iter().for_each(ResetHandle::touch);
+        let first = 2 - last;
+        handles[first].reset();
+        handles[1].reset();
+        assert_eq!(hot(&[&a, &b]), round - 1, "one is in use");
+        handles[last].reset();
+        assert_eq!(hot(&[&a, &b]), round);
+        assert_eq!(other.resets().len(), round);
+    }
+}
+
+#[test]
+fn a_function_that_is_used_again_is_not_hit_by_a_reset_that_it_had_asked_for() {
+    let (a, b) = (on_bus(&[A, B]), on_bus(&[A, B]));
+    let (_resets, handles) = vm(&[(A, &a), (B, &b)]);
+    handles.iter().for_each(ResetHandle::touch);
+    handles[0].reset();
+    handles[0].touch();
+    handles[1].reset();
+    assert_eq!(hot(&[&a, &b]), 1, "only that of the start");
+    handles[0].reset();
+    assert_eq!(hot(&[&a, &b]), 2);
+}
+
+#[test]
+fn one_with_a_reset_of_its_own_holds_back_the_reset_of_the_bus_it_is_on() {
+    let (a, b) = (on_bus(&[A, B]), with_reset(FunctionReset::Flr));
+    let (_resets, handles) = vm(&[(A, &a), (B, &b)]);
+    handles.iter().for_each(ResetHandle::touch);
+    handles[0].reset();
+    assert_eq!(hot(&[&a]), 1);
+    handles[1].reset();
+    assert_eq!(hot(&[&a]), 2);
+    // At the start the bus's reset was its own as well.
+    assert_eq!(b.resets().len(), 1);
+}
+
+#[test]
+fn what_waits_for_others_has_the_next_best_at_once() {
+    let (a, b) = (on_bus(&[A, B]), on_bus(&[A, B]));
+    let power = FakeDevice {
+        function_reset: Some(FunctionReset::PowerState),
+        reach: Mutex::new(vec![affected(A), affected(B)]),
+        ..FakeDevice::default()
+    };
+    drop(a);
+    let a = Arc::new(power);
+    let (_resets, handles) = vm(&[(A, &a), (B, &b)]);
+    assert_eq!(a.resets().len(), 0, "the bus was reset");
+    handles.iter().for_each(ResetHandle::touch);
+    handles[0].reset();
+    assert_eq!((a.resets().len(), hot(&[&a, &b])), (1, 1));
+    handles[1].reset();
+    assert_eq!(hot(&[&a, &b]), 2);
+}
+
+#[test]
+fn a_blocker_leaves_the_next_best_or_nothing() {
+    let stranger = Affected {
+        owned: false,
+        driver: Some("igb".to_owned()),
+        ..affected(B)
+    };
+    let a = on_bus(&[A]);
+    a.reach.lock().unwrap().push(stranger.clone());
+    let power = with_reset(FunctionReset::PowerState);
+    *power.reach.lock().unwrap() = vec![affected(ELSEWHERE), stranger];
+    let (_resets, handles) = vm(&[(A, &a), (ELSEWHERE, &power)]);
+    assert_eq!(handles[0].method(), ResetMethod::None);
+    assert_eq!(handles[1].method().word(), "pm");
+    assert_eq!((a.resets().len(), power.resets().len()), (0, 1));
+    assert_eq!(hot(&[&a, &power]), 0);
+}
+
+#[test]
+fn a_blocker_that_went_is_found_out_at_the_next_reset() {
+    let a = on_bus(&[A]);
+    a.reach.lock().unwrap()[0].owned = false;
+    let (_resets, handles) = vm(&[(A, &a)]);
+    assert_eq!(handles[0].method(), ResetMethod::None);
+    a.reach.lock().unwrap()[0].owned = true;
+    handles[0].touch();
+    handles[0].reset();
+    assert_eq!(hot(&[&a]), 1);
+    assert_eq!(handles[0].method().word(), "hot");
+}
+
+#[test]
+fn what_the_kernel_did_by_opening_and_will_do_by_closing_is_not_done_again() {
+    let opened = |function_reset| {
+        Arc::new(FakeDevice {
+            function_reset: Some(function_reset),
+            reset_by_opening: true,
+            reach: Mutex::new(vec![affected(A)]),
+            ..FakeDevice::default()
+        })
+    };
+    let (flr, power) = (
+        opened(FunctionReset::Flr),
+        opened(FunctionReset::PowerState),
+    );
+    let (_resets, handles) = vm(&[(ELSEWHERE, &flr), (A, &power)]);
+    assert_eq!((flr.resets().len(), hot(&[&power])), (0, 1));
+    handles.iter().for_each(ResetHandle::touch);
+    handles.iter().for_each(ResetHandle::reset);
+    assert_eq!((flr.resets().len(), hot(&[&power])), (1, 2));
+    handles.iter().for_each(ResetHandle::touch);
+    handles.iter().for_each(ResetHandle::retire);
+    assert_eq!((flr.resets().len(), hot(&[&power])), (1, 3));
+}
+
+#[test]
+fn one_that_left_holds_nobody_back() {
+    let (a, b) = (on_bus(&[A, B]), on_bus(&[A, B]));
+    let (resets, mut handles) = vm(&[(A, &a), (B, &b)]);
+    handles.iter().for_each(ResetHandle::touch);
+    handles.pop();
+    assert_eq!(resets.lock().len(), 1);
+    handles[0].reset();
+    assert_eq!(hot(&[&a]), 2);
+}
