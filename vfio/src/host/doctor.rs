@@ -13,7 +13,7 @@ use super::surroundings::{self, Opens, add_parameter, remove_parameter};
 pub fn examine(root: &SysRoot, memory: u64, opens: Opens<'_>) -> Vec<Finding> {
     let asker = Asker::read(root);
     let cpu = Cpu::read(root);
-    let mut findings = vec![cpu.finding()];
+    let mut findings = vec![cpu.finding(root.dev.join("kvm").exists())];
     findings.extend(kvm(root, &cpu, &asker, opens));
     findings.extend(nested(root));
     findings.push(surroundings::iommu(root));
@@ -67,7 +67,7 @@ impl Cpu {
         matches!(&*self.vendor, "AuthenticAMD" | "HygonGenuine")
     }
 
-    fn finding(&self) -> Finding {
+    fn finding(&self, kvm: bool) -> Finding {
         let mut text = match self.model.is_empty() {
             true => "an unknown processor".to_owned(),
             false => self.model.clone(),
@@ -87,6 +87,11 @@ impl Cpu {
             return Finding::new(Level::Fine, "cpu", text);
         }
         text += &format!(" does not offer {technology}");
+        if kvm {
+            // KVM can do without, where this host is a guest that its own host helps.
+            text += ", and KVM does without";
+            return Finding::new(Level::Note, "cpu", text);
+        }
         let remedy = match self.has("hypervisor") {
             true => Remedy::words(
                 "this host is a guest itself: have its own host pass the processor's virtualisation \

@@ -184,9 +184,21 @@ fn leaks(host: &Host, device: &HostDevice) -> Option<Finding> {
     let leaks = acs::leaks(host, device);
     let ports: Vec<_> = leaks.iter().map(|(port, _)| *port).collect();
     let (first, _) = leaks.first()?;
+    // A port of PCI Express has a link; what has none leads to a conventional bus.
+    let conventional = leaks.iter().map(|(port, _)| host.device(*port));
+    let mut conventional = conventional.flatten().filter(|port| port.link.is_none());
+    if let (Some(bridge), None) = (conventional.next(), device.link) {
+        let text = format!(
+            "the group is shared because it is behind {}, a bridge to conventional PCI, on which no \
+             device can be told from another",
+            bridge.address
+        );
+        let remedy = Remedy::words("a card for PCI Express can be given away alone");
+        return Some(Finding::new(Level::Note, "acs", text).remedy(remedy));
+    }
     let text = format!(
         "the group is shared because {} {} apart what is behind (no ACS)",
-        join(ports.iter()),
+        join(ports.iter()).replace(' ', " and "),
         if ports.len() == 1 {
             "does not keep"
         } else {
