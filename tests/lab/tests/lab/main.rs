@@ -11,6 +11,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod assigned;
 mod bad_input;
+mod bars;
 mod demo;
 mod dma;
 mod drive;
@@ -38,6 +39,7 @@ fn main() -> Result<ExitCode> {
     let lab = Arc::new(Mutex::new(Lab::new(programs)));
     let proofs = [
         drive::PROOFS,
+        bars::PROOFS,
         nic::PROOFS,
         virtio::PROOFS,
         bad_input::PROOFS,
