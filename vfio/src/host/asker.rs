@@ -54,9 +54,14 @@ impl Asker {
             capabilities: field("CapEff")
                 .and_then(|digits| u64::from_str_radix(digits.trim(), 16).ok())
                 .unwrap_or(u64::MAX),
-            is_initial: text("uid_map")
-                .split_whitespace()
-                .eq(["0", "0", &u32::MAX.to_string()]),
+            // A kernel without user namespaces has no such file: there is one space of ids.
+            is_initial: match fs::read_to_string(root.proc.join("self/uid_map")) {
+                Ok(map) => {
+                    let all = ["0", "0", &u32::MAX.to_string()];
+                    map.split_whitespace().eq(all)
+                }
+                Err(_) => true,
+            },
             memlock: limit("Max locked memory"),
             files: limit("Max open files"),
         }
@@ -92,5 +97,39 @@ impl Asker {
     #[must_use]
     pub(super) fn may_open(&self) -> Option<u64> {
         self.files
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asker(status: &str, uid_map: Option<&str>) -> Asker {
+        let folder = tempfile::tempdir().unwrap();
+        let root = SysRoot::under(folder.path());
+        let own = root.proc.join("self");
+        fs::create_dir_all(&own).unwrap();
+        fs::write(own.join("status"), status).unwrap();
+        let limits = "Max locked memory         8388608              8388608              bytes\n";
+        fs::write(own.join("limits"), limits).unwrap();
+        if let Some(map) = uid_map {
+            fs::write(own.join("uid_map"), map).unwrap();
+        }
+        Asker::read(&root)
+    }
+
+    #[test]
+    fn root_may_lock_all_but_not_in_a_container_of_its_own_users() {
+        let root = "Uid:\t0\t0\t0\t0\nCapEff:\t000001ffffffffff\n";
+        let initial = "         0          0 4294967295\n";
+        assert_eq!(asker(root, Some(initial)).may_lock(), None);
+        assert_eq!(asker(root, None).may_lock(), None);
+        assert_eq!(
+            asker(root, Some("0 100000 65536\n")).may_lock(),
+            Some(8 << 20)
+        );
+        let user = "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\n";
+        assert_eq!(asker(user, Some(initial)).may_lock(), Some(8 << 20));
+        assert_eq!(asker(user, Some(initial)).user, 1000);
     }
 }

@@ -14,6 +14,7 @@ mod bad_input;
 #[path = "../../../kvm/bare.rs"]
 mod bare;
 mod bare_kernel;
+mod bars;
 mod demo;
 mod dma;
 mod drive;
@@ -43,6 +44,7 @@ fn main() -> Result<ExitCode> {
     let lab = Arc::new(Mutex::new(Lab::new(programs)));
     let proofs = [
         drive::PROOFS,
+        bars::PROOFS,
         nic::PROOFS,
         virtio::PROOFS,
         bad_input::PROOFS,
