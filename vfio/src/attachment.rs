@@ -38,6 +38,8 @@ pub(crate) struct Opened {
     /// Its folder in sysfs.
     pub(crate) folder: PathBuf,
     pub(crate) paths: HostPaths,
+    /// Somebody else has opened it, and may hold it as well.
+    pub(crate) handed: bool,
     /// Of the same VM.
     pub(crate) open: Arc<OpenOnes>,
     pub(crate) _claim: Arc<()>,
@@ -76,9 +78,22 @@ impl Drop for OpenGroup {
 pub(crate) struct OpenOnes {
     groups: Mutex<BTreeMap<u32, Weak<OpenGroup>>>,
     devices: Mutex<BTreeMap<Bdf, Weak<()>>>,
+    /// What somebody else has opened, until it is asked for.
+    handed: Mutex<HandedOnes>,
+}
+
+/// Descriptors by what they are of.
+#[derive(Debug, Default)]
+pub(crate) struct HandedOnes {
+    pub(crate) devices: BTreeMap<Bdf, File>,
+    pub(crate) groups: BTreeMap<u32, File>,
 }
 
 impl OpenOnes {
+    pub(crate) fn handed(&self) -> MutexGuard<'_, HandedOnes> {
+        self.handed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn groups(&self) -> MutexGuard<'_, BTreeMap<u32, Weak<OpenGroup>>> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -212,7 +212,7 @@ impl DeviceIo for KernelDevice {
     }
 
     fn is_reset_by_opening(&self) -> bool {
-        true
+        !self.opened.handed
     }
 
     fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {

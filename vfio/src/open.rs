@@ -1,11 +1,10 @@
 //! Opening a host device for a VM: what has to hold before, and in which order the kernel wants it.
 
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space, not_viable};
 use busway_pci::Bdf;
@@ -131,14 +130,6 @@ pub struct Opener {
     space: Space,
     kvm: Option<Arc<dyn KvmFiles>>,
     open: Arc<OpenOnes>,
-    handed: Mutex<HandedOnes>,
-}
-
-/// Descriptors that somebody else has opened, until they are asked for.
-#[derive(Debug, Default)]
-struct HandedOnes {
-    devices: BTreeMap<Bdf, File>,
-    groups: BTreeMap<u32, File>,
 }
 
 impl Opener {
@@ -150,7 +141,6 @@ impl Opener {
             space,
             kvm,
             open: Arc::default(),
-            handed: Mutex::default(),
         }
     }
 
@@ -161,10 +151,10 @@ impl Opener {
     /// [`DeviceError::Twice`]
     pub fn hand(&self, handed: Handed, device: &Path) -> Result<(), DeviceError> {
         let address = address_of(device)?;
-        let mut ones = self.handed();
+        let mut before = self.open.handed();
         let before = match handed.kind {
-            HandedKind::Cdev(_) => ones.devices.insert(address, handed.file),
-            HandedKind::Group(number) => ones.groups.insert(number, handed.file),
+            HandedKind::Cdev(_) => before.devices.insert(address, handed.file),
+            HandedKind::Group(number) => before.groups.insert(number, handed.file),
             HandedKind::Iommufd => None,
         };
         match before {
@@ -198,6 +188,7 @@ impl Opener {
                     address,
                     folder: device.to_owned(),
                     paths: self.paths.clone(),
+                    handed: false,
                     open: self.open.clone(),
                     _claim: claim,
                 }
@@ -209,10 +200,6 @@ impl Opener {
             what: "VFIO_DEVICE_GET_INFO",
             source,
         })
-    }
-
-    fn handed(&self) -> MutexGuard<'_, HandedOnes> {
-        self.handed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a device for as long as the claim lives: the kernel would let a group's device be
@@ -246,7 +233,8 @@ impl Opener {
         if let Some(group) = groups.get(&number).and_then(Weak::upgrade) {
             return Ok(group);
         }
-        let group = match self.handed().groups.remove(&number) {
+        let handed = self.open.handed().groups.remove(&number);
+        let group = match handed {
             Some(file) => Group::from_file(&self.paths, file, number, container),
             None => Group::open(&self.paths, number, container),
         };
@@ -295,7 +283,8 @@ impl Opener {
         claim: Arc<()>,
     ) -> Result<Opened, DeviceError> {
         let failed = |source| DeviceError::Open { address, source };
-        let handed = self.handed().devices.remove(&address);
+        let handed = self.open.handed().devices.remove(&address);
+        let is_handed = handed.is_some();
         let (file, path) = match handed {
             Some(file) => (file, self.paths.cdev_node(device).unwrap_or_default()),
             None => self.open_cdev(device, address)?,
@@ -316,6 +305,7 @@ impl Opener {
             address,
             folder: device.to_owned(),
             paths: self.paths.clone(),
+            handed: is_handed,
             open: self.open.clone(),
             _claim: claim,
         };
@@ -415,8 +405,8 @@ fn refused(address: Bdf, vf_token: Option<&VfToken>) -> DeviceError {
     }
 }
 
-/// A link may have any name: two that lead to one device are one.
 fn address_of(device: &Path) -> Result<Bdf, DeviceError> {
+    // A link may have any name: two that lead to one device are one.
     let real = device.canonicalize();
     real.as_deref()
         .unwrap_or(device)
