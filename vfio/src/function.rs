@@ -266,9 +266,8 @@ impl AssignedFunction {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the device quiet, has `reset` reset it, and puts everything of ours into its state at
-    /// power-on, with no interrupt connected.
-    fn reset_by(&self, state: &mut State, reset: impl FnOnce(&ResetHandle)) {
+    /// Connects no interrupt any more.
+    fn disconnect(state: &mut State) {
         if let Some(MsixState { msix, vectors, .. }) = &mut state.msix {
             msix.reset(vectors);
         }
@@ -278,6 +277,12 @@ impl AssignedFunction {
         if let Some(pin) = &mut state.pin {
             pin.disconnect(&mut state.config);
         }
+    }
+
+    /// Makes the device quiet, has `reset` reset it, and puts everything of ours into its state at
+    /// power-on, with no interrupt connected.
+    fn reset_by(&self, state: &mut State, reset: impl FnOnce(&ResetHandle)) {
+        Self::disconnect(state);
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
@@ -293,8 +298,9 @@ impl AssignedFunction {
     /// when it is closed. Devices that are reset together are all told so before the first is dropped.
     pub fn retire(&self) {
         let mut state = self.lock();
-        if self.reset.is_used() {
-            self.reset_by(&mut state, ResetHandle::retire);
+        match self.reset.is_used() {
+            true => self.reset_by(&mut state, ResetHandle::retire),
+            false => Self::disconnect(&mut state),
         }
     }
 }
