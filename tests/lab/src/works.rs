@@ -145,7 +145,9 @@ pub const WORKS: &[Work] = &[
         ids: &["edu0"],
         takes_turns: false,
         script: |_| {
-            format!("value edu.counts \"$(lab-pci edu \"$(at 1234:11e8)\" msi {INTERRUPTS})\"")
+            format!(
+                "value edu.counts \"$(lab-pci edu \"$(at 1234:11e8 | head -n 1)\" msi {INTERRUPTS})\""
+            )
         },
         check: |_, result| counted(result, "edu", edu_sends(INTERRUPTS)),
     },

@@ -138,7 +138,7 @@ pub(super) fn deface(story: &mut Story<'_>, fake: &FakeDevice) {
         1 => fake.set_config(at, &dword(story.dword())),
         2 => fake.set_config(at, &[0xff; 16]),
         // A capability, and where the list goes on.
-        3 => fake.set_config(at % 256 & 0xfc, &[story.byte(), story.byte()]),
+        3 => fake.set_config((at % 256) & 0xfc, &[story.byte(), story.byte()]),
         4 => fake.set_config(0x34, &[story.byte()]),
         5 => {
             let header = u32::from(story.byte()) | 1 << 16 | u32::from(story.word()) << 20;
@@ -146,9 +146,9 @@ pub(super) fn deface(story: &mut Story<'_>, fake: &FakeDevice) {
         }
         6 => {
             let body = story.array::<12>();
-            fake.set_config(0x40 + at % 160 & !3, &body);
+            fake.set_config((0x40 + at % 160) & !3, &body);
         }
-        _ => fake.set_config(0x10 + at % 24 & !3, &dword(story.dword() & 0xf)),
+        _ => fake.set_config((0x10 + at % 24) & !3, &dword(story.dword() & 0xf)),
     }
 }
 
