@@ -156,7 +156,9 @@ impl Device {
     /// The file behind the device, to be made in the host's scratch folder, with its size in bytes.
     pub(crate) fn backing(&self) -> Option<(String, u64)> {
         let size_mib = match self.kind {
-            Kind::Nvme { size_mib, .. } | Kind::IvshmemPlain { size_mib } => size_mib,
+            Kind::Nvme { size_mib, .. } => size_mib,
+            // A larger one is not to be written to a disk.
+            Kind::IvshmemPlain { size_mib } if size_mib <= 256 => size_mib,
             Kind::IvshmemDoorbell { .. } => DOORBELL_MIB,
             Kind::Xhci => USB_DISK_MIB,
             _ => return None,
@@ -198,10 +200,15 @@ impl Device {
             Kind::IvshmemPlain { size_mib } => [
                 with(
                     "-object",
-                    format!(
-                        "memory-backend-file,id={id}-memory,mem-path={scratch}/{id}.img,\
-                         size={size_mib}M,share=on"
-                    ),
+                    match self.backing() {
+                        Some((file, _)) => format!(
+                            "memory-backend-file,id={id}-memory,mem-path={scratch}/{file},\
+                             size={size_mib}M,share=on"
+                        ),
+                        None => {
+                            format!("memory-backend-memfd,id={id}-memory,size={size_mib}M,share=on")
+                        }
+                    },
                 ),
                 option(format!("ivshmem-plain,id={id},memdev={id}-memory,{place}")),
             ]

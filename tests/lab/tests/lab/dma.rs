@@ -252,16 +252,18 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
             .script(
                 "value serial \"$(cat /sys/class/nvme/nvme0/serial)\"\n\
                  lab-io write /dev/nvme0n1 5\nvalue verified \"$(lab-io verify /dev/nvme0n1 5)\"\n\
-                 value running yes\nsleep 3\n",
+                 value running yes\nsleep 15\n",
             );
         let running = host.start_guest(&run)?;
         running.wait_line("@@value running")?;
         let pid = running.pid()?;
-        let user = host.run(&format!("awk '/^Uid/ {{ print $2 }}' /proc/{pid}/status"))?;
-        let flags = host.run(&format!(
-            "for n in /proc/{pid}/fd/*; do case $(readlink $n) in /dev/vfio/*|/dev/iommu) \
+        // The user on the first line, then the flags of each of VFIO's descriptors.
+        let seen = host.run(&format!(
+            "awk '/^Uid/ {{ print $2 }}' /proc/{pid}/status\n\
+             for n in /proc/{pid}/fd/*; do case $(readlink $n) in /dev/vfio/*|/dev/iommu) \
              grep flags /proc/{pid}/fdinfo/${{n##*/}};; esac; done"
         ))?;
+        let (user, flags) = seen.split_once('\n').context("it has ended already")?;
         let result = running.finish()?.success()?;
         ensure!(result.value("serial")?.trim() == "NV0", "another drive");
         ensure!(user.trim() == NOBODY.to_string(), "it is user {user}");
@@ -338,7 +340,7 @@ fn huge_pages(lab: &mut Lab) -> Result<()> {
             .args(&["--memory", &format!("hugepages=on,hugepage_size={size}K")])
             .script(
                 "lab-io write /dev/nvme0n1 6\nvalue verified \"$(lab-io verify /dev/nvme0n1 6)\"\n\
-                 value running yes\nsleep 3\n",
+                 value running yes\nsleep 15\n",
             );
         let running = host.start_guest(&run)?;
         running.wait_line("@@value running")?;
