@@ -28,11 +28,11 @@ pub(crate) const PROOFS: &[Proof] = &[
     ),
 ];
 
-/// Reads until it fails: whoever waits for it, waits for the drive's end.
-fn read_to_the_end(drive: &str) -> String {
-    format!(
-        "while dd if=/dev/{drive} of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null; do :; done"
-    )
+/// Reads from the drive until that fails, and waits until the driver has taken leave of it, which is
+/// a little later and tells nobody.
+fn read_to_the_end() -> &'static str {
+    "while dd if=/dev/nvme0n1 of=/dev/null bs=64k count=64 iflag=direct 2>/dev/null; do :; done\n\
+     while [ -e /sys/class/nvme/nvme0 ]; do sleep 1; done"
 }
 
 /// Unbinds a device in use, for which the kernel waits until VFIO's user lets go, and sees that the
@@ -70,7 +70,7 @@ fn asked_back(lab: &mut Lab, interface: Interface, kernel: GuestKernel) -> Resul
              value drive \"$(ls /sys/class/nvme | wc -l)\"\n\
              value nic \"$(ls /sys/class/net | grep -c eth || true)\"\n\
              dmesg | grep -i 'slot(' | block slots\n",
-            read_to_the_end("nvme0n1")
+            read_to_the_end()
         ));
     let running = host.start_guest(&run)?;
     running.wait_line("@@value ready")?;
@@ -93,10 +93,8 @@ fn asked_back(lab: &mut Lab, interface: Interface, kernel: GuestKernel) -> Resul
         "Busway says:\n{}",
         result.stderr
     );
-    let name = host.run(&format!(
-        "udevadm settle; ls /sys/bus/pci/devices/{drive}/nvme"
-    ))?;
-    let verified = host.run(&format!("lab-io verify /dev/{}n1 5", name.trim()))?;
+    let verified =
+        host.run("udevadm wait --timeout=120 /dev/nvme0n1 && lab-io verify /dev/nvme0n1 5")?;
     println!("the host reads what the guest wrote: {verified}");
     Ok(())
 }
@@ -139,7 +137,7 @@ fn left(lab: &mut Lab) -> Result<()> {
             "value ready \"$(cat /sys/class/nvme/nvme0/serial)\"\n\
              {}\n\
              value drives \"$(ls /sys/class/nvme | wc -l)\"\n",
-            read_to_the_end("nvme0n1"),
+            read_to_the_end(),
         ));
     let running = host.start_guest(&run)?;
     running.wait_line("@@value ready")?;
