@@ -153,6 +153,13 @@ impl Agent {
             .map_err(|failure| self.explain(failure, "booting", limit))
     }
 
+    /// Has the host restart, and waits until the agent answers anew.
+    pub(crate) fn reboot(&self, limit: Duration) -> Result<()> {
+        self.change(|state| state.ready = false);
+        self.order("REBOOT").map_err(|_| self.death("restarting"))?;
+        self.wait_ready(limit)
+    }
+
     /// Waits until the host is gone; false if it still is there at the end of the limit.
     pub(crate) fn wait_gone(&self, limit: Duration) -> bool {
         let outcome = self.wait(Instant::now() + limit, |_| None::<()>);

@@ -260,6 +260,14 @@ impl Host {
         Ok(())
     }
 
+    /// Restarts the host, and returns when its agent answers again. Of its files only those in `/lab`
+    /// are still there, and what lies in `/lab/keep` is copied over its root before udev starts.
+    pub fn reboot(&self) -> Result<()> {
+        let arguments = serde_json::json!({ "reboot": "reset" });
+        self.qmp().execute("set-action", arguments)?;
+        self.agent.reboot(Accelerator::detect().patience())
+    }
+
     /// The process id of QEMU on this machine: what a power cut kills.
     pub fn qemu_pid(&self) -> u32 {
         self.qemu.0.id()

@@ -21,6 +21,7 @@ mod drive;
 mod emulated_host;
 mod events;
 mod groups;
+mod helper;
 mod host_view;
 mod interrupts;
 mod life;
@@ -50,6 +51,7 @@ fn main() -> Result<ExitCode> {
         virtio::PROOFS,
         bad_input::PROOFS,
         life::PROOFS,
+        helper::PROOFS,
         events::PROOFS,
         interrupts::PROOFS,
         groups::PROOFS,
