@@ -97,6 +97,7 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
 const ON_REQUEST: &[(&str, &str)] = &[
     ("zoo_", UNSEEN),
     ("interrupts_", UNSEEN),
+    ("helper_", UNSEEN),
     ("groups_who", UNSEEN),
     ("groups_two", UNSEEN),
     ("groups_no_trace", UNSEEN),
