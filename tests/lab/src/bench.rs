@@ -69,7 +69,6 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
     let version =
         host.run("qemu-system-x86_64 --version | sed -n 's/.*version \\([^ ]*\\).*/\\1/p'")?;
 
-    let mapped = mapping::run(&host, &address, arguments.mapping_turns)?;
     let mut turns = Vec::new();
     for number in 1..=arguments.turns {
         for (vmm, name) in [(Vmm::Busway, "busway"), (Vmm::Qemu, "qemu")] {
@@ -82,6 +81,7 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
     if arguments.counters {
         print_counters(&turns);
     }
+    let mapped = mapping::run(&host, &address, arguments.mapping_turns)?;
     if let Some(path) = &arguments.json {
         let figures = serde_json::json!({"drive": turns, "mapping": mapped});
         fs::write(path, serde_json::to_string_pretty(&figures)?)
