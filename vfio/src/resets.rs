@@ -162,6 +162,10 @@ fn settle(members: &mut [Member]) {
                 if !std::mem::replace(&mut member.said, true) {
                     log::warn!("{name}: VFIO_DEVICE_PCI_HOT_RESET: {error}; the next best is done");
                 }
+                member.method = match member.io.function_reset() {
+                    Some(how) => ResetMethod::Function(how),
+                    None => ResetMethod::None,
+                };
                 member.reset_alone();
             }
         }
