@@ -417,5 +417,4 @@ impl Drop for AssignedFunction {
 #[cfg(test)]
 mod options_tests;
 #[cfg(test)]
-#[path = "function_test.rs"]
 mod tests;
