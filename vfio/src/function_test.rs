@@ -212,11 +212,11 @@ fn a_state_that_the_device_has_not_leaves_it_awake() {
 fn what_the_guest_wrote_in_the_device_is_put_back_though_the_kernels_reset_restores_it() {
     let (fake, _, function) = function(nvme());
     // Device control (0x2010 at power-on), cache line size, AER's masks and severities.
-    function.config_write(0x88, &0x5917_u16.to_le_bytes());
+    function.config_write(0x88, &0x5910_u16.to_le_bytes());
     function.config_write(0x0c, &[0x10, 0x40]);
     write(&function, 0x148, 0);
     write(&function, 0x14c, u32::MAX);
-    assert_eq!(fake.config_at::<2>(0x88), 0x5917_u16.to_le_bytes());
+    assert_eq!(fake.config_at::<2>(0x88), 0x5910_u16.to_le_bytes());
     assert_eq!(fake.config_at::<2>(0x0c), [0x10, 0x40]);
     assert_eq!(
         [read(&function, 0x148), read(&function, 0x14c)],
@@ -241,6 +241,34 @@ fn a_bit_that_the_guest_may_read_only_keeps_its_value_when_its_neighbours_are_wr
     function.config_write(0xa8, &[0x09, 0x02]);
     assert_eq!(fake.config_at::<2>(0xa8), [0x09, 0x06]);
     assert_eq!(read(&function, 0xa8) as u16, 0x0609);
+}
+
+#[test]
+fn the_host_hears_of_errors_whatever_the_guest_wants_and_after_each_reset() {
+    let fake = nvme();
+    fake.set_config(5, &[(spec::COMMAND_SERR >> 8) as u8]);
+    // All four are reported, and ordering is relaxed.
+    fake.set_config(0x88, &[0x1f, 0x20]);
+    let (fake, _, function) = function(fake);
+    let reports = |fake: &FakeDevice| {
+        let [control, _] = fake.config_at(0x88);
+        let command = u16::from_le_bytes(fake.config_at(4));
+        (control & 0xf, command & spec::COMMAND_SERR != 0)
+    };
+    assert_eq!(read(&function, 4) as u16 & spec::COMMAND_SERR, 0);
+    for (command, control) in [(spec::COMMAND_SERR, 0x05), (0, 0x10)] {
+        function.config_write(4, &command.to_le_bytes());
+        function.config_write(0x88, &[control, 0x20]);
+        assert_eq!(read(&function, 0x88) as u8, control, "the guest's notes");
+        assert_eq!(read(&function, 4) as u16 & spec::COMMAND_SERR, command);
+        assert_eq!(fake.config_at::<1>(0x88), [(control & 0xf0) | 0xf]);
+        assert_eq!(reports(&fake), (0xf, true));
+    }
+    function.reset();
+    assert_eq!(reports(&fake), (0xf, true));
+    assert_eq!(read(&function, 0x88) as u8, 0x1f);
+    drop(function);
+    assert_eq!(reports(&fake), (0xf, true));
 }
 
 #[test]
@@ -514,7 +542,7 @@ fn interrupt_disable_goes_to_the_device_only_while_the_pin_is_connected() {
         } else {
             0
         };
-        function.config_write(4, &(bit | spec::COMMAND_SERR).to_le_bytes());
+        function.config_write(4, &(bit | spec::COMMAND_PARITY).to_le_bytes());
     };
     assert_eq!((disabled(), seen()), (false, false));
     set(true);
@@ -533,11 +561,7 @@ fn interrupt_disable_goes_to_the_device_only_while_the_pin_is_connected() {
     set(false);
     assert_eq!((disabled(), seen()), (false, false));
     let command = u16::from_le_bytes(fake.config_at(4));
-    assert_ne!(
-        command & spec::COMMAND_SERR,
-        0,
-        "the rest of the byte is kept"
-    );
+    assert_ne!(command & spec::COMMAND_PARITY, 0, "the rest is kept");
 }
 
 #[test]
