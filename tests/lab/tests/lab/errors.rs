@@ -109,7 +109,7 @@ fn held(lab: &mut Lab) -> Result<()> {
 /// For an error of the link the kernel tells everything behind the port.
 fn of_the_port(lab: &mut Lab) -> Result<()> {
     let (host, [.., drive]) = host(lab)?;
-    let running = host.start_guest(&waiting(&[drive.clone()])?)?;
+    let running = host.start_guest(&waiting(std::slice::from_ref(&drive))?)?;
     running.wait_line("@@value ready")?;
     inject(host, "port3", "DLP")?;
     let result = running.finish()?;
