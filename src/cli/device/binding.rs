@@ -276,6 +276,9 @@ fn restored_line(restored: &Restored) -> String {
             format!("as before, {}{reserved}", with(driver))
         }
         Outcome::LeftToHost { driver } => format!("left to the host, {}", with(driver)),
+        Outcome::NotWithheld => {
+            "the host's drivers may have new virtual functions of it again, as before".to_owned()
+        }
         Outcome::Gone => "it is not there any more; forgotten".to_owned(),
         Outcome::Another => "another device is there now, and was left alone; forgotten".to_owned(),
         Outcome::NotRecorded => format!(
