@@ -98,10 +98,14 @@ impl SysRoot {
     /// Where a link leads that is below a class or a bus: a folder below `sys/devices`. Not resolved
     /// step by step, for there are no links on the way.
     pub(crate) fn target(&self, link: &Path) -> Option<PathBuf> {
-        let target = fs::read_link(link).ok()?;
-        let up = |part: &Component<'_>| *part == Component::ParentDir;
         // `../../devices/…`, seen from `sys/class/net`.
-        let down: PathBuf = target.components().skip_while(up).collect();
+        let mut down = PathBuf::new();
+        for part in fs::read_link(link).ok()?.components() {
+            match part {
+                Component::ParentDir => drop(down.pop()),
+                part => down.push(part),
+            }
+        }
         Some(self.sys.join(down))
     }
 }
