@@ -6,7 +6,7 @@ use busway_pci::{BarIndex, BarKind, PciFunction, capabilities, extended_capabili
 
 use super::{assign, function, nvme, read, write};
 use crate::fake::{FakeDevice, FakeRoutes};
-use crate::spec;
+use busway_pci::spec;
 
 #[test]
 fn identity_and_pin_are_the_devices_and_rom_bist_and_multi_function_are_not() {
