@@ -5,13 +5,13 @@
 //! one above it: a device behind a bridge, a disk of a device, a partition of a disk.
 //! `tests/hosts/README.md` has every word.
 
-use std::ffi::OsString;
 use std::fs;
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use super::FakeHost;
+use super::line::{Line, size, words};
+use super::space::{config_with_acs, resource};
 
 /// Every host of the library: its name and its description.
 pub const HOSTS: [(&str, &str); 7] = [
@@ -562,160 +562,10 @@ struct Place {
     number: String,
 }
 
-struct Line {
-    what: String,
-    words: Vec<String>,
-    number: usize,
-}
-
-impl Line {
-    fn wrong(&self, why: &str) -> ! {
-        panic!("line {} ({}): {why}", self.number, self.what)
-    }
-
-    fn bare(&self, index: usize) -> String {
-        let word = self.words.get(index);
-        word.unwrap_or_else(|| self.wrong("too few words")).clone()
-    }
-
-    /// A word as a path: its characters up to U+00FF are its bytes where it has such.
-    fn path(&self, index: usize) -> PathBuf {
-        let text = self.bare(index);
-        if text.chars().any(|c| ('\u{80}'..='\u{ff}').contains(&c)) {
-            let bytes = text.chars().map(|c| c as u8).collect();
-            return OsString::from_vec(bytes).into();
-        }
-        std::ffi::OsStr::from_bytes(text.as_bytes()).into()
-    }
-
-    fn pairs(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.words.iter().filter_map(|word| word.split_once('='))
-    }
-
-    fn all(&self, key: &str) -> Vec<String> {
-        let mine = self.pairs().filter(|(k, _)| *k == key);
-        mine.map(|(_, value)| value.to_owned()).collect()
-    }
-
-    fn get(&self, key: &str) -> Option<String> {
-        self.all(key).into_iter().next()
-    }
-
-    fn has(&self, word: &str) -> bool {
-        self.words.iter().any(|w| w == word)
-    }
-}
-
-/// The words of a line.
-fn words(line: &str) -> Vec<String> {
-    let mut words = Vec::new();
-    let mut word: Option<String> = None;
-    let mut quoted = false;
-    let mut chars = line.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            '"' => {
-                quoted = !quoted;
-                word.get_or_insert_default();
-            }
-            '\\' if chars.clone().next() == Some('x') => {
-                let code: String = chars.by_ref().skip(1).take(2).collect();
-                let byte = u8::from_str_radix(&code, 16).unwrap();
-                word.get_or_insert_default().push(char::from(byte));
-            }
-            '#' if !quoted && word.is_none() => break,
-            c if c.is_whitespace() && !quoted => words.extend(word.take()),
-            c => word.get_or_insert_default().push(c),
-        }
-    }
-    words.extend(word);
-    words
-}
-
 /// `01:00.0` as `0000:01:00.0`.
 fn full(address: &str) -> String {
     match address.matches(':').count() {
         1 => format!("0000:{address}"),
         _ => address.to_owned(),
     }
-}
-
-/// Bytes: `16K`, `2M`, `8G`.
-fn size(text: &str) -> u64 {
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K') => (&text[..text.len() - 1], 10),
-        Some(b'M') => (&text[..text.len() - 1], 20),
-        Some(b'G') => (&text[..text.len() - 1], 30),
-        Some(b'T') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    digits.parse::<u64>().unwrap() << shift
-}
-
-/// The attribute `resource` of `bars=16K,-,256M/64p,128/io` (`-` is an absent one; `64`: a 64-bit one, which takes
-/// two places; `p`: prefetchable) and `rom=512K`. Flags as in linux/ioport.h.
-fn resource(line: &Line) -> String {
-    const IO: u64 = 0x0004_0101;
-    const MEMORY: u64 = 0x0004_0200;
-    const PREFETCH: u64 = 0x0000_2008;
-    const WIDE: u64 = 0x0010_0004;
-    const ROM: u64 = 0x0004_e200;
-    let mut rows = Vec::new();
-    let mut next = 0x6_0000_0000_u64;
-    let mut row = |size: u64, flags: u64, rows: &mut Vec<String>| {
-        let start = next.next_multiple_of(size);
-        next = start + size;
-        rows.push(format!(
-            "{start:#018x} {:#018x} {flags:#018x}",
-            start + size - 1
-        ));
-    };
-    let none = format!("{:#018x} {:#018x} {:#018x}", 0, 0, 0);
-    for bar in line.get("bars").unwrap_or_default().split(',') {
-        let (text, kind) = bar.split_once('/').unwrap_or((bar, ""));
-        if matches!(text, "" | "-") {
-            rows.push(none.clone());
-            continue;
-        }
-        let mut flags = if kind == "io" { IO } else { MEMORY };
-        if kind.contains('p') {
-            flags |= PREFETCH;
-        }
-        if kind.starts_with("64") {
-            flags |= WIDE;
-        }
-        row(size(text), flags, &mut rows);
-        if kind.starts_with("64") {
-            rows.push(none.clone());
-        }
-    }
-    rows.truncate(6);
-    rows.resize(6, none.clone());
-    match line.get("rom") {
-        Some(rom) => row(size(&rom), ROM, &mut rows),
-        None => rows.push(none.clone()),
-    }
-    rows.join("\n")
-}
-
-/// The configuration space of a port whose ACS is `none`, `off` or `on` (PCIe 6.0 §7.7.11).
-fn config_with_acs(acs: &str) -> Vec<u8> {
-    let mut config = vec![0; 4096];
-    config[0x06] = 0x10;
-    config[0x34] = 0x40;
-    // A PCI Express capability, version 2, of a root port.
-    config[0x40..0x44].copy_from_slice(&[0x10, 0x00, 0x42, 0x01]);
-    let next = match acs {
-        "none" => 0,
-        _ => 0x140_u32,
-    };
-    // Advanced error reporting, and behind it access control services.
-    config[0x100..0x104].copy_from_slice(&(next << 20 | 0x2_0001).to_le_bytes());
-    if next != 0 {
-        config[0x140..0x144].copy_from_slice(&0x1_000d_u32.to_le_bytes());
-        config[0x144..0x146].copy_from_slice(&0x001d_u16.to_le_bytes());
-        let control: u16 = if acs == "on" { 0x1d } else { 0 };
-        config[0x146..0x148].copy_from_slice(&control.to_le_bytes());
-    }
-    config
 }

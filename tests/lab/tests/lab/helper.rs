@@ -230,10 +230,18 @@ fn in_use(lab: &mut Lab) -> Result<()> {
     )?;
 
     let nic = host.address("nic0")?;
+    // By a rule's table first, which procfs does not show, then by the main one.
     host.run(&format!(
-        "nic=$(ls /sys/bus/pci/devices/{nic}/net); ip link set $nic up; \
-         ip addr add 10.0.2.15/24 dev $nic; ip route add default via 10.0.2.2"
+        "set -e; nic=$(ls /sys/bus/pci/devices/{nic}/net); ip link set $nic up\n\
+         ip addr add 10.0.2.15/24 dev $nic; ip rule add from 10.0.2.15 table 100\n\
+         ip route add default via 10.0.2.2 dev $nic table 100"
     ))?;
+    let said = ends_with(host, 3, &format!("busway device bind {nic}"))?;
+    ensure!(said.contains("default route"), "{said}");
+    let ssh = "SSH_CONNECTION='192.0.2.1 50000 10.0.2.15 22'";
+    let said = host.run(&format!("{ssh} busway device list {nic}"))?;
+    ensure!(said.contains("this SSH session"), "{said}");
+    host.run("ip rule del table 100; ip route flush table 100; ip route add default via 10.0.2.2")?;
     refused_but_for(host, &nic, "--allow-route", &["default route"])?;
 
     ends_with(host, 0, "busway device restore --all")?;

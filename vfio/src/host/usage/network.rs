@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 use busway_pci::Bdf;
 
 use super::{InterfaceAddress, Usage};
+use crate::host::netlink;
 use crate::host::root::{self, SysRoot};
 
 /// linux/route.h: a route that refuses.
@@ -44,13 +46,17 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     }
     let routes = Routes::read(root);
     let addresses = routes.addresses(root);
-    let defaults = routes.defaults();
-    let client = ssh_client(root);
-    let to_client: BTreeSet<_> = client
-        .and_then(|client| routes.to(client))
-        .map(str::to_owned)
-        .into_iter()
-        .collect();
+    let connection = ssh_connection(root);
+    let asked = Asked::ask(root, connection);
+    let mut defaults = routes.defaults();
+    defaults.extend(asked.defaults);
+    let client = connection.map(|connection| connection.client);
+    let by_table = || {
+        client
+            .and_then(|client| routes.to(client))
+            .map(str::to_owned)
+    };
+    let to_client = BTreeSet::from_iter(asked.to_client.or_else(by_table));
 
     let mut uses = Vec::new();
     for (owner, name) in owners {
@@ -198,6 +204,41 @@ impl Routes {
     }
 }
 
+/// What procfs does not tell: routes of other tables than the main one, and the rules that choose
+/// between them. A made-up host has no kernel to be asked.
+#[derive(Debug, Default)]
+struct Asked {
+    defaults: BTreeSet<String>,
+    to_client: Option<String>,
+}
+
+impl Asked {
+    fn ask(root: &SysRoot, connection: Option<Connection>) -> Self {
+        if root.proc != Path::new("/proc") {
+            return Self::default();
+        }
+        let class = root.sys.join("class/net");
+        let index = |name: String| {
+            let index: u32 = root::number(&class.join(&name).join("ifindex"))?;
+            Some((index, root::one_line(&name)))
+        };
+        let names = root::names(&class).into_iter().filter_map(index);
+        let names: BTreeMap<_, _> = names.collect();
+        let defaults = netlink::default_routes();
+        let defaults = defaults.inspect_err(|error| log::debug!("no other tables: {error}"));
+        let defaults = defaults.unwrap_or_default();
+        let to_client = connection.and_then(|connection| {
+            let way = netlink::way_to(connection.client, connection.here);
+            way.ok().flatten()
+        });
+        let name = |index: &u32| names.get(index).filter(|name| *name != "lo").cloned();
+        Self {
+            defaults: defaults.iter().filter_map(name).collect(),
+            to_client: to_client.as_ref().and_then(name),
+        }
+    }
+}
+
 impl Route<Ipv4Addr> {
     fn has(&self, address: Ipv4Addr) -> bool {
         let mask = u32::MAX.checked_shl(32 - self.length).unwrap_or(0);
@@ -256,10 +297,34 @@ fn local_ipv4(text: &str) -> BTreeSet<Ipv4Addr> {
     found
 }
 
-/// Who sits at the other end of the SSH connection that this process was started from, if one.
+/// An SSH connection: who sits at the other end, and which of the host's addresses they came to.
+#[derive(Clone, Copy, Debug)]
+struct Connection {
+    client: IpAddr,
+    here: Option<IpAddr>,
+}
+
+impl Connection {
+    /// CLIENT PORT SERVER PORT (sshd(8)); an IPv6 address may have a scope.
+    fn parse(text: &str) -> Option<Self> {
+        let address = |word: &str| {
+            let word = word.split('%').next()?;
+            word.parse()
+                .ok()
+                .map(|address: IpAddr| address.to_canonical())
+        };
+        let mut words = text.split(' ');
+        Some(Self {
+            client: address(words.next()?)?,
+            here: words.nth(1).and_then(address),
+        })
+    }
+}
+
+/// The SSH connection that this process was started from, if one.
 ///
 /// `sudo` drops the variable that says so, so the processes above are asked too.
-fn ssh_client(root: &SysRoot) -> Option<IpAddr> {
+fn ssh_connection(root: &SysRoot) -> Option<Connection> {
     let mut process = root.proc.join("self");
     for _ in 0..FARTHEST {
         if let Ok(environment) = std::fs::read(process.join("environ")) {
@@ -267,10 +332,8 @@ fn ssh_client(root: &SysRoot) -> Option<IpAddr> {
             let value = environment
                 .split('\0')
                 .find_map(|variable| variable.strip_prefix("SSH_CONNECTION="));
-            // CLIENT PORT SERVER PORT (sshd(8)); an IPv6 address may have a scope.
-            let client = value.and_then(|value| value.split(['%', ' ']).next());
-            if let Some(client) = client.and_then(|client| client.parse::<IpAddr>().ok()) {
-                return Some(client.to_canonical());
+            if let Some(connection) = value.and_then(Connection::parse) {
+                return Some(connection);
             }
         }
         let status = root::text(&process.join("status"))?;
@@ -284,6 +347,21 @@ fn ssh_client(root: &SysRoot) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_ssh_connection_is_two_addresses() {
+        let parse = |text| Connection::parse(text).map(|c| (c.client.to_string(), c.here));
+        let here = "10.0.0.2".parse().ok();
+        assert_eq!(
+            parse("::ffff:192.0.2.1 50000 10.0.0.2 22"),
+            Some(("192.0.2.1".to_owned(), here))
+        );
+        assert_eq!(
+            parse("fe80::1%eth0 50000"),
+            Some(("fe80::1".to_owned(), None))
+        );
+        assert_eq!(parse("somewhere 1 2 3"), None);
+    }
 
     #[test]
     fn only_a_route_to_everywhere_is_a_default_route() {

@@ -1,12 +1,12 @@
-//! What a physical function's network interface is told, and tells, of its virtual functions: two
-//! requests of rtnetlink(7), written and read byte by byte.
+//! What a physical function's network interface is told, and tells, of its virtual functions.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io;
 
-use crate::sys;
+use super::{
+    HEADER, NLM_F_ACK, acknowledged, ask, attribute, attributes, malformed, request, u16_at, u32_at,
+};
 
 /// What a virtual function can be set to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,11 +83,6 @@ impl fmt::Display for VfSetting {
     }
 }
 
-// linux/netlink.h
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLMSG_ERROR: u16 = 2;
-const HEADER: usize = 16;
 // linux/rtnetlink.h
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
@@ -104,29 +99,16 @@ const IFLA_VF_MAC: u16 = 1;
 const IFLA_VF_VLAN: u16 = 2;
 const IFLA_VF_SPOOFCHK: u16 = 4;
 const IFLA_VF_TRUST: u16 = 9;
-/// An attribute's type without its flags (linux/netlink.h, `NLA_TYPE_MASK`).
-const TYPE_MASK: u16 = 0x3fff;
 
 /// Sets one virtual function of the interface with this index.
-pub(super) fn set(interface: u32, vf: u32, setting: VfSetting) -> io::Result<()> {
+pub(in crate::host) fn set(interface: u32, vf: u32, setting: VfSetting) -> io::Result<()> {
     let answer = ask(&set_request(interface, vf, setting))?;
     acknowledged(&answer)
 }
 
 /// What the virtual functions of the interface with this index are set to.
-pub(super) fn states(interface: u32) -> io::Result<BTreeMap<u32, VfState>> {
+pub(in crate::host) fn states(interface: u32) -> io::Result<BTreeMap<u32, VfState>> {
     parse_states(&ask(&states_request(interface))?)
-}
-
-fn ask(request: &[u8]) -> io::Result<Vec<u8>> {
-    let mut socket: File = sys::route_socket()?;
-    // Without an address, a message goes to the kernel. netlink(7)
-    socket.write_all(request)?;
-    // An attribute is no longer than 64 KiB, and the list is one.
-    let mut answer = vec![0; 256 << 10];
-    let length = socket.read(&mut answer)?;
-    answer.truncate(length);
-    Ok(answer)
 }
 
 fn set_request(interface: u32, vf: u32, setting: VfSetting) -> Vec<u8> {
@@ -166,62 +148,10 @@ fn states_request(interface: u32) -> Vec<u8> {
 
 /// A request about an interface.
 fn message(kind: u16, flags: u16, interface: u32, attributes: &[u8]) -> Vec<u8> {
-    let length = (HEADER + LINK + attributes.len()) as u32;
-    let mut bytes = length.to_ne_bytes().to_vec();
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-    // One request to a socket, so that neither number tells anything.
-    bytes.extend([0; 8]);
     // struct ifinfomsg: family and type, index, flags and which of them to change.
-    bytes.extend([0; 4]);
-    bytes.extend(interface.to_ne_bytes());
-    bytes.extend([0; 8]);
-    bytes.extend(attributes);
-    bytes
-}
-
-/// struct nlattr: length and type before the value, and the next on a multiple of four.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes
-}
-
-fn malformed() -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        "the kernel's answer makes no sense",
-    )
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes
-        .get(at..at + 2)?
-        .try_into()
-        .ok()
-        .map(u16::from_ne_bytes)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes
-        .get(at..at + 4)?
-        .try_into()
-        .ok()
-        .map(u32::from_ne_bytes)
-}
-
-/// The kernel's error, where the answer is one. Error 0 is its acknowledgement.
-fn acknowledged(answer: &[u8]) -> io::Result<()> {
-    if u16_at(answer, 4) != Some(NLMSG_ERROR) {
-        return Ok(());
-    }
-    match u32_at(answer, HEADER).map(u32::cast_signed) {
-        Some(0) => Ok(()),
-        Some(errno) => Err(io::Error::from_raw_os_error(errno.saturating_neg())),
-        None => Err(malformed()),
-    }
+    let mut link = [0; LINK];
+    link[4..8].copy_from_slice(&interface.to_ne_bytes());
+    request(kind, flags, &link, attributes)
 }
 
 fn parse_states(answer: &[u8]) -> io::Result<BTreeMap<u32, VfState>> {
@@ -263,17 +193,6 @@ fn parse_states(answer: &[u8]) -> io::Result<BTreeMap<u32, VfState>> {
         states.extend(index.map(|index| (index, state)));
     }
     Ok(states)
-}
-
-/// The attributes in these bytes, up to the first that is cut short.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16_at(bytes, 0)?);
-        let kind = u16_at(bytes, 2)? & TYPE_MASK;
-        let value = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, value))
-    })
 }
 
 #[cfg(test)]
@@ -356,16 +275,6 @@ mod tests {
         ];
         let states = parse_states(&answer(&functions)).unwrap();
         assert_eq!(states, BTreeMap::from(functions));
-    }
-
-    #[test]
-    fn the_kernels_refusal_is_its_errno() {
-        let mut bytes = message(NLMSG_ERROR, 0, 0, &[]);
-        bytes[HEADER..HEADER + 4].copy_from_slice(&(-libc::EOPNOTSUPP).to_ne_bytes());
-        let error = acknowledged(&bytes).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP));
-        bytes[HEADER..HEADER + 4].fill(0);
-        acknowledged(&bytes).unwrap();
     }
 
     proptest! {
