@@ -16,6 +16,8 @@ pub enum IommuAdvice {
     AmdFirmware,
     /// An AMD processor, and the kernel was told not to use its IOMMU.
     AmdParameter,
+    /// A virtual machine, whose hypervisor gives it no IOMMU.
+    VirtualMachine,
     /// The IOMMU is on, but this device is not behind it.
     NotBehind,
     /// Nothing stands out.
@@ -38,6 +40,13 @@ impl IommuAdvice {
         let tables = paths.sys.join("firmware/acpi/tables");
         let table = |name: &str| tables.join(name).exists();
         let says = |key, value| says(&parameters, key, value);
+        let is_virtual = processor
+            .lines()
+            .find_map(|line| line.strip_prefix("flags")?.split_once(':'))
+            .is_some_and(|(_, flags)| flags.split_whitespace().any(|flag| flag == "hypervisor"));
+        if is_virtual && !table("DMAR") && !table("IVRS") {
+            return Self::VirtualMachine;
+        }
         if processor.contains("GenuineIntel") {
             match (table("DMAR"), says("intel_iommu", "on")) {
                 (false, _) => Self::IntelFirmware,
@@ -77,7 +86,7 @@ impl IommuAdvice {
                 Some(ParameterChange::Add("intel_iommu=on"))
             }
             Self::AmdParameter => Some(ParameterChange::Remove("amd_iommu=off")),
-            Self::AmdFirmware | Self::NotBehind | Self::Unknown => None,
+            Self::AmdFirmware | Self::VirtualMachine | Self::NotBehind | Self::Unknown => None,
         }
     }
 }
@@ -103,6 +112,10 @@ impl fmt::Display for IommuAdvice {
             }
             Self::AmdParameter => {
                 "boot the kernel without the parameter amd_iommu=off (or iommu=off)"
+            }
+            Self::VirtualMachine => {
+                "this is a virtual machine without an IOMMU: have whoever runs it give it one (QEMU: \
+                 -device intel-iommu,intremap=on or amd-iommu; libvirt: <iommu model='intel'/>)"
             }
             Self::NotBehind => {
                 "the host's IOMMU is on, but this device is not behind it, so it cannot be given away"
@@ -153,5 +166,8 @@ mod tests {
         assert_eq!(advice(amd, Some("IVRS"), "amd_iommu=off"), AmdParameter);
         assert_eq!(advice(amd, Some("IVRS"), "intel_iommu=on"), Unknown);
         assert_eq!(advice("unheard of", None, ""), Unknown);
+        let guest = "GenuineIntel\nflags\t\t: fpu hypervisor vmx";
+        assert_eq!(advice(guest, None, ""), VirtualMachine);
+        assert_eq!(advice(guest, Some("DMAR"), ""), IntelParameter);
     }
 }

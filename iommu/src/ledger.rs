@@ -215,6 +215,33 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_comes_after_the_last_one_left_finds_everything_mapped() {
+        let (paths, mut ledger) = (HostPaths::default(), Ledger::default());
+        let all = [IovaRange::ALL];
+        let calls = RefCell::new(Vec::new());
+        let call = |mapping: &Mapping, _: IovaRange| {
+            calls.borrow_mut().push((mapping.iova.0, mapping.size));
+            Ok(())
+        };
+        let none = None::<fn() -> io::Result<()>>;
+        ledger.joined(7);
+        for at in [0, 0x8000] {
+            let piece = mapping(at, 0x10_0000, Backing::Memory);
+            ledger.map(&paths, piece, Some(&all), call).unwrap();
+        }
+        ledger.left(7);
+        // What comes and goes meanwhile is heard of as well.
+        ledger.unmap(Iova(0), 0x1000, "UNMAP", none).unwrap();
+        let piece = mapping(0x4000, 0x20_0000, Backing::Memory);
+        ledger.map(&paths, piece, None, call).unwrap();
+        ledger.joined(8);
+        ledger.map_all(&paths, &all, call).unwrap();
+        let (before, after) = ([(0, 0x1000), (0x8000, 0x1000)], [(0x4000, 0x1000)]);
+        let expected = [&before[..], &after, &before[1..]].concat();
+        assert_eq!(*calls.borrow(), expected);
+    }
+
+    #[test]
     fn what_the_kernel_refused_is_not_remembered_and_what_it_cannot_reach_not_asked() {
         let (paths, mut ledger) = (HostPaths::default(), Ledger::default());
         let refusing = |mapping: &Mapping, range| {

@@ -7,19 +7,15 @@ use clap::Args;
 use serde::Serialize;
 
 use super::failure::{Failure, HOST, RUNTIME};
-use super::findings::{self, FindingJson};
+use super::findings::{self, FindingArgs, FindingJson};
 use super::style::{Screen, Style, write_out};
 
 /// `busway doctor`
 #[derive(Args, Clone, Debug)]
 pub struct DoctorArgs {
-    /// How much memory a guest has, all of which is locked
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = findings::memory)]
-    pub memory: u64,
-
-    /// Print JSON, whose schema docs/device-json.md describes
-    #[arg(long)]
-    pub json: bool,
+    /// How it is looked over.
+    #[command(flatten)]
+    pub findings: FindingArgs,
 }
 
 #[derive(Serialize)]
@@ -54,9 +50,9 @@ pub fn run_on(
     screen: impl Into<Screen>,
 ) -> io::Result<bool> {
     let screen = screen.into();
-    let found = examine(root, args.memory, opens);
+    let found = examine(root, args.findings.memory, opens);
     let healthy = !findings::has_obstacle(&found);
-    let text = if args.json {
+    let text = if args.findings.json {
         let json = Json {
             version: 1,
             healthy,

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use busway_vfio::host::{Finding, Level, Remedy};
+use clap::Args;
 use serde::Serialize;
 
 use super::device::{fold, shorten};
@@ -11,6 +12,18 @@ use super::value::Value;
 
 /// Where the words of a finding begin: after its level and its topic.
 const INDENT: usize = 19;
+
+/// For what guest a host is looked over, and how that is told.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct FindingArgs {
+    /// How much memory the guest has, all of which is locked
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory)]
+    pub memory: u64,
+
+    /// Print JSON, whose schema docs/device-json.md describes
+    #[arg(long)]
+    pub json: bool,
+}
 
 /// A finding, as the schema in `docs/device-json.md` has it.
 #[derive(Serialize)]
@@ -48,7 +61,7 @@ fn one(finding: &Finding) -> FindingJson<'_> {
 }
 
 /// Bytes, as the flags of a guest say them.
-pub(super) fn memory(text: &str) -> Result<u64, String> {
+fn memory(text: &str) -> Result<u64, String> {
     let value = Value::Text(text.to_owned());
     value.size().map_err(|reason| reason.to_string())
 }

@@ -4,11 +4,13 @@ use std::ffi::CStr;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
+use std::mem;
 use std::ops::Range;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use busway_vfio::Mapping;
+use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use super::{GuestRam, RamMap, Region, layout};
@@ -149,7 +151,7 @@ impl Ram {
         let holes = layout::holes(reserved.iter().copied(), huge_page.unwrap_or(2 * MIB));
         for range in layout::ram_ranges(size, &holes) {
             let length = range.end - range.start;
-            let mapping = map(length, config, huge_page)?;
+            let mapping = map(range.start, length, config, huge_page)?;
             let region =
                 GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or_else(|| {
                     let source = io::Error::from(io::ErrorKind::InvalidInput);
@@ -231,34 +233,53 @@ fn map_error(what: &'static str, size: u64) -> impl FnOnce(io::Error) -> RamErro
     move |source| RamError::Map { what, size, source }
 }
 
+/// RAM for the guest's addresses from `guest` on, as aligned here as it is there: only so can the
+/// kernel use huge pages, in this process, in the guest's tables and in the IOMMU's.
 fn map(
+    guest: u64,
     size: u64,
     config: &MemoryConfig,
     huge_page: Option<u64>,
 ) -> Result<vm_memory::MmapRegion, RamError> {
     let length = usize::try_from(size)
         .map_err(|_| map_error("mmap", size)(io::ErrorKind::OutOfMemory.into()))?;
-    let builder = MmapRegionBuilder::new(length)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_hugetlbfs(huge_page.is_some());
-    // Huge pages are reserved by the mapping, so that a guest is never killed for want of one.
-    let flags = huge_page.map_or(libc::MAP_NORESERVE, |_| 0);
-    let builder = if config.shared {
-        let file = memfd(size, huge_page).map_err(map_error("memfd_create", size))?;
-        builder
-            .with_file_offset(FileOffset::new(file, 0))
-            .with_mmap_flags(flags | libc::MAP_SHARED)
-    } else {
-        let huge = huge_page.map_or(0, |page| {
-            libc::MAP_HUGETLB | (page.trailing_zeros() as i32) << libc::MAP_HUGE_SHIFT
-        });
-        builder.with_mmap_flags(flags | huge | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+    let reserved = Mapping::reserve(length, guest).map_err(map_error("mmap", size))?;
+    let file = match config.shared {
+        true => Some(memfd(size, huge_page).map_err(map_error("memfd_create", size))?),
+        false => None,
     };
-    builder.build().map_err(|error| {
-        let source = match error {
-            MmapRegionError::Mmap(source) => source,
-            other => io::Error::new(io::ErrorKind::InvalidInput, other.to_string()),
-        };
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // Huge pages are reserved by the mapping, so that a guest is never killed for want of one.
+    let mut flags = huge_page.map_or(libc::MAP_NORESERVE, |_| 0);
+    flags |= match (&file, huge_page) {
+        (Some(_), _) => libc::MAP_SHARED,
+        (None, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        (None, Some(page)) => {
+            let size = (page.trailing_zeros() as i32) << libc::MAP_HUGE_SHIFT;
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size
+        }
+    };
+    let fd = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+    let address = reserved.address().0 as *mut libc::c_void;
+    // SAFETY: the range replaced is `reserved`, which nobody else knows.
+    if unsafe { libc::mmap(address, length, protection, flags | libc::MAP_FIXED, fd, 0) }
+        == libc::MAP_FAILED
+    {
+        return Err(map_error("mmap", size)(io::Error::last_os_error()));
+    }
+    let mut builder = MmapRegionBuilder::new(length)
+        .with_mmap_prot(protection)
+        .with_mmap_flags(flags)
+        .with_hugetlbfs(huge_page.is_some());
+    if let Some(file) = file {
+        builder = builder.with_file_offset(FileOffset::new(file, 0));
+    }
+    // SAFETY: `length` bytes were just mapped there with this protection, and stay for the life of the
+    // process: whoever holds guest memory, device threads among them, may outlive the VM.
+    let region = unsafe { builder.with_raw_mmap_pointer(address.cast()) }.build();
+    mem::forget(reserved);
+    region.map_err(|error| {
+        let source = io::Error::new(io::ErrorKind::InvalidInput, error.to_string());
         map_error("mmap", size)(source)
     })
 }
@@ -447,6 +468,23 @@ mod tests {
                 .unwrap();
             memory.write_obj(7_u8, GuestAddress(16 << 20)).unwrap_err();
             assert_eq!(ram.mappings()[0].file_offset().is_some(), shared);
+        }
+    }
+
+    #[test]
+    fn ram_agrees_with_its_place_in_the_guest_modulo_the_huge_page() {
+        let config = MemoryConfig {
+            size: 3 << 29,
+            ..Default::default()
+        };
+        // A hole moves what follows to an odd place.
+        let reserved = [(0x345_6000, 0x345_6fff)];
+        let ram = Ram::around(&config, false, &reserved).unwrap();
+        assert!(ram.mappings().len() > 1);
+        for region in ram.mappings() {
+            let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);
+            let page = if region.len() >= GIB { GIB } else { 2 * MIB };
+            assert_eq!(guest % page, host % page, "{guest:#x} at {host:#x}");
         }
     }
 

@@ -17,12 +17,14 @@ const EXP_TYPE_INTEGRATED_ENDPOINT: u32 = 0b1001 << 20;
 const EXP_SLOWEST_LINK: u32 = 1 | 1 << spec::EXP_LINK_WIDTH_SHIFT;
 
 /// One byte's bits, by who answers for them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Source {
     /// Read from the device.
     read: u8,
     /// Written to the device.
     write: u8,
+    /// Neither, and the device keeps what it has: the guest writes a copy.
+    keep: u8,
 }
 
 /// Where the guest asks for a function level reset.
@@ -44,8 +46,9 @@ pub(crate) struct GuestConfig {
     power: Option<Power>,
     /// What registers held at power-on that the guest writes in the device: where, what, which bits.
     fresh: Vec<(u16, u8, u8)>,
-    /// Decoding, which stays on in the device whatever the guest writes.
-    decoding: u16,
+    /// What stays in the device's command register whatever the guest writes: decoding, which is on,
+    /// and whether it signals errors, which is as the host has it.
+    constant: u16,
     /// The guest's interrupt disable bit is told to the device; else it is disabled there.
     pin_connected: bool,
 }
@@ -57,8 +60,9 @@ impl GuestConfig {
         let passed = Source {
             read: u8::MAX,
             write: u8::MAX,
+            keep: 0,
         };
-        let absent = Source { read: 0, write: 0 };
+        let absent = Source::default();
         let regions = bars.regions();
         let has = |io: bool| {
             let mut kinds = regions.iter().map(|region| region.kind);
@@ -74,7 +78,9 @@ impl GuestConfig {
             reset_wanted: false,
             power: None,
             fresh: Vec::new(),
-            decoding: bit(has(true), spec::COMMAND_IO) | bit(has(false), spec::COMMAND_MEMORY),
+            constant: bit(has(true), spec::COMMAND_IO)
+                | bit(has(false), spec::COMMAND_MEMORY)
+                | read_dword(io, spec::COMMAND) as u16 & spec::COMMAND_SERR,
             pin_connected: false,
         };
         for rule in policy::HEADER {
@@ -116,7 +122,7 @@ impl GuestConfig {
     pub(crate) fn hide(&mut self, start: u16, end: u16) {
         let span = usize::from(start)..usize::from(end).min(SIZE);
         for source in self.sources.get_mut(span).into_iter().flatten() {
-            *source = Source { read: 0, write: 0 };
+            *source = Source::default();
         }
     }
 
@@ -159,6 +165,7 @@ impl GuestConfig {
                 }
             }
             if rule.action == Action::Shadow && mask != 0 {
+                source.keep |= mask;
                 self.overlay.define(at, held, mask);
             }
         }
@@ -260,9 +267,9 @@ impl GuestConfig {
             if source.write == 0 {
                 continue;
             }
-            // What the guest reads and cannot change stays as it is in the device, whose VFIO might
-            // let it through.
-            let kept = source.read & !source.write;
+            // What the guest cannot change there stays as it is in the device, whose VFIO might let it
+            // through.
+            let kept = (source.read & !source.write) | source.keep;
             let kept = if kept == 0 {
                 0
             } else {
@@ -384,7 +391,7 @@ impl GuestConfig {
             true => self.held(spec::COMMAND),
             false => u16::MAX,
         };
-        self.decoding | disable & spec::COMMAND_INTX_DISABLE
+        self.constant | disable & spec::COMMAND_INTX_DISABLE
     }
 
     fn held_byte(&self, offset: u16) -> u8 {

@@ -1,7 +1,9 @@
 //! A device that is not there, for tests: any configuration space, and a record of what it was told.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use busway_pci::{
@@ -53,7 +55,29 @@ pub(crate) struct FakeDevice {
     /// What the command register held at each hot reset.
     pub(crate) hot_resets: Mutex<Vec<u16>>,
     pub(crate) reset_by_opening: bool,
+    /// Called at each reset, of whichever kind.
+    pub(crate) on_reset: Hook,
+    /// How many dma-bufs of its memory were given out.
+    pub(crate) dma_bufs: AtomicUsize,
     pub(crate) bar_writes: Mutex<Vec<(RegionIndex, u64, Vec<u8>)>>,
+}
+
+/// Something to be called.
+#[derive(Default)]
+pub(crate) struct Hook(pub(crate) Mutex<Option<Box<dyn Fn() + Send>>>);
+
+impl Hook {
+    fn call(&self) {
+        if let Some(call) = &*self.0.lock().unwrap() {
+            call();
+        }
+    }
+}
+
+impl fmt::Debug for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hook")
+    }
 }
 
 #[derive(Debug, Default)]
@@ -97,6 +121,8 @@ impl Default for FakeDevice {
             reach: Mutex::default(),
             hot_resets: Mutex::default(),
             reset_by_opening: false,
+            on_reset: Hook::default(),
+            dma_bufs: AtomicUsize::default(),
             bar_writes: Mutex::default(),
         }
     }
@@ -255,6 +281,11 @@ impl DeviceIo for FakeDevice {
         Mapping::anonymous(area.size, area.offset)
     }
 
+    fn dma_buf(&self, _index: RegionIndex, _area: Area) -> io::Result<OwnedFd> {
+        self.dma_bufs.fetch_add(1, Ordering::Relaxed);
+        Ok(eventfd())
+    }
+
     fn irq(&self, index: IrqIndex) -> IrqInfo {
         match index {
             IrqIndex::Intx => self.intx,
@@ -344,6 +375,7 @@ impl DeviceIo for FakeDevice {
     fn reset(&self) -> io::Result<()> {
         let command = u16::from_le_bytes(self.config_at(4));
         self.resets.lock().unwrap().push(command);
+        self.on_reset.call();
         Ok(())
     }
 
@@ -369,6 +401,7 @@ impl DeviceIo for FakeDevice {
         }
         let command = u16::from_le_bytes(self.config_at(4));
         self.hot_resets.lock().unwrap().push(command);
+        self.on_reset.call();
         Ok(())
     }
 }

@@ -415,6 +415,8 @@ impl Drop for AssignedFunction {
 }
 
 #[cfg(test)]
+mod bus_tests;
+#[cfg(test)]
 mod options_tests;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! Memory of a device, mapped into this process.
+//! Address space for memory of a device, or a guest's, in this process.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -8,9 +8,9 @@ use busway_pci::HostAddress;
 
 use crate::areas::PAGE_SIZE;
 
-/// A piece of address space that maps a part of a device; unmapped when dropped.
+/// A piece of address space, such as one that maps a part of a device; unmapped when dropped.
 ///
-/// The mapping keeps the device open in the kernel, whatever becomes of the descriptor.
+/// A device's mapping keeps the device open in the kernel, whatever becomes of the descriptor.
 #[derive(Debug)]
 pub struct Mapping {
     address: usize,
@@ -77,9 +77,12 @@ impl Mapping {
         }
     }
 
-    /// Sets `size` bytes of address space aside, at an address that agrees with `place` modulo the
-    /// largest page that fits.
-    fn reserve(size: usize, place: u64) -> io::Result<Self> {
+    /// Sets `size` bytes of address space aside, without access, at an address that agrees with `place`
+    /// modulo the largest page that fits: Linux before 6.7 aligns no mapping by itself.
+    ///
+    /// # Errors
+    /// mmap(2)'s, and `EINVAL` where the size is beyond all address space.
+    pub fn reserve(size: usize, place: u64) -> io::Result<Self> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let align = HUGE_PAGES
             .into_iter()

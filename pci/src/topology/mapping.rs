@@ -35,6 +35,14 @@ impl Mappings {
             .any(|mapping| mapping.state == State::Mapped)
     }
 
+    /// Unmaps everything.
+    pub(super) fn clear(&mut self, mapper: &dyn BarMapper) {
+        let all = std::mem::take(&mut self.0).into_values().flatten();
+        for mapping in all.filter(|mapping| mapping.state == State::Mapped) {
+            mapper.unmap(&mapping.function, &mapping.region);
+        }
+    }
+
     /// Brings the mappings of `functions` in line with the tree. All that goes is unmapped before
     /// anything is mapped, so that BARs can change places.
     pub(super) fn update(&mut self, tree: &Tree, functions: &[FunctionId], mapper: &dyn BarMapper) {

@@ -199,6 +199,9 @@ impl Topology {
     /// run. Nothing is mapped or numbered after it; [`assign`](Self::assign) comes next.
     pub fn reset(&self) {
         let functions = self.functions();
+        // As with a bridge's reset: what others reach of a device's memory ends with the reset, and one
+        // reset can be that of several devices.
+        self.mappings().clear(&*self.mapper);
         for (_, function) in &functions {
             function.reset();
         }

@@ -271,8 +271,8 @@ impl PciFunction for Busy {
     }
 
     fn settle(&self) -> bool {
-        assert!(self.mapper.mapped().is_empty());
         let asked = self.asked.swap(false, Ordering::Relaxed);
+        assert!(!asked || self.mapper.mapped().is_empty());
         self.done.fetch_add(asked.into(), Ordering::Relaxed);
         asked
     }
@@ -281,7 +281,10 @@ impl PciFunction for Busy {
 
     fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
 
-    fn reset(&self) {}
+    fn reset(&self) {
+        assert!(self.mapper.mapped().is_empty());
+        self.inner.reset();
+    }
 }
 
 #[test]
@@ -304,6 +307,30 @@ fn what_must_not_happen_while_a_bar_is_mapped_happens_while_none_is_and_it_comes
     write16(&topology, bdf(BESIDE), spec::COMMAND, 0);
     write32(&topology, bdf(BESIDE), 0x40, 1);
     assert_eq!(busy.done.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn nothing_is_mapped_of_any_function_when_the_first_is_reset_with_the_machine() {
+    let mapper = FakeMapper::new(false);
+    let topology = Topology::new(mapper.clone());
+    for (number, at, address) in [(2, BESIDE, 0xc000_0000), (3, "00:03.0", 0xc000_1000)] {
+        let busy = Arc::new(Busy {
+            inner: FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)]),
+            mapper: mapper.clone(),
+            asked: false.into(),
+            done: 0.into(),
+        });
+        topology.add(Place::root(device(number)), busy).unwrap();
+        write32(&topology, bdf(at), 0x10, address);
+        write16(&topology, bdf(at), spec::COMMAND, 2);
+    }
+    assert_eq!(mapper.mapped().len(), 2);
+    // Each looks whether anything is mapped.
+    topology.reset();
+    assert!(mapper.mapped().is_empty());
+    write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
+    write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
+    assert_eq!(mapper.mapped().len(), 1, "it can be mapped again");
 }
 
 /// What should be mapped, worked out from the registers alone.

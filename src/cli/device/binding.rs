@@ -5,7 +5,7 @@ use busway_vfio::host::{
     self, BindOptions, Bound, ChangeError, Kernel, Outcome, Persist, Restored, Session, Step,
     SysRoot, Unbound, is_vfio_driver,
 };
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use super::permits::{BindPermits, UnbindPermits};
 use super::{DeviceError, address};
@@ -66,13 +66,14 @@ pub struct UnbindArgs {
 
 /// `busway device restore`
 #[derive(Args, Clone, Debug)]
+#[command(group(ArgGroup::new("which").required(true)))]
 pub struct RestoreArgs {
     /// The devices: 0000:01:00.0, or 01:00.0 for short, or their folders in sysfs
-    #[arg(value_name = "ADDRESS", value_parser = address, required_unless_present = "all")]
+    #[arg(value_name = "ADDRESS", value_parser = address, group = "which")]
     pub addresses: Vec<Bdf>,
 
     /// Every device that Busway has moved
-    #[arg(long, conflicts_with = "addresses")]
+    #[arg(long, group = "which")]
     pub all: bool,
 
     /// Print what would be done, as commands, and do nothing
@@ -276,6 +277,9 @@ fn restored_line(restored: &Restored) -> String {
             format!("as before, {}{reserved}", with(driver))
         }
         Outcome::LeftToHost { driver } => format!("left to the host, {}", with(driver)),
+        Outcome::NotWithheld => {
+            "the host's drivers may have new virtual functions of it again, as before".to_owned()
+        }
         Outcome::Gone => "it is not there any more; forgotten".to_owned(),
         Outcome::Another => "another device is there now, and was left alone; forgotten".to_owned(),
         Outcome::NotRecorded => format!(

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::names::Names;
 use super::{DeviceError, ListError};
-use crate::cli::findings::{self, FindingJson};
+use crate::cli::findings::{self, FindingArgs, FindingJson};
 use crate::cli::style::{Screen, Style};
 
 /// `busway device check`
@@ -19,13 +19,9 @@ pub struct CheckArgs {
     #[arg(value_name = "ADDRESS", value_parser = super::address, required = true)]
     pub addresses: Vec<Bdf>,
 
-    /// How much memory the guest has, all of which is locked
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = findings::memory)]
-    pub memory: u64,
-
-    /// Print JSON, whose schema docs/device-json.md describes
-    #[arg(long)]
-    pub json: bool,
+    /// How they are looked at.
+    #[command(flatten)]
+    pub findings: FindingArgs,
 }
 
 #[derive(Serialize)]
@@ -53,7 +49,7 @@ pub(super) fn show(
 ) -> Result<(String, Result<(), DeviceError>), DeviceError> {
     let host = Host::read(root)?;
     let addresses: BTreeSet<_> = args.addresses.iter().copied().collect();
-    let check = Check::of(&host, &addresses, args.memory, opens);
+    let check = Check::of(&host, &addresses, args.findings.memory, opens);
     let ready = check.is_ready();
     let end = match ready {
         true => Ok(()),
@@ -61,7 +57,7 @@ pub(super) fn show(
             absent: check.devices.iter().any(|device| !device.is_there),
         }),
     };
-    if args.json {
+    if args.findings.json {
         let json = Json {
             version: super::json::VERSION,
             ready,

@@ -244,15 +244,18 @@ impl Picture<'_> {
             let bridges = members.iter().filter(|member| member.is_bridge()).count();
             let ports = match bridges {
                 0 => String::new(),
-                1 => " and 1 bridge".to_owned(),
-                more => format!(" and {more} bridges"),
+                1 => ", beside 1 bridge".to_owned(),
+                more => format!(", beside {more} bridges"),
             };
             let devices = members.len() - bridges;
-            let plural = if devices == 1 { "" } else { "s" };
+            let together = match devices {
+                1 => "device, which goes to a guest",
+                _ => "devices, which go to a guest together",
+            };
             self.put(format_args!(
                 "<rect fill=\"{}\" x=\"{MARGIN}\" y=\"{bottom}\" width=\"14\" height=\"14\" rx=\"4\"/>\
                  <text class=\"small\" x=\"{}\" y=\"{}\">IOMMU group {group}: {devices} \
-                 device{plural}{ports}, which go to a guest together</text>\n",
+                 {together}{ports}</text>\n",
                 Fill(colour),
                 MARGIN + 22,
                 bottom + 11

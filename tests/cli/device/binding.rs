@@ -265,7 +265,7 @@ fn virtual_functions_that_cannot_all_be_set_are_removed_again() {
         let host = nic();
         let before = host.state();
         let mut kernel = host.kernel();
-        let errno = if number == 1 {
+        let errno = if number == 2 {
             libc::ENOMEM
         } else {
             libc::EOPNOTSUPP
@@ -273,16 +273,47 @@ fn virtual_functions_that_cannot_all_be_set_are_removed_again() {
         kernel.fails = Box::new(move |n, _| (n == number).then_some(errno));
         let text = say(&host, &mut kernel, words);
         if !text.contains("exit status") {
-            assert_eq!(number, 7);
+            assert_eq!(number, 9);
             break;
         }
         assert_eq!(host.state(), before, "{:#?}", kernel.log);
-        let autoprobe = "sys/bus/pci/devices/0000:01:00.0/sriov_drivers_autoprobe";
-        let autoprobe = std::fs::read_to_string(host.path(autoprobe)).unwrap();
-        assert_eq!(autoprobe.trim(), "1", "{number}");
+        assert!(probes(&host), "{number}");
         said += &text;
     }
     assert_data_eq!(said, file!["vfs-failed.txt"].raw());
+}
+
+/// Whether the host's drivers may have new virtual functions of the NIC.
+fn probes(host: &FakeHost) -> bool {
+    let autoprobe = "sys/bus/pci/devices/0000:01:00.0/sriov_drivers_autoprobe";
+    let autoprobe = std::fs::read_to_string(host.path(autoprobe)).unwrap();
+    autoprobe.trim() == "1"
+}
+
+#[test]
+fn killed_while_it_makes_virtual_functions_it_leaves_none_withheld_for_good() {
+    let words = "vfs 01:00.0 2 --vf 0,mac=02:00:00:00:00:07";
+    for finish in ["restore --all", "restore 01:00.0", "vfs 01:00.0 0", words] {
+        let mut withheld = 0;
+        for number in 0.. {
+            let host = nic();
+            let mut kernel = host.kernel();
+            kernel.dies_at = Some(number);
+            let ended = !say(&host, &mut kernel, words).contains("exit status");
+            withheld += usize::from(!probes(&host));
+            let said = say(&host, &mut host.kernel(), finish);
+            assert!(
+                probes(&host),
+                "killed before {number}, and {finish}: {said}"
+            );
+            assert!(!said.contains("exit status"), "{said}");
+            assert!(!host.root.run.join("busway/devices.json").exists());
+            if ended {
+                break;
+            }
+        }
+        assert!(withheld >= 3, "it was never in the middle");
+    }
 }
 
 /// Two nodes, of which the second has room for few.

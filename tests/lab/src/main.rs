@@ -85,8 +85,8 @@ struct HostArgs {
     /// The host's memory, in MiB.
     #[arg(long, default_value_t = 4096)]
     memory: u64,
-    /// A device: nvme[:MIB], e1000e, igb, e1000, rtl8139, edu, ivshmem[:MIB], xhci or hda; its id is
-    /// dev0, dev1 and so on.
+    /// A device: nvme[:MIB], e1000e, igb, e1000, rtl8139, edu, ivshmem[:MIB], doorbell, xhci, hda or rng;
+    /// its id is dev0, dev1 and so on.
     #[arg(long)]
     device: Vec<String>,
     /// Do not build Busway and put it into the host.

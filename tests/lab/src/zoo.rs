@@ -48,6 +48,9 @@ pub enum Kind {
     Xhci,
     /// A sound controller with a codec, whose output the outer machine finds in a file.
     Hda,
+    /// A virtio source of random numbers: the one device here that signals the errors which it is made to have, for
+    /// QEMU's NICs have AER and no enable for it.
+    Rng,
 }
 
 impl Device {
@@ -121,8 +124,13 @@ impl Device {
         Self::new(id, Kind::Hda)
     }
 
+    /// A source of random numbers, with AER.
+    pub fn rng(id: &str) -> Self {
+        Self::new(id, Kind::Rng)
+    }
+
     /// The device that a command line means: `nvme`, `nvme:SIZE_MIB`, `e1000e`, `igb`, `e1000`, `rtl8139`, `edu`,
-    /// `ivshmem:SIZE_MIB`, `doorbell`, `xhci` or `hda`.
+    /// `ivshmem:SIZE_MIB`, `doorbell`, `xhci`, `hda` or `rng`.
     pub fn parse(id: &str, text: &str) -> Result<Self, String> {
         let (name, size) = match text.split_once(':') {
             None => (text, None),
@@ -145,6 +153,7 @@ impl Device {
             ("doorbell", _) => Self::doorbell(id, 4),
             ("xhci", _) => Self::xhci(id),
             ("hda", _) => Self::hda(id),
+            ("rng", _) => Self::rng(id),
             _ => return Err(format!("the zoo has no {name:?}")),
         })
     }
@@ -226,6 +235,10 @@ impl Device {
                 )),
             ]
             .concat(),
+            Kind::Rng => option(format!(
+                "virtio-rng-pci,id={id},disable-legacy=on,iommu_platform=on,aer=on,{place}"
+            ))
+            .to_vec(),
             // Without a mixer there is nothing that a driver would mute.
             Kind::Hda => [
                 with(
@@ -257,8 +270,10 @@ pub(crate) fn arguments(devices: &[Device], scratch: &Path) -> Vec<String> {
     let mut root_port = |arguments: &mut Vec<String>| {
         port += 1;
         arguments.push("-device".to_owned());
+        // Faster ports say that they report a link that is up, and never do: after a reset of its bus the
+        // host's kernel waits for that, and fails (`pci_bridge_wait_for_secondary_bus`).
         arguments.push(format!(
-            "pcie-root-port,id=port{port},slot={port},chassis={port}"
+            "pcie-root-port,id=port{port},slot={port},chassis={port},x-speed=5"
         ));
         format!("port{port}")
     };
@@ -281,7 +296,8 @@ pub(crate) fn arguments(devices: &[Device], scratch: &Path) -> Vec<String> {
             arguments.extend(device.arguments(&format!("bus={bus}"), scratch));
             continue;
         }
-        let place = format!("bus={bus},multifunction=on,addr=0.0");
+        // Where a function has ARI, the next one is found by its number there, which is 0 otherwise.
+        let place = format!("bus={bus},multifunction=on,addr=0.0,x-pcie-ari-nextfn-1=on");
         arguments.extend(device.arguments(&place, scratch));
         for (function, device) in (1..).zip(more) {
             let place = format!("bus={bus},addr=0.{function}");
@@ -335,7 +351,8 @@ mod tests {
         ];
         let arguments = arguments(&zoo, Path::new("/tmp"));
         let ending = |end: &str| arguments.iter().filter(|each| each.ends_with(end)).count();
-        assert_eq!(ending("bus=port1,multifunction=on,addr=0.0"), 1);
+        let first = "bus=port1,multifunction=on,addr=0.0,x-pcie-ari-nextfn-1=on";
+        assert_eq!(ending(first), 1);
         assert_eq!(ending("bus=port1,addr=0.1"), 1);
         assert_eq!(ending("bus=port2"), 1);
     }

@@ -1,7 +1,6 @@
 //! One PCI device as sysfs shows it.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 use std::thread;
 
@@ -193,8 +192,9 @@ fn threads() -> usize {
 
 /// One device; none where it is not there, or has just vanished.
 fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
-    let folder = root.device(address);
-    let modalias = root::text(&folder.join("modalias"));
+    // By its real place: the way there is shorter for each of the files.
+    let folder = root.target(&root.device(address))?;
+    let modalias = root::attribute(&folder.join("modalias"));
     let Ids {
         vendor,
         device,
@@ -206,6 +206,9 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         .and_then(Ids::of_modalias)
         .or_else(|| Ids::read(&folder))?;
     let (parent, root_bus) = place(&folder);
+    let driver = root::link_name(&folder.join("driver"));
+    let lent = driver.as_deref().is_some_and(is_vfio_driver);
+    let sriov = sriov(&folder);
     Some(HostDevice {
         address,
         vendor,
@@ -213,23 +216,29 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         subsystem_vendor,
         subsystem_device,
         class,
-        driver: root.driver_of(address),
-        driver_override: root.override_of(address),
+        driver,
+        driver_override: root::override_in(&folder),
         modalias,
         parent,
         root_bus,
         group: root::link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
         // -1 where the firmware says nothing.
         numa_node: root::number(&folder.join("numa_node")),
-        resources: root::text(&folder.join("resource"))
+        resources: root::attribute(&folder.join("resource"))
             .map_or_else(Vec::new, |text| resources(&text)),
         link: link(&folder),
         reset_methods: reset_methods(&folder),
         // Only displays have the attribute.
         boot_display: class >> 16 == 0x03 && root::number(&folder.join("boot_vga")) == Some(1_u8),
-        sriov: sriov(&folder),
-        physical_function: link_address(&folder.join("physfn")),
-        vfio_cdev: root::names(&folder.join("vfio-dev")).into_iter().next(),
+        physical_function: match &sriov {
+            Some(_) => None,
+            None => link_address(&folder.join("physfn")),
+        },
+        sriov,
+        vfio_cdev: match lent {
+            true => root::names(&folder.join("vfio-dev")).into_iter().next(),
+            false => None,
+        },
     })
 }
 
@@ -282,13 +291,10 @@ impl Ids {
     }
 }
 
-/// The bridge above a device and its host bridge, from where its link on the bus points:
-/// `../../../devices/pci0000:00/0000:00:01.0/0000:01:00.0`.
+/// The bridge above a device and its host bridge, by the way to it:
+/// `/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0`.
 fn place(folder: &Path) -> (Option<Bdf>, Option<String>) {
-    let Ok(target) = fs::read_link(folder) else {
-        return (None, None);
-    };
-    let above = target.ancestors().skip(1);
+    let above = folder.ancestors().skip(1);
     let mut above = above.filter_map(|path| path.file_name()?.to_str());
     let parent = above.next();
     let root_bus = parent
@@ -326,7 +332,7 @@ fn sriov(folder: &Path) -> Option<Sriov> {
 
 fn link(folder: &Path) -> Option<Link> {
     let state = |which: &str| {
-        let text = root::text(&folder.join(format!("{which}_link_speed")))?;
+        let text = root::attribute(&folder.join(format!("{which}_link_speed")))?;
         Some(LinkState {
             speed: speed(&text)?,
             // 0 and 255 where it is not known, or the device does not answer.
@@ -349,7 +355,7 @@ fn speed(text: &str) -> Option<u16> {
 
 /// The attribute `reset_method`, since Linux 5.15; before, only `reset` says that there is one.
 fn reset_methods(folder: &Path) -> Vec<String> {
-    let words = root::text(&folder.join("reset_method"));
+    let words = root::attribute(&folder.join("reset_method"));
     let words = words.or_else(|| folder.join("reset").exists().then(|| "yes".to_owned()));
     let words = words.unwrap_or_default();
     words.split_whitespace().map(str::to_owned).collect()

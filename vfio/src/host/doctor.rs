@@ -304,6 +304,17 @@ fn errata(root: &SysRoot) -> Vec<Finding> {
     const TOPIC: &str = "errata";
     let folder = root.sys.join("devices/system/cpu/vulnerabilities");
     let names = root::names(&folder);
+    let parameters = root::text(&root.proc.join("cmdline")).unwrap_or_default();
+    let cure = match parameters
+        .split_whitespace()
+        .any(|word| word == "mitigations=off")
+    {
+        true => {
+            "boot the kernel without mitigations=off; where that is not enough, update it and \
+                 the processor's microcode"
+        }
+        false => "update the processor's microcode and the kernel",
+    };
     let mut findings = Vec::new();
     for name in &names {
         let text = root::text(&folder.join(name)).unwrap_or_default();
@@ -333,10 +344,7 @@ fn errata(root: &SysRoot) -> Vec<Finding> {
             _ => continue,
         };
         let text = format!("{name} is not mitigated: {means}");
-        findings.push(Finding::new(Level::Warning, TOPIC, text).remedy(Remedy::words(
-            "update the processor's microcode and the kernel, and leave mitigations=off off its \
-             command line",
-        )));
+        findings.push(Finding::new(Level::Warning, TOPIC, text).remedy(Remedy::words(cure)));
     }
     if findings.is_empty() && !names.is_empty() {
         let text = "every known fault of the processor that matters to guests is mitigated";

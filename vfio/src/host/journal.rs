@@ -23,9 +23,17 @@ const VERSION: u32 = 1;
 /// What every device had that was moved and not put back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Journal {
+    devices: Known,
+    /// The same as it is in the file.
+    saved: Known,
+}
+
+/// What is known of devices.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Known {
     records: BTreeMap<Bdf, Record>,
-    /// The records as they are in the file.
-    saved: BTreeMap<Bdf, Record>,
+    /// Devices whose new virtual functions are kept from the host's drivers, while they are made.
+    withheld: BTreeMap<Bdf, Identity>,
 }
 
 /// What one device had.
@@ -94,6 +102,8 @@ pub enum JournalError {
 struct Written {
     version: u32,
     devices: BTreeMap<String, Record>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    withheld: BTreeMap<String, Identity>,
 }
 
 impl Journal {
@@ -113,55 +123,66 @@ impl Journal {
         if written.version != VERSION {
             return Err(format!("its version is {}", written.version));
         }
-        let parse = |(address, record): (String, Record)| {
-            let parsed = address
-                .parse()
-                .map_err(|_| format!("{address} is no address"));
-            Ok((parsed?, record))
+        let devices = Known {
+            records: by_address(written.devices)?,
+            withheld: by_address(written.withheld)?,
         };
-        let records = written.devices.into_iter().map(parse);
-        let records: BTreeMap<_, _> = records.collect::<Result<_, String>>()?;
-        let saved = records.clone();
-        Ok(Self { records, saved })
+        let saved = devices.clone();
+        Ok(Self { devices, saved })
     }
 
     /// Writes it down for good before returning.
     pub(super) fn save(&mut self, session: &mut Session<'_>) -> Result<(), StepError> {
-        if session.is_dry() || self.records == self.saved {
+        if session.is_dry() || self.devices == self.saved {
             return Ok(());
         }
         let path = session.root.journal();
-        if self.records.is_empty() {
+        if self.devices == Known::default() {
             session.file(&path, None)?;
-            self.saved.clear();
+            self.saved = Known::default();
             return Ok(());
         }
-        let address = |(address, record): (&Bdf, &Record)| (address.to_string(), record.clone());
         let written = Written {
             version: VERSION,
-            devices: self.records.iter().map(address).collect(),
+            devices: by_text(&self.devices.records),
+            withheld: by_text(&self.devices.withheld),
         };
         // Nothing in it can fail to be written as JSON: its keys are strings.
         let text = serde_json::to_string_pretty(&written).unwrap_or_default();
         session.file(&path, Some(&(text + "\n")))?;
-        self.saved.clone_from(&self.records);
+        self.saved.clone_from(&self.devices);
         Ok(())
     }
 
     pub(super) fn get(&self, address: Bdf) -> Option<&Record> {
-        self.records.get(&address)
+        self.devices.records.get(&address)
     }
 
+    /// Every device of which something is known.
     pub(super) fn addresses(&self) -> impl Iterator<Item = Bdf> {
-        self.records.keys().copied()
+        let Known { records, withheld } = &self.devices;
+        records.keys().chain(withheld.keys()).copied()
     }
 
     pub(super) fn insert(&mut self, address: Bdf, record: Record) {
-        self.records.insert(address, record);
+        self.devices.records.insert(address, record);
     }
 
     pub(super) fn remove(&mut self, address: Bdf) {
-        self.records.remove(&address);
+        self.devices.records.remove(&address);
+    }
+
+    /// The device whose new virtual functions are kept from the host's drivers.
+    pub(super) fn withheld(&self, address: Bdf) -> Option<Identity> {
+        self.devices.withheld.get(&address).copied()
+    }
+
+    /// Notes whether the device's new virtual functions are kept from the host's drivers.
+    pub(super) fn withhold(&mut self, address: Bdf, device: Option<Identity>) {
+        match device {
+            Some(device) => self.devices.withheld.insert(address, device),
+            None => self.devices.withheld.remove(&address),
+        };
     }
 
     /// Has the device's record be what it is in another.
@@ -171,6 +192,19 @@ impl Journal {
             None => self.remove(address),
         }
     }
+}
+
+fn by_address<T>(written: BTreeMap<String, T>) -> Result<BTreeMap<Bdf, T>, String> {
+    let parse = |(address, known): (String, T)| match address.parse() {
+        Ok(parsed) => Ok((parsed, known)),
+        Err(_) => Err(format!("{address} is no address")),
+    };
+    written.into_iter().map(parse).collect()
+}
+
+fn by_text<T: Clone>(devices: &BTreeMap<Bdf, T>) -> BTreeMap<String, T> {
+    let text = |(address, known): (&Bdf, &T)| (address.to_string(), known.clone());
+    devices.iter().map(text).collect()
 }
 
 #[cfg(test)]

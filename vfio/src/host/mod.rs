@@ -35,6 +35,7 @@ mod variant;
 mod vfs;
 
 use std::collections::BTreeMap;
+use std::thread;
 
 use busway_pci::Bdf;
 
@@ -82,8 +83,13 @@ impl Host {
     ///
     /// Where sysfs has no PCI bus, or it cannot be read.
     pub fn read(root: &SysRoot) -> Result<Self, HostError> {
-        let devices = device::read_all(root)?;
-        let usage = usage::read_all(root, &devices);
+        // Disks and interfaces say themselves whose they are: they need not wait for the devices.
+        let (devices, found) = thread::scope(|scope| {
+            let found = scope.spawn(|| usage::find(root));
+            (device::read_all(root), found.join().unwrap_or_default())
+        });
+        let devices = devices?;
+        let usage = usage::of_devices(root, &devices, found);
         Ok(Self {
             root: root.clone(),
             devices,

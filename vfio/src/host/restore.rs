@@ -12,6 +12,7 @@ use super::permit::Permits;
 use super::put_back::put_back;
 use super::session::Session;
 use super::unbind::give_to_host;
+use super::vfs::settle_withheld;
 use super::{Host, persist};
 
 /// What became of one device.
@@ -40,6 +41,8 @@ pub enum Outcome {
         /// The one that has it.
         driver: Option<String>,
     },
+    /// New virtual functions of it may have the host's drivers again, as before `vfs` was ended in the middle.
+    NotWithheld,
     /// It is not there any more.
     Gone,
     /// Another device is at its address, and was left alone.
@@ -138,6 +141,7 @@ fn put_one_back(
         driver: record.as_ref().and_then(|record| record.driver.clone()),
         source,
     };
+    let settled = settle_withheld(session, journal, address).map_err(failed)?;
     let device = host.device(address).filter(|_| session.is_there(address));
     let rule = persist::rule_text(session.root, address);
     let outcome = match (device, &record, &rule) {
@@ -146,6 +150,7 @@ fn put_one_back(
             let driver = given.driver;
             return Ok(Outcome::LeftToHost { driver });
         }
+        (_, None, None) if settled => return Ok(Outcome::NotWithheld),
         (None, None, None) | (Some(_), None, None) => return Ok(Outcome::NotRecorded),
         (None, ..) => Outcome::Gone,
         (Some(device), Some(record), _) if record.identity == Identity::of(device) => {

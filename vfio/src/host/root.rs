@@ -1,8 +1,8 @@
 //! Where the kernel's file systems are mounted, and reading their small files.
 
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Component, Path, PathBuf};
 
 use busway_iommu::HostPaths;
 use busway_pci::Bdf;
@@ -92,10 +92,28 @@ impl SysRoot {
 
     /// The driver that alone may take a device, where one was set.
     pub(crate) fn override_of(&self, address: Bdf) -> Option<String> {
-        // An attribute without a value reads as the kernel's printf of a null pointer.
-        text(&self.device(address).join("driver_override"))
-            .filter(|name| !name.is_empty() && name != "(null)")
+        override_in(&self.device(address))
     }
+
+    /// Where a link leads that is below a class or a bus: a folder below `sys/devices`. Not resolved
+    /// step by step, for there are no links on the way.
+    pub(crate) fn target(&self, link: &Path) -> Option<PathBuf> {
+        // `../../devices/…`, seen from `sys/class/net`.
+        let mut down = PathBuf::new();
+        for part in fs::read_link(link).ok()?.components() {
+            match part {
+                Component::ParentDir => drop(down.pop()),
+                part => down.push(part),
+            }
+        }
+        Some(self.sys.join(down))
+    }
+}
+
+/// The driver that alone may take the device in this folder, where one was set.
+pub(crate) fn override_in(folder: &Path) -> Option<String> {
+    // An attribute without a value reads as the kernel's printf of a null pointer.
+    attribute(&folder.join("driver_override")).filter(|name| !name.is_empty() && name != "(null)")
 }
 
 /// A file's text without white space at its ends, where it can be read. What could steer a terminal is
@@ -105,6 +123,21 @@ pub(crate) fn text(path: &Path) -> Option<String> {
     Some(printable(String::from_utf8_lossy(&bytes).trim()))
 }
 
+/// The same of an attribute of sysfs, which gives all that it has in one read of a page
+/// (Documentation/filesystems/sysfs.rst): neither its length nor its end is asked for.
+pub(crate) fn attribute(path: &Path) -> Option<String> {
+    let mut page = [0; 4096];
+    let mut file = File::open(path).ok()?;
+    let length = loop {
+        match file.read(&mut page) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            read => break read.ok()?,
+        }
+    };
+    let bytes = page.get(..length)?;
+    Some(printable(String::from_utf8_lossy(bytes).trim()))
+}
+
 /// The text with every character replaced that would steer a terminal or turn the direction of
 /// writing; line ends and tabs stay.
 pub(crate) fn printable(text: &str) -> String {
@@ -112,7 +145,10 @@ pub(crate) fn printable(text: &str) -> String {
         (c.is_control() && !matches!(c, '\n' | '\t'))
             || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
-    text.replace(steers, "\u{fffd}")
+    match text.contains(steers) {
+        true => text.replace(steers, "\u{fffd}"),
+        false => text.to_owned(),
+    }
 }
 
 /// The same on one line.
@@ -122,13 +158,13 @@ pub(crate) fn one_line(text: &str) -> String {
 
 /// A number written as `0x1af4`.
 pub(crate) fn hex(path: &Path) -> Option<u32> {
-    let text = text(path)?;
+    let text = attribute(path)?;
     u32::from_str_radix(text.strip_prefix("0x")?, 16).ok()
 }
 
 /// A decimal number.
 pub(crate) fn number<T: std::str::FromStr>(path: &Path) -> Option<T> {
-    text(path)?.parse().ok()
+    attribute(path)?.parse().ok()
 }
 
 /// The last component of what a link points to.

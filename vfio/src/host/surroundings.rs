@@ -84,15 +84,15 @@ pub(super) fn advised(advice: IommuAdvice) -> Vec<Remedy> {
 pub(super) fn add_parameter(word: &str) -> [Remedy; 2] {
     [
         Remedy::command(
-            "on Debian and Ubuntu",
+            "on Debian and Ubuntu, then reboot",
             format!(
                 "echo 'GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX {word}\"' \
-                 >> /etc/default/grub && update-grub && reboot"
+                 >> /etc/default/grub && update-grub"
             ),
         ),
         Remedy::command(
-            "on Fedora and RHEL",
-            format!("grubby --update-kernel=ALL --args={word} && reboot"),
+            "on Fedora and RHEL, then reboot",
+            format!("grubby --update-kernel=ALL --args={word}"),
         ),
     ]
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use busway_pci::Bdf;
 
 use super::error::ChangeError;
-use super::journal::Journal;
+use super::journal::{Identity, Journal};
 use super::netlink::{VfSetting, VfState};
 use super::root::{self, SysRoot};
 use super::session::Session;
@@ -165,6 +165,8 @@ pub fn vfs(
     let _lock = session.lock()?;
     let host = Host::read(session.root)?;
     let present = check(&host, address, options)?;
+    settle_withheld(session, &mut Journal::read(session.root)?, address)
+        .map_err(ChangeError::Functions)?;
     let interface = interface(session.root, address);
     let count = options
         .count
@@ -174,7 +176,14 @@ pub fn vfs(
             remove(session, address, &present)?;
         }
         if count > 0 {
-            make(session, address, count, options, interface.as_deref())?;
+            let identity = host.device(address).map(Identity::of);
+            make(
+                session,
+                (address, identity),
+                count,
+                options,
+                interface.as_deref(),
+            )?;
         }
     } else if let Some(interface) = &interface {
         set_all(session, interface, options).map_err(ChangeError::Functions)?;
@@ -255,9 +264,30 @@ fn remove(session: &mut Session<'_>, address: Bdf, functions: &[Bdf]) -> Result<
     journal.save(session).map_err(ChangeError::Functions)
 }
 
+/// Lets the host's drivers have new virtual functions of a device again, where a process ended while it
+/// kept them from these. Returns whether that was so.
+pub(super) fn settle_withheld(
+    session: &mut Session<'_>,
+    journal: &mut Journal,
+    address: Bdf,
+) -> Result<bool, StepError> {
+    let Some(identity) = journal.withheld(address) else {
+        return Ok(false);
+    };
+    let ids = |name: &str| root::hex(&session.root.device(address).join(name));
+    let is_the_same = ids("vendor") == Some(identity.vendor.into())
+        && ids("device") == Some(identity.device.into());
+    if is_the_same {
+        session.take(Step::Autoprobe { address, on: true })?;
+    }
+    journal.withhold(address, None);
+    journal.save(session)?;
+    Ok(is_the_same)
+}
+
 fn make(
     session: &mut Session<'_>,
-    address: Bdf,
+    (address, identity): (Bdf, Option<Identity>),
     count: u16,
     options: &VfsOptions,
     interface: Option<&str>,
@@ -266,17 +296,19 @@ fn make(
     // A driver reads what its device is set to when it gets it.
     let hold =
         (options.no_autoprobe || !options.settings.is_empty()) && autoprobe.as_deref() == Some("1");
+    let mut journal = Journal::read(session.root)?;
     let mut steps = || {
         if hold {
+            // Whoever ends this process in the middle leaves it to `restore`.
+            journal.withhold(address, identity);
+            journal.save(session)?;
             session.take(Step::Autoprobe { address, on: false })?;
         }
         session.take(Step::Functions { address, count })?;
         if let Some(interface) = interface {
             set_all(session, interface, options)?;
         }
-        if hold {
-            session.take(Step::Autoprobe { address, on: true })?;
-        }
+        settle_withheld(session, &mut journal, address)?;
         if hold && !options.no_autoprobe {
             for (_, function) in functions(session.root, address) {
                 session.probe(function)?;
@@ -287,17 +319,13 @@ fn make(
     let result: Result<(), StepError> = steps();
     result.map_err(|source| {
         session.undo();
-        let mut undo = Vec::new();
-        if !functions(session.root, address).is_empty() {
-            undo.push(Step::Functions { address, count: 0 });
+        if !functions(session.root, address).is_empty()
+            && let Err(error) = session.take(Step::Functions { address, count: 0 })
+        {
+            log::warn!("{error}");
         }
-        if hold {
-            undo.push(Step::Autoprobe { address, on: true });
-        }
-        for step in undo {
-            if let Err(error) = session.take(step) {
-                log::warn!("{error}");
-            }
+        if let Err(error) = settle_withheld(session, &mut journal, address) {
+            log::warn!("{error}\n  try again: busway device restore {address}");
         }
         ChangeError::Functions(source)
     })

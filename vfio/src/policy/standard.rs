@@ -2,7 +2,9 @@
 
 use busway_pci::spec;
 
-use super::{ALL, CapabilityRule, Hide, Pass, ReadOnly, Rule, hidden, kept, read_only, rule};
+use super::{
+    ALL, CapabilityRule, Hide, Pass, ReadOnly, Rule, Shadow, hidden, kept, read_only, rule,
+};
 
 // Capabilities that `spec` has no name for. PCI Code and ID Assignment 1.15 §2
 const CAP_AGP: u16 = 0x02;
@@ -144,7 +146,13 @@ const EXPRESS: &[Rule] = &[
     ),
     rule(
         0x08,
-        0x7fff,
+        0x000f,
+        Shadow,
+        "which errors are reported §7.5.3.4: the host decides, and hears of them",
+    ),
+    rule(
+        0x08,
+        0x7ff0,
         Pass,
         "device control §7.5.3.4: VFIO keeps the payload's size and phantom functions to the host",
     ),

@@ -24,9 +24,22 @@ pub(crate) const PROOFS: &[Proof] = &[
     ),
     (
         "a_drive_that_leaves_the_host_during_io_is_an_error_in_the_guest_and_released",
-        left,
+        |lab| left(lab, Leaving::Asked),
+    ),
+    (
+        "a_drive_whose_slot_loses_power_during_io_is_an_error_in_the_guest_and_released",
+        |lab| left(lab, Leaving::Unasked),
     ),
 ];
+
+/// How a drive leaves the host.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leaving {
+    /// The host's slot asks for it, as `device_del` has it.
+    Asked,
+    /// Its slot has no power any more, and it is gone before anybody knows.
+    Unasked,
+}
 
 /// Reads from the drive until that fails, and waits until the driver has taken leave of it, which is
 /// a little later and tells nobody.
@@ -124,8 +137,7 @@ fn unanswered(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// The host's own slot lets go of the drive, as `device_del` has it, and the drive is gone.
-fn left(lab: &mut Lab) -> Result<()> {
+fn left(lab: &mut Lab, leaving: Leaving) -> Result<()> {
     let config = HostConfig::new(Kernel::Small).device(Device::nvme("nv0", 64));
     let host = lab.host(&config)?;
     let drive = host.address("nv0")?;
@@ -142,16 +154,32 @@ fn left(lab: &mut Lab) -> Result<()> {
     let running = host.start_guest(&run)?;
     running.wait_line("@@value ready")?;
     let start = Instant::now();
-    host.qmp().execute("device_del", json!({ "id": "nv0" }))?;
-    host.qmp()
-        .wait_event("DEVICE_DELETED", Duration::from_secs(120))?;
-    println!("the drive left after {:?}", start.elapsed());
+    match leaving {
+        Leaving::Asked => {
+            host.qmp().execute("device_del", json!({ "id": "nv0" }))?;
+            host.qmp()
+                .wait_event("DEVICE_DELETED", Duration::from_secs(120))?;
+            println!("the drive left after {:?}", start.elapsed());
+        }
+        // Slot control: power and its indicator off. PCIe 6.0 §7.5.3.10
+        Leaving::Unasked => {
+            host.run(&format!(
+                "port=$(basename \"$(dirname \"$(readlink -f /sys/bus/pci/devices/{drive})\")\")\n\
+                 setpci -s \"$port\" CAP_EXP+18.w=0700:0700"
+            ))?;
+        }
+    }
     let result = running.finish()?.success()?;
     ensure!(result.value("drives")? == "0", "the drive is left");
+    let words = match leaving {
+        Leaving::Asked => "the guest let go of it",
+        Leaving::Unasked => "is gone from the host",
+    };
+    ensure!(result.stderr.contains(words), "it says: {}", result.stderr);
     ensure!(
-        result.stderr.contains("the guest let go of it"),
-        "it says: {}",
-        result.stderr
+        !host.console().contains("Call Trace"),
+        "the host complains:\n{}",
+        host.console()
     );
     let there = host.run("ls /sys/bus/pci/drivers/vfio-pci")?;
     ensure!(!there.contains(&drive), "VFIO still has {there}");

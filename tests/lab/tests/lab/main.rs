@@ -19,6 +19,7 @@ mod demo;
 mod dma;
 mod drive;
 mod emulated_host;
+mod errors;
 mod events;
 mod groups;
 mod helper;
@@ -52,6 +53,7 @@ fn main() -> Result<ExitCode> {
         bad_input::PROOFS,
         life::PROOFS,
         helper::PROOFS,
+        errors::PROOFS,
         events::PROOFS,
         interrupts::PROOFS,
         groups::PROOFS,
@@ -102,8 +104,10 @@ const ON_REQUEST: &[(&str, &str)] = &[
     ("helper_makes_virtual_functions", UNSEEN),
     ("helper_binds_at_boot", UNSEEN),
     ("helper_", ONCE),
+    ("errors_", UNSEEN),
     ("unbinding_", ONCE),
     ("a_drive_that_leaves_the_host", ONCE),
+    ("a_drive_whose_slot_loses_power", UNSEEN),
     ("groups_who", UNSEEN),
     ("groups_two", UNSEEN),
     ("groups_no_trace", UNSEEN),

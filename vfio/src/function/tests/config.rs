@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use busway_pci::{BarIndex, BarKind, PciFunction, capabilities, extended_capabilities};
+use busway_pci::{BarIndex, BarKind, PciFunction, capabilities, extended_capabilities, spec};
 
 use super::{assign, function, nvme, read, write};
 use crate::fake::{FakeDevice, FakeRoutes};
@@ -55,6 +55,34 @@ fn a_bit_that_the_guest_may_read_only_keeps_its_value_when_its_neighbours_are_wr
     function.config_write(0xa8, &[0x09, 0x02]);
     assert_eq!(fake.config_at::<2>(0xa8), [0x09, 0x06]);
     assert_eq!(read(&function, 0xa8) as u16, 0x0609);
+}
+
+#[test]
+fn the_host_hears_of_errors_whatever_the_guest_wants_and_after_each_reset() {
+    let fake = nvme();
+    fake.set_config(5, &[(spec::COMMAND_SERR >> 8) as u8]);
+    // All four are reported, and ordering is relaxed.
+    fake.set_config(0x88, &[0x1f, 0x20]);
+    let (fake, _, function) = function(fake);
+    let reports = |fake: &FakeDevice| {
+        let [control, _] = fake.config_at(0x88);
+        let command = u16::from_le_bytes(fake.config_at(4));
+        (control & 0xf, command & spec::COMMAND_SERR != 0)
+    };
+    assert_eq!(read(&function, 4) as u16 & spec::COMMAND_SERR, 0);
+    for (command, control) in [(spec::COMMAND_SERR, 0x05), (0, 0x10)] {
+        function.config_write(4, &command.to_le_bytes());
+        function.config_write(0x88, &[control, 0x20]);
+        assert_eq!(read(&function, 0x88) as u8, control, "the guest's notes");
+        assert_eq!(read(&function, 4) as u16 & spec::COMMAND_SERR, command);
+        assert_eq!(fake.config_at::<1>(0x88), [(control & 0xf0) | 0xf]);
+        assert_eq!(reports(&fake), (0xf, true));
+    }
+    function.reset();
+    assert_eq!(reports(&fake), (0xf, true));
+    assert_eq!(read(&function, 0x88) as u8, 0x1f);
+    drop(function);
+    assert_eq!(reports(&fake), (0xf, true));
 }
 
 #[test]

@@ -62,11 +62,11 @@ fn a_state_that_the_device_has_not_leaves_it_awake() {
 fn what_the_guest_wrote_in_the_device_is_put_back_though_the_kernels_reset_restores_it() {
     let (fake, _, function) = function(nvme());
     // Device control (0x2010 at power-on), cache line size, AER's masks and severities.
-    function.config_write(0x88, &0x5917_u16.to_le_bytes());
+    function.config_write(0x88, &0x5910_u16.to_le_bytes());
     function.config_write(0x0c, &[0x10, 0x40]);
     write(&function, 0x148, 0);
     write(&function, 0x14c, u32::MAX);
-    assert_eq!(fake.config_at::<2>(0x88), 0x5917_u16.to_le_bytes());
+    assert_eq!(fake.config_at::<2>(0x88), 0x5910_u16.to_le_bytes());
     assert_eq!(fake.config_at::<2>(0x0c), [0x10, 0x40]);
     assert_eq!(
         [read(&function, 0x148), read(&function, 0x14c)],

@@ -87,10 +87,10 @@ impl Blocks {
         let class = root.sys.join("class/block");
         let mut nodes: BTreeMap<String, Block> = BTreeMap::new();
         for name in root::names(&class) {
-            let name = root::one_line(&name);
-            // Vanished meanwhile, where the path does not resolve.
-            if let Ok(path) = class.join(&name).canonicalize() {
-                nodes.insert(name, Block::read(root, &path));
+            let path = root.target(&class.join(&name));
+            // Vanished meanwhile, where there is none.
+            if let Some(block) = path.and_then(|path| Block::read(root, &path)) {
+                nodes.insert(root::one_line(&name), block);
             }
         }
         let mut blocks = Self {
@@ -210,28 +210,31 @@ impl Blocks {
 }
 
 impl Block {
-    fn read(root: &SysRoot, path: &Path) -> Self {
+    fn read(root: &SysRoot, path: &Path) -> Option<Self> {
+        let number = root::attribute(&path.join("dev"))?;
         let partition = path.join("partition").exists();
+        // A partition's name begins with its disk's.
+        let disk = path.file_name()?.to_string_lossy().into_owned();
         let partitions = root::names(path)
             .into_iter()
-            .filter(|name| path.join(name).join("partition").exists());
+            .filter(|name| name.starts_with(&disk) && path.join(name).join("partition").exists());
         let above = partitions
             .chain(root::names(&path.join("holders")))
             .chain(cached(path))
             .collect();
-        let mapped = root::text(&path.join("dm/name")).map(|name| Mapped {
+        let mapped = root::attribute(&path.join("dm/name")).map(|name| Mapped {
             name: root::one_line(&name),
-            uuid: root::text(&path.join("dm/uuid")).unwrap_or_default(),
+            uuid: root::attribute(&path.join("dm/uuid")).unwrap_or_default(),
         });
-        Self {
-            number: root::text(&path.join("dev")).unwrap_or_default(),
+        Some(Self {
+            number,
             mapped,
             owners: owners(root, path),
             above,
             partition,
             spanned: Vec::new(),
             pool: None,
-        }
+        })
     }
 
     /// Its node, by the name that people know.
@@ -261,12 +264,8 @@ fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
     // With NVMe multipath a namespace is no child of its controllers but of the subsystem, whose
     // folder links to them: nvme-subsys0/{nvme0 -> …/0000:01:00.0/nvme/nvme0, nvme0n1}.
     let subsystems = root.sys.join("devices/virtual/nvme-subsystem");
-    let subsystem = path.ancestors().skip(1).find(|folder| {
-        folder
-            .parent()
-            .is_some_and(|parent| subsystems.canonicalize().is_ok_and(|real| real == parent))
-    });
-    let Some(subsystem) = subsystem else {
+    let mut above = path.ancestors().skip(1);
+    let Some(subsystem) = above.find(|folder| folder.parent() == Some(&subsystems)) else {
         return Vec::new();
     };
     let links = root::names(subsystem)

@@ -162,13 +162,21 @@ impl fmt::Display for Usage {
     }
 }
 
-/// The uses of every device that has some.
-pub(super) fn read_all(
+/// What uses disks and interfaces, each with the device that these are of.
+pub(super) fn find(root: &SysRoot) -> Vec<(Bdf, Usage)> {
+    let mut found = block::read(root);
+    found.extend(network::read(root));
+    found
+}
+
+/// The uses of every device that has some: those that were found, and those that the device itself says.
+pub(super) fn of_devices(
     root: &SysRoot,
     devices: &BTreeMap<Bdf, HostDevice>,
+    found: Vec<(Bdf, Usage)>,
 ) -> BTreeMap<Bdf, Vec<Usage>> {
     let mut all: BTreeMap<Bdf, Vec<Usage>> = BTreeMap::new();
-    for (address, usage) in block::read(root).into_iter().chain(network::read(root)) {
+    for (address, usage) in found {
         all.entry(address).or_default().push(usage);
     }
     for device in devices.values() {

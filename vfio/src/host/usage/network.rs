@@ -28,14 +28,14 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     let mut owners = Vec::new();
     let mut above = Above::new();
     for name in root::names(&class) {
-        let folder = class.join(&name);
-        let uppers = root::names(&folder)
+        let path = root.target(&class.join(&name));
+        let uppers = path.as_deref().map(root::names).unwrap_or_default();
+        let uppers = uppers
             .iter()
             .filter_map(|entry| entry.strip_prefix("upper_").map(root::one_line))
             .collect();
         above.insert(root::one_line(&name), uppers);
-        let path = folder.canonicalize().ok();
-        if let Some(owner) = path.and_then(|path| root::innermost_pci(&path)) {
+        if let Some(owner) = path.as_deref().and_then(root::innermost_pci) {
             owners.push((owner, root::one_line(&name)));
         }
     }

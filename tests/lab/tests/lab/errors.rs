@@ -1,0 +1,122 @@
+//! Errors of devices, which arrive by the host's AER: what is told of them, and what they do to the VM.
+
+use anyhow::{Result, ensure};
+use busway_lab::{Device, GuestKernel, GuestRun, Host, HostConfig, Kernel, Lab};
+
+use crate::Proof;
+use crate::assigned::{Interface, guest};
+
+pub(crate) const PROOFS: &[Proof] = &[
+    (
+        "errors_of_devices_are_told_of_or_stop_the_vm_as_each_says_by_group",
+        |lab| told_and_stopped(lab, Interface::Group),
+    ),
+    (
+        "errors_of_devices_are_told_of_or_stop_the_vm_as_each_says_by_cdev",
+        |lab| told_and_stopped(lab, Interface::Cdev),
+    ),
+    ("errors_hold_the_guest_until_a_signal_ends_it", held),
+    (
+        "errors_of_a_port_are_those_of_the_device_behind_it",
+        of_the_port,
+    ),
+];
+
+/// Two devices that signal errors, and a drive that cannot. Their root ports are `port1` to `port3`.
+fn host(lab: &mut Lab) -> Result<(&Host, [String; 3])> {
+    let config = HostConfig::new(Kernel::Small)
+        .device(Device::rng("rng0"))
+        .device(Device::rng("rng1"))
+        .device(Device::nvme("nv0", 64));
+    let host = lab.host(&config)?;
+    let [one, other, drive] = ["rng0", "rng1", "nv0"].map(|id| host.address(id));
+    let addresses = [one?, other?, drive?];
+    host.run(&format!("busway device bind {}", addresses.join(" ")))?;
+    Ok((host, addresses))
+}
+
+/// Has a device or a port detect an error.
+fn inject(host: &Host, id: &str, error: &str) -> Result<()> {
+    let said = host
+        .qmp()
+        .monitor(&format!("pcie_aer_inject_error {id} {error}"))?;
+    ensure!(said.contains("OK"), "QEMU says: {said}");
+    Ok(())
+}
+
+/// A guest that runs until it is ended.
+fn waiting(devices: &[String]) -> Result<GuestRun> {
+    let run = guest()?.kernel(GuestKernel::SmallElf);
+    let run = devices.iter().fold(run, |run, device| run.device(device));
+    Ok(run.script("value ready yes\nwhile true; do sleep 1000; done\n"))
+}
+
+fn says(said: &str, all: &[&str]) -> Result<()> {
+    for words in all {
+        ensure!(said.contains(words), "no {words:?} in: {said}");
+    }
+    Ok(())
+}
+
+fn told_and_stopped(lab: &mut Lab, interface: Interface) -> Result<()> {
+    let (host, [first, second, _]) = host(lab)?;
+    let run = waiting(&[format!("{first},on_error=ignore"), second.clone()])?;
+    let running = host.start_guest(&run.args(&interface.arguments()))?;
+    running.wait_line("@@value ready")?;
+    inject(host, "rng0", "COMP_TIME")?;
+    running.wait_said(&format!("{first} had an uncorrectable error"))?;
+    inject(host, "rng1", "MALF_TLP")?;
+    let result = running.finish()?;
+    println!("Busway says:\n{}", result.stderr);
+    ensure!(result.status == 1, "status {}", result.status);
+    // The kernel leaves what a fatal error set, and counts what it clears.
+    says(
+        &result.stderr,
+        &[
+            &format!("{second} had an uncorrectable error"),
+            "device status",
+            "the host counted CmpltTO (non-fatal)",
+            "Malformed TLP (fatal)",
+            "on_error=pause",
+        ],
+    )
+}
+
+fn held(lab: &mut Lab) -> Result<()> {
+    let (host, [first, ..]) = host(lab)?;
+    let run = waiting(&[format!("{first},on_error=pause,id=uplink")])?;
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value ready")?;
+    inject(host, "rng0", "COMP_TIME")?;
+    running.wait_said("the guest is held")?;
+    // A vCPU that is held is not in the guest: it sleeps in user space.
+    let pid = running.pid()?;
+    let state = host.run(&format!(
+        "for task in /proc/{pid}/task/*; do\n\
+             if [ \"$(cat $task/comm)\" = vcpu0 ]; then cat $task/wchan; fi\n\
+         done"
+    ))?;
+    ensure!(state.contains("futex"), "the vCPU waits in {state:?}");
+    running.signal("TERM")?;
+    let result = running.finish()?;
+    ensure!(result.status == 1, "status {}", result.status);
+    says(
+        &result.stderr,
+        &["(uplink) had an uncorrectable error", "ended by signal 15"],
+    )
+}
+
+/// For an error of the link the kernel tells everything behind the port.
+fn of_the_port(lab: &mut Lab) -> Result<()> {
+    let (host, [.., drive]) = host(lab)?;
+    let running = host.start_guest(&waiting(std::slice::from_ref(&drive))?)?;
+    running.wait_line("@@value ready")?;
+    inject(host, "port3", "DLP")?;
+    let result = running.finish()?;
+    println!("Busway says:\n{}", result.stderr);
+    ensure!(result.status == 1, "status {}", result.status);
+    says(
+        &result.stderr,
+        &[&format!("{drive} had an uncorrectable error")],
+    )
+}
