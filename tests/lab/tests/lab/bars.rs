@@ -86,7 +86,7 @@ fn large(lab: &mut Lab, interface: Interface) -> Result<()> {
             "f=${{1%/device}}; shift\n\
              echo 1 >$f/enable\n\
              value size_{id} $(stat -c %s $f/resource2)\n\
-             value decode_{id} \"$(lab-bars decode $f 20)\"\n\
+             value decode_{id} \"$(lab-bars decode $f 4)\"\n\
              mark before_{id}\n\
              value find_{id} \"$(lab-bars find $f/resource2 {seed})\"\n\
              value fill_{id} \"$(lab-bars fill $f/resource2 {})\"\n\
