@@ -220,8 +220,8 @@ fn resets(lab: &mut Lab) -> Result<()> {
             for i in 1 2 3; do echo 1 >$f/reset; done\n\
             value read \"$(lab-io verify /dev/nvme0n1 41)\"\n\
             basename $f >$f/driver/unbind\n\
-            value sleep \"$(lab-bars sleep $f 20)\"\n\
-            value reset \"$(lab-bars reset $f 5)\"\n\
+            value sleep \"$(lab-bars sleep $f 8)\"\n\
+            value reset \"$(lab-bars reset $f 3)\"\n\
             basename $f >/sys/bus/pci/drivers/nvme/bind\n\
             until [ -b /dev/nvme0n1 ]; do sleep 0.2; done\n\
             value again \"$(lab-io verify /dev/nvme0n1 41)\"\n";
