@@ -355,7 +355,9 @@ fn counted(lab: &mut Lab, interface: Interface, sent: &Sent) -> Result<()> {
 
 /// The same, with the interrupts moved to and fro between two processors all the time.
 fn moved_while_they_come(lab: &mut Lab) -> Result<()> {
-    const SENT: u64 = 4_000;
+    const MSI: u64 = 4_000;
+    const PIN: u64 = 1_000;
+    const EACH_VECTOR: u64 = 250;
     let (host, addresses) = bound(lab, &["edu0", "bell0"])?;
     let script = format!(
         "move() {{ # moves what VFIO has until told to end, and says how often it did\n\
@@ -369,10 +371,9 @@ fn moved_while_they_come(lab: &mut Lab) -> Result<()> {
              move >/tmp/moves & mover=$!\n\
              value $1 \"$($2)\"; kill $mover; wait $mover || :; value $1-moves $(cat /tmp/moves)\n\
          }}\n\
-         while_moving msi \"lab-pci edu {edu} msi {SENT}\"\n\
-         while_moving pin \"lab-pci edu {edu} intx {SENT}\"\n\
-         while_moving msix \"lab-pci doorbell {bell} {}\"\n",
-        SENT / 4,
+         while_moving msi \"lab-pci edu {edu} msi {MSI}\"\n\
+         while_moving pin \"lab-pci edu {edu} intx {PIN}\"\n\
+         while_moving msix \"lab-pci doorbell {bell} {EACH_VECTOR}\"\n",
         edu = address_of(EDU),
         bell = address_of(DOORBELL),
     );
@@ -384,9 +385,9 @@ fn moved_while_they_come(lab: &mut Lab) -> Result<()> {
         .script(&script);
     let result = host.guest(&run)?.success()?;
     for (key, sent) in [
-        ("msi", edu_sends(SENT)),
-        ("pin", edu_sends(SENT)),
-        ("msix", SENT),
+        ("msi", edu_sends(MSI)),
+        ("pin", edu_sends(PIN)),
+        ("msix", 4 * EACH_VECTOR),
     ] {
         let line = result.value(key)?;
         let moves = result.value(&format!("{key}-moves"))?;
