@@ -139,7 +139,10 @@ fn unanswered(lab: &mut Lab) -> Result<()> {
 
 fn left(lab: &mut Lab, leaving: Leaving) -> Result<()> {
     let config = HostConfig::new(Kernel::Small).device(Device::nvme("nv0", 64));
-    let host = lab.host(&config)?;
+    let host = lab.host(&match leaving {
+        Leaving::Asked => config,
+        Leaving::Unasked => config.native_hot_plug(),
+    })?;
     let drive = host.address("nv0")?;
     host.run(&format!("busway device bind {drive}"))?;
     let run = guest()?
