@@ -47,6 +47,7 @@ pub struct HostConfig {
     pub(crate) memory_mib: u64,
     pub(crate) cmdline: String,
     pub(crate) devices: Vec<Device>,
+    pub(crate) native_hot_plug: bool,
 }
 
 impl HostConfig {
@@ -59,6 +60,7 @@ impl HostConfig {
             memory_mib: 4096,
             cmdline: String::new(),
             devices: Vec::new(),
+            native_hot_plug: false,
         }
     }
 
@@ -83,6 +85,13 @@ impl HostConfig {
     /// Appends words to the kernel's command line.
     pub fn cmdline(mut self, words: &str) -> Self {
         self.cmdline = words.to_owned();
+        self
+    }
+
+    /// Leaves hot-plug to the kernel's `pciehp`, which sees for itself what happens to a slot, where else the
+    /// firmware tells it.
+    pub fn native_hot_plug(mut self) -> Self {
+        self.native_hot_plug = true;
         self
     }
 

@@ -365,6 +365,10 @@ fn machine_arguments(
         "-no-user-config",
     ]);
     add(&["-display", "none", "-no-reboot"]);
+    if config.native_hot_plug {
+        let firmware = "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off";
+        add(&["-global", firmware]);
+    }
     add(accelerator.arguments());
     add(&[
         "-smp",

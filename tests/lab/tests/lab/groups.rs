@@ -222,10 +222,11 @@ fn fresh(lab: &mut Lab, interface: Interface) -> Result<()> {
     for id in ["two", "old"] {
         let of = |line: &&str| {
             let mut addresses = addresses.iter().zip(["", "two", "two", "old", "old", ""]);
-            line.contains("hot reset,") && addresses.any(|(at, set)| set == id && line.contains(at))
+            line.contains("hot reset, which")
+                && addresses.any(|(at, set)| set == id && line.contains(at))
         };
         let count = result.stderr.lines().filter(of).count();
-        println!("{id}: {count} hot resets in 11 starts");
+        ensure!(count == 12, "{id}: {count} hot resets in 11 starts");
     }
     give_back(host, &addresses)
 }

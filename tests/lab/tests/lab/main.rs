@@ -107,7 +107,7 @@ const ON_REQUEST: &[(&str, &str)] = &[
     ("errors_", UNSEEN),
     ("unbinding_", ONCE),
     ("a_drive_that_leaves_the_host", ONCE),
-    ("a_drive_whose_slot_loses_power", UNSEEN),
+    ("a_drive_pulled_out", UNSEEN),
     ("groups_who", UNSEEN),
     ("groups_two", UNSEEN),
     ("groups_no_trace", UNSEEN),
