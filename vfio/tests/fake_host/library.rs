@@ -284,7 +284,7 @@ impl FakeHost {
             get("override").unwrap_or("(null)".into()),
         );
         let upper = |text: &str| format!("{:0>8}", text.to_uppercase());
-        let pair = |index: usize| class[index..index + 2].to_owned();
+        let pair = |index: usize| class[index..index + 2].to_uppercase();
         put(
             "modalias",
             format!(
@@ -341,6 +341,12 @@ impl FakeHost {
             );
             if !driver.contains("vfio") {
                 self.native(&address, &driver);
+            }
+            if let Some(module) = get("module") {
+                self.point(
+                    Path::new(&format!("sys/bus/pci/drivers/{driver}/module")),
+                    &format!("sys/module/{module}"),
+                );
             }
         }
         if let Some(native) = get("native") {
