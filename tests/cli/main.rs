@@ -4,6 +4,7 @@ mod colour;
 mod dependencies;
 mod errors;
 mod help;
+mod promises;
 
 use std::path::PathBuf;
 

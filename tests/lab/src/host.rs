@@ -188,6 +188,32 @@ impl Host {
         self.scratch.path().join(format!("{id}.img"))
     }
 
+    /// The file by which this machine reaches the memory of an `ivshmem-plain`. That of a large one has no
+    /// name, and nobody has it open but the emulator.
+    pub fn shared_memory(&self, id: &str) -> Result<PathBuf> {
+        let device = self.config.devices.iter().find(|device| device.id == id);
+        let Some(zoo::Kind::IvshmemPlain { size_mib }) = device.map(|device| &device.kind) else {
+            bail!("{id} is no shared memory");
+        };
+        let named = self.backing_file(id);
+        if named.exists() {
+            return Ok(named);
+        }
+        let folder = PathBuf::from(format!("/proc/{}/fd", self.qemu.0.id()));
+        for entry in
+            fs::read_dir(&folder).with_context(|| format!("reading {}", folder.display()))?
+        {
+            let path = entry?.path();
+            let link = fs::read_link(&path).unwrap_or_default();
+            if link == Path::new("/memfd:memory-backend-memfd (deleted)")
+                && fs::metadata(&path)?.len() == size_mib << 20
+            {
+                return Ok(path);
+            }
+        }
+        bail!("the emulator has no memory of {size_mib} MiB for {id}")
+    }
+
     /// The file that holds what a sound controller has played.
     pub fn sound_file(&self, id: &str) -> PathBuf {
         self.scratch.path().join(format!("{id}.wav"))

@@ -1,7 +1,7 @@
 //! Kernels of a few instructions, which do what takes a real one seconds in a hundredth: drive a
 //! device's registers and DMA, and restart the machine.
 
-use crate::bare::{kernel, say};
+use crate::bare::{kernel, power_off, say};
 
 /// Where the instructions are loaded and entered, in 32-bit mode, with paging off.
 const BASE: u32 = 0x10_0000;
@@ -134,21 +134,21 @@ pub(crate) fn restart(times: u8, traces: &[Trace]) -> Vec<u8> {
         code.unless(NOT_EQUAL, &remember);
         // cmp eax, [first]
         let mut stale = Code::default();
-        stale.say(&format!("stale {at}\n")).stay();
+        stale.say(&format!("stale {at}\n")).add(&power_off());
         code.add(&[0x3b, 0x05]).add(&first).unless(EQUAL, &stale);
         // xor eax, change; mov [ebx + register], eax; cmp [ebx + register], eax
         code.add(&[0x35]).add(&trace.change.to_le_bytes());
         code.add(&[0x89, 0x83]).add(&register);
         code.add(&[0x39, 0x83]).add(&register);
         let mut lost = Code::default();
-        lost.say(&format!("no trace {at}\n")).stay();
+        lost.say(&format!("no trace {at}\n")).add(&power_off());
         code.unless(EQUAL, &lost);
     }
     // inc dword [count]; cmp dword [count], times + 1; less: the reset control register
     code.add(&[0xff, 0x05]).add(&count);
     code.add(&[0x83, 0x3d]).add(&count).add(&[times + 1]);
     let mut done = Code::default();
-    done.say("fresh\n").stay();
+    done.say("fresh\n").add(&power_off());
     code.unless(LESS, &done);
     code.add(&[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee]).stay();
     kernel(&code.0)

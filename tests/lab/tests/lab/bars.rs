@@ -1,17 +1,32 @@
-//! BARs of ports and of less than a page, and ROMs, as a guest finds them.
+//! BARs of every kind, ROMs, resets and power states, as a guest finds them.
+
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use busway_lab::{Device, GuestRun, Host, HostConfig, Kernel, Lab, Profile, Vmm, build_static};
 
 use crate::Proof;
-use crate::assigned::{bound, give_back};
+use crate::assigned::{Interface, bound, give_back, word};
 
 pub(crate) const PROOFS: &[Proof] = &[
+    (
+        "bars_of_1_and_4_gib_are_all_reachable_without_exits_by_cdev",
+        |lab| large(lab, Interface::Cdev),
+    ),
+    (
+        "bars_of_1_and_4_gib_are_all_reachable_without_exits_by_group",
+        |lab| large(lab, Interface::Group),
+    ),
     (
         "bars_of_ports_and_of_less_than_a_page_are_the_devices_own",
         small,
     ),
     ("roms_are_the_devices_own_a_files_or_none", roms),
+    (
+        "bars_of_a_drive_that_is_reset_or_asleep_are_gone_and_come_back",
+        resets,
+    ),
 ];
 
 fn host() -> HostConfig {
@@ -20,12 +35,96 @@ fn host() -> HostConfig {
         .device(Device::rtl8139("old2"))
 }
 
+/// The same small memory beside devices with a lot of their own.
+fn large_host() -> HostConfig {
+    HostConfig::new(Kernel::Small)
+        .memory_mib(3072)
+        .device(Device::ivshmem("mem1", 1024))
+        .device(Device::ivshmem("mem4", 4096))
+}
+
 fn guest() -> Result<GuestRun> {
     Ok(GuestRun::new(Vmm::Busway).file("bin/lab-bars", &lab_bars()?))
 }
 
 fn lab_bars() -> Result<std::path::PathBuf> {
     build_static("busway-lab", "lab-bars", Profile::Lab)
+}
+
+/// Runs `lab-bars` on this machine, on the file behind a device.
+fn outside(host: &Host, id: &str, action: &str, seed: u32) -> Result<()> {
+    let output = Command::new(lab_bars()?)
+        .arg(action)
+        .arg(host.shared_memory(id)?)
+        .arg(seed.to_string())
+        .output()
+        .context("cannot run lab-bars")?;
+    ensure!(
+        output.status.success(),
+        "{action} of {id}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+/// What was put there outside is found in every page inside; what the guest writes into every word is
+/// found outside. Nothing of it leaves the guest: the exits are the processor's own.
+fn large(lab: &mut Lab, interface: Interface) -> Result<()> {
+    let host = lab.host(&large_host())?;
+    let addresses = bind(host, &["mem1", "mem4"])?;
+    let devices = [("mem1", 1024_u64), ("mem4", 4096)];
+    for (seed, (id, _)) in (21..).zip(devices) {
+        outside(host, id, "sprinkle", seed)?;
+    }
+    // Both are 1af4:1110, in the order in which they were given.
+    let mut script = String::from("set -- $(grep -l 0x1110 /sys/bus/pci/devices/*/device)\n");
+    for (seed, (id, _)) in (21..).zip(devices) {
+        script += &format!(
+            "f=${{1%/device}}; shift\n\
+             echo 1 >$f/enable\n\
+             value size_{id} $(stat -c %s $f/resource2)\n\
+             value map_{id} \"$(lab-bars decode $f 20)\"\n\
+             value find_{id} \"$(lab-bars find $f/resource2 {seed})\"\n\
+             mark before_{id}\n\
+             value fill_{id} \"$(lab-bars fill $f/resource2 {})\"\n\
+             mark after_{id}\n",
+            seed + 10
+        );
+    }
+    let run = guest()?
+        .device(&addresses[0])
+        .device(&addresses[1])
+        .args(&interface.arguments())
+        .limit(Duration::from_secs(900))
+        .script(&script);
+    let result = host.guest(&run)?.success()?;
+    for (seed, (id, size_mib)) in (31..).zip(devices) {
+        let size = result.value(&format!("size_{id}"))?;
+        ensure!(size == (size_mib << 20).to_string(), "{id}: {size} bytes");
+        outside(host, id, "check", seed)?;
+        let [before, after] =
+            ["before", "after"].map(|mark| result.marks.get(&format!("{mark}_{id}")));
+        let (before, after) = before.zip(after).context("no marks")?;
+        let grown = |counter| after.since(before, counter).unwrap_or_default();
+        let fill = result.value(&format!("fill_{id}"))?;
+        eprintln!(
+            "{id} {interface:?}: {fill}; {}; {}; exits {}, to user space {}",
+            result.value(&format!("map_{id}"))?,
+            result.value(&format!("find_{id}"))?,
+            grown("exits"),
+            grown("mmio_exits"),
+        );
+        // One for each 4 KiB page would be 262144 a GiB; a write of each word many more.
+        let milliseconds: u64 = word(fill, "milliseconds")?.parse()?;
+        let allowed = 4000 + milliseconds * 4;
+        ensure!(
+            grown("exits") < allowed && grown("mmio_exits") < 200,
+            "{id}: {} exits, {} of them for MMIO, in {milliseconds} ms",
+            grown("exits"),
+            grown("mmio_exits")
+        );
+    }
+    Ok(())
 }
 
 /// Binds devices of a host.
@@ -99,5 +198,44 @@ fn roms(lab: &mut Lab) -> Result<()> {
     }
     give_back(host, &nic, "e1000e")?;
     give_back(host, &other, "igb")?;
+    give_back(host, &drive, "nvme")
+}
+
+/// The guest's kernel resets the drive by its function level reset, with a reader at its registers;
+/// then the guest puts it into D3hot and back, again with a reader, who finds ones and never more.
+fn resets(lab: &mut Lab) -> Result<()> {
+    for interface in [Interface::Group, Interface::Cdev] {
+        let (host, drive) = bound(lab, "nv0")?;
+        let script = "\
+            f=$(readlink -f /sys/class/nvme/nvme0/device)\n\
+            value method \"$(cat $f/reset_method)\"\n\
+            value write \"$(lab-io write /dev/nvme0n1 41)\"\n\
+            echo flr >$f/reset_method\n\
+            for i in 1 2 3; do echo 1 >$f/reset; done\n\
+            value read \"$(lab-io verify /dev/nvme0n1 41)\"\n\
+            basename $f >$f/driver/unbind\n\
+            value sleep \"$(lab-bars sleep $f 20)\"\n\
+            value reset \"$(lab-bars reset $f 5)\"\n\
+            basename $f >/sys/bus/pci/drivers/nvme/bind\n\
+            until [ -b /dev/nvme0n1 ]; do sleep 0.2; done\n\
+            value again \"$(lab-io verify /dev/nvme0n1 41)\"\n";
+        let run = crate::assigned::guest()?
+            .file("bin/lab-bars", &lab_bars()?)
+            .cpus(2)
+            .device(&drive)
+            .args(&interface.arguments())
+            .script(script);
+        let result = host.guest(&run)?.success()?;
+        ensure!(
+            result.value("method")?.contains("flr"),
+            "{}",
+            result.value("method")?
+        );
+        let sleep = result.value("sleep")?;
+        let ones: u64 = word(sleep, "ones")?.parse()?;
+        ensure!(ones > 0, "nobody saw it asleep: {sleep}");
+        eprintln!("{interface:?}: {sleep}; {}", result.value("reset")?);
+    }
+    let (host, drive) = bound(lab, "nv0")?;
     give_back(host, &drive, "nvme")
 }

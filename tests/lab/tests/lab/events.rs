@@ -155,16 +155,20 @@ fn left(lab: &mut Lab, leaving: Leaving) -> Result<()> {
     running.wait_line("@@value ready")?;
     let start = Instant::now();
     match leaving {
-        Leaving::Asked => drop(host.qmp().execute("device_del", json!({ "id": "nv0" }))?),
+        Leaving::Asked => {
+            host.qmp().execute("device_del", json!({ "id": "nv0" }))?;
+            host.qmp()
+                .wait_event("DEVICE_DELETED", Duration::from_secs(120))?;
+            println!("the drive left after {:?}", start.elapsed());
+        }
         // Slot control: power and its indicator off. PCIe 6.0 §7.5.3.10
-        Leaving::Unasked => drop(host.run(&format!(
-            "port=$(basename \"$(dirname \"$(readlink -f /sys/bus/pci/devices/{drive})\")\")\n\
-             setpci -s \"$port\" CAP_EXP+18.w=0700:0700"
-        ))?),
+        Leaving::Unasked => {
+            host.run(&format!(
+                "port=$(basename \"$(dirname \"$(readlink -f /sys/bus/pci/devices/{drive})\")\")\n\
+                 setpci -s \"$port\" CAP_EXP+18.w=0700:0700"
+            ))?;
+        }
     }
-    host.qmp()
-        .wait_event("DEVICE_DELETED", Duration::from_secs(120))?;
-    println!("the drive left after {:?}", start.elapsed());
     let result = running.finish()?.success()?;
     ensure!(result.value("drives")? == "0", "the drive is left");
     let words = match leaving {

@@ -198,7 +198,7 @@ fn two_functions(lab: &mut Lab) -> Result<()> {
 fn fresh(lab: &mut Lab, interface: Interface) -> Result<()> {
     let host = lab.host(&herd())?;
     let addresses = bound(host, &["nv0", "two0", "two1", "old0", "old1", "dual0"])?;
-    // AQA of the drives; receive control of Intel's NICs; the first byte of Realtek's own address.
+    // The drives' interrupt mask, for QEMU's keep their queues' addresses through a reset; receive control of Intel's NICs; the first byte of Realtek's own address.
     let trace = |bus, function, bar, offset| Trace {
         bus,
         function,
@@ -207,8 +207,8 @@ fn fresh(lab: &mut Lab, interface: Interface) -> Result<()> {
         change: 2,
     };
     let traces = [
-        trace(1, 0, 0, 0x24),
-        trace(2, 0, 0, 0x24),
+        trace(1, 0, 0, 0x0c),
+        trace(2, 0, 0, 0x0c),
         trace(2, 1, 0, 0x100),
         trace(3, 0, 0, 0x100),
         trace(4, 0, 1, 0),

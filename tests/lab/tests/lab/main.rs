@@ -99,6 +99,8 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
 const ON_REQUEST: &[(&str, &str)] = &[
     ("zoo_", UNSEEN),
     ("interrupts_", UNSEEN),
+    ("bars_of_1_and_4_gib", UNSEEN),
+    ("bars_of_a_drive", UNSEEN),
     ("helper_makes_virtual_functions", UNSEEN),
     ("helper_binds_at_boot", UNSEEN),
     ("helper_", ONCE),

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use busway_pci::{BarIndex, BarKind, PciFunction, capabilities, extended_capabilities};
+use busway_pci::{BarIndex, BarKind, PciFunction, capabilities, extended_capabilities, spec};
 
 use super::{assign, function, nvme, read, write};
 use crate::fake::{FakeDevice, FakeRoutes};
-use busway_pci::spec;
 
 #[test]
 fn identity_and_pin_are_the_devices_and_rom_bist_and_multi_function_are_not() {

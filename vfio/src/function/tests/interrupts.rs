@@ -236,3 +236,40 @@ fn a_host_line_that_cannot_be_had_is_fatal_only_where_there_is_nothing_else() {
         "{error}"
     );
 }
+
+#[test]
+fn devices_with_one_kind_of_interrupt_or_none_are_as_good_as_others() {
+    let without_pin = |mut fake: FakeDevice| {
+        fake.intx.count = 0;
+        fake.set_config(0x3d, &[0]);
+        fake
+    };
+    let without_msix = |fake: FakeDevice| {
+        fake.set_config(0x34, &[0x60]);
+        fake
+    };
+    let (msi, msix, pin) = (
+        Some(IrqIndex::Msi),
+        Some(IrqIndex::Msix),
+        Some(IrqIndex::Intx),
+    );
+    for (fake, before, enabled) in [
+        (without_pin(msi_only(8)), None, msi),
+        (without_pin(nvme()), None, msix),
+        (without_msix(nvme()), pin, pin),
+        (without_msix(without_pin(nvme())), None, None),
+    ] {
+        let (fake, _, function) = function(fake);
+        assert_eq!(fake.kind(), before);
+        // MSI's enable bit, or MSI-X's, where the capability is; and a mask goes.
+        function.config_write(0x42, &[1, 0x80]);
+        function.bar_write(BarIndex::Bar(0), 0x200c, &[0; 4]);
+        assert_eq!(fake.kind(), enabled);
+        let vectors = usize::from(enabled == msi || enabled == msix);
+        assert_eq!(function.summary().vectors_connected, vectors);
+        function.reset();
+        assert_eq!(fake.kind(), before);
+        drop(function);
+        assert_eq!(fake.kind(), None);
+    }
+}

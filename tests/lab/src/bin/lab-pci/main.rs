@@ -2,12 +2,14 @@
 //!
 //!     lab-pci edu ADDRESS msi|intx COUNT
 //!     lab-pci doorbell ADDRESS COUNT
+//!     lab-pci pending ADDRESS COUNT
 //!     lab-pci memory ADDRESS BAR SEED
 //!
 //! `edu` has the device compute factorials, copies memory in and out of it by its DMA engine, and has
 //! it send COUNT interrupts, each after the last one has come: a lost one ends the program, a doubled
 //! one shows in the sum. `doorbell` does the same with every vector of an `ivshmem-doorbell` that is
-//! its own peer. `memory` writes a pattern over the whole of a memory BAR and reads it back.
+//! its own peer. `pending` rings it while the vector is masked, looks for the pending bit, and has the
+//! mask go. `memory` writes a pattern over the whole of a memory BAR and reads it back.
 //!
 //! Each prints one line of `key=value` words. Interrupts come by VFIO without an IOMMU, which is all
 //! that a guest without a virtual one has.
@@ -33,9 +35,11 @@ fn main() -> Result<()> {
             edu::run(address, kind == "msi", number(count)?)
         }
         ["doorbell", address, count] => doorbell::run(address, number(count)?),
+        ["pending", address, count] => doorbell::pending(address, number(count)?),
         ["memory", address, bar, seed] => memory(address, number(bar)?, number(seed)?),
         _ => bail!(
-            "usage: lab-pci edu ADDRESS msi|intx COUNT | doorbell ADDRESS COUNT | memory ADDRESS BAR SEED"
+            "usage: lab-pci edu ADDRESS msi|intx COUNT | doorbell ADDRESS COUNT | pending ADDRESS COUNT \
+             | memory ADDRESS BAR SEED"
         ),
     }
 }

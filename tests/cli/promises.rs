@@ -1,0 +1,49 @@
+//! Each promise of docs/promises.md is kept by tests, and the page names them rightly.
+
+use std::fs;
+use std::path::Path;
+
+/// Where tests live.
+const ROOMS: [&str; 5] = ["src", "pci", "iommu", "vfio", "tests"];
+
+#[test]
+fn every_promise_names_tests_that_there_are() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources: String = ROOMS
+        .iter()
+        .map(|room| read_all(&root.join(room)))
+        .collect();
+    let page = include_str!("../../docs/promises.md");
+    let promises: Vec<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.split(" | ").nth(2))
+        .skip(1)
+        .collect();
+    assert!(!promises.is_empty());
+    for tests in promises {
+        let names: Vec<&str> = tests.split('`').skip(1).step_by(2).collect();
+        assert!(!names.is_empty(), "a promise without a test: {tests}");
+        for name in names.into_iter().filter(|name| !name.contains('/')) {
+            // A test's function, or a trial's name.
+            let there = [format!("fn {name}("), format!("\"{name}\"")];
+            assert!(
+                there.iter().any(|there| sources.contains(there)),
+                "docs/promises.md names `{name}`, which is no test"
+            );
+        }
+    }
+}
+
+/// All Rust source below a folder.
+fn read_all(folder: &Path) -> String {
+    let mut text = String::new();
+    for entry in fs::read_dir(folder).expect("a folder of the repository") {
+        let path = entry.expect("its entry").path();
+        if path.is_dir() {
+            text += &read_all(&path);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            text += &fs::read_to_string(&path).expect("a source file");
+        }
+    }
+    text
+}
