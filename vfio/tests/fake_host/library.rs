@@ -14,7 +14,7 @@ use super::line::{Line, size, words};
 use super::space::{config_with_acs, resource};
 
 /// Every host of the library: its name and its description.
-pub const HOSTS: [(&str, &str); 7] = [
+pub const HOSTS: [(&str, &str); 8] = [
     ("laptop", include_str!("../../../tests/hosts/laptop.host")),
     ("server", include_str!("../../../tests/hosts/server.host")),
     ("storage", include_str!("../../../tests/hosts/storage.host")),
@@ -29,6 +29,10 @@ pub const HOSTS: [(&str, &str); 7] = [
     (
         "old-xeon",
         include_str!("../../../tests/hosts/old-xeon.host"),
+    ),
+    (
+        "emulated",
+        include_str!("../../../tests/hosts/emulated.host"),
     ),
     ("hostile", include_str!("../../../tests/hosts/hostile.host")),
 ];
@@ -342,11 +346,10 @@ impl FakeHost {
             if !driver.contains("vfio") {
                 self.native(&address, &driver);
             }
-            if let Some(module) = get("module") {
-                self.point(
-                    Path::new(&format!("sys/bus/pci/drivers/{driver}/module")),
-                    &format!("sys/module/{module}"),
-                );
+            let of = PathBuf::from(format!("sys/bus/pci/drivers/{driver}/module"));
+            // Another device may have the same driver.
+            if let Some(module) = get("module").filter(|_| !self.path("").join(&of).is_symlink()) {
+                self.point(&of, &format!("sys/module/{module}"));
             }
         }
         if let Some(native) = get("native") {
