@@ -49,10 +49,10 @@ pub enum DeviceCommand {
     /// Show the host's PCI devices, and what uses each
     ///
     /// GROUP is the IOMMU group: its members go to a guest together. Where the terminal is wide there is
-    /// more: LINK (speed in GT/s and lanes, with the most it can where that is more), RESET (how the kernel
-    /// can reset it), VFS (virtual functions, of those it can make), BARS (their sizes) and OTHERS (drivers
-    /// that it could have). Run as root, it also shows which processes hold devices by VFIO. Output that is
-    /// not read on a terminal is not cut.
+    /// more, and --long shows all of it on any: LINK (speed in GT/s and lanes, with the most it can where
+    /// that is more), RESET (how the kernel can reset it), VFS (virtual functions, of those it can make),
+    /// BARS (their sizes) and OTHERS (modules that it could have a driver of). Run as root, it also shows
+    /// which processes hold devices by VFIO. Output that is not read on a terminal is not cut.
     List(ListArgs),
     /// Say whether a guest can have devices, and what to do where it cannot
     ///

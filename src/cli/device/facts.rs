@@ -16,6 +16,8 @@ pub(super) struct Facts<'a> {
     /// may be long.
     known: HashMap<(u16, u16), String>,
     classes: HashMap<u32, String>,
+    /// The modules that drivers are of.
+    modules: HashMap<&'a str, String>,
 }
 
 impl<'a> Facts<'a> {
@@ -23,6 +25,7 @@ impl<'a> Facts<'a> {
     pub(super) fn of(host: &'a Host, names: &Names) -> Self {
         let mut known = HashMap::new();
         let mut classes = HashMap::new();
+        let mut modules = HashMap::new();
         for device in host.devices() {
             let ids = (device.vendor, device.device);
             known
@@ -31,12 +34,18 @@ impl<'a> Facts<'a> {
             classes
                 .entry(device.class)
                 .or_insert_with(|| names.class(device.class));
+            if let Some(driver) = device.driver.as_deref() {
+                modules
+                    .entry(driver)
+                    .or_insert_with(|| host.module_of(driver).unwrap_or_default());
+            }
         }
         Self {
             host,
             aliases: Aliases::read(host.root()),
             known,
             classes,
+            modules,
         }
     }
 
@@ -69,10 +78,11 @@ impl<'a> Facts<'a> {
     /// The drivers that it could have in place of its own: all but `vfio_pci`, which takes any.
     pub(super) fn alternatives(&self, device: &HostDevice) -> Vec<&str> {
         let plain = |name: &str| name.replace('-', "_");
-        let now = device.driver.as_deref().map(plain);
+        let driver = device.driver.as_deref().unwrap_or_default();
+        let module = self.modules.get(driver).map_or("", String::as_str);
+        let now = ["vfio_pci".to_owned(), plain(driver), plain(module)];
         let all = self.native(device).into_iter().chain(self.vfio(device));
-        all.filter(|name| Some(plain(name)) != now && plain(name) != "vfio_pci")
-            .collect()
+        all.filter(|name| !now.contains(&plain(name))).collect()
     }
 
     /// What uses it, one in a few words each.

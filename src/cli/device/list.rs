@@ -214,6 +214,11 @@ fn row(facts: &Facts<'_>, shared: &[u32], device: &HostDevice) -> Row {
         alternatives: facts.alternatives(device).join(","),
         uses: facts.uses(device),
         styles: Styles {
+            // As in the tree: no guest is given one.
+            name: match device.is_bridge() {
+                true => Style::DIM,
+                false => Style::PLAIN,
+            },
             driver: match driver.is_some_and(is_lent) {
                 true => Style::GOOD,
                 false => Style::PLAIN,

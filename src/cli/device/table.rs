@@ -104,6 +104,8 @@ pub(super) struct Row {
 /// The styles of the cells that have one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Styles {
+    /// Of what it is.
+    pub(super) name: Style,
     pub(super) driver: Style,
     pub(super) group: Style,
     pub(super) link: Style,
@@ -113,6 +115,7 @@ pub(super) struct Styles {
 impl Default for Styles {
     fn default() -> Self {
         Self {
+            name: Style::PLAIN,
             driver: Style::PLAIN,
             group: Style::PLAIN,
             link: Style::PLAIN,
@@ -140,6 +143,7 @@ impl Row {
 
     fn style(&self, column: Column) -> Style {
         match column {
+            Class | Name => self.styles.name,
             Driver => self.styles.driver,
             Group => self.styles.group,
             Link => self.styles.link,

@@ -44,8 +44,9 @@ face() {
 }
 
 # appear PATTERN: waits until a driver that probes on its own has made a file of such a name.
+# Without a process for each look: several wait at once, on few processors.
 appear() {
-    until ls -d $1 >/dev/null 2>&1; do sleep 0.1; done
+    until for each in $1; do [ -e "$each" ] && break; done; do sleep 0.1; done
 }
 
 # disk NAME DEVICE SEED: the pattern over the whole of it, and back.

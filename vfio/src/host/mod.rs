@@ -114,6 +114,12 @@ impl Host {
         self.devices.get(&address)
     }
 
+    /// The module that a driver is of, which often has another name: `xhci_pci` for `xhci_hcd`.
+    #[must_use]
+    pub fn module_of(&self, driver: &str) -> Option<String> {
+        root::link_name(&self.root.driver(driver).join("module"))
+    }
+
     /// What uses the device at `address`.
     #[must_use]
     pub fn usage(&self, address: Bdf) -> &[Usage] {

@@ -14,7 +14,7 @@ use super::line::{Line, size, words};
 use super::space::{config_with_acs, resource};
 
 /// Every host of the library: its name and its description.
-pub const HOSTS: [(&str, &str); 7] = [
+pub const HOSTS: [(&str, &str); 8] = [
     ("laptop", include_str!("../../../tests/hosts/laptop.host")),
     ("server", include_str!("../../../tests/hosts/server.host")),
     ("storage", include_str!("../../../tests/hosts/storage.host")),
@@ -29,6 +29,10 @@ pub const HOSTS: [(&str, &str); 7] = [
     (
         "old-xeon",
         include_str!("../../../tests/hosts/old-xeon.host"),
+    ),
+    (
+        "emulated",
+        include_str!("../../../tests/hosts/emulated.host"),
     ),
     ("hostile", include_str!("../../../tests/hosts/hostile.host")),
 ];
@@ -284,7 +288,7 @@ impl FakeHost {
             get("override").unwrap_or("(null)".into()),
         );
         let upper = |text: &str| format!("{:0>8}", text.to_uppercase());
-        let pair = |index: usize| class[index..index + 2].to_owned();
+        let pair = |index: usize| class[index..index + 2].to_uppercase();
         put(
             "modalias",
             format!(
@@ -342,6 +346,11 @@ impl FakeHost {
             if !driver.contains("vfio") {
                 self.native(&address, &driver);
             }
+            let of = PathBuf::from(format!("sys/bus/pci/drivers/{driver}/module"));
+            // Another device may have the same driver.
+            if let Some(module) = get("module").filter(|_| !self.path("").join(&of).is_symlink()) {
+                self.point(&of, &format!("sys/module/{module}"));
+            }
         }
         if let Some(native) = get("native") {
             self.native(&address, &native);
@@ -388,75 +397,6 @@ impl FakeHost {
             self.put(&format!("run/udev/data/b{}", place.number), &text);
         }
     }
-
-    fn expand_interface(&self, line: &Line, device: Option<&Path>) {
-        let virtual_devices = Path::new("sys/devices/virtual").to_owned();
-        let below = device.map_or(virtual_devices, Path::to_owned);
-        let folder = below.join("net").join(line.path(0));
-        self.put(&folder.join("operstate"), "up\n");
-        let kind = line.get("kind").map(|kind| format!("DEVTYPE={kind}\n"));
-        self.put(&folder.join("uevent"), &kind.unwrap_or_default());
-        for upper in line.all("in") {
-            let target = format!("sys/devices/virtual/net/{upper}");
-            self.point(&folder.join(format!("upper_{upper}")), &target);
-        }
-        let class = Path::new("sys/class/net").join(line.path(0));
-        self.point(&class, folder.to_str().unwrap());
-        let name = line.bare(0);
-        for address in line.all("ip") {
-            let (address, length) = address.split_once('/').unwrap();
-            match address.parse().unwrap() {
-                std::net::IpAddr::V4(v4) => {
-                    let text = format!("     |-- {v4}\n        /32 host LOCAL");
-                    self.append("proc/net/fib_trie", &text);
-                    let mask = u32::MAX.checked_shl(32 - length.parse::<u32>().unwrap());
-                    let mask = mask.unwrap_or(0);
-                    self.ipv4_route(&name, u32::from(v4) & mask, mask, 0, 1);
-                }
-                std::net::IpAddr::V6(v6) => {
-                    let digits = format!("{:032x}", u128::from(v6));
-                    let length: u8 = length.parse().unwrap();
-                    let text = format!("{digits} 02 {length:02x} 00 80 {name:>8}");
-                    self.append("proc/net/if_inet6", &text);
-                    let mask = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
-                    self.ipv6_route(&name, u128::from(v6) & mask, length);
-                }
-            }
-        }
-    }
-
-    fn expand_route(&self, line: &Line) {
-        let name = line
-            .get("dev")
-            .unwrap_or_else(|| line.wrong("dev= is missing"));
-        let to = line.bare(0);
-        if to == "default" {
-            return self.ipv4_route(&name, 0, 0, 0x0a00_0001, 3);
-        }
-        if to == "default6" {
-            return self.ipv6_route(&name, 0, 0);
-        }
-        let (address, length) = to.split_once('/').unwrap();
-        let address: std::net::Ipv4Addr = address.parse().unwrap();
-        let mask = u32::MAX.checked_shl(32 - length.parse::<u32>().unwrap());
-        self.ipv4_route(&name, address.into(), mask.unwrap_or(0), 0x0a00_0001, 3);
-    }
-
-    /// A line of proc/net/route: numbers as their bytes stand in memory.
-    fn ipv4_route(&self, name: &str, to: u32, mask: u32, gateway: u32, flags: u16) {
-        let [to, mask, gateway] = [to, mask, gateway].map(u32::swap_bytes);
-        let line =
-            format!("{name}\t{to:08X}\t{gateway:08X}\t{flags:04X}\t0\t0\t100\t{mask:08X}\t0\t0\t0");
-        self.append("proc/net/route", &line);
-    }
-
-    fn ipv6_route(&self, name: &str, to: u128, length: u8) {
-        let zero = "0".repeat(32);
-        let line =
-            format!("{to:032x} {length:02x} {zero} 00 {zero} 00000400 1 0 00000003 {name:>8}");
-        self.append("proc/net/ipv6_route", &line);
-    }
-
     fn expand_cpu(&self, line: &Line) {
         let get = |key: &str, other: &str| line.get(key).unwrap_or_else(|| other.to_owned());
         let count: u32 = get("count", "2").parse().unwrap();
@@ -529,29 +469,6 @@ impl FakeHost {
     fn modules(&self, name: &str) -> String {
         let release = fs::read_to_string(self.path("proc/sys/kernel/osrelease"));
         format!("lib/modules/{}/{name}", release.unwrap().trim())
-    }
-
-    fn put<P: AsRef<Path> + ?Sized>(&self, below: &P, text: &str) {
-        let path = self.path("").join(below);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
-    }
-
-    fn point<P: AsRef<Path> + ?Sized>(&self, below: &P, target: &(impl AsRef<Path> + ?Sized)) {
-        let path = self.path("").join(below);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        symlink(self.path("").join(target), path).unwrap();
-    }
-
-    /// A link to a path of the host, or one whose text is not a path, as the kernel's for open files.
-    fn point_or_say(&self, below: &Path, target: &str) {
-        if target.contains(":[") || target.starts_with("..") {
-            let path = self.path("").join(below);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            symlink(target, path).unwrap();
-        } else {
-            self.point(below, target);
-        }
     }
 }
 

@@ -5,6 +5,7 @@
 mod kernel;
 pub mod library;
 mod line;
+mod network;
 mod space;
 
 use std::collections::BTreeMap;
@@ -96,6 +97,33 @@ impl FakeHost {
         let path = self.path(below);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         symlink(self.path(target), path).unwrap();
+    }
+
+    pub(crate) fn put<P: AsRef<Path> + ?Sized>(&self, below: &P, text: &str) {
+        let path = self.path("").join(below);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    pub(crate) fn point<P: AsRef<Path> + ?Sized>(
+        &self,
+        below: &P,
+        target: &(impl AsRef<Path> + ?Sized),
+    ) {
+        let path = self.path("").join(below);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        symlink(self.path("").join(target), path).unwrap();
+    }
+
+    /// A link to a path of the host, or one whose text is not a path, as the kernel's for open files.
+    pub(crate) fn point_or_say(&self, below: &Path, target: &str) {
+        if target.contains(":[") || target.starts_with("..") {
+            let path = self.path("").join(below);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            symlink(target, path).unwrap();
+        } else {
+            self.point(below, target);
+        }
     }
 
     pub fn append(&self, below: &str, line: &str) {

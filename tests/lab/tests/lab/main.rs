@@ -97,13 +97,16 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
 
 /// Trials that run with `--ignored` alone, by the beginnings of their names, and why.
 const ON_REQUEST: &[(&str, &str)] = &[
+    ("zoo_in_one_guest", "long: 110 s"),
+    ("zoo_with_16_functions", "long: 140 s"),
     ("zoo_", UNSEEN),
     ("interrupts_", UNSEEN),
     ("bars_of_1_and_4_gib", UNSEEN),
     ("bars_of_a_drive", UNSEEN),
-    ("helper_makes_virtual_functions", UNSEEN),
-    ("helper_binds_at_boot", UNSEEN),
-    ("helper_", ONCE),
+    ("helper_binds_and_restores", "long: 180 s"),
+    ("helper_killed", "long: 90 s"),
+    ("helper_makes_virtual_functions", "long: 100 s"),
+    ("helper_binds_at_boot", "long: 70 s"),
     ("errors_", UNSEEN),
     ("unbinding_", ONCE),
     ("a_drive_that_leaves_the_host", ONCE),

@@ -128,6 +128,7 @@ fn reload(lab: &mut Lab) -> Result<()> {
          reload() { # ADDRESS DRIVER SIGN\n\
              device=/sys/bus/pci/devices/$1\n\
              for round in $(seq 20); do\n\
+                 echo \"reload $2 $round\"\n\
                  appear \"$device/$3\"\n\
                  for port in $(ls $device/net 2>/dev/null); do ip link set $port up; done\n\
                  echo $1 >/sys/bus/pci/drivers/$2/unbind\n\

@@ -85,12 +85,32 @@ pub(in crate::host) fn claimed_disk(root: &SysRoot, address: Bdf) -> Option<Usag
 impl Blocks {
     fn read(root: &SysRoot) -> Self {
         let class = root.sys.join("class/block");
-        let mut nodes: BTreeMap<String, Block> = BTreeMap::new();
+        let mut paths = BTreeMap::new();
         for name in root::names(&class) {
-            let path = root.target(&class.join(&name));
+            if let Some(path) = root.target(&class.join(&name)) {
+                paths.insert(root::one_line(&name), path);
+            }
+        }
+        // A partition's folder is in its disk's.
+        let disk_of = |path: &Path| {
+            let disk = root::one_line(&path.parent()?.file_name()?.to_string_lossy());
+            paths.contains_key(&disk).then_some(disk)
+        };
+        let mut partitions: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (name, path) in &paths {
+            if let Some(disk) = disk_of(path) {
+                partitions.entry(disk).or_default().push(name.clone());
+            }
+        }
+        let mut nodes = BTreeMap::new();
+        for (name, path) in &paths {
             // Vanished meanwhile, where there is none.
-            if let Some(block) = path.and_then(|path| Block::read(root, &path)) {
-                nodes.insert(root::one_line(&name), block);
+            if let Some(mut block) = Block::read(root, path) {
+                block.partition = disk_of(path).is_some();
+                let mut above = partitions.remove(name).unwrap_or_default();
+                above.append(&mut block.above);
+                block.above = above;
+                nodes.insert(name.clone(), block);
             }
         }
         let mut blocks = Self {
@@ -212,16 +232,7 @@ impl Blocks {
 impl Block {
     fn read(root: &SysRoot, path: &Path) -> Option<Self> {
         let number = root::attribute(&path.join("dev"))?;
-        let partition = path.join("partition").exists();
-        // A partition's name begins with its disk's.
-        let disk = path.file_name()?.to_string_lossy().into_owned();
-        let partitions = root::names(path)
-            .into_iter()
-            .filter(|name| name.starts_with(&disk) && path.join(name).join("partition").exists());
-        let above = partitions
-            .chain(root::names(&path.join("holders")))
-            .chain(cached(path))
-            .collect();
+        let holders = root::names(&path.join("holders")).into_iter();
         let mapped = root::attribute(&path.join("dm/name")).map(|name| Mapped {
             name: root::one_line(&name),
             uuid: root::attribute(&path.join("dm/uuid")).unwrap_or_default(),
@@ -230,8 +241,8 @@ impl Block {
             number,
             mapped,
             owners: owners(root, path),
-            above,
-            partition,
+            above: holders.chain(cached(path)).collect(),
+            partition: false,
             spanned: Vec::new(),
             pool: None,
         })
