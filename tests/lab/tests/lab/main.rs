@@ -98,7 +98,7 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
 /// Trials that run with `--ignored` alone, by the beginnings of their names, and why.
 const ON_REQUEST: &[(&str, &str)] = &[
     ("zoo_", UNSEEN),
-    ("interrupts_to_the_number_of_100_000", "long: 300 s"),
+    ("interrupts_to_the_number_of_100_000", "long: 150 s"),
     ("helper_makes_virtual_functions", UNSEEN),
     ("helper_binds_at_boot", UNSEEN),
     ("helper_", ONCE),
