@@ -97,28 +97,13 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
 
 /// Trials that run with `--ignored` alone, by the beginnings of their names, and why.
 const ON_REQUEST: &[(&str, &str)] = &[
-    ("zoo_in_one_guest", "long: 110 s"),
-    ("zoo_with_16_functions", "long: 140 s"),
-    ("zoo_", UNSEEN),
+    ("zoo_drivers_leave", UNSEEN),
+    ("a_drive_pulled_out", UNSEEN),
     ("interrupts_to_the_number_of_100_000", "long: 150 s"),
     ("helper_binds_and_restores", "long: 180 s"),
-    ("helper_killed", "long: 90 s"),
-    ("helper_makes_virtual_functions", "long: 100 s"),
-    ("helper_binds_at_boot", "long: 70 s"),
-    ("errors_", UNSEEN),
-    ("unbinding_", ONCE),
-    ("a_drive_that_leaves_the_host", ONCE),
-    ("a_drive_pulled_out", UNSEEN),
-    ("groups_who", UNSEEN),
-    ("groups_two", UNSEEN),
-    ("groups_no_trace", UNSEEN),
-    ("groups_a_drive", UNSEEN),
-    ("groups_sixteen", UNSEEN),
+    ("groups_a_drive", "long: 120 s"),
     ("dma_devices_reach_each_other_by_dma_buf", "builds a kernel"),
 ];
-
-/// What is said of a trial that is too new to be relied on.
-const ONCE: &str = "passes, but is new";
 
 /// What is said of a trial that was written and has not passed.
 const UNSEEN: &str = "not seen to pass yet";
