@@ -99,6 +99,7 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
 const ON_REQUEST: &[(&str, &str)] = &[
     ("zoo_in_one_guest", "long: 110 s"),
     ("zoo_with_16_functions", "long: 140 s"),
+    ("zoo_loses_and_doubles", ONCE),
     ("zoo_", UNSEEN),
     ("interrupts_", UNSEEN),
     ("bars_of_1_and_4_gib", UNSEEN),
