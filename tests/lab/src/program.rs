@@ -49,7 +49,7 @@ pub fn build_static(package: &str, program: &str, profile: Profile) -> Result<Pa
             "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
             "-C target-feature=+crt-static",
         )
-        .args(["build", "--package", package, "--bin", program])
+        .args(["build", "--quiet", "--package", package, "--bin", program])
         .args(["--target", TARGET, "--profile", profile])
         .args(["--message-format", "json-render-diagnostics"])
         .stderr(Stdio::inherit())
