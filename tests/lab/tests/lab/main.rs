@@ -101,7 +101,13 @@ const ON_REQUEST: &[(&str, &str)] = &[
     ("a_drive_pulled_out", UNSEEN),
     ("interrupts_to_the_number_of_100_000", "long: 150 s"),
     ("helper_binds_and_restores", "long: 180 s"),
+    ("helper_killed", "long: 90 s"),
+    ("helper_makes_virtual_functions", "long: 100 s"),
+    ("helper_binds_at_boot", "long: 70 s"),
+    ("groups_two", "long: 80 s"),
+    ("groups_no_trace", "long: 180 s"),
     ("groups_a_drive", "long: 120 s"),
+    ("zoo_in_one_guest_by_cdev_on_an_amd_iommu", "long: 100 s"),
     ("dma_devices_reach_each_other_by_dma_buf", "builds a kernel"),
 ];
 
