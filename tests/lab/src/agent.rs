@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 
 /// What the agent has said so far.
 #[derive(Debug, Default)]
@@ -137,11 +137,12 @@ impl Agent {
     /// Why the emulated host is gone, as far as its console and QEMU tell.
     pub(crate) fn death(&self, doing: &str) -> anyhow::Error {
         let [console, qemu] = &self.logs;
-        anyhow!(
+        let text = format!(
             "the emulated host died while {doing}; its console ends:\n{}\nQEMU said:\n{}",
             tail(console),
             tail(qemu)
-        )
+        );
+        io::Error::new(io::ErrorKind::ConnectionAborted, text).into()
     }
 
     pub(crate) fn is_gone(&self) -> bool {
@@ -194,11 +195,14 @@ impl Agent {
     }
 }
 
-/// Whether this error is that something did not come within its limit.
+/// Whether this error is that something did not come within its limit, or that the emulated host died.
 pub fn is_stall(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
-        let cause = cause.downcast_ref::<io::Error>();
-        cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)
+        let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        matches!(
+            kind,
+            Some(io::ErrorKind::TimedOut | io::ErrorKind::ConnectionAborted)
+        )
     })
 }
 
