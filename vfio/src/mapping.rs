@@ -188,6 +188,7 @@ mod tests {
     #[test]
     fn a_large_area_asks_for_huge_pages_and_a_small_one_does_not() {
         if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            eprintln!("skipped: this kernel has no transparent huge pages");
             return;
         }
         let path = std::env::temp_dir().join(format!("busway-mapping-{}", std::process::id()));

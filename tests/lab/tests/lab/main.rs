@@ -101,8 +101,6 @@ const ON_REQUEST: &[(&str, &str)] = &[
     ("a_drive_pulled_out", UNSEEN),
     ("interrupts_to_the_number_of_100_000", "long: 150 s"),
     ("interrupts_are_neither", ONE_TOO_MANY),
-    ("helper_binds_and_restores", "long: 180 s"),
-    ("helper_killed", "long: 90 s"),
     ("helper_makes_virtual_functions", "long: 100 s"),
     ("helper_binds_at_boot", "long: 70 s"),
     ("groups_two", "long: 80 s"),
