@@ -19,8 +19,8 @@ const WRITE_BACK: u64 = 6;
 /// given the same value are synchronised by KVM. Linux, arch/x86/kvm/x86.c, `kvm_synchronize_tsc`.
 const IA32_TIME_STAMP_COUNTER: u32 = 0x10;
 
-/// The TSC runs through a reset, as it does through a processor's INIT; writing it would only set
-/// the vCPUs' counters apart.
+/// The TSC runs through a reset, as it does through a processor's INIT; writing what was read would
+/// only set the vCPUs' counters apart.
 const RUNS_ON: [u32; 3] = [
     IA32_TIME_STAMP_COUNTER,
     0x3b,  // IA32_TSC_ADJUST
@@ -29,24 +29,33 @@ const RUNS_ON: [u32; 3] = [
 
 /// Sets what differs from KVM's own idea of power-on.
 pub(super) fn set_boot(vcpu: &VcpuFd, id: u8) -> Result<(), KvmError> {
-    let entries = [
-        (IA32_TIME_STAMP_COUNTER, 0),
-        (IA32_MISC_ENABLE, FAST_STRINGS),
-        (IA32_MTRR_DEF_TYPE, MTRR_ENABLED | WRITE_BACK),
-    ]
-    .map(|(index, data)| kvm_msr_entry {
+    synchronise_tsc(vcpu, id)?;
+    set(vcpu, id, IA32_MISC_ENABLE, FAST_STRINGS)?;
+    set(vcpu, id, IA32_MTRR_DEF_TYPE, MTRR_ENABLED | WRITE_BACK)
+}
+
+/// Has KVM give the vCPU the VM's TSC: one that begins with its first vCPU, and runs on when that is
+/// so already.
+///
+/// A vCPU that was reset needs it, too. On AMD a triple fault clears the VMCB, and with it the TSC's
+/// offset, which KVM goes on believing in: the guest's timers would come too late by all the time that
+/// the host had been up. Linux, arch/x86/kvm/svm/svm.c, `shutdown_interception`.
+pub(super) fn synchronise_tsc(vcpu: &VcpuFd, id: u8) -> Result<(), KvmError> {
+    set(vcpu, id, IA32_TIME_STAMP_COUNTER, 0)
+}
+
+fn set(vcpu: &VcpuFd, id: u8, index: u32, data: u64) -> Result<(), KvmError> {
+    let entry = kvm_msr_entry {
         index,
         data,
         ..Default::default()
-    });
-    for entry in entries {
-        let one = Msrs::from_entries(&[entry]).map_err(|_| too_many(id))?;
-        let set = vcpu
-            .set_msrs(&one)
-            .map_err(KvmError::ioctl("KVM_SET_MSRS", format_args!("vCPU {id}")))?;
-        if set != 1 {
-            log::debug!("vCPU {id}: KVM has no MSR {:#x}", entry.index);
-        }
+    };
+    let one = Msrs::from_entries(&[entry]).map_err(|_| too_many(id))?;
+    let set = vcpu
+        .set_msrs(&one)
+        .map_err(KvmError::ioctl("KVM_SET_MSRS", format_args!("vCPU {id}")))?;
+    if set != 1 {
+        log::debug!("vCPU {id}: KVM has no MSR {index:#x}");
     }
     Ok(())
 }

@@ -207,6 +207,7 @@ impl Vcpu {
             .set_debug_regs(&state.debug)
             .map_err(self.ioctl("KVM_SET_DEBUGREGS"))?;
         msr::write_all(&self.fd, self.id, &state.msrs)?;
+        msr::synchronise_tsc(&self.fd, self.id)?;
         self.fd
             .set_lapic(&state.lapic)
             .map_err(self.ioctl("KVM_SET_LAPIC"))?;

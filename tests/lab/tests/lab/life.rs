@@ -14,6 +14,10 @@ pub(crate) const PROOFS: &[Proof] = &[
         killed,
     ),
     ("a_guest_restarts_with_its_drive_and_its_disk", restarted),
+    (
+        "a_guest_that_triple_faults_restarts_with_its_timers",
+        triple_faulted,
+    ),
     ("sigterm_powers_the_guest_off", powered_off),
     (
         "a_guest_that_ignores_the_power_button_is_killed_in_time",
@@ -67,6 +71,42 @@ fn restarted(lab: &mut Lab) -> Result<()> {
         "the drive's word was {}",
         result.value("second")?
     );
+    Ok(())
+}
+
+/// The first boot ends in a triple fault, on purpose. Timers of the second would be late by the time that the host has
+/// been up, each of them, where KVM and the guest disagree about the TSC.
+fn triple_faulted(lab: &mut Lab) -> Result<()> {
+    let (host, address) = bound(lab, "nv0")?;
+    let run = guest()?
+        .device(&address)
+        .cpus(2)
+        .cmdline("console=ttyS0 quiet panic=-1 reboot=triple")
+        .script(
+            "if [ \"$(head -c 5 /dev/nvme0n1)\" = again ]; then\n\
+             value second \"$(nproc)\"\n\
+             value before \"$(cut -d . -f 1 /proc/uptime)\"\n\
+             for each in 1 2 3 4 5 6 7 8 9 10; do sleep 0.1; done\n\
+             value after \"$(cut -d . -f 1 /proc/uptime)\"\n\
+         else\n\
+             printf again | dd of=/dev/nvme0n1 bs=4096 conv=sync,fsync 2>/dev/null\n\
+             reboot -f\n\
+         fi\n",
+        );
+    let result = host.guest(&run)?.success()?;
+    ensure!(
+        result.stderr.contains("triple-faulted on vCPU"),
+        "nothing was said of a triple fault: {}",
+        result.stderr
+    );
+    ensure!(
+        result.value("second")? == "2",
+        "{}",
+        result.value("second")?
+    );
+    let uptime = |key| anyhow::Ok(result.value(key)?.parse::<u64>()?);
+    let slept = uptime("after")? - uptime("before")?;
+    ensure!(slept < 60, "ten sleeps of 0.1 s took {slept} s");
     Ok(())
 }
 
