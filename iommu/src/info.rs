@@ -7,6 +7,8 @@ use std::os::raw::c_ulong;
 
 use vmm_sys_util::ioctl::ioctl_with_mut_ptr;
 
+use crate::ioctl::check;
+
 /// The longest answer that is believed: 2 MiB of sparse areas would be 131072 of them.
 const LONGEST: usize = 2 << 20;
 
@@ -38,10 +40,7 @@ pub unsafe fn query(
             })
             .collect();
         // SAFETY: the caller says that the ioctl uses at most `argsz` bytes, and `buffer` has them.
-        let result = unsafe { ioctl_with_mut_ptr(&fd.as_raw_fd(), request, buffer.as_mut_ptr()) };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        check(unsafe { ioctl_with_mut_ptr(&fd.as_raw_fd(), request, buffer.as_mut_ptr()) })?;
         let mut answer: Vec<u8> = buffer.iter().flat_map(|word| word.to_ne_bytes()).collect();
         answer.truncate(size);
         let needed = u32_at(&answer, 0).map_or(0, |argsz| argsz as usize);
@@ -60,6 +59,17 @@ fn absurd(size: usize) -> io::Error {
         io::ErrorKind::InvalidData,
         format!("the kernel's answer is {size} bytes long"),
     )
+}
+
+/// The 16 bits at `offset`, in the host's byte order.
+#[must_use]
+pub fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    let end = offset.checked_add(2)?;
+    bytes
+        .get(offset..end)?
+        .try_into()
+        .ok()
+        .map(u16::from_ne_bytes)
 }
 
 /// The 32 bits at `offset`, in the host's byte order.
@@ -106,8 +116,7 @@ pub fn capability(answer: &[u8], first: u32, id: u16) -> Option<&[u8]> {
             return None;
         }
         let here = answer.get(at..)?;
-        let found = u16::from_ne_bytes(here.get(..2)?.try_into().ok()?);
-        if found == id {
+        if u16_at(here, 0)? == id {
             return Some(here);
         }
         at = u32_at(here, 4)? as usize;

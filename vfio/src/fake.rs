@@ -1,8 +1,9 @@
 //! A device that is not there, for tests: any configuration space, and a record of what it was told.
 
 use std::fmt;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -408,19 +409,16 @@ impl DeviceIo for FakeDevice {
 
 /// A new eventfd that reads without waiting.
 pub(crate) fn eventfd() -> OwnedFd {
-    // SAFETY: takes numbers only.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
-    assert!(fd >= 0);
-    // SAFETY: it was just made, for this.
-    unsafe { OwnedFd::from_raw_fd(fd) }
+    crate::sys::eventfd().unwrap().into()
 }
 
 /// How often an eventfd was signalled since the last time of asking.
 pub(crate) fn signals(event: &OwnedFd) -> u64 {
-    let mut value = 0_u64;
-    // SAFETY: eight bytes are written to `value`, or none.
-    let read = unsafe { libc::read(event.as_raw_fd(), (&raw mut value).cast(), 8) };
-    if read == 8 { value } else { 0 }
+    let mut value = [0; 8];
+    let mut event = File::from(event.try_clone().unwrap());
+    event
+        .read_exact(&mut value)
+        .map_or(0, |()| u64::from_ne_bytes(value))
 }
 
 /// Routes that go nowhere.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use busway_iommu::info;
 use busway_iommu::ioctl::{check, size_of_u32};
@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_BIND_FLAG_TOKEN, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET,
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD,
     VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
-    vfio_device_info, vfio_irq_info, vfio_irq_set, vfio_region_info,
+    vfio_device_info, vfio_irq_info, vfio_region_info,
 };
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
@@ -123,29 +123,28 @@ fn set_irqs(
     count: usize,
     fds: impl Iterator<Item = i32>,
 ) -> io::Result<u32> {
-    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-    let header = size_of::<vfio_irq_set>();
-    let size = header.saturating_add(count.saturating_mul(size_of::<i32>()));
-    let argsz = u32::try_from(size).map_err(invalid)?;
-    let count = u32::try_from(count).map_err(invalid)?;
+    let count = u32::try_from(count).map_err(|_| io::ErrorKind::InvalidInput)?;
     // The fields of `vfio_irq_set` in order, then the descriptors: words all.
-    let words: Vec<u32> = [argsz, flags, index, first, count]
-        .into_iter()
-        .chain(fds.map(|fd| fd as u32))
-        .collect();
-    // SAFETY: the kernel reads `argsz` bytes of `words`, which hold the header and `count` numbers.
+    let fields = [flags, index, first, count].into_iter();
+    let words = with_argsz(fields.chain(fds.map(|fd| fd as u32)))?;
+    // SAFETY: the kernel reads at most `argsz` bytes, which are those of `words`.
     check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+}
+
+/// A structure of words behind its `argsz`, which is as many bytes as there are.
+fn with_argsz(words: impl Iterator<Item = u32>) -> io::Result<Vec<u32>> {
+    let words: Vec<u32> = words.collect();
+    let size = size_of::<u32>() + size_of_val(words.as_slice());
+    let argsz = u32::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
+    Ok([&[argsz], words.as_slice()].concat())
 }
 
 /// A new eventfd that reads without waiting.
 pub(crate) fn eventfd() -> io::Result<File> {
     // SAFETY: takes numbers only.
-    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = check(unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) })?;
     // SAFETY: the descriptor was just made, and nothing else owns it.
-    Ok(unsafe { File::from_raw_fd(fd) })
+    Ok(unsafe { File::from_raw_fd(fd as RawFd) })
 }
 
 pub(crate) fn reset(device: &File) -> io::Result<()> {
@@ -178,12 +177,9 @@ pub(crate) fn dma_buf(device: &File, region: u32, offset: u64, size: u64) -> io:
         size,
     ];
     // SAFETY: the kernel reads the bytes that the first word counts.
-    let fd = unsafe { ioctl_with_ptr(device, VFIO_DEVICE_FEATURE(), request.as_ptr()) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_FEATURE(), request.as_ptr()) })?;
     // SAFETY: the kernel made the descriptor for this call, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
 /// The most functions that a hot reset is believed to touch: those of all buses of a segment.
@@ -196,12 +192,7 @@ pub(crate) fn hot_reset_info(device: &File) -> io::Result<Vec<u32>> {
     const HEADER: usize = 3;
     let mut room = 8_u32;
     loop {
-        let mut words = vec![0_u32; HEADER + 2 * room as usize];
-        let argsz = u32::try_from(size_of_val(words.as_slice()))
-            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        if let Some(first) = words.first_mut() {
-            *first = argsz;
-        }
+        let mut words = with_argsz(std::iter::repeat_n(0, HEADER - 1 + 2 * room as usize))?;
         // SAFETY: the kernel writes the header, and devices as far as `argsz` says that there is room:
         // `words` has as many bytes.
         let result = check(unsafe {
@@ -231,13 +222,11 @@ pub(crate) fn hot_reset_info(device: &File) -> io::Result<Vec<u32>> {
 /// Resets slot or bus. `groups` prove whose the devices on it are; none for a character device, whose
 /// iommufd does.
 pub(crate) fn hot_reset(device: &File, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-    let count = u32::try_from(groups.len()).map_err(invalid)?;
-    let argsz = u32::try_from((3 + groups.len()) * size_of::<u32>()).map_err(invalid)?;
+    let count = u32::try_from(groups.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     // The fields of `vfio_pci_hot_reset` in order, then the descriptors: words all.
     let fds = groups.iter().map(|group| group.as_raw_fd() as u32);
-    let words: Vec<u32> = [argsz, 0, count].into_iter().chain(fds).collect();
-    // SAFETY: the kernel reads `argsz` bytes of `words`, which hold the header and `count` numbers.
+    let words = with_argsz([0, count].into_iter().chain(fds))?;
+    // SAFETY: the kernel reads the header and `count` numbers behind it, which `words` holds.
     check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_PCI_HOT_RESET(), words.as_ptr()) }).map(drop)
 }
 
@@ -286,19 +275,16 @@ pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
 pub(crate) fn route_socket() -> io::Result<File> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
     // SAFETY: the call takes three numbers.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let fd = check(unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) })?;
     // SAFETY: the descriptor was just made, and nothing else owns it.
-    Ok(unsafe { File::from_raw_fd(fd) })
+    Ok(unsafe { File::from_raw_fd(fd as RawFd) })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use vfio_bindings::bindings::vfio::{
-        vfio_pci_dependent_device, vfio_pci_hot_reset, vfio_pci_hot_reset_info,
+        vfio_irq_set, vfio_pci_dependent_device, vfio_pci_hot_reset, vfio_pci_hot_reset_info,
     };
 
     #[test]
@@ -306,6 +292,12 @@ mod tests {
         assert_eq!(size_of::<vfio_irq_set>(), 20);
         assert_eq!(std::mem::offset_of!(vfio_irq_set, count), 16);
         assert_eq!(std::mem::offset_of!(vfio_irq_set, data), 20);
+    }
+
+    #[test]
+    fn argsz_counts_itself_and_every_word_behind_it() {
+        assert_eq!(with_argsz([7, 8].into_iter()).unwrap(), [12, 7, 8]);
+        assert_eq!(with_argsz(std::iter::empty()).unwrap(), [4]);
     }
 
     #[test]

@@ -6,6 +6,8 @@ mod routes;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 
+use busway_iommu::info::{u16_at, u32_at};
+
 use crate::sys;
 
 pub use functions::{Mac, VfSetting, VfState};
@@ -104,22 +106,6 @@ fn malformed() -> io::Error {
         io::ErrorKind::InvalidData,
         "the kernel's answer makes no sense",
     )
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes
-        .get(at..at + 2)?
-        .try_into()
-        .ok()
-        .map(u16::from_ne_bytes)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes
-        .get(at..at + 4)?
-        .try_into()
-        .ok()
-        .map(u32::from_ne_bytes)
 }
 
 /// The kernel's error, where the answer is one. Error 0 is its acknowledgement.
