@@ -195,7 +195,8 @@ impl Agent {
     }
 }
 
-/// Whether this error is that something did not come within its limit, or that the emulated host died.
+/// Whether this error is that something did not come within its limit, that the emulated host died, or that a guest
+/// triple-faulted: the ends that the emulator is known for.
 pub fn is_stall(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cpio;
@@ -54,6 +55,7 @@ pub struct GuestRun {
     files: Vec<(String, PathBuf)>,
     script: String,
     limit: Duration,
+    triple_faults: bool,
 }
 
 impl GuestRun {
@@ -72,6 +74,7 @@ impl GuestRun {
             files: Vec::new(),
             script: String::new(),
             limit: Duration::from_secs(240),
+            triple_faults: false,
         }
     }
 
@@ -134,6 +137,12 @@ impl GuestRun {
     /// What the guest does.
     pub fn script(mut self, script: &str) -> Self {
         self.script = script.to_owned();
+        self
+    }
+
+    /// The guest triple-faults on purpose; in any other, that is the emulator's doing: see `docs/lab.md`.
+    pub fn triple_faults(mut self) -> Self {
+        self.triple_faults = true;
         self
     }
 
@@ -218,6 +227,7 @@ pub struct RunningGuest<'host> {
     host: &'host Host,
     job: Job,
     limit: Duration,
+    triple_faults: bool,
 }
 
 /// What came of a guest.
@@ -285,6 +295,7 @@ impl Host {
             host: self,
             job,
             limit: run.limit,
+            triple_faults: run.triple_faults,
         })
     }
 }
@@ -338,11 +349,15 @@ impl RunningGuest<'_> {
                 marks.insert(mark.to_owned(), Snapshot::parse(&read(&name)));
             }
         }
+        let stderr = read("vmm.stderr") + &output.stderr;
+        if stderr.contains("triple-faulted") && !self.triple_faults {
+            bail!(io::Error::new(io::ErrorKind::ConnectionAborted, stderr));
+        }
         Ok(GuestResult {
             status: output.status,
             transcript: Transcript::parse(&output.stdout),
             marks,
-            stderr: read("vmm.stderr") + &output.stderr,
+            stderr,
             report: serde_json::from_str(&read("report.json")).ok(),
         })
     }

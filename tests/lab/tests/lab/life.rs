@@ -82,6 +82,7 @@ fn triple_faulted(lab: &mut Lab) -> Result<()> {
         .device(&address)
         .cpus(2)
         .cmdline("console=ttyS0 quiet panic=-1 reboot=triple")
+        .triple_faults()
         .script(
             "if [ \"$(head -c 5 /dev/nvme0n1)\" = again ]; then\n\
              value second \"$(nproc)\"\n\

