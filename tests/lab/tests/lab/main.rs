@@ -98,7 +98,6 @@ fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
 /// Trials that run with `--ignored` alone, by the beginnings of their names, and why.
 const ON_REQUEST: &[(&str, &str)] = &[
     ("zoo_drivers_leave", UNSEEN),
-    ("a_drive_pulled_out", UNSEEN),
     ("interrupts_to_the_number_of_100_000", "long: 150 s"),
     ("interrupts_are_neither", ONE_TOO_MANY),
     ("helper_makes_virtual_functions", "long: 100 s"),
