@@ -17,6 +17,7 @@ pub(super) use routes::{default_routes, way_to};
 // linux/netlink.h
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
+const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
@@ -26,46 +27,96 @@ const TYPE_MASK: u16 = 0x3fff;
 /// An attribute is no longer than 64 KiB, and no answer has more than a few of that length.
 const ANSWER: usize = 256 << 10;
 
+/// How often a dump is asked for that was overtaken by changes.
+const DUMPS: u32 = 8;
+
 /// What the kernel answers to a request, in one message.
 fn ask(request: &[u8]) -> io::Result<Vec<u8>> {
     let mut answer = vec![0; ANSWER];
-    let mut socket: File = sys::route_socket()?;
-    // Without an address, a message goes to the kernel. netlink(7)
-    socket.write_all(request)?;
-    let length = socket.read(&mut answer)?;
+    let mut socket = asked(request)?;
+    let length = read(&mut socket, &mut answer)?;
     answer.truncate(length);
     Ok(answer)
 }
 
-/// Hands over each message that the kernel answers a dump with.
+/// Hands over each message that the kernel answers a dump with; some of them again, where what they
+/// tell of was changed meanwhile.
 fn ask_for_all(request: &[u8], mut take: impl FnMut(&[u8])) -> io::Result<()> {
     let mut answer = vec![0; ANSWER];
+    for _ in 0..DUMPS {
+        let mut socket = asked(request)?;
+        let mut whole = true;
+        loop {
+            let length = read(&mut socket, &mut answer)?;
+            let seen = each(answer.get(..length).unwrap_or_default(), &mut take)?;
+            whole &= seen.whole;
+            if seen.last {
+                break;
+            }
+        }
+        if whole {
+            return Ok(());
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::ResourceBusy,
+        "it was changed each time that the kernel was asked for it",
+    ))
+}
+
+/// A socket that was asked this. Without an address, a message goes to the kernel. netlink(7)
+fn asked(request: &[u8]) -> io::Result<File> {
     let mut socket: File = sys::route_socket()?;
     socket.write_all(request)?;
+    Ok(socket)
+}
+
+fn read(socket: &mut File, answer: &mut [u8]) -> io::Result<usize> {
     loop {
-        let length = socket.read(&mut answer)?;
-        if each(answer.get(..length).unwrap_or_default(), &mut take)? {
-            return Ok(());
+        match socket.read(answer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
         }
     }
 }
 
-/// Hands over the messages of one answer. Returns whether they are the last.
-fn each(mut answer: &[u8], take: &mut impl FnMut(&[u8])) -> io::Result<bool> {
-    // An answer that ends here is none, and there would be no end of asking.
-    let mut last = answer.is_empty();
+/// What part of a dump one answer is.
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    last: bool,
+    /// Nothing was changed while it was made.
+    whole: bool,
+}
+
+/// Hands over the messages of one answer.
+fn each(mut answer: &[u8], take: &mut impl FnMut(&[u8])) -> io::Result<Seen> {
+    let mut seen = Seen {
+        // An answer that ends here is none, and there would be no end of asking.
+        last: answer.is_empty(),
+        whole: true,
+    };
     while let (Some(length), Some(kind)) = (u32_at(answer, 0), u16_at(answer, 4)) {
         let length = length as usize;
         let message = answer.get(..length).filter(|_| length >= HEADER);
         let message = message.ok_or_else(malformed)?;
+        let flags = u16_at(message, 6).unwrap_or_default();
+        seen.whole &= flags & NLM_F_DUMP_INTR == 0;
         match kind {
-            NLMSG_DONE => last = true,
-            NLMSG_ERROR => return acknowledged(message).map(|()| true),
+            // Its number is 0, or tells why the dump ends before its time.
+            NLMSG_DONE => {
+                errno(message)?;
+                seen.last = true;
+            }
+            NLMSG_ERROR => {
+                errno(message)?;
+                seen.last = true;
+                return Ok(seen);
+            }
             _ => take(message),
         }
         answer = answer.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
-    Ok(last)
+    Ok(seen)
 }
 
 /// A message to the kernel: what each of its kind begins with, and attributes.
@@ -113,7 +164,12 @@ fn acknowledged(answer: &[u8]) -> io::Result<()> {
     if u16_at(answer, 4) != Some(NLMSG_ERROR) {
         return Ok(());
     }
-    match u32_at(answer, HEADER).map(u32::cast_signed) {
+    errno(answer)
+}
+
+/// The error number that a message begins with; 0 is none.
+fn errno(message: &[u8]) -> io::Result<()> {
+    match u32_at(message, HEADER).map(u32::cast_signed) {
         Some(0) => Ok(()),
         Some(errno) => Err(io::Error::from_raw_os_error(errno.saturating_neg())),
         None => Err(malformed()),
@@ -141,9 +197,19 @@ mod tests {
         let done = request(NLMSG_DONE, 0, &[0; 4], &[]);
         let mut count = 0;
         let mut take = |message: &[u8]| count += usize::from(message == some);
-        assert!(!each(&[&some[..], &some].concat(), &mut take).unwrap());
-        assert!(each(&[&some[..], &done].concat(), &mut take).unwrap());
+        let seen = |last, whole| Seen { last, whole };
+        let two = [&some[..], &some].concat();
+        assert_eq!(each(&two, &mut take).unwrap(), seen(false, true));
+        let mut end = [&some[..], &done].concat();
+        assert_eq!(each(&end, &mut take).unwrap(), seen(true, true));
         assert_eq!(count, 3);
+        // Something was changed meanwhile.
+        end[6] |= NLM_F_DUMP_INTR as u8;
+        assert_eq!(each(&end, &mut |_| ()).unwrap(), seen(true, false));
+        // The kernel could not go on.
+        let failed = request(NLMSG_DONE, 0, &(-libc::ENOMEM).to_ne_bytes(), &[]);
+        let error = each(&failed, &mut |_| ()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
         // A length that leads nowhere.
         assert!(each(&[0; 16], &mut |_| ()).is_err());
     }
