@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use busway_lab::{Device, Host, HostConfig, Kernel, Lab};
 
-use crate::Proof;
 use crate::assigned::{bound, give_back, zoo};
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     ("a_kernel_that_is_none_is_named", not_a_kernel),
@@ -43,7 +43,7 @@ fn refused_command(host: &Host, command: &str, status: i32, says: &[&str]) -> Re
     let kernel = host.parts().inside(&host.parts().stock.join("bzImage"));
     let script = format!("KERNEL={}\n{command}", kernel.display());
     let output = host.output(&script, Duration::from_secs(120))?;
-    println!("$ {command}\n{}", output.stderr);
+    tell!("$ {command}\n{}", output.stderr);
     ensure!(
         output.status == status,
         "status {}, not {status}: {}",

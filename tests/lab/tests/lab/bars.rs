@@ -8,8 +8,8 @@ use busway_lab::{
     Device, GuestKernel, GuestRun, Host, HostConfig, Kernel, Lab, Profile, Vmm, build_static,
 };
 
-use crate::Proof;
 use crate::assigned::{Interface, bound, give_back, word};
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -115,7 +115,7 @@ fn large(lab: &mut Lab, interface: Interface) -> Result<()> {
             milliseconds += word(said(what)?, "milliseconds")?.parse::<u64>()?;
         }
         let exits = grown("exits");
-        println!(
+        tell!(
             "{id} {interface:?}: find {}; fill {}; decode {}; exits {exits}, to user space {}",
             said("find")?,
             said("fill")?,

@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use busway_lab::{Device, GuestResult, GuestRun, Host, HostConfig, Kernel, Lab, Vmm};
 
-use crate::Proof;
 use crate::assigned::{Interface, guest};
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -197,7 +197,7 @@ fn refused(host: &Host, before: &str, flags: &str, status: i32, says: &[&str]) -
         kernel.display()
     );
     let output = host.output(&script, Duration::from_secs(120))?;
-    println!("{}", output.stderr);
+    tell!("{}", output.stderr);
     ensure!(
         output.status == status,
         "status {}, not {status}: {}",

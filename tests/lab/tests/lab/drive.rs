@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 use busway_lab::{GuestKernel, Host, Lab};
 use busway_pci::{capabilities, extended_capabilities};
 
-use crate::Proof;
 use crate::assigned::{Interface, bound, give_back, guest, word};
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -131,7 +131,7 @@ fn data(lab: &mut Lab, case: &Case) -> Result<()> {
                 u64::from_str_radix(word(line, "buffer_address")?.trim_start_matches("0x"), 16)?;
             ensure!((buffer >= 4 << 30) == (*place == "high"), "{line}");
         }
-        println!("{place}: {}", result.value(&format!("write_{place}"))?);
+        tell!("{place}: {}", result.value(&format!("write_{place}"))?);
     }
     give_back(host, &address, "nvme")?;
     host.run(&format!(
@@ -281,7 +281,7 @@ fn cost(lab: &mut Lab) -> Result<()> {
             .context("KVM does not count that")
     };
     let (exits, mmio) = (grown("exits")?, grown("mmio_exits")?);
-    println!(
+    tell!(
         "{reads} reads: {:.3} exits a read of any kind, {mmio} MMIO exits to user space",
         exits as f64 / reads as f64
     );

@@ -11,7 +11,7 @@ use busway_lab::{
     Upload, Vmm,
 };
 
-use crate::Proof;
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -98,7 +98,7 @@ fn qemu_guest_drive(lab: &mut Lab) -> Result<()> {
          sync\n"
         ));
     let result = host.guest(&run)?.success()?;
-    println!("guest's first program after {:?}", result.boot_time());
+    tell!("guest's first program after {:?}", result.boot_time());
     ensure!(result.value("serial")? == "NV0");
     host.unbind_by_hand(&address)?;
     host.run(&format!(
@@ -145,7 +145,7 @@ fn qemu_guest_marks(lab: &mut Lab) -> Result<()> {
         .cpus(2)
         .script("mark first\nmark memory\nnproc | block processors\n");
     let result = host.guest(&run)?.success()?;
-    println!("guest's first program after {:?}", result.boot_time());
+    tell!("guest's first program after {:?}", result.boot_time());
     ensure!(result.block("processors")?.trim() == "2");
     let (first, memory) = (&result.marks["first"], &result.marks["memory"]);
     ensure!(
@@ -208,7 +208,7 @@ fn nothing_left(lab: &mut Lab) -> Result<()> {
         .parent()
         .context("the share is in a folder")?
         .to_owned();
-    let words = scratch.display().to_string();
+    let words = format!("{}/", scratch.display());
     ensure!(processes(&words)? == [host.qemu_pid()]);
     lab.stop();
     ensure!(processes(&words)?.is_empty(), "QEMU is still running");

@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use busway_lab::{Device, GuestKernel, GuestRun, Host, HostConfig, Kernel, Lab};
 
-use crate::Proof;
 use crate::assigned::{Interface, guest};
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -67,7 +67,7 @@ fn told_and_stopped(lab: &mut Lab, interface: Interface) -> Result<()> {
     running.wait_said(&format!("{first} had an uncorrectable error"))?;
     inject(host, "rng1", "MALF_TLP")?;
     let result = running.finish()?;
-    println!("Busway says:\n{}", result.stderr);
+    tell!("Busway says:\n{}", result.stderr);
     ensure!(result.status == 1, "status {}", result.status);
     // The kernel leaves what a fatal error set, and counts what it clears.
     says(
@@ -113,7 +113,7 @@ fn of_the_port(lab: &mut Lab) -> Result<()> {
     running.wait_line("@@value ready")?;
     inject(host, "port3", "DLP")?;
     let result = running.finish()?;
-    println!("Busway says:\n{}", result.stderr);
+    tell!("Busway says:\n{}", result.stderr);
     ensure!(result.status == 1, "status {}", result.status);
     says(
         &result.stderr,

@@ -6,8 +6,8 @@ use anyhow::{Result, ensure};
 use busway_lab::{Device, GuestKernel, Host, HostConfig, Kernel, Lab};
 use serde_json::json;
 
-use crate::Proof;
 use crate::assigned::{Interface, bound, guest};
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -53,7 +53,7 @@ const WAIT_FOR_THE_END: &str = "while [ -e /sys/class/nvme/nvme0 ]; do sleep 1; 
 fn take_back(host: &Host, address: &str, driver: &str) -> Result<()> {
     let start = Instant::now();
     host.run(&format!("busway device unbind --allow-open {address}"))?;
-    println!(
+    tell!(
         "{driver}: unbound from the guest after {:?}",
         start.elapsed()
     );
@@ -107,7 +107,7 @@ fn asked_back(lab: &mut Lab, interface: Interface, kernel: GuestKernel) -> Resul
     );
     let verified =
         host.run("udevadm wait --timeout=120 /dev/nvme0n1 && lab-io verify /dev/nvme0n1 5")?;
-    println!("the host reads what the guest wrote: {verified}");
+    tell!("the host reads what the guest wrote: {verified}");
     Ok(())
 }
 
@@ -162,7 +162,7 @@ fn left(lab: &mut Lab, leaving: Leaving) -> Result<()> {
             host.qmp().execute("device_del", json!({ "id": "nv0" }))?;
             host.qmp()
                 .wait_event("DEVICE_DELETED", Duration::from_secs(120))?;
-            println!("the drive left after {:?}", start.elapsed());
+            tell!("the drive left after {:?}", start.elapsed());
         }
         // Slot control: with power and its indicator off QEMU takes the drive out. The host hears of it when the
         // slot has power again, for of one without it Linux holds that it was emptied. PCIe 6.0 §7.5.3.10

@@ -8,10 +8,10 @@ use anyhow::{Context, Result, ensure};
 use busway_lab::{Device, GuestKernel, Host, HostConfig, Kernel, Lab};
 use serde_json::Value;
 
-use crate::Proof;
 use crate::assigned::{Interface, guest};
 use crate::bare::{kernel, power_off, say};
 use crate::bare_kernel::{Trace, identify, restart};
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -189,7 +189,7 @@ fn two_functions(lab: &mut Lab) -> Result<()> {
         let found = result.value(&format!("boot_{boot}"))?;
         ensure!(found == "80 2 nvme e1000e 1", "boot {boot}: {found}");
     }
-    println!("11 boots in {:.0} s", started.elapsed().as_secs_f64());
+    tell!("11 boots in {:.0} s", started.elapsed().as_secs_f64());
     give_back(host, &addresses)
 }
 
@@ -217,7 +217,7 @@ fn fresh(lab: &mut Lab, interface: Interface) -> Result<()> {
     let kernel = restart(10, &traces);
     let result = Bare::run(host, &kernel, interface, &devices(&addresses))?.success("fresh\n")?;
     let resets = result.resets()?;
-    println!("{resets:?}");
+    tell!("{resets:?}");
     // One at the start, one for each restart, and one at the end; not one for each function.
     for id in ["two", "old"] {
         let of = |line: &&str| {
@@ -261,7 +261,7 @@ fn fifty_rounds(lab: &mut Lab) -> Result<()> {
     let output = host.output(&script, Duration::from_secs(600))?.success()?;
     let done = output.lines().filter(|line| line.parse::<u32>().is_ok());
     ensure!(done.clone().count() == ROUNDS as usize, "{output}");
-    println!(
+    tell!(
         "{} rounds of bind, run, kill -9 and unbind in {:.0} s",
         done.count(),
         started.elapsed().as_secs_f64()
@@ -318,7 +318,7 @@ fn sixteen(lab: &mut Lab, interface: Interface) -> Result<()> {
     };
     let mut drivers: Vec<_> = of("driver_").filter(|driver| !driver.is_empty()).collect();
     drivers.sort_unstable();
-    println!("drivers: {}", drivers.join(" "));
+    tell!("drivers: {}", drivers.join(" "));
     ensure!(of("driver_").count() == 16, "{values:?}");
     ensure!(
         of("address_").count() == 10 && of("address_").all(|count| count == "1"),
@@ -334,7 +334,7 @@ fn sixteen(lab: &mut Lab, interface: Interface) -> Result<()> {
         result.block("interrupts")?
     );
     let calls = report(&result, "/dma_mappings/calls")?;
-    println!("{seen} vectors, {calls} map calls");
+    tell!("{seen} vectors, {calls} map calls");
     if matches!(interface, Interface::Cdev) {
         let one = run(&addresses[..1], "value alone yes\n")?;
         let alone = report(&one, "/dma_mappings/calls")?;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use busway_lab::{Device, Host, HostConfig, Kernel, Lab, Output};
 
-use crate::Proof;
 use crate::assigned::guest;
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -62,7 +62,7 @@ fn state(host: &Host) -> Result<String> {
 fn ends_with(host: &Host, status: i32, command: &str) -> Result<String> {
     let output = host.output(command, LIMIT)?;
     let Output { stdout, stderr, .. } = &output;
-    println!("$ {command}\n{stdout}{stderr}");
+    tell!("$ {command}\n{stdout}{stderr}");
     let said = format!("{stdout}{stderr}");
     ensure!(
         output.status == status,

@@ -9,8 +9,8 @@ use busway_lab::{
     build_lab_pci, edu_sends, exact,
 };
 
-use crate::Proof;
 use crate::assigned::{Interface, guest};
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     (
@@ -347,7 +347,7 @@ fn counted(lab: &mut Lab, interface: Interface, sent: &Sent) -> Result<()> {
         ("msix", 4 * each_vector),
     ] {
         let line = result.value(key)?;
-        println!("{key}: {line}");
+        tell!("{key}: {line}");
         exact(line, sent).context(key)?;
     }
     ensure_clean(&result)
@@ -391,7 +391,7 @@ fn moved_while_they_come(lab: &mut Lab) -> Result<()> {
     ] {
         let line = result.value(key)?;
         let moves = result.value(&format!("{key}-moves"))?;
-        println!("{key}: {line}, moved {moves} times");
+        tell!("{key}: {line}, moved {moves} times");
         exact(line, sent).context(key)?;
         ensure!(moves.parse::<u64>()? >= 20, "{key}: moved {moves} times");
     }

@@ -1,9 +1,14 @@
 //! Real guests with real devices, in the emulated host.
 //!
-//! The trials run one after another, those that want the same host in a row.
+//! The trials run in as many lanes as the machine bears, each lane with one emulated host at a time; those that want
+//! the same host stand in a row.
 
+use std::cell::Cell;
+use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use anyhow::Result;
 use busway_lab::{Lab, Profile, build_busway, build_lab_io, is_stall};
@@ -39,12 +44,15 @@ const ATTEMPTS: u32 = 3;
 
 fn main() -> Result<ExitCode> {
     let mut arguments = Arguments::from_args();
-    arguments.test_threads = Some(1);
+    arguments.test_threads.get_or_insert_with(lanes);
     let programs = match arguments.list {
         true => Vec::new(),
         false => vec![build_busway(Profile::Lab)?, build_lab_io()?],
     };
-    let lab = Arc::new(Mutex::new(Lab::new(programs)));
+    let labs = Arc::new(Labs {
+        programs,
+        idle: Mutex::default(),
+    });
     let proofs = [
         drive::PROOFS,
         bars::PROOFS,
@@ -67,29 +75,81 @@ fn main() -> Result<ExitCode> {
         .flatten()
         .chain(zoo::PROOFS)
         .map(|proof| match on_request(proof.0) {
-            Some(why) => trial(proof, &lab).with_ignored_flag(true).with_kind(why),
-            None => trial(proof, &lab),
+            Some(why) => trial(proof, &labs).with_ignored_flag(true).with_kind(why),
+            None => trial(proof, &labs),
         })
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    lab.lock().unwrap_or_else(PoisonError::into_inner).stop();
+    labs.idle().clear();
     Ok(conclusion.exit_code())
 }
 
-fn trial(&(name, prove): &Proof, lab: &Arc<Mutex<Lab>>) -> Trial {
-    let lab = Arc::clone(lab);
+/// How many trials run at once. A host has two processors and is idle for half of the time; the largest takes 8 GiB.
+fn lanes() -> usize {
+    const MOST: usize = 4;
+    const KIB: u64 = 10 << 20;
+    let available = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+    });
+    let memory = usize::try_from(available.unwrap_or_default() / KIB).unwrap_or(MOST);
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    memory.min(processors).clamp(1, MOST)
+}
+
+/// The lanes' labs, of which a trial takes one for itself.
+struct Labs {
+    programs: Vec<PathBuf>,
+    idle: Mutex<Vec<Lab>>,
+}
+
+impl Labs {
+    fn idle(&self) -> MutexGuard<'_, Vec<Lab>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Lab {
+        let idle = self.idle().pop();
+        idle.unwrap_or_else(|| Lab::new(self.programs.clone()))
+    }
+}
+
+thread_local! {
+    /// The trial that this thread runs.
+    static TRIAL: Cell<&'static str> = const { Cell::new("") };
+}
+
+/// Prints what a trial found, with its name.
+macro_rules! tell {
+    ($($words:tt)*) => {
+        println!("{}: {}", crate::TRIAL.get(), format_args!($($words)*))
+    };
+}
+use tell;
+
+fn trial(&(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
+    let labs = Arc::clone(labs);
     let reason = cannot();
     Trial::test(name, move || {
-        let mut lab = lab.lock().unwrap_or_else(PoisonError::into_inner);
-        for attempt in 1.. {
-            let Err(error) = prove(&mut lab) else { break };
-            lab.stop();
-            if attempt == ATTEMPTS || !is_stall(&error) {
-                return Err(Failed::from(format!("{error:#}")));
+        TRIAL.set(name);
+        let mut lab = labs.take();
+        let mut outcome = prove(&mut lab);
+        for attempt in 2..=ATTEMPTS {
+            let Err(error) = &outcome else { break };
+            if !is_stall(error) {
+                break;
             }
-            eprintln!("{name}: it may be the emulator, attempt {attempt} of {ATTEMPTS}: {error:#}");
+            tell!("it may be the emulator, so for the {attempt}. time: {error:#}");
+            lab.stop();
+            outcome = prove(&mut lab);
         }
-        Ok(())
+        if outcome.is_err() {
+            lab.stop();
+        }
+        labs.idle().push(lab);
+        outcome.map_err(|error| Failed::from(format!("{error:#}")))
     })
     .with_ignored_flag(reason.is_some())
     .with_kind(reason.unwrap_or_default())

@@ -9,8 +9,8 @@ use busway_lab::{
     virtual_functions, with_works, zoo_host,
 };
 
-use crate::Proof;
 use crate::assigned::Interface;
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     ("zoo_in_one_guest_by_group", |lab| every(lab, Way::Group)),
@@ -73,7 +73,7 @@ fn every(lab: &mut Lab, way: Way) -> Result<()> {
     let run = with_works(guest(host, &devices, interface)?, host, &server, &works, "")?;
     let result = host.guest(&run)?.success()?;
     for (key, value) in &result.transcript.values {
-        println!("{key}: {value}");
+        tell!("{key}: {value}");
     }
     let outcomes: Vec<_> = works
         .iter()
