@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,6 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+
+use crate::suspect::Suspect;
 
 /// What the agent has said so far.
 #[derive(Debug, Default)]
@@ -129,7 +131,7 @@ impl Agent {
                     limit.as_secs(),
                     tail(&self.logs[0])
                 );
-                io::Error::new(io::ErrorKind::TimedOut, text).into()
+                Suspect(text).into()
             }
         }
     }
@@ -142,7 +144,7 @@ impl Agent {
             tail(console),
             tail(qemu)
         );
-        io::Error::new(io::ErrorKind::ConnectionAborted, text).into()
+        Suspect(text).into()
     }
 
     pub(crate) fn is_gone(&self) -> bool {
@@ -193,18 +195,6 @@ impl Agent {
     pub(crate) fn status(&self, id: u64) -> Option<i32> {
         unpoisoned(&self.state).jobs[&id].status
     }
-}
-
-/// Whether this error is that something did not come within its limit, that the emulated host died, or that a guest
-/// triple-faulted: the ends that the emulator is known for.
-pub fn is_stall(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
-        matches!(
-            kind,
-            Some(io::ErrorKind::TimedOut | io::ErrorKind::ConnectionAborted)
-        )
-    })
 }
 
 /// A log's last lines.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use busway_lab::{
     Device, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Kernel, Profile, Vmm,
-    build_busway, is_stall,
+    build_busway, may_be_the_emulators,
 };
 use clap::Args;
 use serde::Serialize;
@@ -105,7 +105,7 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
 fn again_if_stalled(measure: impl Fn() -> Result<Turn>) -> Result<Turn> {
     for _ in 0..2 {
         match measure() {
-            Err(error) if is_stall(&error) => eprintln!("a stall, and once more: {error:#}"),
+            Err(error) if may_be_the_emulators(&error) => eprintln!("once more: {error:#}"),
             measured => return measured,
         }
     }

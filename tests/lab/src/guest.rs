@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use crate::cpio;
 use crate::host::Host;
 use crate::job::Job;
 use crate::snapshot::Snapshot;
+use crate::suspect::Suspect;
 use crate::transcript::{EXEC, Transcript, UP};
 
 /// The VMM that runs a guest.
@@ -351,7 +351,7 @@ impl RunningGuest<'_> {
         }
         let stderr = read("vmm.stderr") + &output.stderr;
         if stderr.contains("triple-faulted") && !self.triple_faults {
-            bail!(io::Error::new(io::ErrorKind::ConnectionAborted, stderr));
+            bail!(Suspect(stderr));
         }
         Ok(GuestResult {
             status: output.status,

@@ -23,13 +23,13 @@ mod qmp;
 mod scratch;
 mod server;
 mod snapshot;
+mod suspect;
 mod transcript;
 mod tsc;
 mod watch;
 mod works;
 mod zoo;
 
-pub use agent::is_stall;
 pub use config::{HostConfig, Iommu, Kernel};
 pub use cpio::archive;
 pub use guest::{GuestKernel, GuestResult, GuestRun, RunningGuest, Vmm};
@@ -43,6 +43,7 @@ pub use program::{Profile, build_busway, build_lab_io, build_lab_pci, build_stat
 pub use qmp::Qmp;
 pub use server::{DataServer, Upload};
 pub use snapshot::{Mapping, Snapshot, Thread};
+pub use suspect::may_be_the_emulators;
 pub use transcript::{Line, Transcript};
 pub use works::{
     WORKS, Work, addresses, edu_sends, exact, virtual_functions, with_works, zoo_host,

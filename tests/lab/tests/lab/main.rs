@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::Result;
-use busway_lab::{Lab, Profile, build_busway, build_lab_io, is_stall};
+use busway_lab::{Lab, Profile, build_busway, build_lab_io, may_be_the_emulators};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 mod assigned;
@@ -138,7 +138,7 @@ fn trial(&(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
         let mut outcome = prove(&mut lab);
         for attempt in 2..=ATTEMPTS {
             let Err(error) = &outcome else { break };
-            if !is_stall(error) {
+            if !may_be_the_emulators(error) {
                 break;
             }
             tell!("it may be the emulator, so for the {attempt}. time: {error:#}");
@@ -159,7 +159,6 @@ fn trial(&(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
 const ON_REQUEST: &[(&str, &str)] = &[
     ("zoo_drivers_leave", "long: 150 s"),
     ("interrupts_to_the_number_of_100_000", "long: 150 s"),
-    ("interrupts_are_neither", ONE_TOO_MANY),
     ("helper_makes_virtual_functions", "long: 100 s"),
     ("helper_binds_at_boot", "long: 70 s"),
     ("groups_two", "long: 80 s"),
@@ -168,9 +167,6 @@ const ON_REQUEST: &[(&str, &str)] = &[
     ("zoo_in_one_guest", "long: 110 s"),
     ("dma_devices_reach_each_other_by_dma_buf", "builds a kernel"),
 ];
-
-/// What is said of a trial that needs the count of `ivshmem-doorbell`'s interrupts to be exact.
-const ONE_TOO_MANY: &str = "the emulator can deliver an interrupt twice";
 
 /// Why a trial runs on request only, if it does.
 fn on_request(name: &str) -> Option<&'static str> {

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use busway_lab::{
-    DataServer, GuestKernel, GuestRun, Host, Iommu, Lab, Vmm, WORKS, Way, Work, addresses, record,
-    virtual_functions, with_works, zoo_host,
+    DataServer, GuestKernel, GuestRun, Host, Iommu, Lab, Vmm, WORKS, Way, Work, addresses,
+    may_be_the_emulators, record, virtual_functions, with_works, zoo_host,
 };
 
 use crate::assigned::Interface;
@@ -75,10 +75,15 @@ fn every(lab: &mut Lab, way: Way) -> Result<()> {
     for (key, value) in &result.transcript.values {
         tell!("{key}: {value}");
     }
-    let outcomes: Vec<_> = works
+    let mut outcomes: Vec<_> = works
         .iter()
         .map(|&work| (work, work.done(host, &server, &result)))
         .collect();
+    let suspect =
+        |(_, outcome): &(_, Result<()>)| outcome.as_ref().is_err_and(may_be_the_emulators);
+    if let Some(index) = outcomes.iter().position(suspect) {
+        return outcomes.swap_remove(index).1;
+    }
     record(way, &outcomes)
 }
 
