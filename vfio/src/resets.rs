@@ -70,6 +70,8 @@ impl Resets {
         if !known {
             self.add(name, io.clone());
             self.begin();
+            // A device that comes at run time may find the bus in use.
+            do_next_best(&mut self.lock(), io);
         }
         ResetHandle {
             resets: self.clone(),
@@ -172,6 +174,16 @@ fn settle(members: &mut [Member]) {
     }
 }
 
+/// Resets a device by itself, as far as that goes, that waits for others to be reset with it; it goes on
+/// waiting for them.
+fn do_next_best(members: &mut [Member], io: &Arc<dyn DeviceIo>) {
+    let mut waiting = members.iter_mut().filter(|member| member.owed);
+    if let Some(member) = waiting.find(|member| Arc::ptr_eq(&member.io, io)) {
+        member.reset_alone();
+        member.owed = true;
+    }
+}
+
 /// A device's part in the resets of its VM.
 #[derive(Debug)]
 pub(crate) struct ResetHandle {
@@ -237,11 +249,7 @@ impl ResetHandle {
         }
         settle(&mut members);
         // Those that are reset with it may never come: a guest can reset the bus of one alone.
-        let waiting = members.iter_mut().find(|other| self.is(other));
-        if let Some(member) = waiting.filter(|member| member.owed) {
-            member.reset_alone();
-            member.owed = true;
-        }
+        do_next_best(&mut members, &self.io);
     }
 
     fn is(&self, member: &Member) -> bool {
