@@ -31,6 +31,8 @@ struct Member {
     owed: bool,
     /// That its reset is not what it should be has been said.
     said: bool,
+    /// That the kernel refused it has been said: a guest can ask for it without end.
+    refusal_said: bool,
 }
 
 impl Resets {
@@ -47,6 +49,7 @@ impl Resets {
             method: ResetMethod::None,
             quiet: true,
             said: false,
+            refusal_said: false,
         };
         self.lock().push(member);
     }
@@ -113,10 +116,18 @@ impl Member {
     /// Resets the function by itself, where that goes.
     fn reset_alone(&mut self) {
         self.owed = false;
-        if self.io.function_reset().is_some()
-            && let Err(error) = self.io.reset()
-        {
-            log::warn!(
+        if self.io.function_reset().is_none() {
+            return;
+        }
+        let refused = self.io.reset().err();
+        let said = std::mem::replace(&mut self.refusal_said, refused.is_some());
+        if let Some(error) = refused {
+            let level = match said {
+                false => log::Level::Warn,
+                true => log::Level::Debug,
+            };
+            log::log!(
+                level,
                 "{}: VFIO_DEVICE_RESET: {error}; it goes on as it is",
                 self.name
             );
