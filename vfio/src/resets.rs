@@ -227,6 +227,18 @@ impl ResetHandle {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// Whether there are others whose reset is this one's too.
+    pub(crate) fn is_shared(&self) -> bool {
+        let members = self.resets.lock();
+        let own = members.iter().find(|member| self.is(member));
+        let address = own.and_then(|member| member.address);
+        members.iter().any(|member| match &member.method {
+            ResetMethod::Hot { others } if self.is(member) => !others.is_empty(),
+            ResetMethod::Hot { others } => address.is_none_or(|own| others.contains(&own)),
+            ResetMethod::Function(_) | ResetMethod::None => false,
+        })
+    }
+
     /// Resets the function by itself and at once, as the guest asks for by its registers.
     pub(crate) fn reset_function(&self) {
         let mut members = self.resets.lock();
