@@ -4,8 +4,11 @@
 //! made quiet and wants its reset, and when the guest uses it again; a hot reset is carried out when
 //! the last function that it touches has become quiet, once for all of them.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use busway_pci::Bdf;
 
@@ -119,20 +122,43 @@ impl Member {
         if self.io.function_reset().is_none() {
             return;
         }
-        let refused = self.io.reset().err();
+        let refused = reset_patiently(&*self.io).err();
         let said = std::mem::replace(&mut self.refusal_said, refused.is_some());
         if let Some(error) = refused {
             let level = match said {
                 false => log::Level::Warn,
                 true => log::Level::Debug,
             };
+            let why = match error.raw_os_error() {
+                Some(libc::EAGAIN) => " (the host holds the device, as while it is being unbound)",
+                _ => "",
+            };
             log::log!(
                 level,
-                "{}: VFIO_DEVICE_RESET: {error}; it goes on as it is",
+                "{}: VFIO_DEVICE_RESET: {error}{why}; it goes on as it is",
                 self.name
             );
         }
     }
+}
+
+/// How long is waited, each time, for somebody on the host who holds the device.
+const PAUSES: [Duration; 3] = [
+    Duration::from_millis(5),
+    Duration::from_millis(20),
+    Duration::from_millis(75),
+];
+
+/// Resets a device. The kernel only tries, and says EAGAIN where somebody holds the device just then, such as
+/// by setting its `driver_override` (`pci_try_reset_function` in Linux, drivers/pci/pci.c).
+fn reset_patiently(io: &dyn DeviceIo) -> io::Result<()> {
+    for pause in PAUSES {
+        match io.reset() {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => thread::sleep(pause),
+            result => return result,
+        }
+    }
+    io.reset()
 }
 
 /// Carries out what is owed and can be.
