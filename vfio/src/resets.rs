@@ -4,14 +4,12 @@
 //! made quiet and wants its reset, and when the guest uses it again; a hot reset is carried out when
 //! the last function that it touches has become quiet, once for all of them.
 
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::Duration;
 
 use busway_pci::Bdf;
 
+use crate::patience::patiently;
 use crate::reset::{Decision, decide};
 use crate::{DeviceIo, FunctionReset, ResetMethod};
 
@@ -122,7 +120,7 @@ impl Member {
         if self.io.function_reset().is_none() {
             return;
         }
-        let refused = reset_patiently(&*self.io).err();
+        let refused = patiently(|| self.io.reset()).err();
         let said = std::mem::replace(&mut self.refusal_said, refused.is_some());
         if let Some(error) = refused {
             let level = match said {
@@ -140,25 +138,6 @@ impl Member {
             );
         }
     }
-}
-
-/// How long is waited, each time, for somebody on the host who holds the device.
-const PAUSES: [Duration; 3] = [
-    Duration::from_millis(5),
-    Duration::from_millis(20),
-    Duration::from_millis(75),
-];
-
-/// Resets a device. The kernel only tries, and says EAGAIN where somebody holds the device just then, such as
-/// by setting its `driver_override` (`pci_try_reset_function` in Linux, drivers/pci/pci.c).
-fn reset_patiently(io: &dyn DeviceIo) -> io::Result<()> {
-    for pause in PAUSES {
-        match io.reset() {
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => thread::sleep(pause),
-            result => return result,
-        }
-    }
-    io.reset()
 }
 
 /// Carries out what is owed and can be.
@@ -188,7 +167,7 @@ fn settle(members: &mut [Member]) {
         if !members.iter().all(|other| other.quiet || !touched(other)) {
             continue;
         }
-        match io.hot_reset() {
+        match patiently(|| io.hot_reset()) {
             Ok(()) => {
                 log::debug!("{name}: hot reset, which touched {} others", others.len());
                 let together = members.iter_mut().filter(|other| touched(other));
