@@ -25,6 +25,11 @@ pub enum RouteError {
         /// How many there are.
         limit: u32,
     },
+    /// too many files are open: raise the limit (`ulimit -n`, LimitNOFILE= in a systemd unit)
+    #[error(
+        "too many files are open: raise the limit (`ulimit -n`, LimitNOFILE= in a systemd unit)"
+    )]
+    TooManyFiles,
     /// {what} failed: {source}
     #[error("{what} failed: {source}")]
     Kernel {

@@ -5,6 +5,7 @@
 //! are routed once.
 
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -283,11 +284,7 @@ fn message_route(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {
 
 impl InterruptRoutes for IrqRouter {
     fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
-        let event =
-            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| RouteError::Kernel {
-                what: "eventfd",
-                source,
-            })?;
+        let event = eventfd()?;
         let gsi = self.shared.take(message)?;
         if let Err(error) = self.shared.fd.register_irqfd(&event, gsi) {
             self.shared.free(gsi);
@@ -381,6 +378,21 @@ impl Drop for Vector {
     }
 }
 
+/// An eventfd for KVM to wait for, or to signal.
+pub(super) fn eventfd() -> Result<EventFd, RouteError> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(no_eventfd)
+}
+
+fn no_eventfd(source: io::Error) -> RouteError {
+    match source.raw_os_error() {
+        Some(libc::EMFILE) => RouteError::TooManyFiles,
+        _ => RouteError::Kernel {
+            what: "eventfd",
+            source,
+        },
+    }
+}
+
 /// An eventfd's descriptor.
 pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open for as long as `event`, which stays borrowed.
@@ -418,6 +430,14 @@ impl LevelLine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_that_is_reached_is_named_with_what_raises_it() {
+        let said = no_eventfd(io::Error::from_raw_os_error(libc::EMFILE)).to_string();
+        assert!(said.contains("ulimit -n"), "{said}");
+        let said = no_eventfd(io::Error::from_raw_os_error(libc::ENOMEM)).to_string();
+        assert!(said.starts_with("eventfd failed: "), "{said}");
+    }
 
     #[test]
     fn the_legacy_pins_are_those_of_a_pc() {

@@ -11,9 +11,9 @@ use std::sync::Arc;
 
 use busway_pci::{InterruptLine, InterruptLines, InterruptPin, RouteError};
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::irq::{IrqRouter, borrow, kernel};
+use super::irq::{IrqRouter, borrow, eventfd, kernel};
 
 /// The four pins of a device, by the GSIs that they are wired to.
 #[derive(Debug)]
@@ -41,12 +41,6 @@ impl InterruptLines for Pins {
             InterruptPin::B => b,
             InterruptPin::C => c,
             InterruptPin::D => d,
-        };
-        let eventfd = || {
-            EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| RouteError::Kernel {
-                what: "eventfd",
-                source,
-            })
         };
         let (event, resample) = (eventfd()?, eventfd()?);
         self.fd

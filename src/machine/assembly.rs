@@ -81,6 +81,7 @@ impl Machine {
         signals: &Signals,
     ) -> Result<Self, RunError> {
         few_arenas();
+        many_files();
         // What costs nothing to find out comes first.
         let source = open_kernel(config)?;
         let options = assign_options(config)?;
@@ -486,5 +487,53 @@ fn few_arenas() {
     // SAFETY: the parameter exists and takes any count; allocations made before stay valid.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// Has as many files be open as this process may raise its limit to: each vector of a device that its
+/// driver uses is one, and the usual limit is below what a guest with many devices and processors has.
+fn many_files() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the one call fills `limit` in, the other reads it.
+    let raised = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
+        }
+    };
+    if !raised {
+        log::debug!("RLIMIT_NOFILE: {}", std::io::Error::last_os_error());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open_files() -> libc::rlimit {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the call fills `limit` in.
+        let result = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+        assert_eq!(result, 0);
+        limit
+    }
+
+    #[test]
+    fn as_many_files_can_be_open_as_the_limit_can_be_raised_to() {
+        let mut limit = open_files();
+        // Others' tests go on meanwhile.
+        limit.rlim_cur = limit.rlim_max - 1;
+        // SAFETY: the call reads `limit`.
+        let result = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+        assert_eq!(result, 0);
+        many_files();
+        let limit = open_files();
+        assert_eq!(limit.rlim_cur, limit.rlim_max);
     }
 }

@@ -248,7 +248,15 @@ impl Entry {
             }
             OnError::Pause | OnError::Ignore => {
                 if let Some(more) = self.told.tell(Instant::now()) {
-                    log::error!("{name} had an uncorrectable error: {what}{more}");
+                    let then = match self.on_error {
+                        // The host resets the link for a fatal one, and the device forgets what it was told.
+                        OnError::Ignore => {
+                            "; the guest goes on with it (on_error=ignore): if its driver does not bring \
+                             it back, a restart of the guest resets it"
+                        }
+                        _ => "",
+                    };
+                    log::error!("{name} had an uncorrectable error: {what}{more}{then}");
                 }
                 Ok(Verdict::GoOn)
             }

@@ -37,6 +37,8 @@ struct Peers {
     failure: Option<String>,
     /// That has been said.
     said: bool,
+    /// The pieces of which it was said that others do not reach them although they have to.
+    told: BTreeSet<String>,
 }
 
 impl Peers {
@@ -124,8 +126,13 @@ impl DmaListener {
             Ok(()) => {
                 peers.mapped.insert(region.guest());
             }
+            // The guest can place a BAR anew as often as it likes.
             Err(error) if self.peer_to_peer == Choice::On => {
-                log::error!("--platform p2p=on: {error}");
+                let level = match peers.told.insert(region.name().to_owned()) {
+                    true => log::Level::Error,
+                    false => log::Level::Debug,
+                };
+                log::log!(level, "--platform p2p=on: {error}");
             }
             Err(error) => {
                 log::debug!("{error}");

@@ -149,15 +149,18 @@ impl Pci {
 
 impl Drop for Pci {
     fn drop(&mut self) {
+        // First nothing of a device's memory is mapped any more, for other devices neither, which still
+        // run: a reset kills what they reach. What is behind a port goes with it.
+        let functions = self.topology.functions().into_iter();
+        let functions: Vec<_> = functions
+            .flat_map(|(id, _)| self.topology.remove(id))
+            .collect();
         // All before the first is closed, for some are reset together.
         let assigned = self.assigned.drain(..);
         for function in assigned.filter_map(|(_, function)| function.upgrade()) {
             function.retire();
         }
-        for (id, _) in self.topology.functions() {
-            // What is behind a port goes with it.
-            self.topology.remove(id);
-        }
+        drop(functions);
         self.buses.mmio.clear();
         self.buses.ports.clear();
     }

@@ -48,6 +48,8 @@ pub(crate) struct FakeDevice {
     pub(crate) only_d0: bool,
     pub(crate) irqs: Mutex<Irqs>,
     pub(crate) resets: Mutex<Vec<u16>>,
+    /// How many resets are refused, because somebody holds the device.
+    pub(crate) resets_held_up: AtomicUsize,
     /// Events that somebody wants to hear of.
     pub(crate) listened: Mutex<Vec<IrqIndex>>,
     pub(crate) function_reset: Option<FunctionReset>,
@@ -117,6 +119,7 @@ impl Default for FakeDevice {
             only_d0: false,
             irqs: Mutex::default(),
             resets: Mutex::default(),
+            resets_held_up: AtomicUsize::default(),
             listened: Mutex::default(),
             function_reset: Some(FunctionReset::Other),
             reach: Mutex::default(),
@@ -374,6 +377,15 @@ impl DeviceIo for FakeDevice {
     }
 
     fn reset(&self) -> io::Result<()> {
+        let less = |left: usize| left.checked_sub(1);
+        let relaxed = Ordering::Relaxed;
+        if self
+            .resets_held_up
+            .fetch_update(relaxed, relaxed, less)
+            .is_ok()
+        {
+            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        }
         let command = u16::from_le_bytes(self.config_at(4));
         self.resets.lock().unwrap().push(command);
         self.on_reset.call();

@@ -404,7 +404,11 @@ impl PciFunction for AssignedFunction {
     fn reset(&self) {
         let mut state = self.lock();
         self.reset_by(&mut state, ResetHandle::reset);
-        state.settle_pin();
+        // One that is reset with others as well stays quiet till they are: its pin is connected by the
+        // next write to the command register, without which the device has nothing to tell.
+        if !self.reset.is_shared() {
+            state.settle_pin();
+        }
     }
 }
 

@@ -33,6 +33,7 @@ mod lists;
 mod mapping;
 mod msix_layout;
 mod open;
+mod patience;
 mod pin;
 mod policy;
 mod power;

@@ -12,6 +12,7 @@ use busway_pci::Bdf;
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
 use crate::handed::{Handed, HandedKind};
 use crate::host::is_vfio_driver;
+use crate::patience::patiently;
 use crate::vf_token::TokenUse;
 use crate::{KernelDevice, KvmFiles, VfToken, sys};
 
@@ -271,7 +272,9 @@ impl Opener {
             Some(token) => format!("{address} vf_token={token}"),
             None => address.to_string(),
         };
-        group.device(&name).map(File::from).map_err(failed)
+        // The kernel resets it, which it only tries (`vfio_pci_core_enable`).
+        let opened = patiently(|| group.device(&name));
+        opened.map(File::from).map_err(failed)
     }
 
     fn cdev(
@@ -383,10 +386,12 @@ impl Opener {
 /// Kernels before Linux 6.17 neither take a VF token there nor ask for one: the device can be had
 /// without, and that is said.
 fn bind(file: &File, ioas: &Ioas, address: Bdf, vf_token: Option<&VfToken>) -> io::Result<()> {
-    let bound = sys::bind_iommufd(file, ioas.fd(), vf_token.map(VfToken::bytes));
+    // This opens the device, and the kernel resets it, which it only tries (`vfio_pci_core_enable`).
+    let bind = |token| patiently(|| sys::bind_iommufd(file, ioas.fd(), token));
+    let bound = bind(vf_token.map(VfToken::bytes));
     match bound {
         Err(error) if vf_token.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
-            sys::bind_iommufd(file, ioas.fd(), None)?;
+            bind(None)?;
             log::warn!(
                 "{address}: this host's kernel takes no VF token over iommufd (Linux 6.17 does), and \
                  asks for none: it was opened without; `--platform iommufd=off` uses the token"

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::Bdf;
 
+use crate::patience::patiently;
 use crate::reset::{Decision, decide};
 use crate::{DeviceIo, FunctionReset, ResetMethod};
 
@@ -31,6 +32,8 @@ struct Member {
     owed: bool,
     /// That its reset is not what it should be has been said.
     said: bool,
+    /// That the kernel refused it has been said: a guest can ask for it without end.
+    refusal_said: bool,
 }
 
 impl Resets {
@@ -47,6 +50,7 @@ impl Resets {
             method: ResetMethod::None,
             quiet: true,
             said: false,
+            refusal_said: false,
         };
         self.lock().push(member);
     }
@@ -70,6 +74,8 @@ impl Resets {
         if !known {
             self.add(name, io.clone());
             self.begin();
+            // A device that comes at run time may find the bus in use.
+            do_next_best(&mut self.lock(), io);
         }
         ResetHandle {
             resets: self.clone(),
@@ -111,11 +117,23 @@ impl Member {
     /// Resets the function by itself, where that goes.
     fn reset_alone(&mut self) {
         self.owed = false;
-        if self.io.function_reset().is_some()
-            && let Err(error) = self.io.reset()
-        {
-            log::warn!(
-                "{}: VFIO_DEVICE_RESET: {error}; it goes on as it is",
+        if self.io.function_reset().is_none() {
+            return;
+        }
+        let refused = patiently(|| self.io.reset()).err();
+        let said = std::mem::replace(&mut self.refusal_said, refused.is_some());
+        if let Some(error) = refused {
+            let level = match said {
+                false => log::Level::Warn,
+                true => log::Level::Debug,
+            };
+            let why = match error.raw_os_error() {
+                Some(libc::EAGAIN) => " (the host holds the device, as while it is being unbound)",
+                _ => "",
+            };
+            log::log!(
+                level,
+                "{}: VFIO_DEVICE_RESET: {error}{why}; it goes on as it is",
                 self.name
             );
         }
@@ -149,7 +167,7 @@ fn settle(members: &mut [Member]) {
         if !members.iter().all(|other| other.quiet || !touched(other)) {
             continue;
         }
-        match io.hot_reset() {
+        match patiently(|| io.hot_reset()) {
             Ok(()) => {
                 log::debug!("{name}: hot reset, which touched {} others", others.len());
                 let together = members.iter_mut().filter(|other| touched(other));
@@ -169,6 +187,16 @@ fn settle(members: &mut [Member]) {
                 member.reset_alone();
             }
         }
+    }
+}
+
+/// Resets a device by itself, as far as that goes, that waits for others to be reset with it; it goes on
+/// waiting for them.
+fn do_next_best(members: &mut [Member], io: &Arc<dyn DeviceIo>) {
+    let mut waiting = members.iter_mut().filter(|member| member.owed);
+    if let Some(member) = waiting.find(|member| Arc::ptr_eq(&member.io, io)) {
+        member.reset_alone();
+        member.owed = true;
     }
 }
 
@@ -204,6 +232,18 @@ impl ResetHandle {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// Whether there are others whose reset is this one's too.
+    pub(crate) fn is_shared(&self) -> bool {
+        let members = self.resets.lock();
+        let own = members.iter().find(|member| self.is(member));
+        let address = own.and_then(|member| member.address);
+        members.iter().any(|member| match &member.method {
+            ResetMethod::Hot { others } if self.is(member) => !others.is_empty(),
+            ResetMethod::Hot { others } => address.is_none_or(|own| others.contains(&own)),
+            ResetMethod::Function(_) | ResetMethod::None => false,
+        })
+    }
+
     /// Resets the function by itself and at once, as the guest asks for by its registers.
     pub(crate) fn reset_function(&self) {
         let mut members = self.resets.lock();
@@ -237,11 +277,7 @@ impl ResetHandle {
         }
         settle(&mut members);
         // Those that are reset with it may never come: a guest can reset the bus of one alone.
-        let waiting = members.iter_mut().find(|other| self.is(other));
-        if let Some(member) = waiting.filter(|member| member.owed) {
-            member.reset_alone();
-            member.owed = true;
-        }
+        do_next_best(&mut members, &self.io);
     }
 
     fn is(&self, member: &Member) -> bool {

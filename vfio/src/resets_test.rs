@@ -182,3 +182,35 @@ fn one_that_left_holds_nobody_back() {
     handles[0].reset();
     assert_eq!(hot(&[&a]), 2);
 }
+
+#[test]
+fn one_that_comes_to_a_bus_in_use_has_the_next_best_and_the_bus_when_all_are_quiet() {
+    let a = on_bus(&[A, B]);
+    let (resets, handles) = vm(&[(A, &a)]);
+    handles[0].touch();
+    let b = Arc::new(FakeDevice {
+        function_reset: Some(FunctionReset::PowerState),
+        reach: Mutex::new(vec![affected(A), affected(B)]),
+        ..FakeDevice::default()
+    });
+    let io: Arc<dyn DeviceIo> = b.clone();
+    let _late = resets.join(B, &io);
+    assert_eq!((b.resets().len(), hot(&[&a, &b])), (1, 1), "A is in use");
+    handles[0].reset();
+    assert_eq!((b.resets().len(), hot(&[&a, &b])), (1, 2));
+}
+
+#[test]
+fn a_device_that_somebody_holds_for_a_moment_is_reset_all_the_same() {
+    let a = with_reset(FunctionReset::Flr);
+    let (_resets, handles) = vm(&[(A, &a)]);
+    handles[0].touch();
+    a.resets_held_up.store(2, Ordering::Relaxed);
+    handles[0].reset();
+    assert_eq!(a.resets().len(), 2);
+    // Not for ever: while the host unbinds it, it waits for the VM.
+    a.resets_held_up.store(1000, Ordering::Relaxed);
+    handles[0].reset();
+    assert_eq!(a.resets().len(), 2);
+    assert!(a.resets_held_up.load(Ordering::Relaxed) > 900);
+}

@@ -14,6 +14,8 @@ use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo};
 pub(crate) struct MsiVectors {
     name: String,
     io: Arc<dyn DeviceIo>,
+    /// That there are fewer than asked for has been said.
+    said: bool,
 }
 
 impl MsiVectors {
@@ -21,6 +23,7 @@ impl MsiVectors {
         Self {
             name: name.to_owned(),
             io,
+            said: false,
         }
     }
 }
@@ -34,7 +37,12 @@ impl VectorOwner for MsiVectors {
             // vectors stay silent. PCIe 6.0 §7.7.1.2
             Err(IrqError::Fewer { given }) if given > 0 => {
                 let asked = events.len();
-                log::warn!(
+                let level = match std::mem::replace(&mut self.said, true) {
+                    false => log::Level::Warn,
+                    true => log::Level::Debug,
+                };
+                log::log!(
+                    level,
                     "{}: the host gives it {given} of the {asked} MSI vectors that its driver \
                      enabled; a host with interrupt remapping gives more",
                     self.name

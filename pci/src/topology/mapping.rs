@@ -22,14 +22,21 @@ struct Mapping {
     state: State,
 }
 
+/// Refusals that are warnings: a guest that places a BAR badly can do so as often as it likes.
+const LOUD_REFUSALS: u32 = 16;
+
 /// What the guest can reach, by function.
 #[derive(Debug, Default)]
-pub(super) struct Mappings(BTreeMap<FunctionId, Vec<Mapping>>);
+pub(super) struct Mappings {
+    functions: BTreeMap<FunctionId, Vec<Mapping>>,
+    /// How many BARs were not taken where the guest placed them.
+    refusals: u32,
+}
 
 impl Mappings {
     /// Whether anything of a function is mapped.
     pub(super) fn has(&self, function: FunctionId) -> bool {
-        let mappings = self.0.get(&function).into_iter().flatten();
+        let mappings = self.functions.get(&function).into_iter().flatten();
         mappings
             .into_iter()
             .any(|mapping| mapping.state == State::Mapped)
@@ -37,7 +44,7 @@ impl Mappings {
 
     /// Unmaps everything.
     pub(super) fn clear(&mut self, mapper: &dyn BarMapper) {
-        let all = std::mem::take(&mut self.0).into_values().flatten();
+        let all = std::mem::take(&mut self.functions).into_values().flatten();
         for mapping in all.filter(|mapping| mapping.state == State::Mapped) {
             mapper.unmap(&mapping.function, &mapping.region);
         }
@@ -49,7 +56,7 @@ impl Mappings {
         let mut room_made = false;
         for &id in functions {
             let wanted = tree.reachable(id);
-            let mappings = self.0.entry(id).or_default();
+            let mappings = self.functions.entry(id).or_default();
             mappings.retain(|mapping| {
                 let keep = wanted.contains(&mapping.region);
                 if !keep && mapping.state == State::Mapped {
@@ -69,13 +76,24 @@ impl Mappings {
                 }
             }
             if mappings.is_empty() {
-                self.0.remove(&id);
+                self.functions.remove(&id);
             }
         }
-        for (&id, mappings) in &mut self.0 {
+        for (&id, mappings) in &mut self.functions {
             for mapping in mappings {
                 match mapping.state {
-                    State::New => mapping.map(mapper, tree.bdf(id), log::Level::Warn),
+                    State::New => {
+                        let loud = self.refusals < LOUD_REFUSALS;
+                        let level = if loud {
+                            log::Level::Warn
+                        } else {
+                            log::Level::Debug
+                        };
+                        mapping.map(mapper, tree.bdf(id), level);
+                        if mapping.state == State::Refused {
+                            self.refusals = self.refusals.saturating_add(1);
+                        }
+                    }
                     State::Refused if room_made => {
                         mapping.map(mapper, tree.bdf(id), log::Level::Debug);
                     }
@@ -105,5 +123,58 @@ impl Mapping {
                 State::Refused
             }
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::address::Device;
+    use crate::fake::{FakeFunction, FakeMapper, MEMORY_32};
+    use crate::function::BarIndex;
+    use crate::spec;
+    use crate::topology::{Place, Topology};
+
+    thread_local! {
+        static WARNINGS: Cell<u32> = const { Cell::new(0) };
+    }
+
+    /// Counts the warnings of each thread.
+    struct Counter;
+
+    impl log::Log for Counter {
+        fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+            metadata.level() <= log::Level::Warn
+        }
+
+        fn log(&self, record: &log::Record<'_>) {
+            if self.enabled(record.metadata()) {
+                WARNINGS.set(WARNINGS.get() + 1);
+            }
+        }
+
+        fn flush(&self) {}
+    }
+
+    #[test]
+    fn a_guest_that_places_a_bar_badly_without_end_does_not_fill_the_log() {
+        log::set_logger(&Counter).unwrap();
+        log::set_max_level(log::LevelFilter::Warn);
+        let topology = Topology::new(FakeMapper::new(true));
+        let on = |number| {
+            let bar = (BarIndex::Bar(0), MEMORY_32, 0x1000);
+            let place = Place::root(Device::new(number).unwrap());
+            topology.add(place, FakeFunction::new(&[bar])).unwrap();
+            Bdf::new(0, number, 0).unwrap()
+        };
+        let (here, there) = (on(1), on(2));
+        topology.config_write(here, spec::COMMAND, &[2, 0]);
+        for round in 1..1000 {
+            topology.config_write(there, spec::COMMAND, &[2, 0]);
+            topology.config_write(there, spec::COMMAND, &[0, 0]);
+            assert_eq!(WARNINGS.get(), round.min(LOUD_REFUSALS));
+        }
     }
 }

@@ -9,8 +9,8 @@ mod output;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -174,7 +174,7 @@ fn standard_input(escape: Escape) -> io::Result<Option<Reader>> {
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     if stdin.is_terminal() {
         return match RawMode::enter(stdin.as_fd()) {
-            Ok(raw) => Ok(Some(Reader::terminal(stdin, escape, Some(raw)))),
+            Ok(raw) => Ok(Some(Reader::terminal(unshared(stdin), escape, Some(raw)))),
             Err(error) => {
                 log::warn!("the guest gets no input from the terminal: {error}");
                 Ok(None)
@@ -184,12 +184,29 @@ fn standard_input(escape: Escape) -> io::Result<Option<Reader>> {
     let file = File::from(stdin);
     let kind = file.metadata()?.file_type();
     if kind.is_fifo() || kind.is_socket() {
-        Ok(Some(Reader::terminal(file.into(), escape, None)))
+        Ok(Some(Reader::terminal(unshared(file.into()), escape, None)))
     } else if kind.is_file() {
         // A file is always readable and cannot be waited for; what comes out of a pipe can.
         Ok(Some(Reader::terminal(through_pipe(file)?, escape, None)))
     } else {
         Ok(None)
+    }
+}
+
+/// The same input, opened anew to be read without waiting: another process that has it too may read what
+/// was there, and whoever then waited for more could not be stopped. What cannot be opened anew, such as
+/// a socket, stays as it is: its flags are the other process's as well.
+fn unshared(input: OwnedFd) -> OwnedFd {
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(format!("/proc/self/fd/{}", input.as_raw_fd()));
+    match opened {
+        Ok(file) => file.into(),
+        Err(error) => {
+            log::debug!("standard input cannot be opened anew: {error}");
+            input
+        }
     }
 }
 

@@ -178,6 +178,25 @@ fn output_to_a_reader_that_left_is_dropped_at_once() {
 }
 
 #[test]
+fn input_that_another_process_took_first_is_not_waited_for() {
+    let (pipe, mut writer) = io::pipe().unwrap();
+    let mut other = pipe.try_clone().unwrap();
+    let escape = Escape::new(quit(), Writer::null());
+    let mut reader = Reader::terminal(unshared(pipe.into()), escape, None);
+    writer.write_all(b"ab").unwrap();
+    other.read_exact(&mut [0; 2]).unwrap();
+    let (told, heard) = std::sync::mpsc::channel();
+    let reading = std::thread::spawn(move || {
+        told.send(reader.read(&mut [0; 8])).unwrap();
+        reader
+    });
+    let found = heard.recv_timeout(Duration::from_secs(5));
+    writer.write_all(b"c").unwrap();
+    assert_eq!(found, Ok(Input::Nothing));
+    assert_eq!(receive(&mut reading.join().unwrap()), b"c");
+}
+
+#[test]
 fn the_escape_key_quits_sends_itself_and_helps() {
     let (mut shown, pipe) = io::pipe().unwrap();
     let output = Writer::to_file(OwnedFd::from(pipe).into()).unwrap();

@@ -271,6 +271,10 @@ impl RtcState {
         let hour = wanted(HOURS_ALARM, &|value| self.decode_hour(value));
         let minute = wanted(MINUTES_ALARM, &|value| self.decode(value));
         let second = wanted(SECONDS_ALARM, &|value| self.decode(value));
+        let never = |wanted: Option<u8>, count| wanted.is_some_and(|value| value >= count);
+        if never(hour, 24) || never(minute, 60) || never(second, 60) {
+            return None;
+        }
         let start = from.div_euclid(SECOND) + 1;
         let mut at = start;
         while at <= start + 86_400 {
@@ -447,6 +451,23 @@ mod tests {
         );
         write(&mut clock, HOURS_ALARM, 0x99, NOW + 6 * SECOND);
         assert_eq!(clock.next_interrupt(NOW + 6 * SECOND), None, "no such hour");
+    }
+
+    #[test]
+    fn an_alarm_at_a_time_that_there_is_not_is_not_searched_for() {
+        let mut clock = RtcState::new(NOW);
+        for index in [SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM] {
+            write(&mut clock, index, 0xff, NOW);
+        }
+        write(&mut clock, SECONDS_ALARM, 0x99, NOW);
+        write(&mut clock, B, B_24_HOURS | ALARM, NOW);
+        let start = std::time::Instant::now();
+        for step in 0..10_000 {
+            assert!(!clock.advance(NOW + step * SECOND));
+            assert_eq!(clock.next_interrupt(NOW + step * SECOND), None);
+        }
+        let took = start.elapsed();
+        assert!(took.as_secs() < 5, "{took:?}");
     }
 
     #[test]

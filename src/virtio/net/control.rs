@@ -69,7 +69,9 @@ impl Control {
         }
         let offloads = u64::from_le_bytes(offloads);
         let guest = net::F_GUEST_CSUM | net::F_GUEST_TSO4 | net::F_GUEST_TSO6 | net::F_GUEST_ECN;
+        // The kernel refuses the others too, but that would be an error to tell of.
         offloads & !(self.features & guest) == 0
+            && super::have_what_they_stand_on(offloads)
             && self.done(self.tap.set_offload(super::offload(offloads)))
     }
 

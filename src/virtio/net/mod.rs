@@ -151,6 +151,21 @@ fn offload(features: u64) -> libc::c_uint {
     .fold(0, |flags, (_, flag)| flags | flag)
 }
 
+/// Whether each of these features has one of those that it stands on. Virtio 1.3 §5.1.3.1.
+fn have_what_they_stand_on(features: u64) -> bool {
+    let has = |feature| features & feature != 0;
+    let stands_on = [
+        (net::F_GUEST_TSO4 | net::F_GUEST_TSO6, net::F_GUEST_CSUM),
+        (net::F_GUEST_ECN, net::F_GUEST_TSO4 | net::F_GUEST_TSO6),
+        (net::F_HOST_TSO4 | net::F_HOST_TSO6, net::F_CSUM),
+        (net::F_HOST_ECN, net::F_HOST_TSO4 | net::F_HOST_TSO6),
+        (net::F_MQ | net::F_CTRL_GUEST_OFFLOADS, net::F_CTRL_VQ),
+    ];
+    stands_on
+        .into_iter()
+        .all(|(upper, lower)| !has(upper) || has(lower))
+}
+
 impl VirtioDevice for Net {
     fn name(&self) -> &str {
         &self.name
@@ -194,19 +209,8 @@ impl VirtioDevice for Net {
         Arc::clone(&self.config)
     }
 
-    /// Virtio 1.3 §5.1.3.1: what stands on what.
     fn accepts(&self, features: u64) -> bool {
-        let has = |feature| features & feature != 0;
-        let stands_on = [
-            (net::F_GUEST_TSO4 | net::F_GUEST_TSO6, net::F_GUEST_CSUM),
-            (net::F_GUEST_ECN, net::F_GUEST_TSO4 | net::F_GUEST_TSO6),
-            (net::F_HOST_TSO4 | net::F_HOST_TSO6, net::F_CSUM),
-            (net::F_HOST_ECN, net::F_HOST_TSO4 | net::F_HOST_TSO6),
-            (net::F_MQ | net::F_CTRL_GUEST_OFFLOADS, net::F_CTRL_VQ),
-        ];
-        stands_on
-            .into_iter()
-            .all(|(upper, lower)| !has(upper) || has(lower))
+        have_what_they_stand_on(features)
     }
 
     fn activate(&mut self, mut activation: Activation) -> io::Result<Vec<Box<dyn Worker>>> {

@@ -6,6 +6,7 @@ use crate::virtio::spec::pci::common;
 use crate::virtio::spec::status;
 use crate::virtio::testing::{Driver, Ring, eventually, readable};
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// An EtherType for experiments, so that nobody else's packets count. IEEE 802 §9.2.4.
 const ETHERTYPE: u16 = 0x88b5;
@@ -298,6 +299,54 @@ fn offloads_are_the_drivers_to_choose_among_what_it_negotiated() {
         driver.run(&mut control, &[(at, 10, false), (at + 32, 1, true)]);
         assert_eq!(driver.read(at + 32, 1), [answer], "{offloads:#x}");
     }
+}
+
+/// Counts what a driver could fill the log with.
+struct Complaints;
+
+static COMPLAINTS: AtomicUsize = AtomicUsize::new(0);
+
+impl log::Log for Complaints {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) && record.target().contains("net::control") {
+            COMPLAINTS.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn offloads_that_the_kernel_would_refuse_are_refused_without_a_word() {
+    let Some(net) = card(2) else { return };
+    log::set_logger(&Complaints).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
+    let mut driver = Driver::new(net);
+    let offloads = net::F_GUEST_CSUM | net::F_GUEST_TSO4 | net::F_GUEST_TSO6 | net::F_GUEST_ECN;
+    driver.negotiate(net::F_CTRL_VQ | net::F_CTRL_GUEST_OFFLOADS | offloads);
+    driver.queue(0, 64);
+    driver.queue(1, 64);
+    let mut control = driver.queue(2, 64);
+    driver.ready();
+    let at = driver.alloc(64);
+    for offloads in [
+        net::F_GUEST_TSO4,
+        net::F_GUEST_TSO6 | net::F_GUEST_ECN,
+        net::F_GUEST_CSUM | net::F_GUEST_ECN,
+    ] {
+        driver.write(
+            at,
+            &[net::CTRL_GUEST_OFFLOADS, net::CTRL_GUEST_OFFLOADS_SET],
+        );
+        driver.write(at + 2, &offloads.to_le_bytes());
+        driver.run(&mut control, &[(at, 10, false), (at + 32, 1, true)]);
+        assert_eq!(driver.read(at + 32, 1), [net::CTRL_ERR], "{offloads:#x}");
+    }
+    assert_eq!(COMPLAINTS.load(Ordering::Relaxed), 0);
 }
 
 #[test]

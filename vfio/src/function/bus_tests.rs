@@ -12,7 +12,7 @@ use busway_pci::{
 
 use super::tests::nvme;
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes};
-use crate::{Affected, AssignOptions, AssignedFunction, Resets, Wiring};
+use crate::{Affected, AssignOptions, AssignedFunction, FunctionReset, IrqIndex, Resets, Wiring};
 
 /// Which BARs are mapped, by address; a dma-buf is asked for with each, as for peer-to-peer DMA.
 #[derive(Debug, Default)]
@@ -48,6 +48,11 @@ struct Vm {
 
 impl Vm {
     fn new() -> Self {
+        Self::with(None)
+    }
+
+    /// The first has this reset of its own.
+    fn with(first: Option<FunctionReset>) -> Self {
         let mapper = Arc::new(Mapper::default());
         let topology = Topology::new(mapper.clone());
         let resets = Arc::<Resets>::default();
@@ -57,9 +62,9 @@ impl Vm {
             owned: true,
             driver: Some("vfio-pci".to_owned()),
         });
-        let fakes = NAMES.map(|_| {
+        let fakes = NAMES.map(|name| {
             let mut fake = nvme();
-            fake.function_reset = None;
+            fake.function_reset = first.filter(|_| name == NAMES[0]);
             *fake.reach.lock().unwrap() = on_the_bus.to_vec();
             let (mapper, seen) = (mapper.clone(), mapped_at_reset.clone());
             *fake.on_reset.0.lock().unwrap() = Some(Box::new(move || {
@@ -186,4 +191,30 @@ fn a_device_that_is_used_again_before_the_others_are_reset_keeps_its_bar_and_its
     vm.decode(1);
     assert_eq!(vm.dma_bufs()[0], 2);
     assert_eq!(*vm.mapped_at_reset.lock().unwrap(), [0]);
+}
+
+#[test]
+fn no_pin_is_connected_while_the_bus_is_reset_and_each_is_when_its_guest_goes_on() {
+    for first in [None, Some(FunctionReset::Flr)] {
+        let vm = Vm::with(first);
+        let connected = Arc::<Mutex<Vec<usize>>>::default();
+        for fake in vm.fakes.iter().filter(|fake| fake.function_reset.is_none()) {
+            let (all, seen) = (vm.fakes.clone(), connected.clone());
+            *fake.on_reset.0.lock().unwrap() = Some(Box::new(move || {
+                let pins = all.iter().filter(|fake| fake.kind().is_some()).count();
+                seen.lock().unwrap().push(pins);
+            }));
+        }
+        vm.topology.reset();
+        vm.start();
+        vm.reset_bus(0);
+        vm.reset_bus(1);
+        assert_eq!(vm.hot_resets(), 3);
+        assert_eq!(*connected.lock().unwrap(), [0, 0], "{first:?}");
+        vm.start();
+        for fake in &vm.fakes {
+            assert_eq!(fake.kind(), Some(IrqIndex::Intx));
+            *fake.on_reset.0.lock().unwrap() = None;
+        }
+    }
 }
