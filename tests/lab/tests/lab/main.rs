@@ -74,10 +74,7 @@ fn main() -> Result<ExitCode> {
         .into_iter()
         .flatten()
         .chain(zoo::PROOFS)
-        .map(|proof| match on_request(proof.0) {
-            Some(why) => trial(proof, &labs).with_ignored_flag(true).with_kind(why),
-            None => trial(proof, &labs),
-        })
+        .map(|proof| trial(proof, &labs))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     labs.idle().clear();
@@ -153,27 +150,6 @@ fn trial(&(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
     })
     .with_ignored_flag(reason.is_some())
     .with_kind(reason.unwrap_or_default())
-}
-
-/// Trials that run with `--ignored` alone, by the beginnings of their names, and why.
-const ON_REQUEST: &[(&str, &str)] = &[
-    ("zoo_drivers_leave", "long: 150 s"),
-    ("interrupts_to_the_number_of_100_000", "long: 150 s"),
-    ("helper_makes_virtual_functions", "long: 100 s"),
-    ("helper_binds_at_boot", "long: 70 s"),
-    ("groups_two", "long: 80 s"),
-    ("groups_no_trace", "long: 180 s"),
-    ("groups_a_drive", "long: 120 s"),
-    ("zoo_in_one_guest", "long: 110 s"),
-    ("dma_devices_reach_each_other_by_dma_buf", "builds a kernel"),
-];
-
-/// Why a trial runs on request only, if it does.
-fn on_request(name: &str) -> Option<&'static str> {
-    let listed = ON_REQUEST
-        .iter()
-        .find(|(begins, _)| name.starts_with(begins));
-    listed.map(|(_, why)| *why)
 }
 
 /// Why this machine cannot run the lab, if it cannot.
