@@ -107,11 +107,4 @@ impl HostPaths {
         members.sort();
         members
     }
-
-    /// Whether a module is loaded or built in. Built-in modules appear there when they have
-    /// parameters, so `false` is no proof that one is missing.
-    #[must_use]
-    pub fn module_is_there(&self, module: &str) -> bool {
-        self.sys.join("module").join(module).exists()
-    }
 }

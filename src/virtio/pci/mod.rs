@@ -169,7 +169,8 @@ impl VirtioPci {
     }
 
     /// How many MSI-X vectors have a route to the guest now.
-    pub fn connected_vectors(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn connected_vectors(&self) -> usize {
         self.interrupts.msix().connected()
     }
 
