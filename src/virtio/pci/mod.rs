@@ -233,7 +233,6 @@ impl VirtioPci {
             features: registers.driver_features,
             ram: self.ram.clone(),
             queues,
-            interrupts: Arc::clone(&self.interrupts),
         })?;
         function.workers = Some(Workers::start(workers, stop, &self.interrupts)?);
         Ok(())
@@ -384,8 +383,7 @@ impl PciFunction for VirtioPci {
         match layout::place(offset) {
             Place::Common(at) => {
                 let broken = self.interrupts.is_broken();
-                let generation = self.device_config.generation();
-                self.function().registers.read(at, data, broken, generation);
+                self.function().registers.read(at, data, broken);
             }
             Place::Isr => {
                 data.fill(0);
