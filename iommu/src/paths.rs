@@ -67,6 +67,13 @@ impl HostPaths {
         self.sys.join("bus/pci/devices").join(address)
     }
 
+    /// Whether any device of the host is in an IOMMU group.
+    #[must_use]
+    pub fn has_iommu(&self) -> bool {
+        std::fs::read_dir(self.sys.join("kernel/iommu_groups"))
+            .is_ok_and(|mut groups| groups.next().is_some())
+    }
+
     /// The IOMMU group of the PCI function whose folder in sysfs is `device`.
     #[must_use]
     pub fn group_of(&self, device: &Path) -> Option<u32> {
