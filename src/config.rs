@@ -36,7 +36,8 @@ pub struct VmConfig {
     pub kernel: Option<PathBuf>,
     /// Initial RAM file system.
     pub initramfs: Option<PathBuf>,
-    /// Kernel command line.
+    /// Kernel command line; where it is absent,
+    /// [`default_cmdline`](crate::boot::default_cmdline)'s.
     pub cmdline: Option<String>,
     /// Processors.
     pub cpus: CpusConfig,

@@ -155,12 +155,7 @@ fn locked(paths: &HostPaths, accounting: Accounting) -> Locked {
     let read = |of: &Path, name: &str| std::fs::read_to_string(of.join(name)).unwrap_or_default();
     let own = paths.proc.join("self");
     let status = Status::parse(&read(&own, "status"));
-    // A capability counts in the initial user namespace only: root of a container has it in vain.
-    // There alone does `uid_map` map every id onto itself.
-    let initial = read(&own, "uid_map")
-        .split_whitespace()
-        .eq(["0", "0", &u32::MAX.to_string()]);
-    let exempt = initial && status.may_lock;
+    let exempt = status.may_lock && paths.is_in_initial_user_namespace();
     if accounting == Accounting::Process || exempt {
         return Locked {
             own: status.locked,
@@ -273,6 +268,9 @@ mod tests {
         assert!(exempt(INITIAL, ALL));
         assert!(!exempt("0 100000 65536\n", ALL));
         assert!(!exempt(INITIAL, "0000000000000000"));
+        let (_root, without_namespaces) = host(INITIAL, ALL, &[]);
+        fs::remove_file(without_namespaces.proc.join("self/uid_map")).unwrap();
+        assert!(locked(&without_namespaces, Accounting::User).exempt);
         assert_eq!(Status::parse("nonsense"), Status::default());
     }
 

@@ -136,7 +136,7 @@ impl Obstacle {
         let Module(module, option) = module;
         match error.raw_os_error() {
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-                if !has_iommu(paths) {
+                if !paths.has_iommu() {
                     return no_iommu(paths);
                 }
                 Self::Module { module, option }
@@ -196,7 +196,7 @@ impl Obstacle {
                 hint: "the IOMMU reserves addresses that are mapped already, or its firmware \
                        demands the device for itself (an RMRR; see `dmesg`)",
             },
-            Some(libc::ENODEV) if !has_iommu(paths) => no_iommu(paths),
+            Some(libc::ENODEV) if !paths.has_iommu() => no_iommu(paths),
             _ => Self::Other(error),
         }
     }
@@ -206,12 +206,6 @@ impl Obstacle {
     pub fn no_iommu(paths: &HostPaths) -> Self {
         no_iommu(paths)
     }
-}
-
-/// Whether any device of the host is in an IOMMU group.
-pub(crate) fn has_iommu(paths: &HostPaths) -> bool {
-    std::fs::read_dir(paths.sys.join("kernel/iommu_groups"))
-        .is_ok_and(|mut groups| groups.next().is_some())
 }
 
 fn no_iommu(paths: &HostPaths) -> Obstacle {

@@ -67,6 +67,27 @@ impl HostPaths {
         self.sys.join("bus/pci/devices").join(address)
     }
 
+    /// Whether this process is in the initial user namespace, where alone its capabilities count for
+    /// the whole host: root of a container has them in vain. There alone does `uid_map` map every id
+    /// onto itself. A kernel without user namespaces has no such file: there is one space of ids.
+    #[must_use]
+    pub fn is_in_initial_user_namespace(&self) -> bool {
+        match std::fs::read_to_string(self.proc.join("self/uid_map")) {
+            Ok(map) => {
+                let all = ["0", "0", &u32::MAX.to_string()];
+                map.split_whitespace().eq(all)
+            }
+            Err(_) => true,
+        }
+    }
+
+    /// Whether any device of the host is in an IOMMU group.
+    #[must_use]
+    pub fn has_iommu(&self) -> bool {
+        std::fs::read_dir(self.sys.join("kernel/iommu_groups"))
+            .is_ok_and(|mut groups| groups.next().is_some())
+    }
+
     /// The IOMMU group of the PCI function whose folder in sysfs is `device`.
     #[must_use]
     pub fn group_of(&self, device: &Path) -> Option<u32> {
@@ -106,12 +127,5 @@ impl HostPaths {
             .collect();
         members.sort();
         members
-    }
-
-    /// Whether a module is loaded or built in. Built-in modules appear there when they have
-    /// parameters, so `false` is no proof that one is missing.
-    #[must_use]
-    pub fn module_is_there(&self, module: &str) -> bool {
-        self.sys.join("module").join(module).exists()
     }
 }

@@ -184,16 +184,6 @@ impl Container {
         }
     }
 
-    /// How many more mappings the kernel takes, where it says so and a group is attached.
-    #[must_use]
-    pub fn mappings_left(&self) -> Option<u32> {
-        let state = self.lock();
-        if state.groups == 0 {
-            return None;
-        }
-        self.limits().ok()?.available
-    }
-
     fn limits(&self) -> io::Result<Limits> {
         sys::type1_info(&self.file).map(|answer| parse_limits(&answer))
     }

@@ -122,6 +122,8 @@ pub(crate) struct FakeOwner {
     pub(crate) disconnects: usize,
     pub(crate) enables: usize,
     pub(crate) refuses: bool,
+    /// What it refuses costs it all that it had.
+    pub(crate) loses: bool,
 }
 
 impl VectorOwner for FakeOwner {
@@ -136,6 +138,10 @@ impl VectorOwner for FakeOwner {
         }
         self.connects.push((first, events.len()));
         Ok(())
+    }
+
+    fn has_lost_all(&self) -> bool {
+        self.loses
     }
 
     fn disconnect_all(&mut self) {

@@ -55,6 +55,10 @@ pub struct BarRegion {
     pub size: u64,
 }
 
+/// Bytes of a page of memory, the least that a guest can be given of a BAR. Busway runs on x86-64
+/// only.
+pub const PAGE_SIZE: u64 = 4096;
+
 /// An address in Busway's own process, valid for as long as the function that named it lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostAddress(pub usize);

@@ -126,11 +126,19 @@ pub trait VectorOwner {
 
     /// From now on vector `first + i` signals `events[i]`. MSI connects all its vectors in one call;
     /// MSI-X one at a time, when the guest first unmasks it, and the other vectors must not be
-    /// disturbed by that. The eventfds stay open until [`disconnect_all`](Self::disconnect_all).
+    /// disturbed by that. The eventfds stay open until [`disconnect_all`](Self::disconnect_all), or
+    /// until [`has_lost_all`](Self::has_lost_all).
     ///
     /// # Errors
     /// The device could not be told; the vectors stay unconnected and the error is logged.
     fn connect(&mut self, first: u16, events: &[BorrowedFd<'_>]) -> io::Result<()>;
+
+    /// After a [`connect`](Self::connect) that failed: whether it cost the vectors that were connected
+    /// before, which signal nothing any more. Their eventfds close, and each is connected again when
+    /// the guest next unmasks it.
+    fn has_lost_all(&self) -> bool {
+        false
+    }
 
     /// All vectors are off: the guest disabled MSI or MSI-X, or the function was reset. The eventfds
     /// close after this.

@@ -35,7 +35,8 @@ pub use capability::{
 };
 pub use config::{ConfigSpace, Identity, Register};
 pub use function::{
-    BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, HotPlug, PciFunction,
+    BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, HotPlug, PAGE_SIZE,
+    PciFunction,
 };
 pub use host_bridge::HostBridge;
 pub use interrupt::{

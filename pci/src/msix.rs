@@ -328,6 +328,11 @@ impl Msix {
                 .err(),
         };
         if let Some(error) = failure {
+            if matches!(error, VectorError::Device(_)) && owner.has_lost_all() {
+                for vector in &mut self.vectors {
+                    vector.connection = None;
+                }
+            }
             self.complaints
                 .make(&format!("MSI-X vector {number}"), &error);
         }

@@ -118,8 +118,6 @@ pub const PREFETCHABLE_LIMIT: u16 = 0x26;
 pub const PREFETCHABLE_BASE_UPPER: u16 = 0x28;
 /// Prefetchable limit, upper 32 bits. §7.5.1.3.10.
 pub const PREFETCHABLE_LIMIT_UPPER: u16 = 0x2c;
-/// I/O base and limit, upper 16 bits each. §7.5.1.3.11.
-pub const IO_UPPER: u16 = 0x30;
 /// Bridge control. §7.5.1.3.13.
 pub const BRIDGE_CONTROL: u16 = 0x3e;
 
@@ -263,8 +261,6 @@ pub const EXP_SLOT_CONTROL: u16 = 0x18;
 pub const EXP_SLOT_STATUS: u16 = 0x1a;
 /// Root control. §7.5.3.12.
 pub const EXP_ROOT_CONTROL: u16 = 0x1c;
-/// Root capabilities. §7.5.3.13.
-pub const EXP_ROOT_CAPABILITIES: u16 = 0x1e;
 /// Root status. §7.5.3.14.
 pub const EXP_ROOT_STATUS: u16 = 0x20;
 /// Device capabilities 2. §7.5.3.15.
@@ -275,8 +271,6 @@ pub const EXP_DEVICE_CONTROL_2: u16 = 0x28;
 pub const EXP_LINK_CAPABILITIES_2: u16 = 0x2c;
 /// Link control 2. §7.5.3.19.
 pub const EXP_LINK_CONTROL_2: u16 = 0x30;
-/// Link status 2. §7.5.3.20.
-pub const EXP_LINK_STATUS_2: u16 = 0x32;
 /// Bytes of the capability, version 2. §7.5.3.
 pub const EXP_CAPABILITY_SIZE: u16 = 0x3c;
 
@@ -364,9 +358,8 @@ pub const EXP_LINK_CONTROL_2_TARGET: u16 = 0x000f;
 
 // Ways to configuration space.
 
-/// CONFIG_ADDRESS's I/O port. PCI Local Bus Specification 3.0 §3.2.2.3.2.
-pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
-/// CONFIG_ADDRESS: accesses to CONFIG_DATA reach configuration space. PCI 3.0 §3.2.2.3.2.
+/// CONFIG_ADDRESS: accesses to CONFIG_DATA reach configuration space. PCI Local Bus
+/// Specification 3.0 §3.2.2.3.2.
 pub const CONFIG_ADDRESS_ENABLE: u32 = 1 << 31;
 /// Bytes of configuration space by memory, for 256 buses. PCIe 6.0 §7.2.2.
 pub const ECAM_SIZE: u64 = 256 << 20;

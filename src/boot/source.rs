@@ -87,18 +87,17 @@ impl BootSource {
     }
 }
 
-/// The command line for a guest that was given none: it puts the guest's console where Busway shows
-/// one, and says nothing else.
+/// The command line for a guest that was given none: it puts the guest's console where somebody
+/// listens, or else where there is a device, and says nothing else. The serial port goes first, for
+/// every kernel has its driver.
 #[must_use]
 pub fn default_cmdline(serial: &ConsoleConfig, console: &ConsoleConfig) -> &'static str {
-    let shown =
-        |config: &ConsoleConfig| !matches!(config, ConsoleConfig::Off | ConsoleConfig::Null);
-    if shown(console) && !shown(serial) {
-        "console=hvc0"
-    } else if *serial != ConsoleConfig::Off {
-        "console=ttyS0"
-    } else {
-        ""
+    use ConsoleConfig::{Null, Off};
+    match (serial, console) {
+        (Off, Off) => "",
+        (Null, Off | Null) => "console=ttyS0",
+        (Off | Null, _) => "console=hvc0",
+        _ => "console=ttyS0",
     }
 }
 

@@ -397,14 +397,23 @@ fn a_command_line_that_the_kernel_would_cut_is_refused() {
 }
 
 #[test]
-fn the_default_command_line_follows_the_console_that_is_shown() {
-    use ConsoleConfig::{Null, Off, Tty};
-    let line = |serial, console| default_cmdline(&serial, &console);
-    assert_eq!(line(Tty, Off), "console=ttyS0");
-    assert_eq!(line(Null, Tty), "console=hvc0");
-    assert_eq!(line(Off, Tty), "console=hvc0");
-    assert_eq!(line(Null, Off), "console=ttyS0");
-    assert_eq!(line(Off, Off), "");
+fn the_default_command_line_follows_the_console_that_is_heard_or_else_there() {
+    use ConsoleConfig::{File, Null, Off, Pty, Socket, Tty};
+    let heard = || [Tty, Pty, File("a".into()), Socket("b".into())];
+    let all = || [Off, Null].into_iter().chain(heard());
+    for serial in heard() {
+        for console in all() {
+            assert_eq!(default_cmdline(&serial, &console), "console=ttyS0");
+        }
+    }
+    for console in heard() {
+        assert_eq!(default_cmdline(&Off, &console), "console=hvc0");
+        assert_eq!(default_cmdline(&Null, &console), "console=hvc0");
+    }
+    assert_eq!(default_cmdline(&Null, &Off), "console=ttyS0");
+    assert_eq!(default_cmdline(&Null, &Null), "console=ttyS0");
+    assert_eq!(default_cmdline(&Off, &Null), "console=hvc0");
+    assert_eq!(default_cmdline(&Off, &Off), "");
 }
 
 /// Loads a file of `bytes`; only that it comes back matters.

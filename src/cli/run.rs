@@ -38,7 +38,7 @@ pub(super) struct RunArgs {
 
     /// Kernel command line [default: console= where there is one]
     ///
-    /// Where it is absent, console=ttyS0, or console=hvc0 with --serial off.
+    /// Where absent: console=ttyS0, or console=hvc0 where --console alone is there, or is heard.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = BOOT)]
     cmdline: Option<String>,
 
@@ -234,9 +234,6 @@ impl RunArgs {
             file::apply(&mut config, path, &text)?;
         }
         self.apply(&mut config)?;
-        config
-            .cmdline
-            .get_or_insert_with(|| default_cmdline(&config.serial, &config.console).to_owned());
         config.validate()?;
         Ok(config)
     }
@@ -283,15 +280,6 @@ fn extend<T>(section: &Section<T>, targets: &mut Vec<T>, said: &[String]) -> Res
         targets.push(section.make(text, &place)?);
     }
     Ok(())
-}
-
-/// What makes a kernel speak where somebody listens.
-fn default_cmdline(serial: &ConsoleConfig, console: &ConsoleConfig) -> &'static str {
-    match (serial, console) {
-        (ConsoleConfig::Off, ConsoleConfig::Off) => "",
-        (ConsoleConfig::Off, _) => "console=hvc0",
-        _ => "console=ttyS0",
-    }
 }
 
 /// Who gets the report.

@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{BarIndex, BarKind, BarMapper, BarPart, BarRegion, PciFunction};
+use busway_pci::{BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, PciFunction};
 
 use super::bus::Bar;
 use crate::kvm::{AddressMap, Buses, Doorbell, Doorbells};
@@ -28,9 +28,6 @@ pub(super) struct Bars {
 
 /// Whether it is ports, and the first address.
 type Key = (bool, u64);
-
-/// Bytes of a page.
-const PAGE_SIZE: u64 = 4096;
 
 /// What a mapped BAR has beside its place on the address map.
 #[derive(Default)]

@@ -4,12 +4,10 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arc_swap::ArcSwapOption;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
-use super::interrupts::Interrupts;
 use super::queue::{QueueError, Virtqueue};
 use super::segments::Segments;
 use super::spec::{self, console};
@@ -29,48 +27,7 @@ pub struct Console {
     name: String,
     writer: Writer,
     input: Option<Arc<Mutex<Reader>>>,
-    size: ConsoleSize,
-}
-
-/// The size of a console, which can change while the guest runs. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct ConsoleSize(Arc<Size>);
-
-#[derive(Debug)]
-struct Size {
     config: Arc<DeviceConfig>,
-    /// Of the running device.
-    interrupts: ArcSwapOption<Interrupts>,
-}
-
-impl ConsoleSize {
-    /// Tells the guest that its console has this many columns and rows now; zeros where unknown.
-    pub fn set(&self, columns: u16, rows: u16) {
-        if self.0.config.replace(config_bytes(columns, rows))
-            && let Some(interrupts) = &*self.0.interrupts.load()
-        {
-            interrupts.config_changed();
-        }
-    }
-}
-
-/// Columns and rows of the terminal that Busway's output goes to, where it is one.
-pub fn terminal_size() -> Option<(u16, u16)> {
-    // SAFETY: all zeros is a valid winsize, which is plain data.
-    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
-    // SAFETY: TIOCGWINSZ writes a winsize, which `size` is.
-    let result = unsafe { libc::ioctl(io::stdout().as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
-    (result == 0).then_some((size.ws_col, size.ws_row))
-}
-
-/// `struct virtio_console_config`. Virtio 1.3 §5.3.4.
-fn config_bytes(columns: u16, rows: u16) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(12);
-    bytes.extend(columns.to_le_bytes());
-    bytes.extend(rows.to_le_bytes());
-    bytes.extend(1_u32.to_le_bytes()); // max_nr_ports, not offered
-    bytes.extend([0; 4]); // emerg_wr, not offered
-    bytes
 }
 
 impl Console {
@@ -81,17 +38,8 @@ impl Console {
             name: name.to_owned(),
             writer: endpoint.writer,
             input: endpoint.reader.map(|reader| Arc::new(Mutex::new(reader))),
-            size: ConsoleSize(Arc::new(Size {
-                config: DeviceConfig::new(config_bytes(0, 0)),
-                interrupts: ArcSwapOption::empty(),
-            })),
+            config: DeviceConfig::new(vec![0; console::CONFIG_SIZE]),
         }
-    }
-
-    /// By which its size is changed.
-    #[must_use]
-    pub fn size(&self) -> ConsoleSize {
-        self.size.clone()
     }
 }
 
@@ -109,7 +57,7 @@ impl VirtioDevice for Console {
     }
 
     fn features(&self) -> u64 {
-        console::F_SIZE
+        0
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -117,14 +65,10 @@ impl VirtioDevice for Console {
     }
 
     fn config(&self) -> Arc<DeviceConfig> {
-        Arc::clone(&self.size.0.config)
+        Arc::clone(&self.config)
     }
 
     fn activate(&mut self, mut activation: Activation) -> io::Result<Vec<Box<dyn Worker>>> {
-        self.size
-            .0
-            .interrupts
-            .store(Some(Arc::clone(&activation.interrupts)));
         let queues = (
             activation.take_queue(console::RECEIVEQ.into()),
             activation.take_queue(console::TRANSMITQ.into()),
@@ -288,7 +232,6 @@ impl Worker for ConsoleWorker {
 mod tests {
     use super::*;
     use crate::config::ConsoleConfig;
-    use crate::virtio::spec::pci::common;
     use crate::virtio::testing::Driver;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
@@ -351,28 +294,6 @@ mod tests {
             got.extend(driver.read(buffer, len));
         }
         assert_eq!(got, typed);
-    }
-
-    #[test]
-    fn a_change_of_size_is_a_configuration_interrupt() {
-        let (_folder, console, _terminal) = over_socket();
-        let size = console.size();
-        size.set(80, 25);
-        let mut driver = Driver::new(console);
-        driver.enable_msix(3);
-        driver.negotiate(console::F_SIZE);
-        driver.queue(0, 16);
-        driver.queue(1, 16);
-        driver.set_common(common::CONFIG_MSIX_VECTOR, &2_u16.to_le_bytes());
-        driver.ready();
-        assert_eq!(driver.bar_read::<4>(driver.device), [80, 0, 25, 0]);
-        let [generation] = driver.common(common::CONFIG_GENERATION);
-        size.set(132, 50);
-        assert_eq!(driver.route(2).wait(), 1);
-        assert_eq!(driver.bar_read::<4>(driver.device), [132, 0, 50, 0]);
-        assert_ne!(driver.common(common::CONFIG_GENERATION), [generation]);
-        size.set(132, 50);
-        assert!(driver.route(2).silent());
     }
 
     #[test]

@@ -4,11 +4,10 @@
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::interrupts::Interrupts;
 use super::queue::{QueueError, Virtqueue};
 use crate::memory::GuestRam;
 
@@ -58,8 +57,6 @@ pub struct Activation {
     pub(crate) ram: GuestRam,
     /// The queues, by their number; `None` where the driver has left one disabled.
     pub(crate) queues: Vec<Option<Virtqueue>>,
-    /// For changes of the configuration.
-    pub(crate) interrupts: Arc<Interrupts>,
 }
 
 impl Activation {
@@ -90,63 +87,28 @@ pub(crate) fn doorbell_events() -> EventSet {
     EventSet::IN | EventSet::EDGE_TRIGGERED
 }
 
-/// A device's configuration structure: bytes that the guest reads, and that a worker may change.
+/// A device's configuration structure: bytes that the guest reads. None changes while it runs.
 ///
 /// Virtio 1.3 §2.5.
 #[derive(Debug)]
-pub struct DeviceConfig {
-    state: Mutex<ConfigState>,
-}
-
-#[derive(Debug)]
-struct ConfigState {
-    bytes: Vec<u8>,
-    generation: u8,
-}
+pub struct DeviceConfig(Vec<u8>);
 
 impl DeviceConfig {
     pub(crate) fn new(bytes: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self {
-            state: Mutex::new(ConfigState {
-                bytes,
-                generation: 0,
-            }),
-        })
-    }
-
-    fn state(&self) -> MutexGuard<'_, ConfigState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        Arc::new(Self(bytes))
     }
 
     /// Bytes.
     pub(crate) fn size(&self) -> usize {
-        self.state().bytes.len()
+        self.0.len()
     }
 
     /// Reads at `offset`; all ones beyond the end.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
-        let state = self.state();
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = state.bytes.get(start..).unwrap_or_default();
+        let bytes = self.0.get(start..).unwrap_or_default();
         for (i, byte) in data.iter_mut().enumerate() {
             *byte = bytes.get(i).copied().unwrap_or(0xff);
         }
-    }
-
-    /// Counts the changes, so that a driver can tell whether two reads belong together.
-    pub(crate) fn generation(&self) -> u8 {
-        self.state().generation
-    }
-
-    /// Replaces the bytes; says whether that changed anything, for which the guest is then owed a
-    /// configuration interrupt.
-    pub(crate) fn replace(&self, bytes: Vec<u8>) -> bool {
-        let mut state = self.state();
-        if state.bytes == bytes {
-            return false;
-        }
-        state.bytes = bytes;
-        state.generation = state.generation.wrapping_add(1);
-        true
     }
 }

@@ -4,12 +4,13 @@
 use std::fmt::Display;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use busway_pci::{InterruptRoutes, Msix, VectorOwner};
 
+use super::complaints::Complaints;
 use super::event::Event;
 use super::spec::{NO_VECTOR, isr};
 
@@ -26,7 +27,7 @@ pub struct Interrupts {
     queue_vectors: Box<[AtomicU16]>,
     isr: AtomicU8,
     needs_reset: AtomicBool,
-    complaints: AtomicU32,
+    complaints: Complaints,
 }
 
 /// Complaints about one device's driver that are warnings; a hostile one could fill the log.
@@ -47,7 +48,7 @@ impl Interrupts {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
-            complaints: AtomicU32::new(0),
+            complaints: Complaints::new(LOUD_COMPLAINTS),
         }
     }
 
@@ -89,13 +90,8 @@ impl Interrupts {
     /// The device cannot go on, for `reason`: its status says so, and the driver is told.
     /// Virtio 1.3 §2.1.2.
     pub(crate) fn needs_reset(&self, name: &str, reason: &dyn Display) {
-        let level = if self.complaints.fetch_add(1, Ordering::Relaxed) < LOUD_COMPLAINTS {
-            log::Level::Warn
-        } else {
-            log::Level::Debug
-        };
         log::log!(
-            level,
+            self.complaints.next(log::Level::Warn),
             "virtio device {name} stops until its driver resets it: {reason}"
         );
         self.needs_reset.store(true, Ordering::Release);

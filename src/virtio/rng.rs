@@ -10,6 +10,7 @@ use std::sync::Arc;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+use super::complaints::Complaints;
 use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
 use super::queue::{QueueError, Virtqueue};
 use super::spec;
@@ -23,8 +24,11 @@ const MAX_REQUEST: usize = 4096;
 /// The source of entropy cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum RngError {
-    /// cannot open {path} as the source of random numbers: {source}
-    #[error("cannot open {path} as the source of random numbers: {source}")]
+    /// cannot open {path} as the source of random numbers: {source}; --rng src=FILE names another, such as /dev/urandom
+    #[error(
+        "cannot open {path} as the source of random numbers: {source}; --rng src=FILE names another, \
+         such as /dev/urandom"
+    )]
     Open {
         /// The source.
         path: PathBuf,
@@ -47,6 +51,7 @@ pub struct Rng {
     name: String,
     source: Arc<File>,
     config: Arc<DeviceConfig>,
+    complaints: Arc<Complaints>,
 }
 
 impl Rng {
@@ -76,6 +81,7 @@ impl Rng {
             name: name.to_owned(),
             source: Arc::new(file),
             config: DeviceConfig::new(Vec::new()),
+            complaints: Arc::new(Complaints::new(1)),
         })
     }
 }
@@ -114,7 +120,7 @@ impl VirtioDevice for Rng {
             ram: activation.ram,
             queue,
             source: Arc::clone(&self.source),
-            failed: false,
+            complaints: Arc::clone(&self.complaints),
         })])
     }
 }
@@ -132,7 +138,7 @@ struct RngWorker {
     ram: GuestRam,
     queue: Virtqueue,
     source: Arc<File>,
-    failed: bool,
+    complaints: Arc<Complaints>,
 }
 
 impl RngWorker {
@@ -160,19 +166,18 @@ impl RngWorker {
         Ok(Filled::One)
     }
 
-    /// Says once that the source has ended or failed.
-    fn complain(&mut self, result: io::Result<usize>) {
+    /// Says once in the device's life that the source has ended or failed.
+    fn complain(&self, result: io::Result<usize>) {
         let reason = match result {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => error.to_string(),
             Ok(_) => "it has ended".to_owned(),
         };
-        if !std::mem::replace(&mut self.failed, true) {
-            log::warn!(
-                "{}: no random numbers from their source: {reason}",
-                self.name
-            );
-        }
+        log::log!(
+            self.complaints.next(log::Level::Warn),
+            "{}: no random numbers from their source: {reason}",
+            self.name
+        );
     }
 }
 
@@ -211,7 +216,7 @@ impl Worker for RngWorker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::virtio::testing::Driver;
+    use crate::virtio::testing::{Driver, eventually};
     use std::io::Write;
 
     fn driver(source: &std::path::Path) -> Driver {
@@ -255,8 +260,27 @@ mod tests {
     }
 
     #[test]
+    fn a_source_that_has_ended_is_told_of_once_however_often_the_guest_begins_anew() {
+        let config = RngConfig {
+            src: "/dev/null".into(),
+        };
+        let rng = Rng::new("rng0", &config).unwrap();
+        let complaints = Arc::clone(&rng.complaints);
+        let mut driver = Driver::new(rng);
+        for round in 1..4 {
+            driver.negotiate(0);
+            let mut ring = driver.queue(0, 16);
+            driver.ready();
+            ring.submit(&[(0x10_0000, 64, true)]);
+            driver.notify(&ring);
+            eventually("a complaint", || complaints.made() >= round);
+        }
+        assert_eq!(complaints.next(log::Level::Warn), log::Level::Debug);
+    }
+
+    #[test]
     fn what_gives_no_random_numbers_is_refused() {
-        for (path, expected) in [("/nonexistent", "cannot open"), ("/", "is no source")] {
+        for (path, expected) in [("/nonexistent", "--rng src=FILE"), ("/", "is no source")] {
             let config = RngConfig { src: path.into() };
             let error = Rng::new("rng0", &config).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

@@ -217,8 +217,8 @@ pub mod net {
 
 /// Console. Virtio 1.3 §5.3.
 pub mod console {
-    /// `VIRTIO_CONSOLE_F_SIZE`. §5.3.3
-    pub const F_SIZE: u64 = 1 << 0;
+    /// Bytes of `struct virtio_console_config`. §5.3.4
+    pub const CONFIG_SIZE: usize = 12;
     /// Queue from which the guest receives. §5.3.2
     pub const RECEIVEQ: u16 = 0;
     /// Queue to which it transmits.

@@ -1,8 +1,7 @@
 //! Which parts of a BAR can be mapped: what the kernel offers, less the pages that have to be
 //! trapped. Pure arithmetic on ranges.
 
-/// Bytes of a page. Busway runs on x86-64 only.
-pub(crate) const PAGE_SIZE: u64 = 4096;
+use busway_pci::PAGE_SIZE;
 
 /// A part of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use busway_pci::{
@@ -41,6 +41,8 @@ pub(crate) struct FakeDevice {
     pub(crate) msix: IrqInfo,
     /// How many vectors the host has for it.
     pub(crate) most_vectors: u32,
+    /// How many of them other devices have.
+    pub(crate) taken_vectors: AtomicU32,
     /// What the device sends whenever its interrupts were just disabled.
     pub(crate) sends_when_disabled: Vec<u32>,
     pub(crate) can_reset: bool,
@@ -114,6 +116,7 @@ impl Default for FakeDevice {
             msi: IrqInfo::default(),
             msix: IrqInfo::default(),
             most_vectors: u32::MAX,
+            taken_vectors: AtomicU32::default(),
             sends_when_disabled: Vec::new(),
             can_reset: true,
             only_d0: false,
@@ -327,10 +330,10 @@ impl DeviceIo for FakeDevice {
             return Err(IrqError::Kernel(io::Error::from_raw_os_error(error)));
         }
         if irqs.vectors.is_empty() {
-            if end > self.most_vectors && index != IrqIndex::Intx {
-                return Err(IrqError::Fewer {
-                    given: self.most_vectors,
-                });
+            let taken = self.taken_vectors.load(Ordering::Relaxed);
+            let given = self.most_vectors.saturating_sub(taken);
+            if end > given && index != IrqIndex::Intx {
+                return Err(IrqError::Fewer { given });
             }
             irqs.vectors.resize_with(end as usize, || None);
         }

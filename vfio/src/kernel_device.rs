@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use busway_iommu::info;
+use busway_pci::PAGE_SIZE;
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_NUM_IRQS,
     VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS,
@@ -13,7 +14,7 @@ use vfio_bindings::bindings::vfio::{
     vfio_region_info, vfio_region_info_cap_sparse_mmap,
 };
 
-use crate::areas::{Area, PAGE_SIZE};
+use crate::areas::Area;
 use crate::attachment::Opened;
 use crate::config::read_dword;
 use crate::pin::line_users;

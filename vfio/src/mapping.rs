@@ -4,9 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
-use busway_pci::HostAddress;
-
-use crate::areas::PAGE_SIZE;
+use busway_pci::{HostAddress, PAGE_SIZE};
 
 /// A piece of address space, such as one that maps a part of a device; unmapped when dropped.
 ///

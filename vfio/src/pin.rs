@@ -122,6 +122,10 @@ impl<V: VectorOwner> VectorOwner for InPlaceOfPin<'_, V> {
         self.vectors.connect(first, events)
     }
 
+    fn has_lost_all(&self) -> bool {
+        self.vectors.has_lost_all()
+    }
+
     fn disconnect_all(&mut self) {
         self.vectors.disconnect_all();
     }

@@ -17,7 +17,6 @@ use crate::policy;
 /// Power management control: the function keeps its state on the way from D3hot to D0. PCIe 6.0
 /// §7.5.2.2
 const PM_NO_SOFT_RESET: u32 = 1 << 3;
-const PM_CONTROL: u16 = 4;
 
 /// How the kernel resets a function by itself: what `VFIO_DEVICE_RESET` does, the first of the ways
 /// that the kernel has for it. Linux, Documentation/ABI/testing/sysfs-bus-pci, `reset_method`
@@ -79,7 +78,7 @@ impl FunctionReset {
             Self::AdvancedFeatures
         } else if has(
             spec::CAP_POWER_MANAGEMENT,
-            PM_CONTROL,
+            policy::PM_CONTROL,
             PM_NO_SOFT_RESET,
             false,
         ) {

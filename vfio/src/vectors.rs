@@ -69,6 +69,9 @@ impl VectorOwner for MsiVectors {
 /// with more each time. What the device sends in that window is lost to the kernel, and so is what it
 /// kept pending; every connected vector is therefore signalled once when the window closes, and every
 /// other when it is connected. A driver finds nothing to do, or what it would have missed.
+///
+/// Another device can take the host's vectors in that window. Where not even those that there were can
+/// be had again, all are lost, and each is connected anew when the guest next unmasks it.
 #[derive(Debug)]
 pub(crate) struct MsixVectors {
     name: String,
@@ -79,6 +82,8 @@ pub(crate) struct MsixVectors {
     interrupted: bool,
     /// The connected ones' eventfds, by vector, where they may be needed again.
     kept: Vec<Option<OwnedFd>>,
+    /// That all were lost has been said.
+    said: bool,
 }
 
 impl MsixVectors {
@@ -89,6 +94,7 @@ impl MsixVectors {
             enabled: 0,
             interrupted: false,
             kept: Vec::new(),
+            said: false,
         }
     }
 
@@ -157,19 +163,38 @@ impl MsixVectors {
         for (slot, event) in all.iter_mut().skip(first).zip(events) {
             *slot = *event;
         }
-        let result = self.set(0, &all);
-        let enabled = if result.is_ok() {
-            all.len()
-        } else if self.set(0, &before).is_ok() {
-            before.len()
-        } else {
-            0
-        };
-        self.enabled = enabled as u32;
         self.interrupted = true;
-        let connected = if result.is_ok() { &all } else { &before };
+        let (connected, result) = match self.set(0, &all) {
+            Ok(()) => (all, Ok(())),
+            Err(error) => match self.set(0, &before) {
+                Ok(()) => (before, Err(error)),
+                Err(lost) => {
+                    self.lose_all(&lost);
+                    return Err(io::Error::other(error));
+                }
+            },
+        };
         connected.iter().flatten().copied().for_each(signal);
+        self.enabled = connected.len() as u32;
         result.map_err(io::Error::other)
+    }
+
+    /// What was connected could not be had again: MSI-X is disabled in the kernel.
+    fn lose_all(&mut self, error: &IrqError) {
+        let level = match std::mem::replace(&mut self.said, true) {
+            false => log::Level::Warn,
+            true => log::Level::Debug,
+        };
+        log::log!(
+            level,
+            "{}: the host does not give back its {} MSI-X vectors: {error}; each is silent until \
+             the guest next unmasks it, as when its driver is loaded again; a host with interrupt \
+             remapping has enough",
+            self.name,
+            self.kept.iter().flatten().count()
+        );
+        self.enabled = 0;
+        self.kept.clear();
     }
 }
 
@@ -182,20 +207,30 @@ impl VectorOwner for MsixVectors {
     }
 
     fn connect(&mut self, first: u16, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let info = self.io.irq(IrqIndex::Msix);
+        let may_need_more = |enabled| !info.resizable && enabled < info.count;
+        // Before the device is told: what fails then leaves everything as it was.
+        let clones = match may_need_more(self.enabled) {
+            true => events.iter().map(BorrowedFd::try_clone_to_owned).collect(),
+            false => Ok(Vec::new()),
+        }?;
         let set: Vec<_> = events.iter().copied().map(Some).collect();
         self.connect_more(first.into(), &set)?;
-        let info = self.io.irq(IrqIndex::Msix);
-        if !info.resizable && self.enabled < info.count {
+        if may_need_more(self.enabled) {
             let first = usize::from(first);
             let end = first.saturating_add(events.len());
             if self.kept.len() < end {
                 self.kept.resize_with(end, || None);
             }
-            for (slot, event) in self.kept.iter_mut().skip(first).zip(events) {
-                *slot = Some(event.try_clone_to_owned()?);
+            for (slot, clone) in self.kept.iter_mut().skip(first).zip(clones) {
+                *slot = Some(clone);
             }
         }
         Ok(())
+    }
+
+    fn has_lost_all(&self) -> bool {
+        self.enabled == 0
     }
 
     fn disconnect_all(&mut self) {
@@ -228,6 +263,7 @@ pub(crate) fn signal(event: BorrowedFd<'_>) {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::sync::atomic::Ordering;
 
     use proptest::prelude::*;
 
@@ -306,6 +342,35 @@ mod tests {
         assert!(vectors.connect(4, &[c.as_fd()]).is_err());
         assert_eq!(fake.connected(), [true, false, false, true]);
         assert_eq!([&a, &b, &c].map(signals), [1, 1, 0]);
+    }
+
+    #[test]
+    fn vectors_that_the_host_takes_back_are_lost_and_can_be_connected_again() {
+        let fake = Arc::new(FakeDevice {
+            msix: IrqInfo {
+                count: 8,
+                resizable: false,
+            },
+            most_vectors: 4,
+            ..FakeDevice::default()
+        });
+        let mut vectors = MsixVectors::new("fake", fake.clone());
+        let [a, b, c] = [eventfd(), eventfd(), eventfd()];
+        vectors.connect(0, &[a.as_fd()]).unwrap();
+        vectors.connect(1, &[b.as_fd()]).unwrap();
+        let _before = [&a, &b].map(signals);
+        // Others take three of the four while MSI-X is disabled.
+        fake.taken_vectors.store(3, Ordering::Relaxed);
+        assert!(vectors.connect(2, &[c.as_fd()]).is_err());
+        assert!(vectors.has_lost_all());
+        assert_eq!((fake.kind(), fake.connected()), (None, vec![]));
+        assert!(vectors.kept.is_empty());
+        fake.taken_vectors.store(0, Ordering::Relaxed);
+        vectors.connect(1, &[b.as_fd()]).unwrap();
+        assert!(!vectors.has_lost_all());
+        assert_eq!(fake.connected(), [false, true]);
+        // What it missed meanwhile.
+        assert_eq!([&a, &b, &c].map(signals), [0, 1, 0]);
     }
 
     #[test]

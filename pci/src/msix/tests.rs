@@ -81,6 +81,25 @@ fn a_vector_costs_nothing_until_it_is_unmasked() {
 }
 
 #[test]
+fn vectors_that_the_source_has_lost_are_connected_again_when_they_are_unmasked() {
+    let mut f = Fixture::new(4);
+    f.control(ENABLE);
+    f.mask(0, false);
+    f.mask(1, false);
+    f.owner.refuses = true;
+    f.mask(2, false);
+    assert_eq!(f.msix.connected(), 2, "refused, and nothing else");
+    f.owner.loses = true;
+    f.mask(2, false);
+    assert_eq!(f.msix.connected(), 0);
+    f.owner = FakeOwner::default();
+    f.mask(1, true);
+    f.mask(1, false);
+    assert_eq!(f.owner.connects, [(1, 1)]);
+    assert_eq!(f.msix.connected(), 1);
+}
+
+#[test]
 fn moving_an_interrupt_to_another_cpu_is_one_update() {
     let mut f = Fixture::new(1);
     f.control(ENABLE);

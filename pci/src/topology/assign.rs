@@ -12,11 +12,8 @@ use std::ops::Range;
 use super::Topology;
 use super::tree::{FunctionId, Tree};
 use crate::address::Bdf;
-use crate::function::{BarIndex, BarKind, PciFunction};
+use crate::function::{BarIndex, BarKind, PAGE_SIZE, PciFunction};
 use crate::spec;
-
-/// Bytes of a page of memory, on every machine that this runs on.
-const PAGE_SIZE: u64 = 4096;
 
 /// The guest addresses and ports that PCI has.
 #[derive(Clone, Debug, PartialEq, Eq)]

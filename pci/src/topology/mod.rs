@@ -11,7 +11,7 @@ mod tree;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
-use crate::address::{Bdf, Device, Function};
+use crate::address::{Bdf, Function};
 use crate::function::{BarMapper, HotPlug, PciFunction};
 use crate::spec;
 pub use assign::{AssignError, Windows};
@@ -131,15 +131,6 @@ impl Topology {
         let ids: Vec<_> = nodes.iter().map(|node| node.id).collect();
         self.remap(&mut self.mappings(), &ids);
         nodes.into_iter().map(|node| node.pci).collect()
-    }
-
-    /// The lowest device number on bus 0 that has no function.
-    #[must_use]
-    pub fn free_device(&self) -> Option<Device> {
-        let tree = self.tree();
-        (0..Device::COUNT)
-            .filter_map(Device::new)
-            .find(|&device| tree.children(None).all(|node| node.place.device != device))
     }
 
     /// Every function; a bridge before what is behind it.

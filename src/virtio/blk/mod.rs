@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
+use super::complaints::Complaints;
 use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
 use super::queue::{QueueError, Virtqueue};
 use super::segments::MAX_SEGMENTS;
@@ -37,6 +38,8 @@ const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 const MAX_ZERO_SECTORS: u32 = 1 << 15;
 /// Most ranges of one discard or write zeroes.
 const MAX_RANGES: u32 = 32;
+/// Host errors of one disk that are errors in the log. Where there is one there are many.
+const LOGGED_ERRORS: u32 = 8;
 
 /// A disk cannot be as configured, or the host does not let us have it.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +70,7 @@ pub struct Blk {
     config: Arc<DeviceConfig>,
     num_queues: u16,
     queue_size: u16,
+    complaints: Arc<Complaints>,
 }
 
 impl Blk {
@@ -109,6 +113,7 @@ impl Blk {
             config: DeviceConfig::new(bytes),
             num_queues: config.num_queues,
             queue_size: config.queue_size,
+            complaints: Arc::new(Complaints::new(LOGGED_ERRORS)),
         })
     }
 }
@@ -190,7 +195,12 @@ impl VirtioDevice for Blk {
                 name: format!("{}-q{index}", self.name),
                 ram: activation.ram.clone(),
                 queue,
-                requests: Requests::new(Arc::clone(&self.image), &self.name, activation.features),
+                requests: Requests::new(
+                    Arc::clone(&self.image),
+                    &self.name,
+                    activation.features,
+                    Arc::clone(&self.complaints),
+                ),
             }));
         }
         Ok(workers)

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::image::Image;
+use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::{self, blk};
@@ -28,15 +29,17 @@ pub(super) struct Requests {
     /// Virtio 1.3 §5.2.5.2.
     write_through: bool,
     features: u64,
-    /// Host errors so far: the first ones are logged.
-    errors: u32,
+    complaints: Arc<Complaints>,
 }
 
-/// A guest that makes one error makes many.
-const LOGGED_ERRORS: u32 = 8;
-
 impl Requests {
-    pub(super) fn new(image: Arc<Image>, name: &str, features: u64) -> Self {
+    /// The disk's host errors go to `complaints`.
+    pub(super) fn new(
+        image: Arc<Image>,
+        name: &str,
+        features: u64,
+        complaints: Arc<Complaints>,
+    ) -> Self {
         let mut id = [0; blk::ID_SIZE];
         for (to, from) in id.iter_mut().zip(name.bytes()) {
             *to = from;
@@ -47,7 +50,7 @@ impl Requests {
             id,
             write_through: features & blk::F_FLUSH == 0,
             features,
-            errors: 0,
+            complaints,
         }
     }
 
@@ -91,15 +94,16 @@ impl Requests {
         self.features & feature != 0
     }
 
-    fn status_of(&mut self, failure: &Failure) -> u8 {
+    fn status_of(&self, failure: &Failure) -> u8 {
         match failure {
             Failure::Unsupported => blk::S_UNSUPP,
             Failure::Refused => blk::S_IOERR,
             Failure::Host(what, error) => {
-                self.errors = self.errors.saturating_add(1);
-                if self.errors <= LOGGED_ERRORS {
-                    log::error!("disk {}: {what} failed: {error}", self.name);
-                }
+                log::log!(
+                    self.complaints.next(log::Level::Error),
+                    "disk {}: {what} failed: {error}",
+                    self.name
+                );
                 blk::S_IOERR
             }
         }

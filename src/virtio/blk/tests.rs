@@ -391,6 +391,23 @@ impl Drop for Loop {
 }
 
 #[test]
+fn the_hosts_errors_are_told_of_a_few_times_in_a_disks_life() {
+    let file = image(MIB);
+    let device = disk(&file, |_| ());
+    let complaints = Arc::clone(&device.complaints);
+    let mut disk = Disk::new(device);
+    file.as_file().set_len(0).unwrap();
+    for round in 1..=LOGGED_ERRORS {
+        assert_eq!(disk.read(0, 512).0, blk::S_IOERR);
+        assert_eq!(complaints.made(), round);
+        disk.driver.negotiate(0);
+        disk.ring = disk.driver.queue(0, 64);
+        disk.driver.ready();
+    }
+    assert_eq!(complaints.next(log::Level::Error), log::Level::Debug);
+}
+
+#[test]
 fn a_block_device_is_a_disk_and_is_not_shared() {
     let file = image(MIB);
     let Some(device) = Loop::new(&file) else {

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::tap::Tap;
+use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::net;
@@ -14,14 +15,22 @@ pub(super) struct Control {
     tap: Arc<Tap>,
     max_pairs: u16,
     features: u64,
+    complaints: Arc<Complaints>,
 }
 
 impl Control {
-    pub(super) fn new(tap: Arc<Tap>, max_pairs: u16, features: u64) -> Self {
+    /// What the kernel refuses goes to `complaints`.
+    pub(super) fn new(
+        tap: Arc<Tap>,
+        max_pairs: u16,
+        features: u64,
+        complaints: Arc<Complaints>,
+    ) -> Self {
         Self {
             tap,
             max_pairs,
             features,
+            complaints,
         }
     }
 
@@ -77,7 +86,11 @@ impl Control {
 
     fn done(&self, result: std::io::Result<()>) -> bool {
         if let Err(error) = &result {
-            log::warn!("tap {}: a control command failed: {error}", self.tap.name());
+            log::log!(
+                self.complaints.next(log::Level::Warn),
+                "tap {}: a control command failed: {error}",
+                self.tap.name()
+            );
         }
         result.is_ok()
     }

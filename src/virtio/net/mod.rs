@@ -17,6 +17,7 @@ use std::sync::Arc;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+use super::complaints::Complaints;
 use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
 use super::queue::{QueueError, Virtqueue};
 use super::spec::{self, net};
@@ -32,6 +33,8 @@ const MAX_PAIRS: u16 = 64;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 /// What queue sizes can be: a packet of 64 KiB fits into the least.
 const QUEUE_SIZES: std::ops::RangeInclusive<u16> = 32..=4096;
+/// Refused control commands of one card that are warnings in the log.
+const LOGGED_ERRORS: u32 = 8;
 
 /// A network card cannot be as configured, or the host does not let us have its tap.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +74,7 @@ pub struct Net {
     pairs: u16,
     queue_size: u16,
     config: Arc<DeviceConfig>,
+    complaints: Arc<Complaints>,
 }
 
 impl Net {
@@ -124,6 +128,7 @@ impl Net {
             pairs,
             queue_size: config.queue_size,
             config: DeviceConfig::new(bytes),
+            complaints: Arc::new(Complaints::new(LOGGED_ERRORS)),
         })
     }
 
@@ -225,9 +230,10 @@ impl VirtioDevice for Net {
             1
         };
         let mut control = if features & net::F_CTRL_VQ != 0 {
-            activation
-                .take_queue(usize::from(pairs) * 2)
-                .map(|queue| (queue, Control::new(Arc::clone(&self.tap), pairs, features)))
+            activation.take_queue(usize::from(pairs) * 2).map(|queue| {
+                let (tap, complaints) = (Arc::clone(&self.tap), Arc::clone(&self.complaints));
+                (queue, Control::new(tap, pairs, features, complaints))
+            })
         } else {
             None
         };

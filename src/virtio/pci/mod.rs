@@ -169,7 +169,8 @@ impl VirtioPci {
     }
 
     /// How many MSI-X vectors have a route to the guest now.
-    pub fn connected_vectors(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn connected_vectors(&self) -> usize {
         self.interrupts.msix().connected()
     }
 
@@ -232,7 +233,6 @@ impl VirtioPci {
             features: registers.driver_features,
             ram: self.ram.clone(),
             queues,
-            interrupts: Arc::clone(&self.interrupts),
         })?;
         function.workers = Some(Workers::start(workers, stop, &self.interrupts)?);
         Ok(())
@@ -383,8 +383,7 @@ impl PciFunction for VirtioPci {
         match layout::place(offset) {
             Place::Common(at) => {
                 let broken = self.interrupts.is_broken();
-                let generation = self.device_config.generation();
-                self.function().registers.read(at, data, broken, generation);
+                self.function().registers.read(at, data, broken);
             }
             Place::Isr => {
                 data.fill(0);

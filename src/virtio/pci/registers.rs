@@ -105,9 +105,8 @@ impl Registers {
         self.driver_features & feature != 0
     }
 
-    /// Reads at `offset`, any width; all ones beyond the end. `broken` and `generation` are what the
-    /// workers say.
-    pub(super) fn read(&self, offset: u64, data: &mut [u8], broken: bool, generation: u8) {
+    /// Reads at `offset`, any width; all ones beyond the end. `broken` is what the workers say.
+    pub(super) fn read(&self, offset: u64, data: &mut [u8], broken: bool) {
         let mut image = [0; common::SIZE as usize];
         let mut put = |at: u64, bytes: &[u8]| {
             let at = at as usize;
@@ -145,7 +144,8 @@ impl Registers {
             0
         };
         put(common::DEVICE_STATUS, &[self.status | needs_reset]);
-        put(common::CONFIG_GENERATION, &[generation]);
+        // No device's configuration changes.
+        put(common::CONFIG_GENERATION, &[0]);
         put(common::QUEUE_SELECT, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {
             put(common::QUEUE_SIZE, &queue.size.to_le_bytes());
@@ -325,7 +325,7 @@ mod tests {
 
     fn status_of(registers: &Registers) -> u8 {
         let mut byte = [0];
-        registers.read(common::DEVICE_STATUS, &mut byte, false, 0);
+        registers.read(common::DEVICE_STATUS, &mut byte, false);
         byte[0]
     }
 
@@ -393,7 +393,7 @@ mod tests {
         let mut registers = registers();
         write(&mut registers, common::QUEUE_SELECT, &[2, 0]);
         let mut size = [0xff; 2];
-        registers.read(common::QUEUE_SIZE, &mut size, false, 0);
+        registers.read(common::QUEUE_SIZE, &mut size, false);
         assert_eq!(size, [0, 0]);
     }
 
@@ -425,7 +425,7 @@ mod tests {
             for (offset, data) in &writes {
                 write(&mut registers, *offset, data);
                 let mut back = vec![0; data.len()];
-                registers.read(*offset, &mut back, false, 0);
+                registers.read(*offset, &mut back, false);
                 for queue in &registers.queues {
                     prop_assert!(queue.size.is_power_of_two() && queue.size <= queue.max_size);
                     prop_assert!(queue.vector < 3 || queue.vector == NO_VECTOR);

@@ -54,14 +54,7 @@ impl Asker {
             capabilities: field("CapEff")
                 .and_then(|digits| u64::from_str_radix(digits.trim(), 16).ok())
                 .unwrap_or(u64::MAX),
-            // A kernel without user namespaces has no such file: there is one space of ids.
-            is_initial: match fs::read_to_string(root.proc.join("self/uid_map")) {
-                Ok(map) => {
-                    let all = ["0", "0", &u32::MAX.to_string()];
-                    map.split_whitespace().eq(all)
-                }
-                Err(_) => true,
-            },
+            is_initial: root.paths().is_in_initial_user_namespace(),
             memlock: limit("Max locked memory"),
             files: limit("Max open files"),
         }

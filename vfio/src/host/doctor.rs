@@ -284,7 +284,7 @@ fn command_line(root: &SysRoot, cpu: &Cpu) -> Vec<Finding> {
         };
         word.strip_prefix("intel_iommu=").is_some_and(on)
     });
-    if cpu.vendor == "GenuineIntel" && !told && surroundings::has_groups(root) {
+    if cpu.vendor == "GenuineIntel" && !told && root.paths().has_iommu() {
         let text = "the IOMMU is on without intel_iommu=on: another kernel may have it off";
         let finding = Finding::new(Level::Note, TOPIC, text);
         findings.push(finding.remedies(add_parameter("intel_iommu=on")));

@@ -24,15 +24,9 @@ pub fn open_node(path: &Path) -> io::Result<()> {
     options.read(true).write(true).open(path).map(drop)
 }
 
-/// Whether any device is in an IOMMU group.
-pub(super) fn has_groups(root: &SysRoot) -> bool {
-    std::fs::read_dir(root.sys.join("kernel/iommu_groups"))
-        .is_ok_and(|mut groups| groups.next().is_some())
-}
-
 /// The IOMMU as a whole.
 pub(super) fn iommu(root: &SysRoot) -> Finding {
-    if !has_groups(root) {
+    if !root.paths().has_iommu() {
         let advice = IommuAdvice::read(&root.paths());
         return Finding::new(Level::Obstacle, "iommu", "the host's IOMMU is not in use")
             .remedies(advised(advice));
@@ -136,7 +130,7 @@ const BROKEN_REMAPPING: [&str; 3] = ["0x3403", "0x3405", "0x3406"];
 /// Whether a device can forge another's interrupts.
 pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
     const TOPIC: &str = "remapping";
-    if !has_groups(root) {
+    if !root.paths().has_iommu() {
         return None;
     }
     match Remapping::read(root) {
@@ -353,7 +347,7 @@ pub(super) fn lockdown(root: &SysRoot) -> Option<Finding> {
     if mode == "none" {
         return None;
     }
-    let unsafe_only = Remapping::read(root) == Remapping::Off && has_groups(root);
+    let unsafe_only = Remapping::read(root) == Remapping::Off && root.paths().has_iommu();
     let level = if unsafe_only {
         Level::Warning
     } else {

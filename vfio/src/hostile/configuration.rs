@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use busway_pci::{BarIndex, BarKind, BarPart, PciFunction, spec};
+use busway_pci::{BarIndex, BarKind, BarPart, PAGE_SIZE, PciFunction, spec};
 
 use super::world::{Routes, Story, assign, deface, device, seen, write};
+use crate::AssignedFunction;
 use crate::IrqIndex;
 use crate::fake::FakeDevice;
-use crate::{AssignedFunction, areas::PAGE_SIZE};
 
 /// Plays one story of configuration space.
 pub fn configuration(bytes: &[u8]) {

@@ -124,9 +124,13 @@ pub fn msix(bytes: &[u8]) {
                 // A write to the pending bits does nothing, but it may reach the table behind them.
                 model = reread(model, &*function, bar);
             }
-            6 => routes
-                .exhausted
-                .store(story.byte() & 1 == 1, Ordering::Relaxed),
+            6 => {
+                let change = story.byte();
+                routes.exhausted.store(change & 1 == 1, Ordering::Relaxed);
+                // Other devices take vectors of the host's, or give them back.
+                let taken = u32::from(change >> 1);
+                fake.taken_vectors.store(taken, Ordering::Relaxed);
+            }
             _ => {
                 function.reset();
                 model = Model::at_reset(vectors, model.start);
