@@ -171,7 +171,7 @@ fn reload(lab: &mut Lab, device: &str) -> Result<()> {
     );
     let server = DataServer::start()?;
     let devices = addresses(host, &works)?;
-    let run = guest(host, &devices, Interface::Cdev)?;
+    let run = guest(host, &devices, Interface::Cdev)?.limit(Duration::from_secs(240));
     let run = with_works(run, host, &server, &works, &first)?;
     let result = host.guest(&run)?.success()?;
     ensure!(
