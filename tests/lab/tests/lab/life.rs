@@ -84,13 +84,13 @@ fn triple_faulted(lab: &mut Lab) -> Result<()> {
         .cmdline("console=ttyS0 quiet panic=-1 reboot=triple")
         .triple_faults()
         .script(
-            "if [ \"$(head -c 5 /dev/nvme0n1)\" = again ]; then\n\
+            "if [ \"$(head -c 5 /dev/nvme0n1)\" = fault ]; then\n\
              value second \"$(nproc)\"\n\
              value before \"$(cut -d . -f 1 /proc/uptime)\"\n\
              for each in 1 2 3 4 5 6 7 8 9 10; do sleep 0.1; done\n\
              value after \"$(cut -d . -f 1 /proc/uptime)\"\n\
          else\n\
-             printf again | dd of=/dev/nvme0n1 bs=4096 conv=sync,fsync 2>/dev/null\n\
+             printf fault | dd of=/dev/nvme0n1 bs=4096 conv=sync,fsync 2>/dev/null\n\
              reboot -f\n\
          fi\n",
         );
