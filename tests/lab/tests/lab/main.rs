@@ -69,12 +69,13 @@ fn main() -> Result<ExitCode> {
         host_view::PROOFS,
         demo::PROOFS,
         dma::PROOFS,
+        zoo::PROOFS,
     ];
     let trials = proofs
         .into_iter()
-        .flatten()
-        .chain(zoo::PROOFS)
-        .map(|proof| trial(proof, &labs))
+        .enumerate()
+        .flat_map(|(chapter, proofs)| proofs.iter().map(move |proof| (chapter, proof)))
+        .map(|(chapter, proof)| trial(chapter, proof, &labs))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     labs.idle().clear();
@@ -96,20 +97,34 @@ fn lanes() -> usize {
     memory.min(processors).clamp(1, MOST)
 }
 
-/// The lanes' labs, of which a trial takes one for itself.
+/// The lanes' labs, of which a trial takes one for itself, each with the chapter of the trial before.
 struct Labs {
     programs: Vec<PathBuf>,
-    idle: Mutex<Vec<Lab>>,
+    idle: Mutex<Vec<(usize, Lab)>>,
 }
 
 impl Labs {
-    fn idle(&self) -> MutexGuard<'_, Vec<Lab>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<(usize, Lab)>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self) -> Lab {
-        let idle = self.idle().pop();
-        idle.unwrap_or_else(|| Lab::new(self.programs.clone()))
+    /// A lab whose host, if it has one, only trials of this chapter have used: what those of another leave behind is
+    /// nobody's business.
+    fn take(&self, chapter: usize) -> Lab {
+        let mut idle = self.idle();
+        let own = idle.iter().position(|(last, _)| *last == chapter);
+        if let Some(own) = own {
+            return idle.swap_remove(own).1;
+        }
+        let other = idle.pop();
+        drop(idle);
+        other.map_or_else(
+            || Lab::new(self.programs.clone()),
+            |(_, mut lab)| {
+                lab.stop();
+                lab
+            },
+        )
     }
 }
 
@@ -126,12 +141,13 @@ macro_rules! tell {
 }
 use tell;
 
-fn trial(&(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
+/// A trial of one chapter, which is a module's.
+fn trial(chapter: usize, &(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
     let labs = Arc::clone(labs);
     let reason = cannot();
     Trial::test(name, move || {
         TRIAL.set(name);
-        let mut lab = labs.take();
+        let mut lab = labs.take(chapter);
         let mut outcome = prove(&mut lab);
         for attempt in 2..=ATTEMPTS {
             let Err(error) = &outcome else { break };
@@ -145,7 +161,7 @@ fn trial(&(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
         if outcome.is_err() {
             lab.stop();
         }
-        labs.idle().push(lab);
+        labs.idle().push((chapter, lab));
         outcome.map_err(|error| Failed::from(format!("{error:#}")))
     })
     .with_ignored_flag(reason.is_some())
