@@ -82,7 +82,7 @@ fn host_view(lab: &mut Lab, kernel: Kernel) -> Result<()> {
     let group = group.trim();
     let held = host.run(&format!(
         "sleep 600 3<>/dev/vfio/{group} & sleep_pid=$!\n\
-         while ! test -e /proc/$sleep_pid/fd/3; do :; done\n\
+         until [ \"$(cat /proc/$sleep_pid/comm)\" = sleep ]; do :; done\n\
          busway device check --json {drive}; kill $sleep_pid"
     ))?;
     let held: Value = serde_json::from_str(&held).with_context(|| held.clone())?;
