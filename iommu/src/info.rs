@@ -64,34 +64,19 @@ fn absurd(size: usize) -> io::Error {
 /// The 16 bits at `offset`, in the host's byte order.
 #[must_use]
 pub fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
-    let end = offset.checked_add(2)?;
-    bytes
-        .get(offset..end)?
-        .try_into()
-        .ok()
-        .map(u16::from_ne_bytes)
+    Some(u16::from_ne_bytes(*bytes.get(offset..)?.first_chunk()?))
 }
 
 /// The 32 bits at `offset`, in the host's byte order.
 #[must_use]
 pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
-    let end = offset.checked_add(4)?;
-    bytes
-        .get(offset..end)?
-        .try_into()
-        .ok()
-        .map(u32::from_ne_bytes)
+    Some(u32::from_ne_bytes(*bytes.get(offset..)?.first_chunk()?))
 }
 
 /// The 64 bits at `offset`, in the host's byte order.
 #[must_use]
 pub fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
-    let end = offset.checked_add(8)?;
-    bytes
-        .get(offset..end)?
-        .try_into()
-        .ok()
-        .map(u64::from_ne_bytes)
+    Some(u64::from_ne_bytes(*bytes.get(offset..)?.first_chunk()?))
 }
 
 /// The pairs of 64-bit values that make a table of ranges: `count` at most, from `offset`.

@@ -322,16 +322,21 @@ mod tests {
         assert!(vectors.kept.is_empty());
     }
 
-    #[test]
-    fn a_host_short_of_vectors_loses_no_interrupt_when_one_is_added() {
-        let fake = Arc::new(FakeDevice {
+    /// A table of 8, of which the host gives 4.
+    fn short_of_vectors() -> Arc<FakeDevice> {
+        Arc::new(FakeDevice {
             msix: IrqInfo {
                 count: 8,
                 resizable: false,
             },
             most_vectors: 4,
             ..FakeDevice::default()
-        });
+        })
+    }
+
+    #[test]
+    fn a_host_short_of_vectors_loses_no_interrupt_when_one_is_added() {
+        let fake = short_of_vectors();
         let mut vectors = MsixVectors::new("fake", fake.clone());
         let [a, b, c] = [eventfd(), eventfd(), eventfd()];
         vectors.connect(0, &[a.as_fd()]).unwrap();
@@ -346,14 +351,7 @@ mod tests {
 
     #[test]
     fn vectors_that_the_host_takes_back_are_lost_and_can_be_connected_again() {
-        let fake = Arc::new(FakeDevice {
-            msix: IrqInfo {
-                count: 8,
-                resizable: false,
-            },
-            most_vectors: 4,
-            ..FakeDevice::default()
-        });
+        let fake = short_of_vectors();
         let mut vectors = MsixVectors::new("fake", fake.clone());
         let [a, b, c] = [eventfd(), eventfd(), eventfd()];
         vectors.connect(0, &[a.as_fd()]).unwrap();

@@ -462,12 +462,12 @@ mod tests {
         write(&mut clock, SECONDS_ALARM, 0x99, NOW);
         write(&mut clock, B, B_24_HOURS | ALARM, NOW);
         let start = std::time::Instant::now();
-        for step in 0..10_000 {
+        for step in 0..100_000 {
             assert!(!clock.advance(NOW + step * SECOND));
             assert_eq!(clock.next_interrupt(NOW + step * SECOND), None);
         }
         let took = start.elapsed();
-        assert!(took.as_secs() < 5, "{took:?}");
+        assert!(took.as_secs() < 30, "{took:?}");
     }
 
     #[test]
