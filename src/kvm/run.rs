@@ -219,7 +219,8 @@ fn port_access(vcpu: &mut VcpuFd, ports: &AddressMap, counts: &ExitCounts) {
 fn internal_error(vcpu: &mut VcpuFd) -> String {
     // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, which makes `internal` the member that is
     // there.
-    let suberror = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror };
+    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let suberror = internal.suberror;
     // linux/kvm.h, KVM_INTERNAL_ERROR_*.
     let meaning = match suberror {
         1 => "an instruction could not be emulated",
@@ -228,5 +229,7 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
         4 => "the exit's reason is unknown",
         _ => "internal error",
     };
-    format!("{meaning} (KVM_EXIT_INTERNAL_ERROR {suberror})")
+    let words = internal.data.iter().take(internal.ndata as usize);
+    let data: String = words.map(|word| format!(" {word:#x}")).collect();
+    format!("{meaning} (KVM_EXIT_INTERNAL_ERROR {suberror}, data{data})")
 }

@@ -55,7 +55,7 @@ pub struct GuestRun {
     files: Vec<(String, PathBuf)>,
     script: String,
     limit: Duration,
-    triple_faults: bool,
+    dies: bool,
 }
 
 impl GuestRun {
@@ -74,7 +74,7 @@ impl GuestRun {
             files: Vec::new(),
             script: String::new(),
             limit: Duration::from_secs(240),
-            triple_faults: false,
+            dies: false,
         }
     }
 
@@ -140,9 +140,9 @@ impl GuestRun {
         self
     }
 
-    /// The guest triple-faults on purpose; in any other, that is the emulator's doing: see `docs/lab.md`.
-    pub fn triple_faults(mut self) -> Self {
-        self.triple_faults = true;
+    /// The guest triple-faults or panics on purpose; in any other, that may be the emulator's doing: see `docs/lab.md`.
+    pub fn dies(mut self) -> Self {
+        self.dies = true;
         self
     }
 
@@ -227,7 +227,7 @@ pub struct RunningGuest<'host> {
     host: &'host Host,
     job: Job,
     limit: Duration,
-    triple_faults: bool,
+    dies: bool,
 }
 
 /// What came of a guest.
@@ -295,7 +295,7 @@ impl Host {
             host: self,
             job,
             limit: run.limit,
-            triple_faults: run.triple_faults,
+            dies: run.dies,
         })
     }
 }
@@ -350,16 +350,19 @@ impl RunningGuest<'_> {
             }
         }
         let stderr = read("vmm.stderr") + &output.stderr;
-        if stderr.contains("triple-faulted") && !self.triple_faults {
-            bail!(Suspect(stderr));
-        }
-        Ok(GuestResult {
+        let result = GuestResult {
             status: output.status,
             transcript: Transcript::parse(&output.stdout),
             marks,
             stderr,
             report: serde_json::from_str(&read("report.json")).ok(),
-        })
+        };
+        if !self.dies
+            && let Some(what) = result.death()
+        {
+            bail!(Suspect(result.explain(what)));
+        }
+        Ok(result)
     }
 }
 
@@ -394,6 +397,25 @@ impl GuestResult {
             self.status
         );
         Err(anyhow::Error::msg(self.explain(&what)))
+    }
+
+    /// What the guest died of, if it did.
+    fn death(&self) -> Option<&'static str> {
+        /// KVM's words for an event that it could not deliver, of which `docs/lab.md` tells.
+        const UNDELIVERED: &str = "KVM_EXIT_INTERNAL_ERROR 3";
+        if self.stderr.contains("triple-faulted") {
+            Some("the guest triple-faulted")
+        } else if self.stderr.contains(UNDELIVERED) {
+            Some("KVM could not deliver an event")
+        } else if self
+            .transcript
+            .text()
+            .contains("Kernel panic - not syncing")
+        {
+            Some("the guest's kernel panicked")
+        } else {
+            None
+        }
     }
 
     fn explain(&self, what: &str) -> String {

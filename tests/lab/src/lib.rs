@@ -46,6 +46,7 @@ pub use snapshot::{Mapping, Snapshot, Thread};
 pub use suspect::may_be_the_emulators;
 pub use transcript::{Line, Transcript};
 pub use works::{
-    WORKS, Work, addresses, edu_sends, exact, virtual_functions, with_works, zoo_host,
+    WORKS, Work, addresses, edu_sends, exact, exact_while_moved, virtual_functions, with_works,
+    zoo_host,
 };
 pub use zoo::{Device, GATEWAY, Kind, USB_DISK_MIB};

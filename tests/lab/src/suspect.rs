@@ -15,8 +15,7 @@ impl fmt::Display for Suspect {
 
 impl Error for Suspect {}
 
-/// Whether something did not come within its limit, the emulated host died, a guest triple-faulted, or an interrupt
-/// came twice.
+/// Whether something did not come within its limit, the emulated host died, a guest did, or an interrupt came twice.
 pub fn may_be_the_emulators(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| cause.is::<Suspect>())
 }

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -394,16 +395,27 @@ fn counted(result: &GuestResult, name: &str, sent: u64) -> Result<()> {
 
 /// Whether a line of `lab-pci`'s says that every interrupt of so many was counted once.
 pub fn exact(line: &str, sent: u64) -> Result<()> {
+    let mut keys = ["sent", "counted", "kernel"].into_iter();
+    keys.try_for_each(|key| within(line, key, sent..=sent))
+}
+
+/// The same of interrupts that moved between processors meanwhile. The kernel counts those too few: one that comes while
+/// another processor still handles the one before is left to that (Linux, kernel/irq/chip.c, `handle_edge_irq`).
+pub fn exact_while_moved(line: &str, sent: u64) -> Result<()> {
+    within(line, "sent", sent..=sent)?;
+    within(line, "counted", sent..=sent)?;
+    within(line, "kernel", 1..=sent)
+}
+
+fn within(line: &str, key: &str, right: RangeInclusive<u64>) -> Result<()> {
     /// How many the emulator was seen to deliver twice in one count.
     const DOUBLED: u64 = 2;
-    for key in ["sent", "counted", "kernel"] {
-        let found = number(line, key)?;
-        let said = format!("{sent} interrupts: {line}");
-        if (sent + 1..=sent + DOUBLED).contains(&found) {
-            bail!(Suspect(said));
-        }
-        ensure!(found == sent, said);
+    let (found, most) = (number(line, key)?, *right.end());
+    let said = format!("{most} interrupts: {line}");
+    if (most + 1..=most + DOUBLED).contains(&found) {
+        bail!(Suspect(said));
     }
+    ensure!(right.contains(&found), said);
     Ok(())
 }
 

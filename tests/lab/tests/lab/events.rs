@@ -118,6 +118,7 @@ fn unanswered(lab: &mut Lab) -> Result<()> {
     let run = guest()?
         .device(&drive)
         .cmdline("console=ttyS0 quiet panic=0")
+        .dies()
         .script("echo c >/proc/sysrq-trigger\n");
     let running = host.start_guest(&run)?;
     running.wait_line("Kernel panic")?;

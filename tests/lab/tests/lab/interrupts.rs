@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use busway_lab::{
     DataServer, Device, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Kernel, Lab, Vmm,
-    build_lab_pci, edu_sends, exact,
+    build_lab_pci, edu_sends, exact, exact_while_moved,
 };
 
 use crate::assigned::{Interface, guest};
@@ -392,7 +392,7 @@ fn moved_while_they_come(lab: &mut Lab) -> Result<()> {
         let line = result.value(key)?;
         let moves = result.value(&format!("{key}-moves"))?;
         tell!("{key}: {line}, moved {moves} times");
-        exact(line, sent).context(key)?;
+        exact_while_moved(line, sent).context(key)?;
         ensure!(moves.parse::<u64>()? >= 20, "{key}: moved {moves} times");
     }
     ensure_clean(&result)

@@ -83,7 +83,7 @@ fn triple_faulted(lab: &mut Lab) -> Result<()> {
         .device(&address)
         .cpus(2)
         .cmdline("console=ttyS0 quiet panic=-1 reboot=triple")
-        .triple_faults()
+        .dies()
         .script(
             "if [ \"$(head -c 5 /dev/nvme0n1)\" = fault ]; then\n\
              value second \"$(nproc)\"\n\
