@@ -4,8 +4,8 @@
 //! their spread; ratios and counts carry over to real hosts, absolute speed does not.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::PathBuf;
+use std::{fmt, fs};
 
 use anyhow::{Context, Result};
 use busway_lab::{
@@ -34,7 +34,7 @@ pub(crate) struct BenchArgs {
     /// Print each of KVM's counters, too: what the exits were.
     #[arg(long)]
     counters: bool,
-    /// Turns of each VMM for the time to map memory.
+    /// Turns of each VMM for the time to map memory; 0 leaves it out.
     #[arg(long, default_value_t = 3)]
     mapping_turns: u32,
     /// Write every figure to a file, too.
@@ -92,7 +92,10 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
     if arguments.counters {
         print_counters(&turns);
     }
-    let mapped = mapping::run(&host, &address, arguments.mapping_turns)?;
+    let mapped = match arguments.mapping_turns {
+        0 => Vec::new(),
+        turns => mapping::run(&host, &address, turns)?,
+    };
     if let Some(path) = &arguments.json {
         let figures = serde_json::json!({"drive": turns, "mapping": mapped});
         fs::write(path, serde_json::to_string_pretty(&figures)?)
@@ -205,6 +208,26 @@ enum Wanted {
     To(f64),
 }
 
+impl Wanted {
+    fn holds(&self, ours: f64, theirs: f64) -> bool {
+        match self {
+            Self::RatioFrom(limit) => ours / theirs >= *limit,
+            Self::RatioTo(limit) => ours / theirs <= *limit,
+            Self::To(limit) => ours <= *limit,
+        }
+    }
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RatioFrom(limit) => write!(f, "ratio >= {limit}"),
+            Self::RatioTo(limit) => write!(f, "ratio <= {limit}"),
+            Self::To(limit) => write!(f, "<= {limit}"),
+        }
+    }
+}
+
 const FIGURES: &[Figure] = &[
     Figure {
         name: "4 KiB random reads a second",
@@ -269,7 +292,7 @@ fn print(turns: &[Turn], version: &str, arguments: &BenchArgs) {
     );
     let qemu = format!("QEMU {version} q35");
     println!(
-        "{:<32} {:>24} {qemu:>24} {:>7}  wanted",
+        "{:<32} {:>24} {qemu:>24} {:>7}  wanted (held in)",
         "", "Busway", "ratio"
     );
     for figure in FIGURES {
@@ -280,21 +303,24 @@ fn print(turns: &[Turn], version: &str, arguments: &BenchArgs) {
             format!("{median:.decimals$} ({least:.decimals$}..{most:.decimals$})")
         };
         let ratio = ours / theirs;
-        let (wanted, holds) = match figure.wanted {
-            Wanted::RatioFrom(limit) => (format!("ratio >= {limit}"), ratio >= limit),
-            Wanted::RatioTo(limit) => (format!("ratio <= {limit}"), ratio <= limit),
-            Wanted::To(limit) => (format!("<= {limit}"), ours <= limit),
-        };
+        let holds = figure.wanted.holds(ours, theirs);
+        let held = turns.chunks_exact(2).filter(|both| {
+            let of = |vmm| spread(both, vmm, figure.of).0;
+            figure.wanted.holds(of("busway"), of("qemu"))
+        });
         let ratio = if ratio.is_finite() {
             format!("{ratio:.2}")
         } else {
             "-".to_owned()
         };
         println!(
-            "{:<32} {:>24} {:>24} {ratio:>7}  {wanted}{}",
+            "{:<32} {:>24} {:>24} {ratio:>7}  {} ({} of {} turns){}",
             figure.name,
             cell(ours, least, most),
             cell(theirs, their_least, their_most),
+            figure.wanted,
+            held.count(),
+            arguments.turns,
             if holds { "" } else { "  MISSED" },
         );
     }
