@@ -140,7 +140,7 @@ impl GuestRun {
         self
     }
 
-    /// The guest triple-faults or panics on purpose; in any other, that may be the emulator's doing: see `docs/lab.md`.
+    /// The guest triple-faults or crashes on purpose; in any other, that may be the emulator's doing: see `docs/lab.md`.
     pub fn dies(mut self) -> Self {
         self.dies = true;
         self
@@ -401,18 +401,21 @@ impl GuestResult {
 
     /// What the guest died of, if it did.
     fn death(&self) -> Option<&'static str> {
-        /// KVM's words for an event that it could not deliver, of which `docs/lab.md` tells.
+        /// KVM's error for an event that it could not deliver, of which `docs/lab.md` tells.
         const UNDELIVERED: &str = "KVM_EXIT_INTERNAL_ERROR 3";
+        const CRASHES: [&str; 4] = [
+            "Kernel panic",
+            "BUG: ",
+            "Oops: ",
+            "general protection fault",
+        ];
+        let console = self.transcript.text();
         if self.stderr.contains("triple-faulted") {
             Some("the guest triple-faulted")
         } else if self.stderr.contains(UNDELIVERED) {
             Some("KVM could not deliver an event")
-        } else if self
-            .transcript
-            .text()
-            .contains("Kernel panic - not syncing")
-        {
-            Some("the guest's kernel panicked")
+        } else if CRASHES.iter().any(|words| console.contains(words)) {
+            Some("the guest's kernel crashed")
         } else {
             None
         }
