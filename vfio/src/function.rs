@@ -46,6 +46,8 @@ pub struct AssignedFunction {
 #[derive(Debug)]
 struct State {
     config: GuestConfig,
+    /// The device did not answer when it was last reset, and could not be told its state at power-on.
+    untold: bool,
     pin: Option<Pin>,
     msi: Option<MsiState>,
     msix: Option<MsixState>,
@@ -214,6 +216,7 @@ impl AssignedFunction {
             name: name.to_owned(),
             state: Mutex::new(State {
                 config,
+                untold: false,
                 pin,
                 msi,
                 msix,
@@ -286,11 +289,8 @@ impl AssignedFunction {
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
-        // The kernel would wait a minute for one that is gone to come out of its reset.
-        match is_silent(&*self.io) {
-            true => log::debug!("{} does not answer, and is not reset", self.name),
-            false => reset(&self.reset),
-        }
+        state.untold = is_silent(&*self.io);
+        reset(&self.reset);
         state.config.reset(&*self.io);
     }
 
@@ -323,12 +323,17 @@ impl PciFunction for AssignedFunction {
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
         self.reset.touch();
+        // The kernel, which saved what it read then, put that back when the bus was reset.
+        if std::mem::take(&mut state.untold) {
+            state.config.reset(&*self.io);
+        }
         let messages = state.uses_messages();
         let State {
             config,
             pin,
             msi,
             msix,
+            ..
         } = &mut *state;
         config.write(&*self.io, offset, data);
         if let Some(MsiState { at, msi, vectors }) = msi
