@@ -11,7 +11,7 @@ mod tree;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
-use crate::address::{Bdf, Function};
+use crate::address::Bdf;
 use crate::function::{BarMapper, HotPlug, PciFunction};
 use crate::spec;
 pub use assign::{AssignError, Windows};
@@ -68,37 +68,6 @@ impl Topology {
         }
         self.remap(&mut self.mappings(), &[id]);
         Ok(id)
-    }
-
-    /// Puts a device into the slot behind a bridge while the guest runs, by its functions, and tells
-    /// the guest. It is reached when the guest has given the slot power.
-    ///
-    /// # Errors
-    /// [`PlaceError`]: the slot is taken, or there is none; nothing is plugged in then.
-    pub fn plug(
-        &self,
-        bridge: FunctionId,
-        functions: Vec<(Function, Arc<dyn PciFunction>)>,
-    ) -> Result<Vec<FunctionId>, PlaceError> {
-        let is_slot = self.with_slot(bridge, |_| ()).is_some();
-        is_slot.then_some(()).ok_or(PlaceError::NoSlot)?;
-        let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
-        let mut plugged = Vec::with_capacity(functions.len());
-        for (number, function) in functions {
-            match tree.add(Place::behind(bridge).with_function(number), function) {
-                Ok(id) => plugged.push(id),
-                Err(error) => {
-                    for id in plugged {
-                        tree.remove(id);
-                    }
-                    return Err(error);
-                }
-            }
-        }
-        drop(tree);
-        self.remap(&mut self.mappings(), &plugged);
-        self.with_slot(bridge, |slot| slot.set_present(true));
-        Ok(plugged)
     }
 
     /// Empties the slot behind a bridge while the guest runs, whether the guest let go of the device

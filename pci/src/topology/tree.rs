@@ -65,9 +65,6 @@ pub enum PlaceError {
     /// the function meant to be the bridge above is no bridge, or has been removed
     #[error("the function meant to be the bridge above is no bridge, or has been removed")]
     NoBridge,
-    /// the bridge has no slot for devices that come at run time
-    #[error("the bridge has no slot for devices that come at run time")]
-    NoSlot,
 }
 
 /// A function in its place.
