@@ -21,8 +21,8 @@ use tree::{Node, Tree};
 
 /// The PCI functions of a machine.
 ///
-/// vCPU threads access configuration space in parallel. Locks are taken in this order: the mappings,
-/// then the tree (never held while a function is written), then a function's own. So a function must
+/// vCPU threads access configuration space in parallel. Locks are taken in this order: a bridge's, then
+/// the mappings, then the tree (never held while a function is written), then a function's own. So a function must
 /// not call the topology from within an access, nor may the [`BarMapper`] from within a call; a
 /// function's own lock is never held when the mapper is called.
 pub struct Topology {
@@ -179,7 +179,9 @@ impl Topology {
             }
             return;
         };
-        // One bridge write at a time, so that each reset is seen to begin exactly once.
+        // One write to a bridge at a time: each reset is seen to begin exactly once, and no other vCPU
+        // ends it before all below are reset.
+        let _one = node.write.lock().unwrap_or_else(PoisonError::into_inner);
         let mut mappings = self.mappings();
         let was_in_reset = bridge.in_reset();
         node.pci.config_write(offset, data);

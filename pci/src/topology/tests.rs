@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -239,12 +241,30 @@ fn accesses_of_every_width_and_offset_reach_functions_in_doublewords() {
 }
 
 /// A function that, when 0x40 is written, has something to do that its BAR must not be mapped for.
-#[derive(Debug)]
 struct Busy {
     inner: Arc<FakeFunction>,
     mapper: Arc<FakeMapper>,
     asked: std::sync::atomic::AtomicBool,
     done: std::sync::atomic::AtomicUsize,
+    on_reset: Mutex<Option<Box<dyn Fn() + Send>>>,
+}
+
+impl std::fmt::Debug for Busy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Busy")
+    }
+}
+
+impl Busy {
+    fn new(mapper: &Arc<FakeMapper>) -> Arc<Self> {
+        Arc::new(Self {
+            inner: FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)]),
+            mapper: mapper.clone(),
+            asked: false.into(),
+            done: 0.into(),
+            on_reset: Mutex::default(),
+        })
+    }
 }
 
 impl PciFunction for Busy {
@@ -282,6 +302,9 @@ impl PciFunction for Busy {
     fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
 
     fn reset(&self) {
+        if let Some(call) = &*self.on_reset.lock().unwrap() {
+            call();
+        }
         assert!(self.mapper.mapped().is_empty());
         self.inner.reset();
     }
@@ -291,12 +314,7 @@ impl PciFunction for Busy {
 fn what_must_not_happen_while_a_bar_is_mapped_happens_while_none_is_and_it_comes_back() {
     let mapper = FakeMapper::new(false);
     let topology = Topology::new(mapper.clone());
-    let busy = Arc::new(Busy {
-        inner: FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)]),
-        mapper: mapper.clone(),
-        asked: false.into(),
-        done: 0.into(),
-    });
+    let busy = Busy::new(&mapper);
     topology.add(Place::root(device(2)), busy.clone()).unwrap();
     write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
     write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
@@ -314,12 +332,7 @@ fn nothing_is_mapped_of_any_function_when_the_first_is_reset_with_the_machine() 
     let mapper = FakeMapper::new(false);
     let topology = Topology::new(mapper.clone());
     for (number, at, address) in [(2, BESIDE, 0xc000_0000), (3, "00:03.0", 0xc000_1000)] {
-        let busy = Arc::new(Busy {
-            inner: FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)]),
-            mapper: mapper.clone(),
-            asked: false.into(),
-            done: 0.into(),
-        });
+        let busy = Busy::new(&mapper);
         topology.add(Place::root(device(number)), busy).unwrap();
         write32(&topology, bdf(at), 0x10, address);
         write16(&topology, bdf(at), spec::COMMAND, 2);
@@ -331,6 +344,37 @@ fn nothing_is_mapped_of_any_function_when_the_first_is_reset_with_the_machine() 
     write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
     write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
     assert_eq!(mapper.mapped().len(), 1, "it can be mapped again");
+}
+
+#[test]
+fn a_reset_of_a_bus_that_another_vcpu_ends_is_carried_out_before() {
+    let f = Fixture::new(false);
+    f.set_up();
+    f.topology.remove(f.topology.functions()[2].0);
+    let control = |value| write16(&f.topology, bdf(PORT), spec::BRIDGE_CONTROL, value);
+    let busy = Busy::new(&f.mapper);
+    f.topology.add(Place::behind(f.port), busy.clone()).unwrap();
+    write32(&f.topology, bdf(BEHIND), 0x10, 0xc000_0000);
+    write16(&f.topology, bdf(BEHIND), spec::COMMAND, 2);
+    assert_eq!(f.mapped().len(), 1);
+    let ((begun, begins), (ended, ends)) = (mpsc::channel(), mpsc::channel());
+    *busy.on_reset.lock().unwrap() = Some(Box::new(move || {
+        begun.send(()).unwrap();
+        // The other does not get through while this lasts; were it to, the BAR would be mapped.
+        let _late = ends.recv_timeout(Duration::from_millis(100));
+    }));
+    thread::scope(|scope| {
+        let control = &control;
+        scope.spawn(move || {
+            begins.recv_timeout(Duration::from_secs(10)).unwrap();
+            control(0);
+            let _nobody_waits = ended.send(());
+        });
+        control(spec::BRIDGE_CONTROL_RESET);
+    });
+    *busy.on_reset.lock().unwrap() = None;
+    assert_eq!(busy.inner.resets.load(Ordering::Relaxed), 1);
+    assert_eq!(read32(&f.topology, bdf(BEHIND), 0), 0x5678_1234);
 }
 
 /// What should be mapped, worked out from the registers alone.

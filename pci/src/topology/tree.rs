@@ -1,6 +1,6 @@
 //! Where functions are: the tree of buses, and which of its branches the guest's bus numbers reach.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::address::{Bdf, Bus, Device, Function, Segment};
 use crate::function::{BarRegion, PciFunction};
@@ -73,6 +73,8 @@ pub(super) struct Node {
     pub(super) id: FunctionId,
     pub(super) place: Place,
     pub(super) pci: Arc<dyn PciFunction>,
+    /// Held while a bridge is written, and what is below it reset.
+    pub(super) write: Arc<Mutex<()>>,
 }
 
 impl Node {
@@ -114,7 +116,13 @@ impl Tree {
         }
         let id = FunctionId(self.added);
         self.added += 1;
-        self.nodes.push(Node { id, place, pci });
+        let write = Arc::default();
+        self.nodes.push(Node {
+            id,
+            place,
+            pci,
+            write,
+        });
         Ok(id)
     }
 
