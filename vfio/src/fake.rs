@@ -61,6 +61,8 @@ pub(crate) struct FakeDevice {
     pub(crate) reach: Mutex<Vec<Affected>>,
     /// What the command register held at each hot reset.
     pub(crate) hot_resets: Mutex<Vec<u16>>,
+    /// The bus does not come up again after a hot reset.
+    pub(crate) bus_is_dead: AtomicBool,
     pub(crate) reset_by_opening: bool,
     /// Called at each reset, of whichever kind.
     pub(crate) on_reset: Hook,
@@ -130,6 +132,7 @@ impl Default for FakeDevice {
             function_reset: Some(FunctionReset::Other),
             reach: Mutex::default(),
             hot_resets: Mutex::default(),
+            bus_is_dead: AtomicBool::default(),
             reset_by_opening: false,
             on_reset: Hook::default(),
             dma_bufs: AtomicUsize::default(),
@@ -425,7 +428,10 @@ impl DeviceIo for FakeDevice {
         let command = u16::from_le_bytes(self.config_at(4));
         self.hot_resets.lock().unwrap().push(command);
         self.on_reset.call();
-        Ok(())
+        match self.bus_is_dead.load(Ordering::Relaxed) {
+            true => Err(io::Error::from_raw_os_error(libc::ENOTTY)),
+            false => Ok(()),
+        }
     }
 }
 

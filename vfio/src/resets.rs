@@ -179,18 +179,22 @@ fn settle(members: &mut [Member]) {
                 let together = members.iter_mut().filter(|other| touched(other));
                 together.for_each(|other| other.owed = false);
             }
+            // Once for all of them: a bus that does not come up again costs a minute each time.
             Err(error) => {
-                let Some(member) = members.get_mut(at) else {
-                    continue;
-                };
-                if !std::mem::replace(&mut member.said, true) {
-                    log::warn!("{name}: VFIO_DEVICE_PCI_HOT_RESET: {error}; the next best is done");
+                let waiting = |other: &&mut Member| other.owed && touched(other);
+                for member in members.iter_mut().filter(waiting) {
+                    if !std::mem::replace(&mut member.said, true) {
+                        let name = &member.name;
+                        log::warn!(
+                            "{name}: VFIO_DEVICE_PCI_HOT_RESET: {error}; the next best is done"
+                        );
+                    }
+                    member.method = match member.io.function_reset() {
+                        Some(how) => ResetMethod::Function(how),
+                        None => ResetMethod::None,
+                    };
+                    member.reset_alone();
                 }
-                member.method = match member.io.function_reset() {
-                    Some(how) => ResetMethod::Function(how),
-                    None => ResetMethod::None,
-                };
-                member.reset_alone();
             }
         }
     }

@@ -180,6 +180,27 @@ fn a_blocker_that_went_is_found_out_at_the_next_reset() {
 }
 
 #[test]
+fn a_bus_that_does_not_come_up_again_is_tried_once_for_all_on_it() {
+    let on_dead_bus = || {
+        Arc::new(FakeDevice {
+            function_reset: Some(FunctionReset::PowerState),
+            reach: Mutex::new(vec![affected(A), affected(B)]),
+            bus_is_dead: true.into(),
+            ..FakeDevice::default()
+        })
+    };
+    let (a, b) = (on_dead_bus(), on_dead_bus());
+    let (_resets, handles) = vm(&[(A, &a), (B, &b)]);
+    for round in 1..3 {
+        assert_eq!(hot(&[&a, &b]), round);
+        assert!([&a, &b].iter().all(|fake| fake.resets().len() >= round));
+        assert_eq!(handles[1].method().word(), "pm");
+        handles.iter().for_each(ResetHandle::touch);
+        handles.iter().for_each(ResetHandle::reset);
+    }
+}
+
+#[test]
 fn what_the_kernel_did_by_opening_and_will_do_by_closing_is_not_done_again() {
     let opened = |function_reset| {
         Arc::new(FakeDevice {
