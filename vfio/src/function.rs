@@ -46,7 +46,8 @@ pub struct AssignedFunction {
 #[derive(Debug)]
 struct State {
     config: GuestConfig,
-    /// The device did not answer when it was last reset, and could not be told its state at power-on.
+    /// The device did not answer when it was last reset, and has not been told its state at power-on.
+    /// It decodes nothing, and is quiet still.
     untold: bool,
     pin: Option<Pin>,
     msi: Option<MsiState>,
@@ -322,10 +323,14 @@ impl PciFunction for AssignedFunction {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
-        self.reset.touch();
-        // The kernel, which saved what it read then, put that back when the bus was reset.
-        if std::mem::take(&mut state.untold) {
+        if state.untold && !is_silent(&*self.io) {
+            // The kernel saved what it read then, and put that back when the bus was reset.
+            state.untold = false;
+            Self::disconnect(&mut state);
             state.config.reset(&*self.io);
+        }
+        if !state.untold {
+            self.reset.touch();
         }
         let messages = state.uses_messages();
         let State {
@@ -383,7 +388,11 @@ impl PciFunction for AssignedFunction {
     }
 
     fn decoded(&self) -> Vec<BarRegion> {
-        self.lock().config.decoded()
+        let state = self.lock();
+        match state.untold {
+            true => Vec::new(),
+            false => state.config.decoded(),
+        }
     }
 
     fn parts(&self, bar: BarIndex) -> Vec<BarPart> {
