@@ -21,8 +21,8 @@ use tree::{Node, Tree};
 
 /// The PCI functions of a machine.
 ///
-/// vCPU threads access configuration space in parallel. Locks are taken in this order: a bridge's, then
-/// the mappings, then the tree (never held while a function is written), then a function's own. So a function must
+/// vCPU threads access configuration space in parallel. Locks are taken in this order: that of writes to
+/// one function, then the mappings, then the tree (never held while a function is written), then a function's own. So a function must
 /// not call the topology from within an access, nor may the [`BarMapper`] from within a call; a
 /// function's own lock is never held when the mapper is called.
 pub struct Topology {
@@ -169,19 +169,20 @@ impl Topology {
         self.remap(&mut self.mappings(), &ids);
     }
 
+    /// One write to a function at a time: what a write asks for is carried out before another vCPU takes
+    /// it back, each reset of a bus is seen to begin exactly once, and none ends before all below are
+    /// reset.
     fn write_dword(&self, node: &Node, offset: u16, data: &[u8]) {
+        let _one = node.write.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(bridge) = node.pci.bridge() else {
             node.pci.config_write(offset, data);
             self.remap(&mut self.mappings(), &[node.id]);
-            // Both locks are free: what has to be settled can take long.
+            // The locks that others wait for are free: what has to be settled can take long.
             if !self.mappings().has(node.id) && node.pci.settle() {
                 self.remap(&mut self.mappings(), &[node.id]);
             }
             return;
         };
-        // One write to a bridge at a time: each reset is seen to begin exactly once, and no other vCPU
-        // ends it before all below are reset.
-        let _one = node.write.lock().unwrap_or_else(PoisonError::into_inner);
         let mut mappings = self.mappings();
         let was_in_reset = bridge.in_reset();
         node.pci.config_write(offset, data);

@@ -240,13 +240,14 @@ fn accesses_of_every_width_and_offset_reach_functions_in_doublewords() {
     f.topology.config_write(bdf(BESIDE), u16::MAX, &[0; 4]);
 }
 
-/// A function that, when 0x40 is written, has something to do that its BAR must not be mapped for.
+/// A function that, while 0x40 is not zero, has something to do that its BAR must not be mapped for.
 struct Busy {
     inner: Arc<FakeFunction>,
     mapper: Arc<FakeMapper>,
     asked: std::sync::atomic::AtomicBool,
     done: std::sync::atomic::AtomicUsize,
-    on_reset: Mutex<Option<Box<dyn Fn() + Send>>>,
+    /// Called at each reset, and when something has to be done.
+    meanwhile: Mutex<Option<Box<dyn Fn() + Send>>>,
 }
 
 impl std::fmt::Debug for Busy {
@@ -262,8 +263,34 @@ impl Busy {
             mapper: mapper.clone(),
             asked: false.into(),
             done: 0.into(),
-            on_reset: Mutex::default(),
+            meanwhile: Mutex::default(),
         })
+    }
+
+    /// Runs `other` on a vCPU of its own as soon as this is reset, or has something to do, by `this`, and
+    /// gives it some time to get through.
+    fn while_it_is_busy(&self, this: impl FnOnce(), other: impl FnOnce() + Send) {
+        let ((begun, begins), (ended, ends)) = (mpsc::channel(), mpsc::channel());
+        *self.meanwhile.lock().unwrap() = Some(Box::new(move || {
+            let _once = begun.send(());
+            let _late = ends.recv_timeout(Duration::from_millis(100));
+        }));
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                begins.recv_timeout(Duration::from_secs(10)).unwrap();
+                other();
+                let _nobody_waits = ended.send(());
+            });
+            this();
+        });
+        *self.meanwhile.lock().unwrap() = None;
+    }
+
+    fn wait(&self) {
+        if let Some(call) = &*self.meanwhile.lock().unwrap() {
+            call();
+        }
+        assert!(self.mapper.mapped().is_empty());
     }
 }
 
@@ -275,7 +302,7 @@ impl PciFunction for Busy {
     fn config_write(&self, offset: u16, data: &[u8]) {
         self.inner.config_write(offset, data);
         if offset == 0x40 {
-            self.asked.store(true, Ordering::Relaxed);
+            self.asked.store(data[0] != 0, Ordering::Relaxed);
         }
     }
 
@@ -291,8 +318,10 @@ impl PciFunction for Busy {
     }
 
     fn settle(&self) -> bool {
+        if self.asked.load(Ordering::Relaxed) {
+            self.wait();
+        }
         let asked = self.asked.swap(false, Ordering::Relaxed);
-        assert!(!asked || self.mapper.mapped().is_empty());
         self.done.fetch_add(asked.into(), Ordering::Relaxed);
         asked
     }
@@ -302,10 +331,7 @@ impl PciFunction for Busy {
     fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
 
     fn reset(&self) {
-        if let Some(call) = &*self.on_reset.lock().unwrap() {
-            call();
-        }
-        assert!(self.mapper.mapped().is_empty());
+        self.wait();
         self.inner.reset();
     }
 }
@@ -325,6 +351,20 @@ fn what_must_not_happen_while_a_bar_is_mapped_happens_while_none_is_and_it_comes
     write16(&topology, bdf(BESIDE), spec::COMMAND, 0);
     write32(&topology, bdf(BESIDE), 0x40, 1);
     assert_eq!(busy.done.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn what_one_vcpu_asks_for_is_carried_out_before_another_takes_it_back() {
+    let mapper = FakeMapper::new(false);
+    let topology = Topology::new(mapper.clone());
+    let busy = Busy::new(&mapper);
+    topology.add(Place::root(device(2)), busy.clone()).unwrap();
+    write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
+    write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
+    let ask = |value| write32(&topology, bdf(BESIDE), 0x40, value);
+    busy.while_it_is_busy(|| ask(1), || ask(0));
+    assert_eq!(busy.done.load(Ordering::Relaxed), 1);
+    assert_eq!(mapper.mapped().len(), 1);
 }
 
 #[test]
@@ -357,22 +397,8 @@ fn a_reset_of_a_bus_that_another_vcpu_ends_is_carried_out_before() {
     write32(&f.topology, bdf(BEHIND), 0x10, 0xc000_0000);
     write16(&f.topology, bdf(BEHIND), spec::COMMAND, 2);
     assert_eq!(f.mapped().len(), 1);
-    let ((begun, begins), (ended, ends)) = (mpsc::channel(), mpsc::channel());
-    *busy.on_reset.lock().unwrap() = Some(Box::new(move || {
-        begun.send(()).unwrap();
-        // The other does not get through while this lasts; were it to, the BAR would be mapped.
-        let _late = ends.recv_timeout(Duration::from_millis(100));
-    }));
-    thread::scope(|scope| {
-        let control = &control;
-        scope.spawn(move || {
-            begins.recv_timeout(Duration::from_secs(10)).unwrap();
-            control(0);
-            let _nobody_waits = ended.send(());
-        });
-        control(spec::BRIDGE_CONTROL_RESET);
-    });
-    *busy.on_reset.lock().unwrap() = None;
+    // Were the other to get through, the BAR would be mapped.
+    busy.while_it_is_busy(|| control(spec::BRIDGE_CONTROL_RESET), || control(0));
     assert_eq!(busy.inner.resets.load(Ordering::Relaxed), 1);
     assert_eq!(read32(&f.topology, bdf(BEHIND), 0), 0x5678_1234);
 }

@@ -73,7 +73,7 @@ pub(super) struct Node {
     pub(super) id: FunctionId,
     pub(super) place: Place,
     pub(super) pci: Arc<dyn PciFunction>,
-    /// Held while a bridge is written, and what is below it reset.
+    /// Held while the function is written, and what that asks for is carried out.
     pub(super) write: Arc<Mutex<()>>,
 }
 
