@@ -104,31 +104,44 @@ pub fn not_viable(paths: &HostPaths, group: u32) -> Option<OpenError> {
     Some(OpenError::NotViable { group, blockers })
 }
 
-/// The members of a group that keep it from being given away, each with its driver, and the command
-/// that frees them all. Bridges are exempt, and so is what no driver is bound to.
+/// The members of a group that keep it from being given away, each with its driver, and the commands
+/// that free them all.
 fn blockers(paths: &HostPaths, group: u32) -> Option<String> {
-    let (names, addresses): (Vec<String>, Vec<String>) = paths
-        .members(group)
-        .into_iter()
-        .filter_map(|(address, folder)| {
-            let driver = paths.driver_of(&folder)?;
-            let exempt = driver.contains("vfio") || driver == "pci-stub" || is_bridge(&folder);
-            (!exempt).then(|| (format!("{address} is bound to {driver}"), address))
-        })
-        .unzip();
-    (!names.is_empty()).then(|| {
-        format!(
-            "{}: `busway device bind {}`",
-            names.join(", "),
-            addresses.join(" ")
-        )
-    })
+    let (mut names, mut devices, mut commands) = (Vec::new(), Vec::new(), Vec::new());
+    for (address, folder) in paths.members(group) {
+        let driver = paths.driver_of(&folder);
+        let Some(driver) = driver.filter(|driver| keeps_group(driver)) else {
+            continue;
+        };
+        names.push(format!("{address} is bound to {driver}"));
+        match &*driver {
+            // A bridge cannot be given away.
+            "shpchp" => commands.push(format!(
+                "`echo {address} > /sys/bus/pci/drivers/shpchp/unbind`"
+            )),
+            _ => devices.push(address),
+        }
+    }
+    if !devices.is_empty() {
+        commands.push(format!("`busway device bind {}`", devices.join(" ")));
+    }
+    (!names.is_empty()).then(|| format!("{}: {}", names.join(", "), commands.join(" and ")))
 }
 
-/// Base class 06h: a bridge. PCI Code and ID Assignment Specification 1.15 §1.7
-fn is_bridge(folder: &std::path::Path) -> bool {
-    std::fs::read_to_string(folder.join("class"))
-        .is_ok_and(|class| class.trim().trim_start_matches("0x").starts_with("0604"))
+/// Whether a device with this driver keeps its IOMMU group from being given away.
+///
+/// The kernel lends a group to user space while each member's driver leaves DMA alone: none, those
+/// that set `driver_managed_dma` (VFIO's, `pci-stub` and the PCIe ports' own), but not the hot-plug
+/// driver of a conventional bridge (`shpchp`). drivers/pci/pci-driver.c, pci_dma_configure.
+#[must_use]
+pub fn keeps_group(driver: &str) -> bool {
+    !is_vfio_driver(driver) && !matches!(driver, "pci-stub" | "pcieport")
+}
+
+/// Whether a driver is `vfio-pci` or one of the variants made on it, such as `mlx5_vfio_pci`.
+#[must_use]
+pub fn is_vfio_driver(name: &str) -> bool {
+    name.replace('_', "-").ends_with("vfio-pci")
 }
 
 #[cfg(test)]
@@ -138,24 +151,24 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn who_blocks_a_group_is_named_with_the_way_out_and_bridges_are_exempt() {
+    fn who_blocks_a_group_is_named_with_the_way_out() {
         let root = tempfile::tempdir().unwrap();
         let paths = HostPaths {
             sys: root.path().join("sys"),
             ..HostPaths::default()
         };
-        for (address, class, driver) in [
-            ("0000:00:1f.0", "0x060100", Some("lpc_ich")),
-            ("0000:00:1c.0", "0x060400", Some("pcieport")),
-            ("0000:00:1f.2", "0x010601", Some("vfio-pci")),
-            ("0000:00:1f.3", "0x0c0500", None),
+        for (address, driver) in [
+            ("0000:00:1f.0", Some("lpc_ich")),
+            ("0000:00:1c.0", Some("pcieport")),
+            ("0000:00:1e.0", Some("shpchp")),
+            ("0000:00:1f.2", Some("vfio-pci")),
+            ("0000:00:1f.3", None),
         ] {
             let folder = root
                 .path()
                 .join("sys/kernel/iommu_groups/9/devices")
                 .join(address);
             fs::create_dir_all(&folder).unwrap();
-            fs::write(folder.join("class"), format!("{class}\n")).unwrap();
             if let Some(driver) = driver {
                 symlink(
                     format!("../../bus/pci/drivers/{driver}"),
@@ -166,9 +179,20 @@ mod tests {
         }
         assert_eq!(
             not_viable(&paths, 9).unwrap().to_string(),
-            "IOMMU group 9 cannot be given away while others use parts of it: 0000:00:1f.0 is bound \
-             to lpc_ich: `busway device bind 0000:00:1f.0`"
+            "IOMMU group 9 cannot be given away while others use parts of it: 0000:00:1e.0 is bound \
+             to shpchp, 0000:00:1f.0 is bound to lpc_ich: `echo 0000:00:1e.0 > \
+             /sys/bus/pci/drivers/shpchp/unbind` and `busway device bind 0000:00:1f.0`"
         );
         assert!(not_viable(&paths, 8).is_none());
+    }
+
+    #[test]
+    fn variants_of_vfio_pci_count_as_vfio() {
+        for name in ["vfio-pci", "mlx5_vfio_pci", "hisi-acc-vfio-pci"] {
+            assert!(is_vfio_driver(name), "{name}");
+        }
+        for name in ["nvme", "pci-stub", "vfio-platform"] {
+            assert!(!is_vfio_driver(name), "{name}");
+        }
     }
 }

@@ -29,7 +29,7 @@ mod type1;
 pub use advice::{IommuAdvice, ParameterChange};
 pub use dma::{Access, DmaSpace, HostVa, Iova, OpenDmaBuf, Stats};
 pub use error::{MapError, OpenError};
-pub use group::{Group, not_viable};
+pub use group::{Group, is_vfio_driver, keeps_group, not_viable};
 pub use iommufd::Ioas;
 pub use memlock::MemlockError;
 pub use obstacle::{Node, Obstacle};

@@ -184,7 +184,7 @@ pub trait Bridge {
 
 /// A slot whose device can come and go while the guest runs. PCIe 6.0 §6.7.
 ///
-/// The topology says what is in it ([`Topology::plug`](crate::Topology::plug),
+/// The topology says what is in it ([`Topology::add`](crate::Topology::add),
 /// [`Topology::unplug`](crate::Topology::unplug)); the machine presses its button.
 pub trait HotPlug {
     /// Its number.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use busway_pci::{
@@ -50,6 +50,8 @@ pub(crate) struct FakeDevice {
     pub(crate) only_d0: bool,
     pub(crate) irqs: Mutex<Irqs>,
     pub(crate) resets: Mutex<Vec<u16>>,
+    /// It does not answer.
+    pub(crate) silent: AtomicBool,
     /// How many resets are refused, because somebody holds the device.
     pub(crate) resets_held_up: AtomicUsize,
     /// Events that somebody wants to hear of.
@@ -59,6 +61,8 @@ pub(crate) struct FakeDevice {
     pub(crate) reach: Mutex<Vec<Affected>>,
     /// What the command register held at each hot reset.
     pub(crate) hot_resets: Mutex<Vec<u16>>,
+    /// The bus does not come up again after a hot reset.
+    pub(crate) bus_is_dead: AtomicBool,
     pub(crate) reset_by_opening: bool,
     /// Called at each reset, of whichever kind.
     pub(crate) on_reset: Hook,
@@ -122,11 +126,13 @@ impl Default for FakeDevice {
             only_d0: false,
             irqs: Mutex::default(),
             resets: Mutex::default(),
+            silent: AtomicBool::default(),
             resets_held_up: AtomicUsize::default(),
             listened: Mutex::default(),
             function_reset: Some(FunctionReset::Other),
             reach: Mutex::default(),
             hot_resets: Mutex::default(),
+            bus_is_dead: AtomicBool::default(),
             reset_by_opening: false,
             on_reset: Hook::default(),
             dma_bufs: AtomicUsize::default(),
@@ -250,7 +256,9 @@ impl DeviceIo for FakeDevice {
     }
 
     fn region_read(&self, index: RegionIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        if index == RegionIndex::CONFIG {
+        if index == RegionIndex::CONFIG && self.silent.load(Ordering::Relaxed) {
+            data.fill(u8::MAX);
+        } else if index == RegionIndex::CONFIG {
             let config = self.config.lock().unwrap();
             let start = offset as usize;
             let found = config.get(start..start + data.len());
@@ -267,7 +275,9 @@ impl DeviceIo for FakeDevice {
     }
 
     fn region_write(&self, index: RegionIndex, offset: u64, data: &[u8]) -> io::Result<()> {
-        if index == RegionIndex::CONFIG {
+        if index == RegionIndex::CONFIG && self.silent.load(Ordering::Relaxed) {
+            // Lost.
+        } else if index == RegionIndex::CONFIG {
             let mut config = self.config.lock().unwrap();
             let start = offset as usize;
             let found = config.get_mut(start..start + data.len());
@@ -418,7 +428,10 @@ impl DeviceIo for FakeDevice {
         let command = u16::from_le_bytes(self.config_at(4));
         self.hot_resets.lock().unwrap().push(command);
         self.on_reset.call();
-        Ok(())
+        match self.bus_is_dead.load(Ordering::Relaxed) {
+            true => Err(io::Error::from_raw_os_error(libc::ENOTTY)),
+            false => Ok(()),
+        }
     }
 }
 

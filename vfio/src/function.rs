@@ -46,6 +46,9 @@ pub struct AssignedFunction {
 #[derive(Debug)]
 struct State {
     config: GuestConfig,
+    /// The device did not answer when it was last reset, and has not been told its state at power-on.
+    /// It decodes nothing, and is quiet still.
+    untold: bool,
     pin: Option<Pin>,
     msi: Option<MsiState>,
     msix: Option<MsixState>,
@@ -214,6 +217,7 @@ impl AssignedFunction {
             name: name.to_owned(),
             state: Mutex::new(State {
                 config,
+                untold: false,
                 pin,
                 msi,
                 msix,
@@ -286,11 +290,8 @@ impl AssignedFunction {
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
-        // The kernel would wait a minute for one that is gone to come out of its reset.
-        match is_silent(&*self.io) {
-            true => log::debug!("{} does not answer, and is not reset", self.name),
-            false => reset(&self.reset),
-        }
+        state.untold = is_silent(&*self.io);
+        reset(&self.reset);
         state.config.reset(&*self.io);
     }
 
@@ -322,13 +323,22 @@ impl PciFunction for AssignedFunction {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
-        self.reset.touch();
+        if state.untold && !is_silent(&*self.io) {
+            // The kernel saved what it read then, and put that back when the bus was reset.
+            state.untold = false;
+            Self::disconnect(&mut state);
+            state.config.reset(&*self.io);
+        }
+        if !state.untold {
+            self.reset.touch();
+        }
         let messages = state.uses_messages();
         let State {
             config,
             pin,
             msi,
             msix,
+            ..
         } = &mut *state;
         config.write(&*self.io, offset, data);
         if let Some(MsiState { at, msi, vectors }) = msi
@@ -378,7 +388,11 @@ impl PciFunction for AssignedFunction {
     }
 
     fn decoded(&self) -> Vec<BarRegion> {
-        self.lock().config.decoded()
+        let state = self.lock();
+        match state.untold {
+            true => Vec::new(),
+            false => state.config.decoded(),
+        }
     }
 
     fn parts(&self, bar: BarIndex) -> Vec<BarPart> {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::Bdf;
 
+use crate::aer::is_silent;
 use crate::patience::patiently;
 use crate::reset::{Decision, decide};
 use crate::{DeviceIo, FunctionReset, ResetMethod};
@@ -114,10 +115,15 @@ impl Member {
         }
     }
 
-    /// Resets the function by itself, where that goes.
+    /// Resets the function by itself, where that goes. The kernel would wait a minute for one that does
+    /// not answer to come out of such a reset.
     fn reset_alone(&mut self) {
         self.owed = false;
         if self.io.function_reset().is_none() {
+            return;
+        }
+        if is_silent(&*self.io) {
+            log::debug!("{} does not answer, and is not reset by itself", self.name);
             return;
         }
         let refused = patiently(|| self.io.reset()).err();
@@ -173,18 +179,22 @@ fn settle(members: &mut [Member]) {
                 let together = members.iter_mut().filter(|other| touched(other));
                 together.for_each(|other| other.owed = false);
             }
+            // Once for all of them: a bus that does not come up again costs a minute each time.
             Err(error) => {
-                let Some(member) = members.get_mut(at) else {
-                    continue;
-                };
-                if !std::mem::replace(&mut member.said, true) {
-                    log::warn!("{name}: VFIO_DEVICE_PCI_HOT_RESET: {error}; the next best is done");
+                let waiting = |other: &&mut Member| other.owed && touched(other);
+                for member in members.iter_mut().filter(waiting) {
+                    if !std::mem::replace(&mut member.said, true) {
+                        let name = &member.name;
+                        log::warn!(
+                            "{name}: VFIO_DEVICE_PCI_HOT_RESET: {error}; the next best is done"
+                        );
+                    }
+                    member.method = match member.io.function_reset() {
+                        Some(how) => ResetMethod::Function(how),
+                        None => ResetMethod::None,
+                    };
+                    member.reset_alone();
                 }
-                member.method = match member.io.function_reset() {
-                    Some(how) => ResetMethod::Function(how),
-                    None => ResetMethod::None,
-                };
-                member.reset_alone();
             }
         }
     }
@@ -254,21 +264,24 @@ impl ResetHandle {
 
     /// The device is quiet (no interrupt, no bus mastering) and wants its state at power-on. It has it
     /// when this returns, or when the last of those has come that are reset with it.
+    ///
+    /// One that does not answer is quiet as well, and may come back by the reset of its bus.
     pub(crate) fn reset(&self) {
-        self.quiet(true);
+        self.quiet(true, true);
     }
 
-    /// The device is quiet, and about to be closed: the kernel resets what can be reset by itself.
+    /// The device is quiet, and about to be closed: the kernel resets what can be reset by itself. One
+    /// that does not answer by now wants nothing more, but those that share its bus may.
     pub(crate) fn retire(&self) {
-        self.quiet(!self.io.is_reset_by_opening());
+        self.quiet(!self.io.is_reset_by_opening(), !is_silent(&*self.io));
     }
 
-    fn quiet(&self, alone: bool) {
+    fn quiet(&self, alone: bool, owed: bool) {
         self.used.store(false, Ordering::Relaxed);
         let mut members = self.resets.lock();
         if let Some(member) = members.iter_mut().find(|other| self.is(other)) {
             member.quiet = true;
-            member.owed = true;
+            member.owed = owed;
             match member.io.function_reset() {
                 Some(how) if how.is_thorough() && !alone => member.owed = false,
                 Some(how) if how.is_thorough() => member.reset_alone(),

@@ -99,6 +99,37 @@ fn one_with_a_reset_of_its_own_holds_back_the_reset_of_the_bus_it_is_on() {
 }
 
 #[test]
+fn one_that_does_not_answer_keeps_nobody_waiting_and_is_not_reset_by_itself() {
+    let (a, b) = (on_bus(&[A, B]), with_reset(FunctionReset::Flr));
+    let (_resets, handles) = vm(&[(A, &a), (B, &b)]);
+    let own = b.resets().len();
+    b.silent.store(true, Ordering::Relaxed);
+    for round in 2..4 {
+        handles.iter().for_each(ResetHandle::touch);
+        handles[1].reset();
+        handles[0].reset();
+        assert_eq!((hot(&[&a]), b.resets().len()), (round, own));
+    }
+}
+
+#[test]
+fn one_alone_that_does_not_answer_has_its_bus_reset_but_not_when_it_is_let_go() {
+    let a = Arc::new(FakeDevice {
+        function_reset: Some(FunctionReset::PowerState),
+        reach: Mutex::new(vec![affected(A)]),
+        ..FakeDevice::default()
+    });
+    let (_resets, handles) = vm(&[(A, &a)]);
+    a.silent.store(true, Ordering::Relaxed);
+    handles[0].touch();
+    handles[0].reset();
+    assert_eq!((hot(&[&a]), a.resets().len()), (2, 0));
+    handles[0].touch();
+    handles[0].retire();
+    assert_eq!((hot(&[&a]), a.resets().len()), (2, 0));
+}
+
+#[test]
 fn what_waits_for_others_has_the_next_best_at_once() {
     let (a, b) = (on_bus(&[A, B]), on_bus(&[A, B]));
     let power = FakeDevice {
@@ -146,6 +177,27 @@ fn a_blocker_that_went_is_found_out_at_the_next_reset() {
     handles[0].reset();
     assert_eq!(hot(&[&a]), 1);
     assert_eq!(handles[0].method().word(), "hot");
+}
+
+#[test]
+fn a_bus_that_does_not_come_up_again_is_tried_once_for_all_on_it() {
+    let on_dead_bus = || {
+        Arc::new(FakeDevice {
+            function_reset: Some(FunctionReset::PowerState),
+            reach: Mutex::new(vec![affected(A), affected(B)]),
+            bus_is_dead: true.into(),
+            ..FakeDevice::default()
+        })
+    };
+    let (a, b) = (on_dead_bus(), on_dead_bus());
+    let (_resets, handles) = vm(&[(A, &a), (B, &b)]);
+    for round in 1..3 {
+        assert_eq!(hot(&[&a, &b]), round);
+        assert!([&a, &b].iter().all(|fake| fake.resets().len() >= round));
+        assert_eq!(handles[1].method().word(), "pm");
+        handles.iter().for_each(ResetHandle::touch);
+        handles.iter().for_each(ResetHandle::reset);
+    }
 }
 
 #[test]

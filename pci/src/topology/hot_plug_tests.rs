@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::tests::{bdf, device, read32, write16, write32};
 use super::*;
+use crate::address::Function;
 use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32};
 use crate::function::BarIndex;
 use crate::link::Link;
@@ -40,13 +41,9 @@ fn function() -> Arc<FakeFunction> {
     FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)])
 }
 
-fn number(number: u8) -> Function {
-    Function::new(number).unwrap()
-}
-
 impl Fixture {
     /// A hot-plug port on bus 0, with bus 1 behind it and everything on.
-    fn new(behind: Option<Arc<FakeFunction>>) -> Self {
+    fn new(behind: Arc<FakeFunction>) -> Self {
         let mapper = FakeMapper::new(false);
         let topology = Topology::new(mapper.clone());
         let heard = Arc::new(Heard::default());
@@ -54,9 +51,7 @@ impl Fixture {
         let port = RootPort::new(16, Link::default(), routes).hot_plug(heard.clone());
         let port = topology.add(Place::root(device(16)), Arc::new(port));
         let port = port.unwrap();
-        if let Some(function) = behind {
-            topology.add(Place::behind(port), function).unwrap();
-        }
+        topology.add(Place::behind(port), behind).unwrap();
         write32(&topology, bdf(PORT), spec::PRIMARY_BUS, 0x0001_0100);
         write32(&topology, bdf(PORT), spec::MEMORY_BASE, 0xc010_c000);
         write16(&topology, bdf(PORT), spec::COMMAND, 7);
@@ -85,7 +80,7 @@ impl Fixture {
 #[test]
 fn a_guest_that_switches_power_off_finds_the_device_fresh_when_it_comes_back() {
     let behind = function();
-    let f = Fixture::new(Some(behind.clone()));
+    let f = Fixture::new(behind.clone());
     f.start_driver();
     assert_eq!(f.mapper.mapped().len(), 1);
     f.control(DRIVEN | spec::EXP_SLOT_CONTROL_POWER_OFF);
@@ -100,8 +95,8 @@ fn a_guest_that_switches_power_off_finds_the_device_fresh_when_it_comes_back() {
 #[test]
 fn a_device_that_is_pulled_out_leaves_no_bar_and_no_reference_behind() {
     let (first, second) = (function(), function());
-    let f = Fixture::new(Some(first.clone()));
-    let place = Place::behind(f.port).with_function(number(1));
+    let f = Fixture::new(first.clone());
+    let place = Place::behind(f.port).with_function(Function::new(1).unwrap());
     f.topology.add(place, second).unwrap();
     f.start_driver();
     f.control(DRIVEN);
@@ -115,38 +110,10 @@ fn a_device_that_is_pulled_out_leaves_no_bar_and_no_reference_behind() {
     assert!(f.topology.unplug(f.port).is_empty());
 }
 
-#[test]
-fn a_device_that_is_plugged_in_is_reached_once_the_guest_gives_it_power() {
-    let f = Fixture::new(None);
-    f.control(DRIVEN | spec::EXP_SLOT_CONTROL_POWER_OFF);
-    let functions = [number(0), number(1)].map(|at| (at, function() as Arc<dyn PciFunction>));
-    let ids = f.topology.plug(f.port, functions.into()).unwrap();
-    assert_eq!(ids.len(), 2);
-    assert_eq!(f.id(), u32::MAX);
-    f.control(DRIVEN);
-    assert_eq!(f.id(), 0x5678_1234);
-    f.start_driver();
-    assert_eq!(f.mapper.mapped().len(), 1);
-}
-
-#[test]
-fn what_cannot_be_plugged_in_changes_nothing() {
-    let f = Fixture::new(Some(function()));
-    let two = [number(1), number(0)].map(|at| (at, function() as Arc<dyn PciFunction>));
-    let taken = f.topology.plug(f.port, two.into());
-    assert!(matches!(taken, Err(PlaceError::Taken { .. })));
-    assert_eq!(f.topology.functions().len(), 2);
-    let plain = super::tests::port(2);
-    let plain = f.topology.add(Place::root(device(2)), plain).unwrap();
-    let no_slot = f.topology.plug(plain, vec![(number(0), function())]);
-    assert_eq!(no_slot, Err(PlaceError::NoSlot));
-}
-
 #[derive(Clone, Debug)]
 enum Step {
     Guest(u16, u32),
     Port(u16, u32),
-    Plug,
     Unplug,
     Button,
     Reset,
@@ -161,7 +128,6 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             (0..32u16, any::<u32>()).prop_map(|(at, value)| Step::Port(at * 4, value)),
             any::<u32>().prop_map(|value| Step::Port(CONTROL, value)),
             Just(Step::Port(CONTROL, DRIVEN.into())),
-            Just(Step::Plug),
             Just(Step::Unplug),
             Just(Step::Button),
             Just(Step::Reset),
@@ -174,17 +140,12 @@ proptest! {
     /// The mapper, too, checks what it is asked.
     #[test]
     fn whatever_the_guest_does_meanwhile_nothing_of_an_empty_slot_is_reached(steps in steps()) {
-        let f = Fixture::new(Some(function()));
+        let f = Fixture::new(function());
         let mut plugged = true;
         for step in steps {
             match step {
                 Step::Guest(at, value) => write32(&f.topology, bdf(BEHIND), at, value),
                 Step::Port(at, value) => write32(&f.topology, bdf(PORT), at, value),
-                Step::Plug => {
-                    let done = f.topology.plug(f.port, vec![(number(0), function())]);
-                    prop_assert_eq!(done.is_ok(), !plugged);
-                    plugged = true;
-                }
                 Step::Unplug => {
                     let out = f.topology.unplug(f.port);
                     prop_assert_eq!(out.len(), usize::from(plugged));

@@ -11,7 +11,7 @@ mod tree;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
-use crate::address::{Bdf, Function};
+use crate::address::Bdf;
 use crate::function::{BarMapper, HotPlug, PciFunction};
 use crate::spec;
 pub use assign::{AssignError, Windows};
@@ -21,8 +21,8 @@ use tree::{Node, Tree};
 
 /// The PCI functions of a machine.
 ///
-/// vCPU threads access configuration space in parallel. Locks are taken in this order: the mappings,
-/// then the tree (never held while a function is written), then a function's own. So a function must
+/// vCPU threads access configuration space in parallel. Locks are taken in this order: that of writes to
+/// one function, then the mappings, then the tree (never held while a function is written), then a function's own. So a function must
 /// not call the topology from within an access, nor may the [`BarMapper`] from within a call; a
 /// function's own lock is never held when the mapper is called.
 pub struct Topology {
@@ -68,37 +68,6 @@ impl Topology {
         }
         self.remap(&mut self.mappings(), &[id]);
         Ok(id)
-    }
-
-    /// Puts a device into the slot behind a bridge while the guest runs, by its functions, and tells
-    /// the guest. It is reached when the guest has given the slot power.
-    ///
-    /// # Errors
-    /// [`PlaceError`]: the slot is taken, or there is none; nothing is plugged in then.
-    pub fn plug(
-        &self,
-        bridge: FunctionId,
-        functions: Vec<(Function, Arc<dyn PciFunction>)>,
-    ) -> Result<Vec<FunctionId>, PlaceError> {
-        let is_slot = self.with_slot(bridge, |_| ()).is_some();
-        is_slot.then_some(()).ok_or(PlaceError::NoSlot)?;
-        let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
-        let mut plugged = Vec::with_capacity(functions.len());
-        for (number, function) in functions {
-            match tree.add(Place::behind(bridge).with_function(number), function) {
-                Ok(id) => plugged.push(id),
-                Err(error) => {
-                    for id in plugged {
-                        tree.remove(id);
-                    }
-                    return Err(error);
-                }
-            }
-        }
-        drop(tree);
-        self.remap(&mut self.mappings(), &plugged);
-        self.with_slot(bridge, |slot| slot.set_present(true));
-        Ok(plugged)
     }
 
     /// Empties the slot behind a bridge while the guest runs, whether the guest let go of the device
@@ -200,17 +169,20 @@ impl Topology {
         self.remap(&mut self.mappings(), &ids);
     }
 
+    /// One write to a function at a time: what a write asks for is carried out before another vCPU takes
+    /// it back, each reset of a bus is seen to begin exactly once, and none ends before all below are
+    /// reset.
     fn write_dword(&self, node: &Node, offset: u16, data: &[u8]) {
+        let _one = node.write.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(bridge) = node.pci.bridge() else {
             node.pci.config_write(offset, data);
             self.remap(&mut self.mappings(), &[node.id]);
-            // Both locks are free: what has to be settled can take long.
+            // The locks that others wait for are free: what has to be settled can take long.
             if !self.mappings().has(node.id) && node.pci.settle() {
                 self.remap(&mut self.mappings(), &[node.id]);
             }
             return;
         };
-        // One bridge write at a time, so that each reset is seen to begin exactly once.
         let mut mappings = self.mappings();
         let was_in_reset = bridge.in_reset();
         node.pci.config_write(offset, data);

@@ -1,6 +1,6 @@
 //! Where functions are: the tree of buses, and which of its branches the guest's bus numbers reach.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::address::{Bdf, Bus, Device, Function, Segment};
 use crate::function::{BarRegion, PciFunction};
@@ -65,9 +65,6 @@ pub enum PlaceError {
     /// the function meant to be the bridge above is no bridge, or has been removed
     #[error("the function meant to be the bridge above is no bridge, or has been removed")]
     NoBridge,
-    /// the bridge has no slot for devices that come at run time
-    #[error("the bridge has no slot for devices that come at run time")]
-    NoSlot,
 }
 
 /// A function in its place.
@@ -76,6 +73,8 @@ pub(super) struct Node {
     pub(super) id: FunctionId,
     pub(super) place: Place,
     pub(super) pci: Arc<dyn PciFunction>,
+    /// Held while the function is written, and what that asks for is carried out.
+    pub(super) write: Arc<Mutex<()>>,
 }
 
 impl Node {
@@ -117,7 +116,13 @@ impl Tree {
         }
         let id = FunctionId(self.added);
         self.added += 1;
-        self.nodes.push(Node { id, place, pci });
+        let write = Arc::default();
+        self.nodes.push(Node {
+            id,
+            place,
+            pci,
+            write,
+        });
         Ok(id)
     }
 

@@ -218,3 +218,29 @@ fn no_pin_is_connected_while_the_bus_is_reset_and_each_is_when_its_guest_goes_on
         }
     }
 }
+
+#[test]
+fn one_that_fell_silent_comes_back_with_its_bus_and_as_at_power_on() {
+    let vm = Vm::new();
+    let gone = &vm.fakes[0];
+    gone.silent.store(true, Ordering::Relaxed);
+    let (back, mapper) = (gone.clone(), vm.mapper.clone());
+    *gone.on_reset.0.lock().unwrap() = Some(Box::new(move || {
+        assert!(mapper.0.lock().unwrap().is_empty());
+        back.silent.store(false, Ordering::Relaxed);
+        // The kernel puts back what it had read before: here the cache line size.
+        back.set_config(0x0c, &[u8::MAX]);
+    }));
+    let mut bar = [0; 8];
+    vm.topology.config_read(vm.at(0), 0x10, &mut bar);
+    vm.reset_bus(0);
+    // Its driver goes on all the same.
+    vm.topology.config_write(vm.at(0), 0x10, &bar);
+    vm.decode(0);
+    assert_eq!(vm.mapped(), 1);
+    vm.reset_bus(1);
+    assert_eq!((vm.hot_resets(), vm.mapped()), (2, 0));
+    vm.start();
+    assert_eq!((gone.config_at(0x0c), vm.mapped()), ([0], 2));
+    *gone.on_reset.0.lock().unwrap() = None;
+}

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use busway_iommu::IommuAdvice;
+use busway_iommu::{IommuAdvice, keeps_group};
 use busway_pci::Bdf;
 
 use super::Host;
-use super::device::{HostDevice, is_vfio_driver};
+use super::device::HostDevice;
 use super::finding::Remedy;
 use super::permit::{Permit, Permits, is_system};
 use super::root;
@@ -163,16 +163,11 @@ pub fn check_unbind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -
 }
 
 /// The members of `group`, but for those in `taken`, whose drivers keep it from being given away.
-///
-/// The kernel lends a group to user space while each member's driver leaves DMA alone: none, those
-/// that set `driver_managed_dma` (VFIO's, `pci-stub` and the PCIe ports' own), but not the hot-plug
-/// driver of a conventional bridge (`shpchp`). drivers/pci/pci-driver.c, pci_dma_configure.
 #[must_use]
 pub(super) fn group_blockers(host: &Host, group: u32, taken: &BTreeSet<Bdf>) -> Vec<GroupBlocker> {
     let blocks = |device: &HostDevice| {
         let driver = device.driver.clone()?;
-        let harmless = is_vfio_driver(&driver) || matches!(&*driver, "pci-stub" | "pcieport");
-        (!harmless && !taken.contains(&device.address)).then(|| GroupBlocker {
+        (keeps_group(&driver) && !taken.contains(&device.address)).then(|| GroupBlocker {
             address: device.address,
             driver,
             is_bridge: device.is_bridge(),

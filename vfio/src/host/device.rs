@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::thread;
 
+use busway_iommu::is_vfio_driver;
 use busway_pci::Bdf;
 
 use super::error::HostError;
@@ -142,12 +143,6 @@ impl HostDevice {
     pub fn is_with_vfio(&self) -> bool {
         self.driver.as_deref().is_some_and(is_vfio_driver)
     }
-}
-
-/// Whether a driver is `vfio-pci` or one of the variants made on it, such as `mlx5_vfio_pci`.
-#[must_use]
-pub fn is_vfio_driver(name: &str) -> bool {
-    name.replace('_', "-").ends_with("vfio-pci")
 }
 
 /// Every device of the host.
@@ -419,16 +414,6 @@ mod tests {
             "pci:v0000808éd000010D3",
         ] {
             assert!(Ids::of_modalias(text).is_none(), "{text}");
-        }
-    }
-
-    #[test]
-    fn variants_of_vfio_pci_count_as_vfio() {
-        for name in ["vfio-pci", "mlx5_vfio_pci", "hisi-acc-vfio-pci"] {
-            assert!(is_vfio_driver(name), "{name}");
-        }
-        for name in ["nvme", "pci-stub", "vfio-platform"] {
-            assert!(!is_vfio_driver(name), "{name}");
         }
     }
 }

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 
-use busway_iommu::IommuAdvice;
+use busway_iommu::{IommuAdvice, is_vfio_driver};
 use busway_pci::Bdf;
 
 use super::acs::{self, Acs};
 use super::asker::Asker;
 use super::check::{self, group_blockers};
-use super::device::{HostDevice, is_vfio_driver};
+use super::device::HostDevice;
 use super::finding::{Finding, Level, Remedy, worst};
 use super::modules::Aliases;
 use super::root;
