@@ -22,9 +22,9 @@ use tree::{Node, Tree};
 /// The PCI functions of a machine.
 ///
 /// vCPU threads access configuration space in parallel. Locks are taken in this order: that of writes to
-/// one function, then the mappings, then the tree (never held while a function is written), then a function's own. So a function must
-/// not call the topology from within an access, nor may the [`BarMapper`] from within a call; a
-/// function's own lock is never held when the mapper is called.
+/// one function, then the mappings, then the tree (never held while a function is written), then a
+/// function's own. So a function must not call the topology from within an access, nor may the
+/// [`BarMapper`] from within a call; a function's own lock is never held when the mapper is called.
 pub struct Topology {
     mapper: Arc<dyn BarMapper>,
     tree: RwLock<Tree>,
