@@ -232,15 +232,15 @@ impl Worker for ConsoleWorker {
 mod tests {
     use super::*;
     use crate::config::ConsoleConfig;
+    use crate::eventfd::eventfd;
     use crate::virtio::testing::Driver;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
-    use vmm_sys_util::eventfd::EventFd;
 
     fn over_socket() -> (tempfile::TempDir, Console, UnixStream) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("console");
-        let quit = EventFd::new(0).unwrap();
+        let quit = eventfd().unwrap();
         let endpoint = Endpoint::open(&ConsoleConfig::Socket(path.clone()), &quit)
             .unwrap()
             .unwrap();
@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_null_console_swallows_all() {
-        let quit = EventFd::new(0).unwrap();
+        let quit = eventfd().unwrap();
         let endpoint = Endpoint::open(&ConsoleConfig::Null, &quit)
             .unwrap()
             .unwrap();

@@ -155,10 +155,11 @@ mod tests {
     use vmm_sys_util::poll::{PollContext, PollToken};
 
     use super::*;
+    use crate::eventfd::eventfd;
 
     #[test]
     fn the_ports_show_the_hosts_date() {
-        let rtc = Rtc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()).unwrap();
+        let rtc = Rtc::new(eventfd().unwrap()).unwrap();
         let read = |index: u8| {
             rtc.write(0, &[index | 0x80]);
             let mut data = [0];
@@ -183,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_periodic_interrupt_arrives_by_timer_and_eventfd() {
-        let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let irq = eventfd().unwrap();
         let rtc = Arc::new(Rtc::new(irq.try_clone().unwrap()).unwrap());
         let write = |index: u8, value: u8| {
             rtc.write(0, &[index]);
