@@ -124,12 +124,18 @@ impl Logger {
 }
 
 impl Log for Logger {
-    fn enabled(&self, _metadata: &Metadata<'_>) -> bool {
-        true
+    /// What other crates say is for finding faults: what of it a person has to know, Busway says itself,
+    /// and what a guest can have them say, it can repeat for ever (`virtio_queue` of a ring outside of
+    /// RAM).
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.named || metadata.target().starts_with("busway")
     }
 
     /// One write for a line, so that lines of several threads stay whole.
     fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
         let line = self.line(record);
         let _unread = match (self.aside.get(), &self.file) {
             (Some(aside), _) => {
@@ -152,6 +158,27 @@ impl Log for Logger {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_other_crates_say_is_for_finding_faults() {
+        let mut logger = Logger {
+            file: None,
+            coloured: false,
+            named: false,
+            aside: OnceLock::new(),
+        };
+        let of = |target| {
+            Metadata::builder()
+                .level(Level::Error)
+                .target(target)
+                .build()
+        };
+        assert!(logger.enabled(&of("busway::machine")) && logger.enabled(&of("busway_vfio::rom")));
+        // It says so each time that a guest sets up a queue that is not in RAM.
+        assert!(!logger.enabled(&of("virtio_queue::queue")));
+        logger.named = true;
+        assert!(logger.enabled(&of("virtio_queue::queue")));
+    }
 
     #[test]
     fn a_line_says_who_and_how_bad() {
