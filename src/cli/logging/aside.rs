@@ -3,10 +3,12 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
+
+use crate::devices::console::write_all;
 
 /// Most lines that wait to be written; what comes then is lost, until half of them are.
 const MOST: usize = 1024;
@@ -75,7 +77,7 @@ impl Aside {
                         _ => &stderr,
                     };
                     // One write for a line, so that lines of several processes stay whole.
-                    let _unread = (&*file).write_all(line.as_bytes());
+                    let _unread = write_all(file, line.as_bytes());
                     shared.written();
                 }
             })?;
@@ -156,16 +158,19 @@ impl Aside {
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead as _, BufReader, PipeReader, Read as _};
-    use std::os::fd::OwnedFd;
+    use std::os::fd::{AsRawFd as _, OwnedFd};
+    use std::os::unix::fs::OpenOptionsExt as _;
     use std::time::Instant;
 
     use super::*;
 
     fn over_pipe() -> (Arc<Aside>, PipeReader) {
         let (reader, writer) = io::pipe().unwrap();
-        let stderr = File::from(OwnedFd::from(writer));
-        let aside = Aside::start(None, stderr, "warning: ".to_owned()).unwrap();
-        (aside, reader)
+        (over(OwnedFd::from(writer).into()), reader)
+    }
+
+    fn over(stderr: File) -> Arc<Aside> {
+        Aside::start(None, stderr, "warning: ".to_owned()).unwrap()
     }
 
     /// More than any pipe's room and `MOST` lines together.
@@ -185,7 +190,23 @@ mod tests {
     #[test]
     fn nobody_waits_for_a_full_pipe_and_what_is_lost_is_counted_in_its_place() {
         let (aside, reader) = over_pipe();
-        flood(&aside);
+        every_line_is_there_or_counted(&aside, reader);
+    }
+
+    #[test]
+    fn a_full_pipe_that_somebody_made_non_blocking_loses_no_more() {
+        let (reader, writer) = io::pipe().unwrap();
+        let stderr = File::options()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(format!("/proc/self/fd/{}", writer.as_raw_fd()))
+            .unwrap();
+        every_line_is_there_or_counted(&over(stderr), reader);
+    }
+
+    #[track_caller]
+    fn every_line_is_there_or_counted(aside: &Aside, reader: PipeReader) {
+        flood(aside);
         aside.say(Sink::Stderr, "the end\n".to_owned(), true);
         let mut expected = 0;
         let mut lost = 0;
