@@ -5,6 +5,7 @@ pub mod boot;
 pub mod cli;
 pub mod config;
 pub mod devices;
+mod eventfd;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

@@ -2,9 +2,10 @@
 
 use std::error::Error;
 use std::fmt;
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 
+use super::logging;
 use super::style::ColorChoice;
 
 /// Something failed while running.
@@ -52,8 +53,7 @@ impl Failure {
         } else {
             "error:"
         };
-        // Where nobody reads it, the status still says it.
-        let _unread = writeln!(io::stderr(), "busway: {label} {text}");
+        logging::last_words(&format!("busway: {label} {text}\n"));
         ExitCode::from(self.status)
     }
 }

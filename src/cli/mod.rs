@@ -103,7 +103,10 @@ pub fn main() -> ExitCode {
         Err(error) => return print(&error),
     };
     match cli.execute(&report) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            log::logger().flush();
+            ExitCode::SUCCESS
+        }
         Err(failure) => failure.report(),
     }
 }

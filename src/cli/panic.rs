@@ -2,11 +2,11 @@
 //! person who meets it.
 
 use std::any::Any;
-use std::io::{self, Write as _};
 use std::panic::{self, PanicHookInfo};
 use std::process;
 
 use super::failure::RUNTIME;
+use super::logging;
 
 /// Makes every panic the end of the process, with the status of a runtime failure.
 ///
@@ -14,7 +14,7 @@ use super::failure::RUNTIME;
 /// something right before (the terminal) sets a hook of its own that calls the one it finds.
 pub(super) fn exit_on_any() {
     panic::set_hook(Box::new(|info| {
-        let _unread = io::stderr().write_all(message(info).as_bytes());
+        logging::last_words(&message(info));
         process::exit(i32::from(RUNTIME));
     }));
 }

@@ -1,7 +1,7 @@
 //! `busway run`: from flags and file to a configuration, to a guest that runs, to its report.
 
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -11,7 +11,7 @@ use clap::Args;
 use super::failure::Failure;
 use super::schema::{self, Section};
 use super::words::{Place, Wrong};
-use super::{DIAGNOSTICS, file, progress};
+use super::{DIAGNOSTICS, file, logging, progress};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::machine::{self, Ended};
 use crate::report::{Report, Stage};
@@ -177,6 +177,7 @@ Exit status: 0 the guest powered off; 1 it failed while running; 2 bad usage or 
 pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(), Failure> {
     // Threads start below, and the signals that end a VM are the machine's.
     machine::block_signals();
+    logging::step_aside();
     let config = args.config().map_err(Failure::usage)?;
     let publication = Publication {
         file: args.report.clone(),
@@ -342,7 +343,7 @@ impl Publication {
         }
         if self.table {
             let table = report.snapshot().to_string();
-            let _unread = io::stderr().lock().write_all(table.as_bytes());
+            logging::say(&table);
         }
     }
 }

@@ -12,10 +12,11 @@ use std::thread::JoinHandle;
 use vm_superio::Trigger;
 use vm_superio::serial::{SerialEvents, SerialState};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Endpoint, Input, Reader, Writer};
 use super::watch;
+use crate::eventfd::eventfd;
 use crate::kvm::BusDevice;
 
 /// First port of COM1.
@@ -51,7 +52,7 @@ impl Serial {
     pub fn new(irq: EventFd, endpoint: Endpoint) -> io::Result<Self> {
         let irq = Irq(Arc::new(irq));
         let room = Arc::new(Room {
-            event: EventFd::new(EFD_NONBLOCK)?,
+            event: eventfd()?,
             wanted: AtomicBool::new(false),
         });
         let Endpoint { writer, reader, .. } = endpoint;
@@ -120,7 +121,7 @@ impl Drop for Serial {
 
 impl InputThread {
     fn start(reader: Reader, uart: Arc<Mutex<Uart>>, room: Arc<Room>) -> io::Result<Self> {
-        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let stop = eventfd()?;
         let events = Epoll::new()?;
         watch(&events, ControlOperation::Add, &stop)?;
         watch(&events, ControlOperation::Add, &room.event)?;
@@ -266,7 +267,7 @@ mod tests {
     /// A port on a socket in `folder`, with a client connected.
     fn port(folder: &tempfile::TempDir) -> (Serial, UnixStream, EventFd) {
         let path = folder.path().join("serial");
-        let quit = EventFd::new(EFD_NONBLOCK).unwrap();
+        let quit = eventfd().unwrap();
         let endpoint = Endpoint::open(&ConsoleConfig::Socket(path.clone()), &quit)
             .unwrap()
             .unwrap();
@@ -303,6 +304,21 @@ mod tests {
         assert_eq!(&buffer, b"hello");
         drop(serial);
         assert!(!folder.path().join("serial").exists(), "the socket is gone");
+    }
+
+    #[test]
+    fn no_program_started_later_inherits_its_events() {
+        let folder = tempfile::tempdir().unwrap();
+        let (serial, _client, _irq) = port(&folder);
+        for event in [&serial.room.event, &serial.input.as_ref().unwrap().stop] {
+            let told = format!("/proc/self/fdinfo/{}", event.as_raw_fd());
+            let told = std::fs::read_to_string(told).unwrap();
+            // In octal. proc_pid_fdinfo(5)
+            let flags = told.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = i32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
+            let wanted = libc::O_CLOEXEC | libc::O_NONBLOCK;
+            assert_eq!(flags & wanted, wanted);
+        }
     }
 
     #[test]

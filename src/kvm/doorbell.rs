@@ -1,11 +1,13 @@
 //! ioeventfds: registers whose write signals an eventfd in the kernel, without an exit.
 
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::eventfd::typed;
 
 /// Makes doorbells.
 #[derive(Clone, Debug)]
@@ -32,9 +34,7 @@ impl Doorbells {
     /// # Errors
     /// The kernel's; `EEXIST` where something rings there already.
     pub fn ring(&self, at: u64, event: &OwnedFd) -> io::Result<Doorbell> {
-        let raw = event.try_clone()?.into_raw_fd();
-        // SAFETY: the number is of a descriptor that was just made and that nothing else owns.
-        let event = unsafe { EventFd::from_raw_fd(raw) };
+        let event = typed(event.try_clone()?);
         self.fd
             .register_ioevent(&event, &IoEventAddress::Mmio(at), NoDatamatch)?;
         Ok(Doorbell {

@@ -16,7 +16,7 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::error::KvmError;
 
@@ -134,7 +134,7 @@ impl IrqRouter {
     /// # Errors
     /// [`KvmError::Ioctl`]
     pub fn edge_line(&self, gsi: u32) -> Result<EventFd, KvmError> {
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| KvmError::Ioctl {
+        let event = crate::eventfd::eventfd().map_err(|source| KvmError::Ioctl {
             what: "eventfd",
             object: format!("GSI {gsi}"),
             source,
@@ -380,7 +380,7 @@ impl Drop for Vector {
 
 /// An eventfd for KVM to wait for, or to signal.
 pub(super) fn eventfd() -> Result<EventFd, RouteError> {
-    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(no_eventfd)
+    crate::eventfd::eventfd().map_err(no_eventfd)
 }
 
 fn no_eventfd(source: io::Error) -> RouteError {

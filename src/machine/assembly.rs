@@ -13,7 +13,7 @@ use busway_vfio::{
     AssignOptions, AssignedFunction, DeviceError, KernelDevice, Opener, Resets, RomChoice,
     RomImage, TokenUse, VfToken, Wiring,
 };
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::RunError;
 use super::assigned::Assigned;
@@ -28,6 +28,7 @@ use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
 use crate::config::{ConsoleConfig, DeviceConfig, VmConfig};
+use crate::eventfd::eventfd;
 use crate::kvm::{Buses, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions, layout};
 use crate::report::{Report, Stage};
@@ -147,7 +148,7 @@ impl Machine {
         );
         let acpi = acpi_platform(config, &windows);
         let mut pci = Pci::new(bars, &buses, windows)?;
-        let quit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(RunError::system("eventfd"))?;
+        let quit = eventfd().map_err(RunError::system("eventfd"))?;
         let events = Events::new().map_err(RunError::system("eventfd"))?;
         let platform = Platform::new(
             &config.serial,

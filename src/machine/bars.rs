@@ -12,9 +12,12 @@ use busway_pci::{BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, Pc
 use super::bus::Bar;
 use crate::kvm::{AddressMap, Buses, Doorbell, Doorbells};
 use crate::memory::{Peer, Region, Regions};
+use crate::virtio::complaints::Complaints;
 
 /// End of the I/O ports.
 const PORTS_END: u64 = 0x1_0000;
+/// Parts without a shortcut that are warnings in the log: the guest can map a BAR as often as it likes.
+const LOUD_COMPLAINTS: u32 = 8;
 
 /// The machine's [`BarMapper`].
 pub(super) struct Bars {
@@ -24,6 +27,7 @@ pub(super) struct Bars {
     /// Where memory BARs may be. Elsewhere is RAM or something of the platform's, which would win.
     windows: [Range<u64>; 2],
     mapped: Mutex<BTreeMap<Key, Shortcuts>>,
+    complaints: Complaints,
 }
 
 /// Whether it is ports, and the first address.
@@ -64,6 +68,7 @@ impl Bars {
             doorbells,
             windows,
             mapped: Mutex::default(),
+            complaints: Complaints::new(LOUD_COMPLAINTS),
         }
     }
 
@@ -142,7 +147,8 @@ impl Bars {
                     .map_err(|error| error.to_string()),
             };
             if let Err(error) = taken {
-                log::warn!(
+                log::log!(
+                    self.complaints.next(log::Level::Warn),
                     "{} at {:#x} is slower than it could be, for each access to a part of it \
                      leaves the guest: {error}",
                     region.index,
@@ -389,6 +395,23 @@ mod tests {
         f.bars.map(&f.function, &at(WINDOW.start, 0x4000)).unwrap();
         assert_eq!(read(&f.buses, WINDOW.start), 7);
     }
+
+    #[test]
+    fn a_part_that_cannot_be_memory_is_told_of_a_few_times() {
+        let Some(f) = fixture() else { return };
+        // SAFETY: nothing runs that could reach it.
+        let other = unsafe { Region::device("other", WINDOW.start + 0x1000, 0x1000, 0x1000, ()) };
+        f.regions.add(Arc::new(other)).unwrap();
+        let bar = at(WINDOW.start, 0x4000);
+        for round in 1..=LOUD_COMPLAINTS {
+            f.bars.map(&f.function, &bar).unwrap();
+            assert_eq!(f.bars.complaints.made(), round);
+            f.bars.unmap(&f.function, &bar);
+        }
+        let next = f.bars.complaints.next(log::Level::Warn);
+        assert_eq!(next, log::Level::Debug);
+    }
+
     #[test]
     fn a_bar_of_less_than_a_page_is_memory_while_it_has_the_page_to_itself() {
         let Some(f) = fixture() else { return };

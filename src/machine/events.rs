@@ -6,9 +6,10 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::SlotListener;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::PowerSink;
+use crate::eventfd::eventfd;
 use crate::kvm::{EventSink, VcpuEvent};
 
 /// Something that the machine has to decide.
@@ -40,7 +41,7 @@ impl Events {
     pub(super) fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             waiting: Mutex::default(),
-            signal: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            signal: eventfd()?,
         }))
     }
 

@@ -118,6 +118,8 @@ pub(super) fn open_console(
     let endpoint =
         Endpoint::open(config, quit).map_err(|source| RunError::Console { flag, source })?;
     if let Some(location) = endpoint.as_ref().and_then(|end| end.location.as_ref()) {
+        // After what has been logged.
+        log::logger().flush();
         eprintln!("busway: {flag} is at {}", location.display());
     }
     Ok(endpoint)

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::GuestAddressSpace;
@@ -184,9 +185,10 @@ impl ConsoleWorker {
     }
 }
 
-fn write_out(mut bytes: Segments<'_>, writer: &mut Writer) {
+/// Leaves off when the device is being stopped: a chain can hold more than a slow reader takes in days.
+fn write_out(mut bytes: Segments<'_>, writer: &mut Writer, stop: &AtomicBool) {
     let mut piece = [0; OUTPUT_PIECE];
-    loop {
+    while !stop.load(Ordering::Relaxed) {
         let count = bytes.read(&mut piece);
         let Some(piece) = piece.get(..count).filter(|piece| !piece.is_empty()) else {
             return;
@@ -218,9 +220,9 @@ impl Worker for ConsoleWorker {
         let ram = self.ram.clone();
         let memory = ram.memory();
         if source == TRANSMIT {
-            let writer = &mut self.writer;
+            let (writer, stop) = (&mut self.writer, self.transmit.stop());
             return self.transmit.drain(&memory, |chain| {
-                write_out(chain.readable, writer);
+                write_out(chain.readable, writer, &stop);
                 Ok(0)
             });
         }
@@ -232,15 +234,17 @@ impl Worker for ConsoleWorker {
 mod tests {
     use super::*;
     use crate::config::ConsoleConfig;
+    use crate::eventfd::eventfd;
+    use crate::virtio::spec::pci::common;
     use crate::virtio::testing::Driver;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
-    use vmm_sys_util::eventfd::EventFd;
+    use std::time::{Duration, Instant};
 
     fn over_socket() -> (tempfile::TempDir, Console, UnixStream) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("console");
-        let quit = EventFd::new(0).unwrap();
+        let quit = eventfd().unwrap();
         let endpoint = Endpoint::open(&ConsoleConfig::Socket(path.clone()), &quit)
             .unwrap()
             .unwrap();
@@ -297,8 +301,38 @@ mod tests {
     }
 
     #[test]
+    fn a_reset_does_not_wait_for_a_slow_reader_of_a_long_output() {
+        let (_folder, console, mut terminal) = over_socket();
+        let mut driver = Driver::new(console);
+        driver.negotiate(0);
+        let mut receive = driver.queue(0, 16);
+        let mut transmit = driver.queue(1, 64);
+        driver.ready();
+        // The client is known to the console once its first bytes have been read.
+        terminal.write_all(b"!").unwrap();
+        let buffer = driver.alloc(16);
+        driver.run(&mut receive, &[(buffer, 16, true)]);
+        // 240 MiB, of which the reader takes six in a second.
+        transmit.submit(&[(0, 4 << 20, false); 60]);
+        let reader = std::thread::spawn(move || {
+            let mut piece = [0; 64 << 10];
+            while terminal.read(&mut piece).is_ok_and(|count| count > 0) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        driver.notify(&transmit);
+        std::thread::sleep(Duration::from_millis(200));
+        let start = Instant::now();
+        driver.set_common(common::DEVICE_STATUS, &[0]);
+        let waited = start.elapsed();
+        assert!(waited < Duration::from_secs(5), "{waited:?}");
+        drop(driver);
+        reader.join().unwrap();
+    }
+
+    #[test]
     fn a_null_console_swallows_all() {
-        let quit = EventFd::new(0).unwrap();
+        let quit = eventfd().unwrap();
         let endpoint = Endpoint::open(&ConsoleConfig::Null, &quit)
             .unwrap()
             .unwrap();

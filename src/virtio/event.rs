@@ -1,7 +1,7 @@
 //! An eventfd as virtio uses it: signalled from anywhere, waited for in a worker's epoll.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// An eventfd, shared.
@@ -14,13 +14,7 @@ pub(crate) struct Event(Arc<OwnedFd>);
 impl Event {
     /// A new one, not signalled.
     pub(crate) fn new() -> io::Result<Self> {
-        // SAFETY: eventfd takes no pointer; the result is checked.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
-        Ok(Self(Arc::new(unsafe { OwnedFd::from_raw_fd(fd) })))
+        busway_vfio::eventfd().map(Self::from)
     }
 
     /// Signals it. The only way that this fails is a counter near 2^64, which is a signal too.

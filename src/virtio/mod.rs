@@ -8,7 +8,7 @@
 //! `DEVICE_NEEDS_RESET`, what merely asks for too much is answered with an error.
 
 pub mod blk;
-mod complaints;
+pub(crate) mod complaints;
 pub mod console;
 mod device;
 mod event;

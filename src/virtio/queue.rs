@@ -99,6 +99,11 @@ impl Virtqueue {
         self.doorbell.as_fd().as_raw_fd()
     }
 
+    /// The flag that says that the device is being stopped.
+    pub(crate) fn stop(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
+    }
+
     /// Wakes the queue's own worker once more: for a worker that leaves work for the next round, so
     /// that its other sources have their turn.
     pub(crate) fn wake_again(&self) {

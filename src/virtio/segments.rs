@@ -12,6 +12,10 @@ use vm_memory::VolatileSlice;
 /// that a request is one call.
 pub(crate) const MAX_SEGMENTS: usize = 1024;
 
+/// Most bytes of one read or write of a file, so that whoever waits for it waits no longer than for
+/// these; more than any driver asks for at once.
+pub(crate) const MAX_TRANSFER: usize = 8 << 20;
+
 /// Slices of guest memory, in the order of their chain.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Segments<'m> {
@@ -125,9 +129,10 @@ impl<'m> Segments<'m> {
             .all(|slice| (slice.ptr_guard().as_ptr() as usize | slice.len()) & mask == 0)
     }
 
-    /// `preadv`: from `file` at `offset` into the guest. Consumes nothing.
+    /// `preadv`: from `file` at `offset` into the guest, at most [`MAX_TRANSFER`] bytes. Consumes
+    /// nothing.
     pub(crate) fn read_from(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
-        let iov = self.iovecs();
+        let iov = self.iovecs(MAX_TRANSFER);
         let offset = file_offset(offset)?;
         // SAFETY: each entry of `iov` is a live slice of guest memory, whose mapping `'m` keeps; the
         // guest's own use of it is outside of Rust's aliasing, for no reference to it exists.
@@ -135,9 +140,10 @@ impl<'m> Segments<'m> {
         size(result)
     }
 
-    /// `pwritev`: from the guest to `file` at `offset`. Consumes nothing.
+    /// `pwritev`: from the guest to `file` at `offset`, at most [`MAX_TRANSFER`] bytes. Consumes
+    /// nothing.
     pub(crate) fn write_to(&self, file: BorrowedFd<'_>, offset: u64) -> io::Result<usize> {
-        let iov = self.iovecs();
+        let iov = self.iovecs(MAX_TRANSFER);
         let offset = file_offset(offset)?;
         // SAFETY: as in `read_from`; the kernel only reads the slices.
         let result =
@@ -147,26 +153,30 @@ impl<'m> Segments<'m> {
 
     /// `readv`: from a stream into the guest. Consumes nothing.
     pub(crate) fn receive(&self, stream: BorrowedFd<'_>) -> io::Result<usize> {
-        let iov = self.iovecs();
+        let iov = self.iovecs(usize::MAX);
         // SAFETY: as in `read_from`.
         size(unsafe { libc::readv(stream.as_raw_fd(), iov.as_ptr(), count(&iov)) })
     }
 
     /// `writev`: from the guest to a stream. Consumes nothing.
     pub(crate) fn send(&self, stream: BorrowedFd<'_>) -> io::Result<usize> {
-        let iov = self.iovecs();
+        let iov = self.iovecs(usize::MAX);
         // SAFETY: as in `write_to`.
         size(unsafe { libc::writev(stream.as_raw_fd(), iov.as_ptr(), count(&iov)) })
     }
 
-    fn iovecs(&self) -> Vec<libc::iovec> {
-        self.rest()
-            .iter()
-            .map(|slice| libc::iovec {
+    /// The first bytes, as many as `most` of them.
+    fn iovecs(&self, most: usize) -> Vec<libc::iovec> {
+        let mut left = most;
+        let entry = |slice: &VolatileSlice<'m>| {
+            let len = slice.len().min(left);
+            left -= len;
+            (len > 0).then(|| libc::iovec {
                 iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
+                iov_len: len,
             })
-            .collect()
+        };
+        self.rest().iter().map_while(entry).collect()
     }
 }
 
@@ -225,6 +235,19 @@ mod tests {
         }
         assert!(!segments.push(slice));
         assert_eq!(segments.len(), MAX_SEGMENTS);
+    }
+
+    #[test]
+    fn one_system_call_takes_no_more_than_it_is_allowed() {
+        let memory = memory();
+        let segments = segments(&memory, &[(0, 3), (0x100, 5), (0x200, 2)]);
+        let lens = |most| -> Vec<usize> {
+            let entries = segments.iovecs(most);
+            entries.iter().map(|entry| entry.iov_len).collect()
+        };
+        assert_eq!(lens(usize::MAX), [3, 5, 2]);
+        assert_eq!(lens(7), [3, 4]);
+        assert_eq!(lens(8), [3, 5]);
     }
 
     proptest! {

@@ -135,3 +135,42 @@ fn errors_have_no_colours_where_nobody_sees_them() {
     assert!(!refused(&["--memory", "size=x"]).contains('\x1b'));
     assert!(!refused(&["--memroy", "size=x"]).contains('\x1b'));
 }
+
+#[test]
+fn the_end_does_not_wait_for_a_pipe_that_nobody_reads() {
+    use std::io::{Read as _, Write as _};
+    use std::process::{Command, Stdio};
+    use std::sync::mpsc::{RecvTimeoutError, channel};
+    use std::thread;
+    use std::time::Duration;
+
+    let (mut reader, mut writer) = std::io::pipe().unwrap();
+    let stderr = writer.try_clone().unwrap();
+    // Until there is no more room.
+    let (wrote, progress) = channel();
+    let filling = thread::spawn(
+        move || {
+            while writer.write_all(b"\n").is_ok() && wrote.send(()).is_ok() {}
+        },
+    );
+    while progress.recv_timeout(Duration::from_millis(300)) != Err(RecvTimeoutError::Timeout) {}
+    let mut busway = Command::new(env!("CARGO_BIN_EXE_busway"))
+        .arg("run")
+        .stdin(Stdio::null())
+        .stderr(stderr)
+        .spawn()
+        .unwrap();
+    let (ended, end) = channel();
+    let pid = busway.id();
+    thread::spawn(move || ended.send(busway.wait().unwrap().code()));
+    let code = end.recv_timeout(Duration::from_secs(30));
+    if code.is_err() {
+        let _gone = Command::new("kill").arg(pid.to_string()).status();
+    }
+    assert_eq!(code, Ok(Some(2)));
+    drop(progress);
+    // Lets the filling thread end.
+    let mut some = [0; 4096];
+    assert!(reader.read(&mut some).unwrap() > 0);
+    filling.join().unwrap();
+}

@@ -175,7 +175,7 @@ fn a_tree_of_some_devices_has_the_bridges_above_them() {
 }
 
 /// Whom to ask about: at least one device of each host for each thing that can be found.
-const CHECKS: [(&str, &str, &str); 14] = [
+const CHECKS: [(&str, &str, &str); 15] = [
     ("laptop", "shared", "check 01:00.0"),
     ("laptop", "whole-group", "check 01:00.0 01:00.1"),
     ("laptop", "system", "check 02:00.0"),
@@ -188,6 +188,7 @@ const CHECKS: [(&str, &str, &str); 14] = [
     ("server", "denied", "check ae:05.0"),
     ("workstation", "acs", "check 04:00.0"),
     ("workstation", "held", "check 08:00.0"),
+    ("workstation", "open", "check 09:00.0 09:00.1"),
     ("no-iommu", "nic", "check 00:1f.6"),
     ("old-xeon", "conventional", "check 02:02.0 --memory 4G"),
 ];

@@ -65,6 +65,7 @@ fn event(name: &str, io: &dyn DeviceIo, index: IrqIndex, loss: &str) -> Option<E
         return None;
     }
     let event = sys::eventfd()
+        .map(File::from)
         .map_err(|error| format!("eventfd: {error}"))
         .and_then(
             |event| match io.set_irqs(index, 0, &[Some(event.as_fd())]) {

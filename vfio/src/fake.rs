@@ -437,7 +437,7 @@ impl DeviceIo for FakeDevice {
 
 /// A new eventfd that reads without waiting.
 pub(crate) fn eventfd() -> OwnedFd {
-    crate::sys::eventfd().unwrap().into()
+    crate::sys::eventfd().unwrap()
 }
 
 /// How often an eventfd was signalled since the last time of asking.

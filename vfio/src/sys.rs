@@ -139,12 +139,18 @@ fn with_argsz(words: impl Iterator<Item = u32>) -> io::Result<Vec<u32>> {
     Ok([&[argsz], words.as_slice()].concat())
 }
 
-/// A new eventfd that reads without waiting.
-pub(crate) fn eventfd() -> io::Result<File> {
+/// A new eventfd, not signalled, that reads without waiting and that no program started later inherits.
+///
+/// Every eventfd of Busway's is made here. eventfd(2)
+///
+/// # Errors
+///
+/// The kernel's: the process, or the host, has as many files open as it may.
+pub fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: takes numbers only.
     let fd = check(unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) })?;
     // SAFETY: the descriptor was just made, and nothing else owns it.
-    Ok(unsafe { File::from_raw_fd(fd as RawFd) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
 pub(crate) fn reset(device: &File) -> io::Result<()> {

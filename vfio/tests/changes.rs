@@ -4,7 +4,7 @@ mod fake_host;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use busway_pci::Bdf;
 use busway_vfio::host::{
@@ -438,7 +438,7 @@ fn two_at_once_do_not_interfere() {
 #[test]
 fn each_reason_is_overruled_by_its_own_switch_and_by_no_other() {
     type Case = (Permit, fn(&FakeHost));
-    let cases: [Case; 8] = [
+    let cases: [Case; 9] = [
         (Permit::Mounted, |host| {
             host.mount("259:0", "/data", "/dev/nvme0n1")
         }),
@@ -461,6 +461,12 @@ fn each_reason_is_overruled_by_its_own_switch_and_by_no_other() {
         }),
         (Permit::Display, |host| {
             host.file("sys/bus/pci/devices/0000:01:00.0/boot_vga", "1\n");
+        }),
+        (Permit::Programs, |host| {
+            let within = Path::new("sound/card0/pcmC0D0p");
+            let device = Path::new("sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0");
+            host.class(&device.join(within), within, "snd/pcmC0D0p");
+            host.process(77, "pipewire", "dev/snd/pcmC0D0p");
         }),
         (Permit::Group, |_| ()),
     ];

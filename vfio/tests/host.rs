@@ -187,6 +187,43 @@ fn a_process_is_found_by_group_by_node_and_by_device() {
 }
 
 #[test]
+fn a_program_is_found_by_the_nodes_of_graphics_and_sound_cards() {
+    let host = FakeHost::described(
+        "device 01:00.0 1002:73bf class=030000 driver=amdgpu
+           class drm/card0 dri/card0
+           class drm/renderD128 dri/renderD128
+         device 01:00.1 1002:ab28 class=040300 driver=snd_hda_intel
+           class sound/card0/controlC0 snd/controlC0
+         device 02:00.0 10de:2204 class=030000 driver=nvidia
+         device 03:00.0 8086:51c8 class=040100 driver=sof-audio-pci-intel-tgl
+           class sound/card1/pcmC1D0p snd/pcmC1D0p
+         process 900 Xorg dev/dri/card0 dev/dri/renderD128 dev/dri/card0
+         process 901 firefox dev/dri/renderD128 dev/snd/timer
+         process 902 wireplumber dev/snd/controlC0
+         process 903 python3 dev/nvidiactl dev/nvidia3",
+    );
+    let cards = "proc/driver/nvidia/gpus";
+    let text = "Model: \t\t NVIDIA\nBus Location: \t 0000:02:00.0\nDevice Minor: \t 3\n";
+    host.file(&format!("{cards}/0000:02:00.0/information"), text);
+    assert_eq!(
+        uses(&host, "0000:01:00.0"),
+        [
+            "Xorg (pid 900) by dri/card0 +1",
+            "firefox (pid 901) by dri/renderD128"
+        ]
+    );
+    assert_eq!(
+        uses(&host, "0000:01:00.1"),
+        ["wireplumber (pid 902) by snd/controlC0"]
+    );
+    assert_eq!(
+        uses(&host, "0000:02:00.0"),
+        ["python3 (pid 903) by nvidia3"]
+    );
+    assert_eq!(uses(&host, "0000:03:00.0"), [""; 0]);
+}
+
+#[test]
 fn binding_and_giving_back_ends_where_it_began() {
     let mut host = host_with_three();
     host.native("0000:01:00.0", "nvme");

@@ -1,6 +1,8 @@
 //! `busway device list --json`, whose schema is in `docs/device-json.md`: what stands there does not
 //! change its meaning; there may be more of it.
 
+use std::path::{Path, PathBuf};
+
 use busway_pci::Bdf;
 use busway_vfio::host::{HostDevice, LinkState, Usage};
 use serde::{Serialize, Serializer};
@@ -251,6 +253,13 @@ fn used(usage: &Usage) -> Use {
             used.pid = Some(process.pid);
             used.command = Some(process.command.clone());
             "process"
+        }
+        Usage::Opened { process, nodes } => {
+            let node = |node: &PathBuf| Path::new("/dev").join(node).to_string_lossy().into_owned();
+            used.paths = nodes.iter().map(node).collect();
+            used.pid = Some(process.pid);
+            used.command = Some(process.command.clone());
+            "open"
         }
     };
     used

@@ -31,6 +31,9 @@ pub struct BindPermits {
     /// Take the display that the host's console appears on
     #[arg(long)]
     pub allow_display: bool,
+    /// Take a graphics or sound card that programs have open
+    #[arg(long)]
+    pub allow_programs: bool,
     /// Take a device that has virtual functions, which end with its driver
     #[arg(long)]
     pub allow_vfs: bool,
@@ -49,6 +52,7 @@ impl BindPermits {
             (self.allow_claimed, Permit::Claimed),
             (self.allow_route, Permit::Route),
             (self.allow_display, Permit::Display),
+            (self.allow_programs, Permit::Programs),
             (self.allow_vfs, Permit::VirtualFunctions),
             (self.allow_group, Permit::Group),
         ];

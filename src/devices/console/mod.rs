@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use input::{Input, Reader};
 pub use output::Writer;
+pub(crate) use output::write_all;
 
 use self::input::{Escape, SocketServer};
 use super::terminal::{Pty, RawMode};

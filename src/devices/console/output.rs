@@ -245,7 +245,7 @@ impl Sink {
 
 /// As [`Write::write_all`], but waits where the file is non-blocking, as standard output can be when
 /// somebody else who has it made it so.
-fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_all(mut file: &File, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match file.write(bytes) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),

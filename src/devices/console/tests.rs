@@ -4,13 +4,12 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use vmm_sys_util::poll::{PollContext, WatchingEvents};
 
 use super::*;
 
 fn quit() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).unwrap()
+    crate::eventfd::eventfd().unwrap()
 }
 
 fn open(config: ConsoleConfig) -> Endpoint {

@@ -1,6 +1,9 @@
 //! A disk's image: a raw file or a block device of the host, opened, locked, measured, read and
 //! written.
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -10,6 +13,7 @@ use std::path::{Path, PathBuf};
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::lock;
+use super::steps::{self, Stop};
 use super::sys;
 use crate::virtio::segments::Segments;
 
@@ -212,12 +216,22 @@ impl Image {
     }
 
     /// Fills `data` from byte `start` on.
-    pub(super) fn read(&self, mut data: Segments<'_>, start: u64) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The host's; and, as of all that takes `stop`, [`io::ErrorKind::Interrupted`] where it was left
+    /// off for the device's end.
+    pub(super) fn read(
+        &self,
+        mut data: Segments<'_>,
+        start: u64,
+        stop: Stop<'_>,
+    ) -> io::Result<()> {
         let mut at = start;
         if !data.aligned(self.memory_alignment()) {
-            return self.read_bounced(data, start);
+            return self.read_bounced(data, start, stop);
         }
         while !data.is_empty() {
+            steps::go_on(stop)?;
             let done = retry(|| data.read_from(self.file.as_fd(), at))?;
             if done == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
@@ -229,12 +243,18 @@ impl Image {
     }
 
     /// Stores `data` from byte `start` on.
-    pub(super) fn write(&self, mut data: Segments<'_>, start: u64) -> io::Result<()> {
+    pub(super) fn write(
+        &self,
+        mut data: Segments<'_>,
+        start: u64,
+        stop: Stop<'_>,
+    ) -> io::Result<()> {
         let mut at = start;
         if !data.aligned(self.memory_alignment()) {
-            return self.write_bounced(data, start);
+            return self.write_bounced(data, start, stop);
         }
         while !data.is_empty() {
+            steps::go_on(stop)?;
             let done = retry(|| data.write_to(self.file.as_fd(), at))?;
             if done == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
@@ -251,44 +271,61 @@ impl Image {
     }
 
     /// Gives up what `start..start + len` holds.
-    pub(super) fn discard(&self, start: u64, len: u64) -> io::Result<()> {
-        if len == 0 {
-            return Ok(());
-        }
-        if self.is_device {
-            return sys::discard(&self.file, start, len);
-        }
-        match fallocate(&self.file, FallocateMode::PunchHole, true, start, len) {
-            // A discard is advice: where the file system takes none, all stays as it is.
-            Err(error) if unsupported(&error.into()) => Ok(()),
-            result => Ok(result?),
-        }
+    pub(super) fn discard(&self, start: u64, len: u64, stop: Stop<'_>) -> io::Result<()> {
+        let granularity = u64::from(self.limits.discard_granularity.max(1));
+        let step = steps::FREED.next_multiple_of(granularity);
+        steps::each(start, len, step, stop, |start, len| {
+            if self.is_device {
+                return retry(|| sys::discard(&self.file, start, len));
+            }
+            match self.fallocate(true, start, len) {
+                // A discard is advice: where the file system takes none, all stays as it is.
+                Err(error) if unsupported(&error) => Ok(()),
+                result => result,
+            }
+        })
     }
 
     /// Zeroes `start..start + len`, which may free it where `may_unmap`.
-    pub(super) fn zero(&self, start: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+    pub(super) fn zero(
+        &self,
+        start: u64,
+        len: u64,
+        may_unmap: bool,
+        stop: Stop<'_>,
+    ) -> io::Result<()> {
         if len == 0 {
             return Ok(());
         }
-        let mode = if may_unmap {
-            FallocateMode::PunchHole
-        } else {
-            FallocateMode::ZeroRange
-        };
-        match fallocate(&self.file, mode, true, start, len).map_err(io::Error::from) {
-            Err(error) if unsupported(&error) => self.write_zeros(start, len),
+        steps::go_on(stop)?;
+        match self.fallocate(may_unmap, start, len) {
+            Err(error) if unsupported(&error) => self.write_zeros(start, len, stop),
             result => result,
         }
+    }
+
+    /// Zeroes by the file system's or the block device's own means, and frees it where `unmap`.
+    fn fallocate(&self, unmap: bool, start: u64, len: u64) -> io::Result<()> {
+        let keep_size = true;
+        retry(|| {
+            let mode = if unmap {
+                FallocateMode::PunchHole
+            } else {
+                FallocateMode::ZeroRange
+            };
+            Ok(fallocate(&self.file, mode, keep_size, start, len)?)
+        })
     }
 
     fn memory_alignment(&self) -> usize {
         self.limits.memory_alignment as usize
     }
 
-    fn read_bounced(&self, mut data: Segments<'_>, start: u64) -> io::Result<()> {
+    fn read_bounced(&self, mut data: Segments<'_>, start: u64, stop: Stop<'_>) -> io::Result<()> {
         let mut bounce = Bounce::new(self.memory_alignment());
         let mut at = start;
         while !data.is_empty() {
+            steps::go_on(stop)?;
             let buffer = bounce.first(data.len());
             self.file.read_exact_at(buffer, at)?;
             at = at.saturating_add(data.write(buffer) as u64);
@@ -296,10 +333,11 @@ impl Image {
         Ok(())
     }
 
-    fn write_bounced(&self, mut data: Segments<'_>, start: u64) -> io::Result<()> {
+    fn write_bounced(&self, mut data: Segments<'_>, start: u64, stop: Stop<'_>) -> io::Result<()> {
         let mut bounce = Bounce::new(self.memory_alignment());
         let mut at = start;
         while !data.is_empty() {
+            steps::go_on(stop)?;
             let buffer = bounce.first(data.len());
             let count = data.read(buffer);
             self.file.write_all_at(buffer, at)?;
@@ -308,10 +346,11 @@ impl Image {
         Ok(())
     }
 
-    fn write_zeros(&self, start: u64, len: u64) -> io::Result<()> {
+    fn write_zeros(&self, start: u64, len: u64, stop: Stop<'_>) -> io::Result<()> {
         let mut bounce = Bounce::new(self.memory_alignment());
         let mut done = 0;
         while done < len {
+            steps::go_on(stop)?;
             let left = usize::try_from(len - done).unwrap_or(usize::MAX);
             let buffer = bounce.first(left);
             self.file.write_all_at(buffer, start.saturating_add(done))?;
@@ -477,67 +516,5 @@ fn warn_of_formats(file: &File, path: &Path) {
                 path.display()
             );
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    fn open(path: &Path, readonly: bool) -> Result<Image, ImageError> {
-        Image::open(
-            path,
-            Mode {
-                readonly,
-                direct: false,
-            },
-        )
-    }
-
-    #[test]
-    fn the_tail_that_fills_no_block_is_left_out() {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(&[7; 1500]).unwrap();
-        assert_eq!(open(file.path(), false).unwrap().capacity(), 1024);
-    }
-
-    #[test]
-    fn what_is_no_disk_is_refused_by_name() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let empty = open(file.path(), false).unwrap_err().to_string();
-        assert!(empty.contains("holds 0 bytes"), "{empty}");
-        let null = open(Path::new("/dev/null"), false).unwrap_err().to_string();
-        assert!(null.contains("a character device"), "{null}");
-        let missing = open(Path::new("/nonexistent/disk"), false)
-            .unwrap_err()
-            .to_string();
-        assert!(missing.contains("truncate -s"), "{missing}");
-    }
-
-    #[test]
-    fn a_second_writer_is_refused_and_told_who_the_first_is() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(4096).unwrap();
-        let _first = open(file.path(), false).unwrap();
-        for readonly in [false, true] {
-            let error = open(file.path(), readonly).unwrap_err().to_string();
-            let pid = format!("process {}", std::process::id());
-            assert!(error.contains(&pid), "{error}");
-        }
-    }
-
-    #[test]
-    fn readers_share_and_keep_writers_out() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(4096).unwrap();
-        let _readers = [
-            open(file.path(), true).unwrap(),
-            open(file.path(), true).unwrap(),
-        ];
-        assert!(matches!(
-            open(file.path(), false),
-            Err(ImageError::Locked { .. })
-        ));
     }
 }

@@ -5,6 +5,7 @@
 mod image;
 mod lock;
 mod request;
+mod steps;
 mod sys;
 #[cfg(test)]
 mod tests;
@@ -32,7 +33,7 @@ use request::Requests;
 const MAX_QUEUES: u16 = 64;
 /// A request is one descriptor for its header, one for its status, and its data.
 const REQUEST_OVERHEAD: u32 = 2;
-/// Most sectors of one discard: 2 GiB, so that a request ends in reasonable time.
+/// Most sectors of one discard: 2 GiB. What a reset has to wait for is less: `steps`.
 const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 /// Most sectors of one write zeroes: 16 MiB, for where the host cannot do better than to write.
 const MAX_ZERO_SECTORS: u32 = 1 << 15;
@@ -191,6 +192,7 @@ impl VirtioDevice for Blk {
             let Some(queue) = activation.take_queue(index) else {
                 continue;
             };
+            let stop = queue.stop();
             workers.push(Box::new(BlkWorker {
                 name: format!("{}-q{index}", self.name),
                 ram: activation.ram.clone(),
@@ -200,6 +202,7 @@ impl VirtioDevice for Blk {
                     &self.name,
                     activation.features,
                     Arc::clone(&self.complaints),
+                    stop,
                 ),
             }));
         }

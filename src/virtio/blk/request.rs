@@ -1,6 +1,8 @@
 //! What a block request means: its header, its data, its status byte. Virtio 1.3 §5.2.6.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::image::Image;
 use crate::virtio::complaints::Complaints;
@@ -16,7 +18,19 @@ enum Failure {
     /// Answered with `VIRTIO_BLK_S_IOERR`: the guest asked for what is not there.
     Refused,
     /// Answered with `VIRTIO_BLK_S_IOERR`: the host's error.
-    Host(&'static str, std::io::Error),
+    Host(&'static str, io::Error),
+    /// Answered with `VIRTIO_BLK_S_IOERR`: the device is being reset, and nobody waits for it.
+    Stopped,
+}
+
+impl Failure {
+    /// The failure of what the image was asked to do.
+    fn of(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |error| match error.kind() {
+            io::ErrorKind::Interrupted => Self::Stopped,
+            _ => Self::Host(what, error),
+        }
+    }
 }
 
 /// One queue's way to the image.
@@ -30,15 +44,17 @@ pub(super) struct Requests {
     write_through: bool,
     features: u64,
     complaints: Arc<Complaints>,
+    stop: Arc<AtomicBool>,
 }
 
 impl Requests {
-    /// The disk's host errors go to `complaints`.
+    /// The disk's host errors go to `complaints`. Where `stop` says so, a request is left off.
     pub(super) fn new(
         image: Arc<Image>,
         name: &str,
         features: u64,
         complaints: Arc<Complaints>,
+        stop: Arc<AtomicBool>,
     ) -> Self {
         let mut id = [0; blk::ID_SIZE];
         for (to, from) in id.iter_mut().zip(name.bytes()) {
@@ -51,7 +67,12 @@ impl Requests {
             write_through: features & blk::F_FLUSH == 0,
             features,
             complaints,
+            stop,
         }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 
     /// Carries out one request and gives the number of bytes written to the guest.
@@ -97,7 +118,7 @@ impl Requests {
     fn status_of(&self, failure: &Failure) -> u8 {
         match failure {
             Failure::Unsupported => blk::S_UNSUPP,
-            Failure::Refused => blk::S_IOERR,
+            Failure::Refused | Failure::Stopped => blk::S_IOERR,
             Failure::Host(what, error) => {
                 log::log!(
                     self.complaints.next(log::Level::Error),
@@ -130,23 +151,21 @@ impl Requests {
     fn read(&self, sector: u64, data: Segments<'_>) -> Result<(), Failure> {
         let start = self.range(sector, data.len() as u64)?;
         self.image
-            .read(data, start)
-            .map_err(|error| Failure::Host("read", error))
+            .read(data, start, &|| self.stopped())
+            .map_err(Failure::of("read"))
     }
 
     fn write(&self, sector: u64, data: Segments<'_>) -> Result<(), Failure> {
         self.writable()?;
         let start = self.range(sector, data.len() as u64)?;
         self.image
-            .write(data, start)
-            .map_err(|error| Failure::Host("write", error))?;
+            .write(data, start, &|| self.stopped())
+            .map_err(Failure::of("write"))?;
         self.written()
     }
 
     fn flush(&self) -> Result<(), Failure> {
-        self.image
-            .flush()
-            .map_err(|error| Failure::Host("flush", error))
+        self.image.flush().map_err(Failure::of("flush"))
     }
 
     fn written(&self) -> Result<(), Failure> {
@@ -161,8 +180,8 @@ impl Requests {
         self.writable()?;
         for range in self.ranges(ranges, super::MAX_DISCARD_SECTORS, 0)? {
             self.image
-                .discard(range.start, range.len)
-                .map_err(|error| Failure::Host("discard", error))?;
+                .discard(range.start, range.len, &|| self.stopped())
+                .map_err(Failure::of("discard"))?;
         }
         self.written()
     }
@@ -172,8 +191,8 @@ impl Requests {
         for range in self.ranges(ranges, super::MAX_ZERO_SECTORS, blk::RANGE_F_UNMAP)? {
             let may_unmap = range.flags & blk::RANGE_F_UNMAP != 0;
             self.image
-                .zero(range.start, range.len, may_unmap)
-                .map_err(|error| Failure::Host("write zeroes", error))?;
+                .zero(range.start, range.len, may_unmap, &|| self.stopped())
+                .map_err(Failure::of("write zeroes"))?;
         }
         self.written()
     }

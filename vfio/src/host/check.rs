@@ -289,6 +289,13 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
             format!("end process {} first", process.pid),
             format!("kill {}", process.pid),
         ),
+        Usage::Opened { process, .. } => Remedy::command(
+            format!(
+                "have {} close it, or end it: until then taking the card hangs, or breaks it",
+                process.command
+            ),
+            format!("kill {}", process.pid),
+        ),
     }
 }
 

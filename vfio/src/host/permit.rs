@@ -27,6 +27,8 @@ pub enum Permit {
     Route,
     /// It is the display that the host's console appears on.
     Display,
+    /// Programs have nodes of it open: a graphics or a sound card.
+    Programs,
     /// It has virtual functions.
     VirtualFunctions,
     /// Others of its IOMMU group stay with the host.
@@ -37,7 +39,7 @@ pub enum Permit {
 
 impl Permit {
     /// Every reason that a switch overrules.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Mounted,
         Self::System,
         Self::Swap,
@@ -45,6 +47,7 @@ impl Permit {
         Self::Claimed,
         Self::Route,
         Self::Display,
+        Self::Programs,
         Self::VirtualFunctions,
         Self::Group,
         Self::Open,
@@ -61,6 +64,7 @@ impl Permit {
             Self::Claimed => "--allow-claimed",
             Self::Route => "--allow-route",
             Self::Display => "--allow-display",
+            Self::Programs => "--allow-programs",
             Self::VirtualFunctions => "--allow-vfs",
             Self::Group => "--allow-group",
             Self::Open => "--allow-open",
@@ -80,6 +84,7 @@ impl Permit {
                 Self::Route
             }
             Usage::BootDisplay => Self::Display,
+            Usage::Opened { .. } => Self::Programs,
             Usage::VirtualFunctions { .. } => Self::VirtualFunctions,
             Usage::Process(_) => return None,
         })

@@ -130,6 +130,10 @@ impl FakeHost {
                 self.expand_block(line, &place);
                 return place;
             }
+            "class" => {
+                let device = folder.clone().unwrap_or_else(|| line.wrong("of no device"));
+                self.class(&device.join(line.path(0)), &line.path(0), &line.bare(1));
+            }
             "interface" => self.expand_interface(line, folder.as_deref()),
             "route" => self.expand_route(line),
             "cpu" => self.expand_cpu(line),

@@ -198,6 +198,20 @@ impl FakeHost {
         self.file(&format!("dev/{name}"), "");
     }
 
+    /// A device of a class in `folder` below the root, the class and its name at `within`, with a node.
+    pub fn class(&self, folder: &Path, within: &Path, node: &str) {
+        self.put(
+            &folder.join("uevent"),
+            &format!("MAJOR=1\nDEVNAME={node}\n"),
+        );
+        let class = within.iter().next().unwrap();
+        let link = Path::new("sys/class")
+            .join(class)
+            .join(within.file_name().unwrap());
+        self.point(&link, folder);
+        self.put(&Path::new("dev").join(node), "");
+    }
+
     /// A mapped device `dm-N` on top of others.
     pub fn mapped(&self, index: u32, name: &str, uuid: &str, on: &[&str]) {
         let folder = format!("sys/devices/virtual/block/dm-{index}");

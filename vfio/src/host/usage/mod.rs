@@ -1,9 +1,10 @@
 //! What uses a device: file systems and swap on its disks, the network behind its interfaces, its
-//! virtual functions, and processes that hold it by VFIO.
+//! virtual functions, and processes that have it open.
 
 mod block;
 mod mounts;
 mod network;
+mod nodes;
 mod process;
 
 use std::collections::BTreeMap;
@@ -80,6 +81,13 @@ pub enum Usage {
     },
     /// A process holds it, or its IOMMU group, by VFIO.
     Process(Process),
+    /// A process has nodes of it open that its driver made: a graphics or a sound card.
+    Opened {
+        /// The process.
+        process: Process,
+        /// The nodes, as paths below `/dev`; never empty.
+        nodes: Vec<PathBuf>,
+    },
 }
 
 /// An address of a network interface.
@@ -158,6 +166,16 @@ impl fmt::Display for Usage {
                 count => write!(f, "{count} VFs"),
             },
             Self::Process(process) => write!(f, "{process}"),
+            Self::Opened { process, nodes } => {
+                write!(f, "{process}")?;
+                if let Some(first) = nodes.first() {
+                    write!(f, " by {}", root::one_line(&first.to_string_lossy()))?;
+                }
+                if nodes.len() > 1 {
+                    write!(f, " +{}", nodes.len() - 1)?;
+                }
+                Ok(())
+            }
         }
     }
 }
@@ -190,8 +208,7 @@ pub(super) fn of_devices(
             all.entry(device.address).or_default().push(usage);
         }
     }
-    for (address, process) in process::read(root, devices) {
-        let usage = Usage::Process(process);
+    for (address, usage) in process::read(root, devices) {
         all.entry(address).or_default().push(usage);
     }
     all

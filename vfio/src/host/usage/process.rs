@@ -1,12 +1,13 @@
-//! Processes that hold devices by VFIO.
+//! Processes that have devices open: by VFIO, or by the nodes of graphics and sound cards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use busway_pci::Bdf;
 
+use super::{Usage, nodes};
 use crate::host::device::HostDevice;
 use crate::host::root::{self, SysRoot};
 
@@ -27,23 +28,23 @@ impl fmt::Display for Process {
 
 /// What an open file stands for.
 enum Held {
+    Card(Bdf, PathBuf),
     Group(u32),
     Node(String),
     Device(Bdf),
 }
 
-/// Which process holds which device, as far as the caller may see other processes' files.
+/// Which process has which device open, as far as the caller may see other processes' files.
 ///
 /// A process that holds a group holds each of its members that VFIO has.
-pub(super) fn read(
-    root: &SysRoot,
-    devices: &BTreeMap<Bdf, HostDevice>,
-) -> BTreeSet<(Bdf, Process)> {
-    let mut found = BTreeSet::new();
+pub(super) fn read(root: &SysRoot, devices: &BTreeMap<Bdf, HostDevice>) -> Vec<(Bdf, Usage)> {
+    let cards = nodes::read(root);
     // Looking through every process's files takes longer than all the rest.
-    if !devices.values().any(HostDevice::is_with_vfio) {
-        return found;
+    if cards.is_empty() && !devices.values().any(HostDevice::is_with_vfio) {
+        return Vec::new();
     }
+    let mut by_vfio = BTreeSet::new();
+    let mut by_node: BTreeMap<_, BTreeSet<PathBuf>> = BTreeMap::new();
     for pid in root::names(&root.proc) {
         let Ok(pid) = pid.parse::<u32>() else {
             continue;
@@ -51,28 +52,47 @@ pub(super) fn read(
         let folder = root.proc.join(pid.to_string());
         let mut process = None;
         for fd in root::names(&folder.join("fd")) {
-            let Some(held) = held(root, &folder, &fd) else {
+            let Some(held) = held(root, &cards, &folder, &fd) else {
                 continue;
             };
             let process = process.get_or_insert_with(|| Process {
                 pid,
                 command: root::text(&folder.join("comm")).unwrap_or_else(|| "?".to_owned()),
             });
+            if let Held::Card(address, node) = held {
+                let nodes = by_node.entry((address, process.clone())).or_default();
+                nodes.insert(node);
+                continue;
+            }
             let holds = |device: &&HostDevice| match &held {
                 Held::Group(group) => device.group == Some(*group) && device.is_with_vfio(),
                 Held::Node(node) => device.vfio_cdev.as_ref() == Some(node),
                 Held::Device(address) => device.address == *address,
+                Held::Card(..) => false,
             };
             let devices = devices.values().filter(holds);
-            found.extend(devices.map(|device| (device.address, process.clone())));
+            by_vfio.extend(devices.map(|device| (device.address, process.clone())));
         }
     }
-    found
+    let by_vfio = by_vfio.into_iter();
+    let by_node = by_node.into_iter().map(|((address, process), nodes)| {
+        let nodes = nodes.into_iter().collect();
+        (address, Usage::Opened { process, nodes })
+    });
+    by_vfio
+        .map(|(address, process)| (address, Usage::Process(process)))
+        .chain(by_node)
+        .collect()
 }
 
-/// What an open file of a process is to VFIO, where it is something.
-fn held(root: &SysRoot, process: &Path, fd: &str) -> Option<Held> {
+/// What an open file of a process is of a device, where it is something.
+fn held(root: &SysRoot, cards: &BTreeMap<PathBuf, Bdf>, process: &Path, fd: &str) -> Option<Held> {
     let target = fs::read_link(process.join("fd").join(fd)).ok()?;
+    if let Ok(node) = target.strip_prefix(&root.dev)
+        && let Some(owner) = cards.get(node)
+    {
+        return Some(Held::Card(*owner, node.to_owned()));
+    }
     if let Ok(node) = target.strip_prefix(root.dev.join("vfio")) {
         if let Ok(node) = node.strip_prefix("devices") {
             return Some(Held::Node(node.to_str()?.to_owned()));
