@@ -62,10 +62,14 @@ pub(crate) fn run(host: &Host, address: &str, turns: u32) -> Result<Vec<Mapped>>
     host.run(
         "mount -o remount,size=100% /dev/shm && head -c 5G /dev/zero >/dev/shm/touched && rm /dev/shm/touched",
     )?;
+    // Nor does the first of each read its program from the disk in the time that counts.
+    for vmm in ["busway", "qemu"] {
+        start(host, address, CASES[0], vmm)?;
+    }
     let mut all = Vec::new();
     for turn in 1..=turns {
         eprintln!("mapping {MEMORY_MIB} MiB, turn {turn} of {turns}");
-        for case in CASES {
+        for (number, case) in (0..).zip(CASES) {
             let pages = if case.huge_pages { MEMORY_MIB / 2 } else { 0 };
             host.run(&format!(
                 "echo 1 >/proc/sys/vm/compact_memory 2>/dev/null\n\
@@ -73,7 +77,8 @@ pub(crate) fn run(host: &Host, address: &str, turns: u32) -> Result<Vec<Mapped>>
                  echo {pages} >$pool; [ $(cat $pool) = {pages} ]"
             ))
             .context("the host has no huge pages to give")?;
-            let both = match turn % 2 {
+            // Neither is always first.
+            let both = match (turn + number) % 2 {
                 0 => ["qemu", "busway"],
                 _ => ["busway", "qemu"],
             };
