@@ -14,6 +14,9 @@ const ECX1_HYPERVISOR: u32 = 1 << 31;
 /// CPUID.1:EDX, HTT: the package has room for more than one logical processor.
 const EDX1_HTT: u32 = 1 << 28;
 
+/// CPUID.7.0:EDX: there is IA32_ARCH_CAPABILITIES. Intel SDM vol. 2A, CPUID leaf 07H.
+const EDX7_ARCH_CAPABILITIES: u32 = 1 << 29;
+
 /// The leaves for hypervisors; KVM's own start here. linux Documentation/virt/kvm/x86/cpuid.rst.
 const KVM_SIGNATURE: u32 = 0x4000_0000;
 /// Frequencies in kHz: EAX the TSC's, EBX the local APIC timer's. Made by VMware, and read by any
@@ -79,6 +82,8 @@ pub(super) fn guest_table(
                 entry.eax =
                     entry.eax & 0x3fff | shared_by(entry.eax, ids) << 14 | ids.min(63) << 26;
             }
+            // KVM has that register on every host, AMD's processors have not: Windows refuses such a one.
+            7 if amd && entry.index == 0 => set(&mut entry.edx, EDX7_ARCH_CAPABILITIES, false),
             0xb | 0x1f => {
                 // KVM gives one empty entry; the levels replace it.
                 if entry.index == 0 {
@@ -237,6 +242,21 @@ mod tests {
         assert_eq!([first >> 26, third >> 26], [7, 7]);
         // Intel's leaf 8000_0008 has nothing in ECX; it is left alone.
         assert_eq!(find(&table, 0x8000_0008, 0).ecx, 0x703f);
+    }
+
+    #[test]
+    fn a_register_that_only_intel_has_is_told_of_on_intel_only() {
+        for (maker, told) in [(b"Genu", EDX7_ARCH_CAPABILITIES), (b"Auth", 0)] {
+            let mut host = host(maker);
+            host.push(entry(7, 0, [1, 0, 0, u32::MAX]));
+            host.push(entry(7, 1, [0, 0, 0, u32::MAX]));
+            let table = guest_table(&host, SIX, 0);
+            assert_eq!(
+                find(&table, 7, 0).edx,
+                u32::MAX & !EDX7_ARCH_CAPABILITIES | told
+            );
+            assert_eq!(find(&table, 7, 1).edx, u32::MAX);
+        }
     }
 
     #[test]
