@@ -20,6 +20,8 @@ snapshot() { # MARK
         stat=${stat#*(}
         printf 'thread %s %s %s %s\n' "${task##*/}" "${12}" "${13}" "${stat%)*}"
     done
+    awk '/vfio-msi/ { for (at = 2; $at ~ /^[0-9]+$/; at++) sum += $at } END { print "interrupts", sum + 0 }' \
+        /proc/interrupts
     # The map of a whole guest takes a second under emulation: only where a mark asks for memory.
     case $mark in memory*) sed 's/^/map /' "/proc/$pid/smaps" ;; esac
 }

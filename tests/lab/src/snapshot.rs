@@ -35,6 +35,8 @@ pub struct Snapshot {
     pub at: f64,
     /// KVM's counters for the VM, by the names that debugfs gives them, such as `exits`.
     pub kvm: BTreeMap<String, u64>,
+    /// Interrupts by MSI and MSI-X of all devices that VFIO has, as the host counts them (proc(5), `interrupts`).
+    pub interrupts: u64,
     /// The VMM's threads.
     pub threads: Vec<Thread>,
     /// The VMM's memory, if the mark's name begins with `memory`.
@@ -58,6 +60,7 @@ impl Snapshot {
                         snapshot.kvm.insert(name.to_owned(), value);
                     }
                 }
+                "interrupts" => snapshot.interrupts = rest.parse().unwrap_or_default(),
                 "thread" => snapshot.threads.extend(parse_thread(rest)),
                 "map" => parse_mapping(rest, &mut snapshot.mappings),
                 _ => {}
