@@ -336,14 +336,19 @@ impl PciFunction for Busy {
     }
 }
 
-#[test]
-fn what_must_not_happen_while_a_bar_is_mapped_happens_while_none_is_and_it_comes_back() {
+fn with_bar_mapped() -> (Arc<FakeMapper>, Topology, Arc<Busy>) {
     let mapper = FakeMapper::new(false);
     let topology = Topology::new(mapper.clone());
     let busy = Busy::new(&mapper);
     topology.add(Place::root(device(2)), busy.clone()).unwrap();
     write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
     write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
+    (mapper, topology, busy)
+}
+
+#[test]
+fn what_must_not_happen_while_a_bar_is_mapped_happens_while_none_is_and_it_comes_back() {
+    let (mapper, topology, busy) = with_bar_mapped();
     assert_eq!(mapper.mapped().len(), 1);
     write32(&topology, bdf(BESIDE), 0x40, 1);
     assert_eq!(busy.done.load(Ordering::Relaxed), 1);
@@ -355,12 +360,7 @@ fn what_must_not_happen_while_a_bar_is_mapped_happens_while_none_is_and_it_comes
 
 #[test]
 fn what_one_vcpu_asks_for_is_carried_out_before_another_takes_it_back() {
-    let mapper = FakeMapper::new(false);
-    let topology = Topology::new(mapper.clone());
-    let busy = Busy::new(&mapper);
-    topology.add(Place::root(device(2)), busy.clone()).unwrap();
-    write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
-    write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
+    let (mapper, topology, busy) = with_bar_mapped();
     let ask = |value| write32(&topology, bdf(BESIDE), 0x40, value);
     busy.while_it_is_busy(|| ask(1), || ask(0));
     assert_eq!(busy.done.load(Ordering::Relaxed), 1);
