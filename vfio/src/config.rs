@@ -101,6 +101,7 @@ impl GuestConfig {
                 config.protect(kept.extent.start, kept.extent.end);
             }
         }
+        config.protect_what_is_of_none(extended);
         if let Some(express) = standard.find(spec::CAP_PCI_EXPRESS.into()) {
             config.adapt_express(io, express);
         }
@@ -142,6 +143,26 @@ impl GuestConfig {
         for source in self.sources.get_mut(span).into_iter().flatten() {
             source.write = 0;
         }
+    }
+
+    /// Lets the guest write the bytes from `start` to before `end`, where they are the device's.
+    pub(crate) fn pass(&mut self, start: u16, end: u16) {
+        let span = usize::from(start)..usize::from(end).min(SIZE);
+        for source in self.sources.get_mut(span).into_iter().flatten() {
+            source.write = source.read;
+        }
+    }
+
+    /// Keeps the guest from writing what is of no capability in the extended list.
+    fn protect_what_is_of_none(&mut self, extended: &List) {
+        let mut extents: Vec<_> = extended.kept.iter().map(|kept| kept.extent).collect();
+        extents.sort_by_key(|extent| extent.start);
+        let mut start = spec::EXTENDED_CONFIG_START;
+        for extent in extents {
+            self.protect(start, extent.start);
+            start = extent.end;
+        }
+        self.protect(start, spec::CONFIG_SPACE_SIZE);
     }
 
     fn apply(&mut self, io: &dyn DeviceIo, base: u16, end: u16, rule: &Rule) {

@@ -137,6 +137,13 @@ pub trait DeviceIo: Send + Sync + Debug {
     /// As for reading.
     fn region_write(&self, index: RegionIndex, offset: u64, data: &[u8]) -> io::Result<()>;
 
+    /// The doubleword at `offset` of the device's configuration space without what VFIO makes of it, so
+    /// with all capabilities in its lists. Nothing where the host does not show it.
+    fn own_config(&self, offset: u16) -> Option<u32> {
+        let _ = offset;
+        None
+    }
+
     /// Maps a part of a region that [`Region::areas`] covers.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! A device that is not there, for tests: any configuration space, and a record of what it was told.
 
+mod recorded;
+
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -30,6 +32,8 @@ pub(crate) enum IrqCall {
 #[derive(Debug)]
 pub(crate) struct FakeDevice {
     pub(crate) config: Mutex<Vec<u8>>,
+    /// What the host shows of it without VFIO.
+    pub(crate) own_config: Option<Vec<u8>>,
     pub(crate) bars: [Region; 6],
     pub(crate) intx: IrqInfo,
     /// What setting the pin up fails with.
@@ -112,6 +116,7 @@ impl Default for FakeDevice {
     fn default() -> Self {
         Self {
             config: Mutex::new(vec![0; 4096]),
+            own_config: None,
             bars: Default::default(),
             intx: IrqInfo::default(),
             intx_refused: None,
@@ -142,47 +147,6 @@ impl Default for FakeDevice {
 }
 
 impl FakeDevice {
-    /// A device as it was recorded: lines of sysfs's `resource`, then of `lspci -xxxx`, with what VFIO
-    /// fills in for it: the BARs' kinds, and a VF's identity.
-    pub(crate) fn recorded(text: &str) -> Self {
-        let mut fake = Self::default();
-        let (resources, dump): (Vec<_>, Vec<_>) =
-            text.lines().partition(|line| line.starts_with("0x"));
-        let hex = |digits: &str| u64::from_str_radix(digits.trim_start_matches("0x"), 16).unwrap();
-        for line in dump {
-            let (offset, bytes) = line.split_once(": ").unwrap();
-            let bytes: Vec<_> = bytes.split(' ').map(|byte| hex(byte) as u8).collect();
-            fake.set_config(hex(offset) as usize, &bytes);
-        }
-        if fake.config_at(0) == [0xff; 4] {
-            fake.set_config(0, &[0x86, 0x80, 0xca, 0x10]);
-        }
-        for (number, line) in resources.into_iter().enumerate() {
-            let fields: Vec<_> = line.split(' ').map(hex).collect();
-            let [start, end, flags] = fields[..] else {
-                panic!("{line}");
-            };
-            if end == start {
-                continue;
-            }
-            fake.set_bar(number, end - start + 1);
-            // linux/ioport.h: I/O, prefetchable, 64-bit.
-            let bit = |from: u64, to| if flags & from != 0 { to } else { 0 };
-            let register = bit(0x100, 1) | bit(0x2000, 8) | bit(0x10_0000, 4);
-            fake.set_config(0x10 + number * 4, &[register, 0, 0, 0]);
-            if register & 1 != 0 {
-                fake.bars[number].areas.clear();
-            }
-        }
-        let vectors = IrqInfo {
-            count: 2048,
-            resizable: true,
-        };
-        (fake.msix, fake.msi) = (vectors, vectors);
-        fake.intx.count = u32::from(fake.config_at::<1>(0x3d) != [0]);
-        fake
-    }
-
     pub(crate) fn set_config(&self, offset: usize, data: &[u8]) {
         self.config.lock().unwrap()[offset..offset + data.len()].copy_from_slice(data);
     }
@@ -292,6 +256,12 @@ impl DeviceIo for FakeDevice {
             self.bar_writes.lock().unwrap().push(write);
         }
         Ok(())
+    }
+
+    fn own_config(&self, offset: u16) -> Option<u32> {
+        let start = usize::from(offset);
+        let bytes = self.own_config.as_ref()?.get(start..start + 4)?;
+        Some(u32::from_le_bytes(bytes.try_into().ok()?))
     }
 
     fn map(&self, _index: RegionIndex, area: Area) -> io::Result<Mapping> {

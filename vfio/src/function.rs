@@ -148,10 +148,11 @@ impl AssignedFunction {
             source,
         })?;
         let dword = |offset| read_dword(&*io, offset);
-        let mut standard = lists::standard(&dword);
+        let own = |offset| io.own_config(offset).unwrap_or(0);
+        let mut standard = lists::standard(&dword, &own);
         let extended =
             if io.region(RegionIndex::CONFIG).size > u64::from(spec::EXTENDED_CONFIG_START) {
-                lists::extended(&dword)
+                lists::extended(&dword, &own)
             } else {
                 List::default()
             };
@@ -166,6 +167,9 @@ impl AssignedFunction {
             .transpose()?;
         let parts = map_parts(name, &*io, &bars.regions(), layout.as_ref());
         let mut config = GuestConfig::new(&*io, bars, &standard, &extended);
+        for (start, end) in quirks.registers() {
+            config.pass(start, end);
+        }
         if let Some(clique) = clique {
             clique.show(&mut config);
         }

@@ -1,7 +1,14 @@
 //! A device's two capability lists as the guest gets them: which stay, which go, and how far each
 //! reaches. Nothing that the device says can make this fail; it can only leave less.
+//!
+//! VFIO has unlinked what it does not know, and leaves its bytes to be read and written as they are
+//! (`vfio_cap_init` and `vfio_ecap_init` in Linux, drivers/vfio/pci/vfio_pci_config.c). Where they are
+//! is known from the device's own lists, where the host shows these.
 
-use busway_pci::{ConfigRead, MsiFeatures, capabilities, extended_capabilities, spec};
+use busway_pci::{
+    Capability, ConfigRead, ExtendedCapability, MsiFeatures, capabilities, extended_capabilities,
+    spec,
+};
 
 use crate::policy::{self, Keep, Rule};
 
@@ -72,37 +79,77 @@ impl List {
     }
 }
 
-/// The list that starts in the header.
-pub(crate) fn standard(config: &impl ConfigRead) -> List {
-    let found: Vec<_> = capabilities(config)
-        .into_iter()
-        .map(|found| (u16::from(found.id), 0, found.offset))
-        .collect();
+/// The list that starts in the header. `own` is the device's configuration space without VFIO; zeros
+/// where the host does not show it.
+pub(crate) fn standard(config: &impl ConfigRead, own: &impl ConfigRead) -> List {
+    let walk = |list: Vec<Capability>| {
+        let found = list.into_iter();
+        found.map(|found| (u16::from(found.id), 0, found.offset))
+    };
+    let found = merge(walk(capabilities(config)), walk(capabilities(own)));
     let end = spec::EXTENDED_CONFIG_START;
     sort_out(&found, policy::CAPABILITIES, end, |id, offset| {
         standard_size(config, id, offset)
     })
 }
 
-/// The list that starts at 0x100.
-pub(crate) fn extended(config: &impl ConfigRead) -> List {
-    let found: Vec<_> = extended_capabilities(config)
-        .into_iter()
-        .map(|found| (found.id, found.version, found.offset))
+/// The list that starts at 0x100; `own` as for [`standard`].
+pub(crate) fn extended(config: &impl ConfigRead, own: &impl ConfigRead) -> List {
+    let walk = |list: Vec<ExtendedCapability>| {
+        let found = list.into_iter();
+        found.map(|found| (found.id, found.version, found.offset))
+    };
+    let found = merge(
+        walk(extended_capabilities(config)),
+        walk(extended_capabilities(own)),
+    );
+    sort_out(
+        &found,
+        policy::EXTENDED,
+        spec::CONFIG_SPACE_SIZE,
+        |id, offset| extended_size(config, id, offset),
+    )
+}
+
+/// A capability that was found: what, its version, where, and whether VFIO has it in its list.
+type Found = (u16, u8, u16, bool);
+
+/// VFIO's list, and what it unlinked. Where it could not (at 0x100, where the list starts), it shows a
+/// null capability, which says nothing.
+fn merge(
+    linked: impl Iterator<Item = (u16, u8, u16)>,
+    own: impl Iterator<Item = (u16, u8, u16)>,
+) -> Vec<Found> {
+    const NULL: u16 = 0;
+    let mut found: Vec<Found> = linked
+        .map(|(id, version, start)| (id, version, start, true))
         .collect();
-    let end = spec::CONFIG_SPACE_SIZE;
-    sort_out(&found, policy::EXTENDED, end, |_, _| end)
+    for (id, version, start) in own.filter(|(id, ..)| *id != NULL) {
+        match found.iter_mut().find(|(_, _, other, _)| *other == start) {
+            Some(place) if place.0 == NULL => *place = (id, version, start, false),
+            Some(_) => {}
+            None => found.push((id, version, start, false)),
+        }
+    }
+    found
 }
 
 fn sort_out(
-    found: &[(u16, u8, u16)],
+    found: &[Found],
     rules: &'static [policy::CapabilityRule],
     end_of_space: u16,
     size: impl Fn(u16, u16) -> u16,
 ) -> List {
     let mut list = List::default();
-    for &(id, version, start) in found {
-        let rule = policy::find(rules, id).map_or(Keep::Yes(&[]), |rule| rule.keep);
+    for &(id, version, start, linked) in found {
+        let rule = policy::find(rules, id).map(|rule| rule.keep);
+        let rule = match (rule, linked) {
+            (rule, true) => rule.unwrap_or(Keep::Yes(&[])),
+            // The guest does not find it in its list, so that there is nothing to be read either.
+            (Some(Keep::ReadOnly(most) | Keep::No(most)), false) => Keep::No(most),
+            // What the table keeps is as good as registers that are of no capability.
+            (Some(Keep::Yes(_)) | None, false) => continue,
+        };
         let size = match rule {
             Keep::Yes(_) => size(id, start),
             Keep::ReadOnly(most) | Keep::No(most) => most,
@@ -110,7 +157,7 @@ fn sort_out(
         // Where capabilities overlap, each ends where the next one starts.
         let next = found
             .iter()
-            .map(|&(_, _, other)| other)
+            .map(|&(_, _, other, _)| other)
             .filter(|&other| other > start)
             .min()
             .unwrap_or(end_of_space)
@@ -154,6 +201,23 @@ fn standard_size(config: &impl ConfigRead, id: u16, offset: u16) -> u16 {
     }
 }
 
+/// Bytes of an extended capability that the guest may write by its rules: no more than are surely its
+/// own.
+fn extended_size(config: &impl ConfigRead, id: u16, offset: u16) -> u16 {
+    match id {
+        // An endpoint's, to the header log. What may follow is a root port's, or a log. §7.8.4
+        spec::EXT_CAP_AER => 0x2c,
+        policy::EXT_CAP_POWER_BUDGETING => 0x10,
+        spec::EXT_CAP_LTR => 8,
+        // It says so itself. §7.9.5.2, §7.9.6.2
+        spec::EXT_CAP_VENDOR | policy::EXT_CAP_DESIGNATED_VENDOR => {
+            (config.read_dword(offset.saturating_add(4)) >> 20) as u16
+        }
+        // The header. VFIO has no writes for it.
+        _ => 4,
+    }
+}
+
 /// Bytes of a capability of the header's list that are surely its own.
 fn known_length(config: &impl ConfigRead, kept: &Kept) -> u16 {
     const MSI: u16 = spec::CAP_MSI as u16;
@@ -185,6 +249,11 @@ mod tests {
         }
     }
 
+    /// What a host shows that does not show the device's own lists.
+    fn nothing(_: u16) -> u32 {
+        0
+    }
+
     fn ids(list: &List) -> Vec<u16> {
         list.kept.iter().map(|kept| kept.id).collect()
     }
@@ -197,7 +266,7 @@ mod tests {
             (0x160, 0x1401_0010),
             (0x140, 0x0001_0003),
         ]);
-        let list = extended(&config);
+        let list = extended(&config, &nothing);
         assert_eq!(ids(&list), [spec::EXT_CAP_AER, spec::EXT_CAP_SERIAL_NUMBER]);
         assert_eq!(
             list.hidden,
@@ -217,7 +286,7 @@ mod tests {
     fn a_loop_ends_and_overlapping_capabilities_are_cut() {
         let header = (0x04, u32::from(spec::STATUS_CAPABILITIES) << 16);
         let config = space(&[header, (0x34, 0x40), (0x40, 0x4410), (0x44, 0x4005)]);
-        let list = standard(&config);
+        let list = standard(&config, &nothing);
         assert_eq!(ids(&list), [0x10, 0x05]);
         let spans: Vec<_> = list
             .kept
@@ -230,8 +299,36 @@ mod tests {
     #[test]
     fn all_ones_is_no_list() {
         let gone = |_| u32::MAX;
-        assert!(standard(&gone).kept.is_empty());
-        assert!(extended(&gone).kept.is_empty());
+        assert!(standard(&gone, &gone).kept.is_empty());
+        assert!(extended(&gone, &gone).kept.is_empty());
+    }
+
+    #[test]
+    fn what_vfio_unlinked_is_hidden_by_the_same_table_and_bounds_what_stays() {
+        // Secondary PCIe at 0x100, a capability of the vendor's that says 0x80 bytes, L1 substates in
+        // the midst of it, an unknown capability.
+        let own = space(&[
+            (0x100, 0x1201_0019),
+            (0x120, 0x1401_000b),
+            (0x124, 0x0800_0001),
+            (0x140, 0x2001_001e),
+            (0x200, 0x0001_7fff),
+        ]);
+        let vfio = space(&[
+            (0x100, 0x1200_0000),
+            (0x120, 0x0001_000b),
+            (0x124, 0x0800_0001),
+        ]);
+        let span = |extent: &Extent| (extent.start, extent.end);
+        let list = extended(&vfio, &own);
+        assert_eq!(ids(&list), [spec::EXT_CAP_VENDOR]);
+        assert_eq!(span(&list.kept[0].extent), (0x120, 0x140));
+        let hidden: Vec<_> = list.hidden.iter().map(span).collect();
+        assert_eq!(hidden, [(0x100, 0x10e), (0x140, 0x154)]);
+        let list = extended(&vfio, &nothing);
+        assert_eq!(span(&list.kept[0].extent), (0x120, 0x1a0));
+        let hidden: Vec<_> = list.hidden.iter().map(span).collect();
+        assert_eq!(hidden, [(0x100, 0x104)]);
     }
 
     proptest! {
@@ -248,8 +345,17 @@ mod tests {
                 words[from] = (next & 0xffc) << 20 | u32::from(id) | 1 << 16;
             }
             words[1] |= u32::from(spec::STATUS_CAPABILITIES) << 16;
-            let config = move |offset: u16| words.get(usize::from(offset / 4)).copied().unwrap_or(0);
-            for list in [standard(&config), extended(&config)] {
+            let read = |words: &[u32], offset: u16| {
+                words.get(usize::from(offset / 4)).copied().unwrap_or(0)
+            };
+            // VFIO's view and the device's have little in common.
+            let other: Vec<_> = words.iter().rev().copied().collect();
+            let config = |offset| read(&words, offset);
+            let own = |offset| match offset {
+                0x04 | 0x34 | 0x100 => read(&words, offset),
+                _ => read(&other, offset),
+            };
+            for list in [standard(&config, &own), extended(&config, &own)] {
                 let mut all: Vec<_> = list.kept.iter().map(|k| k.extent).chain(list.hidden).collect();
                 all.sort_by_key(|extent| extent.start);
                 prop_assert!(all.iter().all(|extent| extent.start < extent.end));

@@ -1,9 +1,11 @@
 //! What a guest sees of a device's configuration space: the table.
 //!
 //! Three lists: the header's registers, the capabilities, the extended capabilities. What no rule
-//! names is the device's own, read and written, for VFIO guards the host below this: it virtualises
-//! the BARs, keeps MPS and phantom functions to itself and drops writes to read-only registers
-//! (Linux, drivers/vfio/pci/vfio_pci_config.c). The rules say where the guest's view has to differ
+//! names is the device's own, read and, below 0x100, written, for VFIO guards the host below this: it
+//! virtualises the BARs, keeps MPS and phantom functions to itself and drops writes to read-only
+//! registers (Linux, drivers/vfio/pci/vfio_pci_config.c). Devices have registers of their own between the
+//! capabilities there, which drivers need; in the extended space such cannot be told from capabilities
+//! that VFIO unlinked, and are read-only. The rules say where the guest's view has to differ
 //! from that. Sections are PCIe 6.0's.
 //!
 //! What a row names as [`Action::Pass`] is more than what none names: it is put back to what it held
@@ -59,7 +61,7 @@ const fn rule(offset: u16, mask: u32, action: Action, why: &'static str) -> Rule
 const ALL: u32 = u32::MAX;
 
 use Action::{Clear, Emulate, Hide, Pass, ReadOnly, Shadow};
-pub(crate) use extended::EXTENDED;
+pub(crate) use extended::{EXT_CAP_DESIGNATED_VENDOR, EXT_CAP_POWER_BUDGETING, EXTENDED};
 pub(crate) use standard::{
     AF_CAPABILITIES_FLR, AF_CONTROL_FLR, CAPABILITIES, EXP_DEVICE_CAPABILITIES_FLR,
     EXP_DEVICE_CONTROL_FLR, PM_CONTROL, PM_STATE,

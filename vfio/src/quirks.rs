@@ -16,6 +16,13 @@ enum Quirk {
     HideRom,
     /// The pending bits are at this offset, where the device says one that is beyond its BAR.
     PbaAt(u32),
+    /// Drivers write these bytes of the extended configuration space, which are of no capability.
+    Registers {
+        /// The first.
+        start: u16,
+        /// Behind the last.
+        end: u16,
+    },
 }
 
 /// One quirk.
@@ -47,7 +54,31 @@ static QUIRKS: &[Row] = &[
         quirk: Quirk::PbaAt(0xb400),
         why: "virtual functions of the Kunlun say 0x460000, and have a BAR of 64 KiB",
     },
+    quickdata(0x3710..=0x3719), // Jasper Forest
+    quickdata(0x3c20..=0x3c2f), // Sandy Bridge, and so on to Ice Lake
+    quickdata(0x0e20..=0x0e2f),
+    quickdata(0x0c50..=0x0c53),
+    quickdata(0x2f20..=0x2f2f),
+    quickdata(0x6f20..=0x6f2f),
+    quickdata(0x6f50..=0x6f53),
+    quickdata(0x2021..=0x2021),
+    quickdata(0x0b00..=0x0b00),
 ];
+
+/// Intel's QuickData (I/OAT) from version 3 on: `CHANERR_INT` and `CHANERRMSK_INT`. Linux,
+/// drivers/dma/ioat/registers.h
+const fn quickdata(devices: RangeInclusive<u16>) -> Row {
+    Row {
+        vendor: 0x8086,
+        devices,
+        quirk: Quirk::Registers {
+            start: 0x180,
+            end: 0x188,
+        },
+        why: "QuickData: its driver clears errors of a channel there, and masks those that stop it \
+              without need",
+    }
+}
 
 /// The rows of one device.
 #[derive(Debug)]
@@ -78,7 +109,16 @@ impl Quirks {
     pub(crate) fn pba_offset(&self) -> Option<u32> {
         self.0.iter().find_map(|row| match row.quirk {
             Quirk::PbaAt(offset) => Some(offset),
-            Quirk::HideRom => None,
+            Quirk::HideRom | Quirk::Registers { .. } => None,
+        })
+    }
+
+    /// Registers that the guest may write though they are of no capability: where they begin, and where
+    /// what is behind them does.
+    pub(crate) fn registers(&self) -> impl Iterator<Item = (u16, u16)> {
+        self.0.iter().filter_map(|row| match row.quirk {
+            Quirk::Registers { start, end } => Some((start, end)),
+            Quirk::HideRom | Quirk::PbaAt(_) => None,
         })
     }
 }
@@ -93,6 +133,9 @@ mod tests {
         assert_eq!(Quirks::find(0x1425, 0x5900).pba_offset(), None);
         assert!(Quirks::find(0x14e4, 0x168e).hides_rom().is_some());
         assert!(Quirks::find(0x8086, 0x168e).hides_rom().is_none());
+        let registers = |device| Quirks::find(0x8086, device).registers().next();
+        assert_eq!(registers(0x2f21), Some((0x180, 0x188)));
+        assert_eq!(registers(0x2f30), None);
         assert!(QUIRKS.iter().all(|row| !row.why.is_empty()));
     }
 }

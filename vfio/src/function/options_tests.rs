@@ -120,6 +120,24 @@ fn pending_bits_that_a_known_device_misplaces_are_put_right() {
     assert_eq!(ids(0x0010_1b36), (false, 0));
 }
 
+#[test]
+fn registers_of_a_known_device_that_are_of_no_capability_are_the_guests_to_write() {
+    for (id, expected) in [(0x2f21_8086_u32, [7, 0]), (0x0010_1b36, [0, 0])] {
+        let fake = nvme();
+        fake.set_config(0, &id.to_le_bytes());
+        // AER is the last, and nothing is behind it.
+        fake.set_config(0x140, &0x0002_0001_u32.to_le_bytes());
+        fake.set_config(0x180, &[0; 0x20]);
+        let fake = Arc::new(fake);
+        let function = assigned(&fake, &AssignOptions::default()).unwrap();
+        for at in [0x184, 0x188] {
+            write(&function, at, 7);
+        }
+        let now = [0x184, 0x188].map(|at| u32::from_le_bytes(fake.config_at(at)));
+        assert_eq!(now, expected);
+    }
+}
+
 /// A GPU with capabilities at these places, the last of them MSI-X or one of the vendor's.
 fn gpu(places: &[(u8, u8)]) -> FakeDevice {
     let mut fake = FakeDevice::default();

@@ -1,7 +1,10 @@
 //! The extended capabilities. PCIe 6.0 §7.6.3
 //!
 //! VFIO has no writes for most of those that stay, and those are read-only here as well, so that the
-//! table says what happens.
+//! table says what happens. Some that the table hides VFIO unlinks, and others it does not, as kernels go.
+//!
+//! What is of no capability that stays cannot be written: it may be one that VFIO unlinked, whose bytes
+//! it passes on as they are.
 
 use busway_pci::spec;
 
@@ -10,7 +13,7 @@ use super::{ALL, CapabilityRule, Clear, ReadOnly, Rule, Shadow, hidden, kept, re
 // Extended capabilities that `spec` has no name for. PCI Code and ID Assignment 1.15 §3
 const NULL: u16 = 0x0000;
 const VIRTUAL_CHANNEL: u16 = 0x0002;
-const POWER_BUDGETING: u16 = 0x0004;
+pub(crate) const EXT_CAP_POWER_BUDGETING: u16 = 0x0004;
 const ROOT_COMPLEX_LINKS: u16 = 0x0005;
 const ROOT_COMPLEX_LINK_CONTROL: u16 = 0x0006;
 const ROOT_COMPLEX_COLLECTOR: u16 = 0x0007;
@@ -31,7 +34,7 @@ const PTM: u16 = 0x001f;
 const M_PCIE: u16 = 0x0020;
 const FRS_QUEUEING: u16 = 0x0021;
 const READINESS_TIME: u16 = 0x0022;
-const DESIGNATED_VENDOR: u16 = 0x0023;
+pub(crate) const EXT_CAP_DESIGNATED_VENDOR: u16 = 0x0023;
 const DATA_LINK_FEATURE: u16 = 0x0025;
 const PHYSICAL_LAYER_16: u16 = 0x0026;
 const LANE_MARGINING: u16 = 0x0027;
@@ -69,7 +72,7 @@ pub(crate) const EXTENDED: &[CapabilityRule] = &[
     ),
     read_only(spec::EXT_CAP_SERIAL_NUMBER, 0x0c, "identity §7.9.3"),
     kept(
-        POWER_BUDGETING,
+        EXT_CAP_POWER_BUDGETING,
         &[],
         "selecting what is read changes nothing §7.8.1",
     ),
@@ -185,7 +188,7 @@ pub(crate) const EXTENDED: &[CapabilityRule] = &[
         "how long to wait after a reset §7.9.16",
     ),
     kept(
-        DESIGNATED_VENDOR,
+        EXT_CAP_DESIGNATED_VENDOR,
         &[],
         "only its driver knows what it is §7.9.6",
     ),

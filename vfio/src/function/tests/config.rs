@@ -85,13 +85,71 @@ fn the_host_hears_of_errors_whatever_the_guest_wants_and_after_each_reset() {
     assert_eq!(reports(&fake), (0xf, true));
 }
 
+/// Shadow functions, which VFIO unlinks, are at 0x100, then AER, L1 substates, one of the vendor's with
+/// 0x20 bytes, and DOE; in the header's list a hot swap handle behind MSI-X.
+fn with_what_vfio_unlinks() -> FakeDevice {
+    let mut fake = nvme();
+    let put = |offset, value: u32| fake.set_config(offset, &value.to_le_bytes());
+    put(0x40, 0x0040_f011);
+    put(0xf0, 0x0008_6006);
+    put(0x100, 0x1401_002d);
+    put(0x140, 0x1a02_0001);
+    put(0x1a0, 0x2001_001e);
+    put(0x1a8, 0x0000_000f);
+    put(0x200, 0x3001_000b);
+    put(0x204, 0x0200_0001);
+    put(0x300, 0x0001_002e);
+    put(0x308, 0x0000_0001);
+    fake.unlink();
+    fake
+}
+
+/// Writes ones everywhere from `start` to `end`, and tells where in the device that came to.
+fn written(fake: &FakeDevice, function: &impl PciFunction, start: u16, end: u16) -> Vec<u16> {
+    let places = (start..end).step_by(4);
+    let written = places.filter(|&at| {
+        let before = fake.config_at::<4>(at.into());
+        function.config_write(at, &[0xff; 4]);
+        fake.config_at::<4>(at.into()) != before
+    });
+    written.collect()
+}
+
 #[test]
-fn a_capability_that_is_read_only_is_not_written_and_what_lies_behind_it_is() {
+fn what_vfio_unlinked_reads_zero_where_the_host_says_where_it_is_and_is_written_nowhere() {
+    for shown in [true, false] {
+        let mut fake = with_what_vfio_unlinks();
+        if !shown {
+            fake.own_config = None;
+        }
+        let (fake, _, function) = function(fake);
+        let config = |offset| read(&function, offset);
+        let standard: Vec<_> = capabilities(&config).iter().map(|c| c.id).collect();
+        assert_eq!(standard, [0x11, 0x01, 0x10]);
+        let extended: Vec<_> = extended_capabilities(&config)
+            .iter()
+            .map(|c| (c.id, c.offset))
+            .collect();
+        assert_eq!(extended, [(0, 0x100), (1, 0x140), (0xb, 0x200)]);
+        let (substates, mailbox) = if shown { (0, 0) } else { (0xf, 1) };
+        assert_eq!((config(0x1a8), config(0x308)), (substates, mailbox));
+        assert_eq!(config(0xf0) == 0, shown);
+        // Errors are cleared by ones; the vendor's are the guest's to write.
+        let expected = [0x144, 0x150].into_iter();
+        let expected: Vec<u16> = expected.chain((0x204..0x220).step_by(4)).collect();
+        assert_eq!(written(&fake, &*function, 0x100, 0x1000), expected);
+    }
+}
+
+#[test]
+fn what_is_of_no_capability_is_written_below_0x100_only() {
     let (fake, _, function) = function(nvme());
     write(&function, 0x194, 0);
-    write(&function, 0x1a0, 7);
     assert_eq!(u32::from_le_bytes(fake.config_at(0x194)), 0x1234_5678);
-    assert_eq!(u32::from_le_bytes(fake.config_at(0x1a0)), 7);
+    assert_eq!(written(&fake, &*function, 0xe0, 0xe8), [0xe0, 0xe4]);
+    // Behind AER, and behind the last.
+    assert!(written(&fake, &*function, 0x16c, 0x180).is_empty());
+    assert!(written(&fake, &*function, 0x1a0, 0x1000).is_empty());
 }
 
 #[test]
