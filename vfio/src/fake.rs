@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 
 use busway_pci::{
     InterruptLine, InterruptLines, InterruptPin, InterruptRoute, InterruptRoutes, MsiMessage,
@@ -403,6 +403,17 @@ impl DeviceIo for FakeDevice {
             false => Ok(()),
         }
     }
+}
+
+/// Has a device's next resets wait until the sender is dropped; the receiver tells that one has begun.
+pub(crate) fn held_up(fake: &FakeDevice) -> (mpsc::Sender<()>, mpsc::Receiver<()>) {
+    let (go_on, wait) = mpsc::channel();
+    let (tell, begun) = mpsc::channel();
+    *fake.on_reset.0.lock().unwrap() = Some(Box::new(move || {
+        let _nobody_listens = tell.send(());
+        let _dropped = wait.recv();
+    }));
+    (go_on, begun)
 }
 
 /// A new eventfd that reads without waiting.

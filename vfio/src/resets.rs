@@ -3,11 +3,17 @@
 //! A hot reset may not hit a function that the guest is using. So each function says when it has been
 //! made quiet and wants its reset, and when the guest uses it again; a hot reset is carried out when
 //! the last function that it touches has become quiet, once for all of them.
+//!
+//! A reset can take the kernel a minute, and no lock is held meanwhile. Those under way are noted with
+//! the functions that they touch, whose own accesses wait for them, and on one bus of the host there is
+//! one at a time: the kernel refuses a reset whose device another one holds, and newer ones hold the
+//! bridge above as well.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::Bdf;
+use busway_pci::{Bdf, Bus, Segment};
 
 use crate::aer::is_silent;
 use crate::patience::patiently;
@@ -17,8 +23,9 @@ use crate::{DeviceIo, FunctionReset, ResetMethod};
 /// The devices of a VM, as far as resets go.
 #[derive(Debug, Default)]
 pub struct Resets {
-    /// Held while a device is reset, so that no two resets meet in the kernel, which would refuse one.
     members: Mutex<Vec<Member>>,
+    /// A reset is over.
+    over: Condvar,
 }
 
 #[derive(Debug)]
@@ -31,6 +38,8 @@ struct Member {
     quiet: bool,
     /// It is to be reset as soon as all that are touched are quiet.
     owed: bool,
+    /// A reset that touches it is under way.
+    in_reset: bool,
     /// That its reset is not what it should be has been said.
     said: bool,
     /// That the kernel refused it has been said: a guest can ask for it without end.
@@ -50,6 +59,7 @@ impl Resets {
             io,
             method: ResetMethod::None,
             quiet: true,
+            in_reset: false,
             said: false,
             refusal_said: false,
         };
@@ -59,24 +69,19 @@ impl Resets {
     /// Resets what was added and is not in its state at power-on. Devices that may be reset together
     /// have to be added before, so that it happens once.
     pub fn begin(&self) {
-        let mut members = self.lock();
-        for at in 0..members.len() {
-            if let Some(member) = members.get_mut(at).filter(|member| member.quiet) {
-                let decision = member.decide();
-                member.tell(decision);
-            }
+        for io in self.those(|member| member.quiet) {
+            self.decide(&io);
         }
-        settle(&mut members);
+        self.settle();
     }
 
     /// The part of it that the function of the device `io` has, which is added where it is not there.
     pub(crate) fn join(self: &Arc<Self>, name: &str, io: &Arc<dyn DeviceIo>) -> ResetHandle {
-        let known = self.lock().iter().any(|member| Arc::ptr_eq(&member.io, io));
-        if !known {
+        if self.with(io, |_| ()).is_none() {
             self.add(name, io.clone());
             self.begin();
             // A device that comes at run time may find the bus in use.
-            do_next_best(&mut self.lock(), io);
+            self.do_next_best(io);
         }
         ResetHandle {
             resets: self.clone(),
@@ -88,13 +93,219 @@ impl Resets {
     fn lock(&self) -> MutexGuard<'_, Vec<Member>> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Waits until a reset is over.
+    fn wait<'a>(&self, members: MutexGuard<'a, Vec<Member>>) -> MutexGuard<'a, Vec<Member>> {
+        let members = self.over.wait(members);
+        members.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The devices of some members.
+    fn those(&self, which: impl Fn(&Member) -> bool) -> Vec<Arc<dyn DeviceIo>> {
+        let members = self.lock();
+        let found = members.iter().filter(|member| which(member));
+        found.map(|member| member.io.clone()).collect()
+    }
+
+    /// What `with` makes of a device's member.
+    fn with<T>(&self, io: &Arc<dyn DeviceIo>, with: impl FnOnce(&mut Member) -> T) -> Option<T> {
+        let mut members = self.lock();
+        members.iter_mut().find(|member| member.is(io)).map(with)
+    }
+
+    /// Decides how a device is reset, and remembers it.
+    fn decide(&self, io: &Arc<dyn DeviceIo>) -> Option<ResetMethod> {
+        let address = self.with(io, |member| member.address)?;
+        let decision = decide(address, io.function_reset(), || io.hot_reset_reach());
+        self.with(io, |member| {
+            member.tell(decision);
+            member.method.clone()
+        })
+    }
+
+    /// Carries out what is owed and can be.
+    fn settle(&self) {
+        for io in self.those(|member| member.owed) {
+            // It may have been done with another one's, or have gone.
+            if self.with(&io, |member| member.owed) != Some(true) {
+                continue;
+            }
+            match self.decide(&io) {
+                Some(ResetMethod::Hot { others }) => self.reset_together(&io, &others),
+                Some(_) => self.reset_alone(&io, |member| member.owed),
+                None => {}
+            }
+        }
+    }
+
+    /// Resets the slot or bus of a device that is owed its reset, where all that it touches are quiet.
+    fn reset_together(&self, io: &Arc<dyn DeviceIo>, others: &[Bdf]) {
+        let Some((touched, turn)) = self.take_turn_together(io, others) else {
+            return;
+        };
+        let result = patiently(|| io.hot_reset());
+        let mut left = Vec::new();
+        let mut members = self.lock();
+        let waiting = members.iter_mut().filter(|member| member.is_in(&touched));
+        for member in waiting.filter(|member| member.owed) {
+            // Once for all of them: a bus that does not come up again costs a minute each time.
+            let Err(error) = &result else {
+                member.owed = false;
+                continue;
+            };
+            if !std::mem::replace(&mut member.said, true) {
+                let name = &member.name;
+                log::warn!("{name}: VFIO_DEVICE_PCI_HOT_RESET: {error}; the next best is done");
+            }
+            member.method = match member.io.function_reset() {
+                Some(how) => ResetMethod::Function(how),
+                None => ResetMethod::None,
+            };
+            member.owed = false;
+            left.push((member.io.clone(), member.name.clone()));
+        }
+        drop(members);
+        for (io, name) in left {
+            self.reset_now(&io, &name);
+        }
+        drop(turn);
+    }
+
+    /// Waits for the turn of a hot reset, and says what it touches; nothing where it may not be.
+    fn take_turn_together(
+        &self,
+        io: &Arc<dyn DeviceIo>,
+        others: &[Bdf],
+    ) -> Option<(Vec<Arc<dyn DeviceIo>>, Turn<'_>)> {
+        let mut members = self.lock();
+        loop {
+            let own = members.iter().find(|member| member.is(io))?;
+            let (address, bus, name) = (own.address, own.bus(), own.name.clone());
+            // A device whose address is not known may be one of them.
+            let touched = |other: &Member| {
+                other.is(io)
+                    || other
+                        .address
+                        .is_none_or(|other| address.is_none() || others.contains(&other))
+            };
+            if !own.owed || !members.iter().all(|other| other.quiet || !touched(other)) {
+                return None;
+            }
+            let in_the_way = |other: &Member| touched(other) || other.bus() == bus;
+            if members
+                .iter()
+                .any(|other| other.in_reset && in_the_way(other))
+            {
+                members = self.wait(members);
+                continue;
+            }
+            log::debug!("{name}: hot reset, which touches {} others", others.len());
+            let mut all = Vec::new();
+            for member in members.iter_mut().filter(|other| touched(other)) {
+                member.in_reset = true;
+                all.push(member.io.clone());
+            }
+            let turn = Turn {
+                resets: self,
+                touched: all.clone(),
+            };
+            return Some((all, turn));
+        }
+    }
+
+    /// Resets the function by itself, where that goes, and `wanted` holds when its turn comes. The kernel
+    /// would wait a minute for one that does not answer to come out of such a reset.
+    fn reset_alone(&self, io: &Arc<dyn DeviceIo>, wanted: impl Fn(&Member) -> bool) {
+        if let Some((name, _turn)) = self.take_turn(io, wanted) {
+            self.with(io, |member| member.owed = false);
+            self.reset_now(io, &name);
+        }
+    }
+
+    /// In its turn.
+    fn reset_now(&self, io: &Arc<dyn DeviceIo>, name: &str) {
+        if io.function_reset().is_none() {
+            return;
+        }
+        if is_silent(&**io) {
+            log::debug!("{name} does not answer, and is not reset by itself");
+            return;
+        }
+        let refused = patiently(|| io.reset()).err();
+        self.with(io, |member| member.say(refused));
+    }
+
+    /// Waits until nothing else on the bus is reset.
+    fn take_turn(
+        &self,
+        io: &Arc<dyn DeviceIo>,
+        wanted: impl Fn(&Member) -> bool,
+    ) -> Option<(String, Turn<'_>)> {
+        let mut members = self.lock();
+        loop {
+            let own = members.iter().find(|member| member.is(io))?;
+            if !wanted(own) {
+                return None;
+            }
+            let bus = own.bus();
+            let in_the_way = |other: &Member| other.is(io) || other.bus() == bus;
+            if members
+                .iter()
+                .any(|other| other.in_reset && in_the_way(other))
+            {
+                members = self.wait(members);
+                continue;
+            }
+            let own = members.iter_mut().find(|member| member.is(io))?;
+            own.in_reset = true;
+            let turn = Turn {
+                resets: self,
+                touched: vec![io.clone()],
+            };
+            return Some((own.name.clone(), turn));
+        }
+    }
+
+    /// Resets a device by itself, as far as that goes, that waits for others to be reset with it; it
+    /// goes on waiting for them.
+    fn do_next_best(&self, io: &Arc<dyn DeviceIo>) {
+        if let Some((name, _turn)) = self.take_turn(io, |member| member.owed) {
+            self.reset_now(io, &name);
+        }
+    }
+}
+
+/// A reset under way. It is over when this is dropped.
+#[derive(Debug)]
+struct Turn<'a> {
+    resets: &'a Resets,
+    touched: Vec<Arc<dyn DeviceIo>>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut members = self.resets.lock();
+        let touched = members
+            .iter_mut()
+            .filter(|member| member.is_in(&self.touched));
+        touched.for_each(|member| member.in_reset = false);
+        drop(members);
+        self.resets.over.notify_all();
+    }
 }
 
 impl Member {
-    fn decide(&self) -> Decision {
-        decide(self.address, self.io.function_reset(), || {
-            self.io.hot_reset_reach()
-        })
+    fn is(&self, io: &Arc<dyn DeviceIo>) -> bool {
+        Arc::ptr_eq(&self.io, io)
+    }
+
+    fn is_in(&self, devices: &[Arc<dyn DeviceIo>]) -> bool {
+        devices.iter().any(|io| self.is(io))
+    }
+
+    /// The host's bus that it is on. Those whose address is not known may be on one.
+    fn bus(&self) -> Option<(Segment, Bus)> {
+        self.address.map(|address| (address.segment, address.bus))
     }
 
     /// Remembers what was decided, and says once that it is less than it should be.
@@ -115,98 +326,25 @@ impl Member {
         }
     }
 
-    /// Resets the function by itself, where that goes. The kernel would wait a minute for one that does
-    /// not answer to come out of such a reset.
-    fn reset_alone(&mut self) {
-        self.owed = false;
-        if self.io.function_reset().is_none() {
-            return;
-        }
-        if is_silent(&*self.io) {
-            log::debug!("{} does not answer, and is not reset by itself", self.name);
-            return;
-        }
-        let refused = patiently(|| self.io.reset()).err();
+    /// Says that the kernel refused to reset the function by itself, where it did.
+    fn say(&mut self, refused: Option<io::Error>) {
         let said = std::mem::replace(&mut self.refusal_said, refused.is_some());
-        if let Some(error) = refused {
-            let level = match said {
-                false => log::Level::Warn,
-                true => log::Level::Debug,
-            };
-            let why = match error.raw_os_error() {
-                Some(libc::EAGAIN) => " (the host holds the device, as while it is being unbound)",
-                _ => "",
-            };
-            log::log!(
-                level,
-                "{}: VFIO_DEVICE_RESET: {error}{why}; it goes on as it is",
-                self.name
-            );
-        }
-    }
-}
-
-/// Carries out what is owed and can be.
-fn settle(members: &mut [Member]) {
-    for at in 0..members.len() {
-        let Some(member) = members.get_mut(at).filter(|member| member.owed) else {
-            continue;
+        let Some(error) = refused else {
+            return;
         };
-        let decision = member.decide();
-        let (address, io, name) = (member.address, member.io.clone(), member.name.clone());
-        let others = match &decision.method {
-            ResetMethod::Hot { others } => others.clone(),
-            _ => {
-                member.tell(decision);
-                member.reset_alone();
-                continue;
-            }
+        let level = match said {
+            false => log::Level::Warn,
+            true => log::Level::Debug,
         };
-        member.tell(decision);
-        // A device whose address is not known may be one of them.
-        let touched = |other: &Member| {
-            Arc::ptr_eq(&other.io, &io)
-                || other
-                    .address
-                    .is_none_or(|other| address.is_none() || others.contains(&other))
+        let why = match error.raw_os_error() {
+            Some(libc::EAGAIN) => " (the host holds the device, as while it is being unbound)",
+            _ => "",
         };
-        if !members.iter().all(|other| other.quiet || !touched(other)) {
-            continue;
-        }
-        match patiently(|| io.hot_reset()) {
-            Ok(()) => {
-                log::debug!("{name}: hot reset, which touched {} others", others.len());
-                let together = members.iter_mut().filter(|other| touched(other));
-                together.for_each(|other| other.owed = false);
-            }
-            // Once for all of them: a bus that does not come up again costs a minute each time.
-            Err(error) => {
-                let waiting = |other: &&mut Member| other.owed && touched(other);
-                for member in members.iter_mut().filter(waiting) {
-                    if !std::mem::replace(&mut member.said, true) {
-                        let name = &member.name;
-                        log::warn!(
-                            "{name}: VFIO_DEVICE_PCI_HOT_RESET: {error}; the next best is done"
-                        );
-                    }
-                    member.method = match member.io.function_reset() {
-                        Some(how) => ResetMethod::Function(how),
-                        None => ResetMethod::None,
-                    };
-                    member.reset_alone();
-                }
-            }
-        }
-    }
-}
-
-/// Resets a device by itself, as far as that goes, that waits for others to be reset with it; it goes on
-/// waiting for them.
-fn do_next_best(members: &mut [Member], io: &Arc<dyn DeviceIo>) {
-    let mut waiting = members.iter_mut().filter(|member| member.owed);
-    if let Some(member) = waiting.find(|member| Arc::ptr_eq(&member.io, io)) {
-        member.reset_alone();
-        member.owed = true;
+        log::log!(
+            level,
+            "{}: VFIO_DEVICE_RESET: {error}{why}; it goes on as it is",
+            self.name
+        );
     }
 }
 
@@ -222,18 +360,23 @@ pub(crate) struct ResetHandle {
 impl ResetHandle {
     /// How the device is reset.
     pub(crate) fn method(&self) -> ResetMethod {
-        let members = self.resets.lock();
-        let found = members.iter().find(|member| self.is(member));
-        found.map_or(ResetMethod::None, |member| member.method.clone())
+        let method = self.resets.with(&self.io, |member| member.method.clone());
+        method.unwrap_or(ResetMethod::None)
     }
 
-    /// The guest is about to change something: the device is not to be touched from now on.
+    /// The guest is about to change something: the device is not to be touched from now on. Where a
+    /// reset touches it now, this waits.
     pub(crate) fn touch(&self) {
-        if !self.used.swap(true, Ordering::Relaxed)
-            && let Some(member) = self.resets.lock().iter_mut().find(|other| self.is(other))
-        {
-            member.quiet = false;
-            member.owed = false;
+        if self.used.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let mut members = self.resets.lock();
+        while let Some(member) = members.iter_mut().find(|member| member.is(&self.io)) {
+            if !member.in_reset {
+                (member.quiet, member.owed) = (false, false);
+                return;
+            }
+            members = self.resets.wait(members);
         }
     }
 
@@ -245,10 +388,10 @@ impl ResetHandle {
     /// Whether there are others whose reset is this one's too.
     pub(crate) fn is_shared(&self) -> bool {
         let members = self.resets.lock();
-        let own = members.iter().find(|member| self.is(member));
+        let own = members.iter().find(|member| member.is(&self.io));
         let address = own.and_then(|member| member.address);
         members.iter().any(|member| match &member.method {
-            ResetMethod::Hot { others } if self.is(member) => !others.is_empty(),
+            ResetMethod::Hot { others } if member.is(&self.io) => !others.is_empty(),
             ResetMethod::Hot { others } => address.is_none_or(|own| others.contains(&own)),
             ResetMethod::Function(_) | ResetMethod::None => false,
         })
@@ -256,10 +399,7 @@ impl ResetHandle {
 
     /// Resets the function by itself and at once, as the guest asks for by its registers.
     pub(crate) fn reset_function(&self) {
-        let mut members = self.resets.lock();
-        if let Some(member) = members.iter_mut().find(|other| self.is(other)) {
-            member.reset_alone();
-        }
+        self.resets.reset_alone(&self.io, |_| true);
     }
 
     /// The device is quiet (no interrupt, no bus mastering) and wants its state at power-on. It has it
@@ -278,29 +418,25 @@ impl ResetHandle {
 
     fn quiet(&self, alone: bool, owed: bool) {
         self.used.store(false, Ordering::Relaxed);
-        let mut members = self.resets.lock();
-        if let Some(member) = members.iter_mut().find(|other| self.is(other)) {
-            member.quiet = true;
-            member.owed = owed;
-            match member.io.function_reset() {
-                Some(how) if how.is_thorough() && !alone => member.owed = false,
-                Some(how) if how.is_thorough() => member.reset_alone(),
-                _ => {}
-            }
+        let function_reset = self.io.function_reset();
+        let thorough = function_reset.is_some_and(FunctionReset::is_thorough);
+        if thorough && alone {
+            self.resets.reset_alone(&self.io, |_| true);
         }
-        settle(&mut members);
+        // Not before: no reset of its neighbours' may meet its own.
+        self.resets.with(&self.io, |member| {
+            member.quiet = true;
+            member.owed = owed && !thorough;
+        });
+        self.resets.settle();
         // Those that are reset with it may never come: a guest can reset the bus of one alone.
-        do_next_best(&mut members, &self.io);
-    }
-
-    fn is(&self, member: &Member) -> bool {
-        Arc::ptr_eq(&member.io, &self.io)
+        self.resets.do_next_best(&self.io);
     }
 }
 
 impl Drop for ResetHandle {
     fn drop(&mut self) {
-        self.resets.lock().retain(|member| !self.is(member));
+        self.resets.lock().retain(|member| !member.is(&self.io));
     }
 }
 

@@ -1,6 +1,10 @@
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
 use super::*;
 use crate::Affected;
-use crate::fake::FakeDevice;
+use crate::fake::{FakeDevice, held_up};
 
 const A: &str = "0000:02:01.0";
 const B: &str = "0000:02:02.0";
@@ -265,4 +269,62 @@ fn a_device_that_somebody_holds_for_a_moment_is_reset_all_the_same() {
     handles[0].reset();
     assert_eq!(a.resets().len(), 2);
     assert!(a.resets_held_up.load(Ordering::Relaxed) > 900);
+}
+
+#[test]
+fn a_reset_that_takes_long_holds_nobody_up_but_what_is_on_its_bus() {
+    let [slow, far, near] = [(); 3].map(|()| with_reset(FunctionReset::Flr));
+    let (_resets, handles) = vm(&[(A, &slow), (ELSEWHERE, &far), (B, &near)]);
+    let (go_on, begun) = held_up(&slow);
+    let (near_is_reset, near_done) = mpsc::channel();
+    handles.iter().for_each(ResetHandle::touch);
+    thread::scope(|scope| {
+        scope.spawn(|| handles[0].reset_function());
+        begun.recv().unwrap();
+        handles[1].reset();
+        handles[1].touch();
+        handles[1].reset_function();
+        assert_eq!(far.resets().len(), 3);
+        assert_eq!(handles[0].method().word(), "flr");
+        // One at a time on a bus: the kernel would refuse the second.
+        scope.spawn(|| {
+            handles[2].reset();
+            near_is_reset.send(()).unwrap();
+        });
+        let pause = Duration::from_millis(50);
+        assert!(near_done.recv_timeout(pause).is_err());
+        assert_eq!(near.resets().len(), 1);
+        drop(go_on);
+        near_done.recv().unwrap();
+        assert_eq!(near.resets().len(), 2);
+    });
+}
+
+#[test]
+fn a_hot_reset_waits_for_a_neighbours_own_and_who_uses_what_it_touches_waits_for_it() {
+    let (a, b) = (on_bus(&[A, B]), with_reset(FunctionReset::Flr));
+    let (_resets, handles) = vm(&[(A, &a), (B, &b)]);
+    handles.iter().for_each(ResetHandle::touch);
+    let (b_goes_on, b_begun) = held_up(&b);
+    let (a_goes_on, a_begun) = held_up(&a);
+    let (used, is_used) = mpsc::channel();
+    let pause = Duration::from_millis(50);
+    thread::scope(|scope| {
+        scope.spawn(|| handles[1].reset());
+        b_begun.recv().unwrap();
+        // It has none of its own, and its bus's has to wait.
+        scope.spawn(|| handles[0].reset());
+        assert!(a_begun.recv_timeout(pause).is_err());
+        assert_eq!(hot(&[&a]), 1);
+        drop(b_goes_on);
+        a_begun.recv().unwrap();
+        scope.spawn(|| {
+            handles[1].touch();
+            used.send(()).unwrap();
+        });
+        assert!(is_used.recv_timeout(pause).is_err(), "while it is reset");
+        drop(a_goes_on);
+        is_used.recv().unwrap();
+    });
+    assert_eq!(hot(&[&a]), 2);
 }
