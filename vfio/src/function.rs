@@ -32,6 +32,9 @@ use crate::{Area, AssignError, AssignOptions, DeviceIo, RegionIndex, ResetMethod
 pub struct AssignedFunction {
     name: String,
     state: Mutex<State>,
+    /// What decodes, apart from the state, which is held through resets: who asks holds what all
+    /// functions share. Changed while the state is held.
+    decoded: Mutex<Vec<BarRegion>>,
     table: Option<GuestLocation>,
     pba: Option<GuestLocation>,
     device_pba: Option<DeviceLocation>,
@@ -219,6 +222,7 @@ impl AssignedFunction {
         let layout = layout.map(|(_, layout)| layout);
         Ok(Arc::new(Self {
             name: name.to_owned(),
+            decoded: Mutex::new(config.decoded()),
             state: Mutex::new(State {
                 config,
                 untold: false,
@@ -274,6 +278,19 @@ impl AssignedFunction {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Notes what decodes now.
+    fn note_decoded(&self, state: &State) {
+        let decoded = match state.untold {
+            true => Vec::new(),
+            false => state.config.decoded(),
+        };
+        *self.decoding() = decoded;
+    }
+
+    fn decoding(&self) -> MutexGuard<'_, Vec<BarRegion>> {
+        self.decoded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Connects no interrupt any more.
     fn disconnect(state: &mut State) {
         if let Some(MsixState { msix, vectors, .. }) = &mut state.msix {
@@ -290,6 +307,7 @@ impl AssignedFunction {
     /// Makes the device quiet, has `reset` reset it, and puts everything of ours into its state at
     /// power-on, with no interrupt connected.
     fn reset_by(&self, state: &mut State, reset: impl FnOnce(&ResetHandle)) {
+        self.decoding().clear();
         Self::disconnect(state);
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.wake(&*self.io);
@@ -372,19 +390,18 @@ impl PciFunction for AssignedFunction {
         if command || state.uses_messages() != messages {
             state.settle_pin();
         }
+        self.note_decoded(&state);
     }
 
     fn settle(&self) -> bool {
         let mut state = self.lock();
-        match state.config.settle(&*self.io) {
-            Settled::Done => false,
-            Settled::Decodes => true,
-            Settled::Reset => {
-                self.reset_by(&mut state, ResetHandle::reset_function);
-                state.settle_pin();
-                false
-            }
+        let settled = state.config.settle(&*self.io);
+        if settled == Settled::Reset {
+            self.reset_by(&mut state, ResetHandle::reset_function);
+            state.settle_pin();
         }
+        self.note_decoded(&state);
+        settled == Settled::Decodes
     }
 
     fn bars(&self) -> Vec<BarRegion> {
@@ -392,11 +409,7 @@ impl PciFunction for AssignedFunction {
     }
 
     fn decoded(&self) -> Vec<BarRegion> {
-        let state = self.lock();
-        match state.untold {
-            true => Vec::new(),
-            false => state.config.decoded(),
-        }
+        self.decoding().clone()
     }
 
     fn parts(&self, bar: BarIndex) -> Vec<BarPart> {
@@ -427,6 +440,7 @@ impl PciFunction for AssignedFunction {
         if !self.reset.is_shared() {
             state.settle_pin();
         }
+        self.note_decoded(&state);
     }
 }
 

@@ -1,9 +1,12 @@
 //! Resets and power states.
 
+use std::thread;
+
 use busway_pci::{BarIndex, PciFunction, spec};
 
 use super::{function, nvme, read, write};
 use crate::IrqIndex;
+use crate::fake::held_up;
 
 #[test]
 fn a_device_sleeps_only_when_nothing_is_mapped_and_is_left_alone_until_it_wakes() {
@@ -42,6 +45,23 @@ fn a_reset_wakes_the_device_first() {
     function.settle();
     function.reset();
     assert_eq!(fake.config_at::<1>(0x64)[0] & 3, 0);
+    function.config_write(4, &[6]);
+    assert_eq!(function.decoded().len(), 1);
+}
+
+#[test]
+fn what_decodes_is_told_while_the_device_is_reset_and_that_is_nothing() {
+    let (fake, _, function) = function(nvme());
+    function.config_write(4, &[6]);
+    assert_eq!(function.decoded().len(), 1);
+    let (go_on, begun) = held_up(&fake);
+    thread::scope(|scope| {
+        let reset = scope.spawn(|| function.reset());
+        begun.recv().unwrap();
+        assert_eq!(function.decoded(), []);
+        assert!(!reset.is_finished());
+        drop(go_on);
+    });
     function.config_write(4, &[6]);
     assert_eq!(function.decoded().len(), 1);
 }
