@@ -53,6 +53,8 @@ pub(crate) struct FakeDevice {
     /// Its power management, at 0x60, has no state but D0.
     pub(crate) only_d0: bool,
     pub(crate) irqs: Mutex<Irqs>,
+    /// The state in its power management, at 0x60, at each disabling of interrupts.
+    pub(crate) power_when_disabled: Mutex<Vec<u8>>,
     pub(crate) resets: Mutex<Vec<u16>>,
     /// It does not answer.
     pub(crate) silent: AtomicBool,
@@ -130,6 +132,7 @@ impl Default for FakeDevice {
             can_reset: true,
             only_d0: false,
             irqs: Mutex::default(),
+            power_when_disabled: Mutex::default(),
             resets: Mutex::default(),
             silent: AtomicBool::default(),
             resets_held_up: AtomicUsize::default(),
@@ -345,6 +348,8 @@ impl DeviceIo for FakeDevice {
         let mut irqs = self.irqs.lock().unwrap();
         irqs.calls.push(IrqCall::Disable(index));
         if irqs.kind == Some(index) {
+            let [power] = self.config_at(0x64);
+            self.power_when_disabled.lock().unwrap().push(power & 3);
             irqs.vectors.clear();
             irqs.pending.clear();
             irqs.kind = None;

@@ -291,8 +291,10 @@ impl AssignedFunction {
         self.decoded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Connects no interrupt any more.
-    fn disconnect(state: &mut State) {
+    /// Connects no interrupt any more. The device is awake then: the kernel masks MSI-X's vectors in the
+    /// table, which a sleeping device does not answer for, and the host would hear of an error.
+    fn disconnect(&self, state: &mut State) {
+        state.config.wake(&*self.io);
         if let Some(MsixState { msix, vectors, .. }) = &mut state.msix {
             msix.reset(vectors);
         }
@@ -308,9 +310,8 @@ impl AssignedFunction {
     /// power-on, with no interrupt connected.
     fn reset_by(&self, state: &mut State, reset: impl FnOnce(&ResetHandle)) {
         self.decoding().clear();
-        Self::disconnect(state);
+        self.disconnect(state);
         // The kernel puts back what the command register holds before: bus mastering goes first.
-        state.config.wake(&*self.io);
         state.config.quieten(&*self.io);
         state.untold = is_silent(&*self.io);
         reset(&self.reset);
@@ -323,7 +324,7 @@ impl AssignedFunction {
         let mut state = self.lock();
         match self.reset.is_used() {
             true => self.reset_by(&mut state, ResetHandle::retire),
-            false => Self::disconnect(&mut state),
+            false => self.disconnect(&mut state),
         }
     }
 }
@@ -348,7 +349,7 @@ impl PciFunction for AssignedFunction {
         if state.untold && !is_silent(&*self.io) {
             // The kernel saved what it read then, and put that back when the bus was reset.
             state.untold = false;
-            Self::disconnect(&mut state);
+            self.disconnect(&mut state);
             state.config.reset(&*self.io);
         }
         if !state.untold {

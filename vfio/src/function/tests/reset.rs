@@ -1,12 +1,13 @@
 //! Resets and power states.
 
+use std::sync::Arc;
 use std::thread;
 
 use busway_pci::{BarIndex, PciFunction, spec};
 
 use super::{function, nvme, read, write};
-use crate::IrqIndex;
 use crate::fake::held_up;
+use crate::{AssignedFunction, IrqIndex};
 
 #[test]
 fn a_device_sleeps_only_when_nothing_is_mapped_and_is_left_alone_until_it_wakes() {
@@ -47,6 +48,31 @@ fn a_reset_wakes_the_device_first() {
     assert_eq!(fake.config_at::<1>(0x64)[0] & 3, 0);
     function.config_write(4, &[6]);
     assert_eq!(function.decoded().len(), 1);
+}
+
+#[test]
+fn interrupts_are_disabled_in_an_awake_device_whatever_resets_it() {
+    let by: [fn(&Arc<AssignedFunction>); 3] = [
+        |function| function.reset(),
+        |function| {
+            function.config_write(0x88, &0xa010_u16.to_le_bytes());
+            function.settle();
+        },
+        |function| function.retire(),
+    ];
+    for reset in by {
+        let (fake, _, function) = function(nvme());
+        function.config_write(0x42, &0x8000_u16.to_le_bytes());
+        function.bar_write(BarIndex::Bar(0), 0x200c, &[0; 4]);
+        function.config_write(0x64, &[3, 0]);
+        function.settle();
+        assert_eq!(fake.kind(), Some(IrqIndex::Msix));
+        assert_eq!(fake.config_at(0x64), [3]);
+        fake.power_when_disabled.lock().unwrap().clear();
+        reset(&function);
+        let states = fake.power_when_disabled.lock().unwrap().clone();
+        assert_eq!(states, [0]);
+    }
 }
 
 #[test]
