@@ -391,6 +391,21 @@ impl GuestConfig {
         write_aligned(io, at, &[byte]);
     }
 
+    /// Has the pin's interrupts disabled in the device itself, while the pin is not connected. The kernel
+    /// enables them there when it disables messages (`pci_intx_for_msi` in Linux, drivers/pci/msi), and
+    /// VFIO, for which they are disabled all along, acts on a change alone.
+    pub(crate) fn disable_pin(&self, io: &dyn DeviceIo) {
+        if self.pin_connected {
+            return;
+        }
+        let at = spec::COMMAND + 1;
+        let [_, disable] = spec::COMMAND_INTX_DISABLE.to_le_bytes();
+        let rest = read_byte(io, at) & !disable;
+        for bit in [0, disable] {
+            write_aligned(io, at, &[rest | bit]);
+        }
+    }
+
     /// Puts everything into its state at power-on, after the device was reset: Busway's part, and what
     /// the kernel put back into the device because the guest had written it.
     pub(crate) fn reset(&mut self, io: &dyn DeviceIo) {

@@ -55,6 +55,8 @@ pub(crate) struct FakeDevice {
     pub(crate) irqs: Mutex<Irqs>,
     /// The state in its power management, at 0x60, at each disabling of interrupts.
     pub(crate) power_when_disabled: Mutex<Vec<u8>>,
+    /// Its own interrupt disable bit. What its command register reads is VFIO's.
+    pub(crate) pin_disabled: AtomicBool,
     pub(crate) resets: Mutex<Vec<u16>>,
     /// It does not answer.
     pub(crate) silent: AtomicBool,
@@ -133,6 +135,7 @@ impl Default for FakeDevice {
             only_d0: false,
             irqs: Mutex::default(),
             power_when_disabled: Mutex::default(),
+            pin_disabled: AtomicBool::default(),
             resets: Mutex::default(),
             silent: AtomicBool::default(),
             resets_held_up: AtomicUsize::default(),
@@ -247,10 +250,15 @@ impl DeviceIo for FakeDevice {
         } else if index == RegionIndex::CONFIG {
             let mut config = self.config.lock().unwrap();
             let start = offset as usize;
+            let disabled = config[5] & 4;
             let found = config.get_mut(start..start + data.len());
             found
                 .ok_or(io::ErrorKind::InvalidInput)?
                 .copy_from_slice(data);
+            // As drivers/vfio/pci/vfio_pci_config.c: the device's own follows a change of VFIO's.
+            if config[5] & 4 != disabled {
+                self.pin_disabled.store(disabled == 0, Ordering::Relaxed);
+            }
             if self.only_d0 {
                 config[0x64] &= !3;
             }
@@ -350,6 +358,10 @@ impl DeviceIo for FakeDevice {
         if irqs.kind == Some(index) {
             let [power] = self.config_at(0x64);
             self.power_when_disabled.lock().unwrap().push(power & 3);
+            // As drivers/pci/msi/msi.c, `pci_intx_for_msi`.
+            if index != IrqIndex::Intx {
+                self.pin_disabled.store(false, Ordering::Relaxed);
+            }
             irqs.vectors.clear();
             irqs.pending.clear();
             irqs.kind = None;

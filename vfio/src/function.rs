@@ -303,6 +303,7 @@ impl AssignedFunction {
         }
         if let Some(pin) = &mut state.pin {
             pin.disconnect(&mut state.config);
+            state.config.disable_pin(&*self.io);
         }
     }
 
@@ -390,6 +391,9 @@ impl PciFunction for AssignedFunction {
         let command = (spec::COMMAND..spec::COMMAND + 2).contains(&offset);
         if command || state.uses_messages() != messages {
             state.settle_pin();
+        }
+        if messages && !state.uses_messages() && state.pin.is_some() {
+            state.config.disable_pin(&*self.io);
         }
         self.note_decoded(&state);
     }

@@ -1,6 +1,7 @@
 //! The pin, MSI and MSI-X, and changes between them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use busway_pci::{BarIndex, InterruptPin, PciFunction, spec};
 
@@ -198,6 +199,26 @@ fn interrupt_disable_goes_to_the_device_only_while_the_pin_is_connected() {
     assert_eq!((disabled(), seen()), (false, false));
     let command = u16::from_le_bytes(fake.config_at(4));
     assert_ne!(command & spec::COMMAND_PARITY, 0, "the rest is kept");
+}
+
+#[test]
+fn messages_that_are_disconnected_leave_the_pin_disabled_in_the_device_itself() {
+    let disabled = |fake: &FakeDevice| fake.pin_disabled.load(Ordering::Relaxed);
+    let (fake, _, function) = function(msi_only(8));
+    function.config_write(0x42, &[1, 0]);
+    function.retire();
+    assert_eq!((fake.kind(), disabled(&fake)), (None, true));
+    // Its line cannot be had.
+    let mut fake = msi_only(8);
+    fake.intx_refused = Some(libc::EBUSY);
+    let (fake, _, function) = super::function(fake);
+    assert!(disabled(&fake));
+    function.config_write(0x42, &[1, 0]);
+    assert!(disabled(&fake));
+    function.config_write(0x42, &[0, 0]);
+    assert_eq!((fake.kind(), disabled(&fake)), (None, true));
+    function.config_write(4, &[6, 1]);
+    assert_eq!(fake.config_at::<1>(5), [4], "the rest is kept");
 }
 
 #[test]
