@@ -126,7 +126,8 @@ impl ErrorStatus {
     }
 }
 
-/// Whether the device does not answer at all. A class code of all ones is nobody's, a VF's neither.
+/// Whether the device does not answer at all. A class code of all ones is nobody's, a VF's neither; VFIO
+/// answers for the vendor itself.
 #[must_use]
 pub fn is_silent(io: &dyn DeviceIo) -> bool {
     read_dword(io, spec::REVISION_ID) == u32::MAX

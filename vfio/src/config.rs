@@ -3,6 +3,7 @@
 
 use busway_pci::{Bars, ConfigSpace, Identity, InterruptPin, spec};
 
+use crate::aer::is_silent;
 use crate::lists::{Kept, List};
 use crate::policy::{self, Action, Rule};
 use crate::power::Power;
@@ -275,6 +276,12 @@ impl GuestConfig {
         }
         for ((byte, device), source) in data.iter_mut().zip(device).zip(sources) {
             *byte = (device & source.read) | (*byte & !source.read);
+        }
+        // VFIO goes on answering for the identity of a device that is gone, by which guests look for it.
+        let identity = spec::COMMAND.saturating_sub(offset);
+        if identity > 0 && is_silent(io) {
+            let identity = data.iter_mut().take(identity.into());
+            identity.for_each(|byte| *byte = u8::MAX);
         }
     }
 

@@ -58,7 +58,7 @@ pub(crate) struct FakeDevice {
     /// Its own interrupt disable bit. What its command register reads is VFIO's.
     pub(crate) pin_disabled: AtomicBool,
     pub(crate) resets: Mutex<Vec<u16>>,
-    /// It does not answer.
+    /// It does not answer; VFIO does for its identity.
     pub(crate) silent: AtomicBool,
     /// How many resets are refused, because somebody holds the device.
     pub(crate) resets_held_up: AtomicUsize,
@@ -228,6 +228,11 @@ impl DeviceIo for FakeDevice {
     fn region_read(&self, index: RegionIndex, offset: u64, data: &mut [u8]) -> io::Result<()> {
         if index == RegionIndex::CONFIG && self.silent.load(Ordering::Relaxed) {
             data.fill(u8::MAX);
+            let identity = self.config_at::<4>(0);
+            let identity = identity.iter().skip(offset as usize);
+            data.iter_mut()
+                .zip(identity)
+                .for_each(|(to, from)| *to = *from);
         } else if index == RegionIndex::CONFIG {
             let config = self.config.lock().unwrap();
             let start = offset as usize;

@@ -3,6 +3,7 @@
 
 use busway_pci::{BarError, BarIndex, BarKind, BarRegion, Bars, MsiFeatures, PinError, spec};
 
+use crate::aer::is_silent;
 use crate::areas::{Area, mappable};
 use crate::config::read_dword;
 use crate::lists::List;
@@ -69,8 +70,8 @@ pub(crate) struct Part {
 }
 
 pub(crate) fn check_header(name: &str, io: &dyn DeviceIo) -> Result<(), AssignError> {
-    // VFIO fills in a VF's vendor, so ones are never a device's.
-    if read_dword(io, spec::VENDOR_ID) as u16 == u16::MAX {
+    // VFIO holds the identity of each device, which it read when this was opened.
+    if is_silent(io) {
         return Err(AssignError::Silent {
             name: name.to_owned(),
         });

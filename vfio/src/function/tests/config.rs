@@ -1,6 +1,7 @@
 //! What a guest finds in configuration space: the device's own, emulated, read-only, hidden.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use busway_pci::{BarIndex, BarKind, PciFunction, capabilities, extended_capabilities, spec};
 
@@ -20,6 +21,18 @@ fn identity_and_pin_are_the_devices_and_rom_bist_and_multi_function_are_not() {
     assert_eq!(read(&function, 0x3c), 0x010b);
     write(&function, 0x00, 0);
     assert_eq!(read(&function, 0x00), 0x0010_1b36);
+}
+
+#[test]
+fn a_device_that_is_gone_has_no_identity_though_vfio_tells_it() {
+    let (fake, _, function) = function(nvme());
+    fake.silent.store(true, Ordering::Relaxed);
+    assert_eq!([0, 8].map(|at| read(&function, at)), [u32::MAX; 2]);
+    let mut device = [0; 2];
+    function.config_read(2, &mut device);
+    assert_eq!(device, [0xff; 2]);
+    fake.silent.store(false, Ordering::Relaxed);
+    assert_eq!(read(&function, 0), 0x0010_1b36);
 }
 
 #[test]
@@ -252,7 +265,7 @@ fn what_cannot_be_given_is_refused_with_the_reason() {
             .to_string()
     };
     let gone = nvme();
-    gone.set_config(0, &[0xff; 4096]);
+    gone.silent.store(true, Ordering::Relaxed);
     assert!(refuse(gone).contains("does not answer"));
     let bridge = nvme();
     bridge.set_config(0x0e, &[0x81]);
