@@ -1,13 +1,12 @@
 //! Telling the device where its interrupts go: MSI and MSI-X over `VFIO_DEVICE_SET_IRQS`.
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use busway_pci::VectorOwner;
 
-use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo};
+use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo, sys};
 
 /// MSI's vectors, which are enabled all at once.
 #[derive(Debug)]
@@ -249,13 +248,9 @@ pub(crate) fn disable(name: &str, io: &dyn DeviceIo, index: IrqIndex) {
     }
 }
 
-/// Signals an eventfd: adds one. eventfd(2)
+/// Signals an eventfd.
 pub(crate) fn signal(event: BorrowedFd<'_>) {
-    let written = event
-        .try_clone_to_owned()
-        .map(File::from)
-        .and_then(|mut file| file.write_all(&1_u64.to_ne_bytes()));
-    if let Err(error) = written {
+    if let Err(error) = sys::signal(event) {
         log::debug!("eventfd: {error}");
     }
 }
@@ -263,6 +258,7 @@ pub(crate) fn signal(event: BorrowedFd<'_>) {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::process::Command;
     use std::sync::atomic::Ordering;
 
     use proptest::prelude::*;
@@ -406,6 +402,31 @@ mod tests {
         let events: Vec<_> = events.iter().map(AsFd::as_fd).collect();
         vectors.connect(0, &events).unwrap();
         assert_eq!(fake.connected(), [true]);
+    }
+
+    #[test]
+    fn a_signal_needs_no_descriptor_of_its_own() {
+        const NAME: &str = "vectors::tests::a_signal_needs_no_descriptor_of_its_own";
+        const INNER: &str = "BUSWAY_TEST_FEW_DESCRIPTORS";
+        // In a process whose limit is no other test's.
+        if std::env::var_os(INNER).is_none() {
+            let test = std::env::current_exe().unwrap();
+            let limited = r#"ulimit -n 64; exec "$0" --exact "$1""#;
+            let limited = Command::new("sh")
+                .args(["-c", limited])
+                .arg(test)
+                .arg(NAME)
+                .env(INNER, "")
+                .output()
+                .unwrap();
+            assert!(limited.status.success(), "{limited:?}");
+            return;
+        }
+        let event = eventfd();
+        let taken: Vec<_> = std::iter::from_fn(|| event.try_clone().ok()).collect();
+        signal(event.as_fd());
+        drop(taken);
+        assert_eq!(signals(&event), 1);
     }
 
     /// What the guest or the device does to a vector.
