@@ -81,6 +81,8 @@ pub(crate) struct MsixVectors {
     interrupted: bool,
     /// The connected ones' eventfds, by vector, where they may be needed again.
     kept: Vec<Option<OwnedFd>>,
+    /// That there are fewer than the table has room for has been said.
+    fewer_said: bool,
     /// That all were lost has been said.
     said: bool,
 }
@@ -93,6 +95,7 @@ impl MsixVectors {
             enabled: 0,
             interrupted: false,
             kept: Vec::new(),
+            fewer_said: false,
             said: false,
         }
     }
@@ -111,7 +114,12 @@ impl MsixVectors {
         match self.set(0, all) {
             Ok(()) => self.enabled = all.len() as u32,
             Err(IrqError::Fewer { given }) => {
-                log::info!(
+                let level = match std::mem::replace(&mut self.fewer_said, true) {
+                    false => log::Level::Info,
+                    true => log::Level::Debug,
+                };
+                log::log!(
+                    level,
                     "{}: the host can give {given} of {count} MSI-X vectors; adding them as they \
                      are needed",
                     self.name
