@@ -1,17 +1,22 @@
-//! A function's expansion ROM: the device's own, read once and when it is first asked for, or an image
-//! from a file.
+//! A function's expansion ROM: the device's own, read when it is first asked for and kept once that went
+//! well, or an image from a file.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use busway_pci::spec;
 
+use crate::aer::is_silent;
 use crate::{DeviceIo, RegionIndex};
 
 /// The largest there is. PCIe 6.0 §7.5.1.2.4
 const MOST: u64 = 16 << 20;
+
+/// How long it is left alone when it could not be read: a guest asks for it four bytes at a time.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// What an image begins with. PCI Firmware Specification 3.3 §5.1
 const SIGNATURE: [u8; 2] = [0x55, 0xaa];
@@ -127,7 +132,17 @@ impl RomImage {
 #[derive(Debug)]
 pub(crate) struct Rom {
     size: u64,
-    content: OnceLock<Arc<[u8]>>,
+    content: Mutex<Content>,
+}
+
+/// What a ROM reads.
+#[derive(Debug)]
+enum Content {
+    Known(Arc<[u8]>),
+    Unknown {
+        /// When it was last tried in vain.
+        tried: Option<Instant>,
+    },
 }
 
 impl Rom {
@@ -144,7 +159,7 @@ impl Rom {
             (RomChoice::Image(image), _) => {
                 return Some(Self {
                     size: image.0.len() as u64,
-                    content: image.0.clone().into(),
+                    content: Mutex::new(Content::Known(image.0.clone())),
                 });
             }
             (RomChoice::Auto, Some(why)) if size > 0 => {
@@ -162,7 +177,7 @@ impl Rom {
         }
         Some(Self {
             size,
-            content: OnceLock::new(),
+            content: Mutex::new(Content::Unknown { tried: None }),
         })
     }
 
@@ -175,7 +190,9 @@ impl Rom {
     /// the first time, while it is awake.
     pub(crate) fn read(&self, name: &str, io: &dyn DeviceIo, offset: u64, data: &mut [u8]) {
         data.fill(u8::MAX);
-        let content = self.content.get_or_init(|| self.load(name, io));
+        let Some(content) = self.content(name, io) else {
+            return;
+        };
         let rest = usize::try_from(offset)
             .ok()
             .and_then(|at| content.get(at..));
@@ -184,29 +201,64 @@ impl Rom {
         }
     }
 
-    /// VFIO fills what the image leaves free with ones.
-    fn load(&self, name: &str, io: &dyn DeviceIo) -> Arc<[u8]> {
+    /// What is in it, where that is known or can be read now.
+    fn content(&self, name: &str, io: &dyn DeviceIo) -> Option<Arc<[u8]>> {
+        let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = match &*content {
+            Content::Known(known) => return Some(known.clone()),
+            Content::Unknown { tried } => *tried,
+        };
+        if before.is_some_and(|tried| tried.elapsed() < PAUSE) {
+            return None;
+        }
+        let level = match before {
+            None => log::Level::Warn,
+            Some(_) => log::Level::Debug,
+        };
+        let loaded = self.load(name, io, level).map(Arc::<[u8]>::from);
+        *content = match &loaded {
+            Some(loaded) => Content::Known(loaded.clone()),
+            // It may have taken long.
+            None => Content::Unknown {
+                tried: Some(Instant::now()),
+            },
+        };
+        loaded
+    }
+
+    /// VFIO fills what the image leaves free with ones. A device that does not answer reads ones as
+    /// well, slowly.
+    fn load(&self, name: &str, io: &dyn DeviceIo, level: log::Level) -> Option<Vec<u8>> {
         let mut content = vec![u8::MAX; self.size as usize];
-        match io.region_read(RegionIndex::ROM, 0, &mut content) {
+        let read = match is_silent(io) {
+            true => Err(io::Error::other("it does not answer")),
+            false => io.region_read(RegionIndex::ROM, 0, &mut content),
+        };
+        match read {
             Ok(()) if content.starts_with(&SIGNATURE) => {
                 log::debug!("{name}: {} KiB of ROM read", self.size >> 10);
             }
+            Ok(()) if is_silent(io) => return None,
             Ok(()) => log::info!("{name}: its ROM holds no image"),
             Err(error) => {
-                log::warn!(
-                    "{name}: its ROM cannot be read ({error}), and is empty for the guest; \
+                log::log!(
+                    level,
+                    "{name}: its ROM cannot be read ({error}), and is empty for the guest meanwhile; \
                      romfile= takes an image instead"
                 );
-                content.fill(u8::MAX);
+                return None;
             }
         }
-        content.into()
+        Some(content)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
+    use crate::fake::FakeDevice;
 
     struct Folder(PathBuf);
 
@@ -229,6 +281,31 @@ mod tests {
         fn drop(&mut self) {
             let _ = std::fs::remove_dir_all(&self.0);
         }
+    }
+
+    #[test]
+    fn a_rom_that_could_not_be_read_is_tried_again_and_not_at_each_access() {
+        let mut fake = FakeDevice {
+            rom: vec![0x55; 2048],
+            ..FakeDevice::default()
+        };
+        fake.rom[1] = 0xaa;
+        let mut rom = Rom::new("fake", &fake, &RomChoice::Device, None).unwrap();
+        let read = |rom: &Rom| {
+            let mut data = [0; 2];
+            rom.read("fake", &fake, 0, &mut data);
+            (data, *fake.rom_reads.lock().unwrap())
+        };
+        fake.silent.store(true, Ordering::Relaxed);
+        assert_eq!(read(&rom), ([0xff; 2], 0));
+        fake.silent.store(false, Ordering::Relaxed);
+        assert_eq!(read(&rom), ([0xff; 2], 0));
+        let Content::Unknown { tried: Some(tried) } = rom.content.get_mut().unwrap() else {
+            panic!("it is known");
+        };
+        *tried = tried.checked_sub(PAUSE).unwrap();
+        assert_eq!(read(&rom), ([0x55, 0xaa], 1));
+        assert_eq!(read(&rom), ([0x55, 0xaa], 1));
     }
 
     #[test]
