@@ -238,7 +238,7 @@ fn opener(host: &Host, interface: Interface, address: &str) -> Result<(String, &
 }
 
 /// The drive's own driver writes and verifies in a guest whose VMM is nobody's, with the limit of locked
-/// memory at exactly what the guest's memory is.
+/// memory far below the guest's memory, and allowed to be raised to exactly that.
 fn handed_over(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&host_with_pair())?;
     let address = host.address("nv0")?;
@@ -249,7 +249,7 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
         let run = guest()?
             .args(&flags)
             .opened_by(&format!(
-                "{open}\nchmod 777 $(dirname $0)\nulimit -l {MEMORY_KIB}\n\
+                "{open}\nchmod 777 $(dirname $0)\nulimit -S -l 64\nulimit -H -l {MEMORY_KIB}\n\
                  exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups \"$@\"\n"
             ))
             .script(
