@@ -29,6 +29,15 @@ pub enum Obstacle {
         /// The option of the kernel's configuration that builds it.
         option: &'static str,
     },
+    /// the kernel has made the node, and it is not here
+    #[error(
+        "the kernel has it, and there is no such node here: let the container or unit have it \
+         (docker: --device {path}), or, where this is the host, see that udev runs"
+    )]
+    NotHere {
+        /// The node.
+        path: PathBuf,
+    },
     /// the host's IOMMU is off
     #[error("the host has no IOMMU in use: {0}")]
     NoIommu(IommuAdvice),
@@ -155,6 +164,9 @@ impl Obstacle {
     ) -> Self {
         let Module(module, option) = module;
         match error.raw_os_error() {
+            Some(libc::ENOENT) if is_made(paths, path) => Self::NotHere {
+                path: path.to_owned(),
+            },
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
                 if !paths.has_iommu() {
                     return no_iommu(paths);
@@ -242,6 +254,26 @@ impl Obstacle {
     }
 }
 
+/// Whether the kernel has made the device whose node is to be at `path`, as sysfs shows to containers
+/// that have no such node (drivers/vfio/container.c, group.c and vfio_main.c, drivers/iommu/iommufd/main.c).
+fn is_made(paths: &HostPaths, path: &Path) -> bool {
+    let class = paths.sys.join("class");
+    let Ok(node) = path.strip_prefix(&paths.dev) else {
+        return false;
+    };
+    let Some(name) = node.file_name() else {
+        return false;
+    };
+    let class = if path == paths.container() || path == paths.iommufd() {
+        class.join("misc")
+    } else if node.starts_with("vfio/devices") {
+        class.join("vfio-dev")
+    } else {
+        class.join("vfio")
+    };
+    class.join(name).exists()
+}
+
 fn no_iommu(paths: &HostPaths) -> Obstacle {
     Obstacle::NoIommu(IommuAdvice::read(paths))
 }
@@ -314,6 +346,22 @@ mod tests {
         fs::create_dir(paths.sys.join("kernel/iommu_groups/0")).unwrap();
         let text = Obstacle::opening(&paths, &node, errno(libc::ENOENT)).to_string();
         assert!(text.contains("modprobe vfio-pci"), "{text}");
+    }
+
+    #[test]
+    fn a_node_that_a_container_was_not_given_is_told_from_one_that_the_kernel_has_not_made() {
+        let (_root, paths) = made_up();
+        fs::create_dir(paths.sys.join("kernel/iommu_groups/7")).unwrap();
+        let cdev = paths.dev.join("vfio/devices/vfio3");
+        let nodes = [paths.container(), paths.iommufd(), paths.group(7), cdev];
+        let classes = ["misc/vfio", "misc/iommu", "vfio/7", "vfio-dev/vfio3"];
+        for (node, class) in nodes.iter().zip(classes) {
+            let told = || Obstacle::opening(&paths, node, errno(libc::ENOENT)).to_string();
+            assert!(told().contains("not loaded"), "{}", told());
+            fs::create_dir_all(paths.sys.join("class").join(class)).unwrap();
+            let option = format!("docker: --device {}", node.display());
+            assert!(told().contains(&option), "{}", told());
+        }
     }
 
     #[test]

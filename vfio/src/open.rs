@@ -357,7 +357,8 @@ impl Opener {
 
     fn open_cdev(&self, device: &Path, address: Bdf) -> Result<(File, PathBuf), DeviceError> {
         let failed = |source| DeviceError::Open { address, source };
-        let path = self.paths.cdev(device).ok_or_else(|| {
+        // One that cannot be seen from here is for `Obstacle` to explain.
+        let path = self.paths.cdev_node(device).ok_or_else(|| {
             failed(OpenError::NoCdev {
                 device: address.to_string(),
                 why: "the host's kernel makes no character device for it (it was built without \
