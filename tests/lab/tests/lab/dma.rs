@@ -333,6 +333,15 @@ fn huge_pages(lab: &mut Lab) -> Result<()> {
     let memory = "--memory size=512M,hugepages=on,hugepage_size=2M";
     let flags = format!("{memory} --device {address}");
     let said = refused(host, "", &flags, 3, &["256 huge pages", "0 are free"])?;
+    // What the kernel would make on demand does as well.
+    let overcommit = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages";
+    host.run(&format!("echo 256 >{overcommit}"))?;
+    let run = guest()?
+        .memory_mib(512)
+        .device(&address)
+        .args(&["--memory", "hugepages=on,hugepage_size=2M"]);
+    host.guest(&run)?.success()?;
+    host.run(&format!("echo 0 >{overcommit}"))?;
     let remedy = said.split('`').nth(1).context("no command")?;
     host.run(&remedy.replace("sudo ", ""))?;
     for (page, mib) in [("2048kB", 512), ("1048576kB", 1024)] {
