@@ -10,7 +10,7 @@ use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space
 use busway_pci::Bdf;
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
-use crate::handed::{Handed, HandedKind};
+use crate::handed::Handed;
 use crate::host::is_vfio_driver;
 use crate::patience::patiently;
 use crate::refusal::{Binding, MODULE};
@@ -166,15 +166,9 @@ impl Opener {
     /// [`DeviceError::Twice`]
     pub fn hand(&self, handed: Handed, device: &Path) -> Result<(), DeviceError> {
         let address = address_of(device)?;
-        let mut before = self.open.handed();
-        let before = match handed.kind {
-            HandedKind::Cdev(_) => before.devices.insert(address, handed.file),
-            HandedKind::Group(number) => before.groups.insert(number, handed.file),
-            HandedKind::Iommufd => None,
-        };
-        match before {
-            Some(_) => Err(DeviceError::Twice { address }),
-            None => Ok(()),
+        match self.open.handed().take(handed, address) {
+            true => Ok(()),
+            false => Err(DeviceError::Twice { address }),
         }
     }
 
