@@ -12,6 +12,7 @@ use busway_pci::{Bdf, ParseBdfError};
 use serde::{Deserialize, Serialize};
 
 pub use validate::InvalidConfig;
+pub(crate) use validate::validate_functions;
 
 /// How many vCPUs a VM can have.
 pub const MAX_CPUS: u8 = 64;

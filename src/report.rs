@@ -26,8 +26,10 @@ pub use own_memory::own_memory;
 pub enum Stage {
     /// The configuration is read and found sound.
     Parse,
-    /// Guest RAM is mapped, and touched where it is to be.
+    /// Guest RAM is there, and touched where it is to be. Devices are being opened meanwhile.
     Memory,
+    /// The assigned devices are open.
+    Open,
     /// RAM is mapped for the devices' DMA.
     DmaMap,
     /// All devices are there, and the machine is built.
@@ -38,9 +40,10 @@ pub enum Stage {
 
 impl Stage {
     /// All of them, in the order in which a start reaches them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Parse,
         Self::Memory,
+        Self::Open,
         Self::DmaMap,
         Self::Devices,
         Self::FirstInstruction,
@@ -54,6 +57,7 @@ impl Stage {
         match self {
             Self::Parse => "parse",
             Self::Memory => "memory",
+            Self::Open => "open devices",
             Self::DmaMap => "DMA map",
             Self::Devices => "devices",
             Self::FirstInstruction => "first instruction",
@@ -70,6 +74,7 @@ pub struct Report {
     /// Nanoseconds from the start to each stage, 0 where it has not been reached.
     stages: [AtomicU64; Stage::ALL.len()],
     map_calls: AtomicU64,
+    device_map_calls: AtomicU64,
     map_bytes: AtomicU64,
     vectors: AtomicU64,
     vector_updates: AtomicU64,
@@ -99,6 +104,7 @@ impl Report {
             start,
             stages: Default::default(),
             map_calls: AtomicU64::new(0),
+            device_map_calls: AtomicU64::new(0),
             map_bytes: AtomicU64::new(0),
             vectors: AtomicU64::new(0),
             vector_updates: AtomicU64::new(0),
@@ -132,9 +138,11 @@ impl Report {
         (nanoseconds != 0).then(|| Duration::from_nanos(nanoseconds))
     }
 
-    /// How many DMA map calls the kernel was asked, for how many bytes: the sums so far.
-    pub fn set_mappings(&self, calls: u64, bytes: u64) {
+    /// How many DMA map calls the kernel was asked: for memory, and how many bytes of it are mapped
+    /// now, and for the BARs of devices.
+    pub fn set_mappings(&self, calls: u64, bytes: u64, device_calls: u64) {
         self.map_calls.store(calls, Relaxed);
+        self.device_map_calls.store(device_calls, Relaxed);
         self.map_bytes.store(bytes, Relaxed);
     }
 
@@ -216,6 +224,7 @@ impl Report {
             milliseconds: Milliseconds {
                 parse: milliseconds(Stage::Parse),
                 memory: milliseconds(Stage::Memory),
+                open: milliseconds(Stage::Open),
                 dma_map: milliseconds(Stage::DmaMap),
                 devices: milliseconds(Stage::Devices),
                 first_instruction: milliseconds(Stage::FirstInstruction),
@@ -223,6 +232,7 @@ impl Report {
             dma_mappings: Mappings {
                 calls: self.map_calls.load(Relaxed),
                 bytes: self.map_bytes.load(Relaxed),
+                device_calls: self.device_map_calls.load(Relaxed),
             },
             vectors: self.vectors.load(Relaxed),
             vector_updates: self.vector_updates.load(Relaxed),
@@ -303,6 +313,8 @@ pub struct Milliseconds {
     pub parse: Option<f64>,
     /// [`Stage::Memory`]
     pub memory: Option<f64>,
+    /// [`Stage::Open`]
+    pub open: Option<f64>,
     /// [`Stage::DmaMap`]
     pub dma_map: Option<f64>,
     /// [`Stage::Devices`]
@@ -314,10 +326,12 @@ pub struct Milliseconds {
 /// DMA mappings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Mappings {
-    /// Calls to the kernel.
+    /// Calls to the kernel for memory.
     pub calls: u64,
-    /// Bytes mapped by them.
+    /// Bytes of memory that are mapped.
     pub bytes: u64,
+    /// Calls to the kernel for BARs of devices, which others reach: one each time that one is mapped.
+    pub device_calls: u64,
 }
 
 /// The table for people.
@@ -329,6 +343,7 @@ impl fmt::Display for Snapshot {
         for (stage, time) in Stage::ALL.into_iter().zip([
             times.parse,
             times.memory,
+            times.open,
             times.dma_map,
             times.devices,
             times.first_instruction,
@@ -340,10 +355,11 @@ impl fmt::Display for Snapshot {
         }
         writeln!(
             f,
-            "{:<18} {:>10} calls, {}",
+            "{:<18} {:>10} calls, {}; {} calls for BARs",
             "DMA mappings",
             self.dma_mappings.calls,
-            Bytes(self.dma_mappings.bytes)
+            Bytes(self.dma_mappings.bytes),
+            self.dma_mappings.device_calls
         )?;
         writeln!(
             f,
@@ -430,7 +446,7 @@ mod tests {
     fn the_json_has_the_names_that_others_read() {
         let report = Report::start();
         report.reached(Stage::Memory);
-        report.set_mappings(3, 6 << 30);
+        report.set_mappings(3, 6 << 30, 2);
         report.set_vectors(5, 3);
         report.set_devices(vec![AssignedDevice {
             host: "0000:05:00.0".to_owned(),
@@ -441,7 +457,7 @@ mod tests {
         report.set_exits("mmio_write", 7);
         let json = serde_json::to_value(report.snapshot()).unwrap();
         assert!(json["milliseconds"]["memory"].as_f64().unwrap() > 0.0);
-        for stage in ["parse", "dma_map", "devices", "first_instruction"] {
+        for stage in ["parse", "open", "dma_map", "devices", "first_instruction"] {
             assert_eq!(
                 json["milliseconds"].get(stage),
                 Some(&serde_json::Value::Null)
@@ -450,6 +466,7 @@ mod tests {
         assert_eq!(json["busway"], env!("CARGO_PKG_VERSION"));
         assert_eq!(json["dma_mappings"]["calls"], 3);
         assert_eq!(json["dma_mappings"]["bytes"], 6_u64 << 30);
+        assert_eq!(json["dma_mappings"]["device_calls"], 2);
         assert_eq!(json["vectors"], 5);
         assert_eq!(json["vector_updates"], 3);
         assert_eq!(json["devices"][0]["host"], "0000:05:00.0");
@@ -511,15 +528,15 @@ mod tests {
     fn the_table_says_when_and_how_long() {
         let report = Report::starting_at(Instant::now());
         report.stages[0].store(1_500_000, Relaxed);
-        report.stages[4].store(21_500_000, Relaxed);
-        report.set_mappings(2, 512 << 20);
+        report.stages[5].store(21_500_000, Relaxed);
+        report.set_mappings(2, 512 << 20, 3);
         report.set_vectors(5, 3);
         report.set_own_memory(3 << 20);
         let expected = "\
 stage                   at ms    took ms
 parse                     1.5        1.5
 first instruction        21.5       20.0
-DMA mappings                2 calls, 512.0 MiB
+DMA mappings                2 calls, 512.0 MiB; 3 calls for BARs
 vectors                     5 moved 3 times
 own memory            3.0 MiB
 ";

@@ -61,8 +61,6 @@ pub struct Stats {
     pub map_calls: u64,
     /// Mapping calls made to the kernel for parts of devices.
     pub device_map_calls: u64,
-    /// Unmapping calls made to the kernel.
-    pub unmap_calls: u64,
     /// Bytes of memory that are mapped now.
     pub bytes: u64,
 }

@@ -50,6 +50,15 @@ pub enum OpenError {
         /// Each member in the way, its driver, and the command that frees it.
         blockers: String,
     },
+    /// IOMMU group {group} is in a container already
+    #[error(
+        "IOMMU group {group} is in somebody's container already: hand over a descriptor that was only \
+         opened, and end whoever uses it"
+    )]
+    HasContainer {
+        /// The group.
+        group: u32,
+    },
     /// cannot attach {what} to the VM's address space: {obstacle}
     #[error("cannot attach {what} to the VM's address space: {obstacle}")]
     Attach {

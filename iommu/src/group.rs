@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
+use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE};
 
 use crate::{Container, HostPaths, Obstacle, OpenError, sys};
 
@@ -54,13 +54,7 @@ impl Group {
             what: format!("VFIO_GROUP_GET_STATUS on IOMMU group {number}"),
             source,
         })?;
-        if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
-            return Err(OpenError::NotViable {
-                group: number,
-                blockers: blockers(paths, number)
-                    .unwrap_or_else(|| "the kernel does not say by whom; see `dmesg`".to_owned()),
-            });
-        }
+        check_status(paths, number, flags)?;
         container.attach(&file, number)?;
         Ok(Self {
             file,
@@ -95,6 +89,22 @@ impl Drop for Group {
     fn drop(&mut self) {
         self.container.detach(&self.file, self.number);
     }
+}
+
+/// That a group with these flags (`VFIO_GROUP_GET_STATUS`) can be attached.
+fn check_status(paths: &HostPaths, group: u32, flags: u32) -> Result<(), OpenError> {
+    if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
+        return Err(OpenError::NotViable {
+            group,
+            blockers: blockers(paths, group)
+                .unwrap_or_else(|| "the kernel does not say by whom; see `dmesg`".to_owned()),
+        });
+    }
+    // Whoever opened a descriptor that was handed over may have gone on with it.
+    if flags & VFIO_GROUP_FLAGS_CONTAINER_SET != 0 {
+        return Err(OpenError::HasContainer { group });
+    }
+    Ok(())
 }
 
 /// The error that says who keeps a group from being given away; nothing where nobody does.
@@ -184,6 +194,18 @@ mod tests {
              /sys/bus/pci/drivers/shpchp/unbind` and `busway device bind 0000:00:1f.0`"
         );
         assert!(not_viable(&paths, 8).is_none());
+    }
+
+    #[test]
+    fn a_group_that_is_in_a_container_is_not_attached_to_another() {
+        let told = |flags| check_status(&HostPaths::default(), 7, flags).map_err(|e| e.to_string());
+        assert_eq!(told(VFIO_GROUP_FLAGS_VIABLE), Ok(()));
+        let text = told(VFIO_GROUP_FLAGS_VIABLE | VFIO_GROUP_FLAGS_CONTAINER_SET).unwrap_err();
+        assert!(
+            text.starts_with("IOMMU group 7 is in somebody's container"),
+            "{text}"
+        );
+        assert!(told(0).unwrap_err().contains("cannot be given away"));
     }
 
     #[test]

@@ -28,8 +28,29 @@ use crate::{
 
 /// What a kernel needs for [`DmaSpace::map_device`], and the way round it.
 const NO_DMA_BUF: &str = "the host's kernel maps no VFIO device's memory into iommufd (it takes \
-                          Linux 7.0 or later with CONFIG_VFIO_PCI_DMABUF): use such a kernel, or \
+                          Linux 6.19 or later with CONFIG_VFIO_PCI_DMABUF): use such a kernel, or \
                           `--platform iommufd=off`";
+
+/// What a device's driver needs for it: a variant of vfio-pci may have left it out
+/// (drivers/vfio/pci/vfio_pci_dmabuf.c, vfio_pci_core_feature_dma_buf).
+const NO_DMA_BUF_OF_DRIVER: &str = "its driver hands out no dma-buf of it: bind it to plain vfio-pci, \
+                                    or use `--platform iommufd=off`";
+
+const FEATURE_DMA_BUF: &str = "VFIO_DEVICE_FEATURE_DMA_BUF";
+const MAP_FILE: &str = "IOMMU_IOAS_MAP_FILE";
+
+/// Why a part of a device was not mapped, by the call that failed.
+fn no_peer(what: &'static str, error: &io::Error) -> String {
+    match (what, error.raw_os_error()) {
+        // No such feature, no such call; before Linux 6.19 the call takes a memfd only.
+        (_, Some(libc::ENOTTY)) | (MAP_FILE, Some(libc::EOPNOTSUPP | libc::EINVAL)) => {
+            NO_DMA_BUF.to_owned()
+        }
+        (FEATURE_DMA_BUF, Some(libc::EOPNOTSUPP)) => NO_DMA_BUF_OF_DRIVER.to_owned(),
+        (_, Some(libc::ENODEV)) => format!("{what}: its memory is switched off"),
+        _ => format!("{what}: {error}"),
+    }
+}
 
 /// A VM's DMA mappings in an iommufd. Devices that are bound to it hold it.
 pub struct Ioas {
@@ -158,20 +179,12 @@ impl Ioas {
         range: IovaRange,
         dma_buf: io::Result<OwnedFd>,
     ) -> Result<(), MapError> {
-        let refused = |what, source: io::Error| {
-            let why = match source.raw_os_error() {
-                // ENOTTY: no such call. Before Linux 7.0 there is one, and it takes a memfd only.
-                Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::EINVAL) => NO_DMA_BUF.to_owned(),
-                Some(libc::ENODEV) => format!("{what}: its memory is switched off"),
-                _ => format!("{what}: {source}"),
-            };
-            MapError::NoPeerToPeer {
-                owner: mapping.owner.clone(),
-                range,
-                why,
-            }
+        let refused = |what, error: io::Error| MapError::NoPeerToPeer {
+            owner: mapping.owner.clone(),
+            range,
+            why: no_peer(what, &error),
         };
-        let dma_buf = dma_buf.map_err(|error| refused("VFIO_DEVICE_FEATURE_DMA_BUF", error))?;
+        let dma_buf = dma_buf.map_err(|error| refused(FEATURE_DMA_BUF, error))?;
         let map = iommu_ioas_map_file {
             size: size_of::<iommu_ioas_map_file>() as u32,
             flags: flags(mapping.access),
@@ -182,8 +195,7 @@ impl Ioas {
             iova: mapping.iova.0,
         };
         // The address space holds the dma-buf from here on; its descriptor has done its work.
-        sys::ioas_map_file(&self.iommufd, &map)
-            .map_err(|error| refused("IOMMU_IOAS_MAP_FILE", error))
+        sys::ioas_map_file(&self.iommufd, &map).map_err(|error| refused(MAP_FILE, error))
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledger> {
@@ -246,5 +258,25 @@ fn cause(error: IommufdError) -> io::Error {
         | IommufdError::IommuIoasMap(error)
         | IommufdError::IommuIoasUnmap(error) => io::Error::from_raw_os_error(error.errno()),
         other => io::Error::other(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dma_buf_that_is_not_to_be_had_is_the_kernel_s_or_the_driver_s() {
+        let why = |what, number| no_peer(what, &io::Error::from_raw_os_error(number));
+        assert_eq!(why(FEATURE_DMA_BUF, libc::ENOTTY), NO_DMA_BUF);
+        assert_eq!(why(FEATURE_DMA_BUF, libc::EOPNOTSUPP), NO_DMA_BUF_OF_DRIVER);
+        assert_eq!(
+            why(FEATURE_DMA_BUF, libc::EINVAL),
+            "VFIO_DEVICE_FEATURE_DMA_BUF: Invalid argument (os error 22)"
+        );
+        for number in [libc::ENOTTY, libc::EOPNOTSUPP, libc::EINVAL] {
+            assert_eq!(why(MAP_FILE, number), NO_DMA_BUF);
+        }
+        assert!(why(MAP_FILE, libc::ENODEV).ends_with("its memory is switched off"));
     }
 }

@@ -71,7 +71,6 @@ impl Ledger {
                 range,
                 source,
             })?;
-            self.stats.unmap_calls += 1;
         }
         self.tracker.remove(iova, size)
     }

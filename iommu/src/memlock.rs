@@ -12,6 +12,9 @@ use std::path::Path;
 use crate::HostPaths;
 use crate::sys::{self, Limit};
 
+/// No limit. RLIM_INFINITY, asm-generic/resource.h
+const UNLIMITED: u64 = u64::MAX;
+
 /// `CAP_IPC_LOCK`. linux/capability.h
 const CAP_IPC_LOCK: u32 = 14;
 
@@ -27,22 +30,30 @@ pub(crate) enum Accounting {
 /// The limit of locked memory is too low, and could not be raised.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "it needs {need} KiB of locked memory{others} and the limit (RLIMIT_MEMLOCK) is {hard} KiB: \
-     set it to {need} by `ulimit -l {need}` as root, LimitMEMLOCK={need}K in a systemd unit, or \
-     `{user} hard memlock {need}` in /etc/security/limits.conf",
+    "it needs {need} KiB of locked memory{others} and the limit (RLIMIT_MEMLOCK) is {limit} KiB{unseen}: \
+     {remedy}",
     need = self.need.div_ceil(1024),
-    hard = self.hard / 1024,
+    limit = self.limit / 1024,
     others = Others(self),
+    unseen = Unseen(self),
+    remedy = Remedy(self),
 )]
 pub struct MemlockError {
     /// Bytes needed.
     pub need: u64,
     /// Bytes of them that other processes of this user have pinned, where those count.
     pub others: u64,
-    /// The hard limit, in bytes.
-    pub hard: u64,
+    /// The limit that is too low, in bytes.
+    pub limit: u64,
     /// The user it holds for.
     pub user: u32,
+}
+
+impl MemlockError {
+    /// Whether what can be seen from here fits: then it is what cannot that does not.
+    const fn is_unseen(&self) -> bool {
+        self.need <= self.limit
+    }
 }
 
 struct Others<'a>(&'a MemlockError);
@@ -61,6 +72,43 @@ impl fmt::Display for Others<'_> {
     }
 }
 
+struct Unseen<'a>(&'a MemlockError);
+
+impl fmt::Display for Unseen<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.0.is_unseen() {
+            return Ok(());
+        }
+        write!(
+            f,
+            "; what processes of user {} that cannot be seen from here (of other containers, or hidden \
+             by /proc's hidepid) have pinned counts, too, which iommufd holds against it",
+            self.0.user
+        )
+    }
+}
+
+struct Remedy<'a>(&'a MemlockError);
+
+impl fmt::Display for Remedy<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let MemlockError { need, user, .. } = *self.0;
+        if self.0.is_unseen() {
+            return write!(
+                f,
+                "lift it by `ulimit -l unlimited` as root, LimitMEMLOCK=infinity in a systemd unit, or \
+                 `{user} hard memlock unlimited` in /etc/security/limits.conf"
+            );
+        }
+        let need = need.div_ceil(1024);
+        write!(
+            f,
+            "set it to {need} by `ulimit -l {need}` as root, LimitMEMLOCK={need}K in a systemd unit, or \
+             `{user} hard memlock {need}` in /etc/security/limits.conf"
+        )
+    }
+}
+
 /// What is locked already, and whether this process is bound by the limit at all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Locked {
@@ -73,11 +121,11 @@ struct Locked {
 
 impl Locked {
     /// What locking `more` bytes needs.
-    fn with(self, more: u64, hard: u64) -> MemlockError {
+    fn with(self, more: u64, limit: u64) -> MemlockError {
         MemlockError {
             need: self.own.saturating_add(self.others).saturating_add(more),
             others: self.others,
-            hard,
+            limit,
             user: sys::effective_user(),
         }
     }
@@ -85,6 +133,11 @@ impl Locked {
 
 /// Makes sure that `more` bytes can be pinned beside what is locked already, raising the limit where
 /// this process may.
+///
+/// A process's own limit need be no higher than what it locks. A user's is another matter: what all of
+/// the user's processes have pinned is compared with the limit of the one that pins, at that moment
+/// (drivers/iommu/iommufd/pages.c, incr_user_locked_vm). By then that may be more than now, and more
+/// than can be seen, so the limit is raised as far as it goes.
 pub(crate) fn reserve(
     paths: &HostPaths,
     accounting: Accounting,
@@ -98,56 +151,57 @@ pub(crate) fn reserve(
         return Ok(());
     };
     let needs = locked.with(more, limit.hard);
-    let Some(wanted) = raised(limit, needs.need) else {
-        return Ok(());
+    let highest = match accounting {
+        Accounting::Process => needs.need,
+        Accounting::User => UNLIMITED,
     };
-    if set(wanted).is_ok() {
+    if set(limit, raised(limit, highest)).is_ok() {
         return Ok(());
     }
-    // What others have pinned is an estimate: not everything that shows is charged to the user. The
-    // kernel decides, under the most that there can be.
-    if needs.need - needs.others <= limit.hard {
-        let most = Limit {
-            soft: limit.hard,
-            hard: limit.hard,
-        };
-        let _ = set(most);
+    let _ = set(limit, raised(limit, limit.hard));
+    // What others have pinned is an estimate: not everything that shows is charged to the user. Where
+    // it alone is too much, the kernel decides.
+    match needs.need.saturating_sub(needs.others) > limit.hard {
+        true => Err(needs),
+        false => Ok(()),
+    }
+}
+
+fn set(limit: Limit, wanted: Limit) -> io::Result<()> {
+    if wanted == limit {
         return Ok(());
     }
-    Err(needs)
+    log::debug!("raising RLIMIT_MEMLOCK to {} bytes", wanted.soft);
+    sys::set_memlock_limit(wanted)
 }
 
-fn set(limit: Limit) -> io::Result<()> {
-    log::debug!("raising RLIMIT_MEMLOCK to {} bytes", limit.soft);
-    sys::set_memlock_limit(limit)
-}
-
-/// Whether pinning `more` bytes fails for the limit alone: why ENOMEM came back.
+/// Why ENOMEM came back for `more` bytes, where it is for the limit: what is seen does not fit; or a
+/// user's limit counts, against which more may be pinned than can be seen.
 pub(crate) fn explains(
     paths: &HostPaths,
     accounting: Accounting,
     more: u64,
 ) -> Option<MemlockError> {
-    let locked = locked(paths, accounting);
     let limit = sys::memlock_limit().ok()?;
-    let needs = locked.with(more, limit.hard);
-    (!locked.exempt && needs.need > limit.soft).then_some(needs)
+    explained(locked(paths, accounting), accounting, limit, more)
 }
 
-/// The limit to set so that `need` bytes fit; nothing where they do.
-const fn raised(limit: Limit, need: u64) -> Option<Limit> {
-    if need <= limit.soft {
-        None
-    } else if need <= limit.hard {
-        Some(Limit {
-            soft: need,
-            hard: limit.hard,
-        })
-    } else {
-        Some(Limit {
-            soft: need,
-            hard: need,
-        })
+fn explained(
+    locked: Locked,
+    accounting: Accounting,
+    limit: Limit,
+    more: u64,
+) -> Option<MemlockError> {
+    let needs = locked.with(more, limit.soft);
+    let may_be_unseen = accounting == Accounting::User && limit.soft != UNLIMITED;
+    (!locked.exempt && (!needs.is_unseen() || may_be_unseen)).then_some(needs)
+}
+
+/// The limit with room for `bytes`.
+fn raised(limit: Limit, bytes: u64) -> Limit {
+    Limit {
+        soft: limit.soft.max(bytes),
+        hard: limit.hard.max(bytes),
     }
 }
 
@@ -291,16 +345,54 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_raised_no_further_than_needed() {
+    fn a_process_s_limit_is_raised_as_needed_and_a_user_s_as_far_as_it_goes() {
         let limit = Limit { soft: 8, hard: 64 };
-        assert_eq!(raised(limit, 8), None);
-        assert_eq!(raised(limit, 64), Some(Limit { soft: 64, hard: 64 }));
-        assert_eq!(raised(limit, 65), Some(Limit { soft: 65, hard: 65 }));
-        let none = Limit {
-            soft: u64::MAX,
-            hard: u64::MAX,
+        assert_eq!(raised(limit, 8), limit);
+        assert_eq!(raised(limit, 64), Limit { soft: 64, hard: 64 });
+        assert_eq!(raised(limit, 65), Limit { soft: 65, hard: 65 });
+
+        let (_root, paths) = host(INITIAL, "0", &[]);
+        let before = sys::memlock_limit().unwrap();
+        let low = Limit {
+            soft: before.hard.min(64 << 10),
+            hard: before.hard,
         };
-        assert_eq!(raised(none, u64::MAX), None);
+        sys::set_memlock_limit(low).unwrap();
+        // 512 KiB are locked already, which many a host forbids whoever runs this.
+        if reserve(&paths, Accounting::Process, 0).is_ok() {
+            let soft = sys::memlock_limit().unwrap().soft;
+            assert_eq!(soft, low.soft.max(512 << 10));
+        }
+        reserve(&paths, Accounting::User, 0).unwrap();
+        let after = sys::memlock_limit().unwrap();
+        assert_eq!(after.soft, after.hard);
+        assert!(after.hard >= before.hard);
+    }
+
+    #[test]
+    fn a_user_s_limit_that_holds_what_is_seen_is_told_with_what_is_not() {
+        let limit = |soft| Limit { soft, hard: soft };
+        let (mut locked, both) = (Locked::default(), [Accounting::Process, Accounting::User]);
+        for accounting in both {
+            assert!(explained(locked, accounting, limit(UNLIMITED), 1 << 30).is_none());
+            let error = explained(locked, accounting, limit(64 << 10), 65 << 10).unwrap();
+            let text = error.to_string();
+            assert!(
+                text.contains("(RLIMIT_MEMLOCK) is 64 KiB: set it to 65"),
+                "{text}"
+            );
+        }
+        let [process, user] = both.map(|by| explained(locked, by, limit(1 << 30), 1 << 30));
+        assert!(process.is_none());
+        let text = user.unwrap().to_string();
+        assert!(
+            text.contains("is 1048576 KiB; ")
+                && text.contains("that cannot be seen from here")
+                && text.contains("LimitMEMLOCK=infinity"),
+            "{text}"
+        );
+        locked.exempt = true;
+        assert!(explained(locked, Accounting::User, limit(1 << 10), 1 << 30).is_none());
     }
 
     #[test]
@@ -308,7 +400,7 @@ mod tests {
         let error = |others| MemlockError {
             need: (4 << 30) + 1,
             others,
-            hard: 8 << 20,
+            limit: 8 << 20,
             user: 1000,
         };
         let text = error(0).to_string();

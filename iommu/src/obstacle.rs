@@ -8,7 +8,12 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::{HostPaths, IommuAdvice};
+use crate::{HostPaths, IommuAdvice, IovaRange, reserved};
+
+/// What lets the kernel lend a device that firmware keeps.
+pub const FIRMWARE_REMEDY: &str = "turn that use off in the firmware's set-up (HPE: shared memory of \
+                                   the slot, by conrep; RAID controllers and BMCs: their health \
+                                   reports)";
 
 /// What stands in the way; its text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +28,15 @@ pub enum Obstacle {
         module: &'static str,
         /// The option of the kernel's configuration that builds it.
         option: &'static str,
+    },
+    /// the kernel has made the node, and it is not here
+    #[error(
+        "the kernel has it, and there is no such node here: let the container or unit have it \
+         (docker: --device {path}), or, where this is the host, see that udev runs"
+    )]
+    NotHere {
+        /// The node.
+        path: PathBuf,
     },
     /// the host's IOMMU is off
     #[error("the host has no IOMMU in use: {0}")]
@@ -72,15 +86,30 @@ pub enum Obstacle {
         /// The module parameter that waives it.
         parameter: PathBuf,
     },
-    /// the kernel is locked down
+    /// the firmware demands the device for itself
     #[error(
-        "operation not permitted, and the host's kernel is locked down ({mode}): if its log \
-         (`dmesg`) names lockdown, boot without `lockdown={mode}` or turn Secure Boot off"
+        "the firmware keeps {:#x} to {:#x} for a use of its own of {devices} (an RMRR or IVMD), and \
+         the kernel does not lend such a one: {FIRMWARE_REMEDY}",
+        range.start, range.last
     )]
-    Lockdown {
-        /// `integrity` or `confidentiality`
-        mode: String,
+    Firmware {
+        /// What is kept.
+        range: IovaRange,
+        /// For which devices.
+        devices: String,
     },
+    /// another process has a part of the group
+    #[error(
+        "another process has {members}, of the same IOMMU group, which goes to one alone: end that \
+         first"
+    )]
+    GroupInUse {
+        /// The members that it could have.
+        members: String,
+    },
+    /// one of two, and nothing tells which
+    #[error("either {0}; or {1}")]
+    Either(Box<Self>, Box<Self>),
     /// anything else, with a hint
     #[error("{source}: {hint}")]
     Hinted {
@@ -135,6 +164,9 @@ impl Obstacle {
     ) -> Self {
         let Module(module, option) = module;
         match error.raw_os_error() {
+            Some(libc::ENOENT) if is_made(paths, path) => Self::NotHere {
+                path: path.to_owned(),
+            },
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
                 if !paths.has_iommu() {
                     return no_iommu(paths);
@@ -174,31 +206,45 @@ impl Obstacle {
         }
     }
 
-    /// Why a device could not be attached to an address space. `module` is the one whose
-    /// `allow_unsafe_interrupts` waives interrupt remapping.
+    /// Why a device of `group` could not be attached to an address space, or not bound to an iommufd.
+    /// `module` is the one whose `allow_unsafe_interrupts` waives interrupt remapping.
     #[must_use]
-    pub fn attaching(paths: &HostPaths, module: &str, error: io::Error) -> Self {
-        match error.raw_os_error() {
-            Some(libc::EPERM) => {
-                if let Some(mode) = lockdown(paths) {
-                    return Self::Lockdown { mode };
-                }
-                Self::InterruptRemapping {
-                    parameter: paths
-                        .sys
-                        .join("module")
-                        .join(module)
-                        .join("parameters/allow_unsafe_interrupts"),
-                }
-            }
+    pub fn attaching(
+        paths: &HostPaths,
+        module: &str,
+        group: Option<u32>,
+        error: io::Error,
+    ) -> Self {
+        let number = error.raw_os_error();
+        // What firmware keeps is refused with EPERM before Linux 6.6 (intel_iommu_attach_device), with
+        // EINVAL since (__iommu_device_set_domain).
+        if matches!(number, Some(libc::EPERM | libc::EINVAL))
+            && let Some(firmware) = group.and_then(|group| Self::firmware(paths, group))
+        {
+            return firmware;
+        }
+        match number {
+            Some(libc::EPERM) => Self::InterruptRemapping {
+                parameter: paths.allow_unsafe_interrupts(module),
+            },
             Some(libc::EINVAL | libc::EADDRINUSE) => Self::Hinted {
                 source: error,
-                hint: "the IOMMU reserves addresses that are mapped already, or its firmware \
-                       demands the device for itself (an RMRR; see `dmesg`)",
+                hint: "the IOMMU reserves addresses that are mapped already, or cannot serve this \
+                       device beside the others; see `dmesg`",
             },
             Some(libc::ENODEV) if !paths.has_iommu() => no_iommu(paths),
             _ => Self::Other(error),
         }
+    }
+
+    /// That firmware keeps a device of `group` for itself, where it does.
+    #[must_use]
+    pub fn firmware(paths: &HostPaths, group: u32) -> Option<Self> {
+        let reserved = reserved::for_firmware(paths, group)?;
+        Some(Self::Firmware {
+            range: reserved.range,
+            devices: reserved.devices(),
+        })
     }
 
     /// That the host's IOMMU is off, in the words of its processor.
@@ -208,26 +254,55 @@ impl Obstacle {
     }
 }
 
+/// Whether the kernel has made the device whose node is to be at `path`, as sysfs shows to containers
+/// that have no such node (drivers/vfio/container.c, group.c and vfio_main.c, drivers/iommu/iommufd/main.c).
+fn is_made(paths: &HostPaths, path: &Path) -> bool {
+    let class = paths.sys.join("class");
+    let Ok(node) = path.strip_prefix(&paths.dev) else {
+        return false;
+    };
+    let Some(name) = node.file_name() else {
+        return false;
+    };
+    let class = if path == paths.container() || path == paths.iommufd() {
+        class.join("misc")
+    } else if node.starts_with("vfio/devices") {
+        class.join("vfio-dev")
+    } else {
+        class.join("vfio")
+    };
+    class.join(name).exists()
+}
+
 fn no_iommu(paths: &HostPaths) -> Obstacle {
     Obstacle::NoIommu(IommuAdvice::read(paths))
 }
 
-/// The lockdown mode in force, where there is one: the bracketed word of
-/// `none [integrity] confidentiality`.
-fn lockdown(paths: &HostPaths) -> Option<String> {
-    let text = std::fs::read_to_string(paths.sys.join("kernel/security/lockdown")).ok()?;
-    let mode = text.split_once('[')?.1.split_once(']')?.0;
-    (mode != "none").then(|| mode.to_owned())
-}
-
 /// The processes that have `path` open, as far as this one may see.
 fn holder(paths: &HostPaths, path: &Path) -> String {
-    let holders: Vec<String> = std::fs::read_dir(&paths.proc)
+    let holders = holders(paths, path);
+    if holders.is_empty() {
+        format!(
+            "another process (see `fuser -v {}` as root)",
+            path.display()
+        )
+    } else {
+        holders.join(", ")
+    }
+}
+
+/// The other processes that have `path` open, as far as this one may see.
+#[must_use]
+pub fn holders(paths: &HostPaths, path: &Path) -> Vec<String> {
+    std::fs::read_dir(&paths.proc)
         .into_iter()
         .flatten()
         .filter_map(Result::ok)
         .filter_map(|process| {
             let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+            if pid == std::process::id() {
+                return None;
+            }
             let mut open = std::fs::read_dir(process.path().join("fd")).ok()?;
             open.any(|fd| {
                 fd.is_ok_and(|fd| std::fs::read_link(fd.path()).is_ok_and(|link| link == path))
@@ -237,15 +312,7 @@ fn holder(paths: &HostPaths, path: &Path) -> String {
                 format!("process {pid} ({})", name.trim())
             })
         })
-        .collect();
-    if holders.is_empty() {
-        format!(
-            "another process (see `fuser -v {}` as root)",
-            path.display()
-        )
-    } else {
-        holders.join(", ")
-    }
+        .collect()
 }
 
 #[cfg(test)]
@@ -282,6 +349,22 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_a_container_was_not_given_is_told_from_one_that_the_kernel_has_not_made() {
+        let (_root, paths) = made_up();
+        fs::create_dir(paths.sys.join("kernel/iommu_groups/7")).unwrap();
+        let cdev = paths.dev.join("vfio/devices/vfio3");
+        let nodes = [paths.container(), paths.iommufd(), paths.group(7), cdev];
+        let classes = ["misc/vfio", "misc/iommu", "vfio/7", "vfio-dev/vfio3"];
+        for (node, class) in nodes.iter().zip(classes) {
+            let told = || Obstacle::opening(&paths, node, errno(libc::ENOENT)).to_string();
+            assert!(told().contains("not loaded"), "{}", told());
+            fs::create_dir_all(paths.sys.join("class").join(class)).unwrap();
+            let option = format!("docker: --device {}", node.display());
+            assert!(told().contains(&option), "{}", told());
+        }
+    }
+
+    #[test]
     fn a_denial_is_told_by_its_number_and_names_owner_or_cgroup() {
         let (_root, paths) = made_up();
         let null = Path::new("/dev/null");
@@ -298,23 +381,33 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_attachment_is_remapping_unless_the_kernel_is_locked_down() {
+    fn a_refused_attachment_is_what_firmware_keeps_or_interrupts_that_are_not_remapped() {
         let (_root, paths) = made_up();
-        let refused = || errno(libc::EPERM);
-        let text = Obstacle::attaching(&paths, "vfio_iommu_type1", refused()).to_string();
+        let group = paths.sys.join("kernel/iommu_groups/7");
+        fs::create_dir_all(group.join("devices/0000:01:00.0")).unwrap();
+        let reserve = |text| fs::write(group.join("reserved_regions"), text).unwrap();
+        let told = |number| {
+            let error = errno(number);
+            Obstacle::attaching(&paths, "vfio_iommu_type1", Some(7), error).to_string()
+        };
+        reserve("0x00000000000e0000 0x00000000000e0fff direct-relaxable\n");
+        let text = told(libc::EPERM);
         assert!(
-            text.contains("module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"),
+            text.contains("no interrupt remapping")
+                && text.contains("module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"),
             "{text}"
         );
-        let security = paths.sys.join("kernel/security");
-        fs::create_dir_all(&security).unwrap();
-        fs::write(
-            security.join("lockdown"),
-            "none [integrity] confidentiality\n",
-        )
-        .unwrap();
-        let text = Obstacle::attaching(&paths, "iommufd", refused()).to_string();
-        assert!(text.contains("lockdown=integrity"), "{text}");
+        assert!(told(libc::EINVAL).contains("reserves addresses that are mapped"));
+        reserve("0x00000000000e0000 0x00000000000e0fff direct\n");
+        for number in [libc::EPERM, libc::EINVAL] {
+            let text = told(number);
+            assert!(
+                text.starts_with("the firmware keeps 0xe0000 to 0xe0fff")
+                    && text.contains("0000:01:00.0")
+                    && text.contains("conrep"),
+                "{text}"
+            );
+        }
     }
 
     #[test]

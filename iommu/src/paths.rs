@@ -61,6 +61,13 @@ impl HostPaths {
         Some(self.dev.join("vfio/devices").join(name))
     }
 
+    /// The parameter of `module` by which devices are lent though their interrupts are not remapped.
+    #[must_use]
+    pub fn allow_unsafe_interrupts(&self, module: &str) -> PathBuf {
+        let parameters = self.sys.join("module").join(module).join("parameters");
+        parameters.join("allow_unsafe_interrupts")
+    }
+
     /// The folder in sysfs of the PCI function at `address`.
     #[must_use]
     pub fn function(&self, address: &str) -> PathBuf {

@@ -18,6 +18,13 @@ pub(crate) struct Reserved {
     devices: Vec<String>,
 }
 
+impl Reserved {
+    /// The group's devices, as a person says them.
+    pub(crate) fn devices(&self) -> String {
+        self.devices.join(" and ")
+    }
+}
+
 impl fmt::Display for Reserved {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let reason = match self.kind.as_str() {
@@ -29,7 +36,7 @@ impl fmt::Display for Reserved {
             f,
             "{} is reserved {reason} for {} (IOMMU group {})",
             self.range,
-            self.devices.join(" and "),
+            self.devices(),
             self.group
         )
     }
@@ -60,6 +67,14 @@ pub(crate) fn of_group(paths: &HostPaths, group: u32) -> Vec<Reserved> {
         .collect();
     found.sort_by_key(|reserved| reserved.range);
     found
+}
+
+/// What firmware keeps for a use of its own of the group's devices (an RMRR of Intel's, an IVMD of
+/// AMD's), which a guest may not have then.
+pub(crate) fn for_firmware(paths: &HostPaths, group: u32) -> Option<Reserved> {
+    of_group(paths, group)
+        .into_iter()
+        .find(|reserved| reserved.kind == "direct")
 }
 
 /// `0x00000000fee00000 0x00000000feefffff msi`; the last address is in the range.

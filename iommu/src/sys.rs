@@ -166,7 +166,7 @@ pub(crate) fn ioas_ranges(iommufd: &impl AsRawFd, ioas: u32) -> io::Result<Vec<(
     }
 }
 
-/// Maps a file that is memory: a memfd, or from Linux 7.0 on a dma-buf of a VFIO device.
+/// Maps a file that is memory: a memfd, or from Linux 6.19 on a dma-buf of a VFIO device.
 pub(crate) fn ioas_map_file(iommufd: &impl AsRawFd, map: &iommu_ioas_map_file) -> io::Result<()> {
     let mut map = *map;
     // SAFETY: the structure is the one that the ioctl takes. The kernel holds what it maps by itself.

@@ -125,7 +125,7 @@ impl Container {
             }
             OpenError::Attach {
                 what: format!("IOMMU group {number}"),
-                obstacle: Obstacle::attaching(&self.paths, MODULE, error),
+                obstacle: Obstacle::attaching(&self.paths, MODULE, Some(number), error),
             }
         };
         sys::set_container(group, &self.file).map_err(refused)?;
@@ -151,7 +151,7 @@ impl Container {
         if first {
             sys::set_iommu(&self.file, VFIO_TYPE1v2_IOMMU).map_err(|error| OpenError::Attach {
                 what: format!("IOMMU group {number}"),
-                obstacle: Obstacle::attaching(&self.paths, MODULE, error),
+                obstacle: Obstacle::attaching(&self.paths, MODULE, Some(number), error),
             })?;
         }
         let limits = self.limits().map_err(|source| OpenError::Kernel {

@@ -132,7 +132,7 @@ pub(super) struct RunArgs {
     ///   iommufd_fd=N  an iommufd that Busway inherits, instead of opening /dev/iommu
     ///   p2p=on        devices reach each other's memory (peer-to-peer DMA), or it is an error
     ///   p2p=off       they do not
-    ///   p2p=auto      they do where the host can: always by type1, by iommufd from Linux 7.0 on;
+    ///   p2p=auto      they do where the host can: by type1, and by iommufd from Linux 6.19 on;
     ///                 what will not work is said once [auto]
     ///   vf_token=UUID that of each device which needs one and has none of its own
     #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = PASSTHROUGH)]

@@ -294,19 +294,7 @@ impl VmConfig {
 
     /// No two devices stand on the same thing of the host's.
     fn validate_disjoint(&self) -> Result<(), InvalidConfig> {
-        let mut functions = Seen::new("PCI address", "a function can be given once");
-        for (index, device) in self.device.iter().enumerate() {
-            let name = Name::new("--device", index, device.id.as_ref());
-            // The descriptor says which device it is, once the VM is put together.
-            if device.fd.is_some() && device.path.as_os_str().is_empty() {
-                continue;
-            }
-            let address = device.address().map_err(|why| InvalidConfig::Address {
-                device: name.clone(),
-                why,
-            })?;
-            functions.add(name, address.to_string(), true)?;
-        }
+        validate_functions(&self.device)?;
         for (index, device) in self.device.iter().enumerate() {
             device.validate(&Name::new("--device", index, device.id.as_ref()))?;
         }
@@ -336,6 +324,24 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// No two devices are one function. Which one a descriptor alone is shows when the VM is put together,
+/// and is then asked again.
+pub(crate) fn validate_functions(devices: &[DeviceConfig]) -> Result<(), InvalidConfig> {
+    let mut functions = Seen::new("PCI address", "a function can be given once");
+    for (index, device) in devices.iter().enumerate() {
+        let name = Name::new("--device", index, device.id.as_ref());
+        if device.fd.is_some() && device.path.as_os_str().is_empty() {
+            continue;
+        }
+        let address = device.address().map_err(|why| InvalidConfig::Address {
+            device: name.clone(),
+            why,
+        })?;
+        functions.add(name, address.to_string(), true)?;
+    }
+    Ok(())
 }
 
 impl DeviceConfig {

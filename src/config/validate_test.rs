@@ -122,6 +122,21 @@ fn a_device_given_twice_is_refused_by_both_names() {
 }
 
 #[test]
+fn a_device_given_by_address_and_by_descriptor_is_refused_once_the_descriptor_is_known() {
+    let by_address = device("01:00.0", None);
+    let mut by_descriptor = device("02:00.0", Some("handed"));
+    (by_descriptor.path, by_descriptor.fd) = ("".into(), Some(5));
+    let mut devices = [by_address, by_descriptor];
+    assert_eq!(validate_functions(&devices), Ok(()));
+    devices[1].path = "/sys/devices/pci0000:00/0000:01:00.0".into();
+    let error = validate_functions(&devices).unwrap_err().to_string();
+    assert!(
+        error.starts_with("--device no. 1 and --device id=handed have the same PCI address"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_disk_image_is_shared_only_for_reading() {
     let pair = |readonly| {
         move |vm: &mut VmConfig| {

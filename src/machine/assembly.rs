@@ -109,6 +109,7 @@ impl Machine {
                 true => populate(&ram, report, signals, &failed),
                 false => Ok(()),
             };
+            report.reached(Stage::Memory);
             let opened = opening.join().unwrap_or_else(|panic| resume_unwind(panic));
             (populated, opened)
         });
@@ -119,7 +120,7 @@ impl Machine {
             memory.0.add(region)?;
         }
         report.set_guest_memory(ram.host_ranges());
-        report.reached(Stage::Memory);
+        report.reached(Stage::Open);
         signals.check()?;
 
         let (dma, devices) = match opened? {
@@ -128,7 +129,7 @@ impl Machine {
                 let listener = Arc::new(DmaListener::new(dma.clone(), config.platform.p2p));
                 memory.0.listen(listener.clone())?;
                 let stats = dma.stats();
-                report.set_mappings(stats.map_calls, stats.bytes);
+                report.set_mappings(stats.map_calls, stats.bytes, stats.device_map_calls);
                 (Some((dma, listener)), devices)
             }
             None => (None, Vec::new()),
@@ -249,7 +250,7 @@ impl Machine {
     pub(super) fn account(&self, report: &Report) {
         if let Some(dma) = &self.dma {
             let stats = dma.stats();
-            report.set_mappings(stats.map_calls, stats.bytes);
+            report.set_mappings(stats.map_calls, stats.bytes, stats.device_map_calls);
         }
         let vectors = self.host_vectors.vectors();
         report.set_vectors(vectors.most as u64, vectors.updates);

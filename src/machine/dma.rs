@@ -262,13 +262,14 @@ mod tests {
     fn off_maps_no_device_and_a_page_of_busways_own_is_nobodys_peer() {
         let (space, off) = listener(false, Choice::Off);
         off.added(&bar("a", 0x1000)).unwrap();
+        assert!(space.mapped.lock().unwrap().is_empty());
         off.removed(&bar("a", 0x1000));
         // SAFETY: as above.
         let own = Arc::new(unsafe { Region::device("own", 0x2000, 0x1000, 0, ()) });
-        let (_, auto) = listener(false, Choice::Auto);
+        let (space, auto) = listener(false, Choice::Auto);
         auto.added(&own).unwrap();
-        auto.removed(&own);
         assert!(space.mapped.lock().unwrap().is_empty());
+        auto.removed(&own);
     }
 
     #[test]

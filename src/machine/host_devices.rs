@@ -8,7 +8,7 @@ use busway_iommu::{HostPaths, Mode, reserved_ranges};
 use busway_vfio::{Handed, interface};
 
 use super::RunError;
-use crate::config::{Choice, DeviceConfig, VmConfig};
+use crate::config::{Choice, DeviceConfig, VmConfig, validate_functions};
 
 /// The devices, by their folders in sysfs, and the way to them.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl HostDevices {
     /// Takes over the descriptors that `config` names, and finds every device.
     ///
     /// # Errors
-    /// [`RunError::Handed`]
+    /// [`RunError::Handed`], or [`RunError::Config`] where two are one device
     pub(super) fn find(config: &VmConfig) -> Result<Self, RunError> {
         let paths = HostPaths::default();
         let mut devices = Vec::new();
@@ -50,12 +50,14 @@ impl HostDevices {
         };
         let handed = devices.iter().filter_map(|(_, handed)| handed.as_ref());
         let mode = interface(asked, iommufd.is_some(), handed)?;
-        Ok(Self {
+        let found = Self {
             paths,
             devices,
             mode,
             iommufd,
-        })
+        };
+        validate_functions(&found.configs(config))?;
+        Ok(found)
     }
 
     /// What `config` says of each device, with its path where a descriptor said which it is.

@@ -13,6 +13,7 @@ use busway_vfio::Mapping;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
+use super::huge_pages::{Pool, reserved_huge_pages};
 use super::{GuestRam, RamMap, Region, layout};
 use crate::config::MemoryConfig;
 
@@ -70,7 +71,7 @@ pub enum RamError {
     TooFewHugePages {
         /// How many the VM takes.
         needed: u64,
-        /// How many are free.
+        /// How many are free, or can be made when they are asked for.
         free: u64,
         /// KiB of a page.
         page_kib: u64,
@@ -265,7 +266,15 @@ fn map(
     if unsafe { libc::mmap(address, length, protection, flags | libc::MAP_FIXED, fd, 0) }
         == libc::MAP_FAILED
     {
-        return Err(map_error("mmap", size)(io::Error::last_os_error()));
+        let error = io::Error::last_os_error();
+        return Err(match huge_page {
+            // Somebody else was quicker, or memory is in too small pieces for the kernel to make more.
+            Some(page) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                let pool = Pool::of(page);
+                pool.too_few(size / page, pool.free())
+            }
+            _ => map_error("mmap", size)(error),
+        });
     }
     let mut builder = MmapRegionBuilder::new(length)
         .with_mmap_prot(protection)
@@ -352,82 +361,6 @@ fn check_against_meminfo(asked: u64, whole: bool, meminfo: &str) -> Result<(), R
         });
     }
     Ok(())
-}
-
-/// The size of the huge pages to use, once it is known that enough of them are free.
-fn reserved_huge_pages(config: &MemoryConfig) -> Result<u64, RamError> {
-    const POOLS: &str = "/sys/kernel/mm/hugepages";
-    let mut sizes: Vec<u64> = fs::read_dir(POOLS)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| {
-            let name = entry.ok()?.file_name();
-            let kib = name
-                .to_str()?
-                .strip_prefix("hugepages-")?
-                .strip_suffix("kB")?;
-            kib.parse::<u64>().ok()?.checked_mul(KIB)
-        })
-        .collect();
-    sizes.sort_unstable();
-    let page = match config.hugepage_size {
-        Some(page) => page,
-        None => default_huge_page().unwrap_or(2 * MIB),
-    };
-    if !sizes.contains(&page) {
-        let have: Vec<String> = sizes
-            .iter()
-            .map(|size| format!("{} KiB", size / KIB))
-            .collect();
-        return Err(RamError::NoSuchHugePage {
-            size: page,
-            have: if have.is_empty() {
-                "none at all".to_owned()
-            } else {
-                have.join(" and ")
-            },
-        });
-    }
-    if !config.size.is_multiple_of(page) {
-        return Err(RamError::NotWholeHugePages {
-            size: config.size,
-            page,
-        });
-    }
-    let folder = format!("{POOLS}/hugepages-{}kB", page / KIB);
-    let read = |name: &str| {
-        fs::read_to_string(format!("{folder}/{name}"))
-            .ok()
-            .and_then(|text| text.trim().parse::<u64>().ok())
-            .unwrap_or(0)
-    };
-    // Reserved pages are free, but promised to somebody else's mapping.
-    let free = read("free_hugepages").saturating_sub(read("resv_hugepages"));
-    let needed = config.size / page;
-    if free < needed {
-        let taken = read("nr_hugepages").saturating_sub(free);
-        return Err(RamError::TooFewHugePages {
-            needed,
-            free,
-            page_kib: page / KIB,
-            total: taken + needed,
-            path: format!("{folder}/nr_hugepages"),
-        });
-    }
-    Ok(page)
-}
-
-fn default_huge_page() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let rest = text
-        .lines()
-        .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
-    rest.trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(KIB)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use busway_iommu::{Group, HostPaths, Ioas};
 use busway_pci::Bdf;
 
+use crate::handed::{Handed, HandedKind};
 use crate::hot_reset::{self, Owner};
 use crate::{Affected, FunctionReset, KvmFiles, sys};
 
@@ -87,6 +88,22 @@ pub(crate) struct OpenOnes {
 pub(crate) struct HandedOnes {
     pub(crate) devices: BTreeMap<Bdf, File>,
     pub(crate) groups: BTreeMap<u32, File>,
+}
+
+impl HandedOnes {
+    /// Takes a descriptor over for the device at `address`; not one of a device that has another.
+    ///
+    /// A second one of a group is closed: the kernel opens a group once, so they are two of one file.
+    pub(crate) fn take(&mut self, handed: Handed, address: Bdf) -> bool {
+        match handed.kind {
+            HandedKind::Cdev(_) => self.devices.insert(address, handed.file).is_none(),
+            HandedKind::Group(number) => {
+                self.groups.entry(number).or_insert(handed.file);
+                true
+            }
+            HandedKind::Iommufd => true,
+        }
+    }
 }
 
 impl OpenOnes {

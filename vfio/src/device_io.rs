@@ -153,7 +153,8 @@ pub trait DeviceIo: Send + Sync + Debug {
     /// Opens a part of a region that [`Region::areas`] covers as a dma-buf.
     ///
     /// # Errors
-    /// The kernel's: ENOTTY before Linux 6.19, and where it is built without it.
+    /// The kernel's: ENOTTY before Linux 6.19, and where it is built without it; EOPNOTSUPP where the
+    /// device's driver is a variant without it.
     fn dma_buf(&self, index: RegionIndex, area: Area) -> io::Result<OwnedFd> {
         let _ = (index, area);
         Err(io::Error::from_raw_os_error(libc::ENOTTY))

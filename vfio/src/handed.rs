@@ -306,6 +306,7 @@ fn describe(link: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attachment::HandedOnes;
     use std::fs;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::symlink;
@@ -423,6 +424,17 @@ mod tests {
                 .unwrap_err()
                 .contains("IOMMU group 7")
         );
+    }
+
+    #[test]
+    fn two_descriptors_of_a_group_serve_as_one_and_two_of_a_device_do_not() {
+        let mut ones = HandedOnes::default();
+        let [first, second] = ["0000:02:00.0", "0000:02:00.1"].map(|it| it.parse().unwrap());
+        let group = || handed(HandedKind::Group(8));
+        assert!(ones.take(group(), first) && ones.take(group(), second));
+        assert_eq!(ones.groups.len(), 1);
+        let device = || handed(HandedKind::Cdev("/x/0000:02:00.0".into()));
+        assert!(ones.take(device(), first) && !ones.take(device(), first));
     }
 
     #[test]

@@ -38,6 +38,7 @@ mod pin;
 mod policy;
 mod power;
 mod quirks;
+mod refusal;
 mod reset;
 mod resets;
 mod rom;

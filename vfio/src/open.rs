@@ -6,13 +6,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space, not_viable};
+use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space};
 use busway_pci::Bdf;
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
-use crate::handed::{Handed, HandedKind};
+use crate::handed::Handed;
 use crate::host::is_vfio_driver;
 use crate::patience::patiently;
+use crate::refusal::{Binding, MODULE};
 use crate::vf_token::TokenUse;
 use crate::{KernelDevice, KvmFiles, VfToken, sys};
 
@@ -81,6 +82,19 @@ pub enum DeviceError {
         /// The address.
         address: Bdf,
         /// The node it is open through.
+        path: PathBuf,
+    },
+    /// the kernel says only that it cannot be bound
+    #[error(
+        "{address} cannot be bound to an iommufd (invalid argument): it is in use through another \
+         descriptor (`fuser -v {path}` as root names whose), or the host cannot switch it on, or its \
+         IOMMU is not coherent with the processors' caches; `dmesg` may say more, and `--platform \
+         iommufd=off` needs no such IOMMU"
+    )]
+    NotBound {
+        /// The address.
+        address: Bdf,
+        /// The node that it would be open through.
         path: PathBuf,
     },
     /// the device is shared between a PF and its VFs, and the token is missing
@@ -152,15 +166,9 @@ impl Opener {
     /// [`DeviceError::Twice`]
     pub fn hand(&self, handed: Handed, device: &Path) -> Result<(), DeviceError> {
         let address = address_of(device)?;
-        let mut before = self.open.handed();
-        let before = match handed.kind {
-            HandedKind::Cdev(_) => before.devices.insert(address, handed.file),
-            HandedKind::Group(number) => before.groups.insert(number, handed.file),
-            HandedKind::Iommufd => None,
-        };
-        match before {
-            Some(_) => Err(DeviceError::Twice { address }),
-            None => Ok(()),
+        match self.open.handed().take(handed, address) {
+            true => Ok(()),
+            false => Err(DeviceError::Twice { address }),
         }
     }
 
@@ -313,22 +321,17 @@ impl Opener {
             _claim: claim,
         };
         bind(&opened.file, ioas, address, vf_token).map_err(|source| {
-            match source.raw_os_error() {
-                // EPERM and EBUSY: the group is not free; EBUSY: open through its group; EINVAL: bound
-                // to another iommufd.
-                Some(libc::EPERM | libc::EBUSY | libc::EINVAL) => {
-                    match group.and_then(|group| not_viable(&self.paths, group)) {
-                        Some(error) => failed(error),
-                        None => DeviceError::Busy { address, path },
-                    }
-                }
-                Some(libc::EACCES) => refused(address, vf_token),
-                _ => DeviceError::Kernel {
-                    address,
-                    what: "VFIO_DEVICE_BIND_IOMMUFD",
-                    source,
-                },
+            if source.raw_os_error() == Some(libc::EACCES) {
+                return refused(address, vf_token);
             }
+            let binding = Binding {
+                paths: &self.paths,
+                address,
+                group,
+                node: path,
+                handed: is_handed,
+            };
+            binding.refused(source)
         })?;
         sys::attach_ioas(&opened.file, ioas.id()).map_err(|error| {
             // EADDRINUSE: it reserves what is mapped, which can be looked up.
@@ -339,7 +342,7 @@ impl Opener {
                 Some(conflict) => OpenError::Map(conflict),
                 None => OpenError::Attach {
                     what: address.to_string(),
-                    obstacle: Obstacle::attaching(&self.paths, "iommufd", error),
+                    obstacle: Obstacle::attaching(&self.paths, MODULE, group, error),
                 },
             })
         })?;
@@ -348,7 +351,8 @@ impl Opener {
 
     fn open_cdev(&self, device: &Path, address: Bdf) -> Result<(File, PathBuf), DeviceError> {
         let failed = |source| DeviceError::Open { address, source };
-        let path = self.paths.cdev(device).ok_or_else(|| {
+        // One that cannot be seen from here is for `Obstacle` to explain.
+        let path = self.paths.cdev_node(device).ok_or_else(|| {
             failed(OpenError::NoCdev {
                 device: address.to_string(),
                 why: "the host's kernel makes no character device for it (it was built without \

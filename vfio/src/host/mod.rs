@@ -62,6 +62,7 @@ pub use root::SysRoot;
 pub use session::Session;
 pub use steps::{Step, StepError};
 pub use surroundings::{Opens, open_node};
+pub(crate) use surroundings::{Remapping, is_waived};
 pub use unbind::{Unbound, unbind};
 pub use usage::{InterfaceAddress, Process, Usage};
 pub use user::{NoUser, user_id};

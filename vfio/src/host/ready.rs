@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use busway_iommu::{IommuAdvice, is_vfio_driver};
+use busway_iommu::{FIRMWARE_REMEDY, IommuAdvice, is_vfio_driver};
 use busway_pci::Bdf;
 
 use super::acs::{self, Acs};
@@ -353,10 +353,7 @@ fn reserved(host: &Host, device: &HostDevice) -> Vec<Finding> {
                          IVMD), and the kernel does not lend such a one"
                     ),
                 )
-                .remedy(Remedy::words(
-                    "turn that use off in the firmware's set-up (HPE: shared memory of the slot, by \
-                     conrep; RAID controllers and BMCs: their health reports)",
-                ))
+                .remedy(Remedy::words(FIRMWARE_REMEDY))
                 .remedy(Remedy::command(
                     "see all of them",
                     format!("cat /sys/kernel/iommu_groups/{group}/reserved_regions"),

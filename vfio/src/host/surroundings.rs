@@ -4,7 +4,7 @@
 use std::io;
 use std::path::Path;
 
-use busway_iommu::{IommuAdvice, Obstacle, ParameterChange};
+use busway_iommu::{HostPaths, IommuAdvice, Obstacle, ParameterChange};
 
 use super::asker::Asker;
 use super::finding::{Finding, Level, Remedy};
@@ -101,7 +101,7 @@ pub(super) fn remove_parameter(word: &str) -> Remedy {
 
 /// Whether the host remaps interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Remapping {
+pub(crate) enum Remapping {
     On,
     Off,
     Unknown,
@@ -110,8 +110,8 @@ pub(super) enum Remapping {
 impl Remapping {
     /// The kernel names the interrupt chips behind a remapping unit with `IR-` in front
     /// (drivers/iommu/intel/irq_remapping.c, drivers/iommu/amd/iommu.c).
-    pub(super) fn read(root: &SysRoot) -> Self {
-        let text = root::text(&root.proc.join("interrupts")).unwrap_or_default();
+    pub(crate) fn read(proc: &Path) -> Self {
+        let text = root::text(&proc.join("interrupts")).unwrap_or_default();
         let has = |word: &str| text.split_whitespace().any(|w| w.starts_with(word));
         if has("IR-") {
             Self::On
@@ -127,13 +127,19 @@ impl Remapping {
 /// (arch/x86/kernel/early-quirks.c, intel_remapping_check; Intel 5520 specification update, erratum 47).
 const BROKEN_REMAPPING: [&str; 3] = ["0x3403", "0x3405", "0x3406"];
 
+/// Whether `module` lends devices though their interrupts are not remapped.
+pub(crate) fn is_waived(paths: &HostPaths, module: &str) -> bool {
+    let parameter = root::text(&paths.allow_unsafe_interrupts(module));
+    parameter.is_some_and(|text| text == "Y" || text == "1")
+}
+
 /// Whether a device can forge another's interrupts.
 pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
     const TOPIC: &str = "remapping";
     if !root.paths().has_iommu() {
         return None;
     }
-    match Remapping::read(root) {
+    match Remapping::read(&root.proc) {
         Remapping::On => {
             return Some(Finding::new(Level::Fine, TOPIC, "interrupts are remapped"));
         }
@@ -141,16 +147,10 @@ pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
         Remapping::Off => {}
     }
     let modules = ["vfio_iommu_type1", "iommufd"];
-    let parameter = |module: &str| {
-        root.sys
-            .join("module")
-            .join(module)
-            .join("parameters/allow_unsafe_interrupts")
-    };
-    let allowed = modules.iter().any(|module| {
-        root::text(&parameter(module)).is_some_and(|text| text == "Y" || text == "1")
-    });
-    if allowed {
+    if modules
+        .iter()
+        .any(|module| is_waived(&root.paths(), module))
+    {
         let text = "interrupts are not remapped, and devices are lent all the same \
                     (allow_unsafe_interrupts): a guest can forge any interrupt of the host";
         return Some(Finding::new(Level::Warning, TOPIC, text));
@@ -347,18 +347,8 @@ pub(super) fn lockdown(root: &SysRoot) -> Option<Finding> {
     if mode == "none" {
         return None;
     }
-    let unsafe_only = Remapping::read(root) == Remapping::Off && root.paths().has_iommu();
-    let level = if unsafe_only {
-        Level::Warning
-    } else {
-        Level::Note
-    };
     let text = format!(
-        "the kernel is locked down ({mode}): it loads only signed modules, and devices without \
-         interrupt remapping cannot be allowed"
+        "the kernel is locked down ({mode}): it loads only signed modules; VFIO works all the same"
     );
-    let finding = Finding::new(level, "lockdown", text);
-    Some(finding.remedy(Remedy::words(format!(
-        "where that is in the way, boot without lockdown={mode}, or turn Secure Boot off"
-    ))))
+    Some(Finding::new(Level::Note, "lockdown", text))
 }

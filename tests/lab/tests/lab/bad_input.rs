@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use busway_lab::{Device, Host, HostConfig, Kernel, Lab};
 
-use crate::assigned::{bound, give_back, zoo};
+use crate::assigned::{Interface, bound, give_back, guest, zoo};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
@@ -27,6 +27,10 @@ pub(crate) const PROOFS: &[Proof] = &[
     ),
     ("a_device_unplugged_after_bind_is_missed_by_name", unplugged),
     ("a_mounted_drive_is_not_bound", mounted),
+    (
+        "missing_interrupt_remapping_is_named_on_both_interfaces_and_can_be_waived",
+        not_remapped,
+    ),
 ];
 
 /// `busway run` with these words ends with this status, and says all of these.
@@ -167,4 +171,40 @@ fn mounted(lab: &mut Lab) -> Result<()> {
     );
     host.run("umount /run/mnt; wipefs -qa /dev/nvme0n1")?;
     outcome
+}
+
+/// A host that leaves interrupt remapping off lends no device, and says by which parameter it would: a
+/// type1 container when the group is attached, an iommufd when the device is bound.
+fn not_remapped(lab: &mut Lab) -> Result<()> {
+    let config = HostConfig::new(Kernel::Small)
+        .cmdline("intremap=off")
+        .device(Device::nvme("nv0", 64));
+    let host = lab.host(&config)?;
+    let interrupts = host.run("cat /proc/interrupts")?;
+    ensure!(!interrupts.contains("IR-"), "remapped all the same");
+    let address = host.address("nv0")?;
+    host.run(&format!("busway device bind {address}"))?;
+    for (interface, module) in [
+        (Interface::Cdev, "iommufd"),
+        (Interface::Group, "vfio_iommu_type1"),
+    ] {
+        let platform = interface.arguments();
+        let parameter = format!("/sys/module/{module}/parameters/allow_unsafe_interrupts");
+        let remedy = format!("echo Y > {parameter}");
+        refused(
+            host,
+            &format!("{} --device {address}", platform.join(" ")),
+            3,
+            &["interrupt remapping", "intremap=off", &remedy],
+        )?;
+        host.run(&remedy)?;
+        let run = guest()?
+            .args(&platform)
+            .device(&address)
+            .script("value serial \"$(cat /sys/class/nvme/nvme0/serial)\"");
+        let result = host.guest(&run)?.success()?;
+        ensure!(result.value("serial")?.trim() == "NV0", "another drive");
+        host.run(&format!("echo N > {parameter}"))?;
+    }
+    Ok(())
 }

@@ -238,7 +238,7 @@ fn opener(host: &Host, interface: Interface, address: &str) -> Result<(String, &
 }
 
 /// The drive's own driver writes and verifies in a guest whose VMM is nobody's, with the limit of locked
-/// memory at exactly what the guest's memory is.
+/// memory far below the guest's memory, and allowed to be raised to exactly that.
 fn handed_over(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&host_with_pair())?;
     let address = host.address("nv0")?;
@@ -249,7 +249,7 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
         let run = guest()?
             .args(&flags)
             .opened_by(&format!(
-                "{open}\nchmod 777 $(dirname $0)\nulimit -l {MEMORY_KIB}\n\
+                "{open}\nchmod 777 $(dirname $0)\nulimit -S -l 64\nulimit -H -l {MEMORY_KIB}\n\
                  exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups \"$@\"\n"
             ))
             .script(
@@ -333,6 +333,15 @@ fn huge_pages(lab: &mut Lab) -> Result<()> {
     let memory = "--memory size=512M,hugepages=on,hugepage_size=2M";
     let flags = format!("{memory} --device {address}");
     let said = refused(host, "", &flags, 3, &["256 huge pages", "0 are free"])?;
+    // What the kernel would make on demand does as well.
+    let overcommit = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages";
+    host.run(&format!("echo 256 >{overcommit}"))?;
+    let run = guest()?
+        .memory_mib(512)
+        .device(&address)
+        .args(&["--memory", "hugepages=on,hugepage_size=2M"]);
+    host.guest(&run)?.success()?;
+    host.run(&format!("echo 0 >{overcommit}"))?;
     let remedy = said.split('`').nth(1).context("no command")?;
     host.run(&remedy.replace("sudo ", ""))?;
     for (page, mib) in [("2048kB", 512), ("1048576kB", 1024)] {

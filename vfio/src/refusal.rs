@@ -1,0 +1,230 @@
+//! Why the kernel would not bind a device to the VM's iommufd (`VFIO_DEVICE_BIND_IOMMUFD`).
+//!
+//! The call claims the device's group, asks whether interrupts are isolated, and opens the device:
+//! each of its errnos has causes in several of these (drivers/iommu/iommufd/device.c,
+//! iommufd_device_bind; drivers/vfio/device_cdev.c, vfio_df_ioctl_bind_iommufd).
+
+use std::io;
+use std::path::PathBuf;
+
+use busway_iommu::{HostPaths, Obstacle, OpenError, holders, not_viable};
+use busway_pci::Bdf;
+
+use crate::DeviceError;
+use crate::host::{Remapping, is_vfio_driver, is_waived};
+
+/// The module whose parameters rule iommufd.
+pub(crate) const MODULE: &str = "iommufd";
+
+/// A device that was to be bound.
+#[derive(Debug)]
+pub(crate) struct Binding<'a> {
+    pub(crate) paths: &'a HostPaths,
+    pub(crate) address: Bdf,
+    pub(crate) group: Option<u32>,
+    /// Its character device.
+    pub(crate) node: PathBuf,
+    /// Its descriptor was handed over: whoever did that may have it open still.
+    pub(crate) handed: bool,
+}
+
+impl Binding<'_> {
+    /// What the kernel's answer means, but for EACCES, which is about VF tokens.
+    pub(crate) fn refused(self, error: io::Error) -> DeviceError {
+        let (paths, address) = (self.paths, self.address);
+        let failed = |source| DeviceError::Open { address, source };
+        let attach = |obstacle| {
+            failed(OpenError::Attach {
+                what: address.to_string(),
+                obstacle,
+            })
+        };
+        let number = error.raw_os_error();
+        // EPERM: a driver of the host's has a part of the group; EBUSY: somebody has the group open.
+        if matches!(number, Some(libc::EPERM | libc::EBUSY))
+            && let Some(error) = self.group.and_then(|group| not_viable(paths, group))
+        {
+            return failed(error);
+        }
+        match (number, self.group) {
+            (Some(libc::EPERM), _) => attach(self.not_permitted(error)),
+            (Some(libc::EBUSY), Some(group)) => DeviceError::Busy {
+                address,
+                path: paths.group(group),
+            },
+            (Some(libc::EINVAL), group) => {
+                let firmware = group.and_then(|group| Obstacle::firmware(paths, group));
+                match firmware {
+                    Some(firmware) => attach(firmware),
+                    None if !self.handed && !holders(paths, &self.node).is_empty() => {
+                        DeviceError::Busy {
+                            address,
+                            path: self.node,
+                        }
+                    }
+                    None => DeviceError::NotBound {
+                        address,
+                        path: self.node,
+                    },
+                }
+            }
+            _ => DeviceError::Kernel {
+                address,
+                what: "VFIO_DEVICE_BIND_IOMMUFD",
+                source: error,
+            },
+        }
+    }
+
+    /// What EPERM means where all of the group is with VFIO: interrupts are not isolated, which is
+    /// asked first, or another iommufd has claimed the group through another member.
+    fn not_permitted(&self, error: io::Error) -> Obstacle {
+        let obstacle = Obstacle::attaching(self.paths, MODULE, self.group, error);
+        let members = self.other_members();
+        if !matches!(obstacle, Obstacle::InterruptRemapping { .. }) || members.is_empty() {
+            return obstacle;
+        }
+        let in_use = Obstacle::GroupInUse {
+            members: members.join(" or "),
+        };
+        match Remapping::read(&self.paths.proc) {
+            _ if is_waived(self.paths, MODULE) => in_use,
+            Remapping::On => in_use,
+            Remapping::Off => obstacle,
+            Remapping::Unknown => Obstacle::Either(Box::new(in_use), Box::new(obstacle)),
+        }
+    }
+
+    /// The other members of its group that VFIO has.
+    fn other_members(&self) -> Vec<String> {
+        let own = self.address.to_string();
+        let members = self.group.map(|group| self.paths.members(group));
+        let members = members.into_iter().flatten();
+        let others = members.filter(|(address, folder)| {
+            let driver = self.paths.driver_of(folder);
+            *address != own && driver.is_some_and(|driver| is_vfio_driver(&driver))
+        });
+        others.map(|(address, _)| address).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::path::Path;
+
+    const REMAPPED: &str = " 24:  0  IR-PCI-MSI-0000:00:1f.2  0-edge  ahci\n";
+    const NOT_REMAPPED: &str = " 24:  0  PCI-MSI-0000:00:1f.2  0-edge  ahci\n";
+
+    /// A host with a device in group 7.
+    struct Made {
+        _root: tempfile::TempDir,
+        paths: HostPaths,
+    }
+
+    impl Made {
+        fn new() -> Self {
+            let root = tempfile::tempdir().unwrap();
+            let paths = HostPaths {
+                sys: root.path().join("sys"),
+                dev: root.path().join("dev"),
+                proc: root.path().join("proc"),
+            };
+            fs::create_dir_all(&paths.proc).unwrap();
+            let made = Self { _root: root, paths };
+            made.member("0000:01:00.0", "vfio-pci");
+            made
+        }
+
+        fn group(&self) -> PathBuf {
+            self.paths.sys.join("kernel/iommu_groups/7")
+        }
+
+        fn member(&self, address: &str, driver: &str) {
+            let folder = self.group().join("devices").join(address);
+            fs::create_dir_all(&folder).unwrap();
+            symlink(Path::new("/drivers").join(driver), folder.join("driver")).unwrap();
+        }
+
+        fn interrupts(&self, text: &str) {
+            fs::write(self.paths.proc.join("interrupts"), text).unwrap();
+        }
+
+        fn binding(&self) -> Binding<'_> {
+            Binding {
+                paths: &self.paths,
+                address: "0000:01:00.0".parse().unwrap(),
+                group: Some(7),
+                node: self.paths.dev.join("vfio/devices/vfio3"),
+                handed: false,
+            }
+        }
+
+        fn told(&self, number: i32) -> String {
+            let error = io::Error::from_raw_os_error(number);
+            self.binding().refused(error).to_string()
+        }
+    }
+
+    fn says(text: &str, words: &[&str]) {
+        for word in words {
+            assert!(text.contains(word), "no {word:?} in: {text}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_may_not_be_bound_lacks_remapping_or_shares_its_group_with_another_vm() {
+        const REMEDY: &str = "module/iommufd/parameters/allow_unsafe_interrupts";
+        let made = Made::new();
+        for interrupts in ["", REMAPPED, NOT_REMAPPED] {
+            made.interrupts(interrupts);
+            says(&made.told(libc::EPERM), &["no interrupt remapping", REMEDY]);
+        }
+        made.member("0000:01:00.1", "vfio-pci");
+        says(&made.told(libc::EPERM), &["no interrupt remapping", REMEDY]);
+        const OTHER: &str = "another process has 0000:01:00.1";
+        made.interrupts(REMAPPED);
+        let text = made.told(libc::EPERM);
+        says(&text, &[OTHER]);
+        assert!(!text.contains("remapping"), "{text}");
+        made.interrupts("");
+        says(&made.told(libc::EPERM), &["either ", OTHER, REMEDY]);
+        made.interrupts(NOT_REMAPPED);
+        let parameter = made.paths.allow_unsafe_interrupts(MODULE);
+        fs::create_dir_all(parameter.parent().unwrap()).unwrap();
+        fs::write(parameter, "Y\n").unwrap();
+        says(&made.told(libc::EPERM), &[OTHER]);
+    }
+
+    #[test]
+    fn a_device_whose_group_is_not_free_or_is_open_is_told_by_the_group() {
+        let made = Made::new();
+        says(&made.told(libc::EBUSY), &["in use", "/dev/vfio/7 "]);
+        made.member("0000:01:00.1", "nvme");
+        for number in [libc::EBUSY, libc::EPERM] {
+            let words = ["0000:01:00.1 is bound to nvme", "busway device bind"];
+            says(&made.told(number), &words);
+        }
+    }
+
+    #[test]
+    fn an_invalid_binding_is_what_firmware_keeps_or_a_device_in_use_or_all_that_it_can_be() {
+        let made = Made::new();
+        let words = ["in use", "fuser -v", "devices/vfio3", "dmesg"];
+        says(&made.told(libc::EINVAL), &words);
+        let process = made.paths.proc.join("4711");
+        fs::create_dir_all(process.join("fd")).unwrap();
+        symlink(made.binding().node, process.join("fd/3")).unwrap();
+        let text = made.told(libc::EINVAL);
+        says(&text, &["is in use: another process", "devices/vfio3"]);
+        let mut handed = made.binding();
+        handed.handed = true;
+        let error = io::Error::from_raw_os_error(libc::EINVAL);
+        says(&handed.refused(error).to_string(), &["dmesg"]);
+        let regions = "0x00000000000e0000 0x00000000000e0fff direct\n";
+        fs::write(made.group().join("reserved_regions"), regions).unwrap();
+        says(&made.told(libc::EINVAL), &["RMRR", "0xe0000", "conrep"]);
+    }
+}
