@@ -12,7 +12,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::address::Bdf;
-use crate::function::{BarMapper, HotPlug, PciFunction};
+use crate::function::{BarMapper, Bridge, HotPlug, PciFunction};
 use crate::spec;
 pub use assign::{AssignError, Windows};
 use mapping::Mappings;
@@ -22,9 +22,10 @@ use tree::{Node, Tree};
 /// The PCI functions of a machine.
 ///
 /// vCPU threads access configuration space in parallel. Locks are taken in this order: that of writes to
-/// one function, then the mappings, then the tree (never held while a function is written), then a
-/// function's own. So a function must not call the topology from within an access, nor may the
-/// [`BarMapper`] from within a call; a function's own lock is never held when the mapper is called.
+/// a bridge, that of writes to one function behind it, then the mappings, then the tree (never held
+/// while a function is written), then a function's own. So a function must not call the topology from
+/// within an access, nor may the [`BarMapper`] from within a call; a function's own lock is never held
+/// when the mapper is called.
 pub struct Topology {
     mapper: Arc<dyn BarMapper>,
     tree: RwLock<Tree>,
@@ -173,16 +174,30 @@ impl Topology {
     /// it back, each reset of a bus is seen to begin exactly once, and none ends before all below are
     /// reset.
     fn write_dword(&self, node: &Node, offset: u16, data: &[u8]) {
-        let _one = node.write.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(bridge) = node.pci.bridge() else {
-            node.pci.config_write(offset, data);
+        let _one = lock(&node.write);
+        match node.pci.bridge() {
+            Some(bridge) => self.write_bridge(node, bridge, offset, data),
+            None => self.write_endpoint(node, offset, data),
+        }
+    }
+
+    /// Most writes change no decoding and have nothing carried out: they take no lock that writes to
+    /// other functions take.
+    fn write_endpoint(&self, node: &Node, offset: u16, data: &[u8]) {
+        let before = node.pci.decoded();
+        node.pci.config_write(offset, data);
+        let now = node.pci.decoded();
+        if now != before {
             self.remap(&mut self.mappings(), &[node.id]);
-            // The locks that others wait for are free: what has to be settled can take long.
-            if !self.mappings().has(node.id) && node.pci.settle() {
-                self.remap(&mut self.mappings(), &[node.id]);
-            }
-            return;
-        };
+        }
+        // Nothing of it is mapped, and what has to be settled can take long: other functions go on, for
+        // the lock that is held is that of writes to this one.
+        if now.is_empty() && node.pci.settle() {
+            self.remap(&mut self.mappings(), &[node.id]);
+        }
+    }
+
+    fn write_bridge(&self, node: &Node, bridge: &dyn Bridge, offset: u16, data: &[u8]) {
         let mut mappings = self.mappings();
         let was_in_reset = bridge.in_reset();
         node.pci.config_write(offset, data);
@@ -193,8 +208,11 @@ impl Topology {
         if begins {
             // By now nothing below is mapped. Resets can take long: other functions go on.
             for &id in affected.iter().filter(|&&id| id != node.id) {
-                if let Some(function) = self.function(id) {
-                    function.reset();
+                let below = self.tree().get(id).cloned();
+                if let Some(below) = below {
+                    // A write to it finds it as it was, or reset.
+                    let _one = lock(&below.write);
+                    below.pci.reset();
                 }
             }
             self.remap(&mut self.mappings(), &affected);
@@ -213,12 +231,16 @@ impl Topology {
     }
 
     fn mappings(&self) -> MutexGuard<'_, Mappings> {
-        self.mappings.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.mappings)
     }
 
     fn tree(&self) -> RwLockReadGuard<'_, Tree> {
         self.tree.read().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Cuts an access into parts that do not cross a doubleword, each with its offset and width; what is
@@ -247,6 +269,8 @@ fn set_multi_function(offset: u16, data: &mut [u8], multi_function: bool) {
     }
 }
 
+#[cfg(test)]
+mod busy_tests;
 #[cfg(test)]
 mod hot_plug_tests;
 #[cfg(test)]
