@@ -73,9 +73,12 @@ impl Topology {
 
     /// Empties the slot behind a bridge while the guest runs, whether the guest let go of the device
     /// or not: its functions answer no longer, then their BARs are unmapped, then the guest is told.
-    /// The functions are the caller's, to be dropped; an access that a vCPU began before may hold one
-    /// for a moment longer.
+    /// What a vCPU had the bridge or a function carry out, such as a reset, is waited for. The functions
+    /// are the caller's, to be dropped; an access that a vCPU began before may hold one for a moment
+    /// longer.
     pub fn unplug(&self, bridge: FunctionId) -> Vec<Arc<dyn PciFunction>> {
+        let write = self.tree().get(bridge).map(|node| node.write.clone());
+        let _one = write.as_deref().map(lock);
         let below: Vec<_> = self.tree().children(Some(bridge)).map(|n| n.id).collect();
         let functions = below.into_iter().flat_map(|id| self.remove(id)).collect();
         self.with_slot(bridge, |slot| slot.set_present(false));
@@ -93,14 +96,18 @@ impl Topology {
     }
 
     /// Takes out a function and all that is behind it, with their BARs unmapped, and gives them
-    /// back. Nothing where it is out already.
+    /// back, when what a vCPU had them carry out is done. Nothing where it is out already.
     pub fn remove(&self, id: FunctionId) -> Vec<Arc<dyn PciFunction>> {
         let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
         let nodes = tree.remove(id);
         drop(tree);
         let ids: Vec<_> = nodes.iter().map(|node| node.id).collect();
         self.remap(&mut self.mappings(), &ids);
-        nodes.into_iter().map(|node| node.pci).collect()
+        let after_its_writes = |node: Node| {
+            drop(lock(&node.write));
+            node.pci
+        };
+        nodes.into_iter().map(after_its_writes).collect()
     }
 
     /// Every function; a bridge before what is behind it.
@@ -175,6 +182,10 @@ impl Topology {
     /// reset.
     fn write_dword(&self, node: &Node, offset: u16, data: &[u8]) {
         let _one = lock(&node.write);
+        // It may have been taken out while this waited, or just before.
+        if self.tree().get(node.id).is_none() {
+            return;
+        }
         match node.pci.bridge() {
             Some(bridge) => self.write_bridge(node, bridge, offset, data),
             None => self.write_endpoint(node, offset, data),
