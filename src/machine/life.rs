@@ -104,7 +104,7 @@ impl Machine {
                     .and_then(|index| Source::ALL.get(index));
                 let ended = match source {
                     Some(Source::Signal) => self.on_signal(&mut life, signals)?,
-                    Some(Source::Event) => self.on_event(&mut life)?,
+                    Some(Source::Event) => self.on_event(&mut life, signals)?,
                     Some(Source::Quit) => Some(Ended::Quit),
                     Some(Source::Clock) => {
                         self.platform.rtc.on_timer();
@@ -171,15 +171,14 @@ impl Machine {
         Ok(None)
     }
 
-    fn on_event(&mut self, life: &mut Life) -> Result<Option<Ended>, RunError> {
+    fn on_event(&mut self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
         while let Some(event) = self.events.take() {
             let ended = match event {
                 Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => Some(Ended::PowerOff),
                 Event::Reset | Event::Vcpu(VcpuEvent::Reset) => match life.restart() {
                     Restart::Anew => {
                         log::info!("the guest restarts");
-                        self.start_anew(life)?;
-                        None
+                        self.start_anew(life, signals)?
                     }
                     Restart::End => Some(ends_with("the guest restarts")),
                     Restart::Held => stays_held("the guest restarts"),
@@ -194,8 +193,7 @@ impl Machine {
                         Restart::Anew if life.started.elapsed() < TOO_SOON => return Err(fault),
                         Restart::Anew => {
                             log::warn!("{fault}; it is restarted");
-                            self.start_anew(life)?;
-                            None
+                            self.start_anew(life, signals)?
                         }
                         Restart::End => Some(ends_with(&fault.to_string())),
                         Restart::Held => stays_held(&fault.to_string()),
@@ -219,11 +217,17 @@ impl Machine {
         Ok(None)
     }
 
-    fn start_anew(&mut self, life: &mut Life) -> Result<(), RunError> {
-        self.restart()?;
-        life.started = Instant::now();
-        self.vcpus.resume();
-        Ok(())
+    fn start_anew(
+        &mut self,
+        life: &mut Life,
+        signals: &Signals,
+    ) -> Result<Option<Ended>, RunError> {
+        let ended = self.restart(signals)?;
+        if ended.is_none() {
+            life.started = Instant::now();
+            self.vcpus.resume();
+        }
+        Ok(ended)
     }
 }
 

@@ -166,11 +166,20 @@ impl Topology {
     /// Puts every function into its state at power-on, as when the machine is reset. No vCPU may
     /// run. Nothing is mapped or numbered after it; [`assign`](Self::assign) comes next.
     pub fn reset(&self) {
+        self.reset_while(|_| true);
+    }
+
+    /// [`reset`](Self::reset), but `go_on` is asked before each function. Once it says no, the others
+    /// are left as they are, with nothing of them mapped: the machine will not run again.
+    pub fn reset_while(&self, go_on: impl Fn(&dyn PciFunction) -> bool) {
         let functions = self.functions();
         // As with a bridge's reset: what others reach of a device's memory ends with the reset, and one
         // reset can be that of several devices.
         self.mappings().clear(&*self.mapper);
         for (_, function) in &functions {
+            if !go_on(&**function) {
+                return;
+            }
             function.reset();
         }
         let ids: Vec<_> = functions.iter().map(|(id, _)| *id).collect();

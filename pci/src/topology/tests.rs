@@ -1,5 +1,5 @@
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use proptest::collection::vec;
@@ -216,6 +216,18 @@ fn a_machine_reset_leaves_nothing_mapped_or_numbered() {
     assert_eq!(f.mapped(), []);
     assert_eq!(read32(&f.topology, bdf(PORT), spec::PRIMARY_BUS), 0);
     assert_eq!(f.behind.resets.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_machine_reset_that_is_stopped_resets_no_more_and_leaves_nothing_mapped() {
+    let f = Fixture::new(false);
+    f.set_up();
+    let asked = AtomicUsize::new(0);
+    f.topology
+        .reset_while(|_| asked.fetch_add(1, Ordering::Relaxed) < 2);
+    assert_eq!(asked.load(Ordering::Relaxed), 3, "the port, the one beside");
+    assert_eq!(f.behind.resets.load(Ordering::Relaxed), 0);
+    assert_eq!(f.mapped(), []);
 }
 
 #[test]
