@@ -399,9 +399,13 @@ mod tests {
         let other = unsafe { Region::device("other", WINDOW.start + 0x1000, 0x1000, 0x1000, ()) };
         let other = Arc::new(other);
         // The address is no memory of this process's, which KVM finds out only at an access.
-        f.regions.add(other.clone()).unwrap();
-        f.bars.map(&f.function, &at(WINDOW.start, 0x4000)).unwrap();
-        assert_eq!(read(&f.buses, WINDOW.start), 7);
+        f.regions.add(other).unwrap();
+        let (bar, part) = (at(WINDOW.start, 0x4000), WINDOW.start + 0x1000);
+        f.bars.map(&f.function, &bar).unwrap();
+        assert_eq!(read(&f.buses, part), 7);
+        f.bars.unmap(&f.function, &bar);
+        assert_eq!(read(&f.buses, part), 0xff);
+        assert!(is_memory(&f.regions, part), "the other's is the other's");
     }
 
     #[test]
