@@ -93,7 +93,7 @@ pub enum BarPart {
 /// from the guest: any offset and any width of 1, 2, 4 or 8 bytes has to be answered, and where
 /// nothing is behind it, reads give all ones.
 ///
-/// A function never maps its BARs itself. After each configuration write the topology asks
+/// A function never maps its BARs itself. Before and after each configuration write the topology asks
 /// [`decoded`](Self::decoded) and, where the answer changed, moves the BARs through the
 /// [`BarMapper`], outside of the function's lock.
 pub trait PciFunction: Send + Sync + Debug {
@@ -113,13 +113,18 @@ pub trait PciFunction: Send + Sync + Debug {
 
     /// The BARs that decode now: the command register's enable for their kind is set (and the ROM's
     /// own enable, for the ROM). Values written while decoding is off are only values.
+    ///
+    /// Answers at once, and never waits for [`settle`](Self::settle) or [`reset`](Self::reset): it is
+    /// asked with the topology's locks held, for which the writes to other functions wait. Nothing but a
+    /// configuration write, `settle` and `reset` changes the answer.
     fn decoded(&self) -> Vec<BarRegion>;
 
     /// Carries out what a configuration write asked for and what must not happen while a BAR is mapped,
     /// such as putting a host device to sleep or resetting it. A function with such a thing to do
     /// decodes nothing until then. Says whether it decodes something again.
     ///
-    /// Called after a configuration write, when none of its BARs is mapped.
+    /// Called after each configuration write by which it decodes nothing, when none of its BARs is
+    /// mapped.
     fn settle(&self) -> bool {
         false
     }

@@ -19,8 +19,10 @@ pub struct MsiMessage {
 /// A route to the guest could not be made or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {
-    /// no interrupt route is free: all {limit} of KVM's GSIs are in use
-    #[error("no interrupt route is free: all {limit} of KVM's GSIs are in use")]
+    /// no interrupt route is free: all {limit} of KVM's GSIs are in use: let the guest's drivers have fewer queues, or give the VM fewer devices
+    #[error(
+        "no interrupt route is free: all {limit} of KVM's GSIs are in use: let the guest's drivers have fewer queues, or give the VM fewer devices"
+    )]
     Exhausted {
         /// How many there are.
         limit: u32,

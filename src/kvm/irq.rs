@@ -440,6 +440,14 @@ mod tests {
     }
 
     #[test]
+    fn a_table_can_be_as_long_as_kvm_takes_it() {
+        // Linux, include/linux/kvm_host.h, `KVM_MAX_IRQ_ROUTES`.
+        let entries = vec![kvm_irq_routing_entry::default(); 4096];
+        let routing = KvmIrqRouting::from_entries(&entries).unwrap();
+        assert_eq!(routing.as_slice().len(), entries.len());
+    }
+
+    #[test]
     fn the_legacy_pins_are_those_of_a_pc() {
         let routes: Vec<_> = legacy_routes()
             .iter()

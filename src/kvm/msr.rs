@@ -15,6 +15,10 @@ const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const WRITE_BACK: u64 = 6;
 
+/// What has to be locked with VMX in it before VMX can be on; zero at power-on.
+/// Intel SDM vol. 4, table 2-2.
+const IA32_FEATURE_CONTROL: u32 = 0x3a;
+
 /// Zero at power-on, as KVM has it, but to be written once the vCPU has its frequency. vCPUs that are
 /// given the same value are synchronised by KVM. Linux, arch/x86/kvm/x86.c, `kvm_synchronize_tsc`.
 const IA32_TIME_STAMP_COUNTER: u32 = 0x10;
@@ -42,6 +46,13 @@ pub(super) fn set_boot(vcpu: &VcpuFd, id: u8) -> Result<(), KvmError> {
 /// the host had been up. Linux, arch/x86/kvm/svm/svm.c, `shutdown_interception`.
 pub(super) fn synchronise_tsc(vcpu: &VcpuFd, id: u8) -> Result<(), KvmError> {
     set(vcpu, id, IA32_TIME_STAMP_COUNTER, 0)
+}
+
+/// Takes the vCPU out of VMX operation, and out of a guest of its own. Nothing where there is no VMX.
+///
+/// Linux, arch/x86/kvm/vmx/vmx.c, `vmx_set_msr`: so does a zero that the VMM, not the guest, writes here.
+pub(super) fn leave_vmx(vcpu: &VcpuFd, id: u8) -> Result<(), KvmError> {
+    set(vcpu, id, IA32_FEATURE_CONTROL, 0)
 }
 
 fn set(vcpu: &VcpuFd, id: u8, index: u32, data: u64) -> Result<(), KvmError> {

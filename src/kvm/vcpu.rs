@@ -7,6 +7,7 @@ use kvm_bindings::{
     CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING,
     KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_cpuid_entry2, kvm_debugregs,
     kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs,
 };
 use kvm_ioctls::{Cap, VcpuFd};
 
@@ -71,6 +72,8 @@ struct PowerOn {
     sregs: kvm_sregs,
     lapic: kvm_lapic_state,
     debug: kvm_debugregs,
+    /// None where the host has no XSAVE.
+    xcrs: Option<kvm_xcrs>,
     /// The same for every vCPU.
     msrs: Arc<[kvm_msr_entry]>,
 }
@@ -129,6 +132,7 @@ pub(super) fn create(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, 
                 regs: fd.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
                 sregs: fd.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?,
                 debug: fd.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?,
+                xcrs: fd.get_xcrs().ok().filter(|xcrs| xcrs.nr_xcrs != 0),
                 lapic,
                 msrs,
             };
@@ -193,6 +197,9 @@ impl Vcpu {
                 _ => KVM_MP_STATE_UNINITIALIZED,
             },
         };
+        // Before all else: in VMX operation KVM takes no CR4 without VMXE, such as that of power-on. AMD's
+        // processors leave SVM with EFER, which is a system register.
+        msr::leave_vmx(&self.fd, self.id)?;
         self.fd
             .set_vcpu_events(&events)
             .map_err(self.ioctl("KVM_SET_VCPU_EVENTS"))?;
@@ -206,6 +213,9 @@ impl Vcpu {
         self.fd
             .set_debug_regs(&state.debug)
             .map_err(self.ioctl("KVM_SET_DEBUGREGS"))?;
+        if let Some(xcrs) = &state.xcrs {
+            self.fd.set_xcrs(xcrs).map_err(self.ioctl("KVM_SET_XCRS"))?;
+        }
         msr::write_all(&self.fd, self.id, &state.msrs)?;
         msr::synchronise_tsc(&self.fd, self.id)?;
         self.fd
@@ -228,5 +238,81 @@ impl Vcpu {
 
     fn ioctl(&self, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError + use<> {
         KvmError::ioctl(what, format!("vCPU {}", self.id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::KVM_STATE_NESTED_FORMAT_VMX;
+    use kvm_bindings::nested::KvmNestedStateBuffer;
+
+    use super::*;
+
+    /// CPUID.1:ECX, and CPUID.8000_0001:ECX. Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E.4.1.
+    const ECX1_VMX: u32 = 1 << 5;
+    const ECX8_SVM: u32 = 1 << 2;
+    const EFER_SVME: u64 = 1 << 12;
+
+    /// The vCPU is in VMX operation, as after VMXON, or has SVM on; `false` where KVM lends guests neither.
+    fn run_guests_of_its_own(vcpu: &Vcpu, model: &CpuModel) -> bool {
+        let has = |function, bit| {
+            let mut leaves = model.supported.iter();
+            leaves.any(|leaf| leaf.function == function && leaf.ecx & bit != 0)
+        };
+        if has(1, ECX1_VMX) {
+            let mut on = KvmNestedStateBuffer::empty();
+            on.format = KVM_STATE_NESTED_FORMAT_VMX as u16;
+            on.hdr.vmx.vmxon_pa = 0x1000;
+            on.hdr.vmx.vmcs12_pa = u64::MAX;
+            vcpu.fd.set_nested_state(&on).unwrap();
+            return true;
+        }
+        let svm = has(0x8000_0001, ECX8_SVM);
+        if svm {
+            let mut sregs = vcpu.fd.get_sregs().unwrap();
+            sregs.efer |= EFER_SVME;
+            vcpu.fd.set_sregs(&sregs).unwrap();
+        }
+        svm
+    }
+
+    /// Nothing, said on standard error, where there is no KVM.
+    fn one() -> Option<(Vm, CpuModel, Vcpu)> {
+        let vm = Vm::new()
+            .inspect_err(|error| eprintln!("skipped: {error}"))
+            .ok()?;
+        let model = CpuModel::new(&vm).unwrap();
+        let vcpu = create(&vm, &model, 1).unwrap().remove(0);
+        Some((vm, model, vcpu))
+    }
+
+    #[test]
+    fn what_the_guest_let_xsave_save_is_forgotten_by_a_reset() {
+        let Some((_vm, _, mut vcpu)) = one() else {
+            return;
+        };
+        let Some(mut xcrs) = vcpu.power_on.xcrs else {
+            eprintln!("skipped: this processor has no XSAVE");
+            return;
+        };
+        assert_eq!(xcrs.xcrs[0].value, 1, "x87");
+        // SSE as well.
+        xcrs.xcrs[0].value = 3;
+        vcpu.fd.set_xcrs(&xcrs).unwrap();
+        vcpu.reset().unwrap();
+        assert_eq!(vcpu.fd.get_xcrs().unwrap().xcrs[0].value, 1);
+    }
+
+    #[test]
+    fn a_processor_that_runs_guests_of_its_own_is_reset_like_any_other() {
+        let Some((_vm, model, mut vcpu)) = one() else {
+            return;
+        };
+        if !run_guests_of_its_own(&vcpu, &model) {
+            eprintln!("skipped: KVM lends guests neither VMX nor SVM");
+            return;
+        }
+        vcpu.reset().unwrap();
+        assert_eq!(vcpu.fd.get_sregs().unwrap(), vcpu.power_on.sregs);
     }
 }

@@ -231,21 +231,6 @@ impl Machine {
         Ok(())
     }
 
-    /// Puts everything into its state at power-on, and starts the kernel anew. Host devices are
-    /// reset, and stay with the VM.
-    pub(super) fn restart(&mut self) -> Result<(), RunError> {
-        self.vcpus.hold();
-        self.assigned.on_restart(self.pci.topology());
-        self.events.clear();
-        // A device's pin is connected anew by its reset, and what it signals then must not be
-        // forgotten by the chips.
-        self.vm.reset_chips()?;
-        self.pci.topology().reset();
-        self.platform.reset();
-        self.vcpus.reset()?;
-        self.load()
-    }
-
     /// Says in the report what the run has cost so far.
     pub(super) fn account(&self, report: &Report) {
         if let Some(dma) = &self.dma {

@@ -149,9 +149,10 @@ impl Bars {
             if let Err(error) = taken {
                 log::log!(
                     self.complaints.next(log::Level::Warn),
-                    "{} at {:#x} is slower than it could be, for each access to a part of it \
+                    "{} of {} at {:#x} is slower than it could be, for each access to a part of it \
                      leaves the guest: {error}",
                     region.index,
+                    function.name(),
                     region.address
                 );
             }
@@ -213,7 +214,7 @@ impl BarMapper for Bars {
         };
         self.bus(region)
             .insert(
-                &region.index.to_string(),
+                &format!("{} of {}", region.index, function.name()),
                 region.address,
                 region.size,
                 Arc::new(bar),
@@ -258,6 +259,9 @@ mod tests {
     struct Function(Ram, u64);
 
     impl PciFunction for Function {
+        fn name(&self) -> String {
+            format!("the function with page {:#x}", self.1)
+        }
         fn config_read(&self, _offset: u16, _data: &mut [u8]) {}
         fn config_write(&self, _offset: u16, _data: &[u8]) {}
         fn bars(&self) -> Vec<BarRegion> {
@@ -378,8 +382,12 @@ mod tests {
         ] {
             f.bars.map(&f.function, &at(address, size)).unwrap_err();
         }
-        let error = f.bars.map(&f.function, &at(WINDOW.start + 0x2000, 0x2000));
-        assert!(error.unwrap_err().to_string().contains("overlaps BAR 0"));
+        let error = f.bars.map(&f.small, &at(WINDOW.start + 0x2000, 0x2000));
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "BAR 0 of the function with page 0x0 at 0xc0002000..=0xc0003fff overlaps BAR 0 of the \
+             function with page 0x1000 at 0xc0000000..=0xc0003fff"
+        );
         assert_eq!(read(&f.buses, WINDOW.start), 7);
         assert!(is_memory(&f.regions, WINDOW.start + 0x1000));
     }
@@ -391,9 +399,13 @@ mod tests {
         let other = unsafe { Region::device("other", WINDOW.start + 0x1000, 0x1000, 0x1000, ()) };
         let other = Arc::new(other);
         // The address is no memory of this process's, which KVM finds out only at an access.
-        f.regions.add(other.clone()).unwrap();
-        f.bars.map(&f.function, &at(WINDOW.start, 0x4000)).unwrap();
-        assert_eq!(read(&f.buses, WINDOW.start), 7);
+        f.regions.add(other).unwrap();
+        let (bar, part) = (at(WINDOW.start, 0x4000), WINDOW.start + 0x1000);
+        f.bars.map(&f.function, &bar).unwrap();
+        assert_eq!(read(&f.buses, part), 7);
+        f.bars.unmap(&f.function, &bar);
+        assert_eq!(read(&f.buses, part), 0xff);
+        assert!(is_memory(&f.regions, part), "the other's is the other's");
     }
 
     #[test]

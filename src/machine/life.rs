@@ -59,6 +59,17 @@ struct Life {
     held: bool,
 }
 
+/// What becomes of a guest that restarts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Restart {
+    /// It does.
+    Anew,
+    /// It was asked to power off, and this is how it did: the VM ends.
+    End,
+    /// It asked before it was held, and stays as it is.
+    Held,
+}
+
 impl Machine {
     /// Lets the guest run until it ends.
     pub(super) fn live(&mut self, report: &Report, signals: &Signals) -> Result<Ended, RunError> {
@@ -93,7 +104,7 @@ impl Machine {
                     .and_then(|index| Source::ALL.get(index));
                 let ended = match source {
                     Some(Source::Signal) => self.on_signal(&mut life, signals)?,
-                    Some(Source::Event) => self.on_event(&mut life)?,
+                    Some(Source::Event) => self.on_event(&mut life, signals)?,
                     Some(Source::Quit) => Some(Ended::Quit),
                     Some(Source::Clock) => {
                         self.platform.rtc.on_timer();
@@ -160,53 +171,87 @@ impl Machine {
         Ok(None)
     }
 
-    fn on_event(&mut self, life: &mut Life) -> Result<Option<Ended>, RunError> {
+    fn on_event(&mut self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
         while let Some(event) = self.events.take() {
-            match event {
-                Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => {
-                    return Ok(Some(Ended::PowerOff));
-                }
-                Event::Reset | Event::Vcpu(VcpuEvent::Reset) => {
-                    log::info!("the guest restarts");
-                    self.start_anew(life)?;
-                }
+            let ended = match event {
+                Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => Some(Ended::PowerOff),
+                Event::Reset | Event::Vcpu(VcpuEvent::Reset) => match life.restart() {
+                    Restart::Anew => {
+                        log::info!("the guest restarts");
+                        self.start_anew(life, signals)?
+                    }
+                    Restart::End => Some(ends_with("the guest restarts")),
+                    Restart::Held => stays_held("the guest restarts"),
+                },
                 Event::Vcpu(VcpuEvent::TripleFault { id, rip }) => {
                     let fault = RunError::TripleFault {
                         vcpu: id,
                         rip,
                         after: life.started.elapsed(),
                     };
-                    if life.started.elapsed() < TOO_SOON {
-                        return Err(fault);
+                    match life.restart() {
+                        Restart::Anew if life.started.elapsed() < TOO_SOON => return Err(fault),
+                        Restart::Anew => {
+                            log::warn!("{fault}; it is restarted");
+                            self.start_anew(life, signals)?
+                        }
+                        Restart::End => Some(ends_with(&fault.to_string())),
+                        Restart::Held => stays_held(&fault.to_string()),
                     }
-                    log::warn!("{fault}; it is restarted");
-                    self.start_anew(life)?;
                 }
                 Event::SlotPower { slot, on } => {
                     let state = if on { "on" } else { "off" };
                     log::debug!("slot {slot}: the guest switched its power {state}");
                     self.assigned.on_slot_power(self.pci.topology(), slot);
+                    None
                 }
                 Event::Vcpu(VcpuEvent::Crash) => return Err(RunError::Crashed),
                 Event::Vcpu(VcpuEvent::Failed { id, reason }) => {
                     return Err(RunError::Vcpu { vcpu: id, reason });
                 }
+            };
+            if ended.is_some() {
+                return Ok(ended);
             }
         }
         Ok(None)
     }
 
-    fn start_anew(&mut self, life: &mut Life) -> Result<(), RunError> {
-        self.restart()?;
-        life.started = Instant::now();
-        if !life.held {
+    fn start_anew(
+        &mut self,
+        life: &mut Life,
+        signals: &Signals,
+    ) -> Result<Option<Ended>, RunError> {
+        let ended = self.restart(signals)?;
+        if ended.is_none() {
+            life.started = Instant::now();
             self.vcpus.resume();
         }
-        Ok(())
+        Ok(ended)
     }
 }
 
+/// A guest that was asked to power off may restart instead, and would not be asked again.
+fn ends_with(what: &str) -> Ended {
+    log::info!("{what}; it was asked to power off, and the VM ends");
+    Ended::PowerOff
+}
+
+fn stays_held(what: &str) -> Option<Ended> {
+    log::warn!("{what}, but stays held: a device of its had an error before");
+    None
+}
+
 impl Life {
+    /// What becomes of a guest that restarts now.
+    fn restart(&self) -> Restart {
+        match (self.held, self.deadline) {
+            (true, _) => Restart::Held,
+            (false, Some(_)) => Restart::End,
+            (false, None) => Restart::Anew,
+        }
+    }
+
     /// Milliseconds until its deadline or the other, rounded up; -1 where there is none. epoll_wait(2)
     fn timeout(&self, other: Option<Instant>) -> i32 {
         let Some(deadline) = self.deadline.into_iter().chain(other).min() else {
@@ -214,5 +259,24 @@ impl Life {
         };
         let left = deadline.saturating_duration_since(Instant::now());
         i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_restarts_unless_it_was_asked_to_power_off_or_is_held() {
+        let life = |deadline, held| Life {
+            started: Instant::now(),
+            deadline,
+            held,
+        };
+        let asked = Some(Instant::now());
+        assert_eq!(life(None, false).restart(), Restart::Anew);
+        assert_eq!(life(asked, false).restart(), Restart::End);
+        assert_eq!(life(None, true).restart(), Restart::Held);
+        assert_eq!(life(asked, true).restart(), Restart::Held);
     }
 }

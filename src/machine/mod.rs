@@ -17,6 +17,7 @@ mod life;
 mod pci;
 mod places;
 mod platform;
+mod restart;
 mod signals;
 
 pub use error::RunError;

@@ -142,19 +142,51 @@ fn a_kernel_that_triple_faults_at_once_is_named_and_not_tried_for_ever() {
     );
 }
 
-#[test]
-fn sigterm_presses_the_power_button() {
+/// Says "ready", and waits for the power button.
+fn wait_for_the_button() -> Vec<u8> {
     // PM1 enable = the power button; mov dx, 0x600; again: in ax, dx; test ah, 1; jz again
     let wait = [
         0x66, 0xba, 0x00, 0x06, 0x66, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf9,
     ];
-    let code = [&outw(0x602, 0x100)[..], &say("ready"), &wait, &power_off()].concat();
+    [&outw(0x602, 0x100)[..], &say("ready"), &wait].concat()
+}
+
+#[test]
+fn sigterm_presses_the_power_button() {
+    let code = [wait_for_the_button(), power_off()].concat();
     let Some((child, _folder)) = Run::new(&code).until("ready") else {
         return;
     };
     signal(&child, libc::SIGTERM);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+#[test]
+fn a_guest_that_restarts_when_it_is_asked_to_power_off_is_not_started_again() {
+    for (reset, said) in [
+        // mov al, 0xfe; out 0x64, al; jmp $
+        (
+            &[0xb0, 0xfe, 0xe6, 0x64, 0xeb, 0xfe][..],
+            "the guest restarts",
+        ),
+        // ud2, without an interrupt table
+        (&[0x0f, 0x0b], "triple-faulted"),
+    ] {
+        let code = [&wait_for_the_button()[..], reset].concat();
+        let mut run = Run::new(&code);
+        run.command.arg("--verbose");
+        let Some((child, _folder)) = run.until("ready") else {
+            return;
+        };
+        signal(&child, libc::SIGTERM);
+        let output = child.wait_with_output().unwrap();
+        let errors = stderr(&output);
+        assert_eq!(output.status.code(), Some(0), "{errors}");
+        assert!(output.stdout.is_empty(), "started again");
+        let asked = errors.contains("it was asked to power off, and the VM ends");
+        assert!(asked && errors.contains(said), "{errors}");
+    }
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! What firmware does before the guest's kernel starts: bus numbers, bridge windows and addresses.
 //!
 //! Within a bus the most aligned comes first, so that nothing is wasted between powers of two; a
-//! bridge's window is as large as what is behind it, and one with a slot for devices that come later
-//! has some room for them: an operating system that finds a window closed would place it anew at each
-//! boot. Functions are left with decoding off, for the
-//! guest's drivers to turn on; bridges are left open.
+//! bridge's window is as large as what is behind it. One with a slot has 2 MiB at least: an operating
+//! system that finds a window closed, because nothing behind it needs one, would place it anew at each
+//! boot. Functions are left with decoding off, for the guest's drivers to turn on; bridges are left
+//! open.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -96,8 +96,8 @@ impl Space {
     }
 }
 
-/// Room for devices that come at run time, in each memory window: what Linux gives a bridge that it
-/// sets up itself (`pci=hpmmiosize=`).
+/// The least that each memory window of a bridge with a slot has, needed or not: what Linux gives a
+/// bridge that it sets up itself (`pci=hpmmiosize=`).
 const HOT_PLUG_ROOM: u64 = 2 << 20;
 
 /// Something that needs room. Sizes are wide so that a sum of hostile BARs cannot overflow.
@@ -211,11 +211,11 @@ fn requests(tree: &Tree, bus: Option<FunctionId>, space: Space) -> Vec<Request> 
         if let Some(bridge) = node.pci.bridge() {
             let inner = self::requests(tree, Some(node.id), space);
             let granule = u128::from(space.granule());
-            let spare = match bridge.hot_plug() {
+            let least = match bridge.hot_plug() {
                 Some(_) if space != Space::Io => u128::from(HOT_PLUG_ROOM),
                 _ => 0,
             };
-            let size = offsets(&inner, 0).1.next_multiple_of(granule).max(spare);
+            let size = offsets(&inner, 0).1.next_multiple_of(granule).max(least);
             if size != 0 {
                 requests.push(Request {
                     function: node.id,

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use super::busy_tests::{Busy, MOMENT};
 use super::tests::{bdf, device, read32, write16, write32};
 use super::*;
 use crate::address::Function;
@@ -108,6 +109,46 @@ fn a_device_that_is_pulled_out_leaves_no_bar_and_no_reference_behind() {
     let status = read32(&f.topology, bdf(PORT), STATUS - 2) >> 16;
     assert_eq!(status, 0x108, "left, link down");
     assert!(f.topology.unplug(f.port).is_empty());
+}
+
+/// One whose slot has a busy function.
+fn with_busy() -> (Fixture, Arc<Busy>) {
+    let f = Fixture::new(function());
+    drop(f.topology.unplug(f.port));
+    let busy = Busy::new(&f.mapper);
+    f.topology.add(Place::behind(f.port), busy.clone()).unwrap();
+    (f, busy)
+}
+
+#[test]
+fn a_device_is_out_when_what_a_vcpu_had_it_do_is_done_and_not_before() {
+    let ((f, busy), second) = (with_busy(), function());
+    let place = Place::behind(f.port).with_function(Function::new(1).unwrap());
+    f.topology.add(place, second.clone()).unwrap();
+    let out = || {
+        assert_eq!(f.topology.unplug(f.port).len(), 2);
+        let resets = [&busy.inner, &second].map(|function| function.resets.load(Ordering::Relaxed));
+        assert_eq!(resets, [1, 1]);
+    };
+    let power_off = || f.control(DRIVEN | spec::EXP_SLOT_CONTROL_POWER_OFF);
+    assert!(!busy.while_it_is_busy(MOMENT, power_off, out));
+
+    let (f, busy) = with_busy();
+    let out = || {
+        assert_eq!(f.topology.unplug(f.port).len(), 1);
+        assert_eq!(busy.done.load(Ordering::Relaxed), 1);
+    };
+    let ask = || write32(&f.topology, bdf(BEHIND), 0x40, 1);
+    assert!(!busy.while_it_is_busy(MOMENT, ask, out));
+}
+
+#[test]
+fn a_write_that_comes_after_its_function_is_out_is_lost() {
+    let (f, busy) = with_busy();
+    let node = f.topology.tree().find(bdf(BEHIND)).cloned().unwrap();
+    assert_eq!(f.topology.unplug(f.port).len(), 1);
+    f.topology.write_dword(&node, 0x40, &[1]);
+    assert_eq!(busy.done.load(Ordering::Relaxed), 0);
 }
 
 #[derive(Clone, Debug)]

@@ -34,14 +34,6 @@ pub(super) struct Mappings {
 }
 
 impl Mappings {
-    /// Whether anything of a function is mapped.
-    pub(super) fn has(&self, function: FunctionId) -> bool {
-        let mappings = self.functions.get(&function).into_iter().flatten();
-        mappings
-            .into_iter()
-            .any(|mapping| mapping.state == State::Mapped)
-    }
-
     /// Unmaps everything.
     pub(super) fn clear(&mut self, mapper: &dyn BarMapper) {
         let all = std::mem::take(&mut self.functions).into_values().flatten();

@@ -12,7 +12,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::address::Bdf;
-use crate::function::{BarMapper, HotPlug, PciFunction};
+use crate::function::{BarMapper, Bridge, HotPlug, PciFunction};
 use crate::spec;
 pub use assign::{AssignError, Windows};
 use mapping::Mappings;
@@ -22,9 +22,10 @@ use tree::{Node, Tree};
 /// The PCI functions of a machine.
 ///
 /// vCPU threads access configuration space in parallel. Locks are taken in this order: that of writes to
-/// one function, then the mappings, then the tree (never held while a function is written), then a
-/// function's own. So a function must not call the topology from within an access, nor may the
-/// [`BarMapper`] from within a call; a function's own lock is never held when the mapper is called.
+/// a bridge, that of writes to one function behind it, then the mappings, then the tree (never held
+/// while a function is written), then a function's own. So a function must not call the topology from
+/// within an access, nor may the [`BarMapper`] from within a call; a function's own lock is never held
+/// when the mapper is called.
 pub struct Topology {
     mapper: Arc<dyn BarMapper>,
     tree: RwLock<Tree>,
@@ -72,9 +73,12 @@ impl Topology {
 
     /// Empties the slot behind a bridge while the guest runs, whether the guest let go of the device
     /// or not: its functions answer no longer, then their BARs are unmapped, then the guest is told.
-    /// The functions are the caller's, to be dropped; an access that a vCPU began before may hold one
-    /// for a moment longer.
+    /// What a vCPU had the bridge or a function carry out, such as a reset, is waited for. The functions
+    /// are the caller's, to be dropped; an access that a vCPU began before may hold one for a moment
+    /// longer.
     pub fn unplug(&self, bridge: FunctionId) -> Vec<Arc<dyn PciFunction>> {
+        let write = self.tree().get(bridge).map(|node| node.write.clone());
+        let _one = write.as_deref().map(lock);
         let below: Vec<_> = self.tree().children(Some(bridge)).map(|n| n.id).collect();
         let functions = below.into_iter().flat_map(|id| self.remove(id)).collect();
         self.with_slot(bridge, |slot| slot.set_present(false));
@@ -92,14 +96,18 @@ impl Topology {
     }
 
     /// Takes out a function and all that is behind it, with their BARs unmapped, and gives them
-    /// back. Nothing where it is out already.
+    /// back, when what a vCPU had them carry out is done. Nothing where it is out already.
     pub fn remove(&self, id: FunctionId) -> Vec<Arc<dyn PciFunction>> {
         let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
         let nodes = tree.remove(id);
         drop(tree);
         let ids: Vec<_> = nodes.iter().map(|node| node.id).collect();
         self.remap(&mut self.mappings(), &ids);
-        nodes.into_iter().map(|node| node.pci).collect()
+        let after_its_writes = |node: Node| {
+            drop(lock(&node.write));
+            node.pci
+        };
+        nodes.into_iter().map(after_its_writes).collect()
     }
 
     /// Every function; a bridge before what is behind it.
@@ -158,11 +166,20 @@ impl Topology {
     /// Puts every function into its state at power-on, as when the machine is reset. No vCPU may
     /// run. Nothing is mapped or numbered after it; [`assign`](Self::assign) comes next.
     pub fn reset(&self) {
+        self.reset_while(|_| true);
+    }
+
+    /// [`reset`](Self::reset), but `go_on` is asked before each function. Once it says no, the others
+    /// are left as they are, with nothing of them mapped: the machine will not run again.
+    pub fn reset_while(&self, go_on: impl Fn(&dyn PciFunction) -> bool) {
         let functions = self.functions();
         // As with a bridge's reset: what others reach of a device's memory ends with the reset, and one
         // reset can be that of several devices.
         self.mappings().clear(&*self.mapper);
         for (_, function) in &functions {
+            if !go_on(&**function) {
+                return;
+            }
             function.reset();
         }
         let ids: Vec<_> = functions.iter().map(|(id, _)| *id).collect();
@@ -173,16 +190,34 @@ impl Topology {
     /// it back, each reset of a bus is seen to begin exactly once, and none ends before all below are
     /// reset.
     fn write_dword(&self, node: &Node, offset: u16, data: &[u8]) {
-        let _one = node.write.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(bridge) = node.pci.bridge() else {
-            node.pci.config_write(offset, data);
-            self.remap(&mut self.mappings(), &[node.id]);
-            // The locks that others wait for are free: what has to be settled can take long.
-            if !self.mappings().has(node.id) && node.pci.settle() {
-                self.remap(&mut self.mappings(), &[node.id]);
-            }
+        let _one = lock(&node.write);
+        // It may have been taken out while this waited, or just before.
+        if self.tree().get(node.id).is_none() {
             return;
-        };
+        }
+        match node.pci.bridge() {
+            Some(bridge) => self.write_bridge(node, bridge, offset, data),
+            None => self.write_endpoint(node, offset, data),
+        }
+    }
+
+    /// Most writes change no decoding and have nothing carried out: they take no lock that writes to
+    /// other functions take.
+    fn write_endpoint(&self, node: &Node, offset: u16, data: &[u8]) {
+        let before = node.pci.decoded();
+        node.pci.config_write(offset, data);
+        let now = node.pci.decoded();
+        if now != before {
+            self.remap(&mut self.mappings(), &[node.id]);
+        }
+        // Nothing of it is mapped, and what has to be settled can take long: other functions go on, for
+        // the lock that is held is that of writes to this one.
+        if now.is_empty() && node.pci.settle() {
+            self.remap(&mut self.mappings(), &[node.id]);
+        }
+    }
+
+    fn write_bridge(&self, node: &Node, bridge: &dyn Bridge, offset: u16, data: &[u8]) {
         let mut mappings = self.mappings();
         let was_in_reset = bridge.in_reset();
         node.pci.config_write(offset, data);
@@ -193,8 +228,11 @@ impl Topology {
         if begins {
             // By now nothing below is mapped. Resets can take long: other functions go on.
             for &id in affected.iter().filter(|&&id| id != node.id) {
-                if let Some(function) = self.function(id) {
-                    function.reset();
+                let below = self.tree().get(id).cloned();
+                if let Some(below) = below {
+                    // A write to it finds it as it was, or reset.
+                    let _one = lock(&below.write);
+                    below.pci.reset();
                 }
             }
             self.remap(&mut self.mappings(), &affected);
@@ -213,12 +251,16 @@ impl Topology {
     }
 
     fn mappings(&self) -> MutexGuard<'_, Mappings> {
-        self.mappings.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.mappings)
     }
 
     fn tree(&self) -> RwLockReadGuard<'_, Tree> {
         self.tree.read().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Cuts an access into parts that do not cross a doubleword, each with its offset and width; what is
@@ -247,6 +289,8 @@ fn set_multi_function(offset: u16, data: &mut [u8], multi_function: bool) {
     }
 }
 
+#[cfg(test)]
+mod busy_tests;
 #[cfg(test)]
 mod hot_plug_tests;
 #[cfg(test)]

@@ -1,8 +1,6 @@
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -46,19 +44,19 @@ pub(super) fn read32(topology: &Topology, at: Bdf, offset: u16) -> u32 {
 
 /// Port 00:01.0 with a function behind it that has a 32-bit, a 64-bit and an I/O BAR; on bus 0
 /// beside it one with a 32-bit BAR.
-struct Fixture {
-    mapper: Arc<FakeMapper>,
-    topology: Topology,
-    port: FunctionId,
+pub(super) struct Fixture {
+    pub(super) mapper: Arc<FakeMapper>,
+    pub(super) topology: Topology,
+    pub(super) port: FunctionId,
     behind: Arc<FakeFunction>,
 }
 
-const PORT: &str = "00:01.0";
-const BESIDE: &str = "00:02.0";
-const BEHIND: &str = "01:00.0";
+pub(super) const PORT: &str = "00:01.0";
+pub(super) const BESIDE: &str = "00:02.0";
+pub(super) const BEHIND: &str = "01:00.0";
 
 impl Fixture {
-    fn new(exclusive: bool) -> Self {
+    pub(super) fn new(exclusive: bool) -> Self {
         let mapper = FakeMapper::new(exclusive);
         let topology = Topology::new(mapper.clone());
         let port = topology.add(Place::root(device(1)), port(1)).unwrap();
@@ -79,7 +77,7 @@ impl Fixture {
     }
 
     /// Bus 1, a memory window at 0xC000_0000 of 2 MiB and everything on.
-    fn set_up(&self) {
+    pub(super) fn set_up(&self) {
         let port = bdf(PORT);
         write32(&self.topology, port, spec::PRIMARY_BUS, 0x0001_0100);
         write32(&self.topology, port, spec::MEMORY_BASE, 0xc010_c000);
@@ -88,7 +86,7 @@ impl Fixture {
         write16(&self.topology, bdf(BEHIND), spec::COMMAND, 2);
     }
 
-    fn mapped(&self) -> Vec<(BarIndex, u64)> {
+    pub(super) fn mapped(&self) -> Vec<(BarIndex, u64)> {
         let mapped = self.mapper.mapped().into_values();
         mapped
             .map(|region| (region.index, region.address))
@@ -221,6 +219,18 @@ fn a_machine_reset_leaves_nothing_mapped_or_numbered() {
 }
 
 #[test]
+fn a_machine_reset_that_is_stopped_resets_no_more_and_leaves_nothing_mapped() {
+    let f = Fixture::new(false);
+    f.set_up();
+    let asked = AtomicUsize::new(0);
+    f.topology
+        .reset_while(|_| asked.fetch_add(1, Ordering::Relaxed) < 2);
+    assert_eq!(asked.load(Ordering::Relaxed), 3, "the port, the one beside");
+    assert_eq!(f.behind.resets.load(Ordering::Relaxed), 0);
+    assert_eq!(f.mapped(), []);
+}
+
+#[test]
 fn accesses_of_every_width_and_offset_reach_functions_in_doublewords() {
     let f = Fixture::new(false);
     let mut data = [0; 16];
@@ -238,169 +248,6 @@ fn accesses_of_every_width_and_offset_reach_functions_in_doublewords() {
     f.topology.config_write(bdf(BESIDE), 0x0f, &[0xff; 9]);
     assert_eq!(read32(&f.topology, bdf(BESIDE), 0x10), 0xffff_f000);
     f.topology.config_write(bdf(BESIDE), u16::MAX, &[0; 4]);
-}
-
-/// A function that, while 0x40 is not zero, has something to do that its BAR must not be mapped for.
-struct Busy {
-    inner: Arc<FakeFunction>,
-    mapper: Arc<FakeMapper>,
-    asked: std::sync::atomic::AtomicBool,
-    done: std::sync::atomic::AtomicUsize,
-    /// Called at each reset, and when something has to be done.
-    meanwhile: Mutex<Option<Box<dyn Fn() + Send>>>,
-}
-
-impl std::fmt::Debug for Busy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Busy")
-    }
-}
-
-impl Busy {
-    fn new(mapper: &Arc<FakeMapper>) -> Arc<Self> {
-        Arc::new(Self {
-            inner: FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)]),
-            mapper: mapper.clone(),
-            asked: false.into(),
-            done: 0.into(),
-            meanwhile: Mutex::default(),
-        })
-    }
-
-    /// Runs `other` on a vCPU of its own as soon as this is reset, or has something to do, by `this`, and
-    /// gives it some time to get through.
-    fn while_it_is_busy(&self, this: impl FnOnce(), other: impl FnOnce() + Send) {
-        let ((begun, begins), (ended, ends)) = (mpsc::channel(), mpsc::channel());
-        *self.meanwhile.lock().unwrap() = Some(Box::new(move || {
-            let _once = begun.send(());
-            let _late = ends.recv_timeout(Duration::from_millis(100));
-        }));
-        thread::scope(|scope| {
-            scope.spawn(move || {
-                begins.recv_timeout(Duration::from_secs(10)).unwrap();
-                other();
-                let _nobody_waits = ended.send(());
-            });
-            this();
-        });
-        *self.meanwhile.lock().unwrap() = None;
-    }
-
-    fn wait(&self) {
-        if let Some(call) = &*self.meanwhile.lock().unwrap() {
-            call();
-        }
-        assert!(self.mapper.mapped().is_empty());
-    }
-}
-
-impl PciFunction for Busy {
-    fn config_read(&self, offset: u16, data: &mut [u8]) {
-        self.inner.config_read(offset, data);
-    }
-
-    fn config_write(&self, offset: u16, data: &[u8]) {
-        self.inner.config_write(offset, data);
-        if offset == 0x40 {
-            self.asked.store(data[0] != 0, Ordering::Relaxed);
-        }
-    }
-
-    fn bars(&self) -> Vec<BarRegion> {
-        self.inner.bars()
-    }
-
-    fn decoded(&self) -> Vec<BarRegion> {
-        match self.asked.load(Ordering::Relaxed) {
-            true => Vec::new(),
-            false => self.inner.decoded(),
-        }
-    }
-
-    fn settle(&self) -> bool {
-        if self.asked.load(Ordering::Relaxed) {
-            self.wait();
-        }
-        let asked = self.asked.swap(false, Ordering::Relaxed);
-        self.done.fetch_add(asked.into(), Ordering::Relaxed);
-        asked
-    }
-
-    fn bar_read(&self, _bar: BarIndex, _offset: u64, _data: &mut [u8]) {}
-
-    fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
-
-    fn reset(&self) {
-        self.wait();
-        self.inner.reset();
-    }
-}
-
-fn with_bar_mapped() -> (Arc<FakeMapper>, Topology, Arc<Busy>) {
-    let mapper = FakeMapper::new(false);
-    let topology = Topology::new(mapper.clone());
-    let busy = Busy::new(&mapper);
-    topology.add(Place::root(device(2)), busy.clone()).unwrap();
-    write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
-    write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
-    (mapper, topology, busy)
-}
-
-#[test]
-fn what_must_not_happen_while_a_bar_is_mapped_happens_while_none_is_and_it_comes_back() {
-    let (mapper, topology, busy) = with_bar_mapped();
-    assert_eq!(mapper.mapped().len(), 1);
-    write32(&topology, bdf(BESIDE), 0x40, 1);
-    assert_eq!(busy.done.load(Ordering::Relaxed), 1);
-    assert_eq!(mapper.mapped().len(), 1);
-    write16(&topology, bdf(BESIDE), spec::COMMAND, 0);
-    write32(&topology, bdf(BESIDE), 0x40, 1);
-    assert_eq!(busy.done.load(Ordering::Relaxed), 2);
-}
-
-#[test]
-fn what_one_vcpu_asks_for_is_carried_out_before_another_takes_it_back() {
-    let (mapper, topology, busy) = with_bar_mapped();
-    let ask = |value| write32(&topology, bdf(BESIDE), 0x40, value);
-    busy.while_it_is_busy(|| ask(1), || ask(0));
-    assert_eq!(busy.done.load(Ordering::Relaxed), 1);
-    assert_eq!(mapper.mapped().len(), 1);
-}
-
-#[test]
-fn nothing_is_mapped_of_any_function_when_the_first_is_reset_with_the_machine() {
-    let mapper = FakeMapper::new(false);
-    let topology = Topology::new(mapper.clone());
-    for (number, at, address) in [(2, BESIDE, 0xc000_0000), (3, "00:03.0", 0xc000_1000)] {
-        let busy = Busy::new(&mapper);
-        topology.add(Place::root(device(number)), busy).unwrap();
-        write32(&topology, bdf(at), 0x10, address);
-        write16(&topology, bdf(at), spec::COMMAND, 2);
-    }
-    assert_eq!(mapper.mapped().len(), 2);
-    // Each looks whether anything is mapped.
-    topology.reset();
-    assert!(mapper.mapped().is_empty());
-    write32(&topology, bdf(BESIDE), 0x10, 0xc000_0000);
-    write16(&topology, bdf(BESIDE), spec::COMMAND, 2);
-    assert_eq!(mapper.mapped().len(), 1, "it can be mapped again");
-}
-
-#[test]
-fn a_reset_of_a_bus_that_another_vcpu_ends_is_carried_out_before() {
-    let f = Fixture::new(false);
-    f.set_up();
-    f.topology.remove(f.topology.functions()[2].0);
-    let control = |value| write16(&f.topology, bdf(PORT), spec::BRIDGE_CONTROL, value);
-    let busy = Busy::new(&f.mapper);
-    f.topology.add(Place::behind(f.port), busy.clone()).unwrap();
-    write32(&f.topology, bdf(BEHIND), 0x10, 0xc000_0000);
-    write16(&f.topology, bdf(BEHIND), spec::COMMAND, 2);
-    assert_eq!(f.mapped().len(), 1);
-    // Were the other to get through, the BAR would be mapped.
-    busy.while_it_is_busy(|| control(spec::BRIDGE_CONTROL_RESET), || control(0));
-    assert_eq!(busy.inner.resets.load(Ordering::Relaxed), 1);
-    assert_eq!(read32(&f.topology, bdf(BEHIND), 0), 0x5678_1234);
 }
 
 /// What should be mapped, worked out from the registers alone.

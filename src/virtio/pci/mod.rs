@@ -313,6 +313,10 @@ fn config_space(device: &dyn VirtioDevice) -> Result<ConfigSpace, BarError> {
 }
 
 impl PciFunction for VirtioPci {
+    fn name(&self) -> String {
+        format!("virtio device {}", self.name)
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         if self.capabilities.touches_data(offset, data.len())
             && let Some((at, width)) = self.window()
