@@ -1,7 +1,7 @@
 # The three initramfs images, not compressed, because unpacking under emulation is slow. Sourced, after stock.sh.
 
 # What guests load by the alias of each device that they find.
-guest_modules=(nvme e1000 e1000e igb igbvf 8139cp virtio_blk virtio_net virtio-rng virtio_balloon ext4 uio_pci_generic)
+guest_modules=(nvme e1000 e1000e igb igbvf 8139cp virtio_blk virtio_net virtio-rng virtio_balloon ext4 uio_pci_generic msr)
 # Programs of the root that guests can ask for, with their libraries.
 guest_programs=(usr/bin/fio usr/bin/lspci)
 

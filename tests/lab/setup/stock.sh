@@ -5,7 +5,7 @@ stock_modules=(
     9p 9pnet_virtio overlay virtio_pci virtio_blk virtio_net virtio_console virtio-rng virtio_balloon vsock
     vmw_vsock_virtio_transport virtiofs ext4 dm-mod dm-crypt raid1 loop tun vhost_net vhost_vsock bridge
     kvm kvm-amd kvm-intel vfio vfio-pci vfio_iommu_type1 nvme e1000 e1000e igb igbvf 8139cp xhci-pci ahci
-    snd-hda-intel uio_pci_generic i2c-i801 lpc_ich
+    snd-hda-intel uio_pci_generic i2c-i801 lpc_ich msr
 )
 
 make_stock() {

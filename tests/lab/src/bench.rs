@@ -138,6 +138,7 @@ fn turn(
             .kernel(GuestKernel::SmallBzImage)
             .cpus(arguments.cpus)
             .memory_mib(MEMORY_MIB)
+            .cmdline("console=ttyS0 quiet panic=-1 lab.pv_eoi")
             .device(address)
             .opened_by(&format!("exec taskset -c 1-{} \"$@\"", arguments.cpus + 1))
     };
