@@ -33,6 +33,9 @@ pub(crate) struct BenchArgs {
     /// Processors of the guest, each with a queue of the drive's.
     #[arg(long, default_value_t = 1)]
     cpus: u32,
+    /// Leave QEMU its HPET, with which its main thread is busy beside the guest, and the emulated drive slower.
+    #[arg(long)]
+    hpet: bool,
     /// Print each of KVM's counters, too: what the exits were.
     #[arg(long)]
     counters: bool,
@@ -133,8 +136,13 @@ fn turn(
     address: &str,
     arguments: &BenchArgs,
 ) -> Result<Turn> {
+    let timers: &[&str] = match vmm {
+        Vmm::Qemu if !arguments.hpet => &["-machine", "hpet=off"],
+        _ => &[],
+    };
     let guest = || {
         GuestRun::new(vmm)
+            .args(timers)
             .kernel(GuestKernel::SmallBzImage)
             .cpus(arguments.cpus)
             .memory_mib(MEMORY_MIB)
@@ -338,7 +346,8 @@ fn print(turns: &[Turn], version: &str, arguments: &BenchArgs) {
         "\nan NVMe drive assigned to a guest of {} vCPU and {MEMORY_MIB} MiB; median (least..most) of {} turns",
         arguments.cpus, arguments.turns
     );
-    let qemu = format!("QEMU {version} q35");
+    let timers = if arguments.hpet { "" } else { ", no HPET" };
+    let qemu = format!("QEMU {version} q35{timers}");
     println!(
         "{:<34} {:>24} {qemu:>24} {:>7}  wanted (held in)",
         "", "Busway", "ratio"
