@@ -15,6 +15,13 @@ pub struct Thread {
     pub system: u64,
 }
 
+impl Thread {
+    /// Whether it runs a vCPU, by the name that Busway or QEMU gives it.
+    pub fn is_vcpu(&self) -> bool {
+        self.name.starts_with("vcpu") || self.name.ends_with("/KVM")
+    }
+}
+
 /// One mapping of the VMM's memory (proc(5), `smaps`), in KiB.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Mapping {
@@ -76,6 +83,17 @@ impl Snapshot {
                 .get(counter)?
                 .saturating_sub(*earlier.kvm.get(counter)?),
         )
+    }
+
+    /// Seconds that the vCPUs' threads have run, in the guest and for it.
+    pub fn vcpu_seconds(&self) -> f64 {
+        // Linux counts it in hundredths, USER_HZ, for every program (times(2)).
+        let ticks = self
+            .threads
+            .iter()
+            .filter(|thread| thread.is_vcpu())
+            .map(|thread| thread.user + thread.system);
+        ticks.sum::<u64>() as f64 / 100.0
     }
 
     /// The VMM's own memory, PSS in KiB: every mapping smaller than the guest's memory.
@@ -142,6 +160,7 @@ mod tests {
         let snapshot = Snapshot::parse(text);
         assert_eq!(snapshot.kvm["exits"], 120);
         assert_eq!(snapshot.threads[0].name, "CPU 0/KVM");
+        assert_eq!(snapshot.vcpu_seconds(), 0.34);
         assert_eq!(snapshot.mappings[1].name, "/usr/local/bin/busway");
         assert_eq!((snapshot.own_pss(512), snapshot.own_dirty(512)), (600, 8));
         let later = Snapshot {

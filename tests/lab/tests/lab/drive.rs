@@ -290,11 +290,7 @@ fn cost(lab: &mut Lab) -> Result<()> {
         mmio == 0,
         "{mmio} MMIO exits to user space in {reads} reads"
     );
-    for thread in after
-        .threads
-        .iter()
-        .filter(|thread| !thread.name.starts_with("vcpu"))
-    {
+    for thread in after.threads.iter().filter(|thread| !thread.is_vcpu()) {
         let earlier = before.threads.iter().find(|each| each.id == thread.id);
         let spent = earlier.map_or(0, |each| {
             thread.user + thread.system - each.user - each.system
