@@ -33,7 +33,7 @@ pub(crate) struct BenchArgs {
     /// Processors of the guest, each with a queue of the drive's.
     #[arg(long, default_value_t = 1)]
     cpus: u32,
-    /// Leave QEMU its HPET, with which its main thread is busy beside the guest, and the emulated drive slower.
+    /// Leave QEMU its HPET, for which its main thread works beside the guest.
     #[arg(long)]
     hpet: bool,
     /// Print each of KVM's counters, too: what the exits were.
