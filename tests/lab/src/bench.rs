@@ -314,7 +314,7 @@ const FIGURES: &[Figure] = &[
         name: "  exits a read",
         of: |turn| turn.exits_per_read,
         decimals: 3,
-        wanted: Wanted::Nothing,
+        wanted: Wanted::RatioTo(1.0),
     },
     Figure {
         name: "exits a second without reads",
