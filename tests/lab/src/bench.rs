@@ -58,7 +58,7 @@ struct Turn {
     interrupts_per_read: f64,
     /// Exits a second of the vCPUs' time where the guest does nothing but spin: timers'. They are taken off the next three.
     exits_per_second: f64,
-    /// Exits for each interrupt that the drive sent meanwhile.
+    /// Exits for each interrupt that the drive sent during the reads.
     exits_per_interrupt: f64,
     /// Exits a read where [`DEPTH`] are asked for at once, and the next when all are there.
     exits_per_read_of_many: f64,
@@ -293,8 +293,8 @@ impl fmt::Display for Wanted {
     }
 }
 
-/// No more than QEMU's. The same KVM makes the exits of both, so equal is what they are at best, and these counts differ
-/// by so much from turn to turn of one VMM.
+/// No more than QEMU's. The same KVM makes the exits of both, so equal is what they are at best, and the medians of
+/// one VMM differ by some hundredths from run to run.
 const NO_MORE: Wanted = Wanted::RatioTo(1.05);
 
 const FIGURES: &[Figure] = &[
@@ -323,19 +323,19 @@ const FIGURES: &[Figure] = &[
         wanted: Wanted::Nothing,
     },
     Figure {
-        name: "exits an interrupt, beyond these",
+        name: "beyond these, exits an interrupt",
         of: |turn| turn.exits_per_interrupt,
         decimals: 3,
         wanted: NO_MORE,
     },
     Figure {
-        name: "exits a read, 16 asked for at once",
+        name: "  a read, 16 asked for at once",
         of: |turn| turn.exits_per_read_of_many,
         decimals: 3,
         wanted: NO_MORE,
     },
     Figure {
-        name: "exits a read, one at a time",
+        name: "  a read, one at a time",
         of: |turn| turn.exits_per_lone_read,
         decimals: 3,
         wanted: NO_MORE,
