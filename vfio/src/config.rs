@@ -353,6 +353,11 @@ impl GuestConfig {
         !self.reset_wanted && self.power.as_ref().is_none_or(Power::is_awake)
     }
 
+    /// Whether the device sleeps, and does not answer for its BARs.
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.power.as_ref().is_some_and(Power::is_asleep)
+    }
+
     /// Wakes the device, so that it can be reset.
     pub(crate) fn wake(&mut self, io: &dyn DeviceIo) {
         if let Some(power) = &mut self.power {

@@ -378,7 +378,9 @@ impl PciFunction for AssignedFunction {
         }
         if let Some(MsixState { at, msix, vectors }) = msix {
             let control: u16 = config.held(at.saturating_add(spec::MSIX_CONTROL));
-            if control != msix.control() {
+            // The kernel masks vectors in the table, which a sleeping device does not answer for. It sends no message
+            // either, and what the guest wrote is carried out by the write that wakes it.
+            if control != msix.control() && !config.is_asleep() {
                 let pin = pin.as_mut();
                 let vectors = &mut InPlaceOfPin {
                     vectors,

@@ -36,6 +36,11 @@ impl Power {
         !self.asleep && self.wanted.is_none()
     }
 
+    /// Whether it is not in D0.
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.asleep
+    }
+
     /// The guest wrote `data` at `offset` of configuration space. Waking is done at once.
     pub(crate) fn written(&mut self, io: &dyn DeviceIo, offset: u16, data: &[u8]) {
         let at = self.control.checked_sub(offset).map(usize::from);

@@ -76,6 +76,42 @@ fn interrupts_are_disabled_in_an_awake_device_whatever_resets_it() {
 }
 
 #[test]
+fn msix_is_enabled_and_disabled_only_in_an_awake_device() {
+    let (fake, _, function) = function(nvme());
+    let sleep = || {
+        function.config_write(0x64, &[3, 0]);
+        function.settle();
+        assert_eq!(fake.config_at(0x64), [3]);
+    };
+    let wake = || function.config_write(0x64, &[0, 0]);
+    let set = |control: u16| function.config_write(0x42, &control.to_le_bytes());
+    let enabled = || read(&function, 0x42) & 0x8000 != 0;
+    // A vector that stays unmasked, so that enabling MSI-X connects it.
+    function.bar_write(BarIndex::Bar(0), 0x200c, &[0; 4]);
+    let before = fake.kind();
+    sleep();
+    set(0x8000);
+    assert!(enabled());
+    assert_eq!(fake.kind(), before);
+    wake();
+    assert_eq!(fake.kind(), Some(IrqIndex::Msix));
+    sleep();
+    fake.power_when_disabled.lock().unwrap().clear();
+    set(0);
+    assert!(!enabled());
+    assert_eq!(fake.kind(), Some(IrqIndex::Msix));
+    wake();
+    assert_eq!(fake.kind(), before);
+    assert_eq!(*fake.power_when_disabled.lock().unwrap(), [0]);
+    // What is taken back before it wakes never happened.
+    sleep();
+    set(0x8000);
+    set(0);
+    wake();
+    assert_eq!(fake.kind(), before);
+}
+
+#[test]
 fn what_decodes_is_told_while_the_device_is_reset_and_that_is_nothing() {
     let (fake, _, function) = function(nvme());
     function.config_write(4, &[6]);
