@@ -32,7 +32,7 @@ pub use error::{MapError, OpenError};
 pub use group::{Group, is_vfio_driver, keeps_group, not_viable};
 pub use iommufd::Ioas;
 pub use memlock::MemlockError;
-pub use obstacle::{FIRMWARE_REMEDY, Node, Obstacle, holders};
+pub use obstacle::{FIRMWARE_REMEDY, Node, Obstacle, holder, holders};
 pub use paths::HostPaths;
 pub use ranges::IovaRange;
 pub use reserved::reserved_ranges;

@@ -100,10 +100,11 @@ pub enum Obstacle {
     },
     /// another process has a part of the group
     #[error(
-        "another process has {members}, of the same IOMMU group, which goes to one alone: end that \
-         first"
+        "{holder} has {members}, of the same IOMMU group, which goes to one alone: end that first"
     )]
     GroupInUse {
+        /// The process, as well as it can be told.
+        holder: String,
         /// The members that it could have.
         members: String,
     },
@@ -199,9 +200,15 @@ impl Obstacle {
                     user,
                 }
             }
-            Some(libc::EBUSY) => Self::Busy {
-                holder: holder(paths, path),
-            },
+            Some(libc::EBUSY) => {
+                let name = path.file_name().and_then(|name| name.to_str());
+                let group = name.and_then(|name| name.parse().ok());
+                let group = group.filter(|&group| paths.group(group) == path);
+                let nodes = group.map(|group| paths.nodes_of_group(group));
+                Self::Busy {
+                    holder: holder(paths, &nodes.unwrap_or_else(|| vec![path.to_owned()])),
+                }
+            }
             _ => Self::Other(error),
         }
     }
@@ -278,22 +285,24 @@ fn no_iommu(paths: &HostPaths) -> Obstacle {
     Obstacle::NoIommu(IommuAdvice::read(paths))
 }
 
-/// The processes that have `path` open, as far as this one may see.
-fn holder(paths: &HostPaths, path: &Path) -> String {
-    let holders = holders(paths, path);
+/// The processes that have one of `nodes` open, as far as this one may see, or how they are found.
+#[must_use]
+pub fn holder(paths: &HostPaths, nodes: &[PathBuf]) -> String {
+    let holders = holders(paths, nodes);
     if holders.is_empty() {
+        let nodes: Vec<_> = nodes.iter().map(|node| node.to_string_lossy()).collect();
         format!(
             "another process (see `fuser -v {}` as root)",
-            path.display()
+            nodes.join(" ")
         )
     } else {
         holders.join(", ")
     }
 }
 
-/// The other processes that have `path` open, as far as this one may see.
+/// The other processes that have one of `nodes` open, as far as this one may see.
 #[must_use]
-pub fn holders(paths: &HostPaths, path: &Path) -> Vec<String> {
+pub fn holders(paths: &HostPaths, nodes: &[PathBuf]) -> Vec<String> {
     std::fs::read_dir(&paths.proc)
         .into_iter()
         .flatten()
@@ -305,7 +314,9 @@ pub fn holders(paths: &HostPaths, path: &Path) -> Vec<String> {
             }
             let mut open = std::fs::read_dir(process.path().join("fd")).ok()?;
             open.any(|fd| {
-                fd.is_ok_and(|fd| std::fs::read_link(fd.path()).is_ok_and(|link| link == path))
+                fd.is_ok_and(|fd| {
+                    std::fs::read_link(fd.path()).is_ok_and(|link| nodes.contains(&link))
+                })
             })
             .then(|| {
                 let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
@@ -417,7 +428,19 @@ mod tests {
         fs::create_dir_all(process.join("fd")).unwrap();
         fs::write(process.join("comm"), "qemu\n").unwrap();
         std::os::unix::fs::symlink(paths.group(7), process.join("fd/3")).unwrap();
-        let text = Obstacle::opening(&paths, &paths.group(7), errno(libc::EBUSY)).to_string();
-        assert_eq!(text, "it is in use by process 4711 (qemu): end that first");
+        let told = || Obstacle::opening(&paths, &paths.group(7), errno(libc::EBUSY)).to_string();
+        assert_eq!(
+            told(),
+            "it is in use by process 4711 (qemu): end that first"
+        );
+        // By a device of it, which keeps the group from others too.
+        fs::remove_file(process.join("fd/3")).unwrap();
+        let device = paths.sys.join("kernel/iommu_groups/7/devices/0000:01:00.0");
+        fs::create_dir_all(device.join("vfio-dev/vfio3")).unwrap();
+        let cdev = paths.cdev_node(&device).unwrap();
+        let command = format!("fuser -v {} {}", paths.group(7).display(), cdev.display());
+        assert!(told().contains(&command), "{}", told());
+        std::os::unix::fs::symlink(cdev, process.join("fd/3")).unwrap();
+        assert!(told().contains("process 4711 (qemu)"), "{}", told());
     }
 }

@@ -36,6 +36,14 @@ impl HostPaths {
         self.dev.join("vfio").join(group.to_string())
     }
 
+    /// The nodes through which a group, or a device of it, is open to whoever has it.
+    #[must_use]
+    pub fn nodes_of_group(&self, group: u32) -> Vec<PathBuf> {
+        let members = self.members(group).into_iter();
+        let devices = members.filter_map(|(_, folder)| self.cdev_node(&folder));
+        [self.group(group)].into_iter().chain(devices).collect()
+    }
+
     /// The iommufd device. linux/iommufd.h
     #[must_use]
     pub fn iommufd(&self) -> PathBuf {

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space};
+use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space, holder};
 use busway_pci::Bdf;
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
@@ -74,15 +74,12 @@ pub enum DeviceError {
         source: OpenError,
     },
     /// somebody else uses the device
-    #[error(
-        "{address} is in use: another process has it open through {path} \
-         (`fuser -v {path}` as root names it); end that first"
-    )]
+    #[error("{address} is in use by {holder}: end that first")]
     Busy {
         /// The address.
         address: Bdf,
-        /// The node it is open through.
-        path: PathBuf,
+        /// The process, as well as it can be told.
+        holder: String,
     },
     /// the kernel says only that it cannot be bound
     #[error(
@@ -266,7 +263,7 @@ impl Opener {
         let failed = |source: io::Error| match source.raw_os_error() {
             Some(libc::EBUSY) => DeviceError::Busy {
                 address,
-                path: self.paths.group(group.number()),
+                holder: holder(&self.paths, &self.paths.nodes_of_group(group.number())),
             },
             Some(libc::EACCES) => refused(address, vf_token),
             _ => DeviceError::Kernel {

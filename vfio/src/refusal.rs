@@ -6,8 +6,9 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::slice;
 
-use busway_iommu::{HostPaths, Obstacle, OpenError, holders, not_viable};
+use busway_iommu::{HostPaths, Obstacle, OpenError, holder, holders, not_viable};
 use busway_pci::Bdf;
 
 use crate::DeviceError;
@@ -50,16 +51,18 @@ impl Binding<'_> {
             (Some(libc::EPERM), _) => attach(self.not_permitted(error)),
             (Some(libc::EBUSY), Some(group)) => DeviceError::Busy {
                 address,
-                path: paths.group(group),
+                holder: holder(paths, &paths.nodes_of_group(group)),
             },
             (Some(libc::EINVAL), group) => {
                 let firmware = group.and_then(|group| Obstacle::firmware(paths, group));
                 match firmware {
                     Some(firmware) => attach(firmware),
-                    None if !self.handed && !holders(paths, &self.node).is_empty() => {
+                    None if !self.handed
+                        && !holders(paths, slice::from_ref(&self.node)).is_empty() =>
+                    {
                         DeviceError::Busy {
                             address,
-                            path: self.node,
+                            holder: holder(paths, &[self.node]),
                         }
                     }
                     None => DeviceError::NotBound {
@@ -84,7 +87,9 @@ impl Binding<'_> {
         if !matches!(obstacle, Obstacle::InterruptRemapping { .. }) || members.is_empty() {
             return obstacle;
         }
+        let nodes = self.group.map(|group| self.paths.nodes_of_group(group));
         let in_use = Obstacle::GroupInUse {
+            holder: holder(self.paths, &nodes.unwrap_or_default()),
             members: members.join(" or "),
         };
         match Remapping::read(&self.paths.proc) {
@@ -184,7 +189,7 @@ mod tests {
         }
         made.member("0000:01:00.1", "vfio-pci");
         says(&made.told(libc::EPERM), &["no interrupt remapping", REMEDY]);
-        const OTHER: &str = "another process has 0000:01:00.1";
+        const OTHER: &str = "has 0000:01:00.1, of the same IOMMU group";
         made.interrupts(REMAPPED);
         let text = made.told(libc::EPERM);
         says(&text, &[OTHER]);
@@ -201,7 +206,10 @@ mod tests {
     #[test]
     fn a_device_whose_group_is_not_free_or_is_open_is_told_by_the_group() {
         let made = Made::new();
-        says(&made.told(libc::EBUSY), &["in use", "/dev/vfio/7 "]);
+        says(
+            &made.told(libc::EBUSY),
+            &["in use by another process", "/dev/vfio/7`"],
+        );
         made.member("0000:01:00.1", "nvme");
         for number in [libc::EBUSY, libc::EPERM] {
             let words = ["0000:01:00.1 is bound to nvme", "busway device bind"];
@@ -218,7 +226,7 @@ mod tests {
         fs::create_dir_all(process.join("fd")).unwrap();
         symlink(made.binding().node, process.join("fd/3")).unwrap();
         let text = made.told(libc::EINVAL);
-        says(&text, &["is in use: another process", "devices/vfio3"]);
+        says(&text, &["is in use by process 4711"]);
         let mut handed = made.binding();
         handed.handed = true;
         let error = io::Error::from_raw_os_error(libc::EINVAL);

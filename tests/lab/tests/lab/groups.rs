@@ -43,6 +43,10 @@ pub(crate) const PROOFS: &[Proof] = &[
         in_the_way,
     ),
     (
+        "groups_a_second_vm_gets_nothing_of_a_group_and_is_told_who_has_it",
+        second_vm,
+    ),
+    (
         "groups_a_virtual_function_of_a_physical_one_with_vfio_needs_its_token",
         token,
     ),
@@ -397,6 +401,46 @@ fn in_the_way(lab: &mut Lab) -> Result<()> {
         ensure!(!alone.stderr.contains(&nic), "{}", alone.stderr);
     }
     for address in [&drive, &nic, &dual] {
+        host.unbind_by_hand(address)?;
+    }
+    Ok(())
+}
+
+fn second_vm(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&herd())?;
+    let [drive, nic] = ["two0", "two1"].map(|id| host.address(id));
+    let (drive, nic) = (drive?, nic?);
+    for address in [&drive, &nic] {
+        host.bind_by_hand(address)?;
+    }
+    fs::write(host.share().join("held"), identify(*b"TWO0"))?;
+    for first in [Interface::Group, Interface::Cdev] {
+        // Its guest has had an answer of its drive by DMA, and stays.
+        let vm = host.spawn(&format!(
+            "echo $$; exec busway run --kernel /lab/held --memory size=32M --serial tty {} --device {drive} </dev/null",
+            first.arguments().join(" ")
+        ))?;
+        vm.wait_line(Duration::from_secs(60), |line| line.trim() == "io done")?;
+        let process = vm.stdout().lines().next().unwrap_or_default().to_owned();
+        let holder = format!("process {process} (busway)");
+        for second in [Interface::Group, Interface::Cdev] {
+            // The device, and another one of its group.
+            for address in [&drive, &nic] {
+                let asked = Bare::up(host, second, &format!("--device {address}"))?;
+                let said = asked.stderr.lines().last().unwrap_or_default();
+                tell!("{first:?}, then {second:?}: {said}");
+                asked.refused(&[address, &holder])?;
+            }
+        }
+        ensure!(vm.is_running(), "{}", vm.stderr());
+        vm.signal("KILL")?;
+        vm.wait(Duration::from_secs(60))?;
+        // Its end frees the group.
+        for second in [Interface::Group, Interface::Cdev] {
+            Bare::up(host, second, &format!("--device {drive} {nic}"))?.success("up\n")?;
+        }
+    }
+    for address in [&drive, &nic] {
         host.unbind_by_hand(address)?;
     }
     Ok(())
