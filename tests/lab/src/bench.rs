@@ -4,8 +4,8 @@
 //! their spread; ratios and counts carry over to real hosts, absolute speed does not.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
-use std::{fmt, fs};
 
 use anyhow::{Context, Result};
 use busway_lab::{
@@ -15,24 +15,24 @@ use busway_lab::{
 use clap::Args;
 use serde::Serialize;
 
-use crate::mapping;
+use crate::{figures, mapping};
 
-const MEMORY_MIB: u64 = 512;
+pub(crate) const MEMORY_MIB: u64 = 512;
 /// Reads under way, for each of the guest's processors.
 const DEPTH: u32 = 16;
 
 /// How to measure.
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// Turns of each VMM with the drive; 0 leaves it out.
+    /// Turns of each VMM with the drive; 0 leaves it out. Fewer than 5 cannot tell a miss from noise.
     #[arg(long, default_value_t = 5)]
     turns: u32,
     /// Seconds of random reads a turn.
     #[arg(long, default_value_t = 8)]
     seconds: u32,
-    /// Processors of the guest, each with a queue of the drive's.
-    #[arg(long, default_value_t = 1)]
-    cpus: u32,
+    /// Processors of the guest, each with a queue of the drive's; of several numbers, each in its turns.
+    #[arg(long, value_delimiter = ',', default_value = "1,4", value_parser = clap::value_parser!(u32).range(1..=16))]
+    cpus: Vec<u32>,
     /// Leave QEMU its HPET, for which its main thread works beside the guest.
     #[arg(long)]
     hpet: bool,
@@ -49,35 +49,59 @@ pub(crate) struct BenchArgs {
 
 /// What one turn of one VMM gave.
 #[derive(Debug, Clone, Serialize)]
-struct Turn {
-    vmm: &'static str,
-    reads_per_second: f64,
+pub(crate) struct Turn {
+    pub(crate) vmm: &'static str,
+    pub(crate) cpus: u32,
+    pub(crate) reads_per_second: f64,
     /// Exits a read meanwhile.
-    exits_per_read: f64,
+    pub(crate) exits_per_read: f64,
     /// Interrupts of the drive's a read meanwhile: how many reads it tells of with one.
-    interrupts_per_read: f64,
+    pub(crate) interrupts_per_read: f64,
     /// Exits a second of the vCPUs' time where the guest does nothing but spin: timers'. They are taken off the next three.
-    exits_per_second: f64,
+    pub(crate) exits_per_second: f64,
     /// Exits for each interrupt that the drive sent during the reads.
-    exits_per_interrupt: f64,
+    pub(crate) exits_per_interrupt: f64,
     /// Exits a read where [`DEPTH`] are asked for at once, and the next when all are there.
-    exits_per_read_of_many: f64,
+    pub(crate) exits_per_read_of_many: f64,
     /// Exits a read with one read under way at a time: as many interrupts as reads.
-    exits_per_lone_read: f64,
-    mmio_exits_per_read: f64,
-    boot_ms: f64,
-    own_pss_kib: f64,
-    own_dirty_kib: f64,
+    pub(crate) exits_per_lone_read: f64,
+    pub(crate) mmio_exits_per_read: f64,
+    pub(crate) boot_ms: f64,
+    pub(crate) own_pss_kib: f64,
+    pub(crate) own_dirty_kib: f64,
     /// KVM's counters during the reads, each divided by their number.
-    counters_per_read: BTreeMap<String, f64>,
+    pub(crate) counters_per_read: BTreeMap<String, f64>,
 }
 
 /// Measures, and prints both side by side.
 pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
+    let mut measured = Vec::new();
+    for &cpus in &arguments.cpus {
+        if arguments.turns > 0 {
+            measured.extend(drive(cpus, arguments)?);
+        }
+    }
+    let mapped = match arguments.mapping_turns {
+        0 => Vec::new(),
+        turns => {
+            let (host, address) = boot(1)?;
+            mapping::run(&host, &address, turns)?
+        }
+    };
+    if let Some(path) = &arguments.json {
+        let figures = serde_json::json!({"drive": measured, "mapping": mapped});
+        fs::write(path, serde_json::to_string_pretty(&figures)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// A host for guests of so many processors, and the address of its drive, which is with VFIO.
+fn boot(cpus: u32) -> Result<(Host, String)> {
     // Room for 2 GiB of huge pages beside 2 GiB of other memory.
     let config = HostConfig::new(Kernel::Small)
         .memory_mib(6144)
-        .cpus(arguments.cpus + 2)
+        .cpus(cpus + 2)
         .device(Device::nvme("nv0", 256));
     let host = Host::boot(config)?;
     host.install(&build_busway(Profile::Release)?)?;
@@ -88,9 +112,14 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
     host.run(&format!(
         "busway device bind {address}; echo 1 >/proc/irq/default_smp_affinity"
     ))?;
+    Ok((host, address))
+}
+
+/// The turns with guests of so many processors, printed.
+fn drive(cpus: u32, arguments: &BenchArgs) -> Result<Vec<Turn>> {
+    let (host, address) = boot(cpus)?;
     let version =
         host.run("qemu-system-x86_64 --version | sed -n 's/.*version \\([^ ]*\\).*/\\1/p'")?;
-
     let mut turns = Vec::new();
     for number in 1..=arguments.turns {
         let mut both = [(Vmm::Busway, "busway"), (Vmm::Qemu, "qemu")];
@@ -99,27 +128,21 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
             both.reverse();
         }
         for (vmm, name) in both {
-            eprintln!("turn {number} of {}: {name}", arguments.turns);
-            let measured = again_if_stalled(|| turn(&host, vmm, name, &address, arguments))?;
+            eprintln!(
+                "turn {number} of {} with {cpus} vCPU: {name}",
+                arguments.turns
+            );
+            let measured =
+                again_if_stalled(|| turn(&host, (vmm, name), &address, cpus, arguments))?;
             turns.push(measured);
         }
     }
-    if !turns.is_empty() {
-        print(&turns, version.trim(), arguments);
-    }
+    let timers = if arguments.hpet { "" } else { ", no HPET" };
+    figures::print(&turns, &format!("QEMU {} q35{timers}", version.trim()));
     if arguments.counters {
-        print_counters(&turns);
+        figures::print_counters(&turns);
     }
-    let mapped = match arguments.mapping_turns {
-        0 => Vec::new(),
-        turns => mapping::run(&host, &address, turns)?,
-    };
-    if let Some(path) = &arguments.json {
-        let figures = serde_json::json!({"drive": turns, "mapping": mapped});
-        fs::write(path, serde_json::to_string_pretty(&figures)?)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    Ok(())
+    Ok(turns)
 }
 
 /// Measures up to three times, for the emulator loses a guest now and then: see `docs/lab.md`.
@@ -135,9 +158,9 @@ fn again_if_stalled(measure: impl Fn() -> Result<Turn>) -> Result<Turn> {
 
 fn turn(
     host: &Host,
-    vmm: Vmm,
-    name: &'static str,
+    (vmm, name): (Vmm, &'static str),
     address: &str,
+    cpus: u32,
     arguments: &BenchArgs,
 ) -> Result<Turn> {
     let timers: &[&str] = match vmm {
@@ -148,19 +171,18 @@ fn turn(
         GuestRun::new(vmm)
             .args(timers)
             .kernel(GuestKernel::SmallBzImage)
-            .cpus(arguments.cpus)
+            .cpus(cpus)
             .memory_mib(MEMORY_MIB)
             .cmdline("console=ttyS0 quiet panic=-1 lab.pv_eoi")
             .device(address)
-            .opened_by(&format!("exec taskset -c 1-{} \"$@\"", arguments.cpus + 1))
+            .opened_by(&format!("exec taskset -c 1-{} \"$@\"", cpus + 1))
     };
     let booted = host.guest(&guest())?.success()?;
     let seconds = arguments.seconds;
     let fio = |how: &str, seconds: u32| {
         format!(
             "fio --name=reads --filename=/dev/nvme0n1 --rw=randread --bs=4k {how} --ioengine=libaio --direct=1 \
-             --time_based --minimal --numjobs={} --group_reporting --runtime={seconds} >/tmp/fio",
-            arguments.cpus
+             --time_based --minimal --numjobs={cpus} --group_reporting --runtime={seconds} >/tmp/fio"
         )
     };
     // Reads between two marks: what they are called, and fio's words.
@@ -205,6 +227,7 @@ fn turn(
         .context("the host took no snapshot of memory")?;
     Ok(Turn {
         vmm: name,
+        cpus,
         reads_per_second: read.value("deep-rate")?.parse()?,
         exits_per_read: grew("deep", EXITS)?,
         interrupts_per_read: grew("deep", INTERRUPTS)?,
@@ -248,216 +271,4 @@ fn grown([before, after]: [&Snapshot; 2], counter: &str) -> Result<f64> {
         _ => after.since(before, counter),
     };
     Ok(grown.with_context(|| format!("KVM has no counter {counter}"))? as f64)
-}
-
-/// A figure of a turn, how it is printed, and what Busway's median has to be.
-struct Figure {
-    name: &'static str,
-    of: fn(&Turn) -> f64,
-    decimals: usize,
-    wanted: Wanted,
-}
-
-enum Wanted {
-    /// It is the drive's affair, not the VMM's.
-    Nothing,
-    /// At least this much of QEMU's.
-    RatioFrom(f64),
-    /// At most this much of QEMU's.
-    RatioTo(f64),
-    /// At most this.
-    To(f64),
-}
-
-impl Wanted {
-    /// By the ratio as it is printed.
-    fn holds(&self, ours: f64, theirs: f64) -> bool {
-        let ratio = (ours / theirs * 100.0).round() / 100.0;
-        match self {
-            Self::Nothing => true,
-            Self::RatioFrom(limit) => ratio >= *limit,
-            Self::RatioTo(limit) => ratio <= *limit,
-            Self::To(limit) => ours <= *limit,
-        }
-    }
-}
-
-impl fmt::Display for Wanted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Nothing => f.write_str("-"),
-            Self::RatioFrom(limit) => write!(f, "ratio >= {limit}"),
-            Self::RatioTo(limit) => write!(f, "ratio <= {limit}"),
-            Self::To(limit) => write!(f, "<= {limit}"),
-        }
-    }
-}
-
-/// No more than QEMU's. The same KVM makes the exits of both, so equal is what they are at best, and the medians of
-/// one VMM differ by some hundredths from run to run.
-const NO_MORE: Wanted = Wanted::RatioTo(1.05);
-
-const FIGURES: &[Figure] = &[
-    Figure {
-        name: "4 KiB random reads a second",
-        of: |turn| turn.reads_per_second,
-        decimals: 0,
-        wanted: Wanted::RatioFrom(0.95),
-    },
-    Figure {
-        name: "  interrupts a read",
-        of: |turn| turn.interrupts_per_read,
-        decimals: 3,
-        wanted: Wanted::Nothing,
-    },
-    Figure {
-        name: "  exits a read",
-        of: |turn| turn.exits_per_read,
-        decimals: 3,
-        wanted: Wanted::RatioTo(1.0),
-    },
-    Figure {
-        name: "exits a second without reads",
-        of: |turn| turn.exits_per_second,
-        decimals: 0,
-        wanted: Wanted::Nothing,
-    },
-    Figure {
-        name: "beyond these, exits an interrupt",
-        of: |turn| turn.exits_per_interrupt,
-        decimals: 3,
-        wanted: NO_MORE,
-    },
-    Figure {
-        name: "  a read, 16 asked for at once",
-        of: |turn| turn.exits_per_read_of_many,
-        decimals: 3,
-        wanted: NO_MORE,
-    },
-    Figure {
-        name: "  a read, one at a time",
-        of: |turn| turn.exits_per_lone_read,
-        decimals: 3,
-        wanted: NO_MORE,
-    },
-    Figure {
-        name: "MMIO exits to user space a read",
-        of: |turn| turn.mmio_exits_per_read,
-        decimals: 3,
-        wanted: Wanted::To(0.0),
-    },
-    Figure {
-        name: "exec to guest user space, ms",
-        of: |turn| turn.boot_ms,
-        decimals: 0,
-        wanted: Wanted::RatioTo(0.6),
-    },
-    Figure {
-        name: "own memory (PSS), KiB",
-        of: |turn| turn.own_pss_kib,
-        decimals: 0,
-        wanted: Wanted::To(5.0 * 1024.0),
-    },
-    Figure {
-        name: "  of that dirty, KiB",
-        of: |turn| turn.own_dirty_kib,
-        decimals: 0,
-        wanted: Wanted::RatioTo(1.0),
-    },
-];
-
-fn spread(turns: &[Turn], vmm: &str, of: fn(&Turn) -> f64) -> (f64, f64, f64) {
-    let turns = turns.iter().filter(|turn| turn.vmm == vmm);
-    median_and_spread(turns.map(of).collect())
-}
-
-/// Median, least and most.
-pub(crate) fn median_and_spread(mut figures: Vec<f64>) -> (f64, f64, f64) {
-    figures.sort_by(f64::total_cmp);
-    let (least, most) = (figures[0], figures[figures.len() - 1]);
-    (median(figures), least, most)
-}
-
-fn print(turns: &[Turn], version: &str, arguments: &BenchArgs) {
-    println!(
-        "\nan NVMe drive assigned to a guest of {} vCPU and {MEMORY_MIB} MiB; median (least..most) of {} turns",
-        arguments.cpus, arguments.turns
-    );
-    let timers = if arguments.hpet { "" } else { ", no HPET" };
-    let qemu = format!("QEMU {version} q35{timers}");
-    println!(
-        "{:<34} {:>24} {qemu:>24} {:>7}  wanted (held in)",
-        "", "Busway", "ratio"
-    );
-    for figure in FIGURES {
-        let decimals = figure.decimals;
-        let (ours, least, most) = spread(turns, "busway", figure.of);
-        let (theirs, their_least, their_most) = spread(turns, "qemu", figure.of);
-        let cell = |median: f64, least: f64, most: f64| {
-            format!("{median:.decimals$} ({least:.decimals$}..{most:.decimals$})")
-        };
-        let ratio = ours / theirs;
-        let holds = figure.wanted.holds(ours, theirs);
-        let held = turns.chunks_exact(2).filter(|both| {
-            let of = |vmm| spread(both, vmm, figure.of).0;
-            figure.wanted.holds(of("busway"), of("qemu"))
-        });
-        let ratio = if ratio.is_finite() {
-            format!("{ratio:.2}")
-        } else {
-            "-".to_owned()
-        };
-        println!(
-            "{:<34} {:>24} {:>24} {ratio:>7}  {}{}",
-            figure.name,
-            cell(ours, least, most),
-            cell(theirs, their_least, their_most),
-            figure.wanted,
-            match (&figure.wanted, holds) {
-                (Wanted::Nothing, _) => String::new(),
-                (_, true) => format!(" ({} of {} turns)", held.count(), arguments.turns),
-                (_, false) => format!(" ({} of {} turns)  MISSED", held.count(), arguments.turns),
-            },
-        );
-    }
-}
-
-/// What KVM counted for a read, as medians: of the counters that moved.
-fn print_counters(turns: &[Turn]) {
-    let names: std::collections::BTreeSet<&String> = turns
-        .iter()
-        .flat_map(|turn| turn.counters_per_read.keys())
-        .collect();
-    println!(
-        "\n{:<32} {:>12} {:>12}",
-        "KVM's counters a read", "Busway", "QEMU"
-    );
-    for name in names {
-        let of = |vmm: &str| {
-            median(
-                turns
-                    .iter()
-                    .filter(|turn| turn.vmm == vmm)
-                    .filter_map(|turn| turn.counters_per_read.get(name).copied())
-                    .collect(),
-            )
-        };
-        let (ours, theirs) = (of("busway"), of("qemu"));
-        if ours.max(theirs) >= 0.0005 {
-            println!("{name:<32} {ours:>12.3} {theirs:>12.3}");
-        }
-    }
-}
-
-/// The middle one; not a number where there is none.
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    let middle = figures.len() / 2;
-    match (figures.get(middle.wrapping_sub(1)), figures.get(middle)) {
-        (Some(below), Some(above)) if figures.len().is_multiple_of(2) => {
-            f64::midpoint(*below, *above)
-        }
-        (_, Some(middle)) => *middle,
-        _ => f64::NAN,
-    }
 }

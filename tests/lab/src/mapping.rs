@@ -220,7 +220,7 @@ fn print(all: &[Mapped], turns: u32) {
 /// Median, least and most.
 fn spread(all: &[Mapped], vmm: &str, case: Case, of: fn(&Mapped) -> f64) -> (f64, f64, f64) {
     let figures = all.iter().filter(|one| one.vmm == vmm && one.case == case);
-    crate::bench::median_and_spread(figures.map(of).collect())
+    crate::figures::median_and_spread(figures.map(of).collect())
 }
 
 #[cfg(test)]

@@ -1,0 +1,257 @@
+//! The benchmark's table: which figures of its turns are held against what, and whether they hold.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use crate::bench::{MEMORY_MIB, Turn};
+
+/// A figure of a turn, how it is printed, and what Busway's median has to be.
+struct Figure {
+    name: &'static str,
+    of: fn(&Turn) -> f64,
+    decimals: usize,
+    wanted: Wanted,
+}
+
+enum Wanted {
+    /// It is the drive's affair, not the VMM's.
+    Nothing,
+    /// At least this much of QEMU's.
+    RatioFrom(f64),
+    /// At most this much of QEMU's.
+    RatioTo(f64),
+    /// At most this.
+    To(f64),
+}
+
+impl Wanted {
+    /// By the ratio as it is printed.
+    fn holds(&self, ours: f64, theirs: f64) -> bool {
+        let ratio = (ours / theirs * 100.0).round() / 100.0;
+        match self {
+            Self::Nothing => true,
+            Self::RatioFrom(limit) => ratio >= *limit,
+            Self::RatioTo(limit) => ratio <= *limit,
+            Self::To(limit) => ours <= *limit,
+        }
+    }
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nothing => f.write_str("-"),
+            Self::RatioFrom(limit) => write!(f, "ratio >= {limit}"),
+            Self::RatioTo(limit) => write!(f, "ratio <= {limit}"),
+            Self::To(limit) => write!(f, "<= {limit}"),
+        }
+    }
+}
+
+/// No more than QEMU's. The same KVM makes the exits of both, so equal is what they are at best, and which of two equal
+/// medians is the lower one is chance: see [`verdict`].
+const NO_MORE: Wanted = Wanted::RatioTo(1.0);
+
+const FIGURES: &[Figure] = &[
+    Figure {
+        name: "4 KiB random reads a second",
+        of: |turn| turn.reads_per_second,
+        decimals: 0,
+        wanted: Wanted::RatioFrom(0.95),
+    },
+    Figure {
+        name: "  interrupts a read",
+        of: |turn| turn.interrupts_per_read,
+        decimals: 3,
+        wanted: Wanted::Nothing,
+    },
+    Figure {
+        name: "  exits a read",
+        of: |turn| turn.exits_per_read,
+        decimals: 3,
+        wanted: NO_MORE,
+    },
+    Figure {
+        name: "exits a second without reads",
+        of: |turn| turn.exits_per_second,
+        decimals: 0,
+        wanted: Wanted::Nothing,
+    },
+    Figure {
+        name: "beyond these, exits an interrupt",
+        of: |turn| turn.exits_per_interrupt,
+        decimals: 3,
+        wanted: NO_MORE,
+    },
+    Figure {
+        name: "  a read, 16 asked for at once",
+        of: |turn| turn.exits_per_read_of_many,
+        decimals: 3,
+        wanted: NO_MORE,
+    },
+    Figure {
+        name: "  a read, one at a time",
+        of: |turn| turn.exits_per_lone_read,
+        decimals: 3,
+        wanted: NO_MORE,
+    },
+    Figure {
+        name: "MMIO exits to user space a read",
+        of: |turn| turn.mmio_exits_per_read,
+        decimals: 3,
+        wanted: Wanted::To(0.0),
+    },
+    Figure {
+        name: "exec to guest user space, ms",
+        of: |turn| turn.boot_ms,
+        decimals: 0,
+        wanted: Wanted::RatioTo(0.6),
+    },
+    Figure {
+        name: "own memory (PSS), KiB",
+        of: |turn| turn.own_pss_kib,
+        decimals: 0,
+        wanted: Wanted::To(5.0 * 1024.0),
+    },
+    Figure {
+        name: "  of that dirty, KiB",
+        of: |turn| turn.own_dirty_kib,
+        decimals: 0,
+        wanted: NO_MORE,
+    },
+];
+
+/// What is said of a figure that held in some of its turns, and by its median or not.
+///
+/// One that lies exactly at its limit holds in each turn with a chance of a half. So it is missed only where it held in
+/// so few turns that such a one does in less than one run of twenty (the sign test), which takes five turns at least.
+fn verdict(by_median: bool, held: u32, turns: u32) -> &'static str {
+    let mut ways = 1.0; // of holding in exactly this many turns
+    let mut at_most = 1.0;
+    for so_many in 1..=held {
+        ways *= f64::from(turns + 1 - so_many) / f64::from(so_many);
+        at_most += ways;
+    }
+    match by_median {
+        true => "",
+        false if at_most / 2_f64.powi(turns as i32) < 0.05 => "  MISSED",
+        false => "  within noise",
+    }
+}
+
+fn spread(turns: &[Turn], vmm: &str, of: fn(&Turn) -> f64) -> (f64, f64, f64) {
+    let turns = turns.iter().filter(|turn| turn.vmm == vmm);
+    median_and_spread(turns.map(of).collect())
+}
+
+/// Median, least and most.
+pub(crate) fn median_and_spread(mut figures: Vec<f64>) -> (f64, f64, f64) {
+    figures.sort_by(f64::total_cmp);
+    let (least, most) = (figures[0], figures[figures.len() - 1]);
+    (median(figures), least, most)
+}
+
+/// The table of the turns of both, which took turns with guests alike; `qemu` says which QEMU it was.
+pub(crate) fn print(turns: &[Turn], qemu: &str) {
+    let Some(Turn { cpus, .. }) = turns.first() else {
+        return;
+    };
+    let number = turns.len() as u32 / 2;
+    println!(
+        "\nan NVMe drive assigned to a guest of {cpus} vCPU and {MEMORY_MIB} MiB; median (least..most) of {number} turns"
+    );
+    println!(
+        "{:<34} {:>24} {qemu:>24} {:>7}  wanted (held in)",
+        "", "Busway", "ratio"
+    );
+    for figure in FIGURES {
+        let decimals = figure.decimals;
+        let (ours, least, most) = spread(turns, "busway", figure.of);
+        let (theirs, their_least, their_most) = spread(turns, "qemu", figure.of);
+        let cell = |median: f64, least: f64, most: f64| {
+            format!("{median:.decimals$} ({least:.decimals$}..{most:.decimals$})")
+        };
+        let ratio = ours / theirs;
+        let held = turns.chunks_exact(2).filter(|both| {
+            let of = |vmm| spread(both, vmm, figure.of).0;
+            figure.wanted.holds(of("busway"), of("qemu"))
+        });
+        let held = held.count() as u32;
+        let ratio = if ratio.is_finite() {
+            format!("{ratio:.2}")
+        } else {
+            "-".to_owned()
+        };
+        println!(
+            "{:<34} {:>24} {:>24} {ratio:>7}  {}{}",
+            figure.name,
+            cell(ours, least, most),
+            cell(theirs, their_least, their_most),
+            figure.wanted,
+            match &figure.wanted {
+                Wanted::Nothing => String::new(),
+                _ => format!(
+                    " ({held} of {number} turns){}",
+                    verdict(figure.wanted.holds(ours, theirs), held, number)
+                ),
+            },
+        );
+    }
+}
+
+/// What KVM counted for a read, as medians: of the counters that moved.
+pub(crate) fn print_counters(turns: &[Turn]) {
+    let names: BTreeSet<&String> = turns
+        .iter()
+        .flat_map(|turn| turn.counters_per_read.keys())
+        .collect();
+    println!(
+        "\n{:<32} {:>12} {:>12}",
+        "KVM's counters a read", "Busway", "QEMU"
+    );
+    for name in names {
+        let of = |vmm: &str| {
+            median(
+                turns
+                    .iter()
+                    .filter(|turn| turn.vmm == vmm)
+                    .filter_map(|turn| turn.counters_per_read.get(name).copied())
+                    .collect(),
+            )
+        };
+        let (ours, theirs) = (of("busway"), of("qemu"));
+        if ours.max(theirs) >= 0.0005 {
+            println!("{name:<32} {ours:>12.3} {theirs:>12.3}");
+        }
+    }
+}
+
+/// The middle one; not a number where there is none.
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    let middle = figures.len() / 2;
+    match (figures.get(middle.wrapping_sub(1)), figures.get(middle)) {
+        (Some(below), Some(above)) if figures.len().is_multiple_of(2) => {
+            f64::midpoint(*below, *above)
+        }
+        (_, Some(middle)) => *middle,
+        _ => f64::NAN,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_is_missed_only_where_chance_hardly_makes_it_so() {
+        assert_eq!(verdict(true, 0, 5), "");
+        // 1 of 32, and 6 of 32.
+        assert_eq!(verdict(false, 0, 5), "  MISSED");
+        assert_eq!(verdict(false, 1, 5), "  within noise");
+        assert_eq!(verdict(false, 0, 4), "  within noise");
+        // 470 of 16384, and 1471.
+        assert_eq!(verdict(false, 3, 14), "  MISSED");
+        assert_eq!(verdict(false, 4, 14), "  within noise");
+    }
+}
