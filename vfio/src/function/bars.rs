@@ -31,7 +31,8 @@ impl AssignedFunction {
         .collect()
     }
 
-    /// Reads as the guest does. What nobody answers for reads ones.
+    /// Reads as the guest does. What nobody answers for reads ones, and nobody does while the device sleeps: an access
+    /// that began before its BARs were unmapped may come that late.
     pub(super) fn read_bar(&self, bar: BarIndex, mut offset: u64, mut data: &mut [u8]) {
         data.fill(u8::MAX);
         let number = match (bar, &self.rom) {
@@ -47,7 +48,10 @@ impl AssignedFunction {
             match reach {
                 Reach::Device => self.read_device(number, offset, piece),
                 Reach::Table(at) => {
-                    if let Some(state) = &self.lock().msix {
+                    let State { config, msix, .. } = &*self.lock();
+                    if let Some(state) = msix
+                        && config.is_awake()
+                    {
                         state.msix.table_read(at, piece);
                     }
                 }
@@ -74,7 +78,10 @@ impl AssignedFunction {
                     let State {
                         config, pin, msix, ..
                     } = &mut *self.lock();
-                    if let Some(MsixState { msix, vectors, .. }) = msix {
+                    // Of a vector that is unmasked the kernel writes the table's entry in the device.
+                    if let Some(MsixState { msix, vectors, .. }) = msix
+                        && config.is_awake()
+                    {
                         let pin = pin.as_mut();
                         let vectors = &mut InPlaceOfPin {
                             vectors,
@@ -95,11 +102,12 @@ impl AssignedFunction {
     /// what the device keeps itself.
     fn read_pending(&self, offset: u64, data: &mut [u8]) {
         let state = self.lock();
-        let Some(MsixState { msix, .. }) = &state.msix else {
+        let Some(MsixState { msix, .. }) = state.msix.as_ref().filter(|_| state.config.is_awake())
+        else {
             return;
         };
         msix.pba_read(offset, data);
-        let Some(place) = self.device_pba.filter(|_| state.config.is_awake()) else {
+        let Some(place) = self.device_pba else {
             return;
         };
         let Some(region) = RegionIndex::bar(place.bar) else {
@@ -113,8 +121,6 @@ impl AssignedFunction {
         }
     }
 
-    /// An access to the device. It is none while the device sleeps: one that began before its BARs were
-    /// unmapped may come this late.
     fn read_device(&self, bar: u8, offset: u64, data: &mut [u8]) {
         let Some(region) = self.awake_region(bar) else {
             return;

@@ -76,7 +76,7 @@ fn interrupts_are_disabled_in_an_awake_device_whatever_resets_it() {
 }
 
 #[test]
-fn msix_is_enabled_and_disabled_only_in_an_awake_device() {
+fn msix_and_its_table_are_changed_only_in_an_awake_device() {
     let (fake, _, function) = function(nvme());
     let sleep = || {
         function.config_write(0x64, &[3, 0]);
@@ -96,6 +96,13 @@ fn msix_is_enabled_and_disabled_only_in_an_awake_device() {
     wake();
     assert_eq!(fake.kind(), Some(IrqIndex::Msix));
     sleep();
+    // A write to the table that comes late, of another vCPU.
+    let connected = function.summary().vectors_connected;
+    function.bar_write(BarIndex::Bar(0), 0x201c, &[0; 4]);
+    assert_eq!(function.summary().vectors_connected, connected);
+    let mut entry = [0; 4];
+    function.bar_read(BarIndex::Bar(0), 0x201c, &mut entry);
+    assert_eq!(entry, [0xff; 4]);
     fake.power_when_disabled.lock().unwrap().clear();
     set(0);
     assert!(!enabled());
