@@ -200,15 +200,9 @@ impl Obstacle {
                     user,
                 }
             }
-            Some(libc::EBUSY) => {
-                let name = path.file_name().and_then(|name| name.to_str());
-                let group = name.and_then(|name| name.parse().ok());
-                let group = group.filter(|&group| paths.group(group) == path);
-                let nodes = group.map(|group| paths.nodes_of_group(group));
-                Self::Busy {
-                    holder: holder(paths, &nodes.unwrap_or_else(|| vec![path.to_owned()])),
-                }
-            }
+            Some(libc::EBUSY) => Self::Busy {
+                holder: holder(paths, &keepers(paths, path)),
+            },
             _ => Self::Other(error),
         }
     }
@@ -285,11 +279,23 @@ fn no_iommu(paths: &HostPaths) -> Obstacle {
     Obstacle::NoIommu(IommuAdvice::read(paths))
 }
 
+/// The nodes by any of which, where it is open, `path` is kept from others: a group's by its devices', too.
+fn keepers(paths: &HostPaths, path: &Path) -> Vec<PathBuf> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let group = name.and_then(|name| name.parse().ok());
+    match group.filter(|&group| paths.group(group) == path) {
+        Some(group) => paths.nodes_of_group(group),
+        None => vec![path.to_owned()],
+    }
+}
+
 /// The processes that have one of `nodes` open, as far as this one may see, or how they are found.
 #[must_use]
 pub fn holder(paths: &HostPaths, nodes: &[PathBuf]) -> String {
     let holders = holders(paths, nodes);
-    if holders.is_empty() {
+    if nodes.is_empty() {
+        "another process".to_owned()
+    } else if holders.is_empty() {
         let nodes: Vec<_> = nodes.iter().map(|node| node.to_string_lossy()).collect();
         format!(
             "another process (see `fuser -v {}` as root)",

@@ -338,7 +338,7 @@ impl Opener {
             failed(match conflict {
                 Some(conflict) => OpenError::Map(conflict),
                 None => OpenError::Attach {
-                    what: address.to_string(),
+                    what: "it".to_owned(),
                     obstacle: Obstacle::attaching(&self.paths, MODULE, group, error),
                 },
             })

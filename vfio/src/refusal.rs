@@ -36,7 +36,7 @@ impl Binding<'_> {
         let failed = |source| DeviceError::Open { address, source };
         let attach = |obstacle| {
             failed(OpenError::Attach {
-                what: address.to_string(),
+                what: "it".to_owned(),
                 obstacle,
             })
         };
@@ -51,7 +51,7 @@ impl Binding<'_> {
             (Some(libc::EPERM), _) => attach(self.not_permitted(error)),
             (Some(libc::EBUSY), Some(group)) => DeviceError::Busy {
                 address,
-                holder: holder(paths, &paths.nodes_of_group(group)),
+                holder: holder(paths, &[paths.group(group)]),
             },
             (Some(libc::EINVAL), group) => {
                 let firmware = group.and_then(|group| Obstacle::firmware(paths, group));
@@ -87,10 +87,13 @@ impl Binding<'_> {
         if !matches!(obstacle, Obstacle::InterruptRemapping { .. }) || members.is_empty() {
             return obstacle;
         }
-        let nodes = self.group.map(|group| self.paths.nodes_of_group(group));
+        let (names, folders): (Vec<_>, Vec<_>) = members.into_iter().unzip();
+        let nodes = folders
+            .iter()
+            .filter_map(|folder| self.paths.cdev_node(folder));
         let in_use = Obstacle::GroupInUse {
-            holder: holder(self.paths, &nodes.unwrap_or_default()),
-            members: members.join(" or "),
+            holder: holder(self.paths, &nodes.collect::<Vec<_>>()),
+            members: names.join(" or "),
         };
         match Remapping::read(&self.paths.proc) {
             _ if is_waived(self.paths, MODULE) => in_use,
@@ -100,8 +103,8 @@ impl Binding<'_> {
         }
     }
 
-    /// The other members of its group that VFIO has.
-    fn other_members(&self) -> Vec<String> {
+    /// The other members of its group that VFIO has: address, and folder in sysfs.
+    fn other_members(&self) -> Vec<(String, PathBuf)> {
         let own = self.address.to_string();
         let members = self.group.map(|group| self.paths.members(group));
         let members = members.into_iter().flatten();
@@ -109,7 +112,7 @@ impl Binding<'_> {
             let driver = self.paths.driver_of(folder);
             *address != own && driver.is_some_and(|driver| is_vfio_driver(&driver))
         });
-        others.map(|(address, _)| address).collect()
+        others.collect()
     }
 }
 
