@@ -123,8 +123,9 @@ const FIGURES: &[Figure] = &[
 
 /// What is said of a figure that held in some of its turns, and by its median or not.
 ///
-/// A limit of Busway's own is met or missed. One that lies exactly at a limit by QEMU's holds in each turn with a chance of a half. So it is missed only where it held in
-/// so few turns that such a one does in less than one run of twenty (the sign test), which takes five turns at least.
+/// A limit of Busway's own is met or missed. A figure that lies exactly at a limit by QEMU's holds in each turn with a
+/// chance of a half, so it is missed only where it held in so few turns that such a one does in less than one run of
+/// twenty (the sign test), which takes five turns at least.
 fn verdict(wanted: &Wanted, by_median: bool, held: u32, turns: u32) -> &'static str {
     let mut ways = 1.0; // of holding in exactly this many turns
     let mut at_most = 1.0;
