@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use busway_lab::{Lab, Profile, build_busway, build_lab_io, may_be_the_emulators};
@@ -53,6 +54,7 @@ fn main() -> Result<ExitCode> {
     let labs = Arc::new(Labs {
         programs,
         idle: Mutex::default(),
+        took: Mutex::default(),
     });
     let proofs = [
         drive::PROOFS,
@@ -80,6 +82,7 @@ fn main() -> Result<ExitCode> {
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     labs.idle().clear();
+    labs.tell_longest();
     Ok(conclusion.exit_code())
 }
 
@@ -102,11 +105,35 @@ fn lanes() -> usize {
 struct Labs {
     programs: Vec<PathBuf>,
     idle: Mutex<Vec<(usize, Lab)>>,
+    /// How long each trial took that has ended.
+    took: Mutex<Vec<(Duration, &'static str)>>,
 }
 
 impl Labs {
     fn idle(&self) -> MutexGuard<'_, Vec<(usize, Lab)>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn took(&self) -> MutexGuard<'_, Vec<(Duration, &'static str)>> {
+        self.took.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says where the time went: whoever makes the trials faster begins there.
+    fn tell_longest(&self) {
+        let mut took = self.took();
+        if took.len() < 2 {
+            return;
+        }
+        took.sort_unstable_by(|one, other| other.cmp(one));
+        let whole: Duration = took.iter().map(|(time, _)| *time).sum();
+        println!(
+            "{} trials took {} s one by one; the longest, booting their hosts included:",
+            took.len(),
+            whole.as_secs()
+        );
+        for (time, name) in took.iter().take(15) {
+            println!("{:>6} s  {name}", time.as_secs());
+        }
     }
 
     /// A lab whose host, if it has one, only trials of this chapter have used: what those of another leave behind is
@@ -148,6 +175,7 @@ fn trial(chapter: usize, &(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
     let reason = cannot(name);
     Trial::test(name, move || {
         TRIAL.set(name);
+        let started = Instant::now();
         let mut lab = labs.take(chapter);
         let mut outcome = prove(&mut lab);
         for attempt in 2..=ATTEMPTS {
@@ -163,6 +191,7 @@ fn trial(chapter: usize, &(name, prove): &Proof, labs: &Arc<Labs>) -> Trial {
             lab.stop();
         }
         labs.idle().push((chapter, lab));
+        labs.took().push((started.elapsed(), name));
         outcome.map_err(|error| Failed::from(format!("{error:#}")))
     })
     .with_ignored_flag(reason.is_some())
