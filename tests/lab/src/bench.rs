@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
 
 use anyhow::{Context, Result};
 use busway_lab::{
@@ -119,11 +120,18 @@ fn boot(cpus: u32) -> Result<(Host, String)> {
 fn drive(cpus: u32, arguments: &BenchArgs) -> Result<Vec<Turn>> {
     let (host, address) = boot(cpus)?;
     // An emulated processor that sleeps is woken when the machine below sees fit, and how soon that is decides how many
-    // reads an interrupt tells of. So the one for the VMM's other threads is kept awake, by what yields to all of them.
-    let _awake = host.spawn(&format!(
-        "exec taskset -c {} chrt --idle 0 bash -c 'while :; do :; done'",
-        cpus + 1
-    ))?;
+    // reads an interrupt tells of. So the one for the VMM's other threads is kept awake, by what yields to all of them;
+    // but where the vCPUs alone keep each processor below busy, that would only take from them.
+    let below = thread::available_parallelism().map_or(1, usize::from);
+    let _awake = if below > cpus as usize {
+        let spin = format!(
+            "exec taskset -c {} chrt --idle 0 bash -c 'while :; do :; done'",
+            cpus + 1
+        );
+        Some(host.spawn(&spin)?)
+    } else {
+        None
+    };
     let version =
         host.run("qemu-system-x86_64 --version | sed -n 's/.*version \\([^ ]*\\).*/\\1/p'")?;
     let mut turns = Vec::new();
