@@ -1,4 +1,4 @@
-//! The benchmark: Busway and QEMU given the same drive and guest, in turns, on one emulated host.
+//! The benchmark: Busway and QEMU given the same drive and guest, in turns, each turn on an emulated host of its own.
 //!
 //! The machine below is slow and noisy, so figures stand side by side from one run, as medians with
 //! their spread; ratios and counts carry over to real hosts, absolute speed does not.
@@ -10,8 +10,8 @@ use std::thread;
 
 use anyhow::{Context, Result};
 use busway_lab::{
-    Device, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Kernel, Profile, Snapshot, Vmm,
-    build_busway, may_be_the_emulators,
+    Device, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Job, Kernel, Profile, Snapshot,
+    Vmm, build_busway, may_be_the_emulators,
 };
 use clap::Args;
 use serde::Serialize;
@@ -118,24 +118,15 @@ fn boot(cpus: u32) -> Result<(Host, String)> {
 
 /// The turns with guests of so many processors, printed.
 fn drive(cpus: u32, arguments: &BenchArgs) -> Result<Vec<Turn>> {
-    let (host, address) = boot(cpus)?;
-    // An emulated processor that sleeps is woken when the machine below sees fit, and how soon that is decides how many
-    // reads an interrupt tells of. So the one for the VMM's other threads is kept awake, by what yields to all of them;
-    // but where the vCPUs alone keep each processor below busy, that would only take from them.
-    let below = thread::available_parallelism().map_or(1, usize::from);
-    let _awake = if below > cpus as usize {
-        let spin = format!(
-            "exec taskset -c {} chrt --idle 0 bash -c 'while :; do :; done'",
-            cpus + 1
-        );
-        Some(host.spawn(&spin)?)
-    } else {
-        None
-    };
-    let version =
-        host.run("qemu-system-x86_64 --version | sed -n 's/.*version \\([^ ]*\\).*/\\1/p'")?;
     let mut turns = Vec::new();
+    let mut version = String::new();
     for number in 1..=arguments.turns {
+        // A host of its own for each turn: something that a boot leaves to chance favours one VMM or the other, by a
+        // fifth at times, for as long as that host is up.
+        let (host, address) = boot(cpus)?;
+        let _awake = keep_awake(&host, cpus)?;
+        version =
+            host.run("qemu-system-x86_64 --version | sed -n 's/.*version \\([^ ]*\\).*/\\1/p'")?;
         let mut both = [(Vmm::Busway, "busway"), (Vmm::Qemu, "qemu")];
         // Neither is always first.
         if number.is_multiple_of(2) {
@@ -157,6 +148,21 @@ fn drive(cpus: u32, arguments: &BenchArgs) -> Result<Vec<Turn>> {
         figures::print_counters(&turns);
     }
     Ok(turns)
+}
+
+/// Keeps the processor for the VMM's other threads awake, by what yields to all of them.
+///
+/// An emulated processor that sleeps is woken when the machine below sees fit, and how soon that is decides how many reads
+/// an interrupt tells of. Where the vCPUs alone keep each processor below busy, a loop would only take from them.
+fn keep_awake(host: &Host, cpus: u32) -> Result<Option<Job>> {
+    let below = thread::available_parallelism().map_or(1, usize::from);
+    let spin = format!(
+        "exec taskset -c {} chrt --idle 0 bash -c 'while :; do :; done'",
+        cpus + 1
+    );
+    (below > cpus as usize)
+        .then(|| host.spawn(&spin))
+        .transpose()
 }
 
 /// Measures up to three times, for the emulator loses a guest now and then: see `docs/lab.md`.
