@@ -121,8 +121,8 @@ fn drive(cpus: u32, arguments: &BenchArgs) -> Result<Vec<Turn>> {
     let mut turns = Vec::new();
     let mut version = String::new();
     for number in 1..=arguments.turns {
-        // A host of its own for each turn: something that a boot leaves to chance favours one VMM or the other, by a
-        // fifth at times, for as long as that host is up.
+        // A host of its own for each turn: what a boot may leave to chance lasts as long as that host, and the verdict
+        // takes turns for independent.
         let (host, address) = boot(cpus)?;
         let _awake = keep_awake(&host, cpus)?;
         version =
@@ -153,7 +153,8 @@ fn drive(cpus: u32, arguments: &BenchArgs) -> Result<Vec<Turn>> {
 /// Keeps the processor for the VMM's other threads awake, by what yields to all of them.
 ///
 /// An emulated processor that sleeps is woken when the machine below sees fit, and how soon that is decides how many reads
-/// an interrupt tells of. Where the vCPUs alone keep each processor below busy, a loop would only take from them.
+/// an interrupt tells of. Where the machine below has no more processors than the guest has vCPUs, the loop would take from
+/// these.
 fn keep_awake(host: &Host, cpus: u32) -> Result<Option<Job>> {
     let below = thread::available_parallelism().map_or(1, usize::from);
     let spin = format!(
