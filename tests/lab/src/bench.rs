@@ -34,6 +34,9 @@ pub(crate) struct BenchArgs {
     /// Processors of the guest, each with a queue of the drive's; of several numbers, each in its turns.
     #[arg(long, value_delimiter = ',', default_value = "1,4", value_parser = clap::value_parser!(u32).range(1..=16))]
     cpus: Vec<u32>,
+    /// Measure only the random reads at will, with nothing else in a turn: more turns in the same time.
+    #[arg(long)]
+    at_will: bool,
     /// Leave QEMU its HPET, for which its main thread works beside the guest.
     #[arg(long)]
     hpet: bool,
@@ -43,12 +46,12 @@ pub(crate) struct BenchArgs {
     /// Turns of each VMM for the time to map memory; 0 leaves it out.
     #[arg(long, default_value_t = 3)]
     mapping_turns: u32,
-    /// Write every figure to a file, too.
+    /// Write every figure to a file, too, after each turn.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// What one turn of one VMM gave.
+/// What one turn of one VMM gave; not a number is what was not asked for ([`BenchArgs::at_will`]).
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Turn {
     pub(crate) vmm: &'static str,
@@ -79,22 +82,24 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
     let mut measured = Vec::new();
     for &cpus in &arguments.cpus {
         if arguments.turns > 0 {
-            measured.extend(drive(cpus, arguments)?);
+            drive(cpus, arguments, &mut measured)?;
         }
     }
-    let mapped = match arguments.mapping_turns {
-        0 => Vec::new(),
-        turns => {
-            let (host, address) = boot(1)?;
-            mapping::run(&host, &address, turns)?
-        }
-    };
-    if let Some(path) = &arguments.json {
-        let figures = serde_json::json!({"drive": measured, "mapping": mapped});
-        fs::write(path, serde_json::to_string_pretty(&figures)?)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    if arguments.mapping_turns > 0 {
+        let (host, address) = boot(1)?;
+        let mapped = mapping::run(&host, &address, arguments.mapping_turns)?;
+        save(arguments, &measured, &mapped)?;
     }
     Ok(())
+}
+
+fn save(arguments: &BenchArgs, drive: &[Turn], mapping: &[impl Serialize]) -> Result<()> {
+    let Some(path) = &arguments.json else {
+        return Ok(());
+    };
+    let figures = serde_json::json!({"drive": drive, "mapping": mapping});
+    fs::write(path, serde_json::to_string_pretty(&figures)?)
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// A host for guests of so many processors, and the address of its drive, which is with VFIO.
@@ -116,9 +121,9 @@ fn boot(cpus: u32) -> Result<(Host, String)> {
     Ok((host, address))
 }
 
-/// The turns with guests of so many processors, printed.
-fn drive(cpus: u32, arguments: &BenchArgs) -> Result<Vec<Turn>> {
-    let mut turns = Vec::new();
+/// The turns with guests of so many processors, printed, and put with what was measured before.
+fn drive(cpus: u32, arguments: &BenchArgs, measured: &mut Vec<Turn>) -> Result<()> {
+    let before = measured.len();
     let mut version = String::new();
     for number in 1..=arguments.turns {
         // A host of its own for each turn: what a boot may leave to chance lasts as long as that host, and the verdict
@@ -137,17 +142,18 @@ fn drive(cpus: u32, arguments: &BenchArgs) -> Result<Vec<Turn>> {
                 "turn {number} of {} with {cpus} vCPU: {name}",
                 arguments.turns
             );
-            let measured =
-                again_if_stalled(|| turn(&host, (vmm, name), &address, cpus, arguments))?;
-            turns.push(measured);
+            let turn = again_if_stalled(|| turn(&host, (vmm, name), &address, cpus, arguments))?;
+            measured.push(turn);
         }
+        save(arguments, measured, &[(); 0])?;
     }
     let timers = if arguments.hpet { "" } else { ", no HPET" };
-    figures::print(&turns, &format!("QEMU {} q35{timers}", version.trim()));
+    let turns = &measured[before..];
+    figures::print(turns, &format!("QEMU {} q35{timers}", version.trim()));
     if arguments.counters {
-        figures::print_counters(&turns);
+        figures::print_counters(turns);
     }
-    Ok(turns)
+    Ok(())
 }
 
 /// Keeps the processor for the VMM's other threads awake, by what yields to all of them.
@@ -198,7 +204,6 @@ fn turn(
             .device(address)
             .opened_by(&format!("exec taskset -c 1-{} \"$@\"", cpus + 1))
     };
-    let booted = host.guest(&guest())?.success()?;
     let seconds = arguments.seconds;
     let fio = |how: &str, seconds: u32| {
         format!(
@@ -219,14 +224,17 @@ fn turn(
         "{deep} --iodepth_batch_submit={DEPTH} --iodepth_batch_complete_min={DEPTH} \
          --iodepth_batch_complete_max={DEPTH}"
     );
+    let others = format!(
+        "{}{}mark spin\ntimeout {seconds} sh -c 'while :; do :; done' || true\nmark spin-end\n",
+        phase("many", &many),
+        phase("lone", "--iodepth=1"),
+    );
     let read = host
         .guest(&guest().programs().script(&format!(
-            "{}\n{}{}{}mark spin\ntimeout {seconds} sh -c 'while :; do :; done' || true\nmark spin-end\n\
-             mark memory 5\n",
+            "{}\n{}{}mark memory 5\n",
             fio(&deep, 2),
             phase("deep", &deep),
-            phase("many", &many),
-            phase("lone", "--iodepth=1"),
+            if arguments.at_will { "" } else { &others },
         )))?
         .success()?;
     let total = |phase: &str, counter: &str| {
@@ -238,26 +246,22 @@ fn turn(
         anyhow::Ok(kib / 4.0)
     };
     let grew = |phase: &str, counter: &str| anyhow::Ok(total(phase, counter)? / reads(phase)?);
-    let exits_per_second = total("spin", EXITS)? / total("spin", VCPU_SECONDS)?;
-    let without_timers = |phase: &str| {
-        anyhow::Ok(total(phase, EXITS)? - exits_per_second * total(phase, VCPU_SECONDS)?)
-    };
     let memory = read
         .marks
         .get("memory")
         .context("the host took no snapshot of memory")?;
-    Ok(Turn {
+    let turn = Turn {
         vmm: name,
         cpus,
         reads_per_second: read.value("deep-rate")?.parse()?,
         exits_per_read: grew("deep", EXITS)?,
         interrupts_per_read: grew("deep", INTERRUPTS)?,
-        exits_per_second,
-        exits_per_interrupt: without_timers("deep")? / total("deep", INTERRUPTS)?,
-        exits_per_read_of_many: without_timers("many")? / reads("many")?,
-        exits_per_lone_read: without_timers("lone")? / reads("lone")?,
+        exits_per_second: f64::NAN,
+        exits_per_interrupt: f64::NAN,
+        exits_per_read_of_many: f64::NAN,
+        exits_per_lone_read: f64::NAN,
         mmio_exits_per_read: grew("deep", "mmio_exits")?,
-        boot_ms: booted.boot_time().context("no boot time")?.as_secs_f64() * 1e3,
+        boot_ms: f64::NAN,
         own_pss_kib: memory.own_pss(MEMORY_MIB) as f64,
         own_dirty_kib: memory.own_dirty(MEMORY_MIB) as f64,
         counters_per_read: memory
@@ -265,6 +269,22 @@ fn turn(
             .keys()
             .filter_map(|name| Some((name.clone(), grew("deep", name).ok()?)))
             .collect(),
+    };
+    if arguments.at_will {
+        return Ok(turn);
+    }
+    let exits_per_second = total("spin", EXITS)? / total("spin", VCPU_SECONDS)?;
+    let without_timers = |phase: &str| {
+        anyhow::Ok(total(phase, EXITS)? - exits_per_second * total(phase, VCPU_SECONDS)?)
+    };
+    let booted = host.guest(&guest())?.success()?;
+    Ok(Turn {
+        exits_per_second,
+        exits_per_interrupt: without_timers("deep")? / total("deep", INTERRUPTS)?,
+        exits_per_read_of_many: without_timers("many")? / reads("many")?,
+        exits_per_lone_read: without_timers("lone")? / reads("lone")?,
+        boot_ms: booted.boot_time().context("no boot time")?.as_secs_f64() * 1e3,
+        ..turn
     })
 }
 

@@ -170,6 +170,9 @@ pub(crate) fn print(turns: &[Turn], qemu: &str) {
         let decimals = figure.decimals;
         let (ours, least, most) = spread(turns, "busway", figure.of);
         let (theirs, their_least, their_most) = spread(turns, "qemu", figure.of);
+        if ours.is_nan() {
+            continue;
+        }
         let cell = |median: f64, least: f64, most: f64| {
             format!("{median:.decimals$} ({least:.decimals$}..{most:.decimals$})")
         };
