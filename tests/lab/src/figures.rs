@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::bench::{MEMORY_MIB, Turn};
+use crate::bench::{Beyond, MEMORY_MIB, Turn};
 
 /// A figure of a turn, how it is printed, and what Busway's median has to be.
 struct Figure {
     name: &'static str,
-    of: fn(&Turn) -> f64,
+    /// Nothing where the turn did not measure it.
+    of: fn(&Turn) -> Option<f64>,
     decimals: usize,
     wanted: Wanted,
 }
@@ -55,67 +56,67 @@ const NO_MORE: Wanted = Wanted::RatioTo(1.0);
 const FIGURES: &[Figure] = &[
     Figure {
         name: "4 KiB random reads a second",
-        of: |turn| turn.reads_per_second,
+        of: |turn| Some(turn.reads_per_second),
         decimals: 0,
         wanted: Wanted::RatioFrom(0.95),
     },
     Figure {
         name: "  interrupts a read",
-        of: |turn| turn.interrupts_per_read,
+        of: |turn| Some(turn.interrupts_per_read),
         decimals: 3,
         wanted: Wanted::Nothing,
     },
     Figure {
         name: "  exits a read",
-        of: |turn| turn.exits_per_read,
+        of: |turn| Some(turn.exits_per_read),
         decimals: 3,
         wanted: NO_MORE,
     },
     Figure {
         name: "exits a second without reads",
-        of: |turn| turn.exits_per_second,
+        of: |turn| beyond(turn, |beyond| beyond.exits_per_second),
         decimals: 0,
         wanted: Wanted::Nothing,
     },
     Figure {
         name: "beyond these, exits an interrupt",
-        of: |turn| turn.exits_per_interrupt,
+        of: |turn| beyond(turn, |beyond| beyond.exits_per_interrupt),
         decimals: 3,
         wanted: NO_MORE,
     },
     Figure {
         name: "  a read, 16 asked for at once",
-        of: |turn| turn.exits_per_read_of_many,
+        of: |turn| beyond(turn, |beyond| beyond.exits_per_read_of_many),
         decimals: 3,
         wanted: NO_MORE,
     },
     Figure {
         name: "  a read, one at a time",
-        of: |turn| turn.exits_per_lone_read,
+        of: |turn| beyond(turn, |beyond| beyond.exits_per_lone_read),
         decimals: 3,
         wanted: NO_MORE,
     },
     Figure {
         name: "MMIO exits to user space a read",
-        of: |turn| turn.mmio_exits_per_read,
+        of: |turn| Some(turn.mmio_exits_per_read),
         decimals: 3,
         wanted: Wanted::To(0.0),
     },
     Figure {
         name: "exec to guest user space, ms",
-        of: |turn| turn.boot_ms,
+        of: |turn| beyond(turn, |beyond| beyond.boot_ms),
         decimals: 0,
         wanted: Wanted::RatioTo(0.6),
     },
     Figure {
         name: "own memory (PSS), KiB",
-        of: |turn| turn.own_pss_kib,
+        of: |turn| Some(turn.own_pss_kib),
         decimals: 0,
         wanted: Wanted::To(5.0 * 1024.0),
     },
     Figure {
         name: "  of that dirty, KiB",
-        of: |turn| turn.own_dirty_kib,
+        of: |turn| Some(turn.own_dirty_kib),
         decimals: 0,
         wanted: NO_MORE,
     },
@@ -141,9 +142,13 @@ fn verdict(wanted: &Wanted, by_median: bool, held: u32, turns: u32) -> &'static 
     }
 }
 
-fn spread(turns: &[Turn], vmm: &str, of: fn(&Turn) -> f64) -> (f64, f64, f64) {
+fn beyond(turn: &Turn, of: fn(&Beyond) -> f64) -> Option<f64> {
+    turn.beyond.as_ref().map(of)
+}
+
+fn spread(turns: &[Turn], vmm: &str, of: fn(&Turn) -> Option<f64>) -> (f64, f64, f64) {
     let turns = turns.iter().filter(|turn| turn.vmm == vmm);
-    median_and_spread(turns.map(of).collect())
+    median_and_spread(turns.filter_map(of).collect())
 }
 
 /// Median, least and most.
@@ -155,24 +160,23 @@ pub(crate) fn median_and_spread(mut figures: Vec<f64>) -> (f64, f64, f64) {
 
 /// The table of the turns of both, which took turns with guests alike; `qemu` says which QEMU it was.
 pub(crate) fn print(turns: &[Turn], qemu: &str) {
-    let Some(Turn { cpus, .. }) = turns.first() else {
+    let Some(first) = turns.first() else {
         return;
     };
     let number = turns.len() as u32 / 2;
     println!(
-        "\nan NVMe drive assigned to a guest of {cpus} vCPU and {MEMORY_MIB} MiB; median (least..most) of {number} turns"
+        "\nan NVMe drive assigned to a guest of {} vCPU and {MEMORY_MIB} MiB; median (least..most) of {number} turns",
+        first.cpus
     );
     println!(
         "{:<34} {:>24} {qemu:>24} {:>7}  wanted (held in)",
         "", "Busway", "ratio"
     );
-    for figure in FIGURES {
+    let measured = |figure: &&Figure| (figure.of)(first).is_some();
+    for figure in FIGURES.iter().filter(measured) {
         let decimals = figure.decimals;
         let (ours, least, most) = spread(turns, "busway", figure.of);
         let (theirs, their_least, their_most) = spread(turns, "qemu", figure.of);
-        if ours.is_nan() {
-            continue;
-        }
         let cell = |median: f64, least: f64, most: f64| {
             format!("{median:.decimals$} ({least:.decimals$}..{most:.decimals$})")
         };
