@@ -1,7 +1,10 @@
-# The three initramfs images, not compressed, because unpacking under emulation is slow. Sourced, after stock.sh.
+# The initramfs images, not compressed, because unpacking under emulation is slow. Sourced, after kernel.sh.
 
 # What guests load by the alias of each device that they find.
-guest_modules=(nvme e1000 e1000e igb igbvf 8139cp virtio_blk virtio_net virtio-rng virtio_balloon ext4 uio_pci_generic msr)
+guest_modules=(
+    nvme e1000 e1000e igb igbvf 8139cp xhci-pci sd_mod usb-storage snd-hda-intel snd-hda-codec-generic snd-pcm-oss
+    virtio_blk virtio_net virtio_console virtio-rng virtio_balloon ext4 uio_pci_generic vfio-pci msr evdev button
+)
 # Programs of the root that guests can ask for, with their libraries.
 guest_programs=(usr/bin/fio usr/bin/lspci)
 
@@ -11,15 +14,15 @@ pack() {
     rm -r "$1"
 }
 
-# with_modules DIR MODULE…: the stock kernel's modules, with what they stand on.
+# with_modules DIR KERNEL MODULE…: modules of a kernel's folder, with what they stand on.
 with_modules() {
-    local dir=$1 release each file
-    shift
-    release=$(cat "$stock/release")
+    local dir=$1 kernel=$2 release each file
+    shift 2
+    release=$(ls "$kernel/lib/modules")
     mkdir -p "$dir/lib/modules/$release"
-    cp "$stock/lib/modules/$release"/modules.{builtin,builtin.modinfo,order} "$dir/lib/modules/$release/"
+    cp "$kernel/lib/modules/$release"/modules.{builtin,builtin.modinfo,order} "$dir/lib/modules/$release/"
     for each in "$@"; do
-        modprobe -d "$stock" -S "$release" --show-depends "$each"
+        modprobe -d "$kernel" -S "$release" --show-depends "$each" || [ "$each" = crc32c_generic ]
     done | awk '$1 == "insmod" { print $2 }' | sort -u | while read -r file; do
         each=$dir/lib/modules/$release/${file#*"/modules/$release/"}
         mkdir -p "${each%/*}"
@@ -28,19 +31,25 @@ with_modules() {
     depmod -b "$dir" "$release"
 }
 
-make_images() {
-    local dir=$1 tree=$1/tree
+# make_host_image KERNEL IMAGE
+make_host_image() {
+    local tree=$2.tree
     mkdir -p "$tree/bin"
     cp "$root/usr/bin/busybox" "$tree/bin/"
     install -m 755 "$setup_dir/host-init" "$tree/init"
-    install -m 755 "$setup_dir/host-agent" "$tree/agent"
-    with_modules "$tree" 9pnet_virtio 9p overlay
-    pack "$tree" "$dir/host.img"
+    with_modules "$tree" "$1" virtio_pci virtio_blk crc32c_generic erofs overlay
+    pack "$tree" "$2"
+}
+
+make_images() {
+    local dir=$1 tree=$1/tree
+    make_host_image "$stock" "$dir/host-stock.img"
+    [ -z "$backports" ] || make_host_image "$backports" "$dir/host-backports.img"
 
     mkdir -p "$tree/bin"
     cp "$root/usr/bin/busybox" "$tree/bin/"
     install -m 755 "$setup_dir/guest-init" "$tree/init"
-    with_modules "$tree" "${guest_modules[@]}"
+    with_modules "$tree" "$stock/iommufd" "${guest_modules[@]}"
     pack "$tree" "$dir/guest.img"
 
     mkdir -p "$tree"
@@ -50,4 +59,4 @@ make_images() {
     pack "$tree" "$dir/guest-programs.img"
 }
 
-images=$cache/images-$(key "${root##*/}" "${stock##*/}" "$setup_dir"/{images.sh,host-init,host-agent,guest-init})
+images=$cache/images-$(key "${root##*/}" "${stock##*/}" "${backports##*/}" "$setup_dir"/{images.sh,host-init,guest-init})

@@ -51,4 +51,5 @@ made() {
     "$function" "$dir.partial"
     mv "$dir.partial" "$dir"
     say "made $what in $((SECONDS - began)) s"
+    [ -z "${BUSWAY_LAB_TIMES-}" ] || printf 'set-up: %s\t%s\n' "$what" $((SECONDS - began)) >>"$BUSWAY_LAB_TIMES"
 }

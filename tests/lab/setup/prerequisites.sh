@@ -3,8 +3,7 @@
 # COMMAND:PACKAGE, or a file's path in place of the command.
 prerequisites=(
     debootstrap:debootstrap /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
-    gcc:gcc make:make flex:flex bison:bison bc:bc perl:perl cpio:cpio lz4:lz4 xz:xz-utils modprobe:kmod
-    /usr/include/libelf.h:libelf-dev /usr/include/openssl/ssl.h:libssl-dev
+    cpio:cpio modprobe:kmod xz:xz-utils zstd:zstd
 )
 
 install_prerequisites() {

@@ -2,10 +2,13 @@
 
 root_suite=trixie
 root_packages=(
-    busybox-static ca-certificates curl e2fsprogs ethtool fio iperf3 iproute2 kmod lvm2 mdadm nvme-cli pciutils
+    busybox-static ca-certificates curl e2fsprogs erofs-utils ethtool fio iperf3 iproute2 kmod lvm2 mdadm nvme-cli pciutils
     procps psmisc python3-minimal socat strace tcpdump udev xxd
 )
 root_backports=(qemu-system-x86 qemu-utils)
+
+# What a power cut may cost is made anew, so apt need not wait for the disk.
+quickly=(-o DPkg::Options::=--force-unsafe-io)
 
 # The mirror that this machine's own apt uses for Debian; nothing on a machine that is not Debian.
 debian_mirror() {
@@ -45,16 +48,19 @@ END
     printf '#!/bin/sh\nexit 101\n' | as_root tee "$dir/usr/sbin/policy-rc.d" >/dev/null
     as_root chmod +x "$dir/usr/sbin/policy-rc.d"
     logged root-update in_root "$dir" apt-get update
-    logged root-tools in_root "$dir" apt-get install -y --no-install-recommends "${root_packages[@]}"
-    logged root-qemu in_root "$dir" apt-get install -y --no-install-recommends -t "$root_suite-backports" "${root_backports[@]}"
+    logged root-tools in_root "$dir" apt-get install -y --no-install-recommends "${quickly[@]}" "${root_packages[@]}"
+    logged root-qemu in_root "$dir" apt-get install -y --no-install-recommends "${quickly[@]}" -t "$root_suite-backports" "${root_backports[@]}"
     in_root "$dir" sh -c '
         apt-get clean
-        version() { apt-cache show --no-all-versions "$1" | sed -n "s/^Version: //p"; }
-        stock=$(apt-cache depends linux-image-amd64 | sed -n "s/^ *Depends: //p")
-        echo "stock_package=$stock"
-        echo "stock_version=$(version "$stock")"
-        echo "small_version=$(version linux-source-6.12)"
-    ' | as_root tee "$dir/etc/lab-versions" >/dev/null
+        newest() { # NAME [SUITE]: the release of the kernel that linux-image-amd64 stands for, and its version
+            suite=-oAPT::Default-Release=$2
+            release=$(apt-cache "$suite" depends linux-image-amd64 | sed -n "s/^ *Depends: linux-image-//p")
+            version=$(apt-cache "$suite" show --no-all-versions "linux-headers-$release" | sed -n "s/^Version: //p")
+            printf "%s_release=%s\n%s_version=%s\n" "$1" "$release" "$1" "$version"
+        }
+        newest stock "$0"
+        newest backports "$0-backports"
+    ' "$root_suite" | as_root tee "$dir/etc/lab-versions" >/dev/null
     as_root chmod 755 "$dir"
 }
 

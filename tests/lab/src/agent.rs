@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 
@@ -18,6 +18,8 @@ use crate::suspect::Suspect;
 #[derive(Debug, Default)]
 struct State {
     ready: bool,
+    /// The outer machine's folders are mounted.
+    folders: bool,
     gone: bool,
     jobs: BTreeMap<u64, Progress>,
 }
@@ -86,6 +88,7 @@ impl Agent {
         let number = words.next().and_then(|word| word.parse::<i32>().ok());
         match (verb, id, number) {
             (Some("READY"), ..) => self.change(|state| state.ready = true),
+            (Some("FOLDERS"), ..) => self.change(|state| state.folders = true),
             (Some("STARTED"), Some(id), pid) => {
                 self.change(|state| state.jobs.entry(id).or_default().pid = pid);
             }
@@ -154,6 +157,16 @@ impl Agent {
     pub(crate) fn wait_ready(&self, limit: Duration) -> Result<()> {
         self.wait(Instant::now() + limit, |state| state.ready.then_some(()))
             .map_err(|failure| self.explain(failure, "booting", limit))
+    }
+
+    /// Has the host mount the outer machine's folders and set its clock, and waits until it has, and udev is done.
+    pub(crate) fn mount_folders(&self, limit: Duration) -> Result<()> {
+        let doing = "mounting the outer machine's folders";
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        self.order(&format!("FOLDERS {}", now.as_secs_f64()))
+            .map_err(|_| self.death(doing))?;
+        self.wait(Instant::now() + limit, |state| state.folders.then_some(()))
+            .map_err(|failure| self.explain(failure, doing, limit))
     }
 
     /// Has the host restart, and waits until the agent answers anew.

@@ -114,7 +114,7 @@ fn save(arguments: &BenchArgs, drive: &[Turn], mapping: &[impl Serialize]) -> Re
 /// A host for guests of so many processors, and the address of its drive, which is with VFIO.
 fn boot(cpus: u32) -> Result<(Host, String)> {
     // Room for 2 GiB of huge pages beside 2 GiB of other memory.
-    let config = HostConfig::new(Kernel::Small)
+    let config = HostConfig::new(Kernel::Iommufd)
         .memory_mib(6144)
         .cpus(cpus + 2)
         .device(Device::nvme("nv0", 256));
@@ -206,7 +206,7 @@ fn turn(
     let guest = || {
         GuestRun::new(vmm)
             .args(timers)
-            .kernel(GuestKernel::SmallBzImage)
+            .kernel(GuestKernel::Stock)
             .cpus(cpus)
             .memory_mib(MEMORY_MIB)
             .cmdline("console=ttyS0 quiet panic=-1 lab.pv_eoi")

@@ -8,12 +8,12 @@ use crate::zoo::Device;
 /// The kernel that the emulated host runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
-    /// Debian's own, with modules: VFIO by group and type1 container, no iommufd.
+    /// Debian's own, as it is: VFIO by group and type1 container, no iommufd.
     Stock,
-    /// The lab's small one: VFIO also by cdev, with iommufd.
-    Small,
-    /// The newest that Debian has, as small as it goes: for what only it can, which is mapping a device's memory for
-    /// others by dma-buf. It has no disks and no IP.
+    /// The same with the VFIO of its own source that Debian leaves out: also by cdev, with iommufd.
+    Iommufd,
+    /// That of Debian's backports, likewise with iommufd: what only it can is mapping a device's memory for others by
+    /// dma-buf.
     Backports,
 }
 

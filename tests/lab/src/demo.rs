@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use busway_lab::{
-    DataServer, Device, Extent, Host, HostConfig, Kernel, Parts, Profile, archive, build_busway,
+    DataServer, Device, Host, HostConfig, Kernel, Parts, Profile, archive, build_busway,
     build_lab_io,
 };
 use clap::Args;
@@ -31,7 +31,7 @@ pub(crate) struct DemoArgs {
 
 /// Runs the demonstration; the exit status is its own.
 pub(crate) fn run(arguments: &DemoArgs) -> Result<ExitCode> {
-    let parts = Parts::prepare(Extent::Stock)?;
+    let parts = Parts::prepare()?;
     let busway = build_busway(Profile::Release)?;
     let lab_io = build_lab_io()?;
     let status = if arguments.here.is_empty() {

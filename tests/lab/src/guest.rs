@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::cpio;
 use crate::host::Host;
 use crate::job::Job;
+use crate::parts::Parts;
 use crate::snapshot::Snapshot;
 use crate::suspect::Suspect;
 use crate::transcript::{EXEC, Transcript, UP};
@@ -29,10 +30,8 @@ pub enum Vmm {
 pub enum GuestKernel {
     /// Debian's own, a bzImage.
     Stock,
-    /// The lab's small one, as bzImage.
-    SmallBzImage,
-    /// The same as ELF, by the PVH entry.
-    SmallElf,
+    /// The same unpacked, an ELF file that is entered by PVH.
+    StockElf,
 }
 
 /// A guest to be run: what it is made of, and the script that it runs.
@@ -257,23 +256,15 @@ impl Host {
         let inside = folder.inside();
         fs::write(folder.path.join("script.cpio"), run.segment()?)?;
         fs::write(folder.path.join("guest-run"), include_str!("guest-run.sh"))?;
-        let parts = self.parts();
-        let kernel = match run.kernel {
-            GuestKernel::Stock => parts.stock.join("bzImage"),
-            GuestKernel::SmallBzImage => parts.small.join("bzImage"),
-            GuestKernel::SmallElf => parts.small.join("vmlinux"),
-        };
-        let mut images = vec![parts.images.join("guest.img")];
+        let kernel = Parts::inside(match run.kernel {
+            GuestKernel::Stock => "bzImage",
+            GuestKernel::StockElf => "vmlinux",
+        });
+        let mut images = vec![Parts::inside("guest.img")];
         if run.programs {
-            images.push(parts.images.join("guest-programs.img"));
+            images.push(Parts::inside("guest-programs.img"));
         }
-        let images: Vec<PathBuf> = images.iter().map(|image| parts.inside(image)).collect();
-        let images: Vec<String> = images
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect();
         let initramfs = format!("/run/lab/{}.img", folder.id);
-        let kernel = parts.inside(&kernel).display().to_string();
         let command = run.command(&kernel, &initramfs, &format!("{inside}/report.json"));
         let command = match &run.opener {
             Some(opener) => {

@@ -1,10 +1,9 @@
 //! The emulated host: booted, given scripts to run, and gone when dropped.
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,14 +11,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::agent::Agent;
-use crate::config::{Accelerator, HostConfig, Iommu, Kernel};
+use crate::config::{Accelerator, HostConfig};
 use crate::doorbell;
 use crate::job::{Folder, Job, Output};
-use crate::parts::{Extent, Parts};
+use crate::machine;
+use crate::parts::Parts;
 use crate::process::spawn_bound;
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
-use crate::tsc;
 use crate::zoo;
 
 /// A running emulated host. Whatever becomes of this process, QEMU ends with it.
@@ -85,11 +84,7 @@ impl Host {
     }
 
     fn boot_on(config: HostConfig, console: Console) -> Result<Self> {
-        let parts = Parts::prepare(match config.kernel {
-            Kernel::Stock => Extent::Stock,
-            Kernel::Small => Extent::Full,
-            Kernel::Backports => Extent::Backports,
-        })?;
+        let parts = Parts::prepare()?;
         match Accelerator::detect() {
             Accelerator::Kvm => Self::boot_nested(&config, &parts, console).or_else(|error| {
                 eprintln!("lab: this machine's KVM does not nest after all: {error:#}");
@@ -122,13 +117,13 @@ impl Host {
         let (monitor, qmp_end) = UnixStream::pair()?;
         let logs = [folder.join("console.log"), folder.join("qemu.log")];
         let log = File::create(&logs[1])?;
-        let mut command = qemu_command(parts);
+        let mut command = machine::qemu(parts);
         command
-            .args(machine_arguments(config, parts, accelerator, folder))
+            .args(machine::arguments(config, parts, accelerator)?)
             .args(console.arguments(&logs[0]))
-            .args(line_arguments("agent", &agent_end))
+            .args(machine::line("agent", &agent_end))
             .args(["-device", "isa-serial,index=1,chardev=agent"])
-            .args(line_arguments("qmp", &qmp_end))
+            .args(machine::line("qmp", &qmp_end))
             .args(["-mon", "chardev=qmp,mode=control"])
             .stderr(log);
         let mut inherited = vec![agent_end.into(), qmp_end.into()];
@@ -137,10 +132,16 @@ impl Host {
             if let zoo::Kind::IvshmemDoorbell { vectors } = device.kind {
                 let memory = folder.join(format!("{}.img", device.id));
                 let (server, end) = doorbell::serve(&memory, vectors)?;
-                command.args(line_arguments(&format!("{}-server", device.id), &end));
+                command.args(machine::line(&format!("{}-server", device.id), &end));
                 servers.push(server);
                 inherited.push(end.into());
             }
+        }
+        let [fixed, plugged] = zoo::plans(&config.devices, folder);
+        let (words, folders) = machine::folders(parts, folder);
+        command.args(fixed.words).args(plugged.words).args(words);
+        for device in [fixed.devices, folders, plugged.devices].concat() {
+            command.arg("-device").arg(device);
         }
         if console == Console::Log {
             command.stdin(Stdio::null()).stdout(Stdio::null());
@@ -150,6 +151,7 @@ impl Host {
         let agent = Agent::new(line, logs)?;
         let qmp = Qmp::new(monitor).map_err(|_| agent.death("QEMU started"))?;
         agent.wait_ready(accelerator.patience())?;
+        agent.mount_folders(accelerator.patience())?;
         Ok(Self {
             qemu,
             agent,
@@ -298,94 +300,4 @@ impl Host {
     pub fn qemu_pid(&self) -> u32 {
         self.qemu.0.id()
     }
-}
-
-/// QEMU out of the Debian root, by the root's own loader and libraries: it needs neither chroot nor
-/// privilege, and nothing of this machine's distribution.
-fn qemu_command(parts: &Parts) -> Command {
-    let root = &parts.root;
-    let libraries = root.join("usr/lib/x86_64-linux-gnu");
-    let mut command = Command::new(root.join("usr/lib64/ld-linux-x86-64.so.2"));
-    command
-        .env("QEMU_MODULE_DIR", libraries.join("qemu"))
-        .arg("--library-path")
-        .arg(&libraries)
-        .arg(root.join("usr/bin/qemu-system-x86_64"));
-    for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
-        command.arg("-L").arg(root.join(firmware));
-    }
-    command
-}
-
-fn line_arguments(id: &str, end: &UnixStream) -> [String; 2] {
-    [
-        "-chardev".to_owned(),
-        format!("socket,id={id},fd={}", end.as_raw_fd()),
-    ]
-}
-
-fn machine_arguments(
-    config: &HostConfig,
-    parts: &Parts,
-    accelerator: Accelerator,
-    scratch: &Path,
-) -> Vec<String> {
-    let base = |path: &Path| path.file_name().unwrap_or_default().display().to_string();
-    let kernel = match config.kernel {
-        Kernel::Stock => &parts.stock,
-        Kernel::Small => &parts.small,
-        Kernel::Backports => &parts.backports,
-    };
-    // A busy machine can be too slow for the kernel's check that timer interrupts arrive, and for its
-    // measuring of the time-stamp counter, which is told and trusted instead.
-    let cmdline = format!(
-        "console=ttyS0 quiet panic=-1 no_timer_check tsc_early_khz={} tsc=reliable {} lab.root={} \
-         lab.modules={} {}",
-        tsc::khz(),
-        match config.iommu {
-            Iommu::Intel => "intel_iommu=on",
-            Iommu::Amd | Iommu::None => "",
-        },
-        base(&parts.root),
-        base(&parts.stock),
-        config.cmdline,
-    );
-    let folder = |tag: &str, path: &Path, more: &str| {
-        let path = path.display();
-        format!("local,path={path},mount_tag={tag},security_model=none,multidevs=remap{more}")
-    };
-    let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-
-    let mut arguments: Vec<String> = Vec::new();
-    let mut add = |words: &[&str]| arguments.extend(words.iter().map(|&word| word.to_owned()));
-    add(&[
-        "-machine",
-        "q35,kernel-irqchip=split",
-        "-nodefaults",
-        "-no-user-config",
-    ]);
-    add(&["-display", "none", "-no-reboot"]);
-    if config.native_hot_plug {
-        let firmware = "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off";
-        add(&["-global", firmware]);
-    }
-    add(accelerator.arguments());
-    add(&[
-        "-smp",
-        &config.cpus.to_string(),
-        "-m",
-        &config.memory_mib.to_string(),
-    ]);
-    add(&["-kernel", &kernel.join("bzImage").display().to_string()]);
-    add(&[
-        "-initrd",
-        &parts.images.join("host.img").display().to_string(),
-    ]);
-    add(&["-append", &cmdline]);
-    add(config.iommu.arguments());
-    add(&["-virtfs", &folder("cache", &parts.cache, ",readonly=on")]);
-    add(&["-virtfs", &folder("project", &project, ",readonly=on")]);
-    add(&["-virtfs", &folder("share", &scratch.join("share"), "")]);
-    arguments.extend(zoo::arguments(&config.devices, scratch));
-    arguments
 }

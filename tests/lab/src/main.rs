@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use busway_lab::{Device, Extent, Host, HostConfig, Iommu, Kernel, Parts, Profile, build_busway};
+use busway_lab::{Device, Host, HostConfig, Iommu, Kernel, Parts, Profile, build_busway};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use terminal::Terminal;
 
@@ -25,15 +25,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Makes what the lab stands on: a Debian root, two kernels, initramfs images.
-    Setup {
-        /// All but the small kernel, which takes ten minutes to build.
-        #[arg(long)]
-        stock: bool,
-        /// The backports kernel as well, which takes five.
-        #[arg(long, conflicts_with = "stock")]
-        backports: bool,
-    },
+    /// Makes what the lab stands on: a Debian root, two kernels' modules, initramfs images.
+    Setup,
     /// Boots the emulated host and runs a command in it.
     Run {
         #[command(flatten)]
@@ -59,7 +52,7 @@ enum Command {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum KernelArg {
     Stock,
-    Small,
+    Iommufd,
     Backports,
 }
 
@@ -99,7 +92,7 @@ impl HostArgs {
     fn config(&self) -> Result<HostConfig> {
         let kernel = match self.kernel {
             KernelArg::Stock => Kernel::Stock,
-            KernelArg::Small => Kernel::Small,
+            KernelArg::Iommufd => Kernel::Iommufd,
             KernelArg::Backports => Kernel::Backports,
         };
         let iommu = match self.iommu {
@@ -143,14 +136,7 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Setup { stock, backports } => {
-            Parts::prepare(match (stock, backports) {
-                (true, _) => Extent::Stock,
-                (false, true) => Extent::All,
-                (false, false) => Extent::Full,
-            })?;
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Setup => Parts::prepare().map(|_| ExitCode::SUCCESS),
         Command::Run {
             host,
             limit,

@@ -11,7 +11,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use busway_lab::Host;
+use busway_lab::{Host, Parts};
 use serde::Serialize;
 
 /// Bytes of guest memory, in MiB.
@@ -93,8 +93,7 @@ pub(crate) fn run(host: &Host, address: &str, turns: u32) -> Result<Vec<Mapped>>
 }
 
 fn start(host: &Host, address: &str, case: Case, vmm: &'static str) -> Result<Mapped> {
-    let kernel = host.parts().inside(&host.parts().stock.join("bzImage"));
-    let kernel = kernel.display();
+    let kernel = Parts::inside("bzImage");
     let switch = |on| if on { "on" } else { "off" };
     let strace = "strace -f --seccomp-bpf -ttt -T -e trace=execve,ioctl -e raw=ioctl -o /lab/trace";
     let prefault = switch(case.prefault);

@@ -6,46 +6,29 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::config::Kernel;
+
 /// The parts' folders, all of them in one cache folder.
 #[derive(Debug, Clone)]
 pub struct Parts {
     /// The cache folder itself, which the emulated host sees as `/cache`.
     pub cache: PathBuf,
-    /// The Debian root: QEMU runs from it, and it is the emulated host's own file system.
+    /// The Debian root, which QEMU runs from.
     pub root: PathBuf,
-    /// Debian's stock kernel: `bzImage`, and its modules under `lib/modules`.
+    /// Debian's stock kernel: `bzImage`, and `vmlinux` for the PVH entry.
     pub stock: PathBuf,
-    /// The small kernel: `bzImage`, and `vmlinux` for the PVH entry.
-    pub small: PathBuf,
-    /// The backports kernel: `bzImage`. Nothing where it was not asked for.
-    pub backports: PathBuf,
+    /// The kernel of Debian's backports: `bzImage`. Nothing where it could not be made.
+    pub backports: Option<PathBuf>,
     /// The initramfs images.
     pub images: PathBuf,
-}
-
-/// How much of the lab has to be there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Extent {
-    /// All but the kernels that are built, which takes long.
-    Stock,
-    /// That and the backports kernel.
-    Backports,
-    /// That of [`Stock`](Self::Stock) and the small kernel.
-    Full,
-    /// Everything.
-    All,
+    /// The emulated host's disk, `root.erofs`: the Debian root, and what guests boot from.
+    pub disk: PathBuf,
 }
 
 impl Parts {
-    /// Makes what is missing, which can take many minutes the first time, and says where everything is.
-    pub fn prepare(extent: Extent) -> Result<Self> {
+    /// Makes what is missing, which takes some minutes the first time, and says where everything is.
+    pub fn prepare() -> Result<Self> {
         let mut setup = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("setup/setup"));
-        setup.args(match extent {
-            Extent::Stock => Some("--stock"),
-            Extent::Backports => Some("--backports"),
-            Extent::Full => None,
-            Extent::All => Some("--all"),
-        });
         let output = setup
             .stderr(Stdio::inherit())
             .output()
@@ -68,17 +51,25 @@ impl Parts {
             cache: folder("cache")?,
             root: folder("root")?,
             stock: folder("stock")?,
-            small: folder("small")?,
-            backports: folder("backports")?,
+            backports: Some(folder("backports")?).filter(|path| !path.as_os_str().is_empty()),
             images: folder("images")?,
+            disk: folder("disk")?,
         })
     }
 
-    /// Where the emulated host sees a file of the cache.
-    pub fn inside(&self, path: &Path) -> PathBuf {
-        let relative = path
-            .strip_prefix(&self.cache)
-            .expect("the parts are in the cache");
-        Path::new("/cache").join(relative)
+    /// A host kernel's bzImage, its initramfs, and the name of its set of modules on the host's disk.
+    pub(crate) fn host_kernel(&self, kernel: Kernel) -> Result<(PathBuf, PathBuf, &'static str)> {
+        let (folder, image, modules) = match kernel {
+            Kernel::Stock => (Some(&self.stock), "host-stock.img", "stock"),
+            Kernel::Iommufd => (Some(&self.stock), "host-stock.img", "iommufd"),
+            Kernel::Backports => (self.backports.as_ref(), "host-backports.img", "backports"),
+        };
+        let folder = folder.context("the set-up could not make the backports kernel")?;
+        Ok((folder.join("bzImage"), self.images.join(image), modules))
+    }
+
+    /// Where the emulated host finds what a guest boots from: `bzImage`, `vmlinux`, `guest.img` or `guest-programs.img`.
+    pub fn inside(name: &str) -> String {
+        format!("/boot/{name}")
     }
 }

@@ -246,7 +246,7 @@ const VIRTUAL_FUNCTIONS: u32 = 4;
 
 /// The host that has every device of [`WORKS`].
 pub fn zoo_host(iommu: Iommu) -> HostConfig {
-    HostConfig::new(Kernel::Small)
+    HostConfig::new(Kernel::Iommufd)
         .iommu(iommu)
         .device(Device::nvme("nv0", DRIVE_MIB))
         .device(Device::e1000e("nic0"))

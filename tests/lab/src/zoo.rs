@@ -175,83 +175,106 @@ impl Device {
         Some((format!("{}.img", self.id), size_mib << 20))
     }
 
+    /// Whether it has to be there when the host boots: a sound controller's bus takes no codec later.
+    fn is_fixed(&self) -> bool {
+        matches!(self.kind, Kind::Hda)
+    }
+
     /// `place` is the bus, and the function's address there if it is one of several.
-    fn arguments(&self, place: &str, scratch: &Path) -> Vec<String> {
+    fn plan(&self, place: &str, scratch: &Path) -> Plan {
         let id = &self.id;
         let scratch = scratch.display();
-        let option = |value: String| ["-device".to_owned(), value];
-        let with = |name: &str, value: String| [name.to_owned(), value];
-        let nic = |model: &str| {
-            [
-                with("-netdev", format!("user,id={id}-net")),
-                option(format!("{model},id={id},netdev={id}-net,{place}")),
-            ]
-            .concat()
+        let plan = |backend: Option<(&str, String)>, devices: Vec<String>| Plan {
+            words: backend
+                .into_iter()
+                .flat_map(|(name, value)| [name.to_owned(), value])
+                .collect(),
+            devices,
         };
-        let drive = with(
-            "-drive",
-            format!("file={scratch}/{id}.img,format=raw,if=none,id={id}-drive"),
-        );
+        let nic = |model: &str| {
+            let device = format!("{model},id={id},netdev={id}-net,{place}");
+            plan(Some(("-netdev", format!("user,id={id}-net"))), vec![device])
+        };
+        let drive = || {
+            let file = format!("file={scratch}/{id}.img,format=raw,if=none,id={id}-drive");
+            Some(("-drive", file))
+        };
         match &self.kind {
-            Kind::Nvme { serial, .. } => [
-                drive,
-                option(format!(
+            Kind::Nvme { serial, .. } => plan(
+                drive(),
+                vec![format!(
                     "nvme,id={id},drive={id}-drive,serial={serial},{place}"
-                )),
-            ]
-            .concat(),
+                )],
+            ),
             Kind::E1000e => nic("e1000e"),
             Kind::Igb => nic("igb"),
             Kind::E1000 => nic("e1000"),
             Kind::Rtl8139 => nic("rtl8139"),
             // Its own DMA engine reaches 28 bits, which no guest's memory has to be within.
-            Kind::Edu => option(format!("edu,id={id},dma_mask={},{place}", u64::MAX)).to_vec(),
-            Kind::IvshmemPlain { size_mib } => [
-                with(
-                    "-object",
-                    match self.backing() {
-                        Some((file, _)) => format!(
-                            "memory-backend-file,id={id}-memory,mem-path={scratch}/{file},\
-                             size={size_mib}M,share=on"
-                        ),
-                        None => {
-                            format!("memory-backend-memfd,id={id}-memory,size={size_mib}M,share=on")
-                        }
-                    },
-                ),
-                option(format!("ivshmem-plain,id={id},memdev={id}-memory,{place}")),
-            ]
-            .concat(),
+            Kind::Edu => plan(
+                None,
+                vec![format!("edu,id={id},dma_mask={},{place}", u64::MAX)],
+            ),
+            Kind::IvshmemPlain { size_mib } => {
+                let memory = match self.backing() {
+                    Some((file, _)) => format!(
+                        "memory-backend-file,id={id}-memory,mem-path={scratch}/{file},\
+                         size={size_mib}M,share=on"
+                    ),
+                    None => {
+                        format!("memory-backend-memfd,id={id}-memory,size={size_mib}M,share=on")
+                    }
+                };
+                let device = format!("ivshmem-plain,id={id},memdev={id}-memory,{place}");
+                plan(Some(("-object", memory)), vec![device])
+            }
             // The server's end of the line is `Host`'s.
-            Kind::IvshmemDoorbell { vectors } => option(format!(
-                "ivshmem-doorbell,id={id},chardev={id}-server,vectors={vectors},{place}"
-            ))
-            .to_vec(),
-            Kind::Xhci => [
-                drive,
-                option(format!("qemu-xhci,id={id},{place}")),
-                option(format!(
-                    "usb-storage,drive={id}-drive,bus={id}.0,serial={id}"
-                )),
-            ]
-            .concat(),
-            Kind::Rng => option(format!(
-                "virtio-rng-pci,id={id},disable-legacy=on,iommu_platform=on,aer=on,{place}"
-            ))
-            .to_vec(),
+            Kind::IvshmemDoorbell { vectors } => plan(
+                None,
+                vec![format!(
+                    "ivshmem-doorbell,id={id},chardev={id}-server,vectors={vectors},{place}"
+                )],
+            ),
+            Kind::Xhci => plan(
+                drive(),
+                vec![
+                    format!("qemu-xhci,id={id},{place}"),
+                    format!("usb-storage,drive={id}-drive,bus={id}.0,serial={id}"),
+                ],
+            ),
+            Kind::Rng => plan(
+                None,
+                vec![format!(
+                    "virtio-rng-pci,id={id},disable-legacy=on,iommu_platform=on,aer=on,{place}"
+                )],
+            ),
             // Without a mixer there is nothing that a driver would mute.
-            Kind::Hda => [
-                with(
+            Kind::Hda => plan(
+                Some((
                     "-audiodev",
                     format!("wav,id={id}-audio,path={scratch}/{id}.wav"),
-                ),
-                option(format!("intel-hda,id={id},{place}")),
-                option(format!(
-                    "hda-output,bus={id}.0,audiodev={id}-audio,mixer=off"
                 )),
-            ]
-            .concat(),
+                vec![
+                    format!("intel-hda,id={id},{place}"),
+                    format!("hda-output,bus={id}.0,audiodev={id}-audio,mixer=off"),
+                ],
+            ),
         }
+    }
+}
+
+/// What stands for devices: words of the command line for what is behind them, and the devices themselves, each as
+/// `-device` and the monitor's `device_add` take it, in the order in which they are plugged.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) words: Vec<String>,
+    pub(crate) devices: Vec<String>,
+}
+
+impl Plan {
+    fn add(&mut self, other: Self) {
+        self.words.extend(other.words);
+        self.devices.extend(other.devices);
     }
 }
 
@@ -263,48 +286,41 @@ const DOORBELL_MIB: u64 = 1;
 /// The address by which whoever is on an emulated NIC's network reaches a server on the outer machine's 127.0.0.1.
 pub const GATEWAY: &str = "10.0.2.2";
 
-/// The command line's part for the whole zoo.
-pub(crate) fn arguments(devices: &[Device], scratch: &Path) -> Vec<String> {
-    let mut arguments = Vec::new();
-    let mut port = 0;
-    let mut root_port = |arguments: &mut Vec<String>| {
-        port += 1;
-        arguments.push("-device".to_owned());
-        // Faster ports say that they report a link that is up, and never do: after a reset of its bus the
-        // host's kernel waits for that, and fails (`pci_bridge_wait_for_secondary_bus`).
-        arguments.push(format!(
-            "pcie-root-port,id=port{port},slot={port},chassis={port},x-speed=5"
-        ));
-        format!("port{port}")
-    };
+/// The plans of devices that have to be there when the host boots, and of those that can be plugged later. Each device
+/// has a root port of its own, in their order; conventional ones share a bridge behind the first.
+pub(crate) fn plans(devices: &[Device], scratch: &Path) -> [Plan; 2] {
+    let [mut fixed, mut plugged] = [Plan::default(), Plan::default()];
+    let mut ports = (1..).map(|number| format!("port{number}"));
+    let mut root_port = || ports.next().unwrap_or_default();
     if devices.iter().any(Device::is_conventional) {
-        let bus = root_port(&mut arguments);
-        arguments.push("-device".to_owned());
-        arguments.push(format!("pcie-pci-bridge,id=conventional,bus={bus}"));
+        let bridge = format!("pcie-pci-bridge,id=conventional,bus={}", root_port());
+        fixed.devices.push(bridge);
     }
-    let functions_of = |id: &str| {
-        let beside = |device: &&Device| device.beside.as_deref() == Some(id);
-        devices.iter().filter(beside).collect::<Vec<_>>()
-    };
     for device in devices.iter().filter(|device| device.beside.is_none()) {
         let bus = match device.is_conventional() {
             true => "conventional".to_owned(),
-            false => root_port(&mut arguments),
+            false => root_port(),
         };
-        let more = functions_of(&device.id);
+        let plan = if device.is_fixed() {
+            &mut fixed
+        } else {
+            &mut plugged
+        };
+        let beside = |other: &&Device| other.beside.as_ref() == Some(&device.id);
+        let more: Vec<_> = devices.iter().filter(beside).collect();
         if more.is_empty() {
-            arguments.extend(device.arguments(&format!("bus={bus}"), scratch));
+            plan.add(device.plan(&format!("bus={bus}"), scratch));
             continue;
+        }
+        // The first function comes last, for it brings all of them to the host's notice.
+        for (function, device) in (1..).zip(more) {
+            plan.add(device.plan(&format!("bus={bus},addr=0.{function}"), scratch));
         }
         // Where a function has ARI, the next one is found by its number there, which is 0 otherwise.
         let place = format!("bus={bus},multifunction=on,addr=0.0,x-pcie-ari-nextfn-1=on");
-        arguments.extend(device.arguments(&place, scratch));
-        for (function, device) in (1..).zip(more) {
-            let place = format!("bus={bus},addr=0.{function}");
-            arguments.extend(device.arguments(&place, scratch));
-        }
+        plan.add(device.plan(&place, scratch));
     }
-    arguments
+    [fixed, plugged]
 }
 
 #[cfg(test)]
@@ -312,49 +328,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn conventional_devices_share_one_bridge() {
+    fn conventional_devices_share_one_bridge_that_is_there_from_the_beginning() {
         let zoo = [
             Device::e1000("a"),
             Device::nvme("b", 8),
             Device::rtl8139("c"),
         ];
-        let arguments = arguments(&zoo, Path::new("/tmp"));
-        assert_eq!(
-            arguments
-                .iter()
-                .filter(|each| each.starts_with("pcie-pci-bridge"))
-                .count(),
-            1
-        );
-        assert_eq!(
-            arguments
-                .iter()
-                .filter(|each| each.starts_with("pcie-root-port"))
-                .count(),
-            2
-        );
-        assert_eq!(
-            arguments
-                .iter()
-                .filter(|each| each.ends_with("bus=conventional"))
-                .count(),
-            2
-        );
+        let [fixed, plugged] = plans(&zoo, Path::new("/tmp"));
+        assert_eq!(fixed.devices, ["pcie-pci-bridge,id=conventional,bus=port1"]);
+        let ending = |end: &str| {
+            let devices = plugged.devices.iter();
+            devices.filter(|each| each.ends_with(end)).count()
+        };
+        assert_eq!((ending("bus=conventional"), ending("bus=port2")), (2, 1));
     }
 
     #[test]
-    fn further_functions_share_the_first_ones_port() {
+    fn further_functions_share_the_first_ones_port_and_come_before_it() {
         let zoo = [
             Device::nvme("a", 8),
             Device::edu("b").beside("a"),
             Device::edu("c"),
         ];
-        let arguments = arguments(&zoo, Path::new("/tmp"));
-        let ending = |end: &str| arguments.iter().filter(|each| each.ends_with(end)).count();
-        let first = "bus=port1,multifunction=on,addr=0.0,x-pcie-ari-nextfn-1=on";
-        assert_eq!(ending(first), 1);
-        assert_eq!(ending("bus=port1,addr=0.1"), 1);
-        assert_eq!(ending("bus=port2"), 1);
+        let [_, plugged] = plans(&zoo, Path::new("/tmp"));
+        let ends = [
+            "bus=port1,addr=0.1",
+            "bus=port1,multifunction=on,addr=0.0,x-pcie-ari-nextfn-1=on",
+            "bus=port2",
+        ];
+        for (device, end) in plugged.devices.iter().zip(ends) {
+            assert!(device.ends_with(end), "{device}");
+        }
+    }
+
+    #[test]
+    fn a_sound_controller_is_there_from_the_beginning_with_its_codec() {
+        let [fixed, plugged] = plans(&[Device::hda("a")], Path::new("/tmp"));
+        assert_eq!((fixed.devices.len(), plugged.devices.len()), (2, 0));
     }
 
     #[test]

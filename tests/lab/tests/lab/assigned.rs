@@ -5,7 +5,7 @@ use busway_lab::{Device, GuestRun, Host, HostConfig, Kernel, Lab, Vmm, build_lab
 
 /// The host that most trials share: it has both of VFIO's interfaces, and memory for a guest of 6 GiB.
 pub(crate) fn zoo() -> HostConfig {
-    HostConfig::new(Kernel::Small)
+    HostConfig::new(Kernel::Iommufd)
         .memory_mib(9216)
         .device(Device::nvme("nv0", 64))
         .device(Device::e1000e("nic0"))

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use busway_lab::{Device, Host, HostConfig, Kernel, Lab};
+use busway_lab::{Device, Host, HostConfig, Kernel, Lab, Parts};
 
 use crate::assigned::{Interface, bound, give_back, guest, zoo};
 use crate::{Proof, tell};
@@ -44,8 +44,8 @@ fn refused(host: &Host, words: &str, status: i32, says: &[&str]) -> Result<()> {
 }
 
 fn refused_command(host: &Host, command: &str, status: i32, says: &[&str]) -> Result<()> {
-    let kernel = host.parts().inside(&host.parts().stock.join("bzImage"));
-    let script = format!("KERNEL={}\n{command}", kernel.display());
+    let kernel = Parts::inside("bzImage");
+    let script = format!("KERNEL={kernel}\n{command}");
     let output = host.output(&script, Duration::from_secs(120))?;
     tell!("$ {command}\n{}", output.stderr);
     ensure!(
@@ -176,7 +176,7 @@ fn mounted(lab: &mut Lab) -> Result<()> {
 /// A host that leaves interrupt remapping off lends no device, and says by which parameter it would: a
 /// type1 container when the group is attached, an iommufd when the device is bound.
 fn not_remapped(lab: &mut Lab) -> Result<()> {
-    let config = HostConfig::new(Kernel::Small)
+    let config = HostConfig::new(Kernel::Iommufd)
         .cmdline("intremap=off")
         .device(Device::nvme("nv0", 64));
     let host = lab.host(&config)?;

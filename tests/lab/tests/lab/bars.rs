@@ -32,14 +32,14 @@ pub(crate) const PROOFS: &[Proof] = &[
 ];
 
 fn host() -> HostConfig {
-    HostConfig::new(Kernel::Small)
+    HostConfig::new(Kernel::Iommufd)
         .device(Device::e1000("old1"))
         .device(Device::rtl8139("old2"))
 }
 
 /// The same small memory beside devices with a lot of their own.
 fn large_host() -> HostConfig {
-    HostConfig::new(Kernel::Small)
+    HostConfig::new(Kernel::Iommufd)
         .memory_mib(3072)
         .device(Device::ivshmem("mem1", 1024))
         .device(Device::ivshmem("mem4", 4096))
@@ -95,7 +95,7 @@ fn large(lab: &mut Lab, interface: Interface) -> Result<()> {
         );
     }
     let run = guest()?
-        .kernel(GuestKernel::SmallElf)
+        .kernel(GuestKernel::StockElf)
         .device(&addresses[0])
         .device(&addresses[1])
         .args(&interface.arguments())

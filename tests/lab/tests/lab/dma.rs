@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use busway_lab::{Device, GuestResult, GuestRun, Host, HostConfig, Kernel, Lab, Vmm};
+use busway_lab::{Device, GuestResult, GuestRun, Host, HostConfig, Kernel, Lab, Parts, Vmm};
 
 use crate::assigned::{Interface, guest};
 use crate::{Proof, tell};
@@ -41,7 +41,7 @@ const BAR_MIB: u64 = 16;
 
 /// A host with a device that has a DMA engine, one that has memory, a drive, and a huge page of 1 GiB.
 fn host_with_pair() -> HostConfig {
-    HostConfig::new(Kernel::Small)
+    HostConfig::new(Kernel::Iommufd)
         .memory_mib(6144)
         .cmdline("hugepagesz=1G hugepages=1")
         .device(Device::nvme("nv0", 64))
@@ -192,12 +192,11 @@ fn without_dma_buf(lab: &mut Lab) -> Result<()> {
 /// `busway run` with these flags, in a shell where `before` came first, ends with this status and says
 /// all of these; returns what it said.
 fn refused(host: &Host, before: &str, flags: &str, status: i32, says: &[&str]) -> Result<String> {
-    let kernel = host.parts().inside(&host.parts().stock.join("bzImage"));
+    let kernel = Parts::inside("bzImage");
     let script = format!(
-        "{before}\nset -- busway run --kernel {} --serial off {flags}\n\
+        "{before}\nset -- busway run --kernel {kernel} --serial off {flags}\n\
          if [ -n \"$user\" ]; then set -- setpriv --reuid=$user --regid=$user --clear-groups \"$@\"; fi\n\
-         exec \"$@\"",
-        kernel.display()
+         exec \"$@\""
     );
     let output = host.output(&script, Duration::from_secs(120))?;
     tell!("{}", output.stderr);

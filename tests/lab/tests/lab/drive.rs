@@ -31,7 +31,7 @@ pub(crate) const PROOFS: &[Proof] = &[
                 lab,
                 &Case {
                     seed: 12,
-                    kernel: GuestKernel::SmallElf,
+                    kernel: GuestKernel::StockElf,
                     cpus: 2,
                     memory_mib: 3072,
                     interface: Interface::Cdev,
@@ -47,7 +47,7 @@ pub(crate) const PROOFS: &[Proof] = &[
                 lab,
                 &Case {
                     seed: 13,
-                    kernel: GuestKernel::SmallBzImage,
+                    kernel: GuestKernel::Stock,
                     cpus: 4,
                     memory_mib: 6144,
                     interface: Interface::Cdev,
@@ -61,7 +61,7 @@ pub(crate) const PROOFS: &[Proof] = &[
             lab,
             &Case {
                 seed: 14,
-                kernel: GuestKernel::SmallElf,
+                kernel: GuestKernel::StockElf,
                 cpus: 2,
                 memory_mib: 6144,
                 interface: Interface::Group,

@@ -26,14 +26,14 @@ pub(crate) const PROOFS: &[Proof] = &[
         "stock_host_gives_qemu_guest_a_nic_that_moves_data_both_ways",
         qemu_guest_nic,
     ),
-    ("small_host_has_iommufd", small_host),
+    ("iommufd_host_has_iommufd", iommufd_host),
     (
-        "small_host_boots_the_small_kernel_as_elf_and_counts_at_marks",
+        "iommufd_host_boots_the_stock_kernel_as_elf_and_counts_at_marks",
         qemu_guest_marks,
     ),
-    ("small_host_has_the_amd_iommu", amd_host),
+    ("iommufd_host_has_the_amd_iommu", amd_host),
     (
-        "small_host_makes_virtual_functions_each_alone_in_its_group",
+        "iommufd_host_makes_virtual_functions_each_alone_in_its_group",
         virtual_functions,
     ),
     ("nothing_is_left_after_a_host_is_dropped", nothing_left),
@@ -71,14 +71,14 @@ fn stock_host(lab: &mut Lab) -> Result<()> {
     check_groups(host)
 }
 
-fn small_host(lab: &mut Lab) -> Result<()> {
-    let host = lab.host(&zoo(Kernel::Small))?;
+fn iommufd_host(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Iommufd))?;
     host.run("test -c /dev/kvm && test -c /dev/vfio/vfio && test -c /dev/iommu")?;
     check_groups(host)
 }
 
 fn amd_host(lab: &mut Lab) -> Result<()> {
-    let host = lab.host(&zoo(Kernel::Small).iommu(Iommu::Amd))?;
+    let host = lab.host(&zoo(Kernel::Iommufd).iommu(Iommu::Amd))?;
     host.run("test -c /dev/kvm && test -c /dev/iommu")?;
     check_groups(host)
 }
@@ -138,9 +138,9 @@ fn qemu_guest_nic(lab: &mut Lab) -> Result<()> {
 
 fn qemu_guest_marks(lab: &mut Lab) -> Result<()> {
     const MEMORY: u64 = 256;
-    let host = lab.host(&zoo(Kernel::Small))?;
+    let host = lab.host(&zoo(Kernel::Iommufd))?;
     let run = GuestRun::new(Vmm::Qemu)
-        .kernel(GuestKernel::SmallElf)
+        .kernel(GuestKernel::StockElf)
         .memory_mib(MEMORY)
         .cpus(2)
         .script("mark first\nmark memory\nnproc | block processors\n");
@@ -173,7 +173,7 @@ fn qemu_guest_marks(lab: &mut Lab) -> Result<()> {
 }
 
 fn virtual_functions(lab: &mut Lab) -> Result<()> {
-    let host = lab.host(&HostConfig::new(Kernel::Small).device(Device::igb("igb0")))?;
+    let host = lab.host(&HostConfig::new(Kernel::Iommufd).device(Device::igb("igb0")))?;
     let functions = host.virtual_functions("igb0", 2)?;
     ensure!(functions.len() == 2);
     for function in functions {
@@ -202,7 +202,7 @@ fn processes(words: &str) -> Result<Vec<u32>> {
 }
 
 fn nothing_left(lab: &mut Lab) -> Result<()> {
-    let host = lab.host(&zoo(Kernel::Small))?;
+    let host = lab.host(&zoo(Kernel::Iommufd))?;
     let scratch = host
         .share()
         .parent()

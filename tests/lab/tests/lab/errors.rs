@@ -24,7 +24,7 @@ pub(crate) const PROOFS: &[Proof] = &[
 
 /// Two devices that signal errors, and a drive that cannot. Their root ports are `port1` to `port3`.
 fn host(lab: &mut Lab) -> Result<(&Host, [String; 3])> {
-    let config = HostConfig::new(Kernel::Small)
+    let config = HostConfig::new(Kernel::Iommufd)
         .device(Device::rng("rng0"))
         .device(Device::rng("rng1"))
         .device(Device::nvme("nv0", 64));
@@ -46,7 +46,7 @@ fn inject(host: &Host, id: &str, error: &str) -> Result<()> {
 
 /// A guest that runs until it is ended.
 fn waiting(devices: &[String]) -> Result<GuestRun> {
-    let run = guest()?.kernel(GuestKernel::SmallElf);
+    let run = guest()?.kernel(GuestKernel::StockElf);
     let run = devices.iter().fold(run, |run, device| run.device(device));
     Ok(run.script("value ready yes\nwhile true; do sleep 1000; done\n"))
 }

@@ -16,7 +16,7 @@ pub(crate) const PROOFS: &[Proof] = &[
     ),
     (
         "unbinding_devices_in_use_asks_the_guest_and_gives_them_back_cdev",
-        |lab| asked_back(lab, Interface::Cdev, GuestKernel::SmallElf),
+        |lab| asked_back(lab, Interface::Cdev, GuestKernel::StockElf),
     ),
     (
         "unbinding_returns_in_time_from_a_guest_that_does_not_answer",
@@ -138,7 +138,7 @@ fn unanswered(lab: &mut Lab) -> Result<()> {
 }
 
 fn left(lab: &mut Lab, leaving: Leaving) -> Result<()> {
-    let config = HostConfig::new(Kernel::Small).device(Device::nvme("nv0", 64));
+    let config = HostConfig::new(Kernel::Iommufd).device(Device::nvme("nv0", 64));
     let (config, reading) = match leaving {
         Leaving::Asked => (config, READ_TO_THE_END),
         // QEMU's drive would tear up QEMU's heap if it went with reads under way.
@@ -148,7 +148,7 @@ fn left(lab: &mut Lab, leaving: Leaving) -> Result<()> {
     let drive = host.address("nv0")?;
     host.run(&format!("busway device bind {drive}"))?;
     let run = guest()?
-        .kernel(GuestKernel::SmallElf)
+        .kernel(GuestKernel::StockElf)
         .device(&drive)
         .script(&format!(
             "value ready \"$(cat /sys/class/nvme/nvme0/serial)\"\n\

@@ -55,7 +55,7 @@ pub(crate) const PROOFS: &[Proof] = &[
 /// A drive; a device of two functions; two devices on a conventional bus; a NIC with virtual
 /// functions; one of two functions that are isolated from each other; and more.
 fn herd() -> HostConfig {
-    HostConfig::new(Kernel::Small)
+    HostConfig::new(Kernel::Iommufd)
         .memory_mib(4096)
         .device(Device::nvme("nv0", 16))
         .device(Device::nvme("two0", 16))
@@ -167,7 +167,7 @@ fn two_functions(lab: &mut Lab) -> Result<()> {
     host.run("rm -f /run/count; truncate -s 1M /run/count")?;
     // Restarted without a word to the drivers, so that the devices are in full work.
     let run = guest()?
-        .kernel(GuestKernel::SmallElf)
+        .kernel(GuestKernel::StockElf)
         .device(&addresses[0])
         .device(&addresses[1])
         .args(&["--disk", "path=/run/count"])
@@ -290,7 +290,7 @@ fn sixteen(lab: &mut Lab, interface: Interface) -> Result<()> {
     ensure!(addresses.len() == 16);
     let run = |addresses: &[String], script: &str| {
         let run = guest()?
-            .kernel(GuestKernel::SmallElf)
+            .kernel(GuestKernel::StockElf)
             .args(&interface.arguments())
             .script(script);
         let run = addresses.iter().fold(run, |run, at| run.device(at));

@@ -12,8 +12,8 @@ pub(crate) const PROOFS: &[Proof] = &[
         |lab| host_view(lab, Kernel::Stock),
     ),
     (
-        "small_host_is_seen_as_it_is_and_says_when_a_guest_can_have_its_drive",
-        |lab| host_view(lab, Kernel::Small),
+        "iommufd_host_is_seen_as_it_is_and_says_when_a_guest_can_have_its_drive",
+        |lab| host_view(lab, Kernel::Iommufd),
     ),
 ];
 
@@ -173,7 +173,7 @@ fn doctor(host: &Host, kernel: Kernel) -> Result<()> {
         find(findings, "topic", "kvm")?["level"] == "fine",
         "{found}"
     );
-    let iommufd = matches!(kernel, Kernel::Small);
+    let iommufd = matches!(kernel, Kernel::Iommufd);
     ensure!(
         text("dma")?.contains("iommufd (/dev/iommu)") == iommufd,
         "{found}"

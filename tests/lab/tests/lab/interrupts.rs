@@ -61,7 +61,7 @@ pub(crate) const PROOFS: &[Proof] = &[
 const BETWEEN: usize = 7;
 
 fn host_config() -> HostConfig {
-    let host = HostConfig::new(Kernel::Small)
+    let host = HostConfig::new(Kernel::Iommufd)
         .device(Device::e1000e("nic0"))
         .device(Device::e1000("old0"))
         .device(Device::rtl8139("old1"));
@@ -285,7 +285,7 @@ fn affinity(lab: &mut Lab) -> Result<()> {
 /// A guest for devices that Linux has no driver for.
 fn pci_guest() -> Result<GuestRun> {
     Ok(GuestRun::new(Vmm::Busway)
-        .kernel(GuestKernel::SmallElf)
+        .kernel(GuestKernel::StockElf)
         .file("bin/lab-pci", &build_lab_pci()?))
 }
 
@@ -412,7 +412,7 @@ fn pending(lab: &mut Lab) -> Result<()> {
 /// VFIO told to use no card's interrupt disable bit, and four NICs that keep the host's four lines
 /// for such slots busy.
 fn without_disable_bit() -> HostConfig {
-    let host = HostConfig::new(Kernel::Small)
+    let host = HostConfig::new(Kernel::Iommufd)
         .cmdline("vfio_pci.nointxmask=1 e1000e.IntMode=0,0,0,0")
         .device(Device::e1000("old0"));
     (0..4).fold(host, |host, number| {

@@ -116,7 +116,7 @@ fn triple_faulted(lab: &mut Lab) -> Result<()> {
 /// The guest's kernel hears the ACPI power button; its script waits for the event and obeys.
 fn powered_off(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&zoo())?;
-    let run = guest()?.kernel(GuestKernel::SmallBzImage).script(
+    let run = guest()?.kernel(GuestKernel::Stock).script(
         "event=$(grep -l 'Power Button' /sys/class/input/event*/device/name | head -n 1)\n\
          event=/dev/input/$(basename \"$(dirname \"$(dirname \"$event\")\")\")\n\
          value waiting yes\nhead -c 24 \"$event\" >/dev/null\nvalue pressed yes\n",
@@ -172,7 +172,7 @@ fn clean_log(lab: &mut Lab) -> Result<()> {
 fn many_cpus(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&zoo())?;
     let run = guest()?
-        .kernel(GuestKernel::SmallElf)
+        .kernel(GuestKernel::StockElf)
         .cpus(16)
         .script("value cpus \"$(nproc)\"\n");
     let result = host.guest(&run)?.success()?;

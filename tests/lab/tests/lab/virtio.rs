@@ -13,7 +13,7 @@ pub(crate) const PROOFS: &[Proof] = &[
     ),
     (
         "virtio_devices_work_beside_a_drive_by_the_pvh_entry",
-        |lab| all(lab, GuestKernel::SmallElf),
+        |lab| all(lab, GuestKernel::StockElf),
     ),
 ];
 

@@ -108,7 +108,7 @@ fn guest(host: &Host, addresses: &[String], interface: Interface) -> Result<Gues
         host.run(&format!("busway device bind {}", addresses.join(" ")))?;
     }
     Ok(run
-        .kernel(GuestKernel::SmallElf)
+        .kernel(GuestKernel::StockElf)
         .memory_mib(1024)
         .limit(Duration::from_secs(420)))
 }
