@@ -6,12 +6,15 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 
+use crate::digest::last_lines;
+use crate::inspector::Inspector;
+use crate::qmp::Qmp;
 use crate::suspect::Suspect;
 
 /// What the agent has said so far.
@@ -21,6 +24,8 @@ struct State {
     /// The outer machine's folders are mounted.
     folders: bool,
     gone: bool,
+    /// It did not answer when it was last asked for the host's state.
+    unresponsive: bool,
     jobs: BTreeMap<u64, Progress>,
 }
 
@@ -40,10 +45,13 @@ pub(crate) struct Agent {
     changed: Condvar,
     /// What the host's console and QEMU itself have written, to explain a death.
     logs: [PathBuf; 2],
+    /// What finds out why a wait ran out of time.
+    inspector: OnceLock<Inspector>,
 }
 
 /// What a wait came to when it was not what it waited for.
-enum Failure {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Failure {
     Gone,
     TimedOut,
 }
@@ -62,6 +70,7 @@ impl Agent {
             state: Mutex::default(),
             changed: Condvar::new(),
             logs,
+            inspector: OnceLock::new(),
         });
         let listener = Arc::clone(&agent);
         thread::spawn(move || {
@@ -87,7 +96,10 @@ impl Agent {
         let id = words.next().and_then(|word| word.parse::<u64>().ok());
         let number = words.next().and_then(|word| word.parse::<i32>().ok());
         match (verb, id, number) {
-            (Some("READY"), ..) => self.change(|state| state.ready = true),
+            (Some("READY"), ..) => self.change(|state| {
+                state.ready = true;
+                state.unresponsive = false;
+            }),
             (Some("FOLDERS"), ..) => self.change(|state| state.folders = true),
             (Some("STARTED"), Some(id), pid) => {
                 self.change(|state| state.jobs.entry(id).or_default().pid = pid);
@@ -125,18 +137,37 @@ impl Agent {
         }
     }
 
+    /// Sets what finds out why a wait ran out of time.
+    pub(crate) fn set_inspector(&self, inspector: Inspector) {
+        // A host has one, which it is given once.
+        let _ = self.inspector.set(inspector);
+    }
+
     fn explain(&self, failure: Failure, doing: &str, limit: Duration) -> anyhow::Error {
         match failure {
             Failure::Gone => self.death(doing),
-            Failure::TimedOut => {
-                let text = format!(
-                    "{doing} took longer than {} s; the emulated host's console ends:\n{}",
-                    limit.as_secs(),
-                    tail(&self.logs[0])
-                );
-                Suspect(text).into()
-            }
+            Failure::TimedOut => self.timed_out(doing, limit, "", None),
         }
+    }
+
+    /// The error of a wait that ran out of time: what was waited for and how long, what the waiter knows of it, and
+    /// what host and emulator were doing. Who holds QEMU's monitor passes it.
+    pub(crate) fn timed_out(
+        &self,
+        doing: &str,
+        limit: Duration,
+        known: &str,
+        monitor: Option<&mut Qmp>,
+    ) -> anyhow::Error {
+        // The report can have the host write on its console.
+        let console = tail(&self.logs[0]);
+        let report = self.inspector.get();
+        let report = report.map_or_else(String::new, |each| each.report(self, monitor));
+        let text = format!(
+            "{doing} took longer than {limit:?}\n{known}\
+             -- the emulated host's console ended\n{console}\n{report}"
+        );
+        Suspect(text).into()
     }
 
     /// Why the emulated host is gone, as far as its console and QEMU tell.
@@ -199,10 +230,37 @@ impl Agent {
         Ok((pid, end))
     }
 
-    /// Waits for a job's end; `doing` names it in an error.
-    pub(crate) fn wait_done(&self, id: u64, doing: &str, limit: Duration) -> Result<i32> {
+    /// Waits for a job's end.
+    pub(crate) fn wait_done(&self, id: u64, limit: Duration) -> Result<i32, Failure> {
         self.wait(Instant::now() + limit, |state| state.jobs[&id].status)
-            .map_err(|failure| self.explain(failure, doing, limit))
+    }
+
+    /// Has a job run, for who explains a wait that ran out of time; whether it ended before the deadline. If not, it is
+    /// killed, and the agent counts as unresponsive.
+    pub(crate) fn run_within(&self, id: u64, deadline: Instant) -> bool {
+        let mut takes_orders = false;
+        self.change(|state| {
+            state.jobs.entry(id).or_default();
+            takes_orders = state.ready && state.folders;
+        });
+        let ended = takes_orders
+            && self.order(&format!("RUN {id}")).is_ok()
+            && self.wait(deadline, |state| state.jobs[&id].status).is_ok();
+        let mut leader = None;
+        self.change(|state| {
+            state.unresponsive = !ended;
+            leader = state.jobs[&id].pid;
+        });
+        if let (false, Some(leader)) = (ended, leader) {
+            // An error means that the host is gone.
+            let _ = self.order(&format!("SIGNAL KILL {leader}"));
+        }
+        ended
+    }
+
+    /// Whether it did not answer when it was last asked for the host's state.
+    pub(crate) fn is_unresponsive(&self) -> bool {
+        unpoisoned(&self.state).unresponsive
     }
 
     pub(crate) fn status(&self, id: u64) -> Option<i32> {
@@ -224,6 +282,5 @@ pub(crate) fn tail(log: &Path) -> String {
     };
     let bytes = read(log).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(LINES)..].join("\n")
+    last_lines(&text, LINES)
 }

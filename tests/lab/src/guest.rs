@@ -294,13 +294,18 @@ impl Host {
 impl RunningGuest<'_> {
     /// Waits until the guest's console shows a line that contains these words.
     pub fn wait_line(&self, words: &str) -> Result<String> {
-        self.job.wait_line(self.limit, |line| line.contains(words))
+        self.wait_line_in("stdout", words)
     }
 
     /// Waits until the VMM has said these words on its standard error.
     pub fn wait_said(&self, words: &str) -> Result<String> {
+        self.wait_line_in("vmm.stderr", words)
+    }
+
+    fn wait_line_in(&self, file: &str, words: &str) -> Result<String> {
         let wanted = |line: &str| line.contains(words);
-        self.job.wait_line_in("vmm.stderr", self.limit, wanted)
+        self.job
+            .wait_line_in(file, &format!("{words:?}"), self.limit, wanted)
     }
 
     /// Waits until the guest's first program has begun.
@@ -329,10 +334,7 @@ impl RunningGuest<'_> {
             let bytes = fs::read(self.job.folder().join(name)).unwrap_or_default();
             String::from_utf8_lossy(&bytes).into_owned()
         };
-        let output = self
-            .job
-            .wait(self.limit)
-            .with_context(|| read("vmm.stderr"))?;
+        let output = self.job.wait(self.limit)?;
         let mut marks = BTreeMap::new();
         for entry in fs::read_dir(self.job.folder())? {
             let name = entry?.file_name().to_string_lossy().into_owned();

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use crate::agent::Agent;
 use crate::config::{Accelerator, HostConfig};
 use crate::doorbell;
+use crate::inspector::Inspector;
 use crate::job::{Folder, Job, Output};
 use crate::machine;
 use crate::parts::Parts;
@@ -27,7 +28,7 @@ pub struct Host {
     // In the order in which they go: QEMU ends before its folder does.
     qemu: Qemu,
     agent: Arc<Agent>,
-    qmp: Mutex<Qmp>,
+    qmp: Arc<Mutex<Qmp>>,
     jobs: AtomicU64,
     /// The servers' ends of the lines to doorbell devices: while they are open, the peers are there.
     _doorbells: Vec<UnixStream>,
@@ -149,13 +150,19 @@ impl Host {
         let child = spawn_bound(command, inherited).context("cannot start the lab's QEMU")?;
         let qemu = Qemu(child);
         let agent = Agent::new(line, logs)?;
-        let qmp = Qmp::new(monitor).map_err(|_| agent.death("QEMU started"))?;
+        let qmp = Qmp::new(monitor, &agent).map_err(|_| agent.death("QEMU started"))?;
+        let qmp = Arc::new(Mutex::new(qmp));
+        agent.set_inspector(Inspector::new(
+            Arc::clone(&qmp),
+            qemu.0.id(),
+            folder.to_owned(),
+        ));
         agent.wait_ready(accelerator.patience())?;
         agent.mount_folders(accelerator.patience())?;
         Ok(Self {
             qemu,
             agent,
-            qmp: Mutex::new(qmp),
+            qmp,
             jobs: AtomicU64::new(1),
             _doorbells: servers,
             config: config.clone(),
@@ -282,10 +289,11 @@ impl Host {
         self.agent
             .order("OFF")
             .map_err(|_| self.agent.death("powering off"))?;
-        if !self.agent.wait_gone(Duration::from_secs(120)) {
-            bail!("the emulated host did not power off:\n{}", self.console());
+        let limit = Duration::from_secs(120);
+        match self.agent.wait_gone(limit) {
+            true => Ok(()),
+            false => Err(self.agent.timed_out("powering off", limit, "", None)),
         }
-        Ok(())
     }
 
     /// Restarts the host, and returns when its agent answers again. Of its files only those in `/lab`

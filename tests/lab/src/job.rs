@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Failure};
+use crate::digest::last_lines;
 use crate::watch::Watch;
 
 /// How long the agent may take to start something.
@@ -80,18 +81,19 @@ impl Folder {
 }
 
 impl Job {
-    /// Waits for the end; at the limit kills the job, and says what it had written.
+    /// Waits for the end; at the limit kills the job, and says what it had written and what the host was doing.
     pub fn wait(&self, limit: Duration) -> Result<Output> {
-        let status = self
-            .agent
-            .wait_done(self.id, &self.name, limit)
-            .inspect_err(|_| self.kill());
-        let status = status.with_context(|| {
-            format!(
-                "what it had written:\n{}{}",
-                self.read("stdout"),
-                self.read("stderr")
-            )
+        let status = self.agent.wait_done(self.id, limit);
+        let status = status.map_err(|failure| match failure {
+            Failure::Gone => {
+                let written = format!("{} did not end\n{}", self.name, self.written());
+                self.agent.death(&self.name).context(written)
+            }
+            Failure::TimedOut => {
+                let error = self.timed_out(&self.name, limit);
+                self.kill();
+                error
+            }
         })?;
         Ok(Output {
             status,
@@ -108,10 +110,9 @@ impl Job {
     }
 
     fn kill(&self) {
-        if self.signal("KILL").is_ok() {
-            let _ = self
-                .agent
-                .wait_done(self.id, "killing a job", Duration::from_secs(60));
+        // A host that does not answer is not waited for: whoever has it drops it.
+        if self.signal("KILL").is_ok() && !self.agent.is_unresponsive() {
+            let _ = self.agent.wait_done(self.id, Duration::from_secs(60));
         }
     }
 
@@ -134,6 +135,23 @@ impl Job {
         &self.folder
     }
 
+    /// The ends of what the job has written, and the VMM that it runs if it is a guest's.
+    fn written(&self) -> String {
+        const LINES: usize = 40;
+        let mut text = String::new();
+        for file in ["stdout", "stderr", "vmm.stderr"] {
+            let end = last_lines(&self.read(file), LINES);
+            if !end.is_empty() {
+                text += &format!("-- its {file} ended\n{end}\n");
+            }
+        }
+        text
+    }
+
+    fn timed_out(&self, doing: &str, limit: Duration) -> anyhow::Error {
+        self.agent.timed_out(doing, limit, &self.written(), None)
+    }
+
     fn read(&self, name: &str) -> String {
         // It has not written yet if there is no file.
         let bytes = fs::read(self.folder.join(name)).unwrap_or_default();
@@ -142,13 +160,14 @@ impl Job {
 
     /// Waits until its standard output holds a line that `wanted` accepts, and returns that line.
     pub fn wait_line(&self, limit: Duration, wanted: impl Fn(&str) -> bool) -> Result<String> {
-        self.wait_line_in("stdout", limit, wanted)
+        self.wait_line_in("stdout", "a line", limit, wanted)
     }
 
-    /// The same for a line of another file in its folder.
+    /// The same for a line of another file in its folder; `what` names the line in an error.
     pub(crate) fn wait_line_in(
         &self,
         file: &str,
+        what: &str,
         limit: Duration,
         wanted: impl Fn(&str) -> bool,
     ) -> Result<String> {
@@ -168,13 +187,13 @@ impl Job {
                     self.stderr()
                 );
             }
-            watch.wait(&self.ended, deadline).with_context(|| {
-                format!(
-                    "{}: waiting for a line; it wrote:\n{text}{}",
-                    self.name,
-                    self.stderr()
-                )
-            })?;
+            match watch.wait(&self.ended, deadline) {
+                Err(error) if error.kind() == ErrorKind::TimedOut => {
+                    let doing = format!("{}: waiting for {what} in its {file}", self.name);
+                    return Err(self.timed_out(&doing, limit));
+                }
+                outcome => outcome?,
+            }
         }
     }
 
@@ -194,11 +213,12 @@ impl Job {
             out.copy(stdout)?;
             err.copy(stderr)?;
             if ended {
-                return self.agent.wait_done(self.id, &self.name, Duration::ZERO);
+                let status = self.agent.status(self.id);
+                return status.ok_or_else(|| self.agent.death(&self.name));
             }
             match watch.wait(&self.ended, deadline) {
                 Err(error) if error.kind() == ErrorKind::TimedOut => {
-                    bail!("{} took longer than {} s", self.name, limit.as_secs())
+                    return Err(self.timed_out(&self.name, limit));
                 }
                 outcome => outcome?,
             }

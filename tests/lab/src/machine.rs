@@ -50,10 +50,11 @@ pub(crate) fn arguments(
 ) -> Result<Vec<String>> {
     let (kernel, initramfs, modules) = parts.host_kernel(config.kernel)?;
     // A busy machine can be too slow for the kernel's check that timer interrupts arrive, and for its
-    // measuring of the time-stamp counter, which is told and trusted instead.
+    // measuring of the time-stamp counter, which is told and trusted instead. One that hangs shows its stacks when SysRq
+    // or an NMI asks it to: see `inspector`.
     let cmdline = format!(
-        "console=ttyS0 quiet panic=-1 no_timer_check tsc_early_khz={} tsc=reliable mitigations=off {} \
-         lab.modules={modules} {}",
+        "console=ttyS0 quiet panic=-1 no_timer_check tsc_early_khz={} tsc=reliable mitigations=off \
+         sysrq_always_enabled unknown_nmi_panic {} lab.modules={modules} {}",
         tsc::khz(),
         match config.iommu {
             Iommu::Intel => "intel_iommu=on",

@@ -1,18 +1,28 @@
 //! QEMU's machine protocol: what happens to the emulated host's hardware.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::mem;
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::agent::Agent;
+
 /// One connection to the emulated host's QEMU.
 #[derive(Debug)]
 pub struct Qmp {
     stream: BufReader<UnixStream>,
+    /// What has come of a line whose end has not.
+    line: Vec<u8>,
     events: VecDeque<Value>,
+    /// The number of the last command, by which a late answer to an earlier one is known.
+    commands: u64,
+    /// The line to the host's agent, to explain a wait that runs out of time.
+    agent: Weak<Agent>,
 }
 
 /// How long QEMU may take to answer a command.
@@ -20,55 +30,101 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Qmp {
     /// Greets QEMU, whose monitor is at the other end.
-    pub(crate) fn new(stream: UnixStream) -> Result<Self> {
+    pub(crate) fn new(stream: UnixStream, agent: &Arc<Agent>) -> Result<Self> {
         let mut qmp = Self {
             stream: BufReader::new(stream),
+            line: Vec::new(),
             events: VecDeque::new(),
+            commands: 0,
+            agent: Arc::downgrade(agent),
         };
-        qmp.read(Instant::now() + PATIENCE)?;
+        qmp.read(Instant::now() + PATIENCE)?
+            .context("QEMU did not greet in time")?;
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
 
-    fn read(&mut self, deadline: Instant) -> Result<Value> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            bail!("QEMU did not answer in time");
+    /// What QEMU says next; nothing if it says nothing until the deadline.
+    fn read(&mut self, deadline: Instant) -> Result<Option<Value>> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.stream.get_ref().set_read_timeout(Some(left))?;
+            match self.stream.read_until(b'\n', &mut self.line) {
+                Ok(_) if self.line.ends_with(b"\n") => {
+                    return Ok(Some(serde_json::from_slice(&mem::take(&mut self.line))?));
+                }
+                Ok(_) => bail!("QEMU closed its QMP socket"),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error).context("reading QEMU's answer"),
+            }
         }
-        self.stream.get_ref().set_read_timeout(Some(left))?;
-        let mut line = String::new();
-        if self
-            .stream
-            .read_line(&mut line)
-            .context("reading QEMU's answer")?
-            == 0
-        {
-            bail!("QEMU closed its QMP socket");
-        }
-        Ok(serde_json::from_str(&line)?)
     }
 
     /// Executes a command, such as `device_del` with `{"id": "nv0"}`, and returns what it returns.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        let order = json!({ "execute": command, "arguments": arguments });
+        match self.attempt(command, arguments, PATIENCE)? {
+            Some(value) => Ok(value),
+            None => Err(self.timed_out(&format!("QEMU's answer to {command}"), PATIENCE)),
+        }
+    }
+
+    /// The same for who explains a wait that ran out of time, and must not wait long.
+    pub(crate) fn execute_within(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        limit: Duration,
+    ) -> Result<Value> {
+        let answer = self.attempt(command, arguments, limit)?;
+        answer.with_context(|| format!("QEMU does not answer {command}"))
+    }
+
+    /// Executes a command; returns nothing if it takes longer than the limit.
+    fn attempt(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        limit: Duration,
+    ) -> Result<Option<Value>> {
+        self.commands += 1;
+        let order = json!({ "execute": command, "arguments": arguments, "id": self.commands });
         writeln!(self.stream.get_mut(), "{order}")
             .with_context(|| format!("sending QEMU {command}"))?;
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let mut answer = self.read(deadline)?;
+        let deadline = Instant::now() + limit;
+        while let Some(mut answer) = self.read(deadline)? {
             if answer.get("event").is_some() {
                 self.events.push_back(answer);
+            } else if answer["id"] != self.commands {
+                // It came too late for an earlier command.
             } else if let Some(error) = answer.get("error") {
                 bail!("QEMU refused {command} {arguments}: {}", error["desc"]);
             } else {
-                return Ok(answer["return"].take());
+                return Ok(Some(answer["return"].take()));
             }
+        }
+        Ok(None)
+    }
+
+    fn timed_out(&mut self, waited_for: &str, limit: Duration) -> anyhow::Error {
+        match self.agent.upgrade() {
+            Some(agent) => agent.timed_out(waited_for, limit, "", Some(self)),
+            None => anyhow::Error::msg(format!("{waited_for} did not come")),
         }
     }
 
     /// Executes a line of the human monitor, such as `pcie_aer_inject_error`, and returns its text.
     pub fn monitor(&mut self, line: &str) -> Result<String> {
         let text = self.execute("human-monitor-command", json!({ "command-line": line }))?;
+        Ok(text.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// The same within a limit, as [`execute_within`](Self::execute_within).
+    pub(crate) fn monitor_within(&mut self, line: &str, limit: Duration) -> Result<String> {
+        let arguments = json!({ "command-line": line });
+        let text = self.execute_within("human-monitor-command", arguments, limit)?;
         Ok(text.as_str().unwrap_or_default().to_owned())
     }
 
@@ -79,10 +135,13 @@ impl Qmp {
             if let Some(at) = self.events.iter().position(|event| event["event"] == name) {
                 return Ok(self.events.remove(at).expect("the position was just found"));
             }
-            let message = self
-                .read(deadline)
-                .with_context(|| format!("waiting for the event {name}"))?;
-            self.events.push_back(message);
+            let message = self.read(deadline);
+            match message.with_context(|| format!("waiting for the event {name}"))? {
+                // Anything else is an answer that came too late for its command.
+                Some(message) if message.get("event").is_some() => self.events.push_back(message),
+                Some(_) => {}
+                None => return Err(self.timed_out(&format!("QEMU's event {name}"), timeout)),
+            }
         }
     }
 
