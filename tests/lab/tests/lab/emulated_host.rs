@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use busway_lab::{
     DataServer, Device, GATEWAY, GuestKernel, GuestRun, Host, HostConfig, Iommu, Kernel, Lab,
-    Upload, Vmm,
+    Upload, Vmm, may_be_the_emulators,
 };
 
 use crate::{Proof, tell};
@@ -35,6 +36,14 @@ pub(crate) const PROOFS: &[Proof] = &[
     (
         "iommufd_host_makes_virtual_functions_each_alone_in_its_group",
         virtual_functions,
+    ),
+    (
+        "a_wait_that_runs_out_says_what_the_host_and_its_processes_were_doing",
+        overdue_job,
+    ),
+    (
+        "a_wait_that_runs_out_has_a_host_that_takes_no_orders_show_its_stacks",
+        overdue_host,
     ),
     ("nothing_is_left_after_a_host_is_dropped", nothing_left),
     ("nothing_runs_on_after_its_owner_is_killed", killed_owner),
@@ -182,6 +191,44 @@ fn virtual_functions(lab: &mut Lab) -> Result<()> {
         ensure!(host.driver(&function)?.as_deref() == Some("igbvf"));
     }
     Ok(())
+}
+
+/// The error of a wait for what never ends. It names all of these.
+fn overdue(host: &Host, script: &str, wanted: &[&str]) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(1);
+    let started = Instant::now();
+    let Err(error) = host.spawn(script)?.wait(LIMIT) else {
+        bail!("{script} ended");
+    };
+    let text = format!("{error:#}");
+    tell!("after {:?}:\n{text}", started.elapsed());
+    ensure!(may_be_the_emulators(&error));
+    let name = script.lines().next().unwrap_or_default();
+    ensure!(text.starts_with(&format!("{name} took longer than {LIMIT:?}\n")));
+    let everywhere = ["CPU 0 ", "CPU 1 ", " RIP ", " CPU 0/"];
+    for words in everywhere.iter().chain(wanted) {
+        ensure!(text.contains(words), "the report lacks {words:?}");
+    }
+    ensure!(text.lines().count() < 160);
+    Ok(())
+}
+
+fn overdue_job(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Iommufd))?;
+    // A pipe that nobody opens for writing.
+    let script = "mkfifo /tmp/never\necho written\ncat /tmp/never\n";
+    let wanted = ["written", "cat /tmp/never", "fifo_open", "lab-agent"];
+    overdue(host, script, &wanted)
+}
+
+fn overdue_host(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo(Kernel::Iommufd))?;
+    // The line to the agent gets no more input: termios(3), CREAD.
+    let script = "stty -F /dev/ttyS1 -cread\nmkfifo /tmp/nor\nread -r word </tmp/nor\n";
+    let wanted = ["its agent does not answer", "by SysRq", "fifo_open"];
+    let outcome = overdue(host, script, &wanted);
+    lab.stop();
+    outcome
 }
 
 /// The processes of this machine whose command line contains these words.
