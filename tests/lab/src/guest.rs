@@ -13,6 +13,7 @@ use crate::host::Host;
 use crate::job::Job;
 use crate::parts::Parts;
 use crate::snapshot::Snapshot;
+use crate::spent;
 use crate::suspect::Suspect;
 use crate::transcript::{EXEC, Transcript, UP};
 
@@ -227,6 +228,7 @@ pub struct RunningGuest<'host> {
     job: Job,
     limit: Duration,
     dies: bool,
+    _boot: spent::GuestBoot,
 }
 
 /// What came of a guest.
@@ -281,12 +283,14 @@ impl Host {
             command.join(" "),
         );
         let name = format!("a guest under {:?}", run.vmm);
+        let _boot = spent::guest_boots(&folder.path.join("stdout"));
         let job = self.start(folder, &name, &script)?;
         Ok(RunningGuest {
             host: self,
             job,
             limit: run.limit,
             dies: run.dies,
+            _boot,
         })
     }
 }

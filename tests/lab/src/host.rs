@@ -20,6 +20,7 @@ use crate::parts::Parts;
 use crate::process::spawn_bound;
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
+use crate::spent;
 use crate::zoo;
 
 /// A running emulated host. Whatever becomes of this process, QEMU ends with it.
@@ -85,6 +86,7 @@ impl Host {
     }
 
     fn boot_on(config: HostConfig, console: Console) -> Result<Self> {
+        let _boot = spent::host_boots();
         let parts = Parts::prepare()?;
         match Accelerator::detect() {
             Accelerator::Kvm => Self::boot_nested(&config, &parts, console).or_else(|error| {
@@ -149,6 +151,7 @@ impl Host {
         }
         let child = spawn_bound(command, inherited).context("cannot start the lab's QEMU")?;
         let qemu = Qemu(child);
+        spent::emulator(qemu.0.id());
         let agent = Agent::new(line, logs)?;
         let qmp = Qmp::new(monitor, &agent).map_err(|_| agent.death("QEMU started"))?;
         let qmp = Arc::new(Mutex::new(qmp));
@@ -299,6 +302,7 @@ impl Host {
     /// Restarts the host, and returns when its agent answers again. Of its files only those in `/lab`
     /// are still there, and what lies in `/lab/keep` is copied over its root before udev starts.
     pub fn reboot(&self) -> Result<()> {
+        let _boot = spent::host_boots();
         let arguments = serde_json::json!({ "reboot": "reset" });
         self.qmp().execute("set-action", arguments)?;
         self.agent.reboot(Accelerator::detect().patience())

@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::config::HostConfig;
 use crate::host::Host;
+use crate::spent;
 
 /// Keeps one host running, so that many guests share its boot.
 #[derive(Debug, Default)]
@@ -35,7 +36,9 @@ impl Lab {
             }
             self.current = Some(host);
         }
-        Ok(self.current.as_ref().expect("a host was just put there"))
+        let host = self.current.as_ref().expect("a host was just put there");
+        spent::emulator(host.qemu_pid());
+        Ok(host)
     }
 
     /// Stops the running host: also after a failed test, so that the next one starts afresh.

@@ -6,6 +6,7 @@
 
 mod agent;
 mod binding;
+pub mod budgets;
 mod config;
 mod cpio;
 mod digest;
@@ -26,8 +27,10 @@ mod qmp;
 mod scratch;
 mod server;
 mod snapshot;
+pub mod spent;
 mod suspect;
 mod transcript;
+pub mod trials;
 mod tsc;
 mod watch;
 mod works;
