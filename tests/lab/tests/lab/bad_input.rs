@@ -9,25 +9,25 @@ use crate::assigned::{Interface, bound, give_back, guest, zoo};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    ("a_kernel_that_is_none_is_named", not_a_kernel),
-    ("a_device_that_is_not_there_is_named", absent),
-    (
+    Proof::new("a_kernel_that_is_none_is_named", not_a_kernel),
+    Proof::new("a_device_that_is_not_there_is_named", absent),
+    Proof::new(
         "a_device_with_its_own_driver_is_named_with_the_way_out",
         own_driver,
     ),
-    ("a_device_in_a_group_with_others_names_each", shared_group),
-    ("a_device_given_twice_is_refused", twice),
-    (
+    Proof::new("a_device_in_a_group_with_others_names_each", shared_group),
+    Proof::new("a_device_given_twice_is_refused", twice),
+    Proof::new(
         "more_memory_than_the_host_has_is_refused_with_figures",
         too_much_memory,
     ),
-    (
+    Proof::new(
         "an_unknown_word_in_the_configuration_is_named_with_the_nearest",
         unknown_word,
     ),
-    ("a_device_unplugged_after_bind_is_missed_by_name", unplugged),
-    ("a_mounted_drive_is_not_bound", mounted),
-    (
+    Proof::new("a_device_unplugged_after_bind_is_missed_by_name", unplugged),
+    Proof::new("a_mounted_drive_is_not_bound", mounted),
+    Proof::new(
         "missing_interrupt_remapping_is_named_on_both_interfaces_and_can_be_waived",
         not_remapped,
     ),

@@ -12,20 +12,20 @@ use crate::assigned::{Interface, bound, give_back, word};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "bars_of_1_and_4_gib_are_all_reachable_without_exits_by_cdev",
         |lab| large(lab, Interface::Cdev),
     ),
-    (
+    Proof::new(
         "bars_of_1_and_4_gib_are_all_reachable_without_exits_by_group",
         |lab| large(lab, Interface::Group),
     ),
-    (
+    Proof::new(
         "bars_of_ports_and_of_less_than_a_page_are_the_devices_own",
         small,
     ),
-    ("roms_are_the_devices_own_a_files_or_none", roms),
-    (
+    Proof::new("roms_are_the_devices_own_a_files_or_none", roms),
+    Proof::new(
         "bars_of_a_drive_that_is_reset_or_asleep_are_gone_and_come_back",
         resets,
     ),

@@ -10,7 +10,7 @@ use busway_lab::{Device, HostConfig, Kernel, Lab};
 
 use crate::Proof;
 
-pub(crate) const PROOFS: &[Proof] = &[(
+pub(crate) const PROOFS: &[Proof] = &[Proof::new(
     "the_demonstration_on_a_machines_own_devices_reads_its_drive_and_reaches_its_router",
     own_devices,
 )];

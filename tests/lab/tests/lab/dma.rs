@@ -10,24 +10,24 @@ use crate::assigned::{Interface, guest};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "dma_devices_reach_each_other_by_type1_and_lose_it_when_a_bar_goes",
         |lab| {
             let host = pair(lab)?;
             peer_to_peer(&host, Interface::Group, "p2p=on")
         },
     ),
-    (
+    Proof::new(
         "dma_without_dma_bufs_is_said_once_and_the_guest_runs",
         without_dma_buf,
     ),
-    (
+    Proof::new(
         "dma_an_unprivileged_busway_runs_with_descriptors_opened_by_somebody_else",
         handed_over,
     ),
-    ("dma_limits_are_foreseen_with_exact_figures", limits),
-    ("dma_a_guest_of_huge_pages_has_its_drive", huge_pages),
-    (
+    Proof::new("dma_limits_are_foreseen_with_exact_figures", limits),
+    Proof::new("dma_a_guest_of_huge_pages_has_its_drive", huge_pages),
+    Proof::new(
         "dma_devices_reach_each_other_by_dma_buf_and_lose_it_when_a_bar_goes",
         |lab| {
             let host = dma_buf_host(lab)?;

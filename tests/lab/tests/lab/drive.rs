@@ -8,7 +8,7 @@ use crate::assigned::{Interface, bound, give_back, guest, word};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "drive_by_group_keeps_its_data_with_1_cpu_and_256_mib",
         |lab| {
             data(
@@ -24,7 +24,7 @@ pub(crate) const PROOFS: &[Proof] = &[
             )
         },
     ),
-    (
+    Proof::new(
         "drive_by_cdev_keeps_its_data_with_2_cpus_and_3_gib",
         |lab| {
             data(
@@ -40,7 +40,7 @@ pub(crate) const PROOFS: &[Proof] = &[
             )
         },
     ),
-    (
+    Proof::new(
         "drive_by_cdev_keeps_its_data_with_4_cpus_and_6_gib_on_both_sides_of_the_hole",
         |lab| {
             data(
@@ -56,7 +56,7 @@ pub(crate) const PROOFS: &[Proof] = &[
             )
         },
     ),
-    ("drive_by_group_reaches_both_sides_of_the_hole", |lab| {
+    Proof::new("drive_by_group_reaches_both_sides_of_the_hole", |lab| {
         data(
             lab,
             &Case {
@@ -69,8 +69,8 @@ pub(crate) const PROOFS: &[Proof] = &[
             },
         )
     }),
-    ("drive_looks_in_the_guest_as_it_does_on_the_host", likeness),
-    (
+    Proof::new("drive_looks_in_the_guest_as_it_does_on_the_host", likeness),
+    Proof::new(
         "drive_io_exits_to_user_space_never_and_uses_no_thread_of_ours",
         cost,
     ),

@@ -15,38 +15,38 @@ use busway_lab::{
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "stock_host_has_kvm_vfio_and_a_group_for_each_device",
         stock_host,
     ),
-    (
+    Proof::new(
         "stock_host_gives_qemu_guest_a_drive_that_keeps_its_data",
         qemu_guest_drive,
     ),
-    (
+    Proof::new(
         "stock_host_gives_qemu_guest_a_nic_that_moves_data_both_ways",
         qemu_guest_nic,
     ),
-    ("iommufd_host_has_iommufd", iommufd_host),
-    (
+    Proof::new("iommufd_host_has_iommufd", iommufd_host),
+    Proof::new(
         "iommufd_host_boots_the_stock_kernel_as_elf_and_counts_at_marks",
         qemu_guest_marks,
     ),
-    ("iommufd_host_has_the_amd_iommu", amd_host),
-    (
+    Proof::new("iommufd_host_has_the_amd_iommu", amd_host),
+    Proof::new(
         "iommufd_host_makes_virtual_functions_each_alone_in_its_group",
         virtual_functions,
     ),
-    (
+    Proof::new(
         "a_wait_that_runs_out_says_what_the_host_and_its_processes_were_doing",
         overdue_job,
     ),
-    (
+    Proof::new(
         "a_wait_that_runs_out_has_a_host_that_takes_no_orders_show_its_stacks",
         overdue_host,
     ),
-    ("nothing_is_left_after_a_host_is_dropped", nothing_left),
-    ("nothing_runs_on_after_its_owner_is_killed", killed_owner),
+    Proof::new("nothing_is_left_after_a_host_is_dropped", nothing_left),
+    Proof::new("nothing_runs_on_after_its_owner_is_killed", killed_owner),
 ];
 
 fn zoo(kernel: Kernel) -> HostConfig {
@@ -269,7 +269,7 @@ fn killed_owner(lab: &mut Lab) -> Result<()> {
         .args([
             "run",
             "--kernel",
-            "small",
+            "stock",
             "--without-busway",
             "--",
             "echo up; sleep infinity",

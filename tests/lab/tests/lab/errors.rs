@@ -7,16 +7,16 @@ use crate::assigned::{Interface, guest};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "errors_of_devices_are_told_of_or_stop_the_vm_as_each_says_by_group",
         |lab| told_and_stopped(lab, Interface::Group),
     ),
-    (
+    Proof::new(
         "errors_of_devices_are_told_of_or_stop_the_vm_as_each_says_by_cdev",
         |lab| told_and_stopped(lab, Interface::Cdev),
     ),
-    ("errors_hold_the_guest_until_a_signal_ends_it", held),
-    (
+    Proof::new("errors_hold_the_guest_until_a_signal_ends_it", held),
+    Proof::new(
         "errors_of_a_port_are_those_of_the_device_behind_it",
         of_the_port,
     ),

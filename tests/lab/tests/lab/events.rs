@@ -10,23 +10,23 @@ use crate::assigned::{Interface, bound, guest};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "unbinding_devices_in_use_asks_the_guest_and_gives_them_back_group",
         |lab| asked_back(lab, Interface::Group, GuestKernel::Stock),
     ),
-    (
+    Proof::new(
         "unbinding_devices_in_use_asks_the_guest_and_gives_them_back_cdev",
         |lab| asked_back(lab, Interface::Cdev, GuestKernel::StockElf),
     ),
-    (
+    Proof::new(
         "unbinding_returns_in_time_from_a_guest_that_does_not_answer",
         unanswered,
     ),
-    (
+    Proof::new(
         "a_drive_that_leaves_the_host_during_io_is_an_error_in_the_guest_and_released",
         |lab| left(lab, Leaving::Asked),
     ),
-    (
+    Proof::new(
         "a_drive_pulled_out_of_its_slot_leaves_the_guest_and_is_released",
         |lab| left(lab, Leaving::Unasked),
     ),

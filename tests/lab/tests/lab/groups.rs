@@ -11,42 +11,42 @@ use serde_json::Value;
 use crate::assigned::{Interface, guest};
 use crate::bare::{kernel, power_off, say};
 use crate::bare_kernel::{Trace, identify, restart};
-use crate::{Proof, tell};
+use crate::{Proof, Tier, count, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
-        "groups_two_functions_of_one_device_are_one_in_the_guest_and_work_after_each_of_10_restarts",
+    Proof::rounds(
+        "groups_two_functions_of_one_device_are_one_in_the_guest_and_work_after_each_restart",
         two_functions,
     ),
-    (
-        "groups_no_trace_of_one_start_is_left_in_any_device_at_the_next_10_by_group",
-        |lab| fresh(lab, Interface::Group),
+    Proof::rounds(
+        "groups_no_trace_of_one_start_is_left_in_any_device_at_the_next_by_group",
+        |lab, tier| fresh(lab, Interface::Group, tier),
     ),
-    (
-        "groups_no_trace_of_one_start_is_left_in_any_device_at_the_next_10_by_cdev",
-        |lab| fresh(lab, Interface::Cdev),
+    Proof::rounds(
+        "groups_no_trace_of_one_start_is_left_in_any_device_at_the_next_by_cdev",
+        |lab, tier| fresh(lab, Interface::Cdev, tier),
     ),
-    (
-        "groups_a_drive_goes_50_times_from_its_driver_to_a_guest_that_is_killed_and_back",
-        fifty_rounds,
+    Proof::rounds(
+        "groups_a_drive_goes_again_and_again_from_its_driver_to_a_guest_that_is_killed_and_back",
+        killed_rounds,
     ),
-    (
+    Proof::new(
         "groups_sixteen_functions_work_in_one_guest_by_group",
         |lab| sixteen(lab, Interface::Group),
     ),
-    (
+    Proof::new(
         "groups_sixteen_functions_in_one_guest_by_cdev_are_mapped_for_as_often_as_one",
         |lab| sixteen(lab, Interface::Cdev),
     ),
-    (
+    Proof::new(
         "groups_who_keeps_a_group_or_a_reset_from_the_vm_is_named_and_let_be",
         in_the_way,
     ),
-    (
+    Proof::new(
         "groups_a_second_vm_gets_nothing_of_a_group_and_is_told_who_has_it",
         second_vm,
     ),
-    (
+    Proof::new(
         "groups_a_virtual_function_of_a_physical_one_with_vfio_needs_its_token",
         token,
     ),
@@ -161,7 +161,13 @@ fn devices(addresses: &[String]) -> String {
     format!("--device {}", addresses.join(" "))
 }
 
-fn two_functions(lab: &mut Lab) -> Result<()> {
+/// How often a guest is restarted.
+fn restarts(tier: Tier) -> u8 {
+    tier.of(2, 10)
+}
+
+fn two_functions(lab: &mut Lab, tier: Tier) -> Result<()> {
+    let restarts = restarts(tier);
     let host = lab.host(&herd())?;
     let addresses = bound(host, &["two0", "two1"])?;
     host.run("rm -f /run/count; truncate -s 1M /run/count")?;
@@ -171,7 +177,7 @@ fn two_functions(lab: &mut Lab) -> Result<()> {
         .device(&addresses[0])
         .device(&addresses[1])
         .args(&["--disk", "path=/run/count"])
-        .script(
+        .script(&format!(
             "devices=/sys/bus/pci/devices\n\
              boot=$(tr -d '\\0' </dev/vda | head -c 4); boot=$((boot + 0))\n\
              header=$(hexdump -s 14 -n 1 -e '1/1 \"%02x\"' $devices/0000:01:00.0/config)\n\
@@ -183,23 +189,28 @@ fn two_functions(lab: &mut Lab) -> Result<()> {
              lab-io verify /dev/nvme0n1 $((boot + 1)) >/dev/null\n\
              dhcp eth0\n\
              value boot_$boot \"$header $functions$drivers $(ip -4 -o addr show eth0 | wc -l)\"\n\
-             [ $boot = 10 ] && exit 0\n\
+             [ $boot = {restarts} ] && exit 0\n\
              printf %s $((boot + 1)) | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null\n\
              echo b >/proc/sysrq-trigger; sleep 60\n",
-        );
+        ));
     let started = Instant::now();
     let result = host.guest(&run)?.success()?;
-    for boot in 0..=10 {
+    for boot in 0..=restarts {
         let found = result.value(&format!("boot_{boot}"))?;
         ensure!(found == "80 2 nvme e1000e 1", "boot {boot}: {found}");
     }
-    tell!("11 boots in {:.0} s", started.elapsed().as_secs_f64());
+    count("restarts", restarts.into());
+    tell!(
+        "{restarts} restarts in {:.0} s",
+        started.elapsed().as_secs_f64()
+    );
     give_back(host, &addresses)
 }
 
 /// Each device in turn has a register changed; a function by itself, by what it shares a device with,
 /// and by what it shares a bus with.
-fn fresh(lab: &mut Lab, interface: Interface) -> Result<()> {
+fn fresh(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
+    let restarts = restarts(tier);
     let host = lab.host(&herd())?;
     let addresses = bound(host, &["nv0", "two0", "two1", "old0", "old1", "dual0"])?;
     // The drives' interrupt mask, for QEMU's keep their queues' addresses through a reset; receive control of Intel's NICs; the first byte of Realtek's own address.
@@ -218,7 +229,7 @@ fn fresh(lab: &mut Lab, interface: Interface) -> Result<()> {
         trace(4, 0, 1, 0),
         trace(5, 0, 0, 0x100),
     ];
-    let kernel = restart(10, &traces);
+    let kernel = restart(restarts, &traces);
     let result = Bare::run(host, &kernel, interface, &devices(&addresses))?.success("fresh\n")?;
     let resets = result.resets()?;
     tell!("{resets:?}");
@@ -229,14 +240,18 @@ fn fresh(lab: &mut Lab, interface: Interface) -> Result<()> {
             line.contains("hot reset, which")
                 && addresses.any(|(at, set)| set == id && line.contains(at))
         };
-        let count = result.stderr.lines().filter(of).count();
-        ensure!(count == 12, "{id}: {count} hot resets in 11 starts");
+        let found = result.stderr.lines().filter(of).count();
+        ensure!(
+            found == usize::from(restarts) + 2,
+            "{id}: {found} hot resets in {restarts} restarts"
+        );
     }
+    count("restarts", restarts.into());
     give_back(host, &addresses)
 }
 
-fn fifty_rounds(lab: &mut Lab) -> Result<()> {
-    const ROUNDS: u32 = 50;
+fn killed_rounds(lab: &mut Lab, tier: Tier) -> Result<()> {
+    let rounds: u32 = tier.of(4, 50);
     let host = lab.host(&herd())?;
     let address = host.address("nv0")?;
     fs::write(host.share().join("bare"), identify(*b"NV0 "))?;
@@ -245,7 +260,7 @@ fn fifty_rounds(lab: &mut Lab) -> Result<()> {
     let script = format!(
         "set -e; device=/sys/bus/pci/devices/{address}\n\
          is_with() {{ [ \"$(basename $(readlink $device/driver))\" = $1 ]; }}\n\
-         for round in $(seq 1 {ROUNDS}); do\n\
+         for round in $(seq 1 {rounds}); do\n\
              is_with nvme\n\
              busway device bind {address} >/dev/null\n\
              is_with vfio-pci\n\
@@ -264,10 +279,10 @@ fn fifty_rounds(lab: &mut Lab) -> Result<()> {
     );
     let output = host.output(&script, Duration::from_secs(600))?.success()?;
     let done = output.lines().filter(|line| line.parse::<u32>().is_ok());
-    ensure!(done.clone().count() == ROUNDS as usize, "{output}");
+    ensure!(done.count() == rounds as usize, "{output}");
+    count("kills", rounds.into());
     tell!(
-        "{} rounds of bind, run, kill -9 and unbind in {:.0} s",
-        done.count(),
+        "{rounds} rounds of bind, run, kill -9 and unbind in {:.0} s",
         started.elapsed().as_secs_f64()
     );
     Ok(())

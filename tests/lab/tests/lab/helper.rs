@@ -10,23 +10,23 @@ use crate::assigned::guest;
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "helper_binds_and_restores_each_device_of_the_zoo",
         each_device,
     ),
-    (
+    Proof::new(
         "helper_killed_or_interrupted_in_a_group_puts_it_back",
         killed,
     ),
-    (
+    Proof::new(
         "helper_refuses_what_the_host_uses_but_for_its_switch",
         in_use,
     ),
-    (
+    Proof::new(
         "helper_makes_virtual_functions_with_the_mac_that_was_set",
         virtual_functions,
     ),
-    ("helper_binds_at_boot_what_persists_and_no_other", persists),
+    Proof::new("helper_binds_at_boot_what_persists_and_no_other", persists),
 ];
 
 const LIMIT: Duration = Duration::from_secs(240);

@@ -7,11 +7,11 @@ use serde_json::Value;
 use crate::Proof;
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "stock_host_is_seen_as_it_is_and_says_when_a_guest_can_have_its_drive",
         |lab| host_view(lab, Kernel::Stock),
     ),
-    (
+    Proof::new(
         "iommufd_host_is_seen_as_it_is_and_says_when_a_guest_can_have_its_drive",
         |lab| host_view(lab, Kernel::Iommufd),
     ),

@@ -9,49 +9,47 @@ use busway_lab::{
     build_lab_pci, edu_sends, exact, exact_while_moved,
 };
 
-use crate::assigned::{Interface, guest};
-use crate::{Proof, tell};
+use crate::assigned::{Interface, guest, word};
+use crate::{Proof, Tier, count, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::rounds(
         "interrupts_in_each_mode_of_one_nic_in_turn_by_group",
-        |lab| modes(lab, Interface::Group),
+        |lab, tier| modes(lab, Interface::Group, tier),
     ),
-    (
+    Proof::rounds(
         "interrupts_in_each_mode_of_one_nic_in_turn_by_cdev",
-        |lab| modes(lab, Interface::Cdev),
+        |lab, tier| modes(lab, Interface::Cdev, tier),
     ),
-    (
+    Proof::new(
         "interrupts_of_two_nics_of_one_group_share_a_line_by_group",
         |lab| shared_line(lab, Interface::Group),
     ),
-    (
+    Proof::new(
         "interrupts_of_two_nics_of_one_group_share_a_line_by_cdev",
         |lab| shared_line(lab, Interface::Cdev),
     ),
-    (
+    Proof::new(
         "interrupts_move_to_another_processor_by_one_route_update_each",
         affinity,
     ),
-    ("interrupts_are_neither_lost_nor_doubled_by_group", |lab| {
-        counted(lab, Interface::Group, &Sent::FEW)
-    }),
-    ("interrupts_are_neither_lost_nor_doubled_by_cdev", |lab| {
-        counted(lab, Interface::Cdev, &Sent::FEW)
-    }),
-    (
-        "interrupts_to_the_number_of_100_000_are_neither_lost_nor_doubled",
-        |lab| counted(lab, Interface::Cdev, &Sent::MANY),
+    Proof::rounds(
+        "interrupts_are_neither_lost_nor_doubled_by_group",
+        |lab, tier| counted(lab, Interface::Group, tier),
     ),
-    (
+    Proof::rounds(
+        "interrupts_are_neither_lost_nor_doubled_by_cdev",
+        |lab, tier| counted(lab, Interface::Cdev, tier),
+    ),
+    Proof::new(
         "interrupts_that_move_while_they_come_are_neither_lost_nor_doubled",
         moved_while_they_come,
     ),
-    (
+    Proof::new(
         "interrupts_of_masked_vectors_are_pending_and_come_once_when_the_mask_goes",
         pending,
     ),
-    (
+    Proof::new(
         "interrupts_of_a_card_without_disable_bit_need_a_line_of_their_own",
         exclusive_line,
     ),
@@ -149,11 +147,11 @@ const RELOAD: &str = "\
     }\n";
 
 /// The driver is loaded anew for each mode, and the interrupts change with it.
-fn modes(lab: &mut Lab, interface: Interface) -> Result<()> {
+fn modes(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     let (host, addresses) = bound(lab, &["nic0"])?;
     let server = DataServer::start()?;
     // The driver's parameter: 2 is MSI-X, 1 MSI, 0 the pin.
-    let turns: [u8; 6] = [2, 1, 0, 1, 2, 0];
+    let turns: &[u8] = tier.of(&[2, 1, 0], &[2, 1, 0, 1, 2, 0]);
     let mut script = functions(&server) + RELOAD;
     for (turn, mode) in turns.iter().enumerate() {
         let kind = kind_of(*mode);
@@ -180,6 +178,8 @@ fn modes(lab: &mut Lab, interface: Interface) -> Result<()> {
             irqs.len() == lines && irqs.iter().all(|(_, what)| what.contains(kind)) && all > 20,
             "turn {turn}, mode {mode}: {irqs:?}"
         );
+        count("turns", 1);
+        count("interrupts", all);
     }
     ensure_clean(&result)
 }
@@ -318,13 +318,13 @@ impl Sent {
 }
 
 /// One after another, each waited for: by MSI, by the pin, and by MSI again; by each vector of MSI-X.
-fn counted(lab: &mut Lab, interface: Interface, sent: &Sent) -> Result<()> {
+fn counted(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     let (host, addresses) = bound(lab, &["edu0", "bell0"])?;
     let Sent {
         msi,
         pin,
         each_vector,
-    } = sent;
+    } = tier.of(&Sent::FEW, &Sent::MANY);
     let script = format!(
         "value msi \"$(lab-pci edu {edu} msi {msi})\"\n\
          value pin \"$(lab-pci edu {edu} intx {pin})\"\n\
@@ -349,6 +349,8 @@ fn counted(lab: &mut Lab, interface: Interface, sent: &Sent) -> Result<()> {
         let line = result.value(key)?;
         tell!("{key}: {line}");
         exact(line, sent).context(key)?;
+        count("sent", word(line, "sent")?.parse()?);
+        count("counted", word(line, "counted")?.parse()?);
     }
     ensure_clean(&result)
 }

@@ -9,25 +9,25 @@ use crate::Proof;
 use crate::assigned::{bound, give_back, guest, zoo};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "killed_during_io_leaves_a_drive_that_a_second_guest_boots_with",
         killed,
     ),
-    ("a_guest_restarts_with_its_drive_and_its_disk", restarted),
-    (
+    Proof::new("a_guest_restarts_with_its_drive_and_its_disk", restarted),
+    Proof::new(
         "a_guest_that_triple_faults_restarts_with_its_timers",
         triple_faulted,
     ),
-    ("sigterm_powers_the_guest_off", powered_off),
-    (
+    Proof::new("sigterm_powers_the_guest_off", powered_off),
+    Proof::new(
         "a_guest_that_ignores_the_power_button_is_killed_in_time",
         ignored,
     ),
-    (
+    Proof::new(
         "the_stock_kernel_finds_nothing_wrong_with_the_machine",
         clean_log,
     ),
-    ("sixteen_processors_start", many_cpus),
+    Proof::new("sixteen_processors_start", many_cpus),
 ];
 
 fn killed(lab: &mut Lab) -> Result<()> {

@@ -7,14 +7,14 @@ use crate::Proof;
 use crate::assigned::{Interface, bound, give_back, guest, zoo};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    ("nic_by_group_moves_100_mb", |lab| {
+    Proof::new("nic_by_group_moves_100_mb", |lab| {
         nic(lab, Interface::Group)
     }),
-    ("nic_by_cdev_moves_100_mb", |lab| nic(lab, Interface::Cdev)),
-    ("virtual_function_by_group_moves_100_mb", |lab| {
+    Proof::new("nic_by_cdev_moves_100_mb", |lab| nic(lab, Interface::Cdev)),
+    Proof::new("virtual_function_by_group_moves_100_mb", |lab| {
         virtual_function(lab, Interface::Group)
     }),
-    ("virtual_function_by_cdev_moves_100_mb", |lab| {
+    Proof::new("virtual_function_by_cdev_moves_100_mb", |lab| {
         virtual_function(lab, Interface::Cdev)
     }),
 ];

@@ -7,11 +7,11 @@ use crate::Proof;
 use crate::assigned::{bound, guest};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    (
+    Proof::new(
         "virtio_devices_work_beside_a_drive_on_the_stock_kernel",
         |lab| all(lab, GuestKernel::Stock),
     ),
-    (
+    Proof::new(
         "virtio_devices_work_beside_a_drive_by_the_pvh_entry",
         |lab| all(lab, GuestKernel::StockElf),
     ),

@@ -1,4 +1,4 @@
-//! The whole zoo: every device proves itself in one guest with all others, and is left and taken by its
+//! The whole zoo: every device proves itself in one guest with all others, and is released and probed by its
 //! driver again and again.
 
 use std::time::Duration;
@@ -10,46 +10,50 @@ use busway_lab::{
 };
 
 use crate::assigned::Interface;
-use crate::{Proof, tell};
+use crate::{Proof, count, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    ("zoo_in_one_guest_by_group", |lab| every(lab, Way::Group)),
-    ("zoo_in_one_guest_by_cdev", |lab| every(lab, Way::Cdev)),
-    ("zoo_in_one_guest_by_cdev_on_an_amd_iommu", |lab| {
+    Proof::new("zoo_in_one_guest_by_group", |lab| every(lab, Way::Group)),
+    Proof::new("zoo_in_one_guest_by_cdev", |lab| every(lab, Way::Cdev)),
+    Proof::new("zoo_in_one_guest_by_cdev_on_an_amd_iommu", |lab| {
         every(lab, Way::CdevAmd)
     }),
-    ("zoo_nvme_is_left_and_taken_20_times", |lab| {
-        reload(lab, "nvme")
+    Proof::new(
+        "zoo_devices_are_left_and_taken_again_one_after_another",
+        |lab| reload(lab, &RELOADED.map(|(device, ..)| device), 2),
+    ),
+    Proof::soak("zoo_nvme_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["nvme"], 20)
     }),
-    ("zoo_e1000e_is_left_and_taken_20_times", |lab| {
-        reload(lab, "e1000e")
+    Proof::soak("zoo_e1000e_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["e1000e"], 20)
     }),
-    ("zoo_igb_is_left_and_taken_20_times", |lab| {
-        reload(lab, "igb")
+    Proof::soak("zoo_igb_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["igb"], 20)
     }),
-    ("zoo_e1000_is_left_and_taken_20_times", |lab| {
-        reload(lab, "e1000")
+    Proof::soak("zoo_e1000_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["e1000"], 20)
     }),
-    ("zoo_rtl8139_is_left_and_taken_20_times", |lab| {
-        reload(lab, "rtl8139")
+    Proof::soak("zoo_rtl8139_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["rtl8139"], 20)
     }),
-    ("zoo_xhci_is_left_and_taken_20_times", |lab| {
-        reload(lab, "qemu-xhci")
+    Proof::soak("zoo_xhci_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["qemu-xhci"], 20)
     }),
-    ("zoo_hda_is_left_and_taken_20_times", |lab| {
-        reload(lab, "intel-hda")
+    Proof::soak("zoo_hda_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["intel-hda"], 20)
     }),
-    ("zoo_edu_is_left_and_taken_20_times", |lab| {
-        reload(lab, "edu")
+    Proof::soak("zoo_edu_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["edu"], 20)
     }),
-    ("zoo_doorbell_is_left_and_taken_20_times", |lab| {
-        reload(lab, "ivshmem-doorbell")
+    Proof::soak("zoo_doorbell_is_left_and_taken_20_times", |lab, _| {
+        reload(lab, &["ivshmem-doorbell"], 20)
     }),
 ];
 
-/// Lets a device of the table go and takes it again: what the guest's shell runs each time, with the device's
-/// address in `$at`, its folder in `$device`, and the functions of `works.sh`.
-const ROUNDS: &[(&str, &str, &str)] = &[
+/// Devices of the table whose drivers release and probe them again and again: what the guest's shell runs each time,
+/// with the device's address in `$at`, its folder in `$device`, and the functions of `works.sh`.
+const RELOADED: [(&str, &str, &str); 9] = [
     // The device, its address in the guest, and a round.
     (
         "nvme",
@@ -148,37 +152,44 @@ fn every(lab: &mut Lab, way: Way) -> Result<()> {
     record(way, &outcomes)
 }
 
-/// A driver lets its device go and takes it again; then the device does its work as it does after a boot.
-fn reload(lab: &mut Lab, device: &str) -> Result<()> {
-    let (_, address, round) = ROUNDS
-        .iter()
-        .find(|(name, ..)| *name == device)
-        .context("no such device")?;
+/// In one guest the drivers release their devices and probe them again, one device after another; then each device does
+/// its work as it does after a boot.
+fn reload(lab: &mut Lab, devices: &[&str], rounds: u64) -> Result<()> {
     let host = lab.host(&zoo_host(Iommu::Intel))?;
-    let works: Vec<&Work> = WORKS.iter().filter(|work| work.device == device).collect();
-    let first = format!(
-        "rebind() {{ # DRIVER SIGN: once the device is up, which the sign tells\n\
+    let works: Vec<&Work> = WORKS
+        .iter()
+        .filter(|work| devices.contains(&work.device))
+        .collect();
+    ensure!(works.len() == devices.len(), "no such device: {devices:?}");
+    let mut first = String::from(
+        "rebind() { # DRIVER SIGN: once the device is up, which the sign tells\n\
              appear \"$device/$2\"\n\
              for port in $(ls $device/net 2>/dev/null); do ip link set $port up; done\n\
              echo $at >/sys/bus/pci/drivers/$1/unbind\n\
              [ ! -e $device/driver ]\n\
              echo $at >/sys/bus/pci/drivers/$1/bind\n\
              appear \"$device/$2\"\n\
-         }}\n\
-         at=\"{address}\"; device=/sys/bus/pci/devices/$at\n\
-         for number in $(seq 20); do echo \"round $number\"; {round} >/dev/null; done\n\
-         value rounds $number\n"
+         }\n",
     );
+    for (device, address, round) in RELOADED {
+        if devices.contains(&device) {
+            first += &format!(
+                "at=\"{address}\"; device=/sys/bus/pci/devices/$at\n\
+                 for number in $(seq {rounds}); do echo \"{device}: round $number\"; {round} >/dev/null; done\n\
+                 value {device}.rounds $number\n"
+            );
+        }
+    }
     let server = DataServer::start()?;
-    let devices = addresses(host, &works)?;
-    let run = guest(host, &devices, Interface::Cdev)?.limit(Duration::from_secs(240));
+    let functions = addresses(host, &works)?;
+    let run = guest(host, &functions, Interface::Cdev)?;
     let run = with_works(run, host, &server, &works, &first)?;
     let result = host.guest(&run)?.success()?;
-    ensure!(
-        result.value("rounds")? == "20",
-        "{}",
-        result.value("rounds")?
-    );
+    for device in devices {
+        let done = result.value(&format!("{device}.rounds"))?;
+        ensure!(done == rounds.to_string(), "{device}: {done} rounds");
+        count("rounds", rounds);
+    }
     let done = |work: &Work| work.done(host, &server, &result);
     works
         .into_iter()
