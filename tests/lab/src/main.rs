@@ -5,6 +5,7 @@ mod demo;
 mod figures;
 mod mapping;
 mod terminal;
+mod times;
 
 use std::io;
 use std::process::ExitCode;
@@ -42,6 +43,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Busway and QEMU with the same drive and guest, in turns, side by side: `scripts/bench`.
     Bench(bench::BenchArgs),
+    /// Where the time of the last `scripts/test` went: a table, and `target/times.json`.
+    Times(times::TimesArgs),
     /// Boots the emulated host with a shell of its own on this terminal; the shell's end is the host's.
     Shell {
         #[command(flatten)]
@@ -144,6 +147,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         } => run(&host, limit, &command.join(" ")),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Times(arguments) => times::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Shell { host } => shell(&host),
     }
 }
