@@ -46,9 +46,9 @@ impl Host {
             .map(str::to_owned))
     }
 
-    /// Brings an `igb` up, waits for its link, and has it make virtual functions, each with an
-    /// Ethernet address of its own. Returns their addresses.
-    pub fn virtual_functions(&self, id: &str, count: u32) -> Result<Vec<String>> {
+    /// Brings a NIC up and waits for its link, without which an `igb`'s virtual functions have nobody to answer them.
+    /// Returns the interface's name.
+    pub fn link_up(&self, id: &str) -> Result<String> {
         let address = self.address(id)?;
         let script = format!(
             "set -e; device=/sys/bus/pci/devices/{address}\n\
@@ -58,10 +58,23 @@ impl Host {
              until [ \"$(cat $device/net/$nic/carrier)\" = 1 ]; do\n\
                  read -r -t 1 <&${{COPROC[0]}} || true\n\
              done\n\
-             kill $COPROC_PID\n\
+             kill $COPROC_PID; echo $nic\n"
+        );
+        let name = self
+            .run(&script)
+            .with_context(|| format!("waiting for the link of {id}"))?;
+        Ok(name.trim().to_owned())
+    }
+
+    /// Has an `igb` make virtual functions, each with an Ethernet address of its own. Returns their addresses.
+    pub fn virtual_functions(&self, id: &str, count: u32) -> Result<Vec<String>> {
+        let address = self.address(id)?;
+        let nic = self.link_up(id)?;
+        let script = format!(
+            "set -e; device=/sys/bus/pci/devices/{address}\n\
              echo {count} >$device/sriov_numvfs\n\
              for number in $(seq 0 {last}); do\n\
-                 ip link set $nic vf $number mac 02:00:00:00:01:0$number\n\
+                 ip link set {nic} vf $number mac 02:00:00:00:01:0$number\n\
                  basename $(readlink $device/virtfn$number)\n\
              done\n\
              udevadm settle\n",

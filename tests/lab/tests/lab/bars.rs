@@ -175,8 +175,8 @@ fn roms(lab: &mut Lab) -> Result<()> {
     let other = bind(host, &["nic1"])?.remove(0);
     let drive = bind(host, &["nv0"])?.remove(0);
     let on_host = host.run(&format!(
-        "cd /sys/bus/pci/devices/{nic} && echo 1 >rom && cat rom >/lab/rom.bin; echo 0 >rom; \
-         sha256sum </lab/rom.bin; stat -c %s /lab/rom.bin"
+        "cd /sys/bus/pci/devices/{nic} && echo on >power/control && echo 1 >rom && cat rom >/lab/rom.bin; \
+         echo 0 >rom; echo auto >power/control; sha256sum </lab/rom.bin; stat -c %s /lab/rom.bin"
     ))?;
     let mut words = on_host.split_ascii_whitespace();
     let sum = words.next().context("no sum")?;

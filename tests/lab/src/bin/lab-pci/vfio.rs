@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use vfio_bindings::bindings::vfio::{
@@ -53,6 +54,11 @@ impl VfioDevice {
     /// Takes a device from whatever driver it has, opens it, and lets it reach memory.
     pub(crate) fn open(address: &str) -> Result<Self> {
         let folder = format!("/sys/bus/pci/devices/{address}");
+        // Where it is a module, nothing has loaded it yet; where it is built in, there is no such module.
+        Command::new("modprobe")
+            .args(["-q", "vfio-pci"])
+            .status()
+            .context("running modprobe")?;
         put(
             "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
             "Y",
