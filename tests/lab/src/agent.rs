@@ -21,8 +21,8 @@ use crate::suspect::Suspect;
 #[derive(Debug, Default)]
 struct State {
     ready: bool,
-    /// The outer machine's folders are mounted.
-    folders: bool,
+    /// What was plugged is in its place.
+    settled: bool,
     gone: bool,
     /// It did not answer when it was last asked for the host's state.
     unresponsive: bool,
@@ -100,7 +100,11 @@ impl Agent {
                 state.ready = true;
                 state.unresponsive = false;
             }),
-            (Some("FOLDERS"), ..) => self.change(|state| state.folders = true),
+            // A host that was started from a saved state was ready in its earlier life.
+            (Some("SETTLED"), ..) => self.change(|state| {
+                state.ready = true;
+                state.settled = true;
+            }),
             (Some("STARTED"), Some(id), pid) => {
                 self.change(|state| state.jobs.entry(id).or_default().pid = pid);
             }
@@ -190,13 +194,14 @@ impl Agent {
             .map_err(|failure| self.explain(failure, "booting", limit))
     }
 
-    /// Has the host mount the outer machine's folders and set its clock, and waits until it has, and udev is done.
-    pub(crate) fn mount_folders(&self, limit: Duration) -> Result<()> {
-        let doing = "mounting the outer machine's folders";
+    /// Has the host take notice of these PCI functions, mount the outer machine's folders and set its clock, and waits
+    /// until udev is done with all of it.
+    pub(crate) fn settle(&self, functions: &[String], limit: Duration) -> Result<()> {
+        let doing = "waiting for what was plugged";
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
-        self.order(&format!("FOLDERS {}", now.as_secs_f64()))
-            .map_err(|_| self.death(doing))?;
-        self.wait(Instant::now() + limit, |state| state.folders.then_some(()))
+        let order = format!("SETTLE {} {}", now.as_secs_f64(), functions.join(" "));
+        self.order(&order).map_err(|_| self.death(doing))?;
+        self.wait(Instant::now() + limit, |state| state.settled.then_some(()))
             .map_err(|failure| self.explain(failure, doing, limit))
     }
 
@@ -241,7 +246,7 @@ impl Agent {
         let mut takes_orders = false;
         self.change(|state| {
             state.jobs.entry(id).or_default();
-            takes_orders = state.ready && state.folders;
+            takes_orders = state.ready && state.settled;
         });
         let ended = takes_orders
             && self.order(&format!("RUN {id}")).is_ok()

@@ -95,6 +95,11 @@ impl HostConfig {
         self
     }
 
+    /// Whether QEMU can save its state: that of AMD's IOMMU it cannot.
+    pub(crate) fn can_be_saved(&self) -> bool {
+        self.iommu != Iommu::Amd
+    }
+
     /// Adds a device.
     pub fn device(mut self, device: Device) -> Self {
         self.devices.push(device);

@@ -19,13 +19,13 @@ use crate::qmp::Qmp;
 use crate::watch::Watch;
 
 /// How long a report may take.
-const WHOLE: Duration = Duration::from_secs(20);
+const WHOLE: Duration = Duration::from_secs(40);
 /// How long QEMU may take for one command.
 const COMMAND: Duration = Duration::from_secs(3);
 /// How long the host's agent may take for its part.
 const AGENT: Duration = Duration::from_secs(5);
 /// How long the host's kernel may take to begin to answer a key or an interrupt.
-const KERNEL: Duration = Duration::from_secs(3);
+const KERNEL: Duration = Duration::from_secs(10);
 /// How many lines the host's own part may have, and the stacks on its console.
 const LINES: usize = 80;
 

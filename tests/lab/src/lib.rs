@@ -24,6 +24,7 @@ pub mod pattern;
 mod process;
 mod program;
 mod qmp;
+mod saved;
 mod scratch;
 mod server;
 mod snapshot;

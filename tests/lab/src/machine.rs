@@ -10,12 +10,14 @@ use anyhow::Result;
 use crate::config::{Accelerator, HostConfig, Iommu};
 use crate::parts::Parts;
 use crate::tsc;
+use crate::zoo;
 
 /// The folders that the outer machine shares, as the host's agent mounts them: each is a device of 9p's.
 pub(crate) const FOLDERS: [&str; 3] = ["lab", "project", "cache"];
 
-/// How many root ports there are for the devices of the zoo. They are `port1` and so on.
-pub(crate) const PORTS: usize = 12;
+/// How many root ports there are for the devices of the zoo. They are `port1` and so on. With those of the folders they
+/// are 14, for as many as the firmware finds windows of I/O ports.
+const PORTS: usize = 11;
 
 /// QEMU out of the Debian root, by the root's own loader and libraries: it needs neither chroot nor
 /// privilege, and nothing of this machine's distribution.
@@ -49,12 +51,13 @@ pub(crate) fn arguments(
     accelerator: Accelerator,
 ) -> Result<Vec<String>> {
     let (kernel, initramfs, modules) = parts.host_kernel(config.kernel)?;
+    // What defends against attackers takes an emulated processor a tenth of its time.
     // A busy machine can be too slow for the kernel's check that timer interrupts arrive, and for its
     // measuring of the time-stamp counter, which is told and trusted instead. One that hangs shows its stacks when SysRq
     // or an NMI asks it to: see `inspector`.
     let cmdline = format!(
         "console=ttyS0 quiet panic=-1 no_timer_check tsc_early_khz={} tsc=reliable mitigations=off \
-         sysrq_always_enabled unknown_nmi_panic {} lab.modules={modules} {}",
+         init_on_alloc=0 randomize_kstack_offset=off lsm=landlock sysrq_always_enabled unknown_nmi_panic {} lab.modules={modules} {}",
         tsc::khz(),
         match config.iommu {
             Iommu::Intel => "intel_iommu=on",
@@ -83,22 +86,27 @@ pub(crate) fn arguments(
         "-drive",
         &format!("file={disk},format=raw,if=none,id=root,readonly=on"),
     ]);
-    add(&["-device", "virtio-blk-pci,drive=root,addr=0x1c"]);
+    add(&[
+        "-device",
+        "virtio-blk-pci,drive=root,addr=0x1c,disable-legacy=on",
+    ]);
     // The kernel makes new random numbers where it sees that it was started anew from a saved state.
     add(&["-device", "vmgenid,guid=auto"]);
-    let mut port = |name: String, chassis: usize, slot: usize| {
+    let windows = zoo::large_windows(&config.devices);
+    let names = (1..=PORTS).map(|number| format!("port{number}"));
+    let names = names.chain(FOLDERS.map(|folder| format!("{folder}-port")));
+    for (number, name) in (1..).zip(names) {
+        // AMD's IOMMU has a function in the first slot.
+        let slot = number + 1;
         // Faster ports say that they report a link that is up, and never do: after a reset of its bus the
         // host's kernel waits for that, and fails (`pci_bridge_wait_for_secondary_bus`).
-        let option = format!(
-            "pcie-root-port,id={name},slot={chassis},chassis={chassis},addr={slot:#x},x-speed=5"
+        let mut option = format!(
+            "pcie-root-port,id={name},slot={number},chassis={number},addr={slot:#x},x-speed=5"
         );
+        if let Some(size_mib) = windows.get(&number) {
+            option += &format!(",pref64-reserve={size_mib}M");
+        }
         add(&["-device", &option]);
-    };
-    for number in 1..=PORTS {
-        port(format!("port{number}"), number, number);
-    }
-    for (number, folder) in (PORTS + 1..).zip(FOLDERS) {
-        port(format!("{folder}-port"), number, number);
     }
     Ok(arguments)
 }
@@ -118,7 +126,7 @@ pub(crate) fn folders(parts: &Parts, scratch: &Path) -> (Vec<String>, Vec<String
             "local,id={name}-folder,path={path},security_model=none,multidevs=remap{access}"
         ));
         devices.push(format!(
-            "virtio-9p-pci,fsdev={name}-folder,mount_tag={name},bus={name}-port"
+            "virtio-9p-pci,id={name},fsdev={name}-folder,mount_tag={name},bus={name}-port"
         ));
     }
     (words, devices)

@@ -69,8 +69,7 @@ enum IommuArg {
 /// What the host is made of.
 #[derive(Debug, Args)]
 struct HostArgs {
-    /// The host's kernel: Debian's own, the small one with iommufd, or the newest with dma-bufs of
-    /// devices.
+    /// The host's kernel: Debian's own, the same with iommufd, or the newest, which has dma-bufs of devices.
     #[arg(long, value_enum, default_value = "stock")]
     kernel: KernelArg,
     /// The host's IOMMU.

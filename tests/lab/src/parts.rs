@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
@@ -26,8 +27,20 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Makes what is missing, which takes some minutes the first time, and says where everything is.
+    /// Makes what is missing, which takes some minutes the first time, and says where everything is. A process looks
+    /// once.
     pub fn prepare() -> Result<Self> {
+        static PREPARED: Mutex<Option<Parts>> = Mutex::new(None);
+        let mut prepared = PREPARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(parts) = &*prepared {
+            return Ok(parts.clone());
+        }
+        let parts = Self::set_up()?;
+        *prepared = Some(parts.clone());
+        Ok(parts)
+    }
+
+    fn set_up() -> Result<Self> {
         let mut setup = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("setup/setup"));
         let output = setup
             .stderr(Stdio::inherit())

@@ -1,14 +1,16 @@
 //! The workspace's programs, as the emulated host and its guests run them.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 /// The cargo profile to build with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Profile {
     /// Optimised, with every overflow and debug assertion checked: for tests.
     Lab,
@@ -36,8 +38,21 @@ pub fn build_lab_pci() -> Result<PathBuf> {
 }
 
 /// Builds a program of the workspace, static so that it runs whatever C library is there, and
-/// returns its path.
+/// returns its path. A process builds each program once.
 pub fn build_static(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
+    type Built = BTreeMap<(String, Profile), PathBuf>;
+    static BUILT: Mutex<Built> = Mutex::new(Built::new());
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = (program.to_owned(), profile);
+    if let Some(path) = built.get(&key) {
+        return Ok(path.clone());
+    }
+    let path = build(package, program, profile)?;
+    built.insert(key, path.clone());
+    Ok(path)
+}
+
+fn build(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let profile = match profile {
         Profile::Lab => "lab",

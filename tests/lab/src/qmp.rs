@@ -145,11 +145,42 @@ impl Qmp {
         }
     }
 
+    /// The addresses of all functions that were given an id, as the host has numbered its buses. Virtual functions that
+    /// are not enabled have none.
+    pub(crate) fn functions(&mut self) -> Result<Vec<String>> {
+        fn below(buses: &Value, found: &mut Vec<String>) {
+            for device in buses
+                .as_array()
+                .into_iter()
+                .flatten()
+                .flat_map(|bus| bus["devices"].as_array())
+                .flatten()
+            {
+                if device["qdev_id"] != "" {
+                    found.push(address_of(device));
+                }
+                if let Some(bridge) = device.get("pci_bridge") {
+                    below(&Value::Array(vec![bridge.clone()]), found);
+                }
+            }
+        }
+        let mut found = Vec::new();
+        below(&self.execute("query-pci", json!({}))?, &mut found);
+        Ok(found)
+    }
+
     /// The address of the function that was given this id, as `0000:01:00.0`.
     pub fn address(&mut self, id: &str) -> Result<String> {
         let buses = self.execute("query-pci", json!({}))?;
         find_function(&buses, id).with_context(|| format!("the emulated host has no device {id}"))
     }
+}
+
+/// A function's address, from what `query-pci` says of it.
+fn address_of(device: &Value) -> String {
+    let number = |name| device[name].as_u64().unwrap_or_default();
+    let (bus, slot, function) = (number("bus"), number("slot"), number("function"));
+    format!("0000:{bus:02x}:{slot:02x}.{function:x}")
 }
 
 fn find_function(buses: &Value, id: &str) -> Option<String> {
@@ -160,9 +191,7 @@ fn find_function(buses: &Value, id: &str) -> Option<String> {
         .flatten()
         .find_map(|device| {
             if device["qdev_id"] == id {
-                let number = |name| device[name].as_u64().unwrap_or_default();
-                let (bus, slot, function) = (number("bus"), number("slot"), number("function"));
-                return Some(format!("0000:{bus:02x}:{slot:02x}.{function:x}"));
+                return Some(address_of(device));
             }
             let below = device.get("pci_bridge")?;
             // The bridge's answer has the same shape as one bus.

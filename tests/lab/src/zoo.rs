@@ -1,5 +1,6 @@
 //! The zoo: the emulated host's PCI devices, each behind a root port of its own unless it is a conventional one.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// One device of the emulated host.
@@ -286,21 +287,39 @@ const DOORBELL_MIB: u64 = 1;
 /// The address by which whoever is on an emulated NIC's network reaches a server on the outer machine's 127.0.0.1.
 pub const GATEWAY: &str = "10.0.2.2";
 
-/// The plans of devices that have to be there when the host boots, and of those that can be plugged later. Each device
-/// has a root port of its own, in their order; conventional ones share a bridge behind the first.
+/// Each device that is the first of its slot, with the number of its root port. Conventional ones share the bridge behind
+/// the first port, which every host has, so that hosts differ in less before their devices are plugged.
+fn places(devices: &[Device]) -> impl Iterator<Item = (Option<usize>, &Device)> {
+    let mut last = 1;
+    let first = devices.iter().filter(|device| device.beside.is_none());
+    first.map(move |device| {
+        if device.is_conventional() {
+            return (None, device);
+        }
+        last += 1;
+        (Some(last), device)
+    })
+}
+
+/// The root ports, by number, whose window has to be larger than the firmware makes it, and its size in MiB.
+pub(crate) fn large_windows(devices: &[Device]) -> BTreeMap<usize, u64> {
+    /// What SeaBIOS reserves for a port of which it does not know what will be plugged there.
+    const USUAL_MIB: u64 = 512;
+    places(devices)
+        .filter_map(|(port, device)| match device.kind {
+            Kind::IvshmemPlain { size_mib } if size_mib > USUAL_MIB => Some((port?, size_mib)),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The plans of devices that have to be there when the host boots, and of those that can be plugged later.
 pub(crate) fn plans(devices: &[Device], scratch: &Path) -> [Plan; 2] {
     let [mut fixed, mut plugged] = [Plan::default(), Plan::default()];
-    let mut ports = (1..).map(|number| format!("port{number}"));
-    let mut root_port = || ports.next().unwrap_or_default();
-    if devices.iter().any(Device::is_conventional) {
-        let bridge = format!("pcie-pci-bridge,id=conventional,bus={}", root_port());
-        fixed.devices.push(bridge);
-    }
-    for device in devices.iter().filter(|device| device.beside.is_none()) {
-        let bus = match device.is_conventional() {
-            true => "conventional".to_owned(),
-            false => root_port(),
-        };
+    let bridge = "pcie-pci-bridge,id=conventional,bus=port1".to_owned();
+    fixed.devices.push(bridge);
+    for (port, device) in places(devices) {
+        let bus = port.map_or_else(|| "conventional".to_owned(), |port| format!("port{port}"));
         let plan = if device.is_fixed() {
             &mut fixed
         } else {
@@ -312,9 +331,11 @@ pub(crate) fn plans(devices: &[Device], scratch: &Path) -> [Plan; 2] {
             plan.add(device.plan(&format!("bus={bus}"), scratch));
             continue;
         }
-        // The first function comes last, for it brings all of them to the host's notice.
+        // The first function comes last, for it brings all of them to the host's notice. Each says that it is one of
+        // several, without which the host's kernel puts one that is plugged into a group of its own.
         for (function, device) in (1..).zip(more) {
-            plan.add(device.plan(&format!("bus={bus},addr=0.{function}"), scratch));
+            let place = format!("bus={bus},multifunction=on,addr=0.{function}");
+            plan.add(device.plan(&place, scratch));
         }
         // Where a function has ARI, the next one is found by its number there, which is 0 otherwise.
         let place = format!("bus={bus},multifunction=on,addr=0.0,x-pcie-ari-nextfn-1=on");
@@ -352,9 +373,9 @@ mod tests {
         ];
         let [_, plugged] = plans(&zoo, Path::new("/tmp"));
         let ends = [
-            "bus=port1,addr=0.1",
-            "bus=port1,multifunction=on,addr=0.0,x-pcie-ari-nextfn-1=on",
-            "bus=port2",
+            "bus=port2,multifunction=on,addr=0.1",
+            "bus=port2,multifunction=on,addr=0.0,x-pcie-ari-nextfn-1=on",
+            "bus=port3",
         ];
         for (device, end) in plugged.devices.iter().zip(ends) {
             assert!(device.ends_with(end), "{device}");
@@ -362,9 +383,19 @@ mod tests {
     }
 
     #[test]
+    fn a_large_bar_has_a_window_that_it_fits_into() {
+        let zoo = [
+            Device::e1000("a"),
+            Device::ivshmem("b", 64),
+            Device::ivshmem("c", 4096),
+        ];
+        assert_eq!(large_windows(&zoo), BTreeMap::from([(3, 4096)]));
+    }
+
+    #[test]
     fn a_sound_controller_is_there_from_the_beginning_with_its_codec() {
         let [fixed, plugged] = plans(&[Device::hda("a")], Path::new("/tmp"));
-        assert_eq!((fixed.devices.len(), plugged.devices.len()), (2, 0));
+        assert_eq!((fixed.devices.len(), plugged.devices.len()), (3, 0));
     }
 
     #[test]

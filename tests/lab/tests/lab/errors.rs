@@ -22,7 +22,7 @@ pub(crate) const PROOFS: &[Proof] = &[
     ),
 ];
 
-/// Two devices that signal errors, and a drive that cannot. Their root ports are `port1` to `port3`.
+/// Two devices that signal errors, and a drive that cannot. Their root ports are `port2` to `port4`.
 fn host(lab: &mut Lab) -> Result<(&Host, [String; 3])> {
     let config = HostConfig::new(Kernel::Iommufd)
         .device(Device::rng("rng0"))
@@ -111,7 +111,7 @@ fn of_the_port(lab: &mut Lab) -> Result<()> {
     let (host, [.., drive]) = host(lab)?;
     let running = host.start_guest(&waiting(std::slice::from_ref(&drive))?)?;
     running.wait_line("@@value ready")?;
-    inject(host, "port3", "DLP")?;
+    inject(host, "port4", "DLP")?;
     let result = running.finish()?;
     tell!("Busway says:\n{}", result.stderr);
     ensure!(result.status == 1, "status {}", result.status);

@@ -173,6 +173,7 @@ fn two_functions(lab: &mut Lab, tier: Tier) -> Result<()> {
     host.run("rm -f /run/count; truncate -s 1M /run/count")?;
     // Restarted without a word to the drivers, so that the devices are in full work.
     let run = guest()?
+        .limit(Duration::from_secs(420))
         .kernel(GuestKernel::StockElf)
         .device(&addresses[0])
         .device(&addresses[1])

@@ -1,17 +1,16 @@
 //! Real guests with real devices, in the emulated host.
 //!
-//! The trials start longest first, by `tests/lab/times.txt`, and run in as many lanes as the machine bears, each lane
-//! with one emulated host at a time. What each cost is printed at the end and written to `target/times/trials.json`.
+//! The trials start longest first, by `tests/lab/times.txt`, and run in as many lanes as the machine bears.
+//! Each has an emulated host of its own. What each cost is printed at the end and written to `target/times/trials.json`.
 
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use busway_lab::budgets::Budgets;
-use busway_lab::{Profile, build_busway, build_lab_io};
+use busway_lab::{Parts, Profile, build_busway, build_lab_io};
 use clap::Parser;
 use libtest_mimic::{Arguments, FormatSetting};
 
-use lanes::Lanes;
 use proof::{Proof, Tier, count, tell};
 use run::Run;
 
@@ -95,24 +94,21 @@ fn main() -> Result<ExitCode> {
     let names = cli.take_names();
     let budgets = Budgets::read()?;
 
-    let chapters = CHAPTERS.into_iter().enumerate();
-    let all =
-        chapters.flat_map(|(chapter, proofs)| proofs.iter().map(move |proof| (chapter, proof)));
-    let mut proofs: Vec<_> = all.clone().filter(|(_, proof)| proof.is_of(tier)).collect();
+    let all = CHAPTERS.into_iter().flatten();
+    let mut proofs: Vec<_> = all.clone().filter(|proof| proof.is_of(tier)).collect();
     if cli.known {
-        let known = |asked: &str| proofs.iter().any(|(_, proof)| cli.fits(proof.name, asked));
+        let known = |asked: &str| proofs.iter().any(|proof| cli.fits(proof.name, asked));
         if let Some(unknown) = names.iter().find(|asked| !known(asked)) {
             bail!("no trial's name contains {unknown}: `scripts/lab test --list` lists them");
         }
     }
-    proofs.retain(|(_, proof)| {
-        names.is_empty() || names.iter().any(|asked| cli.fits(proof.name, asked))
-    });
-    budgets.sort(&mut proofs, |(_, proof)| proof.name);
+    proofs
+        .retain(|proof| names.is_empty() || names.iter().any(|asked| cli.fits(proof.name, asked)));
+    budgets.sort(&mut proofs, |proof| proof.name);
 
     let mut arguments = cli.arguments;
     if arguments.list && arguments.format != Some(FormatSetting::Terse) {
-        for (_, proof) in proofs {
+        for proof in proofs {
             // The budgets are those of few rounds.
             let budget = budgets.of(proof.name).filter(|_| tier == Tier::Tests);
             let budget = budget.map_or("?".to_owned(), |seconds| seconds.to_string());
@@ -120,19 +116,20 @@ fn main() -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let programs = match arguments.list || proofs.is_empty() {
-        true => Vec::new(),
-        false => vec![build_busway(Profile::Lab)?, build_lab_io()?],
+    let (programs, has_backports) = match arguments.list || proofs.is_empty() {
+        true => (Vec::new(), true),
+        false => (
+            vec![build_busway(Profile::Lab)?, build_lab_io()?],
+            Parts::prepare()?.backports.is_some(),
+        ),
     };
     let at_once = *arguments.test_threads.get_or_insert_with(lanes::number);
-    let run = Run::new(tier, budgets, Lanes::new(programs), at_once);
-    let trials = proofs
-        .into_iter()
-        .map(|(chapter, proof)| run.trial(chapter, proof));
+    let run = Run::new(tier, budgets, programs, has_backports, at_once);
+    let trials = proofs.into_iter().map(|proof| run.trial(proof));
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     let tests: Vec<_> = all
-        .filter(|(_, proof)| proof.is_of(Tier::Tests))
-        .map(|(_, proof)| proof.name)
+        .filter(|proof| proof.is_of(Tier::Tests))
+        .map(|proof| proof.name)
         .collect();
     run.end(&tests)?;
     Ok(conclusion.exit_code())

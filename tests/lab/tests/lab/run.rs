@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -13,7 +14,6 @@ use busway_lab::trials::{TrialRun, Trials, first_line};
 use busway_lab::{Lab, may_be_the_emulators};
 use libtest_mimic::{Failed, Trial};
 
-use crate::lanes::Lanes;
 use crate::proof::{Proof, TRIAL, Tier, take_numbers, tell};
 
 /// How often a trial is begun that ends in a stall or a triple fault or loses its host, which the emulator is known
@@ -23,17 +23,27 @@ const ATTEMPTS: usize = 4;
 /// What all trials of a run share.
 pub(crate) struct Run {
     tier: Tier,
-    lanes: Lanes,
+    /// What each host has in its `/usr/local/bin`.
+    programs: Vec<PathBuf>,
+    /// The kernel of backports could be made.
+    has_backports: bool,
     budgets: Budgets,
     began: Instant,
     trials: Mutex<Trials>,
 }
 
 impl Run {
-    pub(crate) fn new(tier: Tier, budgets: Budgets, lanes: Lanes, at_once: usize) -> Arc<Self> {
+    pub(crate) fn new(
+        tier: Tier,
+        budgets: Budgets,
+        programs: Vec<PathBuf>,
+        has_backports: bool,
+        at_once: usize,
+    ) -> Arc<Self> {
         Arc::new(Self {
             tier,
-            lanes,
+            programs,
+            has_backports,
             budgets,
             began: Instant::now(),
             trials: Mutex::new(Trials {
@@ -48,21 +58,30 @@ impl Run {
         self.trials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The trial of a proof, whose chapter is the module that it stands in.
-    pub(crate) fn trial(self: &Arc<Self>, chapter: usize, proof: &'static Proof) -> Trial {
+    /// The trial of a proof.
+    pub(crate) fn trial(self: &Arc<Self>, proof: &'static Proof) -> Trial {
         let run = Arc::clone(self);
-        let reason = cannot(proof.name);
-        Trial::test(proof.name, move || run.prove(chapter, proof))
+        let reason = self.cannot(proof.name);
+        Trial::test(proof.name, move || run.prove(proof))
             .with_ignored_flag(reason.is_some())
             .with_kind(reason.unwrap_or_default())
     }
 
-    fn prove(&self, chapter: usize, proof: &Proof) -> Result<(), Failed> {
+    /// Why a trial cannot run, if it cannot.
+    fn cannot(&self, name: &str) -> Option<&'static str> {
+        if !cfg!(target_arch = "x86_64") {
+            return Some("the emulated host is an x86_64 one");
+        }
+        (!self.has_backports && name.contains("_by_dma_buf"))
+            .then_some("the set-up could not make the backports kernel")
+    }
+
+    fn prove(&self, proof: &Proof) -> Result<(), Failed> {
         TRIAL.set(proof.name);
         let began = Instant::now();
         let meter = Meter::start();
         let entered = meter.enter();
-        let mut lab = self.lanes.take(chapter);
+        let mut lab = Lab::new(self.programs.clone());
         let mut begun_anew = Vec::new();
         let (outcome, last) = loop {
             take_numbers();
@@ -81,10 +100,7 @@ impl Run {
                 _ => break (outcome, began.elapsed().as_secs_f64()),
             }
         };
-        if outcome.is_err() {
-            lab.stop();
-        }
-        self.lanes.put(chapter, lab);
+        drop(lab);
         drop(entered);
         let outcome = outcome.map_err(|error| format!("{error:#}"));
         self.note(TrialRun {
@@ -114,9 +130,8 @@ impl Run {
         }
     }
 
-    /// Ends all hosts and prints the account. `all` are the names of the tests' trials that there are.
+    /// Prints the account. `all` are the names of the tests' trials that there are.
     pub(crate) fn end(&self, all: &[&str]) -> Result<()> {
-        self.lanes.stop();
         let trials = self.trials();
         if trials.trials.is_empty() {
             return Ok(());
@@ -152,14 +167,4 @@ fn words(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("without words")
-}
-
-/// Why this machine cannot run a trial, if it cannot. `scripts/test` says of the backports kernel, whose source is
-/// Debian's newest, that it could not be built.
-fn cannot(name: &str) -> Option<&'static str> {
-    if !cfg!(target_arch = "x86_64") {
-        return Some("the emulated host is an x86_64 one");
-    }
-    let without = env::var_os("BUSWAY_LAB_WITHOUT_BACKPORTS").is_some();
-    (without && name.contains("_by_dma_buf")).then_some("the backports kernel could not be built")
 }

@@ -1,9 +1,11 @@
 //! The emulated host: booted, given scripts to run, and gone when dropped.
 
-use std::fs::{self, File};
+mod launch;
+
+use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::Child;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,12 +14,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::agent::Agent;
 use crate::config::{Accelerator, HostConfig};
-use crate::doorbell;
-use crate::inspector::Inspector;
 use crate::job::{Folder, Job, Output};
-use crate::machine;
 use crate::parts::Parts;
-use crate::process::spawn_bound;
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::spent;
@@ -83,95 +81,6 @@ impl Host {
     /// Boots a host whose console is this process's terminal.
     pub fn boot_on_terminal(config: HostConfig) -> Result<Self> {
         Self::boot_on(config, Console::Terminal)
-    }
-
-    fn boot_on(config: HostConfig, console: Console) -> Result<Self> {
-        let _boot = spent::host_boots();
-        let parts = Parts::prepare()?;
-        match Accelerator::detect() {
-            Accelerator::Kvm => Self::boot_nested(&config, &parts, console).or_else(|error| {
-                eprintln!("lab: this machine's KVM does not nest after all: {error:#}");
-                Self::boot_with(&config, &parts, console, Accelerator::Tcg)
-            }),
-            Accelerator::Tcg => Self::boot_with(&config, &parts, console, Accelerator::Tcg),
-        }
-    }
-
-    fn boot_nested(config: &HostConfig, parts: &Parts, console: Console) -> Result<Self> {
-        let host = Self::boot_with(config, parts, console, Accelerator::Kvm)?;
-        host.run("test -c /dev/kvm")
-            .context("the emulated host has no /dev/kvm")?;
-        Ok(host)
-    }
-
-    fn boot_with(
-        config: &HostConfig,
-        parts: &Parts,
-        console: Console,
-        accelerator: Accelerator,
-    ) -> Result<Self> {
-        let scratch = Scratch::new(&parts.cache)?;
-        let folder = scratch.path();
-        fs::create_dir_all(folder.join("share/jobs"))?;
-        for (name, bytes) in config.devices.iter().filter_map(zoo::Device::backing) {
-            File::create_new(folder.join(name))?.set_len(bytes)?;
-        }
-        let (line, agent_end) = UnixStream::pair()?;
-        let (monitor, qmp_end) = UnixStream::pair()?;
-        let logs = [folder.join("console.log"), folder.join("qemu.log")];
-        let log = File::create(&logs[1])?;
-        let mut command = machine::qemu(parts);
-        command
-            .args(machine::arguments(config, parts, accelerator)?)
-            .args(console.arguments(&logs[0]))
-            .args(machine::line("agent", &agent_end))
-            .args(["-device", "isa-serial,index=1,chardev=agent"])
-            .args(machine::line("qmp", &qmp_end))
-            .args(["-mon", "chardev=qmp,mode=control"])
-            .stderr(log);
-        let mut inherited = vec![agent_end.into(), qmp_end.into()];
-        let mut servers = Vec::new();
-        for device in &config.devices {
-            if let zoo::Kind::IvshmemDoorbell { vectors } = device.kind {
-                let memory = folder.join(format!("{}.img", device.id));
-                let (server, end) = doorbell::serve(&memory, vectors)?;
-                command.args(machine::line(&format!("{}-server", device.id), &end));
-                servers.push(server);
-                inherited.push(end.into());
-            }
-        }
-        let [fixed, plugged] = zoo::plans(&config.devices, folder);
-        let (words, folders) = machine::folders(parts, folder);
-        command.args(fixed.words).args(plugged.words).args(words);
-        for device in [fixed.devices, folders, plugged.devices].concat() {
-            command.arg("-device").arg(device);
-        }
-        if console == Console::Log {
-            command.stdin(Stdio::null()).stdout(Stdio::null());
-        }
-        let child = spawn_bound(command, inherited).context("cannot start the lab's QEMU")?;
-        let qemu = Qemu(child);
-        spent::emulator(qemu.0.id());
-        let agent = Agent::new(line, logs)?;
-        let qmp = Qmp::new(monitor, &agent).map_err(|_| agent.death("QEMU started"))?;
-        let qmp = Arc::new(Mutex::new(qmp));
-        agent.set_inspector(Inspector::new(
-            Arc::clone(&qmp),
-            qemu.0.id(),
-            folder.to_owned(),
-        ));
-        agent.wait_ready(accelerator.patience())?;
-        agent.mount_folders(accelerator.patience())?;
-        Ok(Self {
-            qemu,
-            agent,
-            qmp,
-            jobs: AtomicU64::new(1),
-            _doorbells: servers,
-            config: config.clone(),
-            parts: parts.clone(),
-            scratch,
-        })
     }
 
     /// What it was made of.
