@@ -209,7 +209,8 @@ fn turn(
             .kernel(GuestKernel::Stock)
             .cpus(cpus)
             .memory_mib(MEMORY_MIB)
-            .cmdline("console=ttyS0 quiet panic=-1 lab.pv_eoi")
+            .booted_in_full()
+            .cmdline("lab.pv_eoi")
             .device(address)
             .opened_by(&format!("exec taskset -c 1-{} \"$@\"", cpus + 1))
     };

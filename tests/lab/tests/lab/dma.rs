@@ -157,7 +157,7 @@ value reset \"$(round $far 11)\"
 /// MMIO that comes soon after a page fault, of which this guest's programs have many. See `docs/lab.md`.
 fn engine_guest(pair: &Pair<'_>) -> GuestRun {
     GuestRun::new(Vmm::Busway)
-        .cmdline("console=ttyS0 quiet panic=-1 rng_core.default_quality=0")
+        .cmdline("rng_core.default_quality=0")
         .device(&pair.edu)
         .device(&pair.memory)
 }
@@ -254,7 +254,7 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
             .script(
                 "value serial \"$(cat /sys/class/nvme/nvme0/serial)\"\n\
                  lab-io write /dev/nvme0n1 5\nvalue verified \"$(lab-io verify /dev/nvme0n1 5)\"\n\
-                 value running yes\nsleep 15\n",
+                 until_pressed running\n",
             );
         let running = host.start_guest(&run)?;
         running.wait_line("@@value running")?;
@@ -266,6 +266,7 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
              grep flags /proc/{pid}/fdinfo/${{n##*/}};; esac; done"
         ))?;
         let (user, flags) = seen.split_once('\n').context("it has ended already")?;
+        running.signal("TERM")?;
         let result = running.finish()?.success()?;
         ensure!(result.value("serial")?.trim() == "NV0", "another drive");
         ensure!(user.trim() == NOBODY.to_string(), "it is user {user}");
@@ -351,13 +352,14 @@ fn huge_pages(lab: &mut Lab) -> Result<()> {
             .args(&["--memory", &format!("hugepages=on,hugepage_size={size}K")])
             .script(
                 "lab-io write /dev/nvme0n1 6\nvalue verified \"$(lab-io verify /dev/nvme0n1 6)\"\n\
-                 value running yes\nsleep 15\n",
+                 until_pressed running\n",
             );
         let running = host.start_guest(&run)?;
         running.wait_line("@@value running")?;
         let free = host.run(&format!(
             "cat /sys/kernel/mm/hugepages/hugepages-{page}/free_hugepages"
         ))?;
+        running.signal("TERM")?;
         running.finish()?.success()?;
         ensure!(free.trim() == "0", "{free} pages of {page} were not used");
     }

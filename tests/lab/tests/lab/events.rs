@@ -117,7 +117,7 @@ fn unanswered(lab: &mut Lab) -> Result<()> {
     let (host, drive) = bound(lab, "nv0")?;
     let run = guest()?
         .device(&drive)
-        .cmdline("console=ttyS0 quiet panic=0")
+        .cmdline("panic=0")
         .dies()
         .script("echo c >/proc/sysrq-trigger\n");
     let running = host.start_guest(&run)?;

@@ -82,7 +82,7 @@ fn triple_faulted(lab: &mut Lab) -> Result<()> {
     let run = guest()?
         .device(&address)
         .cpus(2)
-        .cmdline("console=ttyS0 quiet panic=-1 reboot=triple")
+        .cmdline("reboot=triple")
         .dies()
         .script(
             "if [ \"$(head -c 5 /dev/nvme0n1)\" = fault ]; then\n\
@@ -116,11 +116,9 @@ fn triple_faulted(lab: &mut Lab) -> Result<()> {
 /// The guest's kernel hears the ACPI power button; its script waits for the event and obeys.
 fn powered_off(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&zoo())?;
-    let run = guest()?.kernel(GuestKernel::Stock).script(
-        "event=$(grep -l 'Power Button' /sys/class/input/event*/device/name | head -n 1)\n\
-         event=/dev/input/$(basename \"$(dirname \"$(dirname \"$event\")\")\")\n\
-         value waiting yes\nhead -c 24 \"$event\" >/dev/null\nvalue pressed yes\n",
-    );
+    let run = guest()?
+        .kernel(GuestKernel::Stock)
+        .script("until_pressed waiting\nvalue pressed yes\n");
     let running = host.start_guest(&run)?;
     running.wait_line("@@value waiting")?;
     running.signal("TERM")?;
@@ -157,10 +155,14 @@ fn clean_log(lab: &mut Lab) -> Result<()> {
                               can't claim|failed to assign|no compatible bridge window|\
                               not assigned|call trace|soft lockup";
     let (host, address) = bound(lab, "nv0")?;
-    let run = guest()?.device(&address).script(&format!(
-        "value lines \"$(dmesg | wc -l)\"\nvalue clock \"$(dmesg | grep -c kvm-clock)\"\n\
+    let run = guest()?
+        .kernel(GuestKernel::Stock)
+        .booted_in_full()
+        .device(&address)
+        .script(&format!(
+            "value lines \"$(dmesg | wc -l)\"\nvalue clock \"$(dmesg | grep -c kvm-clock)\"\n\
          {{ dmesg | grep -iE \"{COMPLAINTS}\" || true; }} | block complaints\n"
-    ));
+        ));
     let result = host.guest(&run)?.success()?;
     ensure!(result.value("lines")?.parse::<u32>()? > 100, "no log");
     ensure!(result.value("clock")? != "0", "no kvm-clock");
