@@ -51,8 +51,9 @@ const ALONE: [&str; 6] = ["nv0", "nic0", "nic1", "edu0", "usb0", "snd0"];
 fn state(host: &Host) -> Result<String> {
     host.run(
         "for device in /sys/bus/pci/devices/*; do\n\
-             driver=$(readlink $device/driver || true)\n\
-             echo ${device##*/} ${driver##*/} $(tr -d '\\0' <$device/driver_override)\n\
+             driver=; [ ! -e $device/driver ] || driver=$(cd -P $device/driver && echo ${PWD##*/})\n\
+             read -r override <$device/driver_override\n\
+             echo ${device##*/} $driver $override\n\
          done\n\
          ls /dev/vfio; ls /run/busway 2>/dev/null | grep -v lock; ls /etc/udev/rules.d; true",
     )
@@ -267,13 +268,9 @@ fn virtual_functions(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&crate::assigned::zoo())?;
     let physical = host.address("nic1")?;
     let folder = format!("/sys/bus/pci/devices/{physical}");
-    // The physical function's link comes first, or the virtual one's mailbox has nobody to answer.
-    host.run(&format!(
-        "set -e; busway device vfs {physical} 0; nic=$(ls {folder}/net); ip link set $nic up\n\
-         [ \"$(cat /sys/class/net/$nic/carrier)\" = 1 ] ||\n\
-             timeout 60 ip monitor link dev $nic | grep -q -m 1 LOWER_UP ||\n\
-             [ \"$(cat /sys/class/net/$nic/carrier)\" = 1 ]"
-    ))?;
+    host.link_up("nic1")?;
+    // A driver that is loaded once the functions are there is given them all the same.
+    host.run("modprobe igbvf")?;
     let made = ends_with(
         host,
         0,
