@@ -4,8 +4,8 @@
 folder=$1
 shift
 pipe=/run/lab/console.$$
-mkfifo "$pipe"
-trap 'rm -f "$pipe"' EXIT
+mkfifo "$pipe" "$pipe.watch"
+trap 'rm -f "$pipe" "$pipe.watch"' EXIT
 
 snapshot() { # MARK
     local mark=$1 file value task stat
@@ -26,11 +26,30 @@ snapshot() { # MARK
     case $mark in memory*) sed 's/^/map /' "/proc/$pid/smaps" ;; esac
 }
 
+# The emulator can leave a vCPU without any further interrupt, which then leaves the guest over and over: docs/lab.md.
+# Half a minute of that ends the VMM, and says why.
+watch_for_standstill() {
+    local counters=/sys/kernel/debug/kvm/$pid exits injections last_exits=0 last_injections=0 periods=0
+    # Nobody writes to the pipe, so this looks every ten seconds.
+    while ! read -r -t 10; do
+        read -r exits <"$(echo "$counters"-*/exits)" && read -r injections <"$(echo "$counters"-*/irq_injections)" || continue
+        periods=$((injections == last_injections && exits - last_exits > 300 ? periods + 1 : 0))
+        last_exits=$exits last_injections=$injections
+        if [ "$periods" = 3 ]; then
+            echo "lab: the guest stands still: $exits exits, and no interrupt for 30 s" >>"$folder/vmm.stderr"
+            kill -KILL "$pid"
+            return
+        fi
+    done <>"$pipe.watch" 2>/dev/null
+}
+
 began=$EPOCHREALTIME
 "$@" </dev/null >"$pipe" 2>"$folder/vmm.stderr" &
 pid=$!
 echo "$pid" >"$folder/vmm.pid"
 printf '%s @@exec\n' "$began"
+watch_for_standstill &
+watcher=$!
 while IFS= read -r line || [ -n "$line" ]; do
     line=${line%$'\r'}
     printf '%s %s\n' "$EPOCHREALTIME" "$line"
@@ -39,3 +58,6 @@ while IFS= read -r line || [ -n "$line" ]; do
     esac
 done <"$pipe"
 wait "$pid"
+status=$?
+kill "$watcher" 2>/dev/null
+exit "$status"

@@ -413,6 +413,8 @@ impl GuestResult {
     fn death(&self) -> Option<&'static str> {
         /// KVM's error for an event that it could not deliver, of which `docs/lab.md` tells.
         const UNDELIVERED: &str = "KVM_EXIT_INTERNAL_ERROR 3";
+        /// What `guest-run.sh` says when it ends such a guest.
+        const STANDSTILL: &str = "lab: the guest stands still";
         const CRASHES: [&str; 4] = [
             "Kernel panic",
             "BUG: ",
@@ -422,6 +424,8 @@ impl GuestResult {
         let console = self.transcript.text();
         if self.stderr.contains("triple-faulted") {
             Some("the guest triple-faulted")
+        } else if self.stderr.contains(STANDSTILL) {
+            Some("the guest stood still")
         } else if self.stderr.contains(UNDELIVERED) {
             Some("KVM could not deliver an event")
         } else if CRASHES.iter().any(|words| console.contains(words)) {
