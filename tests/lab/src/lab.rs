@@ -1,4 +1,4 @@
-//! One emulated host after another: booted when a test needs it, shared by those that want the same.
+//! One emulated host after another, for one trial: booted when it is asked for, kept while the same is wanted.
 
 use std::path::PathBuf;
 

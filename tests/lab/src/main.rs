@@ -26,7 +26,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Makes what the lab stands on: a Debian root, two kernels' modules, initramfs images.
+    /// Makes what the lab stands on: a Debian root, kernels, initramfs images, the host's disk.
     Setup,
     /// Boots the emulated host and runs a command in it.
     Run {

@@ -25,7 +25,7 @@ impl Tier {
     }
 }
 
-/// A trial: its name, which says what it proves, and how. A host that it leaves unwell is replaced if it fails.
+/// A trial: its name, which says what it proves, and how. It has its hosts for itself.
 pub(crate) struct Proof {
     pub(crate) name: &'static str,
     prove: Prove,
