@@ -3,6 +3,8 @@
 
 #[path = "../../vfio/tests/fake_host/mod.rs"]
 mod fake_host;
+#[path = "reported.rs"]
+mod reported;
 
 use std::path::PathBuf;
 

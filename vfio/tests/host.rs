@@ -429,7 +429,8 @@ proptest! {
 
 #[test]
 fn no_host_of_the_library_gets_a_control_character_past_the_model() {
-    for (name, _) in fake_host::library::HOSTS {
+    let reported = fake_host::library::REPORTED;
+    for (name, _) in fake_host::library::HOSTS.into_iter().chain(reported) {
         let fake = FakeHost::named(name);
         let host = Host::read(&fake.root).unwrap();
         assert!(host.devices().count() > 0, "{name}");

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use busway_vfio::host::{Kernel, VfSetting, VfState};
 
+use super::line::Line;
 use super::{FakeHost, link_name};
 
 impl FakeHost {
@@ -16,6 +17,7 @@ impl FakeHost {
             host: self.path(""),
             bus: self.path("sys/bus/pci"),
             native: self.native.clone(),
+            habits: self.habits.clone(),
             log: Vec::new(),
             fails: Box::new(|_, _| None),
             deaf_to: None,
@@ -24,6 +26,30 @@ impl FakeHost {
             unplug_at: None,
         }
     }
+
+    /// `kernel-does fail REQUEST ERRNO` or `kernel-does vanish DEVICE OTHER` of a description.
+    pub(super) fn kernel_does(&mut self, line: &Line) {
+        self.habits.push(match &*line.bare(0) {
+            "fail" => Habit::Fail {
+                request: line.bare(1),
+                errno: line.bare(2).parse().unwrap(),
+            },
+            "vanish" => Habit::Vanish {
+                with: line.bare(1),
+                device: line.bare(2),
+            },
+            _ => line.wrong("the kernel does no such thing"),
+        });
+    }
+}
+
+/// What the kernel of one host does and others do not.
+#[derive(Clone, Debug)]
+pub enum Habit {
+    /// A request that contains this text fails.
+    Fail { request: String, errno: i32 },
+    /// When the device `with` loses its driver, `device` is no more.
+    Vanish { with: String, device: String },
 }
 
 /// Given a request's number and text: the errno that it fails with, if it is to fail.
@@ -34,6 +60,7 @@ pub struct FakeKernel {
     host: PathBuf,
     bus: PathBuf,
     native: BTreeMap<String, String>,
+    habits: Vec<Habit>,
     /// What was asked for: `ATTRIBUTE VALUE` below the bus's folder or the host's, or a word for what
     /// else was asked, such as `modprobe NAME`.
     pub log: Vec<String>,
@@ -61,16 +88,43 @@ impl FakeKernel {
     fn asked(&mut self, request: String) -> io::Result<()> {
         let number = self.log.len();
         let dead = self.dies_at.is_some_and(|at| number >= at);
-        let failure = (self.fails)(number, &request).or(dead.then_some(libc::EIO));
+        let habit = self.habits.iter().find_map(|habit| match habit {
+            Habit::Fail {
+                request: text,
+                errno,
+            } if request.contains(text) => Some(*errno),
+            _ => None,
+        });
+        let failure = (self.fails)(number, &request)
+            .or(dead.then_some(libc::EIO))
+            .or(habit);
         self.log.push(request);
         if let Some((at, address)) = &self.unplug_at
             && *at == number
         {
-            let device = self.bus.join("devices").join(address);
-            fs::remove_dir_all(device.canonicalize()?)?;
-            fs::remove_file(device)?;
+            self.take_away(address)?;
         }
         failure.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
+    }
+
+    /// Removes a device, with what its driver made.
+    fn take_away(&self, address: &str) -> io::Result<()> {
+        let device = self.bus.join("devices").join(address);
+        let folder = device.canonicalize()?;
+        let group = folder.join("iommu_group/devices").join(address);
+        let classes = fs::read_dir(self.host.join("sys/class"))?;
+        for class in classes.flatten() {
+            for link in fs::read_dir(class.path())?.flatten() {
+                let target = link.path().canonicalize();
+                if target.is_ok_and(|target| target.starts_with(&folder)) {
+                    fs::remove_file(link.path())?;
+                }
+            }
+        }
+        // A device need not be in a group.
+        let _ = fs::remove_file(group);
+        fs::remove_dir_all(folder)?;
+        fs::remove_file(device)
     }
 
     fn device(&self, address: &str) -> io::Result<PathBuf> {
@@ -116,6 +170,14 @@ impl FakeKernel {
     fn detach(&self, device: &Path) -> io::Result<()> {
         let driver = link_name(&device.join("driver")).unwrap();
         fs::remove_file(device.join("driver"))?;
+        for habit in &self.habits {
+            if let Habit::Vanish { with, device: gone } = habit
+                && device.ends_with(with)
+                && self.bus.join("devices").join(gone).exists()
+            {
+                self.take_away(gone)?;
+            }
+        }
         if !driver.contains("vfio") {
             return Ok(());
         }

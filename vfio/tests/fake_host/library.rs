@@ -7,46 +7,54 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use super::FakeHost;
 use super::line::{Line, size, words};
 use super::space::{config_with_acs, resource};
 
+/// A host of `tests/hosts`, by its name in a macro's own words.
+macro_rules! hosts {
+    ($folder:literal: $($name:literal)*) => {
+        [$(($name, include_str!(concat!("../../../tests/hosts/", $folder, $name, ".host")))),*]
+    };
+}
+
 /// Every host of the library: its name and its description.
-pub const HOSTS: [(&str, &str); 8] = [
-    ("laptop", include_str!("../../../tests/hosts/laptop.host")),
-    ("server", include_str!("../../../tests/hosts/server.host")),
-    ("storage", include_str!("../../../tests/hosts/storage.host")),
-    (
-        "workstation",
-        include_str!("../../../tests/hosts/workstation.host"),
-    ),
-    (
-        "no-iommu",
-        include_str!("../../../tests/hosts/no-iommu.host"),
-    ),
-    (
-        "old-xeon",
-        include_str!("../../../tests/hosts/old-xeon.host"),
-    ),
-    (
-        "emulated",
-        include_str!("../../../tests/hosts/emulated.host"),
-    ),
-    ("hostile", include_str!("../../../tests/hosts/hostile.host")),
-];
+pub const HOSTS: [(&str, &str); 8] = hosts! {
+    "": "laptop" "server" "storage" "workstation" "no-iommu" "old-xeon" "emulated" "hostile"
+};
+
+/// Hosts that people reported: each is there for one difficulty.
+pub const REPORTED: [(&str, &str); 17] = hosts! {
+    "reported/":
+    "blocks" "bootfb" "chipset" "dsa" "holders" "hostile2" "huge" "memlock" "net" "noiommu" "pfvfio"
+    "pod-vf" "pve-off" "switchdev" "vmd" "vmd-kernel" "vmd-own-groups"
+};
+
+/// What descriptions have in common: `include NAME` stands for these lines.
+const COMMON: [(&str, &str); 1] = [(
+    "base-intel",
+    include_str!("../../../tests/hosts/reported/base-intel.inc"),
+)];
 
 impl FakeHost {
     /// A host of the library.
     pub fn named(name: &str) -> Self {
-        let known = HOSTS.iter().find(|(known, _)| *known == name);
+        let mut all = HOSTS.iter().chain(&REPORTED);
+        let known = all.find(|(known, _)| *known == name);
         Self::described(known.unwrap_or_else(|| panic!("no host {name}")).1)
     }
 
     /// The host that a description says.
     pub fn described(text: &str) -> Self {
         let mut host = Self::new();
+        host.add(text);
+        host
+    }
+
+    /// Adds to the host what a description says.
+    pub fn add(&mut self, text: &str) {
         let mut above: Vec<(usize, Place)> = Vec::new();
         for (number, line) in text.lines().enumerate() {
             let words = words(line);
@@ -63,10 +71,9 @@ impl FakeHost {
                 words: words.to_vec(),
                 number: number + 1,
             };
-            let place = host.expand(&line, behind.as_ref());
+            let place = self.expand(&line, behind.as_ref());
             above.push((depth, place));
         }
-        host
     }
 
     fn expand(&mut self, line: &Line, above: Option<&Place>) -> Place {
@@ -76,7 +83,21 @@ impl FakeHost {
             number: String::new(),
         };
         match line.what.as_str() {
+            "include" => {
+                let name = line.bare(0);
+                let known = COMMON.iter().find(|(known, _)| *known == name);
+                self.add(known.unwrap_or_else(|| line.wrong("no such text")).1);
+            }
             "device" => return here(self.expand_device(line, folder)),
+            "devattr" => {
+                let device = folder.clone().unwrap_or_else(|| line.wrong("of no device"));
+                self.put(&device.join(line.path(0)), &format!("{}\n", line.bare(1)));
+            }
+            "devdir" => {
+                let device = folder.clone().unwrap_or_else(|| line.wrong("of no device"));
+                fs::create_dir_all(self.path("").join(device).join(line.path(0))).unwrap();
+            }
+            "kernel-does" => self.kernel_does(line),
             "disk" => {
                 let device = folder.unwrap_or_else(|| line.wrong("of no device"));
                 let major = line.bare(1);
@@ -115,8 +136,9 @@ impl FakeHost {
                     &place.folder.join("dm/uuid"),
                     &format!("{}\n", line.bare(2)),
                 );
+                let node = line.get("node").map_or_else(|| line.path(1), PathBuf::from);
                 self.point(
-                    &Path::new("dev/mapper").join(line.path(1)),
+                    &Path::new("dev/mapper").join(node),
                     &format!("dev/dm-{}", line.bare(0)),
                 );
                 self.expand_block(line, &place);
@@ -124,7 +146,7 @@ impl FakeHost {
             }
             "block" => {
                 let place = Place {
-                    folder: Path::new("sys/devices/virtual/block").join(line.path(0)),
+                    folder: joined("sys/devices/virtual/block", &line.path(0)),
                     number: line.bare(1),
                 };
                 self.expand_block(line, &place);
@@ -271,7 +293,12 @@ impl FakeHost {
         let address = full(&line.bare(0));
         let (domain_bus, _) = address.rsplit_once(':').unwrap();
         let root = PathBuf::from(format!("sys/devices/pci{domain_bus}"));
-        let folder = behind.unwrap_or(root).join(&address);
+        let folder = match behind {
+            Some(above) if line.get("rootbus").is_some() => above.join(format!("pci{domain_bus}")),
+            Some(above) => above,
+            None => root,
+        };
+        let folder = folder.join(&address);
         let get = |key: &str| line.get(key);
         let ids = |text: &str| {
             let (vendor, device) = text.split_once(':').unwrap();
@@ -385,7 +412,10 @@ impl FakeHost {
             self.holds(folder, &on.split(',').collect::<Vec<_>>());
         }
         let node = match line.what.as_str() {
-            "dm" => format!("/dev/mapper/{}", line.bare(1)),
+            "dm" => {
+                let node = line.get("node").unwrap_or_else(|| line.bare(1));
+                format!("/dev/mapper/{node}")
+            }
             _ => format!("/dev/{}", name.to_string_lossy()),
         };
         for at in line.all("mount") {
@@ -481,6 +511,18 @@ impl FakeHost {
 struct Place {
     folder: PathBuf,
     number: String,
+}
+
+/// A path below a folder, which may lead out of it by `..`.
+fn joined(folder: &str, below: &Path) -> PathBuf {
+    let mut path = PathBuf::from(folder);
+    for part in below.components() {
+        match part {
+            Component::ParentDir => drop(path.pop()),
+            part => path.push(part),
+        }
+    }
+    path
 }
 
 /// `01:00.0` as `0000:01:00.0`.

@@ -65,6 +65,14 @@ pub(super) fn words(line: &str) -> Vec<String> {
                 let byte = u8::from_str_radix(&code, 16).unwrap();
                 word.get_or_insert_default().push(char::from(byte));
             }
+            '\\' if matches!(chars.clone().next(), Some('n' | 't')) => {
+                let c = if chars.next() == Some('n') {
+                    '\n'
+                } else {
+                    '\t'
+                };
+                word.get_or_insert_default().push(c);
+            }
             '#' if !quoted && word.is_none() => break,
             c if c.is_whitespace() && !quoted => words.extend(word.take()),
             c => word.get_or_insert_default().push(c),

@@ -23,6 +23,8 @@ pub struct FakeHost {
     pub root: SysRoot,
     /// The host's own driver for each device, by address.
     native: BTreeMap<String, String>,
+    /// What its kernel does of its own.
+    habits: Vec<kernel::Habit>,
 }
 
 /// A device to be put into the tree.
@@ -66,6 +68,7 @@ impl FakeHost {
             folder,
             root,
             native: BTreeMap::new(),
+            habits: Vec::new(),
         };
         for name in [
             "sys/bus/pci/devices",

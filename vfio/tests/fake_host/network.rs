@@ -14,6 +14,12 @@ impl FakeHost {
         self.put(&folder.join("operstate"), "up\n");
         let kind = line.get("kind").map(|kind| format!("DEVTYPE={kind}\n"));
         self.put(&folder.join("uevent"), &kind.unwrap_or_default());
+        if let Some(port) = line.get("port") {
+            self.put(&folder.join("phys_port_name"), &format!("{port}\n"));
+        }
+        if let Some(index) = line.get("ifindex") {
+            self.put(&folder.join("ifindex"), &format!("{index}\n"));
+        }
         for upper in line.all("in") {
             let target = format!("sys/devices/virtual/net/{upper}");
             self.point(&folder.join(format!("upper_{upper}")), &target);
