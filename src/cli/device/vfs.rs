@@ -32,7 +32,10 @@ pub struct VfsArgs {
     #[arg(long = "vf", value_name = "N,KEY=VALUE,…", value_parser = vf)]
     pub vfs: Vec<Vf>,
 
-    /// Leave new ones without a driver of the host's, for guests to have
+    /// Keep the host's drivers from them, for guests to have
+    ///
+    /// Drivers that are loaded later are kept from them, too, until they are removed or the device is
+    /// restored.
     #[arg(long, requires = "count")]
     pub no_autoprobe: bool,
 

@@ -223,6 +223,7 @@ fn virtual_functions_are_made_set_listed_and_removed() {
             "restore --all",
         ],
     );
+    assert!(probes(&host));
     assert_data_eq!(said, file!["vfs.txt"].raw());
 }
 
@@ -281,6 +282,33 @@ fn virtual_functions_that_cannot_all_be_set_are_removed_again() {
         said += &text;
     }
     assert_data_eq!(said, file!["vfs-failed.txt"].raw());
+}
+
+#[test]
+fn the_hosts_drivers_are_kept_from_virtual_functions_until_these_go_or_are_restored() {
+    let ends = [
+        "vfs 01:00.0 0",
+        "vfs 01:00.0 2",
+        "restore 01:00.0",
+        "restore --all",
+    ];
+    for end in ends {
+        let host = nic();
+        let mut kernel = host.kernel();
+        let text = say_all(
+            &host,
+            &mut kernel,
+            &[
+                "vfs 01:00.0 2 --no-autoprobe",
+                "vfs 01:00.0 --vf 0,vlan=7",
+                "vfs 01:00.0 2 --no-autoprobe",
+            ],
+        );
+        assert!(!probes(&host), "{text}");
+        let text = say(&host, &mut kernel, end);
+        assert!(probes(&host), "{end}: {text}");
+        assert!(!host.root.run.join("busway/devices.json").exists());
+    }
 }
 
 /// Whether the host's drivers may have new virtual functions of the NIC.

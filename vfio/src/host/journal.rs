@@ -32,7 +32,8 @@ pub(super) struct Journal {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Known {
     records: BTreeMap<Bdf, Record>,
-    /// Devices whose new virtual functions are kept from the host's drivers, while they are made.
+    /// Devices whose virtual functions are kept from the host's drivers: while they are made, and where
+    /// that was asked for.
     withheld: BTreeMap<Bdf, Identity>,
 }
 
@@ -172,12 +173,12 @@ impl Journal {
         self.devices.records.remove(&address);
     }
 
-    /// The device whose new virtual functions are kept from the host's drivers.
+    /// The device whose virtual functions are kept from the host's drivers.
     pub(super) fn withheld(&self, address: Bdf) -> Option<Identity> {
         self.devices.withheld.get(&address).copied()
     }
 
-    /// Notes whether the device's new virtual functions are kept from the host's drivers.
+    /// Notes whether the device's virtual functions are kept from the host's drivers.
     pub(super) fn withhold(&mut self, address: Bdf, device: Option<Identity>) {
         match device {
             Some(device) => self.devices.withheld.insert(address, device),

@@ -20,7 +20,7 @@ pub struct VfsOptions {
     pub count: Option<u16>,
     /// What each is set to, by its number.
     pub settings: BTreeMap<u32, Vec<VfSetting>>,
-    /// Whether new ones are left without a driver of the host's.
+    /// Whether the host's drivers are kept from them, until they are removed or restored.
     pub no_autoprobe: bool,
 }
 
@@ -165,8 +165,11 @@ pub fn vfs(
     let _lock = session.lock()?;
     let host = Host::read(session.root)?;
     let present = check(&host, address, options)?;
-    settle_withheld(session, &mut Journal::read(session.root)?, address)
-        .map_err(ChangeError::Functions)?;
+    // Who asks for functions without keeping drivers from them lets drivers have them again.
+    if options.count == Some(0) || (options.count.is_some() && !options.no_autoprobe) {
+        settle_withheld(session, &mut Journal::read(session.root)?, address)
+            .map_err(ChangeError::Functions)?;
+    }
     let interface = interface(session.root, address);
     let count = options
         .count
@@ -264,8 +267,8 @@ fn remove(session: &mut Session<'_>, address: Bdf, functions: &[Bdf]) -> Result<
     journal.save(session).map_err(ChangeError::Functions)
 }
 
-/// Lets the host's drivers have new virtual functions of a device again, where a process ended while it
-/// kept them from these. Returns whether that was so.
+/// Lets the host's drivers have virtual functions of a device again, where Busway keeps them from these:
+/// because that was asked for, or because a process ended while it made them. Returns whether that was so.
 pub(super) fn settle_withheld(
     session: &mut Session<'_>,
     journal: &mut Journal,
@@ -308,8 +311,12 @@ fn make(
         if let Some(interface) = interface {
             set_all(session, interface, options)?;
         }
+        // Kept for as long as there are functions: a driver that is loaded later would take them, too.
+        if options.no_autoprobe {
+            return Ok(());
+        }
         settle_withheld(session, &mut journal, address)?;
-        if hold && !options.no_autoprobe {
+        if hold {
             for (_, function) in functions(session.root, address) {
                 session.probe(function)?;
             }

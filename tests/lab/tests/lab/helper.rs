@@ -269,8 +269,6 @@ fn virtual_functions(lab: &mut Lab) -> Result<()> {
     let physical = host.address("nic1")?;
     let folder = format!("/sys/bus/pci/devices/{physical}");
     host.link_up("nic1")?;
-    // A driver that is loaded once the functions are there is given them all the same.
-    host.run("modprobe igbvf")?;
     let made = ends_with(
         host,
         0,
@@ -289,6 +287,8 @@ fn virtual_functions(lab: &mut Lab) -> Result<()> {
     );
     let address = host.run(&format!("basename $(readlink {folder}/virtfn1)"))?;
     let address = address.trim();
+    // Neither a driver that is there before them nor one that is loaded later.
+    host.run("modprobe igbvf")?;
     ensure!(
         host.driver(address)?.is_none(),
         "a driver of the host's took it"
