@@ -122,6 +122,8 @@ fn every_reported_host_is_told_what_would_have_helped() {
         }
         let (text, _) = examined(&host, "", columns(100));
         write!(shown, "$ busway doctor\n{text}").unwrap();
+        // As on a real host, and not below a folder that has another name each time.
+        let shown = shown.replace(&*host.path("").to_string_lossy(), "/");
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/reported");
         let path = folder.join(format!("{name}.txt"));
         assert_data_eq!(shown, Data::read_from(&path, None).raw());

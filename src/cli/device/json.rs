@@ -219,7 +219,7 @@ fn used(usage: &Usage) -> Use {
         }
         Usage::Held { chain, release } => {
             used.chain.clone_from(chain);
-            used.release = Some(release.clone());
+            used.release.clone_from(release);
             "held"
         }
         Usage::Claimed { disk } => {

@@ -10,7 +10,7 @@ use super::Host;
 use super::device::HostDevice;
 use super::finding::Remedy;
 use super::permit::{Permit, Permits, is_system};
-use super::root;
+use super::shell;
 use super::usage::{self, Process, Usage};
 
 /// A reason not to touch a device, with what to do about it.
@@ -244,22 +244,26 @@ impl fmt::Display for Refusal {
 pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
     match usage {
         Usage::Mounted { at, .. } => {
-            let names: Vec<_> = at.iter().filter_map(|path| path.to_str()).collect();
             if at.iter().any(|path| is_system(path)) {
                 Remedy::words("the host runs from it, and will not survive it")
             } else {
-                let command = format!("umount {}", root::one_line(&names.join(" ")));
-                Remedy::command("unmount it first", command)
+                Remedy::typed("unmount it first", shell::command("umount", at))
             }
         }
-        Usage::Swap { device, .. } => Remedy::command(
+        Usage::Swap { device, .. } => Remedy::typed(
             "stop swapping to it first",
-            format!("swapoff {}", device.display()),
+            shell::command("swapoff", [device]),
         ),
-        Usage::Held { release, .. } => Remedy::command("take it down first", release),
-        Usage::Claimed { disk } => Remedy::command(
+        Usage::Held { chain, release } => match release {
+            Some(release) => Remedy::command("take it down first", release),
+            None => {
+                let top = chain.last().map_or("what holds it", String::as_str);
+                Remedy::words(format!("stop what made {top} first"))
+            }
+        },
+        Usage::Claimed { disk } => Remedy::typed(
             "end that use first; it may be ZFS, a mount in a container, or a program",
-            format!("fuser --verbose /dev/{disk}"),
+            shell::command("fuser --verbose", [format!("/dev/{disk}")]),
         ),
         Usage::DefaultRoute { .. } => Remedy::words(
             "the host reaches the network by it: give it another default route first, and remove \
@@ -270,11 +274,15 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
         ),
         Usage::Interface { chain, .. } => {
             let name = chain.first().map_or("", String::as_str);
-            Remedy::command(
+            // After the word `dev` any name is one, also where it is a word of ip's.
+            let word = |name: &str| shell::word(name.as_ref());
+            Remedy::typed(
                 "take it out of there first",
                 match chain.get(1) {
-                    Some(upper) if upper.contains('.') => format!("ip link delete {upper}"),
-                    _ => format!("ip link set {name} nomaster"),
+                    Some(upper) if upper.contains('.') => {
+                        word(upper).map(|upper| format!("ip link delete dev {upper}"))
+                    }
+                    _ => word(name).map(|name| format!("ip link set dev {name} nomaster")),
                 },
             )
         }

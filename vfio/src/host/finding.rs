@@ -55,6 +55,17 @@ impl Remedy {
     }
 }
 
+impl Remedy {
+    /// Something that a command does, where its names can be typed; else words say so.
+    pub(super) fn typed(what: impl Into<String>, command: Option<String>) -> Self {
+        let what = what.into();
+        match command {
+            Some(_) => Self { what, command },
+            None => Self::words(format!("{what} (a name in it cannot be typed)")),
+        }
+    }
+}
+
 impl fmt::Display for Remedy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.command {

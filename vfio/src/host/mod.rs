@@ -26,6 +26,7 @@ mod ready;
 mod restore;
 mod root;
 mod session;
+mod shell;
 mod steps;
 mod surroundings;
 mod unbind;

@@ -10,6 +10,7 @@ use busway_pci::Bdf;
 use super::Usage;
 use super::mounts::Mounts;
 use crate::host::root::{self, SysRoot};
+use crate::host::shell;
 
 /// How deep one block device may stand on another. Real stacks have fewer than ten.
 const DEEPEST: usize = 32;
@@ -189,7 +190,7 @@ impl Blocks {
             chain.push(format!("ZFS {pool}"));
             let at = self.mounts.of_pool(pool);
             found.push(if at.is_empty() {
-                let release = format!("zpool export {pool}");
+                let release = shell::command("zpool export", [pool]);
                 Usage::Held { chain, release }
             } else {
                 Usage::Mounted { chain, at }
@@ -291,21 +292,23 @@ fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
     owners
 }
 
-/// The command that takes a block device that stands on others down.
-fn release(name: &str, block: &Block) -> String {
-    match &block.mapped {
-        Some(Mapped { name, uuid }) if uuid.starts_with("LVM-") => {
-            format!("lvchange --activate n /dev/mapper/{name}")
-        }
-        Some(Mapped { name, uuid }) if uuid.starts_with("CRYPT-") => {
-            format!("cryptsetup close {name}")
-        }
-        Some(Mapped { name, uuid }) if uuid.starts_with("mpath-") => {
-            format!("multipath -f {name}")
-        }
-        Some(Mapped { name, .. }) => format!("dmsetup remove {name}"),
-        None if name.starts_with("md") => format!("mdadm --stop /dev/{name}"),
-        None if name.starts_with("bcache") => format!("echo 1 > /sys/block/{name}/bcache/stop"),
-        None => format!("stop what made /dev/{name}"),
+/// The command that takes a block device that stands on others down, where one is known.
+fn release(name: &str, block: &Block) -> Option<String> {
+    let Some(Mapped { name, uuid }) = &block.mapped else {
+        let node = format!("/dev/{name}");
+        return match name {
+            _ if name.starts_with("md") => shell::command("mdadm --stop", [node]),
+            _ if name.starts_with("bcache") => {
+                let file = shell::word(format!("/sys/block/{name}/bcache/stop").as_ref())?;
+                Some(format!("echo 1 > {file}"))
+            }
+            _ => None,
+        };
+    };
+    match uuid.split_once('-').map_or("", |(kind, _)| kind) {
+        "LVM" => shell::command("lvchange --activate n", [format!("/dev/mapper/{name}")]),
+        "CRYPT" => shell::command("cryptsetup close", [name]),
+        "mpath" => shell::command("multipath -f", [name]),
+        _ => shell::command("dmsetup remove", [name]),
     }
 }

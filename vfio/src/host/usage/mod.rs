@@ -44,8 +44,8 @@ pub enum Usage {
     Held {
         /// From the disk or partition to the topmost holder.
         chain: Vec<String>,
-        /// The command that takes that holder down.
-        release: String,
+        /// The command that takes that holder down, where one is known and its names can be typed.
+        release: Option<String>,
     },
     /// One of its disks is open for one user only, who is not otherwise known: a mount in another
     /// namespace, ZFS, or a program.
