@@ -1,4 +1,4 @@
-//! What the hosts that people reported are told: `tests/cli/reported/HOST.txt` has the commands of each
+//! What Busway tells on the hosts that people reported: `tests/cli/reported/HOST.txt` has the commands of each
 //! and their answers. `SNAPSHOTS=overwrite` writes them anew, to be looked at.
 
 use std::fmt::Write as _;
@@ -108,7 +108,7 @@ const VMD: &[&str] = &[
 ];
 
 #[test]
-fn every_reported_host_is_told_what_would_have_helped() {
+fn what_busway_tells_on_each_reported_host_is_what_was_read() {
     for ((name, _), (asked, commands)) in REPORTED.iter().zip(ASKED) {
         assert_eq!(*name, asked);
         let host = FakeHost::named(name);
@@ -128,4 +128,18 @@ fn every_reported_host_is_told_what_would_have_helped() {
         let path = folder.join(format!("{name}.txt"));
         assert_data_eq!(shown, Data::read_from(&path, None).raw());
     }
+}
+
+#[test]
+fn what_is_mounted_deeper_is_unmounted_first_and_no_name_steers_the_terminal() {
+    let host = FakeHost::described(
+        "include base-intel\n\
+         device 0000:01:00.0 144d:a80a class=010802 driver=nvme group=11\n  \
+           disk nvme/nvme0/nvme0n1 259\n    \
+             partition nvme0n1p1 mount=/mnt/a mount=/mnt/a/b\\040c\n    \
+             partition nvme0n1p2 mount=/mnt/\u{202e}d\n",
+    );
+    let (text, _) = device(&host, "check 01:00.0", columns(100));
+    assert!(text.contains("umount '/mnt/a/b c' /mnt/a\n"), "{text}");
+    assert!(!text.contains('\u{202e}'), "{text}");
 }

@@ -302,9 +302,12 @@ fn the_hosts_drivers_are_kept_from_virtual_functions_until_these_go_or_are_resto
                 "vfs 01:00.0 2 --no-autoprobe",
                 "vfs 01:00.0 --vf 0,vlan=7",
                 "vfs 01:00.0 2 --no-autoprobe",
+                "bind 01:10.0",
+                "unbind 01:10.0",
             ],
         );
         assert!(!probes(&host), "{text}");
+        assert_eq!(host.driver_of("0000:01:10.0"), None, "{text}");
         let text = say(&host, &mut kernel, end);
         assert!(probes(&host), "{end}: {text}");
         assert!(!host.root.run.join("busway/devices.json").exists());

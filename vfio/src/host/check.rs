@@ -247,7 +247,11 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
             if at.iter().any(|path| is_system(path)) {
                 Remedy::words("the host runs from it, and will not survive it")
             } else {
-                Remedy::typed("unmount it first", shell::command("umount", at))
+                // What is mounted deeper has to go first.
+                Remedy::typed(
+                    "unmount it first",
+                    shell::command("umount", at.iter().rev()),
+                )
             }
         }
         Usage::Swap { device, .. } => Remedy::typed(
@@ -263,7 +267,10 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
         },
         Usage::Claimed { disk } => Remedy::typed(
             "end that use first; it may be ZFS, a mount in a container, or a program",
-            shell::command("fuser --verbose", [format!("/dev/{disk}")]),
+            shell::command(
+                "fuser --verbose",
+                [format!("/dev/{}", disk.replace('!', "/"))],
+            ),
         ),
         Usage::DefaultRoute { .. } => Remedy::words(
             "the host reaches the network by it: give it another default route first, and remove \

@@ -3,8 +3,10 @@
 
 use std::ffi::OsStr;
 
+use super::root;
+
 /// A command that a POSIX shell takes as the program, its options and these operands, whatever is in
-/// the operands. None where a name cannot be typed: it has a control character, or what was not UTF-8.
+/// the operands. None where a name cannot be typed.
 ///
 /// Programs that read their options by getopt take what follows `--` for operands (POSIX.1-2017, XBD
 /// 12.2, guideline 10), which is written where one begins with a dash.
@@ -25,10 +27,11 @@ pub(super) fn command<S: AsRef<OsStr>>(
     Some(command)
 }
 
-/// A word that a POSIX shell reads as this text (POSIX.1-2017, XCU 2.2.2).
+/// A word that a POSIX shell reads as this text (POSIX.1-2017, XCU 2.2.2). None where it cannot be typed:
+/// it has characters that steer a terminal or turn the direction of writing, or what was not UTF-8.
 pub(super) fn word(text: &OsStr) -> Option<String> {
     let text = text.to_str()?;
-    if text.contains(|c: char| c.is_control() || c == char::REPLACEMENT_CHARACTER) {
+    if root::one_line(text) != text || text.contains(char::REPLACEMENT_CHARACTER) {
         return None;
     }
     let is_plain = |c: char| c.is_alphanumeric() || "/._-+:@%,".contains(c);
@@ -64,8 +67,9 @@ mod tests {
         assert_eq!(command(&["/mnt/a", "b.c"]).unwrap(), "show -x /mnt/a b.c");
         assert_eq!(command(&["-rf"]).unwrap(), "show -x -- -rf");
         assert_eq!(command(&["my pool"]).unwrap(), "show -x 'my pool'");
-        assert_eq!(command(&["a\nb"]), None);
-        assert_eq!(command(&["a\u{fffd}"]), None);
+        for name in ["a\nb", "a\tb", "\u{1b}[2J", "a\u{202e}b", "a\u{fffd}"] {
+            assert_eq!(command(&[name]), None, "{name:?}");
+        }
         let names = [
             "/mnt/`id`",
             "x; reboot",

@@ -329,6 +329,10 @@ impl Kernel for FakeKernel {
                 let wanted = self
                     .set(&device)
                     .or_else(|| self.native.get(value).cloned());
+                // drivers/pci/pci-driver.c, pci_device_can_probe
+                let autoprobe = device.join("physfn/sriov_drivers_autoprobe");
+                let off = fs::read_to_string(autoprobe).is_ok_and(|text| text.trim() == "0");
+                let wanted = wanted.filter(|_| !off || self.set(&device).is_some());
                 let loaded = wanted.filter(|d| self.bus.join("drivers").join(d).exists());
                 match loaded.filter(|_| !device.join("driver").exists()) {
                     Some(driver) => self.attach(&device, &driver),

@@ -13,7 +13,7 @@ use super::FakeHost;
 use super::line::{Line, size, words};
 use super::space::{config_with_acs, resource};
 
-/// A host of `tests/hosts`, by its name in a macro's own words.
+/// The hosts of a folder below `tests/hosts` by their names, each with its description.
 macro_rules! hosts {
     ($folder:literal: $($name:literal)*) => {
         [$(($name, include_str!(concat!("../../../tests/hosts/", $folder, $name, ".host")))),*]
