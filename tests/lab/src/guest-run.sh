@@ -1,8 +1,10 @@
-# Runs a VMM for a guest run, in the emulated host. Arguments: the run's folder, then the command.
+# Runs a VMM for a guest run, in the emulated host. Arguments: the run's folder; `dies` where the guest is to crash, else
+# `lives`; then the command.
 # Each line of the VMM's standard output goes on with the time in front of it. At a guest's
 # `@@mark NAME` the VMM's counters are written to FOLDER/mark.NAME. The exit status is the VMM's.
 folder=$1
-shift
+end=$2
+shift 2
 pipe=/run/lab/console.$$
 mkfifo "$pipe" "$pipe.watch"
 trap 'rm -f "$pipe" "$pipe.watch"' EXIT
@@ -48,8 +50,12 @@ began=$EPOCHREALTIME
 pid=$!
 echo "$pid" >"$folder/vmm.pid"
 printf '%s @@exec\n' "$began"
-watch_for_standstill &
-watcher=$!
+# One that has crashed stands still by right.
+watcher=
+if [ "$end" = lives ]; then
+    watch_for_standstill &
+    watcher=$!
+fi
 while IFS= read -r line || [ -n "$line" ]; do
     line=${line%$'\r'}
     printf '%s %s\n' "$EPOCHREALTIME" "$line"
@@ -59,5 +65,5 @@ while IFS= read -r line || [ -n "$line" ]; do
 done <"$pipe"
 wait "$pid"
 status=$?
-kill "$watcher" 2>/dev/null
+[ -z "$watcher" ] || kill "$watcher" 2>/dev/null
 exit "$status"

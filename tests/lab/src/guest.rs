@@ -291,8 +291,9 @@ impl Host {
         let command: Vec<String> = command.iter().map(|word| quote(word)).collect();
         let script = format!(
             "trap 'rm -f {initramfs}' EXIT\ncat {} {inside}/script.cpio >{initramfs}\n\
-             bash {inside}/guest-run {inside} {}\n",
+             bash {inside}/guest-run {inside} {} {}\n",
             images.join(" "),
+            if run.dies { "dies" } else { "lives" },
             command.join(" "),
         );
         let name = format!("a guest under {:?}", run.vmm);
