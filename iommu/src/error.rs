@@ -80,6 +80,24 @@ pub enum OpenError {
     Map(#[from] MapError),
 }
 
+impl MapError {
+    /// Why, without whose memory it is and where: for a sentence that says so already.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Malformed { why, .. } => (*why).to_owned(),
+            Self::Unusable { why, .. } | Self::NoPeerToPeer { why, .. } => why.clone(),
+            Self::Kernel { what, source, .. } => format!("{what}: {source}"),
+            Self::Memlock { source, .. } => source.to_string(),
+            Self::Overlap { .. }
+            | Self::NotMapped { .. }
+            | Self::Splits { .. }
+            | Self::TooMany { .. }
+            | Self::OutOfMemory { .. } => self.to_string(),
+        }
+    }
+}
+
 /// Memory could not be mapped for devices, or not unmapped.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {

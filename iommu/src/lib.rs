@@ -34,7 +34,7 @@ pub use iommufd::Ioas;
 pub use memlock::MemlockError;
 pub use obstacle::{FIRMWARE_REMEDY, Node, Obstacle, holder, holders};
 pub use paths::HostPaths;
-pub use ranges::IovaRange;
+pub use ranges::{IovaRange, keep_clear};
 pub use reserved::reserved_ranges;
 pub use space::{Kind, Mode, Space};
 pub use tracker::{Backing, Mapping, Tracker};

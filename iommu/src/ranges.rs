@@ -70,6 +70,21 @@ pub(crate) fn first_gap(range: IovaRange, usable: &[IovaRange]) -> Option<IovaRa
     })
 }
 
+/// What guests keep clear, ascending and disjoint: what is `reserved`, and what lies between the ranges
+/// that are `usable` (ascending, disjoint). What an IOMMU does not reach below or above all of them is
+/// no part of it.
+#[must_use]
+pub fn keep_clear(reserved: &[IovaRange], usable: &[IovaRange]) -> Vec<IovaRange> {
+    let between = usable.windows(2).filter_map(|pair| match pair {
+        [before, after] => Some(IovaRange {
+            start: before.last.checked_add(1)?,
+            last: after.start.checked_sub(1)?,
+        }),
+        _ => None,
+    });
+    normalise(reserved.iter().copied().chain(between).collect())
+}
+
 /// Ascending, disjoint ranges of whatever order and overlap; empty ones (a kernel that says
 /// `start > last`) dropped.
 pub(crate) fn normalise(mut ranges: Vec<IovaRange>) -> Vec<IovaRange> {
@@ -110,6 +125,22 @@ mod tests {
         );
         assert_eq!(first_gap(IovaRange::ALL, &[IovaRange::ALL]), None);
         assert_eq!(first_gap(range(3, 4), &[]), Some(range(3, 4)));
+    }
+
+    #[test]
+    fn what_is_between_usable_ranges_is_kept_clear_and_what_is_beyond_them_is_not() {
+        let usable = [
+            range(0x1000, 0x1fff),
+            range(0x3000, 0x3fff),
+            range(0x4000, 0x5fff),
+        ];
+        let reserved = [range(0x9000, 0x9fff), range(0x2800, 0x30ff)];
+        assert_eq!(
+            keep_clear(&reserved, &usable),
+            [range(0x2000, 0x30ff), range(0x9000, 0x9fff)]
+        );
+        assert_eq!(keep_clear(&[], &[IovaRange::ALL]), []);
+        assert_eq!(keep_clear(&[], &[]), []);
     }
 
     proptest! {

@@ -49,4 +49,7 @@ pub use msi::{Msi, MsiFeatures};
 pub use msix::{Msix, MsixLocation};
 pub use root_port::RootPort;
 pub use slot::SlotListener;
-pub use topology::{AssignError, FunctionId, Place, PlaceError, Topology, Windows};
+pub use topology::{
+    AssignError, Behind, FunctionId, Needs, NoRoom, Place, PlaceError, Topology, WindowKind,
+    Windows, find_room,
+};

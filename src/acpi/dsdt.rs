@@ -1,5 +1,7 @@
 //! The differentiated system description table: the namespace. §5.2.11.1.
 
+use std::ops::Range;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
@@ -63,27 +65,27 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
     let configuration = IO::new(0xcf8, 0xcf8, 1, 8);
     let io_low = AddressSpace::new_io(0_u16, 0xcf7, None);
     let io_high = AddressSpace::new_io(0xd00_u16, 0xffff, None);
-    let window32 = (!platform.mmio32.is_empty()).then(|| {
-        AddressSpace::new_memory(
-            AddressSpaceCacheable::NotCacheable,
-            true,
-            platform.mmio32.start as u32,
-            (platform.mmio32.end - 1) as u32,
-            None,
-        )
-    });
-    let window64 = (!platform.mmio64.is_empty()).then(|| {
-        AddressSpace::new_memory(
-            AddressSpaceCacheable::NotCacheable,
-            true,
-            platform.mmio64.start,
-            platform.mmio64.end - 1,
-            None,
-        )
-    });
+    // A descriptor for each part of a window: what lies between them is in none.
+    let uncached = AddressSpaceCacheable::NotCacheable;
+    let parts = |window: &[Range<u64>]| {
+        let mut parts = window.to_vec();
+        parts.retain(|part| !part.is_empty());
+        parts
+    };
+    let windows32: Vec<_> = parts(&platform.mmio32)
+        .into_iter()
+        .map(|part| {
+            let (first, last) = (part.start as u32, (part.end - 1) as u32);
+            AddressSpace::new_memory(uncached, true, first, last, None)
+        })
+        .collect();
+    let windows64: Vec<_> = parts(&platform.mmio64)
+        .into_iter()
+        .map(|part| AddressSpace::new_memory(uncached, true, part.start, part.end - 1, None))
+        .collect();
     let mut resources: Vec<&dyn Aml> = vec![&buses, &configuration, &io_low, &io_high];
-    resources.extend(window32.as_ref().map(|window| window as &dyn Aml));
-    resources.extend(window64.as_ref().map(|window| window as &dyn Aml));
+    resources.extend(windows32.iter().map(|part| part as &dyn Aml));
+    resources.extend(windows64.iter().map(|part| part as &dyn Aml));
 
     let hid = Name::new(path("_HID"), &EISAName::new("PNP0A08"));
     let cid = Name::new(path("_CID"), &EISAName::new("PNP0A03"));

@@ -46,10 +46,10 @@ pub struct Platform {
     /// reach one: Linux reads all of a told bus's 32 slots to find out that nothing is there, which
     /// for 255 empty buses is 16,000 exits at each boot.
     pub last_bus: u8,
-    /// The window for 32-bit BARs.
-    pub mmio32: Range<u64>,
-    /// The window for 64-bit BARs; may be empty.
-    pub mmio64: Range<u64>,
+    /// The window for BARs below 4 GiB, in ascending parts.
+    pub mmio32: Vec<Range<u64>>,
+    /// The window for 64-bit BARs, in ascending parts; there may be none.
+    pub mmio64: Vec<Range<u64>>,
     /// There is a serial port COM1.
     pub serial: bool,
     /// Root ports have hot-plug slots that the guest's own driver handles.

@@ -14,8 +14,8 @@ fn platform(cpus: u32) -> Platform {
             })
             .collect(),
         last_bus: 7,
-        mmio32: layout::MMIO32_START..layout::MMIO32_END,
-        mmio64: layout::mmio64(7 << 30, 40),
+        mmio32: layout::mmio32(layout::MMIO32_START, &[]),
+        mmio64: layout::mmio64(7 << 30, 40, &[]),
         serial: true,
         native_hotplug: true,
     }
@@ -133,6 +133,54 @@ fn intx_lines_of_neighbours_differ_and_stay_among_the_gsis() {
     for pair in slots.windows(2) {
         assert_ne!(lines(pair[0])[0], lines(pair[1])[0]);
     }
+}
+
+/// The memory windows of the host bridge, as its `_CRS` has them. ACPI 6.5 §6.4.3.5.
+fn memory_windows(dsdt: &[u8]) -> Vec<(u64, u64)> {
+    let number = |bytes: &[u8]| {
+        let mut wide = [0; 8];
+        wide[..bytes.len()].copy_from_slice(bytes);
+        u64::from_le_bytes(wide)
+    };
+    // Tag, length of what follows, and memory as the kind of resource.
+    let found = |head: [u8; 4], width: usize| {
+        let starts = dsdt.windows(4).enumerate();
+        let starts = starts.filter(move |(_, bytes)| *bytes == head);
+        starts.map(move |(at, _)| {
+            let field = |index: usize| number(&dsdt[at + 6 + index * width..][..width]);
+            (field(1), field(2))
+        })
+    };
+    let narrow = found([0x87, 23, 0, 0], 4);
+    narrow.chain(found([0x8a, 43, 0, 0], 8)).collect()
+}
+
+#[test]
+fn the_host_bridge_has_each_part_of_its_windows_and_nothing_between_them() {
+    let windows = |platform: &Platform| {
+        let tables = tables(platform);
+        let (_, dsdt) = tables.iter().find(|(name, _)| name == "DSDT").unwrap();
+        memory_windows(dsdt)
+    };
+    let whole = [(0xc000_0000, 0xdfff_ffff), (7 << 30, (1 << 40) - 1)];
+    assert_eq!(windows(&platform(1)), whole);
+    let low = 0x8000_0000..0xe000_0000;
+    let around = Platform {
+        mmio32: vec![low],
+        mmio64: vec![7 << 30..0xfd_0000_0000, 1 << 40..1 << 48],
+        ..platform(1)
+    };
+    let parts = [
+        (0x8000_0000, 0xdfff_ffff),
+        (7 << 30, 0xfc_ffff_ffff),
+        (1 << 40, (1 << 48) - 1),
+    ];
+    assert_eq!(windows(&around), parts);
+    let none = Platform {
+        mmio64: Vec::new(),
+        ..platform(1)
+    };
+    assert_eq!(windows(&none), whole[..1]);
 }
 
 #[test]

@@ -112,11 +112,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory::layout::ram_ranges;
+    use crate::memory::layout::{MMIO32_START, MMIO32_STARTS, ram_ranges};
 
     #[test]
     fn a_guest_with_ram_on_both_sides_of_the_hole_sees_what_a_pc_shows() {
-        let map = E820::new(&ram_ranges(6 << 30, &[]));
+        let map = E820::new(&ram_ranges(6 << 30, MMIO32_START, &[]));
         let seen: Vec<_> = map
             .regions()
             .iter()
@@ -139,15 +139,17 @@ mod tests {
     proptest! {
         #[test]
         fn regions_ascend_without_overlap_and_all_ram_but_the_low_hole_is_there(
-            size in 1_u64 << 20..1 << 40
+            size in 1_u64 << 20..1 << 40,
+            low_end in prop::sample::select(&MMIO32_STARTS[..]),
         ) {
-            let ram = ram_ranges(size, &[]);
+            let ram = ram_ranges(size, low_end, &[]);
             let map = E820::new(&ram);
             for pair in map.regions().windows(2) {
                 prop_assert!(pair[0].range.end <= pair[1].range.start);
             }
             let total: u64 = map.ram().map(|range| range.end - range.start).sum();
             prop_assert_eq!(total, size - (HIGH_MEMORY - EBDA_START));
+            prop_assert_eq!(map.low_ram_end(), size.min(low_end));
             for range in map.ram() {
                 prop_assert!(!range.is_empty());
                 prop_assert!(ram.iter().any(|r| r.start <= range.start && range.end <= r.end));

@@ -7,7 +7,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::*;
 use crate::config::ConsoleConfig;
-use crate::memory::layout::ram_ranges;
+use crate::memory::layout::{MMIO32_START, ram_ranges};
 
 type Ram = GuestMemoryMmap<()>;
 
@@ -23,7 +23,7 @@ struct Guest {
 
 impl Guest {
     fn new(size: u64) -> Self {
-        let ranges: Vec<_> = ram_ranges(size, &[])
+        let ranges: Vec<_> = ram_ranges(size, MMIO32_START, &[])
             .into_iter()
             .map(|range| {
                 (
@@ -35,7 +35,7 @@ impl Guest {
         Self {
             folder: tempfile::tempdir().unwrap(),
             ram: Ram::from_ranges(&ranges).unwrap(),
-            map: E820::new(&ram_ranges(size, &[])),
+            map: E820::new(&ram_ranges(size, MMIO32_START, &[])),
         }
     }
 

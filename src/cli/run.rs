@@ -130,10 +130,11 @@ pub(super) struct RunArgs {
     ///   iommufd=off   by the VFIO group and a type1 container
     ///   iommufd=auto  by iommufd where the host has it
     ///   iommufd_fd=N  an iommufd that Busway inherits, instead of opening /dev/iommu
-    ///   p2p=on        devices reach each other's memory (peer-to-peer DMA), or it is an error
+    ///   p2p=on        devices reach each other's memory (peer-to-peer DMA), or an error names
+    ///                 the BARs out of reach
     ///   p2p=off       they do not
     ///   p2p=auto      they do where the host can: by type1, and by iommufd from Linux 6.19 on;
-    ///                 what will not work is said once [auto]
+    ///                 BARs out of reach are named once [auto]
     ///   vf_token=UUID that of each device which needs one and has none of its own
     #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = PASSTHROUGH)]
     platform: Vec<String>,

@@ -16,13 +16,14 @@ use busway_vfio::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::RunError;
+use super::address_plan::AddressPlan;
 use super::assigned::Assigned;
 use super::bars::Bars;
 use super::dma::DmaListener;
 use super::events::Events;
 use super::host_devices::HostDevices;
 use super::pci::{Pci, pins_behind_port};
-use super::places::{Behind, HostFunction, behind_ports};
+use super::places::{Behind, behind_ports};
 use super::platform::{Platform, open_console};
 use super::signals::Signals;
 use crate::acpi;
@@ -30,7 +31,7 @@ use crate::boot::{self, BootSource, E820};
 use crate::config::{ConsoleConfig, DeviceConfig, VmConfig};
 use crate::eventfd::eventfd;
 use crate::kvm::{Buses, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
-use crate::memory::{GuestRam, Ram, Regions, layout};
+use crate::memory::{GuestRam, Ram, Regions};
 use crate::report::{Report, Stage};
 use crate::virtio::blk::Blk;
 use crate::virtio::console::Console;
@@ -93,10 +94,18 @@ impl Machine {
         let host_devices = HostDevices::find(config)?;
         let device_configs = host_devices.configs(config);
         let prefault = config.memory.prefault.unwrap_or(!config.device.is_empty());
+        let plan = AddressPlan::new(
+            &config.memory,
+            &host_devices.planned(&options),
+            host_devices.reserved(),
+            model.address_bits(),
+        )?;
+        let given = host_devices.functions();
         let ram = Ram::around(
             &config.memory,
             prefault || !config.device.is_empty(),
-            &host_devices.reserved(),
+            plan.mmio32_start,
+            &plan.reserved,
         )?;
         // The kernel resets each device that is opened, and memory is populated meanwhile.
         let failed = AtomicBool::new(false);
@@ -138,14 +147,14 @@ impl Machine {
         signals.check()?;
 
         let buses = Buses::default();
-        let windows = windows(&ram, &model);
-        // Nothing is there before the guest's first instruction.
-        let free_address = windows.memory32.start;
+        let usable = dma.as_ref().map(|(dma, _)| dma.usable_ranges());
+        let usable = usable.and_then(Result::ok).unwrap_or_default();
+        let windows = plan.windows(&ram.guest_ranges(), &usable);
         let bars = Bars::new(
             buses.clone(),
             memory.0.clone(),
             vm.doorbells(),
-            [windows.memory32.clone(), windows.memory64.clone()],
+            [&windows.memory32[..], &windows.memory64].concat(),
         );
         let acpi = acpi_platform(config, &windows);
         let mut pci = Pci::new(bars, &buses, windows)?;
@@ -168,10 +177,6 @@ impl Machine {
             resets.add(device.name(), device.clone());
         }
         resets.begin();
-        let given: Vec<_> = devices
-            .iter()
-            .map(|device| HostFunction::of(device))
-            .collect();
         for port in behind_ports(&given) {
             let of = |behind: &Behind| {
                 Some(Given {
@@ -182,20 +187,12 @@ impl Machine {
                 })
             };
             let here: Vec<_> = port.iter().filter_map(of).collect();
-            let (port, functions) =
-                add_assigned(&mut pci, &here, &resets, &router, &host_vectors, &events)?;
-            if let Some((_, listener)) = &dma {
-                for function in &functions {
-                    listener
-                        .try_out(&**function, free_address)
-                        .map_err(RunError::PeerToPeer)?;
-                }
-            }
+            let port = add_assigned(&mut pci, &here, &resets, &router, &host_vectors, &events)?;
             for given in here {
                 assigned.add(given.config, port, given.device);
             }
         }
-        let dma = dma.map(|(dma, _)| dma);
+        let (dma, listener) = dma.unzip();
         report.reached(Stage::Devices);
         signals.check()?;
 
@@ -215,6 +212,10 @@ impl Machine {
             vm,
         };
         machine.load()?;
+        // Addresses are assigned by now, so that what devices reach at them can be known.
+        if let Some(listener) = listener {
+            listener.survey(&machine.pci.host_functions())?;
+        }
         Ok(machine)
     }
 
@@ -347,17 +348,6 @@ fn vf_token(config: &VmConfig, device: &DeviceConfig, used: TokenUse) -> Option<
     token?.parse().ok()
 }
 
-fn windows(ram: &Ram, model: &CpuModel) -> Windows {
-    Windows {
-        io: layout::PCI_IO,
-        memory32: layout::MMIO32_START..layout::MMIO32_END,
-        memory64: layout::mmio64(
-            ram.guest_ranges().last().map_or(0, |range| range.end),
-            model.address_bits(),
-        ),
-    }
-}
-
 fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
     acpi::Platform {
         cpus: (0..config.cpus.boot)
@@ -433,7 +423,7 @@ fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
     options.collect()
 }
 
-/// The functions of a host device behind a root port; all are given.
+/// Puts the functions of a host device, all of them given, behind a root port, which is returned.
 fn add_assigned(
     pci: &mut Pci,
     functions: &[Given<'_>],
@@ -441,7 +431,7 @@ fn add_assigned(
     router: &IrqRouter,
     host_vectors: &IrqRouter,
     events: &Arc<Events>,
-) -> Result<(FunctionId, Vec<Arc<AssignedFunction>>), RunError> {
+) -> Result<FunctionId, RunError> {
     let names: Vec<_> = functions.iter().map(|given| given.device.name()).collect();
     let names = names.join(" and ");
     let slot = pci.port_slot(&names)?;
@@ -458,13 +448,8 @@ fn add_assigned(
         log::info!("{}", function.summary());
         behind.push((given.number, function));
     }
-    let made = behind
-        .iter()
-        .map(|(_, function)| function.clone())
-        .collect();
     let routes = Arc::new(router.clone());
-    let port = pci.add_behind_port(slot, &names, behind, routes, events.clone())?;
-    Ok((port, made))
+    pci.add_behind_port(slot, &names, behind, routes, events.clone())
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

@@ -25,7 +25,7 @@ pub(super) struct Bars {
     regions: Arc<Regions>,
     doorbells: Doorbells,
     /// Where memory BARs may be. Elsewhere is RAM or something of the platform's, which would win.
-    windows: [Range<u64>; 2],
+    windows: Vec<Range<u64>>,
     mapped: Mutex<BTreeMap<Key, Shortcuts>>,
     complaints: Complaints,
 }
@@ -60,7 +60,7 @@ impl Bars {
         buses: Buses,
         regions: Arc<Regions>,
         doorbells: Doorbells,
-        windows: [Range<u64>; 2],
+        windows: Vec<Range<u64>>,
     ) -> Self {
         Self {
             buses,
@@ -310,7 +310,7 @@ mod tests {
                 buses.clone(),
                 regions.clone(),
                 vm.doorbells(),
-                [WINDOW, 0..0],
+                vec![WINDOW, 0..0],
             ),
             function: Arc::new(Function(Ram::new(&page, false).unwrap(), 0x1000)),
             small: Arc::new(Function(Ram::new(&page, false).unwrap(), 0)),

@@ -5,13 +5,14 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_iommu::{Access, DmaSpace, HostVa, Iova, MapError};
+use busway_iommu::{Access, DmaSpace, HostVa, Iova};
 use busway_pci::{BarPart, BarRegion, PciFunction};
 
 use crate::config::Choice;
 use crate::memory::{Region, RegionError, RegionKind, RegionListener};
 
-/// Bytes of the piece that stands for a whole BAR when peer-to-peer DMA is tried out: a page.
+/// Bytes at each end of a part of a BAR that stand for the whole where peer-to-peer DMA may fail: a
+/// page.
 const SAMPLE: u64 = 4096;
 
 /// Keeps one DMA space in step with the list of regions: guest-physical addresses are its I/O virtual
@@ -19,7 +20,9 @@ const SAMPLE: u64 = 4096;
 ///
 /// The memory of devices is mapped beside RAM, so that each reaches every other (peer-to-peer DMA).
 /// It comes and goes with the BARs: at their new place when they move, and not at all while decoding
-/// is off. A guest runs as well without it, so that its failure is a message and nothing more.
+/// is off. What is reached where firmware has put the BARs is known before the guest starts, by
+/// [`survey`](Self::survey); a guest that moves them there later where they are out of reach runs as
+/// well, so that this is a message and nothing more.
 pub(super) struct DmaListener {
     space: Arc<dyn DmaSpace>,
     peer_to_peer: Choice,
@@ -33,27 +36,60 @@ struct Peers {
     mapped: BTreeSet<u64>,
     /// The devices that have had some.
     devices: BTreeSet<String>,
-    /// Why other devices do not reach a piece of it; the first time.
-    failure: Option<String>,
-    /// That has been said.
-    said: bool,
-    /// The pieces of which it was said that others do not reach them although they have to.
-    told: BTreeSet<String>,
+    /// The BARs, by their names, of which it was said that other devices do not reach them.
+    said: BTreeSet<String>,
 }
 
-impl Peers {
-    /// What to say about a failure, once, and not while there is a single device, which has nobody to
-    /// reach.
-    fn warning(&mut self) -> Option<String> {
-        if self.said || self.devices.len() < 2 {
-            return None;
+/// --platform p2p=on, and not every BAR is in reach.
+#[derive(Debug, thiserror::Error)]
+#[error("--platform p2p=on: {0}; --platform p2p=auto starts the guest nevertheless")]
+pub struct PeerToPeerError(String);
+
+/// Which BARs the devices of a guest reach.
+#[derive(Debug, Default)]
+struct Survey {
+    devices: BTreeSet<String>,
+    reached: Vec<String>,
+    /// With the reason of each.
+    missed: Vec<(String, String)>,
+}
+
+impl fmt::Display for Survey {
+    /// BARs that are missed for one reason are named together.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut reasons: Vec<&str> = Vec::new();
+        for (_, reason) in &self.missed {
+            if !reasons.contains(&reason.as_str()) {
+                reasons.push(reason);
+            }
         }
-        let failure = self.failure.as_ref()?;
-        self.said = true;
-        Some(format!(
-            "the guest's devices will not reach each other's memory (peer-to-peer DMA), and \
-             everything else works: {failure} (--platform p2p=off says nothing)"
-        ))
+        f.write_str("out of reach of the other devices ")?;
+        f.write_str(if self.missed.len() == 1 {
+            "is "
+        } else {
+            "are "
+        })?;
+        for (index, reason) in reasons.iter().enumerate() {
+            let because = self.missed.iter().filter(|(_, why)| why == reason);
+            let names: Vec<_> = because.map(|(name, _)| name.as_str()).collect();
+            f.write_str(if index > 0 { "; and " } else { "" })?;
+            write!(f, "{} ({reason})", list(&names))?;
+        }
+        let reached: Vec<_> = self.reached.iter().map(String::as_str).collect();
+        match &reached[..] {
+            [] => f.write_str("; in reach is no BAR"),
+            [one] => write!(f, "; in reach is {one}"),
+            all => write!(f, "; in reach are {}", list(all)),
+        }
+    }
+}
+
+/// `a, b and c`
+fn list(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => (*one).to_owned(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
     }
 }
 
@@ -72,49 +108,117 @@ impl DmaListener {
         }
     }
 
-    /// That the host can map a device's memory for others, where that is demanded: a page of each
-    /// BAR is, at an address that nothing else has yet.
+    /// Finds out which BARs of `functions` the devices reach where firmware has put them, by mapping
+    /// them there; nothing stays mapped. No vCPU may run, and nothing may decode.
+    ///
+    /// Where that is demanded, all of each BAR is mapped, and all of them at once. Else it is the ends of
+    /// each part, and nothing for a single device, which has nobody to reach; what is out of reach is a
+    /// warning.
     ///
     /// # Errors
-    /// [`MapError`] of the first that could not be mapped.
-    pub(super) fn try_out(&self, function: &dyn PciFunction, address: u64) -> Result<(), MapError> {
-        if self.peer_to_peer != Choice::On {
-            return Ok(());
+    /// [`PeerToPeerError`]: not every BAR is in reach, and that is demanded.
+    pub(super) fn survey(&self, functions: &[Arc<dyn PciFunction>]) -> Result<(), PeerToPeerError> {
+        let names: BTreeSet<_> = functions.iter().map(|function| function.name()).collect();
+        match self.peer_to_peer {
+            Choice::Off => return Ok(()),
+            Choice::Auto if names.len() < 2 => return Ok(()),
+            Choice::Auto | Choice::On => {}
         }
-        for BarRegion {
-            index: bar,
-            size: whole,
-            ..
-        } in function.bars()
-        {
-            for part in function.parts(bar) {
-                let BarPart::Memory { offset, size, host } = part else {
-                    continue;
-                };
-                // A BAR of less than a page has a page around it, which is not all its own.
-                if offset.saturating_add(size) > whole {
-                    continue;
-                }
-                let dma_buf = || {
-                    function
-                        .dma_buf(bar, offset, SAMPLE)
-                        .unwrap_or_else(|| Err(std::io::ErrorKind::Unsupported.into()))
-                };
-                let owner = format!("{bar} of {}", function.name());
-                let (at, host) = (Iova(address), HostVa(host.0));
-                self.space.map_device(at, host, SAMPLE, &dma_buf, &owner)?;
-                self.space.unmap(at, SAMPLE)?;
+        let mut survey = Survey::default();
+        let mut mapped = Vec::new();
+        for function in functions {
+            for region in function.bars() {
+                self.try_out(&**function, &region, &mut survey, &mut mapped);
             }
         }
+        for (at, size) in mapped {
+            if let Err(error) = self.space.unmap(at, size) {
+                log::error!("{error}; devices may still reach it");
+            }
+        }
+        if survey.missed.is_empty() {
+            return Ok(());
+        }
+        if self.peer_to_peer == Choice::On {
+            return Err(PeerToPeerError(survey.to_string()));
+        }
+        if survey.devices.len() > 1 {
+            log::warn!(
+                "peer-to-peer DMA: {survey}; everything else works (--platform p2p=off says nothing)"
+            );
+            let missed = survey.missed.into_iter().map(|(name, _)| name);
+            self.peers().said.extend(missed);
+        }
         Ok(())
+    }
+
+    /// Maps a BAR, or the ends of each of its parts, and notes in `survey` whether that works and in
+    /// `mapped` what is to be unmapped.
+    fn try_out(
+        &self,
+        function: &dyn PciFunction,
+        region: &BarRegion,
+        survey: &mut Survey,
+        mapped: &mut Vec<(Iova, u64)>,
+    ) {
+        let &BarRegion {
+            index: bar,
+            address,
+            size: whole,
+            ..
+        } = region;
+        let name = format!("{bar} of {}", function.name());
+        let mut reason = None;
+        let mut tried = false;
+        for part in function.parts(bar) {
+            let BarPart::Memory { offset, size, host } = part else {
+                continue;
+            };
+            // A BAR of less than a page has a page around it, which is not all its own.
+            if offset.checked_add(size).is_none_or(|end| end > whole) {
+                continue;
+            }
+            for (skipped, size) in self.pieces(size) {
+                let at = Iova(address.saturating_add(offset).saturating_add(skipped));
+                let host = HostVa(host.0.saturating_add(skipped as usize));
+                let dma_buf = || {
+                    function
+                        .dma_buf(bar, offset.saturating_add(skipped), size)
+                        .unwrap_or_else(|| Err(std::io::ErrorKind::Unsupported.into()))
+                };
+                tried = true;
+                match self.space.map_device(at, host, size, &dma_buf, &name) {
+                    Ok(()) => mapped.push((at, size)),
+                    Err(error) => {
+                        log::debug!("{error}");
+                        reason.get_or_insert_with(|| error.reason());
+                    }
+                }
+            }
+        }
+        if tried {
+            survey.devices.insert(function.name());
+            match reason {
+                Some(reason) => survey.missed.push((name, reason)),
+                None => survey.reached.push(name),
+            }
+        }
+    }
+
+    /// What is mapped of a part of `size` bytes to try it out, by where it begins in it.
+    fn pieces(&self, size: u64) -> Vec<(u64, u64)> {
+        match size.checked_sub(SAMPLE) {
+            Some(last) if self.peer_to_peer != Choice::On && last >= SAMPLE => {
+                vec![(0, SAMPLE), (last, SAMPLE)]
+            }
+            _ => vec![(0, size)],
+        }
     }
 
     fn add_device(&self, region: &Region) {
         let Some(peer) = region.peer().filter(|_| self.peer_to_peer != Choice::Off) else {
             return;
         };
-        let mut peers = self.peers();
-        peers.devices.insert(peer.device.clone());
         let result = self.space.map_device(
             Iova(region.guest()),
             HostVa(region.host()),
@@ -122,26 +226,23 @@ impl DmaListener {
             &peer.dma_buf,
             region.name(),
         );
-        match result {
-            Ok(()) => {
-                peers.mapped.insert(region.guest());
-            }
-            // The guest can place a BAR anew as often as it likes.
-            Err(error) if self.peer_to_peer == Choice::On => {
-                let level = match peers.told.insert(region.name().to_owned()) {
-                    true => log::Level::Error,
-                    false => log::Level::Debug,
-                };
-                log::log!(level, "--platform p2p=on: {error}");
-            }
-            Err(error) => {
-                log::debug!("{error}");
-                peers.failure.get_or_insert_with(|| error.to_string());
-            }
+        let mut peers = self.peers();
+        peers.devices.insert(peer.device.clone());
+        let Err(error) = result else {
+            peers.mapped.insert(region.guest());
+            return;
+        };
+        // The guest can place a BAR anew as often as it likes.
+        let matters = self.peer_to_peer == Choice::On || peers.devices.len() > 1;
+        if !matters || !peers.said.insert(region.name().to_owned()) {
+            log::debug!("{error}");
+            return;
         }
-        if let Some(warning) = peers.warning() {
-            log::warn!("{warning}");
-        }
+        log::warn!(
+            "peer-to-peer DMA: the guest has placed {} where the other devices do not reach it: {}",
+            region.name(),
+            error.reason()
+        );
     }
 
     fn peers(&self) -> MutexGuard<'_, Peers> {
@@ -182,105 +283,4 @@ impl RegionListener for DmaListener {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io;
-
-    use busway_iommu::{IovaRange, Mapping, OpenDmaBuf, Stats};
-
-    use super::*;
-    use crate::memory::Peer;
-
-    /// A space that has no dma-bufs to map, or takes everything.
-    #[derive(Debug, Default)]
-    struct Space {
-        refuses: bool,
-        mapped: Mutex<Vec<(u64, u64)>>,
-    }
-
-    impl DmaSpace for Space {
-        fn add(&self, mapping: Mapping, _dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
-            let Mapping {
-                iova, size, owner, ..
-            } = mapping;
-            if self.refuses {
-                return Err(MapError::Malformed {
-                    owner,
-                    iova,
-                    size,
-                    why: "no dma-buf",
-                });
-            }
-            self.mapped.lock().unwrap().push((iova.0, size));
-            Ok(())
-        }
-
-        fn unmap(&self, iova: Iova, size: u64) -> Result<(), MapError> {
-            let mut mapped = self.mapped.lock().unwrap();
-            let at = mapped.iter().position(|&one| one == (iova.0, size));
-            mapped.remove(at.expect("nothing is mapped there"));
-            Ok(())
-        }
-
-        fn usable_ranges(&self) -> Result<Vec<IovaRange>, MapError> {
-            Ok(vec![IovaRange::ALL])
-        }
-
-        fn stats(&self) -> Stats {
-            Stats::default()
-        }
-    }
-
-    fn bar(device: &str, guest: u64) -> Arc<Region> {
-        let peer = Peer {
-            device: device.to_owned(),
-            dma_buf: Box::new(|| Err(io::ErrorKind::Unsupported.into())),
-        };
-        // SAFETY: the space of these tests never touches the memory.
-        let region = unsafe { Region::device("BAR 0", guest, 0x1000, 0, ()) };
-        Arc::new(region.for_peers(peer))
-    }
-
-    fn listener(refuses: bool, choice: Choice) -> (Arc<Space>, DmaListener) {
-        let space = Arc::new(Space {
-            refuses,
-            ..Space::default()
-        });
-        (space.clone(), DmaListener::new(space, choice))
-    }
-
-    #[test]
-    fn device_memory_is_mapped_where_its_bar_is_and_goes_with_it() {
-        let (space, listener) = listener(false, Choice::Auto);
-        let old = bar("a", 0x1000);
-        listener.added(&old).unwrap();
-        listener.removed(&old);
-        listener.added(&bar("a", 0x5000)).unwrap();
-        assert_eq!(*space.mapped.lock().unwrap(), [(0x5000, 0x1000)]);
-    }
-
-    #[test]
-    fn off_maps_no_device_and_a_page_of_busways_own_is_nobodys_peer() {
-        let (space, off) = listener(false, Choice::Off);
-        off.added(&bar("a", 0x1000)).unwrap();
-        assert!(space.mapped.lock().unwrap().is_empty());
-        off.removed(&bar("a", 0x1000));
-        // SAFETY: as above.
-        let own = Arc::new(unsafe { Region::device("own", 0x2000, 0x1000, 0, ()) });
-        let (space, auto) = listener(false, Choice::Auto);
-        auto.added(&own).unwrap();
-        assert!(space.mapped.lock().unwrap().is_empty());
-        auto.removed(&own);
-    }
-
-    #[test]
-    fn what_fails_under_auto_is_said_once_and_only_where_there_are_two_devices() {
-        let (_, listener) = listener(true, Choice::Auto);
-        listener.added(&bar("a", 0x1000)).unwrap();
-        assert!(!listener.peers().said);
-        let second = bar("b", 0x2000);
-        listener.added(&second).unwrap();
-        assert!(listener.peers().said);
-        assert_eq!(listener.peers().warning(), None);
-        listener.removed(&second);
-    }
-}
+mod tests;

@@ -3,10 +3,12 @@
 use std::io;
 use std::time::Duration;
 
-use busway_iommu::{MapError, MemlockError, OpenError};
+use busway_iommu::{MemlockError, OpenError};
 use busway_pci::{AssignError, PlaceError};
 use busway_vfio::{DeviceError, HandedError};
 
+use super::address_plan::NoRoomError;
+use super::dma::PeerToPeerError;
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::config::InvalidConfig;
@@ -75,9 +77,9 @@ pub enum RunError {
     /// guest RAM cannot be pinned for the assigned devices: {0}
     #[error("guest RAM cannot be pinned for the assigned devices: {0}")]
     Memlock(#[from] MemlockError),
-    /// --platform p2p=on: {0}
-    #[error("--platform p2p=on: {0}")]
-    PeerToPeer(MapError),
+    /// Not every BAR is in reach of the other devices, as --platform p2p=on demands.
+    #[error(transparent)]
+    PeerToPeer(#[from] PeerToPeerError),
     /// A descriptor that was handed over is of no use.
     #[error(transparent)]
     Handed(#[from] HandedError),
@@ -99,7 +101,10 @@ pub enum RunError {
     /// A function cannot be put where it should be.
     #[error(transparent)]
     Place(#[from] PlaceError),
-    /// The devices' BARs do not fit.
+    /// The host devices' BARs do not fit, as far as sysfs tells of them.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoomError),
+    /// The functions' BARs do not fit.
     #[error(transparent)]
     Addresses(#[from] AssignError),
     /// Two platform devices claim an address.
@@ -228,6 +233,7 @@ impl RunError {
             | Self::PeerToPeer(_)
             | Self::Device(_)
             | Self::Function(_)
+            | Self::NoRoom(_)
             | Self::Addresses(_) => HOST,
             _ => FAILURE,
         }

@@ -5,9 +5,11 @@ use std::fs::File;
 use std::path::PathBuf;
 
 use busway_iommu::{HostPaths, Mode, reserved_ranges};
-use busway_vfio::{Handed, interface};
+use busway_vfio::{AssignOptions, Handed, interface};
 
 use super::RunError;
+use super::address_plan::PlannedFunction;
+use super::places::HostFunction;
 use crate::config::{Choice, DeviceConfig, VmConfig, validate_functions};
 
 /// The devices, by their folders in sysfs, and the way to them.
@@ -71,7 +73,23 @@ impl HostDevices {
             .collect()
     }
 
-    /// The addresses, first and last, where these devices let no RAM be.
+    /// What sysfs says of each device's BARs; `options` come in the same order.
+    pub(super) fn planned(&self, options: &[AssignOptions]) -> Vec<PlannedFunction> {
+        let devices = self.devices.iter().zip(options);
+        devices
+            .map(|((folder, _), options)| PlannedFunction::new(folder, options))
+            .collect()
+    }
+
+    /// Where each device is on the host.
+    pub(super) fn functions(&self) -> Vec<HostFunction> {
+        let folders = self.devices.iter().map(|(folder, _)| folder);
+        folders
+            .map(|folder| HostFunction::in_folder(folder))
+            .collect()
+    }
+
+    /// The addresses, first and last, where these devices let no memory be.
     pub(super) fn reserved(&self) -> Vec<(u64, u64)> {
         let folders: Vec<_> = self.devices.iter().map(|(folder, _)| &**folder).collect();
         reserved_ranges(&self.paths, &folders)

@@ -5,6 +5,7 @@
 //! vCPUs; and in reverse at the end, so that no guest runs without its devices, no device has DMA
 //! into memory that is gone, and every host device is reset before it is given back.
 
+mod address_plan;
 mod assembly;
 mod assigned;
 mod bars;
@@ -20,6 +21,7 @@ mod platform;
 mod restart;
 mod signals;
 
+pub use address_plan::NoRoomError;
 pub use error::RunError;
 pub use life::Ended;
 pub use signals::block_signals;

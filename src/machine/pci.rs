@@ -113,6 +113,15 @@ impl Pci {
         self.assigned.iter().filter_map(of).collect()
     }
 
+    /// The host's functions that are still there, in the order in which they were added.
+    pub(super) fn host_functions(&self) -> Vec<Arc<dyn PciFunction>> {
+        let functions = self.assigned.iter();
+        functions
+            .filter_map(|(_, function)| function.upgrade())
+            .map(|function| function as Arc<dyn PciFunction>)
+            .collect()
+    }
+
     /// Numbers buses and gives addresses, as firmware does. No vCPU may run.
     pub(super) fn assign(&self) -> Result<(), RunError> {
         self.topology.assign(&self.windows)?;

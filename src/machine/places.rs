@@ -6,8 +6,9 @@
 //! on the host: behind ports of their own they do not share interrupts and windows, and Linux, as
 //! every system, takes conventional functions behind a port.
 
+use std::path::Path;
+
 use busway_pci::{Bdf, Function};
-use busway_vfio::KernelDevice;
 
 /// A function of the host's that the guest is to have.
 #[derive(Clone, Copy, Debug)]
@@ -19,10 +20,15 @@ pub(super) struct HostFunction {
 }
 
 impl HostFunction {
-    pub(super) fn of(device: &KernelDevice) -> Self {
+    /// The function whose folder in sysfs is `folder`.
+    pub(super) fn in_folder(folder: &Path) -> Self {
+        // A link may have any name.
+        let real = folder.canonicalize();
+        let name = real.as_deref().unwrap_or(folder).file_name();
+        let name = name.and_then(|name| name.to_str());
         Self {
-            address: device.name().parse().ok(),
-            is_virtual: device.is_virtual_function(),
+            address: name.and_then(|name| name.parse().ok()),
+            is_virtual: folder.join("physfn").exists(),
         }
     }
 }

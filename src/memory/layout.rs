@@ -4,8 +4,10 @@
 
 use std::ops::Range;
 
-/// Where RAM below 4 GiB ends and the 32-bit MMIO window starts.
+/// Where RAM below 4 GiB ends and the 32-bit MMIO window starts, unless devices need a larger one.
 pub const MMIO32_START: u64 = 0xc000_0000;
+/// Where the 32-bit MMIO window can start: the first that leaves room for what the devices need.
+pub const MMIO32_STARTS: [u64; 3] = [MMIO32_START, 0x8000_0000, 0x4000_0000];
 /// End of the 32-bit MMIO window; ECAM starts here.
 pub const MMIO32_END: u64 = 0xe000_0000;
 /// The enhanced configuration access of segment 0: 256 buses of 1 MiB.
@@ -34,29 +36,42 @@ const MMIO64_ALIGNMENT: u64 = 1 << 30;
 /// RAM below is where kernels and their tables go: it stays, whatever the host's IOMMU reserves.
 const KERNEL_END: u64 = 16 << 20;
 
-/// The guest-physical ranges of `size` bytes of RAM, in ascending order: one below the PCI hole and,
-/// where that is not enough, one from 4 GiB. RAM goes round the `holes`, which are ascending.
+/// The guest-physical ranges of `size` bytes of RAM, in ascending order: below `low_end`, where the
+/// 32-bit MMIO window starts, and, where that is not enough, from 4 GiB. RAM goes round the `holes`,
+/// which are ascending.
 #[must_use]
-pub fn ram_ranges(size: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+pub fn ram_ranges(size: u64, low_end: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut ranges = Vec::new();
     let mut left = size;
-    for place in [0..MMIO32_START, HIGH_RAM_START..u64::MAX] {
-        let (mut start, mut holes) = (place.start, holes.iter());
-        while start < place.end && left > 0 {
-            let hole = holes.find(|hole| hole.end > start);
-            let end = hole.map_or(place.end, |hole| hole.start.min(place.end));
-            let length = end.saturating_sub(start).min(left);
+    for place in [0..low_end, HIGH_RAM_START..u64::MAX] {
+        for clear in around(place, holes) {
+            let length = (clear.end - clear.start).min(left);
             if length > 0 {
-                ranges.push(start..start + length);
+                ranges.push(clear.start..clear.start + length);
                 left -= length;
             }
-            start = hole.map_or(place.end, |hole| hole.end);
         }
     }
     ranges
 }
 
-/// The holes that RAM goes round where devices let no memory be in `reserved` (first and last
+/// What of `place` lies in none of the `holes`, which are ascending.
+fn around(place: Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut clear = Vec::new();
+    let mut start = place.start;
+    for hole in holes.iter().filter(|hole| hole.end > place.start) {
+        if start < hole.start.min(place.end) {
+            clear.push(start..hole.start.min(place.end));
+        }
+        start = start.max(hole.end);
+    }
+    if start < place.end {
+        clear.push(start..place.end);
+    }
+    clear
+}
+
+/// The holes that RAM and windows go round where devices let no memory be in `reserved` (first and last
 /// addresses, ascending): with their ends at multiples of `step`, the page that RAM is made of.
 #[must_use]
 pub fn holes(reserved: impl IntoIterator<Item = (u64, u64)>, step: u64) -> Vec<Range<u64>> {
@@ -76,16 +91,23 @@ pub fn holes(reserved: impl IntoIterator<Item = (u64, u64)>, step: u64) -> Vec<R
     holes
 }
 
-/// The window for 64-bit BARs: from the first GiB boundary above RAM, which ends at `top_of_ram`, up
-/// to what `address_bits` of guest-physical address reach. Empty where nothing is left.
+/// The window for BARs below 4 GiB: from `start`, one of [`MMIO32_STARTS`], round the `holes`.
 #[must_use]
-pub fn mmio64(top_of_ram: u64, address_bits: u8) -> Range<u64> {
+pub fn mmio32(start: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    around(start..MMIO32_END, holes)
+}
+
+/// The window for 64-bit BARs: from the first GiB boundary above RAM, which ends at `top_of_ram`, up
+/// to what `address_bits` of guest-physical address reach, round the `holes`. Empty where nothing is
+/// left.
+#[must_use]
+pub fn mmio64(top_of_ram: u64, address_bits: u8, holes: &[Range<u64>]) -> Vec<Range<u64>> {
     let top_of_ram = top_of_ram.max(HIGH_RAM_START);
     let end = 1_u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX);
     let start = top_of_ram
         .checked_next_multiple_of(MMIO64_ALIGNMENT)
         .unwrap_or(end);
-    start.min(end)..end
+    around(start..end, holes)
 }
 
 #[cfg(test)]
@@ -98,9 +120,12 @@ mod tests {
     fn ram_keeps_clear_of_the_hole_and_loses_no_byte() {
         for whole_below in [256 << 20, 3 << 30] {
             let range = 0..whole_below;
-            assert_eq!(ram_ranges(whole_below, &[]), [range]);
+            assert_eq!(ram_ranges(whole_below, MMIO32_START, &[]), [range]);
         }
-        assert_eq!(ram_ranges(6 << 30, &[]), [0..3 << 30, 4 << 30..7 << 30]);
+        assert_eq!(
+            ram_ranges(6 << 30, MMIO32_START, &[]),
+            [0..3 << 30, 4 << 30..7 << 30]
+        );
     }
 
     #[test]
@@ -108,8 +133,11 @@ mod tests {
         // The doorbell of MSIs, and what AMD's IOMMUs keep below 1 TiB for HyperTransport.
         let reserved = [(0xfee0_0000, 0xfeef_ffff), (0xfd_0000_0000, 0xff_ffff_ffff)];
         let holes = holes(reserved, 2 << 20);
-        assert_eq!(ram_ranges(6 << 30, &holes), [0..3 << 30, 4 << 30..7 << 30]);
-        let around = ram_ranges(1 << 40, &holes);
+        assert_eq!(
+            ram_ranges(6 << 30, MMIO32_START, &holes),
+            [0..3 << 30, 4 << 30..7 << 30]
+        );
+        let around = ram_ranges(1 << 40, MMIO32_START, &holes);
         // 12 GiB are reserved, and the PCI hole is 1 GiB.
         let past = (1 << 40) + (13 << 30);
         assert_eq!(around, [0..3 << 30, 4 << 30..0xfd_0000_0000, 1 << 40..past]);
@@ -126,7 +154,7 @@ mod tests {
         let expected = 0xbd80_0000..0xbdc0_0000;
         assert_eq!(found, std::slice::from_ref(&expected));
         assert_eq!(
-            ram_ranges(3 << 30, &found),
+            ram_ranges(3 << 30, MMIO32_START, &found),
             [
                 0..0xbd80_0000,
                 0xbdc0_0000..3 << 30,
@@ -140,30 +168,84 @@ mod tests {
         );
     }
 
-    proptest! {
-        #[test]
-        fn no_byte_is_lost_or_in_a_hole(
-            size in 1_u64..1 << 36,
-            reserved in prop::collection::vec((0_u64..1 << 36, 0_u64..1 << 32), 0..4),
-        ) {
-            let mut reserved: Vec<_> =
-                reserved.into_iter().map(|(start, size)| (start, start + size)).collect();
-            reserved.sort_unstable();
-            let holes = holes(reserved, 2 << 20);
-            let ranges = ram_ranges(size, &holes);
-            prop_assert_eq!(ranges.iter().map(|range| range.end - range.start).sum::<u64>(), size);
-            prop_assert!(ranges.windows(2).all(|pair| pair[0].end < pair[1].start));
-            for range in &ranges {
-                let clear = |hole: &Range<u64>| range.end <= hole.start || hole.end <= range.start;
-                prop_assert!(holes.iter().all(clear));
-            }
+    #[test]
+    fn ram_makes_room_below_4_gib_and_loses_no_byte() {
+        for (start, ranges) in [
+            (2 << 30, [0..2 << 30, 4 << 30..8 << 30]),
+            (1 << 30, [0..1 << 30, 4 << 30..9 << 30]),
+        ] {
+            assert!(MMIO32_STARTS.contains(&start));
+            assert_eq!(ram_ranges(6 << 30, start, &[]), ranges);
+            let window = start..MMIO32_END;
+            assert_eq!(mmio32(start, &[]), std::slice::from_ref(&window));
         }
     }
 
     #[test]
     fn the_64_bit_window_lies_above_ram_and_ends_with_the_address_width() {
-        assert_eq!(mmio64(256 << 20, 40), 4 << 30..1 << 40);
-        assert_eq!(mmio64((7 << 30) + 4096, 40), 8 << 30..1 << 40);
-        assert!(mmio64(1 << 36, 36).is_empty());
+        let window = 4 << 30..1 << 40;
+        assert_eq!(mmio64(256 << 20, 40, &[]), std::slice::from_ref(&window));
+        let window = 8 << 30..1 << 40;
+        assert_eq!(
+            mmio64((7 << 30) + 4096, 40, &[]),
+            std::slice::from_ref(&window)
+        );
+        assert!(mmio64(1 << 36, 36, &[]).is_empty());
+    }
+
+    #[test]
+    fn the_windows_go_round_what_the_iommu_reserves() {
+        let reserved = [
+            (0xd000_0000, 0xd00f_ffff),
+            (0xfee0_0000, 0xfeef_ffff),
+            (0xfd_0000_0000, 0xff_ffff_ffff),
+        ];
+        let holes = holes(reserved, 2 << 20);
+        assert_eq!(
+            mmio32(MMIO32_START, &holes),
+            [0xc000_0000..0xd000_0000, 0xd020_0000..0xe000_0000]
+        );
+        assert_eq!(
+            mmio64(513 << 30, 48, &holes),
+            [513 << 30..1012 << 30, 1 << 40..1 << 48]
+        );
+        // RAM that ends in front of the hole, or goes round it.
+        let behind = 1 << 40..1 << 48;
+        assert_eq!(
+            mmio64(1012 << 30, 48, &holes),
+            std::slice::from_ref(&behind)
+        );
+        let behind = 1027 << 30..1 << 48;
+        assert_eq!(
+            mmio64(1027 << 30, 48, &holes),
+            std::slice::from_ref(&behind)
+        );
+        assert!(mmio64(1012 << 30, 40, &holes).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn no_byte_is_lost_or_in_a_hole_and_windows_are_in_neither(
+            size in 1_u64..1 << 36,
+            start in prop::sample::select(&MMIO32_STARTS[..]),
+            reserved in prop::collection::vec((0_u64..1 << 37, 0_u64..1 << 32), 0..4),
+        ) {
+            let mut reserved: Vec<_> =
+                reserved.into_iter().map(|(start, size)| (start, start + size)).collect();
+            reserved.sort_unstable();
+            let holes = holes(reserved, 2 << 20);
+            let ranges = ram_ranges(size, start, &holes);
+            prop_assert_eq!(ranges.iter().map(|range| range.end - range.start).sum::<u64>(), size);
+            let top = ranges.last().map_or(0, |range| range.end);
+            let windows = [mmio32(start, &holes), mmio64(top, 40, &holes)].concat();
+            prop_assert!(windows.iter().all(|window| !window.is_empty()));
+            let mut all = [&ranges[..], &windows].concat();
+            all.sort_by_key(|range| range.start);
+            prop_assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
+            for range in &all {
+                let clear = |hole: &Range<u64>| range.end <= hole.start || hole.end <= range.start;
+                prop_assert!(holes.iter().all(clear));
+            }
+        }
     }
 }

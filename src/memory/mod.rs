@@ -11,6 +11,7 @@ mod regions;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 pub use prefault::PrefaultError;
+pub(crate) use ram::Amount;
 pub use ram::{Ram, RamError};
 pub use regions::{Peer, Region, RegionError, RegionKind, RegionListener, Regions, RegionsError};
 

@@ -92,15 +92,16 @@ pub enum RamError {
     },
 }
 
-/// Bytes, as a person says them: whole or large in GiB, else in MiB.
-struct Amount(u64);
+/// Bytes, as a person says them: whole or large in GiB, else in MiB, or in KiB where they are few.
+pub(crate) struct Amount(pub(crate) u64);
 
 impl fmt::Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             bytes if bytes.is_multiple_of(GIB) => write!(f, "{} GiB", bytes / GIB),
             bytes if bytes >= 10 * GIB => write!(f, "{:.1} GiB", bytes as f64 / GIB as f64),
-            bytes => write!(f, "{} MiB", bytes / MIB),
+            bytes if bytes >= MIB => write!(f, "{} MiB", bytes / MIB),
+            bytes => write!(f, "{} KiB", bytes / KIB),
         }
     }
 }
@@ -119,11 +120,12 @@ impl Ram {
     /// # Errors
     /// [`RamError`]
     pub fn new(config: &MemoryConfig, whole: bool) -> Result<Self, RamError> {
-        Self::around(config, whole, &[])
+        Self::around(config, whole, layout::MMIO32_START, &[])
     }
 
-    /// Maps RAM as configured, round the addresses in `reserved` (first and last, ascending), where
-    /// assigned devices let none be. No page is touched yet; `whole` says that all of them will be,
+    /// Maps RAM as configured: below `low_end`, where the 32-bit MMIO window starts, and from 4 GiB on;
+    /// round the addresses in `reserved` (first and last, ascending), where assigned devices let none
+    /// be. No page is touched yet; `whole` says that all of them will be,
     /// so that the host has to have them now.
     ///
     /// # Errors
@@ -131,6 +133,7 @@ impl Ram {
     pub fn around(
         config: &MemoryConfig,
         whole: bool,
+        low_end: u64,
         reserved: &[(u64, u64)],
     ) -> Result<Self, RamError> {
         let size = config.size;
@@ -150,7 +153,7 @@ impl Ram {
 
         let mut regions = Vec::new();
         let holes = layout::holes(reserved.iter().copied(), huge_page.unwrap_or(2 * MIB));
-        for range in layout::ram_ranges(size, &holes) {
+        for range in layout::ram_ranges(size, low_end, &holes) {
             let length = range.end - range.start;
             let mapping = map(range.start, length, config, huge_page)?;
             let region =
@@ -412,7 +415,7 @@ mod tests {
         };
         // A hole moves what follows to an odd place.
         let reserved = [(0x345_6000, 0x345_6fff)];
-        let ram = Ram::around(&config, false, &reserved).unwrap();
+        let ram = Ram::around(&config, false, layout::MMIO32_START, &reserved).unwrap();
         assert!(ram.mappings().len() > 1);
         for region in ram.mappings() {
             let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);

@@ -84,12 +84,6 @@ impl KernelDevice {
         &self.name
     }
 
-    /// Whether it is a virtual function of another device.
-    #[must_use]
-    pub fn is_virtual_function(&self) -> bool {
-        self.opened.folder.join("physfn").exists()
-    }
-
     fn known(&self, index: RegionIndex) -> io::Result<&(u64, Region)> {
         self.regions
             .get(index.number() as usize)

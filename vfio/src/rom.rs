@@ -126,6 +126,12 @@ impl RomImage {
         bytes.resize(size, u8::MAX);
         Ok(Self(bytes.into()))
     }
+
+    /// Bytes, a power of two.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
 }
 
 /// A function's ROM.

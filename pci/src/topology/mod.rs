@@ -6,6 +6,7 @@
 
 mod assign;
 mod mapping;
+mod room;
 mod tree;
 
 use std::fmt;
@@ -14,8 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use crate::address::Bdf;
 use crate::function::{BarMapper, Bridge, HotPlug, PciFunction};
 use crate::spec;
-pub use assign::{AssignError, Windows};
+pub use assign::AssignError;
 use mapping::Mappings;
+pub use room::{Behind, Needs, NoRoom, WindowKind, Windows, find_room};
 pub use tree::{FunctionId, Place, PlaceError};
 use tree::{Node, Tree};
 

@@ -81,7 +81,7 @@ struct HostArgs {
     /// The host's memory, in MiB.
     #[arg(long, default_value_t = 4096)]
     memory: u64,
-    /// A device: nvme[:MIB], e1000e, igb, e1000, rtl8139, edu, ivshmem[:MIB], doorbell, xhci, hda or rng;
+    /// A device: nvme[:MIB], e1000e, igb, e1000, rtl8139, edu, ivshmem[:MIB], display[:MIB], doorbell, xhci, hda or rng;
     /// its id is dev0, dev1 and so on.
     #[arg(long)]
     device: Vec<String>,

@@ -40,7 +40,12 @@ pub enum Kind {
         /// The BAR's size.
         size_mib: u64,
     },
-    /// The same with a small BAR and MSI-X, but no DMA. It is its own and only peer.
+    /// A frame buffer in one large 32-bit BAR, with no interrupt.
+    Display {
+        /// The BAR's size, 256 at most.
+        size_mib: u64,
+    },
+    /// The same as [`IvshmemPlain`](Self::IvshmemPlain) with a small BAR and MSI-X, but no DMA. It is its own and only peer.
     IvshmemDoorbell {
         /// How many vectors it has.
         vectors: u16,
@@ -110,6 +115,11 @@ impl Device {
         Self::new(id, Kind::IvshmemPlain { size_mib })
     }
 
+    /// A `bochs-display` with a BAR of this size.
+    pub fn display(id: &str, size_mib: u64) -> Self {
+        Self::new(id, Kind::Display { size_mib })
+    }
+
     /// An `ivshmem-doorbell` with so many vectors.
     pub fn doorbell(id: &str, vectors: u16) -> Self {
         Self::new(id, Kind::IvshmemDoorbell { vectors })
@@ -131,7 +141,7 @@ impl Device {
     }
 
     /// The device that a command line means: `nvme`, `nvme:SIZE_MIB`, `e1000e`, `igb`, `e1000`, `rtl8139`, `edu`,
-    /// `ivshmem:SIZE_MIB`, `doorbell`, `xhci`, `hda` or `rng`.
+    /// `ivshmem:SIZE_MIB`, `display:SIZE_MIB`, `doorbell`, `xhci`, `hda` or `rng`.
     pub fn parse(id: &str, text: &str) -> Result<Self, String> {
         let (name, size) = match text.split_once(':') {
             None => (text, None),
@@ -145,6 +155,7 @@ impl Device {
         Ok(match (name, size) {
             ("nvme", size) => Self::nvme(id, size.unwrap_or(1024)),
             ("ivshmem", size) => Self::ivshmem(id, size.unwrap_or(1024)),
+            ("display", size) => Self::display(id, size.unwrap_or(16)),
             (_, Some(_)) => return Err(format!("{name} has no size")),
             ("e1000e", _) => Self::e1000e(id),
             ("igb", _) => Self::igb(id),
@@ -176,9 +187,10 @@ impl Device {
         Some((format!("{}.img", self.id), size_mib << 20))
     }
 
-    /// Whether it has to be there when the host boots: a sound controller's bus takes no codec later.
+    /// Whether it has to be there when the host boots: a sound controller's bus takes no codec later, and the window
+    /// below 4 GiB of a port where something may be plugged later is small.
     fn is_fixed(&self) -> bool {
-        matches!(self.kind, Kind::Hda)
+        matches!(self.kind, Kind::Hda | Kind::Display { .. })
     }
 
     /// `place` is the bus, and the function's address there if it is one of several.
@@ -229,6 +241,10 @@ impl Device {
                 let device = format!("ivshmem-plain,id={id},memdev={id}-memory,{place}");
                 plan(Some(("-object", memory)), vec![device])
             }
+            Kind::Display { size_mib } => plan(
+                None,
+                vec![format!("bochs-display,id={id},vgamem={size_mib}M,{place}")],
+            ),
             // The server's end of the line is `Host`'s.
             Kind::IvshmemDoorbell { vectors } => plan(
                 None,
@@ -393,9 +409,11 @@ mod tests {
     }
 
     #[test]
-    fn a_sound_controller_is_there_from_the_beginning_with_its_codec() {
+    fn a_sound_controller_with_its_codec_and_a_frame_buffer_are_there_from_the_beginning() {
         let [fixed, plugged] = plans(&[Device::hda("a")], Path::new("/tmp"));
         assert_eq!((fixed.devices.len(), plugged.devices.len()), (3, 0));
+        let [fixed, plugged] = plans(&[Device::display("a", 256)], Path::new("/tmp"));
+        assert_eq!((fixed.devices.len(), plugged.devices.len()), (2, 0));
     }
 
     #[test]

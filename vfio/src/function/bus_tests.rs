@@ -108,10 +108,11 @@ impl Vm {
 
     /// What firmware and the guest's drivers do.
     fn start(&self) {
+        let (memory32, memory64) = (0xc000_0000..0xd000_0000, 1 << 40..2 << 40);
         let windows = Windows {
             io: 0xc000..0xd000,
-            memory32: 0xc000_0000..0xd000_0000,
-            memory64: 1 << 40..2 << 40,
+            memory32: vec![memory32],
+            memory64: vec![memory64],
         };
         self.topology.assign(&windows).unwrap();
         (0..2).for_each(|which| self.decode(which));

@@ -219,8 +219,7 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         group: root::link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
         // -1 where the firmware says nothing.
         numa_node: root::number(&folder.join("numa_node")),
-        resources: root::attribute(&folder.join("resource"))
-            .map_or_else(Vec::new, |text| resources(&text)),
+        resources: resources_in(&folder),
         link: link(&folder),
         reset_methods: reset_methods(&folder),
         // Only displays have the attribute.
@@ -354,6 +353,13 @@ fn reset_methods(folder: &Path) -> Vec<String> {
     let words = words.or_else(|| folder.join("reset").exists().then(|| "yes".to_owned()));
     let words = words.unwrap_or_default();
     words.split_whitespace().map(str::to_owned).collect()
+}
+
+/// BARs 0 to 5 and the expansion ROM, those that there are, of the device whose folder in sysfs is
+/// `folder`.
+#[must_use]
+pub fn resources_in(folder: &Path) -> Vec<Resource> {
+    root::attribute(&folder.join("resource")).map_or_else(Vec::new, |text| resources(&text))
 }
 
 /// The sysfs attribute `resource`: a line `START END FLAGS` for each, all zero where absent.

@@ -44,7 +44,7 @@ pub use bind::{BindOptions, Bound, VFIO_PCI, bind};
 pub use busway_iommu::IommuAdvice;
 pub use busway_iommu::is_vfio_driver;
 pub use check::{GroupBlocker, Refusal, check_bind, check_unbind};
-pub use device::{HostDevice, Link, LinkState, Resource, Sriov};
+pub use device::{HostDevice, Link, LinkState, Resource, Sriov, resources_in};
 pub use doctor::examine;
 pub use error::{ChangeError, HostError, RefusedError, Stranded};
 pub use finding::{Finding, Level, Remedy, worst};

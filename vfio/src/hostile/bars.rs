@@ -155,10 +155,11 @@ pub fn bars(bytes: &[u8]) {
     let topology = &cast.topology;
     if story.byte() & 1 == 0 {
         // As firmware does it; where there is no room, the guest begins with nothing.
+        let (memory32, memory64) = (0xc000_0000..0xe000_0000, 1 << 36..1 << 40);
         let _ = topology.assign(&Windows {
             io: 0xc000..0x1_0000,
-            memory32: 0xc000_0000..0xe000_0000,
-            memory64: 1 << 36..1 << 40,
+            memory32: vec![memory32],
+            memory64: vec![memory64],
         });
         cast.check();
     }

@@ -13,11 +13,14 @@ use crate::topology::tests::{bdf, device, port, read32, write16};
 
 const GIB: u64 = 1 << 30;
 
-const WINDOWS: Windows = Windows {
-    io: 0xc000..0x1_0000,
-    memory32: 0xc000_0000..0xe000_0000,
-    memory64: 64 * GIB..512 * GIB,
-};
+fn windows() -> Windows {
+    let (memory32, memory64) = (0xc000_0000..0xe000_0000, 64 * GIB..512 * GIB);
+    Windows {
+        io: 0xc000..0x1_0000,
+        memory32: vec![memory32],
+        memory64: vec![memory64],
+    }
+}
 
 type BarSpec = (BarIndex, BarKind, u64);
 
@@ -51,7 +54,7 @@ fn each_bar_lies_in_the_window_for_its_kind() {
     ]]);
     let beside = FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_64, 0x8000)]);
     topology.add(Place::root(device(9)), beside).unwrap();
-    topology.assign(&WINDOWS).unwrap();
+    topology.assign(&windows()).unwrap();
     assert_eq!(
         addresses(&topology),
         [
@@ -77,7 +80,7 @@ fn each_bar_lies_in_the_window_for_its_kind() {
 #[test]
 fn windows_of_ports_with_nothing_in_them_are_closed() {
     let (_, topology) = behind_ports(&[&[], &[(BarIndex::Bar(0), MEMORY_32, 0x1000)]]);
-    topology.assign(&WINDOWS).unwrap();
+    topology.assign(&windows()).unwrap();
     let register = |offset| read32(&topology, bdf("00:01.0"), offset);
     assert_eq!(register(spec::IO_BASE) & 0xffff, 0x00f0);
     assert_eq!(register(spec::MEMORY_BASE), 0x0000_fff0);
@@ -101,7 +104,7 @@ fn buses_behind_buses_nest() {
     let lower = topology.add(place, port(9)).unwrap();
     let leaf = FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 1 << 21)]);
     let leaf = topology.add(Place::behind(lower), leaf).unwrap();
-    topology.assign(&WINDOWS).unwrap();
+    topology.assign(&windows()).unwrap();
     assert_eq!(
         read32(&topology, bdf("00:01.0"), spec::PRIMARY_BUS),
         0x0002_0100
@@ -127,9 +130,9 @@ fn a_bar_without_room_is_named() {
         ],
     ]);
     assert_eq!(
-        topology.assign(&WINDOWS).unwrap_err().to_string(),
-        "0000:02:00.0: BAR 2 of 0x40000000 bytes finds no room in the 32-bit memory window, \
-         0xc0000000..0xe0000000, beside the other devices: remove devices, or make the window larger"
+        topology.assign(&windows()).unwrap_err().to_string(),
+        "a device: BAR 2 of 1073741824 bytes finds no room in the guest's memory below 4 GiB \
+         beside the other devices: give the VM fewer devices"
     );
 }
 
@@ -137,7 +140,7 @@ fn a_bar_without_room_is_named() {
 fn the_largest_possible_bars_find_no_room_without_overflow() {
     let largest: &[_] = &[(BarIndex::Bar(0), PREFETCHABLE_64, 1 << 63)];
     let (_, topology) = behind_ports(&[largest, largest, largest]);
-    assert!(topology.assign(&WINDOWS).is_err());
+    assert!(topology.assign(&windows()).is_err());
 }
 
 #[test]
@@ -147,7 +150,7 @@ fn io_bars_beyond_the_ports_there_are_stay_unassigned() {
         (BarIndex::Bar(1), BarKind::Io, 0x20),
     ];
     let (_, topology) = behind_ports(&[io; 6]);
-    topology.assign(&WINDOWS).unwrap();
+    topology.assign(&windows()).unwrap();
     let addresses = addresses(&topology);
     let ports: Vec<_> = addresses.iter().skip(1).step_by(2).collect();
     let ports: Vec<_> = ports.into_iter().map(|(_, address)| *address).collect();
@@ -160,10 +163,10 @@ fn assigning_again_after_a_reset_gives_the_same() {
         (BarIndex::Bar(0), MEMORY_32, 0x1000),
         (BarIndex::Bar(2), PREFETCHABLE_64, GIB),
     ]]);
-    topology.assign(&WINDOWS).unwrap();
+    topology.assign(&windows()).unwrap();
     let before = addresses(&topology);
     topology.reset();
-    topology.assign(&WINDOWS).unwrap();
+    topology.assign(&windows()).unwrap();
     assert_eq!(addresses(&topology), before);
 }
 
@@ -184,7 +187,7 @@ fn a_hot_plug_port_has_room_in_its_memory_windows_and_none_of_the_few_ports() {
             .add(Place::root(device(number as u8)), Arc::new(port))
             .unwrap();
     }
-    topology.assign(&WINDOWS).unwrap();
+    topology.assign(&windows()).unwrap();
     for number in 1..32 {
         let at = bdf(&format!("00:{number:02x}.0"));
         let window = |register| {
@@ -228,14 +231,19 @@ proptest! {
         for (number, bars) in (0x10..).zip(&beside) {
             topology.add(Place::root(device(number)), FakeFunction::new(bars)).unwrap();
         }
-        if topology.assign(&WINDOWS).is_ok() {
+        if topology.assign(&windows()).is_ok() {
             let mut count = 0;
             for (id, function) in topology.functions() {
                 write16(&topology, topology.bdf(id).unwrap(), spec::COMMAND, 7);
                 for region in function.bars() {
                     let last = region.address + (region.size - 1);
                     let on_root = topology.bdf(id).unwrap().bus.0 == 0;
-                    let (_, window) = Space::of(region.kind, on_root).window(&WINDOWS);
+                    let all = windows();
+                    let window = match WindowKind::of(region.kind, on_root) {
+                        WindowKind::Io => &all.io,
+                        WindowKind::Memory32 => &all.memory32[0],
+                        WindowKind::Memory64 => &all.memory64[0],
+                    };
                     let unassigned = region.kind == BarKind::Io && region.address == 0;
                     prop_assert!(unassigned || window.contains(&region.address) && window.contains(&last));
                     count += usize::from(!unassigned);

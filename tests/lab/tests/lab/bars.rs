@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use busway_lab::{
-    Device, GuestKernel, GuestRun, Host, HostConfig, Kernel, Lab, Profile, Vmm, build_static,
+    Device, GuestKernel, GuestRun, Host, HostConfig, Iommu, Kernel, Lab, Profile, Vmm, build_static,
 };
 
-use crate::assigned::{Interface, bound, give_back, word};
+use crate::assigned::{Interface, bound, give_back, word, zoo};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
@@ -28,6 +28,14 @@ pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
         "bars_of_a_drive_that_is_reset_or_asleep_are_gone_and_come_back",
         resets,
+    ),
+    Proof::new(
+        "bars_of_512_mib_below_4_gib_have_room_and_the_guest_has_all_its_ram",
+        below_4_gib,
+    ),
+    Proof::new(
+        "bars_and_windows_keep_clear_of_what_amds_iommu_reserves",
+        amd,
     ),
 ];
 
@@ -243,5 +251,86 @@ fn resets(lab: &mut Lab) -> Result<()> {
         eprintln!("{interface:?}: {sleep}; {}", result.value("reset")?);
     }
     let (host, drive) = bound(lab, "nv0")?;
+    give_back(host, &drive, "nvme")
+}
+
+/// Two frame buffers of 256 MiB below 4 GiB: with the windows of their ports more than lies above 3 GiB. RAM
+/// ends at 2 GiB and goes on at 4 GiB, the guest's kernel places nothing anew, and all of both BARs is reached.
+fn below_4_gib(lab: &mut Lab) -> Result<()> {
+    const RAM_MIB: u64 = 3072;
+    let host = HostConfig::new(Kernel::Iommufd)
+        .memory_mib(6144)
+        .device(Device::display("fb1", 256))
+        .device(Device::display("fb2", 256));
+    let host = lab.host(&host)?;
+    let addresses = bind(host, &["fb1", "fb2"])?;
+    let script = "\
+        value ram $(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)\n\
+        value map \"$(grep 'System RAM' /proc/iomem | tr '\\n' ' ')\"\n\
+        value anew \"$(dmesg | grep -c \"can't claim\\|no compatible bridge window\\|failed to assign\")\"\n\
+        n=0\n\
+        for f in $(grep -l 0x1111 /sys/bus/pci/devices/*/device); do\n\
+            f=${f%/device} n=$((n + 1))\n\
+            echo 1 >$f/enable\n\
+            bar=$(sed -n 1p $f/resource | cut -d ' ' -f 1)\n\
+            for at in $((bar)) $((bar + 0xffffff8)); do devmem $at 64 0x$n; done\n\
+            value bar$n \"$bar $(devmem $((bar)) 64) $(devmem $((bar + 0xffffff8)) 64)\"\n\
+        done\n";
+    let run = guest()?
+        .memory_mib(RAM_MIB)
+        .device(&addresses[0])
+        .device(&addresses[1])
+        .script(script);
+    let result = host.guest(&run)?.success()?;
+    let ram: u64 = result.value("ram")?.parse()?;
+    // The kernel keeps a little for itself.
+    ensure!(
+        ram > (RAM_MIB - 256) << 10,
+        "{ram} KiB of {RAM_MIB} MiB are there"
+    );
+    let map = result.value("map")?;
+    ensure!(
+        map.contains("-7fffffff ") && map.contains("100000000-13fffffff "),
+        "RAM does not end at 2 GiB and go on at 4 GiB: {map}"
+    );
+    ensure!(
+        result.value("anew")? == "0",
+        "the guest's kernel found windows wanting"
+    );
+    for (number, key) in (1..).zip(["bar1", "bar2"]) {
+        let words: Vec<_> = result.value(key)?.split(' ').collect();
+        let wanted = format!("0x{number:016x}");
+        ensure!(
+            words.len() == 3
+                && words[1..]
+                    .iter()
+                    .all(|word| word.eq_ignore_ascii_case(&wanted)),
+            "{key}: {words:?}"
+        );
+    }
+    Ok(())
+}
+
+/// AMD's IOMMUs reserve 1012 to 1024 GiB, which a guest with wide addresses has within its 64-bit window: no
+/// window of its host bridge reaches in.
+fn amd(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo().iommu(Iommu::Amd))?;
+    let drive = bind(host, &["nv0"])?.remove(0);
+    let script = "value windows \"$(grep 'PCI Bus 0000:00' /proc/iomem | cut -d ' ' -f 1 | tr '\\n' ' ')\"\n";
+    let run = guest()?.device(&drive).script(script);
+    let result = host.guest(&run)?.success()?;
+    let windows = result.value("windows")?;
+    let mut above = 0;
+    for window in windows.split_ascii_whitespace() {
+        let (start, last) = window.split_once('-').context("no range")?;
+        let [start, last] = [start, last].map(|digits| u64::from_str_radix(digits, 16));
+        let (start, last) = (start?, last?);
+        ensure!(
+            last < 0xfd_0000_0000 || start >= 1 << 40,
+            "a window reaches into what is reserved: {windows}"
+        );
+        above += u32::from(start >= 1 << 32);
+    }
+    ensure!(above > 0, "there is no 64-bit window: {windows}");
     give_back(host, &drive, "nvme")
 }

@@ -1,0 +1,475 @@
+//! Room for BARs and bridge windows: pure arithmetic on what functions need and what the machine has.
+//!
+//! It serves twice: before there is a machine, to find out where its windows have to begin
+//! ([`find_room`]), and when addresses are assigned.
+//!
+//! Within a bus the most aligned comes first, and each takes the lowest place that is free. A bridge's
+//! window is as large as what is behind it, and lies in one of the machine's ranges as a whole: so no
+//! address that a bridge forwards is one that the machine keeps clear.
+
+use std::cmp::Reverse;
+use std::fmt;
+use std::ops::Range;
+
+use crate::function::{BarIndex, BarKind, PAGE_SIZE};
+use crate::spec;
+
+/// The guest addresses and ports that PCI has. Ranges ascend and are disjoint; between them is what
+/// BARs have to keep clear of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Windows {
+    /// I/O ports, such as 0xC000 up.
+    pub io: Range<u64>,
+    /// Memory below 4 GiB.
+    pub memory32: Vec<Range<u64>>,
+    /// Memory above 4 GiB.
+    pub memory64: Vec<Range<u64>>,
+}
+
+impl Windows {
+    fn ranges(&self, kind: WindowKind) -> &[Range<u64>] {
+        match kind {
+            WindowKind::Io => std::slice::from_ref(&self.io),
+            WindowKind::Memory32 => &self.memory32,
+            WindowKind::Memory64 => &self.memory64,
+        }
+    }
+}
+
+/// The kinds of room, as bridges have windows for them. PCIe 6.0 §7.5.1.3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WindowKind {
+    /// Ports.
+    Io,
+    /// Memory below 4 GiB.
+    Memory32,
+    /// Memory above 4 GiB.
+    Memory64,
+}
+
+impl fmt::Display for WindowKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Io => "I/O ports",
+            Self::Memory32 => "memory below 4 GiB",
+            Self::Memory64 => "memory above RAM",
+        })
+    }
+}
+
+impl WindowKind {
+    /// Where a BAR of this kind goes, on bus 0 or behind a bridge.
+    ///
+    /// A bridge forwards addresses above 4 GiB by its prefetchable window only: the other's registers
+    /// hold 32 bits (PCIe 6.0 §7.5.1.3.8). So a 64-bit BAR that is not prefetchable is below 4 GiB
+    /// behind a bridge. PCIe 6.0 §7.5.1.2.1 ("Additional Guidance on the Prefetchable Bit in Memory
+    /// Space BARs") lets a device's designer set the bit where reads have side effects, and nobody else:
+    /// software goes by the bit. Linux takes such a BAR in a prefetchable window for firmware's mistake
+    /// and places it anew (`pci_find_parent_resource` in drivers/pci/pci.c), and a guest may map what
+    /// is prefetchable with write combining.
+    #[must_use]
+    pub const fn of(kind: BarKind, on_root_bus: bool) -> Self {
+        match kind {
+            BarKind::Io => Self::Io,
+            BarKind::Memory64 { prefetchable } if prefetchable || on_root_bus => Self::Memory64,
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => Self::Memory32,
+        }
+    }
+
+    const fn granule(self) -> u64 {
+        match self {
+            Self::Io => spec::IO_WINDOW_GRANULE,
+            Self::Memory32 | Self::Memory64 => spec::MEMORY_WINDOW_GRANULE,
+        }
+    }
+
+    /// What a BAR is aligned to, though it be smaller: memory comes in pages, and one that has a page
+    /// to itself can be reached without an exit.
+    const fn bar_alignment(self) -> u64 {
+        match self {
+            Self::Io => spec::BAR_IO_MIN,
+            Self::Memory32 | Self::Memory64 => PAGE_SIZE,
+        }
+    }
+}
+
+/// The least that each memory window of a bridge with a slot has, needed or not: what Linux gives a
+/// bridge that it sets up itself (`pci=hpmmiosize=`).
+const HOT_PLUG_ROOM: u64 = 2 << 20;
+
+/// What a function needs of the guest's addresses.
+#[derive(Clone, Debug)]
+pub struct Needs<F> {
+    /// Which function it is.
+    pub function: F,
+    /// Its BARs: which, of what kind, and bytes.
+    pub bars: Vec<(BarIndex, BarKind, u64)>,
+    /// What is behind it, where it is a bridge.
+    pub bridge: Option<Behind<F>>,
+}
+
+/// What is behind a bridge.
+#[derive(Clone, Debug)]
+pub struct Behind<F> {
+    /// It has a slot, whose device can come and go.
+    pub hot_plug: bool,
+    /// The functions on the bus behind it.
+    pub functions: Vec<Needs<F>>,
+}
+
+/// A BAR for which there is no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoRoom<F> {
+    /// Whose it is.
+    pub function: F,
+    /// Which BAR.
+    pub bar: BarIndex,
+    /// What it decodes.
+    pub kind: BarKind,
+    /// Its bytes.
+    pub size: u64,
+    /// Which of the machine's windows is too small.
+    pub window: WindowKind,
+}
+
+/// That everything on bus 0 finds room in one kind of window, with all behind its bridges.
+///
+/// # Errors
+/// [`NoRoom`], for the largest BAR of what found none first
+pub fn find_room<F: Copy>(
+    bus_0: &[Needs<F>],
+    window: WindowKind,
+    windows: &Windows,
+) -> Result<(), NoRoom<F>> {
+    let missing = place(bus_0, window, windows, |_, _| {});
+    missing.into_iter().next().map_or(Ok(()), Err)
+}
+
+/// Something that needs room. Sizes are wide so that a sum of hostile BARs cannot overflow.
+#[derive(Debug)]
+pub(super) struct Request<F> {
+    pub(super) function: F,
+    pub(super) size: u128,
+    align: u128,
+    pub(super) what: What<F>,
+}
+
+#[derive(Debug)]
+pub(super) enum What<F> {
+    Bar(BarIndex, BarKind),
+    /// A bridge's window, with what is in it.
+    Window(Vec<Request<F>>),
+}
+
+impl<F: Copy> Request<F> {
+    /// The largest BAR in it, to be named where there is no room.
+    fn largest_bar(&self, window: WindowKind) -> Option<NoRoom<F>> {
+        match &self.what {
+            &What::Bar(bar, kind) => Some(NoRoom {
+                function: self.function,
+                bar,
+                kind,
+                size: u64::try_from(self.size).unwrap_or(u64::MAX),
+                window,
+            }),
+            What::Window(inner) => inner
+                .iter()
+                .filter_map(|request| request.largest_bar(window))
+                .max_by_key(|bar| bar.size),
+        }
+    }
+}
+
+/// Finds places for what bus 0 needs of one kind of window, and gives each to `placed`. Returns the
+/// largest BAR of each request that found none.
+pub(super) fn place<F: Copy>(
+    bus_0: &[Needs<F>],
+    window: WindowKind,
+    windows: &Windows,
+    mut placed: impl FnMut(&Request<F>, u128),
+) -> Vec<NoRoom<F>> {
+    let mut free = Free::new(windows.ranges(window));
+    let mut missing = Vec::new();
+    for request in requests(bus_0, true, window) {
+        match free.take(request.size, request.align) {
+            Some(place) => placed(&request, place),
+            None => missing.extend(request.largest_bar(window)),
+        }
+    }
+    missing
+}
+
+/// Where each request of a bridge's window comes to lie, from `start` on.
+pub(super) fn places<F>(requests: &[Request<F>], start: u128) -> Vec<u128> {
+    offsets(requests, start).0
+}
+
+/// What one bus needs of one kind of window, the most aligned first.
+fn requests<F: Copy>(bus: &[Needs<F>], on_root_bus: bool, window: WindowKind) -> Vec<Request<F>> {
+    let mut found = Vec::new();
+    for needs in bus {
+        for &(index, kind, size) in &needs.bars {
+            if size != 0 && WindowKind::of(kind, on_root_bus) == window {
+                found.push(Request {
+                    function: needs.function,
+                    size: size.into(),
+                    align: size.max(window.bar_alignment()).into(),
+                    what: What::Bar(index, kind),
+                });
+            }
+        }
+        if let Some(bridge) = &needs.bridge {
+            let inner = requests(&bridge.functions, false, window);
+            let granule = u128::from(window.granule());
+            let least = match bridge.hot_plug && window != WindowKind::Io {
+                true => u128::from(HOT_PLUG_ROOM),
+                false => 0,
+            };
+            let size = offsets(&inner, 0).1.next_multiple_of(granule).max(least);
+            if size != 0 {
+                found.push(Request {
+                    function: needs.function,
+                    size,
+                    align: inner
+                        .first()
+                        .map_or(granule, |most| most.align.max(granule)),
+                    what: What::Window(inner),
+                });
+            }
+        }
+    }
+    found.sort_by_key(|request| Reverse((request.align, request.size)));
+    found
+}
+
+/// Where each request comes to lie from `start` on, and where the last one ends.
+fn offsets<F>(requests: &[Request<F>], start: u128) -> (Vec<u128>, u128) {
+    let mut end = start;
+    let places = requests
+        .iter()
+        .map(|request| {
+            let place = end.next_multiple_of(request.align);
+            end = place + request.size;
+            place
+        })
+        .collect();
+    (places, end)
+}
+
+/// What is left of a window: ascending, disjoint.
+struct Free(Vec<Range<u128>>);
+
+impl Free {
+    fn new(ranges: &[Range<u64>]) -> Self {
+        let wide = |range: &Range<u64>| range.start.into()..range.end.into();
+        Self(ranges.iter().map(wide).collect())
+    }
+
+    /// Takes `size` bytes at the lowest place that is free and aligned.
+    fn take(&mut self, size: u128, align: u128) -> Option<u128> {
+        let (index, place) = self.0.iter().enumerate().find_map(|(index, range)| {
+            let place = range.start.next_multiple_of(align);
+            (place + size <= range.end).then_some((index, place))
+        })?;
+        let range = self.0.remove(index);
+        let left = [place + size..range.end, range.start..place];
+        for piece in left.into_iter().filter(|piece| !piece.is_empty()) {
+            self.0.insert(index, piece);
+        }
+        Some(place)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fake::{MEMORY_32, MEMORY_64, PREFETCHABLE_64};
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    /// One range of addresses.
+    fn one(range: Range<u64>) -> Vec<Range<u64>> {
+        vec![range]
+    }
+
+    fn windows(memory32: &[Range<u64>], memory64: &[Range<u64>]) -> Windows {
+        Windows {
+            io: 0xc000..0x1_0000,
+            memory32: memory32.to_vec(),
+            memory64: memory64.to_vec(),
+        }
+    }
+
+    /// Ports with a slot each, numbered, with a function of these BARs behind each.
+    fn ports(devices: &[Vec<(BarIndex, BarKind, u64)>]) -> Vec<Needs<usize>> {
+        let port = |(function, bars): (usize, &Vec<_>)| Needs {
+            function: usize::MAX,
+            bars: Vec::new(),
+            bridge: Some(Behind {
+                hot_plug: true,
+                functions: vec![Needs {
+                    function,
+                    bars: bars.clone(),
+                    bridge: None,
+                }],
+            }),
+        };
+        devices.iter().enumerate().map(port).collect()
+    }
+
+    /// Where each BAR comes to lie: function, first address, bytes.
+    fn placed(
+        needs: &[Needs<usize>],
+        window: WindowKind,
+        windows: &Windows,
+    ) -> Vec<(usize, u64, u64)> {
+        fn walk(request: &Request<usize>, place: u128, all: &mut Vec<(usize, u64, u64)>) {
+            match &request.what {
+                What::Bar(..) => all.push((request.function, place as u64, request.size as u64)),
+                What::Window(inner) => {
+                    for (request, place) in inner.iter().zip(places(inner, place)) {
+                        walk(request, place, all);
+                    }
+                }
+            }
+        }
+        let mut all = Vec::new();
+        place(needs, window, windows, |request, place| {
+            walk(request, place, &mut all);
+        });
+        all.sort_unstable();
+        all
+    }
+
+    #[test]
+    fn four_bars_of_128_gib_go_round_what_the_iommu_reserves_below_1_tib() {
+        let bar = vec![(BarIndex::Bar(0), PREFETCHABLE_64, 128 * GIB)];
+        let needs = ports(&vec![bar; 4]);
+        let windows = windows(&[], &[513 * GIB..1012 * GIB, 1024 * GIB..1 << 48]);
+        let starts: Vec<_> = placed(&needs, WindowKind::Memory64, &windows)
+            .into_iter()
+            .map(|(_, start, _)| start / GIB)
+            .collect();
+        assert_eq!(starts, [640, 768, 1024, 1152]);
+    }
+
+    #[test]
+    fn large_64_bit_bars_that_are_not_prefetchable_are_below_4_gib_behind_a_port() {
+        let card = vec![
+            (BarIndex::Bar(0), MEMORY_64, 512 * MIB),
+            (BarIndex::Bar(2), MEMORY_64, 64 * MIB),
+            (BarIndex::Bar(4), MEMORY_64, 2 * MIB),
+        ];
+        let needs = ports(std::slice::from_ref(&card));
+        let below = WindowKind::Memory32;
+        let above = one(4 * GIB..512 * GIB);
+        let no_room = find_room(&needs, below, &windows(&one(3 * GIB..7 * GIB / 2), &above));
+        assert_eq!(
+            no_room,
+            Err(NoRoom {
+                function: 0,
+                bar: BarIndex::Bar(0),
+                kind: MEMORY_64,
+                size: 512 * MIB,
+                window: WindowKind::Memory32
+            })
+        );
+        let larger = windows(&one(2 * GIB..7 * GIB / 2), &above);
+        assert_eq!(find_room(&needs, below, &larger), Ok(()));
+        let all = placed(&needs, WindowKind::Memory32, &larger);
+        assert_eq!(
+            all,
+            [
+                (0, 2 * GIB, 512 * MIB),
+                (0, 2 * GIB + 512 * MIB, 64 * MIB),
+                (0, 2 * GIB + 576 * MIB, 2 * MIB)
+            ]
+        );
+        // On bus 0 no bridge is in the way.
+        let on_bus_0 = [Needs {
+            function: 0,
+            bars: card,
+            bridge: None,
+        }];
+        assert_eq!(find_room(&on_bus_0, below, &windows(&[], &above)), Ok(()));
+    }
+
+    #[test]
+    fn what_alignment_leaves_free_is_used() {
+        let bars = |size| vec![(BarIndex::Bar(0), PREFETCHABLE_64, size)];
+        let needs = ports(&[bars(8 * GIB), bars(4 * GIB), bars(GIB)]);
+        let windows = windows(&[], &one(5 * GIB..17 * GIB));
+        assert_eq!(
+            placed(&needs, WindowKind::Memory64, &windows),
+            [
+                (0, 8 * GIB, 8 * GIB),
+                // 5 to 8 GiB are too small and the end is, too: nothing of it is placed.
+                (2, 5 * GIB, GIB)
+            ]
+        );
+    }
+
+    fn bars() -> impl Strategy<Value = Vec<(BarIndex, BarKind, u64)>> {
+        let bar = |number| {
+            (0..4_u8, 12..42_u32).prop_map(move |(kind, log2)| {
+                let (kind, size) = match kind {
+                    0 => (MEMORY_32, 1 << log2.min(30)),
+                    1 => (MEMORY_64, 1 << log2.min(30)),
+                    2 => (BarKind::Io, 32),
+                    _ => (PREFETCHABLE_64, 1 << log2),
+                };
+                (BarIndex::Bar(number), kind, size)
+            })
+        };
+        (bar(0), bar(2), bar(4)).prop_map(|(a, b, c)| vec![a, b, c])
+    }
+
+    /// Ranges with holes between them, from `start` on.
+    fn ranges(start: u64, unit: u64) -> impl Strategy<Value = Vec<Range<u64>>> {
+        vec((1..64_u64, 0..64_u64), 1..5).prop_map(move |pieces| {
+            let mut at = start;
+            let mut ranges = Vec::new();
+            for (hole, size) in pieces {
+                at += hole * unit;
+                if size > 0 {
+                    ranges.push(at..at + size * unit);
+                }
+                at += size * unit;
+            }
+            ranges
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_bar_overlaps_another_or_what_lies_between_the_ranges(
+            devices in vec(bars(), 0..8),
+            memory32 in ranges(GIB, 16 * MIB),
+            memory64 in ranges(4 * GIB, 32 * GIB),
+        ) {
+            let needs = ports(&devices);
+            let windows = windows(&memory32, &memory64);
+            for (kind, ranges) in [
+                (WindowKind::Memory32, &memory32),
+                (WindowKind::Memory64, &memory64),
+            ] {
+                let mut all = placed(&needs, kind, &windows);
+                for &(_, start, size) in &all {
+                    prop_assert_eq!(start % size.max(PAGE_SIZE), 0);
+                    let inside = |range: &Range<u64>| range.start <= start && start + size <= range.end;
+                    prop_assert!(ranges.iter().any(inside), "{:#x} of {:#x} bytes", start, size);
+                }
+                let wanted = devices.iter().flatten().filter(|(_, bar, _)| WindowKind::of(*bar, false) == kind);
+                if find_room(&needs, kind, &windows).is_ok() {
+                    prop_assert_eq!(all.len(), wanted.count());
+                }
+                all.sort_by_key(|&(_, start, _)| start);
+                prop_assert!(all.windows(2).all(|pair| pair[0].1 + pair[0].2 <= pair[1].1));
+            }
+        }
+    }
+}

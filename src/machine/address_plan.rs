@@ -1,0 +1,373 @@
+//! Where the guest's RAM and windows lie, found out from the BARs' sizes before any of it is taken.
+//!
+//! Devices are opened while RAM is populated, so what they need below 4 GiB has to be known before
+//! from what sysfs says of them.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use busway_iommu::{IovaRange, keep_clear};
+use busway_pci::{BarIndex, BarKind, Behind, Needs, NoRoom, WindowKind, Windows, find_room, spec};
+use busway_vfio::host::{Resource, resources_in};
+use busway_vfio::{AssignOptions, RomChoice};
+
+use super::places::{HostFunction, behind_ports};
+use crate::config::MemoryConfig;
+use crate::memory::{Amount, layout};
+
+/// Huge pages that RAM is aligned for where it is made of ordinary ones.
+const TRANSPARENT_HUGE_PAGE: u64 = 2 << 20;
+/// How many devices a refusal names as those that need most.
+const NAMED: usize = 3;
+
+/// A host function that the guest is to have, as sysfs shows it.
+#[derive(Clone, Debug)]
+pub(super) struct PlannedFunction {
+    folder: PathBuf,
+    host: HostFunction,
+    bars: Vec<(BarIndex, BarKind, u64)>,
+}
+
+impl PlannedFunction {
+    /// The function whose folder in sysfs is `folder`.
+    pub(super) fn new(folder: &Path, options: &AssignOptions) -> Self {
+        let mut bars: Vec<_> = resources_in(folder)
+            .iter()
+            .filter_map(|resource| match (bar_of(resource)?, &options.rom) {
+                ((BarIndex::Rom, ..), RomChoice::None | RomChoice::Image(_)) => None,
+                (bar, _) => Some(bar),
+            })
+            .collect();
+        if let RomChoice::Image(image) = &options.rom {
+            bars.push((BarIndex::Rom, ROM, image.size()));
+        }
+        Self {
+            folder: folder.to_owned(),
+            host: HostFunction::in_folder(folder),
+            bars,
+        }
+    }
+
+    /// Its address on the host.
+    fn name(&self) -> String {
+        match self.host.address {
+            Some(address) => address.to_string(),
+            None => self.folder.display().to_string(),
+        }
+    }
+
+    /// What of its BARs is below 4 GiB behind a port, in bytes.
+    fn below_4_gib(&self) -> u64 {
+        let below = |kind| WindowKind::of(kind, false) == WindowKind::Memory32;
+        self.bars
+            .iter()
+            .filter(|(_, kind, _)| below(*kind))
+            .fold(0, |sum, (_, _, size)| sum.saturating_add(*size))
+    }
+}
+
+const ROM: BarKind = BarKind::Memory32 {
+    prefetchable: false,
+};
+
+/// What VFIO will show: BARs by their register, with the host's sizes. A size that no BAR can have is
+/// refused when the device is opened.
+fn bar_of(resource: &Resource) -> Option<(BarIndex, BarKind, u64)> {
+    let prefetchable = resource.is_prefetchable();
+    let (index, kind) = match resource.index {
+        bar if bar >= spec::BAR_COUNT => (BarIndex::Rom, ROM),
+        bar if resource.is_io() => (BarIndex::Bar(bar), BarKind::Io),
+        bar if resource.is_64bit() => (BarIndex::Bar(bar), BarKind::Memory64 { prefetchable }),
+        bar => (BarIndex::Bar(bar), BarKind::Memory32 { prefetchable }),
+    };
+    resource
+        .size
+        .is_power_of_two()
+        .then_some((index, kind, resource.size))
+}
+
+/// A BAR of a host device's finds no room among the guest's addresses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{bar} of {device} ({}{kind}) finds no room in the guest: {why}; {remedy}", Amount(*size))]
+pub struct NoRoomError {
+    device: String,
+    bar: BarIndex,
+    size: u64,
+    kind: &'static str,
+    why: String,
+    remedy: String,
+}
+
+/// Where the guest's RAM and windows lie.
+#[derive(Clone, Debug)]
+pub(super) struct AddressPlan {
+    /// Where RAM below 4 GiB ends and the 32-bit window starts.
+    pub(super) mmio32_start: u64,
+    /// The addresses, first and last, where the devices let no memory be; ascending.
+    pub(super) reserved: Vec<(u64, u64)>,
+    /// The width of a guest-physical address.
+    address_bits: u8,
+}
+
+impl AddressPlan {
+    /// Finds room for all BARs of `functions`, which come in the order in which they were given.
+    /// The 32-bit window starts at 3 GiB unless they need a larger one.
+    ///
+    /// # Errors
+    /// [`NoRoomError`], which names a BAR and what helps
+    pub(super) fn new(
+        memory: &MemoryConfig,
+        functions: &[PlannedFunction],
+        reserved: Vec<(u64, u64)>,
+        address_bits: u8,
+    ) -> Result<Self, NoRoomError> {
+        let mut plan = Self {
+            mmio32_start: layout::MMIO32_START,
+            reserved,
+            address_bits,
+        };
+        let needs = needs(functions);
+        let mut below = Ok(());
+        for start in layout::MMIO32_STARTS {
+            plan.mmio32_start = start;
+            let windows = plan.windows(&[], &[]);
+            below = find_room(&needs, WindowKind::Memory32, &windows);
+            if below.is_ok() {
+                break;
+            }
+        }
+        if let Err(missing) = below {
+            return Err(plan.refuse_below_4_gib(functions, &missing));
+        }
+        match plan.find_room_above(&needs, memory, memory.size) {
+            Ok(()) => Ok(plan),
+            Err(missing) => Err(plan.refuse_above_ram(functions, memory, &missing)),
+        }
+    }
+
+    /// The windows of a machine with RAM at `ram`, whose devices' IOMMUs map at `usable` (all
+    /// ascending; empty where nothing is known). They keep clear of RAM, and of what is reserved or lies
+    /// between the usable ranges.
+    pub(super) fn windows(&self, ram: &[Range<u64>], usable: &[IovaRange]) -> Windows {
+        let reserved = self.reserved.iter();
+        let reserved: Vec<_> = reserved
+            .map(|&(start, last)| IovaRange { start, last })
+            .collect();
+        let clear = keep_clear(&reserved, usable).into_iter();
+        let holes = layout::holes(
+            clear.map(|range| (range.start, range.last)),
+            TRANSPARENT_HUGE_PAGE,
+        );
+        let top_of_ram = ram.last().map_or(0, |range| range.end);
+        Windows {
+            io: layout::PCI_IO,
+            memory32: layout::mmio32(self.mmio32_start, &holes),
+            memory64: layout::mmio64(top_of_ram, self.address_bits, &holes),
+        }
+    }
+
+    /// Whether there is room above RAM of `size` bytes.
+    fn find_room_above<F: Copy>(
+        &self,
+        needs: &[Needs<F>],
+        memory: &MemoryConfig,
+        size: u64,
+    ) -> Result<(), NoRoom<F>> {
+        let page = memory.hugepage_size.filter(|_| memory.hugepages);
+        let holes = layout::holes(
+            self.reserved.iter().copied(),
+            page.unwrap_or(TRANSPARENT_HUGE_PAGE).max(1),
+        );
+        let ram = layout::ram_ranges(size, self.mmio32_start, &holes);
+        find_room(needs, WindowKind::Memory64, &self.windows(&ram, &[]))
+    }
+
+    fn refuse_below_4_gib(
+        &self,
+        functions: &[PlannedFunction],
+        missing: &NoRoom<Option<usize>>,
+    ) -> NoRoomError {
+        let windows = self.windows(&[], &[]);
+        let room: u64 = windows.memory32.iter().map(|r| r.end - r.start).sum();
+        let alone = port_of(functions, missing.function);
+        let fits_alone = find_room(&alone, WindowKind::Memory32, &windows).is_ok();
+        let whose = match missing.bar {
+            BarIndex::Rom => "an expansion ROM",
+            BarIndex::Bar(_) if is_64_bit(missing.kind) => {
+                "behind a PCIe port a BAR that is not prefetchable"
+            }
+            BarIndex::Bar(_) => "a 32-bit BAR",
+        };
+        let why = format!(
+            "{whose} is below 4 GiB, where a guest has {} at most for all its PCI devices",
+            Amount(room)
+        );
+        let remedy = match (missing.bar, fits_alone) {
+            (BarIndex::Rom, _) => "leave the ROM out: rom=off beside its --device".to_owned(),
+            (BarIndex::Bar(_), false) => "no guest can have this device".to_owned(),
+            (BarIndex::Bar(_), true) => format!(
+                "give the VM fewer of these devices: most is needed by {}",
+                needing_most(functions)
+            ),
+        };
+        refusal(functions, missing, why, remedy)
+    }
+
+    fn refuse_above_ram(
+        &self,
+        functions: &[PlannedFunction],
+        memory: &MemoryConfig,
+        missing: &NoRoom<Option<usize>>,
+    ) -> NoRoomError {
+        let reach = 1_u64
+            .checked_shl(self.address_bits.into())
+            .unwrap_or(u64::MAX);
+        let mut why = format!(
+            "it is above the guest's RAM, and the host's processors address {} ({} bits)",
+            Amount(reach),
+            self.address_bits
+        );
+        let reserved = self
+            .reserved
+            .iter()
+            .filter(|(start, last)| *start >= layout::HIGH_RAM_START && *last < reach)
+            .fold(0_u64, |sum, (start, last)| {
+                sum.saturating_add((last - start).saturating_add(1))
+            });
+        if reserved > 0 {
+            why += &format!(
+                ", of which the host's IOMMU keeps {} clear",
+                Amount(reserved)
+            );
+        }
+        let mut remedy = match self.most_memory(&needs(functions), memory) {
+            Some(size) => format!(
+                "it fits beside {} of RAM (--memory size={}G)",
+                Amount(size),
+                size >> 30
+            ),
+            None if self
+                .most_memory(&port_of(functions, missing.function), memory)
+                .is_some() =>
+            {
+                "give the VM fewer such devices".to_owned()
+            }
+            None => "no guest of this host can have this device".to_owned(),
+        };
+        if let (Some(function), BarIndex::Bar(bar)) = (function_of(functions, missing), missing.bar)
+        {
+            let resize = function.folder.join(format!("resource{bar}_resize"));
+            if resize.exists() {
+                remedy += &format!(
+                    "; or make the BAR smaller on the host, while no driver has the device: {} \
+                     lists the sizes that it can have, and takes one",
+                    resize.display()
+                );
+            }
+        }
+        refusal(functions, missing, why, remedy)
+    }
+
+    /// The most RAM, in whole GiB, beside which all of `needs` finds room. Windows begin above RAM, so
+    /// less never leaves less room.
+    fn most_memory<F: Copy>(&self, needs: &[Needs<F>], memory: &MemoryConfig) -> Option<u64> {
+        let fits = |gib: u64| self.find_room_above(needs, memory, gib << 30).is_ok();
+        let (mut fitting, mut too_much) = (0, memory.size >> 30);
+        if too_much > 0 && fits(too_much) {
+            return Some(too_much << 30);
+        }
+        while too_much - fitting > 1 {
+            let middle = fitting + (too_much - fitting) / 2;
+            match fits(middle) {
+                true => fitting = middle,
+                false => too_much = middle,
+            }
+        }
+        (fitting > 0).then_some(fitting << 30)
+    }
+}
+
+/// What bus 0 needs: a port for each device, with its functions behind it.
+fn needs(functions: &[PlannedFunction]) -> Vec<Needs<Option<usize>>> {
+    let hosts: Vec<_> = functions.iter().map(|function| function.host).collect();
+    behind_ports(&hosts)
+        .into_iter()
+        .map(|behind| {
+            let functions = behind.iter().filter_map(|behind| {
+                Some(Needs {
+                    function: Some(behind.index),
+                    bars: functions.get(behind.index)?.bars.clone(),
+                    bridge: None,
+                })
+            });
+            Needs {
+                function: None,
+                bars: Vec::new(),
+                bridge: Some(Behind {
+                    hot_plug: true,
+                    functions: functions.collect(),
+                }),
+            }
+        })
+        .collect()
+}
+
+/// The port alone that a function is behind.
+fn port_of(functions: &[PlannedFunction], function: Option<usize>) -> Vec<Needs<Option<usize>>> {
+    let mut ports = needs(functions);
+    ports.retain(|port| {
+        let mut behind = port.bridge.iter().flat_map(|bridge| &bridge.functions);
+        behind.any(|needs| needs.function == function)
+    });
+    ports
+}
+
+fn function_of<'a>(
+    functions: &'a [PlannedFunction],
+    missing: &NoRoom<Option<usize>>,
+) -> Option<&'a PlannedFunction> {
+    functions.get(missing.function?)
+}
+
+/// The devices that need most below 4 GiB, as a person says them.
+fn needing_most(functions: &[PlannedFunction]) -> String {
+    let mut most: Vec<_> = functions
+        .iter()
+        .map(|function| (function.below_4_gib(), function.name()))
+        .collect();
+    most.sort_by_key(|(size, _)| std::cmp::Reverse(*size));
+    let most = most.iter().take(NAMED);
+    let most: Vec<_> = most
+        .map(|(size, name)| format!("{name} ({})", Amount(*size)))
+        .collect();
+    most.join(", ")
+}
+
+const fn is_64_bit(kind: BarKind) -> bool {
+    matches!(kind, BarKind::Memory64 { .. })
+}
+
+fn refusal(
+    functions: &[PlannedFunction],
+    missing: &NoRoom<Option<usize>>,
+    why: String,
+    remedy: String,
+) -> NoRoomError {
+    NoRoomError {
+        device: function_of(functions, missing)
+            .map_or_else(|| "a device".to_owned(), PlannedFunction::name),
+        bar: missing.bar,
+        size: missing.size,
+        kind: match (missing.bar, missing.kind) {
+            (BarIndex::Rom, _) | (_, BarKind::Io) => "",
+            (_, BarKind::Memory32 { .. }) => ", 32-bit",
+            (_, BarKind::Memory64 { prefetchable: true }) => ", 64-bit, prefetchable",
+            (_, BarKind::Memory64 { .. }) => ", 64-bit, not prefetchable",
+        },
+        why,
+        remedy,
+    }
+}
+
+#[cfg(test)]
+mod tests;
