@@ -51,11 +51,16 @@ impl Events {
         Arc::new(move |event| events.push(Event::Vcpu(event)))
     }
 
-    /// The next thing. Nothing is left of the signal once there is none.
+    /// How many wait.
+    pub(super) fn count(&self) -> usize {
+        self.waiting().len()
+    }
+
+    /// The next thing. Nothing is left of the signal with the last one.
     pub(super) fn take(&self) -> Option<Event> {
         let mut waiting = self.waiting();
         let event = waiting.pop_front();
-        if event.is_none() {
+        if waiting.is_empty() {
             // Nonblocking; it fails where there is no signal.
             let _ = self.signal.read();
         }
@@ -105,6 +110,8 @@ impl AsRawFd for Events {
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
     use super::*;
 
     #[test]
@@ -122,5 +129,29 @@ mod tests {
         events.reset();
         events.clear();
         assert_eq!(events.take(), None);
+    }
+
+    #[test]
+    fn the_descriptor_is_ready_exactly_while_something_waits() {
+        let events = Events::new().unwrap();
+        let ready = || {
+            let epoll = Epoll::new().unwrap();
+            let event = EpollEvent::new(EventSet::IN, 0);
+            epoll.ctl(ControlOperation::Add, events.as_raw_fd(), event).unwrap();
+            epoll.wait(0, &mut [EpollEvent::default()]).unwrap() > 0
+        };
+        assert!(!ready());
+        events.reset();
+        events.power_off();
+        assert_eq!((events.count(), ready()), (2, true));
+        events.take();
+        assert!(ready(), "one more waits");
+        events.take();
+        assert!(!ready());
+        // What is cleared leaves its signal to the next look.
+        events.reset();
+        events.clear();
+        assert_eq!(events.take(), None);
+        assert!(!ready());
     }
 }
