@@ -52,7 +52,10 @@ fn place_bytes(size: u64, map: &E820, reach: &Reach) -> Result<u64, TooBig> {
     let pieces = |end: u64| {
         let end = end.min(reach.limit);
         let within = move |ram: &Range<u64>| ram.start.max(reach.floor)..ram.end.min(end);
-        map.ram().rev().map(within).filter(|piece| !piece.is_empty())
+        map.ram()
+            .rev()
+            .map(within)
+            .filter(|piece| !piece.is_empty())
     };
     let fitting = |piece: Range<u64>| {
         let address = piece.end.checked_sub(size)? / PAGE * PAGE;
@@ -79,14 +82,12 @@ fn remedy(size: u64, map: &E820, reach: &Reach) -> String {
     let below = pages(reach.floor).saturating_add(size);
     let below = (below <= reach.limit.min(MMIO32_START)).then_some(below);
     // RAM that is added comes at the end, in one piece from 4 GiB up.
-    let above = (reach.limit == u64::MAX).then(|| {
-        let least = MMIO32_START.saturating_add(size);
-        [least, total.saturating_add(size)]
-            .into_iter()
-            .filter(|&needed| needed > total)
-            .min()
+    let above = (reach.limit == u64::MAX).then(|| match MMIO32_START.saturating_add(size) {
+        least if least > total => least,
+        // What there is lies in pieces.
+        _ => total.saturating_add(size),
     });
-    let needed = below.filter(|&needed| needed > total).or(above.flatten());
+    let needed = below.filter(|&needed| needed > total).or(above);
     match (needed, reach.other_kernel) {
         (Some(needed), _) => format!(
             "give the guest at least {} MiB of memory, or a smaller initramfs",
@@ -148,7 +149,8 @@ mod tests {
         let remedy = |size, memory, reach: &Reach| {
             place_bytes(size, &map(memory), reach).unwrap_err().remedy
         };
-        let more = |mib| format!("give the guest at least {mib} MiB of memory, or a smaller initramfs");
+        let more =
+            |mib| format!("give the guest at least {mib} MiB of memory, or a smaller initramfs");
         let anywhere = reach(u64::MAX);
         // 32 MiB below the kernel's end, 2560 MiB of initramfs.
         assert_eq!(remedy(2560 * MIB, GIB, &anywhere), more(2592));
@@ -166,7 +168,10 @@ mod tests {
             ..reach(4 * GIB)
         };
         let told = remedy(3 * GIB, 64 * GIB, &pvh);
-        assert!(told.contains("beyond 0xc0000000: give its bzImage"), "{told}");
+        assert!(
+            told.contains("beyond 0xc0000000: give its bzImage"),
+            "{told}"
+        );
     }
 
     proptest! {

@@ -374,7 +374,11 @@ fn what_does_not_fit_into_ram_says_how_much_it_needs() {
 
 /// Leaves no RAM between the kernel's end and 4 GiB free for an initramfs.
 fn fill_low_ram(kernel: &mut [u8]) {
-    put(kernel, 0x260, &(0xc000_0000_u32 - (16 << 20) - 4096).to_le_bytes());
+    put(
+        kernel,
+        0x260,
+        &(0xc000_0000_u32 - (16 << 20) - 4096).to_le_bytes(),
+    );
 }
 
 #[test]
@@ -397,7 +401,9 @@ fn an_initramfs_is_above_4_gib_where_the_kernel_says_that_it_can_be() {
     assert_eq!((at, size), ((7 << 30) - 8192, 8192));
     assert_eq!(guest.bytes(at, 8192), [1; 8192]);
     // The next boot of one that fits below leaves nothing of it.
-    guest.boot(&bzimage(&[0; 4096]), Some(&[2; 4096]), "").unwrap();
+    guest
+        .boot(&bzimage(&[0; 4096]), Some(&[2; 4096]), "")
+        .unwrap();
     assert_eq!(halves(0x218, 0xc0), (2 << 30) - 4096);
 }
 
@@ -410,9 +416,14 @@ fn an_initramfs_of_a_pvh_kernel_stays_below_4_gib() {
     // Sparse, and refused before it is read.
     let pvh = guest.file("pvh", &pvh_elf(&[0; 4096], 0));
     let initramfs = guest.folder.path().join("large");
-    fs::File::create(&initramfs).unwrap().set_len(3 << 30).unwrap();
+    fs::File::create(&initramfs)
+        .unwrap()
+        .set_len(3 << 30)
+        .unwrap();
     let source = BootSource::open(&pvh, Some(&initramfs), "").unwrap();
-    let told = load(&guest.ram, &source, &guest.map, RSDP).unwrap_err().to_string();
+    let told = load(&guest.ram, &source, &guest.map, RSDP)
+        .unwrap_err()
+        .to_string();
     assert!(told.contains("give the bzImage of this kernel"), "{told}");
 }
 
@@ -422,7 +433,10 @@ fn a_kernel_where_no_guest_has_ram_is_not_told_to_ask_for_more() {
     let mut high = bzimage(&[0; 4096]);
     put(&mut high, 0x258, &0xc000_0000_u64.to_le_bytes());
     let told = guest.error(&high);
-    assert!(told.contains("low RAM of any guest ends at 0xc0000000"), "{told}");
+    assert!(
+        told.contains("low RAM of any guest ends at 0xc0000000"),
+        "{told}"
+    );
     assert!(!told.contains("more memory"), "{told}");
 }
 

@@ -222,7 +222,10 @@ mod tests {
         }
         rtc.lock().state.offset = i64::MAX;
         for _ in 0..3 {
-            rtc.lock().timer.reset(Duration::from_nanos(1), None).unwrap();
+            rtc.lock()
+                .timer
+                .reset(Duration::from_nanos(1), None)
+                .unwrap();
             while !is_ready(&rtc) {}
             rtc.on_timer();
             assert!(!is_ready(&rtc));
