@@ -28,6 +28,8 @@ pub(super) enum Event {
     },
     /// A vCPU cannot deal with something.
     Vcpu(VcpuEvent),
+    /// A thread of this process panicked.
+    Panicked,
 }
 
 /// What waits to be decided. Each thing waits once, so a guest cannot make the list long.
@@ -51,6 +53,11 @@ impl Events {
         Arc::new(move |event| events.push(Event::Vcpu(event)))
     }
 
+    /// A thread of this process panicked.
+    pub(super) fn panicked(&self) {
+        self.push(Event::Panicked);
+    }
+
     /// How many wait.
     pub(super) fn count(&self) -> usize {
         self.waiting().len()
@@ -67,9 +74,9 @@ impl Events {
         event
     }
 
-    /// Forgets what waits: the guest that it is about is no more.
+    /// Forgets what waits, and was about the guest: it is no more.
     pub(super) fn clear(&self) {
-        self.waiting().clear();
+        self.waiting().retain(|event| *event == Event::Panicked);
     }
 
     fn push(&self, event: Event) {
@@ -137,7 +144,9 @@ mod tests {
         let ready = || {
             let epoll = Epoll::new().unwrap();
             let event = EpollEvent::new(EventSet::IN, 0);
-            epoll.ctl(ControlOperation::Add, events.as_raw_fd(), event).unwrap();
+            epoll
+                .ctl(ControlOperation::Add, events.as_raw_fd(), event)
+                .unwrap();
             epoll.wait(0, &mut [EpollEvent::default()]).unwrap() > 0
         };
         assert!(!ready());
@@ -148,6 +157,14 @@ mod tests {
         assert!(ready(), "one more waits");
         events.take();
         assert!(!ready());
+        // A panic is not the guest's.
+        events.panicked();
+        events.reset();
+        events.clear();
+        assert_eq!(
+            (events.take(), events.take()),
+            (Some(Event::Panicked), None)
+        );
         // What is cleared leaves its signal to the next look.
         events.reset();
         events.clear();
