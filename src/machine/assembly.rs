@@ -167,9 +167,10 @@ impl Machine {
         )?;
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         let host_vectors = router.counting_anew();
-        let mut assigned = Assigned::new().map_err(RunError::system("epoll_create"))?;
-        let devices: Vec<_> = devices.into_iter().map(Arc::new).collect();
         let resets = Arc::<Resets>::default();
+        let mut assigned =
+            Assigned::new(resets.clone()).map_err(RunError::system("epoll_create"))?;
+        let devices: Vec<_> = devices.into_iter().map(Arc::new).collect();
         for device in &devices {
             resets.add(device.name(), device.clone());
         }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use busway_pci::{FunctionId, Topology};
-use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
+use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, Resets, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::RunError;
@@ -33,6 +33,8 @@ pub(super) struct Assigned {
     devices: Vec<Entry>,
     /// Those that leave the VM.
     releases: Releases,
+    /// Says which device is not to be asked now, for that would wait for its reset.
+    resets: Arc<Resets>,
 }
 
 #[derive(Debug)]
@@ -59,11 +61,12 @@ pub(super) enum Verdict {
 }
 
 impl Assigned {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(resets: Arc<Resets>) -> io::Result<Self> {
         Ok(Self {
             ready: Epoll::new()?,
             devices: Vec::new(),
             releases: Releases::default(),
+            resets,
         })
     }
 
@@ -102,7 +105,11 @@ impl Assigned {
         let mut verdict = Verdict::GoOn;
         for device in &mut self.devices {
             let errors = device.events.error.as_ref().map_or(0, |event| event.take());
-            if errors > 0 && device.fail(held)? == Verdict::Hold {
+            if errors == 0 {
+                continue;
+            }
+            let resetting = self.resets.is_resetting(&device.io);
+            if device.fail(held, resetting)? == Verdict::Hold {
                 verdict = Verdict::Hold;
             }
         }
@@ -168,7 +175,7 @@ impl Assigned {
             log::debug!("{name}: the host still waits for it");
             return;
         }
-        if is_silent(&*device.io) {
+        if !self.resets.is_resetting(&device.io) && is_silent(&*device.io) {
             self.release(
                 port,
                 topology,
@@ -243,8 +250,11 @@ impl AsRawFd for Assigned {
 
 impl Entry {
     /// The device had an error.
-    fn fail(&mut self, held: bool) -> Result<Verdict, RunError> {
-        let mut what = ErrorStatus::read(&*self.io).to_string();
+    fn fail(&mut self, held: bool, resetting: bool) -> Result<Verdict, RunError> {
+        let mut what = match resetting {
+            true => "its registers cannot be read, because it is being reset".to_owned(),
+            false => ErrorStatus::read(&*self.io).to_string(),
+        };
         let counted = self.counts.refresh();
         if !counted.is_empty() {
             what = format!("{what}; the host counted {}", counted.join(", "));
