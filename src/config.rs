@@ -68,11 +68,20 @@ pub struct CpusConfig {
     pub boot: u8,
     /// vCPUs that there can be; `boot` where absent.
     pub max: Option<u8>,
+    /// The guest can run guests of its own (VMX or SVM), where the host's KVM lets it.
+    pub nested: bool,
+    /// The guest has performance counters, where the host's KVM has them for guests.
+    pub pmu: bool,
 }
 
 impl Default for CpusConfig {
     fn default() -> Self {
-        Self { boot: 1, max: None }
+        Self {
+            boot: 1,
+            max: None,
+            nested: true,
+            pmu: true,
+        }
     }
 }
 

@@ -22,6 +22,7 @@ mod intx;
 mod link;
 mod msi;
 mod msix;
+pub mod pace;
 mod root_port;
 mod slot;
 pub mod spec;

@@ -223,6 +223,10 @@ fn add_express(space: &mut ConfigSpace, slot: u16, link: Link) -> u16 {
 }
 
 impl PciFunction for RootPort {
+    fn name(&self) -> String {
+        format!("the root port of slot {}", self.state().slot_number)
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         let state = self.state();
         state.space.read(offset, data);

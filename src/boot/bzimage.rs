@@ -6,8 +6,8 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory};
 use super::e820::E820;
 use super::entry::{Entry, Mode};
 use super::error::BootError;
+use super::initramfs::{self, Reach};
 use super::layout::{CMDLINE, CMDLINE_ROOM, HIGH_MEMORY, ZERO_PAGE};
-use super::place_initramfs;
 use super::source::{BootSource, Input};
 
 /// Offset of the setup header in the file, and in the zero page.
@@ -23,6 +23,9 @@ const MAGIC: u32 = 0x5372_6448;
 const VERSION_WITH_64_BIT: u16 = 0x020c;
 /// `XLF_KERNEL_64` of `xloadflags`.
 const XLF_KERNEL_64: u16 = 1 << 0;
+/// `XLF_CAN_BE_LOADED_ABOVE_4G` of `xloadflags`: the initramfs may be at any address, and the zero page
+/// holds the upper halves of its address and size.
+const XLF_CAN_BE_LOADED_ABOVE_4G: u16 = 1 << 1;
 /// `LOADED_HIGH` of `loadflags`: the protected-mode code goes to 1 MiB, not to 64 KiB.
 const LOADED_HIGH: u8 = 1 << 0;
 /// `type_of_loader` of a loader that has no number.
@@ -113,47 +116,51 @@ pub(super) fn load(
         .filter(|_| start >= HIGH_MEMORY)
         .ok_or_else(|| kernel.damaged(format!("it asks to be loaded at {start:#x}")))?;
     if !map.is_ram(&(start..end)) || end > map.low_ram_end() {
-        return Err(BootError::KernelTooBig {
-            path: kernel.path.clone(),
-            start,
-            end,
-            ram_end: map.low_ram_end(),
-        });
+        return Err(BootError::no_ram_for_kernel(kernel, start..end, map));
     }
     // Checked first: reading is what takes time.
     let cmdline_max = u64::from(header.cmdline_size).min(CMDLINE_ROOM - 1);
     source.write_cmdline(ram, cmdline_max)?;
-    if let Some(initramfs) = &source.initramfs {
-        let limit = u64::from(header.initrd_addr_max) + 1;
-        let address = place_initramfs(source, map, initramfs.size, end, limit)?;
-        initramfs.read_into(ram, address, 0, initramfs.size)?;
-        // Both fit in 32 bits, for `limit` does.
-        header.ramdisk_image = address as u32;
-        header.ramdisk_size = initramfs.size as u32;
+    let mut page = boot_params::default();
+    if let Some(file) = &source.initramfs {
+        let preferred = u64::from(header.initrd_addr_max) + 1;
+        let anywhere = header.xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G != 0;
+        let reach = Reach {
+            floor: end,
+            preferred,
+            limit: if anywhere { u64::MAX } else { preferred },
+            other_kernel: None,
+        };
+        let address = initramfs::place(file, map, &reach)?;
+        file.read_into(ram, address, 0, file.size)?;
+        (header.ramdisk_image, page.ext_ramdisk_image) = halves(address);
+        (header.ramdisk_size, page.ext_ramdisk_size) = halves(file.size);
     }
     kernel.read_into(ram, start, setup.payload, length)?;
 
     header.type_of_loader = LOADER_UNDEFINED;
     header.code32_start = start as u32;
     header.cmd_line_ptr = CMDLINE as u32;
-    write_zero_page(ram, header, map, rsdp)?;
+    page.hdr = header;
+    page.acpi_rsdp_addr = rsdp.0;
+    write_zero_page(ram, page, map)?;
     Ok(Entry {
         mode: Mode::Linux64,
         address: GuestAddress(start + ENTRY_64),
     })
 }
 
+/// The lower and the upper 32 bits.
+fn halves(value: u64) -> (u32, u32) {
+    (value as u32, (value >> 32) as u32)
+}
+
+/// Writes `page` with the memory map in it.
 fn write_zero_page(
     ram: &impl GuestMemory,
-    header: setup_header,
+    mut page: boot_params,
     map: &E820,
-    rsdp: GuestAddress,
 ) -> Result<(), BootError> {
-    let mut page = boot_params {
-        hdr: header,
-        acpi_rsdp_addr: rsdp.0,
-        ..Default::default()
-    };
     let mut table = page.e820_table;
     let mut count = 0;
     for (slot, region) in table.iter_mut().zip(map.regions()) {

@@ -90,7 +90,8 @@ impl E820 {
             .any(|ram| ram.start <= range.start && range.end <= ram.end)
     }
 
-    fn ram(&self) -> impl Iterator<Item = &Range<u64>> {
+    /// The RAM, ascending.
+    pub(super) fn ram(&self) -> impl DoubleEndedIterator<Item = &Range<u64>> {
         self.regions
             .iter()
             .filter(|region| region.kind == Kind::Ram)

@@ -11,8 +11,8 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory};
 use super::e820::E820;
 use super::entry::{Entry, Mode};
 use super::error::BootError;
+use super::initramfs::{self, Reach};
 use super::layout::{CMDLINE, HIGH_MEMORY, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
-use super::place_initramfs;
 use super::source::{BootSource, Input};
 
 /// `e_ident`: "\x7fELF", ELFCLASS64, ELFDATA2LSB.
@@ -36,8 +36,12 @@ const NOTE_NAME: &[u8] = b"Xen\0";
 
 /// What Linux on x86 takes of a command line (`COMMAND_LINE_SIZE` less the zero); an ELF does not say.
 const CMDLINE_MAX: u64 = 2047;
-/// An initramfs goes below 2 GiB, as a bzImage's `initrd_addr_max` asks.
-const INITRAMFS_END: u64 = 0x8000_0000;
+/// An initramfs goes below 2 GiB where it fits there, as a bzImage's `initrd_addr_max` asks.
+const INITRAMFS_PREFERRED: u64 = 0x8000_0000;
+/// A module's address has 64 bits, but Linux keeps the lower 32 of the initramfs's. Linux,
+/// arch/x86/platform/pvh/enlighten.c, `init_pvh_bootparams`. It uses it up to there, as the comment on
+/// `ramdisk_max` in arch/x86/boot/header.S says.
+const INITRAMFS_LIMIT: u64 = 1 << 32;
 
 /// An ELF kernel with a PVH entry.
 #[derive(Debug)]
@@ -80,7 +84,7 @@ impl PvhElf {
             return Err(kernel.damaged("it ends within its program headers"));
         }
         let mut segments = Vec::new();
-        let mut entry = None;
+        let (mut entry, mut interpreted) = (None, false);
         for header in headers.chunks_exact(PROGRAM_HEADER_SIZE).map(Fields) {
             let (offset, file_size) = (header.u64(8), header.u64(32));
             if offset
@@ -92,11 +96,12 @@ impl PvhElf {
                 )));
             }
             match header.u32(0) {
-                PT_INTERP => return Ok(None),
+                // A program has an interpreter, and so has FreeBSD's kernel: the note tells them apart.
+                PT_INTERP => interpreted = true,
                 PT_NOTE if entry.is_none() => {
                     let mut notes = vec![0; file_size.min(MAX_NOTES) as usize];
                     kernel.read_at(&mut notes, offset)?;
-                    entry = pvh_entry(&notes);
+                    entry = pvh_entry(&notes, header.u64(48));
                 }
                 PT_LOAD => {
                     let (start, size) = (header.u64(24), header.u64(40));
@@ -115,6 +120,9 @@ impl PvhElf {
                 _ => {}
             }
         }
+        if interpreted && entry.is_none() {
+            return Ok(None);
+        }
         segments.retain(|segment| !segment.memory.is_empty());
         let entry = entry.ok_or_else(|| BootError::NoPvhEntry {
             path: kernel.path.clone(),
@@ -129,21 +137,24 @@ impl PvhElf {
     }
 }
 
-/// The physical entry point among the notes of a segment.
-fn pvh_entry(mut notes: &[u8]) -> Option<u32> {
+/// The physical entry point among the notes of a segment whose `p_align` is `alignment`: name and
+/// descriptor are padded to 8 bytes where that is 8, else to 4. System V ABI, "Note Section".
+fn pvh_entry(notes: &[u8], alignment: u64) -> Option<u32> {
     const NOTE_HEADER: usize = 12;
-    while let Some((header, rest)) = notes.split_at_checked(NOTE_HEADER) {
-        let header = Fields(header);
-        let padded = |size: u32| (size as usize).checked_next_multiple_of(4);
-        let (name, rest) = rest.split_at_checked(padded(header.u32(0))?)?;
-        let (descriptor, rest) = rest.split_at_checked(padded(header.u32(4))?)?;
+    let padding = if alignment == 8 { 8 } else { 4 };
+    let part = |start: usize, size: u32| notes.get(start..start.checked_add(size as usize)?);
+    let mut at = 0_usize;
+    loop {
+        let header = Fields(notes.get(at..at.checked_add(NOTE_HEADER)?)?);
+        let name = part(at + NOTE_HEADER, header.u32(0))?;
+        let start = (at + NOTE_HEADER + name.len()).next_multiple_of(padding);
+        let descriptor = part(start, header.u32(4))?;
         if header.u32(8) == PHYS32_ENTRY && name == NOTE_NAME {
             // Four or eight bytes wide; the address has 32 bits in either.
             return descriptor.first_chunk().copied().map(u32::from_le_bytes);
         }
-        notes = rest;
+        at = (start + descriptor.len()).next_multiple_of(padding);
     }
-    None
 }
 
 /// Loads the segments where they ask to be, the initramfs as high as it can be, and the start
@@ -163,24 +174,24 @@ pub(super) fn load(
             return Err(kernel.damaged(format!("it asks to be loaded at {start:#x}")));
         }
         if !map.is_ram(&segment.memory) || end > map.low_ram_end() {
-            return Err(BootError::KernelTooBig {
-                path: kernel.path.clone(),
-                start,
-                end,
-                ram_end: map.low_ram_end(),
-            });
+            return Err(BootError::no_ram_for_kernel(kernel, start..end, map));
         }
         kernel_end = kernel_end.max(end);
     }
     source.write_cmdline(ram, CMDLINE_MAX)?;
     let module = match &source.initramfs {
-        Some(initramfs) => {
-            let size = initramfs.size;
-            let address = place_initramfs(source, map, size, kernel_end, INITRAMFS_END)?;
-            initramfs.read_into(ram, address, 0, size)?;
+        Some(file) => {
+            let reach = Reach {
+                floor: kernel_end,
+                preferred: INITRAMFS_PREFERRED,
+                limit: INITRAMFS_LIMIT,
+                other_kernel: Some("the bzImage of this kernel, which takes it at any address"),
+            };
+            let address = initramfs::place(file, map, &reach)?;
+            file.read_into(ram, address, 0, file.size)?;
             Some(hvm_modlist_entry {
                 paddr: address,
-                size,
+                size: file.size,
                 ..Default::default()
             })
         }

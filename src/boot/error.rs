@@ -1,9 +1,14 @@
 //! Why a guest could not be loaded.
 
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use vm_memory::GuestMemoryError;
+
+use super::e820::E820;
+use super::source::Input;
+use crate::memory::layout::MMIO32_START;
 
 /// Why a guest could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -66,26 +71,26 @@ pub enum BootError {
         /// What does not fit.
         why: String,
     },
-    /// the kernel {path} needs RAM from {start:#x} to {end:#x}, but the guest's low RAM ends at
-    /// {ram_end:#x}; give the guest more memory
+    /// the kernel {path} needs RAM from {start:#x} to {end:#x}, but {why}
     #[error(
-        "the kernel {} needs RAM from {start:#x} to {end:#x}, but the guest's low RAM ends at {ram_end:#x}; give the guest more memory",
+        "the kernel {} needs RAM from {start:#x} to {end:#x}, but {why}",
         path.display()
     )]
-    KernelTooBig {
+    NoRamForKernel {
         /// The file.
         path: PathBuf,
         /// First address it needs.
         start: u64,
         /// End of what it needs.
         end: u64,
-        /// Where low RAM ends.
-        ram_end: u64,
+        /// What is there, and what to do about it.
+        why: String,
     },
-    /// the initramfs {path} of {size} bytes does not fit between the kernel's end at {start:#x} and
-    /// {end:#x}, which leaves {room} bytes; give the guest more memory or a smaller initramfs
+    /// the initramfs {path} of {size} bytes does not fit: RAM where this kernel can have it is {room}
+    /// bytes in one piece; {remedy}
     #[error(
-        "the initramfs {} of {size} bytes does not fit between the kernel's end at {start:#x} and {end:#x}, which leaves {room} bytes; give the guest more memory or a smaller initramfs",
+        "the initramfs {} of {size} bytes does not fit: above the kernel's end at {floor:#x} there are \
+         {room} bytes of RAM in one piece where this kernel can have it; {remedy}",
         path.display()
     )]
     InitramfsTooBig {
@@ -93,12 +98,12 @@ pub enum BootError {
         path: PathBuf,
         /// Its bytes.
         size: u64,
-        /// Bytes that there are.
+        /// Bytes of the largest piece of RAM that it could have.
         room: u64,
         /// Where the kernel ends.
-        start: u64,
-        /// Where RAM, or what the kernel takes, ends.
-        end: u64,
+        floor: u64,
+        /// What to do about it.
+        remedy: String,
     },
     /// the command line has {length} bytes, but this kernel takes {max}; shorten it
     #[error("the command line has {length} bytes, but this kernel takes {max}; shorten it")]
@@ -134,4 +139,35 @@ pub enum BootError {
         /// Why.
         source: GuestMemoryError,
     },
+}
+
+impl BootError {
+    /// Not all of `needed` is RAM below 4 GiB in `map`.
+    pub(super) fn no_ram_for_kernel(kernel: &Input, needed: Range<u64>, map: &E820) -> Self {
+        let Range { start, end } = needed;
+        let ram_end = map.low_ram_end();
+        let why = if end > MMIO32_START {
+            format!(
+                "the low RAM of any guest ends at {MMIO32_START:#x}; give a kernel that is built for a \
+                 lower address (CONFIG_PHYSICAL_START of Linux)"
+            )
+        } else if end > ram_end {
+            let enough = end.div_ceil(1 << 20);
+            format!(
+                "the guest's low RAM ends at {ram_end:#x}; give the guest more memory, at least \
+                 {enough} MiB"
+            )
+        } else {
+            "the IOMMU of the host keeps some of that from the guest, because of an assigned device; \
+             give a kernel that is built for another address (CONFIG_PHYSICAL_START of Linux), or \
+             leave that device out"
+                .to_owned()
+        };
+        Self::NoRamForKernel {
+            path: kernel.path.clone(),
+            start,
+            end,
+            why,
+        }
+    }
 }

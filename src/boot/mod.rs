@@ -11,6 +11,7 @@ mod elf;
 mod entry;
 mod error;
 mod identify;
+mod initramfs;
 mod layout;
 mod source;
 
@@ -63,30 +64,6 @@ fn write_bios_data_area(ram: &impl GuestMemory) -> Result<(), BootError> {
         layout::BDA_BASE_MEMORY_KIB,
         (layout::EBDA_START >> 10) as u16,
     )
-}
-
-/// Where an initramfs of `size` bytes goes: as high as `limit` and the RAM below 4 GiB allow, but not
-/// below `floor`, where the kernel ends.
-fn place_initramfs(
-    source: &BootSource,
-    map: &E820,
-    size: u64,
-    floor: u64,
-    limit: u64,
-) -> Result<u64, BootError> {
-    let top = limit.min(map.low_ram_end());
-    let too_big = || BootError::InitramfsTooBig {
-        path: source.initramfs_path(),
-        size,
-        room: top.saturating_sub(floor),
-        start: floor,
-        end: top,
-    };
-    let address = top.checked_sub(size).ok_or_else(too_big)? & !0xfff;
-    if address < floor {
-        return Err(too_big());
-    }
-    Ok(address)
 }
 
 #[cfg(test)]

@@ -61,13 +61,6 @@ impl BootSource {
         &self.format
     }
 
-    pub(super) fn initramfs_path(&self) -> PathBuf {
-        self.initramfs
-            .as_ref()
-            .map(|input| input.path.clone())
-            .unwrap_or_default()
-    }
-
     /// Writes the command line with its terminating zero; `max` is without it.
     pub(super) fn write_cmdline(&self, ram: &impl GuestMemory, max: u64) -> Result<(), BootError> {
         let length = self.cmdline.len();

@@ -1,3 +1,5 @@
+mod room;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -348,37 +350,42 @@ fn damaged_kernels_are_named_as_such() {
     );
 }
 
-#[test]
-fn what_does_not_fit_into_ram_says_how_much_it_needs() {
-    let small = Guest::new(18 * MIB);
-    let needs = "the kernel KERNEL needs RAM from 0x1000000 to 0x1400000, but the guest's low RAM ends at 0x1200000; give the guest more memory";
-    assert_eq!(small.error(&bzimage(&[0; 4096])), needs);
-    assert_eq!(small.error(&pvh_elf(&[0; 4096], 4 * MIB - 4096)), needs);
-    let guest = Guest::new(32 * MIB);
-    for kernel in [bzimage(&[0; 4096]), pvh_elf(&[0; 4096], 4 * MIB - 4096)] {
-        let initramfs = vec![1; 13 * MIB as usize];
-        let error = guest.boot(&kernel, Some(&initramfs), "").unwrap_err();
-        let path = guest.folder.path().join("initramfs");
-        assert_eq!(
-            error.to_string(),
-            format!(
-                "the initramfs {} of 13631488 bytes does not fit between the kernel's end at 0x1400000 and 0x2000000, which leaves 12582912 bytes; give the guest more memory or a smaller initramfs",
-                path.display()
-            )
-        );
-        guest
-            .boot(&kernel, Some(&initramfs[..12 << 20]), "")
-            .unwrap();
-    }
+/// The ELF with a third program header: PT_INTERP, as FreeBSD's kernel has it ("/red/herring").
+fn with_interpreter(mut elf: Vec<u8>) -> Vec<u8> {
+    put(&mut elf, 56, &3_u16.to_le_bytes());
+    put(&mut elf, 176, &3_u32.to_le_bytes());
+    put(&mut elf, 176 + 8, &0x300_u64.to_le_bytes());
+    put(&mut elf, 176 + 32, &13_u64.to_le_bytes());
+    put(&mut elf, 0x300, b"/red/herring\0");
+    elf
 }
 
 #[test]
-fn an_initramfs_stays_below_what_the_kernel_takes() {
-    let guest = Guest::new(128 * MIB);
-    let mut kernel = bzimage(&[0; 4096]);
-    put(&mut kernel, 0x22c, &(64 * MIB as u32 - 1).to_le_bytes());
-    guest.boot(&kernel, Some(&[1; 4096]), "").unwrap();
-    assert_eq!(guest.u32(layout::ZERO_PAGE + 0x218), 64 * MIB - 4096);
+fn a_pvh_note_makes_a_kernel_of_an_elf_that_names_an_interpreter() {
+    let guest = Guest::new(64 * MIB);
+    let entry = guest
+        .boot(&with_interpreter(pvh_elf(&[0; 4096], 0)), None, "")
+        .unwrap();
+    assert_eq!(entry.mode, Mode::Pvh);
+    let mut program = with_interpreter(pvh_elf(&[0; 4096], 0));
+    put(&mut program, 0x220, b"Hen\0");
+    assert!(guest.error(&program).contains("an ELF program or library"));
+}
+
+#[test]
+fn a_pvh_note_is_found_among_notes_that_are_padded_to_eight_bytes() {
+    let guest = Guest::new(64 * MIB);
+    let mut kernel = pvh_elf(&[0; 4096], 0);
+    put(&mut kernel, 120 + 32, &64_u64.to_le_bytes());
+    put(&mut kernel, 120 + 48, &8_u64.to_le_bytes());
+    // Name "GNU" and a descriptor of 4 bytes end at 20, and the next note begins at 24.
+    put(&mut kernel, 0x200, &[4, 0, 0, 0, 4, 0, 0, 0, 3, 0, 0, 0]);
+    put(&mut kernel, 0x20c, b"GNU\0\xaa\xbb\xcc\xdd\0\0\0\0");
+    put(&mut kernel, 0x218, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    put(&mut kernel, 0x224, b"Xen\0");
+    put(&mut kernel, 0x228, &(16 * MIB as u32 + 0x20).to_le_bytes());
+    let entry = guest.boot(&kernel, None, "").unwrap();
+    assert_eq!(entry.address, GuestAddress(16 * MIB + 0x20));
 }
 
 #[test]

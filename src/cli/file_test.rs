@@ -62,7 +62,10 @@ fn a_whole_machine_is_read() {
         rng: crate::config::RngConfig {
             src: "/dev/hwrng".into(),
         },
-        cpus: crate::config::CpusConfig { boot: 2, max: None },
+        cpus: crate::config::CpusConfig {
+            boot: 2,
+            ..Default::default()
+        },
         memory: crate::config::MemoryConfig {
             size: 2 << 30,
             shared: true,

@@ -102,12 +102,13 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return print(&error),
     };
-    match cli.execute(&report) {
-        Ok(()) => {
+    match panic::caught(|| cli.execute(&report)) {
+        Some(Ok(())) => {
             log::logger().flush();
             ExitCode::SUCCESS
         }
-        Err(failure) => failure.report(),
+        Some(Err(failure)) => failure.report(),
+        None => ExitCode::from(RUNTIME),
     }
 }
 

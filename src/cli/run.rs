@@ -42,10 +42,12 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = BOOT)]
     cmdline: Option<String>,
 
-    /// Processors: boot=N[,max=N]
+    /// Processors: boot=N[,max=N][,nested=on|off][,pmu=on|off]
     ///
     ///   boot=N          how many run at boot, 1 to 64 [1]
     ///   max=N           how many there can be; as many as boot, for now [boot]
+    ///   nested=on|off   the guest can run guests of its own, where the host's KVM lets it [on]
+    ///   pmu=on|off      it has performance counters, where the host's KVM has them [on]
     #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = RESOURCES)]
     cpus: Vec<String>,
 

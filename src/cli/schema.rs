@@ -82,6 +82,8 @@ pub(super) static CPUS: Section<CpusConfig> = Section {
     keys: keys! {
         "boot": |cpus, value| cpus.boot = value.number()?;
         "max": |cpus, value| cpus.max = Some(value.number()?);
+        "nested": |cpus, value| cpus.nested = value.switch()?;
+        "pmu": |cpus, value| cpus.pmu = value.switch()?;
     },
     required: &[],
     bare: None,

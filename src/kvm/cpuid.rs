@@ -28,6 +28,68 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 /// "AuthenticAMD" and "HygonGenuine", as the EBX of leaf 0 begins them.
 const AMD: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
 
+/// What a processor can have or not have, as the person who runs the VM decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuFeatures {
+    /// VMX or SVM: the guest can run guests of its own, where the host's KVM lets it.
+    pub nested: bool,
+    /// Performance counters, where the host's KVM has them for guests.
+    pub pmu: bool,
+}
+
+impl Default for CpuFeatures {
+    /// All that the host's KVM has.
+    fn default() -> Self {
+        Self {
+            nested: true,
+            pmu: true,
+        }
+    }
+}
+
+/// A register of a leaf of which bits go: function, index, and the bits of EAX, EBX, ECX and EDX.
+type Hidden = (u32, u32, [u32; 4]);
+
+/// What says that the processor can run guests. KVM has nothing of it for a vCPU without these bits: no
+/// MSR, no CR4.VMXE, no EFER.SVME. Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E.
+const NESTED: &[Hidden] = &[
+    (1, 0, [0, 0, 1 << 5, 0]),           // VMX
+    (0x8000_0001, 0, [0, 0, 1 << 2, 0]), // SVM
+    (0x8000_000a, 0, [u32::MAX; 4]),     // SVM's revision and features
+];
+
+/// What says that there are performance counters, and what stands on them. Intel SDM vol. 2A, CPUID; AMD
+/// APM vol. 3, appendix E.
+const PMU: &[Hidden] = &[
+    (1, 0, [0, 0, 1 << 2 | 1 << 15, 1 << 21]), // DTES64, PDCM (IA32_PERF_CAPABILITIES), DS
+    (7, 0, [0, 0, 0, 1 << 19]),                // architectural LBRs
+    (7, 1, [1 << 8, 0, 0, 0]),                 // leaf 23H
+    (0xa, 0, [u32::MAX; 4]),                   // architectural performance monitoring
+    (0x1c, 0, [u32::MAX; 4]),                  // architectural LBRs
+    (0x8000_0001, 0, [0, 0, 1 << 23 | 1 << 24 | 1 << 28, 0]), // PerfCtrExt of core, NB and L3
+    (0x8000_0022, 0, [u32::MAX; 4]),           // extended performance monitoring
+];
+
+/// Takes from what KVM supports what the guest shall not have.
+pub(super) fn hide(supported: &mut Vec<kvm_cpuid_entry2>, features: CpuFeatures) {
+    let nested = NESTED.iter().filter(|_| !features.nested);
+    let pmu = PMU.iter().filter(|_| !features.pmu);
+    for (function, index, [eax, ebx, ecx, edx]) in nested.chain(pmu) {
+        let of =
+            |entry: &&mut kvm_cpuid_entry2| (entry.function, entry.index) == (*function, *index);
+        for entry in supported.iter_mut().filter(of) {
+            entry.eax &= !eax;
+            entry.ebx &= !ebx;
+            entry.ecx &= !ecx;
+            entry.edx &= !edx;
+        }
+    }
+    if !features.pmu {
+        // Its subleaves are lists of counters and events. Intel SDM vol. 2A, CPUID leaf 23H.
+        supported.retain(|entry| entry.function != 0x23);
+    }
+}
+
 /// What the table needs to know beside what KVM supports.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Platform {
@@ -55,9 +117,7 @@ pub(super) fn guest_table(
     platform: Platform,
     id: u8,
 ) -> Vec<kvm_cpuid_entry2> {
-    let amd = supported
-        .iter()
-        .any(|entry| entry.function == 0 && AMD.contains(&entry.ebx));
+    let amd = is_amd(supported);
     let (apic_id, cores, bits) = (
         u32::from(id),
         u32::from(platform.cpus),
@@ -121,6 +181,12 @@ pub(super) fn guest_table(
         });
     }
     table
+}
+
+/// Whether the processor is AMD's, or made after it.
+pub(super) fn is_amd(supported: &[kvm_cpuid_entry2]) -> bool {
+    let mut leaves = supported.iter();
+    leaves.any(|entry| entry.function == 0 && AMD.contains(&entry.ebx))
 }
 
 fn set(register: &mut u32, bit: u32, on: bool) {
@@ -253,6 +319,56 @@ mod tests {
             let table = guest_table(&host, SIX, 0);
             assert_eq!(find(&table, 7, 0).edx, !EDX7_ARCH_CAPABILITIES | told);
             assert_eq!(find(&table, 7, 1).edx, u32::MAX);
+        }
+    }
+
+    #[test]
+    fn a_switch_hides_what_it_says_and_nothing_else() {
+        let all = || {
+            let leaves = [
+                1,
+                7,
+                0xa,
+                0x1c,
+                0x23,
+                0x8000_0001,
+                0x8000_000a,
+                0x8000_0022,
+                0x8000_0008,
+            ];
+            let leaves = leaves.map(|function| entry(function, 0, [u32::MAX; 4]));
+            let mut leaves = leaves.to_vec();
+            leaves.push(entry(7, 1, [u32::MAX; 4]));
+            leaves
+        };
+        let hidden = |nested, pmu| {
+            let mut leaves = all();
+            hide(&mut leaves, CpuFeatures { nested, pmu });
+            leaves
+        };
+        assert_eq!(hidden(true, true), all());
+        let plain = hidden(false, true);
+        assert_eq!(find(&plain, 1, 0).ecx, !(1 << 5), "VMX");
+        assert_eq!(find(&plain, 0x8000_0001, 0).ecx, !(1 << 2), "SVM");
+        assert_eq!(find(&plain, 0x8000_000a, 0).eax, 0);
+        assert_eq!(find(&plain, 0xa, 0).eax, u32::MAX);
+        let uncounted = hidden(true, false);
+        let one = find(&uncounted, 1, 0);
+        assert_eq!([one.ecx, one.edx], [!(1 << 2 | 1 << 15), !(1 << 21)]);
+        for leaf in [0xa, 0x1c, 0x8000_0022] {
+            let leaf = find(&uncounted, leaf, 0);
+            assert_eq!([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx], [0; 4]);
+        }
+        assert_eq!(find(&uncounted, 7, 0).edx, !(1 << 19));
+        assert_eq!(find(&uncounted, 7, 1).eax, !(1 << 8));
+        assert_eq!(
+            find(&uncounted, 0x8000_0001, 0).ecx,
+            !(1 << 23 | 1 << 24 | 1 << 28)
+        );
+        assert_eq!(find(&uncounted, 0x8000_000a, 0).eax, u32::MAX);
+        assert!(!uncounted.iter().any(|entry| entry.function == 0x23));
+        for leaves in [&plain, &uncounted] {
+            assert_eq!(find(leaves, 0x8000_0008, 0), find(&all(), 0x8000_0008, 0));
         }
     }
 

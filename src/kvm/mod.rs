@@ -17,6 +17,7 @@ mod vfio;
 mod vm;
 
 pub use address_map::{AddressMap, BusDevice, Overlap};
+pub use cpuid::CpuFeatures;
 pub use doorbell::{Doorbell, Doorbells};
 pub use error::KvmError;
 pub use irq::{IrqRouter, LevelLine, VectorCount};

@@ -11,7 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VcpuFd};
 
-use super::cpuid::{self, Platform};
+use super::cpuid::{self, CpuFeatures, Platform};
 use super::error::KvmError;
 use super::msr;
 use super::vm::Vm;
@@ -37,17 +37,26 @@ pub struct CpuModel {
 }
 
 impl CpuModel {
-    /// Asks KVM.
+    /// Asks KVM, and takes away what `features` do not have, from CPUID and, where KVM can, from the VM,
+    /// which must have no vCPU yet.
     ///
     /// # Errors
     /// [`KvmError::Ioctl`]
-    pub fn new(vm: &Vm) -> Result<Self, KvmError> {
+    pub fn new(vm: &Vm, features: CpuFeatures) -> Result<Self, KvmError> {
         let supported = vm
             .kvm()
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID", "/dev/kvm"))?;
+        let mut supported = supported.as_slice().to_vec();
+        cpuid::hide(&mut supported, features);
+        if !features.pmu && !vm.disable_pmu()? && cpuid::is_amd(&supported) {
+            log::warn!(
+                "--cpus pmu=off: this host's KVM cannot take the four counters that each processor of \
+                 AMD's has from a guest, only the others; Linux 5.18 and later can"
+            );
+        }
         Ok(Self {
-            supported: supported.as_slice().to_vec(),
+            supported,
             tsc_deadline: vm.kvm().check_extension(Cap::TscDeadlineTimer),
         })
     }
@@ -281,7 +290,7 @@ mod tests {
         let vm = Vm::new()
             .inspect_err(|error| eprintln!("skipped: {error}"))
             .ok()?;
-        let model = CpuModel::new(&vm).unwrap();
+        let model = CpuModel::new(&vm, CpuFeatures::default()).unwrap();
         let vcpu = create(&vm, &model, 1).unwrap().remove(0);
         Some((vm, model, vcpu))
     }

@@ -114,11 +114,17 @@ impl Vcpus {
         self.gate.open();
     }
 
-    /// Stops the guest between two instructions, and returns when no vCPU is in it.
+    /// Stops the guest between two instructions, and returns when no vCPU is in it. That can take as long
+    /// as the kernel needs for what a vCPU has it do, such as a minute for the reset of a device.
     pub fn hold(&self) {
+        self.stop();
+        self.gate.wait_for(self.vcpus.len());
+    }
+
+    /// Stops the guest between two instructions, without waiting for that.
+    pub fn stop(&self) {
         self.gate.close();
         self.kick();
-        self.gate.wait_for(self.vcpus.len());
     }
 
     /// Exits to user space of one kind, of all vCPUs together.

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::{fmt, fs, io};
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_irqchip, kvm_pit_config, kvm_pit_state2};
+use kvm_bindings::{
+    KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::error::KvmError;
@@ -137,6 +140,27 @@ impl Vm {
     /// [`KvmError::Ioctl`]
     pub fn vfio(&self) -> Result<KvmVfio, KvmError> {
         KvmVfio::new(&self.fd)
+    }
+
+    /// Has no vCPU have performance counters; `false` where this host's KVM cannot, which then goes by
+    /// CPUID alone. To be called before the first vCPU is made. KVM API, KVM_CAP_PMU_CAPABILITY.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`]
+    pub(super) fn disable_pmu(&self) -> Result<bool, KvmError> {
+        let can = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+        if u32::try_from(can).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
+            return Ok(false);
+        }
+        let disable = kvm_enable_cap {
+            cap: KVM_CAP_PMU_CAPABILITY,
+            args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        self.fd
+            .enable_cap(&disable)
+            .map_err(KvmError::ioctl("KVM_ENABLE_CAP", "the VM"))?;
+        Ok(true)
     }
 
     /// KVM itself, for what is asked of the host and not of the VM.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, ScopedJoinHandle};
 
 use busway_iommu::{DmaSpace, Space};
+use busway_pci::pace::SystemClock;
 use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
 use busway_vfio::{
     AssignOptions, AssignedFunction, DeviceError, KernelDevice, Opener, Resets, RomChoice,
@@ -30,7 +31,7 @@ use crate::acpi;
 use crate::boot::{self, BootSource, E820};
 use crate::config::{ConsoleConfig, DeviceConfig, VmConfig};
 use crate::eventfd::eventfd;
-use crate::kvm::{Buses, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
+use crate::kvm::{Buses, CpuFeatures, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions};
 use crate::report::{Report, Stage};
 use crate::virtio::blk::Blk;
@@ -43,8 +44,9 @@ use crate::virtio::{VirtioDevice, VirtioPci};
 #[derive(Debug)]
 pub(super) struct Machine {
     pub(super) vcpus: Vcpus,
-    pub(super) pci: Pci,
+    // Waits for the devices that are being released, whose functions the topology has no more.
     pub(super) assigned: Assigned,
+    pub(super) pci: Pci,
     pub(super) platform: Platform,
     dma: Option<Arc<dyn DmaSpace>>,
     _memory: MemoryMap,
@@ -88,7 +90,11 @@ impl Machine {
         let source = open_kernel(config)?;
         let options = assign_options(config)?;
         let vm = Vm::new()?;
-        let model = CpuModel::new(&vm)?;
+        let features = CpuFeatures {
+            nested: config.cpus.nested,
+            pmu: config.cpus.pmu,
+        };
+        let model = CpuModel::new(&vm, features)?;
         let router = vm.irq_router()?;
 
         let host_devices = HostDevices::find(config)?;
@@ -170,9 +176,10 @@ impl Machine {
         )?;
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         let host_vectors = router.counting_anew();
-        let mut assigned = Assigned::new().map_err(RunError::system("epoll_create"))?;
-        let devices: Vec<_> = devices.into_iter().map(Arc::new).collect();
         let resets = Arc::<Resets>::default();
+        let mut assigned =
+            Assigned::new(resets.clone()).map_err(RunError::system("epoll_create"))?;
+        let devices: Vec<_> = devices.into_iter().map(Arc::new).collect();
         for device in &devices {
             resets.add(device.name(), device.clone());
         }
@@ -441,6 +448,7 @@ fn add_assigned(
             routes: Arc::new(host_vectors.clone()),
             lines: Arc::new(router.pins(pins_behind_port(slot))),
             resets: resets.clone(),
+            clock: Arc::new(SystemClock::default()),
         };
         let device = given.device.clone();
         let name = device.name().to_owned();

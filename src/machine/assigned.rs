@@ -3,7 +3,7 @@
 //! A device that the host wants back is asked of the guest by its slot's attention button. The guest's
 //! driver lets go and switches the slot's power off, and the device is closed, by which the host's
 //! `unbind` returns. Where nobody attends to the slot, or not in time, or the device is gone already,
-//! the device is pulled out: the guest's driver finds it absent.
+//! the device is pulled out: the guest's driver finds it absent. Either is done beside the event loop.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use busway_pci::{FunctionId, Topology};
-use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
+use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, Resets, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::RunError;
+use super::releases::Releases;
 use crate::config::{DeviceConfig, OnError};
 
 /// How long a guest may take to let go of a device that the host wants back. Linux waits five seconds
@@ -30,6 +31,10 @@ pub(super) struct Assigned {
     /// Ready when an event of a device's has come.
     ready: Epoll,
     devices: Vec<Entry>,
+    /// Those that leave the VM.
+    releases: Releases,
+    /// Says which device is not to be asked now, for that would wait for its reset.
+    resets: Arc<Resets>,
 }
 
 #[derive(Debug)]
@@ -56,10 +61,12 @@ pub(super) enum Verdict {
 }
 
 impl Assigned {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(resets: Arc<Resets>) -> io::Result<Self> {
         Ok(Self {
             ready: Epoll::new()?,
             devices: Vec::new(),
+            releases: Releases::default(),
+            resets,
         })
     }
 
@@ -92,13 +99,17 @@ impl Assigned {
     /// Deals with what the devices have told. `held`: the guest does not run, and cannot be asked.
     pub(super) fn on_ready(
         &mut self,
-        topology: &Topology,
+        topology: &Arc<Topology>,
         held: bool,
     ) -> Result<Verdict, RunError> {
         let mut verdict = Verdict::GoOn;
         for device in &mut self.devices {
             let errors = device.events.error.as_ref().map_or(0, |event| event.take());
-            if errors > 0 && device.fail(held)? == Verdict::Hold {
+            if errors == 0 {
+                continue;
+            }
+            let resetting = self.resets.is_resetting(&device.io);
+            if device.fail(held, resetting)? == Verdict::Hold {
                 verdict = Verdict::Hold;
             }
         }
@@ -119,7 +130,7 @@ impl Assigned {
     }
 
     /// The guest switched the power of a slot: where it was asked to let go, it has.
-    pub(super) fn on_slot_power(&mut self, topology: &Topology, slot: u16) {
+    pub(super) fn on_slot_power(&mut self, topology: &Arc<Topology>, slot: u16) {
         let let_go = self.devices.iter().find_map(|device| {
             let off = topology.with_slot(device.port, |its| its.slot() == slot && !its.powered());
             (device.leaves.is_some() && off == Some(true)).then_some(device.port)
@@ -135,7 +146,7 @@ impl Assigned {
     }
 
     /// Pulls out what the guest was asked for and has not let go of in time.
-    pub(super) fn on_time(&mut self, topology: &Topology, now: Instant) {
+    pub(super) fn on_time(&mut self, topology: &Arc<Topology>, now: Instant) {
         let late = |device: &&Entry| device.leaves.is_some_and(|deadline| deadline <= now);
         while let Some(port) = self.devices.iter().find(late).map(|device| device.port) {
             let limit = RELEASE_LIMIT.as_secs();
@@ -144,16 +155,18 @@ impl Assigned {
         }
     }
 
-    /// Pulls out what the guest was asked for: it starts anew, and shall not find it. No vCPU may run.
-    pub(super) fn on_restart(&mut self, topology: &Topology) {
+    /// Pulls out what the guest was asked for: it starts anew, and shall not find it. Waits until all
+    /// that leaves is closed, for it may reach memory until then. No vCPU may run.
+    pub(super) fn on_restart(&mut self, topology: &Arc<Topology>) {
         let leaving = |device: &&Entry| device.leaves.is_some();
         while let Some(port) = self.devices.iter().find(leaving).map(|device| device.port) {
             self.release(port, topology, "the guest restarts without it");
         }
+        self.releases.finish();
     }
 
     /// The host wants back what is behind `port`.
-    fn ask_for(&mut self, port: FunctionId, topology: &Topology, held: bool) {
+    fn ask_for(&mut self, port: FunctionId, topology: &Arc<Topology>, held: bool) {
         let Some(device) = self.devices.iter().find(|device| device.port == port) else {
             return; // It went with another function of its slot.
         };
@@ -162,7 +175,7 @@ impl Assigned {
             log::debug!("{name}: the host still waits for it");
             return;
         }
-        if is_silent(&*device.io) {
+        if !self.resets.is_resetting(&device.io) && is_silent(&*device.io) {
             self.release(
                 port,
                 topology,
@@ -193,28 +206,38 @@ impl Assigned {
         }
     }
 
-    /// Takes all functions of a slot from the guest, and closes their devices.
-    fn release(&mut self, port: FunctionId, topology: &Topology, how: &str) {
-        // Dropped first: a function resets its device as it goes.
-        drop(topology.unplug(port));
-        let gone = |device: &mut Entry| device.port == port;
-        for device in self.devices.extract_if(.., gone) {
-            for event in [&device.events.error, &device.events.request]
-                .into_iter()
-                .flatten()
-            {
-                let unwatched = self.ready.ctl(
-                    ControlOperation::Delete,
-                    event.as_raw_fd(),
-                    EpollEvent::default(),
-                );
-                if let Err(error) = unwatched {
-                    log::debug!("{}: epoll_ctl: {error}", device.name);
-                }
+    /// Takes all functions of a slot from the guest, and closes their devices, without waiting for that.
+    fn release(&mut self, port: FunctionId, topology: &Arc<Topology>, how: &str) {
+        let leaves = |device: &mut Entry| device.port == port;
+        let leaving: Vec<_> = self.devices.extract_if(.., leaves).collect();
+        for device in &leaving {
+            self.unwatch(device);
+        }
+        let names: Vec<_> = leaving.iter().map(|device| &*device.name).collect();
+        let (names, topology, how) = (names.join(" and "), topology.clone(), how.to_owned());
+        self.releases.start(&names, move || {
+            // Dropped first: a function resets its device as it goes.
+            drop(topology.unplug(port));
+            for device in leaving {
+                let name = device.name.clone();
+                drop(device);
+                log::warn!("{name}: {how}; the host has it back");
             }
-            let name = device.name.clone();
-            drop(device);
-            log::warn!("{name}: {how}; the host has it back");
+        });
+    }
+
+    /// Hears no more of a device's events.
+    fn unwatch(&self, device: &Entry) {
+        let events = [&device.events.error, &device.events.request];
+        for event in events.into_iter().flatten() {
+            let unwatched = self.ready.ctl(
+                ControlOperation::Delete,
+                event.as_raw_fd(),
+                EpollEvent::default(),
+            );
+            if let Err(error) = unwatched {
+                log::debug!("{}: epoll_ctl: {error}", device.name);
+            }
         }
     }
 }
@@ -227,8 +250,11 @@ impl AsRawFd for Assigned {
 
 impl Entry {
     /// The device had an error.
-    fn fail(&mut self, held: bool) -> Result<Verdict, RunError> {
-        let mut what = ErrorStatus::read(&*self.io).to_string();
+    fn fail(&mut self, held: bool, resetting: bool) -> Result<Verdict, RunError> {
+        let mut what = match resetting {
+            true => "its registers cannot be read, because it is being reset".to_owned(),
+            false => ErrorStatus::read(&*self.io).to_string(),
+        };
         let counted = self.counts.refresh();
         if !counted.is_empty() {
             what = format!("{what}; the host counted {}", counted.join(", "));

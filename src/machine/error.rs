@@ -163,6 +163,12 @@ pub enum RunError {
         /// The signal's number.
         signal: i32,
     },
+    /// a thread of Busway's panicked, and the VM was ended in order
+    #[error(
+        "a thread of Busway's panicked, as is said above, and the VM was ended; its devices were reset \
+         and closed, as at any end"
+    )]
+    Panicked,
     /// the guest told KVM that it has crashed
     #[error("the guest told KVM that it has crashed; its console has more")]
     Crashed,

@@ -28,6 +28,8 @@ pub(super) enum Event {
     },
     /// A vCPU cannot deal with something.
     Vcpu(VcpuEvent),
+    /// A thread of this process panicked.
+    Panicked,
 }
 
 /// What waits to be decided. Each thing waits once, so a guest cannot make the list long.
@@ -51,20 +53,30 @@ impl Events {
         Arc::new(move |event| events.push(Event::Vcpu(event)))
     }
 
-    /// The next thing. Nothing is left of the signal once there is none.
+    /// A thread of this process panicked.
+    pub(super) fn panicked(&self) {
+        self.push(Event::Panicked);
+    }
+
+    /// How many wait.
+    pub(super) fn count(&self) -> usize {
+        self.waiting().len()
+    }
+
+    /// The next thing. Nothing is left of the signal with the last one.
     pub(super) fn take(&self) -> Option<Event> {
         let mut waiting = self.waiting();
         let event = waiting.pop_front();
-        if event.is_none() {
+        if waiting.is_empty() {
             // Nonblocking; it fails where there is no signal.
             let _ = self.signal.read();
         }
         event
     }
 
-    /// Forgets what waits: the guest that it is about is no more.
+    /// Forgets what waits, and was about the guest: it is no more.
     pub(super) fn clear(&self) {
-        self.waiting().clear();
+        self.waiting().retain(|event| *event == Event::Panicked);
     }
 
     fn push(&self, event: Event) {
@@ -105,6 +117,8 @@ impl AsRawFd for Events {
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
     use super::*;
 
     #[test]
@@ -122,5 +136,39 @@ mod tests {
         events.reset();
         events.clear();
         assert_eq!(events.take(), None);
+    }
+
+    #[test]
+    fn the_descriptor_is_ready_exactly_while_something_waits() {
+        let events = Events::new().unwrap();
+        let ready = || {
+            let epoll = Epoll::new().unwrap();
+            let event = EpollEvent::new(EventSet::IN, 0);
+            epoll
+                .ctl(ControlOperation::Add, events.as_raw_fd(), event)
+                .unwrap();
+            epoll.wait(0, &mut [EpollEvent::default()]).unwrap() > 0
+        };
+        assert!(!ready());
+        events.reset();
+        events.power_off();
+        assert_eq!((events.count(), ready()), (2, true));
+        events.take();
+        assert!(ready(), "one more waits");
+        events.take();
+        assert!(!ready());
+        // A panic is not the guest's.
+        events.panicked();
+        events.reset();
+        events.clear();
+        assert_eq!(
+            (events.take(), events.take()),
+            (Some(Event::Panicked), None)
+        );
+        // What is cleared leaves its signal to the next look.
+        events.reset();
+        events.clear();
+        assert_eq!(events.take(), None);
+        assert!(!ready());
     }
 }

@@ -145,7 +145,8 @@ impl Machine {
         let topology = self.pci.topology();
         let verdict = self.assigned.on_ready(topology, life.held)?;
         if verdict == Verdict::Hold {
-            self.vcpus.hold();
+            // Not waited for: a vCPU may have the kernel reset a device, for a minute.
+            self.vcpus.stop();
             life.held = true;
         }
         Ok(())
@@ -171,8 +172,14 @@ impl Machine {
         Ok(None)
     }
 
+    /// What waits now, and not what comes meanwhile: the guest makes events, and signals have to be
+    /// heard between them.
     fn on_event(&mut self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
-        while let Some(event) = self.events.take() {
+        // At least one look, which takes the signal of what was cleared.
+        for _ in 0..self.events.count().max(1) {
+            let Some(event) = self.events.take() else {
+                break;
+            };
             let ended = match event {
                 Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => Some(Ended::PowerOff),
                 Event::Reset | Event::Vcpu(VcpuEvent::Reset) => match life.restart() {
@@ -205,6 +212,7 @@ impl Machine {
                     self.assigned.on_slot_power(self.pci.topology(), slot);
                     None
                 }
+                Event::Panicked => return Err(RunError::Panicked),
                 Event::Vcpu(VcpuEvent::Crash) => return Err(RunError::Crashed),
                 Event::Vcpu(VcpuEvent::Failed { id, reason }) => {
                     return Err(RunError::Vcpu { vcpu: id, reason });

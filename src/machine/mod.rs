@@ -15,15 +15,19 @@ mod error;
 mod events;
 mod host_devices;
 mod life;
+mod panics;
 mod pci;
 mod places;
 mod platform;
+mod releases;
 mod restart;
 mod signals;
 
 pub use address_plan::NoRoomError;
 pub use error::RunError;
 pub use life::Ended;
+pub(crate) use panics::PanicWatch;
+pub use panics::end_on_panic;
 pub use signals::block_signals;
 
 use crate::config::VmConfig;
@@ -42,7 +46,11 @@ use signals::Signals;
 pub fn run(config: &VmConfig, report: &Report) -> Result<Ended, RunError> {
     let signals = Signals::new()?;
     config.validate()?;
+    let watch = PanicWatch::start();
     let mut machine = Machine::assemble(config, report, &signals)?;
+    watch.tell(&machine.events);
+    #[cfg(debug_assertions)]
+    panics::panic_where_a_test_asks();
     let ended = machine.live(report, &signals);
     machine.account(report);
     ended

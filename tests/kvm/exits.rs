@@ -192,3 +192,31 @@ fn a_triple_fault_is_named() {
     );
     guest.vcpus.hold();
 }
+
+/// A device with a fault in it.
+struct Faulty;
+
+impl BusDevice for Faulty {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {
+        panic!("the fault that this test is about");
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) {}
+}
+
+#[test]
+fn a_vcpu_whose_thread_panics_is_told_of_and_nobody_waits_for_it() {
+    // in al, 0x30
+    let Some(guest) = guest(2, &[&[0xe4, 0x30], STOP]) else {
+        return;
+    };
+    let ports = &guest.buses.ports;
+    ports.insert("faulty", 0x30, 1, Arc::new(Faulty)).unwrap();
+    guest.vcpus.resume();
+    let event = guest.event();
+    assert!(
+        matches!(&event, VcpuEvent::Failed { id: 0, reason } if reason.contains("panicked")),
+        "{event:?}"
+    );
+    guest.vcpus.hold();
+}

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use busway::config::MemoryConfig;
 use busway::kvm::{
-    BusDevice, Buses, CpuModel, EventSink, IrqRouter, KvmError, VcpuEvent, Vcpus, Vm,
+    BusDevice, Buses, CpuFeatures, CpuModel, EventSink, IrqRouter, KvmError, VcpuEvent, Vcpus, Vm,
 };
 use busway::memory::{Ram, Regions};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -53,7 +53,12 @@ impl BusDevice for Tell {
 
 /// A VM as [`Guest::new`] makes it, or `None`, said on standard error, where there is no KVM.
 pub(crate) fn guest(cpus: u8, code: &[&[u8]]) -> Option<Guest> {
-    match Guest::new(cpus, code) {
+    guest_with(CpuFeatures::default(), cpus, code)
+}
+
+/// As [`guest`], with these features of its processors.
+pub(crate) fn guest_with(features: CpuFeatures, cpus: u8, code: &[&[u8]]) -> Option<Guest> {
+    match Guest::new(features, cpus, code) {
         Ok(guest) => Some(guest),
         Err(error @ KvmError::Unavailable { .. }) => {
             eprintln!("skipped: {error}");
@@ -64,9 +69,9 @@ pub(crate) fn guest(cpus: u8, code: &[&[u8]]) -> Option<Guest> {
 }
 
 impl Guest {
-    fn new(cpus: u8, code: &[&[u8]]) -> Result<Self, KvmError> {
+    fn new(features: CpuFeatures, cpus: u8, code: &[&[u8]]) -> Result<Self, KvmError> {
         let vm = Vm::new()?;
-        let model = CpuModel::new(&vm)?;
+        let model = CpuModel::new(&vm, features)?;
         let config = MemoryConfig {
             size: RAM,
             ..Default::default()

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::guest::{AP_CODE, Guest, SPIN, STOP, TELL_AL, al, guest, wrmsr, x2apic};
+use busway::kvm::CpuFeatures;
+
+use crate::guest::{AP_CODE, Guest, SPIN, STOP, TELL_AL, al, guest, guest_with, wrmsr, x2apic};
 
 /// A guest whose boot processor wakes the others, each of which tells its APIC id.
 fn many(cpus: u8) -> Option<Guest> {
@@ -120,4 +122,59 @@ fn a_deadline_timer_comes_when_it_is_due_after_each_reset_too() {
         guest.vm.reset_chips().unwrap();
         guest.enter().unwrap();
     }
+}
+
+/// What a guest finds in a register of a leaf of CPUID, byte by byte.
+fn cpuid(features: CpuFeatures, leaf: u32, register: [u8; 3]) -> Option<u32> {
+    let [a, b, c, d] = leaf.to_le_bytes();
+    // mov eax, leaf; xor ecx, ecx; cpuid; mov esi, <register>
+    let ask = [0x66, 0xb8, a, b, c, d, 0x66, 0x31, 0xc9, 0x0f, 0xa2];
+    // mov eax, esi; tell; shr esi, 8
+    let next = [&[0x66, 0x89, 0xf0][..], TELL_AL, &[0x66, 0xc1, 0xee, 8]].concat();
+    let guest = guest_with(
+        features,
+        1,
+        &[&ask, &register, &next, &next, &next, &next, STOP],
+    )?;
+    guest.vcpus.resume();
+    Some(u32::from_le_bytes([(); 4].map(|()| guest.next())))
+}
+
+/// `mov esi, eax` and `mov esi, ecx`
+const EAX: [u8; 3] = [0x66, 0x89, 0xc6];
+const ECX: [u8; 3] = [0x66, 0x89, 0xce];
+
+#[test]
+fn a_guest_without_nesting_finds_neither_vmx_nor_svm() {
+    let off = CpuFeatures {
+        nested: false,
+        ..CpuFeatures::default()
+    };
+    let Some(one) = cpuid(off, 1, ECX) else {
+        return;
+    };
+    assert_eq!(one & 1 << 5, 0, "VMX");
+    assert_eq!(cpuid(off, 0x8000_0001, ECX).unwrap() & 1 << 2, 0, "SVM");
+    assert_eq!(cpuid(off, 0x8000_000a, EAX), Some(0));
+}
+
+#[test]
+fn a_guest_without_counters_finds_none_and_cannot_use_any() {
+    let off = CpuFeatures {
+        pmu: false,
+        ..CpuFeatures::default()
+    };
+    let Some(leaf) = cpuid(off, 0xa, EAX) else {
+        return;
+    };
+    assert_eq!(leaf, 0);
+    let extended = cpuid(off, 0x8000_0001, ECX).unwrap();
+    assert_eq!(extended & (1 << 23 | 1 << 24 | 1 << 28), 0, "{extended:#x}");
+    // mov ecx, 0; rdpmc: without counters a general protection fault, whose handler tells 0xd.
+    let read = [0x66, 0xb9, 0, 0, 0, 0, 0x0f, 0x33];
+    let guest = guest_with(off, 1, &[&read, &al(1), TELL_AL, STOP]).unwrap();
+    guest.write(0x3000, &[&al(0xd)[..], TELL_AL, STOP].concat());
+    guest.write(0xd * 4, &[0x00, 0x30, 0, 0]);
+    guest.vcpus.resume();
+    assert_eq!(guest.next(), 0xd);
 }

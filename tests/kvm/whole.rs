@@ -203,3 +203,68 @@ fn a_second_signal_kills_a_guest_that_does_not_listen() {
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("killed"), "{}", stderr(&output));
 }
+
+#[test]
+fn a_thread_that_panics_ends_the_vm_in_order_with_a_word_and_status_1() {
+    let mut run = Run::new(&[&say("runs")[..], &[0xeb, 0xfe]].concat());
+    run.command.env("BUSWAY_TEST_PANIC_AFTER_MS", "300");
+    let Some(Finished { output, report }) = run.finish() else {
+        return;
+    };
+    let errors = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert_eq!(output.stdout, b"runs");
+    let lines: Vec<_> = errors.lines().collect();
+    assert_eq!(lines.len(), 2, "{errors}");
+    assert!(lines[0].contains("this is a bug in Busway"), "{errors}");
+    assert!(lines[1].contains("the VM was ended"), "{errors}");
+    // What is written at any end was.
+    assert!(report["exits"]["pio_write"].as_u64() >= Some(4), "{report}");
+}
+
+/// Processor time of a process's first thread, which is the event loop, in clock ticks of 10 ms.
+fn ticks(child: &Child) -> u64 {
+    let id = child.id();
+    let stat = fs::read_to_string(format!("/proc/{id}/task/{id}/stat")).unwrap();
+    let fields = stat.rsplit(')').next().unwrap().split_whitespace();
+    // utime and stime. proc(5)
+    fields
+        .skip(11)
+        .take(2)
+        .map(|field| field.parse::<u64>().unwrap())
+        .sum()
+}
+
+#[test]
+fn a_clock_that_a_guest_sets_to_the_end_of_time_keeps_nobody_busy() {
+    // mov al, index; out 0x70, al; mov al, value; out 0x71, al
+    let set = |index, value| [0xb0, index, 0xe6, 0x70, 0xb0, value, 0xe6, 0x71];
+    // 2262-04-11T23:47:15Z, and then time runs on, with update interrupts on.
+    let registers = [
+        (11, 0x82),
+        (0x32, 0x22),
+        (9, 0x62),
+        (8, 0x04),
+        (7, 0x11),
+        (4, 0x23),
+        (2, 0x47),
+        (0, 0x15),
+        (11, 0x12),
+    ];
+    let set: Vec<u8> = registers
+        .into_iter()
+        .flat_map(|(index, value)| set(index, value))
+        .collect();
+    let code = [&set[..], &say("set"), &[0xfa, 0xf4, 0xeb, 0xfd]].concat();
+    let Some((child, _folder)) = Run::new(&code).until("set") else {
+        return;
+    };
+    // The loop may have had much to do before, and a second and a half brings the end of time.
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let before = ticks(&child);
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let busy = ticks(&child) - before;
+    signal(&child, libc::SIGKILL);
+    child.wait_with_output().unwrap();
+    assert!(busy < 20, "{busy} ticks of 100");
+}

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use busway_pci::pace::{self, Pace};
 use busway_pci::{BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec};
 
 use crate::aer::is_silent;
@@ -39,6 +40,8 @@ pub struct AssignedFunction {
     pba: Option<GuestLocation>,
     device_pba: Option<DeviceLocation>,
     reset: ResetHandle,
+    /// What the guest has the host do about it.
+    pace: Pace,
     rom: Option<Rom>,
     // Dropped before the device: a mapping holds it open.
     parts: Vec<Part>,
@@ -137,6 +140,7 @@ impl AssignedFunction {
             routes,
             lines,
             resets,
+            clock,
         } = wiring;
         let AssignOptions {
             rom,
@@ -234,6 +238,7 @@ impl AssignedFunction {
             pba: layout.map(|layout| layout.pba()),
             device_pba: layout.map(|layout| layout.device_pba()),
             reset,
+            pace: Pace::new(name, clock),
             rom,
             parts,
             io,
@@ -285,6 +290,12 @@ impl AssignedFunction {
             false => state.config.decoded(),
         };
         *self.decoding() = decoded;
+    }
+
+    /// The guest pays for a change of the device's power state, from what it was.
+    fn charge_power(&self, state: &State, was_asleep: bool) {
+        let changes = u32::from(state.config.is_asleep() != was_asleep);
+        self.pace.charge(pace::SWITCH, changes);
     }
 
     fn decoding(&self) -> MutexGuard<'_, Vec<BarRegion>> {
@@ -356,7 +367,7 @@ impl PciFunction for AssignedFunction {
         if !state.untold {
             self.reset.touch();
         }
-        let messages = state.uses_messages();
+        let (messages, asleep) = (state.uses_messages(), state.config.is_asleep());
         let State {
             config,
             pin,
@@ -373,6 +384,7 @@ impl PciFunction for AssignedFunction {
                 vectors,
                 pin,
                 config,
+                pace: &self.pace,
             };
             msi.write(offset, data, vectors);
         }
@@ -386,6 +398,7 @@ impl PciFunction for AssignedFunction {
                     vectors,
                     pin,
                     config,
+                    pace: &self.pace,
                 };
                 msix.write_control(control, vectors);
             }
@@ -398,16 +411,24 @@ impl PciFunction for AssignedFunction {
             state.config.disable_pin(&*self.io);
         }
         self.note_decoded(&state);
+        self.charge_power(&state, asleep);
+        drop(state);
+        self.pace.pay();
     }
 
     fn settle(&self) -> bool {
         let mut state = self.lock();
+        let asleep = state.config.is_asleep();
         let settled = state.config.settle(&*self.io);
         if settled == Settled::Reset {
             self.reset_by(&mut state, ResetHandle::reset_function);
             state.settle_pin();
+            self.pace.charge(pace::RESET, 1);
         }
         self.note_decoded(&state);
+        self.charge_power(&state, asleep);
+        drop(state);
+        self.pace.pay();
         settled == Settled::Decodes
     }
 
@@ -448,6 +469,9 @@ impl PciFunction for AssignedFunction {
             state.settle_pin();
         }
         self.note_decoded(&state);
+        drop(state);
+        self.pace.charge(pace::RESET, 1);
+        self.pace.pay();
     }
 }
 

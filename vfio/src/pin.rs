@@ -10,6 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
+use busway_pci::pace::{self, Pace};
 use busway_pci::{InterruptLines, InterruptPin, Intx, PinError, PinOwner, VectorOwner, spec};
 
 use crate::config::{GuestConfig, read_dword};
@@ -95,12 +96,14 @@ impl Pin {
     }
 }
 
-/// A kind of messages, for which the pin makes room: the kernel has one kind of interrupt at a time.
+/// A kind of messages, for which the pin makes room: the kernel has one kind of interrupt at a time. What
+/// the guest changes of them is charged to `pace`.
 #[derive(Debug)]
 pub(crate) struct InPlaceOfPin<'a, V> {
     pub(crate) vectors: &'a mut V,
     pub(crate) pin: Option<&'a mut Pin>,
     pub(crate) config: &'a mut GuestConfig,
+    pub(crate) pace: &'a Pace,
 }
 
 impl<V> InPlaceOfPin<'_, V> {
@@ -113,11 +116,13 @@ impl<V> InPlaceOfPin<'_, V> {
 
 impl<V: VectorOwner> VectorOwner for InPlaceOfPin<'_, V> {
     fn enable(&mut self) -> io::Result<()> {
+        self.pace.charge(pace::INTERRUPTS, 1);
         self.make_room();
         self.vectors.enable()
     }
 
     fn connect(&mut self, first: u16, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.pace.charge(pace::INTERRUPTS, 1);
         self.make_room();
         self.vectors.connect(first, events)
     }
@@ -127,6 +132,7 @@ impl<V: VectorOwner> VectorOwner for InPlaceOfPin<'_, V> {
     }
 
     fn disconnect_all(&mut self) {
+        self.pace.charge(pace::INTERRUPTS, 1);
         self.vectors.disconnect_all();
     }
 }

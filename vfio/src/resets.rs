@@ -75,6 +75,13 @@ impl Resets {
         self.settle();
     }
 
+    /// Whether a reset touches a device now. Who reads its configuration space meanwhile waits in the
+    /// kernel until the reset is over, a minute at the most. Linux, drivers/pci/access.c, `pci_wait_cfg`.
+    #[must_use]
+    pub fn is_resetting(&self, io: &Arc<dyn DeviceIo>) -> bool {
+        self.with(io, |member| member.in_reset) == Some(true)
+    }
+
     /// The part of it that the function of the device `io` has, which is added where it is not there.
     pub(crate) fn join(self: &Arc<Self>, name: &str, io: &Arc<dyn DeviceIo>) -> ResetHandle {
         if self.with(io, |_| ()).is_none() {

@@ -274,13 +274,18 @@ fn a_device_that_somebody_holds_for_a_moment_is_reset_all_the_same() {
 #[test]
 fn a_reset_that_takes_long_holds_nobody_up_but_what_is_on_its_bus() {
     let [slow, far, near] = [(); 3].map(|()| with_reset(FunctionReset::Flr));
-    let (_resets, handles) = vm(&[(A, &slow), (ELSEWHERE, &far), (B, &near)]);
+    let (resets, handles) = vm(&[(A, &slow), (ELSEWHERE, &far), (B, &near)]);
     let (go_on, begun) = held_up(&slow);
+    let resetting = || {
+        let devices = [&slow, &far, &near].map(|fake| fake.clone() as Arc<dyn DeviceIo>);
+        devices.map(|io| resets.is_resetting(&io))
+    };
     let (near_is_reset, near_done) = mpsc::channel();
     handles.iter().for_each(ResetHandle::touch);
     thread::scope(|scope| {
         scope.spawn(|| handles[0].reset_function());
         begun.recv().unwrap();
+        assert_eq!(resetting(), [true, false, false]);
         handles[1].reset();
         handles[1].touch();
         handles[1].reset_function();
@@ -298,6 +303,7 @@ fn a_reset_that_takes_long_holds_nobody_up_but_what_is_on_its_bus() {
         near_done.recv().unwrap();
         assert_eq!(near.resets().len(), 2);
     });
+    assert_eq!(resetting(), [false; 3]);
 }
 
 #[test]

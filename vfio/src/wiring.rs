@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use busway_pci::pace::Clock;
 use busway_pci::{InterruptLines, InterruptRoutes};
 
 use crate::{Resets, RomChoice};
@@ -15,6 +16,8 @@ pub struct Wiring {
     pub lines: Arc<dyn InterruptLines>,
     /// The resets of its VM, which knows the device, or is made known to it.
     pub resets: Arc<Resets>,
+    /// The time by which the guest's resets and changes of interrupts are paced.
+    pub clock: Arc<dyn Clock>,
 }
 
 /// What the person who gives a device away can choose about it.

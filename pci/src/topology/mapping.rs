@@ -43,9 +43,14 @@ impl Mappings {
     }
 
     /// Brings the mappings of `functions` in line with the tree. All that goes is unmapped before
-    /// anything is mapped, so that BARs can change places.
-    pub(super) fn update(&mut self, tree: &Tree, functions: &[FunctionId], mapper: &dyn BarMapper) {
-        let mut room_made = false;
+    /// anything is mapped, so that BARs can change places. Says how often the mapper was called.
+    pub(super) fn update(
+        &mut self,
+        tree: &Tree,
+        functions: &[FunctionId],
+        mapper: &dyn BarMapper,
+    ) -> u32 {
+        let (mut room_made, mut calls) = (false, 0_u32);
         for &id in functions {
             let wanted = tree.reachable(id);
             let mappings = self.functions.entry(id).or_default();
@@ -54,6 +59,7 @@ impl Mappings {
                 if !keep && mapping.state == State::Mapped {
                     mapper.unmap(&mapping.function, &mapping.region);
                     room_made = true;
+                    calls = calls.saturating_add(1);
                 }
                 keep
             });
@@ -82,17 +88,20 @@ impl Mappings {
                             log::Level::Debug
                         };
                         mapping.map(mapper, tree.bdf(id), level);
+                        calls = calls.saturating_add(1);
                         if mapping.state == State::Refused {
                             self.refusals = self.refusals.saturating_add(1);
                         }
                     }
                     State::Refused if room_made => {
                         mapping.map(mapper, tree.bdf(id), log::Level::Debug);
+                        calls = calls.saturating_add(1);
                     }
                     State::Refused | State::Mapped => {}
                 }
             }
         }
+        calls
     }
 }
 

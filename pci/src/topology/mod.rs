@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::address::Bdf;
 use crate::function::{BarMapper, Bridge, HotPlug, PciFunction};
+use crate::pace::{self, Clock, SystemClock};
 use crate::spec;
 pub use assign::AssignError;
 use mapping::Mappings;
@@ -28,11 +29,15 @@ use tree::{Node, Tree};
 /// while a function is written), then a function's own. So a function must not call the topology from
 /// within an access, nor may the [`BarMapper`] from within a call; a function's own lock is never held
 /// when the mapper is called.
+///
+/// What a guest's writes have mapped, unmapped and switched is charged to the function that it writes
+/// ([`pace`](crate::pace)), and the vCPU that has used the allowance up waits before its write returns.
 pub struct Topology {
     mapper: Arc<dyn BarMapper>,
     tree: RwLock<Tree>,
     /// Serialises changes of what is mapped; accesses to BARs do not come here.
     mappings: Mutex<Mappings>,
+    clock: Arc<dyn Clock>,
 }
 
 impl fmt::Debug for Topology {
@@ -47,10 +52,17 @@ impl Topology {
     /// A topology without functions, whose BARs `mapper` makes reachable.
     #[must_use]
     pub fn new(mapper: Arc<dyn BarMapper>) -> Self {
+        Self::with_clock(mapper, Arc::new(SystemClock::default()))
+    }
+
+    /// [`new`](Self::new), where `clock` tells the time by which writes are paced.
+    #[must_use]
+    pub fn with_clock(mapper: Arc<dyn BarMapper>, clock: Arc<dyn Clock>) -> Self {
         Self {
             mapper,
             tree: RwLock::default(),
             mappings: Mutex::default(),
+            clock,
         }
     }
 
@@ -64,7 +76,7 @@ impl Topology {
         function: Arc<dyn PciFunction>,
     ) -> Result<FunctionId, PlaceError> {
         let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
-        let id = tree.add(place, function)?;
+        let id = tree.add(place, function, &self.clock)?;
         drop(tree);
         if let Some(port) = place.bridge {
             self.with_slot(port, |slot| slot.furnish(true));
@@ -161,6 +173,8 @@ impl Topology {
         for (offset, width) in in_dwords(offset, data.len()) {
             let (part, after) = rest.split_at(width);
             self.write_dword(&node, offset, part);
+            // With no lock held.
+            node.pace.pay();
             rest = after;
         }
     }
@@ -210,12 +224,14 @@ impl Topology {
         node.pci.config_write(offset, data);
         let now = node.pci.decoded();
         if now != before {
-            self.remap(&mut self.mappings(), &[node.id]);
+            let changes = self.remap(&mut self.mappings(), &[node.id]);
+            node.pace.charge(pace::MAPPING, changes);
         }
         // Nothing of it is mapped, and what has to be settled can take long: other functions go on, for
         // the lock that is held is that of writes to this one.
         if now.is_empty() && node.pci.settle() {
-            self.remap(&mut self.mappings(), &[node.id]);
+            let changes = self.remap(&mut self.mappings(), &[node.id]);
+            node.pace.charge(pace::MAPPING, changes);
         }
     }
 
@@ -223,10 +239,15 @@ impl Topology {
         let mut mappings = self.mappings();
         let was_in_reset = bridge.in_reset();
         node.pci.config_write(offset, data);
-        let begins = bridge.in_reset() && !was_in_reset;
+        let in_reset = bridge.in_reset();
+        let begins = in_reset && !was_in_reset;
         let affected = self.tree().with_descendants(node.id);
-        self.remap(&mut mappings, &affected);
+        let changes = self.remap(&mut mappings, &affected);
         drop(mappings);
+        node.pace.charge(pace::MAPPING, changes);
+        // The machine hears of each, also where the slot is empty. What is reset below is charged itself.
+        node.pace
+            .charge(pace::SWITCH, (in_reset != was_in_reset).into());
         if begins {
             // By now nothing below is mapped. Resets can take long: other functions go on.
             for &id in affected.iter().filter(|&&id| id != node.id) {
@@ -237,14 +258,16 @@ impl Topology {
                     below.pci.reset();
                 }
             }
-            self.remap(&mut self.mappings(), &affected);
+            let changes = self.remap(&mut self.mappings(), &affected);
+            node.pace.charge(pace::MAPPING, changes);
         }
     }
 
-    /// Brings what is mapped of `functions` in line with their registers as they are now.
-    fn remap(&self, mappings: &mut Mappings, functions: &[FunctionId]) {
+    /// Brings what is mapped of `functions` in line with their registers as they are now, and says how
+    /// many BARs the mapper was given or had taken from it for that.
+    fn remap(&self, mappings: &mut Mappings, functions: &[FunctionId]) -> u32 {
         let tree = self.snapshot();
-        mappings.update(&tree, functions, &*self.mapper);
+        mappings.update(&tree, functions, &*self.mapper)
     }
 
     /// The tree as it is now, to look at without its lock.

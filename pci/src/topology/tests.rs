@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -10,6 +11,7 @@ use crate::address::Device;
 use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32, PREFETCHABLE_64, key};
 use crate::function::{BarIndex, BarKind, BarRegion};
 use crate::link::Link;
+use crate::pace::StoppedClock;
 use crate::root_port::RootPort;
 
 pub(super) fn port(slot: u16) -> Arc<RootPort> {
@@ -57,8 +59,12 @@ pub(super) const BEHIND: &str = "01:00.0";
 
 impl Fixture {
     pub(super) fn new(exclusive: bool) -> Self {
+        Self::with_clock(exclusive, Arc::new(SystemClock::default()))
+    }
+
+    fn with_clock(exclusive: bool, clock: Arc<dyn Clock>) -> Self {
         let mapper = FakeMapper::new(exclusive);
-        let topology = Topology::new(mapper.clone());
+        let topology = Topology::with_clock(mapper.clone(), clock);
         let port = topology.add(Place::root(device(1)), port(1)).unwrap();
         let behind = FakeFunction::new(&[
             (BarIndex::Bar(0), MEMORY_32, 0x1000),
@@ -91,6 +97,43 @@ impl Fixture {
         mapped
             .map(|region| (region.index, region.address))
             .collect()
+    }
+}
+
+#[test]
+fn a_guest_that_switches_decoding_or_a_bus_over_and_over_is_paced() {
+    let clock = Arc::<StoppedClock>::default();
+    let f = Fixture::with_clock(false, clock.clone());
+    f.set_up();
+    let toggle = |at: &str, register, on: u16| {
+        write16(&f.topology, bdf(at), register, 0);
+        write16(&f.topology, bdf(at), register, on);
+    };
+    type Storm<'a> = (&'a dyn Fn(), Duration);
+    let storms: [Storm<'_>; 3] = [
+        // One BAR is unmapped and mapped.
+        (&|| toggle(BEHIND, spec::COMMAND, 2), pace::MAPPING * 2),
+        (&|| toggle(PORT, spec::COMMAND, 7), pace::MAPPING * 2),
+        // No BAR decodes: only what hears of it is kept busy.
+        (
+            &|| toggle(PORT, spec::BRIDGE_CONTROL, spec::BRIDGE_CONTROL_RESET),
+            pace::SWITCH * 2,
+        ),
+    ];
+    for (number, (storm, price)) in storms.into_iter().enumerate() {
+        let start = clock.now();
+        // A driver's share is free.
+        (0..100).for_each(|_| storm());
+        assert_eq!(clock.now(), start, "storm {number}");
+        while clock.now() == start {
+            storm();
+        }
+        let start = clock.now();
+        (0..100).for_each(|_| storm());
+        assert_eq!(clock.now() - start, price * 100, "storm {number}");
+        // Everything grows back.
+        clock.sleep(Duration::from_secs(3600));
+        write16(&f.topology, bdf(PORT), spec::BRIDGE_CONTROL, 0);
     }
 }
 

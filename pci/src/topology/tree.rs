@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::address::{Bdf, Bus, Device, Function, Segment};
 use crate::function::{BarRegion, PciFunction};
+use crate::pace::{Clock, Pace};
 
 /// A function's name within its topology, for as long as that lives. It says nothing about the bus
 /// number, which is the guest's to choose.
@@ -75,6 +76,8 @@ pub(super) struct Node {
     pub(super) pci: Arc<dyn PciFunction>,
     /// Held while the function is written, and what that asks for is carried out.
     pub(super) write: Arc<Mutex<()>>,
+    /// What its writes cost the host.
+    pub(super) pace: Arc<Pace>,
 }
 
 impl Node {
@@ -99,6 +102,7 @@ impl Tree {
         &mut self,
         place: Place,
         pci: Arc<dyn PciFunction>,
+        clock: &Arc<dyn Clock>,
     ) -> Result<FunctionId, PlaceError> {
         if let Some(bridge) = place.bridge {
             let above = self.get(bridge).and_then(|node| node.pci.bridge());
@@ -116,12 +120,13 @@ impl Tree {
         }
         let id = FunctionId(self.added);
         self.added += 1;
-        let write = Arc::default();
+        let pace = Arc::new(Pace::new(pci.name(), clock.clone()));
         self.nodes.push(Node {
             id,
             place,
             pci,
-            write,
+            write: Arc::default(),
+            pace,
         });
         Ok(id)
     }

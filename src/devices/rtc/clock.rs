@@ -4,6 +4,10 @@ use super::CENTURY;
 use super::calendar::DateTime;
 
 const SECOND: i64 = 1_000_000_000;
+/// What the guest can set the time to, in seconds since the start of 1970: the years 1900 to 2199. A
+/// number of nanoseconds in 64 bits ends with 2262-04-11 23:47:16, which a guest could set otherwise,
+/// and a clock that was set runs on.
+const SETTABLE: std::ops::RangeInclusive<i64> = -2_208_988_800..=7_258_118_399;
 /// The update takes place at the second's end; UIP shows this long before it that it is near. Data
 /// sheet, "Update cycle".
 const UPDATE_NEAR: i64 = 244_000;
@@ -151,6 +155,7 @@ impl RtcState {
             index => return self.set_byte(index, value),
         }
         let seconds = date.to_seconds();
+        let seconds = seconds.clamp(*SETTABLE.start(), *SETTABLE.end());
         if self.stopped.is_some() {
             self.stopped = Some(seconds);
         } else {
@@ -208,7 +213,8 @@ impl RtcState {
                 .flatten(),
         ];
         let next = next.into_iter().flatten().min()?;
-        Some(next.saturating_sub(time).max(1))
+        // At the end of what 64 bits hold time stands still, and nothing comes any more.
+        next.checked_sub(time).filter(|&delay| delay > 0)
     }
 
     /// The guest's time.
@@ -415,6 +421,42 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_sets_no_time_beyond_2199_or_before_1900() {
+        for (bytes, year) in [([0xff, 0xff], 2199), ([0x22, 0x62], 2199), ([0, 0], 1900)] {
+            for set in [0, B_SET] {
+                let mut clock = RtcState::new(NOW);
+                write(&mut clock, B, B_24_HOURS | set, NOW);
+                for _ in 0..1000 {
+                    write(&mut clock, CENTURY, bytes[0], NOW);
+                    write(&mut clock, YEAR, bytes[1], NOW);
+                    for index in [MONTH, DAY, HOURS, MINUTES, SECONDS] {
+                        write(&mut clock, index, bytes[1], NOW);
+                    }
+                }
+                // Where bytes carried it on from the end, it is back in the first year.
+                write(&mut clock, CENTURY, bytes[0], NOW);
+                write(&mut clock, B, B_24_HOURS | UPDATE, NOW);
+                assert_eq!(clock.date(NOW).year, year, "{bytes:x?} {set:#x}");
+                assert!(clock.next_interrupt(NOW).is_some_and(|due| due <= SECOND));
+            }
+        }
+    }
+
+    #[test]
+    fn at_the_end_of_time_nothing_is_due() {
+        let mut clock = RtcState::new(NOW);
+        clock.offset = i64::MAX;
+        for index in [SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM] {
+            write(&mut clock, index, 0xff, NOW);
+        }
+        write(&mut clock, B, B_24_HOURS | UPDATE | ALARM | PERIODIC, NOW);
+        for now in [NOW, NOW + SECOND, i64::MAX - 1, i64::MAX] {
+            clock.advance(now);
+            assert_eq!(clock.next_interrupt(now), None);
+        }
+    }
+
+    #[test]
     fn update_in_progress_shows_just_before_the_second_ends() {
         let mut clock = RtcState::new(NOW);
         assert_eq!(read(&mut clock, A, NOW) & A_UIP, 0);
@@ -499,12 +541,14 @@ mod tests {
     proptest! {
         #[test]
         fn no_sequence_of_accesses_panics_and_ram_keeps_what_is_written(
-            accesses in proptest::collection::vec((0_u8..128, any::<u8>(), 0_i64..1 << 40), 0..60)
+            accesses in proptest::collection::vec(
+                (0_u8..128, any::<u8>(), prop_oneof![0_i64..1 << 40, 0_i64..1 << 61]), 0..60,
+            )
         ) {
             let mut clock = RtcState::new(NOW);
             let mut now = NOW;
             for (index, value, step) in accesses {
-                now += step;
+                now = i64::saturating_add(now, step);
                 write(&mut clock, index, value, now);
                 let back = read(&mut clock, index, now);
                 if index > D && index != CENTURY {

@@ -87,6 +87,7 @@ impl AssignedFunction {
                             vectors,
                             pin,
                             config,
+                            pace: &self.pace,
                         };
                         msix.table_write(at, piece, vectors);
                     }
@@ -96,6 +97,7 @@ impl AssignedFunction {
             data = rest;
             offset = offset.saturating_add(size as u64);
         }
+        self.pace.pay();
     }
 
     /// The pending bits: what is held back here, and for vectors that the guest has not unmasked yet

@@ -5,6 +5,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
+use busway_pci::pace::StoppedClock;
 use busway_pci::{
     BarMapper, BarPart, BarRegion, Bdf, Device, FunctionId, Link, PciFunction, Place, RootPort,
     Topology, Windows, spec,
@@ -86,6 +87,7 @@ impl Vm {
                 routes: routes.clone(),
                 lines: Arc::new(FakeLines::default()),
                 resets: resets.clone(),
+                clock: Arc::new(StoppedClock::default()),
             };
             let options = AssignOptions::default();
             let function = AssignedFunction::new(name, fake.clone(), wiring, &options).unwrap();

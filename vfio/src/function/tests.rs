@@ -4,6 +4,7 @@ mod bars;
 mod config;
 mod hostile;
 mod interrupts;
+mod pace;
 mod reset;
 
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use super::AssignedFunction;
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes};
 use crate::{AssignError, AssignOptions, IrqInfo, Wiring};
 use busway_pci::PciFunction;
+use busway_pci::pace::StoppedClock;
 
 /// QEMU's NVMe drive as VFIO shows it, with an SR-IOV capability first in its extended list.
 pub(super) fn nvme() -> FakeDevice {
@@ -77,6 +79,7 @@ pub(super) fn assign_with(
         routes,
         lines: Arc::new(FakeLines::default()),
         resets: Arc::default(),
+        clock: Arc::new(StoppedClock::default()),
     };
     AssignedFunction::new(name, fake, wiring, options)
 }

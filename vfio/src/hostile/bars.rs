@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use busway_pci::pace::StoppedClock;
 use busway_pci::{
     BarKind, BarMapper, BarRegion, Bdf, Bus, Device, Function, FunctionId, Link, PciFunction,
     Place, RootPort, Segment, Topology, Windows, spec,
@@ -83,7 +84,7 @@ fn slot(number: u8) -> Device {
 impl Cast {
     fn new(story: &mut Story<'_>) -> Self {
         let machine = Arc::new(Machine::default());
-        let topology = Topology::new(machine.clone());
+        let topology = Topology::with_clock(machine.clone(), Arc::<StoppedClock>::default());
         let routes = Routes::new();
         let mut devices = Vec::new();
         for number in 1..=3 {

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use busway_pci::pace::StoppedClock;
 use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, PciFunction, RouteError, spec};
 
 use crate::fake::{FakeDevice, FakeLines, eventfd};
@@ -218,6 +219,7 @@ pub(super) fn assign(
         routes: routes.clone(),
         lines: Arc::new(FakeLines::default()),
         resets: Arc::default(),
+        clock: Arc::new(StoppedClock::default()),
     };
     AssignedFunction::new("fake", fake.clone(), wiring, &AssignOptions::default()).ok()
 }

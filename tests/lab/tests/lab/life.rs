@@ -28,6 +28,11 @@ pub(crate) const PROOFS: &[Proof] = &[
         clean_log,
     ),
     Proof::new("sixteen_processors_start", many_cpus),
+    Proof::new("an_initramfs_above_4_gib_is_found", far_initramfs),
+    Proof::new(
+        "a_thread_that_panics_ends_the_vm_and_its_drive_is_given_back",
+        panicked,
+    ),
 ];
 
 fn killed(lab: &mut Lab) -> Result<()> {
@@ -184,4 +189,50 @@ fn many_cpus(lab: &mut Lab) -> Result<()> {
         result.value("cpus")?
     );
     Ok(())
+}
+
+/// The kernel is told to ask for nearly all RAM below 4 GiB (`init_size` of its setup header, at 0x260), so that
+/// nothing is left there for its initramfs.
+fn far_initramfs(lab: &mut Lab) -> Result<()> {
+    // 0xbeff_f000 bytes from 16 MiB on: 4 KiB of 3 GiB are left.
+    const ROOM: &str = "\\0\\360\\377\\276";
+    let host = lab.host(&zoo())?;
+    let run = guest()?
+        .kernel(GuestKernel::Stock)
+        .memory_mib(4096)
+        .opened_by(&format!(
+            "cp \"$4\" /run/far\n\
+             printf '{ROOM}' | dd of=/run/far bs=1 seek=$((0x260)) conv=notrunc 2>/dev/null\n\
+             exec \"${{@:1:3}}\" /run/far \"${{@:5}}\"\n"
+        ))
+        .script(
+            "value ramdisk \"$(dmesg | sed -n 's/.*RAMDISK: .mem 0x\\([0-9a-f]*\\)-.*/\\1/p')\"\n",
+        );
+    let result = host.guest(&run)?.success()?;
+    let at = u64::from_str_radix(result.value("ramdisk")?, 16)?;
+    ensure!(at >= 1 << 32, "the initramfs is at {at:#x}");
+    Ok(())
+}
+
+/// A build of the lab has a thread panic when the environment asks for it.
+fn panicked(lab: &mut Lab) -> Result<()> {
+    let (host, address) = bound(lab, "nv0")?;
+    let run = guest()?
+        .device(&address)
+        .opened_by("BUSWAY_TEST_PANIC_AFTER_MS=30000 exec \"$@\"\n")
+        .dies()
+        .script(
+            "value io begun\n\
+             while true; do lab-io write /dev/nvme0n1 1 >/dev/null; done\n",
+        );
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value io begun")?;
+    let result = running.finish()?;
+    let said = &result.stderr;
+    ensure!(result.status == 1, "status {}: {said}", result.status);
+    for words in ["this is a bug in Busway", "the VM was ended"] {
+        ensure!(said.contains(words), "it does not say \"{words}\": {said}");
+    }
+    ensure!(result.report.is_some(), "no report was written");
+    give_back(host, &address, "nvme")
 }

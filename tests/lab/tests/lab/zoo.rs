@@ -185,6 +185,8 @@ fn reload(lab: &mut Lab, devices: &[&str], rounds: u64) -> Result<()> {
     let run = guest(host, &functions, Interface::Cdev)?;
     let run = with_works(run, host, &server, &works, &first)?;
     let result = host.guest(&run)?.success()?;
+    let slowed = result.stderr.contains("slowed down");
+    ensure!(!slowed, "reloads are taken for a storm: {}", result.stderr);
     for device in devices {
         let done = result.value(&format!("{device}.rounds"))?;
         ensure!(done == rounds.to_string(), "{device}: {done} rounds");

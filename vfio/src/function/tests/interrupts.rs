@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use busway_pci::pace::StoppedClock;
 use busway_pci::{BarIndex, InterruptPin, PciFunction, spec};
 
 use super::{assign, function, nvme, read, write};
@@ -141,6 +142,7 @@ fn the_pin_is_connected_exactly_while_no_message_is() {
         routes,
         lines: lines.clone(),
         resets: Arc::default(),
+        clock: Arc::new(StoppedClock::default()),
     };
     let options = AssignOptions::default();
     let function = AssignedFunction::new("fake", fake.clone(), wiring, &options).unwrap();

@@ -1,0 +1,94 @@
+//! Devices that leave a VM that runs on: each slot's are reset and closed on a thread of their own.
+//!
+//! The kernel waits up to a minute for a device that does not come back from its reset (Linux,
+//! drivers/pci/pci.c, `pci_dev_wait`), and the event loop hears signals and the guest meanwhile.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+/// The releases that have begun. Dropping it waits for them.
+#[derive(Debug, Default)]
+pub(super) struct Releases {
+    running: Vec<JoinHandle<()>>,
+}
+
+impl Releases {
+    /// Has `work` done, which releases what is called `what` in messages. Where there is no thread to be
+    /// had, it is done before this returns.
+    pub(super) fn start(&mut self, what: &str, work: impl FnOnce() + Send + 'static) {
+        // Those that are over have nothing to give.
+        self.running.retain(|thread| !thread.is_finished());
+        let work = Arc::new(Mutex::new(Some(work)));
+        let take = |work: &Mutex<Option<_>>| {
+            let mut work = work.lock().unwrap_or_else(PoisonError::into_inner);
+            work.take()
+        };
+        let on_thread = {
+            let work = work.clone();
+            move || {
+                if let Some(work) = take(&work) {
+                    work();
+                }
+            }
+        };
+        match thread::Builder::new()
+            .name("release".to_owned())
+            .spawn(on_thread)
+        {
+            Ok(thread) => self.running.push(thread),
+            Err(error) => {
+                log::warn!("{what}: no thread for its release: {error}; the VM waits for it");
+                if let Some(work) = take(&work) {
+                    work();
+                }
+            }
+        }
+    }
+
+    /// Waits for all that have begun.
+    pub(super) fn finish(&mut self) {
+        for thread in self.running.drain(..) {
+            // Its panic has been told of, and ends the VM.
+            let _panicked = thread.join();
+        }
+    }
+}
+
+impl Drop for Releases {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn a_release_that_takes_long_keeps_nobody_waiting_but_who_asks_for_its_end() {
+        let (done, mut releases) = (Arc::new(AtomicUsize::new(0)), Releases::default());
+        let (go_on, held) = mpsc::channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        for _ in 0..3 {
+            let (done, held) = (done.clone(), held.clone());
+            releases.start("a device", move || {
+                let _disconnected = held.lock().unwrap().recv();
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        // All of them are under way, and none is over.
+        assert_eq!(done.load(Ordering::Relaxed), 0);
+        drop(go_on);
+        releases.finish();
+        assert_eq!(done.load(Ordering::Relaxed), 3);
+        let dropped = done.clone();
+        releases.start("another", move || {
+            dropped.fetch_add(1, Ordering::Relaxed);
+        });
+        drop(releases);
+        assert_eq!(done.load(Ordering::Relaxed), 4);
+    }
+}
