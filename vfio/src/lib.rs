@@ -13,6 +13,7 @@
 
 mod aer;
 mod areas;
+mod atomics;
 mod attachment;
 mod clique;
 mod config;
