@@ -14,6 +14,7 @@ mod error;
 mod events;
 mod host_devices;
 mod life;
+mod opening;
 mod pci;
 mod places;
 mod platform;
