@@ -128,8 +128,7 @@ pub(super) struct RunArgs {
     ///
     ///   iommufd=on    by iommufd and the device's cdev
     ///   iommufd=off   by the VFIO group and a type1 container
-    ///   iommufd=auto  by iommufd where that can do all that p2p= wants; else by group and
-    ///                 container, where there are
+    ///   iommufd=auto  by iommufd where that can do what p2p= says, else as by iommufd=off
     ///   iommufd_fd=N  an iommufd that Busway inherits, instead of opening /dev/iommu
     ///   p2p=on        devices reach each other's memory (peer-to-peer DMA), or it is an error
     ///   p2p=off       they do not
