@@ -216,7 +216,7 @@ mod tests {
         let gpu = space(ENDPOINT, spec::EXP_ATOMIC_COMPLETER, 0);
         let root = space(ROOT_PORT, BOTH, 0);
         let both = AtomicOps::from_capabilities(BOTH);
-        assert_eq!(below(&[root.clone()], &gpu), both);
+        assert_eq!(below(std::slice::from_ref(&root), &gpu), both);
         let up = space(UPSTREAM_PORT, routing, 0);
         let down = space(DOWNSTREAM_PORT, routing, 0);
         let path = [root.clone(), up.clone(), down.clone()];
