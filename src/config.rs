@@ -324,7 +324,8 @@ fn last_component(path: &Path) -> Option<&str> {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PlatformConfig {
-    /// Which of the kernel's VFIO interfaces to use.
+    /// Which of the kernel's VFIO interfaces to use: iommufd, the type1 container, or the one that can do
+    /// all that the VM may need.
     pub iommufd: Choice,
     /// An iommufd that somebody else has opened.
     pub iommufd_fd: Option<u32>,

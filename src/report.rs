@@ -82,6 +82,7 @@ pub struct Report {
     own_memory: AtomicU64,
     guest_memory: Mutex<Vec<Range<usize>>>,
     exits: Mutex<BTreeMap<&'static str, u64>>,
+    iommu: Mutex<Option<IommuWay>>,
     devices: Mutex<Vec<AssignedDevice>>,
     running: Mutex<Option<Sender<()>>>,
     progress: OnceLock<Box<ProgressFn>>,
@@ -111,6 +112,7 @@ impl Report {
             own_memory: AtomicU64::new(0),
             guest_memory: Mutex::default(),
             exits: Mutex::default(),
+            iommu: Mutex::default(),
             devices: Mutex::default(),
             running: Mutex::default(),
             progress: OnceLock::new(),
@@ -151,6 +153,12 @@ impl Report {
     pub fn set_vectors(&self, vectors: u64, updates: u64) {
         self.vectors.store(vectors, Relaxed);
         self.vector_updates.store(updates, Relaxed);
+    }
+
+    /// By which of the kernel's interfaces the assigned devices are reached, in one word, and why.
+    pub fn set_iommu(&self, interface: &'static str, why: &str) {
+        let why = why.to_owned();
+        *lock(&self.iommu) = Some(IommuWay { interface, why });
     }
 
     /// What the assigned devices are like now.
@@ -237,6 +245,7 @@ impl Report {
             vectors: self.vectors.load(Relaxed),
             vector_updates: self.vector_updates.load(Relaxed),
             own_memory_bytes: Some(self.own_memory.load(Relaxed)).filter(|bytes| *bytes != 0),
+            iommu: lock(&self.iommu).clone(),
             devices: lock(&self.devices).clone(),
             exits: lock(&self.exits).clone(),
         }
@@ -288,10 +297,21 @@ pub struct Snapshot {
     /// Memory that is Busway's own: its proportional set size beyond guest RAM. Absent (`null`) where
     /// it was not measured.
     pub own_memory_bytes: Option<u64>,
+    /// The way to the IOMMU; absent (`null`) where there are no assigned devices.
+    pub iommu: Option<IommuWay>,
     /// The assigned devices, as they were given.
     pub devices: Vec<AssignedDevice>,
     /// Exits to user space, by kind.
     pub exits: BTreeMap<&'static str, u64>,
+}
+
+/// By which of the kernel's interfaces the assigned devices are reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct IommuWay {
+    /// `iommufd` or `type1`.
+    pub interface: &'static str,
+    /// Why it is this one, in words.
+    pub why: String,
 }
 
 /// A host device that the guest has.
@@ -366,6 +386,9 @@ impl fmt::Display for Snapshot {
             "{:<18} {:>10} moved {} times",
             "vectors", self.vectors, self.vector_updates
         )?;
+        if let Some(IommuWay { interface, why }) = &self.iommu {
+            writeln!(f, "{:<18} {interface:>10} {why}", "IOMMU")?;
+        }
         for device in &self.devices {
             let AssignedDevice { host, guest, reset } = device;
             writeln!(f, "{host:<18} {guest:>10} in the guest, reset {reset}")?;
@@ -453,6 +476,13 @@ mod tests {
             guest: "0000:01:00.0".to_owned(),
             reset: "flr",
         }]);
+        assert_eq!(
+            serde_json::to_value(report.snapshot())
+                .unwrap()
+                .get("iommu"),
+            Some(&serde_json::Value::Null)
+        );
+        report.set_iommu("type1", "it is what was asked for");
         report.set_own_memory(4 << 20);
         report.set_exits("mmio_write", 7);
         let json = serde_json::to_value(report.snapshot()).unwrap();
@@ -469,6 +499,8 @@ mod tests {
         assert_eq!(json["dma_mappings"]["device_calls"], 2);
         assert_eq!(json["vectors"], 5);
         assert_eq!(json["vector_updates"], 3);
+        assert_eq!(json["iommu"]["interface"], "type1");
+        assert_eq!(json["iommu"]["why"], "it is what was asked for");
         assert_eq!(json["devices"][0]["host"], "0000:05:00.0");
         assert_eq!(json["devices"][0]["guest"], "0000:01:00.0");
         assert_eq!(json["devices"][0]["reset"], "flr");
@@ -531,6 +563,7 @@ mod tests {
         report.stages[5].store(21_500_000, Relaxed);
         report.set_mappings(2, 512 << 20, 3);
         report.set_vectors(5, 3);
+        report.set_iommu("iommufd", "devices do not reach each other's memory");
         report.set_own_memory(3 << 20);
         let expected = "\
 stage                   at ms    took ms
@@ -538,6 +571,7 @@ parse                     1.5        1.5
 first instruction        21.5       20.0
 DMA mappings                2 calls, 512.0 MiB; 3 calls for BARs
 vectors                     5 moved 3 times
+IOMMU                 iommufd devices do not reach each other's memory
 own memory            3.0 MiB
 ";
         assert_eq!(report.snapshot().to_string(), expected);

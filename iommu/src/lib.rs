@@ -25,6 +25,7 @@ mod space;
 mod sys;
 mod tracker;
 mod type1;
+mod way;
 
 pub use advice::{IommuAdvice, ParameterChange};
 pub use dma::{Access, DmaSpace, HostVa, Iova, OpenDmaBuf, Stats};
@@ -39,3 +40,4 @@ pub use reserved::reserved_ranges;
 pub use space::{Kind, Mode, Space};
 pub use tracker::{Backing, Mapping, Tracker};
 pub use type1::Container;
+pub use way::Way;

@@ -1,7 +1,7 @@
 //! Which of the kernel's interfaces a VM's devices use.
 
+use std::fmt;
 use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::memlock::{self, Accounting};
@@ -14,7 +14,7 @@ pub enum Mode {
     On,
     /// Forbidden.
     Off,
-    /// Used where the host and every device have it.
+    /// Used where it can do all that the VM may need: [`Way::choose`](crate::Way::choose).
     #[default]
     Auto,
 }
@@ -28,6 +28,23 @@ pub enum Kind {
     Iommufd,
 }
 
+impl Kind {
+    /// The interface in one word, which does not change.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Type1 => "type1",
+            Self::Iommufd => "iommufd",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
 /// A VM's set of DMA mappings, which its devices are attached to.
 #[derive(Clone, Debug)]
 pub enum Space {
@@ -38,34 +55,15 @@ pub enum Space {
 }
 
 impl Space {
-    /// Opens a space for the functions whose folders in sysfs are `devices`. [`Mode::Auto`] takes
-    /// iommufd where it is there, may be opened, and every device has a character device for it.
-    ///
-    /// An `iommufd` that is open already is used in the place of the host's node.
+    /// Opens an empty space. An `iommufd` that is open already is used in the place of the host's node.
     ///
     /// # Errors
-    /// [`OpenError`]: that of the interface that was chosen.
-    pub fn open(
-        paths: &HostPaths,
-        mode: Mode,
-        devices: &[&Path],
-        iommufd: Option<File>,
-    ) -> Result<Self, OpenError> {
-        if let Some(file) = iommufd {
-            return Ioas::in_iommufd(file, paths).map(Self::Iommufd);
-        }
-        match mode {
-            Mode::On => Ioas::open(paths).map(Self::Iommufd),
-            Mode::Off => Container::open(paths).map(Self::Type1),
-            Mode::Auto => {
-                if prefers_iommufd(paths, devices) {
-                    match Ioas::open(paths) {
-                        Ok(ioas) => return Ok(Self::Iommufd(ioas)),
-                        Err(error) => log::info!("using VFIO's container: {error}"),
-                    }
-                }
-                Container::open(paths).map(Self::Type1)
-            }
+    /// [`OpenError`]
+    pub fn open(paths: &HostPaths, kind: Kind, iommufd: Option<File>) -> Result<Self, OpenError> {
+        match (kind, iommufd) {
+            (Kind::Type1, _) => Container::open(paths).map(Self::Type1),
+            (Kind::Iommufd, Some(file)) => Ioas::in_iommufd(file, paths).map(Self::Iommufd),
+            (Kind::Iommufd, None) => Ioas::open(paths).map(Self::Iommufd),
         }
     }
 
@@ -101,40 +99,9 @@ impl Space {
     }
 }
 
-/// Without devices there is nothing to tell by but the folder of character devices.
-fn prefers_iommufd(paths: &HostPaths, devices: &[&Path]) -> bool {
-    paths.iommufd().exists()
-        && if devices.is_empty() {
-            paths.dev.join("vfio/devices").exists()
-        } else {
-            devices.iter().all(|device| paths.cdev(device).is_some())
-        }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
-
-    #[test]
-    fn iommufd_is_taken_where_the_host_and_every_device_have_it() {
-        let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths {
-            sys: root.path().join("sys"),
-            dev: root.path().join("dev"),
-            proc: root.path().join("proc"),
-        };
-        let [with, without] = ["a", "b"].map(|name| root.path().join("sys").join(name));
-        fs::create_dir_all(with.join("vfio-dev/vfio3")).unwrap();
-        fs::create_dir_all(&without).unwrap();
-        fs::create_dir_all(paths.dev.join("vfio/devices")).unwrap();
-        fs::write(paths.dev.join("vfio/devices/vfio3"), "").unwrap();
-        assert!(!prefers_iommufd(&paths, &[&with]));
-        fs::write(paths.iommufd(), "").unwrap();
-        assert!(prefers_iommufd(&paths, &[&with]));
-        assert!(prefers_iommufd(&paths, &[]));
-        assert!(!prefers_iommufd(&paths, &[&with, &without]));
-    }
 
     #[test]
     fn an_interface_that_is_required_and_missing_is_an_error_that_names_it() {
@@ -143,14 +110,11 @@ mod tests {
             dev: "/nowhere/dev".into(),
             proc: "/nowhere/proc".into(),
         };
-        for (mode, node) in [
-            (Mode::On, "/nowhere/dev/iommu"),
-            (Mode::Off, "/nowhere/dev/vfio/vfio"),
-            (Mode::Auto, "/nowhere/dev/vfio/vfio"),
+        for (kind, node) in [
+            (Kind::Iommufd, "/nowhere/dev/iommu"),
+            (Kind::Type1, "/nowhere/dev/vfio/vfio"),
         ] {
-            let text = Space::open(&paths, mode, &[], None)
-                .unwrap_err()
-                .to_string();
+            let text = Space::open(&paths, kind, None).unwrap_err().to_string();
             assert!(text.starts_with(&format!("cannot open {node}: ")), "{text}");
         }
     }

@@ -9,6 +9,7 @@
 
 mod access;
 mod address;
+mod atomics;
 mod bars;
 mod capability;
 mod config;
@@ -30,6 +31,7 @@ mod topology;
 
 pub use access::{Cf8Cfc, Ecam};
 pub use address::{Bdf, Bus, Device, Function, ParseBdfError, Segment};
+pub use atomics::AtomicOps;
 pub use bars::{BarError, Bars};
 pub use capability::{
     Capability, ConfigRead, ExtendedCapability, capabilities, extended_capabilities,

@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::atomics::AtomicOps;
 use crate::config::{ConfigSpace, Identity};
 use crate::function::{BarIndex, BarKind, BarRegion, Bridge, HotPlug, PciFunction};
 use crate::interrupt::InterruptRoutes;
@@ -93,6 +94,15 @@ impl RootPort {
         self
     }
 
+    /// Says that it carries out these AtomicOps for what is behind it, for as long as that is there. What
+    /// carries them out is the host's root port, which the device's requests go to.
+    #[must_use]
+    pub fn completing(mut self, atomics: AtomicOps) -> Self {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.complete(atomics);
+        self
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -124,6 +134,12 @@ impl State {
             false => status & !spec::EXP_LINK_STATUS_ACTIVE,
         };
         self.space.set(at, status);
+    }
+
+    /// Has device capabilities 2 name the AtomicOps that are carried out.
+    fn complete(&mut self, atomics: AtomicOps) {
+        let at = self.express.saturating_add(spec::EXP_DEVICE_CAPABILITIES_2);
+        self.space.define(at, atomics.register(), 0);
     }
 
     /// How far into the slot's registers an access begins; nothing where it is before them.
@@ -347,7 +363,11 @@ impl HotPlug for RootPort {
     }
 
     fn set_present(&self, present: bool) {
-        let _no_power_switched = self.state().change(|slot| slot.set_present(present));
+        let mut state = self.state();
+        if !present {
+            state.complete(AtomicOps::NONE);
+        }
+        let _no_power_switched = state.change(|slot| slot.set_present(present));
     }
 
     fn powered(&self) -> bool {
@@ -559,6 +579,30 @@ mod tests {
         assert_eq!(port.read_dword(spec::IO_BASE) & 0xffff, 0);
         assert!(!port.forwards(&region(BarKind::Io, 0xc000, 4)));
         assert!(!port.forwards(&region(BarKind::Io, 0, 4)));
+    }
+
+    #[test]
+    fn atomic_ops_are_completed_for_as_long_as_the_device_is_there() {
+        let completed = |port: &RootPort| {
+            let express = capabilities(port)[0].offset;
+            port.read_dword(express + spec::EXP_DEVICE_CAPABILITIES_2)
+        };
+        let heard = Arc::new(Heard::default());
+        assert_eq!(completed(&port().hot_plug(heard.clone())), 0);
+        // Whatever else the register of the host's port says is not this one's.
+        let atomics = AtomicOps::from_capabilities(0xffff_fdff);
+        let port = port().completing(atomics).hot_plug(heard);
+        port.furnish(true);
+        assert_eq!(completed(&port), 0b011 << 7);
+        write(
+            &port,
+            capabilities(&port)[0].offset + spec::EXP_DEVICE_CAPABILITIES_2,
+            0,
+        );
+        port.reset();
+        assert_eq!(completed(&port), 0b011 << 7);
+        port.set_present(false);
+        assert_eq!(completed(&port), 0);
     }
 
     proptest! {

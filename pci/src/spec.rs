@@ -276,6 +276,8 @@ pub const EXP_CAPABILITY_SIZE: u16 = 0x3c;
 
 /// PCI Express capabilities: version 2, that of every function since PCIe 2.0. §7.5.3.2.
 pub const EXP_VERSION_2: u16 = 2;
+/// PCI Express capabilities: device/port type, from this bit, four bits. §7.5.3.2.
+pub const EXP_TYPE_SHIFT: u16 = 4;
 /// PCI Express capabilities: the port is a root port. §7.5.3.2.
 pub const EXP_TYPE_ROOT_PORT: u16 = 0b0100 << 4;
 /// PCI Express capabilities: the link leads to a slot. §7.5.3.2.
@@ -353,6 +355,19 @@ pub const EXP_SLOT_STATUS_PRESENT: u16 = 1 << 6;
 pub const EXP_ROOT_CONTROL_WRITABLE: u16 = 0x000f;
 /// Root status: a PME came; cleared by writing one. §7.5.3.14.
 pub const EXP_ROOT_STATUS_PME: u32 = 1 << 16;
+/// Device capabilities 2: the port routes AtomicOps. §7.5.3.15.
+pub const EXP_ATOMIC_ROUTING: u32 = 1 << 6;
+/// Device capabilities 2: a completer of AtomicOps of 32 bits. §7.5.3.15.
+pub const EXP_ATOMIC_COMPLETER_32: u32 = 1 << 7;
+/// Device capabilities 2: a completer of AtomicOps of 64 bits. §7.5.3.15.
+pub const EXP_ATOMIC_COMPLETER_64: u32 = 1 << 8;
+/// Device capabilities 2: a completer of compare and swap of 128 bits. §7.5.3.15.
+pub const EXP_ATOMIC_COMPLETER_128: u32 = 1 << 9;
+/// Device capabilities 2: a completer of AtomicOps of any size. §7.5.3.15.
+pub const EXP_ATOMIC_COMPLETER: u32 =
+    EXP_ATOMIC_COMPLETER_32 | EXP_ATOMIC_COMPLETER_64 | EXP_ATOMIC_COMPLETER_128;
+/// Device control 2: the port lets no AtomicOp out. §7.5.3.16.
+pub const EXP_ATOMIC_EGRESS_BLOCKING: u16 = 1 << 7;
 /// Link control 2: target link speed. §7.5.3.19.
 pub const EXP_LINK_CONTROL_2_TARGET: u16 = 0x000f;
 

@@ -113,12 +113,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory::layout::{holes, ram_ranges};
+    use crate::memory::layout::{MMIO32_START, holes, ram_ranges};
 
     const GIB: u64 = 1 << 30;
 
     fn map(size: u64) -> E820 {
-        E820::new(&ram_ranges(size, &[]))
+        E820::new(&ram_ranges(size, MMIO32_START, &[]))
     }
 
     fn reach(limit: u64) -> Reach {
@@ -185,7 +185,7 @@ mod tests {
         ) {
             let holes = holes(hole.map(|(start, size)| (start, start + size)), 2 << 20);
             let reach = Reach { floor, ..reach(limit) };
-            let map = E820::new(&ram_ranges(memory, &holes));
+            let map = E820::new(&ram_ranges(memory, MMIO32_START, &holes));
             match place_bytes(size, &map, &reach) {
                 Ok(address) => {
                     prop_assert!(address >= floor && address + size <= limit);
@@ -198,7 +198,7 @@ mod tests {
                     let words = remedy.strip_prefix("give the guest at least ");
                     let enough = words.and_then(|words| words.split(' ').next()?.parse::<u64>().ok());
                     if let (Some(enough), true) = (enough, holes.is_empty()) {
-                        let enough = E820::new(&ram_ranges(enough * MIB, &holes));
+                        let enough = E820::new(&ram_ranges(enough * MIB, MMIO32_START, &holes));
                         prop_assert!(place_bytes(size, &enough, &reach).is_ok(), "{remedy}");
                     }
                 }

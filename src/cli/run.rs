@@ -130,7 +130,7 @@ pub(super) struct RunArgs {
     ///
     ///   iommufd=on    by iommufd and the device's cdev
     ///   iommufd=off   by the VFIO group and a type1 container
-    ///   iommufd=auto  by iommufd where the host has it
+    ///   iommufd=auto  by iommufd where that can do what p2p= says, else as by iommufd=off
     ///   iommufd_fd=N  an iommufd that Busway inherits, instead of opening /dev/iommu
     ///   p2p=on        devices reach each other's memory (peer-to-peer DMA), or an error names
     ///                 the BARs out of reach

@@ -2,17 +2,16 @@
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, ScopedJoinHandle};
+use std::thread;
 
-use busway_iommu::{DmaSpace, Space};
+use busway_iommu::DmaSpace;
 use busway_pci::pace::SystemClock;
 use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
 use busway_vfio::{
-    AssignOptions, AssignedFunction, DeviceError, KernelDevice, Opener, Resets, RomChoice,
-    RomImage, TokenUse, VfToken, Wiring,
+    AssignOptions, AssignedFunction, KernelDevice, Resets, RomChoice, RomImage, Wiring,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,6 +22,7 @@ use super::bars::Bars;
 use super::dma::DmaListener;
 use super::events::Events;
 use super::host_devices::HostDevices;
+use super::opening::open_devices;
 use super::pci::{Pci, pins_behind_port};
 use super::places::{Behind, behind_ports};
 use super::platform::{Platform, open_console};
@@ -117,7 +117,7 @@ impl Machine {
         let failed = AtomicBool::new(false);
         let (populated, opened) = thread::scope(|scope| {
             let opening = scope.spawn(|| {
-                open_devices(config, host_devices, &vm, &ram)
+                open_devices(config, host_devices, &vm, &ram, report)
                     .inspect_err(|_| failed.store(true, Ordering::Relaxed))
             });
             let populated = match prefault {
@@ -289,70 +289,6 @@ fn populate(
         Some(signal) => Err(RunError::StoppedEarly { signal }),
         None => Ok(()),
     }
-}
-
-/// A DMA space and the assigned devices in it; nothing where there are none.
-///
-/// The devices are opened before RAM is mapped: a VFIO container maps only with a group in it.
-fn open_devices(
-    config: &VmConfig,
-    host_devices: HostDevices,
-    vm: &Vm,
-    ram: &Ram,
-) -> Result<Option<(Space, Vec<KernelDevice>)>, RunError> {
-    if config.device.is_empty() {
-        return Ok(None);
-    }
-    let HostDevices {
-        paths,
-        devices,
-        mode,
-        iommufd,
-    } = host_devices;
-    let folders: Vec<_> = devices.iter().map(|(folder, _)| folder.clone()).collect();
-    let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
-    let space = Space::open(&paths, mode, &folders, iommufd)?;
-    space.reserve(&paths, ram.size())?;
-    let uses: Vec<_> = folders
-        .iter()
-        .map(|folder| TokenUse::of(&paths, folder))
-        .collect();
-    let opener = Opener::new(paths, space.clone(), Some(Arc::new(vm.vfio()?)));
-    for (folder, handed) in devices {
-        if let Some(handed) = handed {
-            opener.hand(handed, &folder)?;
-        }
-    }
-    let opener = &opener;
-    let open = |setting: bool| -> Vec<Option<Result<KernelDevice, DeviceError>>> {
-        thread::scope(|scope| {
-            let devices = config.device.iter().zip(&folders).zip(&uses);
-            let devices = devices.map(|((device, folder), &used)| {
-                let open = move || opener.open(folder, vf_token(config, device, used).as_ref());
-                ((used == TokenUse::Sets) == setting).then(|| scope.spawn(open))
-            });
-            let opening: Vec<_> = devices.collect();
-            let join = |thread: ScopedJoinHandle<'_, _>| {
-                thread.join().unwrap_or_else(|panic| resume_unwind(panic))
-            };
-            opening.into_iter().map(|thread| thread.map(join)).collect()
-        })
-    };
-    // Opening a physical function says which token its virtual functions have.
-    let (first, then) = (open(true), open(false));
-    let devices = first.into_iter().zip(then).filter_map(|(a, b)| a.or(b));
-    Ok(Some((space, devices.collect::<Result<_, _>>()?)))
-}
-
-/// The VF token of a device: its own or, where it can have one, that of all.
-fn vf_token(config: &VmConfig, device: &DeviceConfig, used: TokenUse) -> Option<VfToken> {
-    let of_all = config.platform.vf_token.as_ref();
-    let token = device
-        .vf_token
-        .as_ref()
-        .or(of_all.filter(|_| used != TokenUse::None));
-    // The configuration has been found sound.
-    token?.parse().ok()
 }
 
 fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {

@@ -18,6 +18,9 @@ pub(super) struct HostDevices {
     pub(super) paths: HostPaths,
     /// With the descriptor to use, where one was handed over.
     pub(super) devices: Vec<(PathBuf, Option<Handed>)>,
+    /// What was asked for.
+    pub(super) asked: Mode,
+    /// The same, but for what the descriptors that were handed over need.
     pub(super) mode: Mode,
     /// The iommufd that was handed over.
     pub(super) iommufd: Option<File>,
@@ -55,6 +58,7 @@ impl HostDevices {
         let found = Self {
             paths,
             devices,
+            asked,
             mode,
             iommufd,
         };

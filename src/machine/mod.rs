@@ -15,6 +15,7 @@ mod error;
 mod events;
 mod host_devices;
 mod life;
+mod opening;
 mod panics;
 mod pci;
 mod places;

@@ -6,8 +6,9 @@
 use std::sync::{Arc, Weak};
 
 use busway_pci::{
-    BarKind, Device, Ecam, Function, FunctionId, HostBridge, InterruptPin, InterruptRoutes, Link,
-    PciFunction, Place, RootPort, SlotListener, Topology, Windows, capabilities, spec,
+    AtomicOps, BarKind, Device, Ecam, Function, FunctionId, HostBridge, InterruptPin,
+    InterruptRoutes, Link, PciFunction, Place, RootPort, SlotListener, Topology, Windows,
+    capabilities, spec,
 };
 use busway_vfio::AssignedFunction;
 
@@ -74,8 +75,9 @@ impl Pci {
     }
 
     /// Adds the functions of a host device, function 0 first, behind a root port in `slot` whose link
-    /// is as fast as theirs. The device can leave at run time: `slots` hears what the guest does with
-    /// the port's slot. Gives the port.
+    /// is as fast as theirs, and which carries out the AtomicOps that their port on the host does. The
+    /// device can leave at run time: `slots` hears what the guest does with the port's slot. Gives the
+    /// port.
     pub(super) fn add_behind_port(
         &mut self,
         slot: Device,
@@ -86,7 +88,12 @@ impl Pci {
     ) -> Result<FunctionId, RunError> {
         let link = functions.first().map(|(_, function)| link_of(&**function));
         let link = link.unwrap_or_default();
-        let mut port = RootPort::new(slot.number().into(), link, routes).hot_plug(slots);
+        // They are on one slot of the host, so that what works on the way up works for all of them.
+        let atomics = functions.iter().map(|(_, function)| function.atomic_ops());
+        let atomics = atomics.fold(AtomicOps::NONE, |all, one| all | one);
+        let mut port = RootPort::new(slot.number().into(), link, routes)
+            .completing(atomics)
+            .hot_plug(slots);
         let mut bars = functions.iter().flat_map(|(_, function)| function.bars());
         if !bars.any(|bar| bar.kind == BarKind::Io) {
             port = port.without_io();

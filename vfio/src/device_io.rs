@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use busway_pci::AtomicOps;
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR5_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ERR_IRQ_INDEX,
     VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
@@ -142,6 +143,11 @@ pub trait DeviceIo: Send + Sync + Debug {
     fn own_config(&self, offset: u16) -> Option<u32> {
         let _ = offset;
         None
+    }
+
+    /// Which of the device's AtomicOps the host carries out at its root port.
+    fn atomic_ops(&self) -> AtomicOps {
+        AtomicOps::NONE
     }
 
     /// Maps a part of a region that [`Region::areas`] covers.

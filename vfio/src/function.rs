@@ -8,7 +8,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::pace::{self, Pace};
-use busway_pci::{BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec};
+use busway_pci::{
+    AtomicOps, BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec,
+};
 
 use crate::aer::is_silent;
 use crate::clique::Clique;
@@ -249,6 +251,12 @@ impl AssignedFunction {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Which of the device's AtomicOps the host carries out at its root port.
+    #[must_use]
+    pub fn atomic_ops(&self) -> AtomicOps {
+        self.io.atomic_ops()
     }
 
     /// What it uses now.

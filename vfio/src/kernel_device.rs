@@ -7,15 +7,16 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use busway_iommu::info;
-use busway_pci::PAGE_SIZE;
+use busway_pci::{AtomicOps, PAGE_SIZE};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_NUM_IRQS,
     VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS,
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
-    vfio_region_info, vfio_region_info_cap_sparse_mmap,
+    vfio_device_info, vfio_region_info, vfio_region_info_cap_sparse_mmap,
 };
 
 use crate::areas::Area;
+use crate::atomics;
 use crate::attachment::Opened;
 use crate::config::read_dword;
 use crate::pin::line_users;
@@ -33,6 +34,8 @@ use crate::{
 pub struct KernelDevice {
     name: String,
     can_reset: bool,
+    /// What the kernel says of AtomicOps.
+    atomic_ops: Option<AtomicOps>,
     regions: Vec<(u64, Region)>,
     irqs: Vec<IrqInfo>,
     opened: Opened,
@@ -43,11 +46,15 @@ impl KernelDevice {
     pub(crate) fn new(name: &str, opened: Opened) -> io::Result<Self> {
         let file = &opened.file;
         let device = sys::device_info(file)?;
-        if device.flags & VFIO_DEVICE_FLAGS_PCI == 0 {
+        let u32_at = |at| info::u32_at(&device, at).unwrap_or(0);
+        let flags = u32_at(std::mem::offset_of!(vfio_device_info, flags));
+        let num_regions = u32_at(std::mem::offset_of!(vfio_device_info, num_regions));
+        let num_irqs = u32_at(std::mem::offset_of!(vfio_device_info, num_irqs));
+        if flags & VFIO_DEVICE_FLAGS_PCI == 0 {
             return Err(io::Error::other("it is no PCI device to VFIO"));
         }
         // A region or interrupt that cannot be asked for keeps its number, as an empty one.
-        let regions = (0..VFIO_PCI_NUM_REGIONS.min(device.num_regions))
+        let regions = (0..VFIO_PCI_NUM_REGIONS.min(num_regions))
             .map(|index| {
                 sys::region_info(file, index).map_or_else(
                     |error| {
@@ -58,7 +65,7 @@ impl KernelDevice {
                 )
             })
             .collect();
-        let irqs = (0..VFIO_PCI_NUM_IRQS.min(device.num_irqs))
+        let irqs = (0..VFIO_PCI_NUM_IRQS.min(num_irqs))
             .map(|index| {
                 sys::irq_info(file, index).map_or_else(
                     |_| IrqInfo::default(),
@@ -71,7 +78,8 @@ impl KernelDevice {
             .collect();
         Ok(Self {
             name: name.to_owned(),
-            can_reset: device.flags & VFIO_DEVICE_FLAGS_RESET != 0,
+            can_reset: flags & VFIO_DEVICE_FLAGS_RESET != 0,
+            atomic_ops: atomics::of_info(&device),
             regions,
             irqs,
             opened,
@@ -192,6 +200,13 @@ impl DeviceIo for KernelDevice {
             }
             _ => Ok(()),
         }
+    }
+
+    /// What VFIO says counts; an older kernel's does not say it.
+    fn atomic_ops(&self) -> AtomicOps {
+        let config = |offset| read_dword(self, offset);
+        self.atomic_ops
+            .unwrap_or_else(|| atomics::of_path(&self.opened.folder, &config))
     }
 
     fn can_reset(&self) -> bool {

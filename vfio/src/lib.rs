@@ -13,6 +13,7 @@
 
 mod aer;
 mod areas;
+mod atomics;
 mod attachment;
 mod clique;
 mod config;
@@ -34,6 +35,7 @@ mod mapping;
 mod msix_layout;
 mod open;
 mod patience;
+mod peers;
 mod pin;
 mod policy;
 mod power;
@@ -58,6 +60,7 @@ pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;
 pub use open::{DeviceError, Opener};
+pub use peers::try_peers;
 pub use reset::{Affected, FunctionReset, ResetMethod};
 pub use resets::Resets;
 pub use rom::{RomChoice, RomError, RomImage};

@@ -35,14 +35,11 @@ ioctl_io_nr!(
     VFIO_BASE + 19
 );
 
-pub(crate) fn device_info(device: &File) -> io::Result<vfio_device_info> {
-    let mut device_info = vfio_device_info {
-        argsz: size_of_u32::<vfio_device_info>(),
-        ..Default::default()
-    };
-    // SAFETY: the structure is the one that the ioctl takes.
-    check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_GET_INFO(), &mut device_info) })?;
-    Ok(device_info)
+/// The bytes of a `vfio_device_info` and the capabilities behind it.
+pub(crate) fn device_info(device: &File) -> io::Result<Vec<u8>> {
+    let request = [0; size_of::<vfio_device_info>()];
+    // SAFETY: the structure starts with `argsz`, which the kernel keeps to.
+    unsafe { info::query(device.as_fd(), VFIO_DEVICE_GET_INFO(), &request) }
 }
 
 /// The bytes of a `vfio_region_info` and the capabilities behind it.

@@ -153,6 +153,10 @@ fn gpu(places: &[(u8, u8)]) -> FakeDevice {
     for &(id, at) in places {
         fake.set_config(link, &[at]);
         fake.set_config(at.into(), &[id, 0, 3]);
+        if id == spec::CAP_MSIX {
+            // The table is at the start of BAR 0, its pending bits behind it.
+            fake.set_config(usize::from(at) + 8, &0x800_u32.to_le_bytes());
+        }
         link = usize::from(at) + 1;
     }
     fake

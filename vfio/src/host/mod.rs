@@ -19,6 +19,7 @@ mod kernel;
 mod lock;
 mod modules;
 mod netlink;
+mod partly_served;
 mod permit;
 mod persist;
 mod put_back;

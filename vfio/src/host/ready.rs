@@ -112,6 +112,7 @@ fn device_findings(
     findings.push(driver(host, device, asked));
     findings.extend(variant(device, aliases));
     findings.extend(denied(host, device));
+    findings.extend(super::partly_served::partly_served(device));
     findings.push(reset(device));
     findings.extend(reserved(host, device));
     findings.extend(nodes(host, device, asker, opens));

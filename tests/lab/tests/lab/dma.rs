@@ -14,8 +14,12 @@ pub(crate) const PROOFS: &[Proof] = &[
         "dma_devices_reach_each_other_by_type1_and_lose_it_when_a_bar_goes",
         |lab| {
             let host = pair(lab)?;
-            peer_to_peer(&host, Interface::Group, "p2p=on")
+            peer_to_peer(&host, "iommufd=off,p2p=on").map(drop)
         },
+    ),
+    Proof::new(
+        "dma_auto_takes_the_container_where_iommufd_maps_no_device",
+        auto_without_dma_buf,
     ),
     Proof::new(
         "dma_without_dma_bufs_is_said_once_and_the_guest_runs",
@@ -31,7 +35,15 @@ pub(crate) const PROOFS: &[Proof] = &[
         "dma_devices_reach_each_other_by_dma_buf_and_lose_it_when_a_bar_goes",
         |lab| {
             let host = dma_buf_host(lab)?;
-            peer_to_peer(&host, Interface::Cdev, "p2p=on")
+            peer_to_peer(&host, "iommufd=on,p2p=on").map(drop)
+        },
+    ),
+    Proof::new(
+        "dma_auto_takes_iommufd_where_devices_reach_each_other_by_dma_buf",
+        |lab| {
+            let host = dma_buf_host(lab)?;
+            let result = peer_to_peer(&host, "iommufd=auto")?;
+            way(&result, "iommufd", "dma-bufs")
         },
     ),
 ];
@@ -104,9 +116,8 @@ round() { write $1 $2; clear $(($1 + 0x2000)); there $1; back $(($1 + 0x2000)); 
 "#;
 
 /// Both ways by the DMA engine; then with decoding off, with the BAR somewhere else, and after a reset.
-fn peer_to_peer(pair: &Pair<'_>, interface: Interface, platform: &str) -> Result<()> {
+fn peer_to_peer(pair: &Pair<'_>, platform: &str) -> Result<GuestResult> {
     let run = engine_guest(pair)
-        .args(&interface.arguments())
         .args(&["--platform", platform])
         .script(&format!(
             "{DRIVE}
@@ -150,7 +161,34 @@ value reset \"$(round $far 11)\"
         "there was nothing to complain of: {}",
         result.stderr
     );
+    Ok(result)
+}
+
+/// The boot report says that the devices were reached by this interface, for a reason with these words.
+fn way(result: &GuestResult, interface: &str, why: &str) -> Result<()> {
+    let report = result.report.as_ref().context("no report")?;
+    let says = |pointer: &str, words: &str| {
+        let text = report.pointer(pointer).and_then(serde_json::Value::as_str);
+        text.is_some_and(|text| text.contains(words))
+    };
+    ensure!(
+        says("/iommu/interface", interface) && says("/iommu/why", why),
+        "not by {interface} ({why}): {report}"
+    );
     Ok(())
+}
+
+/// Linux 6.12 has iommufd, and no dma-bufs of VFIO devices: devices that are to reach each other go by
+/// the container, and do; others by iommufd.
+fn auto_without_dma_buf(lab: &mut Lab) -> Result<()> {
+    let pair = pair(lab)?;
+    let result = peer_to_peer(&pair, "iommufd=auto")?;
+    way(&result, "type1", "from Linux 6.19 on")?;
+    let off = engine_guest(&pair)
+        .args(&["--platform", "p2p=off"])
+        .script("value up yes\n");
+    let off = pair.host.guest(&off)?.success()?;
+    way(&off, "iommufd", "p2p=off")
 }
 
 /// A guest that asks for no entropy now and then: under a kernel with dma-bufs of devices the emulator cannot carry out

@@ -3,7 +3,8 @@
 use busway_pci::{BarIndex, BarPart, HostAddress, PciFunction, capabilities, spec};
 
 use super::{function, nvme, read, write};
-use crate::RegionIndex;
+use crate::fake::FakeDevice;
+use crate::{IrqIndex, RegionIndex};
 
 #[test]
 fn decoding_is_the_guests_and_stays_on_in_the_device() {
@@ -100,4 +101,68 @@ fn a_table_beyond_its_bar_hides_msix_and_the_rest_works() {
     assert_eq!(ids, [0x01, 0x10]);
     assert_eq!(config(0x40), 0);
     assert_eq!(function.summary().mapped, [(0, 0, 0x4000)]);
+}
+
+/// Atheros' AR928X: MSI at 0x50 and an MSI-X whose table and pending bits are both at offset 0 of BAR 0,
+/// where the card has its own registers.
+fn ar928x() -> FakeDevice {
+    let mut fake = FakeDevice::default();
+    fake.set_bar(0, 0x1_0000);
+    fake.intx.count = 1;
+    for irq in [&mut fake.msi, &mut fake.msix] {
+        irq.count = 1;
+    }
+    let put = |offset, value: u32| fake.set_config(offset, &value.to_le_bytes());
+    put(0x00, 0x002a_168c);
+    put(0x04, 0x0010_0006);
+    put(0x08, 0x0280_0001);
+    put(0x10, 0x0000_0004);
+    put(0x34, 0x40);
+    put(0x3c, 0x0000_0100);
+    put(0x40, 0x0002_5001);
+    put(0x50, 0x0000_6005);
+    put(0x60, 0x0011_9010);
+    put(0x90, 0x0000_0011);
+    fake
+}
+
+#[test]
+fn an_msix_over_the_devices_own_registers_is_hidden_and_these_are_the_devices() {
+    let (fake, _, function) = function(ar928x());
+    let config = |offset| read(&function, offset);
+    let ids: Vec<_> = capabilities(&config).iter().map(|c| c.id).collect();
+    assert_eq!(ids, [0x01, 0x05, 0x10]);
+    assert_eq!([config(0x90), config(0x94), config(0x98)], [0; 3]);
+    assert_eq!(function.summary().vectors, 1);
+    // The guest reaches every register, those at the start included.
+    assert_eq!(function.summary().mapped, [(0, 0, 0x1_0000)]);
+    let bar = BarIndex::Bar(0);
+    let mut data = [0; 4];
+    function.bar_read(bar, 0, &mut data);
+    assert_eq!(data, [0x5a; 4]);
+    function.bar_write(bar, 8, &[4, 0, 0, 0]);
+    let written = fake.bar_writes.lock().unwrap().pop();
+    let region = RegionIndex::bar(0).unwrap();
+    assert_eq!(written, Some((region, 8, vec![4, 0, 0, 0])));
+    // MSI-X cannot be enabled where it is hidden.
+    function.config_write(0x92, &0x8000_u16.to_le_bytes());
+    assert_eq!((config(0x90), fake.kind()), (0, Some(IrqIndex::Intx)));
+}
+
+#[test]
+fn pending_bits_in_the_tables_last_entry_take_no_vector_away() {
+    let fake = nvme();
+    // The last of 65 entries begins at 0x2400.
+    fake.set_config(0x48, &0x2400_u32.to_le_bytes());
+    let (_, _, function) = function(fake);
+    assert_eq!(read(&function, 0x40) >> 16, 64);
+    assert_eq!(read(&function, 0x48), 0x2400);
+    let bar = BarIndex::Bar(0);
+    function.bar_write(bar, 0x2408, &[0x31, 0, 0, 0]);
+    let mut data = [0; 4];
+    function.bar_read(bar, 0x2408, &mut data);
+    assert_eq!(data, [0x31, 0, 0, 0]);
+    function.config_write(0x42, &0x8000_u16.to_le_bytes());
+    function.bar_write(bar, 0x240c, &[0; 4]);
+    assert_eq!(function.summary().vectors_connected, 1);
 }

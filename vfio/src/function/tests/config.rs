@@ -278,3 +278,17 @@ fn what_cannot_be_given_is_refused_with_the_reason() {
     cut.set_config(0x24, &[4]);
     assert!(refuse(cut).contains("no BAR 6"));
 }
+
+#[test]
+fn atomic_ops_are_the_drivers_to_enable_in_the_device() {
+    let fake = nvme();
+    // Completers of 32 and 64 bits.
+    fake.set_config(0xa4, &0x180_u32.to_le_bytes());
+    let (fake, _, function) = function(fake);
+    assert_eq!(read(&function, 0xa4), 0x180);
+    write(&function, 0xa8, 0x40);
+    assert_eq!(fake.config_at::<4>(0xa8), [0x40, 0, 0, 0]);
+    assert_eq!(read(&function, 0xa8), 0x40);
+    function.reset();
+    assert_eq!(fake.config_at::<4>(0xa8), [0; 4]);
+}
