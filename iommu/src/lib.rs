@@ -37,5 +37,6 @@ pub use paths::HostPaths;
 pub use ranges::IovaRange;
 pub use reserved::reserved_ranges;
 pub use space::{Kind, Mode, Space};
+pub use sys::effective_user;
 pub use tracker::{Backing, Mapping, Tracker};
 pub use type1::Container;

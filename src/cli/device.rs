@@ -135,9 +135,9 @@ impl DeviceError {
             Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. })
             | Self::Change(ChangeError::NoHugePages(_))
             | Self::User(_) => true,
-            Self::Host(_) | Self::List(ListError::Host(_)) | Self::Change(ChangeError::Host(_)) => {
-                false
-            }
+            Self::Host(_)
+            | Self::List(ListError::Host(_))
+            | Self::Change(ChangeError::Host(_) | ChangeError::Persist(_)) => false,
             Self::List(ListError::Picture { .. } | ListError::Json(_))
             | Self::Change(_)
             | Self::OwnPath(_)

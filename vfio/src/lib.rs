@@ -21,6 +21,7 @@ mod events;
 #[cfg(any(test, feature = "hostile"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 mod fake;
+pub mod files;
 mod function;
 mod handed;
 pub mod host;
