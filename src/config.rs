@@ -26,6 +26,12 @@ pub const MEMORY_STEP: u64 = 1 << 20;
 /// The longest queue. virtio 1.3 §2.7.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
+/// The most bytes of a file that a console's output goes to, and of the file before it.
+pub const CONSOLE_FILE_SIZE: u64 = 16 << 20;
+
+/// The least that the size of such a file can be: what is written at once.
+pub const MIN_CONSOLE_FILE_SIZE: u64 = 4096;
+
 /// Where Linux shows PCI functions by address.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
 
@@ -208,10 +214,27 @@ pub enum ConsoleConfig {
     Tty,
     /// A new pseudo-terminal, whose name is printed.
     Pty,
-    /// Output to a file.
-    File(PathBuf),
+    /// Output to a file of this many bytes at most, and its end so far in `PATH.1`.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The most bytes in each of the two.
+        #[serde(default = "console_file_size")]
+        size: u64,
+    },
     /// A listening Unix socket.
     Socket(PathBuf),
+}
+
+impl ConsoleConfig {
+    /// A file with its size at the default.
+    #[must_use]
+    pub fn file(path: impl Into<PathBuf>) -> Self {
+        Self::File {
+            path: path.into(),
+            size: CONSOLE_FILE_SIZE,
+        }
+    }
 }
 
 /// `--device`
@@ -344,6 +367,10 @@ fn one() -> u16 {
 
 fn two() -> u16 {
     2
+}
+
+fn console_file_size() -> u64 {
+    CONSOLE_FILE_SIZE
 }
 
 fn disk_queue_size() -> u16 {

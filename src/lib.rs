@@ -9,5 +9,6 @@ mod eventfd;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+mod outflow;
 pub mod report;
 pub mod virtio;

@@ -23,6 +23,7 @@ mod ranges;
 mod reserved;
 mod space;
 mod sys;
+mod text;
 mod tracker;
 mod type1;
 
@@ -38,5 +39,6 @@ pub use ranges::IovaRange;
 pub use reserved::reserved_ranges;
 pub use space::{Kind, Mode, Space};
 pub use sys::effective_user;
+pub use text::{one_line, printable, process_name};
 pub use tracker::{Backing, Mapping, Tracker};
 pub use type1::Container;

@@ -5,6 +5,8 @@ use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 
+use busway_iommu::printable;
+
 use super::logging;
 use super::style::ColorChoice;
 
@@ -43,7 +45,8 @@ impl Failure {
 
     /// Prints the error and gives its status.
     pub fn report(&self) -> ExitCode {
-        let text = self.to_string();
+        // Names of files and the like stand in it as somebody chose them.
+        let text = printable(&self.to_string());
         if text.is_empty() {
             return ExitCode::from(self.status);
         }

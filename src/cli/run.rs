@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use busway_vfio::files::check_output;
 use clap::Args;
 
 use super::failure::Failure;
@@ -91,7 +92,8 @@ pub(super) struct RunArgs {
     ///   null          output goes nowhere
     ///   tty           this terminal; Ctrl-A x ends the guest
     ///   pty           a new pseudo-terminal, whose name is printed
-    ///   file=PATH     output to a file
+    ///   file=PATH     output to a file of the user's own, which is emptied first
+    ///   size=SIZE     with file=: when it is so large, it becomes PATH.1 and begins anew [16M]
     ///   socket=PATH   a Unix socket that listens
     #[arg(long, value_name = "WHERE", verbatim_doc_comment, help_heading = DEVICES)]
     serial: Option<String>,
@@ -304,7 +306,10 @@ impl Publication {
         let complaint = match fs::metadata(folder) {
             Ok(metadata) if !metadata.is_dir() => "it is not in a folder".to_owned(),
             Ok(_) if file.is_dir() => "it is a folder; name a file".to_owned(),
-            Ok(_) => return Ok(()),
+            Ok(_) => match check_output(file) {
+                Ok(()) => return Ok(()),
+                Err(error) => error.to_string(),
+            },
             Err(error) => format!("{}: {error}", folder.display()),
         };
         let file = file.display();

@@ -3,8 +3,8 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig, NetConfig, OnError,
-    PlatformConfig, RngConfig,
+    CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
+    NetConfig, OnError, PlatformConfig, RngConfig,
 };
 
 /// Puts a value where it belongs.
@@ -30,14 +30,21 @@ pub(super) struct Section<T: 'static> {
     pub(super) required: &'static [&'static str],
     /// What a value without a key sets, where there can be one.
     pub(super) bare: Option<Set<T>>,
-    /// Only one thing can be said: each excludes the others.
+    /// Only one thing can be said: each excludes the others, but for `details`.
     pub(super) single: bool,
+    /// Keys that say more of what another key says, and are applied after it.
+    pub(super) details: &'static [&'static str],
 }
 
 impl<T> Section<T> {
     /// The key of that name.
     pub(super) fn key(&self, name: &str) -> Option<&'static Key<T>> {
         self.keys.iter().find(|key| key.name == name)
+    }
+
+    /// Whether the key says more of what another says.
+    pub(super) fn is_detail(&self, name: &str) -> bool {
+        self.details.contains(&name)
     }
 
     /// The names of all keys.
@@ -86,6 +93,7 @@ pub(super) static CPUS: Section<CpusConfig> = Section {
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--memory`
@@ -103,6 +111,7 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--disk`
@@ -120,6 +129,7 @@ pub(super) static DISK: Section<DiskConfig> = Section {
     required: &["path"],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--net`
@@ -136,6 +146,7 @@ pub(super) static NET: Section<NetConfig> = Section {
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--rng`
@@ -147,6 +158,7 @@ pub(super) static RNG: Section<RngConfig> = Section {
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--serial`
@@ -163,7 +175,17 @@ const fn console(name: &'static str) -> Section<ConsoleConfig> {
         name,
         blank: ConsoleConfig::default,
         keys: keys! {
-            "file": |console, value| *console = ConsoleConfig::File(value.text()?.into());
+            "file": |console, value| *console = ConsoleConfig::File {
+                path: value.text()?.into(),
+                size: match console {
+                    ConsoleConfig::File { size, .. } => *size,
+                    _ => CONSOLE_FILE_SIZE,
+                },
+            };
+            "size": |console, value| match console {
+                ConsoleConfig::File { size, .. } => *size = value.size()?,
+                _ => return Err(Reason::NoFile),
+            };
             "socket": |console, value| *console = ConsoleConfig::Socket(value.text()?.into());
         },
         required: &[],
@@ -184,6 +206,7 @@ const fn console(name: &'static str) -> Section<ConsoleConfig> {
             Ok(())
         }),
         single: true,
+        details: &["size"],
     }
 }
 
@@ -213,6 +236,7 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
     required: &["path", "fd"],
     bare: Some(set_device_path),
     single: false,
+    details: &[],
 };
 
 fn set_device_path(device: &mut DeviceConfig, value: &Value) -> Result<(), Reason> {
@@ -248,4 +272,5 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };

@@ -51,6 +51,9 @@ pub(super) enum Reason {
     /// is empty
     #[error("there is nothing after the `=`")]
     Empty,
+    /// there is no file that it could be the size of
+    #[error("it is the size of a file: it goes with file=PATH")]
+    NoFile,
     /// `{value}` is none of the words
     #[error("`{value}` is not one of {}{}", Words(.words), Nearest(.value, .words))]
     Word {

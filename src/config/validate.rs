@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{
     Choice, ConsoleConfig, DeviceConfig, DiskConfig, MAX_CPUS, MAX_QUEUE_SIZE, MEMORY_STEP,
-    MIN_MEMORY, MemoryConfig, NetConfig, PlatformConfig, VmConfig,
+    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, MemoryConfig, NetConfig, PlatformConfig, VmConfig,
 };
 
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
@@ -147,6 +147,16 @@ pub enum InvalidConfig {
          file=PATH or socket=PATH"
     )]
     OneTerminal,
+    /// {flag} size={size}: too small
+    #[error(
+        "{flag} size={size}: a console's file needs room for {MIN_CONSOLE_FILE_SIZE} bytes at least"
+    )]
+    ConsoleFileSize {
+        /// Which.
+        flag: Name,
+        /// What was asked for, in bytes.
+        size: u64,
+    },
     /// {device}: rom=off and romfile= exclude each other
     #[error("{device}: rom=off and romfile= exclude each other: leave one out")]
     RomfileUnwanted {
@@ -234,6 +244,7 @@ impl VmConfig {
         if self.serial == ConsoleConfig::Tty && self.console == ConsoleConfig::Tty {
             return Err(InvalidConfig::OneTerminal);
         }
+        self.validate_console_files()?;
         self.validate_vf_tokens()?;
         self.validate_ids()?;
         self.validate_disjoint()
@@ -251,6 +262,21 @@ impl VmConfig {
             Some(max) if max > boot => Err(InvalidConfig::NoCpuHotplug { max }),
             _ => Ok(()),
         }
+    }
+
+    fn validate_console_files(&self) -> Result<(), InvalidConfig> {
+        let mut files = Seen::new("file", "give each a file of its own");
+        for (flag, console) in [("--serial", &self.serial), ("--console", &self.console)] {
+            let ConsoleConfig::File { path, size } = console else {
+                continue;
+            };
+            let (flag, size) = (Name(flag.to_owned()), *size);
+            if size < MIN_CONSOLE_FILE_SIZE {
+                return Err(InvalidConfig::ConsoleFileSize { flag, size });
+            }
+            files.add(flag, plain(path).display().to_string(), true)?;
+        }
+        Ok(())
     }
 
     fn validate_vf_tokens(&self) -> Result<(), InvalidConfig> {

@@ -254,3 +254,22 @@ fn a_descriptor_in_the_place_of_a_device_is_no_standard_one_and_given_once() {
     });
     assert!(off.contains("contradicts iommufd=off"), "{off}");
 }
+
+#[test]
+fn a_console_s_file_has_room_for_a_line_and_is_one_console_s() {
+    let with = |serial: (&str, u64), console: (&str, u64)| {
+        let file = |(path, size): (&str, u64)| ConsoleConfig::File {
+            path: path.into(),
+            size,
+        };
+        validate(|vm| (vm.serial, vm.console) = (file(serial), file(console)))
+    };
+    assert_eq!(with(("/a", 4096), ("/b", u64::MAX)), Ok(()));
+    let error = with(("/a", 4096), ("/b", 4095)).unwrap_err();
+    assert!(error.starts_with("--console size=4095: "), "{error}");
+    let error = with(("/a", 4096), ("//./a", 4096)).unwrap_err();
+    assert!(
+        error.starts_with("--serial and --console have the same file, `/a`"),
+        "{error}"
+    );
+}

@@ -122,9 +122,34 @@ pub fn create_new(path: &Path, mode: u32) -> io::Result<File> {
         .open(path)
 }
 
-/// What is there is looked at by a descriptor that cannot read or write it, so that nothing happens to
-/// what is not to be used.
+/// Whether what is at `path`, if anything is, can be used for output; nothing is opened or made.
+///
+/// # Errors
+///
+/// As [`open_output`].
+pub fn check_output(path: &Path) -> Result<(), OutputError> {
+    match inspect(path) {
+        _ if is_inherited(path) => Ok(()),
+        Err(OutputError::Io(error)) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        inspected => inspected.map(drop),
+    }
+}
+
 fn open_existing(path: &Path, existing: Existing) -> Result<Output, OutputError> {
+    let (place, named) = inspect(path)?;
+    let file = OpenOptions::new()
+        .append(true)
+        .custom_flags(libc::O_NOCTTY)
+        .open(by_descriptor(&place))?;
+    if named && existing == Existing::Empty {
+        file.set_len(0)?;
+    }
+    Ok(Output { file, named })
+}
+
+/// What is there and may be used, and whether it is a regular file. It is looked at by a descriptor that
+/// can neither read nor write it, so that nothing happens to what is not to be used.
+fn inspect(path: &Path) -> Result<(File, bool), OutputError> {
     let place = look(path)?;
     let there = place.metadata()?;
     let kind = there.file_type();
@@ -150,14 +175,7 @@ fn open_existing(path: &Path, existing: Existing) -> Result<Output, OutputError>
     if owner != user && (named || owner != 0) {
         return Err(OutputError::Owner { owner, user });
     }
-    let file = OpenOptions::new()
-        .append(true)
-        .custom_flags(libc::O_NOCTTY)
-        .open(by_descriptor(&place))?;
-    if named && existing == Existing::Empty {
-        file.set_len(0)?;
-    }
-    Ok(Output { file, named })
+    Ok((place, named))
 }
 
 /// A descriptor that says what is at `path`, and no more; of a link the link.

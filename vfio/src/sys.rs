@@ -294,8 +294,7 @@ pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
 pub(crate) fn give_to(file: &File, user: u32) -> io::Result<()> {
     let (fd, same_group) = (file.as_raw_fd(), u32::MAX);
     // SAFETY: the path is an empty string that lives for ever, and the call keeps nothing.
-    let given =
-        unsafe { libc::fchownat(fd, c"".as_ptr(), user, same_group, libc::AT_EMPTY_PATH) };
+    let given = unsafe { libc::fchownat(fd, c"".as_ptr(), user, same_group, libc::AT_EMPTY_PATH) };
     check(given).map(drop)
 }
 
