@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod devices;
 mod eventfd;
+pub mod exit;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

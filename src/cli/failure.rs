@@ -9,13 +9,7 @@ use busway_iommu::printable;
 
 use super::logging;
 use super::style::ColorChoice;
-
-/// Something failed while running.
-pub const RUNTIME: u8 = 1;
-/// The command line or the configuration is wrong.
-pub const USAGE: u8 = 2;
-/// This host cannot do it.
-pub const HOST: u8 = 3;
+use crate::exit::USAGE;
 
 /// An error and the status that the process exits with for it.
 #[derive(Debug)]
@@ -25,7 +19,7 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// An error with its exit status: [`RUNTIME`], [`USAGE`] or [`HOST`].
+    /// An error with its exit status: one of [`crate::exit`].
     pub fn new(status: u8, error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self {
             status,
@@ -87,6 +81,7 @@ pub(super) fn no_color() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exit::HOST;
 
     #[derive(Debug, thiserror::Error)]
     #[error("cannot open /dev/kvm: {0}")]

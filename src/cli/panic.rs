@@ -5,8 +5,8 @@ use std::any::Any;
 use std::panic::{self, PanicHookInfo};
 use std::process;
 
-use super::failure::RUNTIME;
 use super::logging;
+use crate::exit::RUNTIME;
 
 /// Makes every panic the end of the process, with the status of a runtime failure.
 ///

@@ -138,7 +138,7 @@ pub(super) static NET: Section<NetConfig> = Section {
     blank: NetConfig::default,
     keys: keys! {
         "tap": |net, value| net.tap = Some(value.text()?.to_owned());
-        "mac": |net, value| net.mac = Some(value.text()?.to_owned());
+        "mac": |net, value| net.mac = Some(value.mac()?);
         "num_queues": |net, value| net.num_queues = value.number()?;
         "queue_size": |net, value| net.queue_size = value.number()?;
         "id": |net, value| net.id = Some(value.text()?.to_owned());

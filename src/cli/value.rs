@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use busway_vfio::Mac;
+
 use super::nearest::Nearest;
 use crate::config::Choice;
 
@@ -62,6 +64,9 @@ pub(super) enum Reason {
         /// What could have been.
         words: &'static [&'static str],
     },
+    /// not a MAC address
+    #[error(transparent)]
+    Mac(#[from] busway_vfio::ParseMacError),
     /// not an address
     #[error(transparent)]
     Address(#[from] busway_pci::ParseBdfError),
@@ -78,6 +83,11 @@ impl Value {
             Self::Text(text) => Ok(text),
             other => Err(Reason::Text(other.to_string())),
         }
+    }
+
+    /// An interface's MAC address.
+    pub(super) fn mac(&self) -> Result<Mac, Reason> {
+        Ok(self.text()?.parse()?)
     }
 
     /// A number of bytes.

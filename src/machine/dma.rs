@@ -12,7 +12,7 @@ use crate::config::Choice;
 use crate::memory::{Region, RegionError, RegionKind, RegionListener};
 
 /// Bytes of the piece that stands for a whole BAR when peer-to-peer DMA is tried out: a page.
-const SAMPLE: u64 = 4096;
+const SAMPLE: u64 = busway_pci::PAGE_SIZE;
 
 /// Keeps one DMA space in step with the list of regions: guest-physical addresses are its I/O virtual
 /// ones.

@@ -218,7 +218,8 @@ fn bind_all(
         for Plan { device, driver, .. } in plans.iter() {
             let identity = Identity::of(device);
             let path = persist::rule(session.root, device.address);
-            let text = persist::text(persist, device.address, identity, driver, options.user)?;
+            let text = persist::text(persist, device.address, identity, driver, options.user)
+                .map_err(Box::new)?;
             session.file(&path, Some(&text), Readers::Everybody)?;
         }
     }

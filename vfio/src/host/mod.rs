@@ -53,7 +53,7 @@ pub use journal::JournalError;
 pub use kernel::{Kernel, LinuxKernel, Readers, Standing};
 pub use lock::LockError;
 pub use modules::{Aliases, Availability, availability};
-pub use netlink::{Mac, VfSetting, VfState};
+pub use netlink::{VfSetting, VfState};
 pub use permit::{Permit, Permits};
 pub use persist::{Persist, PersistError};
 pub use ready::{Check, DeviceCheck};

@@ -178,7 +178,7 @@ impl<'a> Session<'a> {
     ) -> Result<(), StepError> {
         self.take(Step::File {
             path: path.to_owned(),
-            text: text.map(str::to_owned),
+            text: text.map(Box::from),
             readers,
         })
     }

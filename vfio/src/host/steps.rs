@@ -92,7 +92,7 @@ pub enum Step {
         /// Which.
         path: PathBuf,
         /// What is in it; none: it is removed.
-        text: Option<String>,
+        text: Option<Box<str>>,
         /// Who may read it.
         readers: Readers,
     },
@@ -292,7 +292,7 @@ pub enum StepError {
     },
     /// A device's rule for udev would hold what it must not.
     #[error(transparent)]
-    Rule(#[from] PersistError),
+    Rule(#[from] Box<PersistError>),
     /// interrupted, before it could {step}
     #[error("interrupted, before it could {step}")]
     Interrupted {
