@@ -6,15 +6,18 @@
 
 mod validate;
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use busway_pci::{Bdf, ParseBdfError};
+use busway_vfio::Mac;
 use serde::{Deserialize, Serialize};
 
-pub use validate::InvalidConfig;
 pub(crate) use validate::validate_functions;
+pub use validate::{InvalidConfig, InvalidVirtio};
 
-/// How many vCPUs a VM can have.
+/// How many vCPUs a VM can have, and so how many queues, or pairs of them, a virtio device has use for.
+/// An xAPIC id of 8 bits and the MADT's entries would carry 255.
 pub const MAX_CPUS: u8 = 64;
 
 /// The least RAM that a guest can have; a kernel with its initial RAM file system needs more.
@@ -23,8 +26,18 @@ pub const MIN_MEMORY: u64 = 16 << 20;
 /// What RAM comes in multiples of.
 pub const MEMORY_STEP: u64 = 1 << 20;
 
-/// The longest queue. virtio 1.3 §2.7.
-pub const MAX_QUEUE_SIZE: u16 = 32768;
+/// The descriptors that a disk's queue can have, a power of two: a request's header and status beside
+/// its data, and no more than one chain may have.
+pub const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
+
+/// The descriptors that a NIC's queue can have, a power of two: a packet of 64 KiB fits into the least.
+pub const NET_QUEUE_SIZES: RangeInclusive<u16> = 32..=4096;
+
+/// The most bytes of a file that a console's output goes to, and of the file before it.
+pub const CONSOLE_FILE_SIZE: u64 = 16 << 20;
+
+/// The least that the size of such a file can be: what is written at once.
+pub const MIN_CONSOLE_FILE_SIZE: u64 = 4096;
 
 /// Where Linux shows PCI functions by address.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
@@ -164,7 +177,7 @@ pub struct NetConfig {
     pub tap: Option<String>,
     /// The guest's MAC address; a random, locally administered one where absent.
     #[serde(default)]
-    pub mac: Option<String>,
+    pub mac: Option<Mac>,
     /// Receive and transmit queues together; even.
     #[serde(default = "two")]
     pub num_queues: u16,
@@ -217,10 +230,27 @@ pub enum ConsoleConfig {
     Tty,
     /// A new pseudo-terminal, whose name is printed.
     Pty,
-    /// Output to a file.
-    File(PathBuf),
+    /// Output to a file of this many bytes at most, and its end so far in `PATH.1`.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The most bytes in each of the two.
+        #[serde(default = "console_file_size")]
+        size: u64,
+    },
     /// A listening Unix socket.
     Socket(PathBuf),
+}
+
+impl ConsoleConfig {
+    /// A file with its size at the default.
+    #[must_use]
+    pub fn file(path: impl Into<PathBuf>) -> Self {
+        Self::File {
+            path: path.into(),
+            size: CONSOLE_FILE_SIZE,
+        }
+    }
 }
 
 /// `--device`
@@ -354,6 +384,10 @@ fn one() -> u16 {
 
 fn two() -> u16 {
     2
+}
+
+fn console_file_size() -> u64 {
+    CONSOLE_FILE_SIZE
 }
 
 fn disk_queue_size() -> u16 {

@@ -17,6 +17,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use busway_vfio::files::{Existing, OutputError, open_output, replace};
 use serde::Serialize;
 
 pub use own_memory::own_memory;
@@ -252,26 +253,22 @@ impl Report {
     }
 
     /// Writes the report to a file, which at any time is either the old one or the new one, whole.
-    /// What is no regular file (a pipe, `/dev/stderr`) is written to as it is.
+    /// What is no regular file (a pipe, `/dev/stderr`) is written to as it is; a link is not followed.
     ///
     /// # Errors
     ///
-    /// Those of creating, writing and renaming a file.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        let mut text = serde_json::to_vec_pretty(&self.snapshot())?;
+    /// Those of creating, writing and renaming a file, and as [`open_output`].
+    pub fn write(&self, path: &Path) -> Result<(), OutputError> {
+        let mut text = serde_json::to_vec_pretty(&self.snapshot()).map_err(io::Error::from)?;
         text.push(b'\n');
-        if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
-            return fs::OpenOptions::new()
-                .write(true)
-                .open(path)?
-                .write_all(&text);
+        match fs::symlink_metadata(path) {
+            // What is no regular file, and nobody else's, is written as it is.
+            Ok(there) if !there.is_file() => {
+                open_output(path, Existing::Append)?.file.write_all(&text)?;
+            }
+            _ => replace(path, &beside(path), &text)?,
         }
-        let beside = beside(path);
-        let written = fs::write(&beside, &text).and_then(|()| fs::rename(&beside, path));
-        if written.is_err() {
-            let _gone = fs::remove_file(&beside);
-        }
-        written
+        Ok(())
     }
 }
 
@@ -535,6 +532,21 @@ mod tests {
     fn what_is_no_regular_file_is_written_not_replaced() {
         Report::start().write(Path::new("/dev/null")).unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
+    }
+
+    #[test]
+    fn a_report_follows_no_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let (victim, path) = (folder.path().join("victim"), folder.path().join("report"));
+        fs::write(&victim, "secret").unwrap();
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        let error = Report::start().write(&path).unwrap_err();
+        assert!(matches!(error, OutputError::Link), "{error}");
+        // Where the new report comes first, a link is no more followed.
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&victim, beside(&path)).unwrap();
+        Report::start().write(&path).unwrap_err();
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "secret");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::{HostPaths, IommuAdvice, IovaRange, reserved};
+use crate::{HostPaths, IommuAdvice, IovaRange, process_name, reserved};
 
 /// What lets the kernel lend a device that firmware keeps.
 pub const FIRMWARE_REMEDY: &str = "turn that use off in the firmware's set-up (HPE: shared memory of \
@@ -325,8 +325,8 @@ pub fn holders(paths: &HostPaths, nodes: &[PathBuf]) -> Vec<String> {
                 })
             })
             .then(|| {
-                let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                format!("process {pid} ({})", name.trim())
+                let name = process_name(&paths.proc, pid).unwrap_or_default();
+                format!("process {pid} ({name})")
             })
         })
         .collect()

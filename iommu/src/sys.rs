@@ -174,8 +174,9 @@ pub(crate) fn ioas_map_file(iommufd: &impl AsRawFd, map: &iommu_ioas_map_file) -
         .map(drop)
 }
 
-/// The user whose rights this process has.
-pub(crate) fn effective_user() -> u32 {
+/// The effective user id of this process: the user whose rights it has.
+#[must_use]
+pub fn effective_user() -> u32 {
     // SAFETY: takes nothing and cannot fail.
     unsafe { libc::geteuid() }
 }

@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use crate::complaints::Complaints;
 use crate::interrupt::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
 
 /// A vector could not be connected, or not be changed.
@@ -73,31 +74,25 @@ impl Connection {
     }
 }
 
-/// Where failures go that the guest can repeat as often as it likes: the first is a warning.
+/// Where failures of a function's vectors go, which the guest can repeat as often as it likes.
 #[derive(Debug)]
-pub(crate) struct Complaints {
+pub(crate) struct VectorComplaints {
     function: Box<str>,
-    made: bool,
+    made: Complaints,
 }
 
-impl Complaints {
+impl VectorComplaints {
     pub(crate) fn of(function: impl Into<Box<str>>) -> Self {
         Self {
             function: function.into(),
-            made: false,
+            made: Complaints::first(1),
         }
     }
 
     /// `what` is the vector.
-    pub(crate) fn make(&mut self, what: &str, error: &VectorError) {
-        let level = if self.made {
-            log::Level::Debug
-        } else {
-            log::Level::Warn
-        };
-        self.made = true;
+    pub(crate) fn make(&self, what: &str, error: &VectorError) {
         log::log!(
-            level,
+            self.made.next(log::Level::Warn),
             "{}: {what}: {error}; this is tried again when the guest next unmasks it",
             self.function
         );

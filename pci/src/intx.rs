@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use crate::address::Device;
+use crate::complaints::Complaints;
 use crate::interrupt::{InterruptLine, InterruptLines, PinOwner, RouteError};
 
 /// One of a device's four interrupt pins. PCIe 6.0 §6.1.2 and §7.5.1.1.13.
@@ -75,7 +76,7 @@ pub struct Intx {
     lines: Arc<dyn InterruptLines>,
     line: Option<Arc<dyn InterruptLine>>,
     name: Box<str>,
-    complained: bool,
+    complaints: Complaints,
 }
 
 impl Intx {
@@ -91,7 +92,7 @@ impl Intx {
             lines,
             line: None,
             name: name.into(),
-            complained: false,
+            complaints: Complaints::first(1),
         }
     }
 
@@ -137,12 +138,8 @@ impl Intx {
         if messages {
             self.disconnect(owner);
         } else if let Err(error) = self.connect(owner) {
-            let level = match std::mem::replace(&mut self.complained, true) {
-                false => log::Level::Warn,
-                true => log::Level::Debug,
-            };
             log::log!(
-                level,
+                self.complaints.next(log::Level::Warn),
                 "{}: its interrupt pin is not connected: {error}; this is tried again when the \
                  guest next writes the command register",
                 self.name

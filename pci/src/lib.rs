@@ -12,6 +12,7 @@ mod address;
 mod atomics;
 mod bars;
 mod capability;
+mod complaints;
 mod config;
 mod connection;
 #[cfg(test)]
@@ -36,6 +37,7 @@ pub use bars::{BarError, Bars};
 pub use capability::{
     Capability, ConfigRead, ExtendedCapability, capabilities, extended_capabilities,
 };
+pub use complaints::Complaints;
 pub use config::{ConfigSpace, Identity, Register};
 pub use function::{
     BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, HotPlug, PAGE_SIZE,

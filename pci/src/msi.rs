@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::connection::{Complaints, Connection, VectorError};
+use crate::connection::{Connection, VectorComplaints, VectorError};
 use crate::interrupt::{InterruptRoutes, MsiMessage, VectorOwner};
 use crate::spec;
 
@@ -74,7 +74,7 @@ pub struct Msi {
     pending: u32,
     /// None, or as many as are enabled.
     connections: Vec<Connection>,
-    complaints: Complaints,
+    complaints: VectorComplaints,
 }
 
 impl Msi {
@@ -91,14 +91,14 @@ impl Msi {
             mask: 0,
             pending: 0,
             connections: Vec::new(),
-            complaints: Complaints::of("a function"),
+            complaints: VectorComplaints::of("a function"),
         }
     }
 
     /// Says whose it is, for the log.
     #[must_use]
     pub fn named(mut self, name: impl Into<Box<str>>) -> Self {
-        self.complaints = Complaints::of(name);
+        self.complaints = VectorComplaints::of(name);
         self
     }
 

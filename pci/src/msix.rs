@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::connection::{Complaints, Connection, VectorError};
+use crate::connection::{Connection, VectorComplaints, VectorError};
 use crate::interrupt::{InterruptRoutes, MsiMessage, VectorOwner};
 use crate::spec;
 
@@ -97,7 +97,7 @@ pub struct Msix {
     vectors: Vec<Vector>,
     enabled: bool,
     function_masked: bool,
-    complaints: Complaints,
+    complaints: VectorComplaints,
 }
 
 impl Msix {
@@ -110,14 +110,14 @@ impl Msix {
             vectors: (0..count).map(|_| Vector::at_reset()).collect(),
             enabled: false,
             function_masked: false,
-            complaints: Complaints::of("a function"),
+            complaints: VectorComplaints::of("a function"),
         }
     }
 
     /// Says whose it is, for the log.
     #[must_use]
     pub fn named(mut self, name: impl Into<Box<str>>) -> Self {
-        self.complaints = Complaints::of(name);
+        self.complaints = VectorComplaints::of(name);
         self
     }
 

@@ -405,8 +405,8 @@ fn a_command_line_that_the_kernel_would_cut_is_refused() {
 
 #[test]
 fn the_default_command_line_follows_the_console_that_is_heard_or_else_there() {
-    use ConsoleConfig::{File, Null, Off, Pty, Socket, Tty};
-    let heard = || [Tty, Pty, File("a".into()), Socket("b".into())];
+    use ConsoleConfig::{Null, Off, Pty, Socket, Tty};
+    let heard = || [Tty, Pty, ConsoleConfig::file("a"), Socket("b".into())];
     let all = || [Off, Null].into_iter().chain(heard());
     for serial in heard() {
         for console in all() {

@@ -34,6 +34,7 @@ pub use vfs::VfsArgs;
 pub(super) use vfs::aligned;
 
 use super::style::{Screen, write_out};
+use crate::exit::{HOST, RUNTIME, USAGE};
 
 /// `busway device`
 #[derive(Args, Clone, Debug)]
@@ -121,7 +122,7 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
-    /// The status to exit with: 1 a failure, 2 bad usage, 3 the host cannot do it.
+    /// The status to exit with, of [`crate::exit`].
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         let usage = match self {
@@ -135,15 +136,15 @@ impl DeviceError {
             Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. })
             | Self::Change(ChangeError::NoHugePages(_))
             | Self::User(_) => true,
-            Self::Host(_) | Self::List(ListError::Host(_)) | Self::Change(ChangeError::Host(_)) => {
-                false
-            }
+            Self::Host(_)
+            | Self::List(ListError::Host(_))
+            | Self::Change(ChangeError::Host(_) | ChangeError::Persist(_)) => false,
             Self::List(ListError::Picture { .. } | ListError::Json(_))
             | Self::Change(_)
             | Self::OwnPath(_)
-            | Self::Output(_) => return 1,
+            | Self::Output(_) => return RUNTIME,
         };
-        if usage { 2 } else { 3 }
+        if usage { USAGE } else { HOST }
     }
 }
 

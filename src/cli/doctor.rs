@@ -6,9 +6,10 @@ use busway_vfio::host::{Finding, Level, Opens, SysRoot, examine, open_node};
 use clap::Args;
 use serde::Serialize;
 
-use super::failure::{Failure, HOST, RUNTIME};
+use super::failure::Failure;
 use super::findings::{self, FindingArgs, FindingJson};
 use super::style::{Screen, Style, write_out};
+use crate::exit::{HOST, RUNTIME};
 
 /// `busway doctor`
 #[derive(Args, Clone, Debug)]

@@ -5,15 +5,11 @@ use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 
+use busway_iommu::printable;
+
 use super::logging;
 use super::style::ColorChoice;
-
-/// Something failed while running.
-pub const RUNTIME: u8 = 1;
-/// The command line or the configuration is wrong.
-pub const USAGE: u8 = 2;
-/// This host cannot do it.
-pub const HOST: u8 = 3;
+use crate::exit::USAGE;
 
 /// An error and the status that the process exits with for it.
 #[derive(Debug)]
@@ -23,7 +19,7 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// An error with its exit status: [`RUNTIME`], [`USAGE`] or [`HOST`].
+    /// An error with its exit status: one of [`crate::exit`].
     pub fn new(status: u8, error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self {
             status,
@@ -43,7 +39,8 @@ impl Failure {
 
     /// Prints the error and gives its status.
     pub fn report(&self) -> ExitCode {
-        let text = self.to_string();
+        // Names of files and the like stand in it as somebody chose them.
+        let text = printable(&self.to_string());
         if text.is_empty() {
             return ExitCode::from(self.status);
         }
@@ -84,6 +81,7 @@ pub(super) fn no_color() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exit::HOST;
 
     #[derive(Debug, thiserror::Error)]
     #[error("cannot open /dev/kvm: {0}")]

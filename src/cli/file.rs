@@ -160,7 +160,9 @@ impl File<'_> {
         let mut said = Vec::new();
         match node.value {
             DeValue::Table(table) => {
-                for Entry { key, at, value } in entries(table) {
+                let mut entries = entries(table);
+                entries.sort_by_key(|entry| section.is_detail(entry.key));
+                for Entry { key, at, value } in entries {
                     let place = self.place(&at, section.name);
                     let value = scalar(value.value);
                     let name = section.apply_key(target, key, &value, &place)?;

@@ -17,7 +17,7 @@ fn a_whole_machine_is_read() {
         r#"
         kernel = "vmlinuz"
         cmdline = ""
-        serial = "file=/tmp/serial.log"
+        serial = { size = "1M", file = "/tmp/serial.log" }
         console = { socket = "/run/console" }
         device = ["01:00.0"]
         rng.src = "/dev/hwrng"
@@ -47,7 +47,10 @@ fn a_whole_machine_is_read() {
     let expected = VmConfig {
         kernel: Some("vmlinuz".into()),
         cmdline: Some(String::new()),
-        serial: ConsoleConfig::File("/tmp/serial.log".into()),
+        serial: ConsoleConfig::File {
+            path: "/tmp/serial.log".into(),
+            size: 1 << 20,
+        },
         console: ConsoleConfig::Socket("/run/console".into()),
         device: vec![DeviceConfig::new("0000:01:00.0").unwrap()],
         disk: vec![

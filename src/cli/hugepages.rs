@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::device::{Changes, DeviceError, aligned};
 use super::value::Value;
+use crate::exit::{HOST, RUNTIME};
 
 /// `busway hugepages`
 #[derive(Args, Clone, Debug)]
@@ -53,13 +54,13 @@ pub enum HugepagesError {
 }
 
 impl HugepagesError {
-    /// The status to exit with: 1 a failure, 2 bad usage, 3 the host cannot do it.
+    /// The status to exit with, of [`crate::exit`].
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::Change(error) => error.exit_status(),
-            Self::Short(_) => 3,
-            Self::Output(_) => 1,
+            Self::Short(_) => HOST,
+            Self::Output(_) => RUNTIME,
         }
     }
 }

@@ -8,11 +8,13 @@ use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use aside::{Aside, Sink};
+use busway_iommu::printable;
+use busway_vfio::files::{Existing, OutputError, open_output};
 
 use super::failure::no_color;
 
@@ -20,8 +22,8 @@ use super::failure::no_color;
 ///
 /// # Errors
 ///
-/// Those of opening the file.
-pub(super) fn start(verbose: u8, file: Option<&Path>) -> io::Result<()> {
+/// As [`open_output`]: the log is appended to a file of the user's own.
+pub(super) fn start(verbose: u8, file: Option<&Path>) -> Result<(), OutputError> {
     let level = match verbose {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
@@ -29,8 +31,9 @@ pub(super) fn start(verbose: u8, file: Option<&Path>) -> io::Result<()> {
         _ => LevelFilter::Trace,
     };
     let file = file
-        .map(|path| File::options().create(true).append(true).open(path))
-        .transpose()?;
+        .map(|path| open_output(path, Existing::Append))
+        .transpose()?
+        .map(|output| output.file);
     let logger = Logger {
         coloured: file.is_none() && io::stderr().is_terminal() && !no_color(),
         named: level >= LevelFilter::Debug,
@@ -93,7 +96,7 @@ struct Logger {
     /// Each line says which module it comes from.
     named: bool,
     /// Who writes the lines, where not the one who has them.
-    aside: OnceLock<Arc<Aside>>,
+    aside: OnceLock<Aside>,
 }
 
 impl Logger {
@@ -119,7 +122,9 @@ impl Logger {
             Some(module) if self.named => format!("[{module}] "),
             _ => String::new(),
         };
-        format!("{prefix}{module}{}\n", record.args())
+        // Names of files and the like stand in it as somebody chose them.
+        let said = printable(&record.args().to_string());
+        format!("{prefix}{module}{said}\n")
     }
 }
 
@@ -198,5 +203,10 @@ mod tests {
         logger.coloured = true;
         let line = logger.line(&record.level(Level::Info).args(format_args!("x")).build());
         assert_eq!(line, "busway: [busway::machine] x\n");
+        let line = logger.line(&record.args(format_args!("disk \u{1b}[2J\r.raw")).build());
+        assert_eq!(
+            line,
+            "busway: [busway::machine] disk \u{fffd}[2J\u{fffd}.raw\n"
+        );
     }
 }

@@ -29,8 +29,9 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
 
-pub use failure::{Failure, HOST, RUNTIME, USAGE};
+pub use failure::Failure;
 
+use crate::exit::{RUNTIME, USAGE};
 use crate::report::Report;
 
 /// Gives guests real PCI devices

@@ -7,8 +7,8 @@ use std::process;
 use std::thread;
 use std::time::Duration;
 
-use super::failure::RUNTIME;
 use super::logging;
+use crate::exit::RUNTIME;
 use crate::machine;
 
 /// How long the VM's end may take: the kernel waits a minute for a device that does not come back from

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use busway_vfio::files::check_output;
 use clap::Args;
 
 use super::failure::Failure;
@@ -42,103 +43,55 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = BOOT)]
     cmdline: Option<String>,
 
-    /// Processors: boot=N[,max=N][,nested=on|off][,pmu=on|off]
-    ///
-    ///   boot=N          how many run at boot, 1 to 64 [1]
-    ///   max=N           how many there can be; as many as boot, for now [boot]
-    ///   nested=on|off   the guest can run guests of its own, where the host's KVM lets it [on]
-    ///   pmu=on|off      it has performance counters, where the host's KVM has them [on]
-    #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = RESOURCES)]
+    #[arg(
+        long, help = schema::CPUS.summary, long_help = schema::CPUS.help(),
+        value_name = LIST, help_heading = RESOURCES
+    )]
     cpus: Vec<String>,
 
-    /// RAM: size=SIZE[,shared=on|off][,hugepages=on|off]…
-    ///
-    ///   size=SIZE           bytes, or with K, M, G or T after it [512M]
-    ///   shared=on|off       mapped so that another process can map it too [off]
-    ///   hugepages=on|off    taken from hugetlbfs [off]
-    ///   hugepage_size=SIZE  size of a huge page [the host's default]
-    ///   prefault=on|off     touched before the guest starts [on with --device]
-    ///   thp=on|off          transparent huge pages [on]
-    #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = RESOURCES)]
+    #[arg(
+        long, help = schema::MEMORY.summary, long_help = schema::MEMORY.help(),
+        value_name = LIST, help_heading = RESOURCES
+    )]
     memory: Vec<String>,
 
-    /// Virtio disk: path=FILE[,readonly=on|off][,direct=on|off]…
-    ///
-    ///   path=FILE           raw image or block device
-    ///   readonly=on|off     the guest may not write [off]
-    ///   direct=on|off       past the host's page cache, by O_DIRECT [off]
-    ///   num_queues=N        request queues, a worker each [1]
-    ///   queue_size=N        descriptors of a queue, a power of two [128]
-    ///   id=NAME             name, unique in the VM
-    #[arg(long, value_name = LIST, num_args = 1.., verbatim_doc_comment, help_heading = DEVICES)]
+    #[arg(
+        long, help = schema::DISK.summary, long_help = schema::DISK.help(),
+        value_name = LIST, num_args = 1.., help_heading = DEVICES
+    )]
     disk: Vec<String>,
 
-    /// Virtio NIC on a tap interface: tap=NAME[,mac=MAC]…
-    ///
-    ///   tap=NAME            the interface, made where there is none [named by the kernel]
-    ///   mac=MAC             the guest's address [random]
-    ///   num_queues=N        receive and transmit queues together, even [2]
-    ///   queue_size=N        descriptors of a queue, a power of two [256]
-    ///   id=NAME             name, unique in the VM
-    #[arg(long, value_name = LIST, num_args = 1.., verbatim_doc_comment, help_heading = DEVICES)]
+    #[arg(
+        long, help = schema::NET.summary, long_help = schema::NET.help(),
+        value_name = LIST, num_args = 1.., help_heading = DEVICES
+    )]
     net: Vec<String>,
 
-    /// Virtio entropy device: src=FILE [default: src=/dev/urandom]
-    #[arg(long, value_name = LIST, help_heading = DEVICES)]
+    #[arg(
+        long, help = schema::RNG.summary, long_help = schema::RNG.help(),
+        value_name = LIST, help_heading = DEVICES
+    )]
     rng: Vec<String>,
 
-    /// Serial port: off|null|tty|pty|file=PATH|socket=PATH [default: tty]
-    ///
-    ///   off           no such device
-    ///   null          output goes nowhere
-    ///   tty           this terminal; Ctrl-A x ends the guest
-    ///   pty           a new pseudo-terminal, whose name is printed
-    ///   file=PATH     output to a file
-    ///   socket=PATH   a Unix socket that listens
-    #[arg(long, value_name = "WHERE", verbatim_doc_comment, help_heading = DEVICES)]
+    #[arg(
+        long, help = schema::SERIAL.summary, long_help = schema::SERIAL.help(),
+        value_name = "WHERE", help_heading = DEVICES
+    )]
     serial: Option<String>,
 
-    /// Virtio console: as --serial [default: off]
-    #[arg(long, value_name = "WHERE", help_heading = DEVICES)]
+    #[arg(long, help = schema::CONSOLE.summary, value_name = "WHERE", help_heading = DEVICES)]
     console: Option<String>,
 
-    /// Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=…][,vf_token=UUID]
-    ///
-    ///   path=PATH         address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`
-    ///   fd=N              a descriptor that Busway inherits, instead of opening the device: of its
-    ///                     /dev/vfio/devices/vfioN, or of its group's /dev/vfio/N (with path=, where
-    ///                     the group has several devices)
-    ///   id=NAME           name, unique in the VM
-    ///   on_error=stop     an uncorrectable error of the device's ends the VM [stop]
-    ///   on_error=pause    it holds the guest; a signal such as SIGTERM ends it
-    ///   on_error=ignore   it is logged
-    ///   vf_token=UUID     what all share who use a physical function and its virtual
-    ///                     functions, where VFIO has both
-    ///   rom=on|off        the guest gets the expansion ROM [on, unless it is known to do harm]
-    ///   romfile=FILE      an expansion ROM in place of the device's
-    ///   x_nv_gpudirect_clique=N
-    ///                     GPUs of NVIDIA's with the same N, 0 to 15, copy to each other directly
-    ///
-    /// Functions of one host device become one device of the guest's.
-    /// `busway device list` shows what there is, `busway device bind ADDRESS` prepares one.
     #[arg(
-        long, value_name = "ADDRESS,…", num_args = 1.., verbatim_doc_comment, help_heading = PASSTHROUGH
+        long, help = schema::DEVICE.summary, long_help = schema::DEVICE.help(),
+        value_name = "ADDRESS,…", num_args = 1.., help_heading = PASSTHROUGH
     )]
     device: Vec<String>,
 
-    /// How devices are reached: iommufd=on|off|auto[,p2p=on|off|auto]… [default: iommufd=auto]
-    ///
-    ///   iommufd=on    by iommufd and the device's cdev
-    ///   iommufd=off   by the VFIO group and a type1 container
-    ///   iommufd=auto  by iommufd where that can do what p2p= says, else as by iommufd=off
-    ///   iommufd_fd=N  an iommufd that Busway inherits, instead of opening /dev/iommu
-    ///   p2p=on        devices reach each other's memory (peer-to-peer DMA), or an error names
-    ///                 the BARs out of reach
-    ///   p2p=off       they do not
-    ///   p2p=auto      they do where the host can: by type1, and by iommufd from Linux 6.19 on;
-    ///                 BARs out of reach are named once [auto]
-    ///   vf_token=UUID that of each device which needs one and has none of its own
-    #[arg(long, value_name = LIST, verbatim_doc_comment, help_heading = PASSTHROUGH)]
+    #[arg(
+        long, help = schema::PLATFORM.summary, long_help = schema::PLATFORM.help(),
+        value_name = LIST, help_heading = PASSTHROUGH
+    )]
     platform: Vec<String>,
 
     /// Write the boot report as JSON, when the guest starts and at the end
@@ -307,7 +260,10 @@ impl Publication {
         let complaint = match fs::metadata(folder) {
             Ok(metadata) if !metadata.is_dir() => "it is not in a folder".to_owned(),
             Ok(_) if file.is_dir() => "it is a folder; name a file".to_owned(),
-            Ok(_) => return Ok(()),
+            Ok(_) => match check_output(file) {
+                Ok(()) => return Ok(()),
+                Err(error) => error.to_string(),
+            },
             Err(error) => format!("{}: {error}", folder.display()),
         };
         let file = file.display();

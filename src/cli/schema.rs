@@ -3,17 +3,22 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig, NetConfig, OnError,
-    PlatformConfig, RngConfig,
+    CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
+    NetConfig, OnError, PlatformConfig, RngConfig,
 };
 
 /// Puts a value where it belongs.
 type Set<T> = fn(&mut T, &Value) -> Result<(), Reason>;
 
+/// What can be written, and what it means; a line end begins another line of the help.
+type Meaning = (&'static str, &'static str);
+
 /// One `key=value` of a section.
 pub(super) struct Key<T> {
     /// The word.
     pub(super) name: &'static str,
+    /// What can stand after it.
+    values: &'static [Meaning],
     /// What it sets.
     pub(super) set: Set<T>,
 }
@@ -22,6 +27,12 @@ pub(super) struct Key<T> {
 pub(super) struct Section<T: 'static> {
     /// The flag without its dashes; the table's name.
     pub(super) name: &'static str,
+    /// The flag in one line of the help.
+    pub(super) summary: &'static str,
+    /// What can be said without a key.
+    words: &'static [Meaning],
+    /// What else is to be known of it; lines of the help.
+    notes: &'static str,
     /// A section of which nothing has been said.
     pub(super) blank: fn() -> T,
     /// Its keys.
@@ -30,14 +41,53 @@ pub(super) struct Section<T: 'static> {
     pub(super) required: &'static [&'static str],
     /// What a value without a key sets, where there can be one.
     pub(super) bare: Option<Set<T>>,
-    /// Only one thing can be said: each excludes the others.
+    /// Only one thing can be said: each excludes the others, but for `details`.
     pub(super) single: bool,
+    /// Keys that say more of what another key says, and are applied after it.
+    pub(super) details: &'static [&'static str],
 }
 
 impl<T> Section<T> {
     /// The key of that name.
     pub(super) fn key(&self, name: &str) -> Option<&'static Key<T>> {
         self.keys.iter().find(|key| key.name == name)
+    }
+
+    /// The whole help of the flag: a line for each thing that can be said.
+    pub(super) fn help(&self) -> String {
+        let words = self
+            .words
+            .iter()
+            .map(|&(word, text)| (word.to_owned(), text));
+        let keys = self.keys.iter().flat_map(|key| {
+            let shown = |&(value, text): &Meaning| (format!("{}={value}", key.name), text);
+            key.values.iter().map(shown)
+        });
+        let lines: Vec<(String, &str)> = words.chain(keys).collect();
+        let widths = lines.iter().map(|(shown, _)| shown.len());
+        let width = widths.filter(|&width| width <= WIDEST).max().unwrap_or(0);
+        let mut help = format!("{}\n\n", self.summary);
+        for (shown, text) in &lines {
+            let mut column = shown.as_str();
+            // What is too wide for the column has a line of its own.
+            if shown.len() > WIDEST {
+                help += &format!("  {shown}\n");
+                column = "";
+            }
+            for line in text.lines() {
+                help += &format!("  {column:width$}  {line}\n");
+                column = "";
+            }
+        }
+        if !self.notes.is_empty() {
+            help += &format!("\n{}", self.notes);
+        }
+        help.trim_end().to_owned()
+    }
+
+    /// Whether the key says more of what another says.
+    pub(super) fn is_detail(&self, name: &str) -> bool {
+        self.details.contains(&name)
     }
 
     /// The names of all keys.
@@ -62,11 +112,15 @@ pub(super) const TOP: &[&str] = &[
     "platform",
 ];
 
-/// `"word": |target, value| what it does;` for each key.
+/// The widest that stands in the column of what can be said.
+const WIDEST: usize = 18;
+
+/// `"word" { "VALUE": "what it means" } |target, value| what it does;` for each key.
 macro_rules! keys {
-    ($($name:literal: |$target:ident, $value:ident| $set:expr;)*) => {
+    ($($name:literal { $($shown:literal: $text:expr),* } |$target:ident, $value:ident| $set:expr;)*) => {
         &[$(Key {
             name: $name,
+            values: &[$(($shown, $text)),*],
             set: |$target, $value| {
                 $set;
                 Ok(())
@@ -78,95 +132,162 @@ macro_rules! keys {
 /// `--cpus`
 pub(super) static CPUS: Section<CpusConfig> = Section {
     name: "cpus",
+    summary: "Processors: boot=N[,max=N][,nested=on|off][,pmu=on|off]",
+    words: &[],
+    notes: "",
     blank: CpusConfig::default,
     keys: keys! {
-        "boot": |cpus, value| cpus.boot = value.number()?;
-        "max": |cpus, value| cpus.max = Some(value.number()?);
-        "nested": |cpus, value| cpus.nested = value.switch()?;
-        "pmu": |cpus, value| cpus.pmu = value.switch()?;
+        "boot" { "N": "how many run at boot, 1 to 64 [1]" }
+            |cpus, value| cpus.boot = value.number()?;
+        "max" { "N": "how many there can be; as many as boot, for now [boot]" }
+            |cpus, value| cpus.max = Some(value.number()?);
+        "nested" { "on|off": "the guest can run guests of its own, where the host's KVM lets it [on]" }
+            |cpus, value| cpus.nested = value.switch()?;
+        "pmu" { "on|off": "it has performance counters, where the host's KVM has them [on]" }
+            |cpus, value| cpus.pmu = value.switch()?;
     },
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--memory`
 pub(super) static MEMORY: Section<MemoryConfig> = Section {
     name: "memory",
+    summary: "RAM: size=SIZE[,shared=on|off][,hugepages=on|off]…",
+    words: &[],
+    notes: "",
     blank: MemoryConfig::default,
     keys: keys! {
-        "size": |memory, value| memory.size = value.size()?;
-        "shared": |memory, value| memory.shared = value.switch()?;
-        "hugepages": |memory, value| memory.hugepages = value.switch()?;
-        "hugepage_size": |memory, value| memory.hugepage_size = Some(value.size()?);
-        "prefault": |memory, value| memory.prefault = Some(value.switch()?);
-        "thp": |memory, value| memory.thp = value.switch()?;
+        "size" { "SIZE": "bytes, or with K, M, G or T after it [512M]" }
+            |memory, value| memory.size = value.size()?;
+        "shared" { "on|off": "mapped so that another process can map it too [off]" }
+            |memory, value| memory.shared = value.switch()?;
+        "hugepages" { "on|off": "taken from hugetlbfs [off]" }
+            |memory, value| memory.hugepages = value.switch()?;
+        "hugepage_size" { "SIZE": "size of a huge page [the host's default]" }
+            |memory, value| memory.hugepage_size = Some(value.size()?);
+        "prefault" { "on|off": "touched before the guest starts [on with --device]" }
+            |memory, value| memory.prefault = Some(value.switch()?);
+        "thp" { "on|off": "transparent huge pages [on]" }
+            |memory, value| memory.thp = value.switch()?;
     },
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--disk`
 pub(super) static DISK: Section<DiskConfig> = Section {
     name: "disk",
+    summary: "Virtio disk: path=FILE[,readonly=on|off][,direct=on|off]…",
+    words: &[],
+    notes: "",
     blank: || DiskConfig::new(""),
     keys: keys! {
-        "path": |disk, value| disk.path = value.text()?.into();
-        "readonly": |disk, value| disk.readonly = value.switch()?;
-        "direct": |disk, value| disk.direct = value.switch()?;
-        "num_queues": |disk, value| disk.num_queues = value.number()?;
-        "queue_size": |disk, value| disk.queue_size = value.number()?;
-        "id": |disk, value| disk.id = Some(value.text()?.to_owned());
+        "path" { "FILE": "raw image or block device" }
+            |disk, value| disk.path = value.text()?.into();
+        "readonly" { "on|off": "the guest may not write [off]" }
+            |disk, value| disk.readonly = value.switch()?;
+        "direct" { "on|off": "past the host's page cache, by O_DIRECT [off]" }
+            |disk, value| disk.direct = value.switch()?;
+        "num_queues" { "N": "request queues, a worker each [1]" }
+            |disk, value| disk.num_queues = value.number()?;
+        "queue_size" { "N": "descriptors of a queue, a power of two from 4 to 1024 [128]" }
+            |disk, value| disk.queue_size = value.number()?;
+        "id" { "NAME": "name, unique in the VM" }
+            |disk, value| disk.id = Some(value.text()?.to_owned());
     },
     required: &["path"],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--net`
 pub(super) static NET: Section<NetConfig> = Section {
     name: "net",
+    summary: "Virtio NIC on a tap interface: tap=NAME[,mac=MAC]…",
+    words: &[],
+    notes: "",
     blank: NetConfig::default,
     keys: keys! {
-        "tap": |net, value| net.tap = Some(value.text()?.to_owned());
-        "mac": |net, value| net.mac = Some(value.text()?.to_owned());
-        "num_queues": |net, value| net.num_queues = value.number()?;
-        "queue_size": |net, value| net.queue_size = value.number()?;
-        "id": |net, value| net.id = Some(value.text()?.to_owned());
+        "tap" { "NAME": "the interface, made where there is none [named by the kernel]" }
+            |net, value| net.tap = Some(value.text()?.to_owned());
+        "mac" { "MAC": "the guest's address [random]" }
+            |net, value| net.mac = Some(value.mac()?);
+        "num_queues" { "N": "receive and transmit queues together, even [2]" }
+            |net, value| net.num_queues = value.number()?;
+        "queue_size" { "N": "descriptors of a queue, a power of two from 32 to 4096 [256]" }
+            |net, value| net.queue_size = value.number()?;
+        "id" { "NAME": "name, unique in the VM" }
+            |net, value| net.id = Some(value.text()?.to_owned());
     },
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--rng`
 pub(super) static RNG: Section<RngConfig> = Section {
     name: "rng",
+    summary: "Virtio entropy device: src=FILE [default: src=/dev/urandom]",
+    words: &[],
+    notes: "",
     blank: RngConfig::default,
-    keys: keys! {"src": |rng, value| rng.src = value.text()?.into();
+    keys: keys! {"src" { "FILE": "where entropy comes from [/dev/urandom]" }
+            |rng, value| rng.src = value.text()?.into();
     },
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
 
 /// `--serial`
-pub(super) static SERIAL: Section<ConsoleConfig> = console("serial");
+pub(super) static SERIAL: Section<ConsoleConfig> = console(
+    "serial",
+    "Serial port: off|null|tty|pty|file=PATH|socket=PATH [default: tty]",
+);
 
 /// `--console`
-pub(super) static CONSOLE: Section<ConsoleConfig> = console("console");
+pub(super) static CONSOLE: Section<ConsoleConfig> =
+    console("console", "Virtio console: as --serial [default: off]");
 
 /// What a console can be without a key. The keys are here for the one who mistypes either.
 const CONSOLES: &[&str] = &["off", "null", "tty", "pty", "file=PATH", "socket=PATH"];
 
-const fn console(name: &'static str) -> Section<ConsoleConfig> {
+const fn console(name: &'static str, summary: &'static str) -> Section<ConsoleConfig> {
     Section {
         name,
+        summary,
+        words: &[
+            ("off", "no such device"),
+            ("null", "output goes nowhere"),
+            ("tty", "this terminal; Ctrl-A x ends the guest"),
+            ("pty", "a new pseudo-terminal, whose name is printed"),
+        ],
+        notes: "",
         blank: ConsoleConfig::default,
         keys: keys! {
-            "file": |console, value| *console = ConsoleConfig::File(value.text()?.into());
-            "socket": |console, value| *console = ConsoleConfig::Socket(value.text()?.into());
+            "file" { "PATH": "output to a file of the user's own, which is emptied first" }
+            |console, value| *console = ConsoleConfig::File {
+                path: value.text()?.into(),
+                size: match console {
+                    ConsoleConfig::File { size, .. } => *size,
+                    _ => CONSOLE_FILE_SIZE,
+                },
+            };
+            "size" { "SIZE": "with file=: when it is so large, it becomes PATH.1 and begins anew [16M]" }
+            |console, value| match console {
+                ConsoleConfig::File { size, .. } => *size = value.size()?,
+                _ => return Err(Reason::NoFile),
+            };
+            "socket" { "PATH": "a Unix socket that listens" }
+            |console, value| *console = ConsoleConfig::Socket(value.text()?.into());
         },
         required: &[],
         bare: Some(|console, value| {
@@ -186,12 +307,18 @@ const fn console(name: &'static str) -> Section<ConsoleConfig> {
             Ok(())
         }),
         single: true,
+        details: &["size"],
     }
 }
 
 /// `--device`
 pub(super) static DEVICE: Section<DeviceConfig> = Section {
     name: "device",
+    summary: "Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=…][,vf_token=UUID]",
+    words: &[],
+    notes: "\
+Functions of one host device become one device of the guest's.
+`busway device list` shows what there is, `busway device bind ADDRESS` prepares one.",
     blank: || DeviceConfig {
         path: "".into(),
         fd: None,
@@ -203,18 +330,30 @@ pub(super) static DEVICE: Section<DeviceConfig> = Section {
         x_nv_gpudirect_clique: None,
     },
     keys: keys! {
-        "path": |device, value| set_device_path(device, value)?;
-        "fd": |device, value| device.fd = Some(value.number()?);
-        "id": |device, value| device.id = Some(value.text()?.to_owned());
-        "on_error": |device, value| device.on_error = on_error(value)?;
-        "vf_token": |device, value| device.vf_token = Some(value.text()?.to_owned());
-        "rom": |device, value| device.rom = Some(value.switch()?);
-        "romfile": |device, value| device.romfile = Some(value.text()?.into());
-        "x_nv_gpudirect_clique": |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
+        "path" { "PATH": "address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`" }
+            |device, value| set_device_path(device, value)?;
+        "fd" { "N": "a descriptor that Busway inherits, in place of opening the device: of\n\
+                 its /dev/vfio/devices/vfioN, or of its group's /dev/vfio/N (with path=,\n\
+                 where the group has several devices)" }
+            |device, value| device.fd = Some(value.number()?);
+        "id" { "NAME": "name, unique in the VM" }
+            |device, value| device.id = Some(value.text()?.to_owned());
+        "on_error" { "stop": "an uncorrectable error of the device's ends the VM [stop]", "pause": "it holds the guest; a signal such as SIGTERM ends it", "ignore": "it is logged" }
+            |device, value| device.on_error = on_error(value)?;
+        "vf_token" { "UUID": "what all share who use a physical function and its virtual\n\
+                 functions, where VFIO has both" }
+            |device, value| device.vf_token = Some(value.text()?.to_owned());
+        "rom" { "on|off": "the guest gets the expansion ROM [on, unless it is known to do harm]" }
+            |device, value| device.rom = Some(value.switch()?);
+        "romfile" { "FILE": "an expansion ROM in place of the device's" }
+            |device, value| device.romfile = Some(value.text()?.into());
+        "x_nv_gpudirect_clique" { "N": "GPUs of NVIDIA's with the same N, 0 to 15, copy to each other directly" }
+            |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
     },
     required: &["path", "fd"],
     bare: Some(set_device_path),
     single: false,
+    details: &[],
 };
 
 fn set_device_path(device: &mut DeviceConfig, value: &Value) -> Result<(), Reason> {
@@ -240,14 +379,72 @@ fn on_error(value: &Value) -> Result<OnError, Reason> {
 /// `--platform`
 pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     name: "platform",
+    summary: "How devices are reached: iommufd=on|off|auto[,p2p=on|off|auto]… [default: iommufd=auto]",
+    words: &[],
+    notes: "",
     blank: PlatformConfig::default,
     keys: keys! {
-        "iommufd": |platform, value| platform.iommufd = value.choice()?;
-        "iommufd_fd": |platform, value| platform.iommufd_fd = Some(value.number()?);
-        "p2p": |platform, value| platform.p2p = value.choice()?;
-        "vf_token": |platform, value| platform.vf_token = Some(value.text()?.to_owned());
+        "iommufd" { "on": "by iommufd and the device's cdev", "off": "by the VFIO group and a type1 container", "auto": "by iommufd where that can do what p2p= says, else as by iommufd=off [auto]" }
+            |platform, value| platform.iommufd = value.choice()?;
+        "iommufd_fd" { "N": "an iommufd that Busway inherits, instead of opening /dev/iommu" }
+            |platform, value| platform.iommufd_fd = Some(value.number()?);
+        "p2p" { "on": "devices reach each other's memory (peer-to-peer DMA), or an error names\n\
+                 the BARs out of reach", "off": "they do not", "auto": "they do where the host can: by type1, and by iommufd from Linux 6.19 on;\n\
+                 BARs out of reach are named once [auto]" }
+            |platform, value| platform.p2p = value.choice()?;
+        "vf_token" { "UUID": "that of each device which needs one and has none of its own" }
+            |platform, value| platform.vf_token = Some(value.text()?.to_owned());
     },
     required: &[],
     bare: None,
     single: false,
+    details: &[],
 };
+
+#[cfg(test)]
+mod tests {
+    use serde::Serialize;
+
+    use super::*;
+    use crate::config::VmConfig;
+
+    /// The words of a section are the fields of what it sets, and the help has each.
+    #[track_caller]
+    fn agrees<T: Serialize>(section: &Section<T>) {
+        let config = serde_json::to_value((section.blank)()).unwrap();
+        let mut fields: Vec<_> = config.as_object().unwrap().keys().cloned().collect();
+        let mut names = section.names();
+        fields.sort();
+        names.sort_unstable();
+        assert_eq!(names, fields, "{}", section.name);
+        let help = section.help();
+        for name in names {
+            assert!(help.contains(&format!("\n  {name}=")), "{name} in {help}");
+        }
+    }
+
+    #[test]
+    fn keys_are_the_fields_of_the_configuration_and_all_are_in_the_help() {
+        agrees(&CPUS);
+        agrees(&MEMORY);
+        agrees(&DISK);
+        agrees(&NET);
+        agrees(&RNG);
+        agrees(&DEVICE);
+        agrees(&PLATFORM);
+        let vm = serde_json::to_value(VmConfig::default()).unwrap();
+        let mut fields: Vec<_> = vm.as_object().unwrap().keys().map(String::as_str).collect();
+        let mut top = TOP.to_vec();
+        fields.sort_unstable();
+        top.sort_unstable();
+        assert_eq!(top, fields);
+    }
+
+    #[test]
+    fn a_console_is_what_its_help_says() {
+        let help = SERIAL.help();
+        for word in CONSOLES {
+            assert!(help.contains(&format!("\n  {word} ")), "{word} in {help}");
+        }
+    }
+}

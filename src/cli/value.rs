@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use busway_vfio::Mac;
+
 use super::nearest::Nearest;
 use crate::config::Choice;
 
@@ -51,6 +53,9 @@ pub(super) enum Reason {
     /// is empty
     #[error("there is nothing after the `=`")]
     Empty,
+    /// there is no file that it could be the size of
+    #[error("it is the size of a file: it goes with file=PATH")]
+    NoFile,
     /// `{value}` is none of the words
     #[error("`{value}` is not one of {}{}", Words(.words), Nearest(.value, .words))]
     Word {
@@ -59,6 +64,9 @@ pub(super) enum Reason {
         /// What could have been.
         words: &'static [&'static str],
     },
+    /// not a MAC address
+    #[error(transparent)]
+    Mac(#[from] busway_vfio::ParseMacError),
     /// not an address
     #[error(transparent)]
     Address(#[from] busway_pci::ParseBdfError),
@@ -75,6 +83,11 @@ impl Value {
             Self::Text(text) => Ok(text),
             other => Err(Reason::Text(other.to_string())),
         }
+    }
+
+    /// An interface's MAC address.
+    pub(super) fn mac(&self) -> Result<Mac, Reason> {
+        Ok(self.text()?.parse()?)
     }
 
     /// A number of bytes.

@@ -140,7 +140,9 @@ impl<T> Section<T> {
         text: &str,
         place: &Place,
     ) -> Result<Vec<&'static str>, Wrong> {
-        let items = options::parse(text).map_err(|error| Wrong::Syntax(place.clone(), error))?;
+        let mut items =
+            options::parse(text).map_err(|error| Wrong::Syntax(place.clone(), error))?;
+        items.sort_by_key(|item| item.key.as_deref().is_some_and(|key| self.is_detail(key)));
         let mut said = Vec::with_capacity(items.len());
         for Item { key, value } in items {
             let name = match key {
@@ -173,7 +175,8 @@ impl<T> Section<T> {
                 key: name,
             });
         }
-        if self.single && !said.is_empty() {
+        let excludes = |name: &str| !self.is_detail(name);
+        if self.single && excludes(name) && said.iter().any(|said| excludes(said)) {
             return Err(Wrong::Several(place.clone()));
         }
         said.push(name);

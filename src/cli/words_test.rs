@@ -31,7 +31,35 @@ fn what_is_not_said_stays_as_it_was() {
 #[test]
 fn consoles_are_words_or_places() {
     assert_eq!(serial("pty"), Ok(ConsoleConfig::Pty));
-    assert_eq!(serial("file=/a=b"), Ok(ConsoleConfig::File("/a=b".into())));
+    assert_eq!(serial("file=/a=b"), Ok(ConsoleConfig::file("/a=b")));
+    let sized = ConsoleConfig::File {
+        path: "/a".into(),
+        size: 64 << 10,
+    };
+    assert_eq!(serial("file=/a,size=64K"), Ok(sized.clone()));
+    assert_eq!(serial("size=64K,file=/a"), Ok(sized.clone()));
+    for text in ["size=64K", "pty,size=64K", "size=64K,socket=/s"] {
+        assert_eq!(
+            serial(text),
+            Err(format!(
+                "--serial {text}: size: it is the size of a file: it goes with file=PATH"
+            ))
+        );
+    }
+    // What was said of a file before stays, key by key.
+    let mut config = sized;
+    let place = Place::Flag("serial", String::new());
+    schema::SERIAL
+        .apply(&mut config, "file=/b", &place)
+        .unwrap();
+    schema::SERIAL
+        .apply(&mut config, "size=1M", &place)
+        .unwrap();
+    let expected = ConsoleConfig::File {
+        path: "/b".into(),
+        size: 1 << 20,
+    };
+    assert_eq!(config, expected);
     assert_eq!(serial("socket=/s"), Ok(ConsoleConfig::Socket("/s".into())));
     assert_eq!(
         serial("file=/a,pty"),

@@ -1,15 +1,20 @@
 //! What the parts of a configuration must be for one another.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::{
-    Choice, ConsoleConfig, DeviceConfig, DiskConfig, MAX_CPUS, MAX_QUEUE_SIZE, MEMORY_STEP,
-    MIN_MEMORY, MemoryConfig, NetConfig, PlatformConfig, VmConfig,
+    Choice, ConsoleConfig, DISK_QUEUE_SIZES, DeviceConfig, DiskConfig, MAX_CPUS, MEMORY_STEP,
+    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, MemoryConfig, NET_QUEUE_SIZES, NetConfig, PlatformConfig,
+    VmConfig,
 };
 
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
 const INTERFACE_NAME: usize = 15;
+
+/// Queues of as many pairs as there can be vCPUs.
+const MAX_NET_QUEUES: u16 = 2 * MAX_CPUS as u16;
 
 /// The last of the three descriptors that every process has.
 const STANDARD_ERROR: u32 = 2;
@@ -71,45 +76,13 @@ pub enum InvalidConfig {
     /// --memory hugepage_size= without huge pages
     #[error("--memory hugepage_size= needs hugepages=on beside it")]
     HugePageSizeAlone,
-    /// {device}: num_queues={count} is out of range
-    #[error("{device}: num_queues={count} must be {wanted}")]
-    QueueCount {
+    /// {device}: {why}
+    #[error("{device}: {why}")]
+    Virtio {
         /// Whose.
         device: Name,
-        /// What was asked for.
-        count: u16,
-        /// What would do.
-        wanted: &'static str,
-    },
-    /// {device}: queue_size={size} is no power of two from 2 to 32768
-    #[error("{device}: queue_size={size} must be a power of two from 2 to {MAX_QUEUE_SIZE}")]
-    QueueSize {
-        /// Whose.
-        device: Name,
-        /// What was asked for.
-        size: u16,
-    },
-    /// {device}: `{tap}` is no name for a network interface
-    #[error(
-        "{device}: `{tap}` is no name for a network interface: 1 to 15 characters, without spaces, \
-         `/` and `:`"
-    )]
-    TapName {
-        /// Whose.
-        device: Name,
-        /// What was asked for.
-        tap: String,
-    },
-    /// {device}: `{mac}` is no MAC address for a NIC
-    #[error(
-        "{device}: `{mac}` is no MAC address for a NIC: write six bytes as 52:54:00:12:34:56, the \
-         first of them even"
-    )]
-    Mac {
-        /// Whose.
-        device: Name,
-        /// What was asked for.
-        mac: String,
+        /// What is wrong with it.
+        why: InvalidVirtio,
     },
     /// {device}: {why}
     #[error("{device}: {why}")]
@@ -147,6 +120,16 @@ pub enum InvalidConfig {
          file=PATH or socket=PATH"
     )]
     OneTerminal,
+    /// {flag} size={size}: too small
+    #[error(
+        "{flag} size={size}: a console's file needs room for {MIN_CONSOLE_FILE_SIZE} bytes at least"
+    )]
+    ConsoleFileSize {
+        /// Which.
+        flag: Name,
+        /// What was asked for, in bytes.
+        size: u64,
+    },
     /// {device}: rom=off and romfile= exclude each other
     #[error("{device}: rom=off and romfile= exclude each other: leave one out")]
     RomfileUnwanted {
@@ -190,6 +173,36 @@ pub enum InvalidConfig {
     },
 }
 
+/// What a virtio device cannot be, whoever asks for it: [`VmConfig::validate`] as well as the device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidVirtio {
+    /// num_queues={0} must be from 1 to 64
+    #[error("num_queues={0} must be from 1 to {MAX_CPUS}")]
+    Queues(u16),
+    /// num_queues={0} must be even, from 2 to 128
+    #[error(
+        "num_queues={0} must be even, from 2 to {MAX_NET_QUEUES}: a receive and a transmit queue for each \
+         pair"
+    )]
+    Pairs(u16),
+    /// queue_size={size} must be a power of two from {least} to {most}
+    #[error("queue_size={size} must be a power of two from {least} to {most}")]
+    QueueSize {
+        /// What was asked for.
+        size: u16,
+        /// The least that there can be.
+        least: u16,
+        /// The most.
+        most: u16,
+    },
+    /// `{0}` is no name for a network interface
+    #[error(
+        "`{0}` is no name for a network interface: 1 to {INTERFACE_NAME} characters, without spaces, \
+         `/` and `:`"
+    )]
+    TapName(String),
+}
+
 /// A device of the configuration, by the name it has or else by where it was said: `--disk no. 2`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name(String);
@@ -226,14 +239,21 @@ impl VmConfig {
         self.validate_cpus()?;
         self.memory.validate()?;
         for (index, disk) in self.disk.iter().enumerate() {
-            disk.validate(&Name::new("--disk", index, disk.id.as_ref()))?;
+            disk.check().map_err(|why| InvalidConfig::Virtio {
+                device: Name::new("--disk", index, disk.id.as_ref()),
+                why,
+            })?;
         }
         for (index, net) in self.net.iter().enumerate() {
-            net.validate(&Name::new("--net", index, net.id.as_ref()))?;
+            net.check().map_err(|why| InvalidConfig::Virtio {
+                device: Name::new("--net", index, net.id.as_ref()),
+                why,
+            })?;
         }
         if self.serial == ConsoleConfig::Tty && self.console == ConsoleConfig::Tty {
             return Err(InvalidConfig::OneTerminal);
         }
+        self.validate_console_files()?;
         self.validate_vf_tokens()?;
         self.validate_ids()?;
         self.validate_disjoint()
@@ -251,6 +271,21 @@ impl VmConfig {
             Some(max) if max > boot => Err(InvalidConfig::NoCpuHotplug { max }),
             _ => Ok(()),
         }
+    }
+
+    fn validate_console_files(&self) -> Result<(), InvalidConfig> {
+        let mut files = Seen::new("file", "give each a file of its own");
+        for (flag, console) in [("--serial", &self.serial), ("--console", &self.console)] {
+            let ConsoleConfig::File { path, size } = console else {
+                continue;
+            };
+            let (flag, size) = (Name(flag.to_owned()), *size);
+            if size < MIN_CONSOLE_FILE_SIZE {
+                return Err(InvalidConfig::ConsoleFileSize { flag, size });
+            }
+            files.add(flag, plain(path).display().to_string(), true)?;
+        }
+        Ok(())
     }
 
     fn validate_vf_tokens(&self) -> Result<(), InvalidConfig> {
@@ -319,7 +354,7 @@ impl VmConfig {
                 taps.add(name.clone(), tap.clone(), true)?;
             }
             if let Some(mac) = &net.mac {
-                macs.add(name, mac.to_ascii_lowercase(), true)?;
+                macs.add(name, mac.to_string(), true)?;
             }
         }
         Ok(())
@@ -426,62 +461,35 @@ impl MemoryConfig {
 }
 
 impl DiskConfig {
-    fn validate(&self, name: &Name) -> Result<(), InvalidConfig> {
+    /// Whether there can be such a disk.
+    pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
         if !(1..=u16::from(MAX_CPUS)).contains(&self.num_queues) {
-            return Err(InvalidConfig::QueueCount {
-                device: name.clone(),
-                count: self.num_queues,
-                wanted: "from 1 to 64",
-            });
+            return Err(InvalidVirtio::Queues(self.num_queues));
         }
-        queue_size(name, self.queue_size)
+        queue_size(self.queue_size, DISK_QUEUE_SIZES)
     }
 }
 
 impl NetConfig {
-    fn validate(&self, name: &Name) -> Result<(), InvalidConfig> {
+    /// Whether there can be such a NIC.
+    pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
         let pairs = self.num_queues / 2;
         if !self.num_queues.is_multiple_of(2) || !(1..=u16::from(MAX_CPUS)).contains(&pairs) {
-            return Err(InvalidConfig::QueueCount {
-                device: name.clone(),
-                count: self.num_queues,
-                wanted: "even, from 2 to 128: a receive and a transmit queue for each pair",
-            });
+            return Err(InvalidVirtio::Pairs(self.num_queues));
         }
-        if let Some(tap) = &self.tap
-            && !is_interface_name(tap)
-        {
-            return Err(InvalidConfig::TapName {
-                device: name.clone(),
-                tap: tap.clone(),
-            });
+        if let Some(tap) = self.tap.as_ref().filter(|tap| !is_interface_name(tap)) {
+            return Err(InvalidVirtio::TapName(tap.clone()));
         }
-        if let Some(mac) = &self.mac
-            && parse_mac(mac).is_none()
-        {
-            return Err(InvalidConfig::Mac {
-                device: name.clone(),
-                mac: mac.clone(),
-            });
-        }
-        queue_size(name, self.queue_size)
-    }
-
-    /// The MAC address, where one is given and is that of a single NIC.
-    #[must_use]
-    pub fn mac_address(&self) -> Option<[u8; 6]> {
-        parse_mac(self.mac.as_deref()?)
+        queue_size(self.queue_size, NET_QUEUE_SIZES)
     }
 }
 
-fn queue_size(name: &Name, size: u16) -> Result<(), InvalidConfig> {
-    if size.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(&size) {
+fn queue_size(size: u16, sizes: RangeInclusive<u16>) -> Result<(), InvalidVirtio> {
+    if size.is_power_of_two() && sizes.contains(&size) {
         return Ok(());
     }
-    Err(InvalidConfig::QueueSize {
-        device: name.clone(),
-        size,
-    })
+    let (least, most) = sizes.into_inner();
+    Err(InvalidVirtio::QueueSize { size, least, most })
 }
 
 /// What the kernel takes as an interface's name: `dev_valid_name` of linux/netdevice.h.
@@ -492,20 +500,6 @@ fn is_interface_name(name: &str) -> bool {
         && !name
             .bytes()
             .any(|byte| byte == b'/' || byte == b':' || byte.is_ascii_whitespace())
-}
-
-/// Six bytes in hexadecimal; not a group's address (IEEE 802, the first byte's lowest bit).
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut bytes = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut bytes {
-        let part = parts.next()?;
-        if part.len() != 2 || !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return None;
-        }
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    (parts.next().is_none() && bytes[0] & 1 == 0).then_some(bytes)
 }
 
 /// The path as it would be if nobody had written `.` and doubled slashes into it.

@@ -91,8 +91,23 @@ fn queues_are_counted_and_sized() {
             });
         })
     };
-    assert!(disk(0, 128).starts_with("--disk no. 2: num_queues=0"));
-    assert!(disk(1, 100).contains("power of two"));
+    assert!(disk(0, 128).starts_with("--disk no. 2: num_queues=0 must be from 1 to 64"));
+    assert!(disk(65, 128).contains("num_queues=65"));
+    // What the device cannot be is found here, and not when the VM is put together.
+    for size in [0, 2, 100, 2048, 32768] {
+        let expected =
+            format!("--disk no. 2: queue_size={size} must be a power of two from 4 to 1024");
+        assert_eq!(disk(1, size), expected);
+    }
+    for size in [0, 2, 16, 100, 8192, 32768] {
+        let error = complaint(|vm| {
+            vm.net.push(NetConfig {
+                queue_size: size,
+                ..NetConfig::default()
+            });
+        });
+        assert!(error.contains("a power of two from 32 to 4096"), "{error}");
+    }
     let odd = complaint(|vm| {
         vm.net.push(NetConfig {
             num_queues: 3,
@@ -179,19 +194,11 @@ fn one_terminal_is_not_two() {
 fn taps_and_macs_are_what_linux_takes() {
     let net = |tap: &str, mac: &str| NetConfig {
         tap: Some(tap.to_owned()),
-        mac: Some(mac.to_owned()),
+        mac: Some(mac.parse().unwrap()),
         ..NetConfig::default()
     };
     let one = |tap: &'static str, mac: &'static str| validate(move |vm| vm.net.push(net(tap, mac)));
     assert_eq!(one("vmtap0", "52:54:00:12:34:56"), Ok(()));
-    for mac in [
-        "",
-        "52:54:00:12:34",
-        "53:54:00:12:34:56",
-        "+2:54:00:12:34:56",
-    ] {
-        assert!(one("vmtap0", mac).unwrap_err().contains("MAC"), "{mac}");
-    }
     for tap in ["", "..", "a/b", "a b", "sixteencharacter"] {
         assert!(one(tap, "52:54:00:12:34:56").is_err(), "{tap}");
     }
@@ -253,4 +260,23 @@ fn a_descriptor_in_the_place_of_a_device_is_no_standard_one_and_given_once() {
         vm.platform.iommufd = Choice::Off;
     });
     assert!(off.contains("contradicts iommufd=off"), "{off}");
+}
+
+#[test]
+fn a_console_s_file_has_room_for_a_line_and_is_one_console_s() {
+    let with = |serial: (&str, u64), console: (&str, u64)| {
+        let file = |(path, size): (&str, u64)| ConsoleConfig::File {
+            path: path.into(),
+            size,
+        };
+        validate(|vm| (vm.serial, vm.console) = (file(serial), file(console)))
+    };
+    assert_eq!(with(("/a", 4096), ("/b", u64::MAX)), Ok(()));
+    let error = with(("/a", 4096), ("/b", 4095)).unwrap_err();
+    assert!(error.starts_with("--console size=4095: "), "{error}");
+    let error = with(("/a", 4096), ("//./a", 4096)).unwrap_err();
+    assert!(
+        error.starts_with("--serial and --console have the same file, `/a`"),
+        "{error}"
+    );
 }

@@ -11,7 +11,7 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-const PAGE: usize = 4096;
+const PAGE: usize = busway_pci::PAGE_SIZE as usize;
 
 /// A second view of the first page of a vCPU's `kvm_run`, through which another thread says
 /// `immediate_exit`. The two flags of the kernel's protocol are needed both: the byte for a thread

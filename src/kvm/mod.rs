@@ -24,7 +24,7 @@ pub use irq::{IrqRouter, LevelLine, VectorCount};
 pub use memslots::Memslots;
 pub use pins::Pins;
 pub use run::{Buses, ExitKind, VcpuEvent};
-pub use vcpu::{CpuModel, MAX_VCPUS};
+pub use vcpu::CpuModel;
 pub use vcpus::{EventSink, Vcpus};
 pub use vfio::KvmVfio;
 pub use vm::Vm;

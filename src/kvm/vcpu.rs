@@ -15,9 +15,7 @@ use super::cpuid::{self, CpuFeatures, Platform};
 use super::error::KvmError;
 use super::msr;
 use super::vm::Vm;
-
-/// The most that a VM has; an xAPIC id of 8 bits and the MADT's entries would carry 255.
-pub const MAX_VCPUS: u8 = 64;
+use crate::config::MAX_CPUS;
 
 // Offsets and bits of the local APIC's page. Intel SDM vol. 3A §11.4 and §11.5.1.
 const LAPIC_LVT_LINT0: usize = 0x350;
@@ -98,7 +96,7 @@ impl fmt::Debug for Vcpu {
 /// Makes `count` vCPUs, in their state at power-on: the first runnable, the others waiting for INIT
 /// and SIPI.
 pub(super) fn create(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, KvmError> {
-    let limit = vm.kvm().get_max_vcpus().min(MAX_VCPUS.into());
+    let limit = vm.kvm().get_max_vcpus().min(MAX_CPUS.into());
     if usize::from(count) > limit {
         return Err(KvmError::TooManyVcpus {
             asked: count.into(),

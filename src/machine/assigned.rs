@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use busway_pci::{FunctionId, Topology};
+use busway_pci::{Complaints, FunctionId, Topology};
 use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, Resets, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -46,7 +46,7 @@ struct Entry {
     /// By when the guest has to have let go.
     leaves: Option<Instant>,
     counts: ErrorCounts,
-    told: Told,
+    complaints: Complaints,
     events: DeviceEvents,
     io: Arc<dyn DeviceIo>,
 }
@@ -90,7 +90,7 @@ impl Assigned {
             port,
             leaves: None,
             counts: ErrorCounts::read(&config.path),
-            told: Told::default(),
+            complaints: Complaints::every(QUIET),
             events,
             io,
         });
@@ -273,7 +273,11 @@ impl Entry {
                 Ok(Verdict::Hold)
             }
             OnError::Pause | OnError::Ignore => {
-                if let Some(more) = self.told.tell(Instant::now()) {
+                if let Some(more) = self.complaints.make(Instant::now()) {
+                    let more = match more {
+                        0 => String::new(),
+                        more => format!("; {more} more were not told of"),
+                    };
                     let then = match self.on_error {
                         // The host resets the link for a fatal one, and the device forgets what it was told.
                         OnError::Ignore => {
@@ -287,44 +291,5 @@ impl Entry {
                 Ok(Verdict::GoOn)
             }
         }
-    }
-}
-
-/// What keeps a device from filling the log.
-#[derive(Debug, Default)]
-struct Told {
-    until: Option<Instant>,
-    untold: u64,
-}
-
-impl Told {
-    /// Whether to tell of an error now, and if so what to add.
-    fn tell(&mut self, now: Instant) -> Option<String> {
-        if self.until.is_some_and(|until| now < until) {
-            self.untold += 1;
-            return None;
-        }
-        self.until = now.checked_add(QUIET);
-        match std::mem::take(&mut self.untold) {
-            0 => Some(String::new()),
-            more => Some(format!("; {more} more were not told of")),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_storm_of_errors_is_told_of_now_and_then_with_how_many_there_were() {
-        let (mut told, start) = (Told::default(), Instant::now());
-        assert_eq!(told.tell(start), Some(String::new()));
-        for _ in 0..9 {
-            assert_eq!(told.tell(start + QUIET / 2), None);
-        }
-        let later = told.tell(start + QUIET).unwrap();
-        assert!(later.contains("9 more"), "{later}");
-        assert_eq!(told.tell(start + 3 * QUIET), Some(String::new()));
     }
 }

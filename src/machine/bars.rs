@@ -12,7 +12,7 @@ use busway_pci::{BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, Pc
 use super::bus::Bar;
 use crate::kvm::{AddressMap, Buses, Doorbell, Doorbells};
 use crate::memory::{Peer, Region, Regions};
-use crate::virtio::complaints::Complaints;
+use busway_pci::Complaints;
 
 /// End of the I/O ports.
 const PORTS_END: u64 = 0x1_0000;
@@ -68,7 +68,7 @@ impl Bars {
             doorbells,
             windows,
             mapped: Mutex::default(),
-            complaints: Complaints::new(LOUD_COMPLAINTS),
+            complaints: Complaints::first(LOUD_COMPLAINTS),
         }
     }
 

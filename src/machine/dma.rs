@@ -13,7 +13,7 @@ use crate::memory::{Region, RegionError, RegionKind, RegionListener};
 
 /// Bytes at each end of a part of a BAR that stand for the whole where peer-to-peer DMA may fail: a
 /// page.
-const SAMPLE: u64 = 4096;
+const SAMPLE: u64 = busway_pci::PAGE_SIZE;
 
 /// Keeps one DMA space in step with the list of regions: guest-physical addresses are its I/O virtual
 /// ones.

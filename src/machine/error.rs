@@ -13,19 +13,13 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::config::InvalidConfig;
 use crate::devices::console::ConsoleError;
+use crate::exit::{HOST, RUNTIME, USAGE};
 use crate::kvm::{KvmError, Overlap};
 use crate::memory::{PrefaultError, RamError, RegionsError};
 use crate::virtio::VirtioPciError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::net::NetError;
 use crate::virtio::rng::RngError;
-
-/// A failure while running.
-const FAILURE: u8 = 1;
-/// Bad usage or configuration.
-const CONFIGURATION: u8 = 2;
-/// The host cannot do it.
-const HOST: u8 = 3;
 
 /// Why a VM could not run, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -206,8 +200,7 @@ impl RunError {
         move |source| Self::System { what, source }
     }
 
-    /// The exit status: 1 for a failure while running, 2 for bad usage or configuration, 3 for a
-    /// host that cannot do it.
+    /// The exit status, of [`crate::exit`].
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
@@ -223,7 +216,7 @@ impl RunError {
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })
             | Self::Ram(
                 RamError::Empty | RamError::Unaligned(_) | RamError::NotWholeHugePages { .. },
-            ) => CONFIGURATION,
+            ) => USAGE,
             Self::Kvm(
                 KvmError::Unavailable { .. }
                 | KvmError::MissingCapability(_)
@@ -241,7 +234,7 @@ impl RunError {
             | Self::Function(_)
             | Self::NoRoom(_)
             | Self::Addresses(_) => HOST,
-            _ => FAILURE,
+            _ => RUNTIME,
         }
     }
 }

@@ -18,7 +18,7 @@ use super::{GuestRam, RamMap, Region, layout};
 use crate::config::MemoryConfig;
 
 /// Pages of this size and its multiples are what a guest can be made of.
-const PAGE: u64 = 4096;
+const PAGE: u64 = busway_pci::PAGE_SIZE;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwapOption;
 use busway_pci::{InterruptRoutes, Msix, VectorOwner};
 
-use super::complaints::Complaints;
 use super::event::Event;
 use super::spec::{NO_VECTOR, isr};
+use busway_pci::Complaints;
 
 /// The interrupts of one device, shared by its transport and its workers.
 ///
@@ -48,7 +48,7 @@ impl Interrupts {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
-            complaints: Complaints::new(LOUD_COMPLAINTS),
+            complaints: Complaints::first(LOUD_COMPLAINTS),
         }
     }
 

@@ -8,7 +8,6 @@
 //! `DEVICE_NEEDS_RESET`, what merely asks for too much is answered with an error.
 
 pub mod blk;
-pub(crate) mod complaints;
 pub mod console;
 mod device;
 mod event;

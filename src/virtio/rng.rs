@@ -10,12 +10,12 @@ use std::sync::Arc;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
-use super::complaints::Complaints;
 use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
 use super::queue::{QueueError, Virtqueue};
 use super::spec;
 use crate::config::RngConfig;
 use crate::memory::{GuestRam, RamMap};
+use busway_pci::Complaints;
 
 const QUEUE_SIZE: u16 = 64;
 /// Most bytes of one request. A driver that wants more asks again.
@@ -81,7 +81,7 @@ impl Rng {
             name: name.to_owned(),
             source: Arc::new(file),
             config: DeviceConfig::new(Vec::new()),
-            complaints: Arc::new(Complaints::new(1)),
+            complaints: Arc::new(Complaints::first(1)),
         })
     }
 }

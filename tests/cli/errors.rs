@@ -174,3 +174,43 @@ fn the_end_does_not_wait_for_a_pipe_that_nobody_reads() {
     assert!(reader.read(&mut some).unwrap() > 0);
     filling.join().unwrap();
 }
+
+#[test]
+fn a_log_and_a_report_go_to_no_link_that_somebody_placed() {
+    let (folder, _path) = file("victim", "secret");
+    std::os::unix::fs::symlink("victim", folder.path().join("link")).unwrap();
+    for flag in ["--log-file", "--report"] {
+        let output = busway()
+            .args(["run", "--kernel", "vmlinuz", flag, "link"])
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(2), "{flag}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        let expected = format!("busway: error: {flag} link: it is a symbolic link");
+        assert!(said.starts_with(&expected), "{said}");
+    }
+    let text = std::fs::read_to_string(folder.path().join("victim")).unwrap();
+    assert_eq!(text, "secret");
+}
+
+#[test]
+fn a_log_is_appended_to_what_is_there() {
+    let (folder, path) = file("log", "before\n");
+    busway()
+        .args(["run", "--config", "absent.toml", "--log-file", "log"])
+        .current_dir(folder.path())
+        .assert()
+        .code(2);
+    assert!(
+        std::fs::read_to_string(path)
+            .unwrap()
+            .starts_with("before\n")
+    );
+}
+
+#[test]
+fn an_error_does_not_steer_the_terminal() {
+    let said = refused(&["--config", "a\x1b[2J\rb.toml"]);
+    assert!(said.contains("a\u{fffd}[2J\u{fffd}b.toml"), "{said:?}");
+}

@@ -22,6 +22,7 @@ mod events;
 #[cfg(any(test, feature = "hostile"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 mod fake;
+pub mod files;
 mod function;
 mod handed;
 pub mod host;
@@ -31,6 +32,7 @@ mod hot_reset;
 mod kernel_device;
 mod kvm;
 mod lists;
+mod mac;
 mod mapping;
 mod msix_layout;
 mod open;
@@ -58,6 +60,7 @@ pub use function::{AssignedFunction, Summary};
 pub use handed::{Handed, HandedError, interface};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
+pub use mac::{Mac, ParseMacError};
 pub use mapping::Mapping;
 pub use open::{DeviceError, Opener};
 pub use peers::try_peers;

@@ -12,8 +12,9 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use busway_pci::{Bdf, Bus, Segment};
+use busway_pci::{Bdf, Bus, Complaints, Segment};
 
 use crate::aer::is_silent;
 use crate::patience::patiently;
@@ -40,10 +41,10 @@ struct Member {
     owed: bool,
     /// A reset that touches it is under way.
     in_reset: bool,
-    /// That its reset is not what it should be has been said.
-    said: bool,
-    /// That the kernel refused it has been said: a guest can ask for it without end.
-    refusal_said: bool,
+    /// That its reset is not what it should be.
+    lesser: Complaints,
+    /// That the kernel refused it: a guest can ask for it without end.
+    refusals: Complaints,
 }
 
 impl Resets {
@@ -60,8 +61,8 @@ impl Resets {
             method: ResetMethod::None,
             quiet: true,
             in_reset: false,
-            said: false,
-            refusal_said: false,
+            lesser: Complaints::first(1),
+            refusals: Complaints::first(1),
         };
         self.lock().push(member);
     }
@@ -160,7 +161,7 @@ impl Resets {
                 member.owed = false;
                 continue;
             };
-            if !std::mem::replace(&mut member.said, true) {
+            if member.lesser.make(Instant::now()).is_some() {
                 let name = &member.name;
                 log::warn!("{name}: VFIO_DEVICE_PCI_HOT_RESET: {error}; the next best is done");
             }
@@ -319,7 +320,7 @@ impl Member {
     fn tell(&mut self, decision: Decision) {
         self.method = decision.method;
         if let Some(obstacle) = decision.obstacle
-            && !std::mem::replace(&mut self.said, true)
+            && self.lesser.make(Instant::now()).is_some()
         {
             let Self { name, method, .. } = self;
             let instead = match method {
@@ -335,20 +336,16 @@ impl Member {
 
     /// Says that the kernel refused to reset the function by itself, where it did.
     fn say(&mut self, refused: Option<io::Error>) {
-        let said = std::mem::replace(&mut self.refusal_said, refused.is_some());
         let Some(error) = refused else {
+            self.refusals.settle();
             return;
-        };
-        let level = match said {
-            false => log::Level::Warn,
-            true => log::Level::Debug,
         };
         let why = match error.raw_os_error() {
             Some(libc::EAGAIN) => " (the host holds the device, as while it is being unbound)",
             _ => "",
         };
         log::log!(
-            level,
+            self.refusals.next(log::Level::Warn),
             "{}: VFIO_DEVICE_RESET: {error}{why}; it goes on as it is",
             self.name
         );

@@ -286,6 +286,15 @@ pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(number) }))
 }
 
+/// Gives what a descriptor stands for to a user, one that only says what is there (`O_PATH`) included,
+/// which fchown(2) does not take.
+pub(crate) fn give_to(file: &File, user: u32) -> io::Result<()> {
+    let (fd, same_group) = (file.as_raw_fd(), u32::MAX);
+    // SAFETY: the path is an empty string that lives for ever, and the call keeps nothing.
+    let given = unsafe { libc::fchownat(fd, c"".as_ptr(), user, same_group, libc::AT_EMPTY_PATH) };
+    check(given).map(drop)
+}
+
 /// A socket to the kernel's routing, which closes when the file does.
 pub(crate) fn route_socket() -> io::Result<File> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;

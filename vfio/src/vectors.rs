@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use busway_pci::VectorOwner;
+use busway_pci::{Complaints, VectorOwner};
 
 use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo, sys};
 
@@ -13,8 +13,8 @@ use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo, sys};
 pub(crate) struct MsiVectors {
     name: String,
     io: Arc<dyn DeviceIo>,
-    /// That there are fewer than asked for has been said.
-    said: bool,
+    /// That there are fewer than asked for.
+    fewer: Complaints,
 }
 
 impl MsiVectors {
@@ -22,7 +22,7 @@ impl MsiVectors {
         Self {
             name: name.to_owned(),
             io,
-            said: false,
+            fewer: Complaints::first(1),
         }
     }
 }
@@ -36,12 +36,8 @@ impl VectorOwner for MsiVectors {
             // vectors stay silent. PCIe 6.0 §7.7.1.2
             Err(IrqError::Fewer { given }) if given > 0 => {
                 let asked = events.len();
-                let level = match std::mem::replace(&mut self.said, true) {
-                    false => log::Level::Warn,
-                    true => log::Level::Debug,
-                };
                 log::log!(
-                    level,
+                    self.fewer.next(log::Level::Warn),
                     "{}: the host gives it {given} of the {asked} MSI vectors that its driver \
                      enabled; a host with interrupt remapping gives more",
                     self.name
@@ -81,10 +77,10 @@ pub(crate) struct MsixVectors {
     interrupted: bool,
     /// The connected ones' eventfds, by vector, where they may be needed again.
     kept: Vec<Option<OwnedFd>>,
-    /// That there are fewer than the table has room for has been said.
-    fewer_said: bool,
-    /// That all were lost has been said.
-    said: bool,
+    /// That there are fewer than the table has room for.
+    fewer: Complaints,
+    /// That all were lost.
+    lost: Complaints,
 }
 
 impl MsixVectors {
@@ -95,8 +91,8 @@ impl MsixVectors {
             enabled: 0,
             interrupted: false,
             kept: Vec::new(),
-            fewer_said: false,
-            said: false,
+            fewer: Complaints::first(1),
+            lost: Complaints::first(1),
         }
     }
 
@@ -114,12 +110,8 @@ impl MsixVectors {
         match self.set(0, all) {
             Ok(()) => self.enabled = all.len() as u32,
             Err(IrqError::Fewer { given }) => {
-                let level = match std::mem::replace(&mut self.fewer_said, true) {
-                    false => log::Level::Info,
-                    true => log::Level::Debug,
-                };
                 log::log!(
-                    level,
+                    self.fewer.next(log::Level::Info),
                     "{}: the host can give {given} of {count} MSI-X vectors; adding them as they \
                      are needed",
                     self.name
@@ -188,12 +180,8 @@ impl MsixVectors {
 
     /// What was connected could not be had again: MSI-X is disabled in the kernel.
     fn lose_all(&mut self, error: &IrqError) {
-        let level = match std::mem::replace(&mut self.said, true) {
-            false => log::Level::Warn,
-            true => log::Level::Debug,
-        };
         log::log!(
-            level,
+            self.lost.next(log::Level::Warn),
             "{}: the host does not give back its {} MSI-X vectors: {error}; each is silent until \
              the guest next unmasks it, as when its driver is loaded again; a host with interrupt \
              remapping has enough",

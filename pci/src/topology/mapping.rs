@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::tree::{FunctionId, Tree};
 use crate::address::Bdf;
+use crate::complaints::Complaints;
 use crate::function::{BarMapper, BarRegion, PciFunction};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,11 +27,20 @@ struct Mapping {
 const LOUD_REFUSALS: u32 = 16;
 
 /// What the guest can reach, by function.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Mappings {
     functions: BTreeMap<FunctionId, Vec<Mapping>>,
-    /// How many BARs were not taken where the guest placed them.
-    refusals: u32,
+    /// That BARs were not taken where the guest placed them.
+    refusals: Complaints,
+}
+
+impl Default for Mappings {
+    fn default() -> Self {
+        Self {
+            functions: BTreeMap::new(),
+            refusals: Complaints::first(LOUD_REFUSALS),
+        }
+    }
 }
 
 impl Mappings {
@@ -81,20 +91,12 @@ impl Mappings {
             for mapping in mappings {
                 match mapping.state {
                     State::New => {
-                        let loud = self.refusals < LOUD_REFUSALS;
-                        let level = if loud {
-                            log::Level::Warn
-                        } else {
-                            log::Level::Debug
-                        };
+                        let level = || self.refusals.next(log::Level::Warn);
                         mapping.map(mapper, tree.bdf(id), level);
                         calls = calls.saturating_add(1);
-                        if mapping.state == State::Refused {
-                            self.refusals = self.refusals.saturating_add(1);
-                        }
                     }
                     State::Refused if room_made => {
-                        mapping.map(mapper, tree.bdf(id), log::Level::Debug);
+                        mapping.map(mapper, tree.bdf(id), || log::Level::Debug);
                         calls = calls.saturating_add(1);
                     }
                     State::Refused | State::Mapped => {}
@@ -106,7 +108,7 @@ impl Mappings {
 }
 
 impl Mapping {
-    fn map(&mut self, mapper: &dyn BarMapper, bdf: Option<Bdf>, refusal: log::Level) {
+    fn map(&mut self, mapper: &dyn BarMapper, bdf: Option<Bdf>, refusal: impl Fn() -> log::Level) {
         self.state = match mapper.map(&self.function, &self.region) {
             Ok(()) => State::Mapped,
             Err(error) => {
@@ -117,7 +119,7 @@ impl Mapping {
                     ..
                 } = self.region;
                 log::log!(
-                    refusal,
+                    refusal(),
                     "{}: the guest placed {index} ({size:#x} bytes) at {address:#x}, where it cannot be: {error}; the guest does not reach it there",
                     bdf.unwrap_or_default(),
                 );

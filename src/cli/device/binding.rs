@@ -31,7 +31,8 @@ pub struct BindArgs {
     /// Bind them again at every boot
     ///
     /// By a rule of udev's for each, which holds while this very kind of device is at the address.
-    /// `unbind` and `restore` remove it.
+    /// `unbind` and `restore` remove it. udev runs this very program as root, so it must be where only
+    /// root can write, such as /usr/local/bin.
     #[arg(long)]
     pub persist: bool,
 

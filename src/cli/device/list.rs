@@ -1,9 +1,11 @@
 //! `busway device list`: which devices are shown, and in which form.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use busway_pci::Bdf;
+use busway_vfio::files::{Existing, OutputError, open_output};
 use busway_vfio::host::{Host, HostDevice, HostError, Refusal, RefusedError, SysRoot};
 use clap::Args;
 
@@ -85,7 +87,7 @@ pub enum ListError {
         /// The picture's file.
         file: PathBuf,
         /// Why not.
-        source: std::io::Error,
+        source: OutputError,
     },
     /// The result could not be put into JSON.
     #[error("cannot write the devices as JSON: {0}")]
@@ -121,7 +123,9 @@ pub(super) fn show(
         if file.as_os_str() == "-" {
             return Ok(picture);
         }
-        std::fs::write(file, picture).map_err(|source| ListError::Picture {
+        let written = open_output(file, Existing::Empty)
+            .and_then(|mut output| Ok(output.file.write_all(picture.as_bytes())?));
+        written.map_err(|source| ListError::Picture {
             file: file.clone(),
             source,
         })?;

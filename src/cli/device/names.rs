@@ -1,9 +1,13 @@
 //! What devices are called, by the PCI ID database (<https://pci-ids.ucw.cz>).
 //!
 //! The database is a text of 1.5 MB: the host's own, or the copy beside this file where that is newer
-//! or the host has none. It is searched as it stands. As tables of Rust's references (the crate
-//! `pci-ids`) it would be 1.3 MB of relocations, which the dynamic linker writes into memory of the
-//! process's own before `main`, for every VM too; a text that nobody looks at costs a VM nothing.
+//! or the host has none. It is searched as it stands, and a text that nobody looks at costs a VM nothing.
+//!
+//! The crate `pci-ids` 0.2.6 has the same database, of the same day, as tables of Rust's references, for
+//! which the dynamic linker writes 43,000 relocations before `main`, for every VM too. Measured with a
+//! program that only looks one device up, beside one with the text (x86_64, optimised for size): 3.5 MB
+//! in place of 1.9 MB on the disk, 2.7 MB in place of 0.1 MB of memory of the process's own, and 0.8 ms
+//! more for each start, `device list` or not. It reads no newer list of the host's either.
 
 use std::borrow::Cow;
 use std::collections::HashMap;

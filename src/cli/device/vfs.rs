@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use busway_pci::Bdf;
-use busway_vfio::host::{self, Functions, Kernel, Mac, SysRoot, VfSetting, VfsOptions};
+use busway_vfio::host::{self, Functions, Kernel, SysRoot, VfSetting, VfsOptions};
 use clap::Args;
 
 use super::address;
@@ -58,7 +58,10 @@ fn vf(text: &str) -> Result<Vf, String> {
     let index = index.and_then(|item| item.value.number::<u16>().ok());
     let index = index.ok_or("the number of the function comes first: 0,mac=02:00:00:00:00:01")?;
     let settings = items.map(|item| match item.key.as_deref() {
-        Some("mac") => mac(&item.value),
+        Some("mac") => {
+            let mac = item.value.mac().map_err(|error| error.to_string());
+            mac.map(VfSetting::Mac)
+        }
         Some("vlan") => match item.value.number::<u16>() {
             Ok(id @ 0..=4094) => Ok(VfSetting::Vlan(id)),
             _ => Err(format!(
@@ -80,17 +83,6 @@ fn vf(text: &str) -> Result<Vf, String> {
             index: u32::from(index),
             settings,
         }),
-    }
-}
-
-fn mac(value: &Value) -> Result<VfSetting, String> {
-    let text = value.to_string();
-    let mac: Option<Mac> = text.parse().ok();
-    match mac.filter(|mac| mac.is_unicast()) {
-        Some(mac) => Ok(VfSetting::Mac(mac)),
-        None => Err(format!(
-            "`{text}` is no Ethernet address of one interface: 02:00:00:00:00:01"
-        )),
     }
 }
 
@@ -190,6 +182,8 @@ pub(in crate::cli) fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use busway_vfio::Mac;
+
     use super::*;
 
     #[test]
@@ -215,11 +209,8 @@ mod tests {
                 "number of the function comes first",
             ),
             ("0", "nothing to set"),
-            (
-                "0,mac=01:00:5e:00:00:01",
-                "no Ethernet address of one interface",
-            ),
-            ("0,mac=02:00", "`02:00` is no Ethernet address"),
+            ("0,mac=01:00:5e:00:00:01", "no MAC address of one interface"),
+            ("0,mac=02:00", "`02:00` is no MAC address"),
             ("0,vlan=4095", "vlan=4095 is not from 1"),
             ("0,trust=maybe", "`maybe` is neither on nor off"),
             ("0,rate=5", "`rate` is not one of"),

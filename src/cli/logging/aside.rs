@@ -1,21 +1,15 @@
-//! Lines that a thread of their own writes, so that nobody who has something to say waits for whoever
-//! reads it: a guest must not stand still because a pipe is full.
+//! Lines that a thread of their own writes, so that nobody who logs waits for whoever reads the log.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::devices::console::write_all;
+use crate::outflow::{Backlog, Bound, Outflow, write_all};
 
 /// Most lines that wait to be written; what comes then is lost, until half of them are.
 const MOST: usize = 1024;
-/// How long [`Aside::flush`] waits for the reader to take one more line.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// It calls nothing deep.
-const STACK_SIZE: usize = 64 << 10;
 
 /// Where a line goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,26 +21,35 @@ pub(super) enum Sink {
 }
 
 /// The lines that wait for the thread that writes them.
+#[derive(Clone, Debug)]
+pub(super) struct Aside(Arc<Outflow<Lines>>);
+
 #[derive(Debug)]
-pub(super) struct Aside {
-    state: Mutex<State>,
-    /// There is something to write.
-    more: Condvar,
-    /// Something has been written.
-    done: Condvar,
+struct Lines {
+    lines: VecDeque<(Sink, String)>,
     /// What a warning begins with.
     warning: String,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    lines: VecDeque<(Sink, String)>,
-    /// The thread has a line in hand.
-    writing: bool,
-    /// Lines ever written.
-    written: u64,
-    /// Lines lost since the last one that was taken.
-    lost: u64,
+impl Backlog for Lines {
+    type Batch = (Sink, String);
+
+    fn size(&self) -> usize {
+        self.lines.len()
+    }
+
+    fn take(&mut self) -> Option<(Sink, String)> {
+        self.lines.pop_front()
+    }
+
+    fn add_notice(&mut self, lost: u64) {
+        let warning = &self.warning;
+        let line = match lost {
+            1 => format!("{warning}a line is missing here: nobody read the log\n"),
+            lost => format!("{warning}{lost} lines are missing here: nobody read the log\n"),
+        };
+        self.lines.push_back((Sink::Log, line));
+    }
 }
 
 impl Aside {
@@ -58,100 +61,38 @@ impl Aside {
     /// # Errors
     ///
     /// There is no thread to be had.
-    pub(super) fn start(log: Option<File>, stderr: File, warning: String) -> io::Result<Arc<Self>> {
-        let aside = Arc::new(Self {
-            state: Mutex::default(),
-            more: Condvar::new(),
-            done: Condvar::new(),
+    pub(super) fn start(log: Option<File>, stderr: File, warning: String) -> io::Result<Self> {
+        let bound = Bound {
+            most: MOST,
+            again: MOST / 2,
+            wait: Duration::ZERO,
+        };
+        let lines = Lines {
+            lines: VecDeque::new(),
             warning,
-        });
-        let shared = Arc::clone(&aside);
-        thread::Builder::new()
-            .name("log".to_owned())
-            .stack_size(STACK_SIZE)
-            .spawn(move || {
-                loop {
-                    let (sink, line) = shared.next();
-                    let file = match (sink, &log) {
-                        (Sink::Log, Some(log)) => log,
-                        _ => &stderr,
-                    };
-                    // One write for a line, so that lines of several processes stay whole.
-                    let _unread = write_all(file, line.as_bytes());
-                    shared.written();
-                }
-            })?;
-        Ok(aside)
+        };
+        let write = move |(sink, line): (Sink, String)| {
+            let file = match (sink, &log) {
+                (Sink::Log, Some(log)) => log,
+                _ => &stderr,
+            };
+            // One write for a line, so that lines of several processes stay whole. What could not be
+            // written is nobody's business any more.
+            let _unread = write_all(file, line.as_bytes());
+            Ok(())
+        };
+        Outflow::start("log", lines, bound, write).map(Self)
     }
 
     /// Has a line written, unless too many wait; at any rate where it is the `last`.
     pub(super) fn say(&self, sink: Sink, line: String, last: bool) {
-        let mut state = self.state();
-        let room = if state.lost > 0 { MOST / 2 } else { MOST };
-        if state.lines.len() >= room && !last {
-            state.lost += 1;
-            return;
-        }
-        // In the place of those that are missing.
-        let missing = self.missing(&mut state);
-        state.lines.extend(missing);
-        state.lines.push_back((sink, line));
-        self.more.notify_one();
+        self.0
+            .push(1, last, |lines| lines.lines.push_back((sink, line)));
     }
 
     /// Waits until all has been written, as long as somebody reads: a second for one line at most.
     pub(super) fn flush(&self) {
-        let mut state = self.state();
-        while state.writing || state.lost > 0 || !state.lines.is_empty() {
-            let before = state.written;
-            let waited = self.done.wait_timeout(state, PATIENCE);
-            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-            if timeout.timed_out() && now.written == before {
-                return;
-            }
-            state = now;
-        }
-    }
-
-    /// Waits for something to write.
-    fn next(&self) -> (Sink, String) {
-        let mut state = self.state();
-        loop {
-            let line = state.lines.pop_front();
-            if let Some(line) = line.or_else(|| self.missing(&mut state)) {
-                state.writing = true;
-                return line;
-            }
-            let waited = self.more.wait(state);
-            state = waited.unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn written(&self) {
-        let mut state = self.state();
-        state.writing = false;
-        state.written += 1;
-        self.done.notify_all();
-    }
-
-    /// The line in the place of those that were lost, where some were.
-    fn missing(&self, state: &mut State) -> Option<(Sink, String)> {
-        let line = match std::mem::take(&mut state.lost) {
-            0 => return None,
-            1 => format!(
-                "{}a line is missing here: nobody read the log\n",
-                self.warning
-            ),
-            lost => format!(
-                "{}{lost} lines are missing here: nobody read the log\n",
-                self.warning
-            ),
-        };
-        Some((Sink::Log, line))
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.drain(None);
     }
 }
 
@@ -163,13 +104,14 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
+    use crate::outflow::PATIENCE;
 
-    fn over_pipe() -> (Arc<Aside>, PipeReader) {
+    fn over_pipe() -> (Aside, PipeReader) {
         let (reader, writer) = io::pipe().unwrap();
         (over(OwnedFd::from(writer).into()), reader)
     }
 
-    fn over(stderr: File) -> Arc<Aside> {
+    fn over(stderr: File) -> Aside {
         Aside::start(None, stderr, "warning: ".to_owned()).unwrap()
     }
 

@@ -5,6 +5,7 @@
 //! Busway's own terminal Ctrl-A is the escape key: `x` after it quits, `a` sends it, `h` shows help.
 
 mod input;
+mod kept;
 mod output;
 
 use std::fs::{File, OpenOptions};
@@ -14,13 +15,14 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use busway_vfio::files::OutputError;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use input::{Input, Reader};
 pub use output::Writer;
-pub(crate) use output::write_all;
 
 use self::input::{Escape, SocketServer};
+use self::kept::KeptFile;
 use super::terminal::{Pty, RawMode};
 use crate::config::ConsoleConfig;
 
@@ -42,7 +44,7 @@ pub enum ConsoleError {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        source: OutputError,
     },
     /// cannot listen at {path}: {source}; a socket that an earlier run has left must be removed first
     #[error("cannot listen at {}: {source}; a socket that an earlier run has left must be removed first", path.display())]
@@ -84,7 +86,7 @@ impl Endpoint {
             })),
             ConsoleConfig::Tty => Self::terminal(quit).map(Some),
             ConsoleConfig::Pty => Self::pty().map(Some),
-            ConsoleConfig::File(path) => Self::file(path).map(Some),
+            ConsoleConfig::File { path, size } => Self::file(path, *size).map(Some),
             ConsoleConfig::Socket(path) => Self::socket(path).map(Some),
         }
     }
@@ -121,18 +123,13 @@ impl Endpoint {
         })
     }
 
-    fn file(path: &Path) -> Result<Self, ConsoleError> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(path)
-            .map_err(|source| ConsoleError::File {
-                path: path.to_owned(),
-                source,
-            })?;
+    fn file(path: &Path, size: u64) -> Result<Self, ConsoleError> {
+        let file = KeptFile::open(path, size).map_err(|source| ConsoleError::File {
+            path: path.to_owned(),
+            source,
+        })?;
         Ok(Self {
-            writer: Writer::to_file(file).map_err(ConsoleError::Thread)?,
+            writer: Writer::to_kept_file(file).map_err(ConsoleError::Thread)?,
             reader: None,
             location: None,
         })

@@ -4,20 +4,17 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-
-use vmm_sys_util::poll::{PollContext, WatchingEvents};
+use std::sync::Arc;
 
 use super::Claim;
 use super::input::Client;
+use super::kept::KeptFile;
+use crate::outflow::{Backlog, Bound, Outflow, PATIENCE, write_all};
 
 /// Bytes that may wait.
 const CAPACITY: usize = 256 << 10;
-/// How long output waits for room, once, before it is dropped.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Bytes that are written at once.
-const CHUNK: usize = 4096;
+/// Bytes that are written at once: no more than the smallest file may have.
+const CHUNK: usize = crate::config::MIN_CONSOLE_FILE_SIZE as usize;
 
 /// Takes a console's output; cheap to clone.
 ///
@@ -38,7 +35,7 @@ impl fmt::Debug for Writer {
         match &self.handle {
             Some(handle) => f
                 .debug_struct("Writer")
-                .field("waiting", &handle.shared.lock().buffer.len())
+                .field("waiting", &handle.outflow.size())
                 .finish(),
             None => f.write_str("Writer(null)"),
         }
@@ -47,39 +44,30 @@ impl fmt::Debug for Writer {
 
 /// Closes the buffer when the last writer is gone.
 struct Handle {
-    shared: Arc<Shared>,
+    outflow: Arc<Outflow<Buffer>>,
     /// The terminal is this console's as long as there is a writer.
     _claim: Option<Claim>,
 }
 
 #[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    /// There is something to write, or the buffer was closed.
-    work: Condvar,
-    /// Something was written.
-    progress: Condvar,
-}
+struct Buffer(VecDeque<u8>);
 
-#[derive(Default)]
-struct State {
-    buffer: VecDeque<u8>,
-    /// The thread is writing what it has taken out.
-    writing: bool,
-    /// Output waited in vain, and nothing has been written since.
-    stalled: bool,
-    /// Bytes dropped since the last notice.
-    lost: u64,
-    /// Nobody writes any more.
-    closed: bool,
-    /// The other end is gone for good.
-    failed: bool,
-}
+impl Backlog for Buffer {
+    type Batch = Vec<u8>;
 
-/// Where the thread writes to.
-enum Sink {
-    File(File),
-    Client(Client),
+    fn size(&self) -> usize {
+        self.0.len()
+    }
+
+    fn take(&mut self) -> Option<Vec<u8>> {
+        let length = self.0.len().min(CHUNK);
+        (length > 0).then(|| self.0.drain(..length).collect())
+    }
+
+    fn add_notice(&mut self, lost: u64) {
+        let notice = format!("\r\n[busway: {lost} bytes of output lost here]\r\n");
+        self.0.extend(notice.as_bytes());
+    }
 }
 
 impl Writer {
@@ -88,26 +76,37 @@ impl Writer {
     }
 
     pub(super) fn to_file(file: File) -> io::Result<Self> {
-        Self::to_sink(Sink::File(file), None)
+        Self::to(None, move |bytes| write_all(&file, &bytes))
+    }
+
+    pub(super) fn to_kept_file(mut file: KeptFile) -> io::Result<Self> {
+        Self::to(None, move |bytes| file.write_all(&bytes))
     }
 
     pub(super) fn to_terminal(file: File, claim: Claim) -> io::Result<Self> {
-        Self::to_sink(Sink::File(file), Some(claim))
+        Self::to(Some(claim), move |bytes| write_all(&file, &bytes))
     }
 
     pub(super) fn to_client(client: Client) -> io::Result<Self> {
-        Self::to_sink(Sink::Client(client), None)
+        Self::to(None, move |bytes| {
+            client.write_all(&bytes);
+            Ok(())
+        })
     }
 
-    fn to_sink(sink: Sink, claim: Option<Claim>) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let thread = shared.clone();
-        std::thread::Builder::new()
-            .name("console-out".into())
-            .spawn(move || thread.run(sink))?;
+    fn to(
+        claim: Option<Claim>,
+        write: impl FnMut(Vec<u8>) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Self> {
+        let bound = Bound {
+            most: CAPACITY,
+            again: CAPACITY,
+            wait: PATIENCE,
+        };
+        let outflow = Outflow::start("console-out", Buffer::default(), bound, write)?;
         Ok(Self {
             handle: Some(Arc::new(Handle {
-                shared,
+                outflow,
                 _claim: claim,
             })),
         })
@@ -116,7 +115,7 @@ impl Writer {
     /// Waits until all output has been written, for a second at most. Belongs before the process exits.
     pub fn drain(&self) {
         if let Some(handle) = &self.handle {
-            handle.shared.drain();
+            handle.outflow.drain(Some(PATIENCE));
         }
     }
 }
@@ -125,7 +124,8 @@ impl Write for Writer {
     /// Takes all of `bytes`; never fails.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Some(handle) = &self.handle {
-            handle.shared.push(bytes);
+            let add = |buffer: &mut Buffer| buffer.0.extend(bytes);
+            handle.outflow.push(bytes.len(), false, add);
         }
         Ok(bytes.len())
     }
@@ -138,126 +138,7 @@ impl Write for Writer {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.shared.drain();
-        self.shared.lock().closed = true;
-        self.shared.work.notify_one();
+        self.outflow.drain(Some(PATIENCE));
+        self.outflow.close();
     }
-}
-
-impl State {
-    fn is_full(&self, more: usize) -> bool {
-        !self.failed && !self.buffer.is_empty() && self.buffer.len() + more > CAPACITY
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn push(&self, bytes: &[u8]) {
-        let mut state = self.lock();
-        if state.is_full(bytes.len()) && !state.stalled {
-            let waited = self
-                .progress
-                .wait_timeout_while(state, PATIENCE, |state| state.is_full(bytes.len()));
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            state.stalled = state.is_full(bytes.len());
-        }
-        if state.failed {
-            return;
-        }
-        if state.is_full(bytes.len()) || bytes.len() > CAPACITY {
-            state.lost += bytes.len() as u64;
-            return;
-        }
-        let was_idle = state.buffer.is_empty() && !state.writing;
-        if state.lost > 0 {
-            let notice = format!("\r\n[busway: {} bytes of output lost here]\r\n", state.lost);
-            state.buffer.extend(notice.as_bytes());
-            state.lost = 0;
-        }
-        state.buffer.extend(bytes);
-        if was_idle {
-            self.work.notify_one();
-        }
-    }
-
-    fn drain(&self) {
-        let waiting = |state: &mut State| {
-            !state.failed && !state.stalled && (state.writing || !state.buffer.is_empty())
-        };
-        // Poisoned or in time, there is nothing left to do.
-        drop(
-            self.progress
-                .wait_timeout_while(self.lock(), PATIENCE, waiting),
-        );
-    }
-
-    /// The thread: writes what is in the buffer until that is closed.
-    fn run(&self, mut sink: Sink) {
-        let mut chunk = [0; CHUNK];
-        let mut state = self.lock();
-        loop {
-            while state.buffer.is_empty() {
-                if state.closed {
-                    return;
-                }
-                state = self
-                    .work
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            let length = state.buffer.len().min(CHUNK);
-            for (to, from) in chunk.iter_mut().zip(state.buffer.drain(..length)) {
-                *to = from;
-            }
-            state.writing = true;
-            drop(state);
-            let result = sink.write_all(&chunk[..length]);
-            state = self.lock();
-            state.writing = false;
-            state.stalled = false;
-            if let Err(error) = result {
-                log::debug!("console output is gone: {error}");
-                state.failed = true;
-                state.buffer = VecDeque::new();
-            }
-            self.progress.notify_all();
-            if state.failed {
-                return;
-            }
-        }
-    }
-}
-
-impl Sink {
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Self::File(file) => write_all(file, bytes),
-            Self::Client(client) => {
-                client.write_all(bytes);
-                Ok(())
-            }
-        }
-    }
-}
-
-/// As [`Write::write_all`], but waits where the file is non-blocking, as standard output can be when
-/// somebody else who has it made it so.
-pub(crate) fn write_all(mut file: &File, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match file.write(bytes) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let poll: PollContext<u32> = PollContext::new()?;
-                poll.add_fd_with_events(file, WatchingEvents::empty().set_write(), 0)?;
-                poll.wait()?;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

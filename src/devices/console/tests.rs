@@ -63,7 +63,7 @@ fn the_terminal_is_one_consoles_until_its_writers_are_gone() {
 fn a_file_has_all_output_when_the_writer_drops() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("log");
-    let mut endpoint = open(ConsoleConfig::File(path.clone()));
+    let mut endpoint = open(ConsoleConfig::file(path.clone()));
     let line = [b'x'; 1000];
     for _ in 0..1000 {
         endpoint.writer.write_all(&line).unwrap();
@@ -74,12 +74,43 @@ fn a_file_has_all_output_when_the_writer_drops() {
 
 #[test]
 fn a_file_that_cannot_be_made_is_an_error_that_names_it() {
-    let config = ConsoleConfig::File("/nowhere/log".into());
+    let config = ConsoleConfig::file("/nowhere/log");
     let error = Endpoint::open(&config, &quit()).unwrap_err().to_string();
     assert_eq!(
         error,
         "cannot write the console's output to /nowhere/log: No such file or directory (os error 2)"
     );
+}
+
+#[test]
+fn what_a_guest_writes_to_a_file_is_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    let mut endpoint = open(ConsoleConfig::File {
+        path: path.clone(),
+        size: 16 << 10,
+    });
+    for number in 0..100_000 {
+        writeln!(endpoint.writer, "{number:>9}").unwrap();
+    }
+    drop(endpoint);
+    let read = |name: &str| fs::read_to_string(folder.path().join(name)).unwrap();
+    let (before, last) = (read("log.1"), read("log"));
+    assert!(before.len() <= 16 << 10 && last.len() <= 16 << 10);
+    let kept = before + &last;
+    assert!(kept.len() > 16 << 10);
+    assert!(kept.ends_with("    99999\n"), "the end is there");
+}
+
+#[test]
+fn a_file_is_not_reached_by_a_link() {
+    let folder = tempfile::tempdir().unwrap();
+    let (victim, path) = (folder.path().join("victim"), folder.path().join("log"));
+    fs::write(&victim, "secret").unwrap();
+    std::os::unix::fs::symlink(&victim, &path).unwrap();
+    let error = Endpoint::open(&ConsoleConfig::file(&path), &quit()).unwrap_err();
+    assert!(error.to_string().contains("symbolic link"), "{error}");
+    assert_eq!(fs::read_to_string(victim).unwrap(), "secret");
 }
 
 #[test]

@@ -70,8 +70,8 @@ fn has_lock(fdinfo: &Path, inode: &str) -> bool {
 }
 
 fn describe(pid: u32) -> String {
-    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
-        Ok(name) => format!("process {pid} ({})", name.trim_end()),
-        Err(_) => format!("process {pid}"),
+    match busway_iommu::process_name(Path::new("/proc"), pid) {
+        Some(name) => format!("process {pid} ({name})"),
+        None => format!("process {pid}"),
     }
 }

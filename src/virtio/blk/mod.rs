@@ -16,23 +16,23 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::complaints::Complaints;
 use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
 use super::queue::{QueueError, Virtqueue};
 use super::segments::MAX_SEGMENTS;
 use super::spec::{self, blk};
-use crate::config::DiskConfig;
+use crate::config::{DISK_QUEUE_SIZES, DiskConfig, InvalidVirtio};
 use crate::memory::GuestRam;
+use busway_pci::Complaints;
 use vm_memory::GuestAddressSpace;
 
 pub use image::ImageError;
 use image::{Image, Mode};
 use request::Requests;
 
-/// Most queues of one disk: as many as a VM has vCPUs.
-const MAX_QUEUES: u16 = 64;
 /// A request is one descriptor for its header, one for its status, and its data.
 const REQUEST_OVERHEAD: u32 = 2;
+/// A queue is not larger than the longest chain that is followed.
+const _: () = assert!(*DISK_QUEUE_SIZES.end() as usize <= MAX_SEGMENTS);
 /// Most sectors of one discard: 2 GiB. What a reset has to wait for is less: `steps`.
 const MAX_DISCARD_SECTORS: u32 = 1 << 22;
 /// Most sectors of one write zeroes: 16 MiB, for where the host cannot do better than to write.
@@ -45,13 +45,13 @@ const LOGGED_ERRORS: u32 = 8;
 /// A disk cannot be as configured, or the host does not let us have it.
 #[derive(Debug, thiserror::Error)]
 pub enum BlkError {
-    /// disk {name}: {what}
-    #[error("disk {name}: {what}")]
+    /// disk {name}: {source}
+    #[error("disk {name}: {source}")]
     Config {
         /// The disk.
         name: String,
         /// What is wrong, and what would be right.
-        what: String,
+        source: InvalidVirtio,
     },
     /// disk {name}: {source}
     #[error("disk {name}: {source}")]
@@ -80,25 +80,10 @@ impl Blk {
     /// # Errors
     /// [`BlkError`]
     pub fn new(name: &str, config: &DiskConfig) -> Result<Self, BlkError> {
-        let wrong = |what: String| BlkError::Config {
+        config.check().map_err(|source| BlkError::Config {
             name: name.to_owned(),
-            what,
-        };
-        if !(1..=MAX_QUEUES).contains(&config.num_queues) {
-            return Err(wrong(format!(
-                "num_queues={} is impossible: give 1 to {MAX_QUEUES}",
-                config.num_queues
-            )));
-        }
-        let sizes = 4..=MAX_SEGMENTS as u16;
-        if !config.queue_size.is_power_of_two() || !sizes.contains(&config.queue_size) {
-            return Err(wrong(format!(
-                "queue_size={} is impossible: give a power of two from {} to {}",
-                config.queue_size,
-                sizes.start(),
-                sizes.end()
-            )));
-        }
+            source,
+        })?;
         let mode = Mode {
             readonly: config.readonly,
             direct: config.direct,
@@ -114,7 +99,7 @@ impl Blk {
             config: DeviceConfig::new(bytes),
             num_queues: config.num_queues,
             queue_size: config.queue_size,
-            complaints: Arc::new(Complaints::new(LOGGED_ERRORS)),
+            complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
     }
 }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::image::Image;
-use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::{self, blk};
+use busway_pci::Complaints;
 
 /// Why a request has not been carried out.
 #[derive(Debug)]

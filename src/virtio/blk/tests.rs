@@ -353,11 +353,11 @@ fn impossible_queues_are_refused_with_what_would_be_possible() {
     };
     assert_eq!(
         refuse(0, 64),
-        "disk disk0: num_queues=0 is impossible: give 1 to 64"
+        "disk disk0: num_queues=0 must be from 1 to 64"
     );
     assert_eq!(
         refuse(1, 100),
-        "disk disk0: queue_size=100 is impossible: give a power of two from 4 to 1024"
+        "disk disk0: queue_size=100 must be a power of two from 4 to 1024"
     );
 }
 

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use super::tap::Tap;
-use crate::virtio::complaints::Complaints;
 use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::net;
+use busway_pci::Complaints;
 
 /// The control queue's commands.
 #[derive(Debug)]

@@ -14,38 +14,35 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
+use busway_vfio::Mac;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
-use super::complaints::Complaints;
 use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
 use super::queue::{QueueError, Virtqueue};
 use super::spec::{self, net};
-use crate::config::NetConfig;
+use crate::config::{InvalidVirtio, NetConfig};
 use crate::memory::GuestRam;
+use busway_pci::Complaints;
 use control::Control;
 use receive::Receiver;
 use tap::Tap;
 pub use tap::TapError;
 
-/// Most pairs of queues: as many as a VM has vCPUs.
-const MAX_PAIRS: u16 = 64;
 const CONTROL_QUEUE_SIZE: u16 = 64;
-/// What queue sizes can be: a packet of 64 KiB fits into the least.
-const QUEUE_SIZES: std::ops::RangeInclusive<u16> = 32..=4096;
 /// Refused control commands of one card that are warnings in the log.
 const LOGGED_ERRORS: u32 = 8;
 
 /// A network card cannot be as configured, or the host does not let us have its tap.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    /// net {name}: {what}
-    #[error("net {name}: {what}")]
+    /// net {name}: {source}
+    #[error("net {name}: {source}")]
     Config {
         /// The card.
         name: String,
         /// What is wrong, and what would be right.
-        what: String,
+        source: InvalidVirtio,
     },
     /// net {name}: {source}
     #[error("net {name}: {source}")]
@@ -70,7 +67,7 @@ pub enum NetError {
 pub struct Net {
     name: String,
     tap: Arc<Tap>,
-    mac: [u8; 6],
+    mac: Mac,
     pairs: u16,
     queue_size: u16,
     config: Arc<DeviceConfig>,
@@ -83,32 +80,13 @@ impl Net {
     /// # Errors
     /// [`NetError`]
     pub fn new(name: &str, config: &NetConfig) -> Result<Self, NetError> {
-        let wrong = |what: String| NetError::Config {
+        config.check().map_err(|source| NetError::Config {
             name: name.to_owned(),
-            what,
-        };
+            source,
+        })?;
         let pairs = config.num_queues / 2;
-        if !config.num_queues.is_multiple_of(2) || !(1..=MAX_PAIRS).contains(&pairs) {
-            return Err(wrong(format!(
-                "num_queues={} is impossible: receive and transmit queues come in pairs, give 2 to {}",
-                config.num_queues,
-                2 * MAX_PAIRS
-            )));
-        }
-        if !config.queue_size.is_power_of_two() || !QUEUE_SIZES.contains(&config.queue_size) {
-            return Err(wrong(format!(
-                "queue_size={} is impossible: give a power of two from {} to {}",
-                config.queue_size,
-                QUEUE_SIZES.start(),
-                QUEUE_SIZES.end()
-            )));
-        }
-        let mac = match &config.mac {
-            Some(text) => parse_mac(text).ok_or_else(|| {
-                wrong(format!(
-                    "mac={text} is not the address of one card: write six bytes as 52:54:00:12:34:56"
-                ))
-            })?,
+        let mac = match config.mac {
+            Some(mac) => mac,
             None => random_mac().map_err(|source| NetError::Mac {
                 name: name.to_owned(),
                 source,
@@ -118,7 +96,7 @@ impl Net {
             name: name.to_owned(),
             source,
         })?;
-        let mut bytes = mac.to_vec();
+        let mut bytes = mac.0.to_vec();
         bytes.extend(net::S_LINK_UP.to_le_bytes());
         bytes.extend(pairs.to_le_bytes());
         Ok(Self {
@@ -128,7 +106,7 @@ impl Net {
             pairs,
             queue_size: config.queue_size,
             config: DeviceConfig::new(bytes),
-            complaints: Arc::new(Complaints::new(LOGGED_ERRORS)),
+            complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
     }
 
@@ -138,7 +116,7 @@ impl Net {
     }
 
     /// The guest's MAC address.
-    pub fn mac(&self) -> [u8; 6] {
+    pub fn mac(&self) -> Mac {
         self.mac
     }
 }
@@ -313,26 +291,8 @@ impl Worker for NetWorker {
     }
 }
 
-/// Six bytes in hexadecimal, of one card: neither a group's address nor all zeros.
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split([':', '-']);
-    for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2)?;
-        if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return None;
-        }
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    let [first, ..] = mac;
-    (parts.next().is_none() && first & 1 == 0 && mac != [0; 6]).then_some(mac)
-}
-
-/// A locally administered address. IEEE 802 §8.2.
-fn random_mac() -> io::Result<[u8; 6]> {
-    let mut mac = [0; 6];
-    io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut mac)?;
-    let [first, ..] = &mut mac;
-    *first = (*first & !1) | 2;
-    Ok(mac)
+fn random_mac() -> io::Result<Mac> {
+    let mut bytes = [0; 6];
+    io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(Mac::local(bytes))
 }

@@ -16,7 +16,7 @@ const HOST: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 fn config(num_queues: u16) -> NetConfig {
     NetConfig {
         tap: None,
-        mac: Some("52:54:00:01:02:03".into()),
+        mac: Some(busway_vfio::Mac(GUEST)),
         num_queues,
         queue_size: 64,
         id: None,
@@ -423,28 +423,9 @@ fn impossible_configurations_are_refused_with_what_would_be_possible() {
         Net::new("net0", &config).unwrap_err().to_string()
     };
     let odd = refuse(|config| config.num_queues = 3);
-    assert!(odd.contains("come in pairs, give 2 to 128"), "{odd}");
+    assert!(odd.contains("must be even, from 2 to 128"), "{odd}");
     let size = refuse(|config| config.queue_size = 100);
     assert!(size.contains("a power of two from 32 to 4096"), "{size}");
-    let mac = refuse(|config| config.mac = Some("01:00:5e:00:00:01".into()));
-    assert!(mac.contains("not the address of one card"), "{mac}");
-}
-
-#[test]
-fn addresses_are_read_in_both_spellings_and_made_local() {
-    assert_eq!(parse_mac("52:54:00:01:02:03"), Some(GUEST));
-    assert_eq!(parse_mac("52-54-00-01-02-03"), Some(GUEST));
-    for text in [
-        "",
-        "52:54:00:01:02",
-        "52:54:00:01:02:03:04",
-        "52:54:0:1:2:3",
-        "+2:54:00:01:02:03",
-    ] {
-        assert_eq!(parse_mac(text), None, "{text}");
-    }
-    let [first, ..] = random_mac().unwrap();
-    assert_eq!(first & 3, 2);
 }
 
 #[test]

@@ -13,7 +13,7 @@ pub(super) const BAR: u8 = 0;
 /// Bytes from one notification register to the next.
 pub(super) const NOTIFY_MULTIPLIER: u32 = 4;
 
-const PAGE: u64 = 0x1000;
+const PAGE: u64 = busway_pci::PAGE_SIZE;
 const COMMON: u64 = 0;
 const ISR: u64 = PAGE;
 const DEVICE: u64 = 2 * PAGE;

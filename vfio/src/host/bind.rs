@@ -8,6 +8,7 @@ use busway_pci::Bdf;
 use super::check::{Refusal, check_bind, check_unbind};
 use super::error::{ChangeError, RefusedError};
 use super::journal::{Identity, Journal, Record};
+use super::kernel::Readers;
 use super::lock::{BOOT, PATIENCE};
 use super::modules::Aliases;
 use super::permit::{Permit, Permits};
@@ -87,6 +88,9 @@ pub fn bind(
     options.driver = options.driver.as_ref().map(spelled);
     let options = &options;
     refuse(&Host::read(session.root)?, &addresses, options)?;
+    if let Some(persist) = &options.persist {
+        persist.check(session.kernel)?;
+    }
     // At boot many wait for each other.
     let patience = if options.from_rule { BOOT } else { PATIENCE };
     let _lock = session.lock_within(patience)?;
@@ -213,9 +217,10 @@ fn bind_all(
     if let Some(persist) = &options.persist {
         for Plan { device, driver, .. } in plans.iter() {
             let identity = Identity::of(device);
-            let text = persist::text(persist, device.address, identity, driver, options.user);
             let path = persist::rule(session.root, device.address);
-            session.file(&path, Some(&text))?;
+            let text = persist::text(persist, device.address, identity, driver, options.user)
+                .map_err(Box::new)?;
+            session.file(&path, Some(&text), Readers::Everybody)?;
         }
     }
     Ok(())
@@ -274,7 +279,10 @@ fn undo(
         let address = plan.device.address;
         let rule = persist::rule(session.root, address);
         if persist::rule_text(session.root, address) != plan.rule {
-            trouble = session.file(&rule, plan.rule.as_deref()).err().or(trouble);
+            trouble = session
+                .file(&rule, plan.rule.as_deref(), Readers::Everybody)
+                .err()
+                .or(trouble);
         }
         // What it had when this began, which need not be what the journal says of it.
         let before = Record {

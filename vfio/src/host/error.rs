@@ -10,6 +10,7 @@ use super::check::Refusal;
 use super::hugepages::HugePagesError;
 use super::journal::JournalError;
 use super::lock::LockError;
+use super::persist::PersistError;
 use super::restore::Restored;
 use super::steps::StepError;
 use super::unbind::Unbound;
@@ -73,6 +74,9 @@ pub enum ChangeError {
     /// What devices had before cannot be read. Nothing was changed.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// Devices cannot be bound at each boot by this program. Nothing was changed.
+    #[error(transparent)]
+    Persist(#[from] PersistError),
     /// A step failed, and what had been done was undone, but for `stranded`.
     #[error("{source}{}", Undone(.stranded))]
     Bind {

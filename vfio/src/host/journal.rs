@@ -5,17 +5,19 @@
 //! to outlive that too is a rule of udev's, which is its own record.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
-use std::path::PathBuf;
+use std::fs::OpenOptions;
+use std::io::{self, Read as _};
+use std::path::{Component, Path, PathBuf};
 
 use busway_pci::Bdf;
 use serde::{Deserialize, Serialize};
 
 use super::device::HostDevice;
-use super::root::SysRoot;
+use super::kernel::Readers;
+use super::root::{self, SysRoot};
 use super::session::Session;
 use super::steps::StepError;
+use crate::files::{self, OwnError};
 
 /// The format that is written, and the only one that is read.
 const VERSION: u32 = 1;
@@ -53,6 +55,33 @@ pub(super) struct Record {
     pub(super) nodes: BTreeMap<PathBuf, u32>,
 }
 
+impl Record {
+    /// Whether root can act on what it says: the names are a driver's, and no node is outside `vfio`.
+    fn check(&self, vfio: &Path) -> Result<(), String> {
+        let drivers = [&self.driver, &self.driver_override];
+        let drivers = drivers.into_iter().flatten().chain([&self.taken_for]);
+        for driver in drivers {
+            let mut parts = Path::new(driver).components();
+            let is_name =
+                matches!(parts.next(), Some(Component::Normal(name)) if name == driver.as_str());
+            if !is_name || driver.contains(char::is_control) {
+                return Err(format!("`{}` is no driver's name", root::one_line(driver)));
+            }
+        }
+        for node in self.nodes.keys() {
+            let below = node.strip_prefix(vfio).ok();
+            let mut parts = below.into_iter().flat_map(Path::components).peekable();
+            let is_node =
+                parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)));
+            if !is_node {
+                let node = root::one_line(&node.to_string_lossy());
+                return Err(format!("{node} is no node below {}", vfio.display()));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What kind of device one is: as much as sysfs and udev can compare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Identity {
@@ -77,12 +106,12 @@ impl Identity {
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// cannot read the journal {path}: {source}
-    #[error("cannot read the journal {}: {source}\n  it says what each device had before: only root may see to it", path.display())]
+    #[error("cannot read the journal {}: {source}\n  {}", path.display(), source.remedy(path))]
     Read {
-        /// Where it is.
+        /// Where it is, or its folder.
         path: PathBuf,
         /// Why not.
-        source: io::Error,
+        source: OwnError,
     },
     /// the journal {path} is not one that this busway wrote: {reason}
     #[error(
@@ -110,20 +139,41 @@ struct Written {
 impl Journal {
     /// Reads it; there is none where nothing was moved since the host booted.
     pub(super) fn read(root: &SysRoot) -> Result<Self, JournalError> {
-        let path = root.journal();
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(JournalError::Read { path, source }),
+        let (folder, path) = (root.state(), root.journal());
+        let failed = |path: &Path, source: OwnError| JournalError::Read {
+            path: path.to_owned(),
+            source,
         };
-        Self::parse(&text).map_err(|reason| JournalError::Malformed { path, reason })
+        if files::own_folder(&folder)
+            .map_err(|error| failed(&folder, error))?
+            .is_none()
+        {
+            return Ok(Self::default());
+        }
+        let mut file = match files::open_own(&path, OpenOptions::new().read(true)) {
+            Ok(file) => file,
+            Err(OwnError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Self::default());
+            }
+            Err(error) => return Err(failed(&path, error)),
+        };
+        let mut text = String::new();
+        file.read_to_string(&mut text)
+            .map_err(|error| failed(&path, error.into()))?;
+        let nodes = root.dev.join("vfio");
+        Self::parse(&text, &nodes).map_err(|reason| JournalError::Malformed { path, reason })
     }
 
-    fn parse(text: &str) -> Result<Self, String> {
+    /// `vfio` is the folder below which nodes are that may be given to users.
+    fn parse(text: &str, vfio: &Path) -> Result<Self, String> {
         let written: Written = serde_json::from_str(text).map_err(|error| error.to_string())?;
         if written.version != VERSION {
             return Err(format!("its version is {}", written.version));
         }
+        written
+            .devices
+            .values()
+            .try_for_each(|record| record.check(vfio))?;
         let devices = Known {
             records: by_address(written.devices)?,
             withheld: by_address(written.withheld)?,
@@ -139,7 +189,7 @@ impl Journal {
         }
         let path = session.root.journal();
         if self.devices == Known::default() {
-            session.file(&path, None)?;
+            session.file(&path, None, Readers::Owner)?;
             self.saved = Known::default();
             return Ok(());
         }
@@ -150,7 +200,7 @@ impl Journal {
         };
         // Nothing in it can fail to be written as JSON: its keys are strings.
         let text = serde_json::to_string_pretty(&written).unwrap_or_default();
-        session.file(&path, Some(&(text + "\n")))?;
+        session.file(&path, Some(&(text + "\n")), Readers::Owner)?;
         self.saved.clone_from(&self.devices);
         Ok(())
     }
@@ -214,9 +264,13 @@ mod tests {
 
     use super::*;
 
+    fn parse(text: &str) -> Result<Journal, String> {
+        Journal::parse(text, Path::new("/dev/vfio"))
+    }
+
     #[test]
     fn another_version_is_not_guessed_at() {
-        let error = Journal::parse("{\"version\": 2, \"devices\": {}}").unwrap_err();
+        let error = parse("{\"version\": 2, \"devices\": {}}").unwrap_err();
         assert_eq!(error, "its version is 2");
     }
 
@@ -226,13 +280,68 @@ mod tests {
                       \"subsystem_device\": 4}, \"driver\": null, \"driver_override\": null, \
                       \"taken_for\": \"vfio-pci\"}";
         let text = format!("{{\"version\": 1, \"devices\": {{\"1f\": {record}}}}}");
-        assert_eq!(Journal::parse(&text).unwrap_err(), "1f is no address");
+        assert_eq!(parse(&text).unwrap_err(), "1f is no address");
+    }
+
+    fn with_record(driver: &str, node: &str) -> String {
+        serde_json::json!({"version": 1, "devices": {"0000:01:00.0": {
+            "identity": {"vendor": 1, "device": 2, "subsystem_vendor": 3, "subsystem_device": 4},
+            "driver": driver, "driver_override": null, "taken_for": "vfio-pci",
+            "nodes": {node: 1000},
+        }}})
+        .to_string()
+    }
+
+    #[test]
+    fn a_node_outside_of_vfio_s_folder_is_given_to_nobody() {
+        for node in [
+            "/dev/vfio/12",
+            "/dev/vfio/devices/vfio0",
+            "/dev/vfio/noiommu-3",
+        ] {
+            parse(&with_record("nvme", node)).unwrap();
+        }
+        for node in [
+            "/etc/shadow",
+            "/dev/vfio",
+            "/dev/vfio/",
+            "/dev/vfio/../sda",
+            "/dev/vfio/devices/../../kmem",
+            "/dev/vfio2/12",
+            "dev/vfio/12",
+            "",
+        ] {
+            let error = parse(&with_record("nvme", node)).unwrap_err();
+            assert!(
+                error.contains("is no node below /dev/vfio"),
+                "{node}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_driver_s_name_is_one_part_of_a_path() {
+        for driver in [
+            "",
+            ".",
+            "..",
+            "../../etc",
+            "a/b",
+            "a/",
+            "/a",
+            "a\u{1b}[2J",
+            "a\nb",
+        ] {
+            let error = parse(&with_record(driver, "/dev/vfio/12")).unwrap_err();
+            assert!(error.contains("no driver's name"), "{driver:?}: {error}");
+            assert!(!error.contains(char::is_control), "{error:?}");
+        }
     }
 
     proptest! {
         #[test]
         fn no_text_makes_it_fail(text in ".*") {
-            let _ = Journal::parse(&text);
+            let _ = parse(&text);
         }
     }
 }

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt as _, chown};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::netlink::{self, VfSetting, VfState};
+use crate::{files, sys};
 
 /// The changes that binding makes to a host.
 pub trait Kernel {
@@ -27,11 +28,11 @@ pub trait Kernel {
     /// Where there is no such module, or it cannot be loaded.
     fn load_module(&mut self, name: &str) -> io::Result<()>;
 
-    /// Gives a node to a user.
+    /// Gives a character device's node to a user.
     ///
     /// # Errors
     ///
-    /// Where it is not there, or the caller may not.
+    /// Where it is not there, is a link or no character device, or the caller may not.
     fn own(&mut self, node: &Path, user: u32) -> io::Result<()>;
 
     /// Waits until nobody else is about to set the owner of a new node; not for ever.
@@ -63,7 +64,14 @@ pub trait Kernel {
     /// # Errors
     ///
     /// The file system's answer.
-    fn save(&mut self, path: &Path, text: &str) -> io::Result<()>;
+    fn save(&mut self, path: &Path, text: &str, readers: Readers) -> io::Result<()>;
+
+    /// Whose something is, and who can write it; of a symbolic link the link's.
+    ///
+    /// # Errors
+    ///
+    /// Where it is not there, or cannot be looked at.
+    fn standing(&self, path: &Path) -> io::Result<Standing>;
 
     /// Removes a file. One that is not there is as wanted.
     ///
@@ -71,6 +79,26 @@ pub trait Kernel {
     ///
     /// The file system's answer.
     fn remove(&mut self, path: &Path) -> io::Result<()>;
+}
+
+/// Who may read a file that Busway writes. Only its owner can write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readers {
+    /// Its owner alone.
+    Owner,
+    /// Everybody.
+    Everybody,
+}
+
+/// Whose a file or folder is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The user id of its owner.
+    pub owner: u32,
+    /// Its permission bits. chmod(2)
+    pub mode: u32,
+    /// Whether it is a symbolic link.
+    pub is_link: bool,
 }
 
 /// The running kernel.
@@ -116,7 +144,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn own(&mut self, node: &Path, user: u32) -> io::Result<()> {
-        chown(node, Some(user), None)
+        sys::give_to(&files::open_node(node)?, user)
     }
 
     fn settle(&mut self) {
@@ -130,7 +158,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn owner(&self, node: &Path) -> io::Result<u32> {
-        Ok(node.metadata()?.uid())
+        Ok(files::open_node(node)?.metadata()?.uid())
     }
 
     fn set_vf(&mut self, interface: u32, vf: u32, setting: VfSetting) -> io::Result<()> {
@@ -141,24 +169,27 @@ impl Kernel for LinuxKernel {
         netlink::states(interface)
     }
 
-    fn save(&mut self, path: &Path, text: &str) -> io::Result<()> {
+    fn save(&mut self, path: &Path, text: &str, readers: Readers) -> io::Result<()> {
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder)?;
         }
         let mut name = path.file_name().unwrap_or_default().to_owned();
         // udev and others read only names that end as they should.
         name.push(".new");
-        let new = path.with_file_name(name);
-        let write = || {
-            let mut file = File::create(&new)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&new, path)?;
-            sync_folder(path)
+        let mode = match readers {
+            Readers::Owner => 0o600,
+            Readers::Everybody => 0o644,
         };
-        write().inspect_err(|_| {
-            // What is left of it is of no use.
-            let _ = fs::remove_file(&new);
+        files::replace_for_good(path, &path.with_file_name(name), text.as_bytes(), mode)?;
+        sync_folder(path)
+    }
+
+    fn standing(&self, path: &Path) -> io::Result<Standing> {
+        let there = fs::symlink_metadata(path)?;
+        Ok(Standing {
+            owner: there.uid(),
+            mode: there.mode() & 0o7777,
+            is_link: there.is_symlink(),
         })
     }
 
@@ -187,8 +218,8 @@ mod tests {
     fn a_file_is_written_whole_and_removed_twice() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/devices.json");
-        LinuxKernel.save(&path, "first").unwrap();
-        LinuxKernel.save(&path, "second").unwrap();
+        LinuxKernel.save(&path, "first", Readers::Owner).unwrap();
+        LinuxKernel.save(&path, "second", Readers::Owner).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "second");
         let names: Vec<_> = fs::read_dir(path.parent().unwrap()).unwrap().collect();
         assert_eq!(names.len(), 1, "{names:?}");

@@ -1,12 +1,14 @@
 //! One change to the host at a time.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Read as _, Seek as _, Write as _};
-use std::path::PathBuf;
+use std::io::{Read as _, Seek as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::root::SysRoot;
+use crate::files::{self, OwnError};
 
 /// How long somebody else's change is waited for.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -38,12 +40,12 @@ pub enum LockError {
         patience: Duration,
     },
     /// cannot take the lock {path}: {source}
-    #[error("cannot take the lock {}: {source}\n  {}", path.display(), remedy(.source))]
+    #[error("cannot take the lock {}: {source}\n  {}", path.display(), source.remedy(path))]
     File {
-        /// The lock.
+        /// The lock, or its folder.
         path: PathBuf,
         /// Why not.
-        source: io::Error,
+        source: OwnError,
     },
     /// interrupted while another busway, process {holder}, is changing devices
     #[error("interrupted while another busway, process {holder}, is changing devices")]
@@ -53,13 +55,6 @@ pub enum LockError {
     },
 }
 
-fn remedy(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => "only root may change devices: run it with sudo",
-        _ => "the lock keeps two changes apart: see that its folder can be written",
-    }
-}
-
 impl Lock {
     /// Takes the lock, waiting this long for its holder.
     pub(super) fn take(
@@ -67,36 +62,26 @@ impl Lock {
         stop: &dyn Fn() -> bool,
         patience: Duration,
     ) -> Result<Self, LockError> {
-        let path = root.state().join("lock");
-        let failed = |source| LockError::File {
-            path: path.clone(),
+        let failed = |path: &Path, source: OwnError| LockError::File {
+            path: path.to_owned(),
             source,
         };
-        fs::create_dir_all(root.state()).map_err(failed)?;
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(failed)?;
+        let folder = root.state();
+        files::make_own_folder(&folder).map_err(|error| failed(&folder, error))?;
+        let path = folder.join("lock");
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let mut file =
+            files::open_own(&path, &mut options).map_err(|error| failed(&path, error))?;
         let deadline = Instant::now() + patience;
         let mut waits = false;
         loop {
             match file.try_lock() {
                 Ok(()) => break,
-                Err(TryLockError::Error(source)) => return Err(failed(source)),
+                Err(TryLockError::Error(source)) => return Err(failed(&path, source.into())),
                 Err(TryLockError::WouldBlock) => {}
             }
-            let mut holder = String::new();
-            // One that has just taken it may not have said yet who it is.
-            let read = file
-                .rewind()
-                .and_then(|()| file.read_to_string(&mut holder));
-            let holder = match read {
-                Ok(_) if !holder.trim().is_empty() => holder.trim().to_owned(),
-                _ => "unknown".to_owned(),
-            };
+            let holder = holder(root, &mut file);
             if stop() {
                 return Err(LockError::Interrupted { holder });
             }
@@ -114,9 +99,43 @@ impl Lock {
             file.rewind()?;
             writeln!(file, "{}", std::process::id())
         };
-        say(&mut file).map_err(failed)?;
+        say(&mut file).map_err(|error| failed(&path, error.into()))?;
         Ok(Self { _file: file })
     }
+}
+
+/// The process that has the lock: by the kernel's list, else by what it has written down. One that has
+/// just taken it may not have done so yet.
+fn holder(root: &SysRoot, file: &mut File) -> String {
+    let locks = fs::read_to_string(root.proc.join("locks")).unwrap_or_default();
+    let listed = file.metadata().ok().and_then(|there| {
+        let device = there.dev();
+        let (major, minor) = (libc::major(device), libc::minor(device));
+        holder_in(&locks, &format!("{major:02x}:{minor:02x}:{}", there.ino()))
+    });
+    listed.unwrap_or_else(|| {
+        let mut text = String::new();
+        let read = file.rewind().and_then(|()| file.read_to_string(&mut text));
+        match read.map(|_| text.trim().parse::<u32>()) {
+            Ok(Ok(pid)) => pid.to_string(),
+            _ => "unknown".to_owned(),
+        }
+    })
+}
+
+/// The process that holds the flock(2) of this file (device and inode). A line for one that only waits
+/// begins `1: ->`. proc_locks(5)
+fn holder_in(locks: &str, file: &str) -> Option<String> {
+    let holds = |line: &str| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words[..] {
+            [_, "FLOCK", _, _, pid, its, ..] if its == file => {
+                Some(pid.parse::<u32>().ok()?.to_string())
+            }
+            _ => None,
+        }
+    };
+    locks.lines().find_map(holds)
 }
 
 #[cfg(test)]
@@ -140,6 +159,33 @@ mod tests {
         assert!(matches!(interrupted, LockError::Interrupted { .. }));
         drop(first);
         Lock::take(&root, &go_on, Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn the_kernel_says_who_has_it() {
+        let locks = "1: POSIX  ADVISORY  WRITE 7 00:19:77 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 42 00:19:78 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 43 00:19:77 0 EOF\n\
+                     3: -> FLOCK  ADVISORY  WRITE 44 00:19:77 0 EOF\n";
+        assert_eq!(holder_in(locks, "00:19:77").as_deref(), Some("43"));
+        assert_eq!(holder_in(locks, "00:19:79"), None);
+    }
+
+    #[test]
+    fn what_the_lock_says_of_its_holder_is_a_number_or_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = SysRoot::under(folder.path());
+        let mut file = tempfile::tempfile().unwrap();
+        for (text, says) in [
+            ("4711\n", "4711"),
+            ("", "unknown"),
+            ("1; rm -r /", "unknown"),
+        ] {
+            file.set_len(0).unwrap();
+            file.rewind().unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+            assert_eq!(holder(&root, &mut file), says);
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::bind::refuse_if;
 use super::check::check_unbind;
 use super::error::{ChangeError, Stranded};
 use super::journal::{Identity, Journal};
+use super::kernel::Readers;
 use super::permit::Permits;
 use super::put_back::put_back;
 use super::session::Session;
@@ -164,7 +165,11 @@ fn put_one_back(
     };
     if rule.is_some() {
         session
-            .file(&persist::rule(session.root, address), None)
+            .file(
+                &persist::rule(session.root, address),
+                None,
+                Readers::Everybody,
+            )
             .map_err(failed)?;
     }
     if let (Outcome::AsBefore { .. }, Some(record)) = (&outcome, &record)

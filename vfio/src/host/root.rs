@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 
 use busway_iommu::HostPaths;
+pub(crate) use busway_iommu::{one_line, printable};
 use busway_pci::Bdf;
 
 /// The mount points that the host is read from: the real ones, or a made-up tree.
@@ -136,24 +137,6 @@ pub(crate) fn attribute(path: &Path) -> Option<String> {
     };
     let bytes = page.get(..length)?;
     Some(printable(String::from_utf8_lossy(bytes).trim()))
-}
-
-/// The text with every character replaced that would steer a terminal or turn the direction of
-/// writing; line ends and tabs stay.
-pub(crate) fn printable(text: &str) -> String {
-    let steers = |c: char| {
-        (c.is_control() && !matches!(c, '\n' | '\t'))
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    match text.contains(steers) {
-        true => text.replace(steers, "\u{fffd}"),
-        false => text.to_owned(),
-    }
-}
-
-/// The same on one line.
-pub(crate) fn one_line(text: &str) -> String {
-    printable(text).replace(['\n', '\t'], "\u{fffd}")
 }
 
 /// A number written as `0x1af4`.

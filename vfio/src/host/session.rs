@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use busway_pci::Bdf;
 
-use super::kernel::Kernel;
+use super::kernel::{Kernel, Readers};
 use super::lock::{Lock, LockError, PATIENCE};
 use super::root::{self, SysRoot};
 use super::steps::{Action, Step, StepError};
@@ -170,10 +170,16 @@ impl<'a> Session<'a> {
     }
 
     /// Writes a file, or removes it.
-    pub(super) fn file(&mut self, path: &Path, text: Option<&str>) -> Result<(), StepError> {
+    pub(super) fn file(
+        &mut self,
+        path: &Path,
+        text: Option<&str>,
+        readers: Readers,
+    ) -> Result<(), StepError> {
         self.take(Step::File {
             path: path.to_owned(),
-            text: text.map(str::to_owned),
+            text: text.map(Box::from),
+            readers,
         })
     }
 
@@ -208,8 +214,8 @@ impl<'a> Session<'a> {
                 let set = set.and_then(|index| self.kernel.set_vf(index, vf, setting));
                 return set.map_err(|source| StepError::Interface { step, source });
             }
-            Action::File(path, Some(text)) => (self.kernel.save(path, text), None),
-            Action::File(path, None) => (self.kernel.remove(path), None),
+            Action::Save(path, text, readers) => (self.kernel.save(path, text, readers), None),
+            Action::Remove(path) => (self.kernel.remove(path), None),
         };
         result.map_err(|source| match attribute {
             Some(attribute) => StepError::Write {

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use busway_pci::Bdf;
 
 use super::hugepages::pool_folder;
+use super::kernel::Readers;
 use super::netlink::VfSetting;
+use super::persist::PersistError;
 use super::root::SysRoot;
 
 /// One change to the host.
@@ -90,7 +92,9 @@ pub enum Step {
         /// Which.
         path: PathBuf,
         /// What is in it; none: it is removed.
-        text: Option<String>,
+        text: Option<Box<str>>,
+        /// Who may read it.
+        readers: Readers,
     },
 }
 
@@ -104,8 +108,10 @@ pub(super) enum Action<'a> {
     Own(&'a Path, u32),
     /// A virtual function set by its interface.
     SetFunction(&'a str, u32, VfSetting),
-    /// A file written or removed.
-    File(&'a Path, Option<&'a str>),
+    /// A file written.
+    Save(&'a Path, &'a str, Readers),
+    /// A file removed.
+    Remove(&'a Path),
 }
 
 impl Step {
@@ -145,7 +151,14 @@ impl Step {
                 count.to_string(),
             ),
             Self::Compact => Action::Write(root.proc.join("sys/vm/compact_memory"), "1".to_owned()),
-            Self::File { path, text } => Action::File(path, text.as_deref()),
+            Self::File {
+                path,
+                text: Some(text),
+                readers,
+            } => Action::Save(path, text, *readers),
+            Self::File {
+                path, text: None, ..
+            } => Action::Remove(path),
         }
     }
 
@@ -163,8 +176,8 @@ impl Step {
             Action::SetFunction(interface, vf, setting) => {
                 format!("ip link set {interface} vf {vf} {setting}")
             }
-            Action::File(path, None) => format!("rm {}", path.display()),
-            Action::File(path, Some(text)) => {
+            Action::Remove(path) => format!("rm {}", path.display()),
+            Action::Save(path, text, _) => {
                 format!("cat > {} <<'END'\n{text}END", path.display())
             }
         }
@@ -218,7 +231,9 @@ impl fmt::Display for Step {
                 }
             }
             Self::Compact => f.write_str("bring free memory together"),
-            Self::File { path, text: None } => write!(f, "remove {}", path.display()),
+            Self::File {
+                path, text: None, ..
+            } => write!(f, "remove {}", path.display()),
             Self::File { path, .. } => write!(f, "write {}", path.display()),
         }
     }
@@ -275,6 +290,9 @@ pub enum StepError {
         /// The driver that it is bound to instead.
         now: Option<String>,
     },
+    /// A device's rule for udev would hold what it must not.
+    #[error(transparent)]
+    Rule(#[from] Box<PersistError>),
     /// interrupted, before it could {step}
     #[error("interrupted, before it could {step}")]
     Interrupted {

@@ -8,6 +8,7 @@ use super::bind::refuse_if;
 use super::check::check_unbind;
 use super::error::ChangeError;
 use super::journal::{Identity, Journal};
+use super::kernel::Readers;
 use super::permit::Permits;
 use super::session::Session;
 use super::steps::StepError;
@@ -78,7 +79,8 @@ pub(super) fn give_to_host(
     // First of all, or a device that comes anew would be bound again.
     let persisted = persist::rule_text(session.root, address).is_some();
     if persisted {
-        session.file(&persist::rule(session.root, address), None)?;
+        let rule = persist::rule(session.root, address);
+        session.file(&rule, None, Readers::Everybody)?;
     }
     let vfio = |driver: &Option<String>| driver.clone().filter(|driver| is_vfio_driver(driver));
     let former = vfio(&device.driver);

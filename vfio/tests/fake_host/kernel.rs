@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use busway_vfio::host::{Kernel, VfSetting, VfState};
+use busway_vfio::host::{Kernel, Readers, Standing, VfSetting, VfState};
 
 use super::line::Line;
 use super::{FakeHost, link_name};
@@ -23,6 +23,7 @@ impl FakeHost {
             deaf_to: None,
             vf_states: BTreeMap::new(),
             dies_at: None,
+            standing: BTreeMap::new(),
             unplug_at: None,
         }
     }
@@ -72,6 +73,8 @@ pub struct FakeKernel {
     pub vf_states: BTreeMap<u32, VfState>,
     /// From the request with this number on none is carried out, as if the process had been killed.
     pub dies_at: Option<usize>,
+    /// What is not root's alone to write.
+    pub standing: BTreeMap<PathBuf, Standing>,
     /// Takes this device away at the request with this number.
     pub unplug_at: Option<(usize, String)>,
 }
@@ -374,11 +377,26 @@ impl Kernel for FakeKernel {
         Ok(text.parse().unwrap())
     }
 
-    fn save(&mut self, path: &Path, text: &str) -> io::Result<()> {
+    fn save(&mut self, path: &Path, text: &str, readers: Readers) -> io::Result<()> {
         let below = path.strip_prefix(&self.host).unwrap().display();
         self.asked(format!("save {below}"))?;
         fs::create_dir_all(path.parent().unwrap())?;
-        fs::write(path, text)
+        fs::write(path, text)?;
+        let mode = match readers {
+            Readers::Owner => 0o600,
+            Readers::Everybody => 0o644,
+        };
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+    }
+
+    /// All is root's, and nobody else's to write, but for what a test says.
+    fn standing(&self, path: &Path) -> io::Result<Standing> {
+        let roots = Standing {
+            owner: 0,
+            mode: 0o755,
+            is_link: false,
+        };
+        Ok(self.standing.get(path).copied().unwrap_or(roots))
     }
 
     fn remove(&mut self, path: &Path) -> io::Result<()> {

@@ -10,7 +10,7 @@ mod space;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use busway_vfio::host::SysRoot;
@@ -91,8 +91,15 @@ impl FakeHost {
 
     pub fn file(&self, below: &str, text: &str) {
         let path = self.path(below);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, text).unwrap();
+        let folder = path.parent().unwrap();
+        fs::create_dir_all(folder).unwrap();
+        fs::write(&path, text).unwrap();
+        if below.starts_with("run/busway/") {
+            // As Busway has its own, whatever the umask of who runs the tests.
+            for (path, mode) in [(folder, 0o700), (&path, 0o600)] {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+            }
+        }
     }
 
     /// A link, its target given below the host's root.

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 
+use crate::mac::Mac;
+
 use super::{
     HEADER, NLM_F_ACK, acknowledged, ask, attribute, attributes, malformed, request, u16_at, u32_at,
 };
@@ -21,10 +23,6 @@ pub enum VfSetting {
     SpoofCheck(bool),
 }
 
-/// An Ethernet address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mac(pub [u8; 6]);
-
 /// What a virtual function is set to, as far as the driver says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VfState {
@@ -36,38 +34,6 @@ pub struct VfState {
     pub trust: Option<bool>,
     /// See [`VfSetting::SpoofCheck`].
     pub spoof_check: Option<bool>,
-}
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl std::str::FromStr for Mac {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or(())?;
-            *byte = u8::from_str_radix(part, 16).map_err(drop)?;
-        }
-        match parts.next() {
-            None => Ok(Self(bytes)),
-            Some(_) => Err(()),
-        }
-    }
-}
-
-impl Mac {
-    /// Whether one interface can have it: not a group's address, and not all zero.
-    #[must_use]
-    pub fn is_unicast(self) -> bool {
-        self.0[0] & 1 == 0 && self.0 != [0; 6]
-    }
 }
 
 /// As `ip link set … vf N` spells it.
@@ -212,23 +178,6 @@ mod tests {
         let vlan = [3, 0, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0];
         let expected = [&header[..], &link, &nested, &vlan].concat();
         assert_eq!(set_request(5, 3, VfSetting::Vlan(100)), expected);
-    }
-
-    #[test]
-    fn a_mac_is_written_as_it_is_read() {
-        assert_eq!("02:00:00:00:00:07".parse(), Ok(MAC));
-        assert_eq!(MAC.to_string(), "02:00:00:00:00:07");
-        for wrong in [
-            "",
-            "02:00:00:00:00",
-            "02:00:00:00:00:07:08",
-            "2:0:0:0:0:7",
-            "g2:00:00:00:00:07",
-        ] {
-            assert_eq!(wrong.parse::<Mac>(), Err(()), "{wrong}");
-        }
-        assert!(MAC.is_unicast());
-        assert!(!Mac([1, 0, 0x5e, 0, 0, 1]).is_unicast());
     }
 
     /// What the kernel answers of these functions.

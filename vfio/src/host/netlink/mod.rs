@@ -10,7 +10,7 @@ use busway_iommu::info::{u16_at, u32_at};
 
 use crate::sys;
 
-pub use functions::{Mac, VfSetting, VfState};
+pub use functions::{VfSetting, VfState};
 pub(super) use functions::{set, states};
 pub(super) use routes::{default_routes, way_to};
 

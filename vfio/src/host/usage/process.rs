@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use busway_iommu::process_name;
 use busway_pci::Bdf;
 
 use super::{Usage, nodes};
@@ -57,8 +58,7 @@ pub(super) fn read(root: &SysRoot, devices: &BTreeMap<Bdf, HostDevice>) -> Vec<(
             };
             let process = process.get_or_insert_with(|| Process {
                 pid,
-                command: root::text(&folder.join("comm"))
-                    .map_or_else(|| "?".to_owned(), |name| root::one_line(&name)),
+                command: process_name(&root.proc, pid).unwrap_or_else(|| "?".to_owned()),
             });
             if let Held::Card(address, node) = held {
                 let nodes = by_node.entry((address, process.clone())).or_default();
