@@ -1,5 +1,6 @@
 //! The kernel's calls on a VFIO device, one safe function each. Nothing here decides anything.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -287,6 +288,26 @@ pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
     check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
     // SAFETY: the caller says that it is nobody else's.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(number) }))
+}
+
+/// Where the link `name` of a folder leads: as many bytes of it as `target` holds. Quicker than by its
+/// whole path, and without a byte allocated.
+pub(crate) fn read_link_at<'a>(
+    folder: &File,
+    name: &CStr,
+    target: &'a mut [u8],
+) -> io::Result<&'a [u8]> {
+    // SAFETY: the name ends with a zero byte, and the kernel writes no more than the buffer's length.
+    let length = unsafe {
+        libc::readlinkat(
+            folder.as_raw_fd(),
+            name.as_ptr(),
+            target.as_mut_ptr().cast(),
+            target.len(),
+        )
+    };
+    let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+    Ok(target.get(..length).unwrap_or_default())
 }
 
 /// A socket to the kernel's routing, which closes when the file does.

@@ -224,6 +224,54 @@ fn a_program_is_found_by_the_nodes_of_graphics_and_sound_cards() {
 }
 
 #[test]
+fn a_program_is_found_by_any_node_of_a_device_s_children() {
+    let host = FakeHost::described(
+        "device 01:00.0 144d:a80a class=010802 driver=nvme
+           disk nvme/nvme0/nvme0n1 259
+             partition nvme0n1p1
+           class nvme/nvme0 nvme0
+         device 02:00.0 8086:1572 class=020000 driver=igb_uio
+           class uio/uio1 uio1
+         device 03:00.0 15b3:101d class=020000 driver=mlx5_core
+           class infiniband_verbs/uverbs0 infiniband/uverbs0
+         device 04:00.0 8086:a36d class=0c0330 driver=xhci_hcd
+         process 900 qemu dev/nvme0n1
+         process 901 ceph-osd dev/nvme0n1p1 dev/null
+         process 902 smartd dev/nvme0
+         process 903 testpmd dev/uio1
+         process 904 python3 dev/infiniband/uverbs0
+         process 905 adb dev/bus/usb/001/002",
+    );
+    // What is of a bus and of no class is among the numbers only.
+    let device = host.path("sys/bus/pci/devices/0000:04:00.0");
+    let device = device.canonicalize().unwrap();
+    let below = device.strip_prefix(host.path("").canonicalize().unwrap());
+    let below = below.unwrap().to_str().unwrap().to_owned();
+    host.file(
+        &format!("{below}/usb1/1-1/uevent"),
+        "MAJOR=189\nMINOR=1\nDEVNAME=bus/usb/001/002\n",
+    );
+    host.link("sys/dev/char/189:1", &format!("{below}/usb1/1-1"));
+    assert_eq!(
+        uses(&host, "0000:01:00.0"),
+        [
+            "qemu (pid 900) by nvme0n1",
+            "ceph-osd (pid 901) by nvme0n1p1",
+            "smartd (pid 902) by nvme0"
+        ]
+    );
+    assert_eq!(uses(&host, "0000:02:00.0"), ["testpmd (pid 903) by uio1"]);
+    assert_eq!(
+        uses(&host, "0000:03:00.0"),
+        ["python3 (pid 904) by infiniband/uverbs0"]
+    );
+    assert_eq!(
+        uses(&host, "0000:04:00.0"),
+        ["adb (pid 905) by bus/usb/001/002"]
+    );
+}
+
+#[test]
 fn binding_and_giving_back_ends_where_it_began() {
     let mut host = host_with_three();
     host.native("0000:01:00.0", "nvme");

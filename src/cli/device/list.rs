@@ -139,7 +139,15 @@ pub(super) fn show(
         rows: &rows,
         screen,
     };
-    Ok(table.to_string())
+    let mut text = table.to_string();
+    if let Some(unseen) = host.unseen() {
+        text += &format!("\nnote: {}", unseen.text);
+        for remedy in unseen.remedies {
+            text += &format!("\n  {remedy}");
+        }
+        text.push('\n');
+    }
+    Ok(text)
 }
 
 /// The devices asked for, by address.
