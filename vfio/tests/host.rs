@@ -4,7 +4,8 @@ mod fake_host;
 
 use busway_pci::Bdf;
 use busway_vfio::host::{
-    self, BindOptions, Bound, ChangeError, Host, Kernel, Permits, Refusal, Session, Unbound, Usage,
+    self, BindOptions, Bound, ChangeError, Host, Kernel, Level, Permits, Refusal, Session, Unbound,
+    Usage,
 };
 use fake_host::{FakeHost, Spec};
 use proptest::prelude::*;
@@ -269,6 +270,104 @@ fn a_program_is_found_by_any_node_of_a_device_s_children() {
         uses(&host, "0000:04:00.0"),
         ["adb (pid 905) by bus/usb/001/002"]
     );
+}
+
+#[test]
+fn a_program_is_found_by_vfio_whoever_lends_the_device() {
+    let host = FakeHost::described(
+        "device 01:00.0 8086:154c class=020000 driver=vfio-pci group=0
+         device 02:00.0 10de:2235 class=030200 driver=nvidia group=4
+         device 00:02.0 8086:591b class=030000 driver=i915
+         process 900 testpmd dev/vfio/noiommu-0
+         process 901 qemu dev/vfio/devices/vfio3
+         process 902 qemu dev/vfio/4
+         process 903 qemu dev/vfio/7",
+    );
+    let below = |address: &str| {
+        let device = host.path("sys/bus/pci/devices").join(address);
+        let device = device.canonicalize().unwrap();
+        let below = device.strip_prefix(host.path("").canonicalize().unwrap());
+        below.unwrap().to_str().unwrap().to_owned()
+    };
+    host.file(
+        &format!("{}/vfio-dev/vfio3/dev", below("0000:02:00.0")),
+        "511:3\n",
+    );
+    // A mediated device.
+    let mediated = format!(
+        "{}/c0ffee00-0000-4000-8000-000000000001",
+        below("0000:00:02.0")
+    );
+    host.file(&format!("{mediated}/uevent"), "");
+    host.file("sys/kernel/iommu_groups/7/type", "DMA\n");
+    host.link(
+        &format!("{mediated}/iommu_group"),
+        "sys/kernel/iommu_groups/7",
+    );
+    host.link(
+        "sys/bus/mdev/devices/c0ffee00-0000-4000-8000-000000000001",
+        &mediated,
+    );
+    assert_eq!(uses(&host, "0000:01:00.0"), ["testpmd (pid 900)"]);
+    assert_eq!(
+        uses(&host, "0000:02:00.0"),
+        [
+            "qemu (pid 901) by vfio/devices/vfio3",
+            "qemu (pid 902) by vfio/4"
+        ]
+    );
+    assert_eq!(uses(&host, "0000:00:02.0"), ["qemu (pid 903) by vfio/7"]);
+}
+
+#[test]
+fn of_hundreds_of_processes_each_is_looked_at() {
+    let mut text = "device 01:00.0 144d:a80a class=010802 driver=nvme
+           disk nvme/nvme0/nvme0n1 259\n"
+        .to_owned();
+    for pid in 1000..1300 {
+        text += &format!("         process {pid} fio dev/null dev/zero dev/nvme0n1\n");
+    }
+    let host = FakeHost::described(&text);
+    let expected: Vec<_> = (1000..1300)
+        .map(|pid| format!("fio (pid {pid}) by nvme0n1"))
+        .collect();
+    assert_eq!(uses(&host, "0000:01:00.0"), expected);
+}
+
+#[test]
+fn a_node_of_another_name_is_known_by_its_number() {
+    let host = FakeHost::described("device 01:00.0 1af4:1044 class=ff0000 driver=made-up");
+    let device = host.path("sys/bus/pci/devices/0000:01:00.0");
+    let device = device.canonicalize().unwrap();
+    let below = device.strip_prefix(host.path("").canonicalize().unwrap());
+    let folder = format!("{}/mem/null", below.unwrap().display());
+    // Of this machine: the one node that every test finds.
+    host.file(
+        &format!("{folder}/uevent"),
+        "MAJOR=1\nMINOR=3\nDEVNAME=null\n",
+    );
+    host.link("sys/class/mem/null", &folder);
+    host.file("proc/900/comm", "jailed\n");
+    let open = |fd: u32, target: &str| {
+        let fd = host.path(&format!("proc/900/fd/{fd}"));
+        std::fs::create_dir_all(fd.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(target, fd).unwrap();
+    };
+    open(3, "/dev/zero");
+    assert_eq!(uses(&host, "0000:01:00.0"), [""; 0]);
+    open(4, "/dev/null");
+    assert_eq!(uses(&host, "0000:01:00.0"), ["jailed (pid 900) by null"]);
+}
+
+#[test]
+fn what_other_users_processes_have_open_is_said_to_be_unseen() {
+    let root = FakeHost::described("user 0");
+    assert_eq!(Host::read(&root.root).unwrap().unseen(), None);
+    let user = FakeHost::described("user 1000");
+    let unseen = Host::read(&user.root).unwrap().unseen().unwrap();
+    assert_eq!((unseen.level, unseen.topic), (Level::Note, "processes"));
+    let capable = FakeHost::described("user 1000 caps=0000000000080004");
+    assert_eq!(Host::read(&capable.root).unwrap().unseen(), None);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use super::names::Names;
 use super::table::{Row, Styles, Table};
 use super::topology::Topology;
 use super::{json, long, svg, tree};
+use crate::cli::findings;
 use crate::cli::style::{Screen, Style, of_palette};
 
 /// `busway device list`
@@ -140,12 +141,10 @@ pub(super) fn show(
         screen,
     };
     let mut text = table.to_string();
-    if let Some(unseen) = host.unseen() {
-        text += &format!("\nnote: {}", unseen.text);
-        for remedy in unseen.remedies {
-            text += &format!("\n  {remedy}");
-        }
+    // Who reads the table from a pipe expects rows.
+    if let (Some(unseen), Some(_)) = (host.unseen(), screen.width) {
         text.push('\n');
+        text += &findings::show(&[unseen], screen);
     }
     Ok(text)
 }
