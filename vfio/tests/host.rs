@@ -371,6 +371,50 @@ fn what_other_users_processes_have_open_is_said_to_be_unseen() {
 }
 
 #[test]
+fn a_use_is_followed_through_files_overlays_and_what_a_device_says_it_stands_on() {
+    let host = FakeHost::described(
+        "device 01:00.0 144d:a80a class=010802 driver=nvme
+           disk nvme/nvme0/nvme0n1 259
+             partition nvme0n1p1 mount=/run/live
+             partition nvme0n1p2
+             partition nvme0n1p3 mount=/data
+         device 02:00.0 144d:a80a class=010802 driver=nvme
+           disk nvme/nvme1/nvme1n1 260
+         block loop0 7:0 mount=/run/rootfs
+         block loop1 7:1
+         block zram0 252:0
+         block dm-3 253:3",
+    );
+    let of = "sys/devices/virtual/block";
+    host.file(
+        &format!("{of}/loop0/loop/backing_file"),
+        "/run/live/root.img\n",
+    );
+    host.file(&format!("{of}/loop1/loop/backing_file"), "/data/image\n");
+    host.file(&format!("{of}/zram0/backing_dev"), "/dev/nvme0n1p2\n");
+    host.file(&format!("{of}/dm-3/slaves/nvme0n1p2/dev"), "");
+    host.append("proc/swaps", "/data/swap\\040file file 8 0 -2");
+    let overlay = "50 1 0:40 / / rw - overlay overlay rw,lowerdir=/run/rootfs,upperdir=/tmp/u";
+    host.append("proc/self/mountinfo", overlay);
+    let xfs = "51 1 8:99 / /srv rw - xfs /dev/elsewhere rw,logdev=/dev/nvme1n1,noquota";
+    host.append("proc/self/mountinfo", xfs);
+    let found = uses(&host, "0000:01:00.0");
+    for expected in [
+        "/ +1 (nvme0n1p1 > loop0)",
+        "nvme0n1p2 > dm-3",
+        "nvme0n1p2 > zram0",
+        "nvme0n1p3 > loop1",
+        "swap (nvme0n1p3)",
+    ] {
+        assert!(
+            found.iter().any(|use_| use_ == expected),
+            "{expected}: {found:?}"
+        );
+    }
+    assert_eq!(uses(&host, "0000:02:00.0"), ["/srv (nvme1n1)"]);
+}
+
+#[test]
 fn binding_and_giving_back_ends_where_it_began() {
     let mut host = host_with_three();
     host.native("0000:01:00.0", "nvme");
