@@ -162,8 +162,12 @@ impl Blocks {
 
     /// The block devices that the file system is on in which a file is.
     fn of_file(&self, root: &SysRoot, file: &Path) -> Vec<String> {
-        let holds =
-            |(name, block): &(&String, &Block)| self.mounts.holds(root, name, &block.number, file);
+        let Some((number, source)) = self.mounts.below(root, file) else {
+            return Vec::new();
+        };
+        let holds = |(name, block): &(&String, &Block)| {
+            block.number == number || source.as_ref() == Some(name)
+        };
         let found = self.nodes.iter().filter(holds);
         found.map(|(name, _)| name.clone()).collect()
     }

@@ -92,11 +92,10 @@ impl Mounts {
         above.max_by_key(|mount| mount.at.components().count())
     }
 
-    /// Whether a file is on the block device `name`, numbered `MAJOR:MINOR`.
-    pub(super) fn holds(&self, root: &SysRoot, name: &str, number: &str, file: &Path) -> bool {
-        self.of_file(file).is_some_and(|mount| {
-            mount.number == number || device_name(root, &mount.source).as_deref() == Some(name)
-        })
+    /// The number, and the name where it has one, of the block device that a file is on.
+    pub(super) fn below(&self, root: &SysRoot, file: &Path) -> Option<(&str, Option<String>)> {
+        let mount = self.of_file(file)?;
+        Some((&mount.number, device_name(root, &mount.source)))
     }
 
     /// The files that are swapped to.
