@@ -1,4 +1,5 @@
-//! How long `busway device list` takes on a made-up host of 500 devices: `cargo bench --bench device_list`.
+//! How long `busway device list` takes on a made-up host of 500 devices, and on one where 2000 processes have
+//! 100 files open each: `cargo bench --bench device_list`.
 //!
 //! It prints, and never fails: the machine decides how fast it is.
 
@@ -47,7 +48,19 @@ fn description() -> String {
     text
 }
 
-fn measure(host: &FakeHost, words: &[&str]) {
+/// One disk, and 2000 processes of which each has 100 files open.
+fn busy() -> String {
+    let mut text = "user 0\ndevice 01:00.0 144d:a80a class=010802 driver=nvme group=1\n  \
+                    disk nvme/nvme0/nvme0n1 259\n"
+        .to_owned();
+    for pid in 1000..3000 {
+        text += &format!("process {pid} worker{}\n", " dev/null".repeat(100));
+    }
+    text += "process 4000 fio dev/nvme0n1\n";
+    text
+}
+
+fn measure(of: &str, host: &FakeHost, words: &[&str]) {
     let command = DeviceArgs::augment_args(clap::Command::new("device").no_binary_name(true));
     let matches = command.try_get_matches_from(words);
     let args = matches.and_then(|matches| DeviceArgs::from_arg_matches(&matches));
@@ -65,7 +78,7 @@ fn measure(host: &FakeHost, words: &[&str]) {
     let processor = (processor_time() - before) / u32::try_from(TIMES).expect("few times");
     times.sort();
     println!(
-        "device {:<12} 500 devices, {TIMES} times: fastest {:.1?}, median {:.1?}, slowest {:.1?}; \
+        "device {:<12} {of}, {TIMES} times: fastest {:.1?}, median {:.1?}, slowest {:.1?}; \
          processor time {processor:.1?} each",
         words.join(" "),
         times[0],
@@ -91,6 +104,8 @@ fn processor_time() -> Duration {
 fn main() {
     let host = FakeHost::described(&description());
     for words in [&["list"][..], &["list", "--tree"], &["list", "--json"]] {
-        measure(&host, words);
+        measure("500 devices", &host, words);
     }
+    let host = FakeHost::described(&busy());
+    measure("2000 processes", &host, &["list"]);
 }

@@ -14,6 +14,7 @@ use super::names::Names;
 use super::table::{Row, Styles, Table};
 use super::topology::Topology;
 use super::{json, long, svg, tree};
+use crate::cli::findings;
 use crate::cli::style::{Screen, Style, of_palette};
 
 /// `busway device list`
@@ -143,7 +144,13 @@ pub(super) fn show(
         rows: &rows,
         screen,
     };
-    Ok(table.to_string())
+    let mut text = table.to_string();
+    // Who reads the table from a pipe expects rows.
+    if let (Some(unseen), Some(_)) = (host.unseen(), screen.width) {
+        text.push('\n');
+        text += &findings::show(&[unseen], screen);
+    }
+    Ok(text)
 }
 
 /// The devices asked for, by address.

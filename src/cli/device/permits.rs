@@ -31,7 +31,7 @@ pub struct BindPermits {
     /// Take the display that the host's console appears on
     #[arg(long)]
     pub allow_display: bool,
-    /// Take a graphics or sound card that programs have open
+    /// Take a device of which programs have a node open: a disk, a card, a port
     #[arg(long)]
     pub allow_programs: bool,
     /// Take a device that has virtual functions, which end with its driver

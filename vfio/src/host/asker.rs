@@ -9,6 +9,10 @@ use super::root::{self, SysRoot};
 /// linux/capability.h
 const CAP_DAC_OVERRIDE: u32 = 1;
 /// linux/capability.h
+const CAP_DAC_READ_SEARCH: u32 = 2;
+/// linux/capability.h
+const CAP_SYS_PTRACE: u32 = 19;
+/// linux/capability.h
 const CAP_IPC_LOCK: u32 = 14;
 
 /// The user of this process, as procfs tells.
@@ -84,6 +88,15 @@ impl Asker {
     pub(super) fn may_lock(&self) -> Option<u64> {
         let exempt = self.is_initial && self.capabilities >> CAP_IPC_LOCK & 1 == 1;
         self.memlock.filter(|_| !exempt)
+    }
+
+    /// Whether this user may see what every process has open: listing another's folder in procfs takes
+    /// one right, following its links another (fs/proc/fd.c).
+    #[must_use]
+    pub(super) fn may_see_files(&self) -> bool {
+        let has = |capability: u32| self.capabilities >> capability & 1 == 1;
+        let lists = has(CAP_DAC_OVERRIDE) || has(CAP_DAC_READ_SEARCH);
+        self.is_initial && lists && has(CAP_SYS_PTRACE)
     }
 
     /// The files that this process may have open; none: as many as it likes.

@@ -188,7 +188,9 @@ pub(super) fn uses(host: &Host, address: Bdf) -> Vec<Usage> {
         Usage::Interface { chain, .. } => !chain.first().is_some_and(|c| routed.contains(c)),
         _ => true,
     });
-    if uses.is_empty() {
+    // A program that has a node open need not be who has the disk for themselves.
+    let explains = |usage: &Usage| !matches!(usage, Usage::Opened { .. });
+    if !uses.iter().any(explains) {
         uses.extend(usage::claimed_disk(&host.root, address));
     }
     uses
@@ -306,7 +308,7 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
         ),
         Usage::Opened { process, .. } => Remedy::command(
             format!(
-                "have {} close it, or end it: until then taking the card hangs, or breaks it",
+                "have {} close it, or end it: until then taking the device hangs, or breaks what it does",
                 process.command
             ),
             format!("kill {}", process.pid),

@@ -181,7 +181,8 @@ pub(super) fn read_all(root: &SysRoot) -> Result<BTreeMap<Bdf, HostDevice>, Host
 /// So few devices that a thread costs more than it brings.
 const FEW: usize = 64;
 
-fn threads() -> usize {
+/// How many threads share what is read of a host.
+pub(super) fn threads() -> usize {
     thread::available_parallelism().map_or(1, |count| count.get().min(8))
 }
 

@@ -130,6 +130,12 @@ impl Host {
         self.usage.get(&address).map_or(&[], Vec::as_slice)
     }
 
+    /// What of the uses the caller may not see, where that is so.
+    #[must_use]
+    pub fn unseen(&self) -> Option<Finding> {
+        surroundings::processes(&asker::Asker::read(&self.root))
+    }
+
     /// The bridges above a device, from its root bus down.
     #[must_use]
     pub fn above(&self, device: &HostDevice) -> Vec<&HostDevice> {

@@ -27,7 +27,7 @@ pub enum Permit {
     Route,
     /// It is the display that the host's console appears on.
     Display,
-    /// Programs have nodes of it open: a graphics or a sound card.
+    /// Programs have nodes of it open, of whichever kind.
     Programs,
     /// It has virtual functions.
     VirtualFunctions,

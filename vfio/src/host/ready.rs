@@ -63,6 +63,7 @@ impl Check {
         }
         found.push(surroundings::memlock(&asker, memory));
         found.extend(surroundings::lockdown(root));
+        found.extend(surroundings::processes(&asker));
         Self {
             devices,
             host: found,

@@ -304,6 +304,17 @@ pub(super) fn node(
     }
 }
 
+/// What is not seen of other users' processes, where that is so.
+pub(super) fn processes(asker: &Asker) -> Option<Finding> {
+    if asker.may_see_files() {
+        return None;
+    }
+    let text = "what other users' programs have open cannot be seen: a device may be in use though \
+                no program is named";
+    let remedy = Remedy::words("look again as root");
+    Some(Finding::new(Level::Note, "processes", text).remedy(remedy))
+}
+
 /// Whether a guest's memory may be pinned.
 pub(super) fn memlock(asker: &Asker, need: u64) -> Finding {
     const TOPIC: &str = "memlock";

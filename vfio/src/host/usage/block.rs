@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use busway_pci::Bdf;
 
 use super::Usage;
-use super::mounts::Mounts;
+use super::mounts::{Mounts, device_name};
 use crate::host::root::{self, SysRoot};
 use crate::host::shell;
 
@@ -37,6 +37,8 @@ struct Block {
     spanned: Vec<String>,
     /// The ZFS pool that it is of, where that is in use.
     pool: Option<String>,
+    /// The files on it that are swapped to.
+    swap_files: Vec<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -118,9 +120,56 @@ impl Blocks {
             nodes,
             mounts: Mounts::read(root),
         };
+        blocks.read_lower(root, &paths);
         blocks.read_btrfs(root);
         blocks.read_zfs(root);
         blocks
+    }
+
+    /// What a block device says itself that it stands on, where that does not say it: the inverse of
+    /// holders, a loop device's file, and where zram writes back to (Documentation/ABI).
+    fn read_lower(&mut self, root: &SysRoot, paths: &BTreeMap<String, PathBuf>) {
+        for (upper, path) in paths {
+            let mut lower = root::names(&path.join("slaves"));
+            let file = root::attribute(&path.join("loop/backing_file"));
+            let written = root::attribute(&path.join("backing_dev"));
+            for on in file.into_iter().chain(written) {
+                match device_name(root, &on).filter(|name| self.nodes.contains_key(name)) {
+                    Some(name) => lower.push(name),
+                    None => {
+                        let file = Path::new(on.strip_suffix(" (deleted)").unwrap_or(&on));
+                        lower.extend(self.of_file(root, file));
+                    }
+                }
+            }
+            for lower in lower {
+                if let Some(block) = self.nodes.get_mut(&lower)
+                    && !block.above.contains(upper)
+                    && lower != *upper
+                {
+                    block.above.push(upper.clone());
+                }
+            }
+        }
+        for file in self.mounts.swap_files() {
+            for name in self.of_file(root, file) {
+                if let Some(block) = self.nodes.get_mut(&name) {
+                    block.swap_files.push(file.clone());
+                }
+            }
+        }
+    }
+
+    /// The block devices that the file system is on in which a file is.
+    fn of_file(&self, root: &SysRoot, file: &Path) -> Vec<String> {
+        let Some((number, source)) = self.mounts.below(root, file) else {
+            return Vec::new();
+        };
+        let holds = |(name, block): &(&String, &Block)| {
+            block.number == number || source.as_ref() == Some(name)
+        };
+        let found = self.nodes.iter().filter(holds);
+        found.map(|(name, _)| name.clone()).collect()
     }
 
     /// ZFS holds its disks without a word in sysfs. Which pools are in use it says itself, and which
@@ -185,6 +234,10 @@ impl Blocks {
             let device = block.node(name);
             found.push(Usage::Swap { chain, device });
         }
+        for file in &block.swap_files {
+            let (chain, device) = (chain.clone(), file.clone());
+            found.push(Usage::Swap { chain, device });
+        }
         if let Some(pool) = &block.pool {
             let mut chain = chain.clone();
             chain.push(format!("ZFS {pool}"));
@@ -246,6 +299,7 @@ impl Block {
             partition: false,
             spanned: Vec::new(),
             pool: None,
+            swap_files: Vec::new(),
         })
     }
 
@@ -269,7 +323,7 @@ fn cached(path: &Path) -> impl Iterator<Item = String> {
 }
 
 /// The PCI devices that a block device is on.
-fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
+pub(super) fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
     if let Some(owner) = root::innermost_pci(path) {
         return vec![owner];
     }
@@ -302,6 +356,7 @@ fn release(name: &str, block: &Block) -> Option<String> {
                 let file = shell::word(format!("/sys/block/{name}/bcache/stop").as_ref())?;
                 Some(format!("echo 1 > {file}"))
             }
+            _ if name.starts_with("loop") => shell::command("losetup --detach", [node]),
             _ => None,
         };
     };

@@ -81,7 +81,7 @@ pub enum Usage {
     },
     /// A process holds it, or its IOMMU group, by VFIO.
     Process(Process),
-    /// A process has nodes of it open that its driver made: a graphics or a sound card.
+    /// A process has nodes of it open that its driver made: a disk, a card, a serial port.
     Opened {
         /// The process.
         process: Process,

@@ -1,6 +1,6 @@
 //! What the kernel says is mounted and swapped to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use crate::host::root::{self, SysRoot};
@@ -12,6 +12,9 @@ pub(super) struct Mounts {
     by_source: BTreeMap<String, Vec<PathBuf>>,
     by_pool: BTreeMap<String, Vec<PathBuf>>,
     swaps: Vec<String>,
+    /// Every mount, in the order in which they were made.
+    all: Vec<Mount>,
+    swap_files: Vec<PathBuf>,
 }
 
 impl Mounts {
@@ -30,19 +33,74 @@ impl Mounts {
                 let at = mounts.by_pool.entry(pool.to_owned()).or_default();
                 at.push(mount.at.clone());
             }
-            mounts
-                .by_number
-                .entry(mount.number)
-                .or_default()
-                .push(mount.at);
+            let at = mounts.by_number.entry(mount.number.clone()).or_default();
+            at.push(mount.at.clone());
+            for name in mount.beside(root) {
+                let at = mounts.by_source.entry(name).or_default();
+                at.push(mount.at.clone());
+            }
+            mounts.all.push(mount);
         }
+        mounts.read_overlays(root);
         let text = root::text(&root.proc.join("swaps")).unwrap_or_default();
         mounts.swaps = text
             .lines()
             .skip(1)
             .filter_map(|line| device_name(root, &unescape(line.split_whitespace().next()?)))
             .collect();
+        let files = text.lines().skip(1).filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let path = unescape(words.next()?);
+            (words.next()? == "file").then(|| PathBuf::from(path))
+        });
+        mounts.swap_files = files.collect();
         mounts
+    }
+
+    /// What an overlay's folders lie on is in use at the overlay's own place as well, which may be `/`.
+    fn read_overlays(&mut self, root: &SysRoot) {
+        let mut uses = Vec::new();
+        for overlay in self.all.iter().filter(|mount| mount.kind == "overlay") {
+            let mut seen = BTreeSet::new();
+            let mut next = overlay.overlaid();
+            while let Some(folder) = next.pop() {
+                if !seen.insert(folder.clone()) {
+                    continue;
+                }
+                match self.of_file(&folder) {
+                    Some(below) if below.kind == "overlay" => next.extend(below.overlaid()),
+                    Some(below) => uses.push((below, overlay.at.clone())),
+                    None => {}
+                }
+            }
+        }
+        let uses: Vec<_> = uses
+            .into_iter()
+            .map(|(below, at)| (below.number.clone(), device_name(root, &below.source), at))
+            .collect();
+        for (number, name, at) in uses {
+            if let Some(name) = name {
+                self.by_source.entry(name).or_default().push(at.clone());
+            }
+            self.by_number.entry(number).or_default().push(at);
+        }
+    }
+
+    /// The mount that a file is in: the last one made of those whose place is nearest above it.
+    fn of_file(&self, file: &Path) -> Option<&Mount> {
+        let above = self.all.iter().filter(|mount| file.starts_with(&mount.at));
+        above.max_by_key(|mount| mount.at.components().count())
+    }
+
+    /// The number, and the name where it has one, of the block device that a file is on.
+    pub(super) fn below(&self, root: &SysRoot, file: &Path) -> Option<(&str, Option<String>)> {
+        let mount = self.of_file(file)?;
+        Some((&mount.number, device_name(root, &mount.source)))
+    }
+
+    /// The files that are swapped to.
+    pub(super) fn swap_files(&self) -> &[PathBuf] {
+        &self.swap_files
     }
 
     /// Where the block device `name`, numbered `MAJOR:MINOR`, is mounted; the shortest path first.
@@ -73,11 +131,14 @@ impl Mounts {
     }
 }
 
+#[derive(Debug)]
 struct Mount {
     number: String,
     at: PathBuf,
     kind: String,
     source: String,
+    /// The file system's own options.
+    options: String,
 }
 
 impl Mount {
@@ -92,13 +153,38 @@ impl Mount {
             at: PathBuf::from(unescape(left.nth(1)?)),
             kind: right.next()?.to_owned(),
             source: unescape(right.next()?),
+            options: right.next().map(unescape).unwrap_or_default(),
         })
+    }
+
+    fn values<'a>(&'a self, keys: &'a [&str]) -> impl Iterator<Item = &'a str> {
+        let pairs = self.options.split(',').filter_map(|o| o.split_once('='));
+        pairs.filter_map(|(key, value)| keys.contains(&key).then_some(value))
+    }
+
+    /// The block devices that it has beside its source: XFS's log and real-time device, and all of
+    /// bcachefs's.
+    fn beside(&self, root: &SysRoot) -> Vec<String> {
+        let others = self.values(&["logdev", "rtdev"]);
+        let several = self.source.split(':').filter(|_| self.kind == "bcachefs");
+        let names = others.chain(several);
+        names.filter_map(|path| device_name(root, path)).collect()
+    }
+
+    /// The folders that an overlay lies on.
+    fn overlaid(&self) -> Vec<PathBuf> {
+        let values = self.values(&["lowerdir", "upperdir", "workdir", "lowerdir+"]);
+        let folders = values.flat_map(|value| value.split(':'));
+        folders
+            .filter(|f| !f.is_empty())
+            .map(PathBuf::from)
+            .collect()
     }
 }
 
 /// The kernel's name of the block device whose node, or a link to it, is `path`: `dm-0` for
 /// `/dev/mapper/vg-root`.
-fn device_name(root: &SysRoot, path: &str) -> Option<String> {
+pub(super) fn device_name(root: &SysRoot, path: &str) -> Option<String> {
     let path = Path::new(path).strip_prefix("/dev").ok()?;
     let node = root.dev.join(path);
     // In another namespace's container the node may be absent; its name is all that there is.

@@ -1,16 +1,21 @@
-//! Processes that have devices open: by VFIO, or by the nodes of graphics and sound cards.
+//! Processes that have devices open, by whichever node.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CString;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use busway_iommu::process_name;
 use busway_pci::Bdf;
 
-use super::{Usage, nodes};
-use crate::host::device::HostDevice;
+use super::Usage;
+use super::nodes::Nodes;
+use crate::host::device::{HostDevice, threads};
 use crate::host::root::{self, SysRoot};
+use crate::sys;
 
 /// A running process.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,85 +32,151 @@ impl fmt::Display for Process {
     }
 }
 
-/// What an open file stands for.
-enum Held {
-    Card(Bdf, PathBuf),
-    Group(u32),
-    Node(String),
-    Device(Bdf),
-}
+/// What a process has open of which device: nodes, or none where it has it by VFIO and no path.
+type Open = BTreeMap<(Bdf, Process), BTreeSet<PathBuf>>;
+
+/// The longest target of a link that is read. Every node's path is far shorter.
+const LONGEST: usize = 512;
 
 /// Which process has which device open, as far as the caller may see other processes' files.
 ///
 /// A process that holds a group holds each of its members that VFIO has.
 pub(super) fn read(root: &SysRoot, devices: &BTreeMap<Bdf, HostDevice>) -> Vec<(Bdf, Usage)> {
-    let cards = nodes::read(root);
+    let nodes = Nodes::read(root, devices);
     // Looking through every process's files takes longer than all the rest.
-    if cards.is_empty() && !devices.values().any(HostDevice::is_with_vfio) {
+    if nodes.is_empty() && !devices.values().any(HostDevice::is_with_vfio) {
         return Vec::new();
     }
-    let mut by_vfio = BTreeSet::new();
-    let mut by_node: BTreeMap<_, BTreeSet<PathBuf>> = BTreeMap::new();
-    for pid in root::names(&root.proc) {
-        let Ok(pid) = pid.parse::<u32>() else {
-            continue;
+    let with_vfio = |address| devices.get(&address).is_some_and(HostDevice::is_with_vfio);
+    let mut uses = Vec::new();
+    let mut by_node = Vec::new();
+    for ((address, process), open) in open_files(root, &nodes) {
+        let (of_vfio, others): (Vec<_>, Vec<_>) =
+            open.into_iter().partition(|node| node.starts_with("vfio"));
+        // What another driver lends by VFIO, as a mediated device, is one of that driver's nodes.
+        let (by_vfio, mut nodes) = match with_vfio(address) {
+            true => (!of_vfio.is_empty(), others),
+            false => (false, [of_vfio, others].concat()),
         };
-        let folder = root.proc.join(pid.to_string());
-        let mut process = None;
-        for fd in root::names(&folder.join("fd")) {
-            let Some(held) = held(root, &cards, &folder, &fd) else {
-                continue;
-            };
-            let process = process.get_or_insert_with(|| Process {
-                pid,
-                command: process_name(&root.proc, pid).unwrap_or_else(|| "?".to_owned()),
-            });
-            if let Held::Card(address, node) = held {
-                let nodes = by_node.entry((address, process.clone())).or_default();
-                nodes.insert(node);
-                continue;
-            }
-            let holds = |device: &&HostDevice| match &held {
-                Held::Group(group) => device.group == Some(*group) && device.is_with_vfio(),
-                Held::Node(node) => device.vfio_cdev.as_ref() == Some(node),
-                Held::Device(address) => device.address == *address,
-                Held::Card(..) => false,
-            };
-            let devices = devices.values().filter(holds);
-            by_vfio.extend(devices.map(|device| (device.address, process.clone())));
+        if by_vfio {
+            uses.push((address, Usage::Process(process.clone())));
+        }
+        nodes.sort();
+        if !nodes.is_empty() {
+            by_node.push((address, Usage::Opened { process, nodes }));
         }
     }
-    let by_vfio = by_vfio.into_iter();
-    let by_node = by_node.into_iter().map(|((address, process), nodes)| {
-        let nodes = nodes.into_iter().collect();
-        (address, Usage::Opened { process, nodes })
-    });
-    by_vfio
-        .map(|(address, process)| (address, Usage::Process(process)))
-        .chain(by_node)
-        .collect()
+    uses.append(&mut by_node);
+    uses
 }
 
-/// What an open file of a process is of a device, where it is something.
-fn held(root: &SysRoot, cards: &BTreeMap<PathBuf, Bdf>, process: &Path, fd: &str) -> Option<Held> {
-    let target = fs::read_link(process.join("fd").join(fd)).ok()?;
-    if let Ok(node) = target.strip_prefix(&root.dev)
-        && let Some(owner) = cards.get(node)
-    {
-        return Some(Held::Card(*owner, node.to_owned()));
-    }
-    if let Ok(node) = target.strip_prefix(root.dev.join("vfio")) {
-        if let Ok(node) = node.strip_prefix("devices") {
-            return Some(Held::Node(node.to_str()?.to_owned()));
+/// Looks through the files of every process, several at once.
+fn open_files(root: &SysRoot, nodes: &Nodes) -> Open {
+    let processes: Vec<u32> = root::names(&root.proc)
+        .iter()
+        .filter_map(|name| name.parse().ok())
+        .collect();
+    let look = |part: &[u32]| {
+        let mut open = Open::new();
+        for &pid in part {
+            Files::of(root, nodes, pid).add_to(&mut open);
         }
-        return Some(Held::Group(node.to_str()?.parse().ok()?));
+        open
+    };
+    let share = processes.len().div_ceil(threads()).max(FEW);
+    if processes.len() <= share {
+        return look(&processes);
     }
-    // A device opened by its group has no path; the kernel says which it is since Linux 6.18.
-    if target.to_str()?.starts_with("anon_inode:[vfio-device") {
-        let text = root::text(&process.join("fdinfo").join(fd))?;
-        let mut lines = text.lines();
-        let path = lines.find_map(|line| line.strip_prefix("vfio-device-syspath:"))?;
-        return Some(Held::Device(root::innermost_pci(Path::new(path.trim()))?));
+    thread::scope(|scope| {
+        let parts = processes.chunks(share);
+        let lookers: Vec<_> = parts.map(|part| scope.spawn(move || look(part))).collect();
+        let parts = lookers
+            .into_iter()
+            .map(|looker| looker.join().unwrap_or_default());
+        parts.flatten().collect()
+    })
+}
+
+/// So few processes that a thread costs more than it brings.
+const FEW: usize = 64;
+
+/// The open files of one process.
+struct Files<'a> {
+    root: &'a SysRoot,
+    nodes: &'a Nodes,
+    pid: u32,
+    folder: PathBuf,
+}
+
+impl<'a> Files<'a> {
+    fn of(root: &'a SysRoot, nodes: &'a Nodes, pid: u32) -> Self {
+        Self {
+            root,
+            nodes,
+            pid,
+            folder: root.proc.join(pid.to_string()),
+        }
     }
-    None
+
+    /// Adds what they are of devices. One call for each file, which is most of what this costs.
+    fn add_to(&self, open: &mut Open) {
+        let fds = self.folder.join("fd");
+        let (Ok(at), Ok(entries)) = (File::open(&fds), fs::read_dir(&fds)) else {
+            return;
+        };
+        let mut process = None;
+        let mut target = [0; LONGEST];
+        for name in entries.flatten().map(|entry| entry.file_name()) {
+            let Ok(name) = CString::new(name.into_vec()) else {
+                continue;
+            };
+            let Ok(target) = sys::read_link_at(&at, &name, &mut target) else {
+                continue;
+            };
+            if let [b'/', ..] | [b'a', b'n', b'o', b'n', ..] = target {
+                let fd = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+                let target = Path::new(std::ffi::OsStr::from_bytes(target));
+                for (address, node) in self.devices(fd, target) {
+                    let process: &Process = process.get_or_insert_with(|| self.process());
+                    let nodes = open.entry((address, process.clone())).or_default();
+                    nodes.insert(node);
+                }
+            }
+        }
+    }
+
+    fn process(&self) -> Process {
+        Process {
+            pid: self.pid,
+            command: process_name(&self.root.proc, self.pid).unwrap_or_else(|| "?".to_owned()),
+        }
+    }
+
+    /// The devices that an open file is of, and the node below `/dev`.
+    fn devices(&self, fd: &Path, target: &Path) -> Vec<(Bdf, PathBuf)> {
+        // A device opened by its group has no path; the kernel says which it is since Linux 6.18.
+        let bytes = target.as_os_str().as_bytes();
+        if bytes.starts_with(b"anon_inode:[vfio-device") {
+            let text = root::text(&self.folder.join("fdinfo").join(fd)).unwrap_or_default();
+            let mut lines = text.lines();
+            let path = lines.find_map(|line| line.strip_prefix("vfio-device-syspath:"));
+            let address = path.and_then(|path| root::innermost_pci(Path::new(path.trim())));
+            return address
+                .map(|address| (address, PathBuf::from("vfio")))
+                .into_iter()
+                .collect();
+        }
+        let node = match target.strip_prefix(&self.root.dev) {
+            Ok(node) => Some(node),
+            Err(_) => {
+                let file = self.folder.join("fd").join(fd);
+                self.nodes.elsewhere(&file, target)
+            }
+        };
+        let Some(node) = node else {
+            return Vec::new();
+        };
+        let owners = self.nodes.owners(node).into_iter().flatten();
+        owners.map(|owner| (*owner, node.to_owned())).collect()
+    }
 }
