@@ -116,11 +116,20 @@ fn uses(all: &[Usage]) -> Vec<String> {
                 }
                 words.push(text);
             }
-            _ if usage.route_from().is_some() => {}
+            // Said with the interface; a representor is none that is named.
+            _ if usage.route_from().is_some_and(|name| is_named(all, name)) => {}
             _ => words.push(usage.to_string()),
         }
     }
     words
+}
+
+/// Whether one of the uses is the interface of this name.
+fn is_named(all: &[Usage], name: &str) -> bool {
+    all.iter().any(|usage| match usage {
+        Usage::Interface { chain, .. } => chain.first().is_some_and(|first| first == name),
+        _ => false,
+    })
 }
 
 /// `8.0` for 80 tenths of GT/s.

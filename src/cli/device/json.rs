@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use busway_pci::Bdf;
-use busway_vfio::host::{HostDevice, LinkState, Usage};
+use busway_vfio::host::{HostDevice, InterfaceAddress, LinkState, Usage};
 use serde::{Serialize, Serializer};
 
 use super::facts::Facts;
@@ -91,6 +91,14 @@ struct Use {
     paths: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     addresses: Vec<Address>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    interfaces: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    disks: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    server: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    protocol: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     release: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -105,6 +113,15 @@ struct Use {
 struct Address {
     interface: String,
     address: String,
+}
+
+impl Address {
+    fn of(of: &InterfaceAddress) -> Self {
+        Self {
+            interface: of.interface.clone(),
+            address: of.address.to_string(),
+        }
+    }
 }
 
 fn words<S: Serializer>(address: &Bdf, serializer: S) -> Result<S::Ok, S::Error> {
@@ -200,8 +217,12 @@ fn used(usage: &Usage) -> Use {
         chain: Vec::new(),
         paths: Vec::new(),
         addresses: Vec::new(),
+        interfaces: Vec::new(),
+        disks: Vec::new(),
         release: None,
         client: None,
+        server: None,
+        protocol: None,
         pid: None,
         command: None,
     };
@@ -237,13 +258,39 @@ fn used(usage: &Usage) -> Use {
         }
         Usage::Interface { chain, addresses } => {
             used.chain.clone_from(chain);
-            let addresses = addresses.iter().map(|of| Address {
-                interface: of.interface.clone(),
-                address: of.address.to_string(),
-            });
-            used.addresses = addresses.collect();
+            used.addresses = addresses.iter().map(Address::of).collect();
             "interface"
         }
+        Usage::Representors {
+            names,
+            part_of,
+            addresses,
+        } => {
+            used.chain.clone_from(part_of);
+            used.interfaces.clone_from(names);
+            used.addresses = addresses.iter().map(Address::of).collect();
+            "representors"
+        }
+        Usage::NetworkStorage {
+            chain,
+            server,
+            protocol,
+            at,
+            disks,
+        } => {
+            used.chain.clone_from(chain);
+            used.server = Some(server.to_string());
+            used.protocol = Some(protocol.clone());
+            let paths = at.iter().map(|path| path.to_string_lossy().into_owned());
+            used.paths = paths.collect();
+            used.disks.clone_from(disks);
+            "network-storage"
+        }
+        Usage::StaticRoutes { chain, .. } => {
+            used.chain.clone_from(chain);
+            "static-routes"
+        }
+        Usage::OtherNamespace => "other-namespace",
         Usage::BootDisplay => "boot-display",
         Usage::VirtualFunctions { functions } => {
             used.chain = functions.iter().map(Bdf::to_string).collect();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use busway_pci::Bdf;
 
-use super::check::{Refusal, check_bind, check_unbind};
+use super::check::{self, Refusal, check_bind, check_unbind};
 use super::error::{ChangeError, RefusedError};
 use super::journal::{Identity, Journal, Record};
 use super::kernel::Readers;
@@ -96,6 +96,11 @@ pub fn bind(
     let _lock = session.lock_within(patience)?;
     let host = Host::read(session.root)?;
     refuse(&host, &addresses, options)?;
+    for &address in &addresses {
+        for warning in check::warnings(&host, address) {
+            log::warn!("{address}: {warning}");
+        }
+    }
     let former = Journal::read(session.root)?;
     let aliases = Aliases::read(session.root);
 

@@ -196,6 +196,18 @@ pub(super) fn uses(host: &Host, address: Bdf) -> Vec<Usage> {
     uses
 }
 
+/// What the host loses with a device, though that does not keep it from being taken.
+pub(super) fn warnings(host: &Host, address: Bdf) -> Vec<String> {
+    match host.device(address).is_none_or(HostDevice::is_with_vfio) {
+        true => Vec::new(),
+        false => host
+            .usage(address)
+            .iter()
+            .filter_map(Usage::warning)
+            .collect(),
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -295,6 +307,24 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
                 },
             )
         }
+        Usage::Representors { .. } => Remedy::command(
+            "they go with the functions that they stand for; remove these first",
+            format!("busway device vfs {address} 0"),
+        ),
+        Usage::NetworkStorage { at, .. } if at.iter().any(|path| is_system(path)) => {
+            Remedy::words("the host runs from it, and will not survive it")
+        }
+        Usage::NetworkStorage { server, .. } => Remedy::words(format!(
+            "the host has storage from {server} by it: unmount that and log out of it first, or give \
+             the host another way there"
+        )),
+        Usage::StaticRoutes { .. } => {
+            Remedy::words("what the host reaches by it needs another way (ip route, ip -6 route)")
+        }
+        Usage::OtherNamespace => Remedy::command(
+            "end what has it, or have it given back: these are the namespaces, each with a process in it",
+            "lsns --type net",
+        ),
         Usage::BootDisplay => Remedy::words(
             "the host's console would go dark: use another display, or reach the host by network",
         ),

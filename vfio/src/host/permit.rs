@@ -23,7 +23,8 @@ pub enum Permit {
     Holders,
     /// Somebody not otherwise known has a disk of it for themselves.
     Claimed,
-    /// A route that somebody needs, or a bond or bridge, goes through it.
+    /// A route that somebody needs, a bond or bridge, or storage of another machine goes through it, or
+    /// its interface is in another network namespace.
     Route,
     /// It is the display that the host's console appears on.
     Display,
@@ -80,9 +81,16 @@ impl Permit {
             Usage::Swap { .. } => Self::Swap,
             Usage::Held { .. } => Self::Holders,
             Usage::Claimed { .. } => Self::Claimed,
-            Usage::DefaultRoute { .. } | Usage::SshRoute { .. } | Usage::Interface { .. } => {
-                Self::Route
+            Usage::NetworkStorage { at, .. } if at.iter().any(|path| is_system(path)) => {
+                Self::System
             }
+            Usage::DefaultRoute { .. }
+            | Usage::SshRoute { .. }
+            | Usage::Interface { .. }
+            | Usage::Representors { .. }
+            | Usage::NetworkStorage { .. }
+            | Usage::StaticRoutes { .. }
+            | Usage::OtherNamespace => Self::Route,
             Usage::BootDisplay => Self::Display,
             Usage::Opened { .. } => Self::Programs,
             Usage::VirtualFunctions { .. } => Self::VirtualFunctions,

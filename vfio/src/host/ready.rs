@@ -234,7 +234,9 @@ fn uses(host: &Host, device: &HostDevice) -> Vec<Finding> {
         let remedy = check::remedy(device.address, &usage);
         Finding::new(Level::Obstacle, "use", format!("in use: {usage}")).remedy(remedy)
     };
-    uses.into_iter().map(one).collect()
+    let warnings = check::warnings(host, device.address).into_iter();
+    let warnings = warnings.map(|text| Finding::new(Level::Warning, "use", text));
+    uses.into_iter().map(one).chain(warnings).collect()
 }
 
 fn driver(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {

@@ -10,7 +10,7 @@ use super::netlink::{VfSetting, VfState};
 use super::root::{self, SysRoot};
 use super::session::Session;
 use super::steps::{Step, StepError};
-use super::usage::Usage;
+use super::usage::{Usage, represents};
 use super::{Host, HostDevice};
 
 /// What is to become of a device's virtual functions.
@@ -316,7 +316,8 @@ fn make(
             return Ok(());
         }
         settle_withheld(session, &mut journal, address)?;
-        if hold {
+        // In a dry run those that there are were there before, and are not the ones to be made.
+        if hold && !session.is_dry() {
             for (_, function) in functions(session.root, address) {
                 session.probe(function)?;
             }
@@ -413,9 +414,5 @@ fn folder(root: &SysRoot, interface: &str) -> std::path::PathBuf {
 /// function behind it, which in a switch are named `pf0vf3`.
 fn interface(root: &SysRoot, address: Bdf) -> Option<String> {
     let names = root::names(&root.device(address).join("net"));
-    let stands_for_another = |name: &String| {
-        let port = root::text(&folder(root, name).join("phys_port_name"));
-        port.is_some_and(|port| port.contains("vf") || port.contains("sf"))
-    };
-    names.into_iter().find(|name| !stands_for_another(name))
+    names.into_iter().find(|name| !represents(root, name))
 }

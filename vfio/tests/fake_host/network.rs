@@ -76,8 +76,10 @@ impl FakeHost {
 
     pub(super) fn ipv6_route(&self, name: &str, to: u128, length: u8) {
         let zero = "0".repeat(32);
+        // RTF_UP, and RTF_GATEWAY where it leads everywhere: one that comes with an address has none.
+        let flags = if length == 0 { 3 } else { 1 };
         let line =
-            format!("{to:032x} {length:02x} {zero} 00 {zero} 00000400 1 0 00000003 {name:>8}");
+            format!("{to:032x} {length:02x} {zero} 00 {zero} 00000400 1 0 {flags:08x} {name:>8}");
         self.append("proc/net/ipv6_route", &line);
     }
 }

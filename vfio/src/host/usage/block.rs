@@ -64,6 +64,24 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     uses
 }
 
+/// The disks that `server` knows to be another machine's by their folder in sysfs, each with what
+/// `server` says of it and its uses.
+pub(super) fn served<T>(
+    root: &SysRoot,
+    server: impl Fn(&Path) -> Option<T>,
+) -> Vec<(T, String, Vec<Usage>)> {
+    let blocks = Blocks::read(root);
+    let class = root.sys.join("class/block");
+    let disks = blocks.nodes.iter().filter(|(_, block)| !block.partition);
+    let one = |(name, _): (&String, &Block)| {
+        let known = server(&root.target(&class.join(name))?)?;
+        let mut found = Vec::new();
+        blocks.walk(name, &mut Vec::new(), &mut found);
+        Some((known, name.clone(), found))
+    };
+    disks.filter_map(one).collect()
+}
+
 /// A disk of the device that somebody has open exclusively, where one is.
 pub(in crate::host) fn claimed_disk(root: &SysRoot, address: Bdf) -> Option<Usage> {
     let blocks = Blocks::read(root);

@@ -18,6 +18,7 @@ use super::device::HostDevice;
 use super::root::{self, SysRoot};
 
 pub(super) use block::claimed_disk;
+pub(super) use network::represents;
 pub use process::Process;
 
 /// One use of a device.
@@ -72,6 +73,40 @@ pub enum Usage {
         /// The addresses of all these.
         addresses: Vec<InterfaceAddress>,
     },
+    /// It has interfaces that stand for functions behind its switch (representors), and are used as the
+    /// switch's ports.
+    Representors {
+        /// The interfaces; never empty.
+        names: Vec<String>,
+        /// What all these are part of, one above the other; empty where they are part of nothing.
+        part_of: Vec<String>,
+        /// The addresses of the interfaces themselves.
+        addresses: Vec<InterfaceAddress>,
+    },
+    /// The host has storage from another machine through its network interface.
+    NetworkStorage {
+        /// From its interface to the one that has the route.
+        chain: Vec<String>,
+        /// The other machine.
+        server: IpAddr,
+        /// By what: a file system's type (`nfs4`), or `iSCSI`, `NVMe over tcp`.
+        protocol: String,
+        /// Where that is mounted, the shortest path first.
+        at: Vec<PathBuf>,
+        /// The disks that it is seen as, where it is by these.
+        disks: Vec<String>,
+    },
+    /// Routes that somebody set lead through its network interface.
+    StaticRoutes {
+        /// From its interface to the one that has the routes.
+        chain: Vec<String>,
+        /// The network that one of them leads to, with its prefix's length.
+        first: String,
+        /// How many there are, from 1.
+        count: usize,
+    },
+    /// Its network interface is in another network namespace than this process, as a container's is.
+    OtherNamespace,
     /// It is the display that the firmware chose, and where the kernel's messages appear.
     BootDisplay,
     /// It has virtual functions, which end with its driver.
@@ -112,13 +147,39 @@ impl InterfaceAddress {
 
 impl Usage {
     /// Whether taking the device from its driver would break the use. An interface that is part of
-    /// nothing else, and by which no route is known to go, may be taken.
+    /// nothing else, and by which nothing is known to go that the host needs, may be taken.
     #[must_use]
     pub fn prevents_bind(&self) -> bool {
         match self {
             Self::Interface { chain, .. } => chain.len() > 1,
+            Self::Representors { part_of, .. } => !part_of.is_empty(),
+            Self::StaticRoutes { .. } => false,
             _ => true,
         }
+    }
+
+    /// What ends with the device's driver though it does not keep the device from being taken, in words
+    /// to warn of it; none where nothing does.
+    #[must_use]
+    pub fn warning(&self) -> Option<String> {
+        let lost = match self {
+            Self::Interface { chain, addresses } if chain.len() == 1 => addresses,
+            Self::Representors {
+                part_of, addresses, ..
+            } if part_of.is_empty() => addresses,
+            Self::StaticRoutes { .. } => return Some(format!("the host loses its {self}")),
+            _ => return None,
+        };
+        let lost = lost.iter().filter(|address| !address.is_link_local());
+        let lost: Vec<_> = lost
+            .map(|a| format!("{} of {}", a.address, a.interface))
+            .collect();
+        let word = if lost.len() == 1 {
+            "address"
+        } else {
+            "addresses"
+        };
+        (!lost.is_empty()).then(|| format!("the host loses its {word} {}", lost.join(", ")))
     }
 
     /// The device's interface that a route goes by, where this is one.
@@ -160,6 +221,12 @@ impl fmt::Display for Usage {
                 }
                 Ok(())
             }
+            Self::Representors { .. } | Self::NetworkStorage { .. } | Self::StaticRoutes { .. } => {
+                self.network_words(f)
+            }
+            Self::OtherNamespace => {
+                f.write_str("its interface is in another network namespace (a container?)")
+            }
             Self::BootDisplay => f.write_str("boot display"),
             Self::VirtualFunctions { functions } => match functions.len() {
                 1 => f.write_str("1 VF"),
@@ -176,6 +243,61 @@ impl fmt::Display for Usage {
                 }
                 Ok(())
             }
+        }
+    }
+}
+
+impl Usage {
+    fn network_words(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Representors {
+                names,
+                part_of,
+                addresses,
+            } => {
+                match names.as_slice() {
+                    [name] => write!(f, "1 representor ({name})")?,
+                    names => write!(f, "{} representors", names.len())?,
+                }
+                for above in part_of {
+                    write!(f, " > {above}")?;
+                }
+                for shown in addresses.iter().filter(|a| !a.is_link_local()) {
+                    write!(f, " {}", shown.address)?;
+                }
+                Ok(())
+            }
+            Self::NetworkStorage {
+                chain,
+                server,
+                protocol,
+                at,
+                disks,
+            } => {
+                let at = at
+                    .iter()
+                    .map(|path| root::one_line(&path.to_string_lossy()));
+                let what: Vec<_> = at.chain(disks.iter().cloned()).collect();
+                if let Some(first) = what.first() {
+                    write!(f, "{first} ")?;
+                }
+                if what.len() > 1 {
+                    write!(f, "+{} ", what.len() - 1)?;
+                }
+                write!(f, "by {protocol} from {server} ({})", chain.join(" > "))
+            }
+            Self::StaticRoutes {
+                chain,
+                first,
+                count,
+            } => {
+                let chain = chain.join(" > ");
+                match count {
+                    1 => write!(f, "route to {first} ({chain})"),
+                    count => write!(f, "routes to {first} +{} ({chain})", count - 1),
+                }
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -201,6 +323,10 @@ pub(super) fn of_devices(
         if device.boot_display && !device.is_with_vfio() {
             let uses = all.entry(device.address).or_default();
             uses.push(Usage::BootDisplay);
+        }
+        if network::is_elsewhere(root, device) {
+            let uses = all.entry(device.address).or_default();
+            uses.push(Usage::OtherNamespace);
         }
         if let Some(sriov) = device.sriov.as_ref().filter(|s| !s.functions.is_empty()) {
             let functions = sriov.functions.clone();

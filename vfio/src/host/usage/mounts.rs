@@ -21,8 +21,7 @@ impl Mounts {
     /// Reads this process's mount namespace and the host's swap devices.
     pub(super) fn read(root: &SysRoot) -> Self {
         let mut mounts = Self::default();
-        let text = root::text(&root.proc.join("self/mountinfo")).unwrap_or_default();
-        for mount in text.lines().filter_map(Mount::parse) {
+        for mount in all(root) {
             if let Some(name) = device_name(root, &mount.source) {
                 let at = mounts.by_source.entry(name).or_default();
                 at.push(mount.at.clone());
@@ -131,14 +130,24 @@ impl Mounts {
     }
 }
 
+/// Every mount of this process's namespace.
+pub(super) fn all(root: &SysRoot) -> Vec<Mount> {
+    let text = root::text(&root.proc.join("self/mountinfo")).unwrap_or_default();
+    text.lines().filter_map(Mount::parse).collect()
+}
+
+/// Something mounted.
 #[derive(Debug)]
-struct Mount {
+pub(super) struct Mount {
     number: String,
-    at: PathBuf,
-    kind: String,
-    source: String,
-    /// The file system's own options.
-    options: String,
+    /// Where.
+    pub(super) at: PathBuf,
+    /// The file system's type.
+    pub(super) kind: String,
+    /// What it is of: a device's node, a server's folder.
+    pub(super) source: String,
+    /// The file system's own options, with commas between.
+    pub(super) options: String,
 }
 
 impl Mount {
@@ -153,7 +162,7 @@ impl Mount {
             at: PathBuf::from(unescape(left.nth(1)?)),
             kind: right.next()?.to_owned(),
             source: unescape(right.next()?),
-            options: right.next().map(unescape).unwrap_or_default(),
+            options: unescape(right.next().unwrap_or_default()),
         })
     }
 

@@ -1,122 +1,31 @@
-//! Network interfaces: what they are part of, their addresses, and the routes that leave by them.
+//! The kernel's routes and addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-use busway_pci::Bdf;
-
-use super::{InterfaceAddress, Usage};
 use crate::host::netlink;
 use crate::host::root::{self, SysRoot};
+use crate::host::usage::InterfaceAddress;
 
 /// linux/route.h: a route that refuses.
 const RTF_REJECT: u32 = 0x0200;
 /// linux/route.h: by a gateway.
 const RTF_GATEWAY: u32 = 0x0002;
 
-/// How deep one interface may stand on another (a VLAN on a bond in a bridge is three).
-const DEEPEST: usize = 16;
-
-/// How many processes may stand between this one and the SSH server's.
-const FARTHEST: usize = 64;
-
-/// Which interfaces each is part of.
-type Above = BTreeMap<String, Vec<String>>;
-
-/// The uses of the interfaces of every PCI device.
-pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
-    let class = root.sys.join("class/net");
-    let mut owners = Vec::new();
-    let mut above = Above::new();
-    for name in root::names(&class) {
-        let path = root.target(&class.join(&name));
-        let uppers = path.as_deref().map(root::names).unwrap_or_default();
-        let uppers = uppers
-            .iter()
-            .filter_map(|entry| entry.strip_prefix("upper_").map(root::one_line))
-            .collect();
-        above.insert(root::one_line(&name), uppers);
-        if let Some(owner) = path.as_deref().and_then(root::innermost_pci) {
-            owners.push((owner, root::one_line(&name)));
-        }
-    }
-    if owners.is_empty() {
-        return Vec::new();
-    }
-    let routes = Routes::read(root);
-    let addresses = routes.addresses(root);
-    let connection = ssh_connection(root);
-    let asked = Asked::ask(root, connection);
-    let mut defaults = routes.defaults();
-    defaults.extend(asked.defaults);
-    let client = connection.map(|connection| connection.client);
-    let by_table = || {
-        client
-            .and_then(|client| routes.to(client))
-            .map(str::to_owned)
-    };
-    let to_client = BTreeSet::from_iter(asked.to_client.or_else(by_table));
-
-    let mut uses = Vec::new();
-    for (owner, name) in owners {
-        let chain = stack(&name, &above);
-        let its = addresses
-            .iter()
-            .filter(|address| chain.contains(&address.interface));
-        let addresses = its.cloned().collect();
-        uses.push((owner, Usage::Interface { chain, addresses }));
-        if let Some(chain) = way(&name, &above, &defaults) {
-            uses.push((owner, Usage::DefaultRoute { chain }));
-        }
-        if let (Some(client), Some(chain)) = (client, way(&name, &above, &to_client)) {
-            uses.push((owner, Usage::SshRoute { chain, client }));
-        }
-    }
-    uses
-}
-
-/// An interface and what it is part of, one above the other; where it is part of several, the first.
-fn stack(name: &str, above: &Above) -> Vec<String> {
-    let mut chain = vec![name.to_owned()];
-    while let Some(upper) = chain.last().and_then(|last| above.get(last)?.first()) {
-        if chain.len() > DEEPEST || chain.contains(upper) {
-            break;
-        }
-        chain.push(upper.clone());
-    }
-    chain
-}
-
-/// The way from an interface up to one of those wanted.
-fn way(name: &str, above: &Above, wanted: &BTreeSet<String>) -> Option<Vec<String>> {
-    fn climb<'a>(
-        name: &'a str,
-        above: &'a Above,
-        wanted: &BTreeSet<String>,
-        seen: &mut BTreeSet<&'a str>,
-        chain: &mut Vec<String>,
-    ) -> bool {
-        if !seen.insert(name) || chain.len() >= DEEPEST {
-            return false;
-        }
-        chain.push(name.to_owned());
-        let mut uppers = above.get(name).into_iter().flatten();
-        let found =
-            wanted.contains(name) || uppers.any(|upper| climb(upper, above, wanted, seen, chain));
-        if !found {
-            chain.pop();
-        }
-        found
-    }
-    let mut chain = Vec::new();
-    climb(name, above, wanted, &mut BTreeSet::new(), &mut chain).then_some(chain)
-}
-
 /// The kernel's routes, as far as its main table says.
-struct Routes {
+pub(super) struct Routes {
     v4: Vec<Route<Ipv4Addr>>,
     v6: Vec<Route<Ipv6Addr>>,
+}
+
+/// Routes that somebody set, of one interface. There may be a million; one is named.
+#[derive(Debug)]
+pub(super) struct Static {
+    /// The network that the first leads to: `172.16.0.0/12`.
+    pub(super) first: String,
+    /// How many there are.
+    pub(super) count: usize,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -129,7 +38,7 @@ struct Route<A> {
 }
 
 impl Routes {
-    fn read(root: &SysRoot) -> Self {
+    pub(super) fn read(root: &SysRoot) -> Self {
         let text = |name: &str| root::text(&root.proc.join("net").join(name)).unwrap_or_default();
         Self {
             v4: text("route").lines().filter_map(ipv4).collect(),
@@ -138,7 +47,7 @@ impl Routes {
     }
 
     /// The interfaces that a default route leaves by, IPv4's or IPv6's.
-    fn defaults(&self) -> BTreeSet<String> {
+    pub(super) fn defaults(&self) -> BTreeSet<String> {
         let v4 = self
             .v4
             .iter()
@@ -152,8 +61,44 @@ impl Routes {
         v4.chain(v6).cloned().collect()
     }
 
+    /// The routes, by interface, that neither lead everywhere nor come with one of its addresses.
+    pub(super) fn statics(&self, addresses: &[InterfaceAddress]) -> BTreeMap<String, Static> {
+        let mut own: BTreeMap<&str, Vec<IpAddr>> = BTreeMap::new();
+        for InterfaceAddress { interface, address } in addresses {
+            own.entry(interface).or_default().push(*address);
+        }
+        let own = |interface: &str| own.get(interface).map(Vec::as_slice).unwrap_or_default();
+        let mut statics: BTreeMap<String, Static> = BTreeMap::new();
+        let mut add = |interface: &String, to: IpAddr, length: u32| {
+            let first = || Static {
+                first: format!("{to}/{length}"),
+                count: 0,
+            };
+            let known = statics.entry(interface.clone()).or_insert_with(first);
+            known.count += 1;
+        };
+        for route in self.v4.iter().filter(|route| route.length > 0) {
+            let comes_with = |address: &IpAddr| matches!(address, IpAddr::V4(v4) if route.has(*v4));
+            let comes = route.flags & RTF_GATEWAY == 0
+                && (route.to.is_link_local() || own(&route.interface).iter().any(comes_with));
+            if !comes {
+                add(&route.interface, route.to.into(), route.length);
+            }
+        }
+        for route in self.v6.iter().filter(|route| route.length > 0) {
+            let comes_with = |address: &IpAddr| matches!(address, IpAddr::V6(v6) if route.has(*v6));
+            let is_every_links = route.to.is_multicast() || route.to.is_unicast_link_local();
+            let comes = route.flags & RTF_GATEWAY == 0
+                && (is_every_links || own(&route.interface).iter().any(comes_with));
+            if !comes {
+                add(&route.interface, route.to.into(), route.length);
+            }
+        }
+        statics
+    }
+
     /// The interface that packets to `address` leave by.
-    fn to(&self, address: IpAddr) -> Option<&str> {
+    pub(super) fn to(&self, address: IpAddr) -> Option<&str> {
         // The longest prefix, and of those the smallest metric.
         match address {
             IpAddr::V4(address) => {
@@ -172,7 +117,7 @@ impl Routes {
     /// The host's addresses, each with its interface.
     ///
     /// IPv4's stand in a list of all the host's own; whose each is, the route to its network says.
-    fn addresses(&self, root: &SysRoot) -> Vec<InterfaceAddress> {
+    pub(super) fn addresses(&self, root: &SysRoot) -> Vec<InterfaceAddress> {
         let text = |name: &str| root::text(&root.proc.join("net").join(name)).unwrap_or_default();
         let mut addresses = Vec::new();
         for address in local_ipv4(&text("fib_trie")) {
@@ -201,41 +146,6 @@ impl Routes {
             }
         }
         addresses
-    }
-}
-
-/// What procfs does not tell: routes of other tables than the main one, and the rules that choose
-/// between them. A made-up host has no kernel to be asked.
-#[derive(Debug, Default)]
-struct Asked {
-    defaults: BTreeSet<String>,
-    to_client: Option<String>,
-}
-
-impl Asked {
-    fn ask(root: &SysRoot, connection: Option<Connection>) -> Self {
-        if root.proc != Path::new("/proc") {
-            return Self::default();
-        }
-        let class = root.sys.join("class/net");
-        let index = |name: String| {
-            let index: u32 = root::number(&class.join(&name).join("ifindex"))?;
-            Some((index, root::one_line(&name)))
-        };
-        let names = root::names(&class).into_iter().filter_map(index);
-        let names: BTreeMap<_, _> = names.collect();
-        let defaults = netlink::default_routes();
-        let defaults = defaults.inspect_err(|error| log::debug!("no other tables: {error}"));
-        let defaults = defaults.unwrap_or_default();
-        let to_client = connection.and_then(|connection| {
-            let way = netlink::way_to(connection.client, connection.here);
-            way.ok().flatten()
-        });
-        let name = |index: &u32| names.get(index).filter(|name| *name != "lo").cloned();
-        Self {
-            defaults: defaults.iter().filter_map(name).collect(),
-            to_client: to_client.as_ref().and_then(name),
-        }
     }
 }
 
@@ -297,71 +207,54 @@ fn local_ipv4(text: &str) -> BTreeSet<Ipv4Addr> {
     found
 }
 
-/// An SSH connection: who sits at the other end, and which of the host's addresses they came to.
-#[derive(Clone, Copy, Debug)]
-struct Connection {
-    client: IpAddr,
-    here: Option<IpAddr>,
+/// What procfs does not tell: routes of other tables than the main one, and the rules that choose
+/// between them. A made-up host has no kernel to be asked.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    /// The interfaces that a default route leaves by.
+    pub(super) defaults: BTreeSet<String>,
+    /// The interfaces by the kernel's numbers; none where there is no kernel to be asked.
+    names: BTreeMap<u32, String>,
 }
 
-impl Connection {
-    /// CLIENT PORT SERVER PORT (sshd(8)); an IPv6 address may have a scope.
-    fn parse(text: &str) -> Option<Self> {
-        let address = |word: &str| {
-            let word = word.split('%').next()?;
-            word.parse()
-                .ok()
-                .map(|address: IpAddr| address.to_canonical())
-        };
-        let mut words = text.split(' ');
-        Some(Self {
-            client: address(words.next()?)?,
-            here: words.nth(1).and_then(address),
-        })
-    }
-}
-
-/// The SSH connection that this process was started from, if one.
-///
-/// `sudo` drops the variable that says so, so the processes above are asked too.
-fn ssh_connection(root: &SysRoot) -> Option<Connection> {
-    let mut process = root.proc.join("self");
-    for _ in 0..FARTHEST {
-        if let Ok(environment) = std::fs::read(process.join("environ")) {
-            let environment = String::from_utf8_lossy(&environment);
-            let value = environment
-                .split('\0')
-                .find_map(|variable| variable.strip_prefix("SSH_CONNECTION="));
-            if let Some(connection) = value.and_then(Connection::parse) {
-                return Some(connection);
-            }
+impl Asked {
+    pub(super) fn ask(root: &SysRoot) -> Self {
+        if root.proc != Path::new("/proc") {
+            return Self::default();
         }
-        let status = root::text(&process.join("status"))?;
-        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-        let parent: u32 = parent.trim().parse().ok().filter(|pid| *pid > 1)?;
-        process = root.proc.join(parent.to_string());
+        let class = root.sys.join("class/net");
+        let index = |name: String| {
+            let index: u32 = root::number(&class.join(&name).join("ifindex"))?;
+            Some((index, root::one_line(&name)))
+        };
+        let names = root::names(&class).into_iter().filter_map(index);
+        let names: BTreeMap<_, _> = names.filter(|(_, name)| name != "lo").collect();
+        let defaults = netlink::default_routes();
+        let defaults = defaults.inspect_err(|error| log::debug!("no other tables: {error}"));
+        let defaults = defaults.unwrap_or_default();
+        Self {
+            defaults: defaults
+                .iter()
+                .filter_map(|i| names.get(i))
+                .cloned()
+                .collect(),
+            names,
+        }
     }
-    None
+
+    /// The interface that packets to `there` leave by, from the host's address `here` where that is known.
+    pub(super) fn way(&self, there: IpAddr, here: Option<IpAddr>) -> Option<String> {
+        if self.names.is_empty() {
+            return None;
+        }
+        let index = netlink::way_to(there, here).ok().flatten()?;
+        self.names.get(&index).cloned()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_ssh_connection_is_two_addresses() {
-        let parse = |text| Connection::parse(text).map(|c| (c.client.to_string(), c.here));
-        let here = "10.0.0.2".parse().ok();
-        assert_eq!(
-            parse("::ffff:192.0.2.1 50000 10.0.0.2 22"),
-            Some(("192.0.2.1".to_owned(), here))
-        );
-        assert_eq!(
-            parse("fe80::1%eth0 50000"),
-            Some(("fe80::1".to_owned(), None))
-        );
-        assert_eq!(parse("somewhere 1 2 3"), None);
-    }
 
     #[test]
     fn only_a_route_to_everywhere_is_a_default_route() {
@@ -410,13 +303,5 @@ mod tests {
                     |-- 127.0.0.1\n  /32 host LOCAL\n";
         let found: Vec<_> = local_ipv4(text).into_iter().collect();
         assert_eq!(found, [Ipv4Addr::new(10, 0, 2, 15)]);
-    }
-
-    #[test]
-    fn interfaces_that_stand_on_each_other_in_a_ring_end_the_search() {
-        let ring = |a: &str, b: &str| (a.to_owned(), vec![b.to_owned()]);
-        let above = BTreeMap::from([ring("a", "b"), ring("b", "a")]);
-        assert_eq!(way("a", &above, &BTreeSet::new()), None);
-        assert_eq!(stack("a", &above), ["a", "b"]);
     }
 }
