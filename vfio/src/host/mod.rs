@@ -28,6 +28,7 @@ mod root;
 mod session;
 mod steps;
 mod surroundings;
+mod together;
 mod unbind;
 mod usage;
 mod user;
@@ -63,6 +64,7 @@ pub use session::Session;
 pub use steps::{Step, StepError};
 pub use surroundings::{Opens, open_node};
 pub(crate) use surroundings::{Remapping, is_waived};
+pub use together::Together;
 pub use unbind::{Unbound, unbind};
 pub use usage::{InterfaceAddress, Process, Usage};
 pub use user::{NoUser, user_id};
@@ -143,6 +145,13 @@ impl Host {
         }
         bridges.reverse();
         bridges
+    }
+
+    /// The devices whose drivers brought this one forth, the nearest first: the physical function of a
+    /// virtual one, and what made its PCI domain. It ends when one of them loses its driver.
+    #[must_use]
+    pub fn makers(&self, address: Bdf) -> Vec<Bdf> {
+        device::makers(&self.devices, address)
     }
 
     /// The IOMMU groups of several devices, in the order of their first one.

@@ -7,12 +7,13 @@ use busway_pci::Bdf;
 
 use super::acs::{self, Acs};
 use super::asker::Asker;
-use super::check::{self, group_blockers};
+use super::check::{self, Denial, group_blockers};
 use super::device::HostDevice;
 use super::finding::{Finding, Level, Remedy, worst};
 use super::modules::Aliases;
 use super::root;
 use super::surroundings::{self, Opens, advised};
+use super::together::Together;
 use super::usage::Usage;
 use super::{Host, VFIO_PCI};
 
@@ -106,6 +107,11 @@ fn device_findings(
         let remedy = Remedy::command("name the devices behind it", "busway device list --tree");
         return vec![Finding::new(Level::Obstacle, "device", text).remedy(remedy)];
     }
+    if let Some(maker) = check::ends_with(host, device, asked) {
+        let text = format!("it is there by the driver of {maker}, and is gone when that is taken");
+        let remedy = Remedy::words(format!("name {maker} alone: the guest has it by that"));
+        return vec![Finding::new(Level::Obstacle, "device", text).remedy(remedy)];
+    }
     let mut findings = vec![group(host, device, asked)];
     findings.extend(leaks(host, device));
     findings.extend(uses(host, device));
@@ -165,13 +171,13 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     if blockers.iter().all(|blocker| blocker.is_bridge) {
         return finding;
     }
-    finding.remedy(Remedy::command(
-        "bind them together",
-        format!(
-            "busway device bind {}",
-            join(together(host, device, asked).iter())
+    finding.remedy(match Together::of(host, device, asked) {
+        Together::Bind(all) => Remedy::command(
+            check::how_together(&[device.address], &all),
+            format!("busway device bind {}", join(all.iter())),
         ),
-    ))
+        Together::Chipset(functions) => Remedy::words(check::chipset(&functions)),
+    })
 }
 
 fn join<'a>(addresses: impl Iterator<Item = &'a Bdf>) -> String {
@@ -244,25 +250,18 @@ fn driver(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
         Some(driver) => format!("{driver} has it, and not yet VFIO"),
         None => "no driver has it, and not yet VFIO".to_owned(),
     };
-    Finding::new(Level::Obstacle, TOPIC, text).remedy(Remedy::command(
-        "give it to VFIO",
-        format!(
-            "busway device bind {}",
-            join(together(host, device, asked).iter())
-        ),
-    ))
-}
-
-/// A device, those of its group that are asked for with it, and those that must go with it.
-fn together(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> BTreeSet<Bdf> {
-    let mut all = BTreeSet::from([device.address]);
-    if let Some(group) = device.group {
-        let members = host.group(group).map(|member| member.address);
-        all.extend(members.filter(|member| asked.contains(member)));
-        let blockers = group_blockers(host, group, asked).into_iter();
-        all.extend(blockers.filter(|b| !b.is_bridge).map(|b| b.address));
+    let finding = Finding::new(Level::Obstacle, TOPIC, text);
+    match Together::of(host, device, asked) {
+        Together::Bind(all) => finding.remedy(Remedy::command(
+            match all.contains(&device.address) {
+                true => "give it to VFIO",
+                false => "give what it is part of to VFIO",
+            },
+            format!("busway device bind {}", join(all.iter())),
+        )),
+        // The finding about its group says why there is no way.
+        Together::Chipset(_) => finding,
     }
-    all
 }
 
 /// A driver made for lending this very kind of device.
@@ -281,29 +280,19 @@ fn variant(device: &HostDevice, aliases: &Aliases) -> Option<Finding> {
     Some(Finding::new(Level::Note, "variant", text).remedy(remedy))
 }
 
-/// Devices that vfio-pci turns away: a guest that has one can reach the host through its faults
-/// (drivers/vfio/pci/vfio_pci.c, vfio_pci_dev_in_denylist): Intel's QuickAssist, DSA and IAX.
-const DENIED: [u16; 8] = [
-    0x0435, 0x0443, 0x0b25, 0x0cfe, 0x19e2, 0x19e3, 0x37c8, 0x37c9,
-];
-
 fn denied(host: &Host, device: &HostDevice) -> Option<Finding> {
-    if device.vendor != 0x8086 || !DENIED.contains(&device.device) || device.is_with_vfio() {
+    if device.is_with_vfio() {
         return None;
     }
-    let parameter = "module/vfio_pci/parameters/disable_denylist";
-    let parameter = root::text(&host.root.sys.join(parameter));
-    if parameter.is_some_and(|text| text == "Y" || text == "1") {
-        let text = "its kind has known faults by which a guest can harm the host, and vfio-pci was \
-                    told to take it all the same";
-        return Some(Finding::new(Level::Warning, "errata", text));
-    }
-    let text = "vfio-pci turns its kind away: by known faults a guest could harm the host";
-    let remedy = Remedy::command(
-        "where the guest is trusted",
-        "modprobe -r vfio-pci; modprobe vfio-pci disable_denylist=1",
-    );
-    Some(Finding::new(Level::Obstacle, "errata", text).remedy(remedy))
+    let text = match Denial::of(host, device)? {
+        Denial::Waived => {
+            let text = "its kind has known faults by which a guest can harm the host, and vfio-pci was \
+                        told to take it all the same";
+            return Some(Finding::new(Level::Warning, "errata", text));
+        }
+        Denial::Stands => format!("vfio-pci turns its kind away: {}", check::DENIAL),
+    };
+    Some(Finding::new(Level::Obstacle, "errata", text).remedy(check::allow_denied()))
 }
 
 fn reset(device: &HostDevice) -> Finding {
