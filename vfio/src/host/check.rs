@@ -9,6 +9,7 @@ use busway_pci::Bdf;
 use super::Host;
 use super::device::HostDevice;
 use super::finding::Remedy;
+use super::framebuffer;
 use super::modules::module_parameter;
 use super::permit::{Permit, Permits, is_system};
 use super::root;
@@ -114,10 +115,10 @@ pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -> 
             continue;
         }
         match device.group {
-            Some(group) => {
+            Some(group) if !device.without_iommu => {
                 groups.insert(group);
             }
-            None => refusals.push(Refusal::NoGroup {
+            _ => refusals.push(Refusal::NoGroup {
                 address,
                 advice: IommuAdvice::read(&host.root.paths()),
             }),
@@ -233,6 +234,10 @@ pub(super) fn uses(host: &Host, address: Bdf) -> Vec<Usage> {
         Usage::Interface { chain, .. } => !chain.first().is_some_and(|c| routed.contains(c)),
         _ => true,
     });
+    let shows = |usage: &Usage| matches!(usage, Usage::BootDisplay);
+    if !uses.iter().any(shows) && framebuffer::holder(&host.root, address).is_some() {
+        uses.push(Usage::BootDisplay);
+    }
     if uses.is_empty() {
         let offspring = host.devices().map(|device| device.address);
         let offspring = offspring.filter(|other| host.makers(*other).contains(&address));

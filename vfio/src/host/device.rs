@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::thread;
 
-use busway_iommu::is_vfio_driver;
+use busway_iommu::{HostPaths, is_vfio_driver};
 use busway_pci::Bdf;
 
 use super::error::HostError;
@@ -40,6 +40,9 @@ pub struct HostDevice {
     pub made_by: Option<Bdf>,
     /// IOMMU group; none where no IOMMU translates for it.
     pub group: Option<u32>,
+    /// Whether the group is one that VFIO made for want of an IOMMU: what has the device reaches all
+    /// memory, and no guest's can be mapped for it (`enable_unsafe_noiommu_mode`).
+    pub without_iommu: bool,
     /// NUMA node, where the firmware says one.
     pub numa_node: Option<u32>,
     /// BARs 0 to 5 and the expansion ROM, those that there are.
@@ -247,14 +250,18 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         root_bus,
         made_by,
         group: root::link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
+        without_iommu: lent && HostPaths::is_without_iommu(&folder.join("iommu_group")),
         // -1 where the firmware says nothing.
         numa_node: root::number(&folder.join("numa_node")),
         resources: root::attribute(&folder.join("resource"))
             .map_or_else(Vec::new, |text| resources(&text)),
         link: link(&folder),
         reset_methods: reset_methods(&folder),
-        // Only displays have the attribute.
-        boot_display: class >> 16 == 0x03 && root::number(&folder.join("boot_vga")) == Some(1_u8),
+        // Only displays have the attributes: VGA the one, any since Linux 6.17 the other.
+        boot_display: class >> 16 == 0x03
+            && ["boot_vga", "boot_display"]
+                .iter()
+                .any(|name| root::number(&folder.join(name)) == Some(1_u8)),
         physical_function: match &sriov {
             Some(_) => None,
             None => link_address(&folder.join("physfn")),

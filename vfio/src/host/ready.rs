@@ -10,6 +10,7 @@ use super::asker::Asker;
 use super::check::{self, Denial, group_blockers};
 use super::device::HostDevice;
 use super::finding::{Finding, Level, Remedy, worst};
+use super::framebuffer;
 use super::modules::Aliases;
 use super::root;
 use super::surroundings::{self, Opens, advised};
@@ -118,6 +119,8 @@ fn device_findings(
     findings.push(driver(host, device, asked));
     findings.extend(variant(device, aliases));
     findings.extend(denied(host, device));
+    findings.extend(framebuffer::finding(&host.root, device.address));
+    findings.extend(token(host, device));
     findings.push(reset(device));
     findings.extend(reserved(host, device));
     findings.extend(nodes(host, device, asker, opens));
@@ -126,9 +129,17 @@ fn device_findings(
 
 /// Its IOMMU group, and the other members.
 fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
-    let Some(group) = device.group else {
+    let group = device.group.filter(|_| !device.without_iommu);
+    let Some(group) = group else {
         let advice = IommuAdvice::read(&host.root.paths());
-        let finding = Finding::new(Level::Obstacle, "group", "it is in no IOMMU group");
+        let text = match device.without_iommu {
+            true => {
+                "no IOMMU translates for it: VFIO lends it without (enable_unsafe_noiommu_mode), which \
+                 serves programs and no guest"
+            }
+            false => "it is in no IOMMU group",
+        };
+        let finding = Finding::new(Level::Obstacle, "group", text);
         return finding.remedies(match advice {
             IommuAdvice::NotBehind => advised(advice),
             // The host's own findings say the rest.
@@ -295,6 +306,37 @@ fn denied(host: &Host, device: &HostDevice) -> Option<Finding> {
     Some(Finding::new(Level::Obstacle, "errata", text).remedy(check::allow_denied()))
 }
 
+/// The secret by which the users of a physical function and of its virtual functions trust each other,
+/// where VFIO has the physical one (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_validate_vf_token).
+fn token(host: &Host, device: &HostDevice) -> Option<Finding> {
+    const TOPIC: &str = "vf_token";
+    if let Some(physical) = device.physical_function {
+        if !host.device(physical)?.is_with_vfio() {
+            return None;
+        }
+        let text = format!(
+            "its physical function {physical} is with VFIO: it is opened only with the token that was \
+             said when that one was opened"
+        );
+        let remedy = Remedy::words(format!(
+            "open {physical} first, and say the same UUID for both: --device {},vf_token=UUID",
+            device.address
+        ));
+        return Some(Finding::new(Level::Warning, TOPIC, text).remedy(remedy));
+    }
+    let sriov = device.sriov.as_ref().filter(|_| device.is_with_vfio())?;
+    if sriov.functions.is_empty() {
+        return None;
+    }
+    let text = "it is with VFIO and has virtual functions: whoever opens it or one of them says the \
+                token that all share";
+    let remedy = Remedy::words(format!(
+        "choose one (uuidgen), and say it for each: --device {},vf_token=UUID",
+        device.address
+    ));
+    Some(Finding::new(Level::Note, TOPIC, text).remedy(remedy))
+}
+
 fn reset(device: &HostDevice) -> Finding {
     const TOPIC: &str = "reset";
     let methods = &device.reset_methods;
@@ -361,7 +403,7 @@ fn reserved(host: &Host, device: &HostDevice) -> Vec<Finding> {
 
 /// The nodes that a guest's VMM opens for it.
 fn nodes(host: &Host, device: &HostDevice, asker: &Asker, opens: Opens<'_>) -> Vec<Finding> {
-    if !device.is_with_vfio() {
+    if !device.is_with_vfio() || device.without_iommu {
         return Vec::new();
     }
     let group = device.group.map(|group| format!("vfio/{group}"));
