@@ -52,7 +52,7 @@ pub(super) fn finding(root: &SysRoot, address: Bdf) -> Option<Finding> {
         "the console's frame buffer is in a BAR of it ({holder} in /proc/iomem), and VFIO cannot have \
          that BAR meanwhile"
     );
-    let finding = Finding::new(Level::Obstacle, "framebuffer", text);
+    let finding = Finding::new(Level::Obstacle, "display", text);
     let finding = finding.remedy(Remedy::words(
         "have the kernel leave the firmware's frame buffer alone (the console is dark until a driver \
          takes a display), by a parameter of its command line",

@@ -21,6 +21,7 @@ impl Together {
     /// For `device`, where those in `asked` are to go too.
     pub(super) fn of(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Self {
         let members = device.group.into_iter().flat_map(|group| host.group(group));
+        let members = members.filter(|member| !member.is_bridge());
         let members = members.map(|member| member.address);
         let mut all: BTreeSet<_> = members.filter(|member| asked.contains(member)).collect();
         all.insert(device.address);
