@@ -717,3 +717,21 @@ fn a_node_without_memory_is_told_from_one_that_is_not_there() {
         low.text
     );
 }
+
+#[test]
+fn vfio_pci_makes_virtual_functions_where_it_was_told_to() {
+    let host = FakeHost::named("pfvfio");
+    let make = || {
+        let (mut kernel, mut tell) = (host.kernel(), |_: &_| ());
+        let mut session = Session::new(&host.root, &mut kernel, &mut tell).dry_run(true);
+        let options = host::VfsOptions {
+            count: Some(1),
+            ..host::VfsOptions::default()
+        };
+        host::vfs(&mut session, at("0000:18:00.0"), &options)
+    };
+    make().unwrap();
+    host.file("sys/module/vfio_pci/parameters/enable_sriov", "N");
+    let error = make().unwrap_err().to_string();
+    assert!(error.contains("its own driver is what makes"), "{error}");
+}
