@@ -96,11 +96,21 @@ impl HostPaths {
         }
     }
 
-    /// Whether any device of the host is in an IOMMU group.
+    /// Whether an IOMMU translates for any device of the host.
     #[must_use]
     pub fn has_iommu(&self) -> bool {
-        std::fs::read_dir(self.sys.join("kernel/iommu_groups"))
-            .is_ok_and(|mut groups| groups.next().is_some())
+        std::fs::read_dir(self.sys.join("kernel/iommu_groups")).is_ok_and(|groups| {
+            groups
+                .flatten()
+                .any(|group| !Self::is_without_iommu(&group.path()))
+        })
+    }
+
+    /// Whether the IOMMU group whose folder in sysfs is `group` is one that VFIO made for a device
+    /// that no IOMMU translates for (drivers/vfio/group.c, vfio_noiommu_group_alloc).
+    #[must_use]
+    pub fn is_without_iommu(group: &Path) -> bool {
+        std::fs::read(group.join("name")).is_ok_and(|name| name.trim_ascii() == b"vfio-noiommu")
     }
 
     /// The IOMMU group of the PCI function whose folder in sysfs is `device`.

@@ -18,10 +18,11 @@ mod vfs;
 mod watch;
 
 use std::io::{self, Write};
-use std::path::Path;
 
-use busway_pci::{Bdf, ParseBdfError};
-use busway_vfio::host::{self, ChangeError, HostError, Kernel, LinuxKernel, NoUser, SysRoot};
+use busway_pci::Bdf;
+use busway_vfio::host::{
+    self, Called, CalledError, ChangeError, HostError, Kernel, LinuxKernel, NoUser, SysRoot,
+};
 use clap::{Args, Subcommand};
 
 pub(super) use binding::Changes;
@@ -84,12 +85,9 @@ pub enum DeviceCommand {
     Vfs(VfsArgs),
 }
 
-/// An address, or a folder of sysfs whose name is one.
-fn address(text: &str) -> Result<Bdf, ParseBdfError> {
-    let name = Path::new(text).file_name().and_then(|name| name.to_str());
-    name.unwrap_or(text)
-        .parse()
-        .map_err(|_| ParseBdfError(text.to_owned()))
+/// The devices that a person named.
+fn find(root: &SysRoot, called: &[Called]) -> Result<Vec<Bdf>, CalledError> {
+    called.iter().map(|called| called.find(root)).collect()
 }
 
 /// Why `busway device` failed.
@@ -104,6 +102,9 @@ pub enum DeviceError {
     /// Devices were not moved as asked.
     #[error(transparent)]
     Change(#[from] ChangeError),
+    /// What was named is not one device.
+    #[error(transparent)]
+    Called(#[from] CalledError),
     /// Their nodes cannot be given to the user.
     #[error(transparent)]
     User(#[from] NoUser),
@@ -135,6 +136,8 @@ impl DeviceError {
             Self::NotReady { absent } => *absent,
             Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. })
             | Self::Change(ChangeError::NoHugePages(_))
+            | Self::Called(_)
+            | Self::List(ListError::Called(_))
             | Self::User(_) => true,
             Self::Host(_)
             | Self::List(ListError::Host(_))

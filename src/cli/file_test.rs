@@ -144,8 +144,8 @@ fn a_wrong_value_is_named_with_its_line_and_key() {
             "vm.toml, line 1: serial: only one",
         ),
         (
-            "device = [\"eth0\"]",
-            "vm.toml, line 1: device: `eth0` is not a PCI address",
+            "device = [\"no-such-nic\"]",
+            "vm.toml, line 1: device: `no-such-nic` is not a PCI address",
         ),
     ] {
         let said = complaint(text);

@@ -6,6 +6,8 @@ use crate::config::{
     CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
     NetConfig, OnError, PlatformConfig, RngConfig,
 };
+use busway_pci::ParseBdfError;
+use busway_vfio::host::{Called, CalledError, SysRoot};
 
 /// Puts a value where it belongs.
 type Set<T> = fn(&mut T, &Value) -> Result<(), Reason>;
@@ -357,7 +359,16 @@ Functions of one host device become one device of the guest's.
 };
 
 fn set_device_path(device: &mut DeviceConfig, value: &Value) -> Result<(), Reason> {
-    device.path = DeviceConfig::new(value.text()?)?.path;
+    let text = value.text()?;
+    let called: Called = text.parse()?;
+    // A whole address means the same on any host; what else people say is looked up on this one.
+    let found = called
+        .find(&SysRoot::default())
+        .map_err(|error| match error {
+            CalledError::Nothing(_) => Reason::from(ParseBdfError(text.to_owned())),
+            several => several.into(),
+        })?;
+    device.path = DeviceConfig::new(&found.to_string())?.path;
     Ok(())
 }
 

@@ -70,6 +70,9 @@ pub(super) enum Reason {
     /// not an address
     #[error(transparent)]
     Address(#[from] busway_pci::ParseBdfError),
+    /// not one device
+    #[error(transparent)]
+    Called(#[from] busway_vfio::host::CalledError),
 }
 
 /// What a switch with a default of the host's can be.

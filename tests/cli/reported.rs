@@ -122,8 +122,9 @@ fn what_busway_tells_on_each_reported_host_is_what_was_read() {
         }
         let (text, _) = examined(&host, "", columns(100));
         write!(shown, "$ busway doctor\n{text}").unwrap();
-        // As on a real host, and not below a folder that has another name each time.
-        let shown = shown.replace(&*host.path("").to_string_lossy(), "/");
+        // The made-up host's folder has another name each time.
+        let root = host.path("");
+        let shown = shown.replace(&*root.to_string_lossy(), "/");
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/reported");
         let path = folder.join(format!("{name}.txt"));
         assert_data_eq!(shown, Data::read_from(&path, None).raw());

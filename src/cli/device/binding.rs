@@ -1,21 +1,20 @@
 //! `busway device bind`, `unbind` and `restore`: their words, and what they say when they are done.
 
-use busway_pci::Bdf;
 use busway_vfio::host::{
-    self, BindOptions, Bound, ChangeError, Kernel, Outcome, Persist, Restored, Session, Step,
-    SysRoot, Unbound, is_vfio_driver,
+    self, BindOptions, Bound, Called, ChangeError, Kernel, Outcome, Persist, Restored, Session,
+    Step, SysRoot, Unbound, is_vfio_driver,
 };
 use clap::{ArgGroup, Args};
 
 use super::permits::{BindPermits, UnbindPermits};
-use super::{DeviceError, address};
+use super::{DeviceError, find};
 
 /// `busway device bind`
 #[derive(Args, Clone, Debug)]
 pub struct BindArgs {
-    /// The devices: 0000:01:00.0, or 01:00.0 for short, or their folders in sysfs
-    #[arg(value_name = "ADDRESS", value_parser = address, required = true)]
-    pub addresses: Vec<Bdf>,
+    /// The devices: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1, or files of sysfs
+    #[arg(value_name = "DEVICE", required = true)]
+    pub addresses: Vec<Called>,
 
     /// Take this VFIO driver, and not the one that the kernel has for the device
     #[arg(long, value_name = "NAME", value_parser = vfio_driver)]
@@ -52,9 +51,9 @@ pub struct BindArgs {
 /// `busway device unbind`
 #[derive(Args, Clone, Debug)]
 pub struct UnbindArgs {
-    /// The devices: 0000:01:00.0, or 01:00.0 for short, or their folders in sysfs
-    #[arg(value_name = "ADDRESS", value_parser = address, required = true)]
-    pub addresses: Vec<Bdf>,
+    /// The devices: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1, or files of sysfs
+    #[arg(value_name = "DEVICE", required = true)]
+    pub addresses: Vec<Called>,
 
     /// Print what would be done, as commands, and do nothing
     #[arg(short = 'n', long)]
@@ -69,9 +68,9 @@ pub struct UnbindArgs {
 #[derive(Args, Clone, Debug)]
 #[command(group(ArgGroup::new("which").required(true)))]
 pub struct RestoreArgs {
-    /// The devices: 0000:01:00.0, or 01:00.0 for short, or their folders in sysfs
-    #[arg(value_name = "ADDRESS", value_parser = address, group = "which")]
-    pub addresses: Vec<Bdf>,
+    /// The devices: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1, or files of sysfs
+    #[arg(value_name = "DEVICE", group = "which")]
+    pub addresses: Vec<Called>,
 
     /// Every device that Busway has moved
     #[arg(long, group = "which")]
@@ -153,12 +152,16 @@ impl<'a> Changes<'a> {
 pub(super) type Said = (String, Result<(), DeviceError>);
 
 pub(super) fn bind(args: &BindArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> Said {
+    let addresses = match find(root, &args.addresses) {
+        Ok(addresses) => addresses,
+        Err(error) => return (String::new(), Err(error.into())),
+    };
     let options = match options(args, root) {
         Ok(options) => options,
         Err(error) => return (String::new(), Err(error)),
     };
     let mut changes = Changes::new(root, kernel, args.dry_run);
-    match changes.make(|session| host::bind(session, &args.addresses, &options)) {
+    match changes.make(|session| host::bind(session, &addresses, &options)) {
         Ok(bound) => (changes.said(&bound, bound_line), Ok(())),
         Err(error) => (changes.said(&[], bound_line), Err(error.into())),
     }
@@ -183,9 +186,13 @@ fn options(args: &BindArgs, root: &SysRoot) -> Result<BindOptions, DeviceError> 
 }
 
 pub(super) fn unbind(args: &UnbindArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> Said {
+    let addresses = match find(root, &args.addresses) {
+        Ok(addresses) => addresses,
+        Err(error) => return (String::new(), Err(error.into())),
+    };
     let permits = args.permits.all();
     let mut changes = Changes::new(root, kernel, args.dry_run);
-    match changes.make(|session| host::unbind(session, &args.addresses, &permits)) {
+    match changes.make(|session| host::unbind(session, &addresses, &permits)) {
         Ok(unbound) => (changes.said(&unbound, unbound_line), Ok(())),
         Err(error) => {
             let unbound = match &error {
@@ -198,9 +205,13 @@ pub(super) fn unbind(args: &UnbindArgs, root: &SysRoot, kernel: &mut dyn Kernel)
 }
 
 pub(super) fn restore(args: &RestoreArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> Said {
+    let addresses = match find(root, &args.addresses) {
+        Ok(addresses) => addresses,
+        Err(error) => return (String::new(), Err(error.into())),
+    };
     let permits = args.permits.all();
     let mut changes = Changes::new(root, kernel, args.dry_run);
-    match changes.make(|session| host::restore(session, &args.addresses, &permits)) {
+    match changes.make(|session| host::restore(session, &addresses, &permits)) {
         Ok(restored) if restored.is_empty() => (
             "nothing to restore: Busway has moved no device\n".to_owned(),
             Ok(()),

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use busway_pci::Bdf;
-use busway_vfio::host::{Check, DeviceCheck, Host, Opens, SysRoot};
+use busway_vfio::host::{Called, Check, DeviceCheck, Host, Opens, SysRoot};
 use clap::Args;
 use serde::Serialize;
 
@@ -15,9 +14,10 @@ use crate::cli::style::{Screen, Style};
 /// `busway device check`
 #[derive(Args, Clone, Debug)]
 pub struct CheckArgs {
-    /// The devices that a guest is to have together: 0000:01:00.0, or 01:00.0 for short
-    #[arg(value_name = "ADDRESS", value_parser = super::address, required = true)]
-    pub addresses: Vec<Bdf>,
+    /// The devices that a guest is to have together: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1,
+    /// or files of sysfs
+    #[arg(value_name = "DEVICE", required = true)]
+    pub addresses: Vec<Called>,
 
     /// How they are looked at.
     #[command(flatten)]
@@ -48,7 +48,7 @@ pub(super) fn show(
     opens: Opens<'_>,
 ) -> Result<(String, Result<(), DeviceError>), DeviceError> {
     let host = Host::read(root)?;
-    let addresses: BTreeSet<_> = args.addresses.iter().copied().collect();
+    let addresses: BTreeSet<_> = super::find(root, &args.addresses)?.into_iter().collect();
     let check = Check::of(&host, &addresses, args.findings.memory, opens);
     let ready = check.is_ready();
     let end = match ready {

@@ -4,9 +4,10 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use busway_pci::Bdf;
 use busway_vfio::files::{Existing, OutputError, open_output};
-use busway_vfio::host::{Host, HostDevice, HostError, Refusal, RefusedError, SysRoot};
+use busway_vfio::host::{
+    Called, CalledError, Host, HostDevice, HostError, Refusal, RefusedError, SysRoot,
+};
 use clap::Args;
 
 use super::facts::{self, Facts, is_lent};
@@ -20,9 +21,9 @@ use crate::cli::style::{Screen, Style, of_palette};
 /// `busway device list`
 #[derive(Args, Clone, Debug, Default)]
 pub struct ListArgs {
-    /// Show only these devices: 0000:01:00.0, or 01:00.0 for short
-    #[arg(value_name = "ADDRESS", value_parser = super::address)]
-    pub addresses: Vec<Bdf>,
+    /// Show only these devices: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1, or a file of sysfs
+    #[arg(value_name = "DEVICE")]
+    pub addresses: Vec<Called>,
 
     /// Show only the members of this IOMMU group
     #[arg(long, value_name = "NUMBER")]
@@ -60,6 +61,9 @@ pub(super) const EVERY: Duration = Duration::from_secs(1);
 /// Why nothing is shown.
 #[derive(Debug, thiserror::Error)]
 pub enum ListError {
+    /// What was named is not one device.
+    #[error(transparent)]
+    Called(#[from] CalledError),
     /// The host could not be read.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -156,7 +160,8 @@ pub(super) fn show(
 /// The devices asked for, by address.
 fn select<'a>(facts: &Facts<'a>, args: &ListArgs) -> Result<Vec<&'a HostDevice>, ListError> {
     let host = facts.host;
-    let absent = args.addresses.iter().filter(|a| host.device(**a).is_none());
+    let addresses = super::find(host.root(), &args.addresses)?;
+    let absent = addresses.iter().filter(|a| host.device(**a).is_none());
     let absent: Vec<_> = absent
         .map(|&address| Refusal::NotThere { address })
         .collect();
@@ -180,7 +185,7 @@ fn select<'a>(facts: &Facts<'a>, args: &ListArgs) -> Result<Vec<&'a HostDevice>,
         }
     }
     let wanted = |device: &&HostDevice| {
-        (args.addresses.is_empty() || args.addresses.contains(&device.address))
+        (addresses.is_empty() || addresses.contains(&device.address))
             && (args.group.is_empty() || device.group.is_some_and(|g| args.group.contains(&g)))
             && (args.class.is_empty() || args.class.iter().any(|kind| is_of(facts, device, kind)))
     };

@@ -3,11 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use busway_pci::Bdf;
-use busway_vfio::host::{self, Functions, Kernel, SysRoot, VfSetting, VfsOptions};
+use busway_vfio::host::{self, Called, Functions, Kernel, SysRoot, VfSetting, VfsOptions};
 use clap::Args;
 
-use super::address;
 use super::binding::{Changes, Said};
 use crate::cli::options;
 use crate::cli::value::Value;
@@ -15,9 +13,9 @@ use crate::cli::value::Value;
 /// `busway device vfs`
 #[derive(Args, Clone, Debug)]
 pub struct VfsArgs {
-    /// The device that makes them: 0000:01:00.0, or 01:00.0 for short, or its folder in sysfs
-    #[arg(value_name = "ADDRESS", value_parser = address)]
-    pub address: Bdf,
+    /// The device that makes them: 0000:01:00.0, 01:00.0, 10de:1b81, enp1s0f0, or a file of sysfs
+    #[arg(value_name = "DEVICE")]
+    pub address: Called,
 
     /// How many there are to be; 0 removes all
     ///
@@ -91,6 +89,10 @@ fn switch(value: &Value) -> Result<bool, String> {
 }
 
 pub(super) fn vfs(args: &VfsArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> Said {
+    let address = match args.address.find(root) {
+        Ok(address) => address,
+        Err(error) => return (String::new(), Err(error.into())),
+    };
     let mut settings: BTreeMap<u32, Vec<VfSetting>> = BTreeMap::new();
     for Vf {
         index,
@@ -105,7 +107,7 @@ pub(super) fn vfs(args: &VfsArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> Sa
         no_autoprobe: args.no_autoprobe,
     };
     let mut changes = Changes::new(root, kernel, args.dry_run);
-    match changes.make(|session| host::vfs(session, args.address, &options)) {
+    match changes.make(|session| host::vfs(session, address, &options)) {
         Ok(functions) => (changes.said(&[functions], table), Ok(())),
         Err(error) => (changes.said(&[], table), Err(error.into())),
     }

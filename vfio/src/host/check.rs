@@ -9,8 +9,11 @@ use busway_pci::Bdf;
 use super::Host;
 use super::device::HostDevice;
 use super::finding::Remedy;
+use super::framebuffer;
+use super::modules::module_parameter;
 use super::permit::{Permit, Permits, is_system};
 use super::shell;
+use super::together::Together;
 use super::usage::{self, Process, Usage};
 
 /// A reason not to touch a device, with what to do about it.
@@ -48,6 +51,20 @@ pub enum Refusal {
         asked: Vec<Bdf>,
         /// Those in the way; never empty.
         blockers: Vec<GroupBlocker>,
+        /// What makes them go too.
+        together: Together,
+    },
+    /// It is gone as soon as another of those asked for is taken from its driver.
+    EndsWith {
+        /// The device.
+        address: Bdf,
+        /// The other, whose driver brought it forth.
+        maker: Bdf,
+    },
+    /// Its VFIO driver turns its kind away.
+    Denied {
+        /// The device.
+        address: Bdf,
     },
     /// A process has it open by VFIO.
     HeldOpen {
@@ -93,17 +110,24 @@ pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -> 
             refusals.push(Refusal::Bridge { address });
             continue;
         }
+        if let Some(maker) = ends_with(host, device, addresses) {
+            refusals.push(Refusal::EndsWith { address, maker });
+            continue;
+        }
         match device.group {
-            Some(group) => {
+            Some(group) if !device.without_iommu => {
                 groups.insert(group);
             }
-            None => refusals.push(Refusal::NoGroup {
+            _ => refusals.push(Refusal::NoGroup {
                 address,
                 advice: IommuAdvice::read(&host.root.paths()),
             }),
         }
         // What VFIO has already is not taken from anybody.
         if !device.is_with_vfio() {
+            if Denial::of(host, device) == Some(Denial::Stands) {
+                refusals.push(Refusal::Denied { address });
+            }
             let mut uses = uses(host, address);
             uses.retain(|usage| Permit::of(usage).is_none_or(|permit| !permits.contains(&permit)));
             if !uses.is_empty() {
@@ -118,10 +142,18 @@ pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -> 
         let blockers = group_blockers(host, group, addresses);
         if !blockers.is_empty() {
             let member = |device: &HostDevice| device.group == Some(group) && !device.is_bridge();
-            let asked = |address: &&Bdf| host.device(**address).is_some_and(member);
+            let asked: Vec<_> = addresses
+                .iter()
+                .filter_map(|&address| host.device(address))
+                .filter(|device| member(device))
+                .collect();
+            let Some(first) = asked.first() else {
+                continue;
+            };
             refusals.push(Refusal::GroupNotViable {
                 group,
-                asked: addresses.iter().filter(asked).copied().collect(),
+                together: Together::of(host, first, addresses),
+                asked: asked.iter().map(|device| device.address).collect(),
                 blockers,
             });
         }
@@ -167,7 +199,13 @@ pub fn check_unbind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -
 pub(super) fn group_blockers(host: &Host, group: u32, taken: &BTreeSet<Bdf>) -> Vec<GroupBlocker> {
     let blocks = |device: &HostDevice| {
         let driver = device.driver.clone()?;
-        (keeps_group(&driver) && !taken.contains(&device.address)).then(|| GroupBlocker {
+        // What ends with one that is taken is not there any more.
+        let goes = taken.contains(&device.address)
+            || host
+                .makers(device.address)
+                .iter()
+                .any(|m| taken.contains(m));
+        (keeps_group(&driver) && !goes).then(|| GroupBlocker {
             address: device.address,
             driver,
             is_bridge: device.is_bridge(),
@@ -175,6 +213,14 @@ pub(super) fn group_blockers(host: &Host, group: u32, taken: &BTreeSet<Bdf>) -> 
         })
     };
     host.group(group).filter_map(blocks).collect()
+}
+
+/// The one of `asked` with whose driver the PCI domain of `device` ends.
+pub(super) fn ends_with(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Option<Bdf> {
+    let ends = |maker: &Bdf| asked.contains(maker);
+    host.makers(device.address)
+        .into_iter()
+        .find(|maker| ends(maker) && Some(*maker) != device.physical_function)
 }
 
 /// What taking a device from its driver would break.
@@ -188,10 +234,17 @@ pub(super) fn uses(host: &Host, address: Bdf) -> Vec<Usage> {
         Usage::Interface { chain, .. } => !chain.first().is_some_and(|c| routed.contains(c)),
         _ => true,
     });
+    let shows = |usage: &Usage| matches!(usage, Usage::BootDisplay);
+    if !uses.iter().any(shows) && framebuffer::holder(&host.root, address).is_some() {
+        uses.push(Usage::BootDisplay);
+    }
     // A program that has a node open need not be who has the disk for themselves.
     let explains = |usage: &Usage| !matches!(usage, Usage::Opened { .. });
     if !uses.iter().any(explains) {
-        uses.extend(usage::claimed_disk(&host.root, address));
+        let offspring = host.devices().map(|device| device.address);
+        let offspring = offspring.filter(|other| host.makers(*other).contains(&address));
+        let all = offspring.chain([address]);
+        uses.extend(all.filter_map(|one| usage::claimed_disk(&host.root, one)));
     }
     uses
 }
@@ -237,7 +290,20 @@ impl fmt::Display for Refusal {
                 group,
                 asked,
                 blockers,
-            } => group_not_viable(f, *group, asked, blockers),
+                together,
+            } => group_not_viable(f, *group, asked, blockers, together),
+            Self::EndsWith { address, maker } => write!(
+                f,
+                "{address} is there by the driver of {maker}, and is gone when that is taken\n  \
+                 name {maker} alone: the guest has {address} by it"
+            ),
+            Self::Denied { address } => {
+                write!(
+                    f,
+                    "{address} is of a kind that vfio-pci turns away: {DENIAL}\n  {}",
+                    allow_denied()
+                )
+            }
             Self::HeldOpen { address, processes } => {
                 write!(f, "{address} is held by")?;
                 for (index, process) in processes.iter().enumerate() {
@@ -351,6 +417,7 @@ fn group_not_viable(
     group: u32,
     asked: &[Bdf],
     blockers: &[GroupBlocker],
+    together: &Together,
 ) -> fmt::Result {
     let join = |addresses: &mut dyn Iterator<Item = &Bdf>| {
         addresses.map(Bdf::to_string).collect::<Vec<_>>().join(" ")
@@ -380,22 +447,81 @@ fn group_not_viable(
     if others.is_empty() {
         return allow_group(f);
     }
-    let mut all: Vec<_> = asked
-        .iter()
-        .chain(others.iter().map(|b| &b.address))
-        .collect();
-    all.sort();
-    let free = if others.iter().any(|b| !b.uses.is_empty()) {
-        "free what is in use, then bind them together"
-    } else {
-        "bind them together"
+    let all = match together {
+        Together::Bind(all) => all,
+        Together::Chipset(functions) => {
+            return write!(f, "\n  {}", chipset(functions));
+        }
     };
+    let free = if others.iter().any(|b| !b.uses.is_empty()) {
+        "free what is in use, then "
+    } else {
+        ""
+    };
+    let how = how_together(asked, all);
     write!(
         f,
-        "\n  {free}: busway device bind {}",
-        join(&mut all.into_iter())
+        "\n  {free}{how}: busway device bind {}",
+        join(&mut all.iter())
     )?;
     allow_group(f)
+}
+
+/// In words, what binding `all` is for who asked for `asked`.
+pub(super) fn how_together(asked: &[Bdf], all: &BTreeSet<Bdf>) -> &'static str {
+    match asked.iter().all(|address| all.contains(address)) {
+        true => "bind them together",
+        false => "bind what it is part of, which gives the guest all that is behind that",
+    }
+}
+
+/// Why these keep their group from being given away.
+pub(super) fn chipset(functions: &[Bdf]) -> String {
+    let names: Vec<_> = functions.iter().map(Bdf::to_string).collect();
+    format!(
+        "the host works by {} (functions of its chipset): nothing of this group can be given away",
+        names.join(", ")
+    )
+}
+
+/// Devices that vfio-pci turns away: Intel's QuickAssist, DSA and IAX (drivers/vfio/pci/vfio_pci.c,
+/// vfio_pci_dev_in_denylist).
+const DENIED: [u16; 8] = [
+    0x0435, 0x0443, 0x0b25, 0x0cfe, 0x19e2, 0x19e3, 0x37c8, 0x37c9,
+];
+
+/// What vfio-pci makes of a device with known faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Denial {
+    /// It turns it away.
+    Stands,
+    /// It was told to take it all the same.
+    Waived,
+}
+
+impl Denial {
+    /// None for a device that it has nothing against.
+    pub(super) fn of(host: &Host, device: &HostDevice) -> Option<Self> {
+        if device.vendor != 0x8086 || !DENIED.contains(&device.device) {
+            return None;
+        }
+        let parameter = module_parameter(&host.root, "vfio_pci", "disable_denylist");
+        Some(match parameter.as_deref() {
+            Some("Y" | "y" | "1" | "on") => Self::Waived,
+            _ => Self::Stands,
+        })
+    }
+}
+
+/// Why vfio-pci turns devices away (drivers/vfio/pci/vfio_pci.c, vfio_pci_dev_in_denylist).
+pub(super) const DENIAL: &str = "by known faults a guest could harm the host";
+
+/// What has vfio-pci take such a device all the same.
+pub(super) fn allow_denied() -> Remedy {
+    Remedy::command(
+        "where the guest is trusted",
+        "modprobe -r vfio-pci; modprobe vfio-pci disable_denylist=1",
+    )
 }
 
 fn allow_group(f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::thread;
 
-use busway_iommu::is_vfio_driver;
+use busway_iommu::{HostPaths, is_vfio_driver};
 use busway_pci::Bdf;
 
 use super::error::HostError;
@@ -35,8 +35,14 @@ pub struct HostDevice {
     pub parent: Option<Bdf>,
     /// Its host bridge, as sysfs names it: `pci0000:00`.
     pub root_bus: Option<String>,
+    /// The PCI device whose driver made the host bridge that this one is behind: an Intel volume
+    /// management device. It ends when that one loses its driver.
+    pub made_by: Option<Bdf>,
     /// IOMMU group; none where no IOMMU translates for it.
     pub group: Option<u32>,
+    /// Whether the group is one that VFIO made for want of an IOMMU: what has the device reaches all
+    /// memory, and no guest's can be mapped for it (`enable_unsafe_noiommu_mode`).
+    pub without_iommu: bool,
     /// NUMA node, where the firmware says one.
     pub numa_node: Option<u32>,
     /// BARs 0 to 5 and the expansion ROM, those that there are.
@@ -138,11 +144,33 @@ impl HostDevice {
         matches!(self.class >> 8, 0x0604 | 0x0607 | 0x0609)
     }
 
+    /// The device whose driver brought it forth: its physical function, or what made its PCI domain.
+    #[must_use]
+    pub fn maker(&self) -> Option<Bdf> {
+        self.physical_function.or(self.made_by)
+    }
+
     /// Whether a VFIO driver has it.
     #[must_use]
     pub fn is_with_vfio(&self) -> bool {
         self.driver.as_deref().is_some_and(is_vfio_driver)
     }
+}
+
+/// The devices whose drivers brought one forth, the nearest first.
+pub(super) fn makers(devices: &BTreeMap<Bdf, HostDevice>, address: Bdf) -> Vec<Bdf> {
+    let mut makers = Vec::new();
+    let of = |address| devices.get(&address).and_then(HostDevice::maker);
+    let mut next = of(address);
+    while let Some(maker) = next {
+        // Nothing makes itself; what is read may say so.
+        if maker == address || makers.contains(&maker) {
+            break;
+        }
+        makers.push(maker);
+        next = of(maker);
+    }
+    makers
 }
 
 /// Every device of the host.
@@ -201,7 +229,11 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         .as_deref()
         .and_then(Ids::of_modalias)
         .or_else(|| Ids::read(&folder))?;
-    let (parent, root_bus) = place(&folder);
+    let Place {
+        parent,
+        root_bus,
+        made_by,
+    } = Place::of(&folder);
     let driver = root::link_name(&folder.join("driver"));
     let lent = driver.as_deref().is_some_and(is_vfio_driver);
     let sriov = sriov(&folder);
@@ -217,14 +249,19 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         modalias,
         parent,
         root_bus,
+        made_by,
         group: root::link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
+        without_iommu: lent && HostPaths::is_without_iommu(&folder.join("iommu_group")),
         // -1 where the firmware says nothing.
         numa_node: root::number(&folder.join("numa_node")),
         resources: resources_in(&folder),
         link: link(&folder),
         reset_methods: reset_methods(&folder),
-        // Only displays have the attribute.
-        boot_display: class >> 16 == 0x03 && root::number(&folder.join("boot_vga")) == Some(1_u8),
+        // Only displays have the attributes: VGA the one, any since Linux 6.17 the other.
+        boot_display: class >> 16 == 0x03
+            && ["boot_vga", "boot_display"]
+                .iter()
+                .any(|name| root::number(&folder.join(name)) == Some(1_u8)),
         physical_function: match &sriov {
             Some(_) => None,
             None => link_address(&folder.join("physfn")),
@@ -286,20 +323,31 @@ impl Ids {
     }
 }
 
-/// The bridge above a device and its host bridge, by the way to it:
-/// `/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0`.
-fn place(folder: &Path) -> (Option<Bdf>, Option<String>) {
-    let above = folder.ancestors().skip(1);
-    let mut above = above.filter_map(|path| path.file_name()?.to_str());
-    let parent = above.next();
-    let root_bus = parent
-        .into_iter()
-        .chain(above)
-        .find(|name| is_root_bus(name));
-    (
-        parent.and_then(root::full_address),
-        root_bus.map(str::to_owned),
-    )
+/// Where a device is, by the way to it: `/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0`.
+struct Place {
+    /// The bridge above it.
+    parent: Option<Bdf>,
+    /// Its host bridge.
+    root_bus: Option<String>,
+    /// The device above the host bridge, whose driver made that: drivers/pci/controller/vmd.c makes
+    /// `pci0000:00/0000:00:0e.0/pci10000:e0`.
+    made_by: Option<Bdf>,
+}
+
+impl Place {
+    fn of(folder: &Path) -> Self {
+        let above = folder.ancestors().skip(1);
+        let mut above = above
+            .filter_map(|path| path.file_name()?.to_str())
+            .peekable();
+        let parent = above.peek().copied().and_then(root::full_address);
+        let root_bus = above.find(|name| is_root_bus(name)).map(str::to_owned);
+        Self {
+            parent,
+            root_bus,
+            made_by: above.find_map(root::full_address),
+        }
+    }
 }
 
 /// `pci0000:00`; with five digits behind an Intel volume management device.

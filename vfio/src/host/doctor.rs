@@ -3,6 +3,7 @@
 use super::Host;
 use super::asker::Asker;
 use super::finding::{Finding, Level, Remedy};
+use super::hugepages;
 use super::modules::{Availability, availability};
 use super::root::{self, SysRoot};
 use super::surroundings::{self, Opens, add_parameter, remove_parameter};
@@ -197,8 +198,7 @@ fn huge_pages(root: &SysRoot) -> Vec<Finding> {
     let nodes = root.sys.join("devices/system/node");
     let mut parts = Vec::new();
     let mut low = Vec::new();
-    let numbered = |name: &String| name.strip_prefix("node")?.parse::<u32>().ok();
-    for node in root::names(&nodes).iter().filter_map(numbered) {
+    for node in hugepages::nodes(root) {
         let folder = nodes.join(format!("node{node}/hugepages"));
         for size in root::names(&folder) {
             let kib = size

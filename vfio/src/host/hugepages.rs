@@ -1,6 +1,6 @@
 //! The host's pools of huge pages.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::error::ChangeError;
 use super::root::{self, SysRoot};
@@ -37,6 +37,11 @@ pub enum HugePagesError {
     /// this host has no NUMA node {0}
     #[error("this host has no NUMA node {0}\n  see those there are: busway hugepages")]
     NoNode(u32),
+    /// NUMA node {0} has no memory
+    #[error(
+        "NUMA node {0} has processors and no memory\n  see those that have some: busway hugepages"
+    )]
+    NoMemory(u32),
     /// this host has no huge pages of {0} bytes
     #[error(
         "this host has no huge pages of that size ({0} bytes)\n  see those there are: busway hugepages"
@@ -55,21 +60,24 @@ pub enum HugePagesError {
 /// Every pool of the host, by node and size.
 #[must_use]
 pub fn huge_pages(root: &SysRoot) -> Vec<HugePages> {
-    let names = root::names(&root.sys.join("devices/system/node"));
-    let mut nodes: Vec<u32> = names
-        .iter()
-        .filter_map(|name| name.strip_prefix("node")?.parse().ok())
-        .collect();
-    nodes.sort_unstable();
-    let pools: Vec<_> = nodes
-        .iter()
-        .flat_map(|&node| pools(root, Some(node)))
+    let pools: Vec<_> = nodes(root)
+        .into_iter()
+        .flat_map(|node| pools(root, Some(node)))
         .collect();
     match pools.is_empty() {
         // A kernel without NUMA.
         true => self::pools(root, None),
         false => pools,
     }
+}
+
+/// The NUMA nodes, by number.
+pub(super) fn nodes(root: &SysRoot) -> Vec<u32> {
+    let names = root::names(&root.sys.join("devices/system/node"));
+    let number = |name: &String| name.strip_prefix("node")?.parse().ok();
+    let mut nodes: Vec<u32> = names.iter().filter_map(number).collect();
+    nodes.sort_unstable();
+    nodes
 }
 
 fn pools(root: &SysRoot, node: Option<u32>) -> Vec<HugePages> {
@@ -125,7 +133,13 @@ pub fn reserve_huge_pages(
     amount: u64,
 ) -> Result<Reserved, ChangeError> {
     if let Some(node) = node.filter(|&node| !folder(session.root, Some(node)).exists()) {
-        return Err(HugePagesError::NoNode(node).into());
+        let known = folder(session.root, Some(node));
+        // The kernel makes the folder of pools only where there is memory (mm/hugetlb_sysfs.c).
+        return Err(match known.parent().is_some_and(Path::exists) {
+            true => HugePagesError::NoMemory(node),
+            false => HugePagesError::NoNode(node),
+        }
+        .into());
     }
     let find = |root: &SysRoot| pool(root, node, size).ok_or(HugePagesError::NoSize(size));
     find(session.root)?;

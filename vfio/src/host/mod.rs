@@ -7,11 +7,13 @@
 mod acs;
 mod asker;
 mod bind;
+mod called;
 mod check;
 mod device;
 mod doctor;
 mod error;
 mod finding;
+mod framebuffer;
 mod hugepages;
 mod interrupt;
 mod journal;
@@ -30,6 +32,7 @@ mod session;
 mod shell;
 mod steps;
 mod surroundings;
+mod together;
 mod unbind;
 mod usage;
 mod user;
@@ -44,6 +47,7 @@ use busway_pci::Bdf;
 pub use bind::{BindOptions, Bound, VFIO_PCI, bind};
 pub use busway_iommu::IommuAdvice;
 pub use busway_iommu::is_vfio_driver;
+pub use called::{Called, CalledError};
 pub use check::{GroupBlocker, Refusal, check_bind, check_unbind};
 pub use device::{HostDevice, Link, LinkState, Resource, Sriov, resources_in};
 pub use doctor::examine;
@@ -65,6 +69,7 @@ pub use session::Session;
 pub use steps::{Step, StepError};
 pub use surroundings::{Opens, open_node};
 pub(crate) use surroundings::{Remapping, is_waived};
+pub use together::Together;
 pub use unbind::{Unbound, unbind};
 pub use usage::{InterfaceAddress, Process, Usage};
 pub use user::{NoUser, user_id};
@@ -151,6 +156,13 @@ impl Host {
         }
         bridges.reverse();
         bridges
+    }
+
+    /// The devices whose drivers brought this one forth, the nearest first: the physical function of a
+    /// virtual one, and what made its PCI domain. It ends when one of them loses its driver.
+    #[must_use]
+    pub fn makers(&self, address: Bdf) -> Vec<Bdf> {
+        device::makers(&self.devices, address)
     }
 
     /// The IOMMU groups of several devices, in the order of their first one.

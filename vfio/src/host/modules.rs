@@ -146,6 +146,40 @@ pub fn availability(root: &SysRoot, module: &str) -> Availability {
     }
 }
 
+/// A parameter of a module: as the loaded one has it, else as it would be loaded with, by the kernel's
+/// command line and the files of modprobe.d (5). None where nothing says.
+pub(crate) fn module_parameter(root: &SysRoot, module: &str, name: &str) -> Option<String> {
+    let loaded = root.sys.join("module").join(module);
+    if loaded.exists() {
+        return root::text(&loaded.join("parameters").join(name));
+    }
+    let same = |word: &str| word.replace('-', "_") == module;
+    let value = |word: &str| {
+        let (key, value) = word.split_once('=')?;
+        (key == name).then(|| root::one_line(value))
+    };
+    let parameters = root::text(&root.proc.join("cmdline")).unwrap_or_default();
+    let of_kernel = |word: &str| {
+        let (of, rest) = word.split_once('.')?;
+        same(of).then(|| value(rest)).flatten()
+    };
+    if let Some(found) = parameters.split_whitespace().find_map(of_kernel) {
+        return Some(found);
+    }
+    let folder = root.etc.join("modprobe.d");
+    let files = root::names(&folder);
+    let files = files.iter().filter(|file| file.ends_with(".conf"));
+    let texts = files.filter_map(|file| root::text(&folder.join(file)));
+    let of_file = |text: String| {
+        text.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            let is_it = words.next() == Some("options") && words.next().is_some_and(same);
+            is_it.then(|| words.find_map(value)).flatten()
+        })
+    };
+    texts.into_iter().find_map(of_file)
+}
+
 /// The folder of the running kernel's modules.
 fn folder(root: &SysRoot) -> Option<PathBuf> {
     let release = root::text(&root.proc.join("sys/kernel/osrelease"))?;

@@ -7,12 +7,14 @@ use busway_pci::Bdf;
 
 use super::acs::{self, Acs};
 use super::asker::Asker;
-use super::check::{self, group_blockers};
+use super::check::{self, Denial, group_blockers};
 use super::device::HostDevice;
 use super::finding::{Finding, Level, Remedy, worst};
+use super::framebuffer;
 use super::modules::Aliases;
 use super::root;
 use super::surroundings::{self, Opens, advised};
+use super::together::Together;
 use super::usage::Usage;
 use super::{Host, VFIO_PCI};
 
@@ -107,6 +109,11 @@ fn device_findings(
         let remedy = Remedy::command("name the devices behind it", "busway device list --tree");
         return vec![Finding::new(Level::Obstacle, "device", text).remedy(remedy)];
     }
+    if let Some(maker) = check::ends_with(host, device, asked) {
+        let text = format!("it is there by the driver of {maker}, and is gone when that is taken");
+        let remedy = Remedy::words(format!("name {maker} alone: the guest has it by that"));
+        return vec![Finding::new(Level::Obstacle, "device", text).remedy(remedy)];
+    }
     let mut findings = vec![group(host, device, asked)];
     findings.extend(leaks(host, device));
     findings.extend(uses(host, device));
@@ -114,6 +121,8 @@ fn device_findings(
     findings.extend(variant(device, aliases));
     findings.extend(denied(host, device));
     findings.extend(super::partly_served::partly_served(device));
+    findings.extend(framebuffer::finding(&host.root, device.address));
+    findings.extend(token(host, device));
     findings.push(reset(device));
     findings.extend(reserved(host, device));
     findings.extend(nodes(host, device, asker, opens));
@@ -122,9 +131,17 @@ fn device_findings(
 
 /// Its IOMMU group, and the other members.
 fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
-    let Some(group) = device.group else {
+    let group = device.group.filter(|_| !device.without_iommu);
+    let Some(group) = group else {
         let advice = IommuAdvice::read(&host.root.paths());
-        let finding = Finding::new(Level::Obstacle, "group", "it is in no IOMMU group");
+        let text = match device.without_iommu {
+            true => {
+                "no IOMMU translates for it: VFIO lends it without (enable_unsafe_noiommu_mode), which \
+                 serves programs and no guest"
+            }
+            false => "it is in no IOMMU group",
+        };
+        let finding = Finding::new(Level::Obstacle, "group", text);
         return finding.remedies(match advice {
             IommuAdvice::NotBehind => advised(advice),
             // The host's own findings say the rest.
@@ -167,13 +184,13 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     if blockers.iter().all(|blocker| blocker.is_bridge) {
         return finding;
     }
-    finding.remedy(Remedy::command(
-        "bind them together",
-        format!(
-            "busway device bind {}",
-            join(together(host, device, asked).iter())
+    finding.remedy(match Together::of(host, device, asked) {
+        Together::Bind(all) => Remedy::command(
+            check::how_together(&[device.address], &all),
+            format!("busway device bind {}", join(all.iter())),
         ),
-    ))
+        Together::Chipset(functions) => Remedy::words(check::chipset(&functions)),
+    })
 }
 
 fn join<'a>(addresses: impl Iterator<Item = &'a Bdf>) -> String {
@@ -248,25 +265,18 @@ fn driver(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
         Some(driver) => format!("{driver} has it, and not yet VFIO"),
         None => "no driver has it, and not yet VFIO".to_owned(),
     };
-    Finding::new(Level::Obstacle, TOPIC, text).remedy(Remedy::command(
-        "give it to VFIO",
-        format!(
-            "busway device bind {}",
-            join(together(host, device, asked).iter())
-        ),
-    ))
-}
-
-/// A device, those of its group that are asked for with it, and those that must go with it.
-fn together(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> BTreeSet<Bdf> {
-    let mut all = BTreeSet::from([device.address]);
-    if let Some(group) = device.group {
-        let members = host.group(group).map(|member| member.address);
-        all.extend(members.filter(|member| asked.contains(member)));
-        let blockers = group_blockers(host, group, asked).into_iter();
-        all.extend(blockers.filter(|b| !b.is_bridge).map(|b| b.address));
+    let finding = Finding::new(Level::Obstacle, TOPIC, text);
+    match Together::of(host, device, asked) {
+        Together::Bind(all) => finding.remedy(Remedy::command(
+            match all.contains(&device.address) {
+                true => "give it to VFIO",
+                false => "give what it is part of to VFIO",
+            },
+            format!("busway device bind {}", join(all.iter())),
+        )),
+        // The finding about its group says why there is no way.
+        Together::Chipset(_) => finding,
     }
-    all
 }
 
 /// A driver made for lending this very kind of device.
@@ -285,29 +295,50 @@ fn variant(device: &HostDevice, aliases: &Aliases) -> Option<Finding> {
     Some(Finding::new(Level::Note, "variant", text).remedy(remedy))
 }
 
-/// Devices that vfio-pci turns away: a guest that has one can reach the host through its faults
-/// (drivers/vfio/pci/vfio_pci.c, vfio_pci_dev_in_denylist): Intel's QuickAssist, DSA and IAX.
-const DENIED: [u16; 8] = [
-    0x0435, 0x0443, 0x0b25, 0x0cfe, 0x19e2, 0x19e3, 0x37c8, 0x37c9,
-];
-
 fn denied(host: &Host, device: &HostDevice) -> Option<Finding> {
-    if device.vendor != 0x8086 || !DENIED.contains(&device.device) || device.is_with_vfio() {
+    if device.is_with_vfio() {
         return None;
     }
-    let parameter = "module/vfio_pci/parameters/disable_denylist";
-    let parameter = root::text(&host.root.sys.join(parameter));
-    if parameter.is_some_and(|text| text == "Y" || text == "1") {
-        let text = "its kind has known faults by which a guest can harm the host, and vfio-pci was \
-                    told to take it all the same";
-        return Some(Finding::new(Level::Warning, "errata", text));
+    let text = match Denial::of(host, device)? {
+        Denial::Waived => {
+            let text = "its kind has known faults by which a guest can harm the host, and vfio-pci was \
+                        told to take it all the same";
+            return Some(Finding::new(Level::Warning, "errata", text));
+        }
+        Denial::Stands => format!("vfio-pci turns its kind away: {}", check::DENIAL),
+    };
+    Some(Finding::new(Level::Obstacle, "errata", text).remedy(check::allow_denied()))
+}
+
+/// The secret by which the users of a physical function and of its virtual functions trust each other,
+/// where VFIO has the physical one (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_validate_vf_token).
+fn token(host: &Host, device: &HostDevice) -> Option<Finding> {
+    const TOPIC: &str = "vf_token";
+    if let Some(physical) = device.physical_function {
+        if !host.device(physical)?.is_with_vfio() {
+            return None;
+        }
+        let text = format!(
+            "its physical function {physical} is with VFIO: it is opened only with the token that was \
+             said when that one was opened"
+        );
+        let remedy = Remedy::words(format!(
+            "open {physical} first, and say the same UUID for both: --device {},vf_token=UUID",
+            device.address
+        ));
+        return Some(Finding::new(Level::Warning, TOPIC, text).remedy(remedy));
     }
-    let text = "vfio-pci turns its kind away: by known faults a guest could harm the host";
-    let remedy = Remedy::command(
-        "where the guest is trusted",
-        "modprobe -r vfio-pci; modprobe vfio-pci disable_denylist=1",
-    );
-    Some(Finding::new(Level::Obstacle, "errata", text).remedy(remedy))
+    let sriov = device.sriov.as_ref().filter(|_| device.is_with_vfio())?;
+    if sriov.functions.is_empty() {
+        return None;
+    }
+    let text = "it is with VFIO and has virtual functions: whoever opens it or one of them says the \
+                token that all share";
+    let remedy = Remedy::words(format!(
+        "choose one (uuidgen), and say it for each: --device {},vf_token=UUID",
+        device.address
+    ));
+    Some(Finding::new(Level::Note, TOPIC, text).remedy(remedy))
 }
 
 fn reset(device: &HostDevice) -> Finding {
@@ -376,7 +407,7 @@ fn reserved(host: &Host, device: &HostDevice) -> Vec<Finding> {
 
 /// The nodes that a guest's VMM opens for it.
 fn nodes(host: &Host, device: &HostDevice, asker: &Asker, opens: Opens<'_>) -> Vec<Finding> {
-    if !device.is_with_vfio() {
+    if !device.is_with_vfio() || device.without_iommu {
         return Vec::new();
     }
     let group = device.group.map(|group| format!("vfio/{group}"));

@@ -28,8 +28,15 @@ pub fn open_node(path: &Path) -> io::Result<()> {
 pub(super) fn iommu(root: &SysRoot) -> Finding {
     if !root.paths().has_iommu() {
         let advice = IommuAdvice::read(&root.paths());
-        return Finding::new(Level::Obstacle, "iommu", "the host's IOMMU is not in use")
-            .remedies(advised(advice));
+        let groups = root.sys.join("kernel/iommu_groups");
+        let text = match root::names(&groups).is_empty() {
+            true => "the host's IOMMU is not in use",
+            false => {
+                "the host's IOMMU is not in use: VFIO lends devices without one, which serves programs \
+                 such as DPDK, and no guest"
+            }
+        };
+        return Finding::new(Level::Obstacle, "iommu", text).remedies(advised(advice));
     }
     let units = root::names(&root.sys.join("class/iommu"));
     let kind = match units.first() {

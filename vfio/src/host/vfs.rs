@@ -6,6 +6,7 @@ use busway_pci::Bdf;
 
 use super::error::ChangeError;
 use super::journal::{Identity, Journal};
+use super::modules::module_parameter;
 use super::netlink::{VfSetting, VfState};
 use super::root::{self, SysRoot};
 use super::session::Session;
@@ -215,7 +216,10 @@ fn check(host: &Host, address: Bdf, options: &VfsOptions) -> Result<Vec<Bdf>, Vf
         .count
         .is_some_and(|asked| usize::from(asked) != present.len())
     {
-        if device.driver.is_none() || device.is_with_vfio() {
+        // vfio-pci makes them where it was told to (drivers/vfio/pci/vfio_pci.c, enable_sriov).
+        let told = || module_parameter(&host.root, "vfio_pci", "enable_sriov");
+        let told = || matches!(told().as_deref(), Some("Y" | "y" | "1"));
+        if device.driver.is_none() || (device.is_with_vfio() && !told()) {
             let driver = device.driver.clone();
             return Err(VfsError::NoDriver { address, driver });
         }

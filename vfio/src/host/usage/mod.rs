@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use busway_pci::Bdf;
 
-use super::device::HostDevice;
+use super::device::{self, HostDevice};
 use super::root::{self, SysRoot};
 
 pub(super) use block::claimed_disk;
@@ -337,5 +337,35 @@ pub(super) fn of_devices(
     for (address, usage) in process::read(root, devices) {
         all.entry(address).or_default().push(usage);
     }
+    add_those_of_offspring(devices, &mut all);
     all
+}
+
+/// What a driver brings forth ends with it, and so does every use of that: the file systems on a drive
+/// behind a volume management device are that device's too. A VFIO driver lends the device alone.
+fn add_those_of_offspring(
+    devices: &BTreeMap<Bdf, HostDevice>,
+    all: &mut BTreeMap<Bdf, Vec<Usage>>,
+) {
+    let mut inherited: BTreeMap<Bdf, Vec<Usage>> = BTreeMap::new();
+    for (&address, uses) in all.iter() {
+        let makers = device::makers(devices, address).into_iter();
+        let lends = |maker: &Bdf| {
+            devices
+                .get(maker)
+                .is_some_and(|maker| !maker.is_with_vfio())
+        };
+        for maker in makers.filter(lends) {
+            let uses = uses.iter().filter(|usage| usage.prevents_bind());
+            inherited.entry(maker).or_default().extend(uses.cloned());
+        }
+    }
+    for (maker, uses) in inherited {
+        let own = all.entry(maker).or_default();
+        for usage in uses {
+            if !own.contains(&usage) {
+                own.push(usage);
+            }
+        }
+    }
 }

@@ -1,0 +1,243 @@
+//! What people call a device: its address in several spellings, or something that it is known by.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
+
+use busway_pci::{Bdf, ParseBdfError};
+
+use super::root::{self, SysRoot};
+
+/// A device as a person names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Called {
+    /// By its whole address (`0000:01:00.0`), which need not be there.
+    Address(Bdf),
+    /// By an address without its domain (`01:00.0`), which is 0 unless there is no such device.
+    Short(Bdf),
+    /// By vendor and device id (`10de:1b81`), as `lspci -n` prints them.
+    Ids {
+        /// Vendor id.
+        vendor: u16,
+        /// Device id.
+        device: u16,
+    },
+    /// By the name of its network interface (`wlp3s0`) or disk (`nvme0n1`).
+    Name(String),
+    /// By a file of it (`/sys/class/net/wlp3s0/device`, `/dev/nvme0n1`).
+    File(PathBuf),
+}
+
+/// What a person named is not one device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CalledError {
+    /// no PCI device is called {0}
+    #[error(
+        "no PCI device has the address, the interface, the disk or the ids `{0}`\n  \
+         see those there are: busway device list"
+    )]
+    Nothing(String),
+    /// {called} is several devices
+    #[error("`{called}` is {} devices\n  name one by its address: {}", .devices.len(), words(.devices))]
+    Several {
+        /// What was said.
+        called: String,
+        /// What it may mean.
+        devices: Vec<Bdf>,
+    },
+}
+
+fn words(devices: &[Bdf]) -> String {
+    let words: Vec<_> = devices.iter().map(Bdf::to_string).collect();
+    words.join(", ")
+}
+
+/// The longest name of a network interface: `IFNAMSIZ` of linux/if.h less the byte that ends it. Disks
+/// have longer ones (`DISK_NAME_LEN` of linux/blkdev.h).
+const LONGEST_NAME: usize = 31;
+
+impl FromStr for Called {
+    type Err = ParseBdfError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let error = || ParseBdfError(text.to_owned());
+        if text.contains('/') {
+            let path = Path::new(text);
+            let name = path.file_name().and_then(|name| name.to_str());
+            return match name.and_then(|name| name.parse().ok()) {
+                Some(address) => Ok(Self::Address(address)),
+                None if path.is_absolute() => Ok(Self::File(path.to_owned())),
+                None => Err(error()),
+            };
+        }
+        if let Ok(address) = text.parse() {
+            return Ok(match text.matches(':').count() {
+                1 => Self::Short(address),
+                _ => Self::Address(address),
+            });
+        }
+        if let Some(address) = of_libvirt(text) {
+            return Ok(Self::Address(address));
+        }
+        if let Some((vendor, device)) = ids(text) {
+            return Ok(Self::Ids { vendor, device });
+        }
+        let is_name = (1..=LONGEST_NAME).contains(&text.len())
+            && !matches!(text, "." | "..")
+            && text.bytes().all(|b| b.is_ascii_graphic() && b != b':');
+        is_name
+            .then(|| Self::Name(text.to_owned()))
+            .ok_or_else(error)
+    }
+}
+
+/// `pci_0000_01_00_0`, as `virsh nodedev-list` prints it.
+fn of_libvirt(text: &str) -> Option<Bdf> {
+    let mut parts = text.strip_prefix("pci_")?.split('_');
+    let mut next = || parts.next();
+    let (segment, bus, device, function) = (next()?, next()?, next()?, next()?);
+    let address = format!("{segment}:{bus}:{device}.{function}");
+    next().is_none().then(|| address.parse().ok()).flatten()
+}
+
+/// `10de:1b81`
+fn ids(text: &str) -> Option<(u16, u16)> {
+    let id = |text: &str| {
+        let digits = text.len() == 4 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        digits.then(|| u16::from_str_radix(text, 16).ok()).flatten()
+    };
+    let (vendor, device) = text.split_once(':')?;
+    Some((id(vendor)?, id(device)?))
+}
+
+impl Called {
+    /// The one device that is meant.
+    ///
+    /// # Errors
+    ///
+    /// Where it is none or several. A whole address is what it says, there or not.
+    pub fn find(&self, root: &SysRoot) -> Result<Bdf, CalledError> {
+        let (called, found) = match self {
+            Self::Address(address) => return Ok(*address),
+            Self::Short(address) if root.device(*address).exists() => return Ok(*address),
+            Self::Short(address) => {
+                let same = format!(":{}", place(*address));
+                let all = addresses(root).into_iter();
+                let found: Vec<_> = all.filter(|a| a.to_string().ends_with(&same)).collect();
+                if found.is_empty() {
+                    return Ok(*address);
+                }
+                (place(*address), found)
+            }
+            Self::Ids { vendor, device } => {
+                let has = |address: &Bdf| {
+                    let folder = root.device(*address);
+                    let is = |name, id: u16| root::hex(&folder.join(name)) == Some(id.into());
+                    is("vendor", *vendor) && is("device", *device)
+                };
+                let found = addresses(root).into_iter().filter(has).collect();
+                (format!("{vendor:04x}:{device:04x}"), found)
+            }
+            Self::Name(name) => {
+                let classes = ["net", "block"].map(|class| root.sys.join("class").join(class));
+                let found = classes
+                    .iter()
+                    .find_map(|class| above(root, &class.join(name)));
+                (name.clone(), found.into_iter().collect())
+            }
+            Self::File(path) => (
+                root::one_line(&path.to_string_lossy()),
+                of_file(root, path).into_iter().collect(),
+            ),
+        };
+        match found[..] {
+            [one] => Ok(one),
+            [] => Err(CalledError::Nothing(called)),
+            _ => Err(CalledError::Several {
+                called,
+                devices: found,
+            }),
+        }
+    }
+}
+
+/// An address without its domain: `e1:00.0`.
+fn place(address: Bdf) -> String {
+    let text = address.to_string();
+    text.split_once(':')
+        .map_or_else(|| text.clone(), |(_, place)| place.to_owned())
+}
+
+fn addresses(root: &SysRoot) -> Vec<Bdf> {
+    let names = root::names(&root.bus().join("devices"));
+    names
+        .iter()
+        .filter_map(|name| root::full_address(name))
+        .collect()
+}
+
+/// The device that a file of sysfs is of, or a disk's node in `/dev`, links followed.
+fn of_file(root: &SysRoot, path: &Path) -> Option<Bdf> {
+    if path.components().any(|part| part == Component::ParentDir) {
+        return None;
+    }
+    if let Ok(below) = path.strip_prefix("/sys") {
+        return above(root, &root.sys.join(below));
+    }
+    let node = root.dev.join(path.strip_prefix("/dev").ok()?);
+    // Links by name: /dev/disk/by-id.
+    let node = fs::canonicalize(node).ok()?;
+    let name = node.file_name()?.to_str()?;
+    above(root, &root.sys.join("class/block").join(name))
+}
+
+fn above(root: &SysRoot, file: &Path) -> Option<Bdf> {
+    let place = fs::canonicalize(file).ok()?;
+    let sys = fs::canonicalize(&root.sys).ok()?;
+    root::innermost_pci(place.strip_prefix(sys).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn every_spelling_is_told_from_the_others() {
+        let address = |text: &str| text.parse::<Bdf>().unwrap();
+        let one = address("0000:01:00.0");
+        for (text, called) in [
+            ("0000:01:00.0", Called::Address(one)),
+            ("01:00.0", Called::Short(one)),
+            ("pci_0000_01_00_0", Called::Address(one)),
+            ("/sys/bus/pci/devices/0000:01:00.0/", Called::Address(one)),
+            (
+                "10de:1b81",
+                Called::Ids {
+                    vendor: 0x10de,
+                    device: 0x1b81,
+                },
+            ),
+            ("wlp3s0", Called::Name("wlp3s0".into())),
+            (
+                "/sys/class/net/wlp3s0/device",
+                Called::File("/sys/class/net/wlp3s0/device".into()),
+            ),
+        ] {
+            assert_eq!(text.parse(), Ok(called), "{text}");
+        }
+        for text in ["", "01:00", "a b", "..", "10de:1b8", "pci:1b81", "a/b"] {
+            assert!(text.parse::<Called>().is_err(), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_fail(text in "\\PC{0,40}") {
+            let folder = tempfile::tempdir().unwrap();
+            if let Ok(called) = text.parse::<Called>() {
+                let _ = called.find(&SysRoot::under(folder.path()));
+            }
+        }
+    }
+}
