@@ -395,7 +395,7 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     notes: "",
     blank: PlatformConfig::default,
     keys: keys! {
-        "iommufd" { "on": "by iommufd and the device's cdev", "off": "by the VFIO group and a type1 container", "auto": "by iommufd where that can do what p2p= says, else as by iommufd=off [auto]" }
+        "iommufd" { "on": "by iommufd and the device's cdev", "off": "by the VFIO group and a type1 container", "auto": "by iommufd where that does what p2p= says, else as off [auto]" }
             |platform, value| platform.iommufd = value.choice()?;
         "iommufd_fd" { "N": "an iommufd that Busway inherits, instead of opening /dev/iommu" }
             |platform, value| platform.iommufd_fd = Some(value.number()?);
