@@ -9,6 +9,7 @@
 //! those are `busway-vfio`'s. `unsafe` stands in [`info`] and the private module `sys`.
 
 mod advice;
+mod command;
 mod dma;
 mod error;
 mod group;
@@ -27,6 +28,7 @@ mod tracker;
 mod type1;
 
 pub use advice::{IommuAdvice, ParameterChange};
+pub use command::{Command, Output, Step, Word};
 pub use dma::{Access, DmaSpace, HostVa, Iova, OpenDmaBuf, Stats};
 pub use error::{MapError, OpenError};
 pub use group::{Group, is_vfio_driver, keeps_group, not_viable};
