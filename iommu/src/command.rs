@@ -87,9 +87,17 @@ impl Command {
         let bytes = line.as_bytes();
         if bytes.starts_with(b"-") || bytes.contains(&b'\\') {
             Self::new(["printf", r"%s\n"]).operand(line)
+        } else if bytes.is_empty() {
+            Self::new(["echo"])
         } else {
             Self::new(["echo"]).operand(line)
         }
+    }
+
+    /// The same with what it prints written to a file.
+    #[must_use]
+    pub fn output_to(self, path: impl AsRef<Path>) -> Self {
+        self.into(path.as_ref(), false)
     }
 
     fn into(self, path: &Path, append: bool) -> Self {
@@ -231,7 +239,9 @@ impl fmt::Display for Quoted<'_> {
                         b'%' => f.write_str("%%"),
                         // The format is no option, either.
                         b'-' if index == 0 => f.write_str(r"\055"),
-                        byte if is_plain(*byte) || *byte == b' ' => write!(f, "{}", char::from(*byte)),
+                        byte if is_plain(*byte) || *byte == b' ' => {
+                            write!(f, "{}", char::from(*byte))
+                        }
                         byte => write!(f, r"\{byte:03o}"),
                     }
                 })?;

@@ -219,7 +219,7 @@ fn used(usage: &Usage) -> Use {
         }
         Usage::Held { chain, release } => {
             used.chain.clone_from(chain);
-            used.release = Some(release.clone());
+            used.release = release.as_ref().map(ToString::to_string);
             "held"
         }
         Usage::Claimed { disk } => {
@@ -235,7 +235,9 @@ fn used(usage: &Usage) -> Use {
             used.client = Some(client.to_string());
             "ssh"
         }
-        Usage::Interface { chain, addresses } => {
+        Usage::Interface {
+            chain, addresses, ..
+        } => {
             used.chain.clone_from(chain);
             let addresses = addresses.iter().map(|of| Address {
                 interface: of.interface.clone(),

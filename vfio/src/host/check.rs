@@ -3,14 +3,13 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use busway_iommu::{IommuAdvice, keeps_group};
+use busway_iommu::{Command, IommuAdvice, keeps_group};
 use busway_pci::Bdf;
 
 use super::Host;
 use super::device::HostDevice;
 use super::finding::Remedy;
 use super::permit::{Permit, Permits, is_system};
-use super::root;
 use super::usage::{self, Process, Usage};
 
 /// A reason not to touch a device, with what to do about it.
@@ -244,22 +243,29 @@ impl fmt::Display for Refusal {
 pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
     match usage {
         Usage::Mounted { at, .. } => {
-            let names: Vec<_> = at.iter().filter_map(|path| path.to_str()).collect();
             if at.iter().any(|path| is_system(path)) {
                 Remedy::words("the host runs from it, and will not survive it")
             } else {
-                let command = format!("umount {}", root::one_line(&names.join(" ")));
+                // What is mounted within another goes first.
+                let command = Command::new(["umount"]).operands(at.iter().rev());
                 Remedy::command("unmount it first", command)
             }
         }
         Usage::Swap { device, .. } => Remedy::command(
             "stop swapping to it first",
-            format!("swapoff {}", device.display()),
+            Command::new(["swapoff"]).operand(device),
         ),
-        Usage::Held { release, .. } => Remedy::command("take it down first", release),
+        Usage::Held { release, chain } => match release {
+            Some(release) => Remedy::command("take it down first", release.clone()),
+            None => {
+                let last = chain.last().map_or("it", String::as_str);
+                Remedy::words(format!("stop what made {last} first"))
+            }
+        },
         Usage::Claimed { disk } => Remedy::command(
             "end that use first; it may be ZFS, a mount in a container, or a program",
-            format!("fuser --verbose /dev/{disk}"),
+            Command::new(["fuser", "--verbose"])
+                .operand(format!("/dev/{}", disk.replace('!', "/"))),
         ),
         Usage::DefaultRoute { .. } => Remedy::words(
             "the host reaches the network by it: give it another default route first, and remove \
@@ -268,35 +274,49 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
         Usage::SshRoute { .. } => Remedy::words(
             "you would cut yourself off: come by another way, or from the host's own console",
         ),
-        Usage::Interface { chain, .. } => {
-            let name = chain.first().map_or("", String::as_str);
-            Remedy::command(
-                "take it out of there first",
-                match chain.get(1) {
-                    Some(upper) if upper.contains('.') => format!("ip link delete {upper}"),
-                    _ => format!("ip link set {name} nomaster"),
-                },
-            )
+        Usage::Interface { leave, .. } => {
+            let what = "take it out of there first";
+            match leave {
+                Some(leave) => Remedy::command(what, leave.clone()),
+                None => Remedy::words(what),
+            }
         }
         Usage::BootDisplay => Remedy::words(
             "the host's console would go dark: use another display, or reach the host by network",
         ),
         Usage::VirtualFunctions { .. } => Remedy::command(
             "remove them first",
-            format!("busway device vfs {address} 0"),
+            Command::new(["busway", "device", "vfs"])
+                .operand(address.to_string())
+                .operand("0"),
         ),
-        Usage::Process(process) => Remedy::command(
-            format!("end process {} first", process.pid),
-            format!("kill {}", process.pid),
-        ),
+        Usage::Process(process) => {
+            Remedy::command(format!("end process {} first", process.pid), kill(process))
+        }
         Usage::Opened { process, .. } => Remedy::command(
             format!(
                 "have {} close it, or end it: until then taking the card hangs, or breaks it",
                 process.command
             ),
-            format!("kill {}", process.pid),
+            kill(process),
         ),
     }
+}
+
+fn kill(process: &Process) -> Command {
+    Command::new(["kill"]).operand(process.pid.to_string())
+}
+
+/// The command that takes a bridge from its driver.
+pub(super) fn let_go(bridge: &GroupBlocker) -> Command {
+    let driver = format!("/sys/bus/pci/drivers/{}/unbind", bridge.driver);
+    Command::write(bridge.address.to_string(), driver)
+}
+
+/// The command that gives devices to VFIO together.
+pub(super) fn bind<'a>(addresses: impl IntoIterator<Item = &'a Bdf>) -> Command {
+    let addresses = addresses.into_iter().map(Bdf::to_string);
+    Command::new(["busway", "device", "bind"]).operands(addresses)
 }
 
 fn group_not_viable(
@@ -323,11 +343,7 @@ fn group_not_viable(
         }
     }
     for bridge in blockers.iter().filter(|b| b.is_bridge) {
-        write!(
-            f,
-            "\n  take the bridge from its driver: echo {} > /sys/bus/pci/drivers/{}/unbind",
-            bridge.address, bridge.driver
-        )?;
+        write!(f, "\n  take the bridge from its driver: {}", let_go(bridge))?;
     }
     let others: Vec<_> = blockers.iter().filter(|b| !b.is_bridge).collect();
     if others.is_empty() {
@@ -343,11 +359,7 @@ fn group_not_viable(
     } else {
         "bind them together"
     };
-    write!(
-        f,
-        "\n  {free}: busway device bind {}",
-        join(&mut all.into_iter())
-    )?;
+    write!(f, "\n  {free}: {}", bind(all))?;
     allow_group(f)
 }
 

@@ -7,6 +7,7 @@
 mod acs;
 mod asker;
 mod bind;
+mod boot;
 mod check;
 mod device;
 mod doctor;
@@ -40,8 +41,8 @@ use std::thread;
 use busway_pci::Bdf;
 
 pub use bind::{BindOptions, Bound, VFIO_PCI, bind};
-pub use busway_iommu::IommuAdvice;
 pub use busway_iommu::is_vfio_driver;
+pub use busway_iommu::{Command, IommuAdvice};
 pub use check::{GroupBlocker, Refusal, check_bind, check_unbind};
 pub use device::{HostDevice, Link, LinkState, Resource, Sriov};
 pub use doctor::examine;

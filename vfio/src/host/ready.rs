@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use busway_iommu::{FIRMWARE_REMEDY, IommuAdvice, is_vfio_driver};
+use busway_iommu::{Command, FIRMWARE_REMEDY, IommuAdvice, is_vfio_driver};
 use busway_pci::Bdf;
 
 use super::acs::{self, Acs};
@@ -48,8 +48,12 @@ impl Check {
             findings: match host.device(address) {
                 Some(device) => device_findings(host, device, addresses, &aliases, &asker, opens),
                 None => vec![
-                    Finding::new(Level::Obstacle, "device", "there is no such PCI device")
-                        .remedy(Remedy::command("see those there are", "busway device list")),
+                    Finding::new(Level::Obstacle, "device", "there is no such PCI device").remedy(
+                        Remedy::command(
+                            "see those there are",
+                            Command::new(["busway", "device", "list"]),
+                        ),
+                    ),
                 ],
             },
         });
@@ -103,7 +107,10 @@ fn device_findings(
 ) -> Vec<Finding> {
     if device.is_bridge() {
         let text = "it is a bridge, which no guest can be given";
-        let remedy = Remedy::command("name the devices behind it", "busway device list --tree");
+        let remedy = Remedy::command(
+            "name the devices behind it",
+            Command::new(["busway", "device", "list", "--tree"]),
+        );
         return vec![Finding::new(Level::Obstacle, "device", text).remedy(remedy)];
     }
     let mut findings = vec![group(host, device, asked)];
@@ -124,7 +131,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
         let advice = IommuAdvice::read(&host.root.paths());
         let finding = Finding::new(Level::Obstacle, "group", "it is in no IOMMU group");
         return finding.remedies(match advice {
-            IommuAdvice::NotBehind => advised(advice),
+            IommuAdvice::NotBehind => advised(&host.root, advice),
             // The host's own findings say the rest.
             _ => vec![Remedy::words(advice.to_string())],
         });
@@ -156,10 +163,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     for bridge in blockers.iter().filter(|blocker| blocker.is_bridge) {
         finding = finding.remedy(Remedy::command(
             "take the bridge from its driver",
-            format!(
-                "echo {} > /sys/bus/pci/drivers/{}/unbind",
-                bridge.address, bridge.driver
-            ),
+            check::let_go(bridge),
         ));
     }
     if blockers.iter().all(|blocker| blocker.is_bridge) {
@@ -167,10 +171,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     }
     finding.remedy(Remedy::command(
         "bind them together",
-        format!(
-            "busway device bind {}",
-            join(together(host, device, asked).iter())
-        ),
+        check::bind(&together(host, device, asked)),
     ))
 }
 
@@ -246,10 +247,7 @@ fn driver(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     };
     Finding::new(Level::Obstacle, TOPIC, text).remedy(Remedy::command(
         "give it to VFIO",
-        format!(
-            "busway device bind {}",
-            join(together(host, device, asked).iter())
-        ),
+        check::bind(&together(host, device, asked)),
     ))
 }
 
@@ -273,10 +271,10 @@ fn variant(device: &HostDevice, aliases: &Aliases) -> Option<Finding> {
         return None;
     }
     let text = format!("{best} is made for this kind of device, and vfio-pci has it");
-    let address = device.address;
+    let unbind = Command::new(["busway", "device", "unbind"]).operand(device.address.to_string());
     let remedy = Remedy::command(
         "to have what that driver adds, such as migration",
-        format!("busway device unbind {address} && busway device bind {address}"),
+        unbind.then(check::bind([&device.address])),
     );
     Some(Finding::new(Level::Note, "variant", text).remedy(remedy))
 }
@@ -301,7 +299,11 @@ fn denied(host: &Host, device: &HostDevice) -> Option<Finding> {
     let text = "vfio-pci turns its kind away: by known faults a guest could harm the host";
     let remedy = Remedy::command(
         "where the guest is trusted",
-        "modprobe -r vfio-pci; modprobe vfio-pci disable_denylist=1",
+        Command::new(["modprobe", "-r", "vfio-pci"]).then(Command::new([
+            "modprobe",
+            "vfio-pci",
+            "disable_denylist=1",
+        ])),
     );
     Some(Finding::new(Level::Obstacle, "errata", text).remedy(remedy))
 }
@@ -356,7 +358,9 @@ fn reserved(host: &Host, device: &HostDevice) -> Vec<Finding> {
                 .remedy(Remedy::words(FIRMWARE_REMEDY))
                 .remedy(Remedy::command(
                     "see all of them",
-                    format!("cat /sys/kernel/iommu_groups/{group}/reserved_regions"),
+                    Command::new(["cat"]).operand(format!(
+                        "/sys/kernel/iommu_groups/{group}/reserved_regions"
+                    )),
                 )),
             ),
             "direct-relaxable" => Some(Finding::new(

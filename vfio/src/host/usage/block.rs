@@ -1,10 +1,13 @@
 //! Disks, and what stands on them: partitions, LVM, RAID, encryption, file systems, swap.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::fs::OpenOptions;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::Usage;
@@ -41,6 +44,8 @@ struct Block {
 #[derive(Debug)]
 struct Mapped {
     name: String,
+    /// The name's bytes.
+    raw: OsString,
     uuid: String,
 }
 
@@ -189,7 +194,10 @@ impl Blocks {
             chain.push(format!("ZFS {pool}"));
             let at = self.mounts.of_pool(pool);
             found.push(if at.is_empty() {
-                let release = format!("zpool export {pool}");
+                let release = Command::new(["zpool", "export"])
+                    .end_of_options()
+                    .operand(pool);
+                let release = Some(release);
                 Usage::Held { chain, release }
             } else {
                 Usage::Mounted { chain, at }
@@ -233,8 +241,9 @@ impl Block {
     fn read(root: &SysRoot, path: &Path) -> Option<Self> {
         let number = root::attribute(&path.join("dev"))?;
         let holders = root::names(&path.join("holders")).into_iter();
-        let mapped = root::attribute(&path.join("dm/name")).map(|name| Mapped {
-            name: root::one_line(&name),
+        let mapped = root::raw_name(&path.join("dm/name")).map(|name| Mapped {
+            name: root::one_line(&name.to_string_lossy()),
+            raw: name,
             uuid: root::attribute(&path.join("dm/uuid")).unwrap_or_default(),
         });
         Some(Self {
@@ -251,7 +260,7 @@ impl Block {
     /// Its node, by the name that people know.
     fn node(&self, name: &str) -> PathBuf {
         match &self.mapped {
-            Some(mapped) => Path::new("/dev/mapper").join(&mapped.name),
+            Some(mapped) => Path::new("/dev/mapper").join(mangled(&mapped.raw)),
             None => Path::new("/dev").join(name.replace('!', "/")),
         }
     }
@@ -291,21 +300,43 @@ fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
     owners
 }
 
-/// The command that takes a block device that stands on others down.
-fn release(name: &str, block: &Block) -> String {
-    match &block.mapped {
-        Some(Mapped { name, uuid }) if uuid.starts_with("LVM-") => {
-            format!("lvchange --activate n /dev/mapper/{name}")
+/// The command that takes a block device that stands on others down, where it is of a known kind.
+fn release(name: &str, block: &Block) -> Option<Command> {
+    let named = |command: Command, name: &OsStr| command.end_of_options().operand(name);
+    Some(match &block.mapped {
+        Some(Mapped { uuid, .. }) if uuid.starts_with("LVM-") => {
+            Command::new(["lvchange", "--activate", "n"]).operand(block.node(name))
         }
-        Some(Mapped { name, uuid }) if uuid.starts_with("CRYPT-") => {
-            format!("cryptsetup close {name}")
+        Some(Mapped { raw, uuid, .. }) if uuid.starts_with("CRYPT-") => {
+            named(Command::new(["cryptsetup", "close"]), raw)
         }
-        Some(Mapped { name, uuid }) if uuid.starts_with("mpath-") => {
-            format!("multipath -f {name}")
+        Some(Mapped { raw, uuid, .. }) if uuid.starts_with("mpath-") => {
+            named(Command::new(["multipath", "-f"]), raw)
         }
-        Some(Mapped { name, .. }) => format!("dmsetup remove {name}"),
-        None if name.starts_with("md") => format!("mdadm --stop /dev/{name}"),
-        None if name.starts_with("bcache") => format!("echo 1 > /sys/block/{name}/bcache/stop"),
-        None => format!("stop what made /dev/{name}"),
+        Some(Mapped { raw, .. }) => named(Command::new(["dmsetup", "remove"]), raw),
+        None if name.starts_with("md") => {
+            Command::new(["mdadm", "--stop"]).operand(block.node(name))
+        }
+        None if name.starts_with("bcache") => {
+            Command::write("1", format!("/sys/block/{name}/bcache/stop"))
+        }
+        None => return None,
+    })
+}
+
+/// The name of a mapped device's node: what udev does not let into a node's name stands as `\xNN`
+/// (libdm/libdm-common.c, DM_STRING_MANGLING_HEX). A name that has such already is left as it is.
+fn mangled(name: &OsStr) -> OsString {
+    let bytes = name.as_bytes();
+    if bytes.windows(2).any(|two| two == br"\x") {
+        return name.to_owned();
     }
+    let mut mangled = Vec::with_capacity(bytes.len());
+    for &byte in bytes {
+        match byte.is_ascii_alphanumeric() || b"#+-.:=@_".contains(&byte) {
+            true => mangled.push(byte),
+            false => mangled.extend(format!("\\x{byte:02x}").bytes()),
+        }
+    }
+    OsString::from_vec(mangled)
 }

@@ -2,6 +2,7 @@
 //! virtual functions, and processes that have it open.
 
 mod block;
+mod interface;
 mod mounts;
 mod network;
 mod nodes;
@@ -12,6 +13,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::device::HostDevice;
@@ -44,8 +46,8 @@ pub enum Usage {
     Held {
         /// From the disk or partition to the topmost holder.
         chain: Vec<String>,
-        /// The command that takes that holder down.
-        release: String,
+        /// The command that takes that holder down, where one does.
+        release: Option<Command>,
     },
     /// One of its disks is open for one user only, who is not otherwise known: a mount in another
     /// namespace, ZFS, or a program.
@@ -71,6 +73,8 @@ pub enum Usage {
         chain: Vec<String>,
         /// The addresses of all these.
         addresses: Vec<InterfaceAddress>,
+        /// The command that takes the interface out of what it is part of, where it is and one does.
+        leave: Option<Command>,
     },
     /// It is the display that the firmware chose, and where the kernel's messages appear.
     BootDisplay,
@@ -153,7 +157,9 @@ impl fmt::Display for Usage {
             Self::SshRoute { chain, client } => {
                 write!(f, "this SSH session, from {client} ({})", chain.join(" > "))
             }
-            Self::Interface { chain, addresses } => {
+            Self::Interface {
+                chain, addresses, ..
+            } => {
                 f.write_str(&chain.join(" > "))?;
                 for shown in addresses.iter().filter(|a| !a.is_link_local()) {
                     write!(f, " {}", shown.address)?;

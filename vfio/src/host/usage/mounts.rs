@@ -1,6 +1,9 @@
 //! What the kernel says is mounted and swapped to.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::host::root::{self, SysRoot};
@@ -18,16 +21,18 @@ impl Mounts {
     /// Reads this process's mount namespace and the host's swap devices.
     pub(super) fn read(root: &SysRoot) -> Self {
         let mut mounts = Self::default();
-        let text = root::text(&root.proc.join("self/mountinfo")).unwrap_or_default();
-        for mount in text.lines().filter_map(Mount::parse) {
+        // Paths are any bytes, and commands have to name them exactly.
+        let text = fs::read(root.proc.join("self/mountinfo")).unwrap_or_default();
+        for mount in text.split(|byte| *byte == b'\n').filter_map(Mount::parse) {
             if let Some(name) = device_name(root, &mount.source) {
                 let at = mounts.by_source.entry(name).or_default();
                 at.push(mount.at.clone());
             }
             if mount.kind == "zfs" {
                 // `pool/dataset/…`
-                let pool = mount.source.split('/').next().unwrap_or_default();
-                let at = mounts.by_pool.entry(pool.to_owned()).or_default();
+                let source = mount.source.to_string_lossy();
+                let pool = root::printable(source.split('/').next().unwrap_or_default());
+                let at = mounts.by_pool.entry(pool).or_default();
                 at.push(mount.at.clone());
             }
             mounts
@@ -40,7 +45,10 @@ impl Mounts {
         mounts.swaps = text
             .lines()
             .skip(1)
-            .filter_map(|line| device_name(root, &unescape(line.split_whitespace().next()?)))
+            .filter_map(|line| {
+                let path = unescape(line.split_whitespace().next()?.as_bytes());
+                device_name(root, &path)
+            })
             .collect();
         mounts
     }
@@ -77,20 +85,22 @@ struct Mount {
     number: String,
     at: PathBuf,
     kind: String,
-    source: String,
+    source: OsString,
 }
 
 impl Mount {
     /// A line of mountinfo (proc_pid_mountinfo(5)):
     /// `36 35 98:0 /root /mountpoint options [optional fields…] - type source options`.
-    fn parse(line: &str) -> Option<Self> {
-        let (left, right) = line.split_once(" - ")?;
-        let mut left = left.split(' ').skip(2);
-        let mut right = right.split(' ');
+    fn parse(line: &[u8]) -> Option<Self> {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let between = line.windows(3).position(|three| three == b" - ")?;
+        let (left, right) = (line.get(..between)?, line.get(between + 3..)?);
+        let mut left = left.split(|byte| *byte == b' ').skip(2);
+        let mut right = right.split(|byte| *byte == b' ');
         Some(Self {
-            number: left.next()?.to_owned(),
-            at: PathBuf::from(unescape(left.nth(1)?)),
-            kind: right.next()?.to_owned(),
+            number: text(left.next()?),
+            at: unescape(left.nth(1)?).into(),
+            kind: text(right.next()?),
             source: unescape(right.next()?),
         })
     }
@@ -98,7 +108,7 @@ impl Mount {
 
 /// The kernel's name of the block device whose node, or a link to it, is `path`: `dm-0` for
 /// `/dev/mapper/vg-root`.
-fn device_name(root: &SysRoot, path: &str) -> Option<String> {
+fn device_name(root: &SysRoot, path: &OsStr) -> Option<String> {
     let path = Path::new(path).strip_prefix("/dev").ok()?;
     let node = root.dev.join(path);
     // In another namespace's container the node may be absent; its name is all that there is.
@@ -108,13 +118,13 @@ fn device_name(root: &SysRoot, path: &str) -> Option<String> {
         .or_else(|_| node.strip_prefix(&root.dev))
         .ok()?;
     // sysfs writes the slash of such names as cciss/c0d0 as an exclamation mark.
-    Some(below.to_str()?.replace('/', "!"))
+    Some(root::one_line(&below.to_string_lossy().replace('/', "!")))
 }
 
 /// Undoes the kernel's octal escapes of white space and backslash: `\040` is a space.
-fn unescape(text: &str) -> String {
+fn unescape(text: &[u8]) -> OsString {
     let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
+    let mut rest = text;
     while let Some((&first, tail)) = rest.split_first() {
         let escape = tail.get(..3).filter(|_| first == b'\\');
         let octal = escape
@@ -131,7 +141,7 @@ fn unescape(text: &str) -> String {
             }
         }
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+    OsString::from_vec(bytes)
 }
 
 #[cfg(test)]
@@ -142,7 +152,7 @@ mod tests {
     #[test]
     fn a_line_with_optional_fields_and_spaces_is_read() {
         let line =
-            "36 35 259:3 /@home /mnt/my\\040disk rw,noatime shared:1 master:2 - btrfs /dev/sda3 rw";
+            b"36 35 259:3 /@home /mnt/my\\040disk rw,noatime shared:1 master:2 - btrfs /dev/sda3 rw";
         let mount = Mount::parse(line).unwrap();
         assert_eq!(mount.number, "259:3");
         assert_eq!(mount.at, Path::new("/mnt/my disk"));
@@ -151,7 +161,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_line_makes_it_fail(line in ".*") {
+        fn no_line_makes_it_fail(line: Vec<u8>) {
             let _ = Mount::parse(&line);
             let _ = unescape(&line);
         }

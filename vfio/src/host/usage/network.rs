@@ -6,7 +6,7 @@ use std::path::Path;
 
 use busway_pci::Bdf;
 
-use super::{InterfaceAddress, Usage};
+use super::{InterfaceAddress, Usage, interface};
 use crate::host::netlink;
 use crate::host::root::{self, SysRoot};
 
@@ -29,16 +29,19 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     let class = root.sys.join("class/net");
     let mut owners = Vec::new();
     let mut above = Above::new();
-    for name in root::names(&class) {
+    for name in root::raw_names(&class) {
         let path = root.target(&class.join(&name));
+        let name = root::one_line(&name.to_string_lossy());
         let uppers = path.as_deref().map(root::names).unwrap_or_default();
         let uppers = uppers
             .iter()
             .filter_map(|entry| entry.strip_prefix("upper_").map(root::one_line))
             .collect();
-        above.insert(root::one_line(&name), uppers);
-        if let Some(owner) = path.as_deref().and_then(root::innermost_pci) {
-            owners.push((owner, root::one_line(&name)));
+        above.insert(name.clone(), uppers);
+        if let Some(path) = path
+            && let Some(owner) = root::innermost_pci(&path)
+        {
+            owners.push((owner, name, path));
         }
     }
     if owners.is_empty() {
@@ -59,13 +62,19 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     let to_client = BTreeSet::from_iter(asked.to_client.or_else(by_table));
 
     let mut uses = Vec::new();
-    for (owner, name) in owners {
+    for (owner, name, path) in owners {
         let chain = stack(&name, &above);
         let its = addresses
             .iter()
             .filter(|address| chain.contains(&address.interface));
         let addresses = its.cloned().collect();
-        uses.push((owner, Usage::Interface { chain, addresses }));
+        let leave = interface::leave(root, &path);
+        let usage = Usage::Interface {
+            chain,
+            addresses,
+            leave,
+        };
+        uses.push((owner, usage));
         if let Some(chain) = way(&name, &above, &defaults) {
             uses.push((owner, Usage::DefaultRoute { chain }));
         }

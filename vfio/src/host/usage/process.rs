@@ -57,7 +57,8 @@ pub(super) fn read(root: &SysRoot, devices: &BTreeMap<Bdf, HostDevice>) -> Vec<(
             };
             let process = process.get_or_insert_with(|| Process {
                 pid,
-                command: root::text(&folder.join("comm")).unwrap_or_else(|| "?".to_owned()),
+                command: root::text(&folder.join("comm"))
+                    .map_or_else(|| "?".to_owned(), |name| root::one_line(&name)),
             });
             if let Held::Card(address, node) = held {
                 let nodes = by_node.entry((address, process.clone())).or_default();
