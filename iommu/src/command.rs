@@ -13,12 +13,12 @@ use std::path::Path;
 /// One or more programs to be run one after the other, each only where the one before succeeded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command {
-    steps: Vec<Step>,
+    steps: Vec<Program>,
 }
 
 /// One program with its arguments, and where its output goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct Program {
     /// The program and its arguments.
     pub words: Vec<Word>,
     /// The file that the output goes to.
@@ -51,7 +51,7 @@ impl Command {
     pub fn new<const N: usize>(words: [&'static str; N]) -> Self {
         let words = words.map(|word| Word::Exact(word.into())).into();
         Self {
-            steps: vec![Step {
+            steps: vec![Program {
                 words,
                 output: None,
             }],
@@ -105,7 +105,7 @@ impl Command {
         self.with(|step| step.output = Some(Output { path, append }))
     }
 
-    fn with(mut self, change: impl FnOnce(&mut Step)) -> Self {
+    fn with(mut self, change: impl FnOnce(&mut Program)) -> Self {
         if let Some(step) = self.steps.last_mut() {
             change(step);
         }
@@ -167,7 +167,7 @@ impl Command {
 
     /// What is run, one after the other; never empty.
     #[must_use]
-    pub fn steps(&self) -> &[Step] {
+    pub fn steps(&self) -> &[Program] {
         &self.steps
     }
 

@@ -28,7 +28,7 @@ mod tracker;
 mod type1;
 
 pub use advice::{IommuAdvice, ParameterChange};
-pub use command::{Command, Output, Step, Word};
+pub use command::{Command, Output, Program, Word};
 pub use dma::{Access, DmaSpace, HostVa, Iova, OpenDmaBuf, Stats};
 pub use error::{MapError, OpenError};
 pub use group::{Group, is_vfio_driver, keeps_group, not_viable};

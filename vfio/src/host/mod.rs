@@ -42,7 +42,7 @@ use busway_pci::Bdf;
 
 pub use bind::{BindOptions, Bound, VFIO_PCI, bind};
 pub use busway_iommu::is_vfio_driver;
-pub use busway_iommu::{Command, IommuAdvice};
+pub use busway_iommu::{Command, IommuAdvice, Output, Program, Word};
 pub use check::{GroupBlocker, Refusal, check_bind, check_unbind};
 pub use device::{HostDevice, Link, LinkState, Resource, Sriov};
 pub use doctor::examine;
