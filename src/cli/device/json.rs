@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use busway_pci::Bdf;
-use busway_vfio::host::{HostDevice, LinkState, Usage};
+use busway_vfio::host::{HostDevice, LinkState, Usage, one_line};
 use serde::{Serialize, Serializer};
 
 use super::facts::Facts;
@@ -208,7 +208,7 @@ fn used(usage: &Usage) -> Use {
     used.kind = match usage {
         Usage::Mounted { chain, at } => {
             used.chain.clone_from(chain);
-            let paths = at.iter().map(|path| path.to_string_lossy().into_owned());
+            let paths = at.iter().map(|path| one_line(&path.to_string_lossy()));
             used.paths = paths.collect();
             "mount"
         }

@@ -59,7 +59,7 @@ pub use permit::{Permit, Permits};
 pub use persist::Persist;
 pub use ready::{Check, DeviceCheck};
 pub use restore::{Outcome, Restored, restore};
-pub use root::SysRoot;
+pub use root::{SysRoot, one_line};
 pub use session::Session;
 pub use steps::{Step, StepError};
 pub use surroundings::{Opens, open_node};

@@ -164,8 +164,9 @@ pub(crate) fn printable(text: &str) -> String {
     }
 }
 
-/// The same on one line.
-pub(crate) fn one_line(text: &str) -> String {
+/// The text on one line, with every character replaced that would steer a terminal.
+#[must_use]
+pub fn one_line(text: &str) -> String {
     printable(text).replace(['\n', '\t'], "\u{fffd}")
 }
 
