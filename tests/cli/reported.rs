@@ -122,6 +122,9 @@ fn every_reported_host_is_told_what_would_have_helped() {
         }
         let (text, _) = examined(&host, "", columns(100));
         write!(shown, "$ busway doctor\n{text}").unwrap();
+        // The made-up host's folder has another name each time.
+        let root = host.path("");
+        let shown = shown.replace(&*root.to_string_lossy(), "/");
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/reported");
         let path = folder.join(format!("{name}.txt"));
         assert_data_eq!(shown, Data::read_from(&path, None).raw());
