@@ -9,6 +9,7 @@
 //! those are `busway-vfio`'s. `unsafe` stands in [`info`] and the private module `sys`.
 
 mod advice;
+mod command;
 mod dma;
 mod error;
 mod group;
@@ -29,6 +30,7 @@ mod type1;
 mod way;
 
 pub use advice::{IommuAdvice, ParameterChange};
+pub use command::{Command, Output, Program, Word};
 pub use dma::{Access, DmaSpace, HostVa, Iova, OpenDmaBuf, Stats};
 pub use error::{MapError, OpenError};
 pub use group::{Group, is_vfio_driver, keeps_group, not_viable};

@@ -37,7 +37,7 @@ pub(super) struct FindingJson<'a> {
 #[derive(Serialize)]
 struct RemedyJson<'a> {
     what: &'a str,
-    command: Option<&'a str>,
+    command: Option<String>,
 }
 
 pub(super) fn json(findings: &[Finding]) -> Vec<FindingJson<'_>> {
@@ -54,7 +54,7 @@ fn one(finding: &Finding) -> FindingJson<'_> {
             .iter()
             .map(|remedy| RemedyJson {
                 what: &remedy.what,
-                command: remedy.command.as_deref(),
+                command: remedy.command.as_ref().map(ToString::to_string),
             })
             .collect(),
     }

@@ -758,10 +758,12 @@ fn obstacles(check: &Check) -> Vec<&'static str> {
 fn advised(check: &Check) -> Vec<Vec<Bdf>> {
     let findings = check.devices.iter().flat_map(|device| &device.findings);
     let commands = findings.flat_map(|finding| &finding.remedies);
-    let commands = commands.filter_map(|remedy| remedy.command.as_deref());
+    let commands = commands.filter_map(|remedy| remedy.command.as_ref().map(ToString::to_string));
     commands
-        .filter_map(|command| command.strip_prefix("busway device bind "))
-        .map(|words| words.split(' ').map(at).collect())
+        .filter_map(|command| {
+            let words = command.strip_prefix("busway device bind ")?;
+            Some(words.split(' ').map(at).collect())
+        })
         .collect()
 }
 
@@ -769,7 +771,7 @@ fn advised(check: &Check) -> Vec<Vec<Bdf>> {
 fn unbound(check: &Check) -> BTreeSet<(String, String)> {
     let findings = check.devices.iter().flat_map(|device| &device.findings);
     let commands = findings.flat_map(|finding| &finding.remedies);
-    let commands = commands.filter_map(|remedy| remedy.command.as_deref());
+    let commands = commands.filter_map(|remedy| remedy.command.as_ref().map(ToString::to_string));
     commands
         .filter_map(|command| {
             let words = command.strip_prefix("echo ")?;

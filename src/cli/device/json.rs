@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use busway_pci::Bdf;
-use busway_vfio::host::{HostDevice, InterfaceAddress, LinkState, Usage};
+use busway_vfio::host::{HostDevice, InterfaceAddress, LinkState, Usage, one_line};
 use serde::{Serialize, Serializer};
 
 use super::facts::Facts;
@@ -229,7 +229,7 @@ fn used(usage: &Usage) -> Use {
     used.kind = match usage {
         Usage::Mounted { chain, at } => {
             used.chain.clone_from(chain);
-            let paths = at.iter().map(|path| path.to_string_lossy().into_owned());
+            let paths = at.iter().map(|path| one_line(&path.to_string_lossy()));
             used.paths = paths.collect();
             "mount"
         }
@@ -240,7 +240,7 @@ fn used(usage: &Usage) -> Use {
         }
         Usage::Held { chain, release } => {
             used.chain.clone_from(chain);
-            used.release.clone_from(release);
+            used.release = release.as_ref().map(ToString::to_string);
             "held"
         }
         Usage::Claimed { disk } => {
@@ -256,7 +256,9 @@ fn used(usage: &Usage) -> Use {
             used.client = Some(client.to_string());
             "ssh"
         }
-        Usage::Interface { chain, addresses } => {
+        Usage::Interface {
+            chain, addresses, ..
+        } => {
             used.chain.clone_from(chain);
             used.addresses = addresses.iter().map(Address::of).collect();
             "interface"

@@ -28,6 +28,8 @@ pub(super) struct Asker {
     memlock: Option<u64>,
     /// The hard limit of open files; none: no limit.
     files: Option<u64>,
+    /// The systemd service that this process is of.
+    pub(super) service: Option<String>,
 }
 
 impl Asker {
@@ -61,6 +63,7 @@ impl Asker {
             is_initial: root.paths().is_in_initial_user_namespace(),
             memlock: limit("Max locked memory"),
             files: limit("Max open files"),
+            service: service(&text("cgroup")),
         }
     }
 
@@ -106,6 +109,21 @@ impl Asker {
     }
 }
 
+/// The systemd service that a process is of, by `/proc/PID/cgroup` (cgroups(7)), whose last folder is a
+/// service, and not a session or a container (a scope). What a user's own service may have its manager's
+/// service has to have: the first of the path.
+fn service(cgroup: &str) -> Option<String> {
+    let lines = cgroup.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        matches!(controllers, "" | "name=systemd").then_some(path)
+    });
+    let is_service = |name: &str| name.ends_with(".service");
+    let mut paths = lines.filter(|path| path.rsplit('/').next().is_some_and(is_service));
+    let path = paths.next()?;
+    let mut names = path.split('/');
+    names.find(|name| is_service(name)).map(str::to_owned)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -122,6 +140,29 @@ mod tests {
             fs::write(own.join("uid_map"), map).unwrap();
         }
         Asker::read(&root)
+    }
+
+    #[test]
+    fn a_service_is_told_from_a_session() {
+        let of = |text| service(text);
+        let service = |name: &str| Some(name.to_owned());
+        assert_eq!(
+            of("0::/system.slice/vm\\x2d1.service\n"),
+            service("vm\\x2d1.service")
+        );
+        let own = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/vm.service\n";
+        assert_eq!(of(own), service("user@1000.service"));
+        let older = "4:memory:/x.service\n1:name=systemd:/system.slice/a@b.service\n";
+        assert_eq!(of(older), service("a@b.service"));
+        for session in [
+            "",
+            "0::/",
+            "nonsense",
+            "0::/user.slice/user-1000.slice/session-3.scope\n",
+            "0::/user.slice/user-1000.slice/user@1000.service/app.slice/xterm.scope\n",
+        ] {
+            assert_eq!(of(session), None, "{session}");
+        }
     }
 
     #[test]

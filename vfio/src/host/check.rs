@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use busway_iommu::{IommuAdvice, keeps_group};
+use busway_iommu::{Command, IommuAdvice, keeps_group};
 use busway_pci::Bdf;
 
 use super::Host;
@@ -12,7 +12,6 @@ use super::finding::Remedy;
 use super::framebuffer;
 use super::modules::module_parameter;
 use super::permit::{Permit, Permits, is_system};
-use super::shell;
 use super::together::Together;
 use super::usage::{self, Process, Usage};
 
@@ -327,30 +326,26 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
             if at.iter().any(|path| is_system(path)) {
                 Remedy::words("the host runs from it, and will not survive it")
             } else {
-                // What is mounted deeper has to go first.
-                Remedy::typed(
-                    "unmount it first",
-                    shell::command("umount", at.iter().rev()),
-                )
+                // What is mounted within another goes first.
+                let command = Command::new(["umount"]).operands(at.iter().rev());
+                Remedy::command("unmount it first", command)
             }
         }
-        Usage::Swap { device, .. } => Remedy::typed(
+        Usage::Swap { device, .. } => Remedy::command(
             "stop swapping to it first",
-            shell::command("swapoff", [device]),
+            Command::new(["swapoff"]).operand(device),
         ),
-        Usage::Held { chain, release } => match release {
-            Some(release) => Remedy::command("take it down first", release),
+        Usage::Held { release, chain } => match release {
+            Some(release) => Remedy::command("take it down first", release.clone()),
             None => {
-                let top = chain.last().map_or("what holds it", String::as_str);
-                Remedy::words(format!("stop what made {top} first"))
+                let last = chain.last().map_or("it", String::as_str);
+                Remedy::words(format!("stop what made {last} first"))
             }
         },
-        Usage::Claimed { disk } => Remedy::typed(
+        Usage::Claimed { disk } => Remedy::command(
             "end that use first; it may be ZFS, a mount in a container, or a program",
-            shell::command(
-                "fuser --verbose",
-                [format!("/dev/{}", disk.replace('!', "/"))],
-            ),
+            Command::new(["fuser", "--verbose"])
+                .operand(format!("/dev/{}", disk.replace('!', "/"))),
         ),
         Usage::DefaultRoute { .. } => Remedy::words(
             "the host reaches the network by it: give it another default route first, and remove \
@@ -359,23 +354,16 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
         Usage::SshRoute { .. } => Remedy::words(
             "you would cut yourself off: come by another way, or from the host's own console",
         ),
-        Usage::Interface { chain, .. } => {
-            let name = chain.first().map_or("", String::as_str);
-            // After the word `dev` any name is one, also where it is a word of ip's.
-            let word = |name: &str| shell::word(name.as_ref());
-            Remedy::typed(
-                "take it out of there first",
-                match chain.get(1) {
-                    Some(upper) if upper.contains('.') => {
-                        word(upper).map(|upper| format!("ip link delete dev {upper}"))
-                    }
-                    _ => word(name).map(|name| format!("ip link set dev {name} nomaster")),
-                },
-            )
+        Usage::Interface { leave, .. } => {
+            let what = "take it out of there first";
+            match leave {
+                Some(leave) => Remedy::command(what, leave.clone()),
+                None => Remedy::words(what),
+            }
         }
         Usage::Representors { .. } => Remedy::command(
             "they go with the functions that they stand for; remove these first",
-            format!("busway device vfs {address} 0"),
+            remove_functions(address),
         ),
         Usage::NetworkStorage { at, .. } if at.iter().any(|path| is_system(path)) => {
             Remedy::words("the host runs from it, and will not survive it")
@@ -389,27 +377,48 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
         }
         Usage::OtherNamespace => Remedy::command(
             "end what has it, or have it given back: these are the namespaces, each with a process in it",
-            "lsns --type net",
+            Command::new(["lsns", "--type", "net"]),
         ),
         Usage::BootDisplay => Remedy::words(
             "the host's console would go dark: use another display, or reach the host by network",
         ),
-        Usage::VirtualFunctions { .. } => Remedy::command(
-            "remove them first",
-            format!("busway device vfs {address} 0"),
-        ),
-        Usage::Process(process) => Remedy::command(
-            format!("end process {} first", process.pid),
-            format!("kill {}", process.pid),
-        ),
+        Usage::VirtualFunctions { .. } => {
+            Remedy::command("remove them first", remove_functions(address))
+        }
+        Usage::Process(process) => {
+            Remedy::command(format!("end process {} first", process.pid), kill(process))
+        }
         Usage::Opened { process, .. } => Remedy::command(
             format!(
                 "have {} close it, or end it: until then taking the device hangs, or breaks what it does",
                 process.command
             ),
-            format!("kill {}", process.pid),
+            kill(process),
         ),
     }
+}
+
+fn kill(process: &Process) -> Command {
+    Command::new(["kill"]).operand(process.pid.to_string())
+}
+
+/// The command that removes a physical function's virtual ones.
+pub(super) fn remove_functions(address: Bdf) -> Command {
+    Command::new(["busway", "device", "vfs"])
+        .operand(address.to_string())
+        .operand("0")
+}
+
+/// The command that takes a bridge from its driver.
+pub(super) fn let_go(bridge: &GroupBlocker) -> Command {
+    let driver = format!("/sys/bus/pci/drivers/{}/unbind", bridge.driver);
+    Command::write(bridge.address.to_string(), driver)
+}
+
+/// The command that gives devices to VFIO together.
+pub(super) fn bind<'a>(addresses: impl IntoIterator<Item = &'a Bdf>) -> Command {
+    let addresses = addresses.into_iter().map(Bdf::to_string);
+    Command::new(["busway", "device", "bind"]).operands(addresses)
 }
 
 fn group_not_viable(
@@ -437,11 +446,7 @@ fn group_not_viable(
         }
     }
     for bridge in blockers.iter().filter(|b| b.is_bridge) {
-        write!(
-            f,
-            "\n  take the bridge from its driver: echo {} > /sys/bus/pci/drivers/{}/unbind",
-            bridge.address, bridge.driver
-        )?;
+        write!(f, "\n  take the bridge from its driver: {}", let_go(bridge))?;
     }
     let others: Vec<_> = blockers.iter().filter(|b| !b.is_bridge).collect();
     if others.is_empty() {
@@ -459,11 +464,7 @@ fn group_not_viable(
         ""
     };
     let how = how_together(asked, all);
-    write!(
-        f,
-        "\n  {free}{how}: busway device bind {}",
-        join(&mut all.iter())
-    )?;
+    write!(f, "\n  {free}{how}: {}", bind(all))?;
     allow_group(f)
 }
 
@@ -520,7 +521,11 @@ pub(super) const DENIAL: &str = "by known faults a guest could harm the host";
 pub(super) fn allow_denied() -> Remedy {
     Remedy::command(
         "where the guest is trusted",
-        "modprobe -r vfio-pci; modprobe vfio-pci disable_denylist=1",
+        Command::new(["modprobe", "-r", "vfio-pci"]).then(Command::new([
+            "modprobe",
+            "vfio-pci",
+            "disable_denylist=1",
+        ])),
     )
 }
 

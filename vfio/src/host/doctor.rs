@@ -1,12 +1,15 @@
 //! A whole host looked over: can it run guests, and give them its devices?
 
+use busway_iommu::Command;
+
 use super::Host;
 use super::asker::Asker;
+use super::boot::Loader;
 use super::finding::{Finding, Level, Remedy};
 use super::hugepages;
 use super::modules::{Availability, availability};
 use super::root::{self, SysRoot};
-use super::surroundings::{self, Opens, add_parameter, remove_parameter};
+use super::surroundings::{self, Opens};
 
 /// Everything that was found, the processor first and the devices last. `memory` is a guest's, in bytes;
 /// `opens` is asked whether a node can be opened.
@@ -115,7 +118,7 @@ fn kvm(root: &SysRoot, cpu: &Cpu, asker: &Asker, opens: Opens<'_>) -> Vec<Findin
             Availability::Missing => finding.remedy(Remedy::words(
                 "boot a kernel that was built with CONFIG_KVM_INTEL or CONFIG_KVM_AMD",
             )),
-            _ => finding.remedy(Remedy::command("load it", format!("modprobe {module}"))),
+            _ => finding.remedy(Remedy::command("load it", load(module))),
         }];
     }
     let mut findings: Vec<_> = surroundings::node(root, asker, "kvm", opens)
@@ -132,13 +135,18 @@ fn kvm(root: &SysRoot, cpu: &Cpu, asker: &Asker, opens: Opens<'_>) -> Vec<Findin
     let paging = root::text(&paging.join(if cpu.is_amd() { "npt" } else { "ept" }));
     if paging.is_some_and(|text| text == "N" || text == "0") {
         let text = "nested paging is off, and guests are many times slower for it";
-        let remedy = Remedy::command(
-            "have it on",
-            format!("modprobe -r {module}; modprobe {module}"),
-        );
+        let remedy = Remedy::command("have it on", unload(module).then(load(module)));
         findings.push(Finding::new(Level::Warning, TOPIC, text).remedy(remedy));
     }
     findings
+}
+
+fn load(module: &str) -> Command {
+    Command::new(["modprobe"]).operand(module)
+}
+
+fn unload(module: &str) -> Command {
+    Command::new(["modprobe", "-r"]).operand(module)
 }
 
 /// Whether a guest can run guests.
@@ -157,7 +165,7 @@ fn nested(root: &SysRoot) -> Option<Finding> {
         )
         .remedy(Remedy::command(
             "where they are to",
-            format!("modprobe -r {module}; modprobe {module} nested=1"),
+            unload(&module).then(load(&module).operand("nested=1")),
         )),
     })
 }
@@ -188,7 +196,10 @@ fn files(asker: &Asker) -> Option<Finding> {
         return Some(Finding::new(Level::Fine, "files", text));
     }
     let text = format!("{text}: too few for devices with many interrupt vectors");
-    let remedy = Remedy::command("as root, for this shell", "prlimit --nofile=65536 --pid $$");
+    let remedy = Remedy::command(
+        "as root, for this shell",
+        Command::new(["prlimit", "--nofile=65536", "--pid"]).shell_process(),
+    );
     Some(Finding::new(Level::Warning, "files", text).remedy(remedy))
 }
 
@@ -225,7 +236,10 @@ fn huge_pages(root: &SysRoot) -> Vec<Finding> {
     }
     if parts.is_empty() {
         let text = "no huge pages are set aside; guests use transparent ones where they can";
-        let remedy = Remedy::command("to set some aside", "busway hugepages --help");
+        let remedy = Remedy::command(
+            "to set some aside",
+            Command::new(["busway", "hugepages", "--help"]),
+        );
         return vec![Finding::new(Level::Note, TOPIC, text).remedy(remedy)];
     }
     let finding = Finding::new(Level::Fine, TOPIC, parts.join("; "));
@@ -234,7 +248,10 @@ fn huge_pages(root: &SysRoot) -> Vec<Finding> {
     }
     let words: Vec<_> = low.iter().map(u32::to_string).collect();
     let text = format!("hardly any huge page is free on node {}", words.join(", "));
-    let remedy = Remedy::command("to set more aside", "busway hugepages --help");
+    let remedy = Remedy::command(
+        "to set more aside",
+        Command::new(["busway", "hugepages", "--help"]),
+    );
     vec![
         finding,
         Finding::new(Level::Warning, TOPIC, text).remedy(remedy),
@@ -264,16 +281,19 @@ fn command_line(root: &SysRoot, cpu: &Cpu) -> Vec<Finding> {
         if words.contains(&word) {
             findings.push(
                 Finding::new(Level::Warning, TOPIC, format!("{word}: {why}"))
-                    .remedy(remove_parameter(word)),
+                    .remedy(Loader::read(root).remove(word)),
             );
         }
     }
-    let overridden = words.iter().any(|w| w.starts_with("pcie_acs_override"));
-    if overridden {
+    let overridden = words.iter().find(|word| {
+        let name = word.split_once('=').map_or(**word, |(name, _)| name);
+        name == "pcie_acs_override"
+    });
+    if let Some(word) = overridden {
         let text = "pcie_acs_override: groups are made smaller than the hardware keeps apart, so that \
                     a guest may reach devices that are not its own";
         findings.push(
-            Finding::new(Level::Warning, TOPIC, text).remedy(remove_parameter("pcie_acs_override")),
+            Finding::new(Level::Warning, TOPIC, text).remedy(Loader::read(root).remove(word)),
         );
     }
     let told = words.iter().any(|word| {
@@ -287,7 +307,7 @@ fn command_line(root: &SysRoot, cpu: &Cpu) -> Vec<Finding> {
     if cpu.vendor == "GenuineIntel" && !told && root.paths().has_iommu() {
         let text = "the IOMMU is on without intel_iommu=on: another kernel may have it off";
         let finding = Finding::new(Level::Note, TOPIC, text);
-        findings.push(finding.remedies(add_parameter("intel_iommu=on")));
+        findings.push(finding.remedies(Loader::read(root).add("intel_iommu=on")));
     }
     if findings.is_empty() {
         let text = "nothing on the kernel's command line is in the way";
@@ -378,6 +398,8 @@ fn devices(root: &SysRoot) -> Finding {
         all.len(),
         alone.count(),
     );
-    Finding::new(Level::Fine, TOPIC, text)
-        .remedy(Remedy::command("which they are", "busway device list"))
+    Finding::new(Level::Fine, TOPIC, text).remedy(Remedy::command(
+        "which they are",
+        Command::new(["busway", "device", "list"]),
+    ))
 }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use busway_iommu::Command;
+
 /// How much a finding matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -34,7 +36,7 @@ pub struct Remedy {
     /// In words.
     pub what: String,
     /// The command that does it, where one does.
-    pub command: Option<String>,
+    pub command: Option<Command>,
 }
 
 impl Remedy {
@@ -46,22 +48,12 @@ impl Remedy {
         }
     }
 
-    /// Something that a command does.
-    pub fn command(what: impl Into<String>, command: impl Into<String>) -> Self {
+    /// Something that a command does. Where a name in it cannot be written on a line, the words alone
+    /// stay.
+    pub fn command(what: impl Into<String>, command: Command) -> Self {
         Self {
             what: what.into(),
-            command: Some(command.into()),
-        }
-    }
-}
-
-impl Remedy {
-    /// Something that a command does, where its names can be typed; else words say so.
-    pub(super) fn typed(what: impl Into<String>, command: Option<String>) -> Self {
-        let what = what.into();
-        match command {
-            Some(_) => Self { what, command },
-            None => Self::words(format!("{what} (a name in it cannot be typed)")),
+            command: Some(command).filter(Command::can_be_written),
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use busway_pci::Bdf;
 
+use super::boot::Loader;
 use super::finding::{Finding, Level, Remedy};
 use super::root::{self, SysRoot};
-use super::surroundings::add_parameter;
 
 /// What `/proc/iomem` calls it: the platform's device (drivers/firmware/sysfb_simplefb.c) and the
 /// drivers that take it (drivers/video/fbdev/efifb.c, vesafb.c, simplefb.c; drivers/gpu/drm/sysfb).
@@ -58,7 +58,7 @@ pub(super) fn finding(root: &SysRoot, address: Bdf) -> Option<Finding> {
          takes a display), by a parameter of its command line",
     ));
     // video=efifb:off is without effect since the frame buffer is a device of its own (Linux 5.15).
-    Some(finding.remedies(add_parameter("initcall_blacklist=sysfb_init")))
+    Some(finding.remedies(Loader::read(root).add("initcall_blacklist=sysfb_init")))
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 //! does without what it needs, for a reason that nothing in the guest names. So it is said before. A row
 //! says what is missing and what comes of it; where a device works whole, it has none.
 
+use busway_iommu::Command;
+
 use super::device::HostDevice;
 use super::finding::{Finding, Level, Remedy};
 
@@ -91,7 +93,7 @@ const KINDS: &[Kind] = &[
         remedy: |_| {
             Remedy::command(
                 "leave it to the host, and give the guest what is plugged in, by its own address",
-                "busway device list --tree",
+                Command::new(["busway", "device", "list", "--tree"]),
             )
         },
     },
@@ -163,7 +165,9 @@ fn in_place_of_integrated_graphics(device: &HostDevice) -> Remedy {
         Some(sriov) if sriov.total > 0 => Remedy::command(
             "leave it to the host and give the guest a virtual function of it, which needs neither \
              (its driver on the host has to have been made for that)",
-            format!("busway device vfs {} 1", device.address),
+            Command::new(["busway", "device", "vfs"])
+                .operand(device.address.to_string())
+                .operand("1"),
         ),
         _ => Remedy::words(
             "give the guest a graphics card, or use these for computing and video and see the guest by \

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use busway_iommu::{FIRMWARE_REMEDY, IommuAdvice, is_vfio_driver};
+use busway_iommu::{Command, FIRMWARE_REMEDY, IommuAdvice, is_vfio_driver};
 use busway_pci::Bdf;
 
 use super::acs::{self, Acs};
@@ -50,8 +50,12 @@ impl Check {
             findings: match host.device(address) {
                 Some(device) => device_findings(host, device, addresses, &aliases, &asker, opens),
                 None => vec![
-                    Finding::new(Level::Obstacle, "device", "there is no such PCI device")
-                        .remedy(Remedy::command("see those there are", "busway device list")),
+                    Finding::new(Level::Obstacle, "device", "there is no such PCI device").remedy(
+                        Remedy::command(
+                            "see those there are",
+                            Command::new(["busway", "device", "list"]),
+                        ),
+                    ),
                 ],
             },
         });
@@ -106,7 +110,10 @@ fn device_findings(
 ) -> Vec<Finding> {
     if device.is_bridge() {
         let text = "it is a bridge, which no guest can be given";
-        let remedy = Remedy::command("name the devices behind it", "busway device list --tree");
+        let remedy = Remedy::command(
+            "name the devices behind it",
+            Command::new(["busway", "device", "list", "--tree"]),
+        );
         return vec![Finding::new(Level::Obstacle, "device", text).remedy(remedy)];
     }
     if let Some(maker) = check::ends_with(host, device, asked) {
@@ -143,7 +150,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
         };
         let finding = Finding::new(Level::Obstacle, "group", text);
         return finding.remedies(match advice {
-            IommuAdvice::NotBehind => advised(advice),
+            IommuAdvice::NotBehind => advised(&host.root, advice),
             // The host's own findings say the rest.
             _ => vec![Remedy::words(advice.to_string())],
         });
@@ -175,10 +182,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     for bridge in blockers.iter().filter(|blocker| blocker.is_bridge) {
         finding = finding.remedy(Remedy::command(
             "take the bridge from its driver",
-            format!(
-                "echo {} > /sys/bus/pci/drivers/{}/unbind",
-                bridge.address, bridge.driver
-            ),
+            check::let_go(bridge),
         ));
     }
     if blockers.iter().all(|blocker| blocker.is_bridge) {
@@ -187,7 +191,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     finding.remedy(match Together::of(host, device, asked) {
         Together::Bind(all) => Remedy::command(
             check::how_together(&[device.address], &all),
-            format!("busway device bind {}", join(all.iter())),
+            check::bind(&all),
         ),
         Together::Chipset(functions) => Remedy::words(check::chipset(&functions)),
     })
@@ -272,7 +276,7 @@ fn driver(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
                 true => "give it to VFIO",
                 false => "give what it is part of to VFIO",
             },
-            format!("busway device bind {}", join(all.iter())),
+            check::bind(&all),
         )),
         // The finding about its group says why there is no way.
         Together::Chipset(_) => finding,
@@ -287,10 +291,10 @@ fn variant(device: &HostDevice, aliases: &Aliases) -> Option<Finding> {
         return None;
     }
     let text = format!("{best} is made for this kind of device, and vfio-pci has it");
-    let address = device.address;
+    let unbind = Command::new(["busway", "device", "unbind"]).operand(device.address.to_string());
     let remedy = Remedy::command(
         "to have what that driver adds, such as migration",
-        format!("busway device unbind {address} && busway device bind {address}"),
+        unbind.then(check::bind([&device.address])),
     );
     Some(Finding::new(Level::Note, "variant", text).remedy(remedy))
 }
@@ -391,7 +395,9 @@ fn reserved(host: &Host, device: &HostDevice) -> Vec<Finding> {
                 .remedy(Remedy::words(FIRMWARE_REMEDY))
                 .remedy(Remedy::command(
                     "see all of them",
-                    format!("cat /sys/kernel/iommu_groups/{group}/reserved_regions"),
+                    Command::new(["cat"]).operand(format!(
+                        "/sys/kernel/iommu_groups/{group}/reserved_regions"
+                    )),
                 )),
             ),
             "direct-relaxable" => Some(Finding::new(

@@ -1,11 +1,14 @@
 //! Where the kernel's file systems are mounted, and reading their small files.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use busway_iommu::HostPaths;
-pub(crate) use busway_iommu::{one_line, printable};
+pub use busway_iommu::one_line;
+pub(crate) use busway_iommu::printable;
 use busway_pci::Bdf;
 
 /// The mount points that the host is read from: the real ones, or a made-up tree.
@@ -127,6 +130,18 @@ pub(crate) fn text(path: &Path) -> Option<String> {
 /// The same of an attribute of sysfs, which gives all that it has in one read of a page
 /// (Documentation/filesystems/sysfs.rst): neither its length nor its end is asked for.
 pub(crate) fn attribute(path: &Path) -> Option<String> {
+    Some(printable(String::from_utf8_lossy(&page(path)?).trim()))
+}
+
+/// The bytes of an attribute of sysfs that is a name, without the line end that the kernel writes behind
+/// it.
+pub(crate) fn raw_name(path: &Path) -> Option<OsString> {
+    let mut bytes = page(path)?;
+    bytes.pop_if(|last| *last == b'\n');
+    Some(OsString::from_vec(bytes))
+}
+
+fn page(path: &Path) -> Option<Vec<u8>> {
     let mut page = [0; 4096];
     let mut file = File::open(path).ok()?;
     let length = loop {
@@ -135,8 +150,7 @@ pub(crate) fn attribute(path: &Path) -> Option<String> {
             read => break read.ok()?,
         }
     };
-    let bytes = page.get(..length)?;
-    Some(printable(String::from_utf8_lossy(bytes).trim()))
+    Some(page.get(..length)?.to_vec())
 }
 
 /// A number written as `0x1af4`.
@@ -154,6 +168,16 @@ pub(crate) fn number<T: std::str::FromStr>(path: &Path) -> Option<T> {
 pub(crate) fn link_name(path: &Path) -> Option<String> {
     let target = fs::read_link(path).ok()?;
     Some(one_line(&target.file_name()?.to_string_lossy()))
+}
+
+/// The names in a folder as their bytes are, sorted; none where it is absent or may not be read.
+pub(crate) fn raw_names(folder: &Path) -> Vec<OsString> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    let mut names: Vec<_> = entries
+        .filter_map(|entry| Some(entry.ok()?.file_name()))
+        .collect();
+    names.sort();
+    names
 }
 
 /// The names in a folder, sorted; none where it is absent or may not be read.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::hugepages::pool_folder;
@@ -166,19 +167,22 @@ impl Step {
     #[must_use]
     pub fn command(&self, root: &SysRoot) -> String {
         match self.action(root) {
-            Action::Write(attribute, value) => {
-                let value = value.trim();
-                let space = if value.is_empty() { "" } else { " " };
-                format!("echo{space}{value} > {}", attribute.display())
-            }
-            Action::Load(module) => format!("modprobe {module}"),
-            Action::Own(node, user) => format!("chown {user} {}", node.display()),
+            Action::Write(attribute, value) => Command::write(value.trim(), attribute).to_string(),
+            Action::Load(module) => Command::new(["modprobe"]).operand(module).to_string(),
+            Action::Own(node, user) => Command::new(["chown"])
+                .operand(user.to_string())
+                .operand(node)
+                .to_string(),
             Action::SetFunction(interface, vf, setting) => {
-                format!("ip link set {interface} vf {vf} {setting}")
+                let command = Command::new(["ip", "link", "set", "dev"]).operand(interface);
+                let command = command.operand("vf").operand(vf.to_string());
+                let setting = setting.to_string();
+                command.operands(setting.split(' ')).to_string()
             }
-            Action::Remove(path) => format!("rm {}", path.display()),
+            Action::Remove(path) => Command::new(["rm"]).operand(path).to_string(),
             Action::Save(path, text, _) => {
-                format!("cat > {} <<'END'\n{text}END", path.display())
+                let to = Command::new(["cat"]).output_to(path);
+                format!("{to} <<'END'\n{text}END")
             }
         }
     }

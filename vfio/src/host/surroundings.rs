@@ -4,9 +4,10 @@
 use std::io;
 use std::path::Path;
 
-use busway_iommu::{HostPaths, IommuAdvice, Obstacle, ParameterChange};
+use busway_iommu::{Command, HostPaths, IommuAdvice, Obstacle, ParameterChange};
 
 use super::asker::Asker;
+use super::boot::Loader;
 use super::finding::{Finding, Level, Remedy};
 use super::modules::{Availability, availability};
 use super::root::{self, SysRoot};
@@ -36,7 +37,7 @@ pub(super) fn iommu(root: &SysRoot) -> Finding {
                  such as DPDK, and no guest"
             }
         };
-        return Finding::new(Level::Obstacle, "iommu", text).remedies(advised(advice));
+        return Finding::new(Level::Obstacle, "iommu", text).remedies(advised(root, advice));
     }
     let units = root::names(&root.sys.join("class/iommu"));
     let kind = match units.first() {
@@ -71,39 +72,14 @@ fn address_bits(root: &SysRoot, units: &[String]) -> Option<u64> {
 }
 
 /// What an advice comes to, as remedies.
-pub(super) fn advised(advice: IommuAdvice) -> Vec<Remedy> {
+pub(super) fn advised(root: &SysRoot, advice: IommuAdvice) -> Vec<Remedy> {
     let mut remedies = vec![Remedy::words(advice.to_string())];
     match advice.parameter() {
-        Some(ParameterChange::Add(word)) => remedies.extend(add_parameter(word)),
-        Some(ParameterChange::Remove(word)) => remedies.push(remove_parameter(word)),
+        Some(ParameterChange::Add(word)) => remedies.extend(Loader::read(root).add(word)),
+        Some(ParameterChange::Remove(word)) => remedies.push(Loader::read(root).remove(word)),
         None => {}
     }
     remedies
-}
-
-/// How distributions add a word to the kernel's command line.
-pub(super) fn add_parameter(word: &str) -> [Remedy; 2] {
-    [
-        Remedy::command(
-            "on Debian and Ubuntu, then reboot",
-            format!(
-                "echo 'GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX {word}\"' \
-                 >> /etc/default/grub && update-grub"
-            ),
-        ),
-        Remedy::command(
-            "on Fedora and RHEL, then reboot",
-            format!("grubby --update-kernel=ALL --args={word}"),
-        ),
-    ]
-}
-
-/// How a word is taken from the kernel's command line.
-pub(super) fn remove_parameter(word: &str) -> Remedy {
-    Remedy::command(
-        format!("boot the kernel without {word} (on Debian and Ubuntu, then reboot)"),
-        format!("sed -i 's/ *{word}//' /etc/default/grub && update-grub"),
-    )
 }
 
 /// Whether the host remaps interrupts.
@@ -174,7 +150,7 @@ pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
             .into_iter()
             .find(|word| parameters.split(' ').any(|w| w == *word));
         finding = finding.remedy(match switch {
-            Some(word) => remove_parameter(word),
+            Some(word) => Loader::read(root).remove(word),
             None => {
                 Remedy::words("turn interrupt remapping (or x2APIC) on in the firmware's set-up")
             }
@@ -186,7 +162,10 @@ pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
     };
     Some(finding.remedy(Remedy::command(
         "where every guest is trusted",
-        format!("echo Y > /sys/module/{module}/parameters/allow_unsafe_interrupts"),
+        Command::write(
+            "Y",
+            format!("/sys/module/{module}/parameters/allow_unsafe_interrupts"),
+        ),
     )))
 }
 
@@ -200,6 +179,7 @@ pub(super) fn modules(root: &SysRoot) -> Vec<Finding> {
         availability(root, "vfio_pci")
     };
     findings.push(module(
+        root,
         "vfio-pci",
         "CONFIG_VFIO_PCI",
         driver,
@@ -214,6 +194,7 @@ pub(super) fn modules(root: &SysRoot) -> Vec<Finding> {
         }
         _ => {
             findings.push(module(
+                root,
                 "vfio_iommu_type1",
                 "CONFIG_VFIO_IOMMU_TYPE1",
                 type1,
@@ -226,7 +207,11 @@ pub(super) fn modules(root: &SysRoot) -> Vec<Finding> {
     findings
 }
 
-fn module(name: &str, option: &str, is: Availability, does: &str) -> Finding {
+fn release(root: &SysRoot) -> String {
+    root::text(&root.proc.join("sys/kernel/osrelease")).unwrap_or_else(|| "generic".to_owned())
+}
+
+fn module(root: &SysRoot, name: &str, option: &str, is: Availability, does: &str) -> Finding {
     let topic = "modules";
     match is {
         Availability::There => Finding::new(
@@ -238,7 +223,7 @@ fn module(name: &str, option: &str, is: Availability, does: &str) -> Finding {
             let text = format!("{name}, which {does}, is not loaded yet");
             let remedy = Remedy::command(
                 "busway device bind loads it; by hand",
-                format!("modprobe {name}"),
+                Command::new(["modprobe"]).operand(name),
             );
             Finding::new(Level::Note, topic, text).remedy(remedy)
         }
@@ -248,15 +233,18 @@ fn module(name: &str, option: &str, is: Availability, does: &str) -> Finding {
             finding.remedies([
                 Remedy::command(
                     "on Ubuntu it is in a package of its own",
-                    "apt-get install linux-modules-extra-$(uname -r)",
+                    Command::new(["apt-get", "install"])
+                        .setting("linux-modules-extra-", release(root)),
                 ),
                 Remedy::words(format!("or boot a kernel that was built with {option}")),
             ])
         }
         Availability::Unknown => {
             let text = format!("{name}, which {does}, is not loaded");
-            Finding::new(Level::Note, topic, text)
-                .remedy(Remedy::command("load it", format!("modprobe {name}")))
+            Finding::new(Level::Note, topic, text).remedy(Remedy::command(
+                "load it",
+                Command::new(["modprobe"]).operand(name),
+            ))
         }
     }
 }
@@ -281,11 +269,14 @@ pub(super) fn node(
             // Made by udev for a group of users.
             "kvm" => Remedy::command(
                 "join its group, and log in again",
-                format!("usermod --append --groups kvm $(id -un {})", asker.user),
+                Command::new(["usermod", "--append", "--groups", "kvm"])
+                    .printed(Command::new(["id", "-un"]).operand(asker.user.to_string())),
             ),
             _ => Remedy::command(
                 "as root, give it away",
-                format!("chown {} {shown}", asker.user),
+                Command::new(["chown"])
+                    .operand(asker.user.to_string())
+                    .operand(&shown),
             ),
         };
         return Some(finding.remedy(remedy));
@@ -297,7 +288,9 @@ pub(super) fn node(
                 format!("the device cgroup forbids {shown} (character device {major}:{minor})");
             let finding = Finding::new(Level::Obstacle, TOPIC, text);
             Some(finding.remedies([
-                Remedy::command("in a container", format!("docker run --device {shown} …")),
+                Remedy::words(format!(
+                    "in a container of Docker or Podman: --device {shown}"
+                )),
                 Remedy::words(format!("in a systemd unit: DeviceAllow={shown} rw")),
             ]))
         }
@@ -336,19 +329,23 @@ pub(super) fn memlock(asker: &Asker, need: u64) -> Finding {
                 mib(limit)
             ),
         )
-        .remedies([
-            Remedy::command(
-                "as root, for this shell",
-                "prlimit --memlock=unlimited --pid $$",
-            ),
-            Remedy::command(
-                "as root, for good",
-                format!(
-                    "echo '{} - memlock unlimited' > /etc/security/limits.d/vfio.conf",
-                    asker.user
+        .remedies(match &asker.service {
+            Some(unit) => vec![lock_in_service(unit)],
+            None => vec![
+                Remedy::command(
+                    "as root, for this shell",
+                    Command::new(["prlimit", "--memlock=unlimited", "--pid"]).shell_process(),
                 ),
-            ),
-        ]),
+                // limits.conf(5): a user by number stands behind a colon.
+                Remedy::command(
+                    "as root, for good",
+                    Command::write(
+                        format!(":{} - memlock unlimited", asker.user),
+                        "/etc/security/limits.d/vfio.conf",
+                    ),
+                ),
+            ],
+        }),
         Some(limit) => Finding::new(
             Level::Fine,
             TOPIC,
@@ -356,6 +353,26 @@ pub(super) fn memlock(asker: &Asker, need: u64) -> Finding {
         ),
         None => Finding::new(Level::Fine, TOPIC, "any amount of memory may be locked"),
     }
+}
+
+/// How a service is let lock memory, which no limits of users' sessions do (systemd.exec(5),
+/// LimitMEMLOCK=).
+fn lock_in_service(unit: &str) -> Remedy {
+    let folder = Path::new("/etc/systemd/system").join(format!("{unit}.d"));
+    let command = Command::new(["mkdir", "-p"])
+        .operand(&folder)
+        .then(Command::write_lines(
+            ["[Service]", "LimitMEMLOCK=infinity"],
+            folder.join("memlock.conf"),
+        ))
+        .then(Command::new(["systemctl", "daemon-reload"]))
+        .then(
+            Command::new(["systemctl", "restart"])
+                .end_of_options()
+                .operand(unit),
+        );
+    let what = "as root, for the service that this runs in, which is started again";
+    Remedy::command(what, command)
 }
 
 /// Whether the kernel is locked down, and what that means here.

@@ -261,6 +261,10 @@ impl FakeHost {
         for upper in uppers {
             let target = format!("sys/devices/virtual/net/{upper}");
             self.link(&format!("{folder}/upper_{upper}"), &target);
+            // Bonds and bridges are masters of their ports; a VLAN (`bond0.7`) is none.
+            if !upper.contains('.') {
+                self.link(&format!("{folder}/master"), &target);
+            }
         }
         self.link(&format!("sys/class/net/{name}"), &folder);
     }

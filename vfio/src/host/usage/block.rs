@@ -1,16 +1,18 @@
 //! Disks, and what stands on them: partitions, LVM, RAID, encryption, file systems, swap.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::fs::OpenOptions;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::Usage;
 use super::mounts::{Mounts, device_name};
 use crate::host::root::{self, SysRoot};
-use crate::host::shell;
 
 /// How deep one block device may stand on another. Real stacks have fewer than ten.
 const DEEPEST: usize = 32;
@@ -44,6 +46,8 @@ struct Block {
 #[derive(Debug)]
 struct Mapped {
     name: String,
+    /// The name's bytes.
+    raw: OsString,
     uuid: String,
 }
 
@@ -152,7 +156,7 @@ impl Blocks {
             let file = root::attribute(&path.join("loop/backing_file"));
             let written = root::attribute(&path.join("backing_dev"));
             for on in file.into_iter().chain(written) {
-                match device_name(root, &on).filter(|name| self.nodes.contains_key(name)) {
+                match device_name(root, on.as_ref()).filter(|name| self.nodes.contains_key(name)) {
                     Some(name) => lower.push(name),
                     None => {
                         let file = Path::new(on.strip_suffix(" (deleted)").unwrap_or(&on));
@@ -261,7 +265,10 @@ impl Blocks {
             chain.push(format!("ZFS {pool}"));
             let at = self.mounts.of_pool(pool);
             found.push(if at.is_empty() {
-                let release = shell::command("zpool export", [pool]);
+                let release = Command::new(["zpool", "export"])
+                    .end_of_options()
+                    .operand(pool);
+                let release = Some(release);
                 Usage::Held { chain, release }
             } else {
                 Usage::Mounted { chain, at }
@@ -305,8 +312,9 @@ impl Block {
     fn read(root: &SysRoot, path: &Path) -> Option<Self> {
         let number = root::attribute(&path.join("dev"))?;
         let holders = root::names(&path.join("holders")).into_iter();
-        let mapped = root::attribute(&path.join("dm/name")).map(|name| Mapped {
-            name: root::one_line(&name),
+        let mapped = root::raw_name(&path.join("dm/name")).map(|name| Mapped {
+            name: root::one_line(&name.to_string_lossy()),
+            raw: name,
             uuid: root::attribute(&path.join("dm/uuid")).unwrap_or_default(),
         });
         Some(Self {
@@ -324,7 +332,7 @@ impl Block {
     /// Its node, by the name that people know.
     fn node(&self, name: &str) -> PathBuf {
         match &self.mapped {
-            Some(mapped) => Path::new("/dev/mapper").join(&mapped.name),
+            Some(mapped) => Path::new("/dev/mapper").join(mangled(&mapped.raw)),
             None => Path::new("/dev").join(name.replace('!', "/")),
         }
     }
@@ -364,24 +372,46 @@ pub(super) fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
     owners
 }
 
-/// The command that takes a block device that stands on others down, where one is known.
-fn release(name: &str, block: &Block) -> Option<String> {
-    let Some(Mapped { name, uuid }) = &block.mapped else {
-        let node = format!("/dev/{name}");
-        return match name {
-            _ if name.starts_with("md") => shell::command("mdadm --stop", [node]),
-            _ if name.starts_with("bcache") => {
-                let file = shell::word(format!("/sys/block/{name}/bcache/stop").as_ref())?;
-                Some(format!("echo 1 > {file}"))
-            }
-            _ if name.starts_with("loop") => shell::command("losetup --detach", [node]),
-            _ => None,
-        };
-    };
-    match uuid.split_once('-').map_or("", |(kind, _)| kind) {
-        "LVM" => shell::command("lvchange --activate n", [format!("/dev/mapper/{name}")]),
-        "CRYPT" => shell::command("cryptsetup close", [name]),
-        "mpath" => shell::command("multipath -f", [name]),
-        _ => shell::command("dmsetup remove", [name]),
+/// The command that takes a block device that stands on others down, where it is of a known kind.
+fn release(name: &str, block: &Block) -> Option<Command> {
+    let named = |command: Command, name: &OsStr| command.end_of_options().operand(name);
+    Some(match &block.mapped {
+        Some(Mapped { uuid, .. }) if uuid.starts_with("LVM-") => {
+            Command::new(["lvchange", "--activate", "n"]).operand(block.node(name))
+        }
+        Some(Mapped { raw, uuid, .. }) if uuid.starts_with("CRYPT-") => {
+            named(Command::new(["cryptsetup", "close"]), raw)
+        }
+        Some(Mapped { raw, uuid, .. }) if uuid.starts_with("mpath-") => {
+            named(Command::new(["multipath", "-f"]), raw)
+        }
+        Some(Mapped { raw, .. }) => named(Command::new(["dmsetup", "remove"]), raw),
+        None if name.starts_with("md") => {
+            Command::new(["mdadm", "--stop"]).operand(block.node(name))
+        }
+        None if name.starts_with("loop") => {
+            Command::new(["losetup", "--detach"]).operand(block.node(name))
+        }
+        None if name.starts_with("bcache") => {
+            Command::write("1", format!("/sys/block/{name}/bcache/stop"))
+        }
+        None => return None,
+    })
+}
+
+/// The name of a mapped device's node: what udev does not let into a node's name stands as `\xNN`
+/// (libdm/libdm-common.c, DM_STRING_MANGLING_HEX). A name that has such already is left as it is.
+fn mangled(name: &OsStr) -> OsString {
+    let bytes = name.as_bytes();
+    if bytes.windows(2).any(|two| two == br"\x") {
+        return name.to_owned();
     }
+    let mut mangled = Vec::with_capacity(bytes.len());
+    for &byte in bytes {
+        match byte.is_ascii_alphanumeric() || b"#+-.:=@_".contains(&byte) {
+            true => mangled.push(byte),
+            false => mangled.extend(format!("\\x{byte:02x}").bytes()),
+        }
+    }
+    OsString::from_vec(mangled)
 }

@@ -2,6 +2,7 @@
 //! virtual functions, and processes that have it open.
 
 mod block;
+mod interface;
 mod mounts;
 mod network;
 mod nodes;
@@ -12,6 +13,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::device::{self, HostDevice};
@@ -45,8 +47,8 @@ pub enum Usage {
     Held {
         /// From the disk or partition to the topmost holder.
         chain: Vec<String>,
-        /// The command that takes that holder down, where one is known and its names can be typed.
-        release: Option<String>,
+        /// The command that takes that holder down, where one does.
+        release: Option<Command>,
     },
     /// One of its disks is open for one user only, who is not otherwise known: a mount in another
     /// namespace, ZFS, or a program.
@@ -72,6 +74,8 @@ pub enum Usage {
         chain: Vec<String>,
         /// The addresses of all these.
         addresses: Vec<InterfaceAddress>,
+        /// The command that takes the interface out of what it is part of, where it is and one does.
+        leave: Option<Command>,
     },
     /// It has interfaces that stand for functions behind its switch (representors), and are used as the
     /// switch's ports.
@@ -163,7 +167,9 @@ impl Usage {
     #[must_use]
     pub fn warning(&self) -> Option<String> {
         let lost = match self {
-            Self::Interface { chain, addresses } if chain.len() == 1 => addresses,
+            Self::Interface {
+                chain, addresses, ..
+            } if chain.len() == 1 => addresses,
             Self::Representors {
                 part_of, addresses, ..
             } if part_of.is_empty() => addresses,
@@ -214,7 +220,9 @@ impl fmt::Display for Usage {
             Self::SshRoute { chain, client } => {
                 write!(f, "this SSH session, from {client} ({})", chain.join(" > "))
             }
-            Self::Interface { chain, addresses } => {
+            Self::Interface {
+                chain, addresses, ..
+            } => {
                 f.write_str(&chain.join(" > "))?;
                 for shown in addresses.iter().filter(|a| !a.is_link_local()) {
                     write!(f, " {}", shown.address)?;

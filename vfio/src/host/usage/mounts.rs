@@ -1,6 +1,9 @@
 //! What the kernel says is mounted and swapped to.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::host::root::{self, SysRoot};
@@ -28,8 +31,9 @@ impl Mounts {
             }
             if mount.kind == "zfs" {
                 // `pool/dataset/…`
-                let pool = mount.source.split('/').next().unwrap_or_default();
-                let at = mounts.by_pool.entry(pool.to_owned()).or_default();
+                let source = mount.source.to_string_lossy();
+                let pool = root::printable(source.split('/').next().unwrap_or_default());
+                let at = mounts.by_pool.entry(pool).or_default();
                 at.push(mount.at.clone());
             }
             let at = mounts.by_number.entry(mount.number.clone()).or_default();
@@ -45,11 +49,14 @@ impl Mounts {
         mounts.swaps = text
             .lines()
             .skip(1)
-            .filter_map(|line| device_name(root, &unescape(line.split_whitespace().next()?)))
+            .filter_map(|line| {
+                let path = unescape(line.split_whitespace().next()?.as_bytes());
+                device_name(root, &path)
+            })
             .collect();
         let files = text.lines().skip(1).filter_map(|line| {
             let mut words = line.split_whitespace();
-            let path = unescape(words.next()?);
+            let path = unescape(words.next()?.as_bytes());
             (words.next()? == "file").then(|| PathBuf::from(path))
         });
         mounts.swap_files = files.collect();
@@ -132,8 +139,10 @@ impl Mounts {
 
 /// Every mount of this process's namespace.
 pub(super) fn all(root: &SysRoot) -> Vec<Mount> {
-    let text = root::text(&root.proc.join("self/mountinfo")).unwrap_or_default();
-    text.lines().filter_map(Mount::parse).collect()
+    // Paths are any bytes, and commands have to name them exactly.
+    let text = fs::read(root.proc.join("self/mountinfo")).unwrap_or_default();
+    let lines = text.split(|byte| *byte == b'\n');
+    lines.filter_map(Mount::parse).collect()
 }
 
 /// Something mounted.
@@ -145,7 +154,7 @@ pub(super) struct Mount {
     /// The file system's type.
     pub(super) kind: String,
     /// What it is of: a device's node, a server's folder.
-    pub(super) source: String,
+    pub(super) source: OsString,
     /// The file system's own options, with commas between.
     pub(super) options: String,
 }
@@ -153,16 +162,20 @@ pub(super) struct Mount {
 impl Mount {
     /// A line of mountinfo (proc_pid_mountinfo(5)):
     /// `36 35 98:0 /root /mountpoint options [optional fields…] - type source options`.
-    fn parse(line: &str) -> Option<Self> {
-        let (left, right) = line.split_once(" - ")?;
-        let mut left = left.split(' ').skip(2);
-        let mut right = right.split(' ');
+    fn parse(line: &[u8]) -> Option<Self> {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let between = line.windows(3).position(|three| three == b" - ")?;
+        let (left, right) = (line.get(..between)?, line.get(between + 3..)?);
+        let mut left = left.split(|byte| *byte == b' ').skip(2);
+        let mut right = right.split(|byte| *byte == b' ');
         Some(Self {
-            number: left.next()?.to_owned(),
-            at: PathBuf::from(unescape(left.nth(1)?)),
-            kind: right.next()?.to_owned(),
+            number: text(left.next()?),
+            at: unescape(left.nth(1)?).into(),
+            kind: text(right.next()?),
             source: unescape(right.next()?),
-            options: unescape(right.next().unwrap_or_default()),
+            options: unescape(right.next().unwrap_or_default())
+                .to_string_lossy()
+                .into_owned(),
         })
     }
 
@@ -174,10 +187,11 @@ impl Mount {
     /// The block devices that it has beside its source: XFS's log and real-time device, and all of
     /// bcachefs's.
     fn beside(&self, root: &SysRoot) -> Vec<String> {
-        let others = self.values(&["logdev", "rtdev"]);
-        let several = self.source.split(':').filter(|_| self.kind == "bcachefs");
-        let names = others.chain(several);
-        names.filter_map(|path| device_name(root, path)).collect()
+        let source = self.source.to_string_lossy();
+        let several = source.split(':').filter(|_| self.kind == "bcachefs");
+        let all = self.values(&["logdev", "rtdev"]).chain(several);
+        let names = all.filter_map(|path| device_name(root, path.as_ref()));
+        names.collect()
     }
 
     /// The folders that an overlay lies on.
@@ -193,7 +207,7 @@ impl Mount {
 
 /// The kernel's name of the block device whose node, or a link to it, is `path`: `dm-0` for
 /// `/dev/mapper/vg-root`.
-pub(super) fn device_name(root: &SysRoot, path: &str) -> Option<String> {
+pub(super) fn device_name(root: &SysRoot, path: &OsStr) -> Option<String> {
     let path = Path::new(path).strip_prefix("/dev").ok()?;
     let node = root.dev.join(path);
     // In another namespace's container the node may be absent; its name is all that there is.
@@ -203,13 +217,13 @@ pub(super) fn device_name(root: &SysRoot, path: &str) -> Option<String> {
         .or_else(|_| node.strip_prefix(&root.dev))
         .ok()?;
     // sysfs writes the slash of such names as cciss/c0d0 as an exclamation mark.
-    Some(below.to_str()?.replace('/', "!"))
+    Some(root::one_line(&below.to_string_lossy().replace('/', "!")))
 }
 
 /// Undoes the kernel's octal escapes of white space and backslash: `\040` is a space.
-fn unescape(text: &str) -> String {
+fn unescape(text: &[u8]) -> OsString {
     let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
+    let mut rest = text;
     while let Some((&first, tail)) = rest.split_first() {
         let escape = tail.get(..3).filter(|_| first == b'\\');
         let octal = escape
@@ -226,7 +240,7 @@ fn unescape(text: &str) -> String {
             }
         }
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+    OsString::from_vec(bytes)
 }
 
 #[cfg(test)]
@@ -237,7 +251,7 @@ mod tests {
     #[test]
     fn a_line_with_optional_fields_and_spaces_is_read() {
         let line =
-            "36 35 259:3 /@home /mnt/my\\040disk rw,noatime shared:1 master:2 - btrfs /dev/sda3 rw";
+            b"36 35 259:3 /@home /mnt/my\\040disk rw,noatime shared:1 master:2 - btrfs /dev/sda3 rw";
         let mount = Mount::parse(line).unwrap();
         assert_eq!(mount.number, "259:3");
         assert_eq!(mount.at, Path::new("/mnt/my disk"));
@@ -246,7 +260,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_line_makes_it_fail(line in ".*") {
+        fn no_line_makes_it_fail(line: Vec<u8>) {
             let _ = Mount::parse(&line);
             let _ = unescape(&line);
         }

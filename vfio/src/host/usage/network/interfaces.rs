@@ -1,6 +1,7 @@
 //! Interfaces, whose they are, and what they are part of.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use busway_pci::Bdf;
 
@@ -27,6 +28,8 @@ pub(super) struct Interfaces {
 pub(super) struct Owned {
     pub(super) owner: Bdf,
     pub(super) name: String,
+    /// Its folder in sysfs.
+    pub(super) path: PathBuf,
     /// Whether it stands for a function behind the device's switch.
     pub(super) represents: bool,
 }
@@ -35,19 +38,23 @@ impl Interfaces {
     pub(super) fn read(root: &SysRoot) -> Self {
         let class = root.sys.join("class/net");
         let mut all = Self::default();
-        for name in root::names(&class) {
+        for name in root::raw_names(&class) {
             let path = root.target(&class.join(&name));
+            let name = name.to_string_lossy();
             let uppers = path.as_deref().map(root::names).unwrap_or_default();
             let uppers = uppers
                 .iter()
                 .filter_map(|entry| entry.strip_prefix("upper_").map(root::one_line))
                 .collect();
             all.above.insert(root::one_line(&name), uppers);
-            if let Some(owner) = path.as_deref().and_then(root::innermost_pci) {
+            if let Some(path) = path
+                && let Some(owner) = root::innermost_pci(&path)
+            {
                 all.owned.push(Owned {
                     owner,
                     represents: represents(root, &name),
                     name: root::one_line(&name),
+                    path,
                 });
             }
         }

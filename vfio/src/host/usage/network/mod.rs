@@ -42,7 +42,12 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
         let chain = stack(&interface.name, above);
         if !interface.represents {
             let addresses = wanted.addresses(&chain);
-            uses.push((interface.owner, Usage::Interface { chain, addresses }));
+            let usage = Usage::Interface {
+                chain,
+                addresses,
+                leave: super::interface::leave(root, &interface.path),
+            };
+            uses.push((interface.owner, usage));
             let more = wanted.uses(&interface.name, above).into_iter();
             uses.extend(more.map(|usage| (interface.owner, usage)));
             continue;

@@ -67,7 +67,7 @@ fn file_systems(root: &SysRoot, names: &Names, all: &mut All) {
         let Some((kind, ports)) = known else {
             continue;
         };
-        let mut servers = servers(&mount.source, &mount.options, names);
+        let mut servers = servers(&mount.source.to_string_lossy(), &mount.options, names);
         if servers.is_empty() {
             // The name of a server says nothing here; whom the host is connected with does.
             servers = connected(root, ports);
