@@ -11,6 +11,7 @@ use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::Usage;
+use super::exports::{self, Export};
 use super::mounts::{Mounts, device_name};
 use crate::host::root::{self, SysRoot};
 
@@ -41,6 +42,8 @@ struct Block {
     pool: Option<String>,
     /// The files on it that are swapped to.
     swap_files: Vec<PathBuf>,
+    /// What hands it, or a file on it, on to others.
+    exports: Vec<Export>,
 }
 
 #[derive(Debug)]
@@ -143,7 +146,8 @@ impl Blocks {
             mounts: Mounts::read(root),
         };
         blocks.read_lower(root, &paths);
-        blocks.read_btrfs(root);
+        blocks.read_exports(root);
+        blocks.read_spanned(root);
         blocks.read_zfs(root);
         blocks
     }
@@ -156,13 +160,8 @@ impl Blocks {
             let file = root::attribute(&path.join("loop/backing_file"));
             let written = root::attribute(&path.join("backing_dev"));
             for on in file.into_iter().chain(written) {
-                match device_name(root, on.as_ref()).filter(|name| self.nodes.contains_key(name)) {
-                    Some(name) => lower.push(name),
-                    None => {
-                        let file = Path::new(on.strip_suffix(" (deleted)").unwrap_or(&on));
-                        lower.extend(self.of_file(root, file));
-                    }
-                }
+                let on = on.strip_suffix(" (deleted)").unwrap_or(&on);
+                lower.extend(self.below(root, Path::new(on)));
             }
             for lower in lower {
                 if let Some(block) = self.nodes.get_mut(&lower)
@@ -179,6 +178,25 @@ impl Blocks {
                     block.swap_files.push(file.clone());
                 }
             }
+        }
+    }
+
+    fn read_exports(&mut self, root: &SysRoot) {
+        for export in exports::read(root) {
+            for name in self.below(root, &export.of) {
+                if let Some(block) = self.nodes.get_mut(&name) {
+                    block.exports.push(export.clone());
+                }
+            }
+        }
+    }
+
+    /// The block device that `path` is the node of or, where it is a file, those that it is on.
+    fn below(&self, root: &SysRoot, path: &Path) -> Vec<String> {
+        let node = device_name(root, path.as_os_str());
+        match node.filter(|name| self.nodes.contains_key(name)) {
+            Some(name) => vec![name],
+            None => self.of_file(root, path),
         }
     }
 
@@ -219,11 +237,20 @@ impl Blocks {
         }
     }
 
-    /// btrfs spans devices that only its own folder ties together.
-    fn read_btrfs(&mut self, root: &SysRoot) {
-        let folder = root.sys.join("fs/btrfs");
-        for uuid in root::names(&folder) {
-            let members = root::names(&folder.join(uuid).join("devices"));
+    /// btrfs and bcachefs span devices that only their own folders tie together.
+    fn read_spanned(&mut self, root: &SysRoot) {
+        let btrfs = root.sys.join("fs/btrfs");
+        let bcachefs = root.sys.join("fs/bcachefs");
+        let of_btrfs = root::names(&btrfs).into_iter();
+        let of_btrfs = of_btrfs.map(|uuid| root::names(&btrfs.join(uuid).join("devices")));
+        let of_bcachefs = root::names(&bcachefs).into_iter().map(|uuid| {
+            let folder = bcachefs.join(uuid);
+            let devices = root::names(&folder).into_iter();
+            let devices = devices.filter(|name| name.starts_with("dev-"));
+            let link = |name: String| root::link_name(&folder.join(name).join("block"));
+            devices.filter_map(link).collect::<Vec<_>>()
+        });
+        for members in of_btrfs.chain(of_bcachefs) {
             for name in &members {
                 if let Some(block) = self.nodes.get_mut(name) {
                     block.spanned = members.iter().filter(|m| *m != name).cloned().collect();
@@ -259,6 +286,12 @@ impl Blocks {
         for file in &block.swap_files {
             let (chain, device) = (chain.clone(), file.clone());
             found.push(Usage::Swap { chain, device });
+        }
+        for export in &block.exports {
+            let mut chain = chain.clone();
+            chain.push(export.shown.clone());
+            let release = export.release.clone();
+            found.push(Usage::Held { chain, release });
         }
         if let Some(pool) = &block.pool {
             let mut chain = chain.clone();
@@ -326,6 +359,7 @@ impl Block {
             spanned: Vec::new(),
             pool: None,
             swap_files: Vec::new(),
+            exports: Vec::new(),
         })
     }
 

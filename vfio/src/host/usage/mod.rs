@@ -2,6 +2,7 @@
 //! virtual functions, and processes that have it open.
 
 mod block;
+mod exports;
 mod interface;
 mod mounts;
 mod network;
