@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use busway_vfio::host::{self, Called, Functions, Kernel, SysRoot, VfSetting, VfsOptions};
+use busway_vfio::host::{self, Called, Command, Functions, Kernel, SysRoot, VfSetting, VfsOptions};
 use clap::Args;
 
 use super::binding::{Changes, Said};
@@ -155,7 +155,10 @@ fn table(functions: &Functions) -> String {
     if let Some((name, false)) = interface {
         let _ = writeln!(
             text,
-            "{name} is down, and its functions have no link until: ip link set {name} up"
+            "{name} is down, and its functions have no link until: {}",
+            Command::new(["ip", "link", "set", "dev"])
+                .operand(name)
+                .operand("up")
         );
     }
     text

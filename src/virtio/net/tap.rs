@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
+use busway_iommu::Command;
+
 use crate::virtio::spec::net;
 
 /// The pattern of names from which the kernel takes the first free one.
@@ -34,9 +36,10 @@ pub enum TapError {
         /// The name.
         name: String,
     },
-    /// tap {name}: not permitted; make it beforehand for this user, with `ip tuntap add dev {example} mode tap user $USER{multi_queue}`, or give Busway CAP_NET_ADMIN
+    /// tap {name}: not permitted; make it beforehand for this user, with `ip tuntap add dev {example} mode tap user $USER`, or give Busway CAP_NET_ADMIN
     #[error(
-        "tap {name}: not permitted; make it beforehand for this user, with `ip tuntap add dev {example} mode tap user $USER{multi_queue}`, or give Busway CAP_NET_ADMIN"
+        "tap {name}: not permitted; make it beforehand for this user, with `{} user $USER{multi_queue}`, or give Busway CAP_NET_ADMIN",
+        add(example)
     )]
     NotPermitted {
         /// The name asked for.
@@ -52,9 +55,11 @@ pub enum TapError {
         /// The name.
         name: String,
     },
-    /// {name} exists and is not a tap that takes {queues} queues: remove it with `ip link del {name}`, make it with `ip tuntap add dev {name} mode tap multi_queue`, or give another name
+    /// {name} exists and is not a tap that takes {queues} queues: remove it with `ip link delete dev {name}`, make it with `ip tuntap add dev {name} mode tap multi_queue`, or give another name
     #[error(
-        "{name} exists and is not a tap that takes {queues} queues: remove it with `ip link del {name}`, make it with `ip tuntap add dev {name} mode tap multi_queue`, or give another name"
+        "{name} exists and is not a tap that takes {queues} queues: remove it with `{}`, make it with `{} multi_queue`, or give another name",
+        Command::new(["ip", "link", "delete", "dev"]).operand(name),
+        add(name)
     )]
     Mismatch {
         /// The name.
@@ -80,6 +85,14 @@ pub(super) struct Tap {
     name: String,
     queues: Vec<Arc<File>>,
     multi_queue: bool,
+}
+
+/// The command that makes a tap.
+fn add(name: &str) -> Command {
+    Command::new(["ip", "tuntap", "add", "dev"])
+        .operand(name)
+        .operand("mode")
+        .operand("tap")
 }
 
 impl Tap {
@@ -247,8 +260,11 @@ impl Tap {
         match check(result) {
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
                 log::warn!(
-                    "tap {name} is down and this user may not change that: `ip link set {name} up`",
-                    name = self.name
+                    "tap {name} is down and this user may not change that: `{command}`",
+                    name = self.name,
+                    command = Command::new(["ip", "link", "set", "dev"])
+                        .operand(&self.name)
+                        .operand("up"),
                 );
                 Ok(())
             }

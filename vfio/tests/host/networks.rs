@@ -74,7 +74,7 @@ fn an_interface_carries_the_storage_and_the_routes_that_go_by_it() {
 #[test]
 fn an_interface_in_another_namespace_keeps_its_device_and_its_function() {
     let host = FakeHost::named("pod-vf");
-    let says = ["its interface is in another network namespace (a container?)"];
+    let says = ["an interface in another network namespace (a container?)"];
     assert_eq!(uses(&host, "0000:18:01.1"), says);
     assert_eq!(uses(&host, "0000:18:01.0"), ["ens1f0v0"]);
     let read = Host::read(&host.root).unwrap();

@@ -234,7 +234,7 @@ impl fmt::Display for Usage {
                 self.network_words(f)
             }
             Self::OtherNamespace => {
-                f.write_str("its interface is in another network namespace (a container?)")
+                f.write_str("an interface in another network namespace (a container?)")
             }
             Self::BootDisplay => f.write_str("boot display"),
             Self::VirtualFunctions { functions } => match functions.len() {
