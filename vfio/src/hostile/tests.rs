@@ -23,3 +23,9 @@ proptest! {
         msix(&story);
     }
 }
+
+#[test]
+fn of_a_table_with_pending_bits_over_it_the_guest_has_the_entries_before_them() {
+    // 65 entries at 0, and pending bits at 0x100.
+    msix(&[0x40, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0x0a, 0, 3, 0x70]);
+}
