@@ -4,14 +4,13 @@
 //! from what sysfs says of them.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 
 use busway_iommu::{IovaRange, keep_clear};
 use busway_pci::{BarIndex, BarKind, Behind, Needs, NoRoom, WindowKind, Windows, find_room, spec};
 use busway_vfio::host::{Resource, resources_in};
 use busway_vfio::{AssignOptions, RomChoice};
 
-use super::places::{HostFunction, behind_ports};
+use super::passthrough::{HostIdentity, behind_ports};
 use crate::config::MemoryConfig;
 use crate::memory::{Amount, layout};
 
@@ -23,15 +22,14 @@ const NAMED: usize = 3;
 /// A host function that the guest is to have, as sysfs shows it.
 #[derive(Clone, Debug)]
 pub(super) struct PlannedFunction {
-    folder: PathBuf,
-    host: HostFunction,
+    host: HostIdentity,
     bars: Vec<(BarIndex, BarKind, u64)>,
 }
 
 impl PlannedFunction {
-    /// The function whose folder in sysfs is `folder`.
-    pub(super) fn new(folder: &Path, options: &AssignOptions) -> Self {
-        let mut bars: Vec<_> = resources_in(folder)
+    /// The function that `host` is, given with `options`.
+    pub(super) fn new(host: &HostIdentity, options: &AssignOptions) -> Self {
+        let mut bars: Vec<_> = resources_in(&host.folder)
             .iter()
             .filter_map(|resource| match (bar_of(resource)?, &options.rom) {
                 ((BarIndex::Rom, ..), RomChoice::None | RomChoice::Image(_)) => None,
@@ -42,17 +40,8 @@ impl PlannedFunction {
             bars.push((BarIndex::Rom, ROM, image.size()));
         }
         Self {
-            folder: folder.to_owned(),
-            host: HostFunction::in_folder(folder),
+            host: host.clone(),
             bars,
-        }
-    }
-
-    /// Its address on the host.
-    fn name(&self) -> String {
-        match self.host.address {
-            Some(address) => address.to_string(),
-            None => self.folder.display().to_string(),
         }
     }
 
@@ -256,7 +245,7 @@ impl AddressPlan {
         };
         if let (Some(function), BarIndex::Bar(bar)) = (function_of(functions, missing), missing.bar)
         {
-            let resize = function.folder.join(format!("resource{bar}_resize"));
+            let resize = function.host.folder.join(format!("resource{bar}_resize"));
             if resize.exists() {
                 remedy += &format!(
                     "; or make the BAR smaller on the host, while no driver has the device: {} \
@@ -289,8 +278,7 @@ impl AddressPlan {
 
 /// What bus 0 needs: a port for each device, with its functions behind it.
 fn needs(functions: &[PlannedFunction]) -> Vec<Needs<Option<usize>>> {
-    let hosts: Vec<_> = functions.iter().map(|function| function.host).collect();
-    behind_ports(&hosts)
+    behind_ports(functions.iter().map(|function| &function.host))
         .into_iter()
         .map(|behind| {
             let functions = behind.iter().filter_map(|behind| {
@@ -333,7 +321,7 @@ fn function_of<'a>(
 fn needing_most(functions: &[PlannedFunction]) -> String {
     let mut most: Vec<_> = functions
         .iter()
-        .map(|function| (function.below_4_gib(), function.name()))
+        .map(|function| (function.below_4_gib(), function.host.name()))
         .collect();
     most.sort_by_key(|(size, _)| std::cmp::Reverse(*size));
     let most = most.iter().take(NAMED);
@@ -355,7 +343,7 @@ fn refusal(
 ) -> NoRoomError {
     NoRoomError {
         device: function_of(functions, missing)
-            .map_or_else(|| "a device".to_owned(), PlannedFunction::name),
+            .map_or_else(|| "a device".to_owned(), |function| function.host.name()),
         bar: missing.bar,
         size: missing.size,
         kind: match (missing.bar, missing.kind) {

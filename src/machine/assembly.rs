@@ -7,29 +7,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use busway_iommu::DmaSpace;
-use busway_pci::pace::SystemClock;
-use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
-use busway_vfio::{
-    AssignOptions, AssignedFunction, KernelDevice, Resets, RomChoice, RomImage, Wiring,
-};
+use busway_pci::{InterruptRoutes, Windows};
+use busway_vfio::{AssignOptions, RomChoice, RomImage};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::RunError;
 use super::address_plan::AddressPlan;
-use super::assigned::Assigned;
-use super::bars::Bars;
-use super::dma::DmaListener;
 use super::events::Events;
-use super::host_devices::HostDevices;
-use super::opening::open_devices;
-use super::pci::{Pci, pins_behind_port};
-use super::places::{Behind, behind_ports};
+use super::passthrough::{Found, Opened, Passthrough};
+use super::pci::Pci;
 use super::platform::{Platform, open_console};
 use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
-use crate::config::{ConsoleConfig, DeviceConfig, VmConfig};
+use crate::config::{ConsoleConfig, VmConfig};
 use crate::eventfd::eventfd;
 use crate::kvm::{Buses, CpuFeatures, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions};
@@ -45,16 +36,13 @@ use crate::virtio::{VirtioDevice, VirtioPci};
 pub(super) struct Machine {
     pub(super) vcpus: Vcpus,
     // Waits for the devices that are being released, whose functions the topology has no more.
-    pub(super) assigned: Assigned,
+    pub(super) passthrough: Passthrough,
     pub(super) pci: Pci,
     pub(super) platform: Platform,
-    dma: Option<Arc<dyn DmaSpace>>,
     _memory: MemoryMap,
     ram: Ram,
     pub(super) events: Arc<Events>,
     pub(super) quit: EventFd,
-    /// Counts the assigned devices' vectors.
-    host_vectors: IrqRouter,
     boot: Boot,
     pub(super) vm: Vm,
 }
@@ -69,6 +57,18 @@ struct Boot {
 /// The list of regions, emptied when it is dropped, so that nothing is mapped for anybody then.
 #[derive(Debug)]
 struct MemoryMap(Arc<Regions>);
+
+impl MemoryMap {
+    /// RAM, mapped into the VM.
+    fn of(ram: &Ram, vm: &Vm) -> Result<Self, RunError> {
+        let memory = Self(Arc::default());
+        memory.0.listen(Arc::new(vm.memslots()))?;
+        for region in ram.regions() {
+            memory.0.add(region)?;
+        }
+        Ok(memory)
+    }
+}
 
 impl Drop for MemoryMap {
     fn drop(&mut self) {
@@ -90,82 +90,37 @@ impl Machine {
         let source = open_kernel(config)?;
         let options = assign_options(config)?;
         let vm = Vm::new()?;
-        let features = CpuFeatures {
-            nested: config.cpus.nested,
-            pmu: config.cpus.pmu,
-        };
-        let model = CpuModel::new(&vm, features)?;
+        let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
-
-        let host_devices = HostDevices::find(config)?;
-        let device_configs = host_devices.configs(config);
-        let prefault = config.memory.prefault.unwrap_or(!config.device.is_empty());
+        let found = Found::find(config, options)?;
         let plan = AddressPlan::new(
             &config.memory,
-            &host_devices.planned(&options),
-            host_devices.reserved(),
+            &found.planned(),
+            found.reserved(),
             model.address_bits(),
         )?;
-        let given = host_devices.functions();
-        let ram = Ram::around(
-            &config.memory,
-            prefault || !config.device.is_empty(),
-            plan.mmio32_start,
-            &plan.reserved,
-        )?;
-        // The kernel resets each device that is opened, and memory is populated meanwhile.
-        let failed = AtomicBool::new(false);
-        let (populated, opened) = thread::scope(|scope| {
-            let opening = scope.spawn(|| {
-                open_devices(config, host_devices, &vm, &ram, report)
-                    .inspect_err(|_| failed.store(true, Ordering::Relaxed))
-            });
-            let populated = match prefault {
-                true => populate(&ram, report, signals, &failed),
-                false => Ok(()),
-            };
-            report.reached(Stage::Memory);
-            let opened = opening.join().unwrap_or_else(|panic| resume_unwind(panic));
-            (populated, opened)
-        });
-        populated?;
-        let memory = MemoryMap(Arc::default());
-        memory.0.listen(Arc::new(vm.memslots()))?;
-        for region in ram.regions() {
-            memory.0.add(region)?;
-        }
+
+        let (ram, opened) = take(config, &plan, found, &vm, report, signals)?;
+        let memory = MemoryMap::of(&ram, &vm)?;
         report.set_guest_memory(ram.host_ranges());
         report.reached(Stage::Open);
         signals.check()?;
+        let opened = opened?;
 
-        let (dma, devices) = match opened? {
-            Some((space, devices)) => {
-                let dma = space.dma();
-                let listener = Arc::new(DmaListener::new(dma.clone(), config.platform.p2p));
-                memory.0.listen(listener.clone())?;
-                let stats = dma.stats();
-                report.set_mappings(stats.map_calls, stats.bytes, stats.device_map_calls);
-                (Some((dma, listener)), devices)
-            }
-            None => (None, Vec::new()),
-        };
+        let quit = eventfd().map_err(RunError::system("eventfd"))?;
+        let events = Events::new().map_err(RunError::system("eventfd"))?;
+        let mut passthrough = Passthrough::new(&router, &events)?;
+        if let Some(opened) = &opened {
+            passthrough.map(opened, &memory.0, config.platform.p2p)?;
+            passthrough.account(report);
+        }
         report.reached(Stage::DmaMap);
         signals.check()?;
 
         let buses = Buses::default();
-        let usable = dma.as_ref().map(|(dma, _)| dma.usable_ranges());
-        let usable = usable.and_then(Result::ok).unwrap_or_default();
-        let windows = plan.windows(&ram.guest_ranges(), &usable);
-        let bars = Bars::new(
-            buses.clone(),
-            memory.0.clone(),
-            vm.doorbells(),
-            [&windows.memory32[..], &windows.memory64].concat(),
-        );
+        let windows = plan.windows(&ram.guest_ranges(), &passthrough.usable_ranges());
         let acpi = acpi_platform(config, &windows);
-        let mut pci = Pci::new(bars, &buses, windows)?;
-        let quit = eventfd().map_err(RunError::system("eventfd"))?;
-        let events = Events::new().map_err(RunError::system("eventfd"))?;
+        let mut pci = Pci::new(windows, &buses, memory.0.clone(), vm.doorbells())?;
         let platform = Platform::new(
             &config.serial,
             &buses,
@@ -175,54 +130,28 @@ impl Machine {
             &quit,
         )?;
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
-        let host_vectors = router.counting_anew();
-        let resets = Arc::<Resets>::default();
-        let mut assigned =
-            Assigned::new(resets.clone()).map_err(RunError::system("epoll_create"))?;
-        let devices: Vec<_> = devices.into_iter().map(Arc::new).collect();
-        for device in &devices {
-            resets.add(device.name(), device.clone());
+        if let Some(opened) = opened {
+            passthrough.attach(opened, &mut pci)?;
         }
-        resets.begin();
-        for port in behind_ports(&given) {
-            let of = |behind: &Behind| {
-                Some(Given {
-                    config: device_configs.get(behind.index)?,
-                    options: options.get(behind.index)?,
-                    number: behind.function,
-                    device: devices.get(behind.index)?.clone(),
-                })
-            };
-            let here: Vec<_> = port.iter().filter_map(of).collect();
-            let port = add_assigned(&mut pci, &here, &resets, &router, &host_vectors, &events)?;
-            for given in here {
-                assigned.add(given.config, port, given.device);
-            }
-        }
-        let (dma, listener) = dma.unzip();
         report.reached(Stage::Devices);
         signals.check()?;
 
         let vcpus = Vcpus::new(&vm, &model, config.cpus.boot, &buses, &events.sink())?;
         let machine = Self {
             vcpus,
+            passthrough,
             pci,
-            assigned,
             platform,
-            dma,
             _memory: memory,
             ram,
             events,
             quit,
-            host_vectors,
             boot: Boot { source, acpi },
             vm,
         };
         machine.load()?;
         // Addresses are assigned by now, so that what devices reach at them can be known.
-        if let Some(listener) = listener {
-            listener.survey(&machine.pci.host_functions())?;
-        }
+        machine.passthrough.survey(&machine.pci)?;
         Ok(machine)
     }
 
@@ -241,12 +170,7 @@ impl Machine {
 
     /// Says in the report what the run has cost so far.
     pub(super) fn account(&self, report: &Report) {
-        if let Some(dma) = &self.dma {
-            let stats = dma.stats();
-            report.set_mappings(stats.map_calls, stats.bytes, stats.device_map_calls);
-        }
-        let vectors = self.host_vectors.vectors();
-        report.set_vectors(vectors.most as u64, vectors.updates);
+        self.passthrough.account(report);
         report.set_devices(self.pci.assigned());
         for kind in ExitKind::ALL {
             report.set_exits(kind.name(), self.vcpus.exits(kind));
@@ -265,6 +189,50 @@ fn open_kernel(config: &VmConfig) -> Result<BootSource, RunError> {
         config.initramfs.as_deref(),
         cmdline,
     )?)
+}
+
+fn cpu_features(config: &VmConfig) -> CpuFeatures {
+    CpuFeatures {
+        nested: config.cpus.nested,
+        pmu: config.cpus.pmu,
+    }
+}
+
+/// RAM, and the devices once they are open: the kernel resets each device that is opened, and memory is
+/// populated meanwhile. What came of opening is told last, so that memory's error comes before it.
+fn take(
+    config: &VmConfig,
+    plan: &AddressPlan,
+    found: Found,
+    vm: &Vm,
+    report: &Report,
+    signals: &Signals,
+) -> Result<(Ram, Result<Option<Opened>, RunError>), RunError> {
+    let has_devices = !config.device.is_empty();
+    let prefault = config.memory.prefault.unwrap_or(has_devices);
+    let ram = Ram::around(
+        &config.memory,
+        prefault || has_devices,
+        plan.mmio32_start,
+        &plan.reserved,
+    )?;
+    let failed = AtomicBool::new(false);
+    let (populated, opened) = thread::scope(|scope| {
+        let opening = scope.spawn(|| {
+            found
+                .open(&config.platform, vm, &ram, report)
+                .inspect_err(|_| failed.store(true, Ordering::Relaxed))
+        });
+        let populated = match prefault {
+            true => populate(&ram, report, signals, &failed),
+            false => Ok(()),
+        };
+        report.reached(Stage::Memory);
+        let opened = opening.join().unwrap_or_else(|panic| resume_unwind(panic));
+        (populated, opened)
+    });
+    populated?;
+    Ok((ram, opened))
 }
 
 /// Touches all of RAM, unless a signal comes, or somebody else has failed and it is for nothing.
@@ -340,15 +308,6 @@ fn add_virtio(
     add(Box::new(Rng::new("rng", &config.rng)?))
 }
 
-/// A host function that was asked for, opened.
-struct Given<'a> {
-    config: &'a DeviceConfig,
-    options: &'a AssignOptions,
-    /// Its number in the guest.
-    number: Function,
-    device: Arc<KernelDevice>,
-}
-
 /// What was said about each assigned device, in their order.
 fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
     let options = config.device.iter().map(|device| {
@@ -364,36 +323,6 @@ fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
         })
     });
     options.collect()
-}
-
-/// Puts the functions of a host device, all of them given, behind a root port, which is returned.
-fn add_assigned(
-    pci: &mut Pci,
-    functions: &[Given<'_>],
-    resets: &Arc<Resets>,
-    router: &IrqRouter,
-    host_vectors: &IrqRouter,
-    events: &Arc<Events>,
-) -> Result<FunctionId, RunError> {
-    let names: Vec<_> = functions.iter().map(|given| given.device.name()).collect();
-    let names = names.join(" and ");
-    let slot = pci.port_slot(&names)?;
-    let mut behind = Vec::new();
-    for given in functions {
-        let wiring = Wiring {
-            routes: Arc::new(host_vectors.clone()),
-            lines: Arc::new(router.pins(pins_behind_port(slot))),
-            resets: resets.clone(),
-            clock: Arc::new(SystemClock::default()),
-        };
-        let device = given.device.clone();
-        let name = device.name().to_owned();
-        let function = AssignedFunction::new(&name, device, wiring, given.options)?;
-        log::info!("{}", function.summary());
-        behind.push((given.number, function));
-    }
-    let routes = Arc::new(router.clone());
-    pci.add_behind_port(slot, &names, behind, routes, events.clone())
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

@@ -8,7 +8,7 @@ use busway_pci::{AssignError, PlaceError};
 use busway_vfio::{DeviceError, HandedError};
 
 use super::address_plan::NoRoomError;
-use super::dma::PeerToPeerError;
+use super::passthrough::PeerToPeerError;
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::config::InvalidConfig;

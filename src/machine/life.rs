@@ -7,8 +7,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::RunError;
 use super::assembly::Machine;
-use super::assigned::Verdict;
 use super::events::Event;
+use super::passthrough::Verdict;
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
 use crate::report::{Report, Stage};
@@ -94,7 +94,10 @@ impl Machine {
         };
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
-            let count = match epoll.wait(life.timeout(self.assigned.deadline()), &mut ready) {
+            let count = match epoll.wait(
+                life.timeout(self.passthrough.attached.deadline()),
+                &mut ready,
+            ) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
@@ -121,7 +124,7 @@ impl Machine {
                 }
             }
             let now = Instant::now();
-            self.assigned.on_time(self.pci.topology(), now);
+            self.passthrough.attached.on_time(self.pci.topology(), now);
             if life.deadline.is_some_and(|deadline| deadline <= now) {
                 return Err(RunError::DeafGuest {
                     limit: POWER_OFF_LIMIT,
@@ -136,14 +139,14 @@ impl Machine {
             Source::Event => self.events.as_raw_fd(),
             Source::Quit => self.quit.as_raw_fd(),
             Source::Clock => self.platform.rtc.as_raw_fd(),
-            Source::Device => self.assigned.as_raw_fd(),
+            Source::Device => self.passthrough.attached.as_raw_fd(),
         }
     }
 
     /// An error of a device's can end the VM or hold the guest.
     fn on_device(&mut self, life: &mut Life) -> Result<(), RunError> {
         let topology = self.pci.topology();
-        let verdict = self.assigned.on_ready(topology, life.held)?;
+        let verdict = self.passthrough.attached.on_ready(topology, life.held)?;
         if verdict == Verdict::Hold {
             // Not waited for: a vCPU may have the kernel reset a device, for a minute.
             self.vcpus.stop();
@@ -209,7 +212,9 @@ impl Machine {
                 Event::SlotPower { slot, on } => {
                     let state = if on { "on" } else { "off" };
                     log::debug!("slot {slot}: the guest switched its power {state}");
-                    self.assigned.on_slot_power(self.pci.topology(), slot);
+                    self.passthrough
+                        .attached
+                        .on_slot_power(self.pci.topology(), slot);
                     None
                 }
                 Event::Panicked => return Err(RunError::Panicked),

@@ -7,20 +7,15 @@
 
 mod address_plan;
 mod assembly;
-mod assigned;
 mod bars;
 mod bus;
-mod dma;
 mod error;
 mod events;
-mod host_devices;
 mod life;
-mod opening;
 mod panics;
+mod passthrough;
 mod pci;
-mod places;
 mod platform;
-mod releases;
 mod restart;
 mod signals;
 

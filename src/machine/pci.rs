@@ -16,8 +16,8 @@ use super::RunError;
 use super::bars::Bars;
 use super::bus::EcamWindow;
 use crate::acpi;
-use crate::kvm::Buses;
-use crate::memory::layout;
+use crate::kvm::{Buses, Doorbells};
+use crate::memory::{Regions, layout};
 use crate::report::AssignedDevice;
 
 /// The first slot that is tried for a root port.
@@ -38,9 +38,16 @@ pub(super) struct Pci {
 
 impl Pci {
     /// Bus 0 with nothing on it but the host bridge, reachable for the guest.
-    pub(super) fn new(mapper: Bars, buses: &Buses, windows: Windows) -> Result<Self, RunError> {
+    pub(super) fn new(
+        windows: Windows,
+        buses: &Buses,
+        memory: Arc<Regions>,
+        doorbells: Doorbells,
+    ) -> Result<Self, RunError> {
+        let within = [&windows.memory32[..], &windows.memory64].concat();
+        let bars = Bars::new(buses.clone(), memory, doorbells, within);
         let mut pci = Self {
-            topology: Arc::new(Topology::new(Arc::new(mapper))),
+            topology: Arc::new(Topology::new(Arc::new(bars))),
             buses: buses.clone(),
             windows,
             slots: 0,

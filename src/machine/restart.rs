@@ -30,7 +30,7 @@ impl Machine {
         let Self {
             vcpus,
             pci,
-            assigned,
+            passthrough,
             events,
             vm,
             quit,
@@ -39,7 +39,7 @@ impl Machine {
         let (topology, resets) = (pci.topology(), Resets::default());
         let reset = || -> Result<(), KvmError> {
             vcpus.hold();
-            assigned.on_restart(topology);
+            passthrough.attached.on_restart(topology);
             events.clear();
             // A device's pin is connected anew by its reset, and what it signals then must not be
             // forgotten by the chips.

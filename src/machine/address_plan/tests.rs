@@ -33,7 +33,7 @@ impl Devices {
                     lines[number] = format!("{start:#x} {:#x} {flags:#x}", start + (size - 1));
                 }
                 fs::write(folder.join("resource"), lines.join("\n")).unwrap();
-                PlannedFunction::new(&folder, &AssignOptions::default())
+                PlannedFunction::new(&HostIdentity::in_folder(&folder), &AssignOptions::default())
             })
             .collect();
         Self(root, functions)
@@ -156,7 +156,7 @@ fn a_refusal_above_ram_names_what_helps() {
     assert!(text.starts_with("BAR 2 of 0000:02:00.0 "), "{text}");
     assert!(text.ends_with("; give the VM fewer such devices"), "{text}");
     let one = Devices::new(&[bar]);
-    let folder = one.1[0].folder.clone();
+    let folder = one.1[0].host.folder.clone();
     fs::write(folder.join("resource2_resize"), "0x3f00\n").unwrap();
     let text = refused(one.plan(GIB, &[], 37));
     assert!(
@@ -192,7 +192,10 @@ fn nonsense_in_sysfs_is_no_bar() {
     let devices = Devices::new(&[&[(0, 12345, MEMORY), (1, 1 << 63, MEMORY | WIDE | PREFETCH)]]);
     assert_eq!(devices.1[0].bars.len(), 1);
     assert!(devices.plan(GIB, &[], 52).is_err());
-    let missing = PlannedFunction::new(Path::new("/nowhere/x"), &AssignOptions::default());
+    let missing = PlannedFunction::new(
+        &HostIdentity::in_folder("/nowhere/x".as_ref()),
+        &AssignOptions::default(),
+    );
     assert!(missing.bars.is_empty());
     assert!(devices.0.path().exists());
 }

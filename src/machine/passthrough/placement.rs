@@ -6,38 +6,49 @@
 //! on the host: behind ports of their own they do not share interrupts and windows, and Linux, as
 //! every system, takes conventional functions behind a port.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use busway_pci::{Bdf, Function};
 
-/// A function of the host's that the guest is to have.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct HostFunction {
-    /// Where it is on the host; nothing where that is not known.
-    pub(super) address: Option<Bdf>,
+/// Which of the host's devices one is that the guest is to have.
+#[derive(Clone, Debug)]
+pub(in crate::machine) struct HostIdentity {
+    /// Its folder in sysfs.
+    pub(in crate::machine) folder: PathBuf,
+    /// Where it is on the host's PCI buses; nothing where that is not known.
+    pub(in crate::machine) address: Option<Bdf>,
     /// It is a virtual function.
-    pub(super) is_virtual: bool,
+    pub(in crate::machine) is_virtual: bool,
 }
 
-impl HostFunction {
-    /// The function whose folder in sysfs is `folder`.
-    pub(super) fn in_folder(folder: &Path) -> Self {
+impl HostIdentity {
+    /// The device whose folder in sysfs is `folder`.
+    pub(in crate::machine) fn in_folder(folder: &Path) -> Self {
         // A link may have any name.
         let real = folder.canonicalize();
         let name = real.as_deref().unwrap_or(folder).file_name();
         let name = name.and_then(|name| name.to_str());
         Self {
+            folder: folder.to_owned(),
             address: name.and_then(|name| name.parse().ok()),
             is_virtual: folder.join("physfn").exists(),
+        }
+    }
+
+    /// Its address on the host or, where it has none, its folder.
+    pub(in crate::machine) fn name(&self) -> String {
+        match self.address {
+            Some(address) => address.to_string(),
+            None => self.folder.display().to_string(),
         }
     }
 }
 
 /// A function behind a port: which of the given ones it is, and its number there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Behind {
-    pub(super) index: usize,
-    pub(super) function: Function,
+pub(in crate::machine) struct Behind {
+    pub(in crate::machine) index: usize,
+    pub(in crate::machine) function: Function,
 }
 
 /// What is behind each port, function 0 first. Ports come in the order in which the first function of
@@ -45,9 +56,11 @@ pub(super) struct Behind {
 ///
 /// Numbers are those of the host where its function 0 is among them; else the lowest becomes function
 /// 0, for a guest does not look further where there is none, and the others keep theirs.
-pub(super) fn behind_ports(given: &[HostFunction]) -> Vec<Vec<Behind>> {
+pub(in crate::machine) fn behind_ports<'a>(
+    given: impl IntoIterator<Item = &'a HostIdentity>,
+) -> Vec<Vec<Behind>> {
     let mut ports: Vec<(Option<Bdf>, Vec<Behind>)> = Vec::new();
-    for (index, host) in given.iter().enumerate() {
+    for (index, host) in given.into_iter().enumerate() {
         let device = host.address.filter(|_| !host.is_virtual);
         let new = Behind {
             index,
@@ -82,21 +95,22 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn host(text: &str) -> HostFunction {
-        HostFunction {
+    fn host(text: &str) -> HostIdentity {
+        HostIdentity {
+            folder: PathBuf::new(),
             address: Some(text.parse().unwrap()),
             is_virtual: false,
         }
     }
 
-    fn virtual_function(text: &str) -> HostFunction {
-        HostFunction {
+    fn virtual_function(text: &str) -> HostIdentity {
+        HostIdentity {
             is_virtual: true,
             ..host(text)
         }
     }
 
-    fn numbers(given: &[HostFunction]) -> Vec<Vec<(usize, u8)>> {
+    fn numbers(given: &[HostIdentity]) -> Vec<Vec<(usize, u8)>> {
         let ports = behind_ports(given).into_iter().map(|port| {
             let functions = port.into_iter();
             functions
@@ -128,11 +142,8 @@ mod tests {
         given.push(virtual_function("01:00.4"));
         let alone: Vec<_> = (0..given.len()).map(|index| vec![(index, 0)]).collect();
         assert_eq!(numbers(&given), alone);
-        let unknown = HostFunction {
-            address: None,
-            is_virtual: false,
-        };
-        assert_eq!(numbers(&[unknown; 2]), [[(0, 0)], [(1, 0)]]);
+        let unknown = HostIdentity::in_folder(Path::new("/nowhere"));
+        assert_eq!(numbers(&[unknown.clone(), unknown]), [[(0, 0)], [(1, 0)]]);
     }
 
     proptest! {
@@ -142,7 +153,8 @@ mod tests {
         ) {
             let given: Vec<_> = ids
                 .iter()
-                .map(|&id| HostFunction {
+                .map(|&id| HostIdentity {
+                    folder: PathBuf::new(),
                     address: Some(Bdf::from_routing_id(id)),
                     is_virtual: id % 5 == 0,
                 })
@@ -155,7 +167,7 @@ mod tests {
                 prop_assert_eq!(port[0].function.number(), 0);
                 prop_assert!(port.windows(2).all(|pair| pair[0].function < pair[1].function));
             }
-            let more = [&given[..], &[HostFunction { address: None, is_virtual: false }]].concat();
+            let more = [&given[..], &[HostIdentity::in_folder(Path::new("/nowhere"))]].concat();
             prop_assert_eq!(&behind_ports(&more)[..ports.len()], &ports[..]);
         }
     }

@@ -14,20 +14,20 @@ use busway_pci::{Complaints, FunctionId, Topology};
 use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, Resets, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::RunError;
 use super::releases::Releases;
 use crate::config::{DeviceConfig, OnError};
+use crate::machine::RunError;
 
 /// How long a guest may take to let go of a device that the host wants back. Linux waits five seconds
 /// of these after the button was pressed, for it could be pressed again to take that back.
-pub(super) const RELEASE_LIMIT: Duration = Duration::from_secs(30);
+pub(in crate::machine) const RELEASE_LIMIT: Duration = Duration::from_secs(30);
 
 /// How often a device's errors are told of at most.
 const QUIET: Duration = Duration::from_secs(5);
 
 /// The devices.
 #[derive(Debug)]
-pub(super) struct Assigned {
+pub(in crate::machine) struct Attached {
     /// Ready when an event of a device's has come.
     ready: Epoll,
     devices: Vec<Entry>,
@@ -53,15 +53,15 @@ struct Entry {
 
 /// Whether a VM goes on after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(in crate::machine) enum Verdict {
     /// It does.
     GoOn,
     /// The guest is to be held.
     Hold,
 }
 
-impl Assigned {
-    pub(super) fn new(resets: Arc<Resets>) -> io::Result<Self> {
+impl Attached {
+    pub(in crate::machine) fn new(resets: Arc<Resets>) -> io::Result<Self> {
         Ok(Self {
             ready: Epoll::new()?,
             devices: Vec::new(),
@@ -71,7 +71,12 @@ impl Assigned {
     }
 
     /// Hears from now on what the device of `config`, which is in the slot behind `port`, tells.
-    pub(super) fn add(&mut self, config: &DeviceConfig, port: FunctionId, io: Arc<dyn DeviceIo>) {
+    pub(in crate::machine) fn add(
+        &mut self,
+        config: &DeviceConfig,
+        port: FunctionId,
+        io: Arc<dyn DeviceIo>,
+    ) {
         let name = config.name();
         let events = DeviceEvents::listen(&name, &*io);
         for event in [&events.error, &events.request].into_iter().flatten() {
@@ -97,7 +102,7 @@ impl Assigned {
     }
 
     /// Deals with what the devices have told. `held`: the guest does not run, and cannot be asked.
-    pub(super) fn on_ready(
+    pub(in crate::machine) fn on_ready(
         &mut self,
         topology: &Arc<Topology>,
         held: bool,
@@ -130,7 +135,7 @@ impl Assigned {
     }
 
     /// The guest switched the power of a slot: where it was asked to let go, it has.
-    pub(super) fn on_slot_power(&mut self, topology: &Arc<Topology>, slot: u16) {
+    pub(in crate::machine) fn on_slot_power(&mut self, topology: &Arc<Topology>, slot: u16) {
         let let_go = self.devices.iter().find_map(|device| {
             let off = topology.with_slot(device.port, |its| its.slot() == slot && !its.powered());
             (device.leaves.is_some() && off == Some(true)).then_some(device.port)
@@ -141,12 +146,12 @@ impl Assigned {
     }
 
     /// By when something has to have happened.
-    pub(super) fn deadline(&self) -> Option<Instant> {
+    pub(in crate::machine) fn deadline(&self) -> Option<Instant> {
         self.devices.iter().filter_map(|device| device.leaves).min()
     }
 
     /// Pulls out what the guest was asked for and has not let go of in time.
-    pub(super) fn on_time(&mut self, topology: &Arc<Topology>, now: Instant) {
+    pub(in crate::machine) fn on_time(&mut self, topology: &Arc<Topology>, now: Instant) {
         let late = |device: &&Entry| device.leaves.is_some_and(|deadline| deadline <= now);
         while let Some(port) = self.devices.iter().find(late).map(|device| device.port) {
             let limit = RELEASE_LIMIT.as_secs();
@@ -157,7 +162,7 @@ impl Assigned {
 
     /// Pulls out what the guest was asked for: it starts anew, and shall not find it. Waits until all
     /// that leaves is closed, for it may reach memory until then. No vCPU may run.
-    pub(super) fn on_restart(&mut self, topology: &Arc<Topology>) {
+    pub(in crate::machine) fn on_restart(&mut self, topology: &Arc<Topology>) {
         let leaving = |device: &&Entry| device.leaves.is_some();
         while let Some(port) = self.devices.iter().find(leaving).map(|device| device.port) {
             self.release(port, topology, "the guest restarts without it");
@@ -242,7 +247,7 @@ impl Assigned {
     }
 }
 
-impl AsRawFd for Assigned {
+impl AsRawFd for Attached {
     fn as_raw_fd(&self) -> RawFd {
         self.ready.as_raw_fd()
     }

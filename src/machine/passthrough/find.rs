@@ -1,0 +1,107 @@
+//! Which host devices a VM is given, found before any of them is opened: by address or by a descriptor
+//! that Busway inherited, and what each lets nothing be mapped at.
+
+use std::fs::File;
+
+use busway_iommu::{HostPaths, Mode, reserved_ranges};
+use busway_vfio::{AssignOptions, Handed, interface};
+
+use super::placement::HostIdentity;
+use crate::config::{Choice, DeviceConfig, VmConfig, validate_functions};
+use crate::machine::RunError;
+use crate::machine::address_plan::PlannedFunction;
+
+/// A host device that the guest is to have.
+#[derive(Debug)]
+pub(in crate::machine) struct Request {
+    /// What was said of it, with its path where a descriptor said which it is.
+    pub(super) config: DeviceConfig,
+    pub(super) options: AssignOptions,
+    pub(super) identity: HostIdentity,
+    /// The descriptor to use, where one was inherited.
+    pub(super) inherited: Option<Handed>,
+}
+
+/// Host devices that were asked for together, and the way to them.
+#[derive(Debug)]
+pub(in crate::machine) struct Found {
+    pub(super) paths: HostPaths,
+    pub(super) requests: Vec<Request>,
+    /// What was asked for.
+    pub(super) asked: Mode,
+    /// The same, but for what the inherited descriptors need.
+    pub(super) mode: Mode,
+    /// The iommufd that was inherited.
+    pub(super) iommufd: Option<File>,
+}
+
+impl Found {
+    /// Takes over the descriptors that `config` names, and finds every device; `options` come in the
+    /// order of the devices.
+    ///
+    /// # Errors
+    /// [`RunError::Handed`], or [`RunError::Config`] where two are one device
+    pub(in crate::machine) fn find(
+        config: &VmConfig,
+        options: Vec<AssignOptions>,
+    ) -> Result<Self, RunError> {
+        let paths = HostPaths::default();
+        let mut requests = Vec::new();
+        for (device, options) in config.device.iter().zip(options) {
+            let (folder, inherited) = match device.fd {
+                Some(fd) => {
+                    // SAFETY: `VmConfig::validate` lets each descriptor be named once, and what is
+                    // one of VFIO's is not this process's own: it opens those later, by `Opener`.
+                    let handed = unsafe { Handed::device(&paths, fd) }?;
+                    (handed.folder(&paths, &device.path)?, Some(handed))
+                }
+                None => (device.path.clone(), None),
+            };
+            requests.push(Request {
+                identity: HostIdentity::in_folder(&folder),
+                config: DeviceConfig {
+                    path: folder,
+                    ..device.clone()
+                },
+                options,
+                inherited,
+            });
+        }
+        // SAFETY: as above; an iommufd is opened later, by `Space`.
+        let take = |fd| unsafe { Handed::iommufd(&paths, fd) };
+        let iommufd = config.platform.iommufd_fd.map(take).transpose()?;
+        let asked = match config.platform.iommufd {
+            Choice::On => Mode::On,
+            Choice::Off => Mode::Off,
+            Choice::Auto => Mode::Auto,
+        };
+        let inherited = requests.iter().filter_map(|one| one.inherited.as_ref());
+        let mode = interface(asked, iommufd.is_some(), inherited)?;
+        let configs: Vec<_> = requests.iter().map(|one| one.config.clone()).collect();
+        validate_functions(&configs)?;
+        Ok(Self {
+            paths,
+            requests,
+            asked,
+            mode,
+            iommufd,
+        })
+    }
+
+    /// What sysfs says of each device's BARs.
+    pub(in crate::machine) fn planned(&self) -> Vec<PlannedFunction> {
+        let requests = self.requests.iter();
+        requests
+            .map(|one| PlannedFunction::new(&one.identity, &one.options))
+            .collect()
+    }
+
+    /// The addresses, first and last, where these devices let no memory be.
+    pub(in crate::machine) fn reserved(&self) -> Vec<(u64, u64)> {
+        let folders = self.requests.iter().map(|one| &*one.identity.folder);
+        reserved_ranges(&self.paths, &folders.collect::<Vec<_>>())
+            .into_iter()
+            .map(|range| (range.start, range.last))
+            .collect()
+    }
+}
