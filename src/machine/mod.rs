@@ -16,6 +16,7 @@ mod panics;
 mod passthrough;
 mod pci;
 mod platform;
+mod requests;
 mod restart;
 mod signals;
 
@@ -24,6 +25,7 @@ pub use error::RunError;
 pub use life::Ended;
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
+pub use requests::{Answer, Control, Info, Request, RequestError, Requests, State};
 pub use signals::block_signals;
 
 use crate::config::VmConfig;

@@ -1,0 +1,278 @@
+//! What is asked of a machine from outside while it lives: by its control socket, today.
+//!
+//! Whoever asks has a [`Control`], on any thread. The machine's event loop takes the requests in order and
+//! answers each once, at once or when what was asked for has happened; it never waits for that itself. Whoever asked waits for
+//! the answer alone.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::eventfd::eventfd;
+use crate::report::AssignedDevice;
+
+/// How many requests wait to be taken; whoever asks then is refused.
+const MOST: usize = 64;
+
+/// Something that is asked of a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// How it is.
+    Info,
+    /// Stop the guest between two instructions. Answered when no vCPU is in it.
+    Pause,
+    /// Let a guest that was paused go on.
+    Resume,
+    /// Press the guest's power button. Answered when that is done, not when the guest has powered off.
+    PowerButton,
+    /// End the VM without asking the guest.
+    Shutdown,
+}
+
+/// What a machine is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum State {
+    /// It is being put together: memory is taken, devices are opened.
+    Created,
+    /// The guest runs.
+    Running,
+    /// It was paused, and goes on when it is asked to.
+    Paused,
+    /// It is stopped for good, after an error of a device (`on_error=pause`).
+    Held,
+}
+
+/// How a machine is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// What it is doing.
+    pub state: State,
+    /// Bytes of RAM that the guest has; 0 while it is being put together.
+    pub memory: u64,
+    /// The host devices that the guest has; none while it is being put together.
+    pub devices: Vec<AssignedDevice>,
+}
+
+/// The answer to a request that was granted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// To [`Request::Info`].
+    Info(Info),
+}
+
+/// Why a request was not granted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// the guest is {0}, ...
+    #[error("the guest is {0}")]
+    State(&'static str),
+    /// the VM has ended
+    #[error("the VM has ended")]
+    Ended,
+    /// too many requests wait
+    #[error("{MOST} requests wait already: ask again")]
+    TooMany,
+}
+
+/// Who waits for the answer to a request. Dropped without one, the VM has ended.
+#[derive(Debug)]
+pub(super) struct Asker(SyncSender<Result<Answer, RequestError>>);
+
+impl Asker {
+    pub(super) fn answer(self, answer: Result<Answer, RequestError>) {
+        // Who asked may wait no longer.
+        let _ = self.0.send(answer);
+    }
+}
+
+#[derive(Debug)]
+struct Mailbox {
+    waiting: Mutex<Waiting>,
+    signal: EventFd,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    requests: VecDeque<(Request, Asker)>,
+    /// The event loop takes requests, or soon will; else the machine is being put together.
+    open: bool,
+    closed: bool,
+}
+
+impl Mailbox {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Asks things of a machine, from any thread.
+#[derive(Clone, Debug)]
+pub struct Control(Arc<Mailbox>);
+
+impl Control {
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// [`RequestError`]
+    pub fn ask(&self, request: Request) -> Result<Answer, RequestError> {
+        let answer = self.send(request)?;
+        // It is dropped unanswered where the machine ends meanwhile.
+        answer.recv().unwrap_or(Err(RequestError::Ended))
+    }
+
+    fn send(
+        &self,
+        request: Request,
+    ) -> Result<Receiver<Result<Answer, RequestError>>, RequestError> {
+        let (sender, receiver) = sync_channel(1);
+        let mut waiting = self.0.waiting();
+        if waiting.closed {
+            return Err(RequestError::Ended);
+        }
+        if !waiting.open && request == Request::Info {
+            let info = Info {
+                state: State::Created,
+                memory: 0,
+                devices: Vec::new(),
+            };
+            Asker(sender).answer(Ok(Answer::Info(info)));
+            return Ok(receiver);
+        }
+        if waiting.requests.len() >= MOST {
+            return Err(RequestError::TooMany);
+        }
+        waiting.requests.push_back((request, Asker(sender)));
+        // It fails only where the count would overflow, and then a signal is there already.
+        let _ = self.0.signal.write(1);
+        Ok(receiver)
+    }
+}
+
+/// The machine's end of its [`Control`]s. Dropping it tells all who ask that the VM has ended.
+#[derive(Debug)]
+pub struct Requests(Arc<Mailbox>);
+
+impl Requests {
+    /// Of a machine that is still to be put together. What is asked before it lives waits, but for
+    /// [`Request::Info`].
+    ///
+    /// # Errors
+    /// eventfd(2)
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(Mailbox {
+            waiting: Mutex::default(),
+            signal: eventfd()?,
+        })))
+    }
+
+    /// Who asks is given one.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        Control(self.0.clone())
+    }
+
+    /// The machine lives: requests are taken from now on.
+    pub(super) fn open(&self) {
+        self.0.waiting().open = true;
+    }
+
+    /// How many wait.
+    pub(super) fn count(&self) -> usize {
+        self.0.waiting().requests.len()
+    }
+
+    /// The next request. Nothing is left of the signal with the last one.
+    pub(super) fn take(&self) -> Option<(Request, Asker)> {
+        let mut waiting = self.0.waiting();
+        let request = waiting.requests.pop_front();
+        if waiting.requests.is_empty() {
+            // Nonblocking; it fails where there is no signal.
+            let _ = self.0.signal.read();
+        }
+        request
+    }
+}
+
+impl Drop for Requests {
+    fn drop(&mut self) {
+        let mut waiting = self.0.waiting();
+        waiting.closed = true;
+        waiting.requests.clear();
+    }
+}
+
+impl AsRawFd for Requests {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.signal.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn each_request_is_answered_once_and_in_order() {
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        let Ok(Answer::Info(info)) = control.ask(Request::Info) else {
+            panic!("while it is put together, it says so at once");
+        };
+        assert_eq!(info.state, State::Created);
+        requests.open();
+        let first = control.send(Request::Pause).unwrap();
+        let second = control.send(Request::Info).unwrap();
+        let (one, asker) = requests.take().unwrap();
+        assert_eq!((one, requests.count()), (Request::Pause, 1));
+        asker.answer(Ok(Answer::Done));
+        let (two, asker) = requests.take().unwrap();
+        assert_eq!(two, Request::Info);
+        asker.answer(Err(RequestError::State("paused")));
+        assert_eq!(first.recv(), Ok(Ok(Answer::Done)));
+        assert_eq!(second.recv(), Ok(Err(RequestError::State("paused"))));
+        assert!(requests.take().is_none());
+    }
+
+    #[test]
+    fn whoever_waits_or_comes_later_is_told_of_the_end() {
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        requests.open();
+        let taken = control.send(Request::Pause).unwrap();
+        let (_, asker) = requests.take().unwrap();
+        let waits = {
+            let control = control.clone();
+            thread::spawn(move || control.ask(Request::Info))
+        };
+        while requests.count() == 0 {
+            thread::yield_now();
+        }
+        drop(requests);
+        drop(asker);
+        assert_eq!(waits.join().unwrap(), Err(RequestError::Ended));
+        assert!(taken.recv().is_err());
+        assert_eq!(control.ask(Request::Info), Err(RequestError::Ended));
+    }
+
+    #[test]
+    fn no_more_wait_than_fit() {
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        requests.open();
+        let kept: Vec<_> = (0..MOST).map(|_| control.send(Request::Info)).collect();
+        assert!(kept.iter().all(Result::is_ok));
+        assert_eq!(
+            control.send(Request::Info).unwrap_err(),
+            RequestError::TooMany
+        );
+    }
+}
