@@ -14,7 +14,7 @@ use super::schema::{self, Section};
 use super::words::{Place, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
 use crate::config::{ConsoleConfig, VmConfig};
-use crate::machine::{self, Ended};
+use crate::machine::{self, Ended, Requests};
 use crate::report::{Report, Stage};
 
 /// What `busway run` takes.
@@ -155,9 +155,10 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
 }
 
 fn boot(config: &VmConfig, report: &Report) -> Result<(), Failure> {
-    match machine::run(config, report) {
+    match Requests::new().and_then(|requests| machine::run(config, report, requests)) {
         Ok(Ended::PowerOff) => log::info!("the guest powered off"),
         Ok(Ended::Quit) => log::info!("left by the console's escape key"),
+        Ok(Ended::Asked) => log::info!("the VM ended as it was asked to"),
         Err(error) => return Err(Failure::new(error.exit_status(), error)),
     }
     Ok(())

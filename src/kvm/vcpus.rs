@@ -127,6 +127,29 @@ impl Vcpus {
         self.kick();
     }
 
+    /// Stops the guest between two instructions, without waiting for that: `then` is called when no vCPU
+    /// is in it, on any thread, unless the guest runs again before.
+    pub fn stop_then(&self, then: impl FnOnce() + Send + 'static) {
+        self.gate.close();
+        self.gate.when_parked(self.vcpus.len(), then);
+        self.kick();
+    }
+
+    /// Has the guest's clock say that the guest was stopped, so that its watchdogs do not take the time
+    /// for a lock-up. To be called while the vCPUs are held, before the guest goes on.
+    /// KVM API, KVM_KVMCLOCK_CTRL
+    pub fn tell_of_stop(&self) {
+        for thread in &self.vcpus {
+            let vcpu = lock(&thread.vcpu);
+            // EINVAL: the guest does not use that clock.
+            if let Err(error) = vcpu.fd.kvmclock_ctrl()
+                && error.errno() != libc::EINVAL
+            {
+                log::debug!("KVM_KVMCLOCK_CTRL failed on vCPU {}: {error}", vcpu.id);
+            }
+        }
+    }
+
     /// Exits to user space of one kind, of all vCPUs together.
     #[must_use]
     pub fn exits(&self, kind: ExitKind) -> u64 {

@@ -17,6 +17,7 @@ use super::events::Events;
 use super::passthrough::{Found, Opened, Passthrough};
 use super::pci::Pci;
 use super::platform::{Platform, open_console};
+use super::requests::Requests;
 use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
@@ -34,13 +35,15 @@ use crate::virtio::{VirtioDevice, VirtioPci};
 /// A machine. The fields go in the order in which they stand: who uses something before what is used.
 #[derive(Debug)]
 pub(super) struct Machine {
+    /// What is asked from outside. Whoever still waits is told of the end first.
+    pub(super) requests: Requests,
     pub(super) vcpus: Vcpus,
     // Waits for the devices that are being released, whose functions the topology has no more.
     pub(super) passthrough: Passthrough,
     pub(super) pci: Pci,
     pub(super) platform: Platform,
     _memory: MemoryMap,
-    ram: Ram,
+    pub(super) ram: Ram,
     pub(super) events: Arc<Events>,
     pub(super) quit: EventFd,
     boot: Boot,
@@ -83,6 +86,7 @@ impl Machine {
         config: &VmConfig,
         report: &Report,
         signals: &Signals,
+        requests: Requests,
     ) -> Result<Self, RunError> {
         few_arenas();
         many_files();
@@ -138,6 +142,7 @@ impl Machine {
 
         let vcpus = Vcpus::new(&vm, &model, config.cpus.boot, &buses, &events.sink())?;
         let machine = Self {
+            requests,
             vcpus,
             passthrough,
             pci,

@@ -30,6 +30,8 @@ pub(super) enum Event {
     Vcpu(VcpuEvent),
     /// A thread of this process panicked.
     Panicked,
+    /// The guest was to be paused, and no vCPU is in it any more.
+    Stopped,
 }
 
 /// What waits to be decided. Each thing waits once, so a guest cannot make the list long.
@@ -58,6 +60,11 @@ impl Events {
         self.push(Event::Panicked);
     }
 
+    /// No vCPU is in the guest any more, which was to be paused.
+    pub(super) fn stopped(&self) {
+        self.push(Event::Stopped);
+    }
+
     /// How many wait.
     pub(super) fn count(&self) -> usize {
         self.waiting().len()
@@ -79,7 +86,7 @@ impl Events {
         self.waiting().retain(|event| *event == Event::Panicked);
     }
 
-    fn push(&self, event: Event) {
+    pub(super) fn push(&self, event: Event) {
         let mut waiting = self.waiting();
         if !waiting.contains(&event) {
             waiting.push_back(event);

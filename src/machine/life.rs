@@ -9,6 +9,7 @@ use super::RunError;
 use super::assembly::Machine;
 use super::events::Event;
 use super::passthrough::Verdict;
+use super::requests::{Answer, Asker, Info, Request, RequestError, State};
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
 use crate::report::{Report, Stage};
@@ -27,6 +28,8 @@ pub enum Ended {
     PowerOff,
     /// A person at the console left it (Ctrl-A x).
     Quit,
+    /// It was asked to end by its control socket, or by a signal while it was paused.
+    Asked,
 }
 
 /// What the loop waits for.
@@ -37,15 +40,17 @@ enum Source {
     Quit,
     Clock,
     Device,
+    Request,
 }
 
 impl Source {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Signal,
         Self::Event,
         Self::Quit,
         Self::Clock,
         Self::Device,
+        Self::Request,
     ];
 }
 
@@ -55,8 +60,21 @@ struct Life {
     started: Instant,
     /// By when it has to have powered off.
     deadline: Option<Instant>,
-    /// The guest does not run, until somebody lets it.
-    held: bool,
+    phase: Phase,
+    /// What a guest did last before it was paused, to be dealt with when it goes on.
+    deferred: Vec<Event>,
+}
+
+/// Whether the guest runs.
+#[derive(Debug)]
+enum Phase {
+    Running,
+    /// It is stopped, and these wait until it stands still.
+    Pausing(Vec<Asker>),
+    /// It stands still until somebody lets it go on.
+    Paused,
+    /// It is stopped for good: a device of its had an error.
+    Held,
 }
 
 /// What becomes of a guest that restarts.
@@ -68,6 +86,8 @@ enum Restart {
     End,
     /// It asked before it was held, and stays as it is.
     Held,
+    /// It asked before it was paused, and is restarted when it goes on.
+    Later,
 }
 
 impl Machine {
@@ -90,8 +110,10 @@ impl Machine {
         let mut life = Life {
             started: Instant::now(),
             deadline: None,
-            held: false,
+            phase: Phase::Running,
+            deferred: Vec::new(),
         };
+        self.requests.open();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
             let count = match epoll.wait(
@@ -117,6 +139,7 @@ impl Machine {
                         self.on_device(&mut life)?;
                         None
                     }
+                    Some(Source::Request) => self.on_request(&mut life),
                     None => None,
                 };
                 if let Some(ended) = ended {
@@ -140,17 +163,19 @@ impl Machine {
             Source::Quit => self.quit.as_raw_fd(),
             Source::Clock => self.platform.rtc.as_raw_fd(),
             Source::Device => self.passthrough.attached.as_raw_fd(),
+            Source::Request => self.requests.as_raw_fd(),
         }
     }
 
     /// An error of a device's can end the VM or hold the guest.
     fn on_device(&mut self, life: &mut Life) -> Result<(), RunError> {
         let topology = self.pci.topology();
-        let verdict = self.passthrough.attached.on_ready(topology, life.held)?;
+        let runs = matches!(life.phase, Phase::Running);
+        let verdict = self.passthrough.attached.on_ready(topology, !runs)?;
         if verdict == Verdict::Hold {
             // Not waited for: a vCPU may have the kernel reset a device, for a minute.
             self.vcpus.stop();
-            life.held = true;
+            life.hold();
         }
         Ok(())
     }
@@ -162,8 +187,13 @@ impl Machine {
             if life.deadline.is_some() {
                 return Err(RunError::Killed { signal });
             }
-            if life.held {
-                return Err(RunError::EndedHeld { signal });
+            match life.phase {
+                Phase::Running => {}
+                Phase::Held => return Err(RunError::EndedHeld { signal }),
+                Phase::Pausing(_) | Phase::Paused => {
+                    log::warn!("signal {signal}: the guest is paused, and the VM ends as it is");
+                    return Ok(Some(Ended::Asked));
+                }
             }
             log::info!(
                 "signal {signal}: the guest is asked to power off, and has {} s for it",
@@ -183,7 +213,7 @@ impl Machine {
             let Some(event) = self.events.take() else {
                 break;
             };
-            let ended = match event {
+            let ended = match event.clone() {
                 Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => Some(Ended::PowerOff),
                 Event::Reset | Event::Vcpu(VcpuEvent::Reset) => match life.restart() {
                     Restart::Anew => {
@@ -192,6 +222,7 @@ impl Machine {
                     }
                     Restart::End => Some(ends_with("the guest restarts")),
                     Restart::Held => stays_held("the guest restarts"),
+                    Restart::Later => life.defer(event),
                 },
                 Event::Vcpu(VcpuEvent::TripleFault { id, rip }) => {
                     let fault = RunError::TripleFault {
@@ -207,6 +238,7 @@ impl Machine {
                         }
                         Restart::End => Some(ends_with(&fault.to_string())),
                         Restart::Held => stays_held(&fault.to_string()),
+                        Restart::Later => life.defer(event),
                     }
                 }
                 Event::SlotPower { slot, on } => {
@@ -215,6 +247,10 @@ impl Machine {
                     self.passthrough
                         .attached
                         .on_slot_power(self.pci.topology(), slot);
+                    None
+                }
+                Event::Stopped => {
+                    life.stopped();
                     None
                 }
                 Event::Panicked => return Err(RunError::Panicked),
@@ -228,6 +264,70 @@ impl Machine {
             }
         }
         Ok(None)
+    }
+
+    /// What is asked now, and not what is asked meanwhile.
+    fn on_request(&mut self, life: &mut Life) -> Option<Ended> {
+        for _ in 0..self.requests.count().max(1) {
+            let Some((request, asker)) = self.requests.take() else {
+                break;
+            };
+            match request {
+                Request::Info => asker.answer(Ok(Answer::Info(self.info(life)))),
+                Request::Pause => self.pause(life, asker),
+                Request::Resume => asker.answer(self.go_on(life)),
+                Request::PowerButton => {
+                    log::info!("the control socket presses the guest's power button");
+                    self.platform.power.press_button();
+                    asker.answer(Ok(Answer::Done));
+                }
+                Request::Shutdown => {
+                    log::info!("the VM ends, as its control socket asks");
+                    asker.answer(Ok(Answer::Done));
+                    return Some(Ended::Asked);
+                }
+            }
+        }
+        None
+    }
+
+    fn info(&self, life: &Life) -> Info {
+        Info {
+            state: life.state(),
+            memory: self.ram.size(),
+            devices: self.pci.assigned(),
+        }
+    }
+
+    /// Answered when no vCPU is in the guest, which is not waited for.
+    fn pause(&mut self, life: &mut Life, asker: Asker) {
+        match &mut life.phase {
+            Phase::Running => {
+                life.phase = Phase::Pausing(vec![asker]);
+                let events = self.events.clone();
+                self.vcpus.stop_then(move || events.stopped());
+            }
+            Phase::Pausing(askers) => askers.push(asker),
+            Phase::Paused => asker.answer(Err(RequestError::State("paused already"))),
+            Phase::Held => asker.answer(Err(RequestError::State(HELD))),
+        }
+    }
+
+    fn go_on(&mut self, life: &mut Life) -> Result<Answer, RequestError> {
+        match life.phase {
+            Phase::Running => return Err(RequestError::State("not paused")),
+            Phase::Pausing(_) => return Err(RequestError::State("not paused yet")),
+            Phase::Held => return Err(RequestError::State(HELD)),
+            Phase::Paused => {}
+        }
+        self.vcpus.tell_of_stop();
+        life.phase = Phase::Running;
+        for event in life.deferred.drain(..) {
+            self.events.push(event);
+        }
+        self.vcpus.resume();
+        log::info!("the guest goes on");
+        Ok(Answer::Done)
     }
 
     fn start_anew(
@@ -250,6 +350,9 @@ fn ends_with(what: &str) -> Ended {
     Ended::PowerOff
 }
 
+/// Why nothing can be asked of a guest that is held.
+const HELD: &str = "stopped for good, after an error of a device (on_error=pause)";
+
 fn stays_held(what: &str) -> Option<Ended> {
     log::warn!("{what}, but stays held: a device of its had an error before");
     None
@@ -258,11 +361,49 @@ fn stays_held(what: &str) -> Option<Ended> {
 impl Life {
     /// What becomes of a guest that restarts now.
     fn restart(&self) -> Restart {
-        match (self.held, self.deadline) {
-            (true, _) => Restart::Held,
-            (false, Some(_)) => Restart::End,
-            (false, None) => Restart::Anew,
+        match (&self.phase, self.deadline) {
+            (Phase::Held, _) => Restart::Held,
+            (Phase::Pausing(_) | Phase::Paused, _) => Restart::Later,
+            (Phase::Running, Some(_)) => Restart::End,
+            (Phase::Running, None) => Restart::Anew,
         }
+    }
+
+    fn state(&self) -> State {
+        match self.phase {
+            Phase::Running | Phase::Pausing(_) => State::Running,
+            Phase::Paused => State::Paused,
+            Phase::Held => State::Held,
+        }
+    }
+
+    /// The guest stands still, if it was to.
+    fn stopped(&mut self) {
+        // It may have been held, or have begun another pause since.
+        if let Phase::Pausing(askers) = &mut self.phase {
+            let askers = std::mem::take(askers);
+            self.phase = Phase::Paused;
+            log::info!("the guest is paused");
+            for asker in askers {
+                asker.answer(Ok(Answer::Done));
+            }
+        }
+    }
+
+    /// The guest is stopped for good.
+    fn hold(&mut self) {
+        let before = std::mem::replace(&mut self.phase, Phase::Held);
+        if let Phase::Pausing(askers) = before {
+            for asker in askers {
+                asker.answer(Err(RequestError::State(HELD)));
+            }
+        }
+    }
+
+    fn defer(&mut self, event: Event) -> Option<Ended> {
+        log::debug!("{event:?} waits until the guest goes on");
+        self.deferred.push(event);
+        None
     }
 
     /// Milliseconds until its deadline or the other, rounded up; -1 where there is none. epoll_wait(2)
@@ -280,16 +421,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_restarts_unless_it_was_asked_to_power_off_or_is_held() {
-        let life = |deadline, held| Life {
+    fn a_guest_restarts_unless_it_was_asked_to_power_off_or_does_not_run() {
+        let life = |deadline, phase| Life {
             started: Instant::now(),
             deadline,
-            held,
+            phase,
+            deferred: Vec::new(),
         };
         let asked = Some(Instant::now());
-        assert_eq!(life(None, false).restart(), Restart::Anew);
-        assert_eq!(life(asked, false).restart(), Restart::End);
-        assert_eq!(life(None, true).restart(), Restart::Held);
-        assert_eq!(life(asked, true).restart(), Restart::Held);
+        for (deadline, phase, becomes) in [
+            (None, Phase::Running, Restart::Anew),
+            (asked, Phase::Running, Restart::End),
+            (None, Phase::Held, Restart::Held),
+            (asked, Phase::Held, Restart::Held),
+            (asked, Phase::Paused, Restart::Later),
+            (None, Phase::Pausing(Vec::new()), Restart::Later),
+        ] {
+            assert_eq!(life(deadline, phase).restart(), becomes);
+        }
     }
 }

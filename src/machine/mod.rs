@@ -36,16 +36,17 @@ use signals::Signals;
 /// Runs a VM until it ends, saying in `report` how far it has come.
 ///
 /// The calling thread is the machine's event loop. [`block_signals`] has to be called before any
-/// thread is started, for the signals that end a VM have to come here.
+/// thread is started, for the signals that end a VM have to come here. Whoever has a [`Control`] of
+/// `requests` can ask things of the machine meanwhile.
 ///
 /// # Errors
 /// [`RunError`], whose [`exit_status`](RunError::exit_status) tells bad configuration, a host that
 /// cannot do it, and failure apart.
-pub fn run(config: &VmConfig, report: &Report) -> Result<Ended, RunError> {
+pub fn run(config: &VmConfig, report: &Report, requests: Requests) -> Result<Ended, RunError> {
     let signals = Signals::new()?;
     config.validate()?;
     let watch = PanicWatch::start();
-    let mut machine = Machine::assemble(config, report, &signals)?;
+    let mut machine = Machine::assemble(config, report, &signals, requests)?;
     watch.tell(&machine.events);
     #[cfg(debug_assertions)]
     panics::panic_where_a_test_asks();

@@ -5,7 +5,6 @@
 //! the answer alone.
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::RunError;
 use crate::eventfd::eventfd;
 use crate::report::AssignedDevice;
 
@@ -164,11 +164,11 @@ impl Requests {
     /// [`Request::Info`].
     ///
     /// # Errors
-    /// eventfd(2)
-    pub fn new() -> io::Result<Self> {
+    /// [`RunError::System`], of eventfd(2)
+    pub fn new() -> Result<Self, RunError> {
         Ok(Self(Arc::new(Mailbox {
             waiting: Mutex::default(),
-            signal: eventfd()?,
+            signal: eventfd().map_err(RunError::system("eventfd"))?,
         })))
     }
 
