@@ -1,8 +1,11 @@
 //! Processors start, are held, and start again.
 
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use busway::kvm::CpuFeatures;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::guest::{AP_CODE, Guest, SPIN, STOP, TELL_AL, al, guest, guest_with, wrmsr, x2apic};
 
@@ -86,6 +89,37 @@ fn held_at_once_and_ended_at_once_is_no_race() {
         guest.vcpus.hold();
         guest.vcpus.resume();
     }
+}
+
+#[test]
+fn no_instruction_retires_once_the_guest_is_said_to_be_stopped() {
+    // inc dword [0x400]; jmp back to it
+    let Some(guest) = guest(2, &[&[0x66, 0xff, 0x06, 0x00, 0x04, 0xeb, 0xf9]]) else {
+        return;
+    };
+    let counted = || {
+        let memory = guest.ram.guest().memory();
+        let count: u32 = memory.read_obj(GuestAddress(0x400)).unwrap();
+        count
+    };
+    let (stopped, heard) = mpsc::channel();
+    let mut last = 0;
+    for round in 0..300 {
+        guest.vcpus.resume();
+        // In some rounds it is stopped before it has run at all.
+        while round % 3 == 0 && counted() == last {
+            thread::yield_now();
+        }
+        let stopped = stopped.clone();
+        guest.vcpus.stop_then(move || stopped.send(round).unwrap());
+        assert_eq!(heard.recv_timeout(Duration::from_secs(20)), Ok(round));
+        last = counted();
+        for _ in 0..1000 {
+            assert_eq!(counted(), last, "round {round}");
+        }
+    }
+    assert!(last > 0);
+    assert!(heard.try_recv().is_err(), "each is said once");
 }
 
 #[test]
