@@ -5,6 +5,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use crate::atomics::AtomicOps;
+use crate::topology::{Reserve, Windows};
+
 /// Which of a function's address decoders: a BAR or the expansion ROM.
 ///
 /// PCIe 6.0 §7.5.1.2.1 and §7.5.1.2.4.
@@ -190,10 +193,21 @@ pub trait Bridge {
 /// A slot whose device can come and go while the guest runs. PCIe 6.0 §6.7.
 ///
 /// The topology says what is in it ([`Topology::add`](crate::Topology::add),
-/// [`Topology::unplug`](crate::Topology::unplug)); the machine presses its button.
+/// [`Topology::plug`](crate::Topology::plug), [`Topology::unplug`](crate::Topology::unplug)); the
+/// machine presses its button.
 pub trait HotPlug {
     /// Its number.
     fn slot(&self) -> u16;
+
+    /// What firmware gives the bridge's windows at least.
+    fn reserve(&self) -> Reserve;
+
+    /// The ranges that the bridge's windows are now, as the guest has set them; empty ones where they are
+    /// closed.
+    fn windows(&self) -> Windows;
+
+    /// Says that the bridge carries out these AtomicOps, until the slot is empty again.
+    fn complete(&self, atomics: AtomicOps);
 
     /// Something is in the slot, or not, from before the guest's start.
     fn furnish(&self, present: bool);

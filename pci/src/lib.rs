@@ -55,6 +55,6 @@ pub use msix::{Msix, MsixLocation};
 pub use root_port::RootPort;
 pub use slot::SlotListener;
 pub use topology::{
-    AssignError, Behind, FunctionId, Needs, NoRoom, Place, PlaceError, Topology, WindowKind,
-    Windows, find_room,
+    AssignError, Behind, FunctionId, Needs, NoRoom, Place, PlaceError, Reserve, Topology,
+    WindowKind, Windows, find_room,
 };

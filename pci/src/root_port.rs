@@ -13,6 +13,7 @@ use crate::link::Link;
 use crate::msi::{Msi, MsiFeatures};
 use crate::slot::{Change, Slot, SlotListener};
 use crate::spec;
+use crate::topology::{Reserve, Windows};
 
 /// A root port with one slot.
 #[derive(Debug)]
@@ -33,6 +34,7 @@ struct State {
     slot: Option<Slot>,
     /// It has a window for I/O ports.
     io: bool,
+    reserve: Reserve,
 }
 
 impl RootPort {
@@ -66,6 +68,7 @@ impl RootPort {
                 slot_number: slot,
                 slot: None,
                 io: true,
+                reserve: Reserve::SMALL,
             }),
             listener: None,
         }
@@ -79,6 +82,14 @@ impl RootPort {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.slot = Some(Slot::new(state.slot_number));
         state.show_link();
+        self
+    }
+
+    /// Has at least this room for what is plugged in, instead of [`Reserve::SMALL`].
+    #[must_use]
+    pub fn reserving(mut self, reserve: Reserve) -> Self {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.reserve = reserve;
         self
     }
 
@@ -352,6 +363,30 @@ impl Bridge for RootPort {
 impl HotPlug for RootPort {
     fn slot(&self) -> u16 {
         self.state().slot_number
+    }
+
+    fn reserve(&self) -> Reserve {
+        self.state().reserve
+    }
+
+    fn windows(&self) -> Windows {
+        let state = self.state();
+        let range = |(base, limit): (u64, u64)| match limit.checked_add(1) {
+            Some(end) if base < end => base..end,
+            _ => 0..0,
+        };
+        Windows {
+            io: match state.io {
+                true => range(io_window(&state.space)),
+                false => 0..0,
+            },
+            memory32: vec![range(memory_window(&state.space))],
+            memory64: vec![range(prefetchable_window(&state.space))],
+        }
+    }
+
+    fn complete(&self, atomics: AtomicOps) {
+        self.state().complete(atomics);
     }
 
     fn furnish(&self, present: bool) {

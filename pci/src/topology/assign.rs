@@ -6,9 +6,9 @@
 //! drivers to turn on; bridges are left open.
 
 use super::Topology;
-use super::room::{Behind, Needs, Request, What, WindowKind, Windows, place, places};
+use super::room::{Behind, Needs, Request, Reserve, What, WindowKind, Windows, place, places};
 use super::tree::{FunctionId, Tree};
-use crate::function::{BarIndex, BarKind, BarRegion, PciFunction};
+use crate::function::{BarIndex, BarKind, BarRegion, HotPlug, PciFunction};
 use crate::spec;
 
 /// The functions do not fit into the machine's windows.
@@ -110,7 +110,9 @@ fn needs(tree: &Tree, bus: Option<FunctionId>) -> Vec<Needs<FunctionId>> {
             function: node.id,
             bars: node.pci.bars().into_iter().map(of).collect(),
             bridge: node.pci.bridge().map(|bridge| Behind {
-                hot_plug: bridge.hot_plug().is_some(),
+                reserve: bridge
+                    .hot_plug()
+                    .map_or(Reserve::default(), HotPlug::reserve),
                 functions: needs(tree, Some(node.id)),
             }),
         })

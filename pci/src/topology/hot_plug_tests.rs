@@ -206,3 +206,100 @@ proptest! {
         }
     }
 }
+
+/// A hot-plug port without anything behind it, which reserves room.
+fn empty_slot(reserve: Reserve) -> Fixture {
+    let mapper = FakeMapper::new(false);
+    let topology = Topology::new(mapper.clone());
+    let heard = Arc::new(Heard::default());
+    let routes = Arc::new(FakeRoutes::default());
+    let port = RootPort::new(16, Link::default(), routes)
+        .hot_plug(heard.clone())
+        .reserving(reserve);
+    let port = topology.add(Place::root(device(16)), Arc::new(port));
+    let fixture = Fixture {
+        mapper,
+        topology,
+        port: port.unwrap(),
+        heard,
+    };
+    fixture.assign();
+    fixture
+}
+
+impl Fixture {
+    fn assign(&self) {
+        let windows = Windows {
+            io: 0xc000..0x1_0000,
+            memory32: vec![0xc000_0000..0xe000_0000],
+            memory64: vec![1 << 36..1 << 40],
+        };
+        self.topology.assign(&windows).unwrap();
+    }
+}
+
+#[test]
+fn what_is_plugged_is_there_with_its_link_and_told_of_once() {
+    let slot = empty_slot(Reserve::SMALL);
+    slot.control(DRIVEN | spec::EXP_SLOT_CONTROL_POWER_OFF);
+    assert_eq!(slot.id(), u32::MAX);
+    let number = |number| Function::new(number).unwrap();
+    let two = [(number(0), function() as _), (number(3), function() as _)];
+    let ids = slot.topology.plug(slot.port, two).unwrap();
+    assert_eq!(slot.topology.behind(slot.port), ids);
+    let status = || read32(&slot.topology, bdf(PORT), CONTROL) >> 16;
+    assert_ne!(status() & u32::from(spec::EXP_SLOT_STATUS_PRESENCE), 0);
+    assert_ne!(status() & u32::from(spec::EXP_SLOT_STATUS_PRESENT), 0);
+    // The link comes with the power, which the guest's driver gives.
+    slot.control(DRIVEN);
+    assert_ne!(status() & u32::from(spec::EXP_SLOT_STATUS_LINK), 0);
+    assert_ne!(slot.id(), u32::MAX);
+    assert_ne!(read32(&slot.topology, bdf("01:00.3"), 0), u32::MAX);
+    assert!(slot.mapper.mapped().is_empty());
+    // A slot that is taken stays as it is.
+    let before = slot.topology.behind(slot.port);
+    assert!(
+        slot.topology
+            .plug(slot.port, [(number(0), function() as _)])
+            .is_err()
+    );
+    assert_eq!(slot.topology.behind(slot.port), before);
+    // And is empty again as it was.
+    assert_eq!(slot.topology.unplug(slot.port).len(), 2);
+    assert!(slot.topology.behind(slot.port).is_empty());
+    let again = slot
+        .topology
+        .plug(slot.port, [(number(0), function() as _)]);
+    assert_eq!(again.unwrap().len(), 1);
+}
+
+#[test]
+fn a_plug_that_fails_leaves_nothing_behind() {
+    let slot = empty_slot(Reserve::SMALL);
+    let number = |number| Function::new(number).unwrap();
+    let twice = [(number(0), function() as _), (number(0), function() as _)];
+    assert!(slot.topology.plug(slot.port, twice).is_err());
+    assert!(slot.topology.behind(slot.port).is_empty());
+    let status = read32(&slot.topology, bdf(PORT), CONTROL) >> 16;
+    assert_eq!(status & u32::from(spec::EXP_SLOT_STATUS_PRESENT), 0);
+}
+
+#[test]
+fn an_empty_slot_has_the_room_that_is_reserved_for_it() {
+    let windows = |slot: &Fixture| slot.topology.with_slot(slot.port, |its| its.windows());
+    let small = windows(&empty_slot(Reserve::SMALL)).unwrap();
+    let length = |range: &std::ops::Range<u64>| range.end - range.start;
+    assert_eq!(length(&small.memory32[0]), 2 << 20);
+    assert_eq!(length(&small.memory64[0]), 2 << 20);
+    assert_eq!(small.io, 0..0, "none is reserved, and the window is closed");
+    let reserve = Reserve {
+        memory32: 32 << 20,
+        memory64: 6 << 30,
+    };
+    let large = windows(&empty_slot(reserve)).unwrap();
+    assert_eq!(length(&large.memory32[0]), 32 << 20);
+    assert_eq!(length(&large.memory64[0]), 6 << 30);
+    // A BAR of 4 GiB fits into it.
+    assert_eq!(large.memory64[0].start % (4 << 30), 0);
+    assert_eq!(large.memory32[0].start % (32 << 20), 0);
+}

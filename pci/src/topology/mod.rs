@@ -12,13 +12,13 @@ mod tree;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
-use crate::address::Bdf;
+use crate::address::{Bdf, Function};
 use crate::function::{BarMapper, Bridge, HotPlug, PciFunction};
 use crate::pace::{self, Clock, SystemClock};
 use crate::spec;
 pub use assign::AssignError;
 use mapping::Mappings;
-pub use room::{Behind, Needs, NoRoom, WindowKind, Windows, find_room};
+pub use room::{Behind, Needs, NoRoom, Reserve, WindowKind, Windows, find_room};
 pub use tree::{FunctionId, Place, PlaceError};
 use tree::{Node, Tree};
 
@@ -83,6 +83,46 @@ impl Topology {
         }
         self.remap(&mut self.mappings(), &[id]);
         Ok(id)
+    }
+
+    /// Puts functions, each with its number, into the empty slot behind a bridge while the guest runs, and
+    /// tells the guest. They have to be in their state at power-on.
+    ///
+    /// # Errors
+    /// [`PlaceError`]: something is there already, or the bridge is none. Nothing has changed then.
+    pub fn plug(
+        &self,
+        bridge: FunctionId,
+        functions: impl IntoIterator<Item = (Function, Arc<dyn PciFunction>)>,
+    ) -> Result<Vec<FunctionId>, PlaceError> {
+        let write = self.tree().get(bridge).map(|node| node.write.clone());
+        let _one = write.as_deref().map(lock);
+        let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
+        let mut ids = Vec::new();
+        for (number, function) in functions {
+            let place = Place::behind(bridge).with_function(number);
+            match tree.add(place, function, &self.clock) {
+                Ok(id) => ids.push(id),
+                Err(error) => {
+                    for id in ids {
+                        tree.remove(id);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        drop(tree);
+        // What has to be found is there before the guest is told to look.
+        self.remap(&mut self.mappings(), &ids);
+        self.with_slot(bridge, |slot| slot.set_present(true));
+        Ok(ids)
+    }
+
+    /// What is behind a bridge, the functions of one bus.
+    #[must_use]
+    pub fn behind(&self, bridge: FunctionId) -> Vec<FunctionId> {
+        let tree = self.tree();
+        tree.children(Some(bridge)).map(|node| node.id).collect()
     }
 
     /// Empties the slot behind a bridge while the guest runs, whether the guest let go of the device

@@ -93,9 +93,39 @@ impl WindowKind {
     }
 }
 
-/// The least that each memory window of a bridge with a slot has, needed or not: what Linux gives a
-/// bridge that it sets up itself (`pci=hpmmiosize=`).
-const HOT_PLUG_ROOM: u64 = 2 << 20;
+/// The least that the memory windows of a bridge with a slot have, needed or not, for what may be plugged
+/// in; bytes. Nothing for a bridge that has no slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reserve {
+    /// Below 4 GiB.
+    pub memory32: u64,
+    /// Above RAM, prefetchable. The window is aligned for a BAR that fills it.
+    pub memory64: u64,
+}
+
+impl Reserve {
+    /// What Linux gives a bridge that it sets up itself (`pci=hpmmiosize=`): 2 MiB each.
+    pub const SMALL: Self = Self {
+        memory32: 2 << 20,
+        memory64: 2 << 20,
+    };
+
+    fn bytes(self, window: WindowKind) -> u64 {
+        match window {
+            WindowKind::Io => 0,
+            WindowKind::Memory32 => self.memory32,
+            WindowKind::Memory64 => self.memory64,
+        }
+    }
+
+    /// What the window is aligned to, so that one BAR can have most of it.
+    fn alignment(self, window: WindowKind) -> u64 {
+        match self.bytes(window) {
+            small if small <= Self::SMALL.bytes(window) => 0,
+            large => 1 << large.ilog2(),
+        }
+    }
+}
 
 /// What a function needs of the guest's addresses.
 #[derive(Clone, Debug)]
@@ -111,8 +141,8 @@ pub struct Needs<F> {
 /// What is behind a bridge.
 #[derive(Clone, Debug)]
 pub struct Behind<F> {
-    /// It has a slot, whose device can come and go.
-    pub hot_plug: bool,
+    /// What its windows have at least.
+    pub reserve: Reserve,
     /// The functions on the bus behind it.
     pub functions: Vec<Needs<F>>,
 }
@@ -221,10 +251,8 @@ fn requests<F: Copy>(bus: &[Needs<F>], on_root_bus: bool, window: WindowKind) ->
         if let Some(bridge) = &needs.bridge {
             let inner = requests(&bridge.functions, false, window);
             let granule = u128::from(window.granule());
-            let least = match bridge.hot_plug && window != WindowKind::Io {
-                true => u128::from(HOT_PLUG_ROOM),
-                false => 0,
-            };
+            let least = u128::from(bridge.reserve.bytes(window));
+            let aligned = u128::from(bridge.reserve.alignment(window)).max(granule);
             let size = offsets(&inner, 0).1.next_multiple_of(granule).max(least);
             if size != 0 {
                 found.push(Request {
@@ -232,7 +260,7 @@ fn requests<F: Copy>(bus: &[Needs<F>], on_root_bus: bool, window: WindowKind) ->
                     size,
                     align: inner
                         .first()
-                        .map_or(granule, |most| most.align.max(granule)),
+                        .map_or(aligned, |most| most.align.max(aligned)),
                     what: What::Window(inner),
                 });
             }
@@ -310,7 +338,7 @@ mod tests {
             function: usize::MAX,
             bars: Vec::new(),
             bridge: Some(Behind {
-                hot_plug: true,
+                reserve: Reserve::SMALL,
                 functions: vec![Needs {
                     function,
                     bars: bars.clone(),
