@@ -9,6 +9,7 @@ mod validate;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use busway_pci::Reserve;
 use busway_pci::{Bdf, ParseBdfError};
 use busway_vfio::Mac;
 use serde::{Deserialize, Serialize};
@@ -335,6 +336,13 @@ impl DeviceConfig {
 }
 
 impl DeviceConfig {
+    /// What a machine calls the device: the name that it was given, or its address on the host.
+    #[must_use]
+    pub fn id(&self) -> String {
+        let address = || last_component(&self.path).unwrap_or("a device");
+        self.id.as_deref().unwrap_or_else(address).to_owned()
+    }
+
     /// The device as messages name it: its address on the host, and the name that it was given.
     #[must_use]
     pub fn name(&self) -> String {
@@ -363,6 +371,28 @@ pub struct PlatformConfig {
     pub p2p: Choice,
     /// VF token of every device that needs one and has none of its own.
     pub vf_token: Option<String>,
+    /// Empty slots for devices that are added while the guest runs, 0 to 15; none where that is not said.
+    pub hotplug_slots: Option<u8>,
+    /// Bytes of guest addresses above RAM for the memory of what comes into such a slot.
+    pub hotplug_mmio64: Option<u64>,
+}
+
+impl PlatformConfig {
+    /// How many empty slots there are.
+    #[must_use]
+    pub fn hotplug_slots(&self) -> u8 {
+        self.hotplug_slots.unwrap_or(0)
+    }
+
+    /// What the windows of an empty slot reserve: below 4 GiB what a graphics card needs beside its large
+    /// BAR, above RAM what was asked for, or 4 GiB.
+    #[must_use]
+    pub fn reserve(&self) -> Reserve {
+        Reserve {
+            memory32: 32 << 20,
+            memory64: self.hotplug_mmio64.unwrap_or(4 << 30),
+        }
+    }
 }
 
 /// A switch with a default that depends on the host.

@@ -157,6 +157,20 @@ pub enum InvalidConfig {
         /// What was asked for.
         fd: u32,
     },
+    /// --platform hotplug_slots={slots}
+    #[error("--platform hotplug_slots={slots}: a VM has 0 to {MAX_HOTPLUG_SLOTS} empty slots")]
+    HotplugSlots {
+        /// What was asked for.
+        slots: u8,
+    },
+    /// --platform hotplug_mmio64={size}
+    #[error(
+        "--platform hotplug_mmio64={size}: the room for a slot is a multiple of 1 MiB, and 1 MiB at least"
+    )]
+    HotplugRoom {
+        /// Bytes that were asked for.
+        size: u64,
+    },
     /// --platform iommufd_fd={fd} with iommufd=off
     #[error("--platform iommufd_fd={fd} contradicts iommufd=off beside it: leave one of them out")]
     IommufdOff {
@@ -255,6 +269,7 @@ impl VmConfig {
         }
         self.validate_console_files()?;
         self.validate_vf_tokens()?;
+        self.platform.validate_slots()?;
         self.validate_ids()?;
         self.validate_disjoint()
     }
@@ -548,6 +563,25 @@ impl Seen {
         }
         self.all.push((name, value, exclusive));
         Ok(())
+    }
+}
+
+/// How many slots bus 0 has for root ports above the devices that come first.
+const MAX_HOTPLUG_SLOTS: u8 = 15;
+
+impl PlatformConfig {
+    fn validate_slots(&self) -> Result<(), InvalidConfig> {
+        if let Some(slots) = self.hotplug_slots
+            && slots > MAX_HOTPLUG_SLOTS
+        {
+            return Err(InvalidConfig::HotplugSlots { slots });
+        }
+        match self.hotplug_mmio64 {
+            Some(size) if size == 0 || !size.is_multiple_of(1 << 20) => {
+                Err(InvalidConfig::HotplugRoom { size })
+            }
+            _ => Ok(()),
+        }
     }
 }
 

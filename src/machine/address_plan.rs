@@ -4,9 +4,12 @@
 //! from what sysfs says of them.
 
 use std::ops::Range;
+use std::path::PathBuf;
 
 use busway_iommu::{IovaRange, keep_clear};
-use busway_pci::{BarIndex, BarKind, Behind, Needs, NoRoom, WindowKind, Windows, find_room, spec};
+use busway_pci::{
+    BarIndex, BarKind, Behind, Needs, NoRoom, Reserve, WindowKind, Windows, find_room, spec,
+};
 use busway_vfio::host::{Resource, resources_in};
 use busway_vfio::{AssignOptions, RomChoice};
 
@@ -42,6 +45,22 @@ impl PlannedFunction {
         Self {
             host: host.clone(),
             bars,
+        }
+    }
+
+    /// An empty slot, which reserves room.
+    pub(super) fn empty_slot(reserve: Reserve) -> Self {
+        let prefetchable = BarKind::Memory64 { prefetchable: true };
+        Self {
+            host: HostIdentity {
+                folder: PathBuf::from("an empty slot (--platform hotplug_slots=)"),
+                address: None,
+                is_virtual: false,
+            },
+            bars: vec![
+                (BarIndex::Bar(0), ROM, reserve.memory32),
+                (BarIndex::Bar(2), prefetchable, reserve.memory64),
+            ],
         }
     }
 
@@ -292,7 +311,7 @@ fn needs(functions: &[PlannedFunction]) -> Vec<Needs<Option<usize>>> {
                 function: None,
                 bars: Vec::new(),
                 bridge: Some(Behind {
-                    hot_plug: true,
+                    reserve: Reserve::SMALL,
                     functions: functions.collect(),
                 }),
             }

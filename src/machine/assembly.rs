@@ -7,14 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use busway_pci::{InterruptRoutes, Windows};
-use busway_vfio::{AssignOptions, RomChoice, RomImage};
+use busway_pci::{InterruptRoutes, SlotListener, Windows};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::RunError;
-use super::address_plan::AddressPlan;
+use super::address_plan::{AddressPlan, PlannedFunction};
 use super::events::Events;
-use super::passthrough::{Found, Opened, Passthrough};
+use super::passthrough::{Found, Opened, Passthrough, options};
 use super::pci::Pci;
 use super::platform::{Platform, open_console};
 use super::requests::Requests;
@@ -62,14 +61,13 @@ struct Boot {
 struct MemoryMap(Arc<Regions>);
 
 impl MemoryMap {
-    /// RAM, mapped into the VM.
-    fn of(ram: &Ram, vm: &Vm) -> Result<Self, RunError> {
-        let memory = Self(Arc::default());
-        memory.0.listen(Arc::new(vm.memslots()))?;
+    /// Puts RAM into it, mapped into the VM.
+    fn fill(&self, ram: &Ram, vm: &Vm) -> Result<(), RunError> {
+        self.0.listen(Arc::new(vm.memslots()))?;
         for region in ram.regions() {
-            memory.0.add(region)?;
+            self.0.add(region)?;
         }
-        Ok(memory)
+        Ok(())
     }
 }
 
@@ -92,30 +90,28 @@ impl Machine {
         many_files();
         // What costs nothing to find out comes first.
         let source = open_kernel(config)?;
-        let options = assign_options(config)?;
+        let options: Result<_, RunError> = config.device.iter().map(options).collect();
+        let options = options?;
         let vm = Vm::new()?;
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
         let found = Found::find(config, options)?;
-        let plan = AddressPlan::new(
-            &config.memory,
-            &found.planned(),
-            found.reserved(),
-            model.address_bits(),
-        )?;
+        let plan = plan(config, &found, &model)?;
 
-        let (ram, opened) = take(config, &plan, found, &vm, report, signals)?;
-        let memory = MemoryMap::of(&ram, &vm)?;
+        let quit = eventfd().map_err(RunError::system("eventfd"))?;
+        let events = Events::new().map_err(RunError::system("eventfd"))?;
+        let memory = MemoryMap(Arc::default());
+        let mut passthrough = Passthrough::new(config, &vm, &memory.0, &router, &events)?;
+        let open = || passthrough.open(found, report);
+        let (ram, opened) = take(config, &plan, open, report, signals)?;
+        memory.fill(&ram, &vm)?;
         report.set_guest_memory(ram.host_ranges());
         report.reached(Stage::Open);
         signals.check()?;
         let opened = opened?;
 
-        let quit = eventfd().map_err(RunError::system("eventfd"))?;
-        let events = Events::new().map_err(RunError::system("eventfd"))?;
-        let mut passthrough = Passthrough::new(&router, &events)?;
         if let Some(opened) = &opened {
-            passthrough.map(opened, &memory.0, config.platform.p2p)?;
+            passthrough.map(opened)?;
             passthrough.account(report);
         }
         report.reached(Stage::DmaMap);
@@ -135,8 +131,9 @@ impl Machine {
         )?;
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         if let Some(opened) = opened {
-            passthrough.attach(opened, &mut pci)?;
+            passthrough.attach_first(opened, &mut pci)?;
         }
+        add_empty_ports(&mut pci, config, &router, &events)?;
         report.reached(Stage::Devices);
         signals.check()?;
 
@@ -203,13 +200,27 @@ fn cpu_features(config: &VmConfig) -> CpuFeatures {
     }
 }
 
+/// Where RAM and windows lie, with room for what may be plugged in later.
+fn plan(config: &VmConfig, found: &Found, model: &CpuModel) -> Result<AddressPlan, RunError> {
+    let platform = &config.platform;
+    let mut planned = found.planned();
+    let slots = 0..platform.hotplug_slots();
+    planned.extend(slots.map(|_| PlannedFunction::empty_slot(platform.reserve())));
+    let bits = model.address_bits();
+    Ok(AddressPlan::new(
+        &config.memory,
+        &planned,
+        found.reserved(),
+        bits,
+    )?)
+}
+
 /// RAM, and the devices once they are open: the kernel resets each device that is opened, and memory is
 /// populated meanwhile. What came of opening is told last, so that memory's error comes before it.
 fn take(
     config: &VmConfig,
     plan: &AddressPlan,
-    found: Found,
-    vm: &Vm,
+    open: impl FnOnce() -> Result<Option<Opened>, RunError> + Send,
     report: &Report,
     signals: &Signals,
 ) -> Result<(Ram, Result<Option<Opened>, RunError>), RunError> {
@@ -223,11 +234,7 @@ fn take(
     )?;
     let failed = AtomicBool::new(false);
     let (populated, opened) = thread::scope(|scope| {
-        let opening = scope.spawn(|| {
-            found
-                .open(&config.platform, vm, &ram, report)
-                .inspect_err(|_| failed.store(true, Ordering::Relaxed))
-        });
+        let opening = scope.spawn(|| open().inspect_err(|_| failed.store(true, Ordering::Relaxed)));
         let populated = match prefault {
             true => populate(&ram, report, signals, &failed),
             false => Ok(()),
@@ -273,12 +280,32 @@ fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
             })
             .collect(),
         // One behind each root port, and each assigned device has a port.
-        last_bus: u8::try_from(config.device.len()).unwrap_or(u8::MAX),
+        last_bus: u8::try_from(config.device.len())
+            .unwrap_or(u8::MAX)
+            .saturating_add(config.platform.hotplug_slots()),
         mmio32: windows.memory32.clone(),
         mmio64: windows.memory64.clone(),
         serial: config.serial != ConsoleConfig::Off,
-        native_hotplug: !config.device.is_empty(),
+        native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
     }
+}
+
+/// Root ports with empty slots, for devices that are added later.
+fn add_empty_ports(
+    pci: &mut Pci,
+    config: &VmConfig,
+    router: &IrqRouter,
+    events: &Arc<Events>,
+) -> Result<(), RunError> {
+    let routes: Arc<dyn InterruptRoutes> = Arc::new(router.clone());
+    let listener: Arc<dyn SlotListener> = events.clone();
+    let platform = &config.platform;
+    pci.add_empty_ports(
+        platform.hotplug_slots(),
+        platform.reserve(),
+        &routes,
+        &listener,
+    )
 }
 
 /// The virtio devices: disks, NICs, console and entropy source.
@@ -311,23 +338,6 @@ fn add_virtio(
         add(Box::new(Console::new("console", endpoint)))?;
     }
     add(Box::new(Rng::new("rng", &config.rng)?))
-}
-
-/// What was said about each assigned device, in their order.
-fn assign_options(config: &VmConfig) -> Result<Vec<AssignOptions>, RunError> {
-    let options = config.device.iter().map(|device| {
-        let rom = match (&device.romfile, device.rom) {
-            (Some(path), _) => RomChoice::Image(RomImage::load(path)?),
-            (None, Some(true)) => RomChoice::Device,
-            (None, Some(false)) => RomChoice::None,
-            (None, None) => RomChoice::Auto,
-        };
-        Ok(AssignOptions {
-            rom,
-            nv_gpudirect_clique: device.x_nv_gpudirect_clique,
-        })
-    });
-    options.collect()
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

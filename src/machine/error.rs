@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use busway_iommu::{MemlockError, OpenError};
-use busway_pci::{AssignError, PlaceError};
+use busway_pci::{AssignError, BarIndex, PlaceError, WindowKind};
 use busway_vfio::{DeviceError, HandedError};
 
 use super::address_plan::NoRoomError;
@@ -15,7 +15,7 @@ use crate::config::InvalidConfig;
 use crate::devices::console::ConsoleError;
 use crate::exit::{HOST, RUNTIME, USAGE};
 use crate::kvm::{KvmError, Overlap};
-use crate::memory::{PrefaultError, RamError, RegionsError};
+use crate::memory::{Amount, PrefaultError, RamError, RegionsError};
 use crate::virtio::VirtioPciError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::net::NetError;
@@ -157,6 +157,31 @@ pub enum RunError {
         /// The signal's number.
         signal: i32,
     },
+    /// a BAR does not fit into a slot's windows
+    #[error(
+        "{device}: {bar} of {} does not fit into its slot, which has {} of {window}{}",
+        Amount(*size),
+        Amount(*room),
+        match window {
+            WindowKind::Memory64 => ": start the VM with --platform hotplug_mmio64=SIZE",
+            _ => ": give the VM the device when it starts",
+        }
+    )]
+    SlotTooSmall {
+        /// The device.
+        device: String,
+        /// Its BAR.
+        bar: BarIndex,
+        /// Its bytes.
+        size: u64,
+        /// Which of the slot's windows.
+        window: WindowKind,
+        /// The window's bytes.
+        room: u64,
+    },
+    /// devices that are added together have to be functions of one
+    #[error("these are functions of several devices: add one device after the other")]
+    SeveralDevices,
     /// a thread of Busway's panicked, and the VM was ended in order
     #[error(
         "a thread of Busway's panicked, as is said above, and the VM was ended; its devices were reset \

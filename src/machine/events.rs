@@ -32,6 +32,8 @@ pub(super) enum Event {
     Panicked,
     /// The guest was to be paused, and no vCPU is in it any more.
     Stopped,
+    /// Devices that were to be attached are ready, or will not be.
+    Attached,
 }
 
 /// What waits to be decided. Each thing waits once, so a guest cannot make the list long.
@@ -65,6 +67,11 @@ impl Events {
         self.push(Event::Stopped);
     }
 
+    /// Devices that were to be attached are ready, or will not be.
+    pub(super) fn attached(&self) {
+        self.push(Event::Attached);
+    }
+
     /// How many wait.
     pub(super) fn count(&self) -> usize {
         self.waiting().len()
@@ -83,7 +90,8 @@ impl Events {
 
     /// Forgets what waits, and was about the guest: it is no more.
     pub(super) fn clear(&self) {
-        self.waiting().retain(|event| *event == Event::Panicked);
+        let stays = |event: &Event| matches!(event, Event::Panicked | Event::Attached);
+        self.waiting().retain(stays);
     }
 
     pub(super) fn push(&self, event: Event) {

@@ -253,6 +253,10 @@ impl Machine {
                     life.stopped();
                     None
                 }
+                Event::Attached => {
+                    self.passthrough.on_attached(&mut self.pci);
+                    None
+                }
                 Event::Panicked => return Err(RunError::Panicked),
                 Event::Vcpu(VcpuEvent::Crash) => return Err(RunError::Crashed),
                 Event::Vcpu(VcpuEvent::Failed { id, reason }) => {
@@ -280,6 +284,15 @@ impl Machine {
                     log::info!("the control socket presses the guest's power button");
                     self.platform.power.press_button();
                     asker.answer(Ok(Answer::Done));
+                }
+                Request::AddDevice(configs) => {
+                    self.passthrough.attach(configs, &self.pci, asker);
+                }
+                Request::RemoveDevice { id, force } => {
+                    let held = !matches!(life.phase, Phase::Running);
+                    let topology = self.pci.topology();
+                    let attached = &mut self.passthrough.attached;
+                    attached.remove(&id, force, topology, held, asker);
                 }
                 Request::Shutdown => {
                     log::info!("the VM ends, as its control socket asks");

@@ -6,9 +6,9 @@
 use std::sync::{Arc, Weak};
 
 use busway_pci::{
-    AtomicOps, BarKind, Device, Ecam, Function, FunctionId, HostBridge, InterruptPin,
-    InterruptRoutes, Link, PciFunction, Place, RootPort, SlotListener, Topology, Windows,
-    capabilities, spec,
+    AtomicOps, BarKind, Behind, Device, Ecam, Function, FunctionId, HostBridge, InterruptPin,
+    InterruptRoutes, Link, Needs, PciFunction, Place, Reserve, RootPort, SlotListener, Topology,
+    WindowKind, Windows, capabilities, find_room, spec,
 };
 use busway_vfio::AssignedFunction;
 
@@ -32,6 +32,8 @@ pub(super) struct Pci {
     windows: Windows,
     /// Bit n: slot n is taken.
     slots: u32,
+    /// The root ports that have hot-plug slots.
+    ports: Vec<(FunctionId, Device)>,
     /// Those that are still there.
     assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
 }
@@ -51,6 +53,7 @@ impl Pci {
             buses: buses.clone(),
             windows,
             slots: 0,
+            ports: Vec::new(),
             assigned: Vec::new(),
         };
         pci.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
@@ -106,12 +109,133 @@ impl Pci {
             port = port.without_io();
         }
         let port = self.place(name, slot.number(), Arc::new(port))?;
+        self.ports.push((port, slot));
         for (number, function) in functions {
             let place = Place::behind(port).with_function(number);
             let id = self.topology.add(place, function.clone())?;
             self.assigned.push((id, Arc::downgrade(&function)));
         }
         Ok(port)
+    }
+
+    /// Adds root ports with empty slots, which reserve room for what is plugged in.
+    pub(super) fn add_empty_ports(
+        &mut self,
+        count: u8,
+        reserve: Reserve,
+        routes: &Arc<dyn InterruptRoutes>,
+        slots: &Arc<dyn SlotListener>,
+    ) -> Result<(), RunError> {
+        for _ in 0..count {
+            let name = "a slot for hot-plug";
+            let slot = self.port_slot(name)?;
+            let port = RootPort::new(slot.number().into(), Link::default(), routes.clone())
+                .hot_plug(slots.clone())
+                .reserving(reserve)
+                .without_io();
+            let port = self.place(name, slot.number(), Arc::new(port))?;
+            self.ports.push((port, slot));
+        }
+        Ok(())
+    }
+
+    /// A root port whose slot is empty, which is none of those that are `taken`.
+    pub(super) fn empty_port(&self, taken: &[FunctionId]) -> Option<(FunctionId, Device)> {
+        let empty = |(port, _): &&(FunctionId, Device)| {
+            !taken.contains(port) && self.topology.behind(*port).is_empty()
+        };
+        // The last ones are those that were made to be empty.
+        self.ports.iter().rev().find(empty).copied()
+    }
+
+    /// That there is no empty slot, and what helps.
+    pub(super) fn no_slot(&self) -> String {
+        let names: Vec<_> = self
+            .assigned()
+            .into_iter()
+            .map(|device| device.host)
+            .collect();
+        match self.ports.len() {
+            0 => "the VM has no slot for devices that are added: start it with --platform \
+                  hotplug_slots=N"
+                .to_owned(),
+            count => format!(
+                "each of the VM's {count} slots is taken or about to be (it has {}): remove a device, or \
+                 start the VM with more (--platform hotplug_slots=N)",
+                names.join(", ")
+            ),
+        }
+    }
+
+    /// Puts the functions of a host device into an empty slot while the guest runs, and gives the guest's
+    /// address of the first one.
+    ///
+    /// # Errors
+    /// [`RunError::SlotTooSmall`], or [`RunError::Place`] where it is taken
+    pub(super) fn plug(
+        &mut self,
+        port: FunctionId,
+        functions: Vec<(Function, Arc<AssignedFunction>)>,
+    ) -> Result<String, RunError> {
+        self.fits(port, &functions)?;
+        let atomics = functions.iter().map(|(_, function)| function.atomic_ops());
+        let atomics = atomics.fold(AtomicOps::NONE, |all, one| all | one);
+        self.topology.with_slot(port, |slot| slot.complete(atomics));
+        let here = functions.iter().cloned();
+        let here = here.map(|(number, function)| (number, function as Arc<dyn PciFunction>));
+        let ids = self.topology.plug(port, here)?;
+        self.assigned
+            .retain(|(_, function)| function.strong_count() > 0);
+        let address = ids.first().and_then(|id| self.topology.bdf(*id));
+        let functions = functions
+            .iter()
+            .map(|(_, function)| Arc::downgrade(function));
+        self.assigned.extend(ids.into_iter().zip(functions));
+        Ok(address.unwrap_or_default().to_string())
+    }
+
+    /// Whether the BARs of functions find room in the windows of a slot, as they are now.
+    fn fits(
+        &self,
+        port: FunctionId,
+        functions: &[(Function, Arc<AssignedFunction>)],
+    ) -> Result<(), RunError> {
+        let Some(windows) = self.topology.with_slot(port, |slot| slot.windows()) else {
+            return Ok(());
+        };
+        let needs = functions
+            .iter()
+            .enumerate()
+            .map(|(index, (_, function))| Needs {
+                function: index,
+                bars: function
+                    .bars()
+                    .into_iter()
+                    .map(|region| (region.index, region.kind, region.size))
+                    .collect(),
+                bridge: None,
+            });
+        let behind = Behind {
+            reserve: Reserve::default(),
+            functions: needs.collect(),
+        };
+        let bus = [Needs {
+            function: functions.len(),
+            bars: Vec::new(),
+            bridge: Some(behind),
+        }];
+        for kind in [WindowKind::Memory32, WindowKind::Memory64] {
+            find_room(&bus, kind, &windows).map_err(|missing| RunError::SlotTooSmall {
+                device: functions
+                    .get(missing.function)
+                    .map_or_else(String::new, |(_, function)| function.name().to_owned()),
+                bar: missing.bar,
+                size: missing.size,
+                window: kind,
+                room: windows.largest(kind),
+            })?;
+        }
+        Ok(())
     }
 
     /// What the report says of the host's functions, in the order in which they were added.

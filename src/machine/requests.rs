@@ -13,6 +13,7 @@ use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::RunError;
+use crate::config::DeviceConfig;
 use crate::eventfd::eventfd;
 use crate::report::AssignedDevice;
 
@@ -20,7 +21,7 @@ use crate::report::AssignedDevice;
 const MOST: usize = 64;
 
 /// Something that is asked of a machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Request {
     /// How it is.
     Info,
@@ -32,6 +33,16 @@ pub enum Request {
     PowerButton,
     /// End the VM without asking the guest.
     Shutdown,
+    /// Add functions of one host device, in an empty slot. Answered when they are in it.
+    AddDevice(Vec<DeviceConfig>),
+    /// Have the guest let go of a device, and with it of all in its slot. Answered when the host has it
+    /// back, or when the guest is found not to let go of it.
+    RemoveDevice {
+        /// Its name, or its address on the host where it has none.
+        id: String,
+        /// Pull it out where the guest does not let go of it.
+        force: bool,
+    },
 }
 
 /// What a machine is doing.
@@ -65,6 +76,13 @@ pub enum Answer {
     Done,
     /// To [`Request::Info`].
     Info(Info),
+    /// To [`Request::AddDevice`].
+    Added {
+        /// What the device is called from now on.
+        id: String,
+        /// Its address in the guest.
+        address: String,
+    },
 }
 
 /// Why a request was not granted.
@@ -73,12 +91,37 @@ pub enum RequestError {
     /// the guest is {0}, ...
     #[error("the guest is {0}")]
     State(&'static str),
+    /// the VM has {0} already
+    #[error("the VM has {0} already, or another device of that name")]
+    Exists(String),
+    /// the VM has no device {0}
+    #[error("the VM has no device `{0}`")]
+    Unknown(String),
+    /// it was tried and failed
+    #[error("{0}")]
+    Failed(String),
     /// the VM has ended
     #[error("the VM has ended")]
     Ended,
     /// too many requests wait
     #[error("{MOST} requests wait already: ask again")]
     TooMany,
+}
+
+impl RequestError {
+    /// That something was tried and failed, with every cause that its text leaves out.
+    pub(super) fn failed(error: &dyn std::error::Error) -> Self {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            let more = error.to_string();
+            if !text.contains(&more) {
+                text = format!("{text}: {more}");
+            }
+            cause = error.source();
+        }
+        Self::Failed(text)
+    }
 }
 
 /// Who waits for the answer to a request. Dropped without one, the VM has ended.

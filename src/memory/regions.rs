@@ -229,6 +229,22 @@ impl Regions {
         Ok(())
     }
 
+    /// Tells a listener of all that is there that it goes, the last one first, and of nothing more.
+    pub fn forget(&self, listener: &Arc<dyn RegionListener>) {
+        let mut state = self.state();
+        let Some(at) = state
+            .listeners
+            .iter()
+            .position(|other| Arc::ptr_eq(other, listener))
+        else {
+            return;
+        };
+        let listener = state.listeners.remove(at);
+        for region in state.regions.iter().rev() {
+            listener.removed(region);
+        }
+    }
+
     /// Adds a region and tells every listener.
     ///
     /// # Errors

@@ -27,6 +27,14 @@ pub struct Windows {
 }
 
 impl Windows {
+    /// Bytes of the largest range of a kind.
+    #[must_use]
+    pub fn largest(&self, kind: WindowKind) -> u64 {
+        let sizes = self.ranges(kind).iter();
+        let sizes = sizes.map(|range| range.end.saturating_sub(range.start));
+        sizes.max().unwrap_or(0)
+    }
+
     fn ranges(&self, kind: WindowKind) -> &[Range<u64>] {
         match kind {
             WindowKind::Io => std::slice::from_ref(&self.io),

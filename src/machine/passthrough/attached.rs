@@ -11,12 +11,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use busway_pci::{Complaints, FunctionId, Topology};
-use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, Resets, is_silent};
+use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::releases::Releases;
+use super::attach::{Attacher, Prepared, Users};
+use super::releases::Aside;
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
+use crate::machine::requests::{Answer, Asker, RequestError};
 
 /// How long a guest may take to let go of a device that the host wants back. Linux waits five seconds
 /// of these after the button was pressed, for it could be pressed again to take that back.
@@ -32,23 +34,34 @@ pub(in crate::machine) struct Attached {
     ready: Epoll,
     devices: Vec<Entry>,
     /// Those that leave the VM.
-    releases: Releases,
-    /// Says which device is not to be asked now, for that would wait for its reset.
-    resets: Arc<Resets>,
+    releases: Aside,
+    attacher: Arc<Attacher>,
 }
 
 #[derive(Debug)]
 struct Entry {
     name: String,
+    config: DeviceConfig,
     on_error: OnError,
     /// The root port in whose slot it is.
     port: FunctionId,
     /// By when the guest has to have let go.
     leaves: Option<Instant>,
+    /// Who asked for that, and whether it is pulled out where the guest does not.
+    removal: Option<Removal>,
     counts: ErrorCounts,
     complaints: Complaints,
     events: DeviceEvents,
     io: Arc<dyn DeviceIo>,
+    users: Arc<Users>,
+}
+
+/// That somebody wants a device removed, other than the host.
+#[derive(Debug)]
+struct Removal {
+    asker: Asker,
+    /// Where the guest does not let go, the device is pulled out.
+    force: bool,
 }
 
 /// Whether a VM goes on after an event.
@@ -61,22 +74,18 @@ pub(in crate::machine) enum Verdict {
 }
 
 impl Attached {
-    pub(in crate::machine) fn new(resets: Arc<Resets>) -> io::Result<Self> {
+    pub(super) fn new(attacher: Arc<Attacher>) -> io::Result<Self> {
         Ok(Self {
             ready: Epoll::new()?,
             devices: Vec::new(),
-            releases: Releases::default(),
-            resets,
+            releases: Aside::default(),
+            attacher,
         })
     }
 
-    /// Hears from now on what the device of `config`, which is in the slot behind `port`, tells.
-    pub(in crate::machine) fn add(
-        &mut self,
-        config: &DeviceConfig,
-        port: FunctionId,
-        io: Arc<dyn DeviceIo>,
-    ) {
+    /// Hears from now on what a device tells that is in the slot behind `port`.
+    pub(super) fn add(&mut self, one: Prepared, port: FunctionId) {
+        let (config, io) = (one.config, one.device);
         let name = config.name();
         let events = DeviceEvents::listen(&name, &*io);
         for event in [&events.error, &events.request].into_iter().flatten() {
@@ -94,11 +103,59 @@ impl Attached {
             on_error: config.on_error,
             port,
             leaves: None,
+            removal: None,
             counts: ErrorCounts::read(&config.path),
+            config,
             complaints: Complaints::every(QUIET),
             events,
             io,
+            users: one.users,
         });
+    }
+
+    /// Whether the guest has the device, or one of the same name.
+    pub(super) fn has(&self, config: &DeviceConfig) -> bool {
+        let mut devices = self.devices.iter();
+        devices.any(|device| device.config.path == config.path || device.config.id() == config.id())
+    }
+
+    /// Closes devices that found no place, beside the event loop.
+    pub(super) fn refuse(&mut self, functions: Vec<Prepared>) {
+        let names: Vec<_> = functions.iter().map(|one| one.config.name()).collect();
+        let attacher = self.attacher.clone();
+        self.releases
+            .start("release", &names.join(" and "), move || {
+                for one in functions {
+                    drop(one.function);
+                    attacher.leave(&one.users, 1);
+                    drop(one.device);
+                }
+            });
+    }
+
+    /// Asks the guest to let go of the device called `id`, and all others of its slot. Whoever asks is
+    /// answered when they are closed, or when the guest is found not to let go. `force`: they are then
+    /// pulled out.
+    pub(in crate::machine) fn remove(
+        &mut self,
+        id: &str,
+        force: bool,
+        topology: &Arc<Topology>,
+        held: bool,
+        asker: Asker,
+    ) {
+        let mut devices = self.devices.iter_mut();
+        let Some(device) = devices.find(|device| device.config.id() == id) else {
+            asker.answer(Err(RequestError::Unknown(id.to_owned())));
+            return;
+        };
+        if device.removal.is_some() {
+            asker.answer(Err(RequestError::State("about to let go of it already")));
+            return;
+        }
+        device.removal = Some(Removal { asker, force });
+        let port = device.port;
+        self.ask_for(port, topology, held, "it is to be removed");
     }
 
     /// Deals with what the devices have told. `held`: the guest does not run, and cannot be asked.
@@ -113,7 +170,7 @@ impl Attached {
             if errors == 0 {
                 continue;
             }
-            let resetting = self.resets.is_resetting(&device.io);
+            let resetting = self.attacher.resets.is_resetting(&device.io);
             if device.fail(held, resetting)? == Verdict::Hold {
                 verdict = Verdict::Hold;
             }
@@ -129,7 +186,7 @@ impl Attached {
             .map(|device| device.port)
             .collect();
         for port in wanted {
-            self.ask_for(port, topology, held);
+            self.ask_for(port, topology, held, "the host wants it back");
         }
         Ok(verdict)
     }
@@ -155,8 +212,33 @@ impl Attached {
         let late = |device: &&Entry| device.leaves.is_some_and(|deadline| deadline <= now);
         while let Some(port) = self.devices.iter().find(late).map(|device| device.port) {
             let limit = RELEASE_LIMIT.as_secs();
-            let why = format!("the guest did not let go of it within {limit} s and loses it");
-            self.release(port, topology, &why);
+            let why = format!("the guest did not let go of it within {limit} s");
+            self.give_up_on(port, topology, &why);
+        }
+    }
+
+    /// The guest does not let go of what is behind `port`: it is pulled out, unless whoever asked for it
+    /// wants it no more then.
+    fn give_up_on(&mut self, port: FunctionId, topology: &Arc<Topology>, why: &str) {
+        let here = |device: &&mut Entry| device.port == port;
+        let mut removals = Vec::new();
+        let mut pulled = true;
+        for device in self.devices.iter_mut().filter(here) {
+            if let Some(removal) = device.removal.take_if(|removal| !removal.force) {
+                removals.push(removal);
+                pulled = false;
+            }
+        }
+        if pulled {
+            self.release(port, topology, &format!("{why} and loses it"));
+            return;
+        }
+        for device in self.devices.iter_mut().filter(here) {
+            device.leaves = None;
+        }
+        for removal in removals {
+            let why = format!("{why}, and keeps it; force=on pulls it out");
+            removal.asker.answer(Err(RequestError::Failed(why)));
         }
     }
 
@@ -170,17 +252,17 @@ impl Attached {
         self.releases.finish();
     }
 
-    /// The host wants back what is behind `port`.
-    fn ask_for(&mut self, port: FunctionId, topology: &Arc<Topology>, held: bool) {
+    /// Somebody wants back what is behind `port`.
+    fn ask_for(&mut self, port: FunctionId, topology: &Arc<Topology>, held: bool, who: &str) {
         let Some(device) = self.devices.iter().find(|device| device.port == port) else {
             return; // It went with another function of its slot.
         };
         let name = &device.name;
         if device.leaves.is_some() {
-            log::debug!("{name}: the host still waits for it");
+            log::debug!("{name}: it is waited for already");
             return;
         }
-        if !self.resets.is_resetting(&device.io) && is_silent(&*device.io) {
+        if !self.attacher.resets.is_resetting(&device.io) && is_silent(&*device.io) {
             self.release(
                 port,
                 topology,
@@ -197,12 +279,12 @@ impl Attached {
             return;
         }
         if topology.with_slot(port, |slot| slot.press_button()) != Some(true) {
-            let why = "the guest has no driver that could be asked to let go of it, and loses it";
-            self.release(port, topology, why);
+            let why = "the guest has no driver that could be asked to let go of it";
+            self.give_up_on(port, topology, why);
             return;
         }
         log::warn!(
-            "{name}: the host wants it back; the guest is asked to let go of it, and has {} s",
+            "{name}: {who}; the guest is asked to let go of it, and has {} s",
             RELEASE_LIMIT.as_secs()
         );
         let deadline = Instant::now().checked_add(RELEASE_LIMIT);
@@ -220,13 +302,18 @@ impl Attached {
         }
         let names: Vec<_> = leaving.iter().map(|device| &*device.name).collect();
         let (names, topology, how) = (names.join(" and "), topology.clone(), how.to_owned());
-        self.releases.start(&names, move || {
+        let attacher = self.attacher.clone();
+        self.releases.start("release", &names, move || {
             // Dropped first: a function resets its device as it goes.
             drop(topology.unplug(port));
-            for device in leaving {
-                let name = device.name.clone();
+            for mut device in leaving {
+                let (name, removal) = (device.name.clone(), device.removal.take());
+                attacher.leave(&device.users, 1);
                 drop(device);
                 log::warn!("{name}: {how}; the host has it back");
+                if let Some(removal) = removal {
+                    removal.asker.answer(Ok(Answer::Done));
+                }
             }
         });
     }

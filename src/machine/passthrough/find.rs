@@ -4,7 +4,7 @@
 use std::fs::File;
 
 use busway_iommu::{HostPaths, Mode, reserved_ranges};
-use busway_vfio::{AssignOptions, Handed, interface};
+use busway_vfio::{AssignOptions, Handed, RomChoice, RomImage, interface};
 
 use super::placement::HostIdentity;
 use crate::config::{Choice, DeviceConfig, VmConfig, validate_functions};
@@ -33,6 +33,32 @@ pub(in crate::machine) struct Found {
     pub(super) mode: Mode,
     /// The iommufd that was inherited.
     pub(super) iommufd: Option<File>,
+}
+
+/// Which of the kernel's interfaces was asked for.
+pub(super) fn mode(asked: Choice) -> Mode {
+    match asked {
+        Choice::On => Mode::On,
+        Choice::Off => Mode::Off,
+        Choice::Auto => Mode::Auto,
+    }
+}
+
+/// What was said about a device.
+///
+/// # Errors
+/// [`RunError::Rom`]
+pub(in crate::machine) fn options(config: &DeviceConfig) -> Result<AssignOptions, RunError> {
+    let rom = match (&config.romfile, config.rom) {
+        (Some(path), _) => RomChoice::Image(RomImage::load(path)?),
+        (None, Some(true)) => RomChoice::Device,
+        (None, Some(false)) => RomChoice::None,
+        (None, None) => RomChoice::Auto,
+    };
+    Ok(AssignOptions {
+        rom,
+        nv_gpudirect_clique: config.x_nv_gpudirect_clique,
+    })
 }
 
 impl Found {
@@ -70,11 +96,7 @@ impl Found {
         // SAFETY: as above; an iommufd is opened later, by `Space`.
         let take = |fd| unsafe { Handed::iommufd(&paths, fd) };
         let iommufd = config.platform.iommufd_fd.map(take).transpose()?;
-        let asked = match config.platform.iommufd {
-            Choice::On => Mode::On,
-            Choice::Off => Mode::Off,
-            Choice::Auto => Mode::Auto,
-        };
+        let asked = mode(config.platform.iommufd);
         let inherited = requests.iter().filter_map(|one| one.inherited.as_ref());
         let mode = interface(asked, iommufd.is_some(), inherited)?;
         let configs: Vec<_> = requests.iter().map(|one| one.config.clone()).collect();
@@ -85,6 +107,29 @@ impl Found {
             asked,
             mode,
             iommufd,
+        })
+    }
+
+    /// Finds devices for a machine that runs, which inherits no descriptor for them.
+    ///
+    /// # Errors
+    /// [`RunError::Rom`], or [`RunError::Config`] where two are one device
+    pub(super) fn find_more(configs: &[DeviceConfig], iommufd: Choice) -> Result<Self, RunError> {
+        validate_functions(configs)?;
+        let requests = configs.iter().map(|config| {
+            Ok(Request {
+                config: config.clone(),
+                options: options(config)?,
+                identity: HostIdentity::in_folder(&config.path),
+                inherited: None,
+            })
+        });
+        Ok(Self {
+            paths: HostPaths::default(),
+            requests: requests.collect::<Result<_, RunError>>()?,
+            asked: mode(iommufd),
+            mode: mode(iommufd),
+            iommufd: None,
         })
     }
 

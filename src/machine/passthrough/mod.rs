@@ -1,10 +1,11 @@
 //! The host's devices that the guest has: found, opened, attached, watched, released.
 //!
-//! Devices are attached in batches, at boot all that the configuration names. A batch is found
-//! (`find`), opened in the DMA space (`open`), has its place behind root ports (`placement`), and is
-//! presented to the guest by [`Passthrough::attach`]. From then on `attached` hears what a device
-//! tells, and releases it.
+//! Devices are attached in batches: at boot all that the configuration names, later one device at a
+//! time. A batch is found (`find`), opened in the DMA space (`open`), reset and made into functions
+//! (`attach`), which have their places behind root ports (`placement`), and is presented to the
+//! guest. From then on `attached` hears what a device tells, and releases it.
 
+mod attach;
 mod attached;
 mod dma;
 mod find;
@@ -12,155 +13,220 @@ mod open;
 mod placement;
 mod releases;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use busway_iommu::{DmaSpace, IovaRange};
-use busway_pci::Function;
-use busway_pci::pace::SystemClock;
-use busway_vfio::{AssignedFunction, DeviceIo, Resets, Wiring};
+use busway_iommu::IovaRange;
+use busway_pci::FunctionId;
+use busway_vfio::{KvmFiles, Resets};
 
 use super::RunError;
 use super::events::Events;
-use super::pci::{Pci, pins_behind_port};
-use crate::config::Choice;
-use crate::kvm::IrqRouter;
+use super::pci::Pci;
+use super::requests::{Answer, Asker, RequestError};
+use crate::config::{DeviceConfig, VmConfig};
+use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
 use crate::report::Report;
-pub(super) use attached::{Attached, Verdict};
-use dma::DmaListener;
+use attach::{Attacher, Prepared};
+use attached::Attached;
+pub(super) use attached::Verdict;
 pub(super) use dma::PeerToPeerError;
-pub(super) use find::Found;
-use find::Request;
+pub(super) use find::{Found, options};
 pub(super) use open::Opened;
+use open::Opening;
 pub(super) use placement::{HostIdentity, behind_ports};
+use releases::Aside;
 
 /// The host's devices of a machine, and what attaching one needs.
 #[derive(Debug)]
 pub(super) struct Passthrough {
     /// Those that the guest has. They stand before what they use.
     pub(super) attached: Attached,
-    resets: Arc<Resets>,
-    space: Option<SpaceInUse>,
+    /// Batches on their way. They are waited for.
+    coming: Aside,
+    /// The ports that they are for.
+    taken: Vec<FunctionId>,
+    /// Batches that have come, or have not.
+    come: Arc<Mutex<Vec<Come>>>,
+    attacher: Arc<Attacher>,
     router: IrqRouter,
-    /// Counts the devices' vectors.
-    host_vectors: IrqRouter,
     events: Arc<Events>,
 }
 
-/// The DMA space that all devices are in.
+/// What came of attaching a device.
 #[derive(Debug)]
-struct SpaceInUse {
-    dma: Arc<dyn DmaSpace>,
-    listener: Arc<DmaListener>,
+struct Come {
+    port: FunctionId,
+    outcome: Result<Vec<Prepared>, RunError>,
+    asker: Asker,
 }
 
-/// A device that is open, on its way to the guest.
-type Ready = (Request, Arc<dyn DeviceIo>);
-
 impl Passthrough {
-    /// Of a machine that has no device yet.
-    pub(super) fn new(router: &IrqRouter, events: &Arc<Events>) -> Result<Self, RunError> {
+    /// Of a machine that has no device yet. `memory` may be empty until [`map`](Self::map).
+    ///
+    /// # Errors
+    /// [`RunError`]
+    pub(super) fn new(
+        config: &VmConfig,
+        vm: &Vm,
+        memory: &Arc<Regions>,
+        router: &IrqRouter,
+        events: &Arc<Events>,
+    ) -> Result<Self, RunError> {
+        let can_have_some = !config.device.is_empty() || config.platform.hotplug_slots() > 0;
+        let kvm = match can_have_some {
+            true => Some(Arc::new(vm.vfio()?) as Arc<dyn KvmFiles>),
+            false => None,
+        };
+        let opening = Opening {
+            platform: config.platform.clone(),
+            kvm,
+            ram: config.memory.size,
+        };
         let resets = Arc::<Resets>::default();
-        let attached = Attached::new(resets.clone()).map_err(RunError::system("epoll_create"))?;
+        let attacher = Arc::new(Attacher::new(opening, memory.clone(), resets, router));
         Ok(Self {
-            attached,
-            resets,
-            space: None,
+            attached: Attached::new(attacher.clone()).map_err(RunError::system("epoll_create"))?,
+            coming: Aside::default(),
+            taken: Vec::new(),
+            come: Arc::default(),
+            attacher,
             router: router.clone(),
-            host_vectors: router.counting_anew(),
             events: events.clone(),
         })
     }
 
-    /// Maps guest memory into the space that `opened` are in, and keeps it in step from now on.
-    pub(super) fn map(
-        &mut self,
-        opened: &Opened,
-        memory: &Regions,
-        peer_to_peer: Choice,
-    ) -> Result<(), RunError> {
-        let dma = opened.space.dma();
-        let listener = Arc::new(DmaListener::new(dma.clone(), peer_to_peer));
-        memory.listen(listener.clone())?;
-        self.space = Some(SpaceInUse { dma, listener });
+    /// Opens the machine's first devices, in a space where nothing is mapped yet; nothing where there are
+    /// none.
+    pub(super) fn open(&self, found: Found, report: &Report) -> Result<Option<Opened>, RunError> {
+        self.attacher.open_first(found, report)
+    }
+
+    /// Gives the machine that is being put together its first devices: maps guest memory for them.
+    pub(super) fn map(&self, opened: &Opened) -> Result<(), RunError> {
+        self.attacher.map(opened).map(drop)
+    }
+
+    /// Puts the first devices behind root ports, and hears from now on what they tell.
+    pub(super) fn attach_first(&mut self, opened: Opened, pci: &mut Pci) -> Result<(), RunError> {
+        for functions in self.attacher.reset(opened) {
+            let names = functions
+                .iter()
+                .map(|(_, (request, _))| request.identity.name());
+            let names = names.collect::<Vec<_>>().join(" and ");
+            let slot = pci.port_slot(&names)?;
+            let users = self.attacher.users();
+            let functions = self.attacher.functions(functions, slot, &users)?;
+            let behind = functions
+                .iter()
+                .map(|one| (one.number, one.function.clone()));
+            let routes = Arc::new(self.router.clone());
+            let listener = self.events.clone();
+            let port = pci.add_behind_port(slot, &names, behind.collect(), routes, listener)?;
+            for one in functions {
+                self.attached.add(one, port);
+            }
+        }
         Ok(())
+    }
+
+    /// Adds functions of one host device to the machine that runs, in an empty slot. Whoever asks is
+    /// answered when they are in it, or when it is known that they will not be.
+    pub(super) fn attach(&mut self, configs: Vec<DeviceConfig>, pci: &Pci, asker: Asker) {
+        if let Some(twice) = configs.iter().find(|config| self.attached.has(config)) {
+            asker.answer(Err(RequestError::Exists(twice.name())));
+            return;
+        }
+        let Some((port, slot)) = pci.empty_port(&self.taken) else {
+            asker.answer(Err(RequestError::Failed(pci.no_slot())));
+            return;
+        };
+        let names: Vec<_> = configs.iter().map(DeviceConfig::name).collect();
+        let names = names.join(" and ");
+        self.taken.push(port);
+        let (attacher, come, events) = (
+            self.attacher.clone(),
+            self.come.clone(),
+            self.events.clone(),
+        );
+        self.coming.start("attach", &names, move || {
+            let outcome = attacher.prepare(&configs, slot);
+            let mut come = come.lock().unwrap_or_else(PoisonError::into_inner);
+            come.push(Come {
+                port,
+                outcome,
+                asker,
+            });
+            drop(come);
+            events.attached();
+        });
+    }
+
+    /// Puts what has come into its slots.
+    pub(super) fn on_attached(&mut self, pci: &mut Pci) {
+        let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
+        for Come {
+            port,
+            outcome,
+            asker,
+        } in come
+        {
+            self.taken.retain(|taken| *taken != port);
+            let answer = match outcome {
+                Ok(functions) => self.present(functions, port, pci),
+                Err(error) => Err(RequestError::failed(&error)),
+            };
+            asker.answer(answer);
+        }
+    }
+
+    fn present(
+        &mut self,
+        functions: Vec<Prepared>,
+        port: FunctionId,
+        pci: &mut Pci,
+    ) -> Result<Answer, RequestError> {
+        let behind = functions
+            .iter()
+            .map(|one| (one.number, one.function.clone()));
+        match pci.plug(port, behind.collect()) {
+            Ok(address) => {
+                let id = functions.first().map(|one| one.config.id());
+                for one in functions {
+                    log::info!("{}: added at {address}", one.config.name());
+                    self.attached.add(one, port);
+                }
+                let id = id.unwrap_or_default();
+                Ok(Answer::Added { id, address })
+            }
+            Err(error) => {
+                self.attached.refuse(functions);
+                Err(RequestError::failed(&error))
+            }
+        }
     }
 
     /// The guest-physical addresses that devices can reach; none where that is not known.
     pub(super) fn usable_ranges(&self) -> Vec<IovaRange> {
-        let usable = self.space.as_ref().map(|space| space.dma.usable_ranges());
-        usable.and_then(Result::ok).unwrap_or_default()
-    }
-
-    /// Gives the guest devices that are open and whose space is mapped: puts each behind a root port and
-    /// hears what it tells.
-    pub(super) fn attach(&mut self, opened: Opened, pci: &mut Pci) -> Result<(), RunError> {
-        let mut ready: Vec<Option<Ready>> = Vec::new();
-        for (request, device) in opened.devices {
-            let name = device.name().to_owned();
-            let device: Arc<dyn DeviceIo> = Arc::new(device);
-            self.resets.add(&name, device.clone());
-            ready.push(Some((request, device)));
-        }
-        self.resets.begin();
-        let identities = ready.iter().flatten().map(|(request, _)| &request.identity);
-        for port in behind_ports(identities) {
-            let functions = port.iter().filter_map(|behind| {
-                let ready = ready.get_mut(behind.index)?.take()?;
-                Some((behind.function, ready))
-            });
-            self.present(functions.collect(), pci)?;
-        }
-        Ok(())
-    }
-
-    /// Puts the functions of a host device, all of them given, behind a root port.
-    fn present(
-        &mut self,
-        functions: Vec<(Function, Ready)>,
-        pci: &mut Pci,
-    ) -> Result<(), RunError> {
-        let names = functions
-            .iter()
-            .map(|(_, (request, _))| request.identity.name());
-        let names = names.collect::<Vec<_>>().join(" and ");
-        let slot = pci.port_slot(&names)?;
-        let mut behind = Vec::new();
-        for (number, (request, device)) in &functions {
-            let wiring = Wiring {
-                routes: Arc::new(self.host_vectors.clone()),
-                lines: Arc::new(self.router.pins(pins_behind_port(slot))),
-                resets: self.resets.clone(),
-                clock: Arc::new(SystemClock::default()),
-            };
-            let name = request.identity.name();
-            let function = AssignedFunction::new(&name, device.clone(), wiring, &request.options)?;
-            log::info!("{}", function.summary());
-            behind.push((*number, function));
-        }
-        let routes = Arc::new(self.router.clone());
-        let port = pci.add_behind_port(slot, &names, behind, routes, self.events.clone())?;
-        for (_, (request, device)) in functions {
-            self.attached.add(&request.config, port, device);
-        }
-        Ok(())
+        self.attacher.usable_ranges()
     }
 
     /// Finds out which BARs devices reach where they have addresses now. No vCPU may run.
     pub(super) fn survey(&self, pci: &Pci) -> Result<(), PeerToPeerError> {
-        match &self.space {
-            Some(space) => space.listener.survey(&pci.host_functions()),
-            None => Ok(()),
-        }
+        self.attacher.survey(&pci.host_functions())
     }
 
     /// Says in the report what devices have cost so far.
     pub(super) fn account(&self, report: &Report) {
-        if let Some(space) = &self.space {
-            let stats = space.dma.stats();
-            report.set_mappings(stats.map_calls, stats.bytes, stats.device_map_calls);
-        }
-        let vectors = self.host_vectors.vectors();
-        report.set_vectors(vectors.most as u64, vectors.updates);
+        self.attacher.account(report);
+    }
+}
+
+impl Drop for Passthrough {
+    fn drop(&mut self) {
+        // What has come and is in no slot is closed with the rest.
+        self.coming.finish();
+        let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(come);
     }
 }

@@ -6,86 +6,111 @@ use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 
 use busway_iommu::{HostPaths, Kind, Mode, Space, Way};
-use busway_vfio::{DeviceError, KernelDevice, KvmFiles, Opener, TokenUse, VfToken, try_peers};
+use busway_vfio::{
+    DeviceError, DeviceIo, KernelDevice, KvmFiles, Opener, TokenUse, VfToken, try_peers,
+};
 
 use super::find::{Found, Request};
 use crate::config::{Choice, DeviceConfig, PlatformConfig};
-use crate::kvm::Vm;
 use crate::machine::RunError;
-use crate::memory::Ram;
-use crate::report::Report;
 
-/// Devices that are open, in a DMA space where nothing is mapped yet.
+/// The DMA space that all devices of a machine are in, and who opens devices into it.
+#[derive(Clone, Debug)]
+pub(in crate::machine) struct OpenSpace {
+    pub(super) space: Space,
+    pub(super) opener: Arc<Opener>,
+}
+
+/// Devices that are open in a DMA space, where nothing may be mapped yet.
 ///
 /// Fields go in the order in which they stand: a space goes after what is attached to it.
 #[derive(Debug)]
 pub(in crate::machine) struct Opened {
-    pub(super) devices: Vec<(Request, KernelDevice)>,
-    pub(super) space: Space,
+    pub(super) devices: Vec<(Request, Arc<dyn DeviceIo>)>,
+    pub(super) space: OpenSpace,
+}
+
+/// What opening a machine's devices needs besides them.
+#[derive(Debug)]
+pub(super) struct Opening {
+    pub(super) platform: PlatformConfig,
+    /// KVM has one such device in each VM; none where the VM can have no devices.
+    pub(super) kvm: Option<Arc<dyn KvmFiles>>,
+    /// Bytes of RAM, all of which is pinned.
+    pub(super) ram: u64,
 }
 
 impl Found {
-    /// Opens the devices in a new DMA space; nothing where there are none. Says in the report which of
-    /// the kernel's interfaces it is.
+    /// Opens the devices in a new DMA space, and gives the kernel's interface that it is.
     ///
     /// That is done before RAM is mapped: a VFIO container maps only with a group in it.
     ///
     /// # Errors
     /// [`RunError`], with the device's name and what helps
-    pub(in crate::machine) fn open(
-        mut self,
-        platform: &PlatformConfig,
-        vm: &Vm,
-        ram: &Ram,
-        report: &Report,
-    ) -> Result<Option<Opened>, RunError> {
-        if self.requests.is_empty() {
-            return Ok(None);
-        }
+    pub(super) fn open(mut self, with: &Opening) -> Result<(Opened, Way), RunError> {
         let requests = self.requests.iter();
         let folders: Vec<_> = requests.map(|one| &*one.identity.folder).collect();
-        let peers = platform.p2p != Choice::Off;
+        let peers = with.platform.p2p != Choice::Off;
         let mut way = Way::choose(&self.paths, self.mode, &folders, peers);
         if self.asked == Mode::Auto && self.mode != Mode::Auto {
             way.why = "a descriptor of it was inherited".to_owned();
         }
-        // KVM has one such device in each VM.
-        let kvm: Arc<dyn KvmFiles> = Arc::new(vm.vfio()?);
-        let mut open = |kind| self.open_by(kind, platform, &kvm, ram);
-        let mut opened = open(way.kind)?;
+        let mut opened = self.open_by(way.kind, with)?;
         if way.is_on_trial()
             && let Some(error) = trial(&opened)
         {
             // Closed before they are opened the other way.
             drop(opened);
             way = Way::instead(&error);
-            opened = open(way.kind)?;
+            opened = self.open_by(way.kind, with)?;
         }
         log::info!("devices are reached by {way}");
-        report.set_iommu(way.kind.word(), &way.why);
         let (devices, space) = opened;
-        let devices = self.requests.into_iter().zip(devices).collect();
-        Ok(Some(Opened { devices, space }))
+        Ok((self.opened(devices, space), way))
+    }
+
+    /// Opens the devices in a space that there is.
+    ///
+    /// # Errors
+    /// [`RunError`], with the device's name and what helps
+    pub(super) fn open_in(mut self, space: OpenSpace, with: &Opening) -> Result<Opened, RunError> {
+        let devices = self.open_all(&space.opener, &with.platform)?;
+        Ok(self.opened(devices, space))
     }
 
     /// Opens the devices in a new space of a kind. Inherited descriptors are used up by that.
     fn open_by(
         &mut self,
         kind: Kind,
-        platform: &PlatformConfig,
-        kvm: &Arc<dyn KvmFiles>,
-        ram: &Ram,
-    ) -> Result<(Vec<KernelDevice>, Space), RunError> {
+        with: &Opening,
+    ) -> Result<(Vec<KernelDevice>, OpenSpace), RunError> {
         let space = Space::open(&self.paths, kind, self.iommufd.take())?;
-        space.reserve(&self.paths, ram.size())?;
-        let opener = Opener::new(self.paths.clone(), space.clone(), Some(kvm.clone()));
+        space.reserve(&self.paths, with.ram)?;
+        let (paths, kvm) = (self.paths.clone(), with.kvm.clone());
+        let opener = Arc::new(Opener::new(paths, space.clone(), kvm));
+        let devices = self.open_all(&opener, &with.platform)?;
+        Ok((devices, OpenSpace { space, opener }))
+    }
+
+    fn open_all(
+        &mut self,
+        opener: &Opener,
+        platform: &PlatformConfig,
+    ) -> Result<Vec<KernelDevice>, RunError> {
         for one in &mut self.requests {
             if let Some(inherited) = one.inherited.take() {
                 opener.hand(inherited, &one.identity.folder)?;
             }
         }
-        let devices = open_all(&self.paths, &self.requests, platform, &opener)?;
-        Ok((devices, space))
+        Ok(open_all(&self.paths, &self.requests, platform, opener)?)
+    }
+
+    fn opened(self, devices: Vec<KernelDevice>, space: OpenSpace) -> Opened {
+        let devices = devices.into_iter().map(|device| Arc::new(device) as _);
+        Opened {
+            devices: self.requests.into_iter().zip(devices).collect(),
+            space,
+        }
     }
 }
 
@@ -122,8 +147,8 @@ fn open_all(
 }
 
 /// What keeps these devices from reaching each other's memory, where something does.
-fn trial((devices, space): &(Vec<KernelDevice>, Space)) -> Option<busway_iommu::MapError> {
-    let dma = space.dma();
+fn trial((devices, space): &(Vec<KernelDevice>, OpenSpace)) -> Option<busway_iommu::MapError> {
+    let dma = space.space.dma();
     let mut devices = devices.iter();
     devices.find_map(|device| try_peers(device.name(), device, &*dma).err())
 }

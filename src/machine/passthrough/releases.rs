@@ -1,4 +1,5 @@
-//! Devices that leave a VM that runs on: each slot's are reset and closed on a thread of their own.
+//! What is done beside the event loop while a VM runs: devices that come are opened and reset, those that leave are reset
+//! and closed, each slot's on a thread of their own.
 //!
 //! The kernel waits up to a minute for a device that does not come back from its reset (Linux,
 //! drivers/pci/pci.c, `pci_dev_wait`), and the event loop hears signals and the guest meanwhile.
@@ -6,16 +7,16 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-/// The releases that have begun. Dropping it waits for them.
+/// The work that has begun. Dropping it waits for it.
 #[derive(Debug, Default)]
-pub(super) struct Releases {
+pub(super) struct Aside {
     running: Vec<JoinHandle<()>>,
 }
 
-impl Releases {
-    /// Has `work` done, which releases what is called `what` in messages. Where there is no thread to be
-    /// had, it is done before this returns.
-    pub(super) fn start(&mut self, what: &str, work: impl FnOnce() + Send + 'static) {
+impl Aside {
+    /// Has `work` done on a thread called `name`, for what is called `what` in messages. Where there is no
+    /// thread to be had, it is done before this returns.
+    pub(super) fn start(&mut self, name: &str, what: &str, work: impl FnOnce() + Send + 'static) {
         // Those that are over have nothing to give.
         self.running.retain(|thread| !thread.is_finished());
         let work = Arc::new(Mutex::new(Some(work)));
@@ -32,12 +33,12 @@ impl Releases {
             }
         };
         match thread::Builder::new()
-            .name("release".to_owned())
+            .name(name.to_owned())
             .spawn(on_thread)
         {
             Ok(thread) => self.running.push(thread),
             Err(error) => {
-                log::warn!("{what}: no thread for its release: {error}; the VM waits for it");
+                log::warn!("{what}: no thread for it ({name}): {error}; the VM waits for it");
                 if let Some(work) = take(&work) {
                     work();
                 }
@@ -54,7 +55,7 @@ impl Releases {
     }
 }
 
-impl Drop for Releases {
+impl Drop for Aside {
     fn drop(&mut self) {
         self.finish();
     }
@@ -69,12 +70,12 @@ mod tests {
 
     #[test]
     fn a_release_that_takes_long_keeps_nobody_waiting_but_who_asks_for_its_end() {
-        let (done, mut releases) = (Arc::new(AtomicUsize::new(0)), Releases::default());
+        let (done, mut releases) = (Arc::new(AtomicUsize::new(0)), Aside::default());
         let (go_on, held) = mpsc::channel::<()>();
         let held = Arc::new(Mutex::new(held));
         for _ in 0..3 {
             let (done, held) = (done.clone(), held.clone());
-            releases.start("a device", move || {
+            releases.start("release", "a device", move || {
                 let _disconnected = held.lock().unwrap().recv();
                 done.fetch_add(1, Ordering::Relaxed);
             });
@@ -85,7 +86,7 @@ mod tests {
         releases.finish();
         assert_eq!(done.load(Ordering::Relaxed), 3);
         let dropped = done.clone();
-        releases.start("another", move || {
+        releases.start("release", "another", move || {
             dropped.fetch_add(1, Ordering::Relaxed);
         });
         drop(releases);

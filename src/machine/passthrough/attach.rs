@@ -1,0 +1,292 @@
+//! The way of a batch of devices to the guest, up to where they are put into slots. It waits for the
+//! kernel, which resets each device that is opened and pins memory, so that a machine that runs has it
+//! done on a thread of its own.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use busway_iommu::{DmaSpace, IovaRange};
+use busway_pci::pace::SystemClock;
+use busway_pci::{Device, Function, PciFunction};
+use busway_vfio::{AssignedFunction, DeviceIo, Resets, Wiring};
+
+use super::PeerToPeerError;
+use super::dma::DmaListener;
+use super::find::{Found, Request};
+use super::open::{OpenSpace, Opened, Opening};
+use super::placement::{Behind, behind_ports};
+use crate::config::DeviceConfig;
+use crate::kvm::IrqRouter;
+use crate::machine::RunError;
+use crate::machine::pci::pins_behind_port;
+use crate::memory::{RegionListener, Regions};
+use crate::report::Report;
+
+/// What attaching devices needs, shared by the threads that do it.
+#[derive(Debug)]
+pub(super) struct Attacher {
+    opening: Opening,
+    memory: Arc<Regions>,
+    pub(super) resets: Arc<Resets>,
+    pub(super) router: IrqRouter,
+    /// Counts the devices' vectors.
+    host_vectors: IrqRouter,
+    /// Held for moments only.
+    space: Mutex<Option<SpaceInUse>>,
+    /// Held while a space is made or given up, which takes as long as memory is pinned.
+    making: Mutex<()>,
+}
+
+/// The DMA space that all devices are in, with guest memory mapped in it.
+#[derive(Clone, Debug)]
+struct SpaceInUse {
+    open: OpenSpace,
+    dma: Arc<dyn DmaSpace>,
+    listener: Arc<DmaListener>,
+    users: Arc<Users>,
+}
+
+/// How many devices use a space. A type1 container forgets what is mapped with the last one that is
+/// closed, so the last one stays open until nothing is mapped, and until it is known whether one that is
+/// being opened stays.
+#[derive(Debug, Default)]
+pub(super) struct Users {
+    counts: Mutex<Counts>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    open: usize,
+    /// Batches that are being opened.
+    coming: usize,
+}
+
+impl Users {
+    fn change(&self, change: impl FnOnce(&mut Counts)) {
+        change(&mut lock(&self.counts));
+        self.changed.notify_all();
+    }
+
+    /// Whether no device uses the space when those have come, or not, that were coming.
+    fn are_none(&self) -> bool {
+        let counts = lock(&self.counts);
+        let undecided = |counts: &mut Counts| counts.open == 0 && counts.coming > 0;
+        let counts = self.changed.wait_while(counts, undecided);
+        counts.unwrap_or_else(PoisonError::into_inner).open == 0
+    }
+}
+
+/// A device that is open, on its way to the guest.
+type Ready = (Request, Arc<dyn DeviceIo>);
+
+/// A host device's function that is ready to be put behind a port.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) number: Function,
+    pub(super) config: DeviceConfig,
+    pub(super) function: Arc<AssignedFunction>,
+    pub(super) device: Arc<dyn DeviceIo>,
+    /// Of its space, which it has to leave before it is closed: [`Attacher::leave`].
+    pub(super) users: Arc<Users>,
+}
+
+impl Attacher {
+    pub(super) fn new(
+        opening: Opening,
+        memory: Arc<Regions>,
+        resets: Arc<Resets>,
+        router: &IrqRouter,
+    ) -> Self {
+        Self {
+            opening,
+            memory,
+            resets,
+            router: router.clone(),
+            host_vectors: router.counting_anew(),
+            space: Mutex::default(),
+            making: Mutex::default(),
+        }
+    }
+
+    /// Opens the first devices of a machine, in a space where nothing is mapped yet. Says in the report
+    /// which of the kernel's interfaces it is. Nothing where there are none.
+    pub(super) fn open_first(
+        &self,
+        found: Found,
+        report: &Report,
+    ) -> Result<Option<Opened>, RunError> {
+        if found.requests.is_empty() {
+            return Ok(None);
+        }
+        let (opened, way) = found.open(&self.opening)?;
+        report.set_iommu(way.kind.word(), &way.why);
+        Ok(Some(opened))
+    }
+
+    /// Maps guest memory into the space that `opened` are in, and keeps it in step from now on.
+    pub(super) fn map(&self, opened: &Opened) -> Result<Arc<Users>, RunError> {
+        let dma = opened.space.space.dma();
+        let peer_to_peer = self.opening.platform.p2p;
+        let listener = Arc::new(DmaListener::new(dma.clone(), peer_to_peer));
+        self.memory.listen(listener.clone())?;
+        let users = Arc::<Users>::default();
+        users.change(|counts| counts.open = opened.devices.len());
+        *self.space() = Some(SpaceInUse {
+            open: opened.space.clone(),
+            dma,
+            listener,
+            users: users.clone(),
+        });
+        Ok(users)
+    }
+
+    /// Of the space that there is now.
+    pub(super) fn users(&self) -> Arc<Users> {
+        let users = self.space().as_ref().map(|space| space.users.clone());
+        users.unwrap_or_default()
+    }
+
+    /// Finds, opens and resets devices that are one device of the guest's, and makes the functions that
+    /// go behind the port in `slot`. Guest memory is mapped for them. Nothing is left of it after an error.
+    pub(super) fn prepare(
+        &self,
+        configs: &[DeviceConfig],
+        slot: Device,
+    ) -> Result<Vec<Prepared>, RunError> {
+        let found = Found::find_more(configs, self.opening.platform.iommufd)?;
+        let (opened, users) = self.open_more(found)?;
+        // They stay open until their space is left.
+        let devices: Vec<_> = opened.devices.iter().map(|(_, io)| io.clone()).collect();
+        let mut ports = self.reset(opened);
+        let functions = match (ports.pop(), ports.is_empty()) {
+            (Some(functions), true) => self.functions(functions, slot, &users),
+            _ => Err(RunError::SeveralDevices),
+        };
+        if functions.is_err() {
+            self.leave(&users, devices.len());
+        }
+        functions
+    }
+
+    /// Opens devices in the space of those that there are, or else in a new one.
+    fn open_more(&self, found: Found) -> Result<(Opened, Arc<Users>), RunError> {
+        let making = lock(&self.making);
+        let there = self.space().clone();
+        let Some(space) = there else {
+            let (opened, _way) = found.open(&self.opening)?;
+            let users = self.map(&opened)?;
+            return Ok((opened, users));
+        };
+        space.users.change(|counts| counts.coming += 1);
+        // Others come and go while the kernel resets these.
+        drop(making);
+        let opened = found.open_in(space.open, &self.opening);
+        let count = opened.as_ref().map_or(0, |opened| opened.devices.len());
+        space.users.change(|counts| {
+            counts.coming -= 1;
+            counts.open += count;
+        });
+        Ok((opened?, space.users))
+    }
+
+    /// Has the devices in their state at power-on, and says which of them share a port, with their
+    /// numbers behind it.
+    pub(super) fn reset(&self, opened: Opened) -> Vec<Vec<(Function, Ready)>> {
+        for (request, device) in &opened.devices {
+            self.resets.add(&request.identity.name(), device.clone());
+        }
+        self.resets.begin();
+        let mut ready: Vec<_> = opened.devices.into_iter().map(Some).collect();
+        let identities = ready.iter().flatten().map(|(request, _)| &request.identity);
+        let ports = behind_ports(identities);
+        let mut take = |behind: Behind| {
+            let ready = ready.get_mut(behind.index)?.take()?;
+            Some((behind.function, ready))
+        };
+        let ports = ports.into_iter();
+        ports
+            .map(|port| port.into_iter().filter_map(&mut take).collect())
+            .collect()
+    }
+
+    /// The functions that go behind the port in `slot`.
+    pub(super) fn functions(
+        &self,
+        functions: Vec<(Function, Ready)>,
+        slot: Device,
+        users: &Arc<Users>,
+    ) -> Result<Vec<Prepared>, RunError> {
+        let functions = functions.into_iter().map(|(number, (request, device))| {
+            let wiring = Wiring {
+                routes: Arc::new(self.host_vectors.clone()),
+                lines: Arc::new(self.router.pins(pins_behind_port(slot))),
+                resets: self.resets.clone(),
+                clock: Arc::new(SystemClock::default()),
+            };
+            let name = request.identity.name();
+            let function = AssignedFunction::new(&name, device.clone(), wiring, &request.options)?;
+            log::info!("{}", function.summary());
+            Ok(Prepared {
+                number,
+                config: request.config,
+                function,
+                device,
+                users: users.clone(),
+            })
+        });
+        functions.collect()
+    }
+
+    /// So many devices, which are still open, leave their space and are closed next. With the last one
+    /// nothing stays mapped: those that come later have a space of their own.
+    pub(super) fn leave(&self, users: &Arc<Users>, count: usize) {
+        users.change(|counts| counts.open = counts.open.saturating_sub(count));
+        while users.are_none() {
+            let _making = lock(&self.making);
+            let counts = lock(&users.counts);
+            if counts.open > 0 || counts.coming > 0 {
+                // Somebody came meanwhile.
+                continue;
+            }
+            drop(counts);
+            let own = |space: &mut SpaceInUse| Arc::ptr_eq(&space.users, users);
+            let space = self.space().take_if(own);
+            if let Some(space) = space {
+                let listener: Arc<dyn RegionListener> = space.listener;
+                self.memory.forget(&listener);
+            }
+            return;
+        }
+    }
+
+    /// The guest-physical addresses that devices can reach; none where that is not known.
+    pub(super) fn usable_ranges(&self) -> Vec<IovaRange> {
+        let space = self.space();
+        let usable = space.as_ref().map(|space| space.dma.usable_ranges());
+        usable.and_then(Result::ok).unwrap_or_default()
+    }
+
+    /// Finds out which BARs of `functions` devices reach where they have addresses now. No vCPU may run.
+    pub(super) fn survey(&self, functions: &[Arc<dyn PciFunction>]) -> Result<(), PeerToPeerError> {
+        let listener = self.space().as_ref().map(|space| space.listener.clone());
+        listener.map_or(Ok(()), |listener| listener.survey(functions))
+    }
+
+    /// Says in the report what devices have cost so far.
+    pub(super) fn account(&self, report: &Report) {
+        if let Some(space) = self.space().as_ref() {
+            let stats = space.dma.stats();
+            report.set_mappings(stats.map_calls, stats.bytes, stats.device_map_calls);
+        }
+        let vectors = self.host_vectors.vectors();
+        report.set_vectors(vectors.most as u64, vectors.updates);
+    }
+
+    fn space(&self) -> MutexGuard<'_, Option<SpaceInUse>> {
+        lock(&self.space)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
