@@ -9,10 +9,9 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use busway_iommu::{HostPaths, Mode};
+use busway_iommu::{HostPaths, Mode, is_vfio_driver};
 use busway_pci::Bdf;
 
-use crate::host::is_vfio_driver;
 use crate::sys;
 
 /// A descriptor that was handed over, and what it is. It is closed on exec.

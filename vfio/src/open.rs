@@ -6,12 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space, holder};
+use busway_iommu::{
+    Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space, holder, is_vfio_driver,
+};
 use busway_pci::Bdf;
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
 use crate::handed::Handed;
-use crate::host::is_vfio_driver;
 use crate::patience::patiently;
 use crate::refusal::{Binding, MODULE};
 use crate::vf_token::TokenUse;

@@ -8,11 +8,12 @@ use std::io;
 use std::path::PathBuf;
 use std::slice;
 
-use busway_iommu::{HostPaths, Obstacle, OpenError, holder, holders, not_viable};
+use busway_iommu::{
+    HostPaths, Obstacle, OpenError, Remapping, holder, holders, is_vfio_driver, not_viable,
+};
 use busway_pci::Bdf;
 
 use crate::DeviceError;
-use crate::host::{Remapping, is_vfio_driver, is_waived};
 
 /// The module whose parameters rule iommufd.
 pub(crate) const MODULE: &str = "iommufd";
@@ -95,8 +96,8 @@ impl Binding<'_> {
             holder: holder(self.paths, &nodes.collect::<Vec<_>>()),
             members: names.join(" or "),
         };
-        match Remapping::read(&self.paths.proc) {
-            _ if is_waived(self.paths, MODULE) => in_use,
+        match Remapping::read(self.paths) {
+            _ if Remapping::is_waived(self.paths, MODULE) => in_use,
             Remapping::On => in_use,
             Remapping::Off => obstacle,
             Remapping::Unknown => Obstacle::Either(Box::new(in_use), Box::new(obstacle)),

@@ -5,9 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use busway_iommu::HostPaths;
-
-use crate::host::is_vfio_driver;
+use busway_iommu::{HostPaths, is_vfio_driver};
 
 /// A VF token: a UUID, in the order in which it is written. RFC 9562 §4
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -68,7 +68,6 @@ pub use root::{SysRoot, one_line};
 pub use session::Session;
 pub use steps::{Step, StepError};
 pub use surroundings::{Opens, open_node};
-pub(crate) use surroundings::{Remapping, is_waived};
 pub use together::Together;
 pub use unbind::{Unbound, unbind};
 pub use usage::{InterfaceAddress, Process, Usage};

@@ -4,7 +4,7 @@
 use std::io;
 use std::path::Path;
 
-use busway_iommu::{Command, HostPaths, IommuAdvice, Obstacle, ParameterChange};
+use busway_iommu::{Command, IommuAdvice, Obstacle, ParameterChange, Remapping};
 
 use super::asker::Asker;
 use super::boot::Loader;
@@ -82,39 +82,9 @@ pub(super) fn advised(root: &SysRoot, advice: IommuAdvice) -> Vec<Remedy> {
     remedies
 }
 
-/// Whether the host remaps interrupts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Remapping {
-    On,
-    Off,
-    Unknown,
-}
-
-impl Remapping {
-    /// The kernel names the interrupt chips behind a remapping unit with `IR-` in front
-    /// (drivers/iommu/intel/irq_remapping.c, drivers/iommu/amd/iommu.c).
-    pub(crate) fn read(proc: &Path) -> Self {
-        let text = root::text(&proc.join("interrupts")).unwrap_or_default();
-        let has = |word: &str| text.split_whitespace().any(|w| w.starts_with(word));
-        if has("IR-") {
-            Self::On
-        } else if has("IO-APIC") || has("PCI-MSI") {
-            Self::Off
-        } else {
-            Self::Unknown
-        }
-    }
-}
-
 /// The chipsets on which the kernel leaves interrupt remapping off, for it does not work there
 /// (arch/x86/kernel/early-quirks.c, intel_remapping_check; Intel 5520 specification update, erratum 47).
 const BROKEN_REMAPPING: [&str; 3] = ["0x3403", "0x3405", "0x3406"];
-
-/// Whether `module` lends devices though their interrupts are not remapped.
-pub(crate) fn is_waived(paths: &HostPaths, module: &str) -> bool {
-    let parameter = root::text(&paths.allow_unsafe_interrupts(module));
-    parameter.is_some_and(|text| text == "Y" || text == "1")
-}
 
 /// Whether a device can forge another's interrupts.
 pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
@@ -122,7 +92,7 @@ pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
     if !root.paths().has_iommu() {
         return None;
     }
-    match Remapping::read(&root.proc) {
+    match Remapping::read(&root.paths()) {
         Remapping::On => {
             return Some(Finding::new(Level::Fine, TOPIC, "interrupts are remapped"));
         }
@@ -132,7 +102,7 @@ pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
     let modules = ["vfio_iommu_type1", "iommufd"];
     if modules
         .iter()
-        .any(|module| is_waived(&root.paths(), module))
+        .any(|module| Remapping::is_waived(&root.paths(), module))
     {
         let text = "interrupts are not remapped, and devices are lent all the same \
                     (allow_unsafe_interrupts): a guest can forge any interrupt of the host";
