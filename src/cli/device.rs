@@ -1,6 +1,6 @@
 //! `busway device`: the host's PCI devices, and moving them to VFIO and back.
 //!
-//! What stands here is what a person types and reads; the work is done by [`busway_vfio::host`].
+//! What stands here is what a person types and reads; the work is done by [`busway_host`].
 
 mod binding;
 mod check;
@@ -19,10 +19,10 @@ mod watch;
 
 use std::io::{self, Write};
 
-use busway_pci::Bdf;
-use busway_vfio::host::{
-    self, Called, CalledError, ChangeError, HostError, Kernel, LinuxKernel, NoUser, SysRoot,
+use busway_host::{
+    Called, CalledError, ChangeError, HostError, Kernel, LinuxKernel, NoUser, SysRoot,
 };
+use busway_pci::Bdf;
 use clap::{Args, Subcommand};
 
 pub(super) use binding::Changes;
@@ -130,7 +130,7 @@ impl DeviceError {
             Self::List(ListError::Refused(refused))
             | Self::Change(ChangeError::Refused(refused)) => {
                 // Where one of them is the host's fault, mending the command line does not help.
-                refused.0.iter().all(host::Refusal::is_usage)
+                refused.0.iter().all(busway_host::Refusal::is_usage)
             }
             Self::Change(ChangeError::NoFunctions(error)) => error.is_usage(),
             Self::NotReady { absent } => *absent,
@@ -163,7 +163,7 @@ pub fn run(args: &DeviceArgs) -> Result<(), DeviceError> {
         DeviceCommand::List(_) | DeviceCommand::Check(_)
     );
     if changes {
-        host::note_interrupts();
+        busway_host::note_interrupts();
     }
     let screen = Screen::of_stdout();
     run_on(
@@ -192,7 +192,7 @@ pub fn run_on(
     let (said, result) = match &args.command {
         DeviceCommand::List(list) if list.watch => return watch_list(list, root, out, screen),
         DeviceCommand::List(list) => (list::show(root, &Names::load(), list, screen)?, Ok(())),
-        DeviceCommand::Check(args) => check::show(root, args, screen, &host::open_node)?,
+        DeviceCommand::Check(args) => check::show(root, args, screen, &busway_host::open_node)?,
         DeviceCommand::Bind(args) => binding::bind(args, root, kernel),
         DeviceCommand::Unbind(args) => binding::unbind(args, root, kernel),
         DeviceCommand::Restore(args) => binding::restore(args, root, kernel),

@@ -2,9 +2,7 @@
 
 use std::io::{self, Write};
 
-use busway_vfio::host::{
-    self, ChangeError, HugePages, Kernel, LinuxKernel, Reserved, SysRoot, huge_pages,
-};
+use busway_host::{ChangeError, HugePages, Kernel, LinuxKernel, Reserved, SysRoot, huge_pages};
 use clap::Args;
 
 use super::device::{Changes, DeviceError, aligned};
@@ -91,8 +89,8 @@ pub fn run_on(
         Some(amount) => {
             let size = args.size.unwrap_or_else(|| default_size(root));
             let mut changes = Changes::new(root, kernel, args.dry_run);
-            let reserve = |session: &mut host::Session<'_>| {
-                host::reserve_huge_pages(session, args.node, size, amount)
+            let reserve = |session: &mut busway_host::Session<'_>| {
+                busway_host::reserve_huge_pages(session, args.node, size, amount)
             };
             let reserved: Result<_, ChangeError> = changes.make(reserve);
             let reserved = reserved.map_err(DeviceError::from)?;

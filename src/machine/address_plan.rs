@@ -6,9 +6,9 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use busway_host::{Resource, resources_in};
 use busway_iommu::{IovaRange, keep_clear};
 use busway_pci::{BarIndex, BarKind, Behind, Needs, NoRoom, WindowKind, Windows, find_room, spec};
-use busway_vfio::host::{Resource, resources_in};
 use busway_vfio::{AssignOptions, RomChoice};
 
 use super::places::{HostFunction, behind_ports};
