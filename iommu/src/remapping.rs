@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::HostPaths;
+use crate::SysRoot;
 
 /// Whether the host remaps interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ impl Remapping {
     /// The kernel names the interrupt chips behind a remapping unit with `IR-` in front
     /// (drivers/iommu/intel/irq_remapping.c, drivers/iommu/amd/iommu.c).
     #[must_use]
-    pub fn read(paths: &HostPaths) -> Self {
+    pub fn read(paths: &SysRoot) -> Self {
         let text = fs::read(paths.proc.join("interrupts")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let has = |word: &str| text.split_whitespace().any(|w| w.starts_with(word));
@@ -34,7 +34,7 @@ impl Remapping {
 
     /// Whether `module` lends devices though their interrupts are not remapped.
     #[must_use]
-    pub fn is_waived(paths: &HostPaths, module: &str) -> bool {
+    pub fn is_waived(paths: &SysRoot, module: &str) -> bool {
         fs::read(paths.allow_unsafe_interrupts(module))
             .is_ok_and(|value| matches!(value.trim_ascii(), b"Y" | b"1"))
     }
@@ -46,12 +46,12 @@ mod tests {
 
     use super::*;
 
-    fn made_up() -> (tempfile::TempDir, HostPaths) {
+    fn made_up() -> (tempfile::TempDir, SysRoot) {
         let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths {
+        let paths = SysRoot {
             sys: root.path().join("sys"),
             proc: root.path().join("proc"),
-            ..HostPaths::default()
+            ..SysRoot::default()
         };
         (root, paths)
     }

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::path::PathBuf;
 
-use busway_iommu::{HostPaths, Mode, reserved_ranges};
+use busway_iommu::{Mode, SysRoot, reserved_ranges};
 use busway_vfio::{AssignOptions, Handed, interface};
 
 use super::RunError;
@@ -15,7 +15,7 @@ use crate::config::{Choice, DeviceConfig, VmConfig, validate_functions};
 /// The devices, by their folders in sysfs, and the way to them.
 #[derive(Debug)]
 pub(super) struct HostDevices {
-    pub(super) paths: HostPaths,
+    pub(super) paths: SysRoot,
     /// With the descriptor to use, where one was handed over.
     pub(super) devices: Vec<(PathBuf, Option<Handed>)>,
     /// What was asked for.
@@ -32,7 +32,7 @@ impl HostDevices {
     /// # Errors
     /// [`RunError::Handed`], or [`RunError::Config`] where two are one device
     pub(super) fn find(config: &VmConfig) -> Result<Self, RunError> {
-        let paths = HostPaths::default();
+        let paths = SysRoot::default();
         let mut devices = Vec::new();
         for device in &config.device {
             devices.push(match device.fd {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::slice;
 
 use busway_iommu::{
-    HostPaths, Obstacle, OpenError, Remapping, holder, holders, is_vfio_driver, not_viable,
+    Obstacle, OpenError, Remapping, SysRoot, holder, holders, is_vfio_driver, not_viable,
 };
 use busway_pci::Bdf;
 
@@ -21,7 +21,7 @@ pub(crate) const MODULE: &str = "iommufd";
 /// A device that was to be bound.
 #[derive(Debug)]
 pub(crate) struct Binding<'a> {
-    pub(crate) paths: &'a HostPaths,
+    pub(crate) paths: &'a SysRoot,
     pub(crate) address: Bdf,
     pub(crate) group: Option<u32>,
     /// Its character device.
@@ -130,17 +130,13 @@ mod tests {
     /// A host with a device in group 7.
     struct Made {
         _root: tempfile::TempDir,
-        paths: HostPaths,
+        paths: SysRoot,
     }
 
     impl Made {
         fn new() -> Self {
             let root = tempfile::tempdir().unwrap();
-            let paths = HostPaths {
-                sys: root.path().join("sys"),
-                dev: root.path().join("dev"),
-                proc: root.path().join("proc"),
-            };
+            let paths = SysRoot::under(root.path());
             fs::create_dir_all(&paths.proc).unwrap();
             let made = Self { _root: root, paths };
             made.member("0000:01:00.0", "vfio-pci");

@@ -60,7 +60,7 @@ impl Asker {
             capabilities: field("CapEff")
                 .and_then(|digits| u64::from_str_radix(digits.trim(), 16).ok())
                 .unwrap_or(u64::MAX),
-            is_initial: root.paths().is_in_initial_user_namespace(),
+            is_initial: root.is_in_initial_user_namespace(),
             memlock: limit("Max locked memory"),
             files: limit("Max open files"),
             service: service(&text("cgroup")),

@@ -119,7 +119,7 @@ pub fn check_bind(host: &Host, addresses: &BTreeSet<Bdf>, permits: &Permits) -> 
             }
             _ => refusals.push(Refusal::NoGroup {
                 address,
-                advice: IommuAdvice::read(&host.root.paths()),
+                advice: IommuAdvice::read(&host.root),
             }),
         }
         // What VFIO has already is not taken from anybody.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::thread;
 
-use busway_iommu::{HostPaths, is_vfio_driver};
+use busway_iommu::is_vfio_driver;
 use busway_pci::Bdf;
 
 use super::error::HostError;
@@ -217,7 +217,7 @@ pub(super) fn threads() -> usize {
 /// One device; none where it is not there, or has just vanished.
 fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
     // By its real place: the way there is shorter for each of the files.
-    let folder = root.target(&root.device(address))?;
+    let folder = root::target(root, &root.device(address))?;
     let modalias = root::attribute(&folder.join("modalias"));
     let Ids {
         vendor,
@@ -234,7 +234,7 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         root_bus,
         made_by,
     } = Place::of(&folder);
-    let driver = root::link_name(&folder.join("driver"));
+    let driver = root.driver_of(&folder);
     let lent = driver.as_deref().is_some_and(is_vfio_driver);
     let sriov = sriov(&folder);
     Some(HostDevice {
@@ -250,8 +250,8 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         parent,
         root_bus,
         made_by,
-        group: root::link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
-        without_iommu: lent && HostPaths::is_without_iommu(&folder.join("iommu_group")),
+        group: root.group_of(&folder),
+        without_iommu: lent && SysRoot::is_without_iommu(&folder.join("iommu_group")),
         // -1 where the firmware says nothing.
         numa_node: root::number(&folder.join("numa_node")),
         resources: resources_in(&folder),

@@ -304,7 +304,7 @@ fn command_line(root: &SysRoot, cpu: &Cpu) -> Vec<Finding> {
         };
         word.strip_prefix("intel_iommu=").is_some_and(on)
     });
-    if cpu.vendor == "GenuineIntel" && !told && root.paths().has_iommu() {
+    if cpu.vendor == "GenuineIntel" && !told && root.has_iommu() {
         let text = "the IOMMU is on without intel_iommu=on: another kernel may have it off";
         let finding = Finding::new(Level::Note, TOPIC, text);
         findings.push(finding.remedies(Loader::read(root).add("intel_iommu=on")));

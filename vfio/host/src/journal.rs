@@ -136,10 +136,15 @@ struct Written {
     withheld: BTreeMap<String, Identity>,
 }
 
+/// Where it is.
+fn file(root: &SysRoot) -> PathBuf {
+    root::state(root).join("devices.json")
+}
+
 impl Journal {
     /// Reads it; there is none where nothing was moved since the host booted.
     pub(super) fn read(root: &SysRoot) -> Result<Self, JournalError> {
-        let (folder, path) = (root.state(), root.journal());
+        let (folder, path) = (root::state(root), file(root));
         let failed = |path: &Path, source: OwnError| JournalError::Read {
             path: path.to_owned(),
             source,
@@ -187,7 +192,7 @@ impl Journal {
         if session.is_dry() || self.devices == self.saved {
             return Ok(());
         }
-        let path = session.root.journal();
+        let path = file(session.root);
         if self.devices == Known::default() {
             session.file(&path, None, Readers::Owner)?;
             self.saved = Known::default();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::root::SysRoot;
+use super::root::{self, SysRoot};
 use crate::files::{self, OwnError};
 
 /// How long somebody else's change is waited for.
@@ -66,7 +66,7 @@ impl Lock {
             path: path.to_owned(),
             source,
         };
-        let folder = root.state();
+        let folder = root::state(root);
         files::make_own_folder(&folder).map_err(|error| failed(&folder, error))?;
         let path = folder.join("lock");
         let mut options = OpenOptions::new();

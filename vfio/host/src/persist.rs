@@ -154,9 +154,14 @@ fn is_driver_name(name: &str) -> bool {
     (1..=DRIVER_NAME).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('-')
 }
 
+/// The host's own rules for udev.
+fn rules(root: &SysRoot) -> PathBuf {
+    root.etc.join("udev/rules.d")
+}
+
 /// Where the rule of a device is.
 pub(super) fn rule(root: &SysRoot, address: Bdf) -> PathBuf {
-    root.rules().join(format!("60-busway-{address}.rules"))
+    rules(root).join(format!("60-busway-{address}.rules"))
 }
 
 /// The rule's text, where there is one.
@@ -166,10 +171,10 @@ pub(super) fn rule_text(root: &SysRoot, address: Bdf) -> Option<String> {
 
 /// The devices that have a rule.
 pub(super) fn addresses(root: &SysRoot) -> Vec<Bdf> {
-    let names = super::root::names(&root.rules());
+    let names = root::names(&rules(root));
     let address = |name: &String| {
         let name = name.strip_prefix("60-busway-")?.strip_suffix(".rules")?;
-        super::root::full_address(name)
+        root::full_address(name)
     };
     names.iter().filter_map(address).collect()
 }

@@ -31,10 +31,10 @@ pub(super) fn put_back(
             keep(session.own(node.clone(), user));
         }
     }
-    if session.root.override_of(address) != record.driver_override {
+    if session.override_of(address) != record.driver_override {
         keep(session.set_override(address, record.driver_override.as_deref()));
     }
-    if session.root.driver_of(address) != record.driver {
+    if session.driver_of(address) != record.driver {
         keep(session.detach(address));
         if let Some(driver) = &record.driver {
             if !session.root.driver(driver).exists() {
@@ -45,8 +45,8 @@ pub(super) fn put_back(
         }
     }
     // What counts is where it ended.
-    let given_back = session.root.driver_of(address) == record.driver
-        && session.root.override_of(address) == record.driver_override;
+    let given_back = session.driver_of(address) == record.driver
+        && session.override_of(address) == record.driver_override;
     first.filter(|_| !given_back).map(|source| Stranded {
         address,
         driver: record.driver.clone(),

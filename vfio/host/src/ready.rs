@@ -140,7 +140,7 @@ fn device_findings(
 fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     let group = device.group.filter(|_| !device.without_iommu);
     let Some(group) = group else {
-        let advice = IommuAdvice::read(&host.root.paths());
+        let advice = IommuAdvice::read(&host.root);
         let text = match device.without_iommu {
             true => {
                 "no IOMMU translates for it: VFIO lends it without (enable_unsafe_noiommu_mode), which \

@@ -1,4 +1,4 @@
-//! Where the kernel's file systems are mounted, and reading their small files.
+//! Reading the small files of the kernel's file systems, below a [`SysRoot`].
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -6,112 +6,27 @@ use std::io::{self, Read};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Component, Path, PathBuf};
 
-use busway_iommu::HostPaths;
-pub use busway_iommu::one_line;
-pub(crate) use busway_iommu::printable;
+pub use busway_iommu::{SysRoot, one_line};
+pub(crate) use busway_iommu::{link_name, printable};
 use busway_pci::Bdf;
 
-/// The mount points that the host is read from: the real ones, or a made-up tree.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SysRoot {
-    /// sysfs
-    pub sys: PathBuf,
-    /// procfs
-    pub proc: PathBuf,
-    /// Device nodes.
-    pub dev: PathBuf,
-    /// What is kept until the host is switched off.
-    pub run: PathBuf,
-    /// The host's configuration.
-    pub etc: PathBuf,
-    /// The kernels' modules, a folder for each release.
-    pub modules: PathBuf,
+/// What Busway keeps while the host runs.
+pub(crate) fn state(root: &SysRoot) -> PathBuf {
+    root.run.join("busway")
 }
 
-impl Default for SysRoot {
-    fn default() -> Self {
-        Self::under(Path::new("/"))
-    }
-}
-
-impl SysRoot {
-    /// The usual names in one folder.
-    #[must_use]
-    pub fn under(folder: &Path) -> Self {
-        Self {
-            sys: folder.join("sys"),
-            proc: folder.join("proc"),
-            dev: folder.join("dev"),
-            run: folder.join("run"),
-            etc: folder.join("etc"),
-            modules: folder.join("lib/modules"),
+/// Where a link leads that is below a class or a bus: a folder below `sys/devices`. Not resolved
+/// step by step, for there are no links on the way.
+pub(crate) fn target(root: &SysRoot, link: &Path) -> Option<PathBuf> {
+    // `../../devices/…`, seen from `sys/class/net`.
+    let mut down = PathBuf::new();
+    for part in fs::read_link(link).ok()?.components() {
+        match part {
+            Component::ParentDir => drop(down.pop()),
+            part => down.push(part),
         }
     }
-
-    /// The same for the crate that maps memory.
-    #[must_use]
-    pub fn paths(&self) -> HostPaths {
-        HostPaths {
-            sys: self.sys.clone(),
-            dev: self.dev.clone(),
-            proc: self.proc.clone(),
-        }
-    }
-
-    /// The PCI bus.
-    pub(crate) fn bus(&self) -> PathBuf {
-        self.sys.join("bus/pci")
-    }
-
-    /// What Busway keeps while the host runs.
-    pub(crate) fn state(&self) -> PathBuf {
-        self.run.join("busway")
-    }
-
-    /// What devices had before they were moved.
-    pub(crate) fn journal(&self) -> PathBuf {
-        self.state().join("devices.json")
-    }
-
-    /// The host's own rules for udev.
-    pub(crate) fn rules(&self) -> PathBuf {
-        self.etc.join("udev/rules.d")
-    }
-
-    /// A device's folder.
-    #[must_use]
-    pub fn device(&self, address: Bdf) -> PathBuf {
-        self.bus().join("devices").join(address.to_string())
-    }
-
-    /// A PCI driver's folder.
-    pub(crate) fn driver(&self, name: &str) -> PathBuf {
-        self.bus().join("drivers").join(name)
-    }
-
-    /// The driver that a device is bound to now.
-    pub(crate) fn driver_of(&self, address: Bdf) -> Option<String> {
-        link_name(&self.device(address).join("driver"))
-    }
-
-    /// The driver that alone may take a device, where one was set.
-    pub(crate) fn override_of(&self, address: Bdf) -> Option<String> {
-        override_in(&self.device(address))
-    }
-
-    /// Where a link leads that is below a class or a bus: a folder below `sys/devices`. Not resolved
-    /// step by step, for there are no links on the way.
-    pub(crate) fn target(&self, link: &Path) -> Option<PathBuf> {
-        // `../../devices/…`, seen from `sys/class/net`.
-        let mut down = PathBuf::new();
-        for part in fs::read_link(link).ok()?.components() {
-            match part {
-                Component::ParentDir => drop(down.pop()),
-                part => down.push(part),
-            }
-        }
-        Some(self.sys.join(down))
-    }
+    Some(root.sys.join(down))
 }
 
 /// The driver that alone may take the device in this folder, where one was set.
@@ -162,12 +77,6 @@ pub(crate) fn hex(path: &Path) -> Option<u32> {
 /// A decimal number.
 pub(crate) fn number<T: std::str::FromStr>(path: &Path) -> Option<T> {
     attribute(path)?.parse().ok()
-}
-
-/// The last component of what a link points to.
-pub(crate) fn link_name(path: &Path) -> Option<String> {
-    let target = fs::read_link(path).ok()?;
-    Some(one_line(&target.file_name()?.to_string_lossy()))
 }
 
 /// The names in a folder as their bytes are, sorted; none where it is absent or may not be read.

@@ -91,6 +91,16 @@ impl<'a> Session<'a> {
         self.root.device(address).exists()
     }
 
+    /// The driver that a device is bound to now.
+    pub(super) fn driver_of(&self, address: Bdf) -> Option<String> {
+        self.root.driver_of(&self.root.device(address))
+    }
+
+    /// The driver that alone may take a device, where one was set.
+    pub(super) fn override_of(&self, address: Bdf) -> Option<String> {
+        root::override_in(&self.root.device(address))
+    }
+
     /// Loads a module.
     pub(super) fn load(&mut self, module: &str) -> Result<(), StepError> {
         self.take(Step::Load {
@@ -112,7 +122,7 @@ impl<'a> Session<'a> {
 
     /// Takes a device from the driver that it is bound to now, if any.
     pub(super) fn detach(&mut self, address: Bdf) -> Result<(), StepError> {
-        let Some(driver) = self.root.driver_of(address) else {
+        let Some(driver) = self.driver_of(address) else {
             return Ok(());
         };
         let step = Step::Detach { address, driver };
@@ -120,7 +130,7 @@ impl<'a> Session<'a> {
         if self.dry {
             return taken;
         }
-        match self.root.driver_of(address) {
+        match self.driver_of(address) {
             // Somebody else was quicker, or the device's driver was just removed: as wanted.
             None => Ok(()),
             now => taken.and(Err(StepError::WithoutEffect { step, address, now })),
@@ -140,7 +150,7 @@ impl<'a> Session<'a> {
         if self.dry {
             return taken;
         }
-        match self.root.driver_of(address) {
+        match self.driver_of(address) {
             // The kernel may have probed it on its own just before.
             Some(now) if now == driver => Ok(()),
             now => taken.and(Err(StepError::WithoutEffect { step, address, now })),
@@ -150,7 +160,7 @@ impl<'a> Session<'a> {
     /// Lets the kernel choose a driver; returns which took the device.
     pub(super) fn probe(&mut self, address: Bdf) -> Result<Option<String>, StepError> {
         let taken = self.take(Step::Probe { address });
-        match self.root.driver_of(address) {
+        match self.driver_of(address) {
             Some(driver) => Ok(Some(driver)),
             None => taken.map(|()| None),
         }

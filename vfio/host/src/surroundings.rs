@@ -27,8 +27,8 @@ pub fn open_node(path: &Path) -> io::Result<()> {
 
 /// The IOMMU as a whole.
 pub(super) fn iommu(root: &SysRoot) -> Finding {
-    if !root.paths().has_iommu() {
-        let advice = IommuAdvice::read(&root.paths());
+    if !root.has_iommu() {
+        let advice = IommuAdvice::read(root);
         let groups = root.sys.join("kernel/iommu_groups");
         let text = match root::names(&groups).is_empty() {
             true => "the host's IOMMU is not in use",
@@ -89,10 +89,10 @@ const BROKEN_REMAPPING: [&str; 3] = ["0x3403", "0x3405", "0x3406"];
 /// Whether a device can forge another's interrupts.
 pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
     const TOPIC: &str = "remapping";
-    if !root.paths().has_iommu() {
+    if !root.has_iommu() {
         return None;
     }
-    match Remapping::read(&root.paths()) {
+    match Remapping::read(root) {
         Remapping::On => {
             return Some(Finding::new(Level::Fine, TOPIC, "interrupts are remapped"));
         }
@@ -102,7 +102,7 @@ pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
     let modules = ["vfio_iommu_type1", "iommufd"];
     if modules
         .iter()
-        .any(|module| Remapping::is_waived(&root.paths(), module))
+        .any(|module| Remapping::is_waived(root, module))
     {
         let text = "interrupts are not remapped, and devices are lent all the same \
                     (allow_unsafe_interrupts): a guest can forge any interrupt of the host";
@@ -252,7 +252,7 @@ pub(super) fn node(
         return Some(finding.remedy(remedy));
     }
     let error = opens(&path).err()?;
-    match Obstacle::opening(&root.paths(), &path, error) {
+    match Obstacle::opening(root, &path, error) {
         Obstacle::DeviceCgroup { major, minor, .. } => {
             let text =
                 format!("the device cgroup forbids {shown} (character device {major}:{minor})");

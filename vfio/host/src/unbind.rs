@@ -126,7 +126,7 @@ fn offer(
     if session.is_dry() {
         return session.probe(address).map(|_| None);
     }
-    if let Some(driver) = session.root.driver_of(address) {
+    if let Some(driver) = session.driver_of(address) {
         return Ok(Some(driver));
     }
     if let Some(driver) = session.probe(address)? {

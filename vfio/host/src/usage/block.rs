@@ -81,7 +81,7 @@ pub(super) fn served<T>(
     let class = root.sys.join("class/block");
     let disks = blocks.nodes.iter().filter(|(_, block)| !block.partition);
     let one = |(name, _): (&String, &Block)| {
-        let known = server(&root.target(&class.join(name))?)?;
+        let known = server(&root::target(root, &class.join(name))?)?;
         let mut found = Vec::new();
         blocks.walk(name, &mut Vec::new(), &mut found);
         Some((known, name.clone(), found))
@@ -115,7 +115,7 @@ impl Blocks {
         let class = root.sys.join("class/block");
         let mut paths = BTreeMap::new();
         for name in root::names(&class) {
-            if let Some(path) = root.target(&class.join(&name)) {
+            if let Some(path) = root::target(root, &class.join(&name)) {
                 paths.insert(root::one_line(&name), path);
             }
         }

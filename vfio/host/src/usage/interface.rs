@@ -61,7 +61,7 @@ pub(super) fn leave(root: &SysRoot, path: &Path) -> Option<Command> {
         .iter()
         .filter_map(|entry| entry.as_bytes().strip_prefix(b"upper_"));
     let upper = OsString::from_vec(uppers.next()?.to_vec());
-    let folder = root.target(&root.sys.join("class/net").join(&upper))?;
+    let folder = root::target(root, &root.sys.join("class/net").join(&upper))?;
     Some(match Upper::of(root, path, &folder, &upper) {
         Upper::OpenVSwitch => Command::new(["ovs-vsctl", "del-port"])
             .end_of_options()

@@ -85,7 +85,7 @@ impl Nodes {
         for folder in folders {
             let is_block = folder.ends_with("block");
             for name in root::names(&folder) {
-                let Some(device) = root.target(&folder.join(name)) else {
+                let Some(device) = root::target(root, &folder.join(name)) else {
                     continue;
                 };
                 let owners = block::owners(root, &device);
@@ -139,7 +139,7 @@ impl Nodes {
         // A mediated device is in a group of its own, and its parent is who serves it.
         let mediated = root.sys.join("bus/mdev/devices");
         for name in root::names(&mediated) {
-            let folder = root.target(&mediated.join(name));
+            let folder = root::target(root, &mediated.join(name));
             let owner = folder.as_deref().and_then(root::innermost_pci);
             let group = folder.and_then(|folder| root::link_name(&folder.join("iommu_group")));
             if let (Some(owner), Some(group)) = (owner, group) {

@@ -39,7 +39,7 @@ impl Interfaces {
         let class = root.sys.join("class/net");
         let mut all = Self::default();
         for name in root::raw_names(&class) {
-            let path = root.target(&class.join(&name));
+            let path = root::target(root, &class.join(&name));
             let name = name.to_string_lossy();
             let uppers = path.as_deref().map(root::names).unwrap_or_default();
             let uppers = uppers

@@ -1,29 +1,48 @@
-//! Where the host's files are: `/sys`, `/dev` and `/proc`, or a test's made-up host.
+//! Where the host's files are: the kernel's file systems and what the host keeps, or a test's made-up host.
 
+use std::fmt::Display;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The roots that everything about the host is read below.
+use crate::one_line;
+
+/// The folders that everything about the host is read below: the real ones, or a made-up tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostPaths {
-    /// `/sys`
+pub struct SysRoot {
+    /// sysfs
     pub sys: PathBuf,
-    /// `/dev`
-    pub dev: PathBuf,
-    /// `/proc`
+    /// procfs
     pub proc: PathBuf,
+    /// Device nodes.
+    pub dev: PathBuf,
+    /// What is kept until the host is switched off.
+    pub run: PathBuf,
+    /// The host's configuration.
+    pub etc: PathBuf,
+    /// The kernels' modules, a folder for each release.
+    pub modules: PathBuf,
 }
 
-impl Default for HostPaths {
+impl Default for SysRoot {
     fn default() -> Self {
-        Self {
-            sys: "/sys".into(),
-            dev: "/dev".into(),
-            proc: "/proc".into(),
-        }
+        Self::under(Path::new("/"))
     }
 }
 
-impl HostPaths {
+impl SysRoot {
+    /// The usual names in one folder.
+    #[must_use]
+    pub fn under(folder: &Path) -> Self {
+        Self {
+            sys: folder.join("sys"),
+            proc: folder.join("proc"),
+            dev: folder.join("dev"),
+            run: folder.join("run"),
+            etc: folder.join("etc"),
+            modules: folder.join("lib/modules"),
+        }
+    }
+
     /// The VFIO container device. linux/vfio.h
     #[must_use]
     pub fn container(&self) -> PathBuf {
@@ -61,7 +80,7 @@ impl HostPaths {
     /// As [`cdev`](Self::cdev), whether or not the node can be seen from here.
     #[must_use]
     pub fn cdev_node(&self, device: &Path) -> Option<PathBuf> {
-        let name = std::fs::read_dir(device.join("vfio-dev"))
+        let name = fs::read_dir(device.join("vfio-dev"))
             .ok()?
             .filter_map(Result::ok)
             .map(|entry| entry.file_name())
@@ -76,10 +95,22 @@ impl HostPaths {
         parameters.join("allow_unsafe_interrupts")
     }
 
-    /// The folder in sysfs of the PCI function at `address`.
+    /// The folder in sysfs of the PCI bus.
     #[must_use]
-    pub fn function(&self, address: &str) -> PathBuf {
-        self.sys.join("bus/pci/devices").join(address)
+    pub fn bus(&self) -> PathBuf {
+        self.sys.join("bus/pci")
+    }
+
+    /// The folder in sysfs of the PCI function at `address`, which has its domain: `0000:01:00.0`.
+    #[must_use]
+    pub fn device(&self, address: impl Display) -> PathBuf {
+        self.bus().join("devices").join(address.to_string())
+    }
+
+    /// The folder in sysfs of a PCI driver.
+    #[must_use]
+    pub fn driver(&self, name: &str) -> PathBuf {
+        self.bus().join("drivers").join(name)
     }
 
     /// Whether this process is in the initial user namespace, where alone its capabilities count for
@@ -87,7 +118,7 @@ impl HostPaths {
     /// onto itself. A kernel without user namespaces has no such file: there is one space of ids.
     #[must_use]
     pub fn is_in_initial_user_namespace(&self) -> bool {
-        match std::fs::read_to_string(self.proc.join("self/uid_map")) {
+        match fs::read_to_string(self.proc.join("self/uid_map")) {
             Ok(map) => {
                 let all = ["0", "0", &u32::MAX.to_string()];
                 map.split_whitespace().eq(all)
@@ -99,7 +130,7 @@ impl HostPaths {
     /// Whether an IOMMU translates for any device of the host.
     #[must_use]
     pub fn has_iommu(&self) -> bool {
-        std::fs::read_dir(self.sys.join("kernel/iommu_groups")).is_ok_and(|groups| {
+        fs::read_dir(self.sys.join("kernel/iommu_groups")).is_ok_and(|groups| {
             groups
                 .flatten()
                 .any(|group| !Self::is_without_iommu(&group.path()))
@@ -110,25 +141,19 @@ impl HostPaths {
     /// that no IOMMU translates for (drivers/vfio/group.c, vfio_noiommu_group_alloc).
     #[must_use]
     pub fn is_without_iommu(group: &Path) -> bool {
-        std::fs::read(group.join("name")).is_ok_and(|name| name.trim_ascii() == b"vfio-noiommu")
+        fs::read(group.join("name")).is_ok_and(|name| name.trim_ascii() == b"vfio-noiommu")
     }
 
     /// The IOMMU group of the PCI function whose folder in sysfs is `device`.
     #[must_use]
     pub fn group_of(&self, device: &Path) -> Option<u32> {
-        std::fs::read_link(device.join("iommu_group"))
-            .ok()?
-            .file_name()?
-            .to_str()?
-            .parse()
-            .ok()
+        link_name(&device.join("iommu_group"))?.parse().ok()
     }
 
     /// The name of the driver that the function at `device` is bound to.
     #[must_use]
     pub fn driver_of(&self, device: &Path) -> Option<String> {
-        let link = std::fs::read_link(device.join("driver")).ok()?;
-        Some(link.file_name()?.to_string_lossy().into_owned())
+        link_name(&device.join("driver"))
     }
 
     /// The functions of a group: the name (a PCI address) and the folder of each, in order.
@@ -139,7 +164,7 @@ impl HostPaths {
             .join("kernel/iommu_groups")
             .join(group.to_string())
             .join("devices");
-        let mut members: Vec<_> = std::fs::read_dir(folder)
+        let mut members: Vec<_> = fs::read_dir(folder)
             .into_iter()
             .flatten()
             .filter_map(Result::ok)
@@ -153,4 +178,11 @@ impl HostPaths {
         members.sort();
         members
     }
+}
+
+/// The last component of what a link leads to, on one line; `None` where it is no link.
+#[must_use]
+pub fn link_name(link: &Path) -> Option<String> {
+    let target = fs::read_link(link).ok()?;
+    Some(one_line(&target.file_name()?.to_string_lossy()))
 }
