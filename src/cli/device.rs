@@ -20,7 +20,8 @@ mod watch;
 use std::io::{self, Write};
 
 use busway_host::{
-    Called, CalledError, ChangeError, HostError, Kernel, LinuxKernel, NoUser, SysRoot,
+    BindError, Called, CalledError, HostError, Kernel, LinuxKernel, NoUser, RestoreError, SysRoot,
+    UnbindError, VfsError,
 };
 use busway_pci::Bdf;
 use clap::{Args, Subcommand};
@@ -99,9 +100,18 @@ pub enum DeviceError {
     /// Devices to be shown are not there.
     #[error(transparent)]
     List(#[from] ListError),
-    /// Devices were not moved as asked.
+    /// Devices were not given to VFIO.
     #[error(transparent)]
-    Change(#[from] ChangeError),
+    Bind(#[from] BindError),
+    /// Devices were not given to the host's own drivers.
+    #[error(transparent)]
+    Unbind(#[from] UnbindError),
+    /// Devices were not put back.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// Virtual functions are not as asked.
+    #[error(transparent)]
+    Vfs(#[from] VfsError),
     /// What was named is not one device.
     #[error(transparent)]
     Called(#[from] CalledError),
@@ -128,22 +138,29 @@ impl DeviceError {
     pub fn exit_status(&self) -> u8 {
         let usage = match self {
             Self::List(ListError::Refused(refused))
-            | Self::Change(ChangeError::Refused(refused)) => {
+            | Self::Bind(BindError::Refused(refused))
+            | Self::Unbind(UnbindError::Refused(refused))
+            | Self::Restore(RestoreError::Refused(refused)) => {
                 // Where one of them is the host's fault, mending the command line does not help.
                 refused.0.iter().all(busway_host::Refusal::is_usage)
             }
-            Self::Change(ChangeError::NoFunctions(error)) => error.is_usage(),
+            Self::Vfs(VfsError::Refused(error)) => error.is_usage(),
             Self::NotReady { absent } => *absent,
             Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. })
-            | Self::Change(ChangeError::NoHugePages(_))
             | Self::Called(_)
             | Self::List(ListError::Called(_))
             | Self::User(_) => true,
             Self::Host(_)
             | Self::List(ListError::Host(_))
-            | Self::Change(ChangeError::Host(_) | ChangeError::Persist(_)) => false,
+            | Self::Bind(BindError::Host(_) | BindError::Persist(_))
+            | Self::Unbind(UnbindError::Host(_))
+            | Self::Restore(RestoreError::Host(_))
+            | Self::Vfs(VfsError::Host(_)) => false,
             Self::List(ListError::Picture { .. } | ListError::Json(_))
-            | Self::Change(_)
+            | Self::Bind(_)
+            | Self::Unbind(_)
+            | Self::Restore(_)
+            | Self::Vfs(_)
             | Self::OwnPath(_)
             | Self::Output(_) => return RUNTIME,
         };

@@ -1,8 +1,8 @@
 //! `busway device bind`, `unbind` and `restore`: their words, and what they say when they are done.
 
 use busway_host::{
-    BindOptions, Bound, Called, ChangeError, Kernel, Outcome, Persist, Restored, Session, Step,
-    SysRoot, Unbound, is_vfio_driver,
+    BindOptions, Bound, Called, Kernel, Outcome, Persist, RestoreError, Restored, Session, Step,
+    SysRoot, UnbindError, Unbound, is_vfio_driver,
 };
 use clap::{ArgGroup, Args};
 
@@ -113,10 +113,7 @@ impl<'a> Changes<'a> {
     }
 
     /// Has `change` done. What is to be said of it comes first in what [`said`](Self::said) returns.
-    pub(in crate::cli) fn make<T>(
-        &mut self,
-        change: impl FnOnce(&mut Session<'_>) -> Result<T, ChangeError>,
-    ) -> Result<T, ChangeError> {
+    pub(in crate::cli) fn make<T>(&mut self, change: impl FnOnce(&mut Session<'_>) -> T) -> T {
         let Self {
             root,
             kernel,
@@ -197,7 +194,7 @@ pub(super) fn unbind(args: &UnbindArgs, root: &SysRoot, kernel: &mut dyn Kernel)
         Ok(unbound) => (changes.said(&unbound, unbound_line), Ok(())),
         Err(error) => {
             let unbound = match &error {
-                ChangeError::Unbind { unbound, .. } => unbound.as_slice(),
+                UnbindError::Steps { unbound, .. } => unbound.as_slice(),
                 _ => &[],
             };
             (changes.said(unbound, unbound_line), Err(error.into()))
@@ -220,7 +217,7 @@ pub(super) fn restore(args: &RestoreArgs, root: &SysRoot, kernel: &mut dyn Kerne
         Ok(restored) => (changes.said(&restored, restored_line), Ok(())),
         Err(error) => {
             let restored = match &error {
-                ChangeError::Restore { restored, .. } => restored.as_slice(),
+                RestoreError::Steps { restored, .. } => restored.as_slice(),
                 _ => &[],
             };
             (changes.said(restored, restored_line), Err(error.into()))

@@ -1,19 +1,20 @@
 //! Giving devices to VFIO: all of those asked for, or none.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::path::PathBuf;
 
 use busway_pci::Bdf;
 
-use super::check::{self, Refusal, check_bind, check_unbind};
-use super::error::{ChangeError, RefusedError};
-use super::journal::{Identity, Journal, Record};
+use super::check::{self, RefusedError, check_bind, check_unbind, refuse_if};
+use super::device::HostError;
+use super::journal::{Identity, Journal, JournalError, Record};
 use super::kernel::Readers;
-use super::lock::{BOOT, PATIENCE};
+use super::lock::{BOOT, LockError, PATIENCE};
 use super::modules::Aliases;
 use super::permit::{Permit, Permits};
-use super::persist::{self, Persist};
-use super::put_back::put_back;
+use super::persist::{self, Persist, PersistError};
+use super::put_back::{Stranded, put_back};
 use super::session::Session;
 use super::steps::StepError;
 use super::{Host, HostDevice, is_vfio_driver, user, variant};
@@ -54,6 +55,49 @@ pub struct Bound {
     pub persists: bool,
 }
 
+/// Devices were not bound.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The host could not be read.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// Something stands against it. Nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] RefusedError),
+    /// Somebody else is changing devices. Nothing was changed.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// What devices had before cannot be read. Nothing was changed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Devices cannot be bound at each boot by this program. Nothing was changed.
+    #[error(transparent)]
+    Persist(#[from] PersistError),
+    /// A step failed, and what had been done was undone, but for `stranded`.
+    #[error("{source}{}", LeftOver(.stranded))]
+    Undone {
+        /// The step.
+        source: StepError,
+        /// Devices that could not be given back.
+        stranded: Vec<Stranded>,
+    },
+}
+
+/// What was not undone.
+struct LeftOver<'a>(&'a [Stranded]);
+
+impl fmt::Display for LeftOver<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("\n  every device has the driver that it had before");
+        }
+        for stranded in self.0 {
+            write!(f, "\n{stranded}")?;
+        }
+        f.write_str("\n  what it had is recorded: try again with `busway device restore --all`")
+    }
+}
+
 /// A device and what is to become of it.
 struct Plan<'a> {
     device: &'a HostDevice,
@@ -80,7 +124,7 @@ pub fn bind(
     session: &mut Session<'_>,
     addresses: &[Bdf],
     options: &BindOptions,
-) -> Result<Vec<Bound>, ChangeError> {
+) -> Result<Vec<Bound>, BindError> {
     let addresses: BTreeSet<_> = addresses.iter().copied().collect();
     // Before waiting for anybody, and for those who may not change anything.
     let mut options = options.clone();
@@ -136,13 +180,6 @@ fn refuse(
     let changing = addresses.iter().filter(changes).copied().collect();
     refusals.extend(check_unbind(host, &changing, &options.permits));
     refuse_if(refusals)
-}
-
-pub(super) fn refuse_if(refusals: Vec<Refusal>) -> Result<(), RefusedError> {
-    match refusals.is_empty() {
-        true => Ok(()),
-        false => Err(RefusedError(refusals)),
-    }
 }
 
 fn plan<'a>(
@@ -276,7 +313,7 @@ fn undo(
     mut journal: Journal,
     plans: &[Plan<'_>],
     source: StepError,
-) -> ChangeError {
+) -> BindError {
     session.undo();
     let mut stranded = Vec::new();
     let mut trouble = None;
@@ -305,7 +342,7 @@ fn undo(
     if let Some(error) = trouble {
         log::warn!("{error}");
     }
-    ChangeError::Bind { source, stranded }
+    BindError::Undone { source, stranded }
 }
 
 fn bound(plan: &Plan<'_>, options: &BindOptions) -> Bound {

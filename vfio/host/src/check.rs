@@ -10,6 +10,7 @@ use super::Host;
 use super::device::HostDevice;
 use super::finding::Remedy;
 use super::framebuffer;
+use super::lines::Lines;
 use super::modules::module_parameter;
 use super::permit::{Permit, Permits, is_system};
 use super::together::Together;
@@ -92,6 +93,19 @@ impl Refusal {
     #[must_use]
     pub fn is_usage(&self) -> bool {
         matches!(self, Self::NotThere { .. } | Self::Bridge { .. })
+    }
+}
+
+/// Every reason why nothing was done, one below the other.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", Lines(.0))]
+pub struct RefusedError(pub Vec<Refusal>);
+
+/// An error of all that stands against it, if anything does.
+pub(super) fn refuse_if(refusals: Vec<Refusal>) -> Result<(), RefusedError> {
+    match refusals.is_empty() {
+        true => Ok(()),
+        false => Err(RefusedError(refusals)),
     }
 }
 

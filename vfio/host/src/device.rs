@@ -1,13 +1,13 @@
 //! One PCI device as sysfs shows it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use busway_iommu::is_vfio_driver;
 use busway_pci::Bdf;
 
-use super::error::HostError;
 use super::root::{self, SysRoot};
 
 /// A PCI function of the host.
@@ -171,6 +171,19 @@ pub(super) fn makers(devices: &BTreeMap<Bdf, HostDevice>, address: Bdf) -> Vec<B
         next = of(maker);
     }
     makers
+}
+
+/// The host could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// cannot list the PCI devices in {folder}: {source}
+    #[error("cannot list the PCI devices in {}: {source}\n  is sysfs mounted, and has this host PCI?", folder.display())]
+    NoPciBus {
+        /// Where they were looked for.
+        folder: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
 }
 
 /// Every device of the host.

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use super::error::ChangeError;
+use super::lock::LockError;
 use super::root::{self, SysRoot};
 use super::session::Session;
-use super::steps::Step;
+use super::steps::{Step, StepError};
 
 /// The huge pages of one size, on one NUMA node or on all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct Reserved {
 
 /// Huge pages were not reserved, and nothing was changed.
 #[derive(Debug, thiserror::Error)]
-pub enum HugePagesError {
+pub enum HugePagesRefusal {
     /// this host has no NUMA node {0}
     #[error("this host has no NUMA node {0}\n  see those there are: busway hugepages")]
     NoNode(u32),
@@ -55,6 +55,20 @@ pub enum HugePagesError {
         /// One of them.
         size: u64,
     },
+}
+
+/// Huge pages are not as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum HugePagesError {
+    /// They cannot be as asked. Nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] HugePagesRefusal),
+    /// Somebody else is changing devices. Nothing was changed.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A pool of huge pages could not be changed.
+    #[error(transparent)]
+    Step(#[from] StepError),
 }
 
 /// Every pool of the host, by node and size.
@@ -131,20 +145,20 @@ pub fn reserve_huge_pages(
     node: Option<u32>,
     size: u64,
     amount: u64,
-) -> Result<Reserved, ChangeError> {
+) -> Result<Reserved, HugePagesError> {
     if let Some(node) = node.filter(|&node| !folder(session.root, Some(node)).exists()) {
         let known = folder(session.root, Some(node));
         // The kernel makes the folder of pools only where there is memory (mm/hugetlb_sysfs.c).
         return Err(match known.parent().is_some_and(Path::exists) {
-            true => HugePagesError::NoMemory(node),
-            false => HugePagesError::NoNode(node),
+            true => HugePagesRefusal::NoMemory(node),
+            false => HugePagesRefusal::NoNode(node),
         }
         .into());
     }
-    let find = |root: &SysRoot| pool(root, node, size).ok_or(HugePagesError::NoSize(size));
+    let find = |root: &SysRoot| pool(root, node, size).ok_or(HugePagesRefusal::NoSize(size));
     find(session.root)?;
     if !amount.is_multiple_of(size) {
-        return Err(HugePagesError::NotWhole { amount, size }.into());
+        return Err(HugePagesRefusal::NotWhole { amount, size }.into());
     }
     let asked = amount / size;
     let _lock = session.lock()?;
@@ -153,13 +167,13 @@ pub fn reserve_huge_pages(
         size,
         count: asked,
     };
-    session.take(ask.clone()).map_err(ChangeError::HugePages)?;
+    session.take(ask.clone())?;
     let mut now = find(session.root)?;
     if now.total < asked && !session.is_dry() {
         let compacted = session.take(Step::Compact);
         // A kernel without compaction has nothing better to offer.
         if compacted.is_ok() {
-            session.take(ask).map_err(ChangeError::HugePages)?;
+            session.take(ask)?;
             now = find(session.root)?;
         }
     }

@@ -15,7 +15,6 @@ mod called;
 mod check;
 mod device;
 mod doctor;
-mod error;
 pub mod files;
 mod finding;
 mod framebuffer;
@@ -23,6 +22,7 @@ mod hugepages;
 mod interrupt;
 mod journal;
 mod kernel;
+mod lines;
 mod lock;
 mod mac;
 mod modules;
@@ -50,16 +50,17 @@ use std::thread;
 
 use busway_pci::Bdf;
 
-pub use bind::{BindOptions, Bound, VFIO_PCI, bind};
+pub use bind::{BindError, BindOptions, Bound, VFIO_PCI, bind};
 pub use busway_iommu::is_vfio_driver;
 pub use busway_iommu::{Command, IommuAdvice, Output, Program, Word};
 pub use called::{Called, CalledError};
-pub use check::{GroupBlocker, Refusal, check_bind, check_unbind};
-pub use device::{HostDevice, Link, LinkState, Resource, Sriov, resources_in};
+pub use check::{GroupBlocker, Refusal, RefusedError, check_bind, check_unbind};
+pub use device::{HostDevice, HostError, Link, LinkState, Resource, Sriov, resources_in};
 pub use doctor::examine;
-pub use error::{ChangeError, HostError, RefusedError, Stranded};
 pub use finding::{Finding, Level, Remedy, worst};
-pub use hugepages::{HugePages, HugePagesError, Reserved, huge_pages, reserve_huge_pages};
+pub use hugepages::{
+    HugePages, HugePagesError, HugePagesRefusal, Reserved, huge_pages, reserve_huge_pages,
+};
 pub use interrupt::{interrupted, note_interrupts};
 pub use journal::JournalError;
 pub use kernel::{Kernel, LinuxKernel, Readers, Standing};
@@ -69,17 +70,18 @@ pub use modules::{Aliases, Availability, availability};
 pub use netlink::{VfSetting, VfState};
 pub use permit::{Permit, Permits};
 pub use persist::{Persist, PersistError};
+pub use put_back::Stranded;
 pub use ready::{Check, DeviceCheck};
-pub use restore::{Outcome, Restored, restore};
+pub use restore::{Outcome, RestoreError, Restored, restore};
 pub use root::{SysRoot, one_line};
 pub use session::Session;
 pub use steps::{Step, StepError};
 pub use surroundings::{Opens, open_node};
 pub use together::Together;
-pub use unbind::{Unbound, unbind};
+pub use unbind::{UnbindError, Unbound, unbind};
 pub use usage::{InterfaceAddress, Process, Usage};
 pub use user::{NoUser, user_id};
-pub use vfs::{Function, Functions, VfsError, VfsOptions, vfs};
+pub use vfs::{Function, Functions, VfsError, VfsOptions, VfsRefusal, vfs};
 
 /// The PCI devices of a host and what uses each, as they were when read.
 #[derive(Clone, Debug)]

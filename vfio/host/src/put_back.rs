@@ -2,10 +2,21 @@
 
 use busway_pci::Bdf;
 
-use super::error::Stranded;
 use super::journal::Record;
 use super::session::Session;
 use super::steps::StepError;
+
+/// A device that could not be given back what it had before.
+#[derive(Debug, thiserror::Error)]
+#[error("{address} was with {}, and could not be given back: {source}", driver.as_deref().unwrap_or("no driver"))]
+pub struct Stranded {
+    /// The device.
+    pub address: Bdf,
+    /// The driver that it had.
+    pub driver: Option<String>,
+    /// What went wrong.
+    pub source: StepError,
+}
 
 /// Gives a device the driver, the override and the nodes' owners of its record. Goes on where a step
 /// fails; returns the first failure if the device did not end as recorded.

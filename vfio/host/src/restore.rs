@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use busway_pci::Bdf;
 
-use super::bind::refuse_if;
-use super::check::check_unbind;
-use super::error::{ChangeError, Stranded};
-use super::journal::{Identity, Journal};
+use super::check::{RefusedError, check_unbind, refuse_if};
+use super::device::HostError;
+use super::journal::{Identity, Journal, JournalError};
 use super::kernel::Readers;
+use super::lines::Lines;
+use super::lock::LockError;
 use super::permit::Permits;
-use super::put_back::put_back;
+use super::put_back::{Stranded, put_back};
 use super::session::Session;
 use super::unbind::give_to_host;
 use super::vfs::settle_withheld;
@@ -52,6 +53,31 @@ pub enum Outcome {
     NotRecorded,
 }
 
+/// Devices were not put back.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The host could not be read.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// Something stands against it. Nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] RefusedError),
+    /// Somebody else is changing devices. Nothing was changed.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// What devices had before cannot be read. Nothing was changed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Steps failed; every other device was put back, and these still are in the journal.
+    #[error("{}\n  what they had is still recorded: try again with `busway device restore --all`", Lines(.stranded))]
+    Steps {
+        /// Devices that are as they were.
+        restored: Vec<Restored>,
+        /// The others.
+        stranded: Vec<Stranded>,
+    },
+}
+
 /// Puts the devices at `addresses` back as they were; without any, all that Busway has moved.
 ///
 /// # Errors
@@ -62,7 +88,7 @@ pub fn restore(
     session: &mut Session<'_>,
     addresses: &[Bdf],
     permits: &Permits,
-) -> Result<Vec<Restored>, ChangeError> {
+) -> Result<Vec<Restored>, RestoreError> {
     let asked: BTreeSet<_> = addresses.iter().copied().collect();
     check(session, &asked, permits)?;
     let _lock = session.lock()?;
@@ -95,7 +121,7 @@ pub fn restore(
     }
     match stranded.is_empty() {
         true => Ok(restored),
-        false => Err(ChangeError::Restore { restored, stranded }),
+        false => Err(RestoreError::Steps { restored, stranded }),
     }
 }
 
@@ -104,7 +130,7 @@ fn check(
     session: &Session<'_>,
     asked: &BTreeSet<Bdf>,
     permits: &Permits,
-) -> Result<(Host, Journal, BTreeSet<Bdf>), ChangeError> {
+) -> Result<(Host, Journal, BTreeSet<Bdf>), RestoreError> {
     let host = Host::read(session.root)?;
     let journal = Journal::read(session.root)?;
     let rules = persist::addresses(session.root);

@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 
 use busway_pci::Bdf;
 
-use super::bind::refuse_if;
-use super::check::check_unbind;
-use super::error::ChangeError;
-use super::journal::{Identity, Journal};
+use super::check::{RefusedError, check_unbind, refuse_if};
+use super::device::HostError;
+use super::journal::{Identity, Journal, JournalError};
 use super::kernel::Readers;
+use super::lines::Lines;
+use super::lock::LockError;
 use super::permit::Permits;
 use super::session::Session;
 use super::steps::StepError;
@@ -27,6 +28,31 @@ pub struct Unbound {
     pub persisted: bool,
 }
 
+/// Devices were not given to the host's own drivers.
+#[derive(Debug, thiserror::Error)]
+pub enum UnbindError {
+    /// The host could not be read.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// Something stands against it. Nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] RefusedError),
+    /// Somebody else is changing devices. Nothing was changed.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// What devices had before cannot be read. Nothing was changed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Steps failed; every other device was given to the host's own drivers.
+    #[error("{}", Lines(.failures))]
+    Steps {
+        /// Devices that the host has now.
+        unbound: Vec<Unbound>,
+        /// The steps, one for each of the others.
+        failures: Vec<StepError>,
+    },
+}
+
 /// Takes the devices at `addresses` from VFIO, gives them the `driver_override` that they had before,
 /// and lets the host's own drivers have them. A rule that would bind them at boot is removed.
 ///
@@ -38,7 +64,7 @@ pub fn unbind(
     session: &mut Session<'_>,
     addresses: &[Bdf],
     permits: &Permits,
-) -> Result<Vec<Unbound>, ChangeError> {
+) -> Result<Vec<Unbound>, UnbindError> {
     let addresses: BTreeSet<_> = addresses.iter().copied().collect();
     refuse_if(check_unbind(
         &Host::read(session.root)?,
@@ -65,7 +91,7 @@ pub fn unbind(
     }
     match failures.is_empty() {
         true => Ok(unbound),
-        false => Err(ChangeError::Unbind { unbound, failures }),
+        false => Err(UnbindError::Steps { unbound, failures }),
     }
 }
 

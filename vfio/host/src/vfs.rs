@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use busway_pci::Bdf;
 
-use super::error::ChangeError;
-use super::journal::{Identity, Journal};
+use super::device::HostError;
+use super::journal::{Identity, Journal, JournalError};
+use super::lock::LockError;
 use super::modules::module_parameter;
 use super::netlink::{VfSetting, VfState};
 use super::root::{self, SysRoot};
@@ -55,7 +56,7 @@ pub struct Function {
 
 /// Virtual functions were not made, set or removed as asked, and nothing was changed.
 #[derive(Debug, thiserror::Error)]
-pub enum VfsError {
+pub enum VfsRefusal {
     /// {0}: there is no such PCI device
     #[error("{0}: there is no such PCI device\n  see those there are: busway device list")]
     NotThere(Bdf),
@@ -132,7 +133,7 @@ impl std::fmt::Display for Uses<'_> {
     }
 }
 
-impl VfsError {
+impl VfsRefusal {
     /// Whether what was asked for does not make sense, rather than that the host cannot do it.
     #[must_use]
     pub fn is_usage(&self) -> bool {
@@ -146,6 +147,26 @@ impl VfsError {
     }
 }
 
+/// Virtual functions are not as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VfsError {
+    /// The host could not be read.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// They cannot be as asked. Nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] VfsRefusal),
+    /// Somebody else is changing devices. Nothing was changed.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// What devices had before cannot be read. Nothing was changed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A step failed, and virtual functions that were new were removed.
+    #[error(transparent)]
+    Step(#[from] StepError),
+}
+
 /// Makes, sets or removes virtual functions of the device at `address`, and tells which there are
 /// then. New ones are set before any driver sees them.
 ///
@@ -157,7 +178,7 @@ pub fn vfs(
     session: &mut Session<'_>,
     address: Bdf,
     options: &VfsOptions,
-) -> Result<Functions, ChangeError> {
+) -> Result<Functions, VfsError> {
     let changes = options.count.is_some() || !options.settings.is_empty();
     check(&Host::read(session.root)?, address, options)?;
     if !changes {
@@ -168,8 +189,7 @@ pub fn vfs(
     let present = check(&host, address, options)?;
     // Who asks for functions without keeping drivers from them lets drivers have them again.
     if options.count == Some(0) || (options.count.is_some() && !options.no_autoprobe) {
-        settle_withheld(session, &mut Journal::read(session.root)?, address)
-            .map_err(ChangeError::Functions)?;
+        settle_withheld(session, &mut Journal::read(session.root)?, address)?;
     }
     let interface = interface(session.root, address);
     let count = options
@@ -190,22 +210,25 @@ pub fn vfs(
             )?;
         }
     } else if let Some(interface) = &interface {
-        set_all(session, interface, options).map_err(ChangeError::Functions)?;
+        set_all(session, interface, options)?;
     }
     read(session, address)
 }
 
 /// The virtual functions that there are, where nothing stands against it.
-fn check(host: &Host, address: Bdf, options: &VfsOptions) -> Result<Vec<Bdf>, VfsError> {
-    let device = host.device(address).ok_or(VfsError::NotThere(address))?;
+fn check(host: &Host, address: Bdf, options: &VfsOptions) -> Result<Vec<Bdf>, VfsRefusal> {
+    let device = host.device(address).ok_or(VfsRefusal::NotThere(address))?;
     if let Some(physical) = device.physical_function {
-        return Err(VfsError::IsVirtual { address, physical });
+        return Err(VfsRefusal::IsVirtual { address, physical });
     }
-    let sriov = device.sriov.as_ref().ok_or(VfsError::NotCapable(address))?;
+    let sriov = device
+        .sriov
+        .as_ref()
+        .ok_or(VfsRefusal::NotCapable(address))?;
     let total = sriov.total;
     let present = sriov.functions.clone();
     if let Some(asked) = options.count.filter(|&asked| asked > total) {
-        return Err(VfsError::TooMany {
+        return Err(VfsRefusal::TooMany {
             address,
             asked,
             total,
@@ -221,7 +244,7 @@ fn check(host: &Host, address: Bdf, options: &VfsOptions) -> Result<Vec<Bdf>, Vf
         let told = || matches!(told().as_deref(), Some("Y" | "y" | "1"));
         if device.driver.is_none() || (device.is_with_vfio() && !told()) {
             let driver = device.driver.clone();
-            return Err(VfsError::NoDriver { address, driver });
+            return Err(VfsRefusal::NoDriver { address, driver });
         }
         refuse_in_use(host, device, &present)?;
     }
@@ -231,19 +254,19 @@ fn check(host: &Host, address: Bdf, options: &VfsOptions) -> Result<Vec<Bdf>, Vf
         .find(|(index, _)| **index as usize >= count)
     {
         let count = count as u32;
-        return Err(VfsError::NoFunction {
+        return Err(VfsRefusal::NoFunction {
             address,
             index,
             count,
         });
     }
     if !options.settings.is_empty() && interface(&host.root, address).is_none() {
-        return Err(VfsError::NoInterface(address));
+        return Err(VfsRefusal::NoInterface(address));
     }
     Ok(present)
 }
 
-fn refuse_in_use(host: &Host, device: &HostDevice, functions: &[Bdf]) -> Result<(), VfsError> {
+fn refuse_in_use(host: &Host, device: &HostDevice, functions: &[Bdf]) -> Result<(), VfsRefusal> {
     let used = |&function: &Bdf| {
         let uses = host
             .usage(function)
@@ -256,19 +279,18 @@ fn refuse_in_use(host: &Host, device: &HostDevice, functions: &[Bdf]) -> Result<
     let address = device.address;
     match uses.is_empty() {
         true => Ok(()),
-        false => Err(VfsError::InUse { address, uses }),
+        false => Err(VfsRefusal::InUse { address, uses }),
     }
 }
 
-fn remove(session: &mut Session<'_>, address: Bdf, functions: &[Bdf]) -> Result<(), ChangeError> {
+fn remove(session: &mut Session<'_>, address: Bdf, functions: &[Bdf]) -> Result<(), VfsError> {
     let mut journal = Journal::read(session.root)?;
-    let removed = session.take(Step::Functions { address, count: 0 });
-    removed.map_err(ChangeError::Functions)?;
+    session.take(Step::Functions { address, count: 0 })?;
     // What comes to their addresses is new.
     functions
         .iter()
         .for_each(|&function| journal.remove(function));
-    journal.save(session).map_err(ChangeError::Functions)
+    Ok(journal.save(session)?)
 }
 
 /// Lets the host's drivers have virtual functions of a device again, where Busway keeps them from these:
@@ -298,7 +320,7 @@ fn make(
     count: u16,
     options: &VfsOptions,
     interface: Option<&str>,
-) -> Result<(), ChangeError> {
+) -> Result<(), VfsError> {
     let autoprobe = root::text(&session.root.device(address).join("sriov_drivers_autoprobe"));
     // A driver reads what its device is set to when it gets it.
     let hold =
@@ -339,7 +361,7 @@ fn make(
         if let Err(error) = settle_withheld(session, &mut journal, address) {
             log::warn!("{error}\n  try again: busway device restore {address}");
         }
-        ChangeError::Functions(source)
+        source.into()
     })
 }
 
@@ -361,9 +383,9 @@ fn set_all(
 }
 
 /// What there is now.
-fn read(session: &mut Session<'_>, address: Bdf) -> Result<Functions, ChangeError> {
+fn read(session: &mut Session<'_>, address: Bdf) -> Result<Functions, VfsError> {
     let host = Host::read(session.root)?;
-    let device = host.device(address).ok_or(VfsError::NotThere(address))?;
+    let device = host.device(address).ok_or(VfsRefusal::NotThere(address))?;
     let interface = interface(session.root, address);
     let states = interface.as_deref().and_then(|interface| {
         let index = root::number(&folder(session.root, interface).join("ifindex"))?;

@@ -8,8 +8,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use busway_host::{
-    BindOptions, ChangeError, Kernel, Outcome, Permit, Permits, Persist, Session, Standing, Step,
-    SysRoot,
+    BindError, BindOptions, Kernel, Outcome, Permit, Permits, Persist, RestoreError, Session,
+    Standing, Step, SysRoot, UnbindError,
 };
 use busway_pci::Bdf;
 use fake_host::{FakeHost, FakeKernel, Spec};
@@ -56,23 +56,21 @@ fn everything() -> BindOptions {
     }
 }
 
-type Changed = Result<(), ChangeError>;
-
 fn with<T>(
     root: &SysRoot,
     kernel: &mut dyn Kernel,
-    change: impl FnOnce(&mut Session<'_>) -> Result<T, ChangeError>,
-) -> Result<T, ChangeError> {
+    change: impl FnOnce(&mut Session<'_>) -> T,
+) -> T {
     let mut tell = |_: &_| ();
     change(&mut Session::new(root, kernel, &mut tell))
 }
 
-fn bind(host: &FakeHost, kernel: &mut FakeKernel, options: &BindOptions) -> Changed {
+fn bind(host: &FakeHost, kernel: &mut FakeKernel, options: &BindOptions) -> Result<(), BindError> {
     let bind = |session: &mut Session<'_>| busway_host::bind(session, &DEVICES.map(at), options);
     with(&host.root, kernel, bind).map(drop)
 }
 
-fn unbind(host: &FakeHost, kernel: &mut FakeKernel) -> Changed {
+fn unbind(host: &FakeHost, kernel: &mut FakeKernel) -> Result<(), UnbindError> {
     let none = Permits::new();
     let unbind = |session: &mut Session<'_>| busway_host::unbind(session, &DEVICES.map(at), &none);
     with(&host.root, kernel, unbind).map(drop)
@@ -81,7 +79,7 @@ fn unbind(host: &FakeHost, kernel: &mut FakeKernel) -> Changed {
 fn restore(
     host: &FakeHost,
     kernel: &mut FakeKernel,
-) -> Result<Vec<busway_host::Restored>, ChangeError> {
+) -> Result<Vec<busway_host::Restored>, RestoreError> {
     let restore = |session: &mut Session<'_>| busway_host::restore(session, &[], &Permits::new());
     with(&host.root, kernel, restore)
 }
@@ -113,7 +111,7 @@ fn a_failure_of_any_write_leaves_everything_as_it_was() {
         kernel.fails = Box::new(move |n, _| (n == number).then_some(libc::EINVAL));
         match bind(&host, &mut kernel, &everything()) {
             Ok(()) => false,
-            Err(ChangeError::Bind { stranded, .. }) => {
+            Err(BindError::Undone { stranded, .. }) => {
                 assert!(stranded.is_empty(), "{stranded:?}");
                 assert_eq!(state(&host), before, "after {:#?}", kernel.log);
                 true
@@ -389,7 +387,7 @@ fn no_rule_has_root_run_what_others_could_replace() {
         };
         kernel.standing.insert(PathBuf::from(component), standing);
         let error = bind(&host, &mut kernel, &everything()).unwrap_err();
-        assert!(matches!(error, ChangeError::Persist(_)), "{error}");
+        assert!(matches!(error, BindError::Persist(_)), "{error}");
         let said = error.to_string();
         let names = format!("at each boot, and {component} ");
         assert!(
@@ -601,10 +599,7 @@ fn each_reason_is_overruled_by_its_own_switch_and_by_no_other() {
             .filter(|permit| *permit != own)
             .collect();
         let refused = bind(others).unwrap_err();
-        assert!(
-            matches!(refused, ChangeError::Refused(_)),
-            "{own}: {refused}"
-        );
+        assert!(matches!(refused, BindError::Refused(_)), "{own}: {refused}");
         assert!(
             refused.to_string().contains(own.switch()),
             "{own}: {refused}"

@@ -124,7 +124,7 @@ fn what_is_behind_a_volume_management_device_is_used_with_it_and_goes_with_it() 
     }
     let host = FakeHost::named("vmd-kernel");
     let both = bind(&host, &mut host.kernel(), &VMD.map(at));
-    let Err(ChangeError::Refused(refused)) = both else {
+    let Err(BindError::Refused(refused)) = both else {
         panic!("{both:?}");
     };
     let (address, maker) = (at(VMD[1]), at(VMD[0]));
@@ -150,19 +150,19 @@ fn functions_that_the_chipset_works_by_are_never_advised_to_be_given_away() {
 fn bind_foresees_what_vfio_pci_turns_away() {
     let host = FakeHost::named("dsa");
     let bound = |host: &FakeHost| bind(host, &mut host.kernel(), &[at("0000:0a:00.0")]);
-    let Err(ChangeError::Refused(refused)) = bound(&host) else {
+    let Err(BindError::Refused(refused)) = bound(&host) else {
         panic!("not refused");
     };
     let address = at("0000:0a:00.0");
     assert_eq!(refused.0, [Refusal::Denied { address }]);
     // Told to take it, as it runs or as it would be loaded.
     host.file("sys/module/vfio_pci/parameters/disable_denylist", "Y");
-    assert!(matches!(bound(&host), Err(ChangeError::Bind { .. })));
+    assert!(matches!(bound(&host), Err(BindError::Undone { .. })));
     std::fs::remove_dir_all(host.path("sys/module/vfio_pci")).unwrap();
-    assert!(matches!(bound(&host), Err(ChangeError::Refused(_))));
+    assert!(matches!(bound(&host), Err(BindError::Refused(_))));
     let line = "options vfio-pci ids=1:2 disable_denylist=1";
     host.file("etc/modprobe.d/vfio.conf", line);
-    assert!(matches!(bound(&host), Err(ChangeError::Bind { .. })));
+    assert!(matches!(bound(&host), Err(BindError::Undone { .. })));
 }
 
 #[test]
@@ -177,7 +177,7 @@ fn a_frame_buffer_of_the_console_and_a_want_of_an_iommu_stand_against_it() {
         assert!(obstacles(&check).contains(&"group"));
         assert!(!format!("{check:?}").contains("allow_unsafe_interrupts"));
         let refused = bind(&host, &mut host.kernel(), &[at(address)]);
-        assert!(matches!(refused, Err(ChangeError::Refused(_))));
+        assert!(matches!(refused, Err(BindError::Refused(_))));
     }
 }
 

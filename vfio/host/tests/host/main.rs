@@ -8,7 +8,8 @@ mod programs;
 mod storage;
 
 use busway_host::{
-    BindOptions, Bound, ChangeError, Host, Kernel, Permits, Refusal, Session, Unbound, Usage,
+    BindError, BindOptions, Bound, Host, Kernel, Permits, Refusal, Session, UnbindError, Unbound,
+    Usage,
 };
 use busway_pci::Bdf;
 use fake_host::library::HOSTS;
@@ -23,7 +24,7 @@ fn bind(
     host: &FakeHost,
     kernel: &mut dyn Kernel,
     addresses: &[Bdf],
-) -> Result<Vec<Bound>, ChangeError> {
+) -> Result<Vec<Bound>, BindError> {
     let mut tell = |_: &_| ();
     let mut session = Session::new(&host.root, kernel, &mut tell);
     busway_host::bind(&mut session, addresses, &BindOptions::default())
@@ -33,7 +34,7 @@ fn unbind(
     host: &FakeHost,
     kernel: &mut dyn Kernel,
     addresses: &[Bdf],
-) -> Result<Vec<Unbound>, ChangeError> {
+) -> Result<Vec<Unbound>, UnbindError> {
     let mut tell = |_: &_| ();
     let mut session = Session::new(&host.root, kernel, &mut tell);
     busway_host::unbind(&mut session, addresses, &Permits::new())
@@ -174,7 +175,7 @@ fn a_process_that_holds_another_member_of_the_group_keeps_both_from_coming_back(
     host.process(4242, "busway", "dev/vfio/devices/vfio0");
     let mut kernel = host.kernel();
     let result = unbind(&host, &mut kernel, &[at("0000:01:00.0")]);
-    let Err(ChangeError::Refused(refused)) = result else {
+    let Err(UnbindError::Refused(refused)) = result else {
         panic!("{result:?}");
     };
     assert!(
@@ -191,7 +192,7 @@ fn bind_failing(host: &FakeHost, addresses: &[Bdf], number: usize) -> bool {
     kernel.fails = Box::new(move |n, _| (n == number).then_some(libc::EINVAL));
     match bind(host, &mut kernel, addresses) {
         Ok(_) => false,
-        Err(ChangeError::Bind { stranded, .. }) => {
+        Err(BindError::Undone { stranded, .. }) => {
             assert!(stranded.is_empty(), "{stranded:?}");
             assert_eq!(host.state(), before, "after {:#?}", kernel.log);
             true
@@ -220,7 +221,7 @@ fn what_cannot_be_undone_is_named_and_the_rest_is_undone() {
             .then_some(libc::EIO)
     });
     let result = bind(&host, &mut kernel, &THREE.map(at));
-    let Err(ChangeError::Bind { stranded, .. }) = result else {
+    let Err(BindError::Undone { stranded, .. }) = result else {
         panic!("{result:?}");
     };
     assert_eq!(stranded.len(), 1);
@@ -240,7 +241,7 @@ fn a_device_that_vanishes_is_an_error_and_the_rest_is_undone() {
         kernel.unplug_at = Some((number, "0000:01:00.0".to_owned()));
         let result = bind(&host, &mut kernel, &THREE.map(at));
         assert!(
-            matches!(result, Err(ChangeError::Bind { .. })),
+            matches!(result, Err(BindError::Undone { .. })),
             "{number}: {result:?}"
         );
         before.remove("0000:01:00.0");
