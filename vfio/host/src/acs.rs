@@ -8,7 +8,8 @@ use std::fs;
 use busway_pci::Bdf;
 
 use super::device::HostDevice;
-use super::{Host, SysRoot};
+use super::host::Host;
+use super::root::SysRoot;
 
 /// What a port or a function of several has of ACS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,23 +4,24 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 
+use busway_iommu::is_vfio_driver;
 use busway_pci::Bdf;
 
-use super::check::{self, RefusedError, check_bind, check_unbind, refuse_if};
-use super::device::HostError;
-use super::journal::{Identity, Journal, JournalError, Record};
+use super::check::{self, check_bind, check_unbind};
+use super::device::{HostDevice, HostError};
+use super::host::Host;
+use super::identity::Identity;
+use super::journal::{Journal, JournalError, Record};
 use super::kernel::Readers;
 use super::lock::{BOOT, LockError, PATIENCE};
 use super::modules::Aliases;
 use super::permit::{Permit, Permits};
 use super::persist::{self, Persist, PersistError};
 use super::put_back::{Stranded, put_back};
+use super::refusal::{RefusedError, refuse_if};
 use super::session::Session;
 use super::steps::StepError;
-use super::{Host, HostDevice, is_vfio_driver, user, variant};
-
-/// The driver that lends any PCI device to user space.
-pub const VFIO_PCI: &str = "vfio-pci";
+use super::{user, variant};
 
 /// How devices are bound.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -2,10 +2,10 @@
 
 use busway_iommu::Command;
 
-use super::Host;
 use super::asker::Asker;
 use super::boot::Loader;
 use super::finding::{Finding, Level, Remedy};
+use super::host::Host;
 use super::hugepages;
 use super::modules::{Availability, availability};
 use super::root::{self, SysRoot};

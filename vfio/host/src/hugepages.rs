@@ -1,6 +1,6 @@
 //! The host's pools of huge pages.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::lock::LockError;
 use super::root::{self, SysRoot};
@@ -95,7 +95,7 @@ pub(super) fn nodes(root: &SysRoot) -> Vec<u32> {
 }
 
 fn pools(root: &SysRoot, node: Option<u32>) -> Vec<HugePages> {
-    let names = root::names(&folder(root, node));
+    let names = root::names(&root::huge_page_pools(root, node));
     let size = |name: &String| {
         let size = name.strip_prefix("hugepages-")?.strip_suffix("kB")?;
         size.parse::<u64>().ok()?.checked_mul(1024)
@@ -108,22 +108,8 @@ fn pools(root: &SysRoot, node: Option<u32>) -> Vec<HugePages> {
         .collect()
 }
 
-fn folder(root: &SysRoot, node: Option<u32>) -> PathBuf {
-    match node {
-        Some(node) => root
-            .sys
-            .join(format!("devices/system/node/node{node}/hugepages")),
-        None => root.sys.join("kernel/mm/hugepages"),
-    }
-}
-
-/// Where the pages of a size are, on a node or on all.
-pub(super) fn pool_folder(root: &SysRoot, node: Option<u32>, size: u64) -> PathBuf {
-    folder(root, node).join(format!("hugepages-{}kB", size / 1024))
-}
-
 fn pool(root: &SysRoot, node: Option<u32>, size: u64) -> Option<HugePages> {
-    let folder = pool_folder(root, node, size);
+    let folder = root::huge_page_pool(root, node, size);
     let number = |name: &str| root::number(&folder.join(name));
     Some(HugePages {
         node,
@@ -146,14 +132,15 @@ pub fn reserve_huge_pages(
     size: u64,
     amount: u64,
 ) -> Result<Reserved, HugePagesError> {
-    if let Some(node) = node.filter(|&node| !folder(session.root, Some(node)).exists()) {
-        let known = folder(session.root, Some(node));
+    if let Some(node) = node {
+        let known = root::huge_page_pools(session.root, Some(node));
         // The kernel makes the folder of pools only where there is memory (mm/hugetlb_sysfs.c).
-        return Err(match known.parent().is_some_and(Path::exists) {
-            true => HugePagesRefusal::NoMemory(node),
-            false => HugePagesRefusal::NoNode(node),
+        let has_node = known.parent().is_some_and(Path::exists);
+        match known.exists() {
+            true => {}
+            false if has_node => return Err(HugePagesRefusal::NoMemory(node).into()),
+            false => return Err(HugePagesRefusal::NoNode(node).into()),
         }
-        .into());
     }
     let find = |root: &SysRoot| pool(root, node, size).ok_or(HugePagesRefusal::NoSize(size));
     find(session.root)?;

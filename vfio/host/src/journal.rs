@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use busway_pci::Bdf;
 use serde::{Deserialize, Serialize};
 
-use super::device::HostDevice;
+use super::identity::Identity;
 use super::kernel::Readers;
 use super::root::{self, SysRoot};
 use super::session::Session;
@@ -79,26 +79,6 @@ impl Record {
             }
         }
         Ok(())
-    }
-}
-
-/// What kind of device one is: as much as sysfs and udev can compare.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Identity {
-    pub(super) vendor: u16,
-    pub(super) device: u16,
-    pub(super) subsystem_vendor: u16,
-    pub(super) subsystem_device: u16,
-}
-
-impl Identity {
-    pub(super) fn of(device: &HostDevice) -> Self {
-        Self {
-            vendor: device.vendor,
-            device: device.device,
-            subsystem_vendor: device.subsystem_vendor,
-            subsystem_device: device.subsystem_device,
-        }
     }
 }
 

@@ -13,7 +13,7 @@ use std::path::{Component, Path, PathBuf};
 
 use busway_pci::Bdf;
 
-use super::journal::Identity;
+use super::identity::Identity;
 use super::kernel::{Kernel, Standing};
 use super::root::{self, SysRoot};
 

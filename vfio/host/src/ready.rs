@@ -7,16 +7,18 @@ use busway_pci::Bdf;
 
 use super::acs::{self, Acs};
 use super::asker::Asker;
-use super::check::{self, Denial, group_blockers};
+use super::check::{self, Denial};
 use super::device::HostDevice;
 use super::finding::{Finding, Level, Remedy, worst};
 use super::framebuffer;
+use super::host::Host;
 use super::modules::Aliases;
+use super::refusal;
 use super::root;
 use super::surroundings::{self, Opens, advised};
-use super::together::Together;
+use super::together::{Together, group_blockers};
 use super::usage::Usage;
-use super::{Host, VFIO_PCI};
+use super::variant::VFIO_PCI;
 
 /// What was found about one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -182,7 +184,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     for bridge in blockers.iter().filter(|blocker| blocker.is_bridge) {
         finding = finding.remedy(Remedy::command(
             "take the bridge from its driver",
-            check::let_go(bridge),
+            refusal::let_go(bridge),
         ));
     }
     if blockers.iter().all(|blocker| blocker.is_bridge) {
@@ -190,10 +192,10 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     }
     finding.remedy(match Together::of(host, device, asked) {
         Together::Bind(all) => Remedy::command(
-            check::how_together(&[device.address], &all),
-            check::bind(&all),
+            refusal::how_together(&[device.address], &all),
+            refusal::bind(&all),
         ),
-        Together::Chipset(functions) => Remedy::words(check::chipset(&functions)),
+        Together::Chipset(functions) => Remedy::words(refusal::chipset(&functions)),
     })
 }
 
@@ -244,7 +246,7 @@ fn leaks(host: &Host, device: &HostDevice) -> Option<Finding> {
 
 fn uses(host: &Host, device: &HostDevice) -> Vec<Finding> {
     let uses = match device.is_with_vfio() {
-        false => check::uses(host, device.address),
+        false => host.breaks(device.address),
         true => {
             let uses = host.usage(device.address).iter();
             let held = uses.filter(|usage| matches!(usage, Usage::Process(_)));
@@ -252,7 +254,7 @@ fn uses(host: &Host, device: &HostDevice) -> Vec<Finding> {
         }
     };
     let one = |usage: Usage| {
-        let remedy = check::remedy(device.address, &usage);
+        let remedy = refusal::remedy(device.address, &usage);
         Finding::new(Level::Obstacle, "use", format!("in use: {usage}")).remedy(remedy)
     };
     let warnings = check::warnings(host, device.address).into_iter();
@@ -276,7 +278,7 @@ fn driver(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
                 true => "give it to VFIO",
                 false => "give what it is part of to VFIO",
             },
-            check::bind(&all),
+            refusal::bind(&all),
         )),
         // The finding about its group says why there is no way.
         Together::Chipset(_) => finding,
@@ -294,7 +296,7 @@ fn variant(device: &HostDevice, aliases: &Aliases) -> Option<Finding> {
     let unbind = Command::new(["busway", "device", "unbind"]).operand(device.address.to_string());
     let remedy = Remedy::command(
         "to have what that driver adds, such as migration",
-        unbind.then(check::bind([&device.address])),
+        unbind.then(refusal::bind([&device.address])),
     );
     Some(Finding::new(Level::Note, "variant", text).remedy(remedy))
 }
@@ -309,9 +311,9 @@ fn denied(host: &Host, device: &HostDevice) -> Option<Finding> {
                         told to take it all the same";
             return Some(Finding::new(Level::Warning, "errata", text));
         }
-        Denial::Stands => format!("vfio-pci turns its kind away: {}", check::DENIAL),
+        Denial::Stands => format!("vfio-pci turns its kind away: {}", refusal::DENIAL),
     };
-    Some(Finding::new(Level::Obstacle, "errata", text).remedy(check::allow_denied()))
+    Some(Finding::new(Level::Obstacle, "errata", text).remedy(refusal::allow_denied()))
 }
 
 /// The secret by which the users of a physical function and of its virtual functions trust each other,

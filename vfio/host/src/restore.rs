@@ -4,18 +4,21 @@ use std::collections::BTreeSet;
 
 use busway_pci::Bdf;
 
-use super::check::{RefusedError, check_unbind, refuse_if};
+use super::check::check_unbind;
 use super::device::HostError;
-use super::journal::{Identity, Journal, JournalError};
+use super::host::Host;
+use super::identity::Identity;
+use super::journal::{Journal, JournalError};
 use super::kernel::Readers;
 use super::lines::Lines;
 use super::lock::LockError;
 use super::permit::Permits;
+use super::persist;
 use super::put_back::{Stranded, put_back};
+use super::refusal::{RefusedError, refuse_if};
 use super::session::Session;
 use super::unbind::give_to_host;
 use super::vfs::settle_withheld;
-use super::{Host, persist};
 
 /// What became of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -29,6 +29,21 @@ pub(crate) fn target(root: &SysRoot, link: &Path) -> Option<PathBuf> {
     Some(root.sys.join(down))
 }
 
+/// Where the pools of huge pages are, a folder for each size: those of a NUMA node, or of all.
+pub(crate) fn huge_page_pools(root: &SysRoot, node: Option<u32>) -> PathBuf {
+    match node {
+        Some(node) => root
+            .sys
+            .join(format!("devices/system/node/node{node}/hugepages")),
+        None => root.sys.join("kernel/mm/hugepages"),
+    }
+}
+
+/// Where the pages of a size are, on a node or on all.
+pub(crate) fn huge_page_pool(root: &SysRoot, node: Option<u32>, size: u64) -> PathBuf {
+    huge_page_pools(root, node).join(format!("hugepages-{}kB", size / 1024))
+}
+
 /// The driver that alone may take the device in this folder, where one was set.
 pub(crate) fn override_in(folder: &Path) -> Option<String> {
     // An attribute without a value reads as the kernel's printf of a null pointer.

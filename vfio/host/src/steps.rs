@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 use busway_iommu::Command;
 use busway_pci::Bdf;
 
-use super::hugepages::pool_folder;
 use super::kernel::Readers;
 use super::netlink::VfSetting;
 use super::persist::PersistError;
-use super::root::SysRoot;
+use super::root::{self, SysRoot};
 
 /// One change to the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,7 +147,7 @@ impl Step {
                 setting,
             } => Action::SetFunction(interface, *vf, *setting),
             Self::HugePages { node, size, count } => Action::Write(
-                pool_folder(root, *node, *size).join("nr_hugepages"),
+                root::huge_page_pool(root, *node, *size).join("nr_hugepages"),
                 count.to_string(),
             ),
             Self::Compact => Action::Write(root.proc.join("sys/vm/compact_memory"), "1".to_owned()),

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use busway_iommu::keeps_group;
 use busway_pci::Bdf;
 
-use super::Host;
-use super::check::group_blockers;
 use super::device::HostDevice;
+use super::host::Host;
+use super::usage::Usage;
 
 /// What has to be done for the rest of a device's IOMMU group to go with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +16,19 @@ pub enum Together {
     Bind(BTreeSet<Bdf>),
     /// These of the group are functions of the chipset by which the host itself works; never empty.
     Chipset(Vec<Bdf>),
+}
+
+/// A member of an IOMMU group that keeps the group from being given to a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupBlocker {
+    /// The member.
+    pub address: Bdf,
+    /// The driver that it is bound to.
+    pub driver: String,
+    /// Whether it is a bridge, which cannot be given away with the rest.
+    pub is_bridge: bool,
+    /// What uses it.
+    pub uses: Vec<Usage>,
 }
 
 impl Together {
@@ -40,6 +54,27 @@ impl Together {
         let ends = |address: &Bdf| host.makers(*address).iter().any(|m| all.contains(m));
         Self::Bind(all.iter().copied().filter(|a| !ends(a)).collect())
     }
+}
+
+/// The members of `group`, but for those in `taken`, whose drivers keep it from being given away.
+#[must_use]
+pub(super) fn group_blockers(host: &Host, group: u32, taken: &BTreeSet<Bdf>) -> Vec<GroupBlocker> {
+    let blocks = |device: &HostDevice| {
+        let driver = device.driver.clone()?;
+        // What ends with one that is taken is not there any more.
+        let goes = taken.contains(&device.address)
+            || host
+                .makers(device.address)
+                .iter()
+                .any(|m| taken.contains(m));
+        (keeps_group(&driver) && !goes).then(|| GroupBlocker {
+            address: device.address,
+            driver,
+            is_bridge: device.is_bridge(),
+            uses: host.breaks(device.address),
+        })
+    };
+    host.group(group).filter_map(blocks).collect()
 }
 
 /// Whether the host itself works by this function: the bridge to the ISA bus, which carries the

@@ -2,18 +2,22 @@
 
 use std::collections::BTreeSet;
 
+use busway_iommu::is_vfio_driver;
 use busway_pci::Bdf;
 
-use super::check::{RefusedError, check_unbind, refuse_if};
-use super::device::HostError;
-use super::journal::{Identity, Journal, JournalError};
+use super::check::check_unbind;
+use super::device::{HostDevice, HostError};
+use super::host::Host;
+use super::identity::Identity;
+use super::journal::{Journal, JournalError};
 use super::kernel::Readers;
 use super::lines::Lines;
 use super::lock::LockError;
 use super::permit::Permits;
+use super::persist;
+use super::refusal::{RefusedError, refuse_if};
 use super::session::Session;
 use super::steps::StepError;
-use super::{Host, HostDevice, is_vfio_driver, persist};
 
 /// A device that the host has.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,9 +6,11 @@
 
 use busway_pci::Bdf;
 
-use super::bind::VFIO_PCI;
 use super::modules::Aliases;
 use super::root::{self, SysRoot};
+
+/// The driver that lends any PCI device to user space.
+pub const VFIO_PCI: &str = "vfio-pci";
 
 /// The module whose driver is made for the device: a variant, where the kernel has one.
 pub(super) fn module_for(root: &SysRoot, aliases: &Aliases, address: Bdf) -> String {

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use busway_pci::Bdf;
 
-use super::device::HostError;
-use super::journal::{Identity, Journal, JournalError};
+use super::device::{HostDevice, HostError};
+use super::host::Host;
+use super::identity::Identity;
+use super::journal::{Journal, JournalError};
 use super::lock::LockError;
 use super::modules::module_parameter;
 use super::netlink::{VfSetting, VfState};
@@ -13,7 +15,6 @@ use super::root::{self, SysRoot};
 use super::session::Session;
 use super::steps::{Step, StepError};
 use super::usage::{Usage, represents};
-use super::{Host, HostDevice};
 
 /// What is to become of a device's virtual functions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
