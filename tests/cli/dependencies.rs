@@ -93,6 +93,35 @@ fn every_dependency_is_used_by_the_crate_that_names_it() {
     }
 }
 
+/// Which of the repository's crates each may stand on: imports run one way (docs/design.md).
+const BELOW: &[(&str, &[&str])] = &[
+    ("pci", &[]),
+    ("iommu", &[]),
+    ("vfio", &["busway-iommu", "busway-pci"]),
+    ("vfio/host", &["busway-iommu", "busway-pci"]),
+    (
+        ".",
+        &["busway-host", "busway-iommu", "busway-pci", "busway-vfio"],
+    ),
+];
+
+#[test]
+fn imports_run_one_way() {
+    for (folder, below) in BELOW {
+        let manifest = read(&root().join(folder).join("Cargo.toml"));
+        let ours = dependencies(&manifest)
+            .into_iter()
+            .flat_map(|(_, names)| names)
+            .filter(|name| name.starts_with("busway"));
+        for name in ours {
+            assert!(
+                below.contains(&name.as_str()),
+                "{folder}/Cargo.toml: `{name}` is not below it"
+            );
+        }
+    }
+}
+
 #[test]
 fn every_version_of_the_workspace_is_some_crate_s() {
     let manifests: Vec<_> = CRATES
