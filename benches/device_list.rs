@@ -3,7 +3,7 @@
 //!
 //! It prints, and never fails: the machine decides how fast it is.
 
-#[path = "../vfio/tests/fake_host/mod.rs"]
+#[path = "../vfio/host/tests/fake_host/mod.rs"]
 mod fake_host;
 
 use std::time::{Duration, Instant};

@@ -9,9 +9,8 @@ mod validate;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use busway_pci::Reserve;
-use busway_pci::{Bdf, ParseBdfError};
-use busway_vfio::Mac;
+use busway_host::Mac;
+use busway_pci::{Bdf, ParseBdfError, Reserve};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use validate::validate_functions;

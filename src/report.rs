@@ -17,7 +17,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use busway_vfio::files::{Existing, OutputError, open_output, replace};
+use busway_host::files::{Existing, OutputError, open_output, replace};
 use serde::Serialize;
 
 pub use own_memory::own_memory;

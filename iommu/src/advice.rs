@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 
-use crate::HostPaths;
+use crate::SysRoot;
 
 /// What keeps the IOMMU from being used, as far as the host tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub enum IommuAdvice {
 impl IommuAdvice {
     /// Looks at processor, firmware tables and the kernel's command line.
     #[must_use]
-    pub fn read(paths: &HostPaths) -> Self {
+    pub fn read(paths: &SysRoot) -> Self {
         let has_unit = fs::read_dir(paths.sys.join("class/iommu"))
             .is_ok_and(|mut units| units.next().is_some());
         if has_unit {
@@ -134,11 +134,7 @@ mod tests {
 
     fn advice(processor: &str, table: Option<&str>, parameters: &str) -> IommuAdvice {
         let folder = tempfile::tempdir().unwrap();
-        let root = HostPaths {
-            sys: folder.path().join("sys"),
-            dev: folder.path().join("dev"),
-            proc: folder.path().join("proc"),
-        };
+        let root = SysRoot::under(folder.path());
         let tables = root.sys.join("firmware/acpi/tables");
         fs::create_dir_all(&tables).unwrap();
         fs::create_dir_all(&root.proc).unwrap();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE};
 
-use crate::{Container, HostPaths, Obstacle, OpenError, sys};
+use crate::{Container, Obstacle, OpenError, SysRoot, sys};
 
 /// A group that is attached to a container. Dropping it takes it out: every descriptor of its
 /// devices has to be closed by then, so devices hold their group.
@@ -24,7 +24,7 @@ impl Group {
     /// # Errors
     /// [`OpenError`]; [`OpenError::NotViable`] names the members in the way.
     pub fn open(
-        paths: &HostPaths,
+        paths: &SysRoot,
         number: u32,
         container: &Arc<Container>,
     ) -> Result<Self, OpenError> {
@@ -45,7 +45,7 @@ impl Group {
     /// # Errors
     /// As for [`open`](Self::open).
     pub fn from_file(
-        paths: &HostPaths,
+        paths: &SysRoot,
         file: File,
         number: u32,
         container: &Arc<Container>,
@@ -92,7 +92,7 @@ impl Drop for Group {
 }
 
 /// That a group with these flags (`VFIO_GROUP_GET_STATUS`) can be attached.
-fn check_status(paths: &HostPaths, group: u32, flags: u32) -> Result<(), OpenError> {
+fn check_status(paths: &SysRoot, group: u32, flags: u32) -> Result<(), OpenError> {
     if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
         return Err(OpenError::NotViable {
             group,
@@ -109,14 +109,14 @@ fn check_status(paths: &HostPaths, group: u32, flags: u32) -> Result<(), OpenErr
 
 /// The error that says who keeps a group from being given away; nothing where nobody does.
 #[must_use]
-pub fn not_viable(paths: &HostPaths, group: u32) -> Option<OpenError> {
+pub fn not_viable(paths: &SysRoot, group: u32) -> Option<OpenError> {
     let blockers = blockers(paths, group)?;
     Some(OpenError::NotViable { group, blockers })
 }
 
 /// The members of a group that keep it from being given away, each with its driver, and the commands
 /// that free them all.
-fn blockers(paths: &HostPaths, group: u32) -> Option<String> {
+fn blockers(paths: &SysRoot, group: u32) -> Option<String> {
     let (mut names, mut devices, mut commands) = (Vec::new(), Vec::new(), Vec::new());
     for (address, folder) in paths.members(group) {
         let driver = paths.driver_of(&folder);
@@ -163,9 +163,9 @@ mod tests {
     #[test]
     fn who_blocks_a_group_is_named_with_the_way_out() {
         let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths {
+        let paths = SysRoot {
             sys: root.path().join("sys"),
-            ..HostPaths::default()
+            ..SysRoot::default()
         };
         for (address, driver) in [
             ("0000:00:1f.0", Some("lpc_ich")),
@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn a_group_that_is_in_a_container_is_not_attached_to_another() {
-        let told = |flags| check_status(&HostPaths::default(), 7, flags).map_err(|e| e.to_string());
+        let told = |flags| check_status(&SysRoot::default(), 7, flags).map_err(|e| e.to_string());
         assert_eq!(told(VFIO_GROUP_FLAGS_VIABLE), Ok(()));
         let text = told(VFIO_GROUP_FLAGS_VIABLE | VFIO_GROUP_FLAGS_CONTAINER_SET).unwrap_err();
         assert!(

@@ -22,8 +22,8 @@ use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
 use crate::{
-    Access, Backing, DmaSpace, HostPaths, Iova, IovaRange, MapError, Mapping, OpenDmaBuf,
-    OpenError, Stats, sys,
+    Access, Backing, DmaSpace, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats,
+    SysRoot, sys,
 };
 
 /// What a kernel needs for [`DmaSpace::map_device`], and the way round it.
@@ -57,7 +57,7 @@ pub struct Ioas {
     // Closing the iommufd destroys the address space with it.
     iommufd: IommuFd,
     id: u32,
-    paths: HostPaths,
+    paths: SysRoot,
     state: Mutex<Ledger>,
 }
 
@@ -75,7 +75,7 @@ impl Ioas {
     ///
     /// # Errors
     /// [`OpenError`]
-    pub fn open(paths: &HostPaths) -> Result<Arc<Self>, OpenError> {
+    pub fn open(paths: &SysRoot) -> Result<Arc<Self>, OpenError> {
         let path = paths.iommufd();
         let file = OpenOptions::new()
             .read(true)
@@ -92,7 +92,7 @@ impl Ioas {
     ///
     /// # Errors
     /// [`OpenError::Kernel`]
-    pub fn in_iommufd(file: File, paths: &HostPaths) -> Result<Arc<Self>, OpenError> {
+    pub fn in_iommufd(file: File, paths: &SysRoot) -> Result<Arc<Self>, OpenError> {
         let iommufd = IommuFd::new_from_fd(file);
         let mut alloc = iommu_ioas_alloc {
             size: size_of::<iommu_ioas_alloc>() as u32,

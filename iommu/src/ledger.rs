@@ -6,7 +6,7 @@ use std::io;
 use crate::memlock::{self, Accounting};
 use crate::ranges::first_gap;
 use crate::tracker::Backing;
-use crate::{HostPaths, Iova, IovaRange, MapError, Mapping, Stats, Tracker, reserved};
+use crate::{Iova, IovaRange, MapError, Mapping, Stats, SysRoot, Tracker, reserved};
 
 /// What is mapped in one address space, for whom, and how often the kernel was asked.
 #[derive(Debug, Default)]
@@ -22,7 +22,7 @@ impl Ledger {
     /// remembered only.
     pub(crate) fn map(
         &mut self,
-        paths: &HostPaths,
+        paths: &SysRoot,
         mapping: Mapping,
         usable: Option<&[IovaRange]>,
         call: impl Fn(&Mapping, IovaRange) -> Result<(), MapError>,
@@ -39,7 +39,7 @@ impl Ledger {
     /// Maps everything that is remembered, in as few calls as it takes.
     pub(crate) fn map_all(
         &mut self,
-        paths: &HostPaths,
+        paths: &SysRoot,
         usable: &[IovaRange],
         call: impl Fn(&Mapping, IovaRange) -> Result<(), MapError>,
     ) -> Result<(), MapError> {
@@ -93,7 +93,7 @@ impl Ledger {
     }
 
     /// What of the memory that is mapped a device of `group` reserves: why it cannot be attached.
-    pub(crate) fn conflict(&self, paths: &HostPaths, group: u32) -> Option<MapError> {
+    pub(crate) fn conflict(&self, paths: &SysRoot, group: u32) -> Option<MapError> {
         let reserved = reserved::of_group(paths, group);
         self.tracker.iter().find_map(|mapping| {
             let range = mapping.range()?;
@@ -116,7 +116,7 @@ impl Ledger {
 
     fn check_usable(
         &self,
-        paths: &HostPaths,
+        paths: &SysRoot,
         mapping: &Mapping,
         range: IovaRange,
         usable: &[IovaRange],
@@ -142,7 +142,7 @@ impl Ledger {
 
 /// What it means that the kernel refused a mapping.
 pub(crate) fn refused(
-    paths: &HostPaths,
+    paths: &SysRoot,
     accounting: Accounting,
     what: &'static str,
     mapping: &Mapping,
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn what_comes_before_any_device_is_mapped_later_in_one_call_where_it_goes_on() {
-        let (paths, mut ledger) = (HostPaths::default(), Ledger::default());
+        let (paths, mut ledger) = (SysRoot::default(), Ledger::default());
         let calls = RefCell::new(Vec::new());
         let call = |mapping: &Mapping, _: IovaRange| {
             calls.borrow_mut().push((mapping.iova.0, mapping.size));
@@ -215,7 +215,7 @@ mod tests {
 
     #[test]
     fn a_device_that_comes_after_the_last_one_left_finds_everything_mapped() {
-        let (paths, mut ledger) = (HostPaths::default(), Ledger::default());
+        let (paths, mut ledger) = (SysRoot::default(), Ledger::default());
         let all = [IovaRange::ALL];
         let calls = RefCell::new(Vec::new());
         let call = |mapping: &Mapping, _: IovaRange| {
@@ -242,7 +242,7 @@ mod tests {
 
     #[test]
     fn what_the_kernel_refused_is_not_remembered_and_what_it_cannot_reach_not_asked() {
-        let (paths, mut ledger) = (HostPaths::default(), Ledger::default());
+        let (paths, mut ledger) = (SysRoot::default(), Ledger::default());
         let refusing = |mapping: &Mapping, range| {
             Err(refused(
                 &paths,

@@ -9,7 +9,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-use crate::HostPaths;
+use crate::SysRoot;
 use crate::sys::{self, Limit};
 
 /// No limit. RLIM_INFINITY, asm-generic/resource.h
@@ -139,7 +139,7 @@ impl Locked {
 /// (drivers/iommu/iommufd/pages.c, incr_user_locked_vm). By then that may be more than now, and more
 /// than can be seen, so the limit is raised as far as it goes.
 pub(crate) fn reserve(
-    paths: &HostPaths,
+    paths: &SysRoot,
     accounting: Accounting,
     more: u64,
 ) -> Result<(), MemlockError> {
@@ -177,11 +177,7 @@ fn set(limit: Limit, wanted: Limit) -> io::Result<()> {
 
 /// Why ENOMEM came back for `more` bytes, where it is for the limit: what is seen does not fit; or a
 /// user's limit counts, against which more may be pinned than can be seen.
-pub(crate) fn explains(
-    paths: &HostPaths,
-    accounting: Accounting,
-    more: u64,
-) -> Option<MemlockError> {
+pub(crate) fn explains(paths: &SysRoot, accounting: Accounting, more: u64) -> Option<MemlockError> {
     let limit = sys::memlock_limit().ok()?;
     explained(locked(paths, accounting), accounting, limit, more)
 }
@@ -205,7 +201,7 @@ fn raised(limit: Limit, bytes: u64) -> Limit {
     }
 }
 
-fn locked(paths: &HostPaths, accounting: Accounting) -> Locked {
+fn locked(paths: &SysRoot, accounting: Accounting) -> Locked {
     let read = |of: &Path, name: &str| std::fs::read_to_string(of.join(name)).unwrap_or_default();
     let own = paths.proc.join("self");
     let status = Status::parse(&read(&own, "status"));
@@ -288,11 +284,11 @@ mod tests {
         uid_map: &str,
         capabilities: &str,
         others: &[(u32, u32, u64, &str)],
-    ) -> (tempfile::TempDir, HostPaths) {
+    ) -> (tempfile::TempDir, SysRoot) {
         let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths {
+        let paths = SysRoot {
             proc: root.path().to_owned(),
-            ..HostPaths::default()
+            ..SysRoot::default()
         };
         let process = |name: &str, id: u32, user: u32, pinned: u64, capabilities: &str| {
             fs::create_dir_all(paths.proc.join(name)).unwrap();

@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::{HostPaths, IommuAdvice, IovaRange, process_name, reserved};
+use crate::{IommuAdvice, IovaRange, SysRoot, process_name, reserved};
 
 /// What lets the kernel lend a device that firmware keeps.
 pub const FIRMWARE_REMEDY: &str = "turn that use off in the firmware's set-up (HPE: shared memory of \
@@ -153,12 +153,12 @@ pub(crate) const IOMMUFD: Module = Module("iommufd", "CONFIG_IOMMUFD");
 impl Obstacle {
     /// Why the node at `path`, which `module` makes, could not be opened.
     #[must_use]
-    pub fn opening(paths: &HostPaths, path: &Path, error: io::Error) -> Self {
+    pub fn opening(paths: &SysRoot, path: &Path, error: io::Error) -> Self {
         Self::opening_made_by(paths, path, VFIO_PCI, error)
     }
 
     pub(crate) fn opening_made_by(
-        paths: &HostPaths,
+        paths: &SysRoot,
         path: &Path,
         module: Module,
         error: io::Error,
@@ -210,12 +210,7 @@ impl Obstacle {
     /// Why a device of `group` could not be attached to an address space, or not bound to an iommufd.
     /// `module` is the one whose `allow_unsafe_interrupts` waives interrupt remapping.
     #[must_use]
-    pub fn attaching(
-        paths: &HostPaths,
-        module: &str,
-        group: Option<u32>,
-        error: io::Error,
-    ) -> Self {
+    pub fn attaching(paths: &SysRoot, module: &str, group: Option<u32>, error: io::Error) -> Self {
         let number = error.raw_os_error();
         // What firmware keeps is refused with EPERM before Linux 6.6 (intel_iommu_attach_device), with
         // EINVAL since (__iommu_device_set_domain).
@@ -240,7 +235,7 @@ impl Obstacle {
 
     /// That firmware keeps a device of `group` for itself, where it does.
     #[must_use]
-    pub fn firmware(paths: &HostPaths, group: u32) -> Option<Self> {
+    pub fn firmware(paths: &SysRoot, group: u32) -> Option<Self> {
         let reserved = reserved::for_firmware(paths, group)?;
         Some(Self::Firmware {
             range: reserved.range,
@@ -250,14 +245,14 @@ impl Obstacle {
 
     /// That the host's IOMMU is off, in the words of its processor.
     #[must_use]
-    pub fn no_iommu(paths: &HostPaths) -> Self {
+    pub fn no_iommu(paths: &SysRoot) -> Self {
         no_iommu(paths)
     }
 }
 
 /// Whether the kernel has made the device whose node is to be at `path`, as sysfs shows to containers
 /// that have no such node (drivers/vfio/container.c, group.c and vfio_main.c, drivers/iommu/iommufd/main.c).
-fn is_made(paths: &HostPaths, path: &Path) -> bool {
+fn is_made(paths: &SysRoot, path: &Path) -> bool {
     let class = paths.sys.join("class");
     let Ok(node) = path.strip_prefix(&paths.dev) else {
         return false;
@@ -275,12 +270,12 @@ fn is_made(paths: &HostPaths, path: &Path) -> bool {
     class.join(name).exists()
 }
 
-fn no_iommu(paths: &HostPaths) -> Obstacle {
+fn no_iommu(paths: &SysRoot) -> Obstacle {
     Obstacle::NoIommu(IommuAdvice::read(paths))
 }
 
 /// The nodes by any of which, where it is open, `path` is kept from others: a group's by its devices', too.
-fn keepers(paths: &HostPaths, path: &Path) -> Vec<PathBuf> {
+fn keepers(paths: &SysRoot, path: &Path) -> Vec<PathBuf> {
     let name = path.file_name().and_then(|name| name.to_str());
     let group = name.and_then(|name| name.parse().ok());
     match group.filter(|&group| paths.group(group) == path) {
@@ -291,7 +286,7 @@ fn keepers(paths: &HostPaths, path: &Path) -> Vec<PathBuf> {
 
 /// The processes that have one of `nodes` open, as far as this one may see, or how they are found.
 #[must_use]
-pub fn holder(paths: &HostPaths, nodes: &[PathBuf]) -> String {
+pub fn holder(paths: &SysRoot, nodes: &[PathBuf]) -> String {
     let holders = holders(paths, nodes);
     if nodes.is_empty() {
         "another process".to_owned()
@@ -308,7 +303,7 @@ pub fn holder(paths: &HostPaths, nodes: &[PathBuf]) -> String {
 
 /// The other processes that have one of `nodes` open, as far as this one may see.
 #[must_use]
-pub fn holders(paths: &HostPaths, nodes: &[PathBuf]) -> Vec<String> {
+pub fn holders(paths: &SysRoot, nodes: &[PathBuf]) -> Vec<String> {
     std::fs::read_dir(&paths.proc)
         .into_iter()
         .flatten()
@@ -337,13 +332,9 @@ mod tests {
     use super::*;
     use std::fs;
 
-    fn made_up() -> (tempfile::TempDir, HostPaths) {
+    fn made_up() -> (tempfile::TempDir, SysRoot) {
         let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths {
-            sys: root.path().join("sys"),
-            dev: root.path().join("dev"),
-            proc: root.path().join("proc"),
-        };
+        let paths = SysRoot::under(root.path());
         fs::create_dir_all(paths.sys.join("kernel/iommu_groups")).unwrap();
         fs::create_dir_all(&paths.proc).unwrap();
         (root, paths)

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 
 use crate::ranges::normalise;
-use crate::{HostPaths, IovaRange};
+use crate::{IovaRange, SysRoot};
 
 /// A range that no memory of a guest may be at, for the devices of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ impl fmt::Display for Reserved {
 }
 
 /// What a group reserves, ascending. Ranges that the kernel gives up for a guest are left out.
-pub(crate) fn of_group(paths: &HostPaths, group: u32) -> Vec<Reserved> {
+pub(crate) fn of_group(paths: &SysRoot, group: u32) -> Vec<Reserved> {
     let file = paths
         .sys
         .join("kernel/iommu_groups")
@@ -71,7 +71,7 @@ pub(crate) fn of_group(paths: &HostPaths, group: u32) -> Vec<Reserved> {
 
 /// What firmware keeps for a use of its own of the group's devices (an RMRR of Intel's, an IVMD of
 /// AMD's), which a guest may not have then.
-pub(crate) fn for_firmware(paths: &HostPaths, group: u32) -> Option<Reserved> {
+pub(crate) fn for_firmware(paths: &SysRoot, group: u32) -> Option<Reserved> {
     of_group(paths, group)
         .into_iter()
         .find(|reserved| reserved.kind == "direct")
@@ -91,7 +91,7 @@ fn parse(line: &str) -> Option<(IovaRange, &str)> {
 /// and disjoint. What an IOMMU does not reach at all is not among them: that shows when a device is
 /// attached.
 #[must_use]
-pub fn reserved_ranges(paths: &HostPaths, devices: &[&Path]) -> Vec<IovaRange> {
+pub fn reserved_ranges(paths: &SysRoot, devices: &[&Path]) -> Vec<IovaRange> {
     let mut groups: Vec<_> = devices
         .iter()
         .filter_map(|device| paths.group_of(device))
@@ -109,7 +109,7 @@ pub fn reserved_ranges(paths: &HostPaths, devices: &[&Path]) -> Vec<IovaRange> {
 
 /// Why the addresses of `gap` cannot be used by devices of `groups`.
 pub(crate) fn explain(
-    paths: &HostPaths,
+    paths: &SysRoot,
     groups: &[u32],
     gap: IovaRange,
     usable: &[IovaRange],
@@ -140,9 +140,9 @@ mod tests {
     #[test]
     fn who_reserves_a_range_is_named_and_relaxable_ones_are_nobodys() {
         let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths {
+        let paths = SysRoot {
             sys: root.path().join("sys"),
-            ..HostPaths::default()
+            ..SysRoot::default()
         };
         let group = paths.sys.join("kernel/iommu_groups/7");
         let device = root.path().join("0000:01:00.0");

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use crate::memlock::{self, Accounting};
-use crate::{Container, DmaSpace, HostPaths, Ioas, MemlockError, OpenError};
+use crate::{Container, DmaSpace, Ioas, MemlockError, OpenError, SysRoot};
 
 /// Whether to use iommufd, as the user says it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,7 +59,7 @@ impl Space {
     ///
     /// # Errors
     /// [`OpenError`]
-    pub fn open(paths: &HostPaths, kind: Kind, iommufd: Option<File>) -> Result<Self, OpenError> {
+    pub fn open(paths: &SysRoot, kind: Kind, iommufd: Option<File>) -> Result<Self, OpenError> {
         match (kind, iommufd) {
             (Kind::Type1, _) => Container::open(paths).map(Self::Type1),
             (Kind::Iommufd, Some(file)) => Ioas::in_iommufd(file, paths).map(Self::Iommufd),
@@ -90,7 +90,7 @@ impl Space {
     ///
     /// # Errors
     /// [`MemlockError`], with the figure to set.
-    pub fn reserve(&self, paths: &HostPaths, bytes: u64) -> Result<(), MemlockError> {
+    pub fn reserve(&self, paths: &SysRoot, bytes: u64) -> Result<(), MemlockError> {
         let accounting = match self {
             Self::Type1(_) => Accounting::Process,
             Self::Iommufd(_) => Accounting::User,
@@ -105,11 +105,7 @@ mod tests {
 
     #[test]
     fn an_interface_that_is_required_and_missing_is_an_error_that_names_it() {
-        let paths = HostPaths {
-            sys: "/nowhere/sys".into(),
-            dev: "/nowhere/dev".into(),
-            proc: "/nowhere/proc".into(),
-        };
+        let paths = SysRoot::under("/nowhere".as_ref());
         for (kind, node) in [
             (Kind::Iommufd, "/nowhere/dev/iommu"),
             (Kind::Type1, "/nowhere/dev/vfio/vfio"),

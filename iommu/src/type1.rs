@@ -20,8 +20,7 @@ use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
 use crate::{
-    DmaSpace, HostPaths, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats, info,
-    sys,
+    DmaSpace, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats, SysRoot, info, sys,
 };
 
 /// The module whose parameters rule Type1.
@@ -31,7 +30,7 @@ const MODULE: &str = "vfio_iommu_type1";
 #[derive(Debug)]
 pub struct Container {
     file: File,
-    paths: HostPaths,
+    paths: SysRoot,
     state: Mutex<State>,
 }
 
@@ -71,7 +70,7 @@ impl Container {
     ///
     /// # Errors
     /// [`OpenError`]: the node cannot be opened, or is no VFIO container with a Type1 IOMMU.
-    pub fn open(paths: &HostPaths) -> Result<Arc<Self>, OpenError> {
+    pub fn open(paths: &SysRoot) -> Result<Arc<Self>, OpenError> {
         let path = paths.container();
         let file = OpenOptions::new()
             .read(true)

@@ -11,7 +11,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use crate::{HostPaths, Kind, Mode};
+use crate::{Kind, Mode, SysRoot};
 
 /// The first Linux whose iommufd maps the memory of devices, by dma-buf.
 const MAPS_DEVICES: (u32, u32) = (6, 19);
@@ -30,7 +30,7 @@ impl Way {
     /// The way for the functions whose folders in sysfs are `devices`. `peers`: they are to reach each
     /// other's memory where that is possible.
     #[must_use]
-    pub fn choose(paths: &HostPaths, mode: Mode, devices: &[&Path], peers: bool) -> Self {
+    pub fn choose(paths: &SysRoot, mode: Mode, devices: &[&Path], peers: bool) -> Self {
         let way = |kind, why: &str| Self {
             kind,
             why: why.to_owned(),
@@ -99,7 +99,7 @@ impl fmt::Display for Way {
 }
 
 /// Why iommufd cannot be used for these devices, where that is so.
-fn without_iommufd(paths: &HostPaths, devices: &[&Path]) -> Option<String> {
+fn without_iommufd(paths: &SysRoot, devices: &[&Path]) -> Option<String> {
     let node = paths.iommufd();
     if let Err(error) = open(&node) {
         return Some(match error.kind() {
@@ -118,7 +118,7 @@ fn without_iommufd(paths: &HostPaths, devices: &[&Path]) -> Option<String> {
 }
 
 /// Why a type1 container cannot be used for these devices, where that is so.
-fn without_type1(paths: &HostPaths, devices: &[&Path]) -> Option<String> {
+fn without_type1(paths: &SysRoot, devices: &[&Path]) -> Option<String> {
     let groups = devices.iter().filter_map(|device| paths.group_of(device));
     let groups = groups.map(|number| paths.group(number));
     let nodes = [paths.container()].into_iter().chain(groups);
@@ -158,7 +158,7 @@ fn has_memory(device: &Path) -> bool {
 }
 
 /// The running kernel's version, as in `6.8.12-4-pve`.
-fn release(paths: &HostPaths) -> Option<(u32, u32)> {
+fn release(paths: &SysRoot) -> Option<(u32, u32)> {
     let text = fs::read_to_string(paths.proc.join("sys/kernel/osrelease")).ok()?;
     let mut numbers = text.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
@@ -174,7 +174,7 @@ mod tests {
     /// A host of a kernel of this release, with two functions at one group each.
     struct Host {
         _root: tempfile::TempDir,
-        paths: HostPaths,
+        paths: SysRoot,
         devices: [PathBuf; 2],
     }
 
@@ -186,14 +186,9 @@ mod tests {
     impl Host {
         fn new(release: &str) -> Self {
             let root = tempfile::tempdir().unwrap();
-            let below = |name: &str| root.path().join(name);
-            let paths = HostPaths {
-                sys: below("sys"),
-                dev: below("dev"),
-                proc: below("proc"),
-            };
+            let paths = SysRoot::under(root.path());
             let devices = [3, 4].map(|number| {
-                let folder = paths.function(&format!("0000:0{number}:00.0"));
+                let folder = paths.device(format_args!("0000:0{number}:00.0"));
                 let cdev = format!("vfio{number}");
                 fs::create_dir_all(folder.join("vfio-dev").join(&cdev)).unwrap();
                 let group = paths.sys.join(format!("kernel/iommu_groups/{number}"));

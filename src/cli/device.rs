@@ -1,6 +1,6 @@
 //! `busway device`: the host's PCI devices, and moving them to VFIO and back.
 //!
-//! What stands here is what a person types and reads; the work is done by [`busway_vfio::host`].
+//! What stands here is what a person types and reads; the work is done by [`busway_host`].
 
 mod binding;
 mod check;
@@ -19,10 +19,11 @@ mod watch;
 
 use std::io::{self, Write};
 
-use busway_pci::Bdf;
-use busway_vfio::host::{
-    self, Called, CalledError, ChangeError, HostError, Kernel, LinuxKernel, NoUser, SysRoot,
+use busway_host::{
+    BindError, Called, CalledError, HostError, Kernel, LinuxKernel, NoUser, RestoreError, SysRoot,
+    UnbindError, VfsError,
 };
+use busway_pci::Bdf;
 use clap::{Args, Subcommand};
 
 pub(super) use binding::Changes;
@@ -99,9 +100,18 @@ pub enum DeviceError {
     /// Devices to be shown are not there.
     #[error(transparent)]
     List(#[from] ListError),
-    /// Devices were not moved as asked.
+    /// Devices were not given to VFIO.
     #[error(transparent)]
-    Change(#[from] ChangeError),
+    Bind(#[from] BindError),
+    /// Devices were not given to the host's own drivers.
+    #[error(transparent)]
+    Unbind(#[from] UnbindError),
+    /// Devices were not put back.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// Virtual functions are not as asked.
+    #[error(transparent)]
+    Vfs(#[from] VfsError),
     /// What was named is not one device.
     #[error(transparent)]
     Called(#[from] CalledError),
@@ -128,22 +138,29 @@ impl DeviceError {
     pub fn exit_status(&self) -> u8 {
         let usage = match self {
             Self::List(ListError::Refused(refused))
-            | Self::Change(ChangeError::Refused(refused)) => {
+            | Self::Bind(BindError::Refused(refused))
+            | Self::Unbind(UnbindError::Refused(refused))
+            | Self::Restore(RestoreError::Refused(refused)) => {
                 // Where one of them is the host's fault, mending the command line does not help.
-                refused.0.iter().all(host::Refusal::is_usage)
+                refused.0.iter().all(busway_host::Refusal::is_usage)
             }
-            Self::Change(ChangeError::NoFunctions(error)) => error.is_usage(),
+            Self::Vfs(VfsError::Refused(error)) => error.is_usage(),
             Self::NotReady { absent } => *absent,
             Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. })
-            | Self::Change(ChangeError::NoHugePages(_))
             | Self::Called(_)
             | Self::List(ListError::Called(_))
             | Self::User(_) => true,
             Self::Host(_)
             | Self::List(ListError::Host(_))
-            | Self::Change(ChangeError::Host(_) | ChangeError::Persist(_)) => false,
+            | Self::Bind(BindError::Host(_) | BindError::Persist(_))
+            | Self::Unbind(UnbindError::Host(_))
+            | Self::Restore(RestoreError::Host(_))
+            | Self::Vfs(VfsError::Host(_)) => false,
             Self::List(ListError::Picture { .. } | ListError::Json(_))
-            | Self::Change(_)
+            | Self::Bind(_)
+            | Self::Unbind(_)
+            | Self::Restore(_)
+            | Self::Vfs(_)
             | Self::OwnPath(_)
             | Self::Output(_) => return RUNTIME,
         };
@@ -163,7 +180,7 @@ pub fn run(args: &DeviceArgs) -> Result<(), DeviceError> {
         DeviceCommand::List(_) | DeviceCommand::Check(_)
     );
     if changes {
-        host::note_interrupts();
+        busway_host::note_interrupts();
     }
     let screen = Screen::of_stdout();
     run_on(
@@ -192,7 +209,7 @@ pub fn run_on(
     let (said, result) = match &args.command {
         DeviceCommand::List(list) if list.watch => return watch_list(list, root, out, screen),
         DeviceCommand::List(list) => (list::show(root, &Names::load(), list, screen)?, Ok(())),
-        DeviceCommand::Check(args) => check::show(root, args, screen, &host::open_node)?,
+        DeviceCommand::Check(args) => check::show(root, args, screen, &busway_host::open_node)?,
         DeviceCommand::Bind(args) => binding::bind(args, root, kernel),
         DeviceCommand::Unbind(args) => binding::unbind(args, root, kernel),
         DeviceCommand::Restore(args) => binding::restore(args, root, kernel),

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use busway_vfio::host::{Finding, Level, Opens, SysRoot, examine, open_node};
+use busway_host::{Finding, Level, Opens, SysRoot, examine, open_node};
 use clap::Args;
 use serde::Serialize;
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use busway_vfio::host::{Finding, Level, Remedy};
+use busway_host::{Finding, Level, Remedy};
 use clap::Args;
 use serde::Serialize;
 
@@ -67,7 +67,7 @@ fn memory(text: &str) -> Result<u64, String> {
 }
 
 pub(super) fn has_obstacle(findings: &[Finding]) -> bool {
-    busway_vfio::host::worst(findings) == Level::Obstacle
+    busway_host::worst(findings) == Level::Obstacle
 }
 
 /// What is looked at, and what came of it.

@@ -2,14 +2,12 @@
 
 use std::io::{self, Write};
 
-use busway_vfio::host::{
-    self, ChangeError, HugePages, Kernel, LinuxKernel, Reserved, SysRoot, huge_pages,
-};
+use busway_host::{HugePages, HugePagesError, Kernel, LinuxKernel, Reserved, SysRoot, huge_pages};
 use clap::Args;
 
-use super::device::{Changes, DeviceError, aligned};
+use super::device::{Changes, aligned};
 use super::value::Value;
-use crate::exit::{HOST, RUNTIME};
+use crate::exit::{HOST, RUNTIME, USAGE};
 
 /// `busway hugepages`
 #[derive(Args, Clone, Debug)]
@@ -44,7 +42,7 @@ fn size(text: &str) -> Result<u64, String> {
 pub enum HugepagesError {
     /// They were not reserved.
     #[error(transparent)]
-    Change(#[from] DeviceError),
+    Reserve(#[from] HugePagesError),
     /// Fewer could be had than were asked for.
     #[error("{}", short(.0))]
     Short(Reserved),
@@ -58,9 +56,9 @@ impl HugepagesError {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::Change(error) => error.exit_status(),
+            Self::Reserve(HugePagesError::Refused(_)) => USAGE,
             Self::Short(_) => HOST,
-            Self::Output(_) => RUNTIME,
+            Self::Reserve(_) | Self::Output(_) => RUNTIME,
         }
     }
 }
@@ -91,11 +89,10 @@ pub fn run_on(
         Some(amount) => {
             let size = args.size.unwrap_or_else(|| default_size(root));
             let mut changes = Changes::new(root, kernel, args.dry_run);
-            let reserve = |session: &mut host::Session<'_>| {
-                host::reserve_huge_pages(session, args.node, size, amount)
+            let reserve = |session: &mut busway_host::Session<'_>| {
+                busway_host::reserve_huge_pages(session, args.node, size, amount)
             };
-            let reserved: Result<_, ChangeError> = changes.make(reserve);
-            let reserved = reserved.map_err(DeviceError::from)?;
+            let reserved = changes.make(reserve)?;
             let enough = args.dry_run || reserved.now.total >= reserved.asked;
             let result = match enough {
                 true => Ok(()),

@@ -13,8 +13,8 @@ use std::sync::OnceLock;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use aside::{Aside, Sink};
+use busway_host::files::{Existing, OutputError, open_output};
 use busway_iommu::printable;
-use busway_vfio::files::{Existing, OutputError, open_output};
 
 use super::failure::no_color;
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use busway_vfio::files::check_output;
+use busway_host::files::check_output;
 use clap::Args;
 
 use super::failure::Failure;

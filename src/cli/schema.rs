@@ -6,8 +6,8 @@ use crate::config::{
     CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
     NetConfig, OnError, PlatformConfig, RngConfig,
 };
+use busway_host::{Called, CalledError, SysRoot};
 use busway_pci::ParseBdfError;
-use busway_vfio::host::{Called, CalledError, SysRoot};
 
 /// Puts a value where it belongs.
 type Set<T> = fn(&mut T, &Value) -> Result<(), Reason>;

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use busway_vfio::Mac;
+use busway_host::Mac;
 
 use super::nearest::Nearest;
 use crate::config::Choice;
@@ -66,13 +66,13 @@ pub(super) enum Reason {
     },
     /// not a MAC address
     #[error(transparent)]
-    Mac(#[from] busway_vfio::ParseMacError),
+    Mac(#[from] busway_host::ParseMacError),
     /// not an address
     #[error(transparent)]
     Address(#[from] busway_pci::ParseBdfError),
     /// not one device
     #[error(transparent)]
-    Called(#[from] busway_vfio::host::CalledError),
+    Called(#[from] busway_host::CalledError),
 }
 
 /// What a switch with a default of the host's can be.

@@ -6,11 +6,11 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
+use busway_host::{Resource, resources_in};
 use busway_iommu::{IovaRange, keep_clear};
 use busway_pci::{
     BarIndex, BarKind, Behind, Needs, NoRoom, Reserve, WindowKind, Windows, find_room, spec,
 };
-use busway_vfio::host::{Resource, resources_in};
 use busway_vfio::{AssignOptions, RomChoice};
 
 use super::passthrough::{HostIdentity, behind_ports};

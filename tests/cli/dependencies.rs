@@ -67,7 +67,15 @@ fn a_second_version_is_seen() {
 }
 
 /// The crates of the repository, by their folders.
-const CRATES: &[&str] = &[".", "pci", "iommu", "vfio", "tests/lab", "tests/fuzz"];
+const CRATES: &[&str] = &[
+    ".",
+    "pci",
+    "iommu",
+    "vfio",
+    "vfio/host",
+    "tests/lab",
+    "tests/fuzz",
+];
 
 #[test]
 fn every_dependency_is_used_by_the_crate_that_names_it() {
@@ -81,6 +89,35 @@ fn every_dependency_is_used_by_the_crate_that_names_it() {
                     "{folder}/Cargo.toml: `{name}` is in [{kind}], and no source that this is for uses it"
                 );
             }
+        }
+    }
+}
+
+/// Which of the repository's crates each may stand on: imports run one way (docs/design.md).
+const BELOW: &[(&str, &[&str])] = &[
+    ("pci", &[]),
+    ("iommu", &[]),
+    ("vfio", &["busway-iommu", "busway-pci"]),
+    ("vfio/host", &["busway-iommu", "busway-pci"]),
+    (
+        ".",
+        &["busway-host", "busway-iommu", "busway-pci", "busway-vfio"],
+    ),
+];
+
+#[test]
+fn imports_run_one_way() {
+    for (folder, below) in BELOW {
+        let manifest = read(&root().join(folder).join("Cargo.toml"));
+        let ours = dependencies(&manifest)
+            .into_iter()
+            .flat_map(|(_, names)| names)
+            .filter(|name| name.starts_with("busway"));
+        for name in ours {
+            assert!(
+                below.contains(&name.as_str()),
+                "{folder}/Cargo.toml: `{name}` is not below it"
+            );
         }
     }
 }

@@ -4,11 +4,11 @@
 
 #[path = "device/binding.rs"]
 mod binding;
-#[path = "../../vfio/tests/fake_host/mod.rs"]
+#[path = "../../vfio/host/tests/fake_host/mod.rs"]
 mod fake_host;
 
 use busway::cli::device::{DeviceArgs, DeviceError, run_on};
-use busway_vfio::host::LinuxKernel;
+use busway_host::LinuxKernel;
 use clap::{Args as _, FromArgMatches as _};
 use fake_host::{FakeHost, FakeKernel, Spec};
 use snapbox::{assert_data_eq, file, str};
@@ -443,7 +443,7 @@ fn five_hundred_devices_are_listed_at_once() {
 
 #[test]
 fn this_host_can_be_listed() {
-    let root = busway_vfio::host::SysRoot::default();
+    let root = busway_host::SysRoot::default();
     if root.sys.join("bus/pci/devices").exists() {
         let mut out = Vec::new();
         run_on(

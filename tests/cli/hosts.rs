@@ -1,7 +1,7 @@
 //! `busway device list`, `check` and `busway doctor` on every host of the library, in every form and
 //! width: `tests/cli/hosts/HOST-….txt`. `SNAPSHOTS=overwrite` writes them anew, to be looked at.
 
-#[path = "../../vfio/tests/fake_host/mod.rs"]
+#[path = "../../vfio/host/tests/fake_host/mod.rs"]
 mod fake_host;
 #[path = "reported.rs"]
 mod reported;

@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use busway_iommu::{Group, HostPaths, Ioas};
+use busway_iommu::{Group, Ioas, SysRoot};
 use busway_pci::Bdf;
 
 use crate::handed::{Handed, HandedKind};
@@ -38,7 +38,7 @@ pub(crate) struct Opened {
     pub(crate) address: Bdf,
     /// Its folder in sysfs.
     pub(crate) folder: PathBuf,
-    pub(crate) paths: HostPaths,
+    pub(crate) paths: SysRoot,
     /// Somebody else has opened it, and may hold it as well.
     pub(crate) handed: bool,
     /// Of the same VM.
@@ -136,7 +136,7 @@ impl Opened {
         let words = sys::hot_reset_info(&self.file)?;
         let dependents = hot_reset::parse(&words, self.address.segment);
         let affected = dependents.into_iter().map(|dependent| {
-            let folder = self.paths.function(&dependent.address.to_string());
+            let folder = self.paths.device(dependent.address);
             Affected {
                 address: dependent.address,
                 owned: match dependent.owner {

@@ -9,10 +9,9 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use busway_iommu::{HostPaths, Mode};
+use busway_iommu::{Mode, SysRoot, is_vfio_driver};
 use busway_pci::Bdf;
 
-use crate::host::is_vfio_driver;
 use crate::sys;
 
 /// A descriptor that was handed over, and what it is. It is closed on exec.
@@ -130,7 +129,7 @@ impl Handed {
     ///
     /// # Errors
     /// [`HandedError`]; the descriptor stays open then.
-    pub unsafe fn device(paths: &HostPaths, number: u32) -> Result<Self, HandedError> {
+    pub unsafe fn device(paths: &SysRoot, number: u32) -> Result<Self, HandedError> {
         // SAFETY: as the caller promises.
         unsafe { Self::take(paths, number, DEVICE, |kind| *kind != HandedKind::Iommufd) }
     }
@@ -142,14 +141,14 @@ impl Handed {
     ///
     /// # Errors
     /// As for [`device`](Self::device).
-    pub unsafe fn iommufd(paths: &HostPaths, number: u32) -> Result<File, HandedError> {
+    pub unsafe fn iommufd(paths: &SysRoot, number: u32) -> Result<File, HandedError> {
         let is_iommufd = |kind: &HandedKind| *kind == HandedKind::Iommufd;
         // SAFETY: as the caller promises.
         unsafe { Self::take(paths, number, IOMMUFD, is_iommufd) }.map(|handed| handed.file)
     }
 
     unsafe fn take(
-        paths: &HostPaths,
+        paths: &SysRoot,
         number: u32,
         wanted: &'static str,
         fits: impl Fn(&HandedKind) -> bool,
@@ -183,7 +182,7 @@ impl Handed {
     ///
     /// # Errors
     /// [`HandedError::OtherDevice`] or [`HandedError::WhichDevice`]
-    pub fn folder(&self, paths: &HostPaths, path: &Path) -> Result<PathBuf, HandedError> {
+    pub fn folder(&self, paths: &SysRoot, path: &Path) -> Result<PathBuf, HandedError> {
         let asked = path.file_name();
         let other = |asked: &Path| HandedError::OtherDevice {
             number: self.number,
@@ -272,7 +271,7 @@ fn interface_for<'a>(
 }
 
 /// What the character device of this number is, where it is one of VFIO's.
-fn identify(paths: &HostPaths, rdev: u64) -> Option<HandedKind> {
+fn identify(paths: &SysRoot, rdev: u64) -> Option<HandedKind> {
     let number = format!("{}:{}", libc::major(rdev), libc::minor(rdev));
     // …/0000:01:00.0/vfio-dev/vfio3, …/virtual/vfio/7 or …/virtual/misc/iommu
     let folder = std::fs::canonicalize(paths.sys.join("dev/char").join(number)).ok()?;
@@ -313,11 +312,11 @@ mod tests {
 
     /// A host with a function that has a character device (510:3), groups 7 (one device) and 8 (two),
     /// and an iommufd (10:124).
-    fn host() -> (tempfile::TempDir, HostPaths) {
+    fn host() -> (tempfile::TempDir, SysRoot) {
         let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths {
+        let paths = SysRoot {
             sys: root.path().canonicalize().unwrap(),
-            ..HostPaths::default()
+            ..SysRoot::default()
         };
         let chars = paths.sys.join("dev/char");
         fs::create_dir_all(&chars).unwrap();

@@ -1,4 +1,4 @@
-//! One host device, as a PCI function; and binding it.
+//! One host device, as a PCI function.
 //!
 //! [`Opener`] opens a device that is bound to a VFIO driver, by its group or as a character device,
 //! and attaches it to the VM's DMA space. What comes out is a [`DeviceIo`]: regions, interrupts,
@@ -6,8 +6,8 @@
 //! space is the device's and what is Busway's, which parts of its BARs need no exit, and how its
 //! interrupts get to the guest.
 //!
-//! [`host`] is the other side: which devices there are, what uses them, and moving them between the
-//! host's drivers and VFIO.
+//! Which devices a host has, what uses them, and moving them between the host's drivers and VFIO is
+//! `busway-host`'s.
 //!
 //! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
 
@@ -22,17 +22,14 @@ mod events;
 #[cfg(any(test, feature = "hostile"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 mod fake;
-pub mod files;
 mod function;
 mod handed;
-pub mod host;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod hot_reset;
 mod kernel_device;
 mod kvm;
 mod lists;
-mod mac;
 mod mapping;
 mod msix_layout;
 mod open;
@@ -60,7 +57,6 @@ pub use function::{AssignedFunction, Summary};
 pub use handed::{Handed, HandedError, interface};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
-pub use mac::{Mac, ParseMacError};
 pub use mapping::Mapping;
 pub use open::{DeviceError, Opener};
 pub use peers::try_peers;

@@ -6,12 +6,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use busway_iommu::{Container, Group, HostPaths, Ioas, Obstacle, OpenError, Space, holder};
+use busway_iommu::{
+    Container, Group, Ioas, Obstacle, OpenError, Space, SysRoot, holder, is_vfio_driver,
+};
 use busway_pci::Bdf;
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
 use crate::handed::Handed;
-use crate::host::is_vfio_driver;
 use crate::patience::patiently;
 use crate::refusal::{Binding, MODULE};
 use crate::vf_token::TokenUse;
@@ -138,7 +139,7 @@ pub enum DeviceError {
 /// each one meanwhile.
 #[derive(Debug)]
 pub struct Opener {
-    paths: HostPaths,
+    paths: SysRoot,
     space: Space,
     kvm: Option<Arc<dyn KvmFiles>>,
     open: Arc<OpenOnes>,
@@ -147,7 +148,7 @@ pub struct Opener {
 impl Opener {
     /// An opener whose devices are attached to `space`, and whose files `kvm` is told of.
     #[must_use]
-    pub fn new(paths: HostPaths, space: Space, kvm: Option<Arc<dyn KvmFiles>>) -> Self {
+    pub fn new(paths: SysRoot, space: Space, kvm: Option<Arc<dyn KvmFiles>>) -> Self {
         Self {
             paths,
             space,
@@ -424,7 +425,7 @@ fn address_of(device: &Path) -> Result<Bdf, DeviceError> {
 }
 
 /// That the device is there and ready, as sysfs shows it.
-fn check(paths: &HostPaths, device: &Path) -> Result<Bdf, DeviceError> {
+fn check(paths: &SysRoot, device: &Path) -> Result<Bdf, DeviceError> {
     let address = address_of(device)?;
     if !device.exists() {
         return Err(DeviceError::NotThere { address });
@@ -454,11 +455,7 @@ mod tests {
     #[test]
     fn what_is_not_ready_is_told_before_anything_is_opened() {
         let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths {
-            sys: root.path().join("sys"),
-            dev: root.path().join("dev"),
-            proc: root.path().join("proc"),
-        };
+        let paths = SysRoot::under(root.path());
         let folder = |name: &str| paths.sys.join("bus/pci/devices").join(name);
         let device = |name: &str, driver: Option<&str>| {
             fs::create_dir_all(folder(name)).unwrap();

@@ -8,11 +8,12 @@ use std::io;
 use std::path::PathBuf;
 use std::slice;
 
-use busway_iommu::{HostPaths, Obstacle, OpenError, holder, holders, not_viable};
+use busway_iommu::{
+    Obstacle, OpenError, Remapping, SysRoot, holder, holders, is_vfio_driver, not_viable,
+};
 use busway_pci::Bdf;
 
 use crate::DeviceError;
-use crate::host::{Remapping, is_vfio_driver, is_waived};
 
 /// The module whose parameters rule iommufd.
 pub(crate) const MODULE: &str = "iommufd";
@@ -20,7 +21,7 @@ pub(crate) const MODULE: &str = "iommufd";
 /// A device that was to be bound.
 #[derive(Debug)]
 pub(crate) struct Binding<'a> {
-    pub(crate) paths: &'a HostPaths,
+    pub(crate) paths: &'a SysRoot,
     pub(crate) address: Bdf,
     pub(crate) group: Option<u32>,
     /// Its character device.
@@ -95,8 +96,8 @@ impl Binding<'_> {
             holder: holder(self.paths, &nodes.collect::<Vec<_>>()),
             members: names.join(" or "),
         };
-        match Remapping::read(&self.paths.proc) {
-            _ if is_waived(self.paths, MODULE) => in_use,
+        match Remapping::read(self.paths) {
+            _ if Remapping::is_waived(self.paths, MODULE) => in_use,
             Remapping::On => in_use,
             Remapping::Off => obstacle,
             Remapping::Unknown => Obstacle::Either(Box::new(in_use), Box::new(obstacle)),
@@ -129,17 +130,13 @@ mod tests {
     /// A host with a device in group 7.
     struct Made {
         _root: tempfile::TempDir,
-        paths: HostPaths,
+        paths: SysRoot,
     }
 
     impl Made {
         fn new() -> Self {
             let root = tempfile::tempdir().unwrap();
-            let paths = HostPaths {
-                sys: root.path().join("sys"),
-                dev: root.path().join("dev"),
-                proc: root.path().join("proc"),
-            };
+            let paths = SysRoot::under(root.path());
             fs::create_dir_all(&paths.proc).unwrap();
             let made = Self { _root: root, paths };
             made.member("0000:01:00.0", "vfio-pci");

@@ -9,9 +9,9 @@
 use std::fmt;
 use std::io;
 
+use busway_iommu::is_vfio_driver;
 use busway_pci::{Bdf, capabilities, spec};
 
-use crate::host::is_vfio_driver;
 use crate::policy;
 
 /// Power management control: the function keeps its state on the way from D3hot to D0. PCIe 6.0

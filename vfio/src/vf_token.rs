@@ -5,9 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use busway_iommu::HostPaths;
-
-use crate::host::is_vfio_driver;
+use busway_iommu::{SysRoot, is_vfio_driver};
 
 /// A VF token: a UUID, in the order in which it is written. RFC 9562 §4
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -89,7 +87,7 @@ pub enum TokenUse {
 impl TokenUse {
     /// What it is to the device whose folder in sysfs is `device`.
     #[must_use]
-    pub fn of(paths: &HostPaths, device: &Path) -> Self {
+    pub fn of(paths: &SysRoot, device: &Path) -> Self {
         let physical = device.join("physfn");
         if physical.exists() {
             let driver = paths.driver_of(&physical);
@@ -140,7 +138,7 @@ mod tests {
     #[test]
     fn a_token_is_for_physical_functions_and_for_virtual_ones_of_those_with_vfio() {
         let root = tempfile::tempdir().unwrap();
-        let paths = HostPaths::default();
+        let paths = SysRoot::default();
         let used = |name: &str| TokenUse::of(&paths, &root.path().join(name));
         for name in ["plain", "pf-igb", "pf-vfio", "vf-igb", "vf-vfio"] {
             fs::create_dir(root.path().join(name)).unwrap();

@@ -1,8 +1,8 @@
 //! `busway device bind`, `unbind` and `restore`: their words, and what they say when they are done.
 
-use busway_vfio::host::{
-    self, BindOptions, Bound, Called, ChangeError, Kernel, Outcome, Persist, Restored, Session,
-    Step, SysRoot, Unbound, is_vfio_driver,
+use busway_host::{
+    BindOptions, Bound, Called, Kernel, Outcome, Persist, RestoreError, Restored, Session, Step,
+    SysRoot, UnbindError, Unbound, is_vfio_driver,
 };
 use clap::{ArgGroup, Args};
 
@@ -113,10 +113,7 @@ impl<'a> Changes<'a> {
     }
 
     /// Has `change` done. What is to be said of it comes first in what [`said`](Self::said) returns.
-    pub(in crate::cli) fn make<T>(
-        &mut self,
-        change: impl FnOnce(&mut Session<'_>) -> Result<T, ChangeError>,
-    ) -> Result<T, ChangeError> {
+    pub(in crate::cli) fn make<T>(&mut self, change: impl FnOnce(&mut Session<'_>) -> T) -> T {
         let Self {
             root,
             kernel,
@@ -134,7 +131,7 @@ impl<'a> Changes<'a> {
             }
         };
         let mut session = Session::new(root, *kernel, &mut tell)
-            .stop_when(&host::interrupted)
+            .stop_when(&busway_host::interrupted)
             .dry_run(*dry);
         change(&mut session)
     }
@@ -161,14 +158,15 @@ pub(super) fn bind(args: &BindArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> 
         Err(error) => return (String::new(), Err(error)),
     };
     let mut changes = Changes::new(root, kernel, args.dry_run);
-    match changes.make(|session| host::bind(session, &addresses, &options)) {
+    match changes.make(|session| busway_host::bind(session, &addresses, &options)) {
         Ok(bound) => (changes.said(&bound, bound_line), Ok(())),
         Err(error) => (changes.said(&[], bound_line), Err(error.into())),
     }
 }
 
 fn options(args: &BindArgs, root: &SysRoot) -> Result<BindOptions, DeviceError> {
-    let user = args.user.as_ref().map(|name| host::user_id(root, name));
+    let user = args.user.as_ref();
+    let user = user.map(|name| busway_host::user_id(root, name));
     let persist = match args.persist {
         true => {
             let program = std::env::current_exe().map_err(DeviceError::OwnPath)?;
@@ -192,11 +190,11 @@ pub(super) fn unbind(args: &UnbindArgs, root: &SysRoot, kernel: &mut dyn Kernel)
     };
     let permits = args.permits.all();
     let mut changes = Changes::new(root, kernel, args.dry_run);
-    match changes.make(|session| host::unbind(session, &addresses, &permits)) {
+    match changes.make(|session| busway_host::unbind(session, &addresses, &permits)) {
         Ok(unbound) => (changes.said(&unbound, unbound_line), Ok(())),
         Err(error) => {
             let unbound = match &error {
-                ChangeError::Unbind { unbound, .. } => unbound.as_slice(),
+                UnbindError::Steps { unbound, .. } => unbound.as_slice(),
                 _ => &[],
             };
             (changes.said(unbound, unbound_line), Err(error.into()))
@@ -211,7 +209,7 @@ pub(super) fn restore(args: &RestoreArgs, root: &SysRoot, kernel: &mut dyn Kerne
     };
     let permits = args.permits.all();
     let mut changes = Changes::new(root, kernel, args.dry_run);
-    match changes.make(|session| host::restore(session, &addresses, &permits)) {
+    match changes.make(|session| busway_host::restore(session, &addresses, &permits)) {
         Ok(restored) if restored.is_empty() => (
             "nothing to restore: Busway has moved no device\n".to_owned(),
             Ok(()),
@@ -219,7 +217,7 @@ pub(super) fn restore(args: &RestoreArgs, root: &SysRoot, kernel: &mut dyn Kerne
         Ok(restored) => (changes.said(&restored, restored_line), Ok(())),
         Err(error) => {
             let restored = match &error {
-                ChangeError::Restore { restored, .. } => restored.as_slice(),
+                RestoreError::Steps { restored, .. } => restored.as_slice(),
                 _ => &[],
             };
             (changes.said(restored, restored_line), Err(error.into()))

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use busway_vfio::host::{Called, Check, DeviceCheck, Host, Opens, SysRoot};
+use busway_host::{Called, Check, DeviceCheck, Host, Opens, SysRoot};
 use clap::Args;
 use serde::Serialize;
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use busway_vfio::host::{Aliases, Host, HostDevice, LinkState, Resource, Usage, is_vfio_driver};
+use busway_host::{Aliases, Host, HostDevice, LinkState, Resource, Usage, is_vfio_driver};
 
 use super::names::Names;
 

@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use busway_host::{HostDevice, InterfaceAddress, LinkState, Usage, one_line};
 use busway_pci::Bdf;
-use busway_vfio::host::{HostDevice, InterfaceAddress, LinkState, Usage, one_line};
 use serde::{Serialize, Serializer};
 
 use super::facts::Facts;

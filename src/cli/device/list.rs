@@ -4,8 +4,8 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use busway_vfio::files::{Existing, OutputError, open_output};
-use busway_vfio::host::{
+use busway_host::files::{Existing, OutputError, open_output};
+use busway_host::{
     Called, CalledError, Host, HostDevice, HostError, Refusal, RefusedError, SysRoot,
 };
 use clap::Args;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use busway_vfio::host::{HostDevice, LinkState, Resource};
+use busway_host::{HostDevice, LinkState, Resource};
 
 use super::facts::{self, Facts};
 use super::table::{fold, shorten};

@@ -1,6 +1,6 @@
 //! The switches that allow what stands against moving a device: one for each reason.
 
-use busway_vfio::host::{Permit, Permits};
+use busway_host::{Permit, Permits};
 use clap::Args;
 
 /// The heading of these switches in a help text.

@@ -5,7 +5,7 @@
 
 use std::fmt::{self, Write as _};
 
-use busway_vfio::host::HostDevice;
+use busway_host::HostDevice;
 
 use super::facts::{self, Facts, is_lent};
 use super::table::shorten;

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use busway_host::{Host, HostDevice};
 use busway_pci::Bdf;
-use busway_vfio::host::{Host, HostDevice};
 
 /// The devices of a host below its root buses.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use busway_vfio::host::{self, Called, Command, Functions, Kernel, SysRoot, VfSetting, VfsOptions};
+use busway_host::{Called, Command, Functions, Kernel, SysRoot, VfSetting, VfsOptions};
 use clap::Args;
 
 use super::binding::{Changes, Said};
@@ -107,7 +107,7 @@ pub(super) fn vfs(args: &VfsArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> Sa
         no_autoprobe: args.no_autoprobe,
     };
     let mut changes = Changes::new(root, kernel, args.dry_run);
-    match changes.make(|session| host::vfs(session, address, &options)) {
+    match changes.make(|session| busway_host::vfs(session, address, &options)) {
         Ok(functions) => (changes.said(&[functions], table), Ok(())),
         Err(error) => (changes.said(&[], table), Err(error.into())),
     }
@@ -187,7 +187,7 @@ pub(in crate::cli) fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use busway_vfio::Mac;
+    use busway_host::Mac;
 
     use super::*;
 

@@ -6,8 +6,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use busway_host::files::{self, Existing, Output, OutputError};
 use busway_iommu::effective_user;
-use busway_vfio::files::{self, Existing, Output, OutputError};
 
 use crate::outflow::write_all;
 

@@ -15,7 +15,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use busway_vfio::files::OutputError;
+use busway_host::files::OutputError;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use input::{Input, Reader};

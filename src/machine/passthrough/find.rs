@@ -3,7 +3,7 @@
 
 use std::fs::File;
 
-use busway_iommu::{HostPaths, Mode, reserved_ranges};
+use busway_iommu::{Mode, SysRoot, reserved_ranges};
 use busway_vfio::{AssignOptions, Handed, RomChoice, RomImage, interface};
 
 use super::placement::HostIdentity;
@@ -25,7 +25,7 @@ pub(in crate::machine) struct Request {
 /// Host devices that were asked for together, and the way to them.
 #[derive(Debug)]
 pub(in crate::machine) struct Found {
-    pub(super) paths: HostPaths,
+    pub(super) paths: SysRoot,
     pub(super) requests: Vec<Request>,
     /// What was asked for.
     pub(super) asked: Mode,
@@ -71,7 +71,7 @@ impl Found {
         config: &VmConfig,
         options: Vec<AssignOptions>,
     ) -> Result<Self, RunError> {
-        let paths = HostPaths::default();
+        let paths = SysRoot::default();
         let mut requests = Vec::new();
         for (device, options) in config.device.iter().zip(options) {
             let (folder, inherited) = match device.fd {
@@ -125,7 +125,7 @@ impl Found {
             })
         });
         Ok(Self {
-            paths: HostPaths::default(),
+            paths: SysRoot::default(),
             requests: requests.collect::<Result<_, RunError>>()?,
             asked: mode(iommufd),
             mode: mode(iommufd),

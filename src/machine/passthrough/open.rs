@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 
-use busway_iommu::{HostPaths, Kind, Mode, Space, Way};
+use busway_iommu::{Kind, Mode, Space, SysRoot, Way};
 use busway_vfio::{
     DeviceError, DeviceIo, KernelDevice, KvmFiles, Opener, TokenUse, VfToken, try_peers,
 };
@@ -116,7 +116,7 @@ impl Found {
 
 /// Opens each device on a thread of its own, for the kernel resets it meanwhile.
 fn open_all(
-    paths: &HostPaths,
+    paths: &SysRoot,
     requests: &[Request],
     platform: &PlatformConfig,
     opener: &Opener,

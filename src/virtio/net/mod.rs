@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
-use busway_vfio::Mac;
+use busway_host::Mac;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 

@@ -16,7 +16,7 @@ const HOST: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 fn config(num_queues: u16) -> NetConfig {
     NetConfig {
         tap: None,
-        mac: Some(busway_vfio::Mac(GUEST)),
+        mac: Some(busway_host::Mac(GUEST)),
         num_queues,
         queue_size: 64,
         id: None,

@@ -1,0 +1,151 @@
+//! The model of a host: its devices, and what uses each.
+
+use std::collections::BTreeMap;
+use std::thread;
+
+use busway_pci::Bdf;
+
+use super::asker::Asker;
+use super::device::{self, HostDevice, HostError};
+use super::finding::Finding;
+use super::root::{self, SysRoot};
+use super::usage::{self, Usage};
+use super::{framebuffer, surroundings};
+
+/// The PCI devices of a host and what uses each, as they were when read.
+#[derive(Clone, Debug)]
+pub struct Host {
+    pub(super) root: SysRoot,
+    devices: BTreeMap<Bdf, HostDevice>,
+    usage: BTreeMap<Bdf, Vec<Usage>>,
+}
+
+impl Host {
+    /// Reads the host. A device that vanishes meanwhile is left out.
+    ///
+    /// What the caller may not see (another user's open files) is missing from the uses.
+    ///
+    /// # Errors
+    ///
+    /// Where sysfs has no PCI bus, or it cannot be read.
+    pub fn read(root: &SysRoot) -> Result<Self, HostError> {
+        // Disks and interfaces say themselves whose they are: they need not wait for the devices.
+        let (devices, found) = thread::scope(|scope| {
+            let found = scope.spawn(|| usage::find(root));
+            (device::read_all(root), found.join().unwrap_or_default())
+        });
+        let devices = devices?;
+        let usage = usage::of_devices(root, &devices, found);
+        Ok(Self {
+            root: root.clone(),
+            devices,
+            usage,
+        })
+    }
+
+    /// Where it was read.
+    #[must_use]
+    pub fn root(&self) -> &SysRoot {
+        &self.root
+    }
+
+    /// Every device, by address.
+    pub fn devices(&self) -> impl Iterator<Item = &HostDevice> {
+        self.devices.values()
+    }
+
+    /// The device at `address`.
+    #[must_use]
+    pub fn device(&self, address: Bdf) -> Option<&HostDevice> {
+        self.devices.get(&address)
+    }
+
+    /// The module that a driver is of, which often has another name: `xhci_pci` for `xhci_hcd`.
+    #[must_use]
+    pub fn module_of(&self, driver: &str) -> Option<String> {
+        root::link_name(&self.root.driver(driver).join("module"))
+    }
+
+    /// What uses the device at `address`.
+    #[must_use]
+    pub fn usage(&self, address: Bdf) -> &[Usage] {
+        self.usage.get(&address).map_or(&[], Vec::as_slice)
+    }
+
+    /// What taking the device at `address` from its driver would break.
+    pub(super) fn breaks(&self, address: Bdf) -> Vec<Usage> {
+        let uses = self.usage(address).iter().filter(|u| u.prevents_bind());
+        let mut uses: Vec<_> = uses.cloned().collect();
+        // A route that goes by an interface says more than what the interface is part of.
+        let routed: Vec<_> = uses.iter().filter_map(Usage::route_from).collect();
+        let routed: Vec<_> = routed.into_iter().map(str::to_owned).collect();
+        uses.retain(|usage| match usage {
+            Usage::Interface { chain, .. } => !chain.first().is_some_and(|c| routed.contains(c)),
+            _ => true,
+        });
+        let shows = |usage: &Usage| matches!(usage, Usage::BootDisplay);
+        if !uses.iter().any(shows) && framebuffer::holder(&self.root, address).is_some() {
+            uses.push(Usage::BootDisplay);
+        }
+        // A program that has a node open need not be who has the disk for themselves.
+        let explains = |usage: &Usage| !matches!(usage, Usage::Opened { .. });
+        if !uses.iter().any(explains) {
+            let offspring = self.devices().map(|device| device.address);
+            let offspring = offspring.filter(|other| self.makers(*other).contains(&address));
+            let all = offspring.chain([address]);
+            uses.extend(all.filter_map(|one| usage::claimed_disk(&self.root, one)));
+        }
+        uses
+    }
+
+    /// What of the uses the caller may not see, where that is so.
+    #[must_use]
+    pub fn unseen(&self) -> Option<Finding> {
+        surroundings::processes(&Asker::read(&self.root))
+    }
+
+    /// The bridges above a device, from its root bus down.
+    #[must_use]
+    pub fn above(&self, device: &HostDevice) -> Vec<&HostDevice> {
+        let mut bridges: Vec<&HostDevice> = Vec::new();
+        let mut next = device.parent;
+        while let Some(bridge) = next.and_then(|address| self.device(address)) {
+            // PCI is a tree; what is read need not be one.
+            if bridges.iter().any(|known| known.address == bridge.address) {
+                break;
+            }
+            bridges.push(bridge);
+            next = bridge.parent;
+        }
+        bridges.reverse();
+        bridges
+    }
+
+    /// The devices whose drivers brought this one forth, the nearest first: the physical function of a
+    /// virtual one, and what made its PCI domain. It ends when one of them loses its driver.
+    #[must_use]
+    pub fn makers(&self, address: Bdf) -> Vec<Bdf> {
+        device::makers(&self.devices, address)
+    }
+
+    /// The IOMMU groups of several devices, in the order of their first one.
+    #[must_use]
+    pub fn shared_groups(&self) -> Vec<u32> {
+        let mut counts = BTreeMap::new();
+        for group in self.devices().filter_map(|device| device.group) {
+            *counts.entry(group).or_insert(0_usize) += 1;
+        }
+        let mut shared = Vec::new();
+        for group in self.devices().filter_map(|device| device.group) {
+            if counts.get(&group).is_some_and(|count| *count > 1) && !shared.contains(&group) {
+                shared.push(group);
+            }
+        }
+        shared
+    }
+
+    /// The members of an IOMMU group, by address.
+    pub fn group(&self, group: u32) -> impl Iterator<Item = &HostDevice> {
+        self.devices().filter(move |d| d.group == Some(group))
+    }
+}

@@ -1,0 +1,151 @@
+//! Network interfaces: what they are part of, their addresses, the routes that leave by them, and what
+//! the host has from other machines over them.
+
+mod interfaces;
+mod peers;
+mod routes;
+mod ssh;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use busway_pci::Bdf;
+
+use super::{InterfaceAddress, Usage};
+use crate::root::SysRoot;
+pub(super) use interfaces::is_elsewhere;
+pub(crate) use interfaces::represents;
+use interfaces::{Above, Interfaces, stack, way};
+use peers::Served;
+use routes::{Asked, Routes, Static};
+
+/// What is wanted of interfaces, for each by its name.
+struct Wanted {
+    addresses: Vec<InterfaceAddress>,
+    defaults: BTreeSet<String>,
+    ssh: Option<(std::net::IpAddr, BTreeSet<String>)>,
+    statics: BTreeMap<String, Static>,
+    served: Vec<(Served, BTreeSet<String>)>,
+}
+
+/// The uses of the interfaces of every PCI device.
+pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
+    let interfaces = Interfaces::read(root);
+    if interfaces.owned.is_empty() {
+        return Vec::new();
+    }
+    let wanted = Wanted::read(root);
+    let above = &interfaces.above;
+    let mut uses = Vec::new();
+    // A switch has thousands of representors, and all those in one bridge have the same said of them.
+    let mut represented: BTreeMap<(Bdf, Vec<String>), Vec<String>> = BTreeMap::new();
+    for interface in &interfaces.owned {
+        let chain = stack(&interface.name, above);
+        if !interface.represents {
+            let addresses = wanted.addresses(&chain);
+            let usage = Usage::Interface {
+                chain,
+                addresses,
+                leave: super::interface::leave(root, &interface.path),
+            };
+            uses.push((interface.owner, usage));
+            let more = wanted.uses(&interface.name, above).into_iter();
+            uses.extend(more.map(|usage| (interface.owner, usage)));
+            continue;
+        }
+        let name = interface.name.clone();
+        let tail = chain.into_iter().skip(1).collect();
+        let same = represented.entry((interface.owner, tail)).or_default();
+        same.push(name);
+    }
+    for ((owner, above_them), names) in represented {
+        let addresses = wanted.addresses(&names);
+        // Those in one bridge lead where one of them does; those in none may have routes each.
+        let leads = if above_them.is_empty() {
+            names.len()
+        } else {
+            1
+        };
+        let more = names.iter().take(leads);
+        let more: Vec<_> = more.flat_map(|name| wanted.uses(name, above)).collect();
+        let usage = Usage::Representors {
+            names,
+            part_of: above_them,
+            addresses,
+        };
+        uses.push((owner, usage));
+        uses.extend(more.into_iter().map(|usage| (owner, usage)));
+    }
+    uses
+}
+
+impl Wanted {
+    fn read(root: &SysRoot) -> Self {
+        let routes = Routes::read(root);
+        let addresses = routes.addresses(root);
+        let connection = ssh::connection(root);
+        let asked = Asked::ask(root);
+        let mut defaults = routes.defaults();
+        defaults.extend(asked.defaults.iter().cloned());
+        let way_to = |there, here| {
+            let by_table = || routes.to(there).map(str::to_owned);
+            BTreeSet::from_iter(asked.way(there, here).or_else(by_table))
+        };
+        let ssh = connection.map(|c| (c.client, way_to(c.client, c.here)));
+        let is_own = |address| addresses.iter().any(|own| own.address == address);
+        let served = peers::read(root).into_iter();
+        let served = served.filter(|served| !is_own(served.server));
+        let served = served.map(|served| {
+            let by = way_to(served.server, None);
+            (served, by)
+        });
+        Self {
+            ssh,
+            served: served.collect(),
+            statics: routes.statics(&addresses),
+            defaults,
+            addresses,
+        }
+    }
+
+    /// The addresses of these interfaces.
+    fn addresses(&self, names: &[String]) -> Vec<InterfaceAddress> {
+        let its = self.addresses.iter();
+        let its = its.filter(|address| names.contains(&address.interface));
+        its.cloned().collect()
+    }
+
+    /// What leads by the interface, or by what it is part of.
+    fn uses(&self, name: &str, above: &Above) -> Vec<Usage> {
+        let mut uses = Vec::new();
+        if let Some(chain) = way(name, above, &self.defaults) {
+            uses.push(Usage::DefaultRoute { chain });
+        }
+        if let Some((client, by)) = &self.ssh
+            && let Some(chain) = way(name, above, by)
+        {
+            let client = *client;
+            uses.push(Usage::SshRoute { chain, client });
+        }
+        for (served, by) in &self.served {
+            if let Some(chain) = way(name, above, by) {
+                uses.push(Usage::NetworkStorage {
+                    chain,
+                    server: served.server,
+                    protocol: served.protocol.clone(),
+                    at: served.at.clone(),
+                    disks: served.disks.clone(),
+                });
+            }
+        }
+        for (interface, routes) in &self.statics {
+            if let Some(chain) = way(name, above, &BTreeSet::from([interface.clone()])) {
+                uses.push(Usage::StaticRoutes {
+                    chain,
+                    first: routes.first.clone(),
+                    count: routes.count,
+                });
+            }
+        }
+        uses
+    }
+}
