@@ -11,9 +11,8 @@ use busway_iommu::DmaSpace;
 use busway_pci::pace::SystemClock;
 use busway_pci::{Function, FunctionId, InterruptRoutes, Windows};
 use busway_vfio::{
-    AssignOptions, AssignedFunction, KernelDevice, Resets, RomChoice, RomImage, Wiring,
+    AssignOptions, AssignedFunction, EventFd, KernelDevice, Resets, RomChoice, RomImage, Wiring,
 };
-use vmm_sys_util::eventfd::EventFd;
 
 use super::RunError;
 use super::address_plan::AddressPlan;
@@ -30,7 +29,6 @@ use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
 use crate::config::{ConsoleConfig, DeviceConfig, VmConfig};
-use crate::eventfd::eventfd;
 use crate::kvm::{Buses, CpuFeatures, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions};
 use crate::report::{Report, Stage};
@@ -164,7 +162,7 @@ impl Machine {
         );
         let acpi = acpi_platform(config, &windows);
         let mut pci = Pci::new(bars, &buses, windows)?;
-        let quit = eventfd().map_err(RunError::system("eventfd"))?;
+        let quit = EventFd::new().map_err(RunError::system("eventfd"))?;
         let events = Events::new().map_err(RunError::system("eventfd"))?;
         let platform = Platform::new(
             &config.serial,

@@ -137,32 +137,6 @@ fn with_argsz(words: impl Iterator<Item = u32>) -> io::Result<Vec<u32>> {
     Ok([&[argsz], words.as_slice()].concat())
 }
 
-/// A new eventfd, not signalled, that reads without waiting and that no program started later inherits.
-///
-/// Every eventfd of Busway's is made here. eventfd(2)
-///
-/// # Errors
-///
-/// The kernel's: the process, or the host, has as many files open as it may.
-pub fn eventfd() -> io::Result<OwnedFd> {
-    // SAFETY: takes numbers only.
-    let fd = check(unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) })?;
-    // SAFETY: the descriptor was just made, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
-}
-
-/// Adds one to an eventfd of [`eventfd`]'s, without another descriptor, of which there may be none left.
-/// Where it holds as much as it can it is signalled anyway. eventfd(2)
-pub(crate) fn signal(event: BorrowedFd<'_>) -> io::Result<()> {
-    let one = 1_u64.to_ne_bytes();
-    // SAFETY: the bytes are there to be read, as many as are said.
-    let written = unsafe { libc::write(event.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-    match written {
-        0.. => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 pub(crate) fn reset(device: &File) -> io::Result<()> {
     // SAFETY: takes no argument.
     check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
