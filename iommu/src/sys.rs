@@ -11,6 +11,7 @@ use iommufd_bindings::iommufd::{
     iommu_iova_range, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as MAP_READABLE,
 };
+use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_TYPE, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
     vfio_iommu_type1_info,
@@ -193,8 +194,7 @@ pub(crate) fn ioas_map(space: &VfioIommufd, mapping: &Mapping) -> Result<(), Vfi
 /// The effective user id of this process: the user whose rights it has.
 #[must_use]
 pub fn effective_user() -> u32 {
-    // SAFETY: takes nothing and cannot fail.
-    unsafe { libc::geteuid() }
+    geteuid().as_raw()
 }
 
 /// A soft and a hard limit, in bytes; `u64::MAX` is none.
@@ -204,26 +204,21 @@ pub(crate) struct Limit {
     pub(crate) hard: u64,
 }
 
-pub(crate) fn memlock_limit() -> io::Result<Limit> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: `limit` is writable for the call.
-    check(unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) })?;
-    Ok(Limit {
-        soft: limit.rlim_cur,
-        hard: limit.rlim_max,
-    })
+pub(crate) fn memlock_limit() -> Limit {
+    let limit = getrlimit(Resource::Memlock);
+    Limit {
+        soft: limit.current.unwrap_or(u64::MAX),
+        hard: limit.maximum.unwrap_or(u64::MAX),
+    }
 }
 
 pub(crate) fn set_memlock_limit(limit: Limit) -> io::Result<()> {
-    let limit = libc::rlimit {
-        rlim_cur: limit.soft,
-        rlim_max: limit.hard,
+    let limited = |bytes| Some(bytes).filter(|&bytes| bytes != u64::MAX);
+    let limit = Rlimit {
+        current: limited(limit.soft),
+        maximum: limited(limit.hard),
     };
-    // SAFETY: the kernel reads `limit` only.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }).map(drop)
+    Ok(setrlimit(Resource::Memlock, limit)?)
 }
 
 /// The descriptor behind something that only says its number.
