@@ -5,7 +5,6 @@ pub mod boot;
 pub mod cli;
 pub mod config;
 pub mod devices;
-mod eventfd;
 pub mod exit;
 pub mod kvm;
 pub mod machine;

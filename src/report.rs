@@ -18,6 +18,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use busway_host::files::{Existing, OutputError, open_output, replace};
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 pub use own_memory::own_memory;
@@ -428,15 +429,7 @@ fn beside(path: &Path) -> PathBuf {
 
 /// The CPU time that this process has used, in the kernel and outside.
 fn process_cpu_time() -> Duration {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: `time` is a valid timespec that the call writes and does not keep.
-    let result = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
-    if result != 0 {
-        return Duration::ZERO;
-    }
+    let time = clock_gettime(ClockId::ProcessCPUTime);
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     let nanoseconds = u32::try_from(time.tv_nsec).unwrap_or(0);
     Duration::new(seconds, nanoseconds)

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::raw::c_ulong;
 
 use vmm_sys_util::ioctl::ioctl_with_mut_ptr;
+use zerocopy::IntoBytes;
 
 use crate::ioctl::check;
 
@@ -31,17 +32,17 @@ pub unsafe fn query(
 ) -> io::Result<Vec<u8>> {
     let mut size = request_data.len();
     loop {
-        let argsz = u32::try_from(size).map_err(|_| absurd(size))?.to_ne_bytes();
-        let mut bytes = argsz.iter().chain(request_data.iter().skip(argsz.len()));
+        let argsz = u32::try_from(size).map_err(|_| absurd(size))?;
         // Doublewords, so that the kernel's structures are aligned; zeroes behind what is passed.
-        let mut buffer: Vec<u64> = (0..size.div_ceil(8))
-            .map(|_| {
-                u64::from_ne_bytes(std::array::from_fn(|_| bytes.next().copied().unwrap_or(0)))
-            })
-            .collect();
+        let mut buffer = vec![0_u64; size.div_ceil(size_of::<u64>())];
+        let passed = request_data.iter().skip(size_of_val(&argsz));
+        let passed = argsz.as_bytes().iter().chain(passed);
+        for (to, from) in buffer.as_mut_bytes().iter_mut().zip(passed) {
+            *to = *from;
+        }
         // SAFETY: the caller says that the ioctl uses at most `argsz` bytes, and `buffer` has them.
         check(unsafe { ioctl_with_mut_ptr(&fd.as_raw_fd(), request, buffer.as_mut_ptr()) })?;
-        let mut answer: Vec<u8> = buffer.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut answer = buffer.as_bytes().to_vec();
         answer.truncate(size);
         let needed = u32_at(&answer, 0).map_or(0, |argsz| argsz as usize);
         if needed <= size {

@@ -9,21 +9,16 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use iommufd_bindings::iommufd::{
-    iommu_ioas_alloc, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap,
-    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
-    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as MAP_READABLE,
-    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as MAP_WRITEABLE,
-};
 use iommufd_ioctls::{IommuFd, IommufdError};
+use vfio_ioctls::{VfioError, VfioIommufd};
 
 use crate::ledger::{self, Ledger};
 use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
 use crate::{
-    Access, Backing, DmaSpace, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats,
-    SysRoot, sys,
+    Backing, DmaSpace, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats, SysRoot,
+    sys,
 };
 
 /// What a kernel needs for [`DmaSpace::map_device`], and the way round it.
@@ -54,9 +49,8 @@ fn no_peer(what: &'static str, error: &io::Error) -> String {
 
 /// A VM's DMA mappings in an iommufd. Devices that are bound to it hold it.
 pub struct Ioas {
-    // Closing the iommufd destroys the address space with it.
-    iommufd: IommuFd,
-    id: u32,
+    // It takes the address space out of the iommufd, which others may have open as well.
+    space: VfioIommufd,
     paths: SysRoot,
     state: Mutex<Ledger>,
 }
@@ -64,7 +58,7 @@ pub struct Ioas {
 impl fmt::Debug for Ioas {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ioas")
-            .field("id", &self.id)
+            .field("id", &self.id())
             .field("state", &self.state)
             .finish_non_exhaustive()
     }
@@ -93,20 +87,13 @@ impl Ioas {
     /// # Errors
     /// [`OpenError::Kernel`]
     pub fn in_iommufd(file: File, paths: &SysRoot) -> Result<Arc<Self>, OpenError> {
-        let iommufd = IommuFd::new_from_fd(file);
-        let mut alloc = iommu_ioas_alloc {
-            size: size_of::<iommu_ioas_alloc>() as u32,
-            ..Default::default()
-        };
-        iommufd
-            .alloc_iommu_ioas(&mut alloc)
-            .map_err(|error| OpenError::Kernel {
-                what: "IOMMU_IOAS_ALLOC".to_owned(),
-                source: cause(error),
-            })?;
+        let iommufd = Arc::new(IommuFd::new_from_fd(file));
+        let space = VfioIommufd::new(iommufd, None, None).map_err(|error| OpenError::Kernel {
+            what: "IOMMU_IOAS_ALLOC".to_owned(),
+            source: cause_of(error),
+        })?;
         Ok(Arc::new(Self {
-            iommufd,
-            id: alloc.out_ioas_id,
+            space,
             paths: paths.clone(),
             state: Mutex::default(),
         }))
@@ -115,13 +102,13 @@ impl Ioas {
     /// The number that devices are attached by (`VFIO_DEVICE_ATTACH_IOMMUFD_PT`).
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.id
+        self.space.ioas().id()
     }
 
     /// The iommufd that devices are bound to (`VFIO_DEVICE_BIND_IOMMUFD`).
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        sys::borrow(&self.iommufd)
+        sys::borrow(self.space.iommufd())
     }
 
     /// A device of this group is attached: from now on it is named where it is in the way.
@@ -141,7 +128,7 @@ impl Ioas {
     }
 
     fn ranges(&self) -> io::Result<Vec<IovaRange>> {
-        let ranges = sys::ioas_ranges(&self.iommufd, self.id)?;
+        let ranges = sys::ioas_ranges(self.space.iommufd(), self.id())?;
         Ok(normalise(
             ranges
                 .into_iter()
@@ -151,16 +138,7 @@ impl Ioas {
     }
 
     fn map_memory(&self, mapping: &Mapping, range: IovaRange) -> Result<(), MapError> {
-        let map = iommu_ioas_map {
-            size: size_of::<iommu_ioas_map>() as u32,
-            flags: flags(mapping.access),
-            ioas_id: self.id,
-            user_va: mapping.host.0 as u64,
-            length: mapping.size,
-            iova: mapping.iova.0,
-            ..Default::default()
-        };
-        self.iommufd.map_iommu_ioas(&map).map_err(|error| {
+        sys::ioas_map(&self.space, mapping).map_err(|error| {
             let accounting = Accounting::User;
             ledger::refused(
                 &self.paths,
@@ -168,7 +146,7 @@ impl Ioas {
                 "IOMMU_IOAS_MAP",
                 mapping,
                 range,
-                cause(error),
+                cause_of(error),
             )
         })
     }
@@ -185,17 +163,12 @@ impl Ioas {
             why: no_peer(what, &error),
         };
         let dma_buf = dma_buf.map_err(|error| refused(FEATURE_DMA_BUF, error))?;
-        let map = iommu_ioas_map_file {
-            size: size_of::<iommu_ioas_map_file>() as u32,
-            flags: flags(mapping.access),
-            ioas_id: self.id,
-            fd: dma_buf.as_raw_fd(),
-            start: 0,
-            length: mapping.size,
-            iova: mapping.iova.0,
-        };
         // The address space holds the dma-buf from here on; its descriptor has done its work.
-        sys::ioas_map_file(&self.iommufd, &map).map_err(|error| refused(MAP_FILE, error))
+        let (fd, writes) = (dma_buf.as_raw_fd(), mapping.access.writes());
+        self.space
+            .ioas()
+            .map_file(fd, 0, mapping.size, mapping.iova.0, writes)
+            .map_err(|error| refused(MAP_FILE, cause(error)))
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledger> {
@@ -219,15 +192,7 @@ impl DmaSpace for Ioas {
     }
 
     fn unmap(&self, iova: Iova, size: u64) -> Result<(), MapError> {
-        let call = || {
-            let mut unmap = iommu_ioas_unmap {
-                size: size_of::<iommu_ioas_unmap>() as u32,
-                ioas_id: self.id,
-                iova: iova.0,
-                length: size,
-            };
-            self.iommufd.unmap_iommu_ioas(&mut unmap).map_err(cause)
-        };
+        let call = || self.space.ioas().unmap(iova.0, size).map_err(cause);
         self.lock()
             .unmap(iova, size, "IOMMU_IOAS_UNMAP", Some(call))
     }
@@ -246,17 +211,21 @@ impl DmaSpace for Ioas {
     }
 }
 
-fn flags(access: Access) -> u32 {
-    let writable = if access.writes() { MAP_WRITEABLE } else { 0 };
-    MAP_FIXED_IOVA | MAP_READABLE | writable
-}
-
 /// The errno behind an error of `iommufd-ioctls`.
 fn cause(error: IommufdError) -> io::Error {
     match error {
         IommufdError::IommuIoasAlloc(error)
         | IommufdError::IommuIoasMap(error)
+        | IommufdError::IommuIoasMapFile(error)
         | IommufdError::IommuIoasUnmap(error) => io::Error::from_raw_os_error(error.errno()),
+        other => io::Error::other(other.to_string()),
+    }
+}
+
+/// The errno behind an error of `vfio-ioctls` about an address space.
+fn cause_of(error: VfioError) -> io::Error {
+    match error {
+        VfioError::NewVfioIommufd(error) | VfioError::IommufdIoctlError(error) => cause(error),
         other => io::Error::other(other.to_string()),
     }
 }
@@ -264,6 +233,16 @@ fn cause(error: IommufdError) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_kernel_says_to_a_new_address_space_is_told() {
+        let file = File::open("/dev/null").unwrap();
+        let error = Ioas::in_iommufd(file, &SysRoot::default()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "IOMMU_IOAS_ALLOC failed: Inappropriate ioctl for device (os error 25)"
+        );
+    }
 
     #[test]
     fn a_dma_buf_that_is_not_to_be_had_is_the_kernel_s_or_the_driver_s() {

@@ -147,9 +147,7 @@ pub(crate) fn reserve(
     if locked.exempt {
         return Ok(());
     }
-    let Ok(limit) = sys::memlock_limit() else {
-        return Ok(());
-    };
+    let limit = sys::memlock_limit();
     let needs = locked.with(more, limit.hard);
     let highest = match accounting {
         Accounting::Process => needs.need,
@@ -178,7 +176,7 @@ fn set(limit: Limit, wanted: Limit) -> io::Result<()> {
 /// Why ENOMEM came back for `more` bytes, where it is for the limit: what is seen does not fit; or a
 /// user's limit counts, against which more may be pinned than can be seen.
 pub(crate) fn explains(paths: &SysRoot, accounting: Accounting, more: u64) -> Option<MemlockError> {
-    let limit = sys::memlock_limit().ok()?;
+    let limit = sys::memlock_limit();
     explained(locked(paths, accounting), accounting, limit, more)
 }
 
@@ -348,7 +346,7 @@ mod tests {
         assert_eq!(raised(limit, 65), Limit { soft: 65, hard: 65 });
 
         let (_root, paths) = host(INITIAL, "0", &[]);
-        let before = sys::memlock_limit().unwrap();
+        let before = sys::memlock_limit();
         let low = Limit {
             soft: before.hard.min(64 << 10),
             hard: before.hard,
@@ -356,11 +354,11 @@ mod tests {
         sys::set_memlock_limit(low).unwrap();
         // 512 KiB are locked already, which many a host forbids whoever runs this.
         if reserve(&paths, Accounting::Process, 0).is_ok() {
-            let soft = sys::memlock_limit().unwrap().soft;
+            let soft = sys::memlock_limit().soft;
             assert_eq!(soft, low.soft.max(512 << 10));
         }
         reserve(&paths, Accounting::User, 0).unwrap();
-        let after = sys::memlock_limit().unwrap();
+        let after = sys::memlock_limit();
         assert_eq!(after.soft, after.hard);
         assert!(after.hard >= before.hard);
     }

@@ -1,5 +1,5 @@
 //! The kernel's calls, one safe function each: VFIO containers and groups, what `iommufd-ioctls`
-//! lacks, and resource limits. Nothing here decides anything.
+//! and `vfio-ioctls` lack, and resource limits. Nothing here decides anything.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -7,18 +7,21 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use iommufd_bindings::iommufd::{
-    IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_IOAS_MAP_FILE, IOMMUFD_TYPE, iommu_ioas_iova_ranges,
-    iommu_ioas_map_file, iommu_iova_range,
+    IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_TYPE, iommu_ioas_iova_ranges, iommu_ioas_map,
+    iommu_iova_range, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as MAP_FIXED_IOVA,
+    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as MAP_READABLE,
 };
+use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_TYPE, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
     vfio_iommu_type1_info,
 };
+use vfio_ioctls::{VfioError, VfioIommufd};
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
 
-use crate::info;
 use crate::ioctl::{check, size_of_u32};
+use crate::{Access, Mapping, info};
 
 // linux/vfio.h
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
@@ -36,11 +39,6 @@ ioctl_io_nr!(
     IOMMU_IOAS_IOVA_RANGES,
     IOMMUFD_TYPE as u32,
     IOMMUFD_CMD_IOAS_IOVA_RANGES
-);
-ioctl_io_nr!(
-    IOMMU_IOAS_MAP_FILE,
-    IOMMUFD_TYPE as u32,
-    IOMMUFD_CMD_IOAS_MAP_FILE
 );
 
 pub(crate) fn api_version(container: &File) -> io::Result<i32> {
@@ -166,19 +164,37 @@ pub(crate) fn ioas_ranges(iommufd: &impl AsRawFd, ioas: u32) -> io::Result<Vec<(
     }
 }
 
-/// Maps a file that is memory: a memfd, or from Linux 6.19 on a dma-buf of a VFIO device.
-pub(crate) fn ioas_map_file(iommufd: &impl AsRawFd, map: &iommu_ioas_map_file) -> io::Result<()> {
-    let mut map = *map;
-    // SAFETY: the structure is the one that the ioctl takes. The kernel holds what it maps by itself.
-    check(unsafe { ioctl_with_mut_ref(&iommufd.as_raw_fd(), IOMMU_IOAS_MAP_FILE(), &mut map) })
-        .map(drop)
+/// Maps memory of this process into an I/O address space, at the address that `mapping` says.
+pub(crate) fn ioas_map(space: &VfioIommufd, mapping: &Mapping) -> Result<(), VfioError> {
+    match mapping.access {
+        Access::ReadWrite => {
+            let length = usize::try_from(mapping.size).unwrap_or(usize::MAX);
+            let memory = mapping.host.0 as *mut u8;
+            // SAFETY: the kernel looks the memory up itself and pins it, or fails where there is none;
+            // that devices may write to it until it is unmapped is what `HostVa` stands for.
+            unsafe { space.vfio_dma_map(mapping.iova.0, length, memory) }
+        }
+        // What `vfio-ioctls` maps can be written.
+        Access::Read => {
+            let map = iommu_ioas_map {
+                size: size_of_u32::<iommu_ioas_map>(),
+                flags: MAP_FIXED_IOVA | MAP_READABLE,
+                ioas_id: space.ioas().id(),
+                user_va: mapping.host.0 as u64,
+                length: mapping.size,
+                iova: mapping.iova.0,
+                ..Default::default()
+            };
+            let mapped = space.iommufd().map_iommu_ioas(&map);
+            mapped.map_err(VfioError::IommufdIoctlError)
+        }
+    }
 }
 
 /// The effective user id of this process: the user whose rights it has.
 #[must_use]
 pub fn effective_user() -> u32 {
-    // SAFETY: takes nothing and cannot fail.
-    unsafe { libc::geteuid() }
+    geteuid().as_raw()
 }
 
 /// A soft and a hard limit, in bytes; `u64::MAX` is none.
@@ -188,26 +204,21 @@ pub(crate) struct Limit {
     pub(crate) hard: u64,
 }
 
-pub(crate) fn memlock_limit() -> io::Result<Limit> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: `limit` is writable for the call.
-    check(unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) })?;
-    Ok(Limit {
-        soft: limit.rlim_cur,
-        hard: limit.rlim_max,
-    })
+pub(crate) fn memlock_limit() -> Limit {
+    let limit = getrlimit(Resource::Memlock);
+    Limit {
+        soft: limit.current.unwrap_or(u64::MAX),
+        hard: limit.maximum.unwrap_or(u64::MAX),
+    }
 }
 
 pub(crate) fn set_memlock_limit(limit: Limit) -> io::Result<()> {
-    let limit = libc::rlimit {
-        rlim_cur: limit.soft,
-        rlim_max: limit.hard,
+    let limited = |bytes| Some(bytes).filter(|&bytes| bytes != u64::MAX);
+    let limit = Rlimit {
+        current: limited(limit.soft),
+        maximum: limited(limit.hard),
     };
-    // SAFETY: the kernel reads `limit` only.
-    check(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }).map(drop)
+    Ok(setrlimit(Resource::Memlock, limit)?)
 }
 
 /// The descriptor behind something that only says its number.

@@ -1,6 +1,9 @@
 //! The multiple APIC description table: processors and interrupt controllers. §5.2.12.
 
+use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::sdt::Sdt;
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{Immutable, IntoBytes};
 
 use super::{Cpu, OEM_ID, OEM_REVISION, OEM_TABLE_ID, SCI};
 use crate::memory::layout::{IOAPIC_START, LAPIC_START};
@@ -12,9 +15,7 @@ const FIXED_SIZE: u32 = 44;
 /// `PCAT_COMPAT`: there is a pair of 8259s too.
 const PCAT_COMPAT: u32 = 1 << 0;
 
-// Structure types, table 5.21.
-const LOCAL_APIC: u8 = 0;
-const IO_APIC: u8 = 1;
+// Structure types, table 5.21, beside those of acpi_tables.
 const INTERRUPT_SOURCE_OVERRIDE: u8 = 2;
 const LOCAL_APIC_NMI: u8 = 4;
 const LOCAL_X2APIC: u8 = 9;
@@ -41,55 +42,26 @@ pub(super) fn madt(cpus: &[Cpu]) -> Sdt {
     let mut entries = Vec::new();
     let mut wide = false;
     for (uid, cpu) in (0_u32..).zip(cpus) {
-        let flags = if cpu.enabled { ENABLED } else { ONLINE_CAPABLE };
         if uid < FIRST_X2APIC && cpu.apic_id < FIRST_X2APIC {
-            entry(
-                &mut entries,
-                LOCAL_APIC,
-                &[&[uid as u8, cpu.apic_id as u8], &flags.to_le_bytes()],
-            );
+            let status = match cpu.enabled {
+                true => EnabledStatus::Enabled,
+                false => EnabledStatus::DisabledOnlineCapable,
+            };
+            let entry = ProcessorLocalApic::new(uid as u8, cpu.apic_id as u8, status);
+            entries.extend(entry.as_bytes());
         } else {
             wide = true;
-            entry(
-                &mut entries,
-                LOCAL_X2APIC,
-                &[
-                    &[0; 2],
-                    &cpu.apic_id.to_le_bytes(),
-                    &flags.to_le_bytes(),
-                    &uid.to_le_bytes(),
-                ],
-            );
+            entries.extend(LocalX2Apic::new(uid, cpu).as_bytes());
         }
     }
-    entry(
-        &mut entries,
-        IO_APIC,
-        &[
-            // The ID that KVM's IOAPIC has from the start.
-            &[0, 0],
-            &(IOAPIC_START as u32).to_le_bytes(),
-            &0_u32.to_le_bytes(),
-        ],
-    );
+    // The ID that KVM's IOAPIC has from the start.
+    entries.extend(IoApic::new(0, IOAPIC_START as u32, 0).as_bytes());
     for (irq, gsi, flags) in [(0, TIMER_GSI, CONFORMS), (SCI as u8, SCI, HIGH_LEVEL)] {
-        entry(
-            &mut entries,
-            INTERRUPT_SOURCE_OVERRIDE,
-            &[&[ISA, irq], &gsi.to_le_bytes(), &flags.to_le_bytes()],
-        );
+        entries.extend(SourceOverride::new(irq, gsi, flags).as_bytes());
     }
-    entry(
-        &mut entries,
-        LOCAL_APIC_NMI,
-        &[&[0xff], &CONFORMS.to_le_bytes(), &[NMI_LINT]],
-    );
+    entries.extend(LocalApicNmi::of_all().as_bytes());
     if wide {
-        entry(
-            &mut entries,
-            LOCAL_X2APIC_NMI,
-            &[&CONFORMS.to_le_bytes(), &[0xff; 4], &[NMI_LINT, 0, 0, 0]],
-        );
+        entries.extend(LocalX2ApicNmi::of_all().as_bytes());
     }
     let mut madt = Sdt::new(
         *b"APIC",
@@ -105,9 +77,103 @@ pub(super) fn madt(cpus: &[Cpu]) -> Sdt {
     madt
 }
 
-/// Appends a structure: type, length, and its fields.
-fn entry(entries: &mut Vec<u8>, kind: u8, fields: &[&[u8]]) {
-    let length: usize = fields.iter().map(|field| field.len()).sum();
-    entries.extend([kind, 2 + length as u8]);
-    entries.extend(fields.concat());
+// The structures that acpi_tables has not.
+
+/// A processor whose ID takes more than a byte. §5.2.12.12.
+#[derive(Immutable, IntoBytes)]
+#[repr(C)]
+struct LocalX2Apic {
+    kind: u8,
+    length: u8,
+    reserved: [u8; 2],
+    apic_id: U32,
+    flags: U32,
+    uid: U32,
+}
+
+impl LocalX2Apic {
+    fn new(uid: u32, cpu: &Cpu) -> Self {
+        let flags = if cpu.enabled { ENABLED } else { ONLINE_CAPABLE };
+        Self {
+            kind: LOCAL_X2APIC,
+            length: size_of::<Self>() as u8,
+            reserved: [0; 2],
+            apic_id: cpu.apic_id.into(),
+            flags: flags.into(),
+            uid: uid.into(),
+        }
+    }
+}
+
+/// An ISA interrupt that is wired to another pin, or otherwise, than ISA has it. §5.2.12.5.
+#[derive(Immutable, IntoBytes)]
+#[repr(C)]
+struct SourceOverride {
+    kind: u8,
+    length: u8,
+    bus: u8,
+    irq: u8,
+    gsi: U32,
+    flags: U16,
+}
+
+impl SourceOverride {
+    fn new(irq: u8, gsi: u32, flags: u16) -> Self {
+        Self {
+            kind: INTERRUPT_SOURCE_OVERRIDE,
+            length: size_of::<Self>() as u8,
+            bus: ISA,
+            irq,
+            gsi: gsi.into(),
+            flags: flags.into(),
+        }
+    }
+}
+
+/// The local pin of processors that NMI is wired to. §5.2.12.7.
+#[derive(Immutable, IntoBytes)]
+#[repr(C)]
+struct LocalApicNmi {
+    kind: u8,
+    length: u8,
+    uid: u8,
+    flags: U16,
+    lint: u8,
+}
+
+impl LocalApicNmi {
+    fn of_all() -> Self {
+        Self {
+            kind: LOCAL_APIC_NMI,
+            length: size_of::<Self>() as u8,
+            uid: u8::MAX,
+            flags: CONFORMS.into(),
+            lint: NMI_LINT,
+        }
+    }
+}
+
+/// The same for processors whose IDs take more than a byte. §5.2.12.13.
+#[derive(Immutable, IntoBytes)]
+#[repr(C)]
+struct LocalX2ApicNmi {
+    kind: u8,
+    length: u8,
+    flags: U16,
+    uid: U32,
+    lint: u8,
+    reserved: [u8; 3],
+}
+
+impl LocalX2ApicNmi {
+    fn of_all() -> Self {
+        Self {
+            kind: LOCAL_X2APIC_NMI,
+            length: size_of::<Self>() as u8,
+            flags: CONFORMS.into(),
+            uid: u32::MAX.into(),
+            lint: NMI_LINT,
+            reserved: [0; 3],
+        }
+    }
 }

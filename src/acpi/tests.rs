@@ -102,6 +102,26 @@ fn the_madt_lists_each_processor_once_by_the_entry_its_id_needs() {
 }
 
 #[test]
+fn the_madt_of_a_small_machine_to_the_byte() {
+    let (_, madt) = tables(&platform(1)).swap_remove(2);
+    let expected: [&[u8]; 6] = [
+        // The local APIC's address, and that there are 8259s.
+        &[0, 0, 0xe0, 0xfe, 1, 0, 0, 0],
+        &[0, 8, 0, 0, 1, 0, 0, 0],
+        &[1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0],
+        &[2, 10, 0, 0, 2, 0, 0, 0, 0, 0],
+        &[2, 10, 0, 9, 9, 0, 0, 0, 0b1101, 0],
+        &[4, 6, 0xff, 0, 0, 1],
+    ];
+    assert_eq!(madt[36..], expected.concat());
+    let (_, madt) = tables(&platform(256)).swap_remove(2);
+    let x2 = [9, 16, 0, 0, 0xff, 0, 0, 0, 2, 0, 0, 0, 0xff, 0, 0, 0];
+    assert!(madt.windows(16).any(|entry| entry == x2));
+    let nmi = [10, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0];
+    assert!(madt.ends_with(&nmi));
+}
+
+#[test]
 fn the_fadt_claims_the_hardware_that_is_there() {
     let (_, fadt) = tables(&platform(1)).swap_remove(1);
     let word = |at: usize| u32::from_le_bytes(fadt[at..at + 4].try_into().unwrap());

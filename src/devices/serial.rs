@@ -3,20 +3,20 @@
 //! The registers are `vm-superio`'s. A thread of its own brings input, and waits while the guest's
 //! receive FIFO is full; output goes by the console's [`Writer`].
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use busway_vfio::EventFd;
 use vm_superio::Trigger;
 use vm_superio::serial::{SerialEvents, SerialState};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::console::{Endpoint, Input, Reader, Writer};
 use super::watch;
-use crate::eventfd::eventfd;
 use crate::kvm::BusDevice;
 
 /// First port of COM1.
@@ -50,9 +50,9 @@ impl Serial {
     /// # Errors
     /// There is no thread or no descriptor to be had for the input.
     pub fn new(irq: EventFd, endpoint: Endpoint) -> io::Result<Self> {
-        let irq = Irq(Arc::new(irq));
+        let irq = Irq(irq);
         let room = Arc::new(Room {
-            event: eventfd()?,
+            event: EventFd::new()?,
             wanted: AtomicBool::new(false),
         });
         let Endpoint { writer, reader, .. } = endpoint;
@@ -121,7 +121,7 @@ impl Drop for Serial {
 
 impl InputThread {
     fn start(reader: Reader, uart: Arc<Mutex<Uart>>, room: Arc<Room>) -> io::Result<Self> {
-        let stop = eventfd()?;
+        let stop = EventFd::new()?;
         let events = Epoll::new()?;
         watch(&events, ControlOperation::Add, &stop)?;
         watch(&events, ControlOperation::Add, &room.event)?;
@@ -143,8 +143,7 @@ impl InputThread {
 
 impl Drop for InputThread {
     fn drop(&mut self) {
-        // Can only fail when it was signalled before.
-        let _ = self.stop.write(1);
+        self.stop.signal();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -174,7 +173,7 @@ fn bring_input(
             }
             if event.fd() == room.event.as_raw_fd() {
                 // Read to make it unreadable; what it counted does not matter.
-                let _ = room.event.read();
+                let _count = room.event.take();
                 watch(events, ControlOperation::Add, &reader)?;
                 continue;
             }
@@ -211,13 +210,14 @@ fn lock(uart: &Mutex<Uart>) -> MutexGuard<'_, Uart> {
 
 /// The interrupt's eventfd.
 #[derive(Clone, Debug)]
-struct Irq(Arc<EventFd>);
+struct Irq(EventFd);
 
 impl Trigger for Irq {
-    type E = io::Error;
+    type E = Infallible;
 
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.signal();
+        Ok(())
     }
 }
 
@@ -231,8 +231,7 @@ struct Room {
 impl Room {
     fn signal(&self) {
         if self.wanted.swap(false, Ordering::Relaxed) {
-            // Can only fail when it was signalled before.
-            let _ = self.event.write(1);
+            self.event.signal();
         }
     }
 }
@@ -255,6 +254,8 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::time::Duration;
 
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
     use super::*;
     use crate::config::ConsoleConfig;
 
@@ -267,13 +268,13 @@ mod tests {
     /// A port on a socket in `folder`, with a client connected.
     fn port(folder: &tempfile::TempDir) -> (Serial, UnixStream, EventFd) {
         let path = folder.path().join("serial");
-        let quit = eventfd().unwrap();
+        let quit = EventFd::new().unwrap();
         let endpoint = Endpoint::open(&ConsoleConfig::Socket(path.clone()), &quit)
             .unwrap()
             .unwrap();
         assert_eq!(endpoint.location.as_deref(), Some(path.as_path()));
-        let irq = EventFd::new(0).unwrap();
-        let serial = Serial::new(irq.try_clone().unwrap(), endpoint).unwrap();
+        let irq = EventFd::new().unwrap();
+        let serial = Serial::new(irq.clone(), endpoint).unwrap();
         let mut client = UnixStream::connect(path).unwrap();
         client
             .set_read_timeout(Some(Duration::from_secs(20)))
@@ -281,9 +282,19 @@ mod tests {
         serial.write(INTERRUPT_ENABLE, &[1]);
         // Input has arrived only when the client has been accepted.
         client.write_all(b"!").unwrap();
-        irq.read().unwrap();
+        interrupt(&irq);
         assert_eq!(read(&serial, DATA), b'!');
         (serial, client, irq)
+    }
+
+    /// Waits for an interrupt.
+    fn interrupt(irq: &EventFd) {
+        let patience = Timespec {
+            tv_sec: 20,
+            tv_nsec: 0,
+        };
+        poll(&mut [PollFd::new(irq, PollFlags::IN)], Some(&patience)).unwrap();
+        assert!(irq.take() > 0, "no interrupt");
     }
 
     fn read(serial: &Serial, register: u64) -> u8 {
@@ -329,7 +340,7 @@ mod tests {
         client.write_all(&sent).unwrap();
         let mut seen = Vec::new();
         while seen.len() < sent.len() {
-            irq.read().unwrap();
+            interrupt(&irq);
             while read(&serial, LINE_STATUS) & DATA_READY != 0 {
                 seen.push(read(&serial, DATA));
             }
@@ -342,13 +353,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (serial, mut client, irq) = port(&folder);
         client.write_all(&[7; 300]).unwrap();
-        irq.read().unwrap();
+        interrupt(&irq);
         serial.reset();
         assert_eq!(serial.state().interrupt_enable, 0);
         client.write_all(b"z").unwrap();
         serial.write(INTERRUPT_ENABLE, &[1]);
         loop {
-            irq.read().unwrap();
+            interrupt(&irq);
             while read(&serial, LINE_STATUS) & DATA_READY != 0 {
                 if read(&serial, DATA) == b'z' {
                     return;

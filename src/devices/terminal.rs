@@ -7,16 +7,21 @@
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::ptr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
+use rustix::io::Errno;
+use rustix::process::getpgrp;
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+
 /// The terminal as it was, and its descriptor. Leaked, for a signal handler may read it at any time.
 struct Saved {
     fd: OwnedFd,
-    settings: libc::termios,
+    settings: Termios,
     handlers: [(libc::c_int, libc::sigaction); FATAL.len()],
 }
 
@@ -56,11 +61,10 @@ impl RawMode {
             ));
         }
         let fd = fd.try_clone_to_owned()?;
-        let settings = settings(fd.as_fd())?;
-        let mut raw = settings;
-        // SAFETY: `raw` is a valid termios that nobody else sees.
-        unsafe { libc::cfmakeraw(&mut raw) };
-        raw.c_oflag = settings.c_oflag;
+        let settings = tcgetattr(&fd)?;
+        let mut raw = settings.clone();
+        raw.make_raw();
+        raw.output_modes = settings.output_modes;
         let saved = Box::into_raw(Box::new(Saved {
             fd,
             settings,
@@ -78,7 +82,7 @@ impl RawMode {
         // SAFETY: published pointers are never freed, so the reference lives as long as it is used.
         let saved = unsafe { &*saved };
         catch_the_end(saved);
-        apply(saved.fd.as_fd(), &raw)?;
+        tcsetattr(&saved.fd, OptionalActions::Now, &raw)?;
         Ok(guard)
     }
 }
@@ -95,7 +99,7 @@ fn restore() {
     // SAFETY: the pointer is null or one that `enter` published; those are never freed.
     if let Some(saved) = unsafe { saved.as_ref() } {
         // Nothing can be done about a failure: the terminal is gone, or is not ours any more.
-        let _ = apply(saved.fd.as_fd(), &saved.settings);
+        let _ = tcsetattr(&saved.fd, OptionalActions::Now, &saved.settings);
     }
 }
 
@@ -126,7 +130,7 @@ fn catch_the_end(saved: &Saved) {
         // On the alternate stack, for the stack may be what is at an end.
         action.sa_flags = libc::SA_ONSTACK | libc::SA_SIGINFO;
         // SAFETY: `action` is valid, and its handler does only what a handler may: it swaps an atomic,
-        // and calls tcsetattr, sigaction and raise.
+        // and calls tcsetattr (rustix's, which is the ioctl alone), sigaction and raise.
         unsafe { libc::sigaction(*signal, &action, ptr::null_mut()) };
     }
 }
@@ -181,31 +185,14 @@ fn disposition(signal: libc::c_int) -> libc::sigaction {
     }
 }
 
-fn settings(fd: BorrowedFd<'_>) -> io::Result<libc::termios> {
-    let mut settings = MaybeUninit::uninit();
-    // SAFETY: the descriptor is open, and the pointer is to room for a termios.
-    if unsafe { libc::tcgetattr(fd.as_raw_fd(), settings.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: tcgetattr succeeded, so that it filled it in.
-    Ok(unsafe { settings.assume_init() })
-}
-
-fn apply(fd: BorrowedFd<'_>, settings: &libc::termios) -> io::Result<()> {
-    // SAFETY: the descriptor is open, and `settings` is a valid termios.
-    if unsafe { libc::tcsetattr(fd.as_raw_fd(), libc::TCSANOW, settings) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
 /// Whether the process may change the terminal `fd` without being stopped: it is in its foreground,
 /// or the terminal does not control it.
 fn in_foreground(fd: BorrowedFd<'_>) -> bool {
-    // SAFETY: both only ask.
-    unsafe {
-        let foreground = libc::tcgetpgrp(fd.as_raw_fd());
-        foreground == -1 || foreground == libc::getpgrp()
+    match tcgetpgrp(fd) {
+        Ok(foreground) => foreground == getpgrp(),
+        // There is one, of another PID namespace.
+        Err(Errno::OPNOTSUPP) => false,
+        Err(_) => true,
     }
 }
 
@@ -226,36 +213,18 @@ impl Pty {
     /// # Errors
     /// The system has none left, or `/dev/pts` is not there.
     pub(crate) fn open() -> io::Result<Self> {
-        let (mut master, mut slave) = (-1, -1);
-        // SAFETY: the pointers are to two integers; the others may be null.
-        let result = unsafe {
-            libc::openpty(
-                &mut master,
-                &mut slave,
-                ptr::null_mut(),
-                ptr::null(),
-                ptr::null(),
-            )
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: openpty gave two descriptors that are nobody else's.
-        let (master, slave) = unsafe { (File::from_raw_fd(master), File::from_raw_fd(slave)) };
-        for file in [&master, &slave] {
-            // SAFETY: the descriptor is open.
-            if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        let mut raw = settings(slave.as_fd())?;
-        // SAFETY: `raw` is a valid termios that nobody else sees.
-        unsafe { libc::cfmakeraw(&mut raw) };
-        apply(slave.as_fd(), &raw)?;
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags)?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        let slave = ioctl_tiocgptpeer(&master, flags)?;
+        let mut raw = tcgetattr(&slave)?;
+        raw.make_raw();
+        tcsetattr(&slave, OptionalActions::Now, &raw)?;
         let path = std::fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd()))?;
         Ok(Self {
-            master,
-            slave,
+            master: master.into(),
+            slave: slave.into(),
             path,
         })
     }
@@ -264,7 +233,10 @@ impl Pty {
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};
+    use std::os::fd::AsFd;
     use std::process::{Child, Command, Stdio};
+
+    use rustix::termios::{InputModes, LocalModes};
 
     use super::*;
 
@@ -319,10 +291,11 @@ mod tests {
     /// the terminal is then as it was before.
     fn ends(end: &str, act: impl FnOnce(&mut Child)) {
         let pty = Pty::open().unwrap();
-        let mut before = settings(pty.slave.as_fd()).unwrap();
-        before.c_lflag |= libc::ICANON | libc::ECHO | libc::ISIG;
-        before.c_iflag |= libc::ICRNL;
-        apply(pty.slave.as_fd(), &before).unwrap();
+        let cooked = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
+        let mut before = tcgetattr(&pty.slave).unwrap();
+        before.local_modes |= cooked;
+        before.input_modes |= InputModes::ICRNL;
+        tcsetattr(&pty.slave, OptionalActions::Now, &before).unwrap();
         // Standard error is the child's second input: standard input is the terminal.
         let (hold, held) = io::pipe().unwrap();
         let mut child = Command::new(std::env::current_exe().unwrap())
@@ -336,15 +309,15 @@ mod tests {
         let output = BufReader::new(child.stdout.take().unwrap());
         let mut output = output.lines().map_while(Result::ok);
         assert!(output.any(|line| line == "raw"), "{end}: no raw mode");
-        let raw = settings(pty.slave.as_fd()).unwrap();
-        assert_eq!(raw.c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG), 0);
-        assert_eq!(raw.c_oflag, before.c_oflag);
+        let raw = tcgetattr(&pty.slave).unwrap();
+        assert!(!raw.local_modes.intersects(cooked));
+        assert_eq!(raw.output_modes, before.output_modes);
         act(&mut child);
         drop(held);
         child.wait().unwrap();
-        let after = settings(pty.slave.as_fd()).unwrap();
-        assert_eq!(after.c_lflag, before.c_lflag, "{end}");
-        assert_eq!(after.c_iflag, before.c_iflag, "{end}");
+        let after = tcgetattr(&pty.slave).unwrap();
+        assert_eq!(after.local_modes, before.local_modes, "{end}");
+        assert_eq!(after.input_modes, before.input_modes, "{end}");
     }
 
     #[test]

@@ -5,9 +5,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::eventfd::typed;
+use super::irq::lend;
 
 /// Makes doorbells.
 #[derive(Clone, Debug)]
@@ -19,7 +18,7 @@ pub struct Doorbells {
 #[derive(Debug)]
 pub struct Doorbell {
     fd: Arc<VmFd>,
-    event: EventFd,
+    event: OwnedFd,
     at: u64,
 }
 
@@ -34,9 +33,11 @@ impl Doorbells {
     /// # Errors
     /// The kernel's; `EEXIST` where something rings there already.
     pub fn ring(&self, at: u64, event: &OwnedFd) -> io::Result<Doorbell> {
-        let event = typed(event.try_clone()?);
-        self.fd
-            .register_ioevent(&event, &IoEventAddress::Mmio(at), NoDatamatch)?;
+        let event = event.try_clone()?;
+        let address = IoEventAddress::Mmio(at);
+        lend(&event, |event| {
+            self.fd.register_ioevent(event, &address, NoDatamatch)
+        })?;
         Ok(Doorbell {
             fd: self.fd.clone(),
             event,
@@ -48,7 +49,10 @@ impl Doorbells {
 impl Drop for Doorbell {
     fn drop(&mut self) {
         let at = IoEventAddress::Mmio(self.at);
-        if let Err(error) = self.fd.unregister_ioevent(&self.event, &at, NoDatamatch) {
+        let silenced = lend(&self.event, |event| {
+            self.fd.unregister_ioevent(event, &at, NoDatamatch)
+        });
+        if let Err(error) = silenced {
             log::error!("the doorbell at {:#x} stays: {error}", self.at);
         }
     }

@@ -6,17 +6,20 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
+use busway_vfio::EventFd;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
 };
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::EventFd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd as KvmEventFd;
 
 use super::error::KvmError;
 
@@ -134,14 +137,12 @@ impl IrqRouter {
     /// # Errors
     /// [`KvmError::Ioctl`]
     pub fn edge_line(&self, gsi: u32) -> Result<EventFd, KvmError> {
-        let event = crate::eventfd::eventfd().map_err(|source| KvmError::Ioctl {
+        let event = EventFd::new().map_err(|source| KvmError::Ioctl {
             what: "eventfd",
             object: format!("GSI {gsi}"),
             source,
         })?;
-        self.shared
-            .fd
-            .register_irqfd(&event, gsi)
+        lend(&event, |event| self.shared.fd.register_irqfd(event, gsi))
             .map_err(KvmError::ioctl("KVM_IRQFD", format_args!("GSI {gsi}")))?;
         Ok(event)
     }
@@ -286,7 +287,7 @@ impl InterruptRoutes for IrqRouter {
     fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         let event = eventfd()?;
         let gsi = self.shared.take(message)?;
-        if let Err(error) = self.shared.fd.register_irqfd(&event, gsi) {
+        if let Err(error) = lend(&event, |event| self.shared.fd.register_irqfd(event, gsi)) {
             self.shared.free(gsi);
             return Err(kernel("KVM_IRQFD", error));
         }
@@ -342,34 +343,34 @@ impl InterruptRoute for Vector {
             return Ok(());
         }
         let fd = &self.router.fd;
-        let result = if masked {
-            fd.unregister_irqfd(&self.event, self.gsi)
-        } else {
-            fd.register_irqfd(&self.event, self.gsi)
-        };
+        let result = lend(&self.event, |event| match masked {
+            true => fd.unregister_irqfd(event, self.gsi),
+            false => fd.register_irqfd(event, self.gsi),
+        });
         result.map_err(|error| kernel("KVM_IRQFD", error))?;
         *now = masked;
         Ok(())
     }
 
     fn pending(&self) -> bool {
-        *self.masked() && is_readable(self.event())
+        *self.masked() && is_readable(&self.event)
     }
 
     fn event(&self) -> BorrowedFd<'_> {
-        borrow(&self.event)
+        self.event.as_fd()
     }
 
     fn trigger(&self) {
-        // It fails only where the count would overflow, and then a signal is there already.
-        let _ = self.event.write(1);
+        self.event.signal();
     }
 }
 
 impl Drop for Vector {
     fn drop(&mut self) {
         if !*self.masked()
-            && let Err(error) = self.router.fd.unregister_irqfd(&self.event, self.gsi)
+            && let Err(error) = lend(&self.event, |event| {
+                self.router.fd.unregister_irqfd(event, self.gsi)
+            })
         {
             log::error!("the irqfd of GSI {} stays: {error}", self.gsi);
         }
@@ -380,7 +381,7 @@ impl Drop for Vector {
 
 /// An eventfd for KVM to wait for, or to signal.
 pub(super) fn eventfd() -> Result<EventFd, RouteError> {
-    crate::eventfd::eventfd().map_err(no_eventfd)
+    EventFd::new().map_err(no_eventfd)
 }
 
 fn no_eventfd(source: io::Error) -> RouteError {
@@ -393,22 +394,21 @@ fn no_eventfd(source: io::Error) -> RouteError {
     }
 }
 
-/// An eventfd's descriptor.
-pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open for as long as `event`, which stays borrowed.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+/// Lends an eventfd to a call of `kvm-ioctls`, in the type that it asks for.
+pub(super) fn lend<T>(event: &impl AsFd, call: impl FnOnce(&KvmEventFd) -> T) -> T {
+    // SAFETY: the descriptor is open for as long as `event`, which stays borrowed, and is not closed by
+    // what is never dropped.
+    let event = unsafe { KvmEventFd::from_raw_fd(event.as_fd().as_raw_fd()) };
+    call(&ManuallyDrop::new(event))
 }
 
 /// Whether an eventfd has a signal, without taking it.
-fn is_readable(event: BorrowedFd<'_>) -> bool {
-    let mut poll = libc::pollfd {
-        fd: event.as_fd().as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: the pointer is to one `pollfd`, which is what the count says.
-    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
-    ready == 1 && poll.revents & libc::POLLIN != 0
+fn is_readable(event: &EventFd) -> bool {
+    let mut asked = [PollFd::new(event, PollFlags::IN)];
+    poll(&mut asked, Some(&Timespec::default())) == Ok(1)
+        && asked
+            .iter()
+            .any(|one| one.revents().contains(PollFlags::IN))
 }
 
 /// A pin held up or down by one device.

@@ -6,14 +6,14 @@
 //! that share a line each have a pair of their own: KVM resamples all of them at each end of
 //! interrupt.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use busway_pci::{InterruptLine, InterruptLines, InterruptPin, RouteError};
+use busway_vfio::EventFd;
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::irq::{IrqRouter, borrow, eventfd, kernel};
+use super::irq::{IrqRouter, eventfd, kernel, lend};
 
 /// The four pins of a device, by the GSIs that they are wired to.
 #[derive(Debug)]
@@ -43,9 +43,12 @@ impl InterruptLines for Pins {
             InterruptPin::D => d,
         };
         let (event, resample) = (eventfd()?, eventfd()?);
-        self.fd
-            .register_irqfd_with_resample(&event, &resample, gsi)
-            .map_err(|error| kernel("KVM_IRQFD", error))?;
+        lend(&event, |event| {
+            lend(&resample, |resample| {
+                self.fd.register_irqfd_with_resample(event, resample, gsi)
+            })
+        })
+        .map_err(|error| kernel("KVM_IRQFD", error))?;
         Ok(Arc::new(Line {
             fd: self.fd.clone(),
             gsi,
@@ -66,17 +69,19 @@ struct Line {
 
 impl InterruptLine for Line {
     fn event(&self) -> BorrowedFd<'_> {
-        borrow(&self.event)
+        self.event.as_fd()
     }
 
     fn resample(&self) -> BorrowedFd<'_> {
-        borrow(&self.resample)
+        self.resample.as_fd()
     }
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        if let Err(error) = self.fd.unregister_irqfd(&self.event, self.gsi) {
+        if let Err(error) = lend(&self.event, |event| {
+            self.fd.unregister_irqfd(event, self.gsi)
+        }) {
             log::error!("the irqfd of GSI {} stays: {error}", self.gsi);
         }
     }

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use busway_pci::{InterruptRoutes, SlotListener, Windows};
-use vmm_sys_util::eventfd::EventFd;
+use busway_vfio::EventFd;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::RunError;
 use super::address_plan::{AddressPlan, PlannedFunction};
@@ -21,7 +22,6 @@ use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
 use crate::config::{ConsoleConfig, VmConfig};
-use crate::eventfd::eventfd;
 use crate::kvm::{Buses, CpuFeatures, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{GuestRam, Ram, Regions};
 use crate::report::{Report, Stage};
@@ -98,7 +98,7 @@ impl Machine {
         let found = Found::find(config, options)?;
         let plan = plan(config, &found, &model)?;
 
-        let quit = eventfd().map_err(RunError::system("eventfd"))?;
+        let quit = EventFd::new().map_err(RunError::system("eventfd"))?;
         let events = Events::new().map_err(RunError::system("eventfd"))?;
         let memory = MemoryMap(Arc::default());
         let mut passthrough = Passthrough::new(config, &vm, &memory.0, &router, &events)?;
@@ -353,19 +353,13 @@ fn few_arenas() {
 /// Has as many files be open as this process may raise its limit to: each vector of a device that its
 /// driver uses is one, and the usual limit is below what a guest with many devices and processors has.
 fn many_files() {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
     };
-    // SAFETY: the one call fills `limit` in, the other reads it.
-    let raised = unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
-        }
-    };
-    if !raised {
-        log::debug!("RLIMIT_NOFILE: {}", std::io::Error::last_os_error());
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        log::debug!("RLIMIT_NOFILE: {error}");
     }
 }
 
@@ -373,27 +367,17 @@ fn many_files() {
 mod tests {
     use super::*;
 
-    fn open_files() -> libc::rlimit {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: the call fills `limit` in.
-        let result = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-        assert_eq!(result, 0);
-        limit
-    }
-
     #[test]
     fn as_many_files_can_be_open_as_the_limit_can_be_raised_to() {
-        let mut limit = open_files();
+        let limit = getrlimit(Resource::Nofile);
         // Others' tests go on meanwhile.
-        limit.rlim_cur = limit.rlim_max - 1;
-        // SAFETY: the call reads `limit`.
-        let result = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-        assert_eq!(result, 0);
+        let lower = Rlimit {
+            current: limit.maximum.map(|most| most - 1),
+            ..limit
+        };
+        setrlimit(Resource::Nofile, lower).unwrap();
         many_files();
-        let limit = open_files();
-        assert_eq!(limit.rlim_cur, limit.rlim_max);
+        let limit = getrlimit(Resource::Nofile);
+        assert_eq!(limit.current, limit.maximum);
     }
 }

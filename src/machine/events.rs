@@ -6,10 +6,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::SlotListener;
-use vmm_sys_util::eventfd::EventFd;
+use busway_vfio::EventFd;
 
 use crate::devices::PowerSink;
-use crate::eventfd::eventfd;
 use crate::kvm::{EventSink, VcpuEvent};
 
 /// Something that the machine has to decide.
@@ -47,7 +46,7 @@ impl Events {
     pub(super) fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             waiting: Mutex::default(),
-            signal: eventfd()?,
+            signal: EventFd::new()?,
         }))
     }
 
@@ -82,8 +81,7 @@ impl Events {
         let mut waiting = self.waiting();
         let event = waiting.pop_front();
         if waiting.is_empty() {
-            // Nonblocking; it fails where there is no signal.
-            let _ = self.signal.read();
+            let _count = self.signal.take();
         }
         event
     }
@@ -98,8 +96,7 @@ impl Events {
         let mut waiting = self.waiting();
         if !waiting.contains(&event) {
             waiting.push_back(event);
-            // It fails only where the count would overflow, and then a signal is there already.
-            let _ = self.signal.write(1);
+            self.signal.signal();
         }
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use busway_pci::{Cf8Cfc, Topology};
-use vmm_sys_util::eventfd::EventFd;
+use busway_vfio::EventFd;
 
 use super::RunError;
 use super::bus::ConfigPorts;

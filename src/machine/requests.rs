@@ -9,12 +9,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use busway_vfio::EventFd;
 use serde::Serialize;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::RunError;
 use crate::config::DeviceConfig;
-use crate::eventfd::eventfd;
 use crate::report::AssignedDevice;
 
 /// How many requests wait to be taken; whoever asks then is refused.
@@ -192,8 +191,7 @@ impl Control {
             return Err(RequestError::TooMany);
         }
         waiting.requests.push_back((request, Asker(sender)));
-        // It fails only where the count would overflow, and then a signal is there already.
-        let _ = self.0.signal.write(1);
+        self.0.signal.signal();
         Ok(receiver)
     }
 }
@@ -211,7 +209,7 @@ impl Requests {
     pub fn new() -> Result<Self, RunError> {
         Ok(Self(Arc::new(Mailbox {
             waiting: Mutex::default(),
-            signal: eventfd().map_err(RunError::system("eventfd"))?,
+            signal: EventFd::new().map_err(RunError::system("eventfd"))?,
         })))
     }
 
@@ -236,8 +234,7 @@ impl Requests {
         let mut waiting = self.0.waiting();
         let request = waiting.requests.pop_front();
         if waiting.requests.is_empty() {
-            // Nonblocking; it fails where there is no signal.
-            let _ = self.0.signal.read();
+            let _count = self.0.signal.take();
         }
         request
     }

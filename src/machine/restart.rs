@@ -12,14 +12,13 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use busway_pci::PciFunction;
+use busway_vfio::EventFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::RunError;
 use super::assembly::Machine;
 use super::life::Ended;
 use super::signals::Signals;
-use crate::eventfd::eventfd;
 use crate::kvm::KvmError;
 
 impl Machine {
@@ -93,8 +92,7 @@ struct Done<'a>(&'a EventFd);
 
 impl Drop for Done<'_> {
     fn drop(&mut self) {
-        // It fails only where the count would overflow.
-        let _ = self.0.write(1);
+        self.0.signal();
     }
 }
 
@@ -107,7 +105,7 @@ fn with_an_ear<T: Send>(
     resets: &Resets,
     work: impl FnOnce() -> T + Send,
 ) -> Result<(T, Option<Ended>), RunError> {
-    let done = eventfd().map_err(RunError::system("eventfd"))?;
+    let done = EventFd::new().map_err(RunError::system("eventfd"))?;
     let epoll = Epoll::new().map_err(RunError::system("epoll_create"))?;
     for (fd, source) in [
         (signals.as_raw_fd(), SIGNAL),
@@ -180,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_signal_and_a_person_stop_the_resets_and_end_the_vm() {
-        let (signals, quit) = (Signals::new().unwrap(), eventfd().unwrap());
+        let (signals, quit) = (Signals::new().unwrap(), EventFd::new().unwrap());
         let untouched = with_an_ear(&signals, &quit, &Resets::default(), || 7).unwrap();
         assert_eq!(untouched, (7, None));
         // SAFETY: the signal is blocked in this thread, which is the one it goes to.
@@ -188,9 +186,9 @@ mod tests {
         let resets = Resets::default();
         let stopped = with_an_ear(&signals, &quit, &resets, || reset_on_and_on(&resets)).unwrap();
         assert_eq!(stopped, (true, Some(Ended::PowerOff)));
-        let (left, resets) = (quit.try_clone().unwrap(), Resets::default());
+        let (left, resets) = (quit.clone(), Resets::default());
         let work = || {
-            left.write(1).unwrap();
+            left.signal();
             reset_on_and_on(&resets)
         };
         let stopped = with_an_ear(&signals, &quit, &resets, work).unwrap();

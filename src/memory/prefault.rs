@@ -4,6 +4,7 @@
 //! kernel find and clear the pages one by one inside the map call. Populating them first does that
 //! work in parallel.
 
+use std::ffi::c_void;
 use std::io;
 use std::num::NonZero;
 use std::ops::ControlFlow;
@@ -12,6 +13,8 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
 use vm_memory::GuestMemoryRegion;
 
 use super::Ram;
@@ -127,23 +130,18 @@ impl Ram {
 fn populate(chunk: &Chunk) -> io::Result<()> {
     // SAFETY: the chunk lies in a mapping of `Ram`, which the caller borrows. Populating for
     // writing changes no byte.
-    let result = unsafe {
-        libc::madvise(
-            chunk.host as *mut libc::c_void,
-            chunk.size,
-            libc::MADV_POPULATE_WRITE,
-        )
+    let populated = unsafe {
+        let start = chunk.host as *mut c_void;
+        madvise(start, chunk.size, Advice::LinuxPopulateWrite)
     };
-    if result == 0 {
-        return Ok(());
+    match populated {
+        // Linux before 5.14 has no MADV_POPULATE_WRITE.
+        Err(Errno::INVAL) => {
+            touch(chunk);
+            Ok(())
+        }
+        other => Ok(other?),
     }
-    let error = io::Error::last_os_error();
-    // Linux before 5.14 has no MADV_POPULATE_WRITE.
-    if error.raw_os_error() == Some(libc::EINVAL) {
-        touch(chunk);
-        return Ok(());
-    }
-    Err(error)
 }
 
 /// Writes a byte of each page, before any guest or device runs.

@@ -1,15 +1,17 @@
 //! Where the guest's RAM comes from: ordinary pages, a memfd where it is shared, or huge pages.
 
-use std::ffi::CStr;
+use std::ffi::c_void;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::mem;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use busway_vfio::Mapping;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
@@ -252,36 +254,38 @@ fn map(
         true => Some(memfd(size, huge_page).map_err(map_error("memfd_create", size))?),
         false => None,
     };
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
     // Huge pages are reserved by the mapping, so that a guest is never killed for want of one.
-    let mut flags = huge_page.map_or(libc::MAP_NORESERVE, |_| 0);
+    let mut flags = huge_page.map_or(MapFlags::NORESERVE, |_| MapFlags::empty());
     flags |= match (&file, huge_page) {
-        (Some(_), _) => libc::MAP_SHARED,
-        (None, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        (Some(_), _) => MapFlags::SHARED,
+        (None, None) => MapFlags::PRIVATE,
         (None, Some(page)) => {
-            let size = (page.trailing_zeros() as i32) << libc::MAP_HUGE_SHIFT;
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | size
+            let size = page.trailing_zeros() << libc::MAP_HUGE_SHIFT;
+            MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::from_bits_retain(size)
         }
     };
-    let fd = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-    let address = reserved.address().0 as *mut libc::c_void;
+    let (address, fixed) = (reserved.address().0 as *mut c_void, flags | MapFlags::FIXED);
     // SAFETY: the range replaced is `reserved`, which nobody else knows.
-    if unsafe { libc::mmap(address, length, protection, flags | libc::MAP_FIXED, fd, 0) }
-        == libc::MAP_FAILED
-    {
-        let error = io::Error::last_os_error();
-        return Err(match huge_page {
-            // Somebody else was quicker, or memory is in too small pieces for the kernel to make more.
-            Some(page) if error.raw_os_error() == Some(libc::ENOMEM) => {
-                let pool = Pool::of(page);
-                pool.too_few(size / page, pool.free())
-            }
-            _ => map_error("mmap", size)(error),
-        });
-    }
+    let mapped = unsafe {
+        match &file {
+            Some(file) => mmap(address, length, protection, fixed, file, 0),
+            None => mmap_anonymous(address, length, protection, fixed),
+        }
+    };
+    mapped.map_err(|error| match huge_page {
+        // Somebody else was quicker, or memory is in too small pieces for the kernel to make more.
+        Some(page) if error == Errno::NOMEM => {
+            let pool = Pool::of(page);
+            pool.too_few(size / page, pool.free())
+        }
+        _ => map_error("mmap", size)(error.into()),
+    })?;
+    // What vm-memory is told are libc's flags.
+    let anonymous = file.as_ref().map_or(libc::MAP_ANONYMOUS, |_| 0);
     let mut builder = MmapRegionBuilder::new(length)
-        .with_mmap_prot(protection)
-        .with_mmap_flags(flags)
+        .with_mmap_prot(protection.bits() as i32)
+        .with_mmap_flags(flags.bits() as i32 | anonymous)
         .with_hugetlbfs(huge_page.is_some());
     if let Some(file) = file {
         builder = builder.with_file_offset(FileOffset::new(file, 0));
@@ -298,17 +302,11 @@ fn map(
 
 /// A nameless file of `size` bytes that another process can map.
 fn memfd(size: u64, huge_page: Option<u64>) -> io::Result<File> {
-    const NAME: &CStr = c"guest-ram";
-    let huge = huge_page.map_or(0, |page| {
-        libc::MFD_HUGETLB | page.trailing_zeros() << libc::MFD_HUGE_SHIFT
+    let huge = huge_page.map_or(MemfdFlags::empty(), |page| {
+        let size = page.trailing_zeros() << libc::MFD_HUGE_SHIFT;
+        MemfdFlags::HUGETLB | MemfdFlags::from_bits_retain(size)
     });
-    // SAFETY: the name is a string with its end, which is all that the call reads.
-    let raw = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | huge) };
-    if raw < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just made, and nothing else owns it.
-    let file = unsafe { File::from_raw_fd(raw) };
+    let file = File::from(memfd_create(c"guest-ram", MemfdFlags::CLOEXEC | huge)?);
     file.set_len(size)?;
     Ok(file)
 }
@@ -317,21 +315,19 @@ fn memfd(size: u64, huge_page: Option<u64>) -> io::Result<File> {
 fn advise(region: &GuestRegionMmap, config: &MemoryConfig, huge: bool) {
     let mut advice = vec![
         // A child must not keep the guest's memory, nor break its pinning by copy-on-write.
-        libc::MADV_DONTFORK,
-        libc::MADV_DONTDUMP,
+        Advice::LinuxDontFork,
+        Advice::LinuxDontDump,
     ];
     if !huge {
         advice.push(match config.thp {
-            true => libc::MADV_HUGEPAGE,
-            false => libc::MADV_NOHUGEPAGE,
+            true => Advice::LinuxHugepage,
+            false => Advice::LinuxNoHugepage,
         });
     }
     for advice in advice {
         // SAFETY: the range is the region's own mapping, and none of this advice changes contents.
-        let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
-        if result != 0 {
-            let error = io::Error::last_os_error();
-            log::debug!("madvise({advice}) on guest RAM: {error}");
+        if let Err(error) = unsafe { madvise(region.as_ptr().cast(), region.size(), advice) } {
+            log::debug!("madvise({advice:?}) on guest RAM: {error}");
         }
     }
 }

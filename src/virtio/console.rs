@@ -234,9 +234,9 @@ impl Worker for ConsoleWorker {
 mod tests {
     use super::*;
     use crate::config::ConsoleConfig;
-    use crate::eventfd::eventfd;
     use crate::virtio::spec::pci::common;
     use crate::virtio::testing::Driver;
+    use busway_vfio::EventFd;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
     use std::time::{Duration, Instant};
@@ -244,7 +244,7 @@ mod tests {
     fn over_socket() -> (tempfile::TempDir, Console, UnixStream) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("console");
-        let quit = eventfd().unwrap();
+        let quit = EventFd::new().unwrap();
         let endpoint = Endpoint::open(&ConsoleConfig::Socket(path.clone()), &quit)
             .unwrap()
             .unwrap();
@@ -332,7 +332,7 @@ mod tests {
 
     #[test]
     fn a_null_console_swallows_all() {
-        let quit = eventfd().unwrap();
+        let quit = EventFd::new().unwrap();
         let endpoint = Endpoint::open(&ConsoleConfig::Null, &quit)
             .unwrap()
             .unwrap();

@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwapOption;
 use busway_pci::{InterruptRoutes, Msix, VectorOwner};
 
-use super::event::Event;
 use super::spec::{NO_VECTOR, isr};
 use busway_pci::Complaints;
+use busway_vfio::EventFd;
 
 /// The interrupts of one device, shared by its transport and its workers.
 ///
@@ -134,7 +134,7 @@ impl Interrupts {
 
 /// The eventfds of the connected vectors.
 #[derive(Debug)]
-struct VectorEvents(Box<[ArcSwapOption<Event>]>);
+struct VectorEvents(Box<[ArcSwapOption<EventFd>]>);
 
 impl VectorEvents {
     fn signal(&self, vector: u16) -> bool {

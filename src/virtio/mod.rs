@@ -10,7 +10,6 @@
 pub mod blk;
 pub mod console;
 mod device;
-mod event;
 mod interrupts;
 pub mod net;
 mod pci;

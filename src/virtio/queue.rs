@@ -9,10 +9,10 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
+use busway_vfio::EventFd;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::event::Event;
 use super::interrupts::Interrupts;
 use super::segments::{MAX_SEGMENTS, Segments};
 use super::spec;
@@ -66,7 +66,7 @@ pub struct Virtqueue {
     queue: Queue,
     /// The used index when the driver was last considered for an interrupt.
     told_used: u16,
-    doorbell: Event,
+    doorbell: EventFd,
     interrupts: Arc<Interrupts>,
     stop: Arc<AtomicBool>,
 }
@@ -75,7 +75,7 @@ impl Virtqueue {
     pub(crate) fn new(
         index: u16,
         queue: Queue,
-        doorbell: Event,
+        doorbell: EventFd,
         interrupts: Arc<Interrupts>,
         stop: Arc<AtomicBool>,
     ) -> Self {

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Most slices that one system call takes: `UIO_MAXIOV` in linux/uio.h. A chain is held to it, so
 /// that a request is one call.
@@ -102,6 +103,12 @@ impl<'m> Segments<'m> {
         }
         self.advance(done);
         done
+    }
+
+    /// Copies a value out of the guest and consumes its bytes; nothing where there are fewer.
+    pub(crate) fn take<T: FromBytes + IntoBytes>(&mut self) -> Option<T> {
+        let mut value = T::new_zeroed();
+        (self.read(value.as_mut_bytes()) == size_of::<T>()).then_some(value)
     }
 
     /// Copies into the guest and consumes; the number of bytes is the shorter of both sides'.

@@ -1,48 +1,57 @@
-//! Constants of virtio 1.3, under their own names. Nothing else stands here.
+//! Constants of virtio 1.3, by `virtio-bindings`, which has them from Linux, in the types that they have
+//! on the bus. What it lacks stands here with its section: virtio over PCI, and the console.
+
+use virtio_bindings::{virtio_config, virtio_ids, virtio_ring};
 
 /// Device types. Virtio 1.3 §5.
 pub mod device_type {
+    use super::virtio_ids;
+
     /// Network card. §5.1
-    pub const NET: u16 = 1;
+    pub const NET: u16 = virtio_ids::VIRTIO_ID_NET as u16;
     /// Block device. §5.2
-    pub const BLOCK: u16 = 2;
+    pub const BLOCK: u16 = virtio_ids::VIRTIO_ID_BLOCK as u16;
     /// Console. §5.3
-    pub const CONSOLE: u16 = 3;
+    pub const CONSOLE: u16 = virtio_ids::VIRTIO_ID_CONSOLE as u16;
     /// Entropy source. §5.4
-    pub const ENTROPY: u16 = 4;
+    pub const ENTROPY: u16 = virtio_ids::VIRTIO_ID_RNG as u16;
 }
 
 /// Device status bits. Virtio 1.3 §2.1.
 pub mod status {
+    use super::virtio_config;
+
     /// The guest has noticed the device.
-    pub const ACKNOWLEDGE: u8 = 1;
+    pub const ACKNOWLEDGE: u8 = virtio_config::VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
     /// The guest knows how to drive it.
-    pub const DRIVER: u8 = 2;
+    pub const DRIVER: u8 = virtio_config::VIRTIO_CONFIG_S_DRIVER as u8;
     /// The driver is ready.
-    pub const DRIVER_OK: u8 = 4;
+    pub const DRIVER_OK: u8 = virtio_config::VIRTIO_CONFIG_S_DRIVER_OK as u8;
     /// Feature negotiation is complete.
-    pub const FEATURES_OK: u8 = 8;
+    pub const FEATURES_OK: u8 = virtio_config::VIRTIO_CONFIG_S_FEATURES_OK as u8;
     /// The device has met an error that it cannot recover from.
-    pub const DEVICE_NEEDS_RESET: u8 = 64;
+    pub const DEVICE_NEEDS_RESET: u8 = virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET as u8;
     /// The driver has given up.
-    pub const FAILED: u8 = 128;
+    pub const FAILED: u8 = virtio_config::VIRTIO_CONFIG_S_FAILED as u8;
 }
 
 /// Feature bits that do not belong to one type of device. Virtio 1.3 §6.
 pub mod feature {
+    use super::{virtio_config, virtio_ring};
+
     /// `VIRTIO_F_INDIRECT_DESC`
-    pub const INDIRECT_DESC: u64 = 1 << 28;
+    pub const INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
     /// `VIRTIO_F_EVENT_IDX`
-    pub const EVENT_IDX: u64 = 1 << 29;
+    pub const EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
     /// `VIRTIO_F_VERSION_1`
-    pub const VERSION_1: u64 = 1 << 32;
+    pub const VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
 }
 
 /// A vector register that holds this has no vector. Virtio 1.3 §4.1.5.1.2.
 pub const NO_VECTOR: u16 = 0xffff;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`. Virtio 1.3 §2.7.6.
-pub const AVAIL_F_NO_INTERRUPT: u16 = 1;
+pub const AVAIL_F_NO_INTERRUPT: u16 = virtio_ring::VRING_AVAIL_F_NO_INTERRUPT as u16;
 
 /// ISR status bits. Virtio 1.3 §4.1.4.5.
 pub mod isr {
@@ -113,106 +122,108 @@ pub mod pci {
 
 /// Block device. Virtio 1.3 §5.2.
 pub mod blk {
+    use virtio_bindings::virtio_blk::*;
+
     /// `VIRTIO_BLK_F_SEG_MAX`. §5.2.3
-    pub const F_SEG_MAX: u64 = 1 << 2;
+    pub const F_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
     /// `VIRTIO_BLK_F_RO`
-    pub const F_RO: u64 = 1 << 5;
+    pub const F_RO: u64 = 1 << VIRTIO_BLK_F_RO;
     /// `VIRTIO_BLK_F_BLK_SIZE`
-    pub const F_BLK_SIZE: u64 = 1 << 6;
+    pub const F_BLK_SIZE: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE;
     /// `VIRTIO_BLK_F_FLUSH`
-    pub const F_FLUSH: u64 = 1 << 9;
+    pub const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
     /// `VIRTIO_BLK_F_TOPOLOGY`
-    pub const F_TOPOLOGY: u64 = 1 << 10;
+    pub const F_TOPOLOGY: u64 = 1 << VIRTIO_BLK_F_TOPOLOGY;
     /// `VIRTIO_BLK_F_MQ`
-    pub const F_MQ: u64 = 1 << 12;
+    pub const F_MQ: u64 = 1 << VIRTIO_BLK_F_MQ;
     /// `VIRTIO_BLK_F_DISCARD`
-    pub const F_DISCARD: u64 = 1 << 13;
+    pub const F_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
     /// `VIRTIO_BLK_F_WRITE_ZEROES`
-    pub const F_WRITE_ZEROES: u64 = 1 << 14;
+    pub const F_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
     /// `VIRTIO_BLK_T_IN`. §5.2.6
-    pub const T_IN: u32 = 0;
+    pub const T_IN: u32 = VIRTIO_BLK_T_IN;
     /// `VIRTIO_BLK_T_OUT`
-    pub const T_OUT: u32 = 1;
+    pub const T_OUT: u32 = VIRTIO_BLK_T_OUT;
     /// `VIRTIO_BLK_T_FLUSH`
-    pub const T_FLUSH: u32 = 4;
+    pub const T_FLUSH: u32 = VIRTIO_BLK_T_FLUSH;
     /// `VIRTIO_BLK_T_GET_ID`
-    pub const T_GET_ID: u32 = 8;
+    pub const T_GET_ID: u32 = VIRTIO_BLK_T_GET_ID;
     /// `VIRTIO_BLK_T_DISCARD`
-    pub const T_DISCARD: u32 = 11;
+    pub const T_DISCARD: u32 = VIRTIO_BLK_T_DISCARD;
     /// `VIRTIO_BLK_T_WRITE_ZEROES`
-    pub const T_WRITE_ZEROES: u32 = 13;
+    pub const T_WRITE_ZEROES: u32 = VIRTIO_BLK_T_WRITE_ZEROES;
 
     /// `VIRTIO_BLK_S_OK`. §5.2.6
-    pub const S_OK: u8 = 0;
+    pub const S_OK: u8 = VIRTIO_BLK_S_OK as u8;
     /// `VIRTIO_BLK_S_IOERR`
-    pub const S_IOERR: u8 = 1;
+    pub const S_IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
     /// `VIRTIO_BLK_S_UNSUPP`
-    pub const S_UNSUPP: u8 = 2;
+    pub const S_UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
     /// Bytes of a sector, the unit of every position and length, whatever the block size.
     pub const SECTOR: u64 = 512;
-    /// Bytes of `struct virtio_blk_req` before its data.
-    pub const HEADER_SIZE: usize = 16;
     /// Bytes of the string that `VIRTIO_BLK_T_GET_ID` asks for.
-    pub const ID_SIZE: usize = 20;
-    /// Bytes of `struct virtio_blk_discard_write_zeroes`.
-    pub const RANGE_SIZE: usize = 16;
-    /// Its flag that says that write zeroes may deallocate.
-    pub const RANGE_F_UNMAP: u32 = 1;
+    pub const ID_SIZE: usize = VIRTIO_BLK_ID_BYTES as usize;
+    /// The flag of `struct virtio_blk_discard_write_zeroes` that says that write zeroes may deallocate.
+    pub const RANGE_F_UNMAP: u32 = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 }
 
 /// Network card. Virtio 1.3 §5.1.
 pub mod net {
+    use std::mem::offset_of;
+
+    use virtio_bindings::virtio_net::*;
+
     /// `VIRTIO_NET_F_CSUM`: the device takes packets with a partial checksum. §5.1.3
-    pub const F_CSUM: u64 = 1 << 0;
+    pub const F_CSUM: u64 = 1 << VIRTIO_NET_F_CSUM;
     /// `VIRTIO_NET_F_GUEST_CSUM`: the driver takes them.
-    pub const F_GUEST_CSUM: u64 = 1 << 1;
+    pub const F_GUEST_CSUM: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM;
     /// `VIRTIO_NET_F_CTRL_GUEST_OFFLOADS`
-    pub const F_CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
+    pub const F_CTRL_GUEST_OFFLOADS: u64 = 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
     /// `VIRTIO_NET_F_MAC`
-    pub const F_MAC: u64 = 1 << 5;
+    pub const F_MAC: u64 = 1 << VIRTIO_NET_F_MAC;
     /// `VIRTIO_NET_F_GUEST_TSO4`
-    pub const F_GUEST_TSO4: u64 = 1 << 7;
+    pub const F_GUEST_TSO4: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4;
     /// `VIRTIO_NET_F_GUEST_TSO6`
-    pub const F_GUEST_TSO6: u64 = 1 << 8;
+    pub const F_GUEST_TSO6: u64 = 1 << VIRTIO_NET_F_GUEST_TSO6;
     /// `VIRTIO_NET_F_GUEST_ECN`
-    pub const F_GUEST_ECN: u64 = 1 << 9;
+    pub const F_GUEST_ECN: u64 = 1 << VIRTIO_NET_F_GUEST_ECN;
     /// `VIRTIO_NET_F_HOST_TSO4`
-    pub const F_HOST_TSO4: u64 = 1 << 11;
+    pub const F_HOST_TSO4: u64 = 1 << VIRTIO_NET_F_HOST_TSO4;
     /// `VIRTIO_NET_F_HOST_TSO6`
-    pub const F_HOST_TSO6: u64 = 1 << 12;
+    pub const F_HOST_TSO6: u64 = 1 << VIRTIO_NET_F_HOST_TSO6;
     /// `VIRTIO_NET_F_HOST_ECN`
-    pub const F_HOST_ECN: u64 = 1 << 13;
+    pub const F_HOST_ECN: u64 = 1 << VIRTIO_NET_F_HOST_ECN;
     /// `VIRTIO_NET_F_MRG_RXBUF`
-    pub const F_MRG_RXBUF: u64 = 1 << 15;
+    pub const F_MRG_RXBUF: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
     /// `VIRTIO_NET_F_STATUS`
-    pub const F_STATUS: u64 = 1 << 16;
+    pub const F_STATUS: u64 = 1 << VIRTIO_NET_F_STATUS;
     /// `VIRTIO_NET_F_CTRL_VQ`
-    pub const F_CTRL_VQ: u64 = 1 << 17;
+    pub const F_CTRL_VQ: u64 = 1 << VIRTIO_NET_F_CTRL_VQ;
     /// `VIRTIO_NET_F_MQ`
-    pub const F_MQ: u64 = 1 << 22;
+    pub const F_MQ: u64 = 1 << VIRTIO_NET_F_MQ;
 
     /// `VIRTIO_NET_S_LINK_UP`. §5.1.4
-    pub const S_LINK_UP: u16 = 1;
+    pub const S_LINK_UP: u16 = VIRTIO_NET_S_LINK_UP as u16;
 
     /// Bytes of `struct virtio_net_hdr` with `num_buffers`. §5.1.6
-    pub const HEADER_SIZE: usize = 12;
+    pub const HEADER_SIZE: usize = size_of::<virtio_net_hdr_mrg_rxbuf>();
     /// Offset of its `num_buffers`.
-    pub const HEADER_NUM_BUFFERS: usize = 10;
+    pub const HEADER_NUM_BUFFERS: usize = offset_of!(virtio_net_hdr_mrg_rxbuf, num_buffers);
 
     /// `VIRTIO_NET_OK`. §5.1.6.5
-    pub const CTRL_OK: u8 = 0;
+    pub const CTRL_OK: u8 = VIRTIO_NET_OK as u8;
     /// `VIRTIO_NET_ERR`
-    pub const CTRL_ERR: u8 = 1;
+    pub const CTRL_ERR: u8 = VIRTIO_NET_ERR as u8;
     /// `VIRTIO_NET_CTRL_MQ`. §5.1.6.5.5
-    pub const CTRL_MQ: u8 = 4;
+    pub const CTRL_MQ: u8 = VIRTIO_NET_CTRL_MQ as u8;
     /// `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`
-    pub const CTRL_MQ_VQ_PAIRS_SET: u8 = 0;
+    pub const CTRL_MQ_VQ_PAIRS_SET: u8 = VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET as u8;
     /// `VIRTIO_NET_CTRL_GUEST_OFFLOADS`. §5.1.6.5.8
-    pub const CTRL_GUEST_OFFLOADS: u8 = 5;
+    pub const CTRL_GUEST_OFFLOADS: u8 = VIRTIO_NET_CTRL_GUEST_OFFLOADS as u8;
     /// `VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET`
-    pub const CTRL_GUEST_OFFLOADS_SET: u8 = 0;
+    pub const CTRL_GUEST_OFFLOADS_SET: u8 = VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET as u8;
 }
 
 /// Console. Virtio 1.3 §5.3.
@@ -223,4 +234,72 @@ pub mod console {
     pub const RECEIVEQ: u16 = 0;
     /// Queue to which it transmits.
     pub const TRANSMITQ: u16 = 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_numbers_are_the_specification_s() {
+        // Virtio 1.3 §5
+        use device_type::{BLOCK, CONSOLE, ENTROPY, NET};
+        assert_eq!([NET, BLOCK, CONSOLE, ENTROPY], [1, 2, 3, 4]);
+        // §2.1
+        use status::{ACKNOWLEDGE, DEVICE_NEEDS_RESET, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
+        assert_eq!([ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK], [1, 2, 4, 8]);
+        assert_eq!([DEVICE_NEEDS_RESET, FAILED], [64, 128]);
+        // §6, §2.7.6
+        use feature::{EVENT_IDX, INDIRECT_DESC, VERSION_1};
+        assert_eq!(
+            [INDIRECT_DESC, EVENT_IDX, VERSION_1],
+            [28, 29, 32].map(|bit| 1 << bit)
+        );
+        assert_eq!(AVAIL_F_NO_INTERRUPT, 1);
+    }
+
+    /// Virtio 1.3 §5.2.3, §5.2.6
+    #[test]
+    fn the_numbers_of_a_block_device_are_the_specification_s() {
+        use blk::*;
+        let features = F_SEG_MAX | F_RO | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
+        assert_eq!(
+            features,
+            1 << 2 | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 12
+        );
+        assert_eq!(
+            [F_FLUSH, F_DISCARD, F_WRITE_ZEROES],
+            [1 << 9, 1 << 13, 1 << 14]
+        );
+        let requests = [T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES];
+        assert_eq!(requests, [0, 1, 4, 8, 11, 13]);
+        assert_eq!([S_OK, S_IOERR, S_UNSUPP], [0, 1, 2]);
+        assert_eq!((ID_SIZE, RANGE_F_UNMAP), (20, 1));
+    }
+
+    /// Virtio 1.3 §5.1.3 to §5.1.6
+    #[test]
+    fn the_numbers_of_a_network_card_are_the_specification_s() {
+        use net::*;
+        let ours = [
+            F_CSUM,
+            F_GUEST_CSUM,
+            F_CTRL_GUEST_OFFLOADS,
+            F_MAC,
+            F_MRG_RXBUF,
+        ];
+        assert_eq!(ours, [0, 1, 2, 5, 15].map(|bit| 1 << bit));
+        let theirs = [F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_ECN];
+        assert_eq!(theirs, [7, 8, 9].map(|bit| 1 << bit));
+        let hosts = [F_HOST_TSO4, F_HOST_TSO6, F_HOST_ECN];
+        assert_eq!(hosts, [11, 12, 13].map(|bit| 1 << bit));
+        assert_eq!(
+            [F_STATUS, F_CTRL_VQ, F_MQ],
+            [16, 17, 22].map(|bit| 1 << bit)
+        );
+        assert_eq!((S_LINK_UP, HEADER_SIZE, HEADER_NUM_BUFFERS), (1, 12, 10));
+        assert_eq!((CTRL_OK, CTRL_ERR), (0, 1));
+        assert_eq!((CTRL_MQ, CTRL_MQ_VQ_PAIRS_SET), (4, 0));
+        assert_eq!((CTRL_GUEST_OFFLOADS, CTRL_GUEST_OFFLOADS_SET), (5, 0));
+    }
 }

@@ -1,8 +1,7 @@
 //! What the tests drive devices with: a guest's memory, a driver in a few lines that reaches the
 //! function only as a guest does, and interrupt routes that count.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,9 +10,10 @@ use busway_pci::{
     BarIndex, ConfigRead, InterruptRoute, InterruptRoutes, MsiMessage, PciFunction, RouteError,
     capabilities,
 };
+use busway_vfio::EventFd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
-use super::event::Event;
 use super::spec::{self, pci::common, status};
 use super::{VirtioDevice, VirtioPci};
 use crate::memory::{GuestRam, RamMap};
@@ -53,7 +53,7 @@ impl InterruptRoutes for CountingRoutes {
         let route = Arc::new(CountingRoute {
             message: Mutex::new(message),
             masked: AtomicBool::new(false),
-            event: Event::new().unwrap(),
+            event: EventFd::new().unwrap(),
         });
         self.routes.lock().unwrap().push(Arc::clone(&route));
         Ok(route)
@@ -64,18 +64,13 @@ impl InterruptRoutes for CountingRoutes {
 pub(crate) struct CountingRoute {
     message: Mutex<MsiMessage>,
     masked: AtomicBool,
-    event: Event,
+    event: EventFd,
 }
 
 impl CountingRoute {
     /// How many signals have come since the last call.
     pub(crate) fn take(&self) -> u64 {
-        let mut count = [0; 8];
-        let file = std::fs::File::from(self.event.as_fd().try_clone_to_owned().unwrap());
-        match io::Read::read(&mut &file, &mut count) {
-            Ok(_) => u64::from_ne_bytes(count),
-            Err(_) => 0,
-        }
+        self.event.take()
     }
 
     /// Waits for a signal and takes all there are.
@@ -116,13 +111,8 @@ impl InterruptRoute for CountingRoute {
 
 /// Whether `fd` can be read within `patience`.
 pub(crate) fn readable(fd: BorrowedFd<'_>, patience: Duration) -> bool {
-    let mut poll = libc::pollfd {
-        fd: fd.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: `poll` is one pollfd, as the count says.
-    unsafe { libc::poll(&raw mut poll, 1, patience.as_millis() as i32) == 1 }
+    let patience = Timespec::try_from(patience).unwrap();
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)) == Ok(1)
 }
 
 /// Waits until `condition` holds.

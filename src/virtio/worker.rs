@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 
+use busway_vfio::EventFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::device::Worker;
-use super::event::Event;
 use super::interrupts::Interrupts;
 
 /// A worker keeps its buffers on the heap and calls nothing deep.
@@ -22,7 +22,7 @@ const STOP: u64 = u64::MAX;
 #[derive(Debug)]
 pub(crate) struct Workers {
     stop: Arc<AtomicBool>,
-    stop_event: Event,
+    stop_event: EventFd,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -38,7 +38,7 @@ impl Workers {
     ) -> io::Result<Self> {
         let mut running = Self {
             stop,
-            stop_event: Event::new()?,
+            stop_event: EventFd::new()?,
             threads: Vec::new(),
         };
         for mut worker in workers {
@@ -69,7 +69,7 @@ impl Drop for Workers {
     }
 }
 
-fn watch(worker: &dyn Worker, stop: &Event) -> io::Result<Epoll> {
+fn watch(worker: &dyn Worker, stop: &EventFd) -> io::Result<Epoll> {
     let epoll = Epoll::new()?;
     epoll.ctl(
         ControlOperation::Add,

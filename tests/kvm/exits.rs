@@ -1,9 +1,9 @@
 //! Exits reach the device that they are for.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use busway::kvm::{BusDevice, ExitKind, VcpuEvent};
+use busway_vfio::EventFd;
 
 use crate::guest::{CODE, SPIN, STOP, TELL_AL, al, ds, guest};
 
@@ -134,24 +134,24 @@ fn a_doorbell_signals_for_any_width_and_makes_no_exit_to_user_space() {
     ) else {
         return;
     };
-    // SAFETY: the call takes no pointer, and its result is owned by nobody else.
-    let event = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_NONBLOCK)) };
-    let count = || {
-        let mut count = 0_u64;
-        // SAFETY: an eventfd writes eight bytes, which `count` has.
-        let read = unsafe { libc::read(event.as_raw_fd(), (&raw mut count).cast(), 8) };
-        if read == 8 { count } else { 0 }
-    };
-    let doorbell = guest.vm.doorbells().ring(0x2_0000, &event).unwrap();
-    guest.vm.doorbells().ring(0x2_0000, &event).unwrap_err();
+    let event = EventFd::new().unwrap();
+    let ring = || guest.vm.doorbells().ring(0x2_0000, &event.shared());
+    let doorbell = ring().unwrap();
+    ring().unwrap_err();
     guest.vcpus.resume();
     guest.next();
-    assert_eq!((count(), guest.vcpus.exits(ExitKind::MmioWrite)), (3, 0));
+    assert_eq!(
+        (event.take(), guest.vcpus.exits(ExitKind::MmioWrite)),
+        (3, 0)
+    );
     drop(doorbell);
     guest.write(0x500, &[1]);
     guest.next();
-    assert_eq!((count(), guest.vcpus.exits(ExitKind::MmioWrite)), (0, 1));
-    guest.vm.doorbells().ring(0x2_0000, &event).unwrap();
+    assert_eq!(
+        (event.take(), guest.vcpus.exits(ExitKind::MmioWrite)),
+        (0, 1)
+    );
+    ring().unwrap();
 }
 
 #[test]

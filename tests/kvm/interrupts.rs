@@ -124,7 +124,7 @@ fn a_legacy_line_reaches_the_pic() {
     let edge = guest.router.edge_line(1).unwrap();
     guest.vcpus.resume();
     assert_eq!(guest.next(), 2);
-    edge.write(1).unwrap();
+    edge.signal();
     assert_eq!(guest.next(), 0x99);
     assert!(guest.is_silent());
 }

@@ -1,34 +1,9 @@
 //! What a device's kernel driver tells on its own account: errors, and that somebody wants the device
 //! back. VFIO numbers both as interrupts. linux/vfio.h
 
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::AsFd;
 
-use crate::{DeviceIo, IrqIndex, sys};
-
-/// An eventfd that the kernel signals.
-#[derive(Debug)]
-pub struct Event(File);
-
-impl Event {
-    /// How often it came since the last time of asking.
-    #[must_use]
-    pub fn take(&self) -> u64 {
-        let mut count = [0; 8];
-        // Nonblocking: an error says that it did not come.
-        match (&self.0).read(&mut count) {
-            Ok(8) => u64::from_ne_bytes(count),
-            _ => 0,
-        }
-    }
-}
-
-impl AsRawFd for Event {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
+use crate::{DeviceIo, EventFd, IrqIndex};
 
 /// Where a device's events arrive.
 ///
@@ -37,10 +12,10 @@ impl AsRawFd for Event {
 pub struct DeviceEvents {
     /// The device had an error that it does not recover from by itself. Absent where it is no PCI
     /// Express device.
-    pub error: Option<Event>,
+    pub error: Option<EventFd>,
     /// The host wants the device back: somebody unbinds it, or it is being removed. The kernel says
     /// so again every ten seconds, and waits.
-    pub request: Option<Event>,
+    pub request: Option<EventFd>,
 }
 
 impl DeviceEvents {
@@ -59,17 +34,16 @@ impl DeviceEvents {
     }
 }
 
-fn event(name: &str, io: &dyn DeviceIo, index: IrqIndex, loss: &str) -> Option<Event> {
+fn event(name: &str, io: &dyn DeviceIo, index: IrqIndex, loss: &str) -> Option<EventFd> {
     if io.irq(index).count == 0 {
         log::debug!("{name} has no {index:?} event");
         return None;
     }
-    let event = sys::eventfd()
-        .map(File::from)
+    let event = EventFd::new()
         .map_err(|error| format!("eventfd: {error}"))
         .and_then(
             |event| match io.set_irqs(index, 0, &[Some(event.as_fd())]) {
-                Ok(()) => Ok(Event(event)),
+                Ok(()) => Ok(event),
                 Err(error) => Err(error.to_string()),
             },
         );

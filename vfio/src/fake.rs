@@ -4,7 +4,7 @@ mod recorded;
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -14,9 +14,9 @@ use busway_pci::{
     RouteError,
 };
 
-use crate::vectors::signal;
+use crate::event_fd::signal;
 use crate::{
-    Affected, Area, DeviceIo, FunctionReset, IrqError, IrqIndex, IrqInfo, Mapping, Region,
+    Affected, Area, DeviceIo, EventFd, FunctionReset, IrqError, IrqIndex, IrqInfo, Mapping, Region,
     RegionIndex,
 };
 
@@ -286,7 +286,7 @@ impl DeviceIo for FakeDevice {
 
     fn dma_buf(&self, _index: RegionIndex, _area: Area) -> io::Result<OwnedFd> {
         self.dma_bufs.fetch_add(1, Ordering::Relaxed);
-        Ok(eventfd())
+        File::open("/dev/null").map(OwnedFd::from)
     }
 
     fn irq(&self, index: IrqIndex) -> IrqInfo {
@@ -438,18 +438,9 @@ pub(crate) fn held_up(fake: &FakeDevice) -> (mpsc::Sender<()>, mpsc::Receiver<()
     (go_on, begun)
 }
 
-/// A new eventfd that reads without waiting.
-pub(crate) fn eventfd() -> OwnedFd {
-    crate::sys::eventfd().unwrap()
-}
-
-/// How often an eventfd was signalled since the last time of asking.
-pub(crate) fn signals(event: &OwnedFd) -> u64 {
-    let mut value = [0; 8];
-    let mut event = File::from(event.try_clone().unwrap());
-    event
-        .read_exact(&mut value)
-        .map_or(0, |()| u64::from_ne_bytes(value))
+/// A new eventfd.
+pub(crate) fn eventfd() -> EventFd {
+    EventFd::new().unwrap()
 }
 
 /// Routes that go nowhere.
@@ -459,7 +450,7 @@ pub(crate) struct FakeRoutes {
 }
 
 #[derive(Debug)]
-struct FakeRoute(OwnedFd);
+struct FakeRoute(EventFd);
 
 impl InterruptRoutes for FakeRoutes {
     fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
@@ -497,8 +488,8 @@ pub(crate) struct FakeLines {
 
 #[derive(Debug)]
 struct FakeLine {
-    event: OwnedFd,
-    resample: OwnedFd,
+    event: EventFd,
+    resample: EventFd,
 }
 
 impl InterruptLines for FakeLines {

@@ -147,7 +147,7 @@ impl DeviceIo for KernelDevice {
             return Err(invalid());
         }
         let place = base.checked_add(area.offset).ok_or_else(invalid)?;
-        Mapping::of_device(
+        Mapping::of_file(
             self.opened.file.as_fd(),
             place,
             area.offset,

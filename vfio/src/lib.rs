@@ -18,6 +18,7 @@ mod attachment;
 mod clique;
 mod config;
 mod device_io;
+mod event_fd;
 mod events;
 #[cfg(any(test, feature = "hostile"))]
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
@@ -52,7 +53,8 @@ mod wiring;
 pub use aer::{ErrorCounts, ErrorStatus, Uncorrectable, is_silent};
 pub use areas::Area;
 pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
-pub use events::{DeviceEvents, Event};
+pub use event_fd::EventFd;
+pub use events::DeviceEvents;
 pub use function::{AssignedFunction, Summary};
 pub use handed::{Handed, HandedError, interface};
 pub use kernel_device::KernelDevice;
@@ -64,6 +66,5 @@ pub use reset::{Affected, FunctionReset, ResetMethod};
 pub use resets::Resets;
 pub use rom::{RomChoice, RomError, RomImage};
 pub use survey::AssignError;
-pub use sys::eventfd;
 pub use vf_token::{ParseVfTokenError, TokenUse, VfToken};
 pub use wiring::{AssignOptions, Wiring};

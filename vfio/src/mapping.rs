@@ -1,10 +1,12 @@
 //! Address space for memory of a device, or a guest's, in this process.
 
+use std::ffi::c_void;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::ptr;
 
 use busway_pci::{HostAddress, PAGE_SIZE};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// A piece of address space, such as one that maps a part of a device; unmapped when dropped.
 ///
@@ -22,7 +24,10 @@ impl Mapping {
     /// Maps `size` bytes of `fd`, which begin at `fd_offset`. `bar_offset` is their place in the BAR:
     /// address and place agree modulo the largest page that fits, so that the kernel can use such
     /// pages here and in the guest's tables.
-    pub(crate) fn of_device(
+    ///
+    /// # Errors
+    /// mmap(2)'s, and `EINVAL` where the size is beyond all address space.
+    pub fn of_file(
         fd: BorrowedFd<'_>,
         fd_offset: u64,
         bar_offset: u64,
@@ -31,26 +36,21 @@ impl Mapping {
     ) -> io::Result<Self> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let size = usize::try_from(size).map_err(|_| invalid())?;
-        let fd_offset = libc::off_t::try_from(fd_offset).map_err(|_| invalid())?;
         let reserved = Self::reserve(size, bar_offset)?;
-        let mut protection = libc::PROT_READ;
-        if writable {
-            protection |= libc::PROT_WRITE;
-        }
+        let mut protection = ProtFlags::READ;
+        protection.set(ProtFlags::WRITE, writable);
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: the range replaced is `reserved`, which nobody else knows.
-        let address = unsafe {
-            libc::mmap(
-                reserved.address as *mut libc::c_void,
+        unsafe {
+            mmap(
+                reserved.start(),
                 reserved.size,
                 protection,
-                libc::MAP_SHARED | libc::MAP_FIXED,
-                fd.as_raw_fd(),
+                flags,
+                fd,
                 fd_offset,
             )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
+        }?;
         if HUGE_PAGES.iter().any(|&page| reserved.size >= page) {
             reserved.prefer_huge_pages();
         }
@@ -62,16 +62,10 @@ impl Mapping {
     /// for device memory as well. Otherwise each 4 KiB costs the guest an exit at its first touch.
     fn prefer_huge_pages(&self) {
         // SAFETY: advice about how to map a range that is this mapping's own; it changes no content.
-        let result = unsafe {
-            libc::madvise(
-                self.address as *mut libc::c_void,
-                self.size,
-                libc::MADV_HUGEPAGE,
-            )
-        };
-        if result != 0 {
+        let result = unsafe { madvise(self.start(), self.size, Advice::LinuxHugepage) };
+        if let Err(error) = result {
             // A kernel without huge pages.
-            log::debug!("madvise: {}", io::Error::last_os_error());
+            log::debug!("madvise: {error}");
         }
     }
 
@@ -88,21 +82,10 @@ impl Mapping {
             .unwrap_or(PAGE_SIZE as usize);
         let place = usize::try_from(place % align as u64).map_err(|_| invalid())?;
         let room = size.checked_add(align).ok_or_else(invalid)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: an anonymous mapping without access, at an address of the kernel's choice, touches
         // nothing that is there.
-        let base = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                room,
-                libc::PROT_NONE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
+        let base = unsafe { mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags) }?;
         let base = base as usize;
         // Below `base + align`, so that `size` bytes fit behind it.
         let address = base + (place + align - base % align) % align;
@@ -136,6 +119,10 @@ impl Mapping {
     pub fn size(&self) -> u64 {
         self.size as u64
     }
+
+    fn start(&self) -> *mut c_void {
+        self.address as *mut c_void
+    }
 }
 
 impl Drop for Mapping {
@@ -145,9 +132,8 @@ impl Drop for Mapping {
         }
         // SAFETY: the range was mapped by `reserve` and belongs to this value alone; its address is
         // given out as a number only, by whose contract nobody uses it any more.
-        let result = unsafe { libc::munmap(self.address as *mut libc::c_void, self.size) };
-        if result < 0 {
-            log::debug!("munmap: {}", io::Error::last_os_error());
+        if let Err(error) = unsafe { munmap(self.start(), self.size) } {
+            log::debug!("munmap: {error}");
         }
     }
 }
@@ -194,7 +180,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         file.set_len(4 << 20).unwrap();
         for (size, huge) in [(4 << 20, true), (0x1000, false)] {
-            let mapping = Mapping::of_device(file.as_fd(), 0, 0, size, false).unwrap();
+            let mapping = Mapping::of_file(file.as_fd(), 0, 0, size, false).unwrap();
             let properties = properties(mapping.address());
             let found = properties.split(' ').any(|property| property == "hg");
             assert_eq!(found, huge, "{size:#x}: {properties}");

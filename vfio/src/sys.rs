@@ -10,9 +10,11 @@ use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_BIND_FLAG_TOKEN, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET,
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD,
     VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
-    vfio_device_info, vfio_irq_info, vfio_region_info,
+    vfio_device_info, vfio_irq_info, vfio_region_dma_range, vfio_region_info,
 };
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr};
+use vmm_sys_util::ioctl::{
+    ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref,
+};
 use vmm_sys_util::ioctl_io_nr;
 
 // linux/vfio.h
@@ -136,63 +138,40 @@ fn with_argsz(words: impl Iterator<Item = u32>) -> io::Result<Vec<u32>> {
     Ok([&[argsz], words.as_slice()].concat())
 }
 
-/// A new eventfd, not signalled, that reads without waiting and that no program started later inherits.
-///
-/// Every eventfd of Busway's is made here. eventfd(2)
-///
-/// # Errors
-///
-/// The kernel's: the process, or the host, has as many files open as it may.
-pub fn eventfd() -> io::Result<OwnedFd> {
-    // SAFETY: takes numbers only.
-    let fd = check(unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) })?;
-    // SAFETY: the descriptor was just made, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
-}
-
-/// Adds one to an eventfd of [`eventfd`]'s, without another descriptor, of which there may be none left.
-/// Where it holds as much as it can it is signalled anyway. eventfd(2)
-pub(crate) fn signal(event: BorrowedFd<'_>) -> io::Result<()> {
-    let one = 1_u64.to_ne_bytes();
-    // SAFETY: the bytes are there to be read, as many as are said.
-    let written = unsafe { libc::write(event.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-    match written {
-        0.. => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 pub(crate) fn reset(device: &File) -> io::Result<()> {
     // SAFETY: takes no argument.
     check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
 }
 
+/// `struct vfio_device_feature`, whose data is `struct vfio_device_feature_dma_buf` with one
+/// `struct vfio_region_dma_range`.
+#[repr(C)]
+struct DmaBufRequest {
+    argsz: u32,
+    feature: u32,
+    region_index: u32,
+    open_flags: u32,
+    flags: u32,
+    nr_ranges: u32,
+    range: vfio_region_dma_range,
+}
+
 /// A part of a BAR as a dma-buf. `VFIO_DEVICE_FEATURE_DMA_BUF`, from Linux 6.19 on.
 pub(crate) fn dma_buf(device: &File, region: u32, offset: u64, size: u64) -> io::Result<OwnedFd> {
-    // `struct vfio_device_feature`, whose data is `struct vfio_device_feature_dma_buf` with one
-    // `struct vfio_region_dma_range`: pairs of words, then two doublewords.
-    let pair = |low: u32, high: u32| {
-        let [low, high] = [low, high].map(u32::to_ne_bytes);
-        let mut bytes = [0; 8];
-        for (to, from) in bytes.iter_mut().zip(low.into_iter().chain(high)) {
-            *to = from;
-        }
-        u64::from_ne_bytes(bytes)
+    let request = DmaBufRequest {
+        argsz: size_of_u32::<DmaBufRequest>(),
+        feature: VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF,
+        region_index: region,
+        open_flags: (libc::O_RDWR | libc::O_CLOEXEC) as u32,
+        flags: 0,
+        nr_ranges: 1,
+        range: vfio_region_dma_range {
+            offset,
+            length: size,
+        },
     };
-    let open_flags = (libc::O_RDWR | libc::O_CLOEXEC) as u32;
-    let ranges = 1;
-    let request: [u64; 5] = [
-        pair(
-            size_of::<[u64; 5]>() as u32,
-            VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF,
-        ),
-        pair(region, open_flags),
-        pair(0, ranges),
-        offset,
-        size,
-    ];
-    // SAFETY: the kernel reads the bytes that the first word counts.
-    let fd = check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_FEATURE(), request.as_ptr()) })?;
+    // SAFETY: the kernel reads as many bytes as `argsz` says, which are those of the structure.
+    let fd = check(unsafe { ioctl_with_ref(device, VFIO_DEVICE_FEATURE(), &request) })?;
     // SAFETY: the kernel made the descriptor for this call, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
@@ -290,7 +269,8 @@ pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
 mod tests {
     use super::*;
     use vfio_bindings::bindings::vfio::{
-        vfio_irq_set, vfio_pci_dependent_device, vfio_pci_hot_reset, vfio_pci_hot_reset_info,
+        vfio_device_feature, vfio_device_feature_dma_buf, vfio_irq_set, vfio_pci_dependent_device,
+        vfio_pci_hot_reset, vfio_pci_hot_reset_info,
     };
 
     #[test]
@@ -298,6 +278,20 @@ mod tests {
         assert_eq!(size_of::<vfio_irq_set>(), 20);
         assert_eq!(std::mem::offset_of!(vfio_irq_set, count), 16);
         assert_eq!(std::mem::offset_of!(vfio_irq_set, data), 20);
+    }
+
+    #[test]
+    fn a_dma_buf_is_asked_for_by_three_structures_behind_each_other() {
+        let (feature, dma_buf) = (
+            size_of::<vfio_device_feature>(),
+            size_of::<vfio_device_feature_dma_buf>(),
+        );
+        assert_eq!(std::mem::offset_of!(DmaBufRequest, region_index), feature);
+        assert_eq!(
+            std::mem::offset_of!(DmaBufRequest, range),
+            feature + dma_buf
+        );
+        assert_eq!(size_of::<DmaBufRequest>(), 40);
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use busway_pci::{Complaints, VectorOwner};
 
-use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo, sys};
+use crate::event_fd::signal;
+use crate::{DeviceIo, IrqError, IrqIndex, IrqInfo};
 
 /// MSI's vectors, which are enabled all at once.
 #[derive(Debug)]
@@ -244,13 +245,6 @@ pub(crate) fn disable(name: &str, io: &dyn DeviceIo, index: IrqIndex) {
     }
 }
 
-/// Signals an eventfd.
-pub(crate) fn signal(event: BorrowedFd<'_>) {
-    if let Err(error) = sys::signal(event) {
-        log::debug!("eventfd: {error}");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -260,8 +254,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::EventFd;
     use crate::fake::IrqCall;
-    use crate::fake::{FakeDevice, eventfd, signals};
+    use crate::fake::{FakeDevice, eventfd};
 
     fn device(count: u32, resizable: bool) -> Arc<FakeDevice> {
         Arc::new(FakeDevice {
@@ -291,7 +286,7 @@ mod tests {
                 Disable(msix),
             ]
         );
-        assert_eq!([&a, &b, &c].map(signals), [0, 0, 0]);
+        assert_eq!([&a, &b, &c].map(EventFd::take), [0, 0, 0]);
     }
 
     #[test]
@@ -334,11 +329,11 @@ mod tests {
         vectors.connect(0, &[a.as_fd()]).unwrap();
         vectors.connect(3, &[b.as_fd()]).unwrap();
         assert_eq!(fake.connected(), [true, false, false, true]);
-        assert_eq!([&a, &b].map(signals), [1, 1]);
+        assert_eq!([&a, &b].map(EventFd::take), [1, 1]);
         // The fifth is too many; the others go on.
         assert!(vectors.connect(4, &[c.as_fd()]).is_err());
         assert_eq!(fake.connected(), [true, false, false, true]);
-        assert_eq!([&a, &b, &c].map(signals), [1, 1, 0]);
+        assert_eq!([&a, &b, &c].map(EventFd::take), [1, 1, 0]);
     }
 
     #[test]
@@ -348,7 +343,7 @@ mod tests {
         let [a, b, c] = [eventfd(), eventfd(), eventfd()];
         vectors.connect(0, &[a.as_fd()]).unwrap();
         vectors.connect(1, &[b.as_fd()]).unwrap();
-        let _before = [&a, &b].map(signals);
+        let _before = [&a, &b].map(EventFd::take);
         // Others take three of the four while MSI-X is disabled.
         fake.taken_vectors.store(3, Ordering::Relaxed);
         assert!(vectors.connect(2, &[c.as_fd()]).is_err());
@@ -360,7 +355,7 @@ mod tests {
         assert!(!vectors.has_lost_all());
         assert_eq!(fake.connected(), [false, true]);
         // What it missed meanwhile.
-        assert_eq!([&a, &b, &c].map(signals), [0, 1, 0]);
+        assert_eq!([&a, &b, &c].map(EventFd::take), [0, 1, 0]);
     }
 
     #[test]
@@ -419,10 +414,11 @@ mod tests {
             return;
         }
         let event = eventfd();
-        let taken: Vec<_> = std::iter::from_fn(|| event.try_clone().ok()).collect();
-        signal(event.as_fd());
+        let taken: Vec<_> =
+            std::iter::from_fn(|| event.as_fd().try_clone_to_owned().ok()).collect();
+        event.signal();
         drop(taken);
-        assert_eq!(signals(&event), 1);
+        assert_eq!(event.take(), 1);
     }
 
     /// What the guest or the device does to a vector.
@@ -456,7 +452,7 @@ mod tests {
                 ..FakeDevice::default()
             });
             let mut vectors = MsixVectors::new("fake", fake.clone());
-            let mut connected: BTreeMap<u16, OwnedFd> = BTreeMap::new();
+            let mut connected: BTreeMap<u16, EventFd> = BTreeMap::new();
             let mut sent = [false; 6];
             vectors.enable().unwrap();
             for step in steps {
@@ -488,7 +484,7 @@ mod tests {
                     }
                 }
                 for (vector, event) in &connected {
-                    let signals = signals(event);
+                    let signals = event.take();
                     prop_assert!(signals > 0 || !sent[usize::from(*vector)], "{vector} is lost");
                     sent[usize::from(*vector)] = false;
                 }

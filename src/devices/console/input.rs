@@ -8,8 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use busway_vfio::EventFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::output::Writer;
 use crate::devices::terminal::RawMode;
@@ -149,8 +149,7 @@ impl Escape {
             let keep = if std::mem::take(&mut self.pressed) {
                 match byte {
                     b'x' | b'X' => {
-                        // Can only fail when it was signalled very often already.
-                        let _ = self.quit.write(1);
+                        self.quit.signal();
                         None
                     }
                     b'h' | b'H' | b'?' => {

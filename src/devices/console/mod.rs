@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use busway_host::files::OutputError;
-use vmm_sys_util::eventfd::EventFd;
+use busway_vfio::EventFd;
 
 pub use input::{Input, Reader};
 pub use output::Writer;
@@ -99,8 +99,7 @@ impl Endpoint {
             .try_clone_to_owned()
             .map_err(ConsoleError::Terminal)?;
         let writer = Writer::to_terminal(output.into(), claim).map_err(ConsoleError::Thread)?;
-        let quit = quit.try_clone().map_err(ConsoleError::Terminal)?;
-        let escape = Escape::new(quit, writer.clone());
+        let escape = Escape::new(quit.clone(), writer.clone());
         let reader = standard_input(escape).map_err(ConsoleError::Terminal)?;
         Ok(Self {
             writer,

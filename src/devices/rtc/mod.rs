@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use vmm_sys_util::eventfd::EventFd;
+use busway_vfio::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 pub use clock::RtcState;
@@ -93,8 +93,7 @@ impl Rtc {
         let (was_asserted, was_due) = (state.asserted(), state.next_interrupt(now));
         let result = act(state, now);
         if state.asserted() && !was_asserted {
-            // Can only fail when the counter is full, and then the interrupt is on its way.
-            let _ = irq.write(1);
+            irq.signal();
         }
         let due = state.next_interrupt(now);
         if due.is_some() || was_due.is_some() {
@@ -159,11 +158,10 @@ mod tests {
     use vmm_sys_util::poll::{PollContext, PollToken};
 
     use super::*;
-    use crate::eventfd::eventfd;
 
     #[test]
     fn the_ports_show_the_hosts_date() {
-        let rtc = Rtc::new(eventfd().unwrap()).unwrap();
+        let rtc = Rtc::new(EventFd::new().unwrap()).unwrap();
         let read = |index: u8| {
             rtc.write(0, &[index | 0x80]);
             let mut data = [0];
@@ -197,7 +195,7 @@ mod tests {
 
     #[test]
     fn the_timer_is_drained_whatever_the_registers_hold() {
-        let rtc = Rtc::new(eventfd().unwrap()).unwrap();
+        let rtc = Rtc::new(EventFd::new().unwrap()).unwrap();
         for index in 0..14 {
             for value in [0, 0x13, 0x99, 0xc0, 0xff] {
                 rtc.write(0, &[index]);
@@ -234,8 +232,8 @@ mod tests {
 
     #[test]
     fn a_periodic_interrupt_arrives_by_timer_and_eventfd() {
-        let irq = eventfd().unwrap();
-        let rtc = Arc::new(Rtc::new(irq.try_clone().unwrap()).unwrap());
+        let irq = EventFd::new().unwrap();
+        let rtc = Arc::new(Rtc::new(irq.clone()).unwrap());
         let write = |index: u8, value: u8| {
             rtc.write(0, &[index]);
             rtc.write(1, &[value]);
@@ -249,7 +247,7 @@ mod tests {
         write(11, 0x42);
         // An event from before it was enabled may have asserted it at once.
         acknowledge();
-        let _early = irq.read();
+        let _early = irq.take();
         let poll: PollContext<u32> = PollContext::new().unwrap();
         poll.add_fd_with_events(
             &*rtc,
@@ -263,7 +261,7 @@ mod tests {
             assert_eq!(events.iter_readable().count(), 1, "the timer expires");
             drop(events);
             rtc.on_timer();
-            assert_eq!(irq.read().unwrap(), 1);
+            assert_eq!(irq.take(), 1);
             assert_eq!(acknowledge() & 0xc0, 0xc0);
         }
     }

@@ -24,6 +24,8 @@ use crate::config::{DISK_QUEUE_SIZES, DiskConfig, InvalidVirtio};
 use crate::memory::GuestRam;
 use busway_pci::Complaints;
 use vm_memory::GuestAddressSpace;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{Immutable, IntoBytes};
 
 pub use image::ImageError;
 use image::{Image, Mode};
@@ -105,33 +107,54 @@ impl Blk {
 }
 
 /// `struct virtio_blk_config`. Virtio 1.3 §5.2.4.
+#[derive(Default, Immutable, IntoBytes)]
+#[repr(C)]
+struct BlkConfig {
+    capacity: U64,
+    size_max: U32,
+    seg_max: U32,
+    geometry: [u8; 4],
+    blk_size: U32,
+    physical_block_exp: u8,
+    alignment_offset: u8,
+    min_io_size: U16,
+    opt_io_size: U32,
+    writeback: u8,
+    unused0: u8,
+    num_queues: U16,
+    max_discard_sectors: U32,
+    max_discard_seg: U32,
+    discard_sector_alignment: U32,
+    max_write_zeroes_sectors: U32,
+    max_write_zeroes_seg: U32,
+    write_zeroes_may_unmap: u8,
+    unused1: [u8; 3],
+}
+
+/// What of the configuration is offered; the rest is zero.
 fn config_bytes(image: &Image, num_queues: u16, queue_size: u16) -> Vec<u8> {
     let limits = image.limits();
     let block = limits.block_size;
     let discard_alignment = (limits.discard_granularity / blk::SECTOR as u32).max(1);
-    let mut bytes = Vec::with_capacity(60);
-    bytes.extend((image.capacity() / blk::SECTOR).to_le_bytes());
-    bytes.extend(0_u32.to_le_bytes()); // size_max, not offered
-    bytes.extend((u32::from(queue_size) - REQUEST_OVERHEAD).to_le_bytes()); // seg_max
-    bytes.extend([0; 4]); // geometry, not offered
-    bytes.extend(block.to_le_bytes()); // blk_size
-    bytes.push((limits.physical_block_size / block).max(1).ilog2() as u8); // physical_block_exp
-    bytes.push(0); // alignment_offset
-    bytes.extend(
-        u16::try_from(limits.min_io_size / block)
+    let config = BlkConfig {
+        capacity: (image.capacity() / blk::SECTOR).into(),
+        seg_max: (u32::from(queue_size) - REQUEST_OVERHEAD).into(),
+        blk_size: block.into(),
+        physical_block_exp: (limits.physical_block_size / block).max(1).ilog2() as u8,
+        min_io_size: u16::try_from(limits.min_io_size / block)
             .unwrap_or(0)
-            .to_le_bytes(),
-    );
-    bytes.extend((limits.opt_io_size / block).to_le_bytes());
-    bytes.extend([0, 0]); // writeback, not offered, and unused0
-    bytes.extend(num_queues.to_le_bytes());
-    bytes.extend(MAX_DISCARD_SECTORS.to_le_bytes());
-    bytes.extend(MAX_RANGES.to_le_bytes());
-    bytes.extend(discard_alignment.to_le_bytes());
-    bytes.extend(MAX_ZERO_SECTORS.to_le_bytes());
-    bytes.extend(MAX_RANGES.to_le_bytes());
-    bytes.extend([1, 0, 0, 0]); // write_zeroes_may_unmap and unused1
-    bytes
+            .into(),
+        opt_io_size: (limits.opt_io_size / block).into(),
+        num_queues: num_queues.into(),
+        max_discard_sectors: MAX_DISCARD_SECTORS.into(),
+        max_discard_seg: MAX_RANGES.into(),
+        discard_sector_alignment: discard_alignment.into(),
+        max_write_zeroes_sectors: MAX_ZERO_SECTORS.into(),
+        max_write_zeroes_seg: MAX_RANGES.into(),
+        write_zeroes_may_unmap: 1,
+        ..BlkConfig::default()
+    };
+    config.as_bytes().to_vec()
 }
 
 impl VirtioDevice for Blk {

@@ -9,6 +9,8 @@ use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::{self, blk};
 use busway_pci::Complaints;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Why a request has not been carried out.
 #[derive(Debug)]
@@ -80,18 +82,15 @@ impl Requests {
     /// # Errors
     /// The chain is no request: there is no room for a header, or none for a status.
     pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<usize, QueueError> {
-        let mut header = [0; blk::HEADER_SIZE];
-        if chain.readable.read(&mut header) < header.len() {
+        let Some(Header { kind, sector, .. }) = chain.readable.take() else {
             return Err(chain.malformed("a block request shorter than its header"));
-        }
+        };
         let Some(data_len) = chain.writable.len().checked_sub(1) else {
             return Err(chain.malformed("a block request without room for its status"));
         };
         let mut input = chain.writable.take_front(data_len);
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        let kind = u32::from_le_bytes([t0, t1, t2, t3]);
-        let sector = u64::from_le_bytes(sector);
-        let result = match kind {
+        let sector = sector.get();
+        let result = match kind.get() {
             blk::T_IN => self.read(sector, input),
             blk::T_OUT => self.write(sector, chain.readable),
             blk::T_FLUSH => self.flush(),
@@ -204,19 +203,14 @@ impl Requests {
         max_sectors: u32,
         allowed_flags: u32,
     ) -> Result<Vec<Range>, Failure> {
-        let count = bytes.len() / blk::RANGE_SIZE;
-        let whole = bytes.len().is_multiple_of(blk::RANGE_SIZE);
+        let count = bytes.len() / size_of::<AskedRange>();
+        let whole = bytes.len().is_multiple_of(size_of::<AskedRange>());
         if !whole || count == 0 || count > super::MAX_RANGES as usize {
             return Err(Failure::Refused);
         }
         let mut ranges = Vec::with_capacity(count);
-        for _ in 0..count {
-            let mut raw = [0; blk::RANGE_SIZE];
-            bytes.read(&mut raw);
-            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = raw;
-            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-            let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
-            let flags = u32::from_le_bytes(flags);
+        while let Some(asked) = bytes.take::<AskedRange>() {
+            let (sectors, flags) = (asked.sectors.get(), asked.flags.get());
             // Virtio 1.3 §5.2.6.2: unknown flags, and unmap in a discard, are unsupported.
             if flags & !allowed_flags != 0 {
                 return Err(Failure::Unsupported);
@@ -225,11 +219,29 @@ impl Requests {
                 return Err(Failure::Refused);
             }
             let len = u64::from(sectors) * spec::blk::SECTOR;
-            let start = self.range(sector, len)?;
+            let start = self.range(asked.sector.get(), len)?;
             ranges.push(Range { start, len, flags });
         }
         Ok(ranges)
     }
+}
+
+/// `struct virtio_blk_req` before its data. Virtio 1.3 §5.2.6.
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
+struct Header {
+    kind: U32,
+    reserved: U32,
+    sector: U64,
+}
+
+/// `struct virtio_blk_discard_write_zeroes`. Virtio 1.3 §5.2.6.
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
+struct AskedRange {
+    sector: U64,
+    sectors: U32,
+    flags: U32,
 }
 
 #[derive(Debug)]

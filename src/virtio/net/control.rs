@@ -8,6 +8,7 @@ use crate::virtio::queue::{Chain, QueueError};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::net;
 use busway_pci::Complaints;
+use zerocopy::little_endian::{U16, U64};
 
 /// The control queue's commands.
 #[derive(Debug)]
@@ -39,14 +40,12 @@ impl Control {
     /// # Errors
     /// The chain is no command: there is no room for a header, or none for the answer.
     pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<usize, QueueError> {
-        let mut header = [0; 2];
-        if chain.readable.read(&mut header) < header.len() {
+        let Some([class, command]) = chain.readable.take::<[u8; 2]>() else {
             return Err(chain.malformed("a control command shorter than its header"));
-        }
+        };
         if chain.writable.is_empty() {
             return Err(chain.malformed("a control command without room for its answer"));
         }
-        let [class, command] = header;
         let done = match (class, command) {
             (net::CTRL_MQ, net::CTRL_MQ_VQ_PAIRS_SET) => self.set_pairs(chain.readable),
             (net::CTRL_GUEST_OFFLOADS, net::CTRL_GUEST_OFFLOADS_SET) => {
@@ -63,20 +62,19 @@ impl Control {
     }
 
     fn set_pairs(&self, mut data: Segments<'_>) -> bool {
-        let mut pairs = [0; 2];
-        if !self.has(net::F_MQ) || data.read(&mut pairs) < pairs.len() {
+        let Some(pairs) = data.take::<U16>().filter(|_| self.has(net::F_MQ)) else {
             return false;
-        }
-        let pairs = u16::from_le_bytes(pairs);
+        };
+        let pairs = pairs.get();
         (1..=self.max_pairs).contains(&pairs) && self.done(self.tap.use_pairs(pairs))
     }
 
     fn set_offloads(&self, mut data: Segments<'_>) -> bool {
-        let mut offloads = [0; 8];
-        if !self.has(net::F_CTRL_GUEST_OFFLOADS) || data.read(&mut offloads) < offloads.len() {
+        let offered = self.has(net::F_CTRL_GUEST_OFFLOADS);
+        let Some(offloads) = data.take::<U64>().filter(|_| offered) else {
             return false;
-        }
-        let offloads = u64::from_le_bytes(offloads);
+        };
+        let offloads = offloads.get();
         let guest = net::F_GUEST_CSUM | net::F_GUEST_TSO4 | net::F_GUEST_TSO6 | net::F_GUEST_ECN;
         // The kernel refuses the others too, but that would be an error to tell of.
         offloads & !(self.features & guest) == 0

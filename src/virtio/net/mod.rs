@@ -17,6 +17,8 @@ use std::sync::Arc;
 use busway_host::Mac;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
+use zerocopy::little_endian::U16;
+use zerocopy::{Immutable, IntoBytes};
 
 use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
 use super::queue::{QueueError, Virtqueue};
@@ -32,6 +34,15 @@ pub use tap::TapError;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Refused control commands of one card that are warnings in the log.
 const LOGGED_ERRORS: u32 = 8;
+
+/// `struct virtio_net_config`, as far as it is offered. Virtio 1.3 §5.1.4.
+#[derive(Immutable, IntoBytes)]
+#[repr(C)]
+struct NetworkConfig {
+    mac: [u8; 6],
+    status: U16,
+    max_virtqueue_pairs: U16,
+}
 
 /// A network card cannot be as configured, or the host does not let us have its tap.
 #[derive(Debug, thiserror::Error)]
@@ -96,16 +107,18 @@ impl Net {
             name: name.to_owned(),
             source,
         })?;
-        let mut bytes = mac.0.to_vec();
-        bytes.extend(net::S_LINK_UP.to_le_bytes());
-        bytes.extend(pairs.to_le_bytes());
+        let card = NetworkConfig {
+            mac: mac.0,
+            status: net::S_LINK_UP.into(),
+            max_virtqueue_pairs: pairs.into(),
+        };
         Ok(Self {
             name: name.to_owned(),
             tap: Arc::new(tap),
             mac,
             pairs,
             queue_size: config.queue_size,
-            config: DeviceConfig::new(bytes),
+            config: DeviceConfig::new(card.as_bytes().to_vec()),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
     }

@@ -4,6 +4,8 @@
 use std::ops::Range;
 
 use busway_pci::{ConfigSpace, Msix, MsixLocation};
+use zerocopy::little_endian::U32;
+use zerocopy::{Immutable, IntoBytes};
 
 use crate::virtio::spec::pci::{self, common};
 
@@ -64,13 +66,31 @@ pub(super) fn doorbell(index: usize) -> u64 {
     NOTIFY + index as u64 * u64::from(NOTIFY_MULTIPLIER)
 }
 
-/// `struct virtio_pci_cap` after the identifier and the next pointer, of a capability of `size`
-/// bytes in all. Virtio 1.3 §4.1.4.
+/// `struct virtio_pci_cap` after the identifier and the next pointer. Virtio 1.3 §4.1.4.
+#[derive(Immutable, IntoBytes)]
+#[repr(C)]
+struct CapabilityBody {
+    size: u8,
+    kind: u8,
+    bar: u8,
+    id: u8,
+    padding: [u8; 2],
+    offset: U32,
+    length: U32,
+}
+
+/// The body of a capability of `size` bytes in all.
 fn capability(kind: u8, size: u8, offset: u64, length: u64) -> Vec<u8> {
-    let mut body = vec![size, kind, BAR, 0, 0, 0];
-    body.extend((offset as u32).to_le_bytes());
-    body.extend((length as u32).to_le_bytes());
-    body
+    let body = CapabilityBody {
+        size,
+        kind,
+        bar: BAR,
+        id: 0,
+        padding: [0; 2],
+        offset: (offset as u32).into(),
+        length: (length as u32).into(),
+    };
+    body.as_bytes().to_vec()
 }
 
 /// Where in configuration space the capabilities are that do something.

@@ -18,11 +18,11 @@ use busway_pci::{
     BarError, BarIndex, BarKind, BarPart, BarRegion, Bars, ConfigSpace, Identity, InterruptRoutes,
     PciFunction,
 };
+use busway_vfio::EventFd;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use super::device::{Activation, DeviceConfig, VirtioDevice};
-use super::event::Event;
 use super::interrupts::Interrupts;
 use super::queue::Virtqueue;
 use super::spec;
@@ -76,7 +76,7 @@ pub struct VirtioPci {
     function: Mutex<Function>,
     interrupts: Arc<Interrupts>,
     device_config: Arc<DeviceConfig>,
-    doorbells: Vec<Event>,
+    doorbells: Vec<EventFd>,
     capabilities: Capabilities,
 }
 
@@ -119,7 +119,7 @@ impl VirtioPci {
         }
         let doorbells = queue_sizes
             .iter()
-            .map(|_| Event::new())
+            .map(|_| EventFd::new())
             .collect::<Result<Vec<_>, _>>()
             .map_err(|source| VirtioPciError::Event {
                 name: name.clone(),

@@ -163,7 +163,7 @@ pub(super) struct Routes {
 impl Routes {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
-            event: Arc::new(eventfd()),
+            event: eventfd().shared(),
             exhausted: AtomicBool::new(false),
         })
     }
