@@ -1,8 +1,9 @@
 //! An IOMMU group: the functions that the host's IOMMU cannot tell apart, given away as one.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE};
@@ -118,6 +119,7 @@ pub fn not_viable(paths: &SysRoot, group: u32) -> Option<OpenError> {
 /// that free them all.
 fn blockers(paths: &SysRoot, group: u32) -> Option<String> {
     let (mut names, mut devices, mut commands) = (Vec::new(), Vec::new(), Vec::new());
+    let mut chipset = Vec::new();
     for (address, folder) in paths.members(group) {
         let driver = paths.driver_of(&folder);
         let Some(driver) = driver.filter(|driver| keeps_group(driver)) else {
@@ -129,13 +131,49 @@ fn blockers(paths: &SysRoot, group: u32) -> Option<String> {
             "shpchp" => commands.push(format!(
                 "`echo {address} > /sys/bus/pci/drivers/shpchp/unbind`"
             )),
+            _ if is_on_root_bus(&folder) && is_of_chipset(class_of(&folder)) => {
+                chipset.push(address)
+            }
             _ => devices.push(address),
         }
+    }
+    if !chipset.is_empty() {
+        return Some(format!(
+            "{}: the host works by {} (functions of its chipset), so that nothing of this group can be \
+             given away",
+            names.join(", "),
+            chipset.join(", ")
+        ));
     }
     if !devices.is_empty() {
         commands.push(format!("`busway device bind {}`", devices.join(" ")));
     }
     (!names.is_empty()).then(|| format!("{}: {}", names.join(", "), commands.join(" and ")))
+}
+
+/// Whether a device of this class (its 24 bits), where it is on a root bus, is one by which the host itself
+/// works: the bridge to the ISA bus, which carries the firmware's chip and the power management, the
+/// SMBus, the firmware's flash memory, and the host bridge (PCI Code and ID Assignment 1.15 §1.7, §1.13).
+#[must_use]
+pub fn is_of_chipset(class: u32) -> bool {
+    matches!(class >> 8, 0x0600 | 0x0601 | 0x0c05 | 0x0c80)
+}
+
+/// The class of the device in a folder of sysfs; 0 where it does not say.
+fn class_of(folder: &Path) -> u32 {
+    let text = fs::read_to_string(folder.join("class")).unwrap_or_default();
+    let digits = text.trim().trim_start_matches("0x");
+    u32::from_str_radix(digits, 16).unwrap_or(0)
+}
+
+/// Whether no bridge is above the device: its folder is in a host bridge's, `pci0000:00`.
+fn is_on_root_bus(folder: &Path) -> bool {
+    let real = folder.canonicalize().ok();
+    let above = real
+        .as_deref()
+        .and_then(Path::parent)
+        .and_then(Path::file_name);
+    above.is_some_and(|name| name.as_encoded_bytes().starts_with(b"pci"))
 }
 
 /// Whether a device with this driver keeps its IOMMU group from being given away.
@@ -157,7 +195,6 @@ pub fn is_vfio_driver(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
     use std::os::unix::fs::symlink;
 
     #[test]
@@ -194,6 +231,31 @@ mod tests {
              /sys/bus/pci/drivers/shpchp/unbind` and `busway device bind 0000:00:1f.0`"
         );
         assert!(not_viable(&paths, 8).is_none());
+    }
+
+    #[test]
+    fn a_group_with_a_function_of_the_chipset_has_no_way_out() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = SysRoot::under(root.path());
+        let group = root.path().join("sys/kernel/iommu_groups/9/devices");
+        fs::create_dir_all(&group).unwrap();
+        for (address, driver, class) in [
+            ("0000:00:1f.0", "lpc_ich", "0x060100"),
+            ("0000:00:1f.2", "ahci", "0x010601"),
+        ] {
+            let folder = root.path().join("sys/devices/pci0000:00").join(address);
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("class"), format!("{class}\n")).unwrap();
+            let to = format!("../../../bus/pci/drivers/{driver}");
+            symlink(to, folder.join("driver")).unwrap();
+            symlink(&folder, group.join(address)).unwrap();
+        }
+        assert_eq!(
+            not_viable(&paths, 9).unwrap().to_string(),
+            "IOMMU group 9 cannot be given away while others use parts of it: 0000:00:1f.0 is bound \
+             to lpc_ich, 0000:00:1f.2 is bound to ahci: the host works by 0000:00:1f.0 (functions of \
+             its chipset), so that nothing of this group can be given away"
+        );
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub use advice::{IommuAdvice, ParameterChange};
 pub use command::{Command, Output, Program, Word};
 pub use dma::{Access, DmaSpace, HostVa, Iova, OpenDmaBuf, Stats};
 pub use error::{MapError, OpenError};
-pub use group::{Group, is_vfio_driver, keeps_group, not_viable};
+pub use group::{Group, is_of_chipset, is_vfio_driver, keeps_group, not_viable};
 pub use iommufd::Ioas;
 pub use memlock::MemlockError;
 pub use obstacle::{FIRMWARE_REMEDY, Node, Obstacle, holder, holders};

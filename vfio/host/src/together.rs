@@ -77,10 +77,8 @@ pub(super) fn group_blockers(host: &Host, group: u32, taken: &BTreeSet<Bdf>) -> 
     host.group(group).filter_map(blocks).collect()
 }
 
-/// Whether the host itself works by this function: the bridge to the ISA bus, which carries the
-/// firmware's chip and the power management, the SMBus, the firmware's flash memory, and the host
-/// bridge (PCI Code and ID Assignment 1.15 §1.7, §1.13), where the chipset has them.
+/// Whether the host itself works by this function, where the chipset has it.
 fn is_of_chipset(device: &HostDevice) -> bool {
-    let is_kind = matches!(device.class >> 8, 0x0600 | 0x0601 | 0x0c05 | 0x0c80);
-    is_kind && device.parent.is_none() && device.made_by.is_none()
+    let kind = busway_iommu::is_of_chipset(device.class);
+    kind && device.parent.is_none() && device.made_by.is_none()
 }

@@ -117,7 +117,7 @@ fn shared_group(lab: &mut Lab) -> Result<()> {
     let says = [&names[..], &["functions of its chipset"]].concat();
     refused_command(host, "busway device bind 0000:00:1f.3", 3, &says)?;
     host.bind_by_hand("0000:00:1f.3")?;
-    refused(host, "--device 0000:00:1f.3", 3, &names)?;
+    refused(host, "--device 0000:00:1f.3", 3, &says)?;
     host.unbind_by_hand("0000:00:1f.3")
 }
 
