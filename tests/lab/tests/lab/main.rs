@@ -29,6 +29,7 @@ mod events;
 mod groups;
 mod helper;
 mod host_view;
+mod hotplug;
 mod interrupts;
 mod lanes;
 mod life;
@@ -49,6 +50,7 @@ const CHAPTERS: [&[Proof]; 16] = [
     helper::PROOFS,
     errors::PROOFS,
     events::PROOFS,
+    hotplug::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,
