@@ -68,6 +68,6 @@ pub use reset::{Affected, FunctionReset, ResetMethod};
 pub use resets::Resets;
 pub use rom::{RomChoice, RomError, RomImage};
 pub use survey::AssignError;
-pub use sys::eventfd;
+pub use sys::{adopt, eventfd};
 pub use vf_token::{ParseVfTokenError, TokenUse, VfToken};
 pub use wiring::{AssignOptions, Wiring};
