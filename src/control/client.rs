@@ -148,7 +148,7 @@ pub fn ask(socket: &Path, method: &str, name: &str, limit: Duration) -> Result<V
 }
 
 /// What an error of the connection's means.
-fn explain(socket: &Path, limit: Duration, source: io::Error) -> ClientError {
+pub(super) fn explain(socket: &Path, limit: Duration, source: io::Error) -> ClientError {
     let path = socket.to_owned();
     let there = fs::metadata(socket);
     match source.kind() {

@@ -84,10 +84,12 @@ impl Connections {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many there are.
+    /// How many there are, and how many of them are idle.
     #[cfg(test)]
-    pub(super) fn count(&self) -> usize {
-        self.seats().taken.len()
+    pub(super) fn count(&self) -> (usize, usize) {
+        let seats = self.seats();
+        let idle = seats.taken.values().filter(|seat| seat.idle.is_some());
+        (seats.taken.len(), idle.count())
     }
 
     /// Accepts connections and serves each on a thread of its own, until `stop` is signalled.
@@ -253,7 +255,8 @@ impl Place {
 
     fn set_idle(&self) {
         if let Some(seat) = self.connections.seats().taken.get_mut(&self.id) {
-            seat.idle = Some(Instant::now());
+            // One that has just come has been idle since.
+            seat.idle.get_or_insert_with(Instant::now);
         }
     }
 

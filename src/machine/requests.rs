@@ -200,6 +200,35 @@ impl Requests {
     }
 }
 
+#[cfg(test)]
+impl Requests {
+    /// A machine that lives, for tests of those who ask; what is returned plays it. Each request is answered
+    /// with what `react` gives, or waits until the end where it gives nothing. The machine ends when a
+    /// request to shut down is granted.
+    pub(crate) fn play(
+        self,
+        mut react: impl FnMut(&Request) -> Option<Result<Answer, RequestError>> + Send,
+    ) -> impl FnOnce() + Send {
+        self.open();
+        let mut unanswered = Vec::new();
+        move || loop {
+            let Some((request, asker)) = self.take() else {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                continue;
+            };
+            let Some(answer) = react(&request) else {
+                unanswered.push(asker);
+                continue;
+            };
+            let ended = request == Request::Shutdown && answer.is_ok();
+            asker.answer(answer);
+            if ended {
+                return;
+            }
+        }
+    }
+}
+
 impl Drop for Requests {
     fn drop(&mut self) {
         let mut waiting = self.0.waiting();

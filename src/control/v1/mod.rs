@@ -160,6 +160,20 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     later("vm.send-migration", "a VM that moves to another process"),
 ];
 
+#[cfg(test)]
+impl Endpoint {
+    /// The statuses that it can answer with.
+    pub(super) fn statuses(&self) -> &'static [u16] {
+        match self.act {
+            Act::Ping | Act::Counters => &[200, 400],
+            Act::Info => &[200, 400, 429, 500],
+            Act::Ask(..) | Act::End(204) => &[204, 400, 429, 500],
+            Act::End(_) => &[200, 400, 429, 500],
+            Act::NotYet(_) => &[400, 501],
+        }
+    }
+}
+
 /// The API of one VM.
 #[derive(Debug)]
 pub(super) struct Api {
