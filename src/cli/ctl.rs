@@ -53,8 +53,8 @@ enum Verb {
 
 /// At the end of the help.
 pub(super) const EXIT_STATUS: &str = "\
-Exit status: 0 it is done; 1 the VM refused, or did not answer within 10 s (shutdown: 2 minutes); 2 bad
-usage, or no VM's socket has this name.";
+Exit status: 0 it is done; 1 the VM refused, or did not answer in time (10 s; 2 minutes to end);
+2 bad usage, or no VM's socket has this name.";
 
 impl Verb {
     const fn method(self) -> &'static str {

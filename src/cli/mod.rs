@@ -78,7 +78,7 @@ enum Command {
     /// Boot a guest
     #[command(after_long_help = run::EXAMPLES, after_help = run::MORE)]
     Run(Box<run::RunArgs>),
-    /// Ask a VM that runs how it is, pause it, resume it, press its power button, end it
+    /// Show, pause, resume or end a VM that runs, by its control socket
     #[command(after_help = ctl::EXIT_STATUS)]
     Ctl(ctl::CtlArgs),
     /// Show the host's PCI devices, and move them to VFIO and back
