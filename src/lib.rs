@@ -4,6 +4,7 @@ pub mod acpi;
 pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod devices;
 pub mod exit;
 pub mod kvm;

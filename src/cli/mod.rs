@@ -3,6 +3,7 @@
 //! It turns flags and `vm.toml` into a [`crate::config::VmConfig`] and hands that to the machine. How
 //! a VM is built and run is not known here.
 
+mod ctl;
 pub mod device;
 pub mod doctor;
 mod failure;
@@ -77,6 +78,9 @@ enum Command {
     /// Boot a guest
     #[command(after_long_help = run::EXAMPLES, after_help = run::MORE)]
     Run(Box<run::RunArgs>),
+    /// Show, pause, resume or end a VM that runs, by its control socket
+    #[command(after_help = ctl::EXIT_STATUS)]
+    Ctl(ctl::CtlArgs),
     /// Show the host's PCI devices, and move them to VFIO and back
     Device(device::DeviceArgs),
     /// Look the host over: can it give devices to guests, and what would help?
@@ -122,6 +126,7 @@ impl Cli {
         })?;
         match self.command {
             Command::Run(args) => run::run(&args, self.verbose, report),
+            Command::Ctl(args) => ctl::run(&args),
             Command::Device(args) => {
                 device::run(&args).map_err(|error| Failure::new(error.exit_status(), error))
             }

@@ -14,6 +14,8 @@ use super::schema::{self, Section};
 use super::words::{Place, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
 use crate::config::{ConsoleConfig, VmConfig};
+use crate::control::{Server, SocketAddress};
+use crate::exit::RUNTIME;
 use crate::machine::{self, Ended, Requests};
 use crate::report::{Report, Stage};
 
@@ -94,6 +96,12 @@ pub(super) struct RunArgs {
     )]
     platform: Vec<String>,
 
+    #[arg(
+        long, help = schema::API_SOCKET.summary, long_help = schema::API_SOCKET.help(),
+        value_name = "WHERE", help_heading = CONTROL
+    )]
+    api_socket: Option<String>,
+
     /// Write the boot report as JSON, when the guest starts and at the end
     #[arg(long, value_name = "FILE", help_heading = DIAGNOSTICS)]
     report: Option<PathBuf>,
@@ -103,6 +111,7 @@ const BOOT: &str = "Boot";
 const RESOURCES: &str = "Resources";
 const DEVICES: &str = "Devices";
 const PASSTHROUGH: &str = "Passthrough";
+const CONTROL: &str = "Control";
 const LIST: &str = "KEY=VALUE,…";
 
 /// At the end of the short help.
@@ -135,15 +144,22 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
     machine::block_signals();
     logging::step_aside();
     let config = args.config().map_err(Failure::usage)?;
+    let socket = args.api_socket().map_err(Failure::usage)?;
     let publication = Publication {
         file: args.report.clone(),
         table: verbose > 0,
     };
     publication.check()?;
     report.reached(Stage::Parse);
+    let requests = Requests::new().map_err(|error| Failure::new(RUNTIME, error))?;
+    // From before the VM is put together, which can take long where much memory is to be pinned.
+    let server = socket
+        .map(|socket| Server::start(&socket, requests.control(), &config))
+        .transpose()
+        .map_err(|error| Failure::new(error.exit_status(), error))?;
     progress::show(report);
     let publisher = publication.when_running(report);
-    let ended = boot(&config, report);
+    let ended = boot(&config, report, requests);
     // Whatever was under way is not any more.
     report.pinning(0, 0);
     report.close();
@@ -151,11 +167,16 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
         let _panicked = publisher.join();
     }
     publication.publish(report);
+    // Who asked for the end may kill this process when it is answered: nothing comes after it.
+    if let Some(server) = server {
+        server.finish();
+    }
     ended
 }
 
-fn boot(config: &VmConfig, report: &Report) -> Result<(), Failure> {
-    match Requests::new().and_then(|requests| machine::run(config, report, requests)) {
+/// Runs the VM, of which `requests` ask, to its end.
+fn boot(config: &VmConfig, report: &Report, requests: Requests) -> Result<(), Failure> {
+    match machine::run(config, report, requests) {
         Ok(Ended::PowerOff) => log::info!("the guest powered off"),
         Ok(Ended::Quit) => log::info!("left by the console's escape key"),
         Ok(Ended::Asked) => log::info!("the VM ended as it was asked to"),
@@ -194,6 +215,14 @@ impl RunArgs {
         self.apply(&mut config)?;
         config.validate()?;
         Ok(config)
+    }
+
+    fn api_socket(&self) -> Result<Option<SocketAddress>, Wrong> {
+        let make = |text: &String| {
+            let place = Place::Flag(schema::API_SOCKET.name, text.clone());
+            schema::API_SOCKET.make(text, &place)
+        };
+        self.api_socket.as_ref().map(make).transpose()
     }
 
     fn apply(&self, config: &mut VmConfig) -> Result<(), Wrong> {

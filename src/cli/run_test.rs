@@ -64,6 +64,32 @@ fn flags_come_after_the_file() {
 }
 
 #[test]
+fn the_control_socket_is_a_path_or_a_descriptor() {
+    let socket = |said: &str| {
+        let args = Command::try_parse_from(["run", "--api-socket", said]).unwrap();
+        args.run.api_socket().map_err(|error| error.to_string())
+    };
+    for said in ["/run/vm", "path=/run/vm"] {
+        assert_eq!(
+            socket(said),
+            Ok(Some(SocketAddress::Path("/run/vm".into())))
+        );
+    }
+    assert_eq!(socket("fd=3"), Ok(Some(SocketAddress::Fd(3))));
+    for (said, why) in [
+        ("", "`path` or `fd` is missing"),
+        ("path=", "there is nothing after the `=`"),
+        ("fd=x", "`x` is not a whole number"),
+        ("path=a,fd=3", "only one of these can be said"),
+        ("pth=a", "unknown key `pth`; did you mean `path`?"),
+    ] {
+        let error = socket(said).unwrap_err();
+        assert!(error.starts_with("--api-socket"), "{error}");
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+#[test]
 fn a_report_must_have_a_folder_to_be_in() {
     let check = |file: &str| {
         Publication {

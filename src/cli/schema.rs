@@ -6,6 +6,7 @@ use crate::config::{
     CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
     NetConfig, OnError, PlatformConfig, RngConfig,
 };
+use crate::control::SocketAddress;
 use busway_host::{Called, CalledError, SysRoot};
 use busway_pci::ParseBdfError;
 
@@ -413,6 +414,29 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     required: &[],
     bare: None,
     single: false,
+    details: &[],
+};
+
+/// `--api-socket`, which the file has no word for: it is this process's and not the VM's.
+pub(super) static API_SOCKET: Section<SocketAddress> = Section {
+    name: "api-socket",
+    summary: "Control socket, for `busway ctl` and Cloud Hypervisor's clients: PATH|fd=N",
+    words: &[],
+    notes: "",
+    blank: || SocketAddress::Path("".into()),
+    keys: keys! {
+        "path" { "PATH": "where it is made, for this user alone, with a lock beside it (PATH.lock);\n\
+                 needs no `path=`. What a killed VM left is replaced; a VM that lives keeps its own" }
+            |socket, value| *socket = SocketAddress::Path(value.text()?.into());
+        "fd" { "N": "a Unix socket that Busway inherits and that listens already" }
+            |socket, value| *socket = SocketAddress::Fd(value.number()?);
+    },
+    required: &["path", "fd"],
+    bare: Some(|socket, value| {
+        *socket = SocketAddress::Path(value.text()?.into());
+        Ok(())
+    }),
+    single: true,
     details: &[],
 };
 

@@ -309,6 +309,8 @@ impl Machine {
             state: life.state(),
             memory: self.ram.size(),
             devices: self.pci.assigned(),
+            ids: self.passthrough.attached.ids(),
+            empty_slots: self.passthrough.empty_slots(&self.pci),
         }
     }
 

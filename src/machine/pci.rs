@@ -141,11 +141,18 @@ impl Pci {
 
     /// A root port whose slot is empty, which is none of those that are `taken`.
     pub(super) fn empty_port(&self, taken: &[FunctionId]) -> Option<(FunctionId, Device)> {
+        self.empty_ports(taken).next()
+    }
+
+    /// The same of all of them; those that were made to be empty come first.
+    pub(super) fn empty_ports(
+        &self,
+        taken: &[FunctionId],
+    ) -> impl Iterator<Item = (FunctionId, Device)> {
         let empty = |(port, _): &&(FunctionId, Device)| {
             !taken.contains(port) && self.topology.behind(*port).is_empty()
         };
-        // The last ones are those that were made to be empty.
-        self.ports.iter().rev().find(empty).copied()
+        self.ports.iter().rev().filter(empty).copied()
     }
 
     /// That there is no empty slot, and what helps.

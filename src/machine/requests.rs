@@ -4,7 +4,7 @@
 //! answers each once, at once or when what was asked for has happened; it never waits for that itself. Whoever asked waits for
 //! the answer alone.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,9 +45,10 @@ pub enum Request {
 }
 
 /// What a machine is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum State {
     /// It is being put together: memory is taken, devices are opened.
+    #[default]
     Created,
     /// The guest runs.
     Running,
@@ -58,7 +59,7 @@ pub enum State {
 }
 
 /// How a machine is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Info {
     /// What it is doing.
     pub state: State,
@@ -66,6 +67,10 @@ pub struct Info {
     pub memory: u64,
     /// The host devices that the guest has; none while it is being put together.
     pub devices: Vec<AssignedDevice>,
+    /// What they are called, by their addresses on the host.
+    pub ids: BTreeMap<String, String>,
+    /// How many devices can be added.
+    pub empty_slots: usize,
 }
 
 /// The answer to a request that was granted.
@@ -179,12 +184,7 @@ impl Control {
             return Err(RequestError::Ended);
         }
         if !waiting.open && request == Request::Info {
-            let info = Info {
-                state: State::Created,
-                memory: 0,
-                devices: Vec::new(),
-            };
-            Asker(sender).answer(Ok(Answer::Info(info)));
+            Asker(sender).answer(Ok(Answer::Info(Info::default())));
             return Ok(receiver);
         }
         if waiting.requests.len() >= MOST {
@@ -237,6 +237,35 @@ impl Requests {
             let _count = self.0.signal.take();
         }
         request
+    }
+}
+
+#[cfg(test)]
+impl Requests {
+    /// A machine that lives, for tests of those who ask; what is returned plays it. Each request is answered
+    /// with what `react` gives, or waits until the end where it gives nothing. The machine ends when a
+    /// request to shut down is granted.
+    pub(crate) fn play(
+        self,
+        mut react: impl FnMut(&Request) -> Option<Result<Answer, RequestError>> + Send,
+    ) -> impl FnOnce() + Send {
+        self.open();
+        let mut unanswered = Vec::new();
+        move || loop {
+            let Some((request, asker)) = self.take() else {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                continue;
+            };
+            let Some(answer) = react(&request) else {
+                unanswered.push(asker);
+                continue;
+            };
+            let ended = request == Request::Shutdown && answer.is_ok();
+            asker.answer(answer);
+            if ended {
+                return;
+            }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a person sees of `busway`: its help, its complaints, its exit status.
 
 mod colour;
+mod ctl;
 mod dependencies;
 mod errors;
 mod help;

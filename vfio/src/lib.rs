@@ -66,5 +66,6 @@ pub use reset::{Affected, FunctionReset, ResetMethod};
 pub use resets::Resets;
 pub use rom::{RomChoice, RomError, RomImage};
 pub use survey::AssignError;
+pub use sys::adopt;
 pub use vf_token::{ParseVfTokenError, TokenUse, VfToken};
 pub use wiring::{AssignOptions, Wiring};

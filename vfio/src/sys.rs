@@ -257,7 +257,10 @@ pub(crate) fn attach_ioas(device: &File, ioas: u32) -> io::Result<()> {
 ///
 /// # Safety
 /// It is open, and nothing else in this process uses or closes it.
-pub(crate) unsafe fn adopt(number: u32) -> io::Result<File> {
+///
+/// # Errors
+/// `EBADF` where it is not open.
+pub unsafe fn adopt(number: u32) -> io::Result<File> {
     let number = i32::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: setting the flag touches no memory.
     check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;

@@ -5,6 +5,7 @@
 //! `unbind` returns. Where nobody attends to the slot, or not in time, or the device is gone already,
 //! the device is pulled out: the guest's driver finds it absent. Either is done beside the event loop.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -111,6 +112,16 @@ impl Attached {
             io,
             users: one.users,
         });
+    }
+
+    /// What the devices are called, by their addresses on the host.
+    pub(in crate::machine) fn ids(&self) -> BTreeMap<String, String> {
+        let devices = self.devices.iter();
+        let named = devices.filter_map(|device| {
+            let address = device.config.address().ok()?;
+            Some((address.to_string(), device.config.id()))
+        });
+        named.collect()
     }
 
     /// Whether the guest has the device, or one of the same name.

@@ -162,6 +162,11 @@ impl Passthrough {
         });
     }
 
+    /// How many devices can be added.
+    pub(super) fn empty_slots(&self, pci: &Pci) -> usize {
+        pci.empty_ports(&self.taken).count()
+    }
+
     /// Puts what has come into its slots.
     pub(super) fn on_attached(&mut self, pci: &mut Pci) {
         let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));

@@ -24,6 +24,10 @@ pub(crate) const PROOFS: &[Proof] = &[
         ignored,
     ),
     Proof::new(
+        "the_control_socket_shows_pauses_resumes_and_ends_a_guest_with_a_drive",
+        controlled,
+    ),
+    Proof::new(
         "the_stock_kernel_finds_nothing_wrong_with_the_machine",
         clean_log,
     ),
@@ -152,6 +156,59 @@ fn ignored(lab: &mut Lab) -> Result<()> {
         result.stderr
     );
     Ok(())
+}
+
+/// A guest that is written to its drive all the while stands still between `pause` and `resume`, powers off when its
+/// button is pressed, and a second one ends when it is told to. Nothing is left of either's socket.
+fn controlled(lab: &mut Lab) -> Result<()> {
+    const CTL: &str = "busway ctl --api-socket /run/vm.sock";
+    let (host, address) = bound(lab, "nv0")?;
+    let guest = || -> Result<_> {
+        let guest = guest()?.kernel(GuestKernel::Stock).device(&address);
+        Ok(guest.args(&["--api-socket", "/run/vm.sock"]))
+    };
+    let run = guest()?.script(
+        "while true; do lab-io write /dev/nvme0n1 1 >/dev/null; echo tick; done &\n\
+         until_pressed waiting\nkill $!\nvalue pressed yes\n",
+    );
+    let running = host.start_guest(&run)?;
+    running.wait_line("tick")?;
+    running.wait_line("@@value waiting")?;
+    let info = host.run(&format!("{CTL} ping >&2 && {CTL} info"))?;
+    ensure!(
+        info.contains("running") && info.contains(&address),
+        "info: {info}"
+    );
+    host.run(&format!("{CTL} pause"))?;
+    let info = host.run(&format!("{CTL} info"))?;
+    ensure!(info.contains("paused"), "info: {info}");
+    // No processor runs, so that the process takes no time but for what asks it.
+    let stat = format!("cut -d ' ' -f 14 /proc/{}/stat", running.pid()?);
+    let ticks = host.run(&format!("{stat}; sleep 2; {stat}"))?;
+    let ticks: Vec<u64> = ticks
+        .split_whitespace()
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
+    ensure!(
+        matches!(*ticks, [before, after] if after - before < 20),
+        "time was taken by a guest that is paused: {ticks:?}"
+    );
+    let again = host.run(&format!("{CTL} pause 2>&1 || echo \"status $?\""))?;
+    ensure!(
+        again.contains("the guest is paused") && again.contains("status 1"),
+        "a second pause: {again}"
+    );
+    host.run(&format!("{CTL} resume && {CTL} power-button"))?;
+    running.finish()?.success()?.value("pressed")?;
+    host.run("! ls /run/vm.sock*")?;
+    let running = host.start_guest(&guest()?.script("value up yes\nsleep 1000\n"))?;
+    running.wait_line("@@value up")?;
+    host.run(&format!(
+        "{CTL} pause && {CTL} shutdown && ! ls /run/vm.sock*"
+    ))?;
+    let status = running.finish()?.status;
+    ensure!(status == 0, "status {status}");
+    give_back(host, &address, "nvme")
 }
 
 /// No line of the log blames the firmware or reports resources in conflict.

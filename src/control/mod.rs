@@ -1,0 +1,150 @@
+//! The control socket: an HTTP API whose paths and JSON are Cloud Hypervisor's v1, so that its clients drive
+//! a VM of Busway's as they are; and the client that `busway ctl` is.
+//!
+//! [`v1`] says what each request means; [`http`] what a request is; [`connections`] who is served;
+//! [`socket`] where. What is asked goes to the machine by its [`Control`], and nothing here knows more of it.
+
+pub mod client;
+mod connections;
+mod http;
+mod json;
+mod socket;
+#[cfg(test)]
+mod tests;
+mod v1;
+mod wire;
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use busway_vfio::EventFd;
+
+use crate::config::VmConfig;
+use crate::exit::{RUNTIME, USAGE};
+use crate::machine::Control;
+use connections::{Connections, Service};
+use socket::Listening;
+pub use socket::{SocketAddress, SocketError};
+use wire::Limits;
+
+/// How long the end waits for answers to be taken.
+const FINISH_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why there is no control socket.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The socket cannot be had.
+    #[error("--api-socket: {0}")]
+    Socket(#[from] SocketError),
+    /// cannot serve the control socket: {0}
+    #[error("cannot serve the control socket: {0}")]
+    System(#[from] io::Error),
+}
+
+impl ServerError {
+    /// The status to exit with, of [`crate::exit`].
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::Socket(_) => USAGE,
+            Self::System(_) => RUNTIME,
+        }
+    }
+}
+
+/// Serves a VM's control socket on threads of its own (`http`), from before the VM is put together until
+/// after its end.
+#[derive(Debug)]
+pub struct Server {
+    connections: Arc<Connections>,
+    end: Arc<End>,
+    stop: Arc<EventFd>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Makes or takes over the socket, and answers from now on. Call it when the signals that the machine
+    /// reads are blocked.
+    ///
+    /// # Errors
+    /// [`ServerError`]
+    pub fn start(
+        socket: &SocketAddress,
+        control: Control,
+        config: &VmConfig,
+    ) -> Result<Self, ServerError> {
+        let end = Arc::new(End::default());
+        let service = v1::Api::new(control, config, Arc::clone(&end));
+        Self::serve(socket, Arc::new(service), end, Limits::SERVER)
+    }
+
+    fn serve(
+        socket: &SocketAddress,
+        service: Arc<dyn Service>,
+        end: Arc<End>,
+        limits: Limits,
+    ) -> Result<Self, ServerError> {
+        let listening = Listening::open(socket)?;
+        let connections = Connections::new(limits);
+        let stop = Arc::new(EventFd::new()?);
+        let (accepting, stopped) = (Arc::clone(&connections), Arc::clone(&stop));
+        let accept = move || {
+            let result = accepting.accept(listening.listener(), &stopped, &service);
+            if let Err(error) = result {
+                log::error!("the control socket takes no more connections: {error}");
+            }
+        };
+        let acceptor = thread::Builder::new()
+            .name("http".to_owned())
+            .spawn(accept)?;
+        Ok(Self {
+            connections,
+            end,
+            stop,
+            acceptor: Some(acceptor),
+        })
+    }
+
+    /// The VM has ended, and all that it had is given back. Those who asked for its end are answered now, for
+    /// some kill the process as soon as they are; nobody else is let in, and the socket is removed. Takes 5 s
+    /// at most, and as a rule no time.
+    pub fn finish(self) {}
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end.come();
+        self.connections.finish(FINISH_LIMIT);
+        // It fails only where the count would overflow, and then a signal is there already.
+        self.stop.signal();
+        if let Some(acceptor) = self.acceptor.take() {
+            // Its panic has been told of.
+            let _ = acceptor.join();
+        }
+    }
+}
+
+/// The VM's end, which whoever asked for it waits for.
+#[derive(Debug, Default)]
+struct End {
+    here: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl End {
+    fn here(&self) -> MutexGuard<'_, bool> {
+        self.here.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn come(&self) {
+        *self.here() = true;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) {
+        let waited = self.changed.wait_while(self.here(), |here| !*here);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+}

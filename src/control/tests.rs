@@ -1,0 +1,274 @@
+//! The control socket from outside, before a machine that answers as the test says.
+
+mod clients;
+mod described;
+mod endpoints;
+mod hostile;
+mod sockets;
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::*;
+use crate::config::DeviceConfig;
+use crate::machine::{Answer, Info, Request, RequestError, Requests, State};
+use crate::report::AssignedDevice;
+
+/// What a machine does with a request: nothing is said to leave it unanswered.
+type Reaction = Option<Result<Answer, RequestError>>;
+
+/// A VM's control socket, and a machine behind it.
+struct Vm {
+    server: Option<Server>,
+    control: Control,
+    /// The machine ends when it is asked to, whatever the test has it answer.
+    ends: Arc<AtomicBool>,
+    machine: Option<JoinHandle<()>>,
+    socket: PathBuf,
+    _folder: TempDir,
+}
+
+/// Limits that a test can wait for.
+const SHORT: Limits = Limits {
+    between: Duration::from_millis(100),
+    whole: Duration::from_secs(2),
+    linger: Duration::from_secs(1),
+};
+
+impl Vm {
+    fn new(react: impl FnMut(&Request) -> Reaction + Send + 'static) -> Self {
+        Self::with(Limits::SERVER, react)
+    }
+
+    fn with(limits: Limits, mut react: impl FnMut(&Request) -> Reaction + Send + 'static) -> Self {
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        let mut device = DeviceConfig::new("01:00.0").unwrap();
+        device.id = Some("drive/é".into());
+        let config = VmConfig {
+            kernel: Some("/boot/vmlinuz".into()),
+            device: vec![device],
+            ..VmConfig::default()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api");
+        let end = Arc::new(End::default());
+        let api = v1::Api::new(control.clone(), &config, Arc::clone(&end));
+        let address = SocketAddress::Path(socket.clone());
+        let server = Server::serve(&address, Arc::new(api), end, limits).unwrap();
+        let ends = Arc::new(AtomicBool::new(false));
+        let ending = Arc::clone(&ends);
+        let react = move |request: &Request| match request {
+            Request::Shutdown if ending.load(Relaxed) => Some(Ok(Answer::Done)),
+            request => react(request),
+        };
+        Self {
+            server: Some(server),
+            control,
+            ends,
+            machine: Some(thread::spawn(requests.play(react))),
+            socket,
+            _folder: folder,
+        }
+    }
+
+    /// One whose guest does what it is asked.
+    fn living() -> Self {
+        Self::new(living())
+    }
+
+    fn connect(&self) -> Client {
+        Client::new(&self.socket)
+    }
+
+    /// How many connections are open.
+    fn connections(&self) -> usize {
+        self.server.as_ref().unwrap().connections.count().0
+    }
+
+    /// How many of them have no request under way.
+    fn idle(&self) -> usize {
+        self.server.as_ref().unwrap().connections.count().1
+    }
+
+    /// The machine has ended and all is given back.
+    fn finish(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.finish();
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.ends.store(true, Relaxed);
+        let _ended = self.control.ask(Request::Shutdown);
+        self.finish();
+        if let Some(machine) = self.machine.take() {
+            let ended = machine.join();
+            assert!(ended.is_ok() || thread::panicking());
+        }
+    }
+}
+
+/// A guest that is paused and resumed.
+fn living() -> impl FnMut(&Request) -> Reaction {
+    let mut state = State::Running;
+    move |request| {
+        let next = match (request, state) {
+            (Request::Info, _) => return Some(Ok(Answer::Info(info(state)))),
+            (Request::Pause, State::Running) => State::Paused,
+            (Request::Resume, State::Paused) => State::Running,
+            (Request::Pause, _) => return Some(Err(RequestError::State("paused"))),
+            (Request::Resume, _) => return Some(Err(RequestError::State("running"))),
+            (Request::PowerButton | Request::Shutdown, _) => state,
+            (Request::AddDevice(configs), _) => return Some(added(configs)),
+            (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
+        };
+        state = next;
+        Some(Ok(Answer::Done))
+    }
+}
+
+/// One that is there already, one that cannot be had, and any other.
+fn added(configs: &[DeviceConfig]) -> Result<Answer, RequestError> {
+    let id = configs[0].id();
+    match id.as_str() {
+        "0000:01:00.0" => Err(RequestError::Exists(id)),
+        "0000:0f:00.0" => Err(RequestError::Failed(format!("{id} is bound to nvme"))),
+        _ => Ok(Answer::Added {
+            id,
+            address: "0000:03:00.0".into(),
+        }),
+    }
+}
+
+fn removed(id: &str) -> Result<Answer, RequestError> {
+    match id {
+        "0000:01:00.0" => Ok(Answer::Done),
+        "stuck" => Err(RequestError::Failed(
+            "the guest did not let go of it".into(),
+        )),
+        _ => Err(RequestError::Unknown(id.into())),
+    }
+}
+
+fn info(state: State) -> Info {
+    Info {
+        state,
+        memory: 256 << 20,
+        devices: vec![AssignedDevice {
+            host: "0000:01:00.0".into(),
+            guest: "0000:02:00.0".into(),
+            reset: "flr",
+        }],
+        ids: BTreeMap::from([("0000:01:00.0".into(), "drive/é".into())]),
+        empty_slots: 2,
+    }
+}
+
+/// The other end of the socket, which reads as literally as clients do.
+struct Client(UnixStream);
+
+/// An answer: its head line by line, and its body.
+#[derive(Debug)]
+struct Reply {
+    status: u16,
+    head: Vec<String>,
+    body: Vec<u8>,
+}
+
+impl Client {
+    fn new(socket: &std::path::Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        // What is not answered by then never is.
+        let limit = Some(Duration::from_secs(20));
+        stream.set_read_timeout(limit).unwrap();
+        stream.set_write_timeout(limit).unwrap();
+        Self(stream)
+    }
+
+    fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.0.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// The next answer; none where the connection is closed before.
+    fn reply(&mut self) -> Option<Reply> {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            match self.0.read(&mut byte) {
+                Ok(1) => head.push(byte[0]),
+                // Closed with bytes of ours unread.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return None,
+                other => {
+                    assert_eq!((other.unwrap(), head.len()), (0, 0), "an answer is cut off");
+                    return None;
+                }
+            }
+        }
+        let head = String::from_utf8(head).unwrap();
+        let head: Vec<String> = head.split("\r\n").map(str::to_owned).collect();
+        let status = head[0].strip_prefix("HTTP/1.1 ").unwrap().trim();
+        let status = status.parse().unwrap();
+        let length = head
+            .iter()
+            .find_map(|line| line.strip_prefix("Content-Length: "))
+            .map_or(0, |length| length.parse().unwrap());
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body).unwrap();
+        Some(Reply { status, head, body })
+    }
+
+    /// A request with its answer.
+    fn ask(&mut self, method: &str, path: &str) -> Reply {
+        self.send(request(method, path, ""));
+        self.reply().unwrap()
+    }
+
+    /// Nothing comes any more.
+    fn is_closed(&mut self) -> bool {
+        match self.0.read(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        }
+    }
+}
+
+impl Reply {
+    fn json(&self) -> Value {
+        assert!(self.body.is_ascii());
+        serde_json::from_slice(&self.body).unwrap()
+    }
+
+    fn keeps_alive(&self) -> bool {
+        self.head.contains(&"Connection: keep-alive".to_owned())
+    }
+
+    /// An error's texts.
+    fn messages(&self) -> Vec<String> {
+        serde_json::from_slice(&self.body).unwrap()
+    }
+}
+
+/// A request as simple clients write it.
+fn request(method: &str, path: &str, more: &str) -> String {
+    format!("{method} /api/v1/{path} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n{more}\r\n")
+}
+
+/// Waits for something that comes without a word.
+fn until(what: &str, mut there: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !there() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}

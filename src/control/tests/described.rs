@@ -1,0 +1,214 @@
+//! `docs/api.json` describes what is served: all of it, and nothing else.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::{Value, json};
+
+use super::*;
+
+fn description() -> Value {
+    serde_json::from_str(include_str!("../../../docs/api.json")).unwrap()
+}
+
+/// What `$ref` leads to.
+fn resolved<'a>(description: &'a Value, value: &'a Value) -> &'a Value {
+    match value["$ref"].as_str() {
+        Some(path) => description
+            .pointer(path.strip_prefix('#').unwrap())
+            .unwrap(),
+        None => value,
+    }
+}
+
+/// The statuses of each operation, such as `GET vm.info`.
+fn described() -> BTreeMap<String, BTreeSet<u16>> {
+    let description = description();
+    let paths = description["paths"].as_object().unwrap();
+    let operations = paths.iter().flat_map(|(path, methods)| {
+        let methods = methods.as_object().unwrap();
+        methods.iter().map(move |(method, operation)| {
+            let name = path.strip_prefix('/').unwrap();
+            let statuses = operation["responses"].as_object().unwrap().keys();
+            let statuses = statuses.filter_map(|status| status.parse().ok());
+            (
+                format!("{} {name}", method.to_uppercase()),
+                statuses.collect(),
+            )
+        })
+    });
+    operations.collect()
+}
+
+#[test]
+fn every_endpoint_is_described_with_its_statuses_and_no_other_is() {
+    let served: BTreeMap<_, BTreeSet<u16>> = v1::ENDPOINTS
+        .iter()
+        .map(|endpoint| {
+            let name = format!("{} {}", endpoint.method, endpoint.name);
+            (name, endpoint.statuses().iter().copied().collect())
+        })
+        .collect();
+    assert_eq!(served, described());
+}
+
+#[test]
+fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
+    let mut seen: BTreeMap<String, BTreeSet<u16>> = BTreeMap::new();
+    let granted = |request: &Request| match request {
+        Request::Info => Some(Ok(Answer::Info(info(State::Running)))),
+        Request::AddDevice(configs) => Some(added(configs)),
+        Request::RemoveDevice { id, .. } => Some(removed(id)),
+        _ => Some(Ok(Answer::Done)),
+    };
+    let refused = |_: &Request| Some(Err(RequestError::State("held")));
+    let crowded = |_: &Request| Some(Err(RequestError::TooMany));
+    let description = description();
+    let reactions: [fn(&Request) -> Reaction; 3] = [granted, refused, crowded];
+    for endpoint in v1::ENDPOINTS {
+        let name = format!("{} {}", endpoint.method, endpoint.name);
+        let bodies: &[&str] = match endpoint.name {
+            "vm.add-device" => &[
+                "",
+                r#"{"path": "0000:02:00.0", "id": "drive"}"#,
+                r#"{"path": "0000:01:00.0"}"#,
+            ],
+            "vm.remove-device" => &["", r#"{"id": "0000:01:00.0"}"#, r#"{"id": "another"}"#],
+            _ => &[""],
+        };
+        let each = [endpoint.method, "POST"]
+            .into_iter()
+            .flat_map(|method| reactions.map(|react| (method, react)))
+            .flat_map(|(method, react)| bodies.iter().map(move |body| (method, react, *body)));
+        {
+            for (method, react, body) in each {
+                let mut vm = Vm::new(react);
+                let mut client = vm.connect();
+                let length = match body.len() {
+                    0 => String::new(),
+                    length => format!("Content-Length: {length}\r\n"),
+                };
+                client.send(request(method, endpoint.name, &length) + body);
+                let ends = endpoint.name.ends_with("shutdown") && method == "PUT";
+                if ends && react(&Request::Shutdown) == Some(Ok(Answer::Done)) {
+                    vm.machine.take().unwrap().join().unwrap();
+                    vm.finish();
+                }
+                let reply = client.reply().unwrap();
+                if !reply.body.is_empty() {
+                    let operation = &description["paths"][format!("/{}", endpoint.name)]
+                        [endpoint.method.to_lowercase()];
+                    let status = reply.status.to_string();
+                    let response = resolved(&description, &operation["responses"][&status]);
+                    let schema = &response["content"]["application/json"]["schema"];
+                    conforms(&description, schema, &reply.json(), &name);
+                }
+                seen.entry(name.clone()).or_default().insert(reply.status);
+            }
+        }
+    }
+    assert_eq!(seen, described());
+}
+
+#[test]
+fn statuses_of_any_path_are_described_too() {
+    let description = description();
+    let any = &description["components"]["responses"]["NoRequest"]["x-statuses"];
+    assert_eq!(*any, json!([404, 408, 413, 431, 503]));
+}
+
+/// As much of JSON Schema as the description uses.
+fn conforms(description: &Value, schema: &Value, value: &Value, place: &str) {
+    let schema = resolved(description, schema);
+    let is = match schema["type"]
+        .as_str()
+        .unwrap_or_else(|| panic!("{place}: no type"))
+    {
+        "object" => value.is_object(),
+        "array" => value.is_array(),
+        "string" => value.is_string(),
+        "integer" => value.is_u64(),
+        "boolean" => value.is_boolean(),
+        other => panic!("{place}: a type of {other}"),
+    };
+    assert!(is, "{place}: {value}");
+    if let Some(words) = schema["enum"].as_array() {
+        assert!(words.contains(value), "{place}: {value}");
+    }
+    for required in schema["required"].as_array().into_iter().flatten() {
+        let key = required.as_str().unwrap();
+        assert!(value.get(key).is_some(), "{place}: {key} is missing");
+    }
+    for (key, part) in value.as_object().into_iter().flatten() {
+        let place = format!("{place}/{key}");
+        let schema = match &schema["properties"][key] {
+            Value::Null => &schema["additionalProperties"],
+            schema => schema,
+        };
+        assert!(schema.is_object(), "{place} is not described");
+        conforms(description, schema, part, &place);
+    }
+    for (index, part) in value.as_array().into_iter().flatten().enumerate() {
+        conforms(
+            description,
+            &schema["items"],
+            part,
+            &format!("{place}/{index}"),
+        );
+    }
+}
+
+#[test]
+fn a_full_configuration_is_as_described() {
+    use crate::config::{Choice, ConsoleConfig, DiskConfig, NetConfig};
+
+    let mut device = DeviceConfig::new("01:00.0").unwrap();
+    device.fd = Some(7);
+    device.id = Some("e".into());
+    device.x_nv_gpudirect_clique = Some(1);
+    let mut config = VmConfig {
+        kernel: Some("k".into()),
+        initramfs: Some("i".into()),
+        disk: vec![DiskConfig {
+            id: Some("d".into()),
+            ..DiskConfig::new("d")
+        }],
+        net: vec![NetConfig {
+            tap: Some("t".into()),
+            mac: Some("52:54:00:12:34:56".parse().unwrap()),
+            id: Some("n".into()),
+            ..NetConfig::default()
+        }],
+        serial: ConsoleConfig::file("f"),
+        console: ConsoleConfig::Socket("s".into()),
+        device: vec![device],
+        ..VmConfig::default()
+    };
+    config.memory.hugepage_size = Some(1 << 30);
+    config.platform.iommufd = Choice::On;
+    config.platform.p2p = Choice::Off;
+    let requests = Requests::new().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("api");
+    let address = SocketAddress::Path(socket.clone());
+    let server = Server::start(&address, requests.control(), &config).unwrap();
+    let info = Client::new(&socket).ask("GET", "vm.info").json();
+    let description = description();
+    let schema = &description["components"]["schemas"]["VmInfo"];
+    conforms(&description, schema, &info, "vm.info");
+    // Each property that there can be is there.
+    let schemas = &description["components"]["schemas"];
+    for (part, properties) in schemas["VmConfig"]["properties"].as_object().unwrap() {
+        let there = &info["config"][part];
+        let there = there.get(0).unwrap_or(there);
+        let properties = properties.get("items").unwrap_or(properties);
+        for key in properties["properties"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(key, _)| key)
+        {
+            assert!(there.get(key).is_some(), "{part}/{key}");
+        }
+    }
+    server.finish();
+}

@@ -1,0 +1,288 @@
+//! What each endpoint answers.
+
+use std::io::IoSlice;
+use std::os::fd::AsFd;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::json;
+
+use super::*;
+
+#[test]
+fn a_request_on_any_path_by_any_method_with_any_body_has_one_answer_and_the_connection_goes_on() {
+    // Whoever ends the VM is refused, so that it goes on for the rest.
+    let vm = Vm::new(|request| match request {
+        Request::Info => Some(Ok(Answer::Info(info(State::Running)))),
+        Request::Shutdown => Some(Err(RequestError::State("held"))),
+        _ => Some(Ok(Answer::Done)),
+    });
+    let names = v1::ENDPOINTS.iter().map(|endpoint| endpoint.name);
+    let junk = "Content-Length: 7\r\n\r\n{\"a\": [";
+    let large = format!(
+        "Content-Length: {}\r\n\r\n{}",
+        (4 << 20) + 1,
+        "x".repeat((4 << 20) + 1)
+    );
+    let mut client = vm.connect();
+    for name in names.chain(["vm.unheard-of", ""]) {
+        for method in [
+            "GET", "PUT", "POST", "DELETE", "HEAD", "PATCH", "OPTIONS", "get",
+        ] {
+            for body in ["\r\n", "content-length: 0\r\n\r\n", junk, &large] {
+                // The large one costs time, and says the same to all methods.
+                if body.len() > 100 && !["GET", "PUT"].contains(&method) {
+                    continue;
+                }
+                let start = Instant::now();
+                let head = request(method, name, "");
+                let request = head.trim_end().to_owned() + "\r\n" + body;
+                // Where it is refused before all of it has come, the rest need not be taken.
+                let _cut = client.0.write_all(request.as_bytes());
+                let reply = client.reply().unwrap();
+                let case = format!("{method} {name} {}", body.len());
+                assert!(start.elapsed() < Duration::from_secs(1), "{case}");
+                assert!((200..600).contains(&reply.status), "{case}");
+                if method == "HEAD" {
+                    assert!(reply.body.is_empty(), "{case}");
+                } else if reply.status >= 400 {
+                    assert!(!reply.messages()[0].is_empty(), "{case}");
+                }
+                if body.len() > 100 {
+                    assert_eq!((reply.status, reply.keeps_alive()), (413, false), "{case}");
+                    assert!(client.is_closed(), "{case}");
+                    client = vm.connect();
+                } else {
+                    assert!(reply.keeps_alive(), "{case}");
+                }
+            }
+        }
+    }
+    assert_eq!(client.ask("GET", "vmm.ping").status, 200);
+}
+
+#[test]
+fn an_answers_head_is_byte_for_byte_what_clients_read() {
+    let vm = Vm::living();
+    let mut client = vm.connect();
+    let reply = client.ask("GET", "vmm.ping");
+    let length = format!("Content-Length: {}", reply.body.len());
+    let expected = [
+        "HTTP/1.1 200 ",
+        "Server: Cloud Hypervisor API",
+        "Connection: keep-alive",
+        "Content-Type: application/json",
+        &length,
+        "",
+        "",
+    ];
+    assert_eq!(reply.head, expected);
+    let reply = client.ask("PUT", "vm.pause");
+    let expected = [
+        "HTTP/1.1 204 ",
+        "Server: Cloud Hypervisor API",
+        "Connection: keep-alive",
+        "",
+        "",
+    ];
+    assert_eq!(reply.head, expected);
+    let ping = client.ask("GET", "vmm.ping").json();
+    assert_eq!(ping["pid"], std::process::id());
+    assert_eq!(ping["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(ping["features"], json!(["kvm"]));
+}
+
+#[test]
+fn a_vm_is_paused_resumed_and_shown() {
+    let vm = Vm::living();
+    let mut client = vm.connect();
+    let info = client.ask("GET", "vm.info").json();
+    assert_eq!(info["state"], "Running");
+    assert_eq!(info["memory_actual_size"], 256 << 20);
+    assert_eq!(info["config"]["payload"]["kernel"], "/boot/vmlinuz");
+    // By the name that it was given, which is not ASCII; the answer is.
+    let device = &info["device_tree"]["drive/é"];
+    assert_eq!(device["pci_bdf"], "0000:02:00.0");
+    assert_eq!(device["host_bdf"], "0000:01:00.0");
+    assert_eq!(client.ask("PUT", "vm.pause").status, 204);
+    assert_eq!(client.ask("GET", "vm.info").json()["state"], "Paused");
+    let again = client.ask("PUT", "vm.pause");
+    let messages = ["The VM could not be paused", "the guest is paused"];
+    assert_eq!(
+        (again.status, again.messages()),
+        (500, messages.map(str::to_owned).into())
+    );
+    assert_eq!(client.ask("PUT", "vm.resume").status, 204);
+    assert_eq!(client.ask("PUT", "vm.power-button").status, 204);
+    assert_eq!(client.ask("GET", "vm.counters").json(), json!({}));
+}
+
+#[test]
+fn every_state_has_a_word_that_clients_know() {
+    for (state, word, held) in [
+        (State::Created, "Created", Value::Null),
+        (State::Running, "Running", Value::Null),
+        (State::Paused, "Paused", Value::Null),
+        (State::Held, "Paused", json!(true)),
+    ] {
+        let vm = Vm::new(move |request| match request {
+            Request::Info => Some(Ok(Answer::Info(info(state)))),
+            _ => Some(Ok(Answer::Done)),
+        });
+        let info = vm.connect().ask("GET", "vm.info").json();
+        assert_eq!((&info["state"], &info["held"]), (&json!(word), &held));
+    }
+}
+
+#[test]
+fn a_vm_that_is_still_put_together_has_the_memory_that_it_is_to_have() {
+    let requests = Requests::new().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("api");
+    let address = SocketAddress::Path(socket.clone());
+    let server = Server::start(&address, requests.control(), &VmConfig::default()).unwrap();
+    let info = Client::new(&socket).ask("GET", "vm.info").json();
+    assert_eq!(
+        (&info["state"], &info["memory_actual_size"]),
+        (&json!("Created"), &json!(512 << 20))
+    );
+    drop(requests);
+    // It has ended before it began.
+    let mut client = Client::new(&socket);
+    assert_eq!(client.ask("GET", "vm.info").json()["state"], "Shutdown");
+    let paused = client.ask("PUT", "vm.pause");
+    assert_eq!(paused.status, 500);
+    // What clients look for.
+    assert_eq!(paused.messages().last().unwrap(), "VM is not running");
+    server.finish();
+}
+
+#[test]
+fn what_busway_cannot_do_yet_is_named() {
+    let vm = Vm::living();
+    let mut client = vm.connect();
+    client.send(request("PUT", "vm.create", "Content-Length: 2\r\n") + "{}");
+    let reply = client.reply().unwrap();
+    assert_eq!(reply.status, 501);
+    assert_eq!(
+        reply.messages(),
+        ["vm.create: Busway cannot do this yet: a VM that is made over the API"]
+    );
+    assert_eq!(client.ask("PUT", "vm.reboot").status, 501);
+    let unknown = client.ask("PUT", "vm.dance");
+    assert_eq!(unknown.status, 404);
+    assert_eq!(
+        unknown.messages(),
+        ["/api/v1/vm.dance is no path of this API"]
+    );
+    assert_eq!(client.ask("GET", "../v1/vmm.ping").status, 404);
+}
+
+#[test]
+fn ping_and_info_answer_while_others_wait() {
+    let vm = Vm::new(|request| match request {
+        Request::Info => Some(Ok(Answer::Info(info(State::Running)))),
+        Request::Shutdown => Some(Ok(Answer::Done)),
+        // For as long as the VM lives.
+        _ => None,
+    });
+    let mut waiting: Vec<_> = (0..8).map(|_| vm.connect()).collect();
+    for client in &mut waiting {
+        client.send(request("PUT", "vm.pause", ""));
+    }
+    let (mut one, mut other) = (vm.connect(), vm.connect());
+    for _ in 0..20 {
+        let start = Instant::now();
+        assert_eq!(one.ask("GET", "vmm.ping").status, 200);
+        assert_eq!(other.ask("GET", "vm.info").status, 200);
+        let took = start.elapsed();
+        assert!(took < Duration::from_millis(200), "{took:?} for both");
+    }
+    // Those who wait hear of the end.
+    assert_eq!(vm.control.ask(Request::Shutdown), Ok(Answer::Done));
+    for client in &mut waiting {
+        let reply = client.reply().unwrap();
+        assert_eq!(reply.status, 500);
+        assert_eq!(reply.messages().last().unwrap(), "VM is not running");
+    }
+}
+
+#[test]
+fn who_ends_the_vm_is_answered_when_all_is_given_back_and_before_the_process_ends() {
+    for (name, status) in [("vm.shutdown", 204), ("vmm.shutdown", 200)] {
+        let mut vm = Vm::living();
+        let mut client = vm.connect();
+        client.send(request("PUT", name, ""));
+        vm.machine.take().unwrap().join().unwrap();
+        // The machine is gone, and its devices are being reset.
+        client.0.set_nonblocking(true).unwrap();
+        thread::sleep(Duration::from_millis(50));
+        let early = client.0.read(&mut [0]).unwrap_err();
+        assert_eq!(early.kind(), io::ErrorKind::WouldBlock, "{name}");
+        client.0.set_nonblocking(false).unwrap();
+        vm.finish();
+        // What is on the wire when the server is done is there for good.
+        let reply = client.reply().unwrap();
+        assert_eq!((reply.status, reply.body.len()), (status, 0), "{name}");
+        assert!(client.is_closed());
+        assert!(!vm.socket.exists());
+    }
+}
+
+#[test]
+fn forty_vms_that_are_ended_at_once_all_answer() {
+    let mut vms: Vec<_> = (0..40).map(|_| Vm::living()).collect();
+    let clients: Vec<_> = vms
+        .iter()
+        .map(|vm| {
+            let mut client = vm.connect();
+            client.send(request("PUT", "vmm.shutdown", ""));
+            client
+        })
+        .collect();
+    let ending: Vec<_> = vms
+        .iter_mut()
+        .map(|vm| (vm.machine.take().unwrap(), vm.server.take().unwrap()))
+        .map(|(machine, server)| {
+            thread::spawn(move || {
+                machine.join().unwrap();
+                server.finish();
+            })
+        })
+        .collect();
+    for ending in ending {
+        ending.join().unwrap();
+    }
+    for mut client in clients {
+        assert_eq!(client.reply().unwrap().status, 200);
+    }
+}
+
+#[test]
+fn descriptors_by_number_are_refused_and_those_that_are_sent_are_closed() {
+    let vm = Vm::living();
+    let mut client = vm.connect();
+    for (name, body) in [
+        ("vm.add-net", r#"{"fds":[0,1,2],"num_queues":2}"#),
+        ("vm.add-device", r#"{"fd":2}"#),
+        ("vm.pause", r#"{"fds":[0,1,2]}"#),
+    ] {
+        let length = format!("Content-Length: {}\r\n", body.len());
+        client.send(request("PUT", name, &length) + body);
+        assert!(client.reply().unwrap().status >= 400, "{name}");
+    }
+    for number in 0..3 {
+        assert!(std::fs::metadata(format!("/proc/self/fd/{number}")).is_ok());
+    }
+    // The reader sees the pipe's end as soon as no copy of the writer is open any more.
+    let (mut reader, writer) = io::pipe().unwrap();
+    let sent = [writer.as_fd(); 3];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&sent)));
+    let text = request("PUT", "vm.pause", "Content-Length: 0\r\n");
+    let parts = [IoSlice::new(text.as_bytes())];
+    sendmsg(&client.0, &parts, &mut control, SendFlags::empty()).unwrap();
+    assert_eq!(client.reply().unwrap().status, 204);
+    drop(writer);
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+}

@@ -1,0 +1,404 @@
+//! A VM's configuration in Cloud Hypervisor's words (its OpenAPI description, `VmConfig`): with defaults
+//! filled in, and without what is unset.
+
+use std::fs;
+
+use serde::Serialize;
+
+use crate::boot::default_cmdline;
+use crate::config::{
+    Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig, NetConfig,
+    PlatformConfig, VmConfig,
+};
+
+/// The width of a physical address where the host does not say, in bits.
+const PHYSICAL_BITS: u8 = 46;
+
+/// `VmConfig`
+#[derive(Debug, Serialize)]
+pub(super) struct Config {
+    cpus: Cpus,
+    memory: Memory,
+    payload: Payload,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    disks: Vec<Disk>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    net: Vec<Net>,
+    rng: Rng,
+    serial: Console,
+    console: Console,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    devices: Vec<Device>,
+    platform: Platform,
+    iommu: bool,
+    watchdog: bool,
+    pvpanic: bool,
+    landlock_enable: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Cpus {
+    boot_vcpus: u8,
+    max_vcpus: u8,
+    kvm_hyperv: bool,
+    max_phys_bits: u8,
+    nested: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Memory {
+    size: u64,
+    mergeable: bool,
+    hotplug_method: &'static str,
+    shared: bool,
+    hugepages: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hugepage_size: Option<u64>,
+    prefault: bool,
+    thp: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Payload {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    initramfs: Option<String>,
+    cmdline: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Disk {
+    path: String,
+    readonly: bool,
+    direct: bool,
+    iommu: bool,
+    num_queues: u16,
+    queue_size: u16,
+    vhost_user: bool,
+    pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    image_type: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Net {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tap: Option<String>,
+    /// Busway gives a tap no address; some clients do not read a NIC without one.
+    ip: &'static str,
+    mask: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mac: Option<String>,
+    iommu: bool,
+    num_queues: u16,
+    queue_size: u16,
+    vhost_user: bool,
+    vhost_mode: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    pci_segment: u16,
+}
+
+#[derive(Debug, Serialize)]
+struct Rng {
+    src: String,
+    iommu: bool,
+}
+
+/// `ConsoleConfig`
+#[derive(Debug, Serialize)]
+struct Console {
+    mode: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    socket: Option<String>,
+    iommu: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Device {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fd: Option<u32>,
+    iommu: bool,
+    pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    x_nv_gpudirect_clique: Option<u8>,
+}
+
+#[derive(Debug, Serialize)]
+struct Platform {
+    num_pci_segments: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    iommufd: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vfio_p2p_dma: Option<bool>,
+}
+
+impl From<&VmConfig> for Config {
+    fn from(config: &VmConfig) -> Self {
+        Self {
+            cpus: (&config.cpus).into(),
+            memory: Memory::of(&config.memory, !config.device.is_empty()),
+            payload: Payload::of(config),
+            disks: config.disk.iter().map(Into::into).collect(),
+            net: config.net.iter().map(Into::into).collect(),
+            rng: Rng {
+                src: text(&config.rng.src),
+                iommu: false,
+            },
+            serial: (&config.serial).into(),
+            console: (&config.console).into(),
+            devices: config.device.iter().map(Into::into).collect(),
+            platform: (&config.platform).into(),
+            iommu: false,
+            watchdog: false,
+            pvpanic: false,
+            landlock_enable: false,
+        }
+    }
+}
+
+/// A path as text, for JSON holds no other bytes.
+fn text(path: &std::path::Path) -> String {
+    path.display().to_string()
+}
+
+impl From<&CpusConfig> for Cpus {
+    fn from(cpus: &CpusConfig) -> Self {
+        Self {
+            boot_vcpus: cpus.boot,
+            max_vcpus: cpus.max.unwrap_or(cpus.boot),
+            kvm_hyperv: false,
+            max_phys_bits: physical_bits().unwrap_or(PHYSICAL_BITS),
+            nested: cpus.nested,
+        }
+    }
+}
+
+/// Of `address sizes   : 46 bits physical, 48 bits virtual`. proc_cpuinfo(5)
+fn physical_bits() -> Option<u8> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let sizes = text
+        .lines()
+        .find_map(|line| line.strip_prefix("address sizes"))?;
+    let (_, value) = sizes.split_once(':')?;
+    value.split_whitespace().next()?.parse().ok()
+}
+
+impl Memory {
+    fn of(memory: &MemoryConfig, has_devices: bool) -> Self {
+        Self {
+            size: memory.size,
+            mergeable: false,
+            hotplug_method: "Acpi",
+            shared: memory.shared,
+            hugepages: memory.hugepages,
+            hugepage_size: memory.hugepage_size,
+            prefault: memory.prefault.unwrap_or(has_devices),
+            thp: memory.thp,
+        }
+    }
+}
+
+impl Payload {
+    fn of(config: &VmConfig) -> Self {
+        let default = || default_cmdline(&config.serial, &config.console).to_owned();
+        Self {
+            kernel: config.kernel.as_deref().map(text),
+            initramfs: config.initramfs.as_deref().map(text),
+            cmdline: config.cmdline.clone().unwrap_or_else(default),
+        }
+    }
+}
+
+impl From<&DiskConfig> for Disk {
+    fn from(disk: &DiskConfig) -> Self {
+        Self {
+            path: text(&disk.path),
+            readonly: disk.readonly,
+            direct: disk.direct,
+            iommu: false,
+            num_queues: disk.num_queues,
+            queue_size: disk.queue_size,
+            vhost_user: false,
+            pci_segment: 0,
+            id: disk.id.clone(),
+            image_type: "Raw",
+        }
+    }
+}
+
+impl From<&NetConfig> for Net {
+    fn from(net: &NetConfig) -> Self {
+        Self {
+            tap: net.tap.clone(),
+            ip: "0.0.0.0",
+            mask: "0.0.0.0",
+            mac: net.mac.map(|mac| mac.to_string()),
+            iommu: false,
+            num_queues: net.num_queues,
+            queue_size: net.queue_size,
+            vhost_user: false,
+            vhost_mode: "Client",
+            id: net.id.clone(),
+            pci_segment: 0,
+        }
+    }
+}
+
+impl From<&ConsoleConfig> for Console {
+    fn from(console: &ConsoleConfig) -> Self {
+        let (mode, file, socket) = match console {
+            ConsoleConfig::Off => ("Off", None, None),
+            ConsoleConfig::Null => ("Null", None, None),
+            ConsoleConfig::Tty => ("Tty", None, None),
+            ConsoleConfig::Pty => ("Pty", None, None),
+            ConsoleConfig::File { path, .. } => ("File", Some(text(path)), None),
+            ConsoleConfig::Socket(path) => ("Socket", None, Some(text(path))),
+        };
+        Self {
+            mode,
+            file,
+            socket,
+            iommu: false,
+        }
+    }
+}
+
+impl From<&DeviceConfig> for Device {
+    fn from(device: &DeviceConfig) -> Self {
+        let path = Some(text(&device.path)).filter(|path| !path.is_empty());
+        Self {
+            path,
+            fd: device.fd,
+            iommu: false,
+            pci_segment: 0,
+            id: device.id.clone(),
+            x_nv_gpudirect_clique: device.x_nv_gpudirect_clique,
+        }
+    }
+}
+
+impl From<&PlatformConfig> for Platform {
+    fn from(platform: &PlatformConfig) -> Self {
+        // What depends on the host is not known beforehand.
+        let known = |choice| match choice {
+            Choice::On => Some(true),
+            Choice::Off => Some(false),
+            Choice::Auto => None,
+        };
+        Self {
+            num_pci_segments: 1,
+            iommufd: known(platform.iommufd),
+            vfio_p2p_dma: known(platform.p2p),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn shown(config: &VmConfig) -> Value {
+        serde_json::to_value(Config::from(config)).unwrap()
+    }
+
+    #[test]
+    fn defaults_are_filled_in_and_what_is_unset_is_left_out() {
+        let mut config = shown(&VmConfig::default());
+        let bits = config["cpus"]["max_phys_bits"].take();
+        assert!((32..=64).contains(&bits.as_u64().unwrap()), "{bits}");
+        let expected = json!({
+            "cpus": {
+                "boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": false, "max_phys_bits": null,
+                "nested": true,
+            },
+            "memory": {
+                "size": 512 << 20, "mergeable": false, "hotplug_method": "Acpi", "shared": false,
+                "hugepages": false, "prefault": false, "thp": true,
+            },
+            "payload": { "cmdline": "" },
+            "rng": { "src": "/dev/urandom", "iommu": false },
+            "serial": { "mode": "Off", "iommu": false },
+            "console": { "mode": "Off", "iommu": false },
+            "platform": { "num_pci_segments": 1 },
+            "iommu": false, "watchdog": false, "pvpanic": false, "landlock_enable": false,
+        });
+        assert_eq!(config, expected);
+    }
+
+    #[test]
+    fn what_was_given_is_shown_in_cloud_hypervisors_words() {
+        let mut device = DeviceConfig::new("01:00.0").unwrap();
+        device.id = Some("drive".into());
+        let config = VmConfig {
+            kernel: Some("/boot/vmlinuz".into()),
+            cmdline: Some("quiet".into()),
+            cpus: CpusConfig {
+                boot: 2,
+                ..CpusConfig::default()
+            },
+            disk: vec![DiskConfig {
+                readonly: true,
+                id: Some("root/1".into()),
+                ..DiskConfig::new("a.raw")
+            }],
+            net: vec![NetConfig {
+                tap: Some("vmtap0".into()),
+                mac: Some("52:54:00:12:34:56".parse().unwrap()),
+                ..NetConfig::default()
+            }],
+            serial: ConsoleConfig::file("/tmp/log"),
+            console: ConsoleConfig::Socket("/tmp/socket".into()),
+            device: vec![device],
+            platform: PlatformConfig {
+                iommufd: Choice::On,
+                p2p: Choice::Off,
+                // A secret that devices' users share is shown to nobody.
+                vf_token: Some("2ab74924-c335-45f4-9b16-8569e5b08258".into()),
+                ..PlatformConfig::default()
+            },
+            ..VmConfig::default()
+        };
+        let shown = shown(&config);
+        for (pointer, value) in [
+            ("/cpus/boot_vcpus", json!(2)),
+            ("/cpus/max_vcpus", json!(2)),
+            // A device's DMA needs it.
+            ("/memory/prefault", json!(true)),
+            ("/payload/kernel", json!("/boot/vmlinuz")),
+            ("/payload/cmdline", json!("quiet")),
+            ("/disks/0/path", json!("a.raw")),
+            ("/disks/0/readonly", json!(true)),
+            ("/disks/0/id", json!("root/1")),
+            ("/disks/0/num_queues", json!(1)),
+            ("/disks/0/queue_size", json!(128)),
+            ("/net/0/tap", json!("vmtap0")),
+            ("/net/0/mac", json!("52:54:00:12:34:56")),
+            ("/net/0/num_queues", json!(2)),
+            ("/serial/mode", json!("File")),
+            ("/serial/file", json!("/tmp/log")),
+            ("/console/mode", json!("Socket")),
+            ("/console/socket", json!("/tmp/socket")),
+            (
+                "/devices/0/path",
+                json!("/sys/bus/pci/devices/0000:01:00.0"),
+            ),
+            ("/devices/0/id", json!("drive")),
+            ("/platform/iommufd", json!(true)),
+            ("/platform/vfio_p2p_dma", json!(false)),
+        ] {
+            assert_eq!(shown.pointer(pointer), Some(&value), "{pointer}");
+        }
+        assert!(!shown.to_string().contains("2ab74924"));
+    }
+}

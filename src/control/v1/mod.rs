@@ -1,0 +1,471 @@
+//! What each request of the API means: Cloud Hypervisor's v1, below `/api/v1/`.
+//!
+//! One table has all of its endpoints. What Busway cannot do yet is answered with 501 and the name of what
+//! it is, so that a client learns what is missing and not merely that something is.
+
+mod config;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::End;
+use super::connections::Service;
+use super::http::{Answer, Request as HttpRequest};
+use super::json;
+use crate::config::{DeviceConfig, OnError, VmConfig};
+use crate::machine::{self, Control, Info, Request, RequestError, State};
+use config::Config;
+
+/// Where the API is.
+pub(super) const PREFIX: &str = "/api/v1/";
+
+/// The root cause of a refusal that clients look for when the guest does not run any more.
+const NOT_RUNNING: &str = "VM is not running";
+
+/// One endpoint.
+#[derive(Debug)]
+pub(super) struct Endpoint {
+    pub(super) name: &'static str,
+    pub(super) method: &'static str,
+    pub(super) body: Body,
+    act: Act,
+}
+
+/// What comes with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Body {
+    /// Nothing: anything else is a mistake.
+    Forbidden,
+    /// Nothing that is looked at.
+    Ignored,
+    /// JSON.
+    Wanted,
+}
+
+/// What is done.
+#[derive(Debug)]
+enum Act {
+    Ping,
+    Info,
+    Counters,
+    /// The machine is asked; and what is said where it refuses.
+    Ask(Request, &'static str),
+    /// A host device comes, or goes.
+    AddDevice,
+    RemoveDevice,
+    /// The VM and with it the process ends: with 204, or with 200 and an empty body.
+    End(u16),
+    /// Nothing yet; what it would be.
+    NotYet(&'static str),
+}
+
+const fn get(name: &'static str, act: Act) -> Endpoint {
+    Endpoint {
+        name,
+        method: "GET",
+        body: Body::Forbidden,
+        act,
+    }
+}
+
+const fn put(name: &'static str, act: Act) -> Endpoint {
+    Endpoint {
+        name,
+        method: "PUT",
+        body: Body::Forbidden,
+        act,
+    }
+}
+
+const fn with_body(name: &'static str, act: Act) -> Endpoint {
+    Endpoint {
+        name,
+        method: "PUT",
+        body: Body::Wanted,
+        act,
+    }
+}
+
+/// What is still to come, with a body.
+const fn later(name: &'static str, what: &'static str) -> Endpoint {
+    with_body(name, Act::NotYet(what))
+}
+
+/// All endpoints.
+pub(super) static ENDPOINTS: &[Endpoint] = &[
+    get("vmm.ping", Act::Ping),
+    get("vm.info", Act::Info),
+    get("vm.counters", Act::Counters),
+    put(
+        "vm.pause",
+        Act::Ask(Request::Pause, "The VM could not be paused"),
+    ),
+    put(
+        "vm.resume",
+        Act::Ask(Request::Resume, "The VM could not be resumed"),
+    ),
+    put(
+        "vm.power-button",
+        Act::Ask(
+            Request::PowerButton,
+            "The power button could not be pressed",
+        ),
+    ),
+    put("vm.shutdown", Act::End(204)),
+    Endpoint {
+        name: "vmm.shutdown",
+        method: "PUT",
+        body: Body::Ignored,
+        act: Act::End(200),
+    },
+    put("vm.delete", Act::NotYet("a process that outlives its VM")),
+    put(
+        "vm.boot",
+        Act::NotYet("a VM that is made and booted over the API"),
+    ),
+    put(
+        "vm.reboot",
+        Act::NotYet("a restart that is asked for from outside"),
+    ),
+    put(
+        "vm.nmi",
+        Act::NotYet("a non-maskable interrupt to the guest"),
+    ),
+    later("vm.create", "a VM that is made over the API"),
+    later(
+        "vm.resize",
+        "another number of processors or bytes of RAM for a guest that runs",
+    ),
+    later(
+        "vm.resize-disk",
+        "another size for a disk of a guest that runs",
+    ),
+    later("vm.resize-zone", "memory zones"),
+    with_body("vm.add-device", Act::AddDevice),
+    later("vm.add-user-device", "vfio-user devices"),
+    later("vm.add-disk", "a disk for a guest that runs"),
+    later("vm.add-fs", "virtio-fs"),
+    later("vm.add-generic-vhost-user", "vhost-user devices"),
+    later("vm.add-pmem", "persistent memory"),
+    later("vm.add-net", "a NIC for a guest that runs"),
+    later("vm.add-vsock", "vsock"),
+    later("vm.add-vdpa", "vDPA devices"),
+    with_body("vm.remove-device", Act::RemoveDevice),
+    later("vm.coredump", "a guest's memory in a file"),
+    later("vm.snapshot", "a VM that is saved"),
+    later("vm.restore", "a VM that was saved"),
+    later(
+        "vm.receive-migration",
+        "a VM that comes from another process",
+    ),
+    later("vm.send-migration", "a VM that moves to another process"),
+];
+
+#[cfg(test)]
+impl Endpoint {
+    /// The statuses that it can answer with.
+    pub(super) fn statuses(&self) -> &'static [u16] {
+        match self.act {
+            Act::Ping | Act::Counters => &[200, 400],
+            Act::Info => &[200, 400, 429, 500],
+            Act::Ask(..) | Act::End(204) => &[204, 400, 429, 500],
+            Act::End(_) => &[200, 400, 429, 500],
+            Act::AddDevice => &[200, 400, 409, 429, 500],
+            Act::RemoveDevice => &[204, 400, 404, 429, 500],
+            Act::NotYet(_) => &[400, 501],
+        }
+    }
+}
+
+/// The API of one VM.
+#[derive(Debug)]
+pub(super) struct Api {
+    control: Control,
+    config: Config,
+    /// Bytes of RAM that the guest is to have.
+    memory: u64,
+    end: Arc<End>,
+}
+
+/// `VmInfo`
+#[derive(Serialize)]
+struct VmInfo<'a> {
+    config: &'a Config,
+    state: &'static str,
+    memory_actual_size: u64,
+    device_tree: BTreeMap<&'a str, DeviceNode<'a>>,
+    /// Beside Cloud Hypervisor's: the guest is stopped for good, after an error of a device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held: Option<bool>,
+    /// Beside Cloud Hypervisor's: how many devices can be added.
+    empty_slots: usize,
+}
+
+/// `DeviceNode`
+#[derive(Serialize)]
+struct DeviceNode<'a> {
+    id: &'a str,
+    resources: [(); 0],
+    children: [&'a str; 0],
+    /// The address in the guest.
+    pci_bdf: &'a str,
+    /// Beside Cloud Hypervisor's: the address on the host.
+    host_bdf: &'a str,
+    /// Beside Cloud Hypervisor's: how it is reset.
+    reset: &'a str,
+}
+
+/// `PciDeviceInfo`
+#[derive(Serialize)]
+struct PciDeviceInfo {
+    id: String,
+    bdf: String,
+}
+
+/// `DeviceConfig`, as far as Busway has it. What it does not know is ignored, as clients expect.
+#[derive(Deserialize)]
+struct AddDevice {
+    path: Option<String>,
+    id: Option<String>,
+    x_nv_gpudirect_clique: Option<u8>,
+    /// Beside Cloud Hypervisor's.
+    vf_token: Option<String>,
+    on_error: Option<OnError>,
+}
+
+impl AddDevice {
+    fn into_config(self) -> Result<DeviceConfig, String> {
+        let path = self
+            .path
+            .ok_or("path is missing: the device's address, or its folder in sysfs")?;
+        let mut config = DeviceConfig::new(&path).map_err(|error| error.to_string())?;
+        if let Some(token) = &self.vf_token {
+            token
+                .parse::<busway_vfio::VfToken>()
+                .map_err(|error| error.to_string())?;
+        }
+        config.id = self.id.filter(|id| !id.is_empty());
+        config.x_nv_gpudirect_clique = self.x_nv_gpudirect_clique;
+        config.vf_token = self.vf_token;
+        config.on_error = self.on_error.unwrap_or_default();
+        Ok(config)
+    }
+}
+
+/// `VmRemoveDevice`
+#[derive(Deserialize)]
+struct RemoveDevice {
+    id: String,
+    /// Beside Cloud Hypervisor's: pull it out where the guest does not let go of it.
+    #[serde(default)]
+    force: bool,
+}
+
+/// `VmmPingResponse`
+#[derive(Serialize)]
+struct Ping {
+    build_version: &'static str,
+    version: &'static str,
+    pid: u32,
+    features: [&'static str; 1],
+}
+
+impl Service for Api {
+    fn answer(&self, request: &HttpRequest) -> Answer {
+        let endpoint = match find(&request.path) {
+            Some(endpoint) => endpoint,
+            None => return failed(404, &[&format!("{} is no path of this API", request.path)]),
+        };
+        let Endpoint {
+            name, method, body, ..
+        } = endpoint;
+        if request.method != *method {
+            let text = format!("{name} is asked for by {method}, not by {}", request.method);
+            return failed(400, &[&text]);
+        }
+        if *body == Body::Forbidden && !request.body.trim_ascii().is_empty() {
+            return failed(400, &[&format!("{name} takes no body")]);
+        }
+        self.act(endpoint, &request.body)
+    }
+
+    fn refuse(&self, status: u16, reason: &str) -> Answer {
+        failed(status, &[reason])
+    }
+}
+
+fn find(path: &str) -> Option<&'static Endpoint> {
+    let name = path.strip_prefix(PREFIX)?;
+    ENDPOINTS.iter().find(|endpoint| endpoint.name == name)
+}
+
+impl Api {
+    pub(super) fn new(control: Control, config: &VmConfig, end: Arc<End>) -> Self {
+        Self {
+            control,
+            config: config.into(),
+            memory: config.memory.size,
+            end,
+        }
+    }
+
+    fn act(&self, endpoint: &Endpoint, body: &[u8]) -> Answer {
+        match &endpoint.act {
+            Act::Ping => succeeded(&Ping {
+                build_version: concat!("busway ", env!("CARGO_PKG_VERSION")),
+                version: env!("CARGO_PKG_VERSION"),
+                pid: std::process::id(),
+                features: ["kvm"],
+            }),
+            Act::Info => self.info(),
+            // No device of Busway's counts anything that a guest does with it.
+            Act::Counters => succeeded(&BTreeMap::<&str, BTreeMap<&str, u64>>::new()),
+            Act::Ask(request, what) => match self.control.ask(request.clone()) {
+                Ok(_) => done(),
+                Err(error) => refused(what, &error),
+            },
+            Act::AddDevice => self.add_device(body),
+            Act::RemoveDevice => self.remove_device(body),
+            Act::End(status) => self.shut_down(*status),
+            Act::NotYet(what) => {
+                let name = endpoint.name;
+                failed(
+                    501,
+                    &[&format!("{name}: Busway cannot do this yet: {what}")],
+                )
+            }
+        }
+    }
+
+    fn info(&self) -> Answer {
+        match self.control.ask(Request::Info) {
+            Ok(machine::Answer::Info(info)) => self.show(&info),
+            // What a client asks after it has ended the VM.
+            Err(RequestError::Ended) => self.show_state("Shutdown", &Info::default()),
+            Ok(_) => failed(500, &["The VM did not say how it is"]),
+            Err(error) => refused("The VM could not be looked at", &error),
+        }
+    }
+
+    fn show(&self, info: &Info) -> Answer {
+        let state = match info.state {
+            State::Created => "Created",
+            State::Running => "Running",
+            // Clients know no other word for a guest that does not run.
+            State::Paused | State::Held => "Paused",
+        };
+        self.show_state(state, info)
+    }
+
+    fn show_state(&self, state: &'static str, info: &Info) -> Answer {
+        let (devices, ids, memory) = (&info.devices, &info.ids, info.memory);
+        let held = info.state == State::Held;
+        let nodes = devices.iter().map(|device| {
+            let id = ids.get(&device.host).unwrap_or(&device.host).as_str();
+            let node = DeviceNode {
+                id,
+                resources: [],
+                children: [],
+                pci_bdf: &device.guest,
+                host_bdf: &device.host,
+                reset: device.reset,
+            };
+            (id, node)
+        });
+        succeeded(&VmInfo {
+            config: &self.config,
+            state,
+            // Clients compute with it, before the guest has any as well.
+            memory_actual_size: if memory == 0 { self.memory } else { memory },
+            device_tree: nodes.collect(),
+            held: held.then_some(true),
+            empty_slots: info.empty_slots,
+        })
+    }
+
+    /// Answers when the device is in a slot of the guest's.
+    fn add_device(&self, body: &[u8]) -> Answer {
+        const WHAT: &str = "The device could not be added to the VM";
+        let config = match json::parse::<AddDevice>(body).and_then(AddDevice::into_config) {
+            Ok(config) => config,
+            Err(why) => return failed(400, &[WHAT, &why]),
+        };
+        match self.control.ask(Request::AddDevice(vec![config])) {
+            Ok(machine::Answer::Added { id, address }) => {
+                succeeded(&PciDeviceInfo { id, bdf: address })
+            }
+            Ok(_) => failed(500, &[WHAT]),
+            Err(error) => refused(WHAT, &error),
+        }
+    }
+
+    /// Answers when the host has the device back.
+    fn remove_device(&self, body: &[u8]) -> Answer {
+        const WHAT: &str = "The device could not be removed from the VM";
+        let RemoveDevice { id, force } = match json::parse(body) {
+            Ok(asked) => asked,
+            Err(why) => return failed(400, &[WHAT, &why]),
+        };
+        match self.control.ask(Request::RemoveDevice { id, force }) {
+            Ok(_) => done(),
+            Err(error) => refused(WHAT, &error),
+        }
+    }
+
+    /// Answers when the VM has ended and given back all it had, for clients kill the process when they are
+    /// answered.
+    fn shut_down(&self, status: u16) -> Answer {
+        match self.control.ask(Request::Shutdown) {
+            // It has ended meanwhile: that is what was asked for.
+            Ok(_) | Err(RequestError::Ended) => {
+                self.end.wait();
+                Answer {
+                    status,
+                    body: (status != 204).then(Vec::new),
+                }
+            }
+            Err(error) => refused("The VM could not be shut down", &error),
+        }
+    }
+}
+
+fn done() -> Answer {
+    Answer {
+        status: 204,
+        body: None,
+    }
+}
+
+fn succeeded<T: Serialize>(value: &T) -> Answer {
+    match json::ascii(value) {
+        Ok(body) => Answer {
+            status: 200,
+            body: Some(body),
+        },
+        Err(error) => failed(500, &["The answer cannot be written", &error.to_string()]),
+    }
+}
+
+/// What a machine refused, from what failed to its root cause.
+fn refused(what: &str, error: &RequestError) -> Answer {
+    let said = error.to_string();
+    match error {
+        RequestError::State(_) => failed(500, &[what, &said]),
+        RequestError::Ended => failed(500, &[what, &said, NOT_RUNNING]),
+        RequestError::TooMany => failed(429, &[what, &said]),
+        RequestError::Exists(_) => failed(409, &[what, &said]),
+        RequestError::Unknown(_) => failed(404, &[what, &said]),
+        RequestError::Failed(_) => failed(500, &[what, &said]),
+    }
+}
+
+/// An error, from the outermost message to the root cause.
+fn failed(status: u16, messages: &[&str]) -> Answer {
+    Answer {
+        status,
+        // A list of texts can be written.
+        body: Some(json::ascii(&messages).unwrap_or_default()),
+    }
+}
