@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// Waited for edge-triggered and never read: each signal wakes its waiter once more, however high
 /// the counter stands.
 #[derive(Clone, Debug)]
-pub(crate) struct Event(Arc<OwnedFd>);
+pub struct Event(Arc<OwnedFd>);
 
 impl Event {
     /// A new one, not signalled.

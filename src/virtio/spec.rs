@@ -50,6 +50,8 @@ pub mod isr {
     pub const QUEUE: u8 = 1;
     /// The device configuration, or the status, has changed.
     pub const CONFIG: u8 = 2;
+    /// All that there are.
+    pub const ALL: u8 = QUEUE | CONFIG;
 }
 
 /// Virtio over PCI. Virtio 1.3 §4.1.
@@ -150,6 +152,8 @@ pub mod blk {
     /// `VIRTIO_BLK_S_UNSUPP`
     pub const S_UNSUPP: u8 = 2;
 
+    /// Offset of `capacity` in `struct virtio_blk_config`, 64 bits. §5.2.4
+    pub const CONFIG_CAPACITY: usize = 0;
     /// Bytes of a sector, the unit of every position and length, whatever the block size.
     pub const SECTOR: u64 = 512;
     /// Bytes of `struct virtio_blk_req` before its data.
@@ -193,7 +197,9 @@ pub mod net {
     /// `VIRTIO_NET_F_MQ`
     pub const F_MQ: u64 = 1 << 22;
 
-    /// `VIRTIO_NET_S_LINK_UP`. §5.1.4
+    /// Offset of `status` in `struct virtio_net_config`, 16 bits. §5.1.4
+    pub const CONFIG_STATUS: usize = 6;
+    /// `VIRTIO_NET_S_LINK_UP`
     pub const S_LINK_UP: u16 = 1;
 
     /// Bytes of `struct virtio_net_hdr` with `num_buffers`. §5.1.6

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -48,12 +48,22 @@ impl CountingRoutes {
     }
 }
 
+impl CountingRoutes {
+    /// All signals that a vector has had by its present route and that a test has taken or sees now.
+    pub(crate) fn signals(&self, vector: u16) -> u64 {
+        let route = self.route(message_data(vector)).expect("connected");
+        route.take();
+        route.taken.load(Ordering::SeqCst)
+    }
+}
+
 impl InterruptRoutes for CountingRoutes {
     fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         let route = Arc::new(CountingRoute {
             message: Mutex::new(message),
             masked: AtomicBool::new(false),
             event: Event::new().unwrap(),
+            taken: AtomicU64::new(0),
         });
         self.routes.lock().unwrap().push(Arc::clone(&route));
         Ok(route)
@@ -65,6 +75,8 @@ pub(crate) struct CountingRoute {
     message: Mutex<MsiMessage>,
     masked: AtomicBool,
     event: Event,
+    /// Signals that have been taken.
+    taken: AtomicU64,
 }
 
 impl CountingRoute {
@@ -72,10 +84,12 @@ impl CountingRoute {
     pub(crate) fn take(&self) -> u64 {
         let mut count = [0; 8];
         let file = std::fs::File::from(self.event.as_fd().try_clone_to_owned().unwrap());
-        match io::Read::read(&mut &file, &mut count) {
+        let count = match io::Read::read(&mut &file, &mut count) {
             Ok(_) => u64::from_ne_bytes(count),
             Err(_) => 0,
-        }
+        };
+        self.taken.fetch_add(count, Ordering::SeqCst);
+        count
     }
 
     /// Waits for a signal and takes all there are.
@@ -166,13 +180,31 @@ impl ConfigRead for Driver {
     }
 }
 
+fn function(
+    device: impl VirtioDevice + 'static,
+    ram: &GuestRam,
+    routes: &Arc<CountingRoutes>,
+) -> Arc<VirtioPci> {
+    VirtioPci::new(Box::new(device), ram.clone(), Arc::clone(routes) as _).unwrap()
+}
+
 impl Driver {
+    /// Has the driver find itself on another function, which has the state that the one before had when
+    /// it was saved to a file. It is paused.
+    pub(crate) fn move_to(&mut self, device: impl VirtioDevice + 'static) {
+        self.function.pause();
+        let saved = serde_json::to_string(&self.function.state().unwrap()).unwrap();
+        self.function = function(device, &self.ram, &self.routes);
+        let state = serde_json::from_str(&saved).unwrap();
+        self.function.restore(&state).unwrap();
+        assert_eq!(self.function.state(), Some(state));
+    }
+
     /// Finds the device's registers by its capabilities and turns memory decoding on.
     pub(crate) fn new(device: impl VirtioDevice + 'static) -> Self {
         let ram = ram();
         let routes = Arc::new(CountingRoutes::default());
-        let function =
-            VirtioPci::new(Box::new(device), ram.clone(), Arc::clone(&routes) as _).unwrap();
+        let function = function(device, &ram, &routes);
         let mut driver = Self {
             function,
             ram,
