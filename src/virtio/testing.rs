@@ -180,7 +180,7 @@ impl ConfigRead for Driver {
     }
 }
 
-fn function(
+pub(crate) fn function(
     device: impl VirtioDevice + 'static,
     ram: &GuestRam,
     routes: &Arc<CountingRoutes>,

@@ -8,7 +8,7 @@ use crate::virtio::device::VirtioDevice;
 use crate::virtio::pci::{StateError, VirtioPciState};
 use crate::virtio::queue::{QueueError, Served, Virtqueue};
 use crate::virtio::spec::{self, pci::common, status};
-use crate::virtio::testing::{Driver, Ring, eventually};
+use crate::virtio::testing::{Driver, Ring, eventually, function};
 use crate::virtio::worker::{Worker, doorbell_events};
 use busway_pci::PciFunction;
 use proptest::prelude::*;
@@ -407,6 +407,25 @@ fn the_driver_hears_of_each_change_of_the_configuration_even_during_a_pause() {
     assert_eq!(driver.bar_read::<1>(driver.isr), [spec::isr::CONFIG]);
     drop(driver);
     config.set(3, &[0]);
+}
+
+#[test]
+fn a_driver_that_goes_on_with_another_configuration_hears_of_it() {
+    for (value, interrupts) in [(0, 0), (7, 1)] {
+        let mut it = Checked::new();
+        it.driver.function.pause();
+        let state = it.state();
+        let device = Numbering {
+            host: it.host.clone(),
+            config: Fields::new(vec![value; 8]),
+        };
+        it.driver.function = function(device, &it.driver.ram, &it.driver.routes);
+        it.driver.function.restore(&state).unwrap();
+        assert_eq!(it.driver.routes.signals(2), interrupts);
+        it.driver.function.resume();
+        it.submit();
+        it.collect_all();
+    }
 }
 
 #[test]

@@ -216,8 +216,10 @@ impl VirtioPci {
 
     /// Pauses the device: when this returns, nothing of it touches guest memory. What the driver makes
     /// available meanwhile waits, as does what comes from outside as far as the host keeps it, and the
-    /// driver finds nothing changed. Takes as long as [`life`](super::life) says. A device that is paused
-    /// already stays so.
+    /// driver finds nothing changed. A device that is paused already stays so.
+    ///
+    /// Takes as long as [`life`](super::life) says, with the function's lock held: where vCPUs are to
+    /// stand still as well, they are stopped first.
     pub fn pause(&self) {
         let mut function = self.function();
         function.paused = true;

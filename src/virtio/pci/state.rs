@@ -4,7 +4,7 @@ use busway_pci::{MsixState, MsixStateError};
 use serde::{Deserialize, Serialize};
 
 use super::registers::Registers;
-use super::{VirtioPci, spec};
+use super::{Function, VirtioPci, spec};
 use crate::virtio::life::{Life, Progress};
 
 /// The version of [`VirtioPciState`] that is written and read. It changes with the meaning of a field.
@@ -26,6 +26,9 @@ pub struct VirtioPciState {
     pub config: Vec<u8>,
     /// The common configuration.
     pub registers: Registers,
+    /// The device's configuration, as the driver last could read it. It is not restored, for it says what
+    /// the device is; but the driver hears where it is another one.
+    pub device_config: Vec<u8>,
     /// The ISR register.
     pub isr: u8,
     /// The device waits for its driver to reset it.
@@ -88,6 +91,7 @@ impl VirtioPci {
             device_type: function.device.device_type(),
             config,
             registers: function.registers.clone(),
+            device_config: self.device_config_bytes(),
             isr: self.interrupts.isr(),
             needs_reset: self.interrupts.is_broken(),
             msix: self.interrupts.msix().state(),
@@ -97,64 +101,72 @@ impl VirtioPci {
 
     /// Puts the device into a state that was saved, whatever it was in, and leaves it paused: it goes on
     /// with [`resume`](Self::resume). To be called before the function is on a bus, for its BAR may be
-    /// elsewhere afterwards.
+    /// elsewhere afterwards. A driver that finds another configuration than it knew, such as another size
+    /// of a disk, hears of that.
     ///
     /// # Errors
     /// [`StateError`]; the device is then as it was.
     pub fn restore(&self, state: &VirtioPciState) -> Result<(), StateError> {
         let mut function = self.function();
-        let mismatch = |what| StateError::Mismatch {
-            name: self.name.clone(),
-            what,
-        };
-        if state.version != VERSION {
-            return Err(StateError::Version {
-                name: self.name.clone(),
-                found: state.version,
-            });
-        }
-        let device = &function.device;
-        if state.device_type != device.device_type() {
-            return Err(mismatch("it is another kind of device's"));
-        }
-        if state.config.len() != CONFIG_SIZE {
-            return Err(mismatch("its configuration space has another size"));
-        }
-        let vectors = self.interrupts.msix().vectors();
-        function
-            .registers
-            .could_be(&state.registers, vectors, |features| {
-                device.accepts(features)
-            })
-            .map_err(mismatch)?;
-        if state.progress.queues.len() > function.registers.queues.len() {
-            return Err(mismatch("it has positions in more queues than there are"));
-        }
-        if !device.takes(state.registers.driver_features, &state.progress.device) {
-            return Err(mismatch("what the device itself keeps is not this one's"));
-        }
-        self.interrupts
-            .msix()
-            .check(&state.msix)
-            .map_err(|source| StateError::Msix {
-                name: self.name.clone(),
-                source,
-            })?;
+        self.check(&function, state)?;
         function.paused = true;
         self.stop(&mut function);
         function.registers.restore(&state.registers);
         function.config.reset();
         function.config.write(0, &state.config);
         function.life = Life::Stopped(state.progress.clone());
-        self.interrupts.restore(
-            &state.registers,
-            state.isr & spec::isr::ALL,
-            state.needs_reset,
-        );
+        let isr = state.isr & spec::isr::ALL;
+        self.interrupts
+            .restore(&state.registers, isr, state.needs_reset);
         self.interrupts
             .with_msix(|msix, owner| msix.restore(&state.msix, owner));
         let control = self.interrupts.msix().control();
         function.config.set(self.capabilities.msix_control, control);
+        if state.device_config != self.device_config_bytes() {
+            self.interrupts.config_changed();
+        }
         Ok(())
+    }
+
+    /// Whether the device can go on from `state`.
+    fn check(&self, function: &Function, state: &VirtioPciState) -> Result<(), StateError> {
+        let name = || self.name.clone();
+        let mismatch = |what| StateError::Mismatch { name: name(), what };
+        if state.version != VERSION {
+            return Err(StateError::Version {
+                name: name(),
+                found: state.version,
+            });
+        }
+        let Function {
+            registers, device, ..
+        } = function;
+        if state.device_type != device.device_type() {
+            return Err(mismatch("it is another kind of device's"));
+        }
+        if state.config.len() != CONFIG_SIZE {
+            return Err(mismatch("its configuration space has another size"));
+        }
+        let msix = self.interrupts.msix();
+        let accepts = |features| device.accepts(features);
+        registers
+            .could_be(&state.registers, msix.vectors(), accepts)
+            .map_err(mismatch)?;
+        if state.progress.queues.len() > registers.queues.len() {
+            return Err(mismatch("it has positions in more queues than there are"));
+        }
+        if !device.takes(state.registers.driver_features, &state.progress.device) {
+            return Err(mismatch("what the device itself keeps is not this one's"));
+        }
+        msix.check(&state.msix).map_err(|source| StateError::Msix {
+            name: name(),
+            source,
+        })
+    }
+
+    fn device_config_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.device_config.size()];
+        self.device_config.read(0, &mut bytes);
+        bytes
     }
 }
