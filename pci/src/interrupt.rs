@@ -5,10 +5,12 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::intx::InterruptPin;
 
 /// The write that a message-signalled interrupt is. PCIe 6.0 §6.1.4.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MsiMessage {
     /// Where it goes; on x86 within 0xFEE0_0000..0xFEF0_0000.
     pub address: u64,

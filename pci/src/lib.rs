@@ -51,7 +51,7 @@ pub use interrupt::{
 pub use intx::{InterruptPin, Intx, PinError};
 pub use link::{Link, LinkSpeed};
 pub use msi::{Msi, MsiFeatures};
-pub use msix::{Msix, MsixLocation};
+pub use msix::{Msix, MsixLocation, MsixState, MsixStateError, VectorState};
 pub use root_port::RootPort;
 pub use slot::SlotListener;
 pub use topology::{

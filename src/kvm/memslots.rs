@@ -1,9 +1,10 @@
-//! KVM's memory slots: a guest-physical range that the guest reaches without an exit.
+//! KVM's memory slots: a guest-physical range that the guest reaches without an exit. Of one that is
+//! read-only, writes do exit, as those to a device do. KVM API §4.35, `KVM_MEM_READONLY`.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
 use super::error::KvmError;
@@ -37,7 +38,11 @@ impl Memslots {
     fn set(&self, slot: usize, region: &Region, size: u64) -> Result<(), KvmError> {
         let description = kvm_userspace_memory_region {
             slot: u32::try_from(slot).unwrap_or(u32::MAX),
-            flags: 0,
+            flags: if region.read_only() {
+                KVM_MEM_READONLY
+            } else {
+                0
+            },
             guest_phys_addr: region.guest(),
             memory_size: size,
             userspace_addr: region.host() as u64,

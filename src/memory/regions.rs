@@ -10,13 +10,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap};
 
 /// What a region is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RegionKind {
     /// The guest's RAM.
     Ram,
+    /// Memory that the guest reads and executes, and whose writes go where there is no memory: to the
+    /// device at that address, if one is there. Firmware's flash is such.
+    Rom,
     /// A device's own memory: a BAR of a host device, mapped into this process.
     Device,
 }
@@ -47,6 +50,7 @@ pub struct Region {
     guest: u64,
     size: u64,
     host: usize,
+    file: Option<FileOffset>,
     peer: Option<Peer>,
     /// Keeps the mapping at `host`.
     _owner: Box<dyn Owner>,
@@ -56,12 +60,24 @@ impl Region {
     /// A region of RAM, which it keeps mapped.
     #[must_use]
     pub fn ram(name: &str, memory: Arc<GuestRegionMmap>) -> Self {
+        Self::mapped(name, RegionKind::Ram, memory)
+    }
+
+    /// A region of ROM, which it keeps mapped.
+    #[must_use]
+    pub fn rom(name: &str, memory: Arc<GuestRegionMmap>) -> Self {
+        Self::mapped(name, RegionKind::Rom, memory)
+    }
+
+    fn mapped(name: &str, kind: RegionKind, memory: Arc<GuestRegionMmap>) -> Self {
+        let shared = memory.flags() & libc::MAP_SHARED != 0;
         Self {
             name: name.to_owned(),
-            kind: RegionKind::Ram,
+            kind,
             guest: memory.start_addr().0,
             size: memory.len(),
             host: memory.as_ptr() as usize,
+            file: memory.file_offset().filter(|_| shared).cloned(),
             peer: None,
             _owner: Box::new(memory),
         }
@@ -85,6 +101,7 @@ impl Region {
             guest,
             size,
             host,
+            file: None,
             peer: None,
             _owner: Box::new(owner),
         }
@@ -101,6 +118,20 @@ impl Region {
     #[must_use]
     pub fn peer(&self) -> Option<&Peer> {
         self.peer.as_ref()
+    }
+
+    /// The file that is its memory, and where in that it starts; `None` where no other process could
+    /// map it: anonymous memory, and private copies of a file. `size` bytes of the file from there on
+    /// are the region.
+    #[must_use]
+    pub fn file(&self) -> Option<&FileOffset> {
+        self.file.as_ref()
+    }
+
+    /// Whether the guest can only read it.
+    #[must_use]
+    pub fn read_only(&self) -> bool {
+        self.kind == RegionKind::Rom
     }
 
     /// Whose it is, for a person.
@@ -309,6 +340,10 @@ fn refused(region: &Region, listener: &dyn RegionListener, source: RegionError) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
+    use std::os::unix::fs::MetadataExt;
+    use vm_memory::GuestAddress;
+    use vm_memory::mmap::MmapRegionBuilder;
 
     type Log = Arc<Mutex<Vec<String>>>;
 
@@ -349,6 +384,46 @@ mod tests {
             refuses,
             log: log.clone(),
         })
+    }
+
+    fn mapping(file: Option<&File>, flags: i32) -> Arc<GuestRegionMmap> {
+        let mut builder = MmapRegionBuilder::new(0x1000)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags);
+        if let Some(file) = file {
+            builder = builder.with_file_offset(FileOffset::new(file.try_clone().unwrap(), 0x1000));
+        }
+        let region = builder.build().unwrap();
+        Arc::new(GuestRegionMmap::new(region, GuestAddress(0x8000)).unwrap())
+    }
+
+    #[test]
+    fn a_region_says_which_part_of_a_file_it_is_where_others_can_map_that() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x2000).unwrap();
+        let shared = Region::ram("ram", mapping(Some(&file), libc::MAP_SHARED));
+        let at = shared.file().expect("a file");
+        assert_eq!(at.start(), 0x1000);
+        let numbers = |file: &File| {
+            let metadata = file.metadata().unwrap();
+            (metadata.dev(), metadata.ino())
+        };
+        assert_eq!(numbers(at.file()), numbers(&file));
+        assert_eq!((shared.guest(), shared.size()), (0x8000, 0x1000));
+        let copy = Region::rom("rom", mapping(Some(&file), libc::MAP_PRIVATE));
+        assert!(copy.file().is_none());
+        let anonymous = mapping(None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        assert!(Region::ram("ram", anonymous).file().is_none());
+        assert!(region("bar", 0, 0x1000).file().is_none());
+    }
+
+    #[test]
+    fn rom_alone_is_read_only() {
+        let anonymous = || mapping(None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let rom = Region::rom("rom", anonymous());
+        assert_eq!((rom.kind(), rom.read_only()), (RegionKind::Rom, true));
+        assert!(!Region::ram("ram", anonymous()).read_only());
+        assert!(!region("bar", 0, 0x1000).read_only());
     }
 
     fn taken(log: &Log) -> Vec<String> {

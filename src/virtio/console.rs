@@ -5,13 +5,18 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
-use super::queue::{QueueError, Virtqueue};
+use super::activation::{Activation, StartError};
+use super::config_space::{ConfigSpace, Fields};
+use super::device::VirtioDevice;
+use super::life::{DeviceState, Progress, Running};
+use super::queue::{QueueError, Served, Virtqueue};
 use super::segments::Segments;
 use super::spec::{self, console};
+use super::worker::{Worker, doorbell_events};
 use crate::devices::console::{Endpoint, Input, Reader, Writer};
 use crate::memory::{GuestRam, RamMap};
 
@@ -28,7 +33,7 @@ pub struct Console {
     name: String,
     writer: Writer,
     input: Option<Arc<Mutex<Reader>>>,
-    config: Arc<DeviceConfig>,
+    config: Arc<Fields>,
 }
 
 impl Console {
@@ -39,7 +44,7 @@ impl Console {
             name: name.to_owned(),
             writer: endpoint.writer,
             input: endpoint.reader.map(|reader| Arc::new(Mutex::new(reader))),
-            config: DeviceConfig::new(vec![0; console::CONFIG_SIZE]),
+            config: Fields::new(vec![0; console::CONFIG_SIZE]),
         }
     }
 }
@@ -65,28 +70,52 @@ impl VirtioDevice for Console {
         vec![QUEUE_SIZE; 2]
     }
 
-    fn config(&self) -> Arc<DeviceConfig> {
-        Arc::clone(&self.config)
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.config) as _
     }
 
-    fn activate(&mut self, mut activation: Activation) -> io::Result<Vec<Box<dyn Worker>>> {
-        let queues = (
-            activation.take_queue(console::RECEIVEQ.into()),
-            activation.take_queue(console::TRANSMITQ.into()),
-        );
-        let (Some(receive), Some(transmit)) = queues else {
-            return Ok(Vec::new());
-        };
-        let input = self.input.clone().map(Keyboard::new).transpose()?;
-        Ok(vec![Box::new(ConsoleWorker {
-            name: self.name.clone(),
-            ram: activation.ram,
-            receive,
-            transmit,
-            writer: self.writer.clone(),
-            input,
-        })])
+    fn takes(&self, _features: u64, state: &DeviceState) -> bool {
+        match state {
+            DeviceState::None => true,
+            DeviceState::Console(state) => state.input.len() <= INPUT_PIECE,
+            DeviceState::Net(_) => false,
+        }
     }
+
+    fn start(&mut self, mut activation: Activation) -> Result<Box<dyn Running>, StartError> {
+        let state = match activation.state() {
+            DeviceState::Console(state) => state.clone(),
+            _ => ConsoleState::default(),
+        };
+        let queues = (
+            activation.take_queue(console::RECEIVEQ)?,
+            activation.take_queue(console::TRANSMITQ)?,
+        );
+        let mut workers: Vec<Box<dyn Worker>> = Vec::new();
+        if let (Some(receive), Some(transmit)) = queues {
+            let input = self.input.clone();
+            let input = input.map(|reader| Keyboard::new(reader, &state.input));
+            workers.push(Box::new(ConsoleWorker {
+                name: self.name.clone(),
+                ram: activation.ram().clone(),
+                receive,
+                transmit,
+                writer: self.writer.clone(),
+                printed: state.printed,
+                input: input.transpose()?,
+            }));
+        }
+        activation.run(workers, DeviceState::Console(state))
+    }
+}
+
+/// What a console keeps between two runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    /// What has been typed and waits for the guest's buffers; 256 bytes at most.
+    pub input: Vec<u8>,
+    /// Bytes that are out already of the next chain of the transmit queue.
+    pub printed: usize,
 }
 
 /// The endpoint's input, read only when that does not block.
@@ -103,19 +132,31 @@ struct Keyboard {
 }
 
 impl Keyboard {
-    fn new(reader: Arc<Mutex<Reader>>) -> io::Result<Self> {
+    /// `typed` has been read before and waits for buffers.
+    fn new(reader: Arc<Mutex<Reader>>, typed: &[u8]) -> io::Result<Self> {
         let fd = lock(&reader).as_raw_fd();
         let ready = Epoll::new()?;
         ready.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
+        let mut bytes = [0; INPUT_PIECE];
+        for (to, from) in bytes.iter_mut().zip(typed) {
+            *to = *from;
+        }
+        let len = typed.len().min(INPUT_PIECE);
         Ok(Self {
             reader,
             ready,
             fd,
-            bytes: [0; INPUT_PIECE],
-            len: 0,
-            waiting: 0,
+            bytes,
+            len,
+            waiting: len,
             closed: false,
         })
+    }
+
+    /// What has been read and waits for buffers.
+    fn typed(&self) -> &[u8] {
+        let start = self.len.saturating_sub(self.waiting);
+        self.bytes.get(start..self.len).unwrap_or_default()
     }
 
     /// What waits for the guest. Reads more where nothing does, without blocking.
@@ -134,8 +175,7 @@ impl Keyboard {
                 Input::Closed => self.closed = true,
             }
         }
-        self.bytes
-            .get(self.len.saturating_sub(self.waiting)..self.len)
+        Some(self.typed())
     }
 
     fn took(&mut self, count: usize) {
@@ -154,6 +194,8 @@ struct ConsoleWorker {
     receive: Virtqueue,
     transmit: Virtqueue,
     writer: Writer,
+    /// Bytes that are out already of the next chain.
+    printed: usize,
     input: Option<Keyboard>,
 }
 
@@ -185,19 +227,29 @@ impl ConsoleWorker {
     }
 }
 
-/// Leaves off when the device is being stopped: a chain can hold more than a slow reader takes in days.
-fn write_out(mut bytes: Segments<'_>, writer: &mut Writer, stop: &AtomicBool) {
+/// Writes out what is left of a chain, of which `printed` bytes are out already, and counts on. Leaves
+/// it when the device is being stopped: a chain can hold more than a slow reader takes in days.
+fn write_out(
+    mut bytes: Segments<'_>,
+    printed: &mut usize,
+    writer: &mut Writer,
+    stop: &AtomicBool,
+) -> Served {
+    bytes.advance(*printed);
     let mut piece = [0; OUTPUT_PIECE];
-    while !stop.load(Ordering::Relaxed) {
-        let count = bytes.read(&mut piece);
-        let Some(piece) = piece.get(..count).filter(|piece| !piece.is_empty()) else {
-            return;
-        };
-        if let Err(error) = writer.write_all(piece) {
-            log::debug!("console output: {error}");
-            return;
+    while !bytes.is_empty() {
+        if stop.load(Ordering::Relaxed) {
+            return Served::Left;
         }
+        let count = bytes.read(&mut piece);
+        if let Err(error) = writer.write_all(piece.get(..count).unwrap_or_default()) {
+            log::debug!("console output: {error}");
+            break;
+        }
+        *printed = printed.saturating_add(count);
     }
+    *printed = 0;
+    Served::Done(0)
 }
 
 impl Worker for ConsoleWorker {
@@ -220,13 +272,23 @@ impl Worker for ConsoleWorker {
         let ram = self.ram.clone();
         let memory = ram.memory();
         if source == TRANSMIT {
-            let (writer, stop) = (&mut self.writer, self.transmit.stop());
+            let (writer, printed) = (&mut self.writer, &mut self.printed);
+            let stop = self.transmit.stop();
             return self.transmit.drain(&memory, |chain| {
-                write_out(chain.readable, writer, &stop);
-                Ok(0)
+                Ok(write_out(chain.readable, printed, writer, &stop))
             });
         }
         self.receive(&memory)
+    }
+
+    fn leave(&mut self, progress: &mut Progress) {
+        self.receive.leave(progress);
+        self.transmit.leave(progress);
+        let input = self.input.as_ref().map(Keyboard::typed);
+        progress.device = DeviceState::Console(ConsoleState {
+            input: input.unwrap_or_default().to_vec(),
+            printed: self.printed,
+        });
     }
 }
 
@@ -235,7 +297,7 @@ mod tests {
     use super::*;
     use crate::config::ConsoleConfig;
     use crate::virtio::spec::pci::common;
-    use crate::virtio::testing::Driver;
+    use crate::virtio::testing::{Driver, eventually};
     use busway_vfio::EventFd;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
@@ -328,6 +390,88 @@ mod tests {
         assert!(waited < Duration::from_secs(5), "{waited:?}");
         drop(driver);
         reader.join().unwrap();
+    }
+
+    #[test]
+    fn output_that_is_paused_in_its_middle_comes_out_once_and_whole() {
+        let (_folder, console, mut terminal) = over_socket();
+        let mut driver = Driver::new(console);
+        driver.negotiate(0);
+        let mut receive = driver.queue(0, 16);
+        let mut transmit = driver.queue(1, 64);
+        driver.ready();
+        // The client is known to the console once its first bytes have been read.
+        terminal.write_all(b"!").unwrap();
+        let buffer = driver.alloc(16);
+        driver.run(&mut receive, &[(buffer, 16, true)]);
+        let text: Vec<u8> = (0..2_u32 << 20).map(|i| (i >> 8 ^ i) as u8).collect();
+        let at = 0x10_0000;
+        driver.write(at, &text);
+        transmit.submit(&[(at, 1 << 20, false), (at + (1 << 20), 1 << 20, false)]);
+        transmit.submit(&[(at, 5, false)]);
+        let expected = [&text[..], &text[..5]].concat();
+        let reader = std::thread::spawn(move || {
+            let mut got: Vec<u8> = Vec::new();
+            let mut piece = [0; 32 << 10];
+            while got.len() < expected.len() {
+                let count = terminal.read(&mut piece).unwrap();
+                got.extend(&piece[..count]);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            assert!(got == expected);
+        });
+        driver.notify(&transmit);
+        let mut in_the_middle = 0;
+        while transmit.poll_used().is_none() {
+            std::thread::sleep(Duration::from_millis(10));
+            driver.function.pause();
+            let state = driver.function.state().unwrap();
+            if let DeviceState::Console(state) = state.progress.device
+                && state.printed > 0
+            {
+                in_the_middle += 1;
+            }
+            driver.function.resume();
+        }
+        transmit.wait_used();
+        assert!(transmit.poll_used().is_none());
+        assert!(in_the_middle > 0);
+        reader.join().unwrap();
+    }
+
+    #[test]
+    fn what_was_typed_and_has_found_no_buffers_waits_through_a_pause_and_not_through_a_reset() {
+        let (_folder, console, mut terminal) = over_socket();
+        let mut driver = Driver::new(console);
+        let up = |driver: &mut Driver| {
+            driver.negotiate(0);
+            let receive = driver.queue(0, 16);
+            driver.queue(1, 16);
+            driver.ready();
+            receive
+        };
+        let typed = |driver: &Driver, expected: &[u8]| {
+            eventually("typed", || {
+                driver.function.pause();
+                let state = driver.function.state().unwrap().progress.device;
+                driver.function.resume();
+                matches!(state, DeviceState::Console(state) if state.input == expected)
+            });
+        };
+        let mut receive = up(&mut driver);
+        terminal.write_all(b"early").unwrap();
+        typed(&driver, b"early");
+        let buffer = driver.alloc(64);
+        assert_eq!(driver.run(&mut receive, &[(buffer, 2, true)]), 2);
+        typed(&driver, b"rly");
+        assert_eq!(driver.run(&mut receive, &[(buffer, 16, true)]), 3);
+        assert_eq!(driver.read(buffer, 3), b"rly");
+        terminal.write_all(b"lost").unwrap();
+        typed(&driver, b"lost");
+        receive = up(&mut driver);
+        terminal.write_all(b"late").unwrap();
+        assert_eq!(driver.run(&mut receive, &[(buffer, 16, true)]), 4);
+        assert_eq!(driver.read(buffer, 4), b"late");
     }
 
     #[test]

@@ -3,13 +3,14 @@
 
 use std::fmt::Display;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use busway_pci::{InterruptRoutes, Msix, VectorOwner};
 
+use super::pci::Registers;
 use super::spec::{NO_VECTOR, isr};
 use busway_pci::Complaints;
 use busway_vfio::EventFd;
@@ -20,7 +21,7 @@ use busway_vfio::EventFd;
 /// vector that the guest has never unmasked goes through the MSI-X state's lock, which is the
 /// device's own.
 #[derive(Debug)]
-pub struct Interrupts {
+pub(crate) struct Interrupts {
     msix: Mutex<Msix>,
     events: VectorEvents,
     config_vector: AtomicU16,
@@ -81,6 +82,12 @@ impl Interrupts {
         self.deliver(vector, isr::QUEUE);
     }
 
+    /// The eventfd of a queue's vector, where it is connected.
+    pub(crate) fn queue_event(&self, queue: u16) -> Option<Arc<OwnedFd>> {
+        let vector = self.queue_vectors.get(usize::from(queue))?;
+        self.events.shared(vector.load(Ordering::Relaxed))
+    }
+
     /// The configuration has changed.
     pub(crate) fn config_changed(&self) {
         self.isr.fetch_or(isr::CONFIG, Ordering::AcqRel);
@@ -119,6 +126,21 @@ impl Interrupts {
         self.needs_reset.store(false, Ordering::Release);
     }
 
+    /// Puts it into a state that was saved, of virtio's; MSI-X has its own.
+    pub(crate) fn restore(&self, registers: &Registers, isr: u8, needs_reset: bool) {
+        self.set_config_vector(registers.config_vector);
+        for (slot, queue) in self.queue_vectors.iter().zip(&registers.queues) {
+            slot.store(queue.vector, Ordering::Relaxed);
+        }
+        self.isr.store(isr, Ordering::Release);
+        self.needs_reset.store(needs_reset, Ordering::Release);
+    }
+
+    /// The ISR register, without clearing it.
+    pub(crate) fn isr(&self) -> u8 {
+        self.isr.load(Ordering::Acquire)
+    }
+
     fn deliver(&self, vector: u16, isr: u8) {
         if self.events.signal(vector) {
             return;
@@ -137,6 +159,11 @@ impl Interrupts {
 struct VectorEvents(Box<[ArcSwapOption<EventFd>]>);
 
 impl VectorEvents {
+    fn shared(&self, vector: u16) -> Option<Arc<OwnedFd>> {
+        let event = self.0.get(usize::from(vector))?.load_full()?;
+        Some(event.shared())
+    }
+
     fn signal(&self, vector: u16) -> bool {
         let event = self.0.get(usize::from(vector)).map(ArcSwapOption::load);
         match event.as_deref() {

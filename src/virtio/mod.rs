@@ -1,16 +1,19 @@
 //! Virtio 1.x devices over PCI: disk, network card, console and entropy source.
 //!
 //! [`VirtioPci`] is the transport: a [`PciFunction`](busway_pci::PciFunction) that negotiates, keeps
-//! the registers and runs the device's workers. A [`VirtioDevice`] is what sits behind it. Each has
-//! its own threads; no request is served on a vCPU's.
+//! the registers, and starts and stops the device. A [`VirtioDevice`] is what sits behind it. Each has
+//! its own threads; no request is served on a vCPU's. [`life`] says what a start and a stop are.
 //!
 //! A guest's rings and requests are hostile: what breaks a queue's rules ends the worker and sets
 //! `DEVICE_NEEDS_RESET`, what merely asks for too much is answered with an error.
 
+mod activation;
 pub mod blk;
+mod config_space;
 pub mod console;
 mod device;
 mod interrupts;
+pub mod life;
 pub mod net;
 mod pci;
 mod queue;
@@ -21,7 +24,8 @@ pub mod spec;
 mod testing;
 mod worker;
 
-pub use device::{Activation, DeviceConfig, VirtioDevice, Worker};
-pub use interrupts::Interrupts;
-pub use pci::{QueueRegisters, Registers, VirtioPci, VirtioPciError};
-pub use queue::{QueueError, Virtqueue};
+pub use activation::{Activation, Call, QueueSetup, StartError};
+pub use config_space::{ChangeListener, ConfigSpace};
+pub use device::VirtioDevice;
+pub use pci::{QueueRegisters, Registers, StateError, VirtioPci, VirtioPciError, VirtioPciState};
+pub use queue::QueueError;

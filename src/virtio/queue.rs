@@ -13,7 +13,8 @@ use busway_vfio::EventFd;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::interrupts::Interrupts;
+use super::activation::{Call, QueueSetup};
+use super::life::{Progress, QueuePosition};
 use super::segments::{MAX_SEGMENTS, Segments};
 use super::spec;
 use crate::memory::RamMap;
@@ -61,32 +62,45 @@ impl Chain<'_> {
 
 /// One enabled queue, owned by its worker.
 #[derive(Debug)]
-pub struct Virtqueue {
+pub(crate) struct Virtqueue {
     index: u16,
     queue: Queue,
     /// The used index when the driver was last considered for an interrupt.
     told_used: u16,
     doorbell: EventFd,
-    interrupts: Arc<Interrupts>,
+    call: Call,
     stop: Arc<AtomicBool>,
 }
 
+/// What became of a chain that was served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Served {
+    /// It is done, and so many bytes of it have been written.
+    Done(usize),
+    /// The device is being stopped. The chain stays available, for the next start.
+    Left,
+}
+
 impl Virtqueue {
-    pub(crate) fn new(
-        index: u16,
-        queue: Queue,
-        doorbell: EventFd,
-        interrupts: Arc<Interrupts>,
-        stop: Arc<AtomicBool>,
-    ) -> Self {
+    /// `ring` is the one that `setup` describes. Where `stop` says so, nothing more is taken from it.
+    pub(crate) fn new(setup: QueueSetup, ring: Queue, stop: Arc<AtomicBool>) -> Self {
         Self {
-            index,
-            told_used: queue.next_used(),
-            queue,
-            doorbell,
-            interrupts,
+            index: setup.index,
+            told_used: ring.next_used(),
+            queue: ring,
+            doorbell: setup.kick,
+            call: setup.call,
             stop,
         }
+    }
+
+    /// Notes the position in the queue.
+    pub(crate) fn leave(&self, progress: &mut Progress) {
+        let position = QueuePosition {
+            next_avail: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        };
+        progress.set_queue(self.index, position);
     }
 
     /// Descriptors in the ring.
@@ -197,7 +211,7 @@ impl Virtqueue {
     /// Interrupts the driver for what has been completed, where it wants that.
     pub(crate) fn interrupt(&mut self, memory: &RamMap) -> Result<(), QueueError> {
         if self.wants_interrupt(memory)? {
-            self.interrupts.queue(self.index);
+            self.call.signal();
         }
         Ok(())
     }
@@ -240,21 +254,24 @@ impl Virtqueue {
         Ok(self.queue.disable_notification(memory)?)
     }
 
-    /// Serves what is available: `serve` handles one chain and returns the bytes it has written.
+    /// Serves what is available: `serve` handles one chain and says what became of it.
     ///
     /// Ends when the queue is empty and the driver knows that it has to notify, or after a round of
-    /// the ring's size, with the worker's next wake-up already signalled.
+    /// the ring's size, with the worker's next wake-up already signalled, or when a chain is left.
     pub(crate) fn drain(
         &mut self,
         memory: &RamMap,
-        mut serve: impl FnMut(Chain<'_>) -> Result<usize, QueueError>,
+        mut serve: impl FnMut(Chain<'_>) -> Result<Served, QueueError>,
     ) -> Result<(), QueueError> {
         self.disable_notification(memory)?;
         let mut budget = self.size();
         loop {
             while let Some(chain) = self.pop(memory)? {
                 let head = chain.head();
-                let written = serve(chain)?;
+                let Served::Done(written) = serve(chain)? else {
+                    self.undo_pop();
+                    return Ok(());
+                };
                 self.complete(memory, head, written)?;
                 self.interrupt(memory)?;
                 budget = budget.saturating_sub(1);

@@ -10,9 +10,13 @@ use std::sync::Arc;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
-use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
+use super::activation::{Activation, StartError};
+use super::config_space::{ConfigSpace, Fields};
+use super::device::VirtioDevice;
+use super::life::{DeviceState, Progress, Running};
 use super::queue::{QueueError, Virtqueue};
 use super::spec;
+use super::worker::{Worker, doorbell_events};
 use crate::config::RngConfig;
 use crate::memory::{GuestRam, RamMap};
 use busway_pci::Complaints;
@@ -50,7 +54,7 @@ pub enum RngError {
 pub struct Rng {
     name: String,
     source: Arc<File>,
-    config: Arc<DeviceConfig>,
+    config: Arc<Fields>,
     complaints: Arc<Complaints>,
 }
 
@@ -80,7 +84,7 @@ impl Rng {
         Ok(Self {
             name: name.to_owned(),
             source: Arc::new(file),
-            config: DeviceConfig::new(Vec::new()),
+            config: Fields::new(Vec::new()),
             complaints: Arc::new(Complaints::first(1)),
         })
     }
@@ -107,21 +111,22 @@ impl VirtioDevice for Rng {
         vec![QUEUE_SIZE]
     }
 
-    fn config(&self) -> Arc<DeviceConfig> {
-        Arc::clone(&self.config)
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.config) as _
     }
 
-    fn activate(&mut self, mut activation: Activation) -> io::Result<Vec<Box<dyn Worker>>> {
-        let Some(queue) = activation.take_queue(0) else {
-            return Ok(Vec::new());
-        };
-        Ok(vec![Box::new(RngWorker {
-            name: self.name.clone(),
-            ram: activation.ram,
-            queue,
-            source: Arc::clone(&self.source),
-            complaints: Arc::clone(&self.complaints),
-        })])
+    fn start(&mut self, mut activation: Activation) -> Result<Box<dyn Running>, StartError> {
+        let mut workers: Vec<Box<dyn Worker>> = Vec::new();
+        if let Some(queue) = activation.take_queue(0)? {
+            workers.push(Box::new(RngWorker {
+                name: self.name.clone(),
+                ram: activation.ram().clone(),
+                queue,
+                source: Arc::clone(&self.source),
+                complaints: Arc::clone(&self.complaints),
+            }));
+        }
+        activation.run(workers, DeviceState::None)
     }
 }
 
@@ -210,6 +215,10 @@ impl Worker for RngWorker {
         }
         self.queue.wake_again();
         Ok(())
+    }
+
+    fn leave(&mut self, progress: &mut Progress) {
+        self.queue.leave(progress);
     }
 }
 

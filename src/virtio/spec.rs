@@ -59,6 +59,8 @@ pub mod isr {
     pub const QUEUE: u8 = 1;
     /// The device configuration, or the status, has changed.
     pub const CONFIG: u8 = 2;
+    /// All that there are.
+    pub const ALL: u8 = QUEUE | CONFIG;
 }
 
 /// Virtio over PCI. Virtio 1.3 §4.1.
@@ -122,6 +124,8 @@ pub mod pci {
 
 /// Block device. Virtio 1.3 §5.2.
 pub mod blk {
+    use std::mem::offset_of;
+
     use virtio_bindings::virtio_blk::*;
 
     /// `VIRTIO_BLK_F_SEG_MAX`. §5.2.3
@@ -161,6 +165,8 @@ pub mod blk {
     /// `VIRTIO_BLK_S_UNSUPP`
     pub const S_UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
+    /// Offset of `capacity` in `struct virtio_blk_config`, 64 bits. §5.2.4
+    pub const CONFIG_CAPACITY: usize = offset_of!(virtio_blk_config, capacity);
     /// Bytes of a sector, the unit of every position and length, whatever the block size.
     pub const SECTOR: u64 = 512;
     /// Bytes of the string that `VIRTIO_BLK_T_GET_ID` asks for.
@@ -204,7 +210,9 @@ pub mod net {
     /// `VIRTIO_NET_F_MQ`
     pub const F_MQ: u64 = 1 << VIRTIO_NET_F_MQ;
 
-    /// `VIRTIO_NET_S_LINK_UP`. §5.1.4
+    /// Offset of `status` in `struct virtio_net_config`, 16 bits. §5.1.4
+    pub const CONFIG_STATUS: usize = offset_of!(virtio_net_config, status);
+    /// `VIRTIO_NET_S_LINK_UP`
     pub const S_LINK_UP: u16 = VIRTIO_NET_S_LINK_UP as u16;
 
     /// Bytes of `struct virtio_net_hdr` with `num_buffers`. §5.1.6

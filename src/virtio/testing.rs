@@ -2,7 +2,7 @@
 //! function only as a guest does, and interrupt routes that count.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -48,12 +48,22 @@ impl CountingRoutes {
     }
 }
 
+impl CountingRoutes {
+    /// All signals that a vector has had by its present route and that a test has taken or sees now.
+    pub(crate) fn signals(&self, vector: u16) -> u64 {
+        let route = self.route(message_data(vector)).expect("connected");
+        route.take();
+        route.taken.load(Ordering::SeqCst)
+    }
+}
+
 impl InterruptRoutes for CountingRoutes {
     fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         let route = Arc::new(CountingRoute {
             message: Mutex::new(message),
             masked: AtomicBool::new(false),
             event: EventFd::new().unwrap(),
+            taken: AtomicU64::new(0),
         });
         self.routes.lock().unwrap().push(Arc::clone(&route));
         Ok(route)
@@ -65,12 +75,16 @@ pub(crate) struct CountingRoute {
     message: Mutex<MsiMessage>,
     masked: AtomicBool,
     event: EventFd,
+    /// Signals that have been taken.
+    taken: AtomicU64,
 }
 
 impl CountingRoute {
     /// How many signals have come since the last call.
     pub(crate) fn take(&self) -> u64 {
-        self.event.take()
+        let count = self.event.take();
+        self.taken.fetch_add(count, Ordering::SeqCst);
+        count
     }
 
     /// Waits for a signal and takes all there are.
@@ -156,13 +170,31 @@ impl ConfigRead for Driver {
     }
 }
 
+pub(crate) fn function(
+    device: impl VirtioDevice + 'static,
+    ram: &GuestRam,
+    routes: &Arc<CountingRoutes>,
+) -> Arc<VirtioPci> {
+    VirtioPci::new(Box::new(device), ram.clone(), Arc::clone(routes) as _).unwrap()
+}
+
 impl Driver {
+    /// Has the driver find itself on another function, which has the state that the one before had when
+    /// it was saved to a file. It is paused.
+    pub(crate) fn move_to(&mut self, device: impl VirtioDevice + 'static) {
+        self.function.pause();
+        let saved = serde_json::to_string(&self.function.state().unwrap()).unwrap();
+        self.function = function(device, &self.ram, &self.routes);
+        let state = serde_json::from_str(&saved).unwrap();
+        self.function.restore(&state).unwrap();
+        assert_eq!(self.function.state(), Some(state));
+    }
+
     /// Finds the device's registers by its capabilities and turns memory decoding on.
     pub(crate) fn new(device: impl VirtioDevice + 'static) -> Self {
         let ram = ram();
         let routes = Arc::new(CountingRoutes::default());
-        let function =
-            VirtioPci::new(Box::new(device), ram.clone(), Arc::clone(&routes) as _).unwrap();
+        let function = function(device, &ram, &routes);
         let mut driver = Self {
             function,
             ram,

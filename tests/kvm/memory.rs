@@ -1,11 +1,14 @@
 //! What is memory to the guest follows the list of regions.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use busway::config::MemoryConfig;
 use busway::kvm::BusDevice;
 use busway::memory::{Ram, Region};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestRegionMmap, MmapRegion,
+};
 
 use crate::guest::{TELL_AL, ds, guest};
 
@@ -100,4 +103,55 @@ fn a_region_may_come_and_go_while_the_guest_runs() {
         guest.regions.remove(&region);
         while guest.next() != 0xff {}
     }
+}
+
+/// Counts writes, and would read as something that no test has in memory.
+#[derive(Default)]
+struct Flash(AtomicU64);
+
+impl BusDevice for Flash {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0xaa);
+    }
+
+    fn write(&self, _offset: u64, data: &[u8]) {
+        assert_eq!(data, [0x66]);
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn rom_is_read_as_memory_and_written_as_a_device() {
+    let Some(guest) = guest(
+        1,
+        &[
+            &ds(0x2000),
+            // again: mov byte [0], 0x66; mov al, [0]; tell; jmp again
+            &[0xc6, 0x06, 0, 0, 0x66, 0xa0, 0, 0],
+            TELL_AL,
+            &[0xeb, 0xf4],
+        ],
+    ) else {
+        return;
+    };
+    let memory = GuestRegionMmap::new(MmapRegion::new(0x1000).unwrap(), GuestAddress(0x2_0000));
+    let memory = Arc::new(memory.unwrap());
+    memory
+        .write_obj(0x55_u8, vm_memory::MemoryRegionAddress(0))
+        .unwrap();
+    let flash = Arc::new(Flash::default());
+    guest
+        .buses
+        .mmio
+        .insert("flash", 0x2_0000, 0x1000, flash.clone())
+        .unwrap();
+    let rom = Arc::new(Region::rom("firmware", memory));
+    guest.regions.add(rom.clone()).unwrap();
+    guest.vcpus.resume();
+    for _ in 0..5 {
+        assert_eq!(guest.next(), 0x55);
+    }
+    guest.vcpus.hold();
+    assert!(flash.0.load(Ordering::SeqCst) >= 5);
+    guest.regions.remove(&rom);
 }

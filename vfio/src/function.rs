@@ -59,7 +59,7 @@ struct State {
     untold: bool,
     pin: Option<Pin>,
     msi: Option<MsiState>,
-    msix: Option<MsixState>,
+    msix: Option<MsixPart>,
 }
 
 impl State {
@@ -86,7 +86,7 @@ struct MsiState {
 }
 
 #[derive(Debug)]
-struct MsixState {
+struct MsixPart {
     at: u16,
     msix: Msix,
     vectors: MsixVectors,
@@ -209,7 +209,7 @@ impl AssignedFunction {
                 layout.pba().register(),
                 0,
             );
-            MsixState {
+            MsixPart {
                 at,
                 msix,
                 vectors: MsixVectors::new(name, io.clone()),
@@ -314,7 +314,7 @@ impl AssignedFunction {
     /// table, which a sleeping device does not answer for, and the host would hear of an error.
     fn disconnect(&self, state: &mut State) {
         state.config.wake(&*self.io);
-        if let Some(MsixState { msix, vectors, .. }) = &mut state.msix {
+        if let Some(MsixPart { msix, vectors, .. }) = &mut state.msix {
             msix.reset(vectors);
         }
         if let Some(MsiState { msi, vectors, .. }) = &mut state.msi {
@@ -396,7 +396,7 @@ impl PciFunction for AssignedFunction {
             };
             msi.write(offset, data, vectors);
         }
-        if let Some(MsixState { at, msix, vectors }) = msix {
+        if let Some(MsixPart { at, msix, vectors }) = msix {
             let control: u16 = config.held(at.saturating_add(spec::MSIX_CONTROL));
             // The kernel masks vectors in the table, which a sleeping device does not answer for. It sends no message
             // either, and what the guest wrote is carried out by the write that wakes it.

@@ -202,6 +202,46 @@ fn the_sources_own_pending_bits_count_for_vectors_that_are_not_connected() {
     assert_eq!(beyond, [0]);
 }
 
+#[test]
+fn an_interrupt_that_a_connection_holds_back_is_pending_in_the_state_and_arrives_after_a_restore() {
+    let mut f = Fixture::new(2);
+    f.control(ENABLE);
+    f.message(1, message(9));
+    f.mask(1, false);
+    f.mask(1, true);
+    f.msix.trigger(1);
+    let state = f.msix.state();
+    assert!(state.vectors[1].pending && state.vectors[1].masked);
+    let mut g = Fixture::new(2);
+    g.msix.restore(&state, &mut g.owner);
+    assert_eq!((g.msix.connected(), g.owner.enables, g.pba()), (0, 1, 2));
+    g.mask(1, false);
+    assert_eq!((g.routes.arrived(), g.pba()), (vec![message(9)], 0));
+}
+
+#[test]
+fn a_state_of_another_version_or_table_changes_nothing() {
+    let mut f = Fixture::new(2);
+    f.control(ENABLE);
+    f.mask(0, false);
+    let before = f.msix.state();
+    let mut other = before.clone();
+    other.version += 1;
+    let larger = Fixture::new(3).msix.state();
+    for (state, error) in [
+        (other, MsixStateError::Version(2)),
+        (larger, MsixStateError::Vectors { saved: 3, own: 2 }),
+    ] {
+        assert_eq!(f.msix.check(&state), Err(error));
+        f.msix.restore(&state, &mut f.owner);
+        assert_eq!(
+            (f.msix.state(), f.msix.connected()),
+            (before.clone(), 1),
+            "{error}"
+        );
+    }
+}
+
 /// What a guest or a device does.
 #[derive(Clone, Debug)]
 enum Step {
@@ -313,7 +353,44 @@ impl Model {
     }
 }
 
+impl Fixture {
+    fn step(&mut self, step: &Step) {
+        match *step {
+            Step::Control(control) => self.control(control),
+            Step::Dword {
+                vector,
+                dword,
+                value,
+            } => self.write(u64::from(vector) * 16 + u64::from(dword) * 4, value),
+            Step::Unmask(vector, mask) => self.mask(vector.into(), mask),
+            Step::Trigger(vector) => self.msix.trigger(vector.into()),
+            Step::Reset => self.msix.reset(&mut self.owner),
+        }
+    }
+}
+
 proptest! {
+    /// Whenever it is saved, what it is restored to goes on as the other would have.
+    #[test]
+    fn a_table_that_was_saved_and_restored_goes_on_as_if_nothing_had_been(
+        before in steps(), after in steps(),
+    ) {
+        let mut f = Fixture::new(VECTORS.into());
+        before.iter().for_each(|step| f.step(step));
+        let arrived = f.routes.arrived().len();
+        let mut g = Fixture::new(VECTORS.into());
+        g.msix.restore(&f.msix.state(), &mut g.owner);
+        prop_assert_eq!(g.msix.state(), f.msix.state());
+        prop_assert!(g.msix.connected() <= f.msix.connected());
+        for step in &after {
+            f.step(step);
+            g.step(step);
+            prop_assert_eq!(&g.routes.arrived()[..], &f.routes.arrived()[arrived..]);
+            prop_assert_eq!(g.pba(), f.pba());
+        }
+        prop_assert_eq!(g.msix.state(), f.msix.state());
+    }
+
     /// None lost while masked, none doubled, none to an old message; and only what was unmasked is
     /// connected, once.
     #[test]
@@ -321,15 +398,7 @@ proptest! {
         let mut f = Fixture::new(VECTORS.into());
         let mut model = Model::new();
         for step in &steps {
-            match *step {
-                Step::Control(control) => f.control(control),
-                Step::Dword { vector, dword, value } => {
-                    f.write(u64::from(vector) * 16 + u64::from(dword) * 4, value);
-                }
-                Step::Unmask(vector, mask) => f.mask(vector.into(), mask),
-                Step::Trigger(vector) => f.msix.trigger(vector.into()),
-                Step::Reset => f.msix.reset(&mut f.owner),
-            }
+            f.step(step);
             model.step(step);
             prop_assert_eq!(&f.routes.arrived(), &model.arrived);
             prop_assert_eq!(&f.owner.connects, &model.connects);

@@ -1,3 +1,4 @@
+use std::iter;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
@@ -231,8 +232,8 @@ impl Fixture {
     fn assign(&self) {
         let windows = Windows {
             io: 0xc000..0x1_0000,
-            memory32: vec![0xc000_0000..0xe000_0000],
-            memory64: vec![1 << 36..1 << 40],
+            memory32: iter::once(0xc000_0000..0xe000_0000).collect(),
+            memory64: iter::once(1 << 36..1 << 40).collect(),
         };
         self.topology.assign(&windows).unwrap();
     }

@@ -268,6 +268,8 @@ impl RegionListener for DmaListener {
                 self.add_device(region);
                 Ok(())
             }
+            // No board lets devices reach its flash.
+            RegionKind::Rom => Ok(()),
         }
     }
 
@@ -275,6 +277,7 @@ impl RegionListener for DmaListener {
         let mapped = match region.kind() {
             RegionKind::Ram => true,
             RegionKind::Device => self.peers().mapped.remove(&region.guest()),
+            RegionKind::Rom => false,
         };
         if mapped && let Err(error) = self.space.unmap(Iova(region.guest()), region.size()) {
             log::error!("{error}; devices may still reach it");

@@ -7,11 +7,13 @@ mod tests;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
+use super::limits::{self, Limits};
 use super::lock;
 use super::steps::{self, Stop};
 use super::sys;
@@ -20,9 +22,6 @@ use crate::virtio::segments::Segments;
 /// Bytes of the buffer through which go what a direct file does not take from where it lies, and the
 /// zeros that the host cannot write otherwise.
 const BOUNCE_SIZE: usize = 64 << 10;
-/// What block sizes can be: from a sector to a page.
-const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=4096;
-
 /// An image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -99,28 +98,13 @@ pub(super) struct Mode {
     pub(super) direct: bool,
 }
 
-/// What the image's storage asks for and can do. Bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Limits {
-    /// The least that is read or written, and what positions are multiples of.
-    pub(super) block_size: u32,
-    /// What is written without reading first.
-    pub(super) physical_block_size: u32,
-    /// Preferred least request; 0 where unknown.
-    pub(super) min_io_size: u32,
-    /// Best request; 0 where unknown.
-    pub(super) opt_io_size: u32,
-    /// What a discard frees; 0 where there is no discard.
-    pub(super) discard_granularity: u32,
-    /// What memory has to be aligned to; 1 where it need not be.
-    pub(super) memory_alignment: u32,
-}
-
 /// An opened and locked image. The lock ends with it.
 #[derive(Debug)]
 pub(super) struct Image {
     file: File,
-    capacity: u64,
+    path: PathBuf,
+    /// Bytes.
+    capacity: AtomicU64,
     readonly: bool,
     is_device: bool,
     limits: Limits,
@@ -167,44 +151,63 @@ impl Image {
             }
         };
         let limits = if is_device {
-            device_limits(&file, mode).map_err(kernel("asking for the geometry"))?
+            limits::of_device(&file, mode).map_err(kernel("asking for the geometry"))?
         } else {
-            file_limits(&file, path, mode)?
+            limits::of_file(&file, path, mode)?
         };
-        let size = if is_device {
-            sys::device_size(&file).map_err(kernel("BLKGETSIZE64"))?
+        let image = Self {
+            file,
+            path: path.to_owned(),
+            capacity: AtomicU64::new(0),
+            readonly: mode.readonly,
+            is_device,
+            limits,
+        };
+        image.measure()?;
+        warn_of_formats(&image.file, path);
+        Ok(image)
+    }
+
+    /// Finds out how large it is now, and gives that: [`capacity`](Self::capacity) from now on.
+    ///
+    /// # Errors
+    /// [`ImageError::Empty`] or [`ImageError::Kernel`]; the capacity then stays.
+    pub(super) fn measure(&self) -> Result<u64, ImageError> {
+        let kernel = |what| {
+            move |source| ImageError::Kernel {
+                what,
+                path: self.path.clone(),
+                source,
+            }
+        };
+        let size = if self.is_device {
+            sys::device_size(&self.file).map_err(kernel("BLKGETSIZE64"))?
         } else {
-            metadata.len()
+            self.file.metadata().map_err(kernel("fstat"))?.len()
         };
-        let block = u64::from(limits.block_size);
+        let block = u64::from(self.limits.block_size);
         let capacity = size - size % block;
         if capacity == 0 {
             return Err(ImageError::Empty {
-                path: path.to_owned(),
+                path: self.path.clone(),
                 size,
-                block: limits.block_size,
+                block: self.limits.block_size,
             });
         }
         if capacity != size {
             log::warn!(
                 "{}: the last {} bytes do not fill a block of {block} and stay out of the guest's sight",
-                path.display(),
+                self.path.display(),
                 size - capacity
             );
         }
-        warn_of_formats(&file, path);
-        Ok(Self {
-            file,
-            capacity,
-            readonly: mode.readonly,
-            is_device,
-            limits,
-        })
+        self.capacity.store(capacity, Ordering::Release);
+        Ok(capacity)
     }
 
     /// Bytes; a multiple of the block size.
     pub(super) fn capacity(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::Acquire)
     }
 
     pub(super) fn readonly(&self) -> bool {
@@ -361,20 +364,20 @@ impl Image {
 }
 
 /// An aligned buffer, made for one request. Zeros at first.
-struct Bounce {
+pub(super) struct Bounce {
     bytes: Vec<u8>,
     start: usize,
 }
 
 impl Bounce {
-    fn new(alignment: usize) -> Self {
+    pub(super) fn new(alignment: usize) -> Self {
         let bytes = vec![0; BOUNCE_SIZE.saturating_add(alignment)];
         let start = bytes.as_ptr().align_offset(alignment.max(1));
         Self { bytes, start }
     }
 
     /// Its first `len` bytes, or all.
-    fn first(&mut self, len: usize) -> &mut [u8] {
+    pub(super) fn first(&mut self, len: usize) -> &mut [u8] {
         let end = self.start.saturating_add(len.min(BOUNCE_SIZE));
         self.bytes.get_mut(self.start..end).unwrap_or_default()
     }
@@ -394,80 +397,6 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
             result => return result,
         }
     }
-}
-
-fn device_limits(file: &File, mode: Mode) -> io::Result<Limits> {
-    let geometry = sys::geometry(file)?;
-    let queue = sys_queue(file.metadata()?.rdev());
-    let granularity = std::fs::read_to_string(queue.join("discard_granularity"))
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(0);
-    Ok(Limits {
-        block_size: geometry
-            .logical
-            .clamp(*BLOCK_SIZES.start(), *BLOCK_SIZES.end()),
-        physical_block_size: geometry.physical.max(geometry.logical),
-        min_io_size: geometry.min_io,
-        opt_io_size: geometry.opt_io,
-        discard_granularity: granularity,
-        memory_alignment: if mode.direct {
-            geometry.logical.max(512)
-        } else {
-            1
-        },
-    })
-}
-
-/// Where sysfs has a block device's queue; a partition's is its disk's.
-fn sys_queue(device: u64) -> PathBuf {
-    let (major, minor) = (libc::major(device), libc::minor(device));
-    let folder = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
-    let own = folder.join("queue");
-    if own.is_dir() {
-        own
-    } else {
-        folder.join("../queue")
-    }
-}
-
-fn file_limits(file: &File, path: &Path, mode: Mode) -> Result<Limits, ImageError> {
-    let physical = 4096;
-    let mut limits = Limits {
-        block_size: *BLOCK_SIZES.start(),
-        physical_block_size: physical,
-        min_io_size: physical,
-        opt_io_size: 0,
-        discard_granularity: physical,
-        memory_alignment: 1,
-    };
-    if mode.direct {
-        let not_direct = || ImageError::NotDirect {
-            path: path.to_owned(),
-        };
-        let alignment = match sys::direct_alignment(file) {
-            Some(alignment) => alignment,
-            None => probe_direct(file).ok_or_else(not_direct)?,
-        };
-        if !BLOCK_SIZES.contains(&alignment.offset.max(512)) {
-            return Err(not_direct());
-        }
-        limits.block_size = alignment.offset.max(512);
-        limits.memory_alignment = alignment.memory.max(1);
-    }
-    Ok(limits)
-}
-
-/// Finds by reading what alignment a direct file needs, where the kernel does not say.
-fn probe_direct(file: &File) -> Option<sys::DirectAlignment> {
-    let block = [512_u32, 4096].into_iter().find(|&block| {
-        let mut bounce = Bounce::new(block as usize);
-        file.read_at(bounce.first(block as usize), 0).is_ok()
-    })?;
-    Some(sys::DirectAlignment {
-        memory: block,
-        offset: block,
-    })
 }
 
 fn open_error(path: &Path, mode: Mode, source: io::Error) -> ImageError {

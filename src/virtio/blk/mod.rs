@@ -3,6 +3,7 @@
 //! The host's side of a disk is `image`, the meaning of a request is `request`.
 
 mod image;
+mod limits;
 mod lock;
 mod request;
 mod steps;
@@ -10,16 +11,19 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
+use super::activation::{Activation, StartError};
+use super::config_space::{ConfigSpace, Fields};
+use super::device::VirtioDevice;
+use super::life::{DeviceState, Progress, Running};
 use super::queue::{QueueError, Virtqueue};
 use super::segments::MAX_SEGMENTS;
 use super::spec::{self, blk};
+use super::worker::{Worker, doorbell_events};
 use crate::config::{DISK_QUEUE_SIZES, DiskConfig, InvalidVirtio};
 use crate::memory::GuestRam;
 use busway_pci::Complaints;
@@ -70,7 +74,7 @@ pub enum BlkError {
 pub struct Blk {
     name: String,
     image: Arc<Image>,
-    config: Arc<DeviceConfig>,
+    config: Arc<Fields>,
     num_queues: u16,
     queue_size: u16,
     complaints: Arc<Complaints>,
@@ -98,11 +102,49 @@ impl Blk {
         Ok(Self {
             name: name.to_owned(),
             image: Arc::new(image),
-            config: DeviceConfig::new(bytes),
+            config: Fields::new(bytes),
             num_queues: config.num_queues,
             queue_size: config.queue_size,
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
+    }
+}
+
+impl Blk {
+    /// The way to tell the guest of another size of the image.
+    #[must_use]
+    pub fn resizer(&self) -> Resizer {
+        Resizer {
+            name: self.name.clone(),
+            image: Arc::clone(&self.image),
+            config: Arc::clone(&self.config),
+        }
+    }
+}
+
+/// Tells the guest of another size of its disk's image. It serves for as long as it is kept.
+#[derive(Clone, Debug)]
+pub struct Resizer {
+    name: String,
+    image: Arc<Image>,
+    config: Arc<Fields>,
+}
+
+impl Resizer {
+    /// Measures the image, which somebody has made larger or smaller, and gives its bytes. The guest's
+    /// disk has that size from now on, and its driver hears of it. Requests beyond it are refused.
+    ///
+    /// # Errors
+    /// [`BlkError::Image`]; the disk then stays as it was.
+    pub fn resize(&self) -> Result<u64, BlkError> {
+        let capacity = self.image.measure().map_err(|source| BlkError::Image {
+            name: self.name.clone(),
+            source,
+        })?;
+        let sectors = capacity / blk::SECTOR;
+        self.config
+            .set(blk::CONFIG_CAPACITY, &sectors.to_le_bytes());
+        Ok(capacity)
     }
 }
 
@@ -190,31 +232,31 @@ impl VirtioDevice for Blk {
         vec![self.queue_size; self.num_queues.into()]
     }
 
-    fn config(&self) -> Arc<DeviceConfig> {
-        Arc::clone(&self.config)
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.config) as _
     }
 
-    fn activate(&mut self, mut activation: Activation) -> io::Result<Vec<Box<dyn Worker>>> {
+    fn start(&mut self, mut activation: Activation) -> Result<Box<dyn Running>, StartError> {
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
-        for index in 0..usize::from(self.num_queues) {
-            let Some(queue) = activation.take_queue(index) else {
+        for index in 0..self.num_queues {
+            let Some(queue) = activation.take_queue(index)? else {
                 continue;
             };
             let stop = queue.stop();
             workers.push(Box::new(BlkWorker {
                 name: format!("{}-q{index}", self.name),
-                ram: activation.ram.clone(),
+                ram: activation.ram().clone(),
                 queue,
                 requests: Requests::new(
                     Arc::clone(&self.image),
                     &self.name,
-                    activation.features,
+                    activation.features(),
                     Arc::clone(&self.complaints),
                     stop,
                 ),
             }));
         }
-        Ok(workers)
+        activation.run(workers, DeviceState::None)
     }
 }
 
@@ -240,5 +282,9 @@ impl Worker for BlkWorker {
         let memory = self.ram.memory();
         let requests = &mut self.requests;
         self.queue.drain(&memory, |chain| requests.serve(chain))
+    }
+
+    fn leave(&mut self, progress: &mut Progress) {
+        self.queue.leave(progress);
     }
 }

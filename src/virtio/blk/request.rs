@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::image::Image;
-use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::queue::{Chain, QueueError, Served};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::{self, blk};
 use busway_pci::Complaints;
@@ -21,7 +21,8 @@ enum Failure {
     Refused,
     /// Answered with `VIRTIO_BLK_S_IOERR`: the host's error.
     Host(&'static str, io::Error),
-    /// Answered with `VIRTIO_BLK_S_IOERR`: the device is being reset, and nobody waits for it.
+    /// Not answered: the device is being stopped, and the next start does the request from its
+    /// beginning.
     Stopped,
 }
 
@@ -77,11 +78,13 @@ impl Requests {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Carries out one request and gives the number of bytes written to the guest.
+    /// Carries out one request. One that is left is done from its beginning later, which comes to the
+    /// same: the driver keeps its buffers as they are until it is answered, and counts on nothing that
+    /// the blocks hold until then.
     ///
     /// # Errors
     /// The chain is no request: there is no room for a header, or none for a status.
-    pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<usize, QueueError> {
+    pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<Served, QueueError> {
         let Some(Header { kind, sector, .. }) = chain.readable.take() else {
             return Err(chain.malformed("a block request shorter than its header"));
         };
@@ -104,29 +107,29 @@ impl Requests {
         };
         let status = match result {
             Ok(()) => blk::S_OK,
-            Err(failure) => self.status_of(&failure),
+            Err(Failure::Stopped) => return Ok(Served::Left),
+            Err(Failure::Unsupported) => blk::S_UNSUPP,
+            Err(Failure::Refused) => blk::S_IOERR,
+            Err(Failure::Host(what, error)) => {
+                self.complain(what, &error);
+                blk::S_IOERR
+            }
         };
         // The status comes after the data, whether that has been written or not.
-        Ok(data_len.saturating_add(chain.writable.write(&[status])))
+        let written = data_len.saturating_add(chain.writable.write(&[status]));
+        Ok(Served::Done(written))
     }
 
     fn has(&self, feature: u64) -> bool {
         self.features & feature != 0
     }
 
-    fn status_of(&self, failure: &Failure) -> u8 {
-        match failure {
-            Failure::Unsupported => blk::S_UNSUPP,
-            Failure::Refused | Failure::Stopped => blk::S_IOERR,
-            Failure::Host(what, error) => {
-                log::log!(
-                    self.complaints.next(log::Level::Error),
-                    "disk {}: {what} failed: {error}",
-                    self.name
-                );
-                blk::S_IOERR
-            }
-        }
+    fn complain(&self, what: &str, error: &io::Error) {
+        log::log!(
+            self.complaints.next(log::Level::Error),
+            "disk {}: {what} failed: {error}",
+            self.name
+        );
     }
 
     /// The bytes from `sector` on, where `len` of them lie within the disk in whole blocks.

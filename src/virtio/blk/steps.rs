@@ -1,10 +1,11 @@
-//! A long request in steps, between which the worker looks whether the device is being reset: the vCPU
-//! that resets it waits for the worker.
+//! A long request in steps, between which the worker looks whether the device is being stopped: the
+//! vCPU that resets it, or whoever pauses it, waits for the worker.
 //!
 //! A step is 8 MiB read or written ([`MAX_TRANSFER`](crate::virtio::segments::MAX_TRANSFER)), 16 MiB
 //! zeroed (the longest range that the guest may name), or [`FREED`] discarded. A flush is one system
-//! call, which nothing divides. A request that is left off is answered with an error, to a driver that
-//! does not look any more; what of it has been done stays, as after a power cut.
+//! call, which nothing divides. A request that is left off is not answered. After a pause it is done
+//! from its beginning; after a reset nobody asks for it, and what of it has been done stays, as after a
+//! power cut.
 
 use std::io;
 

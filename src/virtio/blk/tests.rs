@@ -322,6 +322,76 @@ fn a_reset_in_mid_flight_leaves_a_disk_that_works() {
 }
 
 #[test]
+fn requests_that_are_paused_in_their_middle_are_done_once_and_right() {
+    let file = image(64 * MIB);
+    let mut disk = Disk::new(disk(&file, |_| ()));
+    let bytes = pattern(DATA_SIZE as usize, 3);
+    disk.driver.write(disk.data, &bytes);
+    // Each writes 60 times the same 256 KiB: 15 MiB, in two steps.
+    let data = vec![(disk.data, DATA_SIZE as u32, false); 60];
+    for round in 0..12_u64 {
+        let mut header = [0; 16];
+        header[0] = blk::T_OUT as u8;
+        let sector = round % 4 * (16 * MIB / 512);
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        disk.driver.write(disk.header, &header);
+        disk.driver.write(disk.status, &[0xee]);
+        let mut chain = vec![(disk.header, 16, false)];
+        chain.extend_from_slice(&data);
+        chain.push((disk.status, 1, true));
+        let head = disk.ring.submit(&chain);
+        disk.driver.notify(&disk.ring);
+        std::thread::sleep(std::time::Duration::from_micros(round * 300));
+        disk.driver.function.pause();
+        let done = disk.ring.poll_used();
+        let status = disk.driver.read(disk.status, 1)[0];
+        assert_eq!(status, if done.is_some() { blk::S_OK } else { 0xee });
+        disk.driver.function.resume();
+        let done = done.unwrap_or_else(|| disk.ring.wait_used());
+        assert_eq!(done, (head.into(), 1));
+        assert!(disk.ring.poll_used().is_none());
+        assert_eq!(disk.driver.read(disk.status, 1), [blk::S_OK]);
+        let mut stored = vec![0; bytes.len()];
+        let last = sector * 512 + 59 * DATA_SIZE;
+        file.as_file().read_exact_at(&mut stored, last).unwrap();
+        assert!(stored == bytes, "round {round}");
+    }
+}
+
+#[test]
+fn a_disk_whose_image_grows_or_shrinks_has_that_size_and_its_driver_hears_of_it() {
+    let file = image(MIB);
+    let device = disk(&file, |_| ());
+    let resizer = device.resizer();
+    let mut disk = Disk::new(device);
+    disk.driver
+        .set_common(common::CONFIG_MSIX_VECTOR, &1_u16.to_le_bytes());
+    let sectors = |disk: &Disk| u64::from_le_bytes(disk.driver.bar_read(disk.driver.device));
+    assert_eq!(disk.read(2048, 512).0, blk::S_IOERR);
+    file.as_file().set_len(2 * MIB + 100).unwrap();
+    assert_eq!(disk.read(2048, 512).0, blk::S_IOERR, "nobody has said so");
+    assert_eq!(resizer.resize().unwrap(), 2 * MIB);
+    assert_eq!(disk.driver.route(1).wait(), 1);
+    assert_eq!(sectors(&disk), 4096);
+    assert_eq!(disk.read(2048, 512).0, blk::S_OK);
+    assert_eq!(resizer.resize().unwrap(), 2 * MIB);
+    assert!(disk.driver.route(1).silent(), "it is the same");
+    file.as_file().set_len(MIB).unwrap();
+    disk.driver.function.pause();
+    assert_eq!(resizer.resize().unwrap(), MIB);
+    disk.driver.function.resume();
+    assert_eq!(disk.driver.route(1).wait(), 1);
+    assert_eq!(
+        (sectors(&disk), disk.read(2048, 512).0),
+        (2048, blk::S_IOERR)
+    );
+    file.as_file().set_len(0).unwrap();
+    let error = resizer.resize().unwrap_err().to_string();
+    assert!(error.contains("holds 0 bytes"), "{error}");
+    assert_eq!(sectors(&disk), 2048);
+}
+
+#[test]
 fn a_request_without_header_or_status_breaks_the_device_only() {
     let file = image(MIB);
     for chain in [

@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
+use super::NetState;
 use super::tap::Tap;
-use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::queue::{Chain, QueueError, Served};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::net;
 use busway_pci::Complaints;
@@ -16,30 +17,42 @@ pub(super) struct Control {
     tap: Arc<Tap>,
     max_pairs: u16,
     features: u64,
+    /// Pairs in use.
+    pairs: u16,
+    /// What the driver takes unfinished.
+    offloads: u64,
     complaints: Arc<Complaints>,
 }
 
 impl Control {
-    /// What the kernel refuses goes to `complaints`.
+    /// `state` is what the tap was set to. What the kernel refuses goes to `complaints`.
     pub(super) fn new(
         tap: Arc<Tap>,
         max_pairs: u16,
         features: u64,
+        state: &NetState,
         complaints: Arc<Complaints>,
     ) -> Self {
         Self {
             tap,
             max_pairs,
             features,
+            pairs: state.pairs,
+            offloads: state.offloads,
             complaints,
         }
     }
 
-    /// Carries out one command and gives the number of bytes written to the guest.
+    /// The pairs in use, and what the driver takes unfinished.
+    pub(super) fn chosen(&self) -> (u16, u64) {
+        (self.pairs, self.offloads)
+    }
+
+    /// Carries out one command.
     ///
     /// # Errors
     /// The chain is no command: there is no room for a header, or none for the answer.
-    pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<usize, QueueError> {
+    pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<Served, QueueError> {
         let Some([class, command]) = chain.readable.take::<[u8; 2]>() else {
             return Err(chain.malformed("a control command shorter than its header"));
         };
@@ -54,32 +67,39 @@ impl Control {
             _ => false,
         };
         let answer = if done { net::CTRL_OK } else { net::CTRL_ERR };
-        Ok(chain.writable.write(&[answer]))
+        Ok(Served::Done(chain.writable.write(&[answer])))
     }
 
     fn has(&self, feature: u64) -> bool {
         self.features & feature != 0
     }
 
-    fn set_pairs(&self, mut data: Segments<'_>) -> bool {
+    fn set_pairs(&mut self, mut data: Segments<'_>) -> bool {
         let Some(pairs) = data.take::<U16>().filter(|_| self.has(net::F_MQ)) else {
             return false;
         };
         let pairs = pairs.get();
-        (1..=self.max_pairs).contains(&pairs) && self.done(self.tap.use_pairs(pairs))
+        let done = (1..=self.max_pairs).contains(&pairs) && self.done(self.tap.use_pairs(pairs));
+        if done {
+            self.pairs = pairs;
+        }
+        done
     }
 
-    fn set_offloads(&self, mut data: Segments<'_>) -> bool {
+    fn set_offloads(&mut self, mut data: Segments<'_>) -> bool {
         let offered = self.has(net::F_CTRL_GUEST_OFFLOADS);
         let Some(offloads) = data.take::<U64>().filter(|_| offered) else {
             return false;
         };
         let offloads = offloads.get();
-        let guest = net::F_GUEST_CSUM | net::F_GUEST_TSO4 | net::F_GUEST_TSO6 | net::F_GUEST_ECN;
         // The kernel refuses the others too, but that would be an error to tell of.
-        offloads & !(self.features & guest) == 0
+        let done = offloads & !(self.features & super::GUEST_OFFLOADS) == 0
             && super::have_what_they_stand_on(offloads)
-            && self.done(self.tap.set_offload(super::offload(offloads)))
+            && self.done(self.tap.set_offload(super::offload(offloads)));
+        if done {
+            self.offloads = offloads;
+        }
+        done
     }
 
     fn done(&self, result: std::io::Result<()>) -> bool {

@@ -3,6 +3,7 @@
 //! A worker for each pair of queues, on the tap's own queue of the same number. What the driver
 //! agrees to handle unfinished (checksums, segments), the kernel hands over so, and the other way.
 
+mod cable;
 mod control;
 mod receive;
 mod tap;
@@ -15,17 +16,23 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 use busway_host::Mac;
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use zerocopy::little_endian::U16;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::device::{Activation, DeviceConfig, VirtioDevice, Worker, doorbell_events};
-use super::queue::{QueueError, Virtqueue};
+use super::activation::{Activation, StartError};
+use super::config_space::{ConfigSpace, Fields};
+use super::device::VirtioDevice;
+use super::life::{DeviceState, Progress, Running};
+use super::queue::{QueueError, Served, Virtqueue};
 use super::spec::{self, net};
+use super::worker::{Worker, doorbell_events};
 use crate::config::{InvalidVirtio, NetConfig};
 use crate::memory::GuestRam;
 use busway_pci::Complaints;
+pub use cable::Cable;
 use control::Control;
 use receive::Receiver;
 use tap::Tap;
@@ -81,7 +88,8 @@ pub struct Net {
     mac: Mac,
     pairs: u16,
     queue_size: u16,
-    config: Arc<DeviceConfig>,
+    config: Arc<Fields>,
+    cable: Arc<Cable>,
     complaints: Arc<Complaints>,
 }
 
@@ -112,13 +120,15 @@ impl Net {
             status: net::S_LINK_UP.into(),
             max_virtqueue_pairs: pairs.into(),
         };
+        let config_space = Fields::new(card.as_bytes().to_vec());
         Ok(Self {
             name: name.to_owned(),
             tap: Arc::new(tap),
             mac,
             pairs,
             queue_size: config.queue_size,
-            config: DeviceConfig::new(card.as_bytes().to_vec()),
+            cable: Cable::new(Arc::clone(&config_space)),
+            config: config_space,
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
     }
@@ -126,6 +136,12 @@ impl Net {
     /// The tap interface's name on the host.
     pub fn tap_name(&self) -> &str {
         self.tap.name()
+    }
+
+    /// The card's cable, to be pulled and plugged in while the guest runs.
+    #[must_use]
+    pub fn cable(&self) -> Arc<Cable> {
+        Arc::clone(&self.cable)
     }
 
     /// The guest's MAC address.
@@ -160,6 +176,24 @@ fn have_what_they_stand_on(features: u64) -> bool {
     stands_on
         .into_iter()
         .all(|(upper, lower)| !has(upper) || has(lower))
+}
+
+impl Net {
+    /// The pairs of queues that a driver which agreed on `features` knows of. The control queue follows
+    /// them. Virtio 1.3 §5.1.2.
+    fn pairs_known(&self, features: u64) -> u16 {
+        if features & net::F_MQ != 0 {
+            self.pairs
+        } else {
+            1
+        }
+    }
+
+    fn control(&self, features: u64, state: &NetState) -> Control {
+        let (tap, complaints) = (Arc::clone(&self.tap), Arc::clone(&self.complaints));
+        let pairs = self.pairs_known(features);
+        Control::new(tap, pairs, features, state, complaints)
+    }
 }
 
 impl VirtioDevice for Net {
@@ -201,54 +235,118 @@ impl VirtioDevice for Net {
         sizes
     }
 
-    fn config(&self) -> Arc<DeviceConfig> {
-        Arc::clone(&self.config)
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.config) as _
     }
 
     fn accepts(&self, features: u64) -> bool {
         have_what_they_stand_on(features)
     }
 
-    fn activate(&mut self, mut activation: Activation) -> io::Result<Vec<Box<dyn Worker>>> {
-        let features = activation.features;
-        self.tap.set_offload(offload(features))?;
-        self.tap.use_pairs(1)?;
-        self.tap.discard_waiting();
-        // Virtio 1.3 §5.1.2: the control queue follows those pairs that the driver knows of.
-        let pairs = if features & net::F_MQ != 0 {
-            self.pairs
-        } else {
-            1
+    fn takes(&self, features: u64, state: &DeviceState) -> bool {
+        match state {
+            DeviceState::None => true,
+            DeviceState::Net(state) => state.fits(features, self.pairs_known(features)),
+            DeviceState::Console(_) => false,
+        }
+    }
+
+    fn start(&mut self, mut activation: Activation) -> Result<Box<dyn Running>, StartError> {
+        let features = activation.features();
+        let mut state = match activation.state() {
+            DeviceState::Net(state) => state.clone(),
+            _ => NetState::at_reset(features),
         };
+        self.tap.set_offload(offload(state.offloads))?;
+        self.tap.use_pairs(state.pairs)?;
+        if *activation.state() == DeviceState::None {
+            self.tap.discard_waiting();
+        }
+        let pairs = self.pairs_known(features);
         let mut control = if features & net::F_CTRL_VQ != 0 {
-            activation.take_queue(usize::from(pairs) * 2).map(|queue| {
-                let (tap, complaints) = (Arc::clone(&self.tap), Arc::clone(&self.complaints));
-                (queue, Control::new(tap, pairs, features, complaints))
-            })
+            let queue = activation.take_queue(pairs.saturating_mul(2))?;
+            queue.map(|queue| (queue, self.control(features, &state)))
         } else {
             None
         };
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
-        for pair in 0..usize::from(pairs) {
+        for pair in 0..pairs {
             let queues = (
-                activation.take_queue(2 * pair),
-                activation.take_queue(2 * pair + 1),
+                activation.take_queue(2 * pair)?,
+                activation.take_queue(2 * pair + 1)?,
             );
-            let ((Some(receive), Some(transmit)), Some(tap)) = (queues, self.tap.queue(pair))
+            let ((Some(receive), Some(transmit)), Some(tap)) =
+                (queues, self.tap.queue(pair.into()))
             else {
                 continue;
             };
             workers.push(Box::new(NetWorker {
                 name: format!("{}-q{pair}", self.name),
-                ram: activation.ram.clone(),
+                pair,
+                ram: activation.ram().clone(),
                 tap: Arc::clone(tap),
+                cable: Arc::clone(&self.cable),
                 receive,
                 transmit,
-                receiver: Receiver::new(features),
+                receiver: Receiver::new(features, &state.take_packet(pair)),
                 control: control.take(),
             }));
         }
-        Ok(workers)
+        activation.run(workers, DeviceState::Net(state))
+    }
+}
+
+/// What a card keeps between two runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// Pairs of queues in use, from 1 on.
+    pub pairs: u16,
+    /// What the driver takes unfinished: feature bits, `VIRTIO_NET_F_GUEST_*`.
+    pub offloads: u64,
+    /// What has been taken from the tap and waits for the guest's buffers: one packet for each pair at
+    /// most.
+    pub waiting: Vec<WaitingPacket>,
+}
+
+/// A packet that waits for buffers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingPacket {
+    /// Of which pair's receive queue.
+    pub pair: u16,
+    /// The packet behind its `struct virtio_net_hdr`.
+    pub bytes: Vec<u8>,
+}
+
+/// The features that say what the driver takes unfinished.
+const GUEST_OFFLOADS: u64 =
+    net::F_GUEST_CSUM | net::F_GUEST_TSO4 | net::F_GUEST_TSO6 | net::F_GUEST_ECN;
+
+impl NetState {
+    /// As a driver that agreed on `features` finds it. Virtio 1.3 §5.1.6.5.5 and §5.1.6.5.8.
+    fn at_reset(features: u64) -> Self {
+        Self {
+            pairs: 1,
+            offloads: features & GUEST_OFFLOADS,
+            waiting: Vec::new(),
+        }
+    }
+
+    /// Whether a run with these features, of which the driver knows `pairs` pairs, could have left it.
+    fn fits(&self, features: u64, pairs: u16) -> bool {
+        (1..=pairs).contains(&self.pairs)
+            && self.offloads & !(features & GUEST_OFFLOADS) == 0
+            && have_what_they_stand_on(self.offloads)
+            && self.waiting.len() <= usize::from(pairs)
+            && self
+                .waiting
+                .iter()
+                .all(|packet| packet.pair < pairs && receive::is_packet(&packet.bytes))
+    }
+
+    fn take_packet(&mut self, pair: u16) -> Vec<u8> {
+        let at = self.waiting.iter().position(|packet| packet.pair == pair);
+        at.map(|at| self.waiting.swap_remove(at).bytes)
+            .unwrap_or_default()
     }
 }
 
@@ -256,8 +354,10 @@ impl VirtioDevice for Net {
 #[derive(Debug)]
 struct NetWorker {
     name: String,
+    pair: u16,
     ram: GuestRam,
     tap: Arc<File>,
+    cable: Arc<Cable>,
     receive: Virtqueue,
     transmit: Virtqueue,
     receiver: Receiver,
@@ -289,17 +389,44 @@ impl Worker for NetWorker {
         match (source, &mut self.control) {
             (CONTROL, Some((queue, control))) => queue.drain(&memory, |chain| control.serve(chain)),
             (TRANSMIT, _) => {
-                let tap = self.tap.as_fd();
+                let (tap, cable) = (self.tap.as_fd(), &self.cable);
                 self.transmit.drain(&memory, |chain| {
+                    if !cable.is_plugged() {
+                        return Ok(Served::Done(0));
+                    }
                     // A packet that the kernel does not take, for its header is wrong or the
                     // interface down, is lost, as on a wire.
                     if let Err(error) = chain.readable.send(tap) {
                         log::trace!("a packet was not sent: {error}");
                     }
-                    Ok(0)
+                    Ok(Served::Done(0))
                 })
             }
-            _ => self.receiver.receive(&self.tap, &mut self.receive, &memory),
+            _ => {
+                let (tap, cable) = (&self.tap, &self.cable);
+                self.receiver
+                    .receive(tap, cable, &mut self.receive, &memory)
+            }
+        }
+    }
+
+    fn leave(&mut self, progress: &mut Progress) {
+        self.receive.leave(progress);
+        self.transmit.leave(progress);
+        if let Some((queue, _)) = &self.control {
+            queue.leave(progress);
+        }
+        let DeviceState::Net(state) = &mut progress.device else {
+            return;
+        };
+        if let Some((_, control)) = &self.control {
+            (state.pairs, state.offloads) = control.chosen();
+        }
+        if let Some(packet) = self.receiver.waiting() {
+            state.waiting.push(WaitingPacket {
+                pair: self.pair,
+                bytes: packet.to_vec(),
+            });
         }
     }
 }

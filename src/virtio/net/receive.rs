@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 
+use super::cable::Cable;
 use crate::memory::RamMap;
 use crate::virtio::queue::{Chain, QueueError, Virtqueue};
 use crate::virtio::spec::net;
@@ -25,6 +26,11 @@ pub(super) struct Receiver {
     dropped: u64,
 }
 
+/// Whether a tap could have given these bytes.
+pub(super) fn is_packet(bytes: &[u8]) -> bool {
+    (net::HEADER_SIZE..=MAX_PACKET).contains(&bytes.len())
+}
+
 /// What became of the waiting packet.
 enum Delivery {
     Done,
@@ -32,19 +38,32 @@ enum Delivery {
 }
 
 impl Receiver {
-    pub(super) fn new(features: u64) -> Self {
+    /// `waiting` is a packet that waits for buffers, or empty.
+    pub(super) fn new(features: u64, waiting: &[u8]) -> Self {
+        let mut packet = vec![0; MAX_PACKET];
+        for (to, from) in packet.iter_mut().zip(waiting) {
+            *to = *from;
+        }
         Self {
-            packet: vec![0; MAX_PACKET],
-            pending: 0,
+            packet,
+            pending: waiting.len().min(MAX_PACKET),
             mergeable: features & net::F_MRG_RXBUF != 0,
             dropped: 0,
         }
+    }
+
+    /// The packet that waits for buffers.
+    pub(super) fn waiting(&self) -> Option<&[u8]> {
+        self.packet
+            .get(..self.pending)
+            .filter(|packet| !packet.is_empty())
     }
 
     /// Moves packets until the tap is empty or the guest has no buffers, or a round is over.
     pub(super) fn receive(
         &mut self,
         mut tap: &File,
+        cable: &Cable,
         queue: &mut Virtqueue,
         memory: &RamMap,
     ) -> Result<(), QueueError> {
@@ -58,6 +77,10 @@ impl Receiver {
                     // Empty, or the pair is detached or the interface gone: its next event tells.
                     Err(_) => return Ok(()),
                 }
+            }
+            if !cable.is_plugged() {
+                self.pending = 0;
+                continue;
             }
             match self.deliver(queue, memory)? {
                 Delivery::Done => self.pending = 0,

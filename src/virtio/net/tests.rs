@@ -372,6 +372,119 @@ fn a_reset_in_mid_traffic_leaves_a_card_that_works() {
     }
 }
 
+fn state(driver: &Driver) -> NetState {
+    match driver.function.state().unwrap().progress.device {
+        DeviceState::Net(state) => state,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_pause_keeps_pairs_offloads_and_packets_and_a_reset_drops_them() {
+    let Some(net) = card(4) else { return };
+    let wire = Wire::new(net.tap_name());
+    let mut driver = Driver::new(net);
+    driver.enable_msix(6);
+    driver.negotiate(net::F_MQ | net::F_CTRL_VQ | net::F_CTRL_GUEST_OFFLOADS | net::F_GUEST_CSUM);
+    let mut rings: Vec<Ring> = (0..5).map(|index| driver.queue(index, 64)).collect();
+    driver.ready();
+    let mut control = rings.pop().unwrap();
+    let at = driver.alloc(64);
+    let mut command = |bytes: &[u8]| {
+        driver.write(at, bytes);
+        let len = bytes.len() as u32;
+        driver.run(&mut control, &[(at, len, false), (at + 32, 1, true)]);
+        assert_eq!(driver.read(at + 32, 1), [net::CTRL_OK]);
+    };
+    command(&[4, 0, 2, 0]);
+    command(&[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    command(&[4, 0, 1, 0]);
+    // There are no buffers: the first packet waits with the card, the others in the tap.
+    let packets: Vec<_> = (0..3).map(|seed| frame(GUEST, HOST, 90, seed)).collect();
+    packets.iter().for_each(|packet| wire.send(packet));
+    eventually("a packet waits", || {
+        driver.function.pause();
+        let waiting = !state(&driver).waiting.is_empty();
+        driver.function.resume();
+        waiting
+    });
+    driver.function.pause();
+    let saved = state(&driver);
+    assert_eq!((saved.pairs, saved.offloads), (1, 0));
+    driver.function.resume();
+    let buffers = provide(&mut driver, &mut rings[0], 64, 2048);
+    for packet in packets {
+        assert_eq!(receive(&driver, &mut rings[0], &buffers, 2048).1, packet);
+    }
+    driver.set_common(common::DEVICE_STATUS, &[0]);
+    driver.function.pause();
+    let dropped = driver.function.state().unwrap().progress.device;
+    assert_eq!(dropped, DeviceState::None);
+}
+
+#[test]
+fn a_card_takes_only_what_one_of_its_runs_could_have_left() {
+    let Some(net) = card(4) else { return };
+    let features = net::F_MQ | net::F_CTRL_VQ | net::F_GUEST_CSUM;
+    let fine = NetState {
+        pairs: 2,
+        offloads: net::F_GUEST_CSUM,
+        waiting: vec![WaitingPacket {
+            pair: 1,
+            bytes: vec![0; 100],
+        }],
+    };
+    let takes = |change: fn(&mut NetState)| {
+        let mut state = fine.clone();
+        change(&mut state);
+        net.takes(features, &DeviceState::Net(state))
+    };
+    assert!(takes(|_| ()) && net.takes(features, &DeviceState::None));
+    assert!(!net.takes(features & !net::F_MQ, &DeviceState::Net(fine.clone())));
+    for spoil in [
+        (|state| state.pairs = 0) as fn(&mut NetState),
+        |state| state.pairs = 3,
+        |state| state.offloads = net::F_GUEST_TSO4,
+        |state| state.waiting[0].pair = 2,
+        |state| state.waiting[0].bytes.truncate(11),
+        |state| state.waiting[0].bytes.resize(1 << 17, 0),
+        |state| state.waiting = vec![state.waiting[0].clone(); 3],
+    ] {
+        assert!(!takes(spoil));
+    }
+}
+
+#[test]
+fn packets_of_a_card_whose_cable_is_pulled_are_lost_and_its_driver_sees_the_link() {
+    let Some(net) = card(2) else { return };
+    let wire = Wire::new(net.tap_name());
+    let cable = net.cable();
+    let mut driver = Driver::new(net);
+    let (mut rx, mut tx) = bring_up(&mut driver, net::F_MRG_RXBUF);
+    driver.set_common(common::CONFIG_MSIX_VECTOR, &3_u16.to_le_bytes());
+    let buffers = provide(&mut driver, &mut rx, 64, 2048);
+    let at = driver.alloc(0x1000);
+    let mut send = |packet: &[u8]| {
+        driver.write(at, &[0; net::HEADER_SIZE]);
+        driver.write(at + 12, packet);
+        driver.run(&mut tx, &[(at, 12 + packet.len() as u32, false)]);
+    };
+    cable.plug(false);
+    assert_eq!(driver.bar_read::<2>(driver.device + 6), [0, 0]);
+    assert_eq!(driver.route(3).wait(), 1);
+    send(&frame(HOST, GUEST, 100, 1));
+    wire.send(&frame(GUEST, HOST, 100, 1));
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    cable.plug(true);
+    assert_eq!(driver.bar_read::<2>(driver.device + 6), [1, 0]);
+    let packet = frame(HOST, GUEST, 100, 2);
+    send(&packet);
+    assert_eq!(wire.receive(), packet);
+    let packet = frame(GUEST, HOST, 100, 2);
+    wire.send(&packet);
+    assert_eq!(receive(&driver, &mut rx, &buffers, 2048).1, packet);
+}
+
 #[test]
 fn features_without_what_they_stand_on_are_refused() {
     let Some(net) = card(2) else { return };

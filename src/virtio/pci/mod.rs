@@ -1,36 +1,35 @@
 //! The PCI transport: a virtio device as a PCI function. Modern only. Virtio 1.3 §4.1.
 //!
-//! It negotiates, validates queues, starts and stops the device's workers, and carries interrupts.
-//! What a request means is the device's.
+//! It negotiates, validates queues, starts and stops the device, and carries interrupts. What a request
+//! means is the device's.
 
 mod layout;
 mod registers;
+mod state;
 
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
 use std::io;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{
-    BarError, BarIndex, BarKind, BarPart, BarRegion, Bars, ConfigSpace, Identity, InterruptRoutes,
-    PciFunction,
+    BarError, BarIndex, BarKind, BarPart, BarRegion, Bars, Identity, InterruptRoutes, PciFunction,
 };
 use busway_vfio::EventFd;
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestAddressSpace};
 
-use super::device::{Activation, DeviceConfig, VirtioDevice};
+use super::activation::{Activation, Call, QueueSetup, StartError};
+use super::config_space::ConfigSpace;
+use super::device::VirtioDevice;
 use super::interrupts::Interrupts;
-use super::queue::Virtqueue;
-use super::spec;
-use super::worker::Workers;
-use crate::memory::{GuestRam, RamMap};
+use super::life::{Life, Progress};
+use super::spec::{self, status};
+use crate::memory::GuestRam;
 use layout::{Capabilities, Place};
-use registers::Change;
+use registers::{Change, Outside};
 pub use registers::{QueueRegisters, Registers};
+pub use state::{StateError, VirtioPciState};
 
 /// A device cannot be made into a PCI function.
 #[derive(Debug, thiserror::Error)]
@@ -68,24 +67,26 @@ pub enum VirtioPciError {
 /// A virtio device as a PCI function.
 ///
 /// The function's lock is taken by what a driver does while it starts and stops a device. A
-/// notification, the ISR and the workers do without it; a worker never takes it, so that stopping
-/// one with the lock held ends.
+/// notification, the ISR and what the device runs do without it; nothing that runs ever takes it, so
+/// that stopping it with the lock held ends.
 pub struct VirtioPci {
     name: String,
     ram: GuestRam,
     function: Mutex<Function>,
     interrupts: Arc<Interrupts>,
-    device_config: Arc<DeviceConfig>,
+    device_config: Arc<dyn ConfigSpace>,
     doorbells: Vec<EventFd>,
     capabilities: Capabilities,
 }
 
 #[derive(Debug)]
 struct Function {
-    config: ConfigSpace,
+    config: busway_pci::ConfigSpace,
     registers: Registers,
     device: Box<dyn VirtioDevice>,
-    workers: Option<Workers>,
+    life: Life,
+    /// Somebody has paused the device: it is not started before it is resumed, whatever the driver does.
+    paused: bool,
 }
 
 impl fmt::Debug for VirtioPci {
@@ -125,7 +126,7 @@ impl VirtioPci {
                 name: name.clone(),
                 source,
             })?;
-        let interrupts = Interrupts::new(&name, queues as u16, routes);
+        let interrupts = Arc::new(Interrupts::new(&name, queues as u16, routes));
         let mut config = config_space(&*device).map_err(|source| VirtioPciError::Bar {
             name: name.clone(),
             source,
@@ -137,6 +138,12 @@ impl VirtioPci {
             queues,
             device_config.size(),
         );
+        let changes = Arc::downgrade(&interrupts);
+        device_config.on_change(Box::new(move || {
+            if let Some(interrupts) = changes.upgrade() {
+                interrupts.config_changed();
+            }
+        }));
         let features = device.features()
             | spec::feature::VERSION_1
             | spec::feature::EVENT_IDX
@@ -148,9 +155,10 @@ impl VirtioPci {
                 config,
                 registers: Registers::new(features, &queue_sizes),
                 device,
-                workers: None,
+                life: Life::Stopped(Progress::default()),
+                paused: false,
             }),
-            interrupts: Arc::new(interrupts),
+            interrupts,
             device_config,
             doorbells,
             capabilities,
@@ -162,8 +170,7 @@ impl VirtioPci {
         &self.name
     }
 
-    /// What the device remembers now, apart from its queues' positions, which are in guest memory
-    /// and with the workers.
+    /// What the driver has set up, as far as it is in registers: [`state`](Self::state) has the rest.
     pub fn registers(&self) -> Registers {
         self.function().registers.clone()
     }
@@ -172,6 +179,12 @@ impl VirtioPci {
     #[cfg(test)]
     pub(crate) fn connected_vectors(&self) -> usize {
         self.interrupts.msix().connected()
+    }
+
+    /// How queue `queue` interrupts the driver.
+    #[cfg(test)]
+    pub(crate) fn call(&self, queue: u16) -> Call {
+        Call::new(Arc::clone(&self.interrupts), queue)
     }
 
     fn function(&self) -> MutexGuard<'_, Function> {
@@ -201,46 +214,77 @@ impl VirtioPci {
         }
     }
 
-    /// The driver is ready.
+    /// Pauses the device: when this returns, nothing of it touches guest memory. What the driver makes
+    /// available meanwhile waits, as does what comes from outside as far as the host keeps it, and the
+    /// driver finds nothing changed. A device that is paused already stays so.
+    ///
+    /// Takes as long as [`life`](super::life) says, with the function's lock held: where vCPUs are to
+    /// stand still as well, they are stopped first.
+    pub fn pause(&self) {
+        let mut function = self.function();
+        function.paused = true;
+        function.life.stop();
+    }
+
+    /// Ends a pause: the device goes on where it was stopped. One whose driver is not ready starts when
+    /// it is; one that waits for a reset goes on waiting.
+    pub fn resume(&self) {
+        let mut function = self.function();
+        function.paused = false;
+        self.start(&mut function);
+    }
+
+    /// Starts the device where its driver is ready and nothing stands against it.
     fn start(&self, function: &mut Function) {
+        let ready = function.registers.status & status::DRIVER_OK != 0;
+        if !ready || function.paused || self.interrupts.is_broken() {
+            return;
+        }
         if let Err(error) = self.try_start(function) {
             self.interrupts.needs_reset(&self.name, &error);
         }
     }
 
     fn try_start(&self, function: &mut Function) -> Result<(), StartError> {
-        let stop = Arc::new(AtomicBool::new(false));
+        let Some(progress) = function.life.progress() else {
+            return Ok(());
+        };
         let registers = &function.registers;
-        let event_idx = registers.negotiated(spec::feature::EVENT_IDX);
-        let memory = self.ram.memory();
-        let mut queues = Vec::with_capacity(registers.queues.len());
-        for (index, (queue, doorbell)) in (0..).zip(registers.queues.iter().zip(&self.doorbells)) {
-            queues.push(if queue.enabled {
-                let ring = ring(queue, event_idx, &memory)
-                    .map_err(|source| StartError::Queue { index, source })?;
-                Some(Virtqueue::new(
-                    index,
-                    ring,
-                    doorbell.clone(),
-                    Arc::clone(&self.interrupts),
-                    Arc::clone(&stop),
-                ))
-            } else {
-                None
-            });
-        }
-        let workers = function.device.activate(Activation {
-            features: registers.driver_features,
-            ram: self.ram.clone(),
-            queues,
-        })?;
-        function.workers = Some(Workers::start(workers, stop, &self.interrupts)?);
+        let activation = Activation::new(
+            registers.driver_features,
+            self.ram.clone(),
+            self.queues(registers, progress),
+            progress.clone(),
+            Arc::clone(&self.interrupts),
+        )?;
+        function.life = Life::Running(function.device.start(activation)?);
         Ok(())
     }
 
-    /// The driver, or the bus, resets the device. Virtio 1.3 §2.4.
+    /// The queues that the driver has enabled, each with the device's position in it.
+    fn queues(&self, registers: &Registers, progress: &Progress) -> Vec<Option<QueueSetup>> {
+        let event_idx = registers.negotiated(spec::feature::EVENT_IDX);
+        let queues = (0..).zip(registers.queues.iter().zip(&self.doorbells));
+        queues
+            .map(|(index, (queue, doorbell))| {
+                queue.enabled.then(|| QueueSetup {
+                    index,
+                    size: queue.size,
+                    desc: queue.desc,
+                    avail: queue.driver,
+                    used: queue.device,
+                    event_idx,
+                    position: progress.queue(index),
+                    kick: doorbell.clone(),
+                    call: Call::new(Arc::clone(&self.interrupts), index),
+                })
+            })
+            .collect()
+    }
+
+    /// The driver, or the bus, resets the device: a stop whose state is dropped. Virtio 1.3 §2.4.
     fn stop(&self, function: &mut Function) {
-        function.workers = None;
+        function.life.reset();
         function.registers.reset();
         self.interrupts.reset();
     }
@@ -261,38 +305,7 @@ impl VirtioPci {
     }
 }
 
-/// Why a device did not start, though its driver is ready.
-#[derive(Debug, thiserror::Error)]
-enum StartError {
-    #[error("queue {index}: {source}")]
-    Queue {
-        index: u16,
-        source: virtio_queue::Error,
-    },
-    #[error(transparent)]
-    Host(#[from] io::Error),
-}
-
-/// The ring that a queue's registers describe, where all of it lies in RAM.
-fn ring(
-    registers: &QueueRegisters,
-    event_idx: bool,
-    memory: &RamMap,
-) -> Result<Queue, virtio_queue::Error> {
-    let mut queue = Queue::new(registers.max_size)?;
-    queue.try_set_size(registers.size)?;
-    queue.try_set_desc_table_address(GuestAddress(registers.desc))?;
-    queue.try_set_avail_ring_address(GuestAddress(registers.driver))?;
-    queue.try_set_used_ring_address(GuestAddress(registers.device))?;
-    queue.set_event_idx(event_idx);
-    queue.set_ready(true);
-    if !queue.is_valid(memory) {
-        return Err(virtio_queue::Error::FindMemoryRegion);
-    }
-    Ok(queue)
-}
-
-fn config_space(device: &dyn VirtioDevice) -> Result<ConfigSpace, BarError> {
+fn config_space(device: &dyn VirtioDevice) -> Result<busway_pci::ConfigSpace, BarError> {
     let mut bars = Bars::new();
     bars.add(
         BarIndex::Bar(layout::BAR),
@@ -309,7 +322,7 @@ fn config_space(device: &dyn VirtioDevice) -> Result<ConfigSpace, BarError> {
         subsystem_vendor: spec::pci::VENDOR,
         subsystem: spec::pci::SUBSYSTEM_BASE.wrapping_add(device.device_type()),
     };
-    Ok(ConfigSpace::type0(&identity, bars))
+    Ok(busway_pci::ConfigSpace::type0(&identity, bars))
 }
 
 impl PciFunction for VirtioPci {
@@ -386,8 +399,11 @@ impl PciFunction for VirtioPci {
         }
         match layout::place(offset) {
             Place::Common(at) => {
-                let broken = self.interrupts.is_broken();
-                self.function().registers.read(at, data, broken);
+                let outside = Outside {
+                    needs_reset: self.interrupts.is_broken(),
+                    generation: self.device_config.generation(),
+                };
+                self.function().registers.read(at, data, outside);
             }
             Place::Isr => {
                 data.fill(0);
@@ -416,8 +432,8 @@ impl PciFunction for VirtioPci {
             Place::Table(at) => self
                 .interrupts
                 .with_msix(|msix, owner| msix.table_write(at, data, owner)),
-            // The configurations of the devices we have are read-only, as is the rest.
-            Place::Device(_) | Place::Isr | Place::Pba(_) | Place::Nowhere => {}
+            Place::Device(at) => self.device_config.write(at, data),
+            Place::Isr | Place::Pba(_) | Place::Nowhere => {}
         }
     }
 
@@ -431,7 +447,6 @@ impl PciFunction for VirtioPci {
 
 impl Drop for VirtioPci {
     fn drop(&mut self) {
-        let mut function = self.function();
-        self.stop(&mut function);
+        self.function().life.reset();
     }
 }

@@ -4,11 +4,13 @@
 //! No descriptor, no thread and no memory is touched here: a write that calls for more than state is
 //! answered with a [`Change`].
 
+use serde::{Deserialize, Serialize};
+
 use crate::virtio::spec::pci::common;
 use crate::virtio::spec::{NO_VECTOR, feature, status};
 
 /// One queue's registers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueRegisters {
     /// The most descriptors that it can have.
     pub max_size: u16,
@@ -41,7 +43,7 @@ impl QueueRegisters {
 }
 
 /// A device's registers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
     /// What the device offers.
     pub device_features: u64,
@@ -59,6 +61,15 @@ pub struct Registers {
     pub queue_select: u16,
     /// The queues.
     pub queues: Vec<QueueRegisters>,
+}
+
+/// What the common configuration shows that is not a register: it changes without the driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Outside {
+    /// The device waits for a reset.
+    pub(super) needs_reset: bool,
+    /// The generation of the device's configuration.
+    pub(super) generation: u8,
 }
 
 /// What a write to the common configuration calls for.
@@ -100,13 +111,60 @@ impl Registers {
         *self = Self::new(self.device_features, &sizes);
     }
 
+    /// Whether a driver of this device could have brought the registers to hold `saved`; if not, what
+    /// stands against it. `vectors` is the MSI-X table's size, and `accepts` as for
+    /// [`write`](Self::write).
+    pub(super) fn could_be(
+        &self,
+        saved: &Self,
+        vectors: u16,
+        accepts: impl FnOnce(u64) -> bool,
+    ) -> Result<(), &'static str> {
+        let is_vector = |vector| vector < vectors || vector == NO_VECTOR;
+        let features = saved.driver_features;
+        let known = features & !self.device_features == 0;
+        let agreed = saved.status & status::FEATURES_OK != 0;
+        if self.queues.len() != saved.queues.len() {
+            return Err("it has another number of queues");
+        }
+        if agreed && !(known && saved.negotiated(feature::VERSION_1) && accepts(features)) {
+            return Err("the driver uses a feature that this device does not offer");
+        }
+        if saved.status & status::DEVICE_NEEDS_RESET != 0
+            || (saved.status & status::DRIVER_OK != 0 && !agreed)
+        {
+            return Err("its status is none that a driver can set");
+        }
+        if !is_vector(saved.config_vector) {
+            return Err("a vector is beyond its table");
+        }
+        for (own, saved) in self.queues.iter().zip(&saved.queues) {
+            if !saved.size.is_power_of_two() || saved.size > own.max_size {
+                return Err("a queue has a size that this device does not offer");
+            }
+            if !is_vector(saved.vector) {
+                return Err("a queue's vector is beyond the table");
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what was [found to be possible](Self::could_be). What the device offers stays its own.
+    pub(super) fn restore(&mut self, saved: &Self) {
+        let own = std::mem::replace(self, saved.clone());
+        self.device_features = own.device_features;
+        for (queue, own) in self.queues.iter_mut().zip(&own.queues) {
+            queue.max_size = own.max_size;
+        }
+    }
+
     /// Whether `feature` was negotiated.
     pub(super) fn negotiated(&self, feature: u64) -> bool {
         self.driver_features & feature != 0
     }
 
-    /// Reads at `offset`, any width; all ones beyond the end. `broken` is what the workers say.
-    pub(super) fn read(&self, offset: u64, data: &mut [u8], broken: bool) {
+    /// Reads at `offset`, any width; all ones beyond the end.
+    pub(super) fn read(&self, offset: u64, data: &mut [u8], outside: Outside) {
         let mut image = [0; common::SIZE as usize];
         let mut put = |at: u64, bytes: &[u8]| {
             let at = at as usize;
@@ -138,14 +196,13 @@ impl Registers {
             common::NUM_QUEUES,
             &(self.queues.len() as u16).to_le_bytes(),
         );
-        let needs_reset = if broken {
+        let needs_reset = if outside.needs_reset {
             status::DEVICE_NEEDS_RESET
         } else {
             0
         };
         put(common::DEVICE_STATUS, &[self.status | needs_reset]);
-        // No device's configuration changes.
-        put(common::CONFIG_GENERATION, &[0]);
+        put(common::CONFIG_GENERATION, &[outside.generation]);
         put(common::QUEUE_SELECT, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {
             put(common::QUEUE_SIZE, &queue.size.to_le_bytes());
@@ -325,7 +382,7 @@ mod tests {
 
     fn status_of(registers: &Registers) -> u8 {
         let mut byte = [0];
-        registers.read(common::DEVICE_STATUS, &mut byte, false);
+        registers.read(common::DEVICE_STATUS, &mut byte, Outside::default());
         byte[0]
     }
 
@@ -393,7 +450,7 @@ mod tests {
         let mut registers = registers();
         write(&mut registers, common::QUEUE_SELECT, &[2, 0]);
         let mut size = [0xff; 2];
-        registers.read(common::QUEUE_SIZE, &mut size, false);
+        registers.read(common::QUEUE_SIZE, &mut size, Outside::default());
         assert_eq!(size, [0, 0]);
     }
 
@@ -425,7 +482,7 @@ mod tests {
             for (offset, data) in &writes {
                 write(&mut registers, *offset, data);
                 let mut back = vec![0; data.len()];
-                registers.read(*offset, &mut back, false);
+                registers.read(*offset, &mut back, Outside::default());
                 for queue in &registers.queues {
                     prop_assert!(queue.size.is_power_of_two() && queue.size <= queue.max_size);
                     prop_assert!(queue.vector < 3 || queue.vector == NO_VECTOR);

@@ -2,7 +2,7 @@
 
 use busway_pci::{BarIndex, BarPart};
 
-use super::{AssignedFunction, MsixState, State};
+use super::{AssignedFunction, MsixPart, State};
 use crate::RegionIndex;
 use crate::pin::InPlaceOfPin;
 
@@ -79,7 +79,7 @@ impl AssignedFunction {
                         config, pin, msix, ..
                     } = &mut *self.lock();
                     // Of a vector that is unmasked the kernel writes the table's entry in the device.
-                    if let Some(MsixState { msix, vectors, .. }) = msix
+                    if let Some(MsixPart { msix, vectors, .. }) = msix
                         && config.is_awake()
                     {
                         let pin = pin.as_mut();
@@ -104,7 +104,7 @@ impl AssignedFunction {
     /// what the device keeps itself.
     fn read_pending(&self, offset: u64, data: &mut [u8]) {
         let state = self.lock();
-        let Some(MsixState { msix, .. }) = state.msix.as_ref().filter(|_| state.config.is_awake())
+        let Some(MsixPart { msix, .. }) = state.msix.as_ref().filter(|_| state.config.is_awake())
         else {
             return;
         };

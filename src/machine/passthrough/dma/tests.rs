@@ -94,6 +94,17 @@ fn off_maps_no_device_and_a_page_of_busways_own_is_nobodys_peer() {
     auto.removed(&own);
 }
 
+#[test]
+fn rom_is_out_of_devices_reach() {
+    use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
+    let memory = GuestRegionMmap::new(MmapRegion::new(0x1000).unwrap(), GuestAddress(0x3000));
+    let rom = Arc::new(Region::rom("firmware", Arc::new(memory.unwrap())));
+    let (space, listener) = listener(u64::MAX, Choice::On);
+    listener.added(&rom).unwrap();
+    assert!(space.asked.lock().unwrap().is_empty());
+    listener.removed(&rom);
+}
+
 /// A device with 16 KiB of memory in BAR 0, of which the guest reaches what is behind its first
 /// page.
 #[derive(Debug)]
