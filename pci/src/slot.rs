@@ -109,6 +109,14 @@ impl Slot {
         if self.present != present {
             self.present = present;
             self.events |= spec::EXP_SLOT_STATUS_PRESENCE;
+            if present && !self.powered() {
+                // The link comes up with the power only, and yet this is what tells Linux to look: where
+                // a slot has an attention button, its driver has presence changes off, and takes up what
+                // is present at any change of the link (drivers/pci/hotplug/pciehp_hpc.c,
+                // pcie_enable_notification; pciehp_ctrl.c, pciehp_handle_presence_or_link_change). The
+                // button would cost five seconds, and mean removal where the driver is just at it.
+                self.events |= spec::EXP_SLOT_STATUS_LINK;
+            }
         }
         self.note_link(before);
         self.settle()

@@ -69,8 +69,8 @@ enum Verb {
 
 /// At the end of the help.
 pub(super) const EXIT_STATUS: &str = "\
-Exit status: 0 it is done; 1 the VM refused, or did not answer in time (10 s; 2 minutes to end, and to
-add or remove a device); 2 bad usage, or no VM's socket has this name.";
+Exit status: 0 it is done; 1 the VM refused, or did not answer in time (10 s; 2 minutes to end or
+to add or remove a device); 2 bad usage, or no VM's socket has this name.";
 
 impl Verb {
     const fn method(&self) -> &'static str {

@@ -250,6 +250,8 @@ fn what_is_plugged_is_there_with_its_link_and_told_of_once() {
     assert_eq!(slot.topology.behind(slot.port), ids);
     let status = || read32(&slot.topology, bdf(PORT), CONTROL) >> 16;
     assert_ne!(status() & u32::from(spec::EXP_SLOT_STATUS_PRESENCE), 0);
+    // What Linux's driver has on where there is a button: it looks at any change of the link.
+    assert_ne!(status() & u32::from(spec::EXP_SLOT_STATUS_LINK), 0);
     assert_ne!(status() & u32::from(spec::EXP_SLOT_STATUS_PRESENT), 0);
     // The link comes with the power, which the guest's driver gives.
     slot.control(DRIVEN);
