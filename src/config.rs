@@ -13,6 +13,7 @@ use busway_host::Mac;
 use busway_pci::{Bdf, ParseBdfError, Reserve};
 use serde::{Deserialize, Serialize};
 
+use validate::MAX_HOTPLUG_SLOTS;
 pub(crate) use validate::validate_functions;
 pub use validate::{InvalidConfig, InvalidVirtio};
 
@@ -370,13 +371,21 @@ pub struct PlatformConfig {
     pub p2p: Choice,
     /// VF token of every device that needs one and has none of its own.
     pub vf_token: Option<String>,
-    /// Empty slots for devices that are added while the guest runs, 0 to 15; none where that is not said.
+    /// Empty slots for devices that are added while the guest runs, 0 to 15; 8 where there is a control socket,
+    /// and none where there is not.
     pub hotplug_slots: Option<u8>,
     /// Bytes of guest addresses above RAM for the memory of what comes into such a slot.
     pub hotplug_mmio64: Option<u64>,
 }
 
 impl PlatformConfig {
+    /// Has a VM whose devices can be changed have empty slots for them, if nothing else was said: 8, or what
+    /// is left beside the `devices` that it starts with.
+    pub fn make_slots(&mut self, devices: usize) {
+        let left = MAX_HOTPLUG_SLOTS.saturating_sub(u8::try_from(devices).unwrap_or(u8::MAX));
+        self.hotplug_slots.get_or_insert(left.min(8));
+    }
+
     /// How many empty slots there are.
     #[must_use]
     pub fn hotplug_slots(&self) -> u8 {

@@ -143,8 +143,11 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
     // Threads start below, and the signals that end a VM are the machine's.
     machine::block_signals();
     logging::step_aside();
-    let config = args.config().map_err(Failure::usage)?;
+    let mut config = args.config().map_err(Failure::usage)?;
     let socket = args.api_socket().map_err(Failure::usage)?;
+    if socket.is_some() {
+        config.platform.make_slots(config.device.len());
+    }
     let publication = Publication {
         file: args.report.clone(),
         table: verbose > 0,

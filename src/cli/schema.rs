@@ -406,7 +406,8 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.p2p = value.choice()?;
         "vf_token" { "UUID": "that of each device which needs one and has none of its own" }
             |platform, value| platform.vf_token = Some(value.text()?.to_owned());
-        "hotplug_slots" { "N": "empty slots for devices that are added later, 0 to 15 [0]" }
+        "hotplug_slots" { "N": "empty slots for devices that are added later, 0 to 15\n\
+                 [8 with --api-socket, else 0]" }
             |platform, value| platform.hotplug_slots = Some(value.number()?);
         "hotplug_mmio64" { "SIZE": "room above RAM for the memory of what comes into such a slot [4G]" }
             |platform, value| platform.hotplug_mmio64 = Some(value.size()?);

@@ -566,8 +566,8 @@ impl Seen {
     }
 }
 
-/// How many slots bus 0 has for root ports above the devices that come first.
-const MAX_HOTPLUG_SLOTS: u8 = 15;
+/// How many slots bus 0 has for root ports beside the functions that come first.
+pub(super) const MAX_HOTPLUG_SLOTS: u8 = 15;
 
 impl PlatformConfig {
     fn validate_slots(&self) -> Result<(), InvalidConfig> {

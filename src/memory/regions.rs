@@ -480,4 +480,22 @@ mod tests {
         );
         regions.add(region("bar", 0x2000, 1)).unwrap();
     }
+
+    #[test]
+    fn a_listener_that_is_forgotten_hears_that_all_goes_and_nothing_more() {
+        let log = Log::default();
+        let regions = Regions::default();
+        let stays = witness("stays", None, &log);
+        let leaves: Arc<dyn RegionListener> = witness("leaves", None, &log);
+        regions.listen(stays).unwrap();
+        regions.listen(leaves.clone()).unwrap();
+        for (name, at) in [("a", 0), ("b", 0x1000)] {
+            regions.add(region(name, at, 0x1000)).unwrap();
+        }
+        log.lock().unwrap().clear();
+        regions.forget(&leaves);
+        regions.forget(&leaves);
+        regions.add(region("c", 0x2000, 0x1000)).unwrap();
+        assert_eq!(*log.lock().unwrap(), ["leaves -b", "leaves -a", "stays +c"]);
+    }
 }

@@ -95,9 +95,9 @@ fn a_device_that_comes_is_reached_when_the_guest_gives_it_power() {
     let mut slot = Slot::new(1);
     control(&mut slot, DRIVEN | POWER_OFF);
     assert!(interrupted(slot.set_present(true)));
-    assert_eq!(status(&slot), 0x048);
+    assert_eq!(status(&slot), 0x148);
     assert!(!slot.link_up());
-    clear(&mut slot, 0x008);
+    clear(&mut slot, 0x108);
     let on = control(&mut slot, DRIVEN);
     assert_eq!((on.power, on.interrupt), (Some(true), true));
     assert!(slot.link_up());

@@ -290,3 +290,32 @@ impl Attacher {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_last_device_waits_for_those_that_are_being_opened() {
+        let users = Arc::<Users>::default();
+        users.change(|counts| counts.open = 1);
+        assert!(!users.are_none());
+        for stays in [true, false] {
+            users.change(|counts| (counts.open, counts.coming) = (0, 1));
+            let (tell, told) = mpsc::channel();
+            let waiting = {
+                let users = users.clone();
+                thread::spawn(move || tell.send(users.are_none()))
+            };
+            // Undecided as long as it is not known whether the other one stays.
+            assert!(told.recv_timeout(Duration::from_millis(50)).is_err());
+            users.change(|counts| (counts.open, counts.coming) = (stays.into(), 0));
+            assert_eq!(told.recv(), Ok(!stays));
+            waiting.join().unwrap().unwrap();
+        }
+    }
+}
