@@ -248,7 +248,7 @@ impl Attached {
             device.leaves = None;
         }
         for removal in removals {
-            let why = format!("{why}, and keeps it; force=on pulls it out");
+            let why = format!("{why}, and keeps it: --force pulls it out");
             removal.asker.answer(Err(RequestError::Failed(why)));
         }
     }
@@ -286,7 +286,7 @@ impl Attached {
             return;
         }
         if held {
-            self.release(port, topology, "the guest, which is held, loses it");
+            self.give_up_on(port, topology, "the guest does not run");
             return;
         }
         if topology.with_slot(port, |slot| slot.press_button()) != Some(true) {
