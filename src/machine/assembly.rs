@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::RunError;
 use super::address_plan::{AddressPlan, PlannedFunction};
+use super::aside::Aside;
 use super::events::Events;
 use super::passthrough::{Found, Opened, Passthrough, options};
 use super::pci::Pci;
@@ -37,6 +38,8 @@ pub(super) struct Machine {
     /// What is asked from outside. Whoever still waits is told of the end first.
     pub(super) requests: Requests,
     pub(super) vcpus: Vcpus,
+    /// A pause of the virtio devices that is under way, which is waited for.
+    pub(super) pausing: Arc<Aside>,
     // Waits for the devices that are being released, whose functions the topology has no more.
     pub(super) passthrough: Passthrough,
     pub(super) pci: Pci,
@@ -141,6 +144,7 @@ impl Machine {
         let machine = Self {
             requests,
             vcpus,
+            pausing: Arc::default(),
             passthrough,
             pci,
             platform,
@@ -318,9 +322,7 @@ fn add_virtio(
 ) -> Result<(), RunError> {
     let routes: Arc<dyn InterruptRoutes> = Arc::new(router.clone());
     let mut add = |device: Box<dyn VirtioDevice>| -> Result<(), RunError> {
-        let function = VirtioPci::new(device, ram.clone(), routes.clone())?;
-        let name = function.name().to_owned();
-        pci.add(&name, function)
+        pci.add_virtio(VirtioPci::new(device, ram.clone(), routes.clone())?)
     };
     let name = |kind, index, id: &Option<String>| match id {
         Some(id) => id.clone(),

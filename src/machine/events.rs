@@ -29,7 +29,7 @@ pub(super) enum Event {
     Vcpu(VcpuEvent),
     /// A thread of this process panicked.
     Panicked,
-    /// The guest was to be paused, and no vCPU is in it any more.
+    /// The guest was to be paused: no vCPU is in it any more, and its virtio devices are quiet.
     Stopped,
     /// Devices that were to be attached are ready, or will not be.
     Attached,
@@ -61,7 +61,7 @@ impl Events {
         self.push(Event::Panicked);
     }
 
-    /// No vCPU is in the guest any more, which was to be paused.
+    /// The guest stands still, which was to be paused.
     pub(super) fn stopped(&self) {
         self.push(Event::Stopped);
     }

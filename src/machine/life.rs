@@ -314,13 +314,15 @@ impl Machine {
         }
     }
 
-    /// Answered when no vCPU is in the guest, which is not waited for.
+    /// Answered when no vCPU is in the guest and its virtio devices are quiet, which is not waited for.
     fn pause(&mut self, life: &mut Life, asker: Asker) {
         match &mut life.phase {
             Phase::Running => {
                 life.phase = Phase::Pausing(vec![asker]);
                 let events = self.events.clone();
-                self.vcpus.stop_then(move || events.stopped());
+                let virtio = self.pci.virtio().clone();
+                let pause = virtio.pause_aside(self.pausing.clone(), move || events.stopped());
+                self.vcpus.stop_then(pause);
             }
             Phase::Pausing(askers) => askers.push(asker),
             Phase::Paused => asker.answer(Err(RequestError::State("paused already"))),
@@ -340,6 +342,7 @@ impl Machine {
         for event in life.deferred.drain(..) {
             self.events.push(event);
         }
+        self.pci.virtio().resume();
         self.vcpus.resume();
         log::info!("the guest goes on");
         Ok(Answer::Done)

@@ -6,6 +6,7 @@
 //! into memory that is gone, and every host device is reset before it is given back.
 
 mod address_plan;
+mod aside;
 mod assembly;
 mod bars;
 mod bus;
@@ -16,6 +17,7 @@ mod panics;
 mod passthrough;
 mod pci;
 mod platform;
+mod quiet;
 mod requests;
 mod restart;
 mod signals;

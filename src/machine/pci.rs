@@ -15,10 +15,12 @@ use busway_vfio::AssignedFunction;
 use super::RunError;
 use super::bars::Bars;
 use super::bus::EcamWindow;
+use super::quiet::VirtioFunctions;
 use crate::acpi;
 use crate::kvm::{Buses, Doorbells};
 use crate::memory::{Regions, layout};
 use crate::report::AssignedDevice;
+use crate::virtio::VirtioPci;
 
 /// The first slot that is tried for a root port.
 const FIRST_PORT: u8 = 16;
@@ -36,6 +38,7 @@ pub(super) struct Pci {
     ports: Vec<(FunctionId, Device)>,
     /// Those that are still there.
     assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
+    virtio: VirtioFunctions,
 }
 
 impl Pci {
@@ -55,6 +58,7 @@ impl Pci {
             slots: 0,
             ports: Vec::new(),
             assigned: Vec::new(),
+            virtio: VirtioFunctions::default(),
         };
         pci.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
         buses.mmio.insert(
@@ -70,13 +74,16 @@ impl Pci {
         &self.topology
     }
 
-    /// Adds a function that the machine makes itself.
-    pub(super) fn add(
-        &mut self,
-        name: &str,
-        function: Arc<dyn PciFunction>,
-    ) -> Result<(), RunError> {
-        self.place(name, 1, function).map(drop)
+    /// Adds a virtio device, which the machine makes itself.
+    pub(super) fn add_virtio(&mut self, function: Arc<VirtioPci>) -> Result<(), RunError> {
+        let name = function.name().to_owned();
+        self.virtio.push(&function);
+        self.place(&name, 1, function).map(drop)
+    }
+
+    /// The virtio devices, which are paused with the guest.
+    pub(super) fn virtio(&self) -> &VirtioFunctions {
+        &self.virtio
     }
 
     /// The slot that the root port for the host device `name` will have.

@@ -24,7 +24,8 @@ const MOST: usize = 64;
 pub enum Request {
     /// How it is.
     Info,
-    /// Stop the guest between two instructions. Answered when no vCPU is in it.
+    /// Stop the guest between two instructions. Answered when no vCPU is in it and its virtio devices are
+    /// quiet.
     Pause,
     /// Let a guest that was paused go on.
     Resume,

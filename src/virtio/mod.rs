@@ -21,7 +21,7 @@ pub mod rng;
 mod segments;
 pub mod spec;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod worker;
 
 pub use activation::{Activation, Call, QueueSetup, StartError};

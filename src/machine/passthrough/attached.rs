@@ -16,9 +16,9 @@ use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::attach::{Attacher, Prepared, Users};
-use super::releases::Aside;
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
+use crate::machine::aside::Aside;
 use crate::machine::requests::{Answer, Asker, RequestError};
 
 /// How long a guest may take to let go of a device that the host wants back. Linux waits five seconds

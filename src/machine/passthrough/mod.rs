@@ -11,7 +11,6 @@ mod dma;
 mod find;
 mod open;
 mod placement;
-mod releases;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,6 +19,7 @@ use busway_pci::FunctionId;
 use busway_vfio::{KvmFiles, Resets};
 
 use super::RunError;
+use super::aside::Aside;
 use super::events::Events;
 use super::pci::Pci;
 use super::requests::{Answer, Asker, RequestError};
@@ -35,7 +35,6 @@ pub(super) use find::{Found, options};
 pub(super) use open::Opened;
 use open::Opening;
 pub(super) use placement::{HostIdentity, behind_ports};
-use releases::Aside;
 
 /// The host's devices of a machine, and what attaching one needs.
 #[derive(Debug)]
