@@ -401,7 +401,7 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
         "iommufd_fd" { "N": "an iommufd that Busway inherits, instead of opening /dev/iommu" }
             |platform, value| platform.iommufd_fd = Some(value.number()?);
         "p2p" { "on": "devices reach each other's memory (peer-to-peer DMA), or an error names\n\
-                 the BARs out of reach", "off": "they do not", "auto": "they do where the host can: by type1, and by iommufd from Linux 6.19 on;\n\
+                 the BARs out of reach", "off": "they do not", "auto": "they do where the host can: by type1, and by iommufd (Linux 6.19);\n\
                  BARs out of reach are named once [auto]" }
             |platform, value| platform.p2p = value.choice()?;
         "vf_token" { "UUID": "that of each device which needs one and has none of its own" }

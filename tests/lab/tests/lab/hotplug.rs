@@ -1,26 +1,28 @@
 //! Devices that are added to a guest that runs, and removed from it.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use busway_lab::{Host, Lab, RunningGuest};
 
 use crate::assigned::{Interface, bound, give_back, guest};
+use crate::proof::Tier;
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    Proof::new(
-        "hotplug_adds_and_removes_a_drive_and_a_nic_in_turn_by_group",
-        |lab| in_turn(lab, Interface::Group),
+    Proof::rounds(
+        "hotplug_adds_and_removes_a_drive_and_nics_in_turn_by_group",
+        |lab, tier| in_turn(lab, Interface::Group, tier),
     ),
-    Proof::new(
-        "hotplug_adds_and_removes_a_drive_and_a_nic_in_turn_by_cdev",
-        |lab| in_turn(lab, Interface::Cdev),
+    Proof::rounds(
+        "hotplug_adds_and_removes_a_drive_and_nics_in_turn_by_cdev",
+        |lab, tier| in_turn(lab, Interface::Cdev, tier),
     ),
     Proof::new("hotplug_that_fails_leaves_the_vm_as_it_was", failing),
 ];
 
 const CTL: &str = "busway ctl --api-socket /run/vm.sock";
 const SOCKET: [&str; 2] = ["--api-socket", "/run/vm.sock"];
-const ROUNDS: usize = 5;
 
 /// What a VM's process has: descriptors by kind, and memory locked for devices.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,23 +45,29 @@ impl Held {
     }
 }
 
-/// A drive and a NIC come and go in turn, and the drive is written to in each round. While the guest has neither, the
-/// process has what it had after the first round, and no memory is locked; at the end the host reads what was written.
-fn in_turn(lab: &mut Lab, interface: Interface) -> Result<()> {
+/// A drive, a NIC and a virtual function of another come and go in turn, and the drive is written to in each round. While
+/// the guest has none of them, the process has what it had after the first round, and no memory is locked; at the end the
+/// host reads what was written.
+fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
+    let rounds = tier.of(5, 200);
+    let limit = Duration::from_secs(180 + 20 * rounds);
     let (host, drive) = bound(lab, "nv0")?;
     let nic = host.address("nic0")?;
-    host.run(&format!("busway device bind {nic}"))?;
+    let functions = host.virtual_functions("nic1", 1)?;
+    let function = functions.first().context("a virtual function")?;
+    host.run(&format!("busway device bind {nic} {function}"))?;
     let [_, way] = interface.arguments();
-    let platform = format!("{way},hotplug_slots=2,hotplug_mmio64=64M");
+    let platform = format!("{way},hotplug_slots=3,hotplug_mmio64=64M");
     let run = guest()?
         .args(&["--platform", &platform])
         .args(&SOCKET)
+        .limit(limit)
         .script(&format!(
-            "modprobe -aq nvme e1000e\n\
+            "modprobe -aq nvme e1000e igbvf\n\
              nics() {{ ls /sys/class/net | grep -c eth || true; }}\n\
              value ready yes\n\
-             for round in $(seq {ROUNDS}); do\n\
-             until [ -b /dev/nvme0n1 ] && [ \"$(nics)\" = 1 ]; do sleep 0.1; done\n\
+             for round in $(seq {rounds}); do\n\
+             until [ -b /dev/nvme0n1 ] && [ \"$(nics)\" = 2 ]; do sleep 0.1; done\n\
              lab-io write /dev/nvme0n1 $round\n\
              value wrote $round\n\
              while [ -e /sys/class/nvme/nvme0 ] || [ \"$(nics)\" != 0 ]; do sleep 0.1; done\n\
@@ -71,20 +79,18 @@ fn in_turn(lab: &mut Lab, interface: Interface) -> Result<()> {
     let running = host.start_guest(&run)?;
     running.wait_line("@@value ready")?;
     let mut first = None;
-    for round in 1..=ROUNDS {
-        // The NIC comes first in every other round: the first device makes the DMA space, the last one leaves it.
-        let order = match round % 2 {
-            0 => [&drive, &nic],
-            _ => [&nic, &drive],
-        };
+    for round in 1..=rounds {
+        // Each comes first in turn: the first device makes the DMA space, and the last one leaves it.
+        let mut order = [&drive, &nic, function];
+        order.rotate_left((round % 3) as usize);
         for address in order {
             let said = host.run(&format!("{CTL} add-device {address}"))?;
             tell!("round {round}: {said}");
         }
         let info = host.run(&format!("{CTL} info"))?;
         ensure!(
-            info.contains(&drive) && info.contains(&nic),
-            "info does not show both: {info}"
+            order.iter().all(|address| info.contains(*address)),
+            "info does not show all: {info}"
         );
         running.wait_line(&format!("@@value wrote {round}"))?;
         for address in order {
@@ -113,10 +119,11 @@ fn in_turn(lab: &mut Lab, interface: Interface) -> Result<()> {
     host.run(&format!("{CTL} power-button"))?;
     let result = running.finish()?.success()?;
     tell!("the guest's log:\n{}", result.block("log")?);
+    give_back(host, function, "igbvf")?;
     give_back(host, &nic, "e1000e")?;
     give_back(host, &drive, "nvme")?;
     let verified = host.run(&format!(
-        "udevadm wait --timeout=120 /dev/nvme0n1 && lab-io verify /dev/nvme0n1 {ROUNDS}"
+        "udevadm wait --timeout=120 /dev/nvme0n1 && lab-io verify /dev/nvme0n1 {rounds}"
     ))?;
     tell!("the host reads what the guest wrote last: {verified}");
     Ok(())
