@@ -123,6 +123,24 @@ fn imports_run_one_way() {
 }
 
 #[test]
+fn a_module_with_files_of_its_own_is_their_folders_mod_rs() {
+    fn look(folder: &Path, wrong: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                wrong.extend(Some(path.with_extension("rs")).filter(|file| file.exists()));
+                look(&path, wrong);
+            }
+        }
+    }
+    let mut wrong = Vec::new();
+    for room in ["src", "pci/src", "iommu/src", "vfio/src", "vfio/host/src"] {
+        look(&root().join(room), &mut wrong);
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
+
+#[test]
 fn every_version_of_the_workspace_is_some_crate_s() {
     let manifests: Vec<_> = CRATES
         .iter()

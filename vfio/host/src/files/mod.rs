@@ -409,5 +409,4 @@ pub(crate) fn open_node(path: &Path) -> io::Result<File> {
 }
 
 #[cfg(test)]
-#[path = "files_test.rs"]
 mod tests;

@@ -586,5 +586,4 @@ impl PlatformConfig {
 }
 
 #[cfg(test)]
-#[path = "validate_test.rs"]
 mod tests;

@@ -445,5 +445,4 @@ impl Drop for ResetHandle {
 }
 
 #[cfg(test)]
-#[path = "resets_test.rs"]
 mod tests;

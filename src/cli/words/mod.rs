@@ -233,5 +233,4 @@ impl<T> Section<T> {
 }
 
 #[cfg(test)]
-#[path = "words_test.rs"]
 mod tests;

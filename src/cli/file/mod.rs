@@ -217,5 +217,4 @@ fn kind(value: &DeValue<'_>) -> &'static str {
 }
 
 #[cfg(test)]
-#[path = "file_test.rs"]
 mod tests;

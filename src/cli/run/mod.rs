@@ -341,5 +341,4 @@ impl Publication {
 }
 
 #[cfg(test)]
-#[path = "run_test.rs"]
 mod tests;
