@@ -353,7 +353,8 @@ impl Machine {
         life: &mut Life,
         signals: &Signals,
     ) -> Result<Option<Ended>, RunError> {
-        let ended = self.restart(signals)?;
+        let info = self.info(life);
+        let ended = self.restart(signals, &info)?;
         if ended.is_none() {
             life.started = Instant::now();
             self.vcpus.resume();
