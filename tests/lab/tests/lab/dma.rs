@@ -326,9 +326,9 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
     refused(
         host,
         &before,
-        "--device fd=9",
+        "--device fd=99",
         2,
-        &["descriptor 9 is not open"],
+        &["descriptor 99 is not open"],
     )?;
     let (open, _) = opener(host, Interface::Cdev, &address)?;
     let other = format!("--device fd=5,path={}", host.address("edu0")?);
