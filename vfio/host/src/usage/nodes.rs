@@ -41,6 +41,20 @@ impl Nodes {
         self.by_path.is_empty()
     }
 
+    /// Whether an open file can be of a device, by the text of its link alone, where `dev` is the folder of
+    /// nodes. Most files are not, and a host has hundreds of thousands.
+    pub(super) fn may_have(&self, target: &[u8], dev: &Path) -> bool {
+        let name = target.rsplit(|byte| *byte == b'/').next();
+        if name.is_some_and(|name| self.names.contains(name)) {
+            return true;
+        }
+        let dev = dev.as_os_str().as_encoded_bytes();
+        let below = target
+            .strip_prefix(dev)
+            .is_some_and(|rest| rest.starts_with(b"/"));
+        !below && target.windows(5).any(|part| part == b"/dev/")
+    }
+
     /// The devices that the node at a path below `/dev` belongs to.
     pub(super) fn owners(&self, node: &Path) -> Option<&BTreeSet<Bdf>> {
         self.by_path.get(node)

@@ -97,6 +97,9 @@ fn open_files(root: &SysRoot, nodes: &Nodes) -> Open {
     })
 }
 
+/// How the link of a device's file begins that VFIO has opened through its group.
+const DEVICE_FILE: &[u8] = b"anon_inode:[vfio-device";
+
 /// So few processes that a thread costs more than it brings.
 const FEW: usize = 64;
 
@@ -133,7 +136,11 @@ impl<'a> Files<'a> {
             let Ok(target) = sys::read_link_at(&at, &name, &mut target) else {
                 continue;
             };
-            if let [b'/', ..] | [b'a', b'n', b'o', b'n', ..] = target {
+            let is_wanted = match target {
+                [b'/', ..] => self.nodes.may_have(target, &self.root.dev),
+                target => target.starts_with(DEVICE_FILE),
+            };
+            if is_wanted {
                 let fd = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
                 let target = Path::new(std::ffi::OsStr::from_bytes(target));
                 for (address, node) in self.devices(fd, target) {
@@ -156,7 +163,7 @@ impl<'a> Files<'a> {
     fn devices(&self, fd: &Path, target: &Path) -> Vec<(Bdf, PathBuf)> {
         // A device opened by its group has no path; the kernel says which it is since Linux 6.18.
         let bytes = target.as_os_str().as_bytes();
-        if bytes.starts_with(b"anon_inode:[vfio-device") {
+        if bytes.starts_with(DEVICE_FILE) {
             let text = root::text(&self.folder.join("fdinfo").join(fd)).unwrap_or_default();
             let mut lines = text.lines();
             let path = lines.find_map(|line| line.strip_prefix("vfio-device-syspath:"));
