@@ -49,7 +49,7 @@ impl Held {
 /// the guest has none of them, the process has what it had after the first round, and no memory is locked; at the end the
 /// host reads what was written.
 fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
-    let rounds = tier.of(5, 200);
+    let rounds = tier.of(3, 200);
     let limit = Duration::from_secs(180 + 20 * rounds);
     let (host, drive) = bound(lab, "nv0")?;
     let nic = host.address("nic0")?;
