@@ -139,3 +139,17 @@ fn a_body_of_4_mib_is_taken() {
     assert_eq!(client.reply().unwrap().status, 501);
     assert_eq!(client.ask("GET", "vmm.ping").status, 200);
 }
+
+#[test]
+fn a_client_that_sends_too_much_is_read_to_its_end_so_that_it_reads_the_answer() {
+    let vm = Vm::living();
+    let mut client = vm.connect();
+    let body = "x".repeat((4 << 20) + 1);
+    let more = format!("Content-Length: {}\r\n", body.len());
+    client.send(request("PUT", "vm.create", &more));
+    // By then it has been refused.
+    thread::sleep(Duration::from_millis(50));
+    client.send(body);
+    assert_eq!(client.reply().unwrap().status, 413);
+    assert!(client.is_closed());
+}
