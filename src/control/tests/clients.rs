@@ -1,5 +1,7 @@
 //! Requests in the forms in which known clients write them, with what each demands of the answer.
 
+use rustix::event::{PollFd, PollFlags, poll};
+
 use super::*;
 
 #[test]
@@ -138,4 +140,19 @@ fn a_body_of_4_mib_is_taken() {
     client.send(body);
     assert_eq!(client.reply().unwrap().status, 501);
     assert_eq!(client.ask("GET", "vmm.ping").status, 200);
+}
+
+#[test]
+fn a_client_that_sends_too_much_is_read_to_its_end_so_that_it_reads_the_answer() {
+    let vm = Vm::living();
+    let mut client = vm.connect();
+    let body = "x".repeat((4 << 20) + 1);
+    let more = format!("Content-Length: {}\r\n", body.len());
+    client.send(request("PUT", "vm.create", &more));
+    // What comes now comes after it was refused.
+    let mut answered = [PollFd::new(&client.0, PollFlags::IN)];
+    assert_eq!(poll(&mut answered, None), Ok(1));
+    client.send(body);
+    assert_eq!(client.reply().unwrap().status, 413);
+    assert!(client.is_closed());
 }
