@@ -163,6 +163,9 @@ impl Attacher {
             _ => Err(RunError::SeveralDevices),
         };
         if functions.is_err() {
+            for device in &devices {
+                self.resets.forget(device);
+            }
             self.leave(&users, devices.len());
         }
         functions

@@ -67,6 +67,11 @@ impl Resets {
         self.lock().push(member);
     }
 
+    /// Forgets a device that was added, and of which no function was made: it is to be closed.
+    pub fn forget(&self, io: &Arc<dyn DeviceIo>) {
+        self.lock().retain(|member| !member.is(io));
+    }
+
     /// Resets what was added and is not in its state at power-on. Devices that may be reset together
     /// have to be added before, so that it happens once.
     pub fn begin(&self) {
@@ -440,7 +445,7 @@ impl ResetHandle {
 
 impl Drop for ResetHandle {
     fn drop(&mut self) {
-        self.resets.lock().retain(|member| !member.is(&self.io));
+        self.resets.forget(&self.io);
     }
 }
 

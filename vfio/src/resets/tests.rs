@@ -334,3 +334,15 @@ fn a_hot_reset_waits_for_a_neighbours_own_and_who_uses_what_it_touches_waits_for
     });
     assert_eq!(hot(&[&a]), 2);
 }
+
+#[test]
+fn a_device_of_which_no_function_was_made_is_not_kept_open() {
+    let fake = with_reset(FunctionReset::Flr);
+    let resets = Resets::default();
+    let io: Arc<dyn DeviceIo> = fake.clone();
+    resets.add("0000:01:00.0", io.clone());
+    assert_eq!(Arc::strong_count(&fake), 3);
+    resets.forget(&io);
+    drop(io);
+    assert_eq!(Arc::strong_count(&fake), 1, "it closes with its last owner");
+}
