@@ -36,6 +36,9 @@ pub(super) struct Pci {
     slots: u32,
     /// The root ports that have hot-plug slots.
     ports: Vec<(FunctionId, Device)>,
+    /// The functions behind each, until they are gone: while one is being taken out, which waits for the
+    /// kernel, its port is not to be waited for.
+    behind: Vec<(FunctionId, Weak<AssignedFunction>)>,
     /// Those that are still there.
     assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
     virtio: VirtioFunctions,
@@ -57,6 +60,7 @@ impl Pci {
             windows,
             slots: 0,
             ports: Vec::new(),
+            behind: Vec::new(),
             assigned: Vec::new(),
             virtio: VirtioFunctions::default(),
         };
@@ -120,6 +124,7 @@ impl Pci {
         for (number, function) in functions {
             let place = Place::behind(port).with_function(number);
             let id = self.topology.add(place, function.clone())?;
+            self.behind.push((port, Arc::downgrade(&function)));
             self.assigned.push((id, Arc::downgrade(&function)));
         }
         Ok(port)
@@ -157,7 +162,12 @@ impl Pci {
         taken: &[FunctionId],
     ) -> impl Iterator<Item = (FunctionId, Device)> {
         let empty = |(port, _): &&(FunctionId, Device)| {
-            !taken.contains(port) && self.topology.behind(*port).is_empty()
+            let leaves = |(of, function): &(FunctionId, Weak<AssignedFunction>)| {
+                of == port && function.strong_count() > 0
+            };
+            !taken.contains(port)
+                && self.topology.behind(*port).is_empty()
+                && !self.behind.iter().any(leaves)
         };
         self.ports.iter().rev().filter(empty).copied()
     }
@@ -204,7 +214,12 @@ impl Pci {
         let functions = functions
             .iter()
             .map(|(_, function)| Arc::downgrade(function));
-        self.assigned.extend(ids.into_iter().zip(functions));
+        self.behind
+            .retain(|(_, function)| function.strong_count() > 0);
+        for (id, function) in ids.into_iter().zip(functions) {
+            self.behind.push((port, function.clone()));
+            self.assigned.push((id, function));
+        }
         Ok(address.unwrap_or_default().to_string())
     }
 
