@@ -132,15 +132,14 @@ pub fn bind(
     let spelled = |name: &String| variant::driver_of(session.root, name);
     options.driver = options.driver.as_ref().map(spelled);
     let options = &options;
-    refuse(&Host::read(session.root)?, &addresses, options)?;
+    unhindered(session, &addresses, options)?;
     if let Some(persist) = &options.persist {
         persist.check(session.kernel)?;
     }
     // At boot many wait for each other.
     let patience = if options.from_rule { BOOT } else { PATIENCE };
     let _lock = session.lock_within(patience)?;
-    let host = Host::read(session.root)?;
-    refuse(&host, &addresses, options)?;
+    let host = unhindered(session, &addresses, options)?;
     for &address in &addresses {
         for warning in check::warnings(&host, address) {
             log::warn!("{address}: {warning}");
@@ -158,6 +157,30 @@ pub fn bind(
         Ok(()) => Ok(plans.iter().map(|plan| bound(plan, options)).collect()),
         Err(source) => Err(undo(session, &former, journal, &plans, source)),
     }
+}
+
+/// The host as it is, unless something stands against binding the devices.
+///
+/// udev opens the nodes of a device that is new, to see what is on a disk. That is no use of the
+/// device, and soon over: what stands against it is looked at again when udev is done.
+fn unhindered(
+    session: &mut Session<'_>,
+    addresses: &BTreeSet<Bdf>,
+    options: &BindOptions,
+) -> Result<Host, BindError> {
+    let host = Host::read(session.root)?;
+    let refused = match refuse(&host, addresses, options) {
+        Ok(()) => return Ok(host),
+        Err(refused) => refused,
+    };
+    // A rule runs while udev is busy, with itself.
+    if options.from_rule {
+        return Err(refused.into());
+    }
+    session.kernel.settle();
+    let host = Host::read(session.root)?;
+    refuse(&host, addresses, options)?;
+    Ok(host)
 }
 
 fn refuse(

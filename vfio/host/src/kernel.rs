@@ -35,7 +35,8 @@ pub trait Kernel {
     /// Where it is not there, is a link or no character device, or the caller may not.
     fn own(&mut self, node: &Path, user: u32) -> io::Result<()>;
 
-    /// Waits until nobody else is about to set the owner of a new node; not for ever.
+    /// Waits until udev is done with the devices that are new, whose nodes it opens and gives owners; not
+    /// for ever.
     fn settle(&mut self);
 
     /// Who has a node.

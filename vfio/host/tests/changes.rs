@@ -481,6 +481,26 @@ fn nodes_go_to_the_user_and_back() {
 }
 
 #[test]
+fn a_drive_that_udev_looks_at_is_bound_once_it_has() {
+    let host = host();
+    host.disk(DEVICES[2], "nvme/nvme0/nvme0n1", 259, &[]);
+    host.process(77, "(udev-worker)", "dev/nvme0n1");
+    let mut kernel = host.kernel();
+    let refused = bind(&host, &mut kernel, &BindOptions::default()).unwrap_err();
+    assert!(refused.to_string().contains("udev-worker"), "{refused}");
+    // A rule of udev's own would wait for itself.
+    let rule = BindOptions {
+        from_rule: true,
+        ..BindOptions::default()
+    };
+    kernel.udev = Some(77);
+    let refused = bind(&host, &mut kernel, &rule).unwrap_err();
+    assert!(refused.to_string().contains("udev-worker"), "{refused}");
+    bind(&host, &mut kernel, &BindOptions::default()).unwrap();
+    assert_eq!(host.driver_of(DEVICES[2]).as_deref(), Some("vfio-pci"));
+}
+
+#[test]
 fn a_variant_made_for_the_device_is_taken_unless_another_is_asked_for() {
     let host = host();
     host.file("proc/sys/kernel/osrelease", "6.12.9\n");

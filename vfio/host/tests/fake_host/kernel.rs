@@ -24,6 +24,7 @@ impl FakeHost {
             vf_states: BTreeMap::new(),
             dies_at: None,
             standing: BTreeMap::new(),
+            udev: None,
             unplug_at: None,
         }
     }
@@ -75,6 +76,8 @@ pub struct FakeKernel {
     pub dies_at: Option<usize>,
     /// What is not root's alone to write.
     pub standing: BTreeMap<PathBuf, Standing>,
+    /// The process that udev has a new device looked at by, until it has settled.
+    pub udev: Option<u32>,
     /// Takes this device away at the request with this number.
     pub unplug_at: Option<(usize, String)>,
 }
@@ -369,7 +372,11 @@ impl Kernel for FakeKernel {
         fs::write(owner(node), user.to_string())
     }
 
-    fn settle(&mut self) {}
+    fn settle(&mut self) {
+        if let Some(pid) = self.udev.take() {
+            fs::remove_dir_all(self.host.join(format!("proc/{pid}"))).unwrap();
+        }
+    }
 
     fn owner(&self, node: &Path) -> io::Result<u32> {
         fs::metadata(node)?;
