@@ -14,6 +14,11 @@ const FORCED: &[(&str, &str)] = &[
         "vmm-sys-util 0.15, which all of rust-vmm stands on, is with bitflags 1",
     ),
     (
+        "rand",
+        "build only: what makes the tables of pci-ids is with rand 0.8, proptest with 0.10",
+    ),
+    ("rand_core", "as rand"),
+    (
         "syn",
         "build only: zerocopy-derive is with syn 2, the derives of serde, clap and thiserror with 3",
     ),
