@@ -16,7 +16,7 @@ use busway_lab::{
 use clap::Args;
 use serde::Serialize;
 
-use crate::{figures, mapping};
+use crate::{figures, mapping, plugging};
 
 pub(crate) const MEMORY_MIB: u64 = 512;
 /// Reads under way, for each of the guest's processors.
@@ -41,12 +41,19 @@ pub(crate) struct BenchArgs {
     /// Leave QEMU its HPET, for which its main thread works beside the guest.
     #[arg(long)]
     hpet: bool,
+    /// Measure another Busway in QEMU's place, such as an earlier one: a static program. The mappings and the drive that comes
+    /// and goes are left out.
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
     /// Print each of KVM's counters, too: what the exits were.
     #[arg(long)]
     counters: bool,
     /// Turns of each VMM for the time to map memory; 0 leaves it out.
     #[arg(long, default_value_t = 3)]
     mapping_turns: u32,
+    /// Turns of each VMM for the time to add a drive to a guest that runs, and to take it away; 0 leaves it out.
+    #[arg(long, default_value_t = 2)]
+    plug_turns: u32,
     /// Write every figure to a file, too, after each turn.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -94,19 +101,33 @@ pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
             drive(cpus, arguments, &mut measured)?;
         }
     }
+    let mut mapped = Vec::new();
+    if arguments.against.is_some() {
+        return Ok(());
+    }
     if arguments.mapping_turns > 0 {
         let (host, address) = boot(1)?;
-        let mapped = mapping::run(&host, &address, arguments.mapping_turns)?;
-        save(arguments, &measured, &mapped)?;
+        mapped = mapping::run(&host, &address, arguments.mapping_turns)?;
+        save(arguments, &measured, &mapped, &[])?;
+    }
+    if arguments.plug_turns > 0 {
+        let (host, address) = boot(1)?;
+        let plugged = plugging::run(&host, &address, arguments.plug_turns)?;
+        save(arguments, &measured, &mapped, &plugged)?;
     }
     Ok(())
 }
 
-fn save(arguments: &BenchArgs, drive: &[Turn], mapping: &[impl Serialize]) -> Result<()> {
+fn save(
+    arguments: &BenchArgs,
+    drive: &[Turn],
+    mapping: &[mapping::Mapped],
+    plugging: &[plugging::Plugged],
+) -> Result<()> {
     let Some(path) = &arguments.json else {
         return Ok(());
     };
-    let figures = serde_json::json!({"drive": drive, "mapping": mapping});
+    let figures = serde_json::json!({"drive": drive, "mapping": mapping, "plugging": plugging});
     fs::write(path, serde_json::to_string_pretty(&figures)?)
         .with_context(|| format!("cannot write {}", path.display()))
 }
@@ -139,9 +160,21 @@ fn drive(cpus: u32, arguments: &BenchArgs, measured: &mut Vec<Turn>) -> Result<(
         // takes turns for independent.
         let (host, address) = boot(cpus)?;
         let _awake = keep_awake(&host, cpus)?;
-        version =
-            host.run("qemu-system-x86_64 --version | sed -n 's/.*version \\([^ ]*\\).*/\\1/p'")?;
-        let mut both = [(Vmm::Busway, "busway"), (Vmm::Qemu, "qemu")];
+        let other = match &arguments.against {
+            Some(program) => {
+                host.install_as(program, ANOTHER)?;
+                (Vmm::Busway, ANOTHER)
+            }
+            None => (Vmm::Qemu, "qemu"),
+        };
+        let asked = match other.0 {
+            Vmm::Busway => "another",
+            Vmm::Qemu => "qemu-system-x86_64",
+        };
+        version = host.run(&format!(
+            "{asked} --version | sed -n 's/.*\\(version\\|busway\\) \\([^ ]*\\).*/\\2/p'"
+        ))?;
+        let mut both = [(Vmm::Busway, "busway"), other];
         // Neither is always first.
         if number.is_multiple_of(2) {
             both.reverse();
@@ -154,16 +187,24 @@ fn drive(cpus: u32, arguments: &BenchArgs, measured: &mut Vec<Turn>) -> Result<(
             let turn = again_if_stalled(|| turn(&host, (vmm, name), &address, cpus, arguments))?;
             measured.push(turn);
         }
-        save(arguments, measured, &[(); 0])?;
+        save(arguments, measured, &[], &[])?;
     }
-    let timers = if arguments.hpet { "" } else { ", no HPET" };
     let turns = &measured[before..];
-    figures::print(turns, &format!("QEMU {} q35{timers}", version.trim()));
+    let version = version.trim();
+    let (other, title) = match (&arguments.against, arguments.hpet) {
+        (Some(_), _) => (ANOTHER, format!("another, {version}")),
+        (None, true) => ("qemu", format!("QEMU {version} q35")),
+        (None, false) => ("qemu", format!("QEMU {version} q35, no HPET")),
+    };
+    figures::print(turns, other, &title);
     if arguments.counters {
-        figures::print_counters(turns);
+        figures::print_counters(turns, other, &title);
     }
     Ok(())
 }
+
+/// What the program that is measured against is called in the host.
+pub(crate) const ANOTHER: &str = "another";
 
 /// Keeps the processor for the VMM's other threads awake, by what yields to all of them.
 ///
@@ -212,7 +253,10 @@ fn turn(
             .booted_in_full()
             .cmdline("lab.pv_eoi")
             .device(address)
-            .opened_by(&format!("exec taskset -c 1-{} \"$@\"", cpus + 1))
+            .opened_by(&format!(
+                "[ {name} != {ANOTHER} ] || set -- {ANOTHER} \"${{@:2}}\"\nexec taskset -c 1-{} \"$@\"",
+                cpus + 1
+            ))
     };
     let seconds = arguments.seconds;
     let fio = |how: &str, seconds: u32| {

@@ -4,6 +4,7 @@ mod bench;
 mod demo;
 mod figures;
 mod mapping;
+mod plugging;
 mod terminal;
 mod times;
 

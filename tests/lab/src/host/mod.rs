@@ -187,9 +187,13 @@ impl Host {
     /// Puts a program of this machine, a static one, into the host's `/usr/local/bin`.
     pub fn install(&self, program: &Path) -> Result<()> {
         let name = program.file_name().context("a program has a name")?;
+        self.install_as(program, &name.to_string_lossy())
+    }
+
+    /// The same, by another name.
+    pub fn install_as(&self, program: &Path, name: &str) -> Result<()> {
         fs::copy(program, self.share().join(name))
             .with_context(|| format!("cannot copy {}", program.display()))?;
-        let name = name.display();
         self.run(&format!(
             "install /lab/{name} /usr/local/bin/ && rm /lab/{name}"
         ))?;
