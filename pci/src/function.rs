@@ -139,6 +139,12 @@ pub trait PciFunction: Send + Sync + Debug {
         Vec::new()
     }
 
+    /// Whether other devices are to reach the memory that its [`parts`](Self::parts) name: not so where it
+    /// may go while they do.
+    fn is_peer(&self) -> bool {
+        true
+    }
+
     /// Opens a part of a BAR, or a piece of one, as a dma-buf, by which other devices can be let
     /// reach it; nothing where it can be reached by none, because it is no host device's memory.
     /// Linux, Documentation/driver-api/dma-buf.rst

@@ -33,7 +33,11 @@ impl Devices {
                     lines[number] = format!("{start:#x} {:#x} {flags:#x}", start + (size - 1));
                 }
                 fs::write(folder.join("resource"), lines.join("\n")).unwrap();
-                PlannedFunction::new(&HostIdentity::in_folder(&folder), &AssignOptions::default())
+                PlannedFunction::new(
+                    &HostIdentity::in_folder(&folder),
+                    &AssignOptions::default(),
+                    Reserve::SMALL,
+                )
             })
             .collect();
         Self(root, functions)
@@ -195,6 +199,7 @@ fn nonsense_in_sysfs_is_no_bar() {
     let missing = PlannedFunction::new(
         &HostIdentity::in_folder("/nowhere/x".as_ref()),
         &AssignOptions::default(),
+        Reserve::SMALL,
     );
     assert!(missing.bars.is_empty());
     assert!(devices.0.path().exists());

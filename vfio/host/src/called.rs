@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use busway_iommu::Uuid;
 use busway_pci::{Bdf, ParseBdfError};
 
 use super::root::{self, SysRoot};
@@ -15,6 +16,8 @@ pub enum Called {
     Address(Bdf),
     /// By an address without its domain (`01:00.0`), which is 0 unless there is no such device.
     Short(Bdf),
+    /// By the UUID of a mediated device, or its folder; it need not be there.
+    Mediated(Uuid),
     /// By vendor and device id (`10de:1b81`), as `lspci -n` prints them.
     Ids {
         /// Vendor id.
@@ -37,6 +40,12 @@ pub enum CalledError {
          see those there are: busway device list"
     )]
     Nothing(String),
+    /// {0} is a mediated device, and no PCI device
+    #[error(
+        "{0} is a mediated device and no PCI device: the driver that makes such lends them itself, \
+         and removes them: echo 1 > /sys/bus/mdev/devices/{0}/remove"
+    )]
+    Mediated(Uuid),
     /// {called} is several devices
     #[error("`{called}` is {} devices\n  name one by its address: {}", .devices.len(), words(.devices))]
     Several {
@@ -64,7 +73,11 @@ impl FromStr for Called {
         if text.contains('/') {
             let path = Path::new(text);
             let name = path.file_name().and_then(|name| name.to_str());
-            return match name.and_then(|name| name.parse().ok()) {
+            let name = name.unwrap_or_default();
+            if let Ok(uuid) = name.parse() {
+                return Ok(Self::Mediated(uuid));
+            }
+            return match name.parse().ok() {
                 Some(address) => Ok(Self::Address(address)),
                 None if path.is_absolute() => Ok(Self::File(path.to_owned())),
                 None => Err(error()),
@@ -75,6 +88,9 @@ impl FromStr for Called {
                 1 => Self::Short(address),
                 _ => Self::Address(address),
             });
+        }
+        if let Ok(uuid) = text.parse() {
+            return Ok(Self::Mediated(uuid));
         }
         if let Some(address) = of_libvirt(text) {
             return Ok(Self::Address(address));
@@ -115,10 +131,11 @@ impl Called {
     ///
     /// # Errors
     ///
-    /// Where it is none or several. A whole address is what it says, there or not.
+    /// Where it is none or several, or a mediated one. A whole address is what it says, there or not.
     pub fn find(&self, root: &SysRoot) -> Result<Bdf, CalledError> {
         let (called, found) = match self {
             Self::Address(address) => return Ok(*address),
+            Self::Mediated(uuid) => return Err(CalledError::Mediated(*uuid)),
             Self::Short(address) if root.device(*address).exists() => return Ok(*address),
             Self::Short(address) => {
                 let same = format!(":{}", place(*address));
@@ -142,13 +159,22 @@ impl Called {
                 let classes = ["net", "block"].map(|class| root.sys.join("class").join(class));
                 let found = classes
                     .iter()
-                    .find_map(|class| above(root, &class.join(name)));
+                    .find_map(|class| place_of(root, &class.join(name)))
+                    .and_then(|place| root::innermost_pci(&place));
                 (name.clone(), found.into_iter().collect())
             }
-            Self::File(path) => (
-                root::one_line(&path.to_string_lossy()),
-                of_file(root, path).into_iter().collect(),
-            ),
+            Self::File(path) => {
+                let found = match of_file(root, path) {
+                    // A mediated device may be a PCI device's.
+                    Some(place) => match mediated(&place) {
+                        Some(uuid) => return Err(CalledError::Mediated(uuid)),
+                        None => root::innermost_pci(&place),
+                    },
+                    None => None,
+                };
+                let called = root::one_line(&path.to_string_lossy());
+                (called, found.into_iter().collect())
+            }
         };
         match found[..] {
             [one] => Ok(one),
@@ -176,25 +202,33 @@ fn addresses(root: &SysRoot) -> Vec<Bdf> {
         .collect()
 }
 
-/// The device that a file of sysfs is of, or a disk's node in `/dev`, links followed.
-fn of_file(root: &SysRoot, path: &Path) -> Option<Bdf> {
+/// Where in sysfs a file of it is, or the disk of a node in `/dev`, links followed.
+fn of_file(root: &SysRoot, path: &Path) -> Option<PathBuf> {
     if path.components().any(|part| part == Component::ParentDir) {
         return None;
     }
     if let Ok(below) = path.strip_prefix("/sys") {
-        return above(root, &root.sys.join(below));
+        return place_of(root, &root.sys.join(below));
     }
     let node = root.dev.join(path.strip_prefix("/dev").ok()?);
     // Links by name: /dev/disk/by-id.
     let node = fs::canonicalize(node).ok()?;
     let name = node.file_name()?.to_str()?;
-    above(root, &root.sys.join("class/block").join(name))
+    place_of(root, &root.sys.join("class/block").join(name))
 }
 
-fn above(root: &SysRoot, file: &Path) -> Option<Bdf> {
+/// A file's real place, below sysfs.
+fn place_of(root: &SysRoot, file: &Path) -> Option<PathBuf> {
     let place = fs::canonicalize(file).ok()?;
     let sys = fs::canonicalize(&root.sys).ok()?;
-    root::innermost_pci(place.strip_prefix(sys).ok()?)
+    Some(place.strip_prefix(sys).ok()?.to_owned())
+}
+
+/// The mediated device that a place below sysfs is in.
+fn mediated(place: &Path) -> Option<Uuid> {
+    let names = place.iter().rev().filter_map(|name| name.to_str());
+    let mut uuids = names.filter_map(|name| name.parse().ok());
+    uuids.next()
 }
 
 #[cfg(test)]
