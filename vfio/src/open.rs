@@ -548,11 +548,11 @@ mod tests {
         };
         let serial = made(0, "vfio-pci\n", Some("mtty"));
         assert_eq!(told(&serial), "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0");
-        for api in ["vfio-ap", "vfio-ccw"] {
-            let text = told(&made(1, &format!("{api}\n"), Some("vfio_ap_mdev")));
+        for (digit, api) in [(1, "vfio-ap"), (2, "vfio-ccw")] {
+            let text = told(&made(digit, &format!("{api}\n"), Some("vfio_ap_mdev")));
             assert!(text.contains(&format!("of the kind {api}")), "{text}");
         }
-        assert!(told(&made(2, "vfio-pci\n", None)).contains("bound to no driver"));
+        assert!(told(&made(3, "vfio-pci\n", None)).contains("bound to no driver"));
         fs::remove_dir_all(serial.join("mdev_type")).unwrap();
         let absent = "there is no mediated device bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0 on this host";
         assert!(told(&serial).starts_with(absent));
