@@ -317,7 +317,7 @@ const fn console(name: &'static str, summary: &'static str) -> Section<ConsoleCo
 /// `--device`
 pub(super) static DEVICE: Section<DeviceConfig> = Section {
     name: "device",
-    summary: "Host PCI device, bound to vfio-pci, or mediated: ADDRESS|UUID[,id=NAME][,on_error=…][,vf_token=UUID]",
+    summary: "Host device, bound to vfio-pci or mediated: ADDRESS|UUID[,id=NAME][,on_error=…]…",
     words: &[],
     notes: "\
 Functions of one host device become one device of the guest's.

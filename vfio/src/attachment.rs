@@ -7,11 +7,11 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use busway_iommu::{Group, Ioas, SysRoot};
-use busway_pci::Bdf;
 use crate::handed::{Handed, HandedKind};
 use crate::hot_reset::{self, Owner};
 use crate::{Affected, FunctionReset, HostName, KvmFiles, sys};
+use busway_iommu::{Group, Ioas, SysRoot};
+use busway_pci::Bdf;
 
 /// What a device is attached to, and has to let go of after it is closed.
 #[derive(Debug)]

@@ -97,6 +97,9 @@ mod tests {
             assert_eq!(name.is_mediated(), name.address().is_none());
         }
         let error = "usb1".parse::<HostName>().unwrap_err().to_string();
-        assert!(error.starts_with("`usb1` is neither a PCI address"), "{error}");
+        assert!(
+            error.starts_with("`usb1` is neither a PCI address"),
+            "{error}"
+        );
     }
 }

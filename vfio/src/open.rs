@@ -554,7 +554,8 @@ mod tests {
         }
         assert!(told(&made(3, "vfio-pci\n", None)).contains("bound to no driver"));
         fs::remove_dir_all(serial.join("mdev_type")).unwrap();
-        let absent = "there is no mediated device bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0 on this host";
+        let absent =
+            "there is no mediated device bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0 on this host";
         assert!(told(&serial).starts_with(absent));
         let name = name_of(&serial).unwrap();
         let text = no_group(&paths, name).to_string();

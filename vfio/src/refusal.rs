@@ -8,8 +8,8 @@ use std::io;
 use std::path::PathBuf;
 use std::slice;
 
-use busway_iommu::{Obstacle, OpenError, Remapping, SysRoot, holder, holders, not_viable};
 use crate::{DeviceError, HostName};
+use busway_iommu::{Obstacle, OpenError, Remapping, SysRoot, holder, holders, not_viable};
 
 /// The module whose parameters rule iommufd.
 pub(crate) const MODULE: &str = "iommufd";
@@ -105,9 +105,8 @@ impl Binding<'_> {
         let own = self.name.to_string();
         let members = self.group.map(|group| self.paths.members(group));
         let members = members.into_iter().flatten();
-        let others = members.filter(|(name, folder)| {
-            *name != own && self.paths.is_with_vfio(folder)
-        });
+        let others =
+            members.filter(|(name, folder)| *name != own && self.paths.is_with_vfio(folder));
         others.collect()
     }
 }

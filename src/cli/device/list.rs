@@ -188,7 +188,10 @@ pub(super) fn show(
 fn select<'a>(facts: &Facts<'a>, args: &ListArgs) -> Result<Shown<'a>, ListError> {
     let host = facts.host;
     let (addresses, uuids) = super::find_all(host.root(), &args.addresses)?;
-    if let Some(absent) = uuids.iter().find(|uuid| host.mediated_device(**uuid).is_none()) {
+    if let Some(absent) = uuids
+        .iter()
+        .find(|uuid| host.mediated_device(**uuid).is_none())
+    {
         return Err(ListError::NotMediated(*absent));
     }
     let absent = addresses.iter().filter(|a| host.device(**a).is_none());

@@ -6,13 +6,16 @@ use busway_host::{Host, MediatedDevice, MediatedType};
 use serde::Serialize;
 
 use super::long::labelled;
-use super::table::{length, shorten};
+use super::table::{fold, length, shorten};
 use crate::cli::style::{Screen, Style};
 
 /// Between two columns.
 const GAP: usize = 2;
 /// What is left of a type's name on a narrow terminal.
 const NAME_LEAST: usize = 12;
+
+/// Where the users of a device begin on lines of their own, as in the table of PCI devices.
+const INDENT: usize = 14;
 
 /// A column of a small table: its title, whether it may be cut, and its cells.
 struct Column {
@@ -21,10 +24,11 @@ struct Column {
     cells: Vec<String>,
 }
 
-/// A table of the devices; empty where there are none.
+/// A table of the devices; empty where there are none. Who uses each stands beside it, or below where there
+/// is no room.
 pub(super) fn devices(devices: &[&MediatedDevice], screen: Screen) -> String {
     let of = |cell: fn(&MediatedDevice) -> String| devices.iter().map(|one| cell(one)).collect();
-    let columns = [
+    let mut columns = vec![
         column("MEDIATED DEVICE", of(|one| one.uuid.to_string())),
         Column {
             can_be_cut: true,
@@ -39,12 +43,17 @@ pub(super) fn devices(devices: &[&MediatedDevice], screen: Screen) -> String {
             "GROUP",
             of(|one| or_dash(one.group.map(|group| group.to_string()).as_deref())),
         ),
-        Column {
-            can_be_cut: true,
-            ..column("USED BY", of(|one| users(one).join(", ")))
-        },
     ];
-    table(columns, devices.len(), screen)
+    let users = column("USED BY", of(|one| users(one).join(", ")));
+    let others: usize = columns.iter().map(|column| column.width() + GAP).sum();
+    let needed = others + users.width();
+    match screen.width.is_none_or(|limit| needed <= limit) {
+        true => {
+            columns.push(users);
+            table(&columns, &[], screen)
+        }
+        false => table(&columns, &users.cells, screen),
+    }
 }
 
 /// A table of the types; empty where there are none.
@@ -63,7 +72,14 @@ pub(super) fn types(types: &[&MediatedType], screen: Screen) -> String {
             ..column("NAME", of(|one| one.name.clone().unwrap_or_default()))
         },
     ];
-    table(columns, types.len(), screen)
+    table(&columns, &[], screen)
+}
+
+impl Column {
+    fn width(&self) -> usize {
+        let cells = self.cells.iter().map(|cell| length(cell));
+        cells.max().unwrap_or(0).max(self.title.len())
+    }
 }
 
 fn column(title: &'static str, cells: Vec<String>) -> Column {
@@ -86,20 +102,17 @@ fn users(device: &MediatedDevice) -> Vec<String> {
     device.users.iter().map(ToString::to_string).collect()
 }
 
-/// Columns beside each other, the last first cut where the screen is too narrow for all.
-fn table<const N: usize>(columns: [Column; N], rows: usize, screen: Screen) -> String {
+/// Columns beside each other, the last first cut where the screen is too narrow for all, and below each line
+/// who uses what it is of.
+fn table(columns: &[Column], users: &[String], screen: Screen) -> String {
+    let rows = columns.first().map_or(0, |column| column.cells.len());
     if rows == 0 {
         return String::new();
     }
-    let wide = |column: &Column| {
-        let cells = column.cells.iter().map(|cell| length(cell));
-        cells.max().unwrap_or(0).max(column.title.len())
-    };
-    let mut widths = columns.each_ref().map(wide);
+    let mut widths: Vec<_> = columns.iter().map(Column::width).collect();
     let total: usize = widths.iter().map(|width| width + GAP).sum();
-    let mut over = screen
-        .width
-        .map_or(0, |limit| total.saturating_sub(GAP + limit));
+    let limit = screen.width.unwrap_or(usize::MAX);
+    let mut over = total.saturating_sub(GAP).saturating_sub(limit);
     for (column, width) in columns.iter().zip(&mut widths).rev() {
         if column.can_be_cut {
             let cut = over.min(width.saturating_sub(NAME_LEAST));
@@ -109,11 +122,26 @@ fn table<const N: usize>(columns: [Column; N], rows: usize, screen: Screen) -> S
     }
     let mut text = String::new();
     let titles = columns.iter().map(|column| column.title);
-    line(&mut text, titles.zip(widths), Style::BOLD, screen);
+    line(
+        &mut text,
+        titles.zip(widths.iter().copied()),
+        Style::BOLD,
+        screen,
+    );
     for row in 0..rows {
         let cells = columns.iter().map(|column| column.cells.get(row));
         let cells = cells.map(|cell| cell.map_or("", String::as_str));
-        line(&mut text, cells.zip(widths), Style::PLAIN, screen);
+        line(
+            &mut text,
+            cells.zip(widths.iter().copied()),
+            Style::PLAIN,
+            screen,
+        );
+        if let Some(users) = users.get(row).filter(|users| !users.is_empty()) {
+            for line in fold(&format!("used by {users}"), limit.saturating_sub(INDENT)) {
+                let _infallible = writeln!(text, "{:INDENT$}{line}", "");
+            }
+        }
     }
     text
 }
@@ -150,7 +178,11 @@ pub(super) fn blocks<'a>(
         let group = device.group.map(|group| format!("{group}, made by VFIO"));
         lines.push(("group", or_none(group.as_deref())));
         if let Some(parent) = parent(device) {
-            let parent = match host.mediated_types().iter().any(|t| t.parent.name == parent) {
+            let parent = match host
+                .mediated_types()
+                .iter()
+                .any(|t| t.parent.name == parent)
+            {
                 true => parent.to_owned(),
                 false => format!("{parent}, which offers no types any more"),
             };

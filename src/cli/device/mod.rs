@@ -90,7 +90,10 @@ pub enum DeviceCommand {
 }
 
 /// The devices that a person named: PCI functions, and mediated devices.
-fn find_all(root: &SysRoot, called: &[Called]) -> Result<(BTreeSet<Bdf>, BTreeSet<Uuid>), CalledError> {
+fn find_all(
+    root: &SysRoot,
+    called: &[Called],
+) -> Result<(BTreeSet<Bdf>, BTreeSet<Uuid>), CalledError> {
     let (mut addresses, mut uuids) = (BTreeSet::new(), BTreeSet::new());
     for called in called {
         match called.find(root) {

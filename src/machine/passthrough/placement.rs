@@ -150,7 +150,8 @@ mod tests {
         given.push(virtual_function("01:00.4"));
         let alone: Vec<_> = (0..given.len()).map(|index| vec![(index, 0)]).collect();
         assert_eq!(numbers(&given), alone);
-        let mediated = [3, 4].map(|digit| host(&format!("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f{digit}")));
+        let mediated =
+            [3, 4].map(|digit| host(&format!("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f{digit}")));
         assert!(mediated.iter().all(HostIdentity::is_mediated));
         assert_eq!(numbers(&mediated), [[(0, 0)], [(1, 0)]]);
         let unknown = HostIdentity::in_folder(Path::new("/nowhere"));

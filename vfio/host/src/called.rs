@@ -42,8 +42,9 @@ pub enum CalledError {
     Nothing(String),
     /// {0} is a mediated device, and no PCI device
     #[error(
-        "{0} is a mediated device and no PCI device: the driver that makes such lends them itself, \
-         and removes them: echo 1 > /sys/bus/mdev/devices/{0}/remove"
+        "{0} is a mediated device, and no PCI device\n  \
+         its driver lends it without its being bound; to remove it: \
+         echo 1 > /sys/bus/mdev/devices/{0}/remove"
     )]
     Mediated(Uuid),
     /// {called} is several devices

@@ -107,8 +107,11 @@ fn device(root: &SysRoot, uuid: Uuid) -> Option<MediatedDevice> {
     })
 }
 
+/// An attribute, which may be of several lines, on one.
 fn attribute(folder: &Path, name: &str) -> Option<String> {
-    root::attribute(&folder.join(name)).filter(|text| !text.is_empty())
+    let text = root::attribute(&folder.join(name))?;
+    let lines: Vec<_> = text.lines().map(root::one_line).collect();
+    Some(lines.join(", ")).filter(|text| !text.is_empty())
 }
 
 /// The kinds of mediated devices that the host's devices offer, by device and by kind.
@@ -128,7 +131,6 @@ pub(super) fn types(root: &SysRoot) -> Vec<MediatedType> {
             MediatedType {
                 parent: parent.clone(),
                 name: attribute(&folder, "name"),
-                // Of several lines; the kernel prefixes none.
                 description: attribute(&folder, "description"),
                 available: root::number(&folder.join("available_instances")),
                 api: attribute(&folder, "device_api"),
@@ -230,12 +232,7 @@ fn absent(host: &Host) -> Finding {
     }
 }
 
-fn findings(
-    host: &Host,
-    device: &MediatedDevice,
-    asker: &Asker,
-    opens: Opens<'_>,
-) -> Vec<Finding> {
+fn findings(host: &Host, device: &MediatedDevice, asker: &Asker, opens: Opens<'_>) -> Vec<Finding> {
     let mut findings = vec![kind(device), driver(device)];
     findings.extend(device.users.iter().map(|process| {
         let text = format!("in use: {process}");
@@ -253,14 +250,16 @@ fn findings(
 fn kind(device: &MediatedDevice) -> Finding {
     const TOPIC: &str = "device";
     let (Some(kind), Some(api)) = (&device.kind, &device.api) else {
-        let text = "it is being removed: its type is gone, and the device goes when its users have let go";
+        let text =
+            "it is being removed: its type is gone, and the device goes when its users have let go";
         return Finding::new(Level::Obstacle, TOPIC, text);
     };
     let of = match &device.parent {
         Some(parent) => format!(", made of {}", parent.name),
         None => String::new(),
     };
-    let name = device.kind_name.as_ref().map(|name| format!(" ({name})"));
+    let name = device.kind_name.as_ref().filter(|name| *name != kind);
+    let name = name.map(|name| format!(" ({name})"));
     let text = format!("{kind}{}{of}", name.unwrap_or_default());
     if api != PCI_API {
         let text = format!("{text}: it is of the kind {api}, and a guest can have {PCI_API} only");

@@ -88,7 +88,11 @@ fn a_mediated_device_is_on_no_bus_and_waits_for_nobody() {
         });
         let (_resets, handles) = vm(&[(A, &a), (MEDIATED, &card), (B, &b)]);
         let own = usize::from(function_reset.is_some());
-        assert_eq!((hot(&[&a, &b]), card.resets().len()), (1, own), "at the start");
+        assert_eq!(
+            (hot(&[&a, &b]), card.resets().len()),
+            (1, own),
+            "at the start"
+        );
         handles.iter().for_each(ResetHandle::touch);
         // It is in use while the bus of the others is reset.
         handles[0].reset();
