@@ -72,6 +72,16 @@ pub enum DeviceError {
         /// What it looks like to who opens it.
         api: String,
     },
+    /// the mediated device's driver did not open it in time
+    #[error(
+        "{name} was not opened in time by the driver that made it: NVIDIA's waits for its manager, which \
+         looks for `-uuid UUID` on the command line of the process, as QEMU has it, and finds it in \
+         --cmdline as well; `journalctl -u nvidia-vgpu-mgr` may say more"
+    )]
+    TimedOut {
+        /// The device.
+        name: HostName,
+    },
     /// the kernel makes no groups for mediated devices
     #[error(
         "{name} has no VFIO group (the host's kernel was built without CONFIG_VFIO_GROUP): use \
@@ -293,6 +303,7 @@ impl Opener {
                 holder: holder(&self.paths, &self.paths.nodes_of_group(group.number())),
             },
             Some(libc::EACCES) => refused(name, vf_token),
+            Some(libc::ETIMEDOUT) if name.is_mediated() => DeviceError::TimedOut { name },
             _ => DeviceError::Kernel {
                 name,
                 what: "VFIO_GROUP_GET_DEVICE_FD",

@@ -45,6 +45,7 @@ impl Binding<'_> {
             return failed(error);
         }
         match (number, self.group) {
+            (Some(libc::ETIMEDOUT), _) if name.is_mediated() => DeviceError::TimedOut { name },
             (Some(libc::EPERM), _) => attach(self.not_permitted(error)),
             (Some(libc::EBUSY), Some(group)) => DeviceError::Busy {
                 name,
@@ -195,6 +196,20 @@ mod tests {
         fs::create_dir_all(parameter.parent().unwrap()).unwrap();
         fs::write(parameter, "Y\n").unwrap();
         says(&made.told(libc::EPERM), &[OTHER]);
+    }
+
+    #[test]
+    fn a_mediated_device_whose_driver_is_silent_is_told_of_by_what_that_waits_for() {
+        let made = Made::new();
+        let told = |name: &str| {
+            let mut binding = made.binding();
+            binding.name = name.parse().unwrap();
+            let error = io::Error::from_raw_os_error(libc::ETIMEDOUT);
+            binding.refused(error).to_string()
+        };
+        let text = told("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3");
+        says(&text, &["bd8d9d2b", "-uuid UUID", "nvidia-vgpu-mgr"]);
+        says(&told("0000:01:00.0"), &["VFIO_DEVICE_BIND_IOMMUFD failed"]);
     }
 
     #[test]

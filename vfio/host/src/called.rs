@@ -261,9 +261,39 @@ mod tests {
         ] {
             assert_eq!(text.parse(), Ok(called), "{text}");
         }
+        let uuid = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+        let mediated = Called::Mediated(uuid.parse().unwrap());
+        for text in [
+            uuid.to_owned(),
+            uuid.to_uppercase(),
+            format!("/sys/bus/mdev/devices/{uuid}/"),
+            format!("/sys/devices/pci0000:00/0000:00:02.0/{uuid}"),
+        ] {
+            assert_eq!(text.parse(), Ok(mediated.clone()), "{text}");
+        }
         for text in ["", "01:00", "a b", "..", "10de:1b8", "pci:1b81", "a/b"] {
             assert!(text.parse::<Called>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_file_of_a_mediated_device_is_not_its_parents() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = SysRoot::under(folder.path());
+        let uuid = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+        let parent = root.sys.join("devices/pci0000:00/0000:00:02.0");
+        let node = parent.join(uuid).join("vfio-dev/vfio2");
+        fs::create_dir_all(&node).unwrap();
+        fs::create_dir_all(root.sys.join("class/vfio-dev")).unwrap();
+        std::os::unix::fs::symlink(&node, root.sys.join("class/vfio-dev/vfio2")).unwrap();
+        let called: Called = "/sys/class/vfio-dev/vfio2".parse().unwrap();
+        let error = called.find(&root).unwrap_err();
+        assert_eq!(error, CalledError::Mediated(uuid.parse().unwrap()));
+        let called: Called = "/sys/devices/pci0000:00/0000:00:02.0/uevent"
+            .parse()
+            .unwrap();
+        fs::write(parent.join("uevent"), "").unwrap();
+        assert_eq!(called.find(&root), Ok("0000:00:02.0".parse().unwrap()));
     }
 
     proptest! {
