@@ -212,6 +212,9 @@ pub trait HotPlug {
     /// closed.
     fn windows(&self) -> Windows;
 
+    /// Whether it can have a window for I/O ports.
+    fn has_io(&self) -> bool;
+
     /// Says that the bridge carries out these AtomicOps, until the slot is empty again.
     fn complete(&self, atomics: AtomicOps);
 

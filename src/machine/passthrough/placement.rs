@@ -9,8 +9,11 @@
 
 use std::path::{Path, PathBuf};
 
-use busway_pci::{Bdf, Function};
+use busway_host::resources_in;
+use busway_pci::{Bdf, Function, spec};
 use busway_vfio::HostName;
+
+use crate::config::DeviceConfig;
 
 /// Which of the host's devices one is that the guest is to have.
 #[derive(Clone, Debug)]
@@ -39,6 +42,13 @@ impl HostIdentity {
             Some(host) => host.to_string(),
             None => self.folder.display().to_string(),
         }
+    }
+
+    /// Whether the device may have nothing but I/O ports, as far as sysfs says: it does not of a mediated one.
+    pub(super) fn may_live_by_io(config: &DeviceConfig) -> bool {
+        let bars = resources_in(&config.path);
+        let mut bars = bars.iter().filter(|bar| bar.index < spec::BAR_COUNT);
+        bars.all(|bar| bar.is_io())
     }
 
     /// Whether it is a mediated device, which is on no PCI bus of the host's.
