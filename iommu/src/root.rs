@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::one_line;
+use crate::{Uuid, is_vfio_driver, one_line};
 
 /// The folders that everything about the host is read below: the real ones, or a made-up tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -154,6 +154,14 @@ impl SysRoot {
     #[must_use]
     pub fn driver_of(&self, device: &Path) -> Option<String> {
         link_name(&device.join("driver"))
+    }
+
+    /// Whether VFIO has the device at `device`: its driver is one of VFIO's for PCI functions or, of a
+    /// mediated device, any, for to lend it is what these are for.
+    #[must_use]
+    pub fn is_with_vfio(&self, device: &Path) -> bool {
+        let driver = self.driver_of(device);
+        driver.is_some_and(|driver| is_vfio_driver(&driver) || Uuid::of_device(device).is_some())
     }
 
     /// The functions of a group: the name (a PCI address) and the folder of each, in order.

@@ -11,7 +11,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use crate::{Kind, Mode, SysRoot};
+use crate::{Kind, Mode, SysRoot, Uuid};
 
 /// The first Linux whose iommufd maps the memory of devices, by dma-buf.
 const MAPS_DEVICES: (u32, u32) = (6, 19);
@@ -141,11 +141,15 @@ fn open(node: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether a function has a BAR that is memory, as far as sysfs says: a line of start, end and flags
+/// Whether a function has a BAR that is memory and others could reach, as far as sysfs says: a line of start, end and flags
 /// (linux/ioport.h) for each.
 fn has_memory(device: &Path) -> bool {
     const BARS: usize = 6;
     const IORESOURCE_MEM: u64 = 0x200;
+    // A mediated device's is nobody else's to reach.
+    if Uuid::of_device(device).is_some() {
+        return false;
+    }
     let Ok(text) = fs::read_to_string(device.join("resource")) else {
         return true;
     };
@@ -255,6 +259,19 @@ mod tests {
         host.check(true, Kind::Iommufd, false, "no device has memory");
         fs::remove_file(other.join("resource")).unwrap();
         host.check(true, Kind::Type1, false, "from Linux 6.19 on");
+    }
+
+    #[test]
+    fn the_memory_of_a_mediated_device_is_for_nobody_else() {
+        let mut host = Host::new("6.12.0");
+        let [one, other] = &mut host.devices;
+        fs::write(one.join("resource"), PORTS).unwrap();
+        let uuid = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+        let mediated = host.paths.mediated(uuid.parse().unwrap());
+        fs::create_dir_all(mediated.parent().unwrap()).unwrap();
+        fs::rename(&*other, &mediated).unwrap();
+        *other = mediated;
+        host.check(true, Kind::Iommufd, false, "no device has memory");
     }
 
     #[test]

@@ -139,6 +139,12 @@ pub trait PciFunction: Send + Sync + Debug {
         Vec::new()
     }
 
+    /// Whether other devices are to reach the memory that its [`parts`](Self::parts) name: not so where it
+    /// may go while they do.
+    fn is_peer(&self) -> bool {
+        true
+    }
+
     /// Opens a part of a BAR, or a piece of one, as a dma-buf, by which other devices can be let
     /// reach it; nothing where it can be reached by none, because it is no host device's memory.
     /// Linux, Documentation/driver-api/dma-buf.rst
@@ -205,6 +211,9 @@ pub trait HotPlug {
     /// The ranges that the bridge's windows are now, as the guest has set them; empty ones where they are
     /// closed.
     fn windows(&self) -> Windows;
+
+    /// Whether it can have a window for I/O ports.
+    fn has_io(&self) -> bool;
 
     /// Says that the bridge carries out these AtomicOps, until the slot is empty again.
     fn complete(&self, atomics: AtomicOps);

@@ -369,6 +369,10 @@ impl HotPlug for RootPort {
         self.state().reserve
     }
 
+    fn has_io(&self) -> bool {
+        self.state().io
+    }
+
     fn windows(&self) -> Windows {
         let state = self.state();
         let range = |(base, limit): (u64, u64)| match limit.checked_add(1) {

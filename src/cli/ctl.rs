@@ -51,7 +51,7 @@ enum Verb {
     Shutdown,
     /// Add a host device, which VFIO has, in an empty slot; answered when it is there
     AddDevice {
-        /// Its address (0000:01:00.0), or its folder in sysfs
+        /// Its address (0000:01:00.0), a mediated device's UUID, or its folder in sysfs
         device: String,
         /// What it is called
         #[arg(long)]
@@ -59,7 +59,7 @@ enum Verb {
     },
     /// Have the guest let go of a device; answered when the host has it back
     RemoveDevice {
-        /// What it is called: the name that it was given, or its address on the host
+        /// What it is called: the name that it was given, or its address or UUID on the host
         id: String,
         /// Pull it out where the guest does not let go of it
         #[arg(long)]

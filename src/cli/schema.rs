@@ -8,7 +8,7 @@ use crate::config::{
 };
 use crate::control::SocketAddress;
 use busway_host::{Called, CalledError, SysRoot};
-use busway_pci::ParseBdfError;
+use busway_vfio::ParseHostNameError;
 
 /// Puts a value where it belongs.
 type Set<T> = fn(&mut T, &Value) -> Result<(), Reason>;
@@ -317,7 +317,7 @@ const fn console(name: &'static str, summary: &'static str) -> Section<ConsoleCo
 /// `--device`
 pub(super) static DEVICE: Section<DeviceConfig> = Section {
     name: "device",
-    summary: "Host PCI device, bound to vfio-pci: ADDRESS[,id=NAME][,on_error=…][,vf_token=UUID]",
+    summary: "Host device, bound to vfio-pci or mediated: ADDRESS|UUID[,id=NAME][,on_error=…]…",
     words: &[],
     notes: "\
 Functions of one host device become one device of the guest's.
@@ -333,7 +333,8 @@ Functions of one host device become one device of the guest's.
         x_nv_gpudirect_clique: None,
     },
     keys: keys! {
-        "path" { "PATH": "address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`" }
+        "path" { "PATH": "address (0000:01:00.0, 01:00.0), a mediated device's UUID, or folder in\n\
+                 sysfs; needs no `path=`" }
             |device, value| set_device_path(device, value)?;
         "fd" { "N": "a descriptor that Busway inherits, in place of opening the device: of\n\
                  its /dev/vfio/devices/vfioN, or of its group's /dev/vfio/N (with path=,\n\
@@ -361,15 +362,16 @@ Functions of one host device become one device of the guest's.
 
 fn set_device_path(device: &mut DeviceConfig, value: &Value) -> Result<(), Reason> {
     let text = value.text()?;
-    let called: Called = text.parse()?;
-    // A whole address means the same on any host; what else people say is looked up on this one.
-    let found = called
-        .find(&SysRoot::default())
-        .map_err(|error| match error {
-            CalledError::Nothing(_) => Reason::from(ParseBdfError(text.to_owned())),
-            several => several.into(),
-        })?;
-    device.path = DeviceConfig::new(&found.to_string())?.path;
+    let no_name = || Reason::from(ParseHostNameError(text.to_owned()));
+    let called: Called = text.parse().map_err(|_nothing| no_name())?;
+    // A whole name means the same on any host; what else people say is looked up on this one.
+    let found = match called.find(&SysRoot::default()) {
+        Ok(address) => address.to_string(),
+        Err(CalledError::Mediated(uuid)) => uuid.to_string(),
+        Err(CalledError::Nothing(_)) => return Err(no_name()),
+        Err(several) => return Err(several.into()),
+    };
+    device.path = DeviceConfig::new(&found)?.path;
     Ok(())
 }
 

@@ -67,9 +67,9 @@ pub(super) enum Reason {
     /// not a MAC address
     #[error(transparent)]
     Mac(#[from] busway_host::ParseMacError),
-    /// not an address
+    /// no name of a device
     #[error(transparent)]
-    Address(#[from] busway_pci::ParseBdfError),
+    HostName(#[from] busway_vfio::ParseHostNameError),
     /// not one device
     #[error(transparent)]
     Called(#[from] busway_host::CalledError),

@@ -10,7 +10,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use busway_host::Mac;
-use busway_pci::{Bdf, ParseBdfError, Reserve};
+use busway_pci::Reserve;
+use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
 use validate::MAX_HOTPLUG_SLOTS;
@@ -42,6 +43,9 @@ pub const MIN_CONSOLE_FILE_SIZE: u64 = 4096;
 
 /// Where Linux shows PCI functions by address.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+
+/// The folder in sysfs of mediated devices.
+const MEDIATED_DEVICES: &str = "/sys/bus/mdev/devices";
 
 /// A whole VM.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -258,7 +262,8 @@ impl ConsoleConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceConfig {
-    /// The device's folder in sysfs, or its address: `0000:01:00.0`. Empty where `fd` says which.
+    /// The device's folder in sysfs, or its name: an address, `0000:01:00.0`, or a mediated device's UUID.
+    /// Empty where `fd` says which.
     #[serde(default)]
     pub path: PathBuf,
     /// A descriptor that somebody else has opened: of the device's VFIO character device, or of its
@@ -300,19 +305,23 @@ pub enum OnError {
 }
 
 impl DeviceConfig {
-    /// The function that a person means by `text`: an address (`0000:01:00.0`, `01:00.0`), or any path
-    /// in sysfs that ends in one. Its path is then the one by address.
+    /// The device that a person means by `text`: an address (`0000:01:00.0`, `01:00.0`), a mediated
+    /// device's UUID, or any path in sysfs that ends in one. Its path is then the one on its bus.
     ///
     /// # Errors
     ///
-    /// When there is no address at the end of it.
-    pub fn new(text: &str) -> Result<Self, ParseBdfError> {
-        let address: Bdf = last_component(Path::new(text))
+    /// When there is neither at the end of it.
+    pub fn new(text: &str) -> Result<Self, ParseHostNameError> {
+        let name: HostName = last_component(Path::new(text))
             .unwrap_or(text)
             .parse()
-            .map_err(|_not_an_address| ParseBdfError(text.to_owned()))?;
+            .map_err(|_no_name| ParseHostNameError(text.to_owned()))?;
+        let bus = match name {
+            HostName::Pci(_) => PCI_DEVICES,
+            HostName::Mediated(_) => MEDIATED_DEVICES,
+        };
         Ok(Self {
-            path: Path::new(PCI_DEVICES).join(address.to_string()),
+            path: Path::new(bus).join(name.to_string()),
             fd: None,
             id: None,
             on_error: OnError::default(),
@@ -323,15 +332,15 @@ impl DeviceConfig {
         })
     }
 
-    /// The function's address.
+    /// What the host calls the device.
     ///
     /// # Errors
     ///
-    /// When the path does not end in one.
-    pub fn address(&self) -> Result<Bdf, ParseBdfError> {
+    /// When the path does not end in that.
+    pub fn host_name(&self) -> Result<HostName, ParseHostNameError> {
         last_component(&self.path)
             .and_then(|name| name.parse().ok())
-            .ok_or_else(|| ParseBdfError(self.path.display().to_string()))
+            .ok_or_else(|| ParseHostNameError(self.path.display().to_string()))
     }
 }
 
@@ -452,7 +461,18 @@ mod tests {
         ] {
             let device = DeviceConfig::new(text).unwrap();
             assert_eq!(device.path, Path::new("/sys/bus/pci/devices/0000:01:00.0"));
-            assert_eq!(device.address().unwrap().to_string(), "0000:01:00.0");
+            assert_eq!(device.host_name().unwrap().to_string(), "0000:01:00.0");
+        }
+        for text in [
+            "BD8D9D2B-5a5f-4f5a-a211-f591514ba1f3",
+            "/sys/bus/mdev/devices/bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3",
+            "/sys/devices/virtual/mtty/mtty/bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3/",
+        ] {
+            let device = DeviceConfig::new(text).unwrap();
+            let name = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+            assert_eq!(device.path, Path::new("/sys/bus/mdev/devices").join(name));
+            assert_eq!(device.name(), name);
+            assert!(device.host_name().unwrap().is_mediated());
         }
     }
 
@@ -465,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pci_function_is_no_device() {
+    fn what_is_neither_a_pci_function_nor_mediated_is_no_device() {
         for text in ["", "/", "..", "eth0", "/sys/class/net/eth0", "01:00"] {
             let error = DeviceConfig::new(text).unwrap_err();
             assert!(error.to_string().starts_with(&format!("`{text}`")));

@@ -207,7 +207,7 @@ fn cpu_features(config: &VmConfig) -> CpuFeatures {
 /// Where RAM and windows lie, with room for what may be plugged in later.
 fn plan(config: &VmConfig, found: &Found, model: &CpuModel) -> Result<AddressPlan, RunError> {
     let platform = &config.platform;
-    let mut planned = found.planned();
+    let mut planned = found.planned(platform.reserve());
     let slots = 0..platform.hotplug_slots();
     planned.extend(slots.map(|_| PlannedFunction::empty_slot(platform.reserve())));
     let bits = model.address_bits();

@@ -134,7 +134,10 @@ impl Bars {
                         });
                         continue;
                     }
-                    let part = Arc::new(part.for_peers(peer(function, region.index, offset, size)));
+                    let part = Arc::new(match function.is_peer() {
+                        true => part.for_peers(peer(function, region.index, offset, size)),
+                        false => part,
+                    });
                     self.regions
                         .add(part.clone())
                         .map(|()| shortcuts.regions.push(part))

@@ -138,22 +138,34 @@ impl Pci {
         routes: &Arc<dyn InterruptRoutes>,
         slots: &Arc<dyn SlotListener>,
     ) -> Result<(), RunError> {
-        for _ in 0..count {
+        for index in 0..count {
             let name = "a slot for hot-plug";
             let slot = self.port_slot(name)?;
             let port = RootPort::new(slot.number().into(), Link::default(), routes.clone())
                 .hot_plug(slots.clone())
-                .reserving(reserve)
-                .without_io();
+                .reserving(reserve);
+            // One is enough for what lives by I/O ports, and leaves the others to those that are there.
+            let port = match index {
+                0 => port,
+                _ => port.without_io(),
+            };
             let port = self.place(name, slot.number(), Arc::new(port))?;
             self.ports.push((port, slot));
         }
         Ok(())
     }
 
-    /// A root port whose slot is empty, which is none of those that are `taken`.
-    pub(super) fn empty_port(&self, taken: &[FunctionId]) -> Option<(FunctionId, Device)> {
-        self.empty_ports(taken).next()
+    /// A root port whose slot is empty, which is none of those that are `taken`; one with a window for I/O
+    /// ports, where the device lives by them and there is one.
+    pub(super) fn empty_port(
+        &self,
+        taken: &[FunctionId],
+        lives_by_io: bool,
+    ) -> Option<(FunctionId, Device)> {
+        let has_io = |port| self.topology.with_slot(port, |slot| slot.has_io()) == Some(true);
+        let mut empty = self.empty_ports(taken);
+        let fits = empty.find(|(port, _)| !lives_by_io || has_io(*port));
+        fits.or_else(|| self.empty_ports(taken).next())
     }
 
     /// The same of all of them; those that were made to be empty come first.

@@ -315,12 +315,13 @@ pub struct IommuWay {
 /// A host device that the guest has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct AssignedDevice {
-    /// Its address on the host.
+    /// Its address on the host, or a mediated device's UUID.
     pub host: String,
     /// Its address in the guest.
     pub guest: String,
     /// How it is reset: `flr`, `af_flr`, `device_specific`, `acpi`, `bus` or `pm` for what the kernel
-    /// does with the function alone, `hot` where that takes its slot or bus, or `none`.
+    /// does with the function alone, `mediated` for what the driver does that made it, `hot` where that takes
+    /// its slot or bus, or `none`.
     pub reset: &'static str,
 }
 

@@ -98,7 +98,7 @@ fn a_device_given_twice_is_refused_by_both_names() {
         .assert()
         .code(2)
         .stderr_eq(str![[r#"
-busway: error: --device id=nvme and --device no. 2 have the same PCI address, `0000:01:00.0`: a function can be given once
+busway: error: --device id=nvme and --device no. 2 have the same host device, `0000:01:00.0`: a device can be given once
 
 "#]]);
 }
@@ -110,7 +110,7 @@ fn what_is_no_device_says_how_to_write_one() {
         .assert()
         .code(2)
         .stderr_eq(str![[r#"
-busway: error: --device nvme0: `nvme0` is not a PCI address: write it as 0000:01:00.0 (segment:bus:device.function) or 01:00.0
+busway: error: --device nvme0: `nvme0` is neither a PCI address (0000:01:00.0) nor a mediated device's UUID (bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3)
 
 "#]]);
 }

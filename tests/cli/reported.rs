@@ -56,6 +56,22 @@ const ASKED: [(&str, &[&str]); REPORTED.len()] = [
         ],
     ),
     ("huge", &["list", "check 01:00.0"]),
+    (
+        "mediated",
+        &[
+            "list",
+            "list --long 00:02.0",
+            "list --long 83B8F4F2-509f-382f-3c1e-e6bfe0fa1001",
+            "list --json 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",
+            "check 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",
+            "check 83b8f4f2-509f-382f-3c1e-e6bfe0fa1002",
+            "check 83b8f4f2-509f-382f-3c1e-e6bfe0fa1003",
+            "check 83b8f4f2-509f-382f-3c1e-e6bfe0fa1004",
+            "check a297db4a-f4c2-11e6-90f6-d3b88d6c9525 --json",
+            "check 83b8f4f2-509f-382f-3c1e-e6bfe0fa1fff",
+            "bind 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",
+        ],
+    ),
     ("memlock", &["list", "check 01:00.0 --memory 4G"]),
     (
         "net",

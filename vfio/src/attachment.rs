@@ -7,12 +7,11 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use busway_iommu::{Group, Ioas, SysRoot};
-use busway_pci::Bdf;
-
 use crate::handed::{Handed, HandedKind};
 use crate::hot_reset::{self, Owner};
-use crate::{Affected, FunctionReset, KvmFiles, sys};
+use crate::{Affected, FunctionReset, HostName, KvmFiles, sys};
+use busway_iommu::{Group, Ioas, SysRoot};
+use busway_pci::Bdf;
 
 /// What a device is attached to, and has to let go of after it is closed.
 #[derive(Debug)]
@@ -35,7 +34,7 @@ pub(crate) struct Opened {
     // Dropped in this order, after `Drop::drop`.
     pub(crate) file: File,
     pub(crate) attachment: Attachment,
-    pub(crate) address: Bdf,
+    pub(crate) name: HostName,
     /// Its folder in sysfs.
     pub(crate) folder: PathBuf,
     pub(crate) paths: SysRoot,
@@ -78,7 +77,7 @@ impl Drop for OpenGroup {
 #[derive(Debug, Default)]
 pub(crate) struct OpenOnes {
     groups: Mutex<BTreeMap<u32, Weak<OpenGroup>>>,
-    devices: Mutex<BTreeMap<Bdf, Weak<()>>>,
+    devices: Mutex<BTreeMap<HostName, Weak<()>>>,
     /// What somebody else has opened, until it is asked for.
     handed: Mutex<HandedOnes>,
 }
@@ -86,17 +85,17 @@ pub(crate) struct OpenOnes {
 /// Descriptors by what they are of.
 #[derive(Debug, Default)]
 pub(crate) struct HandedOnes {
-    pub(crate) devices: BTreeMap<Bdf, File>,
+    pub(crate) devices: BTreeMap<HostName, File>,
     pub(crate) groups: BTreeMap<u32, File>,
 }
 
 impl HandedOnes {
-    /// Takes a descriptor over for the device at `address`; not one of a device that has another.
+    /// Takes a descriptor over for the device called `name`; not one of a device that has another.
     ///
     /// A second one of a group is closed: the kernel opens a group once, so they are two of one file.
-    pub(crate) fn take(&mut self, handed: Handed, address: Bdf) -> bool {
+    pub(crate) fn take(&mut self, handed: Handed, name: HostName) -> bool {
         match handed.kind {
-            HandedKind::Cdev(_) => self.devices.insert(address, handed.file).is_none(),
+            HandedKind::Cdev(_) => self.devices.insert(name, handed.file).is_none(),
             HandedKind::Group(number) => {
                 self.groups.entry(number).or_insert(handed.file);
                 true
@@ -115,7 +114,7 @@ impl OpenOnes {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn devices(&self) -> MutexGuard<'_, BTreeMap<Bdf, Weak<()>>> {
+    pub(crate) fn devices(&self) -> MutexGuard<'_, BTreeMap<HostName, Weak<()>>> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -125,16 +124,30 @@ impl OpenOnes {
 }
 
 impl Opened {
-    /// How the kernel resets it, as sysfs says it; nothing where the kernel is too old to.
+    /// Where it is on the host's buses.
+    ///
+    /// # Errors
+    /// ENODEV of a mediated device, which is on none.
+    fn address(&self) -> io::Result<Bdf> {
+        let none = || io::Error::from_raw_os_error(libc::ENODEV);
+        self.name.address().ok_or_else(none)
+    }
+
+    /// How the kernel resets it, as sysfs says it, and a mediated device's driver that; nothing where the
+    /// kernel is too old to.
     pub(crate) fn reset_methods(&self) -> Option<Option<FunctionReset>> {
+        if self.name.is_mediated() {
+            return Some(Some(FunctionReset::Mediated));
+        }
         let methods = fs::read_to_string(self.folder.join("reset_method")).ok()?;
         Some(FunctionReset::parse(&methods))
     }
 
     /// What a hot reset touches.
     pub(crate) fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {
+        let address = self.address()?;
         let words = sys::hot_reset_info(&self.file)?;
-        let dependents = hot_reset::parse(&words, self.address.segment);
+        let dependents = hot_reset::parse(&words, address.segment);
         let affected = dependents.into_iter().map(|dependent| {
             let folder = self.paths.device(dependent.address);
             Affected {
@@ -155,8 +168,9 @@ impl Opened {
         let groups: Vec<Arc<OpenGroup>> = match self.attachment {
             Attachment::Ioas { .. } => Vec::new(),
             Attachment::Group(_) => {
+                let address = self.address()?;
                 let words = sys::hot_reset_info(&self.file)?;
-                let mut numbers: Vec<u32> = hot_reset::parse(&words, self.address.segment)
+                let mut numbers: Vec<u32> = hot_reset::parse(&words, address.segment)
                     .into_iter()
                     .filter_map(|dependent| match dependent.owner {
                         Owner::Group(number) => Some(number),

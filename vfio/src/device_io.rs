@@ -186,14 +186,29 @@ pub trait DeviceIo: Send + Sync + Debug {
     /// itself when it has signalled and has to be set before. A signal that is there already counts.
     ///
     /// # Errors
-    /// [`IrqError::Kernel`]
+    /// [`IrqError::Kernel`]: ENOTTY where the device's driver takes no eventfd for it.
     fn unmask_on(&self, index: IrqIndex, event: BorrowedFd<'_>) -> Result<(), IrqError>;
+
+    /// Unmasks an interrupt pin now.
+    ///
+    /// # Errors
+    /// [`IrqError::Kernel`]
+    fn unmask(&self, index: IrqIndex) -> Result<(), IrqError> {
+        let _ = index;
+        Err(IrqError::Kernel(io::Error::from_raw_os_error(libc::ENOTTY)))
+    }
 
     /// Disables a kind of interrupt. Nothing happens where it is not enabled.
     ///
     /// # Errors
     /// [`IrqError::Kernel`]
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), IrqError>;
+
+    /// Whether it is a mediated device: made by a driver of the host's, on no bus, and with memory that
+    /// driver may take away at any time, so that nobody else is to reach it by DMA.
+    fn is_mediated(&self) -> bool {
+        false
+    }
 
     /// Whether the device can be reset by itself: by FLR, a change of power state, or because it is
     /// alone on its bus.

@@ -1,7 +1,7 @@
 //! Descriptors that somebody else has opened, so that Busway needs no access to `/dev/vfio`.
 //!
 //! What a descriptor is follows from its device number alone: `/sys/dev/char` leads to the device in
-//! sysfs, and that says which PCI function or IOMMU group it belongs to. The node that it was opened
+//! sysfs, and that says which device or group it belongs to. The node that it was opened
 //! by may be out of reach, or not there at all.
 
 use std::fmt;
@@ -9,10 +9,9 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use busway_iommu::{Mode, SysRoot, is_vfio_driver};
-use busway_pci::Bdf;
+use busway_iommu::{Mode, SysRoot};
 
-use crate::sys;
+use crate::{HostName, sys};
 
 /// A descriptor that was handed over, and what it is. It is closed on exec.
 #[derive(Debug)]
@@ -25,7 +24,7 @@ pub struct Handed {
 /// What a descriptor is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum HandedKind {
-    /// The VFIO character device of the function with this folder in sysfs.
+    /// The VFIO character device of the device with this folder in sysfs.
     Cdev(PathBuf),
     /// The VFIO group of this number.
     Group(u32),
@@ -202,11 +201,7 @@ impl Handed {
                 let mut members: Vec<_> = paths
                     .members(*number)
                     .into_iter()
-                    .filter(|(_, folder)| {
-                        paths
-                            .driver_of(folder)
-                            .is_some_and(|driver| is_vfio_driver(&driver))
-                    })
+                    .filter(|(_, folder)| paths.is_with_vfio(folder))
                     .collect();
                 match (members.pop(), members.is_empty()) {
                     (Some((_, folder)), true) => Ok(folder),
@@ -279,7 +274,7 @@ fn identify(paths: &SysRoot, rdev: u64) -> Option<HandedKind> {
     match class.file_name()?.to_str()? {
         "vfio-dev" => {
             let device = class.parent()?;
-            device.file_name()?.to_str()?.parse::<Bdf>().ok()?;
+            device.file_name()?.to_str()?.parse::<HostName>().ok()?;
             Some(HandedKind::Cdev(device.to_owned()))
         }
         "vfio" => {
@@ -325,6 +320,8 @@ mod tests {
             symlink(paths.sys.join(path), chars.join(number)).unwrap();
         };
         device("510:3", "devices/pci0000:00/0000:01:00.0/vfio-dev/vfio3");
+        let mediated = "devices/virtual/mtty/mtty/bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+        device("510:4", &format!("{mediated}/vfio-dev/vfio4"));
         device("243:7", "devices/virtual/vfio/7");
         device("243:8", "devices/virtual/vfio/8");
         device("10:124", "devices/virtual/misc/iommu");
@@ -359,6 +356,9 @@ mod tests {
         let known = |major, minor| identify(&paths, libc::makedev(major, minor));
         let folder = paths.sys.join("devices/pci0000:00/0000:01:00.0");
         assert_eq!(known(510, 3), Some(HandedKind::Cdev(folder)));
+        let mediated = "devices/virtual/mtty/mtty/bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+        let mediated = paths.sys.join(mediated);
+        assert_eq!(known(510, 4), Some(HandedKind::Cdev(mediated)));
         assert_eq!(known(243, 7), Some(HandedKind::Group(7)));
         assert_eq!(known(10, 124), Some(HandedKind::Iommufd));
         assert_eq!(known(10, 196), None);

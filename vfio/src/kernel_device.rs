@@ -86,7 +86,7 @@ impl KernelDevice {
         })
     }
 
-    /// Its address, as sysfs writes it.
+    /// Its name on the host, as sysfs writes it.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -177,7 +177,11 @@ impl DeviceIo for KernelDevice {
             Ok(0) => Ok(()),
             Ok(given) => Err(IrqError::Fewer { given }),
             // The one flag that VFIO asks for or not is whether the line may be shared.
-            Err(error) if index == IrqIndex::Intx && error.raw_os_error() == Some(libc::EBUSY) => {
+            Err(error)
+                if index == IrqIndex::Intx
+                    && error.raw_os_error() == Some(libc::EBUSY)
+                    && !self.is_mediated() =>
+            {
                 Err(IrqError::LineShared {
                     users: line_users(Path::new("/sys"), &self.name),
                 })
@@ -188,6 +192,12 @@ impl DeviceIo for KernelDevice {
 
     fn unmask_on(&self, index: IrqIndex, event: BorrowedFd<'_>) -> Result<(), IrqError> {
         sys::set_unmask_event(&self.opened.file, index.number(), event)
+            .map(drop)
+            .map_err(IrqError::Kernel)
+    }
+
+    fn unmask(&self, index: IrqIndex) -> Result<(), IrqError> {
+        sys::unmask(&self.opened.file, index.number())
             .map(drop)
             .map_err(IrqError::Kernel)
     }
@@ -205,8 +215,16 @@ impl DeviceIo for KernelDevice {
     /// What VFIO says counts; an older kernel's does not say it.
     fn atomic_ops(&self) -> AtomicOps {
         let config = |offset| read_dword(self, offset);
-        self.atomic_ops
-            .unwrap_or_else(|| atomics::of_path(&self.opened.folder, &config))
+        match self.atomic_ops {
+            Some(said) => said,
+            // No bridge is above it.
+            None if self.is_mediated() => AtomicOps::NONE,
+            None => atomics::of_path(&self.opened.folder, &config),
+        }
+    }
+
+    fn is_mediated(&self) -> bool {
+        self.opened.name.is_mediated()
     }
 
     fn can_reset(&self) -> bool {
@@ -231,7 +249,7 @@ impl DeviceIo for KernelDevice {
     }
 
     fn is_reset_by_opening(&self) -> bool {
-        !self.opened.handed
+        !self.opened.handed && !self.is_mediated()
     }
 
     fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {

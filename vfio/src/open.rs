@@ -7,24 +7,23 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use busway_iommu::{
-    Container, Group, Ioas, Obstacle, OpenError, Space, SysRoot, holder, is_vfio_driver,
+    Container, Group, Ioas, Obstacle, OpenError, PCI_API, Space, SysRoot, holder, is_vfio_driver,
 };
-use busway_pci::Bdf;
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
 use crate::handed::Handed;
 use crate::patience::patiently;
 use crate::refusal::{Binding, MODULE};
 use crate::vf_token::TokenUse;
-use crate::{KernelDevice, KvmFiles, VfToken, sys};
+use crate::{HostName, KernelDevice, KvmFiles, VfToken, sys};
 
 /// A device could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// the path does not name a PCI device
+    /// the path names neither a PCI device nor a mediated one
     #[error(
-        "{path} is not a PCI device: give its address (0000:01:00.0) or its folder in \
-         /sys/bus/pci/devices"
+        "{path} is neither a PCI device nor a mediated one: give its address (0000:01:00.0), its UUID, or \
+         its folder in /sys/bus/pci/devices or /sys/bus/mdev/devices"
     )]
     NotPci {
         /// What was given.
@@ -32,102 +31,142 @@ pub enum DeviceError {
     },
     /// there is no such device
     #[error(
-        "there is no PCI device {address} on this host: `busway device list` shows those there are"
+        "there is no {} {name} on this host: `busway device list` shows those there are",
+        name.kind()
     )]
     NotThere {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
     },
     /// the device is with another driver
-    #[error("{address} is bound to {driver}, not to vfio-pci: `busway device bind {address}`")]
+    #[error("{name} is bound to {driver}, not to vfio-pci: `busway device bind {name}`")]
     WrongDriver {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
         /// Its driver.
         driver: String,
     },
     /// the device has no driver
-    #[error("{address} is bound to no driver, and needs vfio-pci: `busway device bind {address}`")]
+    #[error("{name} is bound to no driver, and needs vfio-pci: `busway device bind {name}`")]
     NoDriver {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
+    },
+    /// the mediated device has no driver
+    #[error(
+        "{name} is bound to no driver, and what makes mediated devices brings theirs: `dmesg` may say \
+         why that did not take it; remove it and make it anew"
+    )]
+    NotLent {
+        /// The device.
+        name: HostName,
+    },
+    /// the mediated device is none for a PCI bus
+    #[error(
+        "{name} is a mediated device of the kind {api}, and a guest of Busway's can be given those of \
+         the kind {PCI_API} only"
+    )]
+    WrongApi {
+        /// The device.
+        name: HostName,
+        /// What it looks like to who opens it.
+        api: String,
+    },
+    /// the mediated device's driver did not open it in time
+    #[error(
+        "{name} was not opened in time by the driver that made it: NVIDIA's waits for its manager, which \
+         looks for `-uuid UUID` on the command line of the process, as QEMU has it, and finds it in \
+         --cmdline as well; `journalctl -u nvidia-vgpu-mgr` may say more"
+    )]
+    TimedOut {
+        /// The device.
+        name: HostName,
+    },
+    /// the kernel makes no groups for mediated devices
+    #[error(
+        "{name} has no VFIO group (the host's kernel was built without CONFIG_VFIO_GROUP): use \
+         `--platform iommufd=on`"
+    )]
+    NoVfioGroup {
+        /// The device.
+        name: HostName,
     },
     /// the device is in no IOMMU group
-    #[error("{address} cannot be isolated: {obstacle}")]
+    #[error("{name} cannot be isolated: {obstacle}")]
     NoGroup {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
         /// Why.
         obstacle: Obstacle,
     },
     /// the VM has it already
-    #[error("{address} is given to this VM twice")]
+    #[error("{name} is given to this VM twice")]
     Twice {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
     },
-    /// {address}: {source}
-    #[error("{address}: {source}")]
+    /// {name}: {source}
+    #[error("{name}: {source}")]
     Open {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
         /// Why.
         source: OpenError,
     },
     /// somebody else uses the device
-    #[error("{address} is in use by {holder}: end that first")]
+    #[error("{name} is in use by {holder}: end that first")]
     Busy {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
         /// The process, as well as it can be told.
         holder: String,
     },
     /// the kernel says only that it cannot be bound
     #[error(
-        "{address} cannot be bound to an iommufd (invalid argument): it is in use through another \
+        "{name} cannot be bound to an iommufd (invalid argument): it is in use through another \
          descriptor (`fuser -v {path}` as root names whose), or the host cannot switch it on, or its \
          IOMMU is not coherent with the processors' caches; `dmesg` may say more, and `--platform \
          iommufd=off` needs no such IOMMU"
     )]
     NotBound {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
         /// The node that it would be open through.
         path: PathBuf,
     },
     /// the device is shared between a PF and its VFs, and the token is missing
     #[error(
-        "{address} needs a VF token, as VFIO has both the physical function and its virtual \
-         functions: say the one that they were opened with, `--device {address},vf_token=UUID`, or \
+        "{name} needs a VF token, as VFIO has both the physical function and its virtual \
+         functions: say the one that they were opened with, `--device {name},vf_token=UUID`, or \
          bind the physical function to its own driver"
     )]
     NoVfToken {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
     },
     /// the token is another one
     #[error(
-        "{address} has another VF token than the one given: it is the one that its physical \
+        "{name} has another VF token than the one given: it is the one that its physical \
          function was opened with, first and while no virtual function was in use"
     )]
     WrongVfToken {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
     },
     /// the token is for nothing
     #[error(
-        "{address} takes no VF token: it is neither a physical function, nor a virtual function \
+        "{name} takes no VF token: it is neither a physical function, nor a virtual function \
          whose physical function is with VFIO; leave vf_token= out"
     )]
     UnusedVfToken {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
     },
-    /// {what} failed for {address}: {source}
-    #[error("{what} failed for {address}: {source}")]
+    /// {what} failed for {name}: {source}
+    #[error("{what} failed for {name}: {source}")]
     Kernel {
-        /// The address.
-        address: Bdf,
+        /// The device.
+        name: HostName,
         /// The call.
         what: &'static str,
         /// Why.
@@ -163,10 +202,10 @@ impl Opener {
     /// # Errors
     /// [`DeviceError::Twice`]
     pub fn hand(&self, handed: Handed, device: &Path) -> Result<(), DeviceError> {
-        let address = address_of(device)?;
-        match self.open.handed().take(handed, address) {
+        let name = name_of(device)?;
+        match self.open.handed().take(handed, name) {
             true => Ok(()),
-            false => Err(DeviceError::Twice { address }),
+            false => Err(DeviceError::Twice { name }),
         }
     }
 
@@ -181,18 +220,18 @@ impl Opener {
         device: &Path,
         vf_token: Option<&VfToken>,
     ) -> Result<KernelDevice, DeviceError> {
-        let address = check(&self.paths, device)?;
+        let name = check(&self.paths, device)?;
         if vf_token.is_some() && TokenUse::of(&self.paths, device) == TokenUse::None {
-            return Err(DeviceError::UnusedVfToken { address });
+            return Err(DeviceError::UnusedVfToken { name });
         }
-        let claim = self.claim(address)?;
+        let claim = self.claim(name)?;
         let opened = match &self.space {
             Space::Type1(container) => {
-                let group = self.group(container, device, address)?;
+                let group = self.group(container, device, name)?;
                 Opened {
-                    file: self.in_group(&group.group, address, vf_token)?,
+                    file: self.in_group(&group.group, name, vf_token)?,
                     attachment: Attachment::Group(group),
-                    address,
+                    name,
                     folder: device.to_owned(),
                     paths: self.paths.clone(),
                     handed: false,
@@ -200,10 +239,10 @@ impl Opener {
                     _claim: claim,
                 }
             }
-            Space::Iommufd(ioas) => self.cdev(device, address, ioas, vf_token, claim)?,
+            Space::Iommufd(ioas) => self.cdev(device, name, ioas, vf_token, claim)?,
         };
-        KernelDevice::new(&address.to_string(), opened).map_err(|source| DeviceError::Kernel {
-            address,
+        KernelDevice::new(&name.to_string(), opened).map_err(|source| DeviceError::Kernel {
+            name,
             what: "VFIO_DEVICE_GET_INFO",
             source,
         })
@@ -211,14 +250,14 @@ impl Opener {
 
     /// Takes a device for as long as the claim lives: the kernel would let a group's device be
     /// opened twice.
-    fn claim(&self, address: Bdf) -> Result<Arc<()>, DeviceError> {
+    fn claim(&self, name: HostName) -> Result<Arc<()>, DeviceError> {
         let mut devices = self.open.devices();
-        let taken = devices.get(&address);
+        let taken = devices.get(&name);
         if taken.is_some_and(|claim| claim.strong_count() > 0) {
-            return Err(DeviceError::Twice { address });
+            return Err(DeviceError::Twice { name });
         }
         let claim = Arc::new(());
-        devices.insert(address, Arc::downgrade(&claim));
+        devices.insert(name, Arc::downgrade(&claim));
         Ok(claim)
     }
 
@@ -227,15 +266,12 @@ impl Opener {
         &self,
         container: &Arc<Container>,
         device: &Path,
-        address: Bdf,
+        name: HostName,
     ) -> Result<Arc<OpenGroup>, DeviceError> {
         let number = self
             .paths
             .group_of(device)
-            .ok_or_else(|| DeviceError::NoGroup {
-                address,
-                obstacle: Obstacle::no_iommu(&self.paths),
-            })?;
+            .ok_or_else(|| no_group(&self.paths, name))?;
         let mut groups = self.open.groups();
         if let Some(group) = groups.get(&number).and_then(Weak::upgrade) {
             return Ok(group);
@@ -245,8 +281,8 @@ impl Opener {
             Some(file) => Group::from_file(&self.paths, file, number, container),
             None => Group::open(&self.paths, number, container),
         };
-        let group = group.map_err(|source| DeviceError::Open { address, source })?;
-        self.tell_kvm(group.as_fd(), address)?;
+        let group = group.map_err(|source| DeviceError::Open { name, source })?;
+        self.tell_kvm(group.as_fd(), name)?;
         let group = Arc::new(OpenGroup {
             kvm: self.kvm.clone(),
             group,
@@ -258,47 +294,48 @@ impl Opener {
     fn in_group(
         &self,
         group: &Group,
-        address: Bdf,
+        name: HostName,
         vf_token: Option<&VfToken>,
     ) -> Result<File, DeviceError> {
         let failed = |source: io::Error| match source.raw_os_error() {
             Some(libc::EBUSY) => DeviceError::Busy {
-                address,
+                name,
                 holder: holder(&self.paths, &self.paths.nodes_of_group(group.number())),
             },
-            Some(libc::EACCES) => refused(address, vf_token),
+            Some(libc::EACCES) => refused(name, vf_token),
+            Some(libc::ETIMEDOUT) if name.is_mediated() => DeviceError::TimedOut { name },
             _ => DeviceError::Kernel {
-                address,
+                name,
                 what: "VFIO_GROUP_GET_DEVICE_FD",
                 source,
             },
         };
         // The name that the kernel knows a device by has its options behind it.
-        let name = match vf_token {
-            Some(token) => format!("{address} vf_token={token}"),
-            None => address.to_string(),
+        let called = match vf_token {
+            Some(token) => format!("{name} vf_token={token}"),
+            None => name.to_string(),
         };
         // The kernel resets it, which it only tries (`vfio_pci_core_enable`).
-        let opened = patiently(|| group.device(&name));
+        let opened = patiently(|| group.device(&called));
         opened.map(File::from).map_err(failed)
     }
 
     fn cdev(
         &self,
         device: &Path,
-        address: Bdf,
+        name: HostName,
         ioas: &Arc<Ioas>,
         vf_token: Option<&VfToken>,
         claim: Arc<()>,
     ) -> Result<Opened, DeviceError> {
-        let failed = |source| DeviceError::Open { address, source };
-        let handed = self.open.handed().devices.remove(&address);
+        let failed = |source| DeviceError::Open { name, source };
+        let handed = self.open.handed().devices.remove(&name);
         let is_handed = handed.is_some();
         let (file, path) = match handed {
             Some(file) => (file, self.paths.cdev_node(device).unwrap_or_default()),
-            None => self.open_cdev(device, address)?,
+            None => self.open_cdev(device, name)?,
         };
-        self.tell_kvm(file.as_fd(), address)?;
+        self.tell_kvm(file.as_fd(), name)?;
         let group = self.paths.group_of(device);
         if let Some(group) = group {
             ioas.joined(group);
@@ -311,20 +348,20 @@ impl Opener {
                 ioas: ioas.clone(),
                 group,
             },
-            address,
+            name,
             folder: device.to_owned(),
             paths: self.paths.clone(),
             handed: is_handed,
             open: self.open.clone(),
             _claim: claim,
         };
-        bind(&opened.file, ioas, address, vf_token).map_err(|source| {
+        bind(&opened.file, ioas, name, vf_token).map_err(|source| {
             if source.raw_os_error() == Some(libc::EACCES) {
-                return refused(address, vf_token);
+                return refused(name, vf_token);
             }
             let binding = Binding {
                 paths: &self.paths,
-                address,
+                name,
                 group,
                 node: path,
                 handed: is_handed,
@@ -347,12 +384,12 @@ impl Opener {
         Ok(opened)
     }
 
-    fn open_cdev(&self, device: &Path, address: Bdf) -> Result<(File, PathBuf), DeviceError> {
-        let failed = |source| DeviceError::Open { address, source };
+    fn open_cdev(&self, device: &Path, name: HostName) -> Result<(File, PathBuf), DeviceError> {
+        let failed = |source| DeviceError::Open { name, source };
         // One that cannot be seen from here is for `Obstacle` to explain.
         let path = self.paths.cdev_node(device).ok_or_else(|| {
             failed(OpenError::NoCdev {
-                device: address.to_string(),
+                device: name.to_string(),
                 why: "the host's kernel makes no character device for it (it was built without \
                       CONFIG_VFIO_DEVICE_CDEV); use `--platform iommufd=off`"
                     .to_owned(),
@@ -371,12 +408,12 @@ impl Opener {
         Ok((file, path))
     }
 
-    fn tell_kvm(&self, file: BorrowedFd<'_>, address: Bdf) -> Result<(), DeviceError> {
+    fn tell_kvm(&self, file: BorrowedFd<'_>, name: HostName) -> Result<(), DeviceError> {
         self.kvm
             .as_ref()
             .map_or(Ok(()), |kvm| kvm.add(file))
             .map_err(|source| DeviceError::Kernel {
-                address,
+                name,
                 what: "KVM_DEV_VFIO_FILE_ADD",
                 source,
             })
@@ -387,7 +424,7 @@ impl Opener {
 ///
 /// Kernels before Linux 6.17 neither take a VF token there nor ask for one: the device can be had
 /// without, and that is said.
-fn bind(file: &File, ioas: &Ioas, address: Bdf, vf_token: Option<&VfToken>) -> io::Result<()> {
+fn bind(file: &File, ioas: &Ioas, name: HostName, vf_token: Option<&VfToken>) -> io::Result<()> {
     // This opens the device, and the kernel resets it, which it only tries (`vfio_pci_core_enable`).
     let bind = |token| patiently(|| sys::bind_iommufd(file, ioas.fd(), token));
     let bound = bind(vf_token.map(VfToken::bytes));
@@ -395,7 +432,7 @@ fn bind(file: &File, ioas: &Ioas, address: Bdf, vf_token: Option<&VfToken>) -> i
         Err(error) if vf_token.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
             bind(None)?;
             log::warn!(
-                "{address}: this host's kernel takes no VF token over iommufd (Linux 6.17 does), and \
+                "{name}: this host's kernel takes no VF token over iommufd (Linux 6.17 does), and \
                  asks for none: it was opened without; `--platform iommufd=off` uses the token"
             );
             Ok(())
@@ -405,44 +442,57 @@ fn bind(file: &File, ioas: &Ioas, address: Bdf, vf_token: Option<&VfToken>) -> i
 }
 
 /// What EACCES means: the kernel wants a VF token, or another one.
-fn refused(address: Bdf, vf_token: Option<&VfToken>) -> DeviceError {
+fn refused(name: HostName, vf_token: Option<&VfToken>) -> DeviceError {
     match vf_token {
-        None => DeviceError::NoVfToken { address },
-        Some(_) => DeviceError::WrongVfToken { address },
+        None => DeviceError::NoVfToken { name },
+        Some(_) => DeviceError::WrongVfToken { name },
     }
 }
 
-fn address_of(device: &Path) -> Result<Bdf, DeviceError> {
-    // A link may have any name: two that lead to one device are one.
-    let real = device.canonicalize();
-    real.as_deref()
-        .unwrap_or(device)
-        .file_name()
-        .and_then(|name| name.to_str()?.parse().ok())
-        .ok_or_else(|| DeviceError::NotPci {
-            path: device.to_owned(),
-        })
+fn name_of(device: &Path) -> Result<HostName, DeviceError> {
+    HostName::of_device(device).ok_or_else(|| DeviceError::NotPci {
+        path: device.to_owned(),
+    })
+}
+
+/// Why a device is in no group: an IOMMU's are there with it, and those of mediated devices VFIO makes.
+fn no_group(paths: &SysRoot, name: HostName) -> DeviceError {
+    match name.is_mediated() {
+        true => DeviceError::NoVfioGroup { name },
+        false => DeviceError::NoGroup {
+            name,
+            obstacle: Obstacle::no_iommu(paths),
+        },
+    }
 }
 
 /// That the device is there and ready, as sysfs shows it.
-fn check(paths: &SysRoot, device: &Path) -> Result<Bdf, DeviceError> {
-    let address = address_of(device)?;
+fn check(paths: &SysRoot, device: &Path) -> Result<HostName, DeviceError> {
+    let name = name_of(device)?;
     if !device.exists() {
-        return Err(DeviceError::NotThere { address });
+        return Err(DeviceError::NotThere { name });
+    }
+    if name.is_mediated() {
+        return check_mediated(paths, device, name).map(|()| name);
     }
     // Without an IOMMU no VFIO driver takes it, and asking for one would lead nowhere.
     if paths.group_of(device).is_none() {
-        return Err(DeviceError::NoGroup {
-            address,
-            obstacle: Obstacle::no_iommu(paths),
-        });
+        return Err(no_group(paths, name));
     }
     match paths.driver_of(device) {
-        None => Err(DeviceError::NoDriver { address }),
-        Some(driver) if !is_vfio_driver(&driver) => {
-            Err(DeviceError::WrongDriver { address, driver })
-        }
-        Some(_) => Ok(address),
+        None => Err(DeviceError::NoDriver { name }),
+        Some(driver) if !is_vfio_driver(&driver) => Err(DeviceError::WrongDriver { name, driver }),
+        Some(_) => Ok(name),
+    }
+}
+
+fn check_mediated(paths: &SysRoot, device: &Path, name: HostName) -> Result<(), DeviceError> {
+    match paths.device_api(device) {
+        // Its type goes before the device itself, which waits for its users.
+        None => Err(DeviceError::NotThere { name }),
+        Some(api) if api != PCI_API => Err(DeviceError::WrongApi { name, api }),
+        Some(_) if paths.driver_of(device).is_none() => Err(DeviceError::NotLent { name }),
+        Some(_) => Ok(()),
     }
 }
 
@@ -486,6 +536,40 @@ mod tests {
         assert_eq!(told("0000:05:00.0"), "0000:05:00.0");
         assert!(told("0000:04:00.0").contains("the host has no IOMMU in use"));
         assert!(told("0000:06:00.0").starts_with("there is no PCI device 0000:06:00.0"));
-        assert!(told("usb1").contains("is not a PCI device"));
+        assert!(told("usb1").contains("is neither a PCI device"));
+    }
+
+    #[test]
+    fn a_mediated_device_needs_no_iommu_and_is_taken_as_a_pci_device_only() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = SysRoot::under(root.path());
+        let made = |digit: u32, api: &str, driver: Option<&str>| {
+            let name = format!("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f{digit}");
+            let folder = paths.sys.join("bus/mdev/devices").join(name);
+            fs::create_dir_all(folder.join("mdev_type")).unwrap();
+            fs::write(folder.join("mdev_type/device_api"), api).unwrap();
+            if let Some(driver) = driver {
+                symlink(format!("../../drivers/{driver}"), folder.join("driver")).unwrap();
+            }
+            folder
+        };
+        let told = |folder: &Path| match check(&paths, folder) {
+            Ok(name) => name.to_string(),
+            Err(error) => error.to_string(),
+        };
+        let serial = made(0, "vfio-pci\n", Some("mtty"));
+        assert_eq!(told(&serial), "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0");
+        for (digit, api) in [(1, "vfio-ap"), (2, "vfio-ccw")] {
+            let text = told(&made(digit, &format!("{api}\n"), Some("vfio_ap_mdev")));
+            assert!(text.contains(&format!("of the kind {api}")), "{text}");
+        }
+        assert!(told(&made(3, "vfio-pci\n", None)).contains("bound to no driver"));
+        fs::remove_dir_all(serial.join("mdev_type")).unwrap();
+        let absent =
+            "there is no mediated device bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0 on this host";
+        assert!(told(&serial).starts_with(absent));
+        let name = name_of(&serial).unwrap();
+        let text = no_group(&paths, name).to_string();
+        assert!(text.contains("CONFIG_VFIO_GROUP"), "{text}");
     }
 }

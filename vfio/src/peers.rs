@@ -8,11 +8,15 @@ use busway_pci::PAGE_SIZE;
 use crate::{Area, DeviceIo, RegionIndex};
 
 /// Maps a page of each BAR of the device behind `io` that can be mapped, for a moment: by its dma-buf,
-/// which is all that an iommufd takes. `name` is what errors call the device. Nothing else is mapped yet.
+/// which is all that an iommufd takes. Nothing of a mediated device. `name` is what errors call the device.
+/// Nothing else is mapped yet.
 ///
 /// # Errors
 /// [`MapError`] of the first that cannot be mapped for others.
 pub fn try_peers(name: &str, io: &dyn DeviceIo, space: &dyn DmaSpace) -> Result<(), MapError> {
+    if io.is_mediated() {
+        return Ok(());
+    }
     let ranges = space.usable_ranges()?;
     let Some(place) = ranges.iter().find_map(|range| page_of(*range)) else {
         return Ok(());
@@ -139,6 +143,17 @@ mod tests {
         assert_eq!(fake.dma_bufs.load(Ordering::Relaxed), 2);
         // Where nothing can be mapped at all, that is said when RAM is.
         try_peers("none", &device(), &Space::new(&[(5, 0x1003)], None)).unwrap();
+    }
+
+    #[test]
+    fn the_memory_of_a_mediated_device_is_nobody_elses() {
+        let fake = FakeDevice {
+            mediated: true,
+            ..device()
+        };
+        let space = Space::new(&[(0, u64::MAX)], Some("BAR"));
+        try_peers("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3", &fake, &space).unwrap();
+        assert_eq!(fake.dma_bufs.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! A device's interrupt pin over VFIO, and that the kernel has one kind of interrupt at a time.
 //!
 //! VFIO masks the device when its pin signals (by the interrupt disable bit, or the whole line for a
-//! device that has none) and unmasks it when the resample eventfd is signalled. The guest's interrupt
+//! device that has none) and unmasks it when the resample eventfd is signalled; where a mediated device's
+//! driver does not, a thread does ([`Unmasker`]). The guest's interrupt
 //! disable bit goes to VFIO's virtual command register, which does the rest.
 
 use std::fs;
@@ -14,6 +15,7 @@ use busway_pci::pace::{self, Pace};
 use busway_pci::{InterruptLines, InterruptPin, Intx, PinError, PinOwner, VectorOwner, spec};
 
 use crate::config::{GuestConfig, read_dword};
+use crate::unmask::Unmasker;
 use crate::vectors::disable;
 use crate::{DeviceIo, IrqIndex};
 
@@ -22,6 +24,21 @@ use crate::{DeviceIo, IrqIndex};
 struct PinIrq {
     name: String,
     io: Arc<dyn DeviceIo>,
+    /// Unmasks it, where its driver does not.
+    unmasker: Option<Unmasker>,
+}
+
+impl PinIrq {
+    fn unmask_on(&mut self, resample: BorrowedFd<'_>) -> io::Result<()> {
+        match self.io.unmask_on(IrqIndex::Intx, resample) {
+            Err(error) if Unmasker::is_wanted(&error) => {
+                let unmasker = Unmasker::start(&self.name, self.io.clone(), resample)?;
+                self.unmasker = Some(unmasker);
+                Ok(())
+            }
+            result => result.map_err(io::Error::other),
+        }
+    }
 }
 
 impl PinOwner for PinIrq {
@@ -30,14 +47,15 @@ impl PinOwner for PinIrq {
             .set_irqs(IrqIndex::Intx, 0, &[Some(event)])
             .map_err(io::Error::other)?;
         // A signal of `resample` in between is not lost: VFIO looks when it takes the eventfd.
-        let result = self.io.unmask_on(IrqIndex::Intx, resample);
+        let result = self.unmask_on(resample);
         if result.is_err() {
             self.disconnect();
         }
-        result.map_err(io::Error::other)
+        result
     }
 
     fn disconnect(&mut self) {
+        self.unmasker = None;
         disable(&self.name, &*self.io, IrqIndex::Intx);
     }
 }
@@ -63,6 +81,7 @@ impl Pin {
             irq: PinIrq {
                 name: name.to_owned(),
                 io: io.clone(),
+                unmasker: None,
             },
         })
     }

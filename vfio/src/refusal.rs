@@ -8,12 +8,8 @@ use std::io;
 use std::path::PathBuf;
 use std::slice;
 
-use busway_iommu::{
-    Obstacle, OpenError, Remapping, SysRoot, holder, holders, is_vfio_driver, not_viable,
-};
-use busway_pci::Bdf;
-
-use crate::DeviceError;
+use crate::{DeviceError, HostName};
+use busway_iommu::{Obstacle, OpenError, Remapping, SysRoot, holder, holders, not_viable};
 
 /// The module whose parameters rule iommufd.
 pub(crate) const MODULE: &str = "iommufd";
@@ -22,7 +18,7 @@ pub(crate) const MODULE: &str = "iommufd";
 #[derive(Debug)]
 pub(crate) struct Binding<'a> {
     pub(crate) paths: &'a SysRoot,
-    pub(crate) address: Bdf,
+    pub(crate) name: HostName,
     pub(crate) group: Option<u32>,
     /// Its character device.
     pub(crate) node: PathBuf,
@@ -33,8 +29,8 @@ pub(crate) struct Binding<'a> {
 impl Binding<'_> {
     /// What the kernel's answer means, but for EACCES, which is about VF tokens.
     pub(crate) fn refused(self, error: io::Error) -> DeviceError {
-        let (paths, address) = (self.paths, self.address);
-        let failed = |source| DeviceError::Open { address, source };
+        let (paths, name) = (self.paths, self.name);
+        let failed = |source| DeviceError::Open { name, source };
         let attach = |obstacle| {
             failed(OpenError::Attach {
                 what: "it".to_owned(),
@@ -49,9 +45,10 @@ impl Binding<'_> {
             return failed(error);
         }
         match (number, self.group) {
+            (Some(libc::ETIMEDOUT), _) if name.is_mediated() => DeviceError::TimedOut { name },
             (Some(libc::EPERM), _) => attach(self.not_permitted(error)),
             (Some(libc::EBUSY), Some(group)) => DeviceError::Busy {
-                address,
+                name,
                 holder: holder(paths, &[paths.group(group)]),
             },
             (Some(libc::EINVAL), group) => {
@@ -62,18 +59,18 @@ impl Binding<'_> {
                         && !holders(paths, slice::from_ref(&self.node)).is_empty() =>
                     {
                         DeviceError::Busy {
-                            address,
+                            name,
                             holder: holder(paths, &[self.node]),
                         }
                     }
                     None => DeviceError::NotBound {
-                        address,
+                        name,
                         path: self.node,
                     },
                 }
             }
             _ => DeviceError::Kernel {
-                address,
+                name,
                 what: "VFIO_DEVICE_BIND_IOMMUFD",
                 source: error,
             },
@@ -104,15 +101,13 @@ impl Binding<'_> {
         }
     }
 
-    /// The other members of its group that VFIO has: address, and folder in sysfs.
+    /// The other members of its group that VFIO has: name, and folder in sysfs.
     fn other_members(&self) -> Vec<(String, PathBuf)> {
-        let own = self.address.to_string();
+        let own = self.name.to_string();
         let members = self.group.map(|group| self.paths.members(group));
         let members = members.into_iter().flatten();
-        let others = members.filter(|(address, folder)| {
-            let driver = self.paths.driver_of(folder);
-            *address != own && driver.is_some_and(|driver| is_vfio_driver(&driver))
-        });
+        let others =
+            members.filter(|(name, folder)| *name != own && self.paths.is_with_vfio(folder));
         others.collect()
     }
 }
@@ -160,7 +155,7 @@ mod tests {
         fn binding(&self) -> Binding<'_> {
             Binding {
                 paths: &self.paths,
-                address: "0000:01:00.0".parse().unwrap(),
+                name: HostName::Pci("0000:01:00.0".parse().unwrap()),
                 group: Some(7),
                 node: self.paths.dev.join("vfio/devices/vfio3"),
                 handed: false,
@@ -201,6 +196,20 @@ mod tests {
         fs::create_dir_all(parameter.parent().unwrap()).unwrap();
         fs::write(parameter, "Y\n").unwrap();
         says(&made.told(libc::EPERM), &[OTHER]);
+    }
+
+    #[test]
+    fn a_mediated_device_whose_driver_is_silent_is_told_of_by_what_that_waits_for() {
+        let made = Made::new();
+        let told = |name: &str| {
+            let mut binding = made.binding();
+            binding.name = name.parse().unwrap();
+            let error = io::Error::from_raw_os_error(libc::ETIMEDOUT);
+            binding.refused(error).to_string()
+        };
+        let text = told("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3");
+        says(&text, &["bd8d9d2b", "-uuid UUID", "nvidia-vgpu-mgr"]);
+        says(&told("0000:01:00.0"), &["VFIO_DEVICE_BIND_IOMMUFD failed"]);
     }
 
     #[test]

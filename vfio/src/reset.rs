@@ -34,6 +34,8 @@ pub enum FunctionReset {
     Bus,
     /// To D3hot and back. PCIe 6.0 §5.3.1.4.1
     PowerState,
+    /// The driver that made a mediated device.
+    Mediated,
     /// One that has no name here.
     Other,
 }
@@ -157,7 +159,7 @@ pub enum ResetMethod {
 /// A word for it, as reports have it.
 impl ResetMethod {
     /// `flr`, `af_flr`, `device_specific`, `acpi`, `bus`, `pm` and `other`, as sysfs's `reset_method`
-    /// says it, and `hot` and `none`.
+    /// says it, and `mediated`, `hot` and `none`.
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self {
@@ -167,6 +169,7 @@ impl ResetMethod {
             Self::Function(FunctionReset::Acpi) => "acpi",
             Self::Function(FunctionReset::Bus) => "bus",
             Self::Function(FunctionReset::PowerState) => "pm",
+            Self::Function(FunctionReset::Mediated) => "mediated",
             Self::Function(FunctionReset::Other) => "other",
             Self::Hot { .. } => "hot",
             Self::None => "none",
@@ -184,6 +187,7 @@ impl fmt::Display for ResetMethod {
                 FunctionReset::Acpi => "the firmware",
                 FunctionReset::Bus => "reset of the bus that it is alone on",
                 FunctionReset::PowerState => "a change of its power state",
+                FunctionReset::Mediated => "the driver that made it",
                 FunctionReset::Other => "the kernel",
             }),
             Self::Hot { others } if others.is_empty() => f.write_str("hot reset"),

@@ -18,12 +18,19 @@ use crate::{DeviceIo, IrqError, IrqIndex, Mapping, RegionIndex};
 pub enum AssignError {
     /// {name} does not answer: it is gone, or in a power state that it does not come back from
     #[error(
-        "{name} does not answer: its configuration space reads all ones; reset it \
-         (`echo 1 > /sys/bus/pci/devices/{name}/reset`), or power the host off and on"
+        "{name} does not answer: its configuration space reads all ones; {}",
+        match .mediated {
+            true => "remove it and make it anew; `dmesg` may say more".to_owned(),
+            false => format!(
+                "reset it (`echo 1 > /sys/bus/pci/devices/{name}/reset`), or power the host off and on"
+            ),
+        }
     )]
     Silent {
         /// The device.
         name: String,
+        /// Whether it is a mediated one, which a driver made.
+        mediated: bool,
     },
     /// {name} is a bridge, and a guest can be given endpoints only
     #[error(
@@ -74,6 +81,7 @@ pub(crate) fn check_header(name: &str, io: &dyn DeviceIo) -> Result<(), AssignEr
     if is_silent(io) {
         return Err(AssignError::Silent {
             name: name.to_owned(),
+            mediated: io.is_mediated(),
         });
     }
     let [_, _, header, _] = read_dword(io, spec::CACHE_LINE_SIZE).to_le_bytes();

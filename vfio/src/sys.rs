@@ -103,6 +103,18 @@ pub(crate) fn set_unmask_event(
     )
 }
 
+/// Unmasks the first interrupt of a kind now.
+pub(crate) fn unmask(device: &File, index: u32) -> io::Result<u32> {
+    set_irqs(
+        device,
+        VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK,
+        index,
+        0,
+        1,
+        std::iter::empty(),
+    )
+}
+
 pub(crate) fn disable_irqs(device: &File, index: u32) -> io::Result<u32> {
     set_irqs(
         device,

@@ -1,8 +1,6 @@
 //! `busway device check`: whether a guest can have devices, and what to do where it cannot.
 
-use std::collections::BTreeSet;
-
-use busway_host::{Called, Check, DeviceCheck, Host, Opens, SysRoot};
+use busway_host::{Called, Check, DeviceCheck, Host, MediatedCheck, Opens, SysRoot};
 use clap::Args;
 use serde::Serialize;
 
@@ -15,7 +13,7 @@ use crate::cli::style::{Screen, Style};
 #[derive(Args, Clone, Debug)]
 pub struct CheckArgs {
     /// The devices that a guest is to have together: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1,
-    /// or files of sysfs
+    /// mediated devices' UUIDs, or files of sysfs
     #[arg(value_name = "DEVICE", required = true)]
     pub addresses: Vec<Called>,
 
@@ -29,6 +27,7 @@ struct Json<'a> {
     version: u32,
     ready: bool,
     devices: Vec<DeviceJson<'a>>,
+    mediated_devices: Vec<MediatedJson<'a>>,
     host: Vec<FindingJson<'a>>,
 }
 
@@ -40,6 +39,13 @@ struct DeviceJson<'a> {
     findings: Vec<FindingJson<'a>>,
 }
 
+#[derive(Serialize)]
+struct MediatedJson<'a> {
+    uuid: String,
+    ready: bool,
+    findings: Vec<FindingJson<'a>>,
+}
+
 /// What was found, in words or as JSON; and what the command ends with.
 pub(super) fn show(
     root: &SysRoot,
@@ -48,13 +54,14 @@ pub(super) fn show(
     opens: Opens<'_>,
 ) -> Result<(String, Result<(), DeviceError>), DeviceError> {
     let host = Host::read(root)?;
-    let addresses: BTreeSet<_> = super::find(root, &args.addresses)?.into_iter().collect();
-    let check = Check::of(&host, &addresses, args.findings.memory, opens);
+    let (addresses, uuids) = super::find_all(root, &args.addresses)?;
+    let check = Check::of_all(&host, &addresses, &uuids, args.findings.memory, opens);
     let ready = check.is_ready();
     let end = match ready {
         true => Ok(()),
         false => Err(DeviceError::NotReady {
-            absent: check.devices.iter().any(|device| !device.is_there),
+            absent: check.devices.iter().any(|device| !device.is_there)
+                || check.mediated.iter().any(|device| !device.is_there),
         }),
     };
     if args.findings.json {
@@ -62,6 +69,7 @@ pub(super) fn show(
             version: super::json::VERSION,
             ready,
             devices: check.devices.iter().map(device_json).collect(),
+            mediated_devices: check.mediated.iter().map(mediated_json).collect(),
             host: findings::json(&check.host),
         };
         let text = serde_json::to_string_pretty(&json).map_err(ListError::from)?;
@@ -82,6 +90,15 @@ pub(super) fn show(
         text += &findings::show(&of.findings, screen);
         text.push('\n');
     }
+    for of in &check.mediated {
+        let verdict = match of.is_ready() {
+            true => READY,
+            false => NOT_READY,
+        };
+        text += &findings::heading(&format!("{}  mediated device", of.uuid), verdict, screen);
+        text += &findings::show(&of.findings, screen);
+        text.push('\n');
+    }
     let (word, style) = match findings::has_obstacle(&check.host) {
         true => ("cannot give devices to guests", Style::BAD),
         false => ("can give devices to guests", Style::GOOD),
@@ -91,11 +108,22 @@ pub(super) fn show(
     Ok((text, end))
 }
 
+const READY: (&str, Style) = ("ready", Style::GOOD);
+const NOT_READY: (&str, Style) = ("not ready", Style::BAD);
+
 fn verdict(device: &DeviceCheck) -> (&'static str, Style) {
     match (device.is_ready(), device.needs_only_binding()) {
-        (true, _) => ("ready", Style::GOOD),
+        (true, _) => READY,
         (false, true) => ("ready to be bound", Style::WARN),
-        (false, false) => ("not ready", Style::BAD),
+        (false, false) => NOT_READY,
+    }
+}
+
+fn mediated_json(device: &MediatedCheck) -> MediatedJson<'_> {
+    MediatedJson {
+        uuid: device.uuid.to_string(),
+        ready: device.is_ready(),
+        findings: findings::json(&device.findings),
     }
 }
 

@@ -8,6 +8,8 @@ use busway_pci::Bdf;
 use serde::{Serialize, Serializer};
 
 use super::facts::Facts;
+use super::list::Shown;
+use super::mediated::{DeviceJson, TypeJson, device_json, type_json};
 
 /// The version of the schema.
 pub(super) const VERSION: u32 = 1;
@@ -16,6 +18,8 @@ pub(super) const VERSION: u32 = 1;
 struct List<'a> {
     version: u32,
     devices: Vec<Device<'a>>,
+    mediated_devices: Vec<DeviceJson<'a>>,
+    mediated_types: Vec<TypeJson<'a>>,
 }
 
 #[derive(Serialize)]
@@ -138,12 +142,14 @@ fn some_words<S: Serializer>(address: &Option<Bdf>, serializer: S) -> Result<S::
 /// The devices as JSON, on one line or on many.
 pub(super) fn show(
     facts: &Facts<'_>,
-    devices: &[&HostDevice],
+    shown: &Shown<'_>,
     one_line: bool,
 ) -> Result<String, serde_json::Error> {
     let list = List {
         version: VERSION,
-        devices: devices.iter().map(|device| one(facts, device)).collect(),
+        devices: shown.devices.iter().map(|one| device(facts, one)).collect(),
+        mediated_devices: shown.mediated.iter().map(|one| device_json(one)).collect(),
+        mediated_types: shown.types.iter().map(|one| type_json(one)).collect(),
     };
     let text = match one_line {
         true => serde_json::to_string(&list),
@@ -152,7 +158,7 @@ pub(super) fn show(
     Ok(text? + "\n")
 }
 
-fn one<'a>(facts: &'a Facts<'_>, device: &'a HostDevice) -> Device<'a> {
+fn device<'a>(facts: &'a Facts<'_>, device: &'a HostDevice) -> Device<'a> {
     let hex = |id: u16| format!("{id:04x}");
     let state = |state: LinkState| State {
         gigatransfers: f64::from(state.speed) / 10.0,

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use busway_host::files::{Existing, OutputError, open_output};
 use busway_host::{
-    Called, CalledError, Host, HostDevice, HostError, Refusal, RefusedError, SysRoot,
+    Called, CalledError, Host, HostDevice, HostError, MediatedDevice, MediatedType, Refusal,
+    RefusedError, SysRoot, Uuid,
 };
 use clap::Args;
 
@@ -14,14 +15,15 @@ use super::facts::{self, Facts, is_lent};
 use super::names::Names;
 use super::table::{Row, Styles, Table};
 use super::topology::Topology;
-use super::{json, long, svg, tree};
+use super::{json, long, mediated, svg, tree};
 use crate::cli::findings;
 use crate::cli::style::{Screen, Style, of_palette};
 
 /// `busway device list`
 #[derive(Args, Clone, Debug, Default)]
 pub struct ListArgs {
-    /// Show only these devices: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1, or a file of sysfs
+    /// Show only these devices: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1, a mediated device's UUID,
+    /// or a file of sysfs
     #[arg(value_name = "DEVICE")]
     pub addresses: Vec<Called>,
 
@@ -70,6 +72,9 @@ pub enum ListError {
     /// A device to be shown is not there.
     #[error(transparent)]
     Refused(#[from] RefusedError),
+    /// A mediated device to be shown is not there.
+    #[error("there is no mediated device {0}\n  see those there are: busway device list")]
+    NotMediated(Uuid),
     /// No device is in the group.
     #[error("there is no IOMMU group {group}; {}", groups(.known))]
     NoGroup {
@@ -106,6 +111,15 @@ fn groups(known: &[u32]) -> String {
     }
 }
 
+/// What is shown.
+pub(super) struct Shown<'a> {
+    /// PCI functions, by address.
+    pub(super) devices: Vec<&'a HostDevice>,
+    pub(super) mediated: Vec<&'a MediatedDevice>,
+    /// Kinds of mediated devices, where nothing is left out.
+    pub(super) types: Vec<&'a MediatedType>,
+}
+
 /// What the arguments ask to be shown, once.
 pub(super) fn show(
     root: &SysRoot,
@@ -115,16 +129,17 @@ pub(super) fn show(
 ) -> Result<String, ListError> {
     let host = Host::read(root)?;
     let facts = Facts::of(&host, names);
-    let devices = select(&facts, args)?;
+    let shown = select(&facts, args)?;
+    let devices = &shown.devices;
     if args.json {
-        return Ok(json::show(&facts, &devices, args.watch)?);
+        return Ok(json::show(&facts, &shown, args.watch)?);
     }
     if args.tree {
-        let topology = Topology::of(&host, &devices);
+        let topology = Topology::of(&host, devices);
         return Ok(tree::show(&facts, &topology, screen));
     }
     if let Some(file) = &args.svg {
-        let picture = svg::show(&facts, &Topology::of(&host, &devices), &title(&host));
+        let picture = svg::show(&facts, &Topology::of(&host, devices), &title(&host));
         if file.as_os_str() == "-" {
             return Ok(picture);
         }
@@ -137,18 +152,30 @@ pub(super) fn show(
         return Ok(String::new());
     }
     if args.long {
-        return Ok(long::show(&facts, &devices, screen));
+        return Ok(long::show(&facts, &shown, screen));
     }
     let shared = host.shared_groups();
     let rows: Vec<_> = devices
-        .into_iter()
+        .iter()
         .map(|device| row(&facts, &shared, device))
         .collect();
     let table = Table {
         rows: &rows,
         screen,
     };
-    let mut text = table.to_string();
+    let mut text = match rows.is_empty() {
+        true => String::new(),
+        false => table.to_string(),
+    };
+    for more in [
+        mediated::devices(&shown.mediated, screen),
+        mediated::types(&shown.types, screen),
+    ] {
+        if !more.is_empty() && !text.is_empty() {
+            text.push('\n');
+        }
+        text += &more;
+    }
     // Who reads the table from a pipe expects rows.
     if let (Some(unseen), Some(_)) = (host.unseen(), screen.width) {
         text.push('\n');
@@ -158,9 +185,15 @@ pub(super) fn show(
 }
 
 /// The devices asked for, by address.
-fn select<'a>(facts: &Facts<'a>, args: &ListArgs) -> Result<Vec<&'a HostDevice>, ListError> {
+fn select<'a>(facts: &Facts<'a>, args: &ListArgs) -> Result<Shown<'a>, ListError> {
     let host = facts.host;
-    let addresses = super::find(host.root(), &args.addresses)?;
+    let (addresses, uuids) = super::find_all(host.root(), &args.addresses)?;
+    if let Some(absent) = uuids
+        .iter()
+        .find(|uuid| host.mediated_device(**uuid).is_none())
+    {
+        return Err(ListError::NotMediated(*absent));
+    }
     let absent = addresses.iter().filter(|a| host.device(**a).is_none());
     let absent: Vec<_> = absent
         .map(|&address| Refusal::NotThere { address })
@@ -169,7 +202,8 @@ fn select<'a>(facts: &Facts<'a>, args: &ListArgs) -> Result<Vec<&'a HostDevice>,
         return Err(RefusedError(absent).into());
     }
     for &group in &args.group {
-        if host.group(group).next().is_none() {
+        let mut mediated = host.mediated_devices().iter();
+        if host.group(group).next().is_none() && !mediated.any(|one| one.group == Some(group)) {
             let mut known: Vec<_> = host.devices().filter_map(|device| device.group).collect();
             known.sort_unstable();
             return Err(ListError::NoGroup { group, known });
@@ -184,12 +218,23 @@ fn select<'a>(facts: &Facts<'a>, args: &ListArgs) -> Result<Vec<&'a HostDevice>,
             return Err(ListError::NoKind { kind, known });
         }
     }
+    let all = addresses.is_empty() && uuids.is_empty();
     let wanted = |device: &&HostDevice| {
-        (addresses.is_empty() || addresses.contains(&device.address))
+        (all || addresses.contains(&device.address))
             && (args.group.is_empty() || device.group.is_some_and(|g| args.group.contains(&g)))
             && (args.class.is_empty() || args.class.iter().any(|kind| is_of(facts, device, kind)))
     };
-    Ok(host.devices().filter(wanted).collect())
+    let mediated = |device: &&MediatedDevice| {
+        (all || uuids.contains(&device.uuid))
+            && (args.group.is_empty() || device.group.is_some_and(|g| args.group.contains(&g)))
+            && args.class.is_empty()
+    };
+    let whole = all && args.group.is_empty() && args.class.is_empty();
+    Ok(Shown {
+        devices: host.devices().filter(wanted).collect(),
+        mediated: host.mediated_devices().iter().filter(mediated).collect(),
+        types: host.mediated_types().iter().filter(|_| whole).collect(),
+    })
 }
 
 /// Whether a device is of a kind: a word of its class, one that many kinds have in common, or the

@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 use busway_host::{HostDevice, LinkState, Resource};
 
 use super::facts::{self, Facts};
+use super::list::Shown;
+use super::mediated::{self, type_words};
 use super::table::{fold, shorten};
 use crate::cli::style::{Screen, Style};
 
@@ -12,24 +14,41 @@ use crate::cli::style::{Screen, Style};
 const INDENT: usize = 13;
 
 /// A block for each device, with an empty line between.
-pub(super) fn show(facts: &Facts<'_>, devices: &[&HostDevice], screen: Screen) -> String {
-    let blocks: Vec<_> = devices
-        .iter()
-        .map(|device| block(facts, device, screen))
-        .collect();
+pub(super) fn show(facts: &Facts<'_>, shown: &Shown<'_>, screen: Screen) -> String {
+    let blocks = shown.devices.iter();
+    let blocks = blocks.map(|device| block(facts, device, screen));
+    let mediated = mediated::blocks(facts.host, &shown.mediated, screen);
+    let parents = mediated::parents(&shown.types, screen);
+    let blocks: Vec<_> = blocks.chain(mediated).chain(parents).collect();
     blocks.join("\n")
 }
 
 fn block(facts: &Facts<'_>, device: &HostDevice, screen: Screen) -> String {
-    let mut text = format!(
-        "{}  {}\n",
-        Style::BOLD.paint(device.address, screen.colour),
-        match screen.width {
-            Some(width) => shorten(facts.name(device), width.saturating_sub(14)),
-            None => facts.name(device).to_owned(),
+    let title = device.address.to_string();
+    labelled(&title, facts.name(device), lines(facts, device), screen)
+}
+
+/// A title, what it is, and lines below it, each with a label. One label serves all the lines that have it.
+pub(super) fn labelled(
+    title: &str,
+    what: &str,
+    mut lines: Vec<(&'static str, String)>,
+    screen: Screen,
+) -> String {
+    let mut last = "";
+    for (label, _) in &mut lines {
+        if *label == last {
+            *label = "";
+        } else {
+            last = label;
         }
-    );
-    for (label, words) in lines(facts, device) {
+    }
+    let what = match screen.width {
+        Some(width) => shorten(what, width.saturating_sub(title.len() + 2)),
+        None => what.to_owned(),
+    };
+    let mut text = format!("{}  {what}\n", Style::BOLD.paint(title, screen.colour));
+    for (label, words) in lines {
         let width = screen.width.unwrap_or(usize::MAX).saturating_sub(INDENT);
         for (index, line) in fold(&words, width).into_iter().enumerate() {
             let label = if index == 0 { label } else { "" };
@@ -97,15 +116,9 @@ fn lines(facts: &Facts<'_>, device: &HostDevice) -> Vec<(&'static str, String)> 
     for usage in facts.uses(device) {
         lines.push(("used by", usage));
     }
-    // One label serves all the lines that have it.
-    let mut last = "";
-    for (label, _) in &mut lines {
-        if *label == last {
-            *label = "";
-        } else {
-            last = label;
-        }
-    }
+    let types = facts.host.mediated_types().iter();
+    let own = types.filter(|kind| kind.parent.address == Some(device.address));
+    lines.extend(own.map(|kind| ("mediates", type_words(kind))));
     lines
 }
 

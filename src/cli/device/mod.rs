@@ -8,6 +8,7 @@ mod facts;
 mod json;
 mod list;
 mod long;
+mod mediated;
 mod names;
 mod permits;
 mod svg;
@@ -17,11 +18,12 @@ mod tree;
 mod vfs;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 
 use busway_host::{
     BindError, Called, CalledError, HostError, Kernel, LinuxKernel, NoUser, RestoreError, SysRoot,
-    UnbindError, VfsError,
+    UnbindError, Uuid, VfsError,
 };
 use busway_pci::Bdf;
 use clap::{Args, Subcommand};
@@ -55,7 +57,8 @@ pub enum DeviceCommand {
     /// more, and --long shows all of it on any: LINK (speed in GT/s and lanes, with the most it can where
     /// that is more), RESET (how the kernel can reset it), VFS (virtual functions, of those it can make),
     /// BARS (their sizes) and OTHERS (modules that it could have a driver of). Run as root, it also shows
-    /// which processes hold devices by VFIO. Output that is not read on a terminal is not cut.
+    /// which processes hold devices by VFIO. Output that is not read on a terminal is not cut. Mediated
+    /// devices, and the types of them that devices offer, stand below in tables of their own.
     List(ListArgs),
     /// Say whether a guest can have devices, and what to do where it cannot
     ///
@@ -86,7 +89,23 @@ pub enum DeviceCommand {
     Vfs(VfsArgs),
 }
 
-/// The devices that a person named.
+/// The devices that a person named: PCI functions, and mediated devices.
+fn find_all(
+    root: &SysRoot,
+    called: &[Called],
+) -> Result<(BTreeSet<Bdf>, BTreeSet<Uuid>), CalledError> {
+    let (mut addresses, mut uuids) = (BTreeSet::new(), BTreeSet::new());
+    for called in called {
+        match called.find(root) {
+            Ok(address) => drop(addresses.insert(address)),
+            Err(CalledError::Mediated(uuid)) => drop(uuids.insert(uuid)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((addresses, uuids))
+}
+
+/// The PCI functions that a person named.
 fn find(root: &SysRoot, called: &[Called]) -> Result<Vec<Bdf>, CalledError> {
     called.iter().map(|called| called.find(root)).collect()
 }
@@ -146,7 +165,9 @@ impl DeviceError {
             }
             Self::Vfs(VfsError::Refused(error)) => error.is_usage(),
             Self::NotReady { absent } => *absent,
-            Self::List(ListError::NoGroup { .. } | ListError::NoKind { .. })
+            Self::List(
+                ListError::NoGroup { .. } | ListError::NoKind { .. } | ListError::NotMediated(_),
+            )
             | Self::Called(_)
             | Self::List(ListError::Called(_))
             | Self::User(_) => true,

@@ -145,7 +145,7 @@ fn a_wrong_value_is_named_with_its_line_and_key() {
         ),
         (
             "device = [\"no-such-nic\"]",
-            "vm.toml, line 1: device: `no-such-nic` is not a PCI address",
+            "vm.toml, line 1: device: `no-such-nic` is neither a PCI address",
         ),
     ] {
         let said = complaint(text);

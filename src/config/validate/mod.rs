@@ -90,7 +90,7 @@ pub enum InvalidConfig {
         /// Whose.
         device: Name,
         /// What is wrong with it.
-        why: busway_pci::ParseBdfError,
+        why: busway_vfio::ParseHostNameError,
     },
     /// {device}: vf_token={why}
     #[error("{device}: vf_token={why}")]
@@ -376,20 +376,20 @@ impl VmConfig {
     }
 }
 
-/// No two devices are one function. Which one a descriptor alone is shows when the VM is put together,
+/// No two devices are one. Which one a descriptor alone is shows when the VM is put together,
 /// and is then asked again.
 pub(crate) fn validate_functions(devices: &[DeviceConfig]) -> Result<(), InvalidConfig> {
-    let mut functions = Seen::new("PCI address", "a function can be given once");
+    let mut functions = Seen::new("host device", "a device can be given once");
     for (index, device) in devices.iter().enumerate() {
         let name = Name::new("--device", index, device.id.as_ref());
         if device.fd.is_some() && device.path.as_os_str().is_empty() {
             continue;
         }
-        let address = device.address().map_err(|why| InvalidConfig::Address {
+        let host = device.host_name().map_err(|why| InvalidConfig::Address {
             device: name.clone(),
             why,
         })?;
-        functions.add(name, address.to_string(), true)?;
+        functions.add(name, host.to_string(), true)?;
     }
     Ok(())
 }

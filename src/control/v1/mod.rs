@@ -239,7 +239,7 @@ impl AddDevice {
     fn into_config(self) -> Result<DeviceConfig, String> {
         let path = self
             .path
-            .ok_or("path is missing: the device's address, or its folder in sysfs")?;
+            .ok_or("path is missing: the device's address, its UUID where it is mediated, or its folder in sysfs")?;
         let mut config = DeviceConfig::new(&path).map_err(|error| error.to_string())?;
         if let Some(token) = &self.vf_token {
             token

@@ -30,8 +30,15 @@ pub(super) struct PlannedFunction {
 }
 
 impl PlannedFunction {
-    /// The function that `host` is, given with `options`.
-    pub(super) fn new(host: &HostIdentity, options: &AssignOptions) -> Self {
+    /// The function that `host` is, given with `options`. Of a mediated device sysfs says nothing, and only
+    /// VFIO once it is open: it has the room that is reserved for what is plugged in.
+    pub(super) fn new(host: &HostIdentity, options: &AssignOptions, reserve: Reserve) -> Self {
+        if host.is_mediated() {
+            return Self {
+                host: host.clone(),
+                bars: reserved(reserve),
+            };
+        }
         let mut bars: Vec<_> = resources_in(&host.folder)
             .iter()
             .filter_map(|resource| match (bar_of(resource)?, &options.rom) {
@@ -50,17 +57,13 @@ impl PlannedFunction {
 
     /// An empty slot, which reserves room.
     pub(super) fn empty_slot(reserve: Reserve) -> Self {
-        let prefetchable = BarKind::Memory64 { prefetchable: true };
         Self {
             host: HostIdentity {
                 folder: PathBuf::from("an empty slot (--platform hotplug_slots=)"),
-                address: None,
+                host: None,
                 is_virtual: false,
             },
-            bars: vec![
-                (BarIndex::Bar(0), ROM, reserve.memory32),
-                (BarIndex::Bar(2), prefetchable, reserve.memory64),
-            ],
+            bars: reserved(reserve),
         }
     }
 
@@ -77,6 +80,15 @@ impl PlannedFunction {
 const ROM: BarKind = BarKind::Memory32 {
     prefetchable: false,
 };
+
+/// The BARs that room is reserved for.
+fn reserved(reserve: Reserve) -> Vec<(BarIndex, BarKind, u64)> {
+    let prefetchable = BarKind::Memory64 { prefetchable: true };
+    vec![
+        (BarIndex::Bar(0), ROM, reserve.memory32),
+        (BarIndex::Bar(2), prefetchable, reserve.memory64),
+    ]
+}
 
 /// What VFIO will show: BARs by their register, with the host's sizes. A size that no BAR can have is
 /// refused when the device is opened.

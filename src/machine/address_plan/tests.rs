@@ -33,7 +33,11 @@ impl Devices {
                     lines[number] = format!("{start:#x} {:#x} {flags:#x}", start + (size - 1));
                 }
                 fs::write(folder.join("resource"), lines.join("\n")).unwrap();
-                PlannedFunction::new(&HostIdentity::in_folder(&folder), &AssignOptions::default())
+                PlannedFunction::new(
+                    &HostIdentity::in_folder(&folder),
+                    &AssignOptions::default(),
+                    Reserve::SMALL,
+                )
             })
             .collect();
         Self(root, functions)
@@ -188,6 +192,19 @@ fn what_lies_between_the_ranges_that_the_kernel_maps_is_kept_clear_as_well() {
 }
 
 #[test]
+fn a_mediated_device_whose_bars_nobody_tells_has_the_room_of_an_empty_slot() {
+    let folder = "/sys/bus/mdev/devices/bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+    let host = HostIdentity::in_folder(folder.as_ref());
+    let reserve = Reserve {
+        memory32: 32 * MIB,
+        memory64: 4 * GIB,
+    };
+    let mediated = PlannedFunction::new(&host, &AssignOptions::default(), reserve);
+    assert_eq!(mediated.host.name(), folder.rsplit('/').next().unwrap());
+    assert_eq!(mediated.bars, PlannedFunction::empty_slot(reserve).bars);
+}
+
+#[test]
 fn nonsense_in_sysfs_is_no_bar() {
     let devices = Devices::new(&[&[(0, 12345, MEMORY), (1, 1 << 63, MEMORY | WIDE | PREFETCH)]]);
     assert_eq!(devices.1[0].bars.len(), 1);
@@ -195,6 +212,7 @@ fn nonsense_in_sysfs_is_no_bar() {
     let missing = PlannedFunction::new(
         &HostIdentity::in_folder("/nowhere/x".as_ref()),
         &AssignOptions::default(),
+        Reserve::SMALL,
     );
     assert!(missing.bars.is_empty());
     assert!(devices.0.path().exists());

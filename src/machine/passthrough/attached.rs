@@ -114,20 +114,23 @@ impl Attached {
         });
     }
 
-    /// What the devices are called, by their addresses on the host.
+    /// What the devices are called, by their names on the host.
     pub(in crate::machine) fn ids(&self) -> BTreeMap<String, String> {
         let devices = self.devices.iter();
         let named = devices.filter_map(|device| {
-            let address = device.config.address().ok()?;
-            Some((address.to_string(), device.config.id()))
+            let host = device.config.host_name().ok()?;
+            Some((host.to_string(), device.config.id()))
         });
         named.collect()
     }
 
     /// Whether the guest has the device, or one of the same name.
     pub(super) fn has(&self, config: &DeviceConfig) -> bool {
-        let mut devices = self.devices.iter();
-        devices.any(|device| device.config.path == config.path || device.config.id() == config.id())
+        let host = config.host_name();
+        let is = |other: &DeviceConfig| {
+            host.is_ok() && other.host_name() == host || other.id() == config.id()
+        };
+        self.devices.iter().any(|device| is(&device.config))
     }
 
     /// Closes devices that found no place, beside the event loop.

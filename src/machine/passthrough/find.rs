@@ -4,6 +4,7 @@
 use std::fs::File;
 
 use busway_iommu::{Mode, SysRoot, reserved_ranges};
+use busway_pci::Reserve;
 use busway_vfio::{AssignOptions, Handed, RomChoice, RomImage, interface};
 
 use super::placement::HostIdentity;
@@ -133,11 +134,11 @@ impl Found {
         })
     }
 
-    /// What sysfs says of each device's BARs.
-    pub(in crate::machine) fn planned(&self) -> Vec<PlannedFunction> {
+    /// What sysfs says of each device's BARs; `reserve` is room for those of which it says nothing.
+    pub(in crate::machine) fn planned(&self, reserve: Reserve) -> Vec<PlannedFunction> {
         let requests = self.requests.iter();
         requests
-            .map(|one| PlannedFunction::new(&one.identity, &one.options))
+            .map(|one| PlannedFunction::new(&one.identity, &one.options, reserve))
             .collect()
     }
 

@@ -136,7 +136,8 @@ impl Passthrough {
             asker.answer(Err(RequestError::Exists(twice.name())));
             return;
         }
-        let Some((port, slot)) = pci.empty_port(&self.taken) else {
+        let lives_by_io = configs.iter().any(HostIdentity::may_live_by_io);
+        let Some((port, slot)) = pci.empty_port(&self.taken, lives_by_io) else {
             asker.answer(Err(RequestError::Failed(pci.no_slot())));
             return;
         };

@@ -4,19 +4,24 @@
 //! expect to find each other. A virtual function is a device of its own: its number says which it is
 //! of its physical function's, and no more. So is a conventional device that shares a bus with others
 //! on the host: behind ports of their own they do not share interrupts and windows, and Linux, as
-//! every system, takes conventional functions behind a port.
+//! every system, takes conventional functions behind a port. A mediated device, which is on no bus of the
+//! host's, is one as well.
 
 use std::path::{Path, PathBuf};
 
-use busway_pci::{Bdf, Function};
+use busway_host::resources_in;
+use busway_pci::{Bdf, Function, spec};
+use busway_vfio::HostName;
+
+use crate::config::DeviceConfig;
 
 /// Which of the host's devices one is that the guest is to have.
 #[derive(Clone, Debug)]
 pub(in crate::machine) struct HostIdentity {
     /// Its folder in sysfs.
     pub(in crate::machine) folder: PathBuf,
-    /// Where it is on the host's PCI buses; nothing where that is not known.
-    pub(in crate::machine) address: Option<Bdf>,
+    /// What the host calls it; nothing where that is not known.
+    pub(in crate::machine) host: Option<HostName>,
     /// It is a virtual function.
     pub(in crate::machine) is_virtual: bool,
 }
@@ -24,23 +29,36 @@ pub(in crate::machine) struct HostIdentity {
 impl HostIdentity {
     /// The device whose folder in sysfs is `folder`.
     pub(in crate::machine) fn in_folder(folder: &Path) -> Self {
-        // A link may have any name.
-        let real = folder.canonicalize();
-        let name = real.as_deref().unwrap_or(folder).file_name();
-        let name = name.and_then(|name| name.to_str());
         Self {
             folder: folder.to_owned(),
-            address: name.and_then(|name| name.parse().ok()),
+            host: HostName::of_device(folder),
             is_virtual: folder.join("physfn").exists(),
         }
     }
 
-    /// Its address on the host or, where it has none, its folder.
+    /// What the host calls it or, where that is not known, its folder.
     pub(in crate::machine) fn name(&self) -> String {
-        match self.address {
-            Some(address) => address.to_string(),
+        match self.host {
+            Some(host) => host.to_string(),
             None => self.folder.display().to_string(),
         }
+    }
+
+    /// Whether the device may have nothing but I/O ports, as far as sysfs says: it does not of a mediated one.
+    pub(super) fn may_live_by_io(config: &DeviceConfig) -> bool {
+        let bars = resources_in(&config.path);
+        let mut bars = bars.iter().filter(|bar| bar.index < spec::BAR_COUNT);
+        bars.all(|bar| bar.is_io())
+    }
+
+    /// Whether it is a mediated device, which is on no PCI bus of the host's.
+    pub(in crate::machine) fn is_mediated(&self) -> bool {
+        self.host.is_some_and(HostName::is_mediated)
+    }
+
+    /// Where it is on the host's PCI buses, where it is on one.
+    fn address(&self) -> Option<Bdf> {
+        self.host.and_then(HostName::address)
     }
 }
 
@@ -61,7 +79,7 @@ pub(in crate::machine) fn behind_ports<'a>(
 ) -> Vec<Vec<Behind>> {
     let mut ports: Vec<(Option<Bdf>, Vec<Behind>)> = Vec::new();
     for (index, host) in given.into_iter().enumerate() {
-        let device = host.address.filter(|_| !host.is_virtual);
+        let device = host.address().filter(|_| !host.is_virtual);
         let new = Behind {
             index,
             function: device.map_or(Function::default(), |device| device.function),
@@ -98,7 +116,7 @@ mod tests {
     fn host(text: &str) -> HostIdentity {
         HostIdentity {
             folder: PathBuf::new(),
-            address: Some(text.parse().unwrap()),
+            host: Some(text.parse().unwrap()),
             is_virtual: false,
         }
     }
@@ -142,6 +160,10 @@ mod tests {
         given.push(virtual_function("01:00.4"));
         let alone: Vec<_> = (0..given.len()).map(|index| vec![(index, 0)]).collect();
         assert_eq!(numbers(&given), alone);
+        let mediated =
+            [3, 4].map(|digit| host(&format!("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f{digit}")));
+        assert!(mediated.iter().all(HostIdentity::is_mediated));
+        assert_eq!(numbers(&mediated), [[(0, 0)], [(1, 0)]]);
         let unknown = HostIdentity::in_folder(Path::new("/nowhere"));
         assert_eq!(numbers(&[unknown.clone(), unknown]), [[(0, 0)], [(1, 0)]]);
     }
@@ -155,7 +177,7 @@ mod tests {
                 .iter()
                 .map(|&id| HostIdentity {
                     folder: PathBuf::new(),
-                    address: Some(Bdf::from_routing_id(id)),
+                    host: Some(HostName::Pci(Bdf::from_routing_id(id))),
                     is_virtual: id % 5 == 0,
                 })
                 .collect();

@@ -29,7 +29,7 @@ make_builder() {
         make gcc "linux-headers-$stock_release" "linux-headers-$backports_release"
 }
 
-# build_vfio RELEASE VERSION: iommufd and VFIO as modules, left below $builder/vfio.
+# build_vfio RELEASE VERSION: iommufd, VFIO and the samples of mediated devices as modules, left below $builder/vfio.
 build_vfio() {
     local release=$1 version=$2 tree=$builder/vfio
     as_root rm -rf "$tree"
@@ -37,7 +37,7 @@ build_vfio() {
     logged "source-$release" apt_of_root download "linux-source-$(cut -d. -f1,2 <<<"$release")=$version"
     dpkg-deb --fsys-tarfile linux-source-*.deb | tar -xO --wildcards './usr/src/linux-source-*.tar.xz' |
         as_root tar -xJ -C "$tree" --strip-components=1 --no-same-owner \
-            --wildcards '*/drivers/iommu' '*/drivers/vfio' '*/lib/interval_tree.c'
+            --wildcards '*/drivers/iommu' '*/drivers/vfio' '*/samples/vfio-mdev' '*/lib/interval_tree.c'
     rm linux-source-*.deb
     as_root cp "$setup_dir/build-vfio" "$tree/"
     logged "vfio-$release" in_root "$builder" sh /vfio/build-vfio "$release"

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use busway_iommu::Uuid;
 use busway_pci::{Bdf, ParseBdfError};
 
 use super::root::{self, SysRoot};
@@ -15,6 +16,8 @@ pub enum Called {
     Address(Bdf),
     /// By an address without its domain (`01:00.0`), which is 0 unless there is no such device.
     Short(Bdf),
+    /// By the UUID of a mediated device, or its folder; it need not be there.
+    Mediated(Uuid),
     /// By vendor and device id (`10de:1b81`), as `lspci -n` prints them.
     Ids {
         /// Vendor id.
@@ -37,6 +40,13 @@ pub enum CalledError {
          see those there are: busway device list"
     )]
     Nothing(String),
+    /// {0} is a mediated device, and no PCI device
+    #[error(
+        "{0} is a mediated device, and no PCI device\n  \
+         its driver lends it without its being bound; to remove it: \
+         echo 1 > /sys/bus/mdev/devices/{0}/remove"
+    )]
+    Mediated(Uuid),
     /// {called} is several devices
     #[error("`{called}` is {} devices\n  name one by its address: {}", .devices.len(), words(.devices))]
     Several {
@@ -64,7 +74,11 @@ impl FromStr for Called {
         if text.contains('/') {
             let path = Path::new(text);
             let name = path.file_name().and_then(|name| name.to_str());
-            return match name.and_then(|name| name.parse().ok()) {
+            let name = name.unwrap_or_default();
+            if let Ok(uuid) = name.parse() {
+                return Ok(Self::Mediated(uuid));
+            }
+            return match name.parse().ok() {
                 Some(address) => Ok(Self::Address(address)),
                 None if path.is_absolute() => Ok(Self::File(path.to_owned())),
                 None => Err(error()),
@@ -75,6 +89,9 @@ impl FromStr for Called {
                 1 => Self::Short(address),
                 _ => Self::Address(address),
             });
+        }
+        if let Ok(uuid) = text.parse() {
+            return Ok(Self::Mediated(uuid));
         }
         if let Some(address) = of_libvirt(text) {
             return Ok(Self::Address(address));
@@ -115,10 +132,11 @@ impl Called {
     ///
     /// # Errors
     ///
-    /// Where it is none or several. A whole address is what it says, there or not.
+    /// Where it is none or several, or a mediated one. A whole address is what it says, there or not.
     pub fn find(&self, root: &SysRoot) -> Result<Bdf, CalledError> {
         let (called, found) = match self {
             Self::Address(address) => return Ok(*address),
+            Self::Mediated(uuid) => return Err(CalledError::Mediated(*uuid)),
             Self::Short(address) if root.device(*address).exists() => return Ok(*address),
             Self::Short(address) => {
                 let same = format!(":{}", place(*address));
@@ -142,13 +160,22 @@ impl Called {
                 let classes = ["net", "block"].map(|class| root.sys.join("class").join(class));
                 let found = classes
                     .iter()
-                    .find_map(|class| above(root, &class.join(name)));
+                    .find_map(|class| place_of(root, &class.join(name)))
+                    .and_then(|place| root::innermost_pci(&place));
                 (name.clone(), found.into_iter().collect())
             }
-            Self::File(path) => (
-                root::one_line(&path.to_string_lossy()),
-                of_file(root, path).into_iter().collect(),
-            ),
+            Self::File(path) => {
+                let found = match of_file(root, path) {
+                    // A mediated device may be a PCI device's.
+                    Some(place) => match mediated(&place) {
+                        Some(uuid) => return Err(CalledError::Mediated(uuid)),
+                        None => root::innermost_pci(&place),
+                    },
+                    None => None,
+                };
+                let called = root::one_line(&path.to_string_lossy());
+                (called, found.into_iter().collect())
+            }
         };
         match found[..] {
             [one] => Ok(one),
@@ -176,25 +203,33 @@ fn addresses(root: &SysRoot) -> Vec<Bdf> {
         .collect()
 }
 
-/// The device that a file of sysfs is of, or a disk's node in `/dev`, links followed.
-fn of_file(root: &SysRoot, path: &Path) -> Option<Bdf> {
+/// Where in sysfs a file of it is, or the disk of a node in `/dev`, links followed.
+fn of_file(root: &SysRoot, path: &Path) -> Option<PathBuf> {
     if path.components().any(|part| part == Component::ParentDir) {
         return None;
     }
     if let Ok(below) = path.strip_prefix("/sys") {
-        return above(root, &root.sys.join(below));
+        return place_of(root, &root.sys.join(below));
     }
     let node = root.dev.join(path.strip_prefix("/dev").ok()?);
     // Links by name: /dev/disk/by-id.
     let node = fs::canonicalize(node).ok()?;
     let name = node.file_name()?.to_str()?;
-    above(root, &root.sys.join("class/block").join(name))
+    place_of(root, &root.sys.join("class/block").join(name))
 }
 
-fn above(root: &SysRoot, file: &Path) -> Option<Bdf> {
+/// A file's real place, below sysfs.
+fn place_of(root: &SysRoot, file: &Path) -> Option<PathBuf> {
     let place = fs::canonicalize(file).ok()?;
     let sys = fs::canonicalize(&root.sys).ok()?;
-    root::innermost_pci(place.strip_prefix(sys).ok()?)
+    Some(place.strip_prefix(sys).ok()?.to_owned())
+}
+
+/// The mediated device that a place below sysfs is in.
+fn mediated(place: &Path) -> Option<Uuid> {
+    let names = place.iter().rev().filter_map(|name| name.to_str());
+    let mut uuids = names.filter_map(|name| name.parse().ok());
+    uuids.next()
 }
 
 #[cfg(test)]
@@ -226,9 +261,39 @@ mod tests {
         ] {
             assert_eq!(text.parse(), Ok(called), "{text}");
         }
+        let uuid = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+        let mediated = Called::Mediated(uuid.parse().unwrap());
+        for text in [
+            uuid.to_owned(),
+            uuid.to_uppercase(),
+            format!("/sys/bus/mdev/devices/{uuid}/"),
+            format!("/sys/devices/pci0000:00/0000:00:02.0/{uuid}"),
+        ] {
+            assert_eq!(text.parse(), Ok(mediated.clone()), "{text}");
+        }
         for text in ["", "01:00", "a b", "..", "10de:1b8", "pci:1b81", "a/b"] {
             assert!(text.parse::<Called>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_file_of_a_mediated_device_is_not_its_parents() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = SysRoot::under(folder.path());
+        let uuid = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+        let parent = root.sys.join("devices/pci0000:00/0000:00:02.0");
+        let node = parent.join(uuid).join("vfio-dev/vfio2");
+        fs::create_dir_all(&node).unwrap();
+        fs::create_dir_all(root.sys.join("class/vfio-dev")).unwrap();
+        std::os::unix::fs::symlink(&node, root.sys.join("class/vfio-dev/vfio2")).unwrap();
+        let called: Called = "/sys/class/vfio-dev/vfio2".parse().unwrap();
+        let error = called.find(&root).unwrap_err();
+        assert_eq!(error, CalledError::Mediated(uuid.parse().unwrap()));
+        let called: Called = "/sys/devices/pci0000:00/0000:00:02.0/uevent"
+            .parse()
+            .unwrap();
+        fs::write(parent.join("uevent"), "").unwrap();
+        assert_eq!(called.find(&root), Ok("0000:00:02.0".parse().unwrap()));
     }
 
     proptest! {

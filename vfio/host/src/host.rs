@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::thread;
 
+use busway_iommu::Uuid;
 use busway_pci::Bdf;
 
 use super::asker::Asker;
 use super::device::{self, HostDevice, HostError};
 use super::finding::Finding;
+use super::mediated::{self, MediatedDevice, MediatedType};
 use super::root::{self, SysRoot};
 use super::usage::{self, Usage};
 use super::{framebuffer, surroundings};
@@ -18,6 +20,8 @@ pub struct Host {
     pub(super) root: SysRoot,
     devices: BTreeMap<Bdf, HostDevice>,
     usage: BTreeMap<Bdf, Vec<Usage>>,
+    mediated: Vec<MediatedDevice>,
+    mediated_types: Vec<MediatedType>,
 }
 
 impl Host {
@@ -40,6 +44,8 @@ impl Host {
             root: root.clone(),
             devices,
             usage,
+            mediated: mediated::devices(root),
+            mediated_types: mediated::types(root),
         })
     }
 
@@ -58,6 +64,24 @@ impl Host {
     #[must_use]
     pub fn device(&self, address: Bdf) -> Option<&HostDevice> {
         self.devices.get(&address)
+    }
+
+    /// The mediated devices, by name.
+    #[must_use]
+    pub fn mediated_devices(&self) -> &[MediatedDevice] {
+        &self.mediated
+    }
+
+    /// The mediated device called `uuid`.
+    #[must_use]
+    pub fn mediated_device(&self, uuid: Uuid) -> Option<&MediatedDevice> {
+        self.mediated.iter().find(|device| device.uuid == uuid)
+    }
+
+    /// The kinds of mediated devices that the host's devices offer, by device and by kind.
+    #[must_use]
+    pub fn mediated_types(&self) -> &[MediatedType] {
+        &self.mediated_types
     }
 
     /// The module that a driver is of, which often has another name: `xhci_pci` for `xhci_hcd`.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use busway_iommu::{Command, FIRMWARE_REMEDY, IommuAdvice, is_vfio_driver};
+use busway_iommu::{Command, FIRMWARE_REMEDY, IommuAdvice, Uuid, is_vfio_driver};
 use busway_pci::Bdf;
 
 use super::acs::{self, Acs};
@@ -12,6 +12,7 @@ use super::device::HostDevice;
 use super::finding::{Finding, Level, Remedy, worst};
 use super::framebuffer;
 use super::host::Host;
+use super::mediated::MediatedCheck;
 use super::modules::Aliases;
 use super::refusal;
 use super::root;
@@ -34,16 +35,30 @@ pub struct DeviceCheck {
 /// What was found about devices that a guest is to have together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
-    /// About each.
+    /// About each PCI device.
     pub devices: Vec<DeviceCheck>,
+    /// About each mediated device.
+    pub mediated: Vec<MediatedCheck>,
     /// About the host.
     pub host: Vec<Finding>,
 }
 
 impl Check {
-    /// Looks devices over for a guest of `memory` bytes. `opens` is asked whether a node can be opened.
+    /// Looks PCI devices over for a guest of `memory` bytes. `opens` is asked whether a node can be opened.
     #[must_use]
     pub fn of(host: &Host, addresses: &BTreeSet<Bdf>, memory: u64, opens: Opens<'_>) -> Self {
+        Self::of_all(host, addresses, &BTreeSet::new(), memory, opens)
+    }
+
+    /// The same with mediated devices. For these alone the host needs neither IOMMU nor `vfio-pci`.
+    #[must_use]
+    pub fn of_all(
+        host: &Host,
+        addresses: &BTreeSet<Bdf>,
+        mediated: &BTreeSet<Uuid>,
+        memory: u64,
+        opens: Opens<'_>,
+    ) -> Self {
         let asker = Asker::read(&host.root);
         let aliases = Aliases::read(&host.root);
         let devices = addresses.iter().map(|&address| DeviceCheck {
@@ -62,10 +77,17 @@ impl Check {
             },
         });
         let devices = devices.collect();
+        let mediated = mediated.iter();
+        let mediated: Vec<_> = mediated
+            .map(|&uuid| MediatedCheck::of(host, uuid, &asker, opens))
+            .collect();
         let root = &host.root;
-        let mut found = vec![surroundings::iommu(root)];
-        found.extend(surroundings::remapping(root));
-        found.extend(surroundings::modules(root));
+        let mut found = Vec::new();
+        if !addresses.is_empty() || mediated.is_empty() {
+            found.push(surroundings::iommu(root));
+            found.extend(surroundings::remapping(root));
+            found.extend(surroundings::modules(root));
+        }
         for node in ["vfio/vfio", "iommu"] {
             found.extend(surroundings::node(root, &asker, node, opens));
         }
@@ -74,6 +96,7 @@ impl Check {
         found.extend(surroundings::processes(&asker));
         Self {
             devices,
+            mediated,
             host: found,
         }
     }
@@ -82,7 +105,8 @@ impl Check {
     #[must_use]
     pub fn is_ready(&self) -> bool {
         let devices = self.devices.iter().flat_map(|device| &device.findings);
-        worst(devices.chain(&self.host)) < Level::Obstacle
+        let mediated = self.mediated.iter().flat_map(|device| &device.findings);
+        worst(devices.chain(mediated).chain(&self.host)) < Level::Obstacle
     }
 }
 

@@ -25,6 +25,7 @@ use crate::{
 pub(crate) enum IrqCall {
     Set(IrqIndex, u32, Vec<bool>),
     UnmaskOn(IrqIndex),
+    Unmask(IrqIndex),
     Disable(IrqIndex),
 }
 
@@ -38,6 +39,12 @@ pub(crate) struct FakeDevice {
     pub(crate) intx: IrqInfo,
     /// What setting the pin up fails with.
     pub(crate) intx_refused: Option<i32>,
+    /// Its driver takes no eventfd to unmask the pin by.
+    pub(crate) no_unmask_events: bool,
+    /// Called whenever the pin was unmasked by hand.
+    pub(crate) on_unmask: Hook,
+    /// It is a mediated device.
+    pub(crate) mediated: bool,
     /// What its ROM reads; no ROM where it is empty.
     pub(crate) rom: Vec<u8>,
     pub(crate) rom_reads: Mutex<usize>,
@@ -124,6 +131,9 @@ impl Default for FakeDevice {
             bars: Default::default(),
             intx: IrqInfo::default(),
             intx_refused: None,
+            no_unmask_events: false,
+            on_unmask: Hook::default(),
+            mediated: false,
             rom: Vec::new(),
             rom_reads: Mutex::default(),
             msi: IrqInfo::default(),
@@ -353,8 +363,21 @@ impl DeviceIo for FakeDevice {
     fn unmask_on(&self, index: IrqIndex, _event: BorrowedFd<'_>) -> Result<(), IrqError> {
         let mut irqs = self.irqs.lock().unwrap();
         assert_eq!((irqs.kind, index), (Some(IrqIndex::Intx), IrqIndex::Intx));
+        if self.no_unmask_events {
+            return Err(IrqError::Kernel(io::Error::from_raw_os_error(libc::ENOTTY)));
+        }
         irqs.calls.push(IrqCall::UnmaskOn(index));
         Ok(())
+    }
+
+    fn unmask(&self, index: IrqIndex) -> Result<(), IrqError> {
+        self.irqs.lock().unwrap().calls.push(IrqCall::Unmask(index));
+        self.on_unmask.call();
+        Ok(())
+    }
+
+    fn is_mediated(&self) -> bool {
+        self.mediated
     }
 
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), IrqError> {
@@ -484,6 +507,8 @@ impl InterruptRoute for FakeRoute {
 pub(crate) struct FakeLines {
     /// The pins that were connected.
     pub(crate) made: Mutex<Vec<InterruptPin>>,
+    /// What tells the device of each that its interrupt is over.
+    pub(crate) resamples: Mutex<Vec<EventFd>>,
 }
 
 #[derive(Debug)]
@@ -495,9 +520,11 @@ struct FakeLine {
 impl InterruptLines for FakeLines {
     fn connect(&self, pin: InterruptPin) -> Result<Arc<dyn InterruptLine>, RouteError> {
         self.made.lock().unwrap().push(pin);
+        let resample = eventfd();
+        self.resamples.lock().unwrap().push(resample.clone());
         Ok(Arc::new(FakeLine {
             event: eventfd(),
-            resample: eventfd(),
+            resample,
         }))
     }
 }

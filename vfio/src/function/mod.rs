@@ -452,6 +452,10 @@ impl PciFunction for AssignedFunction {
         self.parts_of(bar)
     }
 
+    fn is_peer(&self) -> bool {
+        !self.io.is_mediated()
+    }
+
     fn dma_buf(&self, bar: BarIndex, offset: u64, size: u64) -> Option<io::Result<OwnedFd>> {
         let BarIndex::Bar(number) = bar else {
             return None;

@@ -34,6 +34,8 @@ struct Member {
     io: Arc<dyn DeviceIo>,
     name: String,
     address: Option<Bdf>,
+    /// It is on no bus of the host's, so that nobody else's reset touches it.
+    mediated: bool,
     method: ResetMethod,
     /// Nothing of it happens: no interrupt, no DMA, no access by the guest.
     quiet: bool,
@@ -53,6 +55,7 @@ impl Resets {
     pub fn add(&self, name: &str, io: Arc<dyn DeviceIo>) {
         let member = Member {
             address: name.parse().ok(),
+            mediated: io.is_mediated(),
             name: name.to_owned(),
             // Nothing has to be done where the kernel has just done it.
             owed: !(io.is_reset_by_opening()
@@ -197,9 +200,10 @@ impl Resets {
             // A device whose address is not known may be one of them.
             let touched = |other: &Member| {
                 other.is(io)
-                    || other
-                        .address
-                        .is_none_or(|other| address.is_none() || others.contains(&other))
+                    || !other.mediated
+                        && other
+                            .address
+                            .is_none_or(|other| address.is_none() || others.contains(&other))
             };
             if !own.owed || !members.iter().all(|other| other.quiet || !touched(other)) {
                 return None;
@@ -332,9 +336,13 @@ impl Member {
                 ResetMethod::None => "it is not reset".to_owned(),
                 method => format!("it is reset by {method} instead"),
             };
+            let why = match self.mediated {
+                true => "the driver that made it offers no reset".to_owned(),
+                false => format!("it has no function level reset, and {obstacle}"),
+            };
             log::warn!(
                 "{name} cannot be reset in full, so that one guest may find what another left in it: \
-                 it has no function level reset, and {obstacle}; {instead}"
+                 {why}; {instead}"
             );
         }
     }
@@ -398,6 +406,9 @@ impl ResetHandle {
     pub(crate) fn is_shared(&self) -> bool {
         let members = self.resets.lock();
         let own = members.iter().find(|member| member.is(&self.io));
+        if own.is_some_and(|own| own.mediated) {
+            return false;
+        }
         let address = own.and_then(|member| member.address);
         members.iter().any(|member| match &member.method {
             ResetMethod::Hot { others } if member.is(&self.io) => !others.is_empty(),

@@ -77,6 +77,34 @@ fn a_shared_bus_is_reset_once_when_all_on_it_are_quiet_and_not_before() {
 }
 
 #[test]
+fn a_mediated_device_is_on_no_bus_and_waits_for_nobody() {
+    const MEDIATED: &str = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+    for function_reset in [Some(FunctionReset::Mediated), None] {
+        let (a, b) = (on_bus(&[A, B]), on_bus(&[A, B]));
+        let card = Arc::new(FakeDevice {
+            mediated: true,
+            function_reset,
+            ..FakeDevice::default()
+        });
+        let (_resets, handles) = vm(&[(A, &a), (MEDIATED, &card), (B, &b)]);
+        let own = usize::from(function_reset.is_some());
+        assert_eq!(
+            (hot(&[&a, &b]), card.resets().len()),
+            (1, own),
+            "at the start"
+        );
+        handles.iter().for_each(ResetHandle::touch);
+        // It is in use while the bus of the others is reset.
+        handles[0].reset();
+        handles[2].reset();
+        assert_eq!((hot(&[&a, &b]), card.resets().len()), (2, own));
+        assert!(handles[0].is_shared() && !handles[1].is_shared());
+        handles[1].reset();
+        assert_eq!((hot(&[&a, &b, &card]), card.resets().len()), (2, 2 * own));
+    }
+}
+
+#[test]
 fn a_function_that_is_used_again_is_not_hit_by_a_reset_that_it_had_asked_for() {
     let (a, b) = (on_bus(&[A, B]), on_bus(&[A, B]));
     let (_resets, handles) = vm(&[(A, &a), (B, &b)]);

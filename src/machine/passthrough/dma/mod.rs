@@ -126,7 +126,7 @@ impl DmaListener {
         }
         let mut survey = Survey::default();
         let mut mapped = Vec::new();
-        for function in functions {
+        for function in functions.iter().filter(|function| function.is_peer()) {
             for region in function.bars() {
                 self.try_out(&**function, &region, &mut survey, &mut mapped);
             }

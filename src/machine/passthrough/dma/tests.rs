@@ -152,6 +152,10 @@ impl PciFunction for Device {
         }
     }
 
+    fn is_peer(&self) -> bool {
+        self.0 != "mediated"
+    }
+
     fn bar_read(&self, _bar: BarIndex, _offset: u64, _data: &mut [u8]) {}
 
     fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
@@ -174,6 +178,15 @@ fn on_maps_all_of_each_bar_where_it_is_at_once_and_leaves_nothing_mapped() {
     assert_eq!(*space.asked.lock().unwrap(), asked);
     assert_eq!(space.most.load(Ordering::Relaxed), 2);
     assert!(space.mapped.lock().unwrap().is_empty());
+}
+
+#[test]
+fn on_asks_nothing_of_the_memory_of_mediated_devices() {
+    let (space, listener) = listener(0x20_0000, Choice::On);
+    let mut all = devices(&[0x10_0000]);
+    all.push(Arc::new(Device("mediated", 0x30_0000)));
+    listener.survey(&all).unwrap();
+    assert_eq!(*space.asked.lock().unwrap(), [(0x10_1000, 0x3000)]);
 }
 
 #[test]

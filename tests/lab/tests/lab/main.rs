@@ -33,6 +33,7 @@ mod hotplug;
 mod interrupts;
 mod lanes;
 mod life;
+mod mediated;
 mod nic;
 mod proof;
 mod run;
@@ -40,7 +41,7 @@ mod virtio;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 17] = [
+const CHAPTERS: [&[Proof]; 18] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -51,6 +52,7 @@ const CHAPTERS: [&[Proof]; 17] = [
     errors::PROOFS,
     events::PROOFS,
     hotplug::PROOFS,
+    mediated::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,

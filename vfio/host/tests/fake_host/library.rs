@@ -26,10 +26,10 @@ pub const HOSTS: [(&str, &str); 8] = hosts! {
 };
 
 /// Hosts that people reported: each is there for one difficulty.
-pub const REPORTED: [(&str, &str); 17] = hosts! {
+pub const REPORTED: [(&str, &str); 18] = hosts! {
     "reported/":
-    "blocks" "bootfb" "chipset" "dsa" "holders" "hostile2" "huge" "memlock" "net" "noiommu" "pfvfio"
-    "pod-vf" "pve-off" "switchdev" "vmd" "vmd-kernel" "vmd-own-groups"
+    "blocks" "bootfb" "chipset" "dsa" "holders" "hostile2" "huge" "mediated" "memlock" "net" "noiommu"
+    "pfvfio" "pod-vf" "pve-off" "switchdev" "vmd" "vmd-kernel" "vmd-own-groups"
 };
 
 /// What descriptions have in common: `include NAME` stands for these lines.
@@ -92,6 +92,17 @@ impl FakeHost {
             "devattr" => {
                 let device = folder.clone().unwrap_or_else(|| line.wrong("of no device"));
                 self.put(&device.join(line.path(0)), &format!("{}\n", line.bare(1)));
+            }
+            "virtual" => {
+                return here(joined("sys/devices/virtual", &line.path(0)));
+            }
+            "mediates" => {
+                let parent = folder.clone().unwrap_or_else(|| line.wrong("of no device"));
+                self.expand_mediated_type(line, &parent);
+            }
+            "mdev" => {
+                let parent = folder.clone().unwrap_or_else(|| line.wrong("of no device"));
+                return here(self.expand_mediated(line, &parent));
             }
             "devdir" => {
                 let device = folder.clone().unwrap_or_else(|| line.wrong("of no device"));
@@ -396,6 +407,58 @@ impl FakeHost {
             self.point(&folder.join("physfn"), &physical);
             let of = Path::new(&physical).join(format!("virtfn{index}"));
             self.point(&of, text);
+        }
+        folder
+    }
+
+    /// A kind of mediated device that the device in `parent` offers.
+    fn expand_mediated_type(&self, line: &Line, parent: &Path) {
+        let class = Path::new("sys/class/mdev_bus").join(parent.file_name().unwrap());
+        if !self.path("").join(&class).is_symlink() {
+            self.point(&class, parent);
+        }
+        let folder = parent.join("mdev_supported_types").join(line.path(0));
+        let put = |name: &str, text: String| self.put(&folder.join(name), &(text + "\n"));
+        put("create", String::new());
+        put("device_api", line.get("api").unwrap_or("vfio-pci".into()));
+        put(
+            "available_instances",
+            line.get("available").unwrap_or("1".into()),
+        );
+        for name in ["name", "description"] {
+            if let Some(text) = line.get(name) {
+                put(name, text);
+            }
+        }
+    }
+
+    /// A mediated device, made of the device in `parent`.
+    fn expand_mediated(&self, line: &Line, parent: &Path) -> PathBuf {
+        let folder = parent.join(line.path(0));
+        let uuid = line.bare(0);
+        self.point(&Path::new("sys/bus/mdev/devices").join(uuid), &folder);
+        self.put(&folder.join("remove"), "");
+        if let Some(kind) = line.get("type") {
+            let kind = parent.join("mdev_supported_types").join(kind);
+            self.point(&folder.join("mdev_type"), &kind);
+        }
+        if let Some(driver) = line.get("driver") {
+            let driver = format!("sys/bus/mdev/drivers/{driver}");
+            fs::create_dir_all(self.path(&driver)).unwrap();
+            self.point(&folder.join("driver"), &driver);
+        }
+        if let Some(number) = line.get("group") {
+            let group = format!("sys/kernel/iommu_groups/{number}");
+            self.put(&format!("{group}/name"), "vfio-noiommu\n");
+            self.put(&format!("{group}/reserved_regions"), "");
+            let uuid = folder.file_name().unwrap();
+            self.point(&Path::new(&group).join("devices").join(uuid), &folder);
+            self.point(&folder.join("iommu_group"), &group);
+            self.put(&format!("dev/vfio/{number}"), "");
+        }
+        if let Some(node) = line.get("cdev") {
+            fs::create_dir_all(self.path("").join(folder.join("vfio-dev").join(&node))).unwrap();
+            self.put(&format!("dev/vfio/devices/{node}"), "");
         }
         folder
     }

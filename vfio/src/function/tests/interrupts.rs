@@ -1,7 +1,8 @@
 //! The pin, MSI and MSI-X, and changes between them.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use busway_pci::pace::StoppedClock;
 use busway_pci::{BarIndex, InterruptPin, PciFunction, spec};
@@ -60,6 +61,57 @@ fn a_vector_costs_nothing_until_the_guest_unmasks_it() {
     calls.extend(pin_set_up());
     assert_eq!(fake.irq_calls(), calls);
     assert!(fake.bar_writes.lock().unwrap().is_empty());
+}
+
+/// A card with a pin whose driver takes no eventfd to unmask it by.
+fn unmasked_by_hand() -> (FakeDevice, mpsc::Receiver<()>) {
+    let (unmasked, was) = mpsc::channel();
+    let fake = FakeDevice {
+        mediated: true,
+        no_unmask_events: true,
+        intx: IrqInfo {
+            count: 1,
+            resizable: true,
+        },
+        ..FakeDevice::default()
+    };
+    *fake.on_unmask.0.lock().unwrap() = Some(Box::new(move || unmasked.send(()).unwrap()));
+    fake.set_config(0, &0x3253_4348_u32.to_le_bytes());
+    fake.set_config(8, &0x0700_0210_u32.to_le_bytes());
+    fake.set_config(0x3c, &[0, 1]);
+    (fake, was)
+}
+
+#[test]
+fn a_pin_whose_driver_takes_no_eventfd_is_unmasked_at_each_end_of_its_interrupt() {
+    let (fake, unmasked) = unmasked_by_hand();
+    let fake = Arc::new(fake);
+    let lines = Arc::new(FakeLines::default());
+    let wiring = Wiring {
+        routes: Arc::new(FakeRoutes::default()),
+        lines: lines.clone(),
+        resets: Arc::default(),
+        clock: Arc::new(StoppedClock::default()),
+    };
+    let name = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
+    let function =
+        AssignedFunction::new(name, fake.clone(), wiring, &AssignOptions::default()).unwrap();
+    let set = IrqCall::Set(IrqIndex::Intx, 0, vec![true]);
+    assert_eq!(fake.irq_calls(), [set]);
+    assert!(!function.is_peer());
+    let over = lines.resamples.lock().unwrap()[0].clone();
+    for _ in 0..3 {
+        over.signal();
+        unmasked.recv_timeout(Duration::from_secs(60)).unwrap();
+    }
+    // Nothing is unmasked any more that is disconnected.
+    drop(function);
+    let calls = fake.irq_calls();
+    let (last, before) = calls.split_last().unwrap();
+    assert_eq!(*last, IrqCall::Disable(IrqIndex::Intx));
+    assert_eq!(before[1..], vec![IrqCall::Unmask(IrqIndex::Intx); 3]);
+    over.signal();
+    assert_eq!(fake.irq_calls(), calls);
 }
 
 #[test]

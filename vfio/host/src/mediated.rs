@@ -1,0 +1,307 @@
+//! Mediated devices, the types of them that the host's devices offer, and whether a guest can have one.
+//! Linux, Documentation/driver-api/vfio-mediated-device.rst
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use busway_iommu::{Command, PCI_API, Uuid, process_name};
+use busway_pci::Bdf;
+
+use super::asker::Asker;
+use super::finding::{Finding, Level, Remedy, worst};
+use super::host::Host;
+use super::root::{self, SysRoot};
+use super::surroundings::{self, Opens};
+use super::usage::Process;
+
+/// The device of the host's that mediated ones are made of.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MediatedParent {
+    /// Its name in sysfs: `0000:00:02.0`, `mtty`.
+    pub name: String,
+    /// Its address, where it is a PCI function.
+    pub address: Option<Bdf>,
+}
+
+impl MediatedParent {
+    /// That of the device whose folder in sysfs is `folder`.
+    fn of(folder: &Path) -> Option<Self> {
+        let name = folder.file_name()?.to_string_lossy();
+        Some(Self {
+            address: root::full_address(&name),
+            name: root::one_line(&name),
+        })
+    }
+}
+
+/// A kind of mediated device that a device offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MediatedType {
+    /// What they are made of.
+    pub parent: MediatedParent,
+    /// The kind's name in sysfs: `i915-GVTg_V5_4`, `mtty-2`.
+    pub id: String,
+    /// What its driver calls it, for a person.
+    pub name: Option<String>,
+    /// What its driver says of it.
+    pub description: Option<String>,
+    /// How many more can be made.
+    pub available: Option<u32>,
+    /// What it looks like to who opens it: `vfio-pci`, `vfio-ap`, `vfio-ccw`.
+    pub api: Option<String>,
+}
+
+/// A mediated device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MediatedDevice {
+    /// What it is called.
+    pub uuid: Uuid,
+    /// What it was made of.
+    pub parent: Option<MediatedParent>,
+    /// The kind that it is of, by its name in sysfs; nothing while it is being removed.
+    pub kind: Option<String>,
+    /// What its driver calls that kind.
+    pub kind_name: Option<String>,
+    /// What it looks like to who opens it.
+    pub api: Option<String>,
+    /// The driver that lends it.
+    pub driver: Option<String>,
+    /// The group that VFIO made for it.
+    pub group: Option<u32>,
+    /// Its node in `/dev/vfio/devices`, where the kernel makes such.
+    pub vfio_cdev: Option<String>,
+    /// Who has it open, as far as the caller may see.
+    pub users: Vec<Process>,
+}
+
+/// Every mediated device, by its name.
+pub(super) fn devices(root: &SysRoot) -> Vec<MediatedDevice> {
+    let names = root::names(&root.mediated_bus().join("devices"));
+    let uuids = names.iter().filter_map(|name| name.parse().ok());
+    let mut devices: Vec<_> = uuids.filter_map(|uuid| device(root, uuid)).collect();
+    let mut users = users(root, &devices);
+    for device in &mut devices {
+        let of_this = users.remove(&device.uuid).unwrap_or_default();
+        device.users = of_this.into_iter().collect();
+    }
+    devices
+}
+
+/// One; nothing where it has just vanished.
+fn device(root: &SysRoot, uuid: Uuid) -> Option<MediatedDevice> {
+    let folder = fs::canonicalize(root.mediated(uuid)).ok()?;
+    let kind = folder.join("mdev_type");
+    let cdev = root.cdev_node(&folder);
+    let cdev = cdev.as_deref().and_then(Path::file_name);
+    Some(MediatedDevice {
+        uuid,
+        parent: folder.parent().and_then(MediatedParent::of),
+        kind: root::link_name(&kind),
+        kind_name: attribute(&kind, "name"),
+        api: attribute(&kind, "device_api"),
+        driver: root.driver_of(&folder),
+        group: root.group_of(&folder),
+        vfio_cdev: cdev.map(|name| root::one_line(&name.to_string_lossy())),
+        users: Vec::new(),
+    })
+}
+
+/// An attribute, which may be of several lines, on one.
+fn attribute(folder: &Path, name: &str) -> Option<String> {
+    let text = root::attribute(&folder.join(name))?;
+    let lines: Vec<_> = text.lines().map(root::one_line).collect();
+    Some(lines.join(", ")).filter(|text| !text.is_empty())
+}
+
+/// The kinds of mediated devices that the host's devices offer, by device and by kind.
+pub(super) fn types(root: &SysRoot) -> Vec<MediatedType> {
+    let class = root.sys.join("class/mdev_bus");
+    let mut all = Vec::new();
+    for name in root::names(&class) {
+        let Ok(folder) = fs::canonicalize(class.join(name)) else {
+            continue;
+        };
+        let Some(parent) = MediatedParent::of(&folder) else {
+            continue;
+        };
+        let types = folder.join("mdev_supported_types");
+        all.extend(root::names(&types).into_iter().map(|id| {
+            let folder = types.join(&id);
+            MediatedType {
+                parent: parent.clone(),
+                name: attribute(&folder, "name"),
+                description: attribute(&folder, "description"),
+                available: root::number(&folder.join("available_instances")),
+                api: attribute(&folder, "device_api"),
+                id: root::one_line(&id),
+            }
+        }));
+    }
+    all
+}
+
+/// The nodes through which a mediated device is open to whoever has them.
+fn nodes(device: &MediatedDevice) -> Vec<PathBuf> {
+    let group = device.group.map(|group| format!("vfio/{group}"));
+    let cdev = device.vfio_cdev.as_ref();
+    let cdev = cdev.map(|node| format!("vfio/devices/{node}"));
+    cdev.into_iter().chain(group).map(PathBuf::from).collect()
+}
+
+/// Which processes have one of the devices' nodes open.
+fn users(root: &SysRoot, devices: &[MediatedDevice]) -> BTreeMap<Uuid, BTreeSet<Process>> {
+    let mut owners = BTreeMap::new();
+    for device in devices {
+        let nodes = nodes(device).into_iter();
+        owners.extend(nodes.map(|node| (root.dev.join(node), device.uuid)));
+    }
+    let mut users: BTreeMap<Uuid, BTreeSet<Process>> = BTreeMap::new();
+    // Looking through every process's files takes longer than all the rest.
+    if owners.is_empty() {
+        return users;
+    }
+    let names = root::names(&root.proc).into_iter();
+    for pid in names.filter_map(|name| name.parse::<u32>().ok()) {
+        let open = fs::read_dir(root.proc.join(pid.to_string()).join("fd"));
+        let targets = open.into_iter().flatten().flatten();
+        let targets = targets.filter_map(|fd| fs::read_link(fd.path()).ok());
+        for uuid in targets.filter_map(|target| owners.get(&target)) {
+            let command = process_name(&root.proc, pid).unwrap_or_else(|| "?".to_owned());
+            users
+                .entry(*uuid)
+                .or_default()
+                .insert(Process { pid, command });
+        }
+    }
+    users
+}
+
+/// What was found about one mediated device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MediatedCheck {
+    /// The device.
+    pub uuid: Uuid,
+    /// Whether there is such a device.
+    pub is_there: bool,
+    /// What was found.
+    pub findings: Vec<Finding>,
+}
+
+impl MediatedCheck {
+    /// Looks one over. `opens` is asked whether a node can be opened.
+    pub(super) fn of(host: &Host, uuid: Uuid, asker: &Asker, opens: Opens<'_>) -> Self {
+        let device = host.mediated_device(uuid);
+        Self {
+            uuid,
+            is_there: device.is_some(),
+            findings: match device {
+                Some(device) => findings(host, device, asker, opens),
+                None => vec![absent(host)],
+            },
+        }
+    }
+
+    /// Whether a guest can have it now, as far as it alone goes.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        worst(&self.findings) < Level::Obstacle
+    }
+}
+
+/// That there is no such device, and how one is made.
+fn absent(host: &Host) -> Finding {
+    let finding = Finding::new(
+        Level::Obstacle,
+        "device",
+        "there is no such mediated device",
+    );
+    let usable = |kind: &&MediatedType| {
+        kind.api.as_deref() == Some(PCI_API) && kind.available.is_none_or(|left| left > 0)
+    };
+    match host.mediated_types().iter().find(usable) {
+        Some(kind) => finding.remedy(Remedy::words(format!(
+            "make it: write its UUID to /sys/class/mdev_bus/{}/mdev_supported_types/{}/create, or to that of \
+             another type that `busway device list` shows",
+            kind.parent.name, kind.id
+        ))),
+        None => finding.remedy(Remedy::command(
+            "see those there are",
+            Command::new(["busway", "device", "list"]),
+        )),
+    }
+}
+
+fn findings(host: &Host, device: &MediatedDevice, asker: &Asker, opens: Opens<'_>) -> Vec<Finding> {
+    let mut findings = vec![kind(device), driver(device)];
+    findings.extend(device.users.iter().map(|process| {
+        let text = format!("in use: {process}");
+        Finding::new(Level::Obstacle, "use", text).remedy(Remedy::words(format!(
+            "end {process}, or take the device out of its guest"
+        )))
+    }));
+    if device.driver.is_some() {
+        findings.extend(open_nodes(host, device, asker, opens));
+    }
+    findings
+}
+
+/// What kind of device it is, and whether a guest's PCI driver can use that.
+fn kind(device: &MediatedDevice) -> Finding {
+    const TOPIC: &str = "device";
+    let (Some(kind), Some(api)) = (&device.kind, &device.api) else {
+        let text =
+            "it is being removed: its type is gone, and the device goes when its users have let go";
+        return Finding::new(Level::Obstacle, TOPIC, text);
+    };
+    let of = match &device.parent {
+        Some(parent) => format!(", made of {}", parent.name),
+        None => String::new(),
+    };
+    let name = device.kind_name.as_ref().filter(|name| *name != kind);
+    let name = name.map(|name| format!(" ({name})"));
+    let text = format!("{kind}{}{of}", name.unwrap_or_default());
+    if api != PCI_API {
+        let text = format!("{text}: it is of the kind {api}, and a guest can have {PCI_API} only");
+        return Finding::new(Level::Obstacle, TOPIC, text).remedy(Remedy::words(
+            "its driver has to offer a type whose device_api is vfio-pci",
+        ));
+    }
+    Finding::new(Level::Fine, TOPIC, text)
+}
+
+fn driver(device: &MediatedDevice) -> Finding {
+    const TOPIC: &str = "driver";
+    if let Some(driver) = &device.driver {
+        let text = format!("{driver} lends it; nothing is to be bound");
+        return Finding::new(Level::Fine, TOPIC, text);
+    }
+    let text = "no driver has it, so that VFIO does not lend it";
+    let remove = format!("/sys/bus/mdev/devices/{}/remove", device.uuid);
+    Finding::new(Level::Obstacle, TOPIC, text).remedy(Remedy::command(
+        "remove it and make it anew; `dmesg` may say why its driver did not take it",
+        Command::write("1", remove),
+    ))
+}
+
+/// The nodes that a guest's VMM opens for it.
+fn open_nodes(
+    host: &Host,
+    device: &MediatedDevice,
+    asker: &Asker,
+    opens: Opens<'_>,
+) -> Vec<Finding> {
+    let root = host.root();
+    let there = nodes(device).into_iter();
+    let there: Vec<_> = there.filter(|node| root.dev.join(node).exists()).collect();
+    if there.is_empty() {
+        let text = "its driver lends it, and there is no node of it in /dev/vfio: a container of its own, \
+                    or udev does not run";
+        let remedy = Remedy::words("let the container have /dev/vfio");
+        return vec![Finding::new(Level::Obstacle, "nodes", text).remedy(remedy)];
+    }
+    let there = there.iter().filter_map(|node| node.to_str());
+    there
+        .filter_map(|node| surroundings::node(root, asker, node, opens))
+        .collect()
+}
