@@ -18,6 +18,7 @@ fn platform(cpus: u32) -> Platform {
         mmio64: layout::mmio64(7 << 30, 40, &[]),
         serial: true,
         native_hotplug: true,
+        bus0_slots: 0b1110,
     }
 }
 

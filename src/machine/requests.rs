@@ -13,7 +13,7 @@ use busway_vfio::EventFd;
 use serde::Serialize;
 
 use super::RunError;
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, VirtioConfig};
 use crate::report::AssignedDevice;
 
 /// How many requests wait to be taken; whoever asks then is refused.
@@ -35,6 +35,8 @@ pub enum Request {
     Shutdown,
     /// Add functions of one host device, in an empty slot. Answered when they are in it.
     AddDevice(Vec<DeviceConfig>),
+    /// Add a virtio device. Answered when the guest can find it.
+    AddVirtio(VirtioConfig),
     /// Have the guest let go of a device, and with it of all in its slot. Answered when the host has it
     /// back, or when the guest is found not to let go of it.
     RemoveDevice {
@@ -72,6 +74,19 @@ pub struct Info {
     pub ids: BTreeMap<String, String>,
     /// How many devices can be added.
     pub empty_slots: usize,
+    /// The virtio devices that the guest has and that can leave it; none while it is being put together.
+    pub virtio: Vec<VirtioInfo>,
+}
+
+/// A virtio device that a guest has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VirtioInfo {
+    /// What it is called.
+    pub id: String,
+    /// Its address in the guest.
+    pub address: String,
+    /// What it is.
+    pub config: VirtioConfig,
 }
 
 /// The answer to a request that was granted.
@@ -81,7 +96,7 @@ pub enum Answer {
     Done,
     /// To [`Request::Info`].
     Info(Info),
-    /// To [`Request::AddDevice`].
+    /// To [`Request::AddDevice`] and [`Request::AddVirtio`].
     Added {
         /// What the device is called from now on.
         id: String,
@@ -218,6 +233,11 @@ impl Requests {
     #[must_use]
     pub fn control(&self) -> Control {
         Control(self.0.clone())
+    }
+
+    /// Whether anybody can ask.
+    pub(super) fn can_be_asked(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
     }
 
     /// The machine lives: requests are taken from now on.
