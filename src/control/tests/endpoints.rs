@@ -103,6 +103,13 @@ fn a_vm_is_paused_resumed_and_shown() {
     let device = &info["device_tree"]["drive/é"];
     assert_eq!(device["pci_bdf"], "0000:02:00.0");
     assert_eq!(device["host_bdf"], "0000:01:00.0");
+    // So are virtio devices, by the names that they were given by Busway, which their configuration has too.
+    assert_eq!(
+        info["device_tree"]["disk0"],
+        json!({ "id": "disk0", "resources": [], "children": [], "pci_bdf": "0000:00:01.0" })
+    );
+    assert_eq!(info["config"]["disks"][0]["id"], "disk0");
+    assert_eq!(info["config"]["disks"][0]["path"], "a.raw");
     assert_eq!(client.ask("PUT", "vm.pause").status, 204);
     assert_eq!(client.ask("GET", "vm.info").json()["state"], "Paused");
     let again = client.ask("PUT", "vm.pause");

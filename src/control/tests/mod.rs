@@ -18,8 +18,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
-use crate::config::DeviceConfig;
-use crate::machine::{Answer, Info, Request, RequestError, Requests, State};
+use crate::config::{DeviceConfig, DiskConfig, VirtioConfig};
+use crate::machine::{Answer, Info, Request, RequestError, Requests, State, VirtioInfo};
 use crate::report::AssignedDevice;
 
 /// What a machine does with a request: nothing is said to leave it unanswered.
@@ -131,6 +131,7 @@ fn living() -> impl FnMut(&Request) -> Reaction {
             (Request::Resume, _) => return Some(Err(RequestError::State("running"))),
             (Request::PowerButton | Request::Shutdown, _) => state,
             (Request::AddDevice(configs), _) => return Some(added(configs)),
+            (Request::AddVirtio(config), _) => return Some(added_virtio(config)),
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
         };
         state = next;
@@ -147,6 +148,18 @@ fn added(configs: &[DeviceConfig]) -> Result<Answer, RequestError> {
         _ => Ok(Answer::Added {
             id,
             address: "0000:03:00.0".into(),
+        }),
+    }
+}
+
+/// The same of a virtio device.
+fn added_virtio(config: &VirtioConfig) -> Result<Answer, RequestError> {
+    let id = config.id().unwrap_or(config.word()).to_owned();
+    match id.as_str() {
+        "twice" => Err(RequestError::Exists(id)),
+        _ => Ok(Answer::Added {
+            id,
+            address: "0000:00:04.0".into(),
         }),
     }
 }
@@ -172,6 +185,11 @@ fn info(state: State) -> Info {
         }],
         ids: BTreeMap::from([("0000:01:00.0".into(), "drive/é".into())]),
         empty_slots: 2,
+        virtio: vec![VirtioInfo {
+            id: "disk0".into(),
+            address: "0000:00:01.0".into(),
+            config: VirtioConfig::Disk(DiskConfig::new("a.raw")),
+        }],
     }
 }
 
