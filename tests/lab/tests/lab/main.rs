@@ -37,10 +37,11 @@ mod nic;
 mod proof;
 mod run;
 mod virtio;
+mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 17] = [
+const CHAPTERS: [&[Proof]; 18] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -51,6 +52,7 @@ const CHAPTERS: [&[Proof]; 17] = [
     errors::PROOFS,
     events::PROOFS,
     hotplug::PROOFS,
+    virtio_hotplug::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,
