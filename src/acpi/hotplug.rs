@@ -8,7 +8,7 @@ use acpi_tables::Aml;
 use acpi_tables::aml::{
     And, Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
     FieldUpdateRule, If, Interrupt, Local, Memory32Fixed, Method, MethodCall, Name, Notify,
-    OpRegion, OpRegionSpace, Or, Path, ResourceTemplate, Return, Scope, ShiftLeft, Store,
+    OpRegion, OpRegionSpace, Or, Path, ResourceTemplate, Return, Scope, ShiftLeft, Store, ZERO,
 };
 
 use super::dsdt::{in_system_bus, path};
@@ -102,7 +102,6 @@ impl Aml for SlotObject {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let (bit, address) = (self.bit(), u32::from(self.slot) << 16);
         let (present, eject, outcome) = (register(PRESENT), register(EJECT), register(OUTCOME));
-        let scratch = Local(0);
         let adr = Name::new(path("_ADR"), &address);
         let sun = Name::new(path("_SUN"), &self.slot);
         let sta = Bytes::of(&Method::new(
@@ -111,7 +110,7 @@ impl Aml for SlotObject {
             false,
             vec![
                 &If::new(
-                    &And::new(&scratch, &present, &bit),
+                    &And::new(&ZERO, &present, &bit),
                     vec![&Return::new(&STATUS_THERE)],
                 ),
                 &Return::new(&0_u8),
@@ -149,7 +148,7 @@ struct Look<'a> {
 impl Aml for Look<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let (added, wanted) = (register(ADDED), register(WANTED));
-        let (come, leaves, scratch) = (Local(0), Local(1), Local(2));
+        let (come, leaves) = (Local(0), Local(1));
         let mut steps = Vec::new();
         for (local, register) in [(&come, &added), (&leaves, &wanted)] {
             Store::new(local, register).to_aml_bytes(&mut steps);
@@ -158,7 +157,7 @@ impl Aml for Look<'_> {
         for slot in self.slots {
             for (slots, notification) in [(&come, DEVICE_CHECK), (&leaves, EJECT_REQUEST)] {
                 If::new(
-                    &And::new(&scratch, slots, &slot.bit()),
+                    &And::new(&ZERO, slots, &slot.bit()),
                     vec![&Notify::new(&path(&slot.name()), &notification)],
                 )
                 .to_aml_bytes(&mut steps);
