@@ -281,7 +281,7 @@ fn slots_that_can_change_are_there_with_their_methods_and_only_where_there_are_s
         "Field (HPRG, DWordAcc, NoLock, WriteAsZeros) { ADDS, 32, WANT, 32, EJCT, 32, PRES, 32, OUTC, 32 }",
         // What is unseen is taken first, and then told.
         "Local0 = \\_SB.PHPC.ADDS \\_SB.PHPC.ADDS = Local0 Local1 = \\_SB.PHPC.WANT",
-        "If ((Local0 & 0x08)) { Notify (S003, 0x01) // Device Check }",
+        "If ((Local0 & 0x08)) { Notify (S003, One) // Device Check }",
         "If ((Local1 & 0x1000)) { Notify (S00C, 0x03) // Eject Request }",
         "Device (S00C) { Name (_ADR, 0x000C0000) // _ADR: Address Name (_SUN, 0x0C)",
         "If ((\\_SB.PHPC.PRES & 0x1000)) { Return (0x0F) }",

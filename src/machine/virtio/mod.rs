@@ -286,11 +286,15 @@ impl VirtioDevices {
         let used = slots.fold(0, |used, slot| used | 1_u32 << slot);
         let free = self.slots() & !used;
         match free {
-            0 => Err(RequestError::Failed(format!(
-                "each of the {} slots of bus 0 for virtio devices is taken or about to be: remove a disk or \
-                 a NIC",
-                self.slots().count_ones()
-            ))),
+            0 => {
+                let names: Vec<_> = self.entries.iter().map(|entry| &*entry.name).collect();
+                Err(RequestError::Failed(format!(
+                    "each of the {} slots of bus 0 for virtio devices is taken or about to be (it has {}): \
+                     remove a disk or a NIC",
+                    self.slots().count_ones(),
+                    names.join(", ")
+                )))
+            }
             free => Ok((name, free.trailing_zeros() as u8)),
         }
     }

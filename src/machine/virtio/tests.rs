@@ -266,7 +266,7 @@ fn what_cannot_be_added_is_told_why_and_changes_nothing() {
         );
     }
     let why = failure(machine.add_disk("more"));
-    assert!(why.contains("each of the 14 slots"), "{why}");
+    assert!(why.contains("each of the 14 slots") && why.contains("(it has root, d3, d4, "), "{why}");
 }
 
 #[test]
