@@ -300,9 +300,10 @@ impl Machine {
                         None => self.passthrough.attach(configs, &self.pci, asker),
                     }
                 }
-                Request::AddVirtio(config) => {
+                Request::AddVirtio(config, files) => {
                     let attached = &self.passthrough.attached;
-                    self.virtio.add(config, |id| attached.has_id(id), asker);
+                    let taken = |id: &str| attached.has_id(id);
+                    self.virtio.add(config, files, taken, asker);
                 }
                 Request::RemoveDevice { id, force } => {
                     let held = !matches!(life.phase, Phase::Running);

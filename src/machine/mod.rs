@@ -28,7 +28,9 @@ pub use error::RunError;
 pub use life::Ended;
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
-pub use requests::{Answer, Control, Info, Request, RequestError, Requests, State, VirtioInfo};
+pub use requests::{
+    Answer, Control, Files, Info, Request, RequestError, Requests, State, VirtioInfo,
+};
 pub use signals::block_signals;
 
 use crate::config::VmConfig;

@@ -57,7 +57,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     let granted = |request: &Request| match request {
         Request::Info => Some(Ok(Answer::Info(info(State::Running)))),
         Request::AddDevice(configs) => Some(added(configs)),
-        Request::AddVirtio(config) => Some(added_virtio(config)),
+        Request::AddVirtio(config, _) => Some(added_virtio(config)),
         Request::RemoveDevice { id, .. } => Some(removed(id)),
         _ => Some(Ok(Answer::Done)),
     };

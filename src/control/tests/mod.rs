@@ -7,13 +7,16 @@ mod hostile;
 mod sockets;
 
 use std::collections::BTreeMap;
-use std::io::{Read as _, Write as _};
+use std::io::{IoSlice, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -131,7 +134,7 @@ fn living() -> impl FnMut(&Request) -> Reaction {
             (Request::Resume, _) => return Some(Err(RequestError::State("running"))),
             (Request::PowerButton | Request::Shutdown, _) => state,
             (Request::AddDevice(configs), _) => return Some(added(configs)),
-            (Request::AddVirtio(config), _) => return Some(added_virtio(config)),
+            (Request::AddVirtio(config, _), _) => return Some(added_virtio(config)),
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
         };
         state = next;
@@ -216,6 +219,16 @@ impl Client {
 
     fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.0.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// The same, with descriptors beside its first bytes.
+    fn send_with(&self, text: &str, files: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(files)));
+        let parts = [IoSlice::new(text.as_bytes())];
+        let sent = sendmsg(&self.0, &parts, &mut control, SendFlags::empty());
+        assert_eq!(sent.unwrap(), text.len());
     }
 
     /// The next answer; none where the connection is closed before.

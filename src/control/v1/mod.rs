@@ -16,7 +16,7 @@ use super::connections::Service;
 use super::http::{Answer, Request as HttpRequest};
 use super::json;
 use crate::config::{DeviceConfig, OnError, VirtioConfig, VmConfig};
-use crate::machine::{self, Control, Info, Request, RequestError, State};
+use crate::machine::{self, Control, Files, Info, Request, RequestError, State};
 use config::Config;
 use virtio::{AddDisk, AddNet};
 
@@ -58,7 +58,10 @@ enum Act {
     AddDevice,
     RemoveDevice,
     /// A virtio device comes: what it is follows from the body.
-    AddVirtio(fn(&[u8]) -> Result<VirtioConfig, String>, &'static str),
+    AddVirtio(
+        fn(&[u8], &Files) -> Result<VirtioConfig, String>,
+        &'static str,
+    ),
     /// The VM and with it the process ends: with 204, or with 200 and an empty body.
     End(u16),
     /// Nothing yet; what it would be.
@@ -152,7 +155,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     with_body(
         "vm.add-disk",
         Act::AddVirtio(
-            |body| json::parse::<AddDisk>(body).and_then(AddDisk::into_config),
+            |body, files| json::parse::<AddDisk>(body).and_then(|disk| disk.into_config(files)),
             "The disk could not be added to the VM",
         ),
     ),
@@ -162,7 +165,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     with_body(
         "vm.add-net",
         Act::AddVirtio(
-            |body| json::parse::<AddNet>(body).and_then(AddNet::into_config),
+            |body, files| json::parse::<AddNet>(body).and_then(|net| net.into_config(files)),
             "The NIC could not be added to the VM",
         ),
     ),
@@ -319,7 +322,7 @@ impl Service for Api {
         if *body == Body::Forbidden && !request.body.trim_ascii().is_empty() {
             return failed(400, &[&format!("{name} takes no body")]);
         }
-        self.act(endpoint, &request.body)
+        self.act(endpoint, request)
     }
 
     fn refuse(&self, status: u16, reason: &str) -> Answer {
@@ -342,7 +345,8 @@ impl Api {
         }
     }
 
-    fn act(&self, endpoint: &Endpoint, body: &[u8]) -> Answer {
+    fn act(&self, endpoint: &Endpoint, request: &HttpRequest) -> Answer {
+        let HttpRequest { body, files, .. } = request;
         match &endpoint.act {
             Act::Ping => succeeded(&Ping {
                 build_version: concat!("busway ", env!("CARGO_PKG_VERSION")),
@@ -358,8 +362,8 @@ impl Api {
                 Err(error) => refused(what, &error),
             },
             Act::AddDevice => self.add_device(body),
-            Act::AddVirtio(read, what) => match read(body) {
-                Ok(config) => self.add(Request::AddVirtio(config), what),
+            Act::AddVirtio(read, what) => match read(body, files) {
+                Ok(config) => self.add(Request::AddVirtio(config, files.clone()), what),
                 Err(why) => failed(400, &[what, &why]),
             },
             Act::RemoveDevice => self.remove_device(body),

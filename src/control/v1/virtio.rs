@@ -6,6 +6,7 @@ use busway_host::Mac;
 use serde::Deserialize;
 
 use crate::config::{DiskConfig, NetConfig, VirtioConfig};
+use crate::machine::Files;
 
 /// What Busway cannot do is not to be asked for.
 fn refuse(asked: bool, what: &str) -> Result<(), String> {
@@ -61,8 +62,9 @@ pub(super) struct AddDisk {
 }
 
 impl AddDisk {
-    pub(super) fn into_config(self) -> Result<VirtioConfig, String> {
+    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, String> {
         self.common.check()?;
+        refuse(!files.is_empty(), "a disk by its descriptor")?;
         // Images are taken as they are, whatever is in them.
         let raw = matches!(self.image_type.as_deref(), None | Some("Raw" | "Unknown"));
         refuse(!raw, "images that are not raw")?;
@@ -94,13 +96,20 @@ pub(super) struct AddNet {
 }
 
 impl AddNet {
-    pub(super) fn into_config(self) -> Result<VirtioConfig, String> {
+    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, String> {
         self.common.check()?;
         refuse(self.mtu.is_some(), "a NIC with an MTU of its own")?;
-        refuse(
-            self.fds.is_some_and(|fds| !fds.is_empty()),
-            "a tap's descriptor: name the tap, with tap",
-        )?;
+        // By number they are the client's own; those that count come beside the request.
+        if files.is_empty() && self.fds.is_some_and(|fds| !fds.is_empty()) {
+            return Err(
+                "fds are numbers of nobody's: send a tap's descriptors beside the request \
+                        (SCM_RIGHTS), or name the tap, with tap"
+                    .to_owned(),
+            );
+        }
+        if !files.is_empty() && self.tap.is_some() {
+            return Err("both tap and descriptors say which tap: leave one out".to_owned());
+        }
         let mac = self.mac.as_deref().map(str::parse::<Mac>).transpose();
         let mut net = NetConfig {
             tap: self.tap.filter(|tap| !tap.is_empty()),
@@ -119,11 +128,11 @@ mod tests {
     use crate::control::json::parse;
 
     fn disk(body: &str) -> Result<VirtioConfig, String> {
-        parse::<AddDisk>(body.as_bytes()).and_then(AddDisk::into_config)
+        parse::<AddDisk>(body.as_bytes()).and_then(|disk| disk.into_config(&Files::default()))
     }
 
     fn net(body: &str) -> Result<VirtioConfig, String> {
-        parse::<AddNet>(body.as_bytes()).and_then(AddNet::into_config)
+        parse::<AddNet>(body.as_bytes()).and_then(|net| net.into_config(&Files::default()))
     }
 
     #[test]
@@ -180,8 +189,17 @@ mod tests {
             assert!(why.contains(word), "{body}: {why}");
         }
         assert!(disk(r#"{"path":"a","serial":"s","id":"s"}"#).is_ok());
+        let files = Files::from(vec![std::io::pipe().unwrap().0.into()]);
+        let with_files = |body: &str| {
+            let net = parse::<AddNet>(body.as_bytes())?;
+            net.into_config(&files)
+        };
+        assert!(with_files(r#"{"tap":"vmtap0"}"#).is_err());
+        // The numbers of the client's own say nothing beside those that came.
+        let net_config = VirtioConfig::Net(NetConfig::default());
+        assert_eq!(with_files(r#"{"fds":[27]}"#), Ok(net_config));
         for (body, word) in [
-            (r#"{"fds":[0,1,2]}"#, "descriptor"),
+            (r#"{"fds":[0,1,2]}"#, "SCM_RIGHTS"),
             (r#"{"mac":"nonsense"}"#, "nonsense"),
             (r#"{"mtu":9000}"#, "MTU"),
         ] {

@@ -22,7 +22,7 @@ use super::aside::Aside;
 use super::events::Events;
 use super::passthrough::RELEASE_LIMIT;
 use super::pci::Pci;
-use super::requests::{Answer, Asker, RequestError, VirtioInfo};
+use super::requests::{Answer, Asker, Files, RequestError, VirtioInfo};
 use crate::config::{VirtioConfig, VmConfig};
 use crate::devices::InterruptLine;
 use crate::devices::pci_hotplug::PciHotplug;
@@ -101,12 +101,17 @@ struct Maker {
 }
 
 impl Maker {
-    /// Takes from the host what the device needs.
-    fn make(&self, name: &str, config: &VirtioConfig) -> Result<Arc<VirtioPci>, RunError> {
+    /// Takes from the host what the device needs, unless it was handed over.
+    fn make(
+        &self,
+        name: &str,
+        config: &VirtioConfig,
+        files: &Files,
+    ) -> Result<Arc<VirtioPci>, RunError> {
         let device: Box<dyn VirtioDevice> = match config {
             VirtioConfig::Disk(disk) => Box::new(Blk::new(name, disk)?),
             VirtioConfig::Net(net) => {
-                let net = Net::new(name, net)?;
+                let net = Net::new(name, net, files.all())?;
                 log::info!("net {}: tap {}", net.name(), net.tap_name());
                 Box::new(net)
             }
@@ -160,7 +165,7 @@ impl VirtioDevices {
         for (index, device) in config.virtio() {
             let free = |name: &str| !given.iter().any(|given| given == name) && !self.has(name);
             let name = name_of(&device, index, free);
-            let function = self.maker.make(&name, &device)?;
+            let function = self.maker.make(&name, &device, &Files::default())?;
             let (slot, id) = pci.add_virtio(&function)?;
             self.enter(name, device, slot.number(), &function);
             self.seats.take(slot.number(), id);
@@ -229,7 +234,13 @@ impl VirtioDevices {
 
     /// Adds a device to the machine that runs. Whoever asks is answered when the guest can find it, or when
     /// it is known that it will not. `taken`: whether a name is another device's.
-    pub(super) fn add(&mut self, config: VirtioConfig, taken: impl Fn(&str) -> bool, asker: Asker) {
+    pub(super) fn add(
+        &mut self,
+        config: VirtioConfig,
+        files: Files,
+        taken: impl Fn(&str) -> bool,
+        asker: Asker,
+    ) {
         let (name, slot) = match self.find_place(&config, taken) {
             Ok(place) => place,
             Err(error) => return asker.answer(Err(error)),
@@ -242,7 +253,7 @@ impl VirtioDevices {
         let (maker, come, events) = (self.maker.clone(), self.come.clone(), self.events.clone());
         let described = config.described(&name);
         self.builds.start("attach", &described, move || {
-            let outcome = maker.make(&name, &config);
+            let outcome = maker.make(&name, &config, &files);
             let mut come = come.lock().unwrap_or_else(PoisonError::into_inner);
             come.push(Come {
                 slot,

@@ -109,7 +109,8 @@ impl Machine {
     /// Adds a device, and gives what was answered when it has come.
     fn add(&mut self, config: VirtioConfig) -> Result<Answer, RequestError> {
         let (asker, asking) = self.asker();
-        self.devices.add(config, |id| id == "nvme", asker);
+        let taken = |id: &str| id == "nvme";
+        self.devices.add(config, Files::default(), taken, asker);
         while !asking.is_finished() {
             self.devices.on_attached(&mut self.pci);
         }
@@ -266,7 +267,10 @@ fn what_cannot_be_added_is_told_why_and_changes_nothing() {
         );
     }
     let why = failure(machine.add_disk("more"));
-    assert!(why.contains("each of the 14 slots") && why.contains("(it has root, d3, d4, "), "{why}");
+    assert!(
+        why.contains("each of the 14 slots") && why.contains("(it has root, d3, d4, "),
+        "{why}"
+    );
 }
 
 #[test]
