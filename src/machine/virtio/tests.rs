@@ -43,10 +43,11 @@ fn machine(room: u64) -> Option<Machine> {
     let vm = Vm::new()
         .inspect_err(|error| eprintln!("skipped: {error}"))
         .ok()?;
+    let high = HIGH..HIGH + room;
     let windows = Windows {
         io: layout::PCI_IO,
         memory32: vec![layout::mmio32(layout::MMIO32_START, &[]).remove(0)],
-        memory64: vec![HIGH..HIGH + room],
+        memory64: vec![high],
     };
     let regions = Arc::new(Regions::default());
     let mut pci = Pci::new(windows, &Buses::default(), regions, vm.doorbells()).unwrap();
