@@ -11,7 +11,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use busway_pci::{Device as Slot, InterruptPin};
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, intx_gsi};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, hotplug, intx_gsi};
 use crate::devices::{power, rtc, serial};
 use crate::memory::layout;
 
@@ -39,6 +39,7 @@ pub(super) fn dsdt(platform: &Platform) -> Sdt {
     motherboard(&mut aml);
     legacy_devices(platform, &mut aml);
     processors(platform, &mut aml);
+    hotplug::append(platform.bus0_slots, &mut aml);
     // §7.4.2.6: the value of SLP_TYP for soft off.
     let soft_off = power::SLEEP_TYPE_S5;
     Name::new(
@@ -214,10 +215,10 @@ fn processors(platform: &Platform, aml: &mut Vec<u8>) {
     }
 }
 
-fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
+pub(super) fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
     Scope::new(path("\\_SB_"), vec![device]).to_aml_bytes(aml);
 }
 
-fn path(name: &str) -> Path {
+pub(super) fn path(name: &str) -> Path {
     Path::new(name)
 }

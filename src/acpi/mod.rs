@@ -7,6 +7,7 @@
 
 mod dsdt;
 mod fadt;
+mod hotplug;
 mod madt;
 
 use std::ops::Range;
@@ -54,6 +55,9 @@ pub struct Platform {
     pub serial: bool,
     /// Root ports have hot-plug slots that the guest's own driver handles.
     pub native_hotplug: bool,
+    /// Bit n: the device in slot n of bus 0 can come and leave. Without any there is nothing that would tell
+    /// of it.
+    pub bus0_slots: u32,
 }
 
 /// A processor.

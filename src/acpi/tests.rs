@@ -18,6 +18,7 @@ fn platform(cpus: u32) -> Platform {
         mmio64: layout::mmio64(7 << 30, 40, &[]),
         serial: true,
         native_hotplug: true,
+        bus0_slots: 0b1110,
     }
 }
 
@@ -248,4 +249,46 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
         assert!(!back.contains("Warning  "), "{name}: {back}");
         assert!(folder.path().join("back.aml").exists(), "{name}: {back}");
     }
+}
+
+#[test]
+fn slots_that_can_change_are_there_with_their_methods_and_only_where_there_are_some() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = |bus0_slots| {
+        let platform = Platform {
+            bus0_slots,
+            ..platform(1)
+        };
+        let tables = tables(&platform);
+        let (_, dsdt) = tables.iter().find(|(name, _)| name == "DSDT")?;
+        std::fs::write(folder.path().join("dsdt.aml"), dsdt).unwrap();
+        let _said = iasl(folder.path(), &["-d", "dsdt.aml"])?;
+        Some(std::fs::read_to_string(folder.path().join("dsdt.dsl")).unwrap())
+    };
+    let (Some(none), Some(some)) = (source(0), source(1 << 3 | 1 << 12)) else {
+        return;
+    };
+    for word in ["ACPI0013", "_EJ0", "PHPC", "PCNT"] {
+        assert!(!none.contains(word), "{word}");
+        assert!(some.contains(word), "{word}");
+    }
+    let (_, changing) = some.split_once("Device (PHPC)").unwrap();
+    let plain = changing.split_whitespace().collect::<Vec<_>>().join(" ");
+    for part in [
+        // A level-triggered interrupt, and registers of their own.
+        "Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive, ,, ) { 0x0000000A, }",
+        "OperationRegion (HPRG, SystemMemory, 0xFEA00000, 0x14)",
+        "Field (HPRG, DWordAcc, NoLock, WriteAsZeros) { ADDS, 32, WANT, 32, EJCT, 32, PRES, 32, OUTC, 32 }",
+        // What is unseen is taken first, and then told.
+        "Local0 = \\_SB.PHPC.ADDS \\_SB.PHPC.ADDS = Local0 Local1 = \\_SB.PHPC.WANT",
+        "If ((Local0 & 0x08)) { Notify (S003, One) // Device Check }",
+        "If ((Local1 & 0x1000)) { Notify (S00C, 0x03) // Eject Request }",
+        "Device (S00C) { Name (_ADR, 0x000C0000) // _ADR: Address Name (_SUN, 0x0C)",
+        "If ((\\_SB.PHPC.PRES & 0x1000)) { Return (0x0F) }",
+        "\\_SB.PHPC.EJCT = 0x1000",
+        "If ((Arg0 == 0x0A)) { \\_SB.PCI0.PCNT () }",
+    ] {
+        assert!(plain.contains(part), "no `{part}` in: {plain}");
+    }
+    assert!(!some.contains("S004"));
 }

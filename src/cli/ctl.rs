@@ -1,7 +1,7 @@
 //! `busway ctl`: the control socket of a VM that runs, for people.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use busway_iommu::printable;
@@ -57,7 +57,11 @@ enum Verb {
         #[arg(long)]
         id: Option<String>,
     },
-    /// Have the guest let go of a device; answered when the host has it back
+    /// Add a disk; answered when the guest can find it
+    AddDisk(AddDiskArgs),
+    /// Add a NIC; answered when the guest can find it
+    AddNet(AddNetArgs),
+    /// Have the guest let go of a device, a disk or a NIC; answered when the host has it back
     RemoveDevice {
         /// What it is called: the name that it was given, or its address or UUID on the host
         id: String,
@@ -65,6 +69,35 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+}
+
+/// `busway ctl add-disk`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+struct AddDiskArgs {
+    /// A raw image, or a block device
+    path: PathBuf,
+    /// The guest may not write
+    #[arg(long)]
+    readonly: bool,
+    /// Bypass the host's page cache
+    #[arg(long)]
+    direct: bool,
+    /// What it is called; the guest reads it as the disk's serial number
+    #[arg(long)]
+    id: Option<String>,
+}
+
+/// `busway ctl add-net`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+struct AddNetArgs {
+    /// The tap interface; a new one that the kernel names, where none is given
+    tap: Option<String>,
+    /// The guest's MAC address; a random one, where none is given
+    #[arg(long)]
+    mac: Option<String>,
+    /// What it is called
+    #[arg(long)]
+    id: Option<String>,
 }
 
 /// At the end of the help.
@@ -89,6 +122,8 @@ impl Verb {
             Self::PowerButton => "vm.power-button",
             Self::Shutdown => "vmm.shutdown",
             Self::AddDevice { .. } => "vm.add-device",
+            Self::AddDisk(_) => "vm.add-disk",
+            Self::AddNet(_) => "vm.add-net",
             Self::RemoveDevice { .. } => "vm.remove-device",
         }
     }
@@ -97,6 +132,11 @@ impl Verb {
     fn body(&self) -> Option<Value> {
         match self {
             Self::AddDevice { device, id } => Some(json!({ "path": device, "id": id })),
+            Self::AddDisk(disk) => Some(json!({
+                "path": absolute(&disk.path), "readonly": disk.readonly, "direct": disk.direct,
+                "id": disk.id,
+            })),
+            Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
             Self::RemoveDevice { id, force } => Some(json!({ "id": id, "force": force })),
             _ => None,
         }
@@ -104,10 +144,21 @@ impl Verb {
 
     const fn limit(&self) -> Duration {
         match self {
-            Self::Shutdown | Self::AddDevice { .. } | Self::RemoveDevice { .. } => END_LIMIT,
+            Self::Shutdown
+            | Self::AddDevice { .. }
+            | Self::AddDisk(_)
+            | Self::AddNet(_)
+            | Self::RemoveDevice { .. } => END_LIMIT,
             _ => LIMIT,
         }
     }
+}
+
+/// The path as the VM finds it, whose folder may be another; as it is where there is no such path, which the
+/// VM then says.
+fn absolute(path: &Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.display().to_string()
 }
 
 /// Why a VM was not asked.
@@ -164,7 +215,7 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Resume => "the guest runs\n".to_owned(),
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
-        Verb::AddDevice { .. } => {
+        Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) => {
             let (id, address) = (text(answer, "/id"), text(answer, "/bdf"));
             format!("{id}: in the guest at {address}\n")
         }
@@ -199,8 +250,13 @@ fn rows(info: &Value) -> Vec<Row> {
     }
     for disk in list(info, "/config/disks") {
         let readonly = disk["readonly"] == true;
-        let id = named(text(disk, "/id"));
-        let notes = [text(disk, "/path"), id, note("read-only", readonly)];
+        let (id, place) = (text(disk, "/id"), in_guest(info, disk));
+        let notes = [
+            text(disk, "/path"),
+            named(id),
+            note("read-only", readonly),
+            place,
+        ];
         rows.push(("disk", joined(notes)));
     }
     for nic in list(info, "/config/net") {
@@ -210,7 +266,12 @@ fn rows(info: &Value) -> Vec<Row> {
         };
         rows.push((
             "nic",
-            joined([tap, text(nic, "/mac"), named(text(nic, "/id"))]),
+            joined([
+                tap,
+                text(nic, "/mac"),
+                named(text(nic, "/id")),
+                in_guest(info, nic),
+            ]),
         ));
     }
     rows.extend(devices(info));
@@ -230,10 +291,21 @@ fn memory(info: &Value) -> String {
     format!("{} MiB", bytes >> 20)
 }
 
+/// Where the guest has a virtio device, if it has it yet.
+fn in_guest(info: &Value, device: &Value) -> String {
+    let id = device["id"].as_str().unwrap_or_default();
+    let node = info["device_tree"].get(id);
+    match node.map(|node| text(node, "/pci_bdf")) {
+        Some(address) if !address.is_empty() => format!("in the guest {address}"),
+        _ => String::new(),
+    }
+}
+
 /// The host's devices that the guest has; before it has any, those that it is to have.
 fn devices(info: &Value) -> Vec<Row> {
     let there = info["device_tree"].as_object().into_iter().flatten();
     let there: Vec<Row> = there
+        .filter(|(_, node)| node.get("host_bdf").is_some())
         .map(|(id, node)| {
             let (host, guest) = (text(node, "/host_bdf"), text(node, "/pci_bdf"));
             let name = if *id == host {
@@ -343,6 +415,7 @@ mod tests {
             "device_tree": {
                 "drive": { "host_bdf": "0000:01:00.0", "pci_bdf": "0000:01:00.0" },
                 "0000:02:00.0": { "host_bdf": "0000:02:00.0", "pci_bdf": "0000:02:00.0" },
+                "root": { "pci_bdf": "0000:00:01.0" },
             },
         })
     }
@@ -357,7 +430,7 @@ kernel      /boot/vmlinuz
 cmdline     console=ttyS0 root=/dev/vda1
 serial      tty
 console     file, /run/console
-disk        debian.raw, id root, read-only
+disk        debian.raw, id root, read-only, in the guest 0000:00:01.0
 nic         vmtap0
 nic         a new tap
 device      0000:02:00.0, in the guest 0000:02:00.0

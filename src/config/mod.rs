@@ -5,6 +5,7 @@
 //! host must have for them, by those who open it.
 
 mod validate;
+mod virtio;
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use validate::MAX_HOTPLUG_SLOTS;
 pub(crate) use validate::validate_functions;
 pub use validate::{InvalidConfig, InvalidVirtio};
+pub use virtio::VirtioConfig;
 
 /// How many vCPUs a VM can have, and so how many queues, or pairs of them, a virtio device has use for.
 /// An xAPIC id of 8 bits and the MADT's entries would carry 255.
@@ -136,7 +138,7 @@ impl Default for MemoryConfig {
 }
 
 /// `--disk`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
     /// A raw image or a block device.
@@ -174,7 +176,7 @@ impl DiskConfig {
 }
 
 /// `--net`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// The tap interface; made where it does not exist, and named by the kernel where absent.

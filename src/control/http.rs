@@ -9,6 +9,7 @@ use std::io;
 use httparse::{EMPTY_HEADER, Header, Status};
 
 use super::wire::Wire;
+use crate::machine::Files;
 
 /// The most bytes of a request's head, and of the trailers behind a chunked body.
 pub(super) const HEAD_MOST: usize = 16 << 10;
@@ -32,6 +33,8 @@ pub(super) struct Request {
     pub(super) body: Vec<u8>,
     /// The client wants the connection to be closed after the answer.
     pub(super) close: bool,
+    /// The descriptors that came beside it.
+    pub(super) files: Files,
 }
 
 /// What a request is answered with.
@@ -106,6 +109,7 @@ pub(super) fn receive(wire: &mut Wire) -> Result<Request, Trouble> {
         Length::Bytes(count) => receive_bytes(wire, count, &mut request.body)?,
         Length::Chunked => receive_chunks(wire, &mut request.body)?,
     }
+    request.files = wire.take_files().into();
     Ok(request)
 }
 
@@ -190,6 +194,7 @@ impl Head {
                 path: path(request.path.unwrap_or_default()).to_owned(),
                 body: Vec::new(),
                 close: close || !is_1_1 && !keep,
+                files: Files::default(),
             },
             length,
             // Where no body comes there is nothing to wait for, and some clients take the first answer

@@ -1,9 +1,17 @@
 //! The bytes of one connection, with limits on how long they may take.
 
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, IoSliceMut, Write as _};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+/// The most descriptors that come with one message, those of a NIC with a pair of queues for each vCPU; what
+/// is beyond them is closed.
+const FILES_MOST: usize = 64;
 
 /// How many bytes are read at once.
 const STEP: usize = 64 << 10;
@@ -38,6 +46,8 @@ pub(super) struct Wire {
     bytes: Vec<u8>,
     /// How many of `bytes` have been taken.
     taken: usize,
+    /// The descriptors that came beside them.
+    files: Vec<OwnedFd>,
 }
 
 impl Wire {
@@ -48,7 +58,13 @@ impl Wire {
             deadline: None,
             bytes: Vec::new(),
             taken: 0,
+            files: Vec::new(),
         }
+    }
+
+    /// Takes the descriptors that have come.
+    pub(super) fn take_files(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.files)
     }
 
     /// By which the connection can be ended from another thread.
@@ -109,7 +125,7 @@ impl Wire {
         self.bytes.resize(before.saturating_add(STEP), 0);
         let room = self.bytes.get_mut(before..).unwrap_or_default();
         let result = loop {
-            match self.stream.read(room) {
+            match receive(&self.stream, room, &mut self.files) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 result => break result.map_err(timed_out),
             }
@@ -149,6 +165,21 @@ impl Wire {
             self.take(usize::MAX);
         }
     }
+}
+
+/// Reads bytes, and the descriptors that come beside them (SCM_RIGHTS, unix(7)). What finds no room is closed.
+fn receive(stream: &UnixStream, bytes: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MOST))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(bytes)];
+    let received = recvmsg(stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(come) = message {
+            let room = FILES_MOST.saturating_sub(files.len());
+            files.extend(come.take(room));
+        }
+    }
+    Ok(received.bytes)
 }
 
 /// As much of `most` as is left before the deadline.

@@ -6,6 +6,7 @@
 //! a wish to reset or to turn off by a [`PowerSink`].
 
 pub mod console;
+pub mod pci_hotplug;
 pub mod power;
 pub mod rtc;
 pub mod serial;

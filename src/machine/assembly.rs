@@ -20,17 +20,16 @@ use super::pci::Pci;
 use super::platform::{Platform, open_console};
 use super::requests::Requests;
 use super::signals::Signals;
+use super::virtio::VirtioDevices;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
 use crate::config::{ConsoleConfig, VmConfig};
+use crate::devices::pci_hotplug;
 use crate::kvm::{Buses, CpuFeatures, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
-use crate::memory::{GuestRam, Ram, Regions};
+use crate::memory::{Ram, Regions, layout};
 use crate::report::{Report, Stage};
-use crate::virtio::blk::Blk;
 use crate::virtio::console::Console;
-use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
-use crate::virtio::{VirtioDevice, VirtioPci};
 
 /// A machine. The fields go in the order in which they stand: who uses something before what is used.
 #[derive(Debug)]
@@ -42,6 +41,7 @@ pub(super) struct Machine {
     pub(super) pausing: Arc<Aside>,
     // Waits for the devices that are being released, whose functions the topology has no more.
     pub(super) passthrough: Passthrough,
+    pub(super) virtio: VirtioDevices,
     pub(super) pci: Pci,
     pub(super) platform: Platform,
     _memory: MemoryMap,
@@ -122,7 +122,7 @@ impl Machine {
 
         let buses = Buses::default();
         let windows = plan.windows(&ram.guest_ranges(), &passthrough.usable_ranges());
-        let acpi = acpi_platform(config, &windows);
+        let mut acpi = acpi_platform(config, &windows);
         let mut pci = Pci::new(windows, &buses, memory.0.clone(), vm.doorbells())?;
         let platform = Platform::new(
             &config.serial,
@@ -132,11 +132,16 @@ impl Machine {
             &events,
             &quit,
         )?;
-        add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
+        let routes = Arc::new(router.clone());
+        let mut virtio = VirtioDevices::new(ram.guest(), routes, pci.topology(), &events);
+        add_virtio(&mut virtio, &mut pci, config, &quit)?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
         }
         add_empty_ports(&mut pci, config, &router, &events)?;
+        if requests.can_be_asked() {
+            acpi.bus0_slots = open_slots(&mut virtio, &pci, &buses, &router)?;
+        }
         report.reached(Stage::Devices);
         signals.check()?;
 
@@ -146,6 +151,7 @@ impl Machine {
             vcpus,
             pausing: Arc::default(),
             passthrough,
+            virtio,
             pci,
             platform,
             _memory: memory,
@@ -291,6 +297,7 @@ fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
         mmio64: windows.memory64.clone(),
         serial: config.serial != ConsoleConfig::Off,
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
+        bus0_slots: 0,
     }
 }
 
@@ -314,32 +321,33 @@ fn add_empty_ports(
 
 /// The virtio devices: disks, NICs, console and entropy source.
 fn add_virtio(
+    virtio: &mut VirtioDevices,
     pci: &mut Pci,
     config: &VmConfig,
-    ram: &GuestRam,
-    router: &IrqRouter,
     quit: &EventFd,
 ) -> Result<(), RunError> {
-    let routes: Arc<dyn InterruptRoutes> = Arc::new(router.clone());
-    let mut add = |device: Box<dyn VirtioDevice>| -> Result<(), RunError> {
-        pci.add_virtio(VirtioPci::new(device, ram.clone(), routes.clone())?)
-    };
-    let name = |kind, index, id: &Option<String>| match id {
-        Some(id) => id.clone(),
-        None => format!("{kind}{index}"),
-    };
-    for (index, disk) in config.disk.iter().enumerate() {
-        add(Box::new(Blk::new(&name("disk", index, &disk.id), disk)?))?;
-    }
-    for (index, net) in config.net.iter().enumerate() {
-        let net = Net::new(&name("net", index, &net.id), net)?;
-        log::info!("net {}: tap {}", net.name(), net.tap_name());
-        add(Box::new(net))?;
-    }
+    virtio.add_first(config, pci)?;
     if let Some(endpoint) = open_console("--console", &config.console, quit)? {
-        add(Box::new(Console::new("console", endpoint)))?;
+        virtio.add_fixed(Box::new(Console::new("console", endpoint)), pci)?;
     }
-    add(Box::new(Rng::new("rng", &config.rng)?))
+    virtio.add_fixed(Box::new(Rng::new("rng", &config.rng)?), pci)
+}
+
+/// Lets virtio devices come to the guest while it runs, and leave it: gives the slots for that.
+fn open_slots(
+    virtio: &mut VirtioDevices,
+    pci: &Pci,
+    buses: &Buses,
+    router: &IrqRouter,
+) -> Result<u32, RunError> {
+    let line = Arc::new(router.level_line(pci_hotplug::GSI));
+    buses.mmio.insert(
+        "PCI hot-plug registers",
+        layout::PCI_HOTPLUG_START,
+        pci_hotplug::SIZE,
+        virtio.open_slots(pci, line),
+    )?;
+    Ok(virtio.slots())
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

@@ -33,6 +33,15 @@ pub(super) enum Event {
     Stopped,
     /// Devices that were to be attached are ready, or will not be.
     Attached,
+    /// The guest has let go of virtio devices, which are out of their slots.
+    Ejected,
+    /// The guest does not let go of the virtio device in a slot.
+    Refused {
+        /// The slot of bus 0.
+        slot: u8,
+        /// Why, by the status of `_OST`.
+        status: u8,
+    },
 }
 
 /// What waits to be decided. Each thing waits once, so a guest cannot make the list long.
@@ -69,6 +78,16 @@ impl Events {
     /// Devices that were to be attached are ready, or will not be.
     pub(super) fn attached(&self) {
         self.push(Event::Attached);
+    }
+
+    /// The guest has let go of virtio devices.
+    pub(super) fn ejected(&self) {
+        self.push(Event::Ejected);
+    }
+
+    /// The guest does not let go of the virtio device in `slot`.
+    pub(super) fn refused(&self, slot: u8, status: u8) {
+        self.push(Event::Refused { slot, status });
     }
 
     /// How many wait.

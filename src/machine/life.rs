@@ -116,10 +116,9 @@ impl Machine {
         self.requests.open();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
-            let count = match epoll.wait(
-                life.timeout(self.passthrough.attached.deadline()),
-                &mut ready,
-            ) {
+            let leave = [self.passthrough.attached.deadline(), self.virtio.deadline()];
+            let others = leave.into_iter().flatten().min();
+            let count = match epoll.wait(life.timeout(others), &mut ready) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
@@ -148,6 +147,7 @@ impl Machine {
             }
             let now = Instant::now();
             self.passthrough.attached.on_time(self.pci.topology(), now);
+            self.virtio.on_time(now);
             if life.deadline.is_some_and(|deadline| deadline <= now) {
                 return Err(RunError::DeafGuest {
                     limit: POWER_OFF_LIMIT,
@@ -255,6 +255,15 @@ impl Machine {
                 }
                 Event::Attached => {
                     self.passthrough.on_attached(&mut self.pci);
+                    self.virtio.on_attached(&mut self.pci);
+                    None
+                }
+                Event::Ejected => {
+                    self.virtio.on_ejected();
+                    None
+                }
+                Event::Refused { slot, status } => {
+                    self.virtio.on_refused(slot, status);
                     None
                 }
                 Event::Panicked => return Err(RunError::Panicked),
@@ -286,13 +295,23 @@ impl Machine {
                     asker.answer(Ok(Answer::Done));
                 }
                 Request::AddDevice(configs) => {
-                    self.passthrough.attach(configs, &self.pci, asker);
+                    match configs.iter().find(|one| self.virtio.has(&one.id())) {
+                        Some(one) => asker.answer(Err(RequestError::Exists(one.name()))),
+                        None => self.passthrough.attach(configs, &self.pci, asker),
+                    }
+                }
+                Request::AddVirtio(config, files) => {
+                    let attached = &self.passthrough.attached;
+                    let taken = |id: &str| attached.has_id(id);
+                    self.virtio.add(config, files, taken, asker);
                 }
                 Request::RemoveDevice { id, force } => {
                     let held = !matches!(life.phase, Phase::Running);
-                    let topology = self.pci.topology();
-                    let attached = &mut self.passthrough.attached;
-                    attached.remove(&id, force, topology, held, asker);
+                    if let Some(asker) = self.virtio.remove(&id, force, held, asker) {
+                        let topology = self.pci.topology();
+                        let attached = &mut self.passthrough.attached;
+                        attached.remove(&id, force, topology, held, asker);
+                    }
                 }
                 Request::Shutdown => {
                     log::info!("the VM ends, as its control socket asks");
@@ -311,6 +330,7 @@ impl Machine {
             devices: self.pci.assigned(),
             ids: self.passthrough.attached.ids(),
             empty_slots: self.passthrough.empty_slots(&self.pci),
+            virtio: self.virtio.info(),
         }
     }
 

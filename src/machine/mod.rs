@@ -21,13 +21,16 @@ mod quiet;
 mod requests;
 mod restart;
 mod signals;
+mod virtio;
 
 pub use address_plan::NoRoomError;
 pub use error::RunError;
 pub use life::Ended;
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
-pub use requests::{Answer, Control, Info, Request, RequestError, Requests, State};
+pub use requests::{
+    Answer, Control, Files, Info, Request, RequestError, Requests, State, VirtioInfo,
+};
 pub use signals::block_signals;
 
 use crate::config::VmConfig;

@@ -78,11 +78,43 @@ impl Pci {
         &self.topology
     }
 
-    /// Adds a virtio device, which the machine makes itself.
-    pub(super) fn add_virtio(&mut self, function: Arc<VirtioPci>) -> Result<(), RunError> {
-        let name = function.name().to_owned();
-        self.virtio.push(&function);
-        self.place(&name, 1, function).map(drop)
+    /// Adds a virtio device, which the machine makes itself, and gives its slot.
+    pub(super) fn add_virtio(
+        &mut self,
+        function: &Arc<VirtioPci>,
+    ) -> Result<(Device, FunctionId), RunError> {
+        let slot = self.free_slot(function.name(), 1)?;
+        let id = self.place_in(slot, function.clone())?;
+        self.virtio.push(function);
+        Ok((slot, id))
+    }
+
+    /// Puts a virtio device into `slot`, one of those that the machine keeps for them, while the guest runs.
+    ///
+    /// # Errors
+    /// [`RunError::Addresses`] where its BAR would find no room; nothing has changed then
+    pub(super) fn plug_virtio(
+        &mut self,
+        slot: u8,
+        function: &Arc<VirtioPci>,
+    ) -> Result<FunctionId, RunError> {
+        let device = Device::new(slot).ok_or_else(|| RunError::NoSlot {
+            device: function.name().to_owned(),
+        })?;
+        self.topology.has_room(&self.windows, &**function)?;
+        let id = self.topology.add(Place::root(device), function.clone())?;
+        self.virtio.push(function);
+        Ok(id)
+    }
+
+    /// Bit n: slot n is one for virtio devices, and free.
+    pub(super) fn free_slots(&self) -> u32 {
+        ((1 << FIRST_PORT) - 1) & !self.slots
+    }
+
+    /// Whether a slot is one for virtio devices, and not beyond.
+    pub(super) fn is_low(&self, slot: u8) -> bool {
+        slot < FIRST_PORT
     }
 
     /// The virtio devices, which are paused with the guest.
@@ -318,6 +350,14 @@ impl Pci {
         function: Arc<dyn PciFunction>,
     ) -> Result<FunctionId, RunError> {
         let slot = self.free_slot(name, from)?;
+        self.place_in(slot, function)
+    }
+
+    fn place_in(
+        &mut self,
+        slot: Device,
+        function: Arc<dyn PciFunction>,
+    ) -> Result<FunctionId, RunError> {
         let id = self.topology.add(Place::root(slot), function)?;
         self.slots |= 1 << slot.number();
         Ok(id)

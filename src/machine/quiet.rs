@@ -13,6 +13,7 @@ pub(super) struct VirtioFunctions(Vec<Weak<VirtioPci>>);
 
 impl VirtioFunctions {
     pub(super) fn push(&mut self, function: &Arc<VirtioPci>) {
+        self.0.retain(|function| function.strong_count() > 0);
         self.0.push(Arc::downgrade(function));
     }
 

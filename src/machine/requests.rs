@@ -5,7 +5,7 @@
 //! the answer alone.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +13,7 @@ use busway_vfio::EventFd;
 use serde::Serialize;
 
 use super::RunError;
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, VirtioConfig};
 use crate::report::AssignedDevice;
 
 /// How many requests wait to be taken; whoever asks then is refused.
@@ -35,6 +35,9 @@ pub enum Request {
     Shutdown,
     /// Add functions of one host device, in an empty slot. Answered when they are in it.
     AddDevice(Vec<DeviceConfig>),
+    /// Add a virtio device, for descriptors that were handed over, or for what the configuration names where
+    /// there are none. Answered when the guest can find it.
+    AddVirtio(VirtioConfig, Files),
     /// Have the guest let go of a device, and with it of all in its slot. Answered when the host has it
     /// back, or when the guest is found not to let go of it.
     RemoveDevice {
@@ -44,6 +47,46 @@ pub enum Request {
         force: bool,
     },
 }
+
+/// Descriptors that were handed over. They are closed with the last clone.
+#[derive(Clone, Debug, Default)]
+pub struct Files(Arc<[OwnedFd]>);
+
+impl Files {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn all(&self) -> &[OwnedFd] {
+        &self.0
+    }
+}
+
+impl From<Vec<OwnedFd>> for Files {
+    fn from(files: Vec<OwnedFd>) -> Self {
+        Self(files.into())
+    }
+}
+
+/// The same descriptors, by their numbers.
+impl PartialEq for Files {
+    fn eq(&self, other: &Self) -> bool {
+        let numbers = |files: &Self| {
+            files
+                .all()
+                .iter()
+                .map(AsRawFd::as_raw_fd)
+                .collect::<Vec<_>>()
+        };
+        numbers(self) == numbers(other)
+    }
+}
+
+impl Eq for Files {}
 
 /// What a machine is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -72,6 +115,19 @@ pub struct Info {
     pub ids: BTreeMap<String, String>,
     /// How many devices can be added.
     pub empty_slots: usize,
+    /// The virtio devices that the guest has and that can leave it; none while it is being put together.
+    pub virtio: Vec<VirtioInfo>,
+}
+
+/// A virtio device that a guest has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VirtioInfo {
+    /// What it is called.
+    pub id: String,
+    /// Its address in the guest.
+    pub address: String,
+    /// What it is.
+    pub config: VirtioConfig,
 }
 
 /// The answer to a request that was granted.
@@ -81,7 +137,7 @@ pub enum Answer {
     Done,
     /// To [`Request::Info`].
     Info(Info),
-    /// To [`Request::AddDevice`].
+    /// To [`Request::AddDevice`] and [`Request::AddVirtio`].
     Added {
         /// What the device is called from now on.
         id: String,
@@ -218,6 +274,11 @@ impl Requests {
     #[must_use]
     pub fn control(&self) -> Control {
         Control(self.0.clone())
+    }
+
+    /// Whether anybody can ask.
+    pub(super) fn can_be_asked(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
     }
 
     /// The machine lives: requests are taken from now on.

@@ -36,6 +36,7 @@ impl Machine {
             vcpus,
             pci,
             passthrough,
+            virtio,
             events,
             vm,
             quit,
@@ -45,6 +46,7 @@ impl Machine {
         let reset = || -> Result<(), KvmError> {
             vcpus.hold();
             passthrough.attached.on_restart(topology);
+            virtio.on_restart();
             events.clear();
             // A device's pin is connected anew by its reset, and what it signals then must not be
             // forgotten by the chips.

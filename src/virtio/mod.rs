@@ -17,6 +17,7 @@ pub mod life;
 pub mod net;
 mod pci;
 mod queue;
+mod retired;
 pub mod rng;
 mod segments;
 pub mod spec;

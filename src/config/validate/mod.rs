@@ -215,6 +215,9 @@ pub enum InvalidVirtio {
          `/` and `:`"
     )]
     TapName(String),
+    /// id=`{0}` must have a character, and no spaces, commas or `/`
+    #[error("id=`{0}` must have a character, and no spaces, commas or `/`")]
+    Id(String),
 }
 
 /// A device of the configuration, by the name it has or else by where it was said: `--disk no. 2`.
@@ -330,8 +333,7 @@ impl VmConfig {
         let mut seen = Seen::new("id", "names are unique in a VM");
         for (name, id) in named {
             let Some(id) = id else { continue };
-            let good = |byte: u8| byte.is_ascii_graphic() && byte != b',' && byte != b'/';
-            if id.is_empty() || !id.bytes().all(good) {
+            if !is_id(id) {
                 return Err(InvalidConfig::Id {
                     device: name,
                     id: id.clone(),
@@ -505,6 +507,12 @@ fn queue_size(size: u16, sizes: RangeInclusive<u16>) -> Result<(), InvalidVirtio
     }
     let (least, most) = sizes.into_inner();
     Err(InvalidVirtio::QueueSize { size, least, most })
+}
+
+/// Whether a device can be called this.
+pub(super) fn is_id(id: &str) -> bool {
+    let good = |byte: u8| byte.is_ascii_graphic() && byte != b',' && byte != b'/';
+    !id.is_empty() && id.bytes().all(good)
 }
 
 /// What the kernel takes as an interface's name: `dev_valid_name` of linux/netdevice.h.

@@ -57,6 +57,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     let granted = |request: &Request| match request {
         Request::Info => Some(Ok(Answer::Info(info(State::Running)))),
         Request::AddDevice(configs) => Some(added(configs)),
+        Request::AddVirtio(config, _) => Some(added_virtio(config)),
         Request::RemoveDevice { id, .. } => Some(removed(id)),
         _ => Some(Ok(Answer::Done)),
     };
@@ -72,6 +73,12 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"path": "0000:02:00.0", "id": "drive"}"#,
                 r#"{"path": "0000:01:00.0"}"#,
             ],
+            "vm.add-disk" => &[
+                "",
+                r#"{"path": "/a.raw", "readonly": true}"#,
+                r#"{"path": "/a.raw", "id": "twice"}"#,
+            ],
+            "vm.add-net" => &["", r#"{"tap": "vmtap0"}"#, r#"{"id": "twice"}"#],
             "vm.remove-device" => &["", r#"{"id": "0000:01:00.0"}"#, r#"{"id": "another"}"#],
             _ => &[""],
         };

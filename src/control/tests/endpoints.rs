@@ -1,9 +1,7 @@
 //! What each endpoint answers.
 
-use std::io::IoSlice;
 use std::os::fd::AsFd;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::json;
 
 use super::*;
@@ -103,6 +101,13 @@ fn a_vm_is_paused_resumed_and_shown() {
     let device = &info["device_tree"]["drive/é"];
     assert_eq!(device["pci_bdf"], "0000:02:00.0");
     assert_eq!(device["host_bdf"], "0000:01:00.0");
+    // So are virtio devices, by the names that they were given by Busway, which their configuration has too.
+    assert_eq!(
+        info["device_tree"]["disk0"],
+        json!({ "id": "disk0", "resources": [], "children": [], "pci_bdf": "0000:00:01.0" })
+    );
+    assert_eq!(info["config"]["disks"][0]["id"], "disk0");
+    assert_eq!(info["config"]["disks"][0]["path"], "a.raw");
     assert_eq!(client.ask("PUT", "vm.pause").status, 204);
     assert_eq!(client.ask("GET", "vm.info").json()["state"], "Paused");
     let again = client.ask("PUT", "vm.pause");
@@ -275,14 +280,48 @@ fn descriptors_by_number_are_refused_and_those_that_are_sent_are_closed() {
     }
     // The reader sees the pipe's end as soon as no copy of the writer is open any more.
     let (mut reader, writer) = io::pipe().unwrap();
-    let sent = [writer.as_fd(); 3];
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    assert!(control.push(SendAncillaryMessage::ScmRights(&sent)));
-    let text = request("PUT", "vm.pause", "Content-Length: 0\r\n");
-    let parts = [IoSlice::new(text.as_bytes())];
-    sendmsg(&client.0, &parts, &mut control, SendFlags::empty()).unwrap();
-    assert_eq!(client.reply().unwrap().status, 204);
+    for _ in 0..3 {
+        let text = request("PUT", "vm.pause", "Content-Length: 0\r\n");
+        client.send_with(&text, &[writer.as_fd(); 64]);
+        assert!([204, 500].contains(&client.reply().unwrap().status));
+    }
+    drop(writer);
+    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn a_taps_descriptors_come_with_the_request_for_a_nic_and_with_no_other() {
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let vm = Vm::new({
+        let seen = Arc::clone(&seen);
+        move |request| match request {
+            Request::AddVirtio(config, files) => {
+                seen.lock().unwrap().push(files.all().len());
+                Some(added_virtio(config))
+            }
+            _ => Some(Ok(Answer::Done)),
+        }
+    });
+    let mut client = vm.connect();
+    let (mut reader, writer) = io::pipe().unwrap();
+    let sent = [writer.as_fd(); 2];
+    let body = r#"{"num_queues":4,"fds":[27,28]}"#;
+    let head = request(
+        "PUT",
+        "vm.add-net",
+        &format!("Content-Length: {}\r\n", body.len()),
+    );
+    client.send_with(&head, &sent);
+    client.send(body);
+    assert_eq!(client.reply().unwrap().status, 200);
+    let body = r#"{"path":"/a.raw"}"#;
+    let length = format!("Content-Length: {}\r\n", body.len());
+    client.send_with(&(request("PUT", "vm.add-disk", &length) + body), &sent);
+    assert_eq!(client.reply().unwrap().status, 400, "a disk has none");
+    // What came with one is not another's.
+    client.send(request("PUT", "vm.add-disk", &length) + body);
+    assert_eq!(client.reply().unwrap().status, 200);
+    assert_eq!(*seen.lock().unwrap(), [2, 0]);
     drop(writer);
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
 }

@@ -7,19 +7,22 @@ mod hostile;
 mod sockets;
 
 use std::collections::BTreeMap;
-use std::io::{Read as _, Write as _};
+use std::io::{IoSlice, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
-use crate::config::DeviceConfig;
-use crate::machine::{Answer, Info, Request, RequestError, Requests, State};
+use crate::config::{DeviceConfig, DiskConfig, VirtioConfig};
+use crate::machine::{Answer, Info, Request, RequestError, Requests, State, VirtioInfo};
 use crate::report::AssignedDevice;
 
 /// What a machine does with a request: nothing is said to leave it unanswered.
@@ -131,6 +134,7 @@ fn living() -> impl FnMut(&Request) -> Reaction {
             (Request::Resume, _) => return Some(Err(RequestError::State("running"))),
             (Request::PowerButton | Request::Shutdown, _) => state,
             (Request::AddDevice(configs), _) => return Some(added(configs)),
+            (Request::AddVirtio(config, _), _) => return Some(added_virtio(config)),
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
         };
         state = next;
@@ -147,6 +151,18 @@ fn added(configs: &[DeviceConfig]) -> Result<Answer, RequestError> {
         _ => Ok(Answer::Added {
             id,
             address: "0000:03:00.0".into(),
+        }),
+    }
+}
+
+/// The same of a virtio device.
+fn added_virtio(config: &VirtioConfig) -> Result<Answer, RequestError> {
+    let id = config.id().unwrap_or(config.word()).to_owned();
+    match id.as_str() {
+        "twice" => Err(RequestError::Exists(id)),
+        _ => Ok(Answer::Added {
+            id,
+            address: "0000:00:04.0".into(),
         }),
     }
 }
@@ -172,6 +188,11 @@ fn info(state: State) -> Info {
         }],
         ids: BTreeMap::from([("0000:01:00.0".into(), "drive/é".into())]),
         empty_slots: 2,
+        virtio: vec![VirtioInfo {
+            id: "disk0".into(),
+            address: "0000:00:01.0".into(),
+            config: VirtioConfig::Disk(DiskConfig::new("a.raw")),
+        }],
     }
 }
 
@@ -198,6 +219,16 @@ impl Client {
 
     fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.0.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// The same, with descriptors beside its first bytes.
+    fn send_with(&self, text: &str, files: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(files)));
+        let parts = [IoSlice::new(text.as_bytes())];
+        let sent = sendmsg(&self.0, &parts, &mut control, SendFlags::empty());
+        assert_eq!(sent.unwrap(), text.len());
     }
 
     /// The next answer; none where the connection is closed before.

@@ -8,14 +8,16 @@ use serde::Serialize;
 use crate::boot::default_cmdline;
 use crate::config::{
     Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig, NetConfig,
-    PlatformConfig, VmConfig,
+    PlatformConfig, VirtioConfig, VmConfig,
 };
+
+use crate::machine::VirtioInfo;
 
 /// The width of a physical address where the host does not say, in bits.
 const PHYSICAL_BITS: u8 = 46;
 
 /// `VmConfig`
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(super) struct Config {
     cpus: Cpus,
     memory: Memory,
@@ -36,7 +38,7 @@ pub(super) struct Config {
     landlock_enable: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Cpus {
     boot_vcpus: u8,
     max_vcpus: u8,
@@ -45,7 +47,7 @@ struct Cpus {
     nested: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Memory {
     size: u64,
     mergeable: bool,
@@ -58,7 +60,7 @@ struct Memory {
     thp: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Payload {
     #[serde(skip_serializing_if = "Option::is_none")]
     kernel: Option<String>,
@@ -67,7 +69,7 @@ struct Payload {
     cmdline: String,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Disk {
     path: String,
     readonly: bool,
@@ -82,7 +84,7 @@ struct Disk {
     image_type: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Net {
     #[serde(skip_serializing_if = "Option::is_none")]
     tap: Option<String>,
@@ -101,14 +103,14 @@ struct Net {
     pci_segment: u16,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Rng {
     src: String,
     iommu: bool,
 }
 
 /// `ConsoleConfig`
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Console {
     mode: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -118,7 +120,7 @@ struct Console {
     iommu: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Device {
     #[serde(skip_serializing_if = "Option::is_none")]
     path: Option<String>,
@@ -132,7 +134,7 @@ struct Device {
     x_nv_gpudirect_clique: Option<u8>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Platform {
     num_pci_segments: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -162,6 +164,23 @@ impl From<&VmConfig> for Config {
             pvpanic: false,
             landlock_enable: false,
         }
+    }
+}
+
+impl Config {
+    /// The same with the virtio devices that a guest has, by their names.
+    pub(super) fn with_virtio(&self, devices: &[VirtioInfo]) -> Self {
+        let mut config = self.clone();
+        config.disks.clear();
+        config.net.clear();
+        for device in devices {
+            let id = Some(device.id.clone());
+            match &device.config {
+                VirtioConfig::Disk(disk) => config.disks.push(Disk { id, ..disk.into() }),
+                VirtioConfig::Net(net) => config.net.push(Net { id, ..net.into() }),
+            }
+        }
+        config
     }
 }
 

@@ -4,6 +4,7 @@
 //! it is, so that a client learns what is missing and not merely that something is.
 
 mod config;
+mod virtio;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,9 +15,10 @@ use super::End;
 use super::connections::Service;
 use super::http::{Answer, Request as HttpRequest};
 use super::json;
-use crate::config::{DeviceConfig, OnError, VmConfig};
-use crate::machine::{self, Control, Info, Request, RequestError, State};
+use crate::config::{DeviceConfig, OnError, VirtioConfig, VmConfig};
+use crate::machine::{self, Control, Files, Info, Request, RequestError, State};
 use config::Config;
+use virtio::{AddDisk, AddNet};
 
 /// Where the API is.
 pub(super) const PREFIX: &str = "/api/v1/";
@@ -55,6 +57,11 @@ enum Act {
     /// A host device comes, or goes.
     AddDevice,
     RemoveDevice,
+    /// A virtio device comes: what it is follows from the body.
+    AddVirtio(
+        fn(&[u8], &Files) -> Result<VirtioConfig, String>,
+        &'static str,
+    ),
     /// The VM and with it the process ends: with 204, or with 200 and an empty body.
     End(u16),
     /// Nothing yet; what it would be.
@@ -145,11 +152,23 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     later("vm.resize-zone", "memory zones"),
     with_body("vm.add-device", Act::AddDevice),
     later("vm.add-user-device", "vfio-user devices"),
-    later("vm.add-disk", "a disk for a guest that runs"),
+    with_body(
+        "vm.add-disk",
+        Act::AddVirtio(
+            |body, files| json::parse::<AddDisk>(body).and_then(|disk| disk.into_config(files)),
+            "The disk could not be added to the VM",
+        ),
+    ),
     later("vm.add-fs", "virtio-fs"),
     later("vm.add-generic-vhost-user", "vhost-user devices"),
     later("vm.add-pmem", "persistent memory"),
-    later("vm.add-net", "a NIC for a guest that runs"),
+    with_body(
+        "vm.add-net",
+        Act::AddVirtio(
+            |body, files| json::parse::<AddNet>(body).and_then(|net| net.into_config(files)),
+            "The NIC could not be added to the VM",
+        ),
+    ),
     later("vm.add-vsock", "vsock"),
     later("vm.add-vdpa", "vDPA devices"),
     with_body("vm.remove-device", Act::RemoveDevice),
@@ -172,7 +191,7 @@ impl Endpoint {
             Act::Info => &[200, 400, 429, 500],
             Act::Ask(..) | Act::End(204) => &[204, 400, 429, 500],
             Act::End(_) => &[200, 400, 429, 500],
-            Act::AddDevice => &[200, 400, 409, 429, 500],
+            Act::AddDevice | Act::AddVirtio(..) => &[200, 400, 409, 429, 500],
             Act::RemoveDevice => &[204, 400, 404, 429, 500],
             Act::NotYet(_) => &[400, 501],
         }
@@ -211,10 +230,25 @@ struct DeviceNode<'a> {
     children: [&'a str; 0],
     /// The address in the guest.
     pci_bdf: &'a str,
-    /// Beside Cloud Hypervisor's: the address on the host.
-    host_bdf: &'a str,
-    /// Beside Cloud Hypervisor's: how it is reset.
-    reset: &'a str,
+    /// Beside Cloud Hypervisor's, of a host device: the address on the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host_bdf: Option<&'a str>,
+    /// Beside Cloud Hypervisor's, of a host device: how it is reset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reset: Option<&'a str>,
+}
+
+impl<'a> DeviceNode<'a> {
+    fn new(id: &'a str, pci_bdf: &'a str) -> Self {
+        Self {
+            id,
+            resources: [],
+            children: [],
+            pci_bdf,
+            host_bdf: None,
+            reset: None,
+        }
+    }
 }
 
 /// `PciDeviceInfo`
@@ -288,7 +322,7 @@ impl Service for Api {
         if *body == Body::Forbidden && !request.body.trim_ascii().is_empty() {
             return failed(400, &[&format!("{name} takes no body")]);
         }
-        self.act(endpoint, &request.body)
+        self.act(endpoint, request)
     }
 
     fn refuse(&self, status: u16, reason: &str) -> Answer {
@@ -311,7 +345,8 @@ impl Api {
         }
     }
 
-    fn act(&self, endpoint: &Endpoint, body: &[u8]) -> Answer {
+    fn act(&self, endpoint: &Endpoint, request: &HttpRequest) -> Answer {
+        let HttpRequest { body, files, .. } = request;
         match &endpoint.act {
             Act::Ping => succeeded(&Ping {
                 build_version: concat!("busway ", env!("CARGO_PKG_VERSION")),
@@ -327,6 +362,10 @@ impl Api {
                 Err(error) => refused(what, &error),
             },
             Act::AddDevice => self.add_device(body),
+            Act::AddVirtio(read, what) => match read(body, files) {
+                Ok(config) => self.add(Request::AddVirtio(config, files.clone()), what),
+                Err(why) => failed(400, &[what, &why]),
+            },
             Act::RemoveDevice => self.remove_device(body),
             Act::End(status) => self.shut_down(*status),
             Act::NotYet(what) => {
@@ -364,22 +403,26 @@ impl Api {
         let held = info.state == State::Held;
         let nodes = devices.iter().map(|device| {
             let id = ids.get(&device.host).unwrap_or(&device.host).as_str();
-            let node = DeviceNode {
-                id,
-                resources: [],
-                children: [],
-                pci_bdf: &device.guest,
-                host_bdf: &device.host,
-                reset: device.reset,
-            };
+            let mut node = DeviceNode::new(id, &device.guest);
+            node.host_bdf = Some(&device.host);
+            node.reset = Some(device.reset);
             (id, node)
         });
+        let virtio = info.virtio.iter().map(|device| {
+            let node = DeviceNode::new(&device.id, &device.address);
+            (device.id.as_str(), node)
+        });
+        // What it is to have, as long as it has none.
+        let config = match info.state {
+            State::Created => &self.config,
+            _ => &self.config.with_virtio(&info.virtio),
+        };
         succeeded(&VmInfo {
-            config: &self.config,
+            config,
             state,
             // Clients compute with it, before the guest has any as well.
             memory_actual_size: if memory == 0 { self.memory } else { memory },
-            device_tree: nodes.collect(),
+            device_tree: nodes.chain(virtio).collect(),
             held: held.then_some(true),
             empty_slots: info.empty_slots,
         })
@@ -392,12 +435,16 @@ impl Api {
             Ok(config) => config,
             Err(why) => return failed(400, &[WHAT, &why]),
         };
-        match self.control.ask(Request::AddDevice(vec![config])) {
+        self.add(Request::AddDevice(vec![config]), WHAT)
+    }
+
+    fn add(&self, request: Request, what: &str) -> Answer {
+        match self.control.ask(request) {
             Ok(machine::Answer::Added { id, address }) => {
                 succeeded(&PciDeviceInfo { id, bdf: address })
             }
-            Ok(_) => failed(500, &[WHAT]),
-            Err(error) => refused(WHAT, &error),
+            Ok(_) => failed(500, &[what]),
+            Err(error) => refused(what, &error),
         }
     }
 

@@ -124,6 +124,11 @@ impl Attached {
         named.collect()
     }
 
+    /// Whether a device is called this.
+    pub(in crate::machine) fn has_id(&self, id: &str) -> bool {
+        self.devices.iter().any(|device| device.config.id() == id)
+    }
+
     /// Whether the guest has the device, or one of the same name.
     pub(super) fn has(&self, config: &DeviceConfig) -> bool {
         let host = config.host_name();

@@ -29,7 +29,7 @@ use crate::memory::Regions;
 use crate::report::Report;
 use attach::{Attacher, Prepared};
 use attached::Attached;
-pub(super) use attached::Verdict;
+pub(super) use attached::{RELEASE_LIMIT, Verdict};
 pub(super) use dma::PeerToPeerError;
 pub(super) use find::{Found, options};
 pub(super) use open::Opened;

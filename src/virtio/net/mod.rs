@@ -12,7 +12,7 @@ mod tests;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use busway_host::Mac;
@@ -94,11 +94,12 @@ pub struct Net {
 }
 
 impl Net {
-    /// Opens the tap. `name` is the card's in this VM.
+    /// Opens the tap, or takes the one whose queues were handed over in `files`. `name` is the card's in this
+    /// VM.
     ///
     /// # Errors
     /// [`NetError`]
-    pub fn new(name: &str, config: &NetConfig) -> Result<Self, NetError> {
+    pub fn new(name: &str, config: &NetConfig, files: &[OwnedFd]) -> Result<Self, NetError> {
         config.check().map_err(|source| NetError::Config {
             name: name.to_owned(),
             source,
@@ -111,7 +112,11 @@ impl Net {
                 source,
             })?,
         };
-        let tap = Tap::open(config.tap.as_deref(), pairs).map_err(|source| NetError::Tap {
+        let tap = match files {
+            [] => Tap::open(config.tap.as_deref(), pairs),
+            files => Tap::adopt(files, pairs),
+        };
+        let tap = tap.map_err(|source| NetError::Tap {
             name: name.to_owned(),
             source,
         })?;

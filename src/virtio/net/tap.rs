@@ -67,6 +67,43 @@ pub enum TapError {
         /// How many were asked for.
         queues: u16,
     },
+    /// a descriptor that was handed over is no tap's: {source}
+    #[error(
+        "a descriptor that was handed over is no tap's: TUNGETIFF: {source}; send those of a tap, one for each \
+         pair of queues"
+    )]
+    NoTap {
+        /// Why.
+        source: io::Error,
+    },
+    /// {files} descriptors were handed over, and num_queues={queues} needs {pairs}
+    #[error(
+        "{files} descriptors were handed over, and num_queues={queues} needs {pairs}: one for each pair of queues"
+    )]
+    Count {
+        /// How many were.
+        files: usize,
+        /// How many queues were asked for.
+        queues: u16,
+        /// How many pairs these are.
+        pairs: u16,
+    },
+    /// {name} was opened in another way than a tap with IFF_NO_PI and IFF_VNET_HDR
+    #[error(
+        "{name} was opened in another way than a NIC needs it: open it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
+    )]
+    Kind {
+        /// The interface.
+        name: String,
+    },
+    /// the descriptors are of two taps, {first} and {name}
+    #[error("the descriptors are of two taps, {first} and {name}: send those of one")]
+    Several {
+        /// The first's.
+        first: String,
+        /// Another's.
+        name: String,
+    },
     /// tap {name}: {what} failed: {source}
     #[error("tap {name}: {what} failed: {source}")]
     Kernel {
@@ -111,15 +148,64 @@ impl Tap {
             if let Err(error) = tap.attach(&queue) {
                 return Err(tap.attach_error(error, pairs));
             }
-            let size = net::HEADER_SIZE as libc::c_int;
-            // SAFETY: TUNSETVNETHDRSZ reads an int, which `size` is.
-            let result =
-                unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
-            tap.check("TUNSETVNETHDRSZ", result)?;
-            tap.queues.push(Arc::new(queue));
+            tap.add_queue(queue)?;
         }
         tap.bring_up()?;
         Ok(tap)
+    }
+
+    /// The interface whose queues somebody else has opened, one for each of `pairs` pairs of queues. It is
+    /// left up or down, as it is.
+    pub(super) fn adopt(files: &[OwnedFd], pairs: u16) -> Result<Self, TapError> {
+        if files.len() != usize::from(pairs) {
+            return Err(TapError::Count {
+                files: files.len(),
+                queues: pairs.saturating_mul(2),
+                pairs,
+            });
+        }
+        let mut tap = Self {
+            name: String::new(),
+            queues: Vec::new(),
+            multi_queue: pairs > 1,
+        };
+        for file in files {
+            let no_tap = |source| TapError::NoTap { source };
+            let queue: File = file.try_clone().map_err(no_tap)?.into();
+            let mut request = request("", 0);
+            // SAFETY: TUNGETIFF writes an ifreq, which `request` is.
+            let result =
+                unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) };
+            check(result).map_err(no_tap)?;
+            // SAFETY: TUNGETIFF has filled in the flags.
+            let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+            let name = name_of(&request);
+            let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+            if flags & wanted != wanted {
+                return Err(TapError::Kind { name });
+            }
+            if !tap.queues.is_empty() && tap.name != name {
+                let first = tap.name;
+                return Err(TapError::Several { first, name });
+            }
+            tap.name = name;
+            // Flags are the open file's, which whoever handed it over shares.
+            rustix::io::ioctl_fionbio(&queue, true)
+                .map_err(|error| tap.kernel("FIONBIO", error.into()))?;
+            tap.add_queue(queue)?;
+        }
+        Ok(tap)
+    }
+
+    /// Has a queue of the interface's carry the header that virtio has.
+    fn add_queue(&mut self, queue: File) -> Result<(), TapError> {
+        let size = net::HEADER_SIZE as libc::c_int;
+        // SAFETY: TUNSETVNETHDRSZ reads an int, which `size` is.
+        let result =
+            unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
+        self.check("TUNSETVNETHDRSZ", result)?;
+        self.queues.push(Arc::new(queue));
+        Ok(())
     }
 
     /// The interface's name.

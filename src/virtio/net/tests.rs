@@ -25,7 +25,7 @@ fn config(num_queues: u16) -> NetConfig {
 
 /// A card, or a reason why there can be none here.
 fn card(num_queues: u16) -> Option<Net> {
-    match Net::new("net0", &config(num_queues)) {
+    match Net::new("net0", &config(num_queues), &[]) {
         Ok(net) => Some(net),
         Err(error) => {
             eprintln!("skipped: {error}");
@@ -520,7 +520,7 @@ fn a_tap_in_use_is_named() {
         tap: Some(net.tap_name().to_owned()),
         ..config(2)
     };
-    let error = Net::new("net1", &again).unwrap_err().to_string();
+    let error = Net::new("net1", &again, &[]).unwrap_err().to_string();
     let expected = format!(
         "net net1: tap {} is in use by another program",
         net.tap_name()
@@ -529,11 +529,45 @@ fn a_tap_in_use_is_named() {
 }
 
 #[test]
+fn a_tap_that_somebody_else_has_opened_serves_by_its_descriptors_and_nothing_else_does() {
+    let Some(opener) = card(4) else { return };
+    let queue = |pair| OwnedFd::from(opener.tap.queue(pair).unwrap().try_clone().unwrap());
+    let queues = [queue(0), queue(1)];
+    let net = Net::new("net1", &config(4), &queues).unwrap();
+    assert_eq!(net.tap_name(), opener.tap_name());
+    // It works when whoever opened it has closed theirs.
+    drop((opener, queues));
+    let wire = Wire::new(net.tap_name());
+    let mut driver = Driver::new(net);
+    let (mut rx, _tx) = bring_up(&mut driver, net::F_MRG_RXBUF);
+    rx.submit(&[(0x1000, 2048, true)]);
+    driver.notify(&rx);
+    wire.send(&frame(GUEST, HOST, 100, 0));
+    rx.wait_used();
+
+    let refuse = |files: &[OwnedFd]| Net::new("net2", &config(2), files).unwrap_err().to_string();
+    let pipe = || OwnedFd::from(io::pipe().unwrap().0);
+    let none = refuse(&[pipe()]);
+    assert!(none.contains("is no tap's"), "{none}");
+    let many = refuse(&[pipe(), pipe()]);
+    assert!(
+        many.contains("2 descriptors") && many.contains("needs 1"),
+        "{many}"
+    );
+    let (Some(one), Some(other)) = (card(2), card(2)) else {
+        return;
+    };
+    let of = |net: &Net| OwnedFd::from(net.tap.queue(0).unwrap().try_clone().unwrap());
+    let two = Net::new("net2", &config(4), &[of(&one), of(&other)]).unwrap_err();
+    assert!(two.to_string().contains("of two taps"), "{two}");
+}
+
+#[test]
 fn impossible_configurations_are_refused_with_what_would_be_possible() {
     let refuse = |change: fn(&mut NetConfig)| {
         let mut config = config(2);
         change(&mut config);
-        Net::new("net0", &config).unwrap_err().to_string()
+        Net::new("net0", &config, &[]).unwrap_err().to_string()
     };
     let odd = refuse(|config| config.num_queues = 3);
     assert!(odd.contains("must be even, from 2 to 128"), "{odd}");

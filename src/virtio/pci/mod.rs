@@ -24,6 +24,7 @@ use super::config_space::ConfigSpace;
 use super::device::VirtioDevice;
 use super::interrupts::Interrupts;
 use super::life::{Life, Progress};
+use super::retired::Retired;
 use super::spec::{self, status};
 use crate::memory::GuestRam;
 use layout::{Capabilities, Place};
@@ -232,6 +233,21 @@ impl VirtioPci {
         let mut function = self.function();
         function.paused = false;
         self.start(&mut function);
+    }
+
+    /// Takes the device's end on the host away, with all that it holds there, while the guest may still
+    /// use it. Its driver is told that the device needs a reset, and finds after one that it does not start;
+    /// it can let go of it in order. Takes as long as [`pause`](Self::pause).
+    pub fn retire(&self) {
+        let mut function = self.function();
+        function.life.reset();
+        let retired = Box::new(Retired::of(&*function.device));
+        let device = std::mem::replace(&mut function.device, retired);
+        self.interrupts
+            .needs_reset(&self.name, &"its end on the host was taken away");
+        drop(function);
+        // Closing can take long, and a driver may wait for the lock.
+        drop(device);
     }
 
     /// Starts the device where its driver is ready and nothing stands against it.

@@ -6,7 +6,9 @@
 //! drivers to turn on; bridges are left open.
 
 use super::Topology;
-use super::room::{Behind, Needs, Request, Reserve, What, WindowKind, Windows, place, places};
+use super::room::{
+    Behind, Needs, Request, Reserve, What, WindowKind, Windows, find_room, place, places,
+};
 use super::tree::{FunctionId, Tree};
 use crate::function::{BarIndex, BarKind, BarRegion, HotPlug, PciFunction};
 use crate::spec;
@@ -53,6 +55,43 @@ impl Topology {
     }
 }
 
+impl Topology {
+    /// Whether all would find room if `function` were on bus 0, too, as addresses are assigned at a start.
+    ///
+    /// # Errors
+    /// [`AssignError::NoRoom`]
+    pub fn has_room(
+        &self,
+        windows: &Windows,
+        function: &dyn PciFunction,
+    ) -> Result<(), AssignError> {
+        let tree = self.snapshot();
+        let mut all = needs(&tree, None, &Some);
+        all.push(Needs {
+            function: None,
+            bars: function.bars().into_iter().map(wanted).collect(),
+            bridge: None,
+        });
+        for window in [WindowKind::Memory32, WindowKind::Memory64] {
+            find_room(&all, window, windows).map_err(|missing| {
+                let name = match missing.function {
+                    Some(id) => tree
+                        .get(id)
+                        .map_or_else(String::new, |node| node.pci.name()),
+                    None => function.name(),
+                };
+                AssignError::NoRoom {
+                    function: name,
+                    bar: missing.bar,
+                    size: missing.size,
+                    window,
+                }
+            })?;
+        }
+        Ok(())
+    }
+}
+
 fn assign(tree: &Tree, windows: &Windows) -> Result<(), AssignError> {
     let bridges = || {
         tree.nodes()
@@ -65,7 +104,7 @@ fn assign(tree: &Tree, windows: &Windows) -> Result<(), AssignError> {
         write16(&*node.pci, spec::COMMAND, command & !decode);
     }
     number_buses(tree, None, 0, &mut 1)?;
-    let needs = needs(tree, None);
+    let needs = needs(tree, None, &|id| id);
     for window in [WindowKind::Io, WindowKind::Memory32, WindowKind::Memory64] {
         for node in bridges() {
             close_window(&*node.pci, window);
@@ -103,20 +142,30 @@ fn number_buses(
 }
 
 /// What the functions of one bus need, with all that is behind them.
-fn needs(tree: &Tree, bus: Option<FunctionId>) -> Vec<Needs<FunctionId>> {
-    let of = |region: BarRegion| (region.index, region.kind, region.size);
+///
+/// `call` is what a function is called in them.
+fn needs<F>(
+    tree: &Tree,
+    bus: Option<FunctionId>,
+    call: &impl Fn(FunctionId) -> F,
+) -> Vec<Needs<F>> {
     tree.children(bus)
         .map(|node| Needs {
-            function: node.id,
-            bars: node.pci.bars().into_iter().map(of).collect(),
+            function: call(node.id),
+            bars: node.pci.bars().into_iter().map(wanted).collect(),
             bridge: node.pci.bridge().map(|bridge| Behind {
                 reserve: bridge
                     .hot_plug()
                     .map_or(Reserve::default(), HotPlug::reserve),
-                functions: needs(tree, Some(node.id)),
+                functions: needs(tree, Some(node.id), call),
             }),
         })
         .collect()
+}
+
+/// What a BAR needs.
+fn wanted(region: BarRegion) -> (BarIndex, BarKind, u64) {
+    (region.index, region.kind, region.size)
 }
 
 /// Places what bus 0 needs into the machine's window.

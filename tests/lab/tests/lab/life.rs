@@ -211,11 +211,13 @@ fn controlled(lab: &mut Lab) -> Result<()> {
     give_back(host, &address, "nvme")
 }
 
+/// What a guest's log says where it blames the firmware, or resources are in conflict.
+pub(crate) const COMPLAINTS: &str = "firmware bug|firmware warn|acpi error|acpi warning|acpi bios|conflict|\
+                                     can't claim|failed to assign|no compatible bridge window|\
+                                     not assigned|call trace|soft lockup";
+
 /// No line of the log blames the firmware or reports resources in conflict.
 fn clean_log(lab: &mut Lab) -> Result<()> {
-    const COMPLAINTS: &str = "firmware bug|firmware warn|acpi error|acpi warning|acpi bios|conflict|\
-                              can't claim|failed to assign|no compatible bridge window|\
-                              not assigned|call trace|soft lockup";
     let (host, address) = bound(lab, "nv0")?;
     let run = guest()?
         .kernel(GuestKernel::Stock)

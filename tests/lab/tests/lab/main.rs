@@ -38,10 +38,11 @@ mod nic;
 mod proof;
 mod run;
 mod virtio;
+mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 18] = [
+const CHAPTERS: [&[Proof]; 19] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -53,6 +54,7 @@ const CHAPTERS: [&[Proof]; 18] = [
     events::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
+    virtio_hotplug::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,

@@ -1,0 +1,98 @@
+//! A virtio device that can come and leave, of whatever kind.
+
+use busway_host::Mac;
+
+use super::validate::is_id;
+use super::{DiskConfig, InvalidVirtio, NetConfig, VmConfig};
+
+/// A virtio device: what a kind of device adds to join those that come and leave is a variant here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VirtioConfig {
+    /// A disk.
+    Disk(DiskConfig),
+    /// A NIC.
+    Net(NetConfig),
+}
+
+impl VirtioConfig {
+    /// What devices of its kind are called, before a number.
+    #[must_use]
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Disk(_) => "disk",
+            Self::Net(_) => "net",
+        }
+    }
+
+    /// The name that it was given.
+    #[must_use]
+    pub fn id(&self) -> Option<&str> {
+        match self {
+            Self::Disk(disk) => disk.id.as_deref(),
+            Self::Net(net) => net.id.as_deref(),
+        }
+    }
+
+    /// The Ethernet address that it was given, which no two devices of a VM have.
+    #[must_use]
+    pub const fn mac(&self) -> Option<Mac> {
+        match self {
+            Self::Disk(_) => None,
+            Self::Net(net) => net.mac,
+        }
+    }
+
+    /// What messages call it that are about it as `name`.
+    #[must_use]
+    pub fn described(&self, name: &str) -> String {
+        format!("{} {name}", self.word())
+    }
+
+    /// Whether there can be such a device, as far as it can be told without looking at the host.
+    ///
+    /// # Errors
+    /// [`InvalidVirtio`]
+    pub fn check(&self) -> Result<(), InvalidVirtio> {
+        if let Some(id) = self.id().filter(|id| !is_id(id)) {
+            return Err(InvalidVirtio::Id(id.to_owned()));
+        }
+        match self {
+            Self::Disk(disk) => disk.check(),
+            Self::Net(net) => net.check(),
+        }
+    }
+}
+
+impl VmConfig {
+    /// The devices that a VM starts with and that can leave it, in the order of their slots, each with its
+    /// number among those of its kind.
+    pub fn virtio(&self) -> impl Iterator<Item = (usize, VirtioConfig)> {
+        let disks = self.disk.iter().cloned().map(VirtioConfig::Disk);
+        let nets = self.net.iter().cloned().map(VirtioConfig::Net);
+        disks.enumerate().chain(nets.enumerate())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_comes_later_is_held_to_the_same_rules() {
+        let disk = |id: &str| {
+            VirtioConfig::Disk(DiskConfig {
+                id: Some(id.to_owned()),
+                ..DiskConfig::new("a.raw")
+            })
+        };
+        assert_eq!(disk("data").check(), Ok(()));
+        for id in ["", "a b", "a/b", "a,b", "é"] {
+            assert_eq!(disk(id).check(), Err(InvalidVirtio::Id(id.to_owned())));
+        }
+        let net = VirtioConfig::Net(NetConfig {
+            num_queues: 3,
+            ..NetConfig::default()
+        });
+        assert_eq!(net.check(), Err(InvalidVirtio::Pairs(3)));
+    }
+}

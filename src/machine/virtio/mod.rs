@@ -1,0 +1,560 @@
+//! The virtio devices that a guest can be given and that can be taken from it, at its start and while it
+//! runs, by the same steps: made for the host's file or interface, made a function, put into a slot of bus 0.
+//!
+//! A guest is told of them by ACPI (`devices::pci_hotplug`). It gives the function's BARs addresses itself, as
+//! an operating system does for whatever comes to a board; that there is room for them is found out before.
+//!
+//! A guest that does not let go of a device keeps its function, for its driver would wait for ever at one that
+//! is gone. Where the device is taken from it all the same, it is the function's end on the host that goes, and
+//! the function goes when the guest lets go of it or starts anew.
+
+mod seats;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Instant;
+
+use busway_pci::{Bdf, InterruptRoutes, Topology};
+
+use super::RunError;
+use super::aside::Aside;
+use super::events::Events;
+use super::passthrough::RELEASE_LIMIT;
+use super::pci::Pci;
+use super::requests::{Answer, Asker, Files, RequestError, VirtioInfo};
+use crate::config::{VirtioConfig, VmConfig};
+use crate::devices::InterruptLine;
+use crate::devices::pci_hotplug::PciHotplug;
+use crate::memory::GuestRam;
+use crate::virtio::blk::Blk;
+use crate::virtio::net::Net;
+use crate::virtio::{VirtioDevice, VirtioPci};
+use seats::{Left, Seats};
+
+/// The devices of a machine.
+#[derive(Debug)]
+pub(super) struct VirtioDevices {
+    entries: Vec<Entry>,
+    /// Those on their way. They are waited for.
+    builds: Aside,
+    coming: Vec<Coming>,
+    come: Arc<Mutex<Vec<Come>>>,
+    /// Those that leave.
+    releases: Aside,
+    seats: Arc<Seats>,
+    hotplug: Option<Hotplug>,
+    maker: Maker,
+    events: Arc<Events>,
+}
+
+/// What tells the guest of those that come and leave.
+#[derive(Debug)]
+struct Hotplug {
+    registers: Arc<PciHotplug>,
+    /// Bit n: it can tell of slot n.
+    slots: u32,
+}
+
+/// A device that the guest has.
+#[derive(Debug)]
+struct Entry {
+    name: String,
+    config: VirtioConfig,
+    slot: u8,
+    function: Weak<VirtioPci>,
+    /// Somebody wants it removed.
+    removal: Option<Removal>,
+    /// Its end on the host is gone, and with it its name; only its function is left.
+    retired: bool,
+}
+
+#[derive(Debug)]
+struct Removal {
+    asker: Asker,
+    /// Where the guest does not let go, it loses the device.
+    force: bool,
+    deadline: Option<Instant>,
+}
+
+/// A device that is being made.
+#[derive(Debug)]
+struct Coming {
+    name: String,
+    config: VirtioConfig,
+    slot: u8,
+}
+
+/// What came of making one.
+#[derive(Debug)]
+struct Come {
+    slot: u8,
+    outcome: Result<Arc<VirtioPci>, RunError>,
+    asker: Asker,
+}
+
+/// What makes a function of a configuration.
+#[derive(Clone, Debug)]
+struct Maker {
+    ram: GuestRam,
+    routes: Arc<dyn InterruptRoutes>,
+}
+
+impl Maker {
+    /// Takes from the host what the device needs, unless it was handed over.
+    fn make(
+        &self,
+        name: &str,
+        config: &VirtioConfig,
+        files: &Files,
+    ) -> Result<Arc<VirtioPci>, RunError> {
+        let device: Box<dyn VirtioDevice> = match config {
+            VirtioConfig::Disk(disk) => Box::new(Blk::new(name, disk)?),
+            VirtioConfig::Net(net) => {
+                let net = Net::new(name, net, files.all())?;
+                log::info!("net {}: tap {}", net.name(), net.tap_name());
+                Box::new(net)
+            }
+        };
+        self.function(device)
+    }
+
+    fn function(&self, device: Box<dyn VirtioDevice>) -> Result<Arc<VirtioPci>, RunError> {
+        Ok(VirtioPci::new(
+            device,
+            self.ram.clone(),
+            self.routes.clone(),
+        )?)
+    }
+}
+
+impl VirtioDevices {
+    /// Of a machine that has none yet.
+    pub(super) fn new(
+        ram: &GuestRam,
+        routes: Arc<dyn InterruptRoutes>,
+        topology: &Arc<Topology>,
+        events: &Arc<Events>,
+    ) -> Self {
+        Self {
+            entries: Vec::new(),
+            builds: Aside::default(),
+            coming: Vec::new(),
+            come: Arc::default(),
+            releases: Aside::default(),
+            seats: Arc::new(Seats::new(topology.clone(), events.clone())),
+            hotplug: None,
+            maker: Maker {
+                ram: ram.clone(),
+                routes,
+            },
+            events: events.clone(),
+        }
+    }
+
+    /// Puts those that the machine starts with into the first slots.
+    ///
+    /// # Errors
+    /// [`RunError`]
+    pub(super) fn add_first(&mut self, config: &VmConfig, pci: &mut Pci) -> Result<(), RunError> {
+        let given: Vec<_> = config
+            .virtio()
+            .filter_map(|(_, device)| device.id().map(str::to_owned))
+            .chain(config.device.iter().filter_map(|device| device.id.clone()))
+            .collect();
+        for (index, device) in config.virtio() {
+            let free = |name: &str| !given.iter().any(|given| given == name) && !self.has(name);
+            let name = name_of(&device, index, free);
+            let function = self.maker.make(&name, &device, &Files::default())?;
+            let (slot, id) = pci.add_virtio(&function)?;
+            self.enter(name, device, slot.number(), &function);
+            self.seats.take(slot.number(), id);
+        }
+        Ok(())
+    }
+
+    /// Adds a device that stays: what else the board has.
+    ///
+    /// # Errors
+    /// [`RunError`]
+    pub(super) fn add_fixed(
+        &self,
+        device: Box<dyn VirtioDevice>,
+        pci: &mut Pci,
+    ) -> Result<(), RunError> {
+        pci.add_virtio(&self.maker.function(device)?).map(drop)
+    }
+
+    /// Lets devices come and leave: those in the slots that `pci` has left for virtio, and the first ones.
+    /// Gives the registers, which belong on the bus, and interrupt by `line`.
+    pub(super) fn open_slots(
+        &mut self,
+        pci: &Pci,
+        line: Arc<dyn InterruptLine>,
+    ) -> Arc<PciHotplug> {
+        let registers = Arc::new(PciHotplug::new(line, self.seats.clone()));
+        let mut slots = pci.free_slots();
+        for entry in self.entries.iter().filter(|entry| pci.is_low(entry.slot)) {
+            slots |= 1 << entry.slot;
+            registers.furnish(entry.slot);
+        }
+        self.hotplug = Some(Hotplug {
+            registers: registers.clone(),
+            slots,
+        });
+        registers
+    }
+
+    /// Bit n: the device in slot n can come and leave.
+    pub(super) fn slots(&self) -> u32 {
+        self.hotplug.as_ref().map_or(0, |hotplug| hotplug.slots)
+    }
+
+    /// Whether one has this name, or is to have it.
+    pub(super) fn has(&self, name: &str) -> bool {
+        let there = self.entries.iter().filter(|entry| !entry.retired);
+        let coming = self.coming.iter().map(|one| &one.name);
+        there
+            .map(|entry| &entry.name)
+            .chain(coming)
+            .any(|other| other == name)
+    }
+
+    /// Those that the guest has, for who asks.
+    pub(super) fn info(&self) -> Vec<VirtioInfo> {
+        let there = self.entries.iter().filter(|entry| !entry.retired);
+        there
+            .map(|entry| VirtioInfo {
+                id: entry.name.clone(),
+                address: address(entry.slot),
+                config: entry.config.clone(),
+            })
+            .collect()
+    }
+
+    /// Adds a device to the machine that runs. Whoever asks is answered when the guest can find it, or when
+    /// it is known that it will not. `taken`: whether a name is another device's.
+    pub(super) fn add(
+        &mut self,
+        config: VirtioConfig,
+        files: Files,
+        taken: impl Fn(&str) -> bool,
+        asker: Asker,
+    ) {
+        let (name, slot) = match self.find_place(&config, taken) {
+            Ok(place) => place,
+            Err(error) => return asker.answer(Err(error)),
+        };
+        self.coming.push(Coming {
+            name: name.clone(),
+            config: config.clone(),
+            slot,
+        });
+        let (maker, come, events) = (self.maker.clone(), self.come.clone(), self.events.clone());
+        let described = config.described(&name);
+        self.builds.start("attach", &described, move || {
+            let outcome = maker.make(&name, &config, &files);
+            let mut come = come.lock().unwrap_or_else(PoisonError::into_inner);
+            come.push(Come {
+                slot,
+                outcome,
+                asker,
+            });
+            drop(come);
+            events.attached();
+        });
+    }
+
+    /// The name and the slot for a device that is to come.
+    fn find_place(
+        &self,
+        config: &VirtioConfig,
+        taken: impl Fn(&str) -> bool,
+    ) -> Result<(String, u8), RequestError> {
+        config.check().map_err(|error| {
+            let word = config.word();
+            RequestError::Failed(format!("{word}: {error}"))
+        })?;
+        let is_free = |name: &str| !self.has(name) && !taken(name);
+        let name = name_of(config, 0, is_free);
+        if !is_free(&name) {
+            return Err(RequestError::Exists(name));
+        }
+        let there = self.entries.iter().filter(|entry| !entry.retired);
+        let there = there.map(|entry| (&entry.name, &entry.config));
+        let coming = self.coming.iter().map(|one| (&one.name, &one.config));
+        let same = |(_, other): &(&String, &VirtioConfig)| {
+            config.mac().is_some() && config.mac() == other.mac()
+        };
+        if let Some((other, _)) = there.chain(coming).find(same) {
+            return Err(RequestError::Failed(format!(
+                "{} has the same mac as {other}: each NIC needs its own, or none to get a random one",
+                config.described(&name)
+            )));
+        }
+        let slots = self.entries.iter().map(|entry| entry.slot);
+        let slots = slots.chain(self.coming.iter().map(|one| one.slot));
+        let used = slots.fold(0, |used, slot| used | 1_u32 << slot);
+        let free = self.slots() & !used;
+        match free {
+            0 => {
+                let names: Vec<_> = self.entries.iter().map(|entry| &*entry.name).collect();
+                Err(RequestError::Failed(format!(
+                    "each of the {} slots of bus 0 for virtio devices is taken or about to be (it has {}): \
+                     remove a disk or a NIC",
+                    self.slots().count_ones(),
+                    names.join(", ")
+                )))
+            }
+            free => Ok((name, free.trailing_zeros() as u8)),
+        }
+    }
+
+    /// Presents those that have come.
+    pub(super) fn on_attached(&mut self, pci: &mut Pci) {
+        let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
+        for one in come {
+            let Some(at) = self.coming.iter().position(|it| it.slot == one.slot) else {
+                continue;
+            };
+            let Coming { name, config, slot } = self.coming.swap_remove(at);
+            let described = config.described(&name);
+            let answer = one
+                .outcome
+                .and_then(|function| self.present(&name, config, slot, function, pci))
+                .inspect_err(|error| log::warn!("{described} was not added: {error}"))
+                .map_err(|error| RequestError::failed(&error));
+            one.asker.answer(answer);
+        }
+    }
+
+    fn present(
+        &mut self,
+        name: &str,
+        config: VirtioConfig,
+        slot: u8,
+        function: Arc<VirtioPci>,
+        pci: &mut Pci,
+    ) -> Result<Answer, RunError> {
+        let described = config.described(name);
+        let id = match pci.plug_virtio(slot, &function) {
+            Ok(id) => id,
+            Err(error) => {
+                // Closing can take long.
+                self.releases
+                    .start("release", &described, move || drop(function));
+                return Err(error);
+            }
+        };
+        self.enter(name.to_owned(), config, slot, &function);
+        self.seats.take(slot, id);
+        if let Some(hotplug) = &self.hotplug {
+            hotplug.registers.plugged(slot);
+        }
+        let address = address(slot);
+        log::info!("{described}: added at {address}");
+        Ok(Answer::Added {
+            id: name.to_owned(),
+            address,
+        })
+    }
+
+    fn enter(&mut self, name: String, config: VirtioConfig, slot: u8, function: &Arc<VirtioPci>) {
+        self.entries.push(Entry {
+            name,
+            config,
+            slot,
+            function: Arc::downgrade(function),
+            removal: None,
+            retired: false,
+        });
+    }
+
+    /// Asks the guest to let go of the device called `id`. Whoever asks is answered when it is closed, or
+    /// when the guest is found not to let go. `force`: it then loses the device's end on the host. `held`: the
+    /// guest does not run, and cannot be asked. Gives back who asks where no virtio device is called so.
+    pub(super) fn remove(
+        &mut self,
+        id: &str,
+        force: bool,
+        held: bool,
+        asker: Asker,
+    ) -> Option<Asker> {
+        let named = |entry: &&mut Entry| !entry.retired && entry.name == id;
+        let Some(entry) = self.entries.iter_mut().find(named) else {
+            return Some(asker);
+        };
+        if entry.removal.is_some() {
+            asker.answer(Err(RequestError::State("about to let go of it already")));
+            return None;
+        }
+        entry.removal = Some(Removal {
+            asker,
+            force,
+            deadline: Instant::now().checked_add(RELEASE_LIMIT),
+        });
+        let slot = entry.slot;
+        let reaches = |hotplug: &&Hotplug| hotplug.slots >> slot & 1 != 0;
+        match self.hotplug.as_ref().filter(reaches) {
+            _ if held => self.give_up_on(slot, "the guest does not run"),
+            Some(hotplug) => {
+                log::info!(
+                    "{}: the guest is asked to let go of it, and has {} s",
+                    entry.config.described(&entry.name),
+                    RELEASE_LIMIT.as_secs()
+                );
+                hotplug.registers.ask(slot);
+            }
+            None => self.give_up_on(slot, "the guest cannot be asked for what is in its slot"),
+        }
+        None
+    }
+
+    /// The guest has let go of devices.
+    pub(super) fn on_ejected(&mut self) {
+        for left in self.seats.left() {
+            self.release(left, "the guest let go of it");
+        }
+    }
+
+    /// The guest does not let go of what is in `slot`, by the status of `_OST`.
+    pub(super) fn on_refused(&mut self, slot: u8, status: u8) {
+        // ACPI 6.5 §6.3.5, table 6.53.
+        let why = match status {
+            0x80 => "it cannot let go of such a device",
+            0x81 => "it uses the device",
+            0x82 => "the device is busy",
+            0x83 => "what depends on the device is busy",
+            _ => "it gives no reason",
+        };
+        let why = format!("the guest refuses to let go of it: {why} (status {status:#x} of _OST)");
+        self.give_up_on(slot, &why);
+    }
+
+    /// By when something has to have happened.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let removals = self
+            .entries
+            .iter()
+            .filter_map(|entry| entry.removal.as_ref());
+        removals.filter_map(|removal| removal.deadline).min()
+    }
+
+    /// Gives up on what the guest was asked for and has not let go of in time.
+    pub(super) fn on_time(&mut self, now: Instant) {
+        let late = |entry: &&Entry| {
+            let deadline = entry.removal.as_ref().and_then(|removal| removal.deadline);
+            deadline.is_some_and(|deadline| deadline <= now)
+        };
+        while let Some(slot) = self.entries.iter().find(late).map(|entry| entry.slot) {
+            let unseen = self
+                .hotplug
+                .as_ref()
+                .is_none_or(|hotplug| hotplug.registers.withdraw(slot));
+            let limit = RELEASE_LIMIT.as_secs();
+            let why = match unseen {
+                true => format!("the guest was not there to be asked for it within {limit} s"),
+                false => format!(
+                    "the guest was told and did not let go of it within {limit} s; it still can"
+                ),
+            };
+            self.give_up_on(slot, &why);
+        }
+    }
+
+    /// The guest does not let go of what is in `slot`: it keeps the device, or its function alone.
+    fn give_up_on(&mut self, slot: u8, why: &str) {
+        let in_slot = |entry: &&mut Entry| entry.slot == slot;
+        let Some(entry) = self.entries.iter_mut().find(in_slot) else {
+            return;
+        };
+        let Some(Removal { asker, force, .. }) = entry.removal.take() else {
+            return;
+        };
+        if !force {
+            let why = format!("{why}, and keeps it: --force takes it all the same");
+            asker.answer(Err(RequestError::Failed(why)));
+            return;
+        }
+        entry.retired = true;
+        let (described, why) = (entry.config.described(&entry.name), why.to_owned());
+        let function = entry.function.upgrade();
+        let work = {
+            let described = described.clone();
+            move || {
+                if let Some(function) = function {
+                    function.retire();
+                }
+                log::warn!("{described}: {why}, and loses it; the host has it back");
+                asker.answer(Ok(Answer::Done));
+            }
+        };
+        self.releases.start("release", &described, work);
+    }
+
+    /// The guest starts anew: what was to leave is not there for it. Waits until all that leaves is closed.
+    /// No vCPU may run.
+    pub(super) fn on_restart(&mut self) {
+        self.on_ejected();
+        for entry in &self.entries {
+            if entry.removal.is_some() || entry.retired {
+                self.seats.empty(entry.slot);
+            }
+        }
+        for left in self.seats.left() {
+            if let Some(hotplug) = &self.hotplug {
+                hotplug.registers.gone(left.slot);
+            }
+            self.release(left, "the guest restarts without it");
+        }
+        self.releases.finish();
+        if let Some(hotplug) = &self.hotplug {
+            hotplug.registers.reset();
+        }
+    }
+
+    /// Closes what was taken out of a slot, without waiting for that.
+    fn release(&mut self, left: Left, how: &str) {
+        let Left { slot, functions } = left;
+        let Some(at) = self.entries.iter().position(|entry| entry.slot == slot) else {
+            return;
+        };
+        let entry = self.entries.remove(at);
+        let (described, how) = (entry.config.described(&entry.name), how.to_owned());
+        let work = {
+            let described = described.clone();
+            move || {
+                drop(functions);
+                log::info!("{described}: {how}");
+                if let Some(removal) = entry.removal {
+                    removal.asker.answer(Ok(Answer::Done));
+                }
+            }
+        };
+        self.releases.start("release", &described, work);
+    }
+}
+
+impl Drop for VirtioDevices {
+    fn drop(&mut self) {
+        // What has come and is in no slot is closed with the rest.
+        self.builds.finish();
+        let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(come);
+    }
+}
+
+/// The address in the guest of the function in a slot of bus 0.
+fn address(slot: u8) -> String {
+    Bdf::new(0, slot, 0).unwrap_or_default().to_string()
+}
+
+/// The name that a device was given, or the first of its kind from `number` on that is free.
+fn name_of(config: &VirtioConfig, number: usize, is_free: impl Fn(&str) -> bool) -> String {
+    let word = config.word();
+    let made = || {
+        let mut names = (number..).map(|number| format!("{word}{number}"));
+        names.find(|name| is_free(name)).unwrap_or_default()
+    };
+    config.id().map_or_else(made, str::to_owned)
+}
