@@ -116,10 +116,7 @@ impl Machine {
         self.requests.open();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
-            let count = match epoll.wait(
-                life.timeout(self.passthrough.attached.deadline()),
-                &mut ready,
-            ) {
+            let count = match epoll.wait(life.timeout(self.passthrough.deadline()), &mut ready) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
@@ -147,7 +144,7 @@ impl Machine {
                 }
             }
             let now = Instant::now();
-            self.passthrough.attached.on_time(self.pci.topology(), now);
+            self.passthrough.on_time(&mut self.pci, now);
             if life.deadline.is_some_and(|deadline| deadline <= now) {
                 return Err(RunError::DeafGuest {
                     limit: POWER_OFF_LIMIT,
@@ -249,12 +246,17 @@ impl Machine {
                         .on_slot_power(self.pci.topology(), slot);
                     None
                 }
+                Event::SlotSteady { slot } => {
+                    let topology = self.pci.topology();
+                    self.passthrough.attached.on_slot_steady(topology, slot);
+                    None
+                }
                 Event::Stopped => {
                     life.stopped();
                     None
                 }
                 Event::Attached => {
-                    self.passthrough.on_attached(&mut self.pci);
+                    self.passthrough.on_attached();
                     None
                 }
                 Event::Panicked => return Err(RunError::Panicked),

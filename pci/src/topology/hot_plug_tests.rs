@@ -22,6 +22,8 @@ impl SlotListener for Heard {
     fn power_switched(&self, _slot: u16, on: bool) {
         self.0.lock().unwrap().push(on);
     }
+
+    fn steadied(&self, _slot: u16) {}
 }
 
 const PORT: &str = "00:10.0";
