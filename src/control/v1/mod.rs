@@ -222,6 +222,19 @@ struct DeviceNode<'a> {
 struct PciDeviceInfo {
     id: String,
     bdf: String,
+    /// Beside Cloud Hypervisor's: no driver of the guest's attends to the slot, yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attended: Option<bool>,
+}
+
+impl PciDeviceInfo {
+    fn new(id: String, bdf: String) -> Self {
+        Self {
+            id,
+            bdf,
+            attended: None,
+        }
+    }
 }
 
 /// `DeviceConfig`, as far as Busway has it. What it does not know is ignored, as clients expect.
@@ -394,8 +407,12 @@ impl Api {
         };
         match self.control.ask(Request::AddDevice(vec![config])) {
             Ok(machine::Answer::Added { id, address }) => {
-                succeeded(&PciDeviceInfo { id, bdf: address })
+                succeeded(&PciDeviceInfo::new(id, address))
             }
+            Ok(machine::Answer::Unattended { id, address }) => succeeded(&PciDeviceInfo {
+                attended: Some(false),
+                ..PciDeviceInfo::new(id, address)
+            }),
             Ok(_) => failed(500, &[WHAT]),
             Err(error) => refused(WHAT, &error),
         }

@@ -223,7 +223,15 @@ impl Passthrough {
                     self.attached.add(one, port);
                 }
                 let id = id.unwrap_or_default();
-                Ok(Answer::Added { id, address })
+                let attended = pci.topology().with_slot(port, |slot| slot.attended());
+                if attended == Some(true) {
+                    return Ok(Answer::Added { id, address });
+                }
+                log::warn!(
+                    "{id}: no driver of the guest's attends to the slot: the guest finds the device when it has \
+                     one (Linux's, pciehp, is off with pcie_ports=compat)"
+                );
+                Ok(Answer::Unattended { id, address })
             }
             Err(error) => {
                 self.attached.refuse(functions);
