@@ -12,6 +12,7 @@ use super::passthrough::Verdict;
 use super::requests::{Answer, Asker, Info, Request, RequestError, State};
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
+use crate::provoked;
 use crate::report::{Report, Stage};
 
 /// How long a guest may take to power off when it was asked to by a signal.
@@ -120,6 +121,7 @@ impl Machine {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
+            provoked::here();
             for event in ready.iter().take(count) {
                 let source = usize::try_from(event.data())
                     .ok()

@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, ioctl_fionbio};
 
 use super::input::Escape;
+use crate::provoked;
 
 /// It reads, looks for one key and writes.
 const STACK: usize = 256 << 10;
@@ -73,6 +74,7 @@ fn read(
         if !ready(source.as_fd(), PollFlags::IN, stop)? {
             return Ok(());
         }
+        provoked::here();
         let count = match source.read(&mut buffer) {
             Ok(0) => return Ok(()),
             Err(error) if is_for_later(&error) => continue,

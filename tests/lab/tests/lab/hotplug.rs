@@ -21,18 +21,18 @@ pub(crate) const PROOFS: &[Proof] = &[
     Proof::new("hotplug_that_fails_leaves_the_vm_as_it_was", failing),
 ];
 
-const CTL: &str = "busway ctl --api-socket /run/vm.sock";
-const SOCKET: [&str; 2] = ["--api-socket", "/run/vm.sock"];
+pub(crate) const CTL: &str = "busway ctl --api-socket /run/vm.sock";
+pub(crate) const SOCKET: [&str; 2] = ["--api-socket", "/run/vm.sock"];
 
 /// What a VM's process has: descriptors by kind, and memory locked for devices.
 #[derive(Debug, PartialEq, Eq)]
-struct Held {
-    descriptors: String,
-    locked: String,
+pub(crate) struct Held {
+    pub(crate) descriptors: String,
+    pub(crate) locked: String,
 }
 
 impl Held {
-    fn by(guest: &RunningGuest<'_>, host: &Host) -> Result<Self> {
+    pub(crate) fn by(guest: &RunningGuest<'_>, host: &Host) -> Result<Self> {
         let pid = guest.pid()?;
         let descriptors = format!(
             "for each in /proc/{pid}/fd/*; do readlink \"$each\"; done | \

@@ -34,13 +34,15 @@ mod interrupts;
 mod lanes;
 mod life;
 mod nic;
+mod paused;
 mod proof;
 mod run;
+mod slots;
 mod virtio;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 17] = [
+const CHAPTERS: [&[Proof]; 19] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -51,6 +53,8 @@ const CHAPTERS: [&[Proof]; 17] = [
     errors::PROOFS,
     events::PROOFS,
     hotplug::PROOFS,
+    slots::PROOFS,
+    paused::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,
