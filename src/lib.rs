@@ -11,5 +11,6 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 mod outflow;
+mod provoked;
 pub mod report;
 pub mod virtio;

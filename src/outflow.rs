@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::provoked;
 use vmm_sys_util::poll::{PollContext, WatchingEvents};
 
 /// How long [`Outflow::drain`] waits for the reader to take anything more.
@@ -104,6 +105,7 @@ impl<B: Backlog> Outflow<B> {
             .stack_size(STACK_SIZE)
             .spawn(move || {
                 while let Some(batch) = shared.next() {
+                    provoked::here();
                     let result = write(batch);
                     if !shared.written(result) {
                         return;

@@ -227,6 +227,13 @@ pub trait HotPlug {
     /// Whether the guest gives it power.
     fn powered(&self) -> bool;
 
+    /// Whether the guest is not in the middle of an operation on the slot: its power indicator does not blink,
+    /// and says what the power is. A change of the slot waits until it is, for a guest can miss it before.
+    fn steady(&self) -> bool;
+
+    /// Whether a driver of the guest's hears of what comes and goes, by the interrupt that the slot sends.
+    fn attended(&self) -> bool;
+
     /// Presses the attention button, by which the guest is asked to let go of what is in the slot,
     /// or to take it. `false`, and nothing is done, where no driver of the guest's attends to it. A
     /// second press before the guest has acted takes back the first.

@@ -102,6 +102,13 @@ pub trait InterruptLine: Send + Sync + Debug {
     fn resample(&self) -> BorrowedFd<'_>;
 }
 
+/// A pin's way to the guest, for a source in this process that holds it up for as long as it wants
+/// something. Other pins may share the line. Dropping it lets it down.
+pub trait InterruptLevel: Send + Sync + Debug {
+    /// Holds the pin up or lets it down. Repeating a level is harmless.
+    fn set(&self, asserted: bool);
+}
+
 /// The source of a function's wired interrupt: told when its pin has a way to the guest.
 pub trait PinOwner {
     /// From now on the pin signals `event` and masks itself then, and unmasks itself whenever

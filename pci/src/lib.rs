@@ -45,8 +45,8 @@ pub use function::{
 };
 pub use host_bridge::HostBridge;
 pub use interrupt::{
-    InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage, PinOwner,
-    RouteError, VectorOwner,
+    InterruptLevel, InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage,
+    PinOwner, RouteError, VectorOwner,
 };
 pub use intx::{InterruptPin, Intx, PinError};
 pub use link::{Link, LinkSpeed};

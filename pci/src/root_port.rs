@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::atomics::AtomicOps;
 use crate::config::{ConfigSpace, Identity};
 use crate::function::{BarIndex, BarKind, BarRegion, Bridge, HotPlug, PciFunction};
-use crate::interrupt::InterruptRoutes;
+use crate::interrupt::{InterruptLevel, InterruptRoutes};
+use crate::intx::InterruptPin;
 use crate::link::Link;
 use crate::msi::{Msi, MsiFeatures};
 use crate::slot::{Change, Slot, SlotListener};
@@ -35,6 +36,8 @@ struct State {
     /// It has a window for I/O ports.
     io: bool,
     reserve: Reserve,
+    /// Where its interrupt pin leads to.
+    pin: Option<Arc<dyn InterruptLevel>>,
 }
 
 impl RootPort {
@@ -69,6 +72,7 @@ impl RootPort {
                 slot: None,
                 io: true,
                 reserve: Reserve::SMALL,
+                pin: None,
             }),
             listener: None,
         }
@@ -82,6 +86,16 @@ impl RootPort {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.slot = Some(Slot::new(state.slot_number));
         state.show_link();
+        self
+    }
+
+    /// Has an interrupt pin, INTA, for guests that use no messages. PCIe 6.0 §6.7.3.4
+    #[must_use]
+    pub fn wired(mut self, pin: Arc<dyn InterruptLevel>) -> Self {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let register = InterruptPin::A.register();
+        state.space.define(spec::INTERRUPT_PIN, register, 0);
+        state.pin = Some(pin);
         self
     }
 
@@ -130,7 +144,23 @@ impl State {
         if change.interrupt {
             self.msi.trigger(0);
         }
+        self.settle_pin();
         change
+    }
+
+    /// Holds the pin up while the guest has something to hear of, and takes no messages.
+    fn settle_pin(&mut self) {
+        let Some(pin) = &self.pin else {
+            return;
+        };
+        let owed = self.slot.as_ref().is_some_and(Slot::owed) && !self.msi.enabled();
+        let status: u16 = self.space.get(spec::STATUS);
+        let status = match owed {
+            true => status | spec::STATUS_INTERRUPT,
+            false => status & !spec::STATUS_INTERRUPT,
+        };
+        self.space.set(spec::STATUS, status);
+        pin.set(owed && self.space.command() & spec::COMMAND_INTX_DISABLE == 0);
     }
 
     /// Has the link status say whether there is anybody at the other end.
@@ -281,10 +311,18 @@ impl PciFunction for RootPort {
             Some(within) => state.change(|slot| slot.write(within, data)),
             None => Change::default(),
         };
+        // The write may have been to the command register, or to MSI's.
+        state.settle_pin();
         let number = state.slot_number;
         drop(state);
-        if let (Some(listener), Some(on)) = (&self.listener, change.power) {
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        if let Some(on) = change.power {
             listener.power_switched(number, on);
+        }
+        if change.steadied {
+            listener.steadied(number);
         }
     }
 
@@ -310,6 +348,7 @@ impl PciFunction for RootPort {
             slot.reset();
         }
         state.show_link();
+        state.settle_pin();
     }
 
     fn bridge(&self) -> Option<&dyn Bridge> {
@@ -399,6 +438,7 @@ impl HotPlug for RootPort {
             slot.furnish(present);
         }
         state.show_link();
+        state.settle_pin();
     }
 
     fn set_present(&self, present: bool) {
@@ -411,6 +451,14 @@ impl HotPlug for RootPort {
 
     fn powered(&self) -> bool {
         self.state().slot.as_ref().is_some_and(Slot::powered)
+    }
+
+    fn steady(&self) -> bool {
+        self.state().slot.as_ref().is_none_or(Slot::steady)
+    }
+
+    fn attended(&self) -> bool {
+        self.state().slot.as_ref().is_some_and(Slot::attended)
     }
 
     fn press_button(&self) -> bool {
@@ -569,12 +617,90 @@ mod tests {
     }
 
     #[derive(Debug, Default)]
-    struct Heard(Mutex<Vec<(u16, bool)>>);
+    struct Heard(Mutex<Vec<(u16, bool)>>, Mutex<Vec<u16>>);
 
     impl SlotListener for Heard {
         fn power_switched(&self, slot: u16, on: bool) {
             self.0.lock().unwrap().push((slot, on));
         }
+
+        fn steadied(&self, slot: u16) {
+            self.1.lock().unwrap().push(slot);
+        }
+    }
+
+    /// A pin, and whether it is held up.
+    #[derive(Debug, Default)]
+    struct Pin(Mutex<bool>);
+
+    impl InterruptLevel for Pin {
+        fn set(&self, asserted: bool) {
+            *self.0.lock().unwrap() = asserted;
+        }
+    }
+
+    #[test]
+    fn without_messages_its_pin_is_up_for_as_long_as_the_guest_has_something_to_hear_of() {
+        let (routes, pin) = (Arc::new(FakeRoutes::default()), Arc::new(Pin::default()));
+        let port = RootPort::new(16, Link::default(), routes.clone())
+            .hot_plug(Arc::new(Heard::default()))
+            .wired(pin.clone());
+        let up = || *pin.0.lock().unwrap();
+        let pending = |port: &RootPort| port.read_dword(spec::COMMAND) >> 19 & 1 == 1;
+        let [express, msi] = capabilities(&port)[..] else {
+            panic!("two capabilities");
+        };
+        assert_eq!(port.read_dword(spec::INTERRUPT_LINE) >> 8 & 0xff, 1);
+        let slot = express.offset + spec::EXP_SLOT_CONTROL;
+        let clear_all = 0xffff << 16;
+        port.set_present(true);
+        assert!(!up(), "nobody asked for it");
+        write(&port, slot, 0x1729);
+        assert!(up() && pending(&port), "what came before it was asked for");
+        // The guest can hold it back, and it is there all the same.
+        write(&port, spec::COMMAND, spec::COMMAND_INTX_DISABLE.into());
+        assert!(!up() && pending(&port));
+        write(&port, spec::COMMAND, 0);
+        assert!(up());
+        write(&port, slot, 0x1729 | clear_all);
+        assert!(!up() && !pending(&port));
+        assert!(routes.arrived().is_empty());
+        // A message takes its place.
+        assert!(port.press_button() && up());
+        write(&port, msi.offset + 4, 0xfee0_0000);
+        write(&port, msi.offset, 1 << 16);
+        assert!(!up() && !pending(&port));
+        write(&port, slot, 0x1729 | clear_all);
+        assert!(port.press_button() && !up());
+        assert_eq!(routes.arrived().len(), 1);
+        write(&port, msi.offset, 0);
+        assert!(up());
+        port.reset();
+        assert!(!up() && !pending(&port));
+    }
+
+    #[test]
+    fn a_listener_hears_when_the_guest_is_done_with_a_slot() {
+        let (routes, heard) = (Arc::new(FakeRoutes::default()), Arc::new(Heard::default()));
+        let port = RootPort::new(16, Link::default(), routes).hot_plug(heard.clone());
+        port.furnish(true);
+        let slot = capabilities(&port)[0].offset + spec::EXP_SLOT_CONTROL;
+        // On; blinks; without power; off; blinks with power; on.
+        for (control, steady) in [
+            (0x1129, true),
+            (0x1229, false),
+            (0x1629, false),
+            (0x1729, true),
+            (0x1229, false),
+            (0x1129, true),
+            // Power goes first, where the guest does not blink.
+            (0x1529, false),
+            (0x1729, true),
+        ] {
+            write(&port, slot, control);
+            assert_eq!(port.steady(), steady, "{control:#x}");
+        }
+        assert_eq!(*heard.1.lock().unwrap(), [16, 16, 16]);
     }
 
     #[test]

@@ -337,6 +337,8 @@ pub const EXP_SLOT_CONTROL_INTERRUPT: u16 = 1 << 5;
 pub const EXP_SLOT_CONTROL_INDICATOR: u16 = 0b11 << 8;
 /// Slot control: the power indicator is on. §7.5.3.10.
 pub const EXP_SLOT_CONTROL_INDICATOR_ON: u16 = 0b01 << 8;
+/// Slot control: the power indicator blinks. §7.5.3.10.
+pub const EXP_SLOT_CONTROL_INDICATOR_BLINK: u16 = 0b10 << 8;
 /// Slot control: the power indicator is off. §7.5.3.10.
 pub const EXP_SLOT_CONTROL_INDICATOR_OFF: u16 = 0b11 << 8;
 /// Slot control: power is off. §7.5.3.10.

@@ -217,7 +217,13 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Shutdown => "the VM has ended\n".to_owned(),
         Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) => {
             let (id, address) = (text(answer, "/id"), text(answer, "/bdf"));
-            format!("{id}: in the guest at {address}\n")
+            let heard = match answer["attended"].as_bool() {
+                Some(false) => {
+                    "; the guest has no driver for the slot, or none yet, and finds the device when it has one"
+                }
+                _ => "",
+            };
+            format!("{id}: in the guest at {address}{heard}\n")
         }
         Verb::RemoveDevice { id, .. } => format!("{}: the host has it back\n", printable(id)),
     }
@@ -275,6 +281,9 @@ fn rows(info: &Value) -> Vec<Row> {
         ));
     }
     rows.extend(devices(info));
+    if let Some(slots @ 1..) = info["empty_slots"].as_u64() {
+        rows.push(("slots", format!("{slots} empty")));
+    }
     rows
 }
 
@@ -438,6 +447,35 @@ device      0000:01:00.0, id drive, in the guest 0000:01:00.0
 ";
         let shown = show(&Verb::Info, &info(), Screen::default());
         assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn a_device_whose_slot_no_driver_attends_to_is_said_to_wait_for_one() {
+        let said = |answer| {
+            let verb = Verb::AddDevice {
+                device: "01:00.0".into(),
+                id: None,
+            };
+            show(&verb, &answer, Screen::default())
+        };
+        let plain = json!({ "id": "drive", "bdf": "0000:03:00.0" });
+        assert_eq!(said(plain), "drive: in the guest at 0000:03:00.0\n");
+        let waits = json!({ "id": "drive", "bdf": "0000:03:00.0", "attended": false });
+        assert_eq!(
+            said(waits),
+            "drive: in the guest at 0000:03:00.0; the guest has no driver for the slot, or none yet, and finds \
+             the device when it has one\n"
+        );
+    }
+
+    #[test]
+    fn empty_slots_are_counted_where_there_are_some() {
+        let mut info = info();
+        for (slots, ends) in [(0, "0000:01:00.0\n"), (3, "\nslots       3 empty\n")] {
+            info["empty_slots"] = slots.into();
+            let shown = show(&Verb::Info, &info, Screen::default());
+            assert!(shown.ends_with(ends), "{shown}");
+        }
     }
 
     #[test]

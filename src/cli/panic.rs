@@ -51,14 +51,15 @@ pub(super) fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
 }
 
 fn message(info: &PanicHookInfo<'_>) -> String {
-    let place = info
-        .location()
-        .map(|place| format!(" ({place})"))
-        .unwrap_or_default();
+    let place = info.location().map(ToString::to_string);
+    let thread = thread::current();
+    let thread = thread.name().map(|name| format!("thread {name}"));
+    let whence: Vec<_> = place.into_iter().chain(thread).collect();
     format!(
-        "busway: error: this is a bug in Busway {}: {}{place}\n",
+        "busway: error: this is a bug in Busway {}: {} ({})\n",
         env!("CARGO_PKG_VERSION"),
-        payload(info.payload())
+        payload(info.payload()),
+        whence.join(", ")
     )
 }
 

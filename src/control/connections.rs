@@ -18,6 +18,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::http::{self, Answer, Request, Trouble};
 use super::wire::{Limits, Wire};
+use crate::provoked;
 
 /// How many connections there can be.
 pub(super) const MOST: usize = 10;
@@ -145,7 +146,10 @@ impl Connections {
             }
         };
         let service = Arc::clone(service);
-        let serve = move || place.serve(wire, service.as_ref());
+        let serve = move || {
+            provoked::here();
+            place.serve(wire, service.as_ref());
+        };
         if let Err(error) = thread::Builder::new().name("http".to_owned()).spawn(serve) {
             log::debug!("a connection to the control socket is not served: {error}");
         }

@@ -18,6 +18,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 use super::console::{Endpoint, Input, Reader, Writer};
 use super::watch;
 use crate::kvm::BusDevice;
+use crate::provoked;
 
 /// First port of COM1.
 pub const BASE: u16 = 0x3f8;
@@ -167,6 +168,7 @@ fn bring_input(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             result => result?,
         };
+        provoked::here();
         for event in ready.iter().take(count) {
             if event.fd() == stop {
                 return Ok(());

@@ -11,6 +11,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::AddressMap;
 use super::vcpu::Vcpu;
+use crate::provoked;
 
 /// What the guest's accesses reach.
 #[derive(Clone, Debug, Default)]
@@ -116,6 +117,7 @@ pub(super) enum Left {
 /// Runs the guest until there is a reason to stop.
 pub(super) fn run(vcpu: &mut Vcpu, buses: &Buses, counts: &ExitCounts) -> Left {
     loop {
+        provoked::here();
         let id = vcpu.id;
         let event = match vcpu.fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {

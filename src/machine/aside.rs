@@ -5,6 +5,7 @@
 //! drivers/pci/pci.c, `pci_dev_wait`), and as long as a disk takes for its flush. The event loop hears
 //! signals and the guest meanwhile.
 
+use crate::provoked;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -28,6 +29,7 @@ impl Aside {
         let on_thread = {
             let work = work.clone();
             move || {
+                provoked::here();
                 if let Some(work) = take(&work) {
                     work();
                 }

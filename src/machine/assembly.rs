@@ -123,7 +123,8 @@ impl Machine {
         let buses = Buses::default();
         let windows = plan.windows(&ram.guest_ranges(), &passthrough.usable_ranges());
         let mut acpi = acpi_platform(config, &windows);
-        let mut pci = Pci::new(windows, &buses, memory.0.clone(), vm.doorbells())?;
+        let lines = router.shared_lines();
+        let mut pci = Pci::new(windows, &buses, memory.0.clone(), vm.doorbells(), lines)?;
         let platform = Platform::new(
             &config.serial,
             &buses,

@@ -25,6 +25,11 @@ pub(super) enum Event {
         /// On or off.
         on: bool,
     },
+    /// The guest is done with what it was at with a slot.
+    SlotSteady {
+        /// The slot.
+        slot: u16,
+    },
     /// A vCPU cannot deal with something.
     Vcpu(VcpuEvent),
     /// A thread of this process panicked.
@@ -137,6 +142,10 @@ impl PowerSink for Events {
 impl SlotListener for Events {
     fn power_switched(&self, slot: u16, on: bool) {
         self.push(Event::SlotPower { slot, on });
+    }
+
+    fn steadied(&self, slot: u16) {
+        self.push(Event::SlotSteady { slot });
     }
 }
 

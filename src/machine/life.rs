@@ -12,6 +12,7 @@ use super::passthrough::Verdict;
 use super::requests::{Answer, Asker, Info, Request, RequestError, State};
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
+use crate::provoked;
 use crate::report::{Report, Stage};
 
 /// How long a guest may take to power off when it was asked to by a signal.
@@ -116,12 +117,13 @@ impl Machine {
         self.requests.open();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
-            let leave = [self.passthrough.attached.deadline(), self.virtio.deadline()];
-            let others = leave.into_iter().flatten().min();
+            let others = [self.passthrough.deadline(), self.virtio.deadline()];
+            let others = others.into_iter().flatten().min();
             let count = match epoll.wait(life.timeout(others), &mut ready) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
+            provoked::here();
             for event in ready.iter().take(count) {
                 let source = usize::try_from(event.data())
                     .ok()
@@ -146,7 +148,7 @@ impl Machine {
                 }
             }
             let now = Instant::now();
-            self.passthrough.attached.on_time(self.pci.topology(), now);
+            self.passthrough.on_time(&mut self.pci, now);
             self.virtio.on_time(now);
             if life.deadline.is_some_and(|deadline| deadline <= now) {
                 return Err(RunError::DeafGuest {
@@ -249,12 +251,17 @@ impl Machine {
                         .on_slot_power(self.pci.topology(), slot);
                     None
                 }
+                Event::SlotSteady { slot } => {
+                    let topology = self.pci.topology();
+                    self.passthrough.attached.on_slot_steady(topology, slot);
+                    None
+                }
                 Event::Stopped => {
                     life.stopped();
                     None
                 }
                 Event::Attached => {
-                    self.passthrough.on_attached(&mut self.pci);
+                    self.passthrough.on_attached();
                     self.virtio.on_attached(&mut self.pci);
                     None
                 }

@@ -40,8 +40,8 @@ pub fn end_on_panic() -> bool {
     }
 }
 
-/// Has a thread of its own panic so many milliseconds from now, where a test of a whole run asks for it by
-/// [`PANIC_AFTER`]. A release does not listen.
+/// Has a thread panic so many milliseconds from now, where a test of a whole run asks for it by
+/// [`PANIC_AFTER`]: one whose name begins as [`PANIC_IN`] says, or else one of its own. A release does not listen.
 #[cfg(debug_assertions)]
 pub(super) fn panic_where_a_test_asks() {
     let asked = std::env::var(PANIC_AFTER).ok();
@@ -50,13 +50,18 @@ pub(super) fn panic_where_a_test_asks() {
     };
     std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_millis(after));
-        panic!("{PANIC_AFTER} is set");
+        match std::env::var(PANIC_IN) {
+            Ok(name) => crate::provoked::provoke(name),
+            Err(_) => panic!("{PANIC_AFTER} is set"),
+        }
     });
 }
 
-/// The environment variable that tests set.
+/// The environment variables that tests set.
 #[cfg(debug_assertions)]
 const PANIC_AFTER: &str = "BUSWAY_TEST_PANIC_AFTER_MS";
+#[cfg(debug_assertions)]
+const PANIC_IN: &str = "BUSWAY_TEST_PANIC_IN";
 
 /// Lasts as long as the VM's devices are this process's: a panic ends the VM.
 #[derive(Debug)]

@@ -6,9 +6,9 @@
 use std::sync::{Arc, Weak};
 
 use busway_pci::{
-    AtomicOps, BarKind, Behind, Device, Ecam, Function, FunctionId, HostBridge, InterruptPin,
-    InterruptRoutes, Link, Needs, PciFunction, Place, Reserve, RootPort, SlotListener, Topology,
-    WindowKind, Windows, capabilities, find_room, spec,
+    AtomicOps, BarKind, Behind, Device, Ecam, Function, FunctionId, HostBridge, HotPlug,
+    InterruptLevel, InterruptPin, InterruptRoutes, Link, Needs, PciFunction, Place, Reserve,
+    RootPort, SlotListener, Topology, WindowKind, Windows, capabilities, find_room, spec,
 };
 use busway_vfio::AssignedFunction;
 
@@ -17,7 +17,7 @@ use super::bars::Bars;
 use super::bus::EcamWindow;
 use super::quiet::VirtioFunctions;
 use crate::acpi;
-use crate::kvm::{Buses, Doorbells};
+use crate::kvm::{Buses, Doorbells, SharedLines};
 use crate::memory::{Regions, layout};
 use crate::report::AssignedDevice;
 use crate::virtio::VirtioPci;
@@ -42,6 +42,7 @@ pub(super) struct Pci {
     /// Those that are still there.
     assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
     virtio: VirtioFunctions,
+    lines: SharedLines,
 }
 
 impl Pci {
@@ -51,6 +52,7 @@ impl Pci {
         buses: &Buses,
         memory: Arc<Regions>,
         doorbells: Doorbells,
+        lines: SharedLines,
     ) -> Result<Self, RunError> {
         let within = [&windows.memory32[..], &windows.memory64].concat();
         let bars = Bars::new(buses.clone(), memory, doorbells, within);
@@ -63,6 +65,7 @@ impl Pci {
             behind: Vec::new(),
             assigned: Vec::new(),
             virtio: VirtioFunctions::default(),
+            lines,
         };
         pci.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
         buses.mmio.insert(
@@ -146,6 +149,7 @@ impl Pci {
         let atomics = atomics.fold(AtomicOps::NONE, |all, one| all | one);
         let mut port = RootPort::new(slot.number().into(), link, routes)
             .completing(atomics)
+            .wired(self.port_pin(slot))
             .hot_plug(slots);
         let mut bars = functions.iter().flat_map(|(_, function)| function.bars());
         if !bars.any(|bar| bar.kind == BarKind::Io) {
@@ -175,6 +179,7 @@ impl Pci {
             let slot = self.port_slot(name)?;
             let port = RootPort::new(slot.number().into(), Link::default(), routes.clone())
                 .hot_plug(slots.clone())
+                .wired(self.port_pin(slot))
                 .reserving(reserve);
             // One is enough for what lives by I/O ports, and leaves the others to those that are there.
             let port = match index {
@@ -187,17 +192,29 @@ impl Pci {
         Ok(())
     }
 
-    /// A root port whose slot is empty, which is none of those that are `taken`; one with a window for I/O
-    /// ports, where the device lives by them and there is one.
+    /// The interrupt pin of the root port in `slot`.
+    fn port_pin(&self, slot: Device) -> Arc<dyn InterruptLevel> {
+        Arc::new(self.lines.pin(acpi::intx_gsi(slot, InterruptPin::A)))
+    }
+
+    /// A root port whose slot is empty, which is none of those that are `taken`.
+    ///
+    /// One with a window for I/O ports is before others, where the device lives by them; and then one that the
+    /// guest is not at.
     pub(super) fn empty_port(
         &self,
         taken: &[FunctionId],
         lives_by_io: bool,
     ) -> Option<(FunctionId, Device)> {
-        let has_io = |port| self.topology.with_slot(port, |slot| slot.has_io()) == Some(true);
-        let mut empty = self.empty_ports(taken);
-        let fits = empty.find(|(port, _)| !lives_by_io || has_io(*port));
-        fits.or_else(|| self.empty_ports(taken).next())
+        let is = |port, what: fn(&dyn HotPlug) -> bool| {
+            self.topology.with_slot(port, |slot| what(slot)) == Some(true)
+        };
+        let mut ports: Vec<_> = self.empty_ports(taken).collect();
+        ports.sort_by_key(|&(port, _)| {
+            let lacks_io = lives_by_io && !is(port, |slot| slot.has_io());
+            (lacks_io, !is(port, |slot| slot.steady()))
+        });
+        ports.into_iter().next()
     }
 
     /// The same of all of them; those that were made to be empty come first.

@@ -144,6 +144,14 @@ pub enum Answer {
         /// Its address in the guest.
         address: String,
     },
+    /// To [`Request::AddDevice`], where no driver of the guest's attends to the slot: the guest is still
+    /// booting, or has none. It finds the device when it has one.
+    Unattended {
+        /// What the device is called from now on.
+        id: String,
+        /// Its address in the guest.
+        address: String,
+    },
 }
 
 /// Why a request was not granted.

@@ -21,6 +21,7 @@ use super::life::Ended;
 use super::requests::{Answer, Info, Request, RequestError, Requests};
 use super::signals::Signals;
 use crate::kvm::KvmError;
+use crate::provoked;
 
 impl Machine {
     /// Puts everything into its state at power-on, and loads the kernel anew. Host devices are reset,
@@ -146,6 +147,7 @@ fn with_an_ear<T: Send>(
             .name("restart".to_owned())
             .spawn_scoped(scope, || {
                 let _done = Done(&done);
+                provoked::here();
                 work()
             })
             .map_err(RunError::system("a thread for the restart"))?;

@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::interrupts::Interrupts;
 use super::life::{Progress, Running};
 use super::queue::QueueError;
+use crate::provoked;
 
 /// What one thread of a device does: it waits for its sources and is woken with their number.
 pub(super) trait Worker: Send + Debug {
@@ -162,6 +163,7 @@ fn serve(worker: &mut dyn Worker, epoll: &Epoll, stop: &AtomicBool) -> Result<()
             if event.data() == STOP {
                 return Ok(());
             }
+            provoked::here();
             if let Ok(source) = usize::try_from(event.data()) {
                 worker.wake(source)?;
             }

@@ -1,9 +1,12 @@
 //! `busway run` as a whole, with kernels of a few instructions.
 
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -220,6 +223,68 @@ fn a_thread_that_panics_ends_the_vm_in_order_with_a_word_and_status_1() {
     assert!(lines[1].contains("the VM was ended"), "{errors}");
     // What is written at any end was.
     assert!(report["exits"]["pio_write"].as_u64() >= Some(4), "{report}");
+}
+
+/// Whatever thread it is, with a word that names it.
+#[test]
+fn a_panic_on_a_thread_of_any_kind_ends_the_vm_and_names_the_thread() {
+    // mov dx, 0x3f8; in al, dx; out dx, al; jmp back
+    let chatter = [0x66, 0xba, 0xf8, 0x03, 0xec, 0xee, 0xeb, 0xf8];
+    for name in [
+        "vcpu0",
+        "main",
+        "console-out",
+        "stdin",
+        "serial-in",
+        "http",
+        "restart",
+    ] {
+        let reset = [0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee];
+        let code = if name == "restart" {
+            &reset[..]
+        } else {
+            &chatter
+        };
+        let mut run = Run::new(code);
+        let socket = run.folder.path().join("api");
+        let api = format!("path={}", socket.display());
+        run.command
+            .args(["--api-socket", &api])
+            .env("BUSWAY_TEST_PANIC_AFTER_MS", "200")
+            .env("BUSWAY_TEST_PANIC_IN", name)
+            .stdin(Stdio::piped());
+        if !has_kvm() {
+            return;
+        }
+        let mut child = run.command.spawn().unwrap();
+        let (mut typed, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let reading = thread::spawn(move || io::copy(&mut output, &mut io::sink()));
+        let begun = Instant::now();
+        // Has each kind of thread come by.
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if begun.elapsed() > Duration::from_secs(60) {
+                child.kill().unwrap();
+                panic!("{name}: it lives on");
+            }
+            let _gone = typed.write_all(b"key");
+            if let Ok(mut stream) = UnixStream::connect(&socket) {
+                let _gone = stream.write_all(b"GET /api/v1/vm.info HTTP/1.1\r\n\r\n");
+                let _gone = stream.set_read_timeout(Some(Duration::from_millis(50)));
+                let _answer = stream.read(&mut [0; 64]);
+            }
+        };
+        reading.join().unwrap().unwrap();
+        let mut errors = String::new();
+        child.stderr.unwrap().read_to_string(&mut errors).unwrap();
+        assert_eq!(status.code(), Some(1), "{name}: {errors}");
+        let first = errors.lines().find(|line| line.contains("this is a bug"));
+        let named = format!(", thread {name})");
+        assert!(first.unwrap().ends_with(&named), "{name}: {errors}");
+        assert!(!socket.exists(), "{name}: the socket is left");
+    }
 }
 
 /// Processor time of a process's first thread, which is the event loop, in clock ticks of 10 ms.

@@ -15,6 +15,10 @@ pub trait SlotListener: Send + Sync + std::fmt::Debug {
     /// The guest switched the power of the slot with this number. Without power, what is in the slot
     /// is in reset and out of reach, and the guest's driver has let go of it.
     fn power_switched(&self, slot: u16, on: bool);
+
+    /// The guest is done with what it was at with the slot of this number, whose indicator now says what
+    /// its power is: [`HotPlug::steady`](crate::HotPlug::steady). Told after the power.
+    fn steadied(&self, slot: u16);
 }
 
 /// What the guest can turn on to be told of, by control bit and by the event's status bit.
@@ -42,6 +46,8 @@ pub(crate) struct Change {
     pub(crate) interrupt: bool,
     /// Power was switched, to this.
     pub(crate) power: Option<bool>,
+    /// The slot is steady, and was not.
+    pub(crate) steadied: bool,
 }
 
 /// The state of a slot.
@@ -55,6 +61,8 @@ pub(crate) struct Slot {
     /// An event that the guest wants to hear of was there before: no further interrupt until all of
     /// them are cleared. §6.7.3.4.
     told: bool,
+    /// The button was pressed, and the indicator has not blinked since.
+    unheard: bool,
 }
 
 impl Slot {
@@ -66,6 +74,7 @@ impl Slot {
             control: 0,
             events: 0,
             told: false,
+            unheard: false,
         };
         slot.reset();
         slot
@@ -79,6 +88,31 @@ impl Slot {
     /// Whether the link is up.
     pub(crate) fn link_up(&self) -> bool {
         self.present && self.powered()
+    }
+
+    /// Whether the guest owes an answer to something that it wants to hear of.
+    pub(crate) fn owed(&self) -> bool {
+        self.told
+    }
+
+    /// Whether the guest is not in the middle of an operation on the slot: its indicator does not blink, and
+    /// says what the power is. §6.7.1.2. Linux's driver, which blinks from the button to the end of each
+    /// operation and sets the indicator last, does not hear of a change in between: it forgets what
+    /// came within a second of switching power off, and takes a button for one that takes back the one before
+    /// (drivers/pci/hotplug/pciehp_ctrl.c, remove_board and pciehp_handle_button_press). Nor is it steady
+    /// while a button was not answered by blinking: the button is not that of what comes next.
+    pub(crate) fn steady(&self) -> bool {
+        !self.unheard && self.shows_power()
+    }
+
+    fn shows_power(&self) -> bool {
+        match self.control & spec::EXP_SLOT_CONTROL_INDICATOR {
+            spec::EXP_SLOT_CONTROL_INDICATOR_ON => self.powered(),
+            spec::EXP_SLOT_CONTROL_INDICATOR_OFF => !self.powered(),
+            spec::EXP_SLOT_CONTROL_INDICATOR_BLINK => false,
+            // Reserved.
+            _ => true,
+        }
     }
 
     /// Whether the guest has a driver that hears of the button.
@@ -95,6 +129,7 @@ impl Slot {
         };
         self.events = 0;
         self.told = false;
+        self.unheard = false;
     }
 
     /// Something was in the slot when the machine was built, or is gone before the guest could look.
@@ -125,6 +160,7 @@ impl Slot {
     /// Somebody pressed the attention button.
     pub(crate) fn press_button(&mut self) -> Change {
         self.events |= spec::EXP_SLOT_STATUS_BUTTON;
+        self.unheard = true;
         self.settle()
     }
 
@@ -150,12 +186,15 @@ impl Slot {
             }
         }
         self.events &= !u16::from_le_bytes(cleared);
-        let (powered, link_up) = (self.powered(), self.link_up());
+        let (powered, link_up, steady) = (self.powered(), self.link_up(), self.steady());
         self.control = u16::from_le_bytes(control) & CONTROL_WRITABLE;
+        let indicator = self.control & spec::EXP_SLOT_CONTROL_INDICATOR;
+        self.unheard &= indicator != spec::EXP_SLOT_CONTROL_INDICATOR_BLINK;
         self.note_link(link_up);
         let change = self.settle();
         Change {
             power: (self.powered() != powered).then_some(self.powered()),
+            steadied: self.steady() && !steady,
             ..change
         }
     }
@@ -196,7 +235,7 @@ impl Slot {
         self.told = tell;
         Change {
             interrupt,
-            power: None,
+            ..Change::default()
         }
     }
 }
@@ -207,5 +246,7 @@ fn put(register: &mut [u8; 2], at: u16, byte: u8) {
     }
 }
 
+#[cfg(test)]
+mod pciehp_tests;
 #[cfg(test)]
 mod tests;

@@ -16,37 +16,42 @@ use crate::root_port::RootPort;
 use crate::slot::SlotListener;
 
 #[derive(Debug, Default)]
-struct Heard(Mutex<Vec<bool>>);
+pub(super) struct Heard(pub(super) Mutex<Vec<bool>>);
 
 impl SlotListener for Heard {
     fn power_switched(&self, _slot: u16, on: bool) {
         self.0.lock().unwrap().push(on);
     }
+
+    fn steadied(&self, _slot: u16) {}
 }
 
-const PORT: &str = "00:10.0";
-const BEHIND: &str = "01:00.0";
+pub(super) const PORT: &str = "00:10.0";
+pub(super) const BEHIND: &str = "01:00.0";
 /// Slot control and status of a root port, whose PCI Express capability comes first.
-const CONTROL: u16 = 0x40 + spec::EXP_SLOT_CONTROL;
-const STATUS: u16 = 0x40 + spec::EXP_SLOT_STATUS;
+pub(super) const CONTROL: u16 = 0x40 + spec::EXP_SLOT_CONTROL;
+pub(super) const STATUS: u16 = 0x40 + spec::EXP_SLOT_STATUS;
 /// What Linux' driver turns on, and the indicator on.
-const DRIVEN: u16 = 0x1129;
+pub(super) const DRIVEN: u16 = 0x1129;
 
-struct Fixture {
-    mapper: Arc<FakeMapper>,
-    topology: Topology,
-    port: FunctionId,
-    heard: Arc<Heard>,
+pub(super) struct Fixture {
+    pub(super) mapper: Arc<FakeMapper>,
+    pub(super) topology: Topology,
+    pub(super) port: FunctionId,
+    pub(super) heard: Arc<Heard>,
 }
 
-fn function() -> Arc<FakeFunction> {
+pub(super) fn function() -> Arc<FakeFunction> {
     FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)])
 }
 
 impl Fixture {
     /// A hot-plug port on bus 0, with bus 1 behind it and everything on.
-    fn new(behind: Arc<FakeFunction>) -> Self {
-        let mapper = FakeMapper::new(false);
+    pub(super) fn new(behind: Arc<FakeFunction>) -> Self {
+        Self::on(FakeMapper::new(false), behind)
+    }
+
+    pub(super) fn on(mapper: Arc<FakeMapper>, behind: Arc<FakeFunction>) -> Self {
         let topology = Topology::new(mapper.clone());
         let heard = Arc::new(Heard::default());
         let routes = Arc::new(FakeRoutes::default());
@@ -65,16 +70,16 @@ impl Fixture {
         }
     }
 
-    fn id(&self) -> u32 {
+    pub(super) fn id(&self) -> u32 {
         read32(&self.topology, bdf(BEHIND), 0)
     }
 
-    fn start_driver(&self) {
+    pub(super) fn start_driver(&self) {
         write32(&self.topology, bdf(BEHIND), 0x10, 0xc000_0000);
         write16(&self.topology, bdf(BEHIND), spec::COMMAND, 2);
     }
 
-    fn control(&self, bits: u16) {
+    pub(super) fn control(&self, bits: u16) {
         write16(&self.topology, bdf(PORT), CONTROL, bits);
     }
 }
@@ -209,7 +214,7 @@ proptest! {
 }
 
 /// A hot-plug port without anything behind it, which reserves room.
-fn empty_slot(reserve: Reserve) -> Fixture {
+pub(super) fn empty_slot(reserve: Reserve) -> Fixture {
     let mapper = FakeMapper::new(false);
     let topology = Topology::new(mapper.clone());
     let heard = Arc::new(Heard::default());
@@ -229,7 +234,7 @@ fn empty_slot(reserve: Reserve) -> Fixture {
 }
 
 impl Fixture {
-    fn assign(&self) {
+    pub(super) fn assign(&self) {
         let windows = Windows {
             io: 0xc000..0x1_0000,
             memory32: iter::once(0xc000_0000..0xe000_0000).collect(),

@@ -359,4 +359,6 @@ mod busy_tests;
 #[cfg(test)]
 mod hot_plug_tests;
 #[cfg(test)]
+mod moves_tests;
+#[cfg(test)]
 mod tests;

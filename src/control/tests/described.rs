@@ -71,6 +71,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
             "vm.add-device" => &[
                 "",
                 r#"{"path": "0000:02:00.0", "id": "drive"}"#,
+                r#"{"path": "0000:02:00.0", "id": "early"}"#,
                 r#"{"path": "0000:01:00.0"}"#,
             ],
             "vm.add-disk" => &[

@@ -147,6 +147,10 @@ fn added(configs: &[DeviceConfig]) -> Result<Answer, RequestError> {
     let id = configs[0].id();
     match id.as_str() {
         "0000:01:00.0" => Err(RequestError::Exists(id)),
+        "early" => Ok(Answer::Unattended {
+            id,
+            address: "0000:04:00.0".into(),
+        }),
         "0000:0f:00.0" => Err(RequestError::Failed(format!("{id} is bound to nvme"))),
         _ => Ok(Answer::Added {
             id,

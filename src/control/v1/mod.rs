@@ -256,6 +256,19 @@ impl<'a> DeviceNode<'a> {
 struct PciDeviceInfo {
     id: String,
     bdf: String,
+    /// Beside Cloud Hypervisor's: no driver of the guest's attends to the slot, yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attended: Option<bool>,
+}
+
+impl PciDeviceInfo {
+    fn new(id: String, bdf: String) -> Self {
+        Self {
+            id,
+            bdf,
+            attended: None,
+        }
+    }
 }
 
 /// `DeviceConfig`, as far as Busway has it. What it does not know is ignored, as clients expect.
@@ -441,8 +454,12 @@ impl Api {
     fn add(&self, request: Request, what: &str) -> Answer {
         match self.control.ask(request) {
             Ok(machine::Answer::Added { id, address }) => {
-                succeeded(&PciDeviceInfo { id, bdf: address })
+                succeeded(&PciDeviceInfo::new(id, address))
             }
+            Ok(machine::Answer::Unattended { id, address }) => succeeded(&PciDeviceInfo {
+                attended: Some(false),
+                ..PciDeviceInfo::new(id, address)
+            }),
             Ok(_) => failed(500, &[what]),
             Err(error) => refused(what, &error),
         }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use busway_vfio::EventFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
+use super::ahead::Ahead;
 use super::output::Writer;
 use crate::devices::terminal::RawMode;
 use crate::devices::watch;
@@ -23,7 +24,8 @@ const HELP: &[u8] = b"\r\nbusway: Ctrl-A x quits, Ctrl-A a sends Ctrl-A, Ctrl-A 
 #[derive(Debug)]
 pub struct Reader {
     source: Source,
-    escape: Option<Escape>,
+    /// Of the terminal: what hears the escape key. It ends before the terminal is given back.
+    _ahead: Option<Ahead>,
     /// Given back when the reader drops.
     _raw: Option<RawMode>,
 }
@@ -50,15 +52,15 @@ pub enum Input {
 }
 
 impl Reader {
-    pub(super) fn terminal(fd: OwnedFd, escape: Escape, raw: Option<RawMode>) -> Self {
-        Self {
-            source: Source::File {
-                file: fd.into(),
-                _slave: None,
-            },
-            escape: Some(escape),
+    /// Of Busway's own terminal, or of what stands in its place. The escape key is heard from now on,
+    /// whether anybody reads or not.
+    pub(super) fn terminal(fd: OwnedFd, escape: Escape, raw: Option<RawMode>) -> io::Result<Self> {
+        let (file, ahead) = Ahead::start(fd, escape)?;
+        Ok(Self {
+            source: Source::File { file, _slave: None },
+            _ahead: Some(ahead),
             _raw: raw,
-        }
+        })
     }
 
     pub(super) fn pty(master: File, slave: File) -> Self {
@@ -67,7 +69,7 @@ impl Reader {
                 file: master,
                 _slave: Some(slave),
             },
-            escape: None,
+            _ahead: None,
             _raw: None,
         }
     }
@@ -75,7 +77,7 @@ impl Reader {
     pub(super) fn socket(server: SocketServer) -> Self {
         Self {
             source: Source::Socket(server),
-            escape: None,
+            _ahead: None,
             _raw: None,
         }
     }
@@ -90,22 +92,13 @@ impl Reader {
             }),
             Source::Socket(server) => server.read(buffer),
         };
-        match (result, &mut self.escape) {
-            (Ok(Input::Bytes(count)), Some(escape)) => {
-                match escape.filter(buffer.get_mut(..count).unwrap_or_default()) {
-                    0 => Input::Nothing,
-                    count => Input::Bytes(count),
-                }
+        result.unwrap_or_else(|error| match error.kind() {
+            io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Input::Nothing,
+            _ => {
+                log::warn!("the console's input ended: {error}");
+                Input::Closed
             }
-            (Ok(input), _) => input,
-            (Err(error), _) => match error.kind() {
-                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Input::Nothing,
-                _ => {
-                    log::warn!("the console's input ended: {error}");
-                    Input::Closed
-                }
-            },
-        }
+        })
     }
 }
 

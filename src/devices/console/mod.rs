@@ -2,8 +2,10 @@
 //! console alike: terminal, pseudo-terminal, file, socket, or nowhere.
 //!
 //! [`Writer`] never keeps its caller waiting for long, and [`Reader`] is a descriptor to wait for. On
-//! Busway's own terminal Ctrl-A is the escape key: `x` after it quits, `a` sends it, `h` shows help.
+//! Busway's own terminal Ctrl-A is the escape key: `x` after it quits, `a` sends it, `h` shows help. It is
+//! heard whether the guest takes input or not.
 
+mod ahead;
 mod input;
 mod kept;
 mod output;
@@ -171,7 +173,7 @@ fn standard_input(escape: Escape) -> io::Result<Option<Reader>> {
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     if stdin.is_terminal() {
         return match RawMode::enter(stdin.as_fd()) {
-            Ok(raw) => Ok(Some(Reader::terminal(unshared(stdin), escape, Some(raw)))),
+            Ok(raw) => Reader::terminal(unshared(stdin), escape, Some(raw)).map(Some),
             Err(error) => {
                 log::warn!("the guest gets no input from the terminal: {error}");
                 Ok(None)
@@ -181,10 +183,9 @@ fn standard_input(escape: Escape) -> io::Result<Option<Reader>> {
     let file = File::from(stdin);
     let kind = file.metadata()?.file_type();
     if kind.is_fifo() || kind.is_socket() {
-        Ok(Some(Reader::terminal(unshared(file.into()), escape, None)))
+        Reader::terminal(unshared(file.into()), escape, None).map(Some)
     } else if kind.is_file() {
-        // A file is always readable and cannot be waited for; what comes out of a pipe can.
-        Ok(Some(Reader::terminal(through_pipe(file)?, escape, None)))
+        Reader::terminal(file.into(), escape, None).map(Some)
     } else {
         Ok(None)
     }
@@ -205,19 +206,6 @@ fn unshared(input: OwnedFd) -> OwnedFd {
             input
         }
     }
-}
-
-/// A pipe that a thread fills from `file`.
-fn through_pipe(mut file: File) -> io::Result<OwnedFd> {
-    let (reader, mut writer) = io::pipe()?;
-    std::thread::Builder::new()
-        .name("stdin".into())
-        .spawn(move || {
-            if let Err(error) = io::copy(&mut file, &mut writer) {
-                log::debug!("standard input ended: {error}");
-            }
-        })?;
-    Ok(reader.into())
 }
 
 #[cfg(test)]

@@ -211,19 +211,64 @@ fn output_to_a_reader_that_left_is_dropped_at_once() {
 fn input_that_another_process_took_first_is_not_waited_for() {
     let (pipe, mut writer) = io::pipe().unwrap();
     let mut other = pipe.try_clone().unwrap();
-    let escape = Escape::new(quit(), Writer::null());
-    let mut reader = Reader::terminal(unshared(pipe.into()), escape, None);
+    let mut own = File::from(unshared(pipe.into()));
     writer.write_all(b"ab").unwrap();
     other.read_exact(&mut [0; 2]).unwrap();
     let (told, heard) = std::sync::mpsc::channel();
     let reading = std::thread::spawn(move || {
-        told.send(reader.read(&mut [0; 8])).unwrap();
-        reader
+        told.send(own.read(&mut [0; 8]).map_err(|error| error.kind()))
+            .unwrap();
+        own
     });
     let found = heard.recv_timeout(Duration::from_secs(60));
     writer.write_all(b"c").unwrap();
-    assert_eq!(found, Ok(Input::Nothing));
-    assert_eq!(receive(&mut reading.join().unwrap()), b"c");
+    assert_eq!(found, Ok(Err(io::ErrorKind::WouldBlock)));
+    let own = reading.join().unwrap();
+    let escape = Escape::new(quit(), Writer::null());
+    let mut reader = Reader::terminal(own.into(), escape, None).unwrap();
+    assert_eq!(receive(&mut reader), b"c");
+}
+
+/// Waits until `quit` is signalled, as the machine's event loop does.
+fn heard(quit: &EventFd) -> bool {
+    let poll: PollContext<u32> = PollContext::new().unwrap();
+    poll.add_fd_with_events(quit, WatchingEvents::empty().set_read(), 0)
+        .unwrap();
+    let events = poll.wait_timeout(Duration::from_secs(20)).unwrap();
+    events.iter().count() > 0
+}
+
+#[test]
+fn the_escape_key_is_heard_while_nobody_reads_and_nothing_that_was_typed_is_lost() {
+    let (pipe, mut writer) = io::pipe().unwrap();
+    let quit = quit();
+    let escape = Escape::new(quit.clone(), Writer::null());
+    let mut reader = Reader::terminal(unshared(pipe.into()), escape, None).unwrap();
+    let typed: Vec<u8> = (0..40_000_u32).map(|i| 2 + (i % 200) as u8).collect();
+    writer.write_all(&typed).unwrap();
+    writer.write_all(b"\x01xand on").unwrap();
+    assert!(heard(&quit));
+    let mut got = Vec::new();
+    while got.len() < typed.len() + 6 {
+        got.extend(receive(&mut reader));
+    }
+    assert!(got == [&typed[..], b"and on"].concat());
+    drop(writer);
+    while reader.read(&mut [0; 8]) != Input::Closed {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_reader_that_nobody_reads_from_drops_though_more_is_typed_than_fits() {
+    let (pipe, mut writer) = io::pipe().unwrap();
+    let escape = Escape::new(quit(), Writer::null());
+    let reader = Reader::terminal(unshared(pipe.into()), escape, None).unwrap();
+    // Twice what two pipes hold.
+    let typing = std::thread::spawn(move || writer.write_all(&[b'.'; 256 << 10]));
+    drop(reader);
+    // The pipe that was typed into is closed: nobody waits for room in it.
+    typing.join().unwrap().unwrap_err();
 }
 
 #[test]

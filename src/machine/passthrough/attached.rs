@@ -16,6 +16,7 @@ use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::attach::{Attacher, Prepared, Users};
+use super::{STEADY_LIMIT, is_steady};
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
 use crate::machine::aside::Aside;
@@ -48,6 +49,8 @@ struct Entry {
     port: FunctionId,
     /// By when the guest has to have let go.
     leaves: Option<Instant>,
+    /// What becomes of the slot's button for that.
+    button: Button,
     /// Who asked for that, and whether it is pulled out where the guest does not.
     removal: Option<Removal>,
     counts: ErrorCounts,
@@ -56,6 +59,19 @@ struct Entry {
     io: Arc<dyn DeviceIo>,
     users: Arc<Users>,
 }
+
+/// The attention button of a device that is to leave.
+#[derive(Clone, Copy, Debug, Default)]
+struct Button {
+    /// It is to be pressed when the slot is steady, or by this time.
+    due: Option<Instant>,
+    /// How often it was.
+    presses: u8,
+}
+
+/// How often the button is pressed for one device: a guest that has not heard of the last change yet can take
+/// the first for that of the device before.
+const PRESSES: u8 = 2;
 
 /// That somebody wants a device removed, other than the host.
 #[derive(Debug)]
@@ -104,6 +120,7 @@ impl Attached {
             on_error: config.on_error,
             port,
             leaves: None,
+            button: Button::default(),
             removal: None,
             counts: ErrorCounts::read(&config.path),
             config,
@@ -221,13 +238,49 @@ impl Attached {
         }
     }
 
-    /// By when something has to have happened.
-    pub(in crate::machine) fn deadline(&self) -> Option<Instant> {
-        self.devices.iter().filter_map(|device| device.leaves).min()
+    /// The guest is done with what it was at with a slot. Where it was asked to let go of what is there, and
+    /// gives it power again instead, it is asked once more, and then no more.
+    pub(in crate::machine) fn on_slot_steady(&mut self, topology: &Arc<Topology>, slot: u16) {
+        let kept = self.devices.iter_mut().find(|device| {
+            let on = topology.with_slot(device.port, |its| its.slot() == slot && its.powered());
+            let asked = device.button.due.is_none() && device.button.presses > 0;
+            device.leaves.is_some() && asked && on == Some(true)
+        });
+        let Some(device) = kept else {
+            return;
+        };
+        if device.button.presses < PRESSES {
+            device.button.due = Some(Instant::now());
+            return;
+        }
+        let port = device.port;
+        self.give_up_on(port, topology, "the guest refuses to let go of it");
     }
 
-    /// Pulls out what the guest was asked for and has not let go of in time.
+    /// By when something has to have happened.
+    pub(in crate::machine) fn deadline(&self) -> Option<Instant> {
+        let devices = self.devices.iter();
+        devices
+            .flat_map(|device| [device.leaves, device.button.due])
+            .flatten()
+            .min()
+    }
+
+    /// Presses the buttons that are due, and pulls out what the guest was asked for and has not let go of in time.
     pub(in crate::machine) fn on_time(&mut self, topology: &Arc<Topology>, now: Instant) {
+        let due = |device: &&mut Entry| {
+            let due = device.button.due;
+            due.is_some_and(|due| due <= now || is_steady(topology, device.port))
+        };
+        while let Some(device) = self.devices.iter_mut().find(due) {
+            device.button.due = None;
+            device.button.presses = device.button.presses.saturating_add(1);
+            let port = device.port;
+            if topology.with_slot(port, |slot| slot.press_button()) != Some(true) {
+                let why = "the guest has no driver that could be asked to let go of it";
+                self.give_up_on(port, topology, why);
+            }
+        }
         let late = |device: &&Entry| device.leaves.is_some_and(|deadline| deadline <= now);
         while let Some(port) = self.devices.iter().find(late).map(|device| device.port) {
             let limit = RELEASE_LIMIT.as_secs();
@@ -254,6 +307,7 @@ impl Attached {
         }
         for device in self.devices.iter_mut().filter(here) {
             device.leaves = None;
+            device.button = Button::default();
         }
         for removal in removals {
             let why = format!("{why}, and keeps it: --force pulls it out");
@@ -297,7 +351,7 @@ impl Attached {
             self.give_up_on(port, topology, "the guest does not run");
             return;
         }
-        if topology.with_slot(port, |slot| slot.press_button()) != Some(true) {
+        if topology.with_slot(port, |slot| slot.attended()) != Some(true) {
             let why = "the guest has no driver that could be asked to let go of it";
             self.give_up_on(port, topology, why);
             return;
@@ -306,9 +360,15 @@ impl Attached {
             "{name}: {who}; the guest is asked to let go of it, and has {} s",
             RELEASE_LIMIT.as_secs()
         );
-        let deadline = Instant::now().checked_add(RELEASE_LIMIT);
+        let now = Instant::now();
+        // One button for all of the slot. It is pressed as soon as the loop has dealt with what waits.
+        let mut button = Button {
+            due: now.checked_add(STEADY_LIMIT),
+            presses: 0,
+        };
         for device in self.devices.iter_mut().filter(|device| device.port == port) {
-            device.leaves = deadline;
+            device.leaves = now.checked_add(RELEASE_LIMIT);
+            device.button = std::mem::take(&mut button);
         }
     }
 

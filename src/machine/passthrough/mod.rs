@@ -13,9 +13,10 @@ mod open;
 mod placement;
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use busway_iommu::IovaRange;
-use busway_pci::FunctionId;
+use busway_pci::{FunctionId, Topology};
 use busway_vfio::{KvmFiles, Resets};
 
 use super::RunError;
@@ -47,6 +48,8 @@ pub(super) struct Passthrough {
     taken: Vec<FunctionId>,
     /// Batches that have come, or have not.
     come: Arc<Mutex<Vec<Come>>>,
+    /// Those of them that wait until their slots are steady, each until a time at most.
+    waiting: Vec<(Come, Instant)>,
     attacher: Arc<Attacher>,
     router: IrqRouter,
     events: Arc<Events>,
@@ -89,6 +92,7 @@ impl Passthrough {
             coming: Aside::default(),
             taken: Vec::new(),
             come: Arc::default(),
+            waiting: Vec::new(),
             attacher,
             router: router.clone(),
             events: events.clone(),
@@ -167,15 +171,33 @@ impl Passthrough {
         pci.empty_ports(&self.taken).count()
     }
 
-    /// Puts what has come into its slots.
-    pub(super) fn on_attached(&mut self, pci: &mut Pci) {
+    /// Takes what has come: it is put into its slot by [`on_time`](Self::on_time), which comes next.
+    pub(super) fn on_attached(&mut self) {
         let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
-        for Come {
-            port,
-            outcome,
-            asker,
-        } in come
-        {
+        let limit = Instant::now() + STEADY_LIMIT;
+        self.waiting
+            .extend(come.into_iter().map(|come| (come, limit)));
+    }
+
+    /// By when something has to have happened.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let waiting = self.waiting.iter().map(|(_, limit)| *limit);
+        waiting.chain(self.attached.deadline()).min()
+    }
+
+    /// Does what is due, or can be done by now. To be called whenever something has happened.
+    pub(super) fn on_time(&mut self, pci: &mut Pci, now: Instant) {
+        self.attached.on_time(pci.topology(), now);
+        let due = |(come, limit): &mut (Come, Instant)| {
+            come.outcome.is_err() || *limit <= now || is_steady(pci.topology(), come.port)
+        };
+        let due: Vec<_> = self.waiting.extract_if(.., due).collect();
+        for (come, _) in due {
+            let Come {
+                port,
+                outcome,
+                asker,
+            } = come;
             self.taken.retain(|taken| *taken != port);
             let answer = match outcome {
                 Ok(functions) => self.present(functions, port, pci),
@@ -202,7 +224,15 @@ impl Passthrough {
                     self.attached.add(one, port);
                 }
                 let id = id.unwrap_or_default();
-                Ok(Answer::Added { id, address })
+                let attended = pci.topology().with_slot(port, |slot| slot.attended());
+                if attended == Some(true) {
+                    return Ok(Answer::Added { id, address });
+                }
+                log::warn!(
+                    "{id}: no driver of the guest's attends to the slot: the guest finds the device when it has \
+                     one (Linux's, pciehp, is off with pcie_ports=compat)"
+                );
+                Ok(Answer::Unattended { id, address })
             }
             Err(error) => {
                 self.attached.refuse(functions);
@@ -225,6 +255,15 @@ impl Passthrough {
     pub(super) fn account(&self, report: &Report) {
         self.attacher.account(report);
     }
+}
+
+/// How long a change of a slot waits at most until the guest is done with what it is at there: the five
+/// seconds that Linux takes for a button, one for the power to go, and as many again.
+const STEADY_LIMIT: Duration = Duration::from_secs(12);
+
+/// Whether the slot behind a port can be changed without the guest missing it.
+fn is_steady(topology: &Topology, port: FunctionId) -> bool {
+    topology.with_slot(port, |slot| slot.steady()) != Some(false)
 }
 
 impl Drop for Passthrough {

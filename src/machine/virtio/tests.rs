@@ -50,7 +50,8 @@ fn machine(room: u64) -> Option<Machine> {
         memory64: vec![high],
     };
     let regions = Arc::new(Regions::default());
-    let mut pci = Pci::new(windows, &Buses::default(), regions, vm.doorbells()).unwrap();
+    let lines = vm.irq_router().ok()?.shared_lines();
+    let mut pci = Pci::new(windows, &Buses::default(), regions, vm.doorbells(), lines).unwrap();
     let events = Events::new().unwrap();
     let routes = Arc::new(CountingRoutes::default());
     let mut devices = VirtioDevices::new(&ram(), routes, pci.topology(), &events);

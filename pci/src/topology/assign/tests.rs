@@ -175,6 +175,8 @@ struct Deaf;
 
 impl SlotListener for Deaf {
     fn power_switched(&self, _slot: u16, _on: bool) {}
+
+    fn steadied(&self, _slot: u16) {}
 }
 
 #[test]

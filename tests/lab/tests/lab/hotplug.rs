@@ -27,8 +27,8 @@ pub(crate) const SOCKET: [&str; 2] = ["--api-socket", "/run/vm.sock"];
 /// What a VM's process has: descriptors by kind, and memory locked for devices.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Held {
-    descriptors: String,
-    locked: String,
+    pub(crate) descriptors: String,
+    pub(crate) locked: String,
 }
 
 impl Held {

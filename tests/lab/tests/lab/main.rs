@@ -35,14 +35,16 @@ mod lanes;
 mod life;
 mod mediated;
 mod nic;
+mod paused;
 mod proof;
 mod run;
+mod slots;
 mod virtio;
 mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 19] = [
+const CHAPTERS: [&[Proof]; 21] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -55,6 +57,8 @@ const CHAPTERS: [&[Proof]; 19] = [
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
+    slots::PROOFS,
+    paused::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,
