@@ -75,11 +75,22 @@ pub struct MediatedDevice {
     pub users: Vec<Process>,
 }
 
-/// Every mediated device, by its name.
+/// Every mediated device, by its name. One that is being removed while somebody has it is not on its bus any
+/// more, but still below what it was made of (drivers/base/core.c, device_del).
 pub(super) fn devices(root: &SysRoot) -> Vec<MediatedDevice> {
-    let names = root::names(&root.mediated_bus().join("devices"));
-    let uuids = names.iter().filter_map(|name| name.parse().ok());
-    let mut devices: Vec<_> = uuids.filter_map(|uuid| device(root, uuid)).collect();
+    let bus = root.mediated_bus().join("devices");
+    let parents = root::names(&class(root)).into_iter();
+    let parents = parents.map(|name| class(root).join(name));
+    let mut folders: BTreeMap<Uuid, PathBuf> = BTreeMap::new();
+    for folder in parents.chain([bus]) {
+        let names = root::names(&folder).into_iter();
+        let uuids = names.filter_map(|name| Some((name.parse().ok()?, folder.join(name))));
+        folders.extend(uuids);
+    }
+    let devices = folders.into_iter();
+    let mut devices: Vec<_> = devices
+        .filter_map(|(uuid, folder)| device(root, uuid, &folder))
+        .collect();
     let mut users = users(root, &devices);
     for device in &mut devices {
         let of_this = users.remove(&device.uuid).unwrap_or_default();
@@ -89,8 +100,8 @@ pub(super) fn devices(root: &SysRoot) -> Vec<MediatedDevice> {
 }
 
 /// One; nothing where it has just vanished.
-fn device(root: &SysRoot, uuid: Uuid) -> Option<MediatedDevice> {
-    let folder = fs::canonicalize(root.mediated(uuid)).ok()?;
+fn device(root: &SysRoot, uuid: Uuid, folder: &Path) -> Option<MediatedDevice> {
+    let folder = fs::canonicalize(folder).ok()?;
     let kind = folder.join("mdev_type");
     let cdev = root.cdev_node(&folder);
     let cdev = cdev.as_deref().and_then(Path::file_name);
@@ -114,12 +125,16 @@ fn attribute(folder: &Path, name: &str) -> Option<String> {
     Some(lines.join(", ")).filter(|text| !text.is_empty())
 }
 
+/// Where the devices are that mediated ones are made of.
+fn class(root: &SysRoot) -> PathBuf {
+    root.sys.join("class/mdev_bus")
+}
+
 /// The kinds of mediated devices that the host's devices offer, by device and by kind.
 pub(super) fn types(root: &SysRoot) -> Vec<MediatedType> {
-    let class = root.sys.join("class/mdev_bus");
     let mut all = Vec::new();
-    for name in root::names(&class) {
-        let Ok(folder) = fs::canonicalize(class.join(name)) else {
+    for name in root::names(&class(root)) {
+        let Ok(folder) = fs::canonicalize(class(root).join(name)) else {
             continue;
         };
         let Some(parent) = MediatedParent::of(&folder) else {

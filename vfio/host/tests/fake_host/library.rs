@@ -435,10 +435,12 @@ impl FakeHost {
     /// A mediated device, made of the device in `parent`.
     fn expand_mediated(&self, line: &Line, parent: &Path) -> PathBuf {
         let folder = parent.join(line.path(0));
-        let uuid = line.bare(0);
-        self.point(&Path::new("sys/bus/mdev/devices").join(uuid), &folder);
-        self.put(&folder.join("remove"), "");
+        fs::create_dir_all(self.path("").join(&folder)).unwrap();
+        // Without a type it is being removed.
         if let Some(kind) = line.get("type") {
+            let uuid = line.bare(0);
+            self.point(&Path::new("sys/bus/mdev/devices").join(uuid), &folder);
+            self.put(&folder.join("remove"), "");
             let kind = parent.join("mdev_supported_types").join(kind);
             self.point(&folder.join("mdev_type"), &kind);
         }
