@@ -61,9 +61,9 @@ enum Verb {
     AddDisk(AddDiskArgs),
     /// Add a NIC; answered when the guest can find it
     AddNet(AddNetArgs),
-    /// Have the guest let go of a device, a disk or a NIC; answered when the host has it back
+    /// Have the guest let go of a device; answered when the host has it back
     RemoveDevice {
-        /// What it is called: the name that it was given, or its address or UUID on the host
+        /// What it is called: its name, or its address or UUID on the host where it has none
         id: String,
         /// Pull it out where the guest does not let go of it
         #[arg(long)]

@@ -137,6 +137,24 @@ fn a_bar_without_room_is_named() {
 }
 
 #[test]
+fn whether_one_more_would_find_room_is_what_assigning_with_it_says() {
+    let (_, topology) = behind_ports(&[&[(BarIndex::Bar(0), PREFETCHABLE_64, 256 * GIB)]]);
+    topology.assign(&windows()).unwrap();
+    let before = addresses(&topology);
+    // The window has 448 GiB, of which 64 lie before the first multiple of 128 that is free.
+    for (size, fits) in [(64 * GIB, true), (128 * GIB, true), (256 * GIB, false)] {
+        let one = FakeFunction::new(&[(BarIndex::Bar(2), MEMORY_64, size)]);
+        let found = topology.has_room(&windows(), &*one);
+        assert_eq!(found.is_ok(), fits, "{size:#x}: {found:?}");
+        assert_eq!(addresses(&topology), before, "nothing was touched");
+        let id = topology.add(Place::root(device(9)), one).unwrap();
+        assert_eq!(topology.assign(&windows()).is_ok(), fits, "{size:#x}");
+        topology.remove(id);
+        topology.assign(&windows()).unwrap();
+    }
+}
+
+#[test]
 fn the_largest_possible_bars_find_no_room_without_overflow() {
     let largest: &[_] = &[(BarIndex::Bar(0), PREFETCHABLE_64, 1 << 63)];
     let (_, topology) = behind_ports(&[largest, largest, largest]);

@@ -24,7 +24,7 @@ fn in_turn(lab: &mut Lab, tier: Tier) -> Result<()> {
     let limit = Duration::from_secs(180 + 10 * rounds);
     let host = lab.host(&zoo())?;
     host.run(
-        "set -e; rm -f /run/*.raw; truncate -s 16M /run/base.raw /run/hot.raw\n\
+        "set -e; rm -f /run/*.raw; truncate -s 4M /run/base.raw /run/hot.raw\n\
          ip tuntap add dev hot-tap mode tap; ip addr add 192.168.78.1/24 dev hot-tap\n\
          ip link set hot-tap up; mkdir -p /run/hot; head -c 1M /dev/urandom >/run/hot/data\n",
     )?;
@@ -32,6 +32,7 @@ fn in_turn(lab: &mut Lab, tier: Tier) -> Result<()> {
     let server = host.spawn("exec busybox httpd -f -p 192.168.78.1:8078 -h /run/hot")?;
     let run = guest()?
         .args(&["--disk", "path=/run/base.raw"])
+        .args(&["--platform", "hotplug_slots=1,hotplug_mmio64=2M"])
         .args(&SOCKET)
         .limit(limit)
         .script(&script(rounds));
@@ -130,29 +131,30 @@ fn restarted(host: &Host, running: &RunningGuest<'_>) -> Result<()> {
 
 /// Adds both, has them used, and removes them: the one that came first goes first in each second round.
 fn one_round(host: &Host, running: &RunningGuest<'_>, round: u64, sum: &str) -> Result<()> {
-    let disk = host.run(&format!("{CTL} add-disk /run/hot.raw --id hot"))?;
-    let nic = host.run(&format!(
-        "{CTL} add-net hot-tap --mac 02:00:00:00:00:07 --id cable"
+    let said = host.run(&format!(
+        "{CTL} add-disk /run/hot.raw --id hot && \
+         {CTL} add-net hot-tap --mac 02:00:00:00:00:07 --id cable && {CTL} info"
     ))?;
-    ensure!(
-        disk.contains("hot: in the guest at 0000:00:0") && nic.contains("cable: in the guest"),
-        "{disk}{nic}"
-    );
-    let info = host.run(&format!("{CTL} info"))?;
-    ensure!(
-        info.contains("/run/hot.raw, id hot, in the guest") && info.contains("id cable"),
-        "info does not show both: {info}"
-    );
+    for words in [
+        "hot: in the guest at 0000:00:0",
+        "cable: in the guest at 0000:00:0",
+        "/run/hot.raw, id hot, in the guest",
+        "id cable, in the guest",
+    ] {
+        ensure!(said.contains(words), "no {words:?} in: {said}");
+    }
     running.wait_line(&format!("@@value wrote {round}"))?;
     running.wait_line(&format!("@@value fetched {round} {sum}"))?;
     let mut order = ["hot", "cable"];
     order.rotate_left((round % 2) as usize);
-    for id in order {
-        let said = host.run(&format!("{CTL} remove-device {id}"))?;
-        tell!("round {round}: {said}");
-    }
-    running.wait_line(&format!("@@value gone {round}"))?;
-    // Nobody else has the image, so that the host reads what the guest wrote.
-    host.run(&format!("lab-io verify /run/hot.raw {round}"))?;
-    Ok(())
+    let [first, second] = order;
+    // Nobody else has the image then, so that the host reads what the guest wrote.
+    let said = host.run(&format!(
+        "{CTL} remove-device {first} && {CTL} remove-device {second} && \
+         lab-io verify /run/hot.raw {round}"
+    ))?;
+    tell!("round {round}: {said}");
+    running
+        .wait_line(&format!("@@value gone {round}"))
+        .map(drop)
 }
