@@ -392,11 +392,19 @@ fn large(lab: &mut Lab) -> Result<()> {
     }
     let running = start("1G", "until_pressed waiting\n")?;
     running.wait_line("@@value waiting")?;
+    let before = Held::by(&running, host)?;
     for _ in 0..2 {
         let request = format!("add-device {four}");
         refused(host, &request, &[&four, "4 GiB", "1 GiB", "hotplug_mmio64"])?;
         ensure!(control(host, "info")?.contains("2 empty"), "a slot is gone");
     }
+    // It is closed beside the answer.
+    host.run(&format!(
+        "until ! ls -l /proc/{}/fd | grep -qE 'vfio-device|/dev/vfio'; do sleep 0.1; done",
+        running.pid()?
+    ))?;
+    let after = Held::by(&running, host)?;
+    ensure!(before == after, "{after:?}, before {before:?}");
     power_off(running, host)?;
     Ok(())
 }
