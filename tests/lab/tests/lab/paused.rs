@@ -43,7 +43,7 @@ fn paused(lab: &mut Lab) -> Result<()> {
              until_pressed moving\n\
              value io begun\n\
              fio --name=verified --filename=/dev/vda --rw=randwrite --bs=4k --size=1M --direct=1 --ioengine=libaio \
-             --iodepth=8 --verify=crc32c --verify_fatal=1 --output=/tmp/fio; value fio $?\n\
+             --iodepth=8 --verify=crc32c --verify_fatal=1 --output=/tmp/fio && value fio done || value fio failed\n\
              cat /tmp/fio | block fio\n\
              until_pressed idle\n\
              echo 1 >/proc/sys/kernel/watchdog_thresh\n\
@@ -75,7 +75,7 @@ fn paused(lab: &mut Lab) -> Result<()> {
     ensure!(number("pauses")? > 20 && number("worst")? < WORST, "{said}");
     in_flight(host, &running)?;
     let result = for_long(host, running)?;
-    ensure!(result.value("fio")? == "0", "{}", result.block("fio")?);
+    ensure!(result.value("fio")? == "done", "{}", result.block("fio")?);
     host.run("! ip link show lab-pause 2>/dev/null")?;
     Ok(())
 }
@@ -93,8 +93,8 @@ fn throttle(host: &Host, requests: u32) -> Result<()> {
 fn in_flight(host: &Host, running: &RunningGuest<'_>) -> Result<()> {
     running.wait_line("@@value moving")?;
     host.run("ip addr add 192.168.78.1/24 dev lab-pause; ip link set lab-pause up")?;
-    host.run("ping -q -c 3 -W 10 192.168.78.2")?;
-    let flood = host.spawn("exec ping -q -f -w 60 192.168.78.2")?;
+    host.run("busybox ping -q -c 3 -W 10 192.168.78.2")?;
+    let flood = host.spawn("exec busybox ping -q -A -w 60 192.168.78.2")?;
     throttle(host, 4)?;
     host.run(&format!("{CTL} power-button"))?;
     running.wait_line("@@value io begun")?;
@@ -113,7 +113,7 @@ fn in_flight(host: &Host, running: &RunningGuest<'_>) -> Result<()> {
     flood.signal("INT")?;
     let flooded = flood.wait(Duration::from_secs(60))?;
     tell!("packets meanwhile: {}", flooded.stdout);
-    host.run("ping -q -c 3 -W 10 192.168.78.2")?;
+    host.run("busybox ping -q -c 3 -W 10 192.168.78.2")?;
     running.wait_line("@@value idle")?;
     // A worker that spins takes a hundred ticks a second.
     let stat = format!(

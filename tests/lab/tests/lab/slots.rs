@@ -226,7 +226,7 @@ fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
 /// that restarts while a NIC is asked for finds it gone, and whoever asked is answered. After each further restart the
 /// process has what it had after the first.
 fn restarted(lab: &mut Lab, tier: Tier) -> Result<()> {
-    let restarts: u64 = tier.of(3, 300);
+    let restarts: u64 = tier.of(2, 300);
     let (host, drive) = bound(lab, "nv0")?;
     let nic = host.address("nic0")?;
     host.run(&format!(
@@ -284,35 +284,39 @@ fn restarted(lab: &mut Lab, tier: Tier) -> Result<()> {
 /// who adds and who removes is told; the device can be pulled out, added again, and is refused by a guest that is paused.
 fn unusual(lab: &mut Lab) -> Result<()> {
     let (host, drive) = bound(lab, "nv0")?;
+    let nic = host.address("nic0")?;
+    host.run(&format!("busway device bind {nic}"))?;
     let start = |words: &str, script: &str| {
         let run = guest()?
             .cmdline(words)
             .args(&["--platform", "hotplug_slots=1,hotplug_mmio64=64M"])
             .args(&SOCKET)
-            .script(&format!("modprobe -aq nvme\n{DRIVEN}{script}"));
+            .script(&format!("modprobe -aq nvme e1000e\n{DRIVEN}{script}"));
         host.start_guest(&run)
     };
     let running = start(
         // Linux leaves slots alone that it has no messages for, unless it is told.
         "pci=nomsi pcie_ports=native",
         "value ready yes\n\
-         until [ -b /dev/nvme0n1 ]; do sleep 0.1; done\n\
-         lab-io write /dev/nvme0n1 3 >/dev/null; value wrote yes\n\
-         while [ -e /sys/class/nvme/nvme0 ]; do sleep 0.1; done\n\
+         for each in $(seq 300); do [ -z \"$(driven)\" ] || break; sleep 0.1; done\n\
+         { cat /proc/interrupts; dmesg | tail -n 40; } | block log\n\
+         [ -n \"$(driven)\" ]; value driven yes\n\
+         until [ -z \"$(driven)\" ]; do sleep 0.1; done\n\
          value interrupts \"$(grep -c pciehp /proc/interrupts)\"\n\
          until_pressed waiting\n",
     )?;
     running.wait_line("@@value ready")?;
-    let said = control(host, &format!("add-device {drive}"))?;
+    let said = control(host, &format!("add-device {nic}"))?;
     ensure!(!said.contains("no driver"), "{said}");
-    running.wait_line("@@value wrote")?;
-    control(host, &format!("remove-device {drive}"))?;
+    running.wait_line("@@value driven")?;
+    control(host, &format!("remove-device {nic}"))?;
     running.wait_line("@@value waiting")?;
     let result = power_off(running, host)?;
     ensure!(
         result.value("interrupts")? != "0",
         "pciehp has no interrupt"
     );
+    give_back(host, &nic, "e1000e")?;
 
     let running = start(
         "pcie_ports=compat",
@@ -392,11 +396,19 @@ fn large(lab: &mut Lab) -> Result<()> {
     }
     let running = start("1G", "until_pressed waiting\n")?;
     running.wait_line("@@value waiting")?;
+    let before = Held::by(&running, host)?;
     for _ in 0..2 {
         let request = format!("add-device {four}");
         refused(host, &request, &[&four, "4 GiB", "1 GiB", "hotplug_mmio64"])?;
         ensure!(control(host, "info")?.contains("2 empty"), "a slot is gone");
     }
+    // It is closed beside the answer.
+    host.run(&format!(
+        "until ! ls -l /proc/{}/fd | grep -qE 'vfio-device|/dev/vfio'; do sleep 0.1; done",
+        running.pid()?
+    ))?;
+    let after = Held::by(&running, host)?;
+    ensure!(before == after, "{after:?}, before {before:?}");
     power_off(running, host)?;
     Ok(())
 }
