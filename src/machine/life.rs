@@ -7,12 +7,12 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::RunError;
 use super::assembly::Machine;
+use super::ears;
 use super::events::Event;
 use super::passthrough::Verdict;
-use super::requests::{Answer, Asker, Info, Request, RequestError, State};
+use super::requests::{Answer, Asker, Info, Request, RequestError, Requests, State};
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
-use crate::report::{Report, Stage};
 
 /// How long a guest may take to power off when it was asked to by a signal.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
@@ -30,6 +30,15 @@ pub enum Ended {
     Quit,
     /// It was asked to end by its control socket, or by a signal while it was paused.
     Asked,
+}
+
+/// Why the loop stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// The VM ends.
+    End(Ended),
+    /// The guest starts anew.
+    Restart,
 }
 
 /// What the loop waits for.
@@ -55,7 +64,8 @@ impl Source {
 }
 
 /// What the loop remembers.
-struct Life {
+#[derive(Debug)]
+pub(super) struct Life {
     /// When the guest started, the last time.
     started: Instant,
     /// By when it has to have powered off.
@@ -91,29 +101,27 @@ enum Restart {
 }
 
 impl Machine {
-    /// Lets the guest run until it ends.
-    pub(super) fn live(&mut self, report: &Report, signals: &Signals) -> Result<Ended, RunError> {
+    /// Lets the guest run until it ends or starts anew.
+    pub(super) fn live(
+        &mut self,
+        life: &mut Life,
+        signals: &Signals,
+        requests: &Requests,
+    ) -> Result<Stop, RunError> {
         let epoll = Epoll::new().map_err(RunError::system("epoll_create"))?;
         for source in Source::ALL {
             let event = EpollEvent::new(EventSet::IN, source as u64);
             epoll
                 .ctl(
                     ControlOperation::Add,
-                    self.descriptor(source, signals),
+                    self.descriptor(source, signals, requests),
                     event,
                 )
                 .map_err(RunError::system("epoll_ctl"))?;
         }
-        self.account(report);
-        report.reached(Stage::FirstInstruction);
+        life.started = Instant::now();
         self.vcpus.resume();
-        let mut life = Life {
-            started: Instant::now(),
-            deadline: None,
-            phase: Phase::Running,
-            deferred: Vec::new(),
-        };
-        self.requests.open();
+        requests.open();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
             let count = match epoll.wait(
@@ -127,23 +135,23 @@ impl Machine {
                 let source = usize::try_from(event.data())
                     .ok()
                     .and_then(|index| Source::ALL.get(index));
-                let ended = match source {
-                    Some(Source::Signal) => self.on_signal(&mut life, signals)?,
-                    Some(Source::Event) => self.on_event(&mut life, signals)?,
-                    Some(Source::Quit) => Some(Ended::Quit),
+                let stop = match source {
+                    Some(Source::Signal) => self.on_signal(life, signals)?,
+                    Some(Source::Event) => self.on_event(life)?,
+                    Some(Source::Quit) => Some(Stop::End(Ended::Quit)),
                     Some(Source::Clock) => {
                         self.platform.rtc.on_timer();
                         None
                     }
                     Some(Source::Device) => {
-                        self.on_device(&mut life)?;
+                        self.on_device(life)?;
                         None
                     }
-                    Some(Source::Request) => self.on_request(&mut life),
+                    Some(Source::Request) => self.on_request(life, requests),
                     None => None,
                 };
-                if let Some(ended) = ended {
-                    return Ok(ended);
+                if let Some(stop) = stop {
+                    return Ok(stop);
                 }
             }
             let now = Instant::now();
@@ -156,14 +164,14 @@ impl Machine {
         }
     }
 
-    fn descriptor(&self, source: Source, signals: &Signals) -> RawFd {
+    fn descriptor(&self, source: Source, signals: &Signals, requests: &Requests) -> RawFd {
         match source {
             Source::Signal => signals.as_raw_fd(),
             Source::Event => self.events.as_raw_fd(),
             Source::Quit => self.quit.as_raw_fd(),
             Source::Clock => self.platform.rtc.as_raw_fd(),
             Source::Device => self.passthrough.attached.as_raw_fd(),
-            Source::Request => self.requests.as_raw_fd(),
+            Source::Request => requests.as_raw_fd(),
         }
     }
 
@@ -182,7 +190,7 @@ impl Machine {
 
     /// The first signal asks the guest to power off, the second does not ask. A guest that is held
     /// cannot be asked.
-    fn on_signal(&self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
+    fn on_signal(&self, life: &mut Life, signals: &Signals) -> Result<Option<Stop>, RunError> {
         while let Some(signal) = signals.take() {
             if life.deadline.is_some() {
                 return Err(RunError::Killed { signal });
@@ -192,7 +200,7 @@ impl Machine {
                 Phase::Held => return Err(RunError::EndedHeld { signal }),
                 Phase::Pausing(_) | Phase::Paused => {
                     log::warn!("signal {signal}: the guest is paused, and the VM ends as it is");
-                    return Ok(Some(Ended::Asked));
+                    return Ok(Some(Stop::End(Ended::Asked)));
                 }
             }
             log::info!(
@@ -207,18 +215,20 @@ impl Machine {
 
     /// What waits now, and not what comes meanwhile: the guest makes events, and signals have to be
     /// heard between them.
-    fn on_event(&mut self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
+    fn on_event(&mut self, life: &mut Life) -> Result<Option<Stop>, RunError> {
         // At least one look, which takes the signal of what was cleared.
         for _ in 0..self.events.count().max(1) {
             let Some(event) = self.events.take() else {
                 break;
             };
-            let ended = match event.clone() {
-                Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => Some(Ended::PowerOff),
+            let stop = match event.clone() {
+                Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => {
+                    Some(Stop::End(Ended::PowerOff))
+                }
                 Event::Reset | Event::Vcpu(VcpuEvent::Reset) => match life.restart() {
                     Restart::Anew => {
                         log::info!("the guest restarts");
-                        self.start_anew(life, signals)?
+                        Some(Stop::Restart)
                     }
                     Restart::End => Some(ends_with("the guest restarts")),
                     Restart::Held => stays_held("the guest restarts"),
@@ -234,7 +244,7 @@ impl Machine {
                         Restart::Anew if life.started.elapsed() < TOO_SOON => return Err(fault),
                         Restart::Anew => {
                             log::warn!("{fault}; it is restarted");
-                            self.start_anew(life, signals)?
+                            Some(Stop::Restart)
                         }
                         Restart::End => Some(ends_with(&fault.to_string())),
                         Restart::Held => stays_held(&fault.to_string()),
@@ -263,17 +273,17 @@ impl Machine {
                     return Err(RunError::Vcpu { vcpu: id, reason });
                 }
             };
-            if ended.is_some() {
-                return Ok(ended);
+            if stop.is_some() {
+                return Ok(stop);
             }
         }
         Ok(None)
     }
 
     /// What is asked now, and not what is asked meanwhile.
-    fn on_request(&mut self, life: &mut Life) -> Option<Ended> {
-        for _ in 0..self.requests.count().max(1) {
-            let Some((request, asker)) = self.requests.take() else {
+    fn on_request(&mut self, life: &mut Life, requests: &Requests) -> Option<Stop> {
+        for _ in 0..requests.count().max(1) {
+            let Some((request, asker)) = requests.take() else {
                 break;
             };
             match request {
@@ -297,14 +307,14 @@ impl Machine {
                 Request::Shutdown => {
                     log::info!("the VM ends, as its control socket asks");
                     asker.answer(Ok(Answer::Done));
-                    return Some(Ended::Asked);
+                    return Some(Stop::End(Ended::Asked));
                 }
             }
         }
         None
     }
 
-    fn info(&self, life: &Life) -> Info {
+    pub(super) fn info(&self, life: &Life) -> Info {
         Info {
             state: life.state(),
             memory: self.ram.size(),
@@ -347,37 +357,33 @@ impl Machine {
         log::info!("the guest goes on");
         Ok(Answer::Done)
     }
-
-    fn start_anew(
-        &mut self,
-        life: &mut Life,
-        signals: &Signals,
-    ) -> Result<Option<Ended>, RunError> {
-        let info = self.info(life);
-        let ended = self.restart(signals, &info)?;
-        if ended.is_none() {
-            life.started = Instant::now();
-            self.vcpus.resume();
-        }
-        Ok(ended)
-    }
 }
 
 /// A guest that was asked to power off may restart instead, and would not be asked again.
-fn ends_with(what: &str) -> Ended {
+fn ends_with(what: &str) -> Stop {
     log::info!("{what}; it was asked to power off, and the VM ends");
-    Ended::PowerOff
+    Stop::End(Ended::PowerOff)
 }
 
 /// Why nothing can be asked of a guest that is held.
 const HELD: &str = "stopped for good, after an error of a device (on_error=pause)";
 
-fn stays_held(what: &str) -> Option<Ended> {
+fn stays_held(what: &str) -> Option<Stop> {
     log::warn!("{what}, but stays held: a device of its had an error before");
     None
 }
 
 impl Life {
+    /// Of a guest that is to run.
+    pub(super) fn new() -> Self {
+        Self {
+            started: Instant::now(),
+            deadline: None,
+            phase: Phase::Running,
+            deferred: Vec::new(),
+        }
+    }
+
     /// What becomes of a guest that restarts now.
     fn restart(&self) -> Restart {
         match (&self.phase, self.deadline) {
@@ -419,19 +425,15 @@ impl Life {
         }
     }
 
-    fn defer(&mut self, event: Event) -> Option<Ended> {
+    fn defer(&mut self, event: Event) -> Option<Stop> {
         log::debug!("{event:?} waits until the guest goes on");
         self.deferred.push(event);
         None
     }
 
-    /// Milliseconds until its deadline or the other, rounded up; -1 where there is none. epoll_wait(2)
+    /// Until its deadline or the other. epoll_wait(2)
     fn timeout(&self, other: Option<Instant>) -> i32 {
-        let Some(deadline) = self.deadline.into_iter().chain(other).min() else {
-            return -1;
-        };
-        let left = deadline.saturating_duration_since(Instant::now());
-        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        ears::timeout(self.deadline.into_iter().chain(other).min())
     }
 }
 

@@ -220,9 +220,30 @@ impl Requests {
         Control(self.0.clone())
     }
 
-    /// The machine lives: requests are taken from now on.
+    /// The machine lives: requests are taken from now on, and those that waited are signalled again.
     pub(super) fn open(&self) {
-        self.0.waiting().open = true;
+        let mut waiting = self.0.waiting();
+        waiting.open = true;
+        if !waiting.requests.is_empty() {
+            self.0.signal.signal();
+        }
+    }
+
+    /// Whether the end is among what is asked of a machine that does not live yet. That is granted; the rest
+    /// waits on, and its signal is taken.
+    pub(super) fn take_shutdown(&self) -> bool {
+        let mut waiting = self.0.waiting();
+        let _count = self.0.signal.take();
+        let asked = std::mem::take(&mut waiting.requests).into_iter();
+        let (ends, rest): (VecDeque<_>, VecDeque<_>) =
+            asked.partition(|(request, _)| *request == Request::Shutdown);
+        waiting.requests = rest;
+        drop(waiting);
+        let any = !ends.is_empty();
+        for (_, asker) in ends {
+            asker.answer(Ok(Answer::Done));
+        }
+        any
     }
 
     /// How many wait.

@@ -11,6 +11,7 @@ use busway_iommu::{Group, Ioas, SysRoot};
 use busway_pci::Bdf;
 
 use crate::handed::{Handed, HandedKind};
+use crate::held_up::{self, Step};
 use crate::hot_reset::{self, Owner};
 use crate::{Affected, FunctionReset, KvmFiles, sys};
 
@@ -48,6 +49,7 @@ pub(crate) struct Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
+        held_up::where_a_test_asks(Step::Closing, self.address);
         if let Attachment::Ioas { kvm, ioas, group } = &self.attachment {
             if let Some(kvm) = kvm {
                 kvm.remove(self.file.as_fd());

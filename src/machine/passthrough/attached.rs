@@ -136,11 +136,7 @@ impl Attached {
         let attacher = self.attacher.clone();
         self.releases
             .start("release", &names.join(" and "), move || {
-                for one in functions {
-                    drop(one.function);
-                    attacher.leave(&one.users, 1);
-                    drop(one.device);
-                }
+                attacher.give_up(functions)
             });
     }
 

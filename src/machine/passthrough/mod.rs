@@ -32,8 +32,8 @@ use attached::Attached;
 pub(super) use attached::Verdict;
 pub(super) use dma::PeerToPeerError;
 pub(super) use find::{Found, options};
-pub(super) use open::Opened;
 use open::Opening;
+pub(super) use open::{OpenDevices, Opened};
 pub(super) use placement::{HostIdentity, behind_ports};
 
 /// The host's devices of a machine, and what attaching one needs.
@@ -50,6 +50,7 @@ pub(super) struct Passthrough {
     attacher: Arc<Attacher>,
     router: IrqRouter,
     events: Arc<Events>,
+    open: OpenDevices,
 }
 
 /// What came of attaching a device.
@@ -61,7 +62,8 @@ struct Come {
 }
 
 impl Passthrough {
-    /// Of a machine that has no device yet. `memory` may be empty until [`map`](Self::map).
+    /// Of a machine that has no device yet. `memory` may be empty until [`map`](Self::map). What is opened is
+    /// among `devices`.
     ///
     /// # Errors
     /// [`RunError`]
@@ -71,6 +73,7 @@ impl Passthrough {
         memory: &Arc<Regions>,
         router: &IrqRouter,
         events: &Arc<Events>,
+        devices: &OpenDevices,
     ) -> Result<Self, RunError> {
         let can_have_some = !config.device.is_empty() || config.platform.hotplug_slots() > 0;
         let kvm = match can_have_some {
@@ -81,6 +84,7 @@ impl Passthrough {
             platform: config.platform.clone(),
             kvm,
             ram: config.memory.size,
+            devices: devices.clone(),
         };
         let resets = Arc::<Resets>::default();
         let attacher = Arc::new(Attacher::new(opening, memory.clone(), resets, router));
@@ -92,7 +96,13 @@ impl Passthrough {
             attacher,
             router: router.clone(),
             events: events.clone(),
+            open: devices.clone(),
         })
+    }
+
+    /// The devices that the machine has opened, opens or closes now.
+    pub(super) fn open_devices(&self) -> OpenDevices {
+        self.open.clone()
     }
 
     /// Opens the machine's first devices, in a space where nothing is mapped yet; nothing where there are
@@ -103,7 +113,7 @@ impl Passthrough {
 
     /// Gives the machine that is being put together its first devices: maps guest memory for them.
     pub(super) fn map(&self, opened: &Opened) -> Result<(), RunError> {
-        self.attacher.map(opened).map(drop)
+        self.attacher.map(&opened.space, opened.devices.len())
     }
 
     /// Puts the first devices behind root ports, and hears from now on what they tell.
@@ -228,9 +238,11 @@ impl Passthrough {
 
 impl Drop for Passthrough {
     fn drop(&mut self) {
-        // What has come and is in no slot is closed with the rest.
         self.coming.finish();
         let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
-        drop(come);
+        // What has come and is in no slot leaves its space before it is closed.
+        for functions in come.into_iter().filter_map(|come| come.outcome.ok()) {
+            self.attacher.give_up(functions);
+        }
     }
 }
