@@ -51,13 +51,15 @@ enum Verb {
     Shutdown,
     /// Add a host device, which VFIO has, in an empty slot; answered when it is there
     AddDevice {
-        /// Its address (0000:01:00.0), or its folder in sysfs
-        device: String,
-        /// What it is called
+        /// Its address (0000:01:00.0), or its folder in sysfs; several are functions of one device, and stay
+        /// together
+        #[arg(required = true, value_name = "DEVICE")]
+        devices: Vec<String>,
+        /// What it is called, or the first of several
         #[arg(long)]
         id: Option<String>,
     },
-    /// Have the guest let go of a device; answered when the host has it back
+    /// Have the guest let go of a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: the name that it was given, or its address on the host
         id: String,
@@ -96,7 +98,13 @@ impl Verb {
     /// What is said beside the endpoint.
     fn body(&self) -> Option<Value> {
         match self {
-            Self::AddDevice { device, id } => Some(json!({ "path": device, "id": id })),
+            Self::AddDevice { devices, id } => {
+                let (first, rest) = devices.split_first()?;
+                let functions = rest.iter().map(|path| json!({ "path": path }));
+                let functions: Vec<_> = functions.collect();
+                let body = json!({ "path": first, "id": id, "functions": functions });
+                Some(body)
+            }
             Self::RemoveDevice { id, force } => Some(json!({ "id": id, "force": force })),
             _ => None,
         }
@@ -165,10 +173,23 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
         Verb::AddDevice { .. } => {
-            let (id, address) = (text(answer, "/id"), text(answer, "/bdf"));
-            format!("{id}: in the guest at {address}\n")
+            let all = std::iter::once(answer).chain(list(answer, "/functions"));
+            let line = |one| {
+                format!(
+                    "{}: in the guest at {}\n",
+                    text(one, "/id"),
+                    text(one, "/bdf")
+                )
+            };
+            all.map(line).collect()
         }
-        Verb::RemoveDevice { id, .. } => format!("{}: the host has it back\n", printable(id)),
+        Verb::RemoveDevice { id, .. } => {
+            let ids: Vec<_> = list(answer, "/ids").iter().map(|id| text(id, "")).collect();
+            match ids.is_empty() {
+                true => format!("{}: the host has it back\n", printable(id)),
+                false => format!("{}: the host has them back\n", ids.join(" and ")),
+            }
+        }
     }
 }
 
@@ -411,6 +432,37 @@ device      0000:01:00.0, id drive, in the guest 0000:01:00.0
             Screen::default(),
         );
         assert!(!shown.contains('\u{1b}'), "{shown:?}");
+    }
+
+    #[test]
+    fn functions_come_by_one_request_and_leave_together() {
+        let verb = Verb::AddDevice {
+            devices: vec!["01:00.0".into(), "01:00.1".into()],
+            id: Some("card".into()),
+        };
+        let body = json!({
+            "path": "01:00.0", "id": "card", "functions": [{ "path": "01:00.1" }],
+        });
+        assert_eq!(verb.body(), Some(body));
+        let answer = json!({
+            "id": "card", "bdf": "0000:03:00.0",
+            "functions": [{ "id": "0000:01:00.1", "bdf": "0000:03:00.1" }],
+        });
+        assert_eq!(
+            show(&verb, &answer, Screen::default()),
+            "card: in the guest at 0000:03:00.0\n0000:01:00.1: in the guest at 0000:03:00.1\n"
+        );
+        let verb = Verb::RemoveDevice {
+            id: "card".into(),
+            force: false,
+        };
+        let answer = json!({ "ids": ["card", "0000:01:00.1"] });
+        assert_eq!(
+            show(&verb, &answer, Screen::default()),
+            "card and 0000:01:00.1: the host has them back\n"
+        );
+        let alone = show(&verb, &Value::Null, Screen::default());
+        assert_eq!(alone, "card: the host has it back\n");
     }
 
     #[test]

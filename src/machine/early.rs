@@ -1,5 +1,6 @@
 //! Who wants a machine no more that is still being put together.
 
+use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +17,15 @@ pub(super) struct Early(Mutex<Option<Reason>>);
 enum Reason {
     Signal(i32),
     Asked,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal(signal) => write!(f, "signal {signal}"),
+            Self::Asked => f.write_str("its control socket asks for the end"),
+        }
+    }
 }
 
 impl Early {
@@ -55,6 +65,7 @@ impl Early {
                 Heard::Request if requests.take_shutdown() => Reason::Asked,
                 _ => return ControlFlow::Continue(()),
             };
+            log::warn!("the VM is not wanted any more ({reason}), and is not put together");
             match (self.reason().replace(reason), heard) {
                 (Some(_), Heard::Signal(signal)) => ControlFlow::Break(left(signal)),
                 _ => ControlFlow::Continue(()),

@@ -80,6 +80,14 @@ pub enum RunError {
     /// A host device cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// {error}; `busway device check` finds besides: {obstacles}
+    #[error("{error}; `busway device check` finds besides: {obstacles}")]
+    NotReady {
+        /// What the kernel refused.
+        error: Box<RunError>,
+        /// What stands against it, with what helps.
+        obstacles: String,
+    },
     /// A host device cannot be shown to a guest.
     #[error(transparent)]
     Function(#[from] busway_vfio::AssignError),
@@ -267,6 +275,7 @@ impl RunError {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
+            Self::NotReady { error, .. } => error.exit_status(),
             Self::Config(_)
             | Self::Boot(_)
             | Self::Disk(_)

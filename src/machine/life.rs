@@ -71,6 +71,8 @@ pub(super) struct Life {
     /// By when it has to have powered off.
     deadline: Option<Instant>,
     phase: Phase,
+    /// It is paused, or about to be, for a device of its had an error.
+    held: bool,
     /// What a guest did last before it was paused, to be dealt with when it goes on.
     deferred: Vec<Event>,
 }
@@ -83,8 +85,6 @@ enum Phase {
     Pausing(Vec<Asker>),
     /// It stands still until somebody lets it go on.
     Paused,
-    /// It is stopped for good: a device of its had an error.
-    Held,
 }
 
 /// What becomes of a guest that restarts.
@@ -94,8 +94,6 @@ enum Restart {
     Anew,
     /// It was asked to power off, and this is how it did: the VM ends.
     End,
-    /// It asked before it was held, and stays as it is.
-    Held,
     /// It asked before it was paused, and is restarted when it goes on.
     Later,
 }
@@ -181,9 +179,8 @@ impl Machine {
         let runs = matches!(life.phase, Phase::Running);
         let verdict = self.passthrough.attached.on_ready(topology, !runs)?;
         if verdict == Verdict::Hold {
-            // Not waited for: a vCPU may have the kernel reset a device, for a minute.
-            self.vcpus.stop();
-            life.hold();
+            life.held = true;
+            self.stop(life, None);
         }
         Ok(())
     }
@@ -197,7 +194,7 @@ impl Machine {
             }
             match life.phase {
                 Phase::Running => {}
-                Phase::Held => return Err(RunError::EndedHeld { signal }),
+                _ if life.held => return Err(RunError::EndedHeld { signal }),
                 Phase::Pausing(_) | Phase::Paused => {
                     log::warn!("signal {signal}: the guest is paused, and the VM ends as it is");
                     return Ok(Some(Stop::End(Ended::Asked)));
@@ -231,7 +228,6 @@ impl Machine {
                         Some(Stop::Restart)
                     }
                     Restart::End => Some(ends_with("the guest restarts")),
-                    Restart::Held => stays_held("the guest restarts"),
                     Restart::Later => life.defer(event),
                 },
                 Event::Vcpu(VcpuEvent::TripleFault { id, rip }) => {
@@ -247,7 +243,6 @@ impl Machine {
                             Some(Stop::Restart)
                         }
                         Restart::End => Some(ends_with(&fault.to_string())),
-                        Restart::Held => stays_held(&fault.to_string()),
                         Restart::Later => life.defer(event),
                     }
                 }
@@ -301,8 +296,7 @@ impl Machine {
                 Request::RemoveDevice { id, force } => {
                     let held = !matches!(life.phase, Phase::Running);
                     let topology = self.pci.topology();
-                    let attached = &mut self.passthrough.attached;
-                    attached.remove(&id, force, topology, held, asker);
+                    self.passthrough.remove(&id, force, topology, held, asker);
                 }
                 Request::Shutdown => {
                     log::info!("the VM ends, as its control socket asks");
@@ -326,17 +320,26 @@ impl Machine {
 
     /// Answered when no vCPU is in the guest and its virtio devices are quiet, which is not waited for.
     fn pause(&mut self, life: &mut Life, asker: Asker) {
+        match &life.phase {
+            Phase::Paused if life.held => asker.answer(Err(RequestError::State(HELD))),
+            Phase::Paused => asker.answer(Err(RequestError::State("paused already"))),
+            Phase::Running | Phase::Pausing(_) => self.stop(life, Some(asker)),
+        }
+    }
+
+    /// Stops the guest, and tells `asker` when it stands still. A vCPU may have the kernel reset a device, for a
+    /// minute, and a virtio device may be in the middle of a flush.
+    fn stop(&mut self, life: &mut Life, asker: Option<Asker>) {
         match &mut life.phase {
             Phase::Running => {
-                life.phase = Phase::Pausing(vec![asker]);
+                life.phase = Phase::Pausing(asker.into_iter().collect());
                 let events = self.events.clone();
                 let virtio = self.pci.virtio().clone();
                 let pause = virtio.pause_aside(self.pausing.clone(), move || events.stopped());
                 self.vcpus.stop_then(pause);
             }
-            Phase::Pausing(askers) => askers.push(asker),
-            Phase::Paused => asker.answer(Err(RequestError::State("paused already"))),
-            Phase::Held => asker.answer(Err(RequestError::State(HELD))),
+            Phase::Pausing(askers) => askers.extend(asker),
+            Phase::Paused => {}
         }
     }
 
@@ -344,8 +347,10 @@ impl Machine {
         match life.phase {
             Phase::Running => return Err(RequestError::State("not paused")),
             Phase::Pausing(_) => return Err(RequestError::State("not paused yet")),
-            Phase::Held => return Err(RequestError::State(HELD)),
             Phase::Paused => {}
+        }
+        if std::mem::take(&mut life.held) {
+            log::warn!("the guest goes on after an error of a device of its, as it is asked to");
         }
         self.vcpus.tell_of_stop();
         life.phase = Phase::Running;
@@ -365,13 +370,8 @@ fn ends_with(what: &str) -> Stop {
     Stop::End(Ended::PowerOff)
 }
 
-/// Why nothing can be asked of a guest that is held.
-const HELD: &str = "stopped for good, after an error of a device (on_error=pause)";
-
-fn stays_held(what: &str) -> Option<Stop> {
-    log::warn!("{what}, but stays held: a device of its had an error before");
-    None
-}
+/// Why a guest that is held cannot be paused.
+const HELD: &str = "paused already, after an error of a device (on_error=pause)";
 
 impl Life {
     /// Of a guest that is to run.
@@ -380,6 +380,7 @@ impl Life {
             started: Instant::now(),
             deadline: None,
             phase: Phase::Running,
+            held: false,
             deferred: Vec::new(),
         }
     }
@@ -387,7 +388,6 @@ impl Life {
     /// What becomes of a guest that restarts now.
     fn restart(&self) -> Restart {
         match (&self.phase, self.deadline) {
-            (Phase::Held, _) => Restart::Held,
             (Phase::Pausing(_) | Phase::Paused, _) => Restart::Later,
             (Phase::Running, Some(_)) => Restart::End,
             (Phase::Running, None) => Restart::Anew,
@@ -396,31 +396,21 @@ impl Life {
 
     fn state(&self) -> State {
         match self.phase {
+            _ if self.held => State::Held,
             Phase::Running | Phase::Pausing(_) => State::Running,
             Phase::Paused => State::Paused,
-            Phase::Held => State::Held,
         }
     }
 
     /// The guest stands still, if it was to.
     fn stopped(&mut self) {
-        // It may have been held, or have begun another pause since.
+        // It may have begun another pause since.
         if let Phase::Pausing(askers) = &mut self.phase {
             let askers = std::mem::take(askers);
             self.phase = Phase::Paused;
             log::info!("the guest is paused");
             for asker in askers {
                 asker.answer(Ok(Answer::Done));
-            }
-        }
-    }
-
-    /// The guest is stopped for good.
-    fn hold(&mut self) {
-        let before = std::mem::replace(&mut self.phase, Phase::Held);
-        if let Phase::Pausing(askers) = before {
-            for asker in askers {
-                asker.answer(Err(RequestError::State(HELD)));
             }
         }
     }
@@ -447,18 +437,37 @@ mod tests {
             started: Instant::now(),
             deadline,
             phase,
+            held: false,
             deferred: Vec::new(),
         };
         let asked = Some(Instant::now());
         for (deadline, phase, becomes) in [
             (None, Phase::Running, Restart::Anew),
             (asked, Phase::Running, Restart::End),
-            (None, Phase::Held, Restart::Held),
-            (asked, Phase::Held, Restart::Held),
             (asked, Phase::Paused, Restart::Later),
             (None, Phase::Pausing(Vec::new()), Restart::Later),
         ] {
             assert_eq!(life(deadline, phase).restart(), becomes);
         }
+    }
+
+    #[test]
+    fn a_guest_that_is_held_is_paused_and_said_to_be_held() {
+        let mut life = Life::new();
+        life.held = true;
+        life.phase = Phase::Pausing(Vec::new());
+        // What it asked for before waits until it goes on.
+        assert_eq!(
+            (life.state(), life.restart()),
+            (State::Held, Restart::Later)
+        );
+        life.stopped();
+        assert!(matches!(life.phase, Phase::Paused));
+        assert_eq!(
+            (life.state(), life.restart()),
+            (State::Held, Restart::Later)
+        );
+        life.held = false;
+        assert_eq!(life.state(), State::Paused);
     }
 }

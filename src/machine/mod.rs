@@ -30,7 +30,7 @@ pub use error::RunError;
 pub use life::Ended;
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
-pub use requests::{Answer, Control, Info, Request, RequestError, Requests, State};
+pub use requests::{AddedFunction, Answer, Control, Info, Request, RequestError, Requests, State};
 pub use signals::block_signals;
 
 use std::sync::Arc;

@@ -55,7 +55,7 @@ pub enum State {
     Running,
     /// It was paused, and goes on when it is asked to.
     Paused,
-    /// It is stopped for good, after an error of a device (`on_error=pause`).
+    /// It is paused, or about to be, after an error of a device (`on_error=pause`); it goes on when it is asked to.
     Held,
 }
 
@@ -88,6 +88,19 @@ pub enum Answer {
         /// Its address in the guest.
         address: String,
     },
+    /// To [`Request::AddDevice`] with several functions: those that it has now, in the order of their addresses.
+    AddedTogether(Vec<AddedFunction>),
+    /// To [`Request::RemoveDevice`] where the slot had several functions: what they were called, all of them.
+    RemovedTogether(Vec<String>),
+}
+
+/// One function of a device that was added.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AddedFunction {
+    /// What it is called from now on.
+    pub id: String,
+    /// Its address in the guest.
+    pub address: String,
 }
 
 /// Why a request was not granted.

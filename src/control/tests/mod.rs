@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::config::DeviceConfig;
-use crate::machine::{Answer, Info, Request, RequestError, Requests, State};
+use crate::machine::{AddedFunction, Answer, Info, Request, RequestError, Requests, State};
 use crate::report::AssignedDevice;
 
 /// What a machine does with a request: nothing is said to leave it unanswered.
@@ -144,6 +144,15 @@ fn added(configs: &[DeviceConfig]) -> Result<Answer, RequestError> {
     match id.as_str() {
         "0000:01:00.0" => Err(RequestError::Exists(id)),
         "0000:0f:00.0" => Err(RequestError::Failed(format!("{id} is bound to nvme"))),
+        _ if configs.len() > 1 => Ok(Answer::AddedTogether(
+            (0..)
+                .zip(configs)
+                .map(|(number, config)| AddedFunction {
+                    id: config.id(),
+                    address: format!("0000:03:00.{number}"),
+                })
+                .collect(),
+        )),
         _ => Ok(Answer::Added {
             id,
             address: "0000:03:00.0".into(),
@@ -154,6 +163,10 @@ fn added(configs: &[DeviceConfig]) -> Result<Answer, RequestError> {
 fn removed(id: &str) -> Result<Answer, RequestError> {
     match id {
         "0000:01:00.0" => Ok(Answer::Done),
+        "card" => Ok(Answer::RemovedTogether(vec![
+            "card".into(),
+            "0000:02:00.1".into(),
+        ])),
         "stuck" => Err(RequestError::Failed(
             "the guest did not let go of it".into(),
         )),

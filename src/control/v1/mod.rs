@@ -15,7 +15,7 @@ use super::connections::Service;
 use super::http::{Answer, Request as HttpRequest};
 use super::json;
 use crate::config::{DeviceConfig, OnError, VmConfig};
-use crate::machine::{self, Control, Info, Request, RequestError, State};
+use crate::machine::{self, AddedFunction, Control, Info, Request, RequestError, State};
 use config::Config;
 
 /// Where the API is.
@@ -173,7 +173,7 @@ impl Endpoint {
             Act::Ask(..) | Act::End(204) => &[204, 400, 429, 500],
             Act::End(_) => &[200, 400, 429, 500],
             Act::AddDevice => &[200, 400, 409, 429, 500],
-            Act::RemoveDevice => &[204, 400, 404, 429, 500],
+            Act::RemoveDevice => &[200, 204, 400, 404, 429, 500],
             Act::NotYet(_) => &[400, 501],
         }
     }
@@ -196,7 +196,7 @@ struct VmInfo<'a> {
     state: &'static str,
     memory_actual_size: u64,
     device_tree: BTreeMap<&'a str, DeviceNode<'a>>,
-    /// Beside Cloud Hypervisor's: the guest is stopped for good, after an error of a device.
+    /// Beside Cloud Hypervisor's: the guest is paused after an error of a device.
     #[serde(skip_serializing_if = "Option::is_none")]
     held: Option<bool>,
     /// Beside Cloud Hypervisor's: how many devices can be added.
@@ -222,6 +222,25 @@ struct DeviceNode<'a> {
 struct PciDeviceInfo {
     id: String,
     bdf: String,
+    /// Beside Cloud Hypervisor's: the further functions that came with it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    functions: Vec<PciDeviceInfo>,
+}
+
+impl From<AddedFunction> for PciDeviceInfo {
+    fn from(added: AddedFunction) -> Self {
+        Self {
+            id: added.id,
+            bdf: added.address,
+            functions: Vec::new(),
+        }
+    }
+}
+
+/// What leaves together.
+#[derive(Serialize)]
+struct Removed {
+    ids: Vec<String>,
 }
 
 /// `DeviceConfig`, as far as Busway has it. What it does not know is ignored, as clients expect.
@@ -233,9 +252,22 @@ struct AddDevice {
     /// Beside Cloud Hypervisor's.
     vf_token: Option<String>,
     on_error: Option<OnError>,
+    /// Beside Cloud Hypervisor's: further functions of the same device.
+    #[serde(default)]
+    functions: Vec<AddDevice>,
 }
 
 impl AddDevice {
+    /// It and its further functions, which have none.
+    fn into_configs(mut self) -> Result<Vec<DeviceConfig>, String> {
+        let functions = std::mem::take(&mut self.functions);
+        if functions.iter().any(|one| !one.functions.is_empty()) {
+            return Err("functions of a function: name all of them in one list".to_owned());
+        }
+        let all = std::iter::once(self).chain(functions);
+        all.map(Self::into_config).collect()
+    }
+
     fn into_config(self) -> Result<DeviceConfig, String> {
         let path = self
             .path
@@ -385,23 +417,33 @@ impl Api {
         })
     }
 
-    /// Answers when the device is in a slot of the guest's.
+    /// Answers when the device, or its functions together, are in a slot of the guest's.
     fn add_device(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The device could not be added to the VM";
-        let config = match json::parse::<AddDevice>(body).and_then(AddDevice::into_config) {
-            Ok(config) => config,
+        let configs = match json::parse::<AddDevice>(body).and_then(AddDevice::into_configs) {
+            Ok(configs) => configs,
             Err(why) => return failed(400, &[WHAT, &why]),
         };
-        match self.control.ask(Request::AddDevice(vec![config])) {
+        match self.control.ask(Request::AddDevice(configs)) {
             Ok(machine::Answer::Added { id, address }) => {
-                succeeded(&PciDeviceInfo { id, bdf: address })
+                succeeded(&PciDeviceInfo::from(AddedFunction { id, address }))
+            }
+            Ok(machine::Answer::AddedTogether(added)) => {
+                let mut functions = added.into_iter().map(PciDeviceInfo::from);
+                match functions.next() {
+                    Some(first) => succeeded(&PciDeviceInfo {
+                        functions: functions.collect(),
+                        ..first
+                    }),
+                    None => failed(500, &[WHAT]),
+                }
             }
             Ok(_) => failed(500, &[WHAT]),
             Err(error) => refused(WHAT, &error),
         }
     }
 
-    /// Answers when the host has the device back.
+    /// Answers when the host has the device back, and all that was in its slot.
     fn remove_device(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The device could not be removed from the VM";
         let RemoveDevice { id, force } = match json::parse(body) {
@@ -409,6 +451,7 @@ impl Api {
             Err(why) => return failed(400, &[WHAT, &why]),
         };
         match self.control.ask(Request::RemoveDevice { id, force }) {
+            Ok(machine::Answer::RemovedTogether(ids)) => succeeded(&Removed { ids }),
             Ok(_) => done(),
             Err(error) => refused(WHAT, &error),
         }

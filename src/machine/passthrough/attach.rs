@@ -9,7 +9,10 @@ use busway_pci::pace::SystemClock;
 use busway_pci::{Device, Function, PciFunction};
 use busway_vfio::{AssignedFunction, DeviceIo, Resets, Wiring};
 
+use busway_host::open_node;
+
 use super::PeerToPeerError;
+use super::advice::with_remedies;
 use super::dma::DmaListener;
 use super::find::{Found, Request};
 use super::open::{OpenSpace, Opened, Opening};
@@ -154,7 +157,10 @@ impl Attacher {
         slot: Device,
     ) -> Result<Vec<Prepared>, RunError> {
         let found = Found::find_more(configs, self.opening.platform.iommufd)?;
-        let (opened, users) = self.open_more(found)?;
+        let root = found.paths.clone();
+        let opened = self.open_more(found);
+        let (opened, users) = opened
+            .map_err(|error| with_remedies(error, &root, configs, self.opening.ram, &open_node))?;
         // They stay open until their space is left.
         let devices: Vec<_> = opened.devices.iter().map(|(_, io)| io.clone()).collect();
         let mut ports = self.reset(opened);

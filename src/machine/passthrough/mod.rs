@@ -5,6 +5,7 @@
 //! (`attach`), which have their places behind root ports (`placement`), and is presented to the
 //! guest. From then on `attached` hears what a device tells, and releases it.
 
+mod advice;
 mod attach;
 mod attached;
 mod dma;
@@ -15,14 +16,14 @@ mod placement;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use busway_iommu::IovaRange;
-use busway_pci::FunctionId;
+use busway_pci::{FunctionId, Topology};
 use busway_vfio::{KvmFiles, Resets};
 
 use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
 use super::pci::Pci;
-use super::requests::{Answer, Asker, RequestError};
+use super::requests::{AddedFunction, Answer, Asker, RequestError};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
@@ -43,8 +44,8 @@ pub(super) struct Passthrough {
     pub(super) attached: Attached,
     /// Batches on their way. They are waited for.
     coming: Aside,
-    /// The ports that they are for.
-    taken: Vec<FunctionId>,
+    /// The ports that they are for, and what they are.
+    on_their_way: Vec<(FunctionId, Vec<DeviceConfig>)>,
     /// Batches that have come, or have not.
     come: Arc<Mutex<Vec<Come>>>,
     attacher: Arc<Attacher>,
@@ -91,7 +92,7 @@ impl Passthrough {
         Ok(Self {
             attached: Attached::new(attacher.clone()).map_err(RunError::system("epoll_create"))?,
             coming: Aside::default(),
-            taken: Vec::new(),
+            on_their_way: Vec::new(),
             come: Arc::default(),
             attacher,
             router: router.clone(),
@@ -142,17 +143,22 @@ impl Passthrough {
     /// Adds functions of one host device to the machine that runs, in an empty slot. Whoever asks is
     /// answered when they are in it, or when it is known that they will not be.
     pub(super) fn attach(&mut self, configs: Vec<DeviceConfig>, pci: &Pci, asker: Asker) {
-        if let Some(twice) = configs.iter().find(|config| self.attached.has(config)) {
+        let comes = |config: &DeviceConfig| {
+            let mut coming = self.coming_devices();
+            coming.any(|other| other.path == config.path || other.id() == config.id())
+        };
+        let is_there = |config: &&DeviceConfig| self.attached.has(config) || comes(config);
+        if let Some(twice) = configs.iter().find(is_there) {
             asker.answer(Err(RequestError::Exists(twice.name())));
             return;
         }
-        let Some((port, slot)) = pci.empty_port(&self.taken) else {
+        let Some((port, slot)) = pci.empty_port(&self.taken()) else {
             asker.answer(Err(RequestError::Failed(pci.no_slot())));
             return;
         };
         let names: Vec<_> = configs.iter().map(DeviceConfig::name).collect();
         let names = names.join(" and ");
-        self.taken.push(port);
+        self.on_their_way.push((port, configs.clone()));
         let (attacher, come, events) = (
             self.attacher.clone(),
             self.come.clone(),
@@ -171,9 +177,36 @@ impl Passthrough {
         });
     }
 
+    /// Asks the guest to let go of the device called `id`: [`Attached::remove`]. One that is still on its way cannot
+    /// be asked for.
+    pub(super) fn remove(
+        &mut self,
+        id: &str,
+        force: bool,
+        topology: &Arc<Topology>,
+        held: bool,
+        asker: Asker,
+    ) {
+        if self.coming_devices().any(|config| config.id() == id) {
+            asker.answer(Err(RequestError::State(
+                "still to get it: ask again when it is there",
+            )));
+            return;
+        }
+        self.attached.remove(id, force, topology, held, asker);
+    }
+
+    fn taken(&self) -> Vec<FunctionId> {
+        self.on_their_way.iter().map(|(port, _)| *port).collect()
+    }
+
+    fn coming_devices(&self) -> impl Iterator<Item = &DeviceConfig> {
+        self.on_their_way.iter().flat_map(|(_, configs)| configs)
+    }
+
     /// How many devices can be added.
     pub(super) fn empty_slots(&self, pci: &Pci) -> usize {
-        pci.empty_ports(&self.taken).count()
+        pci.empty_ports(&self.taken()).count()
     }
 
     /// Puts what has come into its slots.
@@ -185,7 +218,7 @@ impl Passthrough {
             asker,
         } in come
         {
-            self.taken.retain(|taken| *taken != port);
+            self.on_their_way.retain(|(taken, _)| *taken != port);
             let answer = match outcome {
                 Ok(functions) => self.present(functions, port, pci),
                 Err(error) => Err(RequestError::failed(&error)),
@@ -204,14 +237,18 @@ impl Passthrough {
             .iter()
             .map(|one| (one.number, one.function.clone()));
         match pci.plug(port, behind.collect()) {
-            Ok(address) => {
-                let id = functions.first().map(|one| one.config.id());
-                for one in functions {
+            Ok(addresses) => {
+                let mut added = Vec::new();
+                for (one, address) in functions.into_iter().zip(addresses) {
                     log::info!("{}: added at {address}", one.config.name());
+                    let id = one.config.id();
+                    added.push(AddedFunction { id, address });
                     self.attached.add(one, port);
                 }
-                let id = id.unwrap_or_default();
-                Ok(Answer::Added { id, address })
+                Ok(match <[AddedFunction; 1]>::try_from(added) {
+                    Ok([AddedFunction { id, address }]) => Answer::Added { id, address },
+                    Err(several) => Answer::AddedTogether(several),
+                })
             }
             Err(error) => {
                 self.attached.refuse(functions);
