@@ -51,9 +51,11 @@ enum Verb {
     Shutdown,
     /// Add a host device, which VFIO has, in an empty slot; answered when it is there
     AddDevice {
-        /// Its address (0000:01:00.0), a mediated device's UUID, or its folder in sysfs
-        device: String,
-        /// What it is called
+        /// Its address (0000:01:00.0), a mediated device's UUID, or its folder in sysfs; several are functions of
+        /// one device, and stay together
+        #[arg(required = true, value_name = "DEVICE")]
+        devices: Vec<String>,
+        /// What it is called, or the first of several
         #[arg(long)]
         id: Option<String>,
     },
@@ -61,7 +63,7 @@ enum Verb {
     AddDisk(AddDiskArgs),
     /// Add a NIC; answered when the guest can find it
     AddNet(AddNetArgs),
-    /// Have the guest let go of a device; answered when the host has it back
+    /// Have the guest let go of a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
         id: String,
@@ -131,7 +133,13 @@ impl Verb {
     /// What is said beside the endpoint.
     fn body(&self) -> Option<Value> {
         match self {
-            Self::AddDevice { device, id } => Some(json!({ "path": device, "id": id })),
+            Self::AddDevice { devices, id } => {
+                let (first, rest) = devices.split_first()?;
+                let functions = rest.iter().map(|path| json!({ "path": path }));
+                let functions: Vec<_> = functions.collect();
+                let body = json!({ "path": first, "id": id, "functions": functions });
+                Some(body)
+            }
             Self::AddDisk(disk) => Some(json!({
                 "path": absolute(&disk.path), "readonly": disk.readonly, "direct": disk.direct,
                 "id": disk.id,
@@ -216,16 +224,26 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
         Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) => {
-            let (id, address) = (text(answer, "/id"), text(answer, "/bdf"));
+            let all = std::iter::once(answer).chain(list(answer, "/functions"));
             let heard = match answer["attended"].as_bool() {
                 Some(false) => {
                     "; the guest has no driver for the slot, or none yet, and finds the device when it has one"
                 }
                 _ => "",
             };
-            format!("{id}: in the guest at {address}{heard}\n")
+            let line = |one| {
+                let (id, address) = (text(one, "/id"), text(one, "/bdf"));
+                format!("{id}: in the guest at {address}{heard}\n")
+            };
+            all.map(line).collect()
         }
-        Verb::RemoveDevice { id, .. } => format!("{}: the host has it back\n", printable(id)),
+        Verb::RemoveDevice { id, .. } => {
+            let ids: Vec<_> = list(answer, "/ids").iter().map(|id| text(id, "")).collect();
+            match ids.is_empty() {
+                true => format!("{}: the host has it back\n", printable(id)),
+                false => format!("{}: the host has them back\n", ids.join(" and ")),
+            }
+        }
     }
 }
 
@@ -453,7 +471,7 @@ device      0000:01:00.0, id drive, in the guest 0000:01:00.0
     fn a_device_whose_slot_no_driver_attends_to_is_said_to_wait_for_one() {
         let said = |answer| {
             let verb = Verb::AddDevice {
-                device: "01:00.0".into(),
+                devices: vec!["01:00.0".into()],
                 id: None,
             };
             show(&verb, &answer, Screen::default())
@@ -522,6 +540,37 @@ device      0000:01:00.0, id drive, in the guest 0000:01:00.0
             Screen::default(),
         );
         assert!(!shown.contains('\u{1b}'), "{shown:?}");
+    }
+
+    #[test]
+    fn functions_come_by_one_request_and_leave_together() {
+        let verb = Verb::AddDevice {
+            devices: vec!["01:00.0".into(), "01:00.1".into()],
+            id: Some("card".into()),
+        };
+        let body = json!({
+            "path": "01:00.0", "id": "card", "functions": [{ "path": "01:00.1" }],
+        });
+        assert_eq!(verb.body(), Some(body));
+        let answer = json!({
+            "id": "card", "bdf": "0000:03:00.0",
+            "functions": [{ "id": "0000:01:00.1", "bdf": "0000:03:00.1" }],
+        });
+        assert_eq!(
+            show(&verb, &answer, Screen::default()),
+            "card: in the guest at 0000:03:00.0\n0000:01:00.1: in the guest at 0000:03:00.1\n"
+        );
+        let verb = Verb::RemoveDevice {
+            id: "card".into(),
+            force: false,
+        };
+        let answer = json!({ "ids": ["card", "0000:01:00.1"] });
+        assert_eq!(
+            show(&verb, &answer, Screen::default()),
+            "card and 0000:01:00.1: the host has them back\n"
+        );
+        let alone = show(&verb, &Value::Null, Screen::default());
+        assert_eq!(alone, "card: the host has it back\n");
     }
 
     #[test]

@@ -342,7 +342,7 @@ Functions of one host device become one device of the guest's.
             |device, value| device.fd = Some(value.number()?);
         "id" { "NAME": "name, unique in the VM" }
             |device, value| device.id = Some(value.text()?.to_owned());
-        "on_error" { "stop": "an uncorrectable error of the device's ends the VM [stop]", "pause": "it holds the guest; a signal such as SIGTERM ends it", "ignore": "it is logged" }
+        "on_error" { "stop": "an uncorrectable error of the device's ends the VM [stop]", "pause": "it pauses the guest; `busway ctl resume` lets it go on, SIGTERM ends it", "ignore": "it is logged" }
             |device, value| device.on_error = on_error(value)?;
         "vf_token" { "UUID": "what all share who use a physical function and its virtual\n\
                  functions, where VFIO has both" }

@@ -300,7 +300,7 @@ pub enum OnError {
     /// The VM ends, as failed.
     #[default]
     Stop,
-    /// The guest is held.
+    /// The guest is paused, and goes on when it is asked to.
     Pause,
     /// It is logged.
     Ignore,

@@ -14,12 +14,11 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::RunError;
 use super::address_plan::{AddressPlan, PlannedFunction};
 use super::aside::Aside;
+use super::early::Early;
 use super::events::Events;
-use super::passthrough::{Found, Opened, Passthrough, options};
+use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
 use super::platform::{Platform, open_console};
-use super::requests::Requests;
-use super::signals::Signals;
 use super::virtio::VirtioDevices;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
@@ -34,8 +33,6 @@ use crate::virtio::rng::Rng;
 /// A machine. The fields go in the order in which they stand: who uses something before what is used.
 #[derive(Debug)]
 pub(super) struct Machine {
-    /// What is asked from outside. Whoever still waits is told of the end first.
-    pub(super) requests: Requests,
     pub(super) vcpus: Vcpus,
     /// A pause of the virtio devices that is under way, which is waited for.
     pub(super) pausing: Arc<Aside>,
@@ -82,12 +79,13 @@ impl Drop for MemoryMap {
 
 impl Machine {
     /// Takes from the host what `config` asks for and puts it together, ready for the guest's first
-    /// instruction.
+    /// instruction, unless it is not wanted any more. What it opens is among `devices`.
     pub(super) fn assemble(
         config: &VmConfig,
         report: &Report,
-        signals: &Signals,
-        requests: Requests,
+        early: &Early,
+        devices: &OpenDevices,
+        can_be_asked: bool,
     ) -> Result<Self, RunError> {
         few_arenas();
         many_files();
@@ -104,13 +102,13 @@ impl Machine {
         let quit = EventFd::new().map_err(RunError::system("eventfd"))?;
         let events = Events::new().map_err(RunError::system("eventfd"))?;
         let memory = MemoryMap(Arc::default());
-        let mut passthrough = Passthrough::new(config, &vm, &memory.0, &router, &events)?;
+        let mut passthrough = Passthrough::new(config, &vm, &memory.0, &router, &events, devices)?;
         let open = || passthrough.open(found, report);
-        let (ram, opened) = take(config, &plan, open, report, signals)?;
+        let (ram, opened) = take(config, &plan, open, report, early)?;
         memory.fill(&ram, &vm)?;
         report.set_guest_memory(ram.host_ranges());
         report.reached(Stage::Open);
-        signals.check()?;
+        early.check()?;
         let opened = opened?;
 
         if let Some(opened) = &opened {
@@ -118,7 +116,7 @@ impl Machine {
             passthrough.account(report);
         }
         report.reached(Stage::DmaMap);
-        signals.check()?;
+        early.check()?;
 
         let buses = Buses::default();
         let windows = plan.windows(&ram.guest_ranges(), &passthrough.usable_ranges());
@@ -140,15 +138,14 @@ impl Machine {
             passthrough.attach_first(opened, &mut pci)?;
         }
         add_empty_ports(&mut pci, config, &router, &events)?;
-        if requests.can_be_asked() {
+        if can_be_asked {
             acpi.bus0_slots = open_slots(&mut virtio, &pci, &buses, &router)?;
         }
         report.reached(Stage::Devices);
-        signals.check()?;
+        early.check()?;
 
         let vcpus = Vcpus::new(&vm, &model, config.cpus.boot, &buses, &events.sink())?;
         let machine = Self {
-            requests,
             vcpus,
             pausing: Arc::default(),
             passthrough,
@@ -233,7 +230,7 @@ fn take(
     plan: &AddressPlan,
     open: impl FnOnce() -> Result<Option<Opened>, RunError> + Send,
     report: &Report,
-    signals: &Signals,
+    early: &Early,
 ) -> Result<(Ram, Result<Option<Opened>, RunError>), RunError> {
     let has_devices = !config.device.is_empty();
     let prefault = config.memory.prefault.unwrap_or(has_devices);
@@ -247,7 +244,7 @@ fn take(
     let (populated, opened) = thread::scope(|scope| {
         let opening = scope.spawn(|| open().inspect_err(|_| failed.store(true, Ordering::Relaxed)));
         let populated = match prefault {
-            true => populate(&ram, report, signals, &failed),
+            true => populate(&ram, report, early, &failed),
             false => Ok(()),
         };
         report.reached(Stage::Memory);
@@ -258,28 +255,25 @@ fn take(
     Ok((ram, opened))
 }
 
-/// Touches all of RAM, unless a signal comes, or somebody else has failed and it is for nothing.
+/// Touches all of RAM, unless the machine is not wanted any more, or somebody else has failed and it is for nothing.
 fn populate(
     ram: &Ram,
     report: &Report,
-    signals: &Signals,
+    early: &Early,
     failed: &AtomicBool,
 ) -> Result<(), RunError> {
     let total = ram.size();
-    let mut stopped = None;
+    let mut wanted = Ok(());
     report.pinning(0, total);
     ram.prefault(|done| {
         report.pinning(done, total);
-        stopped = stopped.or_else(|| signals.take());
-        if stopped.is_some() || failed.load(Ordering::Relaxed) {
+        wanted = early.check();
+        if wanted.is_err() || failed.load(Ordering::Relaxed) {
             return ControlFlow::Break(());
         }
         ControlFlow::Continue(())
     })?;
-    match stopped {
-        Some(signal) => Err(RunError::StoppedEarly { signal }),
-        None => Ok(()),
-    }
+    wanted
 }
 
 fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {

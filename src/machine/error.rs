@@ -8,7 +8,7 @@ use busway_pci::{AssignError, BarIndex, PlaceError, WindowKind};
 use busway_vfio::{DeviceError, HandedError};
 
 use super::address_plan::NoRoomError;
-use super::passthrough::PeerToPeerError;
+use super::passthrough::{OpenDevices, PeerToPeerError};
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::config::InvalidConfig;
@@ -80,6 +80,14 @@ pub enum RunError {
     /// A host device cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// {error}; `busway device check` finds besides: {obstacles}
+    #[error("{error}; `busway device check` finds besides: {obstacles}")]
+    NotReady {
+        /// What the kernel refused.
+        error: Box<RunError>,
+        /// What stands against it, with what helps.
+        obstacles: String,
+    },
     /// A host device cannot be shown to a guest.
     #[error(transparent)]
     Function(#[from] busway_vfio::AssignError),
@@ -197,6 +205,22 @@ pub enum RunError {
         /// The signal's number.
         signal: i32,
     },
+    /// asked to end before the guest had started
+    #[error("asked to end before the guest had started")]
+    AskedEarly,
+    /// {why} while the VM was {doing}, which was not waited for
+    #[error(
+        "{why} while the VM was {doing}, and that is not waited for: {}",
+        left_open(devices)
+    )]
+    Unfinished {
+        /// What came: a signal, or the end of the time that the VM had.
+        why: String,
+        /// What it did: ending, restarting, being put together.
+        doing: &'static str,
+        /// The devices that it still had.
+        devices: Vec<String>,
+    },
     /// the guest did not power off in time
     #[error(
         "the guest did not power off within {} s of being asked to, and was killed",
@@ -219,7 +243,29 @@ fn at(rip: Option<u64>) -> String {
         .unwrap_or_default()
 }
 
+/// What becomes of devices that are not waited for. Linux resets a VFIO device when its last descriptor closes
+/// (drivers/vfio/pci/vfio_pci_core.c, `vfio_pci_core_disable`).
+fn left_open(devices: &[String]) -> String {
+    match devices {
+        [] => "not all that it had is given back in order".to_owned(),
+        devices => format!(
+            "Busway has not reset and closed {}; the kernel does so by itself, as far as it can, when it \
+             returns from what it does with them, which is a minute at most for each; `dmesg` may say more",
+            devices.join(", ")
+        ),
+    }
+}
+
 impl RunError {
+    /// That `signal` came while the VM was `doing` something, which is not waited for.
+    pub(super) fn unfinished(doing: &'static str, signal: i32, devices: &OpenDevices) -> Self {
+        Self::Unfinished {
+            why: format!("signal {signal} came"),
+            doing,
+            devices: devices.names(),
+        }
+    }
+
     /// For `map_err` on a system call.
     pub(super) fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::System { what, source }
@@ -229,6 +275,7 @@ impl RunError {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
+            Self::NotReady { error, .. } => error.exit_status(),
             Self::Config(_)
             | Self::Boot(_)
             | Self::Disk(_)

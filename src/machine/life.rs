@@ -7,13 +7,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::RunError;
 use super::assembly::Machine;
+use super::ears;
 use super::events::Event;
 use super::passthrough::Verdict;
-use super::requests::{Answer, Asker, Info, Request, RequestError, State};
+use super::requests::{Answer, Asker, Info, Request, RequestError, Requests, State};
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
 use crate::provoked;
-use crate::report::{Report, Stage};
 
 /// How long a guest may take to power off when it was asked to by a signal.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
@@ -31,6 +31,15 @@ pub enum Ended {
     Quit,
     /// It was asked to end by its control socket, or by a signal while it was paused.
     Asked,
+}
+
+/// Why the loop stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// The VM ends.
+    End(Ended),
+    /// The guest starts anew.
+    Restart,
 }
 
 /// What the loop waits for.
@@ -56,12 +65,15 @@ impl Source {
 }
 
 /// What the loop remembers.
-struct Life {
+#[derive(Debug)]
+pub(super) struct Life {
     /// When the guest started, the last time.
     started: Instant,
     /// By when it has to have powered off.
     deadline: Option<Instant>,
     phase: Phase,
+    /// It is paused, or about to be, for a device of its had an error.
+    held: bool,
     /// What a guest did last before it was paused, to be dealt with when it goes on.
     deferred: Vec<Event>,
 }
@@ -74,8 +86,6 @@ enum Phase {
     Pausing(Vec<Asker>),
     /// It stands still until somebody lets it go on.
     Paused,
-    /// It is stopped for good: a device of its had an error.
-    Held,
 }
 
 /// What becomes of a guest that restarts.
@@ -85,36 +95,32 @@ enum Restart {
     Anew,
     /// It was asked to power off, and this is how it did: the VM ends.
     End,
-    /// It asked before it was held, and stays as it is.
-    Held,
     /// It asked before it was paused, and is restarted when it goes on.
     Later,
 }
 
 impl Machine {
-    /// Lets the guest run until it ends.
-    pub(super) fn live(&mut self, report: &Report, signals: &Signals) -> Result<Ended, RunError> {
+    /// Lets the guest run until it ends or starts anew.
+    pub(super) fn live(
+        &mut self,
+        life: &mut Life,
+        signals: &Signals,
+        requests: &Requests,
+    ) -> Result<Stop, RunError> {
         let epoll = Epoll::new().map_err(RunError::system("epoll_create"))?;
         for source in Source::ALL {
             let event = EpollEvent::new(EventSet::IN, source as u64);
             epoll
                 .ctl(
                     ControlOperation::Add,
-                    self.descriptor(source, signals),
+                    self.descriptor(source, signals, requests),
                     event,
                 )
                 .map_err(RunError::system("epoll_ctl"))?;
         }
-        self.account(report);
-        report.reached(Stage::FirstInstruction);
+        life.started = Instant::now();
         self.vcpus.resume();
-        let mut life = Life {
-            started: Instant::now(),
-            deadline: None,
-            phase: Phase::Running,
-            deferred: Vec::new(),
-        };
-        self.requests.open();
+        requests.open();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
             let others = [self.passthrough.deadline(), self.virtio.deadline()];
@@ -128,23 +134,23 @@ impl Machine {
                 let source = usize::try_from(event.data())
                     .ok()
                     .and_then(|index| Source::ALL.get(index));
-                let ended = match source {
-                    Some(Source::Signal) => self.on_signal(&mut life, signals)?,
-                    Some(Source::Event) => self.on_event(&mut life, signals)?,
-                    Some(Source::Quit) => Some(Ended::Quit),
+                let stop = match source {
+                    Some(Source::Signal) => self.on_signal(life, signals)?,
+                    Some(Source::Event) => self.on_event(life)?,
+                    Some(Source::Quit) => Some(Stop::End(Ended::Quit)),
                     Some(Source::Clock) => {
                         self.platform.rtc.on_timer();
                         None
                     }
                     Some(Source::Device) => {
-                        self.on_device(&mut life)?;
+                        self.on_device(life)?;
                         None
                     }
-                    Some(Source::Request) => self.on_request(&mut life),
+                    Some(Source::Request) => self.on_request(life, requests),
                     None => None,
                 };
-                if let Some(ended) = ended {
-                    return Ok(ended);
+                if let Some(stop) = stop {
+                    return Ok(stop);
                 }
             }
             let now = Instant::now();
@@ -158,14 +164,14 @@ impl Machine {
         }
     }
 
-    fn descriptor(&self, source: Source, signals: &Signals) -> RawFd {
+    fn descriptor(&self, source: Source, signals: &Signals, requests: &Requests) -> RawFd {
         match source {
             Source::Signal => signals.as_raw_fd(),
             Source::Event => self.events.as_raw_fd(),
             Source::Quit => self.quit.as_raw_fd(),
             Source::Clock => self.platform.rtc.as_raw_fd(),
             Source::Device => self.passthrough.attached.as_raw_fd(),
-            Source::Request => self.requests.as_raw_fd(),
+            Source::Request => requests.as_raw_fd(),
         }
     }
 
@@ -175,26 +181,25 @@ impl Machine {
         let runs = matches!(life.phase, Phase::Running);
         let verdict = self.passthrough.attached.on_ready(topology, !runs)?;
         if verdict == Verdict::Hold {
-            // Not waited for: a vCPU may have the kernel reset a device, for a minute.
-            self.vcpus.stop();
-            life.hold();
+            life.held = true;
+            self.stop(life, None);
         }
         Ok(())
     }
 
     /// The first signal asks the guest to power off, the second does not ask. A guest that is held
     /// cannot be asked.
-    fn on_signal(&self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
+    fn on_signal(&self, life: &mut Life, signals: &Signals) -> Result<Option<Stop>, RunError> {
         while let Some(signal) = signals.take() {
             if life.deadline.is_some() {
                 return Err(RunError::Killed { signal });
             }
             match life.phase {
                 Phase::Running => {}
-                Phase::Held => return Err(RunError::EndedHeld { signal }),
+                _ if life.held => return Err(RunError::EndedHeld { signal }),
                 Phase::Pausing(_) | Phase::Paused => {
                     log::warn!("signal {signal}: the guest is paused, and the VM ends as it is");
-                    return Ok(Some(Ended::Asked));
+                    return Ok(Some(Stop::End(Ended::Asked)));
                 }
             }
             log::info!(
@@ -209,21 +214,22 @@ impl Machine {
 
     /// What waits now, and not what comes meanwhile: the guest makes events, and signals have to be
     /// heard between them.
-    fn on_event(&mut self, life: &mut Life, signals: &Signals) -> Result<Option<Ended>, RunError> {
+    fn on_event(&mut self, life: &mut Life) -> Result<Option<Stop>, RunError> {
         // At least one look, which takes the signal of what was cleared.
         for _ in 0..self.events.count().max(1) {
             let Some(event) = self.events.take() else {
                 break;
             };
-            let ended = match event.clone() {
-                Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => Some(Ended::PowerOff),
+            let stop = match event.clone() {
+                Event::PowerOff | Event::Vcpu(VcpuEvent::PowerOff) => {
+                    Some(Stop::End(Ended::PowerOff))
+                }
                 Event::Reset | Event::Vcpu(VcpuEvent::Reset) => match life.restart() {
                     Restart::Anew => {
                         log::info!("the guest restarts");
-                        self.start_anew(life, signals)?
+                        Some(Stop::Restart)
                     }
                     Restart::End => Some(ends_with("the guest restarts")),
-                    Restart::Held => stays_held("the guest restarts"),
                     Restart::Later => life.defer(event),
                 },
                 Event::Vcpu(VcpuEvent::TripleFault { id, rip }) => {
@@ -236,10 +242,9 @@ impl Machine {
                         Restart::Anew if life.started.elapsed() < TOO_SOON => return Err(fault),
                         Restart::Anew => {
                             log::warn!("{fault}; it is restarted");
-                            self.start_anew(life, signals)?
+                            Some(Stop::Restart)
                         }
                         Restart::End => Some(ends_with(&fault.to_string())),
-                        Restart::Held => stays_held(&fault.to_string()),
                         Restart::Later => life.defer(event),
                     }
                 }
@@ -279,17 +284,17 @@ impl Machine {
                     return Err(RunError::Vcpu { vcpu: id, reason });
                 }
             };
-            if ended.is_some() {
-                return Ok(ended);
+            if stop.is_some() {
+                return Ok(stop);
             }
         }
         Ok(None)
     }
 
     /// What is asked now, and not what is asked meanwhile.
-    fn on_request(&mut self, life: &mut Life) -> Option<Ended> {
-        for _ in 0..self.requests.count().max(1) {
-            let Some((request, asker)) = self.requests.take() else {
+    fn on_request(&mut self, life: &mut Life, requests: &Requests) -> Option<Stop> {
+        for _ in 0..requests.count().max(1) {
+            let Some((request, asker)) = requests.take() else {
                 break;
             };
             match request {
@@ -316,21 +321,20 @@ impl Machine {
                     let held = !matches!(life.phase, Phase::Running);
                     if let Some(asker) = self.virtio.remove(&id, force, held, asker) {
                         let topology = self.pci.topology();
-                        let attached = &mut self.passthrough.attached;
-                        attached.remove(&id, force, topology, held, asker);
+                        self.passthrough.remove(&id, force, topology, held, asker);
                     }
                 }
                 Request::Shutdown => {
                     log::info!("the VM ends, as its control socket asks");
                     asker.answer(Ok(Answer::Done));
-                    return Some(Ended::Asked);
+                    return Some(Stop::End(Ended::Asked));
                 }
             }
         }
         None
     }
 
-    fn info(&self, life: &Life) -> Info {
+    pub(super) fn info(&self, life: &Life) -> Info {
         Info {
             state: life.state(),
             memory: self.ram.size(),
@@ -343,17 +347,26 @@ impl Machine {
 
     /// Answered when no vCPU is in the guest and its virtio devices are quiet, which is not waited for.
     fn pause(&mut self, life: &mut Life, asker: Asker) {
+        match &life.phase {
+            Phase::Paused if life.held => asker.answer(Err(RequestError::State(HELD))),
+            Phase::Paused => asker.answer(Err(RequestError::State("paused already"))),
+            Phase::Running | Phase::Pausing(_) => self.stop(life, Some(asker)),
+        }
+    }
+
+    /// Stops the guest, and tells `asker` when it stands still. A vCPU may have the kernel reset a device, for a
+    /// minute, and a virtio device may be in the middle of a flush.
+    fn stop(&mut self, life: &mut Life, asker: Option<Asker>) {
         match &mut life.phase {
             Phase::Running => {
-                life.phase = Phase::Pausing(vec![asker]);
+                life.phase = Phase::Pausing(asker.into_iter().collect());
                 let events = self.events.clone();
                 let virtio = self.pci.virtio().clone();
                 let pause = virtio.pause_aside(self.pausing.clone(), move || events.stopped());
                 self.vcpus.stop_then(pause);
             }
-            Phase::Pausing(askers) => askers.push(asker),
-            Phase::Paused => asker.answer(Err(RequestError::State("paused already"))),
-            Phase::Held => asker.answer(Err(RequestError::State(HELD))),
+            Phase::Pausing(askers) => askers.extend(asker),
+            Phase::Paused => {}
         }
     }
 
@@ -361,8 +374,10 @@ impl Machine {
         match life.phase {
             Phase::Running => return Err(RequestError::State("not paused")),
             Phase::Pausing(_) => return Err(RequestError::State("not paused yet")),
-            Phase::Held => return Err(RequestError::State(HELD)),
             Phase::Paused => {}
+        }
+        if std::mem::take(&mut life.held) {
+            log::warn!("the guest goes on after an error of a device of its, as it is asked to");
         }
         self.vcpus.tell_of_stop();
         life.phase = Phase::Running;
@@ -374,41 +389,32 @@ impl Machine {
         log::info!("the guest goes on");
         Ok(Answer::Done)
     }
-
-    fn start_anew(
-        &mut self,
-        life: &mut Life,
-        signals: &Signals,
-    ) -> Result<Option<Ended>, RunError> {
-        let info = self.info(life);
-        let ended = self.restart(signals, &info)?;
-        if ended.is_none() {
-            life.started = Instant::now();
-            self.vcpus.resume();
-        }
-        Ok(ended)
-    }
 }
 
 /// A guest that was asked to power off may restart instead, and would not be asked again.
-fn ends_with(what: &str) -> Ended {
+fn ends_with(what: &str) -> Stop {
     log::info!("{what}; it was asked to power off, and the VM ends");
-    Ended::PowerOff
+    Stop::End(Ended::PowerOff)
 }
 
-/// Why nothing can be asked of a guest that is held.
-const HELD: &str = "stopped for good, after an error of a device (on_error=pause)";
-
-fn stays_held(what: &str) -> Option<Ended> {
-    log::warn!("{what}, but stays held: a device of its had an error before");
-    None
-}
+/// Why a guest that is held cannot be paused.
+const HELD: &str = "paused already, after an error of a device (on_error=pause)";
 
 impl Life {
+    /// Of a guest that is to run.
+    pub(super) fn new() -> Self {
+        Self {
+            started: Instant::now(),
+            deadline: None,
+            phase: Phase::Running,
+            held: false,
+            deferred: Vec::new(),
+        }
+    }
+
     /// What becomes of a guest that restarts now.
     fn restart(&self) -> Restart {
         match (&self.phase, self.deadline) {
-            (Phase::Held, _) => Restart::Held,
             (Phase::Pausing(_) | Phase::Paused, _) => Restart::Later,
             (Phase::Running, Some(_)) => Restart::End,
             (Phase::Running, None) => Restart::Anew,
@@ -417,15 +423,15 @@ impl Life {
 
     fn state(&self) -> State {
         match self.phase {
+            _ if self.held => State::Held,
             Phase::Running | Phase::Pausing(_) => State::Running,
             Phase::Paused => State::Paused,
-            Phase::Held => State::Held,
         }
     }
 
     /// The guest stands still, if it was to.
     fn stopped(&mut self) {
-        // It may have been held, or have begun another pause since.
+        // It may have begun another pause since.
         if let Phase::Pausing(askers) = &mut self.phase {
             let askers = std::mem::take(askers);
             self.phase = Phase::Paused;
@@ -436,29 +442,15 @@ impl Life {
         }
     }
 
-    /// The guest is stopped for good.
-    fn hold(&mut self) {
-        let before = std::mem::replace(&mut self.phase, Phase::Held);
-        if let Phase::Pausing(askers) = before {
-            for asker in askers {
-                asker.answer(Err(RequestError::State(HELD)));
-            }
-        }
-    }
-
-    fn defer(&mut self, event: Event) -> Option<Ended> {
+    fn defer(&mut self, event: Event) -> Option<Stop> {
         log::debug!("{event:?} waits until the guest goes on");
         self.deferred.push(event);
         None
     }
 
-    /// Milliseconds until its deadline or the other, rounded up; -1 where there is none. epoll_wait(2)
+    /// Until its deadline or the other. epoll_wait(2)
     fn timeout(&self, other: Option<Instant>) -> i32 {
-        let Some(deadline) = self.deadline.into_iter().chain(other).min() else {
-            return -1;
-        };
-        let left = deadline.saturating_duration_since(Instant::now());
-        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        ears::timeout(self.deadline.into_iter().chain(other).min())
     }
 }
 
@@ -472,18 +464,37 @@ mod tests {
             started: Instant::now(),
             deadline,
             phase,
+            held: false,
             deferred: Vec::new(),
         };
         let asked = Some(Instant::now());
         for (deadline, phase, becomes) in [
             (None, Phase::Running, Restart::Anew),
             (asked, Phase::Running, Restart::End),
-            (None, Phase::Held, Restart::Held),
-            (asked, Phase::Held, Restart::Held),
             (asked, Phase::Paused, Restart::Later),
             (None, Phase::Pausing(Vec::new()), Restart::Later),
         ] {
             assert_eq!(life(deadline, phase).restart(), becomes);
         }
+    }
+
+    #[test]
+    fn a_guest_that_is_held_is_paused_and_said_to_be_held() {
+        let mut life = Life::new();
+        life.held = true;
+        life.phase = Phase::Pausing(Vec::new());
+        // What it asked for before waits until it goes on.
+        assert_eq!(
+            (life.state(), life.restart()),
+            (State::Held, Restart::Later)
+        );
+        life.stopped();
+        assert!(matches!(life.phase, Phase::Paused));
+        assert_eq!(
+            (life.state(), life.restart()),
+            (State::Held, Restart::Later)
+        );
+        life.held = false;
+        assert_eq!(life.state(), State::Paused);
     }
 }

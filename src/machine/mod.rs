@@ -10,6 +10,9 @@ mod aside;
 mod assembly;
 mod bars;
 mod bus;
+mod early;
+mod ears;
+mod end;
 mod error;
 mod events;
 mod life;
@@ -29,13 +32,19 @@ pub use life::Ended;
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
 pub use requests::{
-    Answer, Control, Files, Info, Request, RequestError, Requests, State, VirtioInfo,
+    Added, AddedFunction, Answer, Control, Files, Info, Request, RequestError, Requests, State,
+    VirtioInfo,
 };
 pub use signals::block_signals;
 
+use std::sync::Arc;
+
 use crate::config::VmConfig;
-use crate::report::Report;
+use crate::report::{Report, Stage};
 use assembly::Machine;
+use early::Early;
+use life::{Life, Stop};
+use passthrough::OpenDevices;
 use signals::Signals;
 
 /// Runs a VM until it ends, saying in `report` how far it has come.
@@ -47,15 +56,57 @@ use signals::Signals;
 /// # Errors
 /// [`RunError`], whose [`exit_status`](RunError::exit_status) tells bad configuration, a host that
 /// cannot do it, and failure apart.
-pub fn run(config: &VmConfig, report: &Report, requests: Requests) -> Result<Ended, RunError> {
+pub fn run(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Result<Ended, RunError> {
     let signals = Signals::new()?;
     config.validate()?;
     let watch = PanicWatch::start();
-    let mut machine = Machine::assemble(config, report, &signals, requests)?;
+    let mut machine = match assemble(config, report, &signals, &requests) {
+        Err(RunError::AskedEarly) => return Ok(Ended::Asked),
+        machine => machine?,
+    };
     watch.tell(&machine.events);
     #[cfg(debug_assertions)]
     panics::panic_where_a_test_asks();
-    let ended = machine.live(report, &signals);
     machine.account(report);
-    ended
+    report.reached(Stage::FirstInstruction);
+    let mut life = Life::new();
+    let ended = loop {
+        let restarted = match machine.live(&mut life, &signals, &requests) {
+            Ok(Stop::Restart) => {
+                let info = machine.info(&life);
+                machine.restart(&signals, &requests, &info)?
+            }
+            Ok(Stop::End(ended)) => break Ok(ended),
+            Err(error) => break Err(error),
+        };
+        match restarted {
+            (again, Ok(None)) => machine = again,
+            (last, ended) => {
+                machine = last;
+                break ended.map(|ended| ended.unwrap_or(Ended::PowerOff));
+            }
+        }
+    };
+    machine.account(report);
+    // Whoever still waits is told of the end before all that the machine has is given back.
+    drop(requests);
+    machine.end(&signals, ended)
+}
+
+/// Puts a machine together, with an ear for who does not want it any more.
+fn assemble(
+    config: &VmConfig,
+    report: &Arc<Report>,
+    signals: &Signals,
+    requests: &Requests,
+) -> Result<Box<Machine>, RunError> {
+    let (early, devices) = (Arc::<Early>::default(), OpenDevices::default());
+    let work = {
+        let (config, report) = (config.clone(), report.clone());
+        let (early, devices) = (early.clone(), devices.clone());
+        let can_be_asked = requests.can_be_asked();
+        move || Machine::assemble(&config, &report, &early, &devices, can_be_asked).map(Box::new)
+    };
+    let left = |signal| RunError::unfinished("being put together", signal, &devices);
+    early.during(signals, requests, work, left)
 }

@@ -253,7 +253,7 @@ impl Pci {
     }
 
     /// Puts the functions of a host device into an empty slot while the guest runs, and gives the guest's
-    /// address of the first one.
+    /// address of each.
     ///
     /// # Errors
     /// [`RunError::SlotTooSmall`], or [`RunError::Place`] where it is taken
@@ -261,7 +261,7 @@ impl Pci {
         &mut self,
         port: FunctionId,
         functions: Vec<(Function, Arc<AssignedFunction>)>,
-    ) -> Result<String, RunError> {
+    ) -> Result<Vec<String>, RunError> {
         self.fits(port, &functions)?;
         let atomics = functions.iter().map(|(_, function)| function.atomic_ops());
         let atomics = atomics.fold(AtomicOps::NONE, |all, one| all | one);
@@ -271,7 +271,10 @@ impl Pci {
         let ids = self.topology.plug(port, here)?;
         self.assigned
             .retain(|(_, function)| function.strong_count() > 0);
-        let address = ids.first().and_then(|id| self.topology.bdf(*id));
+        let addresses = ids
+            .iter()
+            .map(|id| self.topology.bdf(*id).unwrap_or_default().to_string());
+        let addresses = addresses.collect();
         let functions = functions
             .iter()
             .map(|(_, function)| Arc::downgrade(function));
@@ -281,7 +284,7 @@ impl Pci {
             self.behind.push((port, function.clone()));
             self.assigned.push((id, function));
         }
-        Ok(address.unwrap_or_default().to_string())
+        Ok(addresses)
     }
 
     /// Whether the BARs of functions find room in the windows of a slot, as they are now.

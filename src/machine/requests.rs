@@ -98,7 +98,7 @@ pub enum State {
     Running,
     /// It was paused, and goes on when it is asked to.
     Paused,
-    /// It is stopped for good, after an error of a device (`on_error=pause`).
+    /// It is paused, or about to be, after an error of a device (`on_error=pause`); it goes on when it is asked to.
     Held,
 }
 
@@ -138,20 +138,41 @@ pub enum Answer {
     /// To [`Request::Info`].
     Info(Info),
     /// To [`Request::AddDevice`] and [`Request::AddVirtio`].
-    Added {
-        /// What the device is called from now on.
-        id: String,
-        /// Its address in the guest.
-        address: String,
-    },
-    /// To [`Request::AddDevice`], where no driver of the guest's attends to the slot: the guest is still
-    /// booting, or has none. It finds the device when it has one.
-    Unattended {
-        /// What the device is called from now on.
-        id: String,
-        /// Its address in the guest.
-        address: String,
-    },
+    Added(Added),
+    /// To [`Request::RemoveDevice`] where the slot had several functions: what they were called, all of them.
+    RemovedTogether(Vec<String>),
+}
+
+/// What was added: the functions of one device, in the order of their addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Added {
+    /// Its first function, and mostly its only one.
+    pub first: AddedFunction,
+    /// The others.
+    pub others: Vec<AddedFunction>,
+    /// Whether a driver of the guest's attends to the slot. Where none does the guest is still booting, or has
+    /// none, and finds the device when it has one.
+    pub attended: bool,
+}
+
+impl Added {
+    /// A device of one function, which the guest hears of.
+    pub(crate) fn one(id: String, address: String) -> Self {
+        Self {
+            first: AddedFunction { id, address },
+            others: Vec::new(),
+            attended: true,
+        }
+    }
+}
+
+/// One function of a device that was added.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AddedFunction {
+    /// What it is called from now on.
+    pub id: String,
+    /// Its address in the guest.
+    pub address: String,
 }
 
 /// Why a request was not granted.
@@ -289,9 +310,30 @@ impl Requests {
         Arc::strong_count(&self.0) > 1
     }
 
-    /// The machine lives: requests are taken from now on.
+    /// The machine lives: requests are taken from now on, and those that waited are signalled again.
     pub(super) fn open(&self) {
-        self.0.waiting().open = true;
+        let mut waiting = self.0.waiting();
+        waiting.open = true;
+        if !waiting.requests.is_empty() {
+            self.0.signal.signal();
+        }
+    }
+
+    /// Whether the end is among what is asked of a machine that does not live yet. That is granted; the rest
+    /// waits on, and its signal is taken.
+    pub(super) fn take_shutdown(&self) -> bool {
+        let mut waiting = self.0.waiting();
+        let _count = self.0.signal.take();
+        let asked = std::mem::take(&mut waiting.requests).into_iter();
+        let (ends, rest): (VecDeque<_>, VecDeque<_>) =
+            asked.partition(|(request, _)| *request == Request::Shutdown);
+        waiting.requests = rest;
+        drop(waiting);
+        let any = !ends.is_empty();
+        for (_, asker) in ends {
+            asker.answer(Ok(Answer::Done));
+        }
+        any
     }
 
     /// How many wait.

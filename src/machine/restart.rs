@@ -2,73 +2,88 @@
 //!
 //! The kernel waits up to a minute for a device that does not come back from its reset, and is not to be
 //! interrupted in that. Linux, drivers/pci/pci.c, `pci_dev_wait`. So devices are reset on a thread of
-//! their own: signals and requests are heard meanwhile, and no reset begins after one that ends the VM.
+//! their own: signals and requests are heard meanwhile, and no reset begins after one that ends the VM. The
+//! one that goes on is waited for, unless another signal comes.
 
-use std::io;
-use std::os::fd::AsRawFd;
-use std::panic::resume_unwind;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use busway_pci::PciFunction;
-use busway_vfio::EventFd;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::RunError;
 use super::assembly::Machine;
+use super::ears::{Ears, Heard};
 use super::life::Ended;
 use super::requests::{Answer, Info, Request, RequestError, Requests};
 use super::signals::Signals;
 use crate::kvm::KvmError;
-use crate::provoked;
+
+/// A machine that was to restart, and whether it ends instead, or could not.
+type Restarted = (Box<Machine>, Result<Option<Ended>, RunError>);
 
 impl Machine {
     /// Puts everything into its state at power-on, and loads the kernel anew. Host devices are reset,
     /// and stay with the VM. Where a signal or a person at the console ends the VM meanwhile, it is
     /// only good for that.
+    ///
+    /// # Errors
+    /// [`RunError::Unfinished`] at a second signal: the machine is left to the thread that resets it.
     pub(super) fn restart(
-        &mut self,
+        mut self: Box<Self>,
         signals: &Signals,
+        requests: &Requests,
         info: &Info,
-    ) -> Result<Option<Ended>, RunError> {
-        let Self {
-            requests,
-            vcpus,
-            pci,
-            passthrough,
-            virtio,
-            events,
-            vm,
-            quit,
-            ..
-        } = self;
-        let (topology, resets) = (pci.topology(), Resets::default());
-        let reset = || -> Result<(), KvmError> {
-            vcpus.hold();
-            passthrough.attached.on_restart(topology);
-            virtio.on_restart();
-            events.clear();
-            // A device's pin is connected anew by its reset, and what it signals then must not be
-            // forgotten by the chips.
-            vm.reset_chips()?;
-            topology.reset_while(|function| resets.go_on(function));
-            Ok(())
-        };
+    ) -> Result<Restarted, RunError> {
+        let (quit, devices) = (self.quit.clone(), self.passthrough.open_devices());
         let ears = Ears {
             signals,
-            quit,
+            quit: Some(&quit),
+            requests: Some(requests),
+            limit: None,
+        };
+        let resets = Arc::<Resets>::default();
+        let mut listening = Listening {
             requests,
             info,
+            resets: resets.clone(),
+            ended: None,
         };
-        let (done, ended) = with_an_ear(&ears, &resets, reset)?;
-        done?;
-        if ended.is_none() {
-            self.platform.reset();
-            self.vcpus.reset()?;
-            self.load()?;
-        }
-        Ok(ended)
+        let work = move || {
+            let done = self.reset_all(&resets);
+            (self, done)
+        };
+        let (mut machine, done) = ears.during("restart", work, |heard| {
+            listening
+                .hear(heard)
+                .map_break(|signal| RunError::unfinished("restarting", signal, &devices))
+        })?;
+        let ended = listening.ended;
+        let done = done.map_err(RunError::from).and_then(|()| match ended {
+            None => machine.power_on(),
+            Some(_) => Ok(()),
+        });
+        Ok((machine, done.map(|()| ended)))
+    }
+
+    /// Everything that was the last life's goes, and devices are reset, unless `resets` are stopped.
+    fn reset_all(&mut self, resets: &Resets) -> Result<(), KvmError> {
+        let topology = self.pci.topology();
+        self.vcpus.hold();
+        self.passthrough.attached.on_restart(topology);
+        self.virtio.on_restart();
+        self.events.clear();
+        // A device's pin is connected anew by its reset, and what it signals then must not be
+        // forgotten by the chips.
+        self.vm.reset_chips()?;
+        topology.reset_while(|function| resets.go_on(function));
+        Ok(())
+    }
+
+    fn power_on(&mut self) -> Result<(), RunError> {
+        self.platform.reset();
+        self.vcpus.reset()?;
+        self.load()
     }
 }
 
@@ -97,69 +112,40 @@ impl Resets {
     }
 }
 
-/// Who is heard during a restart.
-struct Ears<'a> {
-    signals: &'a Signals,
-    quit: &'a EventFd,
+/// Who is heard during a restart, and what came of it.
+struct Listening<'a> {
     requests: &'a Requests,
     /// How the machine is, for who asks.
     info: &'a Info,
+    resets: Arc<Resets>,
+    /// The VM ends: its guest is between two lives, and has nothing to power off.
+    ended: Option<Ended>,
 }
 
-// What is waited for.
-const SIGNAL: u64 = 0;
-const QUIT: u64 = 1;
-const DONE: u64 = 2;
-const REQUEST: u64 = 3;
-
-/// Signals when it is dropped, in a panic too.
-struct Done<'a>(&'a EventFd);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.signal();
+impl Listening<'_> {
+    /// At a signal, when the console is left, or where that is asked for, the resets are stopped, and the VM
+    /// ends. Breaks with a signal after that: nothing is waited for any more.
+    fn hear(&mut self, heard: Heard) -> ControlFlow<i32> {
+        let (ended, why) = match heard {
+            Heard::Signal(signal) if self.ended.is_some() => return ControlFlow::Break(signal),
+            Heard::Signal(signal) => (Ended::PowerOff, format!("signal {signal}")),
+            Heard::Quit => (Ended::Quit, "the console was left".to_owned()),
+            Heard::Request if self.answer() => (
+                Ended::Asked,
+                "the control socket asks for the end".to_owned(),
+            ),
+            Heard::Request | Heard::Late => return ControlFlow::Continue(()),
+        };
+        if self.ended.is_none() {
+            self.resets.stop(&why);
+            self.ended = Some(ended);
+        }
+        ControlFlow::Continue(())
     }
-}
 
-/// Has `work` done on a thread of its own, and gives what came of it. At a signal, when the console is
-/// left, or where that is asked for, `resets` are stopped, and the VM ends: its guest is between two
-/// lives, and has nothing to power off.
-fn with_an_ear<T: Send>(
-    ears: &Ears<'_>,
-    resets: &Resets,
-    work: impl FnOnce() -> T + Send,
-) -> Result<(T, Option<Ended>), RunError> {
-    let done = EventFd::new().map_err(RunError::system("eventfd"))?;
-    let epoll = Epoll::new().map_err(RunError::system("epoll_create"))?;
-    for (fd, source) in [
-        (ears.signals.as_raw_fd(), SIGNAL),
-        (ears.quit.as_raw_fd(), QUIT),
-        (ears.requests.as_raw_fd(), REQUEST),
-        (done.as_raw_fd(), DONE),
-    ] {
-        let event = EpollEvent::new(EventSet::IN, source);
-        epoll
-            .ctl(ControlOperation::Add, fd, event)
-            .map_err(RunError::system("epoll_ctl"))?;
-    }
-    thread::scope(|scope| {
-        let working = thread::Builder::new()
-            .name("restart".to_owned())
-            .spawn_scoped(scope, || {
-                let _done = Done(&done);
-                provoked::here();
-                work()
-            })
-            .map_err(RunError::system("a thread for the restart"))?;
-        let ended = listen(&epoll, ears, resets);
-        let result = working.join().unwrap_or_else(|panic| resume_unwind(panic));
-        Ok((result, ended?))
-    })
-}
-
-impl Ears<'_> {
     /// Answers who asks now, and says whether that was for the end.
     fn answer(&self) -> bool {
+        let mut ends = false;
         for _ in 0..self.requests.count().max(1) {
             let Some((request, asker)) = self.requests.take() else {
                 break;
@@ -168,107 +154,61 @@ impl Ears<'_> {
                 Request::Info => asker.answer(Ok(Answer::Info(self.info.clone()))),
                 Request::Shutdown => {
                     asker.answer(Ok(Answer::Done));
-                    return true;
+                    ends = true;
                 }
                 _ => asker.answer(Err(RequestError::State("restarting: ask again"))),
             }
         }
-        false
-    }
-}
-
-/// Waits for the end of the work, or for what ends the VM before.
-fn listen(epoll: &Epoll, ears: &Ears<'_>, resets: &Resets) -> Result<Option<Ended>, RunError> {
-    let mut ready = [EpollEvent::default()];
-    loop {
-        match epoll.wait(-1, &mut ready) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            result => result.map_err(RunError::system("epoll_wait"))?,
-        };
-        let [event] = ready;
-        match event.data() {
-            SIGNAL => {
-                if let Some(signal) = ears.signals.take() {
-                    resets.stop(&format!("signal {signal}"));
-                    return Ok(Some(Ended::PowerOff));
-                }
-            }
-            QUIT => {
-                resets.stop("the console was left");
-                return Ok(Some(Ended::Quit));
-            }
-            REQUEST => {
-                if ears.answer() {
-                    resets.stop("the control socket asks for the end");
-                    return Ok(Some(Ended::Asked));
-                }
-            }
-            _ => return Ok(None),
-        }
+        ends
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use busway_pci::HostBridge;
 
     use super::*;
 
-    /// Resets functions for as long as nobody says stop.
-    fn reset_on_and_on(resets: &Resets) -> bool {
-        let (start, bridge) = (Instant::now(), HostBridge::new());
-        while resets.go_on(&bridge) {
-            if start.elapsed() > Duration::from_secs(20) {
-                return false;
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-        true
-    }
-
     #[test]
     fn who_asks_is_answered_and_a_signal_a_person_and_a_request_end_the_vm() {
-        let (signals, quit) = (Signals::new().unwrap(), EventFd::new().unwrap());
         let (requests, info) = (Requests::new().unwrap(), Info::default());
         requests.open();
-        let ears = Ears {
-            signals: &signals,
-            quit: &quit,
+        let control = requests.control();
+        let listening = || Listening {
             requests: &requests,
             info: &info,
+            resets: Arc::default(),
+            ended: None,
         };
-        let untouched = with_an_ear(&ears, &Resets::default(), || 7).unwrap();
-        assert_eq!(untouched, (7, None));
-        // SAFETY: the signal is blocked in this thread, which is the one it goes to.
-        unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGHUP) };
-        let resets = Resets::default();
-        let stopped = with_an_ear(&ears, &resets, || reset_on_and_on(&resets)).unwrap();
-        assert_eq!(stopped, (true, Some(Ended::PowerOff)));
-        let (left, resets) = (quit.clone(), Resets::default());
-        let work = || {
-            left.signal();
-            reset_on_and_on(&resets)
-        };
-        let stopped = with_an_ear(&ears, &resets, work).unwrap();
-        assert_eq!(stopped, (true, Some(Ended::Quit)));
-        let _left = quit.take();
-        let (control, resets) = (requests.control(), Resets::default());
-        let work = || {
-            let info = control.ask(Request::Info);
-            let pause = control.ask(Request::Pause);
-            let end = control.ask(Request::Shutdown);
-            (info, pause, end, reset_on_and_on(&resets))
-        };
-        let (answers, ended) = with_an_ear(&ears, &resets, work).unwrap();
-        let restarting = Err(RequestError::State("restarting: ask again"));
-        let answered = (
+        for (heard, ended) in [
+            (Heard::Signal(15), Ended::PowerOff),
+            (Heard::Quit, Ended::Quit),
+        ] {
+            let mut listening = listening();
+            assert!(listening.resets.go_on(&HostBridge::new()));
+            assert!(listening.hear(heard).is_continue());
+            assert_eq!(listening.ended, Some(ended));
+            // No reset begins any more, and another signal does not wait for the one that goes on.
+            assert!(!listening.resets.go_on(&HostBridge::new()));
+            assert!(listening.hear(Heard::Quit).is_continue());
+            assert_eq!(listening.ended, Some(ended));
+            assert_eq!(listening.hear(Heard::Signal(2)), ControlFlow::Break(2));
+        }
+        let mut listening = listening();
+        let asking = std::thread::spawn(move || {
+            let requests = [Request::Info, Request::Pause, Request::Shutdown];
+            requests.map(|request| control.ask(request))
+        });
+        while listening.ended.is_none() {
+            assert!(listening.hear(Heard::Request).is_continue());
+            std::thread::yield_now();
+        }
+        let answers = [
             Ok(Answer::Info(Info::default())),
-            restarting,
+            Err(RequestError::State("restarting: ask again")),
             Ok(Answer::Done),
-            true,
-        );
-        assert_eq!((answers, ended), (answered, Some(Ended::Asked)));
+        ];
+        assert_eq!(asking.join().unwrap(), answers);
+        assert_eq!(listening.ended, Some(Ended::Asked));
     }
 }

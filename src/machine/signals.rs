@@ -61,14 +61,6 @@ impl Signals {
         let number = info.get(..read)?.first_chunk()?;
         Some(i32::from_ne_bytes(*number))
     }
-
-    /// [`RunError::StoppedEarly`] where a signal has come.
-    pub(super) fn check(&self) -> Result<(), RunError> {
-        match self.take() {
-            Some(signal) => Err(RunError::StoppedEarly { signal }),
-            None => Ok(()),
-        }
-    }
 }
 
 impl AsRawFd for Signals {

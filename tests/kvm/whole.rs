@@ -208,6 +208,45 @@ fn a_second_signal_kills_a_guest_that_does_not_listen() {
 }
 
 #[test]
+fn a_vm_ends_soon_whether_its_guest_is_deaf_or_paused_and_in_each_way() {
+    const LIMIT: Duration = Duration::from_secs(5);
+    for (paused, signals, status) in [
+        // A guest that runs is asked first, and one that stands still cannot be.
+        (false, &[libc::SIGTERM, libc::SIGINT][..], 1),
+        (true, &[libc::SIGTERM], 0),
+        (false, &[], 0),
+        (true, &[], 0),
+    ] {
+        let mut run = Run::new(&[&say("deaf")[..], &[0xeb, 0xfe]].concat());
+        let socket = run.folder.path().join("api");
+        run.command.arg("--api-socket").arg(&socket);
+        let Some((child, _folder)) = run.until("deaf") else {
+            return;
+        };
+        let ask = |verb: &str| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_busway"));
+            command.args(["ctl", verb, "--api-socket"]).arg(&socket);
+            assert!(command.output().unwrap().status.success(), "{verb}");
+        };
+        if paused {
+            ask("pause");
+        }
+        let start = Instant::now();
+        for &number in signals {
+            signal(&child, number);
+        }
+        if signals.is_empty() {
+            ask("shutdown");
+        }
+        let output = child.wait_with_output().unwrap();
+        let (took, errors) = (start.elapsed(), stderr(&output));
+        assert!(took < LIMIT, "paused: {paused}, {signals:?}: {took:?}");
+        assert_eq!(output.status.code(), Some(status), "{errors}");
+        assert!(!socket.exists());
+    }
+}
+
+#[test]
 fn a_thread_that_panics_ends_the_vm_in_order_with_a_word_and_status_1() {
     let mut run = Run::new(&[&say("runs")[..], &[0xeb, 0xfe]].concat());
     run.command.env("BUSWAY_TEST_PANIC_AFTER_MS", "300");

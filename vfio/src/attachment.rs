@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::handed::{Handed, HandedKind};
+use crate::held_up::{self, Step};
 use crate::hot_reset::{self, Owner};
 use crate::{Affected, FunctionReset, HostName, KvmFiles, sys};
 use busway_iommu::{Group, Ioas, SysRoot};
@@ -47,6 +48,7 @@ pub(crate) struct Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
+        held_up::where_a_test_asks(Step::Closing, self.name);
         if let Attachment::Ioas { kvm, ioas, group } = &self.attachment {
             if let Some(kvm) = kvm {
                 kvm.remove(self.file.as_fd());

@@ -25,6 +25,7 @@ mod events;
 mod fake;
 mod function;
 mod handed;
+mod held_up;
 mod host_name;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
@@ -63,7 +64,7 @@ pub use host_name::{HostName, ParseHostNameError};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;
-pub use open::{DeviceError, Opener};
+pub use open::{Claimed, DeviceError, Joined, Opener};
 pub use peers::try_peers;
 pub use reset::{Affected, FunctionReset, ResetMethod};
 pub use resets::Resets;

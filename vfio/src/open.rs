@@ -12,6 +12,7 @@ use busway_iommu::{
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
 use crate::handed::Handed;
+use crate::held_up::{self, Step};
 use crate::patience::patiently;
 use crate::refusal::{Binding, MODULE};
 use crate::vf_token::TokenUse;
@@ -184,7 +185,42 @@ pub struct Opener {
     open: Arc<OpenOnes>,
 }
 
+/// The devices that an [`Opener`] has opened, opens or closes now, for who wants to know. It keeps none of them.
+#[derive(Clone, Debug)]
+pub struct Claimed(Weak<OpenOnes>);
+
+/// Keeps a space of use before a device of it is open.
+#[derive(Debug)]
+pub struct Joined {
+    _group: Option<Arc<OpenGroup>>,
+}
+
+impl Claimed {
+    /// Their names. A device is there from before it is opened until what it was attached to is let go.
+    #[must_use]
+    pub fn names(&self) -> Vec<HostName> {
+        let Some(open) = self.0.upgrade() else {
+            return Vec::new();
+        };
+        let devices = open.devices();
+        let held = devices.iter().filter(|(_, claim)| claim.strong_count() > 0);
+        held.map(|(name, _)| *name).collect()
+    }
+
+    /// Whether there can be none any more: the opener is gone, with all devices.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
 impl Opener {
+    /// Which devices it has, from now on.
+    #[must_use]
+    pub fn claimed(&self) -> Claimed {
+        Claimed(Arc::downgrade(&self.open))
+    }
+
     /// An opener whose devices are attached to `space`, and whose files `kvm` is told of.
     #[must_use]
     pub fn new(paths: SysRoot, space: Space, kvm: Option<Arc<dyn KvmFiles>>) -> Self {
@@ -209,6 +245,21 @@ impl Opener {
         }
     }
 
+    /// Has the VM's space be of use for devices that are opened later, the first of which has its folder in
+    /// `device`: a container maps nothing before a group is in it. That resets nothing.
+    ///
+    /// # Errors
+    /// [`DeviceError`]
+    pub fn join(&self, device: &Path) -> Result<Joined, DeviceError> {
+        let address = check(&self.paths, device)?;
+        Ok(Joined {
+            _group: match &self.space {
+                Space::Type1(container) => Some(self.group(container, device, address)?),
+                Space::Iommufd(_) => None,
+            },
+        })
+    }
+
     /// Opens the device whose folder in sysfs is `device` and attaches it to the VM's space.
     /// `vf_token` is what the user of its physical function, and of its other virtual functions, says
     /// too. A physical function's is set by opening it, so that comes before its virtual ones.
@@ -225,6 +276,7 @@ impl Opener {
             return Err(DeviceError::UnusedVfToken { name });
         }
         let claim = self.claim(name)?;
+        held_up::where_a_test_asks(Step::Opening, name);
         let opened = match &self.space {
             Space::Type1(container) => {
                 let group = self.group(container, device, name)?;

@@ -178,7 +178,7 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
 }
 
 /// Runs the VM, of which `requests` ask, to its end.
-fn boot(config: &VmConfig, report: &Report, requests: Requests) -> Result<(), Failure> {
+fn boot(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Result<(), Failure> {
     match machine::run(config, report, requests) {
         Ok(Ended::PowerOff) => log::info!("the guest powered off"),
         Ok(Ended::Quit) => log::info!("left by the console's escape key"),

@@ -72,6 +72,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 "",
                 r#"{"path": "0000:02:00.0", "id": "drive"}"#,
                 r#"{"path": "0000:02:00.0", "id": "early"}"#,
+                r#"{"path": "0000:02:00.0", "functions": [{"path": "0000:02:00.1"}]}"#,
                 r#"{"path": "0000:01:00.0"}"#,
             ],
             "vm.add-disk" => &[
@@ -80,7 +81,12 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"path": "/a.raw", "id": "twice"}"#,
             ],
             "vm.add-net" => &["", r#"{"tap": "vmtap0"}"#, r#"{"id": "twice"}"#],
-            "vm.remove-device" => &["", r#"{"id": "0000:01:00.0"}"#, r#"{"id": "another"}"#],
+            "vm.remove-device" => &[
+                "",
+                r#"{"id": "0000:01:00.0"}"#,
+                r#"{"id": "card"}"#,
+                r#"{"id": "another"}"#,
+            ],
             _ => &[""],
         };
         let each = [endpoint.method, "POST"]

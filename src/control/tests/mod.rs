@@ -22,7 +22,9 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::config::{DeviceConfig, DiskConfig, VirtioConfig};
-use crate::machine::{Answer, Info, Request, RequestError, Requests, State, VirtioInfo};
+use crate::machine::{
+    Added, AddedFunction, Answer, Info, Request, RequestError, Requests, State, VirtioInfo,
+};
 use crate::report::AssignedDevice;
 
 /// What a machine does with a request: nothing is said to leave it unanswered.
@@ -147,15 +149,22 @@ fn added(configs: &[DeviceConfig]) -> Result<Answer, RequestError> {
     let id = configs[0].id();
     match id.as_str() {
         "0000:01:00.0" => Err(RequestError::Exists(id)),
-        "early" => Ok(Answer::Unattended {
-            id,
-            address: "0000:04:00.0".into(),
-        }),
+        "early" => Ok(Answer::Added(Added {
+            attended: false,
+            ..Added::one(id, "0000:04:00.0".into())
+        })),
         "0000:0f:00.0" => Err(RequestError::Failed(format!("{id} is bound to nvme"))),
-        _ => Ok(Answer::Added {
-            id,
-            address: "0000:03:00.0".into(),
-        }),
+        _ => {
+            let others = (1..).zip(&configs[1..]);
+            let others = others.map(|(number, config)| AddedFunction {
+                id: config.id(),
+                address: format!("0000:03:00.{number}"),
+            });
+            Ok(Answer::Added(Added {
+                others: others.collect(),
+                ..Added::one(id, "0000:03:00.0".into())
+            }))
+        }
     }
 }
 
@@ -164,16 +173,17 @@ fn added_virtio(config: &VirtioConfig) -> Result<Answer, RequestError> {
     let id = config.id().unwrap_or(config.word()).to_owned();
     match id.as_str() {
         "twice" => Err(RequestError::Exists(id)),
-        _ => Ok(Answer::Added {
-            id,
-            address: "0000:00:04.0".into(),
-        }),
+        _ => Ok(Answer::Added(Added::one(id, "0000:00:04.0".into()))),
     }
 }
 
 fn removed(id: &str) -> Result<Answer, RequestError> {
     match id {
         "0000:01:00.0" => Ok(Answer::Done),
+        "card" => Ok(Answer::RemovedTogether(vec![
+            "card".into(),
+            "0000:02:00.1".into(),
+        ])),
         "stuck" => Err(RequestError::Failed(
             "the guest did not let go of it".into(),
         )),

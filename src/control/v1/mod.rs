@@ -16,7 +16,9 @@ use super::connections::Service;
 use super::http::{Answer, Request as HttpRequest};
 use super::json;
 use crate::config::{DeviceConfig, OnError, VirtioConfig, VmConfig};
-use crate::machine::{self, Control, Files, Info, Request, RequestError, State};
+use crate::machine::{
+    self, Added, AddedFunction, Control, Files, Info, Request, RequestError, State,
+};
 use config::Config;
 use virtio::{AddDisk, AddNet};
 
@@ -192,7 +194,7 @@ impl Endpoint {
             Act::Ask(..) | Act::End(204) => &[204, 400, 429, 500],
             Act::End(_) => &[200, 400, 429, 500],
             Act::AddDevice | Act::AddVirtio(..) => &[200, 400, 409, 429, 500],
-            Act::RemoveDevice => &[204, 400, 404, 429, 500],
+            Act::RemoveDevice => &[200, 204, 400, 404, 429, 500],
             Act::NotYet(_) => &[400, 501],
         }
     }
@@ -215,7 +217,7 @@ struct VmInfo<'a> {
     state: &'static str,
     memory_actual_size: u64,
     device_tree: BTreeMap<&'a str, DeviceNode<'a>>,
-    /// Beside Cloud Hypervisor's: the guest is stopped for good, after an error of a device.
+    /// Beside Cloud Hypervisor's: the guest is paused after an error of a device.
     #[serde(skip_serializing_if = "Option::is_none")]
     held: Option<bool>,
     /// Beside Cloud Hypervisor's: how many devices can be added.
@@ -256,19 +258,39 @@ impl<'a> DeviceNode<'a> {
 struct PciDeviceInfo {
     id: String,
     bdf: String,
-    /// Beside Cloud Hypervisor's: no driver of the guest's attends to the slot, yet.
+    /// Beside Cloud Hypervisor's: false where no driver of the guest's attends to the slot, yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     attended: Option<bool>,
+    /// Beside Cloud Hypervisor's: the further functions that came with it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    functions: Vec<PciDeviceInfo>,
 }
 
-impl PciDeviceInfo {
-    fn new(id: String, bdf: String) -> Self {
+impl From<AddedFunction> for PciDeviceInfo {
+    fn from(added: AddedFunction) -> Self {
         Self {
-            id,
-            bdf,
+            id: added.id,
+            bdf: added.address,
             attended: None,
+            functions: Vec::new(),
         }
     }
+}
+
+impl From<Added> for PciDeviceInfo {
+    fn from(added: Added) -> Self {
+        Self {
+            attended: (!added.attended).then_some(false),
+            functions: added.others.into_iter().map(Self::from).collect(),
+            ..Self::from(added.first)
+        }
+    }
+}
+
+/// What leaves together.
+#[derive(Serialize)]
+struct Removed {
+    ids: Vec<String>,
 }
 
 /// `DeviceConfig`, as far as Busway has it. What it does not know is ignored, as clients expect.
@@ -280,9 +302,22 @@ struct AddDevice {
     /// Beside Cloud Hypervisor's.
     vf_token: Option<String>,
     on_error: Option<OnError>,
+    /// Beside Cloud Hypervisor's: further functions of the same device.
+    #[serde(default)]
+    functions: Vec<AddDevice>,
 }
 
 impl AddDevice {
+    /// It and its further functions, which have none.
+    fn into_configs(mut self) -> Result<Vec<DeviceConfig>, String> {
+        let functions = std::mem::take(&mut self.functions);
+        if functions.iter().any(|one| !one.functions.is_empty()) {
+            return Err("functions of a function: name all of them in one list".to_owned());
+        }
+        let all = std::iter::once(self).chain(functions);
+        all.map(Self::into_config).collect()
+    }
+
     fn into_config(self) -> Result<DeviceConfig, String> {
         let path = self
             .path
@@ -441,31 +476,25 @@ impl Api {
         })
     }
 
-    /// Answers when the device is in a slot of the guest's.
+    /// Answers when the device, or its functions together, are in a slot of the guest's.
     fn add_device(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The device could not be added to the VM";
-        let config = match json::parse::<AddDevice>(body).and_then(AddDevice::into_config) {
-            Ok(config) => config,
+        let configs = match json::parse::<AddDevice>(body).and_then(AddDevice::into_configs) {
+            Ok(configs) => configs,
             Err(why) => return failed(400, &[WHAT, &why]),
         };
-        self.add(Request::AddDevice(vec![config]), WHAT)
+        self.add(Request::AddDevice(configs), WHAT)
     }
 
     fn add(&self, request: Request, what: &str) -> Answer {
         match self.control.ask(request) {
-            Ok(machine::Answer::Added { id, address }) => {
-                succeeded(&PciDeviceInfo::new(id, address))
-            }
-            Ok(machine::Answer::Unattended { id, address }) => succeeded(&PciDeviceInfo {
-                attended: Some(false),
-                ..PciDeviceInfo::new(id, address)
-            }),
+            Ok(machine::Answer::Added(added)) => succeeded(&PciDeviceInfo::from(added)),
             Ok(_) => failed(500, &[what]),
             Err(error) => refused(what, &error),
         }
     }
 
-    /// Answers when the host has the device back.
+    /// Answers when the host has the device back, and all that was in its slot.
     fn remove_device(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The device could not be removed from the VM";
         let RemoveDevice { id, force } = match json::parse(body) {
@@ -473,6 +502,7 @@ impl Api {
             Err(why) => return failed(400, &[WHAT, &why]),
         };
         match self.control.ask(Request::RemoveDevice { id, force }) {
+            Ok(machine::Answer::RemovedTogether(ids)) => succeeded(&Removed { ids }),
             Ok(_) => done(),
             Err(error) => refused(WHAT, &error),
         }

@@ -9,7 +9,10 @@ use busway_pci::pace::SystemClock;
 use busway_pci::{Device, Function, PciFunction};
 use busway_vfio::{AssignedFunction, DeviceIo, Resets, Wiring};
 
+use busway_host::open_node;
+
 use super::PeerToPeerError;
+use super::advice::with_remedies;
 use super::dma::DmaListener;
 use super::find::{Found, Request};
 use super::open::{OpenSpace, Opened, Opening};
@@ -123,21 +126,21 @@ impl Attacher {
         Ok(Some(opened))
     }
 
-    /// Maps guest memory into the space that `opened` are in, and keeps it in step from now on.
-    pub(super) fn map(&self, opened: &Opened) -> Result<Arc<Users>, RunError> {
-        let dma = opened.space.space.dma();
+    /// Maps guest memory into a space that `count` devices are in, and keeps it in step from now on.
+    pub(super) fn map(&self, open: &OpenSpace, count: usize) -> Result<(), RunError> {
+        let dma = open.space.dma();
         let peer_to_peer = self.opening.platform.p2p;
         let listener = Arc::new(DmaListener::new(dma.clone(), peer_to_peer));
         self.memory.listen(listener.clone())?;
         let users = Arc::<Users>::default();
-        users.change(|counts| counts.open = opened.devices.len());
+        users.change(|counts| counts.open = count);
         *self.space() = Some(SpaceInUse {
-            open: opened.space.clone(),
+            open: open.clone(),
             dma,
             listener,
-            users: users.clone(),
+            users,
         });
-        Ok(users)
+        Ok(())
     }
 
     /// Of the space that there is now.
@@ -154,7 +157,10 @@ impl Attacher {
         slot: Device,
     ) -> Result<Vec<Prepared>, RunError> {
         let found = Found::find_more(configs, self.opening.platform.iommufd)?;
-        let (opened, users) = self.open_more(found)?;
+        let root = found.paths.clone();
+        let opened = self.open_more(found);
+        let (opened, users) = opened
+            .map_err(|error| with_remedies(error, &root, configs, self.opening.ram, &open_node))?;
         // They stay open until their space is left.
         let devices: Vec<_> = opened.devices.iter().map(|(_, io)| io.clone()).collect();
         let mut ports = self.reset(opened);
@@ -172,13 +178,20 @@ impl Attacher {
     }
 
     /// Opens devices in the space of those that there are, or else in a new one.
-    fn open_more(&self, found: Found) -> Result<(Opened, Arc<Users>), RunError> {
+    fn open_more(&self, mut found: Found) -> Result<(Opened, Arc<Users>), RunError> {
         let making = lock(&self.making);
+        let mut joined = None;
+        if self.space().is_none()
+            && let Some((open, first)) = found.make_space(&self.opening)?
+        {
+            self.map(&open, 0)?;
+            joined = Some(first);
+        }
         let there = self.space().clone();
         let Some(space) = there else {
             let (opened, _way) = found.open(&self.opening)?;
-            let users = self.map(&opened)?;
-            return Ok((opened, users));
+            self.map(&opened.space, opened.devices.len())?;
+            return Ok((opened, self.users()));
         };
         space.users.change(|counts| counts.coming += 1);
         // Others come and go while the kernel resets these.
@@ -189,6 +202,11 @@ impl Attacher {
             counts.coming -= 1;
             counts.open += count;
         });
+        if opened.is_err() {
+            // Where it was made for these, it goes with them, and before what it was made of.
+            self.leave(&space.users, 0);
+        }
+        drop(joined);
         Ok((opened?, space.users))
     }
 
@@ -238,6 +256,15 @@ impl Attacher {
             })
         });
         functions.collect()
+    }
+
+    /// Closes devices that are in no slot.
+    pub(super) fn give_up(&self, functions: Vec<Prepared>) {
+        for one in functions {
+            drop(one.function);
+            self.leave(&one.users, 1);
+            drop(one.device);
+        }
     }
 
     /// So many devices, which are still open, leave their space and are closed next. With the last one

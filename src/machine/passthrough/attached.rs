@@ -161,11 +161,7 @@ impl Attached {
         let attacher = self.attacher.clone();
         self.releases
             .start("release", &names.join(" and "), move || {
-                for one in functions {
-                    drop(one.function);
-                    attacher.leave(&one.users, 1);
-                    drop(one.device);
-                }
+                attacher.give_up(functions)
             });
     }
 
@@ -382,17 +378,25 @@ impl Attached {
         let names: Vec<_> = leaving.iter().map(|device| &*device.name).collect();
         let (names, topology, how) = (names.join(" and "), topology.clone(), how.to_owned());
         let attacher = self.attacher.clone();
+        let ids: Vec<_> = leaving.iter().map(|device| device.config.id()).collect();
+        let answer = match ids.len() {
+            0 | 1 => Answer::Done,
+            _ => Answer::RemovedTogether(ids),
+        };
         self.releases.start("release", &names, move || {
             // Dropped first: a function resets its device as it goes.
             drop(topology.unplug(port));
+            let mut askers = Vec::new();
             for mut device in leaving {
-                let (name, removal) = (device.name.clone(), device.removal.take());
+                let name = device.name.clone();
+                askers.extend(device.removal.take().map(|removal| removal.asker));
                 attacher.leave(&device.users, 1);
                 drop(device);
                 log::warn!("{name}: {how}; the host has it back");
-                if let Some(removal) = removal {
-                    removal.asker.answer(Ok(Answer::Done));
-                }
+            }
+            // Not before all of them are closed.
+            for asker in askers {
+                asker.answer(Ok(answer.clone()));
             }
         });
     }
@@ -439,7 +443,7 @@ impl Entry {
             OnError::Pause if !held => {
                 log::error!(
                     "{name} had an uncorrectable error: {what}; the guest is held (on_error=pause): \
-                     a signal such as SIGTERM ends it"
+                     `busway ctl resume` lets it go on, a signal such as SIGTERM ends it"
                 );
                 Ok(Verdict::Hold)
             }

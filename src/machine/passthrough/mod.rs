@@ -5,6 +5,7 @@
 //! (`attach`), which have their places behind root ports (`placement`), and is presented to the
 //! guest. From then on `attached` hears what a device tells, and releases it.
 
+mod advice;
 mod attach;
 mod attached;
 mod dma;
@@ -23,7 +24,7 @@ use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
 use super::pci::Pci;
-use super::requests::{Answer, Asker, RequestError};
+use super::requests::{Added, AddedFunction, Answer, Asker, RequestError};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
@@ -33,8 +34,8 @@ use attached::Attached;
 pub(super) use attached::{RELEASE_LIMIT, Verdict};
 pub(super) use dma::PeerToPeerError;
 pub(super) use find::{Found, options};
-pub(super) use open::Opened;
 use open::Opening;
+pub(super) use open::{OpenDevices, Opened};
 pub(super) use placement::{HostIdentity, behind_ports};
 
 /// The host's devices of a machine, and what attaching one needs.
@@ -44,8 +45,8 @@ pub(super) struct Passthrough {
     pub(super) attached: Attached,
     /// Batches on their way. They are waited for.
     coming: Aside,
-    /// The ports that they are for.
-    taken: Vec<FunctionId>,
+    /// The ports that they are for, and what they are.
+    on_their_way: Vec<(FunctionId, Vec<DeviceConfig>)>,
     /// Batches that have come, or have not.
     come: Arc<Mutex<Vec<Come>>>,
     /// Those of them that wait until their slots are steady, each until a time at most.
@@ -53,6 +54,7 @@ pub(super) struct Passthrough {
     attacher: Arc<Attacher>,
     router: IrqRouter,
     events: Arc<Events>,
+    open: OpenDevices,
 }
 
 /// What came of attaching a device.
@@ -64,7 +66,8 @@ struct Come {
 }
 
 impl Passthrough {
-    /// Of a machine that has no device yet. `memory` may be empty until [`map`](Self::map).
+    /// Of a machine that has no device yet. `memory` may be empty until [`map`](Self::map). What is opened is
+    /// among `devices`.
     ///
     /// # Errors
     /// [`RunError`]
@@ -74,6 +77,7 @@ impl Passthrough {
         memory: &Arc<Regions>,
         router: &IrqRouter,
         events: &Arc<Events>,
+        devices: &OpenDevices,
     ) -> Result<Self, RunError> {
         let can_have_some = !config.device.is_empty() || config.platform.hotplug_slots() > 0;
         let kvm = match can_have_some {
@@ -84,19 +88,26 @@ impl Passthrough {
             platform: config.platform.clone(),
             kvm,
             ram: config.memory.size,
+            devices: devices.clone(),
         };
         let resets = Arc::<Resets>::default();
         let attacher = Arc::new(Attacher::new(opening, memory.clone(), resets, router));
         Ok(Self {
             attached: Attached::new(attacher.clone()).map_err(RunError::system("epoll_create"))?,
             coming: Aside::default(),
-            taken: Vec::new(),
+            on_their_way: Vec::new(),
             come: Arc::default(),
             waiting: Vec::new(),
             attacher,
             router: router.clone(),
             events: events.clone(),
+            open: devices.clone(),
         })
+    }
+
+    /// The devices that the machine has opened, opens or closes now.
+    pub(super) fn open_devices(&self) -> OpenDevices {
+        self.open.clone()
     }
 
     /// Opens the machine's first devices, in a space where nothing is mapped yet; nothing where there are
@@ -107,7 +118,7 @@ impl Passthrough {
 
     /// Gives the machine that is being put together its first devices: maps guest memory for them.
     pub(super) fn map(&self, opened: &Opened) -> Result<(), RunError> {
-        self.attacher.map(opened).map(drop)
+        self.attacher.map(&opened.space, opened.devices.len())
     }
 
     /// Puts the first devices behind root ports, and hears from now on what they tell.
@@ -136,18 +147,23 @@ impl Passthrough {
     /// Adds functions of one host device to the machine that runs, in an empty slot. Whoever asks is
     /// answered when they are in it, or when it is known that they will not be.
     pub(super) fn attach(&mut self, configs: Vec<DeviceConfig>, pci: &Pci, asker: Asker) {
-        if let Some(twice) = configs.iter().find(|config| self.attached.has(config)) {
+        let comes = |config: &DeviceConfig| {
+            let mut coming = self.coming_devices();
+            coming.any(|other| other.path == config.path || other.id() == config.id())
+        };
+        let is_there = |config: &&DeviceConfig| self.attached.has(config) || comes(config);
+        if let Some(twice) = configs.iter().find(is_there) {
             asker.answer(Err(RequestError::Exists(twice.name())));
             return;
         }
         let lives_by_io = configs.iter().any(HostIdentity::may_live_by_io);
-        let Some((port, slot)) = pci.empty_port(&self.taken, lives_by_io) else {
+        let Some((port, slot)) = pci.empty_port(&self.taken(), lives_by_io) else {
             asker.answer(Err(RequestError::Failed(pci.no_slot())));
             return;
         };
         let names: Vec<_> = configs.iter().map(DeviceConfig::name).collect();
         let names = names.join(" and ");
-        self.taken.push(port);
+        self.on_their_way.push((port, configs.clone()));
         let (attacher, come, events) = (
             self.attacher.clone(),
             self.come.clone(),
@@ -166,9 +182,36 @@ impl Passthrough {
         });
     }
 
+    /// Asks the guest to let go of the device called `id`: [`Attached::remove`]. One that is still on its way cannot
+    /// be asked for.
+    pub(super) fn remove(
+        &mut self,
+        id: &str,
+        force: bool,
+        topology: &Arc<Topology>,
+        held: bool,
+        asker: Asker,
+    ) {
+        if self.coming_devices().any(|config| config.id() == id) {
+            asker.answer(Err(RequestError::State(
+                "still to get it: ask again when it is there",
+            )));
+            return;
+        }
+        self.attached.remove(id, force, topology, held, asker);
+    }
+
+    fn taken(&self) -> Vec<FunctionId> {
+        self.on_their_way.iter().map(|(port, _)| *port).collect()
+    }
+
+    fn coming_devices(&self) -> impl Iterator<Item = &DeviceConfig> {
+        self.on_their_way.iter().flat_map(|(_, configs)| configs)
+    }
+
     /// How many devices can be added.
     pub(super) fn empty_slots(&self, pci: &Pci) -> usize {
-        pci.empty_ports(&self.taken).count()
+        pci.empty_ports(&self.taken()).count()
     }
 
     /// Takes what has come: it is put into its slot by [`on_time`](Self::on_time), which comes next.
@@ -198,7 +241,7 @@ impl Passthrough {
                 outcome,
                 asker,
             } = come;
-            self.taken.retain(|taken| *taken != port);
+            self.on_their_way.retain(|(taken, _)| *taken != port);
             let answer = match outcome {
                 Ok(functions) => self.present(functions, port, pci),
                 Err(error) => Err(RequestError::failed(&error)),
@@ -217,22 +260,32 @@ impl Passthrough {
             .iter()
             .map(|one| (one.number, one.function.clone()));
         match pci.plug(port, behind.collect()) {
-            Ok(address) => {
-                let id = functions.first().map(|one| one.config.id());
-                for one in functions {
+            Ok(addresses) => {
+                let mut added = Vec::new();
+                for (one, address) in functions.into_iter().zip(addresses) {
                     log::info!("{}: added at {address}", one.config.name());
+                    let id = one.config.id();
+                    added.push(AddedFunction { id, address });
                     self.attached.add(one, port);
                 }
-                let id = id.unwrap_or_default();
+                let mut added = added.into_iter();
+                let Some(first) = added.next() else {
+                    return Err(RequestError::Failed("there is no device to add".to_owned()));
+                };
                 let attended = pci.topology().with_slot(port, |slot| slot.attended());
-                if attended == Some(true) {
-                    return Ok(Answer::Added { id, address });
+                let attended = attended == Some(true);
+                if !attended {
+                    log::warn!(
+                        "{}: no driver of the guest's attends to the slot: the guest finds the device when it has \
+                         one (Linux's, pciehp, is off with pcie_ports=compat)",
+                        first.id
+                    );
                 }
-                log::warn!(
-                    "{id}: no driver of the guest's attends to the slot: the guest finds the device when it has \
-                     one (Linux's, pciehp, is off with pcie_ports=compat)"
-                );
-                Ok(Answer::Unattended { id, address })
+                Ok(Answer::Added(Added {
+                    first,
+                    others: added.collect(),
+                    attended,
+                }))
             }
             Err(error) => {
                 self.attached.refuse(functions);
@@ -268,9 +321,11 @@ fn is_steady(topology: &Topology, port: FunctionId) -> bool {
 
 impl Drop for Passthrough {
     fn drop(&mut self) {
-        // What has come and is in no slot is closed with the rest.
         self.coming.finish();
         let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
-        drop(come);
+        // What has come and is in no slot leaves its space before it is closed.
+        for functions in come.into_iter().filter_map(|come| come.outcome.ok()) {
+            self.attacher.give_up(functions);
+        }
     }
 }

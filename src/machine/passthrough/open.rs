@@ -2,12 +2,13 @@
 
 use std::panic::resume_unwind;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ScopedJoinHandle};
 
 use busway_iommu::{Kind, Mode, Space, SysRoot, Way};
 use busway_vfio::{
-    DeviceError, DeviceIo, KernelDevice, KvmFiles, Opener, TokenUse, VfToken, try_peers,
+    Claimed, DeviceError, DeviceIo, Joined, KernelDevice, KvmFiles, Opener, TokenUse, VfToken,
+    try_peers,
 };
 
 use super::find::{Found, Request};
@@ -38,6 +39,31 @@ pub(super) struct Opening {
     pub(super) kvm: Option<Arc<dyn KvmFiles>>,
     /// Bytes of RAM, all of which is pinned.
     pub(super) ram: u64,
+    /// What is opened by it.
+    pub(super) devices: OpenDevices,
+}
+
+/// The devices that a machine has opened, opens or closes now, for who wants to name them on any thread.
+#[derive(Clone, Debug, Default)]
+pub(in crate::machine) struct OpenDevices(Arc<Mutex<Vec<Claimed>>>);
+
+impl OpenDevices {
+    /// Their names on the host.
+    pub(in crate::machine) fn names(&self) -> Vec<String> {
+        let openers = self.openers();
+        let names = openers.iter().flat_map(Claimed::names);
+        names.map(|name| name.to_string()).collect()
+    }
+
+    fn watch(&self, opener: &Opener) {
+        let mut openers = self.openers();
+        openers.retain(|one| !one.is_over());
+        openers.push(opener.claimed());
+    }
+
+    fn openers(&self) -> MutexGuard<'_, Vec<Claimed>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Found {
@@ -48,13 +74,7 @@ impl Found {
     /// # Errors
     /// [`RunError`], with the device's name and what helps
     pub(super) fn open(mut self, with: &Opening) -> Result<(Opened, Way), RunError> {
-        let requests = self.requests.iter();
-        let folders: Vec<_> = requests.map(|one| &*one.identity.folder).collect();
-        let peers = with.platform.p2p != Choice::Off;
-        let mut way = Way::choose(&self.paths, self.mode, &folders, peers);
-        if self.asked == Mode::Auto && self.mode != Mode::Auto {
-            way.why = "a descriptor of it was inherited".to_owned();
-        }
+        let mut way = self.way(with);
         let mut opened = self.open_by(way.kind, with)?;
         if way.is_on_trial()
             && let Some(error) = trial(&opened)
@@ -67,6 +87,39 @@ impl Found {
         log::info!("devices are reached by {way}");
         let (devices, space) = opened;
         Ok((self.opened(devices, space), way))
+    }
+
+    /// A new DMA space for these devices, where memory can be mapped before any of them is open, so that
+    /// nobody else waits for the kernel to reset them. Nothing where the interface has to be tried with open
+    /// devices, which [`open`](Self::open) does.
+    ///
+    /// # Errors
+    /// [`RunError`], with the device's name and what helps
+    pub(super) fn make_space(
+        &mut self,
+        with: &Opening,
+    ) -> Result<Option<(OpenSpace, Joined)>, RunError> {
+        let way = self.way(with);
+        let Some(first) = self.requests.first().filter(|_| !way.is_on_trial()) else {
+            return Ok(None);
+        };
+        let folder = first.identity.folder.clone();
+        let space = self.new_space(way.kind, with)?;
+        let joined = space.opener.join(&folder)?;
+        log::info!("devices are reached by {way}");
+        Ok(Some((space, joined)))
+    }
+
+    /// Which of the kernel's interfaces it is to be.
+    fn way(&self, with: &Opening) -> Way {
+        let requests = self.requests.iter();
+        let folders: Vec<_> = requests.map(|one| &*one.identity.folder).collect();
+        let peers = with.platform.p2p != Choice::Off;
+        let mut way = Way::choose(&self.paths, self.mode, &folders, peers);
+        if self.asked == Mode::Auto && self.mode != Mode::Auto {
+            way.why = "a descriptor of it was inherited".to_owned();
+        }
+        way
     }
 
     /// Opens the devices in a space that there is.
@@ -84,12 +137,18 @@ impl Found {
         kind: Kind,
         with: &Opening,
     ) -> Result<(Vec<KernelDevice>, OpenSpace), RunError> {
+        let space = self.new_space(kind, with)?;
+        let devices = self.open_all(&space.opener, &with.platform)?;
+        Ok((devices, space))
+    }
+
+    fn new_space(&mut self, kind: Kind, with: &Opening) -> Result<OpenSpace, RunError> {
         let space = Space::open(&self.paths, kind, self.iommufd.take())?;
         space.reserve(&self.paths, with.ram)?;
         let (paths, kvm) = (self.paths.clone(), with.kvm.clone());
         let opener = Arc::new(Opener::new(paths, space.clone(), kvm));
-        let devices = self.open_all(&opener, &with.platform)?;
-        Ok((devices, OpenSpace { space, opener }))
+        with.devices.watch(&opener);
+        Ok(OpenSpace { space, opener })
     }
 
     fn open_all(

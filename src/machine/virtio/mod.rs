@@ -21,7 +21,7 @@ use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
 use super::pci::Pci;
-use super::requests::{Answer, Asker, Files, RequestError, VirtioInfo};
+use super::requests::{Added, Answer, Asker, Files, RequestError, VirtioInfo};
 use crate::config::{VirtioConfig, VmConfig};
 use crate::devices::InterruptLine;
 use crate::devices::pci_hotplug::PciHotplug;
@@ -345,10 +345,7 @@ impl VirtioDevices {
         }
         let address = address(slot);
         log::info!("{described}: added at {address}");
-        Ok(Answer::Added {
-            id: name.to_owned(),
-            address,
-        })
+        Ok(Answer::Added(Added::one(name.to_owned(), address)))
     }
 
     fn enter(&mut self, name: String, config: VirtioConfig, slot: u8, function: &Arc<VirtioPci>) {

@@ -8,7 +8,7 @@ use super::*;
 use crate::config::{DiskConfig, NetConfig, RngConfig};
 use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, WANTED};
 use crate::kvm::{BusDevice, Buses, Vm};
-use crate::machine::requests::{Control, Request, Requests};
+use crate::machine::requests::{Added, Control, Request, Requests};
 use crate::memory::{Regions, layout};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{CountingRoutes, eventually, ram};
@@ -169,10 +169,8 @@ impl Machine {
 }
 
 fn added(id: &str, slot: u8) -> Result<Answer, RequestError> {
-    Ok(Answer::Added {
-        id: id.to_owned(),
-        address: format!("0000:00:{slot:02x}.0"),
-    })
+    let address = format!("0000:00:{slot:02x}.0");
+    Ok(Answer::Added(Added::one(id.to_owned(), address)))
 }
 
 fn failure(answer: Result<Answer, RequestError>) -> String {

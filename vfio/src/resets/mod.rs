@@ -17,6 +17,7 @@ use std::time::Instant;
 use busway_pci::{Bdf, Bus, Complaints, Segment};
 
 use crate::aer::is_silent;
+use crate::held_up::{self, Step};
 use crate::patience::patiently;
 use crate::reset::{Decision, decide};
 use crate::{DeviceIo, FunctionReset, ResetMethod};
@@ -248,6 +249,7 @@ impl Resets {
             log::debug!("{name} does not answer, and is not reset by itself");
             return;
         }
+        held_up::where_a_test_asks(Step::Reset, name);
         let refused = patiently(|| io.reset()).err();
         self.with(io, |member| member.say(refused));
     }

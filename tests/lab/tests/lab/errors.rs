@@ -15,7 +15,10 @@ pub(crate) const PROOFS: &[Proof] = &[
         "errors_of_devices_are_told_of_or_stop_the_vm_as_each_says_by_cdev",
         |lab| told_and_stopped(lab, Interface::Cdev),
     ),
-    Proof::new("errors_hold_the_guest_until_a_signal_ends_it", held),
+    Proof::new(
+        "errors_hold_the_guest_until_it_is_resumed_or_a_signal_ends_it",
+        held,
+    ),
     Proof::new(
         "errors_of_a_port_are_those_of_the_device_behind_it",
         of_the_port,
@@ -85,6 +88,7 @@ fn told_and_stopped(lab: &mut Lab, interface: Interface) -> Result<()> {
 fn held(lab: &mut Lab) -> Result<()> {
     let (host, [first, ..]) = host(lab)?;
     let run = waiting(&[format!("{first},on_error=pause,id=uplink")])?;
+    let run = run.args(&["--api-socket", "/run/vm.sock"]);
     let running = host.start_guest(&run)?;
     running.wait_line("@@value ready")?;
     inject(host, "rng0", "COMP_TIME")?;
@@ -97,12 +101,25 @@ fn held(lab: &mut Lab) -> Result<()> {
          done"
     ))?;
     ensure!(state.contains("futex"), "the vCPU waits in {state:?}");
+    // It goes on as a guest does that was paused, and is held by the next error.
+    let ctl = "busway ctl --api-socket /run/vm.sock";
+    let told = host.run(&format!(
+        "{ctl} info | grep state && {ctl} resume && {ctl} info | grep state"
+    ))?;
+    says(&told, &["held: ", "the guest runs", "running"])?;
+    inject(host, "rng0", "COMP_TIME")?;
+    let held = format!("until {ctl} info | grep -q held; do sleep 0.1; done");
+    host.run(&held)?;
     running.signal("TERM")?;
     let result = running.finish()?;
     ensure!(result.status == 1, "status {}", result.status);
     says(
         &result.stderr,
-        &["(uplink) had an uncorrectable error", "ended by signal 15"],
+        &[
+            "goes on after an error",
+            "(uplink) had an uncorrectable error",
+            "ended by signal 15",
+        ],
     )
 }
 

@@ -1,13 +1,13 @@
 //! Devices that are added to a guest that runs, and removed from it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use busway_lab::{Host, Lab, RunningGuest};
+use busway_lab::{Device, GuestRun, Host, HostConfig, Lab, RunningGuest};
 
-use crate::assigned::{Interface, bound, give_back, guest};
+use crate::assigned::{Interface, give_back, guest, zoo};
 use crate::proof::Tier;
-use crate::{Proof, tell};
+use crate::{Proof, count, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     Proof::rounds(
@@ -19,7 +19,24 @@ pub(crate) const PROOFS: &[Proof] = &[
         |lab, tier| in_turn(lab, Interface::Cdev, tier),
     ),
     Proof::new("hotplug_that_fails_leaves_the_vm_as_it_was", failing),
+    Proof::new(
+        "hotplug_of_devices_that_do_not_come_back_keeps_nobody_waiting",
+        held_up,
+    ),
+    Proof::rounds(
+        "hotplug_that_is_killed_at_any_step_leaves_devices_that_are_restored",
+        killed,
+    ),
 ];
+
+/// The host of most trials, with a device of two functions, a conventional one, and one that has a lot of memory.
+fn herd() -> HostConfig {
+    zoo()
+        .device(Device::e1000e("two0"))
+        .device(Device::e1000e("two1").beside("two0"))
+        .device(Device::e1000("old0"))
+        .device(Device::ivshmem("big0", 16))
+}
 
 pub(crate) const CTL: &str = "busway ctl --api-socket /run/vm.sock";
 pub(crate) const SOCKET: [&str; 2] = ["--api-socket", "/run/vm.sock"];
@@ -45,29 +62,38 @@ impl Held {
     }
 }
 
-/// A drive, a NIC and a virtual function of another come and go in turn, and the drive is written to in each round. While
-/// the guest has none of them, the process has what it had after the first round, and no memory is locked; at the end the
+/// A drive, a NIC, a virtual function of another, a conventional one that has nothing but a pin, and two functions of one
+/// device come in turn and go together, and the drive is written to in each round. While the guest has none of them, the process has what it had after the first round, and no memory is locked; at the end the
 /// host reads what was written.
 fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     let rounds = tier.of(3, 200);
     let limit = Duration::from_secs(180 + 20 * rounds);
-    let (host, drive) = bound(lab, "nv0")?;
-    let nic = host.address("nic0")?;
+    let host = lab.host(&herd())?;
+    let [drive, nic, old, zero, one] =
+        ["nv0", "nic0", "old0", "two0", "two1"].map(|id| host.address(id));
+    let (drive, nic, old, zero, one) = (drive?, nic?, old?, zero?, one?);
     let functions = host.virtual_functions("nic1", 1)?;
     let function = functions.first().context("a virtual function")?;
-    host.run(&format!("busway device bind {nic} {function}"))?;
+    host.run(&format!(
+        "busway device bind {drive} {nic} {function} {old} {zero} {one}"
+    ))?;
+    let together = format!("{zero} {one}");
     let [_, way] = interface.arguments();
-    let platform = format!("{way},hotplug_slots=3,hotplug_mmio64=64M");
+    let platform = format!("{way},hotplug_slots=5,hotplug_mmio64=64M");
     let run = guest()?
         .args(&["--platform", &platform])
         .args(&SOCKET)
         .limit(limit)
         .script(&format!(
-            "modprobe -aq nvme e1000e igbvf\n\
+            "modprobe -aq nvme e1000e e1000 igbvf\n\
              nics() {{ ls /sys/class/net | grep -c eth || true; }}\n\
              value ready yes\n\
              for round in $(seq {rounds}); do\n\
-             until [ -b /dev/nvme0n1 ] && [ \"$(nics)\" = 2 ]; do sleep 0.1; done\n\
+             until [ -b /dev/nvme0n1 ] && [ \"$(nics)\" = 5 ]; do sleep 0.1; done\n\
+             old=$(basename \"$(dirname \"$(dirname \"$(grep -l 0x100e /sys/class/net/eth*/device/device)\")\")\")\n\
+             ip link set $old up\n\
+             until grep -qE \"^ *[0-9]+: +[1-9].* $old\\$\" /proc/interrupts; do sleep 0.1; done\n\
+             value together $round $(ls /sys/bus/pci/devices | grep -c '[.]1$')\n\
              lab-io write /dev/nvme0n1 $round\n\
              value wrote $round\n\
              while [ -e /sys/class/nvme/nvme0 ] || [ \"$(nics)\" != 0 ]; do sleep 0.1; done\n\
@@ -81,21 +107,34 @@ fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     let mut first = None;
     for round in 1..=rounds {
         // Each comes first in turn: the first device makes the DMA space, and the last one leaves it.
-        let mut order = [&drive, &nic, function];
-        order.rotate_left((round % 3) as usize);
+        let mut order = [&drive, &nic, function, &old, &together];
+        order.rotate_left((round % 5) as usize);
         for address in order {
             let said = host.run(&format!("{CTL} add-device {address}"))?;
             tell!("round {round}: {said}");
         }
         let info = host.run(&format!("{CTL} info"))?;
         ensure!(
-            order.iter().all(|address| info.contains(*address)),
+            order
+                .iter()
+                .flat_map(|addresses| addresses.split(' '))
+                .all(|address| info.contains(address)),
             "info does not show all: {info}"
         );
         running.wait_line(&format!("@@value wrote {round}"))?;
-        for address in order {
-            let said = host.run(&format!("{CTL} remove-device {address}"))?;
+        running.wait_line(&format!("@@value together {round} 1"))?;
+        // A guest's kernel waits five seconds after it was asked, and these pass once.
+        let removals = [&drive, &nic, function, &old, &one]
+            .map(|address| host.spawn(&format!("{CTL} remove-device {address}")));
+        for removal in removals {
+            let said = removal?.wait(limit)?.success()?;
             tell!("round {round}: {said}");
+            if said.contains("them") {
+                ensure!(
+                    said.contains(&zero) && said.contains(&one),
+                    "not both functions are named: {said}"
+                );
+            }
         }
         running.wait_line(&format!("@@value gone {round}"))?;
         let held = Held::by(&running, host)?;
@@ -120,6 +159,8 @@ fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     let result = running.finish()?.success()?;
     tell!("the guest's log:\n{}", result.block("log")?);
     give_back(host, function, "igbvf")?;
+    host.run(&format!("busway device unbind {together}"))?;
+    give_back(host, &old, "e1000")?;
     give_back(host, &nic, "e1000e")?;
     give_back(host, &drive, "nvme")?;
     let verified = host.run(&format!(
@@ -132,8 +173,13 @@ fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
 /// What cannot be added or removed is refused with a reason, and the guest, whose drive works all the while, has what it
 /// had.
 fn failing(lab: &mut Lab) -> Result<()> {
-    let (host, drive) = bound(lab, "nv0")?;
-    let nic = host.address("nic0")?;
+    let host = lab.host(&herd())?;
+    let [drive, nic, first, second, big] =
+        ["nv0", "nic0", "two0", "two1", "big0"].map(|id| host.address(id));
+    let (drive, nic, first, second, big) = (drive?, nic?, first?, second?, big?);
+    host.run(&format!(
+        "busway device bind {drive} {big} && busway device bind --allow-group {first}"
+    ))?;
     let run = guest()?
         .device(&drive)
         .args(&["--platform", "hotplug_slots=1,hotplug_mmio64=2M"])
@@ -164,6 +210,13 @@ fn failing(lab: &mut Lab) -> Result<()> {
             &["0000:7f:00.0", "no PCI device"],
         )?;
         refused(&format!("add-device {drive}"), &[&drive, "already"])?;
+        // A group that is not viable, functions of several devices, and a BAR without room.
+        refused(&format!("add-device {first}"), &[&first, &second])?;
+        refused(&format!("add-device {big} {drive}"), &[&drive, "already"])?;
+        refused(
+            &format!("add-device {big}"),
+            &[&big, "16 MiB", "2 MiB", "hotplug_mmio64="],
+        )?;
         refused("remove-device nonsense", &["nonsense"])?;
     }
     let after = Held::by(&running, host)?;
@@ -177,6 +230,172 @@ fn failing(lab: &mut Lab) -> Result<()> {
     host.run(&format!("{CTL} remove-device --force {nic}"))?;
     host.run(&format!("{CTL} power-button"))?;
     running.finish()?.success()?;
+    host.run(&format!("busway device unbind {first} {big}"))?;
     give_back(host, &nic, "e1000e")?;
     give_back(host, &drive, "nvme")
+}
+
+/// Where the kernel is held up, by a build of the lab alone.
+const HOLD: &str = "/run/hold";
+
+/// A guest that stays, of a VM whose steps with devices are held up by files in [`HOLD`].
+fn patient(host: &Host) -> Result<GuestRun> {
+    host.run(&format!("rm -rf {HOLD}; mkdir {HOLD}"))?;
+    let run = guest()?
+        .opened_by(&format!("BUSWAY_TEST_HOLD_UP={HOLD} exec \"$@\"\n"))
+        .args(&["--platform", "hotplug_slots=3,hotplug_mmio64=64M"])
+        .args(&SOCKET)
+        .script("value ready yes\nwhile true; do sleep 1000; done\n");
+    Ok(run)
+}
+
+/// Has a step of a device be held up, begins it by `verb`, and returns when it stands there.
+fn hold_up(
+    host: &Host,
+    running: &RunningGuest<'_>,
+    step: &str,
+    verb: &str,
+    address: &str,
+) -> Result<()> {
+    host.run(&format!("touch {HOLD}/{step}-{address}"))?;
+    // What it answers is nobody's: the VM ends meanwhile.
+    drop(host.spawn(&format!("{CTL} {verb} {address} || true"))?);
+    running.wait_said(&format!("{address}: its {step} is held up"))?;
+    Ok(())
+}
+
+/// Ends what is held up, and sees that the host gets all devices back.
+fn let_go(host: &Host, devices: &[(&String, &str)]) -> Result<()> {
+    host.run(&format!("rm -rf {HOLD}"))?;
+    for (address, driver) in devices {
+        give_back(host, address, driver)?;
+    }
+    Ok(())
+}
+
+/// A device that does not come back from its reset holds up neither another that is added, nor a pause, nor the end: the
+/// second signal is heard in each state.
+fn held_up(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&herd())?;
+    let [drive, nic, old] = ["nv0", "nic0", "old0"].map(|id| host.address(id));
+    let (drive, nic, old) = (drive?, nic?, old?);
+    let bind = format!("busway device bind {drive} {nic} {old}");
+    let devices = [(&drive, "nvme"), (&nic, "e1000e"), (&old, "e1000")];
+
+    // Paused, with one device on its way to the guest and one on its way back.
+    host.run(&bind)?;
+    let running = host.start_guest(&patient(host)?)?;
+    running.wait_line("@@value ready")?;
+    host.run(&format!("{CTL} add-device {drive}"))?;
+    hold_up(host, &running, "closing", "remove-device --force", &drive)?;
+    hold_up(host, &running, "opening", "add-device", &nic)?;
+    let waits = format!("{CTL} remove-device {nic} 2>&1 || true");
+    for (script, said) in [
+        (format!("{CTL} add-device {old}"), "in the guest at"),
+        (waits, "ask again when it is there"),
+        (format!("{CTL} pause && {CTL} info"), "paused"),
+    ] {
+        let start = Instant::now();
+        let found = host.run(&script)?;
+        ensure!(found.contains(said), "{script}: {found}");
+        ensure!(
+            start.elapsed().as_secs() < 10,
+            "{script}: {:?}",
+            start.elapsed()
+        );
+    }
+    running.signal("TERM")?;
+    running.wait_said("the VM ends as it is")?;
+    running.signal("TERM")?;
+    ended(running, &["while the VM was ending", &drive, &nic])?;
+    let_go(host, &devices)?;
+
+    // While it is put together.
+    host.run(&bind)?;
+    let run = patient(host)?.device(&drive);
+    host.run(&format!("touch {HOLD}/opening-{drive}"))?;
+    let running = host.start_guest(&run)?;
+    running.wait_said("its opening is held up")?;
+    let info = host.run(&format!("{CTL} info"))?;
+    ensure!(info.contains("being put together"), "info: {info}");
+    // Signals of one kind that wait are one.
+    running.signal("TERM")?;
+    running.signal("INT")?;
+    ended(running, &["while the VM was being put together", &drive])?;
+    // Asked by the socket, it ends when the kernel lets it.
+    host.run(&format!("touch {HOLD}/opening-{drive}"))?;
+    let running = host.start_guest(&run)?;
+    running.wait_said("its opening is held up")?;
+    let asked = host.spawn(&format!("{CTL} shutdown"))?;
+    running.wait_said("the VM is not wanted any more")?;
+    host.run(&format!("rm {HOLD}/opening-{drive}"))?;
+    asked.wait(Duration::from_secs(60))?.success()?;
+    let status = running.finish()?.status;
+    ensure!(status == 0, "status {status}");
+
+    // In a guest that runs and does not listen, both signals are for it: its devices have 5 s.
+    let running = host.start_guest(&patient(host)?)?;
+    running.wait_line("@@value ready")?;
+    hold_up(host, &running, "opening", "add-device", &nic)?;
+    running.signal("TERM")?;
+    running.signal("INT")?;
+    ended(running, &["5 s went by while the VM was ending", &nic])?;
+    let_go(host, &devices)
+}
+
+/// The VM ends with status 1, and says this.
+fn ended(running: RunningGuest<'_>, words: &[&str]) -> Result<()> {
+    let result = running.finish()?;
+    let (status, said) = (result.status, &result.stderr);
+    ensure!(status == 1, "status {status}: {said}");
+    let missing: Vec<_> = words.iter().filter(|word| !said.contains(**word)).collect();
+    ensure!(missing.is_empty(), "no {missing:?} in: {said}");
+    Ok(())
+}
+
+/// Killed in the middle of adding one device and of removing another, in each of their steps, Busway leaves nothing that
+/// `busway device restore` does not put back.
+fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
+    let rounds = tier.of(1, 20);
+    let host = lab.host(&herd())?;
+    let [drive, nic] = ["nv0", "nic0"].map(|id| host.address(id));
+    let (drive, nic) = (drive?, nic?);
+    for _ in 0..rounds {
+        // What the drive does, which is being removed, and the NIC, which is being added.
+        for step in ["opening", "presented", "asked", "closing"] {
+            host.run(&format!("busway device bind {drive} {nic}"))?;
+            let running = host.start_guest(&patient(host)?)?;
+            let added = format!("{CTL} add-device {drive}");
+            match step {
+                "opening" => hold_up(host, &running, "opening", "add-device", &nic)?,
+                // The guest has only just heard of it.
+                "presented" => host.run(&added).map(drop)?,
+                "asked" => {
+                    running.wait_line("@@value ready")?;
+                    host.run(&added)?;
+                    drop(host.spawn(&format!("{CTL} remove-device {drive} || true"))?);
+                    running.wait_said("the guest is asked to let go of it")?;
+                }
+                _ => {
+                    host.run(&added)?;
+                    hold_up(host, &running, "closing", "remove-device --force", &drive)?;
+                }
+            }
+            running.signal("KILL")?;
+            let status = running.finish()?.status;
+            ensure!(status == 128 + 9, "{step}: status {status}");
+            host.run("busway device restore --all && udevadm settle")?;
+            for (address, driver) in [(&drive, "nvme"), (&nic, "e1000e")] {
+                let found = host.driver(address)?;
+                ensure!(
+                    found.as_deref() == Some(driver),
+                    "{step}: {address} is with {found:?}"
+                );
+            }
+            let left = host.run("ls /run/busway | grep -v lock || true")?;
+            ensure!(left.is_empty(), "{step}: /run/busway has {left}");
+            count("kills", 1);
+        }
+    }
+    Ok(())
 }

@@ -1,0 +1,144 @@
+//! The end of a machine: all that it has is given back, with an ear for who does not want to wait for that.
+
+use std::ops::ControlFlow;
+use std::time::Duration;
+
+use super::RunError;
+use super::assembly::Machine;
+use super::ears::{Ears, Heard};
+use super::life::Ended;
+use super::passthrough::OpenDevices;
+use super::signals::Signals;
+
+/// How long the end may take of a VM that was to be killed.
+const KILLED_LIMIT: Duration = Duration::from_secs(5);
+
+impl Machine {
+    /// Gives everything back, which takes as long as the kernel needs to reset and close the devices. A signal
+    /// meanwhile is the end at once, and so is [`KILLED_LIMIT`] where a second signal has come before: `ended`
+    /// says how the guest did. What is not given back then, the kernel takes with the process.
+    ///
+    /// # Errors
+    /// What `ended` is, or [`RunError::Unfinished`]
+    pub(super) fn end(
+        self: Box<Self>,
+        signals: &Signals,
+        ended: Result<Ended, RunError>,
+    ) -> Result<Ended, RunError> {
+        let devices = self.passthrough.open_devices();
+        give_back(self, &devices, signals, ended, KILLED_LIMIT)
+    }
+}
+
+/// Drops `all`, which closes `devices`, on a thread of its own.
+fn give_back<T: Send + 'static>(
+    all: T,
+    devices: &OpenDevices,
+    signals: &Signals,
+    ended: Result<Ended, RunError>,
+    killed_limit: Duration,
+) -> Result<Ended, RunError> {
+    let killed = matches!(ended, Err(RunError::Killed { .. }));
+    let ears = Ears {
+        signals,
+        quit: None,
+        requests: None,
+        limit: killed.then_some(killed_limit),
+    };
+    let result = ears.during(
+        "end",
+        move || drop(all),
+        |heard| {
+            ControlFlow::Break(match heard {
+                Heard::Signal(signal) => RunError::unfinished("ending", signal, devices),
+                _ => RunError::Unfinished {
+                    why: format!(
+                        "the guest was killed, and {} s went by",
+                        killed_limit.as_secs()
+                    ),
+                    doing: "ending",
+                    devices: devices.names(),
+                },
+            })
+        },
+    );
+    match (result, ended) {
+        (Ok(()), ended) => ended,
+        (Err(unfinished), Ok(_) | Err(RunError::Killed { .. })) => Err(unfinished),
+        (Err(unfinished), Err(error)) => {
+            log::error!("{error}");
+            Err(unfinished)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Instant;
+
+    use super::*;
+
+    /// What is given back when the test lets it.
+    struct Slow(mpsc::Receiver<()>);
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            let _word = self.0.recv();
+        }
+    }
+
+    fn signal(number: libc::c_int) {
+        // SAFETY: the signal is blocked in this thread, which is the one it goes to.
+        unsafe { libc::pthread_kill(libc::pthread_self(), number) };
+    }
+
+    #[test]
+    fn the_end_waits_for_the_kernel_unless_a_signal_comes() {
+        let (signals, devices) = (Signals::new().unwrap(), OpenDevices::default());
+        for ended in [Ok(Ended::Asked), Err(RunError::Panicked)] {
+            let (go_on, waits) = mpsc::channel();
+            let said = format!("{ended:?}");
+            go_on.send(()).unwrap();
+            let result = give_back(Slow(waits), &devices, &signals, ended, KILLED_LIMIT);
+            assert_eq!(format!("{result:?}"), said);
+        }
+        for ended in [
+            Ok(Ended::Asked),
+            Err(RunError::Panicked),
+            Err(RunError::Killed { signal: 2 }),
+        ] {
+            let (_never, waits) = mpsc::channel();
+            signal(libc::SIGHUP);
+            let start = Instant::now();
+            let result = give_back(Slow(waits), &devices, &signals, ended, KILLED_LIMIT);
+            let error = result.unwrap_err();
+            let said = error.to_string();
+            assert!(
+                said.starts_with("signal 1 came while the VM was ending"),
+                "{said}"
+            );
+            assert_eq!(error.exit_status(), crate::exit::RUNTIME);
+            assert!(start.elapsed() < KILLED_LIMIT, "{:?}", start.elapsed());
+        }
+    }
+
+    #[test]
+    fn a_vm_that_was_killed_by_a_second_signal_ends_in_time() {
+        let (signals, devices) = (Signals::new().unwrap(), OpenDevices::default());
+        let (_never, waits) = mpsc::channel();
+        let killed = Err(RunError::Killed { signal: 2 });
+        let result = give_back(
+            Slow(waits),
+            &devices,
+            &signals,
+            killed,
+            Duration::from_millis(20),
+        );
+        let said = result.unwrap_err().to_string();
+        assert!(
+            said.contains("0 s went by while the VM was ending"),
+            "{said}"
+        );
+    }
+}
