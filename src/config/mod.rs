@@ -149,9 +149,54 @@ pub struct DiskConfig {
     /// Descriptors a queue; a power of two.
     #[serde(default = "disk_queue_size")]
     pub queue_size: u16,
+    /// The host's processors that the workers of single queues run on.
+    #[serde(default)]
+    pub queue_affinity: Vec<QueueAffinity>,
+    /// Writes may stay in a cache until the guest flushes.
+    #[serde(default = "yes")]
+    pub writeback: bool,
+    /// The serial number that the guest sees, of 20 bytes at most; the disk's name where absent.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// How much of it the guest may use.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiterConfig>,
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+}
+
+/// The host's processors that the worker of one queue runs on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueAffinity {
+    /// The queue's number, from 0 on.
+    pub queue_index: u16,
+    /// Numbers of processors.
+    pub host_cpus: Vec<usize>,
+}
+
+/// How much of a device a guest may use: nothing is limited that is absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiterConfig {
+    /// Bytes.
+    pub bandwidth: Option<BucketConfig>,
+    /// Reads and writes.
+    pub ops: Option<BucketConfig>,
+}
+
+/// A bucket of tokens: `size` of them come in each `refill_time`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BucketConfig {
+    /// The most tokens that gather: bytes, or operations.
+    pub size: u64,
+    /// Tokens beside them that are there once.
+    #[serde(default)]
+    pub one_time_burst: u64,
+    /// The time in which an empty bucket fills; milliseconds.
+    pub refill_time: u64,
 }
 
 impl DiskConfig {
@@ -164,6 +209,10 @@ impl DiskConfig {
             direct: false,
             num_queues: one(),
             queue_size: disk_queue_size(),
+            queue_affinity: Vec::new(),
+            writeback: true,
+            serial: None,
+            rate_limiter: None,
             id: None,
         }
     }
@@ -414,6 +463,10 @@ pub enum Choice {
     /// Used where the host has it.
     #[default]
     Auto,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn one() -> u16 {

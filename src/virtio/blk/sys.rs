@@ -93,6 +93,21 @@ pub(super) fn lock(file: &File, shared: bool) -> io::Result<()> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
 }
 
+/// Has the calling thread run on these of the host's processors only.
+pub(super) fn run_on(processors: &[usize]) -> io::Result<()> {
+    // SAFETY: all zeros is a valid cpu_set_t, an empty one.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for &processor in processors {
+        if processor >= libc::CPU_SETSIZE as usize {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the number is below the set's size.
+        unsafe { libc::CPU_SET(processor, &mut set) };
+    }
+    // SAFETY: sched_setaffinity reads a set of the size that it is told; 0 is the calling thread.
+    check(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) })
+}
+
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 {
         return Err(io::Error::last_os_error());

@@ -108,6 +108,9 @@ pub(super) struct Image {
     readonly: bool,
     is_device: bool,
     limits: Limits,
+    /// Keeps each call of a thread waiting while it is closed.
+    #[cfg(test)]
+    pub(super) gate: super::gate::Gate,
 }
 
 impl Image {
@@ -162,6 +165,8 @@ impl Image {
             readonly: mode.readonly,
             is_device,
             limits,
+            #[cfg(test)]
+            gate: super::gate::Gate::default(),
         };
         image.measure()?;
         warn_of_formats(&image.file, path);
@@ -212,6 +217,11 @@ impl Image {
 
     pub(super) fn readonly(&self) -> bool {
         self.readonly
+    }
+
+    /// The file that the guest's bytes lie in as the guest has them.
+    pub(super) fn file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     pub(super) fn limits(&self) -> &Limits {
@@ -320,7 +330,7 @@ impl Image {
         })
     }
 
-    fn memory_alignment(&self) -> usize {
+    pub(super) fn memory_alignment(&self) -> usize {
         self.limits.memory_alignment as usize
     }
 
