@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use busway_pci::PciFunction;
 use busway_vfio::EventFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -42,6 +41,7 @@ impl Machine {
             ..
         } = self;
         let (topology, resets) = (pci.topology(), Resets::default());
+        let virtio = pci.virtio();
         let reset = || -> Result<(), KvmError> {
             vcpus.hold();
             passthrough.attached.on_restart(topology);
@@ -49,7 +49,9 @@ impl Machine {
             // A device's pin is connected anew by its reset, and what it signals then must not be
             // forgotten by the chips.
             vm.reset_chips()?;
-            topology.reset_while(|function| resets.go_on(function));
+            topology.reset_while(|function| resets.go_on(&function.name()));
+            // The guest's memory is about to be another's.
+            virtio.wait_settled(|what| resets.go_on(what));
             Ok(())
         };
         let ears = Ears {
@@ -78,10 +80,10 @@ struct Resets {
 }
 
 impl Resets {
-    /// Whether `function` is to be reset, which comes next.
-    fn go_on(&self, function: &dyn PciFunction) -> bool {
+    /// Whether to go on with `what`, whose reset comes next, or is waited for.
+    fn go_on(&self, what: &str) -> bool {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        *current = Some(function.name());
+        *current = Some(what.to_owned());
         drop(current);
         !self.stop.load(Ordering::Relaxed)
     }
@@ -208,14 +210,14 @@ fn listen(epoll: &Epoll, ears: &Ears<'_>, resets: &Resets) -> Result<Option<Ende
 mod tests {
     use std::time::{Duration, Instant};
 
-    use busway_pci::HostBridge;
+    use busway_pci::{HostBridge, PciFunction};
 
     use super::*;
 
     /// Resets functions for as long as nobody says stop.
     fn reset_on_and_on(resets: &Resets) -> bool {
         let (start, bridge) = (Instant::now(), HostBridge::new());
-        while resets.go_on(&bridge) {
+        while resets.go_on(&bridge.name()) {
             if start.elapsed() > Duration::from_secs(20) {
                 return false;
             }

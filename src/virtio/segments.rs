@@ -60,6 +60,11 @@ impl<'m> Segments<'m> {
         self.slices.get(self.first..).unwrap_or_default()
     }
 
+    /// The slices that are left.
+    pub(crate) fn slices(&self) -> &[VolatileSlice<'m>] {
+        self.rest()
+    }
+
     /// Drops `count` bytes from the front, or all there are.
     pub(crate) fn advance(&mut self, count: usize) {
         let mut left = count;

@@ -119,8 +119,11 @@ impl Blk {
         let mode = Mode {
             readonly: config.readonly,
             direct: config.direct,
+            fd: config.fd,
+            image_type: config.image_type,
+            backing_files: config.backing_files,
         };
-        let image = Image::open(&config.path, mode).map_err(|source| BlkError::Image {
+        let image = Image::open(&config.shown(), mode).map_err(|source| BlkError::Image {
             name: name.to_owned(),
             source,
         })?;
@@ -134,10 +137,9 @@ impl Blk {
             queue_size: config.queue_size,
             affinity: config.queue_affinity.clone(),
             writeback: config.writeback,
-            limiter: config.rate_limiter.as_ref().map(|limits| {
-                let limiter = Limiter::new(limits, Instant::now());
-                Arc::new(limiter)
-            }),
+            limiter: config
+                .rate_limiter()
+                .map(|limits| Arc::new(Limiter::new(&limits, Instant::now()))),
             lingerers: Arc::default(),
             way: Way::default(),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),

@@ -3,7 +3,6 @@
 
 use super::tests::{disk, image};
 use super::*;
-use crate::config::{BucketConfig, RateLimiterConfig};
 use crate::virtio::life::Progress;
 use crate::virtio::spec::pci::common;
 use crate::virtio::testing::{Driver, Ring, eventually};
@@ -287,14 +286,7 @@ fn a_device_that_is_dropped_while_the_host_does_not_answer_leaves_its_memory_alo
 fn what_the_limits_do_not_let_pass_waits_and_is_done_in_time() {
     let file = image(MIB);
     let device = by(Way::Best, &file, |config| {
-        config.rate_limiter = Some(RateLimiterConfig {
-            bandwidth: None,
-            ops: Some(BucketConfig {
-                size: 5,
-                one_time_burst: 0,
-                refill_time: 250,
-            }),
-        });
+        (config.ops_size, config.ops_refill_time) = (Some(5), Some(250));
     });
     let mut busy = Busy::new(device, file, 0);
     let start = Instant::now();

@@ -99,7 +99,7 @@ fn what_is_no_chain_is_refused_with_what_is_wrong() {
             &[(0x100, 16, NEXT, 1), (0x100, 16, NEXT, 0)],
             "a loop",
         ),
-        (&[(RAM - 16, 32, TABLE_OF, 0)], &[], "outside of RAM"),
+        (&[(RAM - 8, 32, TABLE_OF, 0)], &[], "outside of RAM"),
     ];
     for (direct, indirect, what) in cases {
         let error = walked(direct, indirect).unwrap_err();
