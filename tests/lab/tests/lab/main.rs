@@ -21,6 +21,7 @@ mod bare;
 mod bare_kernel;
 mod bars;
 mod demo;
+mod disk;
 mod dma;
 mod drive;
 mod emulated_host;
@@ -40,11 +41,12 @@ mod virtio;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 17] = [
+const CHAPTERS: [&[Proof]; 18] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
+    disk::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     helper::PROOFS,
