@@ -56,6 +56,9 @@ pub(super) enum Reason {
     /// there is no file that it could be the size of
     #[error("it is the size of a file: it goes with file=PATH")]
     NoFile,
+    /// `{0}` does not say which queue runs where
+    #[error("`{0}` does not say which queue runs where: write [0@[1,4-6],1@[2]]")]
+    Affinity(String),
     /// `{value}` is none of the words
     #[error("`{value}` is not one of {}{}", Words(.words), Nearest(.value, .words))]
     Word {
@@ -179,6 +182,10 @@ impl Bounded for u8 {
 
 impl Bounded for u32 {
     const MOST: u64 = Self::MAX as u64;
+}
+
+impl Bounded for u64 {
+    const MOST: u64 = Self::MAX;
 }
 
 impl Bounded for u16 {

@@ -2,9 +2,13 @@
 //! on before one is again. A device that is assigned is the guest's own, and is left alone.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use super::aside::Aside;
 use crate::virtio::VirtioPci;
+
+/// How often it is looked whether the host has given back what it has: nothing tells of that by itself.
+const SETTLE: Duration = Duration::from_millis(20);
 
 /// The virtio functions of a machine, for whoever pauses them, on any thread. Those that are gone need
 /// nothing.
@@ -17,8 +21,8 @@ impl VirtioFunctions {
         self.0.push(Arc::downgrade(function));
     }
 
-    /// What pauses them on a thread of its own, and calls `then` there when all are quiet. A device that is in
-    /// the middle of a flush is not before that is over. Whoever drops the last of `aside` waits for it.
+    /// What pauses them on a thread of its own, and calls `then` there when all are quiet. A disk whose
+    /// host does not answer is not before a second is over. Whoever drops the last of `aside` waits for it.
     pub(super) fn pause_aside(
         self,
         aside: Arc<Aside>,
@@ -32,6 +36,24 @@ impl VirtioFunctions {
                 }
                 then();
             });
+        }
+    }
+
+    /// Waits until the host has given back what it has of a reset device's, for it may still read and write
+    /// guest memory for that; as long as `go_on`, which is told what is waited for, says so.
+    pub(super) fn wait_settled(&self, go_on: impl Fn(&str) -> bool) {
+        for function in self.alive() {
+            let mut told = false;
+            while let Some(what) = function.unsettled() {
+                let what = format!("{}, of which the host has {what}", function.name());
+                if !std::mem::replace(&mut told, true) {
+                    log::warn!("the restart waits for {what}");
+                }
+                if !go_on(&what) {
+                    return;
+                }
+                std::thread::sleep(SETTLE);
+            }
         }
     }
 

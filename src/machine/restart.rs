@@ -9,8 +9,6 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use busway_pci::PciFunction;
-
 use super::RunError;
 use super::assembly::Machine;
 use super::ears::{Ears, Heard};
@@ -76,7 +74,9 @@ impl Machine {
         // A device's pin is connected anew by its reset, and what it signals then must not be
         // forgotten by the chips.
         self.vm.reset_chips()?;
-        topology.reset_while(|function| resets.go_on(function));
+        topology.reset_while(|function| resets.go_on(&function.name()));
+        // The guest's memory is about to be another's.
+        self.pci.virtio().wait_settled(|what| resets.go_on(what));
         Ok(())
     }
 
@@ -96,10 +96,10 @@ struct Resets {
 }
 
 impl Resets {
-    /// Whether `function` is to be reset, which comes next.
-    fn go_on(&self, function: &dyn PciFunction) -> bool {
+    /// Whether to go on with `what`, whose reset comes next, or is waited for.
+    fn go_on(&self, what: &str) -> bool {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        *current = Some(function.name());
+        *current = Some(what.to_owned());
         drop(current);
         !self.stop.load(Ordering::Relaxed)
     }
@@ -165,7 +165,7 @@ impl Listening<'_> {
 
 #[cfg(test)]
 mod tests {
-    use busway_pci::HostBridge;
+    use busway_pci::{HostBridge, PciFunction};
 
     use super::*;
 
@@ -185,11 +185,11 @@ mod tests {
             (Heard::Quit, Ended::Quit),
         ] {
             let mut listening = listening();
-            assert!(listening.resets.go_on(&HostBridge::new()));
+            assert!(listening.resets.go_on(&HostBridge::new().name()));
             assert!(listening.hear(heard).is_continue());
             assert_eq!(listening.ended, Some(ended));
             // No reset begins any more, and another signal does not wait for the one that goes on.
-            assert!(!listening.resets.go_on(&HostBridge::new()));
+            assert!(!listening.resets.go_on(&HostBridge::new().name()));
             assert!(listening.hear(Heard::Quit).is_continue());
             assert_eq!(listening.ended, Some(ended));
             assert_eq!(listening.hear(Heard::Signal(2)), ControlFlow::Break(2));

@@ -45,6 +45,18 @@ pub trait VirtioDevice: Send + Debug {
         *state == DeviceState::None
     }
 
+    /// It does not run, and goes on from `state`, which is what a reset leaves, or what was saved: what the
+    /// driver has chosen in its configuration is as it was then.
+    fn set_state(&mut self, state: &DeviceState) {
+        let _ = state;
+    }
+
+    /// What runs that are over still wait for, in words: the host has requests of theirs that use guest
+    /// memory, and nothing ends those before the host does. A reset is not over before this is `None`.
+    fn unsettled(&self) -> Option<String> {
+        None
+    }
+
     /// Starts it: the driver is ready, or the device was stopped and goes on. What it starts with was
     /// left by a run of this device, or [`takes`](Self::takes) has said that it could have been.
     ///

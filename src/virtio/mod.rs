@@ -9,6 +9,7 @@
 
 mod activation;
 pub mod blk;
+mod chain;
 mod config_space;
 pub mod console;
 mod device;

@@ -1,9 +1,8 @@
 //! A virtqueue as a device's worker sees it: chains that are whole and lie in RAM, and completions
 //! that interrupt only where the driver asked for it.
 //!
-//! The ring itself is the `virtio-queue` crate's. What it lets pass in silence is refused here: a
-//! chain cut short by a bad descriptor, buffers outside of RAM, device-readable after
-//! device-writable ones, and more slices than a system call takes.
+//! The rings are the `virtio-queue` crate's. The way along a chain is [`chain`]'s, which refuses what that
+//! crate lets pass in silence.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -11,15 +10,17 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use busway_vfio::EventFd;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::activation::{Call, QueueSetup};
+use super::chain::{self, Table};
 use super::life::{Progress, QueuePosition};
-use super::segments::{MAX_SEGMENTS, Segments};
+use super::segments::Segments;
 use super::spec;
 use crate::memory::RamMap;
 
-/// The driver broke the queue's rules. The device needs a reset; there is no other way on.
+/// The driver broke the queue's rules, or the host does not serve it any more. The device needs a reset;
+/// there is no other way on.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// ring: {0}
@@ -32,6 +33,14 @@ pub enum QueueError {
         head: u16,
         /// What is wrong with it.
         what: &'static str,
+    },
+    /// the host: {call}: {source}
+    #[error("the host: {call}: {source}")]
+    Host {
+        /// The system call.
+        call: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
     },
 }
 
@@ -46,6 +55,15 @@ pub(crate) struct Chain<'m> {
 }
 
 impl Chain<'_> {
+    /// One of no buffers.
+    pub(super) fn empty(head: u16) -> Self {
+        Self {
+            head,
+            readable: Segments::default(),
+            writable: Segments::default(),
+        }
+    }
+
     /// The name under which it is completed.
     pub(crate) fn head(&self) -> u16 {
         self.head
@@ -103,6 +121,16 @@ impl Virtqueue {
         progress.set_queue(self.index, position);
     }
 
+    /// Its number.
+    pub(crate) fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Whether the device is being stopped.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
     /// Descriptors in the ring.
     pub(crate) fn size(&self) -> u16 {
         self.queue.size()
@@ -126,46 +154,23 @@ impl Virtqueue {
 
     /// The next chain; `None` where there is none, and while the device is being stopped.
     pub(crate) fn pop<'m>(&mut self, memory: &'m RamMap) -> Result<Option<Chain<'m>>, QueueError> {
-        if self.stop.load(Ordering::Relaxed) {
+        if self.is_stopping() {
             return Ok(None);
         }
-        let Some(mut descriptors) = self.queue.iter(memory)?.next() else {
+        let Some(head) = self.queue.iter(memory)?.next() else {
             return Ok(None);
         };
-        let head = descriptors.head_index();
-        let malformed = |what| Err(QueueError::Chain { head, what });
-        let mut chain = Chain {
-            head,
-            readable: Segments::default(),
-            writable: Segments::default(),
+        let head = head.head_index();
+        self.chain(memory, head).map(Some)
+    }
+
+    /// The chain that begins with descriptor `head`: of what was popped by an earlier run and not completed.
+    pub(crate) fn chain<'m>(&self, memory: &'m RamMap, head: u16) -> Result<Chain<'m>, QueueError> {
+        let table = Table {
+            address: self.queue.desc_table(),
+            size: self.queue.size().into(),
         };
-        let mut whole = false;
-        for (count, descriptor) in descriptors.by_ref().enumerate() {
-            if count >= MAX_SEGMENTS {
-                return malformed("more descriptors than a request may have");
-            }
-            whole = !descriptor.has_next();
-            let side = if descriptor.is_write_only() {
-                &mut chain.writable
-            } else if chain.writable.is_empty() {
-                &mut chain.readable
-            } else {
-                return malformed("a device-readable buffer after a device-writable one");
-            };
-            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
-            for slice in memory.get_slices(descriptor.addr(), len) {
-                let Ok(slice) = slice else {
-                    return malformed("a buffer outside of RAM");
-                };
-                if !side.push(slice) {
-                    return malformed("more buffers than a request may have");
-                }
-            }
-        }
-        if !whole {
-            return malformed("cut short by a bad descriptor, a loop or a bad indirect table");
-        }
-        Ok(Some(chain))
+        chain::walk(memory, table, head).map_err(|what| QueueError::Chain { head, what })
     }
 
     /// Gives back the last chain that was popped, to be popped again.
@@ -246,7 +251,7 @@ impl Virtqueue {
     /// Asks the driver to notify; says whether chains have come meanwhile, for which it need not.
     pub(crate) fn enable_notification(&mut self, memory: &RamMap) -> Result<bool, QueueError> {
         let more = self.queue.enable_notification(memory)?;
-        Ok(more && !self.stop.load(Ordering::Relaxed))
+        Ok(more && !self.is_stopping())
     }
 
     /// Lets the driver know that it need not notify.

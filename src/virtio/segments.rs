@@ -3,11 +3,15 @@
 //!
 //! The guest can change these bytes at any time. Whatever is decided upon is copied out first.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
 use zerocopy::{FromBytes, IntoBytes};
+
+use crate::memory::RamMap;
 
 /// Most slices that one system call takes: `UIO_MAXIOV` in linux/uio.h. A chain is held to it, so
 /// that a request is one call.
@@ -54,6 +58,11 @@ impl<'m> Segments<'m> {
 
     fn rest(&self) -> &[VolatileSlice<'m>] {
         self.slices.get(self.first..).unwrap_or_default()
+    }
+
+    /// The slices that are left.
+    pub(crate) fn slices(&self) -> &[VolatileSlice<'m>] {
+        self.rest()
     }
 
     /// Drops `count` bytes from the front, or all there are.
@@ -184,6 +193,116 @@ impl<'m> Segments<'m> {
             })
         };
         self.rest().iter().map_while(entry).collect()
+    }
+}
+
+/// Slices of guest memory that outlive the look at the ring, for the kernel or another thread to read and
+/// write meanwhile: the mapping that they lie in stays for as long as they do, whatever becomes of the
+/// guest's RAM.
+pub(crate) struct Held {
+    entries: Vec<libc::iovec>,
+    /// How many of `entries` are consumed.
+    first: usize,
+    len: usize,
+    /// The first entries, where all of them are more than one call takes.
+    window: Vec<libc::iovec>,
+    _memory: Arc<RamMap>,
+}
+
+// SAFETY: the pointers are into a mapping that `_memory` keeps and that any thread may use; the guest uses
+// it at any time as well.
+unsafe impl Send for Held {}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held").field("len", &self.len).finish()
+    }
+}
+
+impl Held {
+    /// Keeps `segments` of `memory`; `None` where one of them lies outside of it.
+    pub(crate) fn new(memory: &Arc<RamMap>, segments: &Segments<'_>) -> Option<Self> {
+        let entries = segments.iovecs(usize::MAX);
+        let inside = |entry: &libc::iovec| {
+            memory.iter().any(|region| {
+                let start = region.as_ptr() as usize;
+                let end = start.saturating_add(usize::try_from(region.len()).unwrap_or(0));
+                let at = entry.iov_base as usize;
+                at >= start && at.checked_add(entry.iov_len).is_some_and(|to| to <= end)
+            })
+        };
+        entries.iter().all(inside).then(|| Self {
+            len: segments.len(),
+            entries,
+            first: 0,
+            window: Vec::new(),
+            _memory: Arc::clone(memory),
+        })
+    }
+
+    /// Bytes left.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// What is left, to be read and written here.
+    pub(crate) fn segments(&self) -> Segments<'_> {
+        let rest = self.entries.get(self.first..).unwrap_or_default();
+        // SAFETY: each entry is a part of the mapping that `_memory` keeps, as `new` has seen, and `self`
+        // is borrowed for as long as the slices live.
+        let slice = |entry: &libc::iovec| unsafe {
+            VolatileSlice::new(entry.iov_base.cast(), entry.iov_len)
+        };
+        Segments {
+            slices: rest.iter().map(slice).collect(),
+            first: 0,
+            len: self.len,
+        }
+    }
+
+    /// Drops `count` bytes from the front, or all there are.
+    pub(crate) fn advance(&mut self, count: usize) {
+        let mut left = count;
+        while let Some(entry) = self.entries.get_mut(self.first)
+            && left > 0
+        {
+            if left < entry.iov_len {
+                entry.iov_base = entry.iov_base.wrapping_byte_add(left);
+                entry.iov_len -= left;
+                break;
+            }
+            left -= entry.iov_len;
+            self.first += 1;
+        }
+        self.len = self.len.saturating_sub(count);
+    }
+
+    /// The first bytes, [`MAX_TRANSFER`] at most, as the kernel takes them. They stay where they are until
+    /// the next call of a function that changes what is held.
+    pub(crate) fn window(&mut self) -> &[libc::iovec] {
+        let rest = self.entries.get(self.first..).unwrap_or_default();
+        if self.len <= MAX_TRANSFER {
+            return rest;
+        }
+        let mut left = MAX_TRANSFER;
+        self.window.clear();
+        for entry in rest {
+            let len = entry.iov_len.min(left);
+            if len == 0 {
+                break;
+            }
+            left -= len;
+            self.window.push(libc::iovec {
+                iov_base: entry.iov_base,
+                iov_len: len,
+            });
+        }
+        &self.window
+    }
+
+    /// Whether each slice starts and ends on a multiple of `alignment`, a power of two.
+    pub(crate) fn aligned(&self, alignment: usize) -> bool {
+        self.segments().aligned(alignment)
     }
 }
 

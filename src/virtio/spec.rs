@@ -53,6 +53,13 @@ pub const NO_VECTOR: u16 = 0xffff;
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`. Virtio 1.3 §2.7.6.
 pub const AVAIL_F_NO_INTERRUPT: u16 = virtio_ring::VRING_AVAIL_F_NO_INTERRUPT as u16;
 
+/// `VIRTQ_DESC_F_NEXT`. Virtio 1.3 §2.7.5.
+pub const DESC_F_NEXT: u16 = virtio_ring::VRING_DESC_F_NEXT as u16;
+/// `VIRTQ_DESC_F_WRITE`
+pub const DESC_F_WRITE: u16 = virtio_ring::VRING_DESC_F_WRITE as u16;
+/// `VIRTQ_DESC_F_INDIRECT`
+pub const DESC_F_INDIRECT: u16 = virtio_ring::VRING_DESC_F_INDIRECT as u16;
+
 /// ISR status bits. Virtio 1.3 §4.1.4.5.
 pub mod isr {
     /// A queue has used buffers.
@@ -136,6 +143,8 @@ pub mod blk {
     pub const F_BLK_SIZE: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE;
     /// `VIRTIO_BLK_F_FLUSH`
     pub const F_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+    /// `VIRTIO_BLK_F_CONFIG_WCE`
+    pub const F_CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
     /// `VIRTIO_BLK_F_TOPOLOGY`
     pub const F_TOPOLOGY: u64 = 1 << VIRTIO_BLK_F_TOPOLOGY;
     /// `VIRTIO_BLK_F_MQ`
@@ -167,6 +176,8 @@ pub mod blk {
 
     /// Offset of `capacity` in `struct virtio_blk_config`, 64 bits. §5.2.4
     pub const CONFIG_CAPACITY: usize = offset_of!(virtio_blk_config, capacity);
+    /// Offset of `wce` in it, which the driver writes: 1 while writes may stay in a cache. §5.2.4
+    pub const CONFIG_WRITEBACK: usize = offset_of!(virtio_blk_config, wce);
     /// Bytes of a sector, the unit of every position and length, whatever the block size.
     pub const SECTOR: u64 = 512;
     /// Bytes of the string that `VIRTIO_BLK_T_GET_ID` asks for.
@@ -264,6 +275,7 @@ mod tests {
             [28, 29, 32].map(|bit| 1 << bit)
         );
         assert_eq!(AVAIL_F_NO_INTERRUPT, 1);
+        assert_eq!([DESC_F_NEXT, DESC_F_WRITE, DESC_F_INDIRECT], [1, 2, 4]);
     }
 
     /// Virtio 1.3 §5.2.3, §5.2.6
@@ -276,9 +288,10 @@ mod tests {
             1 << 2 | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 12
         );
         assert_eq!(
-            [F_FLUSH, F_DISCARD, F_WRITE_ZEROES],
-            [1 << 9, 1 << 13, 1 << 14]
+            [F_FLUSH, F_CONFIG_WCE, F_DISCARD, F_WRITE_ZEROES],
+            [1 << 9, 1 << 11, 1 << 13, 1 << 14]
         );
+        assert_eq!((CONFIG_CAPACITY, CONFIG_WRITEBACK), (0, 32));
         let requests = [T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES];
         assert_eq!(requests, [0, 1, 4, 8, 11, 13]);
         assert_eq!([S_OK, S_IOERR, S_UNSUPP], [0, 1, 2]);

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{Builder, JoinHandle};
 
 use busway_vfio::EventFd;
@@ -20,6 +21,9 @@ pub(super) trait Worker: Send + Debug {
     /// Its thread's name, of which Linux keeps 15 bytes.
     fn name(&self) -> String;
 
+    /// On its thread, before it is woken for the first time.
+    fn begin(&mut self) {}
+
     /// What wakes it: descriptors that it keeps open, level- or edge-triggered as the event set says.
     /// Asked at the start.
     fn sources(&self) -> Vec<(RawFd, EventSet)>;
@@ -30,9 +34,20 @@ pub(super) trait Worker: Send + Debug {
     /// The driver broke a queue's rules. The worker ends, and the device needs a reset.
     fn wake(&mut self, source: usize) -> Result<(), QueueError>;
 
-    /// Its thread has ended: notes what it leaves, the positions in its queues first of all.
+    /// On its thread, when the device is being stopped, or the driver has broken the queue's rules: finishes
+    /// or leaves what it is in the middle of, in bounded time. What only the host can end is returned for
+    /// its thread to wait for after the device has stopped.
+    fn end(&mut self) -> Option<Rest> {
+        None
+    }
+
+    /// It has ended: notes what it leaves, the positions in its queues first of all.
     fn leave(&mut self, progress: &mut Progress);
 }
+
+/// What a thread waits for when its device has stopped already. It touches nothing of the guest's but what
+/// the host has had since before the stop.
+pub(super) type Rest = Box<dyn FnOnce() + Send>;
 
 /// The events of a doorbell: each notification wakes once.
 pub(super) fn doorbell_events() -> EventSet {
@@ -50,10 +65,18 @@ const STOP: u64 = u64::MAX;
 pub(super) struct Workers {
     stop: Arc<AtomicBool>,
     stop_event: EventFd,
-    threads: Vec<JoinHandle<Box<dyn Worker>>>,
+    threads: Vec<Thread>,
     interrupts: Arc<Interrupts>,
     /// What no worker says of its own.
     progress: Progress,
+}
+
+/// A worker's thread.
+#[derive(Debug)]
+struct Thread {
+    handle: JoinHandle<()>,
+    /// Gives the worker back when it has ended, and whether its thread waits for the host still.
+    ended: Receiver<(Box<dyn Worker>, bool)>,
 }
 
 impl Workers {
@@ -79,30 +102,47 @@ impl Workers {
             let stop = Arc::clone(&running.stop);
             let interrupts = Arc::clone(&running.interrupts);
             let thread_name = worker.name();
+            let (sender, ended) = sync_channel(1);
             let body = move || {
+                worker.begin();
                 run(&mut *worker, &epoll, &stop, &interrupts);
-                worker
+                let rest = worker.end();
+                // Nobody takes it where the start of the device's other workers failed.
+                let _nobody = sender.send((worker, rest.is_some()));
+                if let Some(rest) = rest {
+                    rest();
+                }
             };
-            let thread = Builder::new()
+            let handle = Builder::new()
                 .name(thread_name)
                 .stack_size(STACK_SIZE)
                 .spawn(body)?;
-            running.threads.push(thread);
+            running.threads.push(Thread { handle, ended });
         }
         Ok(running)
     }
 
-    /// Ends the threads and waits for them. What a worker is in the middle of it finishes or leaves.
+    /// Ends the workers and waits for that. What a worker is in the middle of it finishes or leaves.
     fn end(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.stop_event.signal();
         for thread in self.threads.drain(..) {
-            let name = thread.thread().name().unwrap_or_default().to_owned();
-            match thread.join() {
-                Ok(mut worker) => worker.leave(&mut self.progress),
-                Err(_) => self
-                    .interrupts
-                    .needs_reset(&name, &"its thread has panicked"),
+            let Thread { handle, ended } = thread;
+            let name = handle.thread().name().unwrap_or_default().to_owned();
+            let lingers = match ended.recv() {
+                Ok((mut worker, lingers)) => {
+                    worker.leave(&mut self.progress);
+                    lingers
+                }
+                Err(_panicked) => {
+                    self.interrupts
+                        .needs_reset(&name, &"its thread has panicked");
+                    false
+                }
+            };
+            if !lingers {
+                // What it died of has been told.
+                let _panic = handle.join();
             }
         }
     }

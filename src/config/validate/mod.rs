@@ -5,9 +5,9 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::{
-    Choice, ConsoleConfig, DISK_QUEUE_SIZES, DeviceConfig, DiskConfig, MAX_CPUS, MEMORY_STEP,
-    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, MemoryConfig, NET_QUEUE_SIZES, NetConfig, PlatformConfig,
-    VmConfig,
+    Choice, ConsoleConfig, DISK_QUEUE_SIZES, DeviceConfig, DiskConfig, ImageType, MAX_CPUS,
+    MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, MemoryConfig, NET_QUEUE_SIZES, NetConfig,
+    PlatformConfig, QueueAffinity, VmConfig,
 };
 
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
@@ -209,6 +209,31 @@ pub enum InvalidVirtio {
         /// The most.
         most: u16,
     },
+    /// queue_affinity names queue {queue}, and there are {queues}, counted from 0
+    #[error("queue_affinity names queue {queue}, and num_queues={queues}, counted from 0")]
+    AffinityQueue {
+        /// The queue that there is not.
+        queue: u16,
+        /// How many there are.
+        queues: u16,
+    },
+    /// queue_affinity says twice where queue {0} runs
+    #[error("queue_affinity says twice where queue {0} runs")]
+    AffinityTwice(u16),
+    /// serial is longer than 20 characters, or has others than printable ASCII
+    #[error("serial=`{0}` must be printable ASCII, and no longer than {SERIAL_SIZE} characters")]
+    Serial(String),
+    /// {key}_size= and {key}_refill_time= go together
+    #[error(
+        "{key}_size= and {key}_refill_time= go together, and neither is 0; a burst goes with both"
+    )]
+    Bucket {
+        /// `bw` or `ops`.
+        key: &'static str,
+    },
+    /// backing_files=on goes with image_type=qcow2
+    #[error("backing_files=on goes with image_type=qcow2: no other image names files")]
+    BackingFiles,
     /// `{0}` is no name for a network interface
     #[error(
         "`{0}` is no name for a network interface: 1 to {INTERFACE_NAME} characters, without spaces, \
@@ -359,7 +384,7 @@ impl VmConfig {
             let name = Name::new("--disk", index, disk.id.as_ref());
             images.add(
                 name,
-                plain(&disk.path).display().to_string(),
+                plain(&disk.shown()).display().to_string(),
                 !disk.readonly,
             )?;
         }
@@ -424,8 +449,14 @@ impl VmConfig {
             let name = Name::new("--device", index, device.id.as_ref());
             (name, "fd", device.fd)
         });
+        let disks = self.disk.iter().enumerate().map(|(index, disk)| {
+            let name = Name::new("--disk", index, disk.id.as_ref());
+            (name, "fd", disk.fd)
+        });
         let platform = Name("--platform".to_owned());
-        let all = devices.chain([(platform, "iommufd_fd", self.platform.iommufd_fd)]);
+        let all = devices
+            .chain(disks)
+            .chain([(platform, "iommufd_fd", self.platform.iommufd_fd)]);
         for (device, key, fd) in all {
             let Some(fd) = fd else { continue };
             if fd <= STANDARD_ERROR {
@@ -477,12 +508,50 @@ impl MemoryConfig {
     }
 }
 
+/// Bytes of a disk's serial number. Virtio 1.3 §5.2.6.
+const SERIAL_SIZE: usize = 20;
+
 impl DiskConfig {
     /// Whether there can be such a disk.
     pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
         if !(1..=u16::from(MAX_CPUS)).contains(&self.num_queues) {
             return Err(InvalidVirtio::Queues(self.num_queues));
         }
+        let mut placed = Vec::new();
+        for QueueAffinity { queue_index, .. } in &self.queue_affinity {
+            let (queue, queues) = (*queue_index, self.num_queues);
+            if queue >= queues {
+                return Err(InvalidVirtio::AffinityQueue { queue, queues });
+            }
+            if placed.contains(&queue) {
+                return Err(InvalidVirtio::AffinityTwice(queue));
+            }
+            placed.push(queue);
+        }
+        let is_serial = |serial: &&String| {
+            serial.len() <= SERIAL_SIZE
+                && serial
+                    .bytes()
+                    .all(|byte| byte == b' ' || byte.is_ascii_graphic())
+        };
+        if let Some(serial) = self.serial.as_ref().filter(|serial| !is_serial(serial)) {
+            return Err(InvalidVirtio::Serial(serial.clone()));
+        }
+        if self.backing_files && self.image_type != ImageType::Qcow2 {
+            return Err(InvalidVirtio::BackingFiles);
+        }
+        bucket(
+            "bw",
+            self.bw_size,
+            self.bw_one_time_burst,
+            self.bw_refill_time,
+        )?;
+        bucket(
+            "ops",
+            self.ops_size,
+            self.ops_one_time_burst,
+            self.ops_refill_time,
+        )?;
         queue_size(self.queue_size, DISK_QUEUE_SIZES)
     }
 }
@@ -498,6 +567,19 @@ impl NetConfig {
             return Err(InvalidVirtio::TapName(tap.clone()));
         }
         queue_size(self.queue_size, NET_QUEUE_SIZES)
+    }
+}
+
+/// A limit has a size and a time, which are not 0, or nothing at all; 0 is no limit for other VMMs, and here.
+fn bucket(
+    key: &'static str,
+    size: Option<u64>,
+    burst: Option<u64>,
+    refill: Option<u64>,
+) -> Result<(), InvalidVirtio> {
+    match (size.unwrap_or(0), refill.unwrap_or(0), burst.unwrap_or(0)) {
+        (0, 0, 0) | (1.., 1.., _) => Ok(()),
+        _ => Err(InvalidVirtio::Bucket { key }),
     }
 }
 

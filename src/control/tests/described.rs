@@ -173,7 +173,7 @@ fn conforms(description: &Value, schema: &Value, value: &Value, place: &str) {
 
 #[test]
 fn a_full_configuration_is_as_described() {
-    use crate::config::{Choice, ConsoleConfig, DiskConfig, NetConfig};
+    use crate::config::{Choice, ConsoleConfig, DiskConfig, NetConfig, QueueAffinity};
 
     let mut device = DeviceConfig::new("01:00.0").unwrap();
     device.fd = Some(7);
@@ -184,6 +184,15 @@ fn a_full_configuration_is_as_described() {
         initramfs: Some("i".into()),
         disk: vec![DiskConfig {
             id: Some("d".into()),
+            serial: Some("s".into()),
+            bw_size: Some(1 << 20),
+            bw_refill_time: Some(1000),
+            ops_size: Some(100),
+            ops_refill_time: Some(1000),
+            queue_affinity: vec![QueueAffinity {
+                queue_index: 0,
+                host_cpus: vec![0, 1],
+            }],
             ..DiskConfig::new("d")
         }],
         net: vec![NetConfig {

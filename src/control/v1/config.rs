@@ -7,8 +7,9 @@ use serde::Serialize;
 
 use crate::boot::default_cmdline;
 use crate::config::{
-    Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig, NetConfig,
-    PlatformConfig, VirtioConfig, VmConfig,
+    BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, ImageType,
+    MemoryConfig, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig, VirtioConfig,
+    VmConfig,
 };
 
 use crate::machine::VirtioInfo;
@@ -81,7 +82,29 @@ struct Disk {
     pci_segment: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    serial: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_limiter_config: Option<RateLimiter>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    queue_affinity: Vec<QueueAffinity>,
+    backing_files: bool,
     image_type: &'static str,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct RateLimiter {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bandwidth: Option<TokenBucket>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ops: Option<TokenBucket>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct TokenBucket {
+    size: u64,
+    one_time_burst: u64,
+    refill_time: u64,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -249,7 +272,33 @@ impl From<&DiskConfig> for Disk {
             vhost_user: false,
             pci_segment: 0,
             id: disk.id.clone(),
-            image_type: "Raw",
+            serial: disk.serial.clone(),
+            rate_limiter_config: disk.rate_limiter().map(Into::into),
+            queue_affinity: disk.queue_affinity.clone(),
+            backing_files: disk.backing_files,
+            image_type: match disk.image_type {
+                ImageType::Raw => "Raw",
+                ImageType::Qcow2 => "Qcow2",
+            },
+        }
+    }
+}
+
+impl From<RateLimiterConfig> for RateLimiter {
+    fn from(config: RateLimiterConfig) -> Self {
+        Self {
+            bandwidth: config.bandwidth.map(Into::into),
+            ops: config.ops.map(Into::into),
+        }
+    }
+}
+
+impl From<BucketConfig> for TokenBucket {
+    fn from(config: BucketConfig) -> Self {
+        Self {
+            size: config.size,
+            one_time_burst: config.one_time_burst,
+            refill_time: config.refill_time,
         }
     }
 }
@@ -369,6 +418,13 @@ mod tests {
             disk: vec![DiskConfig {
                 readonly: true,
                 id: Some("root/1".into()),
+                serial: Some("S1".into()),
+                bw_size: Some(1 << 20),
+                bw_refill_time: Some(100),
+                queue_affinity: vec![QueueAffinity {
+                    queue_index: 0,
+                    host_cpus: vec![1, 2],
+                }],
                 ..DiskConfig::new("a.raw")
             }],
             net: vec![NetConfig {
@@ -401,6 +457,16 @@ mod tests {
             ("/disks/0/id", json!("root/1")),
             ("/disks/0/num_queues", json!(1)),
             ("/disks/0/queue_size", json!(128)),
+            ("/disks/0/serial", json!("S1")),
+            ("/disks/0/image_type", json!("Raw")),
+            (
+                "/disks/0/rate_limiter_config",
+                json!({"bandwidth": {"size": 1 << 20, "one_time_burst": 0, "refill_time": 100}}),
+            ),
+            (
+                "/disks/0/queue_affinity",
+                json!([{"queue_index": 0, "host_cpus": [1, 2]}]),
+            ),
             ("/net/0/tap", json!("vmtap0")),
             ("/net/0/mac", json!("52:54:00:12:34:56")),
             ("/net/0/num_queues", json!(2)),

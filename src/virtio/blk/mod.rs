@@ -1,39 +1,58 @@
-//! The virtio block device: what it tells the guest, and its workers.
+//! The virtio block device: what it tells the guest, and what it is started and stopped with.
 //!
-//! The host's side of a disk is `image`, the meaning of a request is `request`.
+//! The host's side of a disk is `image`, the meaning of a request is `request`. A `worker` serves a queue: it
+//! turns requests into `flight`s, which go to the host and come back by an `engine`, that is by io_uring
+//! (`uring`) or by threads (`pool`). What the host keeps for longer than a stop waits is in `linger`.
 
+mod engine;
+mod flight;
+#[cfg(test)]
+mod gate;
+mod hold;
 mod image;
+mod limiter;
 mod limits;
+mod linger;
 mod lock;
+mod pool;
 mod request;
+mod space;
+mod state;
 mod steps;
 mod sys;
 #[cfg(test)]
 mod tests;
+mod uring;
+mod worker;
+#[cfg(test)]
+mod worker_tests;
 
-use std::os::fd::RawFd;
+use std::io;
 use std::sync::Arc;
-
-use vmm_sys_util::epoll::EventSet;
+use std::time::Instant;
 
 use super::activation::{Activation, StartError};
-use super::config_space::{ConfigSpace, Fields};
+use super::config_space::ConfigSpace;
 use super::device::VirtioDevice;
-use super::life::{DeviceState, Progress, Running};
-use super::queue::{QueueError, Virtqueue};
+use super::life::{DeviceState, Running};
+use super::queue::Virtqueue;
 use super::segments::MAX_SEGMENTS;
 use super::spec::{self, blk};
-use super::worker::{Worker, doorbell_events};
-use crate::config::{DISK_QUEUE_SIZES, DiskConfig, InvalidVirtio};
-use crate::memory::GuestRam;
+use super::worker::Worker;
+use crate::config::{DISK_QUEUE_SIZES, DiskConfig, InvalidVirtio, QueueAffinity};
 use busway_pci::Complaints;
-use vm_memory::GuestAddressSpace;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
+use engine::{Engine, Way};
 pub use image::ImageError;
 use image::{Image, Mode};
+use limiter::Limiter;
+use linger::Lingerers;
 use request::Requests;
+use space::DiskSpace;
+pub use state::{DiskState, LeftRequest};
+use worker::{BlkWorker, Parts};
 
 /// A request is one descriptor for its header, one for its status, and its data.
 const REQUEST_OVERHEAD: u32 = 2;
@@ -73,10 +92,17 @@ pub enum BlkError {
 #[derive(Debug)]
 pub struct Blk {
     name: String,
+    serial: String,
     image: Arc<Image>,
-    config: Arc<Fields>,
+    space: Arc<DiskSpace>,
     num_queues: u16,
     queue_size: u16,
+    affinity: Vec<QueueAffinity>,
+    /// Whether writes may stay in a cache, until the driver says otherwise.
+    writeback: bool,
+    limiter: Option<Arc<Limiter>>,
+    lingerers: Arc<Lingerers>,
+    way: Way,
     complaints: Arc<Complaints>,
 }
 
@@ -93,18 +119,29 @@ impl Blk {
         let mode = Mode {
             readonly: config.readonly,
             direct: config.direct,
+            fd: config.fd,
+            image_type: config.image_type,
+            backing_files: config.backing_files,
         };
-        let image = Image::open(&config.path, mode).map_err(|source| BlkError::Image {
+        let image = Image::open(&config.shown(), mode).map_err(|source| BlkError::Image {
             name: name.to_owned(),
             source,
         })?;
         let bytes = config_bytes(&image, config.num_queues, config.queue_size);
         Ok(Self {
             name: name.to_owned(),
+            serial: config.serial.clone().unwrap_or_else(|| name.to_owned()),
             image: Arc::new(image),
-            config: Fields::new(bytes),
+            space: DiskSpace::new(bytes, config.writeback),
             num_queues: config.num_queues,
             queue_size: config.queue_size,
+            affinity: config.queue_affinity.clone(),
+            writeback: config.writeback,
+            limiter: config
+                .rate_limiter()
+                .map(|limits| Arc::new(Limiter::new(&limits, Instant::now()))),
+            lingerers: Arc::default(),
+            way: Way::default(),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
     }
@@ -117,7 +154,7 @@ impl Blk {
         Resizer {
             name: self.name.clone(),
             image: Arc::clone(&self.image),
-            config: Arc::clone(&self.config),
+            space: Arc::clone(&self.space),
         }
     }
 }
@@ -127,7 +164,7 @@ impl Blk {
 pub struct Resizer {
     name: String,
     image: Arc<Image>,
-    config: Arc<Fields>,
+    space: Arc<DiskSpace>,
 }
 
 impl Resizer {
@@ -141,9 +178,7 @@ impl Resizer {
             name: self.name.clone(),
             source,
         })?;
-        let sectors = capacity / blk::SECTOR;
-        self.config
-            .set(blk::CONFIG_CAPACITY, &sectors.to_le_bytes());
+        self.space.set_capacity(capacity / blk::SECTOR);
         Ok(capacity)
     }
 }
@@ -220,7 +255,7 @@ impl VirtioDevice for Blk {
         if self.image.readonly() {
             features |= blk::F_RO;
         } else {
-            features |= blk::F_WRITE_ZEROES;
+            features |= blk::F_CONFIG_WCE | blk::F_WRITE_ZEROES;
             if self.image.limits().discard_granularity > 0 {
                 features |= blk::F_DISCARD;
             }
@@ -233,58 +268,85 @@ impl VirtioDevice for Blk {
     }
 
     fn config(&self) -> Arc<dyn ConfigSpace> {
-        Arc::clone(&self.config) as _
+        Arc::clone(&self.space) as _
+    }
+
+    fn takes(&self, _features: u64, state: &DeviceState) -> bool {
+        match state {
+            DeviceState::None => true,
+            DeviceState::Disk(state) => state.fits(self.num_queues, self.queue_size),
+            _ => false,
+        }
+    }
+
+    fn set_state(&mut self, state: &DeviceState) {
+        let writeback = match state {
+            DeviceState::Disk(state) => state.writeback,
+            _ => self.writeback,
+        };
+        self.space.set_writeback(writeback);
+        self.lingerers.forget();
+    }
+
+    fn unsettled(&self) -> Option<String> {
+        self.lingerers.describe()
     }
 
     fn start(&mut self, mut activation: Activation) -> Result<Box<dyn Running>, StartError> {
+        let state = match activation.state() {
+            DeviceState::Disk(state) => state.clone(),
+            _ => DiskState {
+                writeback: self.space.writeback(),
+                left: Vec::new(),
+            },
+        };
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
         for index in 0..self.num_queues {
-            let Some(queue) = activation.take_queue(index)? else {
-                continue;
-            };
-            let stop = queue.stop();
-            workers.push(Box::new(BlkWorker {
-                name: format!("{}-q{index}", self.name),
-                ram: activation.ram().clone(),
-                queue,
-                requests: Requests::new(
-                    Arc::clone(&self.image),
-                    &self.name,
-                    activation.features(),
-                    Arc::clone(&self.complaints),
-                    stop,
-                ),
-            }));
+            if let Some(queue) = activation.take_queue(index)? {
+                let worker = self.worker(&activation, queue, state.of_queue(index))?;
+                workers.push(Box::new(worker));
+            }
         }
-        activation.run(workers, DeviceState::None)
+        let state = DiskState {
+            left: Vec::new(),
+            ..state
+        };
+        activation.run(workers, DeviceState::Disk(state))
     }
 }
 
-/// Serves one queue.
-#[derive(Debug)]
-struct BlkWorker {
-    name: String,
-    ram: GuestRam,
-    queue: Virtqueue,
-    requests: Requests,
-}
-
-impl Worker for BlkWorker {
-    fn name(&self) -> String {
-        self.name.clone()
-    }
-
-    fn sources(&self) -> Vec<(RawFd, EventSet)> {
-        vec![(self.queue.doorbell(), doorbell_events())]
-    }
-
-    fn wake(&mut self, _source: usize) -> Result<(), QueueError> {
-        let memory = self.ram.memory();
-        let requests = &mut self.requests;
-        self.queue.drain(&memory, |chain| requests.serve(chain))
-    }
-
-    fn leave(&mut self, progress: &mut Progress) {
-        self.queue.leave(progress);
+impl Blk {
+    /// The worker of `queue`, of which an earlier run has left the requests `left`.
+    fn worker(
+        &self,
+        activation: &Activation,
+        queue: Virtqueue,
+        left: Vec<u16>,
+    ) -> io::Result<BlkWorker> {
+        let name = format!("{}-q{}", self.name, queue.index());
+        let requests = Requests::new(
+            Arc::clone(&self.image),
+            Arc::clone(&self.space),
+            &self.name,
+            &self.serial,
+            activation.features(),
+            Arc::clone(&self.complaints),
+        );
+        let image = Arc::clone(&self.image);
+        let engine = Engine::new(&name, image, queue.size(), queue.stop(), self.way)?;
+        let affinity = self.affinity.iter();
+        let affinity = affinity.filter(|affinity| affinity.queue_index == queue.index());
+        let parts = Parts {
+            name,
+            ram: activation.ram().clone(),
+            requests,
+            space: Arc::clone(&self.space),
+            limiter: self.limiter.clone(),
+            lingerers: Arc::clone(&self.lingerers),
+            affinity: affinity
+                .flat_map(|affinity| affinity.host_cpus.clone())
+                .collect(),
+        };
+        BlkWorker::new(parts, queue, engine, left)
     }
 }

@@ -2,134 +2,172 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::flight::{Flight, Range, Work};
 use super::image::Image;
-use crate::virtio::queue::{Chain, QueueError, Served};
-use crate::virtio::segments::Segments;
+use super::space::DiskSpace;
+use crate::memory::RamMap;
+use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::segments::{Held, Segments};
 use crate::virtio::spec::{self, blk};
 use busway_pci::Complaints;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Why a request has not been carried out.
-#[derive(Debug)]
+/// Why a request is not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Failure {
     /// Answered with `VIRTIO_BLK_S_UNSUPP`: the guest asked for what was not offered.
     Unsupported,
     /// Answered with `VIRTIO_BLK_S_IOERR`: the guest asked for what is not there.
     Refused,
-    /// Answered with `VIRTIO_BLK_S_IOERR`: the host's error.
-    Host(&'static str, io::Error),
-    /// Not answered: the device is being stopped, and the next start does the request from its
-    /// beginning.
-    Stopped,
 }
 
-impl Failure {
-    /// The failure of what the image was asked to do.
-    fn of(what: &'static str) -> impl Fn(io::Error) -> Self {
-        move |error| match error.kind() {
-            io::ErrorKind::Interrupted => Self::Stopped,
-            _ => Self::Host(what, error),
-        }
-    }
+/// What a request comes to.
+#[derive(Debug)]
+pub(super) enum Planned {
+    /// It is answered: its first descriptor, and the bytes that were written.
+    Answered(u16, usize),
+    /// The host has to do it.
+    Host(Box<Flight>),
 }
 
-/// One queue's way to the image.
+/// One queue's requests, as they are understood.
 #[derive(Debug)]
 pub(super) struct Requests {
     image: Arc<Image>,
+    space: Arc<DiskSpace>,
     name: String,
     id: [u8; blk::ID_SIZE],
-    /// The driver did not take `VIRTIO_BLK_F_FLUSH`, and so counts on each write to be lasting.
-    /// Virtio 1.3 §5.2.5.2.
-    write_through: bool,
     features: u64,
     complaints: Arc<Complaints>,
-    stop: Arc<AtomicBool>,
 }
 
 impl Requests {
-    /// The disk's host errors go to `complaints`. Where `stop` says so, a request is left off.
+    /// The disk's host errors go to `complaints`; `serial` is what `VIRTIO_BLK_T_GET_ID` is answered with.
     pub(super) fn new(
         image: Arc<Image>,
+        space: Arc<DiskSpace>,
         name: &str,
+        serial: &str,
         features: u64,
         complaints: Arc<Complaints>,
-        stop: Arc<AtomicBool>,
     ) -> Self {
         let mut id = [0; blk::ID_SIZE];
-        for (to, from) in id.iter_mut().zip(name.bytes()) {
+        for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
         Self {
             image,
+            space,
             name: name.to_owned(),
             id,
-            write_through: features & blk::F_FLUSH == 0,
             features,
             complaints,
-            stop,
         }
     }
 
-    fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+    /// Whether each change is to last when it is answered: the driver did not take `VIRTIO_BLK_F_FLUSH`, or
+    /// nothing is to stay in a cache. Virtio 1.3 §5.2.5.2, §5.2.6.2.
+    pub(super) fn write_through(&self) -> bool {
+        !self.has(blk::F_FLUSH) || !self.space.writeback()
     }
 
-    /// Carries out one request. One that is left is done from its beginning later, which comes to the
-    /// same: the driver keeps its buffers as they are until it is answered, and counts on nothing that
-    /// the blocks hold until then.
+    /// What the request of `chain`, which lies in `memory`, comes to.
     ///
     /// # Errors
     /// The chain is no request: there is no room for a header, or none for a status.
-    pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<Served, QueueError> {
+    pub(super) fn plan(
+        &self,
+        mut chain: Chain<'_>,
+        memory: &Arc<RamMap>,
+    ) -> Result<Planned, QueueError> {
         let Some(Header { kind, sector, .. }) = chain.readable.take() else {
             return Err(chain.malformed("a block request shorter than its header"));
         };
         let Some(data_len) = chain.writable.len().checked_sub(1) else {
             return Err(chain.malformed("a block request without room for its status"));
         };
+        let head = chain.head();
+        let written = data_len.saturating_add(1);
         let mut input = chain.writable.take_front(data_len);
-        let sector = sector.get();
         let result = match kind.get() {
-            blk::T_IN => self.read(sector, input),
-            blk::T_OUT => self.write(sector, chain.readable),
-            blk::T_FLUSH => self.flush(),
+            blk::T_IN => self.span(sector.get(), &input).map(|at| (Work::Read, at)),
+            blk::T_OUT => self
+                .writable()
+                .and_then(|()| self.span(sector.get(), &chain.readable))
+                .map(|at| (Work::Write, at)),
+            blk::T_FLUSH => Ok((Work::Flush, 0)),
             blk::T_GET_ID => {
                 input.write(&self.id);
-                Ok(())
+                chain.writable.write(&[blk::S_OK]);
+                return Ok(Planned::Answered(head, written));
             }
-            blk::T_DISCARD if self.has(blk::F_DISCARD) => self.discard(chain.readable),
-            blk::T_WRITE_ZEROES if self.has(blk::F_WRITE_ZEROES) => self.zero(chain.readable),
+            blk::T_DISCARD if self.has(blk::F_DISCARD) => {
+                let ranges = self.ranges(chain.readable.clone(), super::MAX_DISCARD_SECTORS, 0);
+                ranges.map(|ranges| (Work::Discard(ranges), 0))
+            }
+            blk::T_WRITE_ZEROES if self.has(blk::F_WRITE_ZEROES) => {
+                let (most, flags) = (super::MAX_ZERO_SECTORS, blk::RANGE_F_UNMAP);
+                let ranges = self.ranges(chain.readable.clone(), most, flags);
+                ranges.map(|ranges| (Work::Zero(ranges), 0))
+            }
             _ => Err(Failure::Unsupported),
         };
+        let (work, at) = match result {
+            Ok(planned) => planned,
+            Err(failure) => {
+                let status = match failure {
+                    Failure::Unsupported => blk::S_UNSUPP,
+                    Failure::Refused => blk::S_IOERR,
+                };
+                chain.writable.write(&[status]);
+                return Ok(Planned::Answered(head, written));
+            }
+        };
+        let data = match work {
+            Work::Read => &input,
+            Work::Write => &chain.readable,
+            _ => &Segments::default(),
+        };
+        let held = |segments| Held::new(memory, segments);
+        let (Some(data), Some(status)) = (held(data), held(&chain.writable)) else {
+            return Err(chain.malformed("a buffer outside of RAM"));
+        };
+        let lasting = self.write_through() && !matches!(work, Work::Read | Work::Flush);
+        let mut flight = Box::new(Flight::new(head, work, data, at, status));
+        flight.lasting = lasting;
+        flight.set_written(written);
+        Ok(Planned::Host(flight))
+    }
+
+    /// Answers a request that the host has given back with `result`.
+    pub(super) fn answer(&self, flight: &Flight, result: io::Result<()>) -> (u16, usize) {
         let status = match result {
             Ok(()) => blk::S_OK,
-            Err(Failure::Stopped) => return Ok(Served::Left),
-            Err(Failure::Unsupported) => blk::S_UNSUPP,
-            Err(Failure::Refused) => blk::S_IOERR,
-            Err(Failure::Host(what, error)) => {
-                self.complain(what, &error);
+            Err(error) => {
+                self.complain(flight, &error);
                 blk::S_IOERR
             }
         };
-        // The status comes after the data, whether that has been written or not.
-        let written = data_len.saturating_add(chain.writable.write(&[status]));
-        Ok(Served::Done(written))
+        flight.answer(status)
     }
 
     fn has(&self, feature: u64) -> bool {
         self.features & feature != 0
     }
 
-    fn complain(&self, what: &str, error: &io::Error) {
+    fn complain(&self, flight: &Flight, error: &io::Error) {
         log::log!(
             self.complaints.next(log::Level::Error),
-            "disk {}: {what} failed: {error}",
+            "disk {}: {flight} failed: {error}",
             self.name
         );
+    }
+
+    /// The byte of the disk at which `data` starts, which lies within it in whole blocks.
+    fn span(&self, sector: u64, data: &Segments<'_>) -> Result<u64, Failure> {
+        self.range(sector, data.len() as u64)
     }
 
     /// The bytes from `sector` on, where `len` of them lie within the disk in whole blocks.
@@ -150,55 +188,6 @@ impl Requests {
         Ok(())
     }
 
-    fn read(&self, sector: u64, data: Segments<'_>) -> Result<(), Failure> {
-        let start = self.range(sector, data.len() as u64)?;
-        self.image
-            .read(data, start, &|| self.stopped())
-            .map_err(Failure::of("read"))
-    }
-
-    fn write(&self, sector: u64, data: Segments<'_>) -> Result<(), Failure> {
-        self.writable()?;
-        let start = self.range(sector, data.len() as u64)?;
-        self.image
-            .write(data, start, &|| self.stopped())
-            .map_err(Failure::of("write"))?;
-        self.written()
-    }
-
-    fn flush(&self) -> Result<(), Failure> {
-        self.image.flush().map_err(Failure::of("flush"))
-    }
-
-    fn written(&self) -> Result<(), Failure> {
-        if self.write_through {
-            self.flush()
-        } else {
-            Ok(())
-        }
-    }
-
-    fn discard(&self, ranges: Segments<'_>) -> Result<(), Failure> {
-        self.writable()?;
-        for range in self.ranges(ranges, super::MAX_DISCARD_SECTORS, 0)? {
-            self.image
-                .discard(range.start, range.len, &|| self.stopped())
-                .map_err(Failure::of("discard"))?;
-        }
-        self.written()
-    }
-
-    fn zero(&self, ranges: Segments<'_>) -> Result<(), Failure> {
-        self.writable()?;
-        for range in self.ranges(ranges, super::MAX_ZERO_SECTORS, blk::RANGE_F_UNMAP)? {
-            let may_unmap = range.flags & blk::RANGE_F_UNMAP != 0;
-            self.image
-                .zero(range.start, range.len, may_unmap, &|| self.stopped())
-                .map_err(Failure::of("write zeroes"))?;
-        }
-        self.written()
-    }
-
     /// `struct virtio_blk_discard_write_zeroes[]`: all are checked before one is carried out.
     fn ranges(
         &self,
@@ -206,6 +195,7 @@ impl Requests {
         max_sectors: u32,
         allowed_flags: u32,
     ) -> Result<Vec<Range>, Failure> {
+        self.writable()?;
         let count = bytes.len() / size_of::<AskedRange>();
         let whole = bytes.len().is_multiple_of(size_of::<AskedRange>());
         if !whole || count == 0 || count > super::MAX_RANGES as usize {
@@ -245,11 +235,4 @@ struct AskedRange {
     sector: U64,
     sectors: U32,
     flags: U32,
-}
-
-#[derive(Debug)]
-struct Range {
-    start: u64,
-    len: u64,
-    flags: u32,
 }

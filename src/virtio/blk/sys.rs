@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 
 /// `_IO(0x12, 119)`: linux/fs.h `BLKDISCARD`
 const BLKDISCARD: libc::Ioctl = 0x1277;
@@ -91,6 +91,50 @@ pub(super) fn lock(file: &File, shared: bool) -> io::Result<()> {
     lock.l_whence = libc::SEEK_SET as libc::c_short;
     // SAFETY: F_OFD_SETLK reads a flock, which `lock` is.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
+}
+
+/// Another descriptor of what this process has inherited by number `number`, which is closed on exec.
+pub(super) fn duplicate(number: u32) -> io::Result<File> {
+    let number = i32::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor, or says that there is none to be made one of.
+    let new = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    check(new)?;
+    // SAFETY: it is new, and nobody else knows of it.
+    Ok(unsafe { File::from_raw_fd(new) })
+}
+
+/// Whether a descriptor is open to be written.
+pub(super) fn is_writable(file: &File) -> io::Result<bool> {
+    Ok(status_flags(file)? & libc::O_ACCMODE != libc::O_RDONLY)
+}
+
+/// Has what is read and written by a descriptor go past the host's page cache.
+pub(super) fn set_direct(file: &File) -> io::Result<()> {
+    let flags = status_flags(file)? | libc::O_DIRECT;
+    // SAFETY: F_SETFL takes flags, and touches no memory.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) })
+}
+
+fn status_flags(file: &File) -> io::Result<libc::c_int> {
+    // SAFETY: F_GETFL gives flags, and touches no memory.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    check(flags)?;
+    Ok(flags)
+}
+
+/// Has the calling thread run on these of the host's processors only.
+pub(super) fn run_on(processors: &[usize]) -> io::Result<()> {
+    // SAFETY: all zeros is a valid cpu_set_t, an empty one.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for &processor in processors {
+        if processor >= libc::CPU_SETSIZE as usize {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the number is below the set's size.
+        unsafe { libc::CPU_SET(processor, &mut set) };
+    }
+    // SAFETY: sched_setaffinity reads a set of the size that it is told; 0 is the calling thread.
+    check(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

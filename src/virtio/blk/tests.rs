@@ -8,21 +8,17 @@ use tempfile::NamedTempFile;
 
 const MIB: u64 = 1 << 20;
 
-fn image(size: u64) -> NamedTempFile {
+pub(super) fn image(size: u64) -> NamedTempFile {
     // Not in /tmp, which may be a tmpfs: no direct I/O there on older kernels.
     let file = NamedTempFile::new_in("/var/tmp").unwrap();
     file.as_file().set_len(size).unwrap();
     file
 }
 
-fn disk(file: &NamedTempFile, change: impl FnOnce(&mut DiskConfig)) -> Blk {
+pub(super) fn disk(file: &NamedTempFile, change: impl FnOnce(&mut DiskConfig)) -> Blk {
     let mut config = DiskConfig {
-        path: file.path().to_owned(),
-        readonly: false,
-        direct: false,
-        num_queues: 1,
         queue_size: 64,
-        id: None,
+        ..DiskConfig::new(file.path())
     };
     change(&mut config);
     Blk::new("disk0", &config).unwrap()
@@ -412,12 +408,9 @@ fn impossible_queues_are_refused_with_what_would_be_possible() {
     let file = image(MIB);
     let refuse = |num_queues, queue_size| {
         let config = DiskConfig {
-            path: file.path().to_owned(),
-            readonly: false,
-            direct: false,
             num_queues,
             queue_size,
-            id: None,
+            ..DiskConfig::new(file.path())
         };
         Blk::new("disk0", &config).unwrap_err().to_string()
     };
@@ -485,12 +478,9 @@ fn a_block_device_is_a_disk_and_is_not_shared() {
     };
     for direct in [false, true] {
         let config = DiskConfig {
-            path: device.0.clone().into(),
-            readonly: false,
             direct,
-            num_queues: 1,
             queue_size: 64,
-            id: None,
+            ..DiskConfig::new(&device.0)
         };
         let mut disk = Disk::new(Blk::new("disk0", &config).unwrap());
         let sectors = u64::from_le_bytes(disk.driver.bar_read(disk.driver.device));

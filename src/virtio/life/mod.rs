@@ -8,25 +8,32 @@
 //! # What holds for every stop
 //!
 //! - When [`Running::stop`] returns, nothing of the device touches guest memory, and none of its
-//!   threads is left.
+//!   threads is left; but for requests that the host has had for longer than a stop waits, and that nothing
+//!   can take from it, such as a write to a file system that is frozen. Their buffers stay mapped, and
+//!   belong to them until the host gives them back: [`VirtioDevice::unsettled`] says so. A start carries
+//!   on with them; a reset is not over before they are back, as the driver sees by the status.
 //! - What the driver has made available was either completed, in the used ring, or is left for the
-//!   next start, which finds it by [`QueuePosition::next_avail`]. Nothing is completed twice, and
-//!   nothing is dropped without completion.
+//!   next start, which finds it by [`QueuePosition::next_avail`], or, of a disk, which has many in hand at
+//!   once, by its list of them. Nothing is completed twice, and nothing is dropped without completion.
 //! - What was left in the middle is begun anew or carried on by the next start, as is right for the
 //!   device: a disk repeats the request from its beginning, which comes to the same; a console carries
 //!   on behind the bytes that are out.
 //! - A stop takes bounded time: what a worker is in the middle of is finished where it is short, and
-//!   left where it is long. The one exception is a flush of a disk, which is one system call.
+//!   left where it is long.
 //!
 //! # What holds for every start
 //!
 //! A start looks at each queue once without having been notified, because a notification may have
 //! come, and been lost, while nobody listened. It interrupts the driver only for what it completes.
 
+//!
+//! [`VirtioDevice::unsettled`]: super::VirtioDevice::unsettled
+
 use std::fmt::Debug;
 
 use serde::{Deserialize, Serialize};
 
+use super::blk::DiskState;
 use super::console::ConsoleState;
 use super::net::NetState;
 
@@ -51,6 +58,8 @@ pub enum DeviceState {
     Net(NetState),
     /// A console's.
     Console(ConsoleState),
+    /// A disk's.
+    Disk(DiskState),
 }
 
 /// What a run leaves for the next one. The default is what a reset leaves.

@@ -252,7 +252,7 @@ impl VirtioDevice for Net {
         match state {
             DeviceState::None => true,
             DeviceState::Net(state) => state.fits(features, self.pairs_known(features)),
-            DeviceState::Console(_) => false,
+            _ => false,
         }
     }
 

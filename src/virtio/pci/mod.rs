@@ -23,7 +23,7 @@ use super::activation::{Activation, Call, QueueSetup, StartError};
 use super::config_space::ConfigSpace;
 use super::device::VirtioDevice;
 use super::interrupts::Interrupts;
-use super::life::{Life, Progress};
+use super::life::{DeviceState, Life, Progress};
 use super::retired::Retired;
 use super::spec::{self, status};
 use crate::memory::GuestRam;
@@ -86,8 +86,21 @@ struct Function {
     registers: Registers,
     device: Box<dyn VirtioDevice>,
     life: Life,
+    /// A reset goes on, for the host has something of the device's still: the status that the driver reads
+    /// until that is over. Virtio 1.3 §4.1.4.3.1: the driver waits for 0.
+    resetting: Option<u8>,
     /// Somebody has paused the device: it is not started before it is resumed, whatever the driver does.
     paused: bool,
+}
+
+impl Function {
+    /// The status that the driver reads while a reset goes on.
+    fn is_resetting(&mut self) -> Option<u8> {
+        if self.resetting.is_some() && self.device.unsettled().is_none() {
+            self.resetting = None;
+        }
+        self.resetting
+    }
 }
 
 impl fmt::Debug for VirtioPci {
@@ -157,6 +170,7 @@ impl VirtioPci {
                 registers: Registers::new(features, &queue_sizes),
                 device,
                 life: Life::Stopped(Progress::default()),
+                resetting: None,
                 paused: false,
             }),
             interrupts,
@@ -194,6 +208,9 @@ impl VirtioPci {
 
     fn write_common(&self, offset: u64, data: &[u8]) {
         let mut function = self.function();
+        if function.is_resetting().is_some() {
+            return;
+        }
         let Function {
             registers, device, ..
         } = &mut *function;
@@ -215,7 +232,14 @@ impl VirtioPci {
         }
     }
 
-    /// Pauses the device: when this returns, nothing of it touches guest memory. What the driver makes
+    /// What a stop of the device left with the host, in words; `None` where there is nothing. Until then the
+    /// buffers of those requests are the host's.
+    pub fn unsettled(&self) -> Option<String> {
+        self.function().device.unsettled()
+    }
+
+    /// Pauses the device: when this returns, nothing of it touches guest memory, but for buffers of requests
+    /// that the host does not give back ([`unsettled`](Self::unsettled)). What the driver makes
     /// available meanwhile waits, as does what comes from outside as far as the host keeps it, and the
     /// driver finds nothing changed. A device that is paused already stays so.
     ///
@@ -253,7 +277,8 @@ impl VirtioPci {
     /// Starts the device where its driver is ready and nothing stands against it.
     fn start(&self, function: &mut Function) {
         let ready = function.registers.status & status::DRIVER_OK != 0;
-        if !ready || function.paused || self.interrupts.is_broken() {
+        let resetting = function.is_resetting().is_some();
+        if !ready || function.paused || resetting || self.interrupts.is_broken() {
             return;
         }
         if let Err(error) = self.try_start(function) {
@@ -301,8 +326,19 @@ impl VirtioPci {
     /// The driver, or the bus, resets the device: a stop whose state is dropped. Virtio 1.3 §2.4.
     fn stop(&self, function: &mut Function) {
         function.life.reset();
+        let status = function.registers.status;
         function.registers.reset();
         self.interrupts.reset();
+        function.device.set_state(&DeviceState::None);
+        if let Some(what) = function.device.unsettled() {
+            log::warn!(
+                "{}: its reset goes on until the host gives back {what}",
+                self.name
+            );
+            function
+                .resetting
+                .get_or_insert(status | status::ACKNOWLEDGE);
+        }
     }
 
     /// What the access capability points at: an offset into the BAR, and a width. Virtio 1.3
@@ -415,11 +451,13 @@ impl PciFunction for VirtioPci {
         }
         match layout::place(offset) {
             Place::Common(at) => {
+                let mut function = self.function();
                 let outside = Outside {
+                    resetting: function.is_resetting(),
                     needs_reset: self.interrupts.is_broken(),
                     generation: self.device_config.generation(),
                 };
-                self.function().registers.read(at, data, outside);
+                function.registers.read(at, data, outside);
             }
             Place::Isr => {
                 data.fill(0);

@@ -66,6 +66,8 @@ pub struct Registers {
 /// What the common configuration shows that is not a register: it changes without the driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Outside {
+    /// A reset goes on, and this is the status until it is over.
+    pub(super) resetting: Option<u8>,
     /// The device waits for a reset.
     pub(super) needs_reset: bool,
     /// The generation of the device's configuration.
@@ -201,7 +203,8 @@ impl Registers {
         } else {
             0
         };
-        put(common::DEVICE_STATUS, &[self.status | needs_reset]);
+        let status = outside.resetting.unwrap_or(self.status | needs_reset);
+        put(common::DEVICE_STATUS, &[status]);
         put(common::CONFIG_GENERATION, &[outside.generation]);
         put(common::QUEUE_SELECT, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {

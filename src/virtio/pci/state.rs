@@ -114,6 +114,7 @@ impl VirtioPci {
         function.registers.restore(&state.registers);
         function.config.reset();
         function.config.write(0, &state.config);
+        function.device.set_state(&state.progress.device);
         function.life = Life::Stopped(state.progress.clone());
         let isr = state.isr & spec::isr::ALL;
         self.interrupts

@@ -7,6 +7,7 @@
 mod agent;
 mod binding;
 pub mod budgets;
+pub mod churn;
 mod config;
 mod cpio;
 mod digest;

@@ -1,6 +1,8 @@
-//! A disk's image: a raw file or a block device of the host, opened, locked, measured, read and
-//! written.
+//! A disk's image: a file or a block device of the host, raw or in a format, opened, locked, measured, read
+//! and written.
 
+mod error;
+mod qcow2;
 #[cfg(test)]
 mod tests;
 
@@ -17,132 +19,47 @@ use super::limits::{self, Limits};
 use super::lock;
 use super::steps::{self, Stop};
 use super::sys;
+use crate::config::ImageType;
 use crate::virtio::segments::Segments;
+pub use error::ImageError;
+use error::{lock_error, open_error};
+use qcow2::Qcow2Image;
 
 /// Bytes of the buffer through which go what a direct file does not take from where it lies, and the
 /// zeros that the host cannot write otherwise.
 const BOUNCE_SIZE: usize = 64 << 10;
-/// An image cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ImageError {
-    /// cannot open {path}: {source}{hint}
-    #[error("cannot open {path}: {source}{hint}")]
-    Open {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-        /// What to do, starting with a separator.
-        hint: &'static str,
-    },
-    /// {path} is in use on this host: it is mounted, part of a volume, or opened by another program for itself; release it there, or give the guest a copy
-    #[error(
-        "{path} is in use on this host: it is mounted, part of a volume, or opened by another program for itself; release it there, or give the guest a copy"
-    )]
-    InUse {
-        /// The block device.
-        path: PathBuf,
-    },
-    /// {path} is locked by {holder}: two machines that write one image destroy it; stop the other one, or give readonly=on to both
-    #[error(
-        "{path} is locked by {holder}: two machines that write one image destroy it; stop the other one, or give readonly=on to both"
-    )]
-    Locked {
-        /// The image.
-        path: PathBuf,
-        /// Who has it, as far as /proc tells.
-        holder: String,
-    },
-    /// {path} is {what}: a disk is a raw image file or a block device
-    #[error("{path} is {what}: a disk is a raw image file or a block device")]
-    Kind {
-        /// The path.
-        path: PathBuf,
-        /// What is there.
-        what: &'static str,
-    },
-    /// {path} holds {size} bytes, less than one block of {block}: make it larger, with `truncate -s 10G` for example
-    #[error(
-        "{path} holds {size} bytes, less than one block of {block}: make it larger, with `truncate -s 10G` for example"
-    )]
-    Empty {
-        /// The image.
-        path: PathBuf,
-        /// Its size.
-        size: u64,
-        /// Its block size.
-        block: u32,
-    },
-    /// {path} lies on a file system without direct I/O: give direct=off
-    #[error("{path} lies on a file system without direct I/O: give direct=off")]
-    NotDirect {
-        /// The image.
-        path: PathBuf,
-    },
-    /// {what} of {path} failed: {source}
-    #[error("{what} of {path} failed: {source}")]
-    Kernel {
-        /// The system call.
-        what: &'static str,
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
-
 /// How an image is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mode {
     pub(super) readonly: bool,
     pub(super) direct: bool,
+    /// A descriptor of it that was inherited.
+    pub(super) fd: Option<u32>,
+    pub(super) image_type: ImageType,
+    /// Files that it names are opened.
+    pub(super) backing_files: bool,
 }
 
 /// An opened and locked image. The lock ends with it.
 #[derive(Debug)]
 pub(super) struct Image {
     file: File,
+    /// Who knows where in the file the guest's bytes are, where they are not as the guest has them.
+    format: Option<Qcow2Image>,
     path: PathBuf,
     /// Bytes.
     capacity: AtomicU64,
     readonly: bool,
     is_device: bool,
     limits: Limits,
+    /// Keeps each call of a thread waiting while it is closed.
+    #[cfg(test)]
+    pub(super) gate: super::gate::Gate,
 }
 
 impl Image {
     pub(super) fn open(path: &Path, mode: Mode) -> Result<Self, ImageError> {
-        let metadata = std::fs::metadata(path).map_err(|source| open_error(path, mode, source))?;
-        let kind = metadata.file_type();
-        let is_device = kind.is_block_device();
-        if !is_device && !kind.is_file() {
-            let what = if kind.is_dir() {
-                "a directory"
-            } else if kind.is_char_device() {
-                "a character device"
-            } else {
-                "neither"
-            };
-            return Err(ImageError::Kind {
-                path: path.to_owned(),
-                what,
-            });
-        }
-        let mut flags = 0;
-        if mode.direct {
-            flags |= libc::O_DIRECT;
-        }
-        if is_device && !mode.readonly {
-            // For a block device: fails where the host itself uses it.
-            flags |= libc::O_EXCL;
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!mode.readonly)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(|source| open_error(path, mode, source))?;
-        lock::lock(&file, mode.readonly).map_err(|error| lock_error(path, error))?;
+        let (file, is_device) = open_raw(path, mode)?;
         let kernel = |what| {
             move |source| ImageError::Kernel {
                 what,
@@ -155,16 +72,38 @@ impl Image {
         } else {
             limits::of_file(&file, path, mode)?
         };
+        let format = match mode.image_type {
+            ImageType::Raw => {
+                warn_of_formats(&file, path);
+                None
+            }
+            ImageType::Qcow2 => {
+                let file = file.try_clone().map_err(kernel("dup"))?;
+                Some(Qcow2Image::open(file, path, mode)?)
+            }
+        };
+        let limits = match format {
+            // It takes memory and positions as they come.
+            Some(_) => Limits {
+                block_size: 512,
+                memory_alignment: 1,
+                discard_granularity: limits.discard_granularity.max(512),
+                ..limits
+            },
+            None => limits,
+        };
         let image = Self {
             file,
+            format,
             path: path.to_owned(),
             capacity: AtomicU64::new(0),
             readonly: mode.readonly,
             is_device,
             limits,
+            #[cfg(test)]
+            gate: super::gate::Gate::default(),
         };
         image.measure()?;
-        warn_of_formats(&image.file, path);
         Ok(image)
     }
 
@@ -180,7 +119,9 @@ impl Image {
                 source,
             }
         };
-        let size = if self.is_device {
+        let size = if let Some(format) = &self.format {
+            format.size()
+        } else if self.is_device {
             sys::device_size(&self.file).map_err(kernel("BLKGETSIZE64"))?
         } else {
             self.file.metadata().map_err(kernel("fstat"))?.len()
@@ -214,6 +155,11 @@ impl Image {
         self.readonly
     }
 
+    /// The file that the guest's bytes lie in as the guest has them.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.format.is_none().then_some(&self.file)
+    }
+
     pub(super) fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -229,6 +175,9 @@ impl Image {
         start: u64,
         stop: Stop<'_>,
     ) -> io::Result<()> {
+        if let Some(format) = &self.format {
+            return format.read(&data, start);
+        }
         let mut at = start;
         if !data.aligned(self.memory_alignment()) {
             return self.read_bounced(data, start, stop);
@@ -252,6 +201,9 @@ impl Image {
         start: u64,
         stop: Stop<'_>,
     ) -> io::Result<()> {
+        if let Some(format) = &self.format {
+            return format.write(&data, start);
+        }
         let mut at = start;
         if !data.aligned(self.memory_alignment()) {
             return self.write_bounced(data, start, stop);
@@ -270,7 +222,10 @@ impl Image {
 
     /// Makes what has been written last.
     pub(super) fn flush(&self) -> io::Result<()> {
-        retry(|| self.file.sync_data())
+        match &self.format {
+            Some(format) => format.flush(),
+            None => retry(|| self.file.sync_data()),
+        }
     }
 
     /// Gives up what `start..start + len` holds.
@@ -278,6 +233,9 @@ impl Image {
         let granularity = u64::from(self.limits.discard_granularity.max(1));
         let step = steps::FREED.next_multiple_of(granularity);
         steps::each(start, len, step, stop, |start, len| {
+            if let Some(format) = &self.format {
+                return format.discard(start, len);
+            }
             if self.is_device {
                 return retry(|| sys::discard(&self.file, start, len));
             }
@@ -301,6 +259,9 @@ impl Image {
             return Ok(());
         }
         steps::go_on(stop)?;
+        if let Some(format) = &self.format {
+            return format.zero(start, len, may_unmap);
+        }
         match self.fallocate(may_unmap, start, len) {
             Err(error) if unsupported(&error) => self.write_zeros(start, len, stop),
             result => result,
@@ -320,7 +281,7 @@ impl Image {
         })
     }
 
-    fn memory_alignment(&self) -> usize {
+    pub(super) fn memory_alignment(&self) -> usize {
         self.limits.memory_alignment as usize
     }
 
@@ -399,31 +360,58 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-fn open_error(path: &Path, mode: Mode, source: io::Error) -> ImageError {
-    let path = path.to_owned();
-    let hint = match source.raw_os_error() {
-        Some(libc::EBUSY) => return ImageError::InUse { path },
-        Some(libc::EINVAL) if mode.direct => return ImageError::NotDirect { path },
-        Some(libc::ENOENT) => "; make an empty one with `truncate -s 10G`, for example",
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !mode.readonly => {
-            "; it has to be writable for the user that runs this, or give readonly=on"
-        }
-        Some(libc::EACCES | libc::EPERM) => "; it has to be readable for the user that runs this",
-        _ => "",
+/// Opens and locks the file at `path`, or takes the descriptor that was inherited; says whether it is a block
+/// device.
+fn open_raw(path: &Path, mode: Mode) -> Result<(File, bool), ImageError> {
+    let failed = |source| open_error(path, mode, source);
+    let inherited = mode.fd.map(sys::duplicate).transpose().map_err(failed)?;
+    let metadata = match &inherited {
+        Some(file) => file.metadata(),
+        None => std::fs::metadata(path),
     };
-    ImageError::Open { path, source, hint }
-}
-
-fn lock_error(path: &Path, error: lock::LockError) -> ImageError {
-    let path = path.to_owned();
-    match error {
-        lock::LockError::Held(holder) => ImageError::Locked { path, holder },
-        lock::LockError::Kernel(source) => ImageError::Kernel {
-            what: "locking",
-            path,
-            source,
-        },
+    let kind = metadata.map_err(failed)?.file_type();
+    let is_device = kind.is_block_device();
+    if !is_device && !kind.is_file() {
+        let what = if kind.is_dir() {
+            "a directory"
+        } else if kind.is_char_device() {
+            "a character device"
+        } else {
+            "neither"
+        };
+        return Err(ImageError::Kind {
+            path: path.to_owned(),
+            what,
+        });
     }
+    let file = match inherited {
+        Some(file) => {
+            if !mode.readonly && !sys::is_writable(&file).map_err(failed)? {
+                return Err(ImageError::NotWritable {
+                    path: path.to_owned(),
+                });
+            }
+            if mode.direct {
+                sys::set_direct(&file).map_err(failed)?;
+            }
+            file
+        }
+        None => {
+            let mut flags = if mode.direct { libc::O_DIRECT } else { 0 };
+            if is_device && !mode.readonly {
+                // For a block device: fails where the host itself uses it.
+                flags |= libc::O_EXCL;
+            }
+            OpenOptions::new()
+                .read(true)
+                .write(!mode.readonly)
+                .custom_flags(flags)
+                .open(path)
+                .map_err(failed)?
+        }
+    };
+    lock::lock(&file, mode.readonly).map_err(|error| lock_error(path, error))?;
+    Ok((file, is_device))
 }
 
 /// Says so where a raw image looks like one of another format, which the guest would see as it is.
@@ -441,7 +429,7 @@ fn warn_of_formats(file: &File, path: &Path) {
     for (magic, name) in formats {
         if start.starts_with(magic) {
             log::warn!(
-                "{} looks like {name}: it is given to the guest as a raw disk; convert it with `qemu-img convert -O raw`",
+                "{} looks like {name}: it is given to the guest as a raw disk; give image_type=qcow2 if it is one and no guest has written that, or convert it with `qemu-img convert -O raw`",
                 path.display()
             );
         }

@@ -3,9 +3,12 @@
 //!
 //!     lab-io write DEVICE SEED [PLACE]
 //!     lab-io verify DEVICE SEED [PLACE]
+//!     lab-io churn DEVICE FIRST
+//!     lab-io churned DEVICE FLUSHED
 //!
 //! PLACE is `low` or `high`: buffers below or above 4 GiB, for proof that DMA reaches both sides of
-//! the hole.
+//! the hole. `churn` writes all over the drive from write number FIRST on until it is killed, and says
+//! `flushed=N` after each flush; `churned` looks whether those writes are there.
 
 use std::alloc::Layout;
 use std::fs::OpenOptions;
@@ -14,6 +17,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use busway_lab::churn::{check_churned, churn};
 use busway_lab::pattern::{check, fill};
 use busway_lab::physical_address;
 
@@ -46,6 +50,9 @@ impl Block {
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if let [action @ ("churn" | "churned"), path, number] = arguments[..] {
+        return churned(action == "churn", path, number.parse()?);
+    }
     let (action, path, seed, place) = match arguments[..] {
         [action @ ("write" | "verify"), path, seed] => (action, path, seed, None),
         [
@@ -105,6 +112,25 @@ fn main() -> Result<()> {
     let seconds = started.elapsed().as_secs_f64();
     let rate = size as f64 / 1e6 / seconds;
     println!("bytes={size} mb_per_second={rate:.1} buffer_address={address:#x}");
+    Ok(())
+}
+
+/// Writes all over a drive for ever, or looks whether what was flushed is there.
+fn churned(write: bool, path: &str, number: u64) -> Result<()> {
+    use std::io::Seek;
+    let mut device = OpenOptions::new()
+        .read(true)
+        .write(write)
+        .open(path)
+        .with_context(|| format!("opening {path}"))?;
+    let size = device.seek(io::SeekFrom::End(0))?;
+    if write {
+        return churn(&device, size, number, |flushed| {
+            println!("flushed={flushed} path={path}");
+        });
+    }
+    let blocks = check_churned(&device, size, number)?;
+    println!("blocks={blocks}");
     Ok(())
 }
 

@@ -21,6 +21,7 @@ mod bare;
 mod bare_kernel;
 mod bars;
 mod demo;
+mod disk;
 mod dma;
 mod drive;
 mod emulated_host;
@@ -44,11 +45,12 @@ mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 21] = [
+const CHAPTERS: [&[Proof]; 22] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
+    disk::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     helper::PROOFS,

@@ -3,8 +3,8 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
-    NetConfig, OnError, PlatformConfig, RngConfig,
+    CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, MemoryConfig, NetConfig, OnError,
+    PlatformConfig, RngConfig,
 };
 use crate::control::SocketAddress;
 use busway_host::{Called, CalledError, SysRoot};
@@ -132,6 +132,10 @@ macro_rules! keys {
     };
 }
 
+mod disk;
+
+pub(super) use disk::DISK;
+
 /// `--cpus`
 pub(super) static CPUS: Section<CpusConfig> = Section {
     name: "cpus",
@@ -177,33 +181,6 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
             |memory, value| memory.thp = value.switch()?;
     },
     required: &[],
-    bare: None,
-    single: false,
-    details: &[],
-};
-
-/// `--disk`
-pub(super) static DISK: Section<DiskConfig> = Section {
-    name: "disk",
-    summary: "Virtio disk: path=FILE[,readonly=on|off][,direct=on|off]…",
-    words: &[],
-    notes: "",
-    blank: || DiskConfig::new(""),
-    keys: keys! {
-        "path" { "FILE": "raw image or block device" }
-            |disk, value| disk.path = value.text()?.into();
-        "readonly" { "on|off": "the guest may not write [off]" }
-            |disk, value| disk.readonly = value.switch()?;
-        "direct" { "on|off": "past the host's page cache, by O_DIRECT [off]" }
-            |disk, value| disk.direct = value.switch()?;
-        "num_queues" { "N": "request queues, a worker each [1]" }
-            |disk, value| disk.num_queues = value.number()?;
-        "queue_size" { "N": "descriptors of a queue, a power of two from 4 to 1024 [128]" }
-            |disk, value| disk.queue_size = value.number()?;
-        "id" { "NAME": "name, unique in the VM" }
-            |disk, value| disk.id = Some(value.text()?.to_owned());
-    },
-    required: &["path"],
     bare: None,
     single: false,
     details: &[],

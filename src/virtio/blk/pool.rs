@@ -1,0 +1,196 @@
+//! An image's requests by plain calls, on threads of which there are only so many: all of them where the
+//! kernel has no io_uring for this process, and else those that io_uring does not take.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use busway_vfio::EventFd;
+
+use super::flight::Flight;
+use super::image::Image;
+
+/// A thread makes one call at a time, which goes no deeper than the kernel's.
+const STACK_SIZE: usize = 128 << 10;
+
+/// Threads that make calls, started when there is something for them to do.
+#[derive(Debug)]
+pub(super) struct Pool {
+    name: String,
+    most: usize,
+    shared: Arc<Shared>,
+    in_flight: usize,
+}
+
+#[derive(Debug)]
+struct Shared {
+    image: Arc<Image>,
+    /// The device is being stopped.
+    stop: Arc<AtomicBool>,
+    jobs: Mutex<Jobs>,
+    /// There is a job, or there will be none any more.
+    news: Condvar,
+    /// Something is done.
+    event: EventFd,
+}
+
+#[derive(Debug, Default)]
+struct Jobs {
+    waiting: VecDeque<Box<Flight>>,
+    /// What the threads are at, in words, by request.
+    running: Vec<(u16, String)>,
+    done: Vec<(Box<Flight>, io::Result<usize>)>,
+    threads: usize,
+    idle: usize,
+    over: bool,
+}
+
+impl Shared {
+    fn jobs(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pool {
+    /// `most` threads at most, for requests of `image`. Those that can be divided are left off where
+    /// `stop` says so.
+    ///
+    /// # Errors
+    /// There is no descriptor for its event.
+    pub(super) fn new(
+        name: &str,
+        most: usize,
+        image: Arc<Image>,
+        stop: Arc<AtomicBool>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            name: name.to_owned(),
+            most,
+            shared: Arc::new(Shared {
+                image,
+                stop,
+                jobs: Mutex::default(),
+                news: Condvar::new(),
+                event: EventFd::new()?,
+            }),
+            in_flight: 0,
+        })
+    }
+
+    /// Is signalled when something is done.
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        self.shared.event.as_fd()
+    }
+
+    /// Forgets the signals so far, and says whether something is done.
+    pub(super) fn hear(&self) -> bool {
+        let _signals = self.shared.event.take();
+        !self.shared.jobs().done.is_empty()
+    }
+
+    /// Requests that are not back.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Those requests: the first descriptor of each, and what it is, in words.
+    pub(super) fn outstanding(&self) -> Vec<(u16, String)> {
+        let jobs = self.shared.jobs();
+        let waiting = jobs.waiting.iter();
+        let waiting = waiting.map(|flight| (flight.head(), flight.to_string()));
+        jobs.running.iter().cloned().chain(waiting).collect()
+    }
+
+    /// Has a thread do it.
+    pub(super) fn push(&mut self, flight: Box<Flight>) {
+        self.in_flight += 1;
+        let mut jobs = self.shared.jobs();
+        jobs.waiting.push_back(flight);
+        if jobs.idle < jobs.waiting.len() && jobs.threads < self.most {
+            jobs.threads += 1;
+            let shared = Arc::clone(&self.shared);
+            let started = thread::Builder::new()
+                .name(format!("{}-io", self.name))
+                .stack_size(STACK_SIZE)
+                .spawn(move || work(&shared));
+            if let Err(error) = started {
+                jobs.threads -= 1;
+                self.without_thread(jobs, &error);
+                return;
+            }
+        }
+        drop(jobs);
+        self.shared.news.notify_one();
+    }
+
+    /// Where there is no thread for it, it is done here; others do it where there are any.
+    fn without_thread(&self, mut jobs: MutexGuard<'_, Jobs>, error: &io::Error) {
+        log::debug!("{}: no further thread: {error}", self.name);
+        if jobs.threads > 0 {
+            return;
+        }
+        if let Some(flight) = jobs.waiting.pop_front() {
+            drop(jobs);
+            let result = carry_out(&self.shared, &flight);
+            self.shared.jobs().done.push((flight, result));
+            self.shared.event.signal();
+        }
+    }
+
+    /// Takes what is done.
+    pub(super) fn reap(&mut self, done: &mut Vec<(Box<Flight>, io::Result<usize>)>) {
+        if self.in_flight == 0 {
+            return;
+        }
+        let before = done.len();
+        done.append(&mut self.shared.jobs().done);
+        self.in_flight = self.in_flight.saturating_sub(done.len() - before);
+    }
+}
+
+impl Drop for Pool {
+    /// Threads end when they are done with what they are at; nobody waits for them.
+    fn drop(&mut self) {
+        self.shared.jobs().over = true;
+        self.shared.news.notify_all();
+    }
+}
+
+fn carry_out(shared: &Shared, flight: &Flight) -> io::Result<usize> {
+    flight.carry_out(&shared.image, &|| shared.stop.load(Ordering::Relaxed))
+}
+
+fn work(shared: &Shared) {
+    let mut jobs = shared.jobs();
+    loop {
+        if let Some(flight) = jobs.waiting.pop_front() {
+            let head = flight.head();
+            jobs.running.push((head, flight.to_string()));
+            drop(jobs);
+            let stopped = shared.stop.load(Ordering::Relaxed);
+            let result = if stopped {
+                Err(io::ErrorKind::Interrupted.into())
+            } else {
+                carry_out(shared, &flight)
+            };
+            jobs = shared.jobs();
+            if let Some(at) = jobs.running.iter().position(|(other, _)| *other == head) {
+                jobs.running.swap_remove(at);
+            }
+            jobs.done.push((flight, result));
+            shared.event.signal();
+        } else if jobs.over {
+            return;
+        } else {
+            jobs.idle += 1;
+            jobs = shared
+                .news
+                .wait(jobs)
+                .unwrap_or_else(PoisonError::into_inner);
+            jobs.idle -= 1;
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Busway's virtio disk: what it costs the guest, and what is on it whatever happens to Busway.
+
+use anyhow::{Context, Result, ensure};
+use busway_lab::{Device, GuestKernel, Host, HostConfig, Kernel, Lab};
+
+use crate::assigned::{guest, word};
+use crate::{Proof, Tier, count, tell};
+
+pub(crate) const PROOFS: &[Proof] = &[
+    Proof::new(
+        "random_io_on_a_disk_leaves_the_guest_seldom_and_interrupts_it_for_a_batch",
+        random,
+    ),
+    Proof::rounds(
+        "what_a_guest_flushed_to_raw_and_qcow2_disks_is_there_when_busway_is_killed",
+        killed,
+    ),
+    Proof::new(
+        "a_disk_on_a_frozen_file_system_holds_nothing_else_up",
+        frozen,
+    ),
+];
+
+/// A host whose drive is its own.
+fn host(lab: &mut Lab) -> Result<&Host> {
+    lab.host(
+        &HostConfig::new(Kernel::Iommufd)
+            .memory_mib(6144)
+            .device(Device::nvme("nv0", 64)),
+    )
+}
+
+/// What fio reads and writes, in seconds each.
+const SECONDS: u32 = 4;
+/// Most exits for each request at queue depth 16.
+const MOST_EXITS: f64 = 0.6;
+
+fn random(lab: &mut Lab) -> Result<()> {
+    let host = host(lab)?;
+    let phase = |rw: &str| {
+        format!(
+            "before=$(interrupts)\nmark {rw} 1\n\
+             fio --name=io --filename=/dev/vda --rw={rw} --bs=4k --iodepth=16 --ioengine=io_uring --direct=1 \
+             --time_based --runtime={SECONDS} --output-format=json >/tmp/fio\nmark {rw}-end 1\n\
+             value {rw}-interrupts $(( $(interrupts) - before ))\n\
+             value {rw}-requests \"$(awk '/\"total_ios\"/ {{ gsub(/[^0-9]/, \"\"); n += $0 }} END {{ print n }}' /tmp/fio)\"\n"
+        )
+    };
+    let run = guest()?
+        .kernel(GuestKernel::Stock)
+        .programs()
+        .args(&["--disk", "path=/dev/nvme0n1,direct=on"])
+        .script(&format!(
+            "interrupts() {{ awk '/virtio[0-9]+-req/ {{ n += $2 }} END {{ print n + 0 }}' /proc/interrupts; }}\n\
+             {}{}",
+            phase("randread"),
+            phase("randwrite")
+        ));
+    let result = host.guest(&run)?.success()?;
+    for rw in ["randread", "randwrite"] {
+        let number =
+            |what: &str| anyhow::Ok(result.value(&format!("{rw}-{what}"))?.parse::<f64>()?);
+        let marks = &result.marks;
+        let before = marks.get(rw).context("no snapshot")?;
+        let after = marks.get(&format!("{rw}-end")).context("no snapshot")?;
+        let requests = number("requests")?;
+        let exits = after.since(before, "exits").context("no counter")? as f64 / requests;
+        let interrupts = number("interrupts")? / requests;
+        tell!("{rw}: {requests} requests, {exits:.2} exits and {interrupts:.2} interrupts each");
+        ensure!(requests > 100.0, "{rw}: {requests} requests");
+        ensure!(
+            exits <= MOST_EXITS,
+            "{rw}: {exits:.2} exits for each of {requests} requests, {interrupts:.2} interrupts"
+        );
+        ensure!(
+            interrupts <= 0.5,
+            "{rw}: {interrupts:.2} interrupts for each of {requests} requests"
+        );
+    }
+    Ok(())
+}
+
+/// In each round a guest finds what the one before has flushed, and writes on until Busway is killed.
+fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
+    let host = host(lab)?;
+    host.run(
+        "rm -f /run/churn.*; truncate -s 8M /run/churn.raw; qemu-img create -q -f qcow2 /run/base.qcow2 8M\n\
+         qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 /run/churn.qcow2",
+    )?;
+    let rounds = tier.of(2, 50);
+    let mut flushed = [0_u64; 2];
+    for round in 0..=rounds {
+        let [raw, qcow2] = flushed;
+        let last = round == rounds;
+        let look = format!(
+            "value raw \"$(lab-io churned /dev/vda {raw})\"\nvalue qcow2 \"$(lab-io churned /dev/vdb {qcow2})\"\n"
+        );
+        let churn =
+            format!("lab-io churn /dev/vda {raw} &\nlab-io churn /dev/vdb {qcow2} &\nwait\n");
+        let script = if last { look } else { look + &churn };
+        let run = guest()?
+            .args(&[
+                "--disk",
+                "path=/run/churn.raw",
+                "path=/run/churn.qcow2,image_type=qcow2,backing_files=on",
+            ])
+            .script(&script);
+        if last {
+            host.guest(&run)?.success()?;
+            break;
+        }
+        let running = host.start_guest(&run)?;
+        running.wait_line("@@value qcow2 blocks=")?;
+        for disk in ["/dev/vda", "/dev/vdb"] {
+            running.wait_line(&format!("path={disk}"))?;
+        }
+        running.signal("KILL")?;
+        let result = running.finish()?;
+        ensure!(result.status == 128 + 9, "status {}", result.status);
+        let text = result.transcript.text();
+        for (flushed, disk) in flushed.iter_mut().zip(["/dev/vda", "/dev/vdb"]) {
+            let lines = text.lines();
+            let said = lines.filter(|line| line.ends_with(disk) && line.contains("flushed="));
+            let said = said.last().context("nothing was flushed")?;
+            *flushed = word(said, "flushed")?.parse()?;
+        }
+        // A leak is 3: clusters that nobody has are lost, and nothing else.
+        host.run("qemu-img check -q /run/churn.qcow2 || [ $? = 3 ]")?;
+    }
+    count("rounds", rounds);
+    host.run("qemu-img check -q /run/base.qcow2; rm -f /run/churn.* /run/base.qcow2")
+        .map(drop)
+}
+
+/// A file system that is frozen takes no write, and nothing takes one back from it.
+fn frozen(lab: &mut Lab) -> Result<()> {
+    const CTL: &str = "busway ctl --api-socket /run/vm.sock";
+    let host = host(lab)?;
+    host.run(
+        "set -e; mkfs.ext4 -q /dev/nvme0n1; mkdir -p /run/cold; mount /dev/nvme0n1 /run/cold\n\
+         truncate -s 8M /run/cold/disk.raw; truncate -s 8M /run/warm.raw",
+    )?;
+    let run = guest()?
+        .args(&["--disk", "path=/run/cold/disk.raw", "path=/run/warm.raw"])
+        .args(&["--api-socket", "/run/vm.sock"])
+        .script(
+            "value up yes\nuntil_pressed frozen\n\
+             lab-io write /dev/vda 3 >/tmp/cold &\n\
+             value other \"$(lab-io write /dev/vdb 4 && lab-io verify /dev/vdb 4)\"\n\
+             wait\nvalue cold \"$(cat /tmp/cold && lab-io verify /dev/vda 3)\"\n",
+        );
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value frozen")?;
+    host.run(&format!("fsfreeze -f /run/cold && {CTL} power-button"))?;
+    let others = running.wait_line("@@value other");
+    // With the write in the kernel: a pause is answered, and so is a resume.
+    let paused = others.and_then(|_| {
+        host.run(&format!(
+            "set -e; for round in 1 2; do timeout 15 {CTL} pause; {CTL} info | grep -q -i paused; {CTL} resume; done"
+        ))
+    });
+    host.run("fsfreeze -u /run/cold")?;
+    paused?;
+    let result = running.finish()?.success()?;
+    ensure!(
+        result.stderr.contains("does not give back"),
+        "nobody says what was waited for: {}",
+        result.stderr
+    );
+    result.value("cold")?;
+    host.run("umount /run/cold; rm -f /run/warm.raw").map(drop)
+}
