@@ -131,8 +131,8 @@ fn a_device_given_twice_is_refused_by_both_names() {
     });
     assert_eq!(
         twice,
-        "--device no. 1 and --device id=nvme have the same PCI address, `0000:01:00.0`: \
-         a function can be given once"
+        "--device no. 1 and --device id=nvme have the same host device, `0000:01:00.0`: \
+         a device can be given once"
     );
 }
 
@@ -146,7 +146,7 @@ fn a_device_given_by_address_and_by_descriptor_is_refused_once_the_descriptor_is
     devices[1].path = "/sys/devices/pci0000:00/0000:01:00.0".into();
     let error = validate_functions(&devices).unwrap_err().to_string();
     assert!(
-        error.starts_with("--device no. 1 and --device id=handed have the same PCI address"),
+        error.starts_with("--device no. 1 and --device id=handed have the same host device"),
         "{error}"
     );
 }
