@@ -120,8 +120,8 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
         let text = result.transcript.text();
         for (flushed, disk) in flushed.iter_mut().zip(["/dev/vda", "/dev/vdb"]) {
             let lines = text.lines();
-            let said = lines.filter(|line| line.ends_with(disk) && line.contains("flushed="));
-            let said = said.last().context("nothing was flushed")?;
+            let mut said = lines.filter(|line| line.ends_with(disk) && line.contains("flushed="));
+            let said = said.next_back().context("nothing was flushed")?;
             *flushed = word(said, "flushed")?.parse()?;
         }
         // A leak is 3: clusters that nobody has are lost, and nothing else.
