@@ -108,8 +108,8 @@ fn serve(lab: &mut Lab, interface: Interface) -> Result<()> {
     running.wait_line("@@value display")?;
     // The kernel waits for the card's user, whom its driver does not tell.
     let removal = host.spawn(&format!("echo 1 > /sys/bus/mdev/devices/{CARD}/remove"))?;
-    let going = format!("busway device check {CARD} || true");
-    let said = host.run(&format!("until {going} | grep 'being removed'; do :; done"))?;
+    let going = format!("{{ busway device check {CARD} || true; }} | grep 'being removed'");
+    let said = host.run(&format!("until {going}; do sleep 0.1; done"))?;
     tell!("while it is removed: {said}");
     tell!("{}", host.run(&format!("{CTL} add-device {PLUGGED}"))?);
     running.wait_line("@@value plugged")?;
