@@ -28,8 +28,9 @@ const PLUGGED: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002";
 /// With a memory BAR.
 const DISPLAY: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1003";
 
-/// What the guest does with a card: a line through its port and back, by its interrupt. Its fifo holds sixteen bytes, its
-/// loop is closed, and its driver, which is the kernel's own (4348:3253), sends when the pin says that it can.
+/// What the guest does with a card: a line through its port and back, by its interrupt. Its driver is the kernel's own
+/// (4348:3253) and sends when the pin says that it can. Less than sixteen bytes come back at once, for the card holds a
+/// full ring of sixteen to be empty (Linux, samples/vfio-mdev/mtty.c).
 const CARDS: &str = r#"
 cards() { grep -l 0x4348 /sys/bus/pci/devices/*/vendor 2>/dev/null | wc -l; }
 port() { # NUMBER: the first port of that card
@@ -90,7 +91,7 @@ fn serve(lab: &mut Lab, interface: Interface) -> Result<()> {
         .limit(Duration::from_secs(180))
         .script(&format!(
             "{CARDS}\
-             value card \"$(echoed $(port 1) from-the-first)\"\n\
+             value card \"$(echoed $(port 1) first-card)\"\n\
              display=$(grep -l 0x1111 /sys/bus/pci/devices/*/device | cut -d / -f 6)\n\
              echo 1 >/sys/bus/pci/devices/$display/enable\n\
              at=$(head -n 1 /sys/bus/pci/devices/$display/resource | cut -d ' ' -f 1)\n\
@@ -98,9 +99,9 @@ fn serve(lab: &mut Lab, interface: Interface) -> Result<()> {
              devmem $((at + 0x2000)) 32 0\n\
              value display $(devmem $((at + 0x1000)) 32)\n\
              until [ \"$(cards)\" = 2 ] && port=$(port 2) && [ -n \"$port\" ]; do sleep 0.1; done\n\
-             value plugged \"$(echoed $port from-the-second)\"\n\
+             value plugged \"$(echoed $port second-card)\"\n\
              until [ \"$(cards)\" = 1 ]; do sleep 0.1; done\n\
-             value left \"$(echoed $(port 1) from-what-is-left)\"\n\
+             value left \"$(echoed $(port 1) card-left)\"\n\
              until_pressed waiting\n\
              dmesg | grep -E 'ttyS|4348|1234:1111|pciehp' | block log\n"
         ));
@@ -108,8 +109,8 @@ fn serve(lab: &mut Lab, interface: Interface) -> Result<()> {
     running.wait_line("@@value display")?;
     // The kernel waits for the card's user, whom its driver does not tell.
     let removal = host.spawn(&format!("echo 1 > /sys/bus/mdev/devices/{CARD}/remove"))?;
-    let going = format!("busway device check {CARD} || true");
-    let said = host.run(&format!("until {going} | grep 'being removed'; do :; done"))?;
+    let going = format!("{{ busway device check {CARD} || true; }} | grep 'being removed'");
+    let said = host.run(&format!("until {going}; do sleep 0.1; done"))?;
     tell!("while it is removed: {said}");
     tell!("{}", host.run(&format!("{CTL} add-device {PLUGGED}"))?);
     running.wait_line("@@value plugged")?;
@@ -127,9 +128,9 @@ fn serve(lab: &mut Lab, interface: Interface) -> Result<()> {
     host.run(&format!("{CTL} power-button"))?;
     let result = running.finish()?.success()?;
     tell!("the guest's log:\n{}", result.block("log")?);
-    came_back(result.value("card")?, "from-the-first")?;
-    came_back(result.value("plugged")?, "from-the-second")?;
-    came_back(result.value("left")?, "from-what-is-left")?;
+    came_back(result.value("card")?, "first-card")?;
+    came_back(result.value("plugged")?, "second-card")?;
+    came_back(result.value("left")?, "card-left")?;
     ensure!(
         result.value("display")? == "0x600DF00D",
         "the display's memory reads {}",
