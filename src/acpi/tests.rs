@@ -4,6 +4,7 @@ use std::process::Command;
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
+use crate::memory::layout;
 
 fn platform(cpus: u32) -> Platform {
     Platform {
@@ -18,6 +19,7 @@ fn platform(cpus: u32) -> Platform {
         mmio64: layout::mmio64(7 << 30, 40, &[]),
         serial: true,
         native_hotplug: true,
+        ecam: layout::ECAM_START,
     }
 }
 

@@ -3,8 +3,8 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, MemoryConfig,
-    NetConfig, OnError, PlatformConfig, RngConfig,
+    CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FirmwareConfig,
+    MemoryConfig, NetConfig, OnError, PlatformConfig, RngConfig,
 };
 use crate::control::SocketAddress;
 use busway_host::{Called, CalledError, SysRoot};
@@ -102,6 +102,7 @@ impl<T> Section<T> {
 /// All that can stand at the top of the file.
 pub(super) const TOP: &[&str] = &[
     "kernel",
+    "firmware",
     "initramfs",
     "cmdline",
     "cpus",
@@ -130,6 +131,40 @@ macro_rules! keys {
             },
         }),*]
     };
+}
+
+/// `--firmware`
+pub(super) static FIRMWARE: Section<FirmwareConfig> = Section {
+    name: "firmware",
+    summary: "UEFI firmware, which boots a disk or starts the kernel: auto|FILE[,vars=FILE]",
+    words: &[(
+        "auto",
+        "what the distribution's package has installed; also where there is neither\n\
+         kernel nor firmware, but a disk or a device",
+    )],
+    notes: "\
+Without vars=, variables such as boot entries last as long as the VM.",
+    blank: FirmwareConfig::default,
+    keys: keys! {
+        "path" { "FILE": "code (OVMF_CODE_4M.fd), or code and variables in one (OVMF.fd); needs no\n\
+                 `path=`" }
+            |firmware, value| set_firmware_path(firmware, value)?;
+        "vars" { "FILE": "its variables: a file of this VM's own, made from the package's template\n\
+                 where it is not there" }
+            |firmware, value| firmware.vars = Some(value.text()?.into());
+    },
+    required: &["path"],
+    bare: Some(set_firmware_path),
+    single: false,
+    details: &[],
+};
+
+fn set_firmware_path(firmware: &mut FirmwareConfig, value: &Value) -> Result<(), Reason> {
+    firmware.path = match value.text()? {
+        "auto" => None,
+        path => Some(path.into()),
+    };
+    Ok(())
 }
 
 /// `--cpus`
@@ -202,6 +237,8 @@ pub(super) static DISK: Section<DiskConfig> = Section {
             |disk, value| disk.queue_size = value.number()?;
         "id" { "NAME": "name, unique in the VM" }
             |disk, value| disk.id = Some(value.text()?.to_owned());
+        "boot_index" { "N": "what firmware boots from, the lowest first" }
+            |disk, value| disk.boot_index = Some(value.number()?);
     },
     required: &["path"],
     bare: None,
@@ -331,6 +368,7 @@ Functions of one host device become one device of the guest's.
         rom: None,
         romfile: None,
         x_nv_gpudirect_clique: None,
+        boot_index: None,
     },
     keys: keys! {
         "path" { "PATH": "address (0000:01:00.0, 01:00.0) or folder in sysfs; needs no `path=`" }
@@ -352,6 +390,8 @@ Functions of one host device become one device of the guest's.
             |device, value| device.romfile = Some(value.text()?.into());
         "x_nv_gpudirect_clique" { "N": "GPUs of NVIDIA's with the same N, 0 to 15, copy to each other directly" }
             |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
+        "boot_index" { "N": "what firmware boots from, the lowest first" }
+            |device, value| device.boot_index = Some(value.number()?);
     },
     required: &["path", "fd"],
     bare: Some(set_device_path),
@@ -465,6 +505,7 @@ mod tests {
 
     #[test]
     fn keys_are_the_fields_of_the_configuration_and_all_are_in_the_help() {
+        agrees(&FIRMWARE);
         agrees(&CPUS);
         agrees(&MEMORY);
         agrees(&DISK);

@@ -15,6 +15,7 @@ use super::RunError;
 use super::address_plan::{AddressPlan, PlannedFunction};
 use super::aside::Aside;
 use super::events::Events;
+use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
 use super::passthrough::{Found, Opened, Passthrough, options};
 use super::pci::Pci;
 use super::platform::{Platform, open_console};
@@ -22,9 +23,9 @@ use super::requests::Requests;
 use super::signals::Signals;
 use crate::acpi;
 use crate::boot::{self, BootSource, E820};
-use crate::config::{ConsoleConfig, VmConfig};
+use crate::config::{ConsoleConfig, DiskConfig, VmConfig};
 use crate::kvm::{Buses, CpuFeatures, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
-use crate::memory::{GuestRam, Ram, Regions};
+use crate::memory::{GuestRam, Ram, Regions, layout};
 use crate::report::{Report, Stage};
 use crate::virtio::blk::Blk;
 use crate::virtio::console::Console;
@@ -54,9 +55,24 @@ pub(super) struct Machine {
 
 /// What a start needs, the first as every other.
 #[derive(Debug)]
-struct Boot {
+enum Boot {
+    /// A kernel is loaded, and entered where it says.
+    Kernel(Box<KernelBoot>),
+    /// The boot processor begins as at power-on, with firmware.
+    Firmware(FirmwareBoard),
+}
+
+/// A kernel, and what it is told of the board.
+#[derive(Debug)]
+struct KernelBoot {
     source: BootSource,
     acpi: acpi::Platform,
+}
+
+/// What the guest begins with.
+enum Source {
+    Kernel(BootSource),
+    Firmware(FirmwareSource),
 }
 
 /// The list of regions, emptied when it is dropped, so that nothing is mapped for anybody then.
@@ -92,7 +108,7 @@ impl Machine {
         few_arenas();
         many_files();
         // What costs nothing to find out comes first.
-        let source = open_kernel(config)?;
+        let source = open_source(config)?;
         let options: Result<_, RunError> = config.device.iter().map(options).collect();
         let options = options?;
         let vm = Vm::new()?;
@@ -121,22 +137,38 @@ impl Machine {
         signals.check()?;
 
         let buses = Buses::default();
-        let windows = plan.windows(&ram.guest_ranges(), &passthrough.usable_ranges());
+        let usable = passthrough.usable_ranges();
+        let windows = plan.windows(&ram.guest_ranges(), &usable);
         let acpi = acpi_platform(config, &windows);
-        let mut pci = Pci::new(windows, &buses, memory.0.clone(), vm.doorbells())?;
-        let platform = Platform::new(
-            &config.serial,
-            &buses,
-            &router,
-            pci.topology(),
-            &events,
-            &quit,
-        )?;
+        let windows = plan.bar_windows(&windows, &usable);
+        let make_pci = match source {
+            Source::Kernel(_) => Pci::new,
+            Source::Firmware(_) => Pci::for_firmware,
+        };
+        let mut pci = make_pci(windows.clone(), &buses, memory.0.clone(), vm.doorbells())?;
+        let platform = Platform::new(&config.serial, &buses, &router, &pci, &events, &quit)?;
         add_virtio(&mut pci, config, ram.guest(), &router, &quit)?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
         }
         add_empty_ports(&mut pci, config, &router, &events)?;
+        let boot = match source {
+            Source::Kernel(source) => Boot::Kernel(Box::new(KernelBoot { source, acpi })),
+            Source::Firmware(source) => {
+                let around = Surroundings {
+                    config,
+                    plan: &plan,
+                    model: &model,
+                    ram: &ram,
+                    regions: &memory.0,
+                    buses: &buses,
+                    pci: &pci,
+                    windows: &windows,
+                    acpi,
+                };
+                Boot::Firmware(FirmwareBoard::new(source, &around)?)
+            }
+        };
         report.reached(Stage::Devices);
         signals.check()?;
 
@@ -152,24 +184,34 @@ impl Machine {
             ram,
             events,
             quit,
-            boot: Boot { source, acpi },
+            boot,
             vm,
         };
         machine.load()?;
-        // Addresses are assigned by now, so that what devices reach at them can be known.
-        machine.passthrough.survey(&machine.pci)?;
+        if let Boot::Kernel(_) = machine.boot {
+            // Addresses are assigned by now, so that what devices reach at them can be known.
+            machine.passthrough.survey(&machine.pci)?;
+        }
         Ok(machine)
     }
 
-    /// Does what firmware does, and puts the boot processor at the kernel's entry. No vCPU may run.
+    /// Does what firmware does, and puts the boot processor at the kernel's entry; or leaves all that to
+    /// firmware, with which the processor begins at power-on. No vCPU may run.
     pub(super) fn load(&self) -> Result<(), RunError> {
         use vm_memory::GuestAddressSpace;
 
+        let (source, acpi) = match &self.boot {
+            Boot::Kernel(boot) => (&boot.source, &boot.acpi),
+            Boot::Firmware(board) => {
+                board.power_on(&self.platform);
+                return Ok(());
+            }
+        };
         self.pci.assign()?;
         let ram = self.ram.guest().memory();
-        let rsdp = acpi::install(&*ram, &self.boot.acpi)?;
+        let rsdp = acpi::install(&*ram, acpi)?;
         let map = E820::new(&self.ram.guest_ranges());
-        let entry = boot::load(&*ram, &self.boot.source, &map, rsdp)?;
+        let entry = boot::load(&*ram, source, &map, rsdp)?;
         self.vcpus.enter(|sregs| entry.apply(sregs))?;
         Ok(())
     }
@@ -182,6 +224,15 @@ impl Machine {
             report.set_exits(kind.name(), self.vcpus.exits(kind));
         }
     }
+}
+
+fn open_source(config: &VmConfig) -> Result<Source, RunError> {
+    if config.firmware.is_none() {
+        return Ok(Source::Kernel(open_kernel(config)?));
+    }
+    let kernel = config.kernel.as_ref().map(|_| open_kernel(config));
+    let source = FirmwareSource::open(config, kernel.transpose()?)?;
+    Ok(Source::Firmware(source))
 }
 
 fn open_kernel(config: &VmConfig) -> Result<BootSource, RunError> {
@@ -216,6 +267,7 @@ fn plan(config: &VmConfig, found: &Found, model: &CpuModel) -> Result<AddressPla
         &planned,
         found.reserved(),
         bits,
+        config.firmware.is_some(),
     )?)
 }
 
@@ -291,6 +343,7 @@ fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
         mmio64: windows.memory64.clone(),
         serial: config.serial != ConsoleConfig::Off,
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
+        ecam: layout::ECAM_START,
     }
 }
 
@@ -324,15 +377,11 @@ fn add_virtio(
     let mut add = |device: Box<dyn VirtioDevice>| -> Result<(), RunError> {
         pci.add_virtio(VirtioPci::new(device, ram.clone(), routes.clone())?)
     };
-    let name = |kind, index, id: &Option<String>| match id {
-        Some(id) => id.clone(),
-        None => format!("{kind}{index}"),
-    };
     for (index, disk) in config.disk.iter().enumerate() {
-        add(Box::new(Blk::new(&name("disk", index, &disk.id), disk)?))?;
+        add(Box::new(Blk::new(&disk_name(index, disk), disk)?))?;
     }
     for (index, net) in config.net.iter().enumerate() {
-        let net = Net::new(&name("net", index, &net.id), net)?;
+        let net = Net::new(&device_name("net", index, net.id.as_ref()), net)?;
         log::info!("net {}: tap {}", net.name(), net.tap_name());
         add(Box::new(net))?;
     }
@@ -340,6 +389,15 @@ fn add_virtio(
         add(Box::new(Console::new("console", endpoint)))?;
     }
     add(Box::new(Rng::new("rng", &config.rng)?))
+}
+
+/// What a disk is called, the `index`th from 0 on.
+pub(super) fn disk_name(index: usize, disk: &DiskConfig) -> String {
+    device_name("disk", index, disk.id.as_ref())
+}
+
+fn device_name(kind: &str, index: usize, id: Option<&String>) -> String {
+    id.map_or_else(|| format!("{kind}{index}"), Clone::clone)
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

@@ -12,6 +12,7 @@ mod bars;
 mod bus;
 mod error;
 mod events;
+mod firmware;
 mod life;
 mod panics;
 mod passthrough;

@@ -15,8 +15,10 @@ use busway_vfio::AssignedFunction;
 use super::RunError;
 use super::bars::Bars;
 use super::bus::EcamWindow;
+use super::firmware::EcamPlace;
 use super::quiet::VirtioFunctions;
 use crate::acpi;
+use crate::devices::q35::{self, Lpc, Mch};
 use crate::kvm::{Buses, Doorbells};
 use crate::memory::{Regions, layout};
 use crate::report::AssignedDevice;
@@ -42,28 +44,20 @@ pub(super) struct Pci {
     /// Those that are still there.
     assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
     virtio: VirtioFunctions,
+    /// The host bridge that firmware knows, where there is firmware.
+    mch: Option<Arc<Mch>>,
 }
 
 impl Pci {
-    /// Bus 0 with nothing on it but the host bridge, reachable for the guest.
+    /// Bus 0 with nothing on it but the host bridge, reachable for the guest. The BARs may be within
+    /// `windows`.
     pub(super) fn new(
         windows: Windows,
         buses: &Buses,
         memory: Arc<Regions>,
         doorbells: Doorbells,
     ) -> Result<Self, RunError> {
-        let within = [&windows.memory32[..], &windows.memory64].concat();
-        let bars = Bars::new(buses.clone(), memory, doorbells, within);
-        let mut pci = Self {
-            topology: Arc::new(Topology::new(Arc::new(bars))),
-            buses: buses.clone(),
-            windows,
-            slots: 0,
-            ports: Vec::new(),
-            behind: Vec::new(),
-            assigned: Vec::new(),
-            virtio: VirtioFunctions::default(),
-        };
+        let mut pci = Self::empty(windows, buses, memory, doorbells);
         pci.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
         buses.mmio.insert(
             "PCI configuration space",
@@ -72,6 +66,52 @@ impl Pci {
             Arc::new(EcamWindow(Ecam::new(pci.topology.clone()))),
         )?;
         Ok(pci)
+    }
+
+    /// The same for firmware, which finds the chip set that it knows, and says where configuration space is
+    /// in memory.
+    pub(super) fn for_firmware(
+        windows: Windows,
+        buses: &Buses,
+        memory: Arc<Regions>,
+        doorbells: Doorbells,
+    ) -> Result<Self, RunError> {
+        let mut pci = Self::empty(windows, buses, memory, doorbells);
+        let place = Arc::new(EcamPlace::new(buses, &pci.topology));
+        let mch = Arc::new(Mch::new(place));
+        pci.mch = Some(mch.clone());
+        pci.place("the host bridge", 0, mch)?;
+        pci.place("the LPC bridge", q35::LPC_SLOT, Arc::new(Lpc::new()))?;
+        Ok(pci)
+    }
+
+    fn empty(windows: Windows, buses: &Buses, memory: Arc<Regions>, doorbells: Doorbells) -> Self {
+        let within = [&windows.memory32[..], &windows.memory64].concat();
+        let bars = Bars::new(buses.clone(), memory, doorbells, within);
+        Self {
+            topology: Arc::new(Topology::new(Arc::new(bars))),
+            buses: buses.clone(),
+            windows,
+            slots: 0,
+            ports: Vec::new(),
+            behind: Vec::new(),
+            assigned: Vec::new(),
+            virtio: VirtioFunctions::default(),
+            mch: None,
+        }
+    }
+
+    /// The host bridge that firmware knows, where there is firmware.
+    pub(super) fn mch(&self) -> Option<&Arc<Mch>> {
+        self.mch.as_ref()
+    }
+
+    /// A root port as this machine's are: firmware has to be told what to reserve.
+    fn told(&self, port: RootPort) -> RootPort {
+        match self.mch {
+            Some(_) => port.hinting(),
+            None => port,
+        }
     }
 
     pub(super) fn topology(&self) -> &Arc<Topology> {
@@ -119,6 +159,7 @@ impl Pci {
         if !bars.any(|bar| bar.kind == BarKind::Io) {
             port = port.without_io();
         }
+        let port = self.told(port);
         let port = self.place(name, slot.number(), Arc::new(port))?;
         self.ports.push((port, slot));
         for (number, function) in functions {
@@ -145,6 +186,7 @@ impl Pci {
                 .hot_plug(slots.clone())
                 .reserving(reserve)
                 .without_io();
+            let port = self.told(port);
             let port = self.place(name, slot.number(), Arc::new(port))?;
             self.ports.push((port, slot));
         }
@@ -265,6 +307,33 @@ impl Pci {
             })?;
         }
         Ok(())
+    }
+
+    /// Where firmware finds the function that is `called` so: slots and functions from the host bridge on, in
+    /// Open Firmware's form. EDK II OvmfPkg/Library/QemuBootOrderLib/QemuBootOrderLib.c,
+    /// `TranslatePciOfwNodes`
+    pub(super) fn boot_path(&self, called: impl Fn(&str) -> bool) -> Option<String> {
+        let functions = self.topology.functions();
+        let (id, _) = functions
+            .into_iter()
+            .find(|(_, function)| called(&function.name()))?;
+        let place = self.topology.bdf(id)?;
+        let (device, function) = (place.device.number(), place.function.number());
+        let node = match function {
+            0 => format!("device@{device:x}"),
+            function => format!("device@{device:x},{function:x}"),
+        };
+        let assigned = self.assigned.iter().find(|(of, _)| *of == id);
+        let port = assigned.and_then(|(_, function)| {
+            let mut behind = self.behind.iter();
+            let (port, _) = behind.find(|(_, other)| other.ptr_eq(function))?;
+            let (_, slot) = self.ports.iter().find(|(of, _)| of == port)?;
+            Some(*slot)
+        });
+        Some(match port {
+            Some(slot) => format!("/pci@i0cf8/pci-bridge@{:x}/{node}", slot.number()),
+            None => format!("/pci@i0cf8/{node}"),
+        })
     }
 
     /// What the report says of the host's functions, in the order in which they were added.

@@ -4,7 +4,7 @@
 
 mod image;
 mod limits;
-mod lock;
+pub(crate) mod lock;
 mod request;
 mod steps;
 mod sys;

@@ -22,7 +22,7 @@ fn disk(file: &NamedTempFile, change: impl FnOnce(&mut DiskConfig)) -> Blk {
         direct: false,
         num_queues: 1,
         queue_size: 64,
-        id: None,
+        ..DiskConfig::new("")
     };
     change(&mut config);
     Blk::new("disk0", &config).unwrap()
@@ -417,7 +417,7 @@ fn impossible_queues_are_refused_with_what_would_be_possible() {
             direct: false,
             num_queues,
             queue_size,
-            id: None,
+            ..DiskConfig::new("")
         };
         Blk::new("disk0", &config).unwrap_err().to_string()
     };
@@ -490,7 +490,7 @@ fn a_block_device_is_a_disk_and_is_not_shared() {
             direct,
             num_queues: 1,
             queue_size: 64,
-            id: None,
+            ..DiskConfig::new("")
         };
         let mut disk = Disk::new(Blk::new("disk0", &config).unwrap());
         let sectors = u64::from_le_bytes(disk.driver.bar_read(disk.driver.device));
