@@ -26,6 +26,7 @@ mod drive;
 mod emulated_host;
 mod errors;
 mod events;
+mod firmware;
 mod groups;
 mod helper;
 mod host_view;
@@ -40,7 +41,7 @@ mod virtio;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 17] = [
+const CHAPTERS: [&[Proof]; 18] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -51,6 +52,7 @@ const CHAPTERS: [&[Proof]; 17] = [
     errors::PROOFS,
     events::PROOFS,
     hotplug::PROOFS,
+    firmware::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,
