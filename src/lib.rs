@@ -7,6 +7,7 @@ pub mod config;
 pub mod control;
 pub mod devices;
 pub mod exit;
+pub mod firmware;
 pub mod kvm;
 pub mod machine;
 pub mod memory;

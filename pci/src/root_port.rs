@@ -107,6 +107,17 @@ impl RootPort {
         self
     }
 
+    /// Says to firmware what to reserve for the slot, so that a device that is plugged in later finds room: by
+    /// QEMU's resource reservation capability, which OVMF and SeaBIOS know. To be called after what is
+    /// reserved was set. QEMU docs/pcie_pci_bridge.txt, "Bus, IO and MEM resource reservation".
+    #[must_use]
+    pub fn hinting(mut self) -> Self {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let body = reservation(state.reserve, state.io);
+        state.space.add_capability(spec::CAP_VENDOR, &body, &[]);
+        self
+    }
+
     /// Has no window for I/O ports, as is right where nothing behind it has any: an operating system
     /// that reserves room for what may be plugged in would run out of ports, of which there are 16
     /// windows' worth in all.
@@ -277,6 +288,22 @@ fn add_express(space: &mut ConfigSpace, slot: u16, link: Link) -> u16 {
         spec::EXP_LINK_CONTROL_2_TARGET,
     );
     at
+}
+
+/// The body of the capability: its length, its type, then buses, ports, and memory of three kinds. Ones leave it
+/// to firmware. QEMU include/hw/pci/pci_bridge.h, `PCIBridgeQemuCap`.
+fn reservation(reserve: Reserve, io: bool) -> Vec<u8> {
+    const LENGTH: u8 = 32;
+    const RESOURCE_RESERVE: u8 = 1;
+    let memory32 = u32::try_from(reserve.memory32).unwrap_or(u32::MAX);
+    let mut body = vec![LENGTH, RESOURCE_RESERVE];
+    body.extend(u32::MAX.to_le_bytes());
+    body.extend(if io { u64::MAX } else { 0 }.to_le_bytes());
+    body.extend(memory32.to_le_bytes());
+    // Prefetchable memory is above 4 GiB.
+    body.extend(u32::MAX.to_le_bytes());
+    body.extend(reserve.memory64.to_le_bytes());
+    body
 }
 
 impl PciFunction for RootPort {
@@ -546,6 +573,40 @@ mod tests {
             address,
             size,
         }
+    }
+
+    #[test]
+    fn firmware_is_told_what_to_reserve_by_the_capability_that_it_knows() {
+        let routes = Arc::new(FakeRoutes::default());
+        let reserve = Reserve {
+            memory32: 32 << 20,
+            memory64: 4 << 30,
+        };
+        let port = RootPort::new(3, Link::default(), routes).reserving(reserve);
+        assert!(
+            capabilities(&port)
+                .iter()
+                .all(|capability| capability.id != spec::CAP_VENDOR)
+        );
+        let port = port.without_io().hinting();
+        let found = capabilities(&port);
+        let vendor = found
+            .iter()
+            .find(|capability| capability.id == spec::CAP_VENDOR);
+        let at = vendor.expect("the capability").offset;
+        let mut bytes = [0; 32];
+        for (dword, offset) in bytes.chunks_mut(4).zip((at..).step_by(4)) {
+            port.config_read(offset, dword);
+        }
+        let number = |from: usize, to: usize| {
+            let mut value = [0; 8];
+            value[..to - from].copy_from_slice(&bytes[from..to]);
+            u64::from_le_bytes(value)
+        };
+        assert_eq!(bytes[2..4], [32, 1]);
+        assert_eq!(number(4, 8), 0xffff_ffff, "buses are firmware's choice");
+        assert_eq!((number(8, 16), number(16, 20)), (0, 32 << 20));
+        assert_eq!((number(20, 24), number(24, 32)), (0xffff_ffff, 4 << 30));
     }
 
     #[test]

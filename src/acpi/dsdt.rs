@@ -36,7 +36,7 @@ const OSC_CONTROL_MASKED: u8 = 1 << 4;
 pub(super) fn dsdt(platform: &Platform) -> Sdt {
     let mut aml = Vec::new();
     host_bridge(platform, &mut aml);
-    motherboard(&mut aml);
+    motherboard(platform, &mut aml);
     legacy_devices(platform, &mut aml);
     processors(platform, &mut aml);
     hotplug::append(platform.bus0_slots, &mut aml);
@@ -179,10 +179,10 @@ impl Aml for Osc {
 
 /// What no device has but nobody else may take: ECAM (PCI Firmware 3.3 §4.1.2 wants it here) and the
 /// power management ports.
-fn motherboard(aml: &mut Vec<u8>) {
+fn motherboard(platform: &Platform, aml: &mut Vec<u8>) {
     let hid = Name::new(path("_HID"), &EISAName::new("PNP0C02"));
     let uid = Name::new(path("_UID"), &0_u8);
-    let ecam = Memory32Fixed::new(true, layout::ECAM_START as u32, layout::ECAM_SIZE as u32);
+    let ecam = Memory32Fixed::new(true, platform.ecam as u32, layout::ECAM_SIZE as u32);
     let pm = IO::new(power::PM_BASE, power::PM_BASE, 1, power::PM_SIZE as u8);
     let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ecam, &pm]));
     in_system_bus(&Device::new(path("MBRD"), vec![&hid, &uid, &crs]), aml);

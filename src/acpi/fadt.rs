@@ -15,6 +15,10 @@ const VGA_NOT_PRESENT: u16 = 1 << 2;
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
 
+/// Where the table has addresses of others, and how many bytes each has: FIRMWARE_CTRL, DSDT and X_DSDT.
+/// §5.2.9.
+pub(super) const POINTERS: [(usize, u8); 3] = [(36, 4), (40, 4), (140, 8)];
+
 /// The table. There is no SMI command port: ACPI mode is always on (§4.8.2.5). Neither an 8042 nor VGA
 /// is claimed; the CMOS clock is there.
 pub(super) fn fadt(facs: u64, dsdt: u64) -> FADT {

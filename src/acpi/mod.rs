@@ -2,12 +2,13 @@
 //!
 //! Full ACPI hardware (not hardware-reduced): the machine has a PIC, a PIT and a CMOS clock, and its
 //! power button is the fixed one. The registers the tables speak of are
-//! [`devices::power`](crate::devices::power)'s; the addresses are [`layout`]'s. References are to ACPI
+//! [`devices::power`](crate::devices::power)'s; the addresses are [`layout`](crate::memory::layout)'s. References are to ACPI
 //! 6.5 and to the PCI Firmware Specification 3.3.
 
 mod dsdt;
 mod fadt;
 mod hotplug;
+mod loader;
 mod madt;
 
 use std::ops::Range;
@@ -20,7 +21,7 @@ use acpi_tables::xsdt::XSDT;
 use busway_pci::{Device, InterruptPin};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
-use crate::memory::layout;
+pub use loader::Loader;
 
 /// Where the tables lie: the area that a kernel without boot parameters searches for the RSDP
 /// (§5.2.5.1). The memory map reserves it.
@@ -58,6 +59,8 @@ pub struct Platform {
     /// Bit n: the device in slot n of bus 0 can come and leave. Without any there is nothing that would tell
     /// of it.
     pub bus0_slots: u32,
+    /// First address of configuration space in memory, below 4 GiB.
+    pub ecam: u64,
 }
 
 /// A processor.
@@ -99,38 +102,68 @@ pub enum AcpiError {
 /// # Errors
 /// [`AcpiError`]
 pub fn install(ram: &impl GuestMemory, platform: &Platform) -> Result<GuestAddress, AcpiError> {
-    let image = Image::new(platform);
-    let (size, room) = (image.bytes.len() as u64, TABLES.end - TABLES.start);
+    let rsdp = Rsdp::len().next_multiple_of(64);
+    let image = Image::at(platform, TABLES.start + rsdp as u64);
+    let mut bytes = image.rsdp;
+    bytes.resize(rsdp, 0);
+    bytes.extend(image.bytes);
+    let (size, room) = (bytes.len() as u64, TABLES.end - TABLES.start);
     if size > room {
         return Err(AcpiError::TooBig { size, room });
     }
     let start = GuestAddress(TABLES.start);
-    ram.write_slice(&image.bytes, start)
-        .map_err(AcpiError::Memory)?;
+    ram.write_slice(&bytes, start).map_err(AcpiError::Memory)?;
     Ok(start)
 }
 
-/// All tables as they lie from [`TABLES`]`.start` on, the RSDP first.
+/// All tables but the RSDP, as they lie from `base` on, and the RSDP that names them.
 struct Image {
+    base: u64,
     bytes: Vec<u8>,
+    rsdp: Vec<u8>,
+    /// Where addresses of tables are in `bytes`, and how many bytes each has.
+    pointers: Vec<(usize, u8)>,
+    /// Where the tables begin that have addresses in them, and so another checksum at another base.
+    summed: Vec<usize>,
 }
 
 impl Image {
-    fn new(platform: &Platform) -> Self {
+    fn at(platform: &Platform, base: u64) -> Self {
         let mut image = Self {
-            bytes: vec![0; Rsdp::len()],
+            base,
+            bytes: Vec::new(),
+            rsdp: Vec::with_capacity(Rsdp::len()),
+            pointers: Vec::new(),
+            summed: Vec::new(),
         };
         let facs = image.append(&FACS::new());
         let dsdt = image.append(&dsdt::dsdt(platform));
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-        xsdt.add_entry(image.append(&fadt::fadt(facs, dsdt)));
+        let fadt = image.append(&fadt::fadt(facs, dsdt));
+        image.points(fadt, fadt::POINTERS);
+        xsdt.add_entry(fadt);
         xsdt.add_entry(image.append(&madt::madt(&platform.cpus)));
         xsdt.add_entry(image.append(&mcfg(platform)));
         let xsdt = image.append(&xsdt);
-        let mut rsdp = Vec::with_capacity(Rsdp::len());
-        Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
-        image.bytes[..rsdp.len()].copy_from_slice(&rsdp);
+        // An address for each table, behind the header. §5.2.8.
+        let entries = (image.offset(xsdt) + 36..image.bytes.len()).step_by(8);
+        let entries: Vec<_> = entries.map(|at| (at, 8)).collect();
+        image.pointers.extend(entries);
+        image.summed.push(image.offset(xsdt));
+        Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut image.rsdp);
         image
+    }
+
+    /// Notes the addresses, each with its bytes, that are in the table at `table`.
+    fn points(&mut self, table: u64, pointers: impl IntoIterator<Item = (usize, u8)>) {
+        let start = self.offset(table);
+        let pointers = pointers.into_iter().map(|(at, size)| (start + at, size));
+        self.pointers.extend(pointers);
+        self.summed.push(start);
+    }
+
+    fn offset(&self, address: u64) -> usize {
+        usize::try_from(address - self.base).unwrap_or(usize::MAX)
     }
 
     /// Appends a table and says its guest-physical address. 64 bytes is the FACS' alignment (§5.2.10).
@@ -138,14 +171,14 @@ impl Image {
         let start = self.bytes.len().next_multiple_of(64);
         self.bytes.resize(start, 0);
         table.to_aml_bytes(&mut self.bytes);
-        TABLES.start + start as u64
+        self.base + start as u64
     }
 }
 
 /// Where ECAM is. PCI Firmware 3.3 §4.1.2.
 fn mcfg(platform: &Platform) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(layout::ECAM_START, 0, 0, platform.last_bus);
+    mcfg.add_ecam(platform.ecam, 0, 0, platform.last_bus);
     mcfg
 }
 

@@ -4,6 +4,7 @@ use std::process::Command;
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
+use crate::memory::layout;
 
 fn platform(cpus: u32) -> Platform {
     Platform {
@@ -19,6 +20,7 @@ fn platform(cpus: u32) -> Platform {
         serial: true,
         native_hotplug: true,
         bus0_slots: 0b1110,
+        ecam: layout::ECAM_START,
     }
 }
 

@@ -96,6 +96,11 @@ impl SetupHeader {
         }
         Ok(Some(Self { header, payload }))
     }
+
+    /// Where in the file the protected-mode code starts.
+    pub(super) fn payload(&self) -> u64 {
+        self.payload
+    }
 }
 
 /// Loads the kernel where it prefers to be, its initramfs as high as it can be, and the zero page.

@@ -13,6 +13,7 @@ use super::error::BootError;
 use super::identify;
 use super::layout::CMDLINE;
 use crate::config::ConsoleConfig;
+use crate::firmware::Kernel;
 
 /// A kernel, perhaps an initramfs, and the command line.
 #[derive(Debug)]
@@ -54,6 +55,28 @@ impl BootSource {
                 .map(|path| Input::open("initramfs", path))
                 .transpose()?,
             cmdline: cmdline.to_owned(),
+        })
+    }
+
+    /// The same for firmware, which starts the kernel by its EFI stub: a bzImage that is a PE file as well.
+    ///
+    /// # Errors
+    /// Why firmware cannot start it.
+    pub fn for_firmware(self) -> Result<Kernel, &'static str> {
+        let Format::BzImage(header) = &self.format else {
+            return Err("it is an ELF file");
+        };
+        let mut magic = [0; 2];
+        let read = self.kernel.read_at(&mut magic, 0).unwrap_or(0);
+        if read < magic.len() || magic != *b"MZ" {
+            return Err("it has no EFI stub");
+        }
+        Ok(Kernel {
+            setup: header.payload(),
+            image: self.kernel.file,
+            size: self.kernel.size,
+            initramfs: self.initramfs.map(|input| (input.file, input.size)),
+            cmdline: self.cmdline,
         })
     }
 

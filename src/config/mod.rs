@@ -55,6 +55,8 @@ const MEDIATED_DEVICES: &str = "/sys/bus/mdev/devices";
 pub struct VmConfig {
     /// Kernel: a bzImage, or an ELF with a PVH entry.
     pub kernel: Option<PathBuf>,
+    /// UEFI firmware, which boots from a disk or starts the kernel.
+    pub firmware: Option<FirmwareConfig>,
     /// Initial RAM file system.
     pub initramfs: Option<PathBuf>,
     /// Kernel command line; where it is absent,
@@ -78,6 +80,16 @@ pub struct VmConfig {
     pub device: Vec<DeviceConfig>,
     /// How the platform is built.
     pub platform: PlatformConfig,
+}
+
+/// `--firmware`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FirmwareConfig {
+    /// Its file; where it is absent, what the host's distribution has installed.
+    pub path: Option<PathBuf>,
+    /// The file that its variables are kept in; where it is absent, they last as long as the VM.
+    pub vars: Option<PathBuf>,
 }
 
 /// `--cpus`
@@ -195,6 +207,9 @@ pub struct DiskConfig {
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+    /// Where it stands in firmware's boot order, the lowest first.
+    #[serde(default)]
+    pub boot_index: Option<u16>,
 }
 
 /// The host's processors that the worker of one queue runs on.
@@ -288,6 +303,7 @@ impl DiskConfig {
             ops_one_time_burst: None,
             ops_refill_time: None,
             id: None,
+            boot_index: None,
         }
     }
 }
@@ -408,6 +424,9 @@ pub struct DeviceConfig {
     /// Which of NVIDIA's GPUDirect cliques a GPU is in, 0 to 15.
     #[serde(default)]
     pub x_nv_gpudirect_clique: Option<u8>,
+    /// Where it stands in firmware's boot order, the lowest first.
+    #[serde(default)]
+    pub boot_index: Option<u16>,
 }
 
 /// What an uncorrectable error of a device's does to the VM.
@@ -421,6 +440,17 @@ pub enum OnError {
     Pause,
     /// It is logged.
     Ignore,
+}
+
+impl VmConfig {
+    /// Has a VM that was given something to boot from, and nothing that boots it, begin with the firmware that
+    /// the host's distribution has installed.
+    pub fn find_firmware(&mut self) {
+        let bootable = !self.disk.is_empty() || !self.device.is_empty();
+        if self.kernel.is_none() && self.firmware.is_none() && bootable {
+            self.firmware = Some(FirmwareConfig::default());
+        }
+    }
 }
 
 impl DeviceConfig {
@@ -448,6 +478,7 @@ impl DeviceConfig {
             rom: None,
             romfile: None,
             x_nv_gpudirect_clique: None,
+            boot_index: None,
         })
     }
 

@@ -6,8 +6,12 @@
 //! a wish to reset or to turn off by a [`PowerSink`].
 
 pub mod console;
+pub mod debug_port;
+pub mod fw_cfg;
 pub mod pci_hotplug;
+pub mod pflash;
 pub mod power;
+pub mod q35;
 pub mod rtc;
 pub mod serial;
 mod terminal;

@@ -21,6 +21,9 @@ pub const PM_TIMER: u16 = PM_BASE + 8;
 
 /// SLP_TYP that turns the machine off; `_S5` says so.
 pub const SLEEP_TYPE_S5: u8 = 5;
+/// What firmware for QEMU's boards writes, which has not read `_S5`. EDK II
+/// OvmfPkg/Library/ResetSystemLib/ResetSystemShutdown.c
+const SLEEP_TYPE_FIRMWARE: u8 = 0;
 
 /// The reset control register of PC chipsets (Intel ICH9 datasheet §13.7.5), which lies among the
 /// PCI configuration ports.
@@ -83,6 +86,8 @@ pub struct AcpiPower {
     start: Instant,
     sci: Arc<dyn InterruptLine>,
     sink: Arc<dyn PowerSink>,
+    /// The values of SLP_TYP that turn the machine off.
+    off: &'static [u8],
 }
 
 impl fmt::Debug for AcpiPower {
@@ -102,7 +107,15 @@ impl AcpiPower {
             start: Instant::now(),
             sci,
             sink,
+            off: &[SLEEP_TYPE_S5],
         }
+    }
+
+    /// Can be turned off by firmware, which has a value of its own for that.
+    #[must_use]
+    pub fn for_firmware(mut self) -> Self {
+        self.off = &[SLEEP_TYPE_S5, SLEEP_TYPE_FIRMWARE];
+        self
     }
 
     /// Presses the power button: the guest is asked to turn itself off.
@@ -183,7 +196,7 @@ impl BusDevice for AcpiPower {
         drop(state);
         if control & SLEEP_ENABLE != 0 {
             let sleep_type = control >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
-            if sleep_type == u16::from(SLEEP_TYPE_S5) {
+            if self.off.iter().any(|off| u16::from(*off) == sleep_type) {
                 self.sink.power_off();
             } else {
                 log::debug!("guest asked for sleep type {sleep_type}, which does not exist");
@@ -256,23 +269,33 @@ impl BusDevice for ResetControl {
 }
 
 /// The keyboard controller's command port, of which only the reset line is there. Status always says
-/// that a command would be taken and that no key waits.
+/// that a command would be taken and that no key waits; or, where firmware looks for a keyboard, that there is
+/// no controller.
 #[derive(Debug)]
 pub struct KeyboardReset {
     sink: Arc<dyn PowerSink>,
+    status: u8,
 }
 
 impl KeyboardReset {
     /// The port; belongs at [`KEYBOARD_COMMAND`], one byte.
     #[must_use]
     pub fn new(sink: Arc<dyn PowerSink>) -> Self {
-        Self { sink }
+        Self { sink, status: 0 }
+    }
+
+    /// Reads as a port where nothing is, by which firmware knows that there is no keyboard: it would wait for
+    /// one, again and again. EDK II MdeModulePkg/Bus/Isa/Ps2KeyboardDxe/Ps2Keyboard.c
+    #[must_use]
+    pub fn without_controller(mut self) -> Self {
+        self.status = u8::MAX;
+        self
     }
 }
 
 impl BusDevice for KeyboardReset {
     fn read(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
+        data.fill(self.status);
     }
 
     fn write(&self, _offset: u64, data: &[u8]) {
@@ -377,6 +400,16 @@ mod tests {
     }
 
     #[test]
+    fn firmware_turns_off_by_a_type_of_its_own_where_there_is_firmware() {
+        let (board, power) = power();
+        write16(&power, 4, SLEEP_ENABLE);
+        assert_eq!(board.power_offs(), 0);
+        let power = power.for_firmware();
+        write16(&power, 4, SLEEP_ENABLE);
+        assert_eq!(board.power_offs(), 1);
+    }
+
+    #[test]
     fn the_timer_counts_at_its_frequency_and_wraps_after_32_bits() {
         assert_eq!(timer(Duration::from_secs(1)), 3_579_545);
         assert_eq!(
@@ -423,6 +456,11 @@ mod tests {
         assert_eq!(board.resets(), 0);
         keyboard.write(0, &[PULSE_RESET]);
         assert_eq!(board.resets(), 1);
+        let none = keyboard.without_controller();
+        none.read(0, &mut status);
+        assert_eq!(status, [0xff]);
+        none.write(0, &[PULSE_RESET]);
+        assert_eq!(board.resets(), 2);
     }
 
     proptest! {

@@ -225,6 +225,14 @@ fn topology(function: u32, apic_id: u32, cores: u32, bits: u32) -> [kvm_cpuid_en
     ]
 }
 
+/// Whether the guest's pages can have 1 GiB. AMD APM vol. 3, Fn8000_0001 EDX, Page1GB; Intel SDM vol. 2A, CPUID
+/// leaf 80000001H.
+pub(super) fn has_large_pages(supported: &[kvm_cpuid_entry2]) -> bool {
+    const PAGES_1_GIB: u32 = 1 << 26;
+    let mut leaves = supported.iter();
+    leaves.any(|leaf| leaf.function == 0x8000_0001 && leaf.edx & PAGES_1_GIB != 0)
+}
+
 /// The width of a guest-physical address, from what KVM supports. AMD APM vol. 3, Fn8000_0008.
 pub(super) fn address_bits(supported: &[kvm_cpuid_entry2]) -> u8 {
     /// Where the leaf is missing. Intel SDM vol. 2A, CPUID leaf 80000008H.

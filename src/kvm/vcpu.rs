@@ -64,6 +64,12 @@ impl CpuModel {
     pub fn address_bits(&self) -> u8 {
         cpuid::address_bits(&self.supported)
     }
+
+    /// Whether the guest can have pages of 1 GiB.
+    #[must_use]
+    pub fn has_large_pages(&self) -> bool {
+        cpuid::has_large_pages(&self.supported)
+    }
 }
 
 /// A vCPU that is not running.

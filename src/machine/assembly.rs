@@ -16,6 +16,7 @@ use super::address_plan::{AddressPlan, PlannedFunction};
 use super::aside::Aside;
 use super::early::Early;
 use super::events::Events;
+use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
 use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
 use super::platform::{Platform, open_console};
@@ -51,9 +52,24 @@ pub(super) struct Machine {
 
 /// What a start needs, the first as every other.
 #[derive(Debug)]
-struct Boot {
+enum Boot {
+    /// A kernel is loaded, and entered where it says.
+    Kernel(Box<KernelBoot>),
+    /// The boot processor begins as at power-on, with firmware.
+    Firmware(FirmwareBoard),
+}
+
+/// A kernel, and what it is told of the board.
+#[derive(Debug)]
+struct KernelBoot {
     source: BootSource,
     acpi: acpi::Platform,
+}
+
+/// What the guest begins with.
+enum Source {
+    Kernel(BootSource),
+    Firmware(FirmwareSource),
 }
 
 /// The list of regions, emptied when it is dropped, so that nothing is mapped for anybody then.
@@ -90,7 +106,7 @@ impl Machine {
         few_arenas();
         many_files();
         // What costs nothing to find out comes first.
-        let source = open_kernel(config)?;
+        let source = open_source(config)?;
         let options: Result<_, RunError> = config.device.iter().map(options).collect();
         let options = options?;
         let vm = Vm::new()?;
@@ -119,18 +135,23 @@ impl Machine {
         early.check()?;
 
         let buses = Buses::default();
-        let windows = plan.windows(&ram.guest_ranges(), &passthrough.usable_ranges());
+        let usable = passthrough.usable_ranges();
+        let windows = plan.windows(&ram.guest_ranges(), &usable);
         let mut acpi = acpi_platform(config, &windows);
+        let windows = plan.bar_windows(&windows, &usable);
+        let make_pci = match source {
+            Source::Kernel(_) => Pci::new,
+            Source::Firmware(_) => Pci::for_firmware,
+        };
         let lines = router.shared_lines();
-        let mut pci = Pci::new(windows, &buses, memory.0.clone(), vm.doorbells(), lines)?;
-        let platform = Platform::new(
-            &config.serial,
+        let mut pci = make_pci(
+            windows.clone(),
             &buses,
-            &router,
-            pci.topology(),
-            &events,
-            &quit,
+            memory.0.clone(),
+            vm.doorbells(),
+            lines,
         )?;
+        let platform = Platform::new(&config.serial, &buses, &router, &pci, &events, &quit)?;
         let routes = Arc::new(router.clone());
         let mut virtio = VirtioDevices::new(ram.guest(), routes, pci.topology(), &events);
         add_virtio(&mut virtio, &mut pci, config, &quit)?;
@@ -141,6 +162,24 @@ impl Machine {
         if can_be_asked {
             acpi.bus0_slots = open_slots(&mut virtio, &pci, &buses, &router)?;
         }
+        let boot = match source {
+            Source::Kernel(source) => Boot::Kernel(Box::new(KernelBoot { source, acpi })),
+            Source::Firmware(source) => {
+                let around = Surroundings {
+                    config,
+                    plan: &plan,
+                    model: &model,
+                    ram: &ram,
+                    regions: &memory.0,
+                    buses: &buses,
+                    pci: &pci,
+                    virtio: &virtio,
+                    windows: &windows,
+                    acpi,
+                };
+                Boot::Firmware(FirmwareBoard::new(source, &around)?)
+            }
+        };
         report.reached(Stage::Devices);
         early.check()?;
 
@@ -156,24 +195,34 @@ impl Machine {
             ram,
             events,
             quit,
-            boot: Boot { source, acpi },
+            boot,
             vm,
         };
         machine.load()?;
-        // Addresses are assigned by now, so that what devices reach at them can be known.
-        machine.passthrough.survey(&machine.pci)?;
+        if let Boot::Kernel(_) = machine.boot {
+            // Addresses are assigned by now, so that what devices reach at them can be known.
+            machine.passthrough.survey(&machine.pci)?;
+        }
         Ok(machine)
     }
 
-    /// Does what firmware does, and puts the boot processor at the kernel's entry. No vCPU may run.
+    /// Does what firmware does, and puts the boot processor at the kernel's entry; or leaves all that to
+    /// firmware, with which the processor begins at power-on. No vCPU may run.
     pub(super) fn load(&self) -> Result<(), RunError> {
         use vm_memory::GuestAddressSpace;
 
+        let (source, acpi) = match &self.boot {
+            Boot::Kernel(boot) => (&boot.source, &boot.acpi),
+            Boot::Firmware(board) => {
+                board.power_on(&self.platform);
+                return Ok(());
+            }
+        };
         self.pci.assign()?;
         let ram = self.ram.guest().memory();
-        let rsdp = acpi::install(&*ram, &self.boot.acpi)?;
+        let rsdp = acpi::install(&*ram, acpi)?;
         let map = E820::new(&self.ram.guest_ranges());
-        let entry = boot::load(&*ram, &self.boot.source, &map, rsdp)?;
+        let entry = boot::load(&*ram, source, &map, rsdp)?;
         self.vcpus.enter(|sregs| entry.apply(sregs))?;
         Ok(())
     }
@@ -186,6 +235,15 @@ impl Machine {
             report.set_exits(kind.name(), self.vcpus.exits(kind));
         }
     }
+}
+
+fn open_source(config: &VmConfig) -> Result<Source, RunError> {
+    if config.firmware.is_none() {
+        return Ok(Source::Kernel(open_kernel(config)?));
+    }
+    let kernel = config.kernel.as_ref().map(|_| open_kernel(config));
+    let source = FirmwareSource::open(config, kernel.transpose()?)?;
+    Ok(Source::Firmware(source))
 }
 
 fn open_kernel(config: &VmConfig) -> Result<BootSource, RunError> {
@@ -220,6 +278,7 @@ fn plan(config: &VmConfig, found: &Found, model: &CpuModel) -> Result<AddressPla
         &planned,
         found.reserved(),
         bits,
+        config.firmware.is_some(),
     )?)
 }
 
@@ -293,6 +352,7 @@ fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
         serial: config.serial != ConsoleConfig::Off,
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
         bus0_slots: 0,
+        ecam: layout::ECAM_START,
     }
 }
 

@@ -14,6 +14,7 @@ use crate::boot::BootError;
 use crate::config::InvalidConfig;
 use crate::devices::console::ConsoleError;
 use crate::exit::{HOST, RUNTIME, USAGE};
+use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Overlap};
 use crate::memory::{Amount, PrefaultError, RamError, RegionsError};
 use crate::virtio::VirtioPciError;
@@ -30,6 +31,9 @@ pub enum RunError {
     /// There is nothing that could be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// There is no firmware, or none that can be used.
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
     /// KVM cannot do it.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -276,8 +280,10 @@ impl RunError {
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::NotReady { error, .. } => error.exit_status(),
+            Self::Firmware(FirmwareError::NotInstalled { .. }) => HOST,
             Self::Config(_)
             | Self::Boot(_)
+            | Self::Firmware(_)
             | Self::Disk(_)
             | Self::Rom(_)
             | Self::Rng(_)

@@ -15,6 +15,7 @@ mod ears;
 mod end;
 mod error;
 mod events;
+mod firmware;
 mod life;
 mod panics;
 mod passthrough;

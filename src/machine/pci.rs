@@ -15,8 +15,10 @@ use busway_vfio::AssignedFunction;
 use super::RunError;
 use super::bars::Bars;
 use super::bus::EcamWindow;
+use super::firmware::EcamPlace;
 use super::quiet::VirtioFunctions;
 use crate::acpi;
+use crate::devices::q35::{self, Lpc, Mch};
 use crate::kvm::{Buses, Doorbells, SharedLines};
 use crate::memory::{Regions, layout};
 use crate::report::AssignedDevice;
@@ -43,10 +45,13 @@ pub(super) struct Pci {
     assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
     virtio: VirtioFunctions,
     lines: SharedLines,
+    /// The host bridge that firmware knows, where there is firmware.
+    mch: Option<Arc<Mch>>,
 }
 
 impl Pci {
-    /// Bus 0 with nothing on it but the host bridge, reachable for the guest.
+    /// Bus 0 with nothing on it but the host bridge, reachable for the guest. The BARs may be within
+    /// `windows`.
     pub(super) fn new(
         windows: Windows,
         buses: &Buses,
@@ -54,9 +59,45 @@ impl Pci {
         doorbells: Doorbells,
         lines: SharedLines,
     ) -> Result<Self, RunError> {
+        let mut pci = Self::empty(windows, buses, memory, doorbells, lines);
+        pci.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
+        buses.mmio.insert(
+            "PCI configuration space",
+            layout::ECAM_START,
+            layout::ECAM_SIZE,
+            Arc::new(EcamWindow(Ecam::new(pci.topology.clone()))),
+        )?;
+        Ok(pci)
+    }
+
+    /// The same for firmware, which finds the chip set that it knows, and says where configuration space is
+    /// in memory.
+    pub(super) fn for_firmware(
+        windows: Windows,
+        buses: &Buses,
+        memory: Arc<Regions>,
+        doorbells: Doorbells,
+        lines: SharedLines,
+    ) -> Result<Self, RunError> {
+        let mut pci = Self::empty(windows, buses, memory, doorbells, lines);
+        let place = Arc::new(EcamPlace::new(buses, &pci.topology));
+        let mch = Arc::new(Mch::new(place));
+        pci.mch = Some(mch.clone());
+        pci.place("the host bridge", 0, mch)?;
+        pci.place("the LPC bridge", q35::LPC_SLOT, Arc::new(Lpc::new()))?;
+        Ok(pci)
+    }
+
+    fn empty(
+        windows: Windows,
+        buses: &Buses,
+        memory: Arc<Regions>,
+        doorbells: Doorbells,
+        lines: SharedLines,
+    ) -> Self {
         let within = [&windows.memory32[..], &windows.memory64].concat();
         let bars = Bars::new(buses.clone(), memory, doorbells, within);
-        let mut pci = Self {
+        Self {
             topology: Arc::new(Topology::new(Arc::new(bars))),
             buses: buses.clone(),
             windows,
@@ -66,15 +107,21 @@ impl Pci {
             assigned: Vec::new(),
             virtio: VirtioFunctions::default(),
             lines,
-        };
-        pci.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
-        buses.mmio.insert(
-            "PCI configuration space",
-            layout::ECAM_START,
-            layout::ECAM_SIZE,
-            Arc::new(EcamWindow(Ecam::new(pci.topology.clone()))),
-        )?;
-        Ok(pci)
+            mch: None,
+        }
+    }
+
+    /// The host bridge that firmware knows, where there is firmware.
+    pub(super) fn mch(&self) -> Option<&Arc<Mch>> {
+        self.mch.as_ref()
+    }
+
+    /// A root port as this machine's are: firmware has to be told what to reserve.
+    fn told(&self, port: RootPort) -> RootPort {
+        match self.mch {
+            Some(_) => port.hinting(),
+            None => port,
+        }
     }
 
     pub(super) fn topology(&self) -> &Arc<Topology> {
@@ -155,6 +202,7 @@ impl Pci {
         if !bars.any(|bar| bar.kind == BarKind::Io) {
             port = port.without_io();
         }
+        let port = self.told(port);
         let port = self.place(name, slot.number(), Arc::new(port))?;
         self.ports.push((port, slot));
         for (number, function) in functions {
@@ -186,6 +234,7 @@ impl Pci {
                 0 => port,
                 _ => port.without_io(),
             };
+            let port = self.told(port);
             let port = self.place(name, slot.number(), Arc::new(port))?;
             self.ports.push((port, slot));
         }
@@ -329,6 +378,33 @@ impl Pci {
             })?;
         }
         Ok(())
+    }
+
+    /// Where firmware finds the function that is `called` so: slots and functions from the host bridge on, in
+    /// Open Firmware's form. EDK II OvmfPkg/Library/QemuBootOrderLib/QemuBootOrderLib.c,
+    /// `TranslatePciOfwNodes`
+    pub(super) fn boot_path(&self, called: impl Fn(&str) -> bool) -> Option<String> {
+        let functions = self.topology.functions();
+        let (id, _) = functions
+            .into_iter()
+            .find(|(_, function)| called(&function.name()))?;
+        let place = self.topology.bdf(id)?;
+        let (device, function) = (place.device.number(), place.function.number());
+        let node = match function {
+            0 => format!("device@{device:x}"),
+            function => format!("device@{device:x},{function:x}"),
+        };
+        let assigned = self.assigned.iter().find(|(of, _)| *of == id);
+        let port = assigned.and_then(|(_, function)| {
+            let mut behind = self.behind.iter();
+            let (port, _) = behind.find(|(_, other)| other.ptr_eq(function))?;
+            let (_, slot) = self.ports.iter().find(|(of, _)| of == port)?;
+            Some(*slot)
+        });
+        Some(match port {
+            Some(slot) => format!("/pci@i0cf8/pci-bridge@{:x}/{node}", slot.number()),
+            None => format!("/pci@i0cf8/{node}"),
+        })
     }
 
     /// What the report says of the host's functions, in the order in which they were added.

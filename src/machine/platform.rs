@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use busway_pci::{Cf8Cfc, Topology};
+use busway_pci::Cf8Cfc;
 use busway_vfio::EventFd;
 
 use super::RunError;
 use super::bus::ConfigPorts;
 use super::events::Events;
+use super::pci::Pci;
 use crate::acpi;
 use crate::config::ConsoleConfig;
 use crate::devices::console::Endpoint;
@@ -38,7 +39,7 @@ impl Platform {
         serial: &ConsoleConfig,
         buses: &Buses,
         router: &IrqRouter,
-        topology: &Arc<Topology>,
+        pci: &Pci,
         events: &Arc<Events>,
         quit: &EventFd,
     ) -> Result<Self, RunError> {
@@ -46,7 +47,11 @@ impl Platform {
         let sink: Arc<dyn PowerSink> = events.clone();
 
         let sci = Arc::new(router.level_line(acpi::SCI));
-        let power = Arc::new(AcpiPower::new(sci, sink.clone()));
+        let mut power = AcpiPower::new(sci, sink.clone());
+        if pci.mch().is_some() {
+            power = power.for_firmware();
+        }
+        let power = Arc::new(power);
         ports.insert(
             "ACPI registers",
             power::PM_BASE.into(),
@@ -54,7 +59,7 @@ impl Platform {
             power.clone(),
         )?;
 
-        let config_ports = Arc::new(Cf8Cfc::new(topology.clone()));
+        let config_ports = Arc::new(Cf8Cfc::new(pci.topology().clone()));
         let reset = ResetControl::new(sink.clone(), Arc::new(ConfigPorts(config_ports.clone())));
         ports.insert(
             "PCI configuration ports",
@@ -62,7 +67,10 @@ impl Platform {
             power::CONFIG_PORTS_SIZE.into(),
             Arc::new(reset),
         )?;
-        let keyboard = KeyboardReset::new(sink);
+        let mut keyboard = KeyboardReset::new(sink);
+        if pci.mch().is_some() {
+            keyboard = keyboard.without_controller();
+        }
         ports.insert(
             "keyboard controller",
             power::KEYBOARD_COMMAND.into(),

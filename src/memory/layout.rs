@@ -10,6 +10,12 @@ pub const MMIO32_START: u64 = 0xc000_0000;
 pub const MMIO32_STARTS: [u64; 3] = [MMIO32_START, 0x8000_0000, 0x4000_0000];
 /// End of the 32-bit MMIO window; ECAM starts here.
 pub const MMIO32_END: u64 = 0xe000_0000;
+/// Where the 32-bit MMIO window can start in a machine with firmware: OVMF of 2022 puts configuration space at
+/// 0xb000_0000, below which RAM has to end.
+pub const FIRMWARE_MMIO32_STARTS: [u64; 2] = [0x8000_0000, 0x4000_0000];
+/// End of the addresses below 4 GiB where firmware may put BARs or configuration space; the board's own
+/// devices are behind it.
+pub const FIRMWARE_MMIO32_END: u64 = 0xfc00_0000;
 /// The enhanced configuration access of segment 0: 256 buses of 1 MiB.
 pub const ECAM_START: u64 = 0xe000_0000;
 /// Bytes of ECAM.
@@ -97,6 +103,19 @@ pub fn holes(reserved: impl IntoIterator<Item = (u64, u64)>, step: u64) -> Vec<R
 #[must_use]
 pub fn mmio32(start: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
     around(start..MMIO32_END, holes)
+}
+
+/// The same of a machine with firmware, which may put configuration space anywhere in it.
+#[must_use]
+pub fn firmware_mmio32(start: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    around(start..FIRMWARE_MMIO32_END, holes)
+}
+
+/// What of the `window` is not `taken`.
+#[must_use]
+pub fn without(window: &[Range<u64>], taken: &Range<u64>) -> Vec<Range<u64>> {
+    let left = |part: &Range<u64>| around(part.clone(), std::slice::from_ref(taken));
+    window.iter().flat_map(left).collect()
 }
 
 /// The window for 64-bit BARs: from the first GiB boundary above RAM, which ends at `top_of_ram`, up

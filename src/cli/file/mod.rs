@@ -25,6 +25,10 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
     for Entry { key, at, value } in entries(document.get_ref()) {
         match key {
             "kernel" => config.kernel = Some(file.text(&value, "kernel")?.into()),
+            "firmware" => {
+                let firmware = config.firmware.get_or_insert_default();
+                file.section(&schema::FIRMWARE, firmware, &value)?;
+            }
             "initramfs" => config.initramfs = Some(file.text(&value, "initramfs")?.into()),
             "cmdline" => config.cmdline = Some(file.cmdline(&value)?),
             "cpus" => file.section(&schema::CPUS, &mut config.cpus, &value)?,

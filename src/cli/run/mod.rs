@@ -25,7 +25,7 @@ pub(super) struct RunArgs {
     /// Read the VM from a file, with the same words as the flags
     ///
     /// A TOML file: `kernel`, `initramfs` and `cmdline` at its top, a table for each flag ([cpus],
-    /// [memory]), and one of a list of tables for each device ([[disk]], [[net]], [[device]]). A
+    /// [memory], [firmware]), and one of a list of tables for each device ([[disk]], [[net]], [[device]]). A
     /// string in a table's place is what would stand after the flag: serial = "tty". What a flag says
     /// too, the flag decides, key by key; devices of flags come after those of the file.
     #[arg(long, value_name = "FILE", help_heading = BOOT)]
@@ -34,6 +34,12 @@ pub(super) struct RunArgs {
     /// Kernel: a bzImage, or an ELF file with a PVH entry
     #[arg(long, value_name = "FILE", help_heading = BOOT)]
     kernel: Option<PathBuf>,
+
+    #[arg(
+        long, help = schema::FIRMWARE.summary, long_help = schema::FIRMWARE.help(),
+        value_name = "FILE,…", help_heading = BOOT
+    )]
+    firmware: Option<String>,
 
     /// Initial RAM file system
     #[arg(long, value_name = "FILE", help_heading = BOOT)]
@@ -126,6 +132,9 @@ Examples:
   A kernel with its initial RAM file system, on this terminal:
     busway run --kernel vmlinuz --initramfs initrd.img
 
+  A Debian disk by its own boot loader, with the firmware of the package `ovmf`:
+    busway run --disk path=debian.raw --memory size=2G --firmware auto,vars=debian.vars
+
   A Debian disk, two processors, a NIC, and a real NVMe drive:
     busway device bind 0000:01:00.0
     busway run --kernel vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' \\
@@ -216,6 +225,7 @@ impl RunArgs {
             file::apply(&mut config, path, &text)?;
         }
         self.apply(&mut config)?;
+        config.find_firmware();
         config.validate()?;
         Ok(config)
     }
@@ -230,6 +240,10 @@ impl RunArgs {
 
     fn apply(&self, config: &mut VmConfig) -> Result<(), Wrong> {
         replace(&mut config.kernel, &self.kernel);
+        if let Some(said) = &self.firmware {
+            let firmware = config.firmware.get_or_insert_default();
+            update(&schema::FIRMWARE, firmware, std::slice::from_ref(said))?;
+        }
         replace(&mut config.initramfs, &self.initramfs);
         replace(&mut config.cmdline, &self.cmdline);
         update(&schema::CPUS, &mut config.cpus, &self.cpus)?;

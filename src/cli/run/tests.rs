@@ -135,3 +135,25 @@ fn the_report_is_out_when_the_guest_runs_and_again_at_its_end() {
     publication.publish(&report);
     assert_eq!(read()["vectors"], 4);
 }
+
+#[test]
+fn firmware_is_named_or_found_and_keeps_its_variables_where_it_is_told() {
+    let firmware = |said: &str| {
+        let shown = config(&["--firmware", said]).unwrap().firmware.unwrap();
+        (shown.path, shown.vars)
+    };
+    let file = |name: &str| Some(PathBuf::from(name));
+    assert_eq!(firmware("auto"), (None, None));
+    assert_eq!(firmware("OVMF.fd"), (file("OVMF.fd"), None));
+    assert_eq!(firmware("vars=vm.vars"), (None, file("vm.vars")));
+    assert_eq!(firmware("path=a,vars=b"), (file("a"), file("b")));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.toml");
+    fs::write(&path, "[firmware]\nvars = \"vm.vars\"\n").unwrap();
+    let shown = config(&["--config", path.to_str().unwrap(), "--firmware", "OVMF.fd"]).unwrap();
+    let expected = crate::config::FirmwareConfig {
+        path: file("OVMF.fd"),
+        vars: file("vm.vars"),
+    };
+    assert_eq!(shown.firmware, Some(expected));
+}

@@ -51,6 +51,8 @@ A file is raw unless image_type= says otherwise, whatever a guest has written to
             |disk, value| disk.ops_refill_time = Some(value.number()?);
         "id" { "NAME": "name, unique in the VM" }
             |disk, value| disk.id = Some(value.text()?.to_owned());
+        "boot_index" { "N": "what firmware boots from, the lowest first" }
+            |disk, value| disk.boot_index = Some(value.number()?);
     },
     required: &["path", "fd"],
     bare: None,

@@ -102,6 +102,7 @@ impl<T> Section<T> {
 /// All that can stand at the top of the file.
 pub(super) const TOP: &[&str] = &[
     "kernel",
+    "firmware",
     "initramfs",
     "cmdline",
     "cpus",
@@ -133,8 +134,10 @@ macro_rules! keys {
 }
 
 mod disk;
+mod firmware;
 
 pub(super) use disk::DISK;
+pub(super) use firmware::FIRMWARE;
 
 /// `--cpus`
 pub(super) static CPUS: Section<CpusConfig> = Section {
@@ -308,6 +311,7 @@ Functions of one host device become one device of the guest's.
         rom: None,
         romfile: None,
         x_nv_gpudirect_clique: None,
+        boot_index: None,
     },
     keys: keys! {
         "path" { "PATH": "address (0000:01:00.0, 01:00.0), a mediated device's UUID, or folder in\n\
@@ -330,6 +334,8 @@ Functions of one host device become one device of the guest's.
             |device, value| device.romfile = Some(value.text()?.into());
         "x_nv_gpudirect_clique" { "N": "GPUs of NVIDIA's with the same N, 0 to 15, copy to each other directly" }
             |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
+        "boot_index" { "N": "what firmware boots from, the lowest first" }
+            |device, value| device.boot_index = Some(value.number()?);
     },
     required: &["path", "fd"],
     bare: Some(set_device_path),
@@ -444,6 +450,7 @@ mod tests {
 
     #[test]
     fn keys_are_the_fields_of_the_configuration_and_all_are_in_the_help() {
+        agrees(&FIRMWARE);
         agrees(&CPUS);
         agrees(&MEMORY);
         agrees(&DISK);

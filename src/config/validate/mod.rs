@@ -22,9 +22,26 @@ const STANDARD_ERROR: u32 = 2;
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidConfig {
-    /// no kernel: give one with --kernel FILE (a bzImage, or an ELF file with a PVH entry)
-    #[error("no kernel: give one with --kernel FILE (a bzImage, or an ELF file with a PVH entry)")]
+    /// nothing to boot: give a kernel with --kernel FILE (a bzImage, or an ELF file with a PVH entry), or a disk that firmware can boot, with --disk or --device
+    #[error(
+        "nothing to boot: give a kernel with --kernel FILE (a bzImage, or an ELF file with a PVH entry), or a \
+         disk that firmware can boot, with --disk path=FILE or --device ADDRESS"
+    )]
     NoKernel,
+    /// {device}: boot_index= without firmware
+    #[error(
+        "{device}: boot_index= is for firmware: give --firmware auto, or leave boot_index= out"
+    )]
+    BootIndexAlone {
+        /// Which.
+        device: Name,
+    },
+    /// {what} without --kernel
+    #[error("{what} is for a kernel: give that with --kernel FILE, or leave {what} out")]
+    NeedsKernel {
+        /// The flag.
+        what: &'static str,
+    },
     /// --cpus boot={boot}: a VM has 1 to 64 processors
     #[error("--cpus boot={boot}: a VM has 1 to {MAX_CPUS} processors")]
     Cpus {
@@ -276,7 +293,16 @@ impl VmConfig {
     /// The first thing that is wrong.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
         if self.kernel.is_none() {
-            return Err(InvalidConfig::NoKernel);
+            let kernels = [
+                ("--initramfs", self.initramfs.is_some()),
+                ("--cmdline", self.cmdline.is_some()),
+            ];
+            if self.firmware.is_none() {
+                return Err(InvalidConfig::NoKernel);
+            }
+            if let Some(&(what, _)) = kernels.iter().find(|(_, given)| *given) {
+                return Err(InvalidConfig::NeedsKernel { what });
+            }
         }
         self.validate_cpus()?;
         self.memory.validate()?;
@@ -299,7 +325,31 @@ impl VmConfig {
         self.validate_vf_tokens()?;
         self.platform.validate_slots()?;
         self.validate_ids()?;
+        self.validate_boot_order()?;
         self.validate_disjoint()
+    }
+
+    /// The devices that stand in firmware's boot order, each at a place of its own.
+    fn validate_boot_order(&self) -> Result<(), InvalidConfig> {
+        let disks = self.disk.iter().enumerate().map(|(index, disk)| {
+            let name = Name::new("--disk", index, disk.id.as_ref());
+            (name, disk.boot_index)
+        });
+        let devices = self.device.iter().enumerate().map(|(index, device)| {
+            let name = Name::new("--device", index, device.id.as_ref());
+            (name, device.boot_index)
+        });
+        let mut seen = Seen::new("boot_index", "give each a number of its own");
+        for (device, index) in disks.chain(devices) {
+            match index {
+                Some(_) if self.firmware.is_none() => {
+                    return Err(InvalidConfig::BootIndexAlone { device });
+                }
+                Some(index) => seen.add(device, index.to_string(), true)?,
+                None => {}
+            }
+        }
+        Ok(())
     }
 
     fn validate_cpus(&self) -> Result<(), InvalidConfig> {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, FirmwareConfig};
 
 /// A VM that is in order, changed by `change`.
 fn validate(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
@@ -278,5 +278,77 @@ fn a_console_s_file_has_room_for_a_line_and_is_one_console_s() {
     assert!(
         error.starts_with("--serial and --console have the same file, `/a`"),
         "{error}"
+    );
+}
+
+#[test]
+fn a_disk_or_a_device_alone_is_booted_by_the_distributions_firmware() {
+    let begun = |change: fn(&mut VmConfig)| {
+        let mut config = VmConfig::default();
+        change(&mut config);
+        config.find_firmware();
+        config
+    };
+    let disk = |vm: &mut VmConfig| vm.disk.push(DiskConfig::new("debian.raw"));
+    let found = begun(disk);
+    assert_eq!(found.firmware, Some(FirmwareConfig::default()));
+    assert_eq!(found.validate(), Ok(()));
+    let found = begun(|vm| vm.device.push(device("01:00.0", None)));
+    assert!(found.firmware.is_some());
+    // A kernel is enough, and nothing is not.
+    let with_kernel = begun(|vm| {
+        vm.kernel = Some("vmlinuz".into());
+        vm.disk.push(DiskConfig::new("debian.raw"));
+    });
+    assert_eq!(with_kernel.firmware, None);
+    assert_eq!(begun(|_| {}).validate(), Err(InvalidConfig::NoKernel));
+}
+
+#[test]
+fn what_is_a_kernels_needs_a_kernel_also_beside_firmware() {
+    let without = |change: fn(&mut VmConfig)| {
+        complaint(|vm| {
+            vm.kernel = None;
+            vm.firmware = Some(FirmwareConfig::default());
+            change(vm);
+        })
+    };
+    assert_eq!(
+        without(|vm| vm.initramfs = Some("initrd.img".into())),
+        "--initramfs is for a kernel: give that with --kernel FILE, or leave --initramfs out"
+    );
+    let cmdline = without(|vm| vm.cmdline = Some(String::new()));
+    assert!(cmdline.starts_with("--cmdline is for a kernel"));
+    let both = validate(|vm| {
+        vm.firmware = Some(FirmwareConfig::default());
+        vm.initramfs = Some("initrd.img".into());
+    });
+    assert_eq!(both, Ok(()));
+}
+
+#[test]
+fn a_boot_index_is_one_devices_and_is_for_firmware() {
+    let disk = |index| DiskConfig {
+        boot_index: Some(index),
+        ..DiskConfig::new(format!("{index}.raw"))
+    };
+    assert_eq!(
+        complaint(|vm| vm.disk.push(disk(1))),
+        "--disk no. 1: boot_index= is for firmware: give --firmware auto, or leave boot_index= out"
+    );
+    let order = |of_disk, of_device| {
+        validate(|vm| {
+            vm.firmware = Some(FirmwareConfig::default());
+            vm.disk.push(disk(of_disk));
+            vm.device.push(DeviceConfig {
+                boot_index: Some(of_device),
+                ..device("01:00.0", None)
+            });
+        })
+    };
+    assert_eq!(order(2, 1), Ok(()));
+    assert_eq!(
+        order(1, 1).unwrap_err(),
+        "--disk no. 1 and --device no. 1 have the same boot_index, `1`: give each a number of its own"
     );
 }

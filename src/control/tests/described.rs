@@ -173,7 +173,9 @@ fn conforms(description: &Value, schema: &Value, value: &Value, place: &str) {
 
 #[test]
 fn a_full_configuration_is_as_described() {
-    use crate::config::{Choice, ConsoleConfig, DiskConfig, NetConfig, QueueAffinity};
+    use crate::config::{
+        Choice, ConsoleConfig, DiskConfig, FirmwareConfig, NetConfig, QueueAffinity,
+    };
 
     let mut device = DeviceConfig::new("01:00.0").unwrap();
     device.fd = Some(7);
@@ -181,6 +183,10 @@ fn a_full_configuration_is_as_described() {
     device.x_nv_gpudirect_clique = Some(1);
     let mut config = VmConfig {
         kernel: Some("k".into()),
+        firmware: Some(FirmwareConfig {
+            path: Some("f".into()),
+            vars: None,
+        }),
         initramfs: Some("i".into()),
         disk: vec![DiskConfig {
             id: Some("d".into()),

@@ -66,6 +66,8 @@ struct Payload {
     #[serde(skip_serializing_if = "Option::is_none")]
     kernel: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    firmware: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     initramfs: Option<String>,
     cmdline: String,
 }
@@ -254,6 +256,11 @@ impl Payload {
         let default = || default_cmdline(&config.serial, &config.console).to_owned();
         Self {
             kernel: config.kernel.as_deref().map(text),
+            firmware: config
+                .firmware
+                .as_ref()
+                .and_then(|firmware| firmware.path.as_deref())
+                .map(text),
             initramfs: config.initramfs.as_deref().map(text),
             cmdline: config.cmdline.clone().unwrap_or_else(default),
         }

@@ -79,6 +79,17 @@ impl Rtc {
         self.access(RtcState::reset);
     }
 
+    /// Has the CMOS RAM say how much memory there is, as firmware of a PC reads it: bytes below and above
+    /// 4 GiB. A guest that writes over it changes that for itself until the next call.
+    pub fn tell_memory(&self, below: u64, above: u64) {
+        let mut inner = self.lock();
+        for (index, value) in memory_bytes(below, above) {
+            if let Some(byte) = inner.state.bytes.get_mut(usize::from(index)) {
+                *byte = value;
+            }
+        }
+    }
+
     /// What the clock remembers.
     #[must_use]
     pub fn state(&self) -> RtcState {
@@ -142,6 +153,29 @@ impl BusDevice for Rtc {
     }
 }
 
+/// The bytes of CMOS RAM that say how much memory there is: between 1 and 64 MiB in KiB (two copies), and above
+/// 16 MiB and above 4 GiB in units of 64 KiB. QEMU hw/i386/x86-cpu.c and pc.c, `pc_cmos_init`.
+fn memory_bytes(below: u64, above: u64) -> [(u8, u8); 9] {
+    let units = |from: u64, unit: u64| {
+        let units = below.saturating_sub(from) / unit;
+        u16::try_from(units).unwrap_or(u16::MAX).to_le_bytes()
+    };
+    let extended = units(1 << 20, 1 << 10);
+    let high = units(16 << 20, 64 << 10);
+    let above = (above >> 16).min(0xff_ffff).to_le_bytes();
+    [
+        (0x17, extended[0]),
+        (0x18, extended[1]),
+        (0x30, extended[0]),
+        (0x31, extended[1]),
+        (0x34, high[0]),
+        (0x35, high[1]),
+        (0x5b, above[0]),
+        (0x5c, above[1]),
+        (0x5d, above[2]),
+    ]
+}
+
 /// The host's time in nanoseconds since the start of 1970; 64 bits of them last until 2262.
 fn now() -> i64 {
     SystemTime::now()
@@ -182,6 +216,23 @@ mod tests {
         assert_eq!(year.0, 0x20);
         assert!(year.1 >= 0x24, "{year:?}");
         assert_eq!(read(13), 0x80);
+    }
+
+    #[test]
+    fn the_cmos_ram_says_how_much_memory_there_is() {
+        let rtc = Rtc::new(EventFd::new().unwrap()).unwrap();
+        rtc.tell_memory(2 << 30, 3 << 30);
+        rtc.reset();
+        let read = |index: u8| {
+            rtc.write(0, &[index]);
+            let mut data = [0];
+            rtc.read(1, &mut data);
+            data[0]
+        };
+        assert_eq!([read(0x30), read(0x31)], [0xff, 0xff], "63 MiB and more");
+        // 2 GiB less 16 MiB, and 3 GiB, in units of 64 KiB.
+        assert_eq!([read(0x34), read(0x35)], [0x00, 0x7f]);
+        assert_eq!([read(0x5b), read(0x5c), read(0x5d)], [0x00, 0xc0, 0x00]);
     }
 
     /// Whether the clock's descriptor stays readable, as an event loop would see it.

@@ -127,6 +127,8 @@ pub(super) struct AddressPlan {
     pub(super) reserved: Vec<(u64, u64)>,
     /// The width of a guest-physical address.
     address_bits: u8,
+    /// Firmware assigns the addresses.
+    firmware: bool,
 }
 
 impl AddressPlan {
@@ -140,21 +142,33 @@ impl AddressPlan {
         functions: &[PlannedFunction],
         reserved: Vec<(u64, u64)>,
         address_bits: u8,
+        firmware: bool,
     ) -> Result<Self, NoRoomError> {
         let mut plan = Self {
             mmio32_start: layout::MMIO32_START,
             reserved,
             address_bits,
+            firmware,
+        };
+        let starts = match firmware {
+            true => &layout::FIRMWARE_MMIO32_STARTS[..],
+            false => &layout::MMIO32_STARTS,
         };
         let needs = needs(functions);
         let mut below = Ok(());
-        for start in layout::MMIO32_STARTS {
-            plan.mmio32_start = start;
+        for start in starts {
+            plan.mmio32_start = *start;
             let windows = plan.windows(&[], &[]);
             below = find_room(&needs, WindowKind::Memory32, &windows);
             if below.is_ok() {
                 break;
             }
+        }
+        if firmware {
+            // It takes all below the end of RAM for RAM, but for what a PC has below 1 MiB.
+            let holes = plan.holes(&[]);
+            let first = holes.first().map_or(u64::MAX, |hole| hole.start);
+            plan.mmio32_start = plan.mmio32_start.min(first);
         }
         if let Err(missing) = below {
             return Err(plan.refuse_below_4_gib(functions, &missing));
@@ -169,21 +183,36 @@ impl AddressPlan {
     /// ascending; empty where nothing is known). They keep clear of RAM, and of what is reserved or lies
     /// between the usable ranges.
     pub(super) fn windows(&self, ram: &[Range<u64>], usable: &[IovaRange]) -> Windows {
-        let reserved = self.reserved.iter();
-        let reserved: Vec<_> = reserved
-            .map(|&(start, last)| IovaRange { start, last })
-            .collect();
-        let clear = keep_clear(&reserved, usable).into_iter();
-        let holes = layout::holes(
-            clear.map(|range| (range.start, range.last)),
-            TRANSPARENT_HUGE_PAGE,
-        );
+        let holes = self.holes(usable);
         let top_of_ram = ram.last().map_or(0, |range| range.end);
         Windows {
             io: layout::PCI_IO,
             memory32: layout::mmio32(self.mmio32_start, &holes),
             memory64: layout::mmio64(top_of_ram, self.address_bits, &holes),
         }
+    }
+
+    /// Where BARs may be: in the windows, and where firmware assigns addresses also elsewhere below 4 GiB.
+    pub(super) fn bar_windows(&self, windows: &Windows, usable: &[IovaRange]) -> Windows {
+        match self.firmware {
+            true => Windows {
+                memory32: layout::firmware_mmio32(self.mmio32_start, &self.holes(usable)),
+                ..windows.clone()
+            },
+            false => windows.clone(),
+        }
+    }
+
+    fn holes(&self, usable: &[IovaRange]) -> Vec<Range<u64>> {
+        let reserved = self.reserved.iter();
+        let reserved: Vec<_> = reserved
+            .map(|&(start, last)| IovaRange { start, last })
+            .collect();
+        let clear = keep_clear(&reserved, usable).into_iter();
+        layout::holes(
+            clear.map(|range| (range.start, range.last)),
+            TRANSPARENT_HUGE_PAGE,
+        )
     }
 
     /// Whether there is room above RAM of `size` bytes.

@@ -22,7 +22,7 @@ use super::aside::Aside;
 use super::events::Events;
 use super::pci::Pci;
 use super::requests::{Added, Answer, Asker, Files, RequestError, VirtioInfo};
-use crate::config::{VirtioConfig, VmConfig};
+use crate::config::{DiskConfig, VirtioConfig, VmConfig};
 use crate::devices::InterruptLine;
 use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
@@ -163,6 +163,14 @@ impl VirtioDevices {
             self.seats.take(slot.number(), id);
         }
         Ok(())
+    }
+
+    /// The disks that the guest has, by name.
+    pub(super) fn disks(&self) -> impl Iterator<Item = (&str, &DiskConfig)> {
+        self.entries.iter().filter_map(|entry| match &entry.config {
+            VirtioConfig::Disk(disk) => Some((entry.name.as_str(), disk)),
+            VirtioConfig::Net(_) => None,
+        })
     }
 
     /// Adds a device that stays: what else the board has.

@@ -11,7 +11,7 @@ use super::sys;
 
 /// The image is not ours.
 #[derive(Debug)]
-pub(super) enum LockError {
+pub(crate) enum LockError {
     /// Somebody has it: who, as far as /proc tells.
     Held(String),
     /// The kernel refused otherwise.
@@ -19,7 +19,7 @@ pub(super) enum LockError {
 }
 
 /// Takes the lock: shared for a reader, exclusive for a writer.
-pub(super) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
+pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
     match sys::lock(file, shared) {
         Ok(()) => Ok(()),
         Err(error) => match error.raw_os_error() {
@@ -28,7 +28,7 @@ pub(super) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
             )),
             // A file system without locks, such as some network ones: nobody else could have one.
             Some(libc::EOPNOTSUPP | libc::ENOLCK | libc::ENOSYS | libc::EINVAL) => {
-                log::warn!("no lock on a disk image: its file system has none ({error})");
+                log::warn!("no lock on an image: its file system has none ({error})");
                 Ok(())
             }
             _ => Err(LockError::Kernel(error)),

@@ -13,7 +13,7 @@ mod image;
 mod limiter;
 mod limits;
 mod linger;
-mod lock;
+pub(crate) mod lock;
 mod pool;
 mod request;
 mod space;

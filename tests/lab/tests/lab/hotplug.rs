@@ -93,7 +93,7 @@ fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
              old=$(basename \"$(dirname \"$(dirname \"$(grep -l 0x100e /sys/class/net/eth*/device/device)\")\")\")\n\
              ip link set $old up\n\
              until grep -qE \"^ *[0-9]+: +[1-9].* $old\\$\" /proc/interrupts; do sleep 0.1; done\n\
-             value together $round $(ls /sys/bus/pci/devices | grep -c '[.]1$')\n\
+             value together \"$round $(ls /sys/bus/pci/devices | grep -c '[.]1$')\"\n\
              lab-io write /dev/nvme0n1 $round\n\
              value wrote $round\n\
              while [ -e /sys/class/nvme/nvme0 ] || [ \"$(nics)\" != 0 ]; do sleep 0.1; done\n\

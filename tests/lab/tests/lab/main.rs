@@ -27,6 +27,7 @@ mod drive;
 mod emulated_host;
 mod errors;
 mod events;
+mod firmware;
 mod groups;
 mod helper;
 mod host_view;
@@ -45,7 +46,7 @@ mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 22] = [
+const CHAPTERS: [&[Proof]; 23] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -61,6 +62,7 @@ const CHAPTERS: [&[Proof]; 22] = [
     virtio_hotplug::PROOFS,
     slots::PROOFS,
     paused::PROOFS,
+    firmware::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,

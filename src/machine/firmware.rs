@@ -1,0 +1,381 @@
+//! The board of a machine that begins with firmware: flash chips, what firmware is told, and where
+//! configuration space is.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use busway_pci::{Ecam, Topology, Windows};
+
+use super::RunError;
+use super::address_plan::AddressPlan;
+use super::bus::EcamWindow;
+use super::pci::Pci;
+use super::platform::Platform;
+use super::virtio::VirtioDevices;
+use crate::acpi;
+use crate::boot::BootSource;
+use crate::config::VmConfig;
+use crate::devices::debug_port::{self, DebugPort};
+use crate::devices::fw_cfg::{self, FwCfg};
+use crate::devices::pflash::{self, Pflash};
+use crate::devices::q35::EcamListener;
+use crate::firmware::{
+    BoardItems, Firmware, FirmwareError, FirmwareRoots, Kernel, Window, hardware_info, items,
+};
+use crate::kvm::{AddressMap, Buses, CpuModel};
+use crate::memory::{Ram, Region, Regions, layout};
+
+/// The widest addresses that OVMF uses, in bits: with pages of 1 GiB, and without.
+/// EDK II OvmfPkg/Library/PlatformInitLib/MemDetect.c, `PlatformAddressWidthFromCpuid`
+const WIDEST: u8 = 46;
+const WIDEST_WITHOUT_LARGE_PAGES: u8 = 40;
+
+/// What a VM that begins with firmware is started with.
+#[derive(Debug)]
+pub(super) struct FirmwareSource {
+    pub(super) firmware: Firmware,
+    kernel: Option<Kernel>,
+}
+
+impl FirmwareSource {
+    /// Opens what `config` names, and `kernel` for firmware to start.
+    pub(super) fn open(config: &VmConfig, kernel: Option<BootSource>) -> Result<Self, RunError> {
+        let asked = config.firmware.clone().unwrap_or_default();
+        let firmware = Firmware::open(&asked, &FirmwareRoots::default())?;
+        log::info!("firmware {}", firmware.path.display());
+        if asked.vars.is_none() {
+            log::info!(
+                "what the firmware's variables are set to lasts until the VM's end (vars=FILE keeps it)"
+            );
+        }
+        let wrong = |why| FirmwareError::Kernel {
+            path: config.kernel.as_deref().unwrap_or(Path::new("")).to_owned(),
+            why,
+        };
+        let kernel = kernel
+            .map(BootSource::for_firmware)
+            .transpose()
+            .map_err(wrong)?;
+        Ok(Self { firmware, kernel })
+    }
+}
+
+/// The board.
+#[derive(Debug)]
+pub(super) struct FirmwareBoard {
+    fw_cfg: Arc<FwCfg>,
+    variables: Arc<Pflash>,
+    /// Bytes of RAM below and above 4 GiB.
+    memory: (u64, u64),
+}
+
+/// What the board is made of, and beside.
+pub(super) struct Surroundings<'a> {
+    pub(super) config: &'a VmConfig,
+    pub(super) plan: &'a AddressPlan,
+    pub(super) model: &'a CpuModel,
+    pub(super) ram: &'a Ram,
+    pub(super) regions: &'a Arc<Regions>,
+    pub(super) buses: &'a Buses,
+    pub(super) pci: &'a Pci,
+    pub(super) virtio: &'a VirtioDevices,
+    /// Where BARs may be.
+    pub(super) windows: &'a Windows,
+    pub(super) acpi: acpi::Platform,
+}
+
+impl FirmwareBoard {
+    /// Puts flash chips and fw_cfg onto the buses.
+    pub(super) fn new(source: FirmwareSource, around: &Surroundings<'_>) -> Result<Self, RunError> {
+        let FirmwareSource { firmware, kernel } = source;
+        let (buses, regions) = (around.buses, around.regions);
+        let failed = |what| RunError::system(what);
+        let (at, code) = firmware.code();
+        let code = pflash::rom(at, code).map_err(failed("memory for the firmware"))?;
+        regions.add(Arc::new(Region::rom("the firmware's code", code)))?;
+
+        let (at, variables) = firmware.variables();
+        let memory =
+            pflash::rom(at, variables).map_err(failed("memory for the firmware's variables"))?;
+        let variables = Pflash::new(memory, firmware.store(), regions.clone())?;
+        let variables = Arc::new(variables);
+        let (start, size) = variables.place();
+        buses
+            .mmio
+            .insert("the firmware's variables", start, size, variables.clone())?;
+
+        let ram = around.ram.guest_ranges();
+        let items = items(board_items(around, &ram, kernel))?;
+        let fw_cfg = Arc::new(FwCfg::new(items, around.ram.guest().clone()));
+        let ports = &buses.ports;
+        ports.insert(
+            "firmware configuration",
+            fw_cfg::BASE.into(),
+            fw_cfg::SIZE.into(),
+            fw_cfg.clone(),
+        )?;
+        let debug = Arc::new(DebugPort::default());
+        ports.insert("firmware's messages", debug_port::PORT.into(), 1, debug)?;
+        let bytes = |high: bool| {
+            let parts = ram.iter();
+            let parts = parts.filter(|part| (part.start >= layout::HIGH_RAM_START) == high);
+            parts.map(|part| part.end - part.start).sum()
+        };
+        Ok(Self {
+            fw_cfg,
+            variables,
+            memory: (bytes(false), bytes(true)),
+        })
+    }
+
+    /// As at power-on, the variables as they were set. No vCPU may run.
+    pub(super) fn power_on(&self, platform: &Platform) {
+        self.fw_cfg.reset();
+        self.variables.reset();
+        let (below, above) = self.memory;
+        platform.rtc.tell_memory(below, above);
+    }
+}
+
+fn board_items(
+    around: &Surroundings<'_>,
+    ram: &[Range<u64>],
+    kernel: Option<Kernel>,
+) -> BoardItems {
+    let ecam = {
+        let mch = around.pci.mch().cloned();
+        move || {
+            let place = mch.as_ref().and_then(|mch| mch.ecam());
+            place.unwrap_or(layout::ECAM_START..layout::ECAM_START + layout::ECAM_SIZE)
+        }
+    };
+    let acpi = {
+        let (platform, ecam) = (around.acpi.clone(), ecam.clone());
+        let (windows, topology) = (
+            around.windows.clone(),
+            Arc::downgrade(around.pci.topology()),
+        );
+        move || tables_now(&platform, &windows, &topology, &ecam())
+    };
+    let bits = match around.model.has_large_pages() {
+        true => WIDEST,
+        false => WIDEST_WITHOUT_LARGE_PAGES,
+    };
+    let windows = around.windows.clone();
+    let hardware_info = move || windows_for_firmware(&windows, &ecam(), bits);
+    let reserved = around.plan.reserved.iter();
+    let reserved = reserved
+        .filter(|(start, _)| *start >= layout::HIGH_RAM_START)
+        .map(|(start, last)| *start..last.saturating_add(1));
+    BoardItems {
+        cpus: around.config.cpus.boot.into(),
+        ram: ram.to_vec(),
+        reserved: reserved.collect(),
+        acpi: Arc::new(acpi),
+        hardware_info: Box::new(hardware_info),
+        kernel,
+        boot_order: boot_order(around),
+    }
+}
+
+/// Where firmware finds what it is to boot from, the lowest index first.
+fn boot_order(around: &Surroundings<'_>) -> Vec<String> {
+    let pci = around.pci;
+    let disks = around.virtio.disks().filter_map(|(name, disk)| {
+        Some((disk.boot_index?, pci.boot_path(|called| called == name)))
+    });
+    let devices = around.config.device.iter().filter_map(|device| {
+        let name = device.host_name().map(|name| name.to_string());
+        let is = |called: &str| {
+            let called = called.split(' ').next();
+            name.as_deref().ok() == called
+        };
+        Some((device.boot_index?, pci.boot_path(is)))
+    });
+    let mut order: Vec<_> = disks.chain(devices).collect();
+    order.sort();
+    order.into_iter().filter_map(|(_, path)| path).collect()
+}
+
+/// The windows as firmware is told them: one below 4 GiB and one above, beside configuration space, and within the
+/// addresses of `bits` that it uses.
+fn windows_for_firmware(windows: &Windows, ecam: &Range<u64>, bits: u8) -> Vec<u8> {
+    let beyond = 1 << bits..u64::MAX;
+    let below = largest(&layout::without(&windows.memory32, ecam));
+    let above = largest(&layout::without(&windows.memory64, &beyond));
+    hardware_info(
+        &Some(windows.io.clone()),
+        &below,
+        &above,
+        &Some(ecam.clone()),
+    )
+}
+
+fn largest(parts: &[Range<u64>]) -> Window {
+    parts
+        .iter()
+        .max_by_key(|part| part.end - part.start)
+        .cloned()
+}
+
+/// What the tables describe when firmware reads them, which has numbered the buses by then, and has put
+/// configuration space where it wants it.
+fn tables_now(
+    platform: &acpi::Platform,
+    windows: &Windows,
+    topology: &Weak<Topology>,
+    ecam: &Range<u64>,
+) -> acpi::Platform {
+    let functions = topology.upgrade().map(|topology| topology.functions());
+    let buses = functions.into_iter().flatten().filter_map(|(_, function)| {
+        let bridge = function.bridge()?;
+        Some(bridge.bus_numbers().1)
+    });
+    let window = ecam.end - ecam.start;
+    let last = u8::try_from((window >> 20).saturating_sub(1)).unwrap_or(u8::MAX);
+    acpi::Platform {
+        last_bus: buses.max().unwrap_or(0).max(platform.last_bus).min(last),
+        mmio32: layout::without(&windows.memory32, ecam),
+        mmio64: windows.memory64.clone(),
+        ecam: ecam.start,
+        ..platform.clone()
+    }
+}
+
+/// Configuration space in memory, where firmware puts it.
+pub(super) struct EcamPlace {
+    mmio: Arc<AddressMap>,
+    topology: Weak<Topology>,
+    at: Mutex<Option<u64>>,
+}
+
+impl EcamPlace {
+    pub(super) fn new(buses: &Buses, topology: &Arc<Topology>) -> Self {
+        Self {
+            mmio: buses.mmio.clone(),
+            topology: Arc::downgrade(topology),
+            at: Mutex::default(),
+        }
+    }
+}
+
+impl EcamListener for EcamPlace {
+    fn ecam_moved(&self, place: Option<Range<u64>>) {
+        let mut at = self.at.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(start) = at.take() {
+            self.mmio.remove(start);
+        }
+        let (Some(place), Some(topology)) = (place, self.topology.upgrade()) else {
+            return;
+        };
+        let window = Arc::new(EcamWindow(Ecam::new(topology)));
+        let size = place.end - place.start;
+        match self
+            .mmio
+            .insert("PCI configuration space", place.start, size, window)
+        {
+            Ok(()) => *at = Some(place.start),
+            Err(error) => log::debug!("firmware's place for configuration space: {error}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use busway_pci::{BarMapper, BarRegion, HostBridge, PciFunction, Place};
+
+    use super::*;
+
+    /// Where OVMF of 2025 puts configuration space, and that of 2022.
+    const PLACES: [Range<u64>; 2] = [0xe000_0000..0xf000_0000, 0xb000_0000..0xc000_0000];
+
+    struct Nowhere;
+
+    impl BarMapper for Nowhere {
+        fn map(&self, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn unmap(&self, _: &Arc<dyn PciFunction>, _: &BarRegion) {}
+    }
+
+    fn windows() -> Windows {
+        Windows {
+            io: layout::PCI_IO,
+            memory32: layout::firmware_mmio32(0x8000_0000, &[]),
+            memory64: vec![1 << 32..1012 << 30, 1 << 40..1 << 48],
+        }
+    }
+
+    fn topology() -> Arc<Topology> {
+        let topology = Topology::new(Arc::new(Nowhere));
+        let root = Place::root(busway_pci::Device::default());
+        topology.add(root, Arc::new(HostBridge::new())).unwrap();
+        Arc::new(topology)
+    }
+
+    fn pair(info: &[u8], window: usize) -> (u64, u64) {
+        let number = |at: usize| u64::from_le_bytes(info[at..at + 8].try_into().unwrap());
+        let at = 16 + 24 + 16 * window;
+        (number(at), number(at + 8))
+    }
+
+    #[test]
+    fn firmware_is_told_the_windows_and_the_tables_follow_it() {
+        let platform = acpi::Platform {
+            cpus: Vec::new(),
+            last_bus: 4,
+            mmio32: Vec::new(),
+            mmio64: Vec::new(),
+            serial: true,
+            native_hotplug: true,
+            bus0_slots: 0,
+            ecam: layout::ECAM_START,
+        };
+        let topology = topology();
+        let below = [(0x8000_0000, 0x6000_0000), (0xc000_0000, 0x3c00_0000)];
+        for (ecam, below) in PLACES.into_iter().zip(below) {
+            let info = windows_for_firmware(&windows(), &ecam, 46);
+            assert_eq!(info.len(), 16 + 120);
+            assert_eq!(pair(&info, 1), below);
+            assert_eq!(pair(&info, 2), (u64::MAX, 0));
+            assert_eq!(pair(&info, 3), (1 << 40, (1 << 46) - (1 << 40)));
+            assert_eq!(pair(&info, 5), (ecam.start, 256 << 20));
+
+            let now = tables_now(&platform, &windows(), &Arc::downgrade(&topology), &ecam);
+            assert_eq!((now.ecam, now.last_bus), (ecam.start, 4));
+            assert_eq!(now.mmio64, windows().memory64);
+            let (start, end) = (below.0, below.0 + below.1);
+            assert!(now.mmio32.contains(&(start..end)), "{:x?}", now.mmio32);
+            assert!(
+                now.mmio32
+                    .iter()
+                    .all(|part| { part.end <= ecam.start || ecam.end <= part.start })
+            );
+        }
+        // Without pages of 1 GiB.
+        let info = windows_for_firmware(&windows(), &PLACES[0], 40);
+        assert_eq!(pair(&info, 3), (1 << 32, (1012 << 30) - (1 << 32)));
+    }
+
+    #[test]
+    fn configuration_space_is_reached_where_it_was_put_and_nowhere_else() {
+        let (topology, buses) = (topology(), Buses::default());
+        let place = EcamPlace::new(&buses, &topology);
+        let vendor = |address| {
+            let mut data = [0; 2];
+            buses.mmio.read(address, &mut data);
+            u16::from_le_bytes(data)
+        };
+        assert_eq!(vendor(0xe000_0000), 0xffff);
+        place.ecam_moved(Some(PLACES[0].clone()));
+        assert_eq!(vendor(0xe000_0000), 0x1b36);
+        place.ecam_moved(Some(PLACES[1].clone()));
+        assert_eq!([vendor(0xe000_0000), vendor(0xb000_0000)], [0xffff, 0x1b36]);
+        place.ecam_moved(None);
+        assert_eq!(vendor(0xb000_0000), 0xffff);
+    }
+}

@@ -1,0 +1,24 @@
+# What guests boot by firmware from: OVMF, a boot loader, and the tools that make a FAT file system without root. Debian's
+# own packages, taken out and never installed, so that the root stays as it is. Sourced, after kernel.sh.
+
+firmware_packages=(ovmf grub-efi-amd64-signed mtools)
+
+make_firmware() {
+    local dir=$1 each module
+    mkdir "$dir/tree"
+    cd "$dir"
+    logged firmware apt_of_root download "${firmware_packages[@]}"
+    for each in ./*.deb; do dpkg-deb -x "$each" tree; done
+    rm ./*.deb
+    rm -rf tree/usr/share/{doc,man,locale}
+    # A module of the host's, without which firmware in a guest ends the emulator.
+    module=$builder/lab-cr8
+    as_root mkdir "$module"
+    as_root cp "$setup_dir/lab-cr8.c" "$module/"
+    echo 'obj-m += lab-cr8.o' | as_root tee "$module/Kbuild" >/dev/null
+    logged lab-cr8 in_root "$builder" make -C "/usr/src/linux-headers-$stock_release" M=/lab-cr8 modules
+    install -D -m 644 "$module/lab-cr8.ko" tree/usr/local/lib/lab-cr8.ko
+    cd "$cache"
+}
+
+firmware=$cache/firmware-$stock_version-$(key "${root##*/}" "$setup_dir"/{firmware.sh,lab-cr8.c})
