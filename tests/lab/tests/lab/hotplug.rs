@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use busway_lab::{Device, GuestRun, Host, HostConfig, Lab, RunningGuest};
+use busway_lab::{Device, GuestRun, Host, HostConfig, Job, Lab, RunningGuest};
 
 use crate::assigned::{Interface, give_back, guest, zoo};
 use crate::proof::Tier;
@@ -256,12 +256,12 @@ fn hold_up(
     step: &str,
     verb: &str,
     address: &str,
-) -> Result<()> {
+) -> Result<Job> {
     host.run(&format!("touch {HOLD}/{step}-{address}"))?;
-    // What it answers is nobody's: the VM ends meanwhile.
-    drop(host.spawn(&format!("{CTL} {verb} {address} || true"))?);
+    // What it answers is nobody's: the VM ends meanwhile. Dropped, it would be killed.
+    let asking = host.spawn(&format!("{CTL} {verb} {address} || true"))?;
     running.wait_said(&format!("{address}: its {step} is held up"))?;
-    Ok(())
+    Ok(asking)
 }
 
 /// Ends what is held up, and sees that the host gets all devices back.
@@ -287,8 +287,8 @@ fn held_up(lab: &mut Lab) -> Result<()> {
     let running = host.start_guest(&patient(host)?)?;
     running.wait_line("@@value ready")?;
     host.run(&format!("{CTL} add-device {drive}"))?;
-    hold_up(host, &running, "closing", "remove-device --force", &drive)?;
-    hold_up(host, &running, "opening", "add-device", &nic)?;
+    let _leaving = hold_up(host, &running, "closing", "remove-device --force", &drive)?;
+    let _coming = hold_up(host, &running, "opening", "add-device", &nic)?;
     let waits = format!("{CTL} remove-device {nic} 2>&1 || true");
     for (script, said) in [
         (format!("{CTL} add-device {old}"), "in the guest at"),
@@ -336,7 +336,7 @@ fn held_up(lab: &mut Lab) -> Result<()> {
     // In a guest that runs and does not listen, both signals are for it: its devices have 5 s.
     let running = host.start_guest(&patient(host)?)?;
     running.wait_line("@@value ready")?;
-    hold_up(host, &running, "opening", "add-device", &nic)?;
+    let _coming = hold_up(host, &running, "opening", "add-device", &nic)?;
     running.signal("TERM")?;
     running.signal("INT")?;
     ended(running, &["5 s went by while the VM was ending", &nic])?;
@@ -366,21 +366,23 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
             host.run(&format!("busway device bind {drive} {nic}"))?;
             let running = host.start_guest(&patient(host)?)?;
             let added = format!("{CTL} add-device {drive}");
-            match step {
-                "opening" => hold_up(host, &running, "opening", "add-device", &nic)?,
+            let _asking = match step {
+                "opening" => Some(hold_up(host, &running, "opening", "add-device", &nic)?),
                 // The guest has only just heard of it.
-                "presented" => host.run(&added).map(drop)?,
+                "presented" => host.run(&added).map(|_said| None)?,
                 "asked" => {
                     running.wait_line("@@value ready")?;
                     host.run(&added)?;
-                    drop(host.spawn(&format!("{CTL} remove-device {drive} || true"))?);
+                    let asking = host.spawn(&format!("{CTL} remove-device {drive} || true"))?;
                     running.wait_said("the guest is asked to let go of it")?;
+                    Some(asking)
                 }
                 _ => {
                     host.run(&added)?;
-                    hold_up(host, &running, "closing", "remove-device --force", &drive)?;
+                    let asked = "remove-device --force";
+                    Some(hold_up(host, &running, "closing", asked, &drive)?)
                 }
-            }
+            };
             running.signal("KILL")?;
             let status = running.finish()?.status;
             ensure!(status == 128 + 9, "{step}: status {status}");
