@@ -95,7 +95,7 @@ fn in_flight(host: &Host, running: &RunningGuest<'_>) -> Result<()> {
     host.run("ip addr add 192.168.78.1/24 dev lab-pause; ip link set lab-pause up")?;
     host.run("busybox ping -q -c 3 -W 10 192.168.78.2")?;
     let flood = host.spawn("exec busybox ping -q -A -w 60 192.168.78.2")?;
-    throttle(host, 4)?;
+    throttle(host, 16)?;
     host.run(&format!("{CTL} power-button"))?;
     running.wait_line("@@value io begun")?;
     // Until some of them are on their way.

@@ -206,6 +206,7 @@ fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
         running.wait_line(&format!("@@value gone {round}"))?;
         count("rounds", 1);
     }
+    running.wait_line("@@value waiting")?;
     let result = power_off(running, host)?;
     ensure!(
         result.block("removals")?.is_empty(),
