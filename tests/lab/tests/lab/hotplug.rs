@@ -365,13 +365,13 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
         for step in ["opening", "presented", "asked", "closing"] {
             host.run(&format!("busway device bind {drive} {nic}"))?;
             let running = host.start_guest(&patient(host)?)?;
+            running.wait_line("@@value ready")?;
             let added = format!("{CTL} add-device {drive}");
             let _asking = match step {
                 "opening" => Some(hold_up(host, &running, "opening", "add-device", &nic)?),
                 // The guest has only just heard of it.
                 "presented" => host.run(&added).map(|_said| None)?,
                 "asked" => {
-                    running.wait_line("@@value ready")?;
                     host.run(&added)?;
                     let asking = host.spawn(&format!("{CTL} remove-device {drive} || true"))?;
                     running.wait_said("the guest is asked to let go of it")?;
