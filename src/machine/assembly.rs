@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use busway_pci::{InterruptRoutes, SlotListener, Windows};
-use busway_vfio::EventFd;
+use busway_vfio::{AssignOptions, EventFd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::RunError;
@@ -67,9 +67,36 @@ struct KernelBoot {
 }
 
 /// What the guest begins with.
+#[derive(Debug)]
 enum Source {
     Kernel(BootSource),
     Firmware(FirmwareSource),
+}
+
+/// What a machine is begun with: none of it takes the kernel long.
+///
+/// It belongs to the main thread, for KVM calls the VM's folder of counters after the thread that makes it, where
+/// `kvm_stat` and others look for the process. Linux, virt/kvm/kvm_main.c, `kvm_create_vm_debugfs`.
+#[derive(Debug)]
+pub(super) struct Begun {
+    source: Source,
+    options: Vec<AssignOptions>,
+    vm: Vm,
+}
+
+impl Begun {
+    pub(super) fn new(config: &VmConfig) -> Result<Self, RunError> {
+        few_arenas();
+        many_files();
+        // What costs nothing to find out comes first.
+        let source = open_source(config)?;
+        let options: Result<_, RunError> = config.device.iter().map(options).collect();
+        Ok(Self {
+            source,
+            options: options?,
+            vm: Vm::new()?,
+        })
+    }
 }
 
 /// The list of regions, emptied when it is dropped, so that nothing is mapped for anybody then.
@@ -97,19 +124,18 @@ impl Machine {
     /// Takes from the host what `config` asks for and puts it together, ready for the guest's first
     /// instruction, unless it is not wanted any more. What it opens is among `devices`.
     pub(super) fn assemble(
+        begun: Begun,
         config: &VmConfig,
         report: &Report,
         early: &Early,
         devices: &OpenDevices,
         can_be_asked: bool,
     ) -> Result<Self, RunError> {
-        few_arenas();
-        many_files();
-        // What costs nothing to find out comes first.
-        let source = open_source(config)?;
-        let options: Result<_, RunError> = config.device.iter().map(options).collect();
-        let options = options?;
-        let vm = Vm::new()?;
+        let Begun {
+            source,
+            options,
+            vm,
+        } = begun;
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
         let found = Found::find(config, options)?;

@@ -42,7 +42,7 @@ use std::sync::Arc;
 
 use crate::config::VmConfig;
 use crate::report::{Report, Stage};
-use assembly::Machine;
+use assembly::{Begun, Machine};
 use early::Early;
 use life::{Life, Stop};
 use passthrough::OpenDevices;
@@ -106,7 +106,12 @@ fn assemble(
         let (config, report) = (config.clone(), report.clone());
         let (early, devices) = (early.clone(), devices.clone());
         let can_be_asked = requests.can_be_asked();
-        move || Machine::assemble(&config, &report, &early, &devices, can_be_asked).map(Box::new)
+        let begun = Begun::new(&config)?;
+        move || {
+            let machine =
+                Machine::assemble(begun, &config, &report, &early, &devices, can_be_asked);
+            machine.map(Box::new)
+        }
     };
     let left = |signal| RunError::unfinished("being put together", signal, &devices);
     early.during(signals, requests, work, left)
