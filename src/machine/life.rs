@@ -315,7 +315,7 @@ impl Machine {
                 Request::AddVirtio(config, files) => {
                     let attached = &self.passthrough.attached;
                     let taken = |id: &str| attached.has_id(id);
-                    self.virtio.add(config, files, taken, asker);
+                    self.virtio.add(*config, files, taken, asker);
                 }
                 Request::RemoveDevice { id, force } => {
                     let held = !matches!(life.phase, Phase::Running);

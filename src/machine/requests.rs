@@ -37,7 +37,7 @@ pub enum Request {
     AddDevice(Vec<DeviceConfig>),
     /// Add a virtio device, for descriptors that were handed over, or for what the configuration names where
     /// there are none. Answered when the guest can find it.
-    AddVirtio(VirtioConfig, Files),
+    AddVirtio(Box<VirtioConfig>, Files),
     /// Have the guest let go of a device, and with it of all in its slot. Answered when the host has it
     /// back, or when the guest is found not to let go of it.
     RemoveDevice {

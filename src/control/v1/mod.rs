@@ -411,7 +411,7 @@ impl Api {
             },
             Act::AddDevice => self.add_device(body),
             Act::AddVirtio(read, what) => match read(body, files) {
-                Ok(config) => self.add(Request::AddVirtio(config, files.clone()), what),
+                Ok(config) => self.add(Request::AddVirtio(Box::new(config), files.clone()), what),
                 Err(why) => failed(400, &[what, &why]),
             },
             Act::RemoveDevice => self.remove_device(body),

@@ -28,7 +28,7 @@ pub(crate) const PROOFS: &[Proof] = &[
         restarted,
     ),
     Proof::new(
-        "slots_without_messages_are_heard_and_those_without_a_driver_are_told_of",
+        "slots_without_a_driver_are_told_of_and_can_be_used_by_force",
         unusual,
     ),
     Proof::new(
@@ -281,48 +281,18 @@ fn restarted(lab: &mut Lab, tier: Tier) -> Result<()> {
     give_back(host, &drive, "nvme")
 }
 
-/// A guest that uses no messages hears of its slots by their ports' pins. One whose kernel has hot-plug off does not, which
-/// who adds and who removes is told; the device can be pulled out, added again, and is refused by a guest that is paused.
+/// A guest whose kernel has hot-plug off does not hear of its slots, which who adds and who removes is told; the device can
+/// be pulled out, added again, and is refused by a guest that is paused.
 fn unusual(lab: &mut Lab) -> Result<()> {
     let (host, drive) = bound(lab, "nv0")?;
-    let nic = host.address("nic0")?;
-    host.run(&format!("busway device bind {nic}"))?;
-    let start = |words: &str, script: &str| {
-        let run = guest()?
-            .cmdline(words)
-            .args(&["--platform", "hotplug_slots=1,hotplug_mmio64=64M"])
-            .args(&SOCKET)
-            .script(&format!("modprobe -aq nvme e1000e\n{DRIVEN}{script}"));
-        host.start_guest(&run)
-    };
-    let running = start(
-        // Linux leaves slots alone that it has no messages for, unless it is told.
-        "pci=nomsi pcie_ports=native",
-        "value ready yes\n\
-         for each in $(seq 300); do [ -z \"$(driven)\" ] || break; sleep 0.1; done\n\
-         { cat /proc/interrupts; dmesg | tail -n 40; } | block log\n\
-         [ -n \"$(driven)\" ]; value driven yes\n\
-         until [ -z \"$(driven)\" ]; do sleep 0.1; done\n\
-         value interrupts \"$(grep -c pciehp /proc/interrupts)\"\n\
-         until_pressed waiting\n",
-    )?;
-    running.wait_line("@@value ready")?;
-    let said = control(host, &format!("add-device {nic}"))?;
-    ensure!(!said.contains("no driver"), "{said}");
-    running.wait_line("@@value driven")?;
-    control(host, &format!("remove-device {nic}"))?;
-    running.wait_line("@@value waiting")?;
-    let result = power_off(running, host)?;
-    ensure!(
-        result.value("interrupts")? != "0",
-        "pciehp has no interrupt"
-    );
-    give_back(host, &nic, "e1000e")?;
-
-    let running = start(
-        "pcie_ports=compat",
-        "until_pressed waiting\nvalue devices \"$(driven | wc -l)\"\n",
-    )?;
+    let run = guest()?
+        .cmdline("pcie_ports=compat")
+        .args(&["--platform", "hotplug_slots=1,hotplug_mmio64=64M"])
+        .args(&SOCKET)
+        .script(&format!(
+            "modprobe -q nvme\n{DRIVEN}until_pressed waiting\nvalue devices \"$(driven | wc -l)\"\n"
+        ));
+    let running = host.start_guest(&run)?;
     running.wait_line("@@value waiting")?;
     for _ in 0..2 {
         let said = control(host, &format!("add-device {drive}"))?;
