@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use busway_vfio::EventFd;
 
@@ -23,6 +23,7 @@ pub(super) struct Pool {
     most: usize,
     shared: Arc<Shared>,
     in_flight: usize,
+    threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -77,6 +78,7 @@ impl Pool {
                 event: EventFd::new()?,
             }),
             in_flight: 0,
+            threads: Vec::new(),
         })
     }
 
@@ -116,10 +118,13 @@ impl Pool {
                 .name(format!("{}-io", self.name))
                 .stack_size(STACK_SIZE)
                 .spawn(move || work(&shared));
-            if let Err(error) = started {
-                jobs.threads -= 1;
-                self.without_thread(jobs, &error);
-                return;
+            match started {
+                Ok(thread) => self.threads.push(thread),
+                Err(error) => {
+                    jobs.threads -= 1;
+                    self.without_thread(jobs, &error);
+                    return;
+                }
             }
         }
         drop(jobs);
@@ -152,10 +157,17 @@ impl Pool {
 }
 
 impl Drop for Pool {
-    /// Threads end when they are done with what they are at; nobody waits for them.
+    /// Threads end when they are done with what they are at. Where that is nothing they are waited for, so that the
+    /// image is closed, and its lock gone, when its disk is.
     fn drop(&mut self) {
         self.shared.jobs().over = true;
         self.shared.news.notify_all();
+        if self.in_flight == 0 {
+            for thread in self.threads.drain(..) {
+                // One that panicked has said so.
+                let _panicked = thread.join();
+            }
+        }
     }
 }
 
