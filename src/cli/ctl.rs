@@ -76,15 +76,24 @@ enum Verb {
 /// `busway ctl add-disk`
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 struct AddDiskArgs {
-    /// A raw image, or a block device
+    /// An image, or a block device
     path: PathBuf,
+    /// The image is qcow2; one is raw otherwise, whatever is in it
+    #[arg(long)]
+    qcow2: bool,
+    /// Open the files that a qcow2 image names, to be read only
+    #[arg(long, requires = "qcow2")]
+    backing_files: bool,
     /// The guest may not write
     #[arg(long)]
     readonly: bool,
     /// Bypass the host's page cache
     #[arg(long)]
     direct: bool,
-    /// What it is called; the guest reads it as the disk's serial number
+    /// The serial number that the guest sees; its id, where none is given
+    #[arg(long)]
+    serial: Option<String>,
+    /// What it is called
     #[arg(long)]
     id: Option<String>,
 }
@@ -142,7 +151,8 @@ impl Verb {
             }
             Self::AddDisk(disk) => Some(json!({
                 "path": absolute(&disk.path), "readonly": disk.readonly, "direct": disk.direct,
-                "id": disk.id,
+                "image_type": if disk.qcow2 { "Qcow2" } else { "Raw" },
+                "backing_files": disk.backing_files, "serial": disk.serial, "id": disk.id,
             })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
             Self::RemoveDevice { id, force } => Some(json!({ "id": id, "force": force })),

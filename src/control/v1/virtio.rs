@@ -5,7 +5,7 @@
 use busway_host::Mac;
 use serde::Deserialize;
 
-use crate::config::{DiskConfig, NetConfig, VirtioConfig};
+use crate::config::{DiskConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig};
 use crate::machine::Files;
 
 /// What Busway cannot do is not to be asked for.
@@ -57,29 +57,66 @@ pub(super) struct AddDisk {
     direct: Option<bool>,
     serial: Option<String>,
     image_type: Option<String>,
+    backing_files: Option<bool>,
+    queue_affinity: Option<Vec<QueueAffinity>>,
+    rate_limiter_config: Option<RateLimiter>,
+    rate_limit_group: Option<String>,
     #[serde(flatten)]
     common: Common,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct RateLimiter {
+    bandwidth: Option<TokenBucket>,
+    ops: Option<TokenBucket>,
+}
+
+#[derive(Debug, Deserialize)]
+struct TokenBucket {
+    size: u64,
+    one_time_burst: Option<u64>,
+    refill_time: u64,
 }
 
 impl AddDisk {
     pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, String> {
         self.common.check()?;
         refuse(!files.is_empty(), "a disk by its descriptor")?;
-        // Images are taken as they are, whatever is in them.
-        let raw = matches!(self.image_type.as_deref(), None | Some("Raw" | "Unknown"));
-        refuse(!raw, "images that are not raw")?;
+        refuse(
+            self.rate_limit_group.is_some_and(|group| !group.is_empty()),
+            "a limit that several disks share",
+        )?;
         let path = self.path.filter(|path| !path.is_empty());
-        let path = path.ok_or("path is missing: a raw image, or a block device")?;
+        let path = path.ok_or("path is missing: an image, or a block device")?;
         let mut disk = DiskConfig::new(path);
+        // What is in an image says nothing of what it is: the guest may have written it.
+        disk.image_type = match self.image_type.as_deref() {
+            None | Some("Raw" | "Unknown") => ImageType::Raw,
+            Some("Qcow2") => ImageType::Qcow2,
+            Some(other) => {
+                return Err(format!(
+                    "Busway cannot do this yet: images of type {other}; there are Raw and Qcow2"
+                ));
+            }
+        };
+        disk.backing_files = self.backing_files.unwrap_or(false);
         disk.readonly = self.readonly.unwrap_or(false);
         disk.direct = self.direct.unwrap_or(false);
+        disk.serial = self.serial.filter(|serial| !serial.is_empty());
+        disk.queue_affinity = self.queue_affinity.unwrap_or_default();
+        let limits = self.rate_limiter_config.unwrap_or_default();
+        if let Some(bucket) = limits.bandwidth {
+            disk.bw_size = Some(bucket.size);
+            disk.bw_one_time_burst = bucket.one_time_burst;
+            disk.bw_refill_time = Some(bucket.refill_time);
+        }
+        if let Some(bucket) = limits.ops {
+            disk.ops_size = Some(bucket.size);
+            disk.ops_one_time_burst = bucket.one_time_burst;
+            disk.ops_refill_time = Some(bucket.refill_time);
+        }
         let sizes = (&mut disk.num_queues, &mut disk.queue_size);
         self.common.apply(&mut disk.id, sizes.0, sizes.1);
-        let other = |serial: &String| disk.id.as_ref() != Some(serial);
-        refuse(
-            self.serial.as_ref().is_some_and(other),
-            "a disk's serial that is not its id, which is what the guest reads",
-        )?;
         Ok(VirtioConfig::Disk(disk))
     }
 }
@@ -157,6 +194,30 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_with_all_that_can_be_asked_of_it() {
+        let all = r#"{"path":"/a.qcow2","image_type":"Qcow2","backing_files":true,"serial":"S1",
+            "queue_affinity":[{"queue_index":0,"host_cpus":[1,4]}],
+            "rate_limiter_config":{"bandwidth":{"size":1000,"one_time_burst":0,"refill_time":100},
+            "ops":{"size":10,"refill_time":50}}}"#;
+        let expected = DiskConfig {
+            image_type: ImageType::Qcow2,
+            backing_files: true,
+            serial: Some("S1".into()),
+            queue_affinity: vec![QueueAffinity {
+                queue_index: 0,
+                host_cpus: vec![1, 4],
+            }],
+            bw_size: Some(1000),
+            bw_one_time_burst: Some(0),
+            bw_refill_time: Some(100),
+            ops_size: Some(10),
+            ops_refill_time: Some(50),
+            ..DiskConfig::new("/a.qcow2")
+        };
+        assert_eq!(disk(all), Ok(VirtioConfig::Disk(expected)));
+    }
+
+    #[test]
     fn a_nic_as_known_clients_write_it() {
         let all = r#"{"id":null,"pci_segment":0,"pci_device_id":null,"tap":"vmtap1","ip":"192.168.249.1",
             "mask":"255.255.255.0","mac":"52:54:00:be:ef:12","host_mac":null,"mtu":null,"num_queues":2,
@@ -179,16 +240,14 @@ mod tests {
             (r#"{"path":"a","vhost_socket":"/run/s"}"#, "vhost-user"),
             (r#"{"path":"a","iommu":true}"#, "virtual IOMMU"),
             (r#"{"path":"a","pci_segment":1}"#, "segment"),
-            (r#"{"path":"a","image_type":"Qcow2"}"#, "raw"),
-            (r#"{"path":"a","serial":"s"}"#, "serial"),
-            (r#"{"path":"a","serial":"s","id":"t"}"#, "serial"),
+            (r#"{"path":"a","image_type":"Vhdx"}"#, "Vhdx"),
+            (r#"{"path":"a","rate_limit_group":"g"}"#, "share"),
             (r#"{"path":7}"#, "expected"),
             ("", "body"),
         ] {
             let why = disk(body).unwrap_err();
             assert!(why.contains(word), "{body}: {why}");
         }
-        assert!(disk(r#"{"path":"a","serial":"s","id":"s"}"#).is_ok());
         let files = Files::from(vec![std::io::pipe().unwrap().0.into()]);
         let with_files = |body: &str| {
             let net = parse::<AddNet>(body.as_bytes())?;
