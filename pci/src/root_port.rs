@@ -89,11 +89,17 @@ impl RootPort {
         self
     }
 
-    /// Has an interrupt pin, INTA, for guests that use no messages. PCIe 6.0 §6.7.3.4
+    /// The pin of a port that has one. What is plugged in mostly has INTA, which comes out at the port's, and is not to share
+    /// the line: a driver's probe runs on Linux's thread for the slot's interrupt, and waits for all threads of its own
+    /// device's, itself among them, where that is the same (`synchronize_irq`). A function alone in its slot has INTA by
+    /// the specification, which no driver looks at.
+    pub const PIN: InterruptPin = InterruptPin::D;
+
+    /// Has the interrupt pin [`PIN`](Self::PIN), for guests that use no messages. PCIe 6.0 §6.7.3.4
     #[must_use]
     pub fn wired(mut self, pin: Arc<dyn InterruptLevel>) -> Self {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let register = InterruptPin::A.register();
+        let register = Self::PIN.register();
         state.space.define(spec::INTERRUPT_PIN, register, 0);
         state.pin = Some(pin);
         self
@@ -711,7 +717,7 @@ mod tests {
         let [express, msi] = capabilities(&port)[..] else {
             panic!("two capabilities");
         };
-        assert_eq!(port.read_dword(spec::INTERRUPT_LINE) >> 8 & 0xff, 1);
+        assert_eq!(port.read_dword(spec::INTERRUPT_LINE) >> 8 & 0xff, 4);
         let slot = express.offset + spec::EXP_SLOT_CONTROL;
         let clear_all = 0xffff << 16;
         port.set_present(true);

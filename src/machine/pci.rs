@@ -243,7 +243,7 @@ impl Pci {
 
     /// The interrupt pin of the root port in `slot`.
     fn port_pin(&self, slot: Device) -> Arc<dyn InterruptLevel> {
-        Arc::new(self.lines.pin(acpi::intx_gsi(slot, InterruptPin::A)))
+        Arc::new(self.lines.pin(acpi::intx_gsi(slot, RootPort::PIN)))
     }
 
     /// A root port whose slot is empty, which is none of those that are `taken`.
