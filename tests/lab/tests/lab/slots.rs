@@ -155,10 +155,11 @@ fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
         .script(&format!(
             "at() {{ for each in /sys/bus/pci/devices/*; do\n\
              [ \"$(cat $each/vendor 2>/dev/null):$(cat $each/device 2>/dev/null)\" != $1 ] || echo ${{each##*/}}; done; }}\n\
-             while true; do echo 1 >/sys/bus/pci/rescan; done &\n\
+             while true; do [ ! -e /tmp/scan ] || echo 1 >/sys/bus/pci/rescan; sleep 0.05; done &\n\
              scans=$!\n\
-             value ready yes\n\
              for round in $(seq {rounds}); do\n\
+             >/tmp/scan\n\
+             value scans $round\n\
              until [ -n \"$(at 0x1b36:0x0010)\" ] && [ -n \"$(at 0x8086:0x10ca)\" ]; do sleep 0.1; done\n\
              drive=$(at 0x1b36:0x0010); nic=$(at 0x8086:0x10ca)\n\
              hexdump -C /sys/bus/pci/devices/$drive/config | grep -v '^000000[13]0' >/tmp/face\n\
@@ -167,6 +168,7 @@ fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
              modprobe -aq nvme igbvf\n\
              until [ -b /dev/nvme0n1 ] && [ -L /sys/bus/pci/devices/$nic/driver ]; do sleep 0.1; done\n\
              lab-io write /dev/nvme0n1 $round; lab-io verify /dev/nvme0n1 $round\n\
+             rm /tmp/scan; sleep 0.1; echo 1 >/sys/bus/pci/rescan\n\
              if [ $round = {rounds} ]; then\n\
              kill $scans\n\
              while true; do lab-io write /dev/nvme0n1 $round >/dev/null; done &\n\
@@ -188,8 +190,10 @@ fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
              {{ grep -E 'BUG|WARNING|assign|Slot' /tmp/log || true; }} | tail -n 200 | block log\n"
         ));
     let running = host.start_guest(&run)?;
-    running.wait_line("@@value ready")?;
     for round in 1..=rounds {
+        // Linux finds a device anew that it has just let go of, where it scans before its slot is without power: so it
+        // scans until the devices work.
+        running.wait_line(&format!("@@value scans {round}"))?;
         for address in [&drive, function] {
             host.run(&format!("{CTL} add-device {address}"))?;
         }
