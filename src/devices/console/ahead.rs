@@ -1,5 +1,6 @@
-//! Input of Busway's own terminal, read ahead of the guest: the escape key is heard at any time, also while
-//! the guest is paused, stands still, or has no driver yet. What is typed meanwhile waits in a pipe.
+//! Input of Busway's own terminal, read ahead of the guest: the escape key is heard also while the guest is
+//! paused, stands still, or has no driver yet. What is typed meanwhile waits in a pipe; only behind 64 KiB of
+//! that, which a file can be and no person types, is the key not heard.
 
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -63,8 +63,8 @@ impl Held {
 }
 
 /// A drive, a NIC, a virtual function of another, a conventional one that has nothing but a pin, and two functions of one
-/// device come in turn and go together, and the drive is written to in each round. While the guest has none of them, the process has what it had after the first round, and no memory is locked; at the end the
-/// host reads what was written.
+/// device come in turn and go together, and the drive is written to in each round. While the guest has none of them, the
+/// process has what it had after the first round, and no memory is locked; at the end the host reads what was written.
 fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     let rounds = tier.of(3, 200);
     let limit = Duration::from_secs(180 + 20 * rounds);
