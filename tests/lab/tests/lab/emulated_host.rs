@@ -193,11 +193,16 @@ fn virtual_functions(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// The error of a wait for what never ends. It names all of these.
+/// The rest of a script that has begun to open a pipe in the background: it says so once the kernel has it there.
+const ASLEEP: &str = "until grep -q fifo_open /proc/$!/stack; do :; done\necho asleep\nwait\n";
+
+/// The error of a wait for a script that waits for ever once it has written `asleep`. It names all of these.
 fn overdue(host: &Host, script: &str, wanted: &[&str]) -> Result<()> {
     const LIMIT: Duration = Duration::from_secs(1);
+    let job = host.spawn(script)?;
+    job.wait_line(Duration::from_secs(60), |line| line == "asleep")?;
     let started = Instant::now();
-    let Err(error) = host.spawn(script)?.wait(LIMIT) else {
+    let Err(error) = job.wait(LIMIT) else {
         bail!("{script} ended");
     };
     let text = format!("{error:#}");
@@ -216,17 +221,17 @@ fn overdue(host: &Host, script: &str, wanted: &[&str]) -> Result<()> {
 fn overdue_job(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&zoo(Kernel::Iommufd))?;
     // A pipe that nobody opens for writing.
-    let script = "mkfifo /tmp/never\necho written\ncat /tmp/never\n";
-    let wanted = ["written", "cat /tmp/never", "fifo_open", "lab-agent"];
-    overdue(host, script, &wanted)
+    let script = "mkfifo /tmp/never\ncat /tmp/never &\n".to_owned() + ASLEEP;
+    let wanted = ["asleep", "cat /tmp/never", "fifo_open", "lab-agent"];
+    overdue(host, &script, &wanted)
 }
 
 fn overdue_host(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&zoo(Kernel::Iommufd))?;
     // The line to the agent gets no more input: termios(3), CREAD.
-    let script = "stty -F /dev/ttyS1 -cread\nmkfifo /tmp/nor\nread -r word </tmp/nor\n";
+    let script = "stty -F /dev/ttyS1 -cread\nmkfifo /tmp/nor\ncat /tmp/nor &\n".to_owned() + ASLEEP;
     let wanted = ["its agent does not answer", "by SysRq", "fifo_open"];
-    let outcome = overdue(host, script, &wanted);
+    let outcome = overdue(host, &script, &wanted);
     lab.stop();
     outcome
 }
