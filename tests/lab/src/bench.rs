@@ -251,7 +251,6 @@ fn turn(
             .cpus(cpus)
             .memory_mib(MEMORY_MIB)
             .booted_in_full()
-            .cmdline("lab.pv_eoi")
             .device(address)
             .opened_by(&format!(
                 "[ {name} != {ANOTHER} ] || set -- {ANOTHER} \"${{@:2}}\"\nexec taskset -c 1-{} \"$@\"",

@@ -12,6 +12,7 @@ mod config;
 mod cpio;
 mod digest;
 mod doorbell;
+mod emulator;
 mod guest;
 mod host;
 mod inspector;

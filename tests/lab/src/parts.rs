@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, bail};
 
 use crate::config::Kernel;
+use crate::emulator;
 
 /// The parts' folders, all of them in one cache folder.
 #[derive(Debug, Clone)]
@@ -16,6 +17,8 @@ pub struct Parts {
     pub cache: PathBuf,
     /// The Debian root, which QEMU runs from.
     pub root: PathBuf,
+    /// That QEMU.
+    pub(crate) emulator: PathBuf,
     /// Debian's stock kernel: `bzImage`, and `vmlinux` for the PVH entry.
     pub stock: PathBuf,
     /// The kernel of Debian's backports: `bzImage`. Nothing where it could not be made.
@@ -60,9 +63,11 @@ impl Parts {
                 .with_context(|| format!("the set-up named no {name}"))?;
             anyhow::Ok(PathBuf::from(path))
         };
+        let root = folder("root")?;
         Ok(Self {
             cache: folder("cache")?,
-            root: folder("root")?,
+            emulator: emulator::mended(&root)?,
+            root,
             stock: folder("stock")?,
             backports: Some(folder("backports")?).filter(|path| !path.as_os_str().is_empty()),
             images: folder("images")?,

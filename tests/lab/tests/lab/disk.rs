@@ -49,7 +49,6 @@ fn random(lab: &mut Lab) -> Result<()> {
     let run = guest()?
         .kernel(GuestKernel::Stock)
         .programs()
-        .cmdline("lab.pv_eoi")
         .args(&["--disk", "path=/dev/nvme0n1,direct=on"])
         .script(&format!(
             "interrupts() {{ awk '/virtio[0-9]+-req/ {{ n += $2 }} END {{ print n + 0 }}' /proc/interrupts; }}\n\
