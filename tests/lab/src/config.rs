@@ -51,13 +51,14 @@ pub struct HostConfig {
 }
 
 impl HostConfig {
-    /// Two processors, 4 GiB, an Intel IOMMU and no device yet.
+    /// Two processors, an Intel IOMMU, no device yet, and 6 GiB: memory for a guest of 4 GiB. Hosts that differ only in
+    /// their devices share a saved state.
     pub fn new(kernel: Kernel) -> Self {
         Self {
             kernel,
             iommu: Iommu::Intel,
             cpus: 2,
-            memory_mib: 4096,
+            memory_mib: 6144,
             cmdline: String::new(),
             devices: Vec::new(),
             native_hot_plug: false,

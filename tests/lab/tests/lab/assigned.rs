@@ -3,10 +3,9 @@
 use anyhow::{Context, Result, ensure};
 use busway_lab::{Device, GuestRun, Host, HostConfig, Kernel, Lab, Vmm, build_lab_io};
 
-/// The host that most trials share: it has both of VFIO's interfaces, and memory for a guest of 4 GiB.
+/// The host that most trials share: it has both of VFIO's interfaces.
 pub(crate) fn zoo() -> HostConfig {
     HostConfig::new(Kernel::Iommufd)
-        .memory_mib(6144)
         .device(Device::nvme("nv0", 64))
         .device(Device::e1000e("nic0"))
         .device(Device::igb("nic1"))

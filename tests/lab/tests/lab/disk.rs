@@ -23,11 +23,7 @@ pub(crate) const PROOFS: &[Proof] = &[
 
 /// A host whose drive is its own.
 fn host(lab: &mut Lab) -> Result<&Host> {
-    lab.host(
-        &HostConfig::new(Kernel::Iommufd)
-            .memory_mib(6144)
-            .device(Device::nvme("nv0", 64)),
-    )
+    lab.host(&HostConfig::new(Kernel::Iommufd).device(Device::nvme("nv0", 64)))
 }
 
 /// What fio reads and writes, in seconds each.

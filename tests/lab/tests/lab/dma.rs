@@ -54,7 +54,6 @@ const BAR_MIB: u64 = 16;
 /// A host with a device that has a DMA engine, one that has memory, a drive, and a huge page of 1 GiB.
 fn host_with_pair() -> HostConfig {
     HostConfig::new(Kernel::Iommufd)
-        .memory_mib(6144)
         .cmdline("hugepagesz=1G hugepages=1")
         .device(Device::nvme("nv0", 64))
         .device(Device::edu("edu0"))

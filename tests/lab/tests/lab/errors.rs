@@ -11,9 +11,9 @@ pub(crate) const PROOFS: &[Proof] = &[
         "errors_of_devices_are_told_of_or_stop_the_vm_as_each_says_by_group",
         |lab| told_and_stopped(lab, Interface::Group),
     ),
-    Proof::new(
+    Proof::soak(
         "errors_of_devices_are_told_of_or_stop_the_vm_as_each_says_by_cdev",
-        |lab| told_and_stopped(lab, Interface::Cdev),
+        |lab, _| told_and_stopped(lab, Interface::Cdev),
     ),
     Proof::new(
         "errors_hold_the_guest_until_it_is_resumed_or_a_signal_ends_it",

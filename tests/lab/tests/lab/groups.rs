@@ -22,7 +22,7 @@ pub(crate) const PROOFS: &[Proof] = &[
         "groups_no_trace_of_one_start_is_left_in_any_device_at_the_next_by_group",
         |lab, tier| fresh(lab, Interface::Group, tier),
     ),
-    Proof::rounds(
+    Proof::soak(
         "groups_no_trace_of_one_start_is_left_in_any_device_at_the_next_by_cdev",
         |lab, tier| fresh(lab, Interface::Cdev, tier),
     ),
@@ -30,9 +30,9 @@ pub(crate) const PROOFS: &[Proof] = &[
         "groups_a_drive_goes_again_and_again_from_its_driver_to_a_guest_that_is_killed_and_back",
         killed_rounds,
     ),
-    Proof::new(
+    Proof::soak(
         "groups_sixteen_functions_work_in_one_guest_by_group",
-        |lab| sixteen(lab, Interface::Group),
+        |lab, _| sixteen(lab, Interface::Group),
     ),
     Proof::new(
         "groups_sixteen_functions_in_one_guest_by_cdev_are_mapped_for_as_often_as_one",
@@ -56,7 +56,6 @@ pub(crate) const PROOFS: &[Proof] = &[
 /// functions; one of two functions that are isolated from each other; and more.
 fn herd() -> HostConfig {
     HostConfig::new(Kernel::Iommufd)
-        .memory_mib(4096)
         .device(Device::nvme("nv0", 16))
         .device(Device::nvme("two0", 16))
         .device(Device::e1000e("two1").beside("two0"))

@@ -17,7 +17,7 @@ pub(crate) const PROOFS: &[Proof] = &[
         "interrupts_in_each_mode_of_one_nic_in_turn_by_group",
         |lab, tier| modes(lab, Interface::Group, tier),
     ),
-    Proof::rounds(
+    Proof::soak(
         "interrupts_in_each_mode_of_one_nic_in_turn_by_cdev",
         |lab, tier| modes(lab, Interface::Cdev, tier),
     ),
@@ -25,9 +25,9 @@ pub(crate) const PROOFS: &[Proof] = &[
         "interrupts_of_two_nics_of_one_group_share_a_line_by_group",
         |lab| shared_line(lab, Interface::Group),
     ),
-    Proof::new(
+    Proof::soak(
         "interrupts_of_two_nics_of_one_group_share_a_line_by_cdev",
-        |lab| shared_line(lab, Interface::Cdev),
+        |lab, _| shared_line(lab, Interface::Cdev),
     ),
     Proof::new(
         "interrupts_move_to_another_processor_by_one_route_update_each",
@@ -37,7 +37,7 @@ pub(crate) const PROOFS: &[Proof] = &[
         "interrupts_are_neither_lost_nor_doubled_by_group",
         |lab, tier| counted(lab, Interface::Group, tier),
     ),
-    Proof::rounds(
+    Proof::soak(
         "interrupts_are_neither_lost_nor_doubled_by_cdev",
         |lab, tier| counted(lab, Interface::Cdev, tier),
     ),

@@ -73,7 +73,7 @@ fn made(host: &Host) -> Result<()> {
 }
 
 fn serve(lab: &mut Lab, interface: Interface) -> Result<()> {
-    let host = lab.host(&HostConfig::new(Kernel::Iommufd).memory_mib(6144))?;
+    let host = lab.host(&HostConfig::new(Kernel::Iommufd))?;
     made(host)?;
     let listed = host.run("busway device list")?;
     tell!("{listed}");

@@ -8,13 +8,13 @@ use crate::proof::Tier;
 use crate::{Proof, count};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    Proof::rounds("nic_by_group_moves_data_unharmed", |lab, tier| {
+    Proof::soak("nic_by_group_moves_data_unharmed", |lab, tier| {
         nic(lab, Interface::Group, bytes(tier))
     }),
     Proof::rounds("nic_by_cdev_moves_data_unharmed", |lab, tier| {
         nic(lab, Interface::Cdev, bytes(tier))
     }),
-    Proof::rounds(
+    Proof::soak(
         "virtual_function_by_group_moves_data_unharmed",
         |lab, tier| virtual_function(lab, Interface::Group, bytes(tier)),
     ),

@@ -24,9 +24,7 @@ const WORST: u64 = 5_000_000;
 /// are on their way; what it writes is read and right, packets move again, and nothing is busy. Then it is paused for
 /// longer than its watchdogs bear, and none of them barks; its clock says what the host's does.
 fn paused(lab: &mut Lab) -> Result<()> {
-    let config = HostConfig::new(Kernel::Iommufd)
-        .memory_mib(6144)
-        .device(Device::nvme("nv0", 64));
+    let config = HostConfig::new(Kernel::Iommufd).device(Device::nvme("nv0", 64));
     let host = lab.host(&config)?;
     let disk = host.run("udevadm wait --timeout=120 /dev/nvme0n1 && echo /dev/nvme0n1")?;
     let disk = format!("path={},direct=on,num_queues=8", disk.trim());

@@ -139,7 +139,6 @@ fn during_boot(lab: &mut Lab) -> Result<()> {
 fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
     let (rounds, resets) = (tier.of(5, 100), tier.of(3, 50));
     let config = HostConfig::new(Kernel::Iommufd)
-        .memory_mib(6144)
         .device(Device::nvme("nv0", 8))
         .device(Device::igb("nic1"));
     let host = lab.host(&config)?;

@@ -15,7 +15,7 @@ use crate::{Proof, count, tell};
 pub(crate) const PROOFS: &[Proof] = &[
     Proof::new("zoo_in_one_guest_by_group", |lab| every(lab, Way::Group)),
     Proof::new("zoo_in_one_guest_by_cdev", |lab| every(lab, Way::Cdev)),
-    Proof::new("zoo_in_one_guest_by_cdev_on_an_amd_iommu", |lab| {
+    Proof::soak("zoo_in_one_guest_by_cdev_on_an_amd_iommu", |lab, _| {
         every(lab, Way::CdevAmd)
     }),
     Proof::new(
