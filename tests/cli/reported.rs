@@ -60,6 +60,8 @@ const ASKED: [(&str, &[&str]); REPORTED.len()] = [
         "mediated",
         &[
             "list",
+            "list --tree",
+            "list --svg -",
             "list --long 00:02.0",
             "list --long 83B8F4F2-509f-382f-3c1e-e6bfe0fa1001",
             "list --json 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001",

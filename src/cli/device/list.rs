@@ -135,11 +135,12 @@ pub(super) fn show(
         return Ok(json::show(&facts, &shown, args.watch)?);
     }
     if args.tree {
-        let topology = Topology::of(&host, devices);
+        let topology = Topology::of(&host, devices, &shown.mediated);
         return Ok(tree::show(&facts, &topology, screen));
     }
     if let Some(file) = &args.svg {
-        let picture = svg::show(&facts, &Topology::of(&host, devices), &title(&host));
+        let topology = Topology::of(&host, devices, &shown.mediated);
+        let picture = svg::show(&facts, &topology, &title(&host));
         if file.as_os_str() == "-" {
             return Ok(picture);
         }

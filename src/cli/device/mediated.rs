@@ -98,7 +98,17 @@ fn parent(device: &MediatedDevice) -> Option<&str> {
     device.parent.as_ref().map(|parent| parent.name.as_str())
 }
 
-fn users(device: &MediatedDevice) -> Vec<String> {
+/// What a device is, in a picture's or a tree's line.
+pub(super) fn name(device: &MediatedDevice) -> String {
+    let kind = device.kind_name.as_ref().or(device.kind.as_ref());
+    format!(
+        "mediated device: {}",
+        kind.map_or("being removed", String::as_str)
+    )
+}
+
+/// Who has it open.
+pub(super) fn users(device: &MediatedDevice) -> Vec<String> {
     device.users.iter().map(ToString::to_string).collect()
 }
 

@@ -5,9 +5,10 @@
 
 use std::fmt::{self, Write as _};
 
-use busway_host::HostDevice;
+use busway_host::{HostDevice, MediatedDevice};
 
 use super::facts::{self, Facts, is_lent};
+use super::mediated;
 use super::table::shorten;
 use super::topology::{Node, Topology};
 use crate::cli::style::PALETTE;
@@ -61,7 +62,73 @@ pub(super) fn show(facts: &Facts<'_>, topology: &Topology<'_>, title: &str) -> S
         picture.root(root.name, root.node, middle);
         picture.wire(MARGIN + ROOT_WIDTH, middle, &ends);
     }
+    for (parent, devices) in &topology.elsewhere {
+        let first = picture.row;
+        let ends = picture.mediated(devices, MARGIN + ROOT_WIDTH + GAP);
+        let middle = middle_of(&ends, first);
+        picture.box_of(parent, "no PCI device", middle);
+        picture.wire(MARGIN + ROOT_WIDTH, middle, &ends);
+    }
     picture.finish(title)
+}
+
+/// What a device's box says.
+struct Card {
+    /// Its address, or its UUID.
+    id: String,
+    /// How much room that takes, and how long what stands beside it may be.
+    id_width: usize,
+    name_length: usize,
+    name: String,
+    driver: String,
+    link: String,
+    group: Option<u32>,
+    /// That of the group, where several devices are in it.
+    colour: Option<usize>,
+    uses: Vec<String>,
+    is_bridge: bool,
+}
+
+impl Card {
+    fn of(facts: &Facts<'_>, topology: &Topology<'_>, device: &HostDevice) -> Self {
+        Self {
+            id: device.address.to_string(),
+            id_width: 108,
+            name_length: 50,
+            name: format!("{}: {}", facts.class(device), facts.name(device)),
+            link: facts::link(device),
+            colour: topology.colour_of(device.group),
+            uses: facts.uses(device),
+            is_bridge: device.is_bridge(),
+            ..Self::driven_by(device.driver.as_deref(), device.group)
+        }
+    }
+
+    fn made(device: &MediatedDevice) -> Self {
+        Self {
+            id: device.uuid.to_string(),
+            id_width: 276,
+            name_length: 24,
+            name: mediated::name(device),
+            uses: mediated::users(device),
+            ..Self::driven_by(device.driver.as_deref(), device.group)
+        }
+    }
+
+    fn driven_by(driver: Option<&str>, group: Option<u32>) -> Self {
+        Self {
+            id: String::new(),
+            id_width: 0,
+            name_length: 0,
+            name: String::new(),
+            driver: driver.unwrap_or("no driver").to_owned(),
+            link: String::new(),
+            group,
+            colour: None,
+            uses: Vec::new(),
+            is_bridge: false,
+        }
+    }
 }
 
 struct Picture<'a> {
@@ -83,15 +150,15 @@ fn middle_of(ends: &[(usize, usize)], row: usize) -> usize {
 }
 
 impl Picture<'_> {
-    /// Draws a device and what is behind it. Returns the height of its middle.
+    /// Draws a device, what is behind it and what is made of it. Returns the height of its middle.
     fn node(&mut self, node: &Node<'_>, left: usize) -> usize {
         let slim = node.device.is_bridge() && !node.behind.is_empty();
         let width = if slim { BRIDGE_WIDTH } else { DEVICE_WIDTH };
+        let card = Card::of(self.facts, self.topology, node.device);
         self.right = self.right.max(left + width);
-        if node.behind.is_empty() {
-            let middle = HEAD + self.row * STEP + HEIGHT / 2;
-            self.row += 1;
-            self.card(node.device, left, width, middle);
+        if node.behind.is_empty() && node.mediated.is_empty() {
+            let middle = self.next_middle();
+            self.card(&card, left, width, middle);
             return middle;
         }
         let row = self.row;
@@ -100,13 +167,42 @@ impl Picture<'_> {
         for child in &node.behind {
             ends.push((next, self.node(child, next)));
         }
+        ends.extend(self.mediated(&node.mediated, next));
         let middle = middle_of(&ends, row);
-        self.card(node.device, left, width, middle);
+        self.card(&card, left, width, middle);
         self.wire(left + width, middle, &ends);
         middle
     }
 
+    /// Draws mediated devices. Returns where each of them is.
+    fn mediated(&mut self, devices: &[&MediatedDevice], left: usize) -> Vec<(usize, usize)> {
+        let mut ends = Vec::new();
+        for device in devices {
+            let middle = self.next_middle();
+            self.right = self.right.max(left + DEVICE_WIDTH);
+            self.card(&Card::made(device), left, DEVICE_WIDTH, middle);
+            ends.push((left, middle));
+        }
+        ends
+    }
+
+    /// The middle of the next line of devices, which is taken.
+    fn next_middle(&mut self) -> usize {
+        let middle = HEAD + self.row * STEP + HEIGHT / 2;
+        self.row += 1;
+        middle
+    }
+
     fn root(&mut self, name: &str, node: Option<u32>, middle: usize) {
+        let words = match node {
+            Some(node) => format!("NUMA node {node}"),
+            None => "root bus".to_owned(),
+        };
+        self.box_of(name, &words, middle);
+    }
+
+    /// What is on the left, with a word on what it is.
+    fn box_of(&mut self, name: &str, words: &str, middle: usize) {
         let top = middle - HEIGHT / 2;
         let text = MARGIN + 12;
         self.put(format_args!(
@@ -114,12 +210,8 @@ impl Picture<'_> {
              height=\"{HEIGHT}\" rx=\"8\"/>\
              <text class=\"address\" x=\"{text}\" y=\"{}\">{}</text>",
             top + 20,
-            Escaped(name)
+            Escaped(&shorten(name, 14))
         ));
-        let words = match node {
-            Some(node) => format!("NUMA node {node}"),
-            None => "root bus".to_owned(),
-        };
         self.put(format_args!(
             "<text class=\"small\" x=\"{text}\" y=\"{}\">{words}</text>\n",
             top + 37
@@ -127,26 +219,23 @@ impl Picture<'_> {
     }
 
     /// A device in its box: what it is on the first line, what has it on the second.
-    fn card(&mut self, device: &HostDevice, left: usize, width: usize, middle: usize) {
+    fn card(&mut self, card: &Card, left: usize, width: usize, middle: usize) {
         let top = middle - HEIGHT / 2;
         let slim = width == BRIDGE_WIDTH;
-        let kind = if device.is_bridge() { " bridge" } else { "" };
-        let name = format!("{}: {}", self.facts.class(device), self.facts.name(device));
-        let uses = self.facts.uses(device);
+        let kind = if card.is_bridge { " bridge" } else { "" };
         self.put(format_args!(
             "<g><title>{} {}",
-            device.address,
-            Escaped(&name)
+            card.id,
+            Escaped(&card.name)
         ));
-        for usage in &uses {
+        for usage in &card.uses {
             self.put(format_args!("\nused by {}", Escaped(usage)));
         }
         self.put(format_args!(
             "</title><rect class=\"card{kind}\" x=\"{left}\" y=\"{top}\" width=\"{width}\" \
              height=\"{HEIGHT}\" rx=\"8\"/>"
         ));
-        let colour = self.topology.colour_of(device.group);
-        if let Some(colour) = colour {
+        if let Some(colour) = card.colour {
             self.put(format_args!(
                 "<rect x=\"{left}\" y=\"{}\" width=\"5\" height=\"{}\" rx=\"2.5\" fill=\"{}\"/>",
                 top + 6,
@@ -154,15 +243,15 @@ impl Picture<'_> {
                 Fill(colour)
             ));
         }
-        self.pill(device, colour, left + width - 10, top);
+        self.pill(card, left + width - 10, top);
         let text = left + 14;
         self.put(format_args!(
             "<text class=\"address\" x=\"{text}\" y=\"{}\">{}</text>",
             top + 20,
-            device.address
+            card.id
         ));
         let mut second = text;
-        let driver = device.driver.as_deref().unwrap_or("no driver");
+        let driver = card.driver.as_str();
         let class = match is_lent(driver) {
             true => "lent",
             false => "small",
@@ -176,25 +265,25 @@ impl Picture<'_> {
         if !slim {
             self.put(format_args!(
                 "<text x=\"{}\" y=\"{}\">{}</text>",
-                text + 108,
+                text + card.id_width,
                 top + 20,
-                Escaped(&shorten(&name, 50))
+                Escaped(&shorten(&card.name, card.name_length))
             ));
             second += 108;
         } else {
             second += 82;
         }
-        let link = facts::link(device);
-        if !link.is_empty() {
+        if !card.link.is_empty() {
             self.put(format_args!(
-                "<text class=\"small\" x=\"{second}\" y=\"{}\">{link}</text>",
-                top + 37
+                "<text class=\"small\" x=\"{second}\" y=\"{}\">{}</text>",
+                top + 37,
+                card.link
             ));
-            second += 12 + 7 * link.chars().count();
+            second += 12 + 7 * card.link.chars().count();
         }
-        if !uses.is_empty() && !slim {
+        if !card.uses.is_empty() && !slim {
             let room = (left + width).saturating_sub(second + 16) * 10 / 64;
-            let words = shorten(&uses.join(", "), room);
+            let words = shorten(&card.uses.join(", "), room);
             self.put(format_args!(
                 "<text class=\"used\" x=\"{second}\" y=\"{}\">{}</text>",
                 top + 37,
@@ -205,14 +294,14 @@ impl Picture<'_> {
     }
 
     /// A device's group, its right end at `right`.
-    fn pill(&mut self, device: &HostDevice, colour: Option<usize>, right: usize, top: usize) {
-        let Some(group) = device.group else {
+    fn pill(&mut self, card: &Card, right: usize, top: usize) {
+        let Some(group) = card.group else {
             return;
         };
         let text = format!("group {group}");
         let width = 12 + 13 * text.len() / 2;
         let left = right.saturating_sub(width);
-        let (rect, class) = match colour {
+        let (rect, class) = match card.colour {
             Some(colour) => (format!("fill=\"{}\"", Fill(colour)), "group"),
             None => ("class=\"pill\"".to_owned(), "group alone"),
         };

@@ -2,13 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use busway_host::{Host, HostDevice};
+use busway_host::{Host, HostDevice, MediatedDevice};
 use busway_pci::Bdf;
 
 /// The devices of a host below its root buses.
 #[derive(Debug)]
 pub(super) struct Topology<'a> {
     pub(super) roots: Vec<Root<'a>>,
+    /// What is made of no PCI function, by the name of what it is made of.
+    pub(super) elsewhere: BTreeMap<&'a str, Vec<&'a MediatedDevice>>,
     /// The groups that several of the host's devices are in, in the order in which they are met: what
     /// colours tell apart.
     pub(super) shared: Vec<u32>,
@@ -24,21 +26,40 @@ pub(super) struct Root<'a> {
     pub(super) devices: Vec<Node<'a>>,
 }
 
-/// A device, and what is behind it.
+/// A device, what is behind it, and what is made of it.
 #[derive(Debug)]
 pub(super) struct Node<'a> {
     pub(super) device: &'a HostDevice,
     pub(super) behind: Vec<Self>,
+    pub(super) mediated: Vec<&'a MediatedDevice>,
 }
 
 /// How deep a bridge may be behind another. PCI has 256 buses to a segment; real hosts are ten deep.
 const DEEPEST: usize = 64;
 
 impl<'a> Topology<'a> {
-    /// The topology of the devices that are wanted, and of the bridges above them.
-    pub(super) fn of(host: &'a Host, wanted: &[&'a HostDevice]) -> Self {
+    /// The topology of the devices that are wanted, of what these mediated ones are made of, and of the bridges above.
+    pub(super) fn of(
+        host: &'a Host,
+        wanted: &[&'a HostDevice],
+        mediated: &[&'a MediatedDevice],
+    ) -> Self {
         let mut shown = BTreeSet::new();
-        for device in wanted {
+        let mut made_of: BTreeMap<Bdf, Vec<&MediatedDevice>> = BTreeMap::new();
+        let mut elsewhere: BTreeMap<&str, Vec<&MediatedDevice>> = BTreeMap::new();
+        for &device in mediated {
+            let parent = device.parent.as_ref();
+            let function = parent.and_then(|parent| host.device(parent.address?));
+            let of = match function {
+                Some(function) => made_of.entry(function.address).or_default(),
+                None => elsewhere
+                    .entry(parent.map_or("?", |parent| &parent.name))
+                    .or_default(),
+            };
+            of.push(device);
+        }
+        let parents = made_of.keys().filter_map(|parent| host.device(*parent));
+        for device in wanted.iter().copied().chain(parents) {
             shown.insert(device.address);
             shown.extend(host.above(device).iter().map(|bridge| bridge.address));
         }
@@ -62,11 +83,12 @@ impl<'a> Topology<'a> {
             node: common(devices.iter().map(|device| device.numa_node)),
             devices: devices
                 .into_iter()
-                .map(|device| Node::of(device, &behind, 0))
+                .map(|device| Node::of(device, &behind, &made_of, 0))
                 .collect(),
         });
         Self {
             roots: roots.collect(),
+            elsewhere,
             shared: host.shared_groups(),
         }
     }
@@ -81,6 +103,7 @@ impl<'a> Node<'a> {
     fn of(
         device: &'a HostDevice,
         behind: &BTreeMap<Bdf, Vec<&'a HostDevice>>,
+        made_of: &BTreeMap<Bdf, Vec<&'a MediatedDevice>>,
         depth: usize,
     ) -> Self {
         let children = behind.get(&device.address).filter(|_| depth < DEEPEST);
@@ -89,8 +112,9 @@ impl<'a> Node<'a> {
             behind: children
                 .into_iter()
                 .flatten()
-                .map(|child| Self::of(child, behind, depth + 1))
+                .map(|child| Self::of(child, behind, made_of, depth + 1))
                 .collect(),
+            mediated: made_of.get(&device.address).cloned().unwrap_or_default(),
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
+use busway_host::MediatedDevice;
+
 use super::facts::{Facts, is_lent};
+use super::mediated;
 use super::table::{fold, length, shorten};
 use super::topology::{Node, Topology};
 use crate::cli::style::{Screen, Style, of_palette};
@@ -31,10 +34,15 @@ pub(super) fn show(facts: &Facts<'_>, topology: &Topology<'_>, screen: Screen) -
     let mut trees = Vec::new();
     for root in &topology.roots {
         let mut branches = Vec::new();
-        add(facts, topology, &root.devices, "", &mut branches);
-        trees.push((root, branches));
+        add(facts, topology, &root.devices, &[], "", &mut branches);
+        trees.push((root.name, root.node, branches));
     }
-    let all = trees.iter().flat_map(|(_, branches)| branches);
+    for (parent, devices) in &topology.elsewhere {
+        let mut branches = Vec::new();
+        add(facts, topology, &[], devices, "", &mut branches);
+        trees.push((parent, None, branches));
+    }
+    let all = trees.iter().flat_map(|(_, _, branches)| branches);
     let (mut stem, mut group, mut driver) = (0, 0, 0);
     for branch in all {
         stem = stem.max(length(&branch.stem));
@@ -44,9 +52,9 @@ pub(super) fn show(facts: &Facts<'_>, topology: &Topology<'_>, screen: Screen) -
     let limit = screen.width.unwrap_or(usize::MAX);
     let left = stem + group + driver + 6;
     let room = limit.saturating_sub(left).max(NAME_LEAST);
-    for (root, branches) in &trees {
-        let node = root.node.map(|node| format!("  NUMA node {node}"));
-        let name = Style::BOLD.paint(root.name, screen.colour);
+    for (root, node, branches) in &trees {
+        let node = node.map(|node| format!("  NUMA node {node}"));
+        let name = Style::BOLD.paint(root, screen.colour);
         let _infallible = writeln!(text, "{name}{}", node.unwrap_or_default());
         for branch in branches {
             let paint = |words: &str, style: Style, width: usize| {
@@ -72,47 +80,87 @@ pub(super) fn show(facts: &Facts<'_>, topology: &Topology<'_>, screen: Screen) -
     text
 }
 
+/// The lines of what is behind a device or on a root bus, and then of the mediated devices made of it.
 fn add(
     facts: &Facts<'_>,
     topology: &Topology<'_>,
     nodes: &[Node<'_>],
+    mediated: &[&MediatedDevice],
     prefix: &str,
     branches: &mut Vec<Branch>,
 ) {
+    let count = nodes.len() + mediated.len();
+    let lines = |index: usize| match index + 1 < count {
+        true => ("├─ ", "│  "),
+        false => ("└─ ", "   "),
+    };
     for (index, node) in nodes.iter().enumerate() {
         let device = node.device;
-        let (elbow, through) = match index + 1 < nodes.len() {
-            true => ("├─ ", "│  "),
-            false => ("└─ ", "   "),
-        };
+        let (elbow, through) = lines(index);
         let inner = format!("{prefix}{through}");
-        let more = if node.behind.is_empty() {
-            "   "
-        } else {
-            "│  "
+        let more = match node.behind.is_empty() && node.mediated.is_empty() {
+            true => "   ",
+            false => "│  ",
         };
-        let driver = device.driver.as_deref();
         let colour = topology.colour_of(device.group);
         branches.push(Branch {
             stem: format!("{prefix}{elbow}{}", device.address),
             below: format!("{inner}{more}"),
-            group: match device.group {
-                Some(group) => format!("group {group}"),
-                None => "no group".to_owned(),
-            },
+            group: group(device.group),
             group_style: colour.map_or(Style::PLAIN, of_palette),
-            driver: driver.unwrap_or("-").to_owned(),
-            driver_style: match driver.is_some_and(is_lent) {
-                true => Style::GOOD,
-                false => Style::PLAIN,
-            },
             words: format!("{}: {}", facts.class(device), facts.name(device)),
             words_style: match device.is_bridge() {
                 true => Style::DIM,
                 false => Style::PLAIN,
             },
             uses: facts.uses(device),
+            ..Branch::driven_by(device.driver.as_deref())
         });
-        add(facts, topology, &node.behind, &inner, branches);
+        add(
+            facts,
+            topology,
+            &node.behind,
+            &node.mediated,
+            &inner,
+            branches,
+        );
+    }
+    for (index, device) in (nodes.len()..).zip(mediated) {
+        let (elbow, through) = lines(index);
+        branches.push(Branch {
+            stem: format!("{prefix}{elbow}{}", device.uuid),
+            below: format!("{prefix}{through}   "),
+            group: group(device.group),
+            words: mediated::name(device),
+            uses: mediated::users(device),
+            ..Branch::driven_by(device.driver.as_deref())
+        });
+    }
+}
+
+fn group(group: Option<u32>) -> String {
+    match group {
+        Some(group) => format!("group {group}"),
+        None => "no group".to_owned(),
+    }
+}
+
+impl Branch {
+    /// A line that says no more than whose the device is.
+    fn driven_by(driver: Option<&str>) -> Self {
+        Self {
+            stem: String::new(),
+            below: String::new(),
+            group: String::new(),
+            group_style: Style::PLAIN,
+            driver: driver.unwrap_or("-").to_owned(),
+            driver_style: match driver.is_some_and(is_lent) {
+                true => Style::GOOD,
+                false => Style::PLAIN,
+            },
+            words: String::new(),
+            words_style: Style::PLAIN,
+            uses: Vec::new(),
+        }
     }
 }
