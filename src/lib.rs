@@ -1,6 +1,7 @@
 //! Busway: a virtual machine monitor that gives guests real PCI devices.
 
 pub mod acpi;
+pub mod arch;
 pub mod boot;
 pub mod cli;
 pub mod config;

@@ -12,8 +12,8 @@ use acpi_tables::sdt::Sdt;
 use busway_pci::{Device as Slot, InterruptPin};
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, hotplug, intx_gsi};
+use crate::arch::layout;
 use crate::devices::{power, rtc, serial};
-use crate::memory::layout;
 
 /// Size of the header that each table has.
 const HEADER: u32 = 36;

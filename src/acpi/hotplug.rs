@@ -12,10 +12,10 @@ use acpi_tables::aml::{
 };
 
 use super::dsdt::{in_system_bus, path};
+use crate::arch::layout;
 use crate::devices::pci_hotplug::{
     ADDED, EJECT, EJECT_REQUEST, GSI, OUTCOME, PRESENT, SIZE, WANTED,
 };
-use crate::memory::layout;
 
 /// The notification that a device may have come. §5.6.6, table 5.173.
 const DEVICE_CHECK: u8 = 1;

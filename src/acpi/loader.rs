@@ -128,7 +128,7 @@ fn command(script: &mut Vec<u8>, kind: u32, mut body: Vec<u8>) {
 mod tests {
     use super::*;
     use crate::acpi::Cpu;
-    use crate::memory::layout;
+    use crate::arch::layout;
 
     /// Somewhere above 4 GiB, and near its end.
     const PLACES: [u64; 2] = [0x7e00_0000, 0x1_2345_6000];

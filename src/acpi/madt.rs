@@ -6,7 +6,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
 use super::{Cpu, OEM_ID, OEM_REVISION, OEM_TABLE_ID, SCI};
-use crate::memory::layout::{IOAPIC_START, LAPIC_START};
+use crate::arch::layout::{IOAPIC_START, LAPIC_START};
 
 /// Revision of the table that knows "online capable".
 const REVISION: u8 = 5;

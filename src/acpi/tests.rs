@@ -4,7 +4,7 @@ use std::process::Command;
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
-use crate::memory::layout;
+use crate::arch::layout;
 
 fn platform(cpus: u32) -> Platform {
     Platform {

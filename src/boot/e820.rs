@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::layout::{EBDA_START, HIGH_MEMORY, LOW_HOLE_START};
 use crate::acpi;
-use crate::memory::layout::{ECAM_SIZE, ECAM_START, HIGH_RAM_START};
+use crate::arch::layout::{ECAM_SIZE, ECAM_START, HIGH_RAM_START};
 
 /// What a region is for. ACPI 6.5 §15, table 15.2; the numbers are PVH's too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct E820 {
 
 impl E820 {
     /// The map of a machine with RAM at `ram` (ascending, as
-    /// [`ram_ranges`](crate::memory::layout::ram_ranges) gives it).
+    /// [`ram_ranges`](crate::arch::layout::ram_ranges) gives it).
     ///
     /// Reserved are the EBDA, the ACPI tables' area below 1 MiB, and ECAM: Linux uses ECAM only where
     /// the firmware keeps it from other use.
@@ -113,7 +113,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory::layout::{MMIO32_START, MMIO32_STARTS, ram_ranges};
+    use crate::arch::layout::{MMIO32_START, MMIO32_STARTS, ram_ranges};
 
     #[test]
     fn a_guest_with_ram_on_both_sides_of_the_hole_sees_what_a_pc_shows() {

@@ -8,7 +8,7 @@ use vm_memory::GuestMemoryError;
 
 use super::e820::E820;
 use super::source::Input;
-use crate::memory::layout::MMIO32_START;
+use crate::arch::layout::MMIO32_START;
 
 /// Why a guest could not be loaded.
 #[derive(Debug, thiserror::Error)]

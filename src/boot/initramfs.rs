@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::e820::E820;
 use super::error::BootError;
 use super::source::Input;
-use crate::memory::layout::{HIGH_RAM_START, MMIO32_START};
+use crate::arch::layout::{HIGH_RAM_START, MMIO32_START};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -113,7 +113,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory::layout::{MMIO32_START, holes, ram_ranges};
+    use crate::arch::layout::{MMIO32_START, holes, ram_ranges};
 
     const GIB: u64 = 1 << 30;
 

@@ -11,7 +11,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::error::KvmError;
 use super::{Doorbells, IrqRouter, KvmVfio, Memslots};
-use crate::memory::layout;
+use crate::arch::layout;
 
 /// The only API version there is. KVM API §4.1.
 const API_VERSION: i32 = 12;

@@ -14,6 +14,7 @@ use super::pci::Pci;
 use super::platform::Platform;
 use super::virtio::VirtioDevices;
 use crate::acpi;
+use crate::arch::layout;
 use crate::boot::BootSource;
 use crate::config::VmConfig;
 use crate::devices::debug_port::{self, DebugPort};
@@ -24,7 +25,7 @@ use crate::firmware::{
     BoardItems, Firmware, FirmwareError, FirmwareRoots, Kernel, Window, hardware_info, items,
 };
 use crate::kvm::{AddressMap, Buses, CpuModel};
-use crate::memory::{Ram, Region, Regions, layout};
+use crate::memory::{Ram, Region, Regions};
 
 /// The widest addresses that OVMF uses, in bits: with pages of 1 GiB, and without.
 /// EDK II OvmfPkg/Library/PlatformInitLib/MemDetect.c, `PlatformAddressWidthFromCpuid`

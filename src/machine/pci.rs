@@ -18,9 +18,10 @@ use super::bus::EcamWindow;
 use super::firmware::EcamPlace;
 use super::quiet::VirtioFunctions;
 use crate::acpi;
+use crate::arch::layout;
 use crate::devices::q35::{self, Lpc, Mch};
 use crate::kvm::{Buses, Doorbells, SharedLines};
-use crate::memory::{Regions, layout};
+use crate::memory::Regions;
 use crate::report::AssignedDevice;
 use crate::virtio::VirtioPci;
 

@@ -3,7 +3,6 @@
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
 mod huge_pages;
-pub mod layout;
 mod prefault;
 mod ram;
 mod regions;

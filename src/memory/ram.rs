@@ -16,7 +16,8 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use super::huge_pages::{Pool, reserved_huge_pages};
-use super::{GuestRam, RamMap, Region, layout};
+use super::{GuestRam, RamMap, Region};
+use crate::arch::layout;
 use crate::config::MemoryConfig;
 
 /// Pages of this size and its multiples are what a guest can be made of.

@@ -8,8 +8,8 @@ use tempfile::TempDir;
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
+use crate::arch::layout::{MMIO32_START, ram_ranges};
 use crate::config::ConsoleConfig;
-use crate::memory::layout::{MMIO32_START, ram_ranges};
 
 type Ram = GuestMemoryMmap<()>;
 

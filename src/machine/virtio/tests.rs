@@ -5,11 +5,12 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::*;
+use crate::arch::layout;
 use crate::config::{DiskConfig, NetConfig, RngConfig};
 use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, WANTED};
 use crate::kvm::{BusDevice, Buses, Vm};
 use crate::machine::requests::{Added, Control, Request, Requests};
-use crate::memory::{Regions, layout};
+use crate::memory::Regions;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{CountingRoutes, eventually, ram};
 use busway_pci::{Bdf, FunctionId, Windows};

@@ -1,4 +1,4 @@
-//! The guest's address map (x86_64), as `docs/design.md` draws it.
+//! The guest's address map, as `docs/design.md` draws it.
 //!
 //! Constants and arithmetic only; nothing is mapped here.
 
