@@ -2,7 +2,6 @@
 
 pub mod acpi;
 pub mod arch;
-pub mod boot;
 pub mod cli;
 pub mod config;
 pub mod control;

@@ -60,7 +60,7 @@ pub struct VmConfig {
     /// Initial RAM file system.
     pub initramfs: Option<PathBuf>,
     /// Kernel command line; where it is absent,
-    /// [`default_cmdline`](crate::boot::default_cmdline)'s.
+    /// [`default_cmdline`](crate::arch::boot::default_cmdline)'s.
     pub cmdline: Option<String>,
     /// Processors.
     pub cpus: CpusConfig,

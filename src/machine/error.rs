@@ -10,7 +10,7 @@ use busway_vfio::{DeviceError, HandedError};
 use super::address_plan::NoRoomError;
 use super::passthrough::{OpenDevices, PeerToPeerError};
 use crate::acpi::AcpiError;
-use crate::boot::BootError;
+use crate::arch::boot::BootError;
 use crate::config::InvalidConfig;
 use crate::devices::console::ConsoleError;
 use crate::exit::{HOST, RUNTIME, USAGE};

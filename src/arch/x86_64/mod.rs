@@ -1,3 +1,4 @@
 //! A PC with x86_64 processors: what Linux and firmware expect to find, as `docs/design.md` draws it.
 
+pub mod boot;
 pub mod layout;
