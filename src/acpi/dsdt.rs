@@ -13,7 +13,8 @@ use busway_pci::{Device as Slot, InterruptPin};
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, hotplug, intx_gsi};
 use crate::arch::layout;
-use crate::devices::{power, rtc, serial};
+use crate::arch::{power, rtc};
+use crate::devices::serial;
 
 /// Size of the header that each table has.
 const HEADER: u32 = 36;

@@ -4,7 +4,7 @@ use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, SCI};
-use crate::devices::{power, rtc};
+use crate::arch::{power, rtc};
 
 /// `LEGACY_DEVICES`: there are devices (COM1, RTC) at the ISA bus' addresses. §5.2.9.3.
 const LEGACY_DEVICES: u16 = 1 << 0;

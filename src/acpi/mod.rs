@@ -2,7 +2,7 @@
 //!
 //! Full ACPI hardware (not hardware-reduced): the machine has a PIC, a PIT and a CMOS clock, and its
 //! power button is the fixed one. The registers the tables speak of are
-//! [`devices::power`](crate::devices::power)'s; the addresses are [`layout`](crate::arch::layout)'s. References are to ACPI
+//! [`arch::power`](crate::arch::power)'s; the addresses are [`layout`](crate::arch::layout)'s. References are to ACPI
 //! 6.5 and to the PCI Firmware Specification 3.3.
 
 mod dsdt;

@@ -3,7 +3,7 @@
 //!
 //! The flash chips are [`devices::pflash`](crate::devices::pflash), the way to tell is
 //! [`devices::fw_cfg`](crate::devices::fw_cfg), and the board that firmware knows is
-//! [`devices::q35`](crate::devices::q35).
+//! [`arch::q35`](crate::arch::q35).
 
 mod descriptors;
 mod error;

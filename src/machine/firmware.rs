@@ -15,12 +15,12 @@ use super::platform::Platform;
 use super::virtio::VirtioDevices;
 use crate::acpi;
 use crate::arch::boot::BootSource;
+use crate::arch::debug_port::{self, DebugPort};
 use crate::arch::layout;
+use crate::arch::q35::EcamListener;
 use crate::config::VmConfig;
-use crate::devices::debug_port::{self, DebugPort};
 use crate::devices::fw_cfg::{self, FwCfg};
 use crate::devices::pflash::{self, Pflash};
-use crate::devices::q35::EcamListener;
 use crate::firmware::{
     BoardItems, Firmware, FirmwareError, FirmwareRoots, Kernel, Window, hardware_info, items,
 };

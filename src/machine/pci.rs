@@ -19,7 +19,7 @@ use super::firmware::EcamPlace;
 use super::quiet::VirtioFunctions;
 use crate::acpi;
 use crate::arch::layout;
-use crate::devices::q35::{self, Lpc, Mch};
+use crate::arch::q35::{self, Lpc, Mch};
 use crate::kvm::{Buses, Doorbells, SharedLines};
 use crate::memory::Regions;
 use crate::report::AssignedDevice;

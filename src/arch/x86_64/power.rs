@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{InterruptLine, PowerSink};
+use crate::devices::{InterruptLine, PowerSink};
 use crate::kvm::BusDevice;
 
 /// First of the power management ports.

@@ -6,7 +6,7 @@ use busway_pci::{BarIndex, BarRegion, Bars, ConfigSpace, Identity, PciFunction};
 
 use super::{SUBSYSTEM, SUBSYSTEM_VENDOR};
 use crate::acpi;
-use crate::devices::power;
+use crate::arch::power;
 
 /// Where the power management ports are. §13.1.13, PMBASE. They are where the ACPI tables say, so firmware
 /// finds them set up and leaves them there.
