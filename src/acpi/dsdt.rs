@@ -199,8 +199,13 @@ fn legacy_devices(platform: &Platform, aml: &mut Vec<u8>) {
     if platform.serial {
         let hid = Name::new(path("_HID"), &EISAName::new("PNP0501"));
         let uid = Name::new(path("_UID"), &1_u8);
-        let ports = IO::new(serial::BASE, serial::BASE, 1, serial::SIZE as u8);
-        let irq = Interrupt::new(true, true, false, false, serial::IRQ);
+        let ports = IO::new(
+            layout::SERIAL_PORT,
+            layout::SERIAL_PORT,
+            1,
+            serial::SIZE as u8,
+        );
+        let irq = Interrupt::new(true, true, false, false, layout::SERIAL_IRQ);
         let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ports, &irq]));
         in_system_bus(&Device::new(path("COM1"), vec![&hid, &uid, &crs]), aml);
     }

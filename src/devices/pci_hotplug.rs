@@ -30,9 +30,6 @@ pub const OUTCOME: u64 = 16;
 /// Bytes of all of them.
 pub const SIZE: u64 = 20;
 
-/// The global system interrupt: one of ISA's that no device of the board has. Level-triggered, active high.
-pub const GSI: u32 = 10;
-
 /// The notification that asks for a device. ACPI 6.5 §5.6.6, table 5.173.
 pub const EJECT_REQUEST: u8 = 3;
 

@@ -422,7 +422,7 @@ fn open_slots(
     buses: &Buses,
     router: &IrqRouter,
 ) -> Result<u32, RunError> {
-    let line = Arc::new(router.level_line(pci_hotplug::GSI));
+    let line = Arc::new(router.level_line(layout::PCI_HOTPLUG_GSI));
     buses.mmio.insert(
         "PCI hot-plug registers",
         layout::PCI_HOTPLUG_START,

@@ -112,7 +112,7 @@ impl FirmwareBoard {
         let ports = &buses.ports;
         ports.insert(
             "firmware configuration",
-            fw_cfg::BASE.into(),
+            layout::FW_CFG_PORT.into(),
             fw_cfg::SIZE.into(),
             fw_cfg.clone(),
         )?;

@@ -10,6 +10,7 @@ use super::bus::ConfigPorts;
 use super::events::Events;
 use super::pci::Pci;
 use crate::acpi;
+use crate::arch::layout;
 use crate::arch::power::{self, AcpiPower, KeyboardReset, ResetControl};
 use crate::arch::rtc::{self, Rtc};
 use crate::config::ConsoleConfig;
@@ -85,12 +86,12 @@ impl Platform {
 
         let serial = match open_console("--serial", serial, quit)? {
             Some(endpoint) => {
-                let port = Serial::new(router.edge_line(serial::IRQ)?, endpoint)
+                let port = Serial::new(router.edge_line(layout::SERIAL_IRQ)?, endpoint)
                     .map_err(RunError::system("the serial port cannot be made"))?;
                 let port = Arc::new(port);
                 ports.insert(
                     "serial port",
-                    serial::BASE.into(),
+                    layout::SERIAL_PORT.into(),
                     serial::SIZE.into(),
                     port.clone(),
                 )?;

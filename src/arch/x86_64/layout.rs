@@ -31,10 +31,24 @@ pub const LAPIC_START: u64 = 0xfee0_0000;
 pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
 /// KVM's three TSS pages, behind the identity map. KVM API §4.36 (`KVM_SET_TSS_ADDR`).
 pub const KVM_TSS: u64 = 0xfeff_d000;
+/// Where flash ends, as a processor begins below it: at 0xffff_fff0. Intel SDM vol. 3A §10.1.4.
+pub const FLASH_END: u64 = 1 << 32;
+/// The most bytes of firmware, code and variables: what lies below is the local APICs' and KVM's.
+pub const FLASH_SIZE: u64 = 16 << 20;
 /// Where RAM goes on above the hole.
 pub const HIGH_RAM_START: u64 = 1 << 32;
 
-/// I/O ports that PCI devices may be given; the ports below are the platform's.
+/// The serial port COM1, as on any PC.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// The serial port's ISA interrupt, edge-triggered.
+pub const SERIAL_IRQ: u32 = 4;
+/// The firmware configuration device. QEMU docs/specs/fw_cfg.rst, "Register Locations".
+pub const FW_CFG_PORT: u16 = 0x510;
+/// The global system interrupt that tells of devices which come to bus 0 and leave it: one of ISA's that no
+/// device of the board has. Level-triggered, active high.
+pub const PCI_HOTPLUG_GSI: u32 = 10;
+
+/// I/O ports that PCI devices may be given; the ports below are the board's.
 pub const PCI_IO: Range<u64> = 0x1000..0x1_0000;
 
 /// What the 64-bit window is aligned to, so that a BAR of a GiB or more can be mapped with huge
