@@ -11,8 +11,8 @@ use super::error::KvmError;
 use super::gate::{Gate, Turn};
 use super::kick::{self, Kick};
 use super::run::{self, Buses, ExitCounts, ExitKind, Left, VcpuEvent};
-use super::vcpu::{self, CpuModel, Vcpu};
 use super::vm::Vm;
+use crate::arch::{CpuModel, Vcpu, create_vcpus};
 
 /// A vCPU's thread runs devices' register accesses and little else.
 const STACK: usize = 512 << 10;
@@ -58,7 +58,7 @@ impl Vcpus {
             gate: Arc::default(),
             vcpus: Vec::with_capacity(count.into()),
         };
-        for vcpu in vcpu::create(vm, model, count)? {
+        for vcpu in create_vcpus(vm, model, count)? {
             all.start(vcpu, buses.clone(), events.clone())?;
         }
         Ok(all)

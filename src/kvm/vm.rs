@@ -147,7 +147,7 @@ impl Vm {
     ///
     /// # Errors
     /// [`KvmError::Ioctl`]
-    pub(super) fn disable_pmu(&self) -> Result<bool, KvmError> {
+    pub(crate) fn disable_pmu(&self) -> Result<bool, KvmError> {
         let can = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
         if u32::try_from(can).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
             return Ok(false);
@@ -164,12 +164,12 @@ impl Vm {
     }
 
     /// KVM itself, for what is asked of the host and not of the VM.
-    pub(super) fn kvm(&self) -> &Kvm {
+    pub(crate) fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
     /// The VM's descriptor.
-    pub(super) fn fd(&self) -> &Arc<VmFd> {
+    pub(crate) fn fd(&self) -> &Arc<VmFd> {
         &self.fd
     }
 }

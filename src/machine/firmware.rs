@@ -14,6 +14,7 @@ use super::pci::Pci;
 use super::platform::Platform;
 use super::virtio::VirtioDevices;
 use crate::acpi;
+use crate::arch::CpuModel;
 use crate::arch::boot::BootSource;
 use crate::arch::debug_port::{self, DebugPort};
 use crate::arch::layout;
@@ -24,7 +25,7 @@ use crate::devices::pflash::{self, Pflash};
 use crate::firmware::{
     BoardItems, Firmware, FirmwareError, FirmwareRoots, Kernel, Window, hardware_info, items,
 };
-use crate::kvm::{AddressMap, Buses, CpuModel};
+use crate::kvm::{AddressMap, Buses};
 use crate::memory::{Ram, Region, Regions};
 
 /// The widest addresses that OVMF uses, in bits: with pages of 1 GiB, and without.

@@ -12,10 +12,9 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VcpuFd};
 
 use super::cpuid::{self, CpuFeatures, Platform};
-use super::error::KvmError;
 use super::msr;
-use super::vm::Vm;
 use crate::config::MAX_CPUS;
+use crate::kvm::{KvmError, Vm};
 
 // Offsets and bits of the local APIC's page. Intel SDM vol. 3A §11.4 and §11.5.1.
 const LAPIC_LVT_LINT0: usize = 0x350;
@@ -73,9 +72,9 @@ impl CpuModel {
 }
 
 /// A vCPU that is not running.
-pub(super) struct Vcpu {
-    pub(super) id: u8,
-    pub(super) fd: VcpuFd,
+pub(crate) struct Vcpu {
+    pub(crate) id: u8,
+    pub(crate) fd: VcpuFd,
     power_on: PowerOn,
 }
 
@@ -101,7 +100,7 @@ impl fmt::Debug for Vcpu {
 
 /// Makes `count` vCPUs, in their state at power-on: the first runnable, the others waiting for INIT
 /// and SIPI.
-pub(super) fn create(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, KvmError> {
+pub(crate) fn create_vcpus(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, KvmError> {
     let limit = vm.kvm().get_max_vcpus().min(MAX_CPUS.into());
     if usize::from(count) > limit {
         return Err(KvmError::TooManyVcpus {
@@ -180,7 +179,7 @@ fn set_lapic(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
 impl Vcpu {
     /// Makes this the boot processor's entry: `apply` sets the system registers and gives the
     /// general ones.
-    pub(super) fn enter(
+    pub(crate) fn enter(
         &mut self,
         apply: impl FnOnce(&mut kvm_sregs) -> kvm_regs,
     ) -> Result<(), KvmError> {
@@ -196,7 +195,7 @@ impl Vcpu {
     }
 
     /// Puts every register into its state at power-on.
-    pub(super) fn reset(&mut self) -> Result<(), KvmError> {
+    pub(crate) fn reset(&mut self) -> Result<(), KvmError> {
         let state = &self.power_on;
         let events = kvm_vcpu_events {
             flags: KVM_VCPUEVENT_VALID_NMI_PENDING
@@ -295,7 +294,7 @@ mod tests {
             .inspect_err(|error| eprintln!("skipped: {error}"))
             .ok()?;
         let model = CpuModel::new(&vm, CpuFeatures::default()).unwrap();
-        let vcpu = create(&vm, &model, 1).unwrap().remove(0);
+        let vcpu = create_vcpus(&vm, &model, 1).unwrap().remove(0);
         Some((vm, model, vcpu))
     }
 

@@ -3,7 +3,7 @@
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
-use super::error::KvmError;
+use crate::kvm::KvmError;
 
 /// IA32_MISC_ENABLE, and its only bit that a guest expects set: fast string operations.
 /// Intel SDM vol. 4, table 2-2.
