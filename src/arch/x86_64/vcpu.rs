@@ -4,10 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING,
-    KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+    KVM_PMU_CAP_DISABLE, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
+    KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_cpuid_entry2, kvm_debugregs, kvm_enable_cap, kvm_fpu,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, VcpuFd};
 
@@ -46,7 +46,7 @@ impl CpuModel {
             .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID", "/dev/kvm"))?;
         let mut supported = supported.as_slice().to_vec();
         cpuid::hide(&mut supported, features);
-        if !features.pmu && !vm.disable_pmu()? && cpuid::is_amd(&supported) {
+        if !features.pmu && !disable_pmu(vm)? && cpuid::is_amd(&supported) {
             log::warn!(
                 "--cpus pmu=off: this host's KVM cannot take the four counters that each processor of \
                  AMD's has from a guest, only the others; Linux 5.18 and later can"
@@ -69,6 +69,27 @@ impl CpuModel {
     pub fn has_large_pages(&self) -> bool {
         cpuid::has_large_pages(&self.supported)
     }
+}
+
+/// Has no vCPU have performance counters; `false` where this host's KVM cannot, which then goes by
+/// CPUID alone. To be called before the first vCPU is made. KVM API, KVM_CAP_PMU_CAPABILITY.
+///
+/// # Errors
+/// [`KvmError::Ioctl`]
+fn disable_pmu(vm: &Vm) -> Result<bool, KvmError> {
+    let can = vm.kvm().check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if u32::try_from(can).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
+        return Ok(false);
+    }
+    let disable = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.fd()
+        .enable_cap(&disable)
+        .map_err(KvmError::ioctl("KVM_ENABLE_CAP", "the VM"))?;
+    Ok(true)
 }
 
 /// A vCPU that is not running.
