@@ -23,8 +23,8 @@ use super::platform::{Platform, open_console};
 use super::virtio::VirtioDevices;
 use crate::acpi;
 use crate::arch::boot::{self, BootSource, E820};
-use crate::arch::layout;
 use crate::arch::{CpuFeatures, CpuModel};
+use crate::arch::{gsi, layout};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::devices::pci_hotplug;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
@@ -65,7 +65,7 @@ enum Boot {
 #[derive(Debug)]
 struct KernelBoot {
     source: BootSource,
-    acpi: acpi::Platform,
+    acpi: acpi::Hardware,
 }
 
 /// What the guest begins with.
@@ -165,7 +165,7 @@ impl Machine {
         let buses = Buses::default();
         let usable = passthrough.usable_ranges();
         let windows = plan.windows(&ram.guest_ranges(), &usable);
-        let mut acpi = acpi_platform(config, &windows);
+        let mut acpi = acpi_hardware(config, &windows);
         let windows = plan.bar_windows(&windows, &usable);
         let make_pci = match source {
             Source::Kernel(_) => Pci::new,
@@ -363,8 +363,8 @@ fn populate(
     wanted
 }
 
-fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
-    acpi::Platform {
+fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
+    acpi::Hardware {
         cpus: (0..config.cpus.boot)
             .map(|id| acpi::Cpu {
                 apic_id: id.into(),
@@ -423,7 +423,7 @@ fn open_slots(
     buses: &Buses,
     router: &IrqRouter,
 ) -> Result<u32, RunError> {
-    let line = Arc::new(router.level_line(layout::PCI_HOTPLUG_GSI));
+    let line = Arc::new(router.level_line(gsi::PCI_HOTPLUG));
     buses.mmio.insert(
         "PCI hot-plug registers",
         layout::PCI_HOTPLUG_START,

@@ -84,7 +84,7 @@ pub(super) struct Surroundings<'a> {
     pub(super) virtio: &'a VirtioDevices,
     /// Where BARs may be.
     pub(super) windows: &'a Windows,
-    pub(super) acpi: acpi::Platform,
+    pub(super) acpi: acpi::Hardware,
 }
 
 impl FirmwareBoard {
@@ -224,11 +224,11 @@ fn largest(parts: &[Range<u64>]) -> Window {
 /// What the tables describe when firmware reads them, which has numbered the buses by then, and has put
 /// configuration space where it wants it.
 fn tables_now(
-    platform: &acpi::Platform,
+    platform: &acpi::Hardware,
     windows: &Windows,
     topology: &Weak<Topology>,
     ecam: &Range<u64>,
-) -> acpi::Platform {
+) -> acpi::Hardware {
     let functions = topology.upgrade().map(|topology| topology.functions());
     let buses = functions.into_iter().flatten().filter_map(|(_, function)| {
         let bridge = function.bridge()?;
@@ -236,7 +236,7 @@ fn tables_now(
     });
     let window = ecam.end - ecam.start;
     let last = u8::try_from((window >> 20).saturating_sub(1)).unwrap_or(u8::MAX);
-    acpi::Platform {
+    acpi::Hardware {
         last_bus: buses.max().unwrap_or(0).max(platform.last_bus).min(last),
         mmio32: layout::without(&windows.memory32, ecam),
         mmio64: windows.memory64.clone(),
@@ -327,7 +327,7 @@ mod tests {
 
     #[test]
     fn firmware_is_told_the_windows_and_the_tables_follow_it() {
-        let platform = acpi::Platform {
+        let platform = acpi::Hardware {
             cpus: Vec::new(),
             last_bus: 4,
             mmio32: Vec::new(),

@@ -9,10 +9,9 @@ use super::RunError;
 use super::bus::ConfigPorts;
 use super::events::Events;
 use super::pci::Pci;
-use crate::acpi;
-use crate::arch::layout;
 use crate::arch::power::{self, AcpiPower, KeyboardReset, ResetControl};
 use crate::arch::rtc::{self, Rtc};
+use crate::arch::{gsi, layout};
 use crate::config::ConsoleConfig;
 use crate::devices::console::Endpoint;
 use crate::devices::serial::{self, Serial};
@@ -47,7 +46,7 @@ impl Platform {
         let ports = &buses.ports;
         let sink: Arc<dyn PowerSink> = events.clone();
 
-        let sci = Arc::new(router.level_line(acpi::SCI));
+        let sci = Arc::new(router.level_line(gsi::SCI));
         let mut power = AcpiPower::new(sci, sink.clone());
         if pci.mch().is_some() {
             power = power.for_firmware();
@@ -79,14 +78,14 @@ impl Platform {
             Arc::new(keyboard),
         )?;
 
-        let rtc = Rtc::new(router.edge_line(rtc::IRQ)?)
+        let rtc = Rtc::new(router.edge_line(gsi::RTC)?)
             .map_err(RunError::system("the clock's timer cannot be made"))?;
         let rtc = Arc::new(rtc);
         ports.insert("clock", rtc::BASE.into(), rtc::SIZE.into(), rtc.clone())?;
 
         let serial = match open_console("--serial", serial, quit)? {
             Some(endpoint) => {
-                let port = Serial::new(router.edge_line(layout::SERIAL_IRQ)?, endpoint)
+                let port = Serial::new(router.edge_line(gsi::SERIAL)?, endpoint)
                     .map_err(RunError::system("the serial port cannot be made"))?;
                 let port = Arc::new(port);
                 ports.insert(

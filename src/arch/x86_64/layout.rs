@@ -40,13 +40,8 @@ pub const HIGH_RAM_START: u64 = 1 << 32;
 
 /// The serial port COM1, as on any PC.
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// The serial port's ISA interrupt, edge-triggered.
-pub const SERIAL_IRQ: u32 = 4;
 /// The firmware configuration device. QEMU docs/specs/fw_cfg.rst, "Register Locations".
 pub const FW_CFG_PORT: u16 = 0x510;
-/// The global system interrupt that tells of devices which come to bus 0 and leave it: one of ISA's that no
-/// device of the board has. Level-triggered, active high.
-pub const PCI_HOTPLUG_GSI: u32 = 10;
 
 /// I/O ports that PCI devices may be given; the ports below are the board's.
 pub const PCI_IO: Range<u64> = 0x1000..0x1_0000;

@@ -1,9 +1,11 @@
 //! A PC with x86_64 processors: what Linux and firmware expect to find, as `docs/design.md` draws it.
 
+pub mod acpi;
 pub mod boot;
 pub(crate) mod chips;
 mod cpuid;
 pub mod debug_port;
+pub mod gsi;
 pub mod layout;
 mod msr;
 pub mod power;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::layout::{EBDA_START, HIGH_MEMORY, LOW_HOLE_START};
-use crate::acpi;
+use crate::arch::acpi;
 use crate::arch::layout::{ECAM_SIZE, ECAM_START, HIGH_RAM_START};
 
 /// What a region is for. ACPI 6.5 §15, table 15.2; the numbers are PVH's too.

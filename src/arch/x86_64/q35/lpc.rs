@@ -5,8 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use busway_pci::{BarIndex, BarRegion, Bars, ConfigSpace, Identity, PciFunction};
 
 use super::{SUBSYSTEM, SUBSYSTEM_VENDOR};
-use crate::acpi;
-use crate::arch::power;
+use crate::arch::{gsi, power};
 
 /// Where the power management ports are. §13.1.13, PMBASE. They are where the ACPI tables say, so firmware
 /// finds them set up and leaves them there.
@@ -15,7 +14,7 @@ const PMBASE_IO: u32 = 1 << 0;
 /// ACPI control: the ports are enabled, and the SCI is interrupt 9. §13.1.14, ACPI_CNTL.
 const ACPI_CONTROL: u16 = 0x44;
 const ACPI_ENABLE: u8 = 1 << 7;
-const _: () = assert!(acpi::SCI == 9, "ACPI_CNTL's SCI_IRQ_SEL is 0");
+const _: () = assert!(gsi::SCI == 9, "ACPI_CNTL's SCI_IRQ_SEL is 0");
 
 /// Which interrupts of the PICs the pins A to D and E to H lead to; bit 7: to none. §13.1.16 and §13.1.18.
 const PIRQS: [u16; 2] = [0x60, 0x68];

@@ -23,8 +23,6 @@ use crate::kvm::BusDevice;
 pub const BASE: u16 = 0x70;
 /// Ports.
 pub const SIZE: u16 = 2;
-/// ISA interrupt, edge-triggered.
-pub const IRQ: u32 = 8;
 /// The CMOS byte that holds the century, as the FADT says.
 pub const CENTURY: u8 = 0x32;
 
@@ -48,7 +46,7 @@ struct Inner {
 }
 
 impl Rtc {
-    /// A clock that shows the host's time and whose interrupt is `irq`; belongs at [`BASE`].
+    /// A clock that shows the host's time and whose interrupt, edge-triggered, is `irq`; belongs at [`BASE`].
     ///
     /// # Errors
     /// There is no timer to be had.

@@ -5,7 +5,8 @@ use acpi_tables::sdt::Sdt;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::{Cpu, OEM_ID, OEM_REVISION, OEM_TABLE_ID, SCI};
+use crate::acpi::{Cpu, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::arch::gsi::SCI;
 use crate::arch::layout::{IOAPIC_START, LAPIC_START};
 
 /// Revision of the table that knows "online capable".
@@ -38,7 +39,7 @@ const NMI_LINT: u8 = 1;
 const FIRST_X2APIC: u32 = 0xff;
 
 /// The table. The position of a processor in `cpus` is its UID, as in the DSDT.
-pub(super) fn madt(cpus: &[Cpu]) -> Sdt {
+pub(crate) fn madt(cpus: &[Cpu]) -> Sdt {
     let mut entries = Vec::new();
     let mut wide = false;
     for (uid, cpu) in (0_u32..).zip(cpus) {

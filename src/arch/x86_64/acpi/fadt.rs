@@ -3,7 +3,8 @@
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, SCI};
+use crate::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::arch::gsi::SCI;
 use crate::arch::{power, rtc};
 
 /// `LEGACY_DEVICES`: there are devices (COM1, RTC) at the ISA bus' addresses. §5.2.9.3.
@@ -17,11 +18,11 @@ const NO_C3: u16 = 1001;
 
 /// Where the table has addresses of others, and how many bytes each has: FIRMWARE_CTRL, DSDT and X_DSDT.
 /// §5.2.9.
-pub(super) const POINTERS: [(usize, u8); 3] = [(36, 4), (40, 4), (140, 8)];
+pub(crate) const POINTERS: [(usize, u8); 3] = [(36, 4), (40, 4), (140, 8)];
 
 /// The table. There is no SMI command port: ACPI mode is always on (§4.8.2.5). Neither an 8042 nor VGA
 /// is claimed; the CMOS clock is there.
-pub(super) fn fadt(facs: u64, dsdt: u64) -> FADT {
+pub(crate) fn fadt(facs: u64, dsdt: u64) -> FADT {
     let io = |size: u8, access, port: u16| {
         GAS::new(AddressSpace::SystemIo, size * 8, 0, access, port.into())
     };
