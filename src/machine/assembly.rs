@@ -14,14 +14,15 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::RunError;
 use super::address_plan::{AddressPlan, PlannedFunction};
 use super::aside::Aside;
+use super::consoles::open_console;
 use super::early::Early;
 use super::events::Events;
 use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
 use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
-use super::platform::{Platform, open_console};
 use super::virtio::VirtioDevices;
 use crate::acpi;
+use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::{CpuFeatures, CpuModel};
 use crate::arch::{gsi, layout};
@@ -43,7 +44,7 @@ pub(super) struct Machine {
     pub(super) passthrough: Passthrough,
     pub(super) virtio: VirtioDevices,
     pub(super) pci: Pci,
-    pub(super) platform: Platform,
+    pub(super) board: Board,
     _memory: MemoryMap,
     pub(super) ram: Ram,
     pub(super) events: Arc<Events>,
@@ -179,7 +180,14 @@ impl Machine {
             vm.doorbells(),
             lines,
         )?;
-        let platform = Platform::new(&config.serial, &buses, &router, &pci, &events, &quit)?;
+        let board = Board::new(
+            open_console("--serial", &config.serial, &quit)?,
+            &buses,
+            &router,
+            pci.topology(),
+            events.clone(),
+            config.firmware.is_some(),
+        )?;
         let routes = Arc::new(router.clone());
         let mut virtio = VirtioDevices::new(ram.guest(), routes, pci.topology(), &events);
         add_virtio(&mut virtio, &mut pci, config, &quit)?;
@@ -218,7 +226,7 @@ impl Machine {
             passthrough,
             virtio,
             pci,
-            platform,
+            board,
             _memory: memory,
             ram,
             events,
@@ -242,7 +250,7 @@ impl Machine {
         let (source, acpi) = match &self.boot {
             Boot::Kernel(boot) => (&boot.source, &boot.acpi),
             Boot::Firmware(board) => {
-                board.power_on(&self.platform);
+                board.power_on(&self.board);
                 return Ok(());
             }
         };

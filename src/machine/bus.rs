@@ -1,28 +1,23 @@
-//! How PCI hangs on the guest's address map: configuration space, and BARs that need an exit.
+//! What joins the devices and KVM, which do not know each other: interrupt lines, and how configuration space and
+//! the BARs that need an exit are in the guest's address map.
 
 use std::sync::Arc;
 
-use busway_pci::{BarIndex, Cf8Cfc, Ecam, PciFunction};
+use busway_pci::{BarIndex, Ecam, PciFunction};
 
-use crate::kvm::BusDevice;
+use crate::devices::InterruptLine;
+use crate::kvm::{BusDevice, LevelLine};
+
+impl InterruptLine for LevelLine {
+    fn set_level(&self, asserted: bool) {
+        self.set(asserted);
+    }
+}
 
 /// ECAM as the address map sees it.
 pub(super) struct EcamWindow(pub(super) Ecam);
 
 impl BusDevice for EcamWindow {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        self.0.read(offset, data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        self.0.write(offset, data);
-    }
-}
-
-/// The configuration ports.
-pub(super) struct ConfigPorts(pub(super) Arc<Cf8Cfc>);
-
-impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
         self.0.read(offset, data);
     }

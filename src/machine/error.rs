@@ -10,6 +10,7 @@ use busway_vfio::{DeviceError, HandedError};
 use super::address_plan::NoRoomError;
 use super::passthrough::{OpenDevices, PeerToPeerError};
 use crate::acpi::AcpiError;
+use crate::arch::board::BoardError;
 use crate::arch::boot::BootError;
 use crate::config::InvalidConfig;
 use crate::devices::console::ConsoleError;
@@ -119,6 +120,9 @@ pub enum RunError {
     /// The ACPI tables cannot be made.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// {0}
+    #[error(transparent)]
+    Board(#[from] BoardError),
     /// {what}: {source}
     #[error("{what}: {source}")]
     System {

@@ -11,10 +11,10 @@ use super::RunError;
 use super::address_plan::AddressPlan;
 use super::bus::EcamWindow;
 use super::pci::Pci;
-use super::platform::Platform;
 use super::virtio::VirtioDevices;
 use crate::acpi;
 use crate::arch::CpuModel;
+use crate::arch::board::Board;
 use crate::arch::boot::BootSource;
 use crate::arch::debug_port::{self, DebugPort};
 use crate::arch::layout;
@@ -132,11 +132,11 @@ impl FirmwareBoard {
     }
 
     /// As at power-on, the variables as they were set. No vCPU may run.
-    pub(super) fn power_on(&self, platform: &Platform) {
+    pub(super) fn power_on(&self, board: &Board) {
         self.fw_cfg.reset();
         self.variables.reset();
         let (below, above) = self.memory;
-        platform.rtc.tell_memory(below, above);
+        board.rtc.tell_memory(below, above);
     }
 }
 

@@ -81,7 +81,7 @@ impl Machine {
     }
 
     fn power_on(&mut self) -> Result<(), RunError> {
-        self.platform.reset();
+        self.board.reset();
         self.vcpus.reset()?;
         self.load()
     }

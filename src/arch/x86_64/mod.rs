@@ -1,6 +1,7 @@
 //! A PC with x86_64 processors: what Linux and firmware expect to find, as `docs/design.md` draws it.
 
 pub mod acpi;
+pub mod board;
 pub mod boot;
 pub(crate) mod chips;
 mod cpuid;

@@ -1,54 +1,64 @@
-//! The devices of the board, those that are not on PCI.
+//! The devices of the board that are not on PCI.
 
+use std::io;
 use std::sync::Arc;
 
-use busway_pci::Cf8Cfc;
-use busway_vfio::EventFd;
+use busway_pci::{Cf8Cfc, Topology};
 
-use super::RunError;
-use super::bus::ConfigPorts;
-use super::events::Events;
-use super::pci::Pci;
-use crate::arch::power::{self, AcpiPower, KeyboardReset, ResetControl};
-use crate::arch::rtc::{self, Rtc};
-use crate::arch::{gsi, layout};
-use crate::config::ConsoleConfig;
+use super::power::{self, AcpiPower, KeyboardReset, ResetControl};
+use super::rtc::{self, Rtc};
+use super::{gsi, layout};
+use crate::devices::PowerSink;
 use crate::devices::console::Endpoint;
 use crate::devices::serial::{self, Serial};
-use crate::devices::{InterruptLine, PowerSink};
-use crate::kvm::{Buses, IrqRouter, LevelLine};
+use crate::kvm::{BusDevice, Buses, IrqRouter, KvmError, Overlap};
 
-impl InterruptLine for LevelLine {
-    fn set_level(&self, asserted: bool) {
-        self.set(asserted);
-    }
+/// Why the board cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BoardError {
+    /// {0}
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// {0}
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+    /// the clock's timer cannot be made: {0}
+    #[error("the clock's timer cannot be made: {0}")]
+    Timer(#[source] io::Error),
+    /// the serial port cannot be made: {0}
+    #[error("the serial port cannot be made: {0}")]
+    Serial(#[source] io::Error),
 }
 
 /// The board.
 #[derive(Debug)]
-pub(super) struct Platform {
-    pub(super) power: Arc<AcpiPower>,
-    pub(super) rtc: Arc<Rtc>,
+pub(crate) struct Board {
+    pub(crate) power: Arc<AcpiPower>,
+    pub(crate) rtc: Arc<Rtc>,
     serial: Option<Arc<Serial>>,
     config_ports: Arc<Cf8Cfc>,
 }
 
-impl Platform {
-    /// Puts the board's devices on the buses. `quit` is signalled when a person wants to leave.
-    pub(super) fn new(
-        serial: &ConsoleConfig,
+impl Board {
+    /// Puts the board's devices on the buses. `serial` is the console of the serial port, where there is one;
+    /// `topology` is what the configuration ports reach; `firmware` says that the guest begins with firmware,
+    /// which looks for devices that a kernel does not look for.
+    ///
+    /// # Errors
+    /// [`BoardError`]
+    pub(crate) fn new(
+        serial: Option<Endpoint>,
         buses: &Buses,
         router: &IrqRouter,
-        pci: &Pci,
-        events: &Arc<Events>,
-        quit: &EventFd,
-    ) -> Result<Self, RunError> {
+        topology: &Arc<Topology>,
+        sink: Arc<dyn PowerSink>,
+        firmware: bool,
+    ) -> Result<Self, BoardError> {
         let ports = &buses.ports;
-        let sink: Arc<dyn PowerSink> = events.clone();
 
         let sci = Arc::new(router.level_line(gsi::SCI));
         let mut power = AcpiPower::new(sci, sink.clone());
-        if pci.mch().is_some() {
+        if firmware {
             power = power.for_firmware();
         }
         let power = Arc::new(power);
@@ -59,7 +69,7 @@ impl Platform {
             power.clone(),
         )?;
 
-        let config_ports = Arc::new(Cf8Cfc::new(pci.topology().clone()));
+        let config_ports = Arc::new(Cf8Cfc::new(topology.clone()));
         let reset = ResetControl::new(sink.clone(), Arc::new(ConfigPorts(config_ports.clone())));
         ports.insert(
             "PCI configuration ports",
@@ -68,7 +78,7 @@ impl Platform {
             Arc::new(reset),
         )?;
         let mut keyboard = KeyboardReset::new(sink);
-        if pci.mch().is_some() {
+        if firmware {
             keyboard = keyboard.without_controller();
         }
         ports.insert(
@@ -78,15 +88,14 @@ impl Platform {
             Arc::new(keyboard),
         )?;
 
-        let rtc = Rtc::new(router.edge_line(gsi::RTC)?)
-            .map_err(RunError::system("the clock's timer cannot be made"))?;
+        let rtc = Rtc::new(router.edge_line(gsi::RTC)?).map_err(BoardError::Timer)?;
         let rtc = Arc::new(rtc);
         ports.insert("clock", rtc::BASE.into(), rtc::SIZE.into(), rtc.clone())?;
 
-        let serial = match open_console("--serial", serial, quit)? {
+        let serial = match serial {
             Some(endpoint) => {
                 let port = Serial::new(router.edge_line(gsi::SERIAL)?, endpoint)
-                    .map_err(RunError::system("the serial port cannot be made"))?;
+                    .map_err(BoardError::Serial)?;
                 let port = Arc::new(port);
                 ports.insert(
                     "serial port",
@@ -107,7 +116,7 @@ impl Platform {
     }
 
     /// As after power-on. No vCPU may run.
-    pub(super) fn reset(&self) {
+    pub(crate) fn reset(&self) {
         self.power.reset();
         self.rtc.reset();
         self.config_ports.reset();
@@ -117,18 +126,15 @@ impl Platform {
     }
 }
 
-/// Opens a console, and says where it is where a person could not know.
-pub(super) fn open_console(
-    flag: &'static str,
-    config: &ConsoleConfig,
-    quit: &EventFd,
-) -> Result<Option<Endpoint>, RunError> {
-    let endpoint =
-        Endpoint::open(config, quit).map_err(|source| RunError::Console { flag, source })?;
-    if let Some(location) = endpoint.as_ref().and_then(|end| end.location.as_ref()) {
-        // After what has been logged.
-        log::logger().flush();
-        eprintln!("busway: {flag} is at {}", location.display());
+/// The configuration ports.
+struct ConfigPorts(Arc<Cf8Cfc>);
+
+impl BusDevice for ConfigPorts {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
     }
-    Ok(endpoint)
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write(offset, data);
+    }
 }
