@@ -4,11 +4,11 @@ use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory};
 
 use super::e820::E820;
-use super::entry::{Entry, Mode};
+use super::entry::{BootProtocol, Entry};
 use super::error::BootError;
 use super::initramfs::{self, Reach};
-use super::layout::{CMDLINE, CMDLINE_ROOM, HIGH_MEMORY, ZERO_PAGE};
-use super::source::{BootSource, Input};
+use super::input::{Input, Inputs};
+use super::low_memory::{CMDLINE, CMDLINE_ROOM, HIGH_MEMORY, ZERO_PAGE};
 
 /// Offset of the setup header in the file, and in the zero page.
 const HEADER: u64 = 0x1f1;
@@ -106,12 +106,12 @@ impl SetupHeader {
 /// Loads the kernel where it prefers to be, its initramfs as high as it can be, and the zero page.
 pub(super) fn load(
     ram: &impl GuestMemory,
-    source: &BootSource,
+    inputs: &Inputs,
     setup: &SetupHeader,
     map: &E820,
     rsdp: GuestAddress,
 ) -> Result<Entry, BootError> {
-    let kernel = &source.kernel;
+    let kernel = &inputs.kernel;
     let mut header = setup.header;
     let start = header.pref_address;
     let length = kernel.size - setup.payload;
@@ -121,13 +121,13 @@ pub(super) fn load(
         .filter(|_| start >= HIGH_MEMORY)
         .ok_or_else(|| kernel.damaged(format!("it asks to be loaded at {start:#x}")))?;
     if !map.is_ram(&(start..end)) || end > map.low_ram_end() {
-        return Err(BootError::no_ram_for_kernel(kernel, start..end, map));
+        return Err(BootError::no_ram_for_kernel(&kernel.path, start..end, map));
     }
     // Checked first: reading is what takes time.
     let cmdline_max = u64::from(header.cmdline_size).min(CMDLINE_ROOM - 1);
-    source.write_cmdline(ram, cmdline_max)?;
+    inputs.write_cmdline(ram, cmdline_max)?;
     let mut page = boot_params::default();
-    if let Some(file) = &source.initramfs {
+    if let Some(file) = &inputs.initramfs {
         let preferred = u64::from(header.initrd_addr_max) + 1;
         let anywhere = header.xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G != 0;
         let reach = Reach {
@@ -150,7 +150,7 @@ pub(super) fn load(
     page.acpi_rsdp_addr = rsdp.0;
     write_zero_page(ram, page, map)?;
     Ok(Entry {
-        mode: Mode::Linux64,
+        protocol: BootProtocol::Linux64,
         address: GuestAddress(start + ENTRY_64),
     })
 }

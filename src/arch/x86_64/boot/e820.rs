@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use super::layout::{EBDA_START, HIGH_MEMORY, LOW_HOLE_START};
+use super::low_memory::{EBDA_START, HIGH_MEMORY, LOW_HOLE_START};
 use crate::arch::acpi;
 use crate::arch::layout::{ECAM_SIZE, ECAM_START, HIGH_RAM_START};
 
 /// What a region is for. ACPI 6.5 §15, table 15.2; the numbers are PVH's too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Kind {
+pub enum E820Kind {
     /// AddressRangeMemory
     Ram = 1,
     /// AddressRangeReserved
@@ -18,17 +18,17 @@ pub enum Kind {
 
 /// One region of the map.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Region {
+pub struct E820Region {
     /// Guest-physical addresses.
     pub range: Range<u64>,
     /// What it is for.
-    pub kind: Kind,
+    pub kind: E820Kind,
 }
 
 /// The map: in ascending order, without overlaps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct E820 {
-    regions: Vec<Region>,
+    regions: Vec<E820Region>,
 }
 
 impl E820 {
@@ -46,11 +46,11 @@ impl E820 {
         ];
         // What is no RAM to the guest although RAM lies behind it.
         let holes = [EBDA_START..HIGH_MEMORY, ECAM_START..ECAM_START + ECAM_SIZE];
-        let mut regions: Vec<Region> = reserved
+        let mut regions: Vec<E820Region> = reserved
             .into_iter()
-            .map(|range| Region {
+            .map(|range| E820Region {
                 range,
-                kind: Kind::Reserved,
+                kind: E820Kind::Reserved,
             })
             .collect();
         for range in ram {
@@ -69,7 +69,7 @@ impl E820 {
 
     /// The regions, ascending.
     #[must_use]
-    pub fn regions(&self) -> &[Region] {
+    pub fn regions(&self) -> &[E820Region] {
         &self.regions
     }
 
@@ -94,16 +94,16 @@ impl E820 {
     pub(super) fn ram(&self) -> impl DoubleEndedIterator<Item = &Range<u64>> {
         self.regions
             .iter()
-            .filter(|region| region.kind == Kind::Ram)
+            .filter(|region| region.kind == E820Kind::Ram)
             .map(|region| &region.range)
     }
 }
 
-fn push_ram(regions: &mut Vec<Region>, range: Range<u64>) {
+fn push_ram(regions: &mut Vec<E820Region>, range: Range<u64>) {
     if !range.is_empty() {
-        regions.push(Region {
+        regions.push(E820Region {
             range,
-            kind: Kind::Ram,
+            kind: E820Kind::Ram,
         });
     }
 }
@@ -126,12 +126,12 @@ mod tests {
         assert_eq!(
             seen,
             [
-                (0, 0x9fc00, Kind::Ram),
-                (0x9fc00, 0xa0000, Kind::Reserved),
-                (0xe0000, 0x10_0000, Kind::Reserved),
-                (0x10_0000, 0xc000_0000, Kind::Ram),
-                (0xe000_0000, 0xf000_0000, Kind::Reserved),
-                (0x1_0000_0000, 0x1_c000_0000, Kind::Ram),
+                (0, 0x9fc00, E820Kind::Ram),
+                (0x9fc00, 0xa0000, E820Kind::Reserved),
+                (0xe0000, 0x10_0000, E820Kind::Reserved),
+                (0x10_0000, 0xc000_0000, E820Kind::Ram),
+                (0xe000_0000, 0xf000_0000, E820Kind::Reserved),
+                (0x1_0000_0000, 0x1_c000_0000, E820Kind::Ram),
             ]
         );
         assert_eq!(map.low_ram_end(), 0xc000_0000);

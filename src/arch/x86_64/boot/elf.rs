@@ -9,11 +9,11 @@ use linux_loader::start_info::{
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory};
 
 use super::e820::E820;
-use super::entry::{Entry, Mode};
+use super::entry::{BootProtocol, Entry};
 use super::error::BootError;
 use super::initramfs::{self, Reach};
-use super::layout::{CMDLINE, HIGH_MEMORY, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
-use super::source::{BootSource, Input};
+use super::input::{Input, Inputs};
+use super::low_memory::{CMDLINE, HIGH_MEMORY, PVH_MEMORY_MAP, PVH_MODULES, PVH_START_INFO};
 
 /// `e_ident`: "\x7fELF", ELFCLASS64, ELFDATA2LSB.
 const IDENT: [u8; 6] = *b"\x7fELF\x02\x01";
@@ -161,12 +161,12 @@ fn pvh_entry(notes: &[u8], alignment: u64) -> Option<u32> {
 /// information.
 pub(super) fn load(
     ram: &impl GuestMemory,
-    source: &BootSource,
+    inputs: &Inputs,
     elf: &PvhElf,
     map: &E820,
     rsdp: GuestAddress,
 ) -> Result<Entry, BootError> {
-    let kernel = &source.kernel;
+    let kernel = &inputs.kernel;
     let mut kernel_end = HIGH_MEMORY;
     for segment in &elf.segments {
         let Range { start, end } = segment.memory;
@@ -174,12 +174,12 @@ pub(super) fn load(
             return Err(kernel.damaged(format!("it asks to be loaded at {start:#x}")));
         }
         if !map.is_ram(&segment.memory) || end > map.low_ram_end() {
-            return Err(BootError::no_ram_for_kernel(kernel, start..end, map));
+            return Err(BootError::no_ram_for_kernel(&kernel.path, start..end, map));
         }
         kernel_end = kernel_end.max(end);
     }
-    source.write_cmdline(ram, CMDLINE_MAX)?;
-    let module = match &source.initramfs {
+    inputs.write_cmdline(ram, CMDLINE_MAX)?;
+    let module = match &inputs.initramfs {
         Some(file) => {
             let reach = Reach {
                 floor: kernel_end,
@@ -205,7 +205,7 @@ pub(super) fn load(
     }
     write_start_info(ram, module, map, rsdp)?;
     Ok(Entry {
-        mode: Mode::Pvh,
+        protocol: BootProtocol::Pvh,
         address: GuestAddress(elf.entry.into()),
     })
 }

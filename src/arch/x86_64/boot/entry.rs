@@ -4,7 +4,7 @@ use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::error::BootError;
-use super::layout::{GDT, PAGE_DIRECTORIES, PDPT, PML4, PVH_START_INFO, STACK_TOP, ZERO_PAGE};
+use super::low_memory::{GDT, PAGE_DIRECTORIES, PDPT, PML4, PVH_START_INFO, STACK_TOP, ZERO_PAGE};
 
 // Control registers and EFER. Intel SDM vol. 3 §2.5 and §2.2.1.
 const CR0_PE: u64 = 1 << 0;
@@ -33,7 +33,7 @@ const TYPE_BUSY_TSS: u8 = 0b1011;
 
 /// How the kernel wants to be entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum BootProtocol {
     /// 64-bit, paged, RSI at Linux's `boot_params`. Documentation/arch/x86/boot.rst, "64-bit Boot
     /// Protocol".
     Linux64,
@@ -45,7 +45,7 @@ pub enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The protocol.
-    pub mode: Mode,
+    pub protocol: BootProtocol,
     /// Guest-physical address of the first instruction.
     pub address: GuestAddress,
 }
@@ -55,7 +55,11 @@ impl Entry {
     /// registers. The local APIC's base and the interrupt bitmap stay as they are.
     #[must_use]
     pub fn apply(&self, sregs: &mut kvm_sregs) -> kvm_regs {
-        let code = segment(SELECTOR_CODE, TYPE_CODE, self.mode == Mode::Linux64);
+        let code = segment(
+            SELECTOR_CODE,
+            TYPE_CODE,
+            self.protocol == BootProtocol::Linux64,
+        );
         let data = segment(SELECTOR_DATA, TYPE_DATA, false);
         sregs.cs = code;
         for register in [
@@ -86,14 +90,14 @@ impl Entry {
         sregs.idt = kvm_dtable::default();
         sregs.cr2 = 0;
         sregs.cr8 = 0;
-        match self.mode {
-            Mode::Linux64 => {
+        match self.protocol {
+            BootProtocol::Linux64 => {
                 sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
                 sregs.cr3 = PML4;
                 sregs.cr4 = CR4_PAE;
                 sregs.efer = EFER_LME | EFER_LMA;
             }
-            Mode::Pvh => {
+            BootProtocol::Pvh => {
                 sregs.cr0 = CR0_PE | CR0_ET;
                 sregs.cr3 = 0;
                 sregs.cr4 = 0;
@@ -106,9 +110,9 @@ impl Entry {
             rsp: STACK_TOP,
             ..Default::default()
         };
-        match self.mode {
-            Mode::Linux64 => regs.rsi = ZERO_PAGE,
-            Mode::Pvh => regs.rbx = PVH_START_INFO,
+        match self.protocol {
+            BootProtocol::Linux64 => regs.rsi = ZERO_PAGE,
+            BootProtocol::Pvh => regs.rbx = PVH_START_INFO,
         }
         regs
     }
@@ -117,7 +121,7 @@ impl Entry {
     /// to themselves by 2 MiB pages, which every x86-64 processor has.
     pub(super) fn write_tables(&self, ram: &impl GuestMemory) -> Result<(), BootError> {
         write_words(ram, "the descriptor table", GDT, self.descriptors())?;
-        if self.mode == Mode::Pvh {
+        if self.protocol == BootProtocol::Pvh {
             return Ok(());
         }
         let table = PAGE_PRESENT | PAGE_WRITABLE;
@@ -138,7 +142,11 @@ impl Entry {
 
     /// The descriptor table, such that a kernel that reloads a selector finds what it had.
     fn descriptors(&self) -> [u64; 6] {
-        let code = segment(SELECTOR_CODE, TYPE_CODE, self.mode == Mode::Linux64);
+        let code = segment(
+            SELECTOR_CODE,
+            TYPE_CODE,
+            self.protocol == BootProtocol::Linux64,
+        );
         let data = segment(SELECTOR_DATA, TYPE_DATA, false);
         let task = kvm_segment {
             limit: 0x67,
@@ -214,13 +222,13 @@ mod tests {
     #[test]
     fn descriptors_are_the_flat_ones_of_the_boot_protocol() {
         let linux = Entry {
-            mode: Mode::Linux64,
+            protocol: BootProtocol::Linux64,
             address: GuestAddress(0x100_0200),
         };
         assert_eq!(linux.descriptors()[2], 0x00af_9b00_0000_ffff);
         assert_eq!(linux.descriptors()[3], 0x00cf_9300_0000_ffff);
         let pvh = Entry {
-            mode: Mode::Pvh,
+            protocol: BootProtocol::Pvh,
             ..linux
         };
         assert_eq!(pvh.descriptors()[2], 0x00cf_9b00_0000_ffff);
@@ -229,9 +237,9 @@ mod tests {
 
     #[test]
     fn the_entry_state_does_not_depend_on_what_the_registers_held() {
-        for mode in [Mode::Linux64, Mode::Pvh] {
+        for protocol in [BootProtocol::Linux64, BootProtocol::Pvh] {
             let entry = Entry {
-                mode,
+                protocol,
                 address: GuestAddress(0x100_0000),
             };
             let mut fresh = kvm_sregs::default();

@@ -2,12 +2,11 @@
 
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use vm_memory::GuestMemoryError;
 
 use super::e820::E820;
-use super::source::Input;
 use crate::arch::layout::MMIO32_START;
 
 /// Why a guest could not be loaded.
@@ -143,7 +142,7 @@ pub enum BootError {
 
 impl BootError {
     /// Not all of `needed` is RAM below 4 GiB in `map`.
-    pub(super) fn no_ram_for_kernel(kernel: &Input, needed: Range<u64>, map: &E820) -> Self {
+    pub(super) fn no_ram_for_kernel(kernel: &Path, needed: Range<u64>, map: &E820) -> Self {
         let Range { start, end } = needed;
         let ram_end = map.low_ram_end();
         let why = if end > MMIO32_START {
@@ -164,7 +163,7 @@ impl BootError {
                 .to_owned()
         };
         Self::NoRamForKernel {
-            path: kernel.path.clone(),
+            path: kernel.to_owned(),
             start,
             end,
             why,

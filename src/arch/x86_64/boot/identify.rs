@@ -1,7 +1,7 @@
 //! What a file is that was given as a kernel and is none, so that the message can say it.
 
 use super::error::BootError;
-use super::source::Input;
+use super::input::Input;
 
 /// Bytes from the file's start that are looked at: an ISO image's mark lies farthest.
 const HEAD: usize = 0x9000;

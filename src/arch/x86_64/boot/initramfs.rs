@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::e820::E820;
 use super::error::BootError;
-use super::source::Input;
+use super::input::Input;
 use crate::arch::layout::{HIGH_RAM_START, MMIO32_START};
 
 const MIB: u64 = 1 << 20;

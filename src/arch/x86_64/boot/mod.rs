@@ -12,11 +12,12 @@ mod entry;
 mod error;
 mod identify;
 mod initramfs;
-mod layout;
+mod input;
+mod low_memory;
 mod source;
 
-pub use e820::{E820, Kind, Region};
-pub use entry::{Entry, Mode};
+pub use e820::{E820, E820Kind, E820Region};
+pub use entry::{BootProtocol, Entry};
 pub use error::BootError;
 pub use source::{BootSource, default_cmdline};
 
@@ -35,9 +36,10 @@ pub fn load(
     rsdp: GuestAddress,
 ) -> Result<Entry, BootError> {
     write_bios_data_area(ram)?;
+    let inputs = source.inputs();
     let entry = match source.format() {
-        source::Format::BzImage(header) => bzimage::load(ram, source, header, map, rsdp)?,
-        source::Format::Elf(elf) => elf::load(ram, source, elf, map, rsdp)?,
+        source::Format::BzImage(header) => bzimage::load(ram, inputs, header, map, rsdp)?,
+        source::Format::Elf(elf) => elf::load(ram, inputs, elf, map, rsdp)?,
     };
     entry.write_tables(ram)?;
     Ok(entry)
@@ -56,13 +58,13 @@ fn write_bios_data_area(ram: &impl GuestMemory) -> Result<(), BootError> {
     };
     write(
         "the EBDA's segment",
-        layout::BDA_EBDA_SEGMENT,
-        (layout::EBDA_START >> 4) as u16,
+        low_memory::BDA_EBDA_SEGMENT,
+        (low_memory::EBDA_START >> 4) as u16,
     )?;
     write(
         "the size of base memory",
-        layout::BDA_BASE_MEMORY_KIB,
-        (layout::EBDA_START >> 10) as u16,
+        low_memory::BDA_BASE_MEMORY_KIB,
+        (low_memory::EBDA_START >> 10) as u16,
     )
 }
 

@@ -148,8 +148,8 @@ fn a_bzimage_is_loaded_by_the_64_bit_protocol() {
         .boot(&bzimage(&code), Some(&initramfs), "console=ttyS0")
         .unwrap();
     assert_eq!(
-        (entry.mode, entry.address),
-        (Mode::Linux64, GuestAddress(16 * MIB + 0x200))
+        (entry.protocol, entry.address),
+        (BootProtocol::Linux64, GuestAddress(16 * MIB + 0x200))
     );
     assert!(guest.bytes(16 * MIB, code.len()) == code);
 
@@ -173,7 +173,7 @@ fn a_bzimage_is_loaded_by_the_64_bit_protocol() {
         .map(|at| (guest.u64(at), guest.u64(at + 8), guest.u32(at + 16)))
         .collect();
     let expected = guest.map.regions().iter().map(|region| {
-        let Region { range, kind } = region;
+        let E820Region { range, kind } = region;
         (range.start, range.end - range.start, *kind as u64)
     });
     assert_eq!(e820, expected.collect::<Vec<_>>());
@@ -226,8 +226,8 @@ fn an_elf_is_loaded_by_its_pvh_entry() {
         .boot(&pvh_elf(&code, 0x1000), Some(&[3; 100]), "quiet")
         .unwrap();
     assert_eq!(
-        (entry.mode, entry.address),
-        (Mode::Pvh, GuestAddress(16 * MIB + 0x10))
+        (entry.protocol, entry.address),
+        (BootProtocol::Pvh, GuestAddress(16 * MIB + 0x10))
     );
     assert!(guest.bytes(16 * MIB, 0x3000) == code);
     assert_eq!(guest.bytes(16 * MIB + 0x3000, 0x1000), [0; 0x1000]);
@@ -366,7 +366,7 @@ fn a_pvh_note_makes_a_kernel_of_an_elf_that_names_an_interpreter() {
     let entry = guest
         .boot(&with_interpreter(pvh_elf(&[0; 4096], 0)), None, "")
         .unwrap();
-    assert_eq!(entry.mode, Mode::Pvh);
+    assert_eq!(entry.protocol, BootProtocol::Pvh);
     let mut program = with_interpreter(pvh_elf(&[0; 4096], 0));
     put(&mut program, 0x220, b"Hen\0");
     assert!(guest.error(&program).contains("an ELF program or library"));

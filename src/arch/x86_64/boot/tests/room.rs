@@ -47,7 +47,7 @@ fn an_initramfs_is_above_4_gib_where_the_kernel_says_that_it_can_be() {
     put(&mut kernel, 0x236, &0b11_u16.to_le_bytes());
     guest.boot(&kernel, Some(&[1; 8192]), "").unwrap();
     let halves = |low, high| {
-        let page = layout::ZERO_PAGE;
+        let page = low_memory::ZERO_PAGE;
         guest.u32(page + low) | guest.u32(page + high) << 32
     };
     // ramdisk_image and ext_ramdisk_image, ramdisk_size and ext_ramdisk_size
@@ -66,7 +66,7 @@ fn an_initramfs_of_a_pvh_kernel_stays_below_4_gib() {
     let guest = Guest::new(6 << 30);
     let kernel = pvh_elf(&[0; 4096], 0);
     guest.boot(&kernel, Some(&[1; 4096]), "").unwrap();
-    assert_eq!(guest.u64(layout::PVH_MODULES), (2 << 30) - 4096);
+    assert_eq!(guest.u64(low_memory::PVH_MODULES), (2 << 30) - 4096);
     // Sparse, and refused before it is read.
     let pvh = guest.file("pvh", &pvh_elf(&[0; 4096], 0));
     let initramfs = guest.folder.path().join("large");
@@ -100,5 +100,5 @@ fn an_initramfs_stays_below_what_the_kernel_takes() {
     let mut kernel = bzimage(&[0; 4096]);
     put(&mut kernel, 0x22c, &(64 * MIB as u32 - 1).to_le_bytes());
     guest.boot(&kernel, Some(&[1; 4096]), "").unwrap();
-    assert_eq!(guest.u32(layout::ZERO_PAGE + 0x218), 64 * MIB - 4096);
+    assert_eq!(guest.u32(low_memory::ZERO_PAGE + 0x218), 64 * MIB - 4096);
 }
