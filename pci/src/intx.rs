@@ -6,12 +6,14 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::address::Device;
 use crate::complaints::Complaints;
 use crate::interrupt::{InterruptLine, InterruptLines, PinOwner, RouteError};
 
 /// One of a device's four interrupt pins. PCIe 6.0 §6.1.2 and §7.5.1.1.13.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum InterruptPin {
     /// INTA, the one that a single-function device has.
     A = 1,
@@ -63,6 +65,38 @@ pub enum PinError {
     Device(#[source] std::io::Error),
 }
 
+/// The version of [`IntxState`] that is written and read. It changes with the meaning of a field.
+const VERSION: u16 = 1;
+
+/// What a function's pin remembers. The level is the device's, and whether an interrupt is under way the
+/// interrupt controller's; neither is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IntxState {
+    /// The version of this structure.
+    pub version: u16,
+    /// Which pin it is.
+    pub pin: InterruptPin,
+    /// The function uses neither MSI nor MSI-X, so that the pin is to have a way to the guest.
+    pub wanted: bool,
+}
+
+/// A saved state is none that this pin can go on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IntxStateError {
+    /// it was saved in version {0} of the format, and this Busway knows 1
+    #[error("it was saved in version {0} of the format, and this Busway knows {VERSION}")]
+    Version(u16),
+    /// it is {saved}'s, and the function has {own}
+    #[error("it is {saved}'s, and the function has {own}")]
+    Pin {
+        /// The pin that was saved.
+        saved: InterruptPin,
+        /// The function's.
+        own: InterruptPin,
+    },
+}
+
 /// The wired interrupt of a function whose device masks itself when it has signalled. PCIe 6.0
 /// §6.1.2.
 ///
@@ -72,7 +106,7 @@ pub enum PinError {
 /// and is locked with it.
 #[derive(Debug)]
 pub struct Intx {
-    pin: InterruptPin,
+    state: IntxState,
     lines: Arc<dyn InterruptLines>,
     line: Option<Arc<dyn InterruptLine>>,
     name: Box<str>,
@@ -88,7 +122,11 @@ impl Intx {
         name: impl Into<Box<str>>,
     ) -> Self {
         Self {
-            pin,
+            state: IntxState {
+                version: VERSION,
+                pin,
+                wanted: false,
+            },
             lines,
             line: None,
             name: name.into(),
@@ -99,7 +137,36 @@ impl Intx {
     /// Which pin it is.
     #[must_use]
     pub fn pin(&self) -> InterruptPin {
-        self.pin
+        self.state.pin
+    }
+
+    /// What it remembers.
+    #[must_use]
+    pub fn state(&self) -> IntxState {
+        self.state
+    }
+
+    /// Goes to a state that was saved: the pin is connected or not, as it was wanted then. Where that fails, it
+    /// is as in [`settle`](Self::settle).
+    ///
+    /// # Errors
+    /// [`IntxStateError`]; nothing has changed then
+    pub fn restore(
+        &mut self,
+        state: &IntxState,
+        owner: &mut dyn PinOwner,
+    ) -> Result<(), IntxStateError> {
+        if state.version != VERSION {
+            return Err(IntxStateError::Version(state.version));
+        }
+        if state.pin != self.pin() {
+            return Err(IntxStateError::Pin {
+                saved: state.pin,
+                own: self.pin(),
+            });
+        }
+        self.settle(!state.wanted, owner);
+        Ok(())
     }
 
     /// Whether it has a way to the guest now.
@@ -113,8 +180,9 @@ impl Intx {
     /// # Errors
     /// [`PinError`]; it stays unconnected.
     pub fn connect(&mut self, owner: &mut dyn PinOwner) -> Result<(), PinError> {
+        self.state.wanted = true;
         if self.line.is_none() {
-            let line = self.lines.connect(self.pin)?;
+            let line = self.lines.connect(self.state.pin)?;
             owner
                 .connect(line.event(), line.resample())
                 .map_err(PinError::Device)?;
@@ -126,6 +194,7 @@ impl Intx {
     /// Disconnects the pin; nothing where it is not. The source stops signalling first; only then do
     /// the eventfds close.
     pub fn disconnect(&mut self, owner: &mut dyn PinOwner) {
+        self.state.wanted = false;
         if let Some(line) = self.line.take() {
             owner.disconnect();
             drop(line);
@@ -205,6 +274,39 @@ mod tests {
         assert!(owner.lines_at_disconnect.is_empty());
     }
 
+    #[test]
+    fn a_state_of_another_version_or_pin_is_refused_and_changes_nothing() {
+        let lines = Arc::new(FakeLines::default());
+        let mut intx = Intx::new(InterruptPin::A, lines.clone(), "test");
+        let mut owner = FakePinOwner::watching(&lines);
+        let wanted = IntxState {
+            wanted: true,
+            ..intx.state()
+        };
+        for (state, error) in [
+            (
+                IntxState {
+                    version: 2,
+                    ..wanted
+                },
+                IntxStateError::Version(2),
+            ),
+            (
+                IntxState {
+                    pin: InterruptPin::B,
+                    ..wanted
+                },
+                IntxStateError::Pin {
+                    saved: InterruptPin::B,
+                    own: InterruptPin::A,
+                },
+            ),
+        ] {
+            assert_eq!(intx.restore(&state, &mut owner), Err(error));
+            assert!(!intx.connected() && lines.up() == 0);
+        }
+    }
+
     proptest! {
         /// However modes change and whatever fails: the pin is connected only while no message is,
         /// the device is told of each change once, and no line is left behind.
@@ -223,6 +325,16 @@ mod tests {
                 prop_assert_eq!(intx.connected(), !messages && (before || !refuses && !exhausted));
                 prop_assert_eq!(lines.up(), usize::from(intx.connected()));
                 prop_assert_eq!(owner.connected, intx.connected());
+
+                // Another function's pin, put into this one's state, is connected as this one is meant to be.
+                let other_lines = Arc::new(FakeLines::default());
+                let mut other = Intx::new(InterruptPin::B, other_lines.clone(), "other");
+                let mut other_owner = FakePinOwner::watching(&other_lines);
+                other.settle(messages ^ exhausted, &mut other_owner);
+                other.restore(&intx.state(), &mut other_owner).unwrap();
+                prop_assert_eq!(other.state(), intx.state());
+                prop_assert_eq!(other.connected(), !messages);
+                prop_assert_eq!(other_owner.connected, other.connected());
             }
         }
     }

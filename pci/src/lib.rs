@@ -48,7 +48,7 @@ pub use interrupt::{
     InterruptLevel, InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage,
     PinOwner, RouteError, VectorOwner,
 };
-pub use intx::{InterruptPin, Intx, PinError};
+pub use intx::{InterruptPin, Intx, IntxState, IntxStateError, PinError};
 pub use link::{Link, LinkSpeed};
 pub use msi::{Msi, MsiFeatures};
 pub use msix::{Msix, MsixLocation, MsixState, MsixStateError, VectorState};

@@ -5,6 +5,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::devices::{InterruptLine, PowerSink};
 use crate::kvm::BusDevice;
 
@@ -64,17 +66,100 @@ const SLEEP_TYPE_MASK: u16 = 0b111;
 /// The timer's frequency in Hz.
 const PM_TIMER_HZ: u128 = 3_579_545;
 
-/// What the PM1 registers hold.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The version of [`PowerState`] that is written and read. It changes with the meaning of a field.
+const VERSION: u16 = 1;
+
+/// What the power management hardware remembers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PowerState {
+    /// The version of this structure.
+    pub version: u16,
     /// PM1 status.
     pub status: u16,
     /// PM1 enable.
     pub enable: u16,
     /// PM1 control, without the bits that are fixed or only written.
     pub control: u16,
+    /// Nanoseconds that the timer had run for when the state was taken.
+    pub timer: u64,
     /// The timer's highest bit when it was last looked at; a change of it sets its status.
     pub timer_high: bool,
+}
+
+/// A saved state is none that power management can go on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PowerStateError {
+    /// the power management registers were saved in version {0} of the format, and this Busway knows 1: restore them with the Busway that saved them
+    #[error(
+        "the power management registers were saved in version {0} of the format, and this Busway knows \
+         {VERSION}: restore them with the Busway that saved them"
+    )]
+    Version(u16),
+}
+
+impl PowerState {
+    /// As after power-on, with a timer that has run for `timer` nanoseconds.
+    fn at_reset(timer: u64) -> Self {
+        Self {
+            version: VERSION,
+            status: 0,
+            enable: 0,
+            control: 0,
+            timer,
+            timer_high: timer_high(Duration::from_nanos(timer)),
+        }
+    }
+
+    /// What the SCI is by these registers.
+    fn sci(&self) -> bool {
+        self.status & self.enable != 0
+    }
+}
+
+/// The state, and when its timer was where it says.
+#[derive(Debug)]
+struct Running {
+    state: PowerState,
+    since: Instant,
+}
+
+impl Running {
+    fn new(state: PowerState) -> Self {
+        Self {
+            state,
+            since: Instant::now(),
+        }
+    }
+
+    /// How long the timer has run for.
+    fn elapsed(&self) -> Duration {
+        Duration::from_nanos(self.state.timer).saturating_add(self.since.elapsed())
+    }
+
+    /// The state as it is now.
+    fn now(&self) -> PowerState {
+        PowerState {
+            timer: u64::try_from(self.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            ..self.state
+        }
+    }
+
+    /// The registers as bytes in their places.
+    fn registers(&mut self) -> [u8; PM_SIZE as usize] {
+        let elapsed = self.elapsed();
+        let state = &mut self.state;
+        if timer_high(elapsed) != state.timer_high {
+            state.timer_high = !state.timer_high;
+            state.status |= TIMER_STATUS;
+        }
+        let mut bytes = [0; PM_SIZE as usize];
+        bytes[0..2].copy_from_slice(&state.status.to_le_bytes());
+        bytes[2..4].copy_from_slice(&state.enable.to_le_bytes());
+        bytes[4..6].copy_from_slice(&(state.control | SCI_ENABLED).to_le_bytes());
+        bytes[8..12].copy_from_slice(&timer(elapsed).to_le_bytes());
+        bytes
+    }
 }
 
 /// ACPI's fixed power management hardware.
@@ -82,8 +167,7 @@ pub struct PowerState {
 /// Timer overflows show in the status register, and raise the SCI when a PM1 register is next
 /// accessed; no known system waits for them.
 pub struct AcpiPower {
-    state: Mutex<PowerState>,
-    start: Instant,
+    running: Mutex<Running>,
     sci: Arc<dyn InterruptLine>,
     sink: Arc<dyn PowerSink>,
     /// The values of SLP_TYP that turn the machine off.
@@ -103,8 +187,7 @@ impl AcpiPower {
     #[must_use]
     pub fn new(sci: Arc<dyn InterruptLine>, sink: Arc<dyn PowerSink>) -> Self {
         Self {
-            state: Mutex::default(),
-            start: Instant::now(),
+            running: Mutex::new(Running::new(PowerState::at_reset(0))),
             sci,
             sink,
             off: &[SLEEP_TYPE_S5],
@@ -120,64 +203,65 @@ impl AcpiPower {
 
     /// Presses the power button: the guest is asked to turn itself off.
     pub fn press_button(&self) {
-        let mut state = self.lock();
-        state.status |= POWER_BUTTON;
-        self.update_sci(&state);
+        let mut running = self.lock();
+        running.state.status |= POWER_BUTTON;
+        self.update_sci(&running);
     }
 
-    /// As after power-on.
+    /// As after power-on; the timer runs on.
     pub fn reset(&self) {
-        let mut state = self.lock();
-        *state = PowerState {
-            timer_high: timer_high(self.start.elapsed()),
-            ..Default::default()
-        };
-        self.update_sci(&state);
+        let mut running = self.lock();
+        *running = Running::new(PowerState::at_reset(running.now().timer));
+        self.update_sci(&running);
     }
 
-    /// What the registers hold.
+    /// What the hardware remembers.
     #[must_use]
     pub fn state(&self) -> PowerState {
-        *self.lock()
+        self.lock().now()
     }
 
-    /// The registers as bytes in their places.
-    fn registers(&self, state: &mut PowerState) -> [u8; PM_SIZE as usize] {
-        let elapsed = self.start.elapsed();
-        if timer_high(elapsed) != state.timer_high {
-            state.timer_high = !state.timer_high;
-            state.status |= TIMER_STATUS;
+    /// Goes on from a state that was saved, without bits that there are not. The timer goes on where it was.
+    ///
+    /// # Errors
+    /// [`PowerStateError`]; the hardware is then as it was.
+    pub fn restore(&self, state: &PowerState) -> Result<(), PowerStateError> {
+        if state.version != VERSION {
+            return Err(PowerStateError::Version(state.version));
         }
-        let mut bytes = [0; PM_SIZE as usize];
-        bytes[0..2].copy_from_slice(&state.status.to_le_bytes());
-        bytes[2..4].copy_from_slice(&state.enable.to_le_bytes());
-        bytes[4..6].copy_from_slice(&(state.control | SCI_ENABLED).to_le_bytes());
-        bytes[8..12].copy_from_slice(&timer(elapsed).to_le_bytes());
-        bytes
+        let mut running = self.lock();
+        *running = Running::new(PowerState {
+            status: state.status & STATUSES,
+            enable: state.enable & ENABLES,
+            control: state.control & SLEEP_TYPE_MASK << SLEEP_TYPE_SHIFT,
+            ..*state
+        });
+        self.update_sci(&running);
+        Ok(())
     }
 
-    fn update_sci(&self, state: &PowerState) {
-        self.sci.set_level(state.status & state.enable != 0);
+    fn update_sci(&self, running: &Running) {
+        self.sci.set_level(running.state.sci());
     }
 
-    fn lock(&self) -> MutexGuard<'_, PowerState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl BusDevice for AcpiPower {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut state = self.lock();
-        let registers = self.registers(&mut state);
-        self.update_sci(&state);
+        let mut running = self.lock();
+        let registers = running.registers();
+        self.update_sci(&running);
         for (at, byte) in (offset as usize..).zip(data) {
             *byte = registers.get(at).copied().unwrap_or(0);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let mut state = self.lock();
-        let mut registers = self.registers(&mut state);
+        let mut running = self.lock();
+        let mut registers = running.registers();
         // Status bits are cleared by ones: a byte that is not written clears none.
         registers[0..2].fill(0);
         // SLP_EN acts when it is written, and is never kept.
@@ -188,12 +272,13 @@ impl BusDevice for AcpiPower {
             }
         }
         let word = |at: usize| u16::from_le_bytes([registers[at], registers[at + 1]]);
+        let state = &mut running.state;
         state.status &= !(word(0) & STATUSES);
         state.enable = word(2) & ENABLES;
         let control = word(4);
         state.control = control & SLEEP_TYPE_MASK << SLEEP_TYPE_SHIFT;
-        self.update_sci(&state);
-        drop(state);
+        self.update_sci(&running);
+        drop(running);
         if control & SLEEP_ENABLE != 0 {
             let sleep_type = control >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
             if self.off.iter().any(|off| u16::from(*off) == sleep_type) {
@@ -420,6 +505,54 @@ mod tests {
     }
 
     #[test]
+    fn a_saved_state_goes_on_with_its_sci_and_its_timer_and_is_checked() {
+        let (_, saved) = power();
+        saved
+            .restore(&PowerState::at_reset(700_000_000_000))
+            .unwrap();
+        write16(&saved, 2, POWER_BUTTON);
+        write16(&saved, 4, 1 << SLEEP_TYPE_SHIFT);
+        saved.press_button();
+        let json = serde_json::to_string(&saved.state()).unwrap();
+
+        let (board, power) = power();
+        let state: PowerState = serde_json::from_str(&json).unwrap();
+        power.restore(&state).unwrap();
+        assert!(board.sci());
+        for register in [0, 2, 4] {
+            assert_eq!(read16(&power, register), read16(&saved, register));
+        }
+        let ran = timer(Duration::from_secs(700));
+        let timer = |power: &AcpiPower| {
+            let mut data = [0; 4];
+            power.read(8, &mut data);
+            u32::from_le_bytes(data)
+        };
+        // It stood still between being saved and restored, and no longer.
+        let (now, meanwhile) = (timer(&power), timer(&saved));
+        assert!(ran <= now && now <= meanwhile, "{ran} {now} {meanwhile}");
+
+        let newer = PowerState {
+            version: 2,
+            ..state
+        };
+        assert_eq!(power.restore(&newer), Err(PowerStateError::Version(2)));
+        let wild = PowerState {
+            status: u16::MAX,
+            enable: u16::MAX,
+            control: u16::MAX,
+            timer: u64::MAX,
+            ..state
+        };
+        power.restore(&wild).unwrap();
+        assert_eq!(power.state().enable, ENABLES);
+        assert_eq!(power.state().timer, u64::MAX);
+        assert_eq!(read16(&power, 4) & SLEEP_ENABLE, 0);
+        power.reset();
+        assert!(!board.sci());
+    }
+
+    #[test]
     fn the_reset_register_resets_and_leaves_configuration_accesses_alone() {
         struct Config;
         impl BusDevice for Config {
@@ -475,7 +608,10 @@ mod tests {
                 power.write(offset, &data);
                 power.read(offset, &mut data);
                 let state = power.state();
-                prop_assert_eq!(board.sci(), state.status & state.enable != 0);
+                let other = self::power();
+                other.1.restore(&state).unwrap();
+                prop_assert_eq!(other.0.sci(), board.sci());
+                prop_assert_eq!(board.sci(), state.sci());
                 prop_assert_eq!(state.enable & !ENABLES, 0);
             }
         }

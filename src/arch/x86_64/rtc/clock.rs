@@ -1,7 +1,12 @@
 //! The MC146818's registers as a function of the time: no thread, no timer, no descriptor.
 
-use super::CENTURY;
+use serde::{Deserialize, Serialize};
+
 use super::calendar::DateTime;
+use super::{CENTURY, INDEX_MASK};
+
+/// The version of [`RtcState`] that is written and read. It changes with the meaning of a field.
+const VERSION: u16 = 1;
 
 const SECOND: i64 = 1_000_000_000;
 /// What the guest can set the time to, in seconds since the start of 1970: the years 1900 to 2199. A
@@ -61,12 +66,17 @@ const ANY: u8 = 0xc0;
 /// Bytes of CMOS, clock and RAM together.
 const BYTES: usize = 128;
 
-/// What the clock remembers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What the clock remembers. The time is not in it, but what the guest's is off the host's by: a clock that is
+/// restored has gone on meanwhile.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RtcState {
+    /// The version of this structure.
+    pub version: u16,
     /// The register that the data port shows.
     pub index: u8,
     /// Registers as written; those that the time fills are unused.
+    #[serde(with = "cmos")]
     pub bytes: [u8; BYTES],
     /// Interrupt flags, register C without IRQF.
     pub flags: u8,
@@ -78,13 +88,70 @@ pub struct RtcState {
     pub seen: i64,
 }
 
+/// A saved state is none that a clock can go on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RtcStateError {
+    /// the clock's state was saved in version {0} of the format, and this Busway knows 1: restore it with the Busway that saved it
+    #[error(
+        "the clock's state was saved in version {0} of the format, and this Busway knows {VERSION}: restore it \
+         with the Busway that saved it"
+    )]
+    Version(u16),
+    /// the clock's saved state is damaged: its registers disagree on whether it stands still to be set
+    #[error(
+        "the clock's saved state is damaged: its registers disagree on whether it stands still to be set"
+    )]
+    Stopped,
+}
+
+/// The bytes of CMOS as a list, for serde's arrays end at 32.
+mod cmos {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::BYTES;
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8; BYTES], to: S) -> Result<S::Ok, S::Error> {
+        bytes.as_slice().serialize(to)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<[u8; BYTES], D::Error> {
+        let bytes = Vec::<u8>::deserialize(from)?;
+        let count = bytes.len();
+        let wrong = |_| D::Error::invalid_length(count, &"128 bytes of CMOS");
+        bytes.try_into().map_err(wrong)
+    }
+}
+
 impl RtcState {
+    /// The state to go on with after `self` was saved: what no clock can have is made what one can have.
+    ///
+    /// # Errors
+    /// [`RtcStateError`]
+    pub(super) fn checked(&self) -> Result<Self, RtcStateError> {
+        if self.version != VERSION {
+            return Err(RtcStateError::Version(self.version));
+        }
+        if self.stopped.is_some() != (self.byte(B) & B_SET != 0) {
+            return Err(RtcStateError::Stopped);
+        }
+        // What 64 bits of nanoseconds hold, as of a time that runs.
+        let (first, last) = (i64::MIN.div_euclid(SECOND), i64::MAX.div_euclid(SECOND));
+        Ok(Self {
+            index: self.index & INDEX_MASK,
+            flags: self.flags & (PERIODIC | ALARM | UPDATE),
+            stopped: self.stopped.map(|seconds| seconds.clamp(first, last)),
+            ..self.clone()
+        })
+    }
+
     /// A clock that agrees with the host's time `now`, in nanoseconds since the start of 1970.
     pub(super) fn new(now: i64) -> Self {
         let mut bytes = [0; BYTES];
         bytes[usize::from(A)] = A_DEFAULT;
         bytes[usize::from(B)] = B_24_HOURS;
         Self {
+            version: VERSION,
             index: 0,
             bytes,
             flags: 0,
@@ -557,5 +624,68 @@ mod tests {
                 clock.next_interrupt(now);
             }
         }
+
+        #[test]
+        fn a_clock_that_was_saved_goes_on_as_the_one_that_was_not(
+            accesses in proptest::collection::vec((0_u8..128, any::<u8>(), 0_i64..1 << 36), 0..60),
+            saved_after in 0_usize..60,
+        ) {
+            let mut clock = RtcState::new(NOW);
+            let mut restored = clock.clone();
+            let mut now = NOW;
+            for (at, (index, value, step)) in accesses.into_iter().enumerate() {
+                if at <= saved_after {
+                    let json = serde_json::to_string(&clock).unwrap();
+                    let saved: RtcState = serde_json::from_str(&json).unwrap();
+                    restored = saved.checked().unwrap();
+                    prop_assert_eq!(&restored, &clock);
+                }
+                now += step;
+                for clock in [&mut clock, &mut restored] {
+                    write(clock, index, value, now);
+                }
+                let read_back = [&mut clock, &mut restored].map(|clock| read(clock, C, now));
+                prop_assert_eq!(read_back[0], read_back[1]);
+                prop_assert_eq!(clock.next_interrupt(now), restored.next_interrupt(now));
+            }
+        }
+
+        #[test]
+        fn a_state_from_anybody_is_refused_or_harmless(
+            (index, flags, bytes) in (any::<u8>(), any::<u8>(), any::<[[u8; 32]; 4]>()),
+            (offset, seen, stopped) in (any::<i64>(), any::<i64>(), any::<Option<i64>>()),
+            registers in proptest::collection::vec((0_u8..128, any::<u8>()), 0..20),
+        ) {
+            let mut cmos = [0; BYTES];
+            cmos.copy_from_slice(bytes.as_flattened());
+            let state = RtcState {
+                version: VERSION, index, bytes: cmos, flags, offset, stopped, seen,
+            };
+            if let Ok(mut clock) = state.checked() {
+                for (index, value) in registers {
+                    write(&mut clock, index, value, NOW);
+                    read(&mut clock, index, NOW);
+                    clock.next_interrupt(NOW);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_clock_can_have_been_is_refused() {
+        let newer = RtcState {
+            version: 2,
+            ..RtcState::new(NOW)
+        };
+        assert_eq!(newer.checked(), Err(RtcStateError::Version(2)));
+        let torn = RtcState {
+            stopped: Some(0),
+            ..RtcState::new(NOW)
+        };
+        assert_eq!(torn.checked(), Err(RtcStateError::Stopped));
+        let mut short = serde_json::to_value(RtcState::new(NOW)).unwrap();
+        short["bytes"] = vec![0_u8; 127].into();
+        let error = serde_json::from_value::<RtcState>(short).unwrap_err();
+        assert!(error.to_string().contains("128 bytes of CMOS"), "{error}");
     }
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use busway_vfio::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-pub use clock::RtcState;
+pub use clock::{RtcState, RtcStateError};
 
 use crate::kvm::BusDevice;
 
@@ -92,6 +92,25 @@ impl Rtc {
     #[must_use]
     pub fn state(&self) -> RtcState {
         self.lock().state.clone()
+    }
+
+    /// Goes on from a state that was saved. What would have happened since happens now.
+    ///
+    /// # Errors
+    /// [`RtcStateError`]; the clock is then as it was.
+    pub fn restore(&self, state: &RtcState) -> Result<(), RtcStateError> {
+        let state = state.checked()?;
+        let mut inner = self.lock();
+        inner.state = state;
+        // It may be armed for what is due no more.
+        if let Err(error) = inner.timer.clear() {
+            log::debug!("cannot clear the clock's timer: {error}");
+        }
+        drop(inner);
+        self.access(|state, now| {
+            state.advance(now);
+        });
+        Ok(())
     }
 
     /// Does something to the state, then raises the interrupt if that asserted it, and arms the timer.
@@ -313,5 +332,32 @@ mod tests {
             assert_eq!(irq.take(), 1);
             assert_eq!(acknowledge() & 0xc0, 0xc0);
         }
+    }
+
+    #[test]
+    fn a_clock_that_is_restored_has_its_time_and_goes_on_interrupting() {
+        let (irq, other) = (EventFd::new().unwrap(), EventFd::new().unwrap());
+        let saved = Rtc::new(irq).unwrap();
+        // 1999-12-31, and the periodic interrupt.
+        for (index, value) in [(CENTURY, 0x19), (9, 0x99), (8, 0x12), (7, 0x31), (11, 0x42)] {
+            saved.write(0, &[index]);
+            saved.write(1, &[value]);
+        }
+        let restored = Rtc::new(other.clone()).unwrap();
+        restored.restore(&saved.state()).unwrap();
+        saved.lock().timer.clear().unwrap();
+        let shown = |index: u8| {
+            restored.write(0, &[index]);
+            let mut data = [0];
+            restored.read(1, &mut data);
+            data[0]
+        };
+        let date = (shown(CENTURY), shown(9));
+        assert!([(0x19, 0x99), (0x20, 0x00)].contains(&date), "{date:x?}");
+        shown(12);
+        let _early = other.take();
+        while !is_ready(&restored) {}
+        restored.on_timer();
+        assert_eq!((other.take(), shown(12) & 0xc0), (1, 0xc0));
     }
 }
