@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use super::tests::{BEHIND, BESIDE, Fixture, PORT, bdf, device, read32, write16, write32};
 use super::*;
+use crate::bar::{BarIndex, BarRegion};
 use crate::fake::{FakeFunction, FakeMapper, MEMORY_32};
-use crate::function::{BarIndex, BarRegion};
 
 /// A function that, while 0x40 is not zero, has something to do that its BAR must not be mapped for.
 pub(super) struct Busy {

@@ -18,7 +18,7 @@ use crate::pace::{self, Clock, SystemClock};
 use crate::spec;
 pub use assign::AssignError;
 use mapping::Mappings;
-pub use room::{Behind, Needs, NoRoom, Reserve, WindowKind, Windows, find_room};
+pub use room::{Behind, Needs, NoRoom, find_room};
 pub use tree::{FunctionId, Place, PlaceError};
 use tree::{Node, Tree};
 

@@ -6,12 +6,12 @@
 //! drivers to turn on; bridges are left open.
 
 use super::Topology;
-use super::room::{
-    Behind, Needs, Request, Reserve, What, WindowKind, Windows, find_room, place, places,
-};
+use super::room::{Behind, Needs, Request, What, find_room, place, places};
 use super::tree::{FunctionId, Tree};
-use crate::function::{BarIndex, BarKind, BarRegion, HotPlug, PciFunction};
+use crate::bar::{BarIndex, BarKind, BarRegion};
+use crate::function::{HotPlug, PciFunction};
 use crate::spec;
+use crate::windows::{Reserve, WindowKind, Windows};
 
 /// The functions do not fit into the machine's windows.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

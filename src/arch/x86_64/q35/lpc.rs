@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{BarIndex, BarRegion, Bars, ConfigSpace, Identity, PciFunction};
+use busway_pci::{Bars, ConfigSpace, Identity, PciFunction};
 
 use super::{SUBSYSTEM, SUBSYSTEM_VENDOR};
 use crate::arch::{gsi, power};
@@ -80,20 +80,6 @@ impl PciFunction for Lpc {
     fn config_write(&self, offset: u16, data: &[u8]) {
         self.space().write(offset, data);
     }
-
-    fn bars(&self) -> Vec<BarRegion> {
-        Vec::new()
-    }
-
-    fn decoded(&self) -> Vec<BarRegion> {
-        Vec::new()
-    }
-
-    fn bar_read(&self, _bar: BarIndex, _offset: u64, data: &mut [u8]) {
-        data.fill(u8::MAX);
-    }
-
-    fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
 
     fn reset(&self) {
         self.space().reset();
