@@ -8,9 +8,9 @@ use busway_iommu::printable;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::device::fold;
 use super::failure::Failure;
 use super::style::{Screen, Style, write_out};
+use super::text::fold;
 use crate::control::client::{self, ClientError};
 use crate::exit::RUNTIME;
 

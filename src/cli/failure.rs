@@ -73,11 +73,6 @@ impl fmt::Display for Failure {
     }
 }
 
-/// The user asked for no colours: <https://no-color.org>.
-pub(super) fn no_color() -> bool {
-    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

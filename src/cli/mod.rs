@@ -18,6 +18,7 @@ mod progress;
 mod run;
 mod schema;
 pub mod style;
+mod text;
 mod value;
 mod words;
 

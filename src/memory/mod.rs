@@ -2,6 +2,7 @@
 //!
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
+mod error;
 mod huge_pages;
 mod prefault;
 mod ram;
@@ -9,9 +10,10 @@ mod regions;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+pub(crate) use error::Amount;
+pub use error::RamError;
 pub use prefault::PrefaultError;
-pub(crate) use ram::Amount;
-pub use ram::{Ram, RamError};
+pub use ram::Ram;
 pub use regions::{Peer, Region, RegionError, RegionKind, RegionListener, Regions, RegionsError};
 
 /// One state of the guest's RAM: the regions and where they are mapped in this process.

@@ -3,6 +3,7 @@
 //! What stands here is what a person types and reads; the work is done by [`busway_host`].
 
 mod binding;
+mod block;
 mod check;
 mod facts;
 mod json;
@@ -33,7 +34,6 @@ pub use binding::{BindArgs, RestoreArgs, UnbindArgs};
 pub use check::CheckArgs;
 pub use list::{ListArgs, ListError};
 use names::Names;
-pub(super) use table::{fold, shorten};
 pub use vfs::VfsArgs;
 pub(super) use vfs::aligned;
 

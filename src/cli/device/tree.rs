@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 
 use super::facts::{Facts, is_lent};
-use super::table::{fold, length, shorten};
 use super::topology::{Node, Topology};
 use crate::cli::style::{Screen, Style, of_palette};
+use crate::cli::text::{fold, length, shorten};
 
 /// A device's name is not cut shorter than this.
 const NAME_LEAST: usize = 12;
