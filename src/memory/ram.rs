@@ -334,7 +334,11 @@ mod tests {
         assert!(ram.mappings().len() > 1);
         for region in ram.mappings() {
             let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);
-            let page = if region.len() >= GIB { GIB } else { 2 * MIB };
+            let page = if region.len() >= 1 << 30 {
+                1 << 30
+            } else {
+                2 * MIB
+            };
             assert_eq!(guest % page, host % page, "{guest:#x} at {host:#x}");
         }
     }

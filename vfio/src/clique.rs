@@ -18,7 +18,8 @@ use busway_pci::spec;
 
 use crate::AssignError;
 use crate::DeviceIo;
-use crate::config::{GuestConfig, read_dword};
+use crate::access::read_dword;
+use crate::config::GuestConfig;
 use crate::lists::{Extent, Kept, List};
 
 const VENDOR: u16 = 0x10de;

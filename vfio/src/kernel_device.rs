@@ -15,10 +15,10 @@ use vfio_bindings::bindings::vfio::{
     vfio_device_info, vfio_region_info, vfio_region_info_cap_sparse_mmap,
 };
 
+use crate::access::read_dword;
 use crate::areas::Area;
 use crate::atomics;
 use crate::attachment::Opened;
-use crate::config::read_dword;
 use crate::pin::line_users;
 use crate::{
     Affected, DeviceIo, FunctionReset, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex,

@@ -11,6 +11,7 @@
 //!
 //! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
 
+mod access;
 mod aer;
 mod areas;
 mod atomics;

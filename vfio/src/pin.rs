@@ -14,7 +14,8 @@ use std::sync::Arc;
 use busway_pci::pace::{self, Pace};
 use busway_pci::{InterruptLines, InterruptPin, Intx, PinError, PinOwner, VectorOwner, spec};
 
-use crate::config::{GuestConfig, read_dword};
+use crate::access::read_dword;
+use crate::config::GuestConfig;
 use crate::unmask::Unmasker;
 use crate::vectors::disable;
 use crate::{DeviceIo, IrqIndex};

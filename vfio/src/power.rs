@@ -7,7 +7,7 @@
 //! is put to sleep only when nothing is mapped.
 
 use crate::DeviceIo;
-use crate::config::{read_byte, write_aligned};
+use crate::access::{read_byte, write_aligned};
 use crate::policy::{PM_CONTROL, PM_STATE};
 
 /// The power management capability's state. PCIe 6.0 §7.5.2.2

@@ -3,9 +3,9 @@
 
 use busway_pci::{BarError, BarIndex, BarKind, BarRegion, Bars, MsiFeatures, PinError, spec};
 
+use crate::access::read_dword;
 use crate::aer::is_silent;
 use crate::areas::{Area, mappable};
-use crate::config::read_dword;
 use crate::lists::List;
 use crate::msix_layout::MsixLayout;
 use crate::quirks::Quirks;

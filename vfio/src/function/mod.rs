@@ -12,9 +12,10 @@ use busway_pci::{
     AtomicOps, BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec,
 };
 
+use crate::access::read_dword;
 use crate::aer::is_silent;
 use crate::clique::Clique;
-use crate::config::{GuestConfig, Settled, read_dword};
+use crate::config::{GuestConfig, Settled};
 use crate::lists::{self, List};
 use crate::msix_layout::{DeviceLocation, GuestLocation};
 use crate::pin::{InPlaceOfPin, Pin};
