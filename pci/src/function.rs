@@ -66,9 +66,9 @@ pub trait PciFunction: Send + Sync + Debug {
     /// The BARs that decode now: the command register's enable for their kind is set (and the ROM's
     /// own enable, for the ROM). Values written while decoding is off are only values.
     ///
-    /// Answers at once, and never waits for [`settle`](Self::settle) or [`reset`](Self::reset): it is
+    /// Answers at once, and never waits for [`run_deferred`](Self::run_deferred) or [`reset`](Self::reset): it is
     /// asked with the topology's locks held, for which the writes to other functions wait. Nothing but a
-    /// configuration write, `settle` and `reset` changes the answer.
+    /// configuration write, `run_deferred` and `reset` changes the answer.
     fn decoded(&self) -> Vec<BarRegion> {
         Vec::new()
     }
@@ -79,7 +79,7 @@ pub trait PciFunction: Send + Sync + Debug {
     ///
     /// Called after each configuration write by which it decodes nothing, when none of its BARs is
     /// mapped.
-    fn settle(&self) -> bool {
+    fn run_deferred(&self) -> bool {
         false
     }
 
@@ -175,7 +175,7 @@ pub trait HotPlug {
     fn complete(&self, atomics: AtomicOps);
 
     /// Something is in the slot, or not, from before the guest's start.
-    fn furnish(&self, present: bool);
+    fn prepare(&self, present: bool);
 
     /// Something came into the slot, or left it, and the guest is told.
     fn set_present(&self, present: bool);
@@ -190,7 +190,7 @@ pub trait HotPlug {
     /// Whether a driver of the guest's hears of what comes and goes, by the interrupt that the slot sends.
     fn attended(&self) -> bool;
 
-    /// Presses the attention button, by which the guest is asked to let go of what is in the slot,
+    /// Presses the attention button, by which the guest is asked to release what is in the slot,
     /// or to take it. `false`, and nothing is done, where no driver of the guest's attends to it. A
     /// second press before the guest has acted takes back the first.
     fn press_button(&self) -> bool;

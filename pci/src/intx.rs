@@ -103,7 +103,7 @@ impl Intx {
     }
 
     /// Goes to a state that was saved: the pin is connected or not, as it was wanted then. Where that fails, it
-    /// is as in [`settle`](Self::settle).
+    /// is as in [`update`](Self::update).
     ///
     /// # Errors
     /// [`IntxStateError`]; nothing has changed then
@@ -121,7 +121,7 @@ impl Intx {
                 own: self.pin(),
             });
         }
-        self.settle(!state.wanted, owner);
+        self.update(!state.wanted, owner);
         Ok(())
     }
 
@@ -159,7 +159,7 @@ impl Intx {
 
     /// Brings the pin in line with whether the function uses messages, MSI or MSI-X. What fails is
     /// tried again at the next time of calling; the first failure is a warning.
-    pub fn settle(&mut self, messages: bool, owner: &mut dyn PinOwner) {
+    pub fn update(&mut self, messages: bool, owner: &mut dyn PinOwner) {
         if messages {
             self.disconnect(owner);
         } else if let Err(error) = self.connect(owner) {
@@ -185,10 +185,10 @@ mod tests {
         let lines = Arc::new(FakeLines::default());
         let mut intx = Intx::new(InterruptPin::C, lines.clone(), "test");
         let mut owner = FakePinOwner::watching(&lines);
-        intx.settle(false, &mut owner);
-        intx.settle(false, &mut owner);
+        intx.update(false, &mut owner);
+        intx.update(false, &mut owner);
         assert_eq!((lines.made(), lines.up()), (vec![InterruptPin::C], 1));
-        intx.settle(true, &mut owner);
+        intx.update(true, &mut owner);
         assert_eq!((lines.up(), owner.lines_at_disconnect), (0, vec![1]));
     }
 
@@ -201,7 +201,7 @@ mod tests {
         assert!(matches!(intx.connect(&mut owner), Err(PinError::Device(_))));
         assert!(!intx.connected() && lines.up() == 0);
         owner.refuses = false;
-        intx.settle(false, &mut owner);
+        intx.update(false, &mut owner);
         assert!(intx.connected());
         assert!(owner.lines_at_disconnect.is_empty());
     }
@@ -253,7 +253,7 @@ mod tests {
                 owner.refuses = refuses;
                 lines.exhaust(exhausted);
                 let before = intx.connected();
-                intx.settle(messages, &mut owner);
+                intx.update(messages, &mut owner);
                 prop_assert_eq!(intx.connected(), !messages && (before || !refuses && !exhausted));
                 prop_assert_eq!(lines.up(), usize::from(intx.connected()));
                 prop_assert_eq!(owner.connected, intx.connected());
@@ -262,7 +262,7 @@ mod tests {
                 let other_lines = Arc::new(FakeLines::default());
                 let mut other = Intx::new(InterruptPin::B, other_lines.clone(), "other");
                 let mut other_owner = FakePinOwner::watching(&other_lines);
-                other.settle(messages ^ exhausted, &mut other_owner);
+                other.update(messages ^ exhausted, &mut other_owner);
                 other.restore(&intx.state(), &mut other_owner).unwrap();
                 prop_assert_eq!(other.state(), intx.state());
                 prop_assert_eq!(other.connected(), !messages);

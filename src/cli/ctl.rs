@@ -64,11 +64,11 @@ enum Verb {
     AddDisk(AddDiskArgs),
     /// Add a NIC; answered when the guest can find it
     AddNet(AddNetArgs),
-    /// Have the guest let go of a device and all in its slot; answered when the host has it back
+    /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
         id: String,
-        /// Pull it out where the guest does not let go of it
+        /// Pull it out where the guest does not release it
         #[arg(long)]
         force: bool,
     },

@@ -180,7 +180,7 @@ impl Connections {
         Ok(Some(Place { connections, id }))
     }
 
-    /// Lets nobody in any more, lets those who are owed an answer have it, and sees everybody out.
+    /// Takes no connection any more, sends the answers that are pending, and waits until all connections are closed.
     pub(super) fn finish(&self, limit: Duration) {
         let mut seats = self.seats();
         seats.closed = true;

@@ -4,8 +4,8 @@
 //! | offset | register | |
 //! |---|---|---|
 //! | 0 | added | read: slots whose device has come since. Written: bits that the guest has seen |
-//! | 4 | wanted back | read: slots that the guest is asked to let go of. Written: bits that the guest has seen |
-//! | 8 | eject | written: slots that the guest has let go of |
+//! | 4 | wanted back | read: slots that the guest is asked to release. Written: bits that the guest has seen |
+//! | 8 | eject | written: slots that the guest has released |
 //! | 12 | present | read: slots with a device |
 //! | 16 | outcome | written: what became of a notification: slot in bits 0 to 4, status in 8 to 15, notification in 16 to 31 |
 //!
@@ -21,7 +21,7 @@ use crate::kvm::BusDevice;
 pub const ADDED: u64 = 0;
 /// Offset of the slots that are wanted back.
 pub const WANTED: u64 = 4;
-/// Offset of what the guest lets go of.
+/// Offset of what the guest releases.
 pub const EJECT: u64 = 8;
 /// Offset of the slots that have a device.
 pub const PRESENT: u64 = 12;
@@ -43,10 +43,10 @@ const STATUS_IN_PROGRESS: u8 = 0x84;
 /// Who hears what a guest does with its slots. Called on a vCPU's thread, without any lock of the
 /// registers'.
 pub trait SlotKeeper: Send + Sync + std::fmt::Debug {
-    /// The guest has let go of the device in `slot`: when this returns, nothing answers there.
+    /// The guest has released the device in `slot`: when this returns, nothing answers there.
     fn eject(&self, slot: u8);
 
-    /// The guest does not let go of the device in `slot`, for the reason that `status` is of `_OST`.
+    /// The guest does not release the device in `slot`, for the reason that `status` is of `_OST`.
     fn refused(&self, slot: u8, status: u8);
 }
 
@@ -83,7 +83,7 @@ impl PciHotplug {
     }
 
     /// A device is in `slot` from the guest's start on.
-    pub fn furnish(&self, slot: u8) {
+    pub fn prepare(&self, slot: u8) {
         self.lock().present |= bit(slot);
     }
 
@@ -104,7 +104,7 @@ impl PciHotplug {
         });
     }
 
-    /// Takes back what was asked. Whether the guest had not seen it yet; else it may still let go.
+    /// Takes back what was asked. Whether the guest had not seen it yet; else it may still release it.
     pub fn withdraw(&self, slot: u8) -> bool {
         let mut unseen = false;
         self.change(|slots| {
@@ -143,7 +143,7 @@ impl PciHotplug {
         self.line.set_level(slots.added | slots.wanted != 0);
     }
 
-    /// The guest says that it has let go of `slots`. Those without a device say nothing.
+    /// The guest says that it has released `slots`. Those without a device say nothing.
     fn eject(&self, slots: u32) {
         let mut ejected = 0;
         self.change(|state| {
@@ -324,7 +324,7 @@ mod tests {
     #[test]
     fn a_guest_that_refuses_says_so_once_for_each_time_it_is_asked() {
         let (board, registers) = registers();
-        registers.furnish(1);
+        registers.prepare(1);
         assert!(!board.is_held(), "the guest finds it by itself");
         let busy = outcome(1, EJECT_REQUEST.into(), 0x82);
         write(&registers, OUTCOME, busy);
@@ -351,14 +351,14 @@ mod tests {
     #[test]
     fn what_was_asked_can_be_taken_back_and_whether_the_guest_saw_it_is_known() {
         let (board, registers) = registers();
-        registers.furnish(1);
+        registers.prepare(1);
         registers.ask(1);
         assert!(registers.withdraw(1));
         assert!(!board.is_held());
         registers.ask(1);
         look(&registers);
         assert!(!registers.withdraw(1));
-        // It lets go after all.
+        // It releases it after all.
         write(&registers, EJECT, 1 << 1);
         assert_eq!(board.told(), [(1, None)]);
         // Of a slot that is empty nothing is asked.
@@ -369,7 +369,7 @@ mod tests {
     #[test]
     fn a_guest_that_starts_anew_is_told_of_nothing_and_finds_what_is_there() {
         let (board, registers) = registers();
-        registers.furnish(1);
+        registers.prepare(1);
         registers.plugged(2);
         registers.ask(1);
         registers.reset();
@@ -434,7 +434,7 @@ mod tests {
                 let unseen = slots.added | slots.wanted;
                 prop_assert_eq!(board.is_held(), unseen != 0);
                 prop_assert_eq!((unseen | slots.asked) & !slots.present, 0);
-                // Each device that the guest let go of was there, and is told of once.
+                // Each device that the guest released was there, and is told of once.
                 let mut ejected = 0;
                 for (slot, status) in board.told() {
                     match status {

@@ -142,7 +142,7 @@ impl Backing for Store {
         self.file.write_all_at(data, offset)
     }
 
-    fn settle(&self) {
+    fn sync(&self) {
         match self.sync.as_ref().map(|sync| sync.ask.try_send(())) {
             // One that waits does this one's work, too.
             Some(Ok(()) | Err(TrySendError::Full(()))) => {}

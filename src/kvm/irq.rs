@@ -91,7 +91,7 @@ impl IrqRouter {
 
     /// Another handle to the same table, with a count of its own.
     #[must_use]
-    pub fn counting_anew(&self) -> Self {
+    pub fn with_own_count(&self) -> Self {
         Self {
             shared: self.shared.clone(),
             count: Arc::default(),

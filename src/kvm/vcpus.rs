@@ -1,4 +1,4 @@
-//! The threads of a VM's vCPUs: started, held, let go and ended together.
+//! The threads of a VM's vCPUs: started, held, resumed and ended together.
 
 use std::fmt;
 use std::os::unix::thread::JoinHandleExt;
@@ -184,14 +184,14 @@ fn lock(vcpu: &Mutex<Vcpu>) -> MutexGuard<'_, Vcpu> {
     vcpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Keeps the others from waiting for a thread that panicked, and tells.
-struct Farewell<'a> {
+/// Keeps the others from waiting for a thread that panicked, and reports that.
+struct LeaveGuard<'a> {
     gate: &'a Gate,
     events: &'a EventSink,
     id: u8,
 }
 
-impl Drop for Farewell<'_> {
+impl Drop for LeaveGuard<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.gate.gone();
@@ -211,7 +211,7 @@ fn thread_body(
     events: &EventSink,
 ) {
     let id = lock(vcpu).id;
-    let _farewell = Farewell { gate, events, id };
+    let _leave = LeaveGuard { gate, events, id };
     let mut last = Turn::default();
     while let Some(turn) = gate.pass(last) {
         last = turn;

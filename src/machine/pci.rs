@@ -28,7 +28,7 @@ use crate::virtio::VirtioPci;
 const FIRST_PORT: u8 = 16;
 
 /// The PCI side of a machine. Dropping it takes out every function, with its BARs unmapped before,
-/// and lets go of the buses, which refer to it.
+/// and releases the buses, which refer to it.
 #[derive(Debug)]
 pub(super) struct Pci {
     topology: Arc<Topology>,

@@ -76,7 +76,9 @@ impl Machine {
         self.vm.reset_chips()?;
         topology.reset_while(|function| resets.go_on(&function.name()));
         // The guest's memory is about to be another's.
-        self.pci.virtio().wait_settled(|what| resets.go_on(what));
+        self.pci
+            .virtio()
+            .wait_for_outstanding(|what| resets.go_on(what));
         Ok(())
     }
 

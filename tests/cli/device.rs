@@ -375,7 +375,7 @@ fn a_device_that_a_guest_has_is_not_taken_back() {
 exit status 3
 0000:18:02.0 is held by busway (pid 4242)
   end it first: the kernel would wait for it
-  or have the kernel ask it to let go, and wait: --allow-open
+  or have the kernel ask it to release the device, and wait: --allow-open
 
 "#]]
     );

@@ -14,7 +14,7 @@ use crate::{Affected, FunctionReset, HostName, KvmFiles, sys};
 use busway_iommu::{Group, Ioas, SysRoot};
 use busway_pci::Bdf;
 
-/// What a device is attached to, and has to let go of after it is closed.
+/// What a device is attached to, and has to release after it is closed.
 #[derive(Debug)]
 pub(crate) enum Attachment {
     /// A group, which its other devices hold as well.
@@ -29,7 +29,7 @@ pub(crate) enum Attachment {
 }
 
 /// An attached device's descriptor. KVM, where it knows the descriptor itself, has to forget it before
-/// it closes; what the device is attached to is let go after that.
+/// it closes; what the device is attached to is released after that.
 #[derive(Debug)]
 pub(crate) struct Opened {
     // Dropped in this order, after `Drop::drop`.

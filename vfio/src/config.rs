@@ -103,7 +103,7 @@ impl GuestConfig {
                 config.protect(kept.extent.start, kept.extent.end);
             }
         }
-        config.protect_what_is_of_none(extended);
+        config.protect_unlisted_extended(extended);
         if let Some(express) = standard.find(spec::CAP_PCI_EXPRESS.into()) {
             config.adapt_express(io, express);
         }
@@ -156,7 +156,7 @@ impl GuestConfig {
     }
 
     /// Keeps the guest from writing what is of no capability in the extended list.
-    fn protect_what_is_of_none(&mut self, extended: &List) {
+    fn protect_unlisted_extended(&mut self, extended: &List) {
         let mut extents: Vec<_> = extended.kept.iter().map(|kept| kept.extent).collect();
         extents.sort_by_key(|extent| extent.start);
         let mut start = spec::EXTENDED_CONFIG_START;
@@ -287,7 +287,7 @@ impl GuestConfig {
     }
 
     /// Writes as the guest does. What may not happen while a BAR is mapped waits for
-    /// [`settle`](Self::settle).
+    /// [`run_deferred`](Self::run_deferred).
     pub(crate) fn write(&mut self, io: &dyn DeviceIo, offset: u16, data: &[u8]) {
         self.overlay.write(offset, data);
         let mut pieces: Vec<(u16, Vec<u8>)> = Vec::new();
@@ -326,13 +326,17 @@ impl GuestConfig {
     }
 
     /// Does what waited until nothing of the device is mapped, and says what comes of it.
-    pub(crate) fn settle(&mut self, io: &dyn DeviceIo) -> Settled {
+    pub(crate) fn run_deferred(&mut self, io: &dyn DeviceIo) -> DeferredOutcome {
         if std::mem::take(&mut self.reset_wanted) {
-            return Settled::Reset;
+            return DeferredOutcome::Reset;
         }
-        match self.power.as_mut().is_some_and(|power| power.settle(io)) {
-            true => Settled::Decodes,
-            false => Settled::Done,
+        match self
+            .power
+            .as_mut()
+            .is_some_and(|power| power.run_deferred(io))
+        {
+            true => DeferredOutcome::Decodes,
+            false => DeferredOutcome::Done,
         }
     }
 
@@ -459,9 +463,9 @@ impl GuestConfig {
     }
 }
 
-/// What came of [`GuestConfig::settle`].
+/// What came of [`GuestConfig::run_deferred`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Settled {
+pub(crate) enum DeferredOutcome {
     /// There was nothing to do, or it is done.
     Done,
     /// BARs decode again.

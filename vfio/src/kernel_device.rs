@@ -28,7 +28,7 @@ use crate::{
 /// A VFIO device of the kernel's.
 ///
 /// It goes as it came, in reverse: KVM forgets its file, the descriptor closes, and then the group
-/// or the address space that it is attached to is let go. Nothing of that can panic; a device that
+/// or the address space that it is attached to is released. Nothing of that can panic; a device that
 /// was pulled out meanwhile is closed like any other.
 #[derive(Debug)]
 pub struct KernelDevice {

@@ -106,8 +106,8 @@ impl Pin {
     }
 
     /// Brings it in line with whether MSI or MSI-X is enabled.
-    pub(crate) fn settle(&mut self, messages: bool, config: &mut GuestConfig) {
-        self.intx.settle(messages, &mut self.irq);
+    pub(crate) fn update(&mut self, messages: bool, config: &mut GuestConfig) {
+        self.intx.update(messages, &mut self.irq);
         self.tell(config);
     }
 

@@ -56,7 +56,7 @@ impl Power {
 
     /// Puts the device to sleep where that was asked for, and says whether it stayed awake: it does
     /// not have every state. Nothing of it may be mapped.
-    pub(crate) fn settle(&mut self, io: &dyn DeviceIo) -> bool {
+    pub(crate) fn run_deferred(&mut self, io: &dyn DeviceIo) -> bool {
         let Some(state) = self.wanted.take() else {
             return false;
         };

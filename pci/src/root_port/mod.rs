@@ -168,23 +168,23 @@ impl State {
         if change.interrupt {
             self.msi.trigger(0);
         }
-        self.settle_pin();
+        self.update_pin();
         change
     }
 
     /// Holds the pin up while the guest has something to hear of, and takes no messages.
-    fn settle_pin(&mut self) {
+    fn update_pin(&mut self) {
         let Some(pin) = &self.pin else {
             return;
         };
-        let owed = self.slot.as_ref().is_some_and(Slot::owed) && !self.msi.enabled();
+        let pending = self.slot.as_ref().is_some_and(Slot::pending) && !self.msi.enabled();
         let status: u16 = self.space.get(spec::STATUS);
-        let status = match owed {
+        let status = match pending {
             true => status | spec::STATUS_INTERRUPT,
             false => status & !spec::STATUS_INTERRUPT,
         };
         self.space.set(spec::STATUS, status);
-        pin.set(owed && self.space.command() & spec::COMMAND_INTX_DISABLE == 0);
+        pin.set(pending && self.space.command() & spec::COMMAND_INTX_DISABLE == 0);
     }
 
     /// Has the link status say whether there is anybody at the other end.
@@ -246,7 +246,7 @@ impl PciFunction for RootPort {
             None => Change::default(),
         };
         // The write may have been to the command register, or to MSI's.
-        state.settle_pin();
+        state.update_pin();
         let number = state.slot_number;
         drop(state);
         let Some(listener) = &self.listener else {
@@ -268,7 +268,7 @@ impl PciFunction for RootPort {
             slot.reset();
         }
         state.show_link();
-        state.settle_pin();
+        state.update_pin();
     }
 
     fn bridge(&self) -> Option<&dyn Bridge> {
@@ -352,13 +352,13 @@ impl HotPlug for RootPort {
         self.state().complete(atomics);
     }
 
-    fn furnish(&self, present: bool) {
+    fn prepare(&self, present: bool) {
         let mut state = self.state();
         if let Some(slot) = &mut state.slot {
-            slot.furnish(present);
+            slot.prepare(present);
         }
         state.show_link();
-        state.settle_pin();
+        state.update_pin();
     }
 
     fn set_present(&self, present: bool) {

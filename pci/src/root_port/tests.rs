@@ -205,7 +205,7 @@ fn without_messages_its_pin_is_up_for_as_long_as_the_guest_has_something_to_hear
 fn a_listener_hears_when_the_guest_is_done_with_a_slot() {
     let (routes, heard) = (Arc::new(FakeRoutes::default()), Arc::new(Heard::default()));
     let port = RootPort::new(16, Link::default(), routes).hot_plug(heard.clone());
-    port.furnish(true);
+    port.prepare(true);
     let slot = capabilities(&port)[0].offset + spec::EXP_SLOT_CONTROL;
     // On; blinks; without power; off; blinks with power; on.
     for (control, steady) in [
@@ -236,7 +236,7 @@ fn a_hot_plug_port_asks_by_its_msi_and_hears_when_power_goes() {
     let link_up =
         |port: &RootPort| port.read_dword(express.offset + spec::EXP_LINK_CONTROL) >> 29 & 1 == 1;
     assert!(!link_up(&port) && port.in_reset() && !port.press_button());
-    port.furnish(true);
+    port.prepare(true);
     assert!(link_up(&port) && !port.in_reset() && port.powered());
     assert_eq!(read(spec::EXP_SLOT_CAPABILITIES), 16 << 19 | 0x4_0073);
     assert_eq!(read(spec::EXP_SLOT_CONTROL), 0x0040_0100);
@@ -278,7 +278,7 @@ fn atomic_ops_are_completed_for_as_long_as_the_device_is_there() {
     // Whatever else the register of the host's port says is not this one's.
     let atomics = AtomicOps::from_capabilities(0xffff_fdff);
     let port = port().completing(atomics).hot_plug(heard);
-    port.furnish(true);
+    port.prepare(true);
     assert_eq!(completed(&port), 0b011 << 7);
     write(
         &port,

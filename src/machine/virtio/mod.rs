@@ -4,9 +4,9 @@
 //! A guest is told of them by ACPI (`devices::pci_hotplug`). It gives the function's BARs addresses itself, as
 //! an operating system does for whatever comes to a board; that there is room for them is found out before.
 //!
-//! A guest that does not let go of a device keeps its function, for its driver would wait for ever at one that
+//! A guest that does not release a device keeps its function, for its driver would wait for ever at one that
 //! is gone. Where the device is taken from it all the same, it is the function's end on the host that goes, and
-//! the function goes when the guest lets go of it or starts anew.
+//! the function goes when the guest releases it or starts anew.
 
 mod leave;
 mod seats;
@@ -196,7 +196,7 @@ impl VirtioDevices {
         let mut slots = pci.free_slots();
         for entry in self.entries.iter().filter(|entry| pci.is_low(entry.slot)) {
             slots |= 1 << entry.slot;
-            registers.furnish(entry.slot);
+            registers.prepare(entry.slot);
         }
         self.hotplug = Some(Hotplug {
             registers: registers.clone(),

@@ -288,7 +288,7 @@ impl VirtioDevice for Blk {
         self.lingerers.forget();
     }
 
-    fn unsettled(&self) -> Option<String> {
+    fn outstanding(&self) -> Option<String> {
         self.lingerers.describe()
     }
 

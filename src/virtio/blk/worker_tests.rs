@@ -206,7 +206,7 @@ fn a_host_that_does_not_answer_holds_no_pause_up_and_its_request_is_done_once() 
         busy.driver.function.pause();
         assert!(start.elapsed() < Duration::from_secs(4), "round {round}");
         assert_eq!(busy.left(), 3);
-        let what = busy.driver.function.unsettled().expect("with the host");
+        let what = busy.driver.function.outstanding().expect("with the host");
         assert!(
             what.starts_with("3 requests: a write of 512 bytes from byte "),
             "{what}"
@@ -217,7 +217,7 @@ fn a_host_that_does_not_answer_holds_no_pause_up_and_its_request_is_done_once() 
     }
     image.gate.set_closed(false);
     busy.collect_all();
-    assert_eq!(busy.driver.function.unsettled(), None);
+    assert_eq!(busy.driver.function.outstanding(), None);
     busy.submit();
     busy.notify();
     busy.collect_all();
@@ -252,7 +252,7 @@ fn a_reset_is_not_over_before_the_host_has_given_back_what_it_has() {
         busy.ring.poll_used().is_none(),
         "nobody asks for it any more"
     );
-    assert_eq!(busy.driver.function.unsettled(), None);
+    assert_eq!(busy.driver.function.outstanding(), None);
     busy.driver.enable_msix(2);
     busy.driver.negotiate(0);
     busy.ring = busy.driver.queue(0, SIZE);
@@ -279,7 +279,7 @@ fn a_device_that_is_dropped_while_the_host_does_not_answer_leaves_its_memory_alo
     assert!(start.elapsed() < Duration::from_secs(4));
     assert_eq!(image.gate.waiting(), 1);
     image.gate.set_closed(false);
-    eventually("let go", || Arc::strong_count(&image) == 1);
+    eventually("released", || Arc::strong_count(&image) == 1);
 }
 
 #[test]

@@ -96,7 +96,7 @@ struct Function {
 impl Function {
     /// The status that the driver reads while a reset goes on.
     fn is_resetting(&mut self) -> Option<u8> {
-        if self.resetting.is_some() && self.device.unsettled().is_none() {
+        if self.resetting.is_some() && self.device.outstanding().is_none() {
             self.resetting = None;
         }
         self.resetting
@@ -234,12 +234,12 @@ impl VirtioPci {
 
     /// What a stop of the device left with the host, in words; `None` where there is nothing. Until then the
     /// buffers of those requests are the host's.
-    pub fn unsettled(&self) -> Option<String> {
-        self.function().device.unsettled()
+    pub fn outstanding(&self) -> Option<String> {
+        self.function().device.outstanding()
     }
 
     /// Pauses the device: when this returns, nothing of it touches guest memory, but for buffers of requests
-    /// that the host does not give back ([`unsettled`](Self::unsettled)). What the driver makes
+    /// that the host does not give back ([`outstanding`](Self::outstanding)). What the driver makes
     /// available meanwhile waits, as does what comes from outside as far as the host keeps it, and the
     /// driver finds nothing changed. A device that is paused already stays so.
     ///
@@ -261,7 +261,7 @@ impl VirtioPci {
 
     /// Takes the device's end on the host away, with all that it holds there, while the guest may still
     /// use it. Its driver is told that the device needs a reset, and finds after one that it does not start;
-    /// it can let go of it in order. Takes as long as [`pause`](Self::pause).
+    /// it can release it in order. Takes as long as [`pause`](Self::pause).
     pub fn retire(&self) {
         let mut function = self.function();
         function.life.reset();
@@ -330,7 +330,7 @@ impl VirtioPci {
         function.registers.reset();
         self.interrupts.reset();
         function.device.set_state(&DeviceState::None);
-        if let Some(what) = function.device.unsettled() {
+        if let Some(what) = function.device.outstanding() {
             log::warn!(
                 "{}: its reset goes on until the host gives back {what}",
                 self.name

@@ -177,7 +177,7 @@ fn unhindered(
     if options.from_rule {
         return Err(refused.into());
     }
-    session.kernel.settle();
+    session.kernel.wait_for_udev();
     let host = Host::read(session.root)?;
     refuse(&host, addresses, options)?;
     Ok(host)
@@ -302,7 +302,7 @@ fn give(
 ) -> Result<(), StepError> {
     // A rule runs while udev is busy, with itself.
     if !from_rule && !session.is_dry() {
-        session.kernel.settle();
+        session.kernel.wait_for_udev();
     }
     let mut given = BTreeSet::new();
     for plan in plans.iter_mut() {

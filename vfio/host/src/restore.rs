@@ -18,7 +18,7 @@ use super::put_back::{Stranded, put_back};
 use super::refusal::{RefusedError, refuse_if};
 use super::session::Session;
 use super::unbind::give_to_host;
-use super::vfs::settle_withheld;
+use super::vfs::end_withholding;
 
 /// What became of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,7 +171,7 @@ fn put_one_back(
         driver: record.as_ref().and_then(|record| record.driver.clone()),
         source,
     };
-    let settled = settle_withheld(session, journal, address).map_err(failed)?;
+    let ended = end_withholding(session, journal, address).map_err(failed)?;
     let device = host.device(address).filter(|_| session.is_there(address));
     let rule = persist::rule_text(session.root, address);
     let outcome = match (device, &record, &rule) {
@@ -180,7 +180,7 @@ fn put_one_back(
             let driver = given.driver;
             return Ok(Outcome::LeftToHost { driver });
         }
-        (_, None, None) if settled => return Ok(Outcome::NotWithheld),
+        (_, None, None) if ended => return Ok(Outcome::NotWithheld),
         (None, None, None) | (Some(_), None, None) => return Ok(Outcome::NotRecorded),
         (None, ..) => Outcome::Gone,
         (Some(device), Some(record), _) if record.identity == Identity::of(device) => {

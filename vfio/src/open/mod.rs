@@ -43,7 +43,7 @@ pub struct Joined {
 }
 
 impl Claimed {
-    /// Their names. A device is there from before it is opened until what it was attached to is let go.
+    /// Their names. A device is there from before it is opened until what it was attached to is released.
     #[must_use]
     pub fn names(&self) -> Vec<HostName> {
         let Some(open) = self.0.upgrade() else {

@@ -126,7 +126,7 @@ proptest! {
                     }
                     Step::Reset => function.reset(),
                     Step::Settle => {
-                        function.settle();
+                        function.run_deferred();
                     }
                 }
                 for region in function.decoded() {

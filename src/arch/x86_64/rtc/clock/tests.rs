@@ -62,7 +62,7 @@ fn setting_the_time_is_an_offset_that_later_readings_keep() {
     let set_at = NOW + 20 * SECOND;
     write(&mut clock, B, B_24_HOURS, set_at);
     assert_eq!(read(&mut clock, SECONDS, set_at + SECOND / 4), 0x59);
-    // Half a second after it was let go comes the update.
+    // Half a second after it runs again comes the update.
     let later = set_at + SECOND / 2;
     assert_eq!(read(&mut clock, MONTH, later), 0x03);
     assert_eq!(read(&mut clock, DAY, later), 0x01);
