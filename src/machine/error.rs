@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use busway_iommu::{MemlockError, OpenError};
 use busway_pci::{AssignError, BarIndex, PlaceError, WindowKind};
-use busway_vfio::{DeviceError, HandedError};
+use busway_vfio::{DeviceError, InheritedError};
 
 use super::address_plan::NoRoomError;
 use super::passthrough::{OpenDevices, PeerToPeerError};
@@ -79,9 +79,9 @@ pub enum RunError {
     /// Not every BAR is in reach of the other devices, as --platform p2p=on demands.
     #[error(transparent)]
     PeerToPeer(#[from] PeerToPeerError),
-    /// A descriptor that was handed over is of no use.
+    /// A descriptor that was inherited is of no use.
     #[error(transparent)]
-    Handed(#[from] HandedError),
+    Inherited(#[from] InheritedError),
     /// A host device cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -292,7 +292,7 @@ impl RunError {
             | Self::Rom(_)
             | Self::Rng(_)
             | Self::Console { .. }
-            | Self::Handed(_)
+            | Self::Inherited(_)
             | Self::NoSlot { .. }
             | Self::Net(NetError::Config { .. })
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })

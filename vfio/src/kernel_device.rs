@@ -249,7 +249,7 @@ impl DeviceIo for KernelDevice {
     }
 
     fn is_reset_by_opening(&self) -> bool {
-        !self.opened.handed && !self.is_mediated()
+        !self.opened.inherited && !self.is_mediated()
     }
 
     fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {

@@ -25,12 +25,12 @@ mod events;
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 mod fake;
 mod function;
-mod handed;
 mod held_up;
 mod host_name;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod hot_reset;
+mod inherited;
 mod kernel_device;
 mod kvm;
 mod lists;
@@ -60,8 +60,8 @@ pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
 pub use event_fd::EventFd;
 pub use events::DeviceEvents;
 pub use function::{AssignedFunction, Summary};
-pub use handed::{Handed, HandedError, interface};
 pub use host_name::{HostName, ParseHostNameError};
+pub use inherited::{Inherited, InheritedError, interface};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;

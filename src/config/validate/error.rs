@@ -151,7 +151,7 @@ pub enum InvalidConfig {
     },
     /// {device}: fd={fd} is standard input, output or error
     #[error(
-        "{device}: {key}={fd} is standard input, output or error: hand the descriptor over as \
+        "{device}: {key}={fd} is standard input, output or error: pass the descriptor as \
          another number, 3 or more"
     )]
     StandardFd {

@@ -158,7 +158,7 @@ impl Found {
     ) -> Result<Vec<KernelDevice>, RunError> {
         for one in &mut self.requests {
             if let Some(inherited) = one.inherited.take() {
-                opener.hand(inherited, &one.identity.folder)?;
+                opener.inherit(inherited, &one.identity.folder)?;
             }
         }
         Ok(open_all(&self.paths, &self.requests, platform, opener)?)

@@ -93,7 +93,7 @@ struct Maker {
 }
 
 impl Maker {
-    /// Takes from the host what the device needs, unless it was handed over.
+    /// Takes from the host what the device needs, unless its descriptor was passed.
     fn make(
         &self,
         name: &str,

@@ -15,8 +15,8 @@ use busway_iommu::{
 pub use error::DeviceError;
 
 use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
-use crate::handed::Handed;
 use crate::held_up::{self, Step};
+use crate::inherited::Inherited;
 use crate::patience::patiently;
 use crate::refusal::{Binding, MODULE};
 use crate::vf_token::TokenUse;
@@ -84,9 +84,9 @@ impl Opener {
     ///
     /// # Errors
     /// [`DeviceError::Twice`]
-    pub fn hand(&self, handed: Handed, device: &Path) -> Result<(), DeviceError> {
+    pub fn inherit(&self, inherited: Inherited, device: &Path) -> Result<(), DeviceError> {
         let name = name_of(device)?;
-        match self.open.handed().take(handed, name) {
+        match self.open.inherited().take(inherited, name) {
             true => Ok(()),
             false => Err(DeviceError::Twice { name }),
         }
@@ -133,7 +133,7 @@ impl Opener {
                     name,
                     folder: device.to_owned(),
                     paths: self.paths.clone(),
-                    handed: false,
+                    inherited: false,
                     open: self.open.clone(),
                     _claim: claim,
                 }
@@ -175,8 +175,8 @@ impl Opener {
         if let Some(group) = groups.get(&number).and_then(Weak::upgrade) {
             return Ok(group);
         }
-        let handed = self.open.handed().groups.remove(&number);
-        let group = match handed {
+        let inherited = self.open.inherited().groups.remove(&number);
+        let group = match inherited {
             Some(file) => Group::from_file(&self.paths, file, number, container),
             None => Group::open(&self.paths, number, container),
         };
@@ -228,9 +228,9 @@ impl Opener {
         claim: Arc<()>,
     ) -> Result<Opened, DeviceError> {
         let failed = |source| DeviceError::Open { name, source };
-        let handed = self.open.handed().devices.remove(&name);
-        let is_handed = handed.is_some();
-        let (file, path) = match handed {
+        let inherited = self.open.inherited().devices.remove(&name);
+        let is_inherited = inherited.is_some();
+        let (file, path) = match inherited {
             Some(file) => (file, self.paths.cdev_node(device).unwrap_or_default()),
             None => self.open_cdev(device, name)?,
         };
@@ -250,7 +250,7 @@ impl Opener {
             name,
             folder: device.to_owned(),
             paths: self.paths.clone(),
-            handed: is_handed,
+            inherited: is_inherited,
             open: self.open.clone(),
             _claim: claim,
         };
@@ -263,7 +263,7 @@ impl Opener {
                 name,
                 group,
                 node: path,
-                handed: is_handed,
+                inherited: is_inherited,
             };
             binding.refused(source)
         })?;

@@ -13,17 +13,17 @@ use busway_iommu::{Mode, SysRoot};
 
 use crate::{HostName, sys};
 
-/// A descriptor that was handed over, and what it is. It is closed on exec.
+/// A descriptor that was inherited, and what it is. It is closed on exec.
 #[derive(Debug)]
-pub struct Handed {
-    pub(crate) kind: HandedKind,
+pub struct Inherited {
+    pub(crate) kind: InheritedKind,
     pub(crate) file: File,
     number: u32,
 }
 
 /// What a descriptor is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum HandedKind {
+pub(crate) enum InheritedKind {
     /// The VFIO character device of the device with this folder in sysfs.
     Cdev(PathBuf),
     /// The VFIO group of this number.
@@ -32,7 +32,7 @@ pub(crate) enum HandedKind {
     Iommufd,
 }
 
-impl fmt::Display for HandedKind {
+impl fmt::Display for InheritedKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cdev(folder) => write!(
@@ -46,9 +46,9 @@ impl fmt::Display for HandedKind {
     }
 }
 
-/// A descriptor that was handed over is of no use.
+/// A descriptor that was inherited is of no use.
 #[derive(Debug, thiserror::Error)]
-pub enum HandedError {
+pub enum InheritedError {
     /// descriptor {number} is not open
     #[error(
         "descriptor {number} is not open in Busway's process: whoever starts Busway opens it \
@@ -96,8 +96,8 @@ pub enum HandedError {
     },
     /// the descriptors are for both of the kernel's interfaces
     #[error(
-        "the descriptors handed over belong to both of the kernel's interfaces: {cdev} needs \
-         iommufd, {group} a type1 container; hand over /dev/vfio/devices/vfioN of every device, or \
+        "the inherited descriptors belong to both of the kernel's interfaces: {cdev} needs \
+         iommufd, {group} a type1 container; pass /dev/vfio/devices/vfioN of every device, or \
          the groups of all"
     )]
     Mixed {
@@ -107,7 +107,7 @@ pub enum HandedError {
         group: String,
     },
     /// a descriptor needs the interface that was forbidden, or the other way round
-    #[error("--platform iommufd={said} contradicts {what}, which was handed over: leave it out")]
+    #[error("--platform iommufd={said} contradicts {what}, which was inherited: leave it out")]
     Contradicted {
         /// `on` or `off`
         said: &'static str,
@@ -120,17 +120,21 @@ pub enum HandedError {
 const DEVICE: &str = "a VFIO device's (/dev/vfio/devices/vfioN) or group's (/dev/vfio/N)";
 const IOMMUFD: &str = "an iommufd (/dev/iommu)";
 
-impl Handed {
+impl Inherited {
     /// Takes over descriptor `number` for a device.
     ///
     /// # Safety
     /// The descriptor came from whoever started this process: nothing in it uses or closes it.
     ///
     /// # Errors
-    /// [`HandedError`]; the descriptor stays open then.
-    pub unsafe fn device(paths: &SysRoot, number: u32) -> Result<Self, HandedError> {
+    /// [`InheritedError`]; the descriptor stays open then.
+    pub unsafe fn device(paths: &SysRoot, number: u32) -> Result<Self, InheritedError> {
         // SAFETY: as the caller promises.
-        unsafe { Self::take(paths, number, DEVICE, |kind| *kind != HandedKind::Iommufd) }
+        unsafe {
+            Self::take(paths, number, DEVICE, |kind| {
+                *kind != InheritedKind::Iommufd
+            })
+        }
     }
 
     /// Takes over descriptor `number` as iommufd.
@@ -140,24 +144,24 @@ impl Handed {
     ///
     /// # Errors
     /// As for [`device`](Self::device).
-    pub unsafe fn iommufd(paths: &SysRoot, number: u32) -> Result<File, HandedError> {
-        let is_iommufd = |kind: &HandedKind| *kind == HandedKind::Iommufd;
+    pub unsafe fn iommufd(paths: &SysRoot, number: u32) -> Result<File, InheritedError> {
+        let is_iommufd = |kind: &InheritedKind| *kind == InheritedKind::Iommufd;
         // SAFETY: as the caller promises.
-        unsafe { Self::take(paths, number, IOMMUFD, is_iommufd) }.map(|handed| handed.file)
+        unsafe { Self::take(paths, number, IOMMUFD, is_iommufd) }.map(|inherited| inherited.file)
     }
 
     unsafe fn take(
         paths: &SysRoot,
         number: u32,
         wanted: &'static str,
-        fits: impl Fn(&HandedKind) -> bool,
-    ) -> Result<Self, HandedError> {
+        fits: impl Fn(&InheritedKind) -> bool,
+    ) -> Result<Self, InheritedError> {
         let link = format!("self/fd/{number}");
         let link = paths.proc.join(link);
         let Ok(meta) = std::fs::metadata(&link) else {
-            return Err(HandedError::NotOpen { number });
+            return Err(InheritedError::NotOpen { number });
         };
-        let wrong = |what| HandedError::Wrong {
+        let wrong = |what| InheritedError::Wrong {
             number,
             what,
             wanted,
@@ -180,24 +184,24 @@ impl Handed {
     /// The folder in sysfs of the device that is meant, where `path` may say which (or is empty).
     ///
     /// # Errors
-    /// [`HandedError::OtherDevice`] or [`HandedError::WhichDevice`]
-    pub fn folder(&self, paths: &SysRoot, path: &Path) -> Result<PathBuf, HandedError> {
+    /// [`InheritedError::OtherDevice`] or [`InheritedError::WhichDevice`]
+    pub fn folder(&self, paths: &SysRoot, path: &Path) -> Result<PathBuf, InheritedError> {
         let asked = path.file_name();
-        let other = |asked: &Path| HandedError::OtherDevice {
+        let other = |asked: &Path| InheritedError::OtherDevice {
             number: self.number,
             is: self.kind.to_string(),
             asked: asked.file_name().unwrap_or_default().display().to_string(),
         };
         match (&self.kind, asked) {
-            (HandedKind::Cdev(folder), Some(asked)) if folder.file_name() != Some(asked) => {
+            (InheritedKind::Cdev(folder), Some(asked)) if folder.file_name() != Some(asked) => {
                 Err(other(path))
             }
-            (HandedKind::Cdev(folder), _) => Ok(folder.clone()),
-            (HandedKind::Group(number), Some(_)) => match paths.group_of(path) {
+            (InheritedKind::Cdev(folder), _) => Ok(folder.clone()),
+            (InheritedKind::Group(number), Some(_)) => match paths.group_of(path) {
                 Some(group) if group == *number => Ok(path.to_owned()),
                 _ => Err(other(path)),
             },
-            (HandedKind::Group(number), None) => {
+            (InheritedKind::Group(number), None) => {
                 let mut members: Vec<_> = paths
                     .members(*number)
                     .into_iter()
@@ -205,7 +209,7 @@ impl Handed {
                     .collect();
                 match (members.pop(), members.is_empty()) {
                     (Some((_, folder)), true) => Ok(folder),
-                    (last, _) => Err(HandedError::WhichDevice {
+                    (last, _) => Err(InheritedError::WhichDevice {
                         number: self.number,
                         group: *number,
                         members: members
@@ -216,46 +220,46 @@ impl Handed {
                     }),
                 }
             }
-            (HandedKind::Iommufd, _) => Err(other(path)),
+            (InheritedKind::Iommufd, _) => Err(other(path)),
         }
     }
 }
 
-/// Which of the kernel's interfaces the descriptors that were handed over need, where `asked` is what
-/// the user said and `iommufd` whether one was handed over.
+/// Which of the kernel's interfaces the descriptors that were inherited need, where `asked` is what
+/// the user said and `iommufd` whether one was inherited.
 ///
 /// # Errors
-/// [`HandedError::Mixed`] or [`HandedError::Contradicted`]
+/// [`InheritedError::Mixed`] or [`InheritedError::Contradicted`]
 pub fn interface<'a>(
     asked: Mode,
     iommufd: bool,
-    handed: impl Iterator<Item = &'a Handed> + Clone,
-) -> Result<Mode, HandedError> {
-    interface_for(asked, iommufd, handed.map(|handed| &handed.kind))
+    inherited: impl Iterator<Item = &'a Inherited> + Clone,
+) -> Result<Mode, InheritedError> {
+    interface_for(asked, iommufd, inherited.map(|inherited| &inherited.kind))
 }
 
 fn interface_for<'a>(
     asked: Mode,
     iommufd: bool,
-    handed: impl Iterator<Item = &'a HandedKind> + Clone,
-) -> Result<Mode, HandedError> {
-    let cdev = handed
+    inherited: impl Iterator<Item = &'a InheritedKind> + Clone,
+) -> Result<Mode, InheritedError> {
+    let cdev = inherited
         .clone()
-        .find(|kind| matches!(kind, HandedKind::Cdev(_)))
-        .or(iommufd.then_some(&HandedKind::Iommufd));
-    let group = handed
+        .find(|kind| matches!(kind, InheritedKind::Cdev(_)))
+        .or(iommufd.then_some(&InheritedKind::Iommufd));
+    let group = inherited
         .clone()
-        .find(|kind| matches!(kind, HandedKind::Group(_)));
+        .find(|kind| matches!(kind, InheritedKind::Group(_)));
     match (cdev, group, asked) {
-        (Some(cdev), Some(group), _) => Err(HandedError::Mixed {
+        (Some(cdev), Some(group), _) => Err(InheritedError::Mixed {
             cdev: cdev.to_string(),
             group: group.to_string(),
         }),
-        (Some(cdev), None, Mode::Off) => Err(HandedError::Contradicted {
+        (Some(cdev), None, Mode::Off) => Err(InheritedError::Contradicted {
             said: "off",
             what: cdev.to_string(),
         }),
-        (None, Some(group), Mode::On) => Err(HandedError::Contradicted {
+        (None, Some(group), Mode::On) => Err(InheritedError::Contradicted {
             said: "on",
             what: group.to_string(),
         }),
@@ -266,7 +270,7 @@ fn interface_for<'a>(
 }
 
 /// What the character device of this number is, where it is one of VFIO's.
-fn identify(paths: &SysRoot, rdev: u64) -> Option<HandedKind> {
+fn identify(paths: &SysRoot, rdev: u64) -> Option<InheritedKind> {
     let number = format!("{}:{}", libc::major(rdev), libc::minor(rdev));
     // …/0000:01:00.0/vfio-dev/vfio3, …/virtual/vfio/7 or …/virtual/misc/iommu
     let folder = std::fs::canonicalize(paths.sys.join("dev/char").join(number)).ok()?;
@@ -275,13 +279,13 @@ fn identify(paths: &SysRoot, rdev: u64) -> Option<HandedKind> {
         "vfio-dev" => {
             let device = class.parent()?;
             device.file_name()?.to_str()?.parse::<HostName>().ok()?;
-            Some(HandedKind::Cdev(device.to_owned()))
+            Some(InheritedKind::Cdev(device.to_owned()))
         }
         "vfio" => {
             let group = folder.file_name()?.to_str()?.parse().ok()?;
-            Some(HandedKind::Group(group))
+            Some(InheritedKind::Group(group))
         }
-        "misc" if folder.file_name()? == "iommu" => Some(HandedKind::Iommufd),
+        "misc" if folder.file_name()? == "iommu" => Some(InheritedKind::Iommufd),
         _ => None,
     }
 }
@@ -300,7 +304,7 @@ fn describe(link: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attachment::HandedOnes;
+    use crate::attachment::InheritedOnes;
     use std::fs;
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::symlink;
@@ -342,8 +346,8 @@ mod tests {
         (root, paths)
     }
 
-    fn handed(kind: HandedKind) -> Handed {
-        Handed {
+    fn inherited(kind: InheritedKind) -> Inherited {
+        Inherited {
             kind,
             file: File::open("/dev/null").unwrap(),
             number: 9,
@@ -355,12 +359,12 @@ mod tests {
         let (_root, paths) = host();
         let known = |major, minor| identify(&paths, libc::makedev(major, minor));
         let folder = paths.sys.join("devices/pci0000:00/0000:01:00.0");
-        assert_eq!(known(510, 3), Some(HandedKind::Cdev(folder)));
+        assert_eq!(known(510, 3), Some(InheritedKind::Cdev(folder)));
         let mediated = "devices/virtual/mtty/mtty/bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
         let mediated = paths.sys.join(mediated);
-        assert_eq!(known(510, 4), Some(HandedKind::Cdev(mediated)));
-        assert_eq!(known(243, 7), Some(HandedKind::Group(7)));
-        assert_eq!(known(10, 124), Some(HandedKind::Iommufd));
+        assert_eq!(known(510, 4), Some(InheritedKind::Cdev(mediated)));
+        assert_eq!(known(243, 7), Some(InheritedKind::Group(7)));
+        assert_eq!(known(10, 124), Some(InheritedKind::Iommufd));
         assert_eq!(known(10, 196), None);
         assert_eq!(known(1, 3), None);
     }
@@ -370,7 +374,7 @@ mod tests {
         let (_root, paths) = host();
         let folder = |name| paths.sys.join("devices/pci0000:00").join(name);
         let nothing = Path::new("");
-        let cdev = handed(HandedKind::Cdev(folder("0000:01:00.0")));
+        let cdev = inherited(InheritedKind::Cdev(folder("0000:01:00.0")));
         assert_eq!(
             cdev.folder(&paths, nothing).unwrap(),
             folder("0000:01:00.0")
@@ -382,11 +386,11 @@ mod tests {
                 .contains("path= beside it says 0000:02:00.0"),
             "{error}"
         );
-        let alone = handed(HandedKind::Group(7))
+        let alone = inherited(InheritedKind::Group(7))
             .folder(&paths, nothing)
             .unwrap();
         assert_eq!(alone.file_name().unwrap(), "0000:01:00.0");
-        let pair = handed(HandedKind::Group(8));
+        let pair = inherited(InheritedKind::Group(8));
         let error = pair.folder(&paths, nothing).unwrap_err().to_string();
         assert!(
             error.contains("0000:02:00.0 and 0000:02:00.1 are bound"),
@@ -399,9 +403,9 @@ mod tests {
 
     #[test]
     fn descriptors_choose_the_interface_and_cannot_be_of_both() {
-        let cdev = HandedKind::Cdev("/x/0000:01:00.0".into());
-        let group = HandedKind::Group(7);
-        let of = |asked, iommufd, kinds: &[&HandedKind]| {
+        let cdev = InheritedKind::Cdev("/x/0000:01:00.0".into());
+        let group = InheritedKind::Group(7);
+        let of = |asked, iommufd, kinds: &[&InheritedKind]| {
             interface_for(asked, iommufd, kinds.iter().copied()).map_err(|error| error.to_string())
         };
         assert_eq!(of(Mode::Auto, false, &[&cdev]), Ok(Mode::On));
@@ -427,12 +431,12 @@ mod tests {
 
     #[test]
     fn two_descriptors_of_a_group_serve_as_one_and_two_of_a_device_do_not() {
-        let mut ones = HandedOnes::default();
+        let mut ones = InheritedOnes::default();
         let [first, second] = ["0000:02:00.0", "0000:02:00.1"].map(|it| it.parse().unwrap());
-        let group = || handed(HandedKind::Group(8));
+        let group = || inherited(InheritedKind::Group(8));
         assert!(ones.take(group(), first) && ones.take(group(), second));
         assert_eq!(ones.groups.len(), 1);
-        let device = || handed(HandedKind::Cdev("/x/0000:02:00.0".into()));
+        let device = || inherited(InheritedKind::Cdev("/x/0000:02:00.0".into()));
         assert!(ones.take(device(), first) && !ones.take(device(), first));
     }
 
@@ -442,7 +446,7 @@ mod tests {
         let file = File::open("/dev/null").unwrap();
         let number = file.as_raw_fd() as u32;
         // SAFETY: it is refused, and so stays this test's.
-        let error = unsafe { Handed::device(&paths, number) }.unwrap_err();
+        let error = unsafe { Inherited::device(&paths, number) }.unwrap_err();
         assert!(
             error
                 .to_string()
@@ -451,7 +455,7 @@ mod tests {
         );
         assert!(file.metadata().is_ok());
         // SAFETY: nothing is open by that number.
-        let error = unsafe { Handed::iommufd(&paths, 1_000_000) }.unwrap_err();
+        let error = unsafe { Inherited::iommufd(&paths, 1_000_000) }.unwrap_err();
         assert!(error.to_string().contains("is not open"), "{error}");
     }
 }
