@@ -3,7 +3,7 @@
 //! which also says where on its board each of these is.
 //!
 //! Each is a [`BusDevice`](crate::kvm::BusDevice). None knows KVM: an edge-triggered interrupt leaves by an
-//! eventfd, a level-triggered one by an [`InterruptLine`], and a wish to reset or to turn off by a [`PowerSink`].
+//! eventfd, a level-triggered one by an [`InterruptLevel`](busway_pci::InterruptLevel), and a wish to reset or to turn off by a [`PowerSink`].
 
 pub mod console;
 pub mod fw_cfg;
@@ -17,12 +17,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-
-/// A level-triggered interrupt input.
-pub trait InterruptLine: Send + Sync + Debug {
-    /// Asserts the line or takes it back. Repeating a level is harmless.
-    fn set_level(&self, asserted: bool);
-}
 
 /// Whoever decides on the machine's life. Called on a vCPU thread, so it must only take note.
 pub trait PowerSink: Send + Sync + Debug {

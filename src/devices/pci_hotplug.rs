@@ -14,7 +14,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::InterruptLine;
+use busway_pci::InterruptLevel;
+
 use crate::kvm::BusDevice;
 
 /// Offset of the slots with devices that have come.
@@ -54,7 +55,7 @@ pub trait SlotKeeper: Send + Sync + std::fmt::Debug {
 #[derive(Debug)]
 pub struct PciHotplug {
     state: Mutex<Slots>,
-    line: Arc<dyn InterruptLine>,
+    line: Arc<dyn InterruptLevel>,
     keeper: Arc<dyn SlotKeeper>,
 }
 
@@ -74,7 +75,7 @@ pub struct Slots {
 impl PciHotplug {
     /// Slots without devices.
     #[must_use]
-    pub fn new(line: Arc<dyn InterruptLine>, keeper: Arc<dyn SlotKeeper>) -> Self {
+    pub fn new(line: Arc<dyn InterruptLevel>, keeper: Arc<dyn SlotKeeper>) -> Self {
         Self {
             state: Mutex::default(),
             line,
@@ -140,7 +141,7 @@ impl PciHotplug {
         let mut slots = self.lock();
         change(&mut slots);
         // With the lock held, so that the line says what the registers do.
-        self.line.set_level(slots.added | slots.wanted != 0);
+        self.line.set(slots.added | slots.wanted != 0);
     }
 
     /// The guest says that it has released `slots`. Those without a device say nothing.
@@ -240,8 +241,8 @@ mod tests {
         told: Mutex<Vec<(u8, Option<u8>)>>,
     }
 
-    impl InterruptLine for Board {
-        fn set_level(&self, asserted: bool) {
+    impl InterruptLevel for Board {
+        fn set(&self, asserted: bool) {
             self.line.store(asserted, Ordering::Relaxed);
         }
     }

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
+use busway_pci::{InterruptLevel, InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
 use busway_vfio::EventFd;
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
 use kvm_ioctls::VmFd;
@@ -379,10 +379,10 @@ pub struct LevelLine {
     gsi: u32,
 }
 
-impl LevelLine {
-    /// Sets the level; says so in the log where the kernel refused.
-    pub fn set(&self, active: bool) {
-        if let Err(error) = self.fd.set_irq_line(self.gsi, active) {
+impl InterruptLevel for LevelLine {
+    /// Says in the log where the kernel refused.
+    fn set(&self, asserted: bool) {
+        if let Err(error) = self.fd.set_irq_line(self.gsi, asserted) {
             log::error!("KVM_IRQ_LINE failed on GSI {}: {error}", self.gsi);
         }
     }

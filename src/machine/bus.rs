@@ -1,18 +1,10 @@
-//! What joins the devices and KVM, which do not know each other: interrupt lines, and how configuration space and
-//! the BARs that need an exit are in the guest's address map.
+//! How PCI is in the guest's address map: configuration space, and BARs that need an exit.
 
 use std::sync::Arc;
 
 use busway_pci::{BarIndex, Ecam, PciFunction};
 
-use crate::devices::InterruptLine;
-use crate::kvm::{BusDevice, LevelLine};
-
-impl InterruptLine for LevelLine {
-    fn set_level(&self, asserted: bool) {
-        self.set(asserted);
-    }
-}
+use crate::kvm::BusDevice;
 
 /// ECAM as the address map sees it.
 pub(super) struct EcamWindow(pub(super) Ecam);

@@ -95,7 +95,7 @@ pub enum RunError {
     },
     /// A host device cannot be shown to a guest.
     #[error(transparent)]
-    Function(#[from] busway_vfio::AssignError),
+    Function(#[from] busway_vfio::SurveyError),
     /// {device} finds no slot: bus 0 has 31, and each virtio device and each assigned device takes one
     #[error(
         "{device} finds no slot: bus 0 has 31, and each virtio device and each assigned device \

@@ -31,7 +31,7 @@ pub(crate) enum Attachment {
 /// An attached device's descriptor. KVM, where it knows the descriptor itself, has to forget it before
 /// it closes; what the device is attached to is released after that.
 #[derive(Debug)]
-pub(crate) struct Opened {
+pub(crate) struct AttachedFile {
     // Dropped in this order, after `Drop::drop`.
     pub(crate) file: File,
     pub(crate) attachment: Attachment,
@@ -46,7 +46,7 @@ pub(crate) struct Opened {
     pub(crate) _claim: Arc<()>,
 }
 
-impl Drop for Opened {
+impl Drop for AttachedFile {
     fn drop(&mut self) {
         held_up::where_a_test_asks(Step::Closing, self.name);
         if let Attachment::Ioas { kvm, ioas, group } = &self.attachment {
@@ -127,7 +127,7 @@ impl OpenOnes {
     }
 }
 
-impl Opened {
+impl AttachedFile {
     /// Where it is on the host's buses.
     ///
     /// # Errors

@@ -16,8 +16,8 @@
 
 use busway_pci::spec;
 
-use crate::AssignError;
 use crate::DeviceIo;
+use crate::SurveyError;
 use crate::access::read_dword;
 use crate::config::GuestConfig;
 use crate::lists::{Extent, Kept, List};
@@ -43,8 +43,8 @@ impl Clique {
         io: &dyn DeviceIo,
         number: u8,
         list: &mut List,
-    ) -> Result<Self, AssignError> {
-        let refuse = |why| AssignError::Clique {
+    ) -> Result<Self, SurveyError> {
+        let refuse = |why| SurveyError::Clique {
             name: name.to_owned(),
             why,
         };

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use busway_iommu::{Mode, SysRoot};
+use busway_iommu::{IommufdMode, SysRoot};
 
 use crate::{HostName, sys};
 
@@ -231,18 +231,18 @@ impl Inherited {
 /// # Errors
 /// [`InheritedError::Mixed`] or [`InheritedError::Contradicted`]
 pub fn interface<'a>(
-    asked: Mode,
+    asked: IommufdMode,
     iommufd: bool,
     inherited: impl Iterator<Item = &'a Inherited> + Clone,
-) -> Result<Mode, InheritedError> {
+) -> Result<IommufdMode, InheritedError> {
     interface_for(asked, iommufd, inherited.map(|inherited| &inherited.kind))
 }
 
 fn interface_for<'a>(
-    asked: Mode,
+    asked: IommufdMode,
     iommufd: bool,
     inherited: impl Iterator<Item = &'a InheritedKind> + Clone,
-) -> Result<Mode, InheritedError> {
+) -> Result<IommufdMode, InheritedError> {
     let cdev = inherited
         .clone()
         .find(|kind| matches!(kind, InheritedKind::Cdev(_)))
@@ -255,16 +255,16 @@ fn interface_for<'a>(
             cdev: cdev.to_string(),
             group: group.to_string(),
         }),
-        (Some(cdev), None, Mode::Off) => Err(InheritedError::Contradicted {
+        (Some(cdev), None, IommufdMode::Off) => Err(InheritedError::Contradicted {
             said: "off",
             what: cdev.to_string(),
         }),
-        (None, Some(group), Mode::On) => Err(InheritedError::Contradicted {
+        (None, Some(group), IommufdMode::On) => Err(InheritedError::Contradicted {
             said: "on",
             what: group.to_string(),
         }),
-        (Some(_), None, _) => Ok(Mode::On),
-        (None, Some(_), _) => Ok(Mode::Off),
+        (Some(_), None, _) => Ok(IommufdMode::On),
+        (None, Some(_), _) => Ok(IommufdMode::Off),
         (None, None, asked) => Ok(asked),
     }
 }
@@ -408,22 +408,25 @@ mod tests {
         let of = |asked, iommufd, kinds: &[&InheritedKind]| {
             interface_for(asked, iommufd, kinds.iter().copied()).map_err(|error| error.to_string())
         };
-        assert_eq!(of(Mode::Auto, false, &[&cdev]), Ok(Mode::On));
-        assert_eq!(of(Mode::Auto, true, &[]), Ok(Mode::On));
-        assert_eq!(of(Mode::Auto, false, &[&group, &group]), Ok(Mode::Off));
-        assert_eq!(of(Mode::Off, false, &[]), Ok(Mode::Off));
+        assert_eq!(of(IommufdMode::Auto, false, &[&cdev]), Ok(IommufdMode::On));
+        assert_eq!(of(IommufdMode::Auto, true, &[]), Ok(IommufdMode::On));
+        assert_eq!(
+            of(IommufdMode::Auto, false, &[&group, &group]),
+            Ok(IommufdMode::Off)
+        );
+        assert_eq!(of(IommufdMode::Off, false, &[]), Ok(IommufdMode::Off));
         assert!(
-            of(Mode::Auto, false, &[&cdev, &group])
+            of(IommufdMode::Auto, false, &[&cdev, &group])
                 .unwrap_err()
                 .contains("both")
         );
         assert!(
-            of(Mode::Off, false, &[&cdev])
+            of(IommufdMode::Off, false, &[&cdev])
                 .unwrap_err()
                 .contains("iommufd=off")
         );
         assert!(
-            of(Mode::On, false, &[&group])
+            of(IommufdMode::On, false, &[&group])
                 .unwrap_err()
                 .contains("IOMMU group 7")
         );

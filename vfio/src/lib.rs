@@ -56,7 +56,7 @@ mod wiring;
 
 pub use aer::{ErrorCounts, ErrorStatus, Uncorrectable, is_silent};
 pub use areas::Area;
-pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
+pub use device_io::{DeviceIo, DeviceRegion, IrqError, IrqIndex, IrqInfo, RegionIndex};
 pub use event_fd::EventFd;
 pub use events::DeviceEvents;
 pub use function::{AssignedFunction, Summary};
@@ -70,7 +70,7 @@ pub use peers::try_peers;
 pub use reset::{Affected, FunctionReset, ResetMethod};
 pub use resets::Resets;
 pub use rom::{RomChoice, RomError, RomImage};
-pub use survey::AssignError;
+pub use survey::SurveyError;
 pub use sys::adopt;
 pub use vf_token::{ParseVfTokenError, TokenUse, VfToken};
 pub use wiring::{AssignOptions, Wiring};

@@ -92,7 +92,7 @@ pub(super) fn hide(supported: &mut Vec<kvm_cpuid_entry2>, features: CpuFeatures)
 
 /// What the table needs to know beside what KVM supports.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Platform {
+pub(super) struct CpuidInput {
     /// vCPUs that there can be; 1 to 64.
     pub(super) cpus: u8,
     /// The TSC's frequency, where it is known and constant.
@@ -102,7 +102,7 @@ pub(super) struct Platform {
     pub(super) tsc_deadline: bool,
 }
 
-impl Platform {
+impl CpuidInput {
     /// Bits of an APIC id that tell the cores of the package apart.
     fn core_bits(self) -> u32 {
         u32::from(self.cpus.max(1))
@@ -114,15 +114,11 @@ impl Platform {
 /// The guest's table for vCPU `id`, whose APIC id is the same number, made from what KVM supports.
 pub(super) fn guest_table(
     supported: &[kvm_cpuid_entry2],
-    platform: Platform,
+    input: CpuidInput,
     id: u8,
 ) -> Vec<kvm_cpuid_entry2> {
     let amd = is_amd(supported);
-    let (apic_id, cores, bits) = (
-        u32::from(id),
-        u32::from(platform.cpus),
-        platform.core_bits(),
-    );
+    let (apic_id, cores, bits) = (u32::from(id), u32::from(input.cpus), input.core_bits());
     // As many ids as the bits can tell apart, less one: how the cache and core counts are written.
     let ids = (1 << bits) - 1;
 
@@ -134,7 +130,7 @@ pub(super) fn guest_table(
                 let count = if cores > 1 { 1 << bits } else { 1 };
                 entry.ebx = entry.ebx & 0xffff | count << 16 | apic_id << 24;
                 entry.ecx |= ECX1_HYPERVISOR | ECX1_X2APIC;
-                set(&mut entry.ecx, ECX1_TSC_DEADLINE, platform.tsc_deadline);
+                set(&mut entry.ecx, ECX1_TSC_DEADLINE, input.tsc_deadline);
                 set(&mut entry.edx, EDX1_HTT, cores > 1);
             }
             // Deterministic cache parameters; AMD leaves the leaf reserved.
@@ -151,7 +147,7 @@ pub(super) fn guest_table(
                 }
                 continue;
             }
-            KVM_SIGNATURE if platform.tsc_khz.is_some() => {
+            KVM_SIGNATURE if input.tsc_khz.is_some() => {
                 entry.eax = entry.eax.max(HYPERVISOR_FREQUENCIES);
             }
             HYPERVISOR_FREQUENCIES => continue,
@@ -172,7 +168,7 @@ pub(super) fn guest_table(
         }
         table.push(entry);
     }
-    if let Some(khz) = platform.tsc_khz {
+    if let Some(khz) = input.tsc_khz {
         table.push(kvm_cpuid_entry2 {
             function: HYPERVISOR_FREQUENCIES,
             eax: khz,
@@ -288,7 +284,7 @@ mod tests {
             .unwrap()
     }
 
-    const SIX: Platform = Platform {
+    const SIX: CpuidInput = CpuidInput {
         cpus: 6,
         tsc_khz: Some(2_000_000),
         tsc_deadline: true,
@@ -382,7 +378,7 @@ mod tests {
 
     #[test]
     fn one_vcpu_is_no_multiprocessor_and_unknown_clocks_are_not_told() {
-        let alone = Platform {
+        let alone = CpuidInput {
             cpus: 1,
             tsc_khz: None,
             tsc_deadline: false,

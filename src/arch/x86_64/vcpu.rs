@@ -11,7 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VcpuFd};
 
-use super::cpuid::{self, CpuFeatures, Platform};
+use super::cpuid::{self, CpuFeatures, CpuidInput};
 use super::msr;
 use crate::config::MAX_CPUS;
 use crate::kvm::{KvmError, Vm};
@@ -138,12 +138,12 @@ pub(crate) fn create_vcpus(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<V
     (0..count)
         .zip(fds)
         .map(|(id, fd)| {
-            let platform = Platform {
+            let input = CpuidInput {
                 cpus: count,
                 tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
                 tsc_deadline: model.tsc_deadline,
             };
-            let table = cpuid::guest_table(&model.supported, platform, id);
+            let table = cpuid::guest_table(&model.supported, input, id);
             let ioctl = |what| KvmError::ioctl(what, format!("vCPU {id}"));
             let table = CpuId::from_entries(&table)
                 .map_err(|_| ioctl("KVM_SET_CPUID2")(kvm_ioctls::Error::new(libc::E2BIG)))?;

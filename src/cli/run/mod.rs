@@ -12,7 +12,7 @@ use clap::Args;
 
 use super::failure::Failure;
 use super::schema::{self, Section};
-use super::words::{Place, Wrong};
+use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::control::{Server, SocketAddress};
@@ -235,7 +235,7 @@ impl RunArgs {
 
     fn api_socket(&self) -> Result<Option<SocketAddress>, Wrong> {
         let make = |text: &String| {
-            let place = Place::Flag(schema::API_SOCKET.name, text.clone());
+            let place = SourcePlace::Flag(schema::API_SOCKET.name, text.clone());
             schema::API_SOCKET.make(text, &place)
         };
         self.api_socket.as_ref().map(make).transpose()
@@ -274,7 +274,7 @@ fn replace<T: Clone>(target: &mut Option<T>, said: &Option<T>) {
 /// What was said of a section, key by key; the last word counts.
 fn update<T>(section: &Section<T>, target: &mut T, said: &[String]) -> Result<(), Wrong> {
     for text in said {
-        let place = Place::Flag(section.name, text.clone());
+        let place = SourcePlace::Flag(section.name, text.clone());
         section.apply(target, text, &place)?;
     }
     Ok(())
@@ -283,7 +283,7 @@ fn update<T>(section: &Section<T>, target: &mut T, said: &[String]) -> Result<()
 /// One more of a section for each time it was said.
 fn extend<T>(section: &Section<T>, targets: &mut Vec<T>, said: &[String]) -> Result<(), Wrong> {
     for text in said {
-        let place = Place::Flag(section.name, text.clone());
+        let place = SourcePlace::Flag(section.name, text.clone());
         targets.push(section.make(text, &place)?);
     }
     Ok(())

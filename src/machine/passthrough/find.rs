@@ -3,7 +3,7 @@
 
 use std::fs::File;
 
-use busway_iommu::{Mode, SysRoot, reserved_ranges};
+use busway_iommu::{IommufdMode, SysRoot, reserved_ranges};
 use busway_pci::Reserve;
 use busway_vfio::{AssignOptions, Inherited, RomChoice, RomImage, interface};
 
@@ -29,19 +29,19 @@ pub(in crate::machine) struct Found {
     pub(super) paths: SysRoot,
     pub(super) requests: Vec<Request>,
     /// What was asked for.
-    pub(super) asked: Mode,
+    pub(super) asked: IommufdMode,
     /// The same, but for what the inherited descriptors need.
-    pub(super) mode: Mode,
+    pub(super) mode: IommufdMode,
     /// The iommufd that was inherited.
     pub(super) iommufd: Option<File>,
 }
 
 /// Which of the kernel's interfaces was asked for.
-pub(super) fn mode(asked: Choice) -> Mode {
+pub(super) fn mode(asked: Choice) -> IommufdMode {
     match asked {
-        Choice::On => Mode::On,
-        Choice::Off => Mode::Off,
-        Choice::Auto => Mode::Auto,
+        Choice::On => IommufdMode::On,
+        Choice::Off => IommufdMode::Off,
+        Choice::Auto => IommufdMode::Auto,
     }
 }
 

@@ -15,7 +15,7 @@ mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use busway_pci::{Bdf, InterruptRoutes, Topology};
+use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
 
 use super::RunError;
 use super::aside::Aside;
@@ -23,7 +23,6 @@ use super::events::Events;
 use super::pci::Pci;
 use super::requests::{Added, Answer, Asker, Files, RequestError, VirtioInfo};
 use crate::config::{DiskConfig, VirtioConfig, VmConfig};
-use crate::devices::InterruptLine;
 use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
@@ -190,7 +189,7 @@ impl VirtioDevices {
     pub(super) fn open_slots(
         &mut self,
         pci: &Pci,
-        line: Arc<dyn InterruptLine>,
+        line: Arc<dyn InterruptLevel>,
     ) -> Arc<PciHotplug> {
         let registers = Arc::new(PciHotplug::new(line, self.seats.clone()));
         let mut slots = pci.free_slots();

@@ -19,8 +19,8 @@ use busway_pci::{Bdf, FunctionId, Windows};
 #[derive(Debug)]
 struct Line;
 
-impl InterruptLine for Line {
-    fn set_level(&self, _asserted: bool) {}
+impl InterruptLevel for Line {
+    fn set(&self, _asserted: bool) {}
 }
 
 /// A machine's virtio devices, a guest that is played by the test, and somebody who asks.

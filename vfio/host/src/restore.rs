@@ -7,7 +7,7 @@ use busway_pci::Bdf;
 use super::check::check_unbind;
 use super::device::HostError;
 use super::host::Host;
-use super::identity::Identity;
+use super::identity::HardwareIds;
 use super::journal::{Journal, JournalError};
 use super::kernel::Readers;
 use super::lines::Lines;
@@ -149,7 +149,7 @@ fn check(
         };
         match journal.get(**address) {
             Some(record) => {
-                record.identity == Identity::of(device) && record.driver != device.driver
+                record.identity == HardwareIds::of(device) && record.driver != device.driver
             }
             None => known.contains(*address),
         }
@@ -175,7 +175,7 @@ fn put_one_back(
     let device = host.device(address).filter(|_| session.is_there(address));
     let rule = persist::rule_text(session.root, address);
     let outcome = match (device, &record, &rule) {
-        (Some(device), None, Some(rule)) if persist::is_for(rule, Identity::of(device)) => {
+        (Some(device), None, Some(rule)) if persist::is_for(rule, HardwareIds::of(device)) => {
             let given = give_to_host(session, journal, device).map_err(failed)?;
             let driver = given.driver;
             return Ok(Outcome::LeftToHost { driver });
@@ -183,7 +183,7 @@ fn put_one_back(
         (_, None, None) if ended => return Ok(Outcome::NotWithheld),
         (None, None, None) | (Some(_), None, None) => return Ok(Outcome::NotRecorded),
         (None, ..) => Outcome::Gone,
-        (Some(device), Some(record), _) if record.identity == Identity::of(device) => {
+        (Some(device), Some(record), _) if record.identity == HardwareIds::of(device) => {
             Outcome::AsBefore {
                 driver: record.driver.clone(),
                 driver_override: record.driver_override.clone(),

@@ -6,7 +6,7 @@ use busway_pci::Bdf;
 
 use super::device::{HostDevice, HostError};
 use super::host::Host;
-use super::identity::Identity;
+use super::identity::HardwareIds;
 use super::journal::{Journal, JournalError};
 use super::lock::LockError;
 use super::modules::module_parameter;
@@ -201,7 +201,7 @@ pub fn vfs(
             remove(session, address, &present)?;
         }
         if count > 0 {
-            let identity = host.device(address).map(Identity::of);
+            let identity = host.device(address).map(HardwareIds::of);
             make(
                 session,
                 (address, identity),
@@ -317,7 +317,7 @@ pub(super) fn end_withholding(
 
 fn make(
     session: &mut Session<'_>,
-    (address, identity): (Bdf, Option<Identity>),
+    (address, identity): (Bdf, Option<HardwareIds>),
     count: u16,
     options: &VfsOptions,
     interface: Option<&str>,

@@ -24,7 +24,7 @@ use crate::resets::ResetHandle;
 use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{Area, AssignError, AssignOptions, DeviceIo, RegionIndex, ResetMethod, Wiring};
+use crate::{Area, AssignOptions, DeviceIo, RegionIndex, ResetMethod, SurveyError, Wiring};
 
 /// A host device, as the guest sees it.
 ///
@@ -132,13 +132,13 @@ impl AssignedFunction {
     /// a function of it that is connected to its guest by `wiring`.
     ///
     /// # Errors
-    /// [`AssignError`]
+    /// [`SurveyError`]
     pub fn new(
         name: &str,
         io: Arc<dyn DeviceIo>,
         wiring: Wiring,
         options: &AssignOptions,
-    ) -> Result<Arc<Self>, AssignError> {
+    ) -> Result<Arc<Self>, SurveyError> {
         let Wiring {
             routes,
             lines,
@@ -153,7 +153,7 @@ impl AssignedFunction {
         check_header(name, &*io)?;
         let quirks = Quirks::of(&*io);
         let rom = Rom::new(name, &*io, rom, quirks.hides_rom());
-        let bars = read_bars(&*io, rom.as_ref()).map_err(|source| AssignError::Bar {
+        let bars = read_bars(&*io, rom.as_ref()).map_err(|source| SurveyError::Bar {
             name: name.to_owned(),
             source,
         })?;
@@ -222,7 +222,7 @@ impl AssignedFunction {
         if let Some(Err(source)) = pin.as_mut().map(|pin| pin.connect(&mut config)) {
             if msi.is_none() && msix.is_none() {
                 let name = name.to_owned();
-                return Err(AssignError::Pin { name, source });
+                return Err(SurveyError::Pin { name, source });
             }
             log::warn!("{name}: its interrupt pin cannot be connected: {source}");
         }

@@ -14,7 +14,7 @@ use busway_iommu::{
 
 pub use error::DeviceError;
 
-use crate::attachment::{Attachment, OpenGroup, OpenOnes, Opened};
+use crate::attachment::{AttachedFile, Attachment, OpenGroup, OpenOnes};
 use crate::held_up::{self, Step};
 use crate::inherited::Inherited;
 use crate::patience::patiently;
@@ -127,7 +127,7 @@ impl Opener {
         let opened = match &self.space {
             Space::Type1(container) => {
                 let group = self.group(container, device, name)?;
-                Opened {
+                AttachedFile {
                     file: self.in_group(&group.group, name, vf_token)?,
                     attachment: Attachment::Group(group),
                     name,
@@ -226,7 +226,7 @@ impl Opener {
         ioas: &Arc<Ioas>,
         vf_token: Option<&VfToken>,
         claim: Arc<()>,
-    ) -> Result<Opened, DeviceError> {
+    ) -> Result<AttachedFile, DeviceError> {
         let failed = |source| DeviceError::Open { name, source };
         let inherited = self.open.inherited().devices.remove(&name);
         let is_inherited = inherited.is_some();
@@ -240,7 +240,7 @@ impl Opener {
             ioas.joined(group);
         }
         // From here on dropping it undoes everything.
-        let opened = Opened {
+        let opened = AttachedFile {
             file,
             attachment: Attachment::Ioas {
                 kvm: self.kvm.clone(),

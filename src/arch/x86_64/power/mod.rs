@@ -7,6 +7,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use busway_pci::InterruptLevel;
 use serde::{Deserialize, Serialize};
 
 pub use reset::{
@@ -14,7 +15,7 @@ pub use reset::{
     ResetControl,
 };
 
-use crate::devices::{InterruptLine, PowerSink};
+use crate::devices::PowerSink;
 use crate::kvm::BusDevice;
 
 /// First of the power management ports.
@@ -156,7 +157,7 @@ impl Running {
 /// accessed; no known system waits for them.
 pub struct AcpiPower {
     running: Mutex<Running>,
-    sci: Arc<dyn InterruptLine>,
+    sci: Arc<dyn InterruptLevel>,
     sink: Arc<dyn PowerSink>,
     /// The values of SLP_TYP that turn the machine off.
     off: &'static [u8],
@@ -173,7 +174,7 @@ impl fmt::Debug for AcpiPower {
 impl AcpiPower {
     /// The hardware with `sci` as its interrupt; belongs at [`PM_BASE`].
     #[must_use]
-    pub fn new(sci: Arc<dyn InterruptLine>, sink: Arc<dyn PowerSink>) -> Self {
+    pub fn new(sci: Arc<dyn InterruptLevel>, sink: Arc<dyn PowerSink>) -> Self {
         Self {
             running: Mutex::new(Running::new(PowerState::at_reset(0))),
             sci,
@@ -229,7 +230,7 @@ impl AcpiPower {
     }
 
     fn update_sci(&self, running: &Running) {
-        self.sci.set_level(running.state.sci());
+        self.sci.set(running.state.sci());
     }
 
     fn lock(&self) -> MutexGuard<'_, Running> {

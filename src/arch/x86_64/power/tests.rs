@@ -12,8 +12,8 @@ struct Board {
     power_offs: AtomicU32,
 }
 
-impl InterruptLine for Board {
-    fn set_level(&self, asserted: bool) {
+impl InterruptLevel for Board {
+    fn set(&self, asserted: bool) {
         self.sci.store(asserted, Ordering::Relaxed);
     }
 }
