@@ -1,7 +1,7 @@
 //! Busway: a virtual machine monitor that gives guests real PCI devices.
 
 pub mod acpi;
-pub mod boot;
+pub mod arch;
 pub mod cli;
 pub mod config;
 pub mod control;

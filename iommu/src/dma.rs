@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use crate::{Backing, IovaRange, MapError, Mapping};
+use crate::{Backing, DmaMapping, IovaRange, MapError};
 
 /// An I/O virtual address: what a device puts on the bus, before the IOMMU translates it. For a VM
 /// without a virtual IOMMU it is the guest-physical address.
@@ -89,7 +89,7 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
         access: Access,
         owner: &str,
     ) -> Result<(), MapError> {
-        let mapping = Mapping {
+        let mapping = DmaMapping {
             iova,
             host,
             size,
@@ -117,7 +117,7 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
         dma_buf: &OpenDmaBuf<'_>,
         owner: &str,
     ) -> Result<(), MapError> {
-        let mapping = Mapping {
+        let mapping = DmaMapping {
             iova,
             host,
             size,
@@ -133,7 +133,7 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// Theirs.
-    fn add(&self, mapping: Mapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError>;
+    fn add(&self, mapping: DmaMapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError>;
 
     /// Takes back what was mapped within `size` bytes from `iova`, which may be several mappings but
     /// no part of one.

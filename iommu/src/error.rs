@@ -52,7 +52,7 @@ pub enum OpenError {
     },
     /// IOMMU group {group} is in a container already
     #[error(
-        "IOMMU group {group} is in somebody's container already: hand over a descriptor that was only \
+        "IOMMU group {group} is in somebody's container already: pass a descriptor that was only \
          opened, and end whoever uses it"
     )]
     HasContainer {

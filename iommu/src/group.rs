@@ -101,7 +101,7 @@ fn check_status(paths: &SysRoot, group: u32, flags: u32) -> Result<(), OpenError
                 .unwrap_or_else(|| "the kernel does not say by whom; see `dmesg`".to_owned()),
         });
     }
-    // Whoever opened a descriptor that was handed over may have gone on with it.
+    // Whoever opened a descriptor that was inherited may have gone on with it.
     if flags & VFIO_GROUP_FLAGS_CONTAINER_SET != 0 {
         return Err(OpenError::HasContainer { group });
     }

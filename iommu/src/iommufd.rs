@@ -17,8 +17,8 @@ use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
 use crate::{
-    Backing, DmaSpace, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats, SysRoot,
-    sys,
+    Backing, DmaMapping, DmaSpace, Iova, IovaRange, MapError, OpenDmaBuf, OpenError, Stats,
+    SysRoot, sys,
 };
 
 /// What a kernel needs for [`DmaSpace::map_device`], and the way round it.
@@ -137,7 +137,7 @@ impl Ioas {
         ))
     }
 
-    fn map_memory(&self, mapping: &Mapping, range: IovaRange) -> Result<(), MapError> {
+    fn map_memory(&self, mapping: &DmaMapping, range: IovaRange) -> Result<(), MapError> {
         sys::ioas_map(&self.space, mapping).map_err(|error| {
             let accounting = Accounting::User;
             ledger::refused(
@@ -153,7 +153,7 @@ impl Ioas {
 
     fn map_dma_buf(
         &self,
-        mapping: &Mapping,
+        mapping: &DmaMapping,
         range: IovaRange,
         dma_buf: io::Result<OwnedFd>,
     ) -> Result<(), MapError> {
@@ -177,7 +177,7 @@ impl Ioas {
 }
 
 impl DmaSpace for Ioas {
-    fn add(&self, mapping: Mapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
+    fn add(&self, mapping: DmaMapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
         let mut state = self.lock();
         let usable = self.usable_ranges()?;
         state.map(

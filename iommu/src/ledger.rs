@@ -6,7 +6,7 @@ use std::io;
 use crate::memlock::{self, Accounting};
 use crate::ranges::first_gap;
 use crate::tracker::Backing;
-use crate::{Iova, IovaRange, MapError, Mapping, Stats, SysRoot, Tracker, reserved};
+use crate::{DmaMapping, Iova, IovaRange, MapError, Stats, SysRoot, Tracker, reserved};
 
 /// What is mapped in one address space, for whom, and how often the kernel was asked.
 #[derive(Debug, Default)]
@@ -23,9 +23,9 @@ impl Ledger {
     pub(crate) fn map(
         &mut self,
         paths: &SysRoot,
-        mapping: Mapping,
+        mapping: DmaMapping,
         usable: Option<&[IovaRange]>,
-        call: impl Fn(&Mapping, IovaRange) -> Result<(), MapError>,
+        call: impl Fn(&DmaMapping, IovaRange) -> Result<(), MapError>,
     ) -> Result<(), MapError> {
         let range = self.tracker.check(&mapping)?;
         if let Some(usable) = usable {
@@ -41,7 +41,7 @@ impl Ledger {
         &mut self,
         paths: &SysRoot,
         usable: &[IovaRange],
-        call: impl Fn(&Mapping, IovaRange) -> Result<(), MapError>,
+        call: impl Fn(&DmaMapping, IovaRange) -> Result<(), MapError>,
     ) -> Result<(), MapError> {
         let mappings: Vec<_> = self.tracker.iter().cloned().collect();
         for mapping in &mappings {
@@ -117,7 +117,7 @@ impl Ledger {
     fn check_usable(
         &self,
         paths: &SysRoot,
-        mapping: &Mapping,
+        mapping: &DmaMapping,
         range: IovaRange,
         usable: &[IovaRange],
     ) -> Result<(), MapError> {
@@ -132,7 +132,7 @@ impl Ledger {
         })
     }
 
-    fn count(&mut self, mapping: &Mapping) {
+    fn count(&mut self, mapping: &DmaMapping) {
         match mapping.backing {
             Backing::Memory => self.stats.map_calls += 1,
             Backing::Device => self.stats.device_map_calls += 1,
@@ -145,7 +145,7 @@ pub(crate) fn refused(
     paths: &SysRoot,
     accounting: Accounting,
     what: &'static str,
-    mapping: &Mapping,
+    mapping: &DmaMapping,
     range: IovaRange,
     source: io::Error,
 ) -> MapError {
@@ -175,8 +175,8 @@ mod tests {
     use crate::{Access, HostVa};
     use std::cell::RefCell;
 
-    fn mapping(iova: u64, host: usize, backing: Backing) -> Mapping {
-        Mapping {
+    fn mapping(iova: u64, host: usize, backing: Backing) -> DmaMapping {
+        DmaMapping {
             iova: Iova(iova),
             host: HostVa(host),
             size: 0x1000,
@@ -190,7 +190,7 @@ mod tests {
     fn what_comes_before_any_device_is_mapped_later_in_one_call_where_it_goes_on() {
         let (paths, mut ledger) = (SysRoot::default(), Ledger::default());
         let calls = RefCell::new(Vec::new());
-        let call = |mapping: &Mapping, _: IovaRange| {
+        let call = |mapping: &DmaMapping, _: IovaRange| {
             calls.borrow_mut().push((mapping.iova.0, mapping.size));
             Ok(())
         };
@@ -218,7 +218,7 @@ mod tests {
         let (paths, mut ledger) = (SysRoot::default(), Ledger::default());
         let all = [IovaRange::ALL];
         let calls = RefCell::new(Vec::new());
-        let call = |mapping: &Mapping, _: IovaRange| {
+        let call = |mapping: &DmaMapping, _: IovaRange| {
             calls.borrow_mut().push((mapping.iova.0, mapping.size));
             Ok(())
         };
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn what_the_kernel_refused_is_not_remembered_and_what_it_cannot_reach_not_asked() {
         let (paths, mut ledger) = (SysRoot::default(), Ledger::default());
-        let refusing = |mapping: &Mapping, range| {
+        let refusing = |mapping: &DmaMapping, range| {
             Err(refused(
                 &paths,
                 Accounting::Process,

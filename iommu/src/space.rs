@@ -9,7 +9,7 @@ use crate::{Container, DmaSpace, Ioas, MemlockError, OpenError, SysRoot};
 
 /// Whether to use iommufd, as the user says it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
+pub enum IommufdMode {
     /// Required.
     On,
     /// Forbidden.
@@ -21,14 +21,14 @@ pub enum Mode {
 
 /// Which interface a space is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum SpaceKind {
     /// VFIO container, groups.
     Type1,
     /// iommufd, character devices.
     Iommufd,
 }
 
-impl Kind {
+impl SpaceKind {
     /// The interface in one word, which does not change.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -39,7 +39,7 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for SpaceKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.word())
     }
@@ -59,20 +59,24 @@ impl Space {
     ///
     /// # Errors
     /// [`OpenError`]
-    pub fn open(paths: &SysRoot, kind: Kind, iommufd: Option<File>) -> Result<Self, OpenError> {
+    pub fn open(
+        paths: &SysRoot,
+        kind: SpaceKind,
+        iommufd: Option<File>,
+    ) -> Result<Self, OpenError> {
         match (kind, iommufd) {
-            (Kind::Type1, _) => Container::open(paths).map(Self::Type1),
-            (Kind::Iommufd, Some(file)) => Ioas::in_iommufd(file, paths).map(Self::Iommufd),
-            (Kind::Iommufd, None) => Ioas::open(paths).map(Self::Iommufd),
+            (SpaceKind::Type1, _) => Container::open(paths).map(Self::Type1),
+            (SpaceKind::Iommufd, Some(file)) => Ioas::in_iommufd(file, paths).map(Self::Iommufd),
+            (SpaceKind::Iommufd, None) => Ioas::open(paths).map(Self::Iommufd),
         }
     }
 
     /// Which interface it is.
     #[must_use]
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> SpaceKind {
         match self {
-            Self::Type1(_) => Kind::Type1,
-            Self::Iommufd(_) => Kind::Iommufd,
+            Self::Type1(_) => SpaceKind::Type1,
+            Self::Iommufd(_) => SpaceKind::Iommufd,
         }
     }
 
@@ -107,8 +111,8 @@ mod tests {
     fn an_interface_that_is_required_and_missing_is_an_error_that_names_it() {
         let paths = SysRoot::under("/nowhere".as_ref());
         for (kind, node) in [
-            (Kind::Iommufd, "/nowhere/dev/iommu"),
-            (Kind::Type1, "/nowhere/dev/vfio/vfio"),
+            (SpaceKind::Iommufd, "/nowhere/dev/iommu"),
+            (SpaceKind::Type1, "/nowhere/dev/vfio/vfio"),
         ] {
             let text = Space::open(&paths, kind, None).unwrap_err().to_string();
             assert!(text.starts_with(&format!("cannot open {node}: ")), "{text}");

@@ -21,7 +21,7 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_
 use vmm_sys_util::ioctl_io_nr;
 
 use crate::ioctl::{check, size_of_u32};
-use crate::{Access, Mapping, info};
+use crate::{Access, DmaMapping, info};
 
 // linux/vfio.h
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
@@ -165,7 +165,7 @@ pub(crate) fn ioas_ranges(iommufd: &impl AsRawFd, ioas: u32) -> io::Result<Vec<(
 }
 
 /// Maps memory of this process into an I/O address space, at the address that `mapping` says.
-pub(crate) fn ioas_map(space: &VfioIommufd, mapping: &Mapping) -> Result<(), VfioError> {
+pub(crate) fn ioas_map(space: &VfioIommufd, mapping: &DmaMapping) -> Result<(), VfioError> {
     match mapping.access {
         Access::ReadWrite => {
             let length = usize::try_from(mapping.size).unwrap_or(usize::MAX);

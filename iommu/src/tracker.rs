@@ -19,7 +19,7 @@ pub enum Backing {
 
 /// One stretch of mapped memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
+pub struct DmaMapping {
     /// First I/O virtual address.
     pub iova: Iova,
     /// Where the memory is in this process.
@@ -34,7 +34,7 @@ pub struct Mapping {
     pub owner: String,
 }
 
-impl Mapping {
+impl DmaMapping {
     /// Its addresses; nothing where size and place do not fit the address space.
     #[must_use]
     pub fn range(&self) -> Option<IovaRange> {
@@ -59,7 +59,7 @@ impl Mapping {
 /// Every mapping of a space, disjoint, with neighbours of one owner merged.
 #[derive(Debug, Default)]
 pub struct Tracker {
-    by_iova: BTreeMap<u64, Mapping>,
+    by_iova: BTreeMap<u64, DmaMapping>,
 }
 
 impl Tracker {
@@ -67,7 +67,7 @@ impl Tracker {
     ///
     /// # Errors
     /// [`MapError::Malformed`], or [`MapError::Overlap`] naming both owners.
-    pub fn check(&self, mapping: &Mapping) -> Result<IovaRange, MapError> {
+    pub fn check(&self, mapping: &DmaMapping) -> Result<IovaRange, MapError> {
         let malformed = |why| MapError::Malformed {
             owner: mapping.owner.clone(),
             iova: mapping.iova,
@@ -101,13 +101,13 @@ impl Tracker {
     ///
     /// # Errors
     /// As [`check`](Self::check).
-    pub fn insert(&mut self, mut mapping: Mapping) -> Result<(), MapError> {
+    pub fn insert(&mut self, mut mapping: DmaMapping) -> Result<(), MapError> {
         self.check(&mapping)?;
         if let Some((&key, before)) = self.by_iova.range(..mapping.iova.0).next_back()
             && before.continues_into(&mapping)
             && let Some(before) = self.by_iova.remove(&key)
         {
-            mapping = Mapping {
+            mapping = DmaMapping {
                 size: before.size.saturating_add(mapping.size),
                 ..before
             };
@@ -165,7 +165,7 @@ impl Tracker {
     }
 
     /// Every mapping, by ascending address.
-    pub fn iter(&self) -> impl Iterator<Item = &Mapping> {
+    pub fn iter(&self) -> impl Iterator<Item = &DmaMapping> {
         self.by_iova.values()
     }
 
@@ -177,7 +177,7 @@ impl Tracker {
             .fold(0, |sum, mapping| sum.saturating_add(mapping.size))
     }
 
-    fn overlapping(&self, range: IovaRange) -> impl Iterator<Item = &Mapping> {
+    fn overlapping(&self, range: IovaRange) -> impl Iterator<Item = &DmaMapping> {
         self.by_iova
             .range(..=range.last)
             .rev()
@@ -195,8 +195,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn ram(iova: u64, host: usize, size: u64, owner: &str) -> Mapping {
-        Mapping {
+    fn ram(iova: u64, host: usize, size: u64, owner: &str) -> DmaMapping {
+        DmaMapping {
             iova: Iova(iova),
             host: HostVa(host),
             size,
@@ -248,7 +248,7 @@ mod tests {
             .insert(ram(0x2000, 0x20_1000, 0x1000, "other"))
             .unwrap();
         tracker
-            .insert(Mapping {
+            .insert(DmaMapping {
                 access: Access::Read,
                 ..ram(0x3000, 0x20_2000, 0x1000, "other")
             })
@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn neighbouring_bars_stay_apart_so_that_each_can_go_alone() {
         let mut tracker = Tracker::default();
-        let bar = |iova, host| Mapping {
+        let bar = |iova, host| DmaMapping {
             backing: Backing::Device,
             ..ram(iova, host, 0x1000, "BAR 0")
         };

@@ -20,7 +20,8 @@ use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
 use crate::{
-    DmaSpace, Iova, IovaRange, MapError, Mapping, OpenDmaBuf, OpenError, Stats, SysRoot, info, sys,
+    DmaMapping, DmaSpace, Iova, IovaRange, MapError, OpenDmaBuf, OpenError, Stats, SysRoot, info,
+    sys,
 };
 
 /// The module whose parameters rule Type1.
@@ -187,7 +188,7 @@ impl Container {
         sys::type1_info(&self.file).map(|answer| parse_limits(&answer))
     }
 
-    fn map_now(&self, mapping: &Mapping, range: IovaRange) -> Result<(), MapError> {
+    fn map_now(&self, mapping: &DmaMapping, range: IovaRange) -> Result<(), MapError> {
         let mut flags = VFIO_DMA_MAP_FLAG_READ;
         if mapping.access.writes() {
             flags |= VFIO_DMA_MAP_FLAG_WRITE;
@@ -222,7 +223,7 @@ impl DmaSpace for Container {
     /// asked first: its own answer, ENOSPC, says neither how many there are nor what to do.
     ///
     /// A device's memory is taken by its address: Type1 looks up what the page tables say.
-    fn add(&self, mapping: Mapping, _dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
+    fn add(&self, mapping: DmaMapping, _dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
         let mut state = self.lock();
         if state.groups > 0
             && let Ok(limits) = self.limits()

@@ -11,7 +11,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
-use crate::{Kind, Mode, SysRoot, Uuid};
+use crate::{IommufdMode, SpaceKind, SysRoot, Uuid};
 
 /// The first Linux whose iommufd maps the memory of devices, by dma-buf.
 const MAPS_DEVICES: (u32, u32) = (6, 19);
@@ -20,7 +20,7 @@ const MAPS_DEVICES: (u32, u32) = (6, 19);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Way {
     /// The interface.
-    pub kind: Kind,
+    pub kind: SpaceKind,
     /// Why it is this one: a part of a sentence.
     pub why: String,
     on_trial: bool,
@@ -30,31 +30,31 @@ impl Way {
     /// The way for the functions whose folders in sysfs are `devices`. `peers`: they are to reach each
     /// other's memory where that is possible.
     #[must_use]
-    pub fn choose(paths: &SysRoot, mode: Mode, devices: &[&Path], peers: bool) -> Self {
+    pub fn choose(paths: &SysRoot, mode: IommufdMode, devices: &[&Path], peers: bool) -> Self {
         let way = |kind, why: &str| Self {
             kind,
             why: why.to_owned(),
             on_trial: false,
         };
         match mode {
-            Mode::On => return way(Kind::Iommufd, "it is what was asked for"),
-            Mode::Off => return way(Kind::Type1, "it is what was asked for"),
-            Mode::Auto => {}
+            IommufdMode::On => return way(SpaceKind::Iommufd, "it is what was asked for"),
+            IommufdMode::Off => return way(SpaceKind::Type1, "it is what was asked for"),
+            IommufdMode::Auto => {}
         }
         if let Some(why) = without_iommufd(paths, devices) {
-            return way(Kind::Type1, &why);
+            return way(SpaceKind::Type1, &why);
         }
         if !peers {
             let why = "it does all that is needed where devices do not reach each other's memory \
                        (p2p=off)";
-            return way(Kind::Iommufd, why);
+            return way(SpaceKind::Iommufd, why);
         }
         if !devices.iter().any(|device| has_memory(device)) {
             let why = "no device has memory that others could reach";
-            return way(Kind::Iommufd, why);
+            return way(SpaceKind::Iommufd, why);
         }
         if let Some(why) = without_type1(paths, devices) {
-            return way(Kind::Iommufd, &why);
+            return way(SpaceKind::Iommufd, &why);
         }
         if release(paths).is_some_and(|release| release < MAPS_DEVICES) {
             let (major, minor) = MAPS_DEVICES;
@@ -62,12 +62,12 @@ impl Way {
                 "it lets devices reach each other's memory, which iommufd does from Linux \
                  {major}.{minor} on"
             );
-            return way(Kind::Type1, &why);
+            return way(SpaceKind::Type1, &why);
         }
         Self {
             on_trial: true,
             ..way(
-                Kind::Iommufd,
+                SpaceKind::Iommufd,
                 "it does all that is needed, with the devices' memory as dma-bufs",
             )
         }
@@ -83,7 +83,7 @@ impl Way {
     #[must_use]
     pub fn instead(error: &dyn fmt::Display) -> Self {
         Self {
-            kind: Kind::Type1,
+            kind: SpaceKind::Type1,
             why: format!(
                 "it lets devices reach each other's memory, which iommufd does not here: {error}"
             ),
@@ -217,11 +217,11 @@ mod tests {
 
         fn way(&self, peers: bool) -> Way {
             let devices: Vec<_> = self.devices.iter().map(PathBuf::as_path).collect();
-            Way::choose(&self.paths, Mode::Auto, &devices, peers)
+            Way::choose(&self.paths, IommufdMode::Auto, &devices, peers)
         }
 
         #[track_caller]
-        fn check(&self, peers: bool, kind: Kind, on_trial: bool, why: &str) {
+        fn check(&self, peers: bool, kind: SpaceKind, on_trial: bool, why: &str) {
             let way = self.way(peers);
             assert_eq!((way.kind, way.is_on_trial()), (kind, on_trial), "{way}");
             assert!(way.why.contains(why), "{way}");
@@ -232,18 +232,18 @@ mod tests {
     fn iommufd_is_taken_where_it_can_map_what_the_devices_need() {
         for release in ["6.19.0", "6.20.1-rc1", "7.0.4+deb14-amd64"] {
             let host = Host::new(release);
-            host.check(true, Kind::Iommufd, true, "dma-bufs");
-            host.check(false, Kind::Iommufd, false, "p2p=off");
+            host.check(true, SpaceKind::Iommufd, true, "dma-bufs");
+            host.check(false, SpaceKind::Iommufd, false, "p2p=off");
         }
         for release in ["6.18.7", "6.12.48+deb13-amd64", "6.8.12-4-pve", "5.15.0"] {
             let host = Host::new(release);
-            host.check(true, Kind::Type1, false, "from Linux 6.19 on");
-            host.check(false, Kind::Iommufd, false, "p2p=off");
+            host.check(true, SpaceKind::Type1, false, "from Linux 6.19 on");
+            host.check(false, SpaceKind::Iommufd, false, "p2p=off");
         }
         // A kernel that does not say how old it is is tried.
-        Host::new("").check(true, Kind::Iommufd, true, "dma-bufs");
+        Host::new("").check(true, SpaceKind::Iommufd, true, "dma-bufs");
         let other = Way::instead(&"no dma-buf of it");
-        assert_eq!((other.kind, other.is_on_trial()), (Kind::Type1, false));
+        assert_eq!((other.kind, other.is_on_trial()), (SpaceKind::Type1, false));
         assert!(other.to_string().starts_with("type1: it lets devices"));
         assert!(other.why.ends_with("no dma-buf of it"));
     }
@@ -253,12 +253,12 @@ mod tests {
         let host = Host::new("6.12.0");
         let [one, other] = &host.devices;
         fs::write(one.join("resource"), PORTS).unwrap();
-        host.check(true, Kind::Type1, false, "from Linux 6.19 on");
+        host.check(true, SpaceKind::Type1, false, "from Linux 6.19 on");
         // An expansion ROM is never mapped for others.
         fs::write(other.join("resource"), format!("{PORTS}{ROM}")).unwrap();
-        host.check(true, Kind::Iommufd, false, "no device has memory");
+        host.check(true, SpaceKind::Iommufd, false, "no device has memory");
         fs::remove_file(other.join("resource")).unwrap();
-        host.check(true, Kind::Type1, false, "from Linux 6.19 on");
+        host.check(true, SpaceKind::Type1, false, "from Linux 6.19 on");
     }
 
     #[test]
@@ -271,32 +271,35 @@ mod tests {
         fs::create_dir_all(mediated.parent().unwrap()).unwrap();
         fs::rename(&*other, &mediated).unwrap();
         *other = mediated;
-        host.check(true, Kind::Iommufd, false, "no device has memory");
+        host.check(true, SpaceKind::Iommufd, false, "no device has memory");
     }
 
     #[test]
     fn where_one_way_is_not_there_it_is_the_other() {
         let host = Host::new("6.12.0");
         fs::remove_file(host.paths.group(4)).unwrap();
-        host.check(true, Kind::Iommufd, false, "vfio/4)");
+        host.check(true, SpaceKind::Iommufd, false, "vfio/4)");
         fs::remove_file(host.paths.container()).unwrap();
-        host.check(true, Kind::Iommufd, false, "vfio/vfio)");
+        host.check(true, SpaceKind::Iommufd, false, "vfio/vfio)");
 
         let host = Host::new("7.0.0");
         fs::remove_file(host.paths.dev.join("vfio/devices/vfio4")).unwrap();
-        host.check(true, Kind::Type1, false, "0000:04:00.0 has no node");
-        host.check(false, Kind::Type1, false, "0000:04:00.0 has no node");
+        host.check(true, SpaceKind::Type1, false, "0000:04:00.0 has no node");
+        host.check(false, SpaceKind::Type1, false, "0000:04:00.0 has no node");
         fs::remove_file(host.paths.iommufd()).unwrap();
-        host.check(false, Kind::Type1, false, "the host has no iommufd");
+        host.check(false, SpaceKind::Type1, false, "the host has no iommufd");
         // What is there and cannot be opened is no way either.
         fs::create_dir(host.paths.iommufd()).unwrap();
-        host.check(false, Kind::Type1, false, "dev/iommu cannot be opened");
+        host.check(false, SpaceKind::Type1, false, "dev/iommu cannot be opened");
     }
 
     #[test]
     fn what_was_asked_for_is_what_is_taken() {
         let host = Host::new("6.12.0");
-        for (mode, kind) in [(Mode::On, Kind::Iommufd), (Mode::Off, Kind::Type1)] {
+        for (mode, kind) in [
+            (IommufdMode::On, SpaceKind::Iommufd),
+            (IommufdMode::Off, SpaceKind::Type1),
+        ] {
             let way = Way::choose(&host.paths, mode, &[], true);
             assert_eq!((way.kind, way.is_on_trial()), (kind, false));
             assert!(way.why.contains("asked for"));

@@ -135,8 +135,8 @@ mod tests {
 
     use super::*;
     use crate::address::Device;
+    use crate::bar::BarIndex;
     use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32};
-    use crate::function::BarIndex;
     use crate::host_bridge::HostBridge;
     use crate::link::Link;
     use crate::root_port::RootPort;

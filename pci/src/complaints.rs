@@ -77,7 +77,7 @@ impl Complaints {
     }
 
     /// What was wrong is right again: the next complaint is as the first.
-    pub fn settle(&self) {
+    pub fn reset(&self) {
         *self.lock() = State::default();
     }
 
@@ -103,7 +103,7 @@ mod tests {
         use Level::{Debug, Error};
         assert_eq!(levels, [Error, Error, Debug, Debug]);
         assert_eq!(complaints.made(), 4);
-        complaints.settle();
+        complaints.reset();
         assert_eq!(complaints.next(Level::Warn), Level::Warn);
     }
 

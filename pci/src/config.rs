@@ -4,9 +4,9 @@
 //! A register that does something when it is written is its function's to watch: let
 //! [`ConfigSpace::write`] take the write, then look at what the register holds.
 
+use crate::bar::BarRegion;
 use crate::bars::Bars;
 use crate::capability::ConfigRead;
-use crate::function::BarRegion;
 use crate::spec;
 
 /// What a function is, for the driver that looks for it. PCIe 6.0 §7.5.1.1.

@@ -7,14 +7,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::bar::{BarIndex, BarKind, BarRegion};
 use crate::bars::Bars;
 use crate::config::{ConfigSpace, Identity};
-use crate::function::{BarIndex, BarKind, BarMapper, BarRegion, PciFunction};
+use crate::function::{BarMapper, PciFunction};
 use crate::interrupt::{
     InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage, PinOwner,
     RouteError, VectorOwner,
 };
-use crate::intx::InterruptPin;
+use crate::pin::InterruptPin;
 
 pub(crate) const MEMORY_32: BarKind = BarKind::Memory32 {
     prefetchable: false,

@@ -1,66 +1,13 @@
 //! The seam between a PCI function and the machine that holds it.
 
-use std::fmt::{self, Debug};
+use std::fmt::Debug;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::atomics::AtomicOps;
-use crate::topology::{Reserve, Windows};
-
-/// Which of a function's address decoders: a BAR or the expansion ROM.
-///
-/// PCIe 6.0 §7.5.1.2.1 and §7.5.1.2.4.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum BarIndex {
-    /// BAR 0 to 5, by the register that holds the low half.
-    Bar(u8),
-    /// The expansion ROM.
-    Rom,
-}
-
-impl fmt::Display for BarIndex {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Bar(number) => write!(f, "BAR {number}"),
-            Self::Rom => f.write_str("the expansion ROM"),
-        }
-    }
-}
-
-/// What a BAR decodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BarKind {
-    /// I/O ports.
-    Io,
-    /// Memory below 4 GiB.
-    Memory32 {
-        /// The prefetchable flag.
-        prefetchable: bool,
-    },
-    /// Memory anywhere; takes two registers.
-    Memory64 {
-        /// The prefetchable flag.
-        prefetchable: bool,
-    },
-}
-
-/// A BAR that decodes now, at this place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BarRegion {
-    /// Which BAR.
-    pub index: BarIndex,
-    /// Ports or memory.
-    pub kind: BarKind,
-    /// First guest-physical address or port.
-    pub address: u64,
-    /// Bytes; a power of two.
-    pub size: u64,
-}
-
-/// Bytes of a page of memory, the least that a guest can be given of a BAR. Busway runs on x86-64
-/// only.
-pub const PAGE_SIZE: u64 = 4096;
+use crate::bar::{BarIndex, BarRegion};
+use crate::windows::{Reserve, Windows};
 
 /// An address in Busway's own process, valid for as long as the function that named it lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,15 +59,19 @@ pub trait PciFunction: Send + Sync + Debug {
     fn config_write(&self, offset: u16, data: &[u8]);
 
     /// Every BAR that the function has, decoding or not, at the address its register holds.
-    fn bars(&self) -> Vec<BarRegion>;
+    fn bars(&self) -> Vec<BarRegion> {
+        Vec::new()
+    }
 
     /// The BARs that decode now: the command register's enable for their kind is set (and the ROM's
     /// own enable, for the ROM). Values written while decoding is off are only values.
     ///
-    /// Answers at once, and never waits for [`settle`](Self::settle) or [`reset`](Self::reset): it is
+    /// Answers at once, and never waits for [`run_deferred`](Self::run_deferred) or [`reset`](Self::reset): it is
     /// asked with the topology's locks held, for which the writes to other functions wait. Nothing but a
-    /// configuration write, `settle` and `reset` changes the answer.
-    fn decoded(&self) -> Vec<BarRegion>;
+    /// configuration write, `run_deferred` and `reset` changes the answer.
+    fn decoded(&self) -> Vec<BarRegion> {
+        Vec::new()
+    }
 
     /// Carries out what a configuration write asked for and what must not happen while a BAR is mapped,
     /// such as putting a host device to sleep or resetting it. A function with such a thing to do
@@ -128,7 +79,7 @@ pub trait PciFunction: Send + Sync + Debug {
     ///
     /// Called after each configuration write by which it decodes nothing, when none of its BARs is
     /// mapped.
-    fn settle(&self) -> bool {
+    fn run_deferred(&self) -> bool {
         false
     }
 
@@ -154,10 +105,15 @@ pub trait PciFunction: Send + Sync + Debug {
     }
 
     /// Reads from a BAR, `offset` bytes from its start.
-    fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]);
+    fn bar_read(&self, bar: BarIndex, offset: u64, data: &mut [u8]) {
+        let _ = (bar, offset);
+        data.fill(u8::MAX);
+    }
 
     /// Writes to a BAR, `offset` bytes from its start.
-    fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]);
+    fn bar_write(&self, bar: BarIndex, offset: u64, data: &[u8]) {
+        let _ = (bar, offset, data);
+    }
 
     /// Puts the function into its state at power-on.
     ///
@@ -219,7 +175,7 @@ pub trait HotPlug {
     fn complete(&self, atomics: AtomicOps);
 
     /// Something is in the slot, or not, from before the guest's start.
-    fn furnish(&self, present: bool);
+    fn prepare(&self, present: bool);
 
     /// Something came into the slot, or left it, and the guest is told.
     fn set_present(&self, present: bool);
@@ -234,7 +190,7 @@ pub trait HotPlug {
     /// Whether a driver of the guest's hears of what comes and goes, by the interrupt that the slot sends.
     fn attended(&self) -> bool;
 
-    /// Presses the attention button, by which the guest is asked to let go of what is in the slot,
+    /// Presses the attention button, by which the guest is asked to release what is in the slot,
     /// or to take it. `false`, and nothing is done, where no driver of the guest's attends to it. A
     /// second press before the guest has acted takes back the first.
     fn press_button(&self) -> bool;

@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::bars::Bars;
 use crate::config::{ConfigSpace, Identity};
-use crate::function::{BarIndex, BarRegion, PciFunction};
+use crate::function::PciFunction;
 
 /// The host bridge as a function on its own bus 0.
 ///
@@ -51,20 +51,6 @@ impl PciFunction for HostBridge {
     fn config_write(&self, offset: u16, data: &[u8]) {
         self.space().write(offset, data);
     }
-
-    fn bars(&self) -> Vec<BarRegion> {
-        Vec::new()
-    }
-
-    fn decoded(&self) -> Vec<BarRegion> {
-        Vec::new()
-    }
-
-    fn bar_read(&self, _bar: BarIndex, _offset: u64, data: &mut [u8]) {
-        data.fill(u8::MAX);
-    }
-
-    fn bar_write(&self, _bar: BarIndex, _offset: u64, _data: &[u8]) {}
 
     fn reset(&self) {
         self.space().reset();

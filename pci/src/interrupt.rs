@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::intx::InterruptPin;
+use crate::pin::InterruptPin;
 
 /// The write that a message-signalled interrupt is. PCIe 6.0 §6.1.4.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,56 +1,14 @@
-//! The wired interrupts' pins: how they are told apart behind bridges, and when a function's has a
-//! way to the guest.
+//! The wired interrupt of a function: when its pin has a way to the guest.
 //!
-//! A pin's level is between the device and the interrupt controller; what it is wired to is the
-//! machine's to say.
+//! A pin's level is between the device and the interrupt controller.
 
 use std::sync::Arc;
 
-use crate::address::Device;
+use serde::{Deserialize, Serialize};
+
 use crate::complaints::Complaints;
 use crate::interrupt::{InterruptLine, InterruptLines, PinOwner, RouteError};
-
-/// One of a device's four interrupt pins. PCIe 6.0 §6.1.2 and §7.5.1.1.13.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum InterruptPin {
-    /// INTA, the one that a single-function device has.
-    A = 1,
-    /// INTB.
-    B = 2,
-    /// INTC.
-    C = 3,
-    /// INTD.
-    D = 4,
-}
-
-impl InterruptPin {
-    /// All four.
-    pub const ALL: [Self; 4] = [Self::A, Self::B, Self::C, Self::D];
-
-    /// What the interrupt pin register holds.
-    #[must_use]
-    pub fn register(self) -> u8 {
-        self as u8
-    }
-
-    /// The pin that the interrupt pin register says; none at 0 and beyond 4.
-    #[must_use]
-    pub fn from_register(register: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|pin| pin.register() == register)
-    }
-
-    /// The pin on the primary side of a bridge that this pin of `device` behind it comes out at.
-    /// Which line a pin on bus 0 is wired to is the machine's to say. PCIe 6.0 §2.2.8.1.
-    #[must_use]
-    pub fn swizzle(self, device: Device) -> Self {
-        match (self.register() - 1 + device.number() % 4) % 4 {
-            0 => Self::A,
-            1 => Self::B,
-            2 => Self::C,
-            _ => Self::D,
-        }
-    }
-}
+use crate::pin::InterruptPin;
 
 /// A pin could not be connected.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +21,38 @@ pub enum PinError {
     Device(#[source] std::io::Error),
 }
 
+/// The version of [`IntxState`] that is written and read. It changes with the meaning of a field.
+const VERSION: u16 = 1;
+
+/// What a function's pin remembers. The level is the device's, and whether an interrupt is under way the
+/// interrupt controller's; neither is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IntxState {
+    /// The version of this structure.
+    pub version: u16,
+    /// Which pin it is.
+    pub pin: InterruptPin,
+    /// The function uses neither MSI nor MSI-X, so that the pin is to have a way to the guest.
+    pub wanted: bool,
+}
+
+/// A saved state is none that this pin can go on from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IntxStateError {
+    /// it was saved in version {0} of the format, and this Busway knows 1
+    #[error("it was saved in version {0} of the format, and this Busway knows {VERSION}")]
+    Version(u16),
+    /// it is {saved}'s, and the function has {own}
+    #[error("it is {saved}'s, and the function has {own}")]
+    Pin {
+        /// The pin that was saved.
+        saved: InterruptPin,
+        /// The function's.
+        own: InterruptPin,
+    },
+}
+
 /// The wired interrupt of a function whose device masks itself when it has signalled. PCIe 6.0
 /// §6.1.2.
 ///
@@ -72,7 +62,7 @@ pub enum PinError {
 /// and is locked with it.
 #[derive(Debug)]
 pub struct Intx {
-    pin: InterruptPin,
+    state: IntxState,
     lines: Arc<dyn InterruptLines>,
     line: Option<Arc<dyn InterruptLine>>,
     name: Box<str>,
@@ -88,7 +78,11 @@ impl Intx {
         name: impl Into<Box<str>>,
     ) -> Self {
         Self {
-            pin,
+            state: IntxState {
+                version: VERSION,
+                pin,
+                wanted: false,
+            },
             lines,
             line: None,
             name: name.into(),
@@ -99,7 +93,36 @@ impl Intx {
     /// Which pin it is.
     #[must_use]
     pub fn pin(&self) -> InterruptPin {
-        self.pin
+        self.state.pin
+    }
+
+    /// What it remembers.
+    #[must_use]
+    pub fn state(&self) -> IntxState {
+        self.state
+    }
+
+    /// Goes to a state that was saved: the pin is connected or not, as it was wanted then. Where that fails, it
+    /// is as in [`update`](Self::update).
+    ///
+    /// # Errors
+    /// [`IntxStateError`]; nothing has changed then
+    pub fn restore(
+        &mut self,
+        state: &IntxState,
+        owner: &mut dyn PinOwner,
+    ) -> Result<(), IntxStateError> {
+        if state.version != VERSION {
+            return Err(IntxStateError::Version(state.version));
+        }
+        if state.pin != self.pin() {
+            return Err(IntxStateError::Pin {
+                saved: state.pin,
+                own: self.pin(),
+            });
+        }
+        self.update(!state.wanted, owner);
+        Ok(())
     }
 
     /// Whether it has a way to the guest now.
@@ -113,8 +136,9 @@ impl Intx {
     /// # Errors
     /// [`PinError`]; it stays unconnected.
     pub fn connect(&mut self, owner: &mut dyn PinOwner) -> Result<(), PinError> {
+        self.state.wanted = true;
         if self.line.is_none() {
-            let line = self.lines.connect(self.pin)?;
+            let line = self.lines.connect(self.state.pin)?;
             owner
                 .connect(line.event(), line.resample())
                 .map_err(PinError::Device)?;
@@ -126,6 +150,7 @@ impl Intx {
     /// Disconnects the pin; nothing where it is not. The source stops signalling first; only then do
     /// the eventfds close.
     pub fn disconnect(&mut self, owner: &mut dyn PinOwner) {
+        self.state.wanted = false;
         if let Some(line) = self.line.take() {
             owner.disconnect();
             drop(line);
@@ -134,7 +159,7 @@ impl Intx {
 
     /// Brings the pin in line with whether the function uses messages, MSI or MSI-X. What fails is
     /// tried again at the next time of calling; the first failure is a warning.
-    pub fn settle(&mut self, messages: bool, owner: &mut dyn PinOwner) {
+    pub fn update(&mut self, messages: bool, owner: &mut dyn PinOwner) {
         if messages {
             self.disconnect(owner);
         } else if let Err(error) = self.connect(owner) {
@@ -148,12 +173,6 @@ impl Intx {
     }
 }
 
-impl std::fmt::Display for InterruptPin {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "INT{self:?}")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -162,32 +181,14 @@ mod tests {
     use crate::fake::{FakeLines, FakePinOwner};
 
     #[test]
-    fn pins_round_trip_through_the_register() {
-        for pin in InterruptPin::ALL {
-            assert_eq!(InterruptPin::from_register(pin.register()), Some(pin));
-        }
-        assert_eq!(InterruptPin::from_register(0), None);
-        assert_eq!(InterruptPin::from_register(5), None);
-    }
-
-    #[test]
-    fn neighbouring_devices_take_different_pins() {
-        let pins = |device| InterruptPin::ALL.map(|pin| pin.swizzle(Device::new(device).unwrap()));
-        assert_eq!(pins(0), InterruptPin::ALL);
-        let [a, b, c, d] = InterruptPin::ALL;
-        assert_eq!(pins(1), [b, c, d, a]);
-        assert_eq!(pins(31), [d, a, b, c]);
-    }
-
-    #[test]
     fn the_source_stops_before_the_line_goes() {
         let lines = Arc::new(FakeLines::default());
         let mut intx = Intx::new(InterruptPin::C, lines.clone(), "test");
         let mut owner = FakePinOwner::watching(&lines);
-        intx.settle(false, &mut owner);
-        intx.settle(false, &mut owner);
+        intx.update(false, &mut owner);
+        intx.update(false, &mut owner);
         assert_eq!((lines.made(), lines.up()), (vec![InterruptPin::C], 1));
-        intx.settle(true, &mut owner);
+        intx.update(true, &mut owner);
         assert_eq!((lines.up(), owner.lines_at_disconnect), (0, vec![1]));
     }
 
@@ -200,9 +201,42 @@ mod tests {
         assert!(matches!(intx.connect(&mut owner), Err(PinError::Device(_))));
         assert!(!intx.connected() && lines.up() == 0);
         owner.refuses = false;
-        intx.settle(false, &mut owner);
+        intx.update(false, &mut owner);
         assert!(intx.connected());
         assert!(owner.lines_at_disconnect.is_empty());
+    }
+
+    #[test]
+    fn a_state_of_another_version_or_pin_is_refused_and_changes_nothing() {
+        let lines = Arc::new(FakeLines::default());
+        let mut intx = Intx::new(InterruptPin::A, lines.clone(), "test");
+        let mut owner = FakePinOwner::watching(&lines);
+        let wanted = IntxState {
+            wanted: true,
+            ..intx.state()
+        };
+        for (state, error) in [
+            (
+                IntxState {
+                    version: 2,
+                    ..wanted
+                },
+                IntxStateError::Version(2),
+            ),
+            (
+                IntxState {
+                    pin: InterruptPin::B,
+                    ..wanted
+                },
+                IntxStateError::Pin {
+                    saved: InterruptPin::B,
+                    own: InterruptPin::A,
+                },
+            ),
+        ] {
+            assert_eq!(intx.restore(&state, &mut owner), Err(error));
+            assert!(!intx.connected() && lines.up() == 0);
+        }
     }
 
     proptest! {
@@ -219,10 +253,20 @@ mod tests {
                 owner.refuses = refuses;
                 lines.exhaust(exhausted);
                 let before = intx.connected();
-                intx.settle(messages, &mut owner);
+                intx.update(messages, &mut owner);
                 prop_assert_eq!(intx.connected(), !messages && (before || !refuses && !exhausted));
                 prop_assert_eq!(lines.up(), usize::from(intx.connected()));
                 prop_assert_eq!(owner.connected, intx.connected());
+
+                // Another function's pin, put into this one's state, is connected as this one is meant to be.
+                let other_lines = Arc::new(FakeLines::default());
+                let mut other = Intx::new(InterruptPin::B, other_lines.clone(), "other");
+                let mut other_owner = FakePinOwner::watching(&other_lines);
+                other.update(messages ^ exhausted, &mut other_owner);
+                other.restore(&intx.state(), &mut other_owner).unwrap();
+                prop_assert_eq!(other.state(), intx.state());
+                prop_assert_eq!(other.connected(), !messages);
+                prop_assert_eq!(other_owner.connected, other.connected());
             }
         }
     }

@@ -10,6 +10,7 @@
 mod access;
 mod address;
 mod atomics;
+mod bar;
 mod bars;
 mod capability;
 mod complaints;
@@ -25,36 +26,37 @@ mod link;
 mod msi;
 mod msix;
 pub mod pace;
+mod pin;
 mod root_port;
 mod slot;
 pub mod spec;
 mod topology;
+mod windows;
 
 pub use access::{Cf8Cfc, Ecam};
 pub use address::{Bdf, Bus, Device, Function, ParseBdfError, Segment};
 pub use atomics::AtomicOps;
+pub use bar::{BarIndex, BarKind, BarRegion, PAGE_SIZE};
 pub use bars::{BarError, Bars};
 pub use capability::{
     Capability, ConfigRead, ExtendedCapability, capabilities, extended_capabilities,
 };
 pub use complaints::Complaints;
 pub use config::{ConfigSpace, Identity, Register};
-pub use function::{
-    BarIndex, BarKind, BarMapper, BarPart, BarRegion, Bridge, HostAddress, HotPlug, PAGE_SIZE,
-    PciFunction,
-};
+pub use function::{BarMapper, BarPart, Bridge, HostAddress, HotPlug, PciFunction};
 pub use host_bridge::HostBridge;
 pub use interrupt::{
     InterruptLevel, InterruptLine, InterruptLines, InterruptRoute, InterruptRoutes, MsiMessage,
     PinOwner, RouteError, VectorOwner,
 };
-pub use intx::{InterruptPin, Intx, PinError};
+pub use intx::{Intx, IntxState, IntxStateError, PinError};
 pub use link::{Link, LinkSpeed};
 pub use msi::{Msi, MsiFeatures};
 pub use msix::{Msix, MsixLocation, MsixState, MsixStateError, VectorState};
+pub use pin::InterruptPin;
 pub use root_port::RootPort;
 pub use slot::SlotListener;
 pub use topology::{
-    AssignError, Behind, FunctionId, Needs, NoRoom, Place, PlaceError, Reserve, Topology,
-    WindowKind, Windows, find_room,
+    AssignError, Behind, FunctionId, Needs, NoRoom, Place, PlaceError, Topology, find_room,
 };
+pub use windows::{Reserve, WindowKind, Windows};

@@ -32,7 +32,7 @@ pub const SWITCH: Duration = Duration::from_millis(8);
 /// mappings: 20 loads in a row cost 32 s at the most, of which those that the loads take have grown back.
 const ALLOWANCE: Duration = Duration::from_secs(32);
 /// The longest single wait: a vCPU is held, or ended, only between two accesses. What is owed beyond that
-/// is let go.
+/// is remitted.
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// What tells the time and lets it pass; the system's, but in tests.

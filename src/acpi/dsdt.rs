@@ -5,15 +5,14 @@ use std::ops::Range;
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
-    IO, If, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, Or, Package, PackageBuilder,
-    Path, ResourceTemplate, Return, Scope, Store, Uuid,
+    If, Local, Memory32Fixed, Method, Name, NotEqual, Or, Package, PackageBuilder,
+    ResourceTemplate, Return, Store, Uuid,
 };
 use acpi_tables::sdt::Sdt;
 use busway_pci::{Device as Slot, InterruptPin};
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, Platform, hotplug, intx_gsi};
-use crate::devices::{power, rtc, serial};
-use crate::memory::layout;
+use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug, in_system_bus, path};
+use crate::arch::{acpi as arch, gsi, layout};
 
 /// Size of the header that each table has.
 const HEADER: u32 = 36;
@@ -33,15 +32,14 @@ const OSC_UNKNOWN_REVISION: u8 = 1 << 3;
 const OSC_CONTROL_MASKED: u8 = 1 << 4;
 
 /// The table.
-pub(super) fn dsdt(platform: &Platform) -> Sdt {
+pub(super) fn dsdt(hardware: &Hardware) -> Sdt {
     let mut aml = Vec::new();
-    host_bridge(platform, &mut aml);
-    motherboard(platform, &mut aml);
-    legacy_devices(platform, &mut aml);
-    processors(platform, &mut aml);
-    hotplug::append(platform.bus0_slots, &mut aml);
-    // §7.4.2.6: the value of SLP_TYP for soft off.
-    let soft_off = power::SLEEP_TYPE_S5;
+    host_bridge(hardware, &mut aml);
+    motherboard(hardware, &mut aml);
+    arch::append_devices(hardware.serial, &mut aml);
+    processors(hardware, &mut aml);
+    hotplug::append(hardware.bus0_slots, &mut aml);
+    let soft_off = arch::soft_off();
     Name::new(
         path("_S5_"),
         &Package::new(vec![&soft_off, &soft_off, &0_u8, &0_u8]),
@@ -61,11 +59,9 @@ pub(super) fn dsdt(platform: &Platform) -> Sdt {
 }
 
 /// Bus 0 of segment 0 and all behind it. PCI Firmware 3.3 §4.
-fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
-    let buses = AddressSpace::new_bus_number(0_u16, platform.last_bus.into());
-    let configuration = IO::new(0xcf8, 0xcf8, 1, 8);
-    let io_low = AddressSpace::new_io(0_u16, 0xcf7, None);
-    let io_high = AddressSpace::new_io(0xd00_u16, 0xffff, None);
+fn host_bridge(hardware: &Hardware, aml: &mut Vec<u8>) {
+    let buses = AddressSpace::new_bus_number(0_u16, hardware.last_bus.into());
+    let (configuration, [io_low, io_high]) = arch::host_bridge_ports();
     // A descriptor for each part of a window: what lies between them is in none.
     let uncached = AddressSpaceCacheable::NotCacheable;
     let parts = |window: &[Range<u64>]| {
@@ -73,14 +69,14 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
         parts.retain(|part| !part.is_empty());
         parts
     };
-    let windows32: Vec<_> = parts(&platform.mmio32)
+    let windows32: Vec<_> = parts(&hardware.mmio32)
         .into_iter()
         .map(|part| {
             let (first, last) = (part.start as u32, (part.end - 1) as u32);
             AddressSpace::new_memory(uncached, true, first, last, None)
         })
         .collect();
-    let windows64: Vec<_> = parts(&platform.mmio64)
+    let windows64: Vec<_> = parts(&hardware.mmio64)
         .into_iter()
         .map(|part| AddressSpace::new_memory(uncached, true, part.start, part.end - 1, None))
         .collect();
@@ -95,7 +91,7 @@ fn host_bridge(platform: &Platform, aml: &mut Vec<u8>) {
     let uid = Name::new(path("_UID"), &0_u8);
     let crs = Name::new(path("_CRS"), &ResourceTemplate::new(resources));
     let prt = Name::new(path("_PRT"), &interrupt_routing());
-    let osc = Osc::new(platform);
+    let osc = Osc::new(hardware);
     in_system_bus(
         &Device::new(
             path("PCI0"),
@@ -117,7 +113,7 @@ fn interrupt_routing() -> PackageBuilder {
                 &address,
                 &number,
                 &0_u8,
-                &intx_gsi(slot, pin),
+                &gsi::intx(slot, pin),
             ]));
         }
     }
@@ -132,9 +128,9 @@ struct Osc {
 }
 
 impl Osc {
-    fn new(platform: &Platform) -> Self {
+    fn new(hardware: &Hardware) -> Self {
         let mut control = OSC_PME | OSC_AER | OSC_CAPABILITY;
-        if platform.native_hotplug {
+        if hardware.native_hotplug {
             control |= OSC_NATIVE_HOTPLUG;
         }
         Self { control }
@@ -178,47 +174,22 @@ impl Aml for Osc {
 }
 
 /// What no device has but nobody else may take: ECAM (PCI Firmware 3.3 §4.1.2 wants it here) and the
-/// power management ports.
-fn motherboard(platform: &Platform, aml: &mut Vec<u8>) {
+/// ports of the board.
+fn motherboard(hardware: &Hardware, aml: &mut Vec<u8>) {
     let hid = Name::new(path("_HID"), &EISAName::new("PNP0C02"));
     let uid = Name::new(path("_UID"), &0_u8);
-    let ecam = Memory32Fixed::new(true, platform.ecam as u32, layout::ECAM_SIZE as u32);
-    let pm = IO::new(power::PM_BASE, power::PM_BASE, 1, power::PM_SIZE as u8);
-    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ecam, &pm]));
+    let ecam = Memory32Fixed::new(true, hardware.ecam as u32, layout::ECAM_SIZE as u32);
+    let ports = arch::board_ports();
+    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ecam, &ports]));
     in_system_bus(&Device::new(path("MBRD"), vec![&hid, &uid, &crs]), aml);
 }
 
-/// The devices at ISA addresses.
-fn legacy_devices(platform: &Platform, aml: &mut Vec<u8>) {
-    let hid = Name::new(path("_HID"), &EISAName::new("PNP0B00"));
-    let ports = IO::new(rtc::BASE, rtc::BASE, 1, rtc::SIZE as u8);
-    let irq = Interrupt::new(true, true, false, false, rtc::IRQ);
-    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ports, &irq]));
-    in_system_bus(&Device::new(path("RTC_"), vec![&hid, &crs]), aml);
-    if platform.serial {
-        let hid = Name::new(path("_HID"), &EISAName::new("PNP0501"));
-        let uid = Name::new(path("_UID"), &1_u8);
-        let ports = IO::new(serial::BASE, serial::BASE, 1, serial::SIZE as u8);
-        let irq = Interrupt::new(true, true, false, false, serial::IRQ);
-        let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ports, &irq]));
-        in_system_bus(&Device::new(path("COM1"), vec![&hid, &uid, &crs]), aml);
-    }
-}
-
 /// Processor devices, whose `_UID`s are the MADT's. §8.4.
-fn processors(platform: &Platform, aml: &mut Vec<u8>) {
-    for (uid, _) in (0_u32..).zip(&platform.cpus) {
+fn processors(hardware: &Hardware, aml: &mut Vec<u8>) {
+    for (uid, _) in (0_u32..).zip(&hardware.cpus) {
         let hid = Name::new(path("_HID"), &"ACPI0007");
         let id = Name::new(path("_UID"), &uid);
         let name = format!("C{uid:03X}");
         in_system_bus(&Device::new(path(&name), vec![&hid, &id]), aml);
     }
-}
-
-pub(super) fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
-    Scope::new(path("\\_SB_"), vec![device]).to_aml_bytes(aml);
-}
-
-pub(super) fn path(name: &str) -> Path {
-    Path::new(name)
 }

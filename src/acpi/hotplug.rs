@@ -11,11 +11,9 @@ use acpi_tables::aml::{
     OpRegion, OpRegionSpace, Or, Path, ResourceTemplate, Return, Scope, ShiftLeft, Store, ZERO,
 };
 
-use super::dsdt::{in_system_bus, path};
-use crate::devices::pci_hotplug::{
-    ADDED, EJECT, EJECT_REQUEST, GSI, OUTCOME, PRESENT, SIZE, WANTED,
-};
-use crate::memory::layout;
+use super::{in_system_bus, path};
+use crate::arch::{gsi, layout};
+use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, SIZE, WANTED};
 
 /// The notification that a device may have come. §5.6.6, table 5.173.
 const DEVICE_CHECK: u8 = 1;
@@ -189,14 +187,17 @@ fn event_device(aml: &mut Vec<u8>) {
     let hid = Name::new(path("_HID"), &"ACPI0013");
     let uid = Name::new(path("_UID"), &0_u8);
     // Level-triggered, active high: for as long as something is unseen.
-    let interrupt = Interrupt::new(true, false, false, false, GSI);
+    let interrupt = Interrupt::new(true, false, false, false, gsi::PCI_HOTPLUG);
     let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&interrupt]));
     let look = MethodCall::new(path("\\_SB_.PCI0.PCNT"), vec![]);
     let event = Bytes::of(&Method::new(
         path("_EVT"),
         1,
         true,
-        vec![&If::new(&Equal::new(&Arg(0), &GSI), vec![&look])],
+        vec![&If::new(
+            &Equal::new(&Arg(0), &gsi::PCI_HOTPLUG),
+            vec![&look],
+        )],
     ));
     in_system_bus(
         &Device::new(path("GED0"), vec![&hid, &uid, &crs, &event]),

@@ -1,7 +1,7 @@
 //! The tables for firmware, which puts them where it wants: with a script that says what of them depends on
-//! where they are. QEMU hw/acpi/bios-linker-loader.c; OvmfPkg/AcpiPlatformDxe/QemuLoader.h.
+//! where they are. QEMU hw/acpi/bios-linker-loader.c; OvmfPkg/AcpiHardwareDxe/QemuLoader.h.
 
-use super::{Image, Platform};
+use super::{Hardware, Image};
 
 /// Names of the files in fw_cfg.
 const TABLES: &str = "etc/acpi/tables";
@@ -45,10 +45,10 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// The tables of `platform`.
+    /// The tables of `hardware`.
     #[must_use]
-    pub fn new(platform: &Platform) -> Self {
-        let image = Image::at(platform, 0);
+    pub fn new(hardware: &Hardware) -> Self {
+        let image = Image::at(hardware, 0);
         let mut tables = image.bytes;
         let mut rsdp = image.rsdp;
         let mut script = Vec::new();
@@ -128,7 +128,7 @@ fn command(script: &mut Vec<u8>, kind: u32, mut body: Vec<u8>) {
 mod tests {
     use super::*;
     use crate::acpi::Cpu;
-    use crate::memory::layout;
+    use crate::arch::layout;
 
     /// Somewhere above 4 GiB, and near its end.
     const PLACES: [u64; 2] = [0x7e00_0000, 0x1_2345_6000];
@@ -137,12 +137,12 @@ mod tests {
         bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)) == 0
     }
 
-    fn platform() -> Platform {
+    fn hardware() -> Hardware {
         let cpu = |apic_id| Cpu {
             apic_id,
             enabled: true,
         };
-        Platform {
+        Hardware {
             cpus: vec![cpu(0), cpu(1)],
             last_bus: 3,
             mmio32: layout::mmio32(0x8000_0000, &[]),
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn loaded_anywhere_each_table_is_found_and_its_checksum_is_right() {
-        let loader = Loader::new(&platform());
+        let loader = Loader::new(&hardware());
         for at in PLACES {
             let (tables, rsdp) = load(&loader, at);
             assert!(rsdp.starts_with(b"RSD PTR "));
@@ -222,10 +222,10 @@ mod tests {
     }
 
     #[test]
-    fn configuration_space_is_where_the_platform_says() {
-        let moved = Platform {
+    fn configuration_space_is_where_the_hardware_says() {
+        let moved = Hardware {
             ecam: 0xb000_0000,
-            ..platform()
+            ..hardware()
         };
         let tables = Loader::new(&moved).tables;
         let mcfg = tables.windows(4).position(|name| name == b"MCFG").unwrap();

@@ -1,85 +1,30 @@
-//! The ACPI tables: what the firmware of a board like this one would tell.
+//! The ACPI tables: what the firmware of a board like this one would tell. What they say of a PC alone is
+//! [`arch::acpi`](crate::arch::acpi)'s.
 //!
 //! Full ACPI hardware (not hardware-reduced): the machine has a PIC, a PIT and a CMOS clock, and its
 //! power button is the fixed one. The registers the tables speak of are
-//! [`devices::power`](crate::devices::power)'s; the addresses are [`layout`](crate::memory::layout)'s. References are to ACPI
+//! [`arch::power`](crate::arch::power)'s; the addresses are [`layout`](crate::arch::layout)'s. References are to ACPI
 //! 6.5 and to the PCI Firmware Specification 3.3.
 
+mod aml;
 mod dsdt;
-mod fadt;
+mod hardware;
 mod hotplug;
 mod loader;
-mod madt;
-
-use std::ops::Range;
 
 use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
-use busway_pci::{Device, InterruptPin};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
+pub(crate) use aml::{in_system_bus, path};
+pub use hardware::{Cpu, Hardware};
+pub(crate) use hardware::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 pub use loader::Loader;
 
-/// Where the tables lie: the area that a kernel without boot parameters searches for the RSDP
-/// (§5.2.5.1). The memory map reserves it.
-pub const TABLES: Range<u64> = 0xe_0000..0x10_0000;
-
-/// The global system interrupt of the system control interrupt. Level-triggered, active high.
-pub const SCI: u32 = 9;
-
-/// The first of the global system interrupts that PCI's INTx lines are wired to.
-const INTX_GSI_BASE: u32 = 16;
-/// How many there are.
-const INTX_GSIS: u32 = 8;
-
-const OEM_ID: [u8; 6] = *b"BUSWAY";
-const OEM_TABLE_ID: [u8; 8] = *b"BUSWAYVM";
-const OEM_REVISION: u32 = 1;
-
-/// What the tables describe.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Platform {
-    /// Processors, the boot processor first. The position in the list is the ACPI processor UID.
-    pub cpus: Vec<Cpu>,
-    /// The highest bus number there is. The guest is told of no bus beyond it, not even where ECAM would
-    /// reach one: Linux reads all of a told bus's 32 slots to find out that nothing is there, which
-    /// for 255 empty buses is 16,000 exits at each boot.
-    pub last_bus: u8,
-    /// The window for BARs below 4 GiB, in ascending parts.
-    pub mmio32: Vec<Range<u64>>,
-    /// The window for 64-bit BARs, in ascending parts; there may be none.
-    pub mmio64: Vec<Range<u64>>,
-    /// There is a serial port COM1.
-    pub serial: bool,
-    /// Root ports have hot-plug slots that the guest's own driver handles.
-    pub native_hotplug: bool,
-    /// Bit n: the device in slot n of bus 0 can come and leave. Without any there is nothing that would tell
-    /// of it.
-    pub bus0_slots: u32,
-    /// First address of configuration space in memory, below 4 GiB.
-    pub ecam: u64,
-}
-
-/// A processor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cpu {
-    /// The ID of its local APIC.
-    pub apic_id: u32,
-    /// It is there from the start; one that is not can come later.
-    pub enabled: bool,
-}
-
-/// The global system interrupt that `pin` of the device in `slot` on bus 0 is wired to. The DSDT's
-/// `_PRT` says the same. A pin behind a bridge comes out at one of the bridge's:
-/// [`InterruptPin::swizzle`].
-#[must_use]
-pub fn intx_gsi(slot: Device, pin: InterruptPin) -> u32 {
-    let pin = u32::from(pin.register()) - 1;
-    INTX_GSI_BASE + (u32::from(slot.number()) + pin) % INTX_GSIS
-}
+use crate::arch::acpi::{self as arch, TABLES};
 
 /// Why there are no tables.
 #[derive(Debug, thiserror::Error)]
@@ -101,9 +46,9 @@ pub enum AcpiError {
 ///
 /// # Errors
 /// [`AcpiError`]
-pub fn install(ram: &impl GuestMemory, platform: &Platform) -> Result<GuestAddress, AcpiError> {
+pub fn install(ram: &impl GuestMemory, hardware: &Hardware) -> Result<GuestAddress, AcpiError> {
     let rsdp = Rsdp::len().next_multiple_of(64);
-    let image = Image::at(platform, TABLES.start + rsdp as u64);
+    let image = Image::at(hardware, TABLES.start + rsdp as u64);
     let mut bytes = image.rsdp;
     bytes.resize(rsdp, 0);
     bytes.extend(image.bytes);
@@ -128,7 +73,7 @@ struct Image {
 }
 
 impl Image {
-    fn at(platform: &Platform, base: u64) -> Self {
+    fn at(hardware: &Hardware, base: u64) -> Self {
         let mut image = Self {
             base,
             bytes: Vec::new(),
@@ -137,13 +82,13 @@ impl Image {
             summed: Vec::new(),
         };
         let facs = image.append(&FACS::new());
-        let dsdt = image.append(&dsdt::dsdt(platform));
+        let dsdt = image.append(&dsdt::dsdt(hardware));
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-        let fadt = image.append(&fadt::fadt(facs, dsdt));
-        image.points(fadt, fadt::POINTERS);
+        let fadt = image.append(&arch::fadt(facs, dsdt));
+        image.points(fadt, arch::FADT_POINTERS);
         xsdt.add_entry(fadt);
-        xsdt.add_entry(image.append(&madt::madt(&platform.cpus)));
-        xsdt.add_entry(image.append(&mcfg(platform)));
+        xsdt.add_entry(image.append(&arch::madt(&hardware.cpus)));
+        xsdt.add_entry(image.append(&mcfg(hardware)));
         let xsdt = image.append(&xsdt);
         // An address for each table, behind the header. §5.2.8.
         let entries = (image.offset(xsdt) + 36..image.bytes.len()).step_by(8);
@@ -176,9 +121,9 @@ impl Image {
 }
 
 /// Where ECAM is. PCI Firmware 3.3 §4.1.2.
-fn mcfg(platform: &Platform) -> MCFG {
+fn mcfg(hardware: &Hardware) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(platform.ecam, 0, 0, platform.last_bus);
+    mcfg.add_ecam(hardware.ecam, 0, 0, hardware.last_bus);
     mcfg
 }
 

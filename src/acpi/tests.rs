@@ -4,10 +4,10 @@ use std::process::Command;
 use vm_memory::GuestMemoryMmap;
 
 use super::*;
-use crate::memory::layout;
+use crate::arch::layout;
 
-fn platform(cpus: u32) -> Platform {
-    Platform {
+fn hardware(cpus: u32) -> Hardware {
+    Hardware {
         cpus: (0..cpus)
             .map(|apic_id| Cpu {
                 apic_id,
@@ -25,9 +25,9 @@ fn platform(cpus: u32) -> Platform {
 }
 
 /// The tables by signature, found as an operating system finds them: from the RSDP on.
-fn tables(platform: &Platform) -> Vec<(String, Vec<u8>)> {
+fn tables(hardware: &Hardware) -> Vec<(String, Vec<u8>)> {
     let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-    let rsdp = install(&ram, platform).unwrap();
+    let rsdp = install(&ram, hardware).unwrap();
     let read = |address: u64, length: usize| {
         let mut bytes = vec![0; length];
         ram.read_slice(&mut bytes, GuestAddress(address)).unwrap();
@@ -64,7 +64,7 @@ fn sum(bytes: &[u8]) -> u8 {
 
 #[test]
 fn each_table_is_found_from_the_rsdp_and_its_checksum_holds() {
-    let tables = tables(&platform(4));
+    let tables = tables(&hardware(4));
     let names: Vec<_> = tables.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(names, ["XSDT", "FACP", "APIC", "MCFG", "DSDT", "FACS"]);
     for (name, bytes) in &tables {
@@ -77,7 +77,7 @@ fn each_table_is_found_from_the_rsdp_and_its_checksum_holds() {
 
 #[test]
 fn the_madt_lists_each_processor_once_by_the_entry_its_id_needs() {
-    let (_, madt) = tables(&platform(300)).swap_remove(2);
+    let (_, madt) = tables(&hardware(300)).swap_remove(2);
     let (mut local, mut x2, mut io, mut overrides, mut nmis) = (0, 0, 0, Vec::new(), 0);
     let mut at = 44;
     while at < madt.len() {
@@ -106,7 +106,7 @@ fn the_madt_lists_each_processor_once_by_the_entry_its_id_needs() {
 
 #[test]
 fn the_madt_of_a_small_machine_to_the_byte() {
-    let (_, madt) = tables(&platform(1)).swap_remove(2);
+    let (_, madt) = tables(&hardware(1)).swap_remove(2);
     let expected: [&[u8]; 6] = [
         // The local APIC's address, and that there are 8259s.
         &[0, 0, 0xe0, 0xfe, 1, 0, 0, 0],
@@ -117,7 +117,7 @@ fn the_madt_of_a_small_machine_to_the_byte() {
         &[4, 6, 0xff, 0, 0, 1],
     ];
     assert_eq!(madt[36..], expected.concat());
-    let (_, madt) = tables(&platform(256)).swap_remove(2);
+    let (_, madt) = tables(&hardware(256)).swap_remove(2);
     let x2 = [9, 16, 0, 0, 0xff, 0, 0, 0, 2, 0, 0, 0, 0xff, 0, 0, 0];
     assert!(madt.windows(16).any(|entry| entry == x2));
     let nmi = [10, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0];
@@ -126,7 +126,7 @@ fn the_madt_of_a_small_machine_to_the_byte() {
 
 #[test]
 fn the_fadt_claims_the_hardware_that_is_there() {
-    let (_, fadt) = tables(&platform(1)).swap_remove(1);
+    let (_, fadt) = tables(&hardware(1)).swap_remove(1);
     let word = |at: usize| u32::from_le_bytes(fadt[at..at + 4].try_into().unwrap());
     assert_eq!(u16::from_le_bytes([fadt[46], fadt[47]]), 9, "SCI");
     assert_eq!(word(48), 0, "no SMI port: ACPI mode is always on");
@@ -142,20 +142,6 @@ fn the_fadt_claims_the_hardware_that_is_there() {
         &fadt[116..129],
         [1, 8, 0, 1, 0xf9, 0xc, 0, 0, 0, 0, 0, 0, 6]
     );
-}
-
-#[test]
-fn intx_lines_of_neighbours_differ_and_stay_among_the_gsis() {
-    let slots: Vec<_> = (0..Device::COUNT).filter_map(Device::new).collect();
-    let lines = |slot: Device| InterruptPin::ALL.map(|pin| intx_gsi(slot, pin));
-    for slot in &slots {
-        let lines = lines(*slot);
-        assert!(lines.iter().all(|gsi| (16..24).contains(gsi)));
-        assert!(lines.windows(2).all(|pair| pair[0] != pair[1]));
-    }
-    for pair in slots.windows(2) {
-        assert_ne!(lines(pair[0])[0], lines(pair[1])[0]);
-    }
 }
 
 /// The memory windows of the host bridge, as its `_CRS` has them. ACPI 6.5 §6.4.3.5.
@@ -180,18 +166,18 @@ fn memory_windows(dsdt: &[u8]) -> Vec<(u64, u64)> {
 
 #[test]
 fn the_host_bridge_has_each_part_of_its_windows_and_nothing_between_them() {
-    let windows = |platform: &Platform| {
-        let tables = tables(platform);
+    let windows = |hardware: &Hardware| {
+        let tables = tables(hardware);
         let (_, dsdt) = tables.iter().find(|(name, _)| name == "DSDT").unwrap();
         memory_windows(dsdt)
     };
     let whole = [(0xc000_0000, 0xdfff_ffff), (7 << 30, (1 << 40) - 1)];
-    assert_eq!(windows(&platform(1)), whole);
+    assert_eq!(windows(&hardware(1)), whole);
     let low = 0x8000_0000..0xe000_0000;
-    let around = Platform {
+    let around = Hardware {
         mmio32: vec![low],
         mmio64: vec![7 << 30..0xfd_0000_0000, 1 << 40..1 << 48],
-        ..platform(1)
+        ..hardware(1)
     };
     let parts = [
         (0x8000_0000, 0xdfff_ffff),
@@ -199,9 +185,9 @@ fn the_host_bridge_has_each_part_of_its_windows_and_nothing_between_them() {
         (1 << 40, (1 << 48) - 1),
     ];
     assert_eq!(windows(&around), parts);
-    let none = Platform {
+    let none = Hardware {
         mmio64: Vec::new(),
-        ..platform(1)
+        ..hardware(1)
     };
     assert_eq!(windows(&none), whole[..1]);
 }
@@ -209,10 +195,10 @@ fn the_host_bridge_has_each_part_of_its_windows_and_nothing_between_them() {
 #[test]
 fn what_does_not_fit_is_an_error() {
     let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-    let error = install(&ram, &platform(4000)).unwrap_err();
+    let error = install(&ram, &hardware(4000)).unwrap_err();
     assert!(matches!(error, AcpiError::TooBig { .. }), "{error}");
     let small = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
-    let error = install(&small, &platform(1)).unwrap_err();
+    let error = install(&small, &hardware(1)).unwrap_err();
     assert!(matches!(error, AcpiError::Memory(_)), "{error}");
 }
 
@@ -238,7 +224,7 @@ fn iasl(folder: &Path, arguments: &[&str]) -> Option<String> {
 #[test]
 fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, bytes) in tables(&platform(64)) {
+    for (name, bytes) in tables(&hardware(64)) {
         let file = format!("{name}.aml");
         std::fs::write(folder.path().join(&file), &bytes).unwrap();
         let Some(read) = iasl(folder.path(), &["-d", &file]) else {
@@ -257,11 +243,11 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
 fn slots_that_can_change_are_there_with_their_methods_and_only_where_there_are_some() {
     let folder = tempfile::tempdir().unwrap();
     let source = |bus0_slots| {
-        let platform = Platform {
+        let hardware = Hardware {
             bus0_slots,
-            ..platform(1)
+            ..hardware(1)
         };
-        let tables = tables(&platform);
+        let tables = tables(&hardware);
         let (_, dsdt) = tables.iter().find(|(name, _)| name == "DSDT")?;
         std::fs::write(folder.path().join("dsdt.aml"), dsdt).unwrap();
         let _said = iasl(folder.path(), &["-d", "dsdt.aml"])?;

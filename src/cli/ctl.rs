@@ -4,13 +4,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use busway_iommu::printable;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::device::fold;
 use super::failure::Failure;
 use super::style::{Screen, Style, write_out};
+use super::text::fold;
 use crate::control::client::{self, ClientError};
 use crate::exit::RUNTIME;
 
@@ -63,11 +64,11 @@ enum Verb {
     AddDisk(AddDiskArgs),
     /// Add a NIC; answered when the guest can find it
     AddNet(AddNetArgs),
-    /// Have the guest let go of a device and all in its slot; answered when the host has it back
+    /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
         id: String,
-        /// Pull it out where the guest does not let go of it
+        /// Pull it out where the guest does not release it
         #[arg(long)]
         force: bool,
     },
@@ -179,20 +180,15 @@ fn absolute(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// Why a VM was not asked.
-#[derive(Debug, thiserror::Error)]
-enum CtlError {
-    /// no socket was named
-    #[error("no socket: name the VM's with --api-socket PATH, as its `busway run` was given it")]
-    NoSocket,
-}
-
 /// Asks a VM, and prints what it answers.
 pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
     let socket = args
         .api_socket
         .as_deref()
-        .ok_or_else(|| Failure::usage(CtlError::NoSocket))?;
+        .context(
+            "no socket: name the VM's with --api-socket PATH, as its `busway run` was given it",
+        )
+        .map_err(Failure::usage)?;
     let verb = &args.verb;
     let body = verb.body();
     let answer = client::ask(
@@ -208,7 +204,9 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
         false => show(verb, &answer, Screen::of_stdout()),
     };
     let mut out = io::stdout().lock();
-    write_out(&mut out, &text).map_err(|error| Failure::new(RUNTIME, error))
+    write_out(&mut out, &text)
+        .context("cannot write the result")
+        .map_err(|error| Failure::new(RUNTIME, error))
 }
 
 /// Where there is nothing to say, an object without anything in it.

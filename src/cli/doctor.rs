@@ -33,7 +33,10 @@ pub(super) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     match run_on(args, &SysRoot::default(), &open_node, &mut out, screen) {
         Ok(true) => Ok(()),
         Ok(false) => Err(Failure::silent(HOST)),
-        Err(error) => Err(Failure::new(RUNTIME, error)),
+        Err(error) => {
+            let error = anyhow::Error::new(error).context("cannot write the result");
+            Err(Failure::new(RUNTIME, error))
+        }
     }
 }
 

@@ -1,6 +1,5 @@
 //! What went wrong, as the exit status and as a person reads it.
 
-use std::error::Error;
 use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
@@ -15,12 +14,12 @@ use crate::exit::USAGE;
 #[derive(Debug)]
 pub struct Failure {
     status: u8,
-    error: Box<dyn Error + Send + Sync>,
+    error: anyhow::Error,
 }
 
 impl Failure {
     /// An error with its exit status: one of [`crate::exit`].
-    pub fn new(status: u8, error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+    pub fn new(status: u8, error: impl Into<anyhow::Error>) -> Self {
         Self {
             status,
             error: error.into(),
@@ -28,13 +27,13 @@ impl Failure {
     }
 
     /// The command line or the configuration is wrong.
-    pub fn usage(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+    pub fn usage(error: impl Into<anyhow::Error>) -> Self {
         Self::new(USAGE, error)
     }
 
     /// A status to exit with, where everything has been said.
     pub(super) fn silent(status: u8) -> Self {
-        Self::new(status, "")
+        Self::new(status, anyhow::Error::msg(""))
     }
 
     /// Prints the error and gives its status.
@@ -58,24 +57,18 @@ impl Failure {
 /// The error, and below it each cause that says something new.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut said = self.error.to_string();
-        f.write_str(&said)?;
-        let mut cause = self.error.source();
-        while let Some(error) = cause {
+        let mut said = String::new();
+        for error in self.error.chain() {
             let text = error.to_string();
-            if !said.contains(&text) {
+            if said.is_empty() {
+                f.write_str(&text)?;
+            } else if !said.contains(&text) {
                 write!(f, "\n  because: {text}")?;
-                said.push_str(&text);
             }
-            cause = error.source();
+            said.push_str(&text);
         }
         Ok(())
     }
-}
-
-/// The user asked for no colours: <https://no-color.org>.
-pub(super) fn no_color() -> bool {
-    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use busway_host::{Finding, Level, Remedy};
 use clap::Args;
 use serde::Serialize;
 
-use super::device::{fold, shorten};
 use super::style::{Screen, Style};
+use super::text::{fold, shorten};
 use super::value::Value;
 
 /// Where the words of a finding begin: after its level and its topic.

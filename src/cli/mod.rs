@@ -18,6 +18,7 @@ mod progress;
 mod run;
 mod schema;
 pub mod style;
+mod text;
 mod value;
 mod words;
 
@@ -26,6 +27,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use anyhow::anyhow;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
@@ -122,7 +124,7 @@ impl Cli {
         style::choose(self.color);
         logging::start(self.verbose, self.log_file.as_deref()).map_err(|error| {
             let file = self.log_file.as_deref().unwrap_or_else(|| "".as_ref());
-            Failure::usage(format!("--log-file {}: {error}", file.display()))
+            Failure::usage(anyhow!("--log-file {}: {error}", file.display()))
         })?;
         match self.command {
             Command::Run(args) => run::run(&args, self.verbose, report),
@@ -168,6 +170,7 @@ fn completions(shell: Shell) -> Result<(), Failure> {
     clap_complete::generate(shell, &mut Cli::command(), "busway", &mut script);
     match io::stdout().write_all(&script) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            let error = anyhow::Error::new(error).context("cannot write the script");
             Err(Failure::new(RUNTIME, error))
         }
         _ => Ok(()),

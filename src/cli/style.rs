@@ -42,10 +42,15 @@ impl ColorChoice {
             Self::Never => false,
             Self::Auto => {
                 let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-                terminal && !dumb && !super::failure::no_color()
+                terminal && !dumb && !no_color()
             }
         }
     }
+}
+
+/// The user asked for no colours: <https://no-color.org>.
+pub(super) fn no_color() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
 }
 
 /// What output is written for.

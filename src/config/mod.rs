@@ -4,10 +4,11 @@
 //! checked where it is read (`cli`); what values must be together, by [`VmConfig::validate`]; what the
 //! host must have for them, by those who open it.
 
+mod disk;
+mod limits;
 mod validate;
 mod virtio;
 
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use busway_host::Mac;
@@ -15,33 +16,15 @@ use busway_pci::Reserve;
 use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
-use validate::MAX_HOTPLUG_SLOTS;
+pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
+use limits::MAX_HOTPLUG_SLOTS;
+pub use limits::{
+    CONSOLE_FILE_SIZE, DISK_QUEUE_SIZES, MAX_CPUS, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
+    NET_QUEUE_SIZES,
+};
 pub(crate) use validate::validate_functions;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub use virtio::VirtioConfig;
-
-/// How many vCPUs a VM can have, and so how many queues, or pairs of them, a virtio device has use for.
-/// An xAPIC id of 8 bits and the MADT's entries would carry 255.
-pub const MAX_CPUS: u8 = 64;
-
-/// The least RAM that a guest can have; a kernel with its initial RAM file system needs more.
-pub const MIN_MEMORY: u64 = 16 << 20;
-
-/// What RAM comes in multiples of.
-pub const MEMORY_STEP: u64 = 1 << 20;
-
-/// The descriptors that a disk's queue can have, a power of two: a request's header and status beside
-/// its data, and no more than one chain may have.
-pub const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
-
-/// The descriptors that a NIC's queue can have, a power of two: a packet of 64 KiB fits into the least.
-pub const NET_QUEUE_SIZES: RangeInclusive<u16> = 32..=4096;
-
-/// The most bytes of a file that a console's output goes to, and of the file before it.
-pub const CONSOLE_FILE_SIZE: u64 = 16 << 20;
-
-/// The least that the size of such a file can be: what is written at once.
-pub const MIN_CONSOLE_FILE_SIZE: u64 = 4096;
 
 /// Where Linux shows PCI functions by address.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
@@ -60,7 +43,7 @@ pub struct VmConfig {
     /// Initial RAM file system.
     pub initramfs: Option<PathBuf>,
     /// Kernel command line; where it is absent,
-    /// [`default_cmdline`](crate::boot::default_cmdline)'s.
+    /// [`default_cmdline`](crate::arch::boot::default_cmdline)'s.
     pub cmdline: Option<String>,
     /// Processors.
     pub cpus: CpusConfig,
@@ -145,165 +128,6 @@ impl Default for MemoryConfig {
             hugepage_size: None,
             prefault: None,
             thp: true,
-        }
-    }
-}
-
-/// `--disk`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// An image file or a block device. Empty where `fd` says which.
-    #[serde(default)]
-    pub path: PathBuf,
-    /// A descriptor of it that somebody else has opened.
-    #[serde(default)]
-    pub fd: Option<u32>,
-    /// What the file is. It is never found out from what is in it.
-    #[serde(default)]
-    pub image_type: ImageType,
-    /// Files that an image names as its backing are opened, to be read only.
-    #[serde(default)]
-    pub backing_files: bool,
-    /// The guest may not write.
-    #[serde(default)]
-    pub readonly: bool,
-    /// Bypass the host's page cache (`O_DIRECT`).
-    #[serde(default)]
-    pub direct: bool,
-    /// Request queues, one worker each.
-    #[serde(default = "one")]
-    pub num_queues: u16,
-    /// Descriptors a queue; a power of two.
-    #[serde(default = "disk_queue_size")]
-    pub queue_size: u16,
-    /// The host's processors that the workers of single queues run on.
-    #[serde(default)]
-    pub queue_affinity: Vec<QueueAffinity>,
-    /// Writes may stay in a cache until the guest flushes.
-    #[serde(default = "yes")]
-    pub writeback: bool,
-    /// The serial number that the guest sees, of 20 bytes at most; the disk's name where absent.
-    #[serde(default)]
-    pub serial: Option<String>,
-    /// Bytes of the limit of bandwidth.
-    #[serde(default)]
-    pub bw_size: Option<u64>,
-    /// Bytes beside them that are there once.
-    #[serde(default)]
-    pub bw_one_time_burst: Option<u64>,
-    /// The time in which they come back; milliseconds.
-    #[serde(default)]
-    pub bw_refill_time: Option<u64>,
-    /// Reads and writes of the limit of operations.
-    #[serde(default)]
-    pub ops_size: Option<u64>,
-    /// Reads and writes beside them that are there once.
-    #[serde(default)]
-    pub ops_one_time_burst: Option<u64>,
-    /// The time in which they come back; milliseconds.
-    #[serde(default)]
-    pub ops_refill_time: Option<u64>,
-    /// Name, unique in the VM.
-    #[serde(default)]
-    pub id: Option<String>,
-    /// Where it stands in firmware's boot order, the lowest first.
-    #[serde(default)]
-    pub boot_index: Option<u16>,
-}
-
-/// The host's processors that the worker of one queue runs on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct QueueAffinity {
-    /// The queue's number, from 0 on.
-    pub queue_index: u16,
-    /// Numbers of processors.
-    pub host_cpus: Vec<usize>,
-}
-
-/// What an image is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ImageType {
-    /// The guest's bytes as they are.
-    #[default]
-    Raw,
-    /// QEMU's copy-on-write format, version 2 or 3.
-    Qcow2,
-}
-
-/// How much of a device a guest may use: nothing is limited that is absent.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RateLimiterConfig {
-    /// Bytes.
-    pub bandwidth: Option<BucketConfig>,
-    /// Reads and writes.
-    pub ops: Option<BucketConfig>,
-}
-
-/// A bucket of tokens: `size` of them come in each `refill_time`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BucketConfig {
-    /// The most tokens that gather: bytes, or operations.
-    pub size: u64,
-    /// Tokens beside them that are there once.
-    pub one_time_burst: u64,
-    /// The time in which an empty bucket fills; milliseconds.
-    pub refill_time: u64,
-}
-
-impl DiskConfig {
-    /// How much of it the guest may use; `None` where that is not limited.
-    #[must_use]
-    pub fn rate_limiter(&self) -> Option<RateLimiterConfig> {
-        let bucket = |size: Option<u64>, burst: Option<u64>, refill: Option<u64>| {
-            size.filter(|size| *size > 0).map(|size| BucketConfig {
-                size,
-                one_time_burst: burst.unwrap_or(0),
-                refill_time: refill.unwrap_or(0),
-            })
-        };
-        let bandwidth = bucket(self.bw_size, self.bw_one_time_burst, self.bw_refill_time);
-        let ops = bucket(self.ops_size, self.ops_one_time_burst, self.ops_refill_time);
-        let limited = bandwidth.is_some() || ops.is_some();
-        limited.then_some(RateLimiterConfig { bandwidth, ops })
-    }
-
-    /// What messages call it.
-    #[must_use]
-    pub fn shown(&self) -> PathBuf {
-        match self.fd {
-            Some(fd) if self.path.as_os_str().is_empty() => format!("fd={fd}").into(),
-            _ => self.path.clone(),
-        }
-    }
-}
-
-impl DiskConfig {
-    /// A disk with every choice at its default.
-    #[must_use]
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            fd: None,
-            image_type: ImageType::Raw,
-            backing_files: false,
-            readonly: false,
-            direct: false,
-            num_queues: one(),
-            queue_size: disk_queue_size(),
-            queue_affinity: Vec::new(),
-            writeback: true,
-            serial: None,
-            bw_size: None,
-            bw_one_time_burst: None,
-            bw_refill_time: None,
-            ops_size: None,
-            ops_one_time_burst: None,
-            ops_refill_time: None,
-            id: None,
-            boot_index: None,
         }
     }
 }

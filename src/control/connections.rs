@@ -67,7 +67,7 @@ struct Seat {
 
 /// A connection's place among the others, given back when it drops.
 #[derive(Debug)]
-struct Place {
+struct SeatGuard {
     connections: Arc<Connections>,
     id: u64,
 }
@@ -156,7 +156,7 @@ impl Connections {
     }
 
     /// A place for a connection; none where all are taken by such as are in the middle of a request.
-    fn seat(self: &Arc<Self>, wire: &Wire) -> io::Result<Option<Place>> {
+    fn seat(self: &Arc<Self>, wire: &Wire) -> io::Result<Option<SeatGuard>> {
         let stream = wire.handle()?;
         let mut seats = self.seats();
         if seats.taken.len() >= MOST && seats.dismiss_one() {
@@ -177,10 +177,10 @@ impl Connections {
         };
         seats.taken.insert(id, seat);
         let connections = Arc::clone(self);
-        Ok(Some(Place { connections, id }))
+        Ok(Some(SeatGuard { connections, id }))
     }
 
-    /// Lets nobody in any more, lets those who are owed an answer have it, and sees everybody out.
+    /// Takes no connection any more, sends the answers that are pending, and waits until all connections are closed.
     pub(super) fn finish(&self, limit: Duration) {
         let mut seats = self.seats();
         seats.closed = true;
@@ -220,7 +220,7 @@ impl Seats {
     }
 }
 
-impl Place {
+impl SeatGuard {
     /// Answers requests until there are no more.
     fn serve(self, mut wire: Wire, service: &dyn Service) {
         loop {
@@ -276,7 +276,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for SeatGuard {
     fn drop(&mut self) {
         self.connections.seats().taken.remove(&self.id);
         self.connections.left.notify_all();

@@ -1,18 +1,14 @@
-//! The platform's own devices, those that are not on PCI: serial port, clock, and what resets the
-//! machine or turns it off.
+//! The board's devices that are not on PCI, as far as any architecture can have them: serial port, flash chips,
+//! what tells firmware of the board, and hot-plug of bus 0. Those of one architecture are in [`arch`](crate::arch),
+//! which also says where on its board each of these is.
 //!
-//! Each is a [`BusDevice`](crate::kvm::BusDevice) whose ports are constants beside it. None knows KVM:
-//! an edge-triggered interrupt leaves by an eventfd, a level-triggered one by an [`InterruptLine`], and
-//! a wish to reset or to turn off by a [`PowerSink`].
+//! Each is a [`BusDevice`](crate::kvm::BusDevice). None knows KVM: an edge-triggered interrupt leaves by an
+//! eventfd, a level-triggered one by an [`InterruptLevel`](busway_pci::InterruptLevel), and a wish to reset or to turn off by a [`PowerSink`].
 
 pub mod console;
-pub mod debug_port;
 pub mod fw_cfg;
 pub mod pci_hotplug;
 pub mod pflash;
-pub mod power;
-pub mod q35;
-pub mod rtc;
 pub mod serial;
 mod terminal;
 
@@ -21,12 +17,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-
-/// A level-triggered interrupt input.
-pub trait InterruptLine: Send + Sync + Debug {
-    /// Asserts the line or takes it back. Repeating a level is harmless.
-    fn set_level(&self, asserted: bool);
-}
 
 /// Whoever decides on the machine's life. Called on a vCPU thread, so it must only take note.
 pub trait PowerSink: Send + Sync + Debug {

@@ -4,8 +4,8 @@
 //! | offset | register | |
 //! |---|---|---|
 //! | 0 | added | read: slots whose device has come since. Written: bits that the guest has seen |
-//! | 4 | wanted back | read: slots that the guest is asked to let go of. Written: bits that the guest has seen |
-//! | 8 | eject | written: slots that the guest has let go of |
+//! | 4 | wanted back | read: slots that the guest is asked to release. Written: bits that the guest has seen |
+//! | 8 | eject | written: slots that the guest has released |
 //! | 12 | present | read: slots with a device |
 //! | 16 | outcome | written: what became of a notification: slot in bits 0 to 4, status in 8 to 15, notification in 16 to 31 |
 //!
@@ -14,14 +14,15 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::InterruptLine;
+use busway_pci::InterruptLevel;
+
 use crate::kvm::BusDevice;
 
 /// Offset of the slots with devices that have come.
 pub const ADDED: u64 = 0;
 /// Offset of the slots that are wanted back.
 pub const WANTED: u64 = 4;
-/// Offset of what the guest lets go of.
+/// Offset of what the guest releases.
 pub const EJECT: u64 = 8;
 /// Offset of the slots that have a device.
 pub const PRESENT: u64 = 12;
@@ -29,9 +30,6 @@ pub const PRESENT: u64 = 12;
 pub const OUTCOME: u64 = 16;
 /// Bytes of all of them.
 pub const SIZE: u64 = 20;
-
-/// The global system interrupt: one of ISA's that no device of the board has. Level-triggered, active high.
-pub const GSI: u32 = 10;
 
 /// The notification that asks for a device. ACPI 6.5 §5.6.6, table 5.173.
 pub const EJECT_REQUEST: u8 = 3;
@@ -46,10 +44,10 @@ const STATUS_IN_PROGRESS: u8 = 0x84;
 /// Who hears what a guest does with its slots. Called on a vCPU's thread, without any lock of the
 /// registers'.
 pub trait SlotKeeper: Send + Sync + std::fmt::Debug {
-    /// The guest has let go of the device in `slot`: when this returns, nothing answers there.
+    /// The guest has released the device in `slot`: when this returns, nothing answers there.
     fn eject(&self, slot: u8);
 
-    /// The guest does not let go of the device in `slot`, for the reason that `status` is of `_OST`.
+    /// The guest does not release the device in `slot`, for the reason that `status` is of `_OST`.
     fn refused(&self, slot: u8, status: u8);
 }
 
@@ -57,7 +55,7 @@ pub trait SlotKeeper: Send + Sync + std::fmt::Debug {
 #[derive(Debug)]
 pub struct PciHotplug {
     state: Mutex<Slots>,
-    line: Arc<dyn InterruptLine>,
+    line: Arc<dyn InterruptLevel>,
     keeper: Arc<dyn SlotKeeper>,
 }
 
@@ -77,7 +75,7 @@ pub struct Slots {
 impl PciHotplug {
     /// Slots without devices.
     #[must_use]
-    pub fn new(line: Arc<dyn InterruptLine>, keeper: Arc<dyn SlotKeeper>) -> Self {
+    pub fn new(line: Arc<dyn InterruptLevel>, keeper: Arc<dyn SlotKeeper>) -> Self {
         Self {
             state: Mutex::default(),
             line,
@@ -86,7 +84,7 @@ impl PciHotplug {
     }
 
     /// A device is in `slot` from the guest's start on.
-    pub fn furnish(&self, slot: u8) {
+    pub fn prepare(&self, slot: u8) {
         self.lock().present |= bit(slot);
     }
 
@@ -107,7 +105,7 @@ impl PciHotplug {
         });
     }
 
-    /// Takes back what was asked. Whether the guest had not seen it yet; else it may still let go.
+    /// Takes back what was asked. Whether the guest had not seen it yet; else it may still release it.
     pub fn withdraw(&self, slot: u8) -> bool {
         let mut unseen = false;
         self.change(|slots| {
@@ -143,10 +141,10 @@ impl PciHotplug {
         let mut slots = self.lock();
         change(&mut slots);
         // With the lock held, so that the line says what the registers do.
-        self.line.set_level(slots.added | slots.wanted != 0);
+        self.line.set(slots.added | slots.wanted != 0);
     }
 
-    /// The guest says that it has let go of `slots`. Those without a device say nothing.
+    /// The guest says that it has released `slots`. Those without a device say nothing.
     fn eject(&self, slots: u32) {
         let mut ejected = 0;
         self.change(|state| {
@@ -243,8 +241,8 @@ mod tests {
         told: Mutex<Vec<(u8, Option<u8>)>>,
     }
 
-    impl InterruptLine for Board {
-        fn set_level(&self, asserted: bool) {
+    impl InterruptLevel for Board {
+        fn set(&self, asserted: bool) {
             self.line.store(asserted, Ordering::Relaxed);
         }
     }
@@ -327,7 +325,7 @@ mod tests {
     #[test]
     fn a_guest_that_refuses_says_so_once_for_each_time_it_is_asked() {
         let (board, registers) = registers();
-        registers.furnish(1);
+        registers.prepare(1);
         assert!(!board.is_held(), "the guest finds it by itself");
         let busy = outcome(1, EJECT_REQUEST.into(), 0x82);
         write(&registers, OUTCOME, busy);
@@ -354,14 +352,14 @@ mod tests {
     #[test]
     fn what_was_asked_can_be_taken_back_and_whether_the_guest_saw_it_is_known() {
         let (board, registers) = registers();
-        registers.furnish(1);
+        registers.prepare(1);
         registers.ask(1);
         assert!(registers.withdraw(1));
         assert!(!board.is_held());
         registers.ask(1);
         look(&registers);
         assert!(!registers.withdraw(1));
-        // It lets go after all.
+        // It releases it after all.
         write(&registers, EJECT, 1 << 1);
         assert_eq!(board.told(), [(1, None)]);
         // Of a slot that is empty nothing is asked.
@@ -372,7 +370,7 @@ mod tests {
     #[test]
     fn a_guest_that_starts_anew_is_told_of_nothing_and_finds_what_is_there() {
         let (board, registers) = registers();
-        registers.furnish(1);
+        registers.prepare(1);
         registers.plugged(2);
         registers.ask(1);
         registers.reset();
@@ -437,7 +435,7 @@ mod tests {
                 let unseen = slots.added | slots.wanted;
                 prop_assert_eq!(board.is_held(), unseen != 0);
                 prop_assert_eq!((unseen | slots.asked) & !slots.present, 0);
-                // Each device that the guest let go of was there, and is told of once.
+                // Each device that the guest released was there, and is told of once.
                 let mut ejected = 0;
                 for (slot, status) in board.told() {
                     match status {

@@ -1,4 +1,4 @@
-//! The serial port COM1: a 16550A whose output and input are a console's.
+//! The serial port: a 16550A whose output and input are a console's.
 //!
 //! The registers are `vm-superio`'s. A thread of its own brings input, and waits while the guest's
 //! receive FIFO is full; output goes by the console's [`Writer`].
@@ -20,12 +20,8 @@ use super::watch;
 use crate::kvm::BusDevice;
 use crate::provoked;
 
-/// First port of COM1.
-pub const BASE: u16 = 0x3f8;
-/// Ports.
+/// Bytes of its registers.
 pub const SIZE: u16 = 8;
-/// ISA interrupt, edge-triggered.
-pub const IRQ: u32 = 4;
 
 type Uart = vm_superio::Serial<Irq, Arc<Room>, Writer>;
 
@@ -46,7 +42,7 @@ struct InputThread {
 }
 
 impl Serial {
-    /// The port, whose interrupt is `irq`; belongs at [`BASE`].
+    /// The port, whose interrupt, edge-triggered, is `irq`. It takes [`SIZE`] bytes.
     ///
     /// # Errors
     /// There is no thread or no descriptor to be had for the input.

@@ -81,7 +81,7 @@ fn read(path: &Path) -> Option<Descriptor> {
 struct Descriptor {
     #[serde(default)]
     interface_types: Vec<String>,
-    mapping: Mapping,
+    mapping: FlashMapping,
     #[serde(default)]
     targets: Vec<Target>,
     #[serde(default)]
@@ -90,7 +90,7 @@ struct Descriptor {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Mapping {
+struct FlashMapping {
     device: String,
     executable: Option<FlashFile>,
     nvram_template: Option<FlashFile>,

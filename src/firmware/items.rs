@@ -54,7 +54,7 @@ pub struct BoardItems {
     pub reserved: Vec<Range<u64>>,
     /// What the ACPI tables describe, asked when firmware reads them: it has numbered the buses by then, and
     /// put configuration space where it wants it.
-    pub acpi: Arc<dyn Fn() -> acpi::Platform + Send + Sync>,
+    pub acpi: Arc<dyn Fn() -> acpi::Hardware + Send + Sync>,
     /// [`hardware_info`], asked when firmware reads it.
     pub hardware_info: Box<dyn Fn() -> Vec<u8> + Send + Sync>,
     /// A kernel that firmware starts.

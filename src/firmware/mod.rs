@@ -3,7 +3,7 @@
 //!
 //! The flash chips are [`devices::pflash`](crate::devices::pflash), the way to tell is
 //! [`devices::fw_cfg`](crate::devices::fw_cfg), and the board that firmware knows is
-//! [`devices::q35`](crate::devices::q35).
+//! [`arch::q35`](crate::arch::q35).
 
 mod descriptors;
 mod error;
@@ -19,14 +19,10 @@ pub use descriptors::FirmwareRoots;
 pub use error::FirmwareError;
 pub use items::{BoardItems, Kernel, Window, hardware_info, items};
 
+use crate::arch::layout::{FLASH_END, FLASH_SIZE};
 use crate::config::FirmwareConfig;
 use image::{Image, Kind};
 use store::Store;
-
-/// Where flash ends, as a processor begins below it: at 0xffff_fff0. Intel SDM vol. 3A §10.1.4.
-const FLASH_END: u64 = 1 << 32;
-/// The most bytes of firmware, code and variables: what lies between is the local APICs' and KVM's.
-const FLASH_SIZE: u64 = 16 << 20;
 
 /// Firmware, opened and looked at.
 #[derive(Debug)]

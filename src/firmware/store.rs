@@ -12,7 +12,7 @@ use super::Initial;
 use super::error::FirmwareError;
 use super::image::check_variables;
 use crate::devices::pflash::Backing;
-use crate::virtio::blk::lock::{LockError, lock};
+use crate::virtio::blk::lock::{ImageLockError, lock};
 
 /// The most bytes that are read of a file that is to be a store.
 const LARGEST: u64 = 16 << 20;
@@ -95,11 +95,11 @@ impl Store {
             .open(vars)
             .map_err(failed("it cannot be opened to be written"))?;
         lock(&file, false).map_err(|error| match error {
-            LockError::Held(holder) => FirmwareError::Locked {
+            ImageLockError::Held(holder) => FirmwareError::Locked {
                 vars: vars.to_owned(),
                 holder,
             },
-            LockError::Kernel(source) => failed("it cannot be locked")(source),
+            ImageLockError::Kernel(source) => failed("it cannot be locked")(source),
         })?;
         let size = file
             .metadata()
@@ -142,7 +142,7 @@ impl Backing for Store {
         self.file.write_all_at(data, offset)
     }
 
-    fn settle(&self) {
+    fn sync(&self) {
         match self.sync.as_ref().map(|sync| sync.ask.try_send(())) {
             // One that waits does this one's work, too.
             Some(Ok(()) | Err(TrySendError::Full(()))) => {}

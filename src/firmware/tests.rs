@@ -194,7 +194,7 @@ fn a_store_is_made_from_the_template_and_what_is_written_is_there_the_next_time(
     assert_eq!(fs::read(&vars).unwrap(), variables(VARS));
     let store = firmware.store().unwrap();
     store.write(0x1234, b"BootOrder").unwrap();
-    store.settle();
+    store.sync();
     // As when the process was killed: nothing is closed in order before the file is read.
     assert_eq!(&fs::read(&vars).unwrap()[0x1234..][..9], b"BootOrder");
     let locked = host.refusal(None, Some(&vars));

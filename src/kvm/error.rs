@@ -60,7 +60,7 @@ pub enum KvmError {
 
 impl KvmError {
     /// For `map_err` on a call of kvm-ioctls: names the call and what it was made on.
-    pub(super) fn ioctl(
+    pub(crate) fn ioctl(
         what: &'static str,
         object: impl fmt::Display,
     ) -> impl FnOnce(kvm_ioctls::Error) -> Self {

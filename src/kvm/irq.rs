@@ -11,26 +11,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
+use busway_pci::{InterruptLevel, InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
 use busway_vfio::EventFd;
-use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry,
-};
+use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
 use kvm_ioctls::VmFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd as KvmEventFd;
 
 use super::error::KvmError;
-
-/// Pins of the IOAPIC; GSIs from here on are free for messages.
-const IOAPIC_PINS: u32 = 24;
-/// Pins of one of the two PICs.
-const PIC_PINS: u32 = 8;
-/// The timer's GSI, and the IOAPIC pin that it is wired to on a PC (an interrupt source override
-/// in the MADT says so): the pin with the number 2 is the cascade of the PICs, which has none.
-const TIMER_GSI: u32 = 0;
-const TIMER_PIN: u32 = 2;
+use crate::arch::chips::{IOAPIC_PINS, legacy_routes};
 
 /// Vectors in use, for the boot report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,7 +91,7 @@ impl IrqRouter {
 
     /// Another handle to the same table, with a count of its own.
     #[must_use]
-    pub fn counting_anew(&self) -> Self {
+    pub fn with_own_count(&self) -> Self {
         Self {
             shared: self.shared.clone(),
             count: Arc::default(),
@@ -241,34 +230,6 @@ pub(super) fn kernel(what: &'static str, error: kvm_ioctls::Error) -> RouteError
         what,
         source: error.into(),
     }
-}
-
-/// The pins of a PC: each goes to its PIC and to the IOAPIC.
-fn legacy_routes() -> Vec<kvm_irq_routing_entry> {
-    let pin_route = |gsi, irqchip, pin| {
-        let mut entry = kvm_irq_routing_entry {
-            gsi,
-            type_: KVM_IRQ_ROUTING_IRQCHIP,
-            ..Default::default()
-        };
-        entry.u.irqchip.irqchip = irqchip;
-        entry.u.irqchip.pin = pin;
-        entry
-    };
-    let pic = (0..2 * PIC_PINS)
-        .filter(|gsi| *gsi != TIMER_PIN)
-        .map(|gsi| {
-            if gsi < PIC_PINS {
-                pin_route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)
-            } else {
-                pin_route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - PIC_PINS)
-            }
-        });
-    let ioapic = (0..IOAPIC_PINS).filter(|gsi| *gsi != TIMER_PIN).map(|gsi| {
-        let pin = if gsi == TIMER_GSI { TIMER_PIN } else { gsi };
-        pin_route(gsi, KVM_IRQCHIP_IOAPIC, pin)
-    });
-    pic.chain(ioapic).collect()
 }
 
 fn message_route(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {
@@ -418,10 +379,10 @@ pub struct LevelLine {
     gsi: u32,
 }
 
-impl LevelLine {
-    /// Sets the level; says so in the log where the kernel refused.
-    pub fn set(&self, active: bool) {
-        if let Err(error) = self.fd.set_irq_line(self.gsi, active) {
+impl InterruptLevel for LevelLine {
+    /// Says in the log where the kernel refused.
+    fn set(&self, asserted: bool) {
+        if let Err(error) = self.fd.set_irq_line(self.gsi, asserted) {
             log::error!("KVM_IRQ_LINE failed on GSI {}: {error}", self.gsi);
         }
     }
@@ -445,20 +406,5 @@ mod tests {
         let entries = vec![kvm_irq_routing_entry::default(); 4096];
         let routing = KvmIrqRouting::from_entries(&entries).unwrap();
         assert_eq!(routing.as_slice().len(), entries.len());
-    }
-
-    #[test]
-    fn the_legacy_pins_are_those_of_a_pc() {
-        let routes: Vec<_> = legacy_routes()
-            .iter()
-            // SAFETY: `type_` says which member is there.
-            .map(|entry| (entry.gsi, unsafe { entry.u.irqchip }))
-            .map(|(gsi, chip)| (gsi, chip.irqchip, chip.pin))
-            .collect();
-        assert!(routes.contains(&(0, KVM_IRQCHIP_IOAPIC, 2)));
-        assert!(routes.contains(&(0, KVM_IRQCHIP_PIC_MASTER, 0)));
-        assert!(routes.contains(&(9, KVM_IRQCHIP_PIC_SLAVE, 1)));
-        assert!(routes.contains(&(23, KVM_IRQCHIP_IOAPIC, 23)));
-        assert!(routes.iter().all(|(gsi, ..)| *gsi != 2));
     }
 }

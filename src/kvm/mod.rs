@@ -1,24 +1,20 @@
 //! The kernel's side of the machine: VM, vCPUs, memory slots, interrupt routes and exit dispatch.
 
 mod address_map;
-mod cpuid;
 mod doorbell;
 mod error;
 mod gate;
 mod irq;
 mod kick;
 mod memslots;
-mod msr;
 mod pins;
 mod run;
 mod shared_lines;
-mod vcpu;
 mod vcpus;
 mod vfio;
 mod vm;
 
 pub use address_map::{AddressMap, BusDevice, Overlap};
-pub use cpuid::CpuFeatures;
 pub use doorbell::{Doorbell, Doorbells};
 pub use error::KvmError;
 pub use irq::{IrqRouter, LevelLine, VectorCount};
@@ -26,7 +22,6 @@ pub use memslots::Memslots;
 pub use pins::Pins;
 pub use run::{Buses, ExitKind, VcpuEvent};
 pub use shared_lines::{SharedLines, SharedPin};
-pub use vcpu::CpuModel;
 pub use vcpus::{EventSink, Vcpus};
 pub use vfio::KvmVfio;
 pub use vm::Vm;

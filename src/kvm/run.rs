@@ -10,7 +10,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::AddressMap;
-use super::vcpu::Vcpu;
+use crate::arch::Vcpu;
 use crate::provoked;
 
 /// What the guest's accesses reach.

@@ -1,4 +1,4 @@
-//! The threads of a VM's vCPUs: started, held, let go and ended together.
+//! The threads of a VM's vCPUs: started, held, resumed and ended together.
 
 use std::fmt;
 use std::os::unix::thread::JoinHandleExt;
@@ -11,8 +11,8 @@ use super::error::KvmError;
 use super::gate::{Gate, Turn};
 use super::kick::{self, Kick};
 use super::run::{self, Buses, ExitCounts, ExitKind, Left, VcpuEvent};
-use super::vcpu::{self, CpuModel, Vcpu};
 use super::vm::Vm;
+use crate::arch::{CpuModel, Vcpu, create_vcpus};
 
 /// A vCPU's thread runs devices' register accesses and little else.
 const STACK: usize = 512 << 10;
@@ -58,7 +58,7 @@ impl Vcpus {
             gate: Arc::default(),
             vcpus: Vec::with_capacity(count.into()),
         };
-        for vcpu in vcpu::create(vm, model, count)? {
+        for vcpu in create_vcpus(vm, model, count)? {
             all.start(vcpu, buses.clone(), events.clone())?;
         }
         Ok(all)
@@ -184,14 +184,14 @@ fn lock(vcpu: &Mutex<Vcpu>) -> MutexGuard<'_, Vcpu> {
     vcpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Keeps the others from waiting for a thread that panicked, and tells.
-struct Farewell<'a> {
+/// Keeps the others from waiting for a thread that panicked, and reports that.
+struct LeaveGuard<'a> {
     gate: &'a Gate,
     events: &'a EventSink,
     id: u8,
 }
 
-impl Drop for Farewell<'_> {
+impl Drop for LeaveGuard<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.gate.gone();
@@ -211,7 +211,7 @@ fn thread_body(
     events: &EventSink,
 ) {
     let id = lock(vcpu).id;
-    let _farewell = Farewell { gate, events, id };
+    let _leave = LeaveGuard { gate, events, id };
     let mut last = Turn::default();
     while let Some(turn) = gate.pass(last) {
         last = turn;

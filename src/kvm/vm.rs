@@ -3,21 +3,17 @@
 use std::sync::Arc;
 use std::{fmt, fs, io};
 
-use kvm_bindings::{
-    KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
-    kvm_irqchip, kvm_pit_config, kvm_pit_state2,
-};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::error::KvmError;
 use super::{Doorbells, IrqRouter, KvmVfio, Memslots};
-use crate::memory::layout;
+use crate::arch::chips::{self, Chips};
 
 /// The only API version there is. KVM API §4.1.
 const API_VERSION: i32 = 12;
 
-/// What no VM can do without, and what a person should read where it is missing.
-const REQUIRED: [(Cap, &str); 11] = [
+/// What no VM of any architecture can do without, and what a person should read where it is missing.
+const REQUIRED: [(Cap, &str); 9] = [
     (
         Cap::Irqchip,
         "the in-kernel interrupt controllers (KVM_CAP_IRQCHIP)",
@@ -33,9 +29,7 @@ const REQUIRED: [(Cap, &str); 11] = [
         Cap::IoeventfdNoLength,
         "ioeventfd of any length (KVM_CAP_IOEVENTFD_NO_LENGTH)",
     ),
-    (Cap::Pit2, "the in-kernel timer (KVM_CAP_PIT2)"),
     (Cap::UserMemory, "user memory (KVM_CAP_USER_MEMORY)"),
-    (Cap::SetTssAddr, "KVM_SET_TSS_ADDR (KVM_CAP_SET_TSS_ADDR)"),
     (
         Cap::ImmediateExit,
         "immediate exit (KVM_CAP_IMMEDIATE_EXIT)",
@@ -48,12 +42,6 @@ pub struct Vm {
     kvm: Kvm,
     fd: Arc<VmFd>,
     power_on: Chips,
-}
-
-/// The in-kernel interrupt controllers and timer.
-struct Chips {
-    irqchips: [kvm_irqchip; 3],
-    pit: kvm_pit_state2,
 }
 
 impl fmt::Debug for Vm {
@@ -76,27 +64,14 @@ impl Vm {
         if version != API_VERSION {
             return Err(KvmError::ApiVersion(version));
         }
-        for (capability, name) in REQUIRED {
+        for (capability, name) in REQUIRED.into_iter().chain(chips::REQUIRED) {
             if !kvm.check_extension(capability) {
                 return Err(KvmError::MissingCapability(name));
             }
         }
 
         let fd = create_vm(&kvm)?;
-        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-            .map_err(KvmError::ioctl("KVM_SET_IDENTITY_MAP_ADDR", "the VM"))?;
-        fd.set_tss_address(layout::KVM_TSS as usize)
-            .map_err(KvmError::ioctl("KVM_SET_TSS_ADDR", "the VM"))?;
-        fd.create_irq_chip()
-            .map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP", "the VM"))?;
-        // The speaker port (0x61) shows the timer's channel 2, which Linux may calibrate with.
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        fd.create_pit2(pit)
-            .map_err(KvmError::ioctl("KVM_CREATE_PIT2", "the VM"))?;
-        let power_on = Chips::read(&fd)?;
+        let power_on = Chips::make(&fd)?;
         Ok(Self {
             kvm,
             fd: Arc::new(fd),
@@ -142,34 +117,13 @@ impl Vm {
         KvmVfio::new(&self.fd)
     }
 
-    /// Has no vCPU have performance counters; `false` where this host's KVM cannot, which then goes by
-    /// CPUID alone. To be called before the first vCPU is made. KVM API, KVM_CAP_PMU_CAPABILITY.
-    ///
-    /// # Errors
-    /// [`KvmError::Ioctl`]
-    pub(super) fn disable_pmu(&self) -> Result<bool, KvmError> {
-        let can = self.kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
-        if u32::try_from(can).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
-            return Ok(false);
-        }
-        let disable = kvm_enable_cap {
-            cap: KVM_CAP_PMU_CAPABILITY,
-            args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
-            ..Default::default()
-        };
-        self.fd
-            .enable_cap(&disable)
-            .map_err(KvmError::ioctl("KVM_ENABLE_CAP", "the VM"))?;
-        Ok(true)
-    }
-
     /// KVM itself, for what is asked of the host and not of the VM.
-    pub(super) fn kvm(&self) -> &Kvm {
+    pub(crate) fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
     /// The VM's descriptor.
-    pub(super) fn fd(&self) -> &Arc<VmFd> {
+    pub(crate) fn fd(&self) -> &Arc<VmFd> {
         &self.fd
     }
 }
@@ -181,30 +135,5 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
             Err(error) if error.errno() == libc::EINTR => {}
             result => return result.map_err(KvmError::ioctl("KVM_CREATE_VM", "/dev/kvm")),
         }
-    }
-}
-
-impl Chips {
-    fn read(fd: &VmFd) -> Result<Self, KvmError> {
-        let mut irqchips = [kvm_irqchip::default(); 3];
-        // 0 and 1 are the two PICs, 2 is the IOAPIC: linux/kvm.h, KVM_IRQCHIP_*.
-        for (id, chip) in (0..).zip(&mut irqchips) {
-            chip.chip_id = id;
-            fd.get_irqchip(chip)
-                .map_err(KvmError::ioctl("KVM_GET_IRQCHIP", "the VM"))?;
-        }
-        let pit = fd
-            .get_pit2()
-            .map_err(KvmError::ioctl("KVM_GET_PIT2", "the VM"))?;
-        Ok(Self { irqchips, pit })
-    }
-
-    fn write(&self, fd: &VmFd) -> Result<(), KvmError> {
-        for chip in &self.irqchips {
-            fd.set_irqchip(chip)
-                .map_err(KvmError::ioctl("KVM_SET_IRQCHIP", "the VM"))?;
-        }
-        fd.set_pit2(&self.pit)
-            .map_err(KvmError::ioctl("KVM_SET_PIT2", "the VM"))
     }
 }

@@ -14,19 +14,22 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::RunError;
 use super::address_plan::{AddressPlan, PlannedFunction};
 use super::aside::Aside;
+use super::consoles::open_console;
 use super::early::Early;
 use super::events::Events;
 use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
 use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
-use super::platform::{Platform, open_console};
 use super::virtio::VirtioDevices;
 use crate::acpi;
-use crate::boot::{self, BootSource, E820};
+use crate::arch::board::Board;
+use crate::arch::boot::{self, BootSource, E820};
+use crate::arch::{CpuFeatures, CpuModel};
+use crate::arch::{gsi, layout};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::devices::pci_hotplug;
-use crate::kvm::{Buses, CpuFeatures, CpuModel, ExitKind, IrqRouter, Vcpus, Vm};
-use crate::memory::{Ram, Regions, layout};
+use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
+use crate::memory::{Ram, Regions};
 use crate::report::{Report, Stage};
 use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
@@ -41,7 +44,7 @@ pub(super) struct Machine {
     pub(super) passthrough: Passthrough,
     pub(super) virtio: VirtioDevices,
     pub(super) pci: Pci,
-    pub(super) platform: Platform,
+    pub(super) board: Board,
     _memory: MemoryMap,
     pub(super) ram: Ram,
     pub(super) events: Arc<Events>,
@@ -63,7 +66,7 @@ enum Boot {
 #[derive(Debug)]
 struct KernelBoot {
     source: BootSource,
-    acpi: acpi::Platform,
+    acpi: acpi::Hardware,
 }
 
 /// What the guest begins with.
@@ -163,7 +166,7 @@ impl Machine {
         let buses = Buses::default();
         let usable = passthrough.usable_ranges();
         let windows = plan.windows(&ram.guest_ranges(), &usable);
-        let mut acpi = acpi_platform(config, &windows);
+        let mut acpi = acpi_hardware(config, &windows);
         let windows = plan.bar_windows(&windows, &usable);
         let make_pci = match source {
             Source::Kernel(_) => Pci::new,
@@ -177,7 +180,14 @@ impl Machine {
             vm.doorbells(),
             lines,
         )?;
-        let platform = Platform::new(&config.serial, &buses, &router, &pci, &events, &quit)?;
+        let board = Board::new(
+            open_console("--serial", &config.serial, &quit)?,
+            &buses,
+            &router,
+            pci.topology(),
+            events.clone(),
+            config.firmware.is_some(),
+        )?;
         let routes = Arc::new(router.clone());
         let mut virtio = VirtioDevices::new(ram.guest(), routes, pci.topology(), &events);
         add_virtio(&mut virtio, &mut pci, config, &quit)?;
@@ -216,7 +226,7 @@ impl Machine {
             passthrough,
             virtio,
             pci,
-            platform,
+            board,
             _memory: memory,
             ram,
             events,
@@ -240,7 +250,7 @@ impl Machine {
         let (source, acpi) = match &self.boot {
             Boot::Kernel(boot) => (&boot.source, &boot.acpi),
             Boot::Firmware(board) => {
-                board.power_on(&self.platform);
+                board.power_on(&self.board);
                 return Ok(());
             }
         };
@@ -361,8 +371,8 @@ fn populate(
     wanted
 }
 
-fn acpi_platform(config: &VmConfig, windows: &Windows) -> acpi::Platform {
-    acpi::Platform {
+fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
+    acpi::Hardware {
         cpus: (0..config.cpus.boot)
             .map(|id| acpi::Cpu {
                 apic_id: id.into(),
@@ -421,7 +431,7 @@ fn open_slots(
     buses: &Buses,
     router: &IrqRouter,
 ) -> Result<u32, RunError> {
-    let line = Arc::new(router.level_line(pci_hotplug::GSI));
+    let line = Arc::new(router.level_line(gsi::PCI_HOTPLUG));
     buses.mmio.insert(
         "PCI hot-plug registers",
         layout::PCI_HOTPLUG_START,

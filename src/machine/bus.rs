@@ -1,8 +1,8 @@
-//! How PCI hangs on the guest's address map: configuration space, and BARs that need an exit.
+//! How PCI is in the guest's address map: configuration space, and BARs that need an exit.
 
 use std::sync::Arc;
 
-use busway_pci::{BarIndex, Cf8Cfc, Ecam, PciFunction};
+use busway_pci::{BarIndex, Ecam, PciFunction};
 
 use crate::kvm::BusDevice;
 
@@ -10,19 +10,6 @@ use crate::kvm::BusDevice;
 pub(super) struct EcamWindow(pub(super) Ecam);
 
 impl BusDevice for EcamWindow {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        self.0.read(offset, data);
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        self.0.write(offset, data);
-    }
-}
-
-/// The configuration ports.
-pub(super) struct ConfigPorts(pub(super) Arc<Cf8Cfc>);
-
-impl BusDevice for ConfigPorts {
     fn read(&self, offset: u64, data: &mut [u8]) {
         self.0.read(offset, data);
     }

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use busway_iommu::{MemlockError, OpenError};
 use busway_pci::{AssignError, BarIndex, PlaceError, WindowKind};
-use busway_vfio::{DeviceError, HandedError};
+use busway_vfio::{DeviceError, InheritedError};
 
 use super::address_plan::NoRoomError;
 use super::passthrough::{OpenDevices, PeerToPeerError};
 use crate::acpi::AcpiError;
-use crate::boot::BootError;
+use crate::arch::board::BoardError;
+use crate::arch::boot::BootError;
 use crate::config::InvalidConfig;
 use crate::devices::console::ConsoleError;
 use crate::exit::{HOST, RUNTIME, USAGE};
@@ -78,9 +79,9 @@ pub enum RunError {
     /// Not every BAR is in reach of the other devices, as --platform p2p=on demands.
     #[error(transparent)]
     PeerToPeer(#[from] PeerToPeerError),
-    /// A descriptor that was handed over is of no use.
+    /// A descriptor that was inherited is of no use.
     #[error(transparent)]
-    Handed(#[from] HandedError),
+    Inherited(#[from] InheritedError),
     /// A host device cannot be had.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -94,7 +95,7 @@ pub enum RunError {
     },
     /// A host device cannot be shown to a guest.
     #[error(transparent)]
-    Function(#[from] busway_vfio::AssignError),
+    Function(#[from] busway_vfio::SurveyError),
     /// {device} finds no slot: bus 0 has 31, and each virtio device and each assigned device takes one
     #[error(
         "{device} finds no slot: bus 0 has 31, and each virtio device and each assigned device \
@@ -119,6 +120,9 @@ pub enum RunError {
     /// The ACPI tables cannot be made.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    /// {0}
+    #[error(transparent)]
+    Board(#[from] BoardError),
     /// {what}: {source}
     #[error("{what}: {source}")]
     System {
@@ -288,7 +292,7 @@ impl RunError {
             | Self::Rom(_)
             | Self::Rng(_)
             | Self::Console { .. }
-            | Self::Handed(_)
+            | Self::Inherited(_)
             | Self::NoSlot { .. }
             | Self::Net(NetError::Config { .. })
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })

@@ -11,20 +11,22 @@ use super::RunError;
 use super::address_plan::AddressPlan;
 use super::bus::EcamWindow;
 use super::pci::Pci;
-use super::platform::Platform;
 use super::virtio::VirtioDevices;
 use crate::acpi;
-use crate::boot::BootSource;
+use crate::arch::CpuModel;
+use crate::arch::board::Board;
+use crate::arch::boot::BootSource;
+use crate::arch::debug_port::{self, DebugPort};
+use crate::arch::layout;
+use crate::arch::q35::EcamListener;
 use crate::config::VmConfig;
-use crate::devices::debug_port::{self, DebugPort};
 use crate::devices::fw_cfg::{self, FwCfg};
 use crate::devices::pflash::{self, Pflash};
-use crate::devices::q35::EcamListener;
 use crate::firmware::{
     BoardItems, Firmware, FirmwareError, FirmwareRoots, Kernel, Window, hardware_info, items,
 };
-use crate::kvm::{AddressMap, Buses, CpuModel};
-use crate::memory::{Ram, Region, Regions, layout};
+use crate::kvm::{AddressMap, Buses};
+use crate::memory::{Ram, Region, Regions};
 
 /// The widest addresses that OVMF uses, in bits: with pages of 1 GiB, and without.
 /// EDK II OvmfPkg/Library/PlatformInitLib/MemDetect.c, `PlatformAddressWidthFromCpuid`
@@ -82,7 +84,7 @@ pub(super) struct Surroundings<'a> {
     pub(super) virtio: &'a VirtioDevices,
     /// Where BARs may be.
     pub(super) windows: &'a Windows,
-    pub(super) acpi: acpi::Platform,
+    pub(super) acpi: acpi::Hardware,
 }
 
 impl FirmwareBoard {
@@ -111,7 +113,7 @@ impl FirmwareBoard {
         let ports = &buses.ports;
         ports.insert(
             "firmware configuration",
-            fw_cfg::BASE.into(),
+            layout::FW_CFG_PORT.into(),
             fw_cfg::SIZE.into(),
             fw_cfg.clone(),
         )?;
@@ -130,11 +132,11 @@ impl FirmwareBoard {
     }
 
     /// As at power-on, the variables as they were set. No vCPU may run.
-    pub(super) fn power_on(&self, platform: &Platform) {
+    pub(super) fn power_on(&self, board: &Board) {
         self.fw_cfg.reset();
         self.variables.reset();
         let (below, above) = self.memory;
-        platform.rtc.tell_memory(below, above);
+        board.rtc.tell_memory(below, above);
     }
 }
 
@@ -222,11 +224,11 @@ fn largest(parts: &[Range<u64>]) -> Window {
 /// What the tables describe when firmware reads them, which has numbered the buses by then, and has put
 /// configuration space where it wants it.
 fn tables_now(
-    platform: &acpi::Platform,
+    platform: &acpi::Hardware,
     windows: &Windows,
     topology: &Weak<Topology>,
     ecam: &Range<u64>,
-) -> acpi::Platform {
+) -> acpi::Hardware {
     let functions = topology.upgrade().map(|topology| topology.functions());
     let buses = functions.into_iter().flatten().filter_map(|(_, function)| {
         let bridge = function.bridge()?;
@@ -234,7 +236,7 @@ fn tables_now(
     });
     let window = ecam.end - ecam.start;
     let last = u8::try_from((window >> 20).saturating_sub(1)).unwrap_or(u8::MAX);
-    acpi::Platform {
+    acpi::Hardware {
         last_bus: buses.max().unwrap_or(0).max(platform.last_bus).min(last),
         mmio32: layout::without(&windows.memory32, ecam),
         mmio64: windows.memory64.clone(),
@@ -325,7 +327,7 @@ mod tests {
 
     #[test]
     fn firmware_is_told_the_windows_and_the_tables_follow_it() {
-        let platform = acpi::Platform {
+        let platform = acpi::Hardware {
             cpus: Vec::new(),
             last_bus: 4,
             mmio32: Vec::new(),

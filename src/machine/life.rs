@@ -139,7 +139,7 @@ impl Machine {
                     Some(Source::Event) => self.on_event(life)?,
                     Some(Source::Quit) => Some(Stop::End(Ended::Quit)),
                     Some(Source::Clock) => {
-                        self.platform.rtc.on_timer();
+                        self.board.rtc.on_timer();
                         None
                     }
                     Some(Source::Device) => {
@@ -169,7 +169,7 @@ impl Machine {
             Source::Signal => signals.as_raw_fd(),
             Source::Event => self.events.as_raw_fd(),
             Source::Quit => self.quit.as_raw_fd(),
-            Source::Clock => self.platform.rtc.as_raw_fd(),
+            Source::Clock => self.board.rtc.as_raw_fd(),
             Source::Device => self.passthrough.attached.as_raw_fd(),
             Source::Request => requests.as_raw_fd(),
         }
@@ -207,7 +207,7 @@ impl Machine {
                 POWER_OFF_LIMIT.as_secs()
             );
             life.deadline = Instant::now().checked_add(POWER_OFF_LIMIT);
-            self.platform.power.press_button();
+            self.board.power.press_button();
         }
         Ok(None)
     }
@@ -303,7 +303,7 @@ impl Machine {
                 Request::Resume => asker.answer(self.go_on(life)),
                 Request::PowerButton => {
                     log::info!("the control socket presses the guest's power button");
-                    self.platform.power.press_button();
+                    self.board.power.press_button();
                     asker.answer(Ok(Answer::Done));
                 }
                 Request::AddDevice(configs) => {

@@ -17,10 +17,10 @@ use super::bars::Bars;
 use super::bus::EcamWindow;
 use super::firmware::EcamPlace;
 use super::quiet::VirtioFunctions;
-use crate::acpi;
-use crate::devices::q35::{self, Lpc, Mch};
+use crate::arch::q35::{self, Lpc, Mch};
+use crate::arch::{gsi, layout};
 use crate::kvm::{Buses, Doorbells, SharedLines};
-use crate::memory::{Regions, layout};
+use crate::memory::Regions;
 use crate::report::AssignedDevice;
 use crate::virtio::VirtioPci;
 
@@ -28,7 +28,7 @@ use crate::virtio::VirtioPci;
 const FIRST_PORT: u8 = 16;
 
 /// The PCI side of a machine. Dropping it takes out every function, with its BARs unmapped before,
-/// and lets go of the buses, which refer to it.
+/// and releases the buses, which refer to it.
 #[derive(Debug)]
 pub(super) struct Pci {
     topology: Arc<Topology>,
@@ -243,7 +243,7 @@ impl Pci {
 
     /// The interrupt pin of the root port in `slot`.
     fn port_pin(&self, slot: Device) -> Arc<dyn InterruptLevel> {
-        Arc::new(self.lines.pin(acpi::intx_gsi(slot, RootPort::PIN)))
+        Arc::new(self.lines.pin(gsi::intx(slot, RootPort::PIN)))
     }
 
     /// A root port whose slot is empty, which is none of those that are `taken`.
@@ -493,7 +493,7 @@ impl Drop for Pci {
 /// The global system interrupts that INTA to INTD of the device behind the root port in `slot` lead
 /// to: a link has device 0 only, so the port passes its pins on as they are.
 pub(super) fn pins_behind_port(slot: Device) -> [u32; 4] {
-    InterruptPin::ALL.map(|pin| acpi::intx_gsi(slot, pin.swizzle(Device::default())))
+    InterruptPin::ALL.map(|pin| gsi::intx(slot, pin.swizzle(Device::default())))
 }
 
 /// The link of a PCIe function; the fastest there is where it does not say.

@@ -41,10 +41,10 @@ impl VirtioFunctions {
 
     /// Waits until the host has given back what it has of a reset device's, for it may still read and write
     /// guest memory for that; as long as `go_on`, which is told what is waited for, says so.
-    pub(super) fn wait_settled(&self, go_on: impl Fn(&str) -> bool) {
+    pub(super) fn wait_for_outstanding(&self, go_on: impl Fn(&str) -> bool) {
         for function in self.alive() {
             let mut told = false;
-            while let Some(what) = function.unsettled() {
+            while let Some(what) = function.outstanding() {
                 let what = format!("{}, of which the host has {what}", function.name());
                 if !std::mem::replace(&mut told, true) {
                     log::warn!("the restart waits for {what}");

@@ -35,20 +35,20 @@ pub enum Request {
     Shutdown,
     /// Add functions of one host device, in an empty slot. Answered when they are in it.
     AddDevice(Vec<DeviceConfig>),
-    /// Add a virtio device, for descriptors that were handed over, or for what the configuration names where
+    /// Add a virtio device, for descriptors that were passed with the request, or for what the configuration names where
     /// there are none. Answered when the guest can find it.
     AddVirtio(Box<VirtioConfig>, Files),
-    /// Have the guest let go of a device, and with it of all in its slot. Answered when the host has it
-    /// back, or when the guest is found not to let go of it.
+    /// Have the guest release a device, and with it all in its slot. Answered when the host has it
+    /// back, or when the guest is found not to release it.
     RemoveDevice {
         /// Its name, or its address on the host where it has none.
         id: String,
-        /// Pull it out where the guest does not let go of it.
+        /// Pull it out where the guest does not release it.
         force: bool,
     },
 }
 
-/// Descriptors that were handed over. They are closed with the last clone.
+/// Descriptors that were passed with the request. They are closed with the last clone.
 #[derive(Clone, Debug, Default)]
 pub struct Files(Arc<[OwnedFd]>);
 

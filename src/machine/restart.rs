@@ -40,7 +40,7 @@ impl Machine {
             requests: Some(requests),
             limit: None,
         };
-        let resets = Arc::<Resets>::default();
+        let resets = Arc::<RestartResets>::default();
         let mut listening = Listening {
             requests,
             info,
@@ -65,7 +65,7 @@ impl Machine {
     }
 
     /// Everything that was the last life's goes, and devices are reset, unless `resets` are stopped.
-    fn reset_all(&mut self, resets: &Resets) -> Result<(), KvmError> {
+    fn reset_all(&mut self, resets: &RestartResets) -> Result<(), KvmError> {
         let topology = self.pci.topology();
         self.vcpus.hold();
         self.passthrough.attached.on_restart(topology);
@@ -76,12 +76,14 @@ impl Machine {
         self.vm.reset_chips()?;
         topology.reset_while(|function| resets.go_on(&function.name()));
         // The guest's memory is about to be another's.
-        self.pci.virtio().wait_settled(|what| resets.go_on(what));
+        self.pci
+            .virtio()
+            .wait_for_outstanding(|what| resets.go_on(what));
         Ok(())
     }
 
     fn power_on(&mut self) -> Result<(), RunError> {
-        self.platform.reset();
+        self.board.reset();
         self.vcpus.reset()?;
         self.load()
     }
@@ -89,13 +91,13 @@ impl Machine {
 
 /// How far the resets have come.
 #[derive(Debug, Default)]
-struct Resets {
+struct RestartResets {
     stop: AtomicBool,
     /// The function that is being reset.
     current: Mutex<Option<String>>,
 }
 
-impl Resets {
+impl RestartResets {
     /// Whether to go on with `what`, whose reset comes next, or is waited for.
     fn go_on(&self, what: &str) -> bool {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
@@ -117,7 +119,7 @@ struct Listening<'a> {
     requests: &'a Requests,
     /// How the machine is, for who asks.
     info: &'a Info,
-    resets: Arc<Resets>,
+    resets: Arc<RestartResets>,
     /// The VM ends: its guest is between two lives, and has nothing to power off.
     ended: Option<Ended>,
 }

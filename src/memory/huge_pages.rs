@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::ram::RamError;
+use super::error::RamError;
 use crate::config::MemoryConfig;
 
 const KIB: u64 = 1 << 10;

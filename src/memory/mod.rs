@@ -2,17 +2,18 @@
 //!
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
+mod error;
 mod huge_pages;
-pub mod layout;
 mod prefault;
 mod ram;
 mod regions;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+pub(crate) use error::Amount;
+pub use error::RamError;
 pub use prefault::PrefaultError;
-pub(crate) use ram::Amount;
-pub use ram::{Ram, RamError};
+pub use ram::Ram;
 pub use regions::{Peer, Region, RegionError, RegionKind, RegionListener, Regions, RegionsError};
 
 /// One state of the guest's RAM: the regions and where they are mapped in this process.

@@ -53,7 +53,7 @@ pub trait VirtioDevice: Send + Debug {
 
     /// What runs that are over still wait for, in words: the host has requests of theirs that use guest
     /// memory, and nothing ends those before the host does. A reset is not over before this is `None`.
-    fn unsettled(&self) -> Option<String> {
+    fn outstanding(&self) -> Option<String> {
         None
     }
 

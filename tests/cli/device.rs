@@ -7,7 +7,7 @@ mod binding;
 #[path = "../../vfio/host/tests/fake_host/mod.rs"]
 mod fake_host;
 
-use busway::cli::device::{DeviceArgs, DeviceError, run_on};
+use busway::cli::device::{DeviceArgs, DeviceCommandError, run_on};
 use busway_host::LinuxKernel;
 use clap::{Args as _, FromArgMatches as _};
 use fake_host::{FakeHost, FakeKernel, Spec};
@@ -24,14 +24,14 @@ fn run_with(
     kernel: &mut FakeKernel,
     words: &str,
     width: Option<usize>,
-) -> Result<String, DeviceError> {
+) -> Result<String, DeviceCommandError> {
     let mut out = Vec::new();
     let args = parse(words).unwrap();
     run_on(&args, &host.root, kernel, &mut out, width)?;
     Ok(String::from_utf8(out).unwrap())
 }
 
-fn run(host: &FakeHost, words: &str) -> Result<String, DeviceError> {
+fn run(host: &FakeHost, words: &str) -> Result<String, DeviceCommandError> {
     run_with(host, &mut host.kernel(), words, None)
 }
 
@@ -375,7 +375,7 @@ fn a_device_that_a_guest_has_is_not_taken_back() {
 exit status 3
 0000:18:02.0 is held by busway (pid 4242)
   end it first: the kernel would wait for it
-  or have the kernel ask it to let go, and wait: --allow-open
+  or have the kernel ask it to release the device, and wait: --allow-open
 
 "#]]
     );

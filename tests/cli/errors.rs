@@ -214,3 +214,25 @@ fn an_error_does_not_steer_the_terminal() {
     let said = refused(&["--config", "a\x1b[2J\rb.toml"]);
     assert!(said.contains("a\u{fffd}[2J\u{fffd}b.toml"), "{said:?}");
 }
+
+#[test]
+fn a_result_that_cannot_be_written_is_a_failure_that_says_what_and_why() {
+    for (arguments, what) in [
+        (["completions", "bash"], "the script"),
+        (["doctor", "--json"], "the result"),
+    ] {
+        let full = std::fs::File::create("/dev/full").unwrap();
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_busway"))
+            .args(arguments)
+            .stdout(full)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert_eq!(
+            String::from_utf8(output.stderr).unwrap(),
+            format!(
+                "busway: error: cannot write {what}\n  because: No space left on device (os error 28)\n"
+            )
+        );
+    }
+}

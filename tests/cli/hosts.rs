@@ -8,7 +8,7 @@ mod reported;
 
 use std::path::PathBuf;
 
-use busway::cli::device::{DeviceArgs, DeviceError, run_on};
+use busway::cli::device::{DeviceArgs, DeviceCommandError, run_on};
 use busway::cli::doctor::{self, DoctorArgs};
 use busway::cli::style::Screen;
 use clap::{Args, FromArgMatches};
@@ -22,7 +22,11 @@ fn parse<A: Args + FromArgMatches>(words: &str) -> A {
     A::from_arg_matches(&matches.unwrap()).unwrap()
 }
 
-fn device(host: &FakeHost, words: &str, screen: Screen) -> (String, Result<(), DeviceError>) {
+fn device(
+    host: &FakeHost,
+    words: &str,
+    screen: Screen,
+) -> (String, Result<(), DeviceCommandError>) {
     let mut out = Vec::new();
     let args: DeviceArgs = parse(words);
     let end = run_on(&args, &host.root, &mut host.kernel(), &mut out, screen);

@@ -1,4 +1,5 @@
-//! Each promise of docs/promises.md is kept by tests, and the page names them rightly.
+//! Each promise of docs/promises.md is kept by tests, and the page names them rightly; the design names files
+//! that there are.
 
 use std::fs;
 use std::path::Path;
@@ -31,6 +32,25 @@ fn every_promise_names_tests_that_there_are() {
                 "docs/promises.md names `{name}`, which is no test"
             );
         }
+    }
+}
+
+#[test]
+fn every_file_that_the_design_names_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = include_str!("../../docs/design.md");
+    let named = page.split('`').skip(1).step_by(2);
+    let named: Vec<_> = named
+        .filter(|name| name.contains('/') && name.ends_with(".rs"))
+        .collect();
+    assert!(!named.is_empty());
+    for name in named {
+        // From the repository's root, or from the room that the page is about.
+        let there = ["", "src"].map(|room| root.join(room).join(name));
+        assert!(
+            there.iter().any(|path| path.is_file()),
+            "docs/design.md names `{name}`, which is no file"
+        );
     }
 }
 

@@ -4,10 +4,9 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use busway::arch::{CpuFeatures, CpuModel};
 use busway::config::MemoryConfig;
-use busway::kvm::{
-    BusDevice, Buses, CpuFeatures, CpuModel, EventSink, IrqRouter, KvmError, VcpuEvent, Vcpus, Vm,
-};
+use busway::kvm::{BusDevice, Buses, EventSink, IrqRouter, KvmError, VcpuEvent, Vcpus, Vm};
 use busway::memory::{Ram, Regions};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 

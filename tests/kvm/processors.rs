@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use busway::kvm::CpuFeatures;
+use busway::arch::CpuFeatures;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::guest::{AP_CODE, Guest, SPIN, STOP, TELL_AL, al, guest, guest_with, wrmsr, x2apic};

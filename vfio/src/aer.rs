@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use busway_pci::{capabilities, extended_capabilities, spec};
 
-use crate::config::read_dword;
+use crate::access::read_dword;
 use crate::{DeviceIo, RegionIndex};
 
 /// Uncorrectable errors by their bits. §7.8.4.2.

@@ -7,14 +7,14 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use crate::handed::{Handed, HandedKind};
 use crate::held_up::{self, Step};
 use crate::hot_reset::{self, Owner};
+use crate::inherited::{Inherited, InheritedKind};
 use crate::{Affected, FunctionReset, HostName, KvmFiles, sys};
 use busway_iommu::{Group, Ioas, SysRoot};
 use busway_pci::Bdf;
 
-/// What a device is attached to, and has to let go of after it is closed.
+/// What a device is attached to, and has to release after it is closed.
 #[derive(Debug)]
 pub(crate) enum Attachment {
     /// A group, which its other devices hold as well.
@@ -29,9 +29,9 @@ pub(crate) enum Attachment {
 }
 
 /// An attached device's descriptor. KVM, where it knows the descriptor itself, has to forget it before
-/// it closes; what the device is attached to is let go after that.
+/// it closes; what the device is attached to is released after that.
 #[derive(Debug)]
-pub(crate) struct Opened {
+pub(crate) struct AttachedFile {
     // Dropped in this order, after `Drop::drop`.
     pub(crate) file: File,
     pub(crate) attachment: Attachment,
@@ -40,13 +40,13 @@ pub(crate) struct Opened {
     pub(crate) folder: PathBuf,
     pub(crate) paths: SysRoot,
     /// Somebody else has opened it, and may hold it as well.
-    pub(crate) handed: bool,
+    pub(crate) inherited: bool,
     /// Of the same VM.
     pub(crate) open: Arc<OpenOnes>,
     pub(crate) _claim: Arc<()>,
 }
 
-impl Drop for Opened {
+impl Drop for AttachedFile {
     fn drop(&mut self) {
         held_up::where_a_test_asks(Step::Closing, self.name);
         if let Attachment::Ioas { kvm, ioas, group } = &self.attachment {
@@ -81,35 +81,37 @@ pub(crate) struct OpenOnes {
     groups: Mutex<BTreeMap<u32, Weak<OpenGroup>>>,
     devices: Mutex<BTreeMap<HostName, Weak<()>>>,
     /// What somebody else has opened, until it is asked for.
-    handed: Mutex<HandedOnes>,
+    inherited: Mutex<InheritedOnes>,
 }
 
 /// Descriptors by what they are of.
 #[derive(Debug, Default)]
-pub(crate) struct HandedOnes {
+pub(crate) struct InheritedOnes {
     pub(crate) devices: BTreeMap<HostName, File>,
     pub(crate) groups: BTreeMap<u32, File>,
 }
 
-impl HandedOnes {
+impl InheritedOnes {
     /// Takes a descriptor over for the device called `name`; not one of a device that has another.
     ///
     /// A second one of a group is closed: the kernel opens a group once, so they are two of one file.
-    pub(crate) fn take(&mut self, handed: Handed, name: HostName) -> bool {
-        match handed.kind {
-            HandedKind::Cdev(_) => self.devices.insert(name, handed.file).is_none(),
-            HandedKind::Group(number) => {
-                self.groups.entry(number).or_insert(handed.file);
+    pub(crate) fn take(&mut self, inherited: Inherited, name: HostName) -> bool {
+        match inherited.kind {
+            InheritedKind::Cdev(_) => self.devices.insert(name, inherited.file).is_none(),
+            InheritedKind::Group(number) => {
+                self.groups.entry(number).or_insert(inherited.file);
                 true
             }
-            HandedKind::Iommufd => true,
+            InheritedKind::Iommufd => true,
         }
     }
 }
 
 impl OpenOnes {
-    pub(crate) fn handed(&self) -> MutexGuard<'_, HandedOnes> {
-        self.handed.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn inherited(&self) -> MutexGuard<'_, InheritedOnes> {
+        self.inherited
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn groups(&self) -> MutexGuard<'_, BTreeMap<u32, Weak<OpenGroup>>> {
@@ -125,7 +127,7 @@ impl OpenOnes {
     }
 }
 
-impl Opened {
+impl AttachedFile {
     /// Where it is on the host's buses.
     ///
     /// # Errors

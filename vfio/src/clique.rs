@@ -16,9 +16,10 @@
 
 use busway_pci::spec;
 
-use crate::AssignError;
 use crate::DeviceIo;
-use crate::config::{GuestConfig, read_dword};
+use crate::SurveyError;
+use crate::access::read_dword;
+use crate::config::GuestConfig;
 use crate::lists::{Extent, Kept, List};
 
 const VENDOR: u16 = 0x10de;
@@ -42,8 +43,8 @@ impl Clique {
         io: &dyn DeviceIo,
         number: u8,
         list: &mut List,
-    ) -> Result<Self, AssignError> {
-        let refuse = |why| AssignError::Clique {
+    ) -> Result<Self, SurveyError> {
+        let refuse = |why| SurveyError::Clique {
             name: name.to_owned(),
             why,
         };

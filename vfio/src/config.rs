@@ -3,6 +3,7 @@
 
 use busway_pci::{Bars, ConfigSpace, Identity, InterruptPin, spec};
 
+use crate::access::{read_byte, read_dword, write_aligned};
 use crate::aer::is_silent;
 use crate::lists::{Kept, List};
 use crate::policy::{self, Action, Rule};
@@ -102,7 +103,7 @@ impl GuestConfig {
                 config.protect(kept.extent.start, kept.extent.end);
             }
         }
-        config.protect_what_is_of_none(extended);
+        config.protect_unlisted_extended(extended);
         if let Some(express) = standard.find(spec::CAP_PCI_EXPRESS.into()) {
             config.adapt_express(io, express);
         }
@@ -155,7 +156,7 @@ impl GuestConfig {
     }
 
     /// Keeps the guest from writing what is of no capability in the extended list.
-    fn protect_what_is_of_none(&mut self, extended: &List) {
+    fn protect_unlisted_extended(&mut self, extended: &List) {
         let mut extents: Vec<_> = extended.kept.iter().map(|kept| kept.extent).collect();
         extents.sort_by_key(|extent| extent.start);
         let mut start = spec::EXTENDED_CONFIG_START;
@@ -286,7 +287,7 @@ impl GuestConfig {
     }
 
     /// Writes as the guest does. What may not happen while a BAR is mapped waits for
-    /// [`settle`](Self::settle).
+    /// [`run_deferred`](Self::run_deferred).
     pub(crate) fn write(&mut self, io: &dyn DeviceIo, offset: u16, data: &[u8]) {
         self.overlay.write(offset, data);
         let mut pieces: Vec<(u16, Vec<u8>)> = Vec::new();
@@ -325,13 +326,17 @@ impl GuestConfig {
     }
 
     /// Does what waited until nothing of the device is mapped, and says what comes of it.
-    pub(crate) fn settle(&mut self, io: &dyn DeviceIo) -> Settled {
+    pub(crate) fn run_deferred(&mut self, io: &dyn DeviceIo) -> DeferredOutcome {
         if std::mem::take(&mut self.reset_wanted) {
-            return Settled::Reset;
+            return DeferredOutcome::Reset;
         }
-        match self.power.as_mut().is_some_and(|power| power.settle(io)) {
-            true => Settled::Decodes,
-            false => Settled::Done,
+        match self
+            .power
+            .as_mut()
+            .is_some_and(|power| power.run_deferred(io))
+        {
+            true => DeferredOutcome::Decodes,
+            false => DeferredOutcome::Done,
         }
     }
 
@@ -458,9 +463,9 @@ impl GuestConfig {
     }
 }
 
-/// What came of [`GuestConfig::settle`].
+/// What came of [`GuestConfig::run_deferred`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Settled {
+pub(crate) enum DeferredOutcome {
     /// There was nothing to do, or it is done.
     Done,
     /// BARs decode again.
@@ -471,37 +476,4 @@ pub(crate) enum Settled {
 
 fn is_command(offset: u16) -> bool {
     (spec::COMMAND..spec::COMMAND + 2).contains(&offset)
-}
-
-/// The doubleword of a device's configuration space at `offset`; all ones where it does not answer.
-pub(crate) fn read_dword(io: &dyn DeviceIo, offset: u16) -> u32 {
-    let mut data = [u8::MAX; 4];
-    match io.region_read(RegionIndex::CONFIG, offset.into(), &mut data) {
-        Ok(()) => u32::from_le_bytes(data),
-        Err(_) => u32::MAX,
-    }
-}
-
-pub(crate) fn read_byte(io: &dyn DeviceIo, offset: u16) -> u8 {
-    let mut data = [0];
-    match io.region_read(RegionIndex::CONFIG, offset.into(), &mut data) {
-        Ok(()) => data[0],
-        Err(_) => 0,
-    }
-}
-
-/// Writes to a device's configuration space in accesses that are naturally aligned.
-pub(crate) fn write_aligned(io: &dyn DeviceIo, mut offset: u16, mut data: &[u8]) {
-    while !data.is_empty() {
-        let size = [4, 2, 1]
-            .into_iter()
-            .find(|&size| data.len() >= size && usize::from(offset).is_multiple_of(size))
-            .unwrap_or(1);
-        let (now, rest) = data.split_at(size);
-        if let Err(error) = io.region_write(RegionIndex::CONFIG, offset.into(), now) {
-            log::debug!("configuration space, {size} bytes at {offset:#x}: {error}");
-        }
-        data = rest;
-        offset = offset.saturating_add(size as u16);
-    }
 }

@@ -46,7 +46,7 @@ impl RegionIndex {
 
 /// What there is to know of a region.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Region {
+pub struct DeviceRegion {
     /// Bytes; zero where the device has no such region.
     pub size: u64,
     /// It can be read.
@@ -123,7 +123,7 @@ pub enum IrqError {
 /// One host device, opened.
 pub trait DeviceIo: Send + Sync + Debug {
     /// What a region is; an empty one where the device has none by this number.
-    fn region(&self, index: RegionIndex) -> Region;
+    fn region(&self, index: RegionIndex) -> DeviceRegion;
 
     /// Reads `data.len()` bytes, `offset` bytes into a region. For 1, 2 and 4 naturally aligned
     /// bytes this is one access of the device; for 8 it is one or two, as the kernel can.
@@ -150,13 +150,13 @@ pub trait DeviceIo: Send + Sync + Debug {
         AtomicOps::NONE
     }
 
-    /// Maps a part of a region that [`Region::areas`] covers.
+    /// Maps a part of a region that [`DeviceRegion::areas`] covers.
     ///
     /// # Errors
     /// The kernel's.
     fn map(&self, index: RegionIndex, area: Area) -> io::Result<Mapping>;
 
-    /// Opens a part of a region that [`Region::areas`] covers as a dma-buf.
+    /// Opens a part of a region that [`DeviceRegion::areas`] covers as a dma-buf.
     ///
     /// # Errors
     /// The kernel's: ENOTTY before Linux 6.19, and where it is built without it; EOPNOTSUPP where the

@@ -7,7 +7,7 @@ use crate::{DeviceIo, EventFd, IrqIndex};
 
 /// Where a device's events arrive.
 ///
-/// The kernel lets go of them when the device is closed.
+/// The kernel releases them when the device is closed.
 #[derive(Debug)]
 pub struct DeviceEvents {
     /// The device had an error that it does not recover from by itself. Absent where it is no PCI

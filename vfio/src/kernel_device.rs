@@ -15,20 +15,20 @@ use vfio_bindings::bindings::vfio::{
     vfio_device_info, vfio_region_info, vfio_region_info_cap_sparse_mmap,
 };
 
+use crate::access::read_dword;
 use crate::areas::Area;
 use crate::atomics;
-use crate::attachment::Opened;
-use crate::config::read_dword;
+use crate::attachment::AttachedFile;
 use crate::pin::line_users;
 use crate::{
-    Affected, DeviceIo, FunctionReset, IrqError, IrqIndex, IrqInfo, Mapping, Region, RegionIndex,
-    sys,
+    Affected, DeviceIo, DeviceRegion, FunctionReset, IrqError, IrqIndex, IrqInfo, Mapping,
+    RegionIndex, sys,
 };
 
 /// A VFIO device of the kernel's.
 ///
 /// It goes as it came, in reverse: KVM forgets its file, the descriptor closes, and then the group
-/// or the address space that it is attached to is let go. Nothing of that can panic; a device that
+/// or the address space that it is attached to is released. Nothing of that can panic; a device that
 /// was pulled out meanwhile is closed like any other.
 #[derive(Debug)]
 pub struct KernelDevice {
@@ -36,14 +36,14 @@ pub struct KernelDevice {
     can_reset: bool,
     /// What the kernel says of AtomicOps.
     atomic_ops: Option<AtomicOps>,
-    regions: Vec<(u64, Region)>,
+    regions: Vec<(u64, DeviceRegion)>,
     irqs: Vec<IrqInfo>,
-    opened: Opened,
+    opened: AttachedFile,
 }
 
 impl KernelDevice {
     /// Asks an opened and attached device what it is made of.
-    pub(crate) fn new(name: &str, opened: Opened) -> io::Result<Self> {
+    pub(crate) fn new(name: &str, opened: AttachedFile) -> io::Result<Self> {
         let file = &opened.file;
         let device = sys::device_info(file)?;
         let u32_at = |at| info::u32_at(&device, at).unwrap_or(0);
@@ -92,7 +92,7 @@ impl KernelDevice {
         &self.name
     }
 
-    fn known(&self, index: RegionIndex) -> io::Result<&(u64, Region)> {
+    fn known(&self, index: RegionIndex) -> io::Result<&(u64, DeviceRegion)> {
         self.regions
             .get(index.number() as usize)
             .filter(|(_, region)| region.size > 0)
@@ -112,7 +112,7 @@ impl KernelDevice {
 }
 
 impl DeviceIo for KernelDevice {
-    fn region(&self, index: RegionIndex) -> Region {
+    fn region(&self, index: RegionIndex) -> DeviceRegion {
         self.regions
             .get(index.number() as usize)
             .map(|(_, region)| region.clone())
@@ -249,7 +249,7 @@ impl DeviceIo for KernelDevice {
     }
 
     fn is_reset_by_opening(&self) -> bool {
-        !self.opened.handed && !self.is_mediated()
+        !self.opened.inherited && !self.is_mediated()
     }
 
     fn hot_reset_reach(&self) -> io::Result<Vec<Affected>> {
@@ -263,7 +263,7 @@ impl DeviceIo for KernelDevice {
 
 /// Reads a `vfio_region_info` and the capabilities behind it: where in the descriptor the region
 /// begins, and what it is.
-fn parse_region(answer: &[u8]) -> (u64, Region) {
+fn parse_region(answer: &[u8]) -> (u64, DeviceRegion) {
     let u32_at = |at| info::u32_at(answer, at).unwrap_or(0);
     let u64_at = |at| info::u64_at(answer, at).unwrap_or(0);
     let flags = u32_at(std::mem::offset_of!(vfio_region_info, flags));
@@ -288,7 +288,7 @@ fn parse_region(answer: &[u8]) -> (u64, Region) {
             None => vec![Area { offset: 0, size }],
         };
     }
-    let region = Region {
+    let region = DeviceRegion {
         size,
         readable: flags & VFIO_REGION_INFO_FLAG_READ != 0,
         writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,

@@ -11,6 +11,7 @@
 //!
 //! `unsafe` stands in the private modules `sys` (the kernel's calls) and `mapping` (device memory).
 
+mod access;
 mod aer;
 mod areas;
 mod atomics;
@@ -24,12 +25,12 @@ mod events;
 #[cfg_attr(not(test), allow(dead_code, reason = "the tests use more of it"))]
 mod fake;
 mod function;
-mod handed;
 mod held_up;
 mod host_name;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod hot_reset;
+mod inherited;
 mod kernel_device;
 mod kvm;
 mod lists;
@@ -55,12 +56,12 @@ mod wiring;
 
 pub use aer::{ErrorCounts, ErrorStatus, Uncorrectable, is_silent};
 pub use areas::Area;
-pub use device_io::{DeviceIo, IrqError, IrqIndex, IrqInfo, Region, RegionIndex};
+pub use device_io::{DeviceIo, DeviceRegion, IrqError, IrqIndex, IrqInfo, RegionIndex};
 pub use event_fd::EventFd;
 pub use events::DeviceEvents;
 pub use function::{AssignedFunction, Summary};
-pub use handed::{Handed, HandedError, interface};
 pub use host_name::{HostName, ParseHostNameError};
+pub use inherited::{Inherited, InheritedError, interface};
 pub use kernel_device::KernelDevice;
 pub use kvm::KvmFiles;
 pub use mapping::Mapping;
@@ -69,7 +70,7 @@ pub use peers::try_peers;
 pub use reset::{Affected, FunctionReset, ResetMethod};
 pub use resets::Resets;
 pub use rom::{RomChoice, RomError, RomImage};
-pub use survey::AssignError;
+pub use survey::SurveyError;
 pub use sys::adopt;
 pub use vf_token::{ParseVfTokenError, TokenUse, VfToken};
 pub use wiring::{AssignOptions, Wiring};

@@ -54,7 +54,7 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::Ordering;
 
-    use busway_iommu::{Mapping, OpenDmaBuf, Stats};
+    use busway_iommu::{DmaMapping, OpenDmaBuf, Stats};
 
     use super::*;
     use crate::fake::FakeDevice;
@@ -83,9 +83,9 @@ mod tests {
     }
 
     impl DmaSpace for Space {
-        fn add(&self, mapping: Mapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
+        fn add(&self, mapping: DmaMapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
             dma_buf().unwrap();
-            let Mapping {
+            let DmaMapping {
                 iova, size, owner, ..
             } = mapping;
             if self.refuses.is_some_and(|name| owner.contains(name)) {

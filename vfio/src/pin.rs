@@ -14,7 +14,8 @@ use std::sync::Arc;
 use busway_pci::pace::{self, Pace};
 use busway_pci::{InterruptLines, InterruptPin, Intx, PinError, PinOwner, VectorOwner, spec};
 
-use crate::config::{GuestConfig, read_dword};
+use crate::access::read_dword;
+use crate::config::GuestConfig;
 use crate::unmask::Unmasker;
 use crate::vectors::disable;
 use crate::{DeviceIo, IrqIndex};
@@ -105,8 +106,8 @@ impl Pin {
     }
 
     /// Brings it in line with whether MSI or MSI-X is enabled.
-    pub(crate) fn settle(&mut self, messages: bool, config: &mut GuestConfig) {
-        self.intx.settle(messages, &mut self.irq);
+    pub(crate) fn update(&mut self, messages: bool, config: &mut GuestConfig) {
+        self.intx.update(messages, &mut self.irq);
         self.tell(config);
     }
 

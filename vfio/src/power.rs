@@ -7,7 +7,7 @@
 //! is put to sleep only when nothing is mapped.
 
 use crate::DeviceIo;
-use crate::config::{read_byte, write_aligned};
+use crate::access::{read_byte, write_aligned};
 use crate::policy::{PM_CONTROL, PM_STATE};
 
 /// The power management capability's state. PCIe 6.0 §7.5.2.2
@@ -56,7 +56,7 @@ impl Power {
 
     /// Puts the device to sleep where that was asked for, and says whether it stayed awake: it does
     /// not have every state. Nothing of it may be mapped.
-    pub(crate) fn settle(&mut self, io: &dyn DeviceIo) -> bool {
+    pub(crate) fn run_deferred(&mut self, io: &dyn DeviceIo) -> bool {
         let Some(state) = self.wanted.take() else {
             return false;
         };

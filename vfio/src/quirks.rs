@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use busway_pci::spec;
 
 use crate::DeviceIo;
-use crate::config::read_dword;
+use crate::access::read_dword;
 
 /// What is different.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

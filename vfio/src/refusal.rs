@@ -22,8 +22,8 @@ pub(crate) struct Binding<'a> {
     pub(crate) group: Option<u32>,
     /// Its character device.
     pub(crate) node: PathBuf,
-    /// Its descriptor was handed over: whoever did that may have it open still.
-    pub(crate) handed: bool,
+    /// Its descriptor was inherited: whoever opened it may have it open still.
+    pub(crate) inherited: bool,
 }
 
 impl Binding<'_> {
@@ -55,7 +55,7 @@ impl Binding<'_> {
                 let firmware = group.and_then(|group| Obstacle::firmware(paths, group));
                 match firmware {
                     Some(firmware) => attach(firmware),
-                    None if !self.handed
+                    None if !self.inherited
                         && !holders(paths, slice::from_ref(&self.node)).is_empty() =>
                     {
                         DeviceError::Busy {
@@ -158,7 +158,7 @@ mod tests {
                 name: HostName::Pci("0000:01:00.0".parse().unwrap()),
                 group: Some(7),
                 node: self.paths.dev.join("vfio/devices/vfio3"),
-                handed: false,
+                inherited: false,
             }
         }
 
@@ -236,10 +236,10 @@ mod tests {
         symlink(made.binding().node, process.join("fd/3")).unwrap();
         let text = made.told(libc::EINVAL);
         says(&text, &["is in use by process 4711"]);
-        let mut handed = made.binding();
-        handed.handed = true;
+        let mut inherited = made.binding();
+        inherited.inherited = true;
         let error = io::Error::from_raw_os_error(libc::EINVAL);
-        says(&handed.refused(error).to_string(), &["dmesg"]);
+        says(&inherited.refused(error).to_string(), &["dmesg"]);
         let regions = "0x00000000000e0000 0x00000000000e0fff direct\n";
         fs::write(made.group().join("reserved_regions"), regions).unwrap();
         says(&made.told(libc::EINVAL), &["RMRR", "0xe0000", "conrep"]);

@@ -202,7 +202,7 @@ impl fmt::Display for ResetMethod {
 
 /// Why there is no hot reset.
 #[derive(Debug)]
-pub(crate) enum Obstacle {
+pub(crate) enum ResetObstacle {
     /// The device is on no bus that could be reset, such as the root complex's.
     NoBus,
     /// Who is in the way.
@@ -211,7 +211,7 @@ pub(crate) enum Obstacle {
     Unknown(io::Error),
 }
 
-impl fmt::Display for Obstacle {
+impl fmt::Display for ResetObstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoBus => f.write_str("the host can reset neither its slot nor its bus"),
@@ -233,7 +233,7 @@ impl fmt::Display for Obstacle {
 pub(crate) struct Decision {
     pub(crate) method: ResetMethod,
     /// What kept it from a thorough reset.
-    pub(crate) obstacle: Option<Obstacle>,
+    pub(crate) obstacle: Option<ResetObstacle>,
 }
 
 /// Decides for the device at `address`, which the kernel resets by `function`. `reach` asks what a hot
@@ -251,8 +251,8 @@ pub(crate) fn decide(
             };
         }
         _ => match reach() {
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Obstacle::NoBus,
-            Err(error) => Obstacle::Unknown(error),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => ResetObstacle::NoBus,
+            Err(error) => ResetObstacle::Unknown(error),
             Ok(affected) => {
                 let (free, blockers): (Vec<_>, Vec<_>) =
                     affected.into_iter().partition(Affected::allows);
@@ -265,7 +265,7 @@ pub(crate) fn decide(
                         obstacle: None,
                     };
                 }
-                Obstacle::Blockers(blockers)
+                ResetObstacle::Blockers(blockers)
             }
         },
     };
@@ -348,13 +348,13 @@ mod tests {
         let none = || Err(io::Error::from_raw_os_error(libc::ENODEV));
         let decision = decided(None, none());
         assert_eq!(decision.method, ResetMethod::None);
-        assert!(matches!(decision.obstacle, Some(Obstacle::NoBus)));
+        assert!(matches!(decision.obstacle, Some(ResetObstacle::NoBus)));
         let power = Some(FunctionReset::PowerState);
         assert_eq!(decided(power, none()).method.word(), "pm");
         let odd = Err(io::Error::from_raw_os_error(libc::EPERM));
         assert!(matches!(
             decided(None, odd).obstacle,
-            Some(Obstacle::Unknown(_))
+            Some(ResetObstacle::Unknown(_))
         ));
     }
 

@@ -3,9 +3,9 @@
 
 use busway_pci::{BarError, BarIndex, BarKind, BarRegion, Bars, MsiFeatures, PinError, spec};
 
+use crate::access::read_dword;
 use crate::aer::is_silent;
 use crate::areas::{Area, mappable};
-use crate::config::read_dword;
 use crate::lists::List;
 use crate::msix_layout::MsixLayout;
 use crate::quirks::Quirks;
@@ -15,7 +15,7 @@ use crate::{DeviceIo, IrqError, IrqIndex, Mapping, RegionIndex};
 
 /// A device cannot be made a function of a guest.
 #[derive(Debug, thiserror::Error)]
-pub enum AssignError {
+pub enum SurveyError {
     /// {name} does not answer: it is gone, or in a power state that it does not come back from
     #[error(
         "{name} does not answer: its configuration space reads all ones; {}",
@@ -76,10 +76,10 @@ pub(crate) struct Part {
     pub(crate) mapping: Mapping,
 }
 
-pub(crate) fn check_header(name: &str, io: &dyn DeviceIo) -> Result<(), AssignError> {
+pub(crate) fn check_header(name: &str, io: &dyn DeviceIo) -> Result<(), SurveyError> {
     // VFIO holds the identity of each device, which it read when this was opened.
     if is_silent(io) {
-        return Err(AssignError::Silent {
+        return Err(SurveyError::Silent {
             name: name.to_owned(),
             mediated: io.is_mediated(),
         });
@@ -87,7 +87,7 @@ pub(crate) fn check_header(name: &str, io: &dyn DeviceIo) -> Result<(), AssignEr
     let [_, _, header, _] = read_dword(io, spec::CACHE_LINE_SIZE).to_le_bytes();
     let layout = header & spec::HEADER_TYPE_LAYOUT;
     if layout != 0 {
-        return Err(AssignError::NotEndpoint {
+        return Err(SurveyError::NotEndpoint {
             name: name.to_owned(),
             layout,
         });

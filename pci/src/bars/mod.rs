@@ -3,7 +3,7 @@
 //! This is register state only. Nothing is mapped here; the topology looks at what decodes and asks
 //! the machine to map it.
 
-use crate::function::{BarIndex, BarKind, BarRegion};
+use crate::bar::{BarIndex, BarKind, BarRegion};
 use crate::spec;
 
 /// A BAR cannot be as described.

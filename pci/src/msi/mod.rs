@@ -265,7 +265,7 @@ impl Msi {
             self.disconnect(owner);
         }
         if self.enabled {
-            self.settle(owner);
+            self.update_connections(owner);
         }
     }
 
@@ -281,7 +281,7 @@ impl Msi {
     }
 
     /// Connects what is enabled, or brings the connections in line with the registers.
-    fn settle(&mut self, owner: &mut dyn VectorOwner) {
+    fn update_connections(&mut self, owner: &mut dyn VectorOwner) {
         let outcome = if self.connections.is_empty() {
             self.connect(owner)
         } else {

@@ -266,7 +266,7 @@ impl Msix {
                 self.complaints.make("MSI-X", &VectorError::Device(error));
             }
             for vector in 0..self.vectors() {
-                self.settle(vector, owner);
+                self.update_vector(vector, owner);
             }
         }
     }
@@ -302,11 +302,11 @@ impl Msix {
             vector.set_dword(at % 16 / 4, u32::from_le_bytes(value));
             let number = number as u16;
             if let Some(done) = touched.replace(number).filter(|&done| done != number) {
-                self.settle(done, owner);
+                self.update_vector(done, owner);
             }
         }
         if let Some(last) = touched {
-            self.settle(last, owner);
+            self.update_vector(last, owner);
         }
     }
 
@@ -390,7 +390,7 @@ impl Msix {
     }
 
     /// Brings a vector's connection in line with its entry and the control register.
-    fn settle(&mut self, number: u16, owner: &mut dyn VectorOwner) {
+    fn update_vector(&mut self, number: u16, owner: &mut dyn VectorOwner) {
         let place = usize::from(number);
         let (Some(vector), Some(slot)) = (
             self.state.vectors.get_mut(place),

@@ -1,7 +1,7 @@
 //! A PCIe slot that takes hot-plug operations: its three registers, and what they do to one another.
 //! PCIe 6.0 §6.7 and §7.5.3.9 to §7.5.3.11.
 //!
-//! The slot has what an operating system needs to let go of a device in order: an attention button,
+//! The slot has what an operating system needs to release a device in order: an attention button,
 //! a power controller and a power indicator. A device may also leave without notice. A command takes
 //! effect with the write that gives it, which the slot says, so that no driver waits for completions.
 
@@ -13,7 +13,7 @@ use crate::spec;
 /// topology.
 pub trait SlotListener: Send + Sync + std::fmt::Debug {
     /// The guest switched the power of the slot with this number. Without power, what is in the slot
-    /// is in reset and out of reach, and the guest's driver has let go of it.
+    /// is in reset and out of reach, and the guest's driver has released it.
     fn power_switched(&self, slot: u16, on: bool);
 
     /// The guest is done with what it was at with the slot of this number, whose indicator now says what
@@ -90,8 +90,8 @@ impl Slot {
         self.present && self.powered()
     }
 
-    /// Whether the guest owes an answer to something that it wants to hear of.
-    pub(crate) fn owed(&self) -> bool {
+    /// Whether an event is pending that the guest wants to hear of, and has not cleared.
+    pub(crate) fn pending(&self) -> bool {
         self.told
     }
 
@@ -133,7 +133,7 @@ impl Slot {
     }
 
     /// Something was in the slot when the machine was built, or is gone before the guest could look.
-    pub(crate) fn furnish(&mut self, present: bool) {
+    pub(crate) fn prepare(&mut self, present: bool) {
         self.present = present;
         self.reset();
     }
@@ -154,14 +154,14 @@ impl Slot {
             }
         }
         self.note_link(before);
-        self.settle()
+        self.update_interrupt()
     }
 
     /// Somebody pressed the attention button.
     pub(crate) fn press_button(&mut self) -> Change {
         self.events |= spec::EXP_SLOT_STATUS_BUTTON;
         self.unheard = true;
-        self.settle()
+        self.update_interrupt()
     }
 
     /// The registers, from slot capabilities on.
@@ -191,7 +191,7 @@ impl Slot {
         let indicator = self.control & spec::EXP_SLOT_CONTROL_INDICATOR;
         self.unheard &= indicator != spec::EXP_SLOT_CONTROL_INDICATOR_BLINK;
         self.note_link(link_up);
-        let change = self.settle();
+        let change = self.update_interrupt();
         Change {
             power: (self.powered() != powered).then_some(self.powered()),
             steadied: self.steady() && !steady,
@@ -224,7 +224,7 @@ impl Slot {
 
     /// An interrupt is sent when the first of the events that the guest wants to hear of comes, or
     /// when it begins to want to.
-    fn settle(&mut self) -> Change {
+    fn update_interrupt(&mut self) -> Change {
         let wanted = EVENTS
             .iter()
             .filter(|(enable, _)| self.control & enable != 0)

@@ -35,7 +35,7 @@ enum State {
 /// What the interrupt's thread does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
-    /// `remove_board`: the device's driver lets go.
+    /// `remove_board`: the device's driver releases it.
     Unconfigure,
     Power(bool),
     /// `remove_board`, a second after power is off: changes until then are forgotten.
@@ -297,7 +297,7 @@ impl World {
     }
 
     /// Goes on until nobody has anything to do.
-    fn settle(&mut self) {
+    fn run_until_idle(&mut self) {
         for _ in 0..1000 {
             if !(self.guest() || self.machine() || self.time()) {
                 return;
@@ -312,10 +312,10 @@ fn a_device_comes_and_goes_by_presence_and_button() {
     let mut world = World::new(true);
     for round in 1..4 {
         world.add();
-        world.settle();
+        world.run_until_idle();
         assert_eq!((world.has, world.state), (Some(round), State::On));
         world.ask();
-        world.settle();
+        world.run_until_idle();
         assert_eq!((world.has, world.plugged), (None, None));
         assert_eq!((world.state, world.slot.steady()), (State::Off, true));
     }
@@ -325,7 +325,7 @@ fn a_device_comes_and_goes_by_presence_and_button() {
 fn without_power(waits: bool) -> World {
     let mut world = World::new(waits);
     world.add();
-    world.settle();
+    world.run_until_idle();
     world.ask();
     assert!(world.machine());
     while world.state != State::BlinkingOff {
@@ -345,11 +345,11 @@ fn without_power(waits: bool) -> World {
 fn what_comes_within_a_second_of_power_off_is_forgotten_unless_it_waits_for_the_indicator() {
     let mut world = without_power(false);
     world.machine();
-    world.settle();
+    world.run_until_idle();
     assert_eq!((world.has, world.plugged), (None, Some(2)));
     let mut world = without_power(true);
     assert!(!world.machine(), "the indicator blinks");
-    world.settle();
+    world.run_until_idle();
     assert_eq!((world.has, world.plugged), (Some(2), Some(2)));
 }
 
@@ -358,7 +358,7 @@ fn a_button_that_is_pressed_while_the_indicator_blinks_takes_back_what_was_asked
     for waits in [false, true] {
         let mut world = World::new(waits);
         world.add();
-        world.settle();
+        world.run_until_idle();
         world.ask();
         assert!(world.machine() && world.guest());
         assert_eq!(world.state, State::BlinkingOff);
@@ -366,7 +366,7 @@ fn a_button_that_is_pressed_while_the_indicator_blinks_takes_back_what_was_asked
         world.wanted = false;
         world.ask();
         assert_ne!(world.machine(), waits);
-        world.settle();
+        world.run_until_idle();
         let left = if waits { None } else { Some(1) };
         assert_eq!((world.has, world.plugged), (left, left));
     }
@@ -411,7 +411,7 @@ proptest! {
                 Step::Pull => world.pull(),
             }
         }
-        world.settle();
+        world.run_until_idle();
         prop_assert_eq!(world.has, world.plugged);
         prop_assert_eq!(world.comes.filter(|_| world.plugged.is_none()), None);
         prop_assert!(!world.wanted, "what was asked for is still there");

@@ -11,7 +11,7 @@ const POWER_OFF: u16 = spec::EXP_SLOT_CONTROL_POWER_OFF;
 
 fn occupied() -> Slot {
     let mut slot = Slot::new(16);
-    slot.furnish(true);
+    slot.prepare(true);
     slot
 }
 
@@ -143,8 +143,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     )
 }
 
-/// Whether the guest is owed an interrupt by the registers alone. §6.7.3.4.
-fn owed(slot: &Slot) -> bool {
+/// Whether an interrupt is pending by the registers alone. §6.7.3.4.
+fn pending(slot: &Slot) -> bool {
     let [.., c, d, _, _] = slot.registers();
     let control = u16::from_le_bytes([c, d]);
     // Of these three events the enable bits have the status bits' places but for the link's.
@@ -171,7 +171,7 @@ proptest! {
             prop_assert_eq!(&slot.registers()[..4], &capabilities[..]);
             prop_assert_eq!(status(&slot) & !0x149, 0, "bits that it does not have");
             prop_assert_eq!(status(&slot) & 0x40 != 0, slot.present);
-            prop_assert_eq!(change.interrupt, owed(&slot) && !owed(&before));
+            prop_assert_eq!(change.interrupt, pending(&slot) && !pending(&before));
             if let Some(on) = change.power {
                 prop_assert_eq!((before.powered(), slot.powered()), (!on, on));
             }

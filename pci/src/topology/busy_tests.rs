@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use super::tests::{BEHIND, BESIDE, Fixture, PORT, bdf, device, read32, write16, write32};
 use super::*;
+use crate::bar::{BarIndex, BarRegion};
 use crate::fake::{FakeFunction, FakeMapper, MEMORY_32};
-use crate::function::{BarIndex, BarRegion};
 
 /// A function that, while 0x40 is not zero, has something to do that its BAR must not be mapped for.
 pub(super) struct Busy {
@@ -104,7 +104,7 @@ impl PciFunction for Busy {
         }
     }
 
-    fn settle(&self) -> bool {
+    fn run_deferred(&self) -> bool {
         let _own = self.own.lock().unwrap();
         if self.asked.load(Ordering::Relaxed) {
             self.wait();
@@ -207,9 +207,9 @@ fn the_port_above_and_the_function_beside_go_on_while_one_is_busy() {
             write16(&f.topology, bdf(at), spec::COMMAND, command);
         }
     };
-    let settle = || write32(&f.topology, bdf(BEHIND), 0x40, 1);
+    let defer = || write32(&f.topology, bdf(BEHIND), 0x40, 1);
     let both = || [PORT, BESIDE].into_iter().for_each(toggle);
-    assert!(busy.while_it_is_busy(PATIENCE, settle, both));
+    assert!(busy.while_it_is_busy(PATIENCE, defer, both));
     assert_eq!(busy.done.load(Ordering::Relaxed), 1);
     let reset = || {
         let control = spec::BRIDGE_CONTROL_RESET;

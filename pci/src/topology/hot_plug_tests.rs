@@ -9,11 +9,12 @@ use super::busy_tests::{Busy, MOMENT};
 use super::tests::{bdf, device, read32, write16, write32};
 use super::*;
 use crate::address::Function;
+use crate::bar::BarIndex;
 use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32};
-use crate::function::BarIndex;
 use crate::link::Link;
 use crate::root_port::RootPort;
 use crate::slot::SlotListener;
+use crate::windows::{Reserve, Windows};
 
 #[derive(Debug, Default)]
 pub(super) struct Heard(pub(super) Mutex<Vec<bool>>);

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::tree::{FunctionId, Tree};
 use crate::address::Bdf;
+use crate::bar::BarRegion;
 use crate::complaints::Complaints;
-use crate::function::{BarMapper, BarRegion, PciFunction};
+use crate::function::{BarMapper, PciFunction};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -135,8 +136,8 @@ mod tests {
 
     use super::*;
     use crate::address::Device;
+    use crate::bar::BarIndex;
     use crate::fake::{FakeFunction, FakeMapper, MEMORY_32};
-    use crate::function::BarIndex;
     use crate::spec;
     use crate::topology::{Place, Topology};
 

@@ -18,7 +18,7 @@ use crate::pace::{self, Clock, SystemClock};
 use crate::spec;
 pub use assign::AssignError;
 use mapping::Mappings;
-pub use room::{Behind, Needs, NoRoom, Reserve, WindowKind, Windows, find_room};
+pub use room::{Behind, Needs, NoRoom, find_room};
 pub use tree::{FunctionId, Place, PlaceError};
 use tree::{Node, Tree};
 
@@ -79,7 +79,7 @@ impl Topology {
         let id = tree.add(place, function, &self.clock)?;
         drop(tree);
         if let Some(port) = place.bridge {
-            self.with_slot(port, |slot| slot.furnish(true));
+            self.with_slot(port, |slot| slot.prepare(true));
         }
         self.remap(&mut self.mappings(), &[id]);
         Ok(id)
@@ -125,7 +125,7 @@ impl Topology {
         tree.children(Some(bridge)).map(|node| node.id).collect()
     }
 
-    /// Empties the slot behind a bridge while the guest runs, whether the guest let go of the device
+    /// Empties the slot behind a bridge while the guest runs, whether the guest released the device
     /// or not: its functions answer no longer, then their BARs are unmapped, then the guest is told.
     /// What a vCPU had the bridge or a function carry out, such as a reset, is waited for. The functions
     /// are the caller's, to be dropped; an access that a vCPU began before may hold one for a moment
@@ -267,9 +267,9 @@ impl Topology {
             let changes = self.remap(&mut self.mappings(), &[node.id]);
             node.pace.charge(pace::MAPPING, changes);
         }
-        // Nothing of it is mapped, and what has to be settled can take long: other functions go on, for
+        // Nothing of it is mapped, and what was deferred can take long: other functions go on, for
         // the lock that is held is that of writes to this one.
-        if now.is_empty() && node.pci.settle() {
+        if now.is_empty() && node.pci.run_deferred() {
             let changes = self.remap(&mut self.mappings(), &[node.id]);
             node.pace.charge(pace::MAPPING, changes);
         }

@@ -11,6 +11,7 @@ use super::tests::{bdf, device, read32, write16, write32};
 use super::*;
 use crate::address::Function;
 use crate::fake::{FakeMapper, key};
+use crate::windows::Reserve;
 
 /// What a guest and the machine do at the same time.
 #[derive(Clone, Copy, Debug)]

@@ -8,8 +8,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::address::Device;
+use crate::bar::{BarIndex, BarKind, BarRegion};
 use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32, PREFETCHABLE_64, key};
-use crate::function::{BarIndex, BarKind, BarRegion};
 use crate::link::Link;
 use crate::pace::StoppedClock;
 use crate::root_port::RootPort;

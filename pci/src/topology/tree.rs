@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use crate::address::{Bdf, Bus, Device, Function, Segment};
-use crate::function::{BarRegion, PciFunction};
+use crate::bar::BarRegion;
+use crate::function::PciFunction;
 use crate::pace::{Clock, Pace};
 
 /// A function's name within its topology, for as long as that lives. It says nothing about the bus

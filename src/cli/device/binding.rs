@@ -7,7 +7,7 @@ use busway_host::{
 use clap::{ArgGroup, Args};
 
 use super::permits::{BindPermits, UnbindPermits};
-use super::{DeviceError, find};
+use super::{DeviceCommandError, find};
 
 /// `busway device bind`
 #[derive(Args, Clone, Debug)]
@@ -146,7 +146,7 @@ impl<'a> Changes<'a> {
 }
 
 /// What a change says, and then why it failed, if it did.
-pub(super) type Said = (String, Result<(), DeviceError>);
+pub(super) type Said = (String, Result<(), DeviceCommandError>);
 
 pub(super) fn bind(args: &BindArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> Said {
     let addresses = match find(root, &args.addresses) {
@@ -164,12 +164,12 @@ pub(super) fn bind(args: &BindArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> 
     }
 }
 
-fn options(args: &BindArgs, root: &SysRoot) -> Result<BindOptions, DeviceError> {
+fn options(args: &BindArgs, root: &SysRoot) -> Result<BindOptions, DeviceCommandError> {
     let user = args.user.as_ref();
     let user = user.map(|name| busway_host::user_id(root, name));
     let persist = match args.persist {
         true => {
-            let program = std::env::current_exe().map_err(DeviceError::OwnPath)?;
+            let program = std::env::current_exe().map_err(DeviceCommandError::OwnPath)?;
             Some(Persist { program })
         }
         false => None,

@@ -5,7 +5,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::names::Names;
-use super::{DeviceError, ListError};
+use super::{DeviceCommandError, ListError};
 use crate::cli::findings::{self, FindingArgs, FindingJson};
 use crate::cli::style::{Screen, Style};
 
@@ -52,14 +52,14 @@ pub(super) fn show(
     args: &CheckArgs,
     screen: Screen,
     opens: Opens<'_>,
-) -> Result<(String, Result<(), DeviceError>), DeviceError> {
+) -> Result<(String, Result<(), DeviceCommandError>), DeviceCommandError> {
     let host = Host::read(root)?;
     let (addresses, uuids) = super::find_all(root, &args.addresses)?;
     let check = Check::of_all(&host, &addresses, &uuids, args.findings.memory, opens);
     let ready = check.is_ready();
     let end = match ready {
         true => Ok(()),
-        false => Err(DeviceError::NotReady {
+        false => Err(DeviceCommandError::NotReady {
             absent: check.devices.iter().any(|device| !device.is_there)
                 || check.mediated.iter().any(|device| !device.is_there),
         }),

@@ -3,9 +3,21 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use busway_host::{Aliases, Host, HostDevice, LinkState, Resource, Usage, is_vfio_driver};
+use busway_host::{
+    Aliases, Host, HostDevice, LinkState, MediatedDevice, MediatedType, Resource, Usage,
+    is_vfio_driver,
+};
 
 use super::names::Names;
+
+/// What is shown.
+pub(super) struct Shown<'a> {
+    /// PCI functions, by address.
+    pub(super) devices: Vec<&'a HostDevice>,
+    pub(super) mediated: Vec<&'a MediatedDevice>,
+    /// Kinds of mediated devices, where nothing is left out.
+    pub(super) types: Vec<&'a MediatedType>,
+}
 
 /// What turns a device's numbers into words.
 #[derive(Debug)]

@@ -7,8 +7,7 @@ use busway_host::{HostDevice, InterfaceAddress, LinkState, Usage, one_line};
 use busway_pci::Bdf;
 use serde::{Serialize, Serializer};
 
-use super::facts::Facts;
-use super::list::Shown;
+use super::facts::{Facts, Shown};
 use super::mediated::{DeviceJson, TypeJson, device_json, type_json};
 
 /// The version of the schema.

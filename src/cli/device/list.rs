@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use busway_host::files::{Existing, OutputError, open_output};
 use busway_host::{
-    Called, CalledError, Host, HostDevice, HostError, MediatedDevice, MediatedType, Refusal,
-    RefusedError, SysRoot, Uuid,
+    Called, CalledError, Host, HostDevice, HostError, MediatedDevice, Refusal, RefusedError,
+    SysRoot, Uuid,
 };
 use clap::Args;
 
-use super::facts::{self, Facts, is_lent};
+use super::facts::{self, Facts, Shown, is_lent};
 use super::names::Names;
 use super::table::{Row, Styles, Table};
 use super::topology::Topology;
@@ -109,15 +109,6 @@ fn groups(known: &[u32]) -> String {
         (Some(first), Some(last)) => format!("they are numbered {first} to {last}"),
         _ => "the IOMMU is off: busway doctor says how to turn it on".to_owned(),
     }
-}
-
-/// What is shown.
-pub(super) struct Shown<'a> {
-    /// PCI functions, by address.
-    pub(super) devices: Vec<&'a HostDevice>,
-    pub(super) mediated: Vec<&'a MediatedDevice>,
-    /// Kinds of mediated devices, where nothing is left out.
-    pub(super) types: Vec<&'a MediatedType>,
 }
 
 /// What the arguments ask to be shown, once.

@@ -4,14 +4,10 @@ use std::fmt::Write as _;
 
 use busway_host::{HostDevice, LinkState, Resource};
 
-use super::facts::{self, Facts};
-use super::list::Shown;
+use super::block::labelled;
+use super::facts::{self, Facts, Shown};
 use super::mediated::{self, type_words};
-use super::table::{fold, shorten};
-use crate::cli::style::{Screen, Style};
-
-/// Where the words begin.
-const INDENT: usize = 13;
+use crate::cli::style::Screen;
 
 /// A block for each device, with an empty line between.
 pub(super) fn show(facts: &Facts<'_>, shown: &Shown<'_>, screen: Screen) -> String {
@@ -26,36 +22,6 @@ pub(super) fn show(facts: &Facts<'_>, shown: &Shown<'_>, screen: Screen) -> Stri
 fn block(facts: &Facts<'_>, device: &HostDevice, screen: Screen) -> String {
     let title = device.address.to_string();
     labelled(&title, facts.name(device), lines(facts, device), screen)
-}
-
-/// A title, what it is, and lines below it, each with a label. One label serves all the lines that have it.
-pub(super) fn labelled(
-    title: &str,
-    what: &str,
-    mut lines: Vec<(&'static str, String)>,
-    screen: Screen,
-) -> String {
-    let mut last = "";
-    for (label, _) in &mut lines {
-        if *label == last {
-            *label = "";
-        } else {
-            last = label;
-        }
-    }
-    let what = match screen.width {
-        Some(width) => shorten(what, width.saturating_sub(title.len() + 2)),
-        None => what.to_owned(),
-    };
-    let mut text = format!("{}  {what}\n", Style::BOLD.paint(title, screen.colour));
-    for (label, words) in lines {
-        let width = screen.width.unwrap_or(usize::MAX).saturating_sub(INDENT);
-        for (index, line) in fold(&words, width).into_iter().enumerate() {
-            let label = if index == 0 { label } else { "" };
-            let _infallible = writeln!(text, "  {label:<11}{line}");
-        }
-    }
-    text
 }
 
 fn lines(facts: &Facts<'_>, device: &HostDevice) -> Vec<(&'static str, String)> {

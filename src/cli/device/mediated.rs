@@ -5,9 +5,9 @@ use std::fmt::Write as _;
 use busway_host::{Host, MediatedDevice, MediatedType};
 use serde::Serialize;
 
-use super::long::labelled;
-use super::table::{fold, length, shorten};
+use super::block::labelled;
 use crate::cli::style::{Screen, Style};
+use crate::cli::text::{fold, length, shorten};
 
 /// Between two columns.
 const GAP: usize = 2;

@@ -3,6 +3,7 @@
 //! What stands here is what a person types and reads; the work is done by [`busway_host`].
 
 mod binding;
+mod block;
 mod check;
 mod facts;
 mod json;
@@ -33,7 +34,6 @@ pub use binding::{BindArgs, RestoreArgs, UnbindArgs};
 pub use check::CheckArgs;
 pub use list::{ListArgs, ListError};
 use names::Names;
-pub(super) use table::{fold, shorten};
 pub use vfs::VfsArgs;
 pub(super) use vfs::aligned;
 
@@ -112,7 +112,7 @@ fn find(root: &SysRoot, called: &[Called]) -> Result<Vec<Bdf>, CalledError> {
 
 /// Why `busway device` failed.
 #[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
+pub enum DeviceCommandError {
     /// The host could not be read.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -151,7 +151,7 @@ pub enum DeviceError {
     Output(#[from] io::Error),
 }
 
-impl DeviceError {
+impl DeviceCommandError {
     /// The status to exit with, of [`crate::exit`].
     #[must_use]
     pub fn exit_status(&self) -> u8 {
@@ -193,8 +193,8 @@ impl DeviceError {
 ///
 /// # Errors
 ///
-/// [`DeviceError`], whose [`exit_status`](DeviceError::exit_status) says what to exit with.
-pub fn run(args: &DeviceArgs) -> Result<(), DeviceError> {
+/// [`DeviceCommandError`], whose [`exit_status`](DeviceCommandError::exit_status) says what to exit with.
+pub fn run(args: &DeviceArgs) -> Result<(), DeviceCommandError> {
     let mut out = io::stdout().lock();
     let changes = !matches!(
         args.command,
@@ -225,7 +225,7 @@ pub fn run_on(
     kernel: &mut dyn Kernel,
     out: &mut dyn Write,
     screen: impl Into<Screen>,
-) -> Result<(), DeviceError> {
+) -> Result<(), DeviceCommandError> {
     let screen = screen.into();
     let (said, result) = match &args.command {
         DeviceCommand::List(list) if list.watch => return watch_list(list, root, out, screen),
@@ -247,7 +247,7 @@ fn watch_list(
     root: &SysRoot,
     out: &mut dyn Write,
     screen: Screen,
-) -> Result<(), DeviceError> {
+) -> Result<(), DeviceCommandError> {
     let names = Names::load();
     watch::watch(
         &mut |screen| Ok(list::show(root, &names, list, screen)?),

@@ -65,7 +65,7 @@ impl BindPermits {
 #[derive(Args, Clone, Copy, Debug, Default)]
 #[command(next_help_heading = HEADING)]
 pub struct UnbindPermits {
-    /// Have the kernel ask the process that has it open to let go, and wait for that
+    /// Have the kernel ask the process that has it open to release it, and wait for that
     #[arg(long)]
     pub allow_open: bool,
 }

@@ -9,9 +9,9 @@ use busway_host::{HostDevice, MediatedDevice};
 
 use super::facts::{self, Facts, is_lent};
 use super::mediated;
-use super::table::shorten;
 use super::topology::{Node, Topology};
 use crate::cli::style::PALETTE;
+use crate::cli::text::shorten;
 
 /// All lengths are in the picture's own units: pixels at its natural size.
 const MARGIN: usize = 24;

@@ -7,6 +7,7 @@
 use std::fmt;
 
 use crate::cli::style::{Screen, Style};
+use crate::cli::text::{fold, length, shorten};
 
 /// A column: its title, and what is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -295,20 +296,6 @@ impl fmt::Display for Line {
     }
 }
 
-/// How many columns a text takes.
-pub(super) fn length(text: &str) -> usize {
-    text.chars().count()
-}
-
-/// The text in at most `width` columns.
-pub(in crate::cli) fn shorten(text: &str, width: usize) -> String {
-    if length(text) <= width {
-        return text.to_owned();
-    }
-    let kept: String = text.chars().take(width.saturating_sub(1)).collect();
-    format!("{}…", kept.trim_end())
-}
-
 fn total(columns: &[(Column, usize)]) -> usize {
     columns
         .iter()
@@ -360,21 +347,6 @@ fn wrap(lead: &str, uses: &[String], width: usize) -> Vec<String> {
             }
             Some(_) => lines.extend(fold(&usage, width)),
             None => lines.extend(fold(&format!("{lead}{usage}"), width)),
-        }
-    }
-    lines
-}
-
-/// The text in lines of at most `width` columns, broken at spaces; a word that is longer stays whole.
-pub(in crate::cli) fn fold(text: &str, width: usize) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split(' ') {
-        match lines.last_mut() {
-            Some(line) if length(line) + 1 + length(word) <= width => {
-                line.push(' ');
-                line.push_str(word);
-            }
-            _ => lines.push(word.to_owned()),
         }
     }
     lines

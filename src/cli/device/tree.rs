@@ -6,9 +6,9 @@ use busway_host::MediatedDevice;
 
 use super::facts::{Facts, is_lent};
 use super::mediated;
-use super::table::{fold, length, shorten};
 use super::topology::{Node, Topology};
 use crate::cli::style::{Screen, Style, of_palette};
+use crate::cli::text::{fold, length, shorten};
 
 /// A device's name is not cut shorter than this.
 const NAME_LEAST: usize = 12;

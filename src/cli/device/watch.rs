@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::DeviceError;
+use super::DeviceCommandError;
 use crate::cli::style::Screen;
 
 /// ECMA-48: the cursor goes home (CUP), and everything after it is erased (ED).
@@ -11,11 +11,11 @@ const CLEAR: &str = "\x1b[H\x1b[J";
 /// Writes what `show` gives for a screen, and again whenever it gives something else. `wait` lets time
 /// pass and says what the screen is then; none ends it.
 pub(super) fn watch(
-    show: &mut dyn FnMut(Screen) -> Result<String, DeviceError>,
+    show: &mut dyn FnMut(Screen) -> Result<String, DeviceCommandError>,
     mut screen: Screen,
     out: &mut dyn Write,
     wait: &mut dyn FnMut() -> Option<Screen>,
-) -> Result<(), DeviceError> {
+) -> Result<(), DeviceCommandError> {
     let mut last = String::new();
     let mut first = true;
     loop {

@@ -12,7 +12,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::schema::{self, Section};
 use super::value::Value;
-use super::words::{Place, Wrong};
+use super::words::{SourcePlace, Wrong};
 use crate::config::VmConfig;
 
 /// Reads a file's text into a configuration. Its path is for the messages.
@@ -94,10 +94,10 @@ struct File<'a> {
 }
 
 impl File<'_> {
-    fn place(&self, span: &Range<usize>, table: &str) -> Place {
+    fn place(&self, span: &Range<usize>, table: &str) -> SourcePlace {
         let before = self.text.bytes().take(span.start);
         let line = 1 + before.filter(|byte| *byte == b'\n').count();
-        Place::File(self.path.to_owned(), line, table.to_owned())
+        SourcePlace::File(self.path.to_owned(), line, table.to_owned())
     }
 
     fn text(&self, node: &Node<'_>, name: &'static str) -> Result<String, Wrong> {

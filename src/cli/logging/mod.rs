@@ -16,7 +16,7 @@ use aside::{Aside, Sink};
 use busway_host::files::{Existing, OutputError, open_output};
 use busway_iommu::printable;
 
-use super::failure::no_color;
+use super::style::no_color;
 
 /// Starts logging: warnings and errors; with `-v` what is done, with `-vv` how, with `-vvv` all.
 ///

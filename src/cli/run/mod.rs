@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use anyhow::{Context as _, anyhow};
 use busway_host::files::check_output;
 use clap::Args;
 
 use super::failure::Failure;
 use super::schema::{self, Section};
-use super::words::{Place, Wrong};
+use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
 use crate::config::{ConsoleConfig, VmConfig};
 use crate::control::{Server, SocketAddress};
@@ -163,7 +164,9 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
     };
     publication.check()?;
     report.reached(Stage::Parse);
-    let requests = Requests::new().map_err(|error| Failure::new(RUNTIME, error))?;
+    let requests = Requests::new()
+        .context("the VM cannot be asked anything")
+        .map_err(|error| Failure::new(RUNTIME, error))?;
     // From before the VM is put together, which can take long where much memory is to be pinned.
     let server = socket
         .map(|socket| Server::start(&socket, requests.control(), &config))
@@ -232,7 +235,7 @@ impl RunArgs {
 
     fn api_socket(&self) -> Result<Option<SocketAddress>, Wrong> {
         let make = |text: &String| {
-            let place = Place::Flag(schema::API_SOCKET.name, text.clone());
+            let place = SourcePlace::Flag(schema::API_SOCKET.name, text.clone());
             schema::API_SOCKET.make(text, &place)
         };
         self.api_socket.as_ref().map(make).transpose()
@@ -271,7 +274,7 @@ fn replace<T: Clone>(target: &mut Option<T>, said: &Option<T>) {
 /// What was said of a section, key by key; the last word counts.
 fn update<T>(section: &Section<T>, target: &mut T, said: &[String]) -> Result<(), Wrong> {
     for text in said {
-        let place = Place::Flag(section.name, text.clone());
+        let place = SourcePlace::Flag(section.name, text.clone());
         section.apply(target, text, &place)?;
     }
     Ok(())
@@ -280,7 +283,7 @@ fn update<T>(section: &Section<T>, target: &mut T, said: &[String]) -> Result<()
 /// One more of a section for each time it was said.
 fn extend<T>(section: &Section<T>, targets: &mut Vec<T>, said: &[String]) -> Result<(), Wrong> {
     for text in said {
-        let place = Place::Flag(section.name, text.clone());
+        let place = SourcePlace::Flag(section.name, text.clone());
         targets.push(section.make(text, &place)?);
     }
     Ok(())
@@ -314,7 +317,7 @@ impl Publication {
             Err(error) => format!("{}: {error}", folder.display()),
         };
         let file = file.display();
-        Err(Failure::usage(format!("--report {file}: {complaint}")))
+        Err(Failure::usage(anyhow!("--report {file}: {complaint}")))
     }
 
     /// Publishes when the guest has started, on a thread that the guest does not wait for.

@@ -11,14 +11,14 @@ use super::value::{Reason, Value, Words};
 
 /// Where something was said.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum SourcePlace {
     /// A flag, by its name without dashes, and the text after it.
     Flag(&'static str, String),
     /// A line of the file, and the table it stands in (empty at the top).
     File(PathBuf, usize, String),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for SourcePlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Flag(name, text) if text.is_empty() => write!(f, "--{name}"),
@@ -32,9 +32,9 @@ impl fmt::Display for Place {
 }
 
 /// A place and a key there: `--memory size=5X: size`, `vm.toml, line 2: memory.size`.
-fn at_key(place: &Place, key: &str) -> String {
+fn at_key(place: &SourcePlace, key: &str) -> String {
     match place {
-        Place::File(_, _, table) if !table.is_empty() => format!("{place}.{key}"),
+        SourcePlace::File(_, _, table) if !table.is_empty() => format!("{place}.{key}"),
         _ => format!("{place}: {key}"),
     }
 }
@@ -44,15 +44,15 @@ fn at_key(place: &Place, key: &str) -> String {
 pub(super) enum Wrong {
     /// {place}: {syntax}
     #[error("{0}: {1}")]
-    Syntax(Place, SyntaxError),
+    Syntax(SourcePlace, SyntaxError),
     /// The file's language.
     #[error("{0}: {1}")]
-    Toml(Place, String),
+    Toml(SourcePlace, String),
     /// A key there is none of.
     #[error("{}", unknown_key(place, key, known))]
     UnknownKey {
         /// Where.
-        place: Place,
+        place: SourcePlace,
         /// What was said.
         key: String,
         /// What could have been.
@@ -62,18 +62,18 @@ pub(super) enum Wrong {
     #[error("{place}: `{key}` is given twice")]
     Twice {
         /// Where.
-        place: Place,
+        place: SourcePlace,
         /// The key.
         key: &'static str,
     },
     /// {place}: only one of these can be said
     #[error("{0}: only one of these can be said")]
-    Several(Place),
+    Several(SourcePlace),
     /// {place}: `{key}` is missing
     #[error("{place}: `{}` is missing", keys.join("` or `"))]
     Missing {
         /// Where.
-        place: Place,
+        place: SourcePlace,
         /// The key, or those of which one would do.
         keys: &'static [&'static str],
     },
@@ -84,7 +84,7 @@ pub(super) enum Wrong {
     )]
     NoKey {
         /// Where.
-        place: Place,
+        place: SourcePlace,
         /// The value.
         value: String,
         /// The keys.
@@ -94,7 +94,7 @@ pub(super) enum Wrong {
     #[error("{}: {reason}", at_key(place, key))]
     Value {
         /// Where.
-        place: Place,
+        place: SourcePlace,
         /// The key.
         key: &'static str,
         /// Why its value is none.
@@ -102,25 +102,25 @@ pub(super) enum Wrong {
     },
     /// A value without a key that is none.
     #[error("{0}: {1}")]
-    Bare(Place, Reason),
+    Bare(SourcePlace, Reason),
     /// Another kind of thing stands where a table, a list or a word must be.
     #[error("{place}: {what}")]
     Shape {
         /// Where.
-        place: Place,
+        place: SourcePlace,
         /// What it should be.
         what: String,
     },
 }
 
-fn unknown_key(place: &Place, key: &str, known: &[&'static str]) -> String {
+fn unknown_key(place: &SourcePlace, key: &str, known: &[&'static str]) -> String {
     let nearest = Nearest(key, known);
     let words = Words(known);
     match place {
-        Place::Flag(name, _) => {
+        SourcePlace::Flag(name, _) => {
             format!("--{name}: unknown key `{key}`{nearest} (there are: {words})")
         }
-        Place::File(path, line, table) => {
+        SourcePlace::File(path, line, table) => {
             let path = path.display();
             let of = if table.is_empty() {
                 String::new()
@@ -138,7 +138,7 @@ impl<T> Section<T> {
         &self,
         target: &mut T,
         text: &str,
-        place: &Place,
+        place: &SourcePlace,
     ) -> Result<Vec<&'static str>, Wrong> {
         let mut items =
             options::parse(text).map_err(|error| Wrong::Syntax(place.clone(), error))?;
@@ -155,7 +155,7 @@ impl<T> Section<T> {
     }
 
     /// Makes a new one of the flag's value, which must say the required key.
-    pub(super) fn make(&self, text: &str, place: &Place) -> Result<T, Wrong> {
+    pub(super) fn make(&self, text: &str, place: &SourcePlace) -> Result<T, Wrong> {
         let mut new = (self.blank)();
         let said = self.apply(&mut new, text, place)?;
         self.check_required(&said, place)?;
@@ -167,7 +167,7 @@ impl<T> Section<T> {
         &self,
         name: &'static str,
         said: &mut Vec<&'static str>,
-        place: &Place,
+        place: &SourcePlace,
     ) -> Result<(), Wrong> {
         if said.contains(&name) {
             return Err(Wrong::Twice {
@@ -189,7 +189,7 @@ impl<T> Section<T> {
         target: &mut T,
         name: &str,
         value: &Value,
-        place: &Place,
+        place: &SourcePlace,
     ) -> Result<&'static str, Wrong> {
         let key = self.key(name).ok_or_else(|| Wrong::UnknownKey {
             place: place.clone(),
@@ -209,7 +209,7 @@ impl<T> Section<T> {
         &self,
         target: &mut T,
         value: &Value,
-        place: &Place,
+        place: &SourcePlace,
     ) -> Result<&'static str, Wrong> {
         let set = self.bare.ok_or_else(|| Wrong::NoKey {
             place: place.clone(),
@@ -221,7 +221,11 @@ impl<T> Section<T> {
     }
 
     /// A required key must have been said.
-    pub(super) fn check_required(&self, said: &[&'static str], place: &Place) -> Result<(), Wrong> {
+    pub(super) fn check_required(
+        &self,
+        said: &[&'static str],
+        place: &SourcePlace,
+    ) -> Result<(), Wrong> {
         if self.required.is_empty() || self.required.iter().any(|key| said.contains(key)) {
             return Ok(());
         }

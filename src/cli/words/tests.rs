@@ -4,14 +4,14 @@ use crate::config::{ConsoleConfig, MemoryConfig};
 use proptest::prelude::*;
 
 fn memory(text: &str) -> Result<MemoryConfig, String> {
-    let place = Place::Flag("memory", text.to_owned());
+    let place = SourcePlace::Flag("memory", text.to_owned());
     schema::MEMORY
         .make(text, &place)
         .map_err(|error| error.to_string())
 }
 
 fn serial(text: &str) -> Result<ConsoleConfig, String> {
-    let place = Place::Flag("serial", text.to_owned());
+    let place = SourcePlace::Flag("serial", text.to_owned());
     schema::SERIAL
         .make(text, &place)
         .map_err(|error| error.to_string())
@@ -20,7 +20,7 @@ fn serial(text: &str) -> Result<ConsoleConfig, String> {
 #[test]
 fn what_is_not_said_stays_as_it_was() {
     let mut config = memory("size=1G,shared=on").unwrap();
-    let place = Place::Flag("memory", String::new());
+    let place = SourcePlace::Flag("memory", String::new());
     schema::MEMORY
         .apply(&mut config, "size=2G", &place)
         .unwrap();
@@ -48,7 +48,7 @@ fn consoles_are_words_or_places() {
     }
     // What was said of a file before stays, key by key.
     let mut config = sized;
-    let place = Place::Flag("serial", String::new());
+    let place = SourcePlace::Flag("serial", String::new());
     schema::SERIAL
         .apply(&mut config, "file=/b", &place)
         .unwrap();
@@ -103,7 +103,7 @@ fn errors_name_flag_key_value_and_reason() {
 #[test]
 fn a_device_is_an_address_or_a_path_but_not_both() {
     let make = |text: &str| {
-        let place = Place::Flag("device", text.to_owned());
+        let place = SourcePlace::Flag("device", text.to_owned());
         schema::DEVICE
             .make(text, &place)
             .map_err(|error| error.to_string())

@@ -139,14 +139,14 @@ fn a_device_given_twice_is_refused_by_both_names() {
 #[test]
 fn a_device_given_by_address_and_by_descriptor_is_refused_once_the_descriptor_is_known() {
     let by_address = device("01:00.0", None);
-    let mut by_descriptor = device("02:00.0", Some("handed"));
+    let mut by_descriptor = device("02:00.0", Some("inherited"));
     (by_descriptor.path, by_descriptor.fd) = ("".into(), Some(5));
     let mut devices = [by_address, by_descriptor];
     assert_eq!(validate_functions(&devices), Ok(()));
     devices[1].path = "/sys/devices/pci0000:00/0000:01:00.0".into();
     let error = validate_functions(&devices).unwrap_err().to_string();
     assert!(
-        error.starts_with("--device no. 1 and --device id=handed have the same host device"),
+        error.starts_with("--device no. 1 and --device id=inherited have the same host device"),
         "{error}"
     );
 }
@@ -237,21 +237,21 @@ fn a_rom_is_given_or_not_and_cliques_count_to_15() {
 
 #[test]
 fn a_descriptor_in_the_place_of_a_device_is_no_standard_one_and_given_once() {
-    let handed = |fd| DeviceConfig {
+    let inherited = |fd| DeviceConfig {
         path: "".into(),
         fd: Some(fd),
         ..device("0000:01:00.0", None)
     };
     assert_eq!(
-        validate(|vm| vm.device = vec![handed(3), handed(4)]),
+        validate(|vm| vm.device = vec![inherited(3), inherited(4)]),
         Ok(())
     );
-    let standard = complaint(|vm| vm.device.push(handed(2)));
+    let standard = complaint(|vm| vm.device.push(inherited(2)));
     assert!(standard.contains("fd=2 is standard"), "{standard}");
-    let twice = complaint(|vm| vm.device = vec![handed(3), handed(3)]);
+    let twice = complaint(|vm| vm.device = vec![inherited(3), inherited(3)]);
     assert!(twice.contains("the same fd, `3`"), "{twice}");
     let shared = complaint(|vm| {
-        vm.device.push(handed(5));
+        vm.device.push(inherited(5));
         vm.platform.iommufd_fd = Some(5);
     });
     assert!(shared.contains("--platform have the same fd"), "{shared}");

@@ -184,9 +184,7 @@ fn removed(id: &str) -> Result<Answer, RequestError> {
             "card".into(),
             "0000:02:00.1".into(),
         ])),
-        "stuck" => Err(RequestError::Failed(
-            "the guest did not let go of it".into(),
-        )),
+        "stuck" => Err(RequestError::Failed("the guest did not release it".into())),
         _ => Err(RequestError::Unknown(id.into())),
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 
 use serde::Serialize;
 
-use crate::boot::default_cmdline;
+use crate::arch::boot::default_cmdline;
 use crate::config::{
     BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, ImageType,
     MemoryConfig, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig, VirtioConfig,

@@ -340,7 +340,7 @@ impl AddDevice {
 #[derive(Deserialize)]
 struct RemoveDevice {
     id: String,
-    /// Beside Cloud Hypervisor's: pull it out where the guest does not let go of it.
+    /// Beside Cloud Hypervisor's: pull it out where the guest does not release it.
     #[serde(default)]
     force: bool,
 }

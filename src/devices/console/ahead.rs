@@ -11,7 +11,7 @@ use busway_vfio::EventFd;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, ioctl_fionbio};
 
-use super::input::Escape;
+use super::escape::Escape;
 use crate::provoked;
 
 /// It reads, looks for one key and writes.

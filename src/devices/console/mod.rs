@@ -6,9 +6,11 @@
 //! heard whether the guest takes input or not.
 
 mod ahead;
+mod escape;
 mod input;
 mod kept;
 mod output;
+mod socket;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IsTerminal};
@@ -23,8 +25,9 @@ use busway_vfio::EventFd;
 pub use input::{Input, Reader};
 pub use output::Writer;
 
-use self::input::{Escape, SocketServer};
+use self::escape::Escape;
 use self::kept::KeptFile;
+use self::socket::SocketServer;
 use super::terminal::{Pty, RawMode};
 use crate::config::ConsoleConfig;
 

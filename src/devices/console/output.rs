@@ -7,8 +7,8 @@ use std::io::{self, Write};
 use std::sync::Arc;
 
 use super::Claim;
-use super::input::Client;
 use super::kept::KeptFile;
+use super::socket::Client;
 use crate::outflow::{Backlog, Bound, Outflow, PATIENCE, write_all};
 
 /// Bytes that may wait.

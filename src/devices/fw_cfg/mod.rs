@@ -16,9 +16,8 @@ use crate::kvm::BusDevice;
 use crate::memory::GuestRam;
 use transfer::Descriptor;
 
-/// The selector port, two bytes wide; the data port is the one behind its first byte. "Register Locations".
-pub const BASE: u16 = 0x510;
-/// Ports, those for DMA included.
+/// Ports, those for DMA included: the selector port, two bytes wide, is the first; the data port is the one behind
+/// its first byte. "Register Locations".
 pub const SIZE: u16 = 12;
 
 /// Offset of the data port.
@@ -28,7 +27,7 @@ const DMA: u64 = 4;
 /// What the DMA address register reads, so that a driver knows that it is there.
 const DMA_SIGNATURE: [u8; 8] = *b"QEMU CFG";
 
-/// The device. Belongs at [`BASE`].
+/// The device, which takes [`SIZE`] ports.
 pub struct FwCfg {
     items: Items,
     ram: GuestRam,

@@ -42,7 +42,7 @@ pub(super) trait Array {
 
 /// What the chip shows and waits for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-enum Mode {
+enum ChipMode {
     /// The array.
     #[default]
     Array,
@@ -74,14 +74,14 @@ struct Buffer {
 /// A chip's state, apart from what its array holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Cfi {
-    mode: Mode,
+    mode: ChipMode,
     status: u8,
 }
 
 impl Default for Cfi {
     fn default() -> Self {
         Self {
-            mode: Mode::Array,
+            mode: ChipMode::Array,
             status: READY,
         }
     }
@@ -90,18 +90,18 @@ impl Default for Cfi {
 impl Cfi {
     /// Whether a read shows the array.
     pub(super) fn shows_array(&self) -> bool {
-        self.mode == Mode::Array
+        self.mode == ChipMode::Array
     }
 
     /// What a byte reads while it does not show the array of `size` bytes.
     pub(super) fn read(&self, offset: u64, size: u64) -> u8 {
         match &self.mode {
             // Above the two, a block's lock: none is locked.
-            Mode::Identity => {
+            ChipMode::Identity => {
                 let at = usize::try_from(offset % 0x100).unwrap_or(0);
                 IDENTITY.get(at).copied().unwrap_or(0)
             }
-            Mode::Query => query(offset, size),
+            ChipMode::Query => query(offset, size),
             _ => self.status,
         }
     }
@@ -112,36 +112,38 @@ impl Cfi {
             return;
         };
         self.mode = match std::mem::take(&mut self.mode) {
-            Mode::Array | Mode::Status | Mode::Identity | Mode::Query => self.command(byte),
-            Mode::Program => {
+            ChipMode::Array | ChipMode::Status | ChipMode::Identity | ChipMode::Query => {
+                self.command(byte)
+            }
+            ChipMode::Program => {
                 array.program(offset, data);
                 self.status |= READY;
-                Mode::Status
+                ChipMode::Status
             }
-            Mode::Erase if byte == CONFIRM => {
+            ChipMode::Erase if byte == CONFIRM => {
                 array.erase(offset - offset % BLOCK, BLOCK);
                 self.status |= READY;
-                Mode::Status
+                ChipMode::Status
             }
-            Mode::Lock if [CONFIRM, LOCK_CONFIRM].contains(&byte) => {
+            ChipMode::Lock if [CONFIRM, LOCK_CONFIRM].contains(&byte) => {
                 self.status |= READY;
-                Mode::Status
+                ChipMode::Status
             }
-            Mode::Erase | Mode::Lock => self.out_of_sequence(byte),
-            Mode::Count => Mode::Fill {
+            ChipMode::Erase | ChipMode::Lock => self.out_of_sequence(byte),
+            ChipMode::Count => ChipMode::Fill {
                 left: usize::from(byte) + 1,
                 buffer: Buffer {
                     start: None,
                     data: Vec::with_capacity(BUFFER),
                 },
             },
-            Mode::Fill { left: 0, buffer } if byte == CONFIRM => {
+            ChipMode::Fill { left: 0, buffer } if byte == CONFIRM => {
                 array.program(buffer.start.unwrap_or(offset), &buffer.data);
                 self.status |= READY;
-                Mode::Status
+                ChipMode::Status
             }
-            Mode::Fill { left: 0, .. } => self.out_of_sequence(byte),
-            Mode::Fill { left, mut buffer } => {
+            ChipMode::Fill { left: 0, .. } => self.out_of_sequence(byte),
+            ChipMode::Fill { left, mut buffer } => {
                 let start = *buffer.start.get_or_insert(offset);
                 let at = offset.checked_sub(start);
                 let at = at.and_then(|at| usize::try_from(at).ok());
@@ -153,7 +155,7 @@ impl Cfi {
                         *to = *byte;
                     }
                 }
-                Mode::Fill {
+                ChipMode::Fill {
                     left: left.saturating_sub(data.len()),
                     buffer,
                 }
@@ -161,33 +163,33 @@ impl Cfi {
         };
     }
 
-    fn command(&mut self, byte: u8) -> Mode {
+    fn command(&mut self, byte: u8) -> ChipMode {
         match byte {
-            PROGRAM | PROGRAM_TOO => Mode::Program,
-            ERASE => Mode::Erase,
-            LOCK => Mode::Lock,
-            READ_STATUS => Mode::Status,
-            READ_ID => Mode::Identity,
-            QUERY => Mode::Query,
+            PROGRAM | PROGRAM_TOO => ChipMode::Program,
+            ERASE => ChipMode::Erase,
+            LOCK => ChipMode::Lock,
+            READ_STATUS => ChipMode::Status,
+            READ_ID => ChipMode::Identity,
+            QUERY => ChipMode::Query,
             PROGRAM_BUFFER => {
                 self.status |= READY;
-                Mode::Count
+                ChipMode::Count
             }
             CLEAR_STATUS => {
                 self.status = 0;
-                Mode::Array
+                ChipMode::Array
             }
             // 0xff, and whatever is no command.
-            _ => Mode::Array,
+            _ => ChipMode::Array,
         }
     }
 
     /// Something else than a confirmation: nothing is done, and the status says so.
-    fn out_of_sequence(&mut self, byte: u8) -> Mode {
+    fn out_of_sequence(&mut self, byte: u8) -> ChipMode {
         self.status |= READY | SEQUENCE_ERROR;
         match byte {
-            u8::MAX => Mode::Array,
-            _ => Mode::Status,
+            u8::MAX => ChipMode::Array,
+            _ => ChipMode::Status,
         }
     }
 }
@@ -354,7 +356,7 @@ mod tests {
             }
             for (offset, command) in near {
                 cfi.write(&mut chip, offset, &[command]);
-                if let Mode::Fill { buffer, .. } = &cfi.mode {
+                if let ChipMode::Fill { buffer, .. } = &cfi.mode {
                     prop_assert!(buffer.data.len() <= BUFFER);
                 }
             }

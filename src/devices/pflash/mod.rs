@@ -31,7 +31,7 @@ pub trait Backing: Send + Sync + fmt::Debug {
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 
     /// What was written is to be there after a power failure too; is not waited for.
-    fn settle(&self);
+    fn sync(&self);
 }
 
 /// Memory at `address` that holds `image`.
@@ -132,7 +132,7 @@ impl Pflash {
             return;
         }
         if let Some(backing) = &state.cells.backing {
-            backing.settle();
+            backing.sync();
         }
         match self.regions.add(self.region.clone()) {
             Ok(()) => state.listed = true,
@@ -153,7 +153,7 @@ impl Drop for Pflash {
     fn drop(&mut self) {
         self.regions.remove(&self.region);
         if let Some(backing) = &self.lock().cells.backing {
-            backing.settle();
+            backing.sync();
         }
     }
 }
@@ -231,7 +231,7 @@ mod tests {
     #[derive(Debug, Default)]
     struct Kept {
         bytes: Mutex<Vec<(u64, Vec<u8>)>>,
-        settled: Mutex<u32>,
+        syncs: Mutex<u32>,
         full: bool,
     }
 
@@ -244,8 +244,8 @@ mod tests {
             Ok(())
         }
 
-        fn settle(&self) {
-            *self.settled.lock().unwrap() += 1;
+        fn sync(&self) {
+            *self.syncs.lock().unwrap() += 1;
         }
     }
 
@@ -316,9 +316,9 @@ mod tests {
         assert!(kept.bytes.lock().unwrap().is_empty());
         flash.write(0x123, &[7]);
         assert_eq!(*kept.bytes.lock().unwrap(), [(0x123, vec![7])]);
-        assert_eq!(*kept.settled.lock().unwrap(), 0);
+        assert_eq!(*kept.syncs.lock().unwrap(), 0);
         flash.write(0x123, &[0xff]);
-        assert_eq!(*kept.settled.lock().unwrap(), 1);
+        assert_eq!(*kept.syncs.lock().unwrap(), 1);
         assert_eq!(byte(&flash, 0x123), 7);
         flash.reset();
         assert_eq!(byte(&flash, 0x123), 7, "a reset erases nothing");

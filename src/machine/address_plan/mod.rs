@@ -14,8 +14,9 @@ use busway_pci::{
 use busway_vfio::{AssignOptions, RomChoice};
 
 use super::passthrough::{HostIdentity, behind_ports};
+use crate::arch::layout;
 use crate::config::MemoryConfig;
-use crate::memory::{Amount, layout};
+use crate::memory::Amount;
 
 /// Huge pages that RAM is aligned for where it is made of ordinary ones.
 const TRANSPARENT_HUGE_PAGE: u64 = 2 << 20;

@@ -105,7 +105,7 @@ impl Attacher {
             memory,
             resets,
             router: router.clone(),
-            host_vectors: router.counting_anew(),
+            host_vectors: router.with_own_count(),
             space: Mutex::default(),
             making: Mutex::default(),
         }

@@ -1,7 +1,7 @@
 //! The host's devices in a VM that runs: what their errors do to it, and how they leave it.
 //!
 //! A device that the host wants back is asked of the guest by its slot's attention button. The guest's
-//! driver lets go and switches the slot's power off, and the device is closed, by which the host's
+//! driver releases it and switches the slot's power off, and the device is closed, by which the host's
 //! `unbind` returns. Where nobody attends to the slot, or not in time, or the device is gone already,
 //! the device is pulled out: the guest's driver finds it absent. Either is done beside the event loop.
 
@@ -22,7 +22,7 @@ use crate::machine::RunError;
 use crate::machine::aside::Aside;
 use crate::machine::requests::{Answer, Asker, RequestError};
 
-/// How long a guest may take to let go of a device that the host wants back. Linux waits five seconds
+/// How long a guest may take to release a device that the host wants back. Linux waits five seconds
 /// of these after the button was pressed, for it could be pressed again to take that back.
 pub(in crate::machine) const RELEASE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -47,7 +47,7 @@ struct Entry {
     on_error: OnError,
     /// The root port in whose slot it is.
     port: FunctionId,
-    /// By when the guest has to have let go.
+    /// By when the guest has to have released it.
     leaves: Option<Instant>,
     /// What becomes of the slot's button for that.
     button: Button,
@@ -77,7 +77,7 @@ const PRESSES: u8 = 2;
 #[derive(Debug)]
 struct Removal {
     asker: Asker,
-    /// Where the guest does not let go, the device is pulled out.
+    /// Where the guest does not release it, the device is pulled out.
     force: bool,
 }
 
@@ -165,8 +165,8 @@ impl Attached {
             });
     }
 
-    /// Asks the guest to let go of the device called `id`, and all others of its slot. Whoever asks is
-    /// answered when they are closed, or when the guest is found not to let go. `force`: they are then
+    /// Asks the guest to release the device called `id`, and all others of its slot. Whoever asks is
+    /// answered when they are closed, or when the guest is found not to release it. `force`: they are then
     /// pulled out.
     pub(in crate::machine) fn remove(
         &mut self,
@@ -182,7 +182,7 @@ impl Attached {
             return;
         };
         if device.removal.is_some() {
-            asker.answer(Err(RequestError::State("about to let go of it already")));
+            asker.answer(Err(RequestError::State("about to release it already")));
             return;
         }
         device.removal = Some(Removal { asker, force });
@@ -223,18 +223,18 @@ impl Attached {
         Ok(verdict)
     }
 
-    /// The guest switched the power of a slot: where it was asked to let go, it has.
+    /// The guest switched the power of a slot: where it was asked to release what is there, it has.
     pub(in crate::machine) fn on_slot_power(&mut self, topology: &Arc<Topology>, slot: u16) {
-        let let_go = self.devices.iter().find_map(|device| {
+        let released = self.devices.iter().find_map(|device| {
             let off = topology.with_slot(device.port, |its| its.slot() == slot && !its.powered());
             (device.leaves.is_some() && off == Some(true)).then_some(device.port)
         });
-        if let Some(port) = let_go {
-            self.release(port, topology, "the guest let go of it");
+        if let Some(port) = released {
+            self.release(port, topology, "the guest released it");
         }
     }
 
-    /// The guest is done with what it was at with a slot. Where it was asked to let go of what is there, and
+    /// The guest is done with what it was at with a slot. Where it was asked to release what is there, and
     /// gives it power again instead, it is asked once more, and then no more.
     pub(in crate::machine) fn on_slot_steady(&mut self, topology: &Arc<Topology>, slot: u16) {
         let kept = self.devices.iter_mut().find(|device| {
@@ -250,7 +250,7 @@ impl Attached {
             return;
         }
         let port = device.port;
-        self.give_up_on(port, topology, "the guest refuses to let go of it");
+        self.give_up_on(port, topology, "the guest refuses to release it");
     }
 
     /// By when something has to have happened.
@@ -262,7 +262,7 @@ impl Attached {
             .min()
     }
 
-    /// Presses the buttons that are due, and pulls out what the guest was asked for and has not let go of in time.
+    /// Presses the buttons that are due, and pulls out what the guest was asked for and has not released in time.
     pub(in crate::machine) fn on_time(&mut self, topology: &Arc<Topology>, now: Instant) {
         let due = |device: &&mut Entry| {
             let due = device.button.due;
@@ -273,19 +273,19 @@ impl Attached {
             device.button.presses = device.button.presses.saturating_add(1);
             let port = device.port;
             if topology.with_slot(port, |slot| slot.press_button()) != Some(true) {
-                let why = "the guest has no driver that could be asked to let go of it";
+                let why = "the guest has no driver that could be asked to release it";
                 self.give_up_on(port, topology, why);
             }
         }
         let late = |device: &&Entry| device.leaves.is_some_and(|deadline| deadline <= now);
         while let Some(port) = self.devices.iter().find(late).map(|device| device.port) {
             let limit = RELEASE_LIMIT.as_secs();
-            let why = format!("the guest did not let go of it within {limit} s");
+            let why = format!("the guest did not release it within {limit} s");
             self.give_up_on(port, topology, &why);
         }
     }
 
-    /// The guest does not let go of what is behind `port`: it is pulled out, unless whoever asked for it
+    /// The guest does not release what is behind `port`: it is pulled out, unless whoever asked for it
     /// wants it no more then.
     fn give_up_on(&mut self, port: FunctionId, topology: &Arc<Topology>, why: &str) {
         let here = |device: &&mut Entry| device.port == port;
@@ -340,7 +340,7 @@ impl Attached {
             return;
         }
         if topology.with_slot(port, |slot| slot.powered()) == Some(false) {
-            self.release(port, topology, "the guest had let go of it");
+            self.release(port, topology, "the guest had released it");
             return;
         }
         if held {
@@ -348,12 +348,12 @@ impl Attached {
             return;
         }
         if topology.with_slot(port, |slot| slot.attended()) != Some(true) {
-            let why = "the guest has no driver that could be asked to let go of it";
+            let why = "the guest has no driver that could be asked to release it";
             self.give_up_on(port, topology, why);
             return;
         }
         log::warn!(
-            "{name}: {who}; the guest is asked to let go of it, and has {} s",
+            "{name}: {who}; the guest is asked to release it, and has {} s",
             RELEASE_LIMIT.as_secs()
         );
         let now = Instant::now();

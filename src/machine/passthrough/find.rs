@@ -3,9 +3,9 @@
 
 use std::fs::File;
 
-use busway_iommu::{Mode, SysRoot, reserved_ranges};
+use busway_iommu::{IommufdMode, SysRoot, reserved_ranges};
 use busway_pci::Reserve;
-use busway_vfio::{AssignOptions, Handed, RomChoice, RomImage, interface};
+use busway_vfio::{AssignOptions, Inherited, RomChoice, RomImage, interface};
 
 use super::placement::HostIdentity;
 use crate::config::{Choice, DeviceConfig, VmConfig, validate_functions};
@@ -20,7 +20,7 @@ pub(in crate::machine) struct Request {
     pub(super) options: AssignOptions,
     pub(super) identity: HostIdentity,
     /// The descriptor to use, where one was inherited.
-    pub(super) inherited: Option<Handed>,
+    pub(super) inherited: Option<Inherited>,
 }
 
 /// Host devices that were asked for together, and the way to them.
@@ -29,19 +29,19 @@ pub(in crate::machine) struct Found {
     pub(super) paths: SysRoot,
     pub(super) requests: Vec<Request>,
     /// What was asked for.
-    pub(super) asked: Mode,
+    pub(super) asked: IommufdMode,
     /// The same, but for what the inherited descriptors need.
-    pub(super) mode: Mode,
+    pub(super) mode: IommufdMode,
     /// The iommufd that was inherited.
     pub(super) iommufd: Option<File>,
 }
 
 /// Which of the kernel's interfaces was asked for.
-pub(super) fn mode(asked: Choice) -> Mode {
+pub(super) fn mode(asked: Choice) -> IommufdMode {
     match asked {
-        Choice::On => Mode::On,
-        Choice::Off => Mode::Off,
-        Choice::Auto => Mode::Auto,
+        Choice::On => IommufdMode::On,
+        Choice::Off => IommufdMode::Off,
+        Choice::Auto => IommufdMode::Auto,
     }
 }
 
@@ -67,7 +67,7 @@ impl Found {
     /// order of the devices.
     ///
     /// # Errors
-    /// [`RunError::Handed`], or [`RunError::Config`] where two are one device
+    /// [`RunError::Inherited`], or [`RunError::Config`] where two are one device
     pub(in crate::machine) fn find(
         config: &VmConfig,
         options: Vec<AssignOptions>,
@@ -79,8 +79,8 @@ impl Found {
                 Some(fd) => {
                     // SAFETY: `VmConfig::validate` lets each descriptor be named once, and what is
                     // one of VFIO's is not this process's own: it opens those later, by `Opener`.
-                    let handed = unsafe { Handed::device(&paths, fd) }?;
-                    (handed.folder(&paths, &device.path)?, Some(handed))
+                    let inherited = unsafe { Inherited::device(&paths, fd) }?;
+                    (inherited.folder(&paths, &device.path)?, Some(inherited))
                 }
                 None => (device.path.clone(), None),
             };
@@ -95,7 +95,7 @@ impl Found {
             });
         }
         // SAFETY: as above; an iommufd is opened later, by `Space`.
-        let take = |fd| unsafe { Handed::iommufd(&paths, fd) };
+        let take = |fd| unsafe { Inherited::iommufd(&paths, fd) };
         let iommufd = config.platform.iommufd_fd.map(take).transpose()?;
         let asked = mode(config.platform.iommufd);
         let inherited = requests.iter().filter_map(|one| one.inherited.as_ref());

@@ -182,7 +182,7 @@ impl Passthrough {
         });
     }
 
-    /// Asks the guest to let go of the device called `id`: [`Attached::remove`]. One that is still on its way cannot
+    /// Asks the guest to release the device called `id`: [`Attached::remove`]. One that is still on its way cannot
     /// be asked for.
     pub(super) fn remove(
         &mut self,

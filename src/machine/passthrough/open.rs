@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ScopedJoinHandle};
 
-use busway_iommu::{Kind, Mode, Space, SysRoot, Way};
+use busway_iommu::{IommufdMode, Space, SpaceKind, SysRoot, Way};
 use busway_vfio::{
     Claimed, DeviceError, DeviceIo, Joined, KernelDevice, KvmFiles, Opener, TokenUse, VfToken,
     try_peers,
@@ -116,7 +116,7 @@ impl Found {
         let folders: Vec<_> = requests.map(|one| &*one.identity.folder).collect();
         let peers = with.platform.p2p != Choice::Off;
         let mut way = Way::choose(&self.paths, self.mode, &folders, peers);
-        if self.asked == Mode::Auto && self.mode != Mode::Auto {
+        if self.asked == IommufdMode::Auto && self.mode != IommufdMode::Auto {
             way.why = "a descriptor of it was inherited".to_owned();
         }
         way
@@ -134,7 +134,7 @@ impl Found {
     /// Opens the devices in a new space of a kind. Inherited descriptors are used up by that.
     fn open_by(
         &mut self,
-        kind: Kind,
+        kind: SpaceKind,
         with: &Opening,
     ) -> Result<(Vec<KernelDevice>, OpenSpace), RunError> {
         let space = self.new_space(kind, with)?;
@@ -142,7 +142,7 @@ impl Found {
         Ok((devices, space))
     }
 
-    fn new_space(&mut self, kind: Kind, with: &Opening) -> Result<OpenSpace, RunError> {
+    fn new_space(&mut self, kind: SpaceKind, with: &Opening) -> Result<OpenSpace, RunError> {
         let space = Space::open(&self.paths, kind, self.iommufd.take())?;
         space.reserve(&self.paths, with.ram)?;
         let (paths, kvm) = (self.paths.clone(), with.kvm.clone());
@@ -158,7 +158,7 @@ impl Found {
     ) -> Result<Vec<KernelDevice>, RunError> {
         for one in &mut self.requests {
             if let Some(inherited) = one.inherited.take() {
-                opener.hand(inherited, &one.identity.folder)?;
+                opener.inherit(inherited, &one.identity.folder)?;
             }
         }
         Ok(open_all(&self.paths, &self.requests, platform, opener)?)

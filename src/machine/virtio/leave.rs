@@ -1,4 +1,4 @@
-//! How virtio devices leave a guest that runs: asked for and let go of, refused, taken by force, or at a restart.
+//! How virtio devices leave a guest that runs: asked for and released, refused, taken by force, or at a restart.
 
 use std::time::Instant;
 
@@ -11,14 +11,14 @@ use crate::machine::requests::{Answer, Asker, RequestError};
 #[derive(Debug)]
 pub(super) struct Removal {
     asker: Asker,
-    /// Where the guest does not let go, it loses the device.
+    /// Where the guest does not release it, it loses the device.
     force: bool,
     deadline: Option<Instant>,
 }
 
 impl VirtioDevices {
-    /// Asks the guest to let go of the device called `id`. Whoever asks is answered when it is closed, or
-    /// when the guest is found not to let go. `force`: it then loses the device's end on the host. `held`: the
+    /// Asks the guest to release the device called `id`. Whoever asks is answered when it is closed, or
+    /// when the guest is found not to release it. `force`: it then loses the device's end on the host. `held`: the
     /// guest does not run, and cannot be asked. Gives back who asks where no virtio device is called so.
     pub(in crate::machine) fn remove(
         &mut self,
@@ -32,7 +32,7 @@ impl VirtioDevices {
             return Some(asker);
         };
         if entry.removal.is_some() {
-            asker.answer(Err(RequestError::State("about to let go of it already")));
+            asker.answer(Err(RequestError::State("about to release it already")));
             return None;
         }
         entry.removal = Some(Removal {
@@ -46,7 +46,7 @@ impl VirtioDevices {
             _ if held => self.give_up_on(slot, "the guest does not run"),
             Some(hotplug) => {
                 log::info!(
-                    "{}: the guest is asked to let go of it, and has {} s",
+                    "{}: the guest is asked to release it, and has {} s",
                     entry.config.described(&entry.name),
                     RELEASE_LIMIT.as_secs()
                 );
@@ -57,24 +57,24 @@ impl VirtioDevices {
         None
     }
 
-    /// The guest has let go of devices.
+    /// The guest has released devices.
     pub(in crate::machine) fn on_ejected(&mut self) {
         for left in self.seats.left() {
-            self.release(left, "the guest let go of it");
+            self.release(left, "the guest released it");
         }
     }
 
-    /// The guest does not let go of what is in `slot`, by the status of `_OST`.
+    /// The guest does not release what is in `slot`, by the status of `_OST`.
     pub(in crate::machine) fn on_refused(&mut self, slot: u8, status: u8) {
         // ACPI 6.5 §6.3.5, table 6.53.
         let why = match status {
-            0x80 => "it cannot let go of such a device",
+            0x80 => "it cannot release such a device",
             0x81 => "it uses the device",
             0x82 => "the device is busy",
             0x83 => "what depends on the device is busy",
             _ => "it gives no reason",
         };
-        let why = format!("the guest refuses to let go of it: {why} (status {status:#x} of _OST)");
+        let why = format!("the guest refuses to release it: {why} (status {status:#x} of _OST)");
         self.give_up_on(slot, &why);
     }
 
@@ -87,7 +87,7 @@ impl VirtioDevices {
         removals.filter_map(|removal| removal.deadline).min()
     }
 
-    /// Gives up on what the guest was asked for and has not let go of in time.
+    /// Gives up on what the guest was asked for and has not released in time.
     pub(in crate::machine) fn on_time(&mut self, now: Instant) {
         let late = |entry: &&Entry| {
             let deadline = entry.removal.as_ref().and_then(|removal| removal.deadline);
@@ -102,14 +102,14 @@ impl VirtioDevices {
             let why = match unseen {
                 true => format!("the guest was not there to be asked for it within {limit} s"),
                 false => format!(
-                    "the guest was told and did not let go of it within {limit} s; it still can"
+                    "the guest was told and did not release it within {limit} s; it still can"
                 ),
             };
             self.give_up_on(slot, &why);
         }
     }
 
-    /// The guest does not let go of what is in `slot`: it keeps the device, or its function alone.
+    /// The guest does not release what is in `slot`: it keeps the device, or its function alone.
     fn give_up_on(&mut self, slot: u8, why: &str) {
         let in_slot = |entry: &&mut Entry| entry.slot == slot;
         let Some(entry) = self.entries.iter_mut().find(in_slot) else {

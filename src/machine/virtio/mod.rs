@@ -4,9 +4,9 @@
 //! A guest is told of them by ACPI (`devices::pci_hotplug`). It gives the function's BARs addresses itself, as
 //! an operating system does for whatever comes to a board; that there is room for them is found out before.
 //!
-//! A guest that does not let go of a device keeps its function, for its driver would wait for ever at one that
+//! A guest that does not release a device keeps its function, for its driver would wait for ever at one that
 //! is gone. Where the device is taken from it all the same, it is the function's end on the host that goes, and
-//! the function goes when the guest lets go of it or starts anew.
+//! the function goes when the guest releases it or starts anew.
 
 mod leave;
 mod seats;
@@ -15,7 +15,7 @@ mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use busway_pci::{Bdf, InterruptRoutes, Topology};
+use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
 
 use super::RunError;
 use super::aside::Aside;
@@ -23,7 +23,6 @@ use super::events::Events;
 use super::pci::Pci;
 use super::requests::{Added, Answer, Asker, Files, RequestError, VirtioInfo};
 use crate::config::{DiskConfig, VirtioConfig, VmConfig};
-use crate::devices::InterruptLine;
 use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
@@ -93,7 +92,7 @@ struct Maker {
 }
 
 impl Maker {
-    /// Takes from the host what the device needs, unless it was handed over.
+    /// Takes from the host what the device needs, unless its descriptor was passed.
     fn make(
         &self,
         name: &str,
@@ -190,13 +189,13 @@ impl VirtioDevices {
     pub(super) fn open_slots(
         &mut self,
         pci: &Pci,
-        line: Arc<dyn InterruptLine>,
+        line: Arc<dyn InterruptLevel>,
     ) -> Arc<PciHotplug> {
         let registers = Arc::new(PciHotplug::new(line, self.seats.clone()));
         let mut slots = pci.free_slots();
         for entry in self.entries.iter().filter(|entry| pci.is_low(entry.slot)) {
             slots |= 1 << entry.slot;
-            registers.furnish(entry.slot);
+            registers.prepare(entry.slot);
         }
         self.hotplug = Some(Hotplug {
             registers: registers.clone(),

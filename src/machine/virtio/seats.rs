@@ -1,4 +1,4 @@
-//! Which function is in which slot of bus 0, for the vCPU whose guest lets go of one.
+//! Which function is in which slot of bus 0, for the vCPU whose guest releases one.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

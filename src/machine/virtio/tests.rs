@@ -5,11 +5,12 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::*;
+use crate::arch::layout;
 use crate::config::{DiskConfig, NetConfig, RngConfig};
 use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, WANTED};
 use crate::kvm::{BusDevice, Buses, Vm};
 use crate::machine::requests::{Added, Control, Request, Requests};
-use crate::memory::{Regions, layout};
+use crate::memory::Regions;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{CountingRoutes, eventually, ram};
 use busway_pci::{Bdf, FunctionId, Windows};
@@ -18,8 +19,8 @@ use busway_pci::{Bdf, FunctionId, Windows};
 #[derive(Debug)]
 struct Line;
 
-impl InterruptLine for Line {
-    fn set_level(&self, _asserted: bool) {}
+impl InterruptLevel for Line {
+    fn set(&self, _asserted: bool) {}
 }
 
 /// A machine's virtio devices, a guest that is played by the test, and somebody who asks.
@@ -141,8 +142,8 @@ impl Machine {
         self.registers.write(offset, &value.to_le_bytes());
     }
 
-    /// The guest looks what it is asked for, and lets go of that.
-    fn let_go(&mut self) {
+    /// The guest looks what it is asked for, and releases that.
+    fn release(&mut self) {
         let wanted = self.read(WANTED);
         self.write(WANTED, wanted);
         self.write(EJECT, wanted);
@@ -201,8 +202,8 @@ fn a_device_comes_into_the_first_free_slot_and_leaves_nothing_when_the_guest_let
         assert_eq!(machine.devices.info()[1].address, "0000:00:03.0");
         let asking = machine.remove("hot", false, false);
         assert_eq!(machine.read(WANTED), 1 << 3);
-        assert_eq!(machine.in_slot(3), DISK, "it has not let go yet");
-        machine.let_go();
+        assert_eq!(machine.in_slot(3), DISK, "it has not released it yet");
+        machine.release();
         assert_eq!(machine.in_slot(3), NOTHING);
         assert_eq!(asking.join().unwrap(), Ok(Answer::Done));
         eventually("it is closed", || machine.is_free("hot"));
@@ -211,7 +212,7 @@ fn a_device_comes_into_the_first_free_slot_and_leaves_nothing_when_the_guest_let
     }
     // One that was there from the start leaves as well, and its slot is as good.
     let asking = machine.remove("root", false, false);
-    machine.let_go();
+    machine.release();
     assert_eq!(asking.join().unwrap(), Ok(Answer::Done));
     assert_eq!(machine.add_disk("other"), added("other", 1));
 }
@@ -304,7 +305,7 @@ fn names_are_made_where_none_are_given() {
         added("disk1", 4)
     );
     let asking = machine.remove("disk0", false, false);
-    machine.let_go();
+    machine.release();
     asking.join().unwrap().unwrap();
     let path = image(&machine.folder, "c");
     assert_eq!(

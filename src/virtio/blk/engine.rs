@@ -26,7 +26,7 @@ pub(super) type Returned = (Box<Flight>, io::Result<usize>);
 
 /// How requests get to the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum EngineKind {
     /// By io_uring, where that is to be had.
     #[default]
     Best,
@@ -53,10 +53,10 @@ impl Engine {
         image: Arc<Image>,
         entries: u16,
         stop: Arc<AtomicBool>,
-        way: Way,
+        way: EngineKind,
     ) -> io::Result<Self> {
         let ring = match (way, image.file()) {
-            (Way::Best, Some(file)) => match Uring::new(entries, file) {
+            (EngineKind::Best, Some(file)) => match Uring::new(entries, file) {
                 Ok(ring) => Some(ring),
                 Err(error) => {
                     say_why_not(&error);

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::image::{Bounce, ImageError, Mode};
+use super::image::{Bounce, ImageError, ImageMode};
 use super::sys;
 
 /// What block sizes can be: from a sector to a page.
@@ -29,7 +29,7 @@ pub(super) struct Limits {
 }
 
 /// A block device's.
-pub(super) fn of_device(file: &File, mode: Mode) -> io::Result<Limits> {
+pub(super) fn of_device(file: &File, mode: ImageMode) -> io::Result<Limits> {
     let geometry = sys::geometry(file)?;
     let queue = sys_queue(file.metadata()?.rdev());
     let granularity = std::fs::read_to_string(queue.join("discard_granularity"))
@@ -68,7 +68,7 @@ fn sys_queue(device: u64) -> PathBuf {
 ///
 /// # Errors
 /// [`ImageError::NotDirect`]
-pub(super) fn of_file(file: &File, path: &Path, mode: Mode) -> Result<Limits, ImageError> {
+pub(super) fn of_file(file: &File, path: &Path, mode: ImageMode) -> Result<Limits, ImageError> {
     let physical = 4096;
     let mut limits = Limits {
         block_size: *BLOCK_SIZES.start(),

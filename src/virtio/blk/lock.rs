@@ -11,7 +11,7 @@ use super::sys;
 
 /// The image is not ours.
 #[derive(Debug)]
-pub(crate) enum LockError {
+pub(crate) enum ImageLockError {
     /// Somebody has it: who, as far as /proc tells.
     Held(String),
     /// The kernel refused otherwise.
@@ -19,11 +19,11 @@ pub(crate) enum LockError {
 }
 
 /// Takes the lock: shared for a reader, exclusive for a writer.
-pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
+pub(crate) fn lock(file: &File, shared: bool) -> Result<(), ImageLockError> {
     match sys::lock(file, shared) {
         Ok(()) => Ok(()),
         Err(error) => match error.raw_os_error() {
-            Some(libc::EAGAIN | libc::EACCES) => Err(LockError::Held(
+            Some(libc::EAGAIN | libc::EACCES) => Err(ImageLockError::Held(
                 holder(file).unwrap_or_else(|| "another process".to_owned()),
             )),
             // A file system without locks, such as some network ones: nobody else could have one.
@@ -31,7 +31,7 @@ pub(crate) fn lock(file: &File, shared: bool) -> Result<(), LockError> {
                 log::warn!("no lock on an image: its file system has none ({error})");
                 Ok(())
             }
-            _ => Err(LockError::Kernel(error)),
+            _ => Err(ImageLockError::Kernel(error)),
         },
     }
 }

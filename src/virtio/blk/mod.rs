@@ -44,9 +44,9 @@ use busway_pci::Complaints;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
-use engine::{Engine, Way};
+use engine::{Engine, EngineKind};
 pub use image::ImageError;
-use image::{Image, Mode};
+use image::{Image, ImageMode};
 use limiter::Limiter;
 use linger::Lingerers;
 use request::Requests;
@@ -102,7 +102,7 @@ pub struct Blk {
     writeback: bool,
     limiter: Option<Arc<Limiter>>,
     lingerers: Arc<Lingerers>,
-    way: Way,
+    way: EngineKind,
     complaints: Arc<Complaints>,
 }
 
@@ -116,7 +116,7 @@ impl Blk {
             name: name.to_owned(),
             source,
         })?;
-        let mode = Mode {
+        let mode = ImageMode {
             readonly: config.readonly,
             direct: config.direct,
             fd: config.fd,
@@ -141,7 +141,7 @@ impl Blk {
                 .rate_limiter()
                 .map(|limits| Arc::new(Limiter::new(&limits, Instant::now()))),
             lingerers: Arc::default(),
-            way: Way::default(),
+            way: EngineKind::default(),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
     }
@@ -288,7 +288,7 @@ impl VirtioDevice for Blk {
         self.lingerers.forget();
     }
 
-    fn unsettled(&self) -> Option<String> {
+    fn outstanding(&self) -> Option<String> {
         self.lingerers.describe()
     }
 

@@ -216,7 +216,7 @@ impl Drop for Uring {
             std::mem::forget(std::mem::take(&mut self.flights));
             return;
         }
-        // The kernel takes a ring apart some time after it was closed. The image is let go now, for its
+        // The kernel takes a ring apart some time after it was closed. The image is released now, for its
         // lock is as long as it is open; and by the thread that began the ring, or by nobody.
         let mut submitter = self.ring.submitter();
         if let Err(error) = submitter.unregister_files() {

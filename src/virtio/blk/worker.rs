@@ -156,7 +156,7 @@ impl BlkWorker {
     }
 
     /// Deals with what has come back, and returns to the driver what is done: whether there was anything.
-    fn settle(&mut self, memory: &RamMap) -> Result<bool, QueueError> {
+    fn complete_returned(&mut self, memory: &RamMap) -> Result<bool, QueueError> {
         if let Some(engine) = &mut self.engine {
             engine.reap(&mut self.returned);
         }
@@ -209,7 +209,7 @@ impl BlkWorker {
             self.take(&memory)?;
             let in_ring = self.engine.as_ref().map_or(0, Engine::in_ring);
             self.enter(self.hold.patience(in_ring))?;
-            let progress = self.settle(&memory)?;
+            let progress = self.complete_returned(&memory)?;
             if self.queue.is_stopping() {
                 return Ok(());
             }
@@ -243,7 +243,7 @@ impl BlkWorker {
         let deadline = Instant::now() + STOP_PATIENCE;
         loop {
             self.enter(None)?;
-            self.settle(&memory)?;
+            self.complete_returned(&memory)?;
             let Some(engine) = &mut self.engine else {
                 return Ok(());
             };

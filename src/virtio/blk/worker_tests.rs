@@ -139,7 +139,7 @@ impl Busy {
     }
 }
 
-fn by(way: Way, file: &NamedTempFile, change: impl FnOnce(&mut DiskConfig)) -> Blk {
+fn by(way: EngineKind, file: &NamedTempFile, change: impl FnOnce(&mut DiskConfig)) -> Blk {
     let mut device = disk(file, change);
     device.way = way;
     device
@@ -149,7 +149,7 @@ fn by(way: Way, file: &NamedTempFile, change: impl FnOnce(&mut DiskConfig)) -> B
 fn what_is_made_available_at_once_is_told_of_by_one_interrupt() {
     for features in [0, spec::feature::EVENT_IDX] {
         let file = image(MIB);
-        let mut busy = Busy::new(by(Way::Best, &file, |_| ()), file, features);
+        let mut busy = Busy::new(by(EngineKind::Best, &file, |_| ()), file, features);
         // It is in the host's cache, so that nothing has to be waited for.
         for _ in 0..SLOTS {
             busy.submit();
@@ -176,7 +176,7 @@ fn what_is_made_available_at_once_is_told_of_by_one_interrupt() {
 
 #[test]
 fn requests_by_threads_and_by_io_uring_come_to_the_same() {
-    for way in [Way::Best, Way::Threads] {
+    for way in [EngineKind::Best, EngineKind::Threads] {
         for direct in [false, true] {
             let file = image(MIB);
             let mut busy = Busy::new(by(way, &file, |config| config.direct = direct), file, 0);
@@ -192,7 +192,7 @@ fn requests_by_threads_and_by_io_uring_come_to_the_same() {
 #[test]
 fn a_host_that_does_not_answer_holds_no_pause_up_and_its_request_is_done_once() {
     let file = image(MIB);
-    let device = by(Way::Threads, &file, |_| ());
+    let device = by(EngineKind::Threads, &file, |_| ());
     let image = Arc::clone(&device.image);
     let mut busy = Busy::new(device, file, 0);
     image.gate.set_closed(true);
@@ -206,7 +206,7 @@ fn a_host_that_does_not_answer_holds_no_pause_up_and_its_request_is_done_once() 
         busy.driver.function.pause();
         assert!(start.elapsed() < Duration::from_secs(4), "round {round}");
         assert_eq!(busy.left(), 3);
-        let what = busy.driver.function.unsettled().expect("with the host");
+        let what = busy.driver.function.outstanding().expect("with the host");
         assert!(
             what.starts_with("3 requests: a write of 512 bytes from byte "),
             "{what}"
@@ -217,7 +217,7 @@ fn a_host_that_does_not_answer_holds_no_pause_up_and_its_request_is_done_once() 
     }
     image.gate.set_closed(false);
     busy.collect_all();
-    assert_eq!(busy.driver.function.unsettled(), None);
+    assert_eq!(busy.driver.function.outstanding(), None);
     busy.submit();
     busy.notify();
     busy.collect_all();
@@ -228,7 +228,7 @@ fn a_host_that_does_not_answer_holds_no_pause_up_and_its_request_is_done_once() 
 #[test]
 fn a_reset_is_not_over_before_the_host_has_given_back_what_it_has() {
     let file = image(MIB);
-    let device = by(Way::Threads, &file, |_| ());
+    let device = by(EngineKind::Threads, &file, |_| ());
     let image = Arc::clone(&device.image);
     let mut busy = Busy::new(device, file, 0);
     image.gate.set_closed(true);
@@ -252,7 +252,7 @@ fn a_reset_is_not_over_before_the_host_has_given_back_what_it_has() {
         busy.ring.poll_used().is_none(),
         "nobody asks for it any more"
     );
-    assert_eq!(busy.driver.function.unsettled(), None);
+    assert_eq!(busy.driver.function.outstanding(), None);
     busy.driver.enable_msix(2);
     busy.driver.negotiate(0);
     busy.ring = busy.driver.queue(0, SIZE);
@@ -267,7 +267,7 @@ fn a_reset_is_not_over_before_the_host_has_given_back_what_it_has() {
 #[test]
 fn a_device_that_is_dropped_while_the_host_does_not_answer_leaves_its_memory_alone() {
     let file = image(MIB);
-    let device = by(Way::Threads, &file, |_| ());
+    let device = by(EngineKind::Threads, &file, |_| ());
     let image = Arc::clone(&device.image);
     let mut busy = Busy::new(device, file, 0);
     image.gate.set_closed(true);
@@ -279,13 +279,13 @@ fn a_device_that_is_dropped_while_the_host_does_not_answer_leaves_its_memory_alo
     assert!(start.elapsed() < Duration::from_secs(4));
     assert_eq!(image.gate.waiting(), 1);
     image.gate.set_closed(false);
-    eventually("let go", || Arc::strong_count(&image) == 1);
+    eventually("released", || Arc::strong_count(&image) == 1);
 }
 
 #[test]
 fn what_the_limits_do_not_let_pass_waits_and_is_done_in_time() {
     let file = image(MIB);
-    let device = by(Way::Best, &file, |config| {
+    let device = by(EngineKind::Best, &file, |config| {
         (config.ops_size, config.ops_refill_time) = (Some(5), Some(250));
     });
     let mut busy = Busy::new(device, file, 0);
@@ -310,7 +310,7 @@ fn what_the_limits_do_not_let_pass_waits_and_is_done_in_time() {
 #[test]
 fn a_queue_s_worker_runs_where_it_is_told_to() {
     let file = image(MIB);
-    let device = by(Way::Best, &file, |config| {
+    let device = by(EngineKind::Best, &file, |config| {
         config.queue_affinity = vec![QueueAffinity {
             queue_index: 0,
             host_cpus: vec![0],
@@ -335,7 +335,7 @@ fn a_queue_s_worker_runs_where_it_is_told_to() {
 #[test]
 fn the_driver_chooses_whether_writes_may_stay_in_a_cache_until_it_resets_the_device() {
     let file = image(MIB);
-    let device = by(Way::Best, &file, |config| config.writeback = false);
+    let device = by(EngineKind::Best, &file, |config| config.writeback = false);
     let space = Arc::clone(&device.space);
     let mut busy = Busy::new(device, file, blk::F_CONFIG_WCE | blk::F_FLUSH);
     let field = busy.driver.device + blk::CONFIG_WRITEBACK as u64;
@@ -349,7 +349,7 @@ fn the_driver_chooses_whether_writes_may_stay_in_a_cache_until_it_resets_the_dev
     );
     assert!(space.writeback());
     let other = image(MIB);
-    let moved = by(Way::Best, &other, |config| config.writeback = false);
+    let moved = by(EngineKind::Best, &other, |config| config.writeback = false);
     let space = Arc::clone(&moved.space);
     busy.driver.move_to(moved);
     assert_eq!(
@@ -417,7 +417,7 @@ fn in_turns() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(step, 0..16)
 }
 
-fn run(busy: &mut Busy, way: Way, steps: Vec<Step>) {
+fn run(busy: &mut Busy, way: EngineKind, steps: Vec<Step>) {
     for step in steps {
         match step {
             Step::Submit(count) => {
@@ -462,7 +462,7 @@ proptest! {
         steps in steps(), event_idx in any::<bool>(), threads in any::<bool>(),
     ) {
         let file = image(MIB);
-        let way = if threads { Way::Threads } else { Way::Best };
+        let way = if threads { EngineKind::Threads } else { EngineKind::Best };
         let features = if event_idx { spec::feature::EVENT_IDX } else { 0 };
         let mut busy = Busy::new(by(way, &file, |_| ()), file, features);
         run(&mut busy, way, steps);
@@ -475,7 +475,7 @@ proptest! {
     #[test]
     fn however_a_host_stalls_each_request_is_done_once(steps in in_turns()) {
         let file = image(MIB);
-        let mut busy = Busy::new(by(Way::Threads, &file, |_| ()), file, 0);
-        run(&mut busy, Way::Threads, steps);
+        let mut busy = Busy::new(by(EngineKind::Threads, &file, |_| ()), file, 0);
+        run(&mut busy, EngineKind::Threads, steps);
     }
 }

@@ -10,7 +10,7 @@
 //! - When [`Running::stop`] returns, nothing of the device touches guest memory, and none of its
 //!   threads is left; but for requests that the host has had for longer than a stop waits, and that nothing
 //!   can take from it, such as a write to a file system that is frozen. Their buffers stay mapped, and
-//!   belong to them until the host gives them back: [`VirtioDevice::unsettled`] says so. A start carries
+//!   belong to them until the host gives them back: [`VirtioDevice::outstanding`] says so. A start carries
 //!   on with them; a reset is not over before they are back, as the driver sees by the status.
 //! - What the driver has made available was either completed, in the used ring, or is left for the
 //!   next start, which finds it by [`QueuePosition::next_avail`], or, of a disk, which has many in hand at
@@ -27,7 +27,7 @@
 //! come, and been lost, while nobody listened. It interrupts the driver only for what it completes.
 
 //!
-//! [`VirtioDevice::unsettled`]: super::VirtioDevice::unsettled
+//! [`VirtioDevice::outstanding`]: super::VirtioDevice::outstanding
 
 use std::fmt::Debug;
 

@@ -94,7 +94,7 @@ pub struct Net {
 }
 
 impl Net {
-    /// Opens the tap, or takes the one whose queues were handed over in `files`. `name` is the card's in this
+    /// Opens the tap, or takes the one whose queues were passed in `files`. `name` is the card's in this
     /// VM.
     ///
     /// # Errors

@@ -67,18 +67,18 @@ pub enum TapError {
         /// How many were asked for.
         queues: u16,
     },
-    /// a descriptor that was handed over is no tap's: {source}
+    /// a descriptor that was passed is no tap's: {source}
     #[error(
-        "a descriptor that was handed over is no tap's: TUNGETIFF: {source}; send those of a tap, one for each \
+        "a descriptor that was passed is no tap's: TUNGETIFF: {source}; send those of a tap, one for each \
          pair of queues"
     )]
     NoTap {
         /// Why.
         source: io::Error,
     },
-    /// {files} descriptors were handed over, and num_queues={queues} needs {pairs}
+    /// {files} descriptors were passed, and num_queues={queues} needs {pairs}
     #[error(
-        "{files} descriptors were handed over, and num_queues={queues} needs {pairs}: one for each pair of queues"
+        "{files} descriptors were passed, and num_queues={queues} needs {pairs}: one for each pair of queues"
     )]
     Count {
         /// How many were.
@@ -189,7 +189,7 @@ impl Tap {
                 return Err(TapError::Several { first, name });
             }
             tap.name = name;
-            // Flags are the open file's, which whoever handed it over shares.
+            // Flags are the open file's, which whoever passed it shares.
             rustix::io::ioctl_fionbio(&queue, true)
                 .map_err(|error| tap.kernel("FIONBIO", error.into()))?;
             tap.add_queue(queue)?;

@@ -30,7 +30,7 @@ pub(super) const MAX_QUEUES: usize = 255;
 
 /// A place in the BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum BarPlace {
     /// The common configuration.
     Common(u64),
     /// The ISR register.
@@ -48,16 +48,16 @@ pub(super) enum Place {
 }
 
 /// What is `offset` bytes from the BAR's start.
-pub(super) fn place(offset: u64) -> Place {
+pub(super) fn place(offset: u64) -> BarPlace {
     let within = offset % PAGE;
     match offset - within {
-        COMMON => Place::Common(within),
-        ISR if within == 0 => Place::Isr,
-        DEVICE => Place::Device(within),
-        NOTIFY => Place::Notify((within / u64::from(NOTIFY_MULTIPLIER)) as u16),
-        MSIX_TABLE => Place::Table(within),
-        MSIX_PBA => Place::Pba(within),
-        _ => Place::Nowhere,
+        COMMON => BarPlace::Common(within),
+        ISR if within == 0 => BarPlace::Isr,
+        DEVICE => BarPlace::Device(within),
+        NOTIFY => BarPlace::Notify((within / u64::from(NOTIFY_MULTIPLIER)) as u16),
+        MSIX_TABLE => BarPlace::Table(within),
+        MSIX_PBA => BarPlace::Pba(within),
+        _ => BarPlace::Nowhere,
     }
 }
 

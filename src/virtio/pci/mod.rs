@@ -27,7 +27,7 @@ use super::life::{DeviceState, Life, Progress};
 use super::retired::Retired;
 use super::spec::{self, status};
 use crate::memory::GuestRam;
-use layout::{Capabilities, Place};
+use layout::{BarPlace, Capabilities};
 use registers::{Change, Outside};
 pub use registers::{QueueRegisters, Registers};
 pub use state::{StateError, VirtioPciState};
@@ -73,7 +73,7 @@ pub enum VirtioPciError {
 pub struct VirtioPci {
     name: String,
     ram: GuestRam,
-    function: Mutex<Function>,
+    function: Mutex<FunctionState>,
     interrupts: Arc<Interrupts>,
     device_config: Arc<dyn ConfigSpace>,
     doorbells: Vec<EventFd>,
@@ -81,7 +81,7 @@ pub struct VirtioPci {
 }
 
 #[derive(Debug)]
-struct Function {
+struct FunctionState {
     config: busway_pci::ConfigSpace,
     registers: Registers,
     device: Box<dyn VirtioDevice>,
@@ -93,10 +93,10 @@ struct Function {
     paused: bool,
 }
 
-impl Function {
+impl FunctionState {
     /// The status that the driver reads while a reset goes on.
     fn is_resetting(&mut self) -> Option<u8> {
-        if self.resetting.is_some() && self.device.unsettled().is_none() {
+        if self.resetting.is_some() && self.device.outstanding().is_none() {
             self.resetting = None;
         }
         self.resetting
@@ -165,7 +165,7 @@ impl VirtioPci {
         Ok(Arc::new(Self {
             name,
             ram,
-            function: Mutex::new(Function {
+            function: Mutex::new(FunctionState {
                 config,
                 registers: Registers::new(features, &queue_sizes),
                 device,
@@ -202,7 +202,7 @@ impl VirtioPci {
         Call::new(Arc::clone(&self.interrupts), queue)
     }
 
-    fn function(&self) -> MutexGuard<'_, Function> {
+    fn function(&self) -> MutexGuard<'_, FunctionState> {
         self.function.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -211,7 +211,7 @@ impl VirtioPci {
         if function.is_resetting().is_some() {
             return;
         }
-        let Function {
+        let FunctionState {
             registers, device, ..
         } = &mut *function;
         let vectors = self.interrupts.msix().vectors();
@@ -234,12 +234,12 @@ impl VirtioPci {
 
     /// What a stop of the device left with the host, in words; `None` where there is nothing. Until then the
     /// buffers of those requests are the host's.
-    pub fn unsettled(&self) -> Option<String> {
-        self.function().device.unsettled()
+    pub fn outstanding(&self) -> Option<String> {
+        self.function().device.outstanding()
     }
 
     /// Pauses the device: when this returns, nothing of it touches guest memory, but for buffers of requests
-    /// that the host does not give back ([`unsettled`](Self::unsettled)). What the driver makes
+    /// that the host does not give back ([`outstanding`](Self::outstanding)). What the driver makes
     /// available meanwhile waits, as does what comes from outside as far as the host keeps it, and the
     /// driver finds nothing changed. A device that is paused already stays so.
     ///
@@ -261,7 +261,7 @@ impl VirtioPci {
 
     /// Takes the device's end on the host away, with all that it holds there, while the guest may still
     /// use it. Its driver is told that the device needs a reset, and finds after one that it does not start;
-    /// it can let go of it in order. Takes as long as [`pause`](Self::pause).
+    /// it can release it in order. Takes as long as [`pause`](Self::pause).
     pub fn retire(&self) {
         let mut function = self.function();
         function.life.reset();
@@ -275,7 +275,7 @@ impl VirtioPci {
     }
 
     /// Starts the device where its driver is ready and nothing stands against it.
-    fn start(&self, function: &mut Function) {
+    fn start(&self, function: &mut FunctionState) {
         let ready = function.registers.status & status::DRIVER_OK != 0;
         let resetting = function.is_resetting().is_some();
         if !ready || function.paused || resetting || self.interrupts.is_broken() {
@@ -286,7 +286,7 @@ impl VirtioPci {
         }
     }
 
-    fn try_start(&self, function: &mut Function) -> Result<(), StartError> {
+    fn try_start(&self, function: &mut FunctionState) -> Result<(), StartError> {
         let Some(progress) = function.life.progress() else {
             return Ok(());
         };
@@ -324,13 +324,13 @@ impl VirtioPci {
     }
 
     /// The driver, or the bus, resets the device: a stop whose state is dropped. Virtio 1.3 §2.4.
-    fn stop(&self, function: &mut Function) {
+    fn stop(&self, function: &mut FunctionState) {
         function.life.reset();
         let status = function.registers.status;
         function.registers.reset();
         self.interrupts.reset();
         function.device.set_state(&DeviceState::None);
-        if let Some(what) = function.device.unsettled() {
+        if let Some(what) = function.device.outstanding() {
             log::warn!(
                 "{}: its reset goes on until the host gives back {what}",
                 self.name
@@ -450,7 +450,7 @@ impl PciFunction for VirtioPci {
             return;
         }
         match layout::place(offset) {
-            Place::Common(at) => {
+            BarPlace::Common(at) => {
                 let mut function = self.function();
                 let outside = Outside {
                     resetting: function.is_resetting(),
@@ -459,16 +459,16 @@ impl PciFunction for VirtioPci {
                 };
                 function.registers.read(at, data, outside);
             }
-            Place::Isr => {
+            BarPlace::Isr => {
                 data.fill(0);
                 if let Some(first) = data.first_mut() {
                     *first = self.interrupts.take_isr();
                 }
             }
-            Place::Device(at) => self.device_config.read(at, data),
-            Place::Table(at) => self.interrupts.msix().table_read(at, data),
-            Place::Pba(at) => self.interrupts.msix().pba_read(at, data),
-            Place::Notify(_) | Place::Nowhere => {}
+            BarPlace::Device(at) => self.device_config.read(at, data),
+            BarPlace::Table(at) => self.interrupts.msix().table_read(at, data),
+            BarPlace::Pba(at) => self.interrupts.msix().pba_read(at, data),
+            BarPlace::Notify(_) | BarPlace::Nowhere => {}
         }
     }
 
@@ -477,17 +477,17 @@ impl PciFunction for VirtioPci {
             return;
         }
         match layout::place(offset) {
-            Place::Common(at) => self.write_common(at, data),
-            Place::Notify(queue) => {
+            BarPlace::Common(at) => self.write_common(at, data),
+            BarPlace::Notify(queue) => {
                 if let Some(doorbell) = self.doorbells.get(usize::from(queue)) {
                     doorbell.signal();
                 }
             }
-            Place::Table(at) => self
+            BarPlace::Table(at) => self
                 .interrupts
                 .with_msix(|msix, owner| msix.table_write(at, data, owner)),
-            Place::Device(at) => self.device_config.write(at, data),
-            Place::Isr | Place::Pba(_) | Place::Nowhere => {}
+            BarPlace::Device(at) => self.device_config.write(at, data),
+            BarPlace::Isr | BarPlace::Pba(_) | BarPlace::Nowhere => {}
         }
     }
 

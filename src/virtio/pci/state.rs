@@ -4,7 +4,7 @@ use busway_pci::{MsixState, MsixStateError};
 use serde::{Deserialize, Serialize};
 
 use super::registers::Registers;
-use super::{Function, VirtioPci, spec};
+use super::{FunctionState, VirtioPci, spec};
 use crate::virtio::life::{Life, Progress};
 
 /// The version of [`VirtioPciState`] that is written and read. It changes with the meaning of a field.
@@ -130,7 +130,7 @@ impl VirtioPci {
     }
 
     /// Whether the device can go on from `state`.
-    fn check(&self, function: &Function, state: &VirtioPciState) -> Result<(), StateError> {
+    fn check(&self, function: &FunctionState, state: &VirtioPciState) -> Result<(), StateError> {
         let name = || self.name.clone();
         let mismatch = |what| StateError::Mismatch { name: name(), what };
         if state.version != VERSION {
@@ -139,7 +139,7 @@ impl VirtioPci {
                 found: state.version,
             });
         }
-        let Function {
+        let FunctionState {
             registers, device, ..
         } = function;
         if state.device_type != device.device_type() {

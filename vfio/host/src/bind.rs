@@ -10,7 +10,7 @@ use busway_pci::Bdf;
 use super::check::{self, check_bind, check_unbind};
 use super::device::{HostDevice, HostError};
 use super::host::Host;
-use super::identity::Identity;
+use super::identity::HardwareIds;
 use super::journal::{Journal, JournalError, Record};
 use super::kernel::Readers;
 use super::lock::{BOOT, LockError, PATIENCE};
@@ -177,7 +177,7 @@ fn unhindered(
     if options.from_rule {
         return Err(refused.into());
     }
-    session.kernel.settle();
+    session.kernel.wait_for_udev();
     let host = Host::read(session.root)?;
     refuse(&host, addresses, options)?;
     Ok(host)
@@ -227,10 +227,10 @@ fn plan<'a>(
     // killed, or one that stands. Else somebody has put it back since.
     let record = journal.get(address).filter(|record| {
         let reserved = device.driver_override.as_ref() == Some(&record.taken_for);
-        record.identity == Identity::of(device) && (device.is_with_vfio() || reserved)
+        record.identity == HardwareIds::of(device) && (device.is_with_vfio() || reserved)
     });
     let record = record.cloned().unwrap_or_else(|| Record {
-        identity: Identity::of(device),
+        identity: HardwareIds::of(device),
         driver: device.driver.clone(),
         driver_override: device.driver_override.clone(),
         taken_for: driver.clone(),
@@ -282,7 +282,7 @@ fn bind_all(
     }
     if let Some(persist) = &options.persist {
         for Plan { device, driver, .. } in plans.iter() {
-            let identity = Identity::of(device);
+            let identity = HardwareIds::of(device);
             let path = persist::rule(session.root, device.address);
             let text = persist::text(persist, device.address, identity, driver, options.user)
                 .map_err(Box::new)?;
@@ -302,7 +302,7 @@ fn give(
 ) -> Result<(), StepError> {
     // A rule runs while udev is busy, with itself.
     if !from_rule && !session.is_dry() {
-        session.kernel.settle();
+        session.kernel.wait_for_udev();
     }
     let mut given = BTreeSet::new();
     for plan in plans.iter_mut() {

@@ -242,11 +242,11 @@ fn read(root: &SysRoot, address: Bdf) -> Option<HostDevice> {
         .as_deref()
         .and_then(Ids::of_modalias)
         .or_else(|| Ids::read(&folder))?;
-    let Place {
+    let SysfsPlace {
         parent,
         root_bus,
         made_by,
-    } = Place::of(&folder);
+    } = SysfsPlace::of(&folder);
     let driver = root.driver_of(&folder);
     let lent = driver.as_deref().is_some_and(is_vfio_driver);
     let sriov = sriov(&folder);
@@ -337,7 +337,7 @@ impl Ids {
 }
 
 /// Where a device is, by the way to it: `/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0`.
-struct Place {
+struct SysfsPlace {
     /// The bridge above it.
     parent: Option<Bdf>,
     /// Its host bridge.
@@ -347,7 +347,7 @@ struct Place {
     made_by: Option<Bdf>,
 }
 
-impl Place {
+impl SysfsPlace {
     fn of(folder: &Path) -> Self {
         let above = folder.ancestors().skip(1);
         let mut above = above

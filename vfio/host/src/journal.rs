@@ -12,7 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use busway_pci::Bdf;
 use serde::{Deserialize, Serialize};
 
-use super::identity::Identity;
+use super::identity::HardwareIds;
 use super::kernel::Readers;
 use super::root::{self, SysRoot};
 use super::session::Session;
@@ -36,14 +36,14 @@ struct Known {
     records: BTreeMap<Bdf, Record>,
     /// Devices whose virtual functions are kept from the host's drivers: while they are made, and where
     /// that was asked for.
-    withheld: BTreeMap<Bdf, Identity>,
+    withheld: BTreeMap<Bdf, HardwareIds>,
 }
 
 /// What one device had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
     /// Which device it is, for another may come to its address.
-    pub(super) identity: Identity,
+    pub(super) identity: HardwareIds,
     /// The driver that it had.
     pub(super) driver: Option<String>,
     /// The driver that alone might take it.
@@ -113,7 +113,7 @@ struct Written {
     version: u32,
     devices: BTreeMap<String, Record>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    withheld: BTreeMap<String, Identity>,
+    withheld: BTreeMap<String, HardwareIds>,
 }
 
 /// Where it is.
@@ -209,12 +209,12 @@ impl Journal {
     }
 
     /// The device whose virtual functions are kept from the host's drivers.
-    pub(super) fn withheld(&self, address: Bdf) -> Option<Identity> {
+    pub(super) fn withheld(&self, address: Bdf) -> Option<HardwareIds> {
         self.devices.withheld.get(&address).copied()
     }
 
     /// Notes whether the device's virtual functions are kept from the host's drivers.
-    pub(super) fn withhold(&mut self, address: Bdf, device: Option<Identity>) {
+    pub(super) fn withhold(&mut self, address: Bdf, device: Option<HardwareIds>) {
         match device {
             Some(device) => self.devices.withheld.insert(address, device),
             None => self.devices.withheld.remove(&address),

@@ -37,7 +37,7 @@ pub trait Kernel {
 
     /// Waits until udev is done with the devices that are new, whose nodes it opens and gives owners; not
     /// for ever.
-    fn settle(&mut self);
+    fn wait_for_udev(&mut self);
 
     /// Who has a node.
     ///
@@ -148,7 +148,7 @@ impl Kernel for LinuxKernel {
         sys::give_to(&files::open_node(node)?, user)
     }
 
-    fn settle(&mut self) {
+    fn wait_for_udev(&mut self) {
         // It is there while udev has something to do (libudev, udev_queue_get_queue_is_empty). Its
         // rules set owners, and one of somebody else's may take its time.
         let busy = Path::new("/run/udev/queue");

@@ -265,8 +265,7 @@ fn findings(host: &Host, device: &MediatedDevice, asker: &Asker, opens: Opens<'_
 fn kind(device: &MediatedDevice) -> Finding {
     const TOPIC: &str = "device";
     let (Some(kind), Some(api)) = (&device.kind, &device.api) else {
-        let text =
-            "it is being removed: its type is gone, and the device goes when its users have let go";
+        let text = "it is being removed: its type is gone, and the device goes when its users have closed it";
         return Finding::new(Level::Obstacle, TOPIC, text);
     };
     let of = match &device.parent {

@@ -13,7 +13,7 @@ use std::path::{Component, Path, PathBuf};
 
 use busway_pci::Bdf;
 
-use super::identity::Identity;
+use super::identity::HardwareIds;
 use super::kernel::{Kernel, Standing};
 use super::root::{self, SysRoot};
 
@@ -187,7 +187,7 @@ pub(super) fn addresses(root: &SysRoot) -> Vec<Bdf> {
 pub(super) fn text(
     persist: &Persist,
     address: Bdf,
-    identity: Identity,
+    identity: HardwareIds,
     driver: &str,
     user: Option<u32>,
 ) -> Result<String, PersistError> {
@@ -214,8 +214,8 @@ pub(super) fn text(
 }
 
 /// What a rule asks of the kind of device.
-fn kind(identity: Identity) -> String {
-    let Identity {
+fn kind(identity: HardwareIds) -> String {
+    let HardwareIds {
         vendor,
         device,
         subsystem_vendor,
@@ -229,7 +229,7 @@ fn kind(identity: Identity) -> String {
 }
 
 /// Whether a rule is for this kind of device.
-pub(super) fn is_for(rule: &str, identity: Identity) -> bool {
+pub(super) fn is_for(rule: &str, identity: HardwareIds) -> bool {
     rule.contains(&kind(identity))
 }
 
@@ -237,7 +237,7 @@ pub(super) fn is_for(rule: &str, identity: Identity) -> bool {
 mod tests {
     use super::*;
 
-    const IDENTITY: Identity = Identity {
+    const IDENTITY: HardwareIds = HardwareIds {
         vendor: 0x8086,
         device: 0x10d3,
         subsystem_vendor: 0x8086,

@@ -208,7 +208,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     for bridge in blockers.iter().filter(|blocker| blocker.is_bridge) {
         finding = finding.remedy(Remedy::command(
             "take the bridge from its driver",
-            refusal::let_go(bridge),
+            refusal::release(bridge),
         ));
     }
     if blockers.iter().all(|blocker| blocker.is_bridge) {

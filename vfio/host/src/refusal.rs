@@ -143,7 +143,7 @@ impl fmt::Display for Refusal {
                 write!(
                     f,
                     "\n  end it first: the kernel would wait for it\n  \
-                     or have the kernel ask it to let go, and wait: {}",
+                     or have the kernel ask it to release the device, and wait: {}",
                     Permit::Open
                 )
             }
@@ -242,7 +242,7 @@ pub(super) fn remove_functions(address: Bdf) -> Command {
 }
 
 /// The command that takes a bridge from its driver.
-pub(super) fn let_go(bridge: &GroupBlocker) -> Command {
+pub(super) fn release(bridge: &GroupBlocker) -> Command {
     let driver = format!("/sys/bus/pci/drivers/{}/unbind", bridge.driver);
     Command::write(bridge.address.to_string(), driver)
 }
@@ -278,7 +278,11 @@ fn group_not_viable(
         }
     }
     for bridge in blockers.iter().filter(|b| b.is_bridge) {
-        write!(f, "\n  take the bridge from its driver: {}", let_go(bridge))?;
+        write!(
+            f,
+            "\n  take the bridge from its driver: {}",
+            release(bridge)
+        )?;
     }
     let others: Vec<_> = blockers.iter().filter(|b| !b.is_bridge).collect();
     if others.is_empty() {

@@ -7,7 +7,7 @@ use busway_pci::Bdf;
 use super::check::check_unbind;
 use super::device::HostError;
 use super::host::Host;
-use super::identity::Identity;
+use super::identity::HardwareIds;
 use super::journal::{Journal, JournalError};
 use super::kernel::Readers;
 use super::lines::Lines;
@@ -18,7 +18,7 @@ use super::put_back::{Stranded, put_back};
 use super::refusal::{RefusedError, refuse_if};
 use super::session::Session;
 use super::unbind::give_to_host;
-use super::vfs::settle_withheld;
+use super::vfs::end_withholding;
 
 /// What became of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,7 +149,7 @@ fn check(
         };
         match journal.get(**address) {
             Some(record) => {
-                record.identity == Identity::of(device) && record.driver != device.driver
+                record.identity == HardwareIds::of(device) && record.driver != device.driver
             }
             None => known.contains(*address),
         }
@@ -171,19 +171,19 @@ fn put_one_back(
         driver: record.as_ref().and_then(|record| record.driver.clone()),
         source,
     };
-    let settled = settle_withheld(session, journal, address).map_err(failed)?;
+    let ended = end_withholding(session, journal, address).map_err(failed)?;
     let device = host.device(address).filter(|_| session.is_there(address));
     let rule = persist::rule_text(session.root, address);
     let outcome = match (device, &record, &rule) {
-        (Some(device), None, Some(rule)) if persist::is_for(rule, Identity::of(device)) => {
+        (Some(device), None, Some(rule)) if persist::is_for(rule, HardwareIds::of(device)) => {
             let given = give_to_host(session, journal, device).map_err(failed)?;
             let driver = given.driver;
             return Ok(Outcome::LeftToHost { driver });
         }
-        (_, None, None) if settled => return Ok(Outcome::NotWithheld),
+        (_, None, None) if ended => return Ok(Outcome::NotWithheld),
         (None, None, None) | (Some(_), None, None) => return Ok(Outcome::NotRecorded),
         (None, ..) => Outcome::Gone,
-        (Some(device), Some(record), _) if record.identity == Identity::of(device) => {
+        (Some(device), Some(record), _) if record.identity == HardwareIds::of(device) => {
             Outcome::AsBefore {
                 driver: record.driver.clone(),
                 driver_override: record.driver_override.clone(),

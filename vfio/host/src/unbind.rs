@@ -8,7 +8,7 @@ use busway_pci::Bdf;
 use super::check::check_unbind;
 use super::device::{HostDevice, HostError};
 use super::host::Host;
-use super::identity::Identity;
+use super::identity::HardwareIds;
 use super::journal::{Journal, JournalError};
 use super::kernel::Readers;
 use super::lines::Lines;
@@ -117,7 +117,7 @@ pub(super) fn give_to_host(
     let reserved = vfio(&device.driver_override).is_some();
     let driver = if former.is_some() || reserved || device.driver.is_none() {
         let record = journal.get(address).cloned();
-        let record = record.filter(|record| record.identity == Identity::of(device));
+        let record = record.filter(|record| record.identity == HardwareIds::of(device));
         if let Some(record) = &record {
             for (node, &user) in &record.nodes {
                 if session.kernel.owner(node).is_ok_and(|now| now != user) {

@@ -6,7 +6,7 @@ use busway_pci::Bdf;
 
 use super::device::{HostDevice, HostError};
 use super::host::Host;
-use super::identity::Identity;
+use super::identity::HardwareIds;
 use super::journal::{Journal, JournalError};
 use super::lock::LockError;
 use super::modules::module_parameter;
@@ -190,7 +190,7 @@ pub fn vfs(
     let present = check(&host, address, options)?;
     // Who asks for functions without keeping drivers from them lets drivers have them again.
     if options.count == Some(0) || (options.count.is_some() && !options.no_autoprobe) {
-        settle_withheld(session, &mut Journal::read(session.root)?, address)?;
+        end_withholding(session, &mut Journal::read(session.root)?, address)?;
     }
     let interface = interface(session.root, address);
     let count = options
@@ -201,7 +201,7 @@ pub fn vfs(
             remove(session, address, &present)?;
         }
         if count > 0 {
-            let identity = host.device(address).map(Identity::of);
+            let identity = host.device(address).map(HardwareIds::of);
             make(
                 session,
                 (address, identity),
@@ -296,7 +296,7 @@ fn remove(session: &mut Session<'_>, address: Bdf, functions: &[Bdf]) -> Result<
 
 /// Lets the host's drivers have virtual functions of a device again, where Busway keeps them from these:
 /// because that was asked for, or because a process ended while it made them. Returns whether that was so.
-pub(super) fn settle_withheld(
+pub(super) fn end_withholding(
     session: &mut Session<'_>,
     journal: &mut Journal,
     address: Bdf,
@@ -317,7 +317,7 @@ pub(super) fn settle_withheld(
 
 fn make(
     session: &mut Session<'_>,
-    (address, identity): (Bdf, Option<Identity>),
+    (address, identity): (Bdf, Option<HardwareIds>),
     count: u16,
     options: &VfsOptions,
     interface: Option<&str>,
@@ -342,7 +342,7 @@ fn make(
         if options.no_autoprobe {
             return Ok(());
         }
-        settle_withheld(session, &mut journal, address)?;
+        end_withholding(session, &mut journal, address)?;
         // In a dry run those that there are were there before, and are not the ones to be made.
         if hold && !session.is_dry() {
             for (_, function) in functions(session.root, address) {
@@ -359,7 +359,7 @@ fn make(
         {
             log::warn!("{error}");
         }
-        if let Err(error) = settle_withheld(session, &mut journal, address) {
+        if let Err(error) = end_withholding(session, &mut journal, address) {
             log::warn!("{error}\n  try again: busway device restore {address}");
         }
         source.into()

@@ -16,8 +16,8 @@ use busway_pci::{
 
 use crate::event_fd::signal;
 use crate::{
-    Affected, Area, DeviceIo, EventFd, FunctionReset, IrqError, IrqIndex, IrqInfo, Mapping, Region,
-    RegionIndex,
+    Affected, Area, DeviceIo, DeviceRegion, EventFd, FunctionReset, IrqError, IrqIndex, IrqInfo,
+    Mapping, RegionIndex,
 };
 
 /// What a device was told about its interrupts: whether each vector got an eventfd.
@@ -35,7 +35,7 @@ pub(crate) struct FakeDevice {
     pub(crate) config: Mutex<Vec<u8>>,
     /// What the host shows of it without VFIO.
     pub(crate) own_config: Option<Vec<u8>>,
-    pub(crate) bars: [Region; 6],
+    pub(crate) bars: [DeviceRegion; 6],
     pub(crate) intx: IrqInfo,
     /// What setting the pin up fails with.
     pub(crate) intx_refused: Option<i32>,
@@ -174,7 +174,7 @@ impl FakeDevice {
     }
 
     pub(crate) fn set_bar(&mut self, bar: usize, size: u64) {
-        self.bars[bar] = Region {
+        self.bars[bar] = DeviceRegion {
             size,
             readable: true,
             writable: true,
@@ -214,18 +214,18 @@ impl FakeDevice {
 }
 
 impl DeviceIo for FakeDevice {
-    fn region(&self, index: RegionIndex) -> Region {
+    fn region(&self, index: RegionIndex) -> DeviceRegion {
         match index {
-            RegionIndex::CONFIG => Region {
+            RegionIndex::CONFIG => DeviceRegion {
                 size: self.config.lock().unwrap().len() as u64,
                 readable: true,
                 writable: true,
                 areas: Vec::new(),
             },
-            RegionIndex::ROM => Region {
+            RegionIndex::ROM => DeviceRegion {
                 size: self.rom.len() as u64,
                 readable: true,
-                ..Region::default()
+                ..DeviceRegion::default()
             },
             other => self
                 .bars

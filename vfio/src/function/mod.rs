@@ -12,9 +12,10 @@ use busway_pci::{
     AtomicOps, BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec,
 };
 
+use crate::access::read_dword;
 use crate::aer::is_silent;
 use crate::clique::Clique;
-use crate::config::{GuestConfig, Settled, read_dword};
+use crate::config::{DeferredOutcome, GuestConfig};
 use crate::lists::{self, List};
 use crate::msix_layout::{DeviceLocation, GuestLocation};
 use crate::pin::{InPlaceOfPin, Pin};
@@ -23,7 +24,7 @@ use crate::resets::ResetHandle;
 use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{Area, AssignError, AssignOptions, DeviceIo, RegionIndex, ResetMethod, Wiring};
+use crate::{Area, AssignOptions, DeviceIo, RegionIndex, ResetMethod, SurveyError, Wiring};
 
 /// A host device, as the guest sees it.
 ///
@@ -54,9 +55,9 @@ pub struct AssignedFunction {
 #[derive(Debug)]
 struct State {
     config: GuestConfig,
-    /// The device did not answer when it was last reset, and has not been told its state at power-on.
+    /// The device did not answer when it was last reset, and does not have its state at power-on yet.
     /// It decodes nothing, and is quiet still.
-    untold: bool,
+    reset_incomplete: bool,
     pin: Option<Pin>,
     msi: Option<MsiState>,
     msix: Option<MsixPart>,
@@ -70,10 +71,10 @@ impl State {
     }
 
     /// Brings the pin in line with the registers.
-    fn settle_pin(&mut self) {
+    fn update_pin(&mut self) {
         let messages = self.uses_messages();
         if let Some(pin) = &mut self.pin {
-            pin.settle(messages, &mut self.config);
+            pin.update(messages, &mut self.config);
         }
     }
 }
@@ -131,13 +132,13 @@ impl AssignedFunction {
     /// a function of it that is connected to its guest by `wiring`.
     ///
     /// # Errors
-    /// [`AssignError`]
+    /// [`SurveyError`]
     pub fn new(
         name: &str,
         io: Arc<dyn DeviceIo>,
         wiring: Wiring,
         options: &AssignOptions,
-    ) -> Result<Arc<Self>, AssignError> {
+    ) -> Result<Arc<Self>, SurveyError> {
         let Wiring {
             routes,
             lines,
@@ -152,7 +153,7 @@ impl AssignedFunction {
         check_header(name, &*io)?;
         let quirks = Quirks::of(&*io);
         let rom = Rom::new(name, &*io, rom, quirks.hides_rom());
-        let bars = read_bars(&*io, rom.as_ref()).map_err(|source| AssignError::Bar {
+        let bars = read_bars(&*io, rom.as_ref()).map_err(|source| SurveyError::Bar {
             name: name.to_owned(),
             source,
         })?;
@@ -221,7 +222,7 @@ impl AssignedFunction {
         if let Some(Err(source)) = pin.as_mut().map(|pin| pin.connect(&mut config)) {
             if msi.is_none() && msix.is_none() {
                 let name = name.to_owned();
-                return Err(AssignError::Pin { name, source });
+                return Err(SurveyError::Pin { name, source });
             }
             log::warn!("{name}: its interrupt pin cannot be connected: {source}");
         }
@@ -231,7 +232,7 @@ impl AssignedFunction {
             decoded: Mutex::new(config.decoded()),
             state: Mutex::new(State {
                 config,
-                untold: false,
+                reset_incomplete: false,
                 pin,
                 msi,
                 msix,
@@ -293,7 +294,7 @@ impl AssignedFunction {
 
     /// Notes what decodes now.
     fn note_decoded(&self, state: &State) {
-        let decoded = match state.untold {
+        let decoded = match state.reset_incomplete {
             true => Vec::new(),
             false => state.config.decoded(),
         };
@@ -333,7 +334,7 @@ impl AssignedFunction {
         self.disconnect(state);
         // The kernel puts back what the command register holds before: bus mastering goes first.
         state.config.quieten(&*self.io);
-        state.untold = is_silent(&*self.io);
+        state.reset_incomplete = is_silent(&*self.io);
         reset(&self.reset);
         state.config.reset(&*self.io);
     }
@@ -366,13 +367,13 @@ impl PciFunction for AssignedFunction {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let mut state = self.lock();
-        if state.untold && !is_silent(&*self.io) {
+        if state.reset_incomplete && !is_silent(&*self.io) {
             // The kernel saved what it read then, and put that back when the bus was reset.
-            state.untold = false;
+            state.reset_incomplete = false;
             self.disconnect(&mut state);
             state.config.reset(&*self.io);
         }
-        if !state.untold {
+        if !state.reset_incomplete {
             self.reset.touch();
         }
         let (messages, asleep) = (state.uses_messages(), state.config.is_asleep());
@@ -413,7 +414,7 @@ impl PciFunction for AssignedFunction {
         }
         let command = (spec::COMMAND..spec::COMMAND + 2).contains(&offset);
         if command || state.uses_messages() != messages {
-            state.settle_pin();
+            state.update_pin();
         }
         if messages && !state.uses_messages() && state.pin.is_some() {
             state.config.disable_pin(&*self.io);
@@ -424,20 +425,20 @@ impl PciFunction for AssignedFunction {
         self.pace.pay();
     }
 
-    fn settle(&self) -> bool {
+    fn run_deferred(&self) -> bool {
         let mut state = self.lock();
         let asleep = state.config.is_asleep();
-        let settled = state.config.settle(&*self.io);
-        if settled == Settled::Reset {
+        let outcome = state.config.run_deferred(&*self.io);
+        if outcome == DeferredOutcome::Reset {
             self.reset_by(&mut state, ResetHandle::reset_function);
-            state.settle_pin();
+            state.update_pin();
             self.pace.charge(pace::RESET, 1);
         }
         self.note_decoded(&state);
         self.charge_power(&state, asleep);
         drop(state);
         self.pace.pay();
-        settled == Settled::Decodes
+        outcome == DeferredOutcome::Decodes
     }
 
     fn bars(&self) -> Vec<BarRegion> {
@@ -478,7 +479,7 @@ impl PciFunction for AssignedFunction {
         // One that is reset with others as well stays quiet till they are: its pin is connected by the
         // next write to the command register, without which the device has nothing to tell.
         if !self.reset.is_shared() {
-            state.settle_pin();
+            state.update_pin();
         }
         self.note_decoded(&state);
         drop(state);

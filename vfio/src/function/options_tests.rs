@@ -7,12 +7,12 @@ use busway_pci::{BarIndex, PciFunction, capabilities, spec};
 use super::AssignedFunction;
 use super::tests::{assign_with, nvme, read, write};
 use crate::fake::{FakeDevice, FakeRoutes};
-use crate::{AssignError, AssignOptions, IrqInfo, RomChoice, RomImage};
+use crate::{AssignOptions, IrqInfo, RomChoice, RomImage, SurveyError};
 
 fn assigned(
     fake: &Arc<FakeDevice>,
     options: &AssignOptions,
-) -> Result<Arc<AssignedFunction>, AssignError> {
+) -> Result<Arc<AssignedFunction>, SurveyError> {
     let routes = Arc::new(FakeRoutes::default());
     assign_with("0000:01:00.0", fake.clone(), routes, options)
 }

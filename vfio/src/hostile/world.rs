@@ -8,7 +8,7 @@ use busway_pci::pace::StoppedClock;
 use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, PciFunction, RouteError, spec};
 
 use crate::fake::{FakeDevice, FakeLines, eventfd};
-use crate::{Area, AssignOptions, AssignedFunction, IrqInfo, Region, Wiring};
+use crate::{Area, AssignOptions, AssignedFunction, DeviceRegion, IrqInfo, Wiring};
 
 /// Bytes as choices; zeroes when they are used up.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ pub(super) fn device(story: &mut Story<'_>) -> FakeDevice {
     for bar in 0..6 {
         match story.byte() {
             0..64 => {}
-            64..96 => fake.bars[bar] = Region::default(),
+            64..96 => fake.bars[bar] = DeviceRegion::default(),
             96..176 => fake.set_bar(bar, story.size()),
             _ => {
                 let size = story.size();

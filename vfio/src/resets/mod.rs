@@ -41,7 +41,7 @@ struct Member {
     /// Nothing of it happens: no interrupt, no DMA, no access by the guest.
     quiet: bool,
     /// It is to be reset as soon as all that are touched are quiet.
-    owed: bool,
+    pending: bool,
     /// A reset that touches it is under way.
     in_reset: bool,
     /// That its reset is not what it should be.
@@ -59,7 +59,7 @@ impl Resets {
             mediated: io.is_mediated(),
             name: name.to_owned(),
             // Nothing has to be done where the kernel has just done it.
-            owed: !(io.is_reset_by_opening()
+            pending: !(io.is_reset_by_opening()
                 && io.function_reset().is_some_and(FunctionReset::is_thorough)),
             io,
             method: ResetMethod::None,
@@ -82,7 +82,7 @@ impl Resets {
         for io in self.those(|member| member.quiet) {
             self.decide(&io);
         }
-        self.settle();
+        self.carry_out_pending();
     }
 
     /// Whether a reset touches a device now. Who reads its configuration space meanwhile waits in the
@@ -140,22 +140,22 @@ impl Resets {
         })
     }
 
-    /// Carries out what is owed and can be.
-    fn settle(&self) {
-        for io in self.those(|member| member.owed) {
+    /// Carries out what is pending and can be.
+    fn carry_out_pending(&self) {
+        for io in self.those(|member| member.pending) {
             // It may have been done with another one's, or have gone.
-            if self.with(&io, |member| member.owed) != Some(true) {
+            if self.with(&io, |member| member.pending) != Some(true) {
                 continue;
             }
             match self.decide(&io) {
                 Some(ResetMethod::Hot { others }) => self.reset_together(&io, &others),
-                Some(_) => self.reset_alone(&io, |member| member.owed),
+                Some(_) => self.reset_alone(&io, |member| member.pending),
                 None => {}
             }
         }
     }
 
-    /// Resets the slot or bus of a device that is owed its reset, where all that it touches are quiet.
+    /// Resets the slot or bus of a device whose reset is pending, where all that it touches are quiet.
     fn reset_together(&self, io: &Arc<dyn DeviceIo>, others: &[Bdf]) {
         let Some((touched, turn)) = self.take_turn_together(io, others) else {
             return;
@@ -164,10 +164,10 @@ impl Resets {
         let mut left = Vec::new();
         let mut members = self.lock();
         let waiting = members.iter_mut().filter(|member| member.is_in(&touched));
-        for member in waiting.filter(|member| member.owed) {
+        for member in waiting.filter(|member| member.pending) {
             // Once for all of them: a bus that does not come up again costs a minute each time.
             let Err(error) = &result else {
-                member.owed = false;
+                member.pending = false;
                 continue;
             };
             if member.lesser.make(Instant::now()).is_some() {
@@ -178,7 +178,7 @@ impl Resets {
                 Some(how) => ResetMethod::Function(how),
                 None => ResetMethod::None,
             };
-            member.owed = false;
+            member.pending = false;
             left.push((member.io.clone(), member.name.clone()));
         }
         drop(members);
@@ -206,7 +206,7 @@ impl Resets {
                             .address
                             .is_none_or(|other| address.is_none() || others.contains(&other))
             };
-            if !own.owed || !members.iter().all(|other| other.quiet || !touched(other)) {
+            if !own.pending || !members.iter().all(|other| other.quiet || !touched(other)) {
                 return None;
             }
             let in_the_way = |other: &Member| touched(other) || other.bus() == bus;
@@ -235,7 +235,7 @@ impl Resets {
     /// would wait a minute for one that does not answer to come out of such a reset.
     fn reset_alone(&self, io: &Arc<dyn DeviceIo>, wanted: impl Fn(&Member) -> bool) {
         if let Some((name, _turn)) = self.take_turn(io, wanted) {
-            self.with(io, |member| member.owed = false);
+            self.with(io, |member| member.pending = false);
             self.reset_now(io, &name);
         }
     }
@@ -288,7 +288,7 @@ impl Resets {
     /// Resets a device by itself, as far as that goes, that waits for others to be reset with it; it
     /// goes on waiting for them.
     fn do_next_best(&self, io: &Arc<dyn DeviceIo>) {
-        if let Some((name, _turn)) = self.take_turn(io, |member| member.owed) {
+        if let Some((name, _turn)) = self.take_turn(io, |member| member.pending) {
             self.reset_now(io, &name);
         }
     }
@@ -352,7 +352,7 @@ impl Member {
     /// Says that the kernel refused to reset the function by itself, where it did.
     fn say(&mut self, refused: Option<io::Error>) {
         let Some(error) = refused else {
-            self.refusals.settle();
+            self.refusals.reset();
             return;
         };
         let why = match error.raw_os_error() {
@@ -392,7 +392,7 @@ impl ResetHandle {
         let mut members = self.resets.lock();
         while let Some(member) = members.iter_mut().find(|member| member.is(&self.io)) {
             if !member.in_reset {
-                (member.quiet, member.owed) = (false, false);
+                (member.quiet, member.pending) = (false, false);
                 return;
             }
             members = self.resets.wait(members);
@@ -438,7 +438,7 @@ impl ResetHandle {
         self.quiet(!self.io.is_reset_by_opening(), !is_silent(&*self.io));
     }
 
-    fn quiet(&self, alone: bool, owed: bool) {
+    fn quiet(&self, alone: bool, pending: bool) {
         self.used.store(false, Ordering::Relaxed);
         let function_reset = self.io.function_reset();
         let thorough = function_reset.is_some_and(FunctionReset::is_thorough);
@@ -448,9 +448,9 @@ impl ResetHandle {
         // Not before: no reset of its neighbours' may meet its own.
         self.resets.with(&self.io, |member| {
             member.quiet = true;
-            member.owed = owed && !thorough;
+            member.pending = pending && !thorough;
         });
-        self.resets.settle();
+        self.resets.carry_out_pending();
         // Those that are reset with it may never come: a guest can reset the bus of one alone.
         self.resets.do_next_best(&self.io);
     }

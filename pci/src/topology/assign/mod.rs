@@ -6,12 +6,12 @@
 //! drivers to turn on; bridges are left open.
 
 use super::Topology;
-use super::room::{
-    Behind, Needs, Request, Reserve, What, WindowKind, Windows, find_room, place, places,
-};
+use super::room::{Behind, Needs, Request, What, find_room, place, places};
 use super::tree::{FunctionId, Tree};
-use crate::function::{BarIndex, BarKind, BarRegion, HotPlug, PciFunction};
+use crate::bar::{BarIndex, BarKind, BarRegion};
+use crate::function::{HotPlug, PciFunction};
 use crate::spec;
+use crate::windows::{Reserve, WindowKind, Windows};
 
 /// The functions do not fit into the machine's windows.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -176,7 +176,7 @@ fn place_in_root(
     windows: &Windows,
 ) -> Result<(), AssignError> {
     let missing = place(needs, window, windows, |request, at| {
-        settle(tree, request, at, window);
+        write_address(tree, request, at, window);
     });
     for bar in missing {
         let error = AssignError::NoRoom {
@@ -196,7 +196,7 @@ fn place_in_root(
 }
 
 /// Writes the address of a BAR, or a window and what is in it, into the registers.
-fn settle(tree: &Tree, request: &Request<FunctionId>, place: u128, window: WindowKind) {
+fn write_address(tree: &Tree, request: &Request<FunctionId>, place: u128, window: WindowKind) {
     let Some(node) = tree.get(request.function) else {
         return;
     };
@@ -210,7 +210,7 @@ fn settle(tree: &Tree, request: &Request<FunctionId>, place: u128, window: Windo
                 (place + request.size - 1) as u64,
             );
             for (request, place) in inner.iter().zip(places(inner, place)) {
-                settle(tree, request, place, window);
+                write_address(tree, request, place, window);
             }
         }
     }

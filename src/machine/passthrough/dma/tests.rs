@@ -1,7 +1,7 @@
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use busway_iommu::{IovaRange, MapError, Mapping, OpenDmaBuf, Stats};
+use busway_iommu::{DmaMapping, IovaRange, MapError, OpenDmaBuf, Stats};
 use busway_pci::{BarIndex, BarKind, HostAddress};
 
 use super::*;
@@ -17,8 +17,8 @@ struct Space {
 }
 
 impl DmaSpace for Space {
-    fn add(&self, mapping: Mapping, _dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
-        let Mapping {
+    fn add(&self, mapping: DmaMapping, _dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError> {
+        let DmaMapping {
             iova, size, owner, ..
         } = mapping;
         self.asked.lock().unwrap().push((iova.0, size));

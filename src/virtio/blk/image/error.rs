@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::Mode;
-use crate::virtio::blk::lock::LockError;
+use super::ImageMode;
+use crate::virtio::blk::lock::ImageLockError;
 
 /// An image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +129,7 @@ pub enum ImageError {
     },
 }
 
-pub(super) fn open_error(path: &Path, mode: Mode, source: io::Error) -> ImageError {
+pub(super) fn open_error(path: &Path, mode: ImageMode, source: io::Error) -> ImageError {
     let path = path.to_owned();
     let hint = match source.raw_os_error() {
         Some(libc::EBUSY) => return ImageError::InUse { path },
@@ -144,11 +144,11 @@ pub(super) fn open_error(path: &Path, mode: Mode, source: io::Error) -> ImageErr
     ImageError::Open { path, source, hint }
 }
 
-pub(super) fn lock_error(path: &Path, error: LockError) -> ImageError {
+pub(super) fn lock_error(path: &Path, error: ImageLockError) -> ImageError {
     let path = path.to_owned();
     match error {
-        LockError::Held(holder) => ImageError::Locked { path, holder },
-        LockError::Kernel(source) => ImageError::Kernel {
+        ImageLockError::Held(holder) => ImageError::Locked { path, holder },
+        ImageLockError::Kernel(source) => ImageError::Kernel {
             what: "locking",
             path,
             source,

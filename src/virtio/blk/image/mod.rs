@@ -30,7 +30,7 @@ use qcow2::Qcow2Image;
 const BOUNCE_SIZE: usize = 64 << 10;
 /// How an image is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Mode {
+pub(super) struct ImageMode {
     pub(super) readonly: bool,
     pub(super) direct: bool,
     /// A descriptor of it that was inherited.
@@ -58,7 +58,7 @@ pub(super) struct Image {
 }
 
 impl Image {
-    pub(super) fn open(path: &Path, mode: Mode) -> Result<Self, ImageError> {
+    pub(super) fn open(path: &Path, mode: ImageMode) -> Result<Self, ImageError> {
         let (file, is_device) = open_raw(path, mode)?;
         let kernel = |what| {
             move |source| ImageError::Kernel {
@@ -362,7 +362,7 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 
 /// Opens and locks the file at `path`, or takes the descriptor that was inherited; says whether it is a block
 /// device.
-fn open_raw(path: &Path, mode: Mode) -> Result<(File, bool), ImageError> {
+fn open_raw(path: &Path, mode: ImageMode) -> Result<(File, bool), ImageError> {
     let failed = |source| open_error(path, mode, source);
     let inherited = mode.fd.map(sys::duplicate).transpose().map_err(failed)?;
     let metadata = match &inherited {

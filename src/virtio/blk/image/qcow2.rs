@@ -16,7 +16,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 
-use super::{ImageError, Mode, open_raw};
+use super::{ImageError, ImageMode, open_raw};
 use crate::virtio::segments::Segments;
 
 /// Most backing files below one another.
@@ -31,7 +31,7 @@ pub(super) struct Qcow2Image {
 
 impl Qcow2Image {
     /// Opens the image in `file`, which is locked, with what it lies on.
-    pub(super) fn open(file: fs::File, path: &Path, mode: Mode) -> Result<Self, ImageError> {
+    pub(super) fn open(file: fs::File, path: &Path, mode: ImageMode) -> Result<Self, ImageError> {
         let access = open_layer(file, path, mode, 0)?;
         Ok(Self {
             access: RwLock::new(access),
@@ -90,7 +90,7 @@ impl Qcow2Image {
 fn open_layer(
     file: fs::File,
     path: &Path,
-    mode: Mode,
+    mode: ImageMode,
     depth: usize,
 ) -> Result<FormatAccess<File>, ImageError> {
     let failed = |source| ImageError::Qcow2 {
@@ -133,7 +133,7 @@ fn open_backing(
     above: &Path,
     path: PathBuf,
     format: Option<&str>,
-    mode: Mode,
+    mode: ImageMode,
     depth: usize,
 ) -> Result<FormatAccess<File>, ImageError> {
     if depth > MOST_BACKING {
@@ -141,7 +141,7 @@ fn open_backing(
             path: above.to_owned(),
         });
     }
-    let mode = Mode {
+    let mode = ImageMode {
         readonly: true,
         fd: None,
         ..mode

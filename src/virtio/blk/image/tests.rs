@@ -4,9 +4,9 @@ use std::io::Write;
 fn open(path: &Path, readonly: bool) -> Result<Image, ImageError> {
     Image::open(
         path,
-        Mode {
+        ImageMode {
             readonly,
-            ..Mode::default()
+            ..ImageMode::default()
         },
     )
 }
@@ -124,11 +124,11 @@ fn make_qcow2(path: &Path, size: u64, backing: Option<(&str, &str)>) {
 
 const MIB: u64 = 1 << 20;
 
-fn qcow2(backing_files: bool) -> Mode {
-    Mode {
+fn qcow2(backing_files: bool) -> ImageMode {
+    ImageMode {
         image_type: ImageType::Qcow2,
         backing_files,
-        ..Mode::default()
+        ..ImageMode::default()
     }
 }
 
@@ -216,7 +216,7 @@ fn what_a_qcow2_image_lies_on_is_opened_where_that_is_asked_for_and_never_writte
     make_qcow2(&at("loop.qcow2"), 8 * MIB, Some(("loop.qcow2", "qcow2")));
     make_qcow2(&at("odd.qcow2"), 8 * MIB, Some(("base.raw", "vmdk")));
     make_qcow2(&at("node.qcow2"), 8 * MIB, Some(("/dev/null", "raw")));
-    let readonly = Mode {
+    let readonly = ImageMode {
         readonly: true,
         ..qcow2(true)
     };
@@ -243,7 +243,7 @@ fn a_raw_image_that_a_guest_makes_look_like_qcow2_stays_raw() {
         .unwrap()
         .write_at(&bytes, 0)
         .unwrap();
-    let image = Image::open(&raw, Mode::default()).unwrap();
+    let image = Image::open(&raw, ImageMode::default()).unwrap();
     assert_eq!(image.capacity(), std::fs::metadata(&raw).unwrap().len());
     assert_eq!(load(&image, 0, 512), bytes[..512]);
 }
@@ -264,7 +264,7 @@ fn an_image_that_is_no_qcow2_is_not_taken_for_one() {
         std::fs::write(&path, &bytes).unwrap();
         if let Ok(image) = Image::open(
             &path,
-            Mode {
+            ImageMode {
                 readonly: true,
                 ..qcow2(false)
             },
@@ -287,10 +287,10 @@ fn a_descriptor_that_is_handed_in_is_used_as_it_is_open() {
             .open(&path)
             .unwrap()
     };
-    let mode = |file: &File, readonly| Mode {
+    let mode = |file: &File, readonly| ImageMode {
         readonly,
         fd: Some(file.as_raw_fd() as u32),
-        ..Mode::default()
+        ..ImageMode::default()
     };
     let name = Path::new("fd=7");
     let (whole, half) = (open(true), open(false));
@@ -304,9 +304,9 @@ fn a_descriptor_that_is_handed_in_is_used_as_it_is_open() {
     );
     let image = Image::open(name, mode(&whole, false)).unwrap();
     assert_eq!(load(&image, 0, 512), [3; 512]);
-    let closed = Mode {
+    let closed = ImageMode {
         fd: Some(1 << 20),
-        ..Mode::default()
+        ..ImageMode::default()
     };
     assert!(Image::open(name, closed).is_err());
 }

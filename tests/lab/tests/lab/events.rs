@@ -48,7 +48,7 @@ const READ_TO_THE_END: &str =
 /// Waits until the driver has taken leave of its drive, which tells nobody.
 const WAIT_FOR_THE_END: &str = "while [ -e /sys/class/nvme/nvme0 ]; do sleep 1; done\n";
 
-/// Unbinds a device in use, for which the kernel waits until VFIO's user lets go, and sees that the
+/// Unbinds a device in use, for which the kernel waits until VFIO's user closes the device, and sees that the
 /// host's own driver has it.
 fn take_back(host: &Host, address: &str, driver: &str) -> Result<()> {
     let start = Instant::now();
@@ -101,7 +101,7 @@ fn asked_back(lab: &mut Lab, interface: Interface, kernel: GuestKernel) -> Resul
         "the guest was not asked for both:\n{slots}"
     );
     ensure!(
-        result.stderr.matches("the guest let go of it").count() == 2,
+        result.stderr.matches("the guest released it").count() == 2,
         "Busway says:\n{}",
         result.stderr
     );
@@ -130,7 +130,7 @@ fn unanswered(lab: &mut Lab) -> Result<()> {
     running.signal("KILL")?;
     let result = running.finish()?;
     ensure!(
-        result.stderr.contains("did not let go of it within 30 s"),
+        result.stderr.contains("did not release it within 30 s"),
         "Busway says:\n{}",
         result.stderr
     );
@@ -178,7 +178,7 @@ fn left(lab: &mut Lab, leaving: Leaving) -> Result<()> {
     let result = running.finish()?.success()?;
     ensure!(result.value("drives")? == "0", "the drive is left");
     let words = match leaving {
-        Leaving::Asked => "the guest let go of it",
+        Leaving::Asked => "the guest released it",
         Leaving::Unasked => "is gone from the host",
     };
     ensure!(result.stderr.contains(words), "it says: {}", result.stderr);

@@ -265,7 +265,7 @@ fn hold_up(
 }
 
 /// Ends what is held up, and sees that the host gets all devices back.
-fn let_go(host: &Host, devices: &[(&String, &str)]) -> Result<()> {
+fn release(host: &Host, devices: &[(&String, &str)]) -> Result<()> {
     host.run(&format!("rm -rf {HOLD}"))?;
     for (address, driver) in devices {
         give_back(host, address, driver)?;
@@ -308,7 +308,7 @@ fn held_up(lab: &mut Lab) -> Result<()> {
     running.wait_said("the VM ends as it is")?;
     running.signal("TERM")?;
     ended(running, &["while the VM was ending", &drive, &nic])?;
-    let_go(host, &devices)?;
+    release(host, &devices)?;
 
     // While it is put together.
     host.run(&bind)?;
@@ -340,7 +340,7 @@ fn held_up(lab: &mut Lab) -> Result<()> {
     running.signal("TERM")?;
     running.signal("INT")?;
     ended(running, &["5 s went by while the VM was ending", &nic])?;
-    let_go(host, &devices)
+    release(host, &devices)
 }
 
 /// The VM ends with status 1, and says this.
@@ -374,7 +374,7 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
                 "asked" => {
                     host.run(&added)?;
                     let asking = host.spawn(&format!("{CTL} remove-device {drive} || true"))?;
-                    running.wait_said("the guest is asked to let go of it")?;
+                    running.wait_said("the guest is asked to release it")?;
                     Some(asking)
                 }
                 _ => {

@@ -133,7 +133,7 @@ fn during_boot(lab: &mut Lab) -> Result<()> {
     give_back(host, &drive, "nvme")
 }
 
-/// A guest that scans its buses without end gets a drive and a virtual function again and again, pulled out or let go of
+/// A guest that scans its buses without end gets a drive and a virtual function again and again, pulled out or released
 /// in turn. Each time the drive's configuration space is as it was the first time but for its addresses, before a driver has
 /// it, and its data is written and read. Resets of the bus in its midst do not look like a removal.
 fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
@@ -190,7 +190,7 @@ fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
         ));
     let running = host.start_guest(&run)?;
     for round in 1..=rounds {
-        // Linux finds a device anew that it has just let go of, where it scans before its slot is without power: so it
+        // Linux finds a device anew that it has just released, where it scans before its slot is without power: so it
         // scans until the devices work.
         running.wait_line(&format!("@@value scans {round}"))?;
         for address in [&drive, function] {

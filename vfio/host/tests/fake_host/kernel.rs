@@ -372,7 +372,7 @@ impl Kernel for FakeKernel {
         fs::write(owner(node), user.to_string())
     }
 
-    fn settle(&mut self) {
+    fn wait_for_udev(&mut self) {
         if let Some(pid) = self.udev.take() {
             fs::remove_dir_all(self.host.join(format!("proc/{pid}"))).unwrap();
         }

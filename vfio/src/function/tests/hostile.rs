@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::{assign, read};
 use crate::fake::{FakeDevice, FakeRoutes};
-use crate::{Area, IrqIndex, IrqInfo, Region};
+use crate::{Area, DeviceRegion, IrqIndex, IrqInfo};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -92,7 +92,7 @@ fn hostile() -> impl Strategy<Value = FakeDevice> {
                 fake.set_config(usize::from(at & !3), &header.to_le_bytes());
             }
             for (number, (size, flags)) in bars.into_iter().enumerate() {
-                fake.bars[number] = Region {
+                fake.bars[number] = DeviceRegion {
                     size,
                     readable: true,
                     writable: true,
@@ -126,7 +126,7 @@ proptest! {
                     }
                     Step::Reset => function.reset(),
                     Step::Settle => {
-                        function.settle();
+                        function.run_deferred();
                     }
                 }
                 for region in function.decoded() {

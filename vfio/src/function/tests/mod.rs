@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::AssignedFunction;
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes};
-use crate::{AssignError, AssignOptions, IrqInfo, Wiring};
+use crate::{AssignOptions, IrqInfo, SurveyError, Wiring};
 use busway_pci::PciFunction;
 use busway_pci::pace::StoppedClock;
 
@@ -65,7 +65,7 @@ fn assign(
     name: &str,
     fake: Arc<FakeDevice>,
     routes: Arc<FakeRoutes>,
-) -> Result<Arc<AssignedFunction>, AssignError> {
+) -> Result<Arc<AssignedFunction>, SurveyError> {
     assign_with(name, fake, routes, &AssignOptions::default())
 }
 
@@ -74,7 +74,7 @@ pub(super) fn assign_with(
     fake: Arc<FakeDevice>,
     routes: Arc<FakeRoutes>,
     options: &AssignOptions,
-) -> Result<Arc<AssignedFunction>, AssignError> {
+) -> Result<Arc<AssignedFunction>, SurveyError> {
     let wiring = Wiring {
         routes,
         lines: Arc::new(FakeLines::default()),

@@ -32,13 +32,13 @@ fn enable_msix(function: &AssignedFunction, on: bool) {
 /// Asks for a function level reset, with decoding off.
 fn reset_itself(function: &AssignedFunction) {
     function.config_write(0x88, &0xa010_u16.to_le_bytes());
-    function.settle();
+    function.run_deferred();
 }
 
 /// To D3hot and back.
 fn sleep_and_wake(function: &AssignedFunction) {
     function.config_write(0x64, &[3, 0]);
-    function.settle();
+    function.run_deferred();
     function.config_write(0x64, &[0, 0]);
 }
 

@@ -18,7 +18,7 @@ fn a_device_sleeps_only_when_nothing_is_mapped_and_is_left_alone_until_it_wakes(
     assert_eq!(function.decoded().len(), 1);
     function.config_write(0x64, &[3, 0]);
     assert_eq!((function.decoded(), state()), (vec![], 0));
-    assert!(!function.settle());
+    assert!(!function.run_deferred());
     assert_eq!((function.decoded(), state()), (vec![], 3));
     let mut data = [0; 4];
     function.bar_read(bar, 0, &mut data);
@@ -33,7 +33,7 @@ fn a_device_sleeps_only_when_nothing_is_mapped_and_is_left_alone_until_it_wakes(
     // Asked for and taken back before it came to it.
     function.config_write(0x64, &[3, 0]);
     function.config_write(0x64, &[0, 0]);
-    assert!(!function.settle());
+    assert!(!function.run_deferred());
     assert_eq!((function.decoded().len(), state()), (1, 0));
     function.bar_read(bar, 0, &mut data);
     assert_eq!(data, [0x5a; 4]);
@@ -43,7 +43,7 @@ fn a_device_sleeps_only_when_nothing_is_mapped_and_is_left_alone_until_it_wakes(
 fn a_reset_wakes_the_device_first() {
     let (fake, _, function) = function(nvme());
     function.config_write(0x64, &[3, 0]);
-    function.settle();
+    function.run_deferred();
     function.reset();
     assert_eq!(fake.config_at::<1>(0x64)[0] & 3, 0);
     function.config_write(4, &[6]);
@@ -56,7 +56,7 @@ fn interrupts_are_disabled_in_an_awake_device_whatever_resets_it() {
         |function| function.reset(),
         |function| {
             function.config_write(0x88, &0xa010_u16.to_le_bytes());
-            function.settle();
+            function.run_deferred();
         },
         |function| function.retire(),
     ];
@@ -65,7 +65,7 @@ fn interrupts_are_disabled_in_an_awake_device_whatever_resets_it() {
         function.config_write(0x42, &0x8000_u16.to_le_bytes());
         function.bar_write(BarIndex::Bar(0), 0x200c, &[0; 4]);
         function.config_write(0x64, &[3, 0]);
-        function.settle();
+        function.run_deferred();
         assert_eq!(fake.kind(), Some(IrqIndex::Msix));
         assert_eq!(fake.config_at(0x64), [3]);
         fake.power_when_disabled.lock().unwrap().clear();
@@ -80,7 +80,7 @@ fn msix_and_its_table_are_changed_only_in_an_awake_device() {
     let (fake, _, function) = function(nvme());
     let sleep = || {
         function.config_write(0x64, &[3, 0]);
-        function.settle();
+        function.run_deferred();
         assert_eq!(fake.config_at(0x64), [3]);
     };
     let wake = || function.config_write(0x64, &[0, 0]);
@@ -143,7 +143,7 @@ fn a_state_that_the_device_has_not_leaves_it_awake() {
     function.config_write(4, &[6]);
     function.config_write(0x64, &[1, 0]);
     assert_eq!(function.decoded(), []);
-    assert!(function.settle());
+    assert!(function.run_deferred());
     assert_eq!(function.decoded().len(), 1);
 }
 
@@ -182,7 +182,7 @@ fn a_reset_takes_bus_mastering_and_interrupts_first_and_forgets_what_the_guest_w
     // By the guest's own function level reset.
     function.config_write(0x88, &0xa010_u16.to_le_bytes());
     assert_eq!((fake.resets().len(), function.decoded()), (1, vec![]));
-    assert!(!function.settle());
+    assert!(!function.run_deferred());
     assert_eq!(fake.resets()[1..], [held]);
     assert_eq!(fake.kind(), Some(IrqIndex::Intx), "as at power-on");
     assert_eq!(read(&function, 4) as u16, 0);

@@ -1,0 +1,40 @@
+//! What the tables describe, and who they say has made them.
+
+use std::ops::Range;
+
+pub(crate) const OEM_ID: [u8; 6] = *b"BUSWAY";
+pub(crate) const OEM_TABLE_ID: [u8; 8] = *b"BUSWAYVM";
+pub(crate) const OEM_REVISION: u32 = 1;
+
+/// What the tables describe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hardware {
+    /// Processors, the boot processor first. The position in the list is the ACPI processor UID.
+    pub cpus: Vec<Cpu>,
+    /// The highest bus number there is. The guest is told of no bus beyond it, not even where ECAM would
+    /// reach one: Linux reads all of a told bus's 32 slots to find out that nothing is there, which
+    /// for 255 empty buses is 16,000 exits at each boot.
+    pub last_bus: u8,
+    /// The window for BARs below 4 GiB, in ascending parts.
+    pub mmio32: Vec<Range<u64>>,
+    /// The window for 64-bit BARs, in ascending parts; there may be none.
+    pub mmio64: Vec<Range<u64>>,
+    /// There is a serial port COM1.
+    pub serial: bool,
+    /// Root ports have hot-plug slots that the guest's own driver handles.
+    pub native_hotplug: bool,
+    /// Bit n: the device in slot n of bus 0 can come and leave. Without any there is nothing that would tell
+    /// of it.
+    pub bus0_slots: u32,
+    /// First address of configuration space in memory, below 4 GiB.
+    pub ecam: u64,
+}
+
+/// A processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cpu {
+    /// The ID of its local APIC.
+    pub apic_id: u32,
+    /// It is there from the start; one that is not can come later.
+    pub enabled: bool,
+}

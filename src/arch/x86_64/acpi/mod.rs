@@ -1,0 +1,16 @@
+//! What the ACPI tables say of a PC alone: its processors and interrupt controllers, its fixed hardware and its
+//! devices at I/O ports. References are to ACPI 6.5.
+
+mod devices;
+mod fadt;
+mod madt;
+
+use std::ops::Range;
+
+pub(crate) use devices::{append_devices, board_ports, host_bridge_ports, soft_off};
+pub(crate) use fadt::{POINTERS as FADT_POINTERS, fadt};
+pub(crate) use madt::madt;
+
+/// Where the tables lie: the area that a kernel without boot parameters searches for the RSDP
+/// (§5.2.5.1). The memory map reserves it.
+pub const TABLES: Range<u64> = 0xe_0000..0x10_0000;

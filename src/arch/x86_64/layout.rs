@@ -1,0 +1,281 @@
+//! The guest's address map, as `docs/design.md` draws it.
+//!
+//! Constants and arithmetic only; nothing is mapped here.
+
+use std::ops::Range;
+
+/// Where RAM below 4 GiB ends and the 32-bit MMIO window starts, unless devices need a larger one.
+pub const MMIO32_START: u64 = 0xc000_0000;
+/// Where the 32-bit MMIO window can start: the first that leaves room for what the devices need.
+pub const MMIO32_STARTS: [u64; 3] = [MMIO32_START, 0x8000_0000, 0x4000_0000];
+/// End of the 32-bit MMIO window; ECAM starts here.
+pub const MMIO32_END: u64 = 0xe000_0000;
+/// Where the 32-bit MMIO window can start in a machine with firmware: OVMF of 2022 puts configuration space at
+/// 0xb000_0000, below which RAM has to end.
+pub const FIRMWARE_MMIO32_STARTS: [u64; 2] = [0x8000_0000, 0x4000_0000];
+/// End of the addresses below 4 GiB where firmware may put BARs or configuration space; the board's own
+/// devices are behind it.
+pub const FIRMWARE_MMIO32_END: u64 = 0xfc00_0000;
+/// The enhanced configuration access of segment 0: 256 buses of 1 MiB.
+pub const ECAM_START: u64 = 0xe000_0000;
+/// Bytes of ECAM.
+pub const ECAM_SIZE: u64 = 256 << 20;
+/// The registers by which devices come to bus 0 and leave it, of one page.
+pub const PCI_HOTPLUG_START: u64 = 0xfea0_0000;
+/// The IOAPIC.
+pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// The local APIC; the megabyte from here is where MSIs are written, and is never mapped for DMA.
+pub const LAPIC_START: u64 = 0xfee0_0000;
+/// KVM's identity map page, one page; below the BIOS area and outside of RAM and windows. KVM API
+/// §4.60 (`KVM_SET_IDENTITY_MAP_ADDR`).
+pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
+/// KVM's three TSS pages, behind the identity map. KVM API §4.36 (`KVM_SET_TSS_ADDR`).
+pub const KVM_TSS: u64 = 0xfeff_d000;
+/// Where flash ends, as a processor begins below it: at 0xffff_fff0. Intel SDM vol. 3A §10.1.4.
+pub const FLASH_END: u64 = 1 << 32;
+/// The most bytes of firmware, code and variables: what lies below is the local APICs' and KVM's.
+pub const FLASH_SIZE: u64 = 16 << 20;
+/// Where RAM goes on above the hole.
+pub const HIGH_RAM_START: u64 = 1 << 32;
+
+/// The serial port COM1, as on any PC.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// The firmware configuration device. QEMU docs/specs/fw_cfg.rst, "Register Locations".
+pub const FW_CFG_PORT: u16 = 0x510;
+
+/// I/O ports that PCI devices may be given; the ports below are the board's.
+pub const PCI_IO: Range<u64> = 0x1000..0x1_0000;
+
+/// What the 64-bit window is aligned to, so that a BAR of a GiB or more can be mapped with huge
+/// pages.
+const MMIO64_ALIGNMENT: u64 = 1 << 30;
+
+/// RAM below is where kernels and their tables go: it stays, whatever the host's IOMMU reserves.
+const KERNEL_END: u64 = 16 << 20;
+
+/// The guest-physical ranges of `size` bytes of RAM, in ascending order: below `low_end`, where the
+/// 32-bit MMIO window starts, and, where that is not enough, from 4 GiB. RAM goes round the `holes`,
+/// which are ascending.
+#[must_use]
+pub fn ram_ranges(size: u64, low_end: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut ranges = Vec::new();
+    let mut left = size;
+    for place in [0..low_end, HIGH_RAM_START..u64::MAX] {
+        for clear in around(place, holes) {
+            let length = (clear.end - clear.start).min(left);
+            if length > 0 {
+                ranges.push(clear.start..clear.start + length);
+                left -= length;
+            }
+        }
+    }
+    ranges
+}
+
+/// What of `place` lies in none of the `holes`, which are ascending.
+fn around(place: Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut clear = Vec::new();
+    let mut start = place.start;
+    for hole in holes.iter().filter(|hole| hole.end > place.start) {
+        if start < hole.start.min(place.end) {
+            clear.push(start..hole.start.min(place.end));
+        }
+        start = start.max(hole.end);
+    }
+    if start < place.end {
+        clear.push(start..place.end);
+    }
+    clear
+}
+
+/// The holes that RAM and windows go round where devices let no memory be in `reserved` (first and last
+/// addresses, ascending): with their ends at multiples of `step`, the page that RAM is made of.
+#[must_use]
+pub fn holes(reserved: impl IntoIterator<Item = (u64, u64)>, step: u64) -> Vec<Range<u64>> {
+    let mut holes: Vec<Range<u64>> = Vec::new();
+    for (first, last) in reserved {
+        let start = first - first % step;
+        let end = last
+            .checked_add(1)
+            .and_then(|end| end.checked_next_multiple_of(step))
+            .unwrap_or(u64::MAX);
+        match holes.last_mut() {
+            _ if start < KERNEL_END => {}
+            Some(before) if before.end >= start => before.end = before.end.max(end),
+            _ => holes.push(start..end),
+        }
+    }
+    holes
+}
+
+/// The window for BARs below 4 GiB: from `start`, one of [`MMIO32_STARTS`], round the `holes`.
+#[must_use]
+pub fn mmio32(start: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    around(start..MMIO32_END, holes)
+}
+
+/// The same of a machine with firmware, which may put configuration space anywhere in it.
+#[must_use]
+pub fn firmware_mmio32(start: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    around(start..FIRMWARE_MMIO32_END, holes)
+}
+
+/// What of the `window` is not `taken`.
+#[must_use]
+pub fn without(window: &[Range<u64>], taken: &Range<u64>) -> Vec<Range<u64>> {
+    let left = |part: &Range<u64>| around(part.clone(), std::slice::from_ref(taken));
+    window.iter().flat_map(left).collect()
+}
+
+/// The window for 64-bit BARs: from the first GiB boundary above RAM, which ends at `top_of_ram`, up
+/// to what `address_bits` of guest-physical address reach, round the `holes`. Empty where nothing is
+/// left.
+#[must_use]
+pub fn mmio64(top_of_ram: u64, address_bits: u8, holes: &[Range<u64>]) -> Vec<Range<u64>> {
+    let top_of_ram = top_of_ram.max(HIGH_RAM_START);
+    let end = 1_u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX);
+    let start = top_of_ram
+        .checked_next_multiple_of(MMIO64_ALIGNMENT)
+        .unwrap_or(end);
+    around(start..end, holes)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn ram_keeps_clear_of_the_hole_and_loses_no_byte() {
+        for whole_below in [256 << 20, 3 << 30] {
+            let range = 0..whole_below;
+            assert_eq!(ram_ranges(whole_below, MMIO32_START, &[]), [range]);
+        }
+        assert_eq!(
+            ram_ranges(6 << 30, MMIO32_START, &[]),
+            [0..3 << 30, 4 << 30..7 << 30]
+        );
+    }
+
+    #[test]
+    fn ram_goes_round_what_the_iommu_reserves() {
+        // The doorbell of MSIs, and what AMD's IOMMUs keep below 1 TiB for HyperTransport.
+        let reserved = [(0xfee0_0000, 0xfeef_ffff), (0xfd_0000_0000, 0xff_ffff_ffff)];
+        let holes = holes(reserved, 2 << 20);
+        assert_eq!(
+            ram_ranges(6 << 30, MMIO32_START, &holes),
+            [0..3 << 30, 4 << 30..7 << 30]
+        );
+        let around = ram_ranges(1 << 40, MMIO32_START, &holes);
+        // 12 GiB are reserved, and the PCI hole is 1 GiB.
+        let past = (1 << 40) + (13 << 30);
+        assert_eq!(around, [0..3 << 30, 4 << 30..0xfd_0000_0000, 1 << 40..past]);
+    }
+
+    #[test]
+    fn a_hole_ends_with_a_page_and_leaves_the_kernels_place_alone() {
+        let reserved = [
+            (0, 0xfff),
+            (0xbd80_1000, 0xbd80_1fff),
+            (0xbd9f_0000, 0xbda0_0000),
+        ];
+        let found = holes(reserved, 2 << 20);
+        let expected = 0xbd80_0000..0xbdc0_0000;
+        assert_eq!(found, std::slice::from_ref(&expected));
+        assert_eq!(
+            ram_ranges(3 << 30, MMIO32_START, &found),
+            [
+                0..0xbd80_0000,
+                0xbdc0_0000..3 << 30,
+                4 << 30..(4 << 30) + (4 << 20)
+            ]
+        );
+        let to_the_end = 1 << 40..u64::MAX;
+        assert_eq!(
+            holes([(1 << 40, u64::MAX)], 4096),
+            std::slice::from_ref(&to_the_end)
+        );
+    }
+
+    #[test]
+    fn ram_makes_room_below_4_gib_and_loses_no_byte() {
+        for (start, ranges) in [
+            (2 << 30, [0..2 << 30, 4 << 30..8 << 30]),
+            (1 << 30, [0..1 << 30, 4 << 30..9 << 30]),
+        ] {
+            assert!(MMIO32_STARTS.contains(&start));
+            assert_eq!(ram_ranges(6 << 30, start, &[]), ranges);
+            let window = start..MMIO32_END;
+            assert_eq!(mmio32(start, &[]), std::slice::from_ref(&window));
+        }
+    }
+
+    #[test]
+    fn the_64_bit_window_lies_above_ram_and_ends_with_the_address_width() {
+        let window = 4 << 30..1 << 40;
+        assert_eq!(mmio64(256 << 20, 40, &[]), std::slice::from_ref(&window));
+        let window = 8 << 30..1 << 40;
+        assert_eq!(
+            mmio64((7 << 30) + 4096, 40, &[]),
+            std::slice::from_ref(&window)
+        );
+        assert!(mmio64(1 << 36, 36, &[]).is_empty());
+    }
+
+    #[test]
+    fn the_windows_go_round_what_the_iommu_reserves() {
+        let reserved = [
+            (0xd000_0000, 0xd00f_ffff),
+            (0xfee0_0000, 0xfeef_ffff),
+            (0xfd_0000_0000, 0xff_ffff_ffff),
+        ];
+        let holes = holes(reserved, 2 << 20);
+        assert_eq!(
+            mmio32(MMIO32_START, &holes),
+            [0xc000_0000..0xd000_0000, 0xd020_0000..0xe000_0000]
+        );
+        assert_eq!(
+            mmio64(513 << 30, 48, &holes),
+            [513 << 30..1012 << 30, 1 << 40..1 << 48]
+        );
+        // RAM that ends in front of the hole, or goes round it.
+        let behind = 1 << 40..1 << 48;
+        assert_eq!(
+            mmio64(1012 << 30, 48, &holes),
+            std::slice::from_ref(&behind)
+        );
+        let behind = 1027 << 30..1 << 48;
+        assert_eq!(
+            mmio64(1027 << 30, 48, &holes),
+            std::slice::from_ref(&behind)
+        );
+        assert!(mmio64(1012 << 30, 40, &holes).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn no_byte_is_lost_or_in_a_hole_and_windows_are_in_neither(
+            size in 1_u64..1 << 36,
+            start in prop::sample::select(&MMIO32_STARTS[..]),
+            reserved in prop::collection::vec((0_u64..1 << 37, 0_u64..1 << 32), 0..4),
+        ) {
+            let mut reserved: Vec<_> =
+                reserved.into_iter().map(|(start, size)| (start, start + size)).collect();
+            reserved.sort_unstable();
+            let holes = holes(reserved, 2 << 20);
+            let ranges = ram_ranges(size, start, &holes);
+            prop_assert_eq!(ranges.iter().map(|range| range.end - range.start).sum::<u64>(), size);
+            let top = ranges.last().map_or(0, |range| range.end);
+            let windows = [mmio32(start, &holes), mmio64(top, 40, &holes)].concat();
+            prop_assert!(windows.iter().all(|window| !window.is_empty()));
+            let mut all = [&ranges[..], &windows].concat();
+            all.sort_by_key(|range| range.start);
+            prop_assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start));
+            for range in &all {
+                let clear = |hole: &Range<u64>| range.end <= hole.start || hole.end <= range.start;
+                prop_assert!(holes.iter().all(clear));
+            }
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! One vCPU's registers: made, entered, and put back into their state at power-on.
+
+use std::fmt;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+    KVM_PMU_CAP_DISABLE, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
+    KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_cpuid_entry2, kvm_debugregs, kvm_enable_cap, kvm_fpu,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Cap, VcpuFd};
+
+use super::cpuid::{self, CpuFeatures, CpuidInput};
+use super::msr;
+use crate::config::MAX_CPUS;
+use crate::kvm::{KvmError, Vm};
+
+// Offsets and bits of the local APIC's page. Intel SDM vol. 3A §11.4 and §11.5.1.
+const LAPIC_LVT_LINT0: usize = 0x350;
+const LAPIC_LVT_LINT1: usize = 0x360;
+const DELIVERY_EXTINT: u32 = 7 << 8;
+const DELIVERY_NMI: u32 = 4 << 8;
+
+/// The FPU's control word and MXCSR at power-on. Intel SDM vol. 3A §10.1.1, table 10-1.
+const FPU_CONTROL: u16 = 0x37f;
+const MXCSR: u32 = 0x1f80;
+
+/// What this host's KVM gives any vCPU.
+#[derive(Debug)]
+pub struct CpuModel {
+    supported: Vec<kvm_cpuid_entry2>,
+    tsc_deadline: bool,
+}
+
+impl CpuModel {
+    /// Asks KVM, and takes away what `features` do not have, from CPUID and, where KVM can, from the VM,
+    /// which must have no vCPU yet.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`]
+    pub fn new(vm: &Vm, features: CpuFeatures) -> Result<Self, KvmError> {
+        let supported = vm
+            .kvm()
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID", "/dev/kvm"))?;
+        let mut supported = supported.as_slice().to_vec();
+        cpuid::hide(&mut supported, features);
+        if !features.pmu && !disable_pmu(vm)? && cpuid::is_amd(&supported) {
+            log::warn!(
+                "--cpus pmu=off: this host's KVM cannot take the four counters that each processor of \
+                 AMD's has from a guest, only the others; Linux 5.18 and later can"
+            );
+        }
+        Ok(Self {
+            supported,
+            tsc_deadline: vm.kvm().check_extension(Cap::TscDeadlineTimer),
+        })
+    }
+
+    /// Bits of a guest-physical address.
+    #[must_use]
+    pub fn address_bits(&self) -> u8 {
+        cpuid::address_bits(&self.supported)
+    }
+
+    /// Whether the guest can have pages of 1 GiB.
+    #[must_use]
+    pub fn has_large_pages(&self) -> bool {
+        cpuid::has_large_pages(&self.supported)
+    }
+}
+
+/// Has no vCPU have performance counters; `false` where this host's KVM cannot, which then goes by
+/// CPUID alone. To be called before the first vCPU is made. KVM API, KVM_CAP_PMU_CAPABILITY.
+///
+/// # Errors
+/// [`KvmError::Ioctl`]
+fn disable_pmu(vm: &Vm) -> Result<bool, KvmError> {
+    let can = vm.kvm().check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if u32::try_from(can).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
+        return Ok(false);
+    }
+    let disable = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.fd()
+        .enable_cap(&disable)
+        .map_err(KvmError::ioctl("KVM_ENABLE_CAP", "the VM"))?;
+    Ok(true)
+}
+
+/// A vCPU that is not running.
+pub(crate) struct Vcpu {
+    pub(crate) id: u8,
+    pub(crate) fd: VcpuFd,
+    power_on: PowerOn,
+}
+
+/// The state that a reset goes back to.
+struct PowerOn {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    lapic: kvm_lapic_state,
+    debug: kvm_debugregs,
+    /// None where the host has no XSAVE.
+    xcrs: Option<kvm_xcrs>,
+    /// The same for every vCPU.
+    msrs: Arc<[kvm_msr_entry]>,
+}
+
+impl fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpu")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Makes `count` vCPUs, in their state at power-on: the first runnable, the others waiting for INIT
+/// and SIPI.
+pub(crate) fn create_vcpus(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, KvmError> {
+    let limit = vm.kvm().get_max_vcpus().min(MAX_CPUS.into());
+    if usize::from(count) > limit {
+        return Err(KvmError::TooManyVcpus {
+            asked: count.into(),
+            limit,
+        });
+    }
+    // All of them before any is set up: the TSCs are synchronised by what is written to them, which
+    // has to be at one frequency.
+    let fds = (0..count)
+        .map(|id| create_one(vm, id))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut msrs: Option<Arc<[kvm_msr_entry]>> = None;
+    (0..count)
+        .zip(fds)
+        .map(|(id, fd)| {
+            let input = CpuidInput {
+                cpus: count,
+                tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
+                tsc_deadline: model.tsc_deadline,
+            };
+            let table = cpuid::guest_table(&model.supported, input, id);
+            let ioctl = |what| KvmError::ioctl(what, format!("vCPU {id}"));
+            let table = CpuId::from_entries(&table)
+                .map_err(|_| ioctl("KVM_SET_CPUID2")(kvm_ioctls::Error::new(libc::E2BIG)))?;
+            fd.set_cpuid2(&table).map_err(ioctl("KVM_SET_CPUID2"))?;
+            msr::set_boot(&fd, id)?;
+            let msrs = match &msrs {
+                Some(msrs) => msrs.clone(),
+                None => msrs
+                    .insert(msr::read_all(vm.kvm(), &fd, id)?.into())
+                    .clone(),
+            };
+
+            let mut lapic = fd.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?;
+            // As firmware leaves it: the PIC on LINT0, the NMI on LINT1. MP 1.4 §3.6.2.2.
+            set_lapic(&mut lapic, LAPIC_LVT_LINT0, DELIVERY_EXTINT);
+            set_lapic(&mut lapic, LAPIC_LVT_LINT1, DELIVERY_NMI);
+            fd.set_lapic(&lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
+            let power_on = PowerOn {
+                regs: fd.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
+                sregs: fd.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?,
+                debug: fd.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?,
+                xcrs: fd.get_xcrs().ok().filter(|xcrs| xcrs.nr_xcrs != 0),
+                lapic,
+                msrs,
+            };
+            Ok(Vcpu { id, fd, power_on })
+        })
+        .collect()
+}
+
+fn create_one(vm: &Vm, id: u8) -> Result<VcpuFd, KvmError> {
+    let object = format_args!("vCPU {id}");
+    let fd = vm
+        .fd()
+        .create_vcpu(id.into())
+        .map_err(KvmError::ioctl("KVM_CREATE_VCPU", object))?;
+    // KVM gives a vCPU the frequency that the host's TSC was thought to have when KVM was loaded.
+    // Where the host has since measured it anew, and the processor cannot scale, that fails without
+    // a word: KVM then takes the guest's TSC to stand still, and its timers come too late by all the
+    // time that the host has been up. 0 is the frequency of now. Linux, arch/x86/kvm/x86.c,
+    // `kvm_set_tsc_khz`.
+    if let Err(error) = fd.set_tsc_khz(0) {
+        log::debug!("KVM_SET_TSC_KHZ failed on {object}: {error}");
+    }
+    Ok(fd)
+}
+
+fn set_lapic(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
+    for (register, byte) in lapic.regs.iter_mut().skip(offset).zip(value.to_le_bytes()) {
+        *register = byte as _;
+    }
+}
+
+impl Vcpu {
+    /// Makes this the boot processor's entry: `apply` sets the system registers and gives the
+    /// general ones.
+    pub(crate) fn enter(
+        &mut self,
+        apply: impl FnOnce(&mut kvm_sregs) -> kvm_regs,
+    ) -> Result<(), KvmError> {
+        let mut sregs = self.fd.get_sregs().map_err(self.ioctl("KVM_GET_SREGS"))?;
+        let regs = apply(&mut sregs);
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(self.ioctl("KVM_SET_SREGS"))?;
+        self.fd
+            .set_regs(&regs)
+            .map_err(self.ioctl("KVM_SET_REGS"))?;
+        self.reset_fpu()
+    }
+
+    /// Puts every register into its state at power-on.
+    pub(crate) fn reset(&mut self) -> Result<(), KvmError> {
+        let state = &self.power_on;
+        let events = kvm_vcpu_events {
+            flags: KVM_VCPUEVENT_VALID_NMI_PENDING
+                | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+                | KVM_VCPUEVENT_VALID_SHADOW,
+            ..Default::default()
+        };
+        let mp_state = kvm_mp_state {
+            mp_state: match self.id {
+                0 => KVM_MP_STATE_RUNNABLE,
+                _ => KVM_MP_STATE_UNINITIALIZED,
+            },
+        };
+        // Before all else: in VMX operation KVM takes no CR4 without VMXE, such as that of power-on. AMD's
+        // processors leave SVM with EFER, which is a system register.
+        msr::leave_vmx(&self.fd, self.id)?;
+        self.fd
+            .set_vcpu_events(&events)
+            .map_err(self.ioctl("KVM_SET_VCPU_EVENTS"))?;
+        // The registers first: they hold the local APIC's mode, which its state depends on.
+        self.fd
+            .set_sregs(&state.sregs)
+            .map_err(self.ioctl("KVM_SET_SREGS"))?;
+        self.fd
+            .set_regs(&state.regs)
+            .map_err(self.ioctl("KVM_SET_REGS"))?;
+        self.fd
+            .set_debug_regs(&state.debug)
+            .map_err(self.ioctl("KVM_SET_DEBUGREGS"))?;
+        if let Some(xcrs) = &state.xcrs {
+            self.fd.set_xcrs(xcrs).map_err(self.ioctl("KVM_SET_XCRS"))?;
+        }
+        msr::write_all(&self.fd, self.id, &state.msrs)?;
+        msr::synchronise_tsc(&self.fd, self.id)?;
+        self.fd
+            .set_lapic(&state.lapic)
+            .map_err(self.ioctl("KVM_SET_LAPIC"))?;
+        self.reset_fpu()?;
+        self.fd
+            .set_mp_state(mp_state)
+            .map_err(self.ioctl("KVM_SET_MP_STATE"))
+    }
+
+    fn reset_fpu(&mut self) -> Result<(), KvmError> {
+        let fpu = kvm_fpu {
+            fcw: FPU_CONTROL,
+            mxcsr: MXCSR,
+            ..Default::default()
+        };
+        self.fd.set_fpu(&fpu).map_err(self.ioctl("KVM_SET_FPU"))
+    }
+
+    fn ioctl(&self, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError + use<> {
+        KvmError::ioctl(what, format!("vCPU {}", self.id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::KVM_STATE_NESTED_FORMAT_VMX;
+    use kvm_bindings::nested::KvmNestedStateBuffer;
+
+    use super::*;
+
+    /// CPUID.1:ECX, and CPUID.8000_0001:ECX. Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E.4.1.
+    const ECX1_VMX: u32 = 1 << 5;
+    const ECX8_SVM: u32 = 1 << 2;
+    const EFER_SVME: u64 = 1 << 12;
+
+    /// The vCPU is in VMX operation, as after VMXON, or has SVM on; `false` where KVM lends guests neither.
+    fn run_guests_of_its_own(vcpu: &Vcpu, model: &CpuModel) -> bool {
+        let has = |function, bit| {
+            let mut leaves = model.supported.iter();
+            leaves.any(|leaf| leaf.function == function && leaf.ecx & bit != 0)
+        };
+        if has(1, ECX1_VMX) {
+            let mut on = KvmNestedStateBuffer::empty();
+            on.format = KVM_STATE_NESTED_FORMAT_VMX as u16;
+            on.hdr.vmx.vmxon_pa = 0x1000;
+            on.hdr.vmx.vmcs12_pa = u64::MAX;
+            vcpu.fd.set_nested_state(&on).unwrap();
+            return true;
+        }
+        let svm = has(0x8000_0001, ECX8_SVM);
+        if svm {
+            let mut sregs = vcpu.fd.get_sregs().unwrap();
+            sregs.efer |= EFER_SVME;
+            vcpu.fd.set_sregs(&sregs).unwrap();
+        }
+        svm
+    }
+
+    /// Nothing, said on standard error, where there is no KVM.
+    fn one() -> Option<(Vm, CpuModel, Vcpu)> {
+        let vm = Vm::new()
+            .inspect_err(|error| eprintln!("skipped: {error}"))
+            .ok()?;
+        let model = CpuModel::new(&vm, CpuFeatures::default()).unwrap();
+        let vcpu = create_vcpus(&vm, &model, 1).unwrap().remove(0);
+        Some((vm, model, vcpu))
+    }
+
+    #[test]
+    fn what_the_guest_let_xsave_save_is_forgotten_by_a_reset() {
+        let Some((_vm, _, mut vcpu)) = one() else {
+            return;
+        };
+        let Some(mut xcrs) = vcpu.power_on.xcrs else {
+            eprintln!("skipped: this processor has no XSAVE");
+            return;
+        };
+        assert_eq!(xcrs.xcrs[0].value, 1, "x87");
+        // SSE as well.
+        xcrs.xcrs[0].value = 3;
+        vcpu.fd.set_xcrs(&xcrs).unwrap();
+        vcpu.reset().unwrap();
+        assert_eq!(vcpu.fd.get_xcrs().unwrap().xcrs[0].value, 1);
+    }
+
+    #[test]
+    fn a_processor_that_runs_guests_of_its_own_is_reset_like_any_other() {
+        let Some((_vm, model, mut vcpu)) = one() else {
+            return;
+        };
+        if !run_guests_of_its_own(&vcpu, &model) {
+            eprintln!("skipped: KVM lends guests neither VMX nor SVM");
+            return;
+        }
+        vcpu.reset().unwrap();
+        assert_eq!(vcpu.fd.get_sregs().unwrap(), vcpu.power_on.sregs);
+    }
+}

@@ -1,0 +1,38 @@
+//! The most and the least that there can be of things.
+
+use std::ops::RangeInclusive;
+
+/// How many vCPUs a VM can have, and so how many queues, or pairs of them, a virtio device has use for.
+/// An xAPIC id of 8 bits and the MADT's entries would carry 255.
+pub const MAX_CPUS: u8 = 64;
+
+/// The least RAM that a guest can have; a kernel with its initial RAM file system needs more.
+pub const MIN_MEMORY: u64 = 16 << 20;
+
+/// What RAM comes in multiples of.
+pub const MEMORY_STEP: u64 = 1 << 20;
+
+/// The descriptors that a disk's queue can have, a power of two: a request's header and status beside
+/// its data, and no more than one chain may have.
+pub const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
+
+/// The descriptors that a NIC's queue can have, a power of two: a packet of 64 KiB fits into the least.
+pub const NET_QUEUE_SIZES: RangeInclusive<u16> = 32..=4096;
+
+/// The most bytes of a file that a console's output goes to, and of the file before it.
+pub const CONSOLE_FILE_SIZE: u64 = 16 << 20;
+
+/// The least that the size of such a file can be: what is written at once.
+pub const MIN_CONSOLE_FILE_SIZE: u64 = 4096;
+
+/// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
+pub(super) const INTERFACE_NAME: usize = 15;
+
+/// Queues of as many pairs as there can be vCPUs.
+pub(super) const MAX_NET_QUEUES: u16 = 2 * MAX_CPUS as u16;
+
+/// How many slots bus 0 has for root ports beside the functions that come first.
+pub(super) const MAX_HOTPLUG_SLOTS: u8 = 15;
+
+/// Bytes of a disk's serial number. Virtio 1.3 §5.2.6.
+pub(super) const SERIAL_SIZE: usize = 20;

@@ -1,0 +1,278 @@
+//! Why a configuration is none.
+
+use std::fmt;
+
+use crate::config::limits::{
+    INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_NET_QUEUES, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
+    SERIAL_SIZE,
+};
+
+/// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidConfig {
+    /// nothing to boot: give a kernel with --kernel FILE (a bzImage, or an ELF file with a PVH entry), or a disk that firmware can boot, with --disk or --device
+    #[error(
+        "nothing to boot: give a kernel with --kernel FILE (a bzImage, or an ELF file with a PVH entry), or a \
+         disk that firmware can boot, with --disk path=FILE or --device ADDRESS"
+    )]
+    NoKernel,
+    /// {device}: boot_index= without firmware
+    #[error(
+        "{device}: boot_index= is for firmware: give --firmware auto, or leave boot_index= out"
+    )]
+    BootIndexAlone {
+        /// Which.
+        device: Name,
+    },
+    /// {what} without --kernel
+    #[error("{what} is for a kernel: give that with --kernel FILE, or leave {what} out")]
+    NeedsKernel {
+        /// The flag.
+        what: &'static str,
+    },
+    /// --cpus boot={boot}: a VM has 1 to 64 processors
+    #[error("--cpus boot={boot}: a VM has 1 to {MAX_CPUS} processors")]
+    Cpus {
+        /// What was asked for.
+        boot: u8,
+    },
+    /// --cpus max={max}: vCPUs cannot be added to a running guest yet
+    #[error(
+        "--cpus max={max}: vCPUs cannot be added to a running guest yet: leave max= out, or boot={max}"
+    )]
+    NoCpuHotplug {
+        /// What was asked for.
+        max: u8,
+    },
+    /// --cpus max={max}: must be from boot={boot} to 64
+    #[error("--cpus max={max}: must be from boot={boot} to {MAX_CPUS}")]
+    MaxCpus {
+        /// What was asked for.
+        max: u8,
+        /// Processors at boot.
+        boot: u8,
+    },
+    /// --memory size={size}: a guest needs 16M at least
+    #[error(
+        "--memory size={size}: a guest needs {}M at least; a size is in bytes, or has K, M, G or T \
+         after it",
+        MIN_MEMORY >> 20
+    )]
+    TooLittleMemory {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// --memory size={size}: must be a multiple of {step} bytes
+    #[error("--memory size={size}: must be a multiple of {step} bytes ({what})")]
+    UnevenMemory {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// What it must be a multiple of.
+        step: u64,
+        /// What that is.
+        what: &'static str,
+    },
+    /// --memory hugepage_size={size}: huge pages are a power of two, 2M or more
+    #[error("--memory hugepage_size={size}: a huge page's size is a power of two, 2M or more")]
+    HugePageSize {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// --memory hugepage_size= without huge pages
+    #[error("--memory hugepage_size= needs hugepages=on beside it")]
+    HugePageSizeAlone,
+    /// {device}: {why}
+    #[error("{device}: {why}")]
+    Virtio {
+        /// Whose.
+        device: Name,
+        /// What is wrong with it.
+        why: InvalidVirtio,
+    },
+    /// {device}: {why}
+    #[error("{device}: {why}")]
+    Address {
+        /// Whose.
+        device: Name,
+        /// What is wrong with it.
+        why: busway_vfio::ParseHostNameError,
+    },
+    /// {device}: vf_token={why}
+    #[error("{device}: vf_token={why}")]
+    VfToken {
+        /// Whose.
+        device: Name,
+        /// What is wrong with it.
+        why: busway_vfio::ParseVfTokenError,
+    },
+    /// {first} and {second} have the same {what}
+    #[error("{first} and {second} have the same {what}, `{value}`: {remedy}")]
+    Twice {
+        /// The one that came first.
+        first: Name,
+        /// The other.
+        second: Name,
+        /// What is the same.
+        what: &'static str,
+        /// What it is.
+        value: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// --serial and --console cannot both have the terminal
+    #[error(
+        "--serial tty and --console tty: there is one terminal; give one of them off, pty, \
+         file=PATH or socket=PATH"
+    )]
+    OneTerminal,
+    /// {flag} size={size}: too small
+    #[error(
+        "{flag} size={size}: a console's file needs room for {MIN_CONSOLE_FILE_SIZE} bytes at least"
+    )]
+    ConsoleFileSize {
+        /// Which.
+        flag: Name,
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// {device}: rom=off and romfile= exclude each other
+    #[error("{device}: rom=off and romfile= exclude each other: leave one out")]
+    RomfileUnwanted {
+        /// Which.
+        device: Name,
+    },
+    /// {device}: x_nv_gpudirect_clique={clique} is above 15
+    #[error("{device}: x_nv_gpudirect_clique={clique} must be a number from 0 to 15")]
+    Clique {
+        /// Which.
+        device: Name,
+        /// What was given.
+        clique: u8,
+    },
+    /// {device}: fd={fd} is standard input, output or error
+    #[error(
+        "{device}: {key}={fd} is standard input, output or error: pass the descriptor as \
+         another number, 3 or more"
+    )]
+    StandardFd {
+        /// Whose.
+        device: Name,
+        /// `fd` or `iommufd_fd`.
+        key: &'static str,
+        /// What was asked for.
+        fd: u32,
+    },
+    /// --platform hotplug_slots={slots}
+    #[error("--platform hotplug_slots={slots}: a VM has 0 to {MAX_HOTPLUG_SLOTS} empty slots")]
+    HotplugSlots {
+        /// What was asked for.
+        slots: u8,
+    },
+    /// --platform hotplug_mmio64={size}
+    #[error(
+        "--platform hotplug_mmio64={size}: the room for a slot is a multiple of 1 MiB, and 1 MiB at least"
+    )]
+    HotplugRoom {
+        /// Bytes that were asked for.
+        size: u64,
+    },
+    /// --platform iommufd_fd={fd} with iommufd=off
+    #[error("--platform iommufd_fd={fd} contradicts iommufd=off beside it: leave one of them out")]
+    IommufdOff {
+        /// What was asked for.
+        fd: u32,
+    },
+    /// {device}: `{id}` is no name
+    #[error("{device}: id=`{id}` must have a character, and no spaces, commas or `/`")]
+    Id {
+        /// Whose.
+        device: Name,
+        /// What was asked for.
+        id: String,
+    },
+}
+
+/// What a virtio device cannot be, whoever asks for it: [`VmConfig::validate`] as well as the device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidVirtio {
+    /// num_queues={0} must be from 1 to 64
+    #[error("num_queues={0} must be from 1 to {MAX_CPUS}")]
+    Queues(u16),
+    /// num_queues={0} must be even, from 2 to 128
+    #[error(
+        "num_queues={0} must be even, from 2 to {MAX_NET_QUEUES}: a receive and a transmit queue for each \
+         pair"
+    )]
+    Pairs(u16),
+    /// queue_size={size} must be a power of two from {least} to {most}
+    #[error("queue_size={size} must be a power of two from {least} to {most}")]
+    QueueSize {
+        /// What was asked for.
+        size: u16,
+        /// The least that there can be.
+        least: u16,
+        /// The most.
+        most: u16,
+    },
+    /// queue_affinity names queue {queue}, and there are {queues}, counted from 0
+    #[error("queue_affinity names queue {queue}, and num_queues={queues}, counted from 0")]
+    AffinityQueue {
+        /// The queue that there is not.
+        queue: u16,
+        /// How many there are.
+        queues: u16,
+    },
+    /// queue_affinity says twice where queue {0} runs
+    #[error("queue_affinity says twice where queue {0} runs")]
+    AffinityTwice(u16),
+    /// serial is longer than 20 characters, or has others than printable ASCII
+    #[error("serial=`{0}` must be printable ASCII, and no longer than {SERIAL_SIZE} characters")]
+    Serial(String),
+    /// {key}_size= and {key}_refill_time= go together
+    #[error(
+        "{key}_size= and {key}_refill_time= go together, and neither is 0; a burst goes with both"
+    )]
+    Bucket {
+        /// `bw` or `ops`.
+        key: &'static str,
+    },
+    /// backing_files=on goes with image_type=qcow2
+    #[error("backing_files=on goes with image_type=qcow2: no other image names files")]
+    BackingFiles,
+    /// `{0}` is no name for a network interface
+    #[error(
+        "`{0}` is no name for a network interface: 1 to {INTERFACE_NAME} characters, without spaces, \
+         `/` and `:`"
+    )]
+    TapName(String),
+    /// id=`{0}` must have a character, and no spaces, commas or `/`
+    #[error("id=`{0}` must have a character, and no spaces, commas or `/`")]
+    Id(String),
+}
+
+/// A device of the configuration, by the name it has or else by where it was said: `--disk no. 2`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name(String);
+
+impl Name {
+    pub(super) fn of(flag: &str) -> Self {
+        Self(flag.to_owned())
+    }
+
+    pub(super) fn new(flag: &str, index: usize, id: Option<&String>) -> Self {
+        match id {
+            Some(id) => Self(format!("{flag} id={id}")),
+            None => Self::numbered(flag, index),
+        }
+    }
+
+    pub(super) fn numbered(flag: &str, index: usize) -> Self {
+        Self(format!("{flag} no. {}", index.saturating_add(1)))
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
