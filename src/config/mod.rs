@@ -9,6 +9,7 @@ mod virtio;
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use busway_host::Mac;
 use busway_pci::Reserve;
@@ -16,8 +17,8 @@ use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
 use validate::MAX_HOTPLUG_SLOTS;
-pub(crate) use validate::validate_functions;
 pub use validate::{InvalidConfig, InvalidVirtio};
+pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
 
 /// How many vCPUs a VM can have, and so how many queues, or pairs of them, a virtio device has use for.
@@ -315,6 +316,9 @@ pub struct NetConfig {
     /// The tap interface; made where it does not exist, and named by the kernel where absent.
     #[serde(default)]
     pub tap: Option<String>,
+    /// Descriptors of a tap that somebody else has opened, one for each pair of queues, in the place of `tap`.
+    #[serde(default)]
+    pub fd: Vec<u32>,
     /// The guest's MAC address; a random, locally administered one where absent.
     #[serde(default)]
     pub mac: Option<Mac>,
@@ -333,6 +337,7 @@ impl Default for NetConfig {
     fn default() -> Self {
         Self {
             tap: None,
+            fd: Vec::new(),
             mac: None,
             num_queues: two(),
             queue_size: net_queue_size(),
@@ -535,9 +540,27 @@ pub struct PlatformConfig {
     pub hotplug_slots: Option<u8>,
     /// Bytes of guest addresses above RAM for the memory of what comes into such a slot.
     pub hotplug_mmio64: Option<u64>,
+    /// Seconds that the guest has to let go of a device that somebody wants back; from 1 to
+    /// [`MAX_REMOVAL_TIMEOUT`], and [`DEFAULT_REMOVAL_TIMEOUT`] where absent.
+    pub removal_timeout: Option<u32>,
 }
 
+/// The most seconds that a guest can be given to let go of a device.
+pub const MAX_REMOVAL_TIMEOUT: u32 = 3600;
+
+/// The seconds that it has where nothing else was said. Linux waits five of these after the button of a slot was
+/// pressed, for it could be pressed again to take that back (drivers/pci/hotplug/pciehp_ctrl.c,
+/// `pciehp_handle_button_press`).
+pub const DEFAULT_REMOVAL_TIMEOUT: u32 = 30;
+
 impl PlatformConfig {
+    /// How long the guest has to let go of a device where whoever wants it back does not say.
+    #[must_use]
+    pub fn removal_limit(&self) -> Duration {
+        let seconds = self.removal_timeout.unwrap_or(DEFAULT_REMOVAL_TIMEOUT);
+        Duration::from_secs(seconds.into())
+    }
+
     /// Has a VM whose devices can be changed have empty slots for them, if nothing else was said: 8, or what
     /// is left beside the `devices` that it starts with.
     pub fn make_slots(&mut self, devices: usize) {

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use super::{
     Choice, ConsoleConfig, DISK_QUEUE_SIZES, DeviceConfig, DiskConfig, ImageType, MAX_CPUS,
-    MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, MemoryConfig, NET_QUEUE_SIZES, NetConfig,
-    PlatformConfig, QueueAffinity, VmConfig,
+    MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, MemoryConfig,
+    NET_QUEUE_SIZES, NetConfig, PlatformConfig, QueueAffinity, VmConfig,
 };
 
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
@@ -188,6 +188,14 @@ pub enum InvalidConfig {
         /// Bytes that were asked for.
         size: u64,
     },
+    /// --platform removal_timeout={seconds}
+    #[error(
+        "--platform removal_timeout={seconds}: a guest has 1 to {MAX_REMOVAL_TIMEOUT} seconds to let go of a device"
+    )]
+    RemovalTimeout {
+        /// What was asked for.
+        seconds: u32,
+    },
     /// --platform iommufd_fd={fd} with iommufd=off
     #[error("--platform iommufd_fd={fd} contradicts iommufd=off beside it: leave one of them out")]
     IommufdOff {
@@ -257,6 +265,21 @@ pub enum InvalidVirtio {
          `/` and `:`"
     )]
     TapName(String),
+    /// both tap= and fd= say which tap
+    #[error("both tap= and fd= say which tap: leave one out")]
+    TwoTaps,
+    /// fd= has {files} descriptors, and num_queues={queues}
+    #[error(
+        "{files} of a tap's descriptors (fd=) are for num_queues={}, one for each pair of queues, and \
+         num_queues={queues}",
+        .files.saturating_mul(2)
+    )]
+    TapFiles {
+        /// How many descriptors there are.
+        files: usize,
+        /// How many queues were asked for.
+        queues: u16,
+    },
     /// id=`{0}` must have a character, and no spaces, commas or `/`
     #[error("id=`{0}` must have a character, and no spaces, commas or `/`")]
     Id(String),
@@ -503,10 +526,16 @@ impl VmConfig {
             let name = Name::new("--disk", index, disk.id.as_ref());
             (name, "fd", disk.fd)
         });
+        let nets = self.net.iter().enumerate().flat_map(|(index, net)| {
+            let name = Name::new("--net", index, net.id.as_ref());
+            net.fd.iter().map(move |&fd| (name.clone(), "fd", Some(fd)))
+        });
         let platform = Name("--platform".to_owned());
-        let all = devices
-            .chain(disks)
-            .chain([(platform, "iommufd_fd", self.platform.iommufd_fd)]);
+        let all = devices.chain(disks).chain(nets).chain([(
+            platform,
+            "iommufd_fd",
+            self.platform.iommufd_fd,
+        )]);
         for (device, key, fd) in all {
             let Some(fd) = fd else { continue };
             if fd <= STANDARD_ERROR {
@@ -616,6 +645,15 @@ impl NetConfig {
         if let Some(tap) = self.tap.as_ref().filter(|tap| !is_interface_name(tap)) {
             return Err(InvalidVirtio::TapName(tap.clone()));
         }
+        match self.fd.len() {
+            0 => {}
+            _ if self.tap.is_some() => return Err(InvalidVirtio::TwoTaps),
+            files if files != usize::from(pairs) => {
+                let queues = self.num_queues;
+                return Err(InvalidVirtio::TapFiles { files, queues });
+            }
+            _ => {}
+        }
         queue_size(self.queue_size, NET_QUEUE_SIZES)
     }
 }
@@ -709,12 +747,22 @@ impl Seen {
 /// How many slots bus 0 has for root ports beside the functions that come first.
 pub(super) const MAX_HOTPLUG_SLOTS: u8 = 15;
 
+/// Whether a guest can be given so many seconds to let go of a device.
+pub(crate) fn is_removal_timeout(seconds: u32) -> bool {
+    (1..=MAX_REMOVAL_TIMEOUT).contains(&seconds)
+}
+
 impl PlatformConfig {
     fn validate_slots(&self) -> Result<(), InvalidConfig> {
         if let Some(slots) = self.hotplug_slots
             && slots > MAX_HOTPLUG_SLOTS
         {
             return Err(InvalidConfig::HotplugSlots { slots });
+        }
+        if let Some(seconds) = self.removal_timeout
+            && !is_removal_timeout(seconds)
+        {
+            return Err(InvalidConfig::RemovalTimeout { seconds });
         }
         match self.hotplug_mmio64 {
             Some(size) if size == 0 || !size.is_multiple_of(1 << 20) => {

@@ -3,6 +3,7 @@
 //! done on a thread of its own.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use busway_iommu::{DmaSpace, IovaRange};
 use busway_pci::pace::SystemClock;
@@ -141,6 +142,11 @@ impl Attacher {
             users,
         });
         Ok(())
+    }
+
+    /// How long the guest has to let go of a device where whoever wants it back does not say.
+    pub(super) fn removal_limit(&self) -> Duration {
+        self.opening.platform.removal_limit()
     }
 
     /// Of the space that there is now.
@@ -325,7 +331,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::sync::mpsc;
     use std::thread;
-    use std::time::Duration;
 
     use super::*;
 

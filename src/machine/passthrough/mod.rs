@@ -24,14 +24,14 @@ use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
 use super::pci::Pci;
-use super::requests::{Added, AddedFunction, Answer, Asker, RequestError};
+use super::requests::{Added, AddedFunction, Answer, Asker, Removal, RequestError};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
 use crate::report::Report;
 use attach::{Attacher, Prepared};
 use attached::Attached;
-pub(super) use attached::{RELEASE_LIMIT, Verdict};
+pub(super) use attached::Verdict;
 pub(super) use dma::PeerToPeerError;
 pub(super) use find::{Found, options};
 use open::Opening;
@@ -187,18 +187,22 @@ impl Passthrough {
     pub(super) fn remove(
         &mut self,
         id: &str,
-        force: bool,
+        removal: Removal,
         topology: &Arc<Topology>,
         held: bool,
-        asker: Asker,
     ) {
         if self.coming_devices().any(|config| config.id() == id) {
-            asker.answer(Err(RequestError::State(
+            removal.asker.answer(Err(RequestError::State(
                 "still to get it: ask again when it is there",
             )));
             return;
         }
-        self.attached.remove(id, force, topology, held, asker);
+        self.attached.remove(id, removal, topology, held);
+    }
+
+    /// How long the guest has to let go of a device where whoever wants it back does not say.
+    pub(super) fn removal_limit(&self) -> Duration {
+        self.attacher.removal_limit()
     }
 
     fn taken(&self) -> Vec<FunctionId> {
