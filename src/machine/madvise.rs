@@ -93,13 +93,16 @@ mod tests {
         let parts = constant_parts();
         let own = forget_the_start as fn() as usize;
         let code = parts.iter().find(|part| part.contains(&own)).unwrap();
-        // SAFETY: the pages are mapped, and may be read.
-        let touch = || {
+        let touch = |at: usize| {
+            // SAFETY: the pages are mapped, and may be read.
+            unsafe { *(at as *const u8) }
+        };
+        let sum = || {
             code.clone()
                 .step_by(4096)
-                .map(|at| unsafe { *(at as *const u8) })
+                .map(|at| u64::from(touch(at)))
+                .sum::<u64>()
         };
-        let sum = || touch().map(u64::from).sum::<u64>();
         let before = sum();
         let (all, written) = resident(code);
         assert_eq!(written, 0, "a relocation in code would be lost");

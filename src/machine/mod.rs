@@ -29,6 +29,7 @@ mod signals;
 mod virtio;
 
 pub use address_plan::NoRoomError;
+pub use assembly::few_arenas;
 pub use error::RunError;
 pub use life::Ended;
 pub(crate) use panics::PanicWatch;

@@ -321,6 +321,12 @@ impl Attached {
         self.releases.finish();
     }
 
+    /// Waits until all is closed that leaves.
+    #[cfg(test)]
+    pub(super) fn settle(&self) {
+        self.releases.finish();
+    }
+
     /// Somebody wants back what is behind `port`, and gives the guest `limit` for it.
     fn ask_for(
         &mut self,
