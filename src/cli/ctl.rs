@@ -12,12 +12,14 @@ use serde_json::{Value, json};
 use super::failure::Failure;
 use super::style::{Screen, Style, write_out};
 use super::text::fold;
+use crate::config::MAX_REMOVAL_TIMEOUT;
 use crate::control::client::{self, ClientError};
 use crate::exit::RUNTIME;
 
 /// How long a VM has to answer.
 const LIMIT: Duration = Duration::from_secs(10);
-/// How long it has to end: the kernel waits a minute for a device that does not come back from its reset.
+/// How long it has to end, and for what the kernel does to a device: that waits a minute for one that does not
+/// come back from its reset.
 const END_LIMIT: Duration = Duration::from_secs(120);
 
 /// `busway ctl`
@@ -71,6 +73,10 @@ enum Verb {
         /// Pull it out where the guest does not release it
         #[arg(long)]
         force: bool,
+        /// How long the guest has to release it, 1 to 3600; what `--platform removal_timeout=` said, or 30, where
+        /// nothing is given
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_REMOVAL_TIMEOUT)))]
+        timeout: Option<u32>,
     },
 }
 
@@ -115,7 +121,8 @@ struct AddNetArgs {
 /// At the end of the help.
 pub(super) const EXIT_STATUS: &str = "\
 Exit status: 0 it is done; 1 the VM refused, or did not answer in time (10 s; 2 minutes to end or
-to add or remove a device); 2 bad usage, or no VM's socket has this name.";
+to add a device, and to remove one beside the time that the guest has for it); 2 bad usage, or no
+VM's socket has this name.";
 
 impl Verb {
     const fn method(&self) -> &'static str {
@@ -156,7 +163,13 @@ impl Verb {
                 "backing_files": disk.backing_files, "serial": disk.serial, "id": disk.id,
             })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
-            Self::RemoveDevice { id, force } => Some(json!({ "id": id, "force": force })),
+            Self::RemoveDevice { id, force, timeout } => {
+                let mut body = json!({ "id": id, "force": force });
+                if let Some(seconds) = timeout {
+                    body["timeout_s"] = json!(seconds);
+                }
+                Some(body)
+            }
             _ => None,
         }
     }
@@ -170,6 +183,24 @@ impl Verb {
             | Self::RemoveDevice { .. } => END_LIMIT,
             _ => LIMIT,
         }
+    }
+
+    /// The same with the time that the guest has, where that is known to the VM alone: it is asked for it.
+    fn limit_of(&self, socket: &Path) -> Result<Duration, ClientError> {
+        let guest = match self {
+            Self::RemoveDevice {
+                timeout: Some(seconds),
+                ..
+            } => (*seconds).into(),
+            Self::RemoveDevice { timeout: None, .. } => {
+                let info = client::ask(socket, "GET", "vm.info", None, LIMIT)?;
+                number(&info, "/config/platform/removal_timeout_s")
+            }
+            _ => 0,
+        };
+        // Nobody waits for ever for what calls itself a VM.
+        let guest = Duration::from_secs(guest.min(MAX_REMOVAL_TIMEOUT.into()));
+        Ok(self.limit().saturating_add(guest))
     }
 }
 
@@ -191,13 +222,10 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
         .map_err(Failure::usage)?;
     let verb = &args.verb;
     let body = verb.body();
-    let answer = client::ask(
-        socket,
-        verb.method(),
-        verb.endpoint(),
-        body.as_ref(),
-        verb.limit(),
-    );
+    let answer = verb.limit_of(socket).and_then(|limit| {
+        let (method, endpoint) = (verb.method(), verb.endpoint());
+        client::ask(socket, method, endpoint, body.as_ref(), limit)
+    });
     let answer = answer.map_err(|error: ClientError| Failure::new(error.exit_status(), error))?;
     let text = match args.json {
         true => pretty(answer),
@@ -571,7 +599,14 @@ device      0000:01:00.0, id drive, in the guest 0000:01:00.0
         let verb = Verb::RemoveDevice {
             id: "card".into(),
             force: false,
+            timeout: Some(90),
         };
+        let body = json!({ "id": "card", "force": false, "timeout_s": 90 });
+        assert_eq!(verb.body(), Some(body));
+        assert_eq!(
+            verb.limit_of(Path::new("")).unwrap(),
+            END_LIMIT + Duration::from_secs(90)
+        );
         let answer = json!({ "ids": ["card", "0000:01:00.1"] });
         assert_eq!(
             show(&verb, &answer, Screen::default()),

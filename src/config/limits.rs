@@ -25,6 +25,14 @@ pub const CONSOLE_FILE_SIZE: u64 = 16 << 20;
 /// The least that the size of such a file can be: what is written at once.
 pub const MIN_CONSOLE_FILE_SIZE: u64 = 4096;
 
+/// The most seconds that a guest can be given to release a device.
+pub const MAX_REMOVAL_TIMEOUT: u32 = 3600;
+
+/// The seconds that it has where nothing else was said. Linux waits five of these after the button of a slot was
+/// pressed, for it could be pressed again to take that back (drivers/pci/hotplug/pciehp_ctrl.c,
+/// `pciehp_handle_button_press`).
+pub const DEFAULT_REMOVAL_TIMEOUT: u32 = 30;
+
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
 pub(super) const INTERFACE_NAME: usize = 15;
 

@@ -10,6 +10,7 @@ mod validate;
 mod virtio;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use busway_host::Mac;
 use busway_pci::Reserve;
@@ -19,11 +20,11 @@ use serde::{Deserialize, Serialize};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
-    CONSOLE_FILE_SIZE, DISK_QUEUE_SIZES, MAX_CPUS, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
-    NET_QUEUE_SIZES,
+    CONSOLE_FILE_SIZE, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES, MAX_CPUS, MAX_REMOVAL_TIMEOUT,
+    MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
-pub(crate) use validate::validate_functions;
 pub use validate::{InvalidConfig, InvalidVirtio};
+pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
 
 /// Where Linux shows PCI functions by address.
@@ -139,6 +140,9 @@ pub struct NetConfig {
     /// The tap interface; made where it does not exist, and named by the kernel where absent.
     #[serde(default)]
     pub tap: Option<String>,
+    /// Descriptors of a tap that somebody else has opened, one for each pair of queues, in the place of `tap`.
+    #[serde(default)]
+    pub fd: Vec<u32>,
     /// The guest's MAC address; a random, locally administered one where absent.
     #[serde(default)]
     pub mac: Option<Mac>,
@@ -157,6 +161,7 @@ impl Default for NetConfig {
     fn default() -> Self {
         Self {
             tap: None,
+            fd: Vec::new(),
             mac: None,
             num_queues: two(),
             queue_size: net_queue_size(),
@@ -359,9 +364,19 @@ pub struct PlatformConfig {
     pub hotplug_slots: Option<u8>,
     /// Bytes of guest addresses above RAM for the memory of what comes into such a slot.
     pub hotplug_mmio64: Option<u64>,
+    /// Seconds that the guest has to release a device that somebody wants back; from 1 to
+    /// [`MAX_REMOVAL_TIMEOUT`], and [`DEFAULT_REMOVAL_TIMEOUT`] where absent.
+    pub removal_timeout: Option<u32>,
 }
 
 impl PlatformConfig {
+    /// How long the guest has to release a device where whoever wants it back does not say.
+    #[must_use]
+    pub fn removal_limit(&self) -> Duration {
+        let seconds = self.removal_timeout.unwrap_or(DEFAULT_REMOVAL_TIMEOUT);
+        Duration::from_secs(seconds.into())
+    }
+
     /// Has a VM whose devices can be changed have empty slots for them, if nothing else was said: 8, or what
     /// is left beside the `devices` that it starts with.
     pub fn make_slots(&mut self, devices: usize) {

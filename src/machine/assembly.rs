@@ -89,7 +89,6 @@ pub(super) struct Begun {
 
 impl Begun {
     pub(super) fn new(config: &VmConfig) -> Result<Self, RunError> {
-        few_arenas();
         many_files();
         // What costs nothing to find out comes first.
         let source = open_source(config)?;
@@ -442,8 +441,8 @@ fn open_slots(
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,
-/// and each heap has pages that are only ever touched once.
-fn few_arenas() {
+/// and each heap has pages that are only ever touched once. Call it before any thread is started.
+pub fn few_arenas() {
     #[cfg(target_env = "gnu")]
     // SAFETY: the parameter exists and takes any count; allocations made before stay valid.
     unsafe {

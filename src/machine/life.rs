@@ -10,7 +10,7 @@ use super::assembly::Machine;
 use super::ears;
 use super::events::Event;
 use super::passthrough::Verdict;
-use super::requests::{Answer, Asker, Info, Request, RequestError, Requests, State};
+use super::requests::{Answer, Asker, Info, Removal, Request, RequestError, Requests, State};
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
 use crate::provoked;
@@ -317,11 +317,17 @@ impl Machine {
                     let taken = |id: &str| attached.has_id(id);
                     self.virtio.add(*config, files, taken, asker);
                 }
-                Request::RemoveDevice { id, force } => {
+                Request::RemoveDevice { id, force, limit } => {
                     let held = !matches!(life.phase, Phase::Running);
-                    if let Some(asker) = self.virtio.remove(&id, force, held, asker) {
+                    let limit = limit.unwrap_or_else(|| self.passthrough.removal_limit());
+                    let removal = Removal {
+                        asker,
+                        force,
+                        limit,
+                    };
+                    if let Some(removal) = self.virtio.remove(&id, removal, held) {
                         let topology = self.pci.topology();
-                        self.passthrough.remove(&id, force, topology, held, asker);
+                        self.passthrough.remove(&id, removal, topology, held);
                     }
                 }
                 Request::Shutdown => {

@@ -18,6 +18,7 @@ mod error;
 mod events;
 mod firmware;
 mod life;
+mod madvise;
 mod panics;
 mod passthrough;
 mod pci;
@@ -28,6 +29,7 @@ mod signals;
 mod virtio;
 
 pub use address_plan::NoRoomError;
+pub use assembly::few_arenas;
 pub use error::RunError;
 pub use life::Ended;
 pub(crate) use panics::PanicWatch;
@@ -69,9 +71,10 @@ pub fn run(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Resul
     #[cfg(debug_assertions)]
     panics::panic_where_a_test_asks();
     machine.account(report);
-    report.reached(Stage::FirstInstruction);
     let mut life = Life::new();
     let ended = loop {
+        madvise::forget_the_start();
+        report.reached(Stage::FirstInstruction);
         let restarted = match machine.live(&mut life, &signals, &requests) {
             Ok(Stop::Restart) => {
                 let info = machine.info(&life);

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use busway_vfio::EventFd;
 use serde::Serialize;
@@ -45,6 +46,8 @@ pub enum Request {
         id: String,
         /// Pull it out where the guest does not release it.
         force: bool,
+        /// How long the guest has for it; what the configuration says, where nothing else is asked for.
+        limit: Option<Duration>,
     },
 }
 
@@ -223,6 +226,16 @@ impl Asker {
         // Who asked may wait no longer.
         let _ = self.0.send(answer);
     }
+}
+
+/// That somebody wants a device removed, other than the host.
+#[derive(Debug)]
+pub(super) struct Removal {
+    pub(super) asker: Asker,
+    /// Where the guest does not release it, it loses the device.
+    pub(super) force: bool,
+    /// How long the guest has for it.
+    pub(super) limit: Duration,
 }
 
 #[derive(Debug)]

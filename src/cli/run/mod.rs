@@ -152,6 +152,7 @@ Exit status: 0 the guest powered off; 1 it failed while running; 2 bad usage or 
 pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(), Failure> {
     // Threads start below, and the signals that end a VM are the machine's.
     machine::block_signals();
+    machine::few_arenas();
     logging::step_aside();
     let mut config = args.config().map_err(Failure::usage)?;
     let socket = args.api_socket().map_err(Failure::usage)?;

@@ -199,6 +199,9 @@ pub(super) static NET: Section<NetConfig> = Section {
     keys: keys! {
         "tap" { "NAME": "the interface, made where there is none [named by the kernel]" }
             |net, value| net.tap = Some(value.text()?.to_owned());
+        "fd" { "N|[N,…]": "in place of tap=: descriptors of a tap that Busway inherits, one for each pair\n\
+                 of queues, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR" }
+            |net, value| net.fd = numbers(value)?;
         "mac" { "MAC": "the guest's address [random]" }
             |net, value| net.mac = Some(value.mac()?);
         "num_queues" { "N": "receive and transmit queues together, even [2]" }
@@ -213,6 +216,14 @@ pub(super) static NET: Section<NetConfig> = Section {
     single: false,
     details: &[],
 };
+
+/// A number, or a list of them.
+fn numbers(value: &Value) -> Result<Vec<u32>, Reason> {
+    match value {
+        Value::List(values) => values.iter().map(Value::number).collect(),
+        value => Ok(vec![value.number()?]),
+    }
+}
 
 /// `--rng`
 pub(super) static RNG: Section<RngConfig> = Section {
@@ -396,6 +407,8 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.hotplug_slots = Some(value.number()?);
         "hotplug_mmio64" { "SIZE": "room above RAM for the memory of what comes into such a slot [4G]" }
             |platform, value| platform.hotplug_mmio64 = Some(value.size()?);
+        "removal_timeout" { "N": "seconds that the guest has to release a device that is to leave, 1 to 3600 [30]" }
+            |platform, value| platform.removal_timeout = Some(value.number()?);
     },
     required: &[],
     bare: None,

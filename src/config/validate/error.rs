@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::config::limits::{
-    INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_NET_QUEUES, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
-    SERIAL_SIZE,
+    INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_NET_QUEUES, MAX_REMOVAL_TIMEOUT,
+    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE,
 };
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
@@ -176,6 +176,14 @@ pub enum InvalidConfig {
         /// Bytes that were asked for.
         size: u64,
     },
+    /// --platform removal_timeout={seconds}
+    #[error(
+        "--platform removal_timeout={seconds}: a guest has 1 to {MAX_REMOVAL_TIMEOUT} seconds to release a device"
+    )]
+    RemovalTimeout {
+        /// What was asked for.
+        seconds: u32,
+    },
     /// --platform iommufd_fd={fd} with iommufd=off
     #[error("--platform iommufd_fd={fd} contradicts iommufd=off beside it: leave one of them out")]
     IommufdOff {
@@ -245,6 +253,21 @@ pub enum InvalidVirtio {
          `/` and `:`"
     )]
     TapName(String),
+    /// both tap= and fd= say which tap
+    #[error("both tap= and fd= say which tap: leave one out")]
+    TwoTaps,
+    /// fd= has {files} descriptors, and num_queues={queues}
+    #[error(
+        "{files} of a tap's descriptors (fd=) are for num_queues={}, one for each pair of queues, and \
+         num_queues={queues}",
+        .files.saturating_mul(2)
+    )]
+    TapFiles {
+        /// How many descriptors there are.
+        files: usize,
+        /// How many queues were asked for.
+        queues: u16,
+    },
     /// id=`{0}` must have a character, and no spaces, commas or `/`
     #[error("id=`{0}` must have a character, and no spaces, commas or `/`")]
     Id(String),

@@ -6,8 +6,8 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::limits::{
-    DISK_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MEMORY_STEP,
-    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE,
+    DISK_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_REMOVAL_TIMEOUT,
+    MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE,
 };
 use super::{
     Choice, ConsoleConfig, DeviceConfig, DiskConfig, ImageType, MemoryConfig, NetConfig,
@@ -238,10 +238,16 @@ impl VmConfig {
             let name = Name::new("--disk", index, disk.id.as_ref());
             (name, "fd", disk.fd)
         });
+        let nets = self.net.iter().enumerate().flat_map(|(index, net)| {
+            let name = Name::new("--net", index, net.id.as_ref());
+            net.fd.iter().map(move |&fd| (name.clone(), "fd", Some(fd)))
+        });
         let platform = Name::of("--platform");
-        let all = devices
-            .chain(disks)
-            .chain([(platform, "iommufd_fd", self.platform.iommufd_fd)]);
+        let all = devices.chain(disks).chain(nets).chain([(
+            platform,
+            "iommufd_fd",
+            self.platform.iommufd_fd,
+        )]);
         for (device, key, fd) in all {
             let Some(fd) = fd else { continue };
             if fd <= STANDARD_ERROR {
@@ -348,6 +354,15 @@ impl NetConfig {
         if let Some(tap) = self.tap.as_ref().filter(|tap| !is_interface_name(tap)) {
             return Err(InvalidVirtio::TapName(tap.clone()));
         }
+        match self.fd.len() {
+            0 => {}
+            _ if self.tap.is_some() => return Err(InvalidVirtio::TwoTaps),
+            files if files != usize::from(pairs) => {
+                let queues = self.num_queues;
+                return Err(InvalidVirtio::TapFiles { files, queues });
+            }
+            _ => {}
+        }
         queue_size(self.queue_size, NET_QUEUE_SIZES)
     }
 }
@@ -438,12 +453,22 @@ impl Seen {
     }
 }
 
+/// Whether a guest can be given so many seconds to release a device.
+pub(crate) fn is_removal_timeout(seconds: u32) -> bool {
+    (1..=MAX_REMOVAL_TIMEOUT).contains(&seconds)
+}
+
 impl PlatformConfig {
     fn validate_slots(&self) -> Result<(), InvalidConfig> {
         if let Some(slots) = self.hotplug_slots
             && slots > MAX_HOTPLUG_SLOTS
         {
             return Err(InvalidConfig::HotplugSlots { slots });
+        }
+        if let Some(seconds) = self.removal_timeout
+            && !is_removal_timeout(seconds)
+        {
+            return Err(InvalidConfig::RemovalTimeout { seconds });
         }
         match self.hotplug_mmio64 {
             Some(size) if size == 0 || !size.is_multiple_of(1 << 20) => {

@@ -255,11 +255,30 @@ fn a_descriptor_in_the_place_of_a_device_is_no_standard_one_and_given_once() {
         vm.platform.iommufd_fd = Some(5);
     });
     assert!(shared.contains("--platform have the same fd"), "{shared}");
+    let taps = |fd: &[u32]| NetConfig {
+        fd: fd.to_vec(),
+        num_queues: 4,
+        ..NetConfig::default()
+    };
+    let twice = complaint(|vm| vm.net = vec![taps(&[3, 4]), taps(&[5, 3])]);
+    assert!(twice.contains("the same fd, `3`"), "{twice}");
+    let standard = complaint(|vm| vm.net = vec![taps(&[3, 1])]);
+    assert!(standard.contains("fd=1 is standard"), "{standard}");
     let off = complaint(|vm| {
         vm.platform.iommufd_fd = Some(5);
         vm.platform.iommufd = Choice::Off;
     });
     assert!(off.contains("contradicts iommufd=off"), "{off}");
+}
+
+#[test]
+fn a_guest_has_from_a_second_to_an_hour_to_let_go_of_a_device() {
+    let with = |seconds| validate(|vm| vm.platform.removal_timeout = Some(seconds));
+    assert_eq!((with(1), with(3600)), (Ok(()), Ok(())));
+    for seconds in [0, 3601] {
+        let why = with(seconds).unwrap_err();
+        assert!(why.contains("1 to 3600 seconds"), "{why}");
+    }
 }
 
 #[test]

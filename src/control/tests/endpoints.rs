@@ -294,6 +294,42 @@ fn descriptors_by_number_are_refused_and_those_that_are_sent_are_closed() {
 }
 
 #[test]
+fn a_removal_has_the_time_that_is_asked_for_within_a_range() {
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let vm = Vm::new({
+        let seen = Arc::clone(&seen);
+        move |request| {
+            if let Request::RemoveDevice { limit, .. } = request {
+                seen.lock().unwrap().push(*limit);
+            }
+            Some(Ok(Answer::Done))
+        }
+    });
+    let mut client = vm.connect();
+    for (asked, status) in [
+        ("", 204),
+        (r#","timeout_s":null"#, 204),
+        (r#","timeout_s":1"#, 204),
+        (r#","timeout_s":3600"#, 204),
+        (r#","timeout_s":0"#, 400),
+        (r#","timeout_s":3601"#, 400),
+        (r#","timeout_s":-1"#, 400),
+        (r#","timeout_s":"30""#, 400),
+    ] {
+        let body = format!(r#"{{"id":"drive"{asked}}}"#);
+        let length = format!("Content-Length: {}\r\n", body.len());
+        client.send(request("PUT", "vm.remove-device", &length) + &body);
+        let reply = client.reply().unwrap();
+        assert_eq!(reply.status, status, "{body}");
+    }
+    let seconds = |seconds| Some(Duration::from_secs(seconds));
+    assert_eq!(
+        *seen.lock().unwrap(),
+        [None, None, seconds(1), seconds(3600)]
+    );
+}
+
+#[test]
 fn a_taps_descriptors_come_with_the_request_for_a_nic_and_with_no_other() {
     let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
     let vm = Vm::new({

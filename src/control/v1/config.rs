@@ -166,6 +166,8 @@ struct Platform {
     iommufd: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vfio_p2p_dma: Option<bool>,
+    /// Beside Cloud Hypervisor's: the seconds that the guest has to release a device.
+    removal_timeout_s: u64,
 }
 
 impl From<&VmConfig> for Config {
@@ -373,6 +375,7 @@ impl From<&PlatformConfig> for Platform {
             num_pci_segments: 1,
             iommufd: known(platform.iommufd),
             vfio_p2p_dma: known(platform.p2p),
+            removal_timeout_s: platform.removal_limit().as_secs(),
         }
     }
 }
@@ -405,7 +408,7 @@ mod tests {
             "rng": { "src": "/dev/urandom", "iommu": false },
             "serial": { "mode": "Off", "iommu": false },
             "console": { "mode": "Off", "iommu": false },
-            "platform": { "num_pci_segments": 1 },
+            "platform": { "num_pci_segments": 1, "removal_timeout_s": 30 },
             "iommu": false, "watchdog": false, "pvpanic": false, "landlock_enable": false,
         });
         assert_eq!(config, expected);

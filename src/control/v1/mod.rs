@@ -8,6 +8,7 @@ mod virtio;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +16,9 @@ use super::End;
 use super::connections::Service;
 use super::http::{Answer, Request as HttpRequest};
 use super::json;
-use crate::config::{DeviceConfig, OnError, VirtioConfig, VmConfig};
+use crate::config::{
+    DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, VmConfig, is_removal_timeout,
+};
 use crate::machine::{
     self, Added, AddedFunction, Control, Files, Info, Request, RequestError, State,
 };
@@ -343,6 +346,26 @@ struct RemoveDevice {
     /// Beside Cloud Hypervisor's: pull it out where the guest does not release it.
     #[serde(default)]
     force: bool,
+    /// Beside Cloud Hypervisor's: the seconds that the guest has to release it.
+    timeout_s: Option<u32>,
+}
+
+impl RemoveDevice {
+    fn into_request(self) -> Result<Request, String> {
+        let limit = match self.timeout_s {
+            Some(seconds) if !is_removal_timeout(seconds) => {
+                return Err(format!(
+                    "timeout_s={seconds}: a guest has 1 to {MAX_REMOVAL_TIMEOUT} seconds to release a device"
+                ));
+            }
+            seconds => seconds.map(|seconds| Duration::from_secs(seconds.into())),
+        };
+        Ok(Request::RemoveDevice {
+            id: self.id,
+            force: self.force,
+            limit,
+        })
+    }
 }
 
 /// `VmmPingResponse`
@@ -497,11 +520,12 @@ impl Api {
     /// Answers when the host has the device back, and all that was in its slot.
     fn remove_device(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The device could not be removed from the VM";
-        let RemoveDevice { id, force } = match json::parse(body) {
-            Ok(asked) => asked,
+        let asked = json::parse::<RemoveDevice>(body).and_then(RemoveDevice::into_request);
+        let request = match asked {
+            Ok(request) => request,
             Err(why) => return failed(400, &[WHAT, &why]),
         };
-        match self.control.ask(Request::RemoveDevice { id, force }) {
+        match self.control.ask(request) {
             Ok(machine::Answer::RemovedTogether(ids)) => succeeded(&Removed { ids }),
             Ok(_) => done(),
             Err(error) => refused(WHAT, &error),

@@ -2,11 +2,13 @@
 //! kernel, which resets each device that is opened and pins memory, so that a machine that runs has it
 //! done on a thread of its own.
 
+use std::fmt::Debug;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use busway_iommu::{DmaSpace, IovaRange};
 use busway_pci::pace::SystemClock;
-use busway_pci::{Device, Function, PciFunction};
+use busway_pci::{Device, Function, InterruptLines, InterruptRoutes, PciFunction};
 use busway_vfio::{AssignedFunction, DeviceIo, Resets, Wiring};
 
 use busway_host::open_node;
@@ -15,10 +17,11 @@ use super::PeerToPeerError;
 use super::advice::with_remedies;
 use super::dma::DmaListener;
 use super::find::{Found, Request};
-use super::open::{OpenSpace, Opened, Opening};
+use super::open::{Opened, Opening};
+use super::opener::OpenSpace;
 use super::placement::{Behind, behind_ports};
 use crate::config::DeviceConfig;
-use crate::kvm::IrqRouter;
+use crate::kvm::{IrqRouter, VectorCount};
 use crate::machine::RunError;
 use crate::machine::pci::pins_behind_port;
 use crate::memory::{RegionListener, Regions};
@@ -30,13 +33,38 @@ pub(super) struct Attacher {
     opening: Opening,
     memory: Arc<Regions>,
     pub(super) resets: Arc<Resets>,
-    pub(super) router: IrqRouter,
-    /// Counts the devices' vectors.
-    host_vectors: IrqRouter,
+    wires: Arc<dyn Wires>,
     /// Held for moments only.
     space: Mutex<Option<SpaceInUse>>,
     /// Held while a space is made or given up, which takes as long as memory is pinned.
     making: Mutex<()>,
+}
+
+/// The ways of devices' interrupts to the guest.
+pub(super) trait Wires: Debug + Send + Sync {
+    /// Those of messages.
+    fn routes(&self) -> Arc<dyn InterruptRoutes>;
+
+    /// Those of pins that are wired to these global system interrupts.
+    fn lines(&self, gsis: [u32; 4]) -> Arc<dyn InterruptLines>;
+
+    /// How many vectors devices have.
+    fn vectors(&self) -> VectorCount;
+}
+
+/// KVM's, by a handle that counts the devices' vectors alone.
+impl Wires for IrqRouter {
+    fn routes(&self) -> Arc<dyn InterruptRoutes> {
+        Arc::new(self.clone())
+    }
+
+    fn lines(&self, gsis: [u32; 4]) -> Arc<dyn InterruptLines> {
+        Arc::new(self.pins(gsis))
+    }
+
+    fn vectors(&self) -> VectorCount {
+        self.vectors()
+    }
 }
 
 /// The DMA space that all devices are in, with guest memory mapped in it.
@@ -98,14 +126,13 @@ impl Attacher {
         opening: Opening,
         memory: Arc<Regions>,
         resets: Arc<Resets>,
-        router: &IrqRouter,
+        wires: Arc<dyn Wires>,
     ) -> Self {
         Self {
             opening,
             memory,
             resets,
-            router: router.clone(),
-            host_vectors: router.with_own_count(),
+            wires,
             space: Mutex::default(),
             making: Mutex::default(),
         }
@@ -128,7 +155,7 @@ impl Attacher {
 
     /// Maps guest memory into a space that `count` devices are in, and keeps it in step from now on.
     pub(super) fn map(&self, open: &OpenSpace, count: usize) -> Result<(), RunError> {
-        let dma = open.space.dma();
+        let dma = open.dma();
         let peer_to_peer = self.opening.platform.p2p;
         let listener = Arc::new(DmaListener::new(dma.clone(), peer_to_peer));
         self.memory.listen(listener.clone())?;
@@ -141,6 +168,11 @@ impl Attacher {
             users,
         });
         Ok(())
+    }
+
+    /// How long the guest has to release a device where whoever wants it back does not say.
+    pub(super) fn removal_limit(&self) -> Duration {
+        self.opening.platform.removal_limit()
     }
 
     /// Of the space that there is now.
@@ -156,11 +188,11 @@ impl Attacher {
         configs: &[DeviceConfig],
         slot: Device,
     ) -> Result<Vec<Prepared>, RunError> {
-        let found = Found::find_more(configs, self.opening.platform.iommufd)?;
-        let root = found.paths.clone();
+        let root = self.opening.spaces.paths();
+        let found = Found::find_more(root.clone(), configs, self.opening.platform.iommufd)?;
         let opened = self.open_more(found);
         let (opened, users) = opened
-            .map_err(|error| with_remedies(error, &root, configs, self.opening.ram, &open_node))?;
+            .map_err(|error| with_remedies(error, root, configs, self.opening.ram, &open_node))?;
         // They stay open until their space is left.
         let devices: Vec<_> = opened.devices.iter().map(|(_, io)| io.clone()).collect();
         let mut ports = self.reset(opened);
@@ -239,8 +271,8 @@ impl Attacher {
     ) -> Result<Vec<Prepared>, RunError> {
         let functions = functions.into_iter().map(|(number, (request, device))| {
             let wiring = Wiring {
-                routes: Arc::new(self.host_vectors.clone()),
-                lines: Arc::new(self.router.pins(pins_behind_port(slot))),
+                routes: self.wires.routes(),
+                lines: self.wires.lines(pins_behind_port(slot)),
                 resets: self.resets.clone(),
                 clock: Arc::new(SystemClock::default()),
             };
@@ -308,7 +340,7 @@ impl Attacher {
             let stats = space.dma.stats();
             report.set_mappings(stats.map_calls, stats.bytes, stats.device_map_calls);
         }
-        let vectors = self.host_vectors.vectors();
+        let vectors = self.wires.vectors();
         report.set_vectors(vectors.most as u64, vectors.updates);
     }
 
@@ -325,7 +357,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::sync::mpsc;
     use std::thread;
-    use std::time::Duration;
 
     use super::*;
 

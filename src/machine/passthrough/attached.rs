@@ -20,11 +20,7 @@ use super::{STEADY_LIMIT, is_steady};
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
 use crate::machine::aside::Aside;
-use crate::machine::requests::{Answer, Asker, RequestError};
-
-/// How long a guest may take to release a device that the host wants back. Linux waits five seconds
-/// of these after the button was pressed, for it could be pressed again to take that back.
-pub(in crate::machine) const RELEASE_LIMIT: Duration = Duration::from_secs(30);
+use crate::machine::requests::{Answer, Removal, RequestError};
 
 /// How often a device's errors are told of at most.
 const QUIET: Duration = Duration::from_secs(5);
@@ -47,8 +43,8 @@ struct Entry {
     on_error: OnError,
     /// The root port in whose slot it is.
     port: FunctionId,
-    /// By when the guest has to have released it.
-    leaves: Option<Instant>,
+    /// By when the guest has to have release it, where somebody wants it back.
+    leaves: Option<Term>,
     /// What becomes of the slot's button for that.
     button: Button,
     /// Who asked for that, and whether it is pulled out where the guest does not.
@@ -58,6 +54,13 @@ struct Entry {
     events: DeviceEvents,
     io: Arc<dyn DeviceIo>,
     users: Arc<Users>,
+}
+
+/// The time that a guest has to release a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Term {
+    end: Instant,
+    limit: Duration,
 }
 
 /// The attention button of a device that is to leave.
@@ -72,14 +75,6 @@ struct Button {
 /// How often the button is pressed for one device: a guest that has not heard of the last change yet can take
 /// the first for that of the device before.
 const PRESSES: u8 = 2;
-
-/// That somebody wants a device removed, other than the host.
-#[derive(Debug)]
-struct Removal {
-    asker: Asker,
-    /// Where the guest does not release it, the device is pulled out.
-    force: bool,
-}
 
 /// Whether a VM goes on after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,28 +161,30 @@ impl Attached {
     }
 
     /// Asks the guest to release the device called `id`, and all others of its slot. Whoever asks is
-    /// answered when they are closed, or when the guest is found not to release it. `force`: they are then
+    /// answered when they are closed, or when the guest is found not to release it. By force they are then
     /// pulled out.
     pub(in crate::machine) fn remove(
         &mut self,
         id: &str,
-        force: bool,
+        removal: Removal,
         topology: &Arc<Topology>,
         held: bool,
-        asker: Asker,
     ) {
         let mut devices = self.devices.iter_mut();
         let Some(device) = devices.find(|device| device.config.id() == id) else {
-            asker.answer(Err(RequestError::Unknown(id.to_owned())));
+            let unknown = RequestError::Unknown(id.to_owned());
+            removal.asker.answer(Err(unknown));
             return;
         };
         if device.removal.is_some() {
-            asker.answer(Err(RequestError::State("about to release it already")));
+            let already = RequestError::State("about to release it already");
+            removal.asker.answer(Err(already));
             return;
         }
-        device.removal = Some(Removal { asker, force });
+        let limit = removal.limit;
+        device.removal = Some(removal);
         let port = device.port;
-        self.ask_for(port, topology, held, "it is to be removed");
+        self.ask_for(port, topology, held, "it is to be removed", limit);
     }
 
     /// Deals with what the devices have told. `held`: the guest does not run, and cannot be asked.
@@ -217,8 +214,9 @@ impl Attached {
             })
             .map(|device| device.port)
             .collect();
+        let limit = self.attacher.removal_limit();
         for port in wanted {
-            self.ask_for(port, topology, held, "the host wants it back");
+            self.ask_for(port, topology, held, "the host wants it back", limit);
         }
         Ok(verdict)
     }
@@ -257,7 +255,7 @@ impl Attached {
     pub(in crate::machine) fn deadline(&self) -> Option<Instant> {
         let devices = self.devices.iter();
         devices
-            .flat_map(|device| [device.leaves, device.button.due])
+            .flat_map(|device| [device.leaves.map(|term| term.end), device.button.due])
             .flatten()
             .min()
     }
@@ -277,9 +275,11 @@ impl Attached {
                 self.give_up_on(port, topology, why);
             }
         }
-        let late = |device: &&Entry| device.leaves.is_some_and(|deadline| deadline <= now);
-        while let Some(port) = self.devices.iter().find(late).map(|device| device.port) {
-            let limit = RELEASE_LIMIT.as_secs();
+        let late = |device: &Entry| {
+            let term = device.leaves.filter(|term| term.end <= now)?;
+            Some((device.port, term.limit.as_secs()))
+        };
+        while let Some((port, limit)) = self.devices.iter().find_map(late) {
             let why = format!("the guest did not release it within {limit} s");
             self.give_up_on(port, topology, &why);
         }
@@ -321,14 +321,33 @@ impl Attached {
         self.releases.finish();
     }
 
-    /// Somebody wants back what is behind `port`.
-    fn ask_for(&mut self, port: FunctionId, topology: &Arc<Topology>, held: bool, who: &str) {
+    /// Waits until all is closed that leaves.
+    #[cfg(test)]
+    pub(super) fn settle(&self) {
+        self.releases.finish();
+    }
+
+    /// Somebody wants back what is behind `port`, and gives the guest `limit` for it.
+    fn ask_for(
+        &mut self,
+        port: FunctionId,
+        topology: &Arc<Topology>,
+        held: bool,
+        who: &str,
+        limit: Duration,
+    ) {
+        let now = Instant::now();
+        let term = now.checked_add(limit).map(|end| Term { end, limit });
         let Some(device) = self.devices.iter().find(|device| device.port == port) else {
             return; // It went with another function of its slot.
         };
         let name = &device.name;
         if device.leaves.is_some() {
             log::debug!("{name}: it is waited for already");
+            // Whoever waits shorter is answered first.
+            for device in self.devices.iter_mut().filter(|device| device.port == port) {
+                device.leaves = device.leaves.min(term.or(device.leaves));
+            }
             return;
         }
         if !self.attacher.resets.is_resetting(&device.io) && is_silent(&*device.io) {
@@ -354,16 +373,15 @@ impl Attached {
         }
         log::warn!(
             "{name}: {who}; the guest is asked to release it, and has {} s",
-            RELEASE_LIMIT.as_secs()
+            limit.as_secs()
         );
-        let now = Instant::now();
         // One button for all of the slot. It is pressed as soon as the loop has dealt with what waits.
         let mut button = Button {
             due: now.checked_add(STEADY_LIMIT),
             presses: 0,
         };
         for device in self.devices.iter_mut().filter(|device| device.port == port) {
-            device.leaves = now.checked_add(RELEASE_LIMIT);
+            device.leaves = term;
             device.button = std::mem::take(&mut button);
         }
     }

@@ -115,7 +115,11 @@ impl Found {
     ///
     /// # Errors
     /// [`RunError::Rom`], or [`RunError::Config`] where two are one device
-    pub(super) fn find_more(configs: &[DeviceConfig], iommufd: Choice) -> Result<Self, RunError> {
+    pub(super) fn find_more(
+        paths: SysRoot,
+        configs: &[DeviceConfig],
+        iommufd: Choice,
+    ) -> Result<Self, RunError> {
         validate_functions(configs)?;
         let requests = configs.iter().map(|config| {
             Ok(Request {
@@ -126,7 +130,7 @@ impl Found {
             })
         });
         Ok(Self {
-            paths: SysRoot::default(),
+            paths,
             requests: requests.collect::<Result<_, RunError>>()?,
             asked: mode(iommufd),
             mode: mode(iommufd),

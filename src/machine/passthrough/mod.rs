@@ -9,14 +9,19 @@ mod advice;
 mod attach;
 mod attached;
 mod dma;
+#[cfg(test)]
+mod fake;
 mod find;
 mod open;
+mod opener;
 mod placement;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use busway_iommu::IovaRange;
+use busway_iommu::{IovaRange, SysRoot};
 use busway_pci::{FunctionId, Topology};
 use busway_vfio::{KvmFiles, Resets};
 
@@ -24,18 +29,19 @@ use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
 use super::pci::Pci;
-use super::requests::{Added, AddedFunction, Answer, Asker, RequestError};
+use super::requests::{Added, AddedFunction, Answer, Asker, Removal, RequestError};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
 use crate::report::Report;
-use attach::{Attacher, Prepared};
+use attach::{Attacher, Prepared, Wires};
 use attached::Attached;
-pub(super) use attached::{RELEASE_LIMIT, Verdict};
+pub(super) use attached::Verdict;
 pub(super) use dma::PeerToPeerError;
 pub(super) use find::{Found, options};
 use open::Opening;
 pub(super) use open::{OpenDevices, Opened};
+use opener::{MakeSpace, Vfio};
 pub(super) use placement::{HostIdentity, behind_ports};
 
 /// The host's devices of a machine, and what attaching one needs.
@@ -84,14 +90,34 @@ impl Passthrough {
             true => Some(Arc::new(vm.vfio()?) as Arc<dyn KvmFiles>),
             false => None,
         };
+        let devices = devices.clone();
+        let spaces = Box::new(Vfio {
+            paths: SysRoot::default(),
+            kvm,
+            devices: devices.clone(),
+        });
+        let wires = Arc::new(router.with_own_count());
+        Self::opening(config, spaces, wires, memory, router, events, devices)
+    }
+
+    /// The same where `spaces` makes the DMA spaces, and opens devices in them, and `wires` makes the ways for their
+    /// interrupts.
+    fn opening(
+        config: &VmConfig,
+        spaces: Box<dyn MakeSpace>,
+        wires: Arc<dyn Wires>,
+        memory: &Arc<Regions>,
+        router: &IrqRouter,
+        events: &Arc<Events>,
+        open: OpenDevices,
+    ) -> Result<Self, RunError> {
         let opening = Opening {
             platform: config.platform.clone(),
-            kvm,
             ram: config.memory.size,
-            devices: devices.clone(),
+            spaces,
         };
         let resets = Arc::<Resets>::default();
-        let attacher = Arc::new(Attacher::new(opening, memory.clone(), resets, router));
+        let attacher = Arc::new(Attacher::new(opening, memory.clone(), resets, wires));
         Ok(Self {
             attached: Attached::new(attacher.clone()).map_err(RunError::system("epoll_create"))?,
             coming: Aside::default(),
@@ -101,7 +127,7 @@ impl Passthrough {
             attacher,
             router: router.clone(),
             events: events.clone(),
-            open: devices.clone(),
+            open,
         })
     }
 
@@ -187,18 +213,22 @@ impl Passthrough {
     pub(super) fn remove(
         &mut self,
         id: &str,
-        force: bool,
+        removal: Removal,
         topology: &Arc<Topology>,
         held: bool,
-        asker: Asker,
     ) {
         if self.coming_devices().any(|config| config.id() == id) {
-            asker.answer(Err(RequestError::State(
+            removal.asker.answer(Err(RequestError::State(
                 "still to get it: ask again when it is there",
             )));
             return;
         }
-        self.attached.remove(id, force, topology, held, asker);
+        self.attached.remove(id, removal, topology, held);
+    }
+
+    /// How long the guest has to release a device where whoever wants it back does not say.
+    pub(super) fn removal_limit(&self) -> Duration {
+        self.attacher.removal_limit()
     }
 
     fn taken(&self) -> Vec<FunctionId> {

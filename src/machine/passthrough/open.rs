@@ -5,22 +5,13 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ScopedJoinHandle};
 
-use busway_iommu::{IommufdMode, Space, SpaceKind, SysRoot, Way};
-use busway_vfio::{
-    Claimed, DeviceError, DeviceIo, Joined, KernelDevice, KvmFiles, Opener, TokenUse, VfToken,
-    try_peers,
-};
+use busway_iommu::{IommufdMode, SpaceKind, SysRoot, Way};
+use busway_vfio::{Claimed, DeviceIo, Opener, TokenUse, VfToken, try_peers};
 
 use super::find::{Found, Request};
+use super::opener::{Joined, MakeSpace, OpenDevice, OpenSpace};
 use crate::config::{Choice, DeviceConfig, PlatformConfig};
 use crate::machine::RunError;
-
-/// The DMA space that all devices of a machine are in, and who opens devices into it.
-#[derive(Clone, Debug)]
-pub(in crate::machine) struct OpenSpace {
-    pub(super) space: Space,
-    pub(super) opener: Arc<Opener>,
-}
 
 /// Devices that are open in a DMA space, where nothing may be mapped yet.
 ///
@@ -31,16 +22,16 @@ pub(in crate::machine) struct Opened {
     pub(super) space: OpenSpace,
 }
 
+/// Devices that are open, in the order in which they were asked for.
+type Devices = Vec<Arc<dyn DeviceIo>>;
+
 /// What opening a machine's devices needs besides them.
 #[derive(Debug)]
 pub(super) struct Opening {
     pub(super) platform: PlatformConfig,
-    /// KVM has one such device in each VM; none where the VM can have no devices.
-    pub(super) kvm: Option<Arc<dyn KvmFiles>>,
     /// Bytes of RAM, all of which is pinned.
     pub(super) ram: u64,
-    /// What is opened by it.
-    pub(super) devices: OpenDevices,
+    pub(super) spaces: Box<dyn MakeSpace>,
 }
 
 /// The devices that a machine has opened, opens or closes now, for who wants to name them on any thread.
@@ -55,7 +46,7 @@ impl OpenDevices {
         names.map(|name| name.to_string()).collect()
     }
 
-    fn watch(&self, opener: &Opener) {
+    pub(super) fn watch(&self, opener: &Opener) {
         let mut openers = self.openers();
         openers.retain(|one| !one.is_over());
         openers.push(opener.claimed());
@@ -77,7 +68,7 @@ impl Found {
         let mut way = self.way(with);
         let mut opened = self.open_by(way.kind, with)?;
         if way.is_on_trial()
-            && let Some(error) = trial(&opened)
+            && let Some(error) = self.trial(&opened)
         {
             // Closed before they are opened the other way.
             drop(opened);
@@ -105,7 +96,7 @@ impl Found {
         };
         let folder = first.identity.folder.clone();
         let space = self.new_space(way.kind, with)?;
-        let joined = space.opener.join(&folder)?;
+        let joined = space.join(&folder)?;
         log::info!("devices are reached by {way}");
         Ok(Some((space, joined)))
     }
@@ -127,7 +118,7 @@ impl Found {
     /// # Errors
     /// [`RunError`], with the device's name and what helps
     pub(super) fn open_in(mut self, space: OpenSpace, with: &Opening) -> Result<Opened, RunError> {
-        let devices = self.open_all(&space.opener, &with.platform)?;
+        let devices = self.open_all(&*space, &with.platform)?;
         Ok(self.opened(devices, space))
     }
 
@@ -136,36 +127,37 @@ impl Found {
         &mut self,
         kind: SpaceKind,
         with: &Opening,
-    ) -> Result<(Vec<KernelDevice>, OpenSpace), RunError> {
+    ) -> Result<(Devices, OpenSpace), RunError> {
         let space = self.new_space(kind, with)?;
-        let devices = self.open_all(&space.opener, &with.platform)?;
+        let devices = self.open_all(&*space, &with.platform)?;
         Ok((devices, space))
     }
 
     fn new_space(&mut self, kind: SpaceKind, with: &Opening) -> Result<OpenSpace, RunError> {
-        let space = Space::open(&self.paths, kind, self.iommufd.take())?;
-        space.reserve(&self.paths, with.ram)?;
-        let (paths, kvm) = (self.paths.clone(), with.kvm.clone());
-        let opener = Arc::new(Opener::new(paths, space.clone(), kvm));
-        with.devices.watch(&opener);
-        Ok(OpenSpace { space, opener })
+        with.spaces.make(kind, self.iommufd.take(), with.ram)
     }
 
     fn open_all(
         &mut self,
-        opener: &Opener,
+        opener: &dyn OpenDevice,
         platform: &PlatformConfig,
-    ) -> Result<Vec<KernelDevice>, RunError> {
+    ) -> Result<Devices, RunError> {
         for one in &mut self.requests {
             if let Some(inherited) = one.inherited.take() {
                 opener.inherit(inherited, &one.identity.folder)?;
             }
         }
-        Ok(open_all(&self.paths, &self.requests, platform, opener)?)
+        open_all(&self.paths, &self.requests, platform, opener)
     }
 
-    fn opened(self, devices: Vec<KernelDevice>, space: OpenSpace) -> Opened {
-        let devices = devices.into_iter().map(|device| Arc::new(device) as _);
+    /// What keeps these devices from reaching each other's memory, where something does.
+    fn trial(&self, (devices, space): &(Devices, OpenSpace)) -> Option<busway_iommu::MapError> {
+        let dma = space.dma();
+        let mut devices = self.requests.iter().zip(devices);
+        devices.find_map(|(one, device)| try_peers(&one.identity.name(), &**device, &*dma).err())
+    }
+
+    fn opened(self, devices: Devices, space: OpenSpace) -> Opened {
         Opened {
             devices: self.requests.into_iter().zip(devices).collect(),
             space,
@@ -178,13 +170,13 @@ fn open_all(
     paths: &SysRoot,
     requests: &[Request],
     platform: &PlatformConfig,
-    opener: &Opener,
-) -> Result<Vec<KernelDevice>, DeviceError> {
+    opener: &dyn OpenDevice,
+) -> Result<Devices, RunError> {
     let uses: Vec<_> = requests
         .iter()
         .map(|one| TokenUse::of(paths, &one.identity.folder))
         .collect();
-    let open = |setting: bool| -> Vec<Option<Result<KernelDevice, DeviceError>>> {
+    let open = |setting: bool| -> Vec<Option<Result<Arc<dyn DeviceIo>, RunError>>> {
         thread::scope(|scope| {
             let devices = requests.iter().zip(&uses).map(|(one, &used)| {
                 let folder: &Path = &one.identity.folder;
@@ -203,13 +195,6 @@ fn open_all(
     let (first, then) = (open(true), open(false));
     let devices = first.into_iter().zip(then).filter_map(|(a, b)| a.or(b));
     devices.collect()
-}
-
-/// What keeps these devices from reaching each other's memory, where something does.
-fn trial((devices, space): &(Vec<KernelDevice>, OpenSpace)) -> Option<busway_iommu::MapError> {
-    let dma = space.space.dma();
-    let mut devices = devices.iter();
-    devices.find_map(|device| try_peers(device.name(), device, &*dma).err())
 }
 
 /// The VF token of a device: its own or, where it can have one, that of all.

@@ -4,41 +4,38 @@ use std::time::Instant;
 
 use super::seats::Left;
 use super::{Entry, Hotplug, VirtioDevices};
-use crate::machine::passthrough::RELEASE_LIMIT;
-use crate::machine::requests::{Answer, Asker, RequestError};
+use crate::machine::requests::{Answer, Removal, RequestError};
 
-/// That somebody wants a device removed.
+/// A device that is to leave.
 #[derive(Debug)]
-pub(super) struct Removal {
-    asker: Asker,
-    /// Where the guest does not release it, it loses the device.
-    force: bool,
+pub(super) struct Leaving {
+    removal: Removal,
     deadline: Option<Instant>,
 }
 
 impl VirtioDevices {
     /// Asks the guest to release the device called `id`. Whoever asks is answered when it is closed, or
-    /// when the guest is found not to release it. `force`: it then loses the device's end on the host. `held`: the
-    /// guest does not run, and cannot be asked. Gives back who asks where no virtio device is called so.
+    /// when the guest is found not to release it. By force it then loses the device's end on the host. `held`: the
+    /// guest does not run, and cannot be asked. Gives the request back where no virtio device is called so.
     pub(in crate::machine) fn remove(
         &mut self,
         id: &str,
-        force: bool,
+        removal: Removal,
         held: bool,
-        asker: Asker,
-    ) -> Option<Asker> {
+    ) -> Option<Removal> {
         let named = |entry: &&mut Entry| !entry.retired && entry.name == id;
         let Some(entry) = self.entries.iter_mut().find(named) else {
-            return Some(asker);
+            return Some(removal);
         };
-        if entry.removal.is_some() {
-            asker.answer(Err(RequestError::State("about to release it already")));
+        if entry.leaving.is_some() {
+            let already = RequestError::State("about to release it already");
+            removal.asker.answer(Err(already));
             return None;
         }
-        entry.removal = Some(Removal {
-            asker,
-            force,
-            deadline: Instant::now().checked_add(RELEASE_LIMIT),
+        let limit = removal.limit;
+        entry.leaving = Some(Leaving {
+            removal,
+            deadline: Instant::now().checked_add(limit),
         });
         let slot = entry.slot;
         let reaches = |hotplug: &&Hotplug| hotplug.slots >> slot & 1 != 0;
@@ -48,7 +45,7 @@ impl VirtioDevices {
                 log::info!(
                     "{}: the guest is asked to release it, and has {} s",
                     entry.config.described(&entry.name),
-                    RELEASE_LIMIT.as_secs()
+                    limit.as_secs()
                 );
                 hotplug.registers.ask(slot);
             }
@@ -80,25 +77,25 @@ impl VirtioDevices {
 
     /// By when something has to have happened.
     pub(in crate::machine) fn deadline(&self) -> Option<Instant> {
-        let removals = self
+        let leaving = self
             .entries
             .iter()
-            .filter_map(|entry| entry.removal.as_ref());
-        removals.filter_map(|removal| removal.deadline).min()
+            .filter_map(|entry| entry.leaving.as_ref());
+        leaving.filter_map(|leaving| leaving.deadline).min()
     }
 
     /// Gives up on what the guest was asked for and has not released in time.
     pub(in crate::machine) fn on_time(&mut self, now: Instant) {
-        let late = |entry: &&Entry| {
-            let deadline = entry.removal.as_ref().and_then(|removal| removal.deadline);
-            deadline.is_some_and(|deadline| deadline <= now)
+        let late = |entry: &Entry| {
+            let leaving = entry.leaving.as_ref()?;
+            let is_late = leaving.deadline.is_some_and(|deadline| deadline <= now);
+            is_late.then_some((entry.slot, leaving.removal.limit.as_secs()))
         };
-        while let Some(slot) = self.entries.iter().find(late).map(|entry| entry.slot) {
+        while let Some((slot, limit)) = self.entries.iter().find_map(late) {
             let unseen = self
                 .hotplug
                 .as_ref()
                 .is_none_or(|hotplug| hotplug.registers.withdraw(slot));
-            let limit = RELEASE_LIMIT.as_secs();
             let why = match unseen {
                 true => format!("the guest was not there to be asked for it within {limit} s"),
                 false => format!(
@@ -115,9 +112,10 @@ impl VirtioDevices {
         let Some(entry) = self.entries.iter_mut().find(in_slot) else {
             return;
         };
-        let Some(Removal { asker, force, .. }) = entry.removal.take() else {
+        let Some(Leaving { removal, .. }) = entry.leaving.take() else {
             return;
         };
+        let Removal { asker, force, .. } = removal;
         if !force {
             let why = format!("{why}, and keeps it: --force takes it all the same");
             asker.answer(Err(RequestError::Failed(why)));
@@ -144,7 +142,7 @@ impl VirtioDevices {
     pub(in crate::machine) fn on_restart(&mut self) {
         self.on_ejected();
         for entry in &self.entries {
-            if entry.removal.is_some() || entry.retired {
+            if entry.leaving.is_some() || entry.retired {
                 self.seats.empty(entry.slot);
             }
         }
@@ -173,8 +171,8 @@ impl VirtioDevices {
             move || {
                 drop(functions);
                 log::info!("{described}: {how}");
-                if let Some(removal) = entry.removal {
-                    removal.asker.answer(Ok(Answer::Done));
+                if let Some(leaving) = entry.leaving {
+                    leaving.removal.asker.answer(Ok(Answer::Done));
                 }
             }
         };

@@ -28,7 +28,7 @@ use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::{VirtioDevice, VirtioPci};
-use leave::Removal;
+use leave::Leaving;
 use seats::Seats;
 
 /// The devices of a machine.
@@ -63,7 +63,7 @@ struct Entry {
     slot: u8,
     function: Weak<VirtioPci>,
     /// Somebody wants it removed.
-    removal: Option<Removal>,
+    leaving: Option<Leaving>,
     /// Its end on the host is gone, and with it its name; only its function is left.
     retired: bool,
 }
@@ -361,7 +361,7 @@ impl VirtioDevices {
             config,
             slot,
             function: Arc::downgrade(function),
-            removal: None,
+            leaving: None,
             retired: false,
         });
     }

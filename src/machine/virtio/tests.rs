@@ -9,7 +9,7 @@ use crate::arch::layout;
 use crate::config::{DiskConfig, NetConfig, RngConfig};
 use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, WANTED};
 use crate::kvm::{BusDevice, Buses, Vm};
-use crate::machine::requests::{Added, Control, Request, Requests};
+use crate::machine::requests::{Added, Control, Removal, Request, Requests};
 use crate::memory::Regions;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{CountingRoutes, eventually, ram};
@@ -81,6 +81,8 @@ fn machine(room: u64) -> Option<Machine> {
 }
 
 const ROOM: u64 = 1 << 20;
+/// What a guest has to release a device.
+const LIMIT: Duration = Duration::from_secs(30);
 /// Where the window for 64-bit BARs begins.
 const HIGH: u64 = 64 << 30;
 
@@ -126,8 +128,17 @@ impl Machine {
     }
 
     fn remove(&mut self, id: &str, force: bool, held: bool) -> Asking {
+        self.remove_within(LIMIT, id, force, held)
+    }
+
+    fn remove_within(&mut self, limit: Duration, id: &str, force: bool, held: bool) -> Asking {
         let (asker, asking) = self.asker();
-        let other = self.devices.remove(id, force, held, asker);
+        let removal = Removal {
+            asker,
+            force,
+            limit,
+        };
+        let other = self.devices.remove(id, removal, held);
         assert!(other.is_none(), "{id} is one of them");
         asking
     }
@@ -342,13 +353,7 @@ fn a_guest_that_takes_too_long_keeps_it_and_it_is_said_whether_it_knows() {
     };
     for (seen, words) in [(false, "was not there to be asked"), (true, "it still can")] {
         let asking = machine.remove("root", false, false);
-        let (asker, again) = machine.asker();
-        assert!(
-            machine
-                .devices
-                .remove("root", false, false, asker)
-                .is_none()
-        );
+        let again = machine.remove("root", false, false);
         assert!(matches!(again.join().unwrap(), Err(RequestError::State(_))));
         if seen {
             machine.write(WANTED, machine.read(WANTED));
@@ -358,13 +363,36 @@ fn a_guest_that_takes_too_long_keeps_it_and_it_is_said_whether_it_knows() {
         assert!(!asking.is_finished());
         machine.devices.on_time(deadline);
         let why = failure(asking.join().unwrap());
-        assert!(why.contains(words), "{why}");
+        assert!(why.contains(words) && why.contains("within 30 s"), "{why}");
         assert_eq!((machine.read(WANTED), machine.in_slot(1)), (0, DISK));
     }
     // It can, and later does.
     machine.write(EJECT, 1 << 1);
     machine.devices.on_ejected();
     eventually("it is closed", || machine.is_free("root"));
+}
+
+#[test]
+fn each_removal_has_the_time_that_whoever_asked_gives_the_guest() {
+    let Some(mut machine) = machine(ROOM) else {
+        return;
+    };
+    assert_eq!(machine.add_disk("hot"), added("hot", 3));
+    let (short, long) = (Duration::from_secs(2), Duration::from_secs(3600));
+    let start = std::time::Instant::now();
+    let first = machine.remove_within(long, "root", false, false);
+    let second = machine.remove_within(short, "hot", false, false);
+    let due = machine.devices.deadline().unwrap();
+    assert!(due >= start + short && due < start + LIMIT, "the nearest");
+    machine.devices.on_time(due);
+    let why = failure(second.join().unwrap());
+    assert!(why.contains("within 2 s"), "{why}");
+    assert!(!first.is_finished());
+    let due = machine.devices.deadline().unwrap();
+    assert!(due >= start + long);
+    machine.devices.on_time(due);
+    let why = failure(first.join().unwrap());
+    assert!(why.contains("within 3600 s"), "{why}");
 }
 
 #[test]

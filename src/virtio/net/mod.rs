@@ -94,8 +94,8 @@ pub struct Net {
 }
 
 impl Net {
-    /// Opens the tap, or takes the one whose queues were passed in `files`. `name` is the card's in this
-    /// VM.
+    /// Opens the tap, or takes the one whose queues were passed: in `files`, or inherited by the numbers that the
+    /// configuration has. These are this card's from then on. `name` is the card's in this VM.
     ///
     /// # Errors
     /// [`NetError`]
@@ -112,9 +112,14 @@ impl Net {
                 source,
             })?,
         };
-        let tap = match files {
-            [] => Tap::open(config.tap.as_deref(), pairs),
-            files => Tap::adopt(files, pairs),
+        let tap = match (files, config.fd.as_slice()) {
+            ([], []) => Tap::open(config.tap.as_deref(), pairs),
+            ([], numbers) => {
+                let files = numbers.iter().map(|&number| tap::inherit(number));
+                let files: Result<Vec<_>, _> = files.collect();
+                files.and_then(|files| Tap::adopt(&files, pairs))
+            }
+            (files, _) => Tap::adopt(files, pairs),
         };
         let tap = tap.map_err(|source| NetError::Tap {
             name: name.to_owned(),

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
-use busway_iommu::Command;
+use busway_iommu::{Command, printable};
 
 use crate::virtio::spec::net;
 
@@ -67,12 +67,23 @@ pub enum TapError {
         /// How many were asked for.
         queues: u16,
     },
-    /// a descriptor that was passed is no tap's: {source}
+    /// fd={number} is no descriptor that was inherited
     #[error(
-        "a descriptor that was passed is no tap's: TUNGETIFF: {source}; send those of a tap, one for each \
-         pair of queues"
+        "fd={number} is no descriptor that Busway has inherited: whoever starts Busway opens the tap without \
+         close-on-exec, and says its number, 3 or more"
+    )]
+    NotInherited {
+        /// The number.
+        number: u32,
+    },
+    /// the descriptor that was passed, which is {what}, is no tap's
+    #[error(
+        "the descriptor that was passed, which is {what}, is no tap's: TUNGETIFF: {source}; pass those of a \
+         tap, one for each pair of queues"
     )]
     NoTap {
+        /// What it is.
+        what: String,
         /// Why.
         source: io::Error,
     },
@@ -90,14 +101,17 @@ pub enum TapError {
     },
     /// {name} was opened in another way than a tap with IFF_NO_PI and IFF_VNET_HDR
     #[error(
-        "{name} was opened in another way than a NIC needs it: open it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
+        "{name} was opened in another way than a NIC needs it: open it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR\
+         {multi_queue}"
     )]
     Kind {
         /// The interface.
         name: String,
+        /// `, and with IFF_MULTI_QUEUE ...` where that is needed.
+        multi_queue: &'static str,
     },
     /// the descriptors are of two taps, {first} and {name}
-    #[error("the descriptors are of two taps, {first} and {name}: send those of one")]
+    #[error("the descriptors are of two taps, {first} and {name}: hand over those of one")]
     Several {
         /// The first's.
         first: String,
@@ -170,7 +184,10 @@ impl Tap {
             multi_queue: pairs > 1,
         };
         for file in files {
-            let no_tap = |source| TapError::NoTap { source };
+            let no_tap = |source| TapError::NoTap {
+                what: described(file),
+                source,
+            };
             let queue: File = file.try_clone().map_err(no_tap)?.into();
             let mut request = request("", 0);
             // SAFETY: TUNGETIFF writes an ifreq, which `request` is.
@@ -180,9 +197,16 @@ impl Tap {
             // SAFETY: TUNGETIFF has filled in the flags.
             let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
             let name = name_of(&request);
-            let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+            let (more, multi_queue) = match tap.multi_queue {
+                true => (
+                    libc::IFF_MULTI_QUEUE,
+                    ", and for several queues IFF_MULTI_QUEUE",
+                ),
+                false => (0, ""),
+            };
+            let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
             if flags & wanted != wanted {
-                return Err(TapError::Kind { name });
+                return Err(TapError::Kind { name, multi_queue });
             }
             if !tap.queues.is_empty() && tap.name != name {
                 let first = tap.name;
@@ -369,6 +393,34 @@ impl Tap {
             what,
             source,
         }
+    }
+}
+
+/// Takes over the descriptor that this process inherited by its number. It is closed on exec from then on.
+///
+/// All that Busway opens is closed on exec, so that what is not was inherited; the configuration names each once.
+pub(super) fn inherit(number: u32) -> Result<OwnedFd, TapError> {
+    let not = || TapError::NotInherited { number };
+    let fd = libc::c_int::try_from(number).map_err(|_| not())?;
+    if fd <= libc::STDERR_FILENO {
+        return Err(not());
+    }
+    // SAFETY: F_GETFD gives flags, and touches no memory.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if flags < 0 || flags & libc::FD_CLOEXEC != 0 {
+        return Err(not());
+    }
+    // SAFETY: it is open, and was inherited for this: nothing else here uses or closes it.
+    let file = unsafe { busway_vfio::adopt(number) };
+    Ok(file.map_err(|_| not())?.into())
+}
+
+/// What a descriptor leads to, as the kernel names it.
+fn described(file: &OwnedFd) -> String {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match std::fs::read_link(link) {
+        Ok(path) => printable(&path.display().to_string()),
+        Err(_) => "of an unknown kind".to_owned(),
     }
 }
 

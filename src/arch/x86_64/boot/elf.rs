@@ -211,7 +211,7 @@ pub(super) fn load(
 }
 
 fn zero(ram: &impl GuestMemory, range: Range<u64>) -> Result<(), BootError> {
-    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 4 << 10] = [0; 4 << 10];
     let mut address = range.start;
     while address < range.end {
         let count = (range.end - address).min(ZEROS.len() as u64);

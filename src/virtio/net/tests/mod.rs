@@ -17,6 +17,7 @@ const HOST: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 fn config(num_queues: u16) -> NetConfig {
     NetConfig {
         tap: None,
+        fd: Vec::new(),
         mac: Some(busway_host::Mac(GUEST)),
         num_queues,
         queue_size: 64,
@@ -467,12 +468,71 @@ fn a_tap_that_somebody_else_has_opened_serves_by_its_descriptors_and_nothing_els
         many.contains("2 descriptors") && many.contains("needs 1"),
         "{many}"
     );
-    let (Some(one), Some(other)) = (card(2), card(2)) else {
+    let (Some(one), Some(other), Some(single)) = (card(4), card(4), card(2)) else {
         return;
     };
     let of = |net: &Net| OwnedFd::from(net.tap.queue(0).unwrap().try_clone().unwrap());
+    let lacks = Net::new("net2", &config(4), &[of(&single), of(&single)]).unwrap_err();
+    assert!(lacks.to_string().contains("IFF_MULTI_QUEUE"), "{lacks}");
     let two = Net::new("net2", &config(4), &[of(&one), of(&other)]).unwrap_err();
     assert!(two.to_string().contains("of two taps"), "{two}");
+}
+
+#[test]
+fn a_tap_that_was_inherited_serves_by_the_numbers_of_its_descriptors_which_are_taken_over() {
+    let Some(opener) = card(4) else { return };
+    // As a parent does: open on exec, and known by number alone.
+    let inherit = |file: &dyn AsRawFd| {
+        // SAFETY: F_DUPFD makes a new descriptor, and touches no memory.
+        let new = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD, 3) };
+        u32::try_from(new).unwrap()
+    };
+    let is_open = |number| std::path::Path::new(&format!("/proc/self/fd/{number}")).exists();
+    let handed = |num_queues, fd: &[u32]| NetConfig {
+        fd: fd.to_vec(),
+        ..config(num_queues)
+    };
+    let pair = |pair| inherit(&**opener.tap.queue(pair).unwrap());
+    let fds = [pair(0), pair(1)];
+    let net = Net::new("net1", &handed(4, &fds), &[]).unwrap();
+    assert_eq!(net.tap_name(), opener.tap_name());
+    let name = net.tap_name().to_owned();
+    drop(opener);
+    // Another test's interface can have the name next, and not the number.
+    let index = || std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).ok();
+    let first = index();
+    assert!(first.is_some(), "it is held");
+    drop(net);
+    // With the last descriptor goes the interface: nothing was left open.
+    eventually("it is gone", || index() != first);
+
+    let refuse = |num_queues, fds: &[u32]| {
+        let error = Net::new("net2", &handed(num_queues, fds), &[]).unwrap_err();
+        error.to_string()
+    };
+    let pipe = io::pipe().unwrap().0;
+    let (closed, own) = (1 << 20, u32::try_from(pipe.as_raw_fd()).unwrap());
+    for number in [closed, own, 1] {
+        let why = refuse(2, &[number]);
+        assert!(
+            why.starts_with(&format!("net net2: fd={number} ")) && why.contains("inherit"),
+            "{why}"
+        );
+    }
+    assert!(is_open(own), "what is this process's own is left alone");
+    let why = refuse(2, &[inherit(&pipe)]);
+    assert!(
+        why.contains("is no tap's") && why.contains("pipe:"),
+        "{why}"
+    );
+    let why = refuse(4, &[7]);
+    assert!(why.contains("num_queues=2"), "{why}");
+    let both = NetConfig {
+        tap: Some("vmtap0".into()),
+        ..handed(2, &[7])
+    };
+    let why = Net::new("net2", &both, &[]).unwrap_err().to_string();
+    assert!(why.contains("leave one out"), "{why}");
 }
 
 #[test]
