@@ -76,7 +76,7 @@ pub(super) fn advised(root: &SysRoot, advice: IommuAdvice) -> Vec<Remedy> {
     let mut remedies = vec![Remedy::words(advice.to_string())];
     match advice.parameter() {
         Some(ParameterChange::Add(word)) => remedies.extend(Loader::read(root).add(word)),
-        Some(ParameterChange::Remove(word)) => remedies.push(Loader::read(root).remove(word)),
+        Some(ParameterChange::Remove(word)) => remedies.push(Loader::read(root).remove(root, word)),
         None => {}
     }
     remedies
@@ -120,7 +120,7 @@ pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
             .into_iter()
             .find(|word| parameters.split(' ').any(|w| w == *word));
         finding = finding.remedy(match switch {
-            Some(word) => Loader::read(root).remove(word),
+            Some(word) => Loader::read(root).remove(root, word),
             None => {
                 Remedy::words("turn interrupt remapping (or x2APIC) on in the firmware's set-up")
             }
@@ -309,7 +309,7 @@ pub(super) fn memlock(asker: &Asker, need: u64) -> Finding {
                 // limits.conf(5): a user by number stands behind a colon.
                 Remedy::command(
                     "as root, for good",
-                    Command::write(
+                    Command::append(
                         format!(":{} - memlock unlimited", asker.user),
                         "/etc/security/limits.d/vfio.conf",
                     ),
