@@ -10,7 +10,7 @@ use super::finding::Remedy;
 use super::lines::Lines;
 use super::permit::{Permit, is_system};
 use super::together::{GroupBlocker, Together};
-use super::usage::{Process, Usage};
+use super::usage::{Process, StorageServer, Usage};
 
 /// A reason not to touch a device, with what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -197,12 +197,19 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
             "they go with the functions that they stand for; remove these first",
             remove_functions(address),
         ),
+        Usage::NetworkStorage {
+            server: StorageServer::Unseen,
+            ..
+        } => Remedy::words(
+            "the host runs from another machine, and this may be the way there: take it only where \
+             it is not",
+        ),
         Usage::NetworkStorage { at, .. } if at.iter().any(|path| is_system(path)) => {
             Remedy::words("the host runs from it, and will not survive it")
         }
         Usage::NetworkStorage { server, .. } => Remedy::words(format!(
-            "the host has storage from {server} by it: unmount that and log out of it first, or give \
-             the host another way there"
+            "the host has storage{server} by it: unmount that and log out of it first, or give the \
+             host another way there"
         )),
         Usage::StaticRoutes { .. } => {
             Remedy::words("what the host reaches by it needs another way (ip route, ip -6 route)")

@@ -335,12 +335,14 @@ fn lock_in_service(unit: &str) -> Remedy {
             ["[Service]", "LimitMEMLOCK=infinity"],
             folder.join("memlock.conf"),
         ))
-        .then(Command::new(["systemctl", "daemon-reload"]))
-        .then(
-            Command::new(["systemctl", "restart"])
-                .end_of_options()
-                .operand(unit),
-        );
+        .then(Command::new(["systemctl", "daemon-reload"]));
+    // A user's manager has all of their services and sessions, and ends none of them for this.
+    if unit.starts_with("user@") {
+        let what = "as root, for the services of this user; then have them log out everywhere, and in again";
+        return Remedy::command(what, command);
+    }
+    let restart = Command::new(["systemctl", "restart"]);
+    let command = command.then(restart.end_of_options().operand(unit));
     let what = "as root, for the service that this runs in, which is started again";
     Remedy::command(what, command)
 }

@@ -383,7 +383,7 @@ fn cached(path: &Path) -> impl Iterator<Item = String> {
 }
 
 /// The PCI devices that a block device is on.
-pub(super) fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
+pub(crate) fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
     if let Some(owner) = root::innermost_pci(path) {
         return vec![owner];
     }

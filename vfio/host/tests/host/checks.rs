@@ -217,6 +217,29 @@ fn devices_are_found_by_what_people_call_them() {
         let found = find(&host, text);
         assert_eq!(found, Err(CalledError::Nothing(text.to_owned())));
     }
+    let nodes = FakeHost::described(
+        "device 01:00.0 1002:73bf class=030000 driver=amdgpu
+           class drm/card0 dri/card0
+           class drm/renderD128 dri/renderD128
+         device 02:00.0 144d:a80a class=010802 driver=nvme
+           class nvme/nvme0 nvme0
+         device 03:00.0 15b3:101d class=020000 driver=mlx5_core
+           class infiniband/mlx5_0 infiniband/mlx5_0",
+    );
+    for node in ["dri/renderD128", "nvme0"] {
+        nodes.file(&format!("dev/{node}"), "");
+    }
+    for (text, address) in [
+        ("renderD128", "0000:01:00.0"),
+        ("/dev/dri/renderD128", "0000:01:00.0"),
+        ("/dev/nvme0", "0000:02:00.0"),
+        ("nvme0", "0000:02:00.0"),
+        ("mlx5_0", "0000:03:00.0"),
+        ("PCI:3:0:0", "0000:03:00.0"),
+        ("pci-0000:03:00.0", "0000:03:00.0"),
+    ] {
+        assert_eq!(find(&nodes, text), Ok(at(address)), "{text}");
+    }
     assert_eq!(find(&FakeHost::named("vmd"), "e1:00.0"), Ok(at(VMD[1])));
     let found = find(&FakeHost::named("pfvfio"), "8086:154c");
     let devices = vec![at("0000:18:02.0"), at("0000:18:02.1")];

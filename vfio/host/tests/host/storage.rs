@@ -191,6 +191,35 @@ fn what_is_handed_on_to_other_machines_or_keeps_a_journal_is_used() {
 }
 
 #[test]
+fn a_controller_that_is_handed_on_crash_logs_and_flash_are_uses_of_the_disk() {
+    let host = FakeHost::described(
+        "device 01:00.0 144d:a80a class=010802 driver=nvme
+           disk nvme/nvme0/nvme0n1 259
+           class nvme/nvme0 nvme0
+         device 02:00.0 144d:a80a class=010802 driver=nvme
+           disk nvme/nvme1/nvme1n1 260
+             partition nvme1n1p1
+             partition nvme1n1p2",
+    );
+    let passthru = "sys/kernel/config/nvmet/subsystems/nqn.test/passthru";
+    host.file(&format!("{passthru}/device_path"), "/dev/nvme0\n");
+    host.file(&format!("{passthru}/enable"), "0\n");
+    assert_eq!(uses(&host, "0000:01:00.0"), [""; 0]);
+    host.file(&format!("{passthru}/enable"), "1\n");
+    assert_eq!(uses(&host, "0000:01:00.0"), ["nvme0n1 > NVMe target nqn.test"]);
+    let parameter = "sys/module/pstore_blk/parameters/blkdev";
+    host.file(parameter, "/dev/nvme1n1p1\n");
+    host.file("sys/class/mtd/mtd0/name", "block2mtd: /dev/nvme1n1p2\n");
+    assert_eq!(
+        uses(&host, "0000:02:00.0"),
+        [
+            "nvme1n1p1 > the kernel's log of crashes (pstore)",
+            "nvme1n1p2 > mtd0",
+        ]
+    );
+}
+
+#[test]
 fn every_member_of_a_bcachefs_is_in_use() {
     let host = FakeHost::described(
         "device 01:00.0 144d:a80a class=010802 driver=nvme

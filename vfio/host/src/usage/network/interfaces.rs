@@ -11,6 +11,9 @@ use crate::root::{self, SysRoot};
 /// How deep one interface may stand on another (a VLAN on a bond in a bridge is three).
 const DEEPEST: usize = 16;
 
+/// A link of the point-to-point protocol (linux/if_arp.h).
+const ARPHRD_PPP: u32 = 512;
+
 /// Which interfaces each is part of.
 pub(super) type Above = BTreeMap<String, Vec<String>>;
 
@@ -58,7 +61,26 @@ impl Interfaces {
                 });
             }
         }
+        all.add_pppoe(root);
         all
+    }
+
+    /// PPP over Ethernet says in a list of its own which interfaces it goes by (net/pppoe.c,
+    /// `Id Address Device`), and not which link of PPP is over which.
+    fn add_pppoe(&mut self, root: &SysRoot) {
+        let text = root::text(&root.proc.join("net/pppoe")).unwrap_or_default();
+        let class = root.sys.join("class/net");
+        let names = self.above.keys();
+        let links: Vec<_> = names
+            .filter(|name| root::number(&class.join(name).join("type")) == Some(ARPHRD_PPP))
+            .cloned()
+            .collect();
+        for line in text.lines().skip(1) {
+            let lower = line.split_whitespace().nth(2).map(root::one_line);
+            if let Some(above) = lower.and_then(|lower| self.above.get_mut(&lower)) {
+                above.extend(links.iter().cloned());
+            }
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use busway_pci::Bdf;
 
-use super::{InterfaceAddress, Usage};
+use super::{InterfaceAddress, StorageServer, Usage};
 use crate::root::SysRoot;
 pub(super) use interfaces::is_elsewhere;
 pub(crate) use interfaces::represents;
@@ -92,16 +92,27 @@ impl Wanted {
         };
         let ssh = connection.map(|c| (c.client, way_to(c.client, c.here)));
         let is_own = |address| addresses.iter().any(|own| own.address == address);
+        let statics = routes.statics(&addresses);
+        let lead_out = || {
+            let real = addresses.iter().filter(|own| !own.is_link_local());
+            let of_addresses = real.map(|own| own.interface.clone());
+            let of_routes = defaults.iter().chain(statics.keys()).cloned();
+            of_addresses.chain(of_routes).collect()
+        };
         let served = peers::read(root).into_iter();
-        let served = served.filter(|served| !is_own(served.server));
-        let served = served.map(|served| {
-            let by = way_to(served.server, None);
-            (served, by)
+        let served = served.filter_map(|served| {
+            let by = match &served.server {
+                StorageServer::Address(address) if is_own(*address) => return None,
+                StorageServer::Address(address) => way_to(*address, None),
+                StorageServer::OnLink(interface) => BTreeSet::from([interface.clone()]),
+                StorageServer::Unseen => lead_out(),
+            };
+            Some((served, by))
         });
         Self {
             ssh,
             served: served.collect(),
-            statics: routes.statics(&addresses),
+            statics,
             defaults,
             addresses,
         }
@@ -130,7 +141,7 @@ impl Wanted {
             if let Some(chain) = way(name, above, by) {
                 uses.push(Usage::NetworkStorage {
                     chain,
-                    server: served.server,
+                    server: served.server.clone(),
                     protocol: served.protocol.clone(),
                     at: served.at.clone(),
                     disks: served.disks.clone(),
