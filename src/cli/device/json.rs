@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use busway_host::{HostDevice, InterfaceAddress, LinkState, Usage, one_line};
+use busway_host::{HostDevice, InterfaceAddress, LinkState, StorageServer, Usage, one_line};
 use busway_pci::Bdf;
 use serde::{Serialize, Serializer};
 
@@ -286,7 +286,10 @@ fn used(usage: &Usage) -> Use {
             disks,
         } => {
             used.chain.clone_from(chain);
-            used.server = Some(server.to_string());
+            used.server = match server {
+                StorageServer::Address(address) => Some(address.to_string()),
+                StorageServer::OnLink(_) | StorageServer::Unseen => None,
+            };
             used.protocol = Some(protocol.clone());
             let paths = at.iter().map(|path| path.to_string_lossy().into_owned());
             used.paths = paths.collect();

@@ -1,5 +1,6 @@
 //! What people call a device: its address in several spellings, or something that it is known by.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
@@ -8,6 +9,7 @@ use busway_iommu::Uuid;
 use busway_pci::{Bdf, ParseBdfError};
 
 use super::root::{self, SysRoot};
+use super::usage::block;
 
 /// A device as a person names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +27,8 @@ pub enum Called {
         /// Device id.
         device: u16,
     },
-    /// By the name of its network interface (`wlp3s0`) or disk (`nvme0n1`).
+    /// By the name of its network interface (`wlp3s0`) or disk (`nvme0n1`), or of anything else that has a
+    /// class (`renderD128`, `nvme0`, `mlx5_0`).
     Name(String),
     /// By a file of it (`/sys/class/net/wlp3s0/device`, `/dev/nvme0n1`).
     File(PathBuf),
@@ -93,7 +96,7 @@ impl FromStr for Called {
         if let Ok(uuid) = text.parse() {
             return Ok(Self::Mediated(uuid));
         }
-        if let Some(address) = of_libvirt(text) {
+        if let Some(address) = of_libvirt(text).or_else(|| of_tools(text)) {
             return Ok(Self::Address(address));
         }
         if let Some((vendor, device)) = ids(text) {
@@ -114,6 +117,28 @@ fn of_libvirt(text: &str) -> Option<Bdf> {
     let mut next = || parts.next();
     let (segment, bus, device, function) = (next()?, next()?, next()?, next()?);
     let address = format!("{segment}:{bus}:{device}.{function}");
+    next().is_none().then(|| address.parse().ok()).flatten()
+}
+
+/// As udev (`pci-0000:01:00.0`), lshw (`pci@0000:01:00.0`) and Xorg (`PCI:1@0:0:0`, in decimal) write it.
+fn of_tools(text: &str) -> Option<Bdf> {
+    let of_udev = text
+        .strip_prefix("pci-")
+        .or_else(|| text.strip_prefix("pci@"));
+    if let Some(rest) = of_udev {
+        return root::full_address(rest);
+    }
+    let rest = text
+        .strip_prefix("PCI:")
+        .or_else(|| text.strip_prefix("pci:"))?;
+    let mut parts = rest.split(':');
+    let mut next = || parts.next();
+    let (bus, device, function) = (next()?, next()?, next()?);
+    let (bus, segment) = bus.split_once('@').unwrap_or((bus, "0"));
+    let number = |text: &str| text.parse::<u32>().ok();
+    let (segment, bus) = (number(segment)?, number(bus)?);
+    let (device, function) = (number(device)?, number(function)?);
+    let address = format!("{segment:04x}:{bus:02x}:{device:02x}.{function:x}");
     next().is_none().then(|| address.parse().ok()).flatten()
 }
 
@@ -156,14 +181,7 @@ impl Called {
                 let found = addresses(root).into_iter().filter(has).collect();
                 (format!("{vendor:04x}:{device:04x}"), found)
             }
-            Self::Name(name) => {
-                let classes = ["net", "block"].map(|class| root.sys.join("class").join(class));
-                let found = classes
-                    .iter()
-                    .find_map(|class| place_of(root, &class.join(name)))
-                    .and_then(|place| root::innermost_pci(&place));
-                (name.clone(), found.into_iter().collect())
-            }
+            Self::Name(name) => (name.clone(), named(root, name)),
             Self::File(path) => {
                 let found = match of_file(root, path) {
                     // A mediated device may be a PCI device's.
@@ -186,6 +204,24 @@ impl Called {
             }),
         }
     }
+}
+
+/// The devices that something is of that is called so: an interface or a disk, or else anything that has
+/// a class (`card0`, `renderD128`, `nvme0`, `mlx5_0`).
+fn named(root: &SysRoot, name: &str) -> Vec<Bdf> {
+    let classes = root.sys.join("class");
+    let of = |class: &str| root::target(root, &classes.join(class).join(name));
+    let owners = |folder: PathBuf| block::owners(root, &folder);
+    if let Some(folder) = ["net", "block"].into_iter().find_map(of) {
+        return owners(folder);
+    }
+    let all = root::names(&classes);
+    let found: BTreeSet<_> = all
+        .iter()
+        .filter_map(|class| of(class))
+        .flat_map(owners)
+        .collect();
+    found.into_iter().collect()
 }
 
 /// An address without its domain: `e1:00.0`.
@@ -215,7 +251,26 @@ fn of_file(root: &SysRoot, path: &Path) -> Option<PathBuf> {
     // Links by name: /dev/disk/by-id.
     let node = fs::canonicalize(node).ok()?;
     let name = node.file_name()?.to_str()?;
-    place_of(root, &root.sys.join("class/block").join(name))
+    let block = place_of(root, &root.sys.join("class/block").join(name));
+    block.or_else(|| {
+        let below = node.strip_prefix(fs::canonicalize(&root.dev).ok()?).ok()?;
+        of_node(root, below)
+    })
+}
+
+/// What has the node at a path below `/dev`.
+fn of_node(root: &SysRoot, node: &Path) -> Option<PathBuf> {
+    let name = node.file_name()?;
+    let classes = root.sys.join("class");
+    let mut all = root::names(&classes)
+        .into_iter()
+        .filter_map(|class| root::target(root, &classes.join(class).join(name)));
+    let says = format!("DEVNAME={}", node.to_str()?);
+    let place = all.find(|folder| {
+        let text = root::attribute(&folder.join("uevent")).unwrap_or_default();
+        text.lines().any(|line| line == says)
+    })?;
+    Some(place.strip_prefix(&root.sys).ok()?.to_owned())
 }
 
 /// A file's real place, below sysfs.
@@ -245,6 +300,11 @@ mod tests {
             ("0000:01:00.0", Called::Address(one)),
             ("01:00.0", Called::Short(one)),
             ("pci_0000_01_00_0", Called::Address(one)),
+            ("pci-0000:01:00.0", Called::Address(one)),
+            ("pci@0000:01:00.0", Called::Address(one)),
+            ("PCI:1:0:0", Called::Address(one)),
+            ("PCI:26@1:16:2", Called::Address(address("0001:1a:10.2"))),
+            ("00000000:01:00.0", Called::Address(one)),
             ("/sys/bus/pci/devices/0000:01:00.0/", Called::Address(one)),
             (
                 "10de:1b81",

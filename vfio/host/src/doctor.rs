@@ -281,7 +281,7 @@ fn command_line(root: &SysRoot, cpu: &Cpu) -> Vec<Finding> {
         if words.contains(&word) {
             findings.push(
                 Finding::new(Level::Warning, TOPIC, format!("{word}: {why}"))
-                    .remedy(Loader::read(root).remove(word)),
+                    .remedy(Loader::read(root).remove(root, word)),
             );
         }
     }
@@ -293,7 +293,7 @@ fn command_line(root: &SysRoot, cpu: &Cpu) -> Vec<Finding> {
         let text = "pcie_acs_override: groups are made smaller than the hardware keeps apart, so that \
                     a guest may reach devices that are not its own";
         findings.push(
-            Finding::new(Level::Warning, TOPIC, text).remedy(Loader::read(root).remove(word)),
+            Finding::new(Level::Warning, TOPIC, text).remedy(Loader::read(root).remove(root, word)),
         );
     }
     let told = words.iter().any(|word| {

@@ -55,7 +55,7 @@ pub(super) fn finding(root: &SysRoot, address: Bdf) -> Option<Finding> {
     let finding = Finding::new(Level::Obstacle, "display", text);
     let finding = finding.remedy(Remedy::words(
         "have the kernel leave the firmware's frame buffer alone (the console is dark until a driver \
-         takes a display), by a parameter of its command line",
+         takes a display), by the parameter initcall_blacklist=sysfb_init of its command line",
     ));
     // video=efifb:off is without effect since the frame buffer is a device of its own (Linux 5.15).
     Some(finding.remedies(Loader::read(root).add("initcall_blacklist=sysfb_init")))

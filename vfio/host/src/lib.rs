@@ -80,7 +80,7 @@ pub use steps::{Step, StepError};
 pub use surroundings::{Opens, open_node};
 pub use together::{GroupBlocker, Together};
 pub use unbind::{UnbindError, Unbound, unbind};
-pub use usage::{InterfaceAddress, Process, Usage};
+pub use usage::{InterfaceAddress, Process, StorageServer, Usage};
 pub use user::{NoUser, user_id};
 pub use variant::VFIO_PCI;
 pub use vfs::{Function, Functions, VfsError, VfsOptions, VfsRefusal, vfs};

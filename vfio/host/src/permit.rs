@@ -107,7 +107,7 @@ impl fmt::Display for Permit {
 
 /// Whether the host cannot do without what is mounted there.
 pub(super) fn is_system(path: &Path) -> bool {
-    ["/", "/usr", "/boot", "/var"]
+    ["/", "/usr", "/boot", "/var", "/nix", "/gnu"]
         .iter()
         .any(|system| path == Path::new(system))
 }

@@ -10,7 +10,7 @@ use super::finding::Remedy;
 use super::lines::Lines;
 use super::permit::{Permit, is_system};
 use super::together::{GroupBlocker, Together};
-use super::usage::{Process, Usage};
+use super::usage::{Process, StorageServer, Usage};
 
 /// A reason not to touch a device, with what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -197,12 +197,19 @@ pub(super) fn remedy(address: Bdf, usage: &Usage) -> Remedy {
             "they go with the functions that they stand for; remove these first",
             remove_functions(address),
         ),
+        Usage::NetworkStorage {
+            server: StorageServer::Unseen,
+            ..
+        } => Remedy::words(
+            "the host runs from another machine, and this may be the way there: take it only where \
+             it is not",
+        ),
         Usage::NetworkStorage { at, .. } if at.iter().any(|path| is_system(path)) => {
             Remedy::words("the host runs from it, and will not survive it")
         }
         Usage::NetworkStorage { server, .. } => Remedy::words(format!(
-            "the host has storage from {server} by it: unmount that and log out of it first, or give \
-             the host another way there"
+            "the host has storage{server} by it: unmount that and log out of it first, or give the \
+             host another way there"
         )),
         Usage::StaticRoutes { .. } => {
             Remedy::words("what the host reaches by it needs another way (ip route, ip -6 route)")
@@ -294,22 +301,27 @@ fn group_not_viable(
             return write!(f, "\n  {}", chipset(functions));
         }
     };
-    let free = if others.iter().any(|b| !b.uses.is_empty()) {
-        "free what is in use, then "
-    } else {
-        ""
-    };
-    let how = how_together(asked, all);
-    write!(f, "\n  {free}{how}: {}", bind(all))?;
+    let how = how_together(asked, all, blockers);
+    write!(f, "\n  {how}: {}", bind(all))?;
     allow_group(f)
 }
 
-/// In words, what binding `all` is for who asked for `asked`.
-pub(super) fn how_together(asked: &[Bdf], all: &BTreeSet<Bdf>) -> &'static str {
-    match asked.iter().all(|address| all.contains(address)) {
+/// In words, what binding `all` is for who asked for `asked`, and what comes before it.
+pub(super) fn how_together(
+    asked: &[Bdf],
+    all: &BTreeSet<Bdf>,
+    blockers: &[GroupBlocker],
+) -> String {
+    let in_use = |blocker: &GroupBlocker| !blocker.is_bridge && !blocker.uses.is_empty();
+    let free = match blockers.iter().any(in_use) {
+        true => "free what is in use, then ",
+        false => "",
+    };
+    let how = match asked.iter().all(|address| all.contains(address)) {
         true => "bind them together",
         false => "bind what it is part of, which gives the guest all that is behind that",
-    }
+    };
+    format!("{free}{how}")
 }
 
 /// Why these keep their group from being given away.

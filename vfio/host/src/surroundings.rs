@@ -76,7 +76,7 @@ pub(super) fn advised(root: &SysRoot, advice: IommuAdvice) -> Vec<Remedy> {
     let mut remedies = vec![Remedy::words(advice.to_string())];
     match advice.parameter() {
         Some(ParameterChange::Add(word)) => remedies.extend(Loader::read(root).add(word)),
-        Some(ParameterChange::Remove(word)) => remedies.push(Loader::read(root).remove(word)),
+        Some(ParameterChange::Remove(word)) => remedies.push(Loader::read(root).remove(root, word)),
         None => {}
     }
     remedies
@@ -120,7 +120,7 @@ pub(super) fn remapping(root: &SysRoot) -> Option<Finding> {
             .into_iter()
             .find(|word| parameters.split(' ').any(|w| w == *word));
         finding = finding.remedy(match switch {
-            Some(word) => Loader::read(root).remove(word),
+            Some(word) => Loader::read(root).remove(root, word),
             None => {
                 Remedy::words("turn interrupt remapping (or x2APIC) on in the firmware's set-up")
             }
@@ -309,7 +309,7 @@ pub(super) fn memlock(asker: &Asker, need: u64) -> Finding {
                 // limits.conf(5): a user by number stands behind a colon.
                 Remedy::command(
                     "as root, for good",
-                    Command::write(
+                    Command::append(
                         format!(":{} - memlock unlimited", asker.user),
                         "/etc/security/limits.d/vfio.conf",
                     ),
@@ -335,12 +335,14 @@ fn lock_in_service(unit: &str) -> Remedy {
             ["[Service]", "LimitMEMLOCK=infinity"],
             folder.join("memlock.conf"),
         ))
-        .then(Command::new(["systemctl", "daemon-reload"]))
-        .then(
-            Command::new(["systemctl", "restart"])
-                .end_of_options()
-                .operand(unit),
-        );
+        .then(Command::new(["systemctl", "daemon-reload"]));
+    // A user's manager has all of their services and sessions, and ends none of them for this.
+    if unit.starts_with("user@") {
+        let what = "as root, for the services of this user; then have them log out everywhere, and in again";
+        return Remedy::command(what, command);
+    }
+    let restart = Command::new(["systemctl", "restart"]);
+    let command = command.then(restart.end_of_options().operand(unit));
     let what = "as root, for the service that this runs in, which is started again";
     Remedy::command(what, command)
 }

@@ -23,9 +23,12 @@ pub(super) fn read(root: &SysRoot) -> Vec<Export> {
     let config = root.sys.join("kernel/config");
     let mut all = targets(&config);
     all.extend(nvme_targets(&config));
+    all.extend(nvme_passthru(root, &config));
     all.extend(gadgets(&config));
     all.extend(scst(root));
     all.extend(journals(root));
+    all.extend(kernel_logs(root));
+    all.extend(flash_on_disks(root));
     all
 }
 
@@ -89,6 +92,41 @@ fn nvme_targets(config: &Path) -> Vec<Export> {
     all
 }
 
+/// Controllers that the NVMe target hands on as they are, with all their namespaces
+/// (drivers/nvme/target/passthru.c).
+fn nvme_passthru(root: &SysRoot, config: &Path) -> Vec<Export> {
+    let mut all = Vec::new();
+    for (subsystem, folder) in folders(&config.join("nvmet/subsystems")) {
+        let passthru = folder.join("passthru");
+        let is_on = root::attribute(&passthru.join("enable")).is_some_and(|text| text != "0");
+        let controller = path_in(&passthru.join("device_path")).filter(|_| is_on);
+        let Some(controller) = controller.as_deref().and_then(Path::file_name) else {
+            continue;
+        };
+        let children = root::names(&root.sys.join("class/nvme").join(controller)).into_iter();
+        for namespace in children.filter_map(|name| namespace(&name)) {
+            let enable = format!("/sys/kernel/config/nvmet/subsystems/{subsystem}/passthru/enable");
+            all.push(Export {
+                of: Path::new("/dev").join(namespace),
+                shown: format!("NVMe target {subsystem}"),
+                release: Some(Command::write("0", enable)),
+            });
+        }
+    }
+    all
+}
+
+/// The disk of a controller's child: `nvme0n1`, which with several paths is seen as `nvme0c1n1`.
+fn namespace(child: &str) -> Option<String> {
+    let rest = child.strip_prefix("nvme")?;
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let (left, number) = rest.split_once('n')?;
+    let subsystem = left
+        .split_once('c')
+        .map_or(left, |(subsystem, _)| subsystem);
+    (digits(subsystem) && digits(number)).then(|| format!("nvme{subsystem}n{number}"))
+}
+
 /// Mass storage that this host is to another's USB (drivers/usb/gadget/function/f_mass_storage.c).
 fn gadgets(config: &Path) -> Vec<Export> {
     let mut all = Vec::new();
@@ -119,6 +157,33 @@ fn scst(root: &SysRoot) -> Vec<Export> {
         })
     };
     devices.filter_map(one).collect()
+}
+
+/// The disk that the kernel's last words go to (fs/pstore/blk.c).
+fn kernel_logs(root: &SysRoot) -> Option<Export> {
+    let of = path_in(&root.sys.join("module/pstore_blk/parameters/blkdev"))?;
+    Some(Export {
+        of,
+        shown: "the kernel's log of crashes (pstore)".to_owned(),
+        release: Some(Command::new(["modprobe", "-r", "pstore_blk"])),
+    })
+}
+
+/// Disks that are taken for flash memory, which has the name of its disk
+/// (drivers/mtd/devices/block2mtd.c).
+fn flash_on_disks(root: &SysRoot) -> Vec<Export> {
+    let class = root.sys.join("class/mtd");
+    let one = |name: String| {
+        let text = root::attribute(&class.join(&name).join("name"))?;
+        let disk = text.strip_prefix("block2mtd: ").unwrap_or(&text);
+        Some(Export {
+            of: disk.starts_with('/').then(|| PathBuf::from(disk))?,
+            shown: root::one_line(&name),
+            release: Some(Command::new(["modprobe", "-r", "block2mtd"])),
+        })
+    };
+    let names = root::names(&class).into_iter();
+    names.filter_map(one).collect()
 }
 
 /// The journals that ext4 and OCFS2 have on a device of their own: jbd2 names a journal by its device,

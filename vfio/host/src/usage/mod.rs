@@ -1,7 +1,7 @@
 //! What uses a device: file systems and swap on its disks, the network behind its interfaces, its
 //! virtual functions, and processes that have it open.
 
-mod block;
+pub(super) mod block;
 mod exports;
 mod interface;
 mod mounts;
@@ -18,6 +18,7 @@ use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::device::{self, HostDevice};
+use super::permit::is_system;
 use super::root::{self, SysRoot};
 
 pub(super) use block::claimed_disk;
@@ -93,7 +94,7 @@ pub enum Usage {
         /// From its interface to the one that has the route.
         chain: Vec<String>,
         /// The other machine.
-        server: IpAddr,
+        server: StorageServer,
         /// By what: a file system's type (`nfs4`), or `iSCSI`, `NVMe over tcp`.
         protocol: String,
         /// Where that is mounted, the shortest path first.
@@ -130,6 +131,28 @@ pub enum Usage {
     },
 }
 
+/// The machine that the host has storage from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StorageServer {
+    /// The one at this address.
+    Address(IpAddr),
+    /// One on the network of this interface, without an address of IP: ATA or Fibre Channel over Ethernet.
+    OnLink(String),
+    /// One that nothing tells of: every interface by which the host reaches others may be the way there.
+    Unseen,
+}
+
+/// Where the storage comes from, as it stands behind its protocol: ` from 10.0.0.1`.
+impl fmt::Display for StorageServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => write!(f, " from {address}"),
+            Self::OnLink(_) => Ok(()),
+            Self::Unseen => f.write_str(", from which machine is not seen"),
+        }
+    }
+}
+
 /// An address of a network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InterfaceAddress {
@@ -159,6 +182,12 @@ impl Usage {
             Self::Interface { chain, .. } => chain.len() > 1,
             Self::Representors { part_of, .. } => !part_of.is_empty(),
             Self::StaticRoutes { .. } => false,
+            // Where the system itself comes from such a machine, a guess is enough.
+            Self::NetworkStorage {
+                server: StorageServer::Unseen,
+                at,
+                ..
+            } => at.iter().any(|path| is_system(path)),
             _ => true,
         }
     }
@@ -175,6 +204,9 @@ impl Usage {
                 part_of, addresses, ..
             } if part_of.is_empty() => addresses,
             Self::StaticRoutes { .. } => return Some(format!("the host loses its {self}")),
+            Self::NetworkStorage { .. } if !self.prevents_bind() => {
+                return Some(format!("the host may lose {self}"));
+            }
             _ => return None,
         };
         let lost = lost.iter().filter(|address| !address.is_link_local());
@@ -189,15 +221,25 @@ impl Usage {
         (!lost.is_empty()).then(|| format!("the host loses its {word} {}", lost.join(", ")))
     }
 
-    /// The device's interface that a route goes by, where this is one.
+    /// From the device's interface to the one that has the route, where this is one.
     #[must_use]
-    pub fn route_from(&self) -> Option<&str> {
+    pub fn route(&self) -> Option<&[String]> {
         match self {
-            Self::DefaultRoute { chain } | Self::SshRoute { chain, .. } => {
-                chain.first().map(String::as_str)
-            }
+            Self::DefaultRoute { chain } | Self::SshRoute { chain, .. } => Some(chain),
             _ => None,
         }
+    }
+
+    /// Whether a route goes by an interface, and there by the one of those that it is part of that `chain`
+    /// has.
+    #[must_use]
+    pub fn leads_by(route: &[String], chain: &[String]) -> bool {
+        let same = route
+            .iter()
+            .zip(chain)
+            .take(2)
+            .all(|(one, other)| one == other);
+        same && !route.is_empty() && !chain.is_empty()
     }
 }
 
@@ -293,7 +335,7 @@ impl Usage {
                 if what.len() > 1 {
                     write!(f, "+{} ", what.len() - 1)?;
                 }
-                write!(f, "by {protocol} from {server} ({})", chain.join(" > "))
+                write!(f, "by {protocol}{server} ({})", chain.join(" > "))
             }
             Self::StaticRoutes {
                 chain,

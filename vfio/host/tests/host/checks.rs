@@ -217,11 +217,81 @@ fn devices_are_found_by_what_people_call_them() {
         let found = find(&host, text);
         assert_eq!(found, Err(CalledError::Nothing(text.to_owned())));
     }
+    let nodes = FakeHost::described(
+        "device 01:00.0 1002:73bf class=030000 driver=amdgpu
+           class drm/card0 dri/card0
+           class drm/renderD128 dri/renderD128
+         device 02:00.0 144d:a80a class=010802 driver=nvme
+           class nvme/nvme0 nvme0
+         device 03:00.0 15b3:101d class=020000 driver=mlx5_core
+           class infiniband/mlx5_0 infiniband/mlx5_0",
+    );
+    for node in ["dri/renderD128", "nvme0"] {
+        nodes.file(&format!("dev/{node}"), "");
+    }
+    for (text, address) in [
+        ("renderD128", "0000:01:00.0"),
+        ("/dev/dri/renderD128", "0000:01:00.0"),
+        ("/dev/nvme0", "0000:02:00.0"),
+        ("nvme0", "0000:02:00.0"),
+        ("mlx5_0", "0000:03:00.0"),
+        ("PCI:3:0:0", "0000:03:00.0"),
+        ("pci-0000:03:00.0", "0000:03:00.0"),
+    ] {
+        assert_eq!(find(&nodes, text), Ok(at(address)), "{text}");
+    }
     assert_eq!(find(&FakeHost::named("vmd"), "e1:00.0"), Ok(at(VMD[1])));
     let found = find(&FakeHost::named("pfvfio"), "8086:154c");
     let devices = vec![at("0000:18:02.0"), at("0000:18:02.1")];
     let called = "8086:154c".to_owned();
     assert_eq!(found, Err(CalledError::Several { called, devices }));
+}
+
+#[test]
+fn services_are_let_lock_memory_and_nothing_else_of_the_user_is_ended() {
+    let remedy = |cgroup: &str| {
+        let host = FakeHost::named("memlock");
+        host.file("proc/self/cgroup", cgroup);
+        let found = busway_host::examine(&host.root, 4 << 30, &|_| Ok(()));
+        let memlock = found.into_iter().find(|finding| finding.topic == "memlock");
+        let mut remedies = memlock.unwrap().remedies.into_iter();
+        remedies.next().unwrap().to_string()
+    };
+    let text = remedy("0::/system.slice/busway-vm1.service\n");
+    assert!(
+        text.contains("/busway-vm1.service.d/memlock.conf"),
+        "{text}"
+    );
+    assert!(
+        text.ends_with("systemctl restart -- busway-vm1.service"),
+        "{text}"
+    );
+    let text = remedy("0::/user.slice/user-7.slice/user@7.service/app.slice/vm.service\n");
+    assert!(text.contains("/user@7.service.d/memlock.conf"), "{text}");
+    assert!(text.ends_with("systemctl daemon-reload"), "{text}");
+}
+
+#[test]
+fn advice_comes_in_the_order_in_which_it_can_be_followed() {
+    let host = FakeHost::described(
+        "         device 0000:18:00.0 144d:a824 class=010802 driver=nvme group=40 reset=flr vfs=1/32
+         device 0000:18:00.1 144d:a824 class=010802 driver=nvme group=41 pf=18:00.0#0
+           disk nvme/nvme1/nvme1n1 260 mount=/srv",
+    );
+    let read = Host::read(&host.root).unwrap();
+    let asked = [at("0000:18:00.0")].into();
+    let text = busway_host::check_bind(&read, &asked, &Permits::new())[0].to_string();
+    let (unmount, remove) = (text.find("umount /srv"), text.find("vfs 0000:18:00.0 0"));
+    assert!(unmount.is_some() && unmount < remove, "{text}");
+    let host = FakeHost::described(
+        "         device 65:00.0 10de:2684 class=030000 driver=nouveau group=30 boot_vga
+         device 65:00.1 10de:22ba class=040300 driver=snd_hda_intel group=30",
+    );
+    let text = format!("{:?}", checked(&host, &[at("0000:65:00.1")]));
+    assert!(
+        text.contains("free what is in use, then bind them together"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -11,6 +11,9 @@ use crate::root::{self, SysRoot};
 /// How deep one interface may stand on another (a VLAN on a bond in a bridge is three).
 const DEEPEST: usize = 16;
 
+/// A link of the point-to-point protocol (linux/if_arp.h).
+const ARPHRD_PPP: u32 = 512;
+
 /// Which interfaces each is part of.
 pub(super) type Above = BTreeMap<String, Vec<String>>;
 
@@ -58,7 +61,26 @@ impl Interfaces {
                 });
             }
         }
+        all.add_pppoe(root);
         all
+    }
+
+    /// PPP over Ethernet says in a list of its own which interfaces it goes by (net/pppoe.c,
+    /// `Id Address Device`), and not which link of PPP is over which.
+    fn add_pppoe(&mut self, root: &SysRoot) {
+        let text = root::text(&root.proc.join("net/pppoe")).unwrap_or_default();
+        let class = root.sys.join("class/net");
+        let names = self.above.keys();
+        let links: Vec<_> = names
+            .filter(|name| root::number(&class.join(name).join("type")) == Some(ARPHRD_PPP))
+            .cloned()
+            .collect();
+        for line in text.lines().skip(1) {
+            let lower = line.split_whitespace().nth(2).map(root::one_line);
+            if let Some(above) = lower.and_then(|lower| self.above.get_mut(&lower)) {
+                above.extend(links.iter().cloned());
+            }
+        }
     }
 }
 
@@ -112,6 +134,22 @@ pub(super) fn stack(name: &str, above: &Above) -> Vec<String> {
         chain.push(upper.clone());
     }
     chain
+}
+
+/// An interface with each of those that it is part of, one above the other; itself where it is part of
+/// nothing.
+pub(super) fn stacks(name: &str, above: &Above) -> Vec<Vec<String>> {
+    let uppers = above.get(name).map(Vec::as_slice).unwrap_or_default();
+    if uppers.is_empty() {
+        return vec![vec![name.to_owned()]];
+    }
+    let stacked = |upper: &String| {
+        let mut chain = vec![name.to_owned()];
+        let rest = stack(upper, above).into_iter();
+        chain.extend(rest.take_while(|above| above != name));
+        chain
+    };
+    uppers.iter().map(stacked).collect()
 }
 
 /// The way from an interface up to one of those wanted.

@@ -8,13 +8,14 @@ mod ssh;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use busway_iommu::Command;
 use busway_pci::Bdf;
 
-use super::{InterfaceAddress, Usage};
-use crate::root::SysRoot;
+use super::{InterfaceAddress, StorageServer, Usage};
+use crate::root::{self, SysRoot};
 pub(super) use interfaces::is_elsewhere;
 pub(crate) use interfaces::represents;
-use interfaces::{Above, Interfaces, stack, way};
+use interfaces::{Above, Interfaces, stack, stacks, way};
 use peers::Served;
 use routes::{Asked, Routes, Static};
 
@@ -25,6 +26,8 @@ struct Wanted {
     ssh: Option<(std::net::IpAddr, BTreeSet<String>)>,
     statics: BTreeMap<String, Static>,
     served: Vec<(Served, BTreeSet<String>)>,
+    /// The kernel's messages that go to another machine: by what name, and by which interface.
+    consoles: Vec<(String, BTreeSet<String>)>,
 }
 
 /// The uses of the interfaces of every PCI device.
@@ -39,20 +42,22 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     // A switch has thousands of representors, and all those in one bridge have the same said of them.
     let mut represented: BTreeMap<(Bdf, Vec<String>), Vec<String>> = BTreeMap::new();
     for interface in &interfaces.owned {
-        let chain = stack(&interface.name, above);
         if !interface.represents {
-            let addresses = wanted.addresses(&chain);
-            let usage = Usage::Interface {
-                chain,
-                addresses,
-                leave: super::interface::leave(root, &interface.path),
-            };
-            uses.push((interface.owner, usage));
+            let chains = stacks(&interface.name, above).into_iter().enumerate();
+            uses.extend(chains.map(|(index, chain)| {
+                let usage = Usage::Interface {
+                    addresses: wanted.addresses(&chain),
+                    chain,
+                    leave: super::interface::leave(root, &interface.path, index),
+                };
+                (interface.owner, usage)
+            }));
             let more = wanted.uses(&interface.name, above).into_iter();
             uses.extend(more.map(|usage| (interface.owner, usage)));
             continue;
         }
         let name = interface.name.clone();
+        let chain = stack(&name, above);
         let tail = chain.into_iter().skip(1).collect();
         let same = represented.entry((interface.owner, tail)).or_default();
         same.push(name);
@@ -78,6 +83,18 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     uses
 }
 
+/// Those that are on (Documentation/networking/netconsole.rst).
+fn consoles(root: &SysRoot) -> Vec<(String, BTreeSet<String>)> {
+    let folder = root.sys.join("kernel/config/netconsole");
+    let one = |name: String| {
+        let attribute = |file: &str| root::attribute(&folder.join(&name).join(file));
+        let interface =
+            attribute("dev_name").filter(|_| attribute("enabled").as_deref() == Some("1"));
+        Some((root::one_line(&name), BTreeSet::from([interface?])))
+    };
+    root::names(&folder).into_iter().filter_map(one).collect()
+}
+
 impl Wanted {
     fn read(root: &SysRoot) -> Self {
         let routes = Routes::read(root);
@@ -92,16 +109,28 @@ impl Wanted {
         };
         let ssh = connection.map(|c| (c.client, way_to(c.client, c.here)));
         let is_own = |address| addresses.iter().any(|own| own.address == address);
+        let statics = routes.statics(&addresses);
+        let lead_out = || {
+            let real = addresses.iter().filter(|own| !own.is_link_local());
+            let of_addresses = real.map(|own| own.interface.clone());
+            let of_routes = defaults.iter().chain(statics.keys()).cloned();
+            of_addresses.chain(of_routes).collect()
+        };
         let served = peers::read(root).into_iter();
-        let served = served.filter(|served| !is_own(served.server));
-        let served = served.map(|served| {
-            let by = way_to(served.server, None);
-            (served, by)
+        let served = served.filter_map(|served| {
+            let by = match &served.server {
+                StorageServer::Address(address) if is_own(*address) => return None,
+                StorageServer::Address(address) => way_to(*address, None),
+                StorageServer::OnLink(interface) => BTreeSet::from([interface.clone()]),
+                StorageServer::Unseen => lead_out(),
+            };
+            Some((served, by))
         });
         Self {
             ssh,
             served: served.collect(),
-            statics: routes.statics(&addresses),
+            statics,
+            consoles: consoles(root),
             defaults,
             addresses,
         }
@@ -130,11 +159,19 @@ impl Wanted {
             if let Some(chain) = way(name, above, by) {
                 uses.push(Usage::NetworkStorage {
                     chain,
-                    server: served.server,
+                    server: served.server.clone(),
                     protocol: served.protocol.clone(),
                     at: served.at.clone(),
                     disks: served.disks.clone(),
                 });
+            }
+        }
+        for (console, by) in &self.consoles {
+            if let Some(mut chain) = way(name, above, by) {
+                chain.push(format!("netconsole {console}"));
+                let enabled = format!("/sys/kernel/config/netconsole/{console}/enabled");
+                let release = Some(Command::write("0", enabled));
+                uses.push(Usage::Held { chain, release });
             }
         }
         for (interface, routes) in &self.statics {

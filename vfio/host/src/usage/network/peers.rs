@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use crate::root::{self, SysRoot};
-use crate::usage::{Usage, block, mounts};
+use crate::usage::{StorageServer, Usage, block, mounts};
 
 /// File systems that are another machine's, and the TCP ports that its side listens on.
 const FILE_SYSTEMS: [(&str, &[u16]); 12] = [
@@ -13,30 +13,34 @@ const FILE_SYSTEMS: [(&str, &[u16]); 12] = [
     ("nfs4", &[2049]),
     ("cifs", &[445, 139]),
     ("smb3", &[445]),
-    ("ceph", &[3300, 6789]),
+    ("ceph", &CEPH),
     ("9p", &[564]),
     ("lustre", &[988]),
     ("glusterfs", &[24007]),
     ("fuse.glusterfs", &[24007]),
-    ("fuse.ceph", &[3300, 6789]),
-    ("fuse.ceph-fuse", &[3300, 6789]),
+    ("fuse.ceph", &CEPH),
+    ("fuse.ceph-fuse", &CEPH),
     ("fuse.sshfs", &[]),
 ];
 
 /// iSCSI's port (RFC 7143).
 const ISCSI: u16 = 3260;
+/// Those of Ceph's monitors.
+const CEPH: [u16; 2] = [3300, 6789];
+/// NBD's port, as it is registered.
+const NBD: u16 = 10809;
 
 /// What the host has from another machine by one protocol.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Served {
-    pub(super) server: IpAddr,
+    pub(super) server: StorageServer,
     pub(super) protocol: String,
     /// Where it is mounted, the shortest path first.
     pub(super) at: Vec<PathBuf>,
     pub(super) disks: Vec<String>,
 }
 
-type All = BTreeMap<(IpAddr, String), (BTreeSet<PathBuf>, BTreeSet<String>)>;
+type All = BTreeMap<(StorageServer, String), (BTreeSet<PathBuf>, BTreeSet<String>)>;
 
 /// What the host has from other machines.
 pub(super) fn read(root: &SysRoot) -> Vec<Served> {
@@ -54,9 +58,9 @@ pub(super) fn read(root: &SysRoot) -> Vec<Served> {
             disks: disks.into_iter().collect(),
         }
     };
-    let elsewhere = |served: &Served| {
-        let server = served.server;
-        !server.is_loopback() && !server.is_unspecified()
+    let elsewhere = |served: &Served| match served.server {
+        StorageServer::Address(server) => !server.is_loopback() && !server.is_unspecified(),
+        StorageServer::OnLink(_) | StorageServer::Unseen => true,
     };
     all.into_iter().map(one).filter(elsewhere).collect()
 }
@@ -72,11 +76,18 @@ fn file_systems(root: &SysRoot, names: &Names, all: &mut All) {
             // The name of a server says nothing here; whom the host is connected with does.
             servers = connected(root, ports);
         }
-        for server in servers {
+        for server in or_unseen(servers) {
             let protocol = kind.trim_start_matches("fuse.").to_owned();
             let (at, _) = all.entry((server, protocol)).or_default();
             at.insert(mount.at.clone());
         }
+    }
+}
+
+fn or_unseen(servers: BTreeSet<IpAddr>) -> BTreeSet<StorageServer> {
+    match servers.is_empty() {
+        true => BTreeSet::from([StorageServer::Unseen]),
+        false => servers.into_iter().map(StorageServer::Address).collect(),
     }
 }
 
@@ -181,37 +192,42 @@ fn connection(line: &str) -> Option<(IpAddr, u16)> {
     Some((address, port))
 }
 
-/// Disks that are other machines', by the name of what connects them: `session1`, `nvme3`.
+/// What a disk comes by, and from whom.
+type Way = (String, BTreeSet<StorageServer>);
+
+/// Disks that are other machines'.
 fn disks(root: &SysRoot, all: &mut All) {
-    let mut ways: BTreeMap<String, (String, BTreeSet<IpAddr>)> = sessions(root);
+    // By the name of what connects them: `session1`, `nvme3`.
+    let mut ways = sessions(root);
     ways.extend(controllers(root));
-    if ways.is_empty() {
-        return;
-    }
-    let server = |path: &Path| {
+    let connected_by = |path: &Path| -> Vec<Way> {
         let parts = path
             .components()
             .filter_map(|part| part.as_os_str().to_str());
-        let direct: Vec<_> = parts.filter(|part| ways.contains_key(*part)).collect();
+        let direct: Vec<_> = parts.filter_map(|part| ways.get(part).cloned()).collect();
         if !direct.is_empty() {
-            return Some(direct.into_iter().map(str::to_owned).collect::<Vec<_>>());
+            return direct;
         }
         // With NVMe multipath a namespace is a child of the subsystem, which links to its controllers.
-        let of_subsystem = |folder: &Path| {
-            folder
-                .file_name()?
-                .to_str()?
-                .strip_prefix("nvme-subsys")
-                .map(drop)
+        let is_subsystem = |folder: &&Path| {
+            let name = folder.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with("nvme-subsys"))
         };
-        let folder = path
-            .ancestors()
-            .find(|folder| of_subsystem(folder).is_some())?;
-        let mut links = root::names(folder);
-        links.retain(|name| ways.contains_key(name));
-        (!links.is_empty()).then_some(links)
+        let subsystem = path.ancestors().find(is_subsystem);
+        let links = subsystem.map(root::names).unwrap_or_default();
+        links
+            .iter()
+            .filter_map(|name| ways.get(name).cloned())
+            .collect()
     };
-    for (names, disk, uses) in block::served(root, server) {
+    let server = |path: &Path| {
+        let mut found = connected_by(path);
+        if found.is_empty() {
+            found.extend(by_itself(root, path));
+        }
+        (!found.is_empty()).then_some(found)
+    };
+    for (ways, disk, uses) in block::served(root, server) {
         let mounted: BTreeSet<_> = uses
             .into_iter()
             .filter_map(|usage| match usage {
@@ -220,8 +236,8 @@ fn disks(root: &SysRoot, all: &mut All) {
             })
             .flatten()
             .collect();
-        for (protocol, servers) in names.iter().filter_map(|name| ways.get(name)) {
-            for &server in servers {
+        for (protocol, servers) in ways {
+            for server in servers {
                 let (at, disks) = all.entry((server, protocol.clone())).or_default();
                 at.extend(mounted.iter().cloned());
                 disks.insert(disk.clone());
@@ -230,9 +246,46 @@ fn disks(root: &SysRoot, all: &mut All) {
     }
 }
 
+/// What a disk says itself of where it comes from, by its folder in sysfs.
+fn by_itself(root: &SysRoot, path: &Path) -> Option<Way> {
+    let name = path.file_name()?.to_str()?;
+    let is_numbered = |name: &str, kind: &str| {
+        let number = name.strip_prefix(kind);
+        number.is_some_and(|n| n.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let numbered = |kind| is_numbered(name, kind);
+    let mut parts = path.iter().filter_map(|part| part.to_str());
+    if parts.any(|part| is_numbered(part, "session")) {
+        // A session that its class does not know of, as in a container.
+        return Some(("iSCSI".into(), or_unseen(connected(root, &[ISCSI]))));
+    }
+    if numbered("rbd") {
+        // Its monitors are Ceph's, and so are the ports.
+        return Some(("RBD".into(), or_unseen(connected(root, &CEPH))));
+    }
+    if numbered("nbd") {
+        // There is an nbd0 though nothing is connected, and it may be a process of this host.
+        let servers = root::attribute(&path.join("pid")).map(|_| connected(root, &[NBD]))?;
+        return (!servers.is_empty()).then(|| ("NBD".into(), or_unseen(servers)));
+    }
+    let on_link = |name: &str| StorageServer::OnLink(root::one_line(name));
+    if name.starts_with("etherd!") {
+        // drivers/block/aoe/aoeblk.c, aoedisk_show_netif
+        let interfaces = root::attribute(&path.join("netif"))?;
+        let names = interfaces.split([',', ' ', '\n']);
+        let servers = names.filter(|n| !n.is_empty() && *n != "none").map(on_link);
+        return Some(("AoE".into(), servers.collect()));
+    }
+    // FCoE's host adapter is a child of the interface (drivers/scsi/fcoe/fcoe_sysfs.c): net/eth0.7/ctlr_0.
+    let mut above = path.ancestors();
+    let interface = above.find(|folder| folder.parent().is_some_and(|p| p.ends_with("net")))?;
+    let name = interface.file_name()?.to_str()?;
+    Some(("FCoE".into(), BTreeSet::from([on_link(name)])))
+}
+
 /// iSCSI's sessions by name, with the addresses that their connections go to. A session whose
 /// connections say none has all that the host is connected with by iSCSI's port.
-fn sessions(root: &SysRoot) -> BTreeMap<String, (String, BTreeSet<IpAddr>)> {
+fn sessions(root: &SysRoot) -> BTreeMap<String, Way> {
     let mut sessions: BTreeMap<String, BTreeSet<IpAddr>> = BTreeMap::new();
     let class = root.sys.join("class/iscsi_session");
     for name in root::names(&class) {
@@ -259,13 +312,13 @@ fn sessions(root: &SysRoot) -> BTreeMap<String, (String, BTreeSet<IpAddr>)> {
             servers.clone_from(&connected);
         }
     }
-    let named = |(name, servers)| (name, ("iSCSI".to_owned(), servers));
+    let named = |(name, servers)| (name, ("iSCSI".to_owned(), or_unseen(servers)));
     sessions.into_iter().map(named).collect()
 }
 
 /// NVMe controllers that are reached over IP, by name (drivers/nvme/host/sysfs.c):
 /// `traddr=10.0.0.1,trsvcid=4420,host_traddr=…`.
-fn controllers(root: &SysRoot) -> BTreeMap<String, (String, BTreeSet<IpAddr>)> {
+fn controllers(root: &SysRoot) -> BTreeMap<String, Way> {
     let class = root.sys.join("class/nvme");
     let one = |name: String| {
         let transport = root::attribute(&class.join(&name).join("transport"))?;
@@ -275,10 +328,8 @@ fn controllers(root: &SysRoot) -> BTreeMap<String, (String, BTreeSet<IpAddr>)> {
         let address = root::attribute(&class.join(&name).join("address"))?;
         let mut words = address.split(',');
         let server = words.find_map(|word| plain(word.strip_prefix("traddr=")?))?;
-        Some((
-            name,
-            (format!("NVMe over {transport}"), BTreeSet::from([server])),
-        ))
+        let servers = BTreeSet::from([StorageServer::Address(server)]);
+        Some((name, (format!("NVMe over {transport}"), servers)))
     };
     root::names(&class).into_iter().filter_map(one).collect()
 }
