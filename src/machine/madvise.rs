@@ -12,18 +12,27 @@ use rustix::mm::{Advice, madvise};
 
 /// Unmaps the pages of this program's code and constants, and gives back what the heap has free.
 pub(super) fn forget_the_start() {
-    for range in constant_parts() {
-        let start = range.start as *mut c_void;
-        // SAFETY: the range is whole pages of this program's file, mapped privately and not to be written, so that
-        // each page has what the file has, and comes again from there when it is touched next.
-        if let Err(error) = unsafe { madvise(start, range.len(), Advice::LinuxDontNeed) } {
-            log::debug!("madvise of the program's own {range:x?}: {error}");
-        }
+    for part in constant_parts() {
+        // SAFETY: these are whole pages of this program's file, mapped privately and not to be written.
+        unsafe { unmap(&part) };
     }
     #[cfg(target_env = "gnu")]
     // SAFETY: it takes any count, and touches nothing that is allocated.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// Unmaps pages until they are touched next.
+///
+/// # Safety
+/// They are mapped from a file, privately, and nothing has written to them: each page has what the file has, and comes
+/// again from there.
+unsafe fn unmap(pages: &Range<usize>) {
+    let start = pages.start as *mut c_void;
+    // SAFETY: what is there again when it is touched is what was there.
+    if let Err(error) = unsafe { madvise(start, pages.len(), Advice::LinuxDontNeed) } {
+        log::debug!("madvise of the program's own {pages:x?}: {error}");
     }
 }
 
@@ -64,51 +73,57 @@ fn constant_parts() -> Vec<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, File};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use rustix::mm::{MapFlags, ProtFlags, mmap};
 
     use super::*;
 
-    /// Kibibytes of a part that are resident, and of those the ones that are the file's no more, by smaps. proc_pid_smaps(5)
-    fn resident(part: &Range<usize>) -> (u64, u64) {
+    /// Something that is written to.
+    static WRITTEN: AtomicU32 = AtomicU32::new(1);
+
+    /// A number of kibibytes that smaps has for the mapping that starts at an address. proc_pid_smaps(5)
+    fn kibibytes(start: usize, key: &str) -> u64 {
         let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
-        let holds = |line: &&str| {
-            let bounds = line
-                .split_once(' ')
-                .and_then(|(range, _)| range.split_once('-'));
-            let number = |text| usize::from_str_radix(text, 16).ok();
-            let (start, end) = bounds.map_or((None, None), |(a, b)| (number(a), number(b)));
-            start.is_some_and(|start| start <= part.start)
-                && end.is_some_and(|end| end > part.start)
-        };
-        let lines = smaps.lines().skip_while(|line| !holds(line));
-        let of = |key: &str| {
-            let line = lines.clone().find(|line| line.starts_with(key)).unwrap();
-            line.split_whitespace().nth(1).unwrap().parse().unwrap()
-        };
-        (of("Rss:"), of("Anonymous:"))
+        let begins = format!("{start:x}-");
+        let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&begins));
+        let line = lines.find(|line| line.starts_with(key)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     #[test]
-    fn after_a_start_the_code_is_mapped_that_is_used_and_the_program_goes_on() {
-        let parts = constant_parts();
-        let own = forget_the_start as fn() as usize;
-        let code = parts.iter().find(|part| part.contains(&own)).unwrap();
-        let touch = |at: usize| {
-            // SAFETY: the pages are mapped, and may be read.
-            unsafe { *(at as *const u8) }
-        };
+    fn what_is_unmapped_is_there_again_when_it_is_touched() {
+        let program = File::open("/proc/self/exe").unwrap();
+        let length = 64 * PAGE_SIZE as usize;
+        let (read, private) = (ProtFlags::READ, MapFlags::PRIVATE);
+        // SAFETY: a new mapping, which stays.
+        let start = unsafe { mmap(std::ptr::null_mut(), length, read, private, &program, 0) };
+        let start = start.unwrap();
         let sum = || {
-            code.clone()
-                .step_by(4096)
-                .map(|at| u64::from(touch(at)))
-                .sum::<u64>()
+            // SAFETY: so many bytes are mapped, and nobody writes to them.
+            let bytes = unsafe { std::slice::from_raw_parts(start.cast::<u8>(), length) };
+            bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>()
         };
         let before = sum();
-        let (all, written) = resident(code);
-        assert_eq!(written, 0, "a relocation in code would be lost");
-        forget_the_start();
-        let (left, _) = resident(code);
-        assert!(left < all / 2, "{left} KiB of {all}");
+        assert_eq!(kibibytes(start as usize, "Rss:"), length as u64 / 1024);
+        // SAFETY: they are a file's, and not to be written.
+        unsafe { unmap(&(start as usize..start as usize + length)) };
+        assert_eq!(kibibytes(start as usize, "Rss:"), 0);
         assert_eq!(sum(), before);
+    }
+
+    #[test]
+    fn code_and_constants_are_unmapped_and_nothing_that_is_written_to() {
+        let parts = constant_parts();
+        let has = |at: usize| parts.iter().any(|part| part.contains(&at));
+        assert!(has(forget_the_start as fn() as usize));
+        assert!(!has(WRITTEN.as_ptr() as usize));
+        for part in &parts {
+            assert!(part.start.is_multiple_of(4096) && part.end.is_multiple_of(4096));
+        }
+        forget_the_start();
+        WRITTEN.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(WRITTEN.load(Ordering::Relaxed), 2);
     }
 }
