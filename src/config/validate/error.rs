@@ -21,7 +21,7 @@ pub enum InvalidConfig {
         "{device}: boot_index= is for firmware: give --firmware auto, or leave boot_index= out"
     )]
     BootIndexAlone {
-        /// Which.
+        /// The device.
         device: Name,
     },
     /// {what} without --kernel
@@ -130,7 +130,7 @@ pub enum InvalidConfig {
         "{flag} size={size}: a console's file needs room for {MIN_CONSOLE_FILE_SIZE} bytes at least"
     )]
     ConsoleFileSize {
-        /// Which.
+        /// The flag.
         flag: Name,
         /// What was asked for, in bytes.
         size: u64,
@@ -138,13 +138,13 @@ pub enum InvalidConfig {
     /// {device}: rom=off and romfile= exclude each other
     #[error("{device}: rom=off and romfile= exclude each other: leave one out")]
     RomfileUnwanted {
-        /// Which.
+        /// The device.
         device: Name,
     },
     /// {device}: x_nv_gpudirect_clique={clique} is above 15
     #[error("{device}: x_nv_gpudirect_clique={clique} must be a number from 0 to 15")]
     Clique {
-        /// Which.
+        /// The device.
         device: Name,
         /// What was given.
         clique: u8,

@@ -84,7 +84,7 @@ struct Removal {
 /// Whether a VM goes on after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::machine) enum Verdict {
-    /// It does.
+    /// The VM goes on.
     GoOn,
     /// The guest is to be held.
     Hold,
