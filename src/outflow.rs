@@ -14,7 +14,7 @@ use vmm_sys_util::poll::{PollContext, WatchingEvents};
 
 /// How long [`Outflow::drain`] waits for the reader to take anything more.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
-/// It calls nothing deep.
+/// Bytes of the writing thread's stack: what it calls needs little.
 const STACK_SIZE: usize = 64 << 10;
 
 /// What waits to be written.
@@ -327,7 +327,7 @@ mod tests {
         take.send(true).unwrap();
         assert_eq!((reported.recv(), reported.recv()), (Ok(3), Ok(4)));
         push(&outflow, 9, false);
-        // What is urgent comes at any rate.
+        // Urgent lines are never left out.
         for number in 10..=13 {
             push(&outflow, number, true);
         }

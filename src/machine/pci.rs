@@ -41,7 +41,7 @@ pub(super) struct Pci {
     /// The functions behind each, until they are gone: while one is being taken out, which waits for the
     /// kernel, its port is not to be waited for.
     behind: Vec<(FunctionId, Weak<AssignedFunction>)>,
-    /// Those that are still there.
+    /// The assigned functions, those that are still there.
     assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
     virtio: VirtioFunctions,
     lines: SharedLines,

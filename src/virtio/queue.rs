@@ -55,7 +55,7 @@ pub(crate) struct Chain<'m> {
 }
 
 impl Chain<'_> {
-    /// One of no buffers.
+    /// A chain without buffers.
     pub(super) fn empty(head: u16) -> Self {
         Self {
             head,

@@ -84,7 +84,7 @@ pub enum InvalidConfig {
     /// {device}: {why}
     #[error("{device}: {why}")]
     Virtio {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// What is wrong with it.
         why: InvalidVirtio,
@@ -92,7 +92,7 @@ pub enum InvalidConfig {
     /// {device}: {why}
     #[error("{device}: {why}")]
     Address {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// What is wrong with it.
         why: busway_vfio::ParseHostNameError,
@@ -100,7 +100,7 @@ pub enum InvalidConfig {
     /// {device}: vf_token={why}
     #[error("{device}: vf_token={why}")]
     VfToken {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// What is wrong with it.
         why: busway_vfio::ParseVfTokenError,
@@ -110,7 +110,7 @@ pub enum InvalidConfig {
     Twice {
         /// The one that came first.
         first: Name,
-        /// The other.
+        /// The one that came after it.
         second: Name,
         /// What is the same.
         what: &'static str,
@@ -155,7 +155,7 @@ pub enum InvalidConfig {
          another number, 3 or more"
     )]
     StandardFd {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// `fd` or `iommufd_fd`.
         key: &'static str,
@@ -185,7 +185,7 @@ pub enum InvalidConfig {
     /// {device}: `{id}` is no name
     #[error("{device}: id=`{id}` must have a character, and no spaces, commas or `/`")]
     Id {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// What was asked for.
         id: String,

@@ -35,7 +35,7 @@ pub(in crate::machine) struct Attached {
     /// Ready when an event of a device's has come.
     ready: Epoll,
     devices: Vec<Entry>,
-    /// Those that leave the VM.
+    /// The closing of devices that leave the VM.
     releases: Aside,
     attacher: Arc<Attacher>,
 }

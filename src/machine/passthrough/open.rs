@@ -39,7 +39,7 @@ pub(super) struct Opening {
     pub(super) kvm: Option<Arc<dyn KvmFiles>>,
     /// Bytes of RAM, all of which is pinned.
     pub(super) ram: u64,
-    /// What is opened by it.
+    /// The devices that were opened.
     pub(super) devices: OpenDevices,
 }
 

@@ -7,7 +7,7 @@ use super::{Entry, Hotplug, VirtioDevices};
 use crate::machine::passthrough::RELEASE_LIMIT;
 use crate::machine::requests::{Answer, Asker, RequestError};
 
-/// That somebody wants a device removed.
+/// A request to remove a device, and how far it is.
 #[derive(Debug)]
 pub(super) struct Removal {
     asker: Asker,

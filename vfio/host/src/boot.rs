@@ -43,7 +43,7 @@ pub(super) enum Loader {
     Talos,
     /// NixOS, whose command line is of its configuration.
     NixOs,
-    /// Nothing tells.
+    /// Nothing on the host says which it is.
     Unknown,
 }
 
