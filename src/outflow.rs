@@ -14,7 +14,7 @@ use vmm_sys_util::poll::{PollContext, WatchingEvents};
 
 /// How long [`Outflow::drain`] waits for the reader to take anything more.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
-/// It calls nothing deep.
+/// Bytes of the writing thread's stack: what it calls needs little.
 const STACK_SIZE: usize = 64 << 10;
 
 /// What waits to be written.
@@ -289,7 +289,7 @@ mod tests {
     /// One whose reader takes a number for each message that it is sent.
     fn slow(bound: Bound) -> (Arc<Outflow<Numbers>>, SyncSender<bool>, Receiver<i64>) {
         let (take, taken) = sync_channel::<bool>(100);
-        let (tell, told) = sync_channel(100);
+        let (tell, reported) = sync_channel(100);
         let outflow = Outflow::start("slow", Numbers::default(), bound, move |number| {
             let _ = tell.send(number);
             match taken.recv() {
@@ -297,7 +297,7 @@ mod tests {
                 _ => Err(io::ErrorKind::BrokenPipe.into()),
             }
         });
-        (outflow.unwrap(), take, told)
+        (outflow.unwrap(), take, reported)
     }
 
     fn push(outflow: &Outflow<Numbers>, number: i64, urgent: bool) {
@@ -312,35 +312,35 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_counted_in_its_place_and_losses_stay_together() {
-        let (outflow, take, told) = slow(AT_ONCE);
+        let (outflow, take, reported) = slow(AT_ONCE);
         push(&outflow, 1, false);
-        assert_eq!(told.recv(), Ok(1));
+        assert_eq!(reported.recv(), Ok(1));
         // Four wait, two are lost; with room for two only, none is taken before there is.
         for number in 2..=7 {
             push(&outflow, number, false);
         }
         assert_eq!(outflow.size(), 4);
         take.send(true).unwrap();
-        assert_eq!(told.recv(), Ok(2));
+        assert_eq!(reported.recv(), Ok(2));
         push(&outflow, 8, false);
         take.send(true).unwrap();
         take.send(true).unwrap();
-        assert_eq!((told.recv(), told.recv()), (Ok(3), Ok(4)));
+        assert_eq!((reported.recv(), reported.recv()), (Ok(3), Ok(4)));
         push(&outflow, 9, false);
-        // What is urgent comes at any rate.
+        // Urgent lines are never left out.
         for number in 10..=13 {
             push(&outflow, number, true);
         }
         for _ in 0..8 {
             take.send(true).unwrap();
         }
-        let rest: Vec<_> = (0..7).map(|_| told.recv().unwrap()).collect();
+        let rest: Vec<_> = (0..7).map(|_| reported.recv().unwrap()).collect();
         assert_eq!(rest, [5, -3, 9, 10, 11, 12, 13]);
     }
 
     #[test]
     fn losses_are_said_without_anything_after_them() {
-        let (outflow, take, told) = slow(AT_ONCE);
+        let (outflow, take, reported) = slow(AT_ONCE);
         for number in 0..10 {
             push(&outflow, number, false);
         }
@@ -348,7 +348,7 @@ mod tests {
             take.send(true).unwrap();
         }
         outflow.close();
-        let all: Vec<_> = told.iter().collect();
+        let all: Vec<_> = reported.iter().collect();
         let lost: i64 = all.iter().filter(|number| **number < 0).sum();
         let there = all.iter().filter(|number| **number >= 0).count();
         assert_eq!(there as i64 - lost, 10, "{all:?}");
@@ -357,9 +357,9 @@ mod tests {
     #[test]
     fn nobody_waits_again_for_a_reader_that_was_waited_for_in_vain() {
         let wait = Duration::from_millis(200);
-        let (outflow, take, told) = slow(Bound { wait, ..AT_ONCE });
+        let (outflow, take, reported) = slow(Bound { wait, ..AT_ONCE });
         push(&outflow, 1, false);
-        assert_eq!(told.recv(), Ok(1));
+        assert_eq!(reported.recv(), Ok(1));
         let start = Instant::now();
         for number in 2..=20 {
             push(&outflow, number, false);
@@ -368,14 +368,14 @@ mod tests {
         assert!(start.elapsed() >= wait, "it is waited for once");
         assert!(start.elapsed() < 10 * wait, "and not again");
         take.send(true).unwrap();
-        assert_eq!(told.recv(), Ok(2));
+        assert_eq!(reported.recv(), Ok(2));
     }
 
     #[test]
     fn the_end_waits_while_somebody_reads_and_no_longer_than_it_may() {
-        let (outflow, take, told) = slow(AT_ONCE);
+        let (outflow, take, reported) = slow(AT_ONCE);
         push(&outflow, 1, false);
-        assert_eq!(told.recv(), Ok(1));
+        assert_eq!(reported.recv(), Ok(1));
         let start = Instant::now();
         outflow.drain(Some(PATIENCE / 10));
         let elapsed = start.elapsed();
@@ -390,13 +390,13 @@ mod tests {
 
     #[test]
     fn where_the_other_end_is_gone_all_is_dropped() {
-        let (outflow, take, told) = slow(AT_ONCE);
+        let (outflow, take, reported) = slow(AT_ONCE);
         push(&outflow, 1, false);
         push(&outflow, 2, false);
         take.send(false).unwrap();
         outflow.drain(None);
         push(&outflow, 3, true);
         assert_eq!(outflow.size(), 0);
-        assert_eq!(told.iter().collect::<Vec<_>>(), [1]);
+        assert_eq!(reported.iter().collect::<Vec<_>>(), [1]);
     }
 }

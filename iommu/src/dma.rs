@@ -132,7 +132,7 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
     /// part of a device.
     ///
     /// # Errors
-    /// Theirs.
+    /// [`MapError`], as of these two.
     fn add(&self, mapping: DmaMapping, dma_buf: &OpenDmaBuf<'_>) -> Result<(), MapError>;
 
     /// Takes back what was mapped within `size` bytes from `iova`, which may be several mappings but

@@ -260,14 +260,15 @@ mod tests {
 
     #[test]
     fn a_group_that_is_in_a_container_is_not_attached_to_another() {
-        let told = |flags| check_status(&SysRoot::default(), 7, flags).map_err(|e| e.to_string());
-        assert_eq!(told(VFIO_GROUP_FLAGS_VIABLE), Ok(()));
-        let text = told(VFIO_GROUP_FLAGS_VIABLE | VFIO_GROUP_FLAGS_CONTAINER_SET).unwrap_err();
+        let reported =
+            |flags| check_status(&SysRoot::default(), 7, flags).map_err(|e| e.to_string());
+        assert_eq!(reported(VFIO_GROUP_FLAGS_VIABLE), Ok(()));
+        let text = reported(VFIO_GROUP_FLAGS_VIABLE | VFIO_GROUP_FLAGS_CONTAINER_SET).unwrap_err();
         assert!(
             text.starts_with("IOMMU group 7 is in somebody's container"),
             "{text}"
         );
-        assert!(told(0).unwrap_err().contains("cannot be given away"));
+        assert!(reported(0).unwrap_err().contains("cannot be given away"));
     }
 
     #[test]

@@ -364,11 +364,11 @@ mod tests {
         let nodes = [paths.container(), paths.iommufd(), paths.group(7), cdev];
         let classes = ["misc/vfio", "misc/iommu", "vfio/7", "vfio-dev/vfio3"];
         for (node, class) in nodes.iter().zip(classes) {
-            let told = || Obstacle::opening(&paths, node, errno(libc::ENOENT)).to_string();
-            assert!(told().contains("not loaded"), "{}", told());
+            let reported = || Obstacle::opening(&paths, node, errno(libc::ENOENT)).to_string();
+            assert!(reported().contains("not loaded"), "{}", reported());
             fs::create_dir_all(paths.sys.join("class").join(class)).unwrap();
             let option = format!("docker: --device {}", node.display());
-            assert!(told().contains(&option), "{}", told());
+            assert!(reported().contains(&option), "{}", reported());
         }
     }
 
@@ -394,21 +394,21 @@ mod tests {
         let group = paths.sys.join("kernel/iommu_groups/7");
         fs::create_dir_all(group.join("devices/0000:01:00.0")).unwrap();
         let reserve = |text| fs::write(group.join("reserved_regions"), text).unwrap();
-        let told = |number| {
+        let reported = |number| {
             let error = errno(number);
             Obstacle::attaching(&paths, "vfio_iommu_type1", Some(7), error).to_string()
         };
         reserve("0x00000000000e0000 0x00000000000e0fff direct-relaxable\n");
-        let text = told(libc::EPERM);
+        let text = reported(libc::EPERM);
         assert!(
             text.contains("no interrupt remapping")
                 && text.contains("module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"),
             "{text}"
         );
-        assert!(told(libc::EINVAL).contains("reserves addresses that are mapped"));
+        assert!(reported(libc::EINVAL).contains("reserves addresses that are mapped"));
         reserve("0x00000000000e0000 0x00000000000e0fff direct\n");
         for number in [libc::EPERM, libc::EINVAL] {
-            let text = told(number);
+            let text = reported(number);
             assert!(
                 text.starts_with("the firmware keeps 0xe0000 to 0xe0fff")
                     && text.contains("0000:01:00.0")
@@ -425,9 +425,10 @@ mod tests {
         fs::create_dir_all(process.join("fd")).unwrap();
         fs::write(process.join("comm"), "qemu\n").unwrap();
         std::os::unix::fs::symlink(paths.group(7), process.join("fd/3")).unwrap();
-        let told = || Obstacle::opening(&paths, &paths.group(7), errno(libc::EBUSY)).to_string();
+        let reported =
+            || Obstacle::opening(&paths, &paths.group(7), errno(libc::EBUSY)).to_string();
         assert_eq!(
-            told(),
+            reported(),
             "it is in use by process 4711 (qemu): end that first"
         );
         // By a device of it, which keeps the group from others too.
@@ -436,8 +437,8 @@ mod tests {
         fs::create_dir_all(device.join("vfio-dev/vfio3")).unwrap();
         let cdev = paths.cdev_node(&device).unwrap();
         let command = format!("fuser -v {} {}", paths.group(7).display(), cdev.display());
-        assert!(told().contains(&command), "{}", told());
+        assert!(reported().contains(&command), "{}", reported());
         std::os::unix::fs::symlink(cdev, process.join("fd/3")).unwrap();
-        assert!(told().contains("process 4711 (qemu)"), "{}", told());
+        assert!(reported().contains("process 4711 (qemu)"), "{}", reported());
     }
 }

@@ -7,9 +7,9 @@ use crate::SysRoot;
 /// Whether the host remaps interrupts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Remapping {
-    /// It remaps them.
+    /// Interrupts are remapped.
     On,
-    /// It does not.
+    /// Interrupts are not remapped.
     Off,
     /// The host does not tell.
     Unknown,

@@ -37,7 +37,7 @@ impl Complaints {
         }
     }
 
-    /// One in each `period` is loud.
+    /// One complaint in each `period` is logged at its own level.
     #[must_use]
     pub fn every(period: Duration) -> Self {
         Self {

@@ -103,7 +103,7 @@ mod tests {
         (output.status.code(), stderr)
     }
 
-    fn told(what: &str) -> String {
+    fn reported(what: &str) -> String {
         let version = env!("CARGO_PKG_VERSION");
         format!("busway: error: this is a bug in Busway {version}: {what} (src/cli/panic.rs:")
     }
@@ -114,7 +114,7 @@ mod tests {
             let _never = thread::spawn(|| panic!("out of tea")).join();
         });
         assert_eq!(status, Some(1));
-        assert!(stderr.starts_with(&told("out of tea")), "{stderr}");
+        assert!(stderr.starts_with(&reported("out of tea")), "{stderr}");
         assert_eq!(stderr.lines().count(), 1, "{stderr}");
     }
 
@@ -139,7 +139,7 @@ mod tests {
             process::exit(7);
         });
         assert_eq!(status, Some(7), "{stderr}");
-        assert!(stderr.starts_with(&told("out of tea")), "{stderr}");
+        assert!(stderr.starts_with(&reported("out of tea")), "{stderr}");
         assert!(stderr.ends_with("devices released\n"), "{stderr}");
     }
 
@@ -155,7 +155,7 @@ mod tests {
             process::exit(if caught(run).is_none() { 7 } else { 8 });
         });
         assert_eq!(status, Some(7), "{stderr}");
-        assert!(stderr.starts_with(&told("out of tea")), "{stderr}");
+        assert!(stderr.starts_with(&reported("out of tea")), "{stderr}");
         assert!(stderr.ends_with("devices released\n"), "{stderr}");
     }
 

@@ -11,9 +11,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::report::Report;
 
-/// Who waits less needs no bar.
+/// How long a start takes before there is a bar.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// From one picture to the next.
+/// How often the bar is drawn.
 const STEP: Duration = Duration::from_millis(100);
 
 /// Shows the bar for this report's run, where somebody would see it: from a second after the first

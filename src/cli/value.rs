@@ -172,7 +172,7 @@ impl fmt::Display for Value {
 
 /// The greatest value of a type, for the message.
 pub(super) trait Bounded {
-    /// It.
+    /// The greatest value.
     const MOST: u64;
 }
 

@@ -238,7 +238,7 @@ mod tests {
     #[derive(Debug, Default)]
     struct Board {
         line: AtomicBool,
-        told: Mutex<Vec<(u8, Option<u8>)>>,
+        reported: Mutex<Vec<(u8, Option<u8>)>>,
     }
 
     impl InterruptLevel for Board {
@@ -249,11 +249,11 @@ mod tests {
 
     impl SlotKeeper for Board {
         fn eject(&self, slot: u8) {
-            self.told.lock().unwrap().push((slot, None));
+            self.reported.lock().unwrap().push((slot, None));
         }
 
         fn refused(&self, slot: u8, status: u8) {
-            self.told.lock().unwrap().push((slot, Some(status)));
+            self.reported.lock().unwrap().push((slot, Some(status)));
         }
     }
 
@@ -262,8 +262,8 @@ mod tests {
             self.line.load(Ordering::Relaxed)
         }
 
-        fn told(&self) -> Vec<(u8, Option<u8>)> {
-            std::mem::take(&mut self.told.lock().unwrap())
+        fn reported(&self) -> Vec<(u8, Option<u8>)> {
+            std::mem::take(&mut self.reported.lock().unwrap())
         }
     }
 
@@ -315,11 +315,11 @@ mod tests {
         assert!(board.is_held());
         assert_eq!(look(&registers), (1 << 4, 0));
         write(&registers, EJECT, 1 << 3);
-        assert_eq!(board.told(), [(3, None)]);
+        assert_eq!(board.reported(), [(3, None)]);
         assert_eq!(registers.slots().present, 1 << 4);
         // Once.
         write(&registers, EJECT, !(1 << 4));
-        assert_eq!(board.told(), []);
+        assert_eq!(board.reported(), []);
     }
 
     #[test]
@@ -329,7 +329,7 @@ mod tests {
         assert!(!board.is_held(), "the guest finds it by itself");
         let busy = outcome(1, EJECT_REQUEST.into(), 0x82);
         write(&registers, OUTCOME, busy);
-        assert_eq!(board.told(), [], "nobody has asked");
+        assert_eq!(board.reported(), [], "nobody has asked");
         registers.ask(1);
         // Of another notification, a success before the ejection, and one that goes on.
         for value in [
@@ -340,11 +340,11 @@ mod tests {
             outcome(2, EJECT_REQUEST.into(), 0x82),
         ] {
             write(&registers, OUTCOME, value);
-            assert_eq!(board.told(), [], "{value:#x}");
+            assert_eq!(board.reported(), [], "{value:#x}");
         }
         write(&registers, OUTCOME, busy);
         write(&registers, OUTCOME, busy);
-        assert_eq!(board.told(), [(1, Some(0x82))]);
+        assert_eq!(board.reported(), [(1, Some(0x82))]);
         assert!(!board.is_held());
         assert_eq!(registers.slots().present, 1 << 1);
     }
@@ -361,7 +361,7 @@ mod tests {
         assert!(!registers.withdraw(1));
         // It releases it after all.
         write(&registers, EJECT, 1 << 1);
-        assert_eq!(board.told(), [(1, None)]);
+        assert_eq!(board.reported(), [(1, None)]);
         // Of a slot that is empty nothing is asked.
         registers.ask(1);
         assert!(!board.is_held());
@@ -437,7 +437,7 @@ mod tests {
                 prop_assert_eq!((unseen | slots.asked) & !slots.present, 0);
                 // Each device that the guest released was there, and is told of once.
                 let mut ejected = 0;
-                for (slot, status) in board.told() {
+                for (slot, status) in board.reported() {
                     match status {
                         None => {
                             prop_assert!(before.present & !slots.present & bit(slot) != 0);

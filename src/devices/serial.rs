@@ -320,10 +320,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (serial, _client, _irq) = port(&folder);
         for event in [&serial.room.event, &serial.input.as_ref().unwrap().stop] {
-            let told = format!("/proc/self/fdinfo/{}", event.as_raw_fd());
-            let told = std::fs::read_to_string(told).unwrap();
+            let reported = format!("/proc/self/fdinfo/{}", event.as_raw_fd());
+            let reported = std::fs::read_to_string(reported).unwrap();
             // In octal. proc_pid_fdinfo(5)
-            let flags = told.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = reported
+                .lines()
+                .find_map(|line| line.strip_prefix("flags:"));
             let flags = i32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
             let wanted = libc::O_CLOEXEC | libc::O_NONBLOCK;
             assert_eq!(flags & wanted, wanted);

@@ -110,7 +110,7 @@ impl ExitCounts {
 pub(super) enum Left {
     /// The thread was kicked.
     Kicked,
-    /// This has to be told.
+    /// The machine has to be informed of this.
     Event(VcpuEvent),
 }
 

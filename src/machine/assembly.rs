@@ -167,17 +167,14 @@ impl Machine {
         let windows = plan.windows(&ram.guest_ranges(), &usable);
         let mut acpi = acpi_hardware(config, &windows);
         let windows = plan.bar_windows(&windows, &usable);
-        let make_pci = match source {
-            Source::Kernel(_) => Pci::new,
-            Source::Firmware(_) => Pci::for_firmware,
-        };
         let lines = router.shared_lines();
-        let mut pci = make_pci(
+        let mut pci = Pci::new(
             windows.clone(),
             &buses,
             memory.0.clone(),
             vm.doorbells(),
             lines,
+            config.firmware.is_some(),
         )?;
         let board = Board::new(
             open_console("--serial", &config.serial, &quit)?,

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::RunError;
-use super::ears::{Ears, Heard};
+use super::long_work::{LongWork, WorkEvent};
 use super::requests::Requests;
 use super::signals::Signals;
 
@@ -41,7 +41,7 @@ impl Early {
         }
     }
 
-    /// Has `work` put a machine together on a thread of its own. A signal, or who asks for the end, is heard by
+    /// Has `work` put a machine together on a thread of its own. A signal, or a request for the end, is noticed by
     /// it at the next step. The step itself may wait for the kernel: after another signal it is not waited for.
     ///
     /// # Errors
@@ -53,21 +53,21 @@ impl Early {
         work: impl FnOnce() -> Result<T, RunError> + Send + 'static,
         left: impl Fn(i32) -> RunError,
     ) -> Result<T, RunError> {
-        let ears = Ears {
+        let long_work = LongWork {
             signals,
             quit: None,
             requests: Some(requests),
             limit: None,
         };
-        ears.during("assemble", work, |heard| {
-            let reason = match heard {
-                Heard::Signal(signal) => Reason::Signal(signal),
-                Heard::Request if requests.take_shutdown() => Reason::Asked,
+        long_work.during("assemble", work, |event| {
+            let reason = match event {
+                WorkEvent::Signal(signal) => Reason::Signal(signal),
+                WorkEvent::Request if requests.take_shutdown() => Reason::Asked,
                 _ => return ControlFlow::Continue(()),
             };
             log::warn!("the VM is not wanted any more ({reason}), and is not put together");
-            match (self.reason().replace(reason), heard) {
-                (Some(_), Heard::Signal(signal)) => ControlFlow::Break(left(signal)),
+            match (self.reason().replace(reason), event) {
+                (Some(_), WorkEvent::Signal(signal)) => ControlFlow::Break(left(signal)),
                 _ => ControlFlow::Continue(()),
             }
         })?

@@ -1,12 +1,12 @@
-//! The end of a machine: all that it has is given back, with an ear for who does not want to wait for that.
+//! The end of a machine: all that it has is given back, and whoever does not want to wait for that can end the process.
 
 use std::ops::ControlFlow;
 use std::time::Duration;
 
 use super::RunError;
 use super::assembly::Machine;
-use super::ears::{Ears, Heard};
 use super::life::Ended;
+use super::long_work::{LongWork, WorkEvent};
 use super::passthrough::OpenDevices;
 use super::signals::Signals;
 
@@ -39,18 +39,18 @@ fn give_back<T: Send + 'static>(
     killed_limit: Duration,
 ) -> Result<Ended, RunError> {
     let killed = matches!(ended, Err(RunError::Killed { .. }));
-    let ears = Ears {
+    let long_work = LongWork {
         signals,
         quit: None,
         requests: None,
         limit: killed.then_some(killed_limit),
     };
-    let result = ears.during(
+    let result = long_work.during(
         "end",
         move || drop(all),
-        |heard| {
-            ControlFlow::Break(match heard {
-                Heard::Signal(signal) => RunError::unfinished("ending", signal, devices),
+        |event| {
+            ControlFlow::Break(match event {
+                WorkEvent::Signal(signal) => RunError::unfinished("ending", signal, devices),
                 _ => RunError::Unfinished {
                     why: format!(
                         "the guest was killed, and {} s went by",

@@ -7,8 +7,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::RunError;
 use super::assembly::Machine;
-use super::ears;
 use super::events::Event;
+use super::long_work;
 use super::passthrough::Verdict;
 use super::requests::{Answer, Asker, Info, Removal, Request, RequestError, Requests, State};
 use super::signals::Signals;
@@ -91,7 +91,7 @@ enum Phase {
 /// What becomes of a guest that restarts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Restart {
-    /// It does.
+    /// It restarts.
     Anew,
     /// It was asked to power off, and this is how it did: the VM ends.
     End,
@@ -213,7 +213,7 @@ impl Machine {
     }
 
     /// What waits now, and not what comes meanwhile: the guest makes events, and signals have to be
-    /// heard between them.
+    /// handled between them.
     fn on_event(&mut self, life: &mut Life) -> Result<Option<Stop>, RunError> {
         // At least one look, which takes the signal of what was cleared.
         for _ in 0..self.events.count().max(1) {
@@ -456,7 +456,7 @@ impl Life {
 
     /// Until its deadline or the other. epoll_wait(2)
     fn timeout(&self, other: Option<Instant>) -> i32 {
-        ears::timeout(self.deadline.into_iter().chain(other).min())
+        long_work::timeout(self.deadline.into_iter().chain(other).min())
     }
 }
 

@@ -12,12 +12,12 @@ mod bars;
 mod bus;
 mod consoles;
 mod early;
-mod ears;
 mod end;
 mod error;
 mod events;
 mod firmware;
 mod life;
+mod long_work;
 mod madvise;
 mod panics;
 mod passthrough;
@@ -97,7 +97,7 @@ pub fn run(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Resul
     machine.end(&signals, ended)
 }
 
-/// Puts a machine together, with an ear for who does not want it any more.
+/// Puts a machine together, unless somebody ends it meanwhile.
 fn assemble(
     config: &VmConfig,
     report: &Arc<Report>,

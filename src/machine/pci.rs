@@ -41,7 +41,7 @@ pub(super) struct Pci {
     /// The functions behind each, until they are gone: while one is being taken out, which waits for the
     /// kernel, its port is not to be waited for.
     behind: Vec<(FunctionId, Weak<AssignedFunction>)>,
-    /// Those that are still there.
+    /// The assigned functions, those that are still there.
     assigned: Vec<(FunctionId, Weak<AssignedFunction>)>,
     virtio: VirtioFunctions,
     lines: SharedLines,
@@ -51,53 +51,19 @@ pub(super) struct Pci {
 
 impl Pci {
     /// Bus 0 with nothing on it but the host bridge, reachable for the guest. The BARs may be within
-    /// `windows`.
+    /// `windows`. A guest that begins with `firmware` finds the chip set that firmware knows, and firmware
+    /// says where configuration space is in memory.
     pub(super) fn new(
         windows: Windows,
         buses: &Buses,
         memory: Arc<Regions>,
         doorbells: Doorbells,
         lines: SharedLines,
+        firmware: bool,
     ) -> Result<Self, RunError> {
-        let mut pci = Self::empty(windows, buses, memory, doorbells, lines);
-        pci.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
-        buses.mmio.insert(
-            "PCI configuration space",
-            layout::ECAM_START,
-            layout::ECAM_SIZE,
-            Arc::new(EcamWindow(Ecam::new(pci.topology.clone()))),
-        )?;
-        Ok(pci)
-    }
-
-    /// The same for firmware, which finds the chip set that it knows, and says where configuration space is
-    /// in memory.
-    pub(super) fn for_firmware(
-        windows: Windows,
-        buses: &Buses,
-        memory: Arc<Regions>,
-        doorbells: Doorbells,
-        lines: SharedLines,
-    ) -> Result<Self, RunError> {
-        let mut pci = Self::empty(windows, buses, memory, doorbells, lines);
-        let place = Arc::new(EcamPlace::new(buses, &pci.topology));
-        let mch = Arc::new(Mch::new(place));
-        pci.mch = Some(mch.clone());
-        pci.place("the host bridge", 0, mch)?;
-        pci.place("the LPC bridge", q35::LPC_SLOT, Arc::new(Lpc::new()))?;
-        Ok(pci)
-    }
-
-    fn empty(
-        windows: Windows,
-        buses: &Buses,
-        memory: Arc<Regions>,
-        doorbells: Doorbells,
-        lines: SharedLines,
-    ) -> Self {
         let within = [&windows.memory32[..], &windows.memory64].concat();
         let bars = Bars::new(buses.clone(), memory, doorbells, within);
-        Self {
+        let mut pci = Self {
             topology: Arc::new(Topology::new(Arc::new(bars))),
             buses: buses.clone(),
             windows,
@@ -108,7 +74,32 @@ impl Pci {
             virtio: VirtioFunctions::default(),
             lines,
             mch: None,
+        };
+        match firmware {
+            true => pci.add_chip_set()?,
+            false => pci.add_host_bridge()?,
         }
+        Ok(pci)
+    }
+
+    fn add_host_bridge(&mut self) -> Result<(), RunError> {
+        self.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
+        self.buses.mmio.insert(
+            "PCI configuration space",
+            layout::ECAM_START,
+            layout::ECAM_SIZE,
+            Arc::new(EcamWindow(Ecam::new(self.topology.clone()))),
+        )?;
+        Ok(())
+    }
+
+    fn add_chip_set(&mut self) -> Result<(), RunError> {
+        let place = Arc::new(EcamPlace::new(&self.buses, &self.topology));
+        let mch = Arc::new(Mch::new(place));
+        self.mch = Some(mch.clone());
+        self.place("the host bridge", 0, mch)?;
+        self.place("the LPC bridge", q35::LPC_SLOT, Arc::new(Lpc::new()))?;
+        Ok(())
     }
 
     /// The host bridge that firmware knows, where there is firmware.
@@ -116,8 +107,8 @@ impl Pci {
         self.mch.as_ref()
     }
 
-    /// A root port as this machine's are: firmware has to be told what to reserve.
-    fn told(&self, port: RootPort) -> RootPort {
+    /// A root port that says to firmware, where there is firmware, what to reserve.
+    fn with_hint(&self, port: RootPort) -> RootPort {
         match self.mch {
             Some(_) => port.hinting(),
             None => port,
@@ -202,7 +193,7 @@ impl Pci {
         if !bars.any(|bar| bar.kind == BarKind::Io) {
             port = port.without_io();
         }
-        let port = self.told(port);
+        let port = self.with_hint(port);
         let port = self.place(name, slot.number(), Arc::new(port))?;
         self.ports.push((port, slot));
         for (number, function) in functions {
@@ -234,7 +225,7 @@ impl Pci {
                 0 => port,
                 _ => port.without_io(),
             };
-            let port = self.told(port);
+            let port = self.with_hint(port);
             let port = self.place(name, slot.number(), Arc::new(port))?;
             self.ports.push((port, slot));
         }

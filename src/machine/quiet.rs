@@ -43,10 +43,10 @@ impl VirtioFunctions {
     /// guest memory for that; as long as `go_on`, which is told what is waited for, says so.
     pub(super) fn wait_for_outstanding(&self, go_on: impl Fn(&str) -> bool) {
         for function in self.alive() {
-            let mut told = false;
+            let mut reported = false;
             while let Some(what) = function.outstanding() {
                 let what = format!("{}, of which the host has {what}", function.name());
-                if !std::mem::replace(&mut told, true) {
+                if !std::mem::replace(&mut reported, true) {
                     log::warn!("the restart waits for {what}");
                 }
                 if !go_on(&what) {

@@ -312,7 +312,7 @@ impl Requests {
         })))
     }
 
-    /// Who asks is given one.
+    /// A handle for whoever asks things of the machine.
     #[must_use]
     pub fn control(&self) -> Control {
         Control(self.0.clone())

@@ -1,8 +1,8 @@
-//! A restart of the machine, with an ear for what ends it.
+//! A restart of the machine, which can be ended meanwhile.
 //!
 //! The kernel waits up to a minute for a device that does not come back from its reset, and is not to be
 //! interrupted in that. Linux, drivers/pci/pci.c, `pci_dev_wait`. So devices are reset on a thread of
-//! their own: signals and requests are heard meanwhile, and no reset begins after one that ends the VM. The
+//! their own: signals and requests are answered meanwhile, and no reset begins after one that ends the VM. The
 //! one that goes on is waited for, unless another signal comes.
 
 use std::ops::ControlFlow;
@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::RunError;
 use super::assembly::Machine;
-use super::ears::{Ears, Heard};
 use super::life::Ended;
+use super::long_work::{LongWork, WorkEvent};
 use super::requests::{Answer, Info, Request, RequestError, Requests};
 use super::signals::Signals;
 use crate::kvm::KvmError;
@@ -34,7 +34,7 @@ impl Machine {
         info: &Info,
     ) -> Result<Restarted, RunError> {
         let (quit, devices) = (self.quit.clone(), self.passthrough.open_devices());
-        let ears = Ears {
+        let long_work = LongWork {
             signals,
             quit: Some(&quit),
             requests: Some(requests),
@@ -51,9 +51,9 @@ impl Machine {
             let done = self.reset_all(&resets);
             (self, done)
         };
-        let (mut machine, done) = ears.during("restart", work, |heard| {
+        let (mut machine, done) = long_work.during("restart", work, |event| {
             listening
-                .hear(heard)
+                .note(event)
                 .map_break(|signal| RunError::unfinished("restarting", signal, &devices))
         })?;
         let ended = listening.ended;
@@ -114,7 +114,7 @@ impl RestartResets {
     }
 }
 
-/// Who is heard during a restart, and what came of it.
+/// What came during a restart, and what came of it.
 struct Listening<'a> {
     requests: &'a Requests,
     /// How the machine is, for who asks.
@@ -127,16 +127,16 @@ struct Listening<'a> {
 impl Listening<'_> {
     /// At a signal, when the console is left, or where that is asked for, the resets are stopped, and the VM
     /// ends. Breaks with a signal after that: nothing is waited for any more.
-    fn hear(&mut self, heard: Heard) -> ControlFlow<i32> {
-        let (ended, why) = match heard {
-            Heard::Signal(signal) if self.ended.is_some() => return ControlFlow::Break(signal),
-            Heard::Signal(signal) => (Ended::PowerOff, format!("signal {signal}")),
-            Heard::Quit => (Ended::Quit, "the console was left".to_owned()),
-            Heard::Request if self.answer() => (
+    fn note(&mut self, event: WorkEvent) -> ControlFlow<i32> {
+        let (ended, why) = match event {
+            WorkEvent::Signal(signal) if self.ended.is_some() => return ControlFlow::Break(signal),
+            WorkEvent::Signal(signal) => (Ended::PowerOff, format!("signal {signal}")),
+            WorkEvent::Quit => (Ended::Quit, "the console was left".to_owned()),
+            WorkEvent::Request if self.answer() => (
                 Ended::Asked,
                 "the control socket asks for the end".to_owned(),
             ),
-            Heard::Request | Heard::Late => return ControlFlow::Continue(()),
+            WorkEvent::Request | WorkEvent::Late => return ControlFlow::Continue(()),
         };
         if self.ended.is_none() {
             self.resets.stop(&why);
@@ -182,19 +182,19 @@ mod tests {
             resets: Arc::default(),
             ended: None,
         };
-        for (heard, ended) in [
-            (Heard::Signal(15), Ended::PowerOff),
-            (Heard::Quit, Ended::Quit),
+        for (event, ended) in [
+            (WorkEvent::Signal(15), Ended::PowerOff),
+            (WorkEvent::Quit, Ended::Quit),
         ] {
             let mut listening = listening();
             assert!(listening.resets.go_on(&HostBridge::new().name()));
-            assert!(listening.hear(heard).is_continue());
+            assert!(listening.note(event).is_continue());
             assert_eq!(listening.ended, Some(ended));
             // No reset begins any more, and another signal does not wait for the one that goes on.
             assert!(!listening.resets.go_on(&HostBridge::new().name()));
-            assert!(listening.hear(Heard::Quit).is_continue());
+            assert!(listening.note(WorkEvent::Quit).is_continue());
             assert_eq!(listening.ended, Some(ended));
-            assert_eq!(listening.hear(Heard::Signal(2)), ControlFlow::Break(2));
+            assert_eq!(listening.note(WorkEvent::Signal(2)), ControlFlow::Break(2));
         }
         let mut listening = listening();
         let asking = std::thread::spawn(move || {
@@ -202,7 +202,7 @@ mod tests {
             requests.map(|request| control.ask(request))
         });
         while listening.ended.is_none() {
-            assert!(listening.hear(Heard::Request).is_continue());
+            assert!(listening.note(WorkEvent::Request).is_continue());
             std::thread::yield_now();
         }
         let answers = [

@@ -248,9 +248,9 @@ impl Regions {
     /// [`RegionsError::Refused`]; the listener is then not added and keeps nothing.
     pub fn listen(&self, listener: Arc<dyn RegionListener>) -> Result<(), RegionsError> {
         let mut state = self.state();
-        for (told, region) in state.regions.iter().enumerate() {
+        for (reported, region) in state.regions.iter().enumerate() {
             if let Err(source) = listener.added(region) {
-                for region in state.regions.iter().take(told).rev() {
+                for region in state.regions.iter().take(reported).rev() {
                     listener.removed(region);
                 }
                 return Err(refused(region, listener.as_ref(), source));
@@ -290,9 +290,9 @@ impl Regions {
                 present: present.to_string(),
             });
         }
-        for (told, listener) in state.listeners.iter().enumerate() {
+        for (reported, listener) in state.listeners.iter().enumerate() {
             if let Err(source) = listener.added(&region) {
-                for listener in state.listeners.iter().take(told).rev() {
+                for listener in state.listeners.iter().take(reported).rev() {
                     listener.removed(&region);
                 }
                 return Err(refused(&region, listener.as_ref(), source));

@@ -122,17 +122,23 @@ mod tests {
     #[test]
     fn a_change_is_told_once_and_what_changes_nothing_is_not_told() {
         let fields = Fields::new(vec![1, 2, 3, 4]);
-        let told = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&told);
+        let reported = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&reported);
         fields.on_change(Box::new(move || {
             count.fetch_add(1, Ordering::Relaxed);
         }));
         fields.set(1, &[2, 3]);
         fields.set(3, &[9, 9]);
         fields.set(usize::MAX, &[9]);
-        assert_eq!((told.load(Ordering::Relaxed), fields.generation()), (0, 0));
+        assert_eq!(
+            (reported.load(Ordering::Relaxed), fields.generation()),
+            (0, 0)
+        );
         fields.set(1, &[2, 7]);
-        assert_eq!((told.load(Ordering::Relaxed), fields.generation()), (1, 1));
+        assert_eq!(
+            (reported.load(Ordering::Relaxed), fields.generation()),
+            (1, 1)
+        );
         let mut data = [0; 6];
         fields.read(0, &mut data);
         assert_eq!(data, [1, 2, 7, 4, 0xff, 0xff]);

@@ -55,7 +55,7 @@ pub(crate) struct Chain<'m> {
 }
 
 impl Chain<'_> {
-    /// One of no buffers.
+    /// A chain without buffers.
     pub(super) fn empty(head: u16) -> Self {
         Self {
             head,
@@ -84,7 +84,7 @@ pub(crate) struct Virtqueue {
     index: u16,
     queue: Queue,
     /// The used index when the driver was last considered for an interrupt.
-    told_used: u16,
+    reported_used: u16,
     doorbell: EventFd,
     call: Call,
     stop: Arc<AtomicBool>,
@@ -104,7 +104,7 @@ impl Virtqueue {
     pub(crate) fn new(setup: QueueSetup, ring: Queue, stop: Arc<AtomicBool>) -> Self {
         Self {
             index: setup.index,
-            told_used: ring.next_used(),
+            reported_used: ring.next_used(),
             queue: ring,
             doorbell: setup.kick,
             call: setup.call,
@@ -224,7 +224,7 @@ impl Virtqueue {
     /// Virtio 1.3 §2.7.7: by `used_event`, or by the available ring's flags.
     fn wants_interrupt(&mut self, memory: &RamMap) -> Result<bool, QueueError> {
         let used = self.queue.next_used();
-        let told = std::mem::replace(&mut self.told_used, used);
+        let reported = std::mem::replace(&mut self.reported_used, used);
         // The used index is stored before the driver's wish is read.
         fence(Ordering::SeqCst);
         let avail = self.queue.avail_ring();
@@ -242,7 +242,7 @@ impl Virtqueue {
             .map_err(virtio_queue::Error::GuestMemory)?;
         let wish = u16::from_le(wish);
         Ok(if event_idx {
-            used.wrapping_sub(wish).wrapping_sub(1) < used.wrapping_sub(told)
+            used.wrapping_sub(wish).wrapping_sub(1) < used.wrapping_sub(reported)
         } else {
             wish & spec::AVAIL_F_NO_INTERRUPT == 0
         })

@@ -67,7 +67,7 @@ pub(super) struct Workers {
     stop_event: EventFd,
     threads: Vec<Thread>,
     interrupts: Arc<Interrupts>,
-    /// What no worker says of its own.
+    /// The progress of the queues and of the device that no worker reports for itself.
     progress: Progress,
 }
 
@@ -141,7 +141,7 @@ impl Workers {
                 }
             };
             if !lingers {
-                // What it died of has been told.
+                // Why the thread panicked was reported when it did.
                 let _panic = handle.join();
             }
         }

@@ -15,9 +15,9 @@ pub(crate) struct Dependent {
 pub(crate) enum Owner {
     /// Whoever holds this group.
     Group(u32),
-    /// Whether it is the iommufd's that the asking device is bound to.
+    /// The device is bound to an iommufd.
     Iommufd {
-        /// It is.
+        /// It is the iommufd that the asking device is bound to, too.
         ours: bool,
     },
 }

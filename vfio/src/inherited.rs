@@ -101,9 +101,9 @@ pub enum InheritedError {
          the groups of all"
     )]
     Mixed {
-        /// One of the one kind.
+        /// One for a character device.
         cdev: String,
-        /// One of the other.
+        /// One for a group.
         group: String,
     },
     /// a descriptor needs the interface that was forbidden, or the other way round

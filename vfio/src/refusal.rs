@@ -162,7 +162,7 @@ mod tests {
             }
         }
 
-        fn told(&self, number: i32) -> String {
+        fn reported(&self, number: i32) -> String {
             let error = io::Error::from_raw_os_error(number);
             self.binding().refused(error).to_string()
         }
@@ -180,49 +180,58 @@ mod tests {
         let made = Made::new();
         for interrupts in ["", REMAPPED, NOT_REMAPPED] {
             made.interrupts(interrupts);
-            says(&made.told(libc::EPERM), &["no interrupt remapping", REMEDY]);
+            says(
+                &made.reported(libc::EPERM),
+                &["no interrupt remapping", REMEDY],
+            );
         }
         made.member("0000:01:00.1", "vfio-pci");
-        says(&made.told(libc::EPERM), &["no interrupt remapping", REMEDY]);
+        says(
+            &made.reported(libc::EPERM),
+            &["no interrupt remapping", REMEDY],
+        );
         const OTHER: &str = "has 0000:01:00.1, of the same IOMMU group";
         made.interrupts(REMAPPED);
-        let text = made.told(libc::EPERM);
+        let text = made.reported(libc::EPERM);
         says(&text, &[OTHER]);
         assert!(!text.contains("remapping"), "{text}");
         made.interrupts("");
-        says(&made.told(libc::EPERM), &["either ", OTHER, REMEDY]);
+        says(&made.reported(libc::EPERM), &["either ", OTHER, REMEDY]);
         made.interrupts(NOT_REMAPPED);
         let parameter = made.paths.allow_unsafe_interrupts(MODULE);
         fs::create_dir_all(parameter.parent().unwrap()).unwrap();
         fs::write(parameter, "Y\n").unwrap();
-        says(&made.told(libc::EPERM), &[OTHER]);
+        says(&made.reported(libc::EPERM), &[OTHER]);
     }
 
     #[test]
     fn a_mediated_device_whose_driver_is_silent_is_told_of_by_what_that_waits_for() {
         let made = Made::new();
-        let told = |name: &str| {
+        let reported = |name: &str| {
             let mut binding = made.binding();
             binding.name = name.parse().unwrap();
             let error = io::Error::from_raw_os_error(libc::ETIMEDOUT);
             binding.refused(error).to_string()
         };
-        let text = told("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3");
+        let text = reported("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3");
         says(&text, &["bd8d9d2b", "-uuid UUID", "nvidia-vgpu-mgr"]);
-        says(&told("0000:01:00.0"), &["VFIO_DEVICE_BIND_IOMMUFD failed"]);
+        says(
+            &reported("0000:01:00.0"),
+            &["VFIO_DEVICE_BIND_IOMMUFD failed"],
+        );
     }
 
     #[test]
     fn a_device_whose_group_is_not_free_or_is_open_is_told_by_the_group() {
         let made = Made::new();
         says(
-            &made.told(libc::EBUSY),
+            &made.reported(libc::EBUSY),
             &["in use by another process", "/dev/vfio/7`"],
         );
         made.member("0000:01:00.1", "nvme");
         for number in [libc::EBUSY, libc::EPERM] {
             let words = ["0000:01:00.1 is bound to nvme", "busway device bind"];
-            says(&made.told(number), &words);
+            says(&made.reported(number), &words);
         }
     }
 
@@ -230,11 +239,11 @@ mod tests {
     fn an_invalid_binding_is_what_firmware_keeps_or_a_device_in_use_or_all_that_it_can_be() {
         let made = Made::new();
         let words = ["in use", "fuser -v", "devices/vfio3", "dmesg"];
-        says(&made.told(libc::EINVAL), &words);
+        says(&made.reported(libc::EINVAL), &words);
         let process = made.paths.proc.join("4711");
         fs::create_dir_all(process.join("fd")).unwrap();
         symlink(made.binding().node, process.join("fd/3")).unwrap();
-        let text = made.told(libc::EINVAL);
+        let text = made.reported(libc::EINVAL);
         says(&text, &["is in use by process 4711"]);
         let mut inherited = made.binding();
         inherited.inherited = true;
@@ -242,6 +251,6 @@ mod tests {
         says(&inherited.refused(error).to_string(), &["dmesg"]);
         let regions = "0x00000000000e0000 0x00000000000e0fff direct\n";
         fs::write(made.group().join("reserved_regions"), regions).unwrap();
-        says(&made.told(libc::EINVAL), &["RMRR", "0xe0000", "conrep"]);
+        says(&made.reported(libc::EINVAL), &["RMRR", "0xe0000", "conrep"]);
     }
 }

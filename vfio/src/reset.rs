@@ -36,7 +36,7 @@ pub enum FunctionReset {
     PowerState,
     /// The driver that made a mediated device.
     Mediated,
-    /// One that has no name here.
+    /// A way that Busway does not know by name.
     Other,
 }
 

@@ -29,7 +29,7 @@ pub enum RomChoice {
     Auto,
     /// The device's own, in any case.
     Device,
-    /// This one.
+    /// The one of a file.
     Image(RomImage),
     /// None.
     None,

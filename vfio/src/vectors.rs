@@ -78,9 +78,9 @@ pub(crate) struct MsixVectors {
     interrupted: bool,
     /// The connected ones' eventfds, by vector, where they may be needed again.
     kept: Vec<Option<OwnedFd>>,
-    /// That there are fewer than the table has room for.
+    /// Complaints that the host has fewer vectors than the table.
     fewer: Complaints,
-    /// That all were lost.
+    /// Complaints that all vectors were lost.
     lost: Complaints,
 }
 

@@ -20,7 +20,7 @@ pub enum BarError {
         "{index} of {size:#x} bytes is impossible: its kind takes powers of two from {smallest:#x} to {largest:#x}"
     )]
     Size {
-        /// Which.
+        /// The BAR.
         index: BarIndex,
         /// Its size as described.
         size: u64,

@@ -60,7 +60,7 @@ pub(crate) struct Slot {
     events: u16,
     /// An event that the guest wants to hear of was there before: no further interrupt until all of
     /// them are cleared. §6.7.3.4.
-    told: bool,
+    interrupting: bool,
     /// The button was pressed, and the indicator has not blinked since.
     unheard: bool,
 }
@@ -73,7 +73,7 @@ impl Slot {
             present: false,
             control: 0,
             events: 0,
-            told: false,
+            interrupting: false,
             unheard: false,
         };
         slot.reset();
@@ -92,7 +92,7 @@ impl Slot {
 
     /// Whether an event is pending that the guest wants to hear of, and has not cleared.
     pub(crate) fn pending(&self) -> bool {
-        self.told
+        self.interrupting
     }
 
     /// Whether the guest is not in the middle of an operation on the slot: its indicator does not blink, and
@@ -128,7 +128,7 @@ impl Slot {
             false => spec::EXP_SLOT_CONTROL_INDICATOR_OFF | spec::EXP_SLOT_CONTROL_POWER_OFF,
         };
         self.events = 0;
-        self.told = false;
+        self.interrupting = false;
         self.unheard = false;
     }
 
@@ -231,8 +231,8 @@ impl Slot {
             .fold(0, |wanted, (_, event)| wanted | event);
         let tell =
             self.control & spec::EXP_SLOT_CONTROL_INTERRUPT != 0 && self.events & wanted != 0;
-        let interrupt = tell && !self.told;
-        self.told = tell;
+        let interrupt = tell && !self.interrupting;
+        self.interrupting = tell;
         Change {
             interrupt,
             ..Change::default()

@@ -54,10 +54,10 @@ impl Busy {
         other: impl FnOnce() + Send,
     ) -> bool {
         let ((begun, begins), (ended, ends)) = (mpsc::channel(), mpsc::channel());
-        let (told, through) = mpsc::channel();
+        let (reported, through) = mpsc::channel();
         *self.meanwhile.lock().unwrap() = Some(Box::new(move || {
             let _once = begun.send(());
-            let _once = told.send(ends.recv_timeout(limit).is_ok());
+            let _once = reported.send(ends.recv_timeout(limit).is_ok());
         }));
         thread::scope(|scope| {
             scope.spawn(move || {

@@ -316,12 +316,12 @@ mod tests {
 
     #[test]
     fn a_register_that_only_intel_has_is_told_of_on_intel_only() {
-        for (maker, told) in [(b"Genu", EDX7_ARCH_CAPABILITIES), (b"Auth", 0)] {
+        for (maker, reported) in [(b"Genu", EDX7_ARCH_CAPABILITIES), (b"Auth", 0)] {
             let mut host = host(maker);
             host.push(entry(7, 0, [1, 0, 0, u32::MAX]));
             host.push(entry(7, 1, [0, 0, 0, u32::MAX]));
             let table = guest_table(&host, SIX, 0);
-            assert_eq!(find(&table, 7, 0).edx, !EDX7_ARCH_CAPABILITIES | told);
+            assert_eq!(find(&table, 7, 0).edx, !EDX7_ARCH_CAPABILITIES | reported);
             assert_eq!(find(&table, 7, 1).edx, u32::MAX);
         }
     }

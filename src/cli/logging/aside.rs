@@ -157,8 +157,8 @@ mod tests {
             if line == "the end" {
                 break;
             }
-            if let Some(told) = line.strip_prefix("warning: ") {
-                let count: usize = match told.split(' ').next().unwrap() {
+            if let Some(reported) = line.strip_prefix("warning: ") {
+                let count: usize = match reported.split(' ').next().unwrap() {
                     // A single one.
                     "a" => 1,
                     count => count.parse().unwrap(),

@@ -21,7 +21,7 @@ pub enum InvalidConfig {
         "{device}: boot_index= is for firmware: give --firmware auto, or leave boot_index= out"
     )]
     BootIndexAlone {
-        /// Which.
+        /// The device.
         device: Name,
     },
     /// {what} without --kernel
@@ -84,7 +84,7 @@ pub enum InvalidConfig {
     /// {device}: {why}
     #[error("{device}: {why}")]
     Virtio {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// What is wrong with it.
         why: InvalidVirtio,
@@ -92,7 +92,7 @@ pub enum InvalidConfig {
     /// {device}: {why}
     #[error("{device}: {why}")]
     Address {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// What is wrong with it.
         why: busway_vfio::ParseHostNameError,
@@ -100,7 +100,7 @@ pub enum InvalidConfig {
     /// {device}: vf_token={why}
     #[error("{device}: vf_token={why}")]
     VfToken {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// What is wrong with it.
         why: busway_vfio::ParseVfTokenError,
@@ -110,7 +110,7 @@ pub enum InvalidConfig {
     Twice {
         /// The one that came first.
         first: Name,
-        /// The other.
+        /// The one that came after it.
         second: Name,
         /// What is the same.
         what: &'static str,
@@ -130,7 +130,7 @@ pub enum InvalidConfig {
         "{flag} size={size}: a console's file needs room for {MIN_CONSOLE_FILE_SIZE} bytes at least"
     )]
     ConsoleFileSize {
-        /// Which.
+        /// The flag.
         flag: Name,
         /// What was asked for, in bytes.
         size: u64,
@@ -138,13 +138,13 @@ pub enum InvalidConfig {
     /// {device}: rom=off and romfile= exclude each other
     #[error("{device}: rom=off and romfile= exclude each other: leave one out")]
     RomfileUnwanted {
-        /// Which.
+        /// The device.
         device: Name,
     },
     /// {device}: x_nv_gpudirect_clique={clique} is above 15
     #[error("{device}: x_nv_gpudirect_clique={clique} must be a number from 0 to 15")]
     Clique {
-        /// Which.
+        /// The device.
         device: Name,
         /// What was given.
         clique: u8,
@@ -155,7 +155,7 @@ pub enum InvalidConfig {
          another number, 3 or more"
     )]
     StandardFd {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// `fd` or `iommufd_fd`.
         key: &'static str,
@@ -193,7 +193,7 @@ pub enum InvalidConfig {
     /// {device}: `{id}` is no name
     #[error("{device}: id=`{id}` must have a character, and no spaces, commas or `/`")]
     Id {
-        /// Whose.
+        /// The device whose configuration is wrong.
         device: Name,
         /// What was asked for.
         id: String,

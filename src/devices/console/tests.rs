@@ -214,9 +214,10 @@ fn input_that_another_process_took_first_is_not_waited_for() {
     let mut own = File::from(unshared(pipe.into()));
     writer.write_all(b"ab").unwrap();
     other.read_exact(&mut [0; 2]).unwrap();
-    let (told, heard) = std::sync::mpsc::channel();
+    let (reported, heard) = std::sync::mpsc::channel();
     let reading = std::thread::spawn(move || {
-        told.send(own.read(&mut [0; 8]).map_err(|error| error.kind()))
+        reported
+            .send(own.read(&mut [0; 8]).map_err(|error| error.kind()))
             .unwrap();
         own
     });

@@ -131,9 +131,9 @@ mod tests {
         let name = configs[0].host_name().unwrap();
         let error = RunError::Device(DeviceError::NoDriver { name });
         let said = error.to_string();
-        let told = with_remedies(error, &root, &configs, 1 << 30, &refused);
-        assert_eq!(told.exit_status(), crate::exit::HOST);
-        let text = told.to_string();
+        let reported = with_remedies(error, &root, &configs, 1 << 30, &refused);
+        assert_eq!(reported.exit_status(), crate::exit::HOST);
+        let text = reported.to_string();
         assert!(text.starts_with(&said), "{text}");
         assert!(
             text.contains("0000:01:00.0: it is in no IOMMU group"),
@@ -153,8 +153,8 @@ mod tests {
             RunError::Device(DeviceError::Twice { name }),
         ] {
             let said = error.to_string();
-            let told = with_remedies(error, &root, &configs, 1 << 30, &refused);
-            assert_eq!(told.to_string(), said);
+            let reported = with_remedies(error, &root, &configs, 1 << 30, &refused);
+            assert_eq!(reported.to_string(), said);
         }
     }
 }

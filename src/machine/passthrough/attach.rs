@@ -367,15 +367,15 @@ mod tests {
         assert!(!users.are_none());
         for stays in [true, false] {
             users.change(|counts| (counts.open, counts.coming) = (0, 1));
-            let (tell, told) = mpsc::channel();
+            let (tell, reported) = mpsc::channel();
             let waiting = {
                 let users = users.clone();
                 thread::spawn(move || tell.send(users.are_none()))
             };
             // Undecided as long as it is not known whether the other one stays.
-            assert!(told.recv_timeout(Duration::from_millis(50)).is_err());
+            assert!(reported.recv_timeout(Duration::from_millis(50)).is_err());
             users.change(|counts| (counts.open, counts.coming) = (stays.into(), 0));
-            assert_eq!(told.recv(), Ok(!stays));
+            assert_eq!(reported.recv(), Ok(!stays));
             waiting.join().unwrap().unwrap();
         }
     }

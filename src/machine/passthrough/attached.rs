@@ -31,7 +31,7 @@ pub(in crate::machine) struct Attached {
     /// Ready when an event of a device's has come.
     ready: Epoll,
     devices: Vec<Entry>,
-    /// Those that leave the VM.
+    /// The closing of devices that leave the VM.
     releases: Aside,
     attacher: Arc<Attacher>,
 }
@@ -79,7 +79,7 @@ const PRESSES: u8 = 2;
 /// Whether a VM goes on after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::machine) enum Verdict {
-    /// It does.
+    /// The VM goes on.
     GoOn,
     /// The guest is to be held.
     Hold,

@@ -6,7 +6,7 @@ use super::seats::Left;
 use super::{Entry, Hotplug, VirtioDevices};
 use crate::machine::requests::{Answer, Removal, RequestError};
 
-/// A device that is to leave.
+/// A request to remove a device, and how far it is.
 #[derive(Debug)]
 pub(super) struct Leaving {
     removal: Removal,

@@ -39,7 +39,7 @@ pub(super) struct VirtioDevices {
     builds: Aside,
     coming: Vec<Coming>,
     come: Arc<Mutex<Vec<Come>>>,
-    /// Those that leave.
+    /// The closing of devices that leave.
     releases: Aside,
     seats: Arc<Seats>,
     hotplug: Option<Hotplug>,
@@ -76,7 +76,7 @@ struct Coming {
     slot: u8,
 }
 
-/// What came of making one.
+/// A device that was made for a slot, or why it was not.
 #[derive(Debug)]
 struct Come {
     slot: u8,

@@ -52,7 +52,15 @@ fn machine(room: u64) -> Option<Machine> {
     };
     let regions = Arc::new(Regions::default());
     let lines = vm.irq_router().ok()?.shared_lines();
-    let mut pci = Pci::new(windows, &Buses::default(), regions, vm.doorbells(), lines).unwrap();
+    let mut pci = Pci::new(
+        windows,
+        &Buses::default(),
+        regions,
+        vm.doorbells(),
+        lines,
+        false,
+    )
+    .unwrap();
     let events = Events::new().unwrap();
     let routes = Arc::new(CountingRoutes::default());
     let mut devices = VirtioDevices::new(&ram(), routes, pci.topology(), &events);

@@ -164,7 +164,7 @@ impl Drop for Pool {
         self.shared.news.notify_all();
         if self.in_flight == 0 {
             for thread in self.threads.drain(..) {
-                // One that panicked has said so.
+                // Why a thread panicked was reported when it did.
                 let _panicked = thread.join();
             }
         }

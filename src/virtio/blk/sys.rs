@@ -76,8 +76,8 @@ pub(super) fn direct_alignment(file: &File) -> Option<DirectAlignment> {
             &raw mut stat,
         )
     };
-    let told = result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0;
-    (told && stat.stx_dio_offset_align != 0).then_some(DirectAlignment {
+    let reported = result == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0;
+    (reported && stat.stx_dio_offset_align != 0).then_some(DirectAlignment {
         memory: stat.stx_dio_mem_align,
         offset: stat.stx_dio_offset_align,
     })

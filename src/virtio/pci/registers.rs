@@ -77,7 +77,7 @@ pub(super) struct Outside {
 /// What a write to the common configuration calls for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    /// Nothing more than state.
+    /// Only the registers' state changes.
     None,
     /// The driver wants the device reset.
     Reset,

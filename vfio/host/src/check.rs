@@ -140,9 +140,9 @@ const DENIED: [u16; 8] = [
 /// What vfio-pci makes of a device with known faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Denial {
-    /// It turns it away.
+    /// vfio-pci refuses the device.
     Stands,
-    /// It was told to take it all the same.
+    /// A parameter of vfio-pci has it take the device all the same.
     Waived,
 }
 

@@ -296,7 +296,7 @@ fn command_line(root: &SysRoot, cpu: &Cpu) -> Vec<Finding> {
             Finding::new(Level::Warning, TOPIC, text).remedy(Loader::read(root).remove(root, word)),
         );
     }
-    let told = words.iter().any(|word| {
+    let reported = words.iter().any(|word| {
         let on = |values: &str| {
             values
                 .split(',')
@@ -304,7 +304,7 @@ fn command_line(root: &SysRoot, cpu: &Cpu) -> Vec<Finding> {
         };
         word.strip_prefix("intel_iommu=").is_some_and(on)
     });
-    if cpu.vendor == "GenuineIntel" && !told && root.has_iommu() {
+    if cpu.vendor == "GenuineIntel" && !reported && root.has_iommu() {
         let text = "the IOMMU is on without intel_iommu=on: another kernel may have it off";
         let finding = Finding::new(Level::Note, TOPIC, text);
         findings.push(finding.remedies(Loader::read(root).add("intel_iommu=on")));

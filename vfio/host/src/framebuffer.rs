@@ -45,7 +45,7 @@ pub(super) fn holder(root: &SysRoot, address: Bdf) -> Option<String> {
     (!found.is_empty()).then(|| found.join(", "))
 }
 
-/// That it does, and what helps.
+/// What `busway device check` reports of a device that has the console's frame buffer, and what helps.
 pub(super) fn finding(root: &SysRoot, address: Bdf) -> Option<Finding> {
     let holder = holder(root, address)?;
     let text = format!(

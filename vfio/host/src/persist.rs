@@ -67,7 +67,7 @@ pub enum PersistError {
     Text {
         /// What it is.
         what: &'static str,
-        /// As it is.
+        /// What it says.
         value: String,
         /// What could stand there, and what to do.
         allowed: &'static str,

@@ -89,7 +89,7 @@ pub enum Step {
     Compact,
     /// Write a file that outlives this process, or remove it.
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// What is in it; none: it is removed.
         text: Option<Box<str>>,

@@ -241,9 +241,9 @@ fn check(host: &Host, address: Bdf, options: &VfsOptions) -> Result<Vec<Bdf>, Vf
         .is_some_and(|asked| usize::from(asked) != present.len())
     {
         // vfio-pci makes them where it was told to (drivers/vfio/pci/vfio_pci.c, enable_sriov).
-        let told = || module_parameter(&host.root, "vfio_pci", "enable_sriov");
-        let told = || matches!(told().as_deref(), Some("Y" | "y" | "1"));
-        if device.driver.is_none() || (device.is_with_vfio() && !told()) {
+        let reported = || module_parameter(&host.root, "vfio_pci", "enable_sriov");
+        let reported = || matches!(reported().as_deref(), Some("Y" | "y" | "1"));
+        if device.driver.is_none() || (device.is_with_vfio() && !reported()) {
             let driver = device.driver.clone();
             return Err(VfsRefusal::NoDriver { address, driver });
         }

@@ -148,9 +148,9 @@ pub fn msix(bytes: &[u8]) {
         model.check(&*function, bar);
         check_vectors(&function, &fake);
         let connected = function.summary().vectors_connected;
-        let told = messages(&fake);
+        let reported = messages(&fake);
         assert_eq!(
-            connected, told,
+            connected, reported,
             "what we connected and what the device was told"
         );
         if !overlap && connected == 0 {

@@ -422,20 +422,20 @@ mod tests {
         device("0000:03:00.0", Some("vfio-pci"));
         device("0000:05:00.0", Some("mlx5_vfio_pci"));
         fs::create_dir_all(folder("0000:04:00.0")).unwrap();
-        let told = |name: &str| match check(&paths, &folder(name)) {
+        let reported = |name: &str| match check(&paths, &folder(name)) {
             Ok(address) => address.to_string(),
             Err(error) => error.to_string(),
         };
         assert_eq!(
-            told("0000:01:00.0"),
+            reported("0000:01:00.0"),
             "0000:01:00.0 is bound to nvme, not to vfio-pci: `busway device bind 0000:01:00.0`"
         );
-        assert!(told("0000:02:00.0").contains("bound to no driver"));
-        assert_eq!(told("0000:03:00.0"), "0000:03:00.0");
-        assert_eq!(told("0000:05:00.0"), "0000:05:00.0");
-        assert!(told("0000:04:00.0").contains("the host has no IOMMU in use"));
-        assert!(told("0000:06:00.0").starts_with("there is no PCI device 0000:06:00.0"));
-        assert!(told("usb1").contains("is neither a PCI device"));
+        assert!(reported("0000:02:00.0").contains("bound to no driver"));
+        assert_eq!(reported("0000:03:00.0"), "0000:03:00.0");
+        assert_eq!(reported("0000:05:00.0"), "0000:05:00.0");
+        assert!(reported("0000:04:00.0").contains("the host has no IOMMU in use"));
+        assert!(reported("0000:06:00.0").starts_with("there is no PCI device 0000:06:00.0"));
+        assert!(reported("usb1").contains("is neither a PCI device"));
     }
 
     #[test]
@@ -452,21 +452,21 @@ mod tests {
             }
             folder
         };
-        let told = |folder: &Path| match check(&paths, folder) {
+        let reported = |folder: &Path| match check(&paths, folder) {
             Ok(name) => name.to_string(),
             Err(error) => error.to_string(),
         };
         let serial = made(0, "vfio-pci\n", Some("mtty"));
-        assert_eq!(told(&serial), "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0");
+        assert_eq!(reported(&serial), "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0");
         for (digit, api) in [(1, "vfio-ap"), (2, "vfio-ccw")] {
-            let text = told(&made(digit, &format!("{api}\n"), Some("vfio_ap_mdev")));
+            let text = reported(&made(digit, &format!("{api}\n"), Some("vfio_ap_mdev")));
             assert!(text.contains(&format!("of the kind {api}")), "{text}");
         }
-        assert!(told(&made(3, "vfio-pci\n", None)).contains("bound to no driver"));
+        assert!(reported(&made(3, "vfio-pci\n", None)).contains("bound to no driver"));
         fs::remove_dir_all(serial.join("mdev_type")).unwrap();
         let absent =
             "there is no mediated device bd8d9d2b-5a5f-4f5a-a211-f591514ba1f0 on this host";
-        assert!(told(&serial).starts_with(absent));
+        assert!(reported(&serial).starts_with(absent));
         let name = name_of(&serial).unwrap();
         let text = no_group(&paths, name).to_string();
         assert!(text.contains("CONFIG_VFIO_GROUP"), "{text}");

@@ -159,18 +159,21 @@ mod tests {
         let limited = reach(2 * GIB);
         assert_eq!(remedy(GIB, GIB, &limited), more(1056));
         for memory in [GIB, 3 * GIB, 64 * GIB] {
-            let told = remedy(2 * GIB, memory, &limited);
-            assert!(told.starts_with("more memory does not help"), "{told}");
-            assert!(told.contains("beyond 0x80000000"), "{told}");
+            let reported = remedy(2 * GIB, memory, &limited);
+            assert!(
+                reported.starts_with("more memory does not help"),
+                "{reported}"
+            );
+            assert!(reported.contains("beyond 0x80000000"), "{reported}");
         }
         let pvh = Reach {
             other_kernel: Some("its bzImage"),
             ..reach(4 * GIB)
         };
-        let told = remedy(3 * GIB, 64 * GIB, &pvh);
+        let reported = remedy(3 * GIB, 64 * GIB, &pvh);
         assert!(
-            told.contains("beyond 0xc0000000: give its bzImage"),
-            "{told}"
+            reported.contains("beyond 0xc0000000: give its bzImage"),
+            "{reported}"
         );
     }
 

@@ -268,7 +268,7 @@ mod tests {
             for value in [0, 0x13, 0x99, 0xc0, 0xff] {
                 rtc.write(0, &[index]);
                 rtc.write(1, &[value]);
-                // It expires, due or not.
+                // The timer expires, whether an event is due or not.
                 let soon = Duration::from_nanos(1);
                 rtc.lock().timer.reset(soon, None).unwrap();
                 while !is_ready(&rtc) {}

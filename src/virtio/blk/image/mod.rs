@@ -337,7 +337,7 @@ impl Bounce {
         Self { bytes, start }
     }
 
-    /// Its first `len` bytes, or all.
+    /// The buffer's first `len` bytes, or all of it.
     pub(super) fn first(&mut self, len: usize) -> &mut [u8] {
         let end = self.start.saturating_add(len.min(BOUNCE_SIZE));
         self.bytes.get_mut(self.start..end).unwrap_or_default()

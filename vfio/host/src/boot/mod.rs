@@ -62,7 +62,7 @@ pub(super) enum Loader {
     TrueNas,
     /// Unraid, which starts by Syslinux from its USB drive.
     Unraid,
-    /// Nothing tells.
+    /// Nothing on the host says which it is.
     Unknown,
 }
 

@@ -41,8 +41,8 @@ fn an_initramfs_is_above_4_gib_where_the_kernel_says_that_it_can_be() {
     let mut kernel = bzimage(&[0; 4096]);
     fill_low_ram(&mut kernel);
     let error = guest.boot(&kernel, Some(&[1; 8192]), "").unwrap_err();
-    let told = error.to_string();
-    assert!(told.contains("more memory does not help"), "{told}");
+    let reported = error.to_string();
+    assert!(reported.contains("more memory does not help"), "{reported}");
     // XLF_KERNEL_64 and XLF_CAN_BE_LOADED_ABOVE_4G
     put(&mut kernel, 0x236, &0b11_u16.to_le_bytes());
     guest.boot(&kernel, Some(&[1; 8192]), "").unwrap();
@@ -75,10 +75,13 @@ fn an_initramfs_of_a_pvh_kernel_stays_below_4_gib() {
         .set_len(3 << 30)
         .unwrap();
     let source = BootSource::open(&pvh, Some(&initramfs), "").unwrap();
-    let told = load(&guest.ram, &source, &guest.map, RSDP)
+    let reported = load(&guest.ram, &source, &guest.map, RSDP)
         .unwrap_err()
         .to_string();
-    assert!(told.contains("give the bzImage of this kernel"), "{told}");
+    assert!(
+        reported.contains("give the bzImage of this kernel"),
+        "{reported}"
+    );
 }
 
 #[test]
@@ -86,12 +89,12 @@ fn a_kernel_where_no_guest_has_ram_is_not_told_to_ask_for_more() {
     let guest = Guest::new(64 * MIB);
     let mut high = bzimage(&[0; 4096]);
     put(&mut high, 0x258, &0xc000_0000_u64.to_le_bytes());
-    let told = guest.error(&high);
+    let reported = guest.error(&high);
     assert!(
-        told.contains("low RAM of any guest ends at 0xc0000000"),
-        "{told}"
+        reported.contains("low RAM of any guest ends at 0xc0000000"),
+        "{reported}"
     );
-    assert!(!told.contains("more memory"), "{told}");
+    assert!(!reported.contains("more memory"), "{reported}");
 }
 
 #[test]

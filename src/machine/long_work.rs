@@ -1,8 +1,9 @@
-//! What the kernel can take long for, done on a thread of its own, with an ear for who wants the VM to end.
+//! What the kernel can take long for, done on a thread of its own, while signals, the console and requests are still
+//! answered.
 //!
 //! The kernel waits up to a minute for a device that does not come back from its reset, and is not to be
 //! interrupted in that (Linux, drivers/pci/pci.c, `pci_dev_wait`). A machine is put together, restarted and
-//! taken apart with such resets in it. Who is heard meanwhile decides whether they are waited for: where they
+//! taken apart with such resets in it. What comes meanwhile decides whether they are waited for: where they
 //! are not, the thread is left to itself, and the process ends without it.
 
 use std::io;
@@ -20,8 +21,8 @@ use super::requests::Requests;
 use super::signals::Signals;
 use crate::provoked;
 
-/// Who is listened to.
-pub(super) struct Ears<'a> {
+/// What can end or concern the work while it goes on.
+pub(super) struct LongWork<'a> {
     pub(super) signals: &'a Signals,
     /// A person at the console, where there is one already, or still.
     pub(super) quit: Option<&'a EventFd>,
@@ -31,9 +32,9 @@ pub(super) struct Ears<'a> {
     pub(super) limit: Option<Duration>,
 }
 
-/// Who wants something while work is done.
+/// What came while the work went on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Heard {
+pub(super) enum WorkEvent {
     /// A signal that ends a VM, by its number.
     Signal(i32),
     /// The console was left.
@@ -59,18 +60,18 @@ impl Drop for Done {
     }
 }
 
-impl Ears<'_> {
-    /// Has `work` done on a thread called `name`, and gives what came of it. Each time that somebody is heard
-    /// meanwhile, `on_heard` is called; where it breaks, the work is left to itself.
+impl LongWork<'_> {
+    /// Has `work` done on a thread called `name`, and gives what came of it. Each time that something comes
+    /// meanwhile, `on_event` is called; where it breaks, the work is left to itself.
     ///
     /// # Errors
-    /// What `on_heard` breaks with, or [`RunError::System`] where there is no thread to be had: `work` is
+    /// What `on_event` breaks with, or [`RunError::System`] where there is no thread to be had: `work` is
     /// dropped then.
     pub(super) fn during<T: Send + 'static>(
         &self,
         name: &str,
         work: impl FnOnce() -> T + Send + 'static,
-        mut on_heard: impl FnMut(Heard) -> ControlFlow<RunError>,
+        mut on_event: impl FnMut(WorkEvent) -> ControlFlow<RunError>,
     ) -> Result<T, RunError> {
         let done = EventFd::new().map_err(RunError::system("eventfd"))?;
         let epoll = self.epoll(&done)?;
@@ -95,20 +96,20 @@ impl Ears<'_> {
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
             let [event] = ready;
-            let heard = match event.data() {
+            let event = match event.data() {
                 _ if count == 0 => {
                     deadline = None;
-                    Some(Heard::Late)
+                    Some(WorkEvent::Late)
                 }
-                SIGNAL => self.signals.take().map(Heard::Signal),
+                SIGNAL => self.signals.take().map(WorkEvent::Signal),
                 QUIT => self
                     .quit
                     .filter(|quit| quit.take() > 0)
-                    .map(|_| Heard::Quit),
-                REQUEST => Some(Heard::Request),
+                    .map(|_| WorkEvent::Quit),
+                REQUEST => Some(WorkEvent::Request),
                 _ => return Ok(working.join().unwrap_or_else(|panic| resume_unwind(panic))),
             };
-            if let Some(ControlFlow::Break(error)) = heard.map(&mut on_heard) {
+            if let Some(ControlFlow::Break(error)) = event.map(&mut on_event) {
                 return Err(error);
             }
         }
@@ -156,42 +157,42 @@ mod tests {
     #[test]
     fn who_is_heard_decides_whether_the_work_is_waited_for() {
         let (signals, quit) = (Signals::new().unwrap(), EventFd::new().unwrap());
-        let ears = Ears {
+        let long_work = LongWork {
             signals: &signals,
             quit: Some(&quit),
             requests: None,
             limit: None,
         };
         let nobody = |_| panic!("nobody is there");
-        assert_eq!(ears.during("test", || 7, nobody).unwrap(), 7);
-        // Each is heard once, and the work is waited for.
+        assert_eq!(long_work.during("test", || 7, nobody).unwrap(), 7);
+        // Each comes once, and the work is waited for.
         let (go_on, waits) = mpsc::channel::<()>();
         signal(libc::SIGHUP);
         quit.signal();
-        let mut heard = Vec::new();
+        let mut events = Vec::new();
         let mut go_on = Some(go_on);
-        let result = ears.during(
+        let result = long_work.during(
             "test",
             move || waits.recv().is_err(),
             |one| {
-                heard.push(one);
-                if heard.len() == 2 {
+                events.push(one);
+                if events.len() == 2 {
                     go_on = None;
                 }
                 ControlFlow::Continue(())
             },
         );
         assert!(result.unwrap());
-        heard.sort_by_key(|one| *one == Heard::Quit);
-        assert_eq!(heard, [Heard::Signal(libc::SIGHUP), Heard::Quit]);
+        events.sort_by_key(|one| *one == WorkEvent::Quit);
+        assert_eq!(events, [WorkEvent::Signal(libc::SIGHUP), WorkEvent::Quit]);
         // Work that never ends keeps nobody who does not want to wait.
         let (_never, waits) = mpsc::channel::<()>();
         signal(libc::SIGHUP);
-        let left = ears.during(
+        let left = long_work.during(
             "test",
             move || waits.recv().is_err(),
             |one| {
-                assert_eq!(one, Heard::Signal(libc::SIGHUP));
+                assert_eq!(one, WorkEvent::Signal(libc::SIGHUP));
                 ControlFlow::Break(RunError::Panicked)
             },
         );
@@ -201,24 +202,24 @@ mod tests {
     #[test]
     fn work_that_takes_too_long_is_told_of_once() {
         let signals = Signals::new().unwrap();
-        let ears = Ears {
+        let long_work = LongWork {
             signals: &signals,
             quit: None,
             requests: None,
             limit: Some(Duration::from_millis(20)),
         };
         let (go_on, waits) = mpsc::channel::<()>();
-        let (mut go_on, mut heard) = (Some(go_on), Vec::new());
-        let done = ears.during(
+        let (mut go_on, mut events) = (Some(go_on), Vec::new());
+        let done = long_work.during(
             "test",
             move || waits.recv().is_err(),
             |one| {
-                heard.push(one);
+                events.push(one);
                 go_on = None;
                 ControlFlow::Continue(())
             },
         );
         assert!(done.unwrap());
-        assert_eq!(heard, [Heard::Late]);
+        assert_eq!(events, [WorkEvent::Late]);
     }
 }
