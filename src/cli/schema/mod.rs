@@ -199,8 +199,8 @@ pub(super) static NET: Section<NetConfig> = Section {
     keys: keys! {
         "tap" { "NAME": "the interface, made where there is none [named by the kernel]" }
             |net, value| net.tap = Some(value.text()?.to_owned());
-        "fd" { "N|[N,…]": "in place of tap=: descriptors of a tap that Busway inherits, one for each pair\n\
-                 of queues, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR" }
+        "fd" { "N|[N,…]": "in place of tap=: descriptors of a tap that Busway inherits, one for each\n\
+                 pair of queues, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR" }
             |net, value| net.fd = numbers(value)?;
         "mac" { "MAC": "the guest's address [random]" }
             |net, value| net.mac = Some(value.mac()?);
@@ -396,8 +396,8 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.iommufd = value.choice()?;
         "iommufd_fd" { "N": "an iommufd that Busway inherits, instead of opening /dev/iommu" }
             |platform, value| platform.iommufd_fd = Some(value.number()?);
-        "p2p" { "on": "devices reach each other's memory (peer-to-peer DMA), or an error names\n\
-                 the BARs out of reach", "off": "they do not", "auto": "they do where the host can: by type1, and by iommufd (Linux 6.19);\n\
+        "p2p" { "on": "devices reach each other's memory (peer-to-peer DMA), or an error\n\
+                 names the BARs out of reach", "off": "they do not", "auto": "they do where the host can: by type1, and by iommufd (Linux 6.19);\n\
                  BARs out of reach are named once [auto]" }
             |platform, value| platform.p2p = value.choice()?;
         "vf_token" { "UUID": "that of each device which needs one and has none of its own" }
@@ -407,7 +407,8 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.hotplug_slots = Some(value.number()?);
         "hotplug_mmio64" { "SIZE": "room above RAM for the memory of what comes into such a slot [4G]" }
             |platform, value| platform.hotplug_mmio64 = Some(value.size()?);
-        "removal_timeout" { "N": "seconds that the guest has to let go of a device that is to leave, 1 to 3600 [30]" }
+        "removal_timeout" { "N": "seconds that the guest has to let go of a device that is to leave,\n\
+                 1 to 3600 [30]" }
             |platform, value| platform.removal_timeout = Some(value.number()?);
     },
     required: &[],
