@@ -78,9 +78,9 @@ struct SpaceInUse {
     users: Arc<Users>,
 }
 
-/// How many devices use a space. A type1 container forgets what is mapped with the last one that is
-/// closed, so the last one stays open until nothing is mapped, and until it is known whether one that is
-/// being opened stays.
+/// How many devices use a space. A type1 container forgets what is mapped with its last group, so that the
+/// last device's is kept until nothing is mapped, and until it is known whether a device that is being
+/// opened stays.
 #[derive(Debug, Default)]
 pub(super) struct Users {
     counts: Mutex<Counts>,
@@ -119,7 +119,7 @@ pub(super) struct Prepared {
     pub(super) config: DeviceConfig,
     pub(super) function: Arc<AssignedFunction>,
     pub(super) device: Arc<dyn DeviceIo>,
-    /// Of its space, which it has to leave before it is closed: [`Attacher::leave`].
+    /// Of its space, which it has to leave before it is closed: [`Attacher::close`].
     pub(super) users: Arc<Users>,
 }
 
@@ -334,8 +334,8 @@ impl Attacher {
         });
     }
 
-    /// So many devices, which are still open, leave their space and are closed next. With the last one
-    /// nothing stays mapped: those that come later have a space of their own.
+    /// So many devices, which are open or whose group is kept, leave their space. With the last one nothing stays
+    /// mapped: those that come later have a space of their own.
     pub(super) fn leave(&self, users: &Arc<Users>, count: usize) {
         users.change(|counts| counts.open = counts.open.saturating_sub(count));
         while users.are_none() {
