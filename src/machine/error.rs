@@ -20,7 +20,7 @@ use crate::kvm::{KvmError, Overlap};
 use crate::memory::{Amount, PrefaultError, RamError, RegionsError};
 use crate::virtio::VirtioPciError;
 use crate::virtio::blk::BlkError;
-use crate::virtio::net::NetError;
+use crate::virtio::net::{NetError, TapError};
 use crate::virtio::rng::RngError;
 
 /// Why a VM could not run, or had to end.
@@ -294,7 +294,17 @@ impl RunError {
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }
-            | Self::Net(NetError::Config { .. })
+            | Self::Net(
+                NetError::Config { .. }
+                | NetError::Tap {
+                    source:
+                        TapError::NotInherited { .. }
+                        | TapError::NoTap { .. }
+                        | TapError::Kind { .. }
+                        | TapError::Several { .. },
+                    ..
+                },
+            )
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })
             | Self::Ram(
                 RamError::Empty | RamError::Unaligned(_) | RamError::NotWholeHugePages { .. },

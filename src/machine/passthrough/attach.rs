@@ -3,7 +3,9 @@
 //! done on a thread of its own.
 
 use std::fmt::Debug;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use busway_iommu::{DmaSpace, IovaRange};
@@ -76,9 +78,9 @@ struct SpaceInUse {
     users: Arc<Users>,
 }
 
-/// How many devices use a space. A type1 container forgets what is mapped with the last one that is
-/// closed, so the last one stays open until nothing is mapped, and until it is known whether one that is
-/// being opened stays.
+/// How many devices use a space. A type1 container forgets what is mapped with its last group, so that the
+/// last device's is kept until nothing is mapped, and until it is known whether a device that is being
+/// opened stays.
 #[derive(Debug, Default)]
 pub(super) struct Users {
     counts: Mutex<Counts>,
@@ -117,7 +119,7 @@ pub(super) struct Prepared {
     pub(super) config: DeviceConfig,
     pub(super) function: Arc<AssignedFunction>,
     pub(super) device: Arc<dyn DeviceIo>,
-    /// Of its space, which it has to leave before it is closed: [`Attacher::leave`].
+    /// Of its space, which it has to leave before it is closed: [`Attacher::close`].
     pub(super) users: Arc<Users>,
 }
 
@@ -292,15 +294,48 @@ impl Attacher {
 
     /// Closes devices that are in no slot.
     pub(super) fn give_up(&self, functions: Vec<Prepared>) {
-        for one in functions {
+        let Some(users) = functions.first().map(|one| one.users.clone()) else {
+            return;
+        };
+        let folder = functions.first().map(|one| one.config.path.clone());
+        let devices = functions.into_iter().map(|one| {
             drop(one.function);
-            self.leave(&one.users, 1);
-            drop(one.device);
-        }
+            one.device
+        });
+        let devices: Vec<_> = devices.collect();
+        self.close(&users, &folder.unwrap_or_default(), devices);
     }
 
-    /// So many devices, which are still open, leave their space and are closed next. With the last one
-    /// nothing stays mapped: those that come later have a space of their own.
+    /// Closes devices, the first of which has its folder in `first`: the kernel resets each, and memory is unmapped
+    /// meanwhile where they were the last in their space. When this returns, they are closed and the space is left.
+    pub(super) fn close<T: Send>(&self, users: &Arc<Users>, first: &Path, devices: Vec<T>) {
+        let count = devices.len();
+        let open = {
+            let space = self.space();
+            let own = space
+                .as_ref()
+                .filter(|space| Arc::ptr_eq(&space.users, users));
+            own.map(|space| space.open.clone())
+        };
+        // A container forgets what is mapped with its last group, so that one is kept.
+        let joined = open.and_then(|open| open.join(first).ok());
+        if joined.is_none() {
+            self.leave(users, count);
+        }
+        thread::scope(|scope| {
+            for device in devices {
+                let thread = thread::Builder::new().name("release".to_owned());
+                // Where there is no thread to be had, it is closed by this one.
+                let _closing = thread.spawn_scoped(scope, move || drop(device));
+            }
+            if joined.is_some() {
+                self.leave(users, count);
+            }
+        });
+    }
+
+    /// So many devices, which are open or whose group is kept, leave their space. With the last one nothing stays
+    /// mapped: those that come later have a space of their own.
     pub(super) fn leave(&self, users: &Arc<Users>, count: usize) {
         users.change(|counts| counts.open = counts.open.saturating_sub(count));
         while users.are_none() {
@@ -356,7 +391,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-    use std::thread;
 
     use super::*;
 

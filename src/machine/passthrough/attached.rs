@@ -389,7 +389,7 @@ impl Attached {
     /// Takes all functions of a slot from the guest, and closes their devices, without waiting for that.
     fn release(&mut self, port: FunctionId, topology: &Arc<Topology>, how: &str) {
         let leaves = |device: &mut Entry| device.port == port;
-        let leaving: Vec<_> = self.devices.extract_if(.., leaves).collect();
+        let mut leaving: Vec<_> = self.devices.extract_if(.., leaves).collect();
         for device in &leaving {
             self.unwatch(device);
         }
@@ -404,12 +404,19 @@ impl Attached {
         self.releases.start("release", &names, move || {
             // Dropped first: a function resets its device as it goes.
             drop(topology.unplug(port));
-            let mut askers = Vec::new();
-            for mut device in leaving {
-                let name = device.name.clone();
-                askers.extend(device.removal.take().map(|removal| removal.asker));
-                attacher.leave(&device.users, 1);
-                drop(device);
+            let removals = leaving
+                .iter_mut()
+                .filter_map(|device| device.removal.take());
+            let askers: Vec<_> = removals.map(|removal| removal.asker).collect();
+            let first = leaving.first().map(|device| {
+                let folder = device.config.path.clone();
+                (device.users.clone(), folder)
+            });
+            let names: Vec<_> = leaving.iter().map(|device| device.name.clone()).collect();
+            if let Some((users, folder)) = first {
+                attacher.close(&users, &folder, leaving);
+            }
+            for name in names {
                 log::warn!("{name}: {how}; the host has it back");
             }
             // Not before all of them are closed.

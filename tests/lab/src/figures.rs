@@ -123,7 +123,7 @@ const FIGURES: &[Figure] = &[
         name: "own memory (PSS), KiB",
         of: |turn| Some(turn.own_pss_kib),
         decimals: 0,
-        wanted: Wanted::To(5.0 * 1024.0),
+        wanted: Wanted::To(4.0 * 1024.0),
     },
     Figure {
         name: "  of that dirty, KiB",

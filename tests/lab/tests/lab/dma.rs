@@ -273,8 +273,22 @@ fn opener(host: &Host, interface: Interface, address: &str) -> Result<(String, &
     Ok((format!("{closed}\n{nodes}"), flags))
 }
 
+/// Runs the rest of its arguments with a tap of two queues as descriptors 8 and 9. linux/if_tun.h: `TUNSETIFF`, and
+/// `IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR` and `IFF_MULTI_QUEUE`.
+const WITH_TAP: &str = "\
+import fcntl, os, struct, subprocess, sys
+for number in 8, 9:
+    queue = os.open('/dev/net/tun', os.O_RDWR)
+    fcntl.ioctl(queue, 0x400454ca, struct.pack('16sH22x', b'given-tap', 0x2 | 0x1000 | 0x4000 | 0x100))
+    os.dup2(queue, number)
+for words in 'addr add 192.168.79.1/24 dev given-tap', 'link set given-tap up':
+    subprocess.run(['ip'] + words.split(), check=True)
+os.execvp(sys.argv[1], sys.argv[1:])
+";
+
 /// The drive's own driver writes and verifies in a guest whose VMM is nobody's, with the limit of locked
-/// memory far below the guest's memory, and allowed to be raised to exactly that.
+/// memory far below the guest's memory, and allowed to be raised to exactly that. Its NIC is on a tap that was given as
+/// well, which is gone with the VM.
 fn handed_over(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&host_with_pair())?;
     let address = host.address("nv0")?;
@@ -284,13 +298,16 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
         let flags: Vec<&str> = flags.split(' ').collect();
         let run = guest()?
             .args(&flags)
+            .args(&["--net", "fd=[8,9],num_queues=4"])
             .opened_by(&format!(
                 "{open}\nchmod 777 $(dirname $0)\nulimit -S -l 64\nulimit -H -l {MEMORY_KIB}\n\
-                 exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups \"$@\"\n"
+                 exec python3 -c \"{WITH_TAP}\" setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups \"$@\"\n"
             ))
             .script(
                 "value serial \"$(cat /sys/class/nvme/nvme0/serial)\"\n\
                  lab-io write /dev/nvme0n1 5\nvalue verified \"$(lab-io verify /dev/nvme0n1 5)\"\n\
+                 modprobe -q virtio_net\nip addr add 192.168.79.2/24 dev eth0\nip link set eth0 up\n\
+                 value reached \"$(ping -c 1 -w 30 192.168.79.1 | grep -c '1 packets received')\"\n\
                  until_pressed running\n",
             );
         let running = host.start_guest(&run)?;
@@ -306,6 +323,8 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
         running.signal("TERM")?;
         let result = running.finish()?.success()?;
         ensure!(result.value("serial")?.trim() == "NV0", "another drive");
+        ensure!(result.value("reached")? == "1", "the tap leads nowhere");
+        host.run("! ip link show given-tap")?;
         ensure!(user.trim() == NOBODY.to_string(), "it is user {user}");
         // O_CLOEXEC is 02000000.
         let kept = flags.lines().filter(|line| !line.ends_with("2100002"));

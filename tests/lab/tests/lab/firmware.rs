@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use busway_lab::{GuestKernel, GuestResult, GuestRun, Host, Lab, Vmm};
+use busway_lab::{GuestKernel, GuestResult, GuestRun, Host, Lab, Vmm, build_lab_io};
 
 use crate::Proof;
-use crate::assigned::bound;
+use crate::assigned::{bound, give_back};
+use crate::hotplug::{CTL, EAGER, SOCKET, at_once};
 
 pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
@@ -58,14 +59,21 @@ fn by_firmware(host: &Host) -> Result<GuestRun> {
 }
 
 /// The firmware numbers buses and places BARs its own way: the drive works where it is, and a guest that restarts begins
-/// with the firmware anew, and finds all of it again.
+/// with the firmware anew, and finds all of it again. A NIC comes into the empty slot that it has left room for, and a
+/// disk on bus 0, and both leave.
 fn kernel(lab: &mut Lab) -> Result<()> {
     let (host, drive) = bound(lab, "nv0")?;
+    let nic = host.address("nic0")?;
+    host.run(&format!(
+        "busway device bind {nic} && rm -f /run/hot.raw && truncate -s 1M /run/hot.raw"
+    ))?;
     let run = by_firmware(host)?
+        .file("bin/lab-io", &build_lab_io()?)
         .device(&drive)
         .cpus(2)
         .args(&FIRMWARE)
         .args(&["--platform", "hotplug_slots=1"])
+        .args(&SOCKET)
         .script(&format!(
             "{ASK}\
              flag=\"$(dd if=/dev/nvme0n1 bs=512 skip=2048 count=1 2>/dev/null | head -c 5)\"\n\
@@ -77,10 +85,36 @@ fn kernel(lab: &mut Lab) -> Result<()> {
              value serial $(cat /sys/class/nvme/nvme0/serial)\n\
              value processors $(grep -c ^processor /proc/cpuinfo)\n\
              sed -n 1p /sys/class/nvme/nvme0/device/resource | block bar\n\
-             cat /proc/iomem | block iomem\n"
+             cat /proc/iomem | block iomem\n\
+             modprobe -aq e1000e virtio_blk\n\
+             {EAGER}\
+             value ready yes\n\
+             until [ -e /sys/class/net/eth0 ] && [ -b /dev/vda ]; do sleep 0.1; done\n\
+             ip link set eth0 up\n\
+             until grep -q eth0 /proc/interrupts; do sleep 0.1; done\n\
+             value hot \"$(cat /sys/class/net/eth0/device/device) $(lab-io write /dev/vda 3)\"\n\
+             while [ -e /sys/class/net/eth0 ] || [ -b /dev/vda ]; do sleep 0.1; done\n"
         ));
-    let result = host.guest(&run)?.success()?;
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value ready")?;
+    host.run(&at_once(&[
+        format!("{CTL} add-device {nic}"),
+        format!("{CTL} add-disk /run/hot.raw --id hot"),
+    ]))?;
+    running.wait_line("@@value hot")?;
+    host.run(&at_once(&[
+        format!("{CTL} remove-device {nic}"),
+        format!("{CTL} remove-device hot"),
+    ]))?;
+    let result = running.finish()?.success()?;
     check(&result)?;
+    let hot = result.value("hot")?;
+    ensure!(
+        hot.starts_with("0x10d3") && hot.contains("bytes=1048576"),
+        "what came later: {hot}"
+    );
+    host.run("lab-io verify /run/hot.raw 3")?;
+    give_back(host, &nic, "e1000e")?;
     ensure!(result.value("first")? == "yes");
     ensure!(result.value("serial")? == "NV0" && result.value("processors")? == "2");
     let iomem = result.block("iomem")?;

@@ -65,12 +65,12 @@ impl Held {
 /// Has the guest release what is in a slot as soon as the slot's button was pressed, as its user can, and not after the
 /// five seconds in which Linux waits for a second press: they are over in the first round, and cost each other one.
 /// Linux, drivers/pci/hotplug/pciehp_ctrl.c, `pciehp_sysfs_disable_slot`.
-const EAGER: &str = "\
+pub(crate) const EAGER: &str = "\
     (cat /dev/kmsg | while read -r line; do case $line in *'will power off'*)\n\
     slot=${line#*Slot(}; echo 0 >/sys/bus/pci/slots/${slot%%)*}/power & ;; esac; done) &\n";
 
 /// A script that has commands run at once, and fails where one of them does.
-fn at_once(commands: &[String]) -> String {
+pub(crate) fn at_once(commands: &[String]) -> String {
     let started: String = commands
         .iter()
         .map(|command| format!("{command} & all=\"$all $!\"\n"))
