@@ -224,7 +224,7 @@ const FEW: usize = 64;
 
 /// How many threads share what is read of a host.
 pub(super) fn threads() -> usize {
-    thread::available_parallelism().map_or(1, |count| count.get().min(8))
+    thread::available_parallelism().map_or(1, |count| count.get().min(16))
 }
 
 /// One device; none where it is not there, or has just vanished.

@@ -6,6 +6,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use busway_iommu::process_name;
@@ -70,30 +71,32 @@ pub(super) fn read(root: &SysRoot, devices: &BTreeMap<Bdf, HostDevice>) -> Vec<(
     uses
 }
 
-/// Looks through the files of every process, several at once.
+/// Looks through the files of every process, several at once. Who is done takes the next few: the kernel's
+/// own threads have no files, and some processes have a hundred thousand.
 fn open_files(root: &SysRoot, nodes: &Nodes) -> Open {
     let processes: Vec<u32> = root::names(&root.proc)
         .iter()
         .filter_map(|name| name.parse().ok())
         .collect();
-    let look = |part: &[u32]| {
+    let parts: Vec<_> = processes.chunks(AT_ONCE).collect();
+    let next = AtomicUsize::new(0);
+    let look = || {
         let mut open = Open::new();
-        for &pid in part {
-            Files::of(root, nodes, pid).add_to(&mut open);
+        while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+            for &pid in *part {
+                Files::of(root, nodes, pid).add_to(&mut open);
+            }
         }
         open
     };
-    let share = processes.len().div_ceil(threads()).max(FEW);
-    if processes.len() <= share {
-        return look(&processes);
-    }
+    let others = threads().min(processes.len() / FEW + 1) - 1;
     thread::scope(|scope| {
-        let parts = processes.chunks(share);
-        let lookers: Vec<_> = parts.map(|part| scope.spawn(move || look(part))).collect();
-        let parts = lookers
-            .into_iter()
-            .map(|looker| looker.join().unwrap_or_default());
-        parts.flatten().collect()
+        let others: Vec<_> = (0..others).map(|_| scope.spawn(look)).collect();
+        let mut open = look();
+        for other in others {
+            open.extend(other.join().unwrap_or_default());
+        }
+        open
     })
 }
 
@@ -102,6 +105,9 @@ const DEVICE_FILE: &[u8] = b"anon_inode:[vfio-device";
 
 /// So few processes that a thread costs more than it brings.
 const FEW: usize = 64;
+
+/// How many processes a thread takes at once.
+const AT_ONCE: usize = 16;
 
 /// The open files of one process.
 struct Files<'a> {

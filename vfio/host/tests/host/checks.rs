@@ -248,6 +248,24 @@ fn devices_are_found_by_what_people_call_them() {
 }
 
 #[test]
+fn services_are_let_lock_memory_and_nothing_else_of_the_user_is_ended() {
+    let remedy = |cgroup: &str| {
+        let host = FakeHost::named("memlock");
+        host.file("proc/self/cgroup", cgroup);
+        let found = busway_host::examine(&host.root, 4 << 30, &|_| Ok(()));
+        let memlock = found.into_iter().find(|finding| finding.topic == "memlock");
+        let mut remedies = memlock.unwrap().remedies.into_iter();
+        remedies.next().unwrap().to_string()
+    };
+    let text = remedy("0::/system.slice/busway-vm1.service\n");
+    assert!(text.contains("/busway-vm1.service.d/memlock.conf"), "{text}");
+    assert!(text.ends_with("systemctl restart -- busway-vm1.service"), "{text}");
+    let text = remedy("0::/user.slice/user-7.slice/user@7.service/app.slice/vm.service\n");
+    assert!(text.contains("/user@7.service.d/memlock.conf"), "{text}");
+    assert!(text.ends_with("systemctl daemon-reload"), "{text}");
+}
+
+#[test]
 fn a_node_without_memory_is_told_from_one_that_is_not_there() {
     let host = FakeHost::named("huge");
     let reserve = |node| {

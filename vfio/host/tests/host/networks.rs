@@ -122,7 +122,7 @@ fn disks_of_ceph_and_nbd_and_over_ethernet_are_the_interfaces() {
            interface eth0 ip=10.0.0.2/24
          device 02:00.0 8086:1572 class=020000 driver=i40e
            interface eth1 in=eth1.7
-         device 03:00.0 8086:1572 class=020000 driver=i40e
+         device 03:00.0 8086:1572 class=020000 driver=i40e group=3
            interface eth2
          interface eth1.7 kind=vlan
          block ../../rbd/0/block/rbd0 250:0 mount=/srv/ceph
