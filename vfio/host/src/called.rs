@@ -122,11 +122,15 @@ fn of_libvirt(text: &str) -> Option<Bdf> {
 
 /// As udev (`pci-0000:01:00.0`), lshw (`pci@0000:01:00.0`) and Xorg (`PCI:1@0:0:0`, in decimal) write it.
 fn of_tools(text: &str) -> Option<Bdf> {
-    let of_udev = text.strip_prefix("pci-").or_else(|| text.strip_prefix("pci@"));
+    let of_udev = text
+        .strip_prefix("pci-")
+        .or_else(|| text.strip_prefix("pci@"));
     if let Some(rest) = of_udev {
         return root::full_address(rest);
     }
-    let rest = text.strip_prefix("PCI:").or_else(|| text.strip_prefix("pci:"))?;
+    let rest = text
+        .strip_prefix("PCI:")
+        .or_else(|| text.strip_prefix("pci:"))?;
     let mut parts = rest.split(':');
     let mut next = || parts.next();
     let (bus, device, function) = (next()?, next()?, next()?);

@@ -49,9 +49,7 @@ impl Loader {
             Kept::Program([add, _], program) => {
                 Remedy::command(self.what(), program().setting(add, word))
             }
-            Kept::Hand(place, then) => {
-                Remedy::words(format!("add {word} to {place}, then {then}"))
-            }
+            Kept::Hand(place, then) => Remedy::words(format!("add {word} to {place}, then {then}")),
             Kept::Unknown => {
                 let rhel = grubby().setting(GRUBBY[0], word);
                 return vec![

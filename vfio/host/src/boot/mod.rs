@@ -168,7 +168,11 @@ impl<'a> Signs<'a> {
         if self.is(&["fedora", "rhel", "centos"]) {
             return Loader::Grubby;
         }
-        let other = if by_grub { None } else { self.other_than_grub() };
+        let other = if by_grub {
+            None
+        } else {
+            self.other_than_grub()
+        };
         other.unwrap_or_else(|| self.grub())
     }
 

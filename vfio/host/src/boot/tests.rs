@@ -62,7 +62,10 @@ fn a_loader_is_told_by_its_files() {
     let endeavour = os("ID=\"endeavouros\"\nID_LIKE=\"arch\"\n");
     assert_eq!(read(&[endeavour, info, LINE]), Loader::ReinstallKernels);
     let manage = ("etc/sdboot-manage.conf", "");
-    assert_eq!(read(&[os("ID=cachyos\n"), info, manage]), Loader::SdbootManage);
+    assert_eq!(
+        read(&[os("ID=cachyos\n"), info, manage]),
+        Loader::SdbootManage
+    );
     let pop = os("ID=pop\nID_LIKE=\"ubuntu debian\"\n");
     let stub = ("etc/kernelstub/configuration", "{}");
     assert_eq!(read(&[pop, info, stub]), Loader::Kernelstub);
@@ -101,15 +104,31 @@ fn every_loader_says_where_a_word_is_added_and_removed() {
             "/etc/kernel/cmdline && update-initramfs -u -k all",
             "/etc/kernel/cmdline && update-initramfs -u -k all",
         ),
-        (Loader::Mkinitcpio, "/etc/kernel/cmdline && mkinitcpio -P", "mkinitcpio -P"),
-        (Loader::Kernelstub, "kernelstub --add-options=a=b", "kernelstub --delete-options=a=b"),
+        (
+            Loader::Mkinitcpio,
+            "/etc/kernel/cmdline && mkinitcpio -P",
+            "mkinitcpio -P",
+        ),
+        (
+            Loader::Kernelstub,
+            "kernelstub --add-options=a=b",
+            "kernelstub --delete-options=a=b",
+        ),
         (
             Loader::Grubby,
             "grubby --update-kernel=ALL --args=a=b",
             "grubby --update-kernel=ALL --remove-args=a=b",
         ),
-        (Loader::RpmOstree, "rpm-ostree kargs --append=a=b", "rpm-ostree kargs --delete=a=b"),
-        (Loader::Unraid, "add a=b to the line `append`", "without a=b (it is in the line `append`"),
+        (
+            Loader::RpmOstree,
+            "rpm-ostree kargs --append=a=b",
+            "rpm-ostree kargs --delete=a=b",
+        ),
+        (
+            Loader::Unraid,
+            "add a=b to the line `append`",
+            "without a=b (it is in the line `append`",
+        ),
         (Loader::Refind, "refind_linux.conf", "refind_linux.conf"),
     ] {
         let text = |remedy: &Remedy| format!("{remedy}");
@@ -128,7 +147,11 @@ fn a_word_is_removed_from_the_file_that_has_it() {
     let root = SysRoot::under(folder.path());
     let more = root.etc.join("default/grub.d");
     fs::create_dir_all(&more).unwrap();
-    fs::write(root.etc.join("default/grub"), "GRUB_CMDLINE_LINUX=\"quiet\"\n").unwrap();
+    fs::write(
+        root.etc.join("default/grub"),
+        "GRUB_CMDLINE_LINUX=\"quiet\"\n",
+    )
+    .unwrap();
     let line = "GRUB_CMDLINE_LINUX_DEFAULT=\"console=tty1 iommu=off\"\n";
     fs::write(more.join("50-cloud image.cfg"), line).unwrap();
     fs::write(more.join("note.txt"), line).unwrap();
@@ -137,7 +160,10 @@ fn a_word_is_removed_from_the_file_that_has_it() {
     let file = "' '/etc/default/grub.d/50-cloud image.cfg' && update-grub";
     assert!(remedy.ends_with(file), "{remedy}");
     let remedy = lines("elsewhere");
-    assert!(remedy.ends_with("' /etc/default/grub && update-grub"), "{remedy}");
+    assert!(
+        remedy.ends_with("' /etc/default/grub && update-grub"),
+        "{remedy}"
+    );
 }
 
 /// Runs a remedy's sed on a file.

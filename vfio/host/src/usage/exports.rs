@@ -121,7 +121,9 @@ fn namespace(child: &str) -> Option<String> {
     let rest = child.strip_prefix("nvme")?;
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let (left, number) = rest.split_once('n')?;
-    let subsystem = left.split_once('c').map_or(left, |(subsystem, _)| subsystem);
+    let subsystem = left
+        .split_once('c')
+        .map_or(left, |(subsystem, _)| subsystem);
     (digits(subsystem) && digits(number)).then(|| format!("nvme{subsystem}n{number}"))
 }
 

@@ -258,8 +258,14 @@ fn services_are_let_lock_memory_and_nothing_else_of_the_user_is_ended() {
         remedies.next().unwrap().to_string()
     };
     let text = remedy("0::/system.slice/busway-vm1.service\n");
-    assert!(text.contains("/busway-vm1.service.d/memlock.conf"), "{text}");
-    assert!(text.ends_with("systemctl restart -- busway-vm1.service"), "{text}");
+    assert!(
+        text.contains("/busway-vm1.service.d/memlock.conf"),
+        "{text}"
+    );
+    assert!(
+        text.ends_with("systemctl restart -- busway-vm1.service"),
+        "{text}"
+    );
     let text = remedy("0::/user.slice/user-7.slice/user@7.service/app.slice/vm.service\n");
     assert!(text.contains("/user@7.service.d/memlock.conf"), "{text}");
     assert!(text.ends_with("systemctl daemon-reload"), "{text}");

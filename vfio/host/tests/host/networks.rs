@@ -82,9 +82,8 @@ fn an_interface_carries_the_storage_and_the_routes_that_go_by_it() {
 #[test]
 fn storage_from_a_machine_that_is_not_seen_is_told_of_at_each_way_out() {
     let mut host = FakeHost::named("net");
-    let says = |name: &str| {
-        format!("/srv/iscsi +1 by iSCSI, from which machine is not seen ({name})")
-    };
+    let says =
+        |name: &str| format!("/srv/iscsi +1 by iSCSI, from which machine is not seen ({name})");
     assert!(uses(&host, "0000:18:00.0").contains(&says("eno1")));
     assert!(uses(&host, "0000:18:00.2").contains(&says("ens1f2 > storage")));
     assert!(uses(&host, "0000:19:00.3").contains(&says("ens2f3")));
@@ -159,7 +158,10 @@ fn disks_of_ceph_and_nbd_and_over_ethernet_are_the_interfaces() {
     let read = Host::read(&host.root).unwrap();
     let refused = busway_host::check_bind(&read, &[at("0000:03:00.0")].into(), &Permits::new());
     let text = refused[0].to_string();
-    assert!(text.contains("the host has storage by it: unmount that"), "{text}");
+    assert!(
+        text.contains("the host has storage by it: unmount that"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -206,7 +206,10 @@ fn a_controller_that_is_handed_on_crash_logs_and_flash_are_uses_of_the_disk() {
     host.file(&format!("{passthru}/enable"), "0\n");
     assert_eq!(uses(&host, "0000:01:00.0"), [""; 0]);
     host.file(&format!("{passthru}/enable"), "1\n");
-    assert_eq!(uses(&host, "0000:01:00.0"), ["nvme0n1 > NVMe target nqn.test"]);
+    assert_eq!(
+        uses(&host, "0000:01:00.0"),
+        ["nvme0n1 > NVMe target nqn.test"]
+    );
     let parameter = "sys/module/pstore_blk/parameters/blkdev";
     host.file(parameter, "/dev/nvme1n1p1\n");
     host.file("sys/class/mtd/mtd0/name", "block2mtd: /dev/nvme1n1p2\n");

@@ -215,7 +215,10 @@ fn disks(root: &SysRoot, all: &mut All) {
         };
         let subsystem = path.ancestors().find(is_subsystem);
         let links = subsystem.map(root::names).unwrap_or_default();
-        links.iter().filter_map(|name| ways.get(name).cloned()).collect()
+        links
+            .iter()
+            .filter_map(|name| ways.get(name).cloned())
+            .collect()
     };
     let server = |path: &Path| {
         let mut found = connected_by(path);

@@ -1,6 +1,8 @@
 //! Every remedy of every made-up host is pasted into a shell, and the arguments that its programs get are
 //! those that were meant.
 
+mod chroot;
+#[path = "../fake_host/mod.rs"]
 mod fake_host;
 
 use std::collections::BTreeSet;
@@ -15,11 +17,90 @@ use busway_host::{Check, Command, Host, Permits, Program, Word, check_bind, exam
 use fake_host::FakeHost;
 use fake_host::library::{HOSTS, REPORTED};
 
+/// The files by which each boot loader is known whose command line a command changes.
+const LOADERS: [(&str, &str); 11] = [
+    ("none", ""),
+    (
+        "GRUB on Debian",
+        "file etc/os-release ID=debian\nfile etc/default/grub X=1",
+    ),
+    (
+        "GRUB on SUSE",
+        "file etc/os-release ID=sles\nfile etc/default/grub X=1",
+    ),
+    (
+        "GRUB on Arch",
+        "file etc/os-release ID=arch\nfile etc/default/grub X=1",
+    ),
+    ("GRUB on Fedora", "file etc/os-release ID=fedora"),
+    ("a system of images", "file run/ostree-booted \"\""),
+    (
+        "Proxmox",
+        "file etc/kernel/proxmox-boot-uuids A-B\nfile etc/kernel/cmdline ro",
+    ),
+    (
+        "systemd-boot on Debian",
+        "file etc/os-release ID=debian\nfile etc/kernel/cmdline ro",
+    ),
+    (
+        "systemd-boot on openSUSE",
+        "file etc/os-release ID=opensuse\nfile etc/kernel/cmdline ro",
+    ),
+    (
+        "unified images on Arch",
+        "file etc/os-release ID=arch\nfile etc/kernel/cmdline ro\n\
+         file etc/mkinitcpio.d/linux.preset default_uki=/efi/a.efi",
+    ),
+    (
+        "Pop!_OS",
+        "file etc/os-release ID=pop\nfile etc/kernelstub/configuration {}",
+    ),
+];
+
+/// What else a host may be called by whoever means harm: its kernel, a word of its command line, the
+/// service that asks, a process.
+const HARMFUL: [&str; 5] = [
+    "$(reboot)",
+    "`id`;id",
+    "a'b\\\";reboot;#",
+    "x/y&z|id",
+    "-rf*~{a,b}!",
+];
+
+/// Made-up hosts for the remedies that those of the library do not have.
+fn more_hosts() -> Vec<(String, FakeHost)> {
+    let mut all = Vec::new();
+    for (loader, files) in LOADERS {
+        for name in HARMFUL {
+            let mut host = FakeHost::described(
+                "cpu GenuineIntel \"Made up\" family=6 model=106 count=4 flags=vmx,ept bits=46
+                 acpi APIC DMAR
+                 memory 16G
+                 user 1000 groups=1000 memlock=8M files=1024
+                 device 00:1f.6 8086:15bc class=020000 driver=e1000e",
+            );
+            host.add(files);
+            host.file(
+                "proc/cmdline",
+                &format!("ro mitigations=off pcie_acs_override={name}\n"),
+            );
+            host.file("proc/sys/kernel/osrelease", &format!("6.1-{name}\n"));
+            host.file(
+                "proc/self/cgroup",
+                &format!("0::/system.slice/{name}.service\n"),
+            );
+            all.push((format!("{loader} with {name}"), host));
+        }
+    }
+    all
+}
+
 /// Every command of every host: what check says of each device and what the doctor does.
 fn commands() -> Vec<(String, Command)> {
     let mut all = Vec::new();
-    for (name, _) in HOSTS.iter().chain(&REPORTED) {
-        let fake = FakeHost::named(name);
+    let library = HOSTS.iter().chain(&REPORTED);
+    let library = library.map(|(name, _)| ((*name).to_owned(), FakeHost::named(name)));
+    for (name, fake) in library.chain(more_hosts()) {
         let opens = |_: &Path| Ok(());
         let host = Host::read(&fake.root).unwrap();
         let mut findings = examine(&fake.root, 64 << 30, &opens);
@@ -30,7 +111,7 @@ fn commands() -> Vec<(String, Command)> {
             findings.extend(check.host);
         }
         let remedies = findings.into_iter().flat_map(|finding| finding.remedies);
-        let found = remedies.filter_map(|remedy| Some(((*name).to_owned(), remedy.command?)));
+        let found = remedies.filter_map(|remedy| Some((name.clone(), remedy.command?)));
         all.extend(found);
     }
     all.sort_by_key(|(_, command)| command.to_string());
