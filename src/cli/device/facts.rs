@@ -101,9 +101,8 @@ fn uses(all: &[Usage]) -> Vec<String> {
                 let mut text = usage.to_string();
                 let mut ways = Vec::new();
                 for other in all {
-                    if other.route_from().is_none()
-                        || other.route_from() != chain.first().map(String::as_str)
-                    {
+                    let route = other.route();
+                    if !route.is_some_and(|route| Usage::leads_by(route, chain)) {
                         continue;
                     }
                     match other {
@@ -117,17 +116,17 @@ fn uses(all: &[Usage]) -> Vec<String> {
                 words.push(text);
             }
             // Said with the interface; a representor is none that is named.
-            _ if usage.route_from().is_some_and(|name| is_named(all, name)) => {}
+            _ if usage.route().is_some_and(|route| is_named(all, route)) => {}
             _ => words.push(usage.to_string()),
         }
     }
     words
 }
 
-/// Whether one of the uses is the interface of this name.
-fn is_named(all: &[Usage], name: &str) -> bool {
+/// Whether one of the uses is the interface that a route goes by.
+fn is_named(all: &[Usage], route: &[String]) -> bool {
     all.iter().any(|usage| match usage {
-        Usage::Interface { chain, .. } => chain.first().is_some_and(|first| first == name),
+        Usage::Interface { chain, .. } => Usage::leads_by(route, chain),
         _ => false,
     })
 }

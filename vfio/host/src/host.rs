@@ -101,10 +101,13 @@ impl Host {
         let uses = self.usage(address).iter().filter(|u| u.prevents_bind());
         let mut uses: Vec<_> = uses.cloned().collect();
         // A route that goes by an interface says more than what the interface is part of.
-        let routed: Vec<_> = uses.iter().filter_map(Usage::route_from).collect();
-        let routed: Vec<_> = routed.into_iter().map(str::to_owned).collect();
+        let routes = uses.iter().filter_map(Usage::route);
+        let routes: Vec<_> = routes.map(<[String]>::to_vec).collect();
         uses.retain(|usage| match usage {
-            Usage::Interface { chain, .. } => !chain.first().is_some_and(|c| routed.contains(c)),
+            // A route of the interface's own says nothing of what stands on it.
+            Usage::Interface { chain, .. } => !routes
+                .iter()
+                .any(|route| route.len() > 1 && Usage::leads_by(route, chain)),
             _ => true,
         });
         let shows = |usage: &Usage| matches!(usage, Usage::BootDisplay);
@@ -119,6 +122,13 @@ impl Host {
             let all = offspring.chain([address]);
             uses.extend(all.filter_map(|one| usage::claimed_disk(&self.root, one)));
         }
+        // Virtual functions are removed only once nothing uses them.
+        uses.sort_by_key(|usage| {
+            matches!(
+                usage,
+                Usage::VirtualFunctions { .. } | Usage::Representors { .. }
+            )
+        });
         uses
     }
 

@@ -216,7 +216,7 @@ fn group(host: &Host, device: &HostDevice, asked: &BTreeSet<Bdf>) -> Finding {
     }
     finding.remedy(match Together::of(host, device, asked) {
         Together::Bind(all) => Remedy::command(
-            refusal::how_together(&[device.address], &all),
+            refusal::how_together(&[device.address], &all, &blockers),
             refusal::bind(&all),
         ),
         Together::Chipset(functions) => Remedy::words(refusal::chipset(&functions)),

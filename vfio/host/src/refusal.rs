@@ -297,22 +297,27 @@ fn group_not_viable(
             return write!(f, "\n  {}", chipset(functions));
         }
     };
-    let free = if others.iter().any(|b| !b.uses.is_empty()) {
-        "free what is in use, then "
-    } else {
-        ""
-    };
-    let how = how_together(asked, all);
-    write!(f, "\n  {free}{how}: {}", bind(all))?;
+    let how = how_together(asked, all, blockers);
+    write!(f, "\n  {how}: {}", bind(all))?;
     allow_group(f)
 }
 
-/// In words, what binding `all` is for who asked for `asked`.
-pub(super) fn how_together(asked: &[Bdf], all: &BTreeSet<Bdf>) -> &'static str {
-    match asked.iter().all(|address| all.contains(address)) {
+/// In words, what binding `all` is for who asked for `asked`, and what comes before it.
+pub(super) fn how_together(
+    asked: &[Bdf],
+    all: &BTreeSet<Bdf>,
+    blockers: &[GroupBlocker],
+) -> String {
+    let in_use = |blocker: &GroupBlocker| !blocker.is_bridge && !blocker.uses.is_empty();
+    let free = match blockers.iter().any(in_use) {
+        true => "free what is in use, then ",
+        false => "",
+    };
+    let how = match asked.iter().all(|address| all.contains(address)) {
         true => "bind them together",
         false => "bind what it is part of, which gives the guest all that is behind that",
-    }
+    };
+    format!("{free}{how}")
 }
 
 /// Why these keep their group from being given away.

@@ -52,15 +52,15 @@ impl Upper {
     }
 }
 
-/// The command that takes the interface in the folder `path` out of what it is part of first; none where
-/// it is part of nothing.
-pub(super) fn leave(root: &SysRoot, path: &Path) -> Option<Command> {
+/// The command that takes the interface in the folder `path` out of the one of those that it is part of,
+/// by their names, which is number `index`; none where it is not part of so many.
+pub(super) fn leave(root: &SysRoot, path: &Path, index: usize) -> Option<Command> {
     let name = path.file_name()?;
     let entries = root::raw_names(path);
     let mut uppers = entries
         .iter()
         .filter_map(|entry| entry.as_bytes().strip_prefix(b"upper_"));
-    let upper = OsString::from_vec(uppers.next()?.to_vec());
+    let upper = OsString::from_vec(uppers.nth(index)?.to_vec());
     let folder = root::target(root, &root.sys.join("class/net").join(&upper))?;
     Some(match Upper::of(root, path, &folder, &upper) {
         Upper::OpenVSwitch => Command::new(["ovs-vsctl", "del-port"])

@@ -221,15 +221,25 @@ impl Usage {
         (!lost.is_empty()).then(|| format!("the host loses its {word} {}", lost.join(", ")))
     }
 
-    /// The device's interface that a route goes by, where this is one.
+    /// From the device's interface to the one that has the route, where this is one.
     #[must_use]
-    pub fn route_from(&self) -> Option<&str> {
+    pub fn route(&self) -> Option<&[String]> {
         match self {
-            Self::DefaultRoute { chain } | Self::SshRoute { chain, .. } => {
-                chain.first().map(String::as_str)
-            }
+            Self::DefaultRoute { chain } | Self::SshRoute { chain, .. } => Some(chain),
             _ => None,
         }
+    }
+
+    /// Whether a route goes by an interface, and there by the one of those that it is part of that `chain`
+    /// has.
+    #[must_use]
+    pub fn leads_by(route: &[String], chain: &[String]) -> bool {
+        let same = route
+            .iter()
+            .zip(chain)
+            .take(2)
+            .all(|(one, other)| one == other);
+        same && !route.is_empty() && !chain.is_empty()
     }
 }
 

@@ -272,6 +272,29 @@ fn services_are_let_lock_memory_and_nothing_else_of_the_user_is_ended() {
 }
 
 #[test]
+fn advice_comes_in_the_order_in_which_it_can_be_followed() {
+    let host = FakeHost::described(
+        "         device 0000:18:00.0 144d:a824 class=010802 driver=nvme group=40 reset=flr vfs=1/32
+         device 0000:18:00.1 144d:a824 class=010802 driver=nvme group=41 pf=18:00.0#0
+           disk nvme/nvme1/nvme1n1 260 mount=/srv",
+    );
+    let read = Host::read(&host.root).unwrap();
+    let asked = [at("0000:18:00.0")].into();
+    let text = busway_host::check_bind(&read, &asked, &Permits::new())[0].to_string();
+    let (unmount, remove) = (text.find("umount /srv"), text.find("vfs 0000:18:00.0 0"));
+    assert!(unmount.is_some() && unmount < remove, "{text}");
+    let host = FakeHost::described(
+        "         device 65:00.0 10de:2684 class=030000 driver=nouveau group=30 boot_vga
+         device 65:00.1 10de:22ba class=040300 driver=snd_hda_intel group=30",
+    );
+    let text = format!("{:?}", checked(&host, &[at("0000:65:00.1")]));
+    assert!(
+        text.contains("free what is in use, then bind them together"),
+        "{text}"
+    );
+}
+
+#[test]
 fn a_node_without_memory_is_told_from_one_that_is_not_there() {
     let host = FakeHost::named("huge");
     let reserve = |node| {

@@ -183,6 +183,35 @@ fn a_default_route_by_ppp_over_ethernet_is_the_interface_s() {
 }
 
 #[test]
+fn an_interface_leaves_each_of_those_that_it_is_part_of() {
+    let host = FakeHost::described(
+        "         device 01:00.0 8086:1572 class=020000 driver=i40e group=1
+           interface eth0 in=bond0 in=eth0.7
+         interface bond0 kind=bond in=br0
+         interface br0 kind=bridge ip=192.0.2.5/24
+         interface eth0.7 kind=vlan ip=10.0.7.5/24
+         route default dev=br0",
+    );
+    assert_eq!(
+        uses(&host, "0000:01:00.0"),
+        [
+            "eth0 > bond0 > br0 192.0.2.5",
+            "eth0 > eth0.7 10.0.7.5",
+            "default route (eth0 > bond0 > br0)",
+        ]
+    );
+    let read = Host::read(&host.root).unwrap();
+    let asked = [at("0000:01:00.0")].into();
+    let refused = busway_host::check_bind(&read, &asked, &Permits::new());
+    let text = refused[0].to_string();
+    assert!(text.contains("ip link delete dev eth0.7"), "{text}");
+    assert!(
+        !text.contains("eth0 > bond0 > br0 192.0.2.5"),
+        "the route says it: {text}"
+    );
+}
+
+#[test]
 fn an_interface_in_another_namespace_keeps_its_device_and_its_function() {
     let host = FakeHost::named("pod-vf");
     let says = ["an interface in another network namespace (a container?)"];

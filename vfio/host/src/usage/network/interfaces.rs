@@ -136,6 +136,22 @@ pub(super) fn stack(name: &str, above: &Above) -> Vec<String> {
     chain
 }
 
+/// An interface with each of those that it is part of, one above the other; itself where it is part of
+/// nothing.
+pub(super) fn stacks(name: &str, above: &Above) -> Vec<Vec<String>> {
+    let uppers = above.get(name).map(Vec::as_slice).unwrap_or_default();
+    if uppers.is_empty() {
+        return vec![vec![name.to_owned()]];
+    }
+    let stacked = |upper: &String| {
+        let mut chain = vec![name.to_owned()];
+        let rest = stack(upper, above).into_iter();
+        chain.extend(rest.take_while(|above| above != name));
+        chain
+    };
+    uppers.iter().map(stacked).collect()
+}
+
 /// The way from an interface up to one of those wanted.
 pub(super) fn way(name: &str, above: &Above, wanted: &BTreeSet<String>) -> Option<Vec<String>> {
     fn climb<'a>(

@@ -14,7 +14,7 @@ use super::{InterfaceAddress, StorageServer, Usage};
 use crate::root::SysRoot;
 pub(super) use interfaces::is_elsewhere;
 pub(crate) use interfaces::represents;
-use interfaces::{Above, Interfaces, stack, way};
+use interfaces::{Above, Interfaces, stack, stacks, way};
 use peers::Served;
 use routes::{Asked, Routes, Static};
 
@@ -39,20 +39,22 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     // A switch has thousands of representors, and all those in one bridge have the same said of them.
     let mut represented: BTreeMap<(Bdf, Vec<String>), Vec<String>> = BTreeMap::new();
     for interface in &interfaces.owned {
-        let chain = stack(&interface.name, above);
         if !interface.represents {
-            let addresses = wanted.addresses(&chain);
-            let usage = Usage::Interface {
-                chain,
-                addresses,
-                leave: super::interface::leave(root, &interface.path),
-            };
-            uses.push((interface.owner, usage));
+            let chains = stacks(&interface.name, above).into_iter().enumerate();
+            uses.extend(chains.map(|(index, chain)| {
+                let usage = Usage::Interface {
+                    addresses: wanted.addresses(&chain),
+                    chain,
+                    leave: super::interface::leave(root, &interface.path, index),
+                };
+                (interface.owner, usage)
+            }));
             let more = wanted.uses(&interface.name, above).into_iter();
             uses.extend(more.map(|usage| (interface.owner, usage)));
             continue;
         }
         let name = interface.name.clone();
+        let chain = stack(&name, above);
         let tail = chain.into_iter().skip(1).collect();
         let same = represented.entry((interface.owner, tail)).or_default();
         same.push(name);
