@@ -389,21 +389,50 @@ pub(crate) fn owners(root: &SysRoot, path: &Path) -> Vec<Bdf> {
     }
     // With NVMe multipath a namespace is no child of its controllers but of the subsystem, whose
     // folder links to them: nvme-subsys0/{nvme0 -> …/0000:01:00.0/nvme/nvme0, nvme0n1}.
-    let subsystems = root.sys.join("devices/virtual/nvme-subsystem");
-    let mut above = path.ancestors().skip(1);
-    let Some(subsystem) = above.find(|folder| folder.parent() == Some(&subsystems)) else {
+    let below = |folder: &str| {
+        let folder = root.sys.join("devices/virtual").join(folder);
+        let mut above = path.ancestors();
+        above.find(|above| above.parent() == Some(&folder))
+    };
+    if let Some(controller) = below("nvme-fabrics/ctl") {
+        return fibre_channel_adapter(root, controller)
+            .into_iter()
+            .collect();
+    }
+    let Some(subsystem) = below("nvme-subsystem").filter(|folder| *folder != path) else {
         return Vec::new();
     };
     let links = root::names(subsystem)
         .into_iter()
         .map(|name| subsystem.join(name));
+    let owner = |link: PathBuf| {
+        let controller = link.canonicalize().ok()?;
+        let adapter = || fibre_channel_adapter(root, &controller);
+        root::innermost_pci(&controller).or_else(adapter)
+    };
     let mut owners: Vec<_> = links
         .filter(|link| link.is_symlink())
-        .filter_map(|link| root::innermost_pci(&link.canonicalize().ok()?))
+        .filter_map(owner)
         .collect();
     owners.sort();
     owners.dedup();
     owners
+}
+
+/// The adapter by which an NVMe controller is reached over Fibre Channel. It is no child of it, and names
+/// its port: `traddr=…,host_traddr=nn-0x20000090fae06325:pn-0x10000090fae06325` (drivers/nvme/host/fc.c).
+fn fibre_channel_adapter(root: &SysRoot, controller: &Path) -> Option<Bdf> {
+    let transport = root::attribute(&controller.join("transport"))?;
+    let address = root::attribute(&controller.join("address")).filter(|_| transport == "fc")?;
+    let mut words = address.split(',');
+    let port = words.find_map(|word| word.strip_prefix("host_traddr=")?.split_once(":pn-"));
+    let (_, port) = port?;
+    let class = root.sys.join("class/fc_host");
+    let names = root::names(&class).into_iter();
+    let mut adapters = names.map(|name| class.join(name));
+    let adapter = adapters
+        .find(|adapter| root::attribute(&adapter.join("port_name")).as_deref() == Some(port))?;
+    root::innermost_pci(&root::target(root, &adapter)?)
 }
 
 /// The command that takes a block device that stands on others down, where it is of a known kind.

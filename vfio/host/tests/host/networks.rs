@@ -212,6 +212,28 @@ fn an_interface_leaves_each_of_those_that_it_is_part_of() {
 }
 
 #[test]
+fn the_kernel_s_messages_to_another_machine_go_by_an_interface() {
+    let host = FakeHost::described(
+        "         device 01:00.0 8086:1572 class=020000 driver=i40e group=1
+           interface eth0",
+    );
+    let console = "sys/kernel/config/netconsole/rack log";
+    host.file(&format!("{console}/dev_name"), "eth0\n");
+    host.file(&format!("{console}/enabled"), "0\n");
+    assert_eq!(uses(&host, "0000:01:00.0"), ["eth0"]);
+    host.file(&format!("{console}/enabled"), "1\n");
+    assert_eq!(
+        uses(&host, "0000:01:00.0"),
+        ["eth0", "eth0 > netconsole rack log"]
+    );
+    let read = Host::read(&host.root).unwrap();
+    let asked = [at("0000:01:00.0")].into();
+    let text = busway_host::check_bind(&read, &asked, &Permits::new())[0].to_string();
+    let command = "echo 0 > '/sys/kernel/config/netconsole/rack log/enabled'";
+    assert!(text.contains(command), "{text}");
+}
+
+#[test]
 fn an_interface_in_another_namespace_keeps_its_device_and_its_function() {
     let host = FakeHost::named("pod-vf");
     let says = ["an interface in another network namespace (a container?)"];

@@ -223,6 +223,36 @@ fn a_controller_that_is_handed_on_crash_logs_and_flash_are_uses_of_the_disk() {
 }
 
 #[test]
+fn a_drive_over_fibre_channel_is_its_adapter_s() {
+    let host = FakeHost::described(
+        "         device 05:00.0 10df:f400 class=0c0400 driver=lpfc group=5
+         block ../nvme-fabrics/ctl/nvme4/nvme4n1 259:4 mount=/srv/fc",
+    );
+    let adapter = host.path("sys/bus/pci/devices/0000:05:00.0").canonicalize();
+    let adapter = adapter.unwrap();
+    let below = adapter.strip_prefix(host.path("").canonicalize().unwrap());
+    let adapter = format!("{}/host7/fc_host/host7", below.unwrap().display());
+    host.file(&format!("{adapter}/port_name"), "0x10000090fae06325\n");
+    host.link("sys/class/fc_host/host7", &adapter);
+    let controller = "sys/devices/virtual/nvme-fabrics/ctl/nvme4";
+    host.file(&format!("{controller}/transport"), "fc\n");
+    let port = |last: u32| {
+        let port = format!("nn-0x20000090fae06325:pn-0x10000090fae0632{last}");
+        format!("traddr=nn-0x1:pn-0x2,host_traddr={port}\n")
+    };
+    host.file(&format!("{controller}/address"), &port(6));
+    assert_eq!(uses(&host, "0000:05:00.0"), [""; 0]);
+    host.file(&format!("{controller}/address"), &port(5));
+    assert_eq!(uses(&host, "0000:05:00.0"), ["/srv/fc (nvme4n1)"]);
+    // With several paths.
+    let subsystem = "sys/devices/virtual/nvme-subsystem/nvme-subsys4";
+    host.block(&format!("{subsystem}/nvme5n1"), "259:5");
+    host.link(&format!("{subsystem}/nvme4"), controller);
+    host.mount("259:5", "/data", "/dev/nvme5n1");
+    assert!(uses(&host, "0000:05:00.0").contains(&"/data (nvme5n1)".to_owned()));
+}
+
+#[test]
 fn every_member_of_a_bcachefs_is_in_use() {
     let host = FakeHost::described(
         "device 01:00.0 144d:a80a class=010802 driver=nvme

@@ -8,10 +8,11 @@ mod ssh;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::{InterfaceAddress, StorageServer, Usage};
-use crate::root::SysRoot;
+use crate::root::{self, SysRoot};
 pub(super) use interfaces::is_elsewhere;
 pub(crate) use interfaces::represents;
 use interfaces::{Above, Interfaces, stack, stacks, way};
@@ -25,6 +26,8 @@ struct Wanted {
     ssh: Option<(std::net::IpAddr, BTreeSet<String>)>,
     statics: BTreeMap<String, Static>,
     served: Vec<(Served, BTreeSet<String>)>,
+    /// The kernel's messages that go to another machine: by what name, and by which interface.
+    consoles: Vec<(String, BTreeSet<String>)>,
 }
 
 /// The uses of the interfaces of every PCI device.
@@ -80,6 +83,18 @@ pub(super) fn read(root: &SysRoot) -> Vec<(Bdf, Usage)> {
     uses
 }
 
+/// Those that are on (Documentation/networking/netconsole.rst).
+fn consoles(root: &SysRoot) -> Vec<(String, BTreeSet<String>)> {
+    let folder = root.sys.join("kernel/config/netconsole");
+    let one = |name: String| {
+        let attribute = |file: &str| root::attribute(&folder.join(&name).join(file));
+        let interface =
+            attribute("dev_name").filter(|_| attribute("enabled").as_deref() == Some("1"));
+        Some((root::one_line(&name), BTreeSet::from([interface?])))
+    };
+    root::names(&folder).into_iter().filter_map(one).collect()
+}
+
 impl Wanted {
     fn read(root: &SysRoot) -> Self {
         let routes = Routes::read(root);
@@ -115,6 +130,7 @@ impl Wanted {
             ssh,
             served: served.collect(),
             statics,
+            consoles: consoles(root),
             defaults,
             addresses,
         }
@@ -148,6 +164,14 @@ impl Wanted {
                     at: served.at.clone(),
                     disks: served.disks.clone(),
                 });
+            }
+        }
+        for (console, by) in &self.consoles {
+            if let Some(mut chain) = way(name, above, by) {
+                chain.push(format!("netconsole {console}"));
+                let enabled = format!("/sys/kernel/config/netconsole/{console}/enabled");
+                let release = Some(Command::write("0", enabled));
+                uses.push(Usage::Held { chain, release });
             }
         }
         for (interface, routes) in &self.statics {
