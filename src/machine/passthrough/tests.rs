@@ -94,7 +94,15 @@ impl Machine {
         let router = vm.irq_router().unwrap();
         let lines = router.shared_lines();
         let buses = Buses::default();
-        let mut pci = Pci::new(windows, &buses, memory.clone(), vm.doorbells(), lines).unwrap();
+        let mut pci = Pci::new(
+            windows,
+            &buses,
+            memory.clone(),
+            vm.doorbells(),
+            lines,
+            false,
+        )
+        .unwrap();
         let events = Events::new().unwrap();
         let reserve = Reserve {
             memory32: room,

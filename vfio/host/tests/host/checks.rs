@@ -272,6 +272,31 @@ fn services_are_let_lock_memory_and_nothing_else_of_the_user_is_ended() {
 }
 
 #[test]
+fn what_check_and_bind_say_of_a_device_is_the_same_on_every_host() {
+    // The rest is for the guest's start, and not for binding.
+    let of_binding = ["device", "group", "use", "errata"];
+    for (name, _) in HOSTS.iter().chain(&REPORTED) {
+        let fake = FakeHost::named(name);
+        let host = Host::read(&fake.root).unwrap();
+        for device in host.devices().filter(|device| !device.is_with_vfio()) {
+            let asked = [device.address].into();
+            let check = Check::of(&host, &asked, 1 << 30, &|_| Ok(()));
+            let findings = check.devices.into_iter().flat_map(|device| device.findings);
+            let obstacles = findings.filter(|finding| finding.level == Level::Obstacle);
+            let topics: Vec<_> = obstacles.map(|finding| finding.topic).collect();
+            let refused = busway_host::check_bind(&host, &asked, &Permits::new());
+            let stands = topics.iter().any(|topic| of_binding.contains(topic));
+            let at = device.address;
+            assert_eq!(
+                stands,
+                !refused.is_empty(),
+                "{name} {at}: {topics:?} {refused:?}"
+            );
+        }
+    }
+}
+
+#[test]
 fn advice_comes_in_the_order_in_which_it_can_be_followed() {
     let host = FakeHost::described(
         "         device 0000:18:00.0 144d:a824 class=010802 driver=nvme group=40 reset=flr vfs=1/32

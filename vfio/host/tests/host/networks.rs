@@ -108,6 +108,17 @@ fn storage_from_a_machine_that_is_not_seen_is_told_of_at_each_way_out() {
         uses(&host, "0000:19:00.3"),
         ["ens2f3", "route to 172.16.0.0/12 (ens2f3)"]
     );
+    let line = |at: &str, transport: &str| {
+        format!("60 1 0:60 / {at} rw - 9p share rw,access=client,trans={transport}")
+    };
+    host.append("proc/self/mountinfo", &line("/", "virtio"));
+    assert_eq!(
+        uses(&host, "0000:19:00.3"),
+        ["ens2f3", "route to 172.16.0.0/12 (ens2f3)"]
+    );
+    host.append("proc/self/mountinfo", &line("/srv/plan9", "tcp"));
+    let says = "/srv/plan9 by 9p, from which machine is not seen (ens2f3)";
+    assert!(uses(&host, "0000:19:00.3").iter().any(|used| used == says));
     host.add("mount fuse.glusterfs store:/vol /srv/gluster");
     let used = uses(&host, "0000:19:00.3");
     let says = "/srv/gluster by glusterfs, from which machine is not seen (ens2f3)";

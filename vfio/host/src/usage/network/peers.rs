@@ -71,6 +71,14 @@ fn file_systems(root: &SysRoot, names: &Names, all: &mut All) {
         let Some((kind, ports)) = known else {
             continue;
         };
+        // A machine's own host serves by virtio, and a program of this one by a socket.
+        let option = |key: &str| {
+            let mut options = mount.options.split(',');
+            options.find_map(|option| option.strip_prefix(key)?.strip_prefix('='))
+        };
+        if *kind == "9p" && !matches!(option("trans"), Some("tcp" | "rdma")) {
+            continue;
+        }
         let mut servers = servers(&mount.source.to_string_lossy(), &mount.options, names);
         if servers.is_empty() {
             // The name of a server says nothing here; whom the host is connected with does.
