@@ -80,9 +80,12 @@ struct Coming {
 #[derive(Debug)]
 struct Come {
     slot: u8,
-    outcome: Result<Arc<VirtioPci>, RunError>,
+    outcome: Result<Made, RunError>,
     asker: Asker,
 }
+
+/// A function, and its configuration with the name of the tap that it has.
+type Made = (VirtioConfig, Arc<VirtioPci>);
 
 /// What makes a function of a configuration.
 #[derive(Clone, Debug)]
@@ -93,21 +96,18 @@ struct Maker {
 
 impl Maker {
     /// Takes from the host what the device needs, unless its descriptor was passed.
-    fn make(
-        &self,
-        name: &str,
-        config: &VirtioConfig,
-        files: &Files,
-    ) -> Result<Arc<VirtioPci>, RunError> {
-        let device: Box<dyn VirtioDevice> = match config {
+    fn make(&self, name: &str, config: &VirtioConfig, files: &Files) -> Result<Made, RunError> {
+        let mut config = config.clone();
+        let device: Box<dyn VirtioDevice> = match &mut config {
             VirtioConfig::Disk(disk) => Box::new(Blk::new(name, disk)?),
-            VirtioConfig::Net(net) => {
-                let net = Net::new(name, net, files.all())?;
+            VirtioConfig::Net(asked) => {
+                let net = Net::new(name, asked, files.all())?;
                 log::info!("net {}: tap {}", net.name(), net.tap_name());
+                asked.tap = Some(net.tap_name().to_owned());
                 Box::new(net)
             }
         };
-        self.function(device)
+        Ok((config, self.function(device)?))
     }
 
     fn function(&self, device: Box<dyn VirtioDevice>) -> Result<Arc<VirtioPci>, RunError> {
@@ -156,7 +156,7 @@ impl VirtioDevices {
         for (index, device) in config.virtio() {
             let free = |name: &str| !given.iter().any(|given| given == name) && !self.has(name);
             let name = name_of(&device, index, free);
-            let function = self.maker.make(&name, &device, &Files::default())?;
+            let (device, function) = self.maker.make(&name, &device, &Files::default())?;
             let (slot, id) = pci.add_virtio(&function)?;
             self.enter(name, device, slot.number(), &function);
             self.seats.take(slot.number(), id);
@@ -320,7 +320,7 @@ impl VirtioDevices {
             let described = config.described(&name);
             let answer = one
                 .outcome
-                .and_then(|function| self.present(&name, config, slot, function, pci))
+                .and_then(|(config, function)| self.present(&name, config, slot, function, pci))
                 .inspect_err(|error| log::warn!("{described} was not added: {error}"))
                 .map_err(|error| RequestError::failed(&error));
             one.asker.answer(answer);

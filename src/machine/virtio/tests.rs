@@ -334,6 +334,23 @@ fn names_are_made_where_none_are_given() {
 }
 
 #[test]
+fn a_nic_is_shown_with_the_tap_that_it_has() {
+    let Some(mut machine) = machine(ROOM) else {
+        return;
+    };
+    match machine.add(VirtioConfig::Net(NetConfig::default())) {
+        Err(RequestError::Failed(why)) => return eprintln!("skipped: {why}"),
+        answer => assert_eq!(answer, added("net0", 3)),
+    }
+    let info = machine.devices.info();
+    let Some(VirtioConfig::Net(net)) = info.last().map(|device| &device.config) else {
+        panic!("{info:?}");
+    };
+    let tap = net.tap.as_deref().unwrap_or_default();
+    assert!(tap.starts_with("vmtap"), "{net:?}");
+}
+
+#[test]
 fn a_guest_that_refuses_keeps_the_device_and_says_why() {
     let Some(mut machine) = machine(ROOM) else {
         return;
