@@ -150,6 +150,12 @@ impl Vcpus {
         }
     }
 
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.vcpus.len()
+    }
+
     /// Exits to user space of one kind, of all vCPUs together.
     #[must_use]
     pub fn exits(&self, kind: ExitKind) -> u64 {

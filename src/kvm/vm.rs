@@ -5,7 +5,7 @@ use std::{fmt, fs, io};
 
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
-    kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+    kvm_irqchip, kvm_msi, kvm_pit_config, kvm_pit_state2,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
@@ -15,6 +15,10 @@ use crate::memory::layout;
 
 /// The only API version there is. KVM API §4.1.
 const API_VERSION: i32 = 12;
+
+/// Where messages to local APICs go, each at its id times 4 KiB, and what makes one an NMI. Intel SDM vol. 3A §11.11
+const MESSAGES: u32 = 0xfee0_0000;
+const DELIVERY_NMI: u32 = 4 << 8;
 
 /// What no VM can do without, and what a person should read where it is missing.
 const REQUIRED: [(Cap, &str); 11] = [
@@ -110,6 +114,25 @@ impl Vm {
     /// [`KvmError::Ioctl`]
     pub fn reset_chips(&self) -> Result<(), KvmError> {
         self.power_on.write(&self.fd)
+    }
+
+    /// Gives the first `count` vCPUs a non-maskable interrupt each, as a message to their APICs does whose delivery
+    /// mode is NMI. Intel SDM vol. 3A §11.11. Their ids are the vCPUs' numbers.
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`]
+    pub fn interrupt(&self, count: usize) -> Result<(), KvmError> {
+        for id in (0..=u8::MAX).take(count) {
+            let message = kvm_msi {
+                address_lo: MESSAGES | u32::from(id) << 12,
+                data: DELIVERY_NMI,
+                ..Default::default()
+            };
+            self.fd
+                .signal_msi(message)
+                .map_err(KvmError::ioctl("KVM_SIGNAL_MSI", "the VM"))?;
+        }
+        Ok(())
     }
 
     /// The memory slots. To be called once: each call starts with all slots free.

@@ -1,5 +1,6 @@
 //! The devices of the board, those that are not on PCI.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use busway_pci::Cf8Cfc;
@@ -30,6 +31,8 @@ pub(super) struct Platform {
     pub(super) power: Arc<AcpiPower>,
     pub(super) rtc: Arc<Rtc>,
     serial: Option<Arc<Serial>>,
+    /// The pseudo-terminal that it is at.
+    pub(super) serial_terminal: Option<PathBuf>,
     config_ports: Arc<Cf8Cfc>,
 }
 
@@ -83,8 +86,10 @@ impl Platform {
         let rtc = Arc::new(rtc);
         ports.insert("clock", rtc::BASE.into(), rtc::SIZE.into(), rtc.clone())?;
 
+        let mut serial_terminal = None;
         let serial = match open_console("--serial", serial, quit)? {
             Some(endpoint) => {
+                serial_terminal = terminal(serial, &endpoint);
                 let port = Serial::new(router.edge_line(serial::IRQ)?, endpoint)
                     .map_err(RunError::system("the serial port cannot be made"))?;
                 let port = Arc::new(port);
@@ -102,6 +107,7 @@ impl Platform {
             power,
             rtc,
             serial,
+            serial_terminal,
             config_ports,
         })
     }
@@ -114,6 +120,14 @@ impl Platform {
         if let Some(serial) = &self.serial {
             serial.reset();
         }
+    }
+}
+
+/// The pseudo-terminal of a console, whose name nobody can know beforehand.
+pub(super) fn terminal(config: &ConsoleConfig, endpoint: &Endpoint) -> Option<PathBuf> {
+    match config {
+        ConsoleConfig::Pty => endpoint.location.clone(),
+        _ => None,
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::seats::Left;
 use super::{Entry, Hotplug, VirtioDevices};
 use crate::machine::passthrough::RELEASE_LIMIT;
-use crate::machine::requests::{Answer, Asker, RequestError};
+use crate::machine::requests::{Answer, Asker, Files, RequestError};
 
 /// That somebody wants a device removed.
 #[derive(Debug)]
@@ -124,6 +124,8 @@ impl VirtioDevices {
             return;
         }
         entry.retired = true;
+        // The host has these back as well.
+        entry.files = Files::default();
         let (described, why) = (entry.config.described(&entry.name), why.to_owned());
         let function = entry.function.upgrade();
         let work = {
