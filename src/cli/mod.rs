@@ -17,12 +17,13 @@ mod panic;
 mod progress;
 mod run;
 mod schema;
+mod serve;
 pub mod style;
 mod value;
 mod words;
 
 use std::io::{self, IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -103,7 +104,11 @@ enum Command {
 pub fn main() -> ExitCode {
     let report = Arc::new(Report::start());
     panic::exit_on_any();
-    let cli = match Cli::try_parse() {
+    let args: Vec<_> = std::env::args_os().collect();
+    if serve::is_meant(&args) {
+        return serve::main(args);
+    }
+    let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => return print(&error),
     };
@@ -120,10 +125,7 @@ pub fn main() -> ExitCode {
 impl Cli {
     fn execute(self, report: &Arc<Report>) -> Result<(), Failure> {
         style::choose(self.color);
-        logging::start(self.verbose, self.log_file.as_deref()).map_err(|error| {
-            let file = self.log_file.as_deref().unwrap_or_else(|| "".as_ref());
-            Failure::usage(format!("--log-file {}: {error}", file.display()))
-        })?;
+        start_logging(self.verbose, self.log_file.as_deref())?;
         match self.command {
             Command::Run(args) => run::run(&args, self.verbose, report),
             Command::Ctl(args) => ctl::run(&args),
@@ -137,6 +139,13 @@ impl Cli {
             Command::Completions { shell } => completions(shell),
         }
     }
+}
+
+fn start_logging(verbose: u8, file: Option<&Path>) -> Result<(), Failure> {
+    logging::start(verbose, file).map_err(|error| {
+        let file = file.unwrap_or_else(|| "".as_ref());
+        Failure::usage(format!("--log-file {}: {error}", file.display()))
+    })
 }
 
 /// What the argument parser has to say: help and version, or what is wrong with the arguments.

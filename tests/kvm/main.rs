@@ -8,4 +8,5 @@ mod interrupts;
 mod lines;
 mod memory;
 mod processors;
+mod served;
 mod whole;
