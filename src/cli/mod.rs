@@ -41,7 +41,7 @@ use crate::report::Report;
 /// Busway is a virtual machine monitor for Linux/KVM whose first job is to give guests real PCI
 /// devices.
 #[derive(Debug, Parser)]
-#[command(name = "busway", version, max_term_width = 100, after_help = EXIT_STATUS)]
+#[command(name = "busway", version, max_term_width = 100, after_help = AT_THE_END)]
 #[command(arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
@@ -70,7 +70,10 @@ struct Cli {
 /// The heading of what tells about a run.
 const DIAGNOSTICS: &str = "Diagnostics";
 
-const EXIT_STATUS: &str = "\
+const AT_THE_END: &str = "\
+Without a command, --api-socket PATH has a process that makes and boots VMs as its API tells it;
+`busway --api-socket PATH --help` has its flags, which are Cloud Hypervisor's.
+
 Exit status: 0 the guest powered off, or the command did what it says; 1 it failed while running;
 2 bad usage or configuration; 3 this host cannot do it.";
 

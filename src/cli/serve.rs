@@ -2,17 +2,25 @@
 //! and boots VMs as its API tells it, started as Cloud Hypervisor is.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
 
-use clap::{ArgAction, Parser, Subcommand as _, ValueEnum};
+use busway_host::files::{Existing, OutputError, open_output};
+use clap::error::ErrorKind;
+use clap::{
+    ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand as _, ValueEnum,
+};
 
 use super::run::RunArgs;
-use super::{Command, DIAGNOSTICS, Failure, logging, panic, print, start_logging};
+use super::{Command, DIAGNOSTICS, Failure, logging, panic, print, schema, start_logging};
 use crate::config::{Accepted, ConsoleConfig, VmConfig};
 use crate::control::Server;
 use crate::exit::RUNTIME;
 use crate::machine::{self, Requests};
+use crate::monitor;
 
 /// The program's name by which all that it is given is meant for this.
 const NAME: &str = "cloud-hypervisor";
@@ -34,6 +42,12 @@ struct Serve {
     #[arg(long, help_heading = PROCESS)]
     no_shutdown: bool,
 
+    /// Tell what happens as JSON, an object for each event: path=FILE|fd=N
+    ///
+    /// A named pipe is opened before anything else is done, which waits until somebody reads it.
+    #[arg(long, value_name = "WHERE", help_heading = PROCESS)]
+    event_monitor: Option<EventMonitor>,
+
     /// Taken for Cloud Hypervisor's sake: Busway filters no system calls
     #[arg(long, value_name = "WHAT", default_value = "true", hide_default_value = true, help_heading = PROCESS)]
     seccomp: Seccomp,
@@ -52,6 +66,48 @@ struct Serve {
 }
 
 const PROCESS: &str = "Process";
+
+/// `--event-monitor`
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum EventMonitor {
+    Path(PathBuf),
+    Fd(u32),
+}
+
+impl FromStr for EventMonitor {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("path=").filter(|path| !path.is_empty()) {
+            return Ok(Self::Path(path.into()));
+        }
+        let number = text
+            .strip_prefix("fd=")
+            .and_then(|number| number.parse().ok());
+        number
+            .filter(|number| *number > 2)
+            .map(Self::Fd)
+            .ok_or_else(|| "say path=FILE, or fd=N with a descriptor of 3 or more".to_owned())
+    }
+}
+
+impl EventMonitor {
+    /// Opens it, and waits for who is to read a named pipe.
+    fn open(&self) -> Result<File, OutputError> {
+        let path = match self {
+            Self::Path(path) => path.clone(),
+            // Opened anew, so that its flags are this process's alone.
+            Self::Fd(number) => format!("/proc/self/fd/{number}").into(),
+        };
+        let is_pipe = |there: fs::Metadata| there.file_type().is_fifo();
+        if fs::symlink_metadata(&path).is_ok_and(is_pipe) {
+            let mut options = File::options();
+            options.write(true).custom_flags(libc::O_NOFOLLOW);
+            return Ok(options.open(&path)?);
+        }
+        Ok(open_output(&path, Existing::Append)?.file)
+    }
+}
 
 /// `--seccomp`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -92,9 +148,34 @@ pub(super) fn is_meant(args: &[OsString]) -> bool {
     false
 }
 
+/// The flags, of which two have Cloud Hypervisor's defaults here, and the report of one boot is nobody's.
+fn command() -> clap::Command {
+    let serial = schema::SERIAL
+        .summary
+        .replace("[default: tty]", "[default: null]");
+    let console = schema::CONSOLE
+        .summary
+        .replace("[default: off]", "[default: tty]");
+    Serve::command()
+        .mut_arg("serial", |arg| arg.help(serial))
+        .mut_arg("console", |arg| arg.help(console))
+        .mut_arg("report", |arg| arg.hide(true))
+}
+
+fn parse(args: Vec<OsString>) -> Result<Serve, clap::Error> {
+    let mut command = command();
+    let matches = command.try_get_matches_from_mut(args)?;
+    let serve = Serve::from_arg_matches(&matches)?;
+    if serve.vm.report.is_some() {
+        let why = "--report is of the one VM of `busway run`";
+        return Err(command.error(ErrorKind::ArgumentConflict, why));
+    }
+    Ok(serve)
+}
+
 /// Runs the process that these arguments describe.
 pub(super) fn main(args: Vec<OsString>) -> ExitCode {
-    let serve = match Serve::try_parse_from(args) {
+    let serve = match parse(args) {
         Ok(serve) => serve,
         Err(error) => return print(&error),
     };
@@ -115,6 +196,10 @@ pub(super) fn main(args: Vec<OsString>) -> ExitCode {
 impl Serve {
     fn run(&self) -> Result<(), Failure> {
         start_logging(self.verbose, self.log_file.as_deref())?;
+        if let Some(monitor) = &self.event_monitor {
+            let started = monitor.open().and_then(|file| Ok(monitor::start(file)?));
+            started.map_err(|error| Failure::usage(format!("--event-monitor: {error}")))?;
+        }
         // Threads start below, and the signals that end a VM are the machine's.
         machine::block_signals();
         logging::step_aside();
@@ -166,8 +251,6 @@ impl Serve {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     fn args(text: &str) -> Vec<OsString> {
@@ -176,7 +259,12 @@ mod tests {
 
     #[test]
     fn the_flags_are_in_order() {
-        Serve::command().debug_assert();
+        command().debug_assert();
+        let help = command().render_help().to_string();
+        assert!(
+            help.contains("[default: null]") && !help.contains("--report"),
+            "{help}"
+        );
     }
 
     #[test]
@@ -201,7 +289,7 @@ mod tests {
     #[test]
     fn a_vm_on_the_command_line_has_cloud_hypervisors_defaults() {
         let first = |text: &str| {
-            let serve = Serve::try_parse_from(args(text)).unwrap();
+            let serve = parse(args(text)).unwrap();
             serve.first().unwrap()
         };
         assert_eq!(

@@ -61,6 +61,8 @@ impl Vcpus {
         for vcpu in vcpu::create(vm, model, count)? {
             all.start(vcpu, buses.clone(), events.clone())?;
         }
+        // A thread names itself: whoever is told that the VM runs finds each by its name.
+        all.gate.wait_for(all.vcpus.len());
         Ok(all)
     }
 

@@ -14,6 +14,7 @@ use super::requests::{Answer, Asker, Info, Request, RequestError, Requests, Stat
 use super::signals::Signals;
 use super::vmm::Lasting;
 use crate::kvm::VcpuEvent;
+use crate::monitor::{self, Source as About};
 use crate::provoked;
 
 /// How long a guest may take to power off when it was asked to by a signal.
@@ -72,6 +73,8 @@ pub(super) struct Life {
     lasting: Lasting,
     /// Who waits for the guest's start.
     starters: Vec<Asker>,
+    /// What whoever reads events is told of it then.
+    start: &'static str,
     /// When the guest started, the last time.
     started: Instant,
     /// By when it has to have powered off.
@@ -125,6 +128,11 @@ impl Machine {
         }
         life.started = Instant::now();
         self.vcpus.resume();
+        monitor::tell(
+            About::Vm,
+            std::mem::replace(&mut life.start, "rebooted"),
+            &[],
+        );
         for asker in life.starters.drain(..) {
             asker.answer(Ok(Answer::Done));
         }
@@ -347,6 +355,7 @@ impl Machine {
                     self.virtio.add(*config, files, taken, asker);
                 }
                 Request::RemoveDevice { id, force } => {
+                    let asker = asker.of_removal(&id);
                     let held = !matches!(life.phase, Phase::Running);
                     if let Some(asker) = self.virtio.remove(&id, force, held, asker) {
                         let topology = self.pci.topology();
@@ -425,6 +434,7 @@ impl Machine {
     fn stop(&mut self, life: &mut Life, asker: Option<Asker>) {
         match &mut life.phase {
             Phase::Running => {
+                monitor::tell(About::Vm, "pausing", &[]);
                 life.phase = Phase::Pausing(asker.into_iter().collect());
                 let events = self.events.clone();
                 let virtio = self.pci.virtio().clone();
@@ -445,6 +455,7 @@ impl Machine {
         if std::mem::take(&mut life.held) {
             log::warn!("the guest goes on after an error of a device of its, as it is asked to");
         }
+        monitor::tell(About::Vm, "resuming", &[]);
         self.vcpus.tell_of_stop();
         life.phase = Phase::Running;
         for event in life.deferred.drain(..) {
@@ -452,6 +463,7 @@ impl Machine {
         }
         self.pci.virtio().resume();
         self.vcpus.resume();
+        monitor::tell(About::Vm, "resumed", &[]);
         log::info!("the guest goes on");
         Ok(Answer::Done)
     }
@@ -475,6 +487,7 @@ impl Life {
         Self {
             lasting,
             starters: starter.into_iter().collect(),
+            start: "booted",
             started: Instant::now(),
             deadline: None,
             phase: Phase::Running,
@@ -506,6 +519,7 @@ impl Life {
         if let Phase::Pausing(askers) = &mut self.phase {
             let askers = std::mem::take(askers);
             self.phase = Phase::Paused;
+            monitor::tell(About::Vm, "paused", &[]);
             log::info!("the guest is paused");
             for asker in askers {
                 asker.answer(Ok(Answer::Done));

@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use super::RunError;
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
+use crate::monitor::{self, Source};
 use crate::report::AssignedDevice;
 
 /// How many requests wait to be taken; whoever asks then is refused.
@@ -270,12 +271,37 @@ impl RequestError {
 
 /// Who waits for the answer to a request. Dropped without one, the VM has ended.
 #[derive(Debug)]
-pub(super) struct Asker(SyncSender<Result<Answer, RequestError>>);
+pub(super) struct Asker {
+    sender: SyncSender<Result<Answer, RequestError>>,
+    /// What is removed where it is granted, which whoever reads events is told.
+    removed: Option<String>,
+}
 
 impl Asker {
+    /// The same, who asks for `id` to be removed.
+    pub(super) fn of_removal(mut self, id: &str) -> Self {
+        self.removed = Some(id.to_owned());
+        self
+    }
+
     pub(super) fn answer(self, answer: Result<Answer, RequestError>) {
+        let gone = |id: &str| monitor::tell(Source::Vm, "device-removed", &[("id", id)]);
+        match (&answer, &self.removed) {
+            (Ok(Answer::Done), Some(id)) => gone(id),
+            (Ok(Answer::RemovedTogether(ids)), _) => ids.iter().for_each(|id| gone(id)),
+            _ => {}
+        }
         // Who asked may wait no longer.
-        let _ = self.0.send(answer);
+        let _ = self.sender.send(answer);
+    }
+}
+
+impl From<SyncSender<Result<Answer, RequestError>>> for Asker {
+    fn from(sender: SyncSender<Result<Answer, RequestError>>) -> Self {
+        Self {
+            sender,
+            removed: None,
+        }
     }
 }
 
@@ -323,7 +349,7 @@ impl Control {
         if waiting.closed {
             return match (&waiting.last, request) {
                 (Some(info), Request::Info) => {
-                    Asker(sender).answer(Ok(Answer::Info(info.clone())));
+                    Asker::from(sender).answer(Ok(Answer::Info(info.clone())));
                     Ok(receiver)
                 }
                 _ => Err(RequestError::Ended),
@@ -332,7 +358,7 @@ impl Control {
         if waiting.requests.len() >= MOST {
             return Err(RequestError::TooMany);
         }
-        waiting.requests.push_back((request, Asker(sender)));
+        waiting.requests.push_back((request, sender.into()));
         self.0.signal.signal();
         Ok(receiver)
     }

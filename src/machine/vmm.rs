@@ -23,6 +23,7 @@ use super::signals::Signals;
 use super::virtio::name_of;
 use super::{PanicWatch, RunError};
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
+use crate::monitor::{self, Source};
 use crate::provoked;
 use crate::report::{Report, Stage};
 
@@ -98,21 +99,13 @@ pub fn serve(first: Option<VmConfig>, kept: bool, requests: Requests) -> Result<
         lasting: if kept { Lasting::Kept } else { Lasting::Served },
         definition: None,
     };
-    if let Some(config) = first {
-        served.definition = Some(Definition {
-            config,
-            files: BTreeMap::new(),
-        });
-        if let Next::End = served.boot(None)? {
-            return Ok(());
-        }
+    monitor::tell(Source::Vmm, "starting", &[]);
+    let ended = served.serve(first);
+    if served.definition.is_some() {
+        monitor::tell(Source::Vm, "deleted", &[]);
     }
-    while let Some(asker) = served.wait()? {
-        if let Next::End = served.boot(Some(asker))? {
-            break;
-        }
-    }
-    Ok(())
+    monitor::tell(Source::Vmm, "shutdown", &[]);
+    ended
 }
 
 /// Puts a VM together, and lets its guest run until its end; `starter` is told when it does, or why it does not.
@@ -146,6 +139,7 @@ fn live(
     let ended = loop {
         let restarted = match machine.live(&mut life, signals, requests) {
             Ok(Stop::Restart) => {
+                monitor::tell(Source::Vm, "rebooting", &[]);
                 let info = machine.info(&life);
                 machine.restart(signals, requests, &info)?
             }
@@ -212,6 +206,24 @@ const SIGNAL: u64 = 0;
 const REQUEST: u64 = 1;
 
 impl Served {
+    fn serve(&mut self, first: Option<VmConfig>) -> Result<(), RunError> {
+        if let Some(config) = first {
+            self.definition = Some(Definition {
+                config,
+                files: BTreeMap::new(),
+            });
+            if let Next::End = self.boot(None)? {
+                return Ok(());
+            }
+        }
+        while let Some(asker) = self.wait()? {
+            if let Next::End = self.boot(Some(asker))? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Answers who asks while there is no VM, until one is to be booted; `None` where the process is to end.
     ///
     /// # Errors
@@ -293,10 +305,15 @@ impl Served {
             Request::AddDevice(configs) => definition.add_devices(configs)?,
             Request::AddVirtio(config, files) => definition.add_virtio(*config, files)?,
             Request::RemoveDevice { id, .. } => definition.remove(&id)?,
-            Request::End(Extent::Definition) => self.definition = None,
+            Request::End(Extent::Definition) => self.forget(),
             _ => return Err(RequestError::NotRunning),
         }
         Ok(Answer::Done)
+    }
+
+    fn forget(&mut self) {
+        self.definition = None;
+        monitor::tell(Source::Vm, "deleted", &[]);
     }
 
     /// Boots the VM that there is to be, and lets it live until its end. `starter`: who wants that.
@@ -312,6 +329,7 @@ impl Served {
         let devices = whole.config.device.len();
         whole.config.platform.make_slots(devices);
         let (watch, report) = (PanicWatch::start(), Arc::new(Report::start()));
+        monitor::tell(Source::Vm, "booting", &[]);
         let lived = live(
             &Arc::new(whole),
             &report,
@@ -337,8 +355,15 @@ impl Served {
         drop(watch);
         let ending = self.requests.take_ending();
         let extent = ending.extent;
+        // All that it had is given back by now, which is what those wait for who take devices then.
+        if lived {
+            monitor::tell(Source::Vm, "shutdown", &[]);
+        }
         left.forget_numbers();
-        self.definition = Some(left).filter(|_| extent < Some(Extent::Definition));
+        self.definition = Some(left);
+        if extent == Some(Extent::Definition) {
+            self.forget();
+        }
         ending.finish();
         self.after(ended, extent, lived || !asked)
     }

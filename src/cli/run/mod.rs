@@ -110,7 +110,7 @@ pub(super) struct RunArgs {
 
     /// Write the boot report as JSON, when the guest starts and at the end
     #[arg(long, value_name = "FILE", help_heading = DIAGNOSTICS)]
-    report: Option<PathBuf>,
+    pub(super) report: Option<PathBuf>,
 }
 
 const BOOT: &str = "Boot";
