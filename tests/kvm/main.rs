@@ -2,6 +2,7 @@
 //! none, each test says so and passes.
 
 mod bare;
+mod clients;
 mod exits;
 mod guest;
 mod interrupts;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::bare::{kernel, power_off, say};
+use crate::bare::{hears_nmi, kernel, power_off, say};
 use crate::whole::{has_kvm, signal};
 
 /// What nothing here takes as long as.
@@ -97,10 +97,14 @@ impl Served {
         self.ask("GET", "vm.info", None).1["state"].take()
     }
 
-    /// How many descriptors it has open.
+    /// How many descriptors it has open, beside those of clients that come and go.
     fn descriptors(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.child.id());
-        fs::read_dir(folder).unwrap().count()
+        let all = fs::read_dir(folder).unwrap();
+        let targets = all.filter_map(|one| fs::read_link(one.unwrap().path()).ok());
+        targets
+            .filter(|target| !target.display().to_string().starts_with("socket:"))
+            .count()
     }
 
     /// Its end, and what it wrote to standard error.
@@ -121,6 +125,14 @@ impl Served {
         stderr.read_to_string(&mut errors).unwrap();
         assert!(!self.path("api").exists(), "the socket is left: {errors}");
         (status, errors)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // It has ended, or the test has failed.
+        let _ended = self.child.kill();
+        let _ended = self.child.wait();
     }
 }
 
@@ -175,7 +187,7 @@ fn a_vm_is_made_booted_ended_and_made_again_over_the_api() {
         );
         let tasks = fs::read_dir(format!("/proc/{}/task", served.child.id())).unwrap();
         let mut names: Vec<_> = tasks
-            .map(|task| fs::read_to_string(task.unwrap().path().join("comm")).unwrap())
+            .filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok())
             .filter(|name| name.starts_with("vcpu"))
             .collect();
         names.sort();
@@ -335,4 +347,19 @@ fn a_guest_that_fails_by_itself_ends_the_process_with_a_word_and_status_1() {
     let (status, errors) = served.ended();
     assert_eq!(status.code(), Some(1));
     assert!(errors.contains("triple-faulted"), "{errors}");
+}
+
+#[test]
+fn a_non_maskable_interrupt_reaches_the_guest() {
+    let Some(served) = Served::start(&[]) else {
+        return;
+    };
+    let vm = served.vm(&[hears_nmi(&say("nmi ")), lives("boot ")].concat());
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    assert_eq!(served.put("vm.boot"), 204);
+    eventually("its word", || served.said() == "boot ");
+    assert_eq!(served.put("vm.nmi"), 204);
+    eventually("the interrupt", || served.said() == "boot nmi boot ");
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
 }
