@@ -17,7 +17,8 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::bare::{attentive, kernel};
+use crate::attentive::attentive;
+use crate::bare::kernel;
 use crate::whole::{has_kvm, signal};
 
 /// What nothing here takes as long as.

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::bare::{hears_nmi, kernel, power_off, say};
+use crate::attentive::hears_nmi;
+use crate::bare::{kernel, power_off, say};
 use crate::whole::{has_kvm, signal};
 
 /// What nothing here takes as long as.

@@ -4,6 +4,7 @@ mod clients;
 mod described;
 mod endpoints;
 mod hostile;
+mod served;
 mod sockets;
 
 use std::collections::BTreeMap;

@@ -363,3 +363,165 @@ impl Platform {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::json::parse;
+
+    fn config(body: &str) -> Result<VmConfig, Fault> {
+        parse::<CreateVm>(body.as_bytes())?.into_config()
+    }
+
+    /// What Cloud Hypervisor has where nothing is said.
+    fn defaults() -> VmConfig {
+        VmConfig {
+            serial: ConsoleConfig::Null,
+            console: ConsoleConfig::Tty,
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn what_is_absent_null_or_unknown_is_as_cloud_hypervisor_has_it() {
+        for body in [
+            "{}",
+            r#"{"cpus":null,"memory":null,"payload":null,"disks":null,"net":null,"rng":null,"serial":null,
+                "console":null,"devices":null,"platform":null,"fs":null,"vsock":null,"balloon":null,"numa":null,
+                "watchdog":false,"iommu":false,"pvpanic":false,"landlock_enable":false,"sgx_epc":null}"#,
+            r#"{"cpus":{"boot_vcpus":null,"features":{"amx":false},"kvm_hyperv":false,"affinity":null},
+                "memory":{"mergeable":false,"prefault":false,"zones":[],"hotplugged_size":null},
+                "payload":{"firmware":null,"kernel":"","initramfs":null,"mrconfigid":null,"host_data":null},
+                "disks":[],"fs":[],"rng":{"src":null,"iommu":false},"debug_console":{"mode":"Off"},
+                "platform":{"tdx":false,"sev_snp":false,"nonsense":[1,2]},"nonsense":{"a":{}}}"#,
+        ] {
+            assert_eq!(config(body), Ok(defaults()), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_vm_in_cloud_hypervisors_words_is_the_same_as_in_flags() {
+        let body = r#"{"cpus":{"boot_vcpus":2,"max_vcpus":4,"nested":false,"max_phys_bits":46,
+            "topology":{"threads_per_core":1,"cores_per_die":4,"dies_per_package":1,"packages":1}},
+            "memory":{"size":1073741824,"shared":true,"hugepages":true,"hugepage_size":2097152,"prefault":true,
+            "thp":false,"hotplug_size":1073741824,"hotplug_method":"VirtioMem"},
+            "payload":{"kernel":"/k","initramfs":"/i","cmdline":"quiet"},"disks":[{"path":"/a","id":"root"}],
+            "net":[{"tap":"t","mac":"52:54:00:12:34:56"}],"rng":{"src":"/dev/random"},
+            "serial":{"mode":"Socket","socket":"/s"},"console":{"mode":"File","file":"/f"},
+            "devices":[{"path":"/sys/bus/pci/devices/0000:01:00.0/","id":"drive"}],
+            "platform":{"num_pci_segments":2,"iommufd":true,"vfio_p2p_dma":false,"uuid":"u","serial_number":"s",
+            "oem_strings":["o"]}}"#;
+        let mut expected = defaults();
+        expected.cpus.boot = 2;
+        expected.cpus.nested = false;
+        expected.memory = MemoryConfig {
+            size: 1 << 30,
+            shared: true,
+            hugepages: true,
+            hugepage_size: Some(2 << 20),
+            prefault: Some(true),
+            thp: false,
+        };
+        expected.kernel = Some("/k".into());
+        expected.initramfs = Some("/i".into());
+        expected.cmdline = Some("quiet".into());
+        let mut disk = crate::config::DiskConfig::new("/a");
+        disk.id = Some("root".into());
+        expected.disk = vec![disk];
+        expected.net = vec![crate::config::NetConfig {
+            tap: Some("t".into()),
+            mac: Some("52:54:00:12:34:56".parse().unwrap()),
+            ..crate::config::NetConfig::default()
+        }];
+        expected.rng.src = "/dev/random".into();
+        expected.serial = ConsoleConfig::Socket("/s".into());
+        expected.console = ConsoleConfig::file("/f");
+        let mut device = crate::config::DeviceConfig::new("01:00.0").unwrap();
+        device.id = Some("drive".into());
+        expected.device = vec![device];
+        expected.platform.iommufd = Choice::On;
+        expected.platform.p2p = Choice::Off;
+        expected.accepted = Some(Box::new(Accepted {
+            max_vcpus: Some(4),
+            topology: Some(Topology {
+                threads_per_core: 1,
+                cores_per_die: 4,
+                dies_per_package: 1,
+                packages: 1,
+            }),
+            max_phys_bits: Some(46),
+            hotplug_size: Some(1 << 30),
+            hotplug_method: Some(HotplugMethod::VirtioMem),
+            num_pci_segments: Some(2),
+            serial_number: Some("s".into()),
+            uuid: Some("u".into()),
+            oem_strings: vec!["o".into()],
+        }));
+        assert_eq!(config(body), Ok(expected));
+        // As older clients have it.
+        let old =
+            r#"{"kernel":{"path":"/k"},"initramfs":{"path":"/i"},"cmdline":{"args":"quiet"}}"#;
+        let new = r#"{"payload":{"kernel":"/k","initramfs":"/i","cmdline":"quiet"}}"#;
+        assert_eq!(config(old), config(new));
+        assert_eq!(config(old).unwrap().kernel, Some("/k".into()));
+    }
+
+    #[test]
+    fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
+        for (body, lack) in [
+            (r#"{"fs":[{"tag":"t","socket":"/s"}]}"#, Lack::VirtioFs),
+            (r#"{"vsock":{"cid":3,"socket":"/s"}}"#, Lack::Vsock),
+            (r#"{"iommu":true}"#, Lack::VirtualIommu),
+            (r#"{"watchdog":true}"#, Lack::Watchdog),
+            (r#"{"balloon":{"size":0}}"#, Lack::Balloon),
+            (
+                r#"{"memory":{"zones":[{"id":"z","size":1}]}}"#,
+                Lack::MemoryZones,
+            ),
+            (r#"{"memory":{"mergeable":true}}"#, Lack::MergedPages),
+            (r#"{"cpus":{"kvm_hyperv":true}}"#, Lack::HyperV),
+            (r#"{"cpus":{"core_scheduling":"Vm"}}"#, Lack::CoreScheduling),
+            (r#"{"platform":{"tdx":true}}"#, Lack::ConfidentialGuests),
+            (r#"{"payload":{"igvm":"/i"}}"#, Lack::ConfidentialGuests),
+            (r#"{"debug_console":{"mode":"Tty"}}"#, Lack::DebugConsole),
+            (
+                r#"{"serial":{"mode":"Off","iommu":true}}"#,
+                Lack::VirtualIommu,
+            ),
+            (
+                r#"{"disks":[{"path":"/a","vhost_user":true}]}"#,
+                Lack::VhostUser,
+            ),
+            (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
+            (
+                r#"{"devices":[{"path":"01:00.0","pci_segment":1}]}"#,
+                Lack::OtherSegment,
+            ),
+        ] {
+            assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");
+        }
+        for (body, word) in [
+            ("", "body"),
+            ("[]", "body"),
+            (r#"{"cpus":{"boot_vcpus":256}}"#, "256"),
+            (r#"{"cpus":{"boot_vcpus":2,"max_vcpus":1}}"#, "max_vcpus=1"),
+            (
+                r#"{"cpus":{"boot_vcpus":4,"topology":{"threads_per_core":65535,"cores_per_die":65535,
+                    "dies_per_package":65535,"packages":65535}}}"#,
+                "topology",
+            ),
+            (r#"{"memory":{"size":-1}}"#, "-1"),
+            (r#"{"serial":{"mode":"Nonsense"}}"#, "Nonsense"),
+            (r#"{"serial":{"mode":"File"}}"#, "file is missing"),
+            (r#"{"console":{"mode":"Socket"}}"#, "socket is missing"),
+            (r#"{"platform":{"num_pci_segments":97}}"#, "97"),
+            (r#"{"devices":[{"path":"nonsense"}]}"#, "nonsense"),
+            (r#"{"disks":[{}]}"#, "path is missing"),
+        ] {
+            let Err(Fault::Wrong(why)) = config(body) else {
+                panic!("{body}: {:?}", config(body));
+            };
+            assert!(why.contains(word), "{body}: {why}");
+        }
+    }
+}
