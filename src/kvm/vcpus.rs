@@ -106,9 +106,10 @@ impl Vcpus {
     /// # Errors
     /// [`KvmError::Ioctl`]
     pub fn reset(&self) -> Result<(), KvmError> {
-        self.vcpus
-            .iter()
-            .try_for_each(|thread| lock(&thread.vcpu).reset())
+        self.vcpus.iter().try_for_each(|thread| {
+            thread.counts.set_started(false);
+            lock(&thread.vcpu).reset()
+        })
     }
 
     /// Lets the guest run.
@@ -152,10 +153,12 @@ impl Vcpus {
         }
     }
 
-    /// How many there are.
-    #[must_use]
-    pub fn count(&self) -> usize {
-        self.vcpus.len()
+    /// The numbers of those that execute instructions, or are halted: the first, and those that the guest has started.
+    pub fn started(&self) -> impl Iterator<Item = u8> {
+        let numbered = (0..=u8::MAX).zip(&self.vcpus);
+        numbered
+            .filter(|(id, thread)| *id == 0 || thread.counts.is_started())
+            .map(|(id, _)| id)
     }
 
     /// Exits to user space of one kind, of all vCPUs together.

@@ -116,13 +116,15 @@ impl Vm {
         self.power_on.write(&self.fd)
     }
 
-    /// Gives the first `count` vCPUs a non-maskable interrupt each, as a message to their APICs does whose delivery
-    /// mode is NMI. Intel SDM vol. 3A §11.11. Their ids are the vCPUs' numbers.
+    /// Gives these vCPUs a non-maskable interrupt each, as a message to their APICs does whose delivery mode is NMI.
+    /// Intel SDM vol. 3A §11.11. Their ids are the vCPUs' numbers. One that waits for its SIPI is not to be among them:
+    /// KVM keeps the interrupt, and then leaves `KVM_RUN` again and again (linux/arch/x86/kvm/x86.c,
+    /// `kvm_arch_vcpu_ioctl_run`).
     ///
     /// # Errors
     /// [`KvmError::Ioctl`]
-    pub fn interrupt(&self, count: usize) -> Result<(), KvmError> {
-        for id in (0..=u8::MAX).take(count) {
+    pub fn interrupt(&self, vcpus: impl Iterator<Item = u8>) -> Result<(), KvmError> {
+        for id in vcpus {
             let message = kvm_msi {
                 address_lo: MESSAGES | u32::from(id) << 12,
                 data: DELIVERY_NMI,

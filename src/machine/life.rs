@@ -415,7 +415,7 @@ impl Machine {
         log::info!(
             "the guest's processors get a non-maskable interrupt, as the control socket asks"
         );
-        let sent = self.vm.interrupt(self.vcpus.count());
+        let sent = self.vm.interrupt(self.vcpus.started());
         sent.map_err(|error| RequestError::failed(&error))?;
         Ok(Answer::Done)
     }

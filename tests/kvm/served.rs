@@ -108,6 +108,20 @@ impl Served {
             .count()
     }
 
+    /// Processor time of the thread of this name, in clock ticks of 10 ms.
+    fn ticks(&self, name: &str) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let mut stats =
+            tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("stat")).ok());
+        let stat = stats
+            .find(|stat| stat.contains(&format!("({name})")))
+            .unwrap();
+        let fields = stat.rsplit(')').next().unwrap().split_whitespace();
+        // utime and stime. proc(5)
+        let times = fields.skip(11).take(2);
+        times.map(|field| field.parse::<u64>().unwrap()).sum()
+    }
+
     /// Its end, and what it wrote to standard error.
     fn ended(mut self) -> (ExitStatus, String) {
         let start = Instant::now();
@@ -361,6 +375,11 @@ fn a_non_maskable_interrupt_reaches_the_guest() {
     eventually("its word", || served.said() == "boot ");
     assert_eq!(served.put("vm.nmi"), 204);
     eventually("the interrupt", || served.said() == "boot nmi boot ");
+    // One that the guest has not started is left alone: it would be busy with nothing.
+    let before = served.ticks("vcpu1");
+    std::thread::sleep(Duration::from_millis(300));
+    let busy = served.ticks("vcpu1") - before;
+    assert!(busy < 5, "{busy} ticks of 30");
     assert_eq!(served.put("vmm.shutdown"), 200);
     assert_eq!(served.ended().0.code(), Some(0));
 }
