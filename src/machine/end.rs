@@ -108,6 +108,7 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Instant;
 
+    use super::super::requests::{Answer, Request};
     use super::*;
 
     /// What is given back when the test lets it.
@@ -152,6 +153,37 @@ mod tests {
             assert_eq!(error.exit_status(), crate::exit::RUNTIME);
             assert!(start.elapsed() < KILLED_LIMIT, "{:?}", start.elapsed());
         }
+    }
+
+    #[test]
+    fn a_process_that_goes_on_answers_meanwhile_and_its_first_signal_waits_for_the_end() {
+        let (signals, devices) = (Signals::new().unwrap(), OpenDevices::default());
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        let (go_on, waits) = mpsc::channel();
+        signal(libc::SIGHUP);
+        let audience = Audience {
+            requests: &requests,
+            info: Info::default(),
+        };
+        let asking = std::thread::spawn(move || {
+            let told = control.ask(Request::Info);
+            go_on.send(()).unwrap();
+            told
+        });
+        let ended = Ok(Ended::Asked);
+        let audience = Some(&audience);
+        let result = give_back(
+            Slow(waits),
+            &devices,
+            &signals,
+            audience,
+            ended,
+            KILLED_LIMIT,
+        );
+        assert_eq!(result.unwrap(), Ended::Asked);
+        assert_eq!(asking.join().unwrap(), Ok(Answer::Info(Box::default())));
+        assert_eq!(requests.extent(), Some(Extent::Process));
     }
 
     #[test]

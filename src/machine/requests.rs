@@ -621,6 +621,17 @@ mod tests {
     }
 
     #[test]
+    fn who_asks_how_it_is_after_the_end_is_told_the_last_word() {
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        let last = Info::of(&VmConfig::default(), State::Shutdown);
+        requests.close(last.clone());
+        let told = control.ask(Request::Info);
+        assert_eq!(told, Ok(Answer::Info(Box::new(last))));
+        assert_eq!(control.ask(Request::Pause), Err(RequestError::Ended));
+    }
+
+    #[test]
     fn no_more_wait_than_fit() {
         let requests = Requests::new().unwrap();
         let control = requests.control();
