@@ -11,6 +11,7 @@ pub mod firmware;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+mod monitor;
 mod outflow;
 mod provoked;
 pub mod report;

@@ -344,7 +344,7 @@ fn rows(info: &Value) -> Vec<Row> {
 fn state(info: &Value) -> String {
     match text(info, "/state") {
         _ if info["held"] == true => "held: a device had an error (on_error=pause)".to_owned(),
-        created if created == "Created" => "being put together".to_owned(),
+        created if created == "Created" => "not booted, or being put together".to_owned(),
         state => state.to_lowercase(),
     }
 }
@@ -547,7 +547,7 @@ device      0000:01:00.0, id drive, in the guest 0000:01:00.0
         info["state"] = "Created".into();
         info["device_tree"] = json!({});
         let shown = show(&Verb::Info, &info, Screen::default());
-        assert!(shown.starts_with("state       being put together\n"));
+        assert!(shown.starts_with("state       not booted, or being put together\n"));
         assert!(shown.ends_with("device      0000:01:00.0, id drive\ndevice      0000:02:00.0\n"));
     }
 

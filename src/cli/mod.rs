@@ -17,13 +17,14 @@ mod panic;
 mod progress;
 mod run;
 mod schema;
+mod serve;
 pub mod style;
 mod text;
 mod value;
 mod words;
 
 use std::io::{self, IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -42,7 +43,7 @@ use crate::report::Report;
 /// Busway is a virtual machine monitor for Linux/KVM whose first job is to give guests real PCI
 /// devices.
 #[derive(Debug, Parser)]
-#[command(name = "busway", version, max_term_width = 100, after_help = EXIT_STATUS)]
+#[command(name = "busway", version, max_term_width = 100, after_help = AT_THE_END)]
 #[command(arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
@@ -71,7 +72,10 @@ struct Cli {
 /// The heading of what tells about a run.
 const DIAGNOSTICS: &str = "Diagnostics";
 
-const EXIT_STATUS: &str = "\
+const AT_THE_END: &str = "\
+Without a command, --api-socket PATH has a process that makes and boots VMs as its API tells it;
+`busway --api-socket PATH --help` has its flags, which are Cloud Hypervisor's.
+
 Exit status: 0 the guest powered off, or the command did what it says; 1 it failed while running;
 2 bad usage or configuration; 3 this host cannot do it.";
 
@@ -105,7 +109,11 @@ enum Command {
 pub fn main() -> ExitCode {
     let report = Arc::new(Report::start());
     panic::exit_on_any();
-    let cli = match Cli::try_parse() {
+    let args: Vec<_> = std::env::args_os().collect();
+    if serve::is_meant(&args) {
+        return serve::main(args);
+    }
+    let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => return print(&error),
     };
@@ -122,10 +130,7 @@ pub fn main() -> ExitCode {
 impl Cli {
     fn execute(self, report: &Arc<Report>) -> Result<(), Failure> {
         style::choose(self.color);
-        logging::start(self.verbose, self.log_file.as_deref()).map_err(|error| {
-            let file = self.log_file.as_deref().unwrap_or_else(|| "".as_ref());
-            Failure::usage(anyhow!("--log-file {}: {error}", file.display()))
-        })?;
+        start_logging(self.verbose, self.log_file.as_deref())?;
         match self.command {
             Command::Run(args) => run::run(&args, self.verbose, report),
             Command::Ctl(args) => ctl::run(&args),
@@ -139,6 +144,13 @@ impl Cli {
             Command::Completions { shell } => completions(shell),
         }
     }
+}
+
+fn start_logging(verbose: u8, file: Option<&Path>) -> Result<(), Failure> {
+    logging::start(verbose, file).map_err(|error| {
+        let file = file.unwrap_or_else(|| "".as_ref());
+        Failure::usage(anyhow!("--log-file {}: {error}", file.display()))
+    })
 }
 
 /// What the argument parser has to say: help and version, or what is wrong with the arguments.

@@ -4,6 +4,7 @@
 //! checked where it is read (`cli`); what values must be together, by [`VmConfig::validate`]; what the
 //! host must have for them, by those who open it.
 
+mod accepted;
 mod disk;
 mod limits;
 mod validate;
@@ -17,6 +18,7 @@ use busway_pci::Reserve;
 use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
+pub use accepted::{Accepted, HotplugMethod, Topology};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
@@ -64,6 +66,9 @@ pub struct VmConfig {
     pub device: Vec<DeviceConfig>,
     /// How the platform is built.
     pub platform: PlatformConfig,
+    /// What was said of it that changes nothing yet. It has no words of its own.
+    #[serde(skip)]
+    pub accepted: Option<Box<Accepted>>,
 }
 
 /// `--firmware`
@@ -272,6 +277,17 @@ pub enum OnError {
 }
 
 impl VmConfig {
+    /// Whether a device has this name.
+    pub(crate) fn has_id(&self, id: &str) -> bool {
+        let disks = self.disk.iter().map(|disk| disk.id.as_deref());
+        let nets = self.net.iter().map(|net| net.id.as_deref());
+        let devices = self.device.iter().map(|device| device.id.as_deref());
+        disks
+            .chain(nets)
+            .chain(devices)
+            .any(|other| other == Some(id))
+    }
+
     /// Has a VM that was given something to boot from, and nothing that boots it, begin with the firmware that
     /// the host's distribution has installed.
     pub fn find_firmware(&mut self) {

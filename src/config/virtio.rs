@@ -33,6 +33,16 @@ impl VirtioConfig {
         }
     }
 
+    /// The same, called `name`.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        match &mut self {
+            Self::Disk(disk) => disk.id = Some(name.to_owned()),
+            Self::Net(net) => net.id = Some(name.to_owned()),
+        }
+        self
+    }
+
     /// The Ethernet address that it was given, which no two devices of a VM have.
     #[must_use]
     pub const fn mac(&self) -> Option<Mac> {

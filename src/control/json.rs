@@ -32,6 +32,10 @@ impl Formatter for Ascii {
 
 /// What a client said, or in words why it is not that.
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, String> {
+    // serde would read a list as an object's values, in an order that nobody knows.
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err("the body is not what is expected: a list, and no object".to_owned());
+    }
     serde_json::from_slice(body)
         .map_err(|error| format!("the body is not what is expected: {error}"))
 }

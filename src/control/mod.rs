@@ -21,7 +21,6 @@ use std::time::Duration;
 
 use busway_vfio::EventFd;
 
-use crate::config::VmConfig;
 use crate::exit::{RUNTIME, USAGE};
 use crate::machine::Control;
 use connections::{Connections, Service};
@@ -54,8 +53,7 @@ impl ServerError {
     }
 }
 
-/// Serves a VM's control socket on threads of its own (`http`), from before the VM is put together until
-/// after its end.
+/// Serves a control socket on threads of its own (`http`), from before the VM is put together until after its end.
 #[derive(Debug)]
 pub struct Server {
     connections: Arc<Connections>,
@@ -70,13 +68,9 @@ impl Server {
     ///
     /// # Errors
     /// [`ServerError`]
-    pub fn start(
-        socket: &SocketAddress,
-        control: Control,
-        config: &VmConfig,
-    ) -> Result<Self, ServerError> {
+    pub fn start(socket: &SocketAddress, control: Control) -> Result<Self, ServerError> {
         let end = Arc::new(End::default());
-        let service = v1::Api::new(control, config, Arc::clone(&end));
+        let service = v1::Api::new(control, Arc::clone(&end));
         Self::serve(socket, Arc::new(service), end, Limits::SERVER)
     }
 

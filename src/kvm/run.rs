@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvm_bindings::{
     KVM_EXIT_IO_IN, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -85,21 +85,33 @@ impl ExitKind {
     }
 }
 
-/// How many exits to user space one vCPU made. Written by its own thread only, and on cache lines of
-/// its own.
+/// How many exits to user space one vCPU made, and whether it has been started. Written by its own thread only, while
+/// it runs, and on cache lines of its own.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub(super) struct ExitCounts([AtomicU64; ExitKind::ALL.len()]);
+pub(super) struct ExitCounts {
+    exits: [AtomicU64; ExitKind::ALL.len()],
+    started: AtomicBool,
+}
 
 impl ExitCounts {
+    /// Whether the guest has started the vCPU by a SIPI since its reset.
+    pub(super) fn is_started(&self) -> bool {
+        self.started.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_started(&self, started: bool) {
+        self.started.store(started, Ordering::Relaxed);
+    }
+
     pub(super) fn get(&self, kind: ExitKind) -> u64 {
-        self.0
+        self.exits
             .get(kind as usize)
             .map_or(0, |count| count.load(Ordering::Relaxed))
     }
 
     fn count(&self, kind: ExitKind) {
-        if let Some(count) = self.0.get(kind as usize) {
+        if let Some(count) = self.exits.get(kind as usize) {
             // There is one writer, so this needs no locked instruction.
             count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
@@ -136,7 +148,10 @@ pub(super) fn run(vcpu: &mut Vcpu, buses: &Buses, counts: &ExitCounts) -> Left {
             }
             Err(error) if error.errno() == libc::EINTR => return Left::Kicked,
             // A vCPU that waited for its SIPI has had it.
-            Err(error) if error.errno() == libc::EAGAIN => continue,
+            Err(error) if error.errno() == libc::EAGAIN => {
+                counts.set_started(true);
+                continue;
+            }
             Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::SetTpr) => {
                 counts.count(ExitKind::Other);
                 continue;

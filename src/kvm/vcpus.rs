@@ -61,6 +61,8 @@ impl Vcpus {
         for vcpu in create_vcpus(vm, model, count)? {
             all.start(vcpu, buses.clone(), events.clone())?;
         }
+        // A thread names itself: whoever is told that the VM runs finds each by its name.
+        all.gate.wait_for(all.vcpus.len());
         Ok(all)
     }
 
@@ -104,9 +106,10 @@ impl Vcpus {
     /// # Errors
     /// [`KvmError::Ioctl`]
     pub fn reset(&self) -> Result<(), KvmError> {
-        self.vcpus
-            .iter()
-            .try_for_each(|thread| lock(&thread.vcpu).reset())
+        self.vcpus.iter().try_for_each(|thread| {
+            thread.counts.set_started(false);
+            lock(&thread.vcpu).reset()
+        })
     }
 
     /// Lets the guest run.
@@ -148,6 +151,14 @@ impl Vcpus {
                 log::debug!("KVM_KVMCLOCK_CTRL failed on vCPU {}: {error}", vcpu.id);
             }
         }
+    }
+
+    /// The numbers of those that execute instructions, or are halted: the first, and those that the guest has started.
+    pub fn started(&self) -> impl Iterator<Item = u8> {
+        let numbered = (0..=u8::MAX).zip(&self.vcpus);
+        numbered
+            .filter(|(id, thread)| *id == 0 || thread.counts.is_started())
+            .map(|(id, _)| id)
     }
 
     /// Exits to user space of one kind, of all vCPUs together.

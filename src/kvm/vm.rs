@@ -87,6 +87,22 @@ impl Vm {
         self.power_on.write(&self.fd)
     }
 
+    /// Gives these vCPUs a non-maskable interrupt each, as a message to their APICs does whose delivery mode is NMI.
+    /// Intel SDM vol. 3A §11.11. Their ids are the vCPUs' numbers. One that waits for its SIPI is not to be among them:
+    /// KVM keeps the interrupt, and then leaves `KVM_RUN` again and again (linux/arch/x86/kvm/x86.c,
+    /// `kvm_arch_vcpu_ioctl_run`).
+    ///
+    /// # Errors
+    /// [`KvmError::Ioctl`]
+    pub fn interrupt(&self, vcpus: impl Iterator<Item = u8>) -> Result<(), KvmError> {
+        for id in vcpus {
+            self.fd
+                .signal_msi(chips::nmi(id))
+                .map_err(KvmError::ioctl("KVM_SIGNAL_MSI", "the VM"))?;
+        }
+        Ok(())
+    }
+
     /// The memory slots. To be called once: each call starts with all slots free.
     #[must_use]
     pub fn memslots(&self) -> Memslots {

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -14,19 +14,20 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::RunError;
 use super::address_plan::{AddressPlan, PlannedFunction};
 use super::aside::Aside;
-use super::consoles::open_console;
+use super::consoles::{open_console, terminal};
 use super::early::Early;
 use super::events::Events;
 use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
 use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
 use super::virtio::VirtioDevices;
+use super::vmm::Definition;
 use crate::acpi;
 use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::{CpuFeatures, CpuModel};
 use crate::arch::{gsi, layout};
-use crate::config::{ConsoleConfig, VmConfig};
+use crate::config::{ConsoleConfig, VirtioConfig, VmConfig};
 use crate::devices::pci_hotplug;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{Ram, Regions};
@@ -45,6 +46,11 @@ pub(super) struct Machine {
     pub(super) virtio: VirtioDevices,
     pub(super) pci: Pci,
     pub(super) board: Board,
+    /// The pseudo-terminals that the serial port and the console are at.
+    pub(super) serial_terminal: Option<PathBuf>,
+    pub(super) console_terminal: Option<PathBuf>,
+    /// What it was made of.
+    definition: Arc<Definition>,
     _memory: MemoryMap,
     pub(super) ram: Ram,
     pub(super) events: Arc<Events>,
@@ -127,7 +133,7 @@ impl Machine {
     /// instruction, unless it is not wanted any more. What it opens is among `devices`.
     pub(super) fn assemble(
         begun: Begun,
-        config: &VmConfig,
+        definition: &Arc<Definition>,
         report: &Report,
         early: &Early,
         devices: &OpenDevices,
@@ -138,6 +144,7 @@ impl Machine {
             options,
             vm,
         } = begun;
+        let config = &definition.config;
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
         let found = Found::find(config, options)?;
@@ -176,8 +183,10 @@ impl Machine {
             lines,
             config.firmware.is_some(),
         )?;
+        let serial = open_console("--serial", &config.serial, &quit)?;
+        let serial_terminal = terminal(&config.serial, serial.as_ref());
         let board = Board::new(
-            open_console("--serial", &config.serial, &quit)?,
+            serial,
             &buses,
             &router,
             pci.topology(),
@@ -186,7 +195,7 @@ impl Machine {
         )?;
         let routes = Arc::new(router.clone());
         let mut virtio = VirtioDevices::new(ram.guest(), routes, pci.topology(), &events);
-        add_virtio(&mut virtio, &mut pci, config, &quit)?;
+        let console_terminal = add_virtio(&mut virtio, &mut pci, definition, &quit)?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
         }
@@ -223,6 +232,9 @@ impl Machine {
             virtio,
             pci,
             board,
+            serial_terminal,
+            console_terminal,
+            definition: definition.clone(),
             _memory: memory,
             ram,
             events,
@@ -257,6 +269,29 @@ impl Machine {
         let entry = boot::load(&*ram, source, &map, rsdp)?;
         self.vcpus.enter(|sregs| entry.apply(sregs))?;
         Ok(())
+    }
+
+    /// What the machine is made of: what it began with, what has come since, and not what has gone.
+    pub(super) fn config(&self) -> VmConfig {
+        let mut config = self.definition.config.clone();
+        config.disk.clear();
+        config.net.clear();
+        for device in self.virtio.configs() {
+            match device {
+                VirtioConfig::Disk(disk) => config.disk.push(disk),
+                VirtioConfig::Net(net) => config.net.push(net),
+            }
+        }
+        config.device = self.passthrough.attached.configs();
+        config
+    }
+
+    /// The same, with the descriptors that were handed over for it.
+    pub(super) fn definition(&self) -> Definition {
+        Definition {
+            config: self.config(),
+            files: self.virtio.files(),
+        }
     }
 
     /// Says in the report what the run has cost so far.
@@ -406,18 +441,22 @@ fn add_empty_ports(
     )
 }
 
-/// The virtio devices: disks, NICs, console and entropy source.
+/// The virtio devices: disks, NICs, console and entropy source. Gives the pseudo-terminal that the console is at.
 fn add_virtio(
     virtio: &mut VirtioDevices,
     pci: &mut Pci,
-    config: &VmConfig,
+    definition: &Definition,
     quit: &EventFd,
-) -> Result<(), RunError> {
-    virtio.add_first(config, pci)?;
+) -> Result<Option<PathBuf>, RunError> {
+    let Definition { config, files } = definition;
+    virtio.add_first(config, files, pci)?;
+    let mut at = None;
     if let Some(endpoint) = open_console("--console", &config.console, quit)? {
+        at = terminal(&config.console, Some(&endpoint));
         virtio.add_fixed(Box::new(Console::new("console", endpoint)), pci)?;
     }
-    virtio.add_fixed(Box::new(Rng::new("rng", &config.rng)?), pci)
+    virtio.add_fixed(Box::new(Rng::new("rng", &config.rng)?), pci)?;
+    Ok(at)
 }
 
 /// Lets virtio devices come to the guest while it runs, and leave it: gives the slots for that.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::RunError;
 use super::long_work::{LongWork, WorkEvent};
-use super::requests::Requests;
+use super::requests::{Info, Requests};
 use super::signals::Signals;
 
 /// That the machine is not wanted any more, for those who put it together: they look between two steps.
@@ -43,6 +43,7 @@ impl Early {
 
     /// Has `work` put a machine together on a thread of its own. A signal, or a request for the end, is noticed by
     /// it at the next step. The step itself may wait for the kernel: after another signal it is not waited for.
+    /// Who asks how the machine is meanwhile is told `info`.
     ///
     /// # Errors
     /// What `work` gives, or `left` makes of the second signal
@@ -50,6 +51,7 @@ impl Early {
         self: &Arc<Self>,
         signals: &Signals,
         requests: &Requests,
+        info: impl Fn() -> Info,
         work: impl FnOnce() -> Result<T, RunError> + Send + 'static,
         left: impl Fn(i32) -> RunError,
     ) -> Result<T, RunError> {
@@ -62,7 +64,7 @@ impl Early {
         long_work.during("assemble", work, |event| {
             let reason = match event {
                 WorkEvent::Signal(signal) => Reason::Signal(signal),
-                WorkEvent::Request if requests.take_shutdown() => Reason::Asked,
+                WorkEvent::Request if requests.attend(&info) => Reason::Asked,
                 _ => return ControlFlow::Continue(()),
             };
             log::warn!("the VM is not wanted any more ({reason}), and is not put together");

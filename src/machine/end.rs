@@ -8,6 +8,7 @@ use super::assembly::Machine;
 use super::life::Ended;
 use super::long_work::{LongWork, WorkEvent};
 use super::passthrough::OpenDevices;
+use super::requests::{Extent, Info, Requests};
 use super::signals::Signals;
 
 /// How long the end may take of a VM that was to be killed.
@@ -18,15 +19,34 @@ impl Machine {
     /// meanwhile is the end at once, and so is [`KILLED_LIMIT`] where a second signal has come before: `ended`
     /// says how the guest did. What is not given back then, the kernel takes with the process.
     ///
+    /// A process that outlives the VM has an `audience`: a first signal is then for the process, which ends when
+    /// all is given back.
+    ///
     /// # Errors
     /// What `ended` is, or [`RunError::Unfinished`]
     pub(super) fn end(
         self: Box<Self>,
         signals: &Signals,
+        audience: Option<&Audience<'_>>,
         ended: Result<Ended, RunError>,
     ) -> Result<Ended, RunError> {
         let devices = self.passthrough.open_devices();
-        give_back(self, &devices, signals, ended, KILLED_LIMIT)
+        give_back(self, &devices, signals, audience, ended, KILLED_LIMIT)
+    }
+}
+
+/// Who can ask while a VM is given back, and what they are told of it.
+pub(super) struct Audience<'a> {
+    pub(super) requests: &'a Requests,
+    pub(super) info: Info,
+}
+
+impl Audience<'_> {
+    /// Whether that was the first to want the process to end.
+    fn hears_signal(&self) -> bool {
+        let first = self.requests.extent() != Some(Extent::Process);
+        self.requests.end_process();
+        first
     }
 }
 
@@ -35,6 +55,7 @@ fn give_back<T: Send + 'static>(
     all: T,
     devices: &OpenDevices,
     signals: &Signals,
+    audience: Option<&Audience<'_>>,
     ended: Result<Ended, RunError>,
     killed_limit: Duration,
 ) -> Result<Ended, RunError> {
@@ -42,7 +63,7 @@ fn give_back<T: Send + 'static>(
     let long_work = LongWork {
         signals,
         quit: None,
-        requests: None,
+        requests: audience.map(|audience| audience.requests),
         limit: killed.then_some(killed_limit),
     };
     let result = long_work.during(
@@ -50,6 +71,16 @@ fn give_back<T: Send + 'static>(
         move || drop(all),
         |event| {
             ControlFlow::Break(match event {
+                WorkEvent::Signal(signal) if audience.is_some_and(Audience::hears_signal) => {
+                    log::info!("signal {signal}: the process ends when all is given back");
+                    return ControlFlow::Continue(());
+                }
+                WorkEvent::Request => {
+                    if let Some(Audience { requests, info }) = audience {
+                        requests.attend(|| info.clone());
+                    }
+                    return ControlFlow::Continue(());
+                }
                 WorkEvent::Signal(signal) => RunError::unfinished("ending", signal, devices),
                 _ => RunError::Unfinished {
                     why: format!(
@@ -77,6 +108,7 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Instant;
 
+    use super::super::requests::{Answer, Request};
     use super::*;
 
     /// What is given back when the test lets it.
@@ -100,7 +132,7 @@ mod tests {
             let (go_on, waits) = mpsc::channel();
             let said = format!("{ended:?}");
             go_on.send(()).unwrap();
-            let result = give_back(Slow(waits), &devices, &signals, ended, KILLED_LIMIT);
+            let result = give_back(Slow(waits), &devices, &signals, None, ended, KILLED_LIMIT);
             assert_eq!(format!("{result:?}"), said);
         }
         for ended in [
@@ -111,7 +143,7 @@ mod tests {
             let (_never, waits) = mpsc::channel();
             signal(libc::SIGHUP);
             let start = Instant::now();
-            let result = give_back(Slow(waits), &devices, &signals, ended, KILLED_LIMIT);
+            let result = give_back(Slow(waits), &devices, &signals, None, ended, KILLED_LIMIT);
             let error = result.unwrap_err();
             let said = error.to_string();
             assert!(
@@ -124,6 +156,37 @@ mod tests {
     }
 
     #[test]
+    fn a_process_that_goes_on_answers_meanwhile_and_its_first_signal_waits_for_the_end() {
+        let (signals, devices) = (Signals::new().unwrap(), OpenDevices::default());
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        let (go_on, waits) = mpsc::channel();
+        signal(libc::SIGHUP);
+        let audience = Audience {
+            requests: &requests,
+            info: Info::default(),
+        };
+        let asking = std::thread::spawn(move || {
+            let told = control.ask(Request::Info);
+            go_on.send(()).unwrap();
+            told
+        });
+        let ended = Ok(Ended::Asked);
+        let audience = Some(&audience);
+        let result = give_back(
+            Slow(waits),
+            &devices,
+            &signals,
+            audience,
+            ended,
+            KILLED_LIMIT,
+        );
+        assert_eq!(result.unwrap(), Ended::Asked);
+        assert_eq!(asking.join().unwrap(), Ok(Answer::Info(Box::default())));
+        assert_eq!(requests.extent(), Some(Extent::Process));
+    }
+
+    #[test]
     fn a_vm_that_was_killed_by_a_second_signal_ends_in_time() {
         let (signals, devices) = (Signals::new().unwrap(), OpenDevices::default());
         let (_never, waits) = mpsc::channel();
@@ -132,6 +195,7 @@ mod tests {
             Slow(waits),
             &devices,
             &signals,
+            None,
             killed,
             Duration::from_millis(20),
         );

@@ -12,7 +12,9 @@ use super::long_work;
 use super::passthrough::Verdict;
 use super::requests::{Answer, Asker, Info, Removal, Request, RequestError, Requests, State};
 use super::signals::Signals;
+use super::vmm::Lasting;
 use crate::kvm::VcpuEvent;
+use crate::monitor::{self, Source as About};
 use crate::provoked;
 
 /// How long a guest may take to power off when it was asked to by a signal.
@@ -67,6 +69,12 @@ impl Source {
 /// What the loop remembers.
 #[derive(Debug)]
 pub(super) struct Life {
+    /// What a signal ends, and when.
+    lasting: Lasting,
+    /// Who waits for the guest's start.
+    starters: Vec<Asker>,
+    /// What whoever reads events is told of it then.
+    start: &'static str,
     /// When the guest started, the last time.
     started: Instant,
     /// By when it has to have powered off.
@@ -120,7 +128,15 @@ impl Machine {
         }
         life.started = Instant::now();
         self.vcpus.resume();
-        requests.open();
+        monitor::tell(
+            About::Vm,
+            std::mem::replace(&mut life.start, "rebooted"),
+            &[],
+        );
+        for asker in life.starters.drain(..) {
+            asker.answer(Ok(Answer::Done));
+        }
+        requests.rouse();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
             let others = [self.passthrough.deadline(), self.virtio.deadline()];
@@ -135,7 +151,7 @@ impl Machine {
                     .ok()
                     .and_then(|index| Source::ALL.get(index));
                 let stop = match source {
-                    Some(Source::Signal) => self.on_signal(life, signals)?,
+                    Some(Source::Signal) => self.on_signal(life, signals, requests)?,
                     Some(Source::Event) => self.on_event(life)?,
                     Some(Source::Quit) => Some(Stop::End(Ended::Quit)),
                     Some(Source::Clock) => {
@@ -188,9 +204,19 @@ impl Machine {
     }
 
     /// The first signal asks the guest to power off, the second does not ask. A guest that is held
-    /// cannot be asked.
-    fn on_signal(&self, life: &mut Life, signals: &Signals) -> Result<Option<Stop>, RunError> {
+    /// cannot be asked. A process that outlives its VMs ends as it is, as those who run such expect.
+    fn on_signal(
+        &self,
+        life: &mut Life,
+        signals: &Signals,
+        requests: &Requests,
+    ) -> Result<Option<Stop>, RunError> {
         while let Some(signal) = signals.take() {
+            if life.lasting != Lasting::Vm {
+                log::info!("signal {signal}: the VM ends as it is, and the process with it");
+                requests.end_process();
+                return Ok(Some(Stop::End(Ended::Asked)));
+            }
             if life.deadline.is_some() {
                 return Err(RunError::Killed { signal });
             }
@@ -298,7 +324,18 @@ impl Machine {
                 break;
             };
             match request {
-                Request::Info => asker.answer(Ok(Answer::Info(self.info(life)))),
+                Request::Info => asker.answer(Ok(Answer::Info(Box::new(self.info(life))))),
+                Request::Create(_) => asker.answer(Err(RequestError::AlreadyCreated)),
+                Request::Boot if matches!(life.phase, Phase::Paused) => {
+                    asker.answer(self.go_on(life));
+                }
+                Request::Boot => asker.answer(Err(RequestError::State("running already"))),
+                Request::Reboot => {
+                    if let Some(stop) = self.reboot(life, asker) {
+                        return Some(stop);
+                    }
+                }
+                Request::Nmi => asker.answer(self.interrupt()),
                 Request::Pause => self.pause(life, asker),
                 Request::Resume => asker.answer(self.go_on(life)),
                 Request::PowerButton => {
@@ -318,6 +355,7 @@ impl Machine {
                     self.virtio.add(*config, files, taken, asker);
                 }
                 Request::RemoveDevice { id, force, limit } => {
+                    let asker = asker.of_removal(&id);
                     let held = !matches!(life.phase, Phase::Running);
                     let limit = limit.unwrap_or_else(|| self.passthrough.removal_limit());
                     let removal = Removal {
@@ -330,9 +368,9 @@ impl Machine {
                         self.passthrough.remove(&id, removal, topology, held);
                     }
                 }
-                Request::Shutdown => {
+                Request::End(extent) => {
                     log::info!("the VM ends, as its control socket asks");
-                    asker.answer(Ok(Answer::Done));
+                    requests.end(extent, asker);
                     return Some(Stop::End(Ended::Asked));
                 }
             }
@@ -343,12 +381,49 @@ impl Machine {
     pub(super) fn info(&self, life: &Life) -> Info {
         Info {
             state: life.state(),
+            config: self.config(),
             memory: self.ram.size(),
             devices: self.pci.assigned(),
             ids: self.passthrough.attached.ids(),
             empty_slots: self.passthrough.empty_slots(&self.pci),
             virtio: self.virtio.info(),
+            serial: self.serial_terminal.clone(),
+            console: self.console_terminal.clone(),
         }
+    }
+
+    /// The guest starts anew, whether it runs or stands still.
+    fn reboot(&mut self, life: &mut Life, asker: Asker) -> Option<Stop> {
+        match life.phase {
+            _ if life.deadline.is_some() => {
+                asker.answer(Err(RequestError::State("asked to power off")));
+                return None;
+            }
+            Phase::Pausing(_) => {
+                asker.answer(Err(RequestError::State(PAUSING)));
+                return None;
+            }
+            Phase::Running => {}
+            Phase::Paused => {
+                life.phase = Phase::Running;
+                life.held = false;
+                // What a guest did before it was paused is of a life that is over.
+                life.deferred.clear();
+                self.pci.virtio().resume();
+            }
+        }
+        log::info!("the guest restarts, as the control socket asks");
+        life.starters.push(asker);
+        Some(Stop::Restart)
+    }
+
+    fn interrupt(&self) -> Result<Answer, RequestError> {
+        log::info!(
+            "the guest's processors get a non-maskable interrupt, as the control socket asks"
+        );
+        let sent = self.vm.interrupt(self.vcpus.started());
+        sent.map_err(|error| RequestError::failed(&error))?;
+        Ok(Answer::Done)
     }
 
     /// Answered when no vCPU is in the guest and its virtio devices are quiet, which is not waited for.
@@ -365,6 +440,7 @@ impl Machine {
     fn stop(&mut self, life: &mut Life, asker: Option<Asker>) {
         match &mut life.phase {
             Phase::Running => {
+                monitor::tell(About::Vm, "pausing", &[]);
                 life.phase = Phase::Pausing(asker.into_iter().collect());
                 let events = self.events.clone();
                 let virtio = self.pci.virtio().clone();
@@ -385,6 +461,7 @@ impl Machine {
         if std::mem::take(&mut life.held) {
             log::warn!("the guest goes on after an error of a device of its, as it is asked to");
         }
+        monitor::tell(About::Vm, "resuming", &[]);
         self.vcpus.tell_of_stop();
         life.phase = Phase::Running;
         for event in life.deferred.drain(..) {
@@ -392,6 +469,7 @@ impl Machine {
         }
         self.pci.virtio().resume();
         self.vcpus.resume();
+        monitor::tell(About::Vm, "resumed", &[]);
         log::info!("the guest goes on");
         Ok(Answer::Done)
     }
@@ -403,13 +481,19 @@ fn ends_with(what: &str) -> Stop {
     Stop::End(Ended::PowerOff)
 }
 
+/// Why a guest cannot be restarted, or go on.
+const PAUSING: &str = "about to be paused: ask again";
+
 /// Why a guest that is held cannot be paused.
 const HELD: &str = "paused already, after an error of a device (on_error=pause)";
 
 impl Life {
-    /// Of a guest that is to run.
-    pub(super) fn new() -> Self {
+    /// Of a guest that is to run. `starter` is told when it does.
+    pub(super) fn new(lasting: Lasting, starter: Option<Asker>) -> Self {
         Self {
+            lasting,
+            starters: starter.into_iter().collect(),
+            start: "booted",
             started: Instant::now(),
             deadline: None,
             phase: Phase::Running,
@@ -441,6 +525,7 @@ impl Life {
         if let Phase::Pausing(askers) = &mut self.phase {
             let askers = std::mem::take(askers);
             self.phase = Phase::Paused;
+            monitor::tell(About::Vm, "paused", &[]);
             log::info!("the guest is paused");
             for asker in askers {
                 asker.answer(Ok(Answer::Done));
@@ -467,11 +552,9 @@ mod tests {
     #[test]
     fn a_guest_restarts_unless_it_was_asked_to_power_off_or_does_not_run() {
         let life = |deadline, phase| Life {
-            started: Instant::now(),
             deadline,
             phase,
-            held: false,
-            deferred: Vec::new(),
+            ..Life::new(Lasting::Vm, None)
         };
         let asked = Some(Instant::now());
         for (deadline, phase, becomes) in [
@@ -486,7 +569,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_is_held_is_paused_and_said_to_be_held() {
-        let mut life = Life::new();
+        let mut life = Life::new(Lasting::Vm, None);
         life.held = true;
         life.phase = Phase::Pausing(Vec::new());
         // What it asked for before waits until it goes on.

@@ -1,11 +1,13 @@
-//! What is asked of a machine from outside while it lives: by its control socket, today.
+//! What is asked of a machine from outside: by its control socket, today.
 //!
-//! Whoever asks has a [`Control`], on any thread. The machine's event loop takes the requests in order and
-//! answers each once, at once or when what was asked for has happened; it never waits for that itself. Whoever asked waits for
-//! the answer alone.
+//! Whoever asks has a [`Control`], on any thread. The main thread takes the requests in order, whatever it has: no
+//! VM, one that is to be, or one that lives. It answers each once, at once or when what was asked for has
+//! happened; it never waits for that itself. Whoever asked waits for the answer alone.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,7 +16,8 @@ use busway_vfio::EventFd;
 use serde::Serialize;
 
 use super::RunError;
-use crate::config::{DeviceConfig, VirtioConfig};
+use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
+use crate::monitor::{self, Source};
 use crate::report::AssignedDevice;
 
 /// How many requests wait to be taken; whoever asks then is refused.
@@ -25,6 +28,15 @@ const MOST: usize = 64;
 pub enum Request {
     /// How it is.
     Info,
+    /// Remember what the VM is to be, where there is none.
+    Create(Box<VmConfig>),
+    /// Put the VM together and let its guest begin; one that was paused goes on. Answered when the guest runs, or
+    /// when it is known that it will not.
+    Boot,
+    /// Have the guest start anew, as its own reset does. Answered when it runs again.
+    Reboot,
+    /// Give each of the guest's processors a non-maskable interrupt.
+    Nmi,
     /// Stop the guest between two instructions. Answered when no vCPU is in it and its virtio devices are
     /// quiet.
     Pause,
@@ -32,8 +44,9 @@ pub enum Request {
     Resume,
     /// Press the guest's power button. Answered when that is done, not when the guest has powered off.
     PowerButton,
-    /// End the VM without asking the guest.
-    Shutdown,
+    /// End the VM without asking the guest, and so much with it. Answered when all is given back; where the
+    /// process ends as well, whoever asked is dropped unanswered then.
+    End(Extent),
     /// Add functions of one host device, in an empty slot. Answered when they are in it.
     AddDevice(Vec<DeviceConfig>),
     /// Add a virtio device, for descriptors that were passed with the request, or for what the configuration names where
@@ -49,6 +62,17 @@ pub enum Request {
         /// How long the guest has for it; what the configuration says, where nothing else is asked for.
         limit: Option<Duration>,
     },
+}
+
+/// What ends, from the least to the most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Extent {
+    /// The VM, which can be booted again.
+    Vm,
+    /// What it was to be as well.
+    Definition,
+    /// All that this process does.
+    Process,
 }
 
 /// Descriptors that were passed with the request. They are closed with the last clone.
@@ -94,7 +118,7 @@ impl Eq for Files {}
 /// What a machine is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub enum State {
-    /// It is being put together: memory is taken, devices are opened.
+    /// It is known what it is to be; or it is being put together: memory is taken, devices are opened.
     #[default]
     Created,
     /// The guest runs.
@@ -103,13 +127,17 @@ pub enum State {
     Paused,
     /// It is paused, or about to be, after an error of a device (`on_error=pause`); it goes on when it is asked to.
     Held,
+    /// It has ended, and what it had is being given back.
+    Shutdown,
 }
 
 /// How a machine is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Info {
     /// What it is doing.
     pub state: State,
+    /// What it is made of, or is to be: with what has come since its start, and without what has gone.
+    pub config: VmConfig,
     /// Bytes of RAM that the guest has; 0 while it is being put together.
     pub memory: u64,
     /// The host devices that the guest has; none while it is being put together.
@@ -120,6 +148,21 @@ pub struct Info {
     pub empty_slots: usize,
     /// The virtio devices that the guest has and that can leave it; none while it is being put together.
     pub virtio: Vec<VirtioInfo>,
+    /// Where the serial port is to be found, where that is not said by the configuration: a pseudo-terminal.
+    pub serial: Option<PathBuf>,
+    /// The same of the console.
+    pub console: Option<PathBuf>,
+}
+
+impl Info {
+    /// Of a VM that is to be `config`, and has nothing yet.
+    pub(super) fn of(config: &VmConfig, state: State) -> Self {
+        Self {
+            state,
+            config: config.clone(),
+            ..Self::default()
+        }
+    }
 }
 
 /// A virtio device that a guest has.
@@ -134,13 +177,13 @@ pub struct VirtioInfo {
 }
 
 /// The answer to a request that was granted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Answer {
-    /// It is done.
+    /// It is done. To [`Request::AddDevice`] and [`Request::AddVirtio`]: the VM will have it when it is booted.
     Done,
     /// To [`Request::Info`].
-    Info(Info),
-    /// To [`Request::AddDevice`] and [`Request::AddVirtio`].
+    Info(Box<Info>),
+    /// To [`Request::AddDevice`] and [`Request::AddVirtio`], where the guest can have it now.
     Added(Added),
     /// To [`Request::RemoveDevice`] where the slot had several functions: what they were called, all of them.
     RemovedTogether(Vec<String>),
@@ -184,6 +227,18 @@ pub enum RequestError {
     /// the guest is {0}, ...
     #[error("the guest is {0}")]
     State(&'static str),
+    /// there is no VM, nor what it is to be
+    #[error("VM is not created")]
+    NotCreated,
+    /// there is a VM, or what it is to be
+    #[error("VM is already created")]
+    AlreadyCreated,
+    /// there is no VM that runs
+    #[error("VM is not running")]
+    NotRunning,
+    /// what was asked for contradicts itself
+    #[error("{0}")]
+    Invalid(String),
     /// the VM has {0} already
     #[error("the VM has {0} already, or another device of that name")]
     Exists(String),
@@ -219,12 +274,37 @@ impl RequestError {
 
 /// Who waits for the answer to a request. Dropped without one, the VM has ended.
 #[derive(Debug)]
-pub(super) struct Asker(SyncSender<Result<Answer, RequestError>>);
+pub(super) struct Asker {
+    sender: SyncSender<Result<Answer, RequestError>>,
+    /// What is removed where it is granted, which whoever reads events is told.
+    removed: Option<String>,
+}
 
 impl Asker {
+    /// The same, who asks for `id` to be removed.
+    pub(super) fn of_removal(mut self, id: &str) -> Self {
+        self.removed = Some(id.to_owned());
+        self
+    }
+
     pub(super) fn answer(self, answer: Result<Answer, RequestError>) {
+        let gone = |id: &str| monitor::tell(Source::Vm, "device-removed", &[("id", id)]);
+        match (&answer, &self.removed) {
+            (Ok(Answer::Done), Some(id)) => gone(id),
+            (Ok(Answer::RemovedTogether(ids)), _) => ids.iter().for_each(|id| gone(id)),
+            _ => {}
+        }
         // Who asked may wait no longer.
-        let _ = self.0.send(answer);
+        let _ = self.sender.send(answer);
+    }
+}
+
+impl From<SyncSender<Result<Answer, RequestError>>> for Asker {
+    fn from(sender: SyncSender<Result<Answer, RequestError>>) -> Self {
+        Self {
+            sender,
+            removed: None,
+        }
     }
 }
 
@@ -247,9 +327,9 @@ struct Mailbox {
 #[derive(Debug, Default)]
 struct Waiting {
     requests: VecDeque<(Request, Asker)>,
-    /// The event loop takes requests, or soon will; else the machine is being put together.
-    open: bool,
     closed: bool,
+    /// What who asks for it is told from then on.
+    last: Option<Box<Info>>,
 }
 
 impl Mailbox {
@@ -280,101 +360,167 @@ impl Control {
         let (sender, receiver) = sync_channel(1);
         let mut waiting = self.0.waiting();
         if waiting.closed {
-            return Err(RequestError::Ended);
-        }
-        if !waiting.open && request == Request::Info {
-            Asker(sender).answer(Ok(Answer::Info(Info::default())));
-            return Ok(receiver);
+            return match (&waiting.last, request) {
+                (Some(info), Request::Info) => {
+                    Asker::from(sender).answer(Ok(Answer::Info(info.clone())));
+                    Ok(receiver)
+                }
+                _ => Err(RequestError::Ended),
+            };
         }
         if waiting.requests.len() >= MOST {
             return Err(RequestError::TooMany);
         }
-        waiting.requests.push_back((request, Asker(sender)));
+        waiting.requests.push_back((request, sender.into()));
         self.0.signal.signal();
         Ok(receiver)
     }
 }
 
-/// The machine's end of its [`Control`]s. Dropping it tells all who ask that the VM has ended.
+/// The main thread's end of its [`Control`]s. Dropping it tells all who ask that the VM has ended.
 #[derive(Debug)]
-pub struct Requests(Arc<Mailbox>);
+pub struct Requests {
+    mailbox: Arc<Mailbox>,
+    /// Who has asked for the end, which is under way.
+    ending: RefCell<Ending>,
+}
+
+/// Who has asked for an end that is under way, and for how much.
+#[derive(Debug, Default)]
+pub(super) struct Ending {
+    pub(super) extent: Option<Extent>,
+    askers: Vec<Asker>,
+}
+
+impl Ending {
+    /// The end is over: those who wanted no more than that know it now. Who wants the process to end is told by its
+    /// end.
+    pub(super) fn finish(self) {
+        for asker in self.askers {
+            asker.answer(Ok(Answer::Done));
+        }
+    }
+}
 
 impl Requests {
-    /// Of a machine that is still to be put together. What is asked before it lives waits, but for
-    /// [`Request::Info`].
+    /// Of a process that has no VM yet. What is asked before somebody looks waits.
     ///
     /// # Errors
     /// [`RunError::System`], of eventfd(2)
     pub fn new() -> Result<Self, RunError> {
-        Ok(Self(Arc::new(Mailbox {
-            waiting: Mutex::default(),
-            signal: EventFd::new().map_err(RunError::system("eventfd"))?,
-        })))
+        Ok(Self {
+            mailbox: Arc::new(Mailbox {
+                waiting: Mutex::default(),
+                signal: EventFd::new().map_err(RunError::system("eventfd"))?,
+            }),
+            ending: RefCell::default(),
+        })
     }
 
     /// A handle for whoever asks things of the machine.
     #[must_use]
     pub fn control(&self) -> Control {
-        Control(self.0.clone())
+        Control(self.mailbox.clone())
     }
 
     /// Whether anybody can ask.
     pub(super) fn can_be_asked(&self) -> bool {
-        Arc::strong_count(&self.0) > 1
+        Arc::strong_count(&self.mailbox) > 1
     }
 
-    /// The machine lives: requests are taken from now on, and those that waited are signalled again.
-    pub(super) fn open(&self) {
-        let mut waiting = self.0.waiting();
-        waiting.open = true;
-        if !waiting.requests.is_empty() {
-            self.0.signal.signal();
+    /// Takes no more requests. Who asks how the machine is, which is being given back, is told `info`.
+    pub(super) fn close(self, info: Info) {
+        self.waiting().last = Some(Box::new(info));
+    }
+
+    /// Signals again what waits: nobody has looked at it for a while, or has left it.
+    pub(super) fn rouse(&self) {
+        if !self.waiting().requests.is_empty() {
+            self.mailbox.signal.signal();
         }
     }
 
-    /// Whether the end is among what is asked of a machine that does not live yet. That is granted; the rest
-    /// waits on, and its signal is taken.
-    pub(super) fn take_shutdown(&self) -> bool {
-        let mut waiting = self.0.waiting();
-        let _count = self.0.signal.take();
-        let asked = std::mem::take(&mut waiting.requests).into_iter();
-        let (ends, rest): (VecDeque<_>, VecDeque<_>) =
-            asked.partition(|(request, _)| *request == Request::Shutdown);
+    /// Answers what waits now and can be answered whatever is under way: how the machine is, by `info`. Who asks for
+    /// the end is kept until it is over. The rest waits on, until somebody [rouses](Self::rouse) it; its signal
+    /// is taken. Gives whether the end was asked for.
+    pub(super) fn attend(&self, info: impl Fn() -> Info) -> bool {
+        let asked = {
+            let mut waiting = self.waiting();
+            let _count = self.mailbox.signal.take();
+            std::mem::take(&mut waiting.requests)
+        };
+        let (mut ends, mut rest) = (false, VecDeque::new());
+        for (request, asker) in asked {
+            match request {
+                Request::Info => asker.answer(Ok(Answer::Info(Box::new(info())))),
+                Request::End(extent) => {
+                    self.end(extent, asker);
+                    ends = true;
+                }
+                other => rest.push_back((other, asker)),
+            }
+        }
+        // Others may have come meanwhile, and come after these.
+        let mut waiting = self.waiting();
+        rest.append(&mut waiting.requests);
         waiting.requests = rest;
-        drop(waiting);
-        let any = !ends.is_empty();
-        for (_, asker) in ends {
-            asker.answer(Ok(Answer::Done));
+        ends
+    }
+
+    /// Keeps who asked for the end until it is over.
+    pub(super) fn end(&self, extent: Extent, asker: Asker) {
+        let mut ending = self.ending.borrow_mut();
+        ending.extent = ending.extent.max(Some(extent));
+        // Who wants the process to end sees it end, and is told nothing before.
+        if extent < Extent::Process {
+            ending.askers.push(asker);
         }
-        any
+    }
+
+    /// The process is to end with the VM: a signal says so.
+    pub(super) fn end_process(&self) {
+        self.ending.borrow_mut().extent = Some(Extent::Process);
+    }
+
+    /// How much is to end, where somebody has asked for that.
+    pub(super) fn extent(&self) -> Option<Extent> {
+        self.ending.borrow().extent
+    }
+
+    /// The end that was asked for, once it is over.
+    pub(super) fn take_ending(&self) -> Ending {
+        self.ending.take()
     }
 
     /// How many wait.
     pub(super) fn count(&self) -> usize {
-        self.0.waiting().requests.len()
+        self.waiting().requests.len()
     }
 
     /// The next request. Nothing is left of the signal with the last one.
     pub(super) fn take(&self) -> Option<(Request, Asker)> {
-        let mut waiting = self.0.waiting();
+        let mut waiting = self.waiting();
         let request = waiting.requests.pop_front();
         if waiting.requests.is_empty() {
-            let _count = self.0.signal.take();
+            let _count = self.mailbox.signal.take();
         }
         request
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.mailbox.waiting()
     }
 }
 
 #[cfg(test)]
 impl Requests {
-    /// A machine that lives, for tests of those who ask; what is returned plays it. Each request is answered
-    /// with what `react` gives, or waits until the end where it gives nothing. The machine ends when a
-    /// request to shut down is granted.
+    /// A machine that its process ends with, for tests of those who ask; what is returned plays it. Each request is
+    /// answered with what `react` gives, or waits until the end where it gives nothing. The machine ends when an end
+    /// is granted, which who asked for it sees.
     pub(crate) fn play(
         self,
         mut react: impl FnMut(&Request) -> Option<Result<Answer, RequestError>> + Send,
     ) -> impl FnOnce() + Send {
-        self.open();
         let mut unanswered = Vec::new();
         move || loop {
             let Some((request, asker)) = self.take() else {
@@ -385,18 +531,17 @@ impl Requests {
                 unanswered.push(asker);
                 continue;
             };
-            let ended = request == Request::Shutdown && answer.is_ok();
-            asker.answer(answer);
-            if ended {
+            if matches!(request, Request::End(_)) && answer.is_ok() {
                 return;
             }
+            asker.answer(answer);
         }
     }
 }
 
 impl Drop for Requests {
     fn drop(&mut self) {
-        let mut waiting = self.0.waiting();
+        let mut waiting = self.waiting();
         waiting.closed = true;
         waiting.requests.clear();
     }
@@ -404,7 +549,7 @@ impl Drop for Requests {
 
 impl AsRawFd for Requests {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.signal.as_raw_fd()
+        self.mailbox.signal.as_raw_fd()
     }
 }
 
@@ -418,11 +563,6 @@ mod tests {
     fn each_request_is_answered_once_and_in_order() {
         let requests = Requests::new().unwrap();
         let control = requests.control();
-        let Ok(Answer::Info(info)) = control.ask(Request::Info) else {
-            panic!("while it is put together, it says so at once");
-        };
-        assert_eq!(info.state, State::Created);
-        requests.open();
         let first = control.send(Request::Pause).unwrap();
         let second = control.send(Request::Info).unwrap();
         let (one, asker) = requests.take().unwrap();
@@ -437,10 +577,46 @@ mod tests {
     }
 
     #[test]
+    fn whatever_is_under_way_who_asks_how_it_is_is_answered_and_who_wants_the_end_is_kept() {
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        let pause = control.send(Request::Pause).unwrap();
+        let info = control.send(Request::Info).unwrap();
+        let config = VmConfig {
+            cmdline: Some("quiet".into()),
+            ..VmConfig::default()
+        };
+        let how = || Info::of(&config, State::Created);
+        assert!(!requests.attend(how));
+        assert_eq!(info.recv(), Ok(Ok(Answer::Info(Box::new(how())))));
+        let ends = [Extent::Definition, Extent::Vm, Extent::Process]
+            .map(|extent| control.send(Request::End(extent)).unwrap());
+        let again = control.send(Request::Resume).unwrap();
+        assert!(requests.attend(how));
+        assert_eq!(requests.extent(), Some(Extent::Process));
+        // Who wants the process to end is told by its end, and the others when the VM's is over.
+        let [definition, vm, process] = ends;
+        assert!(process.recv().is_err());
+        assert!(definition.try_recv().is_err() && vm.try_recv().is_err());
+        requests.take_ending().finish();
+        assert_eq!(
+            (definition.recv(), vm.recv()),
+            (Ok(Ok(Answer::Done)), Ok(Ok(Answer::Done)))
+        );
+        assert_eq!(requests.extent(), None);
+        // The rest waits in its order.
+        let (one, asker) = requests.take().unwrap();
+        assert_eq!(one, Request::Pause);
+        asker.answer(Ok(Answer::Done));
+        let (two, _asker) = requests.take().unwrap();
+        assert_eq!(two, Request::Resume);
+        assert!(pause.recv().is_ok() && again.try_recv().is_err());
+    }
+
+    #[test]
     fn whoever_waits_or_comes_later_is_told_of_the_end() {
         let requests = Requests::new().unwrap();
         let control = requests.control();
-        requests.open();
         let taken = control.send(Request::Pause).unwrap();
         let (_, asker) = requests.take().unwrap();
         let waits = {
@@ -458,10 +634,20 @@ mod tests {
     }
 
     #[test]
+    fn who_asks_how_it_is_after_the_end_is_told_the_last_word() {
+        let requests = Requests::new().unwrap();
+        let control = requests.control();
+        let last = Info::of(&VmConfig::default(), State::Shutdown);
+        requests.close(last.clone());
+        let told = control.ask(Request::Info);
+        assert_eq!(told, Ok(Answer::Info(Box::new(last))));
+        assert_eq!(control.ask(Request::Pause), Err(RequestError::Ended));
+    }
+
+    #[test]
     fn no_more_wait_than_fit() {
         let requests = Requests::new().unwrap();
         let control = requests.control();
-        requests.open();
         let kept: Vec<_> = (0..MOST).map(|_| control.send(Request::Info)).collect();
         assert!(kept.iter().all(Result::is_ok));
         assert_eq!(

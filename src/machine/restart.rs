@@ -130,7 +130,10 @@ impl Listening<'_> {
     fn note(&mut self, event: WorkEvent) -> ControlFlow<i32> {
         let (ended, why) = match event {
             WorkEvent::Signal(signal) if self.ended.is_some() => return ControlFlow::Break(signal),
-            WorkEvent::Signal(signal) => (Ended::PowerOff, format!("signal {signal}")),
+            WorkEvent::Signal(signal) => {
+                self.requests.end_process();
+                (Ended::PowerOff, format!("signal {signal}"))
+            }
             WorkEvent::Quit => (Ended::Quit, "the console was left".to_owned()),
             WorkEvent::Request if self.answer() => (
                 Ended::Asked,
@@ -153,9 +156,9 @@ impl Listening<'_> {
                 break;
             };
             match request {
-                Request::Info => asker.answer(Ok(Answer::Info(self.info.clone()))),
-                Request::Shutdown => {
-                    asker.answer(Ok(Answer::Done));
+                Request::Info => asker.answer(Ok(Answer::Info(Box::new(self.info.clone())))),
+                Request::End(extent) => {
+                    self.requests.end(extent, asker);
                     ends = true;
                 }
                 _ => asker.answer(Err(RequestError::State("restarting: ask again"))),
@@ -169,12 +172,12 @@ impl Listening<'_> {
 mod tests {
     use busway_pci::{HostBridge, PciFunction};
 
+    use super::super::requests::Extent;
     use super::*;
 
     #[test]
     fn who_asks_is_answered_and_a_signal_a_person_and_a_request_end_the_vm() {
         let (requests, info) = (Requests::new().unwrap(), Info::default());
-        requests.open();
         let control = requests.control();
         let listening = || Listening {
             requests: &requests,
@@ -198,7 +201,8 @@ mod tests {
         }
         let mut listening = listening();
         let asking = std::thread::spawn(move || {
-            let requests = [Request::Info, Request::Pause, Request::Shutdown];
+            let end = Request::End(Extent::Process);
+            let requests = [Request::Info, Request::Pause, end];
             requests.map(|request| control.ask(request))
         });
         while listening.ended.is_none() {
@@ -206,9 +210,10 @@ mod tests {
             std::thread::yield_now();
         }
         let answers = [
-            Ok(Answer::Info(Info::default())),
+            Ok(Answer::Info(Box::default())),
             Err(RequestError::State("restarting: ask again")),
-            Ok(Answer::Done),
+            // It is told of the process's end, which comes when all is given back.
+            Err(RequestError::Ended),
         ];
         assert_eq!(asking.join().unwrap(), answers);
         assert_eq!(listening.ended, Some(Ended::Asked));

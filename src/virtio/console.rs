@@ -257,6 +257,10 @@ impl Worker for ConsoleWorker {
         self.name.clone()
     }
 
+    fn kind(&self) -> &'static str {
+        "console"
+    }
+
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
         let mut sources = vec![
             (self.receive.doorbell(), doorbell_events()),

@@ -191,6 +191,10 @@ impl Worker for RngWorker {
         self.name.clone()
     }
 
+    fn kind(&self) -> &'static str {
+        "rng"
+    }
+
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
         vec![
             (self.queue.doorbell(), doorbell_events()),

@@ -18,8 +18,11 @@ use crate::provoked;
 
 /// What one thread of a device does: it waits for its sources and is woken with their number.
 pub(super) trait Worker: Send + Debug {
-    /// Its thread's name, of which Linux keeps 15 bytes.
+    /// What messages call it: its device's name, and which of its queues it serves.
     fn name(&self) -> String;
+
+    /// What kind of device it is of, in the word that automatic names begin with.
+    fn kind(&self) -> &'static str;
 
     /// On its thread, before it is woken for the first time.
     fn begin(&mut self) {}
@@ -43,6 +46,15 @@ pub(super) trait Worker: Send + Debug {
 
     /// It has ended: notes what it leaves, the positions in its queues first of all.
     fn leave(&mut self, progress: &mut Progress);
+}
+
+/// What a worker's thread is called, of which Linux keeps 15 bytes: those who look after a VM tell the threads that
+/// do its I/O from others by `_disk`, `_net` and the like at the beginning.
+fn thread_name(kind: &str, name: &str) -> String {
+    match name.starts_with(kind) {
+        true => format!("_{name}"),
+        false => format!("_{kind}-{name}"),
+    }
 }
 
 /// What a thread waits for when its device has stopped already. It touches nothing of the guest's but what
@@ -101,7 +113,7 @@ impl Workers {
             let epoll = watch(&*worker, &running.stop_event)?;
             let stop = Arc::clone(&running.stop);
             let interrupts = Arc::clone(&running.interrupts);
-            let thread_name = worker.name();
+            let thread_name = thread_name(worker.kind(), &worker.name());
             let (sender, ended) = sync_channel(1);
             let body = move || {
                 worker.begin();

@@ -12,6 +12,20 @@ fn the_short_help_names_the_commands() {
 }
 
 #[test]
+fn a_process_that_is_told_by_its_api_has_a_help_of_its_own_and_the_version_that_clients_look_for() {
+    busway()
+        .args(["--api-socket", "/run/vmm.sock", "-h"])
+        .assert()
+        .success()
+        .stdout_eq(file!["snapshots/api-socket-h.txt"]);
+    busway()
+        .args(["--api-socket", "/run/vmm.sock", "--version"])
+        .assert()
+        .success()
+        .stdout_eq("cloud-hypervisor v53.0.0\n");
+}
+
+#[test]
 fn run_has_a_short_help_and_a_long_one() {
     busway()
         .args(["run", "-h"])

@@ -1,7 +1,7 @@
 //! Kernels of a few instructions, with a PVH entry.
 
 /// Where the kernels are loaded and entered, in 32-bit mode.
-const ENTRY: u32 = 0x10_0000;
+pub(crate) const ENTRY: u32 = 0x10_0000;
 
 /// An ELF file of `code` with the note of a PVH entry. Xen docs/misc/pvh; System V ABI, "ELF header".
 pub(crate) fn kernel(code: &[u8]) -> Vec<u8> {

@@ -1,11 +1,14 @@
 //! The kernel's interface, driven by guests of a few instructions. Needs `/dev/kvm`; where there is
 //! none, each test says so and passes.
 
+mod attentive;
 mod bare;
+mod clients;
 mod exits;
 mod guest;
 mod interrupts;
 mod lines;
 mod memory;
 mod processors;
+mod served;
 mod whole;

@@ -71,7 +71,7 @@ impl Run {
     }
 }
 
-fn has_kvm() -> bool {
+pub(crate) fn has_kvm() -> bool {
     let there = fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -82,7 +82,7 @@ fn has_kvm() -> bool {
     there.is_ok()
 }
 
-fn signal(child: &Child, number: libc::c_int) {
+pub(crate) fn signal(child: &Child, number: libc::c_int) {
     // SAFETY: the call takes no pointer; the child has not been waited for, so the id is its.
     assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, number) }, 0);
 }

@@ -3,7 +3,8 @@
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_PIT_SPEAKER_DUMMY, kvm_irq_routing_entry, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+    KVM_PIT_SPEAKER_DUMMY, kvm_irq_routing_entry, kvm_irqchip, kvm_msi, kvm_pit_config,
+    kvm_pit_state2,
 };
 use kvm_ioctls::{Cap, VmFd};
 
@@ -24,6 +25,19 @@ const PIC_PINS: u32 = 8;
 /// in the MADT says so): the pin with the number 2 is the cascade of the PICs, which has none.
 const TIMER_GSI: u32 = 0;
 const TIMER_PIN: u32 = 2;
+
+/// Where messages to local APICs go, each at its id times 4 KiB, and what makes one an NMI. Intel SDM vol. 3A §11.11
+const MESSAGES: u32 = 0xfee0_0000;
+const DELIVERY_NMI: u32 = 4 << 8;
+
+/// The message that is a non-maskable interrupt for the local APIC with this id.
+pub(crate) fn nmi(id: u8) -> kvm_msi {
+    kvm_msi {
+        address_lo: MESSAGES | u32::from(id) << 12,
+        data: DELIVERY_NMI,
+        ..Default::default()
+    }
+}
 
 /// The chips in their state at power-on.
 pub(crate) struct Chips {

@@ -111,7 +111,7 @@ pub(super) struct RunArgs {
 
     /// Write the boot report as JSON, when the guest starts and at the end
     #[arg(long, value_name = "FILE", help_heading = DIAGNOSTICS)]
-    report: Option<PathBuf>,
+    pub(super) report: Option<PathBuf>,
 }
 
 const BOOT: &str = "Boot";
@@ -170,7 +170,7 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
         .map_err(|error| Failure::new(RUNTIME, error))?;
     // From before the VM is put together, which can take long where much memory is to be pinned.
     let server = socket
-        .map(|socket| Server::start(&socket, requests.control(), &config))
+        .map(|socket| Server::start(&socket, requests.control()))
         .transpose()
         .map_err(|error| Failure::new(error.exit_status(), error))?;
     progress::show(report);
@@ -203,7 +203,7 @@ fn boot(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Result<(
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
-enum NoConfig {
+pub(super) enum NoConfig {
     /// cannot read --config {0}: {1}
     #[error("cannot read --config {0}: {1}")]
     Read(PathBuf, #[source] io::Error),
@@ -218,23 +218,42 @@ enum NoConfig {
 impl RunArgs {
     /// The VM that the file and the flags describe.
     fn config(&self) -> Result<VmConfig, NoConfig> {
-        let mut config = VmConfig {
+        let defaults = VmConfig {
             // Whoever starts the first guest must see something.
             serial: ConsoleConfig::Tty,
             ..VmConfig::default()
         };
+        self.config_from(defaults, |_| ())
+    }
+
+    /// Whether the flags say anything of a VM.
+    pub(super) fn describes_vm(&self) -> bool {
+        let lists = [&self.disk, &self.net, &self.device];
+        self.config.is_some()
+            || self.kernel.is_some()
+            || self.firmware.is_some()
+            || lists.iter().any(|list| !list.is_empty())
+    }
+
+    /// The VM that the file and the flags make of `config`, once `adapt` has had a look at it.
+    pub(super) fn config_from(
+        &self,
+        mut config: VmConfig,
+        adapt: impl FnOnce(&mut VmConfig),
+    ) -> Result<VmConfig, NoConfig> {
         if let Some(path) = &self.config {
             let text =
                 fs::read_to_string(path).map_err(|error| NoConfig::Read(path.clone(), error))?;
             file::apply(&mut config, path, &text)?;
         }
         self.apply(&mut config)?;
+        adapt(&mut config);
         config.find_firmware();
         config.validate()?;
         Ok(config)
     }
 
-    fn api_socket(&self) -> Result<Option<SocketAddress>, Wrong> {
+    pub(super) fn api_socket(&self) -> Result<Option<SocketAddress>, Wrong> {
         let make = |text: &String| {
             let place = SourcePlace::Flag(schema::API_SOCKET.name, text.clone());
             schema::API_SOCKET.make(text, &place)

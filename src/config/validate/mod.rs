@@ -27,6 +27,12 @@ impl VmConfig {
     ///
     /// The first thing that is wrong.
     pub fn validate(&self) -> Result<(), InvalidConfig> {
+        self.validate_payload()?;
+        self.validate_parts()
+    }
+
+    /// Whether there is something to boot.
+    fn validate_payload(&self) -> Result<(), InvalidConfig> {
         if self.kernel.is_none() {
             let kernels = [
                 ("--initramfs", self.initramfs.is_some()),
@@ -39,6 +45,15 @@ impl VmConfig {
                 return Err(InvalidConfig::NeedsKernel { what });
             }
         }
+        Ok(())
+    }
+
+    /// The same of a VM that is given something to boot later.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that is wrong.
+    pub fn validate_parts(&self) -> Result<(), InvalidConfig> {
         self.validate_cpus()?;
         self.memory.validate()?;
         for (index, disk) in self.disk.iter().enumerate() {

@@ -44,7 +44,7 @@ fn one_connection_is_enough_for_a_client_that_never_dials_again() {
         ("GET", "vm.info", 200, true),
         ("PUT", "vm.pause", 500, true),
         ("PUT", "vm.resume", 204, false),
-        ("PUT", "vm.boot", 501, true),
+        ("PUT", "vm.boot", 500, true),
     ] {
         let first =
             format!("{method} /api/v1/{name} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n");
@@ -138,7 +138,8 @@ fn a_body_of_4_mib_is_taken() {
     client.send(request("PUT", "vm.create", &more));
     assert_eq!(client.reply().unwrap().status, 100);
     client.send(body);
-    assert_eq!(client.reply().unwrap().status, 501);
+    // It comes whole to where it is refused.
+    assert_eq!(client.reply().unwrap().status, 500);
     assert_eq!(client.ask("GET", "vmm.ping").status, 200);
 }
 

@@ -55,21 +55,35 @@ fn every_endpoint_is_described_with_its_statuses_and_no_other_is() {
 fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     let mut seen: BTreeMap<String, BTreeSet<u16>> = BTreeMap::new();
     let granted = |request: &Request| match request {
-        Request::Info => Some(Ok(Answer::Info(info(State::Running)))),
+        Request::Info => Some(how(State::Running)),
         Request::AddDevice(configs) => Some(added(configs)),
         Request::AddVirtio(config, _) => Some(added_virtio(config)),
         Request::RemoveDevice { id, .. } => Some(removed(id)),
         _ => Some(Ok(Answer::Done)),
     };
     let refused = |_: &Request| Some(Err(RequestError::State("held")));
+    let absent = |request: &Request| match request {
+        Request::Info
+        | Request::Boot
+        | Request::AddDevice(_)
+        | Request::AddVirtio(..)
+        | Request::RemoveDevice { .. } => Some(Err(RequestError::NotCreated)),
+        _ => Some(Err(RequestError::NotRunning)),
+    };
+    let created = |request: &Request| match request {
+        Request::Info => Some(how(State::Created)),
+        _ => Some(Ok(Answer::Done)),
+    };
     let crowded = |_: &Request| Some(Err(RequestError::TooMany));
     let description = description();
-    let reactions: [fn(&Request) -> Reaction; 3] = [granted, refused, crowded];
+    let reactions: [fn(&Request) -> Reaction; 5] = [granted, refused, absent, created, crowded];
     for endpoint in v1::ENDPOINTS {
         let name = format!("{} {}", endpoint.method, endpoint.name);
         let bodies: &[&str] = match endpoint.name {
+            "vm.create" => &["", "{}", r#"{"vsock": {"cid": 3, "socket": "/run/s"}}"#],
             "vm.add-device" => &[
                 "",
+                r#"{"path": "0000:02:00.0", "iommu": true}"#,
                 r#"{"path": "0000:02:00.0", "id": "drive"}"#,
                 r#"{"path": "0000:02:00.0", "id": "early"}"#,
                 r#"{"path": "0000:02:00.0", "functions": [{"path": "0000:02:00.1"}]}"#,
@@ -79,8 +93,14 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 "",
                 r#"{"path": "/a.raw", "readonly": true}"#,
                 r#"{"path": "/a.raw", "id": "twice"}"#,
+                r#"{"path": "/a.raw", "iommu": true}"#,
             ],
-            "vm.add-net" => &["", r#"{"tap": "vmtap0"}"#, r#"{"id": "twice"}"#],
+            "vm.add-net" => &[
+                "",
+                r#"{"tap": "vmtap0"}"#,
+                r#"{"id": "twice"}"#,
+                r#"{"mtu": 9000}"#,
+            ],
             "vm.remove-device" => &[
                 "",
                 r#"{"id": "0000:01:00.0"}"#,
@@ -102,8 +122,9 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                     length => format!("Content-Length: {length}\r\n"),
                 };
                 client.send(request(method, endpoint.name, &length) + body);
-                let ends = endpoint.name.ends_with("shutdown") && method == "PUT";
-                if ends && react(&Request::Shutdown) == Some(Ok(Answer::Done)) {
+                let ends = ["vm.shutdown", "vm.delete", "vmm.shutdown"].contains(&endpoint.name);
+                let end = Request::End(Extent::Vm);
+                if ends && method == "PUT" && react(&end) == Some(Ok(Answer::Done)) {
                     vm.machine.take().unwrap().join().unwrap();
                     vm.finish();
                 }
@@ -174,7 +195,8 @@ fn conforms(description: &Value, schema: &Value, value: &Value, place: &str) {
 #[test]
 fn a_full_configuration_is_as_described() {
     use crate::config::{
-        Choice, ConsoleConfig, DiskConfig, FirmwareConfig, NetConfig, QueueAffinity,
+        Accepted, Choice, ConsoleConfig, DiskConfig, FirmwareConfig, HotplugMethod, NetConfig,
+        QueueAffinity, Topology,
     };
 
     let mut device = DeviceConfig::new("01:00.0").unwrap();
@@ -215,12 +237,34 @@ fn a_full_configuration_is_as_described() {
     config.memory.hugepage_size = Some(1 << 30);
     config.platform.iommufd = Choice::On;
     config.platform.p2p = Choice::Off;
-    let requests = Requests::new().unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("api");
-    let address = SocketAddress::Path(socket.clone());
-    let server = Server::start(&address, requests.control(), &config).unwrap();
-    let info = Client::new(&socket).ask("GET", "vm.info").json();
+    config.accepted = Some(Box::new(Accepted {
+        max_vcpus: Some(4),
+        topology: Some(Topology {
+            threads_per_core: 1,
+            cores_per_die: 4,
+            dies_per_package: 1,
+            packages: 1,
+        }),
+        max_phys_bits: Some(46),
+        hotplug_size: Some(1 << 30),
+        hotplug_method: Some(HotplugMethod::Acpi),
+        num_pci_segments: Some(2),
+        serial_number: Some("s".into()),
+        uuid: Some("u".into()),
+        oem_strings: vec!["o".into()],
+    }));
+    let vm = Vm::new(move |request| match request {
+        Request::Info => {
+            let config = config.clone();
+            let info = Info {
+                config,
+                ..Info::default()
+            };
+            Some(Ok(Answer::Info(Box::new(info))))
+        }
+        _ => Some(Ok(Answer::Done)),
+    });
+    let info = vm.connect().ask("GET", "vm.info").json();
     let description = description();
     let schema = &description["components"]["schemas"]["VmInfo"];
     conforms(&description, schema, &info, "vm.info");
@@ -239,5 +283,4 @@ fn a_full_configuration_is_as_described() {
             assert!(there.get(key).is_some(), "{part}/{key}");
         }
     }
-    server.finish();
 }

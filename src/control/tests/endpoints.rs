@@ -10,8 +10,8 @@ use super::*;
 fn a_request_on_any_path_by_any_method_with_any_body_has_one_answer_and_the_connection_goes_on() {
     // Whoever ends the VM is refused, so that it goes on for the rest.
     let vm = Vm::new(|request| match request {
-        Request::Info => Some(Ok(Answer::Info(info(State::Running)))),
-        Request::Shutdown => Some(Err(RequestError::State("held"))),
+        Request::Info => Some(how(State::Running)),
+        Request::End(_) => Some(Err(RequestError::State("held"))),
         _ => Some(Ok(Answer::Done)),
     });
     let names = v1::ENDPOINTS.iter().map(|endpoint| endpoint.name);
@@ -128,9 +128,10 @@ fn every_state_has_a_word_that_clients_know() {
         (State::Running, "Running", Value::Null),
         (State::Paused, "Paused", Value::Null),
         (State::Held, "Paused", json!(true)),
+        (State::Shutdown, "Shutdown", Value::Null),
     ] {
         let vm = Vm::new(move |request| match request {
-            Request::Info => Some(Ok(Answer::Info(info(state)))),
+            Request::Info => Some(how(state)),
             _ => Some(Ok(Answer::Done)),
         });
         let info = vm.connect().ask("GET", "vm.info").json();
@@ -139,40 +140,51 @@ fn every_state_has_a_word_that_clients_know() {
 }
 
 #[test]
-fn a_vm_that_is_still_put_together_has_the_memory_that_it_is_to_have() {
-    let requests = Requests::new().unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("api");
-    let address = SocketAddress::Path(socket.clone());
-    let server = Server::start(&address, requests.control(), &VmConfig::default()).unwrap();
-    let info = Client::new(&socket).ask("GET", "vm.info").json();
+fn a_vm_that_has_no_memory_yet_is_shown_with_what_it_is_to_have_and_one_that_ended_has_a_last_word()
+{
+    let vm = Vm::new(|request| match request {
+        Request::Info => {
+            let config = VmConfig::default();
+            let info = Info {
+                config,
+                ..Info::default()
+            };
+            Some(Ok(Answer::Info(Box::new(info))))
+        }
+        _ => Some(Ok(Answer::Done)),
+    });
+    let info = vm.connect().ask("GET", "vm.info").json();
     assert_eq!(
         (&info["state"], &info["memory_actual_size"]),
         (&json!("Created"), &json!(512 << 20))
     );
-    drop(requests);
-    // It has ended before it began.
-    let mut client = Client::new(&socket);
-    assert_eq!(client.ask("GET", "vm.info").json()["state"], "Shutdown");
-    let paused = client.ask("PUT", "vm.pause");
-    assert_eq!(paused.status, 500);
-    // What clients look for.
-    assert_eq!(paused.messages().last().unwrap(), "VM is not running");
-    server.finish();
+    let _ended = vm.control.ask(Request::End(Extent::Vm));
+    let mut client = vm.connect();
+    for (method, name) in [("PUT", "vm.pause"), ("GET", "vm.info")] {
+        let refused = client.ask(method, name);
+        assert_eq!(refused.status, 500);
+        // What clients look for.
+        assert_eq!(refused.messages().last().unwrap(), "VM is not running");
+    }
 }
 
 #[test]
 fn what_busway_cannot_do_yet_is_named() {
     let vm = Vm::living();
     let mut client = vm.connect();
-    client.send(request("PUT", "vm.create", "Content-Length: 2\r\n") + "{}");
-    let reply = client.reply().unwrap();
+    let mut ask = |name: &str, body: &str| {
+        let length = format!("Content-Length: {}\r\n", body.len());
+        client.send(request("PUT", name, &length) + body);
+        client.reply().unwrap()
+    };
+    let reply = ask("vm.resize", r#"{"desired_vcpus":2}"#);
     assert_eq!(reply.status, 501);
-    assert_eq!(
-        reply.messages(),
-        ["vm.create: Busway cannot do this yet: a VM that is made over the API"]
-    );
-    assert_eq!(client.ask("PUT", "vm.reboot").status, 501);
+    let said = "Busway cannot do this yet: another number of processors or bytes of RAM for a guest that runs";
+    assert_eq!(reply.messages(), ["vm.resize", said]);
+    let reply = ask("vm.create", r#"{"fs":[{"tag":"t","socket":"/run/s"}]}"#);
+    assert_eq!(reply.status, 501);
+    let said = "Busway cannot do this yet: virtio-fs";
+    assert_eq!(reply.messages(), ["The VM could not be created", said]);
     let unknown = client.ask("PUT", "vm.dance");
     assert_eq!(unknown.status, 404);
     assert_eq!(
@@ -185,8 +197,8 @@ fn what_busway_cannot_do_yet_is_named() {
 #[test]
 fn ping_and_info_answer_while_others_wait() {
     let vm = Vm::new(|request| match request {
-        Request::Info => Some(Ok(Answer::Info(info(State::Running)))),
-        Request::Shutdown => Some(Ok(Answer::Done)),
+        Request::Info => Some(how(State::Running)),
+        Request::End(_) => Some(Ok(Answer::Done)),
         // For as long as the VM lives.
         _ => None,
     });
@@ -207,7 +219,8 @@ fn ping_and_info_answer_while_others_wait() {
     took.sort();
     assert!(took[10] < Duration::from_millis(200), "{took:?} for both");
     // Those who wait hear of the end.
-    assert_eq!(vm.control.ask(Request::Shutdown), Ok(Answer::Done));
+    let end = Request::End(Extent::Process);
+    assert_eq!(vm.control.ask(end), Err(RequestError::Ended));
     for client in &mut waiting {
         let reply = client.reply().unwrap();
         assert_eq!(reply.status, 500);
@@ -357,7 +370,7 @@ fn a_taps_descriptors_come_with_the_request_for_a_nic_and_with_no_other() {
     let body = r#"{"path":"/a.raw"}"#;
     let length = format!("Content-Length: {}\r\n", body.len());
     client.send_with(&(request("PUT", "vm.add-disk", &length) + body), &sent);
-    assert_eq!(client.reply().unwrap().status, 400, "a disk has none");
+    assert_eq!(client.reply().unwrap().status, 501, "a disk has none yet");
     // What came with one is not another's.
     client.send(request("PUT", "vm.add-disk", &length) + body);
     assert_eq!(client.reply().unwrap().status, 200);

@@ -4,6 +4,7 @@ mod clients;
 mod described;
 mod endpoints;
 mod hostile;
+mod served;
 mod sockets;
 
 use std::collections::BTreeMap;
@@ -21,9 +22,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
-use crate::config::{DeviceConfig, DiskConfig, VirtioConfig};
+use crate::config::{DeviceConfig, DiskConfig, VirtioConfig, VmConfig};
 use crate::machine::{
-    Added, AddedFunction, Answer, Info, Request, RequestError, Requests, State, VirtioInfo,
+    Added, AddedFunction, Answer, Extent, Info, Request, RequestError, Requests, State, VirtioInfo,
 };
 use crate::report::AssignedDevice;
 
@@ -56,23 +57,16 @@ impl Vm {
     fn with(limits: Limits, mut react: impl FnMut(&Request) -> Reaction + Send + 'static) -> Self {
         let requests = Requests::new().unwrap();
         let control = requests.control();
-        let mut device = DeviceConfig::new("01:00.0").unwrap();
-        device.id = Some("drive/é".into());
-        let config = VmConfig {
-            kernel: Some("/boot/vmlinuz".into()),
-            device: vec![device],
-            ..VmConfig::default()
-        };
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("api");
         let end = Arc::new(End::default());
-        let api = v1::Api::new(control.clone(), &config, Arc::clone(&end));
+        let api = v1::Api::new(control.clone(), Arc::clone(&end));
         let address = SocketAddress::Path(socket.clone());
         let server = Server::serve(&address, Arc::new(api), end, limits).unwrap();
         let ends = Arc::new(AtomicBool::new(false));
         let ending = Arc::clone(&ends);
         let react = move |request: &Request| match request {
-            Request::Shutdown if ending.load(Relaxed) => Some(Ok(Answer::Done)),
+            Request::End(_) if ending.load(Relaxed) => Some(Ok(Answer::Done)),
             request => react(request),
         };
         Self {
@@ -115,7 +109,7 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.ends.store(true, Relaxed);
-        let _ended = self.control.ask(Request::Shutdown);
+        let _ended = self.control.ask(Request::End(Extent::Process));
         self.finish();
         if let Some(machine) = self.machine.take() {
             let ended = machine.join();
@@ -129,12 +123,14 @@ fn living() -> impl FnMut(&Request) -> Reaction {
     let mut state = State::Running;
     move |request| {
         let next = match (request, state) {
-            (Request::Info, _) => return Some(Ok(Answer::Info(info(state)))),
+            (Request::Info, _) => return Some(how(state)),
+            (Request::Create(_), _) => return Some(Err(RequestError::AlreadyCreated)),
+            (Request::Boot, _) => return Some(Err(RequestError::State("running already"))),
             (Request::Pause, State::Running) => State::Paused,
             (Request::Resume, State::Paused) => State::Running,
             (Request::Pause, _) => return Some(Err(RequestError::State("paused"))),
             (Request::Resume, _) => return Some(Err(RequestError::State("running"))),
-            (Request::PowerButton | Request::Shutdown, _) => state,
+            (Request::PowerButton | Request::Reboot | Request::Nmi | Request::End(_), _) => state,
             (Request::AddDevice(configs), _) => return Some(added(configs)),
             (Request::AddVirtio(config, _), _) => return Some(added_virtio(config)),
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
@@ -189,9 +185,26 @@ fn removed(id: &str) -> Result<Answer, RequestError> {
     }
 }
 
+fn how(state: State) -> Result<Answer, RequestError> {
+    Ok(Answer::Info(Box::new(info(state))))
+}
+
 fn info(state: State) -> Info {
+    let mut device = DeviceConfig::new("01:00.0").unwrap();
+    device.id = Some("drive/é".into());
+    let disk = DiskConfig::new("a.raw");
+    let config = VmConfig {
+        kernel: Some("/boot/vmlinuz".into()),
+        device: vec![device],
+        disk: vec![DiskConfig {
+            id: Some("disk0".into()),
+            ..disk.clone()
+        }],
+        ..VmConfig::default()
+    };
     Info {
         state,
+        config,
         memory: 256 << 20,
         devices: vec![AssignedDevice {
             host: "0000:01:00.0".into(),
@@ -203,8 +216,10 @@ fn info(state: State) -> Info {
         virtio: vec![VirtioInfo {
             id: "disk0".into(),
             address: "0000:00:01.0".into(),
-            config: VirtioConfig::Disk(DiskConfig::new("a.raw")),
+            config: VirtioConfig::Disk(disk),
         }],
+        serial: None,
+        console: None,
     }
 }
 

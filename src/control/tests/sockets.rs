@@ -136,7 +136,7 @@ fn an_inherited_socket_is_served_and_left_where_it_is() {
     let number = UnixListener::bind(&path).unwrap().into_raw_fd();
     let requests = Requests::new().unwrap();
     let address = SocketAddress::Fd(u32::try_from(number).unwrap());
-    let server = Server::start(&address, requests.control(), &VmConfig::default()).unwrap();
+    let server = Server::start(&address, requests.control()).unwrap();
     assert_eq!(Client::new(&path).ask("GET", "vmm.ping").status, 200);
     server.finish();
     assert!(path.exists());

@@ -7,12 +7,11 @@ use serde::Serialize;
 
 use crate::arch::boot::default_cmdline;
 use crate::config::{
-    BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, ImageType,
-    MemoryConfig, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig, VirtioConfig,
-    VmConfig,
+    Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig,
+    HotplugMethod, ImageType, MemoryConfig, NetConfig, PlatformConfig, QueueAffinity,
+    RateLimiterConfig, Topology, VmConfig,
 };
-
-use crate::machine::VirtioInfo;
+use crate::machine::Info;
 
 /// The width of a physical address where the host does not say, in bits.
 const PHYSICAL_BITS: u8 = 46;
@@ -43,6 +42,8 @@ pub(super) struct Config {
 struct Cpus {
     boot_vcpus: u8,
     max_vcpus: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    topology: Option<Topology>,
     kvm_hyperv: bool,
     max_phys_bits: u8,
     nested: bool,
@@ -52,7 +53,9 @@ struct Cpus {
 struct Memory {
     size: u64,
     mergeable: bool,
-    hotplug_method: &'static str,
+    hotplug_method: HotplugMethod,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hotplug_size: Option<u64>,
     shared: bool,
     hugepages: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -163,6 +166,15 @@ struct Device {
 struct Platform {
     num_pci_segments: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
+    serial_number: Option<String>,
+    /// Under both names that Cloud Hypervisor has had for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uuid: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    system_uuid: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    oem_strings: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     iommufd: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vfio_p2p_dma: Option<bool>,
@@ -172,9 +184,11 @@ struct Platform {
 
 impl From<&VmConfig> for Config {
     fn from(config: &VmConfig) -> Self {
+        let none = Accepted::default();
+        let accepted = config.accepted.as_deref().unwrap_or(&none);
         Self {
-            cpus: (&config.cpus).into(),
-            memory: Memory::of(&config.memory, !config.device.is_empty()),
+            cpus: Cpus::of(&config.cpus, accepted),
+            memory: Memory::of(&config.memory, accepted, !config.device.is_empty()),
             payload: Payload::of(config),
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
@@ -185,7 +199,7 @@ impl From<&VmConfig> for Config {
             serial: (&config.serial).into(),
             console: (&config.console).into(),
             devices: config.device.iter().map(Into::into).collect(),
-            platform: (&config.platform).into(),
+            platform: Platform::of(&config.platform, accepted),
             iommu: false,
             watchdog: false,
             pvpanic: false,
@@ -194,18 +208,16 @@ impl From<&VmConfig> for Config {
     }
 }
 
-impl Config {
-    /// The same with the virtio devices that a guest has, by their names.
-    pub(super) fn with_virtio(&self, devices: &[VirtioInfo]) -> Self {
-        let mut config = self.clone();
-        config.disks.clear();
-        config.net.clear();
-        for device in devices {
-            let id = Some(device.id.clone());
-            match &device.config {
-                VirtioConfig::Disk(disk) => config.disks.push(Disk { id, ..disk.into() }),
-                VirtioConfig::Net(net) => config.net.push(Net { id, ..net.into() }),
-            }
+/// With what came of it: a pseudo-terminal's name is known when it is made.
+impl From<&Info> for Config {
+    fn from(info: &Info) -> Self {
+        let mut config = Self::from(&info.config);
+        let terminal = |path: &Option<std::path::PathBuf>| path.as_deref().map(text);
+        for (console, at) in [
+            (&mut config.serial, terminal(&info.serial)),
+            (&mut config.console, terminal(&info.console)),
+        ] {
+            console.file = at.or(console.file.take());
         }
         config
     }
@@ -216,13 +228,15 @@ fn text(path: &std::path::Path) -> String {
     path.display().to_string()
 }
 
-impl From<&CpusConfig> for Cpus {
-    fn from(cpus: &CpusConfig) -> Self {
+impl Cpus {
+    fn of(cpus: &CpusConfig, accepted: &Accepted) -> Self {
+        let bits = || physical_bits().unwrap_or(PHYSICAL_BITS);
         Self {
             boot_vcpus: cpus.boot,
-            max_vcpus: cpus.max.unwrap_or(cpus.boot),
+            max_vcpus: accepted.max_vcpus.or(cpus.max).unwrap_or(cpus.boot),
+            topology: accepted.topology,
             kvm_hyperv: false,
-            max_phys_bits: physical_bits().unwrap_or(PHYSICAL_BITS),
+            max_phys_bits: accepted.max_phys_bits.unwrap_or_else(bits),
             nested: cpus.nested,
         }
     }
@@ -239,11 +253,12 @@ fn physical_bits() -> Option<u8> {
 }
 
 impl Memory {
-    fn of(memory: &MemoryConfig, has_devices: bool) -> Self {
+    fn of(memory: &MemoryConfig, accepted: &Accepted, has_devices: bool) -> Self {
         Self {
             size: memory.size,
             mergeable: false,
-            hotplug_method: "Acpi",
+            hotplug_method: accepted.hotplug_method.unwrap_or(HotplugMethod::Acpi),
+            hotplug_size: accepted.hotplug_size,
             shared: memory.shared,
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,
@@ -363,8 +378,8 @@ impl From<&DeviceConfig> for Device {
     }
 }
 
-impl From<&PlatformConfig> for Platform {
-    fn from(platform: &PlatformConfig) -> Self {
+impl Platform {
+    fn of(platform: &PlatformConfig, accepted: &Accepted) -> Self {
         // What depends on the host is not known beforehand.
         let known = |choice| match choice {
             Choice::On => Some(true),
@@ -372,7 +387,11 @@ impl From<&PlatformConfig> for Platform {
             Choice::Auto => None,
         };
         Self {
-            num_pci_segments: 1,
+            num_pci_segments: accepted.num_pci_segments.unwrap_or(1),
+            serial_number: accepted.serial_number.clone(),
+            uuid: accepted.uuid.clone(),
+            system_uuid: accepted.uuid.clone(),
+            oem_strings: accepted.oem_strings.clone(),
             iommufd: known(platform.iommufd),
             vfio_p2p_dma: known(platform.p2p),
             removal_timeout_s: platform.removal_limit().as_secs(),

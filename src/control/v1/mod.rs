@@ -4,6 +4,8 @@
 //! it is, so that a client learns what is missing and not merely that something is.
 
 mod config;
+mod create;
+mod lacking;
 mod virtio;
 
 use std::collections::BTreeMap;
@@ -16,13 +18,13 @@ use super::End;
 use super::connections::Service;
 use super::http::{Answer, Request as HttpRequest};
 use super::json;
-use crate::config::{
-    DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, VmConfig, is_removal_timeout,
-};
+use crate::config::{DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, is_removal_timeout};
 use crate::machine::{
-    self, Added, AddedFunction, Control, Files, Info, Request, RequestError, State,
+    self, Added, AddedFunction, Control, Extent, Files, Info, Request, RequestError, State,
 };
 use config::Config;
+use create::CreateVm;
+use lacking::{Asked, Fault, Lack};
 use virtio::{AddDisk, AddNet};
 
 /// Where the API is.
@@ -64,13 +66,15 @@ enum Act {
     RemoveDevice,
     /// A virtio device comes: what it is follows from the body.
     AddVirtio(
-        fn(&[u8], &Files) -> Result<VirtioConfig, String>,
+        fn(&[u8], &Files) -> Result<VirtioConfig, Fault>,
         &'static str,
     ),
-    /// The VM and with it the process ends: with 204, or with 200 and an empty body.
-    End(u16),
+    /// It is said what the VM is to be.
+    Create,
+    /// So much ends: with 204, or with 200 and an empty body.
+    End(Extent, u16),
     /// Nothing yet; what it would be.
-    NotYet(&'static str),
+    NotYet(Lack),
 }
 
 const fn get(name: &'static str, act: Act) -> Endpoint {
@@ -101,7 +105,7 @@ const fn with_body(name: &'static str, act: Act) -> Endpoint {
 }
 
 /// What is still to come, with a body.
-const fn later(name: &'static str, what: &'static str) -> Endpoint {
+const fn later(name: &'static str, what: Lack) -> Endpoint {
     with_body(name, Act::NotYet(what))
 }
 
@@ -125,66 +129,57 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
             "The power button could not be pressed",
         ),
     ),
-    put("vm.shutdown", Act::End(204)),
+    put(
+        "vm.nmi",
+        Act::Ask(
+            Request::Nmi,
+            "The non-maskable interrupt could not be sent to the VM",
+        ),
+    ),
+    with_body("vm.create", Act::Create),
+    put("vm.boot", Act::Ask(Request::Boot, "The VM could not boot")),
+    put(
+        "vm.reboot",
+        Act::Ask(Request::Reboot, "The VM could not reboot"),
+    ),
+    put("vm.shutdown", Act::End(Extent::Vm, 204)),
+    put("vm.delete", Act::End(Extent::Definition, 204)),
     Endpoint {
         name: "vmm.shutdown",
         method: "PUT",
         body: Body::Ignored,
-        act: Act::End(200),
+        act: Act::End(Extent::Process, 200),
     },
-    put("vm.delete", Act::NotYet("a process that outlives its VM")),
-    put(
-        "vm.boot",
-        Act::NotYet("a VM that is made and booted over the API"),
-    ),
-    put(
-        "vm.reboot",
-        Act::NotYet("a restart that is asked for from outside"),
-    ),
-    put(
-        "vm.nmi",
-        Act::NotYet("a non-maskable interrupt to the guest"),
-    ),
-    later("vm.create", "a VM that is made over the API"),
-    later(
-        "vm.resize",
-        "another number of processors or bytes of RAM for a guest that runs",
-    ),
-    later(
-        "vm.resize-disk",
-        "another size for a disk of a guest that runs",
-    ),
-    later("vm.resize-zone", "memory zones"),
+    later("vm.resize", Lack::Resize),
+    later("vm.resize-disk", Lack::ResizeDisk),
+    later("vm.resize-zone", Lack::MemoryZones),
     with_body("vm.add-device", Act::AddDevice),
-    later("vm.add-user-device", "vfio-user devices"),
+    later("vm.add-user-device", Lack::UserDevices),
     with_body(
         "vm.add-disk",
         Act::AddVirtio(
-            |body, files| json::parse::<AddDisk>(body).and_then(|disk| disk.into_config(files)),
+            |body, files| json::parse::<AddDisk>(body)?.into_config(files),
             "The disk could not be added to the VM",
         ),
     ),
-    later("vm.add-fs", "virtio-fs"),
-    later("vm.add-generic-vhost-user", "vhost-user devices"),
-    later("vm.add-pmem", "persistent memory"),
+    later("vm.add-fs", Lack::VirtioFs),
+    later("vm.add-generic-vhost-user", Lack::VhostUser),
+    later("vm.add-pmem", Lack::Pmem),
     with_body(
         "vm.add-net",
         Act::AddVirtio(
-            |body, files| json::parse::<AddNet>(body).and_then(|net| net.into_config(files)),
+            |body, files| json::parse::<AddNet>(body)?.into_config(files),
             "The NIC could not be added to the VM",
         ),
     ),
-    later("vm.add-vsock", "vsock"),
-    later("vm.add-vdpa", "vDPA devices"),
+    later("vm.add-vsock", Lack::Vsock),
+    later("vm.add-vdpa", Lack::Vdpa),
     with_body("vm.remove-device", Act::RemoveDevice),
-    later("vm.coredump", "a guest's memory in a file"),
-    later("vm.snapshot", "a VM that is saved"),
-    later("vm.restore", "a VM that was saved"),
-    later(
-        "vm.receive-migration",
-        "a VM that comes from another process",
-    ),
-    later("vm.send-migration", "a VM that moves to another process"),
+    later("vm.coredump", Lack::CoreDump),
+    later("vm.snapshot", Lack::Snapshot),
+    later("vm.restore", Lack::Restore),
+    later("vm.receive-migration", Lack::Migration),
+    later("vm.send-migration", Lack::Migration),
 ];
 
 #[cfg(test)]
@@ -192,31 +187,30 @@ impl Endpoint {
     /// The statuses that it can answer with.
     pub(super) fn statuses(&self) -> &'static [u16] {
         match self.act {
-            Act::Ping | Act::Counters => &[200, 400],
-            Act::Info => &[200, 400, 429, 500],
-            Act::Ask(..) | Act::End(204) => &[204, 400, 429, 500],
-            Act::End(_) => &[200, 400, 429, 500],
-            Act::AddDevice | Act::AddVirtio(..) => &[200, 400, 409, 429, 500],
+            Act::Ping => &[200, 400],
+            Act::Info | Act::Counters => &[200, 400, 404, 429, 500],
+            Act::Ask(Request::Boot, _) => &[204, 400, 404, 429, 500],
+            Act::Create => &[204, 400, 429, 500, 501],
+            Act::Ask(..) | Act::End(_, 204) => &[204, 400, 429, 500],
+            Act::End(..) => &[200, 400, 429, 500],
+            Act::AddDevice | Act::AddVirtio(..) => &[200, 204, 400, 404, 409, 429, 500, 501],
             Act::RemoveDevice => &[200, 204, 400, 404, 429, 500],
             Act::NotYet(_) => &[400, 501],
         }
     }
 }
 
-/// The API of one VM.
+/// The API of one process.
 #[derive(Debug)]
 pub(super) struct Api {
     control: Control,
-    config: Config,
-    /// Bytes of RAM that the guest is to have.
-    memory: u64,
     end: Arc<End>,
 }
 
 /// `VmInfo`
 #[derive(Serialize)]
 struct VmInfo<'a> {
-    config: &'a Config,
+    config: Config,
     state: &'static str,
     memory_actual_size: u64,
     device_tree: BTreeMap<&'a str, DeviceNode<'a>>,
@@ -297,10 +291,17 @@ struct Removed {
 }
 
 /// `DeviceConfig`, as far as Busway has it. What it does not know is ignored, as clients expect.
-#[derive(Deserialize)]
+#[derive(Debug, Deserialize)]
 struct AddDevice {
     path: Option<String>,
     id: Option<String>,
+    #[serde(default)]
+    iommu: Asked,
+    pci_segment: Option<u16>,
+    #[serde(default)]
+    pci_device_id: Asked,
+    #[serde(default)]
+    x_exclude_mmap_bars: Asked,
     x_nv_gpudirect_clique: Option<u8>,
     /// Beside Cloud Hypervisor's.
     vf_token: Option<String>,
@@ -310,18 +311,29 @@ struct AddDevice {
     functions: Vec<AddDevice>,
 }
 
+/// A text that says something: some clients write an empty one for none.
+fn some_text(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.is_empty())
+}
+
 impl AddDevice {
     /// It and its further functions, which have none.
-    fn into_configs(mut self) -> Result<Vec<DeviceConfig>, String> {
+    fn into_configs(mut self) -> Result<Vec<DeviceConfig>, Fault> {
         let functions = std::mem::take(&mut self.functions);
         if functions.iter().any(|one| !one.functions.is_empty()) {
-            return Err("functions of a function: name all of them in one list".to_owned());
+            return Err(Fault::from(
+                "functions of a function: name all of them in one list",
+            ));
         }
         let all = std::iter::once(self).chain(functions);
         all.map(Self::into_config).collect()
     }
 
-    fn into_config(self) -> Result<DeviceConfig, String> {
+    fn into_config(self) -> Result<DeviceConfig, Fault> {
+        Lack::VirtualIommu.unless_asked(self.iommu)?;
+        Lack::OtherSegment.unless_asked(self.pci_segment.is_some_and(|segment| segment != 0))?;
+        Lack::BusPlace.unless_asked(self.pci_device_id)?;
+        Lack::SparseMmap.unless_asked(self.x_exclude_mmap_bars)?;
         let path = self
             .path
             .ok_or("path is missing: the device's address, its UUID where it is mediated, or its folder in sysfs")?;
@@ -331,7 +343,7 @@ impl AddDevice {
                 .parse::<busway_vfio::VfToken>()
                 .map_err(|error| error.to_string())?;
         }
-        config.id = self.id.filter(|id| !id.is_empty());
+        config.id = some_text(self.id);
         config.x_nv_gpudirect_clique = self.x_nv_gpudirect_clique;
         config.vf_token = self.vf_token;
         config.on_error = self.on_error.unwrap_or_default();
@@ -407,13 +419,8 @@ fn find(path: &str) -> Option<&'static Endpoint> {
 }
 
 impl Api {
-    pub(super) fn new(control: Control, config: &VmConfig, end: Arc<End>) -> Self {
-        Self {
-            control,
-            config: config.into(),
-            memory: config.memory.size,
-            end,
-        }
+    pub(super) fn new(control: Control, end: Arc<End>) -> Self {
+        Self { control, end }
     }
 
     fn act(&self, endpoint: &Endpoint, request: &HttpRequest) -> Answer {
@@ -426,93 +433,75 @@ impl Api {
                 features: ["kvm"],
             }),
             Act::Info => self.info(),
-            // No device of Busway's counts anything that a guest does with it.
-            Act::Counters => succeeded(&BTreeMap::<&str, BTreeMap<&str, u64>>::new()),
+            Act::Counters => self.counters(),
             Act::Ask(request, what) => match self.control.ask(request.clone()) {
                 Ok(_) => done(),
                 Err(error) => refused(what, &error),
             },
-            Act::AddDevice => self.add_device(body),
+            Act::Create => self.create(body),
+            Act::AddDevice => self.add_device(body, files),
             Act::AddVirtio(read, what) => match read(body, files) {
                 Ok(config) => self.add(Request::AddVirtio(Box::new(config), files.clone()), what),
-                Err(why) => failed(400, &[what, &why]),
+                Err(fault) => fault.answer(what),
             },
             Act::RemoveDevice => self.remove_device(body),
-            Act::End(status) => self.shut_down(*status),
-            Act::NotYet(what) => {
-                let name = endpoint.name;
-                failed(
-                    501,
-                    &[&format!("{name}: Busway cannot do this yet: {what}")],
-                )
-            }
+            Act::End(extent, status) => self.end(*extent, *status),
+            Act::NotYet(lack) => Fault::Lacks(*lack).answer(endpoint.name),
         }
     }
 
     fn info(&self) -> Answer {
         match self.control.ask(Request::Info) {
-            Ok(machine::Answer::Info(info)) => self.show(&info),
-            // What a client asks after it has ended the VM.
-            Err(RequestError::Ended) => self.show_state("Shutdown", &Info::default()),
+            Ok(machine::Answer::Info(info)) => show(&info),
             Ok(_) => failed(500, &["The VM did not say how it is"]),
-            Err(error) => refused("The VM could not be looked at", &error),
+            Err(error) => refused("The VM info is not available", &error),
         }
     }
 
-    fn show(&self, info: &Info) -> Answer {
-        let state = match info.state {
-            State::Created => "Created",
-            State::Running => "Running",
-            // Clients know no other word for a guest that does not run.
-            State::Paused | State::Held => "Paused",
-        };
-        self.show_state(state, info)
+    /// No device of Busway's counts anything that a guest does with it.
+    fn counters(&self) -> Answer {
+        const WHAT: &str = "The VM's counters are not available";
+        match self.control.ask(Request::Info) {
+            Ok(machine::Answer::Info(info)) => match info.state {
+                State::Created | State::Shutdown => refused(WHAT, &RequestError::NotRunning),
+                _ => succeeded(&BTreeMap::<&str, BTreeMap<&str, u64>>::new()),
+            },
+            Ok(_) => failed(500, &[WHAT]),
+            Err(error) => refused(WHAT, &error),
+        }
     }
 
-    fn show_state(&self, state: &'static str, info: &Info) -> Answer {
-        let (devices, ids, memory) = (&info.devices, &info.ids, info.memory);
-        let held = info.state == State::Held;
-        let nodes = devices.iter().map(|device| {
-            let id = ids.get(&device.host).unwrap_or(&device.host).as_str();
-            let mut node = DeviceNode::new(id, &device.guest);
-            node.host_bdf = Some(&device.host);
-            node.reset = Some(device.reset);
-            (id, node)
-        });
-        let virtio = info.virtio.iter().map(|device| {
-            let node = DeviceNode::new(&device.id, &device.address);
-            (device.id.as_str(), node)
-        });
-        // What it is to have, as long as it has none.
-        let config = match info.state {
-            State::Created => &self.config,
-            _ => &self.config.with_virtio(&info.virtio),
+    /// Answers when it is known what the VM is to be.
+    fn create(&self, body: &[u8]) -> Answer {
+        const WHAT: &str = "The VM could not be created";
+        let config = match read::<CreateVm>(body).and_then(CreateVm::into_config) {
+            Ok(config) => Box::new(config),
+            Err(fault) => return fault.answer(WHAT),
         };
-        succeeded(&VmInfo {
-            config,
-            state,
-            // Clients compute with it, before the guest has any as well.
-            memory_actual_size: if memory == 0 { self.memory } else { memory },
-            device_tree: nodes.chain(virtio).collect(),
-            held: held.then_some(true),
-            empty_slots: info.empty_slots,
-        })
+        match self.control.ask(Request::Create(config)) {
+            Ok(_) => done(),
+            Err(error) => refused(WHAT, &error),
+        }
     }
 
     /// Answers when the device, or its functions together, are in a slot of the guest's.
-    fn add_device(&self, body: &[u8]) -> Answer {
+    fn add_device(&self, body: &[u8], files: &Files) -> Answer {
         const WHAT: &str = "The device could not be added to the VM";
-        let configs = match json::parse::<AddDevice>(body).and_then(AddDevice::into_configs) {
-            Ok(configs) => configs,
-            Err(why) => return failed(400, &[WHAT, &why]),
-        };
-        self.add(Request::AddDevice(configs), WHAT)
+        let configs = read::<AddDevice>(body).and_then(|device| {
+            Lack::DeviceFd.unless_asked(!files.is_empty())?;
+            device.into_configs()
+        });
+        match configs {
+            Ok(configs) => self.add(Request::AddDevice(configs), WHAT),
+            Err(fault) => fault.answer(WHAT),
+        }
     }
 
     fn add(&self, request: Request, what: &str) -> Answer {
         match self.control.ask(request) {
             Ok(machine::Answer::Added(added)) => succeeded(&PciDeviceInfo::from(added)),
-            Ok(_) => failed(500, &[what]),
+            // It will be there when the VM is booted.
+            Ok(_) => done(),
             Err(error) => refused(what, &error),
         }
     }
@@ -532,21 +521,59 @@ impl Api {
         }
     }
 
-    /// Answers when the VM has ended and given back all it had, for clients kill the process when they are
+    /// Answers when that has ended and given back all it had, for clients kill the process when they are
     /// answered.
-    fn shut_down(&self, status: u16) -> Answer {
-        match self.control.ask(Request::Shutdown) {
-            // It has ended meanwhile: that is what was asked for.
-            Ok(_) | Err(RequestError::Ended) => {
-                self.end.wait();
-                Answer {
-                    status,
-                    body: (status != 204).then(Vec::new),
-                }
-            }
-            Err(error) => refused("The VM could not be shut down", &error),
+    fn end(&self, extent: Extent, status: u16) -> Answer {
+        match self.control.ask(Request::End(extent)) {
+            Ok(_) => {}
+            // The process ends with it.
+            Err(RequestError::Ended) => self.end.wait(),
+            Err(error) => return refused("The VM could not be shut down", &error),
+        }
+        Answer {
+            status,
+            body: (status != 204).then(Vec::new),
         }
     }
+}
+
+/// What is said in a body.
+fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+    Ok(json::parse(body)?)
+}
+
+fn show(info: &Info) -> Answer {
+    let state = match info.state {
+        State::Created => "Created",
+        State::Running => "Running",
+        // Clients know no other word for a guest that does not run.
+        State::Paused | State::Held => "Paused",
+        State::Shutdown => "Shutdown",
+    };
+    let (devices, ids) = (&info.devices, &info.ids);
+    let nodes = devices.iter().map(|device| {
+        let id = ids.get(&device.host).unwrap_or(&device.host).as_str();
+        let mut node = DeviceNode::new(id, &device.guest);
+        node.host_bdf = Some(&device.host);
+        node.reset = Some(device.reset);
+        (id, node)
+    });
+    let virtio = info.virtio.iter().map(|device| {
+        let node = DeviceNode::new(&device.id, &device.address);
+        (device.id.as_str(), node)
+    });
+    succeeded(&VmInfo {
+        config: info.into(),
+        state,
+        // Clients compute with it, before the guest has any as well.
+        memory_actual_size: match info.memory {
+            0 => info.config.memory.size,
+            memory => memory,
+        },
+        device_tree: nodes.chain(virtio).collect(),
+        held: (info.state == State::Held).then_some(true),
+        empty_slots: info.empty_slots,
+    })
 }
 
 fn done() -> Answer {
@@ -570,12 +597,16 @@ fn succeeded<T: Serialize>(value: &T) -> Answer {
 fn refused(what: &str, error: &RequestError) -> Answer {
     let said = error.to_string();
     match error {
-        RequestError::State(_) => failed(500, &[what, &said]),
+        RequestError::State(_)
+        | RequestError::AlreadyCreated
+        | RequestError::NotRunning
+        | RequestError::Failed(_) => failed(500, &[what, &said]),
+        RequestError::Invalid(_) => failed(400, &[what, &said]),
+        RequestError::NotCreated => failed(404, &[what, &said]),
         RequestError::Ended => failed(500, &[what, &said, NOT_RUNNING]),
         RequestError::TooMany => failed(429, &[what, &said]),
         RequestError::Exists(_) => failed(409, &[what, &said]),
         RequestError::Unknown(_) => failed(404, &[what, &said]),
-        RequestError::Failed(_) => failed(500, &[what, &said]),
     }
 }
 

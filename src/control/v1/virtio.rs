@@ -5,45 +5,40 @@
 use busway_host::Mac;
 use serde::Deserialize;
 
+use super::lacking::{Asked, Fault, Lack};
+use super::some_text;
 use crate::config::{DiskConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig};
 use crate::machine::Files;
-
-/// What Busway cannot do is not to be asked for.
-fn refuse(asked: bool, what: &str) -> Result<(), String> {
-    match asked {
-        true => Err(format!("Busway cannot do this yet: {what}")),
-        false => Ok(()),
-    }
-}
 
 /// What all virtio devices can be asked to be.
 #[derive(Debug, Default, Deserialize)]
 struct Common {
-    iommu: Option<bool>,
+    #[serde(default)]
+    iommu: Asked,
     pci_segment: Option<u16>,
-    vhost_user: Option<bool>,
-    vhost_socket: Option<String>,
+    #[serde(default)]
+    pci_device_id: Asked,
+    #[serde(default)]
+    vhost_user: Asked,
+    #[serde(default)]
+    vhost_socket: Asked,
     num_queues: Option<u16>,
     queue_size: Option<u16>,
     id: Option<String>,
 }
 
 impl Common {
-    fn check(&self) -> Result<(), String> {
-        refuse(self.iommu == Some(true), "a device behind a virtual IOMMU")?;
-        refuse(
-            self.pci_segment.is_some_and(|segment| segment != 0),
-            "another PCI segment than 0",
-        )?;
-        refuse(
-            self.vhost_user == Some(true) || self.vhost_socket.is_some(),
-            "vhost-user devices",
-        )
+    fn check(&self) -> Result<(), Fault> {
+        Lack::VirtualIommu.unless_asked(self.iommu)?;
+        Lack::OtherSegment.unless_asked(self.pci_segment.is_some_and(|segment| segment != 0))?;
+        Lack::BusPlace.unless_asked(self.pci_device_id)?;
+        Lack::VhostUser.unless_asked(self.vhost_user)?;
+        Lack::VhostUser.unless_asked(self.vhost_socket)
     }
 
     /// Puts what was said in the place of defaults.
     fn apply(self, id: &mut Option<String>, num_queues: &mut u16, queue_size: &mut u16) {
-        *id = self.id.filter(|id| !id.is_empty());
+        *id = some_text(self.id);
         *num_queues = self.num_queues.unwrap_or(*num_queues);
         *queue_size = self.queue_size.unwrap_or(*queue_size);
     }
@@ -60,7 +55,8 @@ pub(super) struct AddDisk {
     backing_files: Option<bool>,
     queue_affinity: Option<Vec<QueueAffinity>>,
     rate_limiter_config: Option<RateLimiter>,
-    rate_limit_group: Option<String>,
+    #[serde(default)]
+    rate_limit_group: Asked,
     #[serde(flatten)]
     common: Common,
 }
@@ -79,30 +75,28 @@ struct TokenBucket {
 }
 
 impl AddDisk {
-    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, String> {
+    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
-        refuse(!files.is_empty(), "a disk by its descriptor")?;
-        refuse(
-            self.rate_limit_group.is_some_and(|group| !group.is_empty()),
-            "a limit that several disks share",
-        )?;
-        let path = self.path.filter(|path| !path.is_empty());
+        Lack::DiskFd.unless_asked(!files.is_empty())?;
+        Lack::SharedLimit.unless_asked(self.rate_limit_group)?;
+        let path = some_text(self.path);
         let path = path.ok_or("path is missing: an image, or a block device")?;
         let mut disk = DiskConfig::new(path);
         // What is in an image says nothing of what it is: the guest may have written it.
         disk.image_type = match self.image_type.as_deref() {
             None | Some("Raw" | "Unknown") => ImageType::Raw,
             Some("Qcow2") => ImageType::Qcow2,
+            Some("FixedVhd" | "Vhdx") => return Err(Fault::Lacks(Lack::ImageType)),
             Some(other) => {
-                return Err(format!(
-                    "Busway cannot do this yet: images of type {other}; there are Raw and Qcow2"
-                ));
+                return Err(Fault::Wrong(format!(
+                    "image_type: there is no type {other}"
+                )));
             }
         };
         disk.backing_files = self.backing_files.unwrap_or(false);
         disk.readonly = self.readonly.unwrap_or(false);
         disk.direct = self.direct.unwrap_or(false);
-        disk.serial = self.serial.filter(|serial| !serial.is_empty());
+        disk.serial = some_text(self.serial);
         disk.queue_affinity = self.queue_affinity.unwrap_or_default();
         let limits = self.rate_limiter_config.unwrap_or_default();
         if let Some(bucket) = limits.bandwidth {
@@ -126,30 +120,43 @@ impl AddDisk {
 pub(super) struct AddNet {
     tap: Option<String>,
     mac: Option<String>,
-    mtu: Option<u16>,
+    #[serde(default)]
+    host_mac: Asked,
+    #[serde(default)]
+    mtu: Asked,
+    #[serde(default)]
+    rate_limiter_config: Asked,
+    offload_tso: Option<bool>,
+    offload_ufo: Option<bool>,
+    offload_csum: Option<bool>,
     fds: Option<Vec<i32>>,
     #[serde(flatten)]
     common: Common,
 }
 
 impl AddNet {
-    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, String> {
+    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
-        refuse(self.mtu.is_some(), "a NIC with an MTU of its own")?;
+        Lack::Mtu.unless_asked(self.mtu)?;
+        Lack::TapAddress.unless_asked(self.host_mac)?;
+        Lack::TapLimit.unless_asked(self.rate_limiter_config)?;
+        let offloads = [self.offload_tso, self.offload_ufo, self.offload_csum];
+        Lack::OffloadChoice.unless_asked(offloads.contains(&Some(false)))?;
         // By number they are the client's own; those that count come beside the request.
         if files.is_empty() && self.fds.is_some_and(|fds| !fds.is_empty()) {
-            return Err(
+            return Err(Fault::from(
                 "fds are numbers of nobody's: send a tap's descriptors beside the request \
-                        (SCM_RIGHTS), or name the tap, with tap"
-                    .to_owned(),
-            );
+                 (SCM_RIGHTS), or name the tap, with tap",
+            ));
         }
         if !files.is_empty() && self.tap.is_some() {
-            return Err("both tap and descriptors say which tap: leave one out".to_owned());
+            return Err(Fault::from(
+                "both tap and descriptors say which tap: leave one out",
+            ));
         }
         let mac = self.mac.as_deref().map(str::parse::<Mac>).transpose();
         let mut net = NetConfig {
-            tap: self.tap.filter(|tap| !tap.is_empty()),
+            tap: some_text(self.tap),
             mac: mac.map_err(|error| format!("mac: {error}"))?,
             ..NetConfig::default()
         };
@@ -164,12 +171,14 @@ mod tests {
     use super::*;
     use crate::control::json::parse;
 
-    fn disk(body: &str) -> Result<VirtioConfig, String> {
-        parse::<AddDisk>(body.as_bytes()).and_then(|disk| disk.into_config(&Files::default()))
+    fn disk(body: &str) -> Result<VirtioConfig, Fault> {
+        let disk = parse::<AddDisk>(body.as_bytes())?;
+        disk.into_config(&Files::default())
     }
 
-    fn net(body: &str) -> Result<VirtioConfig, String> {
-        parse::<AddNet>(body.as_bytes()).and_then(|net| net.into_config(&Files::default()))
+    fn net(body: &str) -> Result<VirtioConfig, Fault> {
+        let net = parse::<AddNet>(body.as_bytes())?;
+        net.into_config(&Files::default())
     }
 
     #[test]
@@ -240,12 +249,14 @@ mod tests {
             (r#"{"path":"a","vhost_socket":"/run/s"}"#, "vhost-user"),
             (r#"{"path":"a","iommu":true}"#, "virtual IOMMU"),
             (r#"{"path":"a","pci_segment":1}"#, "segment"),
-            (r#"{"path":"a","image_type":"Vhdx"}"#, "Vhdx"),
+            (r#"{"path":"a","image_type":"Vhdx"}"#, "another type"),
+            (r#"{"path":"a","image_type":"Nonsense"}"#, "Nonsense"),
+            (r#"{"path":"a","pci_device_id":7}"#, "pci_device_id"),
             (r#"{"path":"a","rate_limit_group":"g"}"#, "share"),
             (r#"{"path":7}"#, "expected"),
             ("", "body"),
         ] {
-            let why = disk(body).unwrap_err();
+            let why = disk(body).unwrap_err().to_string();
             assert!(why.contains(word), "{body}: {why}");
         }
         let files = Files::from(vec![std::io::pipe().unwrap().0.into()]);
@@ -261,8 +272,11 @@ mod tests {
             (r#"{"fds":[0,1,2]}"#, "SCM_RIGHTS"),
             (r#"{"mac":"nonsense"}"#, "nonsense"),
             (r#"{"mtu":9000}"#, "MTU"),
+            (r#"{"host_mac":"52:54:00:12:34:56"}"#, "host_mac"),
+            (r#"{"rate_limiter_config":{"ops":{"size":1}}}"#, "limited"),
+            (r#"{"offload_tso":false}"#, "offload"),
         ] {
-            let why = net(body).unwrap_err();
+            let why = net(body).unwrap_err().to_string();
             assert!(why.contains(word), "{body}: {why}");
         }
     }

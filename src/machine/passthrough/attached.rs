@@ -136,6 +136,12 @@ impl Attached {
         named.collect()
     }
 
+    /// What was said of each.
+    pub(in crate::machine) fn configs(&self) -> Vec<DeviceConfig> {
+        let devices = self.devices.iter();
+        devices.map(|device| device.config.clone()).collect()
+    }
+
     /// Whether a device is called this.
     pub(in crate::machine) fn has_id(&self, id: &str) -> bool {
         self.devices.iter().any(|device| device.config.id() == id)

@@ -122,7 +122,6 @@ impl Machine {
         let passthrough =
             Passthrough::opening(&config, spaces, wires, &memory, &router, &events, open).unwrap();
         let requests = Requests::new().unwrap();
-        requests.open();
         Some(Self {
             passthrough,
             pci,

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::seats::Left;
 use super::{Entry, Hotplug, VirtioDevices};
-use crate::machine::requests::{Answer, Removal, RequestError};
+use crate::machine::requests::{Answer, Files, Removal, RequestError};
 
 /// A request to remove a device, and how far it is.
 #[derive(Debug)]
@@ -122,6 +122,8 @@ impl VirtioDevices {
             return;
         }
         entry.retired = true;
+        // The host has these back as well.
+        entry.files = Files::default();
         let (described, why) = (entry.config.described(&entry.name), why.to_owned());
         let function = entry.function.upgrade();
         let work = {

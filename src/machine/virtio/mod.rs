@@ -13,6 +13,7 @@ mod seats;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
@@ -60,6 +61,8 @@ struct Hotplug {
 struct Entry {
     name: String,
     config: VirtioConfig,
+    /// What was handed over for it.
+    files: Files,
     slot: u8,
     function: Weak<VirtioPci>,
     /// Somebody wants it removed.
@@ -73,6 +76,7 @@ struct Entry {
 struct Coming {
     name: String,
     config: VirtioConfig,
+    files: Files,
     slot: u8,
 }
 
@@ -143,11 +147,17 @@ impl VirtioDevices {
         }
     }
 
-    /// Puts those that the machine starts with into the first slots.
+    /// Puts those that the machine starts with into the first slots, for the `files` that were handed over by
+    /// their names.
     ///
     /// # Errors
     /// [`RunError`]
-    pub(super) fn add_first(&mut self, config: &VmConfig, pci: &mut Pci) -> Result<(), RunError> {
+    pub(super) fn add_first(
+        &mut self,
+        config: &VmConfig,
+        files: &BTreeMap<String, Files>,
+        pci: &mut Pci,
+    ) -> Result<(), RunError> {
         let given: Vec<_> = config
             .virtio()
             .filter_map(|(_, device)| device.id().map(str::to_owned))
@@ -156,9 +166,10 @@ impl VirtioDevices {
         for (index, device) in config.virtio() {
             let free = |name: &str| !given.iter().any(|given| given == name) && !self.has(name);
             let name = name_of(&device, index, free);
-            let (device, function) = self.maker.make(&name, &device, &Files::default())?;
+            let files = files.get(&name).cloned().unwrap_or_default();
+            let (device, function) = self.maker.make(&name, &device, &files)?;
             let (slot, id) = pci.add_virtio(&function)?;
-            self.enter(name, device, slot.number(), &function);
+            self.enter(name, device, files, slot.number(), &function);
             self.seats.take(slot.number(), id);
         }
         Ok(())
@@ -231,6 +242,20 @@ impl VirtioDevices {
             .collect()
     }
 
+    /// The same as configurations, each with the name that it has.
+    pub(super) fn configs(&self) -> impl Iterator<Item = VirtioConfig> {
+        let there = self.entries.iter().filter(|entry| !entry.retired);
+        there.map(|entry| entry.config.clone().named(&entry.name))
+    }
+
+    /// The descriptors that were handed over for those that the guest has, by their names.
+    pub(super) fn files(&self) -> BTreeMap<String, Files> {
+        let there = self.entries.iter().filter(|entry| !entry.files.is_empty());
+        there
+            .map(|entry| (entry.name.clone(), entry.files.clone()))
+            .collect()
+    }
+
     /// Adds a device to the machine that runs. Whoever asks is answered when the guest can find it, or when
     /// it is known that it will not. `taken`: whether a name is another device's.
     pub(super) fn add(
@@ -247,6 +272,7 @@ impl VirtioDevices {
         self.coming.push(Coming {
             name: name.clone(),
             config: config.clone(),
+            files: files.clone(),
             slot,
         });
         let (maker, come, events) = (self.maker.clone(), self.come.clone(), self.events.clone());
@@ -316,11 +342,14 @@ impl VirtioDevices {
             let Some(at) = self.coming.iter().position(|it| it.slot == one.slot) else {
                 continue;
             };
-            let Coming { name, config, slot } = self.coming.swap_remove(at);
+            let coming = self.coming.swap_remove(at);
+            let (name, config) = (coming.name, coming.config);
             let described = config.described(&name);
             let answer = one
                 .outcome
-                .and_then(|(config, function)| self.present(&name, config, slot, function, pci))
+                .and_then(|(config, function)| {
+                    self.present(&name, config, coming.files, coming.slot, function, pci)
+                })
                 .inspect_err(|error| log::warn!("{described} was not added: {error}"))
                 .map_err(|error| RequestError::failed(&error));
             one.asker.answer(answer);
@@ -331,6 +360,7 @@ impl VirtioDevices {
         &mut self,
         name: &str,
         config: VirtioConfig,
+        files: Files,
         slot: u8,
         function: Arc<VirtioPci>,
         pci: &mut Pci,
@@ -345,7 +375,7 @@ impl VirtioDevices {
                 return Err(error);
             }
         };
-        self.enter(name.to_owned(), config, slot, &function);
+        self.enter(name.to_owned(), config, files, slot, &function);
         self.seats.take(slot, id);
         if let Some(hotplug) = &self.hotplug {
             hotplug.registers.plugged(slot);
@@ -355,10 +385,18 @@ impl VirtioDevices {
         Ok(Answer::Added(Added::one(name.to_owned(), address)))
     }
 
-    fn enter(&mut self, name: String, config: VirtioConfig, slot: u8, function: &Arc<VirtioPci>) {
+    fn enter(
+        &mut self,
+        name: String,
+        config: VirtioConfig,
+        files: Files,
+        slot: u8,
+        function: &Arc<VirtioPci>,
+    ) {
         self.entries.push(Entry {
             name,
             config,
+            files,
             slot,
             function: Arc::downgrade(function),
             leaving: None,
@@ -382,7 +420,11 @@ fn address(slot: u8) -> String {
 }
 
 /// The name that a device was given, or the first of its kind from `number` on that is free.
-fn name_of(config: &VirtioConfig, number: usize, is_free: impl Fn(&str) -> bool) -> String {
+pub(super) fn name_of(
+    config: &VirtioConfig,
+    number: usize,
+    is_free: impl Fn(&str) -> bool,
+) -> String {
     let word = config.word();
     let made = || {
         let mut names = (number..).map(|number| format!("{word}{number}"));

@@ -69,13 +69,14 @@ fn machine(room: u64) -> Option<Machine> {
         disk: vec![disk(&image(&folder, "root"), Some("root"))],
         ..VmConfig::default()
     };
-    devices.add_first(&config, &mut pci).unwrap();
+    devices
+        .add_first(&config, &BTreeMap::new(), &mut pci)
+        .unwrap();
     let rng = Rng::new("rng", &RngConfig::default()).unwrap();
     devices.add_fixed(Box::new(rng), &mut pci).unwrap();
     let registers = devices.open_slots(&pci, Arc::new(Line));
     pci.assign().unwrap();
     let requests = Requests::new().unwrap();
-    requests.open();
     Some(Machine {
         devices,
         registers,

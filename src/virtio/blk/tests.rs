@@ -289,7 +289,7 @@ fn each_queue_has_its_own_worker_and_vector() {
         .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
         .collect();
     for index in 0..3 {
-        assert!(names.contains(&format!("disk0-q{index}\n")), "{names:?}");
+        assert!(names.contains(&format!("_disk0-q{index}\n")), "{names:?}");
     }
 }
 

@@ -284,6 +284,10 @@ impl Worker for BlkWorker {
         self.parts.name.clone()
     }
 
+    fn kind(&self) -> &'static str {
+        "disk"
+    }
+
     fn begin(&mut self) {
         if !self.parts.affinity.is_empty()
             && let Err(error) = sys::run_on(&self.parts.affinity)

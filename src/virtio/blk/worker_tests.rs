@@ -327,7 +327,7 @@ fn a_queue_s_worker_runs_where_it_is_told_to() {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
     let status = tasks
         .filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok())
-        .find(|status| status.starts_with("Name:\tplaced-q0\n"))
+        .find(|status| status.starts_with("Name:\t_disk-placed-q0\n"))
         .expect("it runs");
     assert!(status.contains("Cpus_allowed_list:\t0\n"), "{status}");
 }

@@ -98,6 +98,10 @@ impl Worker for Numberer {
         "numbering".to_owned()
     }
 
+    fn kind(&self) -> &'static str {
+        "numberer"
+    }
+
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
         vec![(self.queue.doorbell(), doorbell_events())]
     }

@@ -382,6 +382,10 @@ impl Worker for NetWorker {
         self.name.clone()
     }
 
+    fn kind(&self) -> &'static str {
+        "net"
+    }
+
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
         let mut sources = vec![
             (self.tap.as_raw_fd(), doorbell_events()),

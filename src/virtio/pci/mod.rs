@@ -27,6 +27,7 @@ use super::life::{DeviceState, Life, Progress};
 use super::retired::Retired;
 use super::spec::{self, status};
 use crate::memory::GuestRam;
+use crate::monitor::{self, Source};
 use layout::{BarPlace, Capabilities};
 use registers::{Change, Outside};
 pub use registers::{QueueRegisters, Registers};
@@ -218,8 +219,14 @@ impl VirtioPci {
         let change = registers.write(offset, data, vectors, |features| device.accepts(features));
         match change {
             Change::None => {}
-            Change::Reset => self.stop(&mut function),
-            Change::Ready => self.start(&mut function),
+            Change::Reset => {
+                self.stop(&mut function);
+                self.tell("reset");
+            }
+            Change::Ready => {
+                self.start(&mut function);
+                self.tell("activated");
+            }
             Change::ConfigVector => {
                 self.interrupts
                     .set_config_vector(function.registers.config_vector);
@@ -272,6 +279,11 @@ impl VirtioPci {
         drop(function);
         // Closing can take long, and a driver may wait for the lock.
         drop(device);
+    }
+
+    /// What its driver did with it.
+    fn tell(&self, event: &str) {
+        monitor::tell(Source::VirtioDevice, event, &[("id", &self.name)]);
     }
 
     /// Starts the device where its driver is ready and nothing stands against it.

@@ -1,0 +1,527 @@
+//! The body of `vm.create`: a VM in Cloud Hypervisor's words (its OpenAPI description, `VmConfig`), as the
+//! configuration that the command line makes too.
+//!
+//! Absent and null are the same: what Cloud Hypervisor does then. Words that it does not know are ignored, as clients
+//! expect; what it knows and Busway cannot do is refused (`lacking`), but for what clients say of every VM and no
+//! guest sees before it is resized: that is kept, and shown.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::lacking::{Asked, Fault, Lack};
+use super::virtio::{AddDisk, AddNet};
+use super::{AddDevice, some_text};
+use crate::config::{
+    Accepted, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod, MemoryConfig,
+    PlatformConfig, Topology, VirtioConfig, VmConfig,
+};
+use crate::machine::Files;
+
+/// The most PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
+const SEGMENTS_MOST: u16 = 96;
+
+/// `VmConfig`
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct CreateVm {
+    cpus: Option<Cpus>,
+    memory: Option<Memory>,
+    payload: Option<Payload>,
+    /// Three that stand here in the place of `payload`, as older clients have them.
+    kernel: Option<OldPath>,
+    initramfs: Option<OldPath>,
+    cmdline: Option<OldArgs>,
+    disks: Option<Vec<AddDisk>>,
+    net: Option<Vec<AddNet>>,
+    rng: Option<Rng>,
+    serial: Option<Console>,
+    console: Option<Console>,
+    devices: Option<Vec<AddDevice>>,
+    platform: Option<Platform>,
+    debug_console: Option<Console>,
+    balloon: Asked,
+    fs: Asked,
+    generic_vhost_user: Asked,
+    iommu: Asked,
+    landlock_enable: Asked,
+    numa: Asked,
+    pci_segments: Asked,
+    pmem: Asked,
+    pvpanic: Asked,
+    rate_limit_groups: Asked,
+    tpm: Asked,
+    user_devices: Asked,
+    vdpa: Asked,
+    vsock: Asked,
+    watchdog: Asked,
+}
+
+/// `CpusConfig`
+#[derive(Debug, Deserialize)]
+struct Cpus {
+    boot_vcpus: Option<u8>,
+    max_vcpus: Option<u8>,
+    topology: Option<Topology>,
+    max_phys_bits: Option<u8>,
+    nested: Option<bool>,
+    #[serde(default)]
+    kvm_hyperv: Asked,
+    #[serde(default)]
+    affinity: Asked,
+    #[serde(default)]
+    features: Asked,
+    core_scheduling: Option<String>,
+}
+
+/// `MemoryConfig`
+#[derive(Debug, Deserialize)]
+struct Memory {
+    size: Option<u64>,
+    shared: Option<bool>,
+    hugepages: Option<bool>,
+    hugepage_size: Option<u64>,
+    prefault: Option<bool>,
+    thp: Option<bool>,
+    hotplug_size: Option<u64>,
+    hotplug_method: Option<HotplugMethod>,
+    #[serde(default)]
+    mergeable: Asked,
+    #[serde(default)]
+    zones: Asked,
+}
+
+/// `PayloadConfig`
+#[derive(Debug, Default, Deserialize)]
+struct Payload {
+    firmware: Option<String>,
+    kernel: Option<String>,
+    initramfs: Option<String>,
+    cmdline: Option<String>,
+    #[serde(default)]
+    igvm: Asked,
+    #[serde(default)]
+    host_data: Asked,
+    #[serde(default)]
+    mrconfigid: Asked,
+}
+
+#[derive(Debug, Deserialize)]
+struct OldPath {
+    path: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct OldArgs {
+    args: String,
+}
+
+/// `RngConfig`
+#[derive(Debug, Deserialize)]
+struct Rng {
+    src: Option<PathBuf>,
+    #[serde(default)]
+    iommu: Asked,
+}
+
+/// `ConsoleConfig`
+#[derive(Debug, Deserialize)]
+struct Console {
+    mode: ConsoleMode,
+    file: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    #[serde(default)]
+    iommu: Asked,
+}
+
+/// `ConsoleConfig.mode`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+enum ConsoleMode {
+    Off,
+    Pty,
+    Tty,
+    File,
+    Socket,
+    Null,
+}
+
+/// `PlatformConfig`
+#[derive(Debug, Deserialize)]
+struct Platform {
+    num_pci_segments: Option<u16>,
+    iommufd: Option<bool>,
+    vfio_p2p_dma: Option<bool>,
+    #[serde(alias = "system_serial_number")]
+    serial_number: Option<String>,
+    #[serde(alias = "system_uuid")]
+    uuid: Option<String>,
+    oem_strings: Option<Vec<String>>,
+    #[serde(default)]
+    iommu_segments: Asked,
+    #[serde(default)]
+    tdx: Asked,
+    #[serde(default)]
+    sev_snp: Asked,
+}
+
+impl CreateVm {
+    /// The same as the configuration of a VM.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, or that Busway cannot do
+    pub(super) fn into_config(self) -> Result<VmConfig, Fault> {
+        self.check()?;
+        let mut accepted = Accepted::default();
+        let mut config = VmConfig {
+            // What Cloud Hypervisor does where nothing is said.
+            serial: ConsoleConfig::Null,
+            console: ConsoleConfig::Tty,
+            ..VmConfig::default()
+        };
+        let old = [
+            self.kernel.map(|kernel| kernel.path),
+            self.initramfs.map(|initramfs| initramfs.path),
+            self.cmdline.map(|cmdline| cmdline.args),
+        ];
+        self.payload.unwrap_or_default().apply(old, &mut config)?;
+        if let Some(cpus) = self.cpus {
+            config.cpus = cpus.into_config(&mut accepted)?;
+        }
+        if let Some(memory) = self.memory {
+            config.memory = memory.into_config(&mut accepted)?;
+        }
+        if let Some(rng) = self.rng {
+            Lack::VirtualIommu.unless_asked(rng.iommu)?;
+            if let Some(src) = rng.src {
+                config.rng.src = src;
+            }
+        }
+        if let Some(serial) = self.serial {
+            config.serial = serial.into_config("serial")?;
+        }
+        if let Some(console) = self.console {
+            config.console = console.into_config("console")?;
+        }
+        let none = Files::default();
+        for disk in self.disks.unwrap_or_default() {
+            if let VirtioConfig::Disk(disk) = disk.into_config(&none)? {
+                config.disk.push(disk);
+            }
+        }
+        for net in self.net.unwrap_or_default() {
+            if let VirtioConfig::Net(net) = net.into_config(&none)? {
+                config.net.push(net);
+            }
+        }
+        for device in self.devices.unwrap_or_default() {
+            config.device.extend(device.into_configs()?);
+        }
+        if let Some(platform) = self.platform {
+            config.platform = platform.into_config(&mut accepted)?;
+        }
+        config.accepted = Some(Box::new(accepted)).filter(|all| **all != Accepted::default());
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), Fault> {
+        for (asked, lack) in [
+            (self.balloon, Lack::Balloon),
+            (self.fs, Lack::VirtioFs),
+            (self.generic_vhost_user, Lack::VhostUser),
+            (self.iommu, Lack::VirtualIommu),
+            (self.landlock_enable, Lack::Landlock),
+            (self.numa, Lack::Numa),
+            (self.pci_segments, Lack::SegmentApertures),
+            (self.pmem, Lack::Pmem),
+            (self.pvpanic, Lack::Panic),
+            (self.rate_limit_groups, Lack::SharedLimit),
+            (self.tpm, Lack::Tpm),
+            (self.user_devices, Lack::UserDevices),
+            (self.vdpa, Lack::Vdpa),
+            (self.vsock, Lack::Vsock),
+            (self.watchdog, Lack::Watchdog),
+        ] {
+            lack.unless_asked(asked)?;
+        }
+        let debug = self.debug_console.as_ref();
+        Lack::DebugConsole.unless_asked(debug.is_some_and(|one| one.mode != ConsoleMode::Off))
+    }
+}
+
+impl Cpus {
+    fn into_config(self, accepted: &mut Accepted) -> Result<CpusConfig, Fault> {
+        Lack::HyperV.unless_asked(self.kvm_hyperv)?;
+        Lack::Affinity.unless_asked(self.affinity)?;
+        Lack::Amx.unless_asked(self.features)?;
+        let scheduling = self.core_scheduling.as_deref();
+        Lack::CoreScheduling.unless_asked(scheduling.is_some_and(|word| word != "Off"))?;
+        let mut cpus = CpusConfig::default();
+        cpus.boot = self.boot_vcpus.unwrap_or(cpus.boot);
+        cpus.nested = self.nested.unwrap_or(cpus.nested);
+        if let Some(max) = self.max_vcpus {
+            if max < cpus.boot {
+                return Err(Fault::Wrong(format!(
+                    "cpus: max_vcpus={max} is less than boot_vcpus={}",
+                    cpus.boot
+                )));
+            }
+            accepted.max_vcpus = Some(max);
+        }
+        if let Some(topology) = self.topology {
+            let all = u32::from(accepted.max_vcpus.unwrap_or(cpus.boot));
+            if topology.processors() != Some(all) {
+                return Err(Fault::Wrong(format!(
+                    "cpus: topology has not as many processors as max_vcpus, which is {all}"
+                )));
+            }
+            accepted.topology = Some(topology);
+        }
+        accepted.max_phys_bits = self.max_phys_bits;
+        Ok(cpus)
+    }
+}
+
+impl Memory {
+    fn into_config(self, accepted: &mut Accepted) -> Result<MemoryConfig, Fault> {
+        Lack::MergedPages.unless_asked(self.mergeable)?;
+        Lack::MemoryZones.unless_asked(self.zones)?;
+        let mut memory = MemoryConfig::default();
+        memory.size = self.size.unwrap_or(memory.size);
+        memory.shared = self.shared.unwrap_or(memory.shared);
+        memory.hugepages = self.hugepages.unwrap_or(memory.hugepages);
+        memory.hugepage_size = self.hugepage_size;
+        memory.thp = self.thp.unwrap_or(memory.thp);
+        // Clients write out the default, which is not to have it done; devices need it all the same.
+        memory.prefault = self.prefault.filter(|prefault| *prefault);
+        accepted.hotplug_size = self.hotplug_size;
+        accepted.hotplug_method = self.hotplug_method;
+        Ok(memory)
+    }
+}
+
+impl Payload {
+    fn apply(self, old: [Option<String>; 3], config: &mut VmConfig) -> Result<(), Fault> {
+        Lack::ConfidentialGuests.unless_asked(self.igvm)?;
+        Lack::ConfidentialGuests.unless_asked(self.host_data)?;
+        Lack::ConfidentialGuests.unless_asked(self.mrconfigid)?;
+        let [kernel, initramfs, cmdline] = old;
+        let either = |new: Option<String>, old| some_text(new).or_else(|| some_text(old));
+        config.kernel = either(self.kernel, kernel).map(PathBuf::from);
+        config.initramfs = either(self.initramfs, initramfs).map(PathBuf::from);
+        config.cmdline = self.cmdline.or(cmdline);
+        config.firmware = some_text(self.firmware).map(|path| FirmwareConfig {
+            path: Some(path.into()),
+            vars: None,
+        });
+        Ok(())
+    }
+}
+
+impl Console {
+    fn into_config(self, name: &str) -> Result<ConsoleConfig, Fault> {
+        Lack::VirtualIommu.unless_asked(self.iommu)?;
+        let missing = |key: &str| format!("{name}: {key} is missing, which says where");
+        Ok(match self.mode {
+            ConsoleMode::Off => ConsoleConfig::Off,
+            ConsoleMode::Null => ConsoleConfig::Null,
+            ConsoleMode::Tty => ConsoleConfig::Tty,
+            ConsoleMode::Pty => ConsoleConfig::Pty,
+            ConsoleMode::File => ConsoleConfig::file(self.file.ok_or_else(|| missing("file"))?),
+            ConsoleMode::Socket => {
+                ConsoleConfig::Socket(self.socket.ok_or_else(|| missing("socket"))?)
+            }
+        })
+    }
+}
+
+impl Platform {
+    fn into_config(self, accepted: &mut Accepted) -> Result<PlatformConfig, Fault> {
+        Lack::VirtualIommu.unless_asked(self.iommu_segments)?;
+        Lack::ConfidentialGuests.unless_asked(self.tdx)?;
+        Lack::ConfidentialGuests.unless_asked(self.sev_snp)?;
+        if let Some(segments) = self.num_pci_segments
+            && !(1..=SEGMENTS_MOST).contains(&segments)
+        {
+            return Err(Fault::Wrong(format!(
+                "platform: num_pci_segments={segments} must be from 1 to {SEGMENTS_MOST}"
+            )));
+        }
+        accepted.num_pci_segments = self.num_pci_segments;
+        accepted.serial_number = self.serial_number;
+        accepted.uuid = self.uuid;
+        accepted.oem_strings = self.oem_strings.unwrap_or_default();
+        let choice = |said, on, off| match said {
+            None => Choice::Auto,
+            Some(true) => on,
+            Some(false) => off,
+        };
+        Ok(PlatformConfig {
+            iommufd: choice(self.iommufd, Choice::On, Choice::Off),
+            // On is what Cloud Hypervisor does where it can.
+            p2p: choice(self.vfio_p2p_dma, Choice::Auto, Choice::Off),
+            ..PlatformConfig::default()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::json::parse;
+
+    fn config(body: &str) -> Result<VmConfig, Fault> {
+        parse::<CreateVm>(body.as_bytes())?.into_config()
+    }
+
+    /// What Cloud Hypervisor has where nothing is said.
+    fn defaults() -> VmConfig {
+        VmConfig {
+            serial: ConsoleConfig::Null,
+            console: ConsoleConfig::Tty,
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn what_is_absent_null_or_unknown_is_as_cloud_hypervisor_has_it() {
+        for body in [
+            "{}",
+            r#"{"cpus":null,"memory":null,"payload":null,"disks":null,"net":null,"rng":null,"serial":null,
+                "console":null,"devices":null,"platform":null,"fs":null,"vsock":null,"balloon":null,"numa":null,
+                "watchdog":false,"iommu":false,"pvpanic":false,"landlock_enable":false,"sgx_epc":null}"#,
+            r#"{"cpus":{"boot_vcpus":null,"features":{"amx":false},"kvm_hyperv":false,"affinity":null},
+                "memory":{"mergeable":false,"prefault":false,"zones":[],"hotplugged_size":null},
+                "payload":{"firmware":null,"kernel":"","initramfs":null,"mrconfigid":null,"host_data":null},
+                "disks":[],"fs":[],"rng":{"src":null,"iommu":false},"debug_console":{"mode":"Off"},
+                "platform":{"tdx":false,"sev_snp":false,"nonsense":[1,2]},"nonsense":{"a":{}}}"#,
+        ] {
+            assert_eq!(config(body), Ok(defaults()), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_vm_in_cloud_hypervisors_words_is_the_same_as_in_flags() {
+        let body = r#"{"cpus":{"boot_vcpus":2,"max_vcpus":4,"nested":false,"max_phys_bits":46,
+            "topology":{"threads_per_core":1,"cores_per_die":4,"dies_per_package":1,"packages":1}},
+            "memory":{"size":1073741824,"shared":true,"hugepages":true,"hugepage_size":2097152,"prefault":true,
+            "thp":false,"hotplug_size":1073741824,"hotplug_method":"VirtioMem"},
+            "payload":{"kernel":"/k","initramfs":"/i","cmdline":"quiet"},"disks":[{"path":"/a","id":"root"}],
+            "net":[{"tap":"t","mac":"52:54:00:12:34:56"}],"rng":{"src":"/dev/random"},
+            "serial":{"mode":"Socket","socket":"/s"},"console":{"mode":"File","file":"/f"},
+            "devices":[{"path":"/sys/bus/pci/devices/0000:01:00.0/","id":"drive"}],
+            "platform":{"num_pci_segments":2,"iommufd":true,"vfio_p2p_dma":false,"uuid":"u","serial_number":"s",
+            "oem_strings":["o"]}}"#;
+        let mut expected = defaults();
+        expected.cpus.boot = 2;
+        expected.cpus.nested = false;
+        expected.memory = MemoryConfig {
+            size: 1 << 30,
+            shared: true,
+            hugepages: true,
+            hugepage_size: Some(2 << 20),
+            prefault: Some(true),
+            thp: false,
+        };
+        expected.kernel = Some("/k".into());
+        expected.initramfs = Some("/i".into());
+        expected.cmdline = Some("quiet".into());
+        let mut disk = crate::config::DiskConfig::new("/a");
+        disk.id = Some("root".into());
+        expected.disk = vec![disk];
+        expected.net = vec![crate::config::NetConfig {
+            tap: Some("t".into()),
+            mac: Some("52:54:00:12:34:56".parse().unwrap()),
+            ..crate::config::NetConfig::default()
+        }];
+        expected.rng.src = "/dev/random".into();
+        expected.serial = ConsoleConfig::Socket("/s".into());
+        expected.console = ConsoleConfig::file("/f");
+        let mut device = crate::config::DeviceConfig::new("01:00.0").unwrap();
+        device.id = Some("drive".into());
+        expected.device = vec![device];
+        expected.platform.iommufd = Choice::On;
+        expected.platform.p2p = Choice::Off;
+        expected.accepted = Some(Box::new(Accepted {
+            max_vcpus: Some(4),
+            topology: Some(Topology {
+                threads_per_core: 1,
+                cores_per_die: 4,
+                dies_per_package: 1,
+                packages: 1,
+            }),
+            max_phys_bits: Some(46),
+            hotplug_size: Some(1 << 30),
+            hotplug_method: Some(HotplugMethod::VirtioMem),
+            num_pci_segments: Some(2),
+            serial_number: Some("s".into()),
+            uuid: Some("u".into()),
+            oem_strings: vec!["o".into()],
+        }));
+        assert_eq!(config(body), Ok(expected));
+        // As older clients have it.
+        let old =
+            r#"{"kernel":{"path":"/k"},"initramfs":{"path":"/i"},"cmdline":{"args":"quiet"}}"#;
+        let new = r#"{"payload":{"kernel":"/k","initramfs":"/i","cmdline":"quiet"}}"#;
+        assert_eq!(config(old), config(new));
+        assert_eq!(config(old).unwrap().kernel, Some("/k".into()));
+    }
+
+    #[test]
+    fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
+        for (body, lack) in [
+            (r#"{"fs":[{"tag":"t","socket":"/s"}]}"#, Lack::VirtioFs),
+            (r#"{"vsock":{"cid":3,"socket":"/s"}}"#, Lack::Vsock),
+            (r#"{"iommu":true}"#, Lack::VirtualIommu),
+            (r#"{"watchdog":true}"#, Lack::Watchdog),
+            (r#"{"balloon":{"size":0}}"#, Lack::Balloon),
+            (
+                r#"{"memory":{"zones":[{"id":"z","size":1}]}}"#,
+                Lack::MemoryZones,
+            ),
+            (r#"{"memory":{"mergeable":true}}"#, Lack::MergedPages),
+            (r#"{"cpus":{"kvm_hyperv":true}}"#, Lack::HyperV),
+            (r#"{"cpus":{"core_scheduling":"Vm"}}"#, Lack::CoreScheduling),
+            (r#"{"platform":{"tdx":true}}"#, Lack::ConfidentialGuests),
+            (r#"{"payload":{"igvm":"/i"}}"#, Lack::ConfidentialGuests),
+            (r#"{"debug_console":{"mode":"Tty"}}"#, Lack::DebugConsole),
+            (
+                r#"{"serial":{"mode":"Off","iommu":true}}"#,
+                Lack::VirtualIommu,
+            ),
+            (
+                r#"{"disks":[{"path":"/a","vhost_user":true}]}"#,
+                Lack::VhostUser,
+            ),
+            (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
+            (
+                r#"{"devices":[{"path":"01:00.0","pci_segment":1}]}"#,
+                Lack::OtherSegment,
+            ),
+        ] {
+            assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");
+        }
+        for (body, word) in [
+            ("", "body"),
+            ("[]", "body"),
+            (r#"{"cpus":{"boot_vcpus":256}}"#, "256"),
+            (r#"{"cpus":{"boot_vcpus":2,"max_vcpus":1}}"#, "max_vcpus=1"),
+            (
+                r#"{"cpus":{"boot_vcpus":4,"topology":{"threads_per_core":65535,"cores_per_die":65535,
+                    "dies_per_package":65535,"packages":65535}}}"#,
+                "topology",
+            ),
+            (r#"{"memory":{"size":-1}}"#, "-1"),
+            (r#"{"serial":{"mode":"Nonsense"}}"#, "Nonsense"),
+            (r#"{"serial":{"mode":"File"}}"#, "file is missing"),
+            (r#"{"console":{"mode":"Socket"}}"#, "socket is missing"),
+            (r#"{"platform":{"num_pci_segments":97}}"#, "97"),
+            (r#"{"devices":[{"path":"nonsense"}]}"#, "nonsense"),
+            (r#"{"disks":[{}]}"#, "path is missing"),
+        ] {
+            let Err(Fault::Wrong(why)) = config(body) else {
+                panic!("{body}: {:?}", config(body));
+            };
+            assert!(why.contains(word), "{body}: {why}");
+        }
+    }
+}

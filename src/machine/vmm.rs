@@ -1,0 +1,490 @@
+//! What this process does, with a VM or without one: it remembers what a VM is to be, puts it together, lets it
+//! live, and gives it back.
+//!
+//! There is one way through a VM's life ([`live`]), for a process that is there for one VM ([`run`]) as for one that
+//! is told over its API what to do ([`serve`]). The main thread owns all of this, and waits for nobody but those
+//! who ask.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::assembly::{Begun, Machine};
+use super::early::Early;
+use super::end::Audience;
+use super::life::{Ended, Life, Stop};
+#[cfg(debug_assertions)]
+use super::panics;
+use super::passthrough::OpenDevices;
+use super::requests::{Answer, Asker, Extent, Files, Info, Request, RequestError, Requests, State};
+use super::signals::Signals;
+use super::virtio::name_of;
+use super::{PanicWatch, RunError, madvise};
+use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
+use crate::monitor::{self, Source};
+use crate::provoked;
+use crate::report::{Report, Stage};
+
+/// How long the process lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lasting {
+    /// As long as its one VM.
+    Vm,
+    /// Until it is told to end. A guest that powers off by itself tells it so.
+    Served,
+    /// Until it is told to end, by its API or by a signal.
+    Kept,
+}
+
+/// What a VM is to be, with the descriptors that were handed over for its devices, by their names.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Definition {
+    pub(super) config: VmConfig,
+    pub(super) files: BTreeMap<String, Files>,
+}
+
+/// A machine whose guest runs no more, and how that came.
+type Lived = (Box<Machine>, Result<Ended, RunError>);
+
+/// Runs a VM until it ends, saying in `report` how far it has come.
+///
+/// The calling thread is the machine's event loop. [`block_signals`](super::block_signals) has to be called before
+/// any thread is started, for the signals that end a VM have to come here. Whoever has a
+/// [`Control`](super::Control) of `requests` can ask things of the machine meanwhile.
+///
+/// # Errors
+/// [`RunError`], whose [`exit_status`](RunError::exit_status) tells bad configuration, a host that
+/// cannot do it, and failure apart.
+pub fn run(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Result<Ended, RunError> {
+    let signals = Signals::new()?;
+    let definition = Arc::new(Definition {
+        config: config.clone(),
+        files: BTreeMap::new(),
+    });
+    let watch = PanicWatch::start();
+    let lived = live(
+        &definition,
+        report,
+        &signals,
+        &requests,
+        Lasting::Vm,
+        None,
+        &watch,
+    );
+    let (machine, ended) = match lived {
+        Err(RunError::AskedEarly) => return Ok(Ended::Asked),
+        lived => lived?,
+    };
+    // Whoever still waits is told of the end before all that the machine has is given back.
+    match requests.can_be_asked() {
+        true => requests.close(Info::of(&machine.config(), State::Shutdown)),
+        false => drop(requests),
+    }
+    machine.end(&signals, None, ended)
+}
+
+/// Does what `requests` ask, VM after VM, until the process is to end. `first`: a VM that is there at once.
+///
+/// The calling thread is the event loop, as with [`run`]. A VM that could not be put together, or that was ended over
+/// the API, leaves the process as it was. `kept`: so does one whose guest powered off or failed.
+///
+/// # Errors
+/// What a VM failed with that takes the process with it
+pub fn serve(first: Option<VmConfig>, kept: bool, requests: Requests) -> Result<(), RunError> {
+    let mut served = Served {
+        signals: Signals::new()?,
+        requests,
+        lasting: if kept { Lasting::Kept } else { Lasting::Served },
+        definition: None,
+    };
+    monitor::tell(Source::Vmm, "starting", &[]);
+    let ended = served.serve(first);
+    if served.definition.is_some() {
+        monitor::tell(Source::Vm, "deleted", &[]);
+    }
+    monitor::tell(Source::Vmm, "shutdown", &[]);
+    ended
+}
+
+/// Puts a VM together, and lets its guest run until its end; `starter` is told when it does, or why it does not.
+///
+/// # Errors
+/// [`RunError`], where there is no machine to be given back
+fn live(
+    definition: &Arc<Definition>,
+    report: &Arc<Report>,
+    signals: &Signals,
+    requests: &Requests,
+    lasting: Lasting,
+    starter: Option<Asker>,
+    watch: &PanicWatch,
+) -> Result<Lived, RunError> {
+    let mut machine = match assemble(definition, report, signals, requests) {
+        Ok(machine) => machine,
+        Err(error) => {
+            if let Some(starter) = starter {
+                starter.answer(Err(RequestError::failed(&error)));
+            }
+            return Err(error);
+        }
+    };
+    watch.tell(&machine.events);
+    #[cfg(debug_assertions)]
+    panics::panic_where_a_test_asks();
+    machine.account(report);
+    let mut life = Life::new(lasting, starter);
+    let ended = loop {
+        madvise::forget_the_start();
+        report.reached(Stage::FirstInstruction);
+        let restarted = match machine.live(&mut life, signals, requests) {
+            Ok(Stop::Restart) => {
+                monitor::tell(Source::Vm, "rebooting", &[]);
+                let info = machine.info(&life);
+                machine.restart(signals, requests, &info)?
+            }
+            Ok(Stop::End(ended)) => break Ok(ended),
+            Err(error) => break Err(error),
+        };
+        match restarted {
+            (again, Ok(None)) => machine = again,
+            (last, ended) => {
+                machine = last;
+                break ended.map(|ended| ended.unwrap_or(Ended::PowerOff));
+            }
+        }
+    };
+    machine.account(report);
+    Ok((machine, ended))
+}
+
+/// Puts a machine together, with an ear for who does not want it any more.
+fn assemble(
+    definition: &Arc<Definition>,
+    report: &Arc<Report>,
+    signals: &Signals,
+    requests: &Requests,
+) -> Result<Box<Machine>, RunError> {
+    definition.config.validate()?;
+    let (early, devices) = (Arc::<Early>::default(), OpenDevices::default());
+    let work = {
+        let (definition, report) = (definition.clone(), report.clone());
+        let (early, devices) = (early.clone(), devices.clone());
+        let can_be_asked = requests.can_be_asked();
+        let begun = Begun::new(&definition.config)?;
+        move || {
+            let machine =
+                Machine::assemble(begun, &definition, &report, &early, &devices, can_be_asked);
+            machine.map(Box::new)
+        }
+    };
+    let info = || Info::of(&definition.config, State::Created);
+    let left = |signal| RunError::unfinished("being put together", signal, &devices);
+    early.during(signals, requests, info, work, left)
+}
+
+/// A process that is told what to do.
+#[derive(Debug)]
+struct Served {
+    signals: Signals,
+    requests: Requests,
+    lasting: Lasting,
+    definition: Option<Definition>,
+}
+
+/// What the process does when a VM is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// It waits to be told.
+    Wait,
+    /// It ends.
+    End,
+}
+
+// What is waited for.
+const SIGNAL: u64 = 0;
+const REQUEST: u64 = 1;
+
+impl Served {
+    fn serve(&mut self, first: Option<VmConfig>) -> Result<(), RunError> {
+        if let Some(config) = first {
+            self.definition = Some(Definition {
+                config,
+                files: BTreeMap::new(),
+            });
+            if let Next::End = self.boot(None)? {
+                return Ok(());
+            }
+        }
+        while let Some(asker) = self.wait()? {
+            if let Next::End = self.boot(Some(asker))? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers who asks while there is no VM, until one is to be booted; `None` where the process is to end.
+    ///
+    /// # Errors
+    /// [`RunError::System`]
+    fn wait(&mut self) -> Result<Option<Asker>, RunError> {
+        let epoll = Epoll::new().map_err(RunError::system("epoll_create"))?;
+        let sources = [
+            (self.signals.as_raw_fd(), SIGNAL),
+            (self.requests.as_raw_fd(), REQUEST),
+        ];
+        for (fd, source) in sources {
+            epoll
+                .ctl(
+                    ControlOperation::Add,
+                    fd,
+                    EpollEvent::new(EventSet::IN, source),
+                )
+                .map_err(RunError::system("epoll_ctl"))?;
+        }
+        self.requests.rouse();
+        let mut ready = [EpollEvent::default(); 2];
+        loop {
+            let count = match epoll.wait(-1, &mut ready) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                result => result.map_err(RunError::system("epoll_wait"))?,
+            };
+            provoked::here();
+            for event in ready.iter().take(count) {
+                if event.data() == SIGNAL {
+                    if let Some(signal) = self.signals.take() {
+                        log::info!("signal {signal}: the process ends");
+                        return Ok(None);
+                    }
+                    continue;
+                }
+                for _ in 0..self.requests.count().max(1) {
+                    let Some((request, asker)) = self.requests.take() else {
+                        break;
+                    };
+                    match request {
+                        Request::Boot if self.definition.is_some() => return Ok(Some(asker)),
+                        // Who asked sees the process end.
+                        Request::End(Extent::Process) => return Ok(None),
+                        request => asker.answer(self.on_request(request)),
+                    }
+                }
+            }
+        }
+    }
+
+    /// What can be done without a VM, at once.
+    fn on_request(&mut self, request: Request) -> Result<Answer, RequestError> {
+        let Some(definition) = &mut self.definition else {
+            return match request {
+                Request::Create(config) => {
+                    config.validate_parts().map_err(invalid)?;
+                    self.definition = Some(Definition {
+                        config: *config,
+                        files: BTreeMap::new(),
+                    });
+                    Ok(Answer::Done)
+                }
+                // There is nothing to be ended, which is what was wanted.
+                Request::End(Extent::Definition) => Ok(Answer::Done),
+                Request::Info
+                | Request::Boot
+                | Request::AddDevice(_)
+                | Request::AddVirtio(..)
+                | Request::RemoveDevice { .. } => Err(RequestError::NotCreated),
+                _ => Err(RequestError::NotRunning),
+            };
+        };
+        match request {
+            Request::Info => {
+                let info = Info::of(&definition.config, State::Created);
+                return Ok(Answer::Info(Box::new(info)));
+            }
+            Request::Create(_) => return Err(RequestError::AlreadyCreated),
+            Request::AddDevice(configs) => definition.add_devices(configs)?,
+            Request::AddVirtio(config, files) => definition.add_virtio(*config, files)?,
+            Request::RemoveDevice { id, .. } => definition.remove(&id)?,
+            Request::End(Extent::Definition) => self.forget(),
+            _ => return Err(RequestError::NotRunning),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn forget(&mut self) {
+        self.definition = None;
+        monitor::tell(Source::Vm, "deleted", &[]);
+    }
+
+    /// Boots the VM that there is to be, and lets it live until its end. `starter`: who wants that.
+    ///
+    /// # Errors
+    /// What the VM failed with, where the process ends with it
+    fn boot(&mut self, starter: Option<Asker>) -> Result<Next, RunError> {
+        let Some(definition) = self.definition.take() else {
+            return Ok(Next::Wait);
+        };
+        let asked = starter.is_some();
+        let mut whole = definition.clone();
+        let devices = whole.config.device.len();
+        whole.config.platform.make_slots(devices);
+        let (watch, report) = (PanicWatch::start(), Arc::new(Report::start()));
+        monitor::tell(Source::Vm, "booting", &[]);
+        let lived = live(
+            &Arc::new(whole),
+            &report,
+            &self.signals,
+            &self.requests,
+            self.lasting,
+            starter,
+            &watch,
+        );
+        let (mut left, lived, ended) = match lived {
+            Ok((machine, ended)) => {
+                let mut left = machine.definition();
+                left.config.platform = definition.config.platform;
+                let audience = Audience {
+                    requests: &self.requests,
+                    info: Info::of(&left.config, State::Shutdown),
+                };
+                let ended = machine.end(&self.signals, Some(&audience), ended);
+                (left, true, ended)
+            }
+            Err(error) => (definition, false, Err(error)),
+        };
+        drop(watch);
+        let ending = self.requests.take_ending();
+        let extent = ending.extent;
+        // All that it had is given back by now, which is what those wait for who take devices then.
+        if lived {
+            monitor::tell(Source::Vm, "shutdown", &[]);
+        }
+        left.forget_numbers();
+        self.definition = Some(left);
+        if extent == Some(Extent::Definition) {
+            self.forget();
+        }
+        ending.finish();
+        self.after(ended, extent, lived || !asked)
+    }
+
+    /// What follows a VM. `own`: where it failed, nobody has been told why.
+    ///
+    /// # Errors
+    /// What the VM failed with, where the process ends with it
+    fn after(
+        &self,
+        ended: Result<Ended, RunError>,
+        extent: Option<Extent>,
+        own: bool,
+    ) -> Result<Next, RunError> {
+        let asked = extent.is_some();
+        let next = match ended {
+            // What is left undone is this process's.
+            Err(error @ (RunError::Unfinished { .. } | RunError::Panicked)) => return Err(error),
+            Err(RunError::AskedEarly) => Next::Wait,
+            // Whoever sent the signal wants the process to end.
+            Err(RunError::StoppedEarly { .. }) => Next::End,
+            Err(error) if own && !asked && self.lasting != Lasting::Kept => return Err(error),
+            Err(error) => {
+                log::error!("{error}");
+                Next::Wait
+            }
+            Ok(Ended::PowerOff) => {
+                log::info!("the guest powered off");
+                match self.lasting {
+                    Lasting::Kept => Next::Wait,
+                    Lasting::Served | Lasting::Vm => Next::End,
+                }
+            }
+            Ok(Ended::Quit) => Next::End,
+            Ok(Ended::Asked) => Next::Wait,
+        };
+        match extent {
+            Some(Extent::Process) => Ok(Next::End),
+            Some(_) => Ok(Next::Wait),
+            None => Ok(next),
+        }
+    }
+}
+
+impl Definition {
+    fn add_devices(&mut self, configs: Vec<DeviceConfig>) -> Result<(), RequestError> {
+        let mut config = self.config.clone();
+        for one in configs {
+            let same = |other: &DeviceConfig| other.path == one.path || other.id() == one.id();
+            if config.device.iter().any(same) || config.has_id(&one.id()) {
+                return Err(RequestError::Exists(one.name()));
+            }
+            config.device.push(one);
+        }
+        self.replace(config)
+    }
+
+    fn add_virtio(&mut self, device: VirtioConfig, files: Files) -> Result<(), RequestError> {
+        let mut config = self.config.clone();
+        let number = match &device {
+            VirtioConfig::Disk(_) => config.disk.len(),
+            VirtioConfig::Net(_) => config.net.len(),
+        };
+        let is_free = |name: &str| !config.has_id(name);
+        let name = name_of(&device, number, is_free);
+        if !is_free(&name) {
+            return Err(RequestError::Exists(name));
+        }
+        // By its name its descriptors are found again.
+        let device = match files.is_empty() {
+            true => device,
+            false => device.named(&name),
+        };
+        match device {
+            VirtioConfig::Disk(disk) => config.disk.push(disk),
+            VirtioConfig::Net(net) => config.net.push(net),
+        }
+        self.replace(config)?;
+        if !files.is_empty() {
+            self.files.insert(name, files);
+        }
+        Ok(())
+    }
+
+    fn replace(&mut self, config: VmConfig) -> Result<(), RequestError> {
+        config.validate_parts().map_err(invalid)?;
+        self.config = config;
+        Ok(())
+    }
+
+    fn remove(&mut self, id: &str) -> Result<(), RequestError> {
+        let config = &mut self.config;
+        let count = |config: &VmConfig| config.disk.len() + config.net.len() + config.device.len();
+        let before = count(config);
+        config.disk.retain(|disk| disk.id.as_deref() != Some(id));
+        config.net.retain(|net| net.id.as_deref() != Some(id));
+        config.device.retain(|device| device.id() != id);
+        self.files.remove(id);
+        match count(&self.config) == before {
+            true => Err(RequestError::Unknown(id.to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    /// Forgets the descriptors that were inherited by their numbers, for a VM has taken them over, and the numbers
+    /// are by now anybody's. What they were of is opened by its name the next time.
+    fn forget_numbers(&mut self) {
+        self.config.platform.iommufd_fd = None;
+        for device in &mut self.config.device {
+            device.fd = None;
+        }
+        for disk in &mut self.config.disk {
+            disk.fd = None;
+        }
+        for net in &mut self.config.net {
+            net.fd.clear();
+        }
+    }
+}
+
+fn invalid(error: crate::config::InvalidConfig) -> RequestError {
+    RequestError::Invalid(error.to_string())
+}

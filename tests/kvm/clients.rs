@@ -1,0 +1,545 @@
+//! Whole lives of VMs as clients of Cloud Hypervisor's API lead them: what each sends, byte for byte, and what it
+//! demands of the answers. `clients/README.md` has the language.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::attentive::attentive;
+use crate::bare::kernel;
+use crate::whole::{has_kvm, signal};
+
+/// What nothing here takes as long as.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A client's way through a VM's life.
+struct Walk {
+    child: Child,
+    folder: TempDir,
+    /// Where the process was given its socket as a descriptor.
+    _listener: Option<UnixListener>,
+    connections: BTreeMap<String, UnixStream>,
+    words: BTreeMap<String, String>,
+    events: Option<Arc<Mutex<Vec<String>>>>,
+    seen: usize,
+    taps: Vec<File>,
+}
+
+/// An answer as it came.
+struct Answer {
+    status: u16,
+    head: String,
+    body: Vec<u8>,
+    /// All of it came in one piece.
+    at_once: bool,
+}
+
+/// The start of a process by `client`.
+fn start(client: &str) -> Option<Walk> {
+    if !has_kvm() {
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().display().to_string();
+    let mut words = BTreeMap::new();
+    for (word, name, size) in [
+        ("INITRAMFS", "initramfs", 4096),
+        ("DISK", "disk", 1 << 20),
+        ("DISK2", "disk2", 1 << 20),
+    ] {
+        let path = folder.path().join(name);
+        fs::write(&path, vec![0; size]).unwrap();
+        words.insert(word.to_owned(), path.display().to_string());
+    }
+    let path = folder.path().join("kernel");
+    fs::write(&path, kernel(&attentive())).unwrap();
+    words.insert("KERNEL".to_owned(), path.display().to_string());
+    words.insert(
+        "TAP".to_owned(),
+        format!("bw{}", std::process::id() % 100_000),
+    );
+    words.insert("CMDLINE".to_owned(), "console=ttyS0".to_owned());
+    words.insert("RUN".to_owned(), run.clone());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_busway"));
+    let socket = folder.path().join("api");
+    let libvirt = client.starts_with("libvirt");
+    let listener = libvirt.then(|| {
+        let listener = UnixListener::bind(&socket).unwrap();
+        fcntl_setfd(&listener, FdFlags::empty()).unwrap();
+        listener
+    });
+    match &listener {
+        Some(listener) => command
+            .arg("--api-socket")
+            .arg(format!("fd={}", listener.as_raw_fd())),
+        None => command.arg("--api-socket").arg(&socket),
+    };
+    let events = (client != "libvirt-9").then(|| {
+        let fifo = folder.path().join("events");
+        let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+        assert!(made.success());
+        command
+            .arg("--event-monitor")
+            .arg(format!("path={}", fifo.display()));
+        let events = Arc::<Mutex<Vec<String>>>::default();
+        let told = events.clone();
+        thread::spawn(move || {
+            // Opened here, as libvirt does, before there is anybody who writes.
+            let reader = BufReader::new(File::open(fifo).unwrap());
+            let (mut source, mut event) = (String::new(), String::new());
+            for line in reader.lines().map_while(Result::ok) {
+                let value = |line: &str| line.split('"').nth(3).unwrap_or_default().to_owned();
+                match line.trim_start() {
+                    line if line.starts_with("\"source\"") => source = value(line),
+                    line if line.starts_with("\"event\"") => event = value(line),
+                    "" if !event.is_empty() => {
+                        told.lock().unwrap().push(format!("{source} {event}"));
+                        event.clear();
+                    }
+                    _ => {}
+                }
+            }
+        });
+        events
+    });
+    if client.starts_with("kata") {
+        command.args(["-v", "--seccomp", "false"]);
+    }
+    let child = command
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::create(folder.path().join("log")).unwrap())
+        .spawn()
+        .unwrap();
+    let walk = Walk {
+        child,
+        folder,
+        _listener: listener,
+        connections: BTreeMap::new(),
+        words,
+        events,
+        seen: 0,
+        taps: Vec::new(),
+    };
+    walk.eventually("the socket", || UnixStream::connect(&socket).is_ok());
+    Some(walk)
+}
+
+impl Walk {
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    fn eventually(&self, what: &str, mut there: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !there() {
+            assert!(start.elapsed() < LIMIT, "{what}\n{}", self.log());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The text with its words filled in.
+    fn filled(&self, text: &str) -> String {
+        let words = self.words.iter();
+        words.fold(text.to_owned(), |text, (word, value)| {
+            text.replace(&format!("${{{word}}}"), value)
+        })
+    }
+
+    fn step(&mut self, step: &Value) {
+        let name = step["step"].as_str().unwrap().to_owned();
+        if step["ask"].is_string() {
+            self.ask(&name, step);
+        } else if let Some(events) = step["events"].as_array() {
+            for event in events {
+                self.wait_event(event.as_str().unwrap());
+            }
+        } else if step["threads"] == true {
+            let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+            // Those of connections that are over may be gone by now.
+            let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).ok();
+            let names = tasks.filter_map(|task| name(task.unwrap()));
+            let vcpus: Vec<_> = names.filter(|name| name.starts_with("vcpu")).collect();
+            let is_number = |name: &String| name[4..].trim_end().parse::<u8>().is_ok();
+            assert!(
+                !vcpus.is_empty() && vcpus.iter().all(is_number),
+                "{vcpus:?}"
+            );
+        } else if let Some(number) = step["signal"].as_i64() {
+            signal(&self.child, number as libc::c_int);
+        } else {
+            self.wait_exit(i32::try_from(step["exits"].as_i64().unwrap()).unwrap());
+        }
+    }
+
+    fn wait_event(&mut self, event: &str) {
+        let events = self.events.clone().expect("a reader of events");
+        let mut at = None;
+        self.eventually(event, || {
+            let events = events.lock().unwrap();
+            at = events.iter().skip(self.seen).position(|one| one == event);
+            at.is_some()
+        });
+        let skipped = events.lock().unwrap()[self.seen..self.seen + at.unwrap()].to_vec();
+        // It would end the domain.
+        assert!(!skipped.contains(&"vm shutdown".to_owned()), "{skipped:?}");
+        self.seen += at.unwrap() + 1;
+    }
+
+    fn wait_exit(&mut self, code: i32) {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                assert_eq!(status.code(), Some(code), "{}", self.log());
+                return;
+            }
+            assert!(start.elapsed() < LIMIT, "{}", self.log());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn ask(&mut self, name: &str, step: &Value) {
+        let body = self.filled(step["body"].as_str().unwrap_or_default());
+        let length = body.len().to_string();
+        let (method, endpoint) = step["ask"].as_str().unwrap().split_once(' ').unwrap();
+        let mut lines = vec![format!("{method} /api/v1/{endpoint} HTTP/1.1")];
+        let headers = step["headers"].as_array().unwrap().iter();
+        lines.extend(headers.map(|line| line.as_str().unwrap().replace("${LEN}", &length)));
+        let on = step["on"].as_str().unwrap();
+        let kept = self.connections.remove(on).filter(|_| on != "new");
+        let mut stream = kept.unwrap_or_else(|| {
+            let stream = UnixStream::connect(self.folder.path().join("api")).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream
+        });
+        let count = usize::try_from(step["taps"].as_u64().unwrap_or(0)).unwrap();
+        for _ in 0..count {
+            match tap() {
+                Some(tap) => self.taps.push(tap),
+                None => return eprintln!("skipped: {name}: no tap is to be had"),
+            }
+        }
+        let taps: Vec<_> = self.taps.drain(..).collect();
+        let files: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
+        match step["way"].as_str().unwrap() {
+            "whole" => send(&stream, &(lines.join("\r\n") + "\r\n\r\n" + &body), &files),
+            "late-chunk" => {
+                send(&stream, &(lines.join("\r\n") + "\r\n\r\n"), &files);
+                assert_eq!(receive(&mut stream).unwrap().status, 100, "{name}");
+                send(&stream, "0\r\n\r\n", &[]);
+            }
+            "pieces" => {
+                let (first, rest): (Vec<_>, Vec<_>) = lines
+                    .iter()
+                    .partition(|line| !line.starts_with("Content-Length"));
+                let first: Vec<_> = first.into_iter().map(String::as_str).collect();
+                send(&stream, &(first.join("\r\n") + "\r\n"), &files);
+                for line in rest {
+                    send(&stream, &format!("{line}\r\n"), &[]);
+                }
+                send(&stream, "\r\n", &[]);
+                send(&stream, &body, &[]);
+            }
+            other => panic!("{name}: no way to send is called {other}"),
+        }
+        let Some(answer) = receive(&mut stream) else {
+            panic!("{name}: no answer\n{}", self.log());
+        };
+        drop(files);
+        self.check(name, step, &answer);
+        if !answer.head.contains("Connection: close") {
+            self.connections.insert(on.to_owned(), stream);
+        }
+    }
+
+    fn check(&mut self, name: &str, step: &Value, answer: &Answer) {
+        let text = String::from_utf8(answer.body.clone()).unwrap();
+        let place = format!("{name}: {} {text}\n{}", answer.status, self.log());
+        let status = u64::from(answer.status);
+        if step["not_yet"] == true {
+            assert_eq!(status, 501, "{place}");
+            assert!(text.contains("cannot do this yet"), "{place}");
+            return;
+        }
+        if let Some(takes) = step["takes"].as_array() {
+            assert!(takes.contains(&status.into()), "{place}");
+        } else {
+            let bound = |index: usize| step["takes_range"][index].as_u64().unwrap();
+            assert!((bound(0)..=bound(1)).contains(&status), "{place}");
+        }
+        for rule in step["rules"].as_array().into_iter().flatten() {
+            let rule = rule.as_str().unwrap();
+            assert!(answer.follows(rule), "{rule}: {place}\n{}", answer.head);
+        }
+        let value: Value = serde_json::from_str(&text).unwrap_or_default();
+        for want in step["wants"].as_array().into_iter().flatten() {
+            let (pointer, op) = (want[0].as_str().unwrap(), want[1].as_str().unwrap());
+            let wanted = match &want[2] {
+                Value::String(text) => Value::String(self.filled(text)),
+                Value::Object(parts) => parts
+                    .iter()
+                    .map(|(key, part)| {
+                        let filled = part.as_str().map(|text| Value::String(self.filled(text)));
+                        (key.clone(), filled.unwrap_or_else(|| part.clone()))
+                    })
+                    .collect(),
+                other => other.clone(),
+            };
+            for (parent, found) in find(&value, pointer) {
+                let right = is(op, &text, parent, found, &wanted);
+                assert!(right, "{pointer} {op} {wanted}: {place}");
+            }
+        }
+        for (key, pointer) in step["keeps"].as_object().into_iter().flatten() {
+            let kept = value
+                .pointer(pointer.as_str().unwrap())
+                .and_then(Value::as_str);
+            self.words
+                .insert(format!("saved.{key}"), kept.expect(name).to_owned());
+        }
+    }
+}
+
+impl Drop for Walk {
+    fn drop(&mut self) {
+        // It has ended, or the test has failed.
+        let _ended = self.child.kill();
+        let _ended = self.child.wait();
+    }
+}
+
+impl Answer {
+    /// What clients demand of an answer's form.
+    fn follows(&self, rule: &str) -> bool {
+        let line = |start: &str| self.head.split("\r\n").find(|line| line.starts_with(start));
+        let length = line("Content-Length: ").map(|line| line["Content-Length: ".len()..].parse());
+        match rule {
+            "no-reason" => self
+                .head
+                .split("\r\n")
+                .next()
+                .is_some_and(|line| line.trim_end().len() == 12),
+            "cl-literal" | "cl-present" | "framed" => match self.status {
+                204 => length.is_none(),
+                _ => length == Some(Ok(self.body.len())),
+            },
+            "no-body" => self.body.is_empty() && length.is_none(),
+            "ct-json" => line("Content-Type: ").is_some_and(|line| line.contains("json")),
+            "no-chunked" => line("Transfer-Encoding").is_none(),
+            "ascii" => self.head.is_ascii() && self.body.is_ascii(),
+            "one-read-1023" => self.at_once && self.head.len() + 4 + self.body.len() <= 1023,
+            // Nothing came behind it, or the body had been too long.
+            "one-response-per-read" => true,
+            other => panic!("no rule is called {other}"),
+        }
+    }
+}
+
+/// What the pointer leads to, with its parent; `*` leads to each element.
+fn find<'a>(value: &'a Value, pointer: &str) -> Vec<(Option<&'a Value>, Option<&'a Value>)> {
+    if let Some((before, after)) = pointer.split_once("/*") {
+        let list = value.pointer(before).and_then(Value::as_array);
+        let elements = list.into_iter().flatten();
+        return elements.flat_map(|element| find(element, after)).collect();
+    }
+    let parent = pointer
+        .rsplit_once('/')
+        .and_then(|(parent, _)| value.pointer(parent));
+    vec![(parent, value.pointer(pointer))]
+}
+
+/// Whether the client would take it.
+fn is(op: &str, text: &str, parent: Option<&Value>, found: Option<&Value>, wanted: &Value) -> bool {
+    let absent = found.is_none_or(Value::is_null);
+    if op.ends_with('?') && absent || op == "type-if-parent" && parent.is_none() {
+        return true;
+    }
+    let Some(found) = found else {
+        return op == "none";
+    };
+    let has = |one: &Value| {
+        let parts = wanted.as_object().unwrap();
+        parts.iter().all(|(key, part)| one.get(key) == Some(part))
+    };
+    let text_of = found.as_str().unwrap_or_default();
+    match op.trim_end_matches('?') {
+        "eq" => found == wanted,
+        "in" => wanted.as_array().unwrap().contains(found),
+        "gt" => found.as_u64() > wanted.as_u64(),
+        "any" => found.as_array().unwrap().iter().any(has),
+        "none" => !found.as_array().unwrap().iter().any(has),
+        "contains" => text.contains(wanted.as_str().unwrap()),
+        "pty" => File::options()
+            .read(true)
+            .write(true)
+            .open(text_of)
+            .is_ok_and(|file| std::io::IsTerminal::is_terminal(&file)),
+        "bdf" => is_bdf(text_of),
+        "bus-0" => is_bdf(text_of) && text_of.starts_with("0000:00:") && text_of.ends_with(".0"),
+        "mac" => {
+            text_of.len() == 17
+                && text_of
+                    .split(':')
+                    .all(|part| u8::from_str_radix(part, 16).is_ok())
+        }
+        "type" | "type-if-parent" => is_type(found, wanted.as_str().unwrap()),
+        other => panic!("no demand is called {other}"),
+    }
+}
+
+fn is_bdf(text: &str) -> bool {
+    text.parse::<busway_pci::Bdf>()
+        .is_ok_and(|bdf| bdf.to_string() == text)
+}
+
+fn is_type(value: &Value, name: &str) -> bool {
+    let all = |is: fn(&Value) -> bool| value.as_array().is_some_and(|list| list.iter().all(is));
+    let objects = || {
+        value
+            .as_object()
+            .map(|map| map.values().all(Value::is_object))
+    };
+    match name {
+        "json" => true,
+        "object" => value.is_object(),
+        "array" => value.is_array(),
+        "string" => value.is_string(),
+        "integer" => value.is_u64() || value.is_i64(),
+        "i64" => value.is_i64(),
+        "u8" => value.as_u64().is_some_and(|number| number <= 255),
+        "array<string>" => all(Value::is_string),
+        "ipv4" => value
+            .as_str()
+            .is_some_and(|text| text.parse::<std::net::Ipv4Addr>().is_ok()),
+        "object<object<integer>>" | "device_tree" => objects() == Some(true),
+        other => panic!("no type is called {other}"),
+    }
+}
+
+/// Sends bytes with descriptors beside the first of them.
+fn send(stream: &UnixStream, text: &str, files: &[BorrowedFd<'_>]) {
+    if text.is_empty() {
+        return;
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !files.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(files)));
+    }
+    let parts = [IoSlice::new(text.as_bytes())];
+    let sent = sendmsg(stream, &parts, &mut control, SendFlags::empty()).unwrap();
+    let mut rest = stream;
+    rest.write_all(&text.as_bytes()[sent..]).unwrap();
+}
+
+/// The next answer; none where the connection is closed.
+fn receive(stream: &mut UnixStream) -> Option<Answer> {
+    let mut bytes = Vec::new();
+    let mut reads = 0;
+    loop {
+        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n");
+        if let Some(end) = end {
+            let head = String::from_utf8(bytes[..end].to_vec()).unwrap();
+            let length = head
+                .split("\r\n")
+                .find_map(|line| line.strip_prefix("Content-Length: "));
+            let length = length.map_or(0, |length| length.parse().unwrap());
+            let body = &bytes[end + 4..];
+            assert!(body.len() <= length, "something comes behind the answer");
+            if body.len() == length {
+                let status = head.strip_prefix("HTTP/1.1 ").unwrap()[..3]
+                    .parse()
+                    .unwrap();
+                let (body, at_once) = (body.to_vec(), reads == 1);
+                return Some(Answer {
+                    status,
+                    head,
+                    body,
+                    at_once,
+                });
+            }
+        }
+        let mut part = [0; 1023];
+        match stream.read(&mut part) {
+            Ok(0) => return None,
+            Ok(count) => bytes.extend(&part[..count]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => panic!("{error}"),
+        }
+        reads += 1;
+    }
+}
+
+/// A tap without a name of ours, which goes when its last descriptor is closed. None without the right to make one.
+fn tap() -> Option<File> {
+    // linux/if_tun.h: TUNSETIFF, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR.
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    const FLAGS: i16 = 0x0002 | 0x1000 | 0x4000;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .ok()?;
+    let mut request = [0_u8; 40];
+    request[16..18].copy_from_slice(&FLAGS.to_ne_bytes());
+    // SAFETY: TUNSETIFF reads and writes an ifreq, for which there is room.
+    let made = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF as _, request.as_mut_ptr()) };
+    (made == 0).then_some(file)
+}
+
+fn walk(client: &str, steps: &str) {
+    let Some(mut walk) = start(client) else {
+        return;
+    };
+    for line in steps.lines() {
+        walk.step(&serde_json::from_str(line).unwrap());
+    }
+}
+
+#[test]
+fn katas_go_runtime_leads_a_vm_through_its_life() {
+    walk("kata-go", include_str!("clients/kata-go.jsonl"));
+}
+
+#[test]
+fn katas_rust_runtime_leads_a_vm_through_its_life() {
+    walk("kata-rs", include_str!("clients/kata-rs.jsonl"));
+}
+
+#[test]
+fn libvirt_9_leads_a_vm_through_its_life() {
+    walk("libvirt-9", include_str!("clients/libvirt-9.jsonl"));
+}
+
+#[test]
+fn libvirt_11_leads_a_vm_through_its_life() {
+    walk("libvirt-11", include_str!("clients/libvirt-11.jsonl"));
+}
+
+#[test]
+fn the_newest_libvirt_leads_a_vm_through_its_life() {
+    walk("libvirt-main", include_str!("clients/libvirt-main.jsonl"));
+}
+
+#[test]
+fn ch_remote_leads_a_vm_through_its_life() {
+    walk("ch-remote", include_str!("clients/ch-remote.jsonl"));
+}
+
+#[test]
+fn virtink_leads_a_vm_through_its_life() {
+    walk("virtink", include_str!("clients/virtink.jsonl"));
+}

@@ -1,0 +1,385 @@
+//! A process that is told over its API what to do, with kernels of a few instructions.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::attentive::hears_nmi;
+use crate::bare::{kernel, power_off, say};
+use crate::whole::{has_kvm, signal};
+
+/// What nothing here takes as long as.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A process that serves its API, with a folder of its own.
+struct Served {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Served {
+    /// None, said on standard error, where there is no KVM.
+    fn start(flags: &[&str]) -> Option<Self> {
+        if !has_kvm() {
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_busway"))
+            .arg("--api-socket")
+            .arg(folder.path().join("api"))
+            .args(flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let served = Self { child, folder };
+        eventually("the API", || {
+            served.try_ask("GET", "vmm.ping", None).is_some()
+        });
+        Some(served)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A VM whose kernel is `code`, and which says what it says to `serial`.
+    fn vm(&self, code: &[u8]) -> Value {
+        let path = self.path("kernel");
+        fs::write(&path, kernel(code)).unwrap();
+        json!({
+            "cpus": { "boot_vcpus": 2, "max_vcpus": 4 },
+            "memory": { "size": 64 << 20 },
+            "payload": { "kernel": path, "cmdline": "" },
+            "serial": { "mode": "File", "file": self.path("serial") },
+            "console": { "mode": "Null", "file": null },
+        })
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(self.path("serial")).unwrap_or_default()
+    }
+
+    fn try_ask(&self, method: &str, name: &str, body: Option<&Value>) -> Option<(u16, Value)> {
+        let mut stream = UnixStream::connect(self.path("api")).ok()?;
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let length = body.len();
+        write!(
+            stream,
+            "{method} /api/v1/{name} HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+        .ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let (head, body) = text.split_once("\r\n\r\n")?;
+        let status = head.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()?;
+        Some((status, serde_json::from_str(body).unwrap_or_default()))
+    }
+
+    /// The answer's status, and its body as JSON.
+    fn ask(&self, method: &str, name: &str, body: Option<&Value>) -> (u16, Value) {
+        let answer = self.try_ask(method, name, body);
+        answer.unwrap_or_else(|| panic!("{name} was not answered"))
+    }
+
+    fn put(&self, name: &str) -> u16 {
+        self.ask("PUT", name, None).0
+    }
+
+    fn state(&self) -> Value {
+        self.ask("GET", "vm.info", None).1["state"].take()
+    }
+
+    /// How many descriptors it has open, beside those of clients that come and go.
+    fn descriptors(&self) -> usize {
+        let folder = format!("/proc/{}/fd", self.child.id());
+        let all = fs::read_dir(folder).unwrap();
+        let targets = all.filter_map(|one| fs::read_link(one.unwrap().path()).ok());
+        targets
+            .filter(|target| !target.display().to_string().starts_with("socket:"))
+            .count()
+    }
+
+    /// Processor time of the thread of this name, in clock ticks of 10 ms.
+    fn ticks(&self, name: &str) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let mut stats =
+            tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("stat")).ok());
+        let stat = stats
+            .find(|stat| stat.contains(&format!("({name})")))
+            .unwrap();
+        let fields = stat.rsplit(')').next().unwrap().split_whitespace();
+        // utime and stime. proc(5)
+        let times = fields.skip(11).take(2);
+        times.map(|field| field.parse::<u64>().unwrap()).sum()
+    }
+
+    /// Its end, and what it wrote to standard error.
+    fn ended(mut self) -> (ExitStatus, String) {
+        let start = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if start.elapsed() > LIMIT {
+                self.child.kill().unwrap();
+                panic!("it does not end");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut errors = String::new();
+        let stderr = self.child.stderr.as_mut().unwrap();
+        stderr.read_to_string(&mut errors).unwrap();
+        assert!(!self.path("api").exists(), "the socket is left: {errors}");
+        (status, errors)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // It has ended, or the test has failed.
+        let _ended = self.child.kill();
+        let _ended = self.child.wait();
+    }
+}
+
+fn eventually(what: &str, mut there: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !there() {
+        assert!(start.elapsed() < LIMIT, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Says a word and goes on for ever.
+fn lives(word: &str) -> Vec<u8> {
+    [&say(word)[..], &[0xeb, 0xfe]].concat()
+}
+
+#[test]
+fn a_vm_is_made_booted_ended_and_made_again_over_the_api() {
+    let Some(served) = Served::start(&[]) else {
+        return;
+    };
+    let (status, said) = served.ask("GET", "vm.info", None);
+    assert_eq!((status, said[1].as_str()), (404, Some("VM is not created")));
+    for (name, status) in [
+        ("vm.boot", 404),
+        ("vm.pause", 500),
+        ("vm.reboot", 500),
+        ("vm.nmi", 500),
+        ("vm.shutdown", 500),
+        ("vm.delete", 204),
+    ] {
+        assert_eq!(served.put(name), status, "{name}");
+    }
+    let before = served.descriptors();
+    for round in 0..2 {
+        let vm = served.vm(&lives("boot "));
+        assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+        let (status, said) = served.ask("PUT", "vm.create", Some(&vm));
+        assert_eq!(
+            (status, said[1].as_str()),
+            (500, Some("VM is already created"))
+        );
+        assert_eq!(served.state(), "Created");
+        let (status, said) = served.ask("PUT", "vm.pause", None);
+        assert_eq!((status, said[1].as_str()), (500, Some("VM is not running")));
+        assert_eq!(served.ask("GET", "vm.counters", None).0, 500);
+        assert_eq!(served.put("vm.boot"), 204);
+        let (_, info) = served.ask("GET", "vm.info", None);
+        assert_eq!(
+            (&info["state"], &info["config"]["cpus"]["max_vcpus"]),
+            (&json!("Running"), &json!(4))
+        );
+        let tasks = fs::read_dir(format!("/proc/{}/task", served.child.id())).unwrap();
+        let mut names: Vec<_> = tasks
+            .filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok())
+            .filter(|name| name.starts_with("vcpu"))
+            .collect();
+        names.sort();
+        assert_eq!(names, ["vcpu0\n", "vcpu1\n"]);
+        eventually("its word", || served.said() == "boot ");
+        assert_eq!(served.put("vm.boot"), 500, "it runs");
+        assert_eq!(served.ask("GET", "vm.counters", None), (200, json!({})));
+        assert_eq!(served.put("vm.reboot"), 204);
+        eventually("its word again", || served.said() == "boot boot ");
+        assert_eq!(served.put("vm.pause"), 204);
+        assert_eq!(served.state(), "Paused");
+        // A guest that stands still starts anew as well, and goes on where that is asked for.
+        assert_eq!(served.put("vm.reboot"), 204);
+        eventually("a third time", || served.said() == "boot boot boot ");
+        assert_eq!((served.put("vm.pause"), served.put("vm.boot")), (204, 204));
+        assert_eq!(served.state(), "Running");
+        assert_eq!(
+            (served.put("vm.pause"), served.put("vm.resume")),
+            (204, 204)
+        );
+        if round == 0 {
+            assert_eq!(served.put("vm.shutdown"), 204);
+            assert_eq!(served.state(), "Created");
+            assert_eq!(served.put("vm.shutdown"), 500);
+            assert_eq!(served.put("vm.boot"), 204);
+            // A file is begun anew with each VM.
+            eventually("its first word", || served.said() == "boot ");
+        }
+        assert_eq!(served.put("vm.delete"), 204);
+        assert_eq!(served.ask("GET", "vm.info", None).0, 404);
+        assert_eq!(served.descriptors(), before, "descriptors are left");
+    }
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    let (status, errors) = served.ended();
+    assert_eq!(status.code(), Some(0), "{errors}");
+    assert_eq!(errors, "");
+}
+
+#[test]
+fn a_vm_that_cannot_be_booted_says_why_and_leaves_the_process_as_it_was() {
+    let Some(served) = Served::start(&[]) else {
+        return;
+    };
+    let mut vm = served.vm(&lives("boot"));
+    vm["payload"]["kernel"] = json!(served.path("missing"));
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    let before = served.descriptors();
+    for _ in 0..2 {
+        let (status, said) = served.ask("PUT", "vm.boot", None);
+        assert_eq!(status, 500);
+        assert!(said[1].as_str().unwrap().contains("missing"), "{said}");
+        assert_eq!(served.state(), "Created");
+        assert_eq!(served.descriptors(), before);
+    }
+    assert_eq!(served.put("vm.delete"), 204);
+    // One without anything to boot is remembered, and told when it is to be booted.
+    assert_eq!(served.ask("PUT", "vm.create", Some(&json!({}))).0, 204);
+    let (status, said) = served.ask("PUT", "vm.boot", None);
+    assert_eq!(status, 500);
+    assert!(
+        said[1].as_str().unwrap().starts_with("nothing to boot"),
+        "{said}"
+    );
+    assert_eq!(served.put("vm.delete"), 204);
+    let wrong = json!({ "cpus": { "boot_vcpus": 65, "max_vcpus": 65 } });
+    assert_eq!(served.ask("PUT", "vm.create", Some(&wrong)).0, 400);
+    let vm = served.vm(&lives("boot"));
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    assert_eq!(served.put("vm.boot"), 204);
+    // A signal ends it as it is, and nobody asks the guest.
+    signal(&served.child, libc::SIGTERM);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
+
+#[test]
+fn devices_come_to_a_vm_that_is_not_booted_yet_and_are_there_when_it_is() {
+    let Some(served) = Served::start(&[]) else {
+        return;
+    };
+    let add = |id: &str| {
+        let path = served.path(&format!("{id}.raw"));
+        fs::write(&path, [0; 4096]).unwrap();
+        served.ask(
+            "PUT",
+            "vm.add-disk",
+            Some(&json!({ "id": id, "path": path })),
+        )
+    };
+    let remove = |id: &str| {
+        served
+            .ask("PUT", "vm.remove-device", Some(&json!({ "id": id })))
+            .0
+    };
+    assert_eq!(add("early").0, 404);
+    let vm = served.vm(&lives("boot"));
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    assert_eq!(add("one"), (204, Value::Null));
+    assert_eq!(add("one").0, 409);
+    assert_eq!(add("two").0, 204);
+    assert_eq!((remove("two"), remove("two")), (204, 404));
+    let gone = json!({ "path": served.path("gone"), "num_queues": 0 });
+    assert_eq!(served.ask("PUT", "vm.add-disk", Some(&gone)).0, 400);
+    assert_eq!(served.put("vm.boot"), 204);
+    let ids = || {
+        let (_, info) = served.ask("GET", "vm.info", None);
+        let disks = info["config"]["disks"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        disks
+            .iter()
+            .map(|disk| disk["id"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(ids(), ["one"]);
+    let (status, added) = add("three");
+    assert_eq!((status, &added["id"]), (200, &json!("three")));
+    assert_eq!(ids(), ["one", "three"]);
+    // What came to the VM while it ran comes to it again.
+    assert_eq!(served.put("vm.shutdown"), 204);
+    assert_eq!(ids(), ["one", "three"]);
+    assert_eq!(served.put("vm.boot"), 204);
+    assert_eq!(served.state(), "Running");
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
+
+#[test]
+fn a_guest_that_powers_off_ends_the_process_unless_that_is_to_stay() {
+    for (flags, stays) in [(&[][..], false), (&["--no-shutdown"], true)] {
+        let Some(served) = Served::start(flags) else {
+            return;
+        };
+        let vm = served.vm(&[say("off"), power_off()].concat());
+        assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+        assert_eq!(served.put("vm.boot"), 204);
+        if stays {
+            eventually("the end of the VM", || served.state() == "Created");
+            assert_eq!(served.put("vm.boot"), 204);
+            eventually("the end of the VM", || served.state() == "Created");
+            signal(&served.child, libc::SIGTERM);
+        }
+        let (status, errors) = served.ended();
+        assert_eq!(status.code(), Some(0), "{errors}");
+    }
+}
+
+#[test]
+fn a_guest_that_fails_by_itself_ends_the_process_with_a_word_and_status_1() {
+    let Some(served) = Served::start(&[]) else {
+        return;
+    };
+    // ud2, without an interrupt table
+    let vm = served.vm(&[0x0f, 0x0b]);
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    assert_eq!(served.put("vm.boot"), 204);
+    let (status, errors) = served.ended();
+    assert_eq!(status.code(), Some(1));
+    assert!(errors.contains("triple-faulted"), "{errors}");
+}
+
+#[test]
+fn a_non_maskable_interrupt_reaches_the_guest() {
+    let Some(served) = Served::start(&[]) else {
+        return;
+    };
+    let vm = served.vm(&[hears_nmi(&say("nmi ")), lives("boot ")].concat());
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    assert_eq!(served.put("vm.boot"), 204);
+    eventually("its word", || served.said() == "boot ");
+    assert_eq!(served.put("vm.nmi"), 204);
+    eventually("the interrupt", || served.said() == "boot nmi boot ");
+    // One that the guest has not started is left alone: it would be busy with nothing.
+    let before = served.ticks("vcpu1");
+    std::thread::sleep(Duration::from_millis(300));
+    let busy = served.ticks("vcpu1") - before;
+    assert!(busy < 5, "{busy} ticks of 30");
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
