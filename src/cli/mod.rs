@@ -27,7 +27,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::anyhow;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
@@ -124,7 +123,7 @@ impl Cli {
         style::choose(self.color);
         logging::start(self.verbose, self.log_file.as_deref()).map_err(|error| {
             let file = self.log_file.as_deref().unwrap_or_else(|| "".as_ref());
-            Failure::usage(anyhow!("--log-file {}: {error}", file.display()))
+            Failure::usage(format!("--log-file {}: {error}", file.display()))
         })?;
         match self.command {
             Command::Run(args) => run::run(&args, self.verbose, report),
@@ -171,7 +170,7 @@ fn completions(shell: Shell) -> Result<(), Failure> {
     match io::stdout().write_all(&script) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             let error = anyhow::Error::new(error).context("cannot write the script");
-            Err(Failure::new(RUNTIME, error))
+            Err(Failure::explained(RUNTIME, error))
         }
         _ => Ok(()),
     }
