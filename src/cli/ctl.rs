@@ -216,9 +216,7 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
     let socket = args
         .api_socket
         .as_deref()
-        .context(
-            "no socket: name the VM's with --api-socket PATH, as its `busway run` was given it",
-        )
+        .ok_or("no socket: name the VM's with --api-socket PATH, as its `busway run` was given it")
         .map_err(Failure::usage)?;
     let verb = &args.verb;
     let body = verb.body();
@@ -234,7 +232,7 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     write_out(&mut out, &text)
         .context("cannot write the result")
-        .map_err(|error| Failure::new(RUNTIME, error))
+        .map_err(|error| Failure::explained(RUNTIME, error))
 }
 
 /// Where there is nothing to say, an object without anything in it.

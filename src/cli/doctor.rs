@@ -35,7 +35,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<(), Failure> {
         Ok(false) => Err(Failure::silent(HOST)),
         Err(error) => {
             let error = anyhow::Error::new(error).context("cannot write the result");
-            Err(Failure::new(RUNTIME, error))
+            Err(Failure::explained(RUNTIME, error))
         }
     }
 }

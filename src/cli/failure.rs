@@ -1,5 +1,6 @@
 //! What went wrong, as the exit status and as a person reads it.
 
+use std::error::Error;
 use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
@@ -19,21 +20,24 @@ pub struct Failure {
 
 impl Failure {
     /// An error with its exit status: one of [`crate::exit`].
-    pub fn new(status: u8, error: impl Into<anyhow::Error>) -> Self {
-        Self {
-            status,
-            error: error.into(),
-        }
+    pub fn new(status: u8, error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        // As one type: anyhow has code and relocations for each type of error that it is given.
+        Self::explained(status, anyhow::Error::from_boxed(error.into()))
+    }
+
+    /// An error with its context, and its exit status: one of [`crate::exit`].
+    pub(super) fn explained(status: u8, error: anyhow::Error) -> Self {
+        Self { status, error }
     }
 
     /// The command line or the configuration is wrong.
-    pub fn usage(error: impl Into<anyhow::Error>) -> Self {
+    pub fn usage(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::new(USAGE, error)
     }
 
     /// A status to exit with, where everything has been said.
     pub(super) fn silent(status: u8) -> Self {
-        Self::new(status, anyhow::Error::msg(""))
+        Self::new(status, "")
     }
 
     /// Prints the error and gives its status.

@@ -28,7 +28,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::anyhow;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory as _, Parser, Subcommand};
 use clap_complete::Shell;
@@ -149,7 +148,7 @@ impl Cli {
 fn start_logging(verbose: u8, file: Option<&Path>) -> Result<(), Failure> {
     logging::start(verbose, file).map_err(|error| {
         let file = file.unwrap_or_else(|| "".as_ref());
-        Failure::usage(anyhow!("--log-file {}: {error}", file.display()))
+        Failure::usage(format!("--log-file {}: {error}", file.display()))
     })
 }
 
@@ -183,7 +182,7 @@ fn completions(shell: Shell) -> Result<(), Failure> {
     match io::stdout().write_all(&script) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             let error = anyhow::Error::new(error).context("cannot write the script");
-            Err(Failure::new(RUNTIME, error))
+            Err(Failure::explained(RUNTIME, error))
         }
         _ => Ok(()),
     }

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use anyhow::anyhow;
 use busway_host::files::{Existing, OutputError, open_output};
 use clap::error::ErrorKind;
 use clap::{
@@ -199,7 +198,7 @@ impl Serve {
         start_logging(self.verbose, self.log_file.as_deref())?;
         if let Some(monitor) = &self.event_monitor {
             let started = monitor.open().and_then(|file| Ok(monitor::start(file)?));
-            started.map_err(|error| Failure::usage(anyhow!("--event-monitor: {error}")))?;
+            started.map_err(|error| Failure::usage(format!("--event-monitor: {error}")))?;
         }
         // Threads start below, and the signals that end a VM are the machine's.
         machine::block_signals();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use busway_host::files::check_output;
 use clap::Args;
 
@@ -167,7 +167,7 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
     report.reached(Stage::Parse);
     let requests = Requests::new()
         .context("the VM cannot be asked anything")
-        .map_err(|error| Failure::new(RUNTIME, error))?;
+        .map_err(|error| Failure::explained(RUNTIME, error))?;
     // From before the VM is put together, which can take long where much memory is to be pinned.
     let server = socket
         .map(|socket| Server::start(&socket, requests.control()))
@@ -337,7 +337,7 @@ impl Publication {
             Err(error) => format!("{}: {error}", folder.display()),
         };
         let file = file.display();
-        Err(Failure::usage(anyhow!("--report {file}: {complaint}")))
+        Err(Failure::usage(format!("--report {file}: {complaint}")))
     }
 
     /// Publishes when the guest has started, on a thread that the guest does not wait for.
