@@ -38,6 +38,10 @@ pub(super) enum Lasting {
     Kept,
 }
 
+/// The most devices that can be added to what a VM is to be: as many functions as a PCI bus has room for. What the
+/// machine has room for is found when it is put together.
+const DEVICES_MOST: usize = 256;
+
 /// What a VM is to be, with the descriptors that were handed over for its devices, by their names.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Definition {
@@ -450,6 +454,10 @@ impl Definition {
     }
 
     fn replace(&mut self, config: VmConfig) -> Result<(), RequestError> {
+        if config.disk.len() + config.net.len() + config.device.len() > DEVICES_MOST {
+            let why = format!("a VM that is not booted yet takes {DEVICES_MOST} devices at most");
+            return Err(RequestError::Invalid(why));
+        }
         config.validate_parts().map_err(invalid)?;
         self.config = config;
         Ok(())

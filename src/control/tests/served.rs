@@ -81,6 +81,25 @@ fn a_vm_is_said_changed_shown_and_forgotten_without_being_booted() {
 }
 
 #[test]
+fn what_a_vm_is_to_be_does_not_grow_without_bound() {
+    let requests = Requests::new().unwrap();
+    let control = requests.control();
+    let process = thread::spawn(move || machine::serve(None, false, requests));
+    control.ask(Request::Create(Box::default())).unwrap();
+    let add = || {
+        let net = VirtioConfig::Net(crate::config::NetConfig::default());
+        control.ask(Request::AddVirtio(Box::new(net), machine::Files::default()))
+    };
+    for number in 0..256 {
+        add().unwrap_or_else(|error| panic!("NIC {number}: {error}"));
+    }
+    let why = add().unwrap_err().to_string();
+    assert_eq!(why, "a VM that is not booted yet takes 256 devices at most");
+    let _gone = control.ask(Request::End(Extent::Process));
+    assert!(process.join().unwrap().is_ok());
+}
+
+#[test]
 fn the_descriptors_of_a_nic_are_kept_until_it_goes_or_the_vm_does() {
     let requests = Requests::new().unwrap();
     let control = requests.control();
