@@ -1,18 +1,21 @@
 //! What happens to a VM, told as it happens to whoever started the process: `--event-monitor`.
 //!
 //! An event is one JSON object in Cloud Hypervisor's words, and goes out in one write, at the place where it
-//! happens. Nobody waits for who reads it: what does not fit is lost, as is everything once nobody reads. Where
-//! nobody asked for events an event costs a look at a flag.
+//! happens. Nobody waits for who reads it: what does not fit is lost, as is everything once nobody reads, and what is
+//! beyond 16 MiB in a file. Where nobody asked for events an event costs a look at a flag.
 
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// The longest event: what a pipe takes whole or not at all is 4096 bytes (pipe(7), `PIPE_BUF`), and libvirt reads
 /// one byte less.
 const MOST: usize = 4095;
+/// The most bytes in a file that stays: a guest that resets its devices again and again makes events, and nobody takes
+/// them out of it.
+const FILE_MOST: u64 = 16 << 20;
 /// How many lost events are told of.
 const TOLD: u32 = 3;
 
@@ -43,13 +46,15 @@ static MONITOR: OnceLock<Monitor> = OnceLock::new();
 struct Monitor {
     output: File,
     start: Instant,
+    /// Bytes that may still be written, where it is no pipe or the like.
+    left: Option<AtomicU64>,
     lost: AtomicU32,
 }
 
 /// Tells events to `output` from now on. There is one monitor in a process.
 ///
 /// # Errors
-/// ioctl(2), FIONBIO: whoever writes to it might have to wait.
+/// ioctl(2), FIONBIO: whoever writes to it might have to wait; fstat(2)
 pub(crate) fn start(output: File) -> io::Result<()> {
     let monitor = Monitor::new(output)?;
     // The first one stays.
@@ -67,8 +72,10 @@ pub(crate) fn tell(source: Source, event: &str, properties: &[(&str, &str)]) {
 impl Monitor {
     fn new(output: File) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&output, true)?;
+        let stays = output.metadata()?.is_file();
         Ok(Self {
             output,
+            left: stays.then(|| AtomicU64::new(FILE_MOST)),
             start: Instant::now(),
             lost: AtomicU32::new(0),
         })
@@ -76,11 +83,24 @@ impl Monitor {
 
     fn tell(&self, source: Source, event: &str, properties: &[(&str, &str)]) {
         let text = encode(self.start.elapsed(), source, event, properties);
-        if let Err(error) = (&self.output).write(text.as_bytes())
+        if let Err(error) = self.write(text.as_bytes())
             && self.lost.fetch_add(1, Ordering::Relaxed) < TOLD
         {
             log::debug!("--event-monitor: {event} is lost: {error}");
         }
+    }
+
+    fn write(&self, event: &[u8]) -> io::Result<()> {
+        let length = event.len() as u64;
+        let take = |left: u64| left.checked_sub(length);
+        if let Some(left) = &self.left
+            && left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+                .is_err()
+        {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        (&self.output).write(event).map(drop)
     }
 }
 
@@ -164,6 +184,23 @@ mod tests {
         assert!(monitor.lost.load(Ordering::Relaxed) > 0);
         drop(reader);
         monitor.tell(Source::Vm, "resumed", &[]);
+    }
+
+    #[test]
+    fn a_file_of_events_does_not_grow_without_bound() {
+        let file = tempfile::tempfile().unwrap();
+        let monitor = Monitor::new(file.try_clone().unwrap()).unwrap();
+        monitor
+            .left
+            .as_ref()
+            .unwrap()
+            .store(1000, Ordering::Relaxed);
+        for _ in 0..100 {
+            monitor.tell(Source::VirtioDevice, "reset", &[("id", "net0")]);
+        }
+        let length = file.metadata().unwrap().len();
+        assert!((500..=1000).contains(&length), "{length}");
+        assert!(monitor.lost.load(Ordering::Relaxed) > 90);
     }
 
     proptest! {

@@ -44,7 +44,8 @@ struct Serve {
 
     /// Tell what happens as JSON, an object for each event: path=FILE|fd=N
     ///
-    /// A named pipe is opened before anything else is done, which waits until somebody reads it.
+    /// A named pipe is opened before anything else is done, which waits until somebody reads it. A
+    /// file that stays gets 16 MiB at most.
     #[arg(long, value_name = "WHERE", help_heading = PROCESS)]
     event_monitor: Option<EventMonitor>,
 
