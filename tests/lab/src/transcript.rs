@@ -43,6 +43,10 @@ impl Transcript {
             });
             // The kernel's own lines can stand in front on the same line.
             let said = text.find("@@").map_or("", |start| &text[start..]);
+            // A guest that begins anew does not go on with what it said before.
+            if said == UP {
+                open = None;
+            }
             if let Some((name, content)) = &mut open {
                 if said.strip_prefix("@@end ") == Some(name) {
                     transcript.blocks.extend(open.take());
@@ -95,5 +99,8 @@ mod tests {
     #[test]
     fn a_block_cut_short_is_no_block() {
         assert!(Transcript::parse("1 @@begin a\n2 text\n").blocks.is_empty());
+        let restarted = "1 @@begin a\n2 text\n3 @@up\n4 @@begin b\n5 more\n6 @@end b\n7 @@end a\n";
+        let blocks = Transcript::parse(restarted).blocks;
+        assert_eq!(blocks, BTreeMap::from([("b".into(), "more\n".into())]));
     }
 }

@@ -70,7 +70,8 @@ fn in_turn(lab: &mut Lab, tier: Tier) -> Result<()> {
     Ok(())
 }
 
-/// What the guest does, before it restarts and after.
+/// What the guest does, before it restarts and after. What writes and reads ends before the restart, which takes its disk
+/// away.
 fn script(rounds: u64) -> String {
     format!(
         "if [ -b /dev/vdb ]; then\n\
@@ -87,6 +88,7 @@ fn script(rounds: u64) -> String {
          (seed=1; while lab-io write /dev/vda $seed && lab-io verify /dev/vda $seed; do\n\
          echo $seed >/run/base; seed=$((seed + 1))\n\
          done >/run/base.log 2>&1; block base_log </run/base.log; value base broken) &\n\
+         io=$!\n\
          value ready yes\n\
          for round in $(seq {rounds}); do\n\
          until [ -b /dev/vdb ] && [ -e /sys/class/net/eth0 ]; do sleep 0.1; done\n\
@@ -99,6 +101,7 @@ fn script(rounds: u64) -> String {
          until [ -b /dev/vdb ]; do sleep 0.1; done\n\
          value kept \"$(lab-io write /dev/vdb 7)\"\n\
          until_pressed written\n\
+         kill $io\n\
          reboot -f\n",
     )
 }
