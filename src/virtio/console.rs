@@ -5,15 +5,16 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::activation::{Activation, StartError};
+use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
 use super::device::VirtioDevice;
-use super::life::{DeviceState, Progress, Running};
-use super::queue::{QueueError, Served, Virtqueue};
+use super::error::QueueError;
+use super::error::StartError;
+use super::life::{ConsoleState, DeviceState, Progress, Running};
+use super::queue::{Served, Virtqueue};
 use super::segments::Segments;
 use super::spec::{self, console};
 use super::worker::{Worker, doorbell_events};
@@ -107,15 +108,6 @@ impl VirtioDevice for Console {
         }
         activation.run(workers, DeviceState::Console(state))
     }
-}
-
-/// What a console keeps between two runs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConsoleState {
-    /// What has been typed and waits for the guest's buffers; 256 bytes at most.
-    pub input: Vec<u8>,
-    /// Bytes that are out already of the next chain of the transmit queue.
-    pub printed: usize,
 }
 
 /// The endpoint's input, read only when that does not block.

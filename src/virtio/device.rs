@@ -3,8 +3,9 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use super::activation::{Activation, StartError};
+use super::activation::Activation;
 use super::config_space::ConfigSpace;
+use super::error::StartError;
 use super::life::{DeviceState, Running};
 
 /// A kind of virtio device, apart from the transport that carries it.

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwapOption;
 use busway_pci::{InterruptRoutes, Msix, VectorOwner};
 
-use super::pci::Registers;
 use super::spec::{NO_VECTOR, isr};
 use busway_pci::Complaints;
 use busway_vfio::EventFd;
@@ -127,10 +126,16 @@ impl Interrupts {
     }
 
     /// Puts it into a state that was saved, of virtio's; MSI-X has its own.
-    pub(crate) fn restore(&self, registers: &Registers, isr: u8, needs_reset: bool) {
-        self.set_config_vector(registers.config_vector);
-        for (slot, queue) in self.queue_vectors.iter().zip(&registers.queues) {
-            slot.store(queue.vector, Ordering::Relaxed);
+    pub(crate) fn restore(
+        &self,
+        config_vector: u16,
+        queue_vectors: impl Iterator<Item = u16>,
+        isr: u8,
+        needs_reset: bool,
+    ) {
+        self.set_config_vector(config_vector);
+        for (slot, vector) in self.queue_vectors.iter().zip(queue_vectors) {
+            slot.store(vector, Ordering::Relaxed);
         }
         self.isr.store(isr, Ordering::Release);
         self.needs_reset.store(needs_reset, Ordering::Release);

@@ -4,77 +4,100 @@
 //! The rings are the `virtio-queue` crate's. The way along a chain is [`chain`]'s, which refuses what that
 //! crate lets pass in silence.
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use busway_vfio::EventFd;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::activation::{Call, QueueSetup};
-use super::chain::{self, Table};
+use super::chain::{self, Chain, Table};
+use super::error::{QueueError, StartError};
+use super::interrupts::Interrupts;
 use super::life::{Progress, QueuePosition};
-use super::segments::Segments;
 use super::spec;
 use crate::memory::RamMap;
 
-/// The driver broke the queue's rules, or the host does not serve it any more. The device needs a reset;
-/// there is no other way on.
-#[derive(Debug, thiserror::Error)]
-pub enum QueueError {
-    /// ring: {0}
-    #[error("ring: {0}")]
-    Ring(#[from] virtio_queue::Error),
-    /// chain {head}: {what}
-    #[error("chain {head}: {what}")]
-    Chain {
-        /// The chain's first descriptor.
-        head: u16,
-        /// What is wrong with it.
-        what: &'static str,
-    },
-    /// the host: {call}: {source}
-    #[error("the host: {call}: {source}")]
-    Host {
-        /// The system call.
-        call: &'static str,
-        /// Why it failed.
-        source: std::io::Error,
-    },
+/// One enabled queue: all that somebody needs to serve it, in this process or in another.
+///
+/// A device of Busway's own builds a [`Virtqueue`] from it. A back end elsewhere is given the addresses,
+/// the position and the two events.
+#[derive(Clone, Debug)]
+pub struct QueueSetup {
+    /// The queue's number.
+    pub index: u16,
+    /// Descriptors: a power of two.
+    pub size: u16,
+    /// Guest-physical address of the descriptor table.
+    pub desc: u64,
+    /// Guest-physical address of the available ring.
+    pub avail: u64,
+    /// Guest-physical address of the used ring.
+    pub used: u64,
+    /// Whether `VIRTIO_F_EVENT_IDX` was negotiated.
+    pub event_idx: bool,
+    /// Where the device is in the rings.
+    pub position: QueuePosition,
+    /// Signalled by the driver's notifications.
+    pub kick: EventFd,
+    /// Interrupts the driver.
+    pub call: Call,
 }
 
-/// What the driver made available in one go.
-#[derive(Debug)]
-pub(crate) struct Chain<'m> {
-    head: u16,
-    /// What the device reads.
-    pub(crate) readable: Segments<'m>,
-    /// What the device writes.
-    pub(crate) writable: Segments<'m>,
+impl QueueSetup {
+    /// The ring, where all of it lies in `memory`.
+    ///
+    /// # Errors
+    /// [`StartError::Queue`]: a size or an address that no queue can have, or a ring outside of RAM.
+    pub(super) fn ring(&self, memory: &RamMap) -> Result<Queue, StartError> {
+        let failed = |source| StartError::Queue {
+            index: self.index,
+            source,
+        };
+        let queue = Queue::try_from(QueueState {
+            max_size: self.size,
+            size: self.size,
+            next_avail: self.position.next_avail,
+            next_used: self.position.next_used,
+            event_idx_enabled: self.event_idx,
+            ready: true,
+            desc_table: self.desc,
+            avail_ring: self.avail,
+            used_ring: self.used,
+        })
+        .map_err(failed)?;
+        if !queue.is_valid(memory) {
+            return Err(failed(virtio_queue::Error::FindMemoryRegion));
+        }
+        Ok(queue)
+    }
 }
 
-impl Chain<'_> {
-    /// A chain without buffers.
-    pub(super) fn empty(head: u16) -> Self {
-        Self {
-            head,
-            readable: Segments::default(),
-            writable: Segments::default(),
-        }
+/// How the driver is told that a queue has used buffers.
+#[derive(Clone, Debug)]
+pub struct Call {
+    interrupts: Arc<Interrupts>,
+    queue: u16,
+}
+
+impl Call {
+    pub(super) fn new(interrupts: Arc<Interrupts>, queue: u16) -> Self {
+        Self { interrupts, queue }
     }
 
-    /// The name under which it is completed.
-    pub(crate) fn head(&self) -> u16 {
-        self.head
+    /// Interrupts the driver by the queue's vector. Whether the driver wants that is the caller's to
+    /// find out.
+    pub fn signal(&self) {
+        self.interrupts.queue(self.queue);
     }
 
-    /// The error that says what is wrong with this chain.
-    pub(crate) fn malformed(&self, what: &'static str) -> QueueError {
-        QueueError::Chain {
-            head: self.head,
-            what,
-        }
+    /// The eventfd that does the same without this process, for a back end in another. `None` while
+    /// the driver has never unmasked the vector, or has none: then [`signal`](Self::signal) is the only
+    /// way, and whoever has an eventfd of a back end's waits for it and calls that.
+    #[must_use]
+    pub fn event(&self) -> Option<Arc<OwnedFd>> {
+        self.interrupts.queue_event(self.queue)
     }
 }
 

@@ -3,9 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use super::activation::{Activation, StartError};
+use super::activation::Activation;
 use super::config_space::ConfigSpace;
 use super::device::VirtioDevice;
+use super::error::StartError;
 use super::life::Running;
 
 /// A device that is what another was to the transport, and never starts.

@@ -10,11 +10,13 @@ use std::sync::Arc;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
-use super::activation::{Activation, StartError};
+use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
 use super::device::VirtioDevice;
+use super::error::QueueError;
+use super::error::StartError;
 use super::life::{DeviceState, Progress, Running};
-use super::queue::{QueueError, Virtqueue};
+use super::queue::Virtqueue;
 use super::spec;
 use super::worker::{Worker, doorbell_events};
 use crate::config::RngConfig;

@@ -11,9 +11,9 @@ use std::thread::{Builder, JoinHandle};
 use busway_vfio::EventFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::error::QueueError;
 use super::interrupts::Interrupts;
 use super::life::{Progress, Running};
-use super::queue::QueueError;
 use crate::provoked;
 
 /// What one thread of a device does: it waits for its sources and is woken with their number.

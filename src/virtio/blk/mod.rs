@@ -11,7 +11,6 @@ mod gate;
 mod hold;
 mod image;
 mod limiter;
-mod limits;
 mod linger;
 pub(crate) mod lock;
 mod pool;
@@ -31,15 +30,16 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::activation::{Activation, StartError};
+use super::activation::Activation;
 use super::config_space::ConfigSpace;
 use super::device::VirtioDevice;
-use super::life::{DeviceState, Running};
+use super::life::{DeviceState, DiskState, Running};
 use super::queue::Virtqueue;
 use super::segments::MAX_SEGMENTS;
 use super::spec::{self, blk};
 use super::worker::Worker;
 use crate::config::{DISK_QUEUE_SIZES, DiskConfig, InvalidVirtio, QueueAffinity};
+use crate::virtio::error::StartError;
 use busway_pci::Complaints;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
@@ -49,21 +49,14 @@ pub use image::ImageError;
 use image::{Image, ImageMode};
 use limiter::Limiter;
 use linger::Lingerers;
-use request::Requests;
+use request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZERO_SECTORS, Requests};
 use space::DiskSpace;
-pub use state::{DiskState, LeftRequest};
 use worker::{BlkWorker, Parts};
 
 /// A request is one descriptor for its header, one for its status, and its data.
 const REQUEST_OVERHEAD: u32 = 2;
 /// A queue is not larger than the longest chain that is followed.
 const _: () = assert!(*DISK_QUEUE_SIZES.end() as usize <= MAX_SEGMENTS);
-/// Most sectors of one discard: 2 GiB. What a reset has to wait for is less: `steps`.
-const MAX_DISCARD_SECTORS: u32 = 1 << 22;
-/// Most sectors of one write zeroes: 16 MiB, for where the host cannot do better than to write.
-const MAX_ZERO_SECTORS: u32 = 1 << 15;
-/// Most ranges of one discard or write zeroes.
-const MAX_RANGES: u32 = 32;
 /// Host errors of one disk that are errors in the log. Where there is one there are many.
 const LOGGED_ERRORS: u32 = 8;
 

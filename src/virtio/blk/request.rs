@@ -7,12 +7,20 @@ use super::flight::{Flight, Range, Work};
 use super::image::Image;
 use super::space::DiskSpace;
 use crate::memory::RamMap;
-use crate::virtio::queue::{Chain, QueueError};
+use crate::virtio::chain::Chain;
+use crate::virtio::error::QueueError;
 use crate::virtio::segments::{Held, Segments};
 use crate::virtio::spec::{self, blk};
 use busway_pci::Complaints;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
+
+/// Most sectors of one discard: 2 GiB. What a reset has to wait for is less: `steps`.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 22;
+/// Most sectors of one write zeroes: 16 MiB, for where the host cannot do better than to write.
+pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 15;
+/// Most ranges of one discard or write zeroes.
+pub(super) const MAX_RANGES: u32 = 32;
 
 /// Why a request is not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,11 +112,11 @@ impl Requests {
                 return Ok(Planned::Answered(head, written));
             }
             blk::T_DISCARD if self.has(blk::F_DISCARD) => {
-                let ranges = self.ranges(chain.readable.clone(), super::MAX_DISCARD_SECTORS, 0);
+                let ranges = self.ranges(chain.readable.clone(), MAX_DISCARD_SECTORS, 0);
                 ranges.map(|ranges| (Work::Discard(ranges), 0))
             }
             blk::T_WRITE_ZEROES if self.has(blk::F_WRITE_ZEROES) => {
-                let (most, flags) = (super::MAX_ZERO_SECTORS, blk::RANGE_F_UNMAP);
+                let (most, flags) = (MAX_ZERO_SECTORS, blk::RANGE_F_UNMAP);
                 let ranges = self.ranges(chain.readable.clone(), most, flags);
                 ranges.map(|ranges| (Work::Zero(ranges), 0))
             }
@@ -198,7 +206,7 @@ impl Requests {
         self.writable()?;
         let count = bytes.len() / size_of::<AskedRange>();
         let whole = bytes.len().is_multiple_of(size_of::<AskedRange>());
-        if !whole || count == 0 || count > super::MAX_RANGES as usize {
+        if !whole || count == 0 || count > MAX_RANGES as usize {
             return Err(Failure::Refused);
         }
         let mut ranges = Vec::with_capacity(count);

@@ -1,25 +1,6 @@
-//! What a disk keeps between two runs.
+//! What a disk that was stopped left, as a disk that is started takes it.
 
-use serde::{Deserialize, Serialize};
-
-/// What a disk keeps between two runs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskState {
-    /// Writes may stay in a cache until the driver flushes: the `writeback` field of the configuration.
-    pub writeback: bool,
-    /// Requests that were taken from a queue and are not completed. The next start does each from its
-    /// beginning.
-    pub left: Vec<LeftRequest>,
-}
-
-/// A request that was taken from a queue and is not completed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LeftRequest {
-    /// The queue's number.
-    pub queue: u16,
-    /// The first descriptor of its chain.
-    pub head: u16,
-}
+use crate::virtio::life::DiskState;
 
 impl DiskState {
     /// Whether a disk of `queues` queues of `size` descriptors at most could have left it.

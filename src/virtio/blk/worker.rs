@@ -18,11 +18,11 @@ use super::limiter::Limiter;
 use super::linger::{Lingerers, Lingering, describe};
 use super::request::{Planned, Requests};
 use super::space::DiskSpace;
-use super::state::LeftRequest;
 use super::sys;
 use crate::memory::{GuestRam, RamMap};
-use crate::virtio::life::{DeviceState, Progress};
-use crate::virtio::queue::{QueueError, Virtqueue};
+use crate::virtio::error::QueueError;
+use crate::virtio::life::{DeviceState, LeftRequest, Progress};
+use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::{Rest, Worker, doorbell_events};
 
 /// How long a stop waits for what the host has.

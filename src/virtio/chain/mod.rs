@@ -4,10 +4,44 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::queue::Chain;
-use super::segments::MAX_SEGMENTS;
+use super::error::QueueError;
+use super::segments::{MAX_SEGMENTS, Segments};
 use super::spec::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
 use crate::memory::RamMap;
+
+/// What the driver made available in one go.
+#[derive(Debug)]
+pub(crate) struct Chain<'m> {
+    head: u16,
+    /// What the device reads.
+    pub(crate) readable: Segments<'m>,
+    /// What the device writes.
+    pub(crate) writable: Segments<'m>,
+}
+
+impl Chain<'_> {
+    /// A chain without buffers.
+    fn empty(head: u16) -> Self {
+        Self {
+            head,
+            readable: Segments::default(),
+            writable: Segments::default(),
+        }
+    }
+
+    /// The name under which it is completed.
+    pub(crate) fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The error that says what is wrong with this chain.
+    pub(crate) fn malformed(&self, what: &'static str) -> QueueError {
+        QueueError::Chain {
+            head: self.head,
+            what,
+        }
+    }
+}
 
 /// `struct virtq_desc`. Virtio 1.3 §2.7.5.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]

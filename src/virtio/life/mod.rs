@@ -29,13 +29,13 @@
 //!
 //! [`VirtioDevice::outstanding`]: super::VirtioDevice::outstanding
 
+mod state;
+
 use std::fmt::Debug;
 
 use serde::{Deserialize, Serialize};
 
-use super::blk::DiskState;
-use super::console::ConsoleState;
-use super::net::NetState;
+pub use state::{ConsoleState, DeviceState, DiskState, LeftRequest, NetState, WaitingPacket};
 
 /// How far a device has come in a queue. Both indices run freely modulo 2^16, as those in guest memory
 /// do. Virtio 1.3 §2.7.6 and §2.7.8.
@@ -45,21 +45,6 @@ pub struct QueuePosition {
     pub next_avail: u16,
     /// Index of the used ring's entry that is filled next.
     pub next_used: u16,
-}
-
-/// What a device holds between two runs that is neither in its queues nor in its registers.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceState {
-    /// Nothing: the device has not run since the driver reset it, or it is of a kind that keeps nothing.
-    #[default]
-    None,
-    /// A network card's.
-    Net(NetState),
-    /// A console's.
-    Console(ConsoleState),
-    /// A disk's.
-    Disk(DiskState),
 }
 
 /// What a run leaves for the next one. The default is what a reset leaves.

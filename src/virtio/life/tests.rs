@@ -2,11 +2,13 @@
 
 use super::*;
 use crate::memory::GuestRam;
-use crate::virtio::activation::{Activation, StartError};
+use crate::virtio::activation::Activation;
 use crate::virtio::config_space::{ConfigSpace, Fields};
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::error::QueueError;
+use crate::virtio::error::StartError;
 use crate::virtio::pci::{StateError, VirtioPciState};
-use crate::virtio::queue::{QueueError, Served, Virtqueue};
+use crate::virtio::queue::{Served, Virtqueue};
 use crate::virtio::spec::{self, pci::common, status};
 use crate::virtio::testing::{Driver, Ring, eventually, function};
 use crate::virtio::worker::{Worker, doorbell_events};

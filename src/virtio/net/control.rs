@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 
-use super::NetState;
 use super::tap::Tap;
-use crate::virtio::queue::{Chain, QueueError, Served};
+use crate::virtio::chain::Chain;
+use crate::virtio::error::QueueError;
+use crate::virtio::life::NetState;
+use crate::virtio::queue::Served;
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::net;
 use busway_pci::Complaints;

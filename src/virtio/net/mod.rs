@@ -16,21 +16,22 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use busway_host::Mac;
-use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use zerocopy::little_endian::U16;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::activation::{Activation, StartError};
+use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
 use super::device::VirtioDevice;
-use super::life::{DeviceState, Progress, Running};
-use super::queue::{QueueError, Served, Virtqueue};
+use super::error::QueueError;
+use super::life::{DeviceState, NetState, Progress, Running, WaitingPacket};
+use super::queue::{Served, Virtqueue};
 use super::spec::{self, net};
 use super::worker::{Worker, doorbell_events};
 use crate::config::{InvalidVirtio, NetConfig};
 use crate::memory::GuestRam;
+use crate::virtio::error::StartError;
 use busway_pci::Complaints;
 pub use cable::Cable;
 use control::Control;
@@ -304,27 +305,6 @@ impl VirtioDevice for Net {
         }
         activation.run(workers, DeviceState::Net(state))
     }
-}
-
-/// What a card keeps between two runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NetState {
-    /// Pairs of queues in use, from 1 on.
-    pub pairs: u16,
-    /// What the driver takes unfinished: feature bits, `VIRTIO_NET_F_GUEST_*`.
-    pub offloads: u64,
-    /// What has been taken from the tap and waits for the guest's buffers: one packet for each pair at
-    /// most.
-    pub waiting: Vec<WaitingPacket>,
-}
-
-/// A packet that waits for buffers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WaitingPacket {
-    /// Of which pair's receive queue.
-    pub pair: u16,
-    /// The packet behind its `struct virtio_net_hdr`.
-    pub bytes: Vec<u8>,
 }
 
 /// The features that say what the driver takes unfinished.

@@ -5,7 +5,9 @@ use std::io::{self, Read};
 
 use super::cable::Cable;
 use crate::memory::RamMap;
-use crate::virtio::queue::{Chain, QueueError, Virtqueue};
+use crate::virtio::chain::Chain;
+use crate::virtio::error::QueueError;
+use crate::virtio::queue::Virtqueue;
 use crate::virtio::spec::net;
 
 /// The largest packet that the kernel hands over at once: 64 KiB of segments with their headers.

@@ -19,7 +19,7 @@ use busway_pci::{
 };
 use busway_vfio::EventFd;
 
-use super::activation::{Activation, Call, QueueSetup, StartError};
+use super::activation::Activation;
 use super::config_space::ConfigSpace;
 use super::device::VirtioDevice;
 use super::interrupts::Interrupts;
@@ -28,6 +28,8 @@ use super::retired::Retired;
 use super::spec::{self, status};
 use crate::memory::GuestRam;
 use crate::monitor::{self, Source};
+use crate::virtio::error::StartError;
+use crate::virtio::queue::{Call, QueueSetup};
 use layout::{BarPlace, Capabilities};
 use registers::{Change, Outside};
 pub use registers::{QueueRegisters, Registers};

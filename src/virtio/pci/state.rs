@@ -117,8 +117,10 @@ impl VirtioPci {
         function.device.set_state(&state.progress.device);
         function.life = Life::Stopped(state.progress.clone());
         let isr = state.isr & spec::isr::ALL;
+        let queues = state.registers.queues.iter().map(|queue| queue.vector);
+        let config = state.registers.config_vector;
         self.interrupts
-            .restore(&state.registers, isr, state.needs_reset);
+            .restore(config, queues, isr, state.needs_reset);
         self.interrupts
             .with_msix(|msix, owner| msix.restore(&state.msix, owner));
         let control = self.interrupts.msix().control();

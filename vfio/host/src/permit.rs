@@ -3,9 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::Path;
 
-use super::usage::Usage;
+use super::usage::{Usage, is_system};
 
 /// The reasons that were allowed.
 pub type Permits = BTreeSet<Permit>;
@@ -103,11 +102,4 @@ impl fmt::Display for Permit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.switch())
     }
-}
-
-/// Whether the host cannot do without what is mounted there.
-pub(super) fn is_system(path: &Path) -> bool {
-    ["/", "/usr", "/boot", "/var", "/nix", "/gnu"]
-        .iter()
-        .any(|system| path == Path::new(system))
 }

@@ -12,7 +12,7 @@ use super::device::HostDevice;
 use super::finding::{Finding, Level, Remedy, worst};
 use super::framebuffer;
 use super::host::Host;
-use super::mediated::MediatedCheck;
+use super::mediated_check::MediatedCheck;
 use super::modules::Aliases;
 use super::refusal;
 use super::root;

@@ -8,9 +8,9 @@ use busway_pci::Bdf;
 
 use super::finding::Remedy;
 use super::lines::Lines;
-use super::permit::{Permit, is_system};
+use super::permit::Permit;
 use super::together::{GroupBlocker, Together};
-use super::usage::{Process, StorageServer, Usage};
+use super::usage::{Process, StorageServer, Usage, is_system};
 
 /// A reason not to touch a device, with what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,10 +1,7 @@
 //! Why an image cannot be used.
 
 use std::io;
-use std::path::{Path, PathBuf};
-
-use super::ImageMode;
-use crate::virtio::blk::lock::ImageLockError;
+use std::path::PathBuf;
 
 /// An image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -127,31 +124,4 @@ pub enum ImageError {
         /// Why.
         source: io::Error,
     },
-}
-
-pub(super) fn open_error(path: &Path, mode: ImageMode, source: io::Error) -> ImageError {
-    let path = path.to_owned();
-    let hint = match source.raw_os_error() {
-        Some(libc::EBUSY) => return ImageError::InUse { path },
-        Some(libc::EINVAL) if mode.direct => return ImageError::NotDirect { path },
-        Some(libc::ENOENT) => "; make an empty one with `truncate -s 10G`, for example",
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !mode.readonly => {
-            "; it has to be writable for the user that runs this, or give readonly=on"
-        }
-        Some(libc::EACCES | libc::EPERM) => "; it has to be readable for the user that runs this",
-        _ => "",
-    };
-    ImageError::Open { path, source, hint }
-}
-
-pub(super) fn lock_error(path: &Path, error: ImageLockError) -> ImageError {
-    let path = path.to_owned();
-    match error {
-        ImageLockError::Held(holder) => ImageError::Locked { path, holder },
-        ImageLockError::Kernel(source) => ImageError::Kernel {
-            what: "locking",
-            path,
-            source,
-        },
-    }
 }

@@ -1,44 +1,33 @@
 //! A disk's image: a file or a block device of the host, raw or in a format, opened, locked, measured, read
 //! and written.
 
+mod bounce;
 mod error;
+mod limits;
+mod open;
 mod qcow2;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
-use super::limits::{self, Limits};
-use super::lock;
 use super::steps::{self, Stop};
 use super::sys;
 use crate::config::ImageType;
 use crate::virtio::segments::Segments;
+use bounce::Bounce;
 pub use error::ImageError;
-use error::{lock_error, open_error};
+use limits::Limits;
+pub(super) use open::ImageMode;
+use open::open_raw;
 use qcow2::Qcow2Image;
-
-/// Bytes of the buffer through which go what a direct file does not take from where it lies, and the
-/// zeros that the host cannot write otherwise.
-const BOUNCE_SIZE: usize = 64 << 10;
-/// How an image is opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct ImageMode {
-    pub(super) readonly: bool,
-    pub(super) direct: bool,
-    /// A descriptor of it that was inherited.
-    pub(super) fd: Option<u32>,
-    pub(super) image_type: ImageType,
-    /// Files that it names are opened.
-    pub(super) backing_files: bool,
-}
 
 /// An opened and locked image. The lock ends with it.
 #[derive(Debug)]
@@ -68,9 +57,9 @@ impl Image {
             }
         };
         let limits = if is_device {
-            limits::of_device(&file, mode).map_err(kernel("asking for the geometry"))?
+            limits::of_device(&file, mode.direct).map_err(kernel("asking for the geometry"))?
         } else {
-            limits::of_file(&file, path, mode)?
+            limits::of_file(&file, path, mode.direct)?
         };
         let format = match mode.image_type {
             ImageType::Raw => {
@@ -324,26 +313,6 @@ impl Image {
     }
 }
 
-/// An aligned buffer, made for one request. Zeros at first.
-pub(super) struct Bounce {
-    bytes: Vec<u8>,
-    start: usize,
-}
-
-impl Bounce {
-    pub(super) fn new(alignment: usize) -> Self {
-        let bytes = vec![0; BOUNCE_SIZE.saturating_add(alignment)];
-        let start = bytes.as_ptr().align_offset(alignment.max(1));
-        Self { bytes, start }
-    }
-
-    /// The buffer's first `len` bytes, or all of it.
-    pub(super) fn first(&mut self, len: usize) -> &mut [u8] {
-        let end = self.start.saturating_add(len.min(BOUNCE_SIZE));
-        self.bytes.get_mut(self.start..end).unwrap_or_default()
-    }
-}
-
 fn unsupported(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -358,60 +327,6 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
             result => return result,
         }
     }
-}
-
-/// Opens and locks the file at `path`, or takes the descriptor that was inherited; says whether it is a block
-/// device.
-fn open_raw(path: &Path, mode: ImageMode) -> Result<(File, bool), ImageError> {
-    let failed = |source| open_error(path, mode, source);
-    let inherited = mode.fd.map(sys::duplicate).transpose().map_err(failed)?;
-    let metadata = match &inherited {
-        Some(file) => file.metadata(),
-        None => std::fs::metadata(path),
-    };
-    let kind = metadata.map_err(failed)?.file_type();
-    let is_device = kind.is_block_device();
-    if !is_device && !kind.is_file() {
-        let what = if kind.is_dir() {
-            "a directory"
-        } else if kind.is_char_device() {
-            "a character device"
-        } else {
-            "neither"
-        };
-        return Err(ImageError::Kind {
-            path: path.to_owned(),
-            what,
-        });
-    }
-    let file = match inherited {
-        Some(file) => {
-            if !mode.readonly && !sys::is_writable(&file).map_err(failed)? {
-                return Err(ImageError::NotWritable {
-                    path: path.to_owned(),
-                });
-            }
-            if mode.direct {
-                sys::set_direct(&file).map_err(failed)?;
-            }
-            file
-        }
-        None => {
-            let mut flags = if mode.direct { libc::O_DIRECT } else { 0 };
-            if is_device && !mode.readonly {
-                // For a block device: fails where the host itself uses it.
-                flags |= libc::O_EXCL;
-            }
-            OpenOptions::new()
-                .read(true)
-                .write(!mode.readonly)
-                .custom_flags(flags)
-                .open(path)
-                .map_err(failed)?
-        }
-    };
-    lock::lock(&file, mode.readonly).map_err(|error| lock_error(path, error))?;
-    Ok((file, is_device))
 }
 
 /// Says so where a raw image looks like one of another format, which the guest would see as it is.

@@ -16,7 +16,8 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 
-use super::{ImageError, ImageMode, open_raw};
+use super::error::ImageError;
+use super::open::{ImageMode, open_raw};
 use crate::virtio::segments::Segments;
 
 /// Most backing files below one another.

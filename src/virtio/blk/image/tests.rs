@@ -1,4 +1,5 @@
 use super::*;
+use std::fs::OpenOptions;
 use std::io::Write;
 
 fn open(path: &Path, readonly: bool) -> Result<Image, ImageError> {

@@ -12,13 +12,12 @@ mod process;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use busway_iommu::Command;
 use busway_pci::Bdf;
 
 use super::device::{self, HostDevice};
-use super::permit::is_system;
 use super::root::{self, SysRoot};
 
 pub(super) use block::claimed_disk;
@@ -171,6 +170,13 @@ impl InterfaceAddress {
             IpAddr::V6(address) => address.segments()[0] & 0xffc0 == 0xfe80,
         }
     }
+}
+
+/// Whether the host cannot do without what is mounted there.
+pub(super) fn is_system(path: &Path) -> bool {
+    ["/", "/usr", "/boot", "/var", "/nix", "/gnu"]
+        .iter()
+        .any(|system| path == Path::new(system))
 }
 
 impl Usage {

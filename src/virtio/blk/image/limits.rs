@@ -5,31 +5,32 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::image::{Bounce, ImageError, ImageMode};
-use super::sys;
+use super::bounce::Bounce;
+use super::error::ImageError;
+use crate::virtio::blk::sys;
 
 /// What block sizes can be: from a sector to a page.
 const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=4096;
 
 /// What the image's storage asks for and can do. Bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Limits {
+pub(in crate::virtio::blk) struct Limits {
     /// The least that is read or written, and what positions are multiples of.
-    pub(super) block_size: u32,
+    pub(in crate::virtio::blk) block_size: u32,
     /// What is written without reading first.
-    pub(super) physical_block_size: u32,
+    pub(in crate::virtio::blk) physical_block_size: u32,
     /// Preferred least request; 0 where unknown.
-    pub(super) min_io_size: u32,
+    pub(in crate::virtio::blk) min_io_size: u32,
     /// Best request; 0 where unknown.
-    pub(super) opt_io_size: u32,
+    pub(in crate::virtio::blk) opt_io_size: u32,
     /// What a discard frees; 0 where there is no discard.
-    pub(super) discard_granularity: u32,
+    pub(in crate::virtio::blk) discard_granularity: u32,
     /// What memory has to be aligned to; 1 where it need not be.
-    pub(super) memory_alignment: u32,
+    pub(in crate::virtio::blk) memory_alignment: u32,
 }
 
 /// A block device's.
-pub(super) fn of_device(file: &File, mode: ImageMode) -> io::Result<Limits> {
+pub(super) fn of_device(file: &File, direct: bool) -> io::Result<Limits> {
     let geometry = sys::geometry(file)?;
     let queue = sys_queue(file.metadata()?.rdev());
     let granularity = std::fs::read_to_string(queue.join("discard_granularity"))
@@ -44,11 +45,7 @@ pub(super) fn of_device(file: &File, mode: ImageMode) -> io::Result<Limits> {
         min_io_size: geometry.min_io,
         opt_io_size: geometry.opt_io,
         discard_granularity: granularity,
-        memory_alignment: if mode.direct {
-            geometry.logical.max(512)
-        } else {
-            1
-        },
+        memory_alignment: if direct { geometry.logical.max(512) } else { 1 },
     })
 }
 
@@ -68,7 +65,7 @@ fn sys_queue(device: u64) -> PathBuf {
 ///
 /// # Errors
 /// [`ImageError::NotDirect`]
-pub(super) fn of_file(file: &File, path: &Path, mode: ImageMode) -> Result<Limits, ImageError> {
+pub(super) fn of_file(file: &File, path: &Path, direct: bool) -> Result<Limits, ImageError> {
     let physical = 4096;
     let mut limits = Limits {
         block_size: *BLOCK_SIZES.start(),
@@ -78,7 +75,7 @@ pub(super) fn of_file(file: &File, path: &Path, mode: ImageMode) -> Result<Limit
         discard_granularity: physical,
         memory_alignment: 1,
     };
-    if mode.direct {
+    if direct {
         let not_direct = || ImageError::NotDirect {
             path: path.to_owned(),
         };

@@ -1,0 +1,44 @@
+//! What ends a device's service, and what it does not start with.
+
+use std::io;
+
+/// The driver broke the queue's rules, or the host does not serve it any more. The device needs a reset;
+/// there is no other way on.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// ring: {0}
+    #[error("ring: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// chain {head}: {what}
+    #[error("chain {head}: {what}")]
+    Chain {
+        /// The chain's first descriptor.
+        head: u16,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// the host: {call}: {source}
+    #[error("the host: {call}: {source}")]
+    Host {
+        /// The system call.
+        call: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// Why a device did not start, though its driver is ready.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// queue {index}: {source}
+    #[error("queue {index}: {source}")]
+    Queue {
+        /// The queue's number.
+        index: u16,
+        /// What is wrong with it.
+        source: virtio_queue::Error,
+    },
+    /// The host refused something that the device needs to run.
+    #[error(transparent)]
+    Host(#[from] io::Error),
+}
