@@ -3,8 +3,10 @@
 //! One table has all of its endpoints. What Busway cannot do yet is answered with 501 and the name of what
 //! it is, so that a client learns what is missing and not merely that something is.
 
+mod added;
 mod config;
 mod create;
+mod info;
 mod lacking;
 mod virtio;
 
@@ -19,10 +21,8 @@ use super::connections::Service;
 use super::http::{Answer, Request as HttpRequest};
 use super::json;
 use crate::config::{DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, is_removal_timeout};
-use crate::machine::{
-    self, Added, AddedFunction, Control, Extent, Files, Info, Request, RequestError, State,
-};
-use config::Config;
+use crate::machine::{self, Control, Extent, Files, Request, RequestError, State};
+use added::PciDeviceInfo;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
 use virtio::{AddDisk, AddNet};
@@ -207,83 +207,6 @@ pub(super) struct Api {
     end: Arc<End>,
 }
 
-/// `VmInfo`
-#[derive(Serialize)]
-struct VmInfo<'a> {
-    config: Config,
-    state: &'static str,
-    memory_actual_size: u64,
-    device_tree: BTreeMap<&'a str, DeviceNode<'a>>,
-    /// Beside Cloud Hypervisor's: the guest is paused after an error of a device.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    held: Option<bool>,
-    /// Beside Cloud Hypervisor's: how many devices can be added.
-    empty_slots: usize,
-}
-
-/// `DeviceNode`
-#[derive(Serialize)]
-struct DeviceNode<'a> {
-    id: &'a str,
-    resources: [(); 0],
-    children: [&'a str; 0],
-    /// The address in the guest.
-    pci_bdf: &'a str,
-    /// Beside Cloud Hypervisor's, of a host device: the address on the host.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    host_bdf: Option<&'a str>,
-    /// Beside Cloud Hypervisor's, of a host device: how it is reset.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reset: Option<&'a str>,
-}
-
-impl<'a> DeviceNode<'a> {
-    fn new(id: &'a str, pci_bdf: &'a str) -> Self {
-        Self {
-            id,
-            resources: [],
-            children: [],
-            pci_bdf,
-            host_bdf: None,
-            reset: None,
-        }
-    }
-}
-
-/// `PciDeviceInfo`
-#[derive(Serialize)]
-struct PciDeviceInfo {
-    id: String,
-    bdf: String,
-    /// Beside Cloud Hypervisor's: false where no driver of the guest's attends to the slot, yet.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    attended: Option<bool>,
-    /// Beside Cloud Hypervisor's: the further functions that came with it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    functions: Vec<PciDeviceInfo>,
-}
-
-impl From<AddedFunction> for PciDeviceInfo {
-    fn from(added: AddedFunction) -> Self {
-        Self {
-            id: added.id,
-            bdf: added.address,
-            attended: None,
-            functions: Vec::new(),
-        }
-    }
-}
-
-impl From<Added> for PciDeviceInfo {
-    fn from(added: Added) -> Self {
-        Self {
-            attended: (!added.attended).then_some(false),
-            functions: added.others.into_iter().map(Self::from).collect(),
-            ..Self::from(added.first)
-        }
-    }
-}
-
 /// What leaves together.
 #[derive(Serialize)]
 struct Removed {
@@ -452,7 +375,7 @@ impl Api {
 
     fn info(&self) -> Answer {
         match self.control.ask(Request::Info) {
-            Ok(machine::Answer::Info(info)) => show(&info),
+            Ok(machine::Answer::Info(info)) => info::show(&info),
             Ok(_) => failed(500, &["The VM did not say how it is"]),
             Err(error) => refused("The VM info is not available", &error),
         }
@@ -540,40 +463,6 @@ impl Api {
 /// What is said in a body.
 fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     Ok(json::parse(body)?)
-}
-
-fn show(info: &Info) -> Answer {
-    let state = match info.state {
-        State::Created => "Created",
-        State::Running => "Running",
-        // Clients know no other word for a guest that does not run.
-        State::Paused | State::Held => "Paused",
-        State::Shutdown => "Shutdown",
-    };
-    let (devices, ids) = (&info.devices, &info.ids);
-    let nodes = devices.iter().map(|device| {
-        let id = ids.get(&device.host).unwrap_or(&device.host).as_str();
-        let mut node = DeviceNode::new(id, &device.guest);
-        node.host_bdf = Some(&device.host);
-        node.reset = Some(device.reset);
-        (id, node)
-    });
-    let virtio = info.virtio.iter().map(|device| {
-        let node = DeviceNode::new(&device.id, &device.address);
-        (device.id.as_str(), node)
-    });
-    succeeded(&VmInfo {
-        config: info.into(),
-        state,
-        // Clients compute with it, before the guest has any as well.
-        memory_actual_size: match info.memory {
-            0 => info.config.memory.size,
-            memory => memory,
-        },
-        device_tree: nodes.chain(virtio).collect(),
-        held: (info.state == State::Held).then_some(true),
-        empty_slots: info.empty_slots,
-    })
 }
 
 fn done() -> Answer {
