@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::activation::{Activation, StartError};
 use super::config_space::ConfigSpace;
+use super::counts::Counts;
 use super::life::{DeviceState, Running};
 
 /// A kind of virtio device, apart from the transport that carries it.
@@ -31,6 +32,11 @@ pub trait VirtioDevice: Send + Debug {
 
     /// Its configuration.
     fn config(&self) -> Arc<dyn ConfigSpace>;
+
+    /// Where what its queues do is counted, from its first start to its end.
+    fn counts(&self) -> Counts {
+        Counts::default()
+    }
 
     /// Whether the driver's choice among the features can be served.
     fn accepts(&self, features: u64) -> bool {

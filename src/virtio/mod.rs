@@ -12,6 +12,7 @@ pub mod blk;
 mod chain;
 mod config_space;
 pub mod console;
+mod counts;
 mod device;
 mod interrupts;
 pub mod life;
@@ -28,6 +29,9 @@ mod worker;
 
 pub use activation::{Activation, Call, QueueSetup, StartError};
 pub use config_space::{ChangeListener, ConfigSpace};
+pub use counts::{
+    Counts, DiskTotals, DriverState, NetTotals, Sight, Totals, TransferTotals, VirtioSeen,
+};
 pub use device::VirtioDevice;
 pub use pci::{QueueRegisters, Registers, StateError, VirtioPci, VirtioPciError, VirtioPciState};
 pub use queue::QueueError;
