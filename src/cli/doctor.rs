@@ -7,9 +7,10 @@ use clap::Args;
 use serde::Serialize;
 
 use super::failure::Failure;
-use super::findings::{self, FindingArgs, FindingJson};
+use super::findings::{self, FindingArgs};
 use super::style::{Screen, Style, write_out};
 use crate::exit::{HOST, RUNTIME};
+use crate::preflight::{FindingJson, findings_json};
 
 /// `busway doctor`
 #[derive(Args, Clone, Debug)]
@@ -60,7 +61,7 @@ pub fn run_on(
         let json = Json {
             version: 1,
             healthy,
-            findings: findings::json(&found),
+            findings: findings_json(&found),
         };
         serde_json::to_string_pretty(&json)? + "\n"
     } else {

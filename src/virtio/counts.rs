@@ -47,9 +47,10 @@ enum Kind {
 struct Transfers {
     ops: Count,
     bytes: Count,
-    /// Microseconds that they took, together and at most.
+    /// Microseconds that they took: together, at most and at least.
     took: Count,
     longest: Count,
+    shortest: Count,
 }
 
 /// What a disk's queue counts, when a request is answered.
@@ -83,6 +84,9 @@ impl DiskCounts {
             DiskWork::Other => return self.others.add(1),
         };
         let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        if took < transfers.shortest.get() || transfers.ops.get() == 0 {
+            transfers.shortest.0.store(took, Relaxed);
+        }
         transfers.ops.add(1);
         transfers.bytes.add(bytes);
         transfers.took.add(took);
@@ -154,10 +158,15 @@ pub struct TransferTotals {
     pub micros: u64,
     /// Microseconds that the longest took.
     pub longest_micros: u64,
+    /// Microseconds that the shortest took; 0 where there was none.
+    pub shortest_micros: u64,
 }
 
 impl TransferTotals {
     fn add(&mut self, more: &Transfers) {
+        if more.ops.get() > 0 && (self.ops == 0 || more.shortest.get() < self.shortest_micros) {
+            self.shortest_micros = more.shortest.get();
+        }
         self.ops = self.ops.wrapping_add(more.ops.get());
         self.bytes = self.bytes.wrapping_add(more.bytes.get());
         self.micros = self.micros.wrapping_add(more.took.get());
@@ -393,12 +402,14 @@ mod tests {
                 bytes: 4608,
                 micros: 40,
                 longest_micros: 30,
+                shortest_micros: 10,
             },
             writes: TransferTotals {
                 ops: 1,
                 bytes: 1024,
                 micros: 5,
                 longest_micros: 5,
+                shortest_micros: 5,
             },
             others: 1,
             errors: 1,

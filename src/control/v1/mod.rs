@@ -8,23 +8,29 @@ mod config;
 mod create;
 mod info;
 mod lacking;
+mod observe;
 mod virtio;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use busway_host::{Called, SysRoot};
 use serde::{Deserialize, Serialize};
 
 use super::End;
 use super::connections::Service;
-use super::http::{Answer, Request as HttpRequest};
-use super::json;
-use crate::config::{DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, is_removal_timeout};
-use crate::machine::{self, Control, Extent, Files, Request, RequestError, State};
+use super::http::{Answer, JSON, Request as HttpRequest};
+use super::{json, metrics};
+use crate::config::{
+    DeviceConfig, MAX_REMOVAL_TIMEOUT, MemoryConfig, OnError, VirtioConfig, is_removal_timeout,
+};
+use crate::machine::{self, Control, Extent, Files, Observed, Request, RequestError, State};
+use crate::preflight::{Preflight, PreflightError};
 use added::PciDeviceInfo;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
+pub(super) use observe::DEVICE_STATES;
+use observe::{Activity, Devices};
 use virtio::{AddDisk, AddNet};
 
 /// Where the API is.
@@ -59,6 +65,10 @@ enum Act {
     Ping,
     Info,
     Counters,
+    Devices,
+    Activity,
+    /// It is looked whether the guest could have a host device.
+    CheckDevice,
     /// The machine is asked; and what is said where it refuses.
     Ask(Request, &'static str),
     /// A host device comes, or goes.
@@ -114,6 +124,8 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     get("vmm.ping", Act::Ping),
     get("vm.info", Act::Info),
     get("vm.counters", Act::Counters),
+    get("vm.devices", Act::Devices),
+    get("vm.activity", Act::Activity),
     put(
         "vm.pause",
         Act::Ask(Request::Pause, "The VM could not be paused"),
@@ -154,6 +166,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     later("vm.resize-disk", Lack::ResizeDisk),
     later("vm.resize-zone", Lack::MemoryZones),
     with_body("vm.add-device", Act::AddDevice),
+    with_body("vm.check-device", Act::CheckDevice),
     later("vm.add-user-device", Lack::UserDevices),
     with_body(
         "vm.add-disk",
@@ -188,7 +201,8 @@ impl Endpoint {
     pub(super) fn statuses(&self) -> &'static [u16] {
         match self.act {
             Act::Ping => &[200, 400],
-            Act::Info | Act::Counters => &[200, 400, 404, 429, 500],
+            Act::Info | Act::Counters | Act::Devices | Act::Activity => &[200, 400, 404, 429, 500],
+            Act::CheckDevice => &[200, 400, 404, 429, 500],
             Act::Ask(Request::Boot, _) => &[204, 400, 404, 429, 500],
             Act::Create => &[204, 400, 429, 500, 501],
             Act::Ask(..) | Act::End(_, 204) => &[204, 400, 429, 500],
@@ -205,6 +219,8 @@ impl Endpoint {
 pub(super) struct Api {
     control: Control,
     end: Arc<End>,
+    /// The host whose devices are checked.
+    host: SysRoot,
 }
 
 /// What leaves together.
@@ -303,6 +319,23 @@ impl RemoveDevice {
     }
 }
 
+/// What is to be checked.
+#[derive(Deserialize)]
+struct CheckDevice {
+    /// As `vm.add-device` has it, or as `busway device` does.
+    path: String,
+    /// The bytes of memory that the guest is to have, if other than the VM's.
+    memory: Option<u64>,
+}
+
+impl CheckDevice {
+    fn into_called(self) -> Result<(Called, Option<u64>), String> {
+        let path = self.path.trim_end_matches('/');
+        let called = path.parse::<Called>().map_err(|error| error.to_string())?;
+        Ok((called, self.memory))
+    }
+}
+
 /// `VmmPingResponse`
 #[derive(Serialize)]
 struct Ping {
@@ -314,6 +347,9 @@ struct Ping {
 
 impl Service for Api {
     fn answer(&self, request: &HttpRequest) -> Answer {
+        if request.path == metrics::PATH {
+            return self.metrics(request);
+        }
         let endpoint = match find(&request.path) {
             Some(endpoint) => endpoint,
             None => return failed(404, &[&format!("{} is no path of this API", request.path)]),
@@ -343,7 +379,17 @@ fn find(path: &str) -> Option<&'static Endpoint> {
 
 impl Api {
     pub(super) fn new(control: Control, end: Arc<End>) -> Self {
-        Self { control, end }
+        Self {
+            control,
+            end,
+            host: SysRoot::default(),
+        }
+    }
+
+    /// The same on another host.
+    #[cfg(test)]
+    pub(super) fn on(self, host: SysRoot) -> Self {
+        Self { host, ..self }
     }
 
     fn act(&self, endpoint: &Endpoint, request: &HttpRequest) -> Answer {
@@ -357,6 +403,13 @@ impl Api {
             }),
             Act::Info => self.info(),
             Act::Counters => self.counters(),
+            Act::Devices => self.observe("The VM's devices cannot be shown", |seen| {
+                succeeded(&Devices::of(seen))
+            }),
+            Act::Activity => self.observe("The VM's activity cannot be shown", |seen| {
+                succeeded(&Activity::of(seen))
+            }),
+            Act::CheckDevice => self.check_device(body),
             Act::Ask(request, what) => match self.control.ask(request.clone()) {
                 Ok(_) => done(),
                 Err(error) => refused(what, &error),
@@ -381,16 +434,67 @@ impl Api {
         }
     }
 
-    /// No device of Busway's counts anything that a guest does with it.
+    /// What the VM's vCPUs and devices have done.
+    fn observe(&self, what: &str, show: impl FnOnce(&Observed) -> Answer) -> Answer {
+        match self.control.ask(Request::Observe) {
+            Ok(machine::Answer::Observed(seen)) => show(&seen),
+            Ok(_) => failed(500, &[what]),
+            Err(error) => refused(what, &error),
+        }
+    }
+
+    /// What a guest has its devices do; there is nothing of it while none runs.
     fn counters(&self) -> Answer {
         const WHAT: &str = "The VM's counters are not available";
-        match self.control.ask(Request::Info) {
-            Ok(machine::Answer::Info(info)) => match info.state {
-                State::Created | State::Shutdown => refused(WHAT, &RequestError::NotRunning),
-                _ => succeeded(&BTreeMap::<&str, BTreeMap<&str, u64>>::new()),
+        self.observe(WHAT, |seen| match seen.state {
+            State::Created | State::Shutdown => refused(WHAT, &RequestError::NotRunning),
+            _ => succeeded(&observe::counters(seen)),
+        })
+    }
+
+    /// A process that has no VM, or is about to end, has metrics as well.
+    fn metrics(&self, request: &HttpRequest) -> Answer {
+        if request.method != "GET" {
+            let text = format!("metrics are asked for by GET, not by {}", request.method);
+            return failed(400, &[&text]);
+        }
+        let observed = match self.control.ask(Request::Observe) {
+            Ok(machine::Answer::Observed(seen)) => Some(seen),
+            Err(error @ RequestError::TooMany) => {
+                return refused("The metrics are not available", &error);
+            }
+            _ => None,
+        };
+        match metrics::text(observed.as_deref()) {
+            Ok(text) => Answer {
+                status: 200,
+                body: Some(text.into_bytes()),
+                content_type: metrics::CONTENT_TYPE,
             },
-            Ok(_) => failed(500, &[WHAT]),
-            Err(error) => refused(WHAT, &error),
+            Err(error) => failed(500, &["The metrics cannot be written", &error.to_string()]),
+        }
+    }
+
+    /// Looks at a host device as `busway device check` does, for a guest with the VM's memory. It is done here, beside
+    /// the machine, which waits for nothing of it.
+    fn check_device(&self, body: &[u8]) -> Answer {
+        const WHAT: &str = "The device could not be checked";
+        let asked = json::parse::<CheckDevice>(body).and_then(CheckDevice::into_called);
+        let (called, memory) = match asked {
+            Ok(asked) => asked,
+            Err(why) => return failed(400, &[WHAT, &why]),
+        };
+        let memory = match (memory, self.control.ask(Request::Info)) {
+            (Some(memory), _) => memory,
+            (None, Ok(machine::Answer::Info(info))) => info.config.memory.size,
+            (None, Ok(_) | Err(RequestError::NotCreated)) => MemoryConfig::default().size,
+            (None, Err(error)) => return refused(WHAT, &error),
+        };
+        let opens = &busway_host::open_node;
+        match Preflight::of(&self.host, &[called], memory, opens) {
+            Ok(found) => succeeded(&found.json()),
+            Err(error @ PreflightError::Called(_)) => failed(404, &[WHAT, &error.to_string()]),
+            Err(error) => failed(500, &[WHAT, &error.to_string()]),
         }
     }
 
@@ -456,6 +560,7 @@ impl Api {
         Answer {
             status,
             body: (status != 204).then(Vec::new),
+            content_type: JSON,
         }
     }
 }
@@ -469,6 +574,7 @@ fn done() -> Answer {
     Answer {
         status: 204,
         body: None,
+        content_type: JSON,
     }
 }
 
@@ -477,6 +583,7 @@ fn succeeded<T: Serialize>(value: &T) -> Answer {
         Ok(body) => Answer {
             status: 200,
             body: Some(body),
+            content_type: JSON,
         },
         Err(error) => failed(500, &["The answer cannot be written", &error.to_string()]),
     }
@@ -505,5 +612,6 @@ fn failed(status: u16, messages: &[&str]) -> Answer {
         status,
         // A list of texts can be written.
         body: Some(json::ascii(&messages).unwrap_or_default()),
+        content_type: JSON,
     }
 }
