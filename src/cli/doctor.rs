@@ -56,7 +56,7 @@ pub fn run_on(
 ) -> io::Result<bool> {
     let screen = screen.into();
     let found = examine(root, args.findings.memory, opens);
-    let healthy = !findings::has_obstacle(&found);
+    let healthy = busway_host::worst(&found) != Level::Obstacle;
     let text = if args.findings.json {
         let json = Json {
             version: 1,

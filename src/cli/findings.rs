@@ -32,8 +32,22 @@ fn memory(text: &str) -> Result<u64, String> {
     value.size().map_err(|reason| reason.to_string())
 }
 
-pub(super) fn has_obstacle(findings: &[Finding]) -> bool {
-    busway_host::worst(findings) == Level::Obstacle
+/// Whether a guest can have a device, in words.
+pub(super) fn verdict(ready: bool, needs_only_binding: bool) -> (&'static str, Style) {
+    match (ready, needs_only_binding) {
+        (true, _) => ("ready", Style::GOOD),
+        (false, true) => ("ready to be bound", Style::WARN),
+        (false, false) => ("not ready", Style::BAD),
+    }
+}
+
+/// Whether a host can give devices to guests, in words.
+pub(super) fn host_verdict(findings: &[FindingJson<'_>]) -> (&'static str, Style) {
+    let bad = |finding: &FindingJson<'_>| finding.level() == Level::Obstacle;
+    match findings.iter().any(bad) {
+        true => ("cannot give devices to guests", Style::BAD),
+        false => ("can give devices to guests", Style::GOOD),
+    }
 }
 
 /// What is looked at, and what came of it.

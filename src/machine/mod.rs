@@ -41,5 +41,6 @@ pub use requests::{
     Added, AddedFunction, Answer, Control, Extent, Files, Info, Request, RequestError, Requests,
     State, VirtioInfo,
 };
+pub(crate) use signals::Signals;
 pub use signals::block_signals;
 pub use vmm::{run, serve};

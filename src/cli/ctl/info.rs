@@ -68,6 +68,7 @@ fn rows(info: &Value) -> Vec<Row> {
     rows
 }
 
+/// What it is doing, in words.
 pub(super) fn state(info: &Value) -> String {
     match text(info, "/state") {
         _ if info["held"] == true => "held: a device had an error (on_error=pause)".to_owned(),
@@ -76,9 +77,13 @@ pub(super) fn state(info: &Value) -> String {
     }
 }
 
+/// Bytes of RAM that it has, or is to have.
+pub(super) fn memory_bytes(info: &Value) -> u64 {
+    number(info, "/memory_actual_size")
+}
+
 fn memory(info: &Value) -> String {
-    let bytes = number(info, "/memory_actual_size");
-    format!("{} MiB", bytes >> 20)
+    format!("{} MiB", memory_bytes(info) >> 20)
 }
 
 /// Where the guest has a virtio device, if it has it yet.

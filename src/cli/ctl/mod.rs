@@ -1,9 +1,17 @@
 //! `busway ctl`: the control socket of a VM that runs, for people.
 
 mod answer;
+mod columns;
+mod devices;
+mod find;
 mod info;
+mod list;
+#[cfg(test)]
+mod tests;
+mod top;
 
-use std::io;
+use std::fs;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,12 +21,18 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::failure::Failure;
+use super::findings;
 use super::style::{Screen, write_out};
 use crate::config::MAX_REMOVAL_TIMEOUT;
 use crate::control::client::{self, ClientError};
-use crate::exit::RUNTIME;
-use answer::{list, number, text};
+use crate::exit::{HOST, RUNTIME};
+use crate::preflight::CheckJson;
+use answer::{number, text};
+use columns::{Column, table};
+use top::TopArgs;
 
+/// The most bytes that are read of a file.
+const MOST: u64 = 4 << 20;
 /// How long a VM has to answer.
 const LIMIT: Duration = Duration::from_secs(10);
 /// How long it has to end, and for what the kernel does to a device: that waits a minute for one that does not
@@ -41,10 +55,20 @@ pub(super) struct CtlArgs {
 }
 
 /// What can be asked of a VM.
-#[derive(Subcommand, Clone, Debug, PartialEq, Eq)]
+#[derive(Subcommand, Clone, Debug, PartialEq)]
 enum Verb {
+    /// Show the VMs that run, found by their control sockets; needs no --api-socket
+    List,
     /// Show what the VM is made of, and what it is doing
     Info,
+    /// Show the VM's devices: where each is, how it is, how it interrupts, and what it has done
+    Devices,
+    /// Show what the VM does, live: exits, interrupts, faults, I/O and processor time
+    Top(TopArgs),
+    /// Show what disks and NICs have counted
+    Counters,
+    /// Print the VM's metrics in the OpenMetrics text format
+    Metrics,
     /// Ask whether the VM answers
     Ping,
     /// Stop the guest between two instructions
@@ -53,8 +77,28 @@ enum Verb {
     Resume,
     /// Press the guest's power button: its system decides what follows
     PowerButton,
-    /// End the VM without asking its guest, as if the power were cut
+    /// Start the guest anew, as a reset of its own does
+    Reboot,
+    /// Give each of the guest's processors a non-maskable interrupt
+    Nmi,
+    /// End the VM and its process without asking its guest, as if the power were cut
     Shutdown,
+    /// End the VM in the same way, and let its process be, where it is one of `busway --api-socket`
+    Stop,
+    /// Say what the VM of such a process is to be
+    Create {
+        /// A file with what `vm.create` takes, as JSON; - is standard input
+        file: PathBuf,
+    },
+    /// Start the VM that it is said to be
+    Boot,
+    /// Forget what the VM is to be, and end it before where it runs
+    Delete,
+    /// Say whether the guest could have a host device, and what to do where it could not; adds nothing
+    CheckDevice {
+        /// As `busway device check` takes it
+        device: String,
+    },
     /// Add a host device, which VFIO has, in an empty slot; answered when it is there
     AddDevice {
         /// Its address (0000:01:00.0), a mediated device's UUID, or its folder in sysfs; several are functions of
@@ -130,7 +174,7 @@ VM's socket has this name.";
 impl Verb {
     const fn method(&self) -> &'static str {
         match self {
-            Self::Info | Self::Ping => "GET",
+            Self::Info | Self::Ping | Self::Devices | Self::Counters => "GET",
             _ => "PUT",
         }
     }
@@ -139,6 +183,17 @@ impl Verb {
         match self {
             Self::Info => "vm.info",
             Self::Ping => "vmm.ping",
+            Self::Devices => "vm.devices",
+            Self::Counters => "vm.counters",
+            Self::Reboot => "vm.reboot",
+            Self::Nmi => "vm.nmi",
+            Self::Stop => "vm.shutdown",
+            Self::Create { .. } => "vm.create",
+            Self::Boot => "vm.boot",
+            Self::Delete => "vm.delete",
+            Self::CheckDevice { .. } => "vm.check-device",
+            // These have ways of their own.
+            Self::List | Self::Top(_) | Self::Metrics => "",
             Self::Pause => "vm.pause",
             Self::Resume => "vm.resume",
             Self::PowerButton => "vm.power-button",
@@ -165,6 +220,7 @@ impl Verb {
                 "image_type": if disk.qcow2 { "Qcow2" } else { "Raw" },
                 "backing_files": disk.backing_files, "serial": disk.serial, "id": disk.id,
             })),
+            Self::CheckDevice { device } => Some(json!({ "path": device })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force });
@@ -180,6 +236,10 @@ impl Verb {
     const fn limit(&self) -> Duration {
         match self {
             Self::Shutdown
+            | Self::Stop
+            | Self::Boot
+            | Self::Reboot
+            | Self::Delete
             | Self::AddDevice { .. }
             | Self::AddDisk(_)
             | Self::AddNet(_)
@@ -216,26 +276,63 @@ fn absolute(path: &Path) -> String {
 
 /// Asks a VM, and prints what it answers.
 pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
+    let (verb, screen) = (&args.verb, Screen::of_stdout());
+    if *verb == Verb::List {
+        return print(&list::show(Path::new("/proc"), args.json, screen));
+    }
     let socket = args
         .api_socket
         .as_deref()
-        .ok_or("no socket: name the VM's with --api-socket PATH, as its `busway run` was given it")
+        .ok_or(
+            "no socket: name the VM's with --api-socket PATH, as its `busway run` was given it; \
+             `busway ctl list` shows those that there are",
+        )
         .map_err(Failure::usage)?;
-    let verb = &args.verb;
-    let body = verb.body();
+    let failed = |error: ClientError| Failure::new(error.exit_status(), error);
+    match verb {
+        Verb::Top(top) => return top::run(socket, top, args.json),
+        Verb::Metrics => return print(&client::metrics(socket, LIMIT).map_err(failed)?),
+        _ => {}
+    }
+    let body = match verb {
+        Verb::Create { file } => Some(read(file).map_err(Failure::usage)?),
+        verb => verb.body(),
+    };
     let answer = verb.limit_of(socket).and_then(|limit| {
         let (method, endpoint) = (verb.method(), verb.endpoint());
         client::ask(socket, method, endpoint, body.as_ref(), limit)
     });
-    let answer = answer.map_err(|error: ClientError| Failure::new(error.exit_status(), error))?;
-    let text = match args.json {
+    let answer = answer.map_err(failed)?;
+    let refused = matches!(verb, Verb::CheckDevice { .. }) && answer["ready"] == false;
+    print(&match args.json {
         true => pretty(answer),
-        false => show(verb, &answer, Screen::of_stdout()),
-    };
+        false => show(verb, &answer, screen),
+    })?;
+    match refused {
+        // Why has been said.
+        true => Err(Failure::silent(HOST)),
+        false => Ok(()),
+    }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    write_out(&mut out, &text)
+    write_out(&mut out, text)
         .context("cannot write the result")
         .map_err(|error| Failure::explained(RUNTIME, error))
+}
+
+/// What a file says, as JSON. The VM takes no more than 4 MiB of it.
+fn read(file: &Path) -> Result<Value, String> {
+    let name = printable(&file.display().to_string());
+    let mut text = Vec::new();
+    let whole = match file.as_os_str() == "-" {
+        true => io::stdin().lock().take(MOST).read_to_end(&mut text),
+        false => fs::File::open(file).and_then(|file| file.take(MOST).read_to_end(&mut text)),
+    };
+    whole.map_err(|error| format!("{name}: {error}"))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| format!("{name}: it is no JSON of what a VM is to be: {error}"))
 }
 
 /// Where there is nothing to say, an object without anything in it.
@@ -251,6 +348,16 @@ fn pretty(answer: Value) -> String {
 fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
     match verb {
         Verb::Info => info::show(answer, screen),
+        Verb::Devices => devices::show(answer, screen),
+        Verb::Counters => counters(answer, screen),
+        Verb::CheckDevice { device } => check(device, answer, screen),
+        Verb::List | Verb::Top(_) | Verb::Metrics => String::new(),
+        Verb::Reboot => "the guest starts anew\n".to_owned(),
+        Verb::Nmi => "the guest's processors have their interrupt\n".to_owned(),
+        Verb::Stop => "the VM has ended, and can be booted again\n".to_owned(),
+        Verb::Create { .. } => "the VM can be booted\n".to_owned(),
+        Verb::Boot => "the guest runs\n".to_owned(),
+        Verb::Delete => "there is no VM any more\n".to_owned(),
         Verb::Ping => {
             let version = text(answer, "/version");
             let pid = number(answer, "/pid");
@@ -261,7 +368,7 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
         Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) => {
-            let all = std::iter::once(answer).chain(list(answer, "/functions"));
+            let all = std::iter::once(answer).chain(answer::list(answer, "/functions"));
             let heard = match answer["attended"].as_bool() {
                 Some(false) => {
                     "; the guest has no driver for the slot, or none yet, and finds the device when it has one"
@@ -275,7 +382,10 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
             all.map(line).collect()
         }
         Verb::RemoveDevice { id, .. } => {
-            let ids: Vec<_> = list(answer, "/ids").iter().map(|id| text(id, "")).collect();
+            let ids: Vec<_> = answer::list(answer, "/ids")
+                .iter()
+                .map(|id| text(id, ""))
+                .collect();
             match ids.is_empty() {
                 true => format!("{}: the host has it back\n", printable(id)),
                 false => format!("{}: the host has them back\n", ids.join(" and ")),
@@ -284,5 +394,53 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
     }
 }
 
-#[cfg(test)]
-mod tests;
+/// What devices have counted, by device and name.
+fn counters(answer: &Value, screen: Screen) -> String {
+    const COLUMNS: [Column; 3] = [
+        Column::words("DEVICE").cut_to(12),
+        Column::words("COUNTER"),
+        Column::number("COUNT"),
+    ];
+    let devices = answer.as_object().into_iter().flatten();
+    let rows: Vec<_> = devices
+        .flat_map(|(device, counters)| {
+            let counters = counters.as_object().into_iter().flatten();
+            counters.map(move |(name, count)| {
+                let count = count.as_u64().unwrap_or_default().to_string();
+                vec![
+                    printable(device).into(),
+                    printable(name).into(),
+                    count.into(),
+                ]
+            })
+        })
+        .collect();
+    match rows.is_empty() {
+        true => "no device of the VM's counts\n".to_owned(),
+        false => table(&COLUMNS, &rows, screen),
+    }
+}
+
+/// What `busway device check` says, as far as the VM knows it.
+fn check(device: &str, answer: &Value, screen: Screen) -> String {
+    let Ok(found) = serde_json::from_value::<CheckJson<'_>>(answer.clone()) else {
+        return format!("{}: the answer is of another form\n", printable(device));
+    };
+    let devices = found.devices.iter().map(|one| {
+        let verdict = findings::verdict(one.ready, one.needs_only_binding);
+        (&one.address, verdict, &one.findings)
+    });
+    let mediated = found.mediated_devices.iter().map(|one| {
+        let verdict = findings::verdict(one.ready, false);
+        (&one.uuid, verdict, &one.findings)
+    });
+    let mut text = String::new();
+    for (name, verdict, findings) in devices.chain(mediated) {
+        text += &findings::heading(&printable(name), verdict, screen);
+        text += &findings::show_json(findings, screen);
+        text.push('\n');
+    }
+    text += &findings::heading("This host", findings::host_verdict(&found.host), screen);
+    text += &findings::show_json(&found.host, screen);
+    text
+}

@@ -1,12 +1,12 @@
 //! `busway device check`: whether a guest can have devices, and what to do where it cannot.
 
-use busway_host::{Called, DeviceCheck, Opens, SysRoot};
+use busway_host::{Called, Opens, SysRoot};
 use clap::Args;
 
 use super::names::Names;
 use super::{DeviceCommandError, ListError};
 use crate::cli::findings::{self, FindingArgs};
-use crate::cli::style::{Screen, Style};
+use crate::cli::style::Screen;
 use crate::preflight::Preflight;
 
 /// `busway device check`
@@ -50,7 +50,7 @@ pub(super) fn show(
         let name = host
             .device(of.address)
             .map(|device| names.device(device.vendor, device.device));
-        let verdict = verdict(of);
+        let verdict = findings::verdict(of.is_ready(), of.needs_only_binding());
         text += &findings::heading(
             &format!("{}  {}", of.address, name.unwrap_or_default()),
             verdict,
@@ -60,30 +60,13 @@ pub(super) fn show(
         text.push('\n');
     }
     for of in &check.mediated {
-        let verdict = match of.is_ready() {
-            true => READY,
-            false => NOT_READY,
-        };
+        let verdict = findings::verdict(of.is_ready(), false);
         text += &findings::heading(&format!("{}  mediated device", of.uuid), verdict, screen);
         text += &findings::show(&of.findings, screen);
         text.push('\n');
     }
-    let (word, style) = match findings::has_obstacle(&check.host) {
-        true => ("cannot give devices to guests", Style::BAD),
-        false => ("can give devices to guests", Style::GOOD),
-    };
-    text += &findings::heading("This host", (word, style), screen);
+    let verdict = findings::host_verdict(&found.json().host);
+    text += &findings::heading("This host", verdict, screen);
     text += &findings::show(&check.host, screen);
     Ok((text, end))
-}
-
-const READY: (&str, Style) = ("ready", Style::GOOD);
-const NOT_READY: (&str, Style) = ("not ready", Style::BAD);
-
-fn verdict(device: &DeviceCheck) -> (&'static str, Style) {
-    match (device.is_ready(), device.needs_only_binding()) {
-        (true, _) => READY,
-        (false, true) => ("ready to be bound", Style::WARN),
-        (false, false) => NOT_READY,
-    }
 }
