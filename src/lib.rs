@@ -13,6 +13,7 @@ pub mod machine;
 pub mod memory;
 mod monitor;
 mod outflow;
+pub mod preflight;
 mod provoked;
 pub mod report;
 pub mod virtio;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use crate::{Backing, DmaMapping, IovaRange, MapError};
+use crate::{Backing, DmaMapping, IovaRange, MapError, Stats};
 
 /// An I/O virtual address: what a device puts on the bus, before the IOMMU translates it. For a VM
 /// without a virtual IOMMU it is the guest-physical address.
@@ -52,17 +52,6 @@ impl Access {
     pub const fn writes(self) -> bool {
         matches!(self, Self::ReadWrite)
     }
-}
-
-/// What a space has done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Mapping calls made to the kernel for memory.
-    pub map_calls: u64,
-    /// Mapping calls made to the kernel for parts of devices.
-    pub device_map_calls: u64,
-    /// Bytes of memory that are mapped now.
-    pub bytes: u64,
 }
 
 /// Opens a part of a device as a dma-buf.
@@ -149,6 +138,6 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
     /// [`MapError::Kernel`]
     fn usable_ranges(&self) -> Result<Vec<IovaRange>, MapError>;
 
-    /// What was done so far.
+    /// What was done so far. Answers at once, also while something is being mapped.
     fn stats(&self) -> Stats;
 }

@@ -16,6 +16,7 @@ use crate::ledger::{self, Ledger};
 use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
+use crate::stats::Shown;
 use crate::{
     Backing, DmaMapping, DmaSpace, Iova, IovaRange, MapError, OpenDmaBuf, OpenError, Stats,
     SysRoot, sys,
@@ -53,6 +54,7 @@ pub struct Ioas {
     space: VfioIommufd,
     paths: SysRoot,
     state: Mutex<Ledger>,
+    shown: Arc<Shown>,
 }
 
 impl fmt::Debug for Ioas {
@@ -92,10 +94,12 @@ impl Ioas {
             what: "IOMMU_IOAS_ALLOC".to_owned(),
             source: cause_of(error),
         })?;
+        let ledger = Ledger::default();
         Ok(Arc::new(Self {
             space,
             paths: paths.clone(),
-            state: Mutex::default(),
+            shown: ledger.shown(),
+            state: Mutex::new(ledger),
         }))
     }
 
@@ -207,7 +211,7 @@ impl DmaSpace for Ioas {
     }
 
     fn stats(&self) -> Stats {
-        self.lock().stats()
+        self.shown.seen()
     }
 }
 

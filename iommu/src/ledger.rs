@@ -2,9 +2,11 @@
 //! is asked, what is remembered after, and what its refusals mean.
 
 use std::io;
+use std::sync::Arc;
 
 use crate::memlock::{self, Accounting};
 use crate::ranges::first_gap;
+use crate::stats::Shown;
 use crate::tracker::Backing;
 use crate::{DmaMapping, Iova, IovaRange, MapError, Stats, SysRoot, Tracker, reserved};
 
@@ -15,6 +17,7 @@ pub(crate) struct Ledger {
     /// The groups of the attached devices, one entry for each: who reserves addresses.
     groups: Vec<u32>,
     stats: Stats,
+    shown: Arc<Shown>,
 }
 
 impl Ledger {
@@ -33,7 +36,9 @@ impl Ledger {
             call(&mapping, range)?;
             self.count(&mapping);
         }
-        self.tracker.insert(mapping)
+        let result = self.tracker.insert(mapping);
+        self.show();
+        result
     }
 
     /// Maps everything that is remembered, in as few calls as it takes.
@@ -52,6 +57,7 @@ impl Ledger {
                 self.count(mapping);
             }
         }
+        self.show();
         Ok(())
     }
 
@@ -72,7 +78,9 @@ impl Ledger {
                 source,
             })?;
         }
-        self.tracker.remove(iova, size)
+        let result = self.tracker.remove(iova, size);
+        self.show();
+        result
     }
 
     /// How many mappings there are.
@@ -107,11 +115,17 @@ impl Ledger {
         })
     }
 
-    pub(crate) fn stats(&self) -> Stats {
-        Stats {
+    /// Where what was done so far is shown, to be read without the lock that this is behind.
+    pub(crate) fn shown(&self) -> Arc<Shown> {
+        Arc::clone(&self.shown)
+    }
+
+    fn show(&self) {
+        self.shown.show(Stats {
             bytes: self.tracker.bytes(),
+            mappings: self.mappings() as u64,
             ..self.stats
-        }
+        });
     }
 
     fn check_usable(
@@ -206,10 +220,15 @@ mod tests {
         ledger
             .map(&paths, bar, Some(&[IovaRange::ALL]), call)
             .unwrap();
-        let stats = ledger.stats();
+        let stats = ledger.shown().seen();
         assert_eq!(
-            (stats.map_calls, stats.device_map_calls, stats.bytes),
-            (1, 1, 0x3000)
+            (
+                stats.map_calls,
+                stats.device_map_calls,
+                stats.bytes,
+                stats.mappings
+            ),
+            (1, 1, 0x3000, 2)
         );
     }
 
@@ -263,6 +282,6 @@ mod tests {
         let high = mapping(0x1_0000, 0x10_0000, Backing::Memory);
         let error = ledger.map(&paths, high, Some(&usable), refusing);
         assert!(matches!(error, Err(MapError::Unusable { .. })));
-        assert_eq!((ledger.mappings(), ledger.stats().map_calls), (0, 0));
+        assert_eq!((ledger.mappings(), ledger.shown().seen().map_calls), (0, 0));
     }
 }

@@ -19,6 +19,7 @@ use crate::ledger::{self, Ledger};
 use crate::memlock::Accounting;
 use crate::obstacle::{self, Obstacle};
 use crate::ranges::normalise;
+use crate::stats::Shown;
 use crate::{
     DmaMapping, DmaSpace, Iova, IovaRange, MapError, OpenDmaBuf, OpenError, Stats, SysRoot, info,
     sys,
@@ -33,6 +34,7 @@ pub struct Container {
     file: File,
     paths: SysRoot,
     state: Mutex<State>,
+    shown: Arc<Shown>,
 }
 
 #[derive(Debug, Default)]
@@ -106,10 +108,12 @@ impl Container {
                 });
             }
         }
+        let state = State::default();
         Ok(Arc::new(Self {
             file,
             paths: paths.clone(),
-            state: Mutex::default(),
+            shown: state.ledger.shown(),
+            state: Mutex::new(state),
         }))
     }
 
@@ -251,7 +255,7 @@ impl DmaSpace for Container {
     }
 
     fn stats(&self) -> Stats {
-        self.lock().ledger.stats()
+        self.shown.seen()
     }
 }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use crate::activity::Activity;
 use crate::atomics::AtomicOps;
 use crate::bar::{BarIndex, BarRegion};
 use crate::windows::{Reserve, Windows};
@@ -50,6 +51,11 @@ pub trait PciFunction: Send + Sync + Debug {
     /// What messages call it: a host device by its address there.
     fn name(&self) -> String {
         "a device".to_owned()
+    }
+
+    /// Where its accesses are counted, if they are.
+    fn activity(&self) -> Option<&Activity> {
+        None
     }
 
     /// Reads configuration space at `offset` (0 to 4095); the access does not cross a doubleword.

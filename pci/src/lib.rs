@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod activity;
 mod address;
 mod atomics;
 mod bar;
@@ -34,6 +35,7 @@ mod topology;
 mod windows;
 
 pub use access::{Cf8Cfc, Ecam};
+pub use activity::{Access, Activity, InterruptMode, Seen};
 pub use address::{Bdf, Bus, Device, Function, ParseBdfError, Segment};
 pub use atomics::AtomicOps;
 pub use bar::{BarIndex, BarKind, BarRegion, PAGE_SIZE};

@@ -7,9 +7,10 @@ use clap::Args;
 use serde::Serialize;
 
 use super::failure::Failure;
-use super::findings::{self, FindingArgs, FindingJson};
+use super::findings::{self, FindingArgs};
 use super::style::{Screen, Style, write_out};
 use crate::exit::{HOST, RUNTIME};
+use crate::preflight::{FindingJson, findings_json};
 
 /// `busway doctor`
 #[derive(Args, Clone, Debug)]
@@ -55,12 +56,12 @@ pub fn run_on(
 ) -> io::Result<bool> {
     let screen = screen.into();
     let found = examine(root, args.findings.memory, opens);
-    let healthy = !findings::has_obstacle(&found);
+    let healthy = busway_host::worst(&found) != Level::Obstacle;
     let text = if args.findings.json {
         let json = Json {
             version: 1,
             healthy,
-            findings: findings::json(&found),
+            findings: findings_json(&found),
         };
         serde_json::to_string_pretty(&json)? + "\n"
     } else {

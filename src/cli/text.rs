@@ -28,3 +28,17 @@ pub(super) fn fold(text: &str, width: usize) -> Vec<String> {
     }
     lines
 }
+
+/// As much of the text as a terminal of `height` lines shows without scrolling, and `hint` where that is not all.
+pub(super) fn fit(text: &str, height: usize, hint: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    // The last line of a terminal is where the cursor stands.
+    let room = height.saturating_sub(1).max(1);
+    if lines.len() <= room {
+        return text.to_owned();
+    }
+    let kept = room.saturating_sub(1);
+    let more = lines.len() - kept;
+    let kept = lines.get(..kept).unwrap_or_default().join("\n");
+    format!("{kept}\n… {more} more lines: {hint}\n")
+}

@@ -11,6 +11,7 @@ use httparse::{EMPTY_HEADER, Status};
 use serde_json::Value;
 
 use super::http::{BODY_MOST, HEAD_MOST};
+use super::metrics::PATH as METRICS;
 use super::socket::connect_within;
 use super::v1::PREFIX;
 use super::wire::{Limits, Wire};
@@ -117,6 +118,50 @@ pub fn ask(
     body: Option<&Value>,
     limit: Duration,
 ) -> Result<Value, ClientError> {
+    let target = format!("{PREFIX}{name}");
+    let (status, body) = exchange(socket, method, &target, body, limit)?;
+    match status {
+        200 | 204 if body.is_empty() => Ok(Value::Null),
+        200 => serde_json::from_slice(&body).map_err(|_| ClientError::Foreign {
+            path: socket.to_owned(),
+            what: "it answers with something other than JSON",
+        }),
+        _ => Err(refused(socket, status, &body)),
+    }
+}
+
+/// Asks the VM that listens at `socket` for its metrics, a text in the OpenMetrics format.
+///
+/// # Errors
+/// [`ClientError`]
+pub fn metrics(socket: &Path, limit: Duration) -> Result<String, ClientError> {
+    let (status, body) = exchange(socket, "GET", METRICS, None, limit)?;
+    match status {
+        200 => String::from_utf8(body).map_err(|_| ClientError::Foreign {
+            path: socket.to_owned(),
+            what: "it answers with something other than text",
+        }),
+        _ => Err(refused(socket, status, &body)),
+    }
+}
+
+fn refused(socket: &Path, status: u16, body: &[u8]) -> ClientError {
+    ClientError::Refused {
+        path: socket.to_owned(),
+        status,
+        messages: serde_json::from_slice(body)
+            .unwrap_or_else(|_| vec![format!("it answers with HTTP status {status}")]),
+    }
+}
+
+/// One request, and the status and body of its answer.
+fn exchange(
+    socket: &Path,
+    method: &str,
+    target: &str,
+    body: Option<&Value>,
+    limit: Duration,
+) -> Result<(u16, Vec<u8>), ClientError> {
     let failed = |error: io::Error| explain(socket, limit, error);
     let stream = connect_within(socket, limit).map_err(failed)?;
     let limits = Limits {
@@ -132,30 +177,17 @@ pub fn ask(
         length => format!("Content-Type: application/json\r\nContent-Length: {length}\r\n"),
     };
     let request = format!(
-        "{method} {PREFIX}{name} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\
+        "{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\
          {length}Connection: close\r\n\r\n{body}"
     );
     wire.send(request.as_bytes()).map_err(failed)?;
-    let (status, body) = receive(&mut wire).map_err(|trouble| match trouble {
+    receive(&mut wire).map_err(|trouble| match trouble {
         Trouble::Io(error) => failed(error),
         Trouble::Foreign(what) => ClientError::Foreign {
             path: socket.to_owned(),
             what,
         },
-    })?;
-    match status {
-        200 | 204 if body.is_empty() => Ok(Value::Null),
-        200 => serde_json::from_slice(&body).map_err(|_| ClientError::Foreign {
-            path: socket.to_owned(),
-            what: "it answers with something other than JSON",
-        }),
-        _ => Err(ClientError::Refused {
-            path: socket.to_owned(),
-            status,
-            messages: serde_json::from_slice(&body)
-                .unwrap_or_else(|_| vec![format!("it answers with HTTP status {status}")]),
-        }),
-    }
+    })
 }
 
 /// What an error of the connection's means.

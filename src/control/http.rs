@@ -41,9 +41,14 @@ pub(super) struct Request {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Answer {
     pub(super) status: u16,
-    /// JSON in ASCII. None: an answer without a length, as 204 has to be.
+    /// None: an answer without a length, as 204 has to be.
     pub(super) body: Option<Vec<u8>>,
+    /// What the body is; JSON is in ASCII.
+    pub(super) content_type: &'static str,
 }
+
+/// What nearly every body is.
+pub(super) const JSON: &str = "application/json";
 
 /// Why there is no request.
 #[derive(Debug, thiserror::Error)]
@@ -316,9 +321,8 @@ impl Answer {
             body => body.as_deref(),
         };
         if let Some(body) = body {
-            let length = body.len();
-            let lines =
-                format!("Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n");
+            let (kind, length) = (self.content_type, body.len());
+            let lines = format!("Content-Type: {kind}\r\nContent-Length: {length}\r\n\r\n");
             text.extend_from_slice(lines.as_bytes());
             text.extend_from_slice(body);
         } else {

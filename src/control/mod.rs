@@ -8,9 +8,11 @@ pub mod client;
 mod connections;
 mod http;
 mod json;
+mod metrics;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod v1;
 mod wire;
 

@@ -11,11 +11,22 @@ use super::error::KvmError;
 use super::gate::{Gate, Turn};
 use super::kick::{self, Kick};
 use super::run::{self, Buses, ExitCounts, ExitKind, Left, VcpuEvent};
+use super::stats_fd::VcpuStats;
 use super::vm::Vm;
 use crate::arch::{CpuModel, Vcpu, create_vcpus};
 
 /// A vCPU's thread runs devices' register accesses and little else.
 const STACK: usize = 512 << 10;
+
+/// What one vCPU has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VcpuSeen {
+    /// Exits to user space, by kind.
+    pub exits: [(&'static str, u64); ExitKind::ALL.len()],
+    /// What KVM counts, by its names: all exits, interrupts, page faults and others. Empty where the host's KVM does
+    /// not (Linux before 5.14).
+    pub kvm: Vec<(&'static str, u64)>,
+}
 
 /// Is told what a vCPU cannot deal with; called on its thread.
 pub type EventSink = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
@@ -29,6 +40,8 @@ pub struct Vcpus {
 struct Thread {
     vcpu: Arc<Mutex<Vcpu>>,
     counts: Arc<ExitCounts>,
+    /// What KVM counts of it, where the host's does.
+    stats: Option<VcpuStats>,
     kick: Kick,
     thread: Option<JoinHandle<()>>,
 }
@@ -70,6 +83,8 @@ impl Vcpus {
         let id = vcpu.id;
         let failed = |source| KvmError::Thread { id, source };
         let kick = Kick::new(&vcpu.fd).map_err(failed)?;
+        // Once it runs, KVM gives it to nobody.
+        let stats = VcpuStats::of(&vcpu.fd);
         let (vcpu, counts) = (Arc::new(Mutex::new(vcpu)), Arc::new(ExitCounts::default()));
         let body = {
             let (gate, vcpu, counts) = (self.gate.clone(), vcpu.clone(), counts.clone());
@@ -83,6 +98,7 @@ impl Vcpus {
         self.vcpus.push(Thread {
             vcpu,
             counts,
+            stats,
             kick,
             thread: Some(thread),
         });
@@ -168,6 +184,20 @@ impl Vcpus {
             .iter()
             .map(|thread| thread.counts.get(kind))
             .sum()
+    }
+
+    /// What each has done, in the order of their numbers. Waits for none of them.
+    #[must_use]
+    pub fn seen(&self) -> Vec<VcpuSeen> {
+        let seen = |thread: &Thread| VcpuSeen {
+            exits: ExitKind::ALL.map(|kind| (kind.name(), thread.counts.get(kind))),
+            kvm: thread
+                .stats
+                .as_ref()
+                .map(VcpuStats::read)
+                .unwrap_or_default(),
+        };
+        self.vcpus.iter().map(seen).collect()
     }
 
     fn kick(&self) {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use busway_pci::{BarIndex, Ecam, PciFunction};
+use busway_pci::{Access, BarIndex, Ecam, PciFunction};
 
 use crate::kvm::BusDevice;
 
@@ -25,12 +25,22 @@ pub(super) struct Bar {
     pub(super) index: BarIndex,
 }
 
+impl Bar {
+    fn count(&self, access: Access) {
+        if let Some(activity) = self.function.activity() {
+            activity.count(access);
+        }
+    }
+}
+
 impl BusDevice for Bar {
     fn read(&self, offset: u64, data: &mut [u8]) {
+        self.count(Access::BarRead);
         self.function.bar_read(self.index, offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        self.count(Access::BarWrite);
         self.function.bar_write(self.index, offset, data);
     }
 }

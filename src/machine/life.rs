@@ -325,6 +325,10 @@ impl Machine {
             };
             match request {
                 Request::Info => asker.answer(Ok(Answer::Info(Box::new(self.info(life))))),
+                Request::Observe => {
+                    let seen = Box::new(self.observed(life));
+                    asker.answer(Ok(Answer::Observed(seen)));
+                }
                 Request::Create(_) => asker.answer(Err(RequestError::AlreadyCreated)),
                 Request::Boot if matches!(life.phase, Phase::Paused) => {
                     asker.answer(self.go_on(life));
@@ -459,6 +463,7 @@ impl Machine {
             Phase::Paused => {}
         }
         if std::mem::take(&mut life.held) {
+            self.passthrough.attached.go_on();
             log::warn!("the guest goes on after an error of a device of its, as it is asked to");
         }
         monitor::tell(About::Vm, "resuming", &[]);
@@ -511,7 +516,12 @@ impl Life {
         }
     }
 
-    fn state(&self) -> State {
+    /// How long ago the guest started.
+    pub(super) fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub(super) fn state(&self) -> State {
         match self.phase {
             _ if self.held => State::Held,
             Phase::Running | Phase::Pausing(_) => State::Running,

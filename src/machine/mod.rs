@@ -19,6 +19,7 @@ mod firmware;
 mod life;
 mod long_work;
 mod madvise;
+mod observed;
 mod panics;
 mod passthrough;
 mod pci;
@@ -33,11 +34,13 @@ pub use address_plan::NoRoomError;
 pub use assembly::few_arenas;
 pub use error::RunError;
 pub use life::Ended;
+pub use observed::{AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, VirtioDoing};
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
 pub use requests::{
     Added, AddedFunction, Answer, Control, Extent, Files, Info, Request, RequestError, Requests,
     State, VirtioInfo,
 };
+pub(crate) use signals::Signals;
 pub use signals::block_signals;
 pub use vmm::{run, serve};

@@ -16,6 +16,7 @@ use busway_vfio::EventFd;
 use serde::Serialize;
 
 use super::RunError;
+use super::observed::Observed;
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
 use crate::monitor::{self, Source};
 use crate::report::AssignedDevice;
@@ -28,6 +29,8 @@ const MOST: usize = 64;
 pub enum Request {
     /// How it is.
     Info,
+    /// What its vCPUs and devices have done.
+    Observe,
     /// Remember what the VM is to be, where there is none.
     Create(Box<VmConfig>),
     /// Put the VM together and let its guest begin; one that was paused goes on. Answered when the guest runs, or
@@ -183,6 +186,8 @@ pub enum Answer {
     Done,
     /// To [`Request::Info`].
     Info(Box<Info>),
+    /// To [`Request::Observe`].
+    Observed(Box<Observed>),
     /// To [`Request::AddDevice`] and [`Request::AddVirtio`], where the guest can have it now.
     Added(Added),
     /// To [`Request::RemoveDevice`] where the slot had several functions: what they were called, all of them.
@@ -365,6 +370,11 @@ impl Control {
                     Asker::from(sender).answer(Ok(Answer::Info(info.clone())));
                     Ok(receiver)
                 }
+                (Some(info), Request::Observe) => {
+                    let seen = Box::new(Observed::of(info));
+                    Asker::from(sender).answer(Ok(Answer::Observed(seen)));
+                    Ok(receiver)
+                }
                 _ => Err(RequestError::Ended),
             };
         }
@@ -453,6 +463,10 @@ impl Requests {
         for (request, asker) in asked {
             match request {
                 Request::Info => asker.answer(Ok(Answer::Info(Box::new(info())))),
+                Request::Observe => {
+                    let seen = Box::new(Observed::of(&info()));
+                    asker.answer(Ok(Answer::Observed(seen)));
+                }
                 Request::End(extent) => {
                     self.end(extent, asker);
                     ends = true;

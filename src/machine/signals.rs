@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::ptr;
 
 use super::RunError;
@@ -33,12 +33,16 @@ fn ending() -> libc::sigset_t {
 
 /// Where the signals arrive.
 #[derive(Debug)]
-pub(super) struct Signals {
+pub(crate) struct Signals {
     file: File,
 }
 
 impl Signals {
-    pub(super) fn new() -> Result<Self, RunError> {
+    /// Those that end a process, which from now on end this one no more.
+    ///
+    /// # Errors
+    /// [`RunError::System`], of signalfd(2)
+    pub(crate) fn new() -> Result<Self, RunError> {
         block_signals();
         let set = ending();
         // SAFETY: the set is initialised, and the call keeps no pointer.
@@ -53,13 +57,19 @@ impl Signals {
     }
 
     /// The number of a signal that has come.
-    pub(super) fn take(&self) -> Option<i32> {
+    pub(crate) fn take(&self) -> Option<i32> {
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
         // Nonblocking: an error says that there is none.
         let read = (&self.file).read(&mut info).ok()?;
         // The number is the structure's first member. signalfd(2)
         let number = info.get(..read)?.first_chunk()?;
         Some(i32::from_ne_bytes(*number))
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

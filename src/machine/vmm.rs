@@ -15,6 +15,7 @@ use super::assembly::{Begun, Machine};
 use super::early::Early;
 use super::end::Audience;
 use super::life::{Ended, Life, Stop};
+use super::observed::Observed;
 #[cfg(debug_assertions)]
 use super::panics;
 use super::passthrough::OpenDevices;
@@ -294,6 +295,7 @@ impl Served {
                 // There is nothing to be ended, which is what was wanted.
                 Request::End(Extent::Definition) => Ok(Answer::Done),
                 Request::Info
+                | Request::Observe
                 | Request::Boot
                 | Request::AddDevice(_)
                 | Request::AddVirtio(..)
@@ -305,6 +307,10 @@ impl Served {
             Request::Info => {
                 let info = Info::of(&definition.config, State::Created);
                 return Ok(Answer::Info(Box::new(info)));
+            }
+            Request::Observe => {
+                let info = Info::of(&definition.config, State::Created);
+                return Ok(Answer::Observed(Box::new(Observed::of(&info))));
             }
             Request::Create(_) => return Err(RequestError::AlreadyCreated),
             Request::AddDevice(configs) => definition.add_devices(configs)?,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::activation::Activation;
 use super::config_space::ConfigSpace;
+use super::counts::Counts;
 use super::error::StartError;
 use super::life::{DeviceState, Running};
 
@@ -32,6 +33,11 @@ pub trait VirtioDevice: Send + Debug {
 
     /// Its configuration.
     fn config(&self) -> Arc<dyn ConfigSpace>;
+
+    /// Where what its queues do is counted, from its first start to its end.
+    fn counts(&self) -> Counts {
+        Counts::default()
+    }
 
     /// Whether the driver's choice among the features can be served.
     fn accepts(&self, features: u64) -> bool {

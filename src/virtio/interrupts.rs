@@ -4,12 +4,13 @@
 use std::fmt::Display;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
-use busway_pci::{InterruptRoutes, Msix, VectorOwner};
+use busway_pci::{InterruptMode, InterruptRoutes, Msix, VectorOwner};
 
+use super::counts::Shown;
 use super::spec::{NO_VECTOR, isr};
 use busway_pci::Complaints;
 use busway_vfio::EventFd;
@@ -26,7 +27,7 @@ pub(crate) struct Interrupts {
     config_vector: AtomicU16,
     queue_vectors: Box<[AtomicU16]>,
     isr: AtomicU8,
-    needs_reset: AtomicBool,
+    shown: Arc<Shown>,
     complaints: Complaints,
 }
 
@@ -43,11 +44,11 @@ impl Interrupts {
                     .map(|_| ArcSwapOption::empty())
                     .collect(),
             ),
+            shown: Arc::new(Shown::new(queues, msix.vectors())),
             msix: Mutex::new(msix),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
-            needs_reset: AtomicBool::new(false),
             complaints: Complaints::first(LOUD_COMPLAINTS),
         }
     }
@@ -59,7 +60,18 @@ impl Interrupts {
 
     /// Changes the MSI-X state, with what hears of vectors being connected.
     pub(crate) fn with_msix(&self, change: impl FnOnce(&mut Msix, &mut dyn VectorOwner)) {
-        change(&mut self.msix(), &mut &self.events);
+        let mut msix = self.msix();
+        change(&mut msix, &mut &self.events);
+        let mode = match msix.enabled() {
+            true => InterruptMode::Msix,
+            false => InterruptMode::None,
+        };
+        self.shown.activity.interrupts_by(mode, msix.connected());
+    }
+
+    /// What is seen of the device from outside.
+    pub(super) fn shown(&self) -> &Arc<Shown> {
+        &self.shown
     }
 
     /// The driver chose the vector for changes of the configuration.
@@ -78,6 +90,7 @@ impl Interrupts {
     pub(crate) fn queue(&self, queue: u16) {
         let slot = self.queue_vectors.get(usize::from(queue));
         let vector = slot.map_or(NO_VECTOR, |slot| slot.load(Ordering::Relaxed));
+        self.shown.interrupted(queue);
         self.deliver(vector, isr::QUEUE);
     }
 
@@ -89,6 +102,7 @@ impl Interrupts {
 
     /// The configuration has changed.
     pub(crate) fn config_changed(&self) {
+        self.shown.interrupted(u16::MAX);
         self.isr.fetch_or(isr::CONFIG, Ordering::AcqRel);
         self.deliver(self.config_vector.load(Ordering::Relaxed), 0);
     }
@@ -100,13 +114,13 @@ impl Interrupts {
             self.complaints.next(log::Level::Warn),
             "virtio device {name} stops until its driver resets it: {reason}"
         );
-        self.needs_reset.store(true, Ordering::Release);
+        self.shown.needs_reset.store(true, Ordering::Release);
         self.config_changed();
     }
 
     /// Whether the device waits for a reset.
     pub(crate) fn is_broken(&self) -> bool {
-        self.needs_reset.load(Ordering::Acquire)
+        self.shown.needs_reset.load(Ordering::Acquire)
     }
 
     /// Reads the ISR register, which clears it. Virtio 1.3 §4.1.4.5.
@@ -122,7 +136,7 @@ impl Interrupts {
             slot.store(NO_VECTOR, Ordering::Relaxed);
         }
         self.isr.store(0, Ordering::Release);
-        self.needs_reset.store(false, Ordering::Release);
+        self.shown.needs_reset.store(false, Ordering::Release);
     }
 
     /// Puts it into a state that was saved, of virtio's; MSI-X has its own.
@@ -138,7 +152,7 @@ impl Interrupts {
             slot.store(vector, Ordering::Relaxed);
         }
         self.isr.store(isr, Ordering::Release);
-        self.needs_reset.store(needs_reset, Ordering::Release);
+        self.shown.needs_reset.store(needs_reset, Ordering::Release);
     }
 
     /// The ISR register, without clearing it.

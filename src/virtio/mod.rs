@@ -12,6 +12,7 @@ pub mod blk;
 mod chain;
 mod config_space;
 pub mod console;
+mod counts;
 mod device;
 mod error;
 mod interrupts;
@@ -29,6 +30,9 @@ mod worker;
 
 pub use activation::Activation;
 pub use config_space::{ChangeListener, ConfigSpace};
+pub use counts::{
+    Counts, DiskTotals, DriverState, NetTotals, Sight, Totals, TransferTotals, VirtioSeen,
+};
 pub use device::VirtioDevice;
 pub use error::{QueueError, StartError};
 pub use pci::{QueueRegisters, Registers, StateError, VirtioPci, VirtioPciError, VirtioPciState};

@@ -59,7 +59,7 @@ pub use areas::Area;
 pub use device_io::{DeviceIo, DeviceRegion, IrqError, IrqIndex, IrqInfo, RegionIndex};
 pub use event_fd::EventFd;
 pub use events::DeviceEvents;
-pub use function::{AssignedFunction, Summary};
+pub use function::{AssignedFunction, AssignedSight, Summary};
 pub use host_name::{HostName, ParseHostNameError};
 pub use inherited::{Inherited, InheritedError, interface};
 pub use kernel_device::KernelDevice;

@@ -12,6 +12,7 @@ mod tree;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
+use crate::activity::Access;
 use crate::address::{Bdf, Function};
 use crate::function::{BarMapper, Bridge, HotPlug, PciFunction};
 use crate::pace::{self, Clock, SystemClock};
@@ -194,6 +195,7 @@ impl Topology {
         };
         let multi_function = tree.is_multi_function(&node);
         drop(tree);
+        node.count(Access::ConfigRead);
         let mut rest = data;
         for (offset, width) in in_dwords(offset, rest.len()) {
             let (part, after) = rest.split_at_mut(width);
@@ -209,6 +211,7 @@ impl Topology {
         let Some(node) = self.tree().find(bdf).cloned() else {
             return;
         };
+        node.count(Access::ConfigWrite);
         let mut rest = data;
         for (offset, width) in in_dwords(offset, data.len()) {
             let (part, after) = rest.split_at(width);

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use crate::activity::Access;
 use crate::address::{Bdf, Bus, Device, Function, Segment};
 use crate::bar::BarRegion;
 use crate::function::PciFunction;
@@ -82,6 +83,13 @@ pub(super) struct Node {
 }
 
 impl Node {
+    /// The guest has come by an exit.
+    pub(super) fn count(&self, access: Access) {
+        if let Some(activity) = self.pci.activity() {
+            activity.count(access);
+        }
+    }
+
     /// Secondary and subordinate bus number, where the node is a bridge that reaches `bus`.
     fn reaches(&self, bus: u8) -> Option<(u8, u8)> {
         let bridge = self.pci.bridge()?;

@@ -1,13 +1,13 @@
 //! `busway device check`: whether a guest can have devices, and what to do where it cannot.
 
-use busway_host::{Called, Check, DeviceCheck, Host, MediatedCheck, Opens, SysRoot};
+use busway_host::{Called, Opens, SysRoot};
 use clap::Args;
-use serde::Serialize;
 
 use super::names::Names;
 use super::{DeviceCommandError, ListError};
-use crate::cli::findings::{self, FindingArgs, FindingJson};
-use crate::cli::style::{Screen, Style};
+use crate::cli::findings::{self, FindingArgs};
+use crate::cli::style::Screen;
+use crate::preflight::Preflight;
 
 /// `busway device check`
 #[derive(Args, Clone, Debug)]
@@ -22,30 +22,6 @@ pub struct CheckArgs {
     pub findings: FindingArgs,
 }
 
-#[derive(Serialize)]
-struct Json<'a> {
-    version: u32,
-    ready: bool,
-    devices: Vec<DeviceJson<'a>>,
-    mediated_devices: Vec<MediatedJson<'a>>,
-    host: Vec<FindingJson<'a>>,
-}
-
-#[derive(Serialize)]
-struct DeviceJson<'a> {
-    address: String,
-    ready: bool,
-    needs_only_binding: bool,
-    findings: Vec<FindingJson<'a>>,
-}
-
-#[derive(Serialize)]
-struct MediatedJson<'a> {
-    uuid: String,
-    ready: bool,
-    findings: Vec<FindingJson<'a>>,
-}
-
 /// What was found, in words or as JSON; and what the command ends with.
 pub(super) fn show(
     root: &SysRoot,
@@ -53,9 +29,9 @@ pub(super) fn show(
     screen: Screen,
     opens: Opens<'_>,
 ) -> Result<(String, Result<(), DeviceCommandError>), DeviceCommandError> {
-    let host = Host::read(root)?;
-    let (addresses, uuids) = super::find_all(root, &args.addresses)?;
-    let check = Check::of_all(&host, &addresses, &uuids, args.findings.memory, opens);
+    let memory = args.findings.memory;
+    let found = Preflight::of(root, &args.addresses, memory, opens)?;
+    let Preflight { host, check } = &found;
     let ready = check.is_ready();
     let end = match ready {
         true => Ok(()),
@@ -65,14 +41,7 @@ pub(super) fn show(
         }),
     };
     if args.findings.json {
-        let json = Json {
-            version: super::json::VERSION,
-            ready,
-            devices: check.devices.iter().map(device_json).collect(),
-            mediated_devices: check.mediated.iter().map(mediated_json).collect(),
-            host: findings::json(&check.host),
-        };
-        let text = serde_json::to_string_pretty(&json).map_err(ListError::from)?;
+        let text = serde_json::to_string_pretty(&found.json()).map_err(ListError::from)?;
         return Ok((text + "\n", end));
     }
     let names = Names::load();
@@ -81,7 +50,7 @@ pub(super) fn show(
         let name = host
             .device(of.address)
             .map(|device| names.device(device.vendor, device.device));
-        let verdict = verdict(of);
+        let verdict = findings::verdict(of.is_ready(), of.needs_only_binding());
         text += &findings::heading(
             &format!("{}  {}", of.address, name.unwrap_or_default()),
             verdict,
@@ -91,47 +60,13 @@ pub(super) fn show(
         text.push('\n');
     }
     for of in &check.mediated {
-        let verdict = match of.is_ready() {
-            true => READY,
-            false => NOT_READY,
-        };
+        let verdict = findings::verdict(of.is_ready(), false);
         text += &findings::heading(&format!("{}  mediated device", of.uuid), verdict, screen);
         text += &findings::show(&of.findings, screen);
         text.push('\n');
     }
-    let (word, style) = match findings::has_obstacle(&check.host) {
-        true => ("cannot give devices to guests", Style::BAD),
-        false => ("can give devices to guests", Style::GOOD),
-    };
-    text += &findings::heading("This host", (word, style), screen);
+    let verdict = findings::host_verdict(&found.json().host);
+    text += &findings::heading("This host", verdict, screen);
     text += &findings::show(&check.host, screen);
     Ok((text, end))
-}
-
-const READY: (&str, Style) = ("ready", Style::GOOD);
-const NOT_READY: (&str, Style) = ("not ready", Style::BAD);
-
-fn verdict(device: &DeviceCheck) -> (&'static str, Style) {
-    match (device.is_ready(), device.needs_only_binding()) {
-        (true, _) => READY,
-        (false, true) => ("ready to be bound", Style::WARN),
-        (false, false) => NOT_READY,
-    }
-}
-
-fn mediated_json(device: &MediatedCheck) -> MediatedJson<'_> {
-    MediatedJson {
-        uuid: device.uuid.to_string(),
-        ready: device.is_ready(),
-        findings: findings::json(&device.findings),
-    }
-}
-
-fn device_json(device: &DeviceCheck) -> DeviceJson<'_> {
-    DeviceJson {
-        address: device.address.to_string(),
-        ready: device.is_ready(),
-        needs_only_binding: device.needs_only_binding(),
-        findings: findings::json(&device.findings),
-    }
 }

@@ -9,9 +9,7 @@ use serde::{Serialize, Serializer};
 
 use super::facts::{Facts, Shown};
 use super::mediated::{DeviceJson, TypeJson, device_json, type_json};
-
-/// The version of the schema.
-pub(super) const VERSION: u32 = 1;
+use crate::preflight::VERSION;
 
 #[derive(Serialize)]
 struct List<'a> {

@@ -18,6 +18,7 @@ use super::topology::Topology;
 use super::{json, long, mediated, svg, tree};
 use crate::cli::findings;
 use crate::cli::style::{Screen, Style, of_palette};
+use crate::preflight::find_all;
 
 /// `busway device list`
 #[derive(Args, Clone, Debug, Default)]
@@ -179,7 +180,7 @@ pub(super) fn show(
 /// The devices asked for, by address.
 fn select<'a>(facts: &Facts<'a>, args: &ListArgs) -> Result<Shown<'a>, ListError> {
     let host = facts.host;
-    let (addresses, uuids) = super::find_all(host.root(), &args.addresses)?;
+    let (addresses, uuids) = find_all(host.root(), &args.addresses)?;
     if let Some(absent) = uuids
         .iter()
         .find(|uuid| host.mediated_device(**uuid).is_none())

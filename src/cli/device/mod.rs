@@ -19,12 +19,11 @@ mod tree;
 mod vfs;
 mod watch;
 
-use std::collections::BTreeSet;
 use std::io::{self, Write};
 
 use busway_host::{
     BindError, Called, CalledError, HostError, Kernel, LinuxKernel, NoUser, RestoreError, SysRoot,
-    UnbindError, Uuid, VfsError,
+    UnbindError, VfsError,
 };
 use busway_pci::Bdf;
 use clap::{Args, Subcommand};
@@ -39,6 +38,7 @@ pub(super) use vfs::aligned;
 
 use super::style::{Screen, write_out};
 use crate::exit::{HOST, RUNTIME, USAGE};
+use crate::preflight::PreflightError;
 
 /// `busway device`
 #[derive(Args, Clone, Debug)]
@@ -89,22 +89,6 @@ pub enum DeviceCommand {
     Vfs(VfsArgs),
 }
 
-/// The devices that a person named: PCI functions, and mediated devices.
-fn find_all(
-    root: &SysRoot,
-    called: &[Called],
-) -> Result<(BTreeSet<Bdf>, BTreeSet<Uuid>), CalledError> {
-    let (mut addresses, mut uuids) = (BTreeSet::new(), BTreeSet::new());
-    for called in called {
-        match called.find(root) {
-            Ok(address) => drop(addresses.insert(address)),
-            Err(CalledError::Mediated(uuid)) => drop(uuids.insert(uuid)),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok((addresses, uuids))
-}
-
 /// The PCI functions that a person named.
 fn find(root: &SysRoot, called: &[Called]) -> Result<Vec<Bdf>, CalledError> {
     called.iter().map(|called| called.find(root)).collect()
@@ -149,6 +133,15 @@ pub enum DeviceCommandError {
     /// cannot write the result: {0}
     #[error("cannot write the result: {0}")]
     Output(#[from] io::Error),
+}
+
+impl From<PreflightError> for DeviceCommandError {
+    fn from(error: PreflightError) -> Self {
+        match error {
+            PreflightError::Host(error) => error.into(),
+            PreflightError::Called(error) => error.into(),
+        }
+    }
 }
 
 impl DeviceCommandError {

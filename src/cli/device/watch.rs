@@ -4,6 +4,10 @@ use std::io::{self, Write};
 
 use super::DeviceCommandError;
 use crate::cli::style::Screen;
+use crate::cli::text::fit;
+
+/// What helps where the list is longer than the terminal.
+const HINT: &str = "make the window higher, or say which with --class";
 
 /// ECMA-48: the cursor goes home (CUP), and everything after it is erased (ED).
 const CLEAR: &str = "\x1b[H\x1b[J";
@@ -21,7 +25,7 @@ pub(super) fn watch(
     loop {
         let text = show(screen)?;
         let frame = match screen.height {
-            Some(height) => format!("{CLEAR}{}", fit(&text, height)),
+            Some(height) => format!("{CLEAR}{}", fit(&text, height, HINT)),
             None => text,
         };
         if first || frame != last {
@@ -43,20 +47,6 @@ pub(super) fn watch(
             None => return Ok(()),
         }
     }
-}
-
-/// As much of the text as a terminal of `height` lines shows without scrolling.
-fn fit(text: &str, height: usize) -> String {
-    let lines: Vec<_> = text.lines().collect();
-    // The last line of a terminal is where the cursor stands.
-    let room = height.saturating_sub(1).max(1);
-    if lines.len() <= room {
-        return text.to_owned();
-    }
-    let kept = room.saturating_sub(1);
-    let more = lines.len() - kept;
-    let kept = lines.get(..kept).unwrap_or_default().join("\n");
-    format!("{kept}\n… {more} more lines: make the window higher, or say which with --class\n")
 }
 
 #[cfg(test)]

@@ -39,6 +39,9 @@ fn described() -> BTreeMap<String, BTreeSet<u16>> {
     operations.collect()
 }
 
+/// What is beside the API's own paths.
+const METRICS: &str = "GET metrics";
+
 #[test]
 fn every_endpoint_is_described_with_its_statuses_and_no_other_is() {
     let served: BTreeMap<_, BTreeSet<u16>> = v1::ENDPOINTS
@@ -47,15 +50,17 @@ fn every_endpoint_is_described_with_its_statuses_and_no_other_is() {
             let name = format!("{} {}", endpoint.method, endpoint.name);
             (name, endpoint.statuses().iter().copied().collect())
         })
+        .chain([(METRICS.to_owned(), [200, 400, 429].into())])
         .collect();
     assert_eq!(served, described());
 }
 
 #[test]
 fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
-    let mut seen: BTreeMap<String, BTreeSet<u16>> = BTreeMap::new();
+    let mut answered: BTreeMap<String, BTreeSet<u16>> = BTreeMap::new();
     let granted = |request: &Request| match request {
         Request::Info => Some(how(State::Running)),
+        Request::Observe => Some(seen(State::Running)),
         Request::AddDevice(configs) => Some(added(configs)),
         Request::AddVirtio(config, _) => Some(added_virtio(config)),
         Request::RemoveDevice { id, .. } => Some(removed(id)),
@@ -64,6 +69,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     let refused = |_: &Request| Some(Err(RequestError::State("held")));
     let absent = |request: &Request| match request {
         Request::Info
+        | Request::Observe
         | Request::Boot
         | Request::AddDevice(_)
         | Request::AddVirtio(..)
@@ -72,6 +78,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     };
     let created = |request: &Request| match request {
         Request::Info => Some(how(State::Created)),
+        Request::Observe => Some(seen(State::Created)),
         _ => Some(Ok(Answer::Done)),
     };
     let crowded = |_: &Request| Some(Err(RequestError::TooMany));
@@ -101,6 +108,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"id": "twice"}"#,
                 r#"{"mtu": 9000}"#,
             ],
+            "vm.check-device" => &["", r#"{"path": "0000:02:00.0"}"#, r#"{"path": "no-nic"}"#],
             "vm.remove-device" => &[
                 "",
                 r#"{"id": "0000:01:00.0"}"#,
@@ -137,11 +145,25 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                     let schema = &response["content"]["application/json"]["schema"];
                     conforms(&description, schema, &reply.json(), &name);
                 }
-                seen.entry(name.clone()).or_default().insert(reply.status);
+                answered
+                    .entry(name.clone())
+                    .or_default()
+                    .insert(reply.status);
             }
         }
     }
-    assert_eq!(seen, described());
+    for react in reactions {
+        let vm = Vm::new(react);
+        let mut client = vm.connect();
+        for method in ["GET", "PUT"] {
+            client.send(format!(
+                "{method} /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            ));
+            let status = client.reply().unwrap().status;
+            answered.entry(METRICS.into()).or_default().insert(status);
+        }
+    }
+    assert_eq!(answered, described());
 }
 
 #[test]
@@ -154,6 +176,9 @@ fn statuses_of_any_path_are_described_too() {
 /// As much of JSON Schema as the description uses.
 fn conforms(description: &Value, schema: &Value, value: &Value, place: &str) {
     let schema = resolved(description, schema);
+    if value.is_null() && schema["nullable"] == true {
+        return;
+    }
     let is = match schema["type"]
         .as_str()
         .unwrap_or_else(|| panic!("{place}: no type"))

@@ -118,7 +118,126 @@ fn a_vm_is_paused_resumed_and_shown() {
     );
     assert_eq!(client.ask("PUT", "vm.resume").status, 204);
     assert_eq!(client.ask("PUT", "vm.power-button").status, 204);
-    assert_eq!(client.ask("GET", "vm.counters").json(), json!({}));
+    let counters = client.ask("GET", "vm.counters").json();
+    let disk = &counters["disk0"];
+    assert_eq!(
+        (&disk["read_ops"], &disk["read_bytes"], &disk["write_ops"]),
+        (&json!(2), &json!(8192), &json!(0))
+    );
+    assert_eq!(
+        (&disk["read_latency_min"], &disk["read_latency_avg"]),
+        (&json!(100), &json!(150))
+    );
+    assert_eq!(counters["net0"]["rx_frames"], 1);
+    // What counts nothing is not there.
+    assert_eq!(counters.as_object().unwrap().len(), 2);
+}
+
+#[test]
+fn each_device_is_shown_with_what_is_known_of_it() {
+    let vm = Vm::living();
+    let answer = vm.connect().ask("GET", "vm.devices").json();
+    let devices = answer["devices"].as_array().unwrap();
+    let named = |id: &str| devices.iter().find(|device| device["id"] == id).unwrap();
+    let drive = named("drive/é\"");
+    assert_eq!(
+        (&drive["host_bdf"], &drive["pci_bdf"], &drive["state"]),
+        (
+            &json!("0000:01:00.0"),
+            &json!("0000:02:00.0"),
+            &json!("present")
+        )
+    );
+    assert_eq!(
+        drive["interrupts"],
+        json!({ "mode": "msi-x", "vectors": 2, "vectors_most": 3 }),
+        "nobody counts those of an assigned device"
+    );
+    assert_eq!(drive["dma"]["mappings"], 3);
+    assert_eq!(drive["exits"]["bar_writes"], 4);
+    // Nothing tells which driver the guest has for it.
+    assert!(drive.get("driver").is_none());
+    let disk = named("disk0");
+    assert_eq!(
+        (&disk["driver"], &disk["interrupts"]["sent"]),
+        (&json!("ready"), &json!(9))
+    );
+    assert!(disk.get("dma").is_none());
+    for (id, state) in [
+        ("bad", "held"),
+        ("late", "coming"),
+        ("away", "going"),
+        ("dark", "off"),
+    ] {
+        assert_eq!(named(id)["state"], state);
+    }
+}
+
+#[test]
+fn what_a_vm_does_is_shown_with_its_threads() {
+    let vm = Vm::living();
+    let activity = vm.connect().ask("GET", "vm.activity").json();
+    assert_eq!(activity["state"], "Running");
+    assert_eq!(activity["uptime_ms"], 1500);
+    assert_eq!(activity["vcpus"][1]["exits"]["mmio_read"], 7);
+    assert_eq!(activity["vcpus"][1]["kvm"]["irq_injections"], 11);
+    let threads = activity["threads"].as_array().unwrap();
+    assert!(threads.iter().any(|thread| thread["name"] == "http"));
+    assert_eq!(activity["devices"].as_array().unwrap().len(), 8);
+}
+
+#[test]
+fn metrics_are_served_beside_the_api_with_their_own_type_and_without_a_vm_too() {
+    let ask = |vm: &Vm| {
+        let mut client = vm.connect();
+        client.send("GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        client.reply().unwrap()
+    };
+    let reply = ask(&Vm::living());
+    assert_eq!(reply.status, 200);
+    let kind = "Content-Type: application/openmetrics-text; version=1.0.0; charset=utf-8";
+    assert!(reply.head.contains(&kind.to_owned()), "{:?}", reply.head);
+    let text = String::from_utf8(reply.body).unwrap();
+    assert!(
+        text.contains("busway_vm_state{state=\"running\"} 1\n"),
+        "{text}"
+    );
+    assert!(text.ends_with("# EOF\n"));
+    let absent = Vm::new(|request| match request {
+        Request::End(_) => Some(Ok(Answer::Done)),
+        _ => Some(Err(RequestError::NotCreated)),
+    });
+    let reply = ask(&absent);
+    let text = String::from_utf8(reply.body).unwrap();
+    assert_eq!(reply.status, 200);
+    assert!(
+        text.contains("busway_vm_state{state=\"running\"} 0\n"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_device_is_checked_in_the_words_of_the_command_line() {
+    let vm = Vm::living();
+    let mut client = vm.connect();
+    let mut check = |body: &str| {
+        let length = format!("Content-Length: {}\r\n", body.len());
+        client.send(request("PUT", "vm.check-device", &length) + body);
+        client.reply().unwrap()
+    };
+    let reply = check(r#"{"path": "/sys/bus/pci/devices/0000:02:00.0/"}"#);
+    assert_eq!(reply.status, 200);
+    let found = reply.json();
+    assert_eq!(
+        (&found["version"], &found["ready"]),
+        (&json!(1), &json!(false))
+    );
+    let device = &found["devices"][0];
+    assert_eq!(device["address"], "0000:02:00.0");
+    assert_eq!(device["findings"][0]["level"], "obstacle");
+    let reply = check(r#"{"path": "no-nic"}"#);
+    assert_eq!(reply.status, 404);
+    assert!(reply.messages()[1].contains("no-nic"), "{reply:?}");
 }
 
 #[test]

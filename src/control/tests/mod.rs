@@ -17,16 +17,22 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use busway_pci::{InterruptMode, Seen};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
 use crate::config::{DeviceConfig, DiskConfig, VirtioConfig, VmConfig};
+use crate::kvm::{ExitKind, VcpuSeen};
 use crate::machine::{
     Added, AddedFunction, Answer, Extent, Info, Request, RequestError, Requests, State, VirtioInfo,
 };
+use crate::machine::{
+    AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, VirtioDoing,
+};
 use crate::report::AssignedDevice;
+use crate::virtio::{DiskTotals, DriverState, NetTotals, Totals, TransferTotals};
 
 /// What a machine does with a request: nothing is said to leave it unanswered.
 type Reaction = Option<Result<Answer, RequestError>>;
@@ -60,7 +66,10 @@ impl Vm {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("api");
         let end = Arc::new(End::default());
-        let api = v1::Api::new(control.clone(), Arc::clone(&end));
+        // A host without any device.
+        let host = busway_host::SysRoot::under(folder.path());
+        std::fs::create_dir_all(host.sys.join("bus/pci/devices")).unwrap();
+        let api = v1::Api::new(control.clone(), Arc::clone(&end)).on(host);
         let address = SocketAddress::Path(socket.clone());
         let server = Server::serve(&address, Arc::new(api), end, limits).unwrap();
         let ends = Arc::new(AtomicBool::new(false));
@@ -124,6 +133,7 @@ fn living() -> impl FnMut(&Request) -> Reaction {
     move |request| {
         let next = match (request, state) {
             (Request::Info, _) => return Some(how(state)),
+            (Request::Observe, _) => return Some(seen(state)),
             (Request::Create(_), _) => return Some(Err(RequestError::AlreadyCreated)),
             (Request::Boot, _) => return Some(Err(RequestError::State("running already"))),
             (Request::Pause, State::Running) => State::Paused,
@@ -187,6 +197,109 @@ fn removed(id: &str) -> Result<Answer, RequestError> {
 
 fn how(state: State) -> Result<Answer, RequestError> {
     Ok(Answer::Info(Box::new(info(state))))
+}
+
+fn seen(state: State) -> Result<Answer, RequestError> {
+    Ok(Answer::Observed(Box::new(observed(state))))
+}
+
+/// A VM with a device of each kind, and one in each state that it can be in.
+pub(super) fn observed(state: State) -> Observed {
+    let device = |id: &str, kind, state| DeviceSeen {
+        id: id.into(),
+        kind,
+        host: None,
+        guest: None,
+        state,
+        doing: None,
+    };
+    let doing = |totals| Doing {
+        function: Seen {
+            config_reads: 1,
+            config_writes: 2,
+            bar_reads: 3,
+            bar_writes: 4,
+            mode: InterruptMode::Msix,
+            connected: 2,
+        },
+        vectors: 3,
+        assigned: None,
+        virtio: Some(VirtioDoing {
+            driver: DriverState::Ready,
+            interrupts: 9,
+            totals,
+        }),
+    };
+    let assigned = Doing {
+        assigned: Some(AssignedDoing {
+            reset: "flr",
+            direct_bytes: 16 << 10,
+            errors: 1,
+        }),
+        virtio: None,
+        ..doing(Totals::None)
+    };
+    let disk = DiskTotals {
+        reads: TransferTotals {
+            ops: 2,
+            bytes: 8192,
+            micros: 300,
+            longest_micros: 200,
+            shortest_micros: 100,
+        },
+        others: 1,
+        ..DiskTotals::default()
+    };
+    let net = NetTotals {
+        rx_frames: 1,
+        rx_bytes: 60,
+        ..NetTotals::default()
+    };
+    let vcpu = VcpuSeen {
+        exits: ExitKind::ALL.map(|kind| (kind.name(), 7)),
+        kvm: vec![("exits", 100), ("irq_injections", 11)],
+    };
+    Observed {
+        state,
+        uptime: Some(Duration::from_millis(1500)),
+        memory: 256 << 20,
+        vcpus: vec![vcpu.clone(), vcpu],
+        devices: vec![
+            DeviceSeen {
+                host: Some("0000:01:00.0".into()),
+                guest: Some("0000:02:00.0".into()),
+                doing: Some(assigned.clone()),
+                ..device("drive/é\"", "assigned", DeviceState::Present)
+            },
+            DeviceSeen {
+                doing: Some(assigned),
+                ..device("bad", "assigned", DeviceState::Held)
+            },
+            device("late", "assigned", DeviceState::Coming),
+            device("away", "assigned", DeviceState::Going),
+            device("dark", "assigned", DeviceState::Off),
+            DeviceSeen {
+                guest: Some("0000:00:01.0".into()),
+                doing: Some(doing(Totals::Disk(disk))),
+                ..device("disk0", "disk", DeviceState::Present)
+            },
+            DeviceSeen {
+                doing: Some(doing(Totals::Net(net))),
+                ..device("net0", "net", DeviceState::Present)
+            },
+            DeviceSeen {
+                doing: Some(doing(Totals::None)),
+                ..device("__rng", "rng", DeviceState::Present)
+            },
+        ],
+        dma: Some(DmaSeen {
+            mappings: 3,
+            bytes: 256 << 20,
+            map_calls: 2,
+            device_map_calls: 1,
+        }),
+        vector_updates: 5,
+    }
 }
 
 fn info(state: State) -> Info {

@@ -3,28 +3,34 @@
 //! One table has all of its endpoints. What Busway cannot do yet is answered with 501 and the name of what
 //! it is, so that a client learns what is missing and not merely that something is.
 
+mod added;
 mod config;
 mod create;
+mod info;
 mod lacking;
+mod observe;
 mod virtio;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use busway_host::{Called, SysRoot};
 use serde::{Deserialize, Serialize};
 
 use super::End;
 use super::connections::Service;
-use super::http::{Answer, Request as HttpRequest};
-use super::json;
-use crate::config::{DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, is_removal_timeout};
-use crate::machine::{
-    self, Added, AddedFunction, Control, Extent, Files, Info, Request, RequestError, State,
+use super::http::{Answer, JSON, Request as HttpRequest};
+use super::{json, metrics};
+use crate::config::{
+    DeviceConfig, MAX_REMOVAL_TIMEOUT, MemoryConfig, OnError, VirtioConfig, is_removal_timeout,
 };
-use config::Config;
+use crate::machine::{self, Control, Extent, Files, Observed, Request, RequestError, State};
+use crate::preflight::{Preflight, PreflightError};
+use added::PciDeviceInfo;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
+pub(super) use observe::DEVICE_STATES;
+use observe::{Activity, Devices};
 use virtio::{AddDisk, AddNet};
 
 /// Where the API is.
@@ -59,6 +65,10 @@ enum Act {
     Ping,
     Info,
     Counters,
+    Devices,
+    Activity,
+    /// It is looked whether the guest could have a host device.
+    CheckDevice,
     /// The machine is asked; and what is said where it refuses.
     Ask(Request, &'static str),
     /// A host device comes, or goes.
@@ -114,6 +124,8 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     get("vmm.ping", Act::Ping),
     get("vm.info", Act::Info),
     get("vm.counters", Act::Counters),
+    get("vm.devices", Act::Devices),
+    get("vm.activity", Act::Activity),
     put(
         "vm.pause",
         Act::Ask(Request::Pause, "The VM could not be paused"),
@@ -154,6 +166,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     later("vm.resize-disk", Lack::ResizeDisk),
     later("vm.resize-zone", Lack::MemoryZones),
     with_body("vm.add-device", Act::AddDevice),
+    with_body("vm.check-device", Act::CheckDevice),
     later("vm.add-user-device", Lack::UserDevices),
     with_body(
         "vm.add-disk",
@@ -188,7 +201,8 @@ impl Endpoint {
     pub(super) fn statuses(&self) -> &'static [u16] {
         match self.act {
             Act::Ping => &[200, 400],
-            Act::Info | Act::Counters => &[200, 400, 404, 429, 500],
+            Act::Info | Act::Counters | Act::Devices | Act::Activity => &[200, 400, 404, 429, 500],
+            Act::CheckDevice => &[200, 400, 404, 429, 500],
             Act::Ask(Request::Boot, _) => &[204, 400, 404, 429, 500],
             Act::Create => &[204, 400, 429, 500, 501],
             Act::Ask(..) | Act::End(_, 204) => &[204, 400, 429, 500],
@@ -205,83 +219,8 @@ impl Endpoint {
 pub(super) struct Api {
     control: Control,
     end: Arc<End>,
-}
-
-/// `VmInfo`
-#[derive(Serialize)]
-struct VmInfo<'a> {
-    config: Config,
-    state: &'static str,
-    memory_actual_size: u64,
-    device_tree: BTreeMap<&'a str, DeviceNode<'a>>,
-    /// Beside Cloud Hypervisor's: the guest is paused after an error of a device.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    held: Option<bool>,
-    /// Beside Cloud Hypervisor's: how many devices can be added.
-    empty_slots: usize,
-}
-
-/// `DeviceNode`
-#[derive(Serialize)]
-struct DeviceNode<'a> {
-    id: &'a str,
-    resources: [(); 0],
-    children: [&'a str; 0],
-    /// The address in the guest.
-    pci_bdf: &'a str,
-    /// Beside Cloud Hypervisor's, of a host device: the address on the host.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    host_bdf: Option<&'a str>,
-    /// Beside Cloud Hypervisor's, of a host device: how it is reset.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reset: Option<&'a str>,
-}
-
-impl<'a> DeviceNode<'a> {
-    fn new(id: &'a str, pci_bdf: &'a str) -> Self {
-        Self {
-            id,
-            resources: [],
-            children: [],
-            pci_bdf,
-            host_bdf: None,
-            reset: None,
-        }
-    }
-}
-
-/// `PciDeviceInfo`
-#[derive(Serialize)]
-struct PciDeviceInfo {
-    id: String,
-    bdf: String,
-    /// Beside Cloud Hypervisor's: false where no driver of the guest's attends to the slot, yet.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    attended: Option<bool>,
-    /// Beside Cloud Hypervisor's: the further functions that came with it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    functions: Vec<PciDeviceInfo>,
-}
-
-impl From<AddedFunction> for PciDeviceInfo {
-    fn from(added: AddedFunction) -> Self {
-        Self {
-            id: added.id,
-            bdf: added.address,
-            attended: None,
-            functions: Vec::new(),
-        }
-    }
-}
-
-impl From<Added> for PciDeviceInfo {
-    fn from(added: Added) -> Self {
-        Self {
-            attended: (!added.attended).then_some(false),
-            functions: added.others.into_iter().map(Self::from).collect(),
-            ..Self::from(added.first)
-        }
-    }
+    /// The host whose devices are checked.
+    host: SysRoot,
 }
 
 /// What leaves together.
@@ -380,6 +319,23 @@ impl RemoveDevice {
     }
 }
 
+/// What is to be checked.
+#[derive(Deserialize)]
+struct CheckDevice {
+    /// As `vm.add-device` has it, or as `busway device` does.
+    path: String,
+    /// The bytes of memory that the guest is to have, if other than the VM's.
+    memory: Option<u64>,
+}
+
+impl CheckDevice {
+    fn into_called(self) -> Result<(Called, Option<u64>), String> {
+        let path = self.path.trim_end_matches('/');
+        let called = path.parse::<Called>().map_err(|error| error.to_string())?;
+        Ok((called, self.memory))
+    }
+}
+
 /// `VmmPingResponse`
 #[derive(Serialize)]
 struct Ping {
@@ -391,6 +347,9 @@ struct Ping {
 
 impl Service for Api {
     fn answer(&self, request: &HttpRequest) -> Answer {
+        if request.path == metrics::PATH {
+            return self.metrics(request);
+        }
         let endpoint = match find(&request.path) {
             Some(endpoint) => endpoint,
             None => return failed(404, &[&format!("{} is no path of this API", request.path)]),
@@ -420,7 +379,17 @@ fn find(path: &str) -> Option<&'static Endpoint> {
 
 impl Api {
     pub(super) fn new(control: Control, end: Arc<End>) -> Self {
-        Self { control, end }
+        Self {
+            control,
+            end,
+            host: SysRoot::default(),
+        }
+    }
+
+    /// The same on another host.
+    #[cfg(test)]
+    pub(super) fn on(self, host: SysRoot) -> Self {
+        Self { host, ..self }
     }
 
     fn act(&self, endpoint: &Endpoint, request: &HttpRequest) -> Answer {
@@ -434,6 +403,13 @@ impl Api {
             }),
             Act::Info => self.info(),
             Act::Counters => self.counters(),
+            Act::Devices => self.observe("The VM's devices cannot be shown", |seen| {
+                succeeded(&Devices::of(seen))
+            }),
+            Act::Activity => self.observe("The VM's activity cannot be shown", |seen| {
+                succeeded(&Activity::of(seen))
+            }),
+            Act::CheckDevice => self.check_device(body),
             Act::Ask(request, what) => match self.control.ask(request.clone()) {
                 Ok(_) => done(),
                 Err(error) => refused(what, &error),
@@ -452,22 +428,73 @@ impl Api {
 
     fn info(&self) -> Answer {
         match self.control.ask(Request::Info) {
-            Ok(machine::Answer::Info(info)) => show(&info),
+            Ok(machine::Answer::Info(info)) => info::show(&info),
             Ok(_) => failed(500, &["The VM did not say how it is"]),
             Err(error) => refused("The VM info is not available", &error),
         }
     }
 
-    /// No device of Busway's counts anything that a guest does with it.
+    /// What the VM's vCPUs and devices have done.
+    fn observe(&self, what: &str, show: impl FnOnce(&Observed) -> Answer) -> Answer {
+        match self.control.ask(Request::Observe) {
+            Ok(machine::Answer::Observed(seen)) => show(&seen),
+            Ok(_) => failed(500, &[what]),
+            Err(error) => refused(what, &error),
+        }
+    }
+
+    /// What a guest has its devices do; there is nothing of it while none runs.
     fn counters(&self) -> Answer {
         const WHAT: &str = "The VM's counters are not available";
-        match self.control.ask(Request::Info) {
-            Ok(machine::Answer::Info(info)) => match info.state {
-                State::Created | State::Shutdown => refused(WHAT, &RequestError::NotRunning),
-                _ => succeeded(&BTreeMap::<&str, BTreeMap<&str, u64>>::new()),
+        self.observe(WHAT, |seen| match seen.state {
+            State::Created | State::Shutdown => refused(WHAT, &RequestError::NotRunning),
+            _ => succeeded(&observe::counters(seen)),
+        })
+    }
+
+    /// A process that has no VM, or is about to end, has metrics as well.
+    fn metrics(&self, request: &HttpRequest) -> Answer {
+        if request.method != "GET" {
+            let text = format!("metrics are asked for by GET, not by {}", request.method);
+            return failed(400, &[&text]);
+        }
+        let observed = match self.control.ask(Request::Observe) {
+            Ok(machine::Answer::Observed(seen)) => Some(seen),
+            Err(error @ RequestError::TooMany) => {
+                return refused("The metrics are not available", &error);
+            }
+            _ => None,
+        };
+        match metrics::text(observed.as_deref()) {
+            Ok(text) => Answer {
+                status: 200,
+                body: Some(text.into_bytes()),
+                content_type: metrics::CONTENT_TYPE,
             },
-            Ok(_) => failed(500, &[WHAT]),
-            Err(error) => refused(WHAT, &error),
+            Err(error) => failed(500, &["The metrics cannot be written", &error.to_string()]),
+        }
+    }
+
+    /// Looks at a host device as `busway device check` does, for a guest with the VM's memory. It is done here, beside
+    /// the machine, which waits for nothing of it.
+    fn check_device(&self, body: &[u8]) -> Answer {
+        const WHAT: &str = "The device could not be checked";
+        let asked = json::parse::<CheckDevice>(body).and_then(CheckDevice::into_called);
+        let (called, memory) = match asked {
+            Ok(asked) => asked,
+            Err(why) => return failed(400, &[WHAT, &why]),
+        };
+        let memory = match (memory, self.control.ask(Request::Info)) {
+            (Some(memory), _) => memory,
+            (None, Ok(machine::Answer::Info(info))) => info.config.memory.size,
+            (None, Ok(_) | Err(RequestError::NotCreated)) => MemoryConfig::default().size,
+            (None, Err(error)) => return refused(WHAT, &error),
+        };
+        let opens = &busway_host::open_node;
+        match Preflight::of(&self.host, &[called], memory, opens) {
+            Ok(found) => succeeded(&found.json()),
+            Err(error @ PreflightError::Called(_)) => failed(404, &[WHAT, &error.to_string()]),
+            Err(error) => failed(500, &[WHAT, &error.to_string()]),
         }
     }
 
@@ -533,6 +560,7 @@ impl Api {
         Answer {
             status,
             body: (status != 204).then(Vec::new),
+            content_type: JSON,
         }
     }
 }
@@ -542,44 +570,11 @@ fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     Ok(json::parse(body)?)
 }
 
-fn show(info: &Info) -> Answer {
-    let state = match info.state {
-        State::Created => "Created",
-        State::Running => "Running",
-        // Clients know no other word for a guest that does not run.
-        State::Paused | State::Held => "Paused",
-        State::Shutdown => "Shutdown",
-    };
-    let (devices, ids) = (&info.devices, &info.ids);
-    let nodes = devices.iter().map(|device| {
-        let id = ids.get(&device.host).unwrap_or(&device.host).as_str();
-        let mut node = DeviceNode::new(id, &device.guest);
-        node.host_bdf = Some(&device.host);
-        node.reset = Some(device.reset);
-        (id, node)
-    });
-    let virtio = info.virtio.iter().map(|device| {
-        let node = DeviceNode::new(&device.id, &device.address);
-        (device.id.as_str(), node)
-    });
-    succeeded(&VmInfo {
-        config: info.into(),
-        state,
-        // Clients compute with it, before the guest has any as well.
-        memory_actual_size: match info.memory {
-            0 => info.config.memory.size,
-            memory => memory,
-        },
-        device_tree: nodes.chain(virtio).collect(),
-        held: (info.state == State::Held).then_some(true),
-        empty_slots: info.empty_slots,
-    })
-}
-
 fn done() -> Answer {
     Answer {
         status: 204,
         body: None,
+        content_type: JSON,
     }
 }
 
@@ -588,6 +583,7 @@ fn succeeded<T: Serialize>(value: &T) -> Answer {
         Ok(body) => Answer {
             status: 200,
             body: Some(body),
+            content_type: JSON,
         },
         Err(error) => failed(500, &["The answer cannot be written", &error.to_string()]),
     }
@@ -616,5 +612,6 @@ fn failed(status: u16, messages: &[&str]) -> Answer {
         status,
         // A list of texts can be written.
         body: Some(json::ascii(&messages).unwrap_or_default()),
+        content_type: JSON,
     }
 }

@@ -379,6 +379,16 @@ impl Attacher {
         report.set_vectors(vectors.most as u64, vectors.updates);
     }
 
+    /// What is mapped for devices; none where there is no space.
+    pub(super) fn stats(&self) -> Option<busway_iommu::Stats> {
+        self.space().as_ref().map(|space| space.dma.stats())
+    }
+
+    /// How many vectors devices have.
+    pub(super) fn vectors(&self) -> VectorCount {
+        self.wires.vectors()
+    }
+
     fn space(&self) -> MutexGuard<'_, Option<SpaceInUse>> {
         lock(&self.space)
     }

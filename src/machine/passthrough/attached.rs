@@ -8,18 +8,19 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use busway_pci::{Complaints, FunctionId, Topology};
-use busway_vfio::{DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
+use busway_pci::{Complaints, Function, FunctionId, Topology};
+use busway_vfio::{AssignedSight, DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::attach::{Attacher, Prepared, Users};
-use super::{STEADY_LIMIT, is_steady};
+use super::{ASSIGNED, STEADY_LIMIT, is_steady};
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
 use crate::machine::aside::Aside;
+use crate::machine::observed::{AssignedDoing, DeviceSeen, DeviceState, Doing};
 use crate::machine::requests::{Answer, Removal, RequestError};
 
 /// How often a device's errors are told of at most.
@@ -33,6 +34,8 @@ pub(in crate::machine) struct Attached {
     devices: Vec<Entry>,
     /// The closing of devices that leave the VM.
     releases: Aside,
+    /// Those that are being closed.
+    closing: Arc<Mutex<Vec<Closing>>>,
     attacher: Arc<Attacher>,
 }
 
@@ -50,10 +53,26 @@ struct Entry {
     /// Who asked for that, and whether it is pulled out where the guest does not.
     removal: Option<Removal>,
     counts: ErrorCounts,
+    /// Uncorrectable errors so far.
+    errors: u64,
+    /// The guest is held for one of them.
+    holds: bool,
+    /// Its number in its slot.
+    number: Function,
+    sight: AssignedSight,
+    reset: &'static str,
     complaints: Complaints,
     events: DeviceEvents,
     io: Arc<dyn DeviceIo>,
     users: Arc<Users>,
+}
+
+/// A device that has left its slot and is not closed yet.
+#[derive(Debug)]
+struct Closing {
+    id: String,
+    host: Option<String>,
+    port: FunctionId,
 }
 
 /// The time that a guest has to release a device.
@@ -91,6 +110,7 @@ impl Attached {
             ready: Epoll::new()?,
             devices: Vec::new(),
             releases: Aside::default(),
+            closing: Arc::default(),
             attacher,
         })
     }
@@ -118,6 +138,11 @@ impl Attached {
             button: Button::default(),
             removal: None,
             counts: ErrorCounts::read(&config.path),
+            errors: 0,
+            holds: false,
+            number: one.number,
+            sight: one.function.sight(),
+            reset: one.function.summary().reset.word(),
             config,
             complaints: Complaints::every(QUIET),
             events,
@@ -134,6 +159,32 @@ impl Attached {
             Some((host.to_string(), device.config.id()))
         });
         named.collect()
+    }
+
+    /// What is seen of each. `held`: the guest is paused for an error of one.
+    pub(super) fn observed(&self, topology: &Topology, held: bool) -> Vec<DeviceSeen> {
+        let mut all: Vec<_> = self
+            .devices
+            .iter()
+            .map(|device| device.observed(topology, held))
+            .collect();
+        let closing = lock(&self.closing);
+        all.extend(closing.iter().map(|one| DeviceSeen {
+            id: one.id.clone(),
+            kind: ASSIGNED,
+            host: one.host.clone(),
+            guest: None,
+            state: DeviceState::Going,
+            doing: None,
+        }));
+        all
+    }
+
+    /// The guest goes on after an error.
+    pub(in crate::machine) fn go_on(&mut self) {
+        for device in &mut self.devices {
+            device.holds = false;
+        }
     }
 
     /// What was said of each.
@@ -402,6 +453,12 @@ impl Attached {
         let names: Vec<_> = leaving.iter().map(|device| &*device.name).collect();
         let (names, topology, how) = (names.join(" and "), topology.clone(), how.to_owned());
         let attacher = self.attacher.clone();
+        let closing = self.closing.clone();
+        lock(&closing).extend(leaving.iter().map(|device| Closing {
+            id: device.config.id(),
+            host: device.host(),
+            port,
+        }));
         let ids: Vec<_> = leaving.iter().map(|device| device.config.id()).collect();
         let answer = match ids.len() {
             0 | 1 => Answer::Done,
@@ -425,6 +482,7 @@ impl Attached {
             for name in names {
                 log::warn!("{name}: {how}; the host has it back");
             }
+            lock(&closing).retain(|one| one.port != port);
             // Not before all of them are closed.
             for asker in askers {
                 asker.answer(Ok(answer.clone()));
@@ -454,7 +512,45 @@ impl AsRawFd for Attached {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Entry {
+    /// Its address on the host, or its UUID.
+    fn host(&self) -> Option<String> {
+        self.config.host_name().ok().map(|name| name.to_string())
+    }
+
+    fn observed(&self, topology: &Topology, held: bool) -> DeviceSeen {
+        let behind = topology.behind(self.port).into_iter();
+        let mut places = behind.filter_map(|id| topology.bdf(id));
+        let guest = places.find(|place| place.function == self.number);
+        let powered = topology.with_slot(self.port, |slot| slot.powered());
+        DeviceSeen {
+            id: self.config.id(),
+            kind: ASSIGNED,
+            host: self.host(),
+            guest: guest.map(|place| place.to_string()),
+            state: match self {
+                _ if held && self.holds => DeviceState::Held,
+                _ if self.leaves.is_some() => DeviceState::Going,
+                _ if powered == Some(false) => DeviceState::Off,
+                _ => DeviceState::Present,
+            },
+            doing: Some(Doing {
+                function: self.sight.activity.seen(),
+                vectors: self.sight.vectors,
+                assigned: Some(AssignedDoing {
+                    reset: self.reset,
+                    direct_bytes: self.sight.direct_bytes,
+                    errors: self.errors,
+                }),
+                virtio: None,
+            }),
+        }
+    }
+
     /// The device had an error.
     fn fail(&mut self, held: bool, resetting: bool) -> Result<Verdict, RunError> {
         let mut what = match resetting {
@@ -465,6 +561,7 @@ impl Entry {
         if !counted.is_empty() {
             what = format!("{what}; the host counted {}", counted.join(", "));
         }
+        self.errors = self.errors.saturating_add(1);
         let name = &self.name;
         match self.on_error {
             OnError::Stop => Err(RunError::DeviceError {
@@ -472,6 +569,7 @@ impl Entry {
                 what,
             }),
             OnError::Pause if !held => {
+                self.holds = true;
                 log::error!(
                     "{name} had an uncorrectable error: {what}; the guest is held (on_error=pause): \
                      `busway ctl resume` lets it go on, a signal such as SIGTERM ends it"

@@ -28,6 +28,7 @@ use busway_vfio::{KvmFiles, Resets};
 use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
+use super::observed::{DeviceSeen, DeviceState, DmaSeen};
 use super::pci::Pci;
 use super::requests::{Added, AddedFunction, Answer, Asker, Removal, RequestError};
 use crate::config::{DeviceConfig, VmConfig};
@@ -334,11 +335,45 @@ impl Passthrough {
         self.attacher.survey(&pci.host_functions())
     }
 
+    /// What is seen of those that the guest has, or is to have. `held`: it is paused for an error of one.
+    pub(super) fn observed(&self, topology: &Topology, held: bool) -> Vec<DeviceSeen> {
+        let coming = self.coming_devices().map(|config| DeviceSeen {
+            id: config.id(),
+            kind: ASSIGNED,
+            host: config.host_name().ok().map(|name| name.to_string()),
+            guest: None,
+            state: DeviceState::Coming,
+            doing: None,
+        });
+        let mut all = self.attached.observed(topology, held);
+        all.extend(coming);
+        all
+    }
+
+    /// What is mapped for devices.
+    pub(super) fn dma(&self) -> Option<DmaSeen> {
+        let stats = self.attacher.stats()?;
+        Some(DmaSeen {
+            mappings: stats.mappings,
+            bytes: stats.bytes,
+            map_calls: stats.map_calls,
+            device_map_calls: stats.device_map_calls,
+        })
+    }
+
+    /// How often an interrupt was given another message.
+    pub(super) fn vector_updates(&self) -> u64 {
+        self.attacher.vectors().updates
+    }
+
     /// Says in the report what devices have cost so far.
     pub(super) fn account(&self, report: &Report) {
         self.attacher.account(report);
     }
 }
+
+/// The kind of the host's devices, for who looks.
+const ASSIGNED: &str = "assigned";
 
 /// How long a change of a slot waits at most until the guest is done with what it is at there: the five
 /// seconds that Linux takes for a button, one for the power to go, and as many again.

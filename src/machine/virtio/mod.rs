@@ -21,6 +21,7 @@ use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
 use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
+use super::observed::{DeviceSeen, DeviceState, Doing, VirtioDoing};
 use super::pci::Pci;
 use super::requests::{Added, Answer, Asker, Files, RequestError, VirtioInfo};
 use crate::config::{DiskConfig, VirtioConfig, VmConfig};
@@ -28,7 +29,7 @@ use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
-use crate::virtio::{VirtioDevice, VirtioPci};
+use crate::virtio::{Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
 use seats::Seats;
 
@@ -36,6 +37,8 @@ use seats::Seats;
 #[derive(Debug)]
 pub(super) struct VirtioDevices {
     entries: Vec<Entry>,
+    /// Those that stay, by their names, with their addresses.
+    fixed: Vec<(String, String, Sight)>,
     /// Those on their way. They are waited for.
     builds: Aside,
     coming: Vec<Coming>,
@@ -65,6 +68,7 @@ struct Entry {
     files: Files,
     slot: u8,
     function: Weak<VirtioPci>,
+    sight: Sight,
     /// Somebody wants it removed.
     leaving: Option<Leaving>,
     /// Its end on the host is gone, and with it its name; only its function is left.
@@ -133,6 +137,7 @@ impl VirtioDevices {
     ) -> Self {
         Self {
             entries: Vec::new(),
+            fixed: Vec::new(),
             builds: Aside::default(),
             coming: Vec::new(),
             come: Arc::default(),
@@ -188,11 +193,16 @@ impl VirtioDevices {
     /// # Errors
     /// [`RunError`]
     pub(super) fn add_fixed(
-        &self,
+        &mut self,
         device: Box<dyn VirtioDevice>,
         pci: &mut Pci,
     ) -> Result<(), RunError> {
-        pci.add_virtio(&self.maker.function(device)?).map(drop)
+        let function = self.maker.function(device)?;
+        let (slot, _) = pci.add_virtio(&function)?;
+        let name = function.name().to_owned();
+        self.fixed
+            .push((name, address(slot.number()), function.sight()));
+        Ok(())
     }
 
     /// Lets devices come and leave: those in the slots that `pci` has left for virtio, and the first ones.
@@ -240,6 +250,39 @@ impl VirtioDevices {
                 config: entry.config.clone(),
             })
             .collect()
+    }
+
+    /// What is seen of those that the guest has, or is to have.
+    pub(super) fn observed(&self) -> Vec<DeviceSeen> {
+        let there = self.entries.iter().map(|entry| DeviceSeen {
+            state: match entry.leaving.is_some() || entry.retired {
+                true => DeviceState::Going,
+                false => DeviceState::Present,
+            },
+            ..observed(
+                entry.name.clone(),
+                entry.config.word(),
+                address(entry.slot),
+                &entry.sight,
+            )
+        });
+        let coming = self.coming.iter().map(|one| DeviceSeen {
+            id: one.name.clone(),
+            kind: one.config.word(),
+            host: None,
+            guest: None,
+            state: DeviceState::Coming,
+            doing: None,
+        });
+        // No disk or NIC is called so unless somebody wants it to be.
+        let fixed = self.fixed.iter().map(|(name, address, sight)| {
+            let kind = match name.as_str() {
+                "console" => "console",
+                _ => "rng",
+            };
+            observed(format!("__{name}"), kind, address.clone(), sight)
+        });
+        there.chain(coming).chain(fixed).collect()
     }
 
     /// The same as configurations, each with the name that it has.
@@ -399,6 +442,7 @@ impl VirtioDevices {
             files,
             slot,
             function: Arc::downgrade(function),
+            sight: function.sight(),
             leaving: None,
             retired: false,
         });
@@ -411,6 +455,27 @@ impl Drop for VirtioDevices {
         self.builds.finish();
         let come = std::mem::take(&mut *self.come.lock().unwrap_or_else(PoisonError::into_inner));
         drop(come);
+    }
+}
+
+fn observed(id: String, kind: &'static str, address: String, sight: &Sight) -> DeviceSeen {
+    let seen = sight.seen();
+    DeviceSeen {
+        id,
+        kind,
+        host: None,
+        guest: Some(address),
+        state: DeviceState::Present,
+        doing: Some(Doing {
+            function: seen.function,
+            vectors: seen.vectors,
+            assigned: None,
+            virtio: Some(VirtioDoing {
+                driver: seen.driver,
+                interrupts: seen.interrupts,
+                totals: seen.totals,
+            }),
+        }),
     }
 }
 

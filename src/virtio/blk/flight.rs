@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::image::Image;
 use super::steps::Stop;
+use crate::virtio::counts::DiskWork;
 use crate::virtio::segments::Held;
 use crate::virtio::spec::blk;
 
@@ -41,6 +42,8 @@ pub(super) struct Flight {
     at: u64,
     /// The byte of the request that says what has become of it.
     status: Held,
+    /// Bytes that were asked for.
+    asked: u64,
     /// Bytes of the request's buffers that count as written when it is answered.
     written: usize,
     /// The ring does not take it: a thread does it.
@@ -69,6 +72,7 @@ impl Flight {
             at,
             // The status comes behind what the device writes, whether that has been written or not.
             written: 0,
+            asked: data.len() as u64,
             data,
             status,
             plain: false,
@@ -83,6 +87,16 @@ impl Flight {
     /// Bytes that are read or written.
     pub(super) fn bytes(&self) -> usize {
         self.data.len()
+    }
+
+    /// What it asked for, and how many bytes of data.
+    pub(super) fn asked(&self) -> (DiskWork, u64) {
+        let work = match self.work {
+            Work::Read => DiskWork::Read,
+            Work::Write => DiskWork::Write,
+            Work::Flush | Work::Discard(_) | Work::Zero(_) => DiskWork::Other,
+        };
+        (work, self.asked)
     }
 
     /// Whether a limit of bytes and operations is for it: it moves data.

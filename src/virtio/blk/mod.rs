@@ -32,6 +32,7 @@ use std::time::Instant;
 
 use super::activation::Activation;
 use super::config_space::ConfigSpace;
+use super::counts::Counts;
 use super::device::VirtioDevice;
 use super::life::{DeviceState, DiskState, Running};
 use super::queue::Virtqueue;
@@ -95,6 +96,7 @@ pub struct Blk {
     writeback: bool,
     limiter: Option<Arc<Limiter>>,
     lingerers: Arc<Lingerers>,
+    counts: Counts,
     way: EngineKind,
     complaints: Arc<Complaints>,
 }
@@ -134,6 +136,7 @@ impl Blk {
                 .rate_limiter()
                 .map(|limits| Arc::new(Limiter::new(&limits, Instant::now()))),
             lingerers: Arc::default(),
+            counts: Counts::of_disk(config.num_queues),
             way: EngineKind::default(),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
@@ -264,6 +267,10 @@ impl VirtioDevice for Blk {
         Arc::clone(&self.space) as _
     }
 
+    fn counts(&self) -> Counts {
+        self.counts.clone()
+    }
+
     fn takes(&self, _features: u64, state: &DeviceState) -> bool {
         match state {
             DeviceState::None => true,
@@ -336,6 +343,7 @@ impl Blk {
             space: Arc::clone(&self.space),
             limiter: self.limiter.clone(),
             lingerers: Arc::clone(&self.lingerers),
+            counts: self.counts.disk_queue(queue.index()),
             affinity: affinity
                 .flat_map(|affinity| affinity.host_cpus.clone())
                 .collect(),

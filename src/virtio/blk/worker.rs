@@ -20,6 +20,7 @@ use super::request::{Planned, Requests};
 use super::space::DiskSpace;
 use super::sys;
 use crate::memory::{GuestRam, RamMap};
+use crate::virtio::counts::DiskCounts;
 use crate::virtio::error::QueueError;
 use crate::virtio::life::{DeviceState, LeftRequest, Progress};
 use crate::virtio::queue::Virtqueue;
@@ -40,6 +41,7 @@ pub(super) struct Parts {
     pub(super) space: Arc<DiskSpace>,
     pub(super) limiter: Option<Arc<Limiter>>,
     pub(super) lingerers: Arc<Lingerers>,
+    pub(super) counts: Arc<DiskCounts>,
     /// The host's processors that it runs on; any where there are none.
     pub(super) affinity: Vec<usize>,
 }
@@ -174,7 +176,12 @@ impl BlkWorker {
                     }
                 }
                 Next::Answer(result) => {
-                    self.hold.took(flight.started().elapsed());
+                    let took = flight.started().elapsed();
+                    self.hold.took(took);
+                    let (work, bytes) = flight.asked();
+                    self.parts
+                        .counts
+                        .answered(work, bytes, took, result.is_ok());
                     self.completed
                         .push(self.parts.requests.answer(&flight, result));
                 }

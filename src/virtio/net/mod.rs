@@ -23,6 +23,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
+use super::counts::{Counts, NetCounts};
 use super::device::VirtioDevice;
 use super::error::QueueError;
 use super::life::{DeviceState, NetState, Progress, Running, WaitingPacket};
@@ -35,7 +36,7 @@ use crate::virtio::error::StartError;
 use busway_pci::Complaints;
 pub use cable::Cable;
 use control::Control;
-use receive::Receiver;
+use receive::{End, Receiver};
 use tap::Tap;
 pub use tap::TapError;
 
@@ -91,6 +92,7 @@ pub struct Net {
     queue_size: u16,
     config: Arc<Fields>,
     cable: Arc<Cable>,
+    counts: Counts,
     complaints: Arc<Complaints>,
 }
 
@@ -140,6 +142,7 @@ impl Net {
             queue_size: config.queue_size,
             cable: Cable::new(Arc::clone(&config_space)),
             config: config_space,
+            counts: Counts::of_net(pairs),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
     }
@@ -250,6 +253,10 @@ impl VirtioDevice for Net {
         Arc::clone(&self.config) as _
     }
 
+    fn counts(&self) -> Counts {
+        self.counts.clone()
+    }
+
     fn accepts(&self, features: u64) -> bool {
         have_what_they_stand_on(features)
     }
@@ -297,6 +304,7 @@ impl VirtioDevice for Net {
                 ram: activation.ram().clone(),
                 tap: Arc::clone(tap),
                 cable: Arc::clone(&self.cable),
+                counts: self.counts.net_pair(pair),
                 receive,
                 transmit,
                 receiver: Receiver::new(features, &state.take_packet(pair)),
@@ -348,6 +356,7 @@ struct NetWorker {
     ram: GuestRam,
     tap: Arc<File>,
     cable: Arc<Cable>,
+    counts: Arc<NetCounts>,
     receive: Virtqueue,
     transmit: Virtqueue,
     receiver: Receiver,
@@ -383,23 +392,31 @@ impl Worker for NetWorker {
         match (source, &mut self.control) {
             (CONTROL, Some((queue, control))) => queue.drain(&memory, |chain| control.serve(chain)),
             (TRANSMIT, _) => {
-                let (tap, cable) = (self.tap.as_fd(), &self.cable);
+                let (tap, cable, counts) = (self.tap.as_fd(), &self.cable, &self.counts);
                 self.transmit.drain(&memory, |chain| {
                     if !cable.is_plugged() {
+                        counts.refused();
                         return Ok(Served::Done(0));
                     }
                     // A packet that the kernel does not take, for its header is wrong or the
                     // interface down, is lost, as on a wire.
-                    if let Err(error) = chain.readable.send(tap) {
-                        log::trace!("a packet was not sent: {error}");
+                    match chain.readable.send(tap) {
+                        Ok(sent) => counts.sent(sent.saturating_sub(net::HEADER_SIZE)),
+                        Err(error) => {
+                            counts.refused();
+                            log::trace!("a packet was not sent: {error}");
+                        }
                     }
                     Ok(Served::Done(0))
                 })
             }
             _ => {
-                let (tap, cable) = (&self.tap, &self.cable);
-                self.receiver
-                    .receive(tap, cable, &mut self.receive, &memory)
+                let end = End {
+                    tap: &self.tap,
+                    cable: &self.cable,
+                    counts: &self.counts,
+                };
+                self.receiver.receive(&end, &mut self.receive, &memory)
             }
         }
     }

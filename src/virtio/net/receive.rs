@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use super::cable::Cable;
 use crate::memory::RamMap;
 use crate::virtio::chain::Chain;
+use crate::virtio::counts::NetCounts;
 use crate::virtio::error::QueueError;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::spec::net;
@@ -33,9 +34,18 @@ pub(super) fn is_packet(bytes: &[u8]) -> bool {
     (net::HEADER_SIZE..=MAX_PACKET).contains(&bytes.len())
 }
 
+/// Where packets come from.
+#[derive(Debug)]
+pub(super) struct End<'a> {
+    pub(super) tap: &'a File,
+    pub(super) cable: &'a Cable,
+    pub(super) counts: &'a NetCounts,
+}
+
 /// What became of the waiting packet.
 enum Delivery {
     Done,
+    Dropped,
     NoBuffers,
 }
 
@@ -64,11 +74,11 @@ impl Receiver {
     /// Moves packets until the tap is empty or the guest has no buffers, or a round is over.
     pub(super) fn receive(
         &mut self,
-        mut tap: &File,
-        cable: &Cable,
+        end: &End<'_>,
         queue: &mut Virtqueue,
         memory: &RamMap,
     ) -> Result<(), QueueError> {
+        let mut tap = end.tap;
         queue.disable_notification(memory)?;
         for _ in 0..ROUND {
             if self.pending == 0 {
@@ -80,12 +90,21 @@ impl Receiver {
                     Err(_) => return Ok(()),
                 }
             }
-            if !cable.is_plugged() {
+            if !end.cable.is_plugged() {
+                end.counts.dropped();
                 self.pending = 0;
                 continue;
             }
             match self.deliver(queue, memory)? {
-                Delivery::Done => self.pending = 0,
+                Delivery::Done => {
+                    let packet = self.pending.saturating_sub(net::HEADER_SIZE);
+                    end.counts.received(packet);
+                    self.pending = 0;
+                }
+                Delivery::Dropped => {
+                    end.counts.dropped();
+                    self.pending = 0;
+                }
                 Delivery::NoBuffers => {
                     if !queue.enable_notification(memory)? {
                         return Ok(());
@@ -129,7 +148,7 @@ impl Receiver {
                 "{} packets dropped: larger than the driver's buffers",
                 self.dropped
             );
-            return Ok(Delivery::Done);
+            return Ok(Delivery::Dropped);
         }
         let count = (chains.len() as u16).to_le_bytes();
         let field = net::HEADER_NUM_BUFFERS..net::HEADER_SIZE;

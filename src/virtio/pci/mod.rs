@@ -12,15 +12,18 @@ mod tests;
 
 use std::fmt;
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{
-    BarError, BarIndex, BarKind, BarPart, BarRegion, Bars, Identity, InterruptRoutes, PciFunction,
+    Activity, BarError, BarIndex, BarKind, BarPart, BarRegion, Bars, Identity, InterruptRoutes,
+    PciFunction,
 };
 use busway_vfio::EventFd;
 
 use super::activation::Activation;
 use super::config_space::ConfigSpace;
+use super::counts::{Counts, Sight};
 use super::device::VirtioDevice;
 use super::interrupts::Interrupts;
 use super::life::{DeviceState, Life, Progress};
@@ -81,6 +84,7 @@ pub struct VirtioPci {
     device_config: Arc<dyn ConfigSpace>,
     doorbells: Vec<EventFd>,
     capabilities: Capabilities,
+    counts: Counts,
 }
 
 #[derive(Debug)]
@@ -148,7 +152,7 @@ impl VirtioPci {
             name: name.clone(),
             source,
         })?;
-        let device_config = device.config();
+        let (device_config, counts) = (device.config(), device.counts());
         let capabilities = Capabilities::add(
             &mut config,
             &interrupts.msix(),
@@ -180,6 +184,7 @@ impl VirtioPci {
             device_config,
             doorbells,
             capabilities,
+            counts,
         }))
     }
 
@@ -191,6 +196,23 @@ impl VirtioPci {
     /// What the driver has set up, as far as it is in registers: [`state`](Self::state) has the rest.
     pub fn registers(&self) -> Registers {
         self.function().registers.clone()
+    }
+
+    /// A way to look at the device, which keeps nothing of it.
+    #[must_use]
+    pub fn sight(&self) -> Sight {
+        Sight {
+            shown: Arc::clone(self.interrupts.shown()),
+            counts: self.counts.clone(),
+        }
+    }
+
+    /// The driver's status is as the registers have it.
+    fn show_status(&self, function: &FunctionState) {
+        let shown = self.interrupts.shown();
+        shown
+            .status
+            .store(function.registers.status, Ordering::Relaxed);
     }
 
     /// How many MSI-X vectors have a route to the guest now.
@@ -239,6 +261,7 @@ impl VirtioPci {
                 self.interrupts.set_queue_vector(index, vector);
             }
         }
+        self.show_status(&function);
     }
 
     /// What a stop of the device left with the host, in words; `None` where there is nothing. Until then the
@@ -344,6 +367,7 @@ impl VirtioPci {
         function.registers.reset();
         self.interrupts.reset();
         function.device.set_state(&DeviceState::None);
+        self.show_status(function);
         if let Some(what) = function.device.outstanding() {
             log::warn!(
                 "{}: its reset goes on until the host gives back {what}",
@@ -394,6 +418,10 @@ fn config_space(device: &dyn VirtioDevice) -> Result<busway_pci::ConfigSpace, Ba
 impl PciFunction for VirtioPci {
     fn name(&self) -> String {
         format!("virtio device {}", self.name)
+    }
+
+    fn activity(&self) -> Option<&Activity> {
+        Some(&self.interrupts.shown().activity)
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) {

@@ -112,6 +112,7 @@ impl VirtioPci {
         function.paused = true;
         self.stop(&mut function);
         function.registers.restore(&state.registers);
+        self.show_status(&function);
         function.config.reset();
         function.config.write(0, &state.config);
         function.device.set_state(&state.progress.device);

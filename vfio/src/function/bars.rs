@@ -75,9 +75,10 @@ impl AssignedFunction {
             match reach {
                 Reach::Device => self.write_device(number, offset, piece),
                 Reach::Table(at) => {
+                    let mut state = self.lock();
                     let State {
                         config, pin, msix, ..
-                    } = &mut *self.lock();
+                    } = &mut *state;
                     // Of a vector that is unmasked the kernel writes the table's entry in the device.
                     if let Some(MsixPart { msix, vectors, .. }) = msix
                         && config.is_awake()
@@ -90,6 +91,7 @@ impl AssignedFunction {
                             pace: &self.pace,
                         };
                         msix.table_write(at, piece, vectors);
+                        self.note_interrupts(&state);
                     }
                 }
                 Reach::Pba(_) => {}

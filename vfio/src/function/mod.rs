@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::pace::{self, Pace};
 use busway_pci::{
-    AtomicOps, BarIndex, BarPart, BarRegion, InterruptPin, Msi, Msix, PciFunction, spec,
+    Activity, AtomicOps, BarIndex, BarPart, BarRegion, InterruptMode, InterruptPin, Msi, Msix,
+    PciFunction, spec,
 };
 
 use crate::access::read_dword;
@@ -43,6 +44,8 @@ pub struct AssignedFunction {
     pba: Option<GuestLocation>,
     device_pba: Option<DeviceLocation>,
     reset: ResetHandle,
+    /// What is seen of it without the state's lock.
+    activity: Arc<Activity>,
     /// What the guest has the host do about it.
     pace: Pace,
     rom: Option<Rom>,
@@ -70,6 +73,20 @@ impl State {
             || self.msix.as_ref().is_some_and(|state| state.msix.enabled())
     }
 
+    /// How it interrupts now, and with how many vectors.
+    fn interrupts(&self) -> (InterruptMode, usize) {
+        let msix = self.msix.as_ref().filter(|part| part.msix.enabled());
+        let msi = self.msi.as_ref().filter(|part| part.msi.enabled());
+        match (msix, msi) {
+            (Some(part), _) => (InterruptMode::Msix, part.msix.connected()),
+            (None, Some(part)) => (InterruptMode::Msi, part.msi.connected()),
+            (None, None) if self.pin.is_some() && self.config.pin_connected() => {
+                (InterruptMode::Pin, 1)
+            }
+            (None, None) => (InterruptMode::None, 0),
+        }
+    }
+
     /// Brings the pin in line with the registers.
     fn update_pin(&mut self) {
         let messages = self.uses_messages();
@@ -91,6 +108,17 @@ struct MsixPart {
     at: u16,
     msix: Msix,
     vectors: MsixVectors,
+}
+
+/// A way to look at a function, for as long as anybody likes: the device may be gone meanwhile.
+#[derive(Clone, Debug)]
+pub struct AssignedSight {
+    /// What the guest asks of it, and how it interrupts.
+    pub activity: Arc<Activity>,
+    /// Vectors that the guest can have: of MSI-X, else of MSI.
+    pub vectors: u16,
+    /// Bytes of BARs that the guest reaches without an exit.
+    pub direct_bytes: u64,
 }
 
 /// What a function uses, for reports.
@@ -227,7 +255,7 @@ impl AssignedFunction {
             log::warn!("{name}: its interrupt pin cannot be connected: {source}");
         }
         let layout = layout.map(|(_, layout)| layout);
-        Ok(Arc::new(Self {
+        let function = Self {
             name: name.to_owned(),
             decoded: Mutex::new(config.decoded()),
             state: Mutex::new(State {
@@ -241,11 +269,14 @@ impl AssignedFunction {
             pba: layout.map(|layout| layout.pba()),
             device_pba: layout.map(|layout| layout.device_pba()),
             reset,
+            activity: Arc::default(),
             pace: Pace::new(name, clock),
             rom,
             parts,
             io,
-        }))
+        };
+        function.note_interrupts(&function.lock());
+        Ok(Arc::new(function))
     }
 
     /// The device's name in messages.
@@ -292,8 +323,31 @@ impl AssignedFunction {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes what decodes now.
+    /// A way to look at the function, which keeps nothing of it and waits for nothing.
+    #[must_use]
+    pub fn sight(&self) -> AssignedSight {
+        let state = self.lock();
+        let (msi, msix) = (state.msi.as_ref(), state.msix.as_ref());
+        AssignedSight {
+            activity: Arc::clone(&self.activity),
+            vectors: match (msix, msi) {
+                (Some(part), _) => part.msix.vectors(),
+                (None, Some(part)) => part.msi.vectors().into(),
+                (None, None) => 0,
+            },
+            direct_bytes: self.parts.iter().map(|part| part.area.size).sum(),
+        }
+    }
+
+    /// Notes how it interrupts now.
+    fn note_interrupts(&self, state: &State) {
+        let (mode, connected) = state.interrupts();
+        self.activity.interrupts_by(mode, connected);
+    }
+
+    /// Notes what decodes now, and how it interrupts.
     fn note_decoded(&self, state: &State) {
+        self.note_interrupts(state);
         let decoded = match state.reset_incomplete {
             true => Vec::new(),
             false => state.config.decoded(),
@@ -347,12 +401,17 @@ impl AssignedFunction {
             true => self.reset_by(&mut state, ResetHandle::retire),
             false => self.disconnect(&mut state),
         }
+        self.note_interrupts(&state);
     }
 }
 
 impl PciFunction for AssignedFunction {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn activity(&self) -> Option<&Activity> {
+        Some(&self.activity)
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) {

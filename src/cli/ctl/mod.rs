@@ -1,0 +1,446 @@
+//! `busway ctl`: the control socket of a VM that runs, for people.
+
+mod answer;
+mod columns;
+mod devices;
+mod find;
+mod info;
+mod list;
+#[cfg(test)]
+mod tests;
+mod top;
+
+use std::fs;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use busway_iommu::printable;
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::failure::Failure;
+use super::findings;
+use super::style::{Screen, write_out};
+use crate::config::MAX_REMOVAL_TIMEOUT;
+use crate::control::client::{self, ClientError};
+use crate::exit::{HOST, RUNTIME};
+use crate::preflight::CheckJson;
+use answer::{number, text};
+use columns::{Column, table};
+use top::TopArgs;
+
+/// The most bytes that are read of a file.
+const MOST: u64 = 4 << 20;
+/// How long a VM has to answer.
+const LIMIT: Duration = Duration::from_secs(10);
+/// How long it has to end, and for what the kernel does to a device: that waits a minute for one that does not
+/// come back from its reset.
+const END_LIMIT: Duration = Duration::from_secs(120);
+
+/// `busway ctl`
+#[derive(Args, Clone, Debug)]
+pub(super) struct CtlArgs {
+    /// The socket that the VM's `busway run --api-socket` was given
+    #[arg(long, global = true, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+
+    /// Print what the VM answers, as JSON
+    #[arg(long, global = true)]
+    json: bool,
+
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// What can be asked of a VM.
+#[derive(Subcommand, Clone, Debug, PartialEq)]
+enum Verb {
+    /// Show the VMs that run, found by their control sockets; needs no --api-socket
+    List,
+    /// Show what the VM is made of, and what it is doing
+    Info,
+    /// Show the VM's devices: where each is, how it is, how it interrupts, and what it has done
+    Devices,
+    /// Show what the VM does, live: exits, interrupts, faults, I/O and processor time
+    Top(TopArgs),
+    /// Show what disks and NICs have counted
+    Counters,
+    /// Print the VM's metrics in the OpenMetrics text format
+    Metrics,
+    /// Ask whether the VM answers
+    Ping,
+    /// Stop the guest between two instructions
+    Pause,
+    /// Let a guest that was paused go on
+    Resume,
+    /// Press the guest's power button: its system decides what follows
+    PowerButton,
+    /// Start the guest anew, as a reset of its own does
+    Reboot,
+    /// Give each of the guest's processors a non-maskable interrupt
+    Nmi,
+    /// End the VM and its process without asking its guest, as if the power were cut
+    Shutdown,
+    /// End the VM in the same way, and let its process be, where it is one of `busway --api-socket`
+    Stop,
+    /// Say what the VM of such a process is to be
+    Create {
+        /// A file with what `vm.create` takes, as JSON; - is standard input
+        file: PathBuf,
+    },
+    /// Start the VM that it is said to be
+    Boot,
+    /// Forget what the VM is to be, and end it before where it runs
+    Delete,
+    /// Say whether the guest could have a host device, and what to do where it could not; adds nothing
+    CheckDevice {
+        /// As `busway device check` takes it
+        device: String,
+    },
+    /// Add a host device, which VFIO has, in an empty slot; answered when it is there
+    AddDevice {
+        /// Its address (0000:01:00.0), a mediated device's UUID, or its folder in sysfs; several are functions of
+        /// one device, and stay together
+        #[arg(required = true, value_name = "DEVICE")]
+        devices: Vec<String>,
+        /// What it is called, or the first of several
+        #[arg(long)]
+        id: Option<String>,
+    },
+    /// Add a disk; answered when the guest can find it
+    AddDisk(AddDiskArgs),
+    /// Add a NIC; answered when the guest can find it
+    AddNet(AddNetArgs),
+    /// Have the guest release a device and all in its slot; answered when the host has it back
+    RemoveDevice {
+        /// What it is called: its name, or its address or UUID on the host where it has none
+        id: String,
+        /// Pull it out where the guest does not release it
+        #[arg(long)]
+        force: bool,
+        /// How long the guest has to release it, 1 to 3600; what `--platform removal_timeout=` said, or 30, where
+        /// nothing is given
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_REMOVAL_TIMEOUT)))]
+        timeout: Option<u32>,
+    },
+}
+
+/// `busway ctl add-disk`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+struct AddDiskArgs {
+    /// An image, or a block device
+    path: PathBuf,
+    /// The image is qcow2; one is raw otherwise, whatever is in it
+    #[arg(long)]
+    qcow2: bool,
+    /// Open the files that a qcow2 image names, to be read only
+    #[arg(long, requires = "qcow2")]
+    backing_files: bool,
+    /// The guest may not write
+    #[arg(long)]
+    readonly: bool,
+    /// Bypass the host's page cache
+    #[arg(long)]
+    direct: bool,
+    /// The serial number that the guest sees; its id, where none is given
+    #[arg(long)]
+    serial: Option<String>,
+    /// What it is called
+    #[arg(long)]
+    id: Option<String>,
+}
+
+/// `busway ctl add-net`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+struct AddNetArgs {
+    /// The tap interface; a new one that the kernel names, where none is given
+    tap: Option<String>,
+    /// The guest's MAC address; a random one, where none is given
+    #[arg(long)]
+    mac: Option<String>,
+    /// What it is called
+    #[arg(long)]
+    id: Option<String>,
+}
+
+/// At the end of the help.
+pub(super) const EXIT_STATUS: &str = "\
+Exit status: 0 it is done; 1 the VM refused, or did not answer in time (10 s; 2 minutes to end or
+to add a device, and to remove one beside the time that the guest has for it); 2 bad usage, or no
+VM's socket has this name.";
+
+impl Verb {
+    const fn method(&self) -> &'static str {
+        match self {
+            Self::Info | Self::Ping | Self::Devices | Self::Counters => "GET",
+            _ => "PUT",
+        }
+    }
+
+    const fn endpoint(&self) -> &'static str {
+        match self {
+            Self::Info => "vm.info",
+            Self::Ping => "vmm.ping",
+            Self::Devices => "vm.devices",
+            Self::Counters => "vm.counters",
+            Self::Reboot => "vm.reboot",
+            Self::Nmi => "vm.nmi",
+            Self::Stop => "vm.shutdown",
+            Self::Create { .. } => "vm.create",
+            Self::Boot => "vm.boot",
+            Self::Delete => "vm.delete",
+            Self::CheckDevice { .. } => "vm.check-device",
+            // These have ways of their own.
+            Self::List | Self::Top(_) | Self::Metrics => "",
+            Self::Pause => "vm.pause",
+            Self::Resume => "vm.resume",
+            Self::PowerButton => "vm.power-button",
+            Self::Shutdown => "vmm.shutdown",
+            Self::AddDevice { .. } => "vm.add-device",
+            Self::AddDisk(_) => "vm.add-disk",
+            Self::AddNet(_) => "vm.add-net",
+            Self::RemoveDevice { .. } => "vm.remove-device",
+        }
+    }
+
+    /// What is said beside the endpoint.
+    fn body(&self) -> Option<Value> {
+        match self {
+            Self::AddDevice { devices, id } => {
+                let (first, rest) = devices.split_first()?;
+                let functions = rest.iter().map(|path| json!({ "path": path }));
+                let functions: Vec<_> = functions.collect();
+                let body = json!({ "path": first, "id": id, "functions": functions });
+                Some(body)
+            }
+            Self::AddDisk(disk) => Some(json!({
+                "path": absolute(&disk.path), "readonly": disk.readonly, "direct": disk.direct,
+                "image_type": if disk.qcow2 { "Qcow2" } else { "Raw" },
+                "backing_files": disk.backing_files, "serial": disk.serial, "id": disk.id,
+            })),
+            Self::CheckDevice { device } => Some(json!({ "path": device })),
+            Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
+            Self::RemoveDevice { id, force, timeout } => {
+                let mut body = json!({ "id": id, "force": force });
+                if let Some(seconds) = timeout {
+                    body["timeout_s"] = json!(seconds);
+                }
+                Some(body)
+            }
+            _ => None,
+        }
+    }
+
+    const fn limit(&self) -> Duration {
+        match self {
+            Self::Shutdown
+            | Self::Stop
+            | Self::Boot
+            | Self::Reboot
+            | Self::Delete
+            | Self::AddDevice { .. }
+            | Self::AddDisk(_)
+            | Self::AddNet(_)
+            | Self::RemoveDevice { .. } => END_LIMIT,
+            _ => LIMIT,
+        }
+    }
+
+    /// The same with the time that the guest has, where that is known to the VM alone: it is asked for it.
+    fn limit_of(&self, socket: &Path) -> Result<Duration, ClientError> {
+        let guest = match self {
+            Self::RemoveDevice {
+                timeout: Some(seconds),
+                ..
+            } => (*seconds).into(),
+            Self::RemoveDevice { timeout: None, .. } => {
+                let info = client::ask(socket, "GET", "vm.info", None, LIMIT)?;
+                number(&info, "/config/platform/removal_timeout_s")
+            }
+            _ => 0,
+        };
+        // Nobody waits for ever for what calls itself a VM.
+        let guest = Duration::from_secs(guest.min(MAX_REMOVAL_TIMEOUT.into()));
+        Ok(self.limit().saturating_add(guest))
+    }
+}
+
+/// The path as the VM finds it, whose folder may be another; as it is where there is no such path, which the
+/// VM then says.
+fn absolute(path: &Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.display().to_string()
+}
+
+/// Asks a VM, and prints what it answers.
+pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
+    let (verb, screen) = (&args.verb, Screen::of_stdout());
+    if *verb == Verb::List {
+        return print(&list::show(Path::new("/proc"), args.json, screen));
+    }
+    let socket = args
+        .api_socket
+        .as_deref()
+        .ok_or(
+            "no socket: name the VM's with --api-socket PATH, as its `busway run` was given it; \
+             `busway ctl list` shows those that there are",
+        )
+        .map_err(Failure::usage)?;
+    let failed = |error: ClientError| Failure::new(error.exit_status(), error);
+    match verb {
+        Verb::Top(top) => return top::run(socket, top, args.json),
+        Verb::Metrics => return print(&client::metrics(socket, LIMIT).map_err(failed)?),
+        _ => {}
+    }
+    let body = match verb {
+        Verb::Create { file } => Some(read(file).map_err(Failure::usage)?),
+        verb => verb.body(),
+    };
+    let answer = verb.limit_of(socket).and_then(|limit| {
+        let (method, endpoint) = (verb.method(), verb.endpoint());
+        client::ask(socket, method, endpoint, body.as_ref(), limit)
+    });
+    let answer = answer.map_err(failed)?;
+    let refused = matches!(verb, Verb::CheckDevice { .. }) && answer["ready"] == false;
+    print(&match args.json {
+        true => pretty(answer),
+        false => show(verb, &answer, screen),
+    })?;
+    match refused {
+        // Why has been said.
+        true => Err(Failure::silent(HOST)),
+        false => Ok(()),
+    }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    write_out(&mut out, text)
+        .context("cannot write the result")
+        .map_err(|error| Failure::explained(RUNTIME, error))
+}
+
+/// What a file says, as JSON. The VM takes no more than 4 MiB of it.
+fn read(file: &Path) -> Result<Value, String> {
+    let name = printable(&file.display().to_string());
+    let mut text = Vec::new();
+    let whole = match file.as_os_str() == "-" {
+        true => io::stdin().lock().take(MOST).read_to_end(&mut text),
+        false => fs::File::open(file).and_then(|file| file.take(MOST).read_to_end(&mut text)),
+    };
+    whole.map_err(|error| format!("{name}: {error}"))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| format!("{name}: it is no JSON of what a VM is to be: {error}"))
+}
+
+/// Where there is nothing to say, an object without anything in it.
+fn pretty(answer: Value) -> String {
+    let answer = match answer {
+        Value::Null => json!({}),
+        answer => answer,
+    };
+    format!("{answer:#}\n")
+}
+
+/// What a person reads of an answer.
+fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
+    match verb {
+        Verb::Info => info::show(answer, screen),
+        Verb::Devices => devices::show(answer, screen),
+        Verb::Counters => counters(answer, screen),
+        Verb::CheckDevice { device } => check(device, answer, screen),
+        Verb::List | Verb::Top(_) | Verb::Metrics => String::new(),
+        Verb::Reboot => "the guest starts anew\n".to_owned(),
+        Verb::Nmi => "the guest's processors have their interrupt\n".to_owned(),
+        Verb::Stop => "the VM has ended, and can be booted again\n".to_owned(),
+        Verb::Create { .. } => "the VM can be booted\n".to_owned(),
+        Verb::Boot => "the guest runs\n".to_owned(),
+        Verb::Delete => "there is no VM any more\n".to_owned(),
+        Verb::Ping => {
+            let version = text(answer, "/version");
+            let pid = number(answer, "/pid");
+            format!("version {version} answers, as process {pid}\n")
+        }
+        Verb::Pause => "the guest is paused\n".to_owned(),
+        Verb::Resume => "the guest runs\n".to_owned(),
+        Verb::PowerButton => "the power button is pressed\n".to_owned(),
+        Verb::Shutdown => "the VM has ended\n".to_owned(),
+        Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) => {
+            let all = std::iter::once(answer).chain(answer::list(answer, "/functions"));
+            let heard = match answer["attended"].as_bool() {
+                Some(false) => {
+                    "; the guest has no driver for the slot, or none yet, and finds the device when it has one"
+                }
+                _ => "",
+            };
+            let line = |one| {
+                let (id, address) = (text(one, "/id"), text(one, "/bdf"));
+                format!("{id}: in the guest at {address}{heard}\n")
+            };
+            all.map(line).collect()
+        }
+        Verb::RemoveDevice { id, .. } => {
+            let ids: Vec<_> = answer::list(answer, "/ids")
+                .iter()
+                .map(|id| text(id, ""))
+                .collect();
+            match ids.is_empty() {
+                true => format!("{}: the host has it back\n", printable(id)),
+                false => format!("{}: the host has them back\n", ids.join(" and ")),
+            }
+        }
+    }
+}
+
+/// What devices have counted, by device and name.
+fn counters(answer: &Value, screen: Screen) -> String {
+    const COLUMNS: [Column; 3] = [
+        Column::words("DEVICE").cut_to(12),
+        Column::words("COUNTER"),
+        Column::number("COUNT"),
+    ];
+    let devices = answer.as_object().into_iter().flatten();
+    let rows: Vec<_> = devices
+        .flat_map(|(device, counters)| {
+            let counters = counters.as_object().into_iter().flatten();
+            counters.map(move |(name, count)| {
+                let count = count.as_u64().unwrap_or_default().to_string();
+                vec![
+                    printable(device).into(),
+                    printable(name).into(),
+                    count.into(),
+                ]
+            })
+        })
+        .collect();
+    match rows.is_empty() {
+        true => "no device of the VM's counts\n".to_owned(),
+        false => table(&COLUMNS, &rows, screen),
+    }
+}
+
+/// What `busway device check` says, as far as the VM knows it.
+fn check(device: &str, answer: &Value, screen: Screen) -> String {
+    let Ok(found) = serde_json::from_value::<CheckJson<'_>>(answer.clone()) else {
+        return format!("{}: the answer is of another form\n", printable(device));
+    };
+    let devices = found.devices.iter().map(|one| {
+        let verdict = findings::verdict(one.ready, one.needs_only_binding);
+        (&one.address, verdict, &one.findings)
+    });
+    let mediated = found.mediated_devices.iter().map(|one| {
+        let verdict = findings::verdict(one.ready, false);
+        (&one.uuid, verdict, &one.findings)
+    });
+    let mut text = String::new();
+    for (name, verdict, findings) in devices.chain(mediated) {
+        text += &findings::heading(&printable(name), verdict, screen);
+        text += &findings::show_json(findings, screen);
+        text.push('\n');
+    }
+    text += &findings::heading("This host", findings::host_verdict(&found.host), screen);
+    text += &findings::show_json(&found.host, screen);
+    text
+}

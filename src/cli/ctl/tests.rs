@@ -1,0 +1,167 @@
+//! What is asked of a VM, and what a person reads of its answers.
+
+use super::info::state;
+use super::*;
+
+fn info() -> Value {
+    json!({
+        "state": "Running",
+        "memory_actual_size": 8_u64 << 30,
+        "config": {
+            "cpus": { "boot_vcpus": 4 },
+            "payload": { "kernel": "/boot/vmlinuz", "cmdline": "console=ttyS0 root=/dev/vda1" },
+            "serial": { "mode": "Tty" },
+            "console": { "mode": "File", "file": "/run/console" },
+            "disks": [{ "path": "debian.raw", "id": "root", "readonly": true }],
+            "net": [{ "tap": "vmtap0" }, {}],
+            "devices": [
+                { "path": "/sys/bus/pci/devices/0000:01:00.0", "id": "drive" },
+                { "path": "/sys/bus/pci/devices/0000:02:00.0/" },
+            ],
+        },
+        "device_tree": {
+            "drive": { "host_bdf": "0000:01:00.0", "pci_bdf": "0000:01:00.0" },
+            "0000:02:00.0": { "host_bdf": "0000:02:00.0", "pci_bdf": "0000:02:00.0" },
+            "root": { "pci_bdf": "0000:00:01.0" },
+        },
+    })
+}
+
+#[test]
+fn info_is_a_table() {
+    let expected = "\
+state       running
+memory      8192 MiB
+processors  4
+kernel      /boot/vmlinuz
+cmdline     console=ttyS0 root=/dev/vda1
+serial      tty
+console     file, /run/console
+disk        debian.raw, id root, read-only, in the guest 0000:00:01.0
+nic         vmtap0
+nic         a new tap
+device      0000:02:00.0, in the guest 0000:02:00.0
+device      0000:01:00.0, id drive, in the guest 0000:01:00.0
+";
+    let shown = show(&Verb::Info, &info(), Screen::default());
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn a_device_whose_slot_no_driver_attends_to_is_said_to_wait_for_one() {
+    let said = |answer| {
+        let verb = Verb::AddDevice {
+            devices: vec!["01:00.0".into()],
+            id: None,
+        };
+        show(&verb, &answer, Screen::default())
+    };
+    let plain = json!({ "id": "drive", "bdf": "0000:03:00.0" });
+    assert_eq!(said(plain), "drive: in the guest at 0000:03:00.0\n");
+    let waits = json!({ "id": "drive", "bdf": "0000:03:00.0", "attended": false });
+    assert_eq!(
+        said(waits),
+        "drive: in the guest at 0000:03:00.0; the guest has no driver for the slot, or none yet, and finds \
+         the device when it has one\n"
+    );
+}
+
+#[test]
+fn empty_slots_are_counted_where_there_are_some() {
+    let mut info = info();
+    for (slots, ends) in [(0, "0000:01:00.0\n"), (3, "\nslots       3 empty\n")] {
+        info["empty_slots"] = slots.into();
+        let shown = show(&Verb::Info, &info, Screen::default());
+        assert!(shown.ends_with(ends), "{shown}");
+    }
+}
+
+#[test]
+fn a_narrow_screen_has_long_lines_folded() {
+    let shown = show(&Verb::Info, &info(), Some(32).into());
+    assert!(
+        shown.contains("cmdline     console=ttyS0\n            root=/dev/vda1\n"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn a_vm_that_is_being_put_together_shows_what_it_is_to_have() {
+    let mut info = info();
+    info["state"] = "Created".into();
+    info["device_tree"] = json!({});
+    let shown = show(&Verb::Info, &info, Screen::default());
+    assert!(shown.starts_with("state       not booted, or being put together\n"));
+    assert!(shown.ends_with("device      0000:01:00.0, id drive\ndevice      0000:02:00.0\n"));
+}
+
+#[test]
+fn a_guest_that_is_held_is_told_from_one_that_was_paused() {
+    let state = |info: Value| state(&info);
+    assert_eq!(state(json!({ "state": "Paused" })), "paused");
+    let held = state(json!({ "state": "Paused", "held": true }));
+    assert!(held.starts_with("held: "), "{held}");
+}
+
+#[test]
+fn an_answer_of_another_form_is_no_harm_and_steers_no_terminal() {
+    for answer in [
+        Value::Null,
+        json!([]),
+        json!({ "config": 1, "device_tree": [] }),
+    ] {
+        for verb in [Verb::Info, Verb::Ping] {
+            assert!(show(&verb, &answer, Screen::default()).ends_with('\n'));
+        }
+    }
+    let shown = show(
+        &Verb::Info,
+        &json!({ "state": "\u{1b}[2J" }),
+        Screen::default(),
+    );
+    assert!(!shown.contains('\u{1b}'), "{shown:?}");
+}
+
+#[test]
+fn functions_come_by_one_request_and_leave_together() {
+    let verb = Verb::AddDevice {
+        devices: vec!["01:00.0".into(), "01:00.1".into()],
+        id: Some("card".into()),
+    };
+    let body = json!({
+        "path": "01:00.0", "id": "card", "functions": [{ "path": "01:00.1" }],
+    });
+    assert_eq!(verb.body(), Some(body));
+    let answer = json!({
+        "id": "card", "bdf": "0000:03:00.0",
+        "functions": [{ "id": "0000:01:00.1", "bdf": "0000:03:00.1" }],
+    });
+    assert_eq!(
+        show(&verb, &answer, Screen::default()),
+        "card: in the guest at 0000:03:00.0\n0000:01:00.1: in the guest at 0000:03:00.1\n"
+    );
+    let verb = Verb::RemoveDevice {
+        id: "card".into(),
+        force: false,
+        timeout: Some(90),
+    };
+    let body = json!({ "id": "card", "force": false, "timeout_s": 90 });
+    assert_eq!(verb.body(), Some(body));
+    assert_eq!(
+        verb.limit_of(Path::new("")).unwrap(),
+        END_LIMIT + Duration::from_secs(90)
+    );
+    let answer = json!({ "ids": ["card", "0000:01:00.1"] });
+    assert_eq!(
+        show(&verb, &answer, Screen::default()),
+        "card and 0000:01:00.1: the host has them back\n"
+    );
+    let alone = show(&verb, &Value::Null, Screen::default());
+    assert_eq!(alone, "card: the host has it back\n");
+}
+
+#[test]
+fn json_is_an_object_for_what_says_nothing_too() {
+    assert_eq!(pretty(Value::Null), "{}\n");
+    assert_eq!(pretty(json!({ "a": 1 })), "{\n  \"a\": 1\n}\n");
+}
