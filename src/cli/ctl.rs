@@ -164,7 +164,7 @@ impl Verb {
             })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
             Self::RemoveDevice { id, force, timeout } => {
-                let mut body = json!({ "id": id, "force": force });
+                let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {
                     body["timeout_s"] = json!(seconds);
                 }
@@ -599,7 +599,7 @@ device      0000:01:00.0, id drive, in the guest 0000:01:00.0
             force: false,
             timeout: Some(90),
         };
-        let body = json!({ "id": "card", "force": false, "timeout_s": 90 });
+        let body = json!({ "id": "card", "force": false, "wait": true, "timeout_s": 90 });
         assert_eq!(verb.body(), Some(body));
         assert_eq!(
             verb.limit_of(Path::new("")).unwrap(),

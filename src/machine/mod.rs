@@ -23,6 +23,7 @@ mod panics;
 mod passthrough;
 mod pci;
 mod quiet;
+mod removal;
 mod requests;
 mod restart;
 mod signals;

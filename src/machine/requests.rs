@@ -17,7 +17,6 @@ use serde::Serialize;
 
 use super::RunError;
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
-use crate::monitor::{self, Source};
 use crate::report::AssignedDevice;
 
 /// How many requests wait to be taken; whoever asks then is refused.
@@ -52,8 +51,7 @@ pub enum Request {
     /// Add a virtio device, for descriptors that were passed with the request, or for what the configuration names where
     /// there are none. Answered when the guest can find it.
     AddVirtio(Box<VirtioConfig>, Files),
-    /// Have the guest release a device, and with it all in its slot. Answered when the host has it
-    /// back, or when the guest is found not to release it.
+    /// Have the guest release a device, and with it all in its slot.
     RemoveDevice {
         /// Its name, or its address on the host where it has none.
         id: String,
@@ -61,6 +59,9 @@ pub enum Request {
         force: bool,
         /// How long the guest has for it; what the configuration says, where nothing else is asked for.
         limit: Option<Duration>,
+        /// Answered when the host has it back, or when the guest is found not to release it; else when the guest
+        /// has been asked, and the device is not shown among the VM's any more.
+        wait: bool,
     },
 }
 
@@ -276,24 +277,10 @@ impl RequestError {
 #[derive(Debug)]
 pub(super) struct Asker {
     sender: SyncSender<Result<Answer, RequestError>>,
-    /// What is removed where it is granted, which whoever reads events is told.
-    removed: Option<String>,
 }
 
 impl Asker {
-    /// The same, who asks for `id` to be removed.
-    pub(super) fn of_removal(mut self, id: &str) -> Self {
-        self.removed = Some(id.to_owned());
-        self
-    }
-
     pub(super) fn answer(self, answer: Result<Answer, RequestError>) {
-        let gone = |id: &str| monitor::tell(Source::Vm, "device-removed", &[("id", id)]);
-        match (&answer, &self.removed) {
-            (Ok(Answer::Done), Some(id)) => gone(id),
-            (Ok(Answer::RemovedTogether(ids)), _) => ids.iter().for_each(|id| gone(id)),
-            _ => {}
-        }
         // Who asked may wait no longer.
         let _ = self.sender.send(answer);
     }
@@ -301,21 +288,8 @@ impl Asker {
 
 impl From<SyncSender<Result<Answer, RequestError>>> for Asker {
     fn from(sender: SyncSender<Result<Answer, RequestError>>) -> Self {
-        Self {
-            sender,
-            removed: None,
-        }
+        Self { sender }
     }
-}
-
-/// That somebody wants a device removed, other than the host.
-#[derive(Debug)]
-pub(super) struct Removal {
-    pub(super) asker: Asker,
-    /// Where the guest does not release it, it loses the device.
-    pub(super) force: bool,
-    /// How long the guest has for it.
-    pub(super) limit: Duration,
 }
 
 #[derive(Debug)]

@@ -3,14 +3,14 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::attentive::hears_nmi;
+use crate::attentive::{attentive, hears_nmi};
 use crate::bare::{kernel, power_off, say};
 use crate::whole::{has_kvm, signal};
 
@@ -380,6 +380,103 @@ fn a_non_maskable_interrupt_reaches_the_guest() {
     std::thread::sleep(Duration::from_millis(300));
     let busy = served.ticks("vcpu1") - before;
     assert!(busy < 5, "{busy} ticks of 30");
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
+
+/// The slot of bus 0 whose device the guest releases by itself, which is that of the first disk.
+const FIRST: u32 = 1 << 1;
+
+/// Releases the devices in `slots` of bus 0, which nobody has asked for.
+fn ejects(slots: u32) -> Vec<u8> {
+    // mov dword [eject], slots
+    let mut code = vec![0xc7, 0x05];
+    code.extend(0xfea0_0008_u32.to_le_bytes());
+    code.extend(slots.to_le_bytes());
+    code
+}
+
+/// What the events of one kind are about, of those in the file of the folder.
+fn told_in(folder: &Path, event: &str) -> Vec<Value> {
+    let text = fs::read_to_string(folder.join("events")).unwrap_or_default();
+    let all = text.split("\n\n").filter(|one| !one.is_empty());
+    let all = all.map(|one| serde_json::from_str::<Value>(one).unwrap());
+    all.filter(|one| one["event"] == event)
+        .map(|mut one| one["properties"].take())
+        .collect()
+}
+
+#[test]
+fn whoever_reads_events_hears_of_a_device_that_the_guest_releases_by_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let events = format!("path={}", folder.path().join("events").display());
+    let Some(served) = Served::start(&["--event-monitor", &events]) else {
+        return;
+    };
+    let mut vm = served.vm(&[&ejects(FIRST)[..], &lives("gone ")].concat());
+    let disk = served.path("disk");
+    fs::write(&disk, [0; 4096]).unwrap();
+    vm["disks"] = json!([{ "path": disk, "id": "root" }]);
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    assert_eq!(served.put("vm.boot"), 204);
+    let removed = || told_in(folder.path(), "device-removed");
+    eventually("the event", || !removed().is_empty());
+    let expected = json!({ "id": "root", "bdf": "0000:00:01.0" });
+    assert_eq!(removed(), [expected]);
+    assert_eq!(
+        served.ask("GET", "vm.info", None).1["config"].get("disks"),
+        None
+    );
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
+
+#[test]
+fn a_removal_is_answered_at_once_and_told_of_when_the_guest_has_released_the_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let events = format!("path={}", folder.path().join("events").display());
+    let Some(served) = Served::start(&["--event-monitor", &events]) else {
+        return;
+    };
+    // A guest that does not look, and another that does.
+    for (code, looks) in [(lives("deaf "), false), (attentive(), true)] {
+        let vm = served.vm(&code);
+        assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+        assert_eq!(served.put("vm.boot"), 204);
+        let disk = served.path("disk");
+        fs::write(&disk, [0; 4096]).unwrap();
+        let add = || {
+            let body = json!({ "path": disk, "id": "d" });
+            served.ask("PUT", "vm.add-disk", Some(&body)).0
+        };
+        let remove = |body: Value| served.ask("PUT", "vm.remove-device", Some(&body));
+        let shown = || {
+            let (_, info) = served.ask("GET", "vm.info", None);
+            let disks = info["config"].get("disks").is_some();
+            (disks, info["device_tree"].get("d").is_some())
+        };
+        assert_eq!(add(), 200);
+        if looks {
+            // Under the same name, as soon as it is answered.
+            for _ in 0..20 {
+                assert_eq!(remove(json!({ "id": "d" })).0, 204);
+                assert_eq!(add(), 200);
+                assert_eq!(shown(), (true, true));
+            }
+            assert_eq!(remove(json!({ "id": "d", "wait": true })).0, 204);
+            assert_eq!(shown(), (false, false));
+            assert_eq!(told_in(folder.path(), "device-removed").len(), 21);
+        } else {
+            assert_eq!(remove(json!({ "id": "d", "timeout_s": 1 })).0, 204);
+            assert_eq!(shown(), (false, true));
+            eventually("it is kept", || shown() == (true, true));
+            let (status, why) = remove(json!({ "id": "d", "timeout_s": 1, "wait": true }));
+            assert_eq!(status, 500);
+            assert!(why[1].as_str().unwrap().contains("within 1 s"), "{why}");
+            assert_eq!(told_in(folder.path(), "device-removed"), [] as [Value; 0]);
+        }
+        assert_eq!(served.put("vm.delete"), 204);
+    }
     assert_eq!(served.put("vmm.shutdown"), 200);
     assert_eq!(served.ended().0.code(), Some(0));
 }

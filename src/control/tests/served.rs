@@ -110,6 +110,7 @@ fn the_descriptors_of_a_nic_are_kept_until_it_goes_or_the_vm_does() {
             id: "n".into(),
             force: false,
             limit: None,
+            wait: false,
         },
         Request::End(Extent::Definition),
     ] {

@@ -360,6 +360,10 @@ struct RemoveDevice {
     force: bool,
     /// Beside Cloud Hypervisor's: the seconds that the guest has to release it.
     timeout_s: Option<u32>,
+    /// Beside Cloud Hypervisor's: answer when it is known what became of it. Its clients are answered when the guest
+    /// has been asked, for theirs are given a second or five, and they take the device for gone.
+    #[serde(default)]
+    wait: bool,
 }
 
 impl RemoveDevice {
@@ -376,6 +380,7 @@ impl RemoveDevice {
             id: self.id,
             force: self.force,
             limit,
+            wait: self.wait,
         })
     }
 }
@@ -506,7 +511,7 @@ impl Api {
         }
     }
 
-    /// Answers when the host has the device back, and all that was in its slot.
+    /// Answers when the guest has been asked, or when the host has the device back, and all that was in its slot.
     fn remove_device(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The device could not be removed from the VM";
         let asked = json::parse::<RemoveDevice>(body).and_then(RemoveDevice::into_request);

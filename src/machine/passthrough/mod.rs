@@ -29,7 +29,8 @@ use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
 use super::pci::Pci;
-use super::requests::{Added, AddedFunction, Answer, Asker, Removal, RequestError};
+use super::removal::Removal;
+use super::requests::{Added, AddedFunction, Answer, Asker, RequestError};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
@@ -218,9 +219,8 @@ impl Passthrough {
         held: bool,
     ) {
         if self.coming_devices().any(|config| config.id() == id) {
-            removal.asker.answer(Err(RequestError::State(
-                "still to get it: ask again when it is there",
-            )));
+            let why = RequestError::State("still to get it: ask again when it is there");
+            removal.end(id, Err(why));
             return;
         }
         self.attached.remove(id, removal, topology, held);

@@ -15,7 +15,8 @@ use super::*;
 use crate::arch::layout;
 use crate::config::{Choice, MemoryConfig, PlatformConfig};
 use crate::kvm::Buses;
-use crate::machine::requests::{Control, Removal, Request, Requests};
+use crate::machine::removal::Removal;
+use crate::machine::requests::{Control, Request, Requests};
 use crate::memory::Ram;
 
 /// A machine of two empty slots, and somebody who asks.
@@ -164,11 +165,7 @@ impl Machine {
     /// Pulls a device out of a guest that does not run.
     fn pull_out(&mut self, id: &str) {
         let (asker, asking) = self.asker();
-        let removal = Removal {
-            asker,
-            force: true,
-            limit: LIMIT,
-        };
+        let removal = Removal::new(asker, true, true, LIMIT);
         let topology = self.pci.topology();
         self.passthrough.remove(id, removal, topology, true);
         let answer = asking.join().unwrap();

@@ -242,15 +242,17 @@ impl VirtioDevices {
             .collect()
     }
 
-    /// The same as configurations, each with the name that it has.
+    /// The same as configurations, each with the name that it has, without those that somebody takes for gone.
     pub(super) fn configs(&self) -> impl Iterator<Item = VirtioConfig> {
-        let there = self.entries.iter().filter(|entry| !entry.retired);
+        let stays = |entry: &&Entry| !entry.retired && !Self::is_told_gone(entry);
+        let there = self.entries.iter().filter(stays);
         there.map(|entry| entry.config.clone().named(&entry.name))
     }
 
     /// The descriptors that were handed over for those that the guest has, by their names.
     pub(super) fn files(&self) -> BTreeMap<String, Files> {
-        let there = self.entries.iter().filter(|entry| !entry.files.is_empty());
+        let stays = |entry: &&Entry| !entry.files.is_empty() && !Self::is_told_gone(entry);
+        let there = self.entries.iter().filter(stays);
         there
             .map(|entry| (entry.name.clone(), entry.files.clone()))
             .collect()
