@@ -331,7 +331,7 @@ impl Machine {
             };
             match request {
                 Request::Info => asker.answer(Ok(Answer::Info(Box::new(self.info(life))))),
-                Request::Create(_) => asker.answer(Err(RequestError::AlreadyCreated)),
+                Request::Create(..) => asker.answer(Err(RequestError::AlreadyCreated)),
                 Request::Boot if matches!(life.phase, Phase::Paused) => {
                     asker.answer(self.go_on(life));
                 }
@@ -349,7 +349,7 @@ impl Machine {
                     self.board.power.press_button();
                     asker.answer(Ok(Answer::Done));
                 }
-                Request::AddDevice(_) | Request::AddVirtio(..) => self.add(life, request, asker),
+                Request::AddDevice(..) | Request::AddVirtio(..) => self.add(life, request, asker),
                 Request::RemoveDevice {
                     id,
                     force,
@@ -379,7 +379,7 @@ impl Machine {
     fn add(&mut self, life: &mut Life, request: Request, asker: Asker) {
         let attached = &self.passthrough.attached;
         let waits = match &request {
-            Request::AddDevice(configs) => configs
+            Request::AddDevice(configs, _) => configs
                 .iter()
                 .any(|one| attached.is_leaving(one) || self.virtio.is_leaving(&one.id())),
             Request::AddVirtio(config, _) => config
@@ -392,10 +392,10 @@ impl Machine {
             return;
         }
         match request {
-            Request::AddDevice(configs) => {
+            Request::AddDevice(configs, files) => {
                 match configs.iter().find(|one| self.virtio.has(&one.id())) {
                     Some(one) => asker.answer(Err(RequestError::Exists(one.name()))),
-                    None => self.passthrough.attach(configs, &self.pci, asker),
+                    None => self.passthrough.attach(configs, files, &self.pci, asker),
                 }
             }
             Request::AddVirtio(config, files) => {

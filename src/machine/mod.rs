@@ -16,11 +16,13 @@ mod end;
 mod error;
 mod events;
 mod firmware;
+mod handed;
 mod life;
 mod long_work;
 mod madvise;
 mod panics;
 mod passthrough;
+mod payload;
 mod pci;
 mod quiet;
 mod removal;
@@ -33,12 +35,13 @@ mod vmm;
 pub use address_plan::NoRoomError;
 pub use assembly::few_arenas;
 pub use error::RunError;
+pub use handed::{Files, Handed, check_iommufd, device_of};
 pub use life::Ended;
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
 pub use requests::{
-    Added, AddedFunction, Answer, Control, Extent, Files, Info, Request, RequestError, Requests,
-    State, VirtioInfo,
+    Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests, State,
+    VirtioInfo,
 };
 pub use signals::block_signals;
 pub use vmm::{run, serve};

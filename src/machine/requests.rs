@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +16,7 @@ use busway_vfio::EventFd;
 use serde::Serialize;
 
 use super::RunError;
+use super::handed::{Files, Handed};
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
 use crate::report::AssignedDevice;
 
@@ -27,8 +28,8 @@ const MOST: usize = 64;
 pub enum Request {
     /// How it is.
     Info,
-    /// Remember what the VM is to be, where there is none.
-    Create(Box<VmConfig>),
+    /// Remember what the VM is to be, where there is none, with what was passed with the request for it.
+    Create(Box<VmConfig>, Handed),
     /// Put the VM together and let its guest begin; one that was paused goes on. Answered when the guest runs, or
     /// when it is known that it will not.
     Boot,
@@ -46,8 +47,9 @@ pub enum Request {
     /// End the VM without asking the guest, and so much with it. Answered when all is given back; where the
     /// process ends as well, whoever asked is dropped unanswered then.
     End(Extent),
-    /// Add functions of one host device, in an empty slot. Answered when they are in it.
-    AddDevice(Vec<DeviceConfig>),
+    /// Add functions of one host device, in an empty slot; where a descriptor was passed with the request, the only
+    /// one, by that. Answered when they are in it.
+    AddDevice(Vec<DeviceConfig>, Files),
     /// Add a virtio device, for descriptors that were passed with the request, or for what the configuration names where
     /// there are none. Answered when the guest can find it.
     AddVirtio(Box<VirtioConfig>, Files),
@@ -75,46 +77,6 @@ pub enum Extent {
     /// All that this process does.
     Process,
 }
-
-/// Descriptors that were passed with the request. They are closed with the last clone.
-#[derive(Clone, Debug, Default)]
-pub struct Files(Arc<[OwnedFd]>);
-
-impl Files {
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// All of them.
-    #[must_use]
-    pub fn all(&self) -> &[OwnedFd] {
-        &self.0
-    }
-}
-
-impl From<Vec<OwnedFd>> for Files {
-    fn from(files: Vec<OwnedFd>) -> Self {
-        Self(files.into())
-    }
-}
-
-/// The same descriptors, by their numbers.
-impl PartialEq for Files {
-    fn eq(&self, other: &Self) -> bool {
-        let numbers = |files: &Self| {
-            files
-                .all()
-                .iter()
-                .map(AsRawFd::as_raw_fd)
-                .collect::<Vec<_>>()
-        };
-        numbers(self) == numbers(other)
-    }
-}
-
-impl Eq for Files {}
 
 /// What a machine is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

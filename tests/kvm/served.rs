@@ -15,17 +15,17 @@ use crate::bare::{kernel, power_off, say};
 use crate::whole::{has_kvm, signal};
 
 /// What nothing here takes as long as.
-const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// A process that serves its API, with a folder of its own.
-struct Served {
+pub(crate) struct Served {
     child: Child,
     folder: TempDir,
 }
 
 impl Served {
     /// None, said on standard error, where there is no KVM.
-    fn start(flags: &[&str]) -> Option<Self> {
+    pub(crate) fn start(flags: &[&str]) -> Option<Self> {
         if !has_kvm() {
             return None;
         }
@@ -46,12 +46,12 @@ impl Served {
         Some(served)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// A VM whose kernel is `code`, and which says what it says to `serial`.
-    fn vm(&self, code: &[u8]) -> Value {
+    pub(crate) fn vm(&self, code: &[u8]) -> Value {
         let path = self.path("kernel");
         fs::write(&path, kernel(code)).unwrap();
         json!({
@@ -63,7 +63,7 @@ impl Served {
         })
     }
 
-    fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         fs::read_to_string(self.path("serial")).unwrap_or_default()
     }
 
@@ -85,21 +85,27 @@ impl Served {
     }
 
     /// The answer's status, and its body as JSON.
-    fn ask(&self, method: &str, name: &str, body: Option<&Value>) -> (u16, Value) {
+    pub(crate) fn ask(&self, method: &str, name: &str, body: Option<&Value>) -> (u16, Value) {
         let answer = self.try_ask(method, name, body);
         answer.unwrap_or_else(|| panic!("{name} was not answered"))
     }
 
-    fn put(&self, name: &str) -> u16 {
+    pub(crate) fn put(&self, name: &str) -> u16 {
         self.ask("PUT", name, None).0
     }
 
-    fn state(&self) -> Value {
+    pub(crate) fn state(&self) -> Value {
         self.ask("GET", "vm.info", None).1["state"].take()
     }
 
-    /// How many descriptors it has open, beside those of clients that come and go.
-    fn descriptors(&self) -> usize {
+    /// How many descriptors it has open, with those of clients that are there.
+    pub(crate) fn all_descriptors(&self) -> usize {
+        let folder = format!("/proc/{}/fd", self.child.id());
+        fs::read_dir(folder).unwrap().count()
+    }
+
+    /// The same without those of clients, which come and go.
+    pub(crate) fn descriptors(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.child.id());
         let all = fs::read_dir(folder).unwrap();
         let targets = all.filter_map(|one| fs::read_link(one.unwrap().path()).ok());
@@ -123,7 +129,7 @@ impl Served {
     }
 
     /// Its end, and what it wrote to standard error.
-    fn ended(mut self) -> (ExitStatus, String) {
+    pub(crate) fn ended(mut self) -> (ExitStatus, String) {
         let start = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -151,7 +157,7 @@ impl Drop for Served {
     }
 }
 
-fn eventually(what: &str, mut there: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut there: impl FnMut() -> bool) {
     let start = Instant::now();
     while !there() {
         assert!(start.elapsed() < LIMIT, "{what}");
@@ -160,7 +166,7 @@ fn eventually(what: &str, mut there: impl FnMut() -> bool) {
 }
 
 /// Says a word and goes on for ever.
-fn lives(word: &str) -> Vec<u8> {
+pub(crate) fn lives(word: &str) -> Vec<u8> {
     [&say(word)[..], &[0xeb, 0xfe]].concat()
 }
 

@@ -56,7 +56,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     let mut seen: BTreeMap<String, BTreeSet<u16>> = BTreeMap::new();
     let granted = |request: &Request| match request {
         Request::Info => Some(how(State::Running)),
-        Request::AddDevice(configs) => Some(added(configs)),
+        Request::AddDevice(configs, _) => Some(added(configs)),
         Request::AddVirtio(config, _) => Some(added_virtio(config)),
         Request::RemoveDevice { id, .. } => Some(removed(id)),
         _ => Some(Ok(Answer::Done)),
@@ -65,7 +65,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     let absent = |request: &Request| match request {
         Request::Info
         | Request::Boot
-        | Request::AddDevice(_)
+        | Request::AddDevice(..)
         | Request::AddVirtio(..)
         | Request::RemoveDevice { .. } => Some(Err(RequestError::NotCreated)),
         _ => Some(Err(RequestError::NotRunning)),

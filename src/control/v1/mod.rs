@@ -3,6 +3,7 @@
 //! One table has all of its endpoints. What Busway cannot do yet is answered with 501 and the name of what
 //! it is, so that a client learns what is missing and not merely that something is.
 
+mod beside;
 mod config;
 mod create;
 mod lacking;
@@ -25,7 +26,7 @@ use crate::machine::{
 use config::Config;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
-use virtio::{AddDisk, AddNet};
+use virtio::{AddDisk, AddNet, check_segment};
 
 /// Where the API is.
 pub(super) const PREFIX: &str = "/api/v1/";
@@ -294,6 +295,11 @@ struct Removed {
 #[derive(Debug, Deserialize)]
 struct AddDevice {
     path: Option<String>,
+    /// A number of the client's own, which says that a descriptor comes beside the request.
+    #[serde(default)]
+    fd: Asked,
+    /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came it is.
+    fd_index: Option<usize>,
     id: Option<String>,
     #[serde(default)]
     iommu: Asked,
@@ -317,27 +323,29 @@ fn some_text(text: Option<String>) -> Option<String> {
 }
 
 impl AddDevice {
-    /// It and its further functions, which have none.
-    fn into_configs(mut self) -> Result<Vec<DeviceConfig>, Fault> {
+    /// It and its further functions, which have none; by the descriptor that came for it, where one did.
+    fn into_configs(mut self, files: &Files) -> Result<Vec<DeviceConfig>, Fault> {
         let functions = std::mem::take(&mut self.functions);
+        if !functions.is_empty() && !files.is_empty() {
+            return Err(Fault::from(
+                "functions beside a descriptor: it is of one function, and the others have to come by path",
+            ));
+        }
         if functions.iter().any(|one| !one.functions.is_empty()) {
             return Err(Fault::from(
                 "functions of a function: name all of them in one list",
             ));
         }
         let all = std::iter::once(self).chain(functions);
-        all.map(Self::into_config).collect()
+        all.map(|one| one.into_config(files)).collect()
     }
 
-    fn into_config(self) -> Result<DeviceConfig, Fault> {
+    fn into_config(self, files: &Files) -> Result<DeviceConfig, Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu)?;
-        Lack::OtherSegment.unless_asked(self.pci_segment.is_some_and(|segment| segment != 0))?;
+        check_segment(self.pci_segment)?;
         Lack::BusPlace.unless_asked(self.pci_device_id)?;
         Lack::SparseMmap.unless_asked(self.x_exclude_mmap_bars)?;
-        let path = self
-            .path
-            .ok_or("path is missing: the device's address, its UUID where it is mediated, or its folder in sysfs")?;
-        let mut config = DeviceConfig::new(&path).map_err(|error| error.to_string())?;
+        let mut config = which(some_text(self.path), self.fd.into(), files)?;
         if let Some(token) = &self.vf_token {
             token
                 .parse::<busway_vfio::VfToken>()
@@ -349,6 +357,26 @@ impl AddDevice {
         config.on_error = self.on_error.unwrap_or_default();
         Ok(config)
     }
+}
+
+/// The host device that `path` or a descriptor says; `fd`: whether a descriptor was spoken of.
+fn which(path: Option<String>, fd: bool, files: &Files) -> Result<DeviceConfig, Fault> {
+    let config = |text: &str| DeviceConfig::new(text).map_err(|error| error.to_string());
+    let asked = path.as_deref().map(config).transpose()?;
+    if !files.is_empty() {
+        let path = asked.map(|asked| asked.path).unwrap_or_default();
+        let folder = machine::device_of(files, &path).map_err(|error| error.to_string())?;
+        return Ok(config(&folder.display().to_string())?);
+    }
+    Ok(asked.ok_or(match fd {
+        true => {
+            "fd is a number of nobody's: send the device's descriptor beside the request (SCM_RIGHTS), or name the \
+             device, with path"
+        }
+        false => {
+            "path is missing: the device's address, its UUID where it is mediated, or its folder in sysfs"
+        }
+    })?)
 }
 
 /// `VmRemoveDevice`
@@ -443,7 +471,7 @@ impl Api {
                 Ok(_) => done(),
                 Err(error) => refused(what, &error),
             },
-            Act::Create => self.create(body),
+            Act::Create => self.create(body, files),
             Act::AddDevice => self.add_device(body, files),
             Act::AddVirtio(read, what) => match read(body, files) {
                 Ok(config) => self.add(Request::AddVirtio(Box::new(config), files.clone()), what),
@@ -477,13 +505,14 @@ impl Api {
     }
 
     /// Answers when it is known what the VM is to be.
-    fn create(&self, body: &[u8]) -> Answer {
+    fn create(&self, body: &[u8], files: &Files) -> Answer {
         const WHAT: &str = "The VM could not be created";
-        let config = match read::<CreateVm>(body).and_then(CreateVm::into_config) {
-            Ok(config) => Box::new(config),
+        let created = read::<CreateVm>(body).and_then(|create| create.into_config(files));
+        let (config, handed) = match created {
+            Ok(created) => created,
             Err(fault) => return fault.answer(WHAT),
         };
-        match self.control.ask(Request::Create(config)) {
+        match self.control.ask(Request::Create(Box::new(config), handed)) {
             Ok(_) => done(),
             Err(error) => refused(WHAT, &error),
         }
@@ -492,12 +521,8 @@ impl Api {
     /// Answers when the device, or its functions together, are in a slot of the guest's.
     fn add_device(&self, body: &[u8], files: &Files) -> Answer {
         const WHAT: &str = "The device could not be added to the VM";
-        let configs = read::<AddDevice>(body).and_then(|device| {
-            Lack::DeviceFd.unless_asked(!files.is_empty())?;
-            device.into_configs()
-        });
-        match configs {
-            Ok(configs) => self.add(Request::AddDevice(configs), WHAT),
+        match read::<AddDevice>(body).and_then(|device| device.into_configs(files)) {
+            Ok(configs) => self.add(Request::AddDevice(configs, files.clone()), WHAT),
             Err(fault) => fault.answer(WHAT),
         }
     }

@@ -15,6 +15,7 @@ use super::*;
 use crate::arch::layout;
 use crate::config::{Choice, MemoryConfig, PlatformConfig};
 use crate::kvm::Buses;
+use crate::machine::handed::Files;
 use crate::machine::removal::Removal;
 use crate::machine::requests::{Control, Request, Requests};
 use crate::memory::Ram;
@@ -152,7 +153,8 @@ impl Machine {
         let mut config = DeviceConfig::new(path).unwrap();
         config.id = Some(id.to_owned());
         let (asker, asking) = self.asker();
-        self.passthrough.attach(vec![config], &self.pci, asker);
+        self.passthrough
+            .attach(vec![config], Files::default(), &self.pci, asker);
         while !asking.is_finished() {
             self.passthrough.on_attached();
             self.passthrough.on_time(&mut self.pci, Instant::now());

@@ -5,8 +5,9 @@ use std::time::Instant;
 use super::address;
 use super::seats::Left;
 use super::{Entry, Hotplug, VirtioDevices};
+use crate::machine::handed::Files;
 use crate::machine::removal::{Removal, tell_of};
-use crate::machine::requests::{Answer, Files, RequestError};
+use crate::machine::requests::{Answer, RequestError};
 
 /// A request to remove a device, and how far it is.
 #[derive(Debug)]
