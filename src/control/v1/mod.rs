@@ -183,7 +183,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     later("vm.send-migration", Lack::Migration),
 ];
 
-#[cfg(test)]
+#[cfg(any(test, feature = "hostile"))]
 impl Endpoint {
     /// The statuses that it can answer with.
     pub(super) fn statuses(&self) -> &'static [u16] {
