@@ -6,6 +6,8 @@
 
 pub mod client;
 mod connections;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod http;
 mod json;
 mod metrics;

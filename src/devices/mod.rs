@@ -10,7 +10,7 @@ pub mod fw_cfg;
 pub mod pci_hotplug;
 pub mod pflash;
 pub mod serial;
-mod terminal;
+pub(crate) mod terminal;
 
 use std::fmt::Debug;
 use std::io;

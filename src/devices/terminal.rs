@@ -228,6 +228,18 @@ impl Pty {
             path,
         })
     }
+
+    /// The same terminal once more: its input and output go where the other's go.
+    ///
+    /// # Errors
+    /// fcntl(2), `F_DUPFD_CLOEXEC`
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            master: self.master.try_clone()?,
+            slave: self.slave.try_clone()?,
+            path: self.path.clone(),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -52,6 +52,16 @@ pub(super) enum Kind {
     Variables,
 }
 
+/// Whether a regular file begins as firmware does, with a volume.
+pub(crate) fn is_firmware(path: &Path) -> bool {
+    let mut start = [0; SIGNATURE + SIGNATURE_BYTES.len()];
+    // Asked before opening: opening a FIFO would wait for its writer.
+    let is_file = fs::metadata(path).is_ok_and(|there| there.is_file());
+    let read =
+        is_file && File::open(path).is_ok_and(|mut file| file.read_exact(&mut start).is_ok());
+    read && start.ends_with(&SIGNATURE_BYTES)
+}
+
 /// A file's bytes.
 #[derive(Debug)]
 pub(super) struct Image {

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 pub use descriptors::FirmwareRoots;
 pub use error::FirmwareError;
+pub(crate) use image::is_firmware;
 pub use items::{BoardItems, Kernel, Window, hardware_info, items};
 
 use crate::arch::layout::{FLASH_END, FLASH_SIZE};

@@ -14,7 +14,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::RunError;
 use super::address_plan::{AddressPlan, PlannedFunction};
 use super::aside::Aside;
-use super::consoles::{open_console, terminal};
+use super::consoles::{CONSOLE, SERIAL, open_console, terminal};
 use super::early::Early;
 use super::events::Events;
 use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
@@ -147,13 +147,14 @@ impl Machine {
         let config = &definition.config;
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
-        let found = Found::find(config, options)?;
+        let found = Found::find(definition, options)?;
         let plan = plan(config, &found, &model)?;
 
         let quit = EventFd::new().map_err(RunError::system("eventfd"))?;
         let events = Events::new().map_err(RunError::system("eventfd"))?;
         let memory = MemoryMap(Arc::default());
         let mut passthrough = Passthrough::new(config, &vm, &memory.0, &router, &events, devices)?;
+        passthrough.keep_iommufd(&found)?;
         let open = || passthrough.open(found, report);
         let (ram, opened) = take(config, &plan, open, report, early)?;
         memory.fill(&ram, &vm)?;
@@ -183,7 +184,12 @@ impl Machine {
             lines,
             config.firmware.is_some(),
         )?;
-        let serial = open_console("--serial", &config.serial, &quit)?;
+        let serial = open_console(
+            SERIAL,
+            &config.serial,
+            definition.terminals.serial.as_ref(),
+            &quit,
+        )?;
         let serial_terminal = terminal(&config.serial, serial.as_ref());
         let board = Board::new(
             serial,
@@ -289,8 +295,8 @@ impl Machine {
     /// The same, with the descriptors that were handed over for it.
     pub(super) fn definition(&self) -> Definition {
         Definition {
-            config: self.config(),
             files: self.virtio.files(),
+            ..self.config().into()
         }
     }
 
@@ -448,10 +454,17 @@ fn add_virtio(
     definition: &Definition,
     quit: &EventFd,
 ) -> Result<Option<PathBuf>, RunError> {
-    let Definition { config, files } = definition;
+    let Definition {
+        config,
+        files,
+        terminals,
+        ..
+    } = definition;
     virtio.add_first(config, files, pci)?;
     let mut at = None;
-    if let Some(endpoint) = open_console("--console", &config.console, quit)? {
+    if let Some(endpoint) =
+        open_console(CONSOLE, &config.console, terminals.console.as_ref(), quit)?
+    {
         at = terminal(&config.console, Some(&endpoint));
         virtio.add_fixed(Box::new(Console::new("console", endpoint)), pci)?;
     }

@@ -10,7 +10,8 @@ use super::assembly::Machine;
 use super::events::Event;
 use super::long_work;
 use super::passthrough::Verdict;
-use super::requests::{Answer, Asker, Info, Removal, Request, RequestError, Requests, State};
+use super::removal::Removal;
+use super::requests::{Answer, Asker, Info, Request, RequestError, Requests, State};
 use super::signals::Signals;
 use super::vmm::Lasting;
 use crate::kvm::VcpuEvent;
@@ -84,6 +85,8 @@ pub(super) struct Life {
     held: bool,
     /// What a guest did last before it was paused, to be dealt with when it goes on.
     deferred: Vec<Event>,
+    /// Devices that are to come under the name of one that is taken for gone, until the guest has released that.
+    waiting: Vec<(Request, Asker)>,
 }
 
 /// Whether the guest runs.
@@ -172,6 +175,9 @@ impl Machine {
             let now = Instant::now();
             self.passthrough.on_time(&mut self.pci, now);
             self.virtio.on_time(now);
+            for (request, asker) in std::mem::take(&mut life.waiting) {
+                self.add(life, request, asker);
+            }
             if life.deadline.is_some_and(|deadline| deadline <= now) {
                 return Err(RunError::DeafGuest {
                     limit: POWER_OFF_LIMIT,
@@ -329,7 +335,7 @@ impl Machine {
                     let seen = Box::new(self.observed(life));
                     asker.answer(Ok(Answer::Observed(seen)));
                 }
-                Request::Create(_) => asker.answer(Err(RequestError::AlreadyCreated)),
+                Request::Create(..) => asker.answer(Err(RequestError::AlreadyCreated)),
                 Request::Boot if matches!(life.phase, Phase::Paused) => {
                     asker.answer(self.go_on(life));
                 }
@@ -347,26 +353,16 @@ impl Machine {
                     self.board.power.press_button();
                     asker.answer(Ok(Answer::Done));
                 }
-                Request::AddDevice(configs) => {
-                    match configs.iter().find(|one| self.virtio.has(&one.id())) {
-                        Some(one) => asker.answer(Err(RequestError::Exists(one.name()))),
-                        None => self.passthrough.attach(configs, &self.pci, asker),
-                    }
-                }
-                Request::AddVirtio(config, files) => {
-                    let attached = &self.passthrough.attached;
-                    let taken = |id: &str| attached.has_id(id);
-                    self.virtio.add(*config, files, taken, asker);
-                }
-                Request::RemoveDevice { id, force, limit } => {
-                    let asker = asker.of_removal(&id);
+                Request::AddDevice(..) | Request::AddVirtio(..) => self.add(life, request, asker),
+                Request::RemoveDevice {
+                    id,
+                    force,
+                    limit,
+                    wait,
+                } => {
                     let held = !matches!(life.phase, Phase::Running);
                     let limit = limit.unwrap_or_else(|| self.passthrough.removal_limit());
-                    let removal = Removal {
-                        asker,
-                        force,
-                        limit,
-                    };
+                    let removal = Removal::new(asker, wait, force, limit);
                     if let Some(removal) = self.virtio.remove(&id, removal, held) {
                         let topology = self.pci.topology();
                         self.passthrough.remove(&id, removal, topology, held);
@@ -380,6 +376,39 @@ impl Machine {
             }
         }
         None
+    }
+
+    /// Adds a device. Where whoever asks has been told that one of this name goes, they are right to use its name
+    /// again: the new one comes when the guest has released the other.
+    fn add(&mut self, life: &mut Life, request: Request, asker: Asker) {
+        let attached = &self.passthrough.attached;
+        let waits = match &request {
+            Request::AddDevice(configs, _) => configs
+                .iter()
+                .any(|one| attached.is_leaving(one) || self.virtio.is_leaving(&one.id())),
+            Request::AddVirtio(config, _) => config
+                .id()
+                .is_some_and(|id| attached.is_id_leaving(id) || self.virtio.is_leaving(id)),
+            _ => false,
+        };
+        if waits {
+            life.waiting.push((request, asker));
+            return;
+        }
+        match request {
+            Request::AddDevice(configs, files) => {
+                match configs.iter().find(|one| self.virtio.has(&one.id())) {
+                    Some(one) => asker.answer(Err(RequestError::Exists(one.name()))),
+                    None => self.passthrough.attach(configs, files, &self.pci, asker),
+                }
+            }
+            Request::AddVirtio(config, files) => {
+                let attached = &self.passthrough.attached;
+                let taken = |id: &str| attached.has_id(id);
+                self.virtio.add(*config, files, taken, asker);
+            }
+            _ => {}
+        }
     }
 
     pub(super) fn info(&self, life: &Life) -> Info {
@@ -504,6 +533,7 @@ impl Life {
             phase: Phase::Running,
             held: false,
             deferred: Vec::new(),
+            waiting: Vec::new(),
         }
     }
 

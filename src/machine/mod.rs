@@ -16,14 +16,17 @@ mod end;
 mod error;
 mod events;
 mod firmware;
+mod handed;
 mod life;
 mod long_work;
 mod madvise;
 mod observed;
 mod panics;
 mod passthrough;
+mod payload;
 mod pci;
 mod quiet;
+mod removal;
 mod requests;
 mod restart;
 mod signals;
@@ -33,13 +36,14 @@ mod vmm;
 pub use address_plan::NoRoomError;
 pub use assembly::few_arenas;
 pub use error::RunError;
+pub use handed::{Files, Handed, check_iommufd, device_of};
 pub use life::Ended;
 pub use observed::{AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, VirtioDoing};
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
 pub use requests::{
-    Added, AddedFunction, Answer, Control, Extent, Files, Info, Request, RequestError, Requests,
-    State, VirtioInfo,
+    Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests, State,
+    VirtioInfo,
 };
 pub(crate) use signals::Signals;
 pub use signals::block_signals;

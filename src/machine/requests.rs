@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,9 +16,9 @@ use busway_vfio::EventFd;
 use serde::Serialize;
 
 use super::RunError;
+use super::handed::{Files, Handed};
 use super::observed::Observed;
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
-use crate::monitor::{self, Source};
 use crate::report::AssignedDevice;
 
 /// How many requests wait to be taken; whoever asks then is refused.
@@ -31,8 +31,8 @@ pub enum Request {
     Info,
     /// What its vCPUs and devices have done.
     Observe,
-    /// Remember what the VM is to be, where there is none.
-    Create(Box<VmConfig>),
+    /// Remember what the VM is to be, where there is none, with what was passed with the request for it.
+    Create(Box<VmConfig>, Handed),
     /// Put the VM together and let its guest begin; one that was paused goes on. Answered when the guest runs, or
     /// when it is known that it will not.
     Boot,
@@ -50,13 +50,13 @@ pub enum Request {
     /// End the VM without asking the guest, and so much with it. Answered when all is given back; where the
     /// process ends as well, whoever asked is dropped unanswered then.
     End(Extent),
-    /// Add functions of one host device, in an empty slot. Answered when they are in it.
-    AddDevice(Vec<DeviceConfig>),
+    /// Add functions of one host device, in an empty slot; where a descriptor was passed with the request, the only
+    /// one, by that. Answered when they are in it.
+    AddDevice(Vec<DeviceConfig>, Files),
     /// Add a virtio device, for descriptors that were passed with the request, or for what the configuration names where
     /// there are none. Answered when the guest can find it.
     AddVirtio(Box<VirtioConfig>, Files),
-    /// Have the guest release a device, and with it all in its slot. Answered when the host has it
-    /// back, or when the guest is found not to release it.
+    /// Have the guest release a device, and with it all in its slot.
     RemoveDevice {
         /// Its name, or its address on the host where it has none.
         id: String,
@@ -64,6 +64,9 @@ pub enum Request {
         force: bool,
         /// How long the guest has for it; what the configuration says, where nothing else is asked for.
         limit: Option<Duration>,
+        /// Answered when the host has it back, or when the guest is found not to release it; else when the guest
+        /// has been asked, and the device is not shown among the VM's any more.
+        wait: bool,
     },
 }
 
@@ -77,46 +80,6 @@ pub enum Extent {
     /// All that this process does.
     Process,
 }
-
-/// Descriptors that were passed with the request. They are closed with the last clone.
-#[derive(Clone, Debug, Default)]
-pub struct Files(Arc<[OwnedFd]>);
-
-impl Files {
-    /// Whether there are none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// All of them.
-    #[must_use]
-    pub fn all(&self) -> &[OwnedFd] {
-        &self.0
-    }
-}
-
-impl From<Vec<OwnedFd>> for Files {
-    fn from(files: Vec<OwnedFd>) -> Self {
-        Self(files.into())
-    }
-}
-
-/// The same descriptors, by their numbers.
-impl PartialEq for Files {
-    fn eq(&self, other: &Self) -> bool {
-        let numbers = |files: &Self| {
-            files
-                .all()
-                .iter()
-                .map(AsRawFd::as_raw_fd)
-                .collect::<Vec<_>>()
-        };
-        numbers(self) == numbers(other)
-    }
-}
-
-impl Eq for Files {}
 
 /// What a machine is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -281,24 +244,10 @@ impl RequestError {
 #[derive(Debug)]
 pub(super) struct Asker {
     sender: SyncSender<Result<Answer, RequestError>>,
-    /// What is removed where it is granted, which whoever reads events is told.
-    removed: Option<String>,
 }
 
 impl Asker {
-    /// The same, who asks for `id` to be removed.
-    pub(super) fn of_removal(mut self, id: &str) -> Self {
-        self.removed = Some(id.to_owned());
-        self
-    }
-
     pub(super) fn answer(self, answer: Result<Answer, RequestError>) {
-        let gone = |id: &str| monitor::tell(Source::Vm, "device-removed", &[("id", id)]);
-        match (&answer, &self.removed) {
-            (Ok(Answer::Done), Some(id)) => gone(id),
-            (Ok(Answer::RemovedTogether(ids)), _) => ids.iter().for_each(|id| gone(id)),
-            _ => {}
-        }
         // Who asked may wait no longer.
         let _ = self.sender.send(answer);
     }
@@ -306,21 +255,8 @@ impl Asker {
 
 impl From<SyncSender<Result<Answer, RequestError>>> for Asker {
     fn from(sender: SyncSender<Result<Answer, RequestError>>) -> Self {
-        Self {
-            sender,
-            removed: None,
-        }
+        Self { sender }
     }
-}
-
-/// That somebody wants a device removed, other than the host.
-#[derive(Debug)]
-pub(super) struct Removal {
-    pub(super) asker: Asker,
-    /// Where the guest does not release it, it loses the device.
-    pub(super) force: bool,
-    /// How long the guest has for it.
-    pub(super) limit: Duration,
 }
 
 #[derive(Debug)]

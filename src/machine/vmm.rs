@@ -12,17 +12,19 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::assembly::{Begun, Machine};
+use super::consoles::Terminals;
 use super::early::Early;
 use super::end::Audience;
+use super::handed::{Files, Handed, Unused};
 use super::life::{Ended, Life, Stop};
 use super::observed::Observed;
 #[cfg(debug_assertions)]
 use super::panics;
 use super::passthrough::OpenDevices;
-use super::requests::{Answer, Asker, Extent, Files, Info, Request, RequestError, Requests, State};
+use super::requests::{Answer, Asker, Extent, Info, Request, RequestError, Requests, State};
 use super::signals::Signals;
 use super::virtio::name_of;
-use super::{PanicWatch, RunError, madvise};
+use super::{PanicWatch, RunError, madvise, payload};
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
 use crate::monitor::{self, Source};
 use crate::provoked;
@@ -43,11 +45,17 @@ pub(super) enum Lasting {
 /// machine has room for is found when it is put together.
 const DEVICES_MOST: usize = 256;
 
-/// What a VM is to be, with the descriptors that were handed over for its devices, by their names.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// What a VM is to be, with the descriptors that were handed over for it.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Definition {
     pub(super) config: VmConfig,
+    /// Of virtio devices, by their names.
     pub(super) files: BTreeMap<String, Files>,
+    /// Of host devices.
+    pub(super) unused: Unused,
+    /// An iommufd, which serves one VM after another.
+    pub(super) iommufd: Files,
+    pub(super) terminals: Arc<Terminals>,
 }
 
 /// A machine whose guest runs no more, and how that came.
@@ -64,10 +72,7 @@ type Lived = (Box<Machine>, Result<Ended, RunError>);
 /// cannot do it, and failure apart.
 pub fn run(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Result<Ended, RunError> {
     let signals = Signals::new()?;
-    let definition = Arc::new(Definition {
-        config: config.clone(),
-        files: BTreeMap::new(),
-    });
+    let definition = Arc::new(Definition::from(config.clone()));
     let watch = PanicWatch::start();
     let lived = live(
         &definition,
@@ -184,7 +189,7 @@ fn assemble(
             machine.map(Box::new)
         }
     };
-    let info = || Info::of(&definition.config, State::Created);
+    let info = || definition.info(State::Created);
     let left = |signal| RunError::unfinished("being put together", signal, &devices);
     early.during(signals, requests, info, work, left)
 }
@@ -214,9 +219,10 @@ const REQUEST: u64 = 1;
 impl Served {
     fn serve(&mut self, first: Option<VmConfig>) -> Result<(), RunError> {
         if let Some(config) = first {
+            let terminals = Terminals::open(&config)?;
             self.definition = Some(Definition {
-                config,
-                files: BTreeMap::new(),
+                terminals: Arc::new(terminals),
+                ..config.into()
             });
             if let Next::End = self.boot(None)? {
                 return Ok(());
@@ -284,12 +290,9 @@ impl Served {
     fn on_request(&mut self, request: Request) -> Result<Answer, RequestError> {
         let Some(definition) = &mut self.definition else {
             return match request {
-                Request::Create(config) => {
+                Request::Create(config, handed) => {
                     config.validate_parts().map_err(invalid)?;
-                    self.definition = Some(Definition {
-                        config: *config,
-                        files: BTreeMap::new(),
-                    });
+                    self.definition = Some(Definition::new(*config, handed)?);
                     Ok(Answer::Done)
                 }
                 // There is nothing to be ended, which is what was wanted.
@@ -297,7 +300,7 @@ impl Served {
                 Request::Info
                 | Request::Observe
                 | Request::Boot
-                | Request::AddDevice(_)
+                | Request::AddDevice(..)
                 | Request::AddVirtio(..)
                 | Request::RemoveDevice { .. } => Err(RequestError::NotCreated),
                 _ => Err(RequestError::NotRunning),
@@ -305,15 +308,15 @@ impl Served {
         };
         match request {
             Request::Info => {
-                let info = Info::of(&definition.config, State::Created);
+                let info = definition.info(State::Created);
                 return Ok(Answer::Info(Box::new(info)));
             }
             Request::Observe => {
-                let info = Info::of(&definition.config, State::Created);
+                let info = definition.info(State::Created);
                 return Ok(Answer::Observed(Box::new(Observed::of(&info))));
             }
-            Request::Create(_) => return Err(RequestError::AlreadyCreated),
-            Request::AddDevice(configs) => definition.add_devices(configs)?,
+            Request::Create(..) => return Err(RequestError::AlreadyCreated),
+            Request::AddDevice(configs, files) => definition.add_devices(configs, files)?,
             Request::AddVirtio(config, files) => definition.add_virtio(*config, files)?,
             Request::RemoveDevice { id, .. } => definition.remove(&id)?,
             Request::End(Extent::Definition) => self.forget(),
@@ -339,6 +342,7 @@ impl Served {
         let mut whole = definition.clone();
         let devices = whole.config.device.len();
         whole.config.platform.make_slots(devices);
+        payload::sort(&mut whole.config);
         let (watch, report) = (PanicWatch::start(), Arc::new(Report::start()));
         monitor::tell(Source::Vm, "booting", &[]);
         let lived = live(
@@ -353,10 +357,18 @@ impl Served {
         let (mut left, lived, ended) = match lived {
             Ok((machine, ended)) => {
                 let mut left = machine.definition();
-                left.config.platform = definition.config.platform;
+                // As it was said.
+                let said = definition.config;
+                left.config.platform = said.platform;
+                left.config.kernel = said.kernel;
+                left.config.firmware = said.firmware;
+                left.config.initramfs = said.initramfs;
+                left.config.cmdline = said.cmdline;
+                left.iommufd = definition.iommufd;
+                left.terminals = definition.terminals;
                 let audience = Audience {
                     requests: &self.requests,
-                    info: Info::of(&left.config, State::Shutdown),
+                    info: left.info(State::Shutdown),
                 };
                 let ended = machine.end(&self.signals, Some(&audience), ended);
                 (left, true, ended)
@@ -419,9 +431,44 @@ impl Served {
     }
 }
 
+impl From<VmConfig> for Definition {
+    fn from(config: VmConfig) -> Self {
+        Self {
+            config,
+            ..Self::default()
+        }
+    }
+}
+
 impl Definition {
-    fn add_devices(&mut self, configs: Vec<DeviceConfig>) -> Result<(), RequestError> {
+    fn new(config: VmConfig, handed: Handed) -> Result<Self, RequestError> {
+        let terminals = Terminals::open(&config).map_err(|error| RequestError::failed(&error))?;
+        Ok(Self {
+            config,
+            files: handed.virtio,
+            unused: handed.devices.into(),
+            iommufd: handed.iommufd,
+            terminals: Arc::new(terminals),
+        })
+    }
+
+    /// How the VM is that is to be, or was.
+    fn info(&self, state: State) -> Info {
+        let [serial, console] = self.terminals.paths();
+        Info {
+            serial,
+            console,
+            ..Info::of(&self.config, state)
+        }
+    }
+
+    fn add_devices(
+        &mut self,
+        configs: Vec<DeviceConfig>,
+        files: Files,
+    ) -> Result<(), RequestError> {
         let mut config = self.config.clone();
+        let first = configs.first().map(DeviceConfig::id);
         for one in configs {
             let same = |other: &DeviceConfig| other.path == one.path || other.id() == one.id();
             if config.device.iter().any(same) || config.has_id(&one.id()) {
@@ -429,7 +476,11 @@ impl Definition {
             }
             config.device.push(one);
         }
-        self.replace(config)
+        self.replace(config)?;
+        if let Some(name) = first.filter(|_| !files.is_empty()) {
+            self.unused.keep(name, files);
+        }
+        Ok(())
     }
 
     fn add_virtio(&mut self, device: VirtioConfig, files: Files) -> Result<(), RequestError> {
@@ -477,6 +528,7 @@ impl Definition {
         config.net.retain(|net| net.id.as_deref() != Some(id));
         config.device.retain(|device| device.id() != id);
         self.files.remove(id);
+        self.unused.take(id);
         match count(&self.config) == before {
             true => Err(RequestError::Unknown(id.to_owned())),
             false => Ok(()),

@@ -38,10 +38,10 @@ struct Walk {
 }
 
 /// An answer as it came.
-struct Answer {
-    status: u16,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
     head: String,
-    body: Vec<u8>,
+    pub(crate) body: Vec<u8>,
     /// All of it came in one piece.
     at_once: bool,
 }
@@ -430,23 +430,25 @@ fn is_type(value: &Value, name: &str) -> bool {
 }
 
 /// Sends bytes with descriptors beside the first of them.
-fn send(stream: &UnixStream, text: &str, files: &[BorrowedFd<'_>]) {
-    if text.is_empty() {
-        return;
-    }
+pub(crate) fn send(stream: &UnixStream, text: &str, files: &[BorrowedFd<'_>]) {
+    assert!(text.is_empty() || try_send(stream, text, files));
+}
+
+/// The same; whether all of it was taken.
+pub(crate) fn try_send(stream: &UnixStream, text: &str, files: &[BorrowedFd<'_>]) -> bool {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !files.is_empty() {
         assert!(control.push(SendAncillaryMessage::ScmRights(files)));
     }
     let parts = [IoSlice::new(text.as_bytes())];
-    let sent = sendmsg(stream, &parts, &mut control, SendFlags::empty()).unwrap();
     let mut rest = stream;
-    rest.write_all(&text.as_bytes()[sent..]).unwrap();
+    sendmsg(stream, &parts, &mut control, SendFlags::NOSIGNAL)
+        .is_ok_and(|sent| rest.write_all(&text.as_bytes()[sent..]).is_ok())
 }
 
 /// The next answer; none where the connection is closed.
-fn receive(stream: &mut UnixStream) -> Option<Answer> {
+pub(crate) fn receive(stream: &mut UnixStream) -> Option<Answer> {
     let mut bytes = Vec::new();
     let mut reads = 0;
     loop {

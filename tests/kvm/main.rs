@@ -6,6 +6,7 @@ mod bare;
 mod clients;
 mod exits;
 mod guest;
+mod hostile;
 mod interrupts;
 mod lines;
 mod memory;

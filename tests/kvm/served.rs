@@ -3,29 +3,29 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::attentive::hears_nmi;
+use crate::attentive::{attentive, hears_nmi};
 use crate::bare::{kernel, power_off, say};
 use crate::whole::{has_kvm, signal};
 
 /// What nothing here takes as long as.
-const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// A process that serves its API, with a folder of its own.
-struct Served {
+pub(crate) struct Served {
     child: Child,
     folder: TempDir,
 }
 
 impl Served {
     /// None, said on standard error, where there is no KVM.
-    fn start(flags: &[&str]) -> Option<Self> {
+    pub(crate) fn start(flags: &[&str]) -> Option<Self> {
         if !has_kvm() {
             return None;
         }
@@ -46,12 +46,12 @@ impl Served {
         Some(served)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// A VM whose kernel is `code`, and which says what it says to `serial`.
-    fn vm(&self, code: &[u8]) -> Value {
+    pub(crate) fn vm(&self, code: &[u8]) -> Value {
         let path = self.path("kernel");
         fs::write(&path, kernel(code)).unwrap();
         json!({
@@ -63,7 +63,7 @@ impl Served {
         })
     }
 
-    fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         fs::read_to_string(self.path("serial")).unwrap_or_default()
     }
 
@@ -85,21 +85,27 @@ impl Served {
     }
 
     /// The answer's status, and its body as JSON.
-    fn ask(&self, method: &str, name: &str, body: Option<&Value>) -> (u16, Value) {
+    pub(crate) fn ask(&self, method: &str, name: &str, body: Option<&Value>) -> (u16, Value) {
         let answer = self.try_ask(method, name, body);
         answer.unwrap_or_else(|| panic!("{name} was not answered"))
     }
 
-    fn put(&self, name: &str) -> u16 {
+    pub(crate) fn put(&self, name: &str) -> u16 {
         self.ask("PUT", name, None).0
     }
 
-    fn state(&self) -> Value {
+    pub(crate) fn state(&self) -> Value {
         self.ask("GET", "vm.info", None).1["state"].take()
     }
 
-    /// How many descriptors it has open, beside those of clients that come and go.
-    fn descriptors(&self) -> usize {
+    /// How many descriptors it has open, with those of clients that are there.
+    pub(crate) fn all_descriptors(&self) -> usize {
+        let folder = format!("/proc/{}/fd", self.child.id());
+        fs::read_dir(folder).unwrap().count()
+    }
+
+    /// The same without those of clients, which come and go.
+    pub(crate) fn descriptors(&self) -> usize {
         let folder = format!("/proc/{}/fd", self.child.id());
         let all = fs::read_dir(folder).unwrap();
         let targets = all.filter_map(|one| fs::read_link(one.unwrap().path()).ok());
@@ -123,7 +129,7 @@ impl Served {
     }
 
     /// Its end, and what it wrote to standard error.
-    fn ended(mut self) -> (ExitStatus, String) {
+    pub(crate) fn ended(mut self) -> (ExitStatus, String) {
         let start = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -151,7 +157,7 @@ impl Drop for Served {
     }
 }
 
-fn eventually(what: &str, mut there: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut there: impl FnMut() -> bool) {
     let start = Instant::now();
     while !there() {
         assert!(start.elapsed() < LIMIT, "{what}");
@@ -160,7 +166,7 @@ fn eventually(what: &str, mut there: impl FnMut() -> bool) {
 }
 
 /// Says a word and goes on for ever.
-fn lives(word: &str) -> Vec<u8> {
+pub(crate) fn lives(word: &str) -> Vec<u8> {
     [&say(word)[..], &[0xeb, 0xfe]].concat()
 }
 
@@ -380,6 +386,103 @@ fn a_non_maskable_interrupt_reaches_the_guest() {
     std::thread::sleep(Duration::from_millis(300));
     let busy = served.ticks("vcpu1") - before;
     assert!(busy < 5, "{busy} ticks of 30");
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
+
+/// The slot of bus 0 whose device the guest releases by itself, which is that of the first disk.
+const FIRST: u32 = 1 << 1;
+
+/// Releases the devices in `slots` of bus 0, which nobody has asked for.
+fn ejects(slots: u32) -> Vec<u8> {
+    // mov dword [eject], slots
+    let mut code = vec![0xc7, 0x05];
+    code.extend(0xfea0_0008_u32.to_le_bytes());
+    code.extend(slots.to_le_bytes());
+    code
+}
+
+/// What the events of one kind are about, of those in the file of the folder.
+fn told_in(folder: &Path, event: &str) -> Vec<Value> {
+    let text = fs::read_to_string(folder.join("events")).unwrap_or_default();
+    let all = text.split("\n\n").filter(|one| !one.is_empty());
+    let all = all.map(|one| serde_json::from_str::<Value>(one).unwrap());
+    all.filter(|one| one["event"] == event)
+        .map(|mut one| one["properties"].take())
+        .collect()
+}
+
+#[test]
+fn whoever_reads_events_hears_of_a_device_that_the_guest_releases_by_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let events = format!("path={}", folder.path().join("events").display());
+    let Some(served) = Served::start(&["--event-monitor", &events]) else {
+        return;
+    };
+    let mut vm = served.vm(&[&ejects(FIRST)[..], &lives("gone ")].concat());
+    let disk = served.path("disk");
+    fs::write(&disk, [0; 4096]).unwrap();
+    vm["disks"] = json!([{ "path": disk, "id": "root" }]);
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    assert_eq!(served.put("vm.boot"), 204);
+    let removed = || told_in(folder.path(), "device-removed");
+    eventually("the event", || !removed().is_empty());
+    let expected = json!({ "id": "root", "bdf": "0000:00:01.0" });
+    assert_eq!(removed(), [expected]);
+    assert_eq!(
+        served.ask("GET", "vm.info", None).1["config"].get("disks"),
+        None
+    );
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
+
+#[test]
+fn a_removal_is_answered_at_once_and_told_of_when_the_guest_has_released_the_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let events = format!("path={}", folder.path().join("events").display());
+    let Some(served) = Served::start(&["--event-monitor", &events]) else {
+        return;
+    };
+    // A guest that does not look, and another that does.
+    for (code, looks) in [(lives("deaf "), false), (attentive(), true)] {
+        let vm = served.vm(&code);
+        assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+        assert_eq!(served.put("vm.boot"), 204);
+        let disk = served.path("disk");
+        fs::write(&disk, [0; 4096]).unwrap();
+        let add = || {
+            let body = json!({ "path": disk, "id": "d" });
+            served.ask("PUT", "vm.add-disk", Some(&body)).0
+        };
+        let remove = |body: Value| served.ask("PUT", "vm.remove-device", Some(&body));
+        let shown = || {
+            let (_, info) = served.ask("GET", "vm.info", None);
+            let disks = info["config"].get("disks").is_some();
+            (disks, info["device_tree"].get("d").is_some())
+        };
+        assert_eq!(add(), 200);
+        if looks {
+            // Under the same name, as soon as it is answered.
+            for _ in 0..20 {
+                assert_eq!(remove(json!({ "id": "d" })).0, 204);
+                assert_eq!(add(), 200);
+                assert_eq!(shown(), (true, true));
+            }
+            assert_eq!(remove(json!({ "id": "d", "wait": true })).0, 204);
+            assert_eq!(shown(), (false, false));
+            assert_eq!(told_in(folder.path(), "device-removed").len(), 21);
+        } else {
+            assert_eq!(remove(json!({ "id": "d", "timeout_s": 1 })).0, 204);
+            assert_eq!(shown(), (false, true));
+            eventually("it is kept", || shown() == (true, true));
+            let (status, why) = remove(json!({ "id": "d", "timeout_s": 1, "wait": true }));
+            assert_eq!(status, 500);
+            assert!(why[1].as_str().unwrap().contains("within 1 s"), "{why}");
+            assert_eq!(told_in(folder.path(), "device-removed"), [] as [Value; 0]);
+        }
+        assert_eq!(served.put("vm.delete"), 204);
+    }
     assert_eq!(served.put("vmm.shutdown"), 200);
     assert_eq!(served.ended().0.code(), Some(0));
 }

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -94,6 +95,15 @@ pub enum InheritedError {
         /// Its devices that could be meant.
         members: Vec<String>,
     },
+    /// {count} descriptors were sent for what has one
+    #[error("{count} descriptors were sent for what has one")]
+    Several {
+        /// How many.
+        count: usize,
+    },
+    /// a descriptor that was sent cannot be used: {0}
+    #[error("a descriptor that was sent cannot be used: {0}")]
+    Copy(std::io::Error),
     /// the descriptors are for both of the kernel's interfaces
     #[error(
         "the inherited descriptors belong to both of the kernel's interfaces: {cdev} needs \
@@ -150,12 +160,61 @@ impl Inherited {
         unsafe { Self::take(paths, number, IOMMUFD, is_iommufd) }.map(|inherited| inherited.file)
     }
 
+    /// A descriptor that another process has sent for a device.
+    ///
+    /// # Errors
+    /// [`InheritedError`]; the descriptor is closed then.
+    pub fn received_device(paths: &SysRoot, file: OwnedFd) -> Result<Self, InheritedError> {
+        Self::received(paths, file, DEVICE, |kind| *kind != InheritedKind::Iommufd)
+    }
+
+    /// A descriptor that another process has sent as iommufd.
+    ///
+    /// # Errors
+    /// As for [`received_device`](Self::received_device).
+    pub fn received_iommufd(paths: &SysRoot, file: OwnedFd) -> Result<File, InheritedError> {
+        let is_iommufd = |kind: &InheritedKind| *kind == InheritedKind::Iommufd;
+        Self::received(paths, file, IOMMUFD, is_iommufd).map(|inherited| inherited.file)
+    }
+
+    fn received(
+        paths: &SysRoot,
+        file: OwnedFd,
+        wanted: &'static str,
+        fits: impl Fn(&InheritedKind) -> bool,
+    ) -> Result<Self, InheritedError> {
+        let number = u32::try_from(file.as_raw_fd()).unwrap_or(u32::MAX);
+        let kind = Self::kind(paths, number, wanted, fits)?;
+        Ok(Self {
+            kind,
+            file: file.into(),
+            number,
+        })
+    }
+
     unsafe fn take(
         paths: &SysRoot,
         number: u32,
         wanted: &'static str,
         fits: impl Fn(&InheritedKind) -> bool,
     ) -> Result<Self, InheritedError> {
+        let kind = Self::kind(paths, number, wanted, fits)?;
+        // SAFETY: it is open, and nothing else in this process uses it, as the caller promises.
+        let file = unsafe { sys::adopt(number) }.map_err(|error| InheritedError::Wrong {
+            number,
+            what: error.to_string(),
+            wanted,
+        })?;
+        Ok(Self { kind, file, number })
+    }
+
+    /// What descriptor `number` is, where that `fits`.
+    fn kind(
+        paths: &SysRoot,
+        number: u32,
+        wanted: &'static str,
+        fits: impl Fn(&InheritedKind) -> bool,
+    ) -> Result<InheritedKind, InheritedError> {
         let link = format!("self/fd/{number}");
         let link = paths.proc.join(link);
         let Ok(meta) = std::fs::metadata(&link) else {
@@ -171,14 +230,11 @@ impl Inherited {
             .is_char_device()
             .then(|| identify(paths, meta.rdev()))
             .flatten();
-        let kind = match kind {
-            Some(kind) if fits(&kind) => kind,
-            Some(kind) => return Err(wrong(kind.to_string())),
-            None => return Err(wrong(describe(&link))),
-        };
-        // SAFETY: it is open, and nothing else in this process uses it, as the caller promises.
-        let file = unsafe { sys::adopt(number) }.map_err(|error| wrong(error.to_string()))?;
-        Ok(Self { kind, file, number })
+        match kind {
+            Some(kind) if fits(&kind) => Ok(kind),
+            Some(kind) => Err(wrong(kind.to_string())),
+            None => Err(wrong(describe(&link))),
+        }
     }
 
     /// The folder in sysfs of the device that is meant, where `path` may say which (or is empty).
@@ -306,7 +362,6 @@ mod tests {
     use super::*;
     use crate::attachment::InheritedOnes;
     use std::fs;
-    use std::os::fd::AsRawFd;
     use std::os::unix::fs::symlink;
 
     /// A host with a function that has a character device (510:3), groups 7 (one device) and 8 (two),

@@ -223,7 +223,7 @@ impl Verb {
             Self::CheckDevice { device } => Some(json!({ "path": device })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
             Self::RemoveDevice { id, force, timeout } => {
-                let mut body = json!({ "id": id, "force": force });
+                let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {
                     body["timeout_s"] = json!(seconds);
                 }

@@ -145,7 +145,7 @@ fn functions_come_by_one_request_and_leave_together() {
         force: false,
         timeout: Some(90),
     };
-    let body = json!({ "id": "card", "force": false, "timeout_s": 90 });
+    let body = json!({ "id": "card", "force": false, "wait": true, "timeout_s": 90 });
     assert_eq!(verb.body(), Some(body));
     assert_eq!(
         verb.limit_of(Path::new("")).unwrap(),

@@ -61,7 +61,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     let granted = |request: &Request| match request {
         Request::Info => Some(how(State::Running)),
         Request::Observe => Some(seen(State::Running)),
-        Request::AddDevice(configs) => Some(added(configs)),
+        Request::AddDevice(configs, _) => Some(added(configs)),
         Request::AddVirtio(config, _) => Some(added_virtio(config)),
         Request::RemoveDevice { id, .. } => Some(removed(id)),
         _ => Some(Ok(Answer::Done)),
@@ -71,7 +71,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
         Request::Info
         | Request::Observe
         | Request::Boot
-        | Request::AddDevice(_)
+        | Request::AddDevice(..)
         | Request::AddVirtio(..)
         | Request::RemoveDevice { .. } => Some(Err(RequestError::NotCreated)),
         _ => Some(Err(RequestError::NotRunning)),

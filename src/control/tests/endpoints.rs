@@ -462,7 +462,7 @@ fn a_removal_has_the_time_that_is_asked_for_within_a_range() {
 }
 
 #[test]
-fn a_taps_descriptors_come_with_the_request_for_a_nic_and_with_no_other() {
+fn descriptors_come_with_the_request_for_a_nic_or_a_disk_and_with_no_other() {
     let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
     let vm = Vm::new({
         let seen = Arc::clone(&seen);
@@ -488,12 +488,25 @@ fn a_taps_descriptors_come_with_the_request_for_a_nic_and_with_no_other() {
     assert_eq!(client.reply().unwrap().status, 200);
     let body = r#"{"path":"/a.raw"}"#;
     let length = format!("Content-Length: {}\r\n", body.len());
-    client.send_with(&(request("PUT", "vm.add-disk", &length) + body), &sent);
-    assert_eq!(client.reply().unwrap().status, 501, "a disk has none yet");
+    client.send_with(&(request("PUT", "vm.add-disk", &length) + body), &sent[..1]);
+    assert_eq!(client.reply().unwrap().status, 400, "two say which");
+    for (count, status) in [(1, 200), (2, 400)] {
+        let length = format!("Content-Length: {}\r\n", 2);
+        client.send_with(
+            &(request("PUT", "vm.add-disk", &length) + "{}"),
+            &sent[..count],
+        );
+        assert_eq!(client.reply().unwrap().status, status, "a disk has one");
+        client.send_with(
+            &(request("PUT", "vm.add-device", &length) + "{}"),
+            &sent[..count],
+        );
+        assert_eq!(client.reply().unwrap().status, 400, "a pipe is no device");
+    }
     // What came with one is not another's.
     client.send(request("PUT", "vm.add-disk", &length) + body);
     assert_eq!(client.reply().unwrap().status, 200);
-    assert_eq!(*seen.lock().unwrap(), [2, 0]);
+    assert_eq!(*seen.lock().unwrap(), [2, 1, 0]);
     drop(writer);
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
 }

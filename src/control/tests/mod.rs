@@ -134,14 +134,14 @@ fn living() -> impl FnMut(&Request) -> Reaction {
         let next = match (request, state) {
             (Request::Info, _) => return Some(how(state)),
             (Request::Observe, _) => return Some(seen(state)),
-            (Request::Create(_), _) => return Some(Err(RequestError::AlreadyCreated)),
+            (Request::Create(..), _) => return Some(Err(RequestError::AlreadyCreated)),
             (Request::Boot, _) => return Some(Err(RequestError::State("running already"))),
             (Request::Pause, State::Running) => State::Paused,
             (Request::Resume, State::Paused) => State::Running,
             (Request::Pause, _) => return Some(Err(RequestError::State("paused"))),
             (Request::Resume, _) => return Some(Err(RequestError::State("running"))),
             (Request::PowerButton | Request::Reboot | Request::Nmi | Request::End(_), _) => state,
-            (Request::AddDevice(configs), _) => return Some(added(configs)),
+            (Request::AddDevice(configs, _), _) => return Some(added(configs)),
             (Request::AddVirtio(config, _), _) => return Some(added_virtio(config)),
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
         };

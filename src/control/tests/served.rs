@@ -85,7 +85,9 @@ fn what_a_vm_is_to_be_does_not_grow_without_bound() {
     let requests = Requests::new().unwrap();
     let control = requests.control();
     let process = thread::spawn(move || machine::serve(None, false, requests));
-    control.ask(Request::Create(Box::default())).unwrap();
+    control
+        .ask(Request::Create(Box::default(), machine::Handed::default()))
+        .unwrap();
     let add = || {
         let net = VirtioConfig::Net(crate::config::NetConfig::default());
         control.ask(Request::AddVirtio(Box::new(net), machine::Files::default()))
@@ -104,12 +106,13 @@ fn the_descriptors_of_a_nic_are_kept_until_it_goes_or_the_vm_does() {
     let requests = Requests::new().unwrap();
     let control = requests.control();
     let process = thread::spawn(move || machine::serve(None, false, requests));
-    let create = || control.ask(Request::Create(Box::default()));
+    let create = || control.ask(Request::Create(Box::default(), machine::Handed::default()));
     for how in [
         Request::RemoveDevice {
             id: "n".into(),
             force: false,
             limit: None,
+            wait: false,
         },
         Request::End(Extent::Definition),
     ] {

@@ -9,17 +9,15 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use super::beside::{Beside, needs_id};
 use super::lacking::{Asked, Fault, Lack};
-use super::virtio::{AddDisk, AddNet};
+use super::virtio::{AddDisk, AddNet, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
     Accepted, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod, MemoryConfig,
     PlatformConfig, Topology, VirtioConfig, VmConfig,
 };
-use crate::machine::Files;
-
-/// The most PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
-const SEGMENTS_MOST: u16 = 96;
+use crate::machine::{self, Files, Handed};
 
 /// `VmConfig`
 #[derive(Debug, Default, Deserialize)]
@@ -150,6 +148,8 @@ enum ConsoleMode {
 struct Platform {
     num_pci_segments: Option<u16>,
     iommufd: Option<bool>,
+    /// Beside Cloud Hypervisor's: which of the descriptors that came is an iommufd.
+    iommufd_fd_index: Option<usize>,
     vfio_p2p_dma: Option<bool>,
     #[serde(alias = "system_serial_number")]
     serial_number: Option<String>,
@@ -165,12 +165,13 @@ struct Platform {
 }
 
 impl CreateVm {
-    /// The same as the configuration of a VM.
+    /// The same as the configuration of a VM, with those of `files` that are for it.
     ///
     /// # Errors
     /// The first thing that is wrong, or that Busway cannot do
-    pub(super) fn into_config(self) -> Result<VmConfig, Fault> {
+    pub(super) fn into_config(self, files: &Files) -> Result<(VmConfig, Handed), Fault> {
         self.check()?;
+        let (mut beside, mut handed) = (Beside::new(files), Handed::default());
         let mut accepted = Accepted::default();
         let mut config = VmConfig {
             // What Cloud Hypervisor does where nothing is said.
@@ -202,25 +203,50 @@ impl CreateVm {
         if let Some(console) = self.console {
             config.console = console.into_config("console")?;
         }
-        let none = Files::default();
         for disk in self.disks.unwrap_or_default() {
-            if let VirtioConfig::Disk(disk) = disk.into_config(&none)? {
+            let place: Vec<_> = disk.fd_index.into_iter().collect();
+            let files = beside.take(&place, "disks.fd_index")?;
+            let disk = disk.into_config(&files)?;
+            if !files.is_empty() {
+                let id = needs_id(disk.id(), "disks.fd_index")?;
+                handed.virtio.insert(id, files);
+            }
+            if let VirtioConfig::Disk(disk) = disk {
                 config.disk.push(disk);
             }
         }
         for net in self.net.unwrap_or_default() {
-            if let VirtioConfig::Net(net) = net.into_config(&none)? {
+            let places = net.fd_indexes.clone().unwrap_or_default();
+            let files = beside.take(&places, "net.fd_indexes")?;
+            let net = net.into_config(&files)?;
+            if !files.is_empty() {
+                let id = needs_id(net.id(), "net.fd_indexes")?;
+                handed.virtio.insert(id, files);
+            }
+            if let VirtioConfig::Net(net) = net {
                 config.net.push(net);
             }
         }
         for device in self.devices.unwrap_or_default() {
-            config.device.extend(device.into_configs()?);
+            let place: Vec<_> = device.fd_index.into_iter().collect();
+            let files = beside.take(&place, "devices.fd_index")?;
+            let devices = device.into_configs(&files)?;
+            if let Some(device) = devices.first().filter(|_| !files.is_empty()) {
+                handed.devices.insert(device.id(), files);
+            }
+            config.device.extend(devices);
         }
         if let Some(platform) = self.platform {
+            let place: Vec<_> = platform.iommufd_fd_index.into_iter().collect();
+            handed.iommufd = beside.take(&place, "platform.iommufd_fd_index")?;
+            if !handed.iommufd.is_empty() {
+                machine::check_iommufd(&handed.iommufd).map_err(|error| error.to_string())?;
+            }
             config.platform = platform.into_config(&mut accepted)?;
         }
+        beside.finish()?;
         config.accepted = Some(Box::new(accepted)).filter(|all| **all != Accepted::default());
-        Ok(config)
+        Ok((config, handed))
     }
 
     fn check(&self) -> Result<(), Fault> {
@@ -370,7 +396,11 @@ mod tests {
     use crate::control::json::parse;
 
     fn config(body: &str) -> Result<VmConfig, Fault> {
-        parse::<CreateVm>(body.as_bytes())?.into_config()
+        with_files(body, &Files::default()).map(|(config, _)| config)
+    }
+
+    fn with_files(body: &str, files: &Files) -> Result<(VmConfig, Handed), Fault> {
+        parse::<CreateVm>(body.as_bytes())?.into_config(files)
     }
 
     /// What Cloud Hypervisor has where nothing is said.
@@ -467,6 +497,63 @@ mod tests {
     }
 
     #[test]
+    fn each_descriptor_that_comes_is_for_what_the_body_says_and_none_is_for_nothing() {
+        let pipe = || std::io::pipe().unwrap().0.into();
+        let files = Files::from(vec![pipe(), pipe(), pipe()]);
+        let body = r#"{"disks":[{"id":"d","fd_index":1},{"path":"/a"}],
+            "net":[{"id":"n","fd_indexes":[2,0],"num_queues":4,"fds":[27,28]}]}"#;
+        let (config, handed) = with_files(body, &files).unwrap();
+        let counts: Vec<_> = handed
+            .virtio
+            .iter()
+            .map(|(id, files)| (&**id, files.all().len()))
+            .collect();
+        assert_eq!(counts, [("d", 1), ("n", 2)]);
+        assert!(config.disk[0].path.to_str().unwrap().starts_with("pipe:["));
+        for (body, word) in [
+            ("{}", "descriptor 0 that came"),
+            (
+                r#"{"disks":[{"id":"d","fd_index":0}],"net":[{"id":"n","fd_indexes":[1]}]}"#,
+                "descriptor 2 that came",
+            ),
+            (
+                r#"{"disks":[{"id":"d","fd_index":3}]}"#,
+                "3 descriptors came",
+            ),
+            (r#"{"disks":[{"id":"d","fd_index":-1}]}"#, "-1"),
+            (
+                r#"{"disks":[{"id":"d","fd_index":0},{"id":"e","fd_index":0}]}"#,
+                "something else already",
+            ),
+            (
+                r#"{"net":[{"id":"d","fd_indexes":[0,0],"num_queues":4}]}"#,
+                "something else already",
+            ),
+            (r#"{"disks":[{"fd_index":0}]}"#, "needs an id"),
+            (
+                r#"{"disks":[{"id":"d","path":"/a","fd_index":0}]}"#,
+                "leave one out",
+            ),
+            (r#"{"net":[{"fd_indexes":[0]}]}"#, "needs an id"),
+            (
+                r#"{"devices":[{"id":"v","fd_index":0}]}"#,
+                "not a VFIO device's",
+            ),
+            (
+                r#"{"devices":[{"fd_index":0,"functions":[{"path":"01:00.1"}]}]}"#,
+                "one function",
+            ),
+            (r#"{"platform":{"iommufd_fd_index":0}}"#, "not an iommufd"),
+            (r#"{"devices":[{"fd":7}]}"#, "SCM_RIGHTS"),
+        ] {
+            let Err(Fault::Wrong(why)) = with_files(body, &files) else {
+                panic!("{body}: {:?}", with_files(body, &files));
+            };
+            assert!(why.contains(word), "{body}: {why}");
+        }
+    }
+
+    #[test]
     fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
         for (body, lack) in [
             (r#"{"fs":[{"tag":"t","socket":"/s"}]}"#, Lack::VirtioFs),
@@ -493,10 +580,6 @@ mod tests {
                 Lack::VhostUser,
             ),
             (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
-            (
-                r#"{"devices":[{"path":"01:00.0","pci_segment":1}]}"#,
-                Lack::OtherSegment,
-            ),
         ] {
             assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");
         }

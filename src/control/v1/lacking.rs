@@ -20,8 +20,6 @@ pub(super) enum Lack {
     CoreDump,
     CoreScheduling,
     DebugConsole,
-    DeviceFd,
-    DiskFd,
     HyperV,
     ImageType,
     Landlock,
@@ -31,7 +29,6 @@ pub(super) enum Lack {
     Mtu,
     Numa,
     OffloadChoice,
-    OtherSegment,
     Panic,
     Pmem,
     Resize,
@@ -69,8 +66,6 @@ impl Lack {
             Self::CoreDump => "a guest's memory in a file",
             Self::CoreScheduling => "core scheduling (cpus.core_scheduling)",
             Self::DebugConsole => "a debug console",
-            Self::DeviceFd => "a host device by its descriptor over the API",
-            Self::DiskFd => "a disk by its descriptor over the API",
             Self::HyperV => "what guests of Microsoft's are told of Hyper-V (cpus.kvm_hyperv)",
             Self::ImageType => "images of another type than Raw and Qcow2",
             Self::Landlock => "a VMM that Landlock confines",
@@ -82,7 +77,6 @@ impl Lack {
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
             }
-            Self::OtherSegment => "a device in another PCI segment than 0",
             Self::Panic => "a device by which a guest tells of its panic (pvpanic)",
             Self::Pmem => "persistent memory",
             Self::Resize => "another number of processors or bytes of RAM for a guest that runs",

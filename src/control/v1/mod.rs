@@ -4,6 +4,7 @@
 //! it is, so that a client learns what is missing and not merely that something is.
 
 mod added;
+mod beside;
 mod config;
 mod create;
 mod info;
@@ -31,7 +32,7 @@ use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
 pub(super) use observe::DEVICE_STATES;
 use observe::{Activity, Devices};
-use virtio::{AddDisk, AddNet};
+use virtio::{AddDisk, AddNet, check_segment};
 
 /// Where the API is.
 pub(super) const PREFIX: &str = "/api/v1/";
@@ -195,7 +196,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     later("vm.send-migration", Lack::Migration),
 ];
 
-#[cfg(test)]
+#[cfg(any(test, feature = "hostile"))]
 impl Endpoint {
     /// The statuses that it can answer with.
     pub(super) fn statuses(&self) -> &'static [u16] {
@@ -233,6 +234,11 @@ struct Removed {
 #[derive(Debug, Deserialize)]
 struct AddDevice {
     path: Option<String>,
+    /// A number of the client's own, which says that a descriptor comes beside the request.
+    #[serde(default)]
+    fd: Asked,
+    /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came it is.
+    fd_index: Option<usize>,
     id: Option<String>,
     #[serde(default)]
     iommu: Asked,
@@ -256,27 +262,29 @@ fn some_text(text: Option<String>) -> Option<String> {
 }
 
 impl AddDevice {
-    /// It and its further functions, which have none.
-    fn into_configs(mut self) -> Result<Vec<DeviceConfig>, Fault> {
+    /// It and its further functions, which have none; by the descriptor that came for it, where one did.
+    fn into_configs(mut self, files: &Files) -> Result<Vec<DeviceConfig>, Fault> {
         let functions = std::mem::take(&mut self.functions);
+        if !functions.is_empty() && !files.is_empty() {
+            return Err(Fault::from(
+                "functions beside a descriptor: it is of one function, and the others have to come by path",
+            ));
+        }
         if functions.iter().any(|one| !one.functions.is_empty()) {
             return Err(Fault::from(
                 "functions of a function: name all of them in one list",
             ));
         }
         let all = std::iter::once(self).chain(functions);
-        all.map(Self::into_config).collect()
+        all.map(|one| one.into_config(files)).collect()
     }
 
-    fn into_config(self) -> Result<DeviceConfig, Fault> {
+    fn into_config(self, files: &Files) -> Result<DeviceConfig, Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu)?;
-        Lack::OtherSegment.unless_asked(self.pci_segment.is_some_and(|segment| segment != 0))?;
+        check_segment(self.pci_segment)?;
         Lack::BusPlace.unless_asked(self.pci_device_id)?;
         Lack::SparseMmap.unless_asked(self.x_exclude_mmap_bars)?;
-        let path = self
-            .path
-            .ok_or("path is missing: the device's address, its UUID where it is mediated, or its folder in sysfs")?;
-        let mut config = DeviceConfig::new(&path).map_err(|error| error.to_string())?;
+        let mut config = which(some_text(self.path), self.fd.into(), files)?;
         if let Some(token) = &self.vf_token {
             token
                 .parse::<busway_vfio::VfToken>()
@@ -290,6 +298,26 @@ impl AddDevice {
     }
 }
 
+/// The host device that `path` or a descriptor says; `fd`: whether a descriptor was spoken of.
+fn which(path: Option<String>, fd: bool, files: &Files) -> Result<DeviceConfig, Fault> {
+    let config = |text: &str| DeviceConfig::new(text).map_err(|error| error.to_string());
+    let asked = path.as_deref().map(config).transpose()?;
+    if !files.is_empty() {
+        let path = asked.map(|asked| asked.path).unwrap_or_default();
+        let folder = machine::device_of(files, &path).map_err(|error| error.to_string())?;
+        return Ok(config(&folder.display().to_string())?);
+    }
+    Ok(asked.ok_or(match fd {
+        true => {
+            "fd is a number of nobody's: send the device's descriptor beside the request (SCM_RIGHTS), or name the \
+             device, with path"
+        }
+        false => {
+            "path is missing: the device's address, its UUID where it is mediated, or its folder in sysfs"
+        }
+    })?)
+}
+
 /// `VmRemoveDevice`
 #[derive(Deserialize)]
 struct RemoveDevice {
@@ -299,6 +327,10 @@ struct RemoveDevice {
     force: bool,
     /// Beside Cloud Hypervisor's: the seconds that the guest has to release it.
     timeout_s: Option<u32>,
+    /// Beside Cloud Hypervisor's: answer when it is known what became of it. Its clients are answered when the guest
+    /// has been asked, for theirs are given a second or five, and they take the device for gone.
+    #[serde(default)]
+    wait: bool,
 }
 
 impl RemoveDevice {
@@ -315,6 +347,7 @@ impl RemoveDevice {
             id: self.id,
             force: self.force,
             limit,
+            wait: self.wait,
         })
     }
 }
@@ -414,7 +447,7 @@ impl Api {
                 Ok(_) => done(),
                 Err(error) => refused(what, &error),
             },
-            Act::Create => self.create(body),
+            Act::Create => self.create(body, files),
             Act::AddDevice => self.add_device(body, files),
             Act::AddVirtio(read, what) => match read(body, files) {
                 Ok(config) => self.add(Request::AddVirtio(Box::new(config), files.clone()), what),
@@ -499,13 +532,14 @@ impl Api {
     }
 
     /// Answers when it is known what the VM is to be.
-    fn create(&self, body: &[u8]) -> Answer {
+    fn create(&self, body: &[u8], files: &Files) -> Answer {
         const WHAT: &str = "The VM could not be created";
-        let config = match read::<CreateVm>(body).and_then(CreateVm::into_config) {
-            Ok(config) => Box::new(config),
+        let created = read::<CreateVm>(body).and_then(|create| create.into_config(files));
+        let (config, handed) = match created {
+            Ok(created) => created,
             Err(fault) => return fault.answer(WHAT),
         };
-        match self.control.ask(Request::Create(config)) {
+        match self.control.ask(Request::Create(Box::new(config), handed)) {
             Ok(_) => done(),
             Err(error) => refused(WHAT, &error),
         }
@@ -514,12 +548,8 @@ impl Api {
     /// Answers when the device, or its functions together, are in a slot of the guest's.
     fn add_device(&self, body: &[u8], files: &Files) -> Answer {
         const WHAT: &str = "The device could not be added to the VM";
-        let configs = read::<AddDevice>(body).and_then(|device| {
-            Lack::DeviceFd.unless_asked(!files.is_empty())?;
-            device.into_configs()
-        });
-        match configs {
-            Ok(configs) => self.add(Request::AddDevice(configs), WHAT),
+        match read::<AddDevice>(body).and_then(|device| device.into_configs(files)) {
+            Ok(configs) => self.add(Request::AddDevice(configs, files.clone()), WHAT),
             Err(fault) => fault.answer(WHAT),
         }
     }
@@ -533,7 +563,7 @@ impl Api {
         }
     }
 
-    /// Answers when the host has the device back, and all that was in its slot.
+    /// Answers when the guest has been asked, or when the host has the device back, and all that was in its slot.
     fn remove_device(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The device could not be removed from the VM";
         let asked = json::parse::<RemoveDevice>(body).and_then(RemoveDevice::into_request);

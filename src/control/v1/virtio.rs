@@ -10,6 +10,20 @@ use super::some_text;
 use crate::config::{DiskConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig};
 use crate::machine::Files;
 
+/// The most PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
+pub(super) const SEGMENTS_MOST: u16 = 96;
+
+/// The segment that a device is asked to be in: any that there can be is taken, and the device comes to segment 0, as
+/// its address says.
+pub(super) fn check_segment(segment: Option<u16>) -> Result<(), Fault> {
+    match segment {
+        Some(segment @ SEGMENTS_MOST..) => Err(Fault::Wrong(format!(
+            "pci_segment={segment} must be below {SEGMENTS_MOST}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// What all virtio devices can be asked to be.
 #[derive(Debug, Default, Deserialize)]
 struct Common {
@@ -30,7 +44,7 @@ struct Common {
 impl Common {
     fn check(&self) -> Result<(), Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu)?;
-        Lack::OtherSegment.unless_asked(self.pci_segment.is_some_and(|segment| segment != 0))?;
+        check_segment(self.pci_segment)?;
         Lack::BusPlace.unless_asked(self.pci_device_id)?;
         Lack::VhostUser.unless_asked(self.vhost_user)?;
         Lack::VhostUser.unless_asked(self.vhost_socket)
@@ -48,6 +62,8 @@ impl Common {
 #[derive(Debug, Deserialize)]
 pub(super) struct AddDisk {
     path: Option<String>,
+    /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came it is.
+    pub(super) fd_index: Option<usize>,
     readonly: Option<bool>,
     direct: Option<bool>,
     serial: Option<String>,
@@ -77,10 +93,23 @@ struct TokenBucket {
 impl AddDisk {
     pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
-        Lack::DiskFd.unless_asked(!files.is_empty())?;
         Lack::SharedLimit.unless_asked(self.rate_limit_group)?;
-        let path = some_text(self.path);
-        let path = path.ok_or("path is missing: an image, or a block device")?;
+        let path = match (files.all().len(), some_text(self.path)) {
+            (0, path) => path
+                .ok_or("path is missing: an image, or a block device")?
+                .into(),
+            (1, None) => files.described(),
+            (1, Some(_)) => {
+                return Err(Fault::from(
+                    "both path and a descriptor say which disk: leave one out",
+                ));
+            }
+            (count, _) => {
+                return Err(Fault::Wrong(format!(
+                    "{count} descriptors were sent for a disk, which has one"
+                )));
+            }
+        };
         let mut disk = DiskConfig::new(path);
         // What is in an image says nothing of what it is: the guest may have written it.
         disk.image_type = match self.image_type.as_deref() {
@@ -130,6 +159,8 @@ pub(super) struct AddNet {
     offload_ufo: Option<bool>,
     offload_csum: Option<bool>,
     fds: Option<Vec<i32>>,
+    /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came are the tap's.
+    pub(super) fd_indexes: Option<Vec<usize>>,
     #[serde(flatten)]
     common: Common,
 }
@@ -184,7 +215,7 @@ mod tests {
     #[test]
     fn a_disk_as_known_clients_write_it() {
         // With every default, unset values as null, and words that say nothing here.
-        let all = r#"{"id":"data","pci_segment":0,"pci_device_id":null,"path":"/a.raw","readonly":true,
+        let all = r#"{"id":"data","pci_segment":1,"pci_device_id":null,"path":"/a.raw","readonly":true,
             "direct":false,"num_queues":2,"queue_size":1024,"vhost_user":false,"vhost_socket":null,
             "rate_limit_group":null,"rate_limiter_config":null,"disable_io_uring":false,
             "disable_aio":false,"serial":null,"queue_affinity":null,"backing_files":false,"sparse":true,
@@ -248,7 +279,7 @@ mod tests {
             (r#"{"path":"a","vhost_user":true}"#, "vhost-user"),
             (r#"{"path":"a","vhost_socket":"/run/s"}"#, "vhost-user"),
             (r#"{"path":"a","iommu":true}"#, "virtual IOMMU"),
-            (r#"{"path":"a","pci_segment":1}"#, "segment"),
+            (r#"{"path":"a","pci_segment":96}"#, "pci_segment=96"),
             (r#"{"path":"a","image_type":"Vhdx"}"#, "another type"),
             (r#"{"path":"a","image_type":"Nonsense"}"#, "Nonsense"),
             (r#"{"path":"a","pci_device_id":7}"#, "pci_device_id"),

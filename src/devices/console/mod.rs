@@ -90,7 +90,10 @@ impl Endpoint {
                 location: None,
             })),
             ConsoleConfig::Tty => Self::terminal(quit).map(Some),
-            ConsoleConfig::Pty => Self::pty().map(Some),
+            ConsoleConfig::Pty => {
+                let pty = Pty::open().map_err(ConsoleError::Pty)?;
+                Self::at_pty(pty).map(Some)
+            }
             ConsoleConfig::File { path, size } => Self::file(path, *size).map(Some),
             ConsoleConfig::Socket(path) => Self::socket(path).map(Some),
         }
@@ -113,12 +116,16 @@ impl Endpoint {
         })
     }
 
-    fn pty() -> Result<Self, ConsoleError> {
+    /// At a pseudo-terminal that there is already.
+    ///
+    /// # Errors
+    /// [`ConsoleError::Pty`], [`ConsoleError::Thread`]
+    pub(crate) fn at_pty(pty: Pty) -> Result<Self, ConsoleError> {
         let Pty {
             master,
             slave,
             path,
-        } = Pty::open().map_err(ConsoleError::Pty)?;
+        } = pty;
         let output = master.try_clone().map_err(ConsoleError::Pty)?;
         Ok(Self {
             writer: Writer::to_file(output).map_err(ConsoleError::Thread)?,

@@ -3,6 +3,7 @@
 //! done on a thread of its own.
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -25,6 +26,7 @@ use super::placement::{Behind, behind_ports};
 use crate::config::DeviceConfig;
 use crate::kvm::{IrqRouter, VectorCount};
 use crate::machine::RunError;
+use crate::machine::handed::Files;
 use crate::machine::pci::pins_behind_port;
 use crate::memory::{RegionListener, Regions};
 use crate::report::Report;
@@ -172,6 +174,16 @@ impl Attacher {
         Ok(())
     }
 
+    /// Keeps an iommufd for spaces that are made later.
+    pub(super) fn keep_iommufd(&self, file: Option<&File>) -> Result<(), RunError> {
+        if let Some(file) = file {
+            let file = file.try_clone().map_err(RunError::system("fcntl"))?;
+            // The first one stays.
+            drop(self.opening.iommufd.set(file));
+        }
+        Ok(())
+    }
+
     /// How long the guest has to release a device where whoever wants it back does not say.
     pub(super) fn removal_limit(&self) -> Duration {
         self.opening.platform.removal_limit()
@@ -188,10 +200,13 @@ impl Attacher {
     pub(super) fn prepare(
         &self,
         configs: &[DeviceConfig],
+        files: &Files,
         slot: Device,
     ) -> Result<Vec<Prepared>, RunError> {
         let root = self.opening.spaces.paths();
-        let found = Found::find_more(root.clone(), configs, self.opening.platform.iommufd)?;
+        let iommufd = self.opening.iommufd()?;
+        let asked = self.opening.platform.iommufd;
+        let found = Found::find_more(root.clone(), configs, files, asked, iommufd)?;
         let opened = self.open_more(found);
         let (opened, users) = opened
             .map_err(|error| with_remedies(error, root, configs, self.opening.ram, &open_node))?;

@@ -21,7 +21,8 @@ use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
 use crate::machine::aside::Aside;
 use crate::machine::observed::{AssignedDoing, DeviceSeen, DeviceState, Doing};
-use crate::machine::requests::{Answer, Removal, RequestError};
+use crate::machine::removal::{Removal, tell_of};
+use crate::machine::requests::{Answer, RequestError};
 
 /// How often a device's errors are told of at most.
 const QUIET: Duration = Duration::from_secs(5);
@@ -187,10 +188,29 @@ impl Attached {
         }
     }
 
-    /// What was said of each.
+    /// What was said of each, without those that somebody takes for gone, though the guest has not released them
+    /// yet.
     pub(in crate::machine) fn configs(&self) -> Vec<DeviceConfig> {
-        let devices = self.devices.iter();
-        devices.map(|device| device.config.clone()).collect()
+        let stay = self.devices.iter().filter(|one| !self.is_told_gone(one));
+        stay.map(|device| device.config.clone()).collect()
+    }
+
+    /// Whether somebody takes a device for gone, though the guest has not released it yet: it or another of its slot.
+    fn is_told_gone(&self, device: &Entry) -> bool {
+        let mut slot = self.devices.iter().filter(|one| one.port == device.port);
+        slot.any(|one| one.removal.as_ref().is_some_and(Removal::is_told))
+    }
+
+    /// Whether this device, or one of this name, is taken for gone, though the guest has not released it yet.
+    pub(in crate::machine) fn is_leaving(&self, config: &DeviceConfig) -> bool {
+        let mut devices = self.devices.iter();
+        devices.any(|one| is_same(&one.config, config) && self.is_told_gone(one))
+    }
+
+    /// The same of a name.
+    pub(in crate::machine) fn is_id_leaving(&self, id: &str) -> bool {
+        let mut devices = self.devices.iter();
+        devices.any(|one| one.config.id() == id && self.is_told_gone(one))
     }
 
     /// Whether a device is called this.
@@ -200,11 +220,8 @@ impl Attached {
 
     /// Whether the guest has the device, or one of the same name.
     pub(super) fn has(&self, config: &DeviceConfig) -> bool {
-        let host = config.host_name();
-        let is = |other: &DeviceConfig| {
-            host.is_ok() && other.host_name() == host || other.id() == config.id()
-        };
-        self.devices.iter().any(|device| is(&device.config))
+        let mut devices = self.devices.iter();
+        devices.any(|device| is_same(&device.config, config))
     }
 
     /// Closes devices that found no place, beside the event loop.
@@ -230,18 +247,21 @@ impl Attached {
         let mut devices = self.devices.iter_mut();
         let Some(device) = devices.find(|device| device.config.id() == id) else {
             let unknown = RequestError::Unknown(id.to_owned());
-            removal.asker.answer(Err(unknown));
+            removal.end(id, Err(unknown));
             return;
         };
-        if device.removal.is_some() {
-            let already = RequestError::State("about to release it already");
-            removal.asker.answer(Err(already));
+        if let Some(first) = &mut device.removal {
+            first.join(removal);
             return;
         }
-        let limit = removal.limit;
+        let limit = removal.limit();
         device.removal = Some(removal);
         let port = device.port;
         self.ask_for(port, topology, held, "it is to be removed", limit);
+        let removals = self.devices.iter_mut().filter(|device| device.port == port);
+        removals
+            .filter_map(|device| device.removal.as_mut())
+            .for_each(Removal::asked);
     }
 
     /// Deals with what the devices have told. `held`: the guest does not run, and cannot be asked.
@@ -349,8 +369,8 @@ impl Attached {
         let mut removals = Vec::new();
         let mut pulled = true;
         for device in self.devices.iter_mut().filter(here) {
-            if let Some(removal) = device.removal.take_if(|removal| !removal.force) {
-                removals.push(removal);
+            if let Some(removal) = device.removal.take_if(|removal| !removal.force()) {
+                removals.push((device.name.clone(), removal));
                 pulled = false;
             }
         }
@@ -362,9 +382,9 @@ impl Attached {
             device.leaves = None;
             device.button = Button::default();
         }
-        for removal in removals {
+        for (name, removal) in removals {
             let why = format!("{why}, and keeps it: --force pulls it out");
-            removal.asker.answer(Err(RequestError::Failed(why)));
+            removal.end(&name, Err(RequestError::Failed(why)));
         }
     }
 
@@ -447,8 +467,11 @@ impl Attached {
     fn release(&mut self, port: FunctionId, topology: &Arc<Topology>, how: &str) {
         let leaves = |device: &mut Entry| device.port == port;
         let mut leaving: Vec<_> = self.devices.extract_if(.., leaves).collect();
-        for device in &leaving {
+        for device in &mut leaving {
             self.unwatch(device);
+            if let Some(removal) = &mut device.removal {
+                removal.asked();
+            }
         }
         let names: Vec<_> = leaving.iter().map(|device| &*device.name).collect();
         let (names, topology, how) = (names.join(" and "), topology.clone(), how.to_owned());
@@ -460,6 +483,11 @@ impl Attached {
             port,
         }));
         let ids: Vec<_> = leaving.iter().map(|device| device.config.id()).collect();
+        let gone: Vec<_> = ids
+            .iter()
+            .zip(&leaving)
+            .map(|(id, device)| (id.clone(), device.address(&topology)))
+            .collect();
         let answer = match ids.len() {
             0 | 1 => Answer::Done,
             _ => Answer::RemovedTogether(ids),
@@ -469,8 +497,8 @@ impl Attached {
             drop(topology.unplug(port));
             let removals = leaving
                 .iter_mut()
-                .filter_map(|device| device.removal.take());
-            let askers: Vec<_> = removals.map(|removal| removal.asker).collect();
+                .filter_map(|device| Some((device.name.clone(), device.removal.take()?)));
+            let removals: Vec<_> = removals.collect();
             let first = leaving.first().map(|device| {
                 let folder = device.config.path.clone();
                 (device.users.clone(), folder)
@@ -484,8 +512,11 @@ impl Attached {
             }
             lock(&closing).retain(|one| one.port != port);
             // Not before all of them are closed.
-            for asker in askers {
-                asker.answer(Ok(answer.clone()));
+            for (id, address) in &gone {
+                tell_of(id, address.as_deref());
+            }
+            for (name, removal) in removals {
+                removal.end(&name, Ok(answer.clone()));
             }
         });
     }
@@ -506,6 +537,12 @@ impl Attached {
     }
 }
 
+/// Whether two are of the same device, or of the same name.
+fn is_same(one: &DeviceConfig, other: &DeviceConfig) -> bool {
+    let host = one.host_name();
+    host.is_ok() && other.host_name() == host || other.id() == one.id()
+}
+
 impl AsRawFd for Attached {
     fn as_raw_fd(&self) -> RawFd {
         self.ready.as_raw_fd()
@@ -523,15 +560,12 @@ impl Entry {
     }
 
     fn observed(&self, topology: &Topology, held: bool) -> DeviceSeen {
-        let behind = topology.behind(self.port).into_iter();
-        let mut places = behind.filter_map(|id| topology.bdf(id));
-        let guest = places.find(|place| place.function == self.number);
         let powered = topology.with_slot(self.port, |slot| slot.powered());
         DeviceSeen {
             id: self.config.id(),
             kind: ASSIGNED,
             host: self.host(),
-            guest: guest.map(|place| place.to_string()),
+            guest: self.address(topology),
             state: match self {
                 _ if held && self.holds => DeviceState::Held,
                 _ if self.leaves.is_some() => DeviceState::Going,
@@ -549,6 +583,14 @@ impl Entry {
                 virtio: None,
             }),
         }
+    }
+
+    /// Where it is in the guest, by the bus number that its port has now.
+    fn address(&self, topology: &Topology) -> Option<String> {
+        let behind = topology.behind(self.port).into_iter();
+        let mut addresses = behind.filter_map(|id| topology.bdf(id));
+        let own = addresses.find(|bdf| bdf.function == self.number);
+        own.map(|bdf| bdf.to_string())
     }
 
     /// The device had an error.

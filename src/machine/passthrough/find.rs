@@ -8,9 +8,11 @@ use busway_pci::Reserve;
 use busway_vfio::{AssignOptions, Inherited, RomChoice, RomImage, interface};
 
 use super::placement::HostIdentity;
-use crate::config::{Choice, DeviceConfig, VmConfig, validate_functions};
+use crate::config::{Choice, DeviceConfig, validate_functions};
 use crate::machine::RunError;
 use crate::machine::address_plan::PlannedFunction;
+use crate::machine::handed::{Files, iommufd, received};
+use crate::machine::vmm::Definition;
 
 /// A host device that the guest is to have.
 #[derive(Debug)]
@@ -63,19 +65,25 @@ pub(in crate::machine) fn options(config: &DeviceConfig) -> Result<AssignOptions
 }
 
 impl Found {
-    /// Takes over the descriptors that `config` names, and finds every device; `options` come in the
-    /// order of the devices.
+    /// Takes over the descriptors that the configuration names, or that were handed over for it, and finds every
+    /// device; `options` come in the order of the devices.
     ///
     /// # Errors
     /// [`RunError::Inherited`], or [`RunError::Config`] where two are one device
     pub(in crate::machine) fn find(
-        config: &VmConfig,
+        definition: &Definition,
         options: Vec<AssignOptions>,
     ) -> Result<Self, RunError> {
         let paths = SysRoot::default();
+        let config = &definition.config;
         let mut requests = Vec::new();
         for (device, options) in config.device.iter().zip(options) {
+            let handed = definition.unused.take(&device.id());
             let (folder, inherited) = match device.fd {
+                _ if handed.is_some() => {
+                    let inherited = received(&paths, &handed.unwrap_or_default())?;
+                    (device.path.clone(), Some(inherited))
+                }
                 Some(fd) => {
                     // SAFETY: `VmConfig::validate` lets each descriptor be named once, and what is
                     // one of VFIO's is not this process's own: it opens those later, by `Opener`.
@@ -96,7 +104,10 @@ impl Found {
         }
         // SAFETY: as above; an iommufd is opened later, by `Space`.
         let take = |fd| unsafe { Inherited::iommufd(&paths, fd) };
-        let iommufd = config.platform.iommufd_fd.map(take).transpose()?;
+        let iommufd = match definition.iommufd.is_empty() {
+            true => config.platform.iommufd_fd.map(take).transpose()?,
+            false => Some(iommufd(&paths, &definition.iommufd)?),
+        };
         let asked = mode(config.platform.iommufd);
         let inherited = requests.iter().filter_map(|one| one.inherited.as_ref());
         let mode = interface(asked, iommufd.is_some(), inherited)?;
@@ -111,30 +122,39 @@ impl Found {
         })
     }
 
-    /// Finds devices for a machine that runs, which inherits no descriptor for them.
+    /// Finds devices for a machine that runs; `files` may have been handed over for the first of them. An `iommufd`
+    /// that is open already is used in the place of the host's node.
     ///
     /// # Errors
-    /// [`RunError::Rom`], or [`RunError::Config`] where two are one device
+    /// [`RunError::Rom`], [`RunError::Inherited`], or [`RunError::Config`] where two are one device
     pub(super) fn find_more(
         paths: SysRoot,
         configs: &[DeviceConfig],
-        iommufd: Choice,
+        files: &Files,
+        asked: Choice,
+        iommufd: Option<File>,
     ) -> Result<Self, RunError> {
         validate_functions(configs)?;
+        let mut inherited = match files.is_empty() {
+            true => None,
+            false => Some(received(&paths, files)?),
+        };
+        let asked = mode(asked);
+        let mode = interface(asked, iommufd.is_some(), inherited.iter())?;
         let requests = configs.iter().map(|config| {
             Ok(Request {
                 config: config.clone(),
                 options: options(config)?,
                 identity: HostIdentity::in_folder(&config.path),
-                inherited: None,
+                inherited: inherited.take(),
             })
         });
         Ok(Self {
-            paths,
             requests: requests.collect::<Result<_, RunError>>()?,
-            asked: mode(iommufd),
-            mode: mode(iommufd),
-            iommufd: None,
+            paths,
+            asked,
+            mode,
+            iommufd,
         })
     }
 

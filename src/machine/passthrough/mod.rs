@@ -18,7 +18,7 @@ mod placement;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use busway_iommu::{IovaRange, SysRoot};
@@ -28,9 +28,11 @@ use busway_vfio::{KvmFiles, Resets};
 use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
+use super::handed::Files;
 use super::observed::{DeviceSeen, DeviceState, DmaSeen};
 use super::pci::Pci;
-use super::requests::{Added, AddedFunction, Answer, Asker, Removal, RequestError};
+use super::removal::Removal;
+use super::requests::{Added, AddedFunction, Answer, Asker, RequestError};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
@@ -116,6 +118,7 @@ impl Passthrough {
             platform: config.platform.clone(),
             ram: config.memory.size,
             spaces,
+            iommufd: OnceLock::new(),
         };
         let resets = Arc::<Resets>::default();
         let attacher = Arc::new(Attacher::new(opening, memory.clone(), resets, wires));
@@ -141,6 +144,15 @@ impl Passthrough {
     /// none.
     pub(super) fn open(&self, found: Found, report: &Report) -> Result<Option<Opened>, RunError> {
         self.attacher.open_first(found, report)
+    }
+
+    /// Keeps the iommufd that was inherited or handed over, for DMA spaces that are made later: its node may be out
+    /// of reach.
+    ///
+    /// # Errors
+    /// fcntl(2), `F_DUPFD_CLOEXEC`
+    pub(super) fn keep_iommufd(&self, found: &Found) -> Result<(), RunError> {
+        self.attacher.keep_iommufd(found.iommufd.as_ref())
     }
 
     /// Gives the machine that is being put together its first devices: maps guest memory for them.
@@ -173,7 +185,13 @@ impl Passthrough {
 
     /// Adds functions of one host device to the machine that runs, in an empty slot. Whoever asks is
     /// answered when they are in it, or when it is known that they will not be.
-    pub(super) fn attach(&mut self, configs: Vec<DeviceConfig>, pci: &Pci, asker: Asker) {
+    pub(super) fn attach(
+        &mut self,
+        configs: Vec<DeviceConfig>,
+        files: Files,
+        pci: &Pci,
+        asker: Asker,
+    ) {
         let comes = |config: &DeviceConfig| {
             let mut coming = self.coming_devices();
             coming.any(|other| other.path == config.path || other.id() == config.id())
@@ -197,7 +215,9 @@ impl Passthrough {
             self.events.clone(),
         );
         self.coming.start("attach", &names, move || {
-            let outcome = attacher.prepare(&configs, slot);
+            let outcome = attacher.prepare(&configs, &files, slot);
+            // VFIO has the device for as long as somebody has a descriptor of it.
+            drop(files);
             let mut come = come.lock().unwrap_or_else(PoisonError::into_inner);
             come.push(Come {
                 port,
@@ -219,9 +239,8 @@ impl Passthrough {
         held: bool,
     ) {
         if self.coming_devices().any(|config| config.id() == id) {
-            removal.asker.answer(Err(RequestError::State(
-                "still to get it: ask again when it is there",
-            )));
+            let why = RequestError::State("still to get it: ask again when it is there");
+            removal.end(id, Err(why));
             return;
         }
         self.attached.remove(id, removal, topology, held);

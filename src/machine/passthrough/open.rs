@@ -1,8 +1,9 @@
 //! Opening the host's devices, in the DMA space that does what the VM needs.
 
+use std::fs::File;
 use std::panic::resume_unwind;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, ScopedJoinHandle};
 
 use busway_iommu::{IommufdMode, SpaceKind, SysRoot, Way};
@@ -32,6 +33,19 @@ pub(super) struct Opening {
     /// Bytes of RAM, all of which is pinned.
     pub(super) ram: u64,
     pub(super) spaces: Box<dyn MakeSpace>,
+    /// The iommufd that was inherited or handed over, for spaces that are made later.
+    pub(super) iommufd: OnceLock<File>,
+}
+
+impl Opening {
+    /// Another descriptor of the iommufd that is to be used, where there is one.
+    ///
+    /// # Errors
+    /// fcntl(2), `F_DUPFD_CLOEXEC`
+    pub(super) fn iommufd(&self) -> Result<Option<File>, RunError> {
+        let file = self.iommufd.get().map(File::try_clone).transpose();
+        file.map_err(RunError::system("fcntl"))
+    }
 }
 
 /// The devices that a machine has opened, opens or closes now, for who wants to name them on any thread.

@@ -15,7 +15,9 @@ use super::*;
 use crate::arch::layout;
 use crate::config::{Choice, MemoryConfig, PlatformConfig};
 use crate::kvm::Buses;
-use crate::machine::requests::{Control, Removal, Request, Requests};
+use crate::machine::handed::Files;
+use crate::machine::removal::Removal;
+use crate::machine::requests::{Control, Request, Requests};
 use crate::memory::Ram;
 
 /// A machine of two empty slots, and somebody who asks.
@@ -151,7 +153,8 @@ impl Machine {
         let mut config = DeviceConfig::new(path).unwrap();
         config.id = Some(id.to_owned());
         let (asker, asking) = self.asker();
-        self.passthrough.attach(vec![config], &self.pci, asker);
+        self.passthrough
+            .attach(vec![config], Files::default(), &self.pci, asker);
         while !asking.is_finished() {
             self.passthrough.on_attached();
             self.passthrough.on_time(&mut self.pci, Instant::now());
@@ -164,11 +167,7 @@ impl Machine {
     /// Pulls a device out of a guest that does not run.
     fn pull_out(&mut self, id: &str) {
         let (asker, asking) = self.asker();
-        let removal = Removal {
-            asker,
-            force: true,
-            limit: LIMIT,
-        };
+        let removal = Removal::new(asker, true, true, LIMIT);
         let topology = self.pci.topology();
         self.passthrough.remove(id, removal, topology, true);
         let answer = asking.join().unwrap();

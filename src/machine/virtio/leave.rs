@@ -2,9 +2,12 @@
 
 use std::time::Instant;
 
+use super::address;
 use super::seats::Left;
 use super::{Entry, Hotplug, VirtioDevices};
-use crate::machine::requests::{Answer, Files, Removal, RequestError};
+use crate::machine::handed::Files;
+use crate::machine::removal::{Removal, tell_of};
+use crate::machine::requests::{Answer, RequestError};
 
 /// A request to remove a device, and how far it is.
 #[derive(Debug)]
@@ -27,12 +30,11 @@ impl VirtioDevices {
         let Some(entry) = self.entries.iter_mut().find(named) else {
             return Some(removal);
         };
-        if entry.leaving.is_some() {
-            let already = RequestError::State("about to release it already");
-            removal.asker.answer(Err(already));
+        if let Some(leaving) = &mut entry.leaving {
+            leaving.removal.join(removal);
             return None;
         }
-        let limit = removal.limit;
+        let limit = removal.limit();
         entry.leaving = Some(Leaving {
             removal,
             deadline: Instant::now().checked_add(limit),
@@ -48,10 +50,25 @@ impl VirtioDevices {
                     limit.as_secs()
                 );
                 hotplug.registers.ask(slot);
+                if let Some(leaving) = &mut entry.leaving {
+                    leaving.removal.asked();
+                }
             }
             None => self.give_up_on(slot, "the guest cannot be asked for what is in its slot"),
         }
         None
+    }
+
+    /// Whether somebody takes the device called `id` for gone, though the guest has not released it yet.
+    pub(in crate::machine) fn is_leaving(&self, id: &str) -> bool {
+        let mut entries = self.entries.iter();
+        entries.any(|entry| !entry.retired && entry.name == id && Self::is_told_gone(entry))
+    }
+
+    /// The same of a device.
+    pub(super) fn is_told_gone(entry: &Entry) -> bool {
+        let leaving = entry.leaving.as_ref();
+        leaving.is_some_and(|leaving| leaving.removal.is_told())
     }
 
     /// The guest has released devices.
@@ -89,7 +106,7 @@ impl VirtioDevices {
         let late = |entry: &Entry| {
             let leaving = entry.leaving.as_ref()?;
             let is_late = leaving.deadline.is_some_and(|deadline| deadline <= now);
-            is_late.then_some((entry.slot, leaving.removal.limit.as_secs()))
+            is_late.then_some((entry.slot, leaving.removal.limit().as_secs()))
         };
         while let Some((slot, limit)) = self.entries.iter().find_map(late) {
             let unseen = self
@@ -115,16 +132,16 @@ impl VirtioDevices {
         let Some(Leaving { removal, .. }) = entry.leaving.take() else {
             return;
         };
-        let Removal { asker, force, .. } = removal;
-        if !force {
+        let (described, why) = (entry.config.described(&entry.name), why.to_owned());
+        if !removal.force() {
             let why = format!("{why}, and keeps it: --force takes it all the same");
-            asker.answer(Err(RequestError::Failed(why)));
+            removal.end(&described, Err(RequestError::Failed(why)));
             return;
         }
         entry.retired = true;
         // The host has these back as well.
         entry.files = Files::default();
-        let (described, why) = (entry.config.described(&entry.name), why.to_owned());
+        let (name, address) = (entry.name.clone(), address(slot));
         let function = entry.function.upgrade();
         let work = {
             let described = described.clone();
@@ -133,7 +150,8 @@ impl VirtioDevices {
                     function.retire();
                 }
                 log::warn!("{described}: {why}, and loses it; the host has it back");
-                asker.answer(Ok(Answer::Done));
+                tell_of(&name, Some(&address));
+                removal.end(&described, Ok(Answer::Done));
             }
         };
         self.releases.start("release", &described, work);
@@ -173,8 +191,12 @@ impl VirtioDevices {
             move || {
                 drop(functions);
                 log::info!("{described}: {how}");
+                // One that it lost before has been told of.
+                if !entry.retired {
+                    tell_of(&entry.name, Some(&address(slot)));
+                }
                 if let Some(leaving) = entry.leaving {
-                    leaving.removal.asker.answer(Ok(Answer::Done));
+                    leaving.removal.end(&described, Ok(Answer::Done));
                 }
             }
         };

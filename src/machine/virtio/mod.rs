@@ -14,6 +14,7 @@ mod seats;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
@@ -21,9 +22,10 @@ use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
 use super::RunError;
 use super::aside::Aside;
 use super::events::Events;
+use super::handed::Files;
 use super::observed::{DeviceSeen, DeviceState, Doing, VirtioDoing};
 use super::pci::Pci;
-use super::requests::{Added, Answer, Asker, Files, RequestError, VirtioInfo};
+use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use crate::config::{DiskConfig, VirtioConfig, VmConfig};
 use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
@@ -107,7 +109,14 @@ impl Maker {
     fn make(&self, name: &str, config: &VirtioConfig, files: &Files) -> Result<Made, RunError> {
         let mut config = config.clone();
         let device: Box<dyn VirtioDevice> = match &mut config {
-            VirtioConfig::Disk(disk) => Box::new(Blk::new(name, disk)?),
+            VirtioConfig::Disk(disk) => {
+                // By its number while it is opened, which makes another descriptor of it.
+                let mut there = disk.clone();
+                if let Some(file) = files.all().first() {
+                    there.fd = u32::try_from(file.as_raw_fd()).ok();
+                }
+                Box::new(Blk::new(name, &there)?)
+            }
             VirtioConfig::Net(asked) => {
                 let net = Net::new(name, asked, files.all())?;
                 log::info!("net {}: tap {}", net.name(), net.tap_name());
@@ -285,15 +294,17 @@ impl VirtioDevices {
         there.chain(coming).chain(fixed).collect()
     }
 
-    /// The same as configurations, each with the name that it has.
+    /// The same as configurations, each with the name that it has, without those that somebody takes for gone.
     pub(super) fn configs(&self) -> impl Iterator<Item = VirtioConfig> {
-        let there = self.entries.iter().filter(|entry| !entry.retired);
+        let stays = |entry: &&Entry| !entry.retired && !Self::is_told_gone(entry);
+        let there = self.entries.iter().filter(stays);
         there.map(|entry| entry.config.clone().named(&entry.name))
     }
 
     /// The descriptors that were handed over for those that the guest has, by their names.
     pub(super) fn files(&self) -> BTreeMap<String, Files> {
-        let there = self.entries.iter().filter(|entry| !entry.files.is_empty());
+        let stays = |entry: &&Entry| !entry.files.is_empty() && !Self::is_told_gone(entry);
+        let there = self.entries.iter().filter(stays);
         there
             .map(|entry| (entry.name.clone(), entry.files.clone()))
             .collect()

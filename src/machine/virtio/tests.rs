@@ -9,7 +9,8 @@ use crate::arch::layout;
 use crate::config::{DiskConfig, NetConfig, RngConfig};
 use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, WANTED};
 use crate::kvm::{BusDevice, Buses, Vm};
-use crate::machine::requests::{Added, Control, Removal, Request, Requests};
+use crate::machine::removal::Removal;
+use crate::machine::requests::{Added, Control, Request, Requests};
 use crate::memory::Regions;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{CountingRoutes, eventually, ram};
@@ -140,13 +141,25 @@ impl Machine {
         self.remove_within(LIMIT, id, force, held)
     }
 
+    /// Asks for a removal, and does not wait for what comes of it.
+    fn remove_at_once(&mut self, id: &str, force: bool) -> Result<Answer, RequestError> {
+        let (asker, asking) = self.asker();
+        let removal = Removal::new(asker, false, force, LIMIT);
+        let other = self.devices.remove(id, removal, false);
+        assert!(other.is_none(), "{id} is one of them");
+        asking.join().unwrap()
+    }
+
+    /// What the VM is said to have.
+    fn shown(&self) -> Vec<String> {
+        let configs = self.devices.configs();
+        let names = configs.filter_map(|config| config.id().map(str::to_owned));
+        names.collect()
+    }
+
     fn remove_within(&mut self, limit: Duration, id: &str, force: bool, held: bool) -> Asking {
         let (asker, asking) = self.asker();
-        let removal = Removal {
-            asker,
-            force,
-            limit,
-        };
+        let removal = Removal::new(asker, true, force, limit);
         let other = self.devices.remove(id, removal, held);
         assert!(other.is_none(), "{id} is one of them");
         asking
@@ -464,4 +477,34 @@ fn a_restart_settles_what_was_asked_and_what_has_come_stays() {
     machine.pci.topology().reset();
     machine.pci.assign().unwrap();
     assert_eq!((machine.in_slot(1), machine.in_slot(3)), (NOTHING, DISK));
+}
+
+#[test]
+fn who_does_not_wait_is_answered_at_once_and_shown_a_vm_without_the_device() {
+    let Some(mut machine) = machine(ROOM) else {
+        return;
+    };
+    machine.add_disk("data").unwrap();
+    machine.add_disk("more").unwrap();
+    assert_eq!(machine.remove_at_once("data", false), Ok(Answer::Done));
+    assert_eq!(machine.shown(), ["root", "more"]);
+    assert!(machine.devices.is_leaving("data") && machine.devices.has("data"));
+    assert!(!machine.devices.is_leaving("more"));
+    // As often as it is asked. Who waits does so beside them.
+    assert_eq!(machine.remove_at_once("data", false), Ok(Answer::Done));
+    let waiting = machine.remove("data", false, false);
+    machine.release();
+    assert_eq!(waiting.join().unwrap(), Ok(Answer::Done));
+    assert!(!machine.devices.has("data"));
+    // A guest that does not let go of it keeps it, and that is shown again.
+    assert_eq!(machine.remove_at_once("more", false), Ok(Answer::Done));
+    assert_eq!(machine.shown(), ["root"]);
+    machine.devices.on_refused(4, 0x82);
+    assert_eq!(machine.shown(), ["root", "more"]);
+    assert!(!machine.devices.is_leaving("more"));
+    // By force it is gone at once, whatever the guest says.
+    assert_eq!(machine.remove_at_once("more", true), Ok(Answer::Done));
+    machine.devices.on_refused(4, 0x82);
+    eventually("it is closed", || machine.is_free("more"));
+    assert_eq!(machine.shown(), ["root"]);
 }
