@@ -93,6 +93,14 @@ impl FromStr for EventMonitor {
 }
 
 impl EventMonitor {
+    /// The named pipe that it is.
+    fn pipe(&self) -> Option<&Path> {
+        let Self::Path(path) = self else {
+            return None;
+        };
+        is_pipe(path).then_some(path)
+    }
+
     /// Opens it, and waits for who is to read a named pipe.
     fn open(&self) -> Result<File, OutputError> {
         let path = match self {
@@ -100,14 +108,17 @@ impl EventMonitor {
             // Opened anew, so that its flags are this process's alone.
             Self::Fd(number) => format!("/proc/self/fd/{number}").into(),
         };
-        let is_pipe = |there: fs::Metadata| there.file_type().is_fifo();
-        if fs::symlink_metadata(&path).is_ok_and(is_pipe) {
+        if is_pipe(&path) {
             let mut options = File::options();
             options.write(true).custom_flags(libc::O_NOFOLLOW);
             return Ok(options.open(&path)?);
         }
         Ok(open_output(&path, Existing::Append)?.file)
     }
+}
+
+fn is_pipe(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_fifo())
 }
 
 /// `--seccomp`
@@ -217,6 +228,10 @@ impl Serve {
             .map(|socket| Server::start(&socket, requests.control()))
             .transpose()
             .map_err(|error| Failure::new(error.exit_status(), error))?;
+        let events = self.event_monitor.as_ref().and_then(EventMonitor::pipe);
+        if let (Some(server), Some(events)) = (&server, events) {
+            server.end_when_given_up(events, requests.control());
+        }
         let served = machine::serve(first, self.no_shutdown, requests);
         // Who asked for the end may kill this process when it is answered: nothing comes after it.
         if let Some(server) = server {

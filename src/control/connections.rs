@@ -180,6 +180,12 @@ impl Connections {
         Ok(Some(SeatGuard { connections, id }))
     }
 
+    /// Waits until there is no connection.
+    pub(super) fn wait_empty(&self) {
+        let anybody = |seats: &mut Seats| !seats.taken.is_empty();
+        drop(self.left.wait_while(self.seats(), anybody));
+    }
+
     /// Takes no connection any more, sends the answers that are pending, and waits until all connections are closed.
     pub(super) fn finish(&self, limit: Duration) {
         let mut seats = self.seats();

@@ -6,6 +6,7 @@
 
 pub mod client;
 mod connections;
+mod given_up;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod http;
@@ -19,6 +20,7 @@ mod v1;
 mod wire;
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -26,8 +28,9 @@ use std::time::Duration;
 use busway_vfio::EventFd;
 
 use crate::exit::{RUNTIME, USAGE};
-use crate::machine::Control;
+use crate::machine::{Control, Extent, Request};
 use connections::{Connections, Service};
+use given_up::Names;
 use socket::Listening;
 pub use socket::{SocketAddress, SocketError};
 use wire::Limits;
@@ -64,6 +67,8 @@ pub struct Server {
     end: Arc<End>,
     stop: Arc<EventFd>,
     acceptor: Option<JoinHandle<()>>,
+    /// Where the socket is, if another program made it.
+    inherited: Option<PathBuf>,
 }
 
 impl Server {
@@ -85,6 +90,7 @@ impl Server {
         limits: Limits,
     ) -> Result<Self, ServerError> {
         let listening = Listening::open(socket)?;
+        let inherited = listening.inherited_at();
         let connections = Connections::new(limits);
         let stop = Arc::new(EventFd::new()?);
         let (accepting, stopped) = (Arc::clone(&connections), Arc::clone(&stop));
@@ -102,7 +108,44 @@ impl Server {
             end,
             stop,
             acceptor: Some(acceptor),
+            inherited,
         })
+    }
+
+    /// Ends the process when it is given up: when neither the socket, if it was inherited, nor the pipe at `events`, by
+    /// which whoever started the process hears of it, has its name any more, and nobody is connected.
+    pub fn end_when_given_up(&self, events: &Path, control: Control) {
+        let Some(socket) = &self.inherited else {
+            return;
+        };
+        let names = match Names::watch(&[socket, events]) {
+            Ok(Some(names)) => names,
+            Ok(None) => return,
+            Err(error) => {
+                log::warn!("that the process is given up would not be noticed: {error}");
+                return;
+            }
+        };
+        let (connections, stop) = (Arc::clone(&self.connections), Arc::clone(&self.stop));
+        let end = move || match names.wait_gone(&stop) {
+            Ok(true) => {
+                connections.wait_empty();
+                log::warn!(
+                    "the control socket and the pipe of events were removed, and nobody can reach this process any \
+                     more: it ends, and its VM with it"
+                );
+                // It fails where the process ends already.
+                let _ended = control.ask(Request::End(Extent::Process));
+            }
+            Ok(false) => {}
+            Err(error) => log::warn!("that the process is given up is not noticed: {error}"),
+        };
+        let started = thread::Builder::new()
+            .name("given-up".to_owned())
+            .spawn(end);
+        if let Err(error) = started {
+            log::warn!("that the process is given up would not be noticed: {error}");
+        }
     }
 
     /// The VM has ended, and all that it had is given back. Those who asked for its end are answered now, for

@@ -109,7 +109,7 @@ fn remedy(error: &io::Error) -> &'static str {
 pub(super) struct Listening {
     listener: UnixListener,
     /// In order: the socket goes before its lock.
-    _made: Option<(SocketFile, Lock)>,
+    made: Option<(SocketFile, Lock)>,
 }
 
 impl Listening {
@@ -120,7 +120,7 @@ impl Listening {
             SocketAddress::Path(path) => Self::make(path)?,
             SocketAddress::Fd(number) => Self {
                 listener: take_over(*number)?,
-                _made: None,
+                made: None,
             },
         };
         // Whoever waits for connections waits for its own end as well.
@@ -136,6 +136,15 @@ impl Listening {
 
     pub(super) fn listener(&self) -> &UnixListener {
         &self.listener
+    }
+
+    /// Where it is, if it was inherited and has a name.
+    pub(super) fn inherited_at(&self) -> Option<PathBuf> {
+        if self.made.is_some() {
+            return None;
+        }
+        let address = self.listener.local_addr().ok()?;
+        address.as_pathname().map(Path::to_owned)
     }
 
     fn make(path: &Path) -> Result<Self, SocketError> {
@@ -159,7 +168,7 @@ impl Listening {
         listen(&socket, BACKLOG).map_err(|error| failed("listen at", error))?;
         Ok(Self {
             listener: socket.into(),
-            _made: Some((file, lock)),
+            made: Some((file, lock)),
         })
     }
 }
