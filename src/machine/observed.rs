@@ -119,7 +119,7 @@ pub struct Doing {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AssignedDoing {
     /// How it is reset, in the report's word.
-    pub reset: &'static str,
+    pub reset: Option<&'static str>,
     /// Bytes of its BARs that the guest reaches without an exit.
     pub direct_bytes: u64,
     /// Uncorrectable errors that the host has told of.
@@ -143,6 +143,14 @@ impl Machine {
         let state = life.state();
         let topology = self.pci.topology();
         let mut devices = self.passthrough.observed(topology, state == State::Held);
+        for known in self.pci.assigned() {
+            let mut same = devices.iter_mut();
+            let same = same.find(|device| device.host.as_ref() == Some(&known.host));
+            let doing = same.and_then(|device| device.doing.as_mut());
+            if let Some(assigned) = doing.and_then(|doing| doing.assigned.as_mut()) {
+                assigned.reset = Some(known.reset);
+            }
+        }
         devices.extend(self.virtio.observed());
         Observed {
             state,

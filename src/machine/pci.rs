@@ -398,14 +398,15 @@ impl Pci {
         })
     }
 
-    /// What the report says of the host's functions, in the order in which they were added.
+    /// What the report says of the host's functions, in the order in which they were added. Waits for none of them, so
+    /// that it can be asked while one is being reset.
     pub(super) fn assigned(&self) -> Vec<AssignedDevice> {
         let of = |(id, function): &(FunctionId, Weak<AssignedFunction>)| {
-            let summary = function.upgrade()?.summary();
+            let function = function.upgrade()?;
             Some(AssignedDevice {
-                host: summary.name,
+                host: function.name().to_owned(),
                 guest: self.topology.bdf(*id)?.to_string(),
-                reset: summary.reset.word(),
+                reset: function.reset_method().word(),
             })
         };
         self.assigned.iter().filter_map(of).collect()

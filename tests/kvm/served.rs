@@ -216,6 +216,14 @@ fn a_vm_is_made_booted_ended_and_made_again_over_the_api() {
         eventually("its word", || served.said() == "boot ");
         assert_eq!(served.put("vm.boot"), 500, "it runs");
         assert_eq!(served.ask("GET", "vm.counters", None), (200, json!({})));
+        let (_, devices) = served.ask("GET", "vm.devices", None);
+        let kinds: Vec<_> = devices["devices"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| &one["kind"])
+            .collect();
+        assert_eq!(kinds, ["console", "rng"]);
         assert_eq!(served.put("vm.reboot"), 204);
         eventually("its word again", || served.said() == "boot boot ");
         assert_eq!(served.put("vm.pause"), 204);
@@ -484,5 +492,83 @@ fn a_removal_is_answered_at_once_and_told_of_when_the_guest_has_released_the_dev
         assert_eq!(served.put("vm.delete"), 204);
     }
     assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
+
+/// What the client of the command line prints of it.
+fn ctl(served: &Served, args: &[&str]) -> Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_busway"))
+        .args(["ctl", "--json", "--api-socket"])
+        .arg(served.path("api"))
+        .args(args)
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn what_a_guest_does_is_seen_by_vcpu_and_the_vm_is_found() {
+    let Some(served) = Served::start(&[]) else {
+        return;
+    };
+    // in al, 0x80; jmp back: one exit each.
+    let vm = served.vm(&[0xe4, 0x80, 0xeb, 0xfc]);
+    let file = served.path("vm.json");
+    fs::write(&file, vm.to_string()).unwrap();
+    ctl(&served, &["create", file.to_str().unwrap()]);
+    ctl(&served, &["boot"]);
+    let top = || ctl(&served, &["top", "--once", "--interval", "0.2"]);
+    let first = top();
+    let rate = |top: &Value, at: &str| top.pointer(at).and_then(Value::as_f64).unwrap();
+    assert!(
+        rate(&first, "/per_second/vcpus/0/exits/pio_read") > 0.0,
+        "{first}"
+    );
+    assert!(rate(&first, "/per_second/vcpus/0/cpu") > 0.0, "{first}");
+    // One that the guest has not started does nothing.
+    assert_eq!(rate(&first, "/per_second/vcpus/1/exits/pio_read"), 0.0);
+    let total = |top: &Value| {
+        top["totals"]["vcpus"][0]["exits"]["pio_read"]
+            .as_u64()
+            .unwrap()
+    };
+    let second = top();
+    assert!(total(&second) > total(&first));
+    // KVM counts all exits, where the host's does.
+    if let Some(exits) = second["totals"]["vcpus"][0]["kvm"]["exits"].as_u64() {
+        assert!(exits >= total(&first), "{second}");
+    }
+    let listed = ctl(&served, &["list"]);
+    let vms = listed["vms"].as_array().unwrap();
+    let own = vms
+        .iter()
+        .find(|vm| vm["pid"] == served.child.id())
+        .unwrap();
+    assert_eq!(own["socket"], served.path("api").to_str().unwrap());
+    assert_eq!(
+        (&own["state"], &own["vcpus"]),
+        (&json!("running"), &json!(2))
+    );
+    // Paused, nothing moves.
+    ctl(&served, &["pause"]);
+    let paused = top();
+    assert_eq!(rate(&paused, "/per_second/vcpus/0/exits/pio_read"), 0.0);
+    ctl(&served, &["resume"]);
+    ctl(&served, &["reboot"]);
+    let (_, activity) = served.ask("GET", "vm.activity", None);
+    assert!(activity["uptime_ms"].as_u64().unwrap() < 60_000);
+    ctl(&served, &["stop"]);
+    ctl(&served, &["delete"]);
+    // Without a VM the process has metrics of itself.
+    let metrics = Command::new(env!("CARGO_BIN_EXE_busway"))
+        .args(["ctl", "metrics", "--api-socket"])
+        .arg(served.path("api"))
+        .output()
+        .unwrap();
+    let metrics = String::from_utf8(metrics.stdout).unwrap();
+    assert!(metrics.contains("process_open_fds "), "{metrics}");
+    ctl(&served, &["shutdown"]);
     assert_eq!(served.ended().0.code(), Some(0));
 }

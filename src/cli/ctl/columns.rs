@@ -175,8 +175,8 @@ fn scaled(number: f64, step: f64, units: &[&str]) -> String {
     while let Some(unit) = units.next() {
         // What would be rounded to the next unit is of the next unit.
         if number + 0.5 < step || units.peek().is_none() {
-            let decimals =
-                usize::from(number > 0.0 && number + 0.05 < 10.0 && number.fract() > 0.04);
+            let tenths = (number * 10.0).round() / 10.0;
+            let decimals = usize::from(tenths < 10.0 && tenths.fract() > 0.0);
             return format!("{number:.decimals$}{unit}");
         }
         number /= step;

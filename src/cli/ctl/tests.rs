@@ -165,3 +165,119 @@ fn json_is_an_object_for_what_says_nothing_too() {
     assert_eq!(pretty(Value::Null), "{}\n");
     assert_eq!(pretty(json!({ "a": 1 })), "{\n  \"a\": 1\n}\n");
 }
+
+#[test]
+fn every_endpoint_that_busway_serves_has_a_verb() {
+    let device = || "01:00.0".to_owned();
+    let verbs = [
+        Verb::Info,
+        Verb::Ping,
+        Verb::Devices,
+        Verb::Counters,
+        Verb::Pause,
+        Verb::Resume,
+        Verb::PowerButton,
+        Verb::Reboot,
+        Verb::Nmi,
+        Verb::Shutdown,
+        Verb::Stop,
+        Verb::Create { file: "vm".into() },
+        Verb::Boot,
+        Verb::Delete,
+        Verb::CheckDevice { device: device() },
+        Verb::AddDevice {
+            devices: vec![device()],
+            id: None,
+        },
+        Verb::AddDisk(AddDiskArgs {
+            path: "d".into(),
+            qcow2: false,
+            backing_files: false,
+            readonly: false,
+            direct: false,
+            serial: None,
+            id: None,
+        }),
+        Verb::AddNet(AddNetArgs {
+            tap: None,
+            mac: None,
+            id: None,
+        }),
+        Verb::RemoveDevice {
+            id: device(),
+            force: false,
+            timeout: None,
+        },
+    ];
+    let mut asked: Vec<_> = verbs
+        .iter()
+        .map(|verb| format!("{} {}", verb.method(), verb.endpoint()))
+        // What `top` asks, and `metrics`.
+        .chain(["GET vm.activity", "GET metrics"].map(str::to_owned))
+        .collect();
+    asked.sort();
+    let description = include_str!("../../../docs/api.json");
+    let description: Value = serde_json::from_str(description).unwrap();
+    let paths = description["paths"].as_object().unwrap();
+    let mut served: Vec<_> = paths
+        .iter()
+        .flat_map(|(path, methods)| {
+            let methods = methods.as_object().unwrap().iter();
+            // What is not done yet is answered with nothing else.
+            let served = methods.filter(|(_, operation)| {
+                let statuses = &operation["responses"];
+                ["200", "204"]
+                    .iter()
+                    .any(|status| statuses.get(status).is_some())
+            });
+            served.map(move |(method, _)| format!("{} {}", method.to_uppercase(), &path[1..]))
+        })
+        .collect();
+    served.sort();
+    assert_eq!(asked, served);
+    for verb in &verbs {
+        assert!(show(verb, &Value::Null, Screen::default()).ends_with('\n'));
+    }
+}
+
+#[test]
+fn counters_are_a_table_by_device() {
+    let answer =
+        json!({ "disk0": { "read_ops": 12, "read_bytes": 4096 }, "net0": { "rx_frames": 1 } });
+    let expected = "\
+DEVICE  COUNTER     COUNT
+disk0   read_bytes   4096
+disk0   read_ops       12
+net0    rx_frames       1
+";
+    assert_eq!(show(&Verb::Counters, &answer, Screen::default()), expected);
+    let none = show(&Verb::Counters, &json!({}), Screen::default());
+    assert_eq!(none, "no device of the VM's counts\n");
+}
+
+#[test]
+fn a_check_over_the_socket_reads_as_the_commands_does() {
+    let verb = Verb::CheckDevice {
+        device: "01:00.0".into(),
+    };
+    assert_eq!(verb.body(), Some(json!({ "path": "01:00.0" })));
+    let finding = json!({
+        "level": "obstacle", "topic": "driver", "text": "it is bound to nvme",
+        "remedies": [{ "what": "bind it", "command": "busway device bind 0000:01:00.0" }],
+    });
+    let answer = json!({
+        "version": 1, "ready": false, "mediated_devices": [], "host": [],
+        "devices": [{
+            "address": "0000:01:00.0", "ready": false, "needs_only_binding": true, "findings": [finding],
+        }],
+    });
+    let expected = "\
+0000:01:00.0: ready to be bound
+  FAIL  driver     it is bound to nvme
+                   → bind it:
+                     busway device bind 0000:01:00.0
+
+This host: can give devices to guests
+";
+    assert_eq!(show(&verb, &answer, Screen::default()), expected);
+}

@@ -26,7 +26,9 @@ fn described() -> BTreeMap<String, BTreeSet<u16>> {
     let paths = description["paths"].as_object().unwrap();
     let operations = paths.iter().flat_map(|(path, methods)| {
         let methods = methods.as_object().unwrap();
-        methods.iter().map(move |(method, operation)| {
+        // A path's own server is none.
+        let operations = methods.iter().filter(|(method, _)| *method != "servers");
+        operations.map(move |(method, operation)| {
             let name = path.strip_prefix('/').unwrap();
             let statuses = operation["responses"].as_object().unwrap().keys();
             let statuses = statuses.filter_map(|status| status.parse().ok());

@@ -232,7 +232,7 @@ pub(super) fn observed(state: State) -> Observed {
     };
     let assigned = Doing {
         assigned: Some(AssignedDoing {
-            reset: "flr",
+            reset: Some("flr"),
             direct_bytes: 16 << 10,
             errors: 1,
         }),

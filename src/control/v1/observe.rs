@@ -171,7 +171,7 @@ impl<'a> DeviceJson<'a> {
         {
             self.dma = dma.map(DmaJson::from);
             self.direct_bytes = Some(direct_bytes);
-            self.reset = Some(reset);
+            self.reset = reset;
             self.errors = Some(errors);
         }
         if let Some(VirtioDoing { driver, totals, .. }) = doing.virtio {

@@ -61,7 +61,6 @@ struct Entry {
     /// Its number in its slot.
     number: Function,
     sight: AssignedSight,
-    reset: &'static str,
     complaints: Complaints,
     events: DeviceEvents,
     io: Arc<dyn DeviceIo>,
@@ -143,7 +142,6 @@ impl Attached {
             holds: false,
             number: one.number,
             sight: one.function.sight(),
-            reset: one.function.summary().reset.word(),
             config,
             complaints: Complaints::every(QUIET),
             events,
@@ -576,7 +574,8 @@ impl Entry {
                 function: self.sight.activity.seen(),
                 vectors: self.sight.vectors,
                 assigned: Some(AssignedDoing {
-                    reset: self.reset,
+                    // Known to the slot: `Machine::observed`.
+                    reset: None,
                     direct_bytes: self.sight.direct_bytes,
                     errors: self.errors,
                 }),

@@ -291,7 +291,13 @@ impl AssignedFunction {
         self.io.atomic_ops()
     }
 
-    /// What it uses now.
+    /// How it is reset, as things are. Waits for nothing, also while it is being reset.
+    #[must_use]
+    pub fn reset_method(&self) -> ResetMethod {
+        self.reset.method()
+    }
+
+    /// What it uses now. Waits for a reset of it that goes on.
     #[must_use]
     pub fn summary(&self) -> Summary {
         let state = self.lock();

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use busway_lab::{GuestKernel, Lab};
+use anyhow::{Context, Result, ensure};
+use busway_lab::{GuestKernel, Host, Lab};
 
 use crate::Proof;
 use crate::assigned::{bound, give_back, guest, zoo};
@@ -179,6 +179,7 @@ fn controlled(lab: &mut Lab) -> Result<()> {
         info.contains("running") && info.contains(&address),
         "info: {info}"
     );
+    seen(host, CTL, &address)?;
     host.run(&format!("{CTL} pause"))?;
     let info = host.run(&format!("{CTL} info"))?;
     ensure!(info.contains("paused"), "info: {info}");
@@ -209,6 +210,69 @@ fn controlled(lab: &mut Lab) -> Result<()> {
     let status = running.finish()?.status;
     ensure!(status == 0, "status {status}");
     give_back(host, &address, "nvme")
+}
+
+/// The drive at work is shown with its vectors and mappings, by vm.devices and by the metrics, and the VM is found. The
+/// kernel delivers its interrupts: the drive causes no exit, and what top shows is the guest's vCPU.
+fn seen(host: &Host, ctl: &str, address: &str) -> Result<()> {
+    let json = |what: &str| -> Result<serde_json::Value> {
+        Ok(serde_json::from_str(
+            &host.run(&format!("{ctl} {what} --json"))?,
+        )?)
+    };
+    let devices = json("devices")?;
+    let of = |devices: &serde_json::Value| -> Result<serde_json::Value> {
+        let mut all = devices["devices"].as_array().into_iter().flatten();
+        let drive = all.find(|device| device["host_bdf"] == address);
+        Ok(drive.context("the drive is not shown")?.clone())
+    };
+    let drive = of(&devices)?;
+    let number = |at: &str| {
+        drive
+            .pointer(at)
+            .and_then(serde_json::Value::as_u64)
+            .unwrap_or(0)
+    };
+    ensure!(
+        drive["state"] == "present" && drive["interrupts"]["mode"] == "msi-x",
+        "{drive:#}"
+    );
+    let (vectors, most) = (
+        number("/interrupts/vectors"),
+        number("/interrupts/vectors_most"),
+    );
+    ensure!(vectors > 0 && vectors <= most, "{drive:#}");
+    ensure!(
+        number("/dma/mappings") > 0 && number("/dma/bytes") >= 64 << 20,
+        "{drive:#}"
+    );
+    ensure!(number("/exits/config_reads") > 0, "{drive:#}");
+    let table = host.run(&format!("{ctl} devices"))?;
+    ensure!(
+        table.contains(address) && table.contains(&format!("msi-x {vectors}/{most}")),
+        "{table}"
+    );
+    let top = json("top --once")?;
+    ensure!(
+        top.pointer("/per_second/vcpus/0/cpu")
+            .is_some_and(|cpu| cpu.as_f64() > Some(0.0)),
+        "{top:#}"
+    );
+    let later = of(&top["totals"])?;
+    ensure!(
+        later["exits"] == drive["exits"],
+        "a drive at work causes exits: {drive:#} {later:#}"
+    );
+    let metrics = host.run(&format!("{ctl} metrics"))?;
+    let line =
+        format!("busway_device_interrupt_vectors{{device=\"{address}\",mode=\"msi-x\"}} {vectors}");
+    ensure!(metrics.contains(&line), "{metrics}");
+    let list = host.run("busway ctl list")?;
+    ensure!(
+        list.contains("/run/vm.sock") && list.contains("running"),
+        "{list}"
+    );
+    Ok(())
 }
 
 /// What a guest's log says where it blames the firmware, or resources are in conflict.
