@@ -1,10 +1,12 @@
 //! How PCI is in the guest's address map: configuration space, and BARs that need an exit.
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use busway_pci::{Access, BarIndex, Ecam, PciFunction};
+use busway_pci::{Access, BarIndex, Ecam, PciFunction, Topology};
 
-use crate::kvm::BusDevice;
+use crate::arch::q35::EcamListener;
+use crate::kvm::{AddressMap, BusDevice, Buses};
 
 /// ECAM as the address map sees it.
 pub(super) struct EcamWindow(pub(super) Ecam);
@@ -16,6 +18,44 @@ impl BusDevice for EcamWindow {
 
     fn write(&self, offset: u64, data: &[u8]) {
         self.0.write(offset, data);
+    }
+}
+
+/// Configuration space in memory, where firmware puts it.
+pub(super) struct EcamPlace {
+    mmio: Arc<AddressMap>,
+    topology: Weak<Topology>,
+    at: Mutex<Option<u64>>,
+}
+
+impl EcamPlace {
+    pub(super) fn new(buses: &Buses, topology: &Arc<Topology>) -> Self {
+        Self {
+            mmio: buses.mmio.clone(),
+            topology: Arc::downgrade(topology),
+            at: Mutex::default(),
+        }
+    }
+}
+
+impl EcamListener for EcamPlace {
+    fn ecam_moved(&self, place: Option<Range<u64>>) {
+        let mut at = self.at.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(start) = at.take() {
+            self.mmio.remove(start);
+        }
+        let (Some(place), Some(topology)) = (place, self.topology.upgrade()) else {
+            return;
+        };
+        let window = Arc::new(EcamWindow(Ecam::new(topology)));
+        let size = place.end - place.start;
+        match self
+            .mmio
+            .insert("PCI configuration space", place.start, size, window)
+        {
+            Ok(()) => *at = Some(place.start),
+            Err(error) => log::debug!("firmware's place for configuration space: {error}"),
+        }
     }
 }
 

@@ -8,7 +8,8 @@ use busway_pci::{AssignError, BarIndex, PlaceError, WindowKind};
 use busway_vfio::{DeviceError, InheritedError};
 
 use super::address_plan::NoRoomError;
-use super::passthrough::{OpenDevices, PeerToPeerError};
+use super::passthrough::dma::PeerToPeerError;
+use super::passthrough::open_devices::OpenDevices;
 use crate::acpi::AcpiError;
 use crate::arch::board::BoardError;
 use crate::arch::boot::BootError;

@@ -245,44 +245,6 @@ fn tables_now(
     }
 }
 
-/// Configuration space in memory, where firmware puts it.
-pub(super) struct EcamPlace {
-    mmio: Arc<AddressMap>,
-    topology: Weak<Topology>,
-    at: Mutex<Option<u64>>,
-}
-
-impl EcamPlace {
-    pub(super) fn new(buses: &Buses, topology: &Arc<Topology>) -> Self {
-        Self {
-            mmio: buses.mmio.clone(),
-            topology: Arc::downgrade(topology),
-            at: Mutex::default(),
-        }
-    }
-}
-
-impl EcamListener for EcamPlace {
-    fn ecam_moved(&self, place: Option<Range<u64>>) {
-        let mut at = self.at.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(start) = at.take() {
-            self.mmio.remove(start);
-        }
-        let (Some(place), Some(topology)) = (place, self.topology.upgrade()) else {
-            return;
-        };
-        let window = Arc::new(EcamWindow(Ecam::new(topology)));
-        let size = place.end - place.start;
-        match self
-            .mmio
-            .insert("PCI configuration space", place.start, size, window)
-        {
-            Ok(()) => *at = Some(place.start),
-            Err(error) => log::debug!("firmware's place for configuration space: {error}"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io;

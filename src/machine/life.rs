@@ -13,7 +13,6 @@ use super::passthrough::Verdict;
 use super::removal::Removal;
 use super::requests::{Answer, Asker, Info, Request, RequestError, Requests, State};
 use super::signals::Signals;
-use super::vmm::Lasting;
 use crate::kvm::VcpuEvent;
 use crate::monitor::{self, Source as About};
 use crate::provoked;
@@ -24,6 +23,17 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
 /// A guest that triple-faults is restarted, as a PC would be: some kernels reboot in this way. One
 /// that does it this soon would do it for ever.
 const TOO_SOON: Duration = Duration::from_secs(5);
+
+/// How long the process lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lasting {
+    /// As long as its one VM.
+    Vm,
+    /// Until it is told to end. A guest that powers off by itself tells it so.
+    Served,
+    /// Until it is told to end, by its API or by a signal.
+    Kept,
+}
 
 /// How a VM ended that ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@ mod assembly;
 mod bars;
 mod bus;
 mod consoles;
+mod definition;
 mod early;
 mod end;
 mod error;

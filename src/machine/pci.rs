@@ -14,8 +14,7 @@ use busway_vfio::AssignedFunction;
 
 use super::RunError;
 use super::bars::Bars;
-use super::bus::EcamWindow;
-use super::firmware::EcamPlace;
+use super::bus::{EcamPlace, EcamWindow};
 use super::quiet::VirtioFunctions;
 use crate::arch::q35::{self, Lpc, Mch};
 use crate::arch::{gsi, layout};

@@ -12,51 +12,22 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::assembly::{Begun, Machine};
-use super::consoles::Terminals;
+use super::definition::{Definition, invalid};
 use super::early::Early;
 use super::end::Audience;
 use super::handed::{Files, Handed, Unused};
-use super::life::{Ended, Life, Stop};
+use super::life::{Ended, Lasting, Life, Stop};
 use super::observed::Observed;
 #[cfg(debug_assertions)]
 use super::panics;
 use super::passthrough::OpenDevices;
 use super::requests::{Answer, Asker, Extent, Info, Request, RequestError, Requests, State};
 use super::signals::Signals;
-use super::virtio::name_of;
 use super::{PanicWatch, RunError, madvise, payload};
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
 use crate::monitor::{self, Source};
 use crate::provoked;
 use crate::report::{Report, Stage};
-
-/// How long the process lasts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lasting {
-    /// As long as its one VM.
-    Vm,
-    /// Until it is told to end. A guest that powers off by itself tells it so.
-    Served,
-    /// Until it is told to end, by its API or by a signal.
-    Kept,
-}
-
-/// The most devices that can be added to what a VM is to be: as many functions as a PCI bus has room for. What the
-/// machine has room for is found when it is put together.
-const DEVICES_MOST: usize = 256;
-
-/// What a VM is to be, with the descriptors that were handed over for it.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Definition {
-    pub(super) config: VmConfig,
-    /// Of virtio devices, by their names.
-    pub(super) files: BTreeMap<String, Files>,
-    /// Of host devices.
-    pub(super) unused: Unused,
-    /// An iommufd, which serves one VM after another.
-    pub(super) iommufd: Files,
-    pub(super) terminals: Arc<Terminals>,
-}
 
 /// A machine whose guest runs no more, and how that came.
 type Lived = (Box<Machine>, Result<Ended, RunError>);
@@ -438,119 +409,4 @@ impl From<VmConfig> for Definition {
             ..Self::default()
         }
     }
-}
-
-impl Definition {
-    fn new(config: VmConfig, handed: Handed) -> Result<Self, RequestError> {
-        let terminals = Terminals::open(&config).map_err(|error| RequestError::failed(&error))?;
-        Ok(Self {
-            config,
-            files: handed.virtio,
-            unused: handed.devices.into(),
-            iommufd: handed.iommufd,
-            terminals: Arc::new(terminals),
-        })
-    }
-
-    /// How the VM is that is to be, or was.
-    fn info(&self, state: State) -> Info {
-        let [serial, console] = self.terminals.paths();
-        Info {
-            serial,
-            console,
-            ..Info::of(&self.config, state)
-        }
-    }
-
-    fn add_devices(
-        &mut self,
-        configs: Vec<DeviceConfig>,
-        files: Files,
-    ) -> Result<(), RequestError> {
-        let mut config = self.config.clone();
-        let first = configs.first().map(DeviceConfig::id);
-        for one in configs {
-            let same = |other: &DeviceConfig| other.path == one.path || other.id() == one.id();
-            if config.device.iter().any(same) || config.has_id(&one.id()) {
-                return Err(RequestError::Exists(one.name()));
-            }
-            config.device.push(one);
-        }
-        self.replace(config)?;
-        if let Some(name) = first.filter(|_| !files.is_empty()) {
-            self.unused.keep(name, files);
-        }
-        Ok(())
-    }
-
-    fn add_virtio(&mut self, device: VirtioConfig, files: Files) -> Result<(), RequestError> {
-        let mut config = self.config.clone();
-        let number = match &device {
-            VirtioConfig::Disk(_) => config.disk.len(),
-            VirtioConfig::Net(_) => config.net.len(),
-        };
-        let is_free = |name: &str| !config.has_id(name);
-        let name = name_of(&device, number, is_free);
-        if !is_free(&name) {
-            return Err(RequestError::Exists(name));
-        }
-        // By its name its descriptors are found again.
-        let device = match files.is_empty() {
-            true => device,
-            false => device.named(&name),
-        };
-        match device {
-            VirtioConfig::Disk(disk) => config.disk.push(disk),
-            VirtioConfig::Net(net) => config.net.push(net),
-        }
-        self.replace(config)?;
-        if !files.is_empty() {
-            self.files.insert(name, files);
-        }
-        Ok(())
-    }
-
-    fn replace(&mut self, config: VmConfig) -> Result<(), RequestError> {
-        if config.disk.len() + config.net.len() + config.device.len() > DEVICES_MOST {
-            let why = format!("a VM that is not booted yet takes {DEVICES_MOST} devices at most");
-            return Err(RequestError::Invalid(why));
-        }
-        config.validate_parts().map_err(invalid)?;
-        self.config = config;
-        Ok(())
-    }
-
-    fn remove(&mut self, id: &str) -> Result<(), RequestError> {
-        let config = &mut self.config;
-        let count = |config: &VmConfig| config.disk.len() + config.net.len() + config.device.len();
-        let before = count(config);
-        config.disk.retain(|disk| disk.id.as_deref() != Some(id));
-        config.net.retain(|net| net.id.as_deref() != Some(id));
-        config.device.retain(|device| device.id() != id);
-        self.files.remove(id);
-        self.unused.take(id);
-        match count(&self.config) == before {
-            true => Err(RequestError::Unknown(id.to_owned())),
-            false => Ok(()),
-        }
-    }
-
-    /// Forgets the descriptors that were inherited by their numbers, for a VM has taken them over, and the numbers
-    /// are by now anybody's. What they were of is opened by its name the next time.
-    fn forget_numbers(&mut self) {
-        self.config.platform.iommufd_fd = None;
-        for device in &mut self.config.device {
-            device.fd = None;
-        }
-        for disk in &mut self.config.disk {
-            disk.fd = None;
-        }
-        for net in &mut self.config.net {
-            net.fd.clear();
-        }
-    }
-}
-
-fn invalid(error: crate::config::InvalidConfig) -> RequestError {
-    RequestError::Invalid(error.to_string())
 }

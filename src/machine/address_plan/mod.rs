@@ -13,7 +13,7 @@ use busway_pci::{
 };
 use busway_vfio::{AssignOptions, RomChoice};
 
-use super::passthrough::{HostIdentity, behind_ports};
+use super::passthrough::placement::{HostIdentity, behind_ports};
 use crate::arch::layout;
 use crate::config::MemoryConfig;
 use crate::memory::Amount;

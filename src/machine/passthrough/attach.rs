@@ -16,9 +16,8 @@ use busway_vfio::{AssignedFunction, DeviceIo, Resets, Wiring};
 
 use busway_host::open_node;
 
-use super::PeerToPeerError;
 use super::advice::with_remedies;
-use super::dma::DmaListener;
+use super::dma::{DmaListener, PeerToPeerError};
 use super::find::{Found, Request};
 use super::open::{Opened, Opening};
 use super::opener::OpenSpace;

@@ -16,13 +16,16 @@ use busway_vfio::{AssignedSight, DeviceEvents, DeviceIo, ErrorCounts, ErrorStatu
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::attach::{Attacher, Prepared, Users};
-use super::{ASSIGNED, STEADY_LIMIT, is_steady};
+use super::steady::{STEADY_LIMIT, is_steady};
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
 use crate::machine::aside::Aside;
 use crate::machine::observed::{AssignedDoing, DeviceSeen, DeviceState, Doing};
 use crate::machine::removal::{Removal, tell_of};
 use crate::machine::requests::{Answer, RequestError};
+
+/// The kind of the host's devices, for who looks.
+pub(super) const ASSIGNED: &str = "assigned";
 
 /// How often a device's errors are told of at most.
 const QUIET: Duration = Duration::from_secs(5);

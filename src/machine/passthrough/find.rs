@@ -11,8 +11,8 @@ use super::placement::HostIdentity;
 use crate::config::{Choice, DeviceConfig, validate_functions};
 use crate::machine::RunError;
 use crate::machine::address_plan::PlannedFunction;
+use crate::machine::definition::Definition;
 use crate::machine::handed::{Files, iommufd, received};
-use crate::machine::vmm::Definition;
 
 /// A host device that the guest is to have.
 #[derive(Debug)]

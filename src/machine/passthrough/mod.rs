@@ -8,13 +8,15 @@
 mod advice;
 mod attach;
 mod attached;
-mod dma;
+pub(super) mod dma;
 #[cfg(test)]
 mod fake;
 mod find;
 mod open;
+pub(super) mod open_devices;
 mod opener;
-mod placement;
+pub(super) mod placement;
+mod steady;
 #[cfg(test)]
 mod tests;
 
@@ -38,14 +40,14 @@ use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
 use crate::report::Report;
 use attach::{Attacher, Prepared, Wires};
-use attached::Attached;
 pub(super) use attached::Verdict;
-pub(super) use dma::PeerToPeerError;
+use attached::{ASSIGNED, Attached};
 pub(super) use find::{Found, options};
+pub(super) use open::Opened;
 use open::Opening;
-pub(super) use open::{OpenDevices, Opened};
+pub(super) use open_devices::OpenDevices;
 use opener::{MakeSpace, Vfio};
-pub(super) use placement::{HostIdentity, behind_ports};
+use steady::{STEADY_LIMIT, is_steady};
 
 /// The host's devices of a machine, and what attaching one needs.
 #[derive(Debug)]
@@ -389,18 +391,6 @@ impl Passthrough {
     pub(super) fn account(&self, report: &Report) {
         self.attacher.account(report);
     }
-}
-
-/// The kind of the host's devices, for who looks.
-const ASSIGNED: &str = "assigned";
-
-/// How long a change of a slot waits at most until the guest is done with what it is at there: the five
-/// seconds that Linux takes for a button, one for the power to go, and as many again.
-const STEADY_LIMIT: Duration = Duration::from_secs(12);
-
-/// Whether the slot behind a port can be changed without the guest missing it.
-fn is_steady(topology: &Topology, port: FunctionId) -> bool {
-    topology.with_slot(port, |slot| slot.steady()) != Some(false)
 }
 
 impl Drop for Passthrough {

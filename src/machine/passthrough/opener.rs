@@ -9,7 +9,7 @@ use std::sync::Arc;
 use busway_iommu::{DmaSpace, Space, SpaceKind, SysRoot};
 use busway_vfio::{DeviceIo, Inherited, KvmFiles, Opener, VfToken};
 
-use super::open::OpenDevices;
+use super::open_devices::OpenDevices;
 use crate::machine::RunError;
 
 /// Makes DMA spaces, each with somebody who opens devices in it.
