@@ -169,7 +169,7 @@ struct AddNetArgs {
 pub(super) const EXIT_STATUS: &str = "\
 Exit status: 0 it is done; 1 the VM refused, or did not answer in time (10 s; 2 minutes to end or
 to add a device, and to remove one beside the time that the guest has for it); 2 bad usage, or no
-VM's socket has this name.";
+VM's socket has this name; 3 check-device found something that stands against it.";
 
 impl Verb {
     const fn method(&self) -> &'static str {

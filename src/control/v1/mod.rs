@@ -9,24 +9,22 @@ mod config;
 mod create;
 mod info;
 mod lacking;
+mod looks;
 mod observe;
 mod virtio;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use busway_host::{Called, SysRoot};
+use busway_host::SysRoot;
 use serde::{Deserialize, Serialize};
 
 use super::End;
 use super::connections::Service;
 use super::http::{Answer, JSON, Request as HttpRequest};
 use super::{json, metrics};
-use crate::config::{
-    DeviceConfig, MAX_REMOVAL_TIMEOUT, MemoryConfig, OnError, VirtioConfig, is_removal_timeout,
-};
-use crate::machine::{self, Control, Extent, Files, Observed, Request, RequestError, State};
-use crate::preflight::{Preflight, PreflightError};
+use crate::config::{DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, is_removal_timeout};
+use crate::machine::{self, Control, Extent, Files, Request, RequestError};
 use added::PciDeviceInfo;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
@@ -352,23 +350,6 @@ impl RemoveDevice {
     }
 }
 
-/// What is to be checked.
-#[derive(Deserialize)]
-struct CheckDevice {
-    /// As `vm.add-device` has it, or as `busway device` does.
-    path: String,
-    /// The bytes of memory that the guest is to have, if other than the VM's.
-    memory: Option<u64>,
-}
-
-impl CheckDevice {
-    fn into_called(self) -> Result<(Called, Option<u64>), String> {
-        let path = self.path.trim_end_matches('/');
-        let called = path.parse::<Called>().map_err(|error| error.to_string())?;
-        Ok((called, self.memory))
-    }
-}
-
 /// `VmmPingResponse`
 #[derive(Serialize)]
 struct Ping {
@@ -456,78 +437,6 @@ impl Api {
             Act::RemoveDevice => self.remove_device(body),
             Act::End(extent, status) => self.end(*extent, *status),
             Act::NotYet(lack) => Fault::Lacks(*lack).answer(endpoint.name),
-        }
-    }
-
-    fn info(&self) -> Answer {
-        match self.control.ask(Request::Info) {
-            Ok(machine::Answer::Info(info)) => info::show(&info),
-            Ok(_) => failed(500, &["The VM did not say how it is"]),
-            Err(error) => refused("The VM info is not available", &error),
-        }
-    }
-
-    /// What the VM's vCPUs and devices have done.
-    fn observe(&self, what: &str, show: impl FnOnce(&Observed) -> Answer) -> Answer {
-        match self.control.ask(Request::Observe) {
-            Ok(machine::Answer::Observed(seen)) => show(&seen),
-            Ok(_) => failed(500, &[what]),
-            Err(error) => refused(what, &error),
-        }
-    }
-
-    /// What a guest has its devices do; there is nothing of it while none runs.
-    fn counters(&self) -> Answer {
-        const WHAT: &str = "The VM's counters are not available";
-        self.observe(WHAT, |seen| match seen.state {
-            State::Created | State::Shutdown => refused(WHAT, &RequestError::NotRunning),
-            _ => succeeded(&observe::counters(seen)),
-        })
-    }
-
-    /// A process that has no VM, or is about to end, has metrics as well.
-    fn metrics(&self, request: &HttpRequest) -> Answer {
-        if request.method != "GET" {
-            let text = format!("metrics are asked for by GET, not by {}", request.method);
-            return failed(400, &[&text]);
-        }
-        let observed = match self.control.ask(Request::Observe) {
-            Ok(machine::Answer::Observed(seen)) => Some(seen),
-            Err(error @ RequestError::TooMany) => {
-                return refused("The metrics are not available", &error);
-            }
-            _ => None,
-        };
-        match metrics::text(observed.as_deref()) {
-            Ok(text) => Answer {
-                status: 200,
-                body: Some(text.into_bytes()),
-                content_type: metrics::CONTENT_TYPE,
-            },
-            Err(error) => failed(500, &["The metrics cannot be written", &error.to_string()]),
-        }
-    }
-
-    /// Looks at a host device as `busway device check` does, for a guest with the VM's memory. It is done here, beside
-    /// the machine, which waits for nothing of it.
-    fn check_device(&self, body: &[u8]) -> Answer {
-        const WHAT: &str = "The device could not be checked";
-        let asked = json::parse::<CheckDevice>(body).and_then(CheckDevice::into_called);
-        let (called, memory) = match asked {
-            Ok(asked) => asked,
-            Err(why) => return failed(400, &[WHAT, &why]),
-        };
-        let memory = match (memory, self.control.ask(Request::Info)) {
-            (Some(memory), _) => memory,
-            (None, Ok(machine::Answer::Info(info))) => info.config.memory.size,
-            (None, Ok(_) | Err(RequestError::NotCreated)) => MemoryConfig::default().size,
-            (None, Err(error)) => return refused(WHAT, &error),
-        };
-        let opens = &busway_host::open_node;
-        match Preflight::of(&self.host, &[called], memory, opens) {
-            Ok(found) => succeeded(&found.json()),
-            Err(error @ PreflightError::Called(_)) => failed(404, &[WHAT, &error.to_string()]),
-            Err(error) => failed(500, &[WHAT, &error.to_string()]),
         }
     }
 

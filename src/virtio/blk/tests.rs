@@ -130,6 +130,37 @@ fn what_is_written_is_in_the_file_and_is_read_back() {
 }
 
 #[test]
+fn what_a_driver_asks_for_is_counted_and_seen_beside_it_over_pauses_and_resets() {
+    let file = image(MIB);
+    let mut disk = Disk::new(disk(&file, |_| ()));
+    let sight = disk.driver.function.sight();
+    let seen = || match sight.seen().totals {
+        crate::virtio::Totals::Disk(totals) => totals,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(sight.seen().driver, crate::virtio::DriverState::Ready);
+    assert_eq!(seen(), crate::virtio::DiskTotals::default());
+    assert_eq!(disk.write(8, &pattern(8192, 1)), blk::S_OK);
+    disk.driver.function.pause();
+    disk.driver.function.resume();
+    assert_eq!(disk.read(8, 512).0, blk::S_OK);
+    assert_eq!(disk.request(blk::T_FLUSH, 0, &[]), blk::S_OK);
+    let totals = seen();
+    assert_eq!((totals.writes.ops, totals.writes.bytes), (1, 8192));
+    assert_eq!((totals.reads.ops, totals.reads.bytes), (1, 512));
+    assert_eq!((totals.others, totals.errors), (1, 0));
+    assert!(totals.reads.shortest_micros <= totals.reads.longest_micros);
+    // An interrupt for each, by its queue's vector.
+    let now = sight.seen();
+    assert_eq!(now.interrupts, 3);
+    assert_eq!(now.function.mode, busway_pci::InterruptMode::Msix);
+    assert!(now.function.connected >= 1);
+    disk.driver.set_common(common::DEVICE_STATUS, &[0]);
+    assert_eq!(sight.seen().driver, crate::virtio::DriverState::None);
+    assert_eq!(seen(), totals);
+}
+
+#[test]
 fn a_direct_disk_takes_buffers_at_any_address() {
     let file = image(MIB);
     let mut disk = Disk::new(disk(&file, |config| config.direct = true));

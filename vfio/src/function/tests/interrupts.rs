@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use busway_pci::pace::StoppedClock;
-use busway_pci::{BarIndex, InterruptPin, PciFunction, spec};
+use busway_pci::{BarIndex, InterruptMode, InterruptPin, PciFunction, spec};
 
 use super::{assign, function, nvme, read, write};
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes, IrqCall};
@@ -23,7 +23,13 @@ fn pin_set_up() -> Vec<IrqCall> {
 #[test]
 fn a_vector_costs_nothing_until_the_guest_unmasks_it() {
     let (fake, routes, function) = function(nvme());
-    let bar = BarIndex::Bar(0);
+    let (bar, sight) = (BarIndex::Bar(0), function.sight());
+    let shown = || {
+        let seen = sight.activity.seen();
+        (seen.mode, seen.connected)
+    };
+    assert_eq!(shown(), (InterruptMode::Pin, 1));
+    assert_eq!((sight.vectors, sight.direct_bytes > 0), (65, true));
     // Enabled and masked, as Linux does first; then the table, then the function's mask goes.
     function.config_write(0x42, &0xc000_u16.to_le_bytes());
     for vector in 0..3_u64 {
@@ -52,6 +58,7 @@ fn a_vector_costs_nothing_until_the_guest_unmasks_it() {
     ]);
     assert_eq!(fake.irq_calls(), calls);
     assert_eq!(function.summary().vectors_connected, 2);
+    assert_eq!(shown(), (InterruptMode::Msix, 2));
     let mut entry = [0; 8];
     function.bar_read(bar, 0x2010, &mut entry);
     assert_eq!(u64::from_le_bytes(entry), 0xfee0_1000);
