@@ -4,6 +4,7 @@
 mod attentive;
 mod bare;
 mod clients;
+mod curl;
 mod exits;
 mod guest;
 mod hostile;
