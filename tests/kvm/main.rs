@@ -6,6 +6,7 @@ mod bare;
 mod clients;
 mod curl;
 mod exits;
+mod generated;
 mod guest;
 mod hostile;
 mod interrupts;

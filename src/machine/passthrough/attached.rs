@@ -20,7 +20,8 @@ use super::{STEADY_LIMIT, is_steady};
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
 use crate::machine::aside::Aside;
-use crate::machine::removal::{Removal, tell_of};
+use crate::machine::events::Events;
+use crate::machine::removal::{Closing, Removal, tell_of};
 use crate::machine::requests::{Answer, RequestError};
 
 /// How often a device's errors are told of at most.
@@ -34,6 +35,9 @@ pub(in crate::machine) struct Attached {
     devices: Vec<Entry>,
     /// The closing of devices that leave the VM.
     releases: Aside,
+    /// Which they are, where somebody takes them for gone.
+    closing: Closing<DeviceConfig>,
+    events: Arc<Events>,
     attacher: Arc<Attacher>,
 }
 
@@ -89,11 +93,13 @@ pub(in crate::machine) enum Verdict {
 }
 
 impl Attached {
-    pub(super) fn new(attacher: Arc<Attacher>) -> io::Result<Self> {
+    pub(super) fn new(attacher: Arc<Attacher>, events: Arc<Events>) -> io::Result<Self> {
         Ok(Self {
             ready: Epoll::new()?,
             devices: Vec::new(),
             releases: Aside::default(),
+            closing: Closing::default(),
+            events,
             attacher,
         })
     }
@@ -157,12 +163,14 @@ impl Attached {
     pub(in crate::machine) fn is_leaving(&self, config: &DeviceConfig) -> bool {
         let mut devices = self.devices.iter();
         devices.any(|one| is_same(&one.config, config) && self.is_told_gone(one))
+            || self.closing.any(|one| is_same(one, config))
     }
 
     /// The same of a name.
     pub(in crate::machine) fn is_id_leaving(&self, id: &str) -> bool {
         let mut devices = self.devices.iter();
         devices.any(|one| one.config.id() == id && self.is_told_gone(one))
+            || self.closing.any(|one| one.id() == id)
     }
 
     /// Whether a device is called this.
@@ -417,6 +425,15 @@ impl Attached {
 
     /// Takes all functions of a slot from the guest, and closes their devices, without waiting for that.
     fn release(&mut self, port: FunctionId, topology: &Arc<Topology>, how: &str) {
+        let here = || self.devices.iter().filter(|device| device.port == port);
+        let mut asked = here().filter_map(|device| device.removal.as_ref());
+        let told: Vec<_> = match asked.any(|removal| !removal.waits()) {
+            true => here().map(|device| device.config.clone()).collect(),
+            false => Vec::new(),
+        };
+        for config in &told {
+            self.closing.begin(config.clone());
+        }
         let leaves = |device: &mut Entry| device.port == port;
         let mut leaving: Vec<_> = self.devices.extract_if(.., leaves).collect();
         for device in &mut leaving {
@@ -438,6 +455,7 @@ impl Attached {
             0 | 1 => Answer::Done,
             _ => Answer::RemovedTogether(ids),
         };
+        let (closing, events) = (self.closing.clone(), self.events.clone());
         self.releases.start("release", &names, move || {
             // Dropped first: a function resets its device as it goes.
             drop(topology.unplug(port));
@@ -463,6 +481,11 @@ impl Attached {
             for (name, removal) in removals {
                 removal.end(&name, Ok(answer.clone()));
             }
+            for config in &told {
+                closing.end(config);
+            }
+            // Whoever waits for that is looked at.
+            events.attached();
         });
     }
 

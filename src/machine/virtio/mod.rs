@@ -24,6 +24,7 @@ use super::aside::Aside;
 use super::events::Events;
 use super::handed::Files;
 use super::pci::Pci;
+use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use crate::config::{DiskConfig, VirtioConfig, VmConfig};
 use crate::devices::pci_hotplug::PciHotplug;
@@ -44,6 +45,8 @@ pub(super) struct VirtioDevices {
     come: Arc<Mutex<Vec<Come>>>,
     /// The closing of devices that leave.
     releases: Aside,
+    /// Their names, where somebody takes them for gone.
+    closing: Closing<String>,
     seats: Arc<Seats>,
     hotplug: Option<Hotplug>,
     maker: Maker,
@@ -146,6 +149,7 @@ impl VirtioDevices {
             coming: Vec::new(),
             come: Arc::default(),
             releases: Aside::default(),
+            closing: Closing::default(),
             seats: Arc::new(Seats::new(topology.clone(), events.clone())),
             hotplug: None,
             maker: Maker {
