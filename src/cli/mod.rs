@@ -9,6 +9,7 @@ pub mod doctor;
 mod failure;
 mod file;
 mod findings;
+mod foreign;
 pub mod hugepages;
 mod logging;
 mod nearest;

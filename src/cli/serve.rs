@@ -61,6 +61,10 @@ struct Serve {
     #[arg(long, value_name = "FILE", help_heading = DIAGNOSTICS)]
     log_file: Option<PathBuf>,
 
+    /// Taken for Cloud Hypervisor's sake: the log has one form
+    #[arg(long, value_name = "FORMAT", hide = true)]
+    log_format: Option<String>,
+
     /// Print the version of Cloud Hypervisor that clients are to take this for
     #[arg(short = 'V', long, help_heading = DIAGNOSTICS)]
     version: bool,
@@ -223,6 +227,9 @@ impl Serve {
         if self.seccomp != Seccomp::False {
             log::debug!("--seccomp: Busway filters no system calls");
         }
+        if self.log_format.is_some() {
+            log::debug!("--log-format: the log has one form");
+        }
         let requests = Requests::new().map_err(|error| Failure::new(error.exit_status(), error))?;
         let server = socket
             .map(|socket| Server::start(&socket, requests.control()))
@@ -251,14 +258,16 @@ impl Serve {
             console: ConsoleConfig::Tty,
             ..VmConfig::default()
         };
-        let config = self.vm.config_from(defaults, |config| {
+        let mut accepted = Accepted::default();
+        let vm = self.vm.clone().without_foreign(&mut accepted)?;
+        let config = vm.config_from(defaults, |config| {
             // It is taken, as over the API, and shown.
             if let Some(max) = config.cpus.max.filter(|max| *max > config.cpus.boot) {
                 config.cpus.max = None;
-                config.accepted = Some(Box::new(Accepted {
-                    max_vcpus: Some(max),
-                    ..Accepted::default()
-                }));
+                accepted.max_vcpus = Some(max);
+            }
+            if accepted != Accepted::default() {
+                config.accepted = Some(Box::new(accepted));
             }
         })?;
         Ok(Some(config))
@@ -313,11 +322,15 @@ mod tests {
             None
         );
         let config = first(
-            "busway --api-socket path=/run/s --kernel k --disk path=a path=b --cpus boot=2,max=4 --net tap=t",
+            "busway --api-socket path=/run/s --kernel k --disk path=a,pci_segment=1 path=b --cpus boot=2,max=4 \
+             --net tap=t,ip=192.168.249.1 --platform num_pci_segments=2 --log-format text",
         )
         .unwrap();
         let accepted = config.accepted.clone().unwrap_or_default();
         assert_eq!((config.cpus.boot, accepted.max_vcpus), (2, Some(4)));
+        assert_eq!(accepted.num_pci_segments, Some(2));
+        let firmware = first("busway --api-socket /run/s --firmware /f --disk path=a").unwrap();
+        assert_eq!(firmware.firmware.unwrap().path, Some("/f".into()));
         assert_eq!((config.disk.len(), config.net.len()), (2, 1));
         let consoles = (ConsoleConfig::Null, ConsoleConfig::Tty);
         assert_eq!((config.serial, config.console), consoles);

@@ -5,6 +5,7 @@
 //! Hypervisor's API expect, and takes the device for gone from then on: it is not shown among the VM's any more, unless
 //! the guest turns out to keep it. Either way whoever reads events is told when the host has it back.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::requests::{Answer, Asker, RequestError};
@@ -16,6 +17,8 @@ pub(super) struct Removal {
     /// Nobody, once they have been answered.
     asker: Option<Asker>,
     wait: bool,
+    /// Whoever does not wait has been answered.
+    told: bool,
     /// Where the guest does not release it, it loses the device.
     force: bool,
     /// How long the guest has for it.
@@ -27,6 +30,7 @@ impl Removal {
         Self {
             asker: Some(asker),
             wait,
+            told: false,
             force,
             limit,
         }
@@ -48,12 +52,18 @@ impl Removal {
             && let Some(asker) = self.asker.take()
         {
             asker.answer(Ok(Answer::Done));
+            self.told = true;
         }
+    }
+
+    /// Whether who asked waits for what comes of it.
+    pub(super) const fn waits(&self) -> bool {
+        self.wait
     }
 
     /// Whether somebody has been told that the device goes, and takes it for gone.
     pub(super) const fn is_told(&self) -> bool {
-        !self.wait && self.asker.is_none()
+        self.told
     }
 
     /// Somebody else wants the same device removed, about which the guest has been asked.
@@ -76,6 +86,39 @@ impl Removal {
             (None, Err(error)) => log::warn!("{name}: {error}"),
             (None, Ok(_)) => {}
         }
+    }
+}
+
+/// Devices that the guest has released, and that are still being closed beside the event loop: what comes in the place of
+/// one that somebody takes for gone waits until that is done.
+#[derive(Clone, Debug)]
+pub(super) struct Closing<T>(Arc<Mutex<Vec<T>>>);
+
+impl<T> Default for Closing<T> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<T: PartialEq> Closing<T> {
+    pub(super) fn begin(&self, one: T) {
+        self.lock().push(one);
+    }
+
+    pub(super) fn end(&self, one: &T) {
+        self.lock().retain(|other| other != one);
+    }
+
+    pub(super) fn any(&self, is: impl Fn(&T) -> bool) -> bool {
+        self.lock().iter().any(is)
+    }
+
+    pub(super) fn each<R>(&self, what: impl Fn(&T) -> R) -> Vec<R> {
+        self.lock().iter().map(what).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

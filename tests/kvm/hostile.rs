@@ -147,8 +147,16 @@ fn misbehave(served: &Served, number: usize, file: BorrowedFd<'_>) {
     };
     stream.set_read_timeout(Some(LIMIT)).unwrap();
     let files = [file; 8];
-    clients::try_send(&stream, &text, if number % 3 == 0 { &files } else { &[] });
-    if number % 4 == 0 {
+    clients::try_send(
+        &stream,
+        &text,
+        if number.is_multiple_of(3) {
+            &files
+        } else {
+            &[]
+        },
+    );
+    if number.is_multiple_of(4) {
         return; // It goes, in the middle or before its answer.
     }
     let _end = stream.shutdown(std::net::Shutdown::Write);

@@ -4,7 +4,9 @@
 mod attentive;
 mod bare;
 mod clients;
+mod curl;
 mod exits;
+mod generated;
 mod guest;
 mod hostile;
 mod interrupts;

@@ -11,17 +11,18 @@ use busway_host::files::check_output;
 use clap::Args;
 
 use super::failure::Failure;
+use super::foreign::{self, ForeignError};
 use super::schema::{self, Section};
 use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
-use crate::config::{ConsoleConfig, VmConfig};
+use crate::config::{Accepted, ConsoleConfig, VmConfig};
 use crate::control::{Server, SocketAddress};
 use crate::exit::RUNTIME;
 use crate::machine::{self, Ended, Requests};
 use crate::report::{Report, Stage};
 
 /// What `busway run` takes.
-#[derive(Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub(super) struct RunArgs {
     /// Read the VM from a file, with the same words as the flags
     ///
@@ -213,6 +214,9 @@ pub(super) enum NoConfig {
     /// What all together is.
     #[error(transparent)]
     Invalid(#[from] crate::config::InvalidConfig),
+    /// What a flag of Cloud Hypervisor's says.
+    #[error(transparent)]
+    Foreign(#[from] ForeignError),
 }
 
 impl RunArgs {
@@ -251,6 +255,32 @@ impl RunArgs {
         config.find_firmware();
         config.validate()?;
         Ok(config)
+    }
+
+    /// The same flags without what only Cloud Hypervisor's say, which is `accepted`.
+    ///
+    /// # Errors
+    /// [`ForeignError`]
+    pub(super) fn without_foreign(mut self, accepted: &mut Accepted) -> Result<Self, ForeignError> {
+        for (flag, values) in [
+            ("cpus", &mut self.cpus),
+            ("memory", &mut self.memory),
+            ("disk", &mut self.disk),
+            ("net", &mut self.net),
+            ("rng", &mut self.rng),
+            ("device", &mut self.device),
+            ("platform", &mut self.platform),
+        ] {
+            for value in &mut *values {
+                let rest = foreign::take(flag, value, accepted)?;
+                // A NIC of which nothing else was said is one all the same.
+                *value = rest;
+            }
+            if !matches!(flag, "disk" | "net" | "device") {
+                values.retain(|value| !value.is_empty());
+            }
+        }
+        Ok(self)
     }
 
     pub(super) fn api_socket(&self) -> Result<Option<SocketAddress>, Wrong> {

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use busway_pci::{Complaints, Function, FunctionId, Topology};
@@ -20,8 +20,9 @@ use super::steady::{STEADY_LIMIT, is_steady};
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
 use crate::machine::aside::Aside;
+use crate::machine::events::Events;
 use crate::machine::observed::{AssignedDoing, DeviceSeen, DeviceState, Doing};
-use crate::machine::removal::{Removal, tell_of};
+use crate::machine::removal::{Closing, Removal, tell_of};
 use crate::machine::requests::{Answer, RequestError};
 
 /// The kind of the host's devices, for who looks.
@@ -39,7 +40,8 @@ pub(in crate::machine) struct Attached {
     /// The closing of devices that leave the VM.
     releases: Aside,
     /// Those that are being closed.
-    closing: Arc<Mutex<Vec<Closing>>>,
+    closing: Closing<Leaver>,
+    events: Arc<Events>,
     attacher: Arc<Attacher>,
 }
 
@@ -71,11 +73,12 @@ struct Entry {
 }
 
 /// A device that has left its slot and is not closed yet.
-#[derive(Debug)]
-struct Closing {
-    id: String,
-    host: Option<String>,
+#[derive(Clone, Debug, PartialEq)]
+struct Leaver {
+    config: DeviceConfig,
     port: FunctionId,
+    /// Somebody takes it for gone.
+    told: bool,
 }
 
 /// The time that a guest has to release a device.
@@ -108,12 +111,13 @@ pub(in crate::machine) enum Verdict {
 }
 
 impl Attached {
-    pub(super) fn new(attacher: Arc<Attacher>) -> io::Result<Self> {
+    pub(super) fn new(attacher: Arc<Attacher>, events: Arc<Events>) -> io::Result<Self> {
         Ok(Self {
             ready: Epoll::new()?,
             devices: Vec::new(),
             releases: Aside::default(),
-            closing: Arc::default(),
+            closing: Closing::default(),
+            events,
             attacher,
         })
     }
@@ -170,11 +174,10 @@ impl Attached {
             .iter()
             .map(|device| device.observed(topology, held))
             .collect();
-        let closing = lock(&self.closing);
-        all.extend(closing.iter().map(|one| DeviceSeen {
-            id: one.id.clone(),
+        all.extend(self.closing.each(|one| DeviceSeen {
+            id: one.config.id(),
             kind: ASSIGNED,
-            host: one.host.clone(),
+            host: host(&one.config),
             guest: None,
             state: DeviceState::Going,
             doing: None,
@@ -206,12 +209,16 @@ impl Attached {
     pub(in crate::machine) fn is_leaving(&self, config: &DeviceConfig) -> bool {
         let mut devices = self.devices.iter();
         devices.any(|one| is_same(&one.config, config) && self.is_told_gone(one))
+            || self
+                .closing
+                .any(|one| one.told && is_same(&one.config, config))
     }
 
     /// The same of a name.
     pub(in crate::machine) fn is_id_leaving(&self, id: &str) -> bool {
         let mut devices = self.devices.iter();
         devices.any(|one| one.config.id() == id && self.is_told_gone(one))
+            || self.closing.any(|one| one.told && one.config.id() == id)
     }
 
     /// Whether a device is called this.
@@ -466,6 +473,18 @@ impl Attached {
 
     /// Takes all functions of a slot from the guest, and closes their devices, without waiting for that.
     fn release(&mut self, port: FunctionId, topology: &Arc<Topology>, how: &str) {
+        let here = || self.devices.iter().filter(|device| device.port == port);
+        let mut asked = here().filter_map(|device| device.removal.as_ref());
+        let told = asked.any(|removal| !removal.waits());
+        let leavers = here().map(|device| Leaver {
+            config: device.config.clone(),
+            port,
+            told,
+        });
+        let leavers: Vec<_> = leavers.collect();
+        for leaver in &leavers {
+            self.closing.begin(leaver.clone());
+        }
         let leaves = |device: &mut Entry| device.port == port;
         let mut leaving: Vec<_> = self.devices.extract_if(.., leaves).collect();
         for device in &mut leaving {
@@ -477,12 +496,6 @@ impl Attached {
         let names: Vec<_> = leaving.iter().map(|device| &*device.name).collect();
         let (names, topology, how) = (names.join(" and "), topology.clone(), how.to_owned());
         let attacher = self.attacher.clone();
-        let closing = self.closing.clone();
-        lock(&closing).extend(leaving.iter().map(|device| Closing {
-            id: device.config.id(),
-            host: device.host(),
-            port,
-        }));
         let ids: Vec<_> = leaving.iter().map(|device| device.config.id()).collect();
         let gone: Vec<_> = ids
             .iter()
@@ -493,6 +506,7 @@ impl Attached {
             0 | 1 => Answer::Done,
             _ => Answer::RemovedTogether(ids),
         };
+        let (closing, events) = (self.closing.clone(), self.events.clone());
         self.releases.start("release", &names, move || {
             // Dropped first: a function resets its device as it goes.
             drop(topology.unplug(port));
@@ -511,7 +525,9 @@ impl Attached {
             for name in names {
                 log::warn!("{name}: {how}; the host has it back");
             }
-            lock(&closing).retain(|one| one.port != port);
+            for leaver in &leavers {
+                closing.end(leaver);
+            }
             // Not before all of them are closed.
             for (id, address) in &gone {
                 tell_of(id, address.as_deref());
@@ -519,6 +535,8 @@ impl Attached {
             for (name, removal) in removals {
                 removal.end(&name, Ok(answer.clone()));
             }
+            // Whoever waits for that is looked at.
+            events.attached();
         });
     }
 
@@ -538,6 +556,11 @@ impl Attached {
     }
 }
 
+/// A device's address on the host, or its UUID.
+fn host(config: &DeviceConfig) -> Option<String> {
+    config.host_name().ok().map(|name| name.to_string())
+}
+
 /// Whether two are of the same device, or of the same name.
 fn is_same(one: &DeviceConfig, other: &DeviceConfig) -> bool {
     let host = one.host_name();
@@ -550,22 +573,13 @@ impl AsRawFd for Attached {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Entry {
-    /// Its address on the host, or its UUID.
-    fn host(&self) -> Option<String> {
-        self.config.host_name().ok().map(|name| name.to_string())
-    }
-
     fn observed(&self, topology: &Topology, held: bool) -> DeviceSeen {
         let powered = topology.with_slot(self.port, |slot| slot.powered());
         DeviceSeen {
             id: self.config.id(),
             kind: ASSIGNED,
-            host: self.host(),
+            host: host(&self.config),
             guest: self.address(topology),
             state: match self {
                 _ if held && self.holds => DeviceState::Held,

@@ -125,7 +125,8 @@ impl Passthrough {
         let resets = Arc::<Resets>::default();
         let attacher = Arc::new(Attacher::new(opening, memory.clone(), resets, wires));
         Ok(Self {
-            attached: Attached::new(attacher.clone()).map_err(RunError::system("epoll_create"))?,
+            attached: Attached::new(attacher.clone(), events.clone())
+                .map_err(RunError::system("epoll_create"))?,
             coming: Aside::default(),
             on_their_way: Vec::new(),
             come: Arc::default(),

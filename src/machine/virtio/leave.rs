@@ -63,6 +63,7 @@ impl VirtioDevices {
     pub(in crate::machine) fn is_leaving(&self, id: &str) -> bool {
         let mut entries = self.entries.iter();
         entries.any(|entry| !entry.retired && entry.name == id && Self::is_told_gone(entry))
+            || self.closing.any(|name| name == id)
     }
 
     /// The same of a device.
@@ -186,6 +187,10 @@ impl VirtioDevices {
         };
         let entry = self.entries.remove(at);
         let (described, how) = (entry.config.described(&entry.name), how.to_owned());
+        let (closing, events) = (self.closing.clone(), self.events.clone());
+        if Self::is_told_gone(&entry) {
+            closing.begin(entry.name.clone());
+        }
         let work = {
             let described = described.clone();
             move || {
@@ -198,6 +203,9 @@ impl VirtioDevices {
                 if let Some(leaving) = entry.leaving {
                     leaving.removal.end(&described, Ok(Answer::Done));
                 }
+                closing.end(&entry.name);
+                // Whoever waits for that is looked at.
+                events.attached();
             }
         };
         self.releases.start("release", &described, work);

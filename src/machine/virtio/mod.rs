@@ -25,6 +25,7 @@ use super::events::Events;
 use super::handed::Files;
 use super::observed::{DeviceSeen, DeviceState, Doing, VirtioDoing};
 use super::pci::Pci;
+use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use crate::config::{DiskConfig, VirtioConfig, VmConfig};
 use crate::devices::pci_hotplug::PciHotplug;
@@ -47,6 +48,8 @@ pub(super) struct VirtioDevices {
     come: Arc<Mutex<Vec<Come>>>,
     /// The closing of devices that leave.
     releases: Aside,
+    /// Their names, where somebody takes them for gone.
+    closing: Closing<String>,
     seats: Arc<Seats>,
     hotplug: Option<Hotplug>,
     maker: Maker,
@@ -151,6 +154,7 @@ impl VirtioDevices {
             coming: Vec::new(),
             come: Arc::default(),
             releases: Aside::default(),
+            closing: Closing::default(),
             seats: Arc::new(Seats::new(topology.clone(), events.clone())),
             hotplug: None,
             maker: Maker {

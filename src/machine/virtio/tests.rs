@@ -493,9 +493,13 @@ fn who_does_not_wait_is_answered_at_once_and_shown_a_vm_without_the_device() {
     // As often as it is asked. Who waits does so beside them.
     assert_eq!(machine.remove_at_once("data", false), Ok(Answer::Done));
     let waiting = machine.remove("data", false, false);
+    assert_eq!(machine.shown(), ["root", "more"]);
     machine.release();
     assert_eq!(waiting.join().unwrap(), Ok(Answer::Done));
     assert!(!machine.devices.has("data"));
+    // Its name is free when it is closed.
+    eventually("it is closed", || !machine.devices.is_leaving("data"));
+    assert!(machine.is_free("data"));
     // A guest that does not let go of it keeps it, and that is shown again.
     assert_eq!(machine.remove_at_once("more", false), Ok(Answer::Done));
     assert_eq!(machine.shown(), ["root"]);

@@ -1,0 +1,347 @@
+//! What Cloud Hypervisor's flags can say and Busway's cannot: keys that change nothing here, or that are kept and shown
+//! as over the API. They are taken out before the rest is read, in the drop-in personality alone.
+
+use super::options::{self, Item};
+use super::value::{Reason, Value};
+use crate::config::{Accepted, HotplugMethod, Topology};
+
+/// The PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
+const SEGMENTS_MOST: u16 = 96;
+
+/// A key that cannot be taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum ForeignError {
+    /// --{flag}: {key}: {why}
+    #[error("--{flag}: {key}: {why}")]
+    Value {
+        /// The flag, without its dashes.
+        flag: &'static str,
+        /// The key.
+        key: &'static str,
+        /// What is wrong with its value.
+        why: Reason,
+    },
+    /// --{flag}: {key}={value}: Busway cannot do this yet
+    #[error("--{flag}: {key}={value}: Busway cannot do this yet")]
+    Lacks {
+        /// The flag, without its dashes.
+        flag: &'static str,
+        /// The key.
+        key: &'static str,
+        /// What was said.
+        value: String,
+    },
+    /// --{flag}: {key}={value}: {why}
+    #[error("--{flag}: {key}={value}: {why}")]
+    Wrong {
+        /// The flag, without its dashes.
+        flag: &'static str,
+        /// The key.
+        key: &'static str,
+        /// What was said.
+        value: String,
+        /// What it should be.
+        why: &'static str,
+    },
+}
+
+/// What is done with a key.
+enum Act {
+    /// Nothing: it is somebody else's to do, or already so.
+    Nothing,
+    /// What is off here as well; on is refused.
+    Off,
+    /// The PCI segment of a device, which comes to segment 0, as its address says.
+    Segment,
+    /// It is kept.
+    Keep(fn(&mut Accepted, &Value) -> Result<(), Fault>),
+}
+
+/// Why it is not kept.
+enum Fault {
+    Reason(Reason),
+    Wrong(&'static str),
+}
+
+impl From<Reason> for Fault {
+    fn from(reason: Reason) -> Self {
+        Self::Reason(reason)
+    }
+}
+
+/// The keys of each flag.
+const KEYS: &[(&str, &str, Act)] = &[
+    ("cpus", "kvm_hyperv", Act::Off),
+    ("cpus", "topology", Act::Keep(keep_topology)),
+    (
+        "cpus",
+        "max_phys_bits",
+        Act::Keep(|accepted, value| {
+            accepted.max_phys_bits = Some(value.number()?);
+            Ok(())
+        }),
+    ),
+    ("memory", "mergeable", Act::Off),
+    (
+        "memory",
+        "hotplug_size",
+        Act::Keep(|accepted, value| {
+            accepted.hotplug_size = Some(value.size()?);
+            Ok(())
+        }),
+    ),
+    ("memory", "hotplug_method", Act::Keep(keep_method)),
+    ("disk", "iommu", Act::Off),
+    ("disk", "vhost_user", Act::Off),
+    ("disk", "pci_segment", Act::Segment),
+    ("disk", "sparse", Act::Nothing),
+    ("net", "iommu", Act::Off),
+    ("net", "vhost_user", Act::Off),
+    ("net", "pci_segment", Act::Segment),
+    // A tap's address is whoever's who makes it.
+    ("net", "ip", Act::Nothing),
+    ("net", "mask", Act::Nothing),
+    ("rng", "iommu", Act::Off),
+    ("device", "iommu", Act::Off),
+    ("device", "pci_segment", Act::Segment),
+    ("platform", "num_pci_segments", Act::Keep(keep_segments)),
+    ("platform", "tdx", Act::Off),
+    ("platform", "sev_snp", Act::Off),
+    (
+        "platform",
+        "serial_number",
+        Act::Keep(|accepted, value| {
+            accepted.serial_number = Some(value.text()?.to_owned());
+            Ok(())
+        }),
+    ),
+    (
+        "platform",
+        "uuid",
+        Act::Keep(|accepted, value| {
+            accepted.uuid = Some(value.text()?.to_owned());
+            Ok(())
+        }),
+    ),
+    (
+        "platform",
+        "oem_strings",
+        Act::Keep(|accepted, value| {
+            let texts: &[Value] = match value {
+                Value::List(list) => list,
+                one => std::slice::from_ref(one),
+            };
+            let texts = texts.iter().map(|text| text.text().map(str::to_owned));
+            accepted.oem_strings = texts.collect::<Result<_, _>>()?;
+            Ok(())
+        }),
+    ),
+];
+
+fn keep_segments(accepted: &mut Accepted, value: &Value) -> Result<(), Fault> {
+    let count = value.number()?;
+    if !(1..=SEGMENTS_MOST).contains(&count) {
+        return Err(Fault::Wrong("there can be 1 to 96"));
+    }
+    accepted.num_pci_segments = Some(count);
+    Ok(())
+}
+
+fn keep_method(accepted: &mut Accepted, value: &Value) -> Result<(), Fault> {
+    accepted.hotplug_method = Some(match value.text()? {
+        "acpi" => HotplugMethod::Acpi,
+        "virtio-mem" => HotplugMethod::VirtioMem,
+        _ => return Err(Fault::Wrong("it is acpi or virtio-mem")),
+    });
+    Ok(())
+}
+
+fn keep_topology(accepted: &mut Accepted, value: &Value) -> Result<(), Fault> {
+    let numbers: Result<Vec<u16>, _> = value.text()?.split(':').map(str::parse).collect();
+    let [threads_per_core, cores_per_die, dies_per_package, packages] =
+        numbers.unwrap_or_default()[..]
+    else {
+        return Err(Fault::Wrong(
+            "it is four numbers: threads of a core, cores of a die, dies of a package, and packages, as 1:4:1:1",
+        ));
+    };
+    accepted.topology = Some(Topology {
+        threads_per_core,
+        cores_per_die,
+        dies_per_package,
+        packages,
+    });
+    Ok(())
+}
+
+/// What the value `text` of `--flag` says without what is only Cloud Hypervisor's.
+///
+/// # Errors
+/// [`ForeignError`]
+pub(super) fn take(
+    flag: &'static str,
+    text: &str,
+    accepted: &mut Accepted,
+) -> Result<String, ForeignError> {
+    let mut rest = Vec::new();
+    for part in parts(text) {
+        let name = part.split_once('=').map_or("", |(name, _)| name);
+        let known = KEYS.iter().find(|(of, key, _)| *of == flag && *key == name);
+        // What is no list is refused by whoever reads the rest.
+        match (known, options::parse(part).ok().and_then(only)) {
+            (Some((_, key, act)), Some(Item { value, .. })) => {
+                apply(flag, key, act, &value, accepted)?
+            }
+            _ => rest.push(part),
+        }
+    }
+    Ok(rest.join(","))
+}
+
+fn only(mut items: Vec<Item>) -> Option<Item> {
+    items.pop().filter(|_| items.is_empty())
+}
+
+fn apply(
+    flag: &'static str,
+    key: &'static str,
+    act: &Act,
+    value: &Value,
+    accepted: &mut Accepted,
+) -> Result<(), ForeignError> {
+    let done = match act {
+        Act::Nothing => Ok(()),
+        Act::Off => match value.switch() {
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                let value = value.to_string();
+                return Err(ForeignError::Lacks { flag, key, value });
+            }
+            Err(reason) => Err(reason.into()),
+        },
+        Act::Segment => match value.number::<u16>() {
+            Ok(0..SEGMENTS_MOST) => Ok(()),
+            Ok(_) => Err(Fault::Wrong("it is from 0 to 95")),
+            Err(reason) => Err(reason.into()),
+        },
+        Act::Keep(keep) => keep(accepted, value),
+    };
+    done.map_err(|fault| match fault {
+        Fault::Reason(why) => ForeignError::Value { flag, key, why },
+        Fault::Wrong(why) => ForeignError::Wrong {
+            flag,
+            key,
+            value: value.to_string(),
+            why,
+        },
+    })
+}
+
+/// The parts of a list between its commas, but for those within brackets and quotes.
+fn parts(text: &str) -> Vec<&str> {
+    let (mut depth, mut quoted, mut start) = (0_usize, false, 0);
+    let mut parts = Vec::new();
+    for (at, character) in text.char_indices() {
+        match character {
+            '"' => quoted = !quoted,
+            '[' if !quoted => depth = depth.saturating_add(1),
+            ']' if !quoted => depth = depth.saturating_sub(1),
+            ',' if !quoted && depth == 0 => {
+                parts.extend(text.get(start..at));
+                start = at.saturating_add(1);
+            }
+            _ => {}
+        }
+    }
+    parts.extend(text.get(start..));
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_only_cloud_hypervisors_is_taken_out_and_kept_and_the_rest_stays_as_it_is() {
+        let mut accepted = Accepted::default();
+        for (flag, text, rest) in [
+            (
+                "cpus",
+                "boot=2,max=4,topology=1:4:1:1,kvm_hyperv=off,max_phys_bits=46",
+                "boot=2,max=4",
+            ),
+            (
+                "memory",
+                "size=1G,mergeable=off,hotplug_method=virtio-mem,hotplug_size=1G",
+                "size=1G",
+            ),
+            (
+                "disk",
+                "path=a,iommu=off,pci_segment=1,queue_affinity=[0@[1,2]],sparse=on",
+                "path=a,queue_affinity=[0@[1,2]]",
+            ),
+            (
+                "net",
+                "tap=t,ip=192.168.249.1,mask=255.255.255.0,mac=52:54:00:12:34:56",
+                "tap=t,mac=52:54:00:12:34:56",
+            ),
+            (
+                "device",
+                "path=/sys/bus/pci/devices/0000:01:00.0/,iommu=off",
+                "path=/sys/bus/pci/devices/0000:01:00.0/",
+            ),
+            (
+                "platform",
+                "num_pci_segments=2,uuid=u,serial_number=s,oem_strings=[a,b]",
+                "",
+            ),
+            ("disk", "a.raw", "a.raw"),
+            ("disk", "path=\"a,iommu=on\"", "path=\"a,iommu=on\""),
+            ("net", "nonsense=1", "nonsense=1"),
+        ] {
+            assert_eq!(take(flag, text, &mut accepted).as_deref(), Ok(rest));
+        }
+        let expected = Accepted {
+            max_vcpus: None,
+            topology: Some(Topology {
+                threads_per_core: 1,
+                cores_per_die: 4,
+                dies_per_package: 1,
+                packages: 1,
+            }),
+            max_phys_bits: Some(46),
+            hotplug_size: Some(1 << 30),
+            hotplug_method: Some(HotplugMethod::VirtioMem),
+            num_pci_segments: Some(2),
+            serial_number: Some("s".into()),
+            uuid: Some("u".into()),
+            oem_strings: vec!["a".into(), "b".into()],
+        };
+        assert_eq!(accepted, expected);
+    }
+
+    #[test]
+    fn what_would_be_another_vm_is_refused_and_named() {
+        for (flag, text, words) in [
+            (
+                "disk",
+                "path=a,iommu=on",
+                "iommu=on: Busway cannot do this yet",
+            ),
+            ("net", "vhost_user=true", "cannot do this yet"),
+            ("disk", "path=a,pci_segment=96", "0 to 95"),
+            ("platform", "num_pci_segments=0", "1 to 96"),
+            ("cpus", "topology=1:2", "four numbers"),
+            ("memory", "hotplug_method=magic", "acpi or virtio-mem"),
+            ("memory", "mergeable=maybe", "neither on nor off"),
+        ] {
+            let why = take(flag, text, &mut Accepted::default())
+                .unwrap_err()
+                .to_string();
+            assert!(
+                why.starts_with(&format!("--{flag}: ")) && why.contains(words),
+                "{why}"
+            );
+        }
+    }
+}
