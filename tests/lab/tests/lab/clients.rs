@@ -24,7 +24,7 @@ const LIMIT: Duration = Duration::from_secs(400);
 const SCRIPT: &str = "\
     while true; do dd if=/dev/nvme0n1 of=/dev/null bs=4096 count=64 iflag=direct 2>/dev/null; done\n";
 
-/// Kata's two runtimes give the guest 2 GiB, which are pinned for its drive.
+/// By Kata's first runtime the guest has 2 GiB, which are pinned for its drive.
 fn led(lab: &mut Lab) -> Result<()> {
     let (host, address) = bound(lab, "nv0")?;
     let tests = build_tests("kvm")?;
@@ -52,34 +52,32 @@ fn led(lab: &mut Lab) -> Result<()> {
             "BUSWAY_CLIENTS='{words}' exec busway-kvm-tests {names} --nocapture --test-threads=1"
         ))
     };
-    for runtime in ["go", "rust"] {
-        let job = walk(&format!("katas_{runtime}_runtime"), 2048)?;
-        let event = |event: &str| {
-            let is_it = |line: &str| line == event || line.starts_with(&format!("{event} after"));
-            job.wait_line(LIMIT, is_it)
-        };
-        event("@@ create")?;
-        let since = Undisturbed::start(host.qemu_pid());
-        let told = event("@@ booted")?;
-        let booted = since.elapsed();
-        tell!("{runtime}: {told}, undisturbed {} ms", booted.as_millis());
-        let told = event("@@ works")?;
-        let works = since.elapsed();
-        tell!("{runtime}: {told}, undisturbed {} ms", works.as_millis());
-        let said = job.wait(LIMIT)?.success()?;
-        ensure!(said.contains("1 passed"), "{said}");
-        ensure!(
-            booted < KATA_LIMIT,
-            "vm.create and vm.boot took {booted:?}, and Kata gives up after {KATA_LIMIT:?}"
-        );
-    }
-    let said = walk("clients:: --skip katas", 512)?
+    let job = walk("katas_go", 2048)?;
+    let event = |event: &str| {
+        let is_it = |line: &str| line == event || line.starts_with(&format!("{event} after"));
+        job.wait_line(LIMIT, is_it)
+    };
+    event("@@ create")?;
+    let since = Undisturbed::start(host.qemu_pid());
+    let told = event("@@ booted")?;
+    let booted = since.elapsed();
+    tell!("{told}, undisturbed {} ms", booted.as_millis());
+    let told = event("@@ works")?;
+    let works = since.elapsed();
+    tell!("{told}, undisturbed {} ms", works.as_millis());
+    let said = job.wait(LIMIT)?.success()?;
+    ensure!(said.contains("1 passed"), "{said}");
+    ensure!(
+        booted < KATA_LIMIT,
+        "vm.create and vm.boot took {booted:?}, and Kata gives up after {KATA_LIMIT:?}"
+    );
+    let said = walk("clients:: --skip katas_go", 512)?
         .wait(LIMIT)?
         .success()?;
     let worked = said
         .lines()
         .filter(|line| line.starts_with("@@ works"))
         .count();
-    ensure!(worked == 5, "the guests of {worked} clients worked: {said}");
+    ensure!(worked == 6, "the guests of {worked} clients worked: {said}");
     give_back(host, &address, "nvme")
 }
