@@ -5,6 +5,7 @@ mod ctl;
 mod dependencies;
 mod errors;
 mod help;
+mod kubernetes;
 mod promises;
 
 use std::path::PathBuf;

@@ -165,8 +165,13 @@ impl GuestRun {
         self
     }
 
-    /// The initramfs segment of the guest's own.
-    fn segment(&self) -> Result<Vec<u8>> {
+    /// What the kernel is started with.
+    pub fn kernel_words(&self) -> &str {
+        &self.cmdline
+    }
+
+    /// The initramfs segment of the guest's own: appended to `guest.img`, it brings script and files.
+    pub fn segment(&self) -> Result<Vec<u8>> {
         let mut files = vec![("script", self.script.clone().into_bytes())];
         for (inside, outside) in &self.files {
             let content = fs::read(outside);

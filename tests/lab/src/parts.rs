@@ -27,6 +27,8 @@ pub struct Parts {
     pub images: PathBuf,
     /// The emulated host's disk, `root.erofs`: the Debian root, and what guests boot from.
     pub disk: PathBuf,
+    /// libvirt with its `ch` driver: `libvirt.tar`, for a host that wants it. Nothing where it could not be made.
+    pub libvirt: Option<PathBuf>,
 }
 
 impl Parts {
@@ -72,6 +74,7 @@ impl Parts {
             backports: Some(folder("backports")?).filter(|path| !path.as_os_str().is_empty()),
             images: folder("images")?,
             disk: folder("disk")?,
+            libvirt: Some(folder("libvirt")?).filter(|path| !path.as_os_str().is_empty()),
         })
     }
 

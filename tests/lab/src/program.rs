@@ -37,6 +37,17 @@ pub fn build_lab_pci() -> Result<PathBuf> {
     build_static("busway-lab", "lab-pci", Profile::Lab)
 }
 
+/// Builds the tests of a target of `busway`'s, and returns the path of the program that they are. It looks for `busway` where
+/// [`build_busway`] builds it for that profile.
+pub fn build_tests(target: &str) -> Result<PathBuf> {
+    build(
+        "busway",
+        ["test", "--no-run", "--test"],
+        target,
+        Profile::Lab,
+    )
+}
+
 /// Builds a program of the workspace, static so that it runs whatever C library is there, and
 /// returns its path. A process builds each program once.
 pub fn build_static(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
@@ -47,12 +58,12 @@ pub fn build_static(package: &str, program: &str, profile: Profile) -> Result<Pa
     if let Some(path) = built.get(&key) {
         return Ok(path.clone());
     }
-    let path = build(package, program, profile)?;
+    let path = build(package, ["build", "--quiet", "--bin"], program, profile)?;
     built.insert(key, path.clone());
     Ok(path)
 }
 
-fn build(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
+fn build(package: &str, how: [&str; 3], program: &str, profile: Profile) -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let profile = match profile {
         Profile::Lab => "lab",
@@ -64,7 +75,8 @@ fn build(package: &str, program: &str, profile: Profile) -> Result<PathBuf> {
             "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
             "-C target-feature=+crt-static",
         )
-        .args(["build", "--quiet", "--package", package, "--bin", program])
+        .args(how)
+        .args([program, "--package", package])
         .args(["--target", TARGET, "--profile", profile])
         .args(["--message-format", "json-render-diagnostics"])
         .stderr(Stdio::inherit())

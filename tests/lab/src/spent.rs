@@ -308,6 +308,56 @@ fn processor_seconds(process: u32) -> Option<f64> {
     Some(ticks(&stat)? as f64 / frequency.max(1) as f64)
 }
 
+/// A time that is measured as a machine with nothing else to do would take it: what the busiest thread of a process, such as
+/// an emulator, waits meanwhile for others to leave it a processor does not count.
+#[derive(Debug)]
+pub struct Undisturbed {
+    process: u32,
+    began: Instant,
+    /// By thread, how long it had run and waited then, in nanoseconds.
+    threads: BTreeMap<u32, [u64; 2]>,
+}
+
+impl Undisturbed {
+    /// Begins now.
+    pub fn start(process: u32) -> Self {
+        Self {
+            process,
+            began: Instant::now(),
+            threads: run_and_waited(process),
+        }
+    }
+
+    /// Since then.
+    pub fn elapsed(&self) -> Duration {
+        let waited = run_and_waited(self.process)
+            .into_iter()
+            .map(|(thread, now)| {
+                let before = self.threads.get(&thread).copied().unwrap_or_default();
+                let [run, waited] = [0, 1].map(|of: usize| now[of].saturating_sub(before[of]));
+                (run, waited)
+            });
+        let waited = waited.max().map_or(0, |(_, waited)| waited);
+        self.began
+            .elapsed()
+            .saturating_sub(Duration::from_nanos(waited))
+    }
+}
+
+/// Linux Documentation/scheduler/sched-stats.rst, `/proc/<pid>/schedstat`, of each thread.
+fn run_and_waited(process: u32) -> BTreeMap<u32, [u64; 2]> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    let one = |task: fs::DirEntry| {
+        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        let mut words = text.split_ascii_whitespace();
+        let mut next = || words.next()?.parse().ok();
+        let thread = task.file_name().to_str()?.parse().ok()?;
+        Some((thread, [next()?, next()?]))
+    };
+    tasks.filter_map(one).collect()
+}
+
 /// `utime` and `stime`. proc_pid_stat(5): after the name in parentheses, the 12th and 13th words.
 fn ticks(stat: &str) -> Option<u64> {
     let (_, words) = stat.rsplit_once(") ")?;

@@ -20,6 +20,7 @@ mod bad_input;
 mod bare;
 mod bare_kernel;
 mod bars;
+mod clients;
 mod demo;
 mod disk;
 mod dma;
@@ -34,6 +35,7 @@ mod host_view;
 mod hotplug;
 mod interrupts;
 mod lanes;
+mod libvirt;
 mod life;
 mod mediated;
 mod nic;
@@ -46,7 +48,7 @@ mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 23] = [
+const CHAPTERS: [&[Proof]; 25] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -54,6 +56,8 @@ const CHAPTERS: [&[Proof]; 23] = [
     disk::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
+    libvirt::PROOFS,
+    clients::PROOFS,
     helper::PROOFS,
     errors::PROOFS,
     events::PROOFS,
@@ -130,15 +134,16 @@ fn main() -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let (programs, has_backports) = match arguments.list || proofs.is_empty() {
-        true => (Vec::new(), true),
-        false => (
-            vec![build_busway(Profile::Lab)?, build_lab_io()?],
-            Parts::prepare()?.backports.is_some(),
-        ),
+    let (programs, has) = match arguments.list || proofs.is_empty() {
+        true => (Vec::new(), [true; 2]),
+        false => {
+            let parts = Parts::prepare()?;
+            let has = [parts.backports.is_some(), parts.libvirt.is_some()];
+            (vec![build_busway(Profile::Lab)?, build_lab_io()?], has)
+        }
     };
     let at_once = *arguments.test_threads.get_or_insert_with(lanes::number);
-    let run = Run::new(tier, budgets, programs, has_backports, at_once);
+    let run = Run::new(tier, budgets, programs, has, at_once);
     let trials = proofs.into_iter().map(|proof| run.trial(proof));
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     let tests: Vec<_> = all

@@ -27,6 +27,8 @@ pub(crate) struct Run {
     programs: Vec<PathBuf>,
     /// The kernel of backports could be made.
     has_backports: bool,
+    /// So could libvirt.
+    has_libvirt: bool,
     budgets: Budgets,
     began: Instant,
     trials: Mutex<Trials>,
@@ -37,13 +39,14 @@ impl Run {
         tier: Tier,
         budgets: Budgets,
         programs: Vec<PathBuf>,
-        has_backports: bool,
+        [has_backports, has_libvirt]: [bool; 2],
         at_once: usize,
     ) -> Arc<Self> {
         Arc::new(Self {
             tier,
             programs,
             has_backports,
+            has_libvirt,
             budgets,
             began: Instant::now(),
             trials: Mutex::new(Trials {
@@ -71,6 +74,9 @@ impl Run {
     fn cannot(&self, name: &str) -> Option<&'static str> {
         if !cfg!(target_arch = "x86_64") {
             return Some("the emulated host is an x86_64 one");
+        }
+        if !self.has_libvirt && name.starts_with("libvirt_") {
+            return Some("the set-up could not make libvirt");
         }
         (!self.has_backports && name.contains("_by_dma_buf"))
             .then_some("the set-up could not make the backports kernel")
