@@ -3,13 +3,12 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
-use busway_pci::{Ecam, Topology, Windows};
+use busway_pci::{Topology, Windows};
 
 use super::RunError;
 use super::address_plan::AddressPlan;
-use super::bus::EcamWindow;
 use super::pci::Pci;
 use super::virtio::VirtioDevices;
 use crate::acpi;
@@ -18,14 +17,13 @@ use crate::arch::board::Board;
 use crate::arch::boot::BootSource;
 use crate::arch::debug_port::{self, DebugPort};
 use crate::arch::layout;
-use crate::arch::q35::EcamListener;
 use crate::config::VmConfig;
 use crate::devices::fw_cfg::{self, FwCfg};
 use crate::devices::pflash::{self, Pflash};
 use crate::firmware::{
     BoardItems, Firmware, FirmwareError, FirmwareRoots, Kernel, Window, hardware_info, items,
 };
-use crate::kvm::{AddressMap, Buses};
+use crate::kvm::Buses;
 use crate::memory::{Ram, Region, Regions};
 
 /// The widest addresses that OVMF uses, in bits: with pages of 1 GiB, and without.
@@ -250,6 +248,9 @@ mod tests {
     use std::io;
 
     use busway_pci::{BarMapper, BarRegion, HostBridge, PciFunction, Place};
+
+    use super::super::bus::EcamPlace;
+    use crate::arch::q35::EcamListener;
 
     use super::*;
 

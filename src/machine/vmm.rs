@@ -5,17 +5,16 @@
 //! is told over its API what to do ([`serve`]). The main thread owns all of this, and waits for nobody but those
 //! who ask.
 
-use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::assembly::{Begun, Machine};
+use super::consoles::Terminals;
 use super::definition::{Definition, invalid};
 use super::early::Early;
 use super::end::Audience;
-use super::handed::{Files, Handed, Unused};
 use super::life::{Ended, Lasting, Life, Stop};
 use super::observed::Observed;
 #[cfg(debug_assertions)]
@@ -24,7 +23,7 @@ use super::passthrough::OpenDevices;
 use super::requests::{Answer, Asker, Extent, Info, Request, RequestError, Requests, State};
 use super::signals::Signals;
 use super::{PanicWatch, RunError, madvise, payload};
-use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
+use crate::config::VmConfig;
 use crate::monitor::{self, Source};
 use crate::provoked;
 use crate::report::{Report, Stage};

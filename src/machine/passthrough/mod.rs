@@ -42,11 +42,13 @@ use crate::report::Report;
 use attach::{Attacher, Prepared, Wires};
 pub(super) use attached::Verdict;
 use attached::{ASSIGNED, Attached};
+use dma::PeerToPeerError;
 pub(super) use find::{Found, options};
 pub(super) use open::Opened;
 use open::Opening;
 pub(super) use open_devices::OpenDevices;
 use opener::{MakeSpace, Vfio};
+use placement::HostIdentity;
 use steady::{STEADY_LIMIT, is_steady};
 
 /// The host's devices of a machine, and what attaching one needs.

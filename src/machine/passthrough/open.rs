@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::panic::resume_unwind;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, ScopedJoinHandle};
 
 use busway_iommu::{IommufdMode, SpaceKind, SysRoot, Way};
-use busway_vfio::{Claimed, DeviceIo, Opener, TokenUse, VfToken, try_peers};
+use busway_vfio::{DeviceIo, TokenUse, VfToken, try_peers};
 
 use super::find::{Found, Request};
 use super::opener::{Joined, MakeSpace, OpenDevice, OpenSpace};
