@@ -110,9 +110,14 @@ impl Served {
         list.lines().filter(is_client).count()
     }
 
+    /// Waits until it has closed all clients.
+    pub(crate) fn settle(&self) {
+        eventually("all clients are closed", || self.clients() == 0);
+    }
+
     /// How many descriptors it has open when it has closed those of all clients.
     pub(crate) fn all_descriptors(&self) -> usize {
-        eventually("clients are closed", || self.clients() == 0);
+        self.settle();
         let folder = format!("/proc/{}/fd", self.child.id());
         fs::read_dir(folder).unwrap().count()
     }
