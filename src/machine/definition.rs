@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::consoles::Terminals;
 use super::handed::{Files, Handed, Unused};
-use super::requests::{Info, RequestError, State};
+use super::observed::State;
+use super::requests::{Info, RequestError};
 use super::virtio::name_of;
 use crate::config::{DeviceConfig, InvalidConfig, VirtioConfig, VmConfig};
 

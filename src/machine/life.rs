@@ -9,9 +9,10 @@ use super::RunError;
 use super::assembly::Machine;
 use super::events::Event;
 use super::long_work;
+use super::observed::State;
 use super::passthrough::Verdict;
 use super::removal::Removal;
-use super::requests::{Answer, Asker, Info, Request, RequestError, Requests, State};
+use super::requests::{Answer, Asker, Request, RequestError, Requests};
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
 use crate::monitor::{self, Source as About};
@@ -418,20 +419,6 @@ impl Machine {
                 self.virtio.add(*config, files, taken, asker);
             }
             _ => {}
-        }
-    }
-
-    pub(super) fn info(&self, life: &Life) -> Info {
-        Info {
-            state: life.state(),
-            config: self.config(),
-            memory: self.ram.size(),
-            devices: self.pci.assigned(),
-            ids: self.passthrough.attached.ids(),
-            empty_slots: self.passthrough.empty_slots(&self.pci),
-            virtio: self.virtio.info(),
-            serial: self.serial_terminal.clone(),
-            console: self.console_terminal.clone(),
         }
     }
 

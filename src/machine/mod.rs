@@ -30,6 +30,7 @@ mod quiet;
 mod removal;
 mod requests;
 mod restart;
+mod shown;
 mod signals;
 mod virtio;
 mod vmm;
@@ -39,11 +40,13 @@ pub use assembly::few_arenas;
 pub use error::RunError;
 pub use handed::{Files, Handed, check_iommufd, device_of};
 pub use life::Ended;
-pub use observed::{AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, VirtioDoing};
+pub use observed::{
+    AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, State, VirtioDoing,
+};
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
 pub use requests::{
-    Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests, State,
+    Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests,
     VirtioInfo,
 };
 pub(crate) use signals::Signals;

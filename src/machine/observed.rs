@@ -1,16 +1,28 @@
 //! What is seen of a machine that runs: what its vCPUs and devices have done so far.
-//!
-//! It is gathered on the event loop, which waits for nothing in it: no function's lock is taken, and no worker's.
 
 use std::time::Duration;
 
 use busway_pci::Seen;
+use serde::Serialize;
 
-use super::assembly::Machine;
-use super::life::Life;
-use super::requests::{Info, State};
 use crate::kvm::VcpuSeen;
 use crate::virtio::{DriverState, Totals};
+
+/// What a machine is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub enum State {
+    /// It is known what it is to be; or it is being put together: memory is taken, devices are opened.
+    #[default]
+    Created,
+    /// The guest runs.
+    Running,
+    /// It was paused, and goes on when it is asked to.
+    Paused,
+    /// It is paused, or about to be, after an error of a device (`on_error=pause`); it goes on when it is asked to.
+    Held,
+    /// It has ended, and what it had is being given back.
+    Shutdown,
+}
 
 /// What is seen of a machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,10 +45,10 @@ pub struct Observed {
 
 impl Observed {
     /// Of a machine that is not, or that is busy with its start or its end.
-    pub(super) fn of(info: &Info) -> Self {
+    pub(super) fn of(state: State, memory: u64) -> Self {
         Self {
-            state: info.state,
-            memory: info.memory,
+            state,
+            memory,
             ..Self::default()
         }
     }
@@ -89,6 +101,15 @@ pub enum DeviceState {
 }
 
 impl DeviceState {
+    /// Each of them.
+    pub const ALL: [Self; 5] = [
+        Self::Present,
+        Self::Coming,
+        Self::Going,
+        Self::Held,
+        Self::Off,
+    ];
+
     /// Its word in answers and tables.
     #[must_use]
     pub const fn word(self) -> &'static str {
@@ -135,31 +156,4 @@ pub struct VirtioDoing {
     pub interrupts: u64,
     /// What its queues have counted.
     pub totals: Totals,
-}
-
-impl Machine {
-    /// What is seen of it now.
-    pub(super) fn observed(&self, life: &Life) -> Observed {
-        let state = life.state();
-        let topology = self.pci.topology();
-        let mut devices = self.passthrough.observed(topology, state == State::Held);
-        for known in self.pci.assigned() {
-            let mut same = devices.iter_mut();
-            let same = same.find(|device| device.host.as_ref() == Some(&known.host));
-            let doing = same.and_then(|device| device.doing.as_mut());
-            if let Some(assigned) = doing.and_then(|doing| doing.assigned.as_mut()) {
-                assigned.reset = Some(known.reset);
-            }
-        }
-        devices.extend(self.virtio.observed());
-        Observed {
-            state,
-            uptime: Some(life.uptime()),
-            memory: self.ram.size(),
-            vcpus: self.vcpus.seen(),
-            devices,
-            dma: self.passthrough.dma(),
-            vector_updates: self.passthrough.vector_updates(),
-        }
-    }
 }

@@ -13,11 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use busway_vfio::EventFd;
-use serde::Serialize;
 
 use super::RunError;
 use super::handed::{Files, Handed};
-use super::observed::Observed;
+use super::observed::{Observed, State};
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
 use crate::report::AssignedDevice;
 
@@ -79,22 +78,6 @@ pub enum Extent {
     Definition,
     /// All that this process does.
     Process,
-}
-
-/// What a machine is doing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub enum State {
-    /// It is known what it is to be; or it is being put together: memory is taken, devices are opened.
-    #[default]
-    Created,
-    /// The guest runs.
-    Running,
-    /// It was paused, and goes on when it is asked to.
-    Paused,
-    /// It is paused, or about to be, after an error of a device (`on_error=pause`); it goes on when it is asked to.
-    Held,
-    /// It has ended, and what it had is being given back.
-    Shutdown,
 }
 
 /// How a machine is.
@@ -307,7 +290,7 @@ impl Control {
                     Ok(receiver)
                 }
                 (Some(info), Request::Observe) => {
-                    let seen = Box::new(Observed::of(info));
+                    let seen = Box::new(Observed::of(info.state, info.memory));
                     Asker::from(sender).answer(Ok(Answer::Observed(seen)));
                     Ok(receiver)
                 }
@@ -400,7 +383,8 @@ impl Requests {
             match request {
                 Request::Info => asker.answer(Ok(Answer::Info(Box::new(info())))),
                 Request::Observe => {
-                    let seen = Box::new(Observed::of(&info()));
+                    let Info { state, memory, .. } = info();
+                    let seen = Box::new(Observed::of(state, memory));
                     asker.answer(Ok(Answer::Observed(seen)));
                 }
                 Request::End(extent) => {

@@ -16,11 +16,11 @@ use super::definition::{Definition, invalid};
 use super::early::Early;
 use super::end::Audience;
 use super::life::{Ended, Lasting, Life, Stop};
-use super::observed::Observed;
+use super::observed::{Observed, State};
 #[cfg(debug_assertions)]
 use super::panics;
 use super::passthrough::OpenDevices;
-use super::requests::{Answer, Asker, Extent, Info, Request, RequestError, Requests, State};
+use super::requests::{Answer, Asker, Extent, Info, Request, RequestError, Requests};
 use super::signals::Signals;
 use super::{PanicWatch, RunError, madvise, payload};
 use crate::config::VmConfig;
@@ -283,7 +283,10 @@ impl Served {
             }
             Request::Observe => {
                 let info = definition.info(State::Created);
-                return Ok(Answer::Observed(Box::new(Observed::of(&info))));
+                return Ok(Answer::Observed(Box::new(Observed::of(
+                    info.state,
+                    info.memory,
+                ))));
             }
             Request::Create(..) => return Err(RequestError::AlreadyCreated),
             Request::AddDevice(configs, files) => definition.add_devices(configs, files)?,

@@ -14,8 +14,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::threads;
-use super::v1::DEVICE_STATES;
-use crate::machine::{DeviceSeen, Observed, State, VirtioDoing};
+use crate::machine::{DeviceSeen, DeviceState, Observed, State, VirtioDoing};
 use crate::virtio::{DiskTotals, NetTotals, Totals};
 
 /// Where it is.
@@ -319,7 +318,7 @@ fn of_devices(devices: &[&DeviceSeen]) -> Vec<Family> {
         (labels, Number::Whole(1))
     };
     let states = devices.iter().flat_map(|one| {
-        DEVICE_STATES.map(|state| (one.id.clone(), state.word(), one.state == state))
+        DeviceState::ALL.map(|state| (one.id.clone(), state.word(), one.state == state))
     });
     let doing = || {
         devices

@@ -28,7 +28,6 @@ use crate::machine::{self, Control, Extent, Files, Request, RequestError};
 use added::PciDeviceInfo;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
-pub(super) use observe::DEVICE_STATES;
 use observe::{Activity, Devices};
 use virtio::{AddDisk, AddNet, check_segment};
 

@@ -7,9 +7,7 @@ use serde::Serialize;
 
 use super::info::word;
 use crate::control::threads::{self, Thread};
-use crate::machine::{
-    AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, State, VirtioDoing,
-};
+use crate::machine::{AssignedDoing, DeviceSeen, DmaSeen, Doing, Observed, State, VirtioDoing};
 use crate::virtio::{DiskTotals, NetTotals, Totals, TransferTotals};
 
 /// Counters by their names.
@@ -288,12 +286,3 @@ impl From<Thread> for ThreadJson {
         }
     }
 }
-
-/// Every state of a device, for those who list them.
-pub(in crate::control) const DEVICE_STATES: [DeviceState; 5] = [
-    DeviceState::Present,
-    DeviceState::Coming,
-    DeviceState::Going,
-    DeviceState::Held,
-    DeviceState::Off,
-];

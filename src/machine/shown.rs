@@ -1,0 +1,49 @@
+//! What a machine that runs tells of itself. It is gathered on the event loop, which waits for nothing in it: no
+//! function's lock is taken, and no worker's.
+
+use super::assembly::Machine;
+use super::life::Life;
+use super::observed::{Observed, State};
+use super::requests::Info;
+
+impl Machine {
+    /// How it is, and what it is made of.
+    pub(super) fn info(&self, life: &Life) -> Info {
+        Info {
+            state: life.state(),
+            config: self.config(),
+            memory: self.ram.size(),
+            devices: self.pci.assigned(),
+            ids: self.passthrough.attached.ids(),
+            empty_slots: self.passthrough.empty_slots(&self.pci),
+            virtio: self.virtio.info(),
+            serial: self.serial_terminal.clone(),
+            console: self.console_terminal.clone(),
+        }
+    }
+
+    /// What is seen of it now.
+    pub(super) fn observed(&self, life: &Life) -> Observed {
+        let state = life.state();
+        let topology = self.pci.topology();
+        let mut devices = self.passthrough.observed(topology, state == State::Held);
+        for known in self.pci.assigned() {
+            let mut same = devices.iter_mut();
+            let same = same.find(|device| device.host.as_ref() == Some(&known.host));
+            let doing = same.and_then(|device| device.doing.as_mut());
+            if let Some(assigned) = doing.and_then(|doing| doing.assigned.as_mut()) {
+                assigned.reset = Some(known.reset);
+            }
+        }
+        devices.extend(self.virtio.observed());
+        Observed {
+            state,
+            uptime: Some(life.uptime()),
+            memory: self.ram.size(),
+            vcpus: self.vcpus.seen(),
+            devices,
+            dma: self.passthrough.dma(),
+            vector_updates: self.passthrough.vector_updates(),
+        }
+    }
+}
