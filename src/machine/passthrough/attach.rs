@@ -12,7 +12,7 @@ use std::time::Duration;
 use busway_iommu::{DmaSpace, IovaRange};
 use busway_pci::pace::SystemClock;
 use busway_pci::{Device, Function, InterruptLines, InterruptRoutes, PciFunction};
-use busway_vfio::{AssignedFunction, DeviceIo, Resets, Wiring};
+use busway_vfio::{AssignedFunction, DeviceIo, Placement, Resets, Wiring};
 
 use busway_host::open_node;
 
@@ -291,6 +291,7 @@ impl Attacher {
                 lines: self.wires.lines(pins_behind_port(slot)),
                 resets: self.resets.clone(),
                 clock: Arc::new(SystemClock::default()),
+                placement: Placement::default(),
             };
             let name = request.identity.name();
             let function = AssignedFunction::new(&name, device.clone(), wiring, &request.options)?;

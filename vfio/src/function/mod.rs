@@ -25,7 +25,9 @@ use crate::resets::ResetHandle;
 use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{Area, AssignOptions, DeviceIo, RegionIndex, ResetMethod, SurveyError, Wiring};
+use crate::{
+    Area, AssignOptions, DeviceIo, Placement, RegionIndex, ResetMethod, SurveyError, Wiring,
+};
 
 /// A host device, as the guest sees it.
 ///
@@ -172,6 +174,7 @@ impl AssignedFunction {
             lines,
             resets,
             clock,
+            placement,
         } = wiring;
         let AssignOptions {
             rom,
@@ -188,12 +191,15 @@ impl AssignedFunction {
         let dword = |offset| read_dword(&*io, offset);
         let own = |offset| io.own_config(offset).unwrap_or(0);
         let mut standard = lists::standard(&dword, &own);
-        let extended =
+        let mut extended =
             if io.region(RegionIndex::CONFIG).size > u64::from(spec::EXTENDED_CONFIG_START) {
                 lists::extended(&dword, &own)
             } else {
                 List::default()
             };
+        if placement == Placement::RootBus {
+            lists::integrate(&dword, &mut standard, &mut extended);
+        }
         let msi = find_msi(name, &*io, &mut standard).map(|(at, features)| MsiState {
             at,
             msi: Msi::new(features, routes.clone()).named(name),
@@ -204,7 +210,7 @@ impl AssignedFunction {
             .map(|number| Clique::add(name, &*io, number, &mut standard))
             .transpose()?;
         let parts = map_parts(name, &*io, &bars.regions(), layout.as_ref());
-        let mut config = GuestConfig::new(&*io, bars, &standard, &extended);
+        let mut config = GuestConfig::new(&*io, bars, &standard, &extended, placement);
         for (start, end) in quirks.registers() {
             config.pass(start, end);
         }
