@@ -30,6 +30,7 @@ mod quiet;
 mod removal;
 mod requests;
 mod restart;
+mod seats;
 mod signals;
 mod virtio;
 mod vmm;
