@@ -348,8 +348,7 @@ Functions of one host device become one device of the guest's.
             |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
         "boot_index" { "N": "what firmware boots from, the lowest first" }
             |device, value| device.boot_index = Some(value.number()?);
-        "root_port" { "on|off": "behind a PCIe root port of its own, or on bus 0 by itself, an endpoint that\n\
-                 is integrated into the root complex [as --platform root_ports=]" }
+        "root_port" { "on": "behind a PCIe root port of its own [as --platform root_ports=]", "off": "on bus 0 by itself, integrated into the root complex" }
             |device, value| device.root_port = Some(value.switch()?);
     },
     required: &["path", "fd"],
@@ -411,8 +410,8 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.hotplug_slots = Some(value.number()?);
         "hotplug_mmio64" { "SIZE": "room above RAM for the memory of what comes into such a slot [4G]" }
             |platform, value| platform.hotplug_mmio64 = Some(value.size()?);
-        "root_ports" { "on|off": "devices are behind root ports; off: on bus 0, but for several functions\n\
-                 of one device [on; off for what Cloud Hypervisor's clients make]" }
+        "root_ports" { "on": "devices are behind PCIe root ports [for `busway run`]", "off": "those of one function are on bus 0 [for Cloud Hypervisor's clients,\n\
+                 which look for them there]" }
             |platform, value| platform.root_ports = Some(value.switch()?);
         "removal_timeout" { "N": "seconds that the guest has to release a device, 1 to 3600 [30]" }
             |platform, value| platform.removal_timeout = Some(value.number()?);

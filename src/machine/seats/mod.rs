@@ -4,6 +4,9 @@
 //! of which ACPI tells (`devices::pci_hotplug`). Assigned devices have either, virtio devices those of bus 0, which
 //! both choose from together. Whoever owns a device takes it out of its seat, the guest having released it or not.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
