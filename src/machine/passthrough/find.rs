@@ -199,3 +199,24 @@ impl Found {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DiskConfig;
+
+    #[test]
+    fn a_machines_own_devices_leave_the_other_slots_of_bus_0() {
+        let with = |disks: usize, console| {
+            low_slots(&VmConfig {
+                disk: vec![DiskConfig::new("a"); disks],
+                console,
+                ..VmConfig::default()
+            })
+        };
+        // The host bridge and the entropy source.
+        assert_eq!(with(0, ConsoleConfig::Off), 14);
+        assert_eq!(with(3, ConsoleConfig::Null), 10);
+        assert_eq!(with(40, ConsoleConfig::Off), 0);
+    }
+}

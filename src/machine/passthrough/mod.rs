@@ -2,7 +2,7 @@
 //!
 //! Devices are attached in batches: at boot all that the configuration names, later one device at a
 //! time. A batch is found (`find`), opened in the DMA space (`open`), reset and made into functions
-//! (`attach`), which have their places behind root ports (`placement`), and is presented to the
+//! (`attach`), which have their places behind root ports or on bus 0 (`placement`), and is presented to the
 //! guest. From then on `attached` hears what a device tells, and releases it.
 
 mod advice;

@@ -1,4 +1,4 @@
-//! Which host functions share a root port.
+//! Which host functions share a root port, and which sit on bus 0.
 //!
 //! The functions of one host device are one multi-function device of the guest's, as its drivers may
 //! expect to find each other. A virtual function is a device of its own: its number says which it is
