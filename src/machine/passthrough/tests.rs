@@ -8,6 +8,7 @@ use std::io;
 use std::process::Command;
 use std::thread::JoinHandle;
 
+use busway_iommu::IommufdMode;
 use busway_pci::{Bdf, InterruptLevel, Reserve, Windows};
 
 use super::fake::{FakeHost, FaultyWires, LARGE};
@@ -85,16 +86,17 @@ const LIMIT: Duration = Duration::from_secs(30);
 impl Machine {
     /// Nothing, said on standard error, where there is no KVM. Each slot has room for BARs of `room` bytes.
     fn new(room: u64) -> Option<Self> {
-        Self::made(room, true, 16 << 30)
+        Self::made(room, true, 16 << 30, &[])
     }
 
     /// One whose devices are to sit on bus 0, where `room` bytes are for 64-bit BARs.
     fn with_root_bus(room: u64) -> Option<Self> {
-        Self::made(1 << 20, false, room)
+        Self::made(1 << 20, false, room, &[])
     }
 
-    /// One whose empty slots have `room` bytes each for BARs below 4 GiB. There are `above` bytes above RAM.
-    fn made(room: u64, root_ports: bool, above: u64) -> Option<Self> {
+    /// One whose empty slots have `room` bytes each for BARs below 4 GiB. There are `above` bytes above RAM. It starts with
+    /// the `first` devices, each planned to be on bus 0 or not.
+    fn made(room: u64, root_ports: bool, above: u64, first: &[(&str, bool)]) -> Option<Self> {
         let vm = Vm::new()
             .inspect_err(|error| eprintln!("skipped: {error}"))
             .ok()?;
@@ -141,8 +143,6 @@ impl Machine {
         let (routes, slots) = (Arc::new(router.clone()), events.clone());
         pci.add_empty_ports(2, reserve, &(routes as _), &(slots as _))
             .unwrap();
-        pci.assign().unwrap();
-        let registers = pci.seats().open(pci.free_slots(), Arc::new(Line), &events);
         let host = FakeHost::new();
         let wires = Arc::new(FaultyWires {
             router: router.clone(),
@@ -150,8 +150,15 @@ impl Machine {
         });
         let spaces = Box::new(host.clone());
         let open = OpenDevices::default();
-        let passthrough =
+        let mut passthrough =
             Passthrough::opening(&config, spaces, wires, &memory, &router, &events, open).unwrap();
+        let opened = passthrough.open(found(&host, first), &Report::start());
+        if let Some(opened) = opened.unwrap() {
+            passthrough.map(&opened).unwrap();
+            passthrough.attach_first(opened, &mut pci).unwrap();
+        }
+        pci.assign().unwrap();
+        let registers = pci.seats().open(pci.free_slots(), Arc::new(Line), &events);
         let requests = Requests::new().unwrap();
         Some(Self {
             passthrough,
@@ -285,6 +292,27 @@ impl Machine {
             waiting: self.passthrough.waiting.len(),
             memory: format!("{:?}", self.memory),
         }
+    }
+}
+
+/// What a machine is to start with.
+fn found(host: &FakeHost, first: &[(&str, bool)]) -> Found {
+    let requests = first.iter().map(|&(path, on_root_bus)| {
+        let config = DeviceConfig::new(path).unwrap();
+        find::Request {
+            options: options(&config).unwrap(),
+            identity: HostIdentity::in_folder(&config.path),
+            config,
+            inherited: None,
+            on_root_bus,
+        }
+    });
+    Found {
+        paths: host.paths().clone(),
+        requests: requests.collect(),
+        asked: IommufdMode::Off,
+        mode: IommufdMode::Off,
+        iommufd: None,
     }
 }
 
@@ -464,6 +492,37 @@ fn a_device_comes_to_bus_0_as_an_integrated_endpoint_and_leaves_when_the_guest_l
         );
         assert_eq!(machine.passthrough.empty_slots(&machine.pci), empty);
     }
+}
+
+#[test]
+fn devices_that_a_guest_starts_with_sit_where_they_were_planned_and_leave_from_there() {
+    let first = [(FIRST, true), (SECOND, false), (THIRD, true)];
+    let Some(mut machine) = Machine::made(1 << 20, false, 16 << 30, &first) else {
+        return;
+    };
+    assert_eq!((machine.read(ADDED), machine.read(PRESENT)), (0, 0b110));
+    assert_eq!([1, 2].map(|slot| machine.in_slot(slot, 0)), [DRIVE; 2]);
+    assert_eq!(machine.in_slot(2, 0x80) >> 20 & 0xf, 0b1001);
+    let seen = machine.passthrough.observed(machine.pci.seats(), false);
+    let places: Vec<_> = seen.iter().filter_map(|one| one.guest.as_deref()).collect();
+    assert_eq!(places[..1], ["0000:00:01.0"]);
+    assert!(!places[1].starts_with("0000:00:"), "{places:?}");
+    assert_eq!(places[2..], ["0000:00:02.0"]);
+    // Firmware finds them there.
+    let path = |host: &str| machine.pci.boot_path(|called| called == host);
+    assert_eq!(path(THIRD).as_deref(), Some("/pci@i0cf8/device@2"));
+    assert!(path(SECOND).unwrap().contains("/pci-bridge@"));
+    // What comes later has the next slot.
+    assert_eq!(
+        machine.add("later", "0000:fe:05.0"),
+        added("later", "0000:00:03.0")
+    );
+    let asking = machine.remove(FIRST, false, false);
+    assert_eq!(machine.read(WANTED), 1 << 1);
+    machine.eject(1 << 1);
+    assert_eq!(asking.join().unwrap(), Ok(Answer::Done));
+    assert_eq!(machine.in_slot(1, 0), NOTHING);
+    assert_eq!(machine.host.held()[0], 3);
 }
 
 #[test]
