@@ -392,11 +392,7 @@ impl Pci {
             .enumerate()
             .map(|(index, (_, function))| Needs {
                 function: index,
-                bars: function
-                    .bars()
-                    .into_iter()
-                    .map(|region| (region.index, region.kind, region.size))
-                    .collect(),
+                bars: function.bar_sizes(),
                 bridge: None,
             });
         let behind = Behind {

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::pace::{self, Pace};
 use busway_pci::{
-    Activity, AtomicOps, BarIndex, BarPart, BarRegion, InterruptMode, InterruptPin, Msi, Msix,
-    PciFunction, spec,
+    Activity, AtomicOps, BarIndex, BarKind, BarPart, BarRegion, InterruptMode, InterruptPin, Msi,
+    Msix, PciFunction, spec,
 };
 
 use crate::access::read_dword;
@@ -42,6 +42,8 @@ pub struct AssignedFunction {
     /// What decodes, apart from the state, which is held through resets: who asks holds what all
     /// functions share. Changed while the state is held.
     decoded: Mutex<Vec<BarRegion>>,
+    /// Its BARs: which, of what kind, and bytes.
+    sizes: Vec<(BarIndex, BarKind, u64)>,
     table: Option<GuestLocation>,
     pba: Option<GuestLocation>,
     device_pba: Option<DeviceLocation>,
@@ -210,6 +212,8 @@ impl AssignedFunction {
             .map(|number| Clique::add(name, &*io, number, &mut standard))
             .transpose()?;
         let parts = map_parts(name, &*io, &bars.regions(), layout.as_ref());
+        let sizes = bars.regions().into_iter();
+        let sizes = sizes.map(|bar| (bar.index, bar.kind, bar.size)).collect();
         let mut config = GuestConfig::new(&*io, bars, &standard, &extended, placement);
         for (start, end) in quirks.registers() {
             config.pass(start, end);
@@ -271,6 +275,7 @@ impl AssignedFunction {
                 msi,
                 msix,
             }),
+            sizes,
             table: layout.map(|layout| layout.table()),
             pba: layout.map(|layout| layout.pba()),
             device_pba: layout.map(|layout| layout.device_pba()),
@@ -514,6 +519,10 @@ impl PciFunction for AssignedFunction {
 
     fn bars(&self) -> Vec<BarRegion> {
         self.lock().config.bars()
+    }
+
+    fn bar_sizes(&self) -> Vec<(BarIndex, BarKind, u64)> {
+        self.sizes.clone()
     }
 
     fn decoded(&self) -> Vec<BarRegion> {
