@@ -43,6 +43,8 @@ impl Served {
         eventually("the API", || {
             served.try_ask("GET", "vmm.ping", None).is_some()
         });
+        // The event loop answers this one, which then has all that it waits with.
+        served.ask("GET", "vm.info", None);
         Some(served)
     }
 
@@ -98,8 +100,19 @@ impl Served {
         self.ask("GET", "vm.info", None).1["state"].take()
     }
 
-    /// How many descriptors it has open, with those of clients that are there.
+    /// How many clients it has not closed yet: the sockets of its path that do not listen. Linux,
+    /// net/unix/af_unix.c, `unix_seq_show`
+    fn clients(&self) -> usize {
+        let list = fs::read_to_string("/proc/net/unix").unwrap();
+        let (path, listens) = (self.path("api").display().to_string(), "01");
+        let is_client =
+            |line: &&str| line.ends_with(&path) && line.split_whitespace().nth(5) != Some(listens);
+        list.lines().filter(is_client).count()
+    }
+
+    /// How many descriptors it has open when it has closed those of all clients.
     pub(crate) fn all_descriptors(&self) -> usize {
+        eventually("clients are closed", || self.clients() == 0);
         let folder = format!("/proc/{}/fd", self.child.id());
         fs::read_dir(folder).unwrap().count()
     }

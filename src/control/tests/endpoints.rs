@@ -38,7 +38,8 @@ fn a_request_on_any_path_by_any_method_with_any_body_has_one_answer_and_the_conn
                 let _cut = client.0.write_all(request.as_bytes());
                 let reply = client.reply().unwrap();
                 let case = format!("{method} {name} {}", body.len());
-                assert!(start.elapsed() < Duration::from_secs(1), "{case}");
+                // An idle machine needs a millisecond; a client that waits in vain waits for ever.
+                assert!(start.elapsed() < Duration::from_secs(10), "{case}");
                 assert!((200..600).contains(&reply.status), "{case}");
                 if method == "HEAD" {
                     assert!(reply.body.is_empty(), "{case}");

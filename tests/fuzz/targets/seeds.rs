@@ -1,15 +1,11 @@
-//! Writes what known clients send (`tests/kvm/clients`) to a folder, for the target `request` to begin with:
-//! `seeds CLIENTS FOLDER`.
+//! What known clients send (`tests/kvm/clients`), for the target `request` to begin with.
 
 use std::error::Error;
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let mut args = std::env::args_os().skip(1).map(PathBuf::from);
-    let (Some(clients), Some(folder)) = (args.next(), args.next()) else {
-        return Err("seeds CLIENTS FOLDER".into());
-    };
+/// Writes each request of `clients` to a file of its own in `folder`.
+pub fn write(clients: &Path, folder: &Path) -> Result<(), Box<dyn Error>> {
     for entry in fs::read_dir(clients)? {
         let path = entry?.path();
         if path.extension().is_none_or(|end| end != "jsonl") {

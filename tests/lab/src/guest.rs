@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use serde_json::Value;
 
 use crate::cpio;
+use crate::digest::last_lines;
 use crate::host::Host;
 use crate::job::Job;
 use crate::parts::Parts;
@@ -37,6 +38,8 @@ pub enum GuestKernel {
 
 /// What every guest's kernel is started with.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
+/// What Busway says of a guest that does.
+const TRIPLE_FAULT: &str = "triple-faulted";
 /// What its boot can do without where the boot is not on trial: checks of timers, of ciphers and of a source of
 /// randomness that takes a third of a second to fill, another address each time, and defences against attackers.
 const QUICKLY: &str = "mitigations=off nokaslr no_timer_check tsc=reliable audit=0 cryptomgr.notests \
@@ -327,8 +330,22 @@ impl RunningGuest<'_> {
 
     fn wait_line_in(&self, file: &str, words: &str) -> Result<String> {
         let wanted = |line: &str| line.contains(words);
+        let what = format!("{words:?}");
         self.job
-            .wait_line_in(file, &format!("{words:?}"), self.limit, wanted)
+            .wait_line_in(file, &what, self.limit, wanted, || self.restarted_itself())
+    }
+
+    /// That the guest has triple-faulted though it was not to: it begins anew then, and what a trial waits for does not
+    /// come.
+    fn restarted_itself(&self) -> Option<Error> {
+        let said = fs::read_to_string(self.job.folder().join("vmm.stderr")).unwrap_or_default();
+        (!self.dies && said.contains(TRIPLE_FAULT)).then(|| {
+            let console = last_lines(&self.job.stdout(), 40);
+            Suspect(format!(
+                "the guest triple-faulted; its console ends:\n{console}\nthe VMM said:\n{said}"
+            ))
+            .into()
+        })
     }
 
     /// Waits until the guest's first program has begun.
@@ -428,7 +445,7 @@ impl GuestResult {
             "general protection fault",
         ];
         let console = self.transcript.text();
-        if self.stderr.contains("triple-faulted") {
+        if self.stderr.contains(TRIPLE_FAULT) {
             Some("the guest triple-faulted")
         } else if self.stderr.contains(STANDSTILL) {
             Some("the guest stood still")

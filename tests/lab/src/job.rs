@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Error, Result, bail};
 
 use crate::agent::{Agent, Failure};
 use crate::digest::last_lines;
@@ -160,16 +160,18 @@ impl Job {
 
     /// Waits until its standard output holds a line that `wanted` accepts, and returns that line.
     pub fn wait_line(&self, limit: Duration, wanted: impl Fn(&str) -> bool) -> Result<String> {
-        self.wait_line_in("stdout", "a line", limit, wanted)
+        self.wait_line_in("stdout", "a line", limit, wanted, || None)
     }
 
-    /// The same for a line of another file in its folder; `what` names the line in an error.
+    /// The same for a line of another file in its folder; `what` names the line in an error. Where `hopeless` has an
+    /// error, no more is waited for.
     pub(crate) fn wait_line_in(
         &self,
         file: &str,
         what: &str,
         limit: Duration,
         wanted: impl Fn(&str) -> bool,
+        hopeless: impl Fn() -> Option<Error>,
     ) -> Result<String> {
         let deadline = Instant::now() + limit;
         let watch = Watch::new(&self.folder)?;
@@ -179,6 +181,9 @@ impl Job {
             let whole = text.rfind('\n').map_or("", |end| &text[..end]);
             if let Some(line) = whole.lines().find(|line| wanted(line)) {
                 return Ok(line.to_owned());
+            }
+            if let Some(error) = hopeless() {
+                return Err(error);
             }
             if ended {
                 bail!(

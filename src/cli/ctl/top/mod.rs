@@ -23,7 +23,7 @@ use crate::exit::RUNTIME;
 use crate::machine::Signals;
 use rates::{Doing, Look};
 
-/// How long the VM has to answer a look. Ctrl-C waits as long.
+/// How long the VM has to answer a look that others follow. Ctrl-C waits as long.
 const LIMIT: Duration = Duration::from_secs(2);
 
 /// xterm: the other screen, without a cursor; and what was there before. ECMA-48, DECTCEM
@@ -60,6 +60,8 @@ enum End {
     Signal,
     /// There is no VM any more.
     Gone,
+    /// It does not answer in time, and nobody looks again.
+    Silent,
 }
 
 /// What becomes of a look.
@@ -77,15 +79,18 @@ pub(super) fn run(socket: &Path, args: &TopArgs, json: bool) -> Result<(), Failu
     let live = stdout.is_terminal() && !args.once && !json;
     let mut out = stdout.lock();
     let start = Instant::now();
+    // Of one that is not asked again, as long as of any other request.
+    let limit = if args.once { super::LIMIT } else { LIMIT };
     let mut look = || {
-        let answer = client::ask(socket, "GET", "vm.activity", None, LIMIT)?;
+        let answer = client::ask(socket, "GET", "vm.activity", None, limit)?;
         Ok(Look {
             at: start.elapsed(),
             answer,
         })
     };
     // What is wrong with the socket is told on the terminal as it is.
-    let first = look().map_err(|error: ClientError| Failure::new(error.exit_status(), error))?;
+    let failed = |error: ClientError| Failure::new(error.exit_status(), error);
+    let first = look().map_err(failed)?;
     let mut wait = || pause(&signals, args.interval);
     let shown = Shown {
         socket: &printable(&socket.display().to_string()),
@@ -106,11 +111,18 @@ pub(super) fn run(socket: &Path, args: &TopArgs, json: bool) -> Result<(), Failu
         end.context("cannot write the result")
             .map_err(|error| Failure::explained(RUNTIME, error))?
     };
-    if end == End::Gone && !json {
-        // By now the terminal is as it was.
-        let _unread = writeln!(out, "the VM has ended");
+    match end {
+        End::Silent => Err(failed(ClientError::Silent {
+            path: socket.to_owned(),
+            limit,
+        })),
+        End::Gone if !json => {
+            // By now the terminal is as it was.
+            let _unread = writeln!(out, "the VM has ended");
+            Ok(())
+        }
+        End::Enough | End::Signal | End::Gone => Ok(()),
     }
-    Ok(())
 }
 
 /// Waits; `false` where a signal ends it.
@@ -198,7 +210,7 @@ impl Shown<'_> {
             let now = match look() {
                 Looked::At(now) if lived && !now.lives() => return Ok(End::Gone),
                 Looked::At(now) => now,
-                Looked::Silent if self.once => return Err(io::ErrorKind::TimedOut.into()),
+                Looked::Silent if self.once => return Ok(End::Silent),
                 Looked::Silent => {
                     let none = Doing::default();
                     let said = "the VM does not answer: what it did last\n";

@@ -216,6 +216,12 @@ fn scripts_have_one_object_or_one_a_line_and_no_word_for_the_terminal() {
 }
 
 #[test]
+fn whoever_looks_once_is_told_that_the_vm_does_not_answer() {
+    let (written, end) = watched(vec![Looked::Silent], false, true, true);
+    assert_eq!((written.as_str(), end), ("", End::Silent));
+}
+
+#[test]
 fn an_interval_is_a_number_of_seconds_within_a_range() {
     assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
     for wrong in ["0", "0.05", "3601", "-1", "NaN", "inf", "soon", ""] {
