@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::activity::Activity;
 use crate::atomics::AtomicOps;
-use crate::bar::{BarIndex, BarRegion};
+use crate::bar::{BarIndex, BarKind, BarRegion};
 use crate::windows::{Reserve, Windows};
 
 /// An address in Busway's own process, valid for as long as the function that named it lives.
@@ -67,6 +67,15 @@ pub trait PciFunction: Send + Sync + Debug {
     /// Every BAR that the function has, decoding or not, at the address its register holds.
     fn bars(&self) -> Vec<BarRegion> {
         Vec::new()
+    }
+
+    /// Every BAR that the function has: which, of what kind, and its bytes. Fixed for the function's life.
+    ///
+    /// A function that holds a lock through [`run_deferred`](Self::run_deferred) or [`reset`](Self::reset) answers without
+    /// it: who looks for room for another function asks, and waits for nothing.
+    fn bar_sizes(&self) -> Vec<(BarIndex, BarKind, u64)> {
+        let bars = self.bars().into_iter();
+        bars.map(|bar| (bar.index, bar.kind, bar.size)).collect()
     }
 
     /// The BARs that decode now: the command register's enable for their kind is set (and the ROM's

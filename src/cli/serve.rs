@@ -266,6 +266,8 @@ impl Serve {
                 config.cpus.max = None;
                 accepted.max_vcpus = Some(max);
             }
+            // Clients look for devices where Cloud Hypervisor has them.
+            config.platform.root_ports.get_or_insert(false);
             if accepted != Accepted::default() {
                 config.accepted = Some(Box::new(accepted));
             }
@@ -332,6 +334,10 @@ mod tests {
         let firmware = first("busway --api-socket /run/s --firmware /f --disk path=a").unwrap();
         assert_eq!(firmware.firmware.unwrap().path, Some("/f".into()));
         assert_eq!((config.disk.len(), config.net.len()), (2, 1));
+        assert_eq!(config.platform.root_ports, Some(false));
+        let ports =
+            first("busway --api-socket /run/s --kernel k --platform root_ports=on").unwrap();
+        assert_eq!(ports.platform.root_ports, Some(true));
         let consoles = (ConsoleConfig::Null, ConsoleConfig::Tty);
         assert_eq!((config.serial, config.console), consoles);
     }

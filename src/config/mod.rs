@@ -261,6 +261,10 @@ pub struct DeviceConfig {
     /// Where it stands in firmware's boot order, the lowest first.
     #[serde(default)]
     pub boot_index: Option<u16>,
+    /// Whether the guest has it behind a PCIe root port of its own, or on bus 0 by itself; what
+    /// [`PlatformConfig::root_ports`] says where absent. Of several functions of one device none is on bus 0.
+    #[serde(default)]
+    pub root_port: Option<bool>,
 }
 
 /// What an uncorrectable error of a device's does to the VM.
@@ -324,6 +328,7 @@ impl DeviceConfig {
             romfile: None,
             x_nv_gpudirect_clique: None,
             boot_index: None,
+            root_port: None,
         })
     }
 
@@ -380,6 +385,9 @@ pub struct PlatformConfig {
     pub hotplug_slots: Option<u8>,
     /// Bytes of guest addresses above RAM for the memory of what comes into such a slot.
     pub hotplug_mmio64: Option<u64>,
+    /// Whether devices are behind PCIe root ports, or on bus 0, where nothing is said of one: behind ports where absent,
+    /// but for a VM that was made over Cloud Hypervisor's API, whose clients look for them on bus 0.
+    pub root_ports: Option<bool>,
     /// Seconds that the guest has to release a device that somebody wants back; from 1 to
     /// [`MAX_REMOVAL_TIMEOUT`], and [`DEFAULT_REMOVAL_TIMEOUT`] where absent.
     pub removal_timeout: Option<u32>,
@@ -398,6 +406,18 @@ impl PlatformConfig {
     pub fn make_slots(&mut self, devices: usize) {
         let left = MAX_HOTPLUG_SLOTS.saturating_sub(u8::try_from(devices).unwrap_or(u8::MAX));
         self.hotplug_slots.get_or_insert(left.min(8));
+    }
+
+    /// Whether devices of which nothing is said are behind root ports.
+    #[must_use]
+    pub fn root_ports(&self) -> bool {
+        self.root_ports.unwrap_or(true)
+    }
+
+    /// Whether a device is to sit on bus 0 by itself.
+    #[must_use]
+    pub fn has_on_root_bus(&self, device: &DeviceConfig) -> bool {
+        !device.root_port.unwrap_or(self.root_ports())
     }
 
     /// How many empty slots there are.

@@ -21,6 +21,7 @@ use super::events::Events;
 use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
 use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
+use super::seats::Owner;
 use super::virtio::VirtioDevices;
 use crate::acpi;
 use crate::arch::board::Board;
@@ -200,14 +201,15 @@ impl Machine {
             config.firmware.is_some(),
         )?;
         let routes = Arc::new(router.clone());
-        let mut virtio = VirtioDevices::new(ram.guest(), routes, pci.topology(), &events);
+        let mut virtio = VirtioDevices::new(ram.guest(), routes, pci.seats(), &events);
         let console_terminal = add_virtio(&mut virtio, &mut pci, definition, &quit)?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
         }
         add_empty_ports(&mut pci, config, &router, &events)?;
-        if can_be_asked {
-            acpi.bus0_slots = open_slots(&mut virtio, &pci, &buses, &router)?;
+        // The host can want back an assigned device of any VM.
+        if can_be_asked || pci.seats().count(Owner::Assigned) > 0 {
+            acpi.bus0_slots = open_slots(&pci, &buses, &router, &events)?;
         }
         let boot = match source {
             Source::Kernel(source) => Boot::Kernel(Box::new(KernelBoot { source, acpi })),
@@ -472,21 +474,21 @@ fn add_virtio(
     Ok(at)
 }
 
-/// Lets virtio devices come to the guest while it runs, and leave it: gives the slots for that.
+/// Lets devices come to bus 0 while the guest runs, and leave it: gives the slots for that.
 fn open_slots(
-    virtio: &mut VirtioDevices,
     pci: &Pci,
     buses: &Buses,
     router: &IrqRouter,
+    events: &Arc<Events>,
 ) -> Result<u32, RunError> {
     let line = Arc::new(router.level_line(gsi::PCI_HOTPLUG));
     buses.mmio.insert(
         "PCI hot-plug registers",
         layout::PCI_HOTPLUG_START,
         pci_hotplug::SIZE,
-        virtio.open_slots(pci, line),
+        pci.seats().open(pci.free_slots(), line, events),
     )?;
-    Ok(virtio.slots())
+    Ok(pci.seats().open_slots())
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

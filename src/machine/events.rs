@@ -38,9 +38,9 @@ pub(super) enum Event {
     Stopped,
     /// Devices that were to be attached are ready, or will not be.
     Attached,
-    /// The guest has released virtio devices, which are out of their slots.
+    /// The guest has released devices of bus 0, which are out of their slots.
     Ejected,
-    /// The guest does not release the virtio device in a slot.
+    /// The guest does not release the device in a slot of bus 0.
     Refused {
         /// The slot of bus 0.
         slot: u8,
@@ -85,12 +85,12 @@ impl Events {
         self.push(Event::Attached);
     }
 
-    /// The guest has released virtio devices.
+    /// The guest has released devices of bus 0.
     pub(super) fn ejected(&self) {
         self.push(Event::Ejected);
     }
 
-    /// The guest does not release the virtio device in `slot`.
+    /// The guest does not release the device in `slot` of bus 0.
     pub(super) fn refused(&self, slot: u8, status: u8) {
         self.push(Event::Refused { slot, status });
     }

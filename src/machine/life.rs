@@ -210,9 +210,9 @@ impl Machine {
 
     /// An error of a device's can end the VM or hold the guest.
     fn on_device(&mut self, life: &mut Life) -> Result<(), RunError> {
-        let topology = self.pci.topology();
+        let seats = self.pci.seats();
         let runs = matches!(life.phase, Phase::Running);
-        let verdict = self.passthrough.attached.on_ready(topology, !runs)?;
+        let verdict = self.passthrough.attached.on_ready(seats, !runs)?;
         if verdict == Verdict::Hold {
             life.held = true;
             self.stop(life, None);
@@ -296,12 +296,12 @@ impl Machine {
                     log::debug!("slot {slot}: the guest switched its power {state}");
                     self.passthrough
                         .attached
-                        .on_slot_power(self.pci.topology(), slot);
+                        .on_slot_power(self.pci.seats(), slot);
                     None
                 }
                 Event::SlotSteady { slot } => {
-                    let topology = self.pci.topology();
-                    self.passthrough.attached.on_slot_steady(topology, slot);
+                    let seats = self.pci.seats();
+                    self.passthrough.attached.on_slot_steady(seats, slot);
                     None
                 }
                 Event::Stopped => {
@@ -314,10 +314,13 @@ impl Machine {
                     None
                 }
                 Event::Ejected => {
+                    self.passthrough.attached.on_ejected(self.pci.seats());
                     self.virtio.on_ejected();
                     None
                 }
                 Event::Refused { slot, status } => {
+                    let attached = &mut self.passthrough.attached;
+                    attached.on_refused(slot, status, self.pci.seats());
                     self.virtio.on_refused(slot, status);
                     None
                 }
@@ -375,8 +378,8 @@ impl Machine {
                     let limit = limit.unwrap_or_else(|| self.passthrough.removal_limit());
                     let removal = Removal::new(asker, wait, force, limit);
                     if let Some(removal) = self.virtio.remove(&id, removal, held) {
-                        let topology = self.pci.topology();
-                        self.passthrough.remove(&id, removal, topology, held);
+                        let seats = self.pci.seats();
+                        self.passthrough.remove(&id, removal, seats, held);
                     }
                 }
                 Request::End(extent) => {

@@ -30,6 +30,7 @@ mod quiet;
 mod removal;
 mod requests;
 mod restart;
+mod seats;
 mod shown;
 mod signals;
 mod virtio;

@@ -1,7 +1,8 @@
 //! Bus 0 and who sits where on it.
 //!
 //! The host bridge has slot 0. Virtio functions come from slot 1 up, in the order in which they are
-//! given, and root ports from slot 16 up, so that neither moves when one of the others is added.
+//! given, and root ports from slot 16 up, so that neither moves when one of the others is added. Assigned
+//! functions that sit on bus 0 by themselves come behind the virtio functions.
 
 use std::sync::{Arc, Weak};
 
@@ -16,6 +17,7 @@ use super::RunError;
 use super::bars::Bars;
 use super::bus::{EcamPlace, EcamWindow};
 use super::quiet::VirtioFunctions;
+use super::seats::{LOW_SLOTS, Owner, Seat, Seats};
 use crate::arch::q35::{self, Lpc, Mch};
 use crate::arch::{gsi, layout};
 use crate::kvm::{Buses, Doorbells, SharedLines};
@@ -23,14 +25,12 @@ use crate::memory::Regions;
 use crate::report::AssignedDevice;
 use crate::virtio::VirtioPci;
 
-/// The first slot that is tried for a root port.
-const FIRST_PORT: u8 = 16;
-
 /// The PCI side of a machine. Dropping it takes out every function, with its BARs unmapped before,
 /// and releases the buses, which refer to it.
 #[derive(Debug)]
 pub(super) struct Pci {
     topology: Arc<Topology>,
+    seats: Arc<Seats>,
     buses: Buses,
     windows: Windows,
     /// Bit n: slot n is taken.
@@ -62,8 +62,10 @@ impl Pci {
     ) -> Result<Self, RunError> {
         let within = [&windows.memory32[..], &windows.memory64].concat();
         let bars = Bars::new(buses.clone(), memory, doorbells, within);
+        let topology = Arc::new(Topology::new(Arc::new(bars)));
         let mut pci = Self {
-            topology: Arc::new(Topology::new(Arc::new(bars))),
+            seats: Arc::new(Seats::new(topology.clone())),
+            topology,
             buses: buses.clone(),
             windows,
             slots: 0,
@@ -118,6 +120,11 @@ impl Pci {
         &self.topology
     }
 
+    /// Where devices sit, and are asked for.
+    pub(super) fn seats(&self) -> &Arc<Seats> {
+        &self.seats
+    }
+
     /// Adds a virtio device, which the machine makes itself, and gives its slot.
     pub(super) fn add_virtio(
         &mut self,
@@ -129,32 +136,61 @@ impl Pci {
         Ok((slot, id))
     }
 
-    /// Puts a virtio device into `slot`, one of those that the machine keeps for them, while the guest runs.
+    /// Puts a virtio device into `slot`, which was kept for it, while the guest runs.
     ///
     /// # Errors
-    /// [`RunError::Addresses`] where its BAR would find no room; nothing has changed then
+    /// As [`plug_low`](Self::plug_low)
     pub(super) fn plug_virtio(
         &mut self,
         slot: u8,
         function: &Arc<VirtioPci>,
+    ) -> Result<(), RunError> {
+        self.plug_low(slot, Owner::Virtio, function.clone())?;
+        self.virtio.push(function);
+        Ok(())
+    }
+
+    /// Puts a function into a slot of bus 0 that was kept for it while the guest runs, and tells the guest.
+    ///
+    /// # Errors
+    /// [`RunError::Addresses`] where its BARs would find no room; nothing has changed then
+    fn plug_low(
+        &self,
+        slot: u8,
+        owner: Owner,
+        function: Arc<dyn PciFunction>,
     ) -> Result<FunctionId, RunError> {
         let device = Device::new(slot).ok_or_else(|| RunError::NoSlot {
-            device: function.name().to_owned(),
+            device: function.name(),
         })?;
-        self.topology.has_room(&self.windows, &**function)?;
-        let id = self.topology.add(Place::root(device), function.clone())?;
-        self.virtio.push(function);
+        self.topology.has_room(&self.windows, &*function)?;
+        let id = self.topology.add(Place::root(device), function)?;
+        self.seats.take(slot, owner, id);
+        self.seats.tell(slot);
         Ok(id)
     }
 
-    /// Bit n: slot n is one for virtio devices, and free.
+    /// Bit n: slot n is one for devices, and free at the guest's start.
     pub(super) fn free_slots(&self) -> u32 {
-        ((1 << FIRST_PORT) - 1) & !self.slots
+        ((1 << LOW_SLOTS) - 1) & !self.slots
     }
 
-    /// Whether a slot is one for virtio devices, and not beyond.
-    pub(super) fn is_low(&self, slot: u8) -> bool {
-        slot < FIRST_PORT
+    /// The slot of bus 0 that an assigned device which is there at the guest's start will have, where one is free.
+    pub(super) fn low_slot(&self) -> Option<Device> {
+        let slot = self.free_slots().trailing_zeros() as u8;
+        Device::new(slot).filter(|slot| slot.number() < LOW_SLOTS)
+    }
+
+    /// Adds a function of a host device that sits on bus 0 by itself, in a slot that is free.
+    pub(super) fn add_low(
+        &mut self,
+        slot: Device,
+        function: &Arc<AssignedFunction>,
+    ) -> Result<(), RunError> {
+        let id = self.place_in(slot, function.clone())?;
+        self.seats.take(slot.number(), Owner::Assigned, id);
+        self.assigned.push((id, Arc::downgrade(function)));
+        Ok(())
     }
 
     /// The virtio devices, which are paused with the guest.
@@ -164,7 +200,7 @@ impl Pci {
 
     /// The slot that the root port for the host device `name` will have.
     pub(super) fn port_slot(&self, name: &str) -> Result<Device, RunError> {
-        self.free_slot(name, FIRST_PORT)
+        self.free_slot(name, LOW_SLOTS)
     }
 
     /// Adds the functions of a host device, function 0 first, behind a root port in `slot` whose link
@@ -291,39 +327,55 @@ impl Pci {
         }
     }
 
-    /// Puts the functions of a host device into an empty slot while the guest runs, and gives the guest's
-    /// address of each.
+    /// Puts the functions of a host device into a seat that is empty, or was kept for it, while the guest runs, and
+    /// gives the guest's address of each.
     ///
     /// # Errors
-    /// [`RunError::SlotTooSmall`], or [`RunError::Place`] where it is taken
+    /// [`RunError::SlotTooSmall`] or [`RunError::Addresses`] where there is no room for its BARs,
+    /// [`RunError::Place`] where the seat is taken
     pub(super) fn plug(
         &mut self,
-        port: FunctionId,
+        seat: Seat,
         functions: Vec<(Function, Arc<AssignedFunction>)>,
     ) -> Result<Vec<String>, RunError> {
-        self.fits(port, &functions)?;
-        let atomics = functions.iter().map(|(_, function)| function.atomic_ops());
-        let atomics = atomics.fold(AtomicOps::NONE, |all, one| all | one);
-        self.topology.with_slot(port, |slot| slot.complete(atomics));
-        let here = functions.iter().cloned();
-        let here = here.map(|(number, function)| (number, function as Arc<dyn PciFunction>));
-        let ids = self.topology.plug(port, here)?;
+        let ids = match (seat, &functions[..]) {
+            (Seat::Port(port), _) => self.plug_behind(port, &functions)?,
+            (Seat::Low(slot), [(_, function)]) => {
+                vec![self.plug_low(slot, Owner::Assigned, function.clone())?]
+            }
+            (Seat::Low(_), _) => return Err(RunError::SeveralDevices),
+        };
         self.assigned
             .retain(|(_, function)| function.strong_count() > 0);
         let addresses = ids
             .iter()
             .map(|id| self.topology.bdf(*id).unwrap_or_default().to_string());
         let addresses = addresses.collect();
-        let functions = functions
-            .iter()
-            .map(|(_, function)| Arc::downgrade(function));
-        self.behind
-            .retain(|(_, function)| function.strong_count() > 0);
-        for (id, function) in ids.into_iter().zip(functions) {
-            self.behind.push((port, function.clone()));
-            self.assigned.push((id, function));
+        for (id, (_, function)) in ids.into_iter().zip(&functions) {
+            self.assigned.push((id, Arc::downgrade(function)));
         }
         Ok(addresses)
+    }
+
+    /// Puts the functions of a host device into the empty slot of a root port.
+    fn plug_behind(
+        &mut self,
+        port: FunctionId,
+        functions: &[(Function, Arc<AssignedFunction>)],
+    ) -> Result<Vec<FunctionId>, RunError> {
+        self.fits(port, functions)?;
+        let atomics = functions.iter().map(|(_, function)| function.atomic_ops());
+        let atomics = atomics.fold(AtomicOps::NONE, |all, one| all | one);
+        self.topology.with_slot(port, |slot| slot.complete(atomics));
+        let here = functions.iter().cloned();
+        let here = here.map(|(number, function)| (number, function as Arc<dyn PciFunction>));
+        let ids = self.topology.plug(port, here)?;
+        self.behind
+            .retain(|(_, function)| function.strong_count() > 0);
+        for (_, function) in functions {
+            self.behind.push((port, Arc::downgrade(function)));
+        }
+        Ok(ids)
     }
 
     /// Whether the BARs of functions find room in the windows of a slot, as they are now.
@@ -340,11 +392,7 @@ impl Pci {
             .enumerate()
             .map(|(index, (_, function))| Needs {
                 function: index,
-                bars: function
-                    .bars()
-                    .into_iter()
-                    .map(|region| (region.index, region.kind, region.size))
-                    .collect(),
+                bars: function.bar_sizes(),
                 bridge: None,
             });
         let behind = Behind {
@@ -476,14 +524,15 @@ impl Drop for Pci {
             function.retire();
         }
         drop(functions);
+        drop(self.seats.clear());
         self.buses.mmio.clear();
         self.buses.ports.clear();
     }
 }
 
-/// The global system interrupts that INTA to INTD of the device behind the root port in `slot` lead
-/// to: a link has device 0 only, so the port passes its pins on as they are.
-pub(super) fn pins_behind_port(slot: Device) -> [u32; 4] {
+/// The global system interrupts that INTA to INTD of a device lead to that sits in `slot` of bus 0, or behind the root
+/// port in it: a link has device 0 only, so the port passes its pins on as they are.
+pub(super) fn pins_of(slot: Device) -> [u32; 4] {
     InterruptPin::ALL.map(|pin| gsi::intx(slot, pin.swizzle(Device::default())))
 }
 

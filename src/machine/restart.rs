@@ -68,7 +68,7 @@ impl Machine {
     fn reset_all(&mut self, resets: &RestartResets) -> Result<(), KvmError> {
         let topology = self.pci.topology();
         self.vcpus.hold();
-        self.passthrough.attached.on_restart(topology);
+        self.passthrough.attached.on_restart(self.pci.seats());
         self.virtio.on_restart();
         self.events.clear();
         // A device's pin is connected anew by its reset, and what it signals then must not be

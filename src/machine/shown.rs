@@ -25,8 +25,8 @@ impl Machine {
     /// What is seen of it now.
     pub(super) fn observed(&self, life: &Life) -> Observed {
         let state = life.state();
-        let topology = self.pci.topology();
-        let mut devices = self.passthrough.observed(topology, state == State::Held);
+        let seats = self.pci.seats();
+        let mut devices = self.passthrough.observed(seats, state == State::Held);
         for known in self.pci.assigned() {
             let mut same = devices.iter_mut();
             let same = same.find(|device| device.host.as_ref() == Some(&known.host));

@@ -33,8 +33,8 @@ fn limit() -> Duration {
     }
 }
 
-/// Where the lab says what its guest and its device are: the words `KERNEL`, `INITRAMFS`, `CMDLINE`, `MEMORY` (in bytes)
-/// and `VFIO`, the device's address.
+/// Where the lab says what its guest and its devices are: the words `KERNEL`, `INITRAMFS`, `CMDLINE`, `MEMORY` (in bytes),
+/// `VFIO`, the address of the device that the VM begins with, and `VFIO2`, that of one which comes later.
 const REAL: &str = "BUSWAY_CLIENTS";
 /// The memory of the guests in the files.
 const SMALL: &str = "134217728";
@@ -215,8 +215,8 @@ impl Walk {
         }
     }
 
-    /// Waits until the guest works with its device. The lab hears when the VM was asked for, booted and at work.
-    fn wait_working(&self) {
+    /// Waits until the guest works with the device that it begins with. The lab hears when the VM was asked for, booted and at work.
+    fn wait_booted(&self) {
         let Some(device) = self.words.get("VFIO") else {
             return;
         };
@@ -224,11 +224,17 @@ impl Walk {
             "\n@@ booted after {} ms",
             self.created.elapsed().as_millis()
         );
+        self.wait_working(device);
+        println!("@@ works after {} ms", self.created.elapsed().as_millis());
+    }
+
+    /// Waits until the guest works with a device.
+    fn wait_working(&self, device: &str) {
         let interrupts = || {
             let all = fs::read_to_string("/proc/interrupts").unwrap();
             let ours = all
                 .lines()
-                .filter(|line| line.contains("vfio-msi") && line.contains(device.as_str()));
+                .filter(|line| line.contains("vfio-msi") && line.contains(device));
             let counts = ours.flat_map(|line| {
                 let numbers = line.split_whitespace().skip(1);
                 numbers.map_while(|word| word.parse::<u64>().ok())
@@ -240,15 +246,20 @@ impl Walk {
             thread::sleep(Duration::from_millis(100));
             interrupts() >= WORKS
         });
-        println!("@@ works after {} ms", self.created.elapsed().as_millis());
     }
 
     fn step(&mut self, step: &Value) {
         let name = step["step"].as_str().unwrap().to_owned();
+        let needs = step["needs"].as_str();
+        if needs.is_some_and(|word| !self.words.contains_key(word)) {
+            return;
+        }
         if step["ask"].is_string() {
             self.ask(&name, step);
-            if name == "boot" {
-                self.wait_working();
+            match name.as_str() {
+                "boot" => self.wait_booted(),
+                "add-device" => self.wait_working(&self.words["VFIO2"]),
+                _ => {}
             }
         } else if step["gives_up"] == true {
             self.connections.clear();

@@ -6,15 +6,14 @@ use busway_pci::{Bars, ConfigSpace, Identity, InterruptPin, spec};
 use crate::access::{read_byte, read_dword, write_aligned};
 use crate::aer::is_silent;
 use crate::lists::{Kept, List};
-use crate::policy::{self, Action, Rule};
+use crate::policy::{
+    self, Action, EXP_TYPE, EXP_TYPE_ENDPOINT, EXP_TYPE_INTEGRATED_ENDPOINT, Rule,
+};
 use crate::power::Power;
-use crate::{DeviceIo, RegionIndex};
+use crate::{DeviceIo, Placement, RegionIndex};
 
 const SIZE: usize = spec::CONFIG_SPACE_SIZE as usize;
 
-/// Device/port type, in the first doubleword of the capability. PCIe 6.0 §7.5.3.2
-const EXP_TYPE: u32 = 0xf << 20;
-const EXP_TYPE_INTEGRATED_ENDPOINT: u32 = 0b1001 << 20;
 /// 2.5 GT/s and one lane: in link capabilities and link status alike. PCIe 6.0 §7.5.3.6
 const EXP_SLOWEST_LINK: u32 = 1 | 1 << spec::EXP_LINK_WIDTH_SHIFT;
 
@@ -56,8 +55,14 @@ pub(crate) struct GuestConfig {
 }
 
 impl GuestConfig {
-    /// The view of the device behind `io`, whose BARs and lists are these.
-    pub(crate) fn new(io: &dyn DeviceIo, bars: Bars, standard: &List, extended: &List) -> Self {
+    /// The view of the device behind `io`, whose BARs and lists are these, and which is `placement` in the guest.
+    pub(crate) fn new(
+        io: &dyn DeviceIo,
+        bars: Bars,
+        standard: &List,
+        extended: &List,
+        placement: Placement,
+    ) -> Self {
         let size = io.region(RegionIndex::CONFIG).size;
         let passed = Source {
             read: u8::MAX,
@@ -105,7 +110,7 @@ impl GuestConfig {
         }
         config.protect_unlisted_extended(extended);
         if let Some(express) = standard.find(spec::CAP_PCI_EXPRESS.into()) {
-            config.adapt_express(io, express);
+            config.adapt_express(io, express, placement);
         }
         if let Some(features) = standard.find(spec::CAP_ADVANCED_FEATURES.into())
             && read_dword(io, features.extent.start) & policy::AF_CAPABILITIES_FLR != 0
@@ -227,9 +232,11 @@ impl GuestConfig {
         }
     }
 
-    /// Every function sits behind a root port in the guest: one that is integrated into the host's
-    /// root complex becomes an endpoint with the slowest link there is. PCIe 6.0 §7.5.3.2
-    fn adapt_express(&mut self, io: &dyn DeviceIo, express: Kept) {
+    /// Makes a PCIe function of the kind that belongs where the guest has it. PCIe 6.0 §7.5.3.2
+    ///
+    /// Behind a port, one that is integrated into the host's root complex becomes an endpoint with the slowest link
+    /// there is. On bus 0 every one is integrated, and what tells of a link reads zero.
+    fn adapt_express(&mut self, io: &dyn DeviceIo, express: Kept, placement: Placement) {
         let base = express.extent.start;
         let dword = |offset: u16| read_dword(io, base.saturating_add(offset));
         if dword(spec::EXP_DEVICE_CAPABILITIES) & policy::EXP_DEVICE_CAPABILITIES_FLR != 0 {
@@ -238,26 +245,50 @@ impl GuestConfig {
                 mask: (policy::EXP_DEVICE_CONTROL_FLR >> 8) as u8,
             });
         }
-        if dword(0) & EXP_TYPE != EXP_TYPE_INTEGRATED_ENDPOINT {
-            return;
+        let own = dword(0) & EXP_TYPE;
+        match placement {
+            Placement::BehindPort if own == EXP_TYPE_INTEGRATED_ENDPOINT => {
+                self.set_express_type(io, express, EXP_TYPE_ENDPOINT);
+                for (offset, value) in [
+                    (spec::EXP_LINK_CAPABILITIES, EXP_SLOWEST_LINK),
+                    (spec::EXP_LINK_CONTROL, EXP_SLOWEST_LINK << 16),
+                ] {
+                    self.replace(express, offset, value);
+                }
+            }
+            Placement::BehindPort => {}
+            Placement::RootBus => {
+                self.set_express_type(io, express, EXP_TYPE_INTEGRATED_ENDPOINT);
+                for offset in policy::EXP_LINK {
+                    self.replace(express, *offset, 0);
+                }
+            }
         }
+    }
+
+    /// Says of a PCIe function that it is of this type.
+    fn set_express_type(&mut self, io: &dyn DeviceIo, express: Kept, value: u32) {
         let rule = Rule {
             offset: 0,
             mask: EXP_TYPE,
             action: Action::Hide,
-            why: "zero is an endpoint",
+            why: "the type is that of a function where the guest has it",
         };
+        let base = express.extent.start;
         self.apply(io, base, express.extent.end, &rule);
-        for (offset, value) in [
-            (spec::EXP_LINK_CAPABILITIES, EXP_SLOWEST_LINK),
-            (spec::EXP_LINK_CONTROL, EXP_SLOWEST_LINK << 16),
-        ] {
-            let at = base.saturating_add(offset);
-            let end = at.saturating_add(4);
-            if end <= express.extent.end {
-                self.hide(at, end);
-                self.define(at, value, 0);
-            }
+        let [.., byte, _] = value.to_le_bytes();
+        let at = base.saturating_add(2);
+        let held = self.held::<u8>(at);
+        self.define(at, held | byte, 0);
+    }
+
+    /// Has a doubleword of a capability read as `value`, where it is in the capability, and not be written.
+    fn replace(&mut self, capability: Kept, offset: u16, value: u32) {
+        let at = capability.extent.start.saturating_add(offset);
+        let end = at.saturating_add(4);
+        if end <= capability.extent.end {
+            self.hide(at, end);
+            self.define(at, value, 0);
         }
     }
 

@@ -73,4 +73,4 @@ pub use rom::{RomChoice, RomError, RomImage};
 pub use survey::SurveyError;
 pub use sys::adopt;
 pub use vf_token::{ParseVfTokenError, TokenUse, VfToken};
-pub use wiring::{AssignOptions, Wiring};
+pub use wiring::{AssignOptions, Placement, Wiring};

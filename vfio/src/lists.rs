@@ -134,6 +134,27 @@ fn merge(
     found
 }
 
+/// Leaves out what a function does not have that is on bus 0, a part of the root complex.
+///
+/// A legacy endpoint cannot be integrated (PCIe 6.0 §1.3.2.2), and Windows refuses such: it becomes a conventional
+/// function. A conventional one stays what it is.
+pub(crate) fn integrate(config: &impl ConfigRead, standard: &mut List, extended: &mut List) {
+    let express = standard.find(spec::CAP_PCI_EXPRESS.into());
+    if let Some(Kept { extent, .. }) = express
+        && config.read_dword(extent.start) & policy::EXP_TYPE == policy::EXP_TYPE_LEGACY_ENDPOINT
+    {
+        standard.hide(extent.start);
+    }
+    let of_a_link = extended
+        .kept
+        .iter()
+        .filter(|kept| policy::OF_A_LINK.contains(&kept.id))
+        .map(|kept| kept.extent.start);
+    for start in of_a_link.collect::<Vec<_>>() {
+        extended.hide(start);
+    }
+}
+
 fn sort_out(
     found: &[Found],
     rules: &'static [policy::CapabilityRule],

@@ -18,6 +18,19 @@ pub struct Wiring {
     pub resets: Arc<Resets>,
     /// The time by which the guest's resets and changes of interrupts are paced.
     pub clock: Arc<dyn Clock>,
+    /// Where it is in the guest.
+    pub placement: Placement,
+}
+
+/// Where a function is in its guest, which decides what kind of function a PCIe one is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// At a link, behind a root port: an endpoint. PCIe 6.0 §1.3.2.1, §1.3.2.2
+    #[default]
+    BehindPort,
+    /// On bus 0, a part of the root complex: an endpoint that is integrated into it and has no link. PCIe 6.0
+    /// §1.3.2.3
+    RootBus,
 }
 
 /// What the person who gives a device away can choose about it.

@@ -108,6 +108,10 @@ enum Verb {
         /// What it is called, or the first of several
         #[arg(long)]
         id: Option<String>,
+        /// Behind a PCIe root port, or on bus 0 by itself; what `--platform root_ports=` said where nothing is given.
+        /// Several functions are behind a port
+        #[arg(long, value_name = "on|off", value_parser = switch)]
+        root_port: Option<bool>,
     },
     /// Add a disk; answered when the guest can find it
     AddDisk(AddDiskArgs),
@@ -171,6 +175,15 @@ Exit status: 0 it is done; 1 the VM refused, or did not answer in time (10 s; 2 
 to add a device, and to remove one beside the time that the guest has for it); 2 bad usage, or no
 VM's socket has this name; 3 check-device found something that stands against it.";
 
+/// A switch, as `busway run` has them.
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("say on or off".to_owned()),
+    }
+}
+
 impl Verb {
     const fn method(&self) -> &'static str {
         match self {
@@ -208,11 +221,18 @@ impl Verb {
     /// What is said beside the endpoint.
     fn body(&self) -> Option<Value> {
         match self {
-            Self::AddDevice { devices, id } => {
+            Self::AddDevice {
+                devices,
+                id,
+                root_port,
+            } => {
                 let (first, rest) = devices.split_first()?;
                 let functions = rest.iter().map(|path| json!({ "path": path }));
                 let functions: Vec<_> = functions.collect();
-                let body = json!({ "path": first, "id": id, "functions": functions });
+                let mut body = json!({ "path": first, "id": id, "functions": functions });
+                if let Some(root_port) = root_port {
+                    body["root_port"] = json!(root_port);
+                }
                 Some(body)
             }
             Self::AddDisk(disk) => Some(json!({

@@ -53,6 +53,7 @@ fn a_device_whose_slot_no_driver_attends_to_is_said_to_wait_for_one() {
         let verb = Verb::AddDevice {
             devices: vec!["01:00.0".into()],
             id: None,
+            root_port: None,
         };
         show(&verb, &answer, Screen::default())
     };
@@ -127,11 +128,19 @@ fn functions_come_by_one_request_and_leave_together() {
     let verb = Verb::AddDevice {
         devices: vec!["01:00.0".into(), "01:00.1".into()],
         id: Some("card".into()),
+        root_port: None,
     };
     let body = json!({
         "path": "01:00.0", "id": "card", "functions": [{ "path": "01:00.1" }],
     });
     assert_eq!(verb.body(), Some(body));
+    let on_bus_0 = Verb::AddDevice {
+        devices: vec!["02:00.0".into()],
+        id: None,
+        root_port: Some(false),
+    };
+    let body = json!({ "path": "02:00.0", "id": null, "functions": [], "root_port": false });
+    assert_eq!(on_bus_0.body(), Some(body));
     let answer = json!({
         "id": "card", "bdf": "0000:03:00.0",
         "functions": [{ "id": "0000:01:00.1", "bdf": "0000:03:00.1" }],
@@ -188,6 +197,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
         Verb::AddDevice {
             devices: vec![device()],
             id: None,
+            root_port: None,
         },
         Verb::AddDisk(AddDiskArgs {
             path: "d".into(),

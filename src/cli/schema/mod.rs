@@ -323,6 +323,7 @@ Functions of one host device become one device of the guest's.
         romfile: None,
         x_nv_gpudirect_clique: None,
         boot_index: None,
+        root_port: None,
     },
     keys: keys! {
         "path" { "PATH": "address (0000:01:00.0, 01:00.0), a mediated device's UUID, or folder in\n\
@@ -347,6 +348,8 @@ Functions of one host device become one device of the guest's.
             |device, value| device.x_nv_gpudirect_clique = Some(value.number()?);
         "boot_index" { "N": "what firmware boots from, the lowest first" }
             |device, value| device.boot_index = Some(value.number()?);
+        "root_port" { "on": "behind a PCIe root port of its own [as --platform root_ports=]", "off": "on bus 0 by itself, integrated into the root complex" }
+            |device, value| device.root_port = Some(value.switch()?);
     },
     required: &["path", "fd"],
     bare: Some(set_device_path),
@@ -407,6 +410,9 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.hotplug_slots = Some(value.number()?);
         "hotplug_mmio64" { "SIZE": "room above RAM for the memory of what comes into such a slot [4G]" }
             |platform, value| platform.hotplug_mmio64 = Some(value.size()?);
+        "root_ports" { "on": "devices are behind PCIe root ports [for `busway run`]", "off": "those of one function are on bus 0 [for Cloud Hypervisor's clients,\n\
+                 which look for them there]" }
+            |platform, value| platform.root_ports = Some(value.switch()?);
         "removal_timeout" { "N": "seconds that the guest has to release a device, 1 to 3600 [30]" }
             |platform, value| platform.removal_timeout = Some(value.number()?);
     },

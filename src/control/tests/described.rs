@@ -230,6 +230,7 @@ fn a_full_configuration_is_as_described() {
     device.fd = Some(7);
     device.id = Some("e".into());
     device.x_nv_gpudirect_clique = Some(1);
+    device.root_port = Some(true);
     let mut config = VmConfig {
         kernel: Some("k".into()),
         firmware: Some(FirmwareConfig {
@@ -264,6 +265,7 @@ fn a_full_configuration_is_as_described() {
     config.memory.hugepage_size = Some(1 << 30);
     config.platform.iommufd = Choice::On;
     config.platform.p2p = Choice::Off;
+    config.platform.root_ports = Some(false);
     config.accepted = Some(Box::new(Accepted {
         max_vcpus: Some(4),
         topology: Some(Topology {

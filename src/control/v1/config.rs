@@ -160,6 +160,9 @@ struct Device {
     id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     x_nv_gpudirect_clique: Option<u8>,
+    /// Beside Cloud Hypervisor's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    root_port: Option<bool>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -178,6 +181,9 @@ struct Platform {
     iommufd: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vfio_p2p_dma: Option<bool>,
+    /// Beside Cloud Hypervisor's: devices are behind root ports, or on bus 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    root_ports: Option<bool>,
     /// Beside Cloud Hypervisor's: the seconds that the guest has to release a device.
     removal_timeout_s: u64,
 }
@@ -374,6 +380,7 @@ impl From<&DeviceConfig> for Device {
             pci_segment: 0,
             id: device.id.clone(),
             x_nv_gpudirect_clique: device.x_nv_gpudirect_clique,
+            root_port: device.root_port,
         }
     }
 }
@@ -394,6 +401,7 @@ impl Platform {
             oem_strings: accepted.oem_strings.clone(),
             iommufd: known(platform.iommufd),
             vfio_p2p_dma: known(platform.p2p),
+            root_ports: platform.root_ports,
             removal_timeout_s: platform.removal_limit().as_secs(),
         }
     }

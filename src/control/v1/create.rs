@@ -151,6 +151,8 @@ struct Platform {
     /// Beside Cloud Hypervisor's: which of the descriptors that came is an iommufd.
     iommufd_fd_index: Option<usize>,
     vfio_p2p_dma: Option<bool>,
+    /// Beside Cloud Hypervisor's: devices are behind root ports, or on bus 0, where it has them.
+    root_ports: Option<bool>,
     #[serde(alias = "system_serial_number")]
     serial_number: Option<String>,
     #[serde(alias = "system_uuid")]
@@ -245,6 +247,8 @@ impl CreateVm {
             config.platform = platform.into_config(&mut accepted)?;
         }
         beside.finish()?;
+        // Clients look for devices where Cloud Hypervisor has them.
+        config.platform.root_ports.get_or_insert(false);
         config.accepted = Some(Box::new(accepted)).filter(|all| **all != Accepted::default());
         Ok((config, handed))
     }
@@ -385,6 +389,7 @@ impl Platform {
             iommufd: choice(self.iommufd, Choice::On, Choice::Off),
             // On is what Cloud Hypervisor does where it can.
             p2p: choice(self.vfio_p2p_dma, Choice::Auto, Choice::Off),
+            root_ports: self.root_ports,
             ..PlatformConfig::default()
         })
     }
@@ -408,7 +413,30 @@ mod tests {
         VmConfig {
             serial: ConsoleConfig::Null,
             console: ConsoleConfig::Tty,
+            platform: PlatformConfig {
+                root_ports: Some(false),
+                ..PlatformConfig::default()
+            },
             ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn devices_are_on_bus_0_unless_the_body_says_otherwise() {
+        let on_bus_0 = |body: &str| {
+            let config = config(body).unwrap();
+            let devices = config.device.iter();
+            let on = devices.map(|device| config.platform.has_on_root_bus(device));
+            on.collect::<Vec<_>>()
+        };
+        let devices = r#""devices":[{"path":"01:00.0"},{"path":"02:00.0","root_port":true},{"path":"03:00.0","root_port":false}]"#;
+        for (platform, expected) in [
+            ("null", [true, false, true]),
+            (r#"{"num_pci_segments":2}"#, [true, false, true]),
+            (r#"{"root_ports":true}"#, [false, false, true]),
+        ] {
+            let body = format!(r#"{{{devices},"platform":{platform}}}"#);
+            assert_eq!(on_bus_0(&body), expected, "{platform}");
         }
     }
 

@@ -248,6 +248,7 @@ struct AddDevice {
     /// Beside Cloud Hypervisor's.
     vf_token: Option<String>,
     on_error: Option<OnError>,
+    root_port: Option<bool>,
     /// Beside Cloud Hypervisor's: further functions of the same device.
     #[serde(default)]
     functions: Vec<AddDevice>,
@@ -291,6 +292,7 @@ impl AddDevice {
         config.x_nv_gpudirect_clique = self.x_nv_gpudirect_clique;
         config.vf_token = self.vf_token;
         config.on_error = self.on_error.unwrap_or_default();
+        config.root_port = self.root_port;
         Ok(config)
     }
 }

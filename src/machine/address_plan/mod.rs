@@ -28,6 +28,8 @@ const NAMED: usize = 3;
 pub(super) struct PlannedFunction {
     host: HostIdentity,
     bars: Vec<(BarIndex, BarKind, u64)>,
+    /// It sits on bus 0 by itself.
+    on_root_bus: bool,
 }
 
 impl PlannedFunction {
@@ -38,6 +40,7 @@ impl PlannedFunction {
             return Self {
                 host: host.clone(),
                 bars: reserved(reserve),
+                on_root_bus: false,
             };
         }
         let mut bars: Vec<_> = resources_in(&host.folder)
@@ -53,6 +56,15 @@ impl PlannedFunction {
         Self {
             host: host.clone(),
             bars,
+            on_root_bus: false,
+        }
+    }
+
+    /// The same where it sits on bus 0 by itself, or does not.
+    pub(super) fn on_root_bus(self, on_root_bus: bool) -> Self {
+        Self {
+            on_root_bus,
+            ..self
         }
     }
 
@@ -65,12 +77,13 @@ impl PlannedFunction {
                 is_virtual: false,
             },
             bars: reserved(reserve),
+            on_root_bus: false,
         }
     }
 
-    /// What of its BARs is below 4 GiB behind a port, in bytes.
+    /// What of its BARs is below 4 GiB where it sits, in bytes.
     fn below_4_gib(&self) -> u64 {
-        let below = |kind| WindowKind::of(kind, false) == WindowKind::Memory32;
+        let below = |kind| WindowKind::of(kind, self.on_root_bus) == WindowKind::Memory32;
         self.bars
             .iter()
             .filter(|(_, kind, _)| below(*kind))
@@ -254,6 +267,9 @@ impl AddressPlan {
         );
         let remedy = match (missing.bar, fits_alone) {
             (BarIndex::Rom, _) => "leave the ROM out: rom=off beside its --device".to_owned(),
+            (BarIndex::Bar(_), false) if Self::fits_bus_0(functions, &alone, &windows) => {
+                "have it on bus 0: root_port=off beside its --device".to_owned()
+            }
             (BarIndex::Bar(_), false) => "no guest can have this device".to_owned(),
             (BarIndex::Bar(_), true) => format!(
                 "give the VM fewer of these devices: most is needed by {}",
@@ -261,6 +277,24 @@ impl AddressPlan {
             ),
         };
         refusal(functions, missing, why, remedy)
+    }
+
+    /// Whether all that a device needs below 4 GiB would find room if it were on bus 0, where one function can be.
+    fn fits_bus_0(
+        functions: &[PlannedFunction],
+        alone: &[Needs<Option<usize>>],
+        windows: &Windows,
+    ) -> bool {
+        let behind = alone.iter().filter_map(|port| port.bridge.as_ref());
+        let mut behind = behind.flat_map(|bridge| &bridge.functions);
+        let (Some(only), None) = (behind.next(), behind.next()) else {
+            return false;
+        };
+        let only = only.function.and_then(|index| functions.get(index));
+        only.is_some_and(|only| {
+            let moved = [only.clone().on_root_bus(true)];
+            find_room(&needs(&moved), WindowKind::Memory32, windows).is_ok()
+        })
     }
 
     fn refuse_above_ram(
@@ -337,36 +371,46 @@ impl AddressPlan {
     }
 }
 
-/// What bus 0 needs: a port for each device, with its functions behind it.
+/// What bus 0 needs: a port for each device, with its functions behind it, or the device itself.
 fn needs(functions: &[PlannedFunction]) -> Vec<Needs<Option<usize>>> {
     behind_ports(functions.iter().map(|function| &function.host))
         .into_iter()
         .map(|behind| {
-            let functions = behind.iter().filter_map(|behind| {
+            let given = |index: usize| functions.get(index);
+            let needs = behind.iter().filter_map(|behind| {
                 Some(Needs {
                     function: Some(behind.index),
-                    bars: functions.get(behind.index)?.bars.clone(),
+                    bars: given(behind.index)?.bars.clone(),
                     bridge: None,
                 })
             });
+            let mut needs: Vec<_> = needs.collect();
+            let mut behind = behind.iter().filter_map(|behind| given(behind.index));
+            if needs.len() == 1
+                && behind.all(|one| one.on_root_bus)
+                && let Some(alone) = needs.pop()
+            {
+                return alone;
+            }
             Needs {
                 function: None,
                 bars: Vec::new(),
                 bridge: Some(Behind {
                     reserve: Reserve::SMALL,
-                    functions: functions.collect(),
+                    functions: needs,
                 }),
             }
         })
         .collect()
 }
 
-/// The port alone that a function is behind.
+/// What a function has of bus 0: itself, or the port alone that it is behind.
 fn port_of(functions: &[PlannedFunction], function: Option<usize>) -> Vec<Needs<Option<usize>>> {
     let mut ports = needs(functions);
     ports.retain(|port| {
-        let mut behind = port.bridge.iter().flat_map(|bridge| &bridge.functions);
-        behind.any(|needs| needs.function == function)
+        let behind = port.bridge.iter().flat_map(|bridge| &bridge.functions);
+        let mut all = behind.chain(port.bridge.is_none().then_some(port));
+        all.any(|needs| needs.function == function)
     });
     ports
 }

@@ -113,9 +113,37 @@ fn ram_makes_room_below_4_gib_for_cards_whose_large_bars_are_not_prefetchable() 
 }
 
 #[test]
-fn a_bar_that_no_guest_has_room_for_is_said_to_be_one() {
+fn on_bus_0_a_64_bit_bar_is_above_ram_whether_it_is_prefetchable_or_not() {
+    let on_bus_0 = |mut devices: Devices| {
+        let all = devices.1.into_iter();
+        devices.1 = all.map(|one| one.on_root_bus(true)).collect();
+        devices
+    };
+    // More than a guest can have behind ports.
+    let cards = on_bus_0(Devices::new(&[VCK5000; 8]));
+    let plan = cards.plan(8 * GIB, &[], 46).unwrap();
+    assert_eq!(plan.mmio32_start, layout::MMIO32_START);
+    let ram = layout::ram_ranges(8 * GIB, plan.mmio32_start, &[]);
+    assert_eq!(find_all(&cards, &plan.windows(&ram, &[])), Ok(()));
+    let large: &[_] = &[(2, 128 * GIB, MEMORY | WIDE)];
+    let text = refused(on_bus_0(Devices::new(&[large; 2])).plan(GIB, &[], 38));
+    assert!(text.starts_with("BAR 2 of 0000:02:00.0 "), "{text}");
+    assert!(text.ends_with("; give the VM fewer such devices"), "{text}");
+}
+
+#[test]
+fn what_has_room_on_bus_0_alone_is_said_to_belong_there() {
     let text = refused(Devices::new(&[&[(2, 4 * GIB, MEMORY | WIDE)]]).plan(GIB, &[], 46));
-    assert!(text.starts_with("BAR 2 of 0000:01:00.0 (4 GiB, "), "{text}");
+    assert!(
+        text.ends_with("; have it on bus 0: root_port=off beside its --device"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_bar_that_no_guest_has_room_for_is_said_to_be_one() {
+    let text = refused(Devices::new(&[&[(2, 2 * GIB, MEMORY)]]).plan(GIB, &[], 46));
+    assert!(text.starts_with("BAR 2 of 0000:01:00.0 (2 GiB, "), "{text}");
     assert!(text.ends_with("; no guest can have this device"), "{text}");
     let rom: &[_] = &[(0, 2 * GIB, MEMORY), (6, GIB, MEMORY)];
     let text = refused(Devices::new(&[rom]).plan(GIB, &[], 46));

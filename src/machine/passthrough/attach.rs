@@ -12,7 +12,7 @@ use std::time::Duration;
 use busway_iommu::{DmaSpace, IovaRange};
 use busway_pci::pace::SystemClock;
 use busway_pci::{Device, Function, InterruptLines, InterruptRoutes, PciFunction};
-use busway_vfio::{AssignedFunction, DeviceIo, Resets, Wiring};
+use busway_vfio::{AssignedFunction, DeviceIo, Placement, Resets, Wiring};
 
 use busway_host::open_node;
 
@@ -26,7 +26,7 @@ use crate::config::DeviceConfig;
 use crate::kvm::{IrqRouter, VectorCount};
 use crate::machine::RunError;
 use crate::machine::handed::Files;
-use crate::machine::pci::pins_behind_port;
+use crate::machine::pci::pins_of;
 use crate::memory::{RegionListener, Regions};
 use crate::report::Report;
 
@@ -194,13 +194,23 @@ impl Attacher {
         users.unwrap_or_default()
     }
 
+    /// Whether a device is to sit on bus 0 by itself, where it can.
+    pub(super) fn is_for_root_bus(&self, device: &DeviceConfig) -> bool {
+        self.opening.platform.has_on_root_bus(device)
+    }
+
+    /// Whether devices of which nothing else is said are to sit on bus 0.
+    pub(super) fn has_root_bus(&self) -> bool {
+        !self.opening.platform.root_ports()
+    }
+
     /// Finds, opens and resets devices that are one device of the guest's, and makes the functions that
-    /// go behind the port in `slot`. Guest memory is mapped for them. Nothing is left of it after an error.
+    /// go to `place`. Guest memory is mapped for them. Nothing is left of it after an error.
     pub(super) fn prepare(
         &self,
         configs: &[DeviceConfig],
         files: &Files,
-        slot: Device,
+        place: (Device, Placement),
     ) -> Result<Vec<Prepared>, RunError> {
         let root = self.opening.spaces.paths();
         let iommufd = self.opening.iommufd()?;
@@ -213,7 +223,7 @@ impl Attacher {
         let devices: Vec<_> = opened.devices.iter().map(|(_, io)| io.clone()).collect();
         let mut ports = self.reset(opened);
         let functions = match (ports.pop(), ports.is_empty()) {
-            (Some(functions), true) => self.functions(functions, slot, &users),
+            (Some(functions), true) => self.functions(functions, place, &users),
             _ => Err(RunError::SeveralDevices),
         };
         if functions.is_err() {
@@ -278,19 +288,20 @@ impl Attacher {
             .collect()
     }
 
-    /// The functions that go behind the port in `slot`.
+    /// The functions that go into a slot of bus 0, or behind the port in it.
     pub(super) fn functions(
         &self,
         functions: Vec<(Function, Ready)>,
-        slot: Device,
+        (slot, placement): (Device, Placement),
         users: &Arc<Users>,
     ) -> Result<Vec<Prepared>, RunError> {
         let functions = functions.into_iter().map(|(number, (request, device))| {
             let wiring = Wiring {
                 routes: self.wires.routes(),
-                lines: self.wires.lines(pins_behind_port(slot)),
+                lines: self.wires.lines(pins_of(slot)),
                 resets: self.resets.clone(),
                 clock: Arc::new(SystemClock::default()),
+                placement,
             };
             let name = request.identity.name();
             let function = AssignedFunction::new(&name, device.clone(), wiring, &request.options)?;

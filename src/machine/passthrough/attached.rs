@@ -1,9 +1,10 @@
 //! The host's devices in a VM that runs: what their errors do to it, and how they leave it.
 //!
-//! A device that the host wants back is asked of the guest by its slot's attention button. The guest's
-//! driver releases it and switches the slot's power off, and the device is closed, by which the host's
-//! `unbind` returns. Where nobody attends to the slot, or not in time, or the device is gone already,
-//! the device is pulled out: the guest's driver finds it absent. Either is done beside the event loop.
+//! A device that the host wants back is asked of the guest where it sits (`seats`): by its slot's attention
+//! button, or by ACPI. The guest's driver releases it and switches the slot's power off, or says by ACPI that it
+//! has, and the device is closed, by which the host's `unbind` returns. Where nobody attends to the slot, or not in
+//! time, or the device is gone already, the device is pulled out: the guest's driver finds it absent. Either is done
+//! beside the event loop.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,12 +12,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use busway_pci::{Complaints, Function, FunctionId, Topology};
+use busway_pci::{Complaints, Function};
 use busway_vfio::{AssignedSight, DeviceEvents, DeviceIo, ErrorCounts, ErrorStatus, is_silent};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::attach::{Attacher, Prepared, Users};
-use super::steady::{STEADY_LIMIT, is_steady};
 use crate::config::{DeviceConfig, OnError};
 use crate::machine::RunError;
 use crate::machine::aside::Aside;
@@ -24,6 +24,7 @@ use crate::machine::events::Events;
 use crate::machine::observed::{AssignedDoing, DeviceSeen, DeviceState, Doing};
 use crate::machine::removal::{Closing, Removal, tell_of};
 use crate::machine::requests::{Answer, RequestError};
+use crate::machine::seats::{Owner, STEADY_LIMIT, Seat, Seats, refusal};
 
 /// The kind of the host's devices, for who looks.
 pub(super) const ASSIGNED: &str = "assigned";
@@ -50,8 +51,8 @@ struct Entry {
     name: String,
     config: DeviceConfig,
     on_error: OnError,
-    /// The root port in whose slot it is.
-    port: FunctionId,
+    /// Where it is; so are all functions of its slot.
+    seat: Seat,
     /// By when the guest has to have release it, where somebody wants it back.
     leaves: Option<Term>,
     /// What becomes of the slot's button for that.
@@ -76,7 +77,7 @@ struct Entry {
 #[derive(Clone, Debug, PartialEq)]
 struct Leaver {
     config: DeviceConfig,
-    port: FunctionId,
+    seat: Seat,
     /// Somebody takes it for gone.
     told: bool,
 }
@@ -122,8 +123,8 @@ impl Attached {
         })
     }
 
-    /// Hears from now on what a device tells that is in the slot behind `port`.
-    pub(super) fn add(&mut self, one: Prepared, port: FunctionId) {
+    /// Hears from now on what a device tells that is in `seat`.
+    pub(super) fn add(&mut self, one: Prepared, seat: Seat) {
         let (config, io) = (one.config, one.device);
         let name = config.name();
         let events = DeviceEvents::listen(&name, &*io);
@@ -140,7 +141,7 @@ impl Attached {
         self.devices.push(Entry {
             name,
             on_error: config.on_error,
-            port,
+            seat,
             leaves: None,
             button: Button::default(),
             removal: None,
@@ -168,11 +169,11 @@ impl Attached {
     }
 
     /// What is seen of each. `held`: the guest is paused for an error of one.
-    pub(super) fn observed(&self, topology: &Topology, held: bool) -> Vec<DeviceSeen> {
+    pub(super) fn observed(&self, seats: &Seats, held: bool) -> Vec<DeviceSeen> {
         let mut all: Vec<_> = self
             .devices
             .iter()
-            .map(|device| device.observed(topology, held))
+            .map(|device| device.observed(seats, held))
             .collect();
         all.extend(self.closing.each(|one| DeviceSeen {
             id: one.config.id(),
@@ -201,7 +202,7 @@ impl Attached {
 
     /// Whether somebody takes a device for gone, though the guest has not released it yet: it or another of its slot.
     fn is_told_gone(&self, device: &Entry) -> bool {
-        let mut slot = self.devices.iter().filter(|one| one.port == device.port);
+        let mut slot = self.devices.iter().filter(|one| one.seat == device.seat);
         slot.any(|one| one.removal.as_ref().is_some_and(Removal::is_told))
     }
 
@@ -249,7 +250,7 @@ impl Attached {
         &mut self,
         id: &str,
         removal: Removal,
-        topology: &Arc<Topology>,
+        seats: &Arc<Seats>,
         held: bool,
     ) {
         let mut devices = self.devices.iter_mut();
@@ -264,9 +265,9 @@ impl Attached {
         }
         let limit = removal.limit();
         device.removal = Some(removal);
-        let port = device.port;
-        self.ask_for(port, topology, held, "it is to be removed", limit);
-        let removals = self.devices.iter_mut().filter(|device| device.port == port);
+        let seat = device.seat;
+        self.ask_for(seat, seats, held, "it is to be removed", limit);
+        let removals = self.devices.iter_mut().filter(|device| device.seat == seat);
         removals
             .filter_map(|device| device.removal.as_mut())
             .for_each(Removal::asked);
@@ -275,7 +276,7 @@ impl Attached {
     /// Deals with what the devices have told. `held`: the guest does not run, and cannot be asked.
     pub(in crate::machine) fn on_ready(
         &mut self,
-        topology: &Arc<Topology>,
+        seats: &Arc<Seats>,
         held: bool,
     ) -> Result<Verdict, RunError> {
         let mut verdict = Verdict::GoOn;
@@ -297,33 +298,33 @@ impl Attached {
                 let request = device.events.request.as_ref();
                 request.is_some_and(|event| event.take() > 0)
             })
-            .map(|device| device.port)
+            .map(|device| device.seat)
             .collect();
         let limit = self.attacher.removal_limit();
-        for port in wanted {
-            self.ask_for(port, topology, held, "the host wants it back", limit);
+        for seat in wanted {
+            self.ask_for(seat, seats, held, "the host wants it back", limit);
         }
         Ok(verdict)
     }
 
     /// The guest switched the power of a slot: where it was asked to release what is there, it has.
-    pub(in crate::machine) fn on_slot_power(&mut self, topology: &Arc<Topology>, slot: u16) {
+    pub(in crate::machine) fn on_slot_power(&mut self, seats: &Arc<Seats>, slot: u16) {
         let released = self.devices.iter().find_map(|device| {
-            let off = topology.with_slot(device.port, |its| its.slot() == slot && !its.powered());
-            (device.leaves.is_some() && off == Some(true)).then_some(device.port)
+            let off = seats.is_of_port(device.seat, slot) && !seats.powered(device.seat);
+            (device.leaves.is_some() && off).then_some(device.seat)
         });
-        if let Some(port) = released {
-            self.release(port, topology, "the guest released it");
+        if let Some(seat) = released {
+            self.release(seat, seats, "the guest released it");
         }
     }
 
     /// The guest is done with what it was at with a slot. Where it was asked to release what is there, and
     /// gives it power again instead, it is asked once more, and then no more.
-    pub(in crate::machine) fn on_slot_steady(&mut self, topology: &Arc<Topology>, slot: u16) {
+    pub(in crate::machine) fn on_slot_steady(&mut self, seats: &Arc<Seats>, slot: u16) {
         let kept = self.devices.iter_mut().find(|device| {
-            let on = topology.with_slot(device.port, |its| its.slot() == slot && its.powered());
+            let on = seats.is_of_port(device.seat, slot) && seats.powered(device.seat);
             let asked = device.button.due.is_none() && device.button.presses > 0;
-            device.leaves.is_some() && asked && on == Some(true)
+            device.leaves.is_some() && asked && on
         });
         let Some(device) = kept else {
             return;
@@ -332,8 +333,27 @@ impl Attached {
             device.button.due = Some(Instant::now());
             return;
         }
-        let port = device.port;
-        self.give_up_on(port, topology, "the guest refuses to release it");
+        let seat = device.seat;
+        self.give_up_on(seat, seats, "the guest refuses to release it");
+    }
+
+    /// The guest has released devices by ACPI, asked or not.
+    pub(in crate::machine) fn on_ejected(&mut self, seats: &Arc<Seats>) {
+        for seat in seats.released(Owner::Assigned).into_iter().map(Seat::Low) {
+            // Of one that is being pulled out, it is known already.
+            if self.devices.iter().any(|device| device.seat == seat) {
+                self.release(seat, seats, "the guest released it");
+            }
+        }
+    }
+
+    /// The guest does not release what is in a slot of bus 0, by the status of `_OST`.
+    pub(in crate::machine) fn on_refused(&mut self, slot: u8, status: u8, seats: &Arc<Seats>) {
+        let seat = Seat::Low(slot);
+        let mut devices = self.devices.iter();
+        if devices.any(|device| device.seat == seat && device.leaves.is_some()) {
+            self.give_up_on(seat, seats, &refusal(status));
+        }
     }
 
     /// By when something has to have happened.
@@ -346,34 +366,37 @@ impl Attached {
     }
 
     /// Presses the buttons that are due, and pulls out what the guest was asked for and has not released in time.
-    pub(in crate::machine) fn on_time(&mut self, topology: &Arc<Topology>, now: Instant) {
+    pub(in crate::machine) fn on_time(&mut self, seats: &Arc<Seats>, now: Instant) {
         let due = |device: &&mut Entry| {
             let due = device.button.due;
-            due.is_some_and(|due| due <= now || is_steady(topology, device.port))
+            due.is_some_and(|due| due <= now || seats.is_steady(device.seat))
         };
         while let Some(device) = self.devices.iter_mut().find(due) {
             device.button.due = None;
             device.button.presses = device.button.presses.saturating_add(1);
-            let port = device.port;
-            if topology.with_slot(port, |slot| slot.press_button()) != Some(true) {
+            let seat = device.seat;
+            if !seats.ask(seat) {
                 let why = "the guest has no driver that could be asked to release it";
-                self.give_up_on(port, topology, why);
+                self.give_up_on(seat, seats, why);
             }
         }
         let late = |device: &Entry| {
             let term = device.leaves.filter(|term| term.end <= now)?;
-            Some((device.port, term.limit.as_secs()))
+            Some((device.seat, term.limit.as_secs()))
         };
-        while let Some((port, limit)) = self.devices.iter().find_map(late) {
-            let why = format!("the guest did not release it within {limit} s");
-            self.give_up_on(port, topology, &why);
+        while let Some((seat, limit)) = self.devices.iter().find_map(late) {
+            let why = match seats.withdraw(seat) {
+                true => format!("the guest was not there to be asked for it within {limit} s"),
+                false => format!("the guest did not release it within {limit} s"),
+            };
+            self.give_up_on(seat, seats, &why);
         }
     }
 
-    /// The guest does not release what is behind `port`: it is pulled out, unless whoever asked for it
+    /// The guest does not release what is in `seat`: it is pulled out, unless whoever asked for it
     /// wants it no more then.
-    fn give_up_on(&mut self, port: FunctionId, topology: &Arc<Topology>, why: &str) {
-        let here = |device: &&mut Entry| device.port == port;
+    fn give_up_on(&mut self, seat: Seat, seats: &Arc<Seats>, why: &str) {
+        let here = |device: &&mut Entry| device.seat == seat;
         let mut removals = Vec::new();
         let mut pulled = true;
         for device in self.devices.iter_mut().filter(here) {
@@ -383,7 +406,7 @@ impl Attached {
             }
         }
         if pulled {
-            self.release(port, topology, &format!("{why} and loses it"));
+            self.release(seat, seats, &format!("{why} and loses it"));
             return;
         }
         for device in self.devices.iter_mut().filter(here) {
@@ -398,10 +421,11 @@ impl Attached {
 
     /// Pulls out what the guest was asked for: it starts anew, and shall not find it. Waits until all
     /// that leaves is closed, for it may reach memory until then. No vCPU may run.
-    pub(in crate::machine) fn on_restart(&mut self, topology: &Arc<Topology>) {
+    pub(in crate::machine) fn on_restart(&mut self, seats: &Arc<Seats>) {
+        self.on_ejected(seats);
         let leaving = |device: &&Entry| device.leaves.is_some();
-        while let Some(port) = self.devices.iter().find(leaving).map(|device| device.port) {
-            self.release(port, topology, "the guest restarts without it");
+        while let Some(seat) = self.devices.iter().find(leaving).map(|device| device.seat) {
+            self.release(seat, seats, "the guest restarts without it");
         }
         self.releases.finish();
     }
@@ -412,48 +436,41 @@ impl Attached {
         self.releases.finish();
     }
 
-    /// Somebody wants back what is behind `port`, and gives the guest `limit` for it.
-    fn ask_for(
-        &mut self,
-        port: FunctionId,
-        topology: &Arc<Topology>,
-        held: bool,
-        who: &str,
-        limit: Duration,
-    ) {
+    /// Somebody wants back what is in `seat`, and gives the guest `limit` for it.
+    fn ask_for(&mut self, seat: Seat, seats: &Arc<Seats>, held: bool, who: &str, limit: Duration) {
         let now = Instant::now();
         let term = now.checked_add(limit).map(|end| Term { end, limit });
-        let Some(device) = self.devices.iter().find(|device| device.port == port) else {
+        let Some(device) = self.devices.iter().find(|device| device.seat == seat) else {
             return; // It went with another function of its slot.
         };
         let name = &device.name;
         if device.leaves.is_some() {
             log::debug!("{name}: it is waited for already");
             // Whoever waits shorter is answered first.
-            for device in self.devices.iter_mut().filter(|device| device.port == port) {
+            for device in self.devices.iter_mut().filter(|device| device.seat == seat) {
                 device.leaves = device.leaves.min(term.or(device.leaves));
             }
             return;
         }
         if !self.attacher.resets.is_resetting(&device.io) && is_silent(&*device.io) {
             self.release(
-                port,
-                topology,
+                seat,
+                seats,
                 "it is gone from the host, and the guest loses it",
             );
             return;
         }
-        if topology.with_slot(port, |slot| slot.powered()) == Some(false) {
-            self.release(port, topology, "the guest had released it");
+        if !seats.powered(seat) {
+            self.release(seat, seats, "the guest had released it");
             return;
         }
         if held {
-            self.give_up_on(port, topology, "the guest does not run");
+            self.give_up_on(seat, seats, "the guest does not run");
             return;
         }
-        if topology.with_slot(port, |slot| slot.attended()) != Some(true) {
+        if !seats.attended(seat) {
             let why = "the guest has no driver that could be asked to release it";
-            self.give_up_on(port, topology, why);
+            self.give_up_on(seat, seats, why);
             return;
         }
         log::warn!(
@@ -465,27 +482,27 @@ impl Attached {
             due: now.checked_add(STEADY_LIMIT),
             presses: 0,
         };
-        for device in self.devices.iter_mut().filter(|device| device.port == port) {
+        for device in self.devices.iter_mut().filter(|device| device.seat == seat) {
             device.leaves = term;
             device.button = std::mem::take(&mut button);
         }
     }
 
     /// Takes all functions of a slot from the guest, and closes their devices, without waiting for that.
-    fn release(&mut self, port: FunctionId, topology: &Arc<Topology>, how: &str) {
-        let here = || self.devices.iter().filter(|device| device.port == port);
+    fn release(&mut self, seat: Seat, seats: &Arc<Seats>, how: &str) {
+        let here = || self.devices.iter().filter(|device| device.seat == seat);
         let mut asked = here().filter_map(|device| device.removal.as_ref());
         let told = asked.any(|removal| !removal.waits());
         let leavers = here().map(|device| Leaver {
             config: device.config.clone(),
-            port,
+            seat,
             told,
         });
         let leavers: Vec<_> = leavers.collect();
         for leaver in &leavers {
             self.closing.begin(leaver.clone());
         }
-        let leaves = |device: &mut Entry| device.port == port;
+        let leaves = |device: &mut Entry| device.seat == seat;
         let mut leaving: Vec<_> = self.devices.extract_if(.., leaves).collect();
         for device in &mut leaving {
             self.unwatch(device);
@@ -494,13 +511,13 @@ impl Attached {
             }
         }
         let names: Vec<_> = leaving.iter().map(|device| &*device.name).collect();
-        let (names, topology, how) = (names.join(" and "), topology.clone(), how.to_owned());
+        let (names, seats, how) = (names.join(" and "), seats.clone(), how.to_owned());
         let attacher = self.attacher.clone();
         let ids: Vec<_> = leaving.iter().map(|device| device.config.id()).collect();
         let gone: Vec<_> = ids
             .iter()
             .zip(&leaving)
-            .map(|(id, device)| (id.clone(), device.address(&topology)))
+            .map(|(id, device)| (id.clone(), device.address(&seats)))
             .collect();
         let answer = match ids.len() {
             0 | 1 => Answer::Done,
@@ -509,7 +526,7 @@ impl Attached {
         let (closing, events) = (self.closing.clone(), self.events.clone());
         self.releases.start("release", &names, move || {
             // Dropped first: a function resets its device as it goes.
-            drop(topology.unplug(port));
+            drop(seats.take_out(seat));
             let removals = leaving
                 .iter_mut()
                 .filter_map(|device| Some((device.name.clone(), device.removal.take()?)));
@@ -574,17 +591,16 @@ impl AsRawFd for Attached {
 }
 
 impl Entry {
-    fn observed(&self, topology: &Topology, held: bool) -> DeviceSeen {
-        let powered = topology.with_slot(self.port, |slot| slot.powered());
+    fn observed(&self, seats: &Seats, held: bool) -> DeviceSeen {
         DeviceSeen {
             id: self.config.id(),
             kind: ASSIGNED,
             host: host(&self.config),
-            guest: self.address(topology),
+            guest: self.address(seats),
             state: match self {
                 _ if held && self.holds => DeviceState::Held,
                 _ if self.leaves.is_some() => DeviceState::Going,
-                _ if powered == Some(false) => DeviceState::Off,
+                _ if !seats.powered(self.seat) => DeviceState::Off,
                 _ => DeviceState::Present,
             },
             doing: Some(Doing {
@@ -601,12 +617,9 @@ impl Entry {
         }
     }
 
-    /// Where it is in the guest, by the bus number that its port has now.
-    fn address(&self, topology: &Topology) -> Option<String> {
-        let behind = topology.behind(self.port).into_iter();
-        let mut addresses = behind.filter_map(|id| topology.bdf(id));
-        let own = addresses.find(|bdf| bdf.function == self.number);
-        own.map(|bdf| bdf.to_string())
+    /// Where it is in the guest.
+    fn address(&self, seats: &Seats) -> Option<String> {
+        seats.address(self.seat, self.number)
     }
 
     /// The device had an error.

@@ -7,12 +7,13 @@ use busway_iommu::{IommufdMode, SysRoot, reserved_ranges};
 use busway_pci::Reserve;
 use busway_vfio::{AssignOptions, Inherited, RomChoice, RomImage, interface};
 
-use super::placement::HostIdentity;
-use crate::config::{Choice, DeviceConfig, validate_functions};
+use super::placement::{HostIdentity, on_root_bus};
+use crate::config::{Choice, ConsoleConfig, DeviceConfig, VmConfig, validate_functions};
 use crate::machine::RunError;
 use crate::machine::address_plan::PlannedFunction;
 use crate::machine::definition::Definition;
 use crate::machine::handed::{Files, iommufd, received};
+use crate::machine::seats::LOW_SLOTS;
 
 /// A host device that the guest is to have.
 #[derive(Debug)]
@@ -23,6 +24,8 @@ pub(in crate::machine) struct Request {
     pub(super) identity: HostIdentity,
     /// The descriptor to use, where one was inherited.
     pub(super) inherited: Option<Inherited>,
+    /// It sits on bus 0 by itself at the guest's start.
+    pub(super) on_root_bus: bool,
 }
 
 /// Host devices that were asked for together, and the way to them.
@@ -64,6 +67,13 @@ pub(in crate::machine) fn options(config: &DeviceConfig) -> Result<AssignOptions
     })
 }
 
+/// How many slots of bus 0 a machine's own devices leave to others at its start: slot 0 is the host bridge's, and
+/// there are the disks and NICs, the entropy source, and the console where there is one.
+fn low_slots(config: &VmConfig) -> usize {
+    let own = config.virtio().count() + usize::from(config.console != ConsoleConfig::Off) + 2;
+    usize::from(LOW_SLOTS).saturating_sub(own)
+}
+
 impl Found {
     /// Takes over the descriptors that the configuration names, or that were handed over for it, and finds every
     /// device; `options` come in the order of the devices.
@@ -100,7 +110,16 @@ impl Found {
                 },
                 options,
                 inherited,
+                on_root_bus: false,
             });
+        }
+        let wanted = requests.iter().map(|one| {
+            let wanted = config.platform.has_on_root_bus(&one.config);
+            (&one.identity, wanted)
+        });
+        let on_root_bus = on_root_bus(wanted, low_slots(config));
+        for (one, on_root_bus) in requests.iter_mut().zip(on_root_bus) {
+            one.on_root_bus = on_root_bus;
         }
         // SAFETY: as above; an iommufd is opened later, by `Space`.
         let take = |fd| unsafe { Inherited::iommufd(&paths, fd) };
@@ -147,6 +166,8 @@ impl Found {
                 options: options(config)?,
                 identity: HostIdentity::in_folder(&config.path),
                 inherited: inherited.take(),
+                // Its seat is found already.
+                on_root_bus: false,
             })
         });
         Ok(Self {
@@ -162,7 +183,10 @@ impl Found {
     pub(in crate::machine) fn planned(&self, reserve: Reserve) -> Vec<PlannedFunction> {
         let requests = self.requests.iter();
         requests
-            .map(|one| PlannedFunction::new(&one.identity, &one.options, reserve))
+            .map(|one| {
+                let planned = PlannedFunction::new(&one.identity, &one.options, reserve);
+                planned.on_root_bus(one.on_root_bus)
+            })
             .collect()
     }
 
@@ -173,5 +197,26 @@ impl Found {
             .into_iter()
             .map(|range| (range.start, range.last))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DiskConfig;
+
+    #[test]
+    fn a_machines_own_devices_leave_the_other_slots_of_bus_0() {
+        let with = |disks: usize, console| {
+            low_slots(&VmConfig {
+                disk: vec![DiskConfig::new("a"); disks],
+                console,
+                ..VmConfig::default()
+            })
+        };
+        // The host bridge and the entropy source.
+        assert_eq!(with(0, ConsoleConfig::Off), 14);
+        assert_eq!(with(3, ConsoleConfig::Null), 10);
+        assert_eq!(with(40, ConsoleConfig::Off), 0);
     }
 }

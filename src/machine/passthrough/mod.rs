@@ -2,7 +2,7 @@
 //!
 //! Devices are attached in batches: at boot all that the configuration names, later one device at a
 //! time. A batch is found (`find`), opened in the DMA space (`open`), reset and made into functions
-//! (`attach`), which have their places behind root ports (`placement`), and is presented to the
+//! (`attach`), which have their places behind root ports or on bus 0 (`placement`), and is presented to the
 //! guest. From then on `attached` hears what a device tells, and releases it.
 
 mod advice;
@@ -16,7 +16,6 @@ mod open;
 pub(super) mod open_devices;
 mod opener;
 pub(super) mod placement;
-mod steady;
 #[cfg(test)]
 mod tests;
 
@@ -24,8 +23,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use busway_iommu::{IovaRange, SysRoot};
-use busway_pci::{FunctionId, Topology};
-use busway_vfio::{KvmFiles, Resets};
+use busway_pci::{Device, FunctionId};
+use busway_vfio::{KvmFiles, Placement, Resets};
 
 use super::RunError;
 use super::aside::Aside;
@@ -35,6 +34,7 @@ use super::observed::{DeviceSeen, DeviceState, DmaSeen};
 use super::pci::Pci;
 use super::removal::Removal;
 use super::requests::{Added, AddedFunction, Answer, Asker, RequestError};
+use super::seats::{Owner, STEADY_LIMIT, Seat, Seats};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
@@ -49,7 +49,6 @@ use open::Opening;
 pub(super) use open_devices::OpenDevices;
 use opener::{MakeSpace, Vfio};
 use placement::HostIdentity;
-use steady::{STEADY_LIMIT, is_steady};
 
 /// The host's devices of a machine, and what attaching one needs.
 #[derive(Debug)]
@@ -58,8 +57,8 @@ pub(super) struct Passthrough {
     pub(super) attached: Attached,
     /// Batches on their way. They are waited for.
     coming: Aside,
-    /// The ports that they are for, and what they are.
-    on_their_way: Vec<(FunctionId, Vec<DeviceConfig>)>,
+    /// The seats that they are for, and what they are.
+    on_their_way: Vec<(Seat, Vec<DeviceConfig>)>,
     /// Batches that have come, or have not.
     come: Arc<Mutex<Vec<Come>>>,
     /// Those of them that wait until their slots are steady, each until a time at most.
@@ -73,7 +72,7 @@ pub(super) struct Passthrough {
 /// What came of attaching a device.
 #[derive(Debug)]
 struct Come {
-    port: FunctionId,
+    seat: Seat,
     outcome: Result<Vec<Prepared>, RunError>,
     asker: Asker,
 }
@@ -165,16 +164,26 @@ impl Passthrough {
         self.attacher.map(&opened.space, opened.devices.len())
     }
 
-    /// Puts the first devices behind root ports, and hears from now on what they tell.
+    /// Puts the first devices behind root ports or on bus 0, and hears from now on what they tell.
     pub(super) fn attach_first(&mut self, opened: Opened, pci: &mut Pci) -> Result<(), RunError> {
         for functions in self.attacher.reset(opened) {
             let names = functions
                 .iter()
                 .map(|(_, (request, _))| request.identity.name());
             let names = names.collect::<Vec<_>>().join(" and ");
-            let slot = pci.port_slot(&names)?;
             let users = self.attacher.users();
-            let functions = self.attacher.functions(functions, slot, &users)?;
+            let on_root_bus = functions.iter().all(|(_, (one, _))| one.on_root_bus);
+            if let Some(slot) = pci.low_slot().filter(|_| on_root_bus) {
+                let place = (slot, Placement::RootBus);
+                for one in self.attacher.functions(functions, place, &users)? {
+                    pci.add_low(slot, &one.function)?;
+                    self.attached.add(one, Seat::Low(slot.number()));
+                }
+                continue;
+            }
+            let slot = pci.port_slot(&names)?;
+            let place = (slot, Placement::BehindPort);
+            let functions = self.attacher.functions(functions, place, &users)?;
             let behind = functions
                 .iter()
                 .map(|one| (one.number, one.function.clone()));
@@ -182,13 +191,13 @@ impl Passthrough {
             let listener = self.events.clone();
             let port = pci.add_behind_port(slot, &names, behind.collect(), routes, listener)?;
             for one in functions {
-                self.attached.add(one, port);
+                self.attached.add(one, Seat::Port(port));
             }
         }
         Ok(())
     }
 
-    /// Adds functions of one host device to the machine that runs, in an empty slot. Whoever asks is
+    /// Adds functions of one host device to the machine that runs, in an empty seat. Whoever asks is
     /// answered when they are in it, or when it is known that they will not be.
     pub(super) fn attach(
         &mut self,
@@ -206,26 +215,25 @@ impl Passthrough {
             asker.answer(Err(RequestError::Exists(twice.name())));
             return;
         }
-        let lives_by_io = configs.iter().any(HostIdentity::may_live_by_io);
-        let Some((port, slot)) = pci.empty_port(&self.taken(), lives_by_io) else {
+        let Some((seat, slot)) = self.find_seat(&configs, pci) else {
             asker.answer(Err(RequestError::Failed(pci.no_slot())));
             return;
         };
         let names: Vec<_> = configs.iter().map(DeviceConfig::name).collect();
         let names = names.join(" and ");
-        self.on_their_way.push((port, configs.clone()));
+        self.on_their_way.push((seat, configs.clone()));
         let (attacher, come, events) = (
             self.attacher.clone(),
             self.come.clone(),
             self.events.clone(),
         );
         self.coming.start("attach", &names, move || {
-            let outcome = attacher.prepare(&configs, &files, slot);
+            let outcome = attacher.prepare(&configs, &files, (slot, seat.placement()));
             // VFIO has the device for as long as somebody has a descriptor of it.
             drop(files);
             let mut come = come.lock().unwrap_or_else(PoisonError::into_inner);
             come.push(Come {
-                port,
+                seat,
                 outcome,
                 asker,
             });
@@ -236,19 +244,13 @@ impl Passthrough {
 
     /// Asks the guest to release the device called `id`: [`Attached::remove`]. One that is still on its way cannot
     /// be asked for.
-    pub(super) fn remove(
-        &mut self,
-        id: &str,
-        removal: Removal,
-        topology: &Arc<Topology>,
-        held: bool,
-    ) {
+    pub(super) fn remove(&mut self, id: &str, removal: Removal, seats: &Arc<Seats>, held: bool) {
         if self.coming_devices().any(|config| config.id() == id) {
             let why = RequestError::State("still to get it: ask again when it is there");
             removal.end(id, Err(why));
             return;
         }
-        self.attached.remove(id, removal, topology, held);
+        self.attached.remove(id, removal, seats, held);
     }
 
     /// How long the guest has to release a device where whoever wants it back does not say.
@@ -256,8 +258,29 @@ impl Passthrough {
         self.attacher.removal_limit()
     }
 
+    /// An empty seat for functions of one host device, and the slot of bus 0 that it is in or behind: on bus 0 for one
+    /// function that is to be there, while a slot is free, and else behind a port.
+    fn find_seat(&self, configs: &[DeviceConfig], pci: &Pci) -> Option<(Seat, Device)> {
+        if let [one] = configs
+            && self.attacher.is_for_root_bus(one)
+        {
+            let slot = pci.seats().claim(Owner::Assigned);
+            if let Some((slot, device)) = slot.and_then(|slot| Some((slot, Device::new(slot)?))) {
+                return Some((Seat::Low(slot), device));
+            }
+            log::warn!(
+                "{}: no slot of bus 0 is free: it comes behind a root port",
+                one.name()
+            );
+        }
+        let lives_by_io = configs.iter().any(HostIdentity::may_live_by_io);
+        let (port, slot) = pci.empty_port(&self.taken(), lives_by_io)?;
+        Some((Seat::Port(port), slot))
+    }
+
     fn taken(&self) -> Vec<FunctionId> {
-        self.on_their_way.iter().map(|(port, _)| *port).collect()
+        let seats = self.on_their_way.iter();
+        seats.filter_map(|(seat, _)| seat.port()).collect()
     }
 
     fn coming_devices(&self) -> impl Iterator<Item = &DeviceConfig> {
@@ -266,7 +289,11 @@ impl Passthrough {
 
     /// How many devices can be added.
     pub(super) fn empty_slots(&self, pci: &Pci) -> usize {
-        pci.empty_ports(&self.taken()).count()
+        let low = match self.attacher.has_root_bus() {
+            true => pci.seats().free_slots(),
+            false => 0,
+        };
+        pci.empty_ports(&self.taken()).count() + low
     }
 
     /// Takes what has come: it is put into its slot by [`on_time`](Self::on_time), which comes next.
@@ -285,22 +312,25 @@ impl Passthrough {
 
     /// Does what is due, or can be done by now. To be called whenever something has happened.
     pub(super) fn on_time(&mut self, pci: &mut Pci, now: Instant) {
-        self.attached.on_time(pci.topology(), now);
+        self.attached.on_time(pci.seats(), now);
         let due = |(come, limit): &mut (Come, Instant)| {
-            come.outcome.is_err() || *limit <= now || is_steady(pci.topology(), come.port)
+            come.outcome.is_err() || *limit <= now || pci.seats().is_steady(come.seat)
         };
         let due: Vec<_> = self.waiting.extract_if(.., due).collect();
         for (come, _) in due {
             let Come {
-                port,
+                seat,
                 outcome,
                 asker,
             } = come;
-            self.on_their_way.retain(|(taken, _)| *taken != port);
+            self.on_their_way.retain(|(taken, _)| *taken != seat);
             let answer = match outcome {
-                Ok(functions) => self.present(functions, port, pci),
+                Ok(functions) => self.present(functions, seat, pci),
                 Err(error) => Err(RequestError::failed(&error)),
             };
+            if answer.is_err() {
+                pci.seats().give_up(seat);
+            }
             asker.answer(answer);
         }
     }
@@ -308,27 +338,26 @@ impl Passthrough {
     fn present(
         &mut self,
         functions: Vec<Prepared>,
-        port: FunctionId,
+        seat: Seat,
         pci: &mut Pci,
     ) -> Result<Answer, RequestError> {
         let behind = functions
             .iter()
             .map(|one| (one.number, one.function.clone()));
-        match pci.plug(port, behind.collect()) {
+        match pci.plug(seat, behind.collect()) {
             Ok(addresses) => {
                 let mut added = Vec::new();
                 for (one, address) in functions.into_iter().zip(addresses) {
                     log::info!("{}: added at {address}", one.config.name());
                     let id = one.config.id();
                     added.push(AddedFunction { id, address });
-                    self.attached.add(one, port);
+                    self.attached.add(one, seat);
                 }
                 let mut added = added.into_iter();
                 let Some(first) = added.next() else {
                     return Err(RequestError::Failed("there is no device to add".to_owned()));
                 };
-                let attended = pci.topology().with_slot(port, |slot| slot.attended());
-                let attended = attended == Some(true);
+                let attended = pci.seats().attended(seat);
                 if !attended {
                     log::warn!(
                         "{}: no driver of the guest's attends to the slot: the guest finds the device when it has \
@@ -360,7 +389,7 @@ impl Passthrough {
     }
 
     /// What is seen of those that the guest has, or is to have. `held`: it is paused for an error of one.
-    pub(super) fn observed(&self, topology: &Topology, held: bool) -> Vec<DeviceSeen> {
+    pub(super) fn observed(&self, seats: &Seats, held: bool) -> Vec<DeviceSeen> {
         let coming = self.coming_devices().map(|config| DeviceSeen {
             id: config.id(),
             kind: ASSIGNED,
@@ -369,7 +398,7 @@ impl Passthrough {
             state: DeviceState::Coming,
             doing: None,
         });
-        let mut all = self.attached.observed(topology, held);
+        let mut all = self.attached.observed(seats, held);
         all.extend(coming);
         all
     }

@@ -1,4 +1,4 @@
-//! Which host functions share a root port.
+//! Which host functions share a root port, and which sit on bus 0.
 //!
 //! The functions of one host device are one multi-function device of the guest's, as its drivers may
 //! expect to find each other. A virtual function is a device of its own: its number says which it is
@@ -108,6 +108,29 @@ pub(in crate::machine) fn behind_ports<'a>(
         .collect()
 }
 
+/// Which of the given sit on bus 0 by themselves: those that are to, and are the only function of their device, the first
+/// ones where there are fewer `slots`.
+pub(super) fn on_root_bus<'a>(
+    given: impl IntoIterator<Item = (&'a HostIdentity, bool)>,
+    slots: usize,
+) -> Vec<bool> {
+    let (hosts, wanted): (Vec<_>, Vec<_>) = given.into_iter().unzip();
+    let mut on_root_bus = vec![false; wanted.len()];
+    let alone = behind_ports(hosts)
+        .into_iter()
+        .filter_map(|behind| match behind[..] {
+            [one] => Some(one.index),
+            _ => None,
+        });
+    let wanted = alone.filter(|index| wanted.get(*index) == Some(&true));
+    for index in wanted.take(slots) {
+        if let Some(one) = on_root_bus.get_mut(index) {
+            *one = true;
+        }
+    }
+    on_root_bus
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,6 +189,18 @@ mod tests {
         assert_eq!(numbers(&mediated), [[(0, 0)], [(1, 0)]]);
         let unknown = HostIdentity::in_folder(Path::new("/nowhere"));
         assert_eq!(numbers(&[unknown.clone(), unknown]), [[(0, 0)], [(1, 0)]]);
+    }
+
+    #[test]
+    fn single_functions_that_are_to_sit_on_bus_0_do_as_long_as_there_are_slots() {
+        let given = ["01:00.1", "02:00.0", "01:00.0", "03:00.0", "04:00.0"].map(host);
+        let wanted = [true, true, true, false, true];
+        let on = |slots| on_root_bus(given.iter().zip(wanted), slots);
+        assert_eq!(on(15), [false, true, false, false, true]);
+        assert_eq!(on(1), [false, true, false, false, false]);
+        assert_eq!(on(0), [false; 5]);
+        let alone = [host("01:00.1")];
+        assert_eq!(on_root_bus([(&alone[0], true)], 1), [true]);
     }
 
     proptest! {

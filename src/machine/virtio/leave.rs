@@ -2,12 +2,11 @@
 
 use std::time::Instant;
 
-use super::address;
-use super::seats::Left;
-use super::{Entry, Hotplug, VirtioDevices};
+use super::{Entry, VirtioDevices, address};
 use crate::machine::handed::Files;
 use crate::machine::removal::{Removal, tell_of};
 use crate::machine::requests::{Answer, RequestError};
+use crate::machine::seats::{Owner, Seat, refusal};
 
 /// A request to remove a device, and how far it is.
 #[derive(Debug)]
@@ -40,21 +39,19 @@ impl VirtioDevices {
             deadline: Instant::now().checked_add(limit),
         });
         let slot = entry.slot;
-        let reaches = |hotplug: &&Hotplug| hotplug.slots >> slot & 1 != 0;
-        match self.hotplug.as_ref().filter(reaches) {
-            _ if held => self.give_up_on(slot, "the guest does not run"),
-            Some(hotplug) => {
-                log::info!(
-                    "{}: the guest is asked to release it, and has {} s",
-                    entry.config.described(&entry.name),
-                    limit.as_secs()
-                );
-                hotplug.registers.ask(slot);
-                if let Some(leaving) = &mut entry.leaving {
-                    leaving.removal.asked();
-                }
+        if held {
+            self.give_up_on(slot, "the guest does not run");
+        } else if self.seats.ask(Seat::Low(slot)) {
+            log::info!(
+                "{}: the guest is asked to release it, and has {} s",
+                entry.config.described(&entry.name),
+                limit.as_secs()
+            );
+            if let Some(leaving) = &mut entry.leaving {
+                leaving.removal.asked();
             }
-            None => self.give_up_on(slot, "the guest cannot be asked for what is in its slot"),
+        } else {
+            self.give_up_on(slot, "the guest cannot be asked for what is in its slot");
         }
         None
     }
@@ -74,23 +71,14 @@ impl VirtioDevices {
 
     /// The guest has released devices.
     pub(in crate::machine) fn on_ejected(&mut self) {
-        for left in self.seats.left() {
-            self.release(left, "the guest released it");
+        for slot in self.seats.released(Owner::Virtio) {
+            self.release(slot, "the guest released it");
         }
     }
 
     /// The guest does not release what is in `slot`, by the status of `_OST`.
     pub(in crate::machine) fn on_refused(&mut self, slot: u8, status: u8) {
-        // ACPI 6.5 §6.3.5, table 6.53.
-        let why = match status {
-            0x80 => "it cannot release such a device",
-            0x81 => "it uses the device",
-            0x82 => "the device is busy",
-            0x83 => "what depends on the device is busy",
-            _ => "it gives no reason",
-        };
-        let why = format!("the guest refuses to release it: {why} (status {status:#x} of _OST)");
-        self.give_up_on(slot, &why);
+        self.give_up_on(slot, &refusal(status));
     }
 
     /// By when something has to have happened.
@@ -110,11 +98,7 @@ impl VirtioDevices {
             is_late.then_some((entry.slot, leaving.removal.limit().as_secs()))
         };
         while let Some((slot, limit)) = self.entries.iter().find_map(late) {
-            let unseen = self
-                .hotplug
-                .as_ref()
-                .is_none_or(|hotplug| hotplug.registers.withdraw(slot));
-            let why = match unseen {
+            let why = match self.seats.withdraw(Seat::Low(slot)) {
                 true => format!("the guest was not there to be asked for it within {limit} s"),
                 false => format!(
                     "the guest was told and did not release it within {limit} s; it still can"
@@ -159,42 +143,37 @@ impl VirtioDevices {
     }
 
     /// The guest starts anew: what was to leave is not there for it. Waits until all that leaves is closed.
-    /// No vCPU may run.
+    /// No vCPU may run. Assigned devices have left before.
     pub(in crate::machine) fn on_restart(&mut self) {
         self.on_ejected();
-        for entry in &self.entries {
-            if entry.leaving.is_some() || entry.retired {
-                self.seats.empty(entry.slot);
-            }
-        }
-        for left in self.seats.left() {
-            if let Some(hotplug) = &self.hotplug {
-                hotplug.registers.gone(left.slot);
-            }
-            self.release(left, "the guest restarts without it");
+        let leaves = |entry: &&Entry| entry.leaving.is_some() || entry.retired;
+        while let Some(slot) = self.entries.iter().find(leaves).map(|entry| entry.slot) {
+            self.release(slot, "the guest restarts without it");
         }
         self.releases.finish();
-        if let Some(hotplug) = &self.hotplug {
-            hotplug.registers.reset();
-        }
+        self.seats.restart();
     }
 
-    /// Closes what was taken out of a slot, without waiting for that.
-    fn release(&mut self, left: Left, how: &str) {
-        let Left { slot, functions } = left;
+    /// Takes a device out of its slot, where the guest has not released it, and closes it, without waiting for
+    /// that.
+    fn release(&mut self, slot: u8, how: &str) {
         let Some(at) = self.entries.iter().position(|entry| entry.slot == slot) else {
             return;
         };
         let entry = self.entries.remove(at);
         let (described, how) = (entry.config.described(&entry.name), how.to_owned());
-        let (closing, events) = (self.closing.clone(), self.events.clone());
+        let (closing, events, seats) = (
+            self.closing.clone(),
+            self.events.clone(),
+            self.seats.clone(),
+        );
         if Self::is_told_gone(&entry) {
             closing.begin(entry.name.clone());
         }
         let work = {
             let described = described.clone();
             move || {
-                drop(functions);
+                drop(seats.take_out(Seat::Low(slot)));
                 log::info!("{described}: {how}");
                 // One that it lost before has been told of.
                 if !entry.retired {

@@ -9,7 +9,6 @@
 //! the function goes when the guest releases it or starts anew.
 
 mod leave;
-mod seats;
 #[cfg(test)]
 mod tests;
 
@@ -17,7 +16,7 @@ use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
+use busway_pci::{Bdf, InterruptRoutes};
 
 use super::RunError;
 use super::aside::Aside;
@@ -27,14 +26,13 @@ use super::observed::{DeviceSeen, DeviceState, Doing, VirtioDoing};
 use super::pci::Pci;
 use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
+use super::seats::{Owner, Seat, Seats};
 use crate::config::{DiskConfig, VirtioConfig, VmConfig};
-use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::{Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
-use seats::Seats;
 
 /// The devices of a machine.
 #[derive(Debug)]
@@ -51,17 +49,8 @@ pub(super) struct VirtioDevices {
     /// Their names, where somebody takes them for gone.
     closing: Closing<String>,
     seats: Arc<Seats>,
-    hotplug: Option<Hotplug>,
     maker: Maker,
     events: Arc<Events>,
-}
-
-/// What tells the guest of those that come and leave.
-#[derive(Debug)]
-struct Hotplug {
-    registers: Arc<PciHotplug>,
-    /// Bit n: it can tell of slot n.
-    slots: u32,
 }
 
 /// A device that the guest has.
@@ -144,7 +133,7 @@ impl VirtioDevices {
     pub(super) fn new(
         ram: &GuestRam,
         routes: Arc<dyn InterruptRoutes>,
-        topology: &Arc<Topology>,
+        seats: &Arc<Seats>,
         events: &Arc<Events>,
     ) -> Self {
         Self {
@@ -155,8 +144,7 @@ impl VirtioDevices {
             come: Arc::default(),
             releases: Aside::default(),
             closing: Closing::default(),
-            seats: Arc::new(Seats::new(topology.clone(), events.clone())),
-            hotplug: None,
+            seats: seats.clone(),
             maker: Maker {
                 ram: ram.clone(),
                 routes,
@@ -188,7 +176,7 @@ impl VirtioDevices {
             let (device, function) = self.maker.make(&name, &device, &files)?;
             let (slot, id) = pci.add_virtio(&function)?;
             self.enter(name, device, files, slot.number(), &function);
-            self.seats.take(slot.number(), id);
+            self.seats.take(slot.number(), Owner::Virtio, id);
         }
         Ok(())
     }
@@ -216,31 +204,6 @@ impl VirtioDevices {
         self.fixed
             .push((name, address(slot.number()), function.sight()));
         Ok(())
-    }
-
-    /// Lets devices come and leave: those in the slots that `pci` has left for virtio, and the first ones.
-    /// Gives the registers, which belong on the bus, and interrupt by `line`.
-    pub(super) fn open_slots(
-        &mut self,
-        pci: &Pci,
-        line: Arc<dyn InterruptLevel>,
-    ) -> Arc<PciHotplug> {
-        let registers = Arc::new(PciHotplug::new(line, self.seats.clone()));
-        let mut slots = pci.free_slots();
-        for entry in self.entries.iter().filter(|entry| pci.is_low(entry.slot)) {
-            slots |= 1 << entry.slot;
-            registers.prepare(entry.slot);
-        }
-        self.hotplug = Some(Hotplug {
-            registers: registers.clone(),
-            slots,
-        });
-        registers
-    }
-
-    /// Bit n: the device in slot n can come and leave.
-    pub(super) fn slots(&self) -> u32 {
-        self.hotplug.as_ref().map_or(0, |hotplug| hotplug.slots)
     }
 
     /// Whether one has this name, or is to have it.
@@ -375,22 +338,25 @@ impl VirtioDevices {
                 config.described(&name)
             )));
         }
-        let slots = self.entries.iter().map(|entry| entry.slot);
-        let slots = slots.chain(self.coming.iter().map(|one| one.slot));
-        let used = slots.fold(0, |used, slot| used | 1_u32 << slot);
-        let free = self.slots() & !used;
-        match free {
-            0 => {
-                let names: Vec<_> = self.entries.iter().map(|entry| &*entry.name).collect();
-                Err(RequestError::Failed(format!(
-                    "each of the {} slots of bus 0 for virtio devices is taken or about to be (it has {}): \
-                     remove a disk or a NIC",
-                    self.slots().count_ones(),
-                    names.join(", ")
-                )))
-            }
-            free => Ok((name, free.trailing_zeros() as u8)),
+        match self.seats.claim(Owner::Virtio) {
+            Some(slot) => Ok((name, slot)),
+            None => Err(RequestError::Failed(self.no_slot())),
         }
+    }
+
+    /// That there is no empty slot, and what helps.
+    fn no_slot(&self) -> String {
+        let mut names: Vec<_> = self.entries.iter().map(|one| one.name.clone()).collect();
+        match self.seats.count(Owner::Assigned) {
+            0 => {}
+            1 => names.push("an assigned device".to_owned()),
+            count => names.push(format!("{count} assigned devices")),
+        }
+        format!(
+            "each of the {} slots of bus 0 for devices is taken or about to be (it has {}): remove one",
+            self.seats.open_slots().count_ones(),
+            names.join(", ")
+        )
     }
 
     /// Presents those that have come.
@@ -408,7 +374,10 @@ impl VirtioDevices {
                 .and_then(|(config, function)| {
                     self.present(&name, config, coming.files, coming.slot, function, pci)
                 })
-                .inspect_err(|error| log::warn!("{described} was not added: {error}"))
+                .inspect_err(|error| {
+                    log::warn!("{described} was not added: {error}");
+                    self.seats.give_up(Seat::Low(coming.slot));
+                })
                 .map_err(|error| RequestError::failed(&error));
             one.asker.answer(answer);
         }
@@ -424,20 +393,13 @@ impl VirtioDevices {
         pci: &mut Pci,
     ) -> Result<Answer, RunError> {
         let described = config.described(name);
-        let id = match pci.plug_virtio(slot, &function) {
-            Ok(id) => id,
-            Err(error) => {
-                // Closing can take long.
-                self.releases
-                    .start("release", &described, move || drop(function));
-                return Err(error);
-            }
-        };
-        self.enter(name.to_owned(), config, files, slot, &function);
-        self.seats.take(slot, id);
-        if let Some(hotplug) = &self.hotplug {
-            hotplug.registers.plugged(slot);
+        if let Err(error) = pci.plug_virtio(slot, &function) {
+            // Closing can take long.
+            self.releases
+                .start("release", &described, move || drop(function));
+            return Err(error);
         }
+        self.enter(name.to_owned(), config, files, slot, &function);
         let address = address(slot);
         log::info!("{described}: added at {address}");
         Ok(Answer::Added(Added::one(name.to_owned(), address)))

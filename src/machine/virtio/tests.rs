@@ -7,14 +7,16 @@ use tempfile::TempDir;
 use super::*;
 use crate::arch::layout;
 use crate::config::{DiskConfig, NetConfig, RngConfig};
-use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, WANTED};
+use crate::devices::pci_hotplug::{
+    ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, PciHotplug, WANTED,
+};
 use crate::kvm::{BusDevice, Buses, Vm};
 use crate::machine::removal::Removal;
 use crate::machine::requests::{Added, Control, Request, Requests};
 use crate::memory::Regions;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{CountingRoutes, eventually, ram};
-use busway_pci::{Bdf, FunctionId, Windows};
+use busway_pci::{Bdf, FunctionId, InterruptLevel, Windows};
 
 /// An interrupt line that leads nowhere.
 #[derive(Debug)]
@@ -64,7 +66,7 @@ fn machine(room: u64) -> Option<Machine> {
     .unwrap();
     let events = Events::new().unwrap();
     let routes = Arc::new(CountingRoutes::default());
-    let mut devices = VirtioDevices::new(&ram(), routes, pci.topology(), &events);
+    let mut devices = VirtioDevices::new(&ram(), routes, pci.seats(), &events);
     let folder = tempfile::tempdir().unwrap();
     let config = VmConfig {
         disk: vec![disk(&image(&folder, "root"), Some("root"))],
@@ -75,7 +77,7 @@ fn machine(room: u64) -> Option<Machine> {
         .unwrap();
     let rng = Rng::new("rng", &RngConfig::default()).unwrap();
     devices.add_fixed(Box::new(rng), &mut pci).unwrap();
-    let registers = devices.open_slots(&pci, Arc::new(Line));
+    let registers = pci.seats().open(pci.free_slots(), Arc::new(Line), &events);
     pci.assign().unwrap();
     let requests = Requests::new().unwrap();
     Some(Machine {
@@ -223,7 +225,7 @@ fn a_device_comes_into_the_first_free_slot_and_leaves_nothing_when_the_guest_let
         return;
     };
     assert_eq!(
-        machine.devices.slots(),
+        machine.pci.seats().open_slots(),
         0xfffa,
         "not the bridge's, nor the fixed one's"
     );

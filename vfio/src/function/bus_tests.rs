@@ -13,7 +13,9 @@ use busway_pci::{
 
 use super::tests::nvme;
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes};
-use crate::{Affected, AssignOptions, AssignedFunction, FunctionReset, IrqIndex, Resets, Wiring};
+use crate::{
+    Affected, AssignOptions, AssignedFunction, FunctionReset, IrqIndex, Placement, Resets, Wiring,
+};
 
 /// Which BARs are mapped, by address; a dma-buf is asked for with each, as for peer-to-peer DMA.
 #[derive(Debug, Default)]
@@ -88,6 +90,7 @@ impl Vm {
                 lines: Arc::new(FakeLines::default()),
                 resets: resets.clone(),
                 clock: Arc::new(StoppedClock::default()),
+                placement: Placement::default(),
             };
             let options = AssignOptions::default();
             let function = AssignedFunction::new(name, fake.clone(), wiring, &options).unwrap();

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::pace::{self, Pace};
 use busway_pci::{
-    Activity, AtomicOps, BarIndex, BarPart, BarRegion, InterruptMode, InterruptPin, Msi, Msix,
-    PciFunction, spec,
+    Activity, AtomicOps, BarIndex, BarKind, BarPart, BarRegion, InterruptMode, InterruptPin, Msi,
+    Msix, PciFunction, spec,
 };
 
 use crate::access::read_dword;
@@ -25,7 +25,9 @@ use crate::resets::ResetHandle;
 use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
 use crate::vectors::{MsiVectors, MsixVectors};
-use crate::{Area, AssignOptions, DeviceIo, RegionIndex, ResetMethod, SurveyError, Wiring};
+use crate::{
+    Area, AssignOptions, DeviceIo, Placement, RegionIndex, ResetMethod, SurveyError, Wiring,
+};
 
 /// A host device, as the guest sees it.
 ///
@@ -40,6 +42,8 @@ pub struct AssignedFunction {
     /// What decodes, apart from the state, which is held through resets: who asks holds what all
     /// functions share. Changed while the state is held.
     decoded: Mutex<Vec<BarRegion>>,
+    /// Its BARs: which, of what kind, and bytes.
+    sizes: Vec<(BarIndex, BarKind, u64)>,
     table: Option<GuestLocation>,
     pba: Option<GuestLocation>,
     device_pba: Option<DeviceLocation>,
@@ -172,6 +176,7 @@ impl AssignedFunction {
             lines,
             resets,
             clock,
+            placement,
         } = wiring;
         let AssignOptions {
             rom,
@@ -188,12 +193,15 @@ impl AssignedFunction {
         let dword = |offset| read_dword(&*io, offset);
         let own = |offset| io.own_config(offset).unwrap_or(0);
         let mut standard = lists::standard(&dword, &own);
-        let extended =
+        let mut extended =
             if io.region(RegionIndex::CONFIG).size > u64::from(spec::EXTENDED_CONFIG_START) {
                 lists::extended(&dword, &own)
             } else {
                 List::default()
             };
+        if placement == Placement::RootBus {
+            lists::integrate(&dword, &mut standard, &mut extended);
+        }
         let msi = find_msi(name, &*io, &mut standard).map(|(at, features)| MsiState {
             at,
             msi: Msi::new(features, routes.clone()).named(name),
@@ -204,7 +212,9 @@ impl AssignedFunction {
             .map(|number| Clique::add(name, &*io, number, &mut standard))
             .transpose()?;
         let parts = map_parts(name, &*io, &bars.regions(), layout.as_ref());
-        let mut config = GuestConfig::new(&*io, bars, &standard, &extended);
+        let sizes = bars.regions().into_iter();
+        let sizes = sizes.map(|bar| (bar.index, bar.kind, bar.size)).collect();
+        let mut config = GuestConfig::new(&*io, bars, &standard, &extended, placement);
         for (start, end) in quirks.registers() {
             config.pass(start, end);
         }
@@ -265,6 +275,7 @@ impl AssignedFunction {
                 msi,
                 msix,
             }),
+            sizes,
             table: layout.map(|layout| layout.table()),
             pba: layout.map(|layout| layout.pba()),
             device_pba: layout.map(|layout| layout.device_pba()),
@@ -508,6 +519,10 @@ impl PciFunction for AssignedFunction {
 
     fn bars(&self) -> Vec<BarRegion> {
         self.lock().config.bars()
+    }
+
+    fn bar_sizes(&self) -> Vec<(BarIndex, BarKind, u64)> {
+        self.sizes.clone()
     }
 
     fn decoded(&self) -> Vec<BarRegion> {

@@ -8,7 +8,7 @@ use busway_pci::pace::StoppedClock;
 use busway_pci::{InterruptRoute, InterruptRoutes, MsiMessage, PciFunction, RouteError, spec};
 
 use crate::fake::{FakeDevice, FakeLines, eventfd};
-use crate::{Area, AssignOptions, AssignedFunction, DeviceRegion, IrqInfo, Wiring};
+use crate::{Area, AssignOptions, AssignedFunction, DeviceRegion, IrqInfo, Placement, Wiring};
 
 /// Bytes as choices; zeroes when they are used up.
 #[derive(Debug)]
@@ -220,6 +220,7 @@ pub(super) fn assign(
         lines: Arc::new(FakeLines::default()),
         resets: Arc::default(),
         clock: Arc::new(StoppedClock::default()),
+        placement: Placement::default(),
     };
     AssignedFunction::new("fake", fake.clone(), wiring, &AssignOptions::default()).ok()
 }

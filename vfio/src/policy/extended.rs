@@ -52,6 +52,16 @@ const FLIT_LOGGING: u16 = 0x0032;
 const FLIT_PERFORMANCE: u16 = 0x0033;
 const FLIT_ERROR_INJECTION: u16 = 0x0034;
 
+/// Those that tell of a link, or of the way above it: an integrated endpoint on bus 0 has none.
+pub(crate) const OF_A_LINK: &[u16] = &[
+    spec::EXT_CAP_LTR,
+    SECONDARY_EXPRESS,
+    DATA_LINK_FEATURE,
+    PHYSICAL_LAYER_16,
+    PHYSICAL_LAYER_32,
+    PHYSICAL_LAYER_64,
+];
+
 /// What becomes of them.
 pub(crate) const EXTENDED: &[CapabilityRule] = &[
     hidden(

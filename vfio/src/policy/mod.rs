@@ -61,10 +61,13 @@ const fn rule(offset: u16, mask: u32, action: Action, why: &'static str) -> Rule
 const ALL: u32 = u32::MAX;
 
 use Action::{Clear, Emulate, Hide, Pass, ReadOnly, Shadow};
-pub(crate) use extended::{EXT_CAP_DESIGNATED_VENDOR, EXT_CAP_POWER_BUDGETING, EXTENDED};
+pub(crate) use extended::{
+    EXT_CAP_DESIGNATED_VENDOR, EXT_CAP_POWER_BUDGETING, EXTENDED, OF_A_LINK,
+};
 pub(crate) use standard::{
     AF_CAPABILITIES_FLR, AF_CONTROL_FLR, CAPABILITIES, EXP_DEVICE_CAPABILITIES_FLR,
-    EXP_DEVICE_CONTROL_FLR, PM_CONTROL, PM_STATE,
+    EXP_DEVICE_CONTROL_FLR, EXP_LINK, EXP_TYPE, EXP_TYPE_ENDPOINT, EXP_TYPE_INTEGRATED_ENDPOINT,
+    EXP_TYPE_LEGACY_ENDPOINT, PM_CONTROL, PM_STATE,
 };
 
 /// The type 0 header. §7.5.1.1, §7.5.1.2

@@ -210,6 +210,21 @@ const EXPRESS: &[Rule] = &[
     ),
 ];
 
+/// The PCI Express capability's doublewords that tell of a link; an integrated endpoint has none. §7.5.3.6 to
+/// §7.5.3.8, §7.5.3.18 to §7.5.3.20
+pub(crate) const EXP_LINK: &[u16] = &[
+    spec::EXP_LINK_CAPABILITIES,
+    spec::EXP_LINK_CONTROL,
+    spec::EXP_LINK_CAPABILITIES_2,
+    spec::EXP_LINK_CONTROL_2,
+];
+
+/// Device/port type, in the first doubleword of the PCI Express capability. §7.5.3.2
+pub(crate) const EXP_TYPE: u32 = 0xf << 20;
+pub(crate) const EXP_TYPE_ENDPOINT: u32 = 0b0000 << 20;
+pub(crate) const EXP_TYPE_LEGACY_ENDPOINT: u32 = 0b0001 << 20;
+pub(crate) const EXP_TYPE_INTEGRATED_ENDPOINT: u32 = 0b1001 << 20;
+
 /// Power management's control and status register. §7.5.2.2
 pub(crate) const PM_CONTROL: u16 = 4;
 /// In it: the state, D0 to D3hot.

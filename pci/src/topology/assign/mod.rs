@@ -8,7 +8,7 @@
 use super::Topology;
 use super::room::{Behind, Needs, Request, What, find_room, place, places};
 use super::tree::{FunctionId, Tree};
-use crate::bar::{BarIndex, BarKind, BarRegion};
+use crate::bar::{BarIndex, BarKind};
 use crate::function::{HotPlug, PciFunction};
 use crate::spec;
 use crate::windows::{Reserve, WindowKind, Windows};
@@ -69,7 +69,7 @@ impl Topology {
         let mut all = needs(&tree, None, &Some);
         all.push(Needs {
             function: None,
-            bars: function.bars().into_iter().map(wanted).collect(),
+            bars: function.bar_sizes(),
             bridge: None,
         });
         for window in [WindowKind::Memory32, WindowKind::Memory64] {
@@ -152,7 +152,7 @@ fn needs<F>(
     tree.children(bus)
         .map(|node| Needs {
             function: call(node.id),
-            bars: node.pci.bars().into_iter().map(wanted).collect(),
+            bars: node.pci.bar_sizes(),
             bridge: node.pci.bridge().map(|bridge| Behind {
                 reserve: bridge
                     .hot_plug()
@@ -161,11 +161,6 @@ fn needs<F>(
             }),
         })
         .collect()
-}
-
-/// What a BAR needs.
-fn wanted(region: BarRegion) -> (BarIndex, BarKind, u64) {
-    (region.index, region.kind, region.size)
 }
 
 /// Places what bus 0 needs into the machine's window.

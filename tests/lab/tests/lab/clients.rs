@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use busway_lab::spent::Undisturbed;
-use busway_lab::{Lab, Profile, archive, build_busway, build_tests};
+use busway_lab::{Device, Lab, Profile, archive, build_busway, build_tests};
 
-use crate::assigned::{bound, give_back, guest};
+use crate::assigned::{give_back, guest, zoo};
 use crate::proof::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[Proof::new(
@@ -20,13 +20,21 @@ pub(crate) const PROOFS: &[Proof] = &[Proof::new(
 const KATA_LIMIT: Duration = Duration::from_secs(10);
 const LIMIT: Duration = Duration::from_secs(400);
 
-/// The guest reads its drive for ever.
+/// The guest reads its drive for ever, and the one that comes later while it is there. Both are on bus 0, where Kata looks for
+/// them; what comes to a root port would not be.
 const SCRIPT: &str = "\
-    while true; do dd if=/dev/nvme0n1 of=/dev/null bs=4096 count=64 iflag=direct 2>/dev/null; done\n";
+    while true; do\n\
+    for drive in /sys/bus/pci/devices/0000:00:*/nvme/nvme*; do\n\
+    dd if=/dev/${drive##*/}n1 of=/dev/null bs=4096 count=64 iflag=direct 2>/dev/null\n\
+    done\n\
+    done\n";
 
-/// By Kata's first runtime the guest has 2 GiB, which are pinned for its drive.
+/// By Kata's first runtime the guest has 2 GiB, which are pinned for its drive. Kata's runtimes add another drive to the guest
+/// that runs, and remove it.
 fn led(lab: &mut Lab) -> Result<()> {
-    let (host, address) = bound(lab, "nv0")?;
+    let host = lab.host(&zoo().device(Device::nvme("nv1", 64)))?;
+    let (address, second) = (host.address("nv0")?, host.address("nv1")?);
+    host.run(&format!("busway device bind {address} {second}"))?;
     let tests = build_tests("kvm")?;
     host.install_as(&tests, "busway-kvm-tests")?;
     // The tests start the program where it was when they were built.
@@ -44,7 +52,7 @@ fn led(lab: &mut Lab) -> Result<()> {
     ))?;
     let walk = |names: &str, memory: u64| {
         let words = format!(
-            "KERNEL=/boot/vmlinux\nINITRAMFS=/run/guest.img\nCMDLINE={}\nMEMORY={}\nVFIO={address}",
+            "KERNEL=/boot/vmlinux\nINITRAMFS=/run/guest.img\nCMDLINE={}\nMEMORY={}\nVFIO={address}\nVFIO2={second}",
             run.kernel_words(),
             memory << 20
         );
@@ -79,5 +87,6 @@ fn led(lab: &mut Lab) -> Result<()> {
         .filter(|line| line.starts_with("@@ works"))
         .count();
     ensure!(worked == 6, "the guests of {worked} clients worked: {said}");
-    give_back(host, &address, "nvme")
+    give_back(host, &address, "nvme")?;
+    give_back(host, &second, "nvme")
 }

@@ -79,7 +79,8 @@ pub(crate) fn at_once(commands: &[String]) -> String {
 }
 
 /// A drive, a NIC, a virtual function of another, a conventional one that has nothing but a pin, and two functions of one
-/// device come and go together, and the drive is written to in each round. While the guest has none of them, the
+/// device come and go together, and the drive is written to in each round. In every second round those of one function come
+/// to bus 0, and are released by ACPI. While the guest has none of them, the
 /// process has what it had after the first round, and no memory is locked; at the end the host reads what was written.
 fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     let rounds = tier.of(4, 200);
@@ -127,7 +128,9 @@ fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
         // round each waits for the one before, then they come at once.
         let mut order = [&drive, &nic, function, &old, &together];
         order.rotate_left((round % 5) as usize);
-        let adds = order.map(|address| format!("{CTL} add-device {address}"));
+        let on_bus_0 = round % 2 == 0;
+        let place = if on_bus_0 { " --root-port off" } else { "" };
+        let adds = order.map(|address| format!("{CTL} add-device {address}{place}"));
         let began = Instant::now();
         let said = match round {
             1 => host.run(&adds.join(" && "))?,
@@ -144,6 +147,20 @@ fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
         );
         running.wait_line(&format!("@@value wrote {round}"))?;
         running.wait_line(&format!("@@value together {round} 1"))?;
+        let devices = host.run(&format!("{CTL} devices --json"))?;
+        let devices: serde_json::Value = serde_json::from_str(&devices)?;
+        for address in [&drive, &nic, function, &old, &zero] {
+            let is_it = |device: &&serde_json::Value| device["host_bdf"] == address.as_str();
+            let device = devices["devices"]
+                .as_array()
+                .and_then(|all| all.iter().find(is_it));
+            let guest = device.and_then(|device| device["pci_bdf"].as_str());
+            let guest = guest.with_context(|| format!("{address} has no place: {devices}"))?;
+            ensure!(
+                guest.starts_with("0000:00:") == (on_bus_0 && *address != zero),
+                "round {round}: {address} is at {guest} in the guest"
+            );
+        }
         let worked = began.elapsed();
         let removals = [&drive, &nic, function, &old, &one];
         let said = host.run(&at_once(

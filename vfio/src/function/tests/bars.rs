@@ -166,3 +166,24 @@ fn pending_bits_in_the_tables_last_entry_take_no_vector_away() {
     function.bar_write(bar, 0x240c, &[0; 4]);
     assert_eq!(function.summary().vectors_connected, 1);
 }
+
+#[test]
+fn its_bars_sizes_are_known_while_it_is_being_reset() {
+    let (_, _, function) = function(nvme());
+    let expected: Vec<_> = function
+        .bars()
+        .iter()
+        .map(|bar| (bar.index, bar.kind, bar.size))
+        .collect();
+    assert!(!expected.is_empty());
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        // Held as through a reset.
+        let _state = function.lock();
+        scope.spawn(|| tell.send(function.bar_sizes()));
+        assert_eq!(
+            told.recv_timeout(std::time::Duration::from_secs(10)),
+            Ok(expected)
+        );
+    });
+}

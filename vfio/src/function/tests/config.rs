@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use busway_pci::{BarIndex, BarKind, PciFunction, capabilities, extended_capabilities, spec};
 
-use super::{assign, function, nvme, read, write};
+use super::{AssignedFunction, assign, function, nvme, on_root_bus, read, write};
 use crate::fake::{FakeDevice, FakeRoutes};
 
 #[test]
@@ -173,6 +173,63 @@ fn an_integrated_endpoint_becomes_one_with_a_link() {
     assert_eq!(read(&function, 0x80), 0x0002_0010);
     assert_eq!(read(&function, 0x8c), 0x11);
     assert_eq!(read(&function, 0x90), 0x11_0000);
+}
+
+/// The PCI Express capability's type and the doublewords that tell of a link.
+fn type_and_link(function: &AssignedFunction) -> (u32, [u32; 4]) {
+    let link = [0x8c, 0x90, 0xac, 0xb0].map(|at| read(function, at));
+    (read(function, 0x80) >> 20 & 0xf, link)
+}
+
+#[test]
+fn on_bus_0_every_endpoint_is_integrated_and_has_no_link() {
+    for own in [0, 0b1001_u32] {
+        let fake = nvme();
+        fake.set_config(0x80, &(0x0002_0010 | own << 20).to_le_bytes());
+        for at in [0x8c, 0x90, 0xac, 0xb0] {
+            fake.set_config(at, &0x0043_0043_u32.to_le_bytes());
+        }
+        let (fake, function) = on_root_bus(fake);
+        assert_eq!(type_and_link(&function), (0b1001, [0; 4]));
+        // The host's stay as they are, and a reset changes nothing of it.
+        assert!(written(&fake, &*function, 0x8c, 0x94).is_empty());
+        assert!(written(&fake, &*function, 0xac, 0xb4).is_empty());
+        function.reset();
+        assert_eq!(type_and_link(&function), (0b1001, [0; 4]));
+        // What is of no link is the device's, its function level reset too.
+        assert_eq!(read(&function, 0x84) & 1 << 28, 1 << 28);
+        let config = |offset| read(&function, offset);
+        let standard: Vec<_> = capabilities(&config).iter().map(|c| c.id).collect();
+        assert_eq!(standard, [0x11, 0x01, 0x10]);
+    }
+}
+
+#[test]
+fn on_bus_0_a_legacy_endpoint_is_a_conventional_function_and_no_capability_tells_of_a_link() {
+    let fake = nvme();
+    fake.set_config(0x80, &0x0012_0010_u32.to_le_bytes());
+    // LTR and the physical layer's in place of what stands there.
+    fake.set_config(0x180, &(0x0018_u32 | 1 << 16 | 0x300 << 20).to_le_bytes());
+    fake.set_config(0x300, &(0x0026_u32 | 1 << 16).to_le_bytes());
+    let (fake, function) = on_root_bus(fake);
+    let config = |offset| read(&function, offset);
+    let standard: Vec<_> = capabilities(&config).iter().map(|c| c.id).collect();
+    assert_eq!(standard, [0x11, 0x01]);
+    assert!((0x80..0xbc).step_by(4).all(|at| config(at) == 0));
+    assert!(written(&fake, &*function, 0x80, 0xbc).is_empty());
+    let extended: Vec<_> = extended_capabilities(&config)
+        .iter()
+        .map(|c| c.id)
+        .collect();
+    assert!(
+        !extended.contains(&0x18) && !extended.contains(&0x26),
+        "{extended:x?}"
+    );
+    // Behind a port it is what it is.
+    let fake = nvme();
+    fake.set_config(0x80, &0x0012_0010_u32.to_le_bytes());
+    let (_, _, function) = super::function(fake);
+    assert_eq!(read(&function, 0x80), 0x0012_0010);
 }
 
 #[test]

@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
-use busway_pci::{BarIndex, PciFunction, capabilities, extended_capabilities};
+use busway_pci::{BarIndex, PciFunction, capabilities, extended_capabilities, spec};
 use proptest::prelude::*;
 
-use super::{assign, read};
+use super::{read, wiring};
 use crate::fake::{FakeDevice, FakeRoutes};
-use crate::{Area, DeviceRegion, IrqIndex, IrqInfo};
+use crate::{Area, AssignOptions, AssignedFunction, DeviceRegion, IrqIndex, IrqInfo, Placement};
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -106,13 +106,22 @@ fn hostile() -> impl Strategy<Value = FakeDevice> {
 }
 
 proptest! {
-    /// Whatever a device says and a guest does: nothing panics, both lists of the guest's end, none
-    /// of what the table hides is in them, and no vector is connected that is not enabled.
+    /// Whatever a device says and a guest does, and wherever the guest has it: nothing panics, both lists of the guest's
+    /// end, none of what the table hides is in them, no vector is connected that is not enabled, and on bus 0 nothing
+    /// tells of a link.
     #[test]
-    fn a_hostile_device_and_a_hostile_guest_harm_nothing(fake in hostile(), steps in steps()) {
+    fn a_hostile_device_and_a_hostile_guest_harm_nothing(
+        fake in hostile(),
+        steps in steps(),
+        on_bus_0 in any::<bool>(),
+    ) {
         let fake = Arc::new(fake);
         let routes = Arc::new(FakeRoutes::default());
-        if let Ok(function) = assign("fake", fake.clone(), routes) {
+        let placement = if on_bus_0 { Placement::RootBus } else { Placement::BehindPort };
+        let made = AssignedFunction::new(
+            "fake", fake.clone(), wiring(routes, placement), &AssignOptions::default()
+        );
+        if let Ok(function) = made {
             for step in steps {
                 match step {
                     Step::Config(at, mut data) => {
@@ -147,6 +156,14 @@ proptest! {
                 ), "{:?}", found);
             }
             prop_assert!(capabilities(&config).len() <= 48);
+            if on_bus_0 {
+                let first = capabilities(&config).into_iter().find(|one| one.id == spec::CAP_PCI_EXPRESS);
+                if let Some(express) = first {
+                    prop_assert_eq!(config(express.offset) >> 20 & 0xf, 0b1001);
+                }
+                let mut extended = extended_capabilities(&config).into_iter();
+                prop_assert!(!extended.any(|one| crate::policy::OF_A_LINK.contains(&one.id)));
+            }
             drop(function);
             prop_assert_eq!(fake.kind(), None);
         }

@@ -10,7 +10,7 @@ use busway_pci::{BarIndex, InterruptMode, InterruptPin, PciFunction, spec};
 use super::{assign, function, nvme, read, write};
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes, IrqCall};
 use crate::function::AssignedFunction;
-use crate::{AssignOptions, IrqIndex, IrqInfo, Wiring};
+use crate::{AssignOptions, IrqIndex, IrqInfo, Placement, Wiring};
 
 /// What sets the pin up in the device.
 fn pin_set_up() -> Vec<IrqCall> {
@@ -99,6 +99,7 @@ fn a_pin_whose_driver_takes_no_eventfd_is_unmasked_at_each_end_of_its_interrupt(
         lines: lines.clone(),
         resets: Arc::default(),
         clock: Arc::new(StoppedClock::default()),
+        placement: Placement::default(),
     };
     let name = "bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3";
     let function =
@@ -202,6 +203,7 @@ fn the_pin_is_connected_exactly_while_no_message_is() {
         lines: lines.clone(),
         resets: Arc::default(),
         clock: Arc::new(StoppedClock::default()),
+        placement: Placement::default(),
     };
     let options = AssignOptions::default();
     let function = AssignedFunction::new("fake", fake.clone(), wiring, &options).unwrap();

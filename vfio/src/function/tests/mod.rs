@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::AssignedFunction;
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes};
-use crate::{AssignOptions, IrqInfo, SurveyError, Wiring};
+use crate::{AssignOptions, IrqInfo, Placement, SurveyError, Wiring};
 use busway_pci::PciFunction;
 use busway_pci::pace::StoppedClock;
 
@@ -75,13 +75,26 @@ pub(super) fn assign_with(
     routes: Arc<FakeRoutes>,
     options: &AssignOptions,
 ) -> Result<Arc<AssignedFunction>, SurveyError> {
-    let wiring = Wiring {
+    AssignedFunction::new(name, fake, wiring(routes, Placement::default()), options)
+}
+
+fn wiring(routes: Arc<FakeRoutes>, placement: Placement) -> Wiring {
+    Wiring {
         routes,
         lines: Arc::new(FakeLines::default()),
         resets: Arc::default(),
         clock: Arc::new(StoppedClock::default()),
-    };
-    AssignedFunction::new(name, fake, wiring, options)
+        placement,
+    }
+}
+
+/// The function that a guest has on bus 0.
+fn on_root_bus(fake: FakeDevice) -> (Arc<FakeDevice>, Arc<AssignedFunction>) {
+    let fake = Arc::new(fake);
+    let wiring = wiring(Arc::default(), Placement::RootBus);
+    let options = AssignOptions::default();
+    let function = AssignedFunction::new("0000:01:00.0", fake.clone(), wiring, &options).unwrap();
+    (fake, function)
 }
 
 pub(super) fn read(function: &AssignedFunction, offset: u16) -> u32 {

@@ -8,7 +8,7 @@ use busway_pci::{BarIndex, PciFunction};
 
 use super::{nvme, write};
 use crate::fake::{FakeDevice, FakeLines, FakeRoutes};
-use crate::{AssignOptions, AssignedFunction, Wiring};
+use crate::{AssignOptions, AssignedFunction, Placement, Wiring};
 
 /// A device, and the time that its guest spends waiting.
 fn paced() -> (Arc<StoppedClock>, Arc<FakeDevice>, Arc<AssignedFunction>) {
@@ -18,6 +18,7 @@ fn paced() -> (Arc<StoppedClock>, Arc<FakeDevice>, Arc<AssignedFunction>) {
         lines: Arc::new(FakeLines::default()),
         resets: Arc::default(),
         clock: clock.clone(),
+        placement: Placement::default(),
     };
     let options = AssignOptions::default();
     let function = AssignedFunction::new("fake", fake.clone(), wiring, &options).unwrap();
