@@ -1,6 +1,7 @@
 //! DMA: what devices reach, of the guest's memory and of each other's, and the limits and descriptors
 //! that this takes.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -348,9 +349,53 @@ fn handed_over(lab: &mut Lab) -> Result<()> {
         2,
         &["descriptor 99 is not open"],
     )?;
+    sent(host, &address)?;
     let (open, _) = opener(host, Interface::Cdev, &address)?;
     let other = format!("--device fd=5,path={}", host.address("edu0")?);
     refused(host, &open, &other, 2, &[&address, "leave path= out"]).map(drop)
+}
+
+/// Asks the VM at the first argument to add the device whose node is the second, by a descriptor beside the request.
+const SEND: &str = "\
+import os, socket, sys
+body = '{\"id\": \"sent\", \"fd\": 3}'
+request = f'PUT /api/v1/vm.add-device HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}'
+with socket.socket(socket.AF_UNIX) as vm:
+    vm.settimeout(60)
+    vm.connect(sys.argv[1])
+    socket.send_fds(vm, [request.encode()], [os.open(sys.argv[2], os.O_RDWR)])
+    print(vm.recv(65536).decode())
+";
+
+/// A guest that runs gets its drive over the API, by a descriptor of the node that its VMM could not open.
+fn sent(host: &Host, address: &str) -> Result<()> {
+    const SOCKET: &str = "/tmp/sent.sock";
+    let (open, _) = opener(host, Interface::Cdev, address)?;
+    fs::write(host.share().join("send.py"), SEND)?;
+    let run = guest()?
+        .args(&["--platform", "iommufd_fd=6", "--api-socket", SOCKET])
+        .opened_by(&format!(
+            "{open} 5<&-\nchmod 777 $(dirname $0)\nulimit -S -l 64\nulimit -H -l {MEMORY_KIB}\n\
+             exec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups \"$@\"\n"
+        ))
+        .script(
+            "modprobe -q nvme\nvalue up yes\nuntil [ -b /dev/nvme0n1 ]; do usleep 20000; done\n\
+             value serial \"$(cat /sys/class/nvme/nvme0/serial)\"\n\
+             lab-io write /dev/nvme0n1 7\nvalue verified \"$(lab-io verify /dev/nvme0n1 7)\"\n",
+        );
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value up")?;
+    let answer = host.run(&format!(
+        "python3 /lab/send.py {SOCKET} \\\n\
+         /dev/vfio/devices/$(basename /sys/bus/pci/devices/{address}/vfio-dev/vfio*)"
+    ))?;
+    ensure!(
+        answer.starts_with("HTTP/1.1 200") && answer.contains("\"sent\""),
+        "{answer}"
+    );
+    let result = running.finish()?.success()?;
+    ensure!(result.value("serial")?.trim() == "NV0", "another drive");
+    Ok(())
 }
 
 /// The limit of locked memory, as an unprivileged user, on both interfaces, and the container's limit of
