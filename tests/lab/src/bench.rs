@@ -16,7 +16,7 @@ use busway_lab::{
 use clap::Args;
 use serde::Serialize;
 
-use crate::{figures, mapping, plugging};
+use crate::{figures, mapping, plugging, starting};
 
 pub(crate) const MEMORY_MIB: u64 = 512;
 /// Reads under way, for each of the guest's processors.
@@ -41,8 +41,8 @@ pub(crate) struct BenchArgs {
     /// Leave QEMU its HPET, for which its main thread works beside the guest.
     #[arg(long)]
     hpet: bool,
-    /// Measure another Busway in QEMU's place, such as an earlier one: a static program. The mappings and the drive that comes
-    /// and goes are left out.
+    /// Measure another Busway in QEMU's place, such as an earlier one: a static program. What is measured without reads is
+    /// left out.
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
     /// Print each of KVM's counters, too: what the exits were.
@@ -54,6 +54,9 @@ pub(crate) struct BenchArgs {
     /// Turns of each VMM for the time to add a drive to a guest that runs, and to take it away; 0 leaves it out.
     #[arg(long, default_value_t = 2)]
     plug_turns: u32,
+    /// Turns of each VMM for the time to start a VM whose 2 GiB are pinned for its drive; 0 leaves it out.
+    #[arg(long, default_value_t = 3)]
+    start_turns: u32,
     /// Write every figure to a file, too, after each turn.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -95,41 +98,50 @@ pub(crate) struct Beyond {
 
 /// Measures, and prints both side by side.
 pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
-    let mut measured = Vec::new();
+    let mut measured = Measured::default();
     for &cpus in &arguments.cpus {
         if arguments.turns > 0 {
             drive(cpus, arguments, &mut measured)?;
         }
     }
-    let mut mapped = Vec::new();
     if arguments.against.is_some() {
         return Ok(());
     }
     if arguments.mapping_turns > 0 {
         let (host, address) = boot(1)?;
-        mapped = mapping::run(&host, &address, arguments.mapping_turns)?;
-        save(arguments, &measured, &mapped, &[])?;
+        measured.mapping = mapping::run(&host, &address, arguments.mapping_turns)?;
+        measured.save(arguments)?;
     }
     if arguments.plug_turns > 0 {
         let (host, address) = boot(1)?;
-        let plugged = plugging::run(&host, &address, arguments.plug_turns)?;
-        save(arguments, &measured, &mapped, &plugged)?;
+        measured.plugging = plugging::run(&host, &address, arguments.plug_turns)?;
+        measured.save(arguments)?;
+    }
+    if arguments.start_turns > 0 {
+        let (host, address) = boot(1)?;
+        measured.starting = starting::run(&host, &address, arguments.start_turns)?;
+        measured.save(arguments)?;
     }
     Ok(())
 }
 
-fn save(
-    arguments: &BenchArgs,
-    drive: &[Turn],
-    mapping: &[mapping::Mapped],
-    plugging: &[plugging::Plugged],
-) -> Result<()> {
-    let Some(path) = &arguments.json else {
-        return Ok(());
-    };
-    let figures = serde_json::json!({"drive": drive, "mapping": mapping, "plugging": plugging});
-    fs::write(path, serde_json::to_string_pretty(&figures)?)
-        .with_context(|| format!("cannot write {}", path.display()))
+/// All that was measured.
+#[derive(Debug, Default, Serialize)]
+struct Measured {
+    drive: Vec<Turn>,
+    mapping: Vec<mapping::Mapped>,
+    plugging: Vec<plugging::Plugged>,
+    starting: Vec<starting::Started>,
+}
+
+impl Measured {
+    fn save(&self, arguments: &BenchArgs) -> Result<()> {
+        let Some(path) = &arguments.json else {
+            return Ok(());
+        };
+        fs::write(path, serde_json::to_string_pretty(self)?)
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
 }
 
 /// A host for guests of so many processors, and the address of its drive, which is with VFIO.
@@ -152,8 +164,8 @@ fn boot(cpus: u32) -> Result<(Host, String)> {
 }
 
 /// The turns with guests of so many processors, printed, and put with what was measured before.
-fn drive(cpus: u32, arguments: &BenchArgs, measured: &mut Vec<Turn>) -> Result<()> {
-    let before = measured.len();
+fn drive(cpus: u32, arguments: &BenchArgs, measured: &mut Measured) -> Result<()> {
+    let before = measured.drive.len();
     let mut version = String::new();
     for number in 1..=arguments.turns {
         // A host of its own for each turn: what a boot may leave to chance lasts as long as that host, and the verdict
@@ -185,11 +197,11 @@ fn drive(cpus: u32, arguments: &BenchArgs, measured: &mut Vec<Turn>) -> Result<(
                 arguments.turns
             );
             let turn = again_if_stalled(|| turn(&host, (vmm, name), &address, cpus, arguments))?;
-            measured.push(turn);
+            measured.drive.push(turn);
         }
-        save(arguments, measured, &[], &[])?;
+        measured.save(arguments)?;
     }
-    let turns = &measured[before..];
+    let turns = &measured.drive[before..];
     let version = version.trim();
     let (other, title) = match (&arguments.against, arguments.hpet) {
         (Some(_), _) => (ANOTHER, format!("another, {version}")),

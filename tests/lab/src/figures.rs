@@ -220,6 +220,34 @@ pub(crate) fn print(turns: &[Turn], other: &str, title: &str) {
     }
 }
 
+/// Rows of figures that Busway and QEMU gave in turns, with their medians' ratio, and the most that it is to be.
+pub(crate) fn print_beside(title: &str, rows: &[(&str, Vec<f64>, Vec<f64>)], wanted: Option<f64>) {
+    println!("\n{title}");
+    println!(
+        "{:<44} {:>22} {:>22} {:>7}  {:<14} verdict",
+        "", "Busway", "QEMU", "ratio", "wanted"
+    );
+    for (name, ours, theirs) in rows {
+        let (ours, theirs) = (
+            median_and_spread(ours.clone()),
+            median_and_spread(theirs.clone()),
+        );
+        let cell =
+            |(median, least, most): (f64, f64, f64)| format!("{median:.0} ({least:.0}..{most:.0})");
+        let ratio = ours.0 / theirs.0;
+        let (limit, verdict) = match wanted {
+            Some(limit) if ratio <= limit => (format!("ratio <= {limit}"), "holds"),
+            Some(limit) => (format!("ratio <= {limit}"), "MISSED"),
+            None => ("-".to_owned(), "-"),
+        };
+        println!(
+            "{name:<44} {:>22} {:>22} {ratio:>7.2}  {limit:<14} {verdict}",
+            cell(ours),
+            cell(theirs)
+        );
+    }
+}
+
 /// What KVM counted for a read, as medians: of the counters that moved.
 pub(crate) fn print_counters(turns: &[Turn], other: &str, title: &str) {
     let names: BTreeSet<&String> = turns

@@ -5,6 +5,7 @@ mod demo;
 mod figures;
 mod mapping;
 mod plugging;
+mod starting;
 mod terminal;
 mod times;
 

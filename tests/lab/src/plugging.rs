@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use busway_lab::{GuestRun, Host, RunningGuest, Vmm};
 use serde::Serialize;
 
-use crate::figures::median_and_spread;
+use crate::figures::print_beside;
 
 /// Adds and removals of each start of a VMM.
 const ROUNDS: u32 = 5;
@@ -153,41 +153,25 @@ fn seconds(text: &str) -> Result<f64> {
     word.parse().with_context(|| format!("{word} is no time"))
 }
 
-/// A row of the table.
-type Figure = (&'static str, fn(&Plugged) -> f64);
-
 fn print(all: &[Plugged]) {
-    println!(
-        "\nAn NVMe drive comes to a guest that runs and goes again, ms beyond the {BUTTON_MS:.0} that Linux waits after \
-         a button; median (least..most) of the rounds"
+    let figures = |vmm: &str, of: fn(&Plugged) -> f64| {
+        let of_vmm = all.iter().filter(|one| one.vmm == vmm);
+        of_vmm.map(of).collect::<Vec<_>>()
+    };
+    let row = |name, of: fn(&Plugged) -> f64| (name, figures("busway", of), figures("qemu", of));
+    print_beside(
+        &format!(
+            "An NVMe drive comes to a guest that runs and goes again, ms beyond the {BUTTON_MS:.0} that Linux waits after \
+             a button; median (least..most) of the rounds"
+        ),
+        &[
+            row("add-device until the guest has the disk", |one| {
+                one.added_ms - one.added_waits_ms
+            }),
+            row("remove-device until the host's driver has it", |one| {
+                one.removed_ms - one.removed_waits_ms
+            }),
+        ],
+        Some(WANTED),
     );
-    println!(
-        "{:<44} {:>22} {:>22} {:>7}  {:<14} verdict",
-        "", "Busway", "QEMU", "ratio", "wanted"
-    );
-    let rows: [Figure; 2] = [
-        ("add-device until the guest has the disk", |one| {
-            one.added_ms - one.added_waits_ms
-        }),
-        ("remove-device until the host's driver has it", |one| {
-            one.removed_ms - one.removed_waits_ms
-        }),
-    ];
-    for (name, of) in rows {
-        let figures = |vmm| {
-            let of_vmm = all.iter().filter(|one| one.vmm == vmm);
-            median_and_spread(of_vmm.map(of).collect())
-        };
-        let (ours, theirs) = (figures("busway"), figures("qemu"));
-        let cell =
-            |(median, least, most): (f64, f64, f64)| format!("{median:.0} ({least:.0}..{most:.0})");
-        let ratio = ours.0 / theirs.0;
-        let verdict = if ratio <= WANTED { "holds" } else { "MISSED" };
-        println!(
-            "{name:<44} {:>22} {:>22} {ratio:>7.2}  {:<14} {verdict}",
-            cell(ours),
-            cell(theirs),
-            format!("ratio <= {WANTED}")
-        );
-    }
 }
