@@ -32,7 +32,7 @@ use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
-use crate::virtio::{Sight, VirtioDevice, VirtioPci};
+use crate::virtio::{MemoryTable, Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
 use seats::Seats;
 
@@ -104,6 +104,9 @@ type Made = (VirtioConfig, Arc<VirtioPci>);
 #[derive(Clone, Debug)]
 struct Maker {
     ram: GuestRam,
+    /// The same for back ends, which are told where it is.
+    #[allow(dead_code)]
+    memory: Arc<MemoryTable>,
     routes: Arc<dyn InterruptRoutes>,
 }
 
@@ -143,6 +146,7 @@ impl VirtioDevices {
     /// Of a machine that has none yet.
     pub(super) fn new(
         ram: &GuestRam,
+        memory: &Arc<MemoryTable>,
         routes: Arc<dyn InterruptRoutes>,
         topology: &Arc<Topology>,
         events: &Arc<Events>,
@@ -159,6 +163,7 @@ impl VirtioDevices {
             hotplug: None,
             maker: Maker {
                 ram: ram.clone(),
+                memory: memory.clone(),
                 routes,
             },
             events: events.clone(),
