@@ -105,7 +105,6 @@ type Made = (VirtioConfig, Arc<VirtioPci>);
 struct Maker {
     ram: GuestRam,
     /// The same for back ends, which are told where it is.
-    #[allow(dead_code)]
     memory: Arc<MemoryTable>,
     routes: Arc<dyn InterruptRoutes>,
 }
@@ -124,8 +123,13 @@ impl Maker {
                 Box::new(Blk::new(name, &there)?)
             }
             VirtioConfig::Net(asked) => {
-                let net = Net::new(name, asked, files.all())?;
-                log::info!("net {}: tap {}", net.name(), net.tap_name());
+                let mut net = Net::new(name, asked, files.all())?;
+                net.serve_in_kernel(asked.vhost, &self.ram, &self.memory)?;
+                let by = match net.is_served_in_kernel() {
+                    true => "served by the kernel's vhost-net",
+                    false => "served by Busway",
+                };
+                log::info!("net {}: tap {}, {by}", net.name(), net.tap_name());
                 asked.tap = Some(net.tap_name().to_owned());
                 Box::new(net)
             }

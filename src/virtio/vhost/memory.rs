@@ -61,7 +61,7 @@ impl MemoryTable {
     ///
     /// # Errors
     /// The follower's.
-    #[expect(dead_code, reason = "for back ends that come back")]
+    #[allow(dead_code, reason = "for back ends that come back")]
     pub(crate) fn tell(&self, follower: &dyn Follower) -> Result<(), vhost::Error> {
         follower.memory_is(&self.state().regions)
     }

@@ -7,6 +7,7 @@
 //! does what is left to do here: it hands over another eventfd where the guest changes a vector, interrupts
 //! for vectors that have none, and hears of errors. [`MemoryTable`] follows the VM's list of regions.
 
+pub(crate) mod kernel;
 mod memory;
 mod rings;
 #[cfg(test)]
@@ -21,8 +22,9 @@ use std::sync::Arc;
 use vhost::VhostBackend;
 
 use crate::memory::Region;
+pub use kernel::KernelError;
 pub use memory::MemoryTable;
-pub(crate) use memory::{Follower, infos};
+pub(crate) use memory::infos;
 pub(crate) use rings::{Handed, Rings};
 pub(crate) use watch::{Watch, run};
 
@@ -49,6 +51,7 @@ pub(crate) enum Addresses {
     /// Guest-physical: that half looks them up itself.
     Guest,
     /// Of this process.
+    #[allow(dead_code, reason = "for back ends in other processes")]
     Process,
 }
 

@@ -4,8 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use super::MemoryTable;
+use super::memory::Follower;
 use super::testing::{FEATURE, FakeBackEnd, FakeDevice};
-use super::{Follower, MemoryTable};
 use crate::memory::{Region, RegionListener, Regions};
 use crate::virtio::spec::pci::common;
 use crate::virtio::spec::{NO_VECTOR, feature, isr, status};
