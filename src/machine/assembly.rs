@@ -285,10 +285,12 @@ impl Machine {
         let mut config = self.definition.config.clone();
         config.disk.clear();
         config.net.clear();
+        config.vsock = None;
         for device in self.virtio.configs() {
             match device {
                 VirtioConfig::Disk(disk) => config.disk.push(disk),
                 VirtioConfig::Net(net) => config.net.push(net),
+                VirtioConfig::Vsock(vsock) => config.vsock = Some(vsock),
             }
         }
         config.device = self.passthrough.attached.configs();

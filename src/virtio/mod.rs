@@ -1,4 +1,4 @@
-//! Virtio 1.x devices over PCI: disk, network card, console and entropy source.
+//! Virtio 1.x devices over PCI: disk, network card, console, entropy source and sockets.
 //!
 //! [`VirtioPci`] is the transport: a [`PciFunction`](busway_pci::PciFunction) that negotiates, keeps
 //! the registers, and starts and stops the device. A [`VirtioDevice`] is what sits behind it. Each has
@@ -27,6 +27,7 @@ pub mod spec;
 #[cfg(test)]
 pub(crate) mod testing;
 mod vhost;
+pub mod vsock;
 mod worker;
 
 pub use self::vhost::{KernelError, MemoryTable, VhostError};

@@ -109,6 +109,7 @@ pub(super) const TOP: &[&str] = &[
     "memory",
     "disk",
     "net",
+    "vsock",
     "rng",
     "serial",
     "console",
@@ -135,9 +136,11 @@ macro_rules! keys {
 
 mod disk;
 mod firmware;
+mod vsock;
 
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
+pub(super) use vsock::VSOCK;
 
 /// `--cpus`
 pub(super) static CPUS: Section<CpusConfig> = Section {

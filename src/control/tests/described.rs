@@ -110,6 +110,12 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"id": "twice"}"#,
                 r#"{"mtu": 9000}"#,
             ],
+            "vm.add-vsock" => &[
+                "",
+                r#"{"cid": 3}"#,
+                r#"{"cid": 3, "id": "twice"}"#,
+                r#"{"cid": 3, "socket": "/run/s"}"#,
+            ],
             "vm.check-device" => &["", r#"{"path": "0000:02:00.0"}"#, r#"{"path": "no-nic"}"#],
             "vm.remove-device" => &[
                 "",

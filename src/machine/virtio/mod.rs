@@ -21,6 +21,7 @@ use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
 
 use super::RunError;
 use super::aside::Aside;
+use super::definition::ONE_VSOCK;
 use super::events::Events;
 use super::handed::Files;
 use super::observed::{DeviceSeen, DeviceState, Doing, VirtioDoing};
@@ -32,6 +33,7 @@ use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
+use crate::virtio::vsock::Vsock;
 use crate::virtio::{MemoryTable, Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
 use seats::Seats;
@@ -133,6 +135,9 @@ impl Maker {
                 asked.tap = Some(net.tap_name().to_owned());
                 Box::new(net)
             }
+            VirtioConfig::Vsock(vsock) => {
+                Box::new(Vsock::new(name, vsock, &self.ram, &self.memory)?)
+            }
         };
         Ok((config, self.function(device)?))
     }
@@ -206,7 +211,7 @@ impl VirtioDevices {
     pub(super) fn disks(&self) -> impl Iterator<Item = (&str, &DiskConfig)> {
         self.entries.iter().filter_map(|entry| match &entry.config {
             VirtioConfig::Disk(disk) => Some((entry.name.as_str(), disk)),
-            VirtioConfig::Net(_) => None,
+            VirtioConfig::Net(_) | VirtioConfig::Vsock(_) => None,
         })
     }
 
@@ -375,6 +380,11 @@ impl VirtioDevices {
         let there = self.entries.iter().filter(|entry| !entry.retired);
         let there = there.map(|entry| (&entry.name, &entry.config));
         let coming = self.coming.iter().map(|one| (&one.name, &one.config));
+        let is_vsock = |config: &VirtioConfig| matches!(config, VirtioConfig::Vsock(_));
+        let mut others = there.clone().chain(coming.clone());
+        if is_vsock(config) && others.any(|(_, other)| is_vsock(other)) {
+            return Err(RequestError::Failed(ONE_VSOCK.to_owned()));
+        }
         let same = |(_, other): &(&String, &VirtioConfig)| {
             config.mac().is_some() && config.mac() == other.mac()
         };
