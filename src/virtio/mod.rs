@@ -34,7 +34,7 @@ pub use self::vhost::{KernelError, MemoryTable, VhostError};
 pub use activation::Activation;
 pub use config_space::{ChangeListener, ConfigSpace};
 pub use counts::{
-    Counts, DiskTotals, DriverState, NetTotals, Sight, Totals, TransferTotals, VirtioSeen,
+    Counts, DiskTotals, DriverState, NetTotals, ServedBy, Sight, Totals, TransferTotals, VirtioSeen,
 };
 pub use device::VirtioDevice;
 pub use error::{QueueError, StartError};

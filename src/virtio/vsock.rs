@@ -17,6 +17,7 @@ use zerocopy::little_endian::{U32, U64};
 
 use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
+use super::counts::ServedBy;
 use super::device::VirtioDevice;
 use super::error::{QueueError, StartError};
 use super::life::{DeviceState, Progress, QueuePosition, Running};
@@ -145,6 +146,10 @@ impl VirtioDevice for Vsock {
 
     fn config(&self) -> Arc<dyn ConfigSpace> {
         Arc::clone(&self.config) as _
+    }
+
+    fn served_by(&self) -> ServedBy {
+        ServedBy::Kernel
     }
 
     fn start(&mut self, mut activation: Activation) -> Result<Box<dyn Running>, StartError> {

@@ -256,10 +256,15 @@ fn a_full_configuration_is_as_described() {
             }],
             ..DiskConfig::new("d")
         }],
+        vsock: Some(crate::config::VsockConfig {
+            cid: 3,
+            id: Some("v".into()),
+        }),
         net: vec![NetConfig {
             tap: Some("t".into()),
             mac: Some("52:54:00:12:34:56".parse().unwrap()),
             id: Some("n".into()),
+            vhost: crate::config::Choice::On,
             ..NetConfig::default()
         }],
         serial: ConsoleConfig::file("f"),

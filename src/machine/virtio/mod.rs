@@ -34,7 +34,7 @@ use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::vsock::Vsock;
-use crate::virtio::{MemoryTable, Sight, VirtioDevice, VirtioPci};
+use crate::virtio::{MemoryTable, ServedBy, Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
 use seats::Seats;
 
@@ -127,11 +127,11 @@ impl Maker {
             VirtioConfig::Net(asked) => {
                 let mut net = Net::new(name, asked, files.all())?;
                 net.serve_in_kernel(asked.vhost, &self.ram, &self.memory)?;
-                let by = match net.is_served_in_kernel() {
-                    true => "served by the kernel's vhost-net",
-                    false => "served by Busway",
+                let by = match net.served_by() {
+                    ServedBy::Busway => "Busway",
+                    ServedBy::Kernel => "the host's kernel",
                 };
-                log::info!("net {}: tap {}, {by}", net.name(), net.tap_name());
+                log::info!("net {name}: tap {}, served by {by}", net.tap_name());
                 asked.tap = Some(net.tap_name().to_owned());
                 Box::new(net)
             }
@@ -506,6 +506,7 @@ fn observed(id: String, kind: &'static str, address: String, sight: &Sight) -> D
             assigned: None,
             virtio: Some(VirtioDoing {
                 driver: seen.driver,
+                served_by: seen.served_by,
                 interrupts: seen.interrupts,
                 totals: seen.totals,
             }),

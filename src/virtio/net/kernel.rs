@@ -197,3 +197,24 @@ impl Worker for KernelWorker {
         super::leave_control(self.control.as_ref(), progress);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_has_of_what_is_the_kernels_business_what_the_kernel_has() {
+        let of = |features| Kernel {
+            pairs: Vec::new(),
+            features,
+            memory: Arc::default(),
+        };
+        let card = net::F_MAC | net::F_MRG_RXBUF | net::F_GUEST_TSO4;
+        let all = of(feature::VERSION_1 | feature::EVENT_IDX | net::F_MRG_RXBUF);
+        assert_eq!(all.card_features(card), card);
+        assert_eq!(all.ring_features(), feature::EVENT_IDX);
+        let few = of(feature::VERSION_1 | feature::INDIRECT_DESC);
+        assert_eq!(few.card_features(card), net::F_MAC | net::F_GUEST_TSO4);
+        assert_eq!(few.ring_features(), feature::INDIRECT_DESC);
+    }
+}
