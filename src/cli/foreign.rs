@@ -338,6 +338,11 @@ mod tests {
                 "iommu=on: Busway cannot do this yet",
             ),
             ("net", "vhost_user=true", "cannot do this yet"),
+            (
+                "vsock",
+                "cid=3,socket=/run/s",
+                "socket=/run/s: Busway cannot do this yet",
+            ),
             ("disk", "path=a,pci_segment=96", "0 to 95"),
             ("platform", "num_pci_segments=0", "1 to 96"),
             ("cpus", "topology=1:2", "four numbers"),

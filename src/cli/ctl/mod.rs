@@ -113,7 +113,7 @@ enum Verb {
     AddDisk(AddDiskArgs),
     /// Add a NIC; answered when the guest can find it
     AddNet(AddNetArgs),
-    /// Add sockets between host and guest (vsock), of which a VM has one device; answered when the guest can find it
+    /// Add sockets between host and guest (vsock); answered when the guest can find them
     AddVsock {
         /// The guest's address, 3 or more, which no other VM of the host has
         cid: u32,

@@ -6,10 +6,11 @@ use crate::config::VsockConfig;
 /// `--vsock`
 pub(in crate::cli) static VSOCK: Section<VsockConfig> = Section {
     name: "vsock",
-    summary: "Sockets between host and guest, by the host's vhost_vsock: cid=N[,id=NAME]",
+    summary: "Sockets between host and guest (vsock): cid=N[,id=NAME]",
     words: &[],
     notes: "\
-Programs on the host connect to (AF_VSOCK, N, PORT), those in the guest to (AF_VSOCK, 2, PORT).",
+The host's kernel serves them (vhost_vsock). Programs on the host connect to N by AF_VSOCK, those in
+the guest to 2.",
     blank: || VsockConfig { cid: 0, id: None },
     keys: keys! {
         "cid" { "N": "the guest's address, 3 or more, which no other VM of the host has" }

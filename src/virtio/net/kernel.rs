@@ -3,7 +3,8 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use vhost::net::VhostNet;
 use vhost::vhost_kern::VhostKernBackend;
@@ -11,6 +12,7 @@ use vhost::{VhostBackend, VringConfigData};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+use super::cable::Cable;
 use super::control::Control;
 use super::tap::Tap;
 use crate::memory::GuestRam;
@@ -156,6 +158,21 @@ impl Kernel {
         }
         Ok(started)
     }
+}
+
+/// Has `rings` lie while `cable` is pulled. What waits in the tap by the time when it is plugged in again is lost.
+pub(super) fn follow(cable: &Cable, rings: &[Arc<Rings<KernelPair>>], tap: &Arc<Tap>) {
+    let rings: Vec<_> = rings.iter().map(Arc::downgrade).collect();
+    let (tap, pulled) = (Arc::clone(tap), AtomicBool::new(false));
+    cable.follow(move |plugged| {
+        if plugged && pulled.load(Ordering::Relaxed) {
+            tap.discard_waiting();
+        }
+        pulled.store(!plugged, Ordering::Relaxed);
+        for rings in rings.iter().filter_map(Weak::upgrade) {
+            rings.hold(!plugged);
+        }
+    });
 }
 
 /// What this process does for a card of the kernel's.

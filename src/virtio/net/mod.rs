@@ -355,6 +355,7 @@ impl VirtioDevice for Net {
             // The kernel takes packets from the tap alone; these are lost, as on a wire.
             state.waiting.clear();
             let rings = kernel.start(&self.name, pairs, &mut activation)?;
+            kernel::follow(&self.cable, &rings, &self.tap);
             let worker = Box::new(KernelWorker {
                 name: self.name.clone(),
                 ram: activation.ram().clone(),

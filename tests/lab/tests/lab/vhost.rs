@@ -18,7 +18,7 @@ sum() { sha256sum | cut -d ' ' -f 1; }
 # Both ways, each with its checksum as it is at either end.
 data() {
     value "fetched_$1" "$(get data | sum)"
-    head -c 2M /dev/urandom >/tmp/up
+    head -c 2097152 /dev/urandom >/tmp/up
     value "sent_$1" "$(sum </tmp/up)"
     value "answer_$1" "$(socat -t 60 - TCP:192.168.79.1:8080 </tmp/up)"
 }
