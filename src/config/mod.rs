@@ -9,6 +9,7 @@ mod disk;
 mod limits;
 mod validate;
 mod virtio;
+mod vsock;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,6 +29,7 @@ pub use limits::{
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
+pub use vsock::VsockConfig;
 
 /// Where Linux shows PCI functions by address.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
@@ -56,6 +58,8 @@ pub struct VmConfig {
     pub disk: Vec<DiskConfig>,
     /// Virtio NICs.
     pub net: Vec<NetConfig>,
+    /// Virtio sockets between host and guest.
+    pub vsock: Option<VsockConfig>,
     /// Virtio entropy device.
     pub rng: RngConfig,
     /// 16550 serial port.
@@ -157,6 +161,9 @@ pub struct NetConfig {
     /// Descriptors a queue; a power of two.
     #[serde(default = "net_queue_size")]
     pub queue_size: u16,
+    /// The host's kernel serves the queues (vhost-net).
+    #[serde(default)]
+    pub vhost: Choice,
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
@@ -170,6 +177,7 @@ impl Default for NetConfig {
             mac: None,
             num_queues: two(),
             queue_size: net_queue_size(),
+            vhost: Choice::Auto,
             id: None,
         }
     }
@@ -285,9 +293,11 @@ impl VmConfig {
     pub(crate) fn has_id(&self, id: &str) -> bool {
         let disks = self.disk.iter().map(|disk| disk.id.as_deref());
         let nets = self.net.iter().map(|net| net.id.as_deref());
+        let vsocks = self.vsock.iter().map(|vsock| vsock.id.as_deref());
         let devices = self.device.iter().map(|device| device.id.as_deref());
         disks
             .chain(nets)
+            .chain(vsocks)
             .chain(devices)
             .any(|other| other == Some(id))
     }

@@ -3,7 +3,7 @@
 use busway_host::Mac;
 
 use super::validate::is_id;
-use super::{DiskConfig, InvalidVirtio, NetConfig, VmConfig};
+use super::{DiskConfig, InvalidVirtio, NetConfig, VmConfig, VsockConfig};
 
 /// A virtio device: what a kind of device adds to join those that come and leave is a variant here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +12,8 @@ pub enum VirtioConfig {
     Disk(DiskConfig),
     /// A NIC.
     Net(NetConfig),
+    /// Sockets, of which a VM has one device at most.
+    Vsock(VsockConfig),
 }
 
 impl VirtioConfig {
@@ -21,6 +23,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(_) => "disk",
             Self::Net(_) => "net",
+            Self::Vsock(_) => "vsock",
         }
     }
 
@@ -30,6 +33,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
+            Self::Vsock(vsock) => vsock.id.as_deref(),
         }
     }
 
@@ -39,6 +43,7 @@ impl VirtioConfig {
         match &mut self {
             Self::Disk(disk) => disk.id = Some(name.to_owned()),
             Self::Net(net) => net.id = Some(name.to_owned()),
+            Self::Vsock(vsock) => vsock.id = Some(name.to_owned()),
         }
         self
     }
@@ -47,7 +52,7 @@ impl VirtioConfig {
     #[must_use]
     pub const fn mac(&self) -> Option<Mac> {
         match self {
-            Self::Disk(_) => None,
+            Self::Disk(_) | Self::Vsock(_) => None,
             Self::Net(net) => net.mac,
         }
     }
@@ -69,6 +74,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(disk) => disk.check(),
             Self::Net(net) => net.check(),
+            Self::Vsock(vsock) => vsock.check(),
         }
     }
 }
@@ -79,7 +85,9 @@ impl VmConfig {
     pub fn virtio(&self) -> impl Iterator<Item = (usize, VirtioConfig)> {
         let disks = self.disk.iter().cloned().map(VirtioConfig::Disk);
         let nets = self.net.iter().cloned().map(VirtioConfig::Net);
-        disks.enumerate().chain(nets.enumerate())
+        let vsocks = self.vsock.iter().cloned().map(VirtioConfig::Vsock);
+        let devices = disks.enumerate().chain(nets.enumerate());
+        devices.chain(vsocks.enumerate())
     }
 }
 

@@ -79,6 +79,7 @@ impl Definition {
         let number = match &device {
             VirtioConfig::Disk(_) => config.disk.len(),
             VirtioConfig::Net(_) => config.net.len(),
+            VirtioConfig::Vsock(_) => 0,
         };
         let is_free = |name: &str| !config.has_id(name);
         let name = name_of(&device, number, is_free);
@@ -93,6 +94,10 @@ impl Definition {
         match device {
             VirtioConfig::Disk(disk) => config.disk.push(disk),
             VirtioConfig::Net(net) => config.net.push(net),
+            VirtioConfig::Vsock(vsock) => match &config.vsock {
+                None => config.vsock = Some(vsock),
+                Some(_) => return Err(RequestError::Invalid(ONE_VSOCK.to_owned())),
+            },
         }
         self.replace(config)?;
         if !files.is_empty() {
@@ -102,7 +107,7 @@ impl Definition {
     }
 
     fn replace(&mut self, config: VmConfig) -> Result<(), RequestError> {
-        if config.disk.len() + config.net.len() + config.device.len() > DEVICES_MOST {
+        if count(&config) > DEVICES_MOST {
             let why = format!("a VM that is not booted yet takes {DEVICES_MOST} devices at most");
             return Err(RequestError::Invalid(why));
         }
@@ -113,10 +118,12 @@ impl Definition {
 
     pub(super) fn remove(&mut self, id: &str) -> Result<(), RequestError> {
         let config = &mut self.config;
-        let count = |config: &VmConfig| config.disk.len() + config.net.len() + config.device.len();
         let before = count(config);
         config.disk.retain(|disk| disk.id.as_deref() != Some(id));
         config.net.retain(|net| net.id.as_deref() != Some(id));
+        config
+            .vsock
+            .take_if(|vsock| vsock.id.as_deref() == Some(id));
         config.device.retain(|device| device.id() != id);
         self.files.remove(id);
         self.unused.take(id);
@@ -140,6 +147,16 @@ impl Definition {
             net.fd.clear();
         }
     }
+}
+
+/// Why a second one is refused. Linux, net/vmw_vsock/virtio_transport.c, `the_virtio_vsock`
+pub(super) const ONE_VSOCK: &str =
+    "a VM has one vsock device at most, for guests know one: remove the other";
+
+/// The devices that can come and leave.
+fn count(config: &VmConfig) -> usize {
+    let lists = config.disk.len() + config.net.len() + config.device.len();
+    lists + usize::from(config.vsock.is_some())
 }
 
 pub(super) fn invalid(error: InvalidConfig) -> RequestError {

@@ -23,6 +23,7 @@ use crate::virtio::VirtioPciError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::net::{NetError, TapError};
 use crate::virtio::rng::RngError;
+use crate::virtio::vsock::VsockError;
 
 /// Why a VM could not run, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,9 @@ pub enum RunError {
     /// A NIC cannot be had.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A vsock device cannot be had.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The entropy source cannot be had.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -295,6 +299,7 @@ impl RunError {
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }
+            | Self::Vsock(VsockError::Config { .. })
             | Self::Net(
                 NetError::Config { .. }
                 | NetError::Tap {
@@ -320,6 +325,7 @@ impl RunError {
             | Self::Prefault(_)
             | Self::Regions(_)
             | Self::Net(_)
+            | Self::Vsock(_)
             | Self::DmaSpace(_)
             | Self::Memlock(_)
             | Self::PeerToPeer(_)

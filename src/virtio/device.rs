@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::activation::Activation;
 use super::config_space::ConfigSpace;
-use super::counts::Counts;
+use super::counts::{Counts, ServedBy};
 use super::error::StartError;
 use super::life::{DeviceState, Running};
+use super::spec;
 
 /// A kind of virtio device, apart from the transport that carries it.
 ///
@@ -28,11 +29,21 @@ pub trait VirtioDevice: Send + Debug {
     /// The features it offers, without those that the transport and the rings add.
     fn features(&self) -> u64;
 
+    /// Of the rings' own features, those that who serves its queues can do. `VIRTIO_F_VERSION_1` is always offered.
+    fn ring_features(&self) -> u64 {
+        spec::feature::EVENT_IDX | spec::feature::INDIRECT_DESC
+    }
+
     /// The most descriptors of each of its queues; powers of two.
     fn queue_sizes(&self) -> Vec<u16>;
 
     /// Its configuration.
     fn config(&self) -> Arc<dyn ConfigSpace>;
+
+    /// Who serves its queues, all its life.
+    fn served_by(&self) -> ServedBy {
+        ServedBy::Busway
+    }
 
     /// Where what its queues do is counted, from its first start to its end.
     fn counts(&self) -> Counts {

@@ -117,6 +117,14 @@ enum Verb {
     AddDisk(AddDiskArgs),
     /// Add a NIC; answered when the guest can find it
     AddNet(AddNetArgs),
+    /// Add sockets between host and guest (vsock); answered when the guest can find them
+    AddVsock {
+        /// The guest's address, 3 or more, which no other VM of the host has
+        cid: u32,
+        /// What it is called
+        #[arg(long)]
+        id: Option<String>,
+    },
     /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
@@ -214,6 +222,7 @@ impl Verb {
             Self::AddDevice { .. } => "vm.add-device",
             Self::AddDisk(_) => "vm.add-disk",
             Self::AddNet(_) => "vm.add-net",
+            Self::AddVsock { .. } => "vm.add-vsock",
             Self::RemoveDevice { .. } => "vm.remove-device",
         }
     }
@@ -242,6 +251,7 @@ impl Verb {
             })),
             Self::CheckDevice { device } => Some(json!({ "path": device })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
+            Self::AddVsock { cid, id } => Some(json!({ "cid": cid, "id": id })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {
@@ -263,6 +273,7 @@ impl Verb {
             | Self::AddDevice { .. }
             | Self::AddDisk(_)
             | Self::AddNet(_)
+            | Self::AddVsock { .. }
             | Self::RemoveDevice { .. } => END_LIMIT,
             _ => LIMIT,
         }
@@ -387,7 +398,7 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Resume => "the guest runs\n".to_owned(),
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
-        Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) => {
+        Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) | Verb::AddVsock { .. } => {
             let all = std::iter::once(answer).chain(answer::list(answer, "/functions"));
             let heard = match answer["attended"].as_bool() {
                 Some(false) => {

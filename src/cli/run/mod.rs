@@ -78,6 +78,12 @@ pub(super) struct RunArgs {
     net: Vec<String>,
 
     #[arg(
+        long, help = schema::VSOCK.summary, long_help = schema::VSOCK.help(),
+        value_name = LIST, help_heading = DEVICES
+    )]
+    vsock: Vec<String>,
+
+    #[arg(
         long, help = schema::RNG.summary, long_help = schema::RNG.help(),
         value_name = LIST, help_heading = DEVICES
     )]
@@ -232,7 +238,7 @@ impl RunArgs {
 
     /// Whether the flags say anything of a VM.
     pub(super) fn describes_vm(&self) -> bool {
-        let lists = [&self.disk, &self.net, &self.device];
+        let lists = [&self.disk, &self.net, &self.vsock, &self.device];
         self.config.is_some()
             || self.kernel.is_some()
             || self.firmware.is_some()
@@ -267,6 +273,7 @@ impl RunArgs {
             ("memory", &mut self.memory),
             ("disk", &mut self.disk),
             ("net", &mut self.net),
+            ("vsock", &mut self.vsock),
             ("rng", &mut self.rng),
             ("device", &mut self.device),
             ("platform", &mut self.platform),
@@ -311,6 +318,10 @@ impl RunArgs {
         )?;
         extend(&schema::DISK, &mut config.disk, &self.disk)?;
         extend(&schema::NET, &mut config.net, &self.net)?;
+        for said in &self.vsock {
+            let place = SourcePlace::Flag(schema::VSOCK.name, said.clone());
+            config.vsock = Some(schema::VSOCK.make(said, &place)?);
+        }
         extend(&schema::DEVICE, &mut config.device, &self.device)
     }
 }

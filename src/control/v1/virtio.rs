@@ -7,7 +7,9 @@ use serde::Deserialize;
 
 use super::lacking::{Asked, Fault, Lack};
 use super::some_text;
-use crate::config::{DiskConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig};
+use crate::config::{
+    Choice, DiskConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig, VsockConfig,
+};
 use crate::machine::Files;
 
 /// The most PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
@@ -159,6 +161,8 @@ pub(super) struct AddNet {
     offload_ufo: Option<bool>,
     offload_csum: Option<bool>,
     fds: Option<Vec<i32>>,
+    /// Beside Cloud Hypervisor's: the host's kernel serves it, or must not.
+    vhost: Option<bool>,
     /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came are the tap's.
     pub(super) fd_indexes: Option<Vec<usize>>,
     #[serde(flatten)]
@@ -189,11 +193,39 @@ impl AddNet {
         let mut net = NetConfig {
             tap: some_text(self.tap),
             mac: mac.map_err(|error| format!("mac: {error}"))?,
+            vhost: match self.vhost {
+                None => Choice::Auto,
+                Some(true) => Choice::On,
+                Some(false) => Choice::Off,
+            },
             ..NetConfig::default()
         };
         let sizes = (&mut net.num_queues, &mut net.queue_size);
         self.common.apply(&mut net.id, sizes.0, sizes.1);
         Ok(VirtioConfig::Net(net))
+    }
+}
+
+/// A vsock device to be added: the host's, which Cloud Hypervisor has not. Its own leads to a Unix socket.
+#[derive(Debug, Deserialize)]
+pub(super) struct AddVsock {
+    cid: u32,
+    socket: Option<String>,
+    #[serde(flatten)]
+    common: Common,
+}
+
+impl AddVsock {
+    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
+        self.common.check()?;
+        Lack::Vsock.unless_asked(some_text(self.socket).is_some())?;
+        if !files.is_empty() {
+            return Err(Fault::from("a vsock device takes no descriptors"));
+        }
+        Ok(VirtioConfig::Vsock(VsockConfig {
+            cid: self.cid,
+            id: some_text(self.common.id),
+        }))
     }
 }
 

@@ -20,6 +20,7 @@ use busway_pci::{Bdf, InterruptRoutes};
 
 use super::RunError;
 use super::aside::Aside;
+use super::definition::ONE_VSOCK;
 use super::events::Events;
 use super::handed::Files;
 use super::observed::{DeviceSeen, DeviceState, Doing, VirtioDoing};
@@ -31,7 +32,8 @@ use crate::config::{DiskConfig, VirtioConfig, VmConfig};
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
-use crate::virtio::{Sight, VirtioDevice, VirtioPci};
+use crate::virtio::vsock::Vsock;
+use crate::virtio::{MemoryTable, ServedBy, Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
 
 /// The devices of a machine.
@@ -93,6 +95,8 @@ type Made = (VirtioConfig, Arc<VirtioPci>);
 #[derive(Clone, Debug)]
 struct Maker {
     ram: GuestRam,
+    /// The same for back ends, which are told where it is.
+    memory: Arc<MemoryTable>,
     routes: Arc<dyn InterruptRoutes>,
 }
 
@@ -110,10 +114,18 @@ impl Maker {
                 Box::new(Blk::new(name, &there)?)
             }
             VirtioConfig::Net(asked) => {
-                let net = Net::new(name, asked, files.all())?;
-                log::info!("net {}: tap {}", net.name(), net.tap_name());
+                let mut net = Net::new(name, asked, files.all())?;
+                net.serve_in_kernel(asked.vhost, &self.ram, &self.memory)?;
+                let by = match net.served_by() {
+                    ServedBy::Busway => "Busway",
+                    ServedBy::Kernel => "the host's kernel",
+                };
+                log::info!("net {name}: tap {}, served by {by}", net.tap_name());
                 asked.tap = Some(net.tap_name().to_owned());
                 Box::new(net)
+            }
+            VirtioConfig::Vsock(vsock) => {
+                Box::new(Vsock::new(name, vsock, &self.ram, &self.memory)?)
             }
         };
         Ok((config, self.function(device)?))
@@ -132,6 +144,7 @@ impl VirtioDevices {
     /// Of a machine that has none yet.
     pub(super) fn new(
         ram: &GuestRam,
+        memory: &Arc<MemoryTable>,
         routes: Arc<dyn InterruptRoutes>,
         seats: &Arc<Seats>,
         events: &Arc<Events>,
@@ -147,6 +160,7 @@ impl VirtioDevices {
             seats: seats.clone(),
             maker: Maker {
                 ram: ram.clone(),
+                memory: memory.clone(),
                 routes,
             },
             events: events.clone(),
@@ -185,7 +199,7 @@ impl VirtioDevices {
     pub(super) fn disks(&self) -> impl Iterator<Item = (&str, &DiskConfig)> {
         self.entries.iter().filter_map(|entry| match &entry.config {
             VirtioConfig::Disk(disk) => Some((entry.name.as_str(), disk)),
-            VirtioConfig::Net(_) => None,
+            VirtioConfig::Net(_) | VirtioConfig::Vsock(_) => None,
         })
     }
 
@@ -329,6 +343,11 @@ impl VirtioDevices {
         let there = self.entries.iter().filter(|entry| !entry.retired);
         let there = there.map(|entry| (&entry.name, &entry.config));
         let coming = self.coming.iter().map(|one| (&one.name, &one.config));
+        let is_vsock = |config: &VirtioConfig| matches!(config, VirtioConfig::Vsock(_));
+        let mut others = there.clone().chain(coming.clone());
+        if is_vsock(config) && others.any(|(_, other)| is_vsock(other)) {
+            return Err(RequestError::Failed(ONE_VSOCK.to_owned()));
+        }
         let same = |(_, other): &(&String, &VirtioConfig)| {
             config.mac().is_some() && config.mac() == other.mac()
         };
@@ -449,6 +468,7 @@ fn observed(id: String, kind: &'static str, address: String, sight: &Sight) -> D
             assigned: None,
             virtio: Some(VirtioDoing {
                 driver: seen.driver,
+                served_by: seen.served_by,
                 interrupts: seen.interrupts,
                 totals: seen.totals,
             }),

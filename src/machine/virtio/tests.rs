@@ -66,7 +66,7 @@ fn machine(room: u64) -> Option<Machine> {
     .unwrap();
     let events = Events::new().unwrap();
     let routes = Arc::new(CountingRoutes::default());
-    let mut devices = VirtioDevices::new(&ram(), routes, pci.seats(), &events);
+    let mut devices = VirtioDevices::new(&ram(), &Arc::default(), routes, pci.seats(), &events);
     let folder = tempfile::tempdir().unwrap();
     let config = VmConfig {
         disk: vec![disk(&image(&folder, "root"), Some("root"))],
