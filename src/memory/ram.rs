@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use busway_vfio::Mapping;
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -217,14 +217,20 @@ fn map(
     })
 }
 
-/// A nameless file of `size` bytes that another process can map.
+/// A nameless file of `size` bytes that another process can map. It is sealed to that size: whoever is given it
+/// could otherwise cut it short, and have this process and the guest killed by their next access.
 fn memfd(size: u64, huge_page: Option<u64>) -> io::Result<File> {
     let huge = huge_page.map_or(MemfdFlags::empty(), |page| {
         let size = page.trailing_zeros() << libc::MFD_HUGE_SHIFT;
         MemfdFlags::HUGETLB | MemfdFlags::from_bits_retain(size)
     });
-    let file = File::from(memfd_create(c"guest-ram", MemfdFlags::CLOEXEC | huge)?);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge;
+    let file = File::from(memfd_create(c"guest-ram", flags)?);
     file.set_len(size)?;
+    fcntl_add_seals(
+        &file,
+        SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
+    )?;
     Ok(file)
 }
 
@@ -320,6 +326,24 @@ mod tests {
             assert_eq!(region.file().map(FileOffset::start), shared.then_some(0));
             assert!(!region.read_only());
         }
+    }
+
+    #[test]
+    fn whoever_has_shared_ram_can_neither_cut_it_short_nor_make_it_longer() {
+        let config = MemoryConfig {
+            size: 16 << 20,
+            shared: true,
+            ..Default::default()
+        };
+        let ram = Ram::new(&config, false).unwrap();
+        let region = ram.regions().next().unwrap();
+        let file = region.file().unwrap().file();
+        for size in [0, config.size - 4096, config.size + 4096] {
+            let error = file.set_len(size).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{size}");
+        }
+        let seals = rustix::fs::fcntl_get_seals(file).unwrap();
+        assert!(seals.contains(SealFlags::SEAL), "{seals:?}");
     }
 
     #[test]
