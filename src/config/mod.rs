@@ -157,6 +157,9 @@ pub struct NetConfig {
     /// Descriptors a queue; a power of two.
     #[serde(default = "net_queue_size")]
     pub queue_size: u16,
+    /// The host's kernel serves the queues (vhost-net).
+    #[serde(default)]
+    pub vhost: Choice,
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
@@ -170,6 +173,7 @@ impl Default for NetConfig {
             mac: None,
             num_queues: two(),
             queue_size: net_queue_size(),
+            vhost: Choice::Auto,
             id: None,
         }
     }

@@ -355,8 +355,8 @@ fn no_eventfd(source: io::Error) -> RouteError {
     }
 }
 
-/// Lends an eventfd to a call of `kvm-ioctls`, in the type that it asks for.
-pub(super) fn lend<T>(event: &impl AsFd, call: impl FnOnce(&KvmEventFd) -> T) -> T {
+/// Lends an eventfd to a call of rust-vmm's, in the type that it asks for.
+pub(crate) fn lend<T>(event: &impl AsFd, call: impl FnOnce(&KvmEventFd) -> T) -> T {
     // SAFETY: the descriptor is open for as long as `event`, which stays borrowed, and is not closed by
     // what is never dropped.
     let event = unsafe { KvmEventFd::from_raw_fd(event.as_fd().as_raw_fd()) };

@@ -18,6 +18,7 @@ mod vm;
 pub use address_map::{AddressMap, BusDevice, Overlap};
 pub use doorbell::{Doorbell, Doorbells};
 pub use error::KvmError;
+pub(crate) use irq::lend;
 pub use irq::{IrqRouter, LevelLine, VectorCount};
 pub use memslots::Memslots;
 pub use pins::Pins;

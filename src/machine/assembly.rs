@@ -32,6 +32,7 @@ use crate::devices::pci_hotplug;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{Ram, Regions};
 use crate::report::{Report, Stage};
+use crate::virtio::MemoryTable;
 use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
 
@@ -112,9 +113,10 @@ impl Begun {
 struct MemoryMap(Arc<Regions>);
 
 impl MemoryMap {
-    /// Puts RAM into it, mapped into the VM.
-    fn fill(&self, ram: &Ram, vm: &Vm) -> Result<(), RunError> {
+    /// Puts RAM into it, mapped into the VM and known to virtio devices' back ends.
+    fn fill(&self, ram: &Ram, vm: &Vm, table: &Arc<MemoryTable>) -> Result<(), RunError> {
         self.0.listen(Arc::new(vm.memslots()))?;
+        self.0.listen(table.clone())?;
         for region in ram.regions() {
             self.0.add(region)?;
         }
@@ -157,7 +159,8 @@ impl Machine {
         passthrough.keep_iommufd(&found)?;
         let open = || passthrough.open(found, report);
         let (ram, opened) = take(config, &plan, open, report, early)?;
-        memory.fill(&ram, &vm)?;
+        let table = Arc::<MemoryTable>::default();
+        memory.fill(&ram, &vm, &table)?;
         report.set_guest_memory(ram.host_ranges());
         report.reached(Stage::Open);
         early.check()?;
@@ -200,7 +203,7 @@ impl Machine {
             config.firmware.is_some(),
         )?;
         let routes = Arc::new(router.clone());
-        let mut virtio = VirtioDevices::new(ram.guest(), routes, pci.topology(), &events);
+        let mut virtio = VirtioDevices::new(ram.guest(), &table, routes, pci.topology(), &events);
         let console_terminal = add_virtio(&mut virtio, &mut pci, definition, &quit)?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;

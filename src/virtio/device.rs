@@ -8,6 +8,7 @@ use super::config_space::ConfigSpace;
 use super::counts::Counts;
 use super::error::StartError;
 use super::life::{DeviceState, Running};
+use super::spec;
 
 /// A kind of virtio device, apart from the transport that carries it.
 ///
@@ -27,6 +28,11 @@ pub trait VirtioDevice: Send + Debug {
 
     /// The features it offers, without those that the transport and the rings add.
     fn features(&self) -> u64;
+
+    /// Of the rings' own features, those that who serves its queues can do. `VIRTIO_F_VERSION_1` is always offered.
+    fn ring_features(&self) -> u64 {
+        spec::feature::EVENT_IDX | spec::feature::INDIRECT_DESC
+    }
 
     /// The most descriptors of each of its queues; powers of two.
     fn queue_sizes(&self) -> Vec<u16>;

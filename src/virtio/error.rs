@@ -2,6 +2,8 @@
 
 use std::io;
 
+use super::vhost::VhostError;
+
 /// The driver broke the queue's rules, or the host does not serve it any more. The device needs a reset;
 /// there is no other way on.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +27,17 @@ pub enum QueueError {
         /// Why it failed.
         source: io::Error,
     },
+    /// queue {index}: its back end cannot go on with it: the driver broke the ring's rules, or a request's
+    #[error(
+        "queue {index}: its back end cannot go on with it: the driver broke the ring's rules, or a request's"
+    )]
+    BackEnd {
+        /// The queue's number.
+        index: u16,
+    },
+    /// The back end did not take a change.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
 }
 
 /// Why a device did not start, though its driver is ready.
@@ -38,6 +51,9 @@ pub enum StartError {
         /// What is wrong with it.
         source: virtio_queue::Error,
     },
+    /// The back end refused a step.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
     /// The host refused something that the device needs to run.
     #[error(transparent)]
     Host(#[from] io::Error),

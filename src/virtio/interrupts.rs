@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arc_swap::ArcSwapOption;
 use busway_pci::{InterruptMode, InterruptRoutes, Msix, VectorOwner};
@@ -39,11 +39,7 @@ impl Interrupts {
     pub(crate) fn new(name: &str, queues: u16, routes: Arc<dyn InterruptRoutes>) -> Self {
         let msix = Msix::new(queues.saturating_add(1), routes).named(name);
         Self {
-            events: VectorEvents(
-                (0..msix.vectors())
-                    .map(|_| ArcSwapOption::empty())
-                    .collect(),
-            ),
+            events: VectorEvents::new(msix.vectors()),
             shown: Arc::new(Shown::new(queues, msix.vectors())),
             msix: Mutex::new(msix),
             config_vector: AtomicU16::new(NO_VECTOR),
@@ -81,8 +77,10 @@ impl Interrupts {
 
     /// The driver chose a queue's vector.
     pub(crate) fn set_queue_vector(&self, queue: u16, vector: u16) {
-        if let Some(slot) = self.queue_vectors.get(usize::from(queue)) {
-            slot.store(vector, Ordering::Relaxed);
+        if let Some(slot) = self.queue_vectors.get(usize::from(queue))
+            && slot.swap(vector, Ordering::AcqRel) != vector
+        {
+            self.events.changed();
         }
     }
 
@@ -98,6 +96,11 @@ impl Interrupts {
     pub(crate) fn queue_event(&self, queue: u16) -> Option<Arc<OwnedFd>> {
         let vector = self.queue_vectors.get(usize::from(queue))?;
         self.events.shared(vector.load(Ordering::Relaxed))
+    }
+
+    /// Has `changed` signalled when a queue's vector may have another eventfd, until its last owner drops it.
+    pub(crate) fn watch(&self, changed: &EventFd) {
+        self.events.watch(changed);
     }
 
     /// The configuration has changed.
@@ -175,16 +178,30 @@ impl Interrupts {
 
 /// The eventfds of the connected vectors.
 #[derive(Debug)]
-struct VectorEvents(Box<[ArcSwapOption<EventFd>]>);
+struct VectorEvents {
+    events: Box<[ArcSwapOption<EventFd>]>,
+    /// Who wants to know of changes.
+    watchers: Mutex<Vec<Weak<OwnedFd>>>,
+}
 
 impl VectorEvents {
+    fn new(vectors: u16) -> Self {
+        Self {
+            events: (0..vectors).map(|_| ArcSwapOption::empty()).collect(),
+            watchers: Mutex::default(),
+        }
+    }
+
     fn shared(&self, vector: u16) -> Option<Arc<OwnedFd>> {
-        let event = self.0.get(usize::from(vector))?.load_full()?;
+        let event = self.events.get(usize::from(vector))?.load_full()?;
         Some(event.shared())
     }
 
     fn signal(&self, vector: u16) -> bool {
-        let event = self.0.get(usize::from(vector)).map(ArcSwapOption::load);
+        let event = self
+            .events
+            .get(usize::from(vector))
+            .map(ArcSwapOption::load);
         match event.as_deref() {
             Some(Some(event)) => {
                 event.signal();
@@ -193,19 +210,38 @@ impl VectorEvents {
             _ => false,
         }
     }
+
+    fn watchers(&self) -> MutexGuard<'_, Vec<Weak<OwnedFd>>> {
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watch(&self, changed: &EventFd) {
+        let changed = Arc::downgrade(&changed.shared());
+        let mut watchers = self.watchers();
+        watchers.retain(|one| one.strong_count() > 0 && !one.ptr_eq(&changed));
+        watchers.push(changed);
+    }
+
+    fn changed(&self) {
+        for watcher in self.watchers().iter().filter_map(Weak::upgrade) {
+            EventFd::from(watcher).signal();
+        }
+    }
 }
 
 impl VectorOwner for &VectorEvents {
     fn connect(&mut self, first: u16, events: &[BorrowedFd<'_>]) -> io::Result<()> {
-        for (slot, event) in self.0.iter().skip(first.into()).zip(events) {
+        for (slot, event) in self.events.iter().skip(first.into()).zip(events) {
             slot.store(Some(Arc::new(event.try_clone_to_owned()?.into())));
         }
+        self.changed();
         Ok(())
     }
 
     fn disconnect_all(&mut self) {
-        for slot in &self.0 {
+        for slot in &self.events {
             slot.store(None);
         }
+        self.changed();
     }
 }

@@ -26,8 +26,10 @@ mod segments;
 pub mod spec;
 #[cfg(test)]
 pub(crate) mod testing;
+mod vhost;
 mod worker;
 
+pub use self::vhost::{KernelError, MemoryTable, VhostError};
 pub use activation::Activation;
 pub use config_space::{ChangeListener, ConfigSpace};
 pub use counts::{

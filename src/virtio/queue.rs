@@ -99,6 +99,11 @@ impl Call {
     pub fn event(&self) -> Option<Arc<OwnedFd>> {
         self.interrupts.queue_event(self.queue)
     }
+
+    /// Has `changed` signalled whenever [`event`](Self::event) may be another, for as long as somebody keeps it.
+    pub fn watch(&self, changed: &EventFd) {
+        self.interrupts.watch(changed);
+    }
 }
 
 /// One enabled queue, owned by its worker.

@@ -65,6 +65,13 @@ impl From<OwnedFd> for EventFd {
     }
 }
 
+/// As [`EventFd::shared`] gave it.
+impl From<Arc<OwnedFd>> for EventFd {
+    fn from(fd: Arc<OwnedFd>) -> Self {
+        Self(fd)
+    }
+}
+
 /// Signals an eventfd of [`EventFd`]'s, without another descriptor, of which there may be none left.
 pub(crate) fn signal(event: BorrowedFd<'_>) {
     match rustix::io::write(event, &1_u64.to_ne_bytes()) {

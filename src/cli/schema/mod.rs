@@ -208,6 +208,9 @@ pub(super) static NET: Section<NetConfig> = Section {
             |net, value| net.num_queues = value.number()?;
         "queue_size" { "N": "descriptors of a queue, a power of two from 32 to 4096 [256]" }
             |net, value| net.queue_size = value.number()?;
+        "vhost" { "on|off": "packets pass in the host's kernel, and not by Busway [on where\n\
+                 /dev/vhost-net can be opened]" }
+            |net, value| net.vhost = value.choice()?;
         "id" { "NAME": "name, unique in the VM" }
             |net, value| net.id = Some(value.text()?.to_owned());
     },

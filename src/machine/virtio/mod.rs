@@ -32,7 +32,7 @@ use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
-use crate::virtio::{Sight, VirtioDevice, VirtioPci};
+use crate::virtio::{MemoryTable, Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
 use seats::Seats;
 
@@ -104,6 +104,8 @@ type Made = (VirtioConfig, Arc<VirtioPci>);
 #[derive(Clone, Debug)]
 struct Maker {
     ram: GuestRam,
+    /// The same for back ends, which are told where it is.
+    memory: Arc<MemoryTable>,
     routes: Arc<dyn InterruptRoutes>,
 }
 
@@ -121,8 +123,13 @@ impl Maker {
                 Box::new(Blk::new(name, &there)?)
             }
             VirtioConfig::Net(asked) => {
-                let net = Net::new(name, asked, files.all())?;
-                log::info!("net {}: tap {}", net.name(), net.tap_name());
+                let mut net = Net::new(name, asked, files.all())?;
+                net.serve_in_kernel(asked.vhost, &self.ram, &self.memory)?;
+                let by = match net.is_served_in_kernel() {
+                    true => "served by the kernel's vhost-net",
+                    false => "served by Busway",
+                };
+                log::info!("net {}: tap {}, {by}", net.name(), net.tap_name());
                 asked.tap = Some(net.tap_name().to_owned());
                 Box::new(net)
             }
@@ -143,6 +150,7 @@ impl VirtioDevices {
     /// Of a machine that has none yet.
     pub(super) fn new(
         ram: &GuestRam,
+        memory: &Arc<MemoryTable>,
         routes: Arc<dyn InterruptRoutes>,
         topology: &Arc<Topology>,
         events: &Arc<Events>,
@@ -159,6 +167,7 @@ impl VirtioDevices {
             hotplug: None,
             maker: Maker {
                 ram: ram.clone(),
+                memory: memory.clone(),
                 routes,
             },
             events: events.clone(),

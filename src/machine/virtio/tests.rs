@@ -64,7 +64,7 @@ fn machine(room: u64) -> Option<Machine> {
     .unwrap();
     let events = Events::new().unwrap();
     let routes = Arc::new(CountingRoutes::default());
-    let mut devices = VirtioDevices::new(&ram(), routes, pci.topology(), &events);
+    let mut devices = VirtioDevices::new(&ram(), &Arc::default(), routes, pci.topology(), &events);
     let folder = tempfile::tempdir().unwrap();
     let config = VmConfig {
         disk: vec![disk(&image(&folder, "root"), Some("root"))],

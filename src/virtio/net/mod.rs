@@ -1,10 +1,12 @@
 //! The virtio network card on a tap interface. Virtio 1.3 §5.1.
 //!
-//! A worker for each pair of queues, on the tap's own queue of the same number. What the driver
+//! A worker for each pair of queues, on the tap's own queue of the same number; or the host's kernel serves
+//! them (`vhost=on`), and no packet comes by this process. What the driver
 //! agrees to handle unfinished (checksums, segments), the kernel hands over so, and the other way.
 
 mod cable;
 mod control;
+mod kernel;
 mod receive;
 mod tap;
 #[cfg(test)]
@@ -29,13 +31,15 @@ use super::error::QueueError;
 use super::life::{DeviceState, NetState, Progress, Running, WaitingPacket};
 use super::queue::{Served, Virtqueue};
 use super::spec::{self, net};
+use super::vhost::{self, KernelError, MemoryTable, Watch};
 use super::worker::{Worker, doorbell_events};
-use crate::config::{InvalidVirtio, NetConfig};
+use crate::config::{Choice, InvalidVirtio, NetConfig};
 use crate::memory::GuestRam;
 use crate::virtio::error::StartError;
 use busway_pci::Complaints;
 pub use cable::Cable;
 use control::Control;
+use kernel::{Kernel, KernelWorker};
 use receive::{End, Receiver};
 use tap::Tap;
 pub use tap::TapError;
@@ -72,6 +76,14 @@ pub enum NetError {
         /// What became of its tap.
         source: TapError,
     },
+    /// net {name}: vhost=on: {source}, or leave vhost= out
+    #[error("net {name}: vhost=on: {source}; or leave vhost= out, and Busway serves it")]
+    Kernel {
+        /// The card.
+        name: String,
+        /// Why the kernel does not serve it.
+        source: KernelError,
+    },
     /// net {name}: no random MAC address: {source}; give one with mac=
     #[error("net {name}: no random MAC address: {source}; give one with mac=")]
     Mac {
@@ -94,6 +106,8 @@ pub struct Net {
     cable: Arc<Cable>,
     counts: Counts,
     complaints: Arc<Complaints>,
+    /// Where the kernel serves its queues.
+    kernel: Option<Kernel>,
 }
 
 impl Net {
@@ -144,7 +158,44 @@ impl Net {
             config: config_space,
             counts: Counts::of_net(pairs),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
+            kernel: None,
         })
+    }
+
+    /// Has the kernel serve its queues, as `choice` says: where that is left to Busway, if the host's vhost-net can
+    /// be opened. It is told of the guest's memory by `memory`. Called before the card is started.
+    ///
+    /// # Errors
+    /// [`NetError::Kernel`], where it was asked for and cannot be.
+    pub fn serve_in_kernel(
+        &mut self,
+        choice: Choice,
+        ram: &GuestRam,
+        memory: &Arc<MemoryTable>,
+    ) -> Result<(), NetError> {
+        if choice == Choice::Off {
+            return Ok(());
+        }
+        match (Kernel::open(&self.tap, ram, memory), choice) {
+            (Ok(kernel), _) => {
+                self.kernel = Some(kernel);
+                Ok(())
+            }
+            (Err(source), Choice::On) => Err(NetError::Kernel {
+                name: self.name.clone(),
+                source,
+            }),
+            (Err(error), _) => {
+                log::debug!("net {}: {error}", self.name);
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether its packets pass in the kernel, and not by this process.
+    #[must_use]
+    pub fn is_served_in_kernel(&self) -> bool {
+        self.kernel.is_some()
     }
 
     /// The tap interface's name on the host.
@@ -240,7 +291,15 @@ impl VirtioDevice for Net {
         if self.pairs > 1 {
             features |= net::F_MQ;
         }
-        features
+        match &self.kernel {
+            Some(kernel) => kernel.card_features(features),
+            None => features,
+        }
+    }
+
+    fn ring_features(&self) -> u64 {
+        let own = spec::feature::EVENT_IDX | spec::feature::INDIRECT_DESC;
+        self.kernel.as_ref().map_or(own, Kernel::ring_features)
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -287,6 +346,20 @@ impl VirtioDevice for Net {
         } else {
             None
         };
+        if let Some(kernel) = &self.kernel {
+            // The kernel takes packets from the tap alone; these are lost, as on a wire.
+            for packet in state.waiting.drain(..) {
+                self.counts.net_pair(packet.pair).dropped();
+            }
+            let rings = kernel.start(&self.name, pairs, &mut activation)?;
+            let worker = Box::new(KernelWorker {
+                name: self.name.clone(),
+                ram: activation.ram().clone(),
+                watch: Watch::new(&rings),
+                control,
+            });
+            return vhost::run(activation, rings, worker, DeviceState::Net(state));
+        }
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
         for pair in 0..pairs {
             let queues = (
@@ -424,21 +497,27 @@ impl Worker for NetWorker {
     fn leave(&mut self, progress: &mut Progress) {
         self.receive.leave(progress);
         self.transmit.leave(progress);
-        if let Some((queue, _)) = &self.control {
-            queue.leave(progress);
-        }
+        leave_control(self.control.as_ref(), progress);
         let DeviceState::Net(state) = &mut progress.device else {
             return;
         };
-        if let Some((_, control)) = &self.control {
-            (state.pairs, state.offloads) = control.chosen();
-        }
         if let Some(packet) = self.receiver.waiting() {
             state.waiting.push(WaitingPacket {
                 pair: self.pair,
                 bytes: packet.to_vec(),
             });
         }
+    }
+}
+
+/// Notes the position in the control queue, and what was chosen by it.
+fn leave_control(control: Option<&(Virtqueue, Control)>, progress: &mut Progress) {
+    let Some((queue, control)) = control else {
+        return;
+    };
+    queue.leave(progress);
+    if let DeviceState::Net(state) = &mut progress.device {
+        (state.pairs, state.offloads) = control.chosen();
     }
 }
 

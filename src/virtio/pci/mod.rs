@@ -165,10 +165,7 @@ impl VirtioPci {
                 interrupts.config_changed();
             }
         }));
-        let features = device.features()
-            | spec::feature::VERSION_1
-            | spec::feature::EVENT_IDX
-            | spec::feature::INDIRECT_DESC;
+        let features = device.features() | spec::feature::VERSION_1 | device.ring_features();
         Ok(Arc::new(Self {
             name,
             ram,

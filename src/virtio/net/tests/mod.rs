@@ -21,6 +21,7 @@ fn config(num_queues: u16) -> NetConfig {
         mac: Some(busway_host::Mac(GUEST)),
         num_queues,
         queue_size: 64,
+        vhost: Choice::Off,
         id: None,
     }
 }
