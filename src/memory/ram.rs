@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::mem;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use busway_vfio::Mapping;
@@ -24,6 +25,10 @@ use crate::config::MemoryConfig;
 const PAGE: u64 = busway_pci::PAGE_SIZE;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
+
+/// Whether the host makes transparent huge pages of shared memory, which it decides apart from other memory.
+/// Linux, Documentation/admin-guide/mm/transhuge.rst
+const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 /// The RAM of one VM.
 #[derive(Clone, Debug)]
@@ -70,6 +75,9 @@ impl Ram {
             }
         };
 
+        if config.shared && config.thp && !config.hugepages {
+            tell_of_small_pages(Path::new(SHMEM_HUGE_PAGES));
+        }
         let mut regions = Vec::new();
         let holes = layout::holes(reserved.iter().copied(), huge_page.unwrap_or(2 * MIB));
         for range in layout::ram_ranges(size, low_end, &holes) {
@@ -227,10 +235,7 @@ fn memfd(size: u64, huge_page: Option<u64>) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge;
     let file = File::from(memfd_create(c"guest-ram", flags)?);
     file.set_len(size)?;
-    fcntl_add_seals(
-        &file,
-        SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-    )?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
 
@@ -253,6 +258,20 @@ fn advise(region: &GuestRegionMmap, config: &MemoryConfig, huge: bool) {
             log::debug!("madvise({advice:?}) on guest RAM: {error}");
         }
     }
+}
+
+/// Says where the host makes no transparent huge pages of shared memory, and what would have it do so.
+fn tell_of_small_pages(setting: &Path) -> bool {
+    let text = fs::read_to_string(setting).unwrap_or_default();
+    let small = text.contains("[never]") || text.contains("[deny]");
+    if small {
+        log::info!(
+            "guest RAM is shared with other processes, and this host makes no huge pages of such memory: \
+             `echo advise | sudo tee {}` has it do so, and --memory hugepages=on takes reserved ones",
+            setting.display()
+        );
+    }
+    small
 }
 
 /// Refuses what the host has not got: more than is free, where the whole is needed at once, and
@@ -325,6 +344,20 @@ mod tests {
             let region = ram.regions().next().unwrap();
             assert_eq!(region.file().map(FileOffset::start), shared.then_some(0));
             assert!(!region.read_only());
+        }
+    }
+
+    #[test]
+    fn a_host_that_makes_no_huge_pages_of_shared_memory_is_told_of() {
+        let setting = tempfile::NamedTempFile::new().unwrap();
+        for (text, small) in [
+            ("always within_size advise [never] deny force", true),
+            ("always within_size [advise] never deny force", false),
+            ("always within_size advise never [deny] force", true),
+            ("", false),
+        ] {
+            fs::write(setting.path(), text).unwrap();
+            assert_eq!(tell_of_small_pages(setting.path()), small, "{text}");
         }
     }
 
