@@ -1,9 +1,11 @@
 //! A virtio device that can come and leave, of whatever kind.
 
+use std::path::Path;
+
 use busway_host::Mac;
 
 use super::validate::is_id;
-use super::{DiskConfig, InvalidVirtio, NetConfig, VmConfig};
+use super::{DiskConfig, FsConfig, InvalidVirtio, NetConfig, VmConfig};
 
 /// A virtio device: what a kind of device adds to join those that come and leave is a variant here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +14,8 @@ pub enum VirtioConfig {
     Disk(DiskConfig),
     /// A NIC.
     Net(NetConfig),
+    /// A shared folder.
+    Fs(FsConfig),
 }
 
 impl VirtioConfig {
@@ -21,6 +25,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(_) => "disk",
             Self::Net(_) => "net",
+            Self::Fs(_) => "fs",
         }
     }
 
@@ -30,6 +35,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
+            Self::Fs(fs) => fs.id.as_deref(),
         }
     }
 
@@ -39,6 +45,7 @@ impl VirtioConfig {
         match &mut self {
             Self::Disk(disk) => disk.id = Some(name.to_owned()),
             Self::Net(net) => net.id = Some(name.to_owned()),
+            Self::Fs(fs) => fs.id = Some(name.to_owned()),
         }
         self
     }
@@ -47,8 +54,18 @@ impl VirtioConfig {
     #[must_use]
     pub const fn mac(&self) -> Option<Mac> {
         match self {
-            Self::Disk(_) => None,
+            Self::Disk(_) | Self::Fs(_) => None,
             Self::Net(net) => net.mac,
+        }
+    }
+
+    /// The Unix socket of the process that serves it, where that is another one, which maps the guest's RAM.
+    #[must_use]
+    pub fn socket(&self) -> Option<&Path> {
+        match self {
+            Self::Disk(disk) => disk.back_end(),
+            Self::Net(_) => None,
+            Self::Fs(fs) => Some(&fs.socket),
         }
     }
 
@@ -69,6 +86,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(disk) => disk.check(),
             Self::Net(net) => net.check(),
+            Self::Fs(fs) => fs.check(),
         }
     }
 }
@@ -79,7 +97,9 @@ impl VmConfig {
     pub fn virtio(&self) -> impl Iterator<Item = (usize, VirtioConfig)> {
         let disks = self.disk.iter().cloned().map(VirtioConfig::Disk);
         let nets = self.net.iter().cloned().map(VirtioConfig::Net);
-        disks.enumerate().chain(nets.enumerate())
+        let folders = self.fs.iter().cloned().map(VirtioConfig::Fs);
+        let all = disks.enumerate().chain(nets.enumerate());
+        all.chain(folders.enumerate())
     }
 }
 

@@ -79,6 +79,7 @@ impl Definition {
         let number = match &device {
             VirtioConfig::Disk(_) => config.disk.len(),
             VirtioConfig::Net(_) => config.net.len(),
+            VirtioConfig::Fs(_) => config.fs.len(),
         };
         let is_free = |name: &str| !config.has_id(name);
         let name = name_of(&device, number, is_free);
@@ -93,6 +94,7 @@ impl Definition {
         match device {
             VirtioConfig::Disk(disk) => config.disk.push(disk),
             VirtioConfig::Net(net) => config.net.push(net),
+            VirtioConfig::Fs(fs) => config.fs.push(fs),
         }
         self.replace(config)?;
         if !files.is_empty() {
@@ -102,7 +104,7 @@ impl Definition {
     }
 
     fn replace(&mut self, config: VmConfig) -> Result<(), RequestError> {
-        if config.disk.len() + config.net.len() + config.device.len() > DEVICES_MOST {
+        if devices(&config) > DEVICES_MOST {
             let why = format!("a VM that is not booted yet takes {DEVICES_MOST} devices at most");
             return Err(RequestError::Invalid(why));
         }
@@ -113,14 +115,14 @@ impl Definition {
 
     pub(super) fn remove(&mut self, id: &str) -> Result<(), RequestError> {
         let config = &mut self.config;
-        let count = |config: &VmConfig| config.disk.len() + config.net.len() + config.device.len();
-        let before = count(config);
+        let before = devices(config);
         config.disk.retain(|disk| disk.id.as_deref() != Some(id));
         config.net.retain(|net| net.id.as_deref() != Some(id));
+        config.fs.retain(|fs| fs.id.as_deref() != Some(id));
         config.device.retain(|device| device.id() != id);
         self.files.remove(id);
         self.unused.take(id);
-        match count(&self.config) == before {
+        match devices(&self.config) == before {
             true => Err(RequestError::Unknown(id.to_owned())),
             false => Ok(()),
         }
@@ -140,6 +142,11 @@ impl Definition {
             net.fd.clear();
         }
     }
+}
+
+/// How many devices a VM is to have that can come and leave.
+fn devices(config: &VmConfig) -> usize {
+    config.virtio().count() + config.device.len()
 }
 
 pub(super) fn invalid(error: InvalidConfig) -> RequestError {

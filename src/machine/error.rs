@@ -23,6 +23,7 @@ use crate::virtio::VirtioPciError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::net::{NetError, TapError};
 use crate::virtio::rng::RngError;
+use crate::virtio::vhost_user::{BackEndError, VhostUserError};
 
 /// Why a VM could not run, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,9 @@ pub enum RunError {
     /// A NIC cannot be had.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A device that another process serves cannot be had.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
     /// The entropy source cannot be had.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -306,6 +310,13 @@ impl RunError {
                     ..
                 },
             )
+            | Self::VhostUser(
+                VhostUserError::Config { .. }
+                | VhostUserError::BackEnd {
+                    source: BackEndError::PrivateMemory | BackEndError::Queues { .. },
+                    ..
+                },
+            )
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })
             | Self::Ram(
                 RamError::Empty | RamError::Unaligned(_) | RamError::NotWholeHugePages { .. },
@@ -320,6 +331,7 @@ impl RunError {
             | Self::Prefault(_)
             | Self::Regions(_)
             | Self::Net(_)
+            | Self::VhostUser(_)
             | Self::DmaSpace(_)
             | Self::Memlock(_)
             | Self::PeerToPeer(_)

@@ -27,6 +27,7 @@ pub mod spec;
 #[cfg(test)]
 pub(crate) mod testing;
 mod vhost;
+pub mod vhost_user;
 mod worker;
 
 pub use self::vhost::{KernelError, MemoryTable, VhostError};

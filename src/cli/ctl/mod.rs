@@ -113,6 +113,8 @@ enum Verb {
     AddDisk(AddDiskArgs),
     /// Add a NIC; answered when the guest can find it
     AddNet(AddNetArgs),
+    /// Add a shared folder, which virtiofsd serves; answered when the guest can find it
+    AddFs(AddFsArgs),
     /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
@@ -132,6 +134,9 @@ enum Verb {
 struct AddDiskArgs {
     /// An image, or a block device
     path: PathBuf,
+    /// PATH is the socket of another process, which has the image and serves the disk
+    #[arg(long, conflicts_with_all = ["qcow2", "readonly", "direct", "serial"])]
+    vhost_user: bool,
     /// The image is qcow2; one is raw otherwise, whatever is in it
     #[arg(long)]
     qcow2: bool,
@@ -160,6 +165,18 @@ struct AddNetArgs {
     /// The guest's MAC address; a random one, where none is given
     #[arg(long)]
     mac: Option<String>,
+    /// What it is called
+    #[arg(long)]
+    id: Option<String>,
+}
+
+/// `busway ctl add-fs`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+struct AddFsArgs {
+    /// What the guest mounts it by
+    tag: String,
+    /// The socket where virtiofsd listens
+    socket: PathBuf,
     /// What it is called
     #[arg(long)]
     id: Option<String>,
@@ -201,6 +218,7 @@ impl Verb {
             Self::AddDevice { .. } => "vm.add-device",
             Self::AddDisk(_) => "vm.add-disk",
             Self::AddNet(_) => "vm.add-net",
+            Self::AddFs(_) => "vm.add-fs",
             Self::RemoveDevice { .. } => "vm.remove-device",
         }
     }
@@ -215,6 +233,12 @@ impl Verb {
                 let body = json!({ "path": first, "id": id, "functions": functions });
                 Some(body)
             }
+            Self::AddDisk(disk) if disk.vhost_user => Some(json!({
+                "vhost_user": true, "vhost_socket": absolute(&disk.path), "id": disk.id,
+            })),
+            Self::AddFs(fs) => Some(json!({
+                "tag": fs.tag, "socket": absolute(&fs.socket), "id": fs.id,
+            })),
             Self::AddDisk(disk) => Some(json!({
                 "path": absolute(&disk.path), "readonly": disk.readonly, "direct": disk.direct,
                 "image_type": if disk.qcow2 { "Qcow2" } else { "Raw" },
@@ -243,6 +267,7 @@ impl Verb {
             | Self::AddDevice { .. }
             | Self::AddDisk(_)
             | Self::AddNet(_)
+            | Self::AddFs(_)
             | Self::RemoveDevice { .. } => END_LIMIT,
             _ => LIMIT,
         }
@@ -367,7 +392,7 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Resume => "the guest runs\n".to_owned(),
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
-        Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) => {
+        Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) | Verb::AddFs(_) => {
             let all = std::iter::once(answer).chain(answer::list(answer, "/functions"));
             let heard = match answer["attended"].as_bool() {
                 Some(false) => {

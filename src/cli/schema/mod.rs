@@ -109,6 +109,7 @@ pub(super) const TOP: &[&str] = &[
     "memory",
     "disk",
     "net",
+    "fs",
     "rng",
     "serial",
     "console",
@@ -135,9 +136,11 @@ macro_rules! keys {
 
 mod disk;
 mod firmware;
+mod fs;
 
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
+pub(super) use fs::FS;
 
 /// `--cpus`
 pub(super) static CPUS: Section<CpusConfig> = Section {
@@ -172,7 +175,8 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
     keys: keys! {
         "size" { "SIZE": "bytes, or with K, M, G or T after it [512M]" }
             |memory, value| memory.size = value.size()?;
-        "shared" { "on|off": "mapped so that another process can map it too [off]" }
+        "shared" { "on|off": "mapped so that another process can map it too [on with --fs and\n\
+                 vhost_user=on, else off]" }
             |memory, value| memory.shared = value.switch()?;
         "hugepages" { "on|off": "taken from hugetlbfs [off]" }
             |memory, value| memory.hugepages = value.switch()?;
@@ -471,6 +475,7 @@ mod tests {
         agrees(&MEMORY);
         agrees(&DISK);
         agrees(&NET);
+        agrees(&FS);
         agrees(&RNG);
         agrees(&DEVICE);
         agrees(&PLATFORM);

@@ -32,6 +32,7 @@ use crate::devices::pci_hotplug::PciHotplug;
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
+use crate::virtio::vhost_user::{self, VhostUser};
 use crate::virtio::{MemoryTable, Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
 use seats::Seats;
@@ -114,6 +115,10 @@ impl Maker {
     fn make(&self, name: &str, config: &VirtioConfig, files: &Files) -> Result<Made, RunError> {
         let mut config = config.clone();
         let device: Box<dyn VirtioDevice> = match &mut config {
+            VirtioConfig::Disk(disk) if disk.vhost_user => {
+                Box::new(VhostUser::disk(name, disk, &self.ram, &self.memory)?)
+            }
+            VirtioConfig::Fs(fs) => Box::new(VhostUser::fs(name, fs, &self.ram, &self.memory)?),
             VirtioConfig::Disk(disk) => {
                 // By its number while it is opened, which makes another descriptor of it.
                 let mut there = disk.clone();
@@ -206,7 +211,7 @@ impl VirtioDevices {
     pub(super) fn disks(&self) -> impl Iterator<Item = (&str, &DiskConfig)> {
         self.entries.iter().filter_map(|entry| match &entry.config {
             VirtioConfig::Disk(disk) => Some((entry.name.as_str(), disk)),
-            VirtioConfig::Net(_) => None,
+            VirtioConfig::Net(_) | VirtioConfig::Fs(_) => None,
         })
     }
 
@@ -371,6 +376,12 @@ impl VirtioDevices {
         let name = name_of(config, 0, is_free);
         if !is_free(&name) {
             return Err(RequestError::Exists(name));
+        }
+        if config.socket().is_some()
+            && let Some(why) = vhost_user::private_memory(&self.maker.ram)
+        {
+            let described = config.described(&name);
+            return Err(RequestError::Invalid(format!("{described}: {why}")));
         }
         let there = self.entries.iter().filter(|entry| !entry.retired);
         let there = there.map(|entry| (&entry.name, &entry.config));

@@ -205,6 +205,14 @@ impl<B: BackEnd> Rings<B> {
         positions
     }
 
+    /// The back end is gone: nothing is asked of it any more. In the place of [`stop`](Self::stop).
+    pub(crate) fn abandon(&self) {
+        if !self.stopped.swap(true, Ordering::SeqCst) {
+            self.memory.forget(self);
+            self.pass_on_calls();
+        }
+    }
+
     fn take_back(&self, ring: &Vring) -> QueuePosition {
         let used = GuestAddress(ring.setup.used.saturating_add(2));
         let used = self.ram.memory().load(used, Ordering::Acquire);
