@@ -317,8 +317,12 @@ impl LinkWorker {
             }
             Err(error) => {
                 connection.cut();
-                self.put_back(run);
                 self.lose(&error.to_string());
+                // With one ring begun, requests of that may have been taken and completed.
+                match matches!(error.what, "SET_VRING_KICK" | "SET_VRING_ENABLE") {
+                    true => self.go_on_or_fail(run),
+                    false => self.put_back(run),
+                }
             }
         }
     }

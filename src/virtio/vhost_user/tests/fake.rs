@@ -75,6 +75,8 @@ pub(super) struct Script {
     pub(super) vices: BTreeMap<u32, Vice>,
     /// Requests are taken from the rings and not completed.
     pub(super) keeps: bool,
+    /// The ring at whose beginning it dies, once, with the rings before it served.
+    pub(super) dies_enabling: Option<u32>,
     /// All requests that came, over all connections.
     pub(super) asked: Vec<u32>,
     /// The channel to its front end.
@@ -102,6 +104,7 @@ impl Fake {
             config: vec![7; 60],
             vices: BTreeMap::new(),
             keeps: false,
+            dies_enabling: None,
             asked: Vec::new(),
             channel: None,
             inflight: Vec::new(),
@@ -122,6 +125,13 @@ impl Fake {
 
     pub(super) fn script(&self) -> std::sync::MutexGuard<'_, Script> {
         self.script.lock().unwrap()
+    }
+
+    /// How often somebody has begun to speak with it.
+    pub(super) fn connections(&self) -> usize {
+        let script = self.script();
+        let asked = script.asked.iter();
+        asked.filter(|request| **request == SET_OWNER).count()
     }
 
     /// Changes its manners from now on.
@@ -270,6 +280,9 @@ impl Server {
             script.asked.push(request);
             script.vices.get(&request).cloned()
         };
+        if request == SET_VRING_ENABLE && self.dies_at(&body) {
+            return false;
+        }
         let answer = self.answer(request, flags, &body, files);
         let message = answer.map(|body| {
             let head = [request, 1 | REPLY, body.len() as u32].map(u32::to_ne_bytes);
@@ -291,6 +304,20 @@ impl Server {
             }
         };
         bytes.is_none_or(|bytes| self.stream.write_all(&bytes).is_ok())
+    }
+
+    /// Whether it dies at the beginning of a ring: not before one that it serves has a request, which it completes.
+    fn dies_at(&mut self, body: &[u8]) -> bool {
+        let here = Some(u32::from_ne_bytes(body[..4].try_into().unwrap()));
+        let dies = here == self.script.lock().unwrap().dies_enabling;
+        if dies {
+            self.script.lock().unwrap().dies_enabling = None;
+            let first = *self.rings.keys().next().unwrap();
+            while self.rings[&first].next == 0 {
+                self.serve_ring(first);
+            }
+        }
+        dies
     }
 
     /// The body of the answer, where one is due.
