@@ -108,6 +108,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn ram_is_shared_where_a_device_of_another_processs_is_there_from_the_start() {
+        let mut config = VmConfig {
+            disk: vec![DiskConfig::new("a.raw")],
+            ..VmConfig::default()
+        };
+        assert!(!config.shares_memory());
+        config.fs.push(FsConfig::new("t", "/s"));
+        assert!(config.shares_memory());
+        config.fs.clear();
+        config.disk.push(DiskConfig {
+            vhost_user: true,
+            socket: Some("/s".into()),
+            ..DiskConfig::new("")
+        });
+        assert!(config.shares_memory());
+        config.disk.clear();
+        config.memory.shared = true;
+        assert!(config.shares_memory());
+    }
+
+    #[test]
     fn a_device_that_comes_later_is_held_to_the_same_rules() {
         let disk = |id: &str| {
             VirtioConfig::Disk(DiskConfig {
