@@ -10,6 +10,7 @@ mod fs;
 mod limits;
 mod validate;
 mod virtio;
+mod vsock;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -30,6 +31,7 @@ pub use limits::{
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
+pub use vsock::VsockConfig;
 
 /// Where Linux shows PCI functions by address.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
@@ -60,6 +62,8 @@ pub struct VmConfig {
     pub net: Vec<NetConfig>,
     /// Shared folders.
     pub fs: Vec<FsConfig>,
+    /// Virtio sockets between host and guest.
+    pub vsock: Option<VsockConfig>,
     /// Virtio entropy device.
     pub rng: RngConfig,
     /// 16550 serial port.
@@ -291,10 +295,12 @@ impl VmConfig {
         let disks = self.disk.iter().map(|disk| disk.id.as_deref());
         let nets = self.net.iter().map(|net| net.id.as_deref());
         let folders = self.fs.iter().map(|fs| fs.id.as_deref());
+        let vsocks = self.vsock.iter().map(|vsock| vsock.id.as_deref());
         let devices = self.device.iter().map(|device| device.id.as_deref());
         disks
             .chain(nets)
             .chain(folders)
+            .chain(vsocks)
             .chain(devices)
             .any(|other| other == Some(id))
     }

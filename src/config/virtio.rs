@@ -5,7 +5,7 @@ use std::path::Path;
 use busway_host::Mac;
 
 use super::validate::is_id;
-use super::{DiskConfig, FsConfig, InvalidVirtio, NetConfig, VmConfig};
+use super::{DiskConfig, FsConfig, InvalidVirtio, NetConfig, VmConfig, VsockConfig};
 
 /// A virtio device: what a kind of device adds to join those that come and leave is a variant here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub enum VirtioConfig {
     Net(NetConfig),
     /// A shared folder.
     Fs(FsConfig),
+    /// Sockets, of which a VM has one device at most.
+    Vsock(VsockConfig),
 }
 
 impl VirtioConfig {
@@ -26,6 +28,7 @@ impl VirtioConfig {
             Self::Disk(_) => "disk",
             Self::Net(_) => "net",
             Self::Fs(_) => "fs",
+            Self::Vsock(_) => "vsock",
         }
     }
 
@@ -36,6 +39,7 @@ impl VirtioConfig {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
             Self::Fs(fs) => fs.id.as_deref(),
+            Self::Vsock(vsock) => vsock.id.as_deref(),
         }
     }
 
@@ -46,6 +50,7 @@ impl VirtioConfig {
             Self::Disk(disk) => disk.id = Some(name.to_owned()),
             Self::Net(net) => net.id = Some(name.to_owned()),
             Self::Fs(fs) => fs.id = Some(name.to_owned()),
+            Self::Vsock(vsock) => vsock.id = Some(name.to_owned()),
         }
         self
     }
@@ -54,7 +59,7 @@ impl VirtioConfig {
     #[must_use]
     pub const fn mac(&self) -> Option<Mac> {
         match self {
-            Self::Disk(_) | Self::Fs(_) => None,
+            Self::Disk(_) | Self::Fs(_) | Self::Vsock(_) => None,
             Self::Net(net) => net.mac,
         }
     }
@@ -64,7 +69,7 @@ impl VirtioConfig {
     pub fn socket(&self) -> Option<&Path> {
         match self {
             Self::Disk(disk) => disk.back_end(),
-            Self::Net(_) => None,
+            Self::Net(_) | Self::Vsock(_) => None,
             Self::Fs(fs) => Some(&fs.socket),
         }
     }
@@ -87,6 +92,7 @@ impl VirtioConfig {
             Self::Disk(disk) => disk.check(),
             Self::Net(net) => net.check(),
             Self::Fs(fs) => fs.check(),
+            Self::Vsock(vsock) => vsock.check(),
         }
     }
 }
@@ -98,8 +104,10 @@ impl VmConfig {
         let disks = self.disk.iter().cloned().map(VirtioConfig::Disk);
         let nets = self.net.iter().cloned().map(VirtioConfig::Net);
         let folders = self.fs.iter().cloned().map(VirtioConfig::Fs);
-        let all = disks.enumerate().chain(nets.enumerate());
-        all.chain(folders.enumerate())
+        let vsocks = self.vsock.iter().cloned().map(VirtioConfig::Vsock);
+        let devices = disks.enumerate().chain(nets.enumerate());
+        let devices = devices.chain(folders.enumerate());
+        devices.chain(vsocks.enumerate())
     }
 }
 

@@ -286,11 +286,13 @@ impl Machine {
         config.disk.clear();
         config.net.clear();
         config.fs.clear();
+        config.vsock = None;
         for device in self.virtio.configs() {
             match device {
                 VirtioConfig::Disk(disk) => config.disk.push(disk),
                 VirtioConfig::Net(net) => config.net.push(net),
                 VirtioConfig::Fs(fs) => config.fs.push(fs),
+                VirtioConfig::Vsock(vsock) => config.vsock = Some(vsock),
             }
         }
         config.device = self.passthrough.attached.configs();

@@ -80,6 +80,7 @@ impl Definition {
             VirtioConfig::Disk(_) => config.disk.len(),
             VirtioConfig::Net(_) => config.net.len(),
             VirtioConfig::Fs(_) => config.fs.len(),
+            VirtioConfig::Vsock(_) => 0,
         };
         let is_free = |name: &str| !config.has_id(name);
         let name = name_of(&device, number, is_free);
@@ -95,6 +96,10 @@ impl Definition {
             VirtioConfig::Disk(disk) => config.disk.push(disk),
             VirtioConfig::Net(net) => config.net.push(net),
             VirtioConfig::Fs(fs) => config.fs.push(fs),
+            VirtioConfig::Vsock(vsock) => match &config.vsock {
+                None => config.vsock = Some(vsock),
+                Some(_) => return Err(RequestError::Invalid(ONE_VSOCK.to_owned())),
+            },
         }
         self.replace(config)?;
         if !files.is_empty() {
@@ -104,7 +109,7 @@ impl Definition {
     }
 
     fn replace(&mut self, config: VmConfig) -> Result<(), RequestError> {
-        if devices(&config) > DEVICES_MOST {
+        if count(&config) > DEVICES_MOST {
             let why = format!("a VM that is not booted yet takes {DEVICES_MOST} devices at most");
             return Err(RequestError::Invalid(why));
         }
@@ -115,14 +120,17 @@ impl Definition {
 
     pub(super) fn remove(&mut self, id: &str) -> Result<(), RequestError> {
         let config = &mut self.config;
-        let before = devices(config);
+        let before = count(config);
         config.disk.retain(|disk| disk.id.as_deref() != Some(id));
         config.net.retain(|net| net.id.as_deref() != Some(id));
         config.fs.retain(|fs| fs.id.as_deref() != Some(id));
+        config
+            .vsock
+            .take_if(|vsock| vsock.id.as_deref() == Some(id));
         config.device.retain(|device| device.id() != id);
         self.files.remove(id);
         self.unused.take(id);
-        match devices(&self.config) == before {
+        match count(&self.config) == before {
             true => Err(RequestError::Unknown(id.to_owned())),
             false => Ok(()),
         }
@@ -144,8 +152,12 @@ impl Definition {
     }
 }
 
-/// How many devices a VM is to have that can come and leave.
-fn devices(config: &VmConfig) -> usize {
+/// Why a second one is refused. Linux, net/vmw_vsock/virtio_transport.c, `the_virtio_vsock`
+pub(super) const ONE_VSOCK: &str =
+    "a VM has one vsock device at most, for guests know one: remove the other";
+
+/// The devices that can come and leave.
+fn count(config: &VmConfig) -> usize {
     config.virtio().count() + config.device.len()
 }
 

@@ -24,6 +24,7 @@ use crate::virtio::blk::BlkError;
 use crate::virtio::net::{NetError, TapError};
 use crate::virtio::rng::RngError;
 use crate::virtio::vhost_user::{BackEndError, VhostUserError};
+use crate::virtio::vsock::VsockError;
 
 /// Why a VM could not run, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +62,9 @@ pub enum RunError {
     /// A device that another process serves cannot be had.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
+    /// A vsock device cannot be had.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The entropy source cannot be had.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -299,6 +303,7 @@ impl RunError {
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }
+            | Self::Vsock(VsockError::Config { .. })
             | Self::Net(
                 NetError::Config { .. }
                 | NetError::Tap {
@@ -332,6 +337,7 @@ impl RunError {
             | Self::Regions(_)
             | Self::Net(_)
             | Self::VhostUser(_)
+            | Self::Vsock(_)
             | Self::DmaSpace(_)
             | Self::Memlock(_)
             | Self::PeerToPeer(_)

@@ -6,7 +6,7 @@ use busway_pci::Seen;
 use serde::Serialize;
 
 use crate::kvm::VcpuSeen;
-use crate::virtio::{DriverState, Totals};
+use crate::virtio::{DriverState, ServedBy, Totals};
 
 /// What a machine is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -152,7 +152,9 @@ pub struct AssignedDoing {
 pub struct VirtioDoing {
     /// How far the guest's driver is.
     pub driver: DriverState,
-    /// How often it has interrupted the guest.
+    /// Who serves its queues.
+    pub served_by: ServedBy,
+    /// How often Busway has interrupted the guest for it.
     pub interrupts: u64,
     /// What its queues have counted.
     pub totals: Totals,

@@ -261,6 +261,30 @@ impl Counts {
     }
 }
 
+/// Who serves a device's queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ServedBy {
+    /// Busway's own threads.
+    #[default]
+    Busway,
+    /// The host's kernel: what passes there, and how often it interrupts, is not known here.
+    Kernel,
+    /// Another process (vhost-user), of which the same holds.
+    BackEnd,
+}
+
+impl ServedBy {
+    /// Its word in answers.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Busway => "busway",
+            Self::Kernel => "kernel",
+            Self::BackEnd => "back-end",
+        }
+    }
+}
+
 /// How far a guest's driver is with a device, by the status that it has written. Virtio 1.3 §2.1
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DriverState {
@@ -343,6 +367,7 @@ impl Shown {
 pub struct Sight {
     pub(super) shown: Arc<Shown>,
     pub(super) counts: Counts,
+    pub(super) served_by: ServedBy,
 }
 
 /// What a look at a virtio device shows.
@@ -352,7 +377,9 @@ pub struct VirtioSeen {
     pub function: Seen,
     /// The vectors that the guest can have.
     pub vectors: u16,
-    /// How often it has interrupted the guest.
+    /// Who serves its queues.
+    pub served_by: ServedBy,
+    /// How often this process has interrupted the guest for it.
     pub interrupts: u64,
     /// How far its driver is.
     pub driver: DriverState,
@@ -375,6 +402,7 @@ impl Sight {
         VirtioSeen {
             function: activity.seen(),
             vectors: *vectors,
+            served_by: self.served_by,
             interrupts: sent.fold(0, u64::wrapping_add),
             driver: DriverState::of(status.load(Relaxed), needs_reset.load(Relaxed)),
             totals: self.counts.totals(),
@@ -454,6 +482,7 @@ mod tests {
         let sight = Sight {
             shown: Arc::new(Shown::new(2, 3)),
             counts: Counts::default(),
+            served_by: ServedBy::Busway,
         };
         sight.shown.interrupted(0);
         sight.shown.interrupted(1);

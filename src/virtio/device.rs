@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::activation::Activation;
 use super::config_space::ConfigSpace;
-use super::counts::Counts;
+use super::counts::{Counts, ServedBy};
 use super::error::StartError;
 use super::life::{DeviceState, Running};
 use super::spec;
@@ -39,6 +39,11 @@ pub trait VirtioDevice: Send + Debug {
 
     /// Its configuration.
     fn config(&self) -> Arc<dyn ConfigSpace>;
+
+    /// Who serves its queues, all its life.
+    fn served_by(&self) -> ServedBy {
+        ServedBy::Busway
+    }
 
     /// Where what its queues do is counted, from its first start to its end.
     fn counts(&self) -> Counts {

@@ -1,4 +1,4 @@
-//! Virtio 1.x devices over PCI: disk, network card, console and entropy source.
+//! Virtio 1.x devices over PCI: disk, network card, console, entropy source and sockets.
 //!
 //! [`VirtioPci`] is the transport: a [`PciFunction`](busway_pci::PciFunction) that negotiates, keeps
 //! the registers, and starts and stops the device. A [`VirtioDevice`] is what sits behind it. Each has
@@ -28,13 +28,14 @@ pub mod spec;
 pub(crate) mod testing;
 mod vhost;
 pub mod vhost_user;
+pub mod vsock;
 mod worker;
 
 pub use self::vhost::{KernelError, MemoryTable, VhostError};
 pub use activation::Activation;
 pub use config_space::{ChangeListener, ConfigSpace};
 pub use counts::{
-    Counts, DiskTotals, DriverState, NetTotals, Sight, Totals, TransferTotals, VirtioSeen,
+    Counts, DiskTotals, DriverState, NetTotals, ServedBy, Sight, Totals, TransferTotals, VirtioSeen,
 };
 pub use device::VirtioDevice;
 pub use error::{QueueError, StartError};

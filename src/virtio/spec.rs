@@ -17,6 +17,8 @@ pub mod device_type {
     pub const FS: u16 = virtio_ids::VIRTIO_ID_FS as u16;
     /// Entropy source. §5.4
     pub const ENTROPY: u16 = virtio_ids::VIRTIO_ID_RNG as u16;
+    /// Socket device. §5.10
+    pub const VSOCK: u16 = virtio_ids::VIRTIO_ID_VSOCK as u16;
 }
 
 /// Device status bits. Virtio 1.3 §2.1.
@@ -329,4 +331,13 @@ mod tests {
         assert_eq!((CTRL_MQ, CTRL_MQ_VQ_PAIRS_SET), (4, 0));
         assert_eq!((CTRL_GUEST_OFFLOADS, CTRL_GUEST_OFFLOADS_SET), (5, 0));
     }
+}
+
+/// Socket device. Virtio 1.3 §5.10.
+pub mod vsock {
+    /// `VIRTIO_VSOCK_F_SEQPACKET`: there are sockets of type SOCK_SEQPACKET. §5.10.3
+    pub const F_SEQPACKET: u64 = 1 << 1;
+    /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone, and the address may be another.
+    /// §5.10.6.7
+    pub const EVENT_TRANSPORT_RESET: u32 = 0;
 }

@@ -115,6 +115,14 @@ enum Verb {
     AddNet(AddNetArgs),
     /// Add a shared folder, which virtiofsd serves; answered when the guest can find it
     AddFs(AddFsArgs),
+    /// Add sockets between host and guest (vsock); answered when the guest can find them
+    AddVsock {
+        /// The guest's address, 3 or more, which no other VM of the host has
+        cid: u32,
+        /// What it is called
+        #[arg(long)]
+        id: Option<String>,
+    },
     /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
@@ -219,6 +227,7 @@ impl Verb {
             Self::AddDisk(_) => "vm.add-disk",
             Self::AddNet(_) => "vm.add-net",
             Self::AddFs(_) => "vm.add-fs",
+            Self::AddVsock { .. } => "vm.add-vsock",
             Self::RemoveDevice { .. } => "vm.remove-device",
         }
     }
@@ -246,6 +255,7 @@ impl Verb {
             })),
             Self::CheckDevice { device } => Some(json!({ "path": device })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
+            Self::AddVsock { cid, id } => Some(json!({ "cid": cid, "id": id })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {
@@ -268,6 +278,7 @@ impl Verb {
             | Self::AddDisk(_)
             | Self::AddNet(_)
             | Self::AddFs(_)
+            | Self::AddVsock { .. }
             | Self::RemoveDevice { .. } => END_LIMIT,
             _ => LIMIT,
         }
@@ -392,7 +403,11 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Resume => "the guest runs\n".to_owned(),
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
-        Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) | Verb::AddFs(_) => {
+        Verb::AddDevice { .. }
+        | Verb::AddDisk(_)
+        | Verb::AddNet(_)
+        | Verb::AddFs(_)
+        | Verb::AddVsock { .. } => {
             let all = std::iter::once(answer).chain(answer::list(answer, "/functions"));
             let heard = match answer["attended"].as_bool() {
                 Some(false) => {

@@ -209,6 +209,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             socket: "s".into(),
             id: None,
         }),
+        Verb::AddVsock { cid: 3, id: None },
         Verb::RemoveDevice {
             id: device(),
             force: false,

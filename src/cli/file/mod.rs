@@ -40,6 +40,7 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "disk" => file.list(&schema::DISK, &mut config.disk, &value)?,
             "net" => file.list(&schema::NET, &mut config.net, &value)?,
             "fs" => file.list(&schema::FS, &mut config.fs, &value)?,
+            "vsock" => config.vsock = Some(file.one(&schema::VSOCK, &value)?),
             "device" => file.list(&schema::DEVICE, &mut config.device, &value)?,
             unknown => {
                 return Err(Wrong::UnknownKey {
@@ -130,6 +131,14 @@ impl File<'_> {
         self.part(section, target, node).map(drop)
     }
 
+    /// A section that is there as a whole.
+    fn one<T>(&self, section: &Section<T>, node: &Node<'_>) -> Result<T, Wrong> {
+        let mut new = (section.blank)();
+        let said = self.part(section, &mut new, node)?;
+        section.check_required(&said, &self.place(&node.span, section.name))?;
+        Ok(new)
+    }
+
     /// A section of which there are several; what is there stays.
     fn list<T>(
         &self,
@@ -137,19 +146,13 @@ impl File<'_> {
         targets: &mut Vec<T>,
         node: &Node<'_>,
     ) -> Result<(), Wrong> {
-        let one = |node: &Node<'_>| {
-            let mut new = (section.blank)();
-            let said = self.part(section, &mut new, node)?;
-            section.check_required(&said, &self.place(&node.span, section.name))?;
-            Ok(new)
-        };
         match node.value {
             DeValue::Array(nodes) => {
                 for node in nodes.iter() {
-                    targets.push(one(&Node::new(node))?);
+                    targets.push(self.one(section, &Node::new(node))?);
                 }
             }
-            _ => targets.push(one(node)?),
+            _ => targets.push(self.one(section, node)?),
         }
         Ok(())
     }

@@ -85,6 +85,12 @@ pub(super) struct RunArgs {
     fs: Vec<String>,
 
     #[arg(
+        long, help = schema::VSOCK.summary, long_help = schema::VSOCK.help(),
+        value_name = LIST, help_heading = DEVICES
+    )]
+    vsock: Vec<String>,
+
+    #[arg(
         long, help = schema::RNG.summary, long_help = schema::RNG.help(),
         value_name = LIST, help_heading = DEVICES
     )]
@@ -239,7 +245,7 @@ impl RunArgs {
 
     /// Whether the flags say anything of a VM.
     pub(super) fn describes_vm(&self) -> bool {
-        let lists = [&self.disk, &self.net, &self.fs, &self.device];
+        let lists = [&self.disk, &self.net, &self.fs, &self.vsock, &self.device];
         self.config.is_some()
             || self.kernel.is_some()
             || self.firmware.is_some()
@@ -275,6 +281,7 @@ impl RunArgs {
             ("disk", &mut self.disk),
             ("net", &mut self.net),
             ("fs", &mut self.fs),
+            ("vsock", &mut self.vsock),
             ("rng", &mut self.rng),
             ("device", &mut self.device),
             ("platform", &mut self.platform),
@@ -320,6 +327,10 @@ impl RunArgs {
         extend(&schema::DISK, &mut config.disk, &self.disk)?;
         extend(&schema::NET, &mut config.net, &self.net)?;
         extend(&schema::FS, &mut config.fs, &self.fs)?;
+        for said in &self.vsock {
+            let place = SourcePlace::Flag(schema::VSOCK.name, said.clone());
+            config.vsock = Some(schema::VSOCK.make(said, &place)?);
+        }
         extend(&schema::DEVICE, &mut config.device, &self.device)
     }
 }

@@ -110,6 +110,7 @@ pub(super) const TOP: &[&str] = &[
     "disk",
     "net",
     "fs",
+    "vsock",
     "rng",
     "serial",
     "console",
@@ -137,10 +138,12 @@ macro_rules! keys {
 mod disk;
 mod firmware;
 mod fs;
+mod vsock;
 
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
 pub(super) use fs::FS;
+pub(super) use vsock::VSOCK;
 
 /// `--cpus`
 pub(super) static CPUS: Section<CpusConfig> = Section {

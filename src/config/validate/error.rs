@@ -212,6 +212,11 @@ pub enum InvalidVirtio {
          pair"
     )]
     Pairs(u16),
+    /// cid={0} must be from 3 to 4294967294: those before are the host's own
+    #[error(
+        "cid={0} must be from 3 to 4294967294: 0 to 2 are the host's own, such as 2 for itself"
+    )]
+    Cid(u32),
     /// queue_size={size} must be a power of two from {least} to {most}
     #[error("queue_size={size} must be a power of two from {least} to {most}")]
     QueueSize {

@@ -75,6 +75,12 @@ impl VmConfig {
                 why,
             })?;
         }
+        if let Some(vsock) = &self.vsock {
+            vsock.check().map_err(|why| InvalidConfig::Virtio {
+                device: Name::of("--vsock"),
+                why,
+            })?;
+        }
         if self.serial == ConsoleConfig::Tty && self.console == ConsoleConfig::Tty {
             return Err(InvalidConfig::OneTerminal);
         }
@@ -158,11 +164,13 @@ impl VmConfig {
     fn validate_ids(&self) -> Result<(), InvalidConfig> {
         let disks = self.disk.iter().map(|disk| disk.id.as_ref());
         let nets = self.net.iter().map(|net| net.id.as_ref());
+        let vsocks = self.vsock.iter().map(|vsock| vsock.id.as_ref());
         let devices = self.device.iter().map(|device| device.id.as_ref());
         let folders = self.fs.iter().map(|fs| fs.id.as_ref());
         let named = numbered("--disk", disks)
             .chain(numbered("--net", nets))
             .chain(numbered("--fs", folders))
+            .chain(numbered("--vsock", vsocks))
             .chain(numbered("--device", devices));
         let mut seen = Seen::new("id", "names are unique in a VM");
         for (name, id) in named {
@@ -228,6 +236,7 @@ impl VmConfig {
                     VirtioConfig::Disk(_) => "--disk",
                     VirtioConfig::Net(_) => "--net",
                     VirtioConfig::Fs(_) => "--fs",
+                    VirtioConfig::Vsock(_) => "--vsock",
                 };
                 let id = device.id().map(str::to_owned);
                 let name = Name::new(flag, index, id.as_ref());

@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::{DeviceConfig, FirmwareConfig, FsConfig};
+use crate::config::{DeviceConfig, FirmwareConfig, FsConfig, VsockConfig};
 
 /// A VM that is in order, changed by `change`.
 fn validate(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
@@ -119,6 +119,27 @@ fn queues_are_counted_and_sized() {
         odd.starts_with("--net id=lan: num_queues=3 must be even"),
         "{odd}"
     );
+}
+
+#[test]
+fn a_guests_address_for_sockets_is_none_of_the_hosts() {
+    let vsock = |cid, id: &str| VsockConfig {
+        cid,
+        id: Some(id.into()),
+    };
+    for cid in [0, 1, 2, u32::MAX] {
+        let error = complaint(|vm| vm.vsock = Some(vsock(cid, "s")));
+        let expected = format!("--vsock: cid={cid} must be from 3 to 4294967294");
+        assert!(error.starts_with(&expected), "{error}");
+    }
+    let twice = complaint(|vm| {
+        vm.vsock = Some(vsock(3, "lan"));
+        vm.net.push(NetConfig {
+            id: Some("lan".into()),
+            ..NetConfig::default()
+        });
+    });
+    assert!(twice.contains("the same id"), "{twice}");
 }
 
 #[test]
@@ -385,7 +406,8 @@ fn a_disk_is_another_processs_by_its_socket_and_nothing_else_is_said_of_it() {
     };
     assert_eq!(disk(|_| ()), Ok(()));
     assert_eq!(disk(|disk| disk.num_queues = 4), Ok(()));
-    let wrong: [(fn(&mut DiskConfig), &str); 7] = [
+    type Change = fn(&mut DiskConfig);
+    let wrong: [(Change, &str); 7] = [
         (|disk| disk.socket = None, "socket=PATH is missing"),
         (
             |disk| disk.socket = Some("".into()),

@@ -116,6 +116,12 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"tag": "t", "socket": "/run/s", "id": "twice"}"#,
                 r#"{"tag": "t", "socket": "/run/s", "iommu": true}"#,
             ],
+            "vm.add-vsock" => &[
+                "",
+                r#"{"cid": 3}"#,
+                r#"{"cid": 3, "id": "twice"}"#,
+                r#"{"cid": 3, "socket": "/run/s"}"#,
+            ],
             "vm.check-device" => &["", r#"{"path": "0000:02:00.0"}"#, r#"{"path": "no-nic"}"#],
             "vm.remove-device" => &[
                 "",
@@ -258,10 +264,15 @@ fn a_full_configuration_is_as_described() {
             }],
             ..DiskConfig::new("d")
         }],
+        vsock: Some(crate::config::VsockConfig {
+            cid: 3,
+            id: Some("v".into()),
+        }),
         net: vec![NetConfig {
             tap: Some("t".into()),
             mac: Some("52:54:00:12:34:56".parse().unwrap()),
             id: Some("n".into()),
+            vhost: crate::config::Choice::On,
             ..NetConfig::default()
         }],
         fs: vec![FsConfig {

@@ -32,7 +32,7 @@ use crate::machine::{
     AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, VirtioDoing,
 };
 use crate::report::AssignedDevice;
-use crate::virtio::{DiskTotals, DriverState, NetTotals, Totals, TransferTotals};
+use crate::virtio::{DiskTotals, DriverState, NetTotals, ServedBy, Totals, TransferTotals};
 
 /// What a machine does with a request: nothing is said to leave it unanswered.
 type Reaction = Option<Result<Answer, RequestError>>;
@@ -226,6 +226,7 @@ pub(super) fn observed(state: State) -> Observed {
         assigned: None,
         virtio: Some(VirtioDoing {
             driver: DriverState::Ready,
+            served_by: ServedBy::Busway,
             interrupts: 9,
             totals,
         }),

@@ -28,6 +28,8 @@ pub(super) struct Config {
     net: Vec<Net>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     fs: Vec<Fs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vsock: Option<Vsock>,
     rng: Rng,
     serial: Console,
     console: Console,
@@ -131,6 +133,9 @@ struct Net {
     queue_size: u16,
     vhost_user: bool,
     vhost_mode: &'static str,
+    /// Beside Cloud Hypervisor's: whether the host's kernel serves it, where that was said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vhost: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
@@ -145,6 +150,16 @@ struct Fs {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Vsock {
+    cid: u32,
+    /// There is none: the host's kernel has the sockets. Some clients do not read a device without one.
+    socket: &'static str,
+    iommu: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -209,6 +224,12 @@ impl From<&VmConfig> for Config {
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
             fs: config.fs.iter().map(Into::into).collect(),
+            vsock: config.vsock.as_ref().map(|vsock| Vsock {
+                cid: vsock.cid,
+                socket: "",
+                iommu: false,
+                id: vsock.id.clone(),
+            }),
             rng: Rng {
                 src: text(&config.rng.src),
                 iommu: false,
@@ -358,6 +379,7 @@ impl From<&NetConfig> for Net {
             queue_size: net.queue_size,
             vhost_user: false,
             vhost_mode: "Client",
+            vhost: known(net.vhost),
             id: net.id.clone(),
             pci_segment: 0,
         }
@@ -410,14 +432,17 @@ impl From<&DeviceConfig> for Device {
     }
 }
 
+/// What depends on the host is not known beforehand.
+const fn known(choice: Choice) -> Option<bool> {
+    match choice {
+        Choice::On => Some(true),
+        Choice::Off => Some(false),
+        Choice::Auto => None,
+    }
+}
+
 impl Platform {
     fn of(platform: &PlatformConfig, accepted: &Accepted) -> Self {
-        // What depends on the host is not known beforehand.
-        let known = |choice| match choice {
-            Choice::On => Some(true),
-            Choice::Off => Some(false),
-            Choice::Auto => None,
-        };
         Self {
             num_pci_segments: accepted.num_pci_segments.unwrap_or(1),
             serial_number: accepted.serial_number.clone(),

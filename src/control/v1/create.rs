@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::beside::{Beside, needs_id};
 use super::lacking::{Asked, Fault, Lack};
-use super::virtio::{AddDisk, AddFs, AddNet, SEGMENTS_MOST};
+use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
     Accepted, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod, MemoryConfig,
@@ -51,7 +51,7 @@ pub(super) struct CreateVm {
     tpm: Asked,
     user_devices: Asked,
     vdpa: Asked,
-    vsock: Asked,
+    vsock: Option<AddVsock>,
     watchdog: Asked,
 }
 
@@ -232,6 +232,11 @@ impl CreateVm {
                 config.fs.push(fs);
             }
         }
+        if let Some(vsock) = self.vsock
+            && let VirtioConfig::Vsock(vsock) = vsock.into_config(&Files::default())?
+        {
+            config.vsock = Some(vsock);
+        }
         for device in self.devices.unwrap_or_default() {
             let place: Vec<_> = device.fd_index.into_iter().collect();
             let files = beside.take(&place, "devices.fd_index")?;
@@ -268,7 +273,6 @@ impl CreateVm {
             (self.tpm, Lack::Tpm),
             (self.user_devices, Lack::UserDevices),
             (self.vdpa, Lack::Vdpa),
-            (self.vsock, Lack::Vsock),
             (self.watchdog, Lack::Watchdog),
         ] {
             lack.unless_asked(asked)?;

@@ -96,7 +96,7 @@ impl Lack {
             Self::VhostUser => "vhost-user devices of any kind (generic_vhost_user)",
             Self::VhostUserNet => "vhost-user NICs",
             Self::VirtualIommu => "a virtual IOMMU, or a device behind one (iommu)",
-            Self::Vsock => "vsock",
+            Self::Vsock => "vsock by a Unix socket (vsock.socket)",
             Self::Watchdog => "a watchdog",
         }
     }

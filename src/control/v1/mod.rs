@@ -29,7 +29,7 @@ use added::PciDeviceInfo;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
 use observe::{Activity, Devices};
-use virtio::{AddDisk, AddFs, AddNet, check_segment};
+use virtio::{AddDisk, AddFs, AddNet, AddVsock, check_segment};
 
 /// Where the API is.
 pub(super) const PREFIX: &str = "/api/v1/";
@@ -189,7 +189,13 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
             "The NIC could not be added to the VM",
         ),
     ),
-    later("vm.add-vsock", Lack::Vsock),
+    with_body(
+        "vm.add-vsock",
+        Act::AddVirtio(
+            |body, files| json::parse::<AddVsock>(body)?.into_config(files),
+            "The vsock device could not be added to the VM",
+        ),
+    ),
     later("vm.add-vdpa", Lack::Vdpa),
     with_body("vm.remove-device", Act::RemoveDevice),
     later("vm.coredump", Lack::CoreDump),

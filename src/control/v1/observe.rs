@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::info::word;
 use crate::control::threads::{self, Thread};
 use crate::machine::{AssignedDoing, DeviceSeen, DmaSeen, Doing, Observed, State, VirtioDoing};
-use crate::virtio::{DiskTotals, NetTotals, Totals, TransferTotals};
+use crate::virtio::{DiskTotals, NetTotals, ServedBy, Totals, TransferTotals};
 
 /// Counters by their names.
 type Counters = BTreeMap<&'static str, u64>;
@@ -74,6 +74,9 @@ struct DeviceJson<'a> {
     /// How far the guest's driver is, where the device is told.
     #[serde(skip_serializing_if = "Option::is_none")]
     driver: Option<&'static str>,
+    /// Who serves a virtio device's queues.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    served_by: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     interrupts: Option<InterruptsJson>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -130,6 +133,7 @@ impl<'a> DeviceJson<'a> {
             pci_bdf: device.guest.as_deref(),
             state: device.state.word(),
             driver: None,
+            served_by: None,
             interrupts: None,
             exits: None,
             dma: None,
@@ -153,7 +157,10 @@ impl<'a> DeviceJson<'a> {
                 _ => seen.connected,
             },
             vectors_most: doing.vectors,
-            sent: doing.virtio.map(|virtio| virtio.interrupts),
+            sent: doing
+                .virtio
+                .filter(|virtio| virtio.served_by == ServedBy::Busway)
+                .map(|virtio| virtio.interrupts),
         });
         self.exits = Some(ExitsJson {
             config_reads: seen.config_reads,
@@ -172,8 +179,15 @@ impl<'a> DeviceJson<'a> {
             self.reset = reset;
             self.errors = Some(errors);
         }
-        if let Some(VirtioDoing { driver, totals, .. }) = doing.virtio {
+        if let Some(VirtioDoing {
+            driver,
+            served_by,
+            totals,
+            ..
+        }) = doing.virtio
+        {
             self.driver = Some(driver.word());
+            self.served_by = Some(served_by.word());
             self.counters = counters_of(&totals);
         }
     }

@@ -9,7 +9,9 @@ use serde::Deserialize;
 
 use super::lacking::{Asked, Fault, Lack};
 use super::some_text;
-use crate::config::{DiskConfig, FsConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig};
+use crate::config::{
+    Choice, DiskConfig, FsConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig, VsockConfig,
+};
 use crate::machine::Files;
 
 /// The most PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
@@ -165,6 +167,8 @@ pub(super) struct AddNet {
     vhost_user: Asked,
     #[serde(default)]
     vhost_socket: Asked,
+    /// Beside Cloud Hypervisor's: the host's kernel serves it, or must not.
+    vhost: Option<bool>,
     /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came are the tap's.
     pub(super) fd_indexes: Option<Vec<usize>>,
     #[serde(flatten)]
@@ -197,6 +201,11 @@ impl AddNet {
         let mut net = NetConfig {
             tap: some_text(self.tap),
             mac: mac.map_err(|error| format!("mac: {error}"))?,
+            vhost: match self.vhost {
+                None => Choice::Auto,
+                Some(true) => Choice::On,
+                Some(false) => Choice::Off,
+            },
             ..NetConfig::default()
         };
         let sizes = (&mut net.num_queues, &mut net.queue_size);
@@ -209,6 +218,15 @@ impl AddNet {
 #[derive(Debug, Deserialize)]
 pub(super) struct AddFs {
     tag: Option<String>,
+    socket: Option<String>,
+    #[serde(flatten)]
+    common: Common,
+}
+
+/// A vsock device to be added: the host's, which Cloud Hypervisor has not. Its own leads to a Unix socket.
+#[derive(Debug, Deserialize)]
+pub(super) struct AddVsock {
+    cid: u32,
     socket: Option<String>,
     #[serde(flatten)]
     common: Common,
@@ -228,6 +246,20 @@ impl AddFs {
         let sizes = (&mut fs.num_queues, &mut fs.queue_size);
         self.common.apply(&mut fs.id, sizes.0, sizes.1);
         Ok(VirtioConfig::Fs(fs))
+    }
+}
+
+impl AddVsock {
+    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
+        self.common.check()?;
+        Lack::Vsock.unless_asked(some_text(self.socket).is_some())?;
+        if !files.is_empty() {
+            return Err(Fault::from("a vsock device takes no descriptors"));
+        }
+        Ok(VirtioConfig::Vsock(VsockConfig {
+            cid: self.cid,
+            id: some_text(self.common.id),
+        }))
     }
 }
 

@@ -21,6 +21,7 @@ use busway_pci::{Bdf, InterruptLevel, InterruptRoutes, Topology};
 
 use super::RunError;
 use super::aside::Aside;
+use super::definition::ONE_VSOCK;
 use super::events::Events;
 use super::handed::Files;
 use super::observed::{DeviceSeen, DeviceState, Doing, VirtioDoing};
@@ -33,7 +34,8 @@ use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::vhost_user::{self, VhostUser};
-use crate::virtio::{MemoryTable, Sight, VirtioDevice, VirtioPci};
+use crate::virtio::vsock::Vsock;
+use crate::virtio::{MemoryTable, ServedBy, Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
 use seats::Seats;
 
@@ -130,13 +132,17 @@ impl Maker {
             VirtioConfig::Net(asked) => {
                 let mut net = Net::new(name, asked, files.all())?;
                 net.serve_in_kernel(asked.vhost, &self.ram, &self.memory)?;
-                let by = match net.is_served_in_kernel() {
-                    true => "served by the kernel's vhost-net",
-                    false => "served by Busway",
+                let by = match net.served_by() {
+                    ServedBy::Busway => "Busway",
+                    ServedBy::Kernel => "the host's kernel",
+                    ServedBy::BackEnd => "another process",
                 };
-                log::info!("net {}: tap {}, {by}", net.name(), net.tap_name());
+                log::info!("net {name}: tap {}, served by {by}", net.tap_name());
                 asked.tap = Some(net.tap_name().to_owned());
                 Box::new(net)
+            }
+            VirtioConfig::Vsock(vsock) => {
+                Box::new(Vsock::new(name, vsock, &self.ram, &self.memory)?)
             }
         };
         Ok((config, self.function(device)?))
@@ -211,7 +217,7 @@ impl VirtioDevices {
     pub(super) fn disks(&self) -> impl Iterator<Item = (&str, &DiskConfig)> {
         self.entries.iter().filter_map(|entry| match &entry.config {
             VirtioConfig::Disk(disk) => Some((entry.name.as_str(), disk)),
-            VirtioConfig::Net(_) | VirtioConfig::Fs(_) => None,
+            VirtioConfig::Net(_) | VirtioConfig::Fs(_) | VirtioConfig::Vsock(_) => None,
         })
     }
 
@@ -386,6 +392,11 @@ impl VirtioDevices {
         let there = self.entries.iter().filter(|entry| !entry.retired);
         let there = there.map(|entry| (&entry.name, &entry.config));
         let coming = self.coming.iter().map(|one| (&one.name, &one.config));
+        let is_vsock = |config: &VirtioConfig| matches!(config, VirtioConfig::Vsock(_));
+        let mut others = there.clone().chain(coming.clone());
+        if is_vsock(config) && others.any(|(_, other)| is_vsock(other)) {
+            return Err(RequestError::Failed(ONE_VSOCK.to_owned()));
+        }
         let same = |(_, other): &(&String, &VirtioConfig)| {
             config.mac().is_some() && config.mac() == other.mac()
         };
@@ -507,6 +518,7 @@ fn observed(id: String, kind: &'static str, address: String, sight: &Sight) -> D
             assigned: None,
             virtio: Some(VirtioDoing {
                 driver: seen.driver,
+                served_by: seen.served_by,
                 interrupts: seen.interrupts,
                 totals: seen.totals,
             }),

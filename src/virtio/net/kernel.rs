@@ -3,7 +3,8 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use vhost::net::VhostNet;
 use vhost::vhost_kern::VhostKernBackend;
@@ -11,6 +12,7 @@ use vhost::{VhostBackend, VringConfigData};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+use super::cable::Cable;
 use super::control::Control;
 use super::tap::Tap;
 use crate::memory::GuestRam;
@@ -158,6 +160,21 @@ impl Kernel {
     }
 }
 
+/// Has `rings` lie while `cable` is pulled. What waits in the tap by the time when it is plugged in again is lost.
+pub(super) fn follow(cable: &Cable, rings: &[Arc<Rings<KernelPair>>], tap: &Arc<Tap>) {
+    let rings: Vec<_> = rings.iter().map(Arc::downgrade).collect();
+    let (tap, pulled) = (Arc::clone(tap), AtomicBool::new(false));
+    cable.follow(move |plugged| {
+        if plugged && pulled.load(Ordering::Relaxed) {
+            tap.discard_waiting();
+        }
+        pulled.store(!plugged, Ordering::Relaxed);
+        for rings in rings.iter().filter_map(Weak::upgrade) {
+            rings.hold(!plugged);
+        }
+    });
+}
+
 /// What this process does for a card of the kernel's.
 #[derive(Debug)]
 pub(super) struct KernelWorker {
@@ -195,5 +212,26 @@ impl Worker for KernelWorker {
 
     fn leave(&mut self, progress: &mut Progress) {
         super::leave_control(self.control.as_ref(), progress);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_has_of_what_is_the_kernels_business_what_the_kernel_has() {
+        let of = |features| Kernel {
+            pairs: Vec::new(),
+            features,
+            memory: Arc::default(),
+        };
+        let card = net::F_MAC | net::F_MRG_RXBUF | net::F_GUEST_TSO4;
+        let all = of(feature::VERSION_1 | feature::EVENT_IDX | net::F_MRG_RXBUF);
+        assert_eq!(all.card_features(card), card);
+        assert_eq!(all.ring_features(), feature::EVENT_IDX);
+        let few = of(feature::VERSION_1 | feature::INDIRECT_DESC);
+        assert_eq!(few.card_features(card), net::F_MAC | net::F_GUEST_TSO4);
+        assert_eq!(few.ring_features(), feature::INDIRECT_DESC);
     }
 }

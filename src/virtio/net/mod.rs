@@ -25,7 +25,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
-use super::counts::{Counts, NetCounts};
+use super::counts::{Counts, NetCounts, ServedBy};
 use super::device::VirtioDevice;
 use super::error::QueueError;
 use super::life::{DeviceState, NetState, Progress, Running, WaitingPacket};
@@ -192,12 +192,6 @@ impl Net {
         }
     }
 
-    /// Whether its packets pass in the kernel, and not by this process.
-    #[must_use]
-    pub fn is_served_in_kernel(&self) -> bool {
-        self.kernel.is_some()
-    }
-
     /// The tap interface's name on the host.
     pub fn tap_name(&self) -> &str {
         self.tap.name()
@@ -312,8 +306,19 @@ impl VirtioDevice for Net {
         Arc::clone(&self.config) as _
     }
 
+    fn served_by(&self) -> ServedBy {
+        match self.kernel {
+            Some(_) => ServedBy::Kernel,
+            None => ServedBy::Busway,
+        }
+    }
+
+    /// Of a card that the kernel serves nothing is counted here.
     fn counts(&self) -> Counts {
-        self.counts.clone()
+        match self.kernel {
+            Some(_) => Counts::default(),
+            None => self.counts.clone(),
+        }
     }
 
     fn accepts(&self, features: u64) -> bool {
@@ -348,10 +353,9 @@ impl VirtioDevice for Net {
         };
         if let Some(kernel) = &self.kernel {
             // The kernel takes packets from the tap alone; these are lost, as on a wire.
-            for packet in state.waiting.drain(..) {
-                self.counts.net_pair(packet.pair).dropped();
-            }
+            state.waiting.clear();
             let rings = kernel.start(&self.name, pairs, &mut activation)?;
+            kernel::follow(&self.cable, &rings, &self.tap);
             let worker = Box::new(KernelWorker {
                 name: self.name.clone(),
                 ram: activation.ram().clone(),

@@ -23,7 +23,7 @@ use busway_vfio::EventFd;
 
 use super::activation::Activation;
 use super::config_space::ConfigSpace;
-use super::counts::{Counts, Sight};
+use super::counts::{Counts, ServedBy, Sight};
 use super::device::VirtioDevice;
 use super::interrupts::Interrupts;
 use super::life::{DeviceState, Life, Progress};
@@ -85,6 +85,7 @@ pub struct VirtioPci {
     doorbells: Vec<EventFd>,
     capabilities: Capabilities,
     counts: Counts,
+    served_by: ServedBy,
 }
 
 #[derive(Debug)]
@@ -153,6 +154,7 @@ impl VirtioPci {
             source,
         })?;
         let (device_config, counts) = (device.config(), device.counts());
+        let served_by = device.served_by();
         let capabilities = Capabilities::add(
             &mut config,
             &interrupts.msix(),
@@ -182,6 +184,7 @@ impl VirtioPci {
             doorbells,
             capabilities,
             counts,
+            served_by,
         }))
     }
 
@@ -201,6 +204,7 @@ impl VirtioPci {
         Sight {
             shown: Arc::clone(self.interrupts.shown()),
             counts: self.counts.clone(),
+            served_by: self.served_by,
         }
     }
 

@@ -21,6 +21,12 @@ pub(crate) const NET: Node = Node {
     module: "vhost_net",
 };
 
+/// `/dev/vhost-vsock`
+pub(crate) const VSOCK: Node = Node {
+    path: "/dev/vhost-vsock",
+    module: "vhost_vsock",
+};
+
 /// The kernel's vhost cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {

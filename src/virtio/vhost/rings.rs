@@ -1,7 +1,7 @@
 //! Rings in a back end's hands: how they are handed over and taken back.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_vfio::EventFd;
@@ -39,7 +39,18 @@ pub(crate) struct Rings<B: BackEnd> {
     memory: Arc<MemoryTable>,
     /// Signalled when a queue's vector may have another eventfd.
     vectors_changed: EventFd,
-    stopped: AtomicBool,
+    life: Mutex<Life>,
+}
+
+/// Whether the back end serves the rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    /// It does.
+    Served,
+    /// It has them, and lets them lie.
+    Held,
+    /// It has them no more.
+    Stopped,
 }
 
 /// A queue that was handed over.
@@ -89,7 +100,7 @@ impl<B: BackEnd> Rings<B> {
             ram: ram.clone(),
             memory: Arc::clone(memory),
             vectors_changed: event().map_err(VhostError::at("eventfd"))?,
-            stopped: AtomicBool::new(false),
+            life: Mutex::new(Life::Served),
         });
         this.hand_over(handed.features)?;
         Ok(this)
@@ -107,11 +118,15 @@ impl<B: BackEnd> Rings<B> {
         }
         let begun = back_end.begin(&self.numbers());
         begun.map_err(VhostError::at("SET_VRING_ENABLE"))?;
+        self.kick();
+        Ok(())
+    }
+
+    /// Has the back end look at each ring: a notification may have come, and been lost, while nobody listened.
+    fn kick(&self) {
         for ring in &self.rings {
-            // A notification may have come, and been lost, while nobody listened.
             ring.setup.kick.signal();
         }
-        Ok(())
     }
 
     fn set_up(&self, ring: &Vring) -> Result<(), VhostError> {
@@ -190,12 +205,11 @@ impl<B: BackEnd> Rings<B> {
     /// Stops the back end's service and gives the positions in the queues, each with the queue's number. Nothing
     /// of what it has in its hands is touched afterwards. A second call gives none.
     pub(crate) fn stop(&self) -> Vec<(u16, QueuePosition)> {
-        if self.stopped.swap(true, Ordering::SeqCst) {
+        let mut life = self.life();
+        if std::mem::replace(&mut *life, Life::Stopped) == Life::Stopped {
             return Vec::new();
         }
-        if let Err(error) = self.back_end.end(&self.numbers()) {
-            log::warn!("{}: its back end did not stop in order: {error}", self.name);
-        }
+        self.end();
         let rings = self.rings.iter();
         let positions = rings.map(|ring| (ring.setup.index, self.take_back(ring)));
         let positions = positions.collect();
@@ -207,10 +221,39 @@ impl<B: BackEnd> Rings<B> {
 
     /// The back end is gone: nothing is asked of it any more. In the place of [`stop`](Self::stop).
     pub(crate) fn abandon(&self) {
-        if !self.stopped.swap(true, Ordering::SeqCst) {
+        if std::mem::replace(&mut *self.life(), Life::Stopped) != Life::Stopped {
             self.memory.forget(self);
             self.pass_on_calls();
         }
+    }
+
+    /// Has the back end let the rings lie, or go on with them, until they are stopped.
+    pub(crate) fn hold(&self, hold: bool) {
+        let mut life = self.life();
+        match (*life, hold) {
+            (Life::Served, true) => {
+                self.end();
+                *life = Life::Held;
+            }
+            (Life::Held, false) => {
+                if let Err(error) = self.back_end.begin(&self.numbers()) {
+                    log::warn!("{}: its back end does not go on: {error}", self.name);
+                }
+                self.kick();
+                *life = Life::Served;
+            }
+            _ => {}
+        }
+    }
+
+    fn end(&self) {
+        if let Err(error) = self.back_end.end(&self.numbers()) {
+            log::warn!("{}: its back end did not stop in order: {error}", self.name);
+        }
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take_back(&self, ring: &Vring) -> QueuePosition {

@@ -4,14 +4,17 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
-use super::MemoryTable;
 use super::memory::Follower;
 use super::testing::{FEATURE, FakeBackEnd, FakeDevice};
-use crate::memory::{Region, RegionListener, Regions};
+use super::{Handed, MemoryTable, Rings};
+use crate::memory::{GuestRam, RamMap, Region, RegionListener, Regions};
+use crate::virtio::life::QueuePosition;
+use crate::virtio::queue::QueueSetup;
 use crate::virtio::spec::pci::common;
 use crate::virtio::spec::{NO_VECTOR, feature, isr, status};
 use crate::virtio::testing::{Driver, RAM_SIZE, Ring, eventually};
 use busway_pci::ConfigRead;
+use busway_vfio::EventFd;
 
 /// A device that its driver can use.
 struct Machine {
@@ -235,6 +238,71 @@ fn a_step_that_is_refused_takes_everything_back() {
         machine.memory.added(&ram("more", 1 << 30, 0x1000)).unwrap();
         assert_eq!(machine.back_end.calls(), Vec::<String>::new(), "{step}");
     }
+}
+
+#[test]
+fn a_ring_has_to_be_in_one_piece_of_ram_and_may_end_where_that_ends() {
+    let machine = Machine::new();
+    let (first, second) = (GuestAddress(0), GuestAddress(0x10000));
+    let two = RamMap::from_ranges(&[(first, 0x10000), (second, 0x10000)]).unwrap();
+    let two = GuestRam::new(two);
+    // 64 descriptors are 0x400 bytes.
+    let try_at = |desc| {
+        let setup = QueueSetup {
+            index: 0,
+            size: 64,
+            desc,
+            avail: 0x2000,
+            used: 0x3000,
+            event_idx: false,
+            position: QueuePosition::default(),
+            kick: EventFd::new().unwrap(),
+            call: machine.driver.function.call(0),
+        };
+        let handed = Handed {
+            name: "fake".to_owned(),
+            first: 0,
+            queues: vec![setup],
+            features: 0,
+        };
+        let back_end = Arc::clone(&machine.back_end);
+        Rings::start(back_end, handed, &two, &machine.memory).map(drop)
+    };
+    for whole in [0x1000, 0x10000 - 0x400, 0x10000, 0x20000 - 0x400] {
+        try_at(whole).unwrap();
+    }
+    machine.back_end.calls();
+    for split in [0x10000 - 0x3f0, 0x20000 - 0x3f0, 0x20000, u64::MAX - 0xf] {
+        let error = try_at(split).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "vhost: SET_VRING_ADDR failed: invalid virtqueue"
+        );
+    }
+    let calls = machine.back_end.calls();
+    let said = |what| calls.iter().any(|call| call.starts_with(what));
+    assert!(!said("addr") && !said("begin"), "{calls:?}");
+}
+
+#[test]
+fn rings_that_are_held_lie_until_they_go_on_or_are_stopped() {
+    let machine = Machine::new();
+    let handed = Handed {
+        name: "fake".to_owned(),
+        first: 0,
+        queues: Vec::new(),
+        features: 0,
+    };
+    let (back_end, ram) = (&machine.back_end, &machine.driver.ram);
+    let rings = Rings::start(Arc::clone(back_end), handed, ram, &machine.memory).unwrap();
+    back_end.calls();
+    for hold in [false, true, true, false, false, true] {
+        rings.hold(hold);
+    }
+    assert_eq!(back_end.calls(), ["end []", "begin []", "end []"]);
+    rings.stop();
+    rings.hold(false);
+    assert_eq!(back_end.calls(), ["end []"]);
 }
 
 #[test]

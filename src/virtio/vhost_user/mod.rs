@@ -26,6 +26,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
+use super::counts::ServedBy;
 use super::device::VirtioDevice;
 use super::error::StartError;
 use super::life::{DeviceState, Progress, Running};
@@ -219,6 +220,10 @@ impl VirtioDevice for VhostUser {
 
     fn config(&self) -> Arc<dyn ConfigSpace> {
         Arc::clone(&self.config) as _
+    }
+
+    fn served_by(&self) -> ServedBy {
+        ServedBy::BackEnd
     }
 
     fn set_state(&mut self, state: &DeviceState) {

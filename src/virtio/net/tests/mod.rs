@@ -437,6 +437,29 @@ fn a_receive_buffer_too_short_for_a_header_breaks_the_device_only() {
 }
 
 #[test]
+fn a_card_that_is_to_be_the_kernels_says_why_it_cannot_be() {
+    let Some(mut net) = card(2) else { return };
+    let ram = crate::virtio::testing::ram();
+    let memory = Arc::default();
+    net.serve_in_kernel(Choice::Off, &ram, &memory).unwrap();
+    assert_eq!(net.served_by(), ServedBy::Busway);
+    let there = std::fs::File::open("/dev/vhost-net").is_ok();
+    net.serve_in_kernel(Choice::Auto, &ram, &memory).unwrap();
+    assert_eq!(net.served_by() == ServedBy::Kernel, there);
+    let asked = net.serve_in_kernel(Choice::On, &ram, &memory);
+    assert_eq!(asked.is_ok(), there);
+    if let Err(error) = asked {
+        let said = error.to_string();
+        let expected = "net net0: vhost=on: cannot open /dev/vhost-net: ";
+        assert!(said.starts_with(expected), "{said}");
+        assert!(
+            said.ends_with("or leave vhost= out, and Busway serves it"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
 fn a_tap_in_use_is_named() {
     let Some(net) = card(2) else { return };
     let again = NetConfig {

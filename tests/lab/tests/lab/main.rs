@@ -43,6 +43,7 @@ mod paused;
 mod proof;
 mod run;
 mod slots;
+mod vhost;
 mod vhost_user;
 mod virtio;
 mod virtio_hotplug;

@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use busway_lab::{GuestKernel, Lab};
 
-use crate::Proof;
 use crate::assigned::{bound, guest};
+use crate::{Proof, vhost};
 
 pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
@@ -14,6 +14,10 @@ pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
         "virtio_devices_work_beside_a_drive_by_the_pvh_entry",
         |lab| all(lab, GuestKernel::StockElf),
+    ),
+    Proof::new(
+        "vhost_moves_packets_and_sockets_past_busway",
+        vhost::past_busway,
     ),
 ];
 

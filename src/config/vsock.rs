@@ -1,0 +1,32 @@
+//! The vsock device, as the command line and the file say it.
+
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Serialize};
+
+use super::InvalidVirtio;
+
+/// The context ids that guests can have: 0 to 2 are the hypervisor's, the local one and the host's, and all
+/// ones is any. linux/vm_sockets.h
+const GUEST_CIDS: RangeInclusive<u32> = 3..=u32::MAX - 1;
+
+/// `--vsock`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id: its address, which it alone has on the host.
+    pub cid: u32,
+    /// Name, unique in the VM.
+    #[serde(default)]
+    pub id: Option<String>,
+}
+
+impl VsockConfig {
+    /// Whether there can be such a device.
+    pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
+        match GUEST_CIDS.contains(&self.cid) {
+            true => Ok(()),
+            false => Err(InvalidVirtio::Cid(self.cid)),
+        }
+    }
+}
