@@ -94,7 +94,6 @@ const KEYS: &[(&str, &str, Act)] = &[
     ),
     ("memory", "hotplug_method", Act::Keep(keep_method)),
     ("disk", "iommu", Act::Off),
-    ("disk", "vhost_user", Act::Off),
     ("disk", "pci_segment", Act::Segment),
     ("disk", "sparse", Act::Nothing),
     ("net", "iommu", Act::Off),
@@ -103,6 +102,7 @@ const KEYS: &[(&str, &str, Act)] = &[
     // A tap's address is whoever's who makes it.
     ("net", "ip", Act::Nothing),
     ("net", "mask", Act::Nothing),
+    ("fs", "pci_segment", Act::Segment),
     ("vsock", "iommu", Act::Off),
     ("vsock", "pci_segment", Act::Segment),
     ("vsock", "socket", Act::NotYet),

@@ -279,6 +279,7 @@ impl Serve {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::FsConfig;
 
     fn args(text: &str) -> Vec<OsString> {
         text.split(' ').map(OsString::from).collect()
@@ -325,6 +326,7 @@ mod tests {
         );
         let config = first(
             "busway --api-socket path=/run/s --kernel k --disk path=a,pci_segment=1 path=b --cpus boot=2,max=4 \
+             --disk vhost_user=on,socket=/run/b,num_queues=2 --fs tag=t,socket=/run/f,pci_segment=1 \
              --net tap=t,ip=192.168.249.1 --platform num_pci_segments=2 --log-format text",
         )
         .unwrap();
@@ -333,7 +335,10 @@ mod tests {
         assert_eq!(accepted.num_pci_segments, Some(2));
         let firmware = first("busway --api-socket /run/s --firmware /f --disk path=a").unwrap();
         assert_eq!(firmware.firmware.unwrap().path, Some("/f".into()));
-        assert_eq!((config.disk.len(), config.net.len()), (2, 1));
+        assert_eq!((config.disk.len(), config.net.len()), (3, 1));
+        assert_eq!(config.disk[2].back_end(), Some("/run/b".as_ref()));
+        assert_eq!(config.fs, [FsConfig::new("t", "/run/f")]);
+        assert!(config.shares_memory());
         assert_eq!(config.platform.root_ports, Some(false));
         let ports =
             first("busway --api-socket /run/s --kernel k --platform root_ports=on").unwrap();

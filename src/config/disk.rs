@@ -1,6 +1,6 @@
 //! What a disk is to be.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,12 @@ pub struct DiskConfig {
     /// A descriptor of it that somebody else has opened.
     #[serde(default)]
     pub fd: Option<u32>,
+    /// Another process serves the disk, and has its image.
+    #[serde(default)]
+    pub vhost_user: bool,
+    /// The Unix socket of that process.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
     /// What the file is. It is never found out from what is in it.
     #[serde(default)]
     pub image_type: ImageType,
@@ -132,18 +138,29 @@ impl DiskConfig {
     pub fn shown(&self) -> PathBuf {
         match self.fd {
             Some(fd) if self.path.as_os_str().is_empty() => format!("fd={fd}").into(),
-            _ => self.path.clone(),
+            _ => match self.back_end() {
+                Some(socket) => socket.to_owned(),
+                None => self.path.clone(),
+            },
         }
     }
 }
 
 impl DiskConfig {
+    /// The socket of the process that serves the disk, where it is not Busway.
+    #[must_use]
+    pub fn back_end(&self) -> Option<&Path> {
+        self.socket.as_deref().filter(|_| self.vhost_user)
+    }
+
     /// A disk with every choice at its default.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
             fd: None,
+            vhost_user: false,
+            socket: None,
             image_type: ImageType::Raw,
             backing_files: false,
             readonly: false,

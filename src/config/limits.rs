@@ -19,6 +19,12 @@ pub const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
 /// The descriptors that a NIC's queue can have, a power of two: a packet of 64 KiB fits into the least.
 pub const NET_QUEUE_SIZES: RangeInclusive<u16> = 32..=4096;
 
+/// The descriptors that a shared folder's queue can have, a power of two: what back ends take at most.
+pub const FS_QUEUE_SIZES: RangeInclusive<u16> = 16..=1024;
+
+/// The most bytes of a shared folder's tag. Virtio 1.3 §5.11.4.
+pub(super) const TAG_SIZE: usize = 36;
+
 /// The most bytes of a file that a console's output goes to, and of the file before it.
 pub const CONSOLE_FILE_SIZE: u64 = 16 << 20;
 

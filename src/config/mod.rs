@@ -6,6 +6,7 @@
 
 mod accepted;
 mod disk;
+mod fs;
 mod limits;
 mod validate;
 mod virtio;
@@ -21,10 +22,11 @@ use serde::{Deserialize, Serialize};
 
 pub use accepted::{Accepted, HotplugMethod, Topology};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
+pub use fs::FsConfig;
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
-    CONSOLE_FILE_SIZE, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES, MAX_CPUS, MAX_REMOVAL_TIMEOUT,
-    MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
+    CONSOLE_FILE_SIZE, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES, FS_QUEUE_SIZES, MAX_CPUS,
+    MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
@@ -58,6 +60,8 @@ pub struct VmConfig {
     pub disk: Vec<DiskConfig>,
     /// Virtio NICs.
     pub net: Vec<NetConfig>,
+    /// Shared folders.
+    pub fs: Vec<FsConfig>,
     /// Virtio sockets between host and guest.
     pub vsock: Option<VsockConfig>,
     /// Virtio entropy device.
@@ -116,7 +120,8 @@ impl Default for CpusConfig {
 pub struct MemoryConfig {
     /// Bytes of RAM.
     pub size: u64,
-    /// Map RAM shared, so that another process can map it.
+    /// Map RAM shared, so that another process can map it. It is so as well where a device that the VM starts with
+    /// needs it: [`VmConfig::shares_memory`].
     pub shared: bool,
     /// Take RAM from hugetlbfs.
     pub hugepages: bool,
@@ -293,13 +298,24 @@ impl VmConfig {
     pub(crate) fn has_id(&self, id: &str) -> bool {
         let disks = self.disk.iter().map(|disk| disk.id.as_deref());
         let nets = self.net.iter().map(|net| net.id.as_deref());
+        let folders = self.fs.iter().map(|fs| fs.id.as_deref());
         let vsocks = self.vsock.iter().map(|vsock| vsock.id.as_deref());
         let devices = self.device.iter().map(|device| device.id.as_deref());
         disks
             .chain(nets)
+            .chain(folders)
             .chain(vsocks)
             .chain(devices)
             .any(|other| other == Some(id))
+    }
+
+    /// Whether RAM is mapped so that another process can map it: it was asked for, or a device of another process's
+    /// is among those that the VM starts with. It is not so of every VM, for most hosts make no huge pages of shared
+    /// memory (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`).
+    #[must_use]
+    pub fn shares_memory(&self) -> bool {
+        let needs = |(_, device): (usize, VirtioConfig)| device.socket().is_some();
+        self.memory.shared || self.virtio().any(needs)
     }
 
     /// Has a VM that was given something to boot from, and nothing that boots it, begin with the firmware that
@@ -482,6 +498,10 @@ fn disk_queue_size() -> u16 {
 
 fn net_queue_size() -> u16 {
     256
+}
+
+fn fs_queue_size() -> u16 {
+    1024
 }
 
 #[cfg(test)]

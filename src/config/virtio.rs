@@ -1,9 +1,11 @@
 //! A virtio device that can come and leave, of whatever kind.
 
+use std::path::Path;
+
 use busway_host::Mac;
 
 use super::validate::is_id;
-use super::{DiskConfig, InvalidVirtio, NetConfig, VmConfig, VsockConfig};
+use super::{DiskConfig, FsConfig, InvalidVirtio, NetConfig, VmConfig, VsockConfig};
 
 /// A virtio device: what a kind of device adds to join those that come and leave is a variant here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +14,8 @@ pub enum VirtioConfig {
     Disk(DiskConfig),
     /// A NIC.
     Net(NetConfig),
+    /// A shared folder.
+    Fs(FsConfig),
     /// Sockets, of which a VM has one device at most.
     Vsock(VsockConfig),
 }
@@ -23,6 +27,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(_) => "disk",
             Self::Net(_) => "net",
+            Self::Fs(_) => "fs",
             Self::Vsock(_) => "vsock",
         }
     }
@@ -33,6 +38,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
+            Self::Fs(fs) => fs.id.as_deref(),
             Self::Vsock(vsock) => vsock.id.as_deref(),
         }
     }
@@ -43,6 +49,7 @@ impl VirtioConfig {
         match &mut self {
             Self::Disk(disk) => disk.id = Some(name.to_owned()),
             Self::Net(net) => net.id = Some(name.to_owned()),
+            Self::Fs(fs) => fs.id = Some(name.to_owned()),
             Self::Vsock(vsock) => vsock.id = Some(name.to_owned()),
         }
         self
@@ -52,8 +59,18 @@ impl VirtioConfig {
     #[must_use]
     pub const fn mac(&self) -> Option<Mac> {
         match self {
-            Self::Disk(_) | Self::Vsock(_) => None,
+            Self::Disk(_) | Self::Fs(_) | Self::Vsock(_) => None,
             Self::Net(net) => net.mac,
+        }
+    }
+
+    /// The Unix socket of the process that serves it, where that is another one, which maps the guest's RAM.
+    #[must_use]
+    pub fn socket(&self) -> Option<&Path> {
+        match self {
+            Self::Disk(disk) => disk.back_end(),
+            Self::Net(_) | Self::Vsock(_) => None,
+            Self::Fs(fs) => Some(&fs.socket),
         }
     }
 
@@ -74,6 +91,7 @@ impl VirtioConfig {
         match self {
             Self::Disk(disk) => disk.check(),
             Self::Net(net) => net.check(),
+            Self::Fs(fs) => fs.check(),
             Self::Vsock(vsock) => vsock.check(),
         }
     }
@@ -85,8 +103,10 @@ impl VmConfig {
     pub fn virtio(&self) -> impl Iterator<Item = (usize, VirtioConfig)> {
         let disks = self.disk.iter().cloned().map(VirtioConfig::Disk);
         let nets = self.net.iter().cloned().map(VirtioConfig::Net);
+        let folders = self.fs.iter().cloned().map(VirtioConfig::Fs);
         let vsocks = self.vsock.iter().cloned().map(VirtioConfig::Vsock);
         let devices = disks.enumerate().chain(nets.enumerate());
+        let devices = devices.chain(folders.enumerate());
         devices.chain(vsocks.enumerate())
     }
 }
@@ -94,6 +114,27 @@ impl VmConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ram_is_shared_where_a_device_of_another_processs_is_there_from_the_start() {
+        let mut config = VmConfig {
+            disk: vec![DiskConfig::new("a.raw")],
+            ..VmConfig::default()
+        };
+        assert!(!config.shares_memory());
+        config.fs.push(FsConfig::new("t", "/s"));
+        assert!(config.shares_memory());
+        config.fs.clear();
+        config.disk.push(DiskConfig {
+            vhost_user: true,
+            socket: Some("/s".into()),
+            ..DiskConfig::new("")
+        });
+        assert!(config.shares_memory());
+        config.disk.clear();
+        config.memory.shared = true;
+        assert!(config.shares_memory());
+    }
 
     #[test]
     fn a_device_that_comes_later_is_held_to_the_same_rules() {

@@ -28,7 +28,7 @@ use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::{CpuFeatures, CpuModel};
 use crate::arch::{gsi, layout};
-use crate::config::{ConsoleConfig, VirtioConfig, VmConfig};
+use crate::config::{ConsoleConfig, MemoryConfig, VirtioConfig, VmConfig};
 use crate::devices::pci_hotplug;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{Ram, Regions};
@@ -287,11 +287,13 @@ impl Machine {
         let mut config = self.definition.config.clone();
         config.disk.clear();
         config.net.clear();
+        config.fs.clear();
         config.vsock = None;
         for device in self.virtio.configs() {
             match device {
                 VirtioConfig::Disk(disk) => config.disk.push(disk),
                 VirtioConfig::Net(net) => config.net.push(net),
+                VirtioConfig::Fs(fs) => config.fs.push(fs),
                 VirtioConfig::Vsock(vsock) => config.vsock = Some(vsock),
             }
         }
@@ -373,8 +375,12 @@ fn take(
 ) -> Result<(Ram, Result<Option<Opened>, RunError>), RunError> {
     let has_devices = !config.device.is_empty();
     let prefault = config.memory.prefault.unwrap_or(has_devices);
+    let memory = MemoryConfig {
+        shared: config.shares_memory(),
+        ..config.memory.clone()
+    };
     let ram = Ram::around(
-        &config.memory,
+        &memory,
         prefault || has_devices,
         plan.mmio32_start,
         &plan.reserved,

@@ -79,6 +79,7 @@ impl Definition {
         let number = match &device {
             VirtioConfig::Disk(_) => config.disk.len(),
             VirtioConfig::Net(_) => config.net.len(),
+            VirtioConfig::Fs(_) => config.fs.len(),
             VirtioConfig::Vsock(_) => 0,
         };
         let is_free = |name: &str| !config.has_id(name);
@@ -94,6 +95,7 @@ impl Definition {
         match device {
             VirtioConfig::Disk(disk) => config.disk.push(disk),
             VirtioConfig::Net(net) => config.net.push(net),
+            VirtioConfig::Fs(fs) => config.fs.push(fs),
             VirtioConfig::Vsock(vsock) => match &config.vsock {
                 None => config.vsock = Some(vsock),
                 Some(_) => return Err(RequestError::Invalid(ONE_VSOCK.to_owned())),
@@ -121,6 +123,7 @@ impl Definition {
         let before = count(config);
         config.disk.retain(|disk| disk.id.as_deref() != Some(id));
         config.net.retain(|net| net.id.as_deref() != Some(id));
+        config.fs.retain(|fs| fs.id.as_deref() != Some(id));
         config
             .vsock
             .take_if(|vsock| vsock.id.as_deref() == Some(id));
@@ -155,8 +158,7 @@ pub(super) const ONE_VSOCK: &str =
 
 /// The devices that can come and leave.
 fn count(config: &VmConfig) -> usize {
-    let lists = config.disk.len() + config.net.len() + config.device.len();
-    lists + usize::from(config.vsock.is_some())
+    config.virtio().count() + config.device.len()
 }
 
 pub(super) fn invalid(error: InvalidConfig) -> RequestError {

@@ -23,6 +23,7 @@ use crate::virtio::VirtioPciError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::net::{NetError, TapError};
 use crate::virtio::rng::RngError;
+use crate::virtio::vhost_user::{BackEndError, VhostUserError};
 use crate::virtio::vsock::VsockError;
 
 /// Why a VM could not run, or had to end.
@@ -58,6 +59,9 @@ pub enum RunError {
     /// A NIC cannot be had.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A device that another process serves cannot be had.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
     /// A vsock device cannot be had.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -311,6 +315,13 @@ impl RunError {
                     ..
                 },
             )
+            | Self::VhostUser(
+                VhostUserError::Config { .. }
+                | VhostUserError::BackEnd {
+                    source: BackEndError::PrivateMemory | BackEndError::Queues { .. },
+                    ..
+                },
+            )
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })
             | Self::Ram(
                 RamError::Empty | RamError::Unaligned(_) | RamError::NotWholeHugePages { .. },
@@ -325,6 +336,7 @@ impl RunError {
             | Self::Prefault(_)
             | Self::Regions(_)
             | Self::Net(_)
+            | Self::VhostUser(_)
             | Self::Vsock(_)
             | Self::DmaSpace(_)
             | Self::Memlock(_)

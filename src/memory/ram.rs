@@ -5,10 +5,11 @@ use std::fs::{self, File};
 use std::io;
 use std::mem;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use busway_vfio::Mapping;
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -24,6 +25,10 @@ use crate::config::MemoryConfig;
 const PAGE: u64 = busway_pci::PAGE_SIZE;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
+
+/// Whether the host makes transparent huge pages of shared memory, which it decides apart from other memory.
+/// Linux, Documentation/admin-guide/mm/transhuge.rst
+const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 /// The RAM of one VM.
 #[derive(Clone, Debug)]
@@ -70,6 +75,9 @@ impl Ram {
             }
         };
 
+        if config.shared && config.thp && !config.hugepages {
+            tell_of_small_pages(Path::new(SHMEM_HUGE_PAGES));
+        }
         let mut regions = Vec::new();
         let holes = layout::holes(reserved.iter().copied(), huge_page.unwrap_or(2 * MIB));
         for range in layout::ram_ranges(size, low_end, &holes) {
@@ -217,14 +225,17 @@ fn map(
     })
 }
 
-/// A nameless file of `size` bytes that another process can map.
+/// A nameless file of `size` bytes that another process can map. It is sealed to that size: whoever is given it
+/// could otherwise cut it short, and have this process and the guest killed by their next access.
 fn memfd(size: u64, huge_page: Option<u64>) -> io::Result<File> {
     let huge = huge_page.map_or(MemfdFlags::empty(), |page| {
         let size = page.trailing_zeros() << libc::MFD_HUGE_SHIFT;
         MemfdFlags::HUGETLB | MemfdFlags::from_bits_retain(size)
     });
-    let file = File::from(memfd_create(c"guest-ram", MemfdFlags::CLOEXEC | huge)?);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge;
+    let file = File::from(memfd_create(c"guest-ram", flags)?);
     file.set_len(size)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
 
@@ -247,6 +258,20 @@ fn advise(region: &GuestRegionMmap, config: &MemoryConfig, huge: bool) {
             log::debug!("madvise({advice:?}) on guest RAM: {error}");
         }
     }
+}
+
+/// Says where the host makes no transparent huge pages of shared memory, and what would have it do so.
+fn tell_of_small_pages(setting: &Path) -> bool {
+    let text = fs::read_to_string(setting).unwrap_or_default();
+    let small = text.contains("[never]") || text.contains("[deny]");
+    if small {
+        log::info!(
+            "guest RAM is shared with other processes, and this host makes no huge pages of such memory: \
+             `echo advise | sudo tee {}` has it do so, and --memory hugepages=on takes reserved ones",
+            setting.display()
+        );
+    }
+    small
 }
 
 /// Refuses what the host has not got: more than is free, where the whole is needed at once, and
@@ -320,6 +345,38 @@ mod tests {
             assert_eq!(region.file().map(FileOffset::start), shared.then_some(0));
             assert!(!region.read_only());
         }
+    }
+
+    #[test]
+    fn a_host_that_makes_no_huge_pages_of_shared_memory_is_told_of() {
+        let setting = tempfile::NamedTempFile::new().unwrap();
+        for (text, small) in [
+            ("always within_size advise [never] deny force", true),
+            ("always within_size [advise] never deny force", false),
+            ("always within_size advise never [deny] force", true),
+            ("", false),
+        ] {
+            fs::write(setting.path(), text).unwrap();
+            assert_eq!(tell_of_small_pages(setting.path()), small, "{text}");
+        }
+    }
+
+    #[test]
+    fn whoever_has_shared_ram_can_neither_cut_it_short_nor_make_it_longer() {
+        let config = MemoryConfig {
+            size: 16 << 20,
+            shared: true,
+            ..Default::default()
+        };
+        let ram = Ram::new(&config, false).unwrap();
+        let region = ram.regions().next().unwrap();
+        let file = region.file().unwrap().file();
+        for size in [0, config.size - 4096, config.size + 4096] {
+            let error = file.set_len(size).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{size}");
+        }
+        let seals = rustix::fs::fcntl_get_seals(file).unwrap();
+        assert!(seals.contains(SealFlags::SEAL), "{seals:?}");
     }
 
     #[test]

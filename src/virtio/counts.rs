@@ -269,6 +269,8 @@ pub enum ServedBy {
     Busway,
     /// The host's kernel: what passes there, and how often it interrupts, is not known here.
     Kernel,
+    /// Another process (vhost-user), of which the same holds.
+    BackEnd,
 }
 
 impl ServedBy {
@@ -278,6 +280,7 @@ impl ServedBy {
         match self {
             Self::Busway => "busway",
             Self::Kernel => "kernel",
+            Self::BackEnd => "back-end",
         }
     }
 }

@@ -27,6 +27,7 @@ pub mod spec;
 #[cfg(test)]
 pub(crate) mod testing;
 mod vhost;
+pub mod vhost_user;
 pub mod vsock;
 mod worker;
 

@@ -13,6 +13,8 @@ pub mod device_type {
     pub const BLOCK: u16 = virtio_ids::VIRTIO_ID_BLOCK as u16;
     /// Console. §5.3
     pub const CONSOLE: u16 = virtio_ids::VIRTIO_ID_CONSOLE as u16;
+    /// Shared folder. §5.11
+    pub const FS: u16 = virtio_ids::VIRTIO_ID_FS as u16;
     /// Entropy source. §5.4
     pub const ENTROPY: u16 = virtio_ids::VIRTIO_ID_RNG as u16;
     /// Socket device. §5.10
@@ -139,6 +141,10 @@ pub mod blk {
 
     /// `VIRTIO_BLK_F_SEG_MAX`. §5.2.3
     pub const F_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
+    /// `VIRTIO_BLK_F_SIZE_MAX`
+    pub const F_SIZE_MAX: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX;
+    /// `VIRTIO_BLK_F_GEOMETRY`
+    pub const F_GEOMETRY: u64 = 1 << VIRTIO_BLK_F_GEOMETRY;
     /// `VIRTIO_BLK_F_RO`
     pub const F_RO: u64 = 1 << VIRTIO_BLK_F_RO;
     /// `VIRTIO_BLK_F_BLK_SIZE`

@@ -192,7 +192,11 @@ impl Driver {
 
     /// Finds the device's registers by its capabilities and turns memory decoding on.
     pub(crate) fn new(device: impl VirtioDevice + 'static) -> Self {
-        let ram = ram();
+        Self::with_ram(device, ram())
+    }
+
+    /// The same of a guest with this RAM.
+    pub(crate) fn with_ram(device: impl VirtioDevice + 'static, ram: GuestRam) -> Self {
         let routes = Arc::new(CountingRoutes::default());
         let function = function(device, &ram, &routes);
         let mut driver = Self {

@@ -50,7 +50,7 @@ pub(super) trait Worker: Send + Debug {
 
 /// What a worker's thread is called, of which Linux keeps 15 bytes: those who look after a VM tell the threads that
 /// do its I/O from others by `_disk`, `_net` and the like at the beginning.
-fn thread_name(kind: &str, name: &str) -> String {
+pub(super) fn thread_name(kind: &str, name: &str) -> String {
     match name.starts_with(kind) {
         true => format!("_{name}"),
         false => format!("_{kind}-{name}"),

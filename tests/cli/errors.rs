@@ -48,7 +48,7 @@ fn an_unknown_word_of_the_file_is_named_with_its_line_and_the_nearest() {
         .assert()
         .code(2)
         .stderr_eq(str![[r#"
-busway: error: vm.toml: unknown key `memroy`, line 3; did you mean `memory`? (there are: kernel, firmware, initramfs, cmdline, cpus, memory, disk, net, vsock, rng, serial, console, device, platform)
+busway: error: vm.toml: unknown key `memroy`, line 3; did you mean `memory`? (there are: kernel, firmware, initramfs, cmdline, cpus, memory, disk, net, fs, vsock, rng, serial, console, device, platform)
 
 "#]]);
 }
@@ -60,7 +60,7 @@ fn an_unknown_key_of_a_flag_is_named_with_the_nearest() {
         .assert()
         .code(2)
         .stderr_eq(str![[r#"
-busway: error: --disk: unknown key `readolny`; did you mean `readonly`? (there are: path, fd, image_type, backing_files, readonly, direct, writeback, serial, num_queues, queue_size, queue_affinity, bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time, id, boot_index)
+busway: error: --disk: unknown key `readolny`; did you mean `readonly`? (there are: path, fd, vhost_user, socket, image_type, backing_files, readonly, direct, writeback, serial, num_queues, queue_size, queue_affinity, bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time, id, boot_index)
 
 "#]]);
 }

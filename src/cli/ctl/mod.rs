@@ -117,6 +117,8 @@ enum Verb {
     AddDisk(AddDiskArgs),
     /// Add a NIC; answered when the guest can find it
     AddNet(AddNetArgs),
+    /// Add a shared folder, which virtiofsd serves; answered when the guest can find it
+    AddFs(AddFsArgs),
     /// Add sockets between host and guest (vsock); answered when the guest can find them
     AddVsock {
         /// The guest's address, 3 or more, which no other VM of the host has
@@ -144,6 +146,9 @@ enum Verb {
 struct AddDiskArgs {
     /// An image, or a block device
     path: PathBuf,
+    /// PATH is the socket of another process, which has the image and serves the disk
+    #[arg(long, conflicts_with_all = ["qcow2", "readonly", "direct", "serial"])]
+    vhost_user: bool,
     /// The image is qcow2; one is raw otherwise, whatever is in it
     #[arg(long)]
     qcow2: bool,
@@ -172,6 +177,18 @@ struct AddNetArgs {
     /// The guest's MAC address; a random one, where none is given
     #[arg(long)]
     mac: Option<String>,
+    /// What it is called
+    #[arg(long)]
+    id: Option<String>,
+}
+
+/// `busway ctl add-fs`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+struct AddFsArgs {
+    /// What the guest mounts it by
+    tag: String,
+    /// The socket where virtiofsd listens
+    socket: PathBuf,
     /// What it is called
     #[arg(long)]
     id: Option<String>,
@@ -222,6 +239,7 @@ impl Verb {
             Self::AddDevice { .. } => "vm.add-device",
             Self::AddDisk(_) => "vm.add-disk",
             Self::AddNet(_) => "vm.add-net",
+            Self::AddFs(_) => "vm.add-fs",
             Self::AddVsock { .. } => "vm.add-vsock",
             Self::RemoveDevice { .. } => "vm.remove-device",
         }
@@ -244,6 +262,12 @@ impl Verb {
                 }
                 Some(body)
             }
+            Self::AddDisk(disk) if disk.vhost_user => Some(json!({
+                "vhost_user": true, "vhost_socket": absolute(&disk.path), "id": disk.id,
+            })),
+            Self::AddFs(fs) => Some(json!({
+                "tag": fs.tag, "socket": absolute(&fs.socket), "id": fs.id,
+            })),
             Self::AddDisk(disk) => Some(json!({
                 "path": absolute(&disk.path), "readonly": disk.readonly, "direct": disk.direct,
                 "image_type": if disk.qcow2 { "Qcow2" } else { "Raw" },
@@ -273,6 +297,7 @@ impl Verb {
             | Self::AddDevice { .. }
             | Self::AddDisk(_)
             | Self::AddNet(_)
+            | Self::AddFs(_)
             | Self::AddVsock { .. }
             | Self::RemoveDevice { .. } => END_LIMIT,
             _ => LIMIT,
@@ -398,7 +423,11 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Resume => "the guest runs\n".to_owned(),
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
-        Verb::AddDevice { .. } | Verb::AddDisk(_) | Verb::AddNet(_) | Verb::AddVsock { .. } => {
+        Verb::AddDevice { .. }
+        | Verb::AddDisk(_)
+        | Verb::AddNet(_)
+        | Verb::AddFs(_)
+        | Verb::AddVsock { .. } => {
             let all = std::iter::once(answer).chain(answer::list(answer, "/functions"));
             let heard = match answer["attended"].as_bool() {
                 Some(false) => {

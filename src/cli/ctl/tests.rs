@@ -201,6 +201,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
         },
         Verb::AddDisk(AddDiskArgs {
             path: "d".into(),
+            vhost_user: false,
             qcow2: false,
             backing_files: false,
             readonly: false,
@@ -211,6 +212,11 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
         Verb::AddNet(AddNetArgs {
             tap: None,
             mac: None,
+            id: None,
+        }),
+        Verb::AddFs(AddFsArgs {
+            tag: "t".into(),
+            socket: "s".into(),
             id: None,
         }),
         Verb::AddVsock { cid: 3, id: None },

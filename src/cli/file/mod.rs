@@ -39,6 +39,7 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "platform" => file.section(&schema::PLATFORM, &mut config.platform, &value)?,
             "disk" => file.list(&schema::DISK, &mut config.disk, &value)?,
             "net" => file.list(&schema::NET, &mut config.net, &value)?,
+            "fs" => file.list(&schema::FS, &mut config.fs, &value)?,
             "vsock" => config.vsock = Some(file.one(&schema::VSOCK, &value)?),
             "device" => file.list(&schema::DEVICE, &mut config.device, &value)?,
             unknown => {

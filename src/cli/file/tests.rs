@@ -133,7 +133,7 @@ fn a_wrong_value_is_named_with_its_line_and_key() {
         ("[[cpus]]\nboot = 1", "vm.toml, line 1: cpus: is a list"),
         (
             "[[disk]]\nreadonly = true",
-            "vm.toml, line 1: disk: `path` or `fd` is missing",
+            "vm.toml, line 1: disk: `path` or `fd` or `socket` is missing",
         ),
         (
             "serial = \"ttty\"",

@@ -27,7 +27,8 @@ pub(super) struct RunArgs {
     /// Read the VM from a file, with the same words as the flags
     ///
     /// A TOML file: `kernel`, `initramfs` and `cmdline` at its top, a table for each flag ([cpus],
-    /// [memory], [firmware]), and one of a list of tables for each device ([[disk]], [[net]], [[device]]). A
+    /// [memory], [firmware]), and one of a list of tables for each device ([[disk]], [[net]], [[fs]],
+    /// [[device]]). A
     /// string in a table's place is what would stand after the flag: serial = "tty". What a flag says
     /// too, the flag decides, key by key; devices of flags come after those of the file.
     #[arg(long, value_name = "FILE", help_heading = BOOT)]
@@ -76,6 +77,12 @@ pub(super) struct RunArgs {
         value_name = LIST, num_args = 1.., help_heading = DEVICES
     )]
     net: Vec<String>,
+
+    #[arg(
+        long, help = schema::FS.summary, long_help = schema::FS.help(),
+        value_name = LIST, num_args = 1.., help_heading = DEVICES
+    )]
+    fs: Vec<String>,
 
     #[arg(
         long, help = schema::VSOCK.summary, long_help = schema::VSOCK.help(),
@@ -134,7 +141,7 @@ pub(super) const MORE: &str = "--help has every key, and examples.";
 /// At the end of the long help.
 pub(super) const EXAMPLES: &str = "\
 A value with commas in it goes in double quotes: --disk 'path=\"/a,b.raw\",readonly=on'.
---disk, --net and --device can be given several times, and take several values each.
+--disk, --net, --fs and --device can be given several times, and take several values each.
 
 Examples:
   A kernel with its initial RAM file system, on this terminal:
@@ -238,7 +245,7 @@ impl RunArgs {
 
     /// Whether the flags say anything of a VM.
     pub(super) fn describes_vm(&self) -> bool {
-        let lists = [&self.disk, &self.net, &self.vsock, &self.device];
+        let lists = [&self.disk, &self.net, &self.fs, &self.vsock, &self.device];
         self.config.is_some()
             || self.kernel.is_some()
             || self.firmware.is_some()
@@ -273,6 +280,7 @@ impl RunArgs {
             ("memory", &mut self.memory),
             ("disk", &mut self.disk),
             ("net", &mut self.net),
+            ("fs", &mut self.fs),
             ("vsock", &mut self.vsock),
             ("rng", &mut self.rng),
             ("device", &mut self.device),
@@ -283,7 +291,7 @@ impl RunArgs {
                 // A NIC of which nothing else was said is one all the same.
                 *value = rest;
             }
-            if !matches!(flag, "disk" | "net" | "device") {
+            if !matches!(flag, "disk" | "net" | "fs" | "device") {
                 values.retain(|value| !value.is_empty());
             }
         }
@@ -318,6 +326,7 @@ impl RunArgs {
         )?;
         extend(&schema::DISK, &mut config.disk, &self.disk)?;
         extend(&schema::NET, &mut config.net, &self.net)?;
+        extend(&schema::FS, &mut config.fs, &self.fs)?;
         for said in &self.vsock {
             let place = SourcePlace::Flag(schema::VSOCK.name, said.clone());
             config.vsock = Some(schema::VSOCK.make(said, &place)?);

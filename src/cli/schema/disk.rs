@@ -16,9 +16,13 @@ A file is raw unless image_type= says otherwise, whatever a guest has written to
     keys: keys! {
         "path" { "FILE": "image file or block device" }
             |disk, value| disk.path = value.text()?.into();
-        "fd" { "N": "a descriptor of it that Busway inherits, in place of opening the file;\n\
+        "fd" { "N": "a descriptor of it that Busway inherits, instead of opening it;\n\
                  path= then is its name in messages" }
             |disk, value| disk.fd = Some(value.number()?);
+        "vhost_user" { "on|off": "another process has the image and serves the disk [off]" }
+            |disk, value| disk.vhost_user = value.switch()?;
+        "socket" { "PATH": "with vhost_user=on: the Unix socket where it listens" }
+            |disk, value| disk.socket = Some(value.text()?.into());
         "image_type" { "raw": "the guest's bytes as they are [raw]", "qcow2": "QEMU's format, version 2 or 3" }
             |disk, value| disk.image_type = image_type(value)?;
         "backing_files" { "on|off": "files that a qcow2 image names are opened, to be read only [off]" }
@@ -54,7 +58,7 @@ A file is raw unless image_type= says otherwise, whatever a guest has written to
         "boot_index" { "N": "what firmware boots from, the lowest first" }
             |disk, value| disk.boot_index = Some(value.number()?);
     },
-    required: &["path", "fd"],
+    required: &["path", "fd", "socket"],
     bare: None,
     single: false,
     details: &[],

@@ -109,6 +109,7 @@ pub(super) const TOP: &[&str] = &[
     "memory",
     "disk",
     "net",
+    "fs",
     "vsock",
     "rng",
     "serial",
@@ -136,10 +137,12 @@ macro_rules! keys {
 
 mod disk;
 mod firmware;
+mod fs;
 mod vsock;
 
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
+pub(super) use fs::FS;
 pub(super) use vsock::VSOCK;
 
 /// `--cpus`
@@ -175,7 +178,8 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
     keys: keys! {
         "size" { "SIZE": "bytes, or with K, M, G or T after it [512M]" }
             |memory, value| memory.size = value.size()?;
-        "shared" { "on|off": "mapped so that another process can map it too [off]" }
+        "shared" { "on|off": "mapped so that another process can map it too [on with --fs and\n\
+                 vhost_user=on, else off]" }
             |memory, value| memory.shared = value.switch()?;
         "hugepages" { "on|off": "taken from hugetlbfs [off]" }
             |memory, value| memory.hugepages = value.switch()?;
@@ -480,6 +484,7 @@ mod tests {
         agrees(&MEMORY);
         agrees(&DISK);
         agrees(&NET);
+        agrees(&FS);
         agrees(&RNG);
         agrees(&DEVICE);
         agrees(&PLATFORM);

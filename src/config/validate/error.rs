@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::config::limits::{
     INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_NET_QUEUES, MAX_REMOVAL_TIMEOUT,
-    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE,
+    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE, TAG_SIZE,
 };
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
@@ -252,6 +252,20 @@ pub enum InvalidVirtio {
     /// backing_files=on goes with image_type=qcow2
     #[error("backing_files=on goes with image_type=qcow2: no other image names files")]
     BackingFiles,
+    /// tag=`{0}` must have 1 to 36 bytes
+    #[error("tag=`{0}` must have 1 to {TAG_SIZE} bytes, none of them 0: the guest mounts by it")]
+    Tag(String),
+    /// no socket=
+    #[error("socket=PATH is missing: where the back end listens that serves the device")]
+    NoSocket,
+    /// socket= without vhost_user=on
+    #[error(
+        "socket= is for vhost_user=on, with which another process serves the disk: give both or none"
+    )]
+    SocketAlone,
+    /// {0} is the back end's to decide
+    #[error("{0} is for the process to decide that serves the disk (vhost_user=on): leave it out")]
+    BackEndsChoice(&'static str),
     /// `{0}` is no name for a network interface
     #[error(
         "`{0}` is no name for a network interface: 1 to {INTERFACE_NAME} characters, without spaces, \

@@ -6,12 +6,13 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::limits::{
-    DISK_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_REMOVAL_TIMEOUT,
-    MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE,
+    DISK_QUEUE_SIZES, FS_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS,
+    MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
+    SERIAL_SIZE, TAG_SIZE,
 };
 use super::{
-    Choice, ConsoleConfig, DeviceConfig, DiskConfig, ImageType, MemoryConfig, NetConfig,
-    PlatformConfig, QueueAffinity, VmConfig,
+    Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType, MemoryConfig, NetConfig,
+    PlatformConfig, QueueAffinity, VirtioConfig, VmConfig,
 };
 
 use error::Name;
@@ -65,6 +66,12 @@ impl VmConfig {
         for (index, net) in self.net.iter().enumerate() {
             net.check().map_err(|why| InvalidConfig::Virtio {
                 device: Name::new("--net", index, net.id.as_ref()),
+                why,
+            })?;
+        }
+        for (index, fs) in self.fs.iter().enumerate() {
+            fs.check().map_err(|why| InvalidConfig::Virtio {
+                device: Name::new("--fs", index, fs.id.as_ref()),
                 why,
             })?;
         }
@@ -159,8 +166,10 @@ impl VmConfig {
         let nets = self.net.iter().map(|net| net.id.as_ref());
         let vsocks = self.vsock.iter().map(|vsock| vsock.id.as_ref());
         let devices = self.device.iter().map(|device| device.id.as_ref());
+        let folders = self.fs.iter().map(|fs| fs.id.as_ref());
         let named = numbered("--disk", disks)
             .chain(numbered("--net", nets))
+            .chain(numbered("--fs", folders))
             .chain(numbered("--vsock", vsocks))
             .chain(numbered("--device", devices));
         let mut seen = Seen::new("id", "names are unique in a VM");
@@ -189,6 +198,9 @@ impl VmConfig {
             "a disk that is written to can be given once; give both readonly=on, or make a copy",
         );
         for (index, disk) in self.disk.iter().enumerate() {
+            if disk.vhost_user {
+                continue;
+            }
             let name = Name::new("--disk", index, disk.id.as_ref());
             images.add(
                 name,
@@ -205,6 +217,30 @@ impl VmConfig {
             }
             if let Some(mac) = &net.mac {
                 macs.add(name, mac.to_string(), true)?;
+            }
+        }
+        let mut tags = Seen::new("tag", "the guest mounts each folder by a tag of its own");
+        for (index, fs) in self.fs.iter().enumerate() {
+            let name = Name::new("--fs", index, fs.id.as_ref());
+            tags.add(name, fs.tag.clone(), true)?;
+        }
+        self.validate_sockets()
+    }
+
+    /// A back end serves one device.
+    fn validate_sockets(&self) -> Result<(), InvalidConfig> {
+        let mut sockets = Seen::new("socket", "each device needs a back end of its own");
+        for (index, device) in self.virtio() {
+            if let Some(socket) = device.socket() {
+                let flag = match device {
+                    VirtioConfig::Disk(_) => "--disk",
+                    VirtioConfig::Net(_) => "--net",
+                    VirtioConfig::Fs(_) => "--fs",
+                    VirtioConfig::Vsock(_) => "--vsock",
+                };
+                let id = device.id().map(str::to_owned);
+                let name = Name::new(flag, index, id.as_ref());
+                sockets.add(name, plain(socket).display().to_string(), true)?;
             }
         }
         Ok(())
@@ -328,6 +364,7 @@ impl DiskConfig {
         if !(1..=u16::from(MAX_CPUS)).contains(&self.num_queues) {
             return Err(InvalidVirtio::Queues(self.num_queues));
         }
+        self.check_back_end()?;
         let mut placed = Vec::new();
         for QueueAffinity { queue_index, .. } in &self.queue_affinity {
             let (queue, queues) = (*queue_index, self.num_queues);
@@ -364,6 +401,56 @@ impl DiskConfig {
             self.ops_refill_time,
         )?;
         queue_size(self.queue_size, DISK_QUEUE_SIZES)
+    }
+}
+
+impl DiskConfig {
+    /// Whether the disk is Busway's own or another process's, and nothing is asked of one that is the other's to do.
+    fn check_back_end(&self) -> Result<(), InvalidVirtio> {
+        match (self.vhost_user, &self.socket) {
+            (false, None) => return Ok(()),
+            (false, Some(_)) => return Err(InvalidVirtio::SocketAlone),
+            (true, None) => return Err(InvalidVirtio::NoSocket),
+            (true, Some(socket)) if socket.as_os_str().is_empty() => {
+                return Err(InvalidVirtio::NoSocket);
+            }
+            (true, Some(_)) => {}
+        }
+        let limited = self.rate_limiter().is_some();
+        for (key, said) in [
+            ("path", !self.path.as_os_str().is_empty()),
+            ("fd", self.fd.is_some()),
+            ("image_type", self.image_type != ImageType::Raw),
+            ("backing_files", self.backing_files),
+            ("readonly", self.readonly),
+            ("direct", self.direct),
+            ("writeback", !self.writeback),
+            ("queue_affinity", !self.queue_affinity.is_empty()),
+            ("serial", self.serial.is_some()),
+            ("bw_size and ops_size", limited),
+        ] {
+            if said {
+                return Err(InvalidVirtio::BackEndsChoice(key));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FsConfig {
+    /// Whether there can be such a folder.
+    pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
+        let tag = &self.tag;
+        if tag.is_empty() || tag.len() > TAG_SIZE || tag.contains('\0') {
+            return Err(InvalidVirtio::Tag(tag.clone()));
+        }
+        if self.socket.as_os_str().is_empty() {
+            return Err(InvalidVirtio::NoSocket);
+        }
+        if !(1..=u16::from(MAX_CPUS)).contains(&self.num_queues) {
+            return Err(InvalidVirtio::Queues(self.num_queues));
+        }
+        queue_size(self.queue_size, FS_QUEUE_SIZES)
     }
 }
 

@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::{DeviceConfig, FirmwareConfig, VsockConfig};
+use crate::config::{DeviceConfig, FirmwareConfig, FsConfig, VsockConfig};
 
 /// A VM that is in order, changed by `change`.
 fn validate(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
@@ -391,4 +391,78 @@ fn a_boot_index_is_one_devices_and_is_for_firmware() {
         order(1, 1).unwrap_err(),
         "--disk no. 1 and --device no. 1 have the same boot_index, `1`: give each a number of its own"
     );
+}
+
+#[test]
+fn a_disk_is_another_processs_by_its_socket_and_nothing_else_is_said_of_it() {
+    let disk = |change: fn(&mut DiskConfig)| {
+        let mut disk = DiskConfig {
+            vhost_user: true,
+            socket: Some("/run/s".into()),
+            ..DiskConfig::new("")
+        };
+        change(&mut disk);
+        validate(|vm| vm.disk = vec![disk])
+    };
+    assert_eq!(disk(|_| ()), Ok(()));
+    assert_eq!(disk(|disk| disk.num_queues = 4), Ok(()));
+    type Change = fn(&mut DiskConfig);
+    let wrong: [(Change, &str); 7] = [
+        (|disk| disk.socket = None, "socket=PATH is missing"),
+        (
+            |disk| disk.socket = Some("".into()),
+            "socket=PATH is missing",
+        ),
+        (
+            |disk| disk.vhost_user = false,
+            "socket= is for vhost_user=on",
+        ),
+        (|disk| disk.path = "a".into(), "path is for the process"),
+        (|disk| disk.readonly = true, "readonly is for the process"),
+        (|disk| disk.serial = Some("s".into()), "serial is for"),
+        (
+            |disk| (disk.ops_size, disk.ops_refill_time) = (Some(1), Some(1)),
+            "ops_size is for",
+        ),
+    ];
+    for (change, words) in wrong {
+        let why = disk(change).unwrap_err();
+        assert!(
+            why.starts_with("--disk no. 1: ") && why.contains(words),
+            "{why}"
+        );
+    }
+}
+
+#[test]
+fn a_folder_has_a_tag_and_a_socket_of_its_own() {
+    let with = |folders: &[(&str, &str)]| {
+        let folders = folders
+            .iter()
+            .map(|(tag, socket)| FsConfig::new(*tag, socket));
+        validate(|vm| vm.fs = folders.collect())
+    };
+    let long = "t".repeat(36);
+    assert_eq!(with(&[(&long, "/a"), ("t", "/b")]), Ok(()));
+    for (folders, words) in [
+        (&[("", "/a")][..], "1 to 36 bytes"),
+        (&[(&*"t".repeat(37), "/a")], "1 to 36 bytes"),
+        (&[("t", "")], "socket=PATH is missing"),
+        (&[("t", "/a"), ("t", "/b")], "same tag"),
+        (&[("t", "/a"), ("u", "//a/.")], "same socket"),
+    ] {
+        let why = with(folders).unwrap_err();
+        assert!(
+            why.starts_with("--fs no. 1") && why.contains(words),
+            "{why}"
+        );
+    }
+    let queues = complaint(|vm| {
+        let many = FsConfig {
+            num_queues: 65,
+            ..FsConfig::new("t", "/a")
+        };
+        vm.fs = vec![many];
+    });
+    assert!(queues.contains("num_queues=65"), "{queues}");
 }

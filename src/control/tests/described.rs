@@ -110,6 +110,12 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"id": "twice"}"#,
                 r#"{"mtu": 9000}"#,
             ],
+            "vm.add-fs" => &[
+                "",
+                r#"{"tag": "t", "socket": "/run/s"}"#,
+                r#"{"tag": "t", "socket": "/run/s", "id": "twice"}"#,
+                r#"{"tag": "t", "socket": "/run/s", "iommu": true}"#,
+            ],
             "vm.add-vsock" => &[
                 "",
                 r#"{"cid": 3}"#,
@@ -228,8 +234,8 @@ fn conforms(description: &Value, schema: &Value, value: &Value, place: &str) {
 #[test]
 fn a_full_configuration_is_as_described() {
     use crate::config::{
-        Accepted, Choice, ConsoleConfig, DiskConfig, FirmwareConfig, HotplugMethod, NetConfig,
-        QueueAffinity, Topology,
+        Accepted, Choice, ConsoleConfig, DiskConfig, FirmwareConfig, FsConfig, HotplugMethod,
+        NetConfig, QueueAffinity, Topology,
     };
 
     let mut device = DeviceConfig::new("01:00.0").unwrap();
@@ -246,6 +252,8 @@ fn a_full_configuration_is_as_described() {
         initramfs: Some("i".into()),
         disk: vec![DiskConfig {
             id: Some("d".into()),
+            vhost_user: true,
+            socket: Some("s".into()),
             serial: Some("s".into()),
             bw_size: Some(1 << 20),
             bw_refill_time: Some(1000),
@@ -267,6 +275,10 @@ fn a_full_configuration_is_as_described() {
             id: Some("n".into()),
             vhost: crate::config::Choice::On,
             ..NetConfig::default()
+        }],
+        fs: vec![FsConfig {
+            id: Some("f".into()),
+            ..FsConfig::new("t", "s")
         }],
         serial: ConsoleConfig::file("f"),
         console: ConsoleConfig::Socket("s".into()),

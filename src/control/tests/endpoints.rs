@@ -301,9 +301,9 @@ fn what_busway_cannot_do_yet_is_named() {
     assert_eq!(reply.status, 501);
     let said = "Busway cannot do this yet: another number of processors or bytes of RAM for a guest that runs";
     assert_eq!(reply.messages(), ["vm.resize", said]);
-    let reply = ask("vm.create", r#"{"fs":[{"tag":"t","socket":"/run/s"}]}"#);
+    let reply = ask("vm.create", r#"{"balloon":{"size":1}}"#);
     assert_eq!(reply.status, 501);
-    let said = "Busway cannot do this yet: virtio-fs";
+    let said = "Busway cannot do this yet: a balloon";
     assert_eq!(reply.messages(), ["The VM could not be created", said]);
     let unknown = client.ask("PUT", "vm.dance");
     assert_eq!(unknown.status, 404);

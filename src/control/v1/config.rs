@@ -7,9 +7,9 @@ use serde::Serialize;
 
 use crate::arch::boot::default_cmdline;
 use crate::config::{
-    Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig,
-    HotplugMethod, ImageType, MemoryConfig, NetConfig, PlatformConfig, QueueAffinity,
-    RateLimiterConfig, Topology, VmConfig,
+    Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
+    HotplugMethod, ImageType, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig,
+    Topology, VmConfig,
 };
 use crate::machine::Info;
 
@@ -26,6 +26,8 @@ pub(super) struct Config {
     disks: Vec<Disk>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     net: Vec<Net>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    fs: Vec<Fs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vsock: Option<Vsock>,
     rng: Rng,
@@ -79,6 +81,7 @@ struct Payload {
 
 #[derive(Clone, Debug, Serialize)]
 struct Disk {
+    #[serde(skip_serializing_if = "String::is_empty")]
     path: String,
     readonly: bool,
     direct: bool,
@@ -86,6 +89,8 @@ struct Disk {
     num_queues: u16,
     queue_size: u16,
     vhost_user: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vhost_socket: Option<String>,
     pci_segment: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
@@ -131,6 +136,17 @@ struct Net {
     /// Beside Cloud Hypervisor's: whether the host's kernel serves it, where that was said.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhost: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    pci_segment: u16,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Fs {
+    tag: String,
+    socket: String,
+    num_queues: u16,
+    queue_size: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
@@ -209,10 +225,11 @@ impl From<&VmConfig> for Config {
         let accepted = config.accepted.as_deref().unwrap_or(&none);
         Self {
             cpus: Cpus::of(&config.cpus, accepted),
-            memory: Memory::of(&config.memory, accepted, !config.device.is_empty()),
+            memory: Memory::of(config, accepted),
             payload: Payload::of(config),
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
+            fs: config.fs.iter().map(Into::into).collect(),
             vsock: config.vsock.as_ref().map(|vsock| Vsock {
                 cid: vsock.cid,
                 socket: "",
@@ -280,13 +297,14 @@ fn physical_bits() -> Option<u8> {
 }
 
 impl Memory {
-    fn of(memory: &MemoryConfig, accepted: &Accepted, has_devices: bool) -> Self {
+    fn of(config: &VmConfig, accepted: &Accepted) -> Self {
+        let (memory, has_devices) = (&config.memory, !config.device.is_empty());
         Self {
             size: memory.size,
             mergeable: false,
             hotplug_method: accepted.hotplug_method.unwrap_or(HotplugMethod::Acpi),
             hotplug_size: accepted.hotplug_size,
-            shared: memory.shared,
+            shared: config.shares_memory(),
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,
             prefault: memory.prefault.unwrap_or(has_devices),
@@ -320,7 +338,8 @@ impl From<&DiskConfig> for Disk {
             iommu: false,
             num_queues: disk.num_queues,
             queue_size: disk.queue_size,
-            vhost_user: false,
+            vhost_user: disk.vhost_user,
+            vhost_socket: disk.socket.as_deref().map(text),
             pci_segment: 0,
             id: disk.id.clone(),
             serial: disk.serial.clone(),
@@ -368,6 +387,19 @@ impl From<&NetConfig> for Net {
             vhost_mode: "Client",
             vhost: known(net.vhost),
             id: net.id.clone(),
+            pci_segment: 0,
+        }
+    }
+}
+
+impl From<&FsConfig> for Fs {
+    fn from(fs: &FsConfig) -> Self {
+        Self {
+            tag: fs.tag.clone(),
+            socket: text(&fs.socket),
+            num_queues: fs.num_queues,
+            queue_size: fs.queue_size,
+            id: fs.id.clone(),
             pci_segment: 0,
         }
     }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::beside::{Beside, needs_id};
 use super::lacking::{Asked, Fault, Lack};
-use super::virtio::{AddDisk, AddNet, AddVsock, SEGMENTS_MOST};
+use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
     Accepted, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod, MemoryConfig,
@@ -32,6 +32,7 @@ pub(super) struct CreateVm {
     cmdline: Option<OldArgs>,
     disks: Option<Vec<AddDisk>>,
     net: Option<Vec<AddNet>>,
+    fs: Option<Vec<AddFs>>,
     rng: Option<Rng>,
     serial: Option<Console>,
     console: Option<Console>,
@@ -39,7 +40,6 @@ pub(super) struct CreateVm {
     platform: Option<Platform>,
     debug_console: Option<Console>,
     balloon: Asked,
-    fs: Asked,
     generic_vhost_user: Asked,
     iommu: Asked,
     landlock_enable: Asked,
@@ -229,6 +229,11 @@ impl CreateVm {
                 config.net.push(net);
             }
         }
+        for fs in self.fs.unwrap_or_default() {
+            if let VirtioConfig::Fs(fs) = fs.into_config(&Files::default())? {
+                config.fs.push(fs);
+            }
+        }
         if let Some(vsock) = self.vsock
             && let VirtioConfig::Vsock(vsock) = vsock.into_config(&Files::default())?
         {
@@ -261,7 +266,6 @@ impl CreateVm {
     fn check(&self) -> Result<(), Fault> {
         for (asked, lack) in [
             (self.balloon, Lack::Balloon),
-            (self.fs, Lack::VirtioFs),
             (self.generic_vhost_user, Lack::VhostUser),
             (self.iommu, Lack::VirtualIommu),
             (self.landlock_enable, Lack::Landlock),
@@ -588,7 +592,10 @@ mod tests {
     #[test]
     fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
         for (body, lack) in [
-            (r#"{"fs":[{"tag":"t","socket":"/s"}]}"#, Lack::VirtioFs),
+            (
+                r#"{"generic_vhost_user":[{"socket":"/s"}]}"#,
+                Lack::VhostUser,
+            ),
             (r#"{"vsock":{"cid":3,"socket":"/s"}}"#, Lack::Vsock),
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
             (r#"{"watchdog":true}"#, Lack::Watchdog),
@@ -608,8 +615,8 @@ mod tests {
                 Lack::VirtualIommu,
             ),
             (
-                r#"{"disks":[{"path":"/a","vhost_user":true}]}"#,
-                Lack::VhostUser,
+                r#"{"net":[{"vhost_user":true,"vhost_socket":"/s"}]}"#,
+                Lack::VhostUserNet,
             ),
             (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
         ] {
@@ -632,6 +639,7 @@ mod tests {
             (r#"{"platform":{"num_pci_segments":97}}"#, "97"),
             (r#"{"devices":[{"path":"nonsense"}]}"#, "nonsense"),
             (r#"{"disks":[{}]}"#, "path is missing"),
+            (r#"{"fs":[{"tag":"t"}]}"#, "socket is missing"),
         ] {
             let Err(Fault::Wrong(why)) = config(body) else {
                 panic!("{body}: {:?}", config(body));

@@ -29,7 +29,7 @@ use added::PciDeviceInfo;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
 use observe::{Activity, Devices};
-use virtio::{AddDisk, AddNet, AddVsock, check_segment};
+use virtio::{AddDisk, AddFs, AddNet, AddVsock, check_segment};
 
 /// Where the API is.
 pub(super) const PREFIX: &str = "/api/v1/";
@@ -173,7 +173,13 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
             "The disk could not be added to the VM",
         ),
     ),
-    later("vm.add-fs", Lack::VirtioFs),
+    with_body(
+        "vm.add-fs",
+        Act::AddVirtio(
+            |body, files| json::parse::<AddFs>(body)?.into_config(files),
+            "The shared folder could not be added to the VM",
+        ),
+    ),
     later("vm.add-generic-vhost-user", Lack::VhostUser),
     later("vm.add-pmem", Lack::Pmem),
     with_body(

@@ -1,6 +1,8 @@
-//! The bodies that add a virtio device, by Cloud Hypervisor's words (its OpenAPI description, `DiskConfig`
-//! and `NetConfig`). What would change what the device is, and Busway cannot do, is refused; words that it
+//! The bodies that add a virtio device, by Cloud Hypervisor's words (its OpenAPI description, `DiskConfig`,
+//! `NetConfig` and `FsConfig`). What would change what the device is, and Busway cannot do, is refused; words that it
 //! does not know are ignored, as clients expect.
+
+use std::path::PathBuf;
 
 use busway_host::Mac;
 use serde::Deserialize;
@@ -8,7 +10,7 @@ use serde::Deserialize;
 use super::lacking::{Asked, Fault, Lack};
 use super::some_text;
 use crate::config::{
-    Choice, DiskConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig, VsockConfig,
+    Choice, DiskConfig, FsConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig, VsockConfig,
 };
 use crate::machine::Files;
 
@@ -34,10 +36,6 @@ struct Common {
     pci_segment: Option<u16>,
     #[serde(default)]
     pci_device_id: Asked,
-    #[serde(default)]
-    vhost_user: Asked,
-    #[serde(default)]
-    vhost_socket: Asked,
     num_queues: Option<u16>,
     queue_size: Option<u16>,
     id: Option<String>,
@@ -47,9 +45,7 @@ impl Common {
     fn check(&self) -> Result<(), Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu)?;
         check_segment(self.pci_segment)?;
-        Lack::BusPlace.unless_asked(self.pci_device_id)?;
-        Lack::VhostUser.unless_asked(self.vhost_user)?;
-        Lack::VhostUser.unless_asked(self.vhost_socket)
+        Lack::BusPlace.unless_asked(self.pci_device_id)
     }
 
     /// Puts what was said in the place of defaults.
@@ -66,6 +62,8 @@ pub(super) struct AddDisk {
     path: Option<String>,
     /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came it is.
     pub(super) fd_index: Option<usize>,
+    vhost_user: Option<bool>,
+    vhost_socket: Option<String>,
     readonly: Option<bool>,
     direct: Option<bool>,
     serial: Option<String>,
@@ -96,7 +94,9 @@ impl AddDisk {
     pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
         Lack::SharedLimit.unless_asked(self.rate_limit_group)?;
+        let vhost_user = self.vhost_user.unwrap_or(false);
         let path = match (files.all().len(), some_text(self.path)) {
+            (0, None) if vhost_user => PathBuf::new(),
             (0, path) => path
                 .ok_or("path is missing: an image, or a block device")?
                 .into(),
@@ -113,6 +113,8 @@ impl AddDisk {
             }
         };
         let mut disk = DiskConfig::new(path);
+        disk.vhost_user = vhost_user;
+        disk.socket = some_text(self.vhost_socket).map(PathBuf::from);
         // What is in an image says nothing of what it is: the guest may have written it.
         disk.image_type = match self.image_type.as_deref() {
             None | Some("Raw" | "Unknown") => ImageType::Raw,
@@ -161,6 +163,10 @@ pub(super) struct AddNet {
     offload_ufo: Option<bool>,
     offload_csum: Option<bool>,
     fds: Option<Vec<i32>>,
+    #[serde(default)]
+    vhost_user: Asked,
+    #[serde(default)]
+    vhost_socket: Asked,
     /// Beside Cloud Hypervisor's: the host's kernel serves it, or must not.
     vhost: Option<bool>,
     /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came are the tap's.
@@ -172,6 +178,8 @@ pub(super) struct AddNet {
 impl AddNet {
     pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
+        Lack::VhostUserNet.unless_asked(self.vhost_user)?;
+        Lack::VhostUserNet.unless_asked(self.vhost_socket)?;
         Lack::Mtu.unless_asked(self.mtu)?;
         Lack::TapAddress.unless_asked(self.host_mac)?;
         Lack::TapLimit.unless_asked(self.rate_limiter_config)?;
@@ -206,6 +214,15 @@ impl AddNet {
     }
 }
 
+/// A shared folder to be added.
+#[derive(Debug, Deserialize)]
+pub(super) struct AddFs {
+    tag: Option<String>,
+    socket: Option<String>,
+    #[serde(flatten)]
+    common: Common,
+}
+
 /// A vsock device to be added: the host's, which Cloud Hypervisor has not. Its own leads to a Unix socket.
 #[derive(Debug, Deserialize)]
 pub(super) struct AddVsock {
@@ -213,6 +230,23 @@ pub(super) struct AddVsock {
     socket: Option<String>,
     #[serde(flatten)]
     common: Common,
+}
+
+impl AddFs {
+    pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
+        self.common.check()?;
+        if !files.is_empty() {
+            return Err(Fault::from(
+                "a descriptor was sent for a shared folder, which has a socket: leave it out",
+            ));
+        }
+        let tag = some_text(self.tag).ok_or("tag is missing: what the guest mounts it by")?;
+        let socket = some_text(self.socket).ok_or("socket is missing: where virtiofsd listens")?;
+        let mut fs = FsConfig::new(tag, socket);
+        let sizes = (&mut fs.num_queues, &mut fs.queue_size);
+        self.common.apply(&mut fs.id, sizes.0, sizes.1);
+        Ok(VirtioConfig::Fs(fs))
+    }
 }
 
 impl AddVsock {
@@ -304,12 +338,72 @@ mod tests {
         assert_eq!(net("{}"), Ok(VirtioConfig::Net(NetConfig::default())));
     }
 
+    fn fs(body: &str) -> Result<VirtioConfig, Fault> {
+        parse::<AddFs>(body.as_bytes())?.into_config(&Files::default())
+    }
+
+    #[test]
+    fn a_shared_folder_as_known_clients_write_it() {
+        let kata = r#"{"num_queues":1,"pci_segment":1,"queue_size":1024,"socket":"/run/virtiofsd.sock",
+            "tag":"kataShared"}"#;
+        let expected = FsConfig::new("kataShared", "/run/virtiofsd.sock");
+        assert_eq!(fs(kata), Ok(VirtioConfig::Fs(expected)));
+        let ch_remote =
+            r#"{"tag":"share0","socket":"/run/fs","num_queues":2,"queue_size":512,"id":"f"}"#;
+        let expected = FsConfig {
+            num_queues: 2,
+            queue_size: 512,
+            id: Some("f".into()),
+            ..FsConfig::new("share0", "/run/fs")
+        };
+        assert_eq!(fs(ch_remote), Ok(VirtioConfig::Fs(expected)));
+        for (body, word) in [
+            ("{}", "tag"),
+            (r#"{"tag":"","socket":"/s"}"#, "tag"),
+            (r#"{"tag":"t"}"#, "socket"),
+            (r#"{"tag":"t","socket":"/s","iommu":true}"#, "virtual IOMMU"),
+            (
+                r#"{"tag":"t","socket":"/s","pci_segment":96}"#,
+                "pci_segment",
+            ),
+        ] {
+            let why = fs(body).unwrap_err().to_string();
+            assert!(why.contains(word), "{body}: {why}");
+        }
+    }
+
+    #[test]
+    fn a_disk_of_another_processs_has_a_socket_in_the_place_of_a_path() {
+        let expected = DiskConfig {
+            vhost_user: true,
+            socket: Some("/run/blk".into()),
+            num_queues: 2,
+            ..DiskConfig::new("")
+        };
+        let body = r#"{"vhost_user":true,"vhost_socket":"/run/blk","num_queues":2,"path":null,
+            "readonly":false,"direct":false,"image_type":"Unknown"}"#;
+        assert_eq!(disk(body), Ok(VirtioConfig::Disk(expected)));
+        for (body, word) in [
+            (r#"{"vhost_user":true}"#, "socket"),
+            (r#"{"path":"a","vhost_socket":"/run/s"}"#, "vhost_user=on"),
+            (
+                r#"{"path":"a","vhost_user":true,"vhost_socket":"/s"}"#,
+                "path is",
+            ),
+            (
+                r#"{"vhost_user":true,"vhost_socket":"/s","readonly":true}"#,
+                "readonly is",
+            ),
+        ] {
+            let why = disk(body).unwrap().check().unwrap_err().to_string();
+            assert!(why.contains(word), "{body}: {why}");
+        }
+    }
+
     #[test]
     fn what_would_be_another_device_than_was_asked_for_is_refused() {
         for (body, word) in [
             ("{}", "path"),
-            (r#"{"path":"a","vhost_user":true}"#, "vhost-user"),
-            (r#"{"path":"a","vhost_socket":"/run/s"}"#, "vhost-user"),
             (r#"{"path":"a","iommu":true}"#, "virtual IOMMU"),
             (r#"{"path":"a","pci_segment":96}"#, "pci_segment=96"),
             (r#"{"path":"a","image_type":"Vhdx"}"#, "another type"),
@@ -335,6 +429,8 @@ mod tests {
             (r#"{"fds":[0,1,2]}"#, "SCM_RIGHTS"),
             (r#"{"mac":"nonsense"}"#, "nonsense"),
             (r#"{"mtu":9000}"#, "MTU"),
+            (r#"{"vhost_user":true}"#, "vhost-user"),
+            (r#"{"vhost_socket":"/run/s"}"#, "vhost-user"),
             (r#"{"host_mac":"52:54:00:12:34:56"}"#, "host_mac"),
             (r#"{"rate_limiter_config":{"ops":{"size":1}}}"#, "limited"),
             (r#"{"offload_tso":false}"#, "offload"),

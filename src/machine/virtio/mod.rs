@@ -32,6 +32,7 @@ use crate::config::{DiskConfig, VirtioConfig, VmConfig};
 use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
+use crate::virtio::vhost_user::{self, VhostUser};
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{MemoryTable, ServedBy, Sight, VirtioDevice, VirtioPci};
 use leave::Leaving;
@@ -105,6 +106,10 @@ impl Maker {
     fn make(&self, name: &str, config: &VirtioConfig, files: &Files) -> Result<Made, RunError> {
         let mut config = config.clone();
         let device: Box<dyn VirtioDevice> = match &mut config {
+            VirtioConfig::Disk(disk) if disk.vhost_user => {
+                Box::new(VhostUser::disk(name, disk, &self.ram, &self.memory)?)
+            }
+            VirtioConfig::Fs(fs) => Box::new(VhostUser::fs(name, fs, &self.ram, &self.memory)?),
             VirtioConfig::Disk(disk) => {
                 // By its number while it is opened, which makes another descriptor of it.
                 let mut there = disk.clone();
@@ -119,6 +124,7 @@ impl Maker {
                 let by = match net.served_by() {
                     ServedBy::Busway => "Busway",
                     ServedBy::Kernel => "the host's kernel",
+                    ServedBy::BackEnd => "another process",
                 };
                 log::info!("net {name}: tap {}, served by {by}", net.tap_name());
                 asked.tap = Some(net.tap_name().to_owned());
@@ -199,7 +205,7 @@ impl VirtioDevices {
     pub(super) fn disks(&self) -> impl Iterator<Item = (&str, &DiskConfig)> {
         self.entries.iter().filter_map(|entry| match &entry.config {
             VirtioConfig::Disk(disk) => Some((entry.name.as_str(), disk)),
-            VirtioConfig::Net(_) | VirtioConfig::Vsock(_) => None,
+            VirtioConfig::Net(_) | VirtioConfig::Fs(_) | VirtioConfig::Vsock(_) => None,
         })
     }
 
@@ -339,6 +345,12 @@ impl VirtioDevices {
         let name = name_of(config, 0, is_free);
         if !is_free(&name) {
             return Err(RequestError::Exists(name));
+        }
+        if config.socket().is_some()
+            && let Some(why) = vhost_user::private_memory(&self.maker.ram)
+        {
+            let described = config.described(&name);
+            return Err(RequestError::Invalid(format!("{described}: {why}")));
         }
         let there = self.entries.iter().filter(|entry| !entry.retired);
         let there = there.map(|entry| (&entry.name, &entry.config));

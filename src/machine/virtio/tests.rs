@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::arch::layout;
-use crate::config::{DiskConfig, NetConfig, RngConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, RngConfig};
 use crate::devices::pci_hotplug::{
     ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, PciHotplug, WANTED,
 };
@@ -307,6 +307,29 @@ fn what_cannot_be_added_is_told_why_and_changes_nothing() {
         why.contains("each of the 14 slots") && why.contains("(it has root, d3, d4, "),
         "{why}"
     );
+}
+
+#[test]
+fn a_device_of_another_processs_is_refused_where_ram_is_private_whoever_listens() {
+    let Some(mut machine) = machine(ROOM) else {
+        return;
+    };
+    let socket = machine.folder.path().join("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let disk = DiskConfig {
+        vhost_user: true,
+        socket: Some(socket.clone()),
+        ..DiskConfig::new("")
+    };
+    let fs = FsConfig::new("share", socket);
+    for config in [VirtioConfig::Disk(disk), VirtioConfig::Fs(fs)] {
+        let Err(RequestError::Invalid(why)) = machine.add(config) else {
+            panic!("it was added");
+        };
+        assert!(why.contains("--memory shared=on"), "{why}");
+    }
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_err(), "nobody has connected");
 }
 
 #[test]

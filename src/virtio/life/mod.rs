@@ -81,6 +81,12 @@ impl Progress {
 pub trait Running: Send + Debug {
     /// Stops it, and returns what it leaves when nothing of it runs any more.
     fn stop(self: Box<Self>) -> Progress;
+
+    /// Stops it for a driver that resets the device, and waits for nothing. What it leaves nobody wants. What of it
+    /// still runs then is [`outstanding`](super::VirtioDevice::outstanding) until it does not.
+    fn reset(self: Box<Self>) {
+        drop(self.stop());
+    }
 }
 
 /// Whether a device runs, and if not, what it starts with.
@@ -111,8 +117,10 @@ impl Life {
 
     /// Stops the device where it runs, and drops what it leaves.
     pub(super) fn reset(&mut self) {
-        self.stop();
-        *self = Self::Stopped(Progress::default());
+        if let Self::Running(running) = std::mem::replace(self, Self::Stopped(Progress::default()))
+        {
+            running.reset();
+        }
     }
 }
 

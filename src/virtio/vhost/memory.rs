@@ -57,15 +57,6 @@ impl MemoryTable {
         Ok(())
     }
 
-    /// Tells `follower` of the memory once more: its back end is another and knows none.
-    ///
-    /// # Errors
-    /// The follower's.
-    #[allow(dead_code, reason = "for back ends that come back")]
-    pub(crate) fn tell(&self, follower: &dyn Follower) -> Result<(), vhost::Error> {
-        follower.memory_is(&self.state().regions)
-    }
-
     /// Tells `follower` of nothing more.
     pub(crate) fn forget(&self, follower: &dyn Follower) {
         let this = std::ptr::from_ref(follower).cast::<()>();

@@ -51,7 +51,6 @@ pub(crate) enum Addresses {
     /// Guest-physical: that half looks them up itself.
     Guest,
     /// Of this process.
-    #[allow(dead_code, reason = "for back ends in other processes")]
     Process,
 }
 

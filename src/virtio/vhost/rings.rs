@@ -219,6 +219,14 @@ impl<B: BackEnd> Rings<B> {
         positions
     }
 
+    /// The back end is gone: nothing is asked of it any more. In the place of [`stop`](Self::stop).
+    pub(crate) fn abandon(&self) {
+        if std::mem::replace(&mut *self.life(), Life::Stopped) != Life::Stopped {
+            self.memory.forget(self);
+            self.pass_on_calls();
+        }
+    }
+
     /// Has the back end let the rings lie, or go on with them, until they are stopped.
     pub(crate) fn hold(&self, hold: bool) {
         let mut life = self.life();

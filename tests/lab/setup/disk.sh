@@ -1,5 +1,5 @@
 # The emulated host's disk, which is only read: the root, and in /boot the kernels' modules and what guests boot from.
-# Sourced, after images.sh and firmware.sh.
+# Sourced, after images.sh, firmware.sh and back-ends.sh.
 
 make_disk() {
     local dir=$1 tree=$1/tree each
@@ -11,6 +11,7 @@ make_disk() {
     as_root cp -al "$stock"/{bzImage,vmlinux} "$images"/guest*.img "$tree/boot/"
     # A file that the root has is replaced and never written to, for it is linked to the root's.
     as_root cp -a --remove-destination --no-preserve=ownership "$firmware/tree/." "$tree/"
+    as_root cp -a --remove-destination --no-preserve=ownership "$back_ends/tree/." "$tree/"
     as_root install -m 755 "$setup_dir/host-agent" "$tree/usr/local/sbin/lab-agent"
     as_root mkdir -p "$tree"/{lab,project,cache,usr/lib/modules}
     # The root's own program, by the root's own loader.
@@ -20,4 +21,4 @@ make_disk() {
     as_root rm -rf "$tree"
 }
 
-disk=$cache/disk-$(key "${root##*/}" "${stock##*/}" "${backports##*/}" "${images##*/}" "${firmware##*/}" "$setup_dir"/{disk.sh,host-agent})
+disk=$cache/disk-$(key "${root##*/}" "${stock##*/}" "${backports##*/}" "${images##*/}" "${firmware##*/}" "${back_ends##*/}" "$setup_dir"/{disk.sh,host-agent})

@@ -44,17 +44,19 @@ mod proof;
 mod run;
 mod slots;
 mod vhost;
+mod vhost_user;
 mod virtio;
 mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 25] = [
+const CHAPTERS: [&[Proof]; 26] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
     disk::PROOFS,
+    vhost_user::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     libvirt::PROOFS,

@@ -1,0 +1,40 @@
+//! What a shared folder is to be.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{fs_queue_size, one};
+
+/// `--fs`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// The name by which the guest mounts it; 1 to 36 bytes.
+    pub tag: String,
+    /// The Unix socket of its back end, virtiofsd.
+    pub socket: PathBuf,
+    /// Request queues; the device has one more, for requests that must not wait behind these.
+    #[serde(default = "one")]
+    pub num_queues: u16,
+    /// Descriptors of a queue; a power of two.
+    #[serde(default = "fs_queue_size")]
+    pub queue_size: u16,
+    /// Name, unique in the VM.
+    #[serde(default)]
+    pub id: Option<String>,
+}
+
+impl FsConfig {
+    /// A folder with every choice at its default.
+    #[must_use]
+    pub fn new(tag: impl Into<String>, socket: impl Into<PathBuf>) -> Self {
+        Self {
+            tag: tag.into(),
+            socket: socket.into(),
+            num_queues: one(),
+            queue_size: fs_queue_size(),
+            id: None,
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! The kinds of devices that another process can serve, and what of each is said here.
+
+use std::mem::offset_of;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk::virtio_blk_config;
+use zerocopy::little_endian::U32;
+use zerocopy::{Immutable, IntoBytes};
+
+use super::connection::Connection;
+use super::link::Loss;
+use crate::config::{DiskConfig, FsConfig};
+use crate::virtio::config_space::{ConfigSpace, Fields};
+use crate::virtio::spec::{blk, device_type};
+use crate::virtio::vhost::VhostError;
+
+/// Descriptors of a request that are not its data: header and status. Virtio 1.3 §5.2.6.
+const REQUEST_OVERHEAD: u32 = 2;
+
+/// Bytes of a disk's configuration up to the limits of zeroing. Back ends older than zoned disks have no more, and refuse
+/// to be asked for it. Virtio 1.3 §5.2.4
+const BLK_CONFIG_SIZE: usize = offset_of!(virtio_blk_config, write_zeroes_may_unmap) + 4;
+
+/// The features of a disk that can be passed on: those of the fields up to there, and not those whose field a driver
+/// writes, for that would have to be told to each back end.
+const BLK_FEATURES: u64 = blk::F_SIZE_MAX
+    | blk::F_SEG_MAX
+    | blk::F_GEOMETRY
+    | blk::F_RO
+    | blk::F_BLK_SIZE
+    | blk::F_FLUSH
+    | blk::F_TOPOLOGY
+    | blk::F_MQ
+    | blk::F_DISCARD
+    | blk::F_WRITE_ZEROES;
+
+/// `struct virtio_fs_config`, without the queue for notifications. Virtio 1.3 §5.11.4.
+#[derive(Immutable, IntoBytes)]
+#[repr(C)]
+struct FsFields {
+    tag: [u8; 36],
+    num_request_queues: U32,
+}
+
+/// What a device is.
+#[derive(Debug)]
+pub(super) struct Kind {
+    /// What threads of such a device are called by.
+    pub(super) word: &'static str,
+    pub(super) device_type: u16,
+    pub(super) class: u32,
+    /// The features of this type that a driver may be offered.
+    pub(super) features: u64,
+    pub(super) queue_sizes: Vec<u16>,
+    pub(super) contents: Contents,
+    pub(super) loss: Loss,
+}
+
+/// Where a configuration comes from.
+#[derive(Debug)]
+pub(super) enum Contents {
+    /// It is said here.
+    Own(Vec<u8>),
+    /// It is a disk's back end's.
+    Disk(DiskLimits),
+}
+
+/// What a disk's back end does not know of the device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DiskLimits {
+    queues: u16,
+    queue_size: u16,
+}
+
+/// A configuration that is the back end's.
+#[derive(Debug)]
+pub(super) struct BackEndsConfig {
+    fields: Arc<Fields>,
+    limits: DiskLimits,
+}
+
+impl Kind {
+    /// A shared folder: a queue for what must not wait, and those for requests. Virtio 1.3 §5.11.2.
+    pub(super) fn fs(config: &FsConfig) -> Self {
+        let mut tag = [0; 36];
+        for (to, from) in tag.iter_mut().zip(config.tag.bytes()) {
+            *to = from;
+        }
+        let fields = FsFields {
+            tag,
+            num_request_queues: u32::from(config.num_queues).into(),
+        };
+        let queues = usize::from(config.num_queues).saturating_add(1);
+        Self {
+            word: "fs",
+            device_type: device_type::FS,
+            class: 0x01_80_00, // mass storage, other
+            features: 0,
+            queue_sizes: vec![config.queue_size; queues],
+            contents: Contents::Own(fields.as_bytes().to_vec()),
+            loss: Loss::Session,
+        }
+    }
+
+    pub(super) fn disk(config: &DiskConfig) -> Self {
+        let mut features = BLK_FEATURES;
+        if config.num_queues == 1 {
+            features &= !blk::F_MQ;
+        }
+        Self {
+            word: "disk",
+            device_type: device_type::BLOCK,
+            class: 0x01_00_00, // mass storage, SCSI
+            features,
+            queue_sizes: vec![config.queue_size; config.num_queues.into()],
+            contents: Contents::Disk(DiskLimits {
+                queues: config.num_queues,
+                queue_size: config.queue_size,
+            }),
+            loss: Loss::Requests,
+        }
+    }
+}
+
+impl Contents {
+    /// How many bytes a back end has to give.
+    pub(super) fn size(&self) -> Option<usize> {
+        match self {
+            Self::Own(_) => None,
+            Self::Disk(_) => Some(BLK_CONFIG_SIZE),
+        }
+    }
+
+    /// The configuration, and the way to a newer one.
+    pub(super) fn make(
+        &self,
+        connection: &Connection,
+    ) -> Result<(Arc<Fields>, Option<BackEndsConfig>), VhostError> {
+        let limits = match self {
+            Self::Own(bytes) => return Ok((Fields::new(bytes.clone()), None)),
+            Self::Disk(limits) => *limits,
+        };
+        let mut bytes = connection.config(BLK_CONFIG_SIZE)?;
+        limits.apply(&mut bytes);
+        let fields = Fields::new(bytes);
+        let config = BackEndsConfig {
+            fields: Arc::clone(&fields),
+            limits,
+        };
+        Ok((fields, Some(config)))
+    }
+}
+
+impl BackEndsConfig {
+    /// Asks for it anew. The driver hears of a change.
+    pub(super) fn refresh(&self, connection: &Connection) -> Result<(), VhostError> {
+        let mut bytes = connection.config(self.fields.size())?;
+        self.limits.apply(&mut bytes);
+        self.fields.set(0, &bytes);
+        Ok(())
+    }
+}
+
+impl DiskLimits {
+    /// Has the configuration say how many queues there are, and no longer requests than a queue holds.
+    fn apply(self, bytes: &mut [u8]) {
+        let queues = offset_of!(virtio_blk_config, num_queues);
+        if let Some(field) = bytes.get_mut(queues..queues + 2) {
+            field.copy_from_slice(&self.queues.to_le_bytes());
+        }
+        let segments = offset_of!(virtio_blk_config, seg_max);
+        let most = u32::from(self.queue_size).saturating_sub(REQUEST_OVERHEAD);
+        if let Some(field) = bytes.get_mut(segments..segments + 4)
+            && let Ok(theirs) = <[u8; 4]>::try_from(&*field)
+        {
+            let segments = u32::from_le_bytes(theirs).min(most);
+            field.copy_from_slice(&segments.to_le_bytes());
+        }
+    }
+}
