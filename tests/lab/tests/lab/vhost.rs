@@ -14,19 +14,20 @@ use crate::tell;
 const SCRIPT: &str = r#"
 up() { ip addr add 192.168.79.2/24 dev eth0; ip link set eth0 up; }
 get() { wget -q -O - "http://192.168.79.1:8079/$1"; }
-sum() { sha256sum | cut -d ' ' -f 1; }
+first() { cut -d ' ' -f 1; }
+sum() { sha256sum | first; }
 # Both ways, each with its checksum as it is at either end.
 data() {
     value "fetched_$1" "$(get data | sum)"
     head -c 2097152 /dev/urandom >/tmp/up
     value "sent_$1" "$(sum </tmp/up)"
-    value "answer_$1" "$(socat -t 60 - TCP:192.168.79.1:8080 </tmp/up)"
+    value "answer_$1" "$(socat -t 60 - TCP:192.168.79.1:8080 </tmp/up | first)"
 }
 sockets() {
     value "vsock_sent_$1" "$(sum </tmp/up)"
-    value "vsock_answer_$1" "$(socat -t 60 - VSOCK-CONNECT:2:6 </tmp/up)"
+    value "vsock_answer_$1" "$(socat -t 60 - VSOCK-CONNECT:2:6 </tmp/up | first)"
 }
-socat VSOCK-LISTEN:5,fork,reuseaddr SYSTEM:'sha256sum | cut -d " " -f 1' &
+socat -t 60 VSOCK-LISTEN:5,fork,reuseaddr SYSTEM:sha256sum &
 up
 case $(get phase) in
 first)
@@ -67,8 +68,8 @@ pub(crate) fn past_busway(lab: &mut Lab) -> Result<()> {
     )?;
     let servers = [
         "exec busybox httpd -f -p 192.168.79.1:8079 -h /run/vhost",
-        "exec socat TCP-LISTEN:8080,fork,reuseaddr SYSTEM:'sha256sum | cut -d \" \" -f 1'",
-        "exec socat VSOCK-LISTEN:6,fork,reuseaddr SYSTEM:'sha256sum | cut -d \" \" -f 1'",
+        "exec socat -t 60 TCP-LISTEN:8080,fork,reuseaddr SYSTEM:sha256sum",
+        "exec socat -t 60 VSOCK-LISTEN:6,fork,reuseaddr SYSTEM:sha256sum",
     ];
     let servers: Vec<_> = servers
         .into_iter()
@@ -150,7 +151,7 @@ fn sum_of(host: &Host, file: &str) -> Result<String> {
 
 /// A program on the host is heard by one in the guest, and hears it when it has ended its own half.
 fn into_the_guest(host: &Host) -> Result<()> {
-    let answer = host.run("socat -t 60 - VSOCK-CONNECT:7:5 </run/vhost/data")?;
+    let answer = host.run("socat -t 60 - VSOCK-CONNECT:7:5 </run/vhost/data | cut -d ' ' -f 1")?;
     ensure!(
         answer.trim() == sum_of(host, "/run/vhost/data")?,
         "{answer}"
