@@ -268,8 +268,9 @@ impl Told {
             read.expect("RAM");
         }
         let said = DESCRIPTOR..DESCRIPTOR + DESCRIPTOR_SIZE;
-        for (at, byte) in (address..).zip(buffer) {
-            let expected = self.holds(self.offset.saturating_add(at - address));
+        for (within, byte) in (0_u64..).zip(buffer) {
+            let at = address + within;
+            let expected = self.holds(self.offset.saturating_add(within));
             assert!(
                 byte == expected || said.contains(&at),
                 "{byte:#x} at {at:#x}, not {expected:#x}"
@@ -419,13 +420,14 @@ mod tests {
     }
 
     #[test]
-    fn a_transfer_over_its_own_descriptor_is_done() {
+    fn transfers_over_their_own_descriptor_and_of_nothing_are_done() {
         let mut told = Told::new();
         told.select(FIRST_FILE);
         told.transfer(READ, 256, DESCRIPTOR - 8);
         told.transfer(READ | SELECT | u32::from(FIRST_FILE + 2) << 16, 0x1_8000, 0);
         told.transfer(READ, 1 << 20, 0);
         told.transfer(WRITE, 4, 0);
+        told.transfer(READ, 0, u64::MAX);
         told.check();
     }
 }
