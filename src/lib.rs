@@ -16,4 +16,5 @@ mod outflow;
 pub mod preflight;
 mod provoked;
 pub mod report;
+pub mod smbios;
 pub mod virtio;

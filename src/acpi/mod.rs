@@ -34,7 +34,7 @@ pub enum AcpiError {
     TooBig {
         /// Bytes of the tables.
         size: u64,
-        /// Bytes between 0xE0000 and 1 MiB.
+        /// Bytes between 0xE0000 and 0xF0000.
         room: u64,
     },
     /// cannot write the ACPI tables to guest memory: {0}

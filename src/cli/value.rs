@@ -91,6 +91,18 @@ impl Value {
         }
     }
 
+    /// Texts, or only one.
+    pub(super) fn texts(&self) -> Result<Vec<String>, Reason> {
+        let texts = match self {
+            Self::List(texts) => texts,
+            one => std::slice::from_ref(one),
+        };
+        texts
+            .iter()
+            .map(|text| Ok(text.text()?.to_owned()))
+            .collect()
+    }
+
     /// An interface's MAC address.
     pub(super) fn mac(&self) -> Result<Mac, Reason> {
         Ok(self.text()?.parse()?)

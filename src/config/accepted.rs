@@ -18,12 +18,6 @@ pub struct Accepted {
     pub hotplug_method: Option<HotplugMethod>,
     /// PCI segments.
     pub num_pci_segments: Option<u16>,
-    /// The system's serial number.
-    pub serial_number: Option<String>,
-    /// The system's UUID.
-    pub uuid: Option<String>,
-    /// What its maker says.
-    pub oem_strings: Vec<String>,
 }
 
 /// How processors are grouped.

@@ -48,5 +48,11 @@ pub(super) const MAX_NET_QUEUES: u16 = 2 * MAX_CPUS as u16;
 /// How many slots bus 0 has for root ports beside the functions that come first.
 pub(super) const MAX_HOTPLUG_SLOTS: u8 = 15;
 
+/// How many strings a machine can tell its guest: they are counted by a byte. DMTF DSP0134, SMBIOS 3.0 §7.12.
+pub(super) const MAX_OEM_STRINGS: usize = u8::MAX as usize;
+
+/// The most bytes of what tells machines apart, all together: the tables that it stands in have 64 KiB below 1 MiB.
+pub(super) const MAX_IDENTITY: usize = 32 << 10;
+
 /// Bytes of a disk's serial number. Virtio 1.3 §5.2.6.
 pub(super) const SERIAL_SIZE: usize = 20;

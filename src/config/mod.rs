@@ -417,6 +417,12 @@ pub struct PlatformConfig {
     /// Seconds that the guest has to release a device that somebody wants back; from 1 to
     /// [`MAX_REMOVAL_TIMEOUT`], and [`DEFAULT_REMOVAL_TIMEOUT`] where absent.
     pub removal_timeout: Option<u32>,
+    /// The machine's serial number, which the guest reads in SMBIOS.
+    pub serial_number: Option<String>,
+    /// The machine's UUID, likewise.
+    pub uuid: Option<String>,
+    /// Strings that programs in the guest look for in SMBIOS, such as systemd's credentials.
+    pub oem_strings: Vec<String>,
 }
 
 impl PlatformConfig {

@@ -7,6 +7,8 @@
 
 pub mod console;
 pub mod fw_cfg;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 pub mod pci_hotplug;
 pub mod pflash;
 pub mod serial;

@@ -5,9 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::FirmwareError;
-use super::smbios;
 use crate::acpi;
 use crate::devices::fw_cfg::{Content, Items};
+use crate::smbios::{self, FirmwareTable, Identity};
 
 // Numbers of items. QEMU hw/nvram/fw_cfg.h and include/standard-headers/linux/qemu_fw_cfg.h.
 const CPUS: u16 = 0x05;
@@ -57,6 +57,8 @@ pub struct BoardItems {
     pub acpi: Arc<dyn Fn() -> acpi::Hardware + Send + Sync>,
     /// [`hardware_info`], asked when firmware reads it.
     pub hardware_info: Box<dyn Fn() -> Vec<u8> + Send + Sync>,
+    /// Which machine it is.
+    pub identity: Identity,
     /// A kernel that firmware starts.
     pub kernel: Option<Kernel>,
     /// What is booted from, the first before the others: paths in Open Firmware's form.
@@ -126,9 +128,15 @@ pub fn items(board: BoardItems) -> Result<Items, FirmwareError> {
     )?;
 
     let memory = board.ram.iter().map(|range| range.end - range.start).sum();
-    let smbios = smbios::tables(board.cpus, memory);
-    items.file("etc/smbios/smbios-anchor", Content::Bytes(smbios.anchor))?;
-    items.file("etc/smbios/smbios-tables", Content::Bytes(smbios.tables))?;
+    let identified = smbios::Board {
+        cpus: board.cpus,
+        memory,
+        identity: board.identity,
+    };
+    let smbios = smbios::tables(&identified, FirmwareTable::Firmwares);
+    let anchor = smbios.entry_point(0);
+    items.file("etc/smbios/smbios-anchor", Content::Bytes(anchor))?;
+    items.file("etc/smbios/smbios-tables", Content::Bytes(smbios.bytes))?;
 
     let hardware = Content::Made {
         size: (board.hardware_info)().len(),

@@ -9,7 +9,6 @@ mod descriptors;
 mod error;
 mod image;
 mod items;
-mod smbios;
 mod store;
 
 use std::path::{Path, PathBuf};

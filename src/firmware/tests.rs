@@ -273,6 +273,27 @@ fn a_store_that_is_damaged_short_or_something_else_is_refused_and_left_as_it_is(
 }
 
 #[test]
+fn a_place_that_is_only_read_is_named_and_has_no_store() {
+    let host = Host::debian();
+    // The kernel's own file systems take nobody's files, root's neither.
+    let refusal = host.refusal(None, Some(Path::new("/proc/self/vm.vars")));
+    assert!(
+        refusal.starts_with("vars=/proc/self/vm.vars: it cannot be made: "),
+        "{refusal}"
+    );
+    // A link to nowhere is not written through.
+    let link = host.path("link");
+    std::os::unix::fs::symlink(host.path("gone/vm.vars"), &link).unwrap();
+    let refusal = host.refusal(None, Some(&link));
+    assert!(refusal.starts_with("vars=HOST/link: it "), "{refusal}");
+    assert!(!host.path("gone").exists());
+    let left = fs::read_dir(host.folder.path()).unwrap().flatten();
+    let mut left: Vec<_> = left.map(|entry| entry.file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["link", "usr"]);
+}
+
+#[test]
 fn what_is_no_firmware_is_refused_with_what_it_is() {
     let host = Host::debian();
     let mut bzimage = vec![0; 0x1000];

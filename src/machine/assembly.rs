@@ -33,6 +33,7 @@ use crate::devices::pci_hotplug;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{Ram, Regions};
 use crate::report::{Report, Stage};
+use crate::smbios::{self, FirmwareTable, Identity};
 use crate::virtio::MemoryTable;
 use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
@@ -75,6 +76,8 @@ enum Boot {
 struct KernelBoot {
     source: BootSource,
     acpi: acpi::Hardware,
+    /// Where there is anything to be told of which machine it is.
+    smbios: Option<smbios::Tables>,
 }
 
 /// What the guest begins with.
@@ -215,7 +218,11 @@ impl Machine {
             acpi.bus0_slots = open_slots(&pci, &buses, &router, &events)?;
         }
         let boot = match source {
-            Source::Kernel(source) => Boot::Kernel(Box::new(KernelBoot { source, acpi })),
+            Source::Kernel(source) => Boot::Kernel(Box::new(KernelBoot {
+                source,
+                acpi,
+                smbios: smbios_tables(config),
+            })),
             Source::Firmware(source) => {
                 let around = Surroundings {
                     config,
@@ -266,8 +273,12 @@ impl Machine {
     pub(super) fn load(&self) -> Result<(), RunError> {
         use vm_memory::GuestAddressSpace;
 
-        let (source, acpi) = match &self.boot {
-            Boot::Kernel(boot) => (&boot.source, &boot.acpi),
+        let KernelBoot {
+            source,
+            acpi,
+            smbios,
+        } = match &self.boot {
+            Boot::Kernel(boot) => &**boot,
             Boot::Firmware(board) => {
                 board.power_on(&self.board);
                 return Ok(());
@@ -276,6 +287,9 @@ impl Machine {
         self.pci.assign()?;
         let ram = self.ram.guest().memory();
         let rsdp = acpi::install(&*ram, acpi)?;
+        if let Some(tables) = smbios {
+            boot::tell_identity(&*ram, tables)?;
+        }
         let map = E820::new(&self.ram.guest_ranges());
         let entry = boot::load(&*ram, source, &map, rsdp)?;
         self.vcpus.enter(|sregs| entry.apply(sregs))?;
@@ -419,6 +433,17 @@ fn populate(
         ControlFlow::Continue(())
     })?;
     wanted
+}
+
+/// What a kernel without firmware reads in SMBIOS: nothing, unless it was said which machine it is.
+fn smbios_tables(config: &VmConfig) -> Option<smbios::Tables> {
+    let identity = Identity::of(&config.platform);
+    let board = smbios::Board {
+        cpus: config.cpus.boot.into(),
+        memory: config.memory.size,
+        identity,
+    };
+    (!board.identity.is_empty()).then(|| smbios::tables(&board, FirmwareTable::Ours))
 }
 
 fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {

@@ -25,6 +25,7 @@ use crate::firmware::{
 };
 use crate::kvm::Buses;
 use crate::memory::{Ram, Region, Regions};
+use crate::smbios::Identity;
 
 /// The widest addresses that OVMF uses, in bits: with pages of 1 GiB, and without.
 /// EDK II OvmfPkg/Library/PlatformInitLib/MemDetect.c, `PlatformAddressWidthFromCpuid`
@@ -174,6 +175,7 @@ fn board_items(
         reserved: reserved.collect(),
         acpi: Arc::new(acpi),
         hardware_info: Box::new(hardware_info),
+        identity: Identity::of(&around.config.platform),
         kernel,
         boot_order: boot_order(around),
     }

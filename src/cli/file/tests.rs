@@ -41,6 +41,7 @@ fn a_whole_machine_is_read() {
 
         [platform]
         iommufd = "auto"
+        oem_strings = ["a", "b,c"]
         "#,
     )
     .unwrap();
@@ -73,6 +74,10 @@ fn a_whole_machine_is_read() {
             size: 2 << 30,
             shared: true,
             prefault: Some(false),
+            ..Default::default()
+        },
+        platform: crate::config::PlatformConfig {
+            oem_strings: vec!["a".into(), "b,c".into()],
             ..Default::default()
         },
         ..VmConfig::default()

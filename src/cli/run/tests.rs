@@ -48,6 +48,26 @@ fn a_repeatable_flag_takes_one_or_several() {
 }
 
 #[test]
+fn which_machine_it_is_is_said_in_cloud_hypervisors_words() {
+    let said = config(&[
+        "--platform",
+        "serial_number=bw-1,uuid=3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611",
+        "--platform",
+        "oem_strings=[a,\"b,c=d\"]",
+    ])
+    .unwrap()
+    .platform;
+    assert_eq!(said.serial_number.as_deref(), Some("bw-1"));
+    let uuid = "3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611";
+    assert_eq!(said.uuid.as_deref(), Some(uuid));
+    assert_eq!(said.oem_strings, ["a", "b,c=d"]);
+    let one = config(&["--platform", "oem_strings=a"]).unwrap().platform;
+    assert_eq!(one.oem_strings, ["a"]);
+    let wrong = config(&["--platform", "uuid=7"]).unwrap_err();
+    assert!(wrong.contains("uuid=`7` is no UUID"), "{wrong}");
+}
+
+#[test]
 fn flags_come_after_the_file() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("vm.toml");

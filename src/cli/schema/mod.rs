@@ -400,7 +400,7 @@ fn on_error(value: &Value) -> Result<OnError, Reason> {
 /// `--platform`
 pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     name: "platform",
-    summary: "How devices are reached: iommufd=on|off|auto[,p2p=on|off|auto]… [default: iommufd=auto]",
+    summary: "How devices are reached, and which machine it is: iommufd=on|off|auto[,p2p=on|off|auto]… [default: iommufd=auto]",
     words: &[],
     notes: "",
     blank: PlatformConfig::default,
@@ -425,6 +425,13 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.root_ports = Some(value.switch()?);
         "removal_timeout" { "N": "seconds that the guest has to release a device, 1 to 3600 [30]" }
             |platform, value| platform.removal_timeout = Some(value.number()?);
+        "serial_number" { "TEXT": "the machine's serial number, as the guest is told by SMBIOS" }
+            |platform, value| platform.serial_number = Some(value.text()?.to_owned());
+        "uuid" { "UUID": "the machine's UUID, likewise" }
+            |platform, value| platform.uuid = Some(value.text()?.to_owned());
+        "oem_strings" { "[TEXT,…]": "strings that programs in the guest look for there, such as systemd's\n\
+                 credentials" }
+            |platform, value| platform.oem_strings = value.texts()?;
     },
     required: &[],
     bare: None,

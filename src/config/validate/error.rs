@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::config::limits::{
-    INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_NET_QUEUES, MAX_REMOVAL_TIMEOUT,
-    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE, TAG_SIZE,
+    INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_NET_QUEUES, MAX_OEM_STRINGS,
+    MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE, TAG_SIZE,
 };
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
@@ -104,6 +104,35 @@ pub enum InvalidConfig {
         device: Name,
         /// What is wrong with it.
         why: busway_vfio::ParseVfTokenError,
+    },
+    /// --platform: uuid={0}
+    #[error("--platform: uuid={0}")]
+    Uuid(busway_iommu::ParseUuidError),
+    /// --platform: a text in {key}= is empty, or has a zero byte in it
+    #[error(
+        "--platform: {key}= has a text that is empty or has a zero byte in it, which SMBIOS cannot tell: give \
+         another, or leave it out"
+    )]
+    IdentityText {
+        /// What it was given as.
+        key: &'static str,
+    },
+    /// --platform: {count} strings are more than the 255 that a guest can be told
+    #[error(
+        "--platform: oem_strings= has {count} strings, and a guest can be told {MAX_OEM_STRINGS}"
+    )]
+    OemStrings {
+        /// How many there are.
+        count: usize,
+    },
+    /// --platform: serial_number= and oem_strings= have {size} bytes, more than there is room for
+    #[error(
+        "--platform: serial_number= and oem_strings= have {size} bytes together, and there is room for \
+         {MAX_IDENTITY}: give what is longer by a disk or by --initramfs"
+    )]
+    IdentitySize {
+        /// Bytes, with a zero behind each text.
+        size: usize,
     },
     /// {first} and {second} have the same {what}
     #[error("{first} and {second} have the same {what}, `{value}`: {remedy}")]

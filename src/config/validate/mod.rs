@@ -6,9 +6,9 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::limits::{
-    DISK_QUEUE_SIZES, FS_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS,
-    MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
-    SERIAL_SIZE, TAG_SIZE,
+    DISK_QUEUE_SIZES, FS_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY,
+    MAX_OEM_STRINGS, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
+    NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
 };
 use super::{
     Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType, MemoryConfig, NetConfig,
@@ -87,6 +87,7 @@ impl VmConfig {
         self.validate_console_files()?;
         self.validate_vf_tokens()?;
         self.platform.validate_slots()?;
+        self.platform.validate_identity()?;
         self.validate_ids()?;
         self.validate_boot_order()?;
         self.validate_disjoint()
@@ -586,6 +587,32 @@ impl PlatformConfig {
             }
             _ => Ok(()),
         }
+    }
+
+    /// What the guest is told in SMBIOS, whose texts end with a zero and are none where they are empty.
+    fn validate_identity(&self) -> Result<(), InvalidConfig> {
+        if let Some(uuid) = &self.uuid {
+            uuid.parse::<busway_iommu::Uuid>()
+                .map_err(InvalidConfig::Uuid)?;
+        }
+        let serial = self.serial_number.iter();
+        let texts = serial.map(|text| ("serial_number", text));
+        let texts = texts.chain(self.oem_strings.iter().map(|text| ("oem_strings", text)));
+        let mut size = 0;
+        for (key, text) in texts {
+            if text.is_empty() || text.contains('\0') {
+                return Err(InvalidConfig::IdentityText { key });
+            }
+            size += text.len() + 1;
+        }
+        let count = self.oem_strings.len();
+        if count > MAX_OEM_STRINGS {
+            return Err(InvalidConfig::OemStrings { count });
+        }
+        if size > MAX_IDENTITY {
+            return Err(InvalidConfig::IdentitySize { size });
+        }
+        Ok(())
     }
 }
 

@@ -48,6 +48,48 @@ fn a_vf_token_is_a_uuid_wherever_it_is_said() {
 }
 
 #[test]
+fn what_tells_a_machine_from_another_can_be_told_in_smbios() {
+    let with = |serial: &str, uuid: &str, strings: &[&str]| {
+        validate(|vm| {
+            vm.platform.serial_number = Some(serial.to_owned());
+            vm.platform.uuid = Some(uuid.to_owned());
+            vm.platform.oem_strings = strings.iter().map(|&text| text.to_owned()).collect();
+        })
+    };
+    const GOOD: &str = "3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611";
+    let long = "x".repeat(32 << 10);
+    assert_eq!(
+        with("s", GOOD, &["é", "io.systemd.credential:a=b\n"]),
+        Ok(())
+    );
+    assert_eq!(with("s", GOOD, &["x"; 255]), Ok(()));
+    assert_eq!(with("s", GOOD, &[&long[..(32 << 10) - 3]]), Ok(()));
+    for (case, words) in [
+        (with("s", "u", &[]), "--platform: uuid=`u` is no UUID"),
+        (
+            with("", GOOD, &[]),
+            "serial_number= has a text that is empty",
+        ),
+        (
+            with("s", GOOD, &["a", ""]),
+            "oem_strings= has a text that is empty",
+        ),
+        (with("s", GOOD, &["a\0b"]), "or has a zero byte"),
+        (
+            with("s", GOOD, &["x"; 256]),
+            "256 strings, and a guest can be told 255",
+        ),
+        (
+            with("s", GOOD, &[&long]),
+            "32771 bytes together, and there is room for 32768",
+        ),
+    ] {
+        let error = case.unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
 fn the_defaults_with_a_kernel_are_a_vm() {
     assert_eq!(validate(|_| ()), Ok(()));
     assert!(complaint(|vm| vm.kernel = None).contains("--kernel FILE"));

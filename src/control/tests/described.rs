@@ -289,6 +289,9 @@ fn a_full_configuration_is_as_described() {
     config.platform.iommufd = Choice::On;
     config.platform.p2p = Choice::Off;
     config.platform.root_ports = Some(false);
+    config.platform.serial_number = Some("s".into());
+    config.platform.uuid = Some("3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611".into());
+    config.platform.oem_strings = vec!["o".into()];
     config.accepted = Some(Box::new(Accepted {
         max_vcpus: Some(4),
         topology: Some(Topology {
@@ -301,9 +304,6 @@ fn a_full_configuration_is_as_described() {
         hotplug_size: Some(1 << 30),
         hotplug_method: Some(HotplugMethod::Acpi),
         num_pci_segments: Some(2),
-        serial_number: Some("s".into()),
-        uuid: Some("u".into()),
-        oem_strings: vec!["o".into()],
     }));
     let vm = Vm::new(move |request| match request {
         Request::Info => {

@@ -452,10 +452,10 @@ impl Platform {
     fn of(platform: &PlatformConfig, accepted: &Accepted) -> Self {
         Self {
             num_pci_segments: accepted.num_pci_segments.unwrap_or(1),
-            serial_number: accepted.serial_number.clone(),
-            uuid: accepted.uuid.clone(),
-            system_uuid: accepted.uuid.clone(),
-            oem_strings: accepted.oem_strings.clone(),
+            serial_number: platform.serial_number.clone(),
+            uuid: platform.uuid.clone(),
+            system_uuid: platform.uuid.clone(),
+            oem_strings: platform.oem_strings.clone(),
             iommufd: known(platform.iommufd),
             vfio_p2p_dma: known(platform.p2p),
             root_ports: platform.root_ports,

@@ -385,9 +385,6 @@ impl Platform {
             )));
         }
         accepted.num_pci_segments = self.num_pci_segments;
-        accepted.serial_number = self.serial_number;
-        accepted.uuid = self.uuid;
-        accepted.oem_strings = self.oem_strings.unwrap_or_default();
         let choice = |said, on, off| match said {
             None => Choice::Auto,
             Some(true) => on,
@@ -398,6 +395,9 @@ impl Platform {
             // On is what Cloud Hypervisor does where it can.
             p2p: choice(self.vfio_p2p_dma, Choice::Auto, Choice::Off),
             root_ports: self.root_ports,
+            serial_number: self.serial_number,
+            uuid: self.uuid,
+            oem_strings: self.oem_strings.unwrap_or_default(),
             ..PlatformConfig::default()
         })
     }
@@ -475,7 +475,8 @@ mod tests {
             "net":[{"tap":"t","mac":"52:54:00:12:34:56"}],"rng":{"src":"/dev/random"},
             "serial":{"mode":"Socket","socket":"/s"},"console":{"mode":"File","file":"/f"},
             "devices":[{"path":"/sys/bus/pci/devices/0000:01:00.0/","id":"drive"}],
-            "platform":{"num_pci_segments":2,"iommufd":true,"vfio_p2p_dma":false,"uuid":"u","serial_number":"s",
+            "platform":{"num_pci_segments":2,"iommufd":true,"vfio_p2p_dma":false,
+            "uuid":"3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611","serial_number":"s",
             "oem_strings":["o"]}}"#;
         let mut expected = defaults();
         expected.cpus.boot = 2;
@@ -507,6 +508,9 @@ mod tests {
         expected.device = vec![device];
         expected.platform.iommufd = Choice::On;
         expected.platform.p2p = Choice::Off;
+        expected.platform.uuid = Some("3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611".into());
+        expected.platform.serial_number = Some("s".into());
+        expected.platform.oem_strings = vec!["o".into()];
         expected.accepted = Some(Box::new(Accepted {
             max_vcpus: Some(4),
             topology: Some(Topology {
@@ -519,9 +523,6 @@ mod tests {
             hotplug_size: Some(1 << 30),
             hotplug_method: Some(HotplugMethod::VirtioMem),
             num_pci_segments: Some(2),
-            serial_number: Some("s".into()),
-            uuid: Some("u".into()),
-            oem_strings: vec!["o".into()],
         }));
         assert_eq!(config(body), Ok(expected));
         // As older clients have it.

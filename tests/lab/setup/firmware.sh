@@ -1,7 +1,9 @@
-# What guests boot by firmware from: OVMF, a boot loader, and the tools that make a FAT file system without root. Debian's
-# own packages, taken out and never installed, so that the root stays as it is. Sourced, after kernel.sh.
+# What guests boot by firmware from: OVMF, a boot loader, and the tools that make a partition and a FAT file system without
+# root. Debian's own packages, taken out and never installed, so that the root stays as it is. Sourced, after kernel.sh.
 
-firmware_packages=(ovmf grub-efi-amd64-signed mtools)
+firmware_packages=(ovmf grub-efi-amd64-signed mtools fdisk libfdisk1)
+# Programs that such guests have, in an initramfs image of their own: /boot/guest-firmware.img in the host.
+firmware_programs=(usr/bin/efibootmgr usr/sbin/dmidecode usr/sbin/sfdisk)
 
 make_firmware() {
     local dir=$1 each module
@@ -18,7 +20,11 @@ make_firmware() {
     echo 'obj-m += lab-cr8.o' | as_root tee "$module/Kbuild" >/dev/null
     logged lab-cr8 in_root "$builder" make -C "/usr/src/linux-headers-$stock_release" M=/lab-cr8 modules
     install -D -m 644 "$module/lab-cr8.ko" tree/usr/local/lib/lab-cr8.ko
+    logged firmware-programs in_root "$builder" apt-get install -y --no-install-recommends "${quickly[@]}" \
+        efibootmgr dmidecode fdisk
+    mkdir tree/boot
+    pack_programs "$builder" "$dir/tree/boot/guest-firmware.img" "${firmware_programs[@]}"
     cd "$cache"
 }
 
-firmware=$cache/firmware-$stock_version-$(key "${root##*/}" "$setup_dir"/{firmware.sh,lab-cr8.c})
+firmware=$cache/firmware-$stock_version-$(key "${root##*/}" "$setup_dir"/{firmware.sh,images.sh,lab-cr8.c})

@@ -4,7 +4,7 @@
 guest_modules=(
     nvme e1000 e1000e igb igbvf 8139cp xhci-pci sd_mod usb-storage snd-hda-intel snd-hda-codec-generic snd-pcm-oss
     virtio_blk virtio_net virtiofs virtio_console virtio-rng virtio_balloon vmw_vsock_virtio_transport ext4 uio_pci_generic
-    vfio-pci evdev button
+    vfio-pci evdev button efivarfs
 )
 # Programs of the root that guests can ask for, with their libraries.
 guest_programs=(usr/bin/fio usr/bin/lspci usr/bin/socat)
@@ -13,6 +13,17 @@ guest_programs=(usr/bin/fio usr/bin/lspci usr/bin/socat)
 pack() {
     (cd "$1" && find . -mindepth 1 | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0) >"$2"
     rm -r "$1"
+}
+
+# pack_programs ROOT IMAGE PROGRAM…: programs of a root, with their libraries.
+pack_programs() {
+    local from=$1 image=$2 tree=$2.tree file
+    shift 2
+    mkdir "$tree"
+    as_root chroot "$from" ldd "${@/#//}" | grep -o '/[^ :]*' | sort -u | while read -r file; do
+        install -D "$from/$(as_root chroot "$from" realpath "$file")" "$tree/$file"
+    done
+    pack "$tree" "$image"
 }
 
 # with_modules DIR KERNEL MODULE…: modules of a kernel's folder, with what they stand on.
@@ -53,11 +64,7 @@ make_images() {
     with_modules "$tree" "$stock/iommufd" "${guest_modules[@]}"
     pack "$tree" "$dir/guest.img"
 
-    mkdir -p "$tree"
-    as_root chroot "$root" ldd "${guest_programs[@]/#//}" | grep -o '/[^ :]*' | sort -u | while read -r file; do
-        install -D "$root/$(as_root chroot "$root" realpath "$file")" "$tree/$file"
-    done
-    pack "$tree" "$dir/guest-programs.img"
+    pack_programs "$root" "$dir/guest-programs.img" "${guest_programs[@]}"
 }
 
 images=$cache/images-$(key "${root##*/}" "${stock##*/}" "${backports##*/}" "$setup_dir"/{images.sh,host-init,guest-init})

@@ -10,7 +10,7 @@ kernel_modules=(
     9p 9pnet_virtio overlay crc32c_generic erofs virtio_pci virtio_blk virtio_net virtio_console virtio-rng virtio_balloon vsock
     vmw_vsock_virtio_transport virtiofs ext4 dm-mod dm-crypt raid1 loop tun vhost_net vhost_vsock bridge
     kvm kvm-amd kvm-intel vfio vfio-pci vfio_iommu_type1 nvme e1000 e1000e igb igbvf 8139cp xhci-pci ahci
-    sd_mod usb-storage snd-hda-intel snd-hda-codec-generic snd-pcm-oss uio_pci_generic i2c-i801 lpc_ich evdev button
+    sd_mod usb-storage snd-hda-intel snd-hda-codec-generic snd-pcm-oss uio_pci_generic i2c-i801 lpc_ich evdev button efivarfs
 )
 
 # The root with a compiler and both kernels' headers, its files linked to those of the root. It goes when the set-up ends.

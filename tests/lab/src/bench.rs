@@ -10,8 +10,8 @@ use std::thread;
 
 use anyhow::{Context, Result};
 use busway_lab::{
-    Device, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Job, Kernel, Profile, Snapshot,
-    Vmm, build_busway, may_be_the_emulators,
+    BEFORE_FIRMWARE, Device, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Job, Kernel,
+    Profile, Snapshot, Vmm, build_busway, may_be_the_emulators,
 };
 use clap::Args;
 use serde::Serialize;
@@ -94,6 +94,8 @@ pub(crate) struct Beyond {
     /// Exits a read with one read under way at a time: as many interrupts as reads.
     pub(crate) exits_per_lone_read: f64,
     pub(crate) boot_ms: f64,
+    /// The same where the distribution's firmware starts the kernel. Nothing beside another Busway, which may not know it.
+    pub(crate) firmware_boot_ms: Option<f64>,
 }
 
 /// Measures, and prints both side by side.
@@ -316,13 +318,22 @@ fn turn(
         let without_timers = |phase: &str| {
             anyhow::Ok(total(phase, EXITS)? - exits_per_second * total(phase, VCPU_SECONDS)?)
         };
-        let booted = host.guest(&guest())?.success()?;
+        let boot_ms = |run: GuestRun| {
+            let booted = host.guest(&run)?.success()?;
+            let time = booted.boot_time().context("no boot time")?;
+            anyhow::Ok(time.as_secs_f64() * 1e3)
+        };
+        let firmware = || {
+            host.run(BEFORE_FIRMWARE)?;
+            boot_ms(guest().firmware())
+        };
         anyhow::Ok(Beyond {
             exits_per_second,
             exits_per_interrupt: without_timers("deep")? / total("deep", INTERRUPTS)?,
             exits_per_read_of_many: without_timers("many")? / reads("many")?,
             exits_per_lone_read: without_timers("lone")? / reads("lone")?,
-            boot_ms: booted.boot_time().context("no boot time")?.as_secs_f64() * 1e3,
+            boot_ms: boot_ms(guest())?,
+            firmware_boot_ms: arguments.against.is_none().then(firmware).transpose()?,
         })
     };
     let memory = read

@@ -120,6 +120,16 @@ const FIGURES: &[Figure] = &[
         wanted: Wanted::RatioTo(0.6),
     },
     Figure {
+        name: "  by OVMF, ms",
+        of: |turn| {
+            turn.beyond
+                .as_ref()
+                .and_then(|beyond| beyond.firmware_boot_ms)
+        },
+        decimals: 0,
+        wanted: NO_MORE,
+    },
+    Figure {
         name: "own memory (PSS), KiB",
         of: |turn| Some(turn.own_pss_kib),
         decimals: 0,

@@ -45,6 +45,10 @@ const TRIPLE_FAULT: &str = "triple-faulted";
 const QUICKLY: &str = "mitigations=off nokaslr no_timer_check tsc=reliable audit=0 cryptomgr.notests \
                        initcall_blacklist=jent_mod_init init_on_alloc=0 randomize_kstack_offset=off lsm=landlock";
 
+/// What a host runs before guests begin with firmware, which writes CR8: the emulator has to be kept from that, see
+/// `setup/lab-cr8.c`.
+pub const BEFORE_FIRMWARE: &str = "[ -d /sys/module/lab_cr8 ] || insmod /usr/local/lib/lab-cr8.ko";
+
 /// A guest to be run: what it is made of, and the script that it runs.
 ///
 /// The script is busybox's shell with `set -e`. It has the functions `value KEY WORDS`,
@@ -129,6 +133,21 @@ impl GuestRun {
         self.arguments
             .extend(words.iter().map(|&word| word.to_owned()));
         self
+    }
+
+    /// Has Debian's firmware start the kernel, which has to be [`GuestKernel::Stock`]. The host needs
+    /// [`BEFORE_FIRMWARE`] first.
+    pub fn firmware(self) -> Self {
+        match self.vmm {
+            Vmm::Busway => self.args(&["--firmware", "auto"]),
+            Vmm::Qemu => {
+                let chip = "if=pflash,format=raw";
+                let code = "unit=0,readonly=on,file=/usr/share/OVMF/OVMF_CODE_4M.fd";
+                let variables = "unit=1,snapshot=on,file=/usr/share/OVMF/OVMF_VARS_4M.fd";
+                let [code, variables] = [code, variables].map(|words| format!("{chip},{words}"));
+                self.args(&["-drive", &code, "-drive", &variables])
+            }
+        }
     }
 
     /// Has a bash script become the VMM: it prepares what it will, descriptors and limits among it, and ends with

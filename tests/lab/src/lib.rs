@@ -42,7 +42,7 @@ mod zoo;
 
 pub use config::{HostConfig, Iommu, Kernel};
 pub use cpio::archive;
-pub use guest::{GuestKernel, GuestResult, GuestRun, RunningGuest, Vmm};
+pub use guest::{BEFORE_FIRMWARE, GuestKernel, GuestResult, GuestRun, RunningGuest, Vmm};
 pub use host::Host;
 pub use job::{Job, Output};
 pub use lab::Lab;

@@ -11,6 +11,6 @@ pub(crate) use devices::{append_devices, board_ports, host_bridge_ports, soft_of
 pub(crate) use fadt::{POINTERS as FADT_POINTERS, fadt};
 pub(crate) use madt::madt;
 
-/// Where the tables lie: the area that a kernel without boot parameters searches for the RSDP
-/// (§5.2.5.1). The memory map reserves it.
-pub const TABLES: Range<u64> = 0xe_0000..0x10_0000;
+/// Where the tables lie: in the area that a kernel without boot parameters searches for the RSDP
+/// (§5.2.5.1), below SMBIOS. The memory map reserves it.
+pub const TABLES: Range<u64> = 0xe_0000..0xf_0000;

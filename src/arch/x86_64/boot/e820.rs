@@ -35,13 +35,13 @@ impl E820 {
     /// The map of a machine with RAM at `ram` (ascending, as
     /// [`ram_ranges`](crate::arch::layout::ram_ranges) gives it).
     ///
-    /// Reserved are the EBDA, the ACPI tables' area below 1 MiB, and ECAM: Linux uses ECAM only where
+    /// Reserved are the EBDA, the area of ACPI's and SMBIOS' tables below 1 MiB, and ECAM: Linux uses ECAM only where
     /// the firmware keeps it from other use.
     #[must_use]
     pub fn new(ram: &[Range<u64>]) -> Self {
         let reserved = [
             EBDA_START..LOW_HOLE_START,
-            acpi::TABLES,
+            acpi::TABLES.start..HIGH_MEMORY,
             ECAM_START..ECAM_START + ECAM_SIZE,
         ];
         // What is no RAM to the guest although RAM lies behind it.

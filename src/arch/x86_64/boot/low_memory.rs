@@ -30,5 +30,8 @@ pub(super) const CMDLINE_ROOM: u64 = 0x1_0000;
 pub(super) const EBDA_START: u64 = 0x9_fc00;
 /// Where the hole for video memory and ROMs starts.
 pub(super) const LOW_HOLE_START: u64 = 0xa_0000;
+/// SMBIOS' entry point, where a kernel looks for it, and its tables behind that: up to [`HIGH_MEMORY`].
+/// DMTF DSP0134, SMBIOS 3.0 §5.2.2
+pub(super) const SMBIOS: u64 = 0xf_0000;
 /// Where memory goes on above it; nothing of a kernel is loaded below.
 pub(super) const HIGH_MEMORY: u64 = 0x10_0000;

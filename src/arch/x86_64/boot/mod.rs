@@ -23,6 +23,11 @@ pub use source::{BootSource, default_cmdline};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
+use crate::smbios::Tables;
+
+/// Where the SMBIOS tables are, from their entry point on.
+const SMBIOS_TABLES: usize = 32;
+
 /// Loads `source` into `ram`, which `map` describes; `rsdp` is where the guest finds ACPI.
 ///
 /// All that the boot needs is written anew at each call, so that a guest's reset can call it again.
@@ -43,6 +48,24 @@ pub fn load(
     };
     entry.write_tables(ram)?;
     Ok(entry)
+}
+
+/// Puts `tables` where a kernel that was not started by firmware finds them.
+///
+/// # Errors
+/// [`BootError::Memory`]
+pub fn tell_identity(ram: &impl GuestMemory, tables: &Tables) -> Result<(), BootError> {
+    let start = low_memory::SMBIOS;
+    // The entry point has 24 bytes, and a kernel looks at each 16.
+    let mut bytes = tables.entry_point(start + SMBIOS_TABLES as u64);
+    bytes.resize(SMBIOS_TABLES, 0);
+    bytes.extend(&tables.bytes);
+    let written = ram.write_slice(&bytes, GuestAddress(start));
+    written.map_err(|source| BootError::Memory {
+        what: "the SMBIOS tables",
+        address: start,
+        source,
+    })
 }
 
 /// The two words of the BIOS data area that say where low memory ends, which a kernel reads to find

@@ -88,8 +88,8 @@ fn bind(host: &Host) -> Result<Pair<'_>> {
 /// The shell functions of a guest that drives `edu`'s DMA engine from and to the other device's BAR 2:
 /// each copies sixteen words, spread over a page, there and back, and compares what the processor sees.
 /// QEMU, docs/specs/edu.rst and docs/specs/ivshmem-spec.rst.
-const DRIVE: &str = r#"
-find() { dirname "$(grep -l "$2" $(grep -l "$1" /sys/bus/pci/devices/*/vendor | sed s/vendor/device/))"; }
+pub(crate) const DRIVE: &str = r#"
+find() { dirname "$(grep -l "$2" $(grep -l "$1" /sys/bus/pci/devices/*/vendor | sed s/vendor/device/) | head -n 1)"; }
 edu=$(find 0x1234 0x11e8) memory=$(find 0x1af4 0x1110) port=$(dirname "$(readlink -f $memory)")
 bytes() { # DEVICE OFFSET BYTE...: into configuration space
     file=$1/config; at=$2; shift 2

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use busway_lab::{GuestKernel, GuestResult, GuestRun, Host, Lab, Vmm, build_lab_io};
+use anyhow::{Context, Result, bail, ensure};
+use busway_lab::{
+    BEFORE_FIRMWARE, Device, GuestKernel, GuestResult, GuestRun, Host, Lab, Vmm, build_lab_io,
+};
 
 use crate::Proof;
-use crate::assigned::{bound, give_back};
+use crate::assigned::{give_back, zoo};
+use crate::dma::DRIVE;
 use crate::hotplug::{CTL, EAGER, SOCKET, at_once};
+use crate::life::COMPLAINTS;
 
 pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
@@ -22,9 +26,36 @@ pub(crate) const PROOFS: &[Proof] = &[
 
 const FIRMWARE: [&str; 2] = ["--firmware", "auto,vars=/run/vm.vars"];
 
-/// Turns the VMM's command line into that of a guest which boots a disk: an EFI system partition's file system with
+/// Gives the guest `efibootmgr`, `dmidecode` and `sfdisk`: the start of a script that becomes the VMM.
+pub(crate) const TOOLS: &str = "cat /boot/guest-firmware.img >>\"$6\"\n";
+
+/// Which machine a guest is told that it is, and how it says what it was told.
+pub(crate) const IDENTITY: &str = "serial_number=bw-0001,uuid=3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611,\
+                                   oem_strings=[busway,\"two words, one comma\"]";
+pub(crate) const IDENTIFY: &str = "\
+    value identity \"$(dmidecode -s system-uuid) $(dmidecode -s system-serial-number) $(dmidecode -s system-manufacturer)\"\n\
+    value strings \"$(dmidecode --oem-string count) $(dmidecode --oem-string 1) $(dmidecode --oem-string 2)\"\n\
+    value dmidecode \"$(dmidecode 2>&1 | grep -ciE 'invalid|broken|truncated|wrong')\"\n\
+    value sysfs \"$(cat /sys/class/dmi/id/product_uuid) $(cat /sys/class/dmi/id/product_serial)\"\n";
+
+/// The guest was told which machine it is.
+pub(crate) fn identified(result: &GuestResult) -> Result<()> {
+    const UUID_AND_SERIAL: &str = "3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611 bw-0001";
+    for (key, wanted) in [
+        ("identity", format!("{UUID_AND_SERIAL} Busway")),
+        ("strings", "2 busway two words, one comma".to_owned()),
+        ("dmidecode", "0".to_owned()),
+        ("sysfs", UUID_AND_SERIAL.to_owned()),
+    ] {
+        let found = result.value(key)?;
+        ensure!(found == wanted, "{key}: {found}, not {wanted}");
+    }
+    Ok(())
+}
+
+/// Turns the VMM's command line into that of a guest which boots a disk: a partition table, an EFI system partition with
 /// Debian's boot loader, and the kernel, initial RAM file system and command line that the VMM was to be given. `$disk`
-/// is where it goes, `$options` what the VMM is given in place of the kernel.
+/// is where it goes.
 const DISK: &str = "\
     set -e\n\
     kernel=$4 initramfs=$6 cmdline=$8 image=${disk:-/run/esp.img}\n\
@@ -33,68 +64,90 @@ const DISK: &str = "\
     [ -b \"$image\" ] || truncate -s 160M \"$image\"\n\
     sectors=$(($(stat -Lc %s \"$image\") / 512))\n\
     [ ! -b \"$image\" ] || sectors=$(blockdev --getsz \"$image\")\n\
-    mformat -i \"$image\" -F -v EFI -T \"$sectors\" -h 64 -s 32 ::\n\
-    mmd -i \"$image\" ::/EFI ::/EFI/BOOT ::/EFI/debian\n\
-    mcopy -i \"$image\" /usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed ::/EFI/BOOT/BOOTX64.EFI\n\
-    mcopy -i \"$image\" \"$kernel\" ::/vmlinuz\n\
-    mcopy -i \"$image\" \"$initramfs\" ::/initrd\n\
+    echo 2048,$((sectors - 4096)),U | sfdisk -q --wipe always -X gpt \"$image\" >&2\n\
+    esp=$image@@1M\n\
+    mformat -i \"$esp\" -F -v EFI -T $((sectors - 4096)) -h 64 -s 32 -H 2048 ::\n\
+    mmd -i \"$esp\" ::/EFI ::/EFI/BOOT ::/EFI/debian\n\
+    mcopy -i \"$esp\" /usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed ::/EFI/BOOT/BOOTX64.EFI\n\
+    mcopy -i \"$esp\" \"$kernel\" ::/vmlinuz\n\
+    mcopy -i \"$esp\" \"$initramfs\" ::/initrd\n\
     printf 'search --file /vmlinuz --set=root\\nlinux /vmlinuz %s\\ninitrd /initrd\\nboot\\n' \"$cmdline\" |\n\
-    mcopy -i \"$image\" - ::/EFI/debian/grub.cfg\n\
+    mcopy -i \"$esp\" - ::/EFI/debian/grub.cfg\n\
     rm -f \"$initramfs\"\n";
 
-/// What a guest says of how it was booted, and of its log: what firmware is blamed for, and what finds no room.
+/// What a guest says of how it was booted.
 const ASK: &str = "\
     value efi \"$([ -d /sys/firmware/efi ] && echo yes)\"\n\
     value bridge \"$(cat /sys/bus/pci/devices/0000:00:00.0/device)\"\n\
-    dmesg | grep -iE 'firmware bug|BIOS bug|conflict|no space for|failed to assign|can.t claim' | block complaints\n";
+    mount -t efivarfs efivarfs /sys/firmware/efi/efivars\n";
 
-/// Firmware writes CR8, which the emulator has to be kept from: `tests/lab/setup/lab-cr8.c`.
-const PREPARE: &str = "[ -d /sys/module/lab_cr8 ] || insmod /usr/local/lib/lab-cr8.ko";
-
-fn by_firmware(host: &Host) -> Result<GuestRun> {
-    host.run(PREPARE)?;
-    Ok(GuestRun::new(Vmm::Busway)
-        .kernel(GuestKernel::Stock)
-        .limit(Duration::from_secs(300)))
+/// A guest that asks so, and for what its log blames firmware for, and what finds no room.
+fn ask() -> String {
+    format!("{ASK}{{ dmesg | grep -iE \"{COMPLAINTS}\" || true; }} | block complaints\n")
 }
 
-/// The firmware numbers buses and places BARs its own way: the drive works where it is, and a guest that restarts begins
-/// with the firmware anew, and finds all of it again. A NIC comes into the empty slot that it has left room for, and a
-/// disk on bus 0, and both leave.
+/// `entry DISK LABEL` sets a boot entry for a disk's first partition; `entries` shows all.
+const ENTRIES: &str = "\
+    entry() { efibootmgr -q -C -d $1 -p 1 -L \"$2\" -l '\\EFI\\BOOT\\BOOTX64.EFI'; }\n\
+    entries() { efibootmgr | block entries; }\n";
+
+/// How long a guest may take that begins with firmware.
+const LIMIT: Duration = Duration::from_secs(300);
+
+fn by_firmware(host: &Host) -> Result<GuestRun> {
+    host.run(BEFORE_FIRMWARE)?;
+    Ok(GuestRun::new(Vmm::Busway)
+        .kernel(GuestKernel::Stock)
+        .limit(LIMIT))
+}
+
+/// Sizes of the large BARs, in GiB.
+const LARGE: [u64; 2] = [4, 16];
+
+/// What a guest finds of BARs: the lines of each function's, by vendor and device; and what the end of the memory of each
+/// size in GiB holds, which is told that size.
+const BARS: &str = "\
+    for each in /sys/bus/pci/devices/*; do\n\
+    echo $(cat $each/vendor $each/device); head -n 6 $each/resource\n\
+    done | block bars\n\
+    for each in $(grep -l 0x1110 /sys/bus/pci/devices/*/device); do\n\
+    memory=${each%/device}; size=$(stat -c %s $memory/resource2)\n\
+    echo 1 >$memory/enable\n\
+    last=$(($(sed -n 's/ .*//;3p' $memory/resource) + size - 8))\n\
+    devmem $last 64 $((size >> 30))\n\
+    value last_$((size >> 30)) $(($(devmem $last 64)))\n\
+    done\n";
+
+/// The firmware numbers buses and places BARs its own way: the drive works where it is, and large BARs have
+/// their place. A guest that restarts begins with the firmware anew, finds all of it again, and the boot
+/// entry that it has set. A NIC comes into the empty slot that it has left room for, and a disk on bus 0, and both leave.
 fn kernel(lab: &mut Lab) -> Result<()> {
-    let (host, drive) = bound(lab, "nv0")?;
+    let [small, large] = LARGE;
+    let config = zoo()
+        .device(Device::ivshmem("small", small << 10))
+        .device(Device::ivshmem("large", large << 10));
+    let host = lab.host(&config)?;
     let nic = host.address("nic0")?;
+    let devices: Result<Vec<_>> = ["nv0", "small", "large"]
+        .iter()
+        .map(|id| host.address(id))
+        .collect();
+    let devices = devices?;
     host.run(&format!(
-        "busway device bind {nic} && rm -f /run/hot.raw && truncate -s 1M /run/hot.raw"
+        "busway device bind {nic} {} && rm -f /run/hot.raw && truncate -s 1M /run/hot.raw",
+        devices.join(" ")
     ))?;
-    let run = by_firmware(host)?
+    let mut run = by_firmware(host)?
         .file("bin/lab-io", &build_lab_io()?)
-        .device(&drive)
         .cpus(2)
         .args(&FIRMWARE)
-        .args(&["--platform", "hotplug_slots=1"])
+        .args(&["--platform", &format!("hotplug_slots=1,p2p=off,{IDENTITY}")])
         .args(&SOCKET)
-        .script(&format!(
-            "{ASK}\
-             flag=\"$(dd if=/dev/nvme0n1 bs=512 skip=2048 count=1 2>/dev/null | head -c 5)\"\n\
-             if [ \"$flag\" != again ]; then\n\
-             printf again | dd of=/dev/nvme0n1 bs=512 seek=2048 conv=sync,fsync 2>/dev/null\n\
-             value first yes\n\
-             reboot -f\n\
-             fi\n\
-             value serial $(cat /sys/class/nvme/nvme0/serial)\n\
-             value processors $(grep -c ^processor /proc/cpuinfo)\n\
-             sed -n 1p /sys/class/nvme/nvme0/device/resource | block bar\n\
-             cat /proc/iomem | block iomem\n\
-             modprobe -aq e1000e virtio_blk\n\
-             {EAGER}\
-             value ready yes\n\
-             until [ -e /sys/class/net/eth0 ] && [ -b /dev/vda ]; do sleep 0.1; done\n\
-             ip link set eth0 up\n\
-             until grep -q eth0 /proc/interrupts; do sleep 0.1; done\n\
-             value hot \"$(cat /sys/class/net/eth0/device/device) $(lab-io write /dev/vda 3)\"\n\
-             while [ -e /sys/class/net/eth0 ] || [ -b /dev/vda ]; do sleep 0.1; done\n"
-        ));
+        .opened_by(&format!("{TOOLS}exec \"$@\"\n"))
+        .script(&kernels_script());
+    for device in &devices {
+        run = run.device(device);
+    }
     let running = host.start_guest(&run)?;
     running.wait_line("@@value ready")?;
     host.run(&at_once(&[
@@ -108,6 +161,7 @@ fn kernel(lab: &mut Lab) -> Result<()> {
     ]))?;
     let result = running.finish()?.success()?;
     check(&result)?;
+    identified(&result)?;
     let hot = result.value("hot")?;
     ensure!(
         hot.starts_with("0x10d3") && hot.contains("bytes=1048576"),
@@ -122,48 +176,178 @@ fn kernel(lab: &mut Lab) -> Result<()> {
         iomem.contains("PCI ECAM 0000"),
         "no configuration space in memory: {iomem}"
     );
-    let bar = result.block("bar")?;
-    let bar = bar.split_whitespace().next().context("a BAR")?;
-    let address = u64::from_str_radix(bar.trim_start_matches("0x"), 16)?;
-    ensure!(address >= 0x8000_0000, "the drive's BAR is at {bar}");
-    // What the firmware sets, such as its boot options, is in the store.
+    for size in LARGE {
+        let last = result.value(&format!("last_{size}"))?;
+        ensure!(last == size.to_string(), "{size} GiB: {last}");
+    }
+    same_bars(host, &devices, result.block("bars")?)?;
+    // Over a restart by the guest; and over its end, as the store has it.
+    let entries = result.block("entries")?;
+    ensure!(entries.contains("Before the restart"), "{entries}");
     host.run(
-        "python3 -c \"assert 'BootOrder'.encode('utf-16-le') in open('/run/vm.vars', 'rb').read()\"",
-    )?;
+        "python3 -c \"assert 'Before the end'.encode('utf-16-le') in open('/run/vm.vars', 'rb').read()\"",
+    )
+    .map(drop)
+}
+
+fn kernels_script() -> String {
+    let ask = ask();
+    format!(
+        "{ask}{ENTRIES}\
+         flag=\"$(dd if=/dev/nvme0n1 bs=512 skip=2048 count=1 2>/dev/null | head -c 5)\"\n\
+         if [ \"$flag\" != again ]; then\n\
+         echo 2048 | sfdisk -q -X gpt /dev/nvme0n1\n\
+         printf again | dd of=/dev/nvme0n1 bs=512 seek=2048 conv=sync,fsync 2>/dev/null\n\
+         entry /dev/nvme0n1 'Before the restart'\n\
+         value first yes\n\
+         reboot -f\n\
+         fi\n\
+         entries\n\
+         entry /dev/nvme0n1 'Before the end'\n\
+         {IDENTIFY}\
+         value serial $(cat /sys/class/nvme/nvme0/serial)\n\
+         value processors $(grep -c ^processor /proc/cpuinfo)\n\
+         cat /proc/iomem | block iomem\n\
+         {BARS}\
+         modprobe -aq e1000e virtio_blk\n\
+         {EAGER}\
+         value ready yes\n\
+         until [ -e /sys/class/net/eth0 ] && [ -b /dev/vda ]; do sleep 0.1; done\n\
+         ip link set eth0 up\n\
+         until grep -q eth0 /proc/interrupts; do sleep 0.1; done\n\
+         value hot \"$(cat /sys/class/net/eth0/device/device) $(lab-io write /dev/vda 3)\"\n\
+         while [ -e /sys/class/net/eth0 ] || [ -b /dev/vda ]; do sleep 0.1; done\n"
+    )
+}
+
+/// Sizes and kinds of the devices' BARs are those that the host sees, and each that has a size has an address.
+fn same_bars(host: &Host, devices: &[String], inside: &str) -> Result<()> {
+    let guest = functions(inside)?;
+    for device in devices {
+        let text = host.run(&format!(
+            "cd /sys/bus/pci/devices/{device} && echo $(cat vendor device) && head -n 6 resource"
+        ))?;
+        let [there] = &functions(&text)?[..] else {
+            bail!("not one function: {text}");
+        };
+        ensure!(
+            guest.contains(there),
+            "{device} is {there:x?} on the host, and the guest has {guest:x?}"
+        );
+    }
     Ok(())
 }
 
-/// The same image boots from a virtio disk, with the drive beside it, and from the drive itself with no virtio disk.
+/// Vendor and device, and size and flags of each BAR, of functions as `bars` tells them.
+type Function = (String, Vec<(u64, u64)>);
+
+fn functions(text: &str) -> Result<Vec<Function>> {
+    let mut functions: Vec<Function> = Vec::new();
+    for line in text.lines() {
+        let words: Result<Vec<u64>, _> = line
+            .split_whitespace()
+            .map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16))
+            .collect();
+        match words?[..] {
+            [_, _] => functions.push((line.to_owned(), Vec::new())),
+            [start, end, flags] => {
+                ensure!(flags == 0 || start > 0, "a BAR has no address: {line}");
+                let (_, bars) = functions.last_mut().context("a BAR of nothing")?;
+                bars.push((end - start, flags));
+            }
+            _ => bail!("neither a function nor a BAR: {line}"),
+        }
+    }
+    Ok(functions)
+}
+
+/// Clients of Cloud Hypervisor's API give the firmware as such, or as the kernel: it gets as far as it can without a disk,
+/// and says so.
+const CLIENTS: &str = r#"
+set -e
+busway --api-socket path=/run/clients.sock &
+until [ -S /run/clients.sock ]; do sleep 0.1; done
+api() { curl -sSf --unix-socket /run/clients.sock -X PUT "http://localhost/api/v1/$@"; }
+for payload in firmware kernel; do
+    api vm.create -H 'Content-Type: application/json' -d '{"memory": {"size": 268435456}, "console": {"mode": "Off"},
+        "payload": {"'$payload'": "/usr/share/OVMF/OVMF_CODE_4M.fd"}, "serial": {"mode": "File", "file": "/run/'$payload'"}}'
+    api vm.boot
+    until grep -q BdsDxe /run/$payload; do sleep 0.2; done
+    api vm.delete
+done
+api vmm.shutdown
+wait
+"#;
+
+/// The same image boots from a virtio disk, a qcow2 file, with the drive beside it, and from the drive itself with no virtio disk, and
+/// finds the boot entry of the one before, which was killed. Devices reach each other's memory where the firmware put it.
 fn disks(lab: &mut Lab) -> Result<()> {
-    let (host, drive) = bound(lab, "nv0")?;
+    let config = zoo()
+        .device(Device::edu("edu0"))
+        .device(Device::ivshmem("mem0", 16));
+    let host = lab.host(&config)?;
+    let addresses: Result<Vec<_>> = ["nv0", "edu0", "mem0"]
+        .iter()
+        .map(|id| host.address(id))
+        .collect();
+    let addresses = addresses?;
+    let [drive, others @ ..] = &addresses[..] else {
+        bail!("no devices");
+    };
+    host.run(&format!("busway device bind {}", addresses.join(" ")))?;
+    host.run(BEFORE_FIRMWARE)?;
+    let ask = ask();
     let script = format!(
-        "{ASK}value serial $(cat /sys/class/nvme/nvme0/serial)\n\
+        "{ask}{ENTRIES}\
+         value serial $(cat /sys/class/nvme/nvme0/serial)\n\
          value disks \"$(ls -d /sys/block/vd* | grep -c vd)\"\n"
     );
-    let from = |opener: &str| -> Result<GuestResult> {
-        let run = by_firmware(host)?
-            .device(&drive)
+    let run = |opener: &str, then: &str| -> Result<GuestRun> {
+        Ok(by_firmware(host)?
+            .device(drive)
             .args(&FIRMWARE)
-            .opened_by(opener)
-            .script(&script);
-        let result = host.guest(&run)?.success()?;
-        check(&result)?;
-        ensure!(result.value("serial")? == "NV0");
-        Ok(result)
+            .opened_by(&format!("{TOOLS}{opener}"))
+            .script(&format!("{script}{then}")))
     };
-    let virtio = from(&format!(
-        "{DISK}exec busway run --disk path=/run/esp.img,boot_index=1 \"$@\"\n"
-    ))?;
-    ensure!(virtio.value("disks")? == "1");
-    let own = from(&format!(
-        "busway device unbind {drive} >&2\n\
-         disk=/dev/nvme0n1\n\
-         until [ -b $disk ]; do sleep 0.1; done\n\
-         {DISK}sync\n\
-         busway device bind {drive} >&2\n\
-         exec busway run \"$@\"\n"
-    ))?;
-    ensure!(own.value("disks")? == "0");
+    let started = |result: &GuestResult, disks: &str| -> Result<()> {
+        check(result)?;
+        ensure!(result.value("serial")? == "NV0");
+        ensure!(result.value("disks")? == disks);
+        Ok(())
+    };
+    let clients = host.spawn(CLIENTS)?;
+    let virtio = host.start_guest(&run(
+        &format!(
+            "{DISK}qemu-img convert -O qcow2 /run/esp.img /run/esp.qcow2\n\
+             rm /run/esp.img\n\
+             exec busway run --disk path=/run/esp.qcow2,image_type=qcow2,boot_index=1 \"$@\"\n"
+        ),
+        "entry /dev/vda 'Before the kill'\nvalue set yes\nsleep 300\n",
+    )?)?;
+    virtio.wait_line("@@value set yes")?;
+    virtio.signal("KILL")?;
+    let virtio = virtio.finish()?;
+    started(&virtio, "1")?;
+    clients.wait(LIMIT)?.success()?;
+    let own = run(
+        &format!(
+            "busway device unbind {drive} >&2\n\
+             disk=/dev/nvme0n1\n\
+             until [ -b $disk ]; do sleep 0.1; done\n\
+             {DISK}sync\n\
+             udevadm settle\n\
+             busway device bind {drive} >&2\n\
+             exec busway run \"$@\"\n"
+        ),
+        &format!("entries\n{DRIVE}value reached \"$(round $base 3)\"\n"),
+    )?;
+    let own = others.iter().fold(own, |run, device| run.device(device));
+    let own = host.guest(&own)?.success()?;
+    started(&own, "0")?;
+    let entries = own.block("entries")?;
+    ensure!(entries.contains("Before the kill"), "{entries}");
+    let reached = own.value("reached")?;
+    ensure!(reached == "same", "{reached}: {}", own.stderr);
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use busway_lab::{GuestKernel, Host, Lab};
 
 use crate::Proof;
 use crate::assigned::{bound, give_back, guest, zoo};
+use crate::firmware::{IDENTIFY, IDENTITY, TOOLS, identified};
 
 pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
@@ -277,23 +278,27 @@ fn seen(host: &Host, ctl: &str, address: &str) -> Result<()> {
 
 /// What a guest's log says where it blames the firmware, or resources are in conflict.
 pub(crate) const COMPLAINTS: &str = "firmware bug|firmware warn|acpi error|acpi warning|acpi bios|conflict|\
-                                     can't claim|failed to assign|no compatible bridge window|\
+                                     can't claim|failed to assign|no compatible bridge window|bios bug|no space for|\
                                      not assigned|call trace|soft lockup";
 
-/// No line of the log blames the firmware or reports resources in conflict.
+/// No line of the log blames the firmware or reports resources in conflict. The kernel finds out which machine it is,
+/// though there is no firmware to tell it.
 fn clean_log(lab: &mut Lab) -> Result<()> {
     let (host, address) = bound(lab, "nv0")?;
     let run = guest()?
         .kernel(GuestKernel::Stock)
         .booted_in_full()
         .device(&address)
+        .opened_by(&format!("{TOOLS}exec \"$@\"\n"))
+        .args(&["--platform", IDENTITY])
         .script(&format!(
-            "value lines \"$(dmesg | wc -l)\"\nvalue clock \"$(dmesg | grep -c kvm-clock)\"\n\
+            "{IDENTIFY}value lines \"$(dmesg | wc -l)\"\nvalue clock \"$(dmesg | grep -c kvm-clock)\"\n\
          {{ dmesg | grep -iE \"{COMPLAINTS}\" || true; }} | block complaints\n"
         ));
     let result = host.guest(&run)?.success()?;
     ensure!(result.value("lines")?.parse::<u32>()? > 100, "no log");
     ensure!(result.value("clock")? != "0", "no kvm-clock");
+    identified(&result)?;
     let complaints = result.block("complaints")?;
     ensure!(complaints.is_empty(), "the guest complains:\n{complaints}");
     Ok(())

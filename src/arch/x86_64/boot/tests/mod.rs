@@ -140,6 +140,29 @@ fn pvh_elf(code: &[u8], bss: u64) -> Vec<u8> {
 }
 
 #[test]
+fn smbios_is_where_a_kernel_looks_for_it() {
+    let guest = Guest::new(64 * MIB);
+    let board = crate::smbios::Board {
+        cpus: 1,
+        memory: 64 * MIB,
+        identity: crate::smbios::Identity {
+            serial_number: Some("bw-0001".into()),
+            oem_strings: vec!["x".repeat(100); 255],
+            ..Default::default()
+        },
+    };
+    let tables = crate::smbios::tables(&board, crate::smbios::FirmwareTable::Ours);
+    tell_identity(&guest.ram, &tables).unwrap();
+    assert_eq!(guest.bytes(0xf_0000, 5), b"_SM3_");
+    assert_eq!(guest.u32(0xf_000c), tables.bytes.len() as u64);
+    let at = guest.u64(0xf_0010);
+    assert_eq!(guest.bytes(at, tables.bytes.len()), tables.bytes);
+    assert!(at + (tables.bytes.len() as u64) < 0x10_0000);
+    // Firmware's own structure is the first, as there is no firmware.
+    assert_eq!(tables.bytes[0], 0);
+}
+
+#[test]
 fn a_bzimage_is_loaded_by_the_64_bit_protocol() {
     let guest = Guest::new(128 * MIB);
     let code: Vec<u8> = (0..0x10000_u32).map(|n| (n / 7) as u8).collect();
