@@ -2,8 +2,10 @@
 //!
 //! Each queue has its counters on cache lines of its own, which its worker alone writes, without a lock, a locked
 //! instruction or a system call. A look takes no lock, for a function's is held while its device is stopped. Counts go
-//! on over pauses and resets, and end with the device.
+//! on over pauses and resets, and end with the device. Of a NIC that the host's kernel serves, the tap's own are read.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -40,6 +42,57 @@ enum Kind {
     Disk(Vec<Arc<DiskCounts>>),
     /// A NIC's, by pair of queues.
     Net(Vec<Arc<NetCounts>>),
+    /// A NIC's that the host's kernel serves.
+    Tap(Arc<TapCounts>),
+}
+
+/// What the kernel counts of a tap, from some time on.
+#[derive(Debug)]
+struct TapCounts {
+    /// Its folder of numbers in sysfs.
+    statistics: PathBuf,
+    /// What they were then.
+    before: NetTotals,
+}
+
+impl TapCounts {
+    fn of(statistics: PathBuf) -> Option<Self> {
+        let before = Self::read(&statistics)?;
+        Some(Self { statistics, before })
+    }
+
+    /// What the interface sends, the guest receives. Linux, Documentation/ABI/testing/sysfs-class-net-statistics
+    fn read(statistics: &Path) -> Option<NetTotals> {
+        let number = |name: &str| -> Option<u64> {
+            let text = fs::read_to_string(statistics.join(name)).ok()?;
+            text.trim().parse().ok()
+        };
+        Some(NetTotals {
+            rx_frames: number("tx_packets")?,
+            rx_bytes: number("tx_bytes")?,
+            rx_dropped: number("tx_dropped")?,
+            tx_frames: number("rx_packets")?,
+            tx_bytes: number("rx_bytes")?,
+            tx_dropped: number("rx_dropped")?,
+        })
+    }
+
+    /// Nothing, where the interface is gone or has another name.
+    fn totals(&self) -> Totals {
+        let since = |now: u64, before: u64| now.saturating_sub(before);
+        let Some(now) = Self::read(&self.statistics) else {
+            return Totals::None;
+        };
+        let before = &self.before;
+        Totals::Net(NetTotals {
+            rx_frames: since(now.rx_frames, before.rx_frames),
+            rx_bytes: since(now.rx_bytes, before.rx_bytes),
+            rx_dropped: since(now.rx_dropped, before.rx_dropped),
+            tx_frames: since(now.tx_frames, before.tx_frames),
+            tx_bytes: since(now.tx_bytes, before.tx_bytes),
+            tx_dropped: since(now.tx_dropped, before.tx_dropped),
+        })
+    }
 }
 
 /// What the requests of a kind came to, in one direction.
@@ -214,6 +267,14 @@ impl Counts {
         Self(Kind::Net((0..count).map(|_| Arc::default()).collect()))
     }
 
+    /// Those that the kernel has of the tap `name` in this network namespace, from now on; of nothing, where it
+    /// does not say.
+    pub(crate) fn of_tap(name: &str) -> Self {
+        let statistics = Path::new("/sys/class/net").join(name).join("statistics");
+        let counts = TapCounts::of(statistics);
+        counts.map_or_else(Self::default, |counts| Self(Kind::Tap(Arc::new(counts))))
+    }
+
     /// Those of a disk's queue.
     pub(crate) fn disk_queue(&self, index: u16) -> Arc<DiskCounts> {
         match &self.0 {
@@ -233,6 +294,7 @@ impl Counts {
     fn totals(&self) -> Totals {
         match &self.0 {
             Kind::None => Totals::None,
+            Kind::Tap(tap) => tap.totals(),
             Kind::Disk(queues) => {
                 let mut all = DiskTotals::default();
                 for queue in queues {
@@ -462,6 +524,41 @@ mod tests {
             tx_dropped: 1,
         };
         assert_eq!(counts.totals(), Totals::Net(expected));
+    }
+
+    #[test]
+    fn a_nic_of_the_kernels_counts_what_its_tap_does_from_then_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |numbers: [u64; 6]| {
+            let names = [
+                "tx_packets",
+                "tx_bytes",
+                "tx_dropped",
+                "rx_packets",
+                "rx_bytes",
+                "rx_dropped",
+            ];
+            for (name, number) in names.into_iter().zip(numbers) {
+                fs::write(folder.path().join(name), format!("{number}\n")).unwrap();
+            }
+        };
+        assert!(TapCounts::of(folder.path().into()).is_none());
+        write([10, 1000, 1, 20, 2000, 2]);
+        let tap = Arc::new(TapCounts::of(folder.path().into()).unwrap());
+        let counts = Counts(Kind::Tap(tap));
+        assert_eq!(counts.totals(), Totals::Net(NetTotals::default()));
+        write([13, 1300, 2, 27, 2700, 2]);
+        let expected = NetTotals {
+            rx_frames: 3,
+            rx_bytes: 300,
+            rx_dropped: 1,
+            tx_frames: 7,
+            tx_bytes: 700,
+            tx_dropped: 0,
+        };
+        assert_eq!(counts.totals(), Totals::Net(expected));
+        drop(folder);
+        assert_eq!(counts.totals(), Totals::None);
     }
 
     #[test]

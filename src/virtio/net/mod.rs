@@ -99,6 +99,8 @@ pub enum NetError {
 pub struct Net {
     name: String,
     tap: Arc<Tap>,
+    /// Busway has opened it, by its name.
+    tap_is_ours: bool,
     mac: Mac,
     pairs: u16,
     queue_size: u16,
@@ -151,6 +153,7 @@ impl Net {
         Ok(Self {
             name: name.to_owned(),
             tap: Arc::new(tap),
+            tap_is_ours: files.is_empty() && config.fd.is_empty(),
             mac,
             pairs,
             queue_size: config.queue_size,
@@ -179,6 +182,11 @@ impl Net {
         match (Kernel::open(&self.tap, ram, memory), choice) {
             (Ok(kernel), _) => {
                 self.kernel = Some(kernel);
+                // A tap that somebody else has opened may be in another network namespace.
+                self.counts = match self.tap_is_ours {
+                    true => Counts::of_tap(self.tap.name()),
+                    false => Counts::default(),
+                };
                 Ok(())
             }
             (Err(source), Choice::On) => Err(NetError::Kernel {
@@ -313,12 +321,8 @@ impl VirtioDevice for Net {
         }
     }
 
-    /// Of a card that the kernel serves nothing is counted here.
     fn counts(&self) -> Counts {
-        match self.kernel {
-            Some(_) => Counts::default(),
-            None => self.counts.clone(),
-        }
+        self.counts.clone()
     }
 
     fn accepts(&self, features: u64) -> bool {
