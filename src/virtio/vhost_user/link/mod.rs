@@ -463,4 +463,4 @@ impl LinkWorker {
 const LOST_SESSION: &str = "its back end has gone, and with it what it knew of its driver: mount the folder anew when \
     it is back (in the guest, unbind and bind the device's driver, or restart)";
 const LOST_REQUESTS: &str = "its back end has gone with requests in hand, and kept no note of them for the next one \
-    (no VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD): reset the device in the guest, or restart it";
+    (no VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD): restart the guest, for its driver may wait for them without end";
