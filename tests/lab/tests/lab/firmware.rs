@@ -262,7 +262,7 @@ fn functions(text: &str) -> Result<Vec<Function>> {
 }
 
 /// Clients of Cloud Hypervisor's API give the firmware as such, or as the kernel: it gets as far as it can without a disk,
-/// and says so.
+/// and says so, though it is paused again and again.
 const CLIENTS: &str = r#"
 set -e
 busway --api-socket path=/run/clients.sock &
@@ -272,15 +272,16 @@ for payload in firmware kernel; do
     api vm.create -H 'Content-Type: application/json' -d '{"memory": {"size": 268435456}, "console": {"mode": "Off"},
         "payload": {"'$payload'": "/usr/share/OVMF/OVMF_CODE_4M.fd"}, "serial": {"mode": "File", "file": "/run/'$payload'"}}'
     api vm.boot
-    until grep -q BdsDxe /run/$payload; do sleep 0.2; done
+    until grep -q BdsDxe /run/$payload; do api vm.pause; api vm.resume; sleep 0.2; done
     api vm.delete
 done
 api vmm.shutdown
 wait
 "#;
 
-/// The same image boots from a virtio disk, a qcow2 file, with the drive beside it, and from the drive itself with no virtio disk, and
-/// finds the boot entry of the one before, which was killed. Devices reach each other's memory where the firmware put it.
+/// The same image boots from a virtio disk, a qcow2 file by direct I/O, with the drive beside it, and from the drive itself
+/// with no virtio disk, and finds the boot entry of the one before, which was killed. Devices reach each other's memory
+/// where the firmware put it.
 fn disks(lab: &mut Lab) -> Result<()> {
     let config = zoo()
         .device(Device::edu("edu0"))
@@ -320,7 +321,7 @@ fn disks(lab: &mut Lab) -> Result<()> {
         &format!(
             "{DISK}qemu-img convert -O qcow2 /run/esp.img /run/esp.qcow2\n\
              rm /run/esp.img\n\
-             exec busway run --disk path=/run/esp.qcow2,image_type=qcow2,boot_index=1 \"$@\"\n"
+             exec busway run --disk path=/run/esp.qcow2,image_type=qcow2,direct=on,boot_index=1 \"$@\"\n"
         ),
         "entry /dev/vda 'Before the kill'\nvalue set yes\nsleep 300\n",
     )?)?;
