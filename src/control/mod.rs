@@ -6,6 +6,8 @@
 
 pub mod client;
 mod connections;
+#[cfg(test)]
+pub(crate) mod description;
 mod given_up;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;

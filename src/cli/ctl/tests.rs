@@ -2,6 +2,7 @@
 
 use super::info::state;
 use super::*;
+use crate::control::description::description;
 
 fn info() -> Value {
     json!({
@@ -233,8 +234,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
         .chain(["GET vm.activity", "GET metrics"].map(str::to_owned))
         .collect();
     asked.sort();
-    let description = include_str!("../../../docs/api.json");
-    let description: Value = serde_json::from_str(description).unwrap();
+    let description = description();
     let paths = description["paths"].as_object().unwrap();
     let mut served: Vec<_> = paths
         .iter()

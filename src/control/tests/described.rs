@@ -1,14 +1,11 @@
-//! `docs/api.json` describes what is served: all of it, and nothing else.
+//! `docs/api.yaml` describes what is served: all of it, and nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
 use super::*;
-
-fn description() -> Value {
-    serde_json::from_str(include_str!("../../../docs/api.json")).unwrap()
-}
+use crate::control::description::description;
 
 /// What `$ref` leads to.
 fn resolved<'a>(description: &'a Value, value: &'a Value) -> &'a Value {
