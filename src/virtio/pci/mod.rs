@@ -370,7 +370,13 @@ impl VirtioPci {
         function.device.set_state(&DeviceState::None);
         self.show_status(function);
         if let Some(what) = function.device.outstanding() {
-            log::warn!(
+            // A back end in another process is never waited for, so that each reset goes on for a while.
+            let level = match function.device.served_by() {
+                ServedBy::BackEnd => log::Level::Debug,
+                _ => log::Level::Warn,
+            };
+            log::log!(
+                level,
                 "{}: its reset goes on until the host gives back {what}",
                 self.name
             );

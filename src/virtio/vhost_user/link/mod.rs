@@ -260,7 +260,7 @@ impl LinkWorker {
                 self.events = None;
                 let away = self.gone_since.take().map(|since| since.elapsed());
                 log::log!(
-                    self.complaints.next(log::Level::Info),
+                    self.complaints.next(log::Level::Warn),
                     "{}: its back end is back after {} ms",
                     self.purpose.described,
                     away.unwrap_or_default().as_millis()
@@ -388,11 +388,19 @@ impl LinkWorker {
 
     /// The back end has gone.
     fn lose(&mut self, why: &str) {
-        self.shared.state().stream = None;
+        let ends = {
+            let mut state = self.shared.state();
+            state.stream = None;
+            state.quit
+        };
         let Some(connection) = self.connection.take() else {
             return;
         };
         connection.cut();
+        if ends {
+            // The device itself has ended it.
+            return;
+        }
         (self.events, self.served) = (None, false);
         self.gone_since = Some(Instant::now());
         self.next_try = Instant::now();
