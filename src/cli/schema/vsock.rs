@@ -9,8 +9,8 @@ pub(in crate::cli) static VSOCK: Section<VsockConfig> = Section {
     summary: "Sockets between host and guest (vsock): cid=N[,id=NAME]",
     words: &[],
     notes: "\
-The host's kernel serves them (vhost_vsock). Programs on the host connect to N by AF_VSOCK, those in
-the guest to 2.",
+The host's kernel serves them (vhost_vsock). By AF_VSOCK, programs on the host
+connect to N, and those in the guest to 2.",
     blank: || VsockConfig { cid: 0, id: None },
     keys: keys! {
         "cid" { "N": "the guest's address, 3 or more, which no other VM of the host has" }
