@@ -231,7 +231,8 @@ impl Console {
     /// Has SysRq show the stacks of all processors and processes: linux/Documentation/admin-guide/sysrq.rst.
     fn by_keys(&mut self, monitor: &mut Qmp, end: Instant) -> Result<String> {
         // The messages are shown only at a higher level than `quiet` sets, which is set again afterwards. Each key is
-        // pressed when the kernel has taken the one before, for a keyboard holds no more than two such.
+        // pressed when the kernel has taken the one before, for a keyboard holds no more than two such, and a second time
+        // where it has not.
         const KEYS: [(&str, &str); 4] = [
             ("9", "Loglevel set to 9"),
             ("l", "Show backtrace of all active CPUs"),
@@ -243,8 +244,12 @@ impl Console {
             let code = |data| json!({ "type": "qcode", "data": data });
             let keys = ["alt", "sysrq", key].map(code);
             let arguments = json!({ "keys": keys, "hold-time": 10 });
-            monitor.execute_within("send-key", arguments, COMMAND)?;
-            match self.wait_for(answer, end.min(Instant::now() + KERNEL)) {
+            let mut press = || {
+                monitor.execute_within("send-key", arguments.clone(), COMMAND)?;
+                self.wait_for(answer, end.min(Instant::now() + KERNEL / 2))
+            };
+            // What the kernel writes can stay with it until it writes more.
+            match press().or_else(|_| press()) {
                 Err(error) if number == 0 => return Err(error),
                 Err(error) => unfinished = format!("unfinished: {error:#}\n"),
                 Ok(()) => {}
