@@ -3,7 +3,7 @@
 //! host.
 //!
 //! Busway is asked as a container runtime asks it: its process waits at its socket, and the time is that of `vm.create` and
-//! `vm.boot`. QEMU is started by its command line, and answers when it goes on in the background.
+//! `vm.boot`. QEMU is started by its command line, and its monitor answers when all is in place.
 
 use std::fs;
 
@@ -31,6 +31,7 @@ pub(crate) struct Started {
 pub(crate) fn run(host: &Host, address: &str, turns: u32) -> Result<Vec<Started>> {
     let guest = GuestRun::new(Vmm::Busway).script("sleep 600\n");
     let words = guest.kernel_words();
+    fs::write(host.share().join("qmp.py"), include_str!("qmp.py"))?;
     fs::write(host.share().join("segment"), guest.segment()?)?;
     let config = json!({
         "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
@@ -54,10 +55,10 @@ pub(crate) fn run(host: &Host, address: &str, turns: u32) -> Result<Vec<Started>
         "qemu",
         format!(
             "began=$EPOCHREALTIME\nqemu-system-x86_64 -machine q35,accel=kvm,hpet=off -cpu host -nodefaults \
-             -no-user-config -display none -no-reboot -daemonize -pidfile /run/qemu.pid -serial file:/run/serial \
+             -no-user-config -display none -no-reboot -qmp unix:/run/qmp.sock,server=on,wait=off -serial file:/run/serial \
              -kernel /boot/vmlinux -initrd /run/guest.img -append '{words}' -smp 1 -m {MEMORY_MIB} \
-             -device pcie-root-port,id=port,chassis=1 -device vfio-pci,host={address},bus=port\n\
-             pid=$(cat /run/qemu.pid)\n"
+             -device pcie-root-port,id=above,chassis=1 -device vfio-pci,host={address},bus=above & pid=$!\n\
+             until python3 /lab/qmp.py query-status '{{}}' 2>/dev/null; do [ -d /proc/$pid ]; done\n"
         ),
     );
     let mut both = [busway, qemu];
@@ -67,7 +68,7 @@ pub(crate) fn run(host: &Host, address: &str, turns: u32) -> Result<Vec<Started>
             eprintln!("a VM with a drive and {MEMORY_MIB} MiB, turn {turn} of {turns}: {vmm}");
             // The VMM is gone before the next begins, and its group is free: it was killed, and waited for.
             let times = host.run(&format!(
-                "set -e; rm -f /run/serial\n{{ {start} answered=$EPOCHREALTIME; }} >/run/vmm.log 2>&1\n\
+                "set -e; rm -f /run/serial; exec 9>&1; trap '[ $? = 0 ] || cat /run/vmm.log >&9' EXIT\n{{ {start} answered=$EPOCHREALTIME; }} >/run/vmm.log 2>&1\n\
                  until grep -q @@up /run/serial; do sleep 0.01; done\nended=$EPOCHREALTIME\n\
                  kill -KILL $pid; while [ -d /proc/$pid ]; do sleep 0.01; wait; done\n\
                  echo $began $answered $ended"
