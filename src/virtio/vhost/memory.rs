@@ -28,6 +28,8 @@ pub struct MemoryTable(Mutex<State>);
 #[derive(Default)]
 struct State {
     regions: Vec<Arc<Region>>,
+    /// How often that has changed.
+    changes: u64,
     followers: Vec<Weak<dyn Follower>>,
 }
 
@@ -46,15 +48,28 @@ impl fmt::Debug for MemoryTable {
 
 impl MemoryTable {
     /// Tells `follower` of the memory, and from now on of each change, until it is dropped or
-    /// [forgotten](Self::forget).
+    /// [forgotten](Self::forget). No other follower waits for what this one takes to hear it.
     ///
     /// # Errors
     /// The follower's; it is told of nothing more then.
     pub(crate) fn follow(&self, follower: &Arc<dyn Follower>) -> Result<(), vhost::Error> {
-        let mut state = self.state();
-        follower.memory_is(&state.regions)?;
-        state.followers.push(Arc::downgrade(follower));
-        Ok(())
+        let (mut regions, mut told) = {
+            let mut state = self.state();
+            state.followers.push(Arc::downgrade(follower));
+            (state.regions.clone(), state.changes)
+        };
+        loop {
+            if let Err(error) = follower.memory_is(&regions) {
+                self.forget(&**follower);
+                return Err(error);
+            }
+            // A change of the meantime can have been told before this.
+            let state = self.state();
+            if state.changes == told {
+                return Ok(());
+            }
+            (regions, told) = (state.regions.clone(), state.changes);
+        }
     }
 
     /// Tells `follower` of nothing more.
@@ -62,6 +77,17 @@ impl MemoryTable {
         let this = std::ptr::from_ref(follower).cast::<()>();
         let other = |one: &Weak<dyn Follower>| one.as_ptr().cast::<()>() != this;
         self.state().followers.retain(other);
+    }
+
+    /// Changes the memory: what it is then, and who is to be told.
+    fn change(
+        &self,
+        change: impl FnOnce(&mut Vec<Arc<Region>>),
+    ) -> (Vec<Arc<Region>>, Vec<Arc<dyn Follower>>) {
+        let mut state = self.state();
+        change(&mut state.regions);
+        state.changes += 1;
+        (state.regions.clone(), state.followers())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -78,33 +104,32 @@ impl RegionListener for MemoryTable {
         if region.kind() != RegionKind::Ram {
             return Ok(());
         }
-        let mut state = self.state();
-        state.regions.push(Arc::clone(region));
-        let followers = state.followers();
-        for (told, follower) in followers.iter().enumerate() {
-            let Err(source) = follower.memory_is(&state.regions) else {
+        let (regions, followers) = self.change(|regions| regions.push(Arc::clone(region)));
+        for follower in followers {
+            let Err(source) = follower.memory_is(&regions) else {
                 continue;
             };
-            state.regions.pop();
-            for before in followers.iter().take(told) {
-                tell_of_less(&**before, &state.regions);
-            }
+            let (regions, followers) = self.change(|regions| without(regions, region));
+            let others = followers.iter().filter(|one| !Arc::ptr_eq(one, &follower));
+            others.for_each(|other| tell_of_less(&**other, &regions));
             return Err(format!("{}: {source}", follower.name()).into());
         }
         Ok(())
     }
 
     fn removed(&self, region: &Arc<Region>) {
-        let mut state = self.state();
-        let before = state.regions.len();
-        state.regions.retain(|one| !Arc::ptr_eq(one, region));
-        if state.regions.len() == before {
+        if region.kind() != RegionKind::Ram {
             return;
         }
-        for follower in state.followers() {
-            tell_of_less(&*follower, &state.regions);
+        let (regions, followers) = self.change(|regions| without(regions, region));
+        for follower in followers {
+            tell_of_less(&*follower, &regions);
         }
     }
+}
+
+fn without(regions: &mut Vec<Arc<Region>>, gone: &Arc<Region>) {
+    regions.retain(|one| !Arc::ptr_eq(one, gone));
 }
 
 /// Memory has gone. A guest without memory has no rings, and no back end takes an empty table.

@@ -1,6 +1,6 @@
 //! Rings in a back end's hands, by a back end that notes what it is told.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -384,6 +384,59 @@ fn memory_that_one_back_end_cannot_have_does_not_come_and_the_others_are_told() 
     table.forget(&*first);
     regions.clear();
     assert_eq!(*told.lock().unwrap(), ["first: low high"]);
+}
+
+/// A back end that does not answer for a while: it says that it was asked, and waits to be let go.
+struct Slow {
+    asked: Mutex<mpsc::Sender<usize>>,
+    go_on: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Follower for Slow {
+    fn name(&self) -> String {
+        "slow".to_owned()
+    }
+
+    fn memory_is(&self, regions: &[Arc<Region>]) -> Result<(), vhost::Error> {
+        self.asked.lock().unwrap().send(regions.len()).unwrap();
+        self.go_on.lock().unwrap().recv().unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_back_end_that_is_slow_to_take_its_memory_keeps_no_other_waiting_and_has_the_newest_in_the_end()
+{
+    let table = Arc::<MemoryTable>::default();
+    let ((asked, was_asked), (go_on, wait)) = (mpsc::channel(), mpsc::channel());
+    let slow: Arc<dyn Follower> = Arc::new(Slow {
+        asked: Mutex::new(asked),
+        go_on: Mutex::new(wait),
+    });
+    let told = Told::default();
+    let other: Arc<dyn Follower> = Arc::new(Witness {
+        name: "other",
+        refuses: 9,
+        told: told.clone(),
+    });
+    let more = ram("more", 0, 0x1000);
+    std::thread::scope(|scope| {
+        let follows = scope.spawn(|| table.follow(&slow));
+        assert_eq!(was_asked.recv().unwrap(), 0);
+        table.follow(&other).unwrap();
+        table.forget(&*other);
+        // The same back end is asked by who adds memory, and then again by who has it follow.
+        let adds = scope.spawn(|| table.added(&more));
+        assert_eq!(was_asked.recv().unwrap(), 1);
+        for _ in 0..2 {
+            go_on.send(()).unwrap();
+        }
+        assert_eq!(was_asked.recv().unwrap(), 1);
+        go_on.send(()).unwrap();
+        follows.join().unwrap().unwrap();
+        adds.join().unwrap().unwrap();
+    });
+    assert_eq!(*told.lock().unwrap(), ["other: "]);
 }
 
 #[test]
