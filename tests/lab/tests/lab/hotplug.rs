@@ -83,7 +83,7 @@ pub(crate) fn at_once(commands: &[String]) -> String {
 /// to bus 0, and are released by ACPI. While the guest has none of them, the
 /// process has what it had after the first round, and no memory is locked; at the end the host reads what was written.
 fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
-    let rounds = tier.of(4, 200);
+    let rounds = tier.of(20, 200);
     let limit = Duration::from_secs(180 + 20 * rounds);
     let host = lab.host(&herd())?;
     let [drive, nic, old, zero, one] =

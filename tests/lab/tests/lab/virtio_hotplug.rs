@@ -20,7 +20,7 @@ pub(crate) const PROOFS: &[Proof] = &[Proof::rounds(
 /// without a break. Without them the process has what it had after the first round. Then the guest is paused and goes
 /// on with a disk that has come, and restarts with it; from a guest that does not run, it is taken by force.
 fn in_turn(lab: &mut Lab, tier: Tier) -> Result<()> {
-    let rounds = tier.of(3, 200);
+    let rounds = tier.of(20, 200);
     let limit = Duration::from_secs(180 + 10 * rounds);
     let host = lab.host(&zoo())?;
     host.run(
