@@ -59,4 +59,4 @@ pub use works::{
     WORKS, Work, addresses, edu_sends, exact, exact_while_moved, virtual_functions, with_works,
     zoo_host,
 };
-pub use zoo::{Device, GATEWAY, Kind, USB_DISK_MIB};
+pub use zoo::{BOOT_FILE, Device, GATEWAY, Kind, NETBOOT, USB_DISK_MIB};

@@ -206,7 +206,9 @@ impl Device {
         };
         let nic = |model: &str| {
             let device = format!("{model},id={id},netdev={id}-net,{place}");
-            plan(Some(("-netdev", format!("user,id={id}-net"))), vec![device])
+            let network =
+                format!("user,id={id}-net,tftp={scratch}/share/{NETBOOT},bootfile={BOOT_FILE}");
+            plan(Some(("-netdev", network)), vec![device])
         };
         let drive = || {
             let file = format!("file={scratch}/{id}.img,format=raw,if=none,id={id}-drive");
@@ -299,6 +301,12 @@ impl Plan {
 pub const USB_DISK_MIB: u64 = 16;
 /// The size of the memory that an `ivshmem-doorbell` has beside its vectors.
 const DOORBELL_MIB: u64 = 1;
+
+/// The folder below `/lab` of the host's that the router of each NIC's network serves by TFTP, and the file that it names to
+/// who asks for one to boot.
+pub const NETBOOT: &str = "netboot";
+/// See [`NETBOOT`].
+pub const BOOT_FILE: &str = "boot.efi";
 
 /// The address by which whoever is on an emulated NIC's network reaches a server on the outer machine's 127.0.0.1.
 pub const GATEWAY: &str = "10.0.2.2";

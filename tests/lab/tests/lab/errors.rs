@@ -1,7 +1,7 @@
 //! Errors of devices, which arrive by the host's AER: what is told of them, and what they do to the VM.
 
 use anyhow::{Result, ensure};
-use busway_lab::{Device, GuestKernel, GuestRun, Host, HostConfig, Kernel, Lab};
+use busway_lab::{BEFORE_FIRMWARE, Device, GuestKernel, GuestRun, Host, HostConfig, Kernel, Lab};
 
 use crate::assigned::{Interface, guest};
 use crate::{Proof, tell};
@@ -14,6 +14,10 @@ pub(crate) const PROOFS: &[Proof] = &[
     Proof::soak(
         "errors_of_devices_are_told_of_or_stop_the_vm_as_each_says_by_cdev",
         |lab, _| told_and_stopped(lab, Interface::Cdev),
+    ),
+    Proof::soak(
+        "errors_of_devices_are_told_of_or_stop_the_vm_under_firmware",
+        |lab, _| under_firmware(lab),
     ),
     Proof::new(
         "errors_hold_the_guest_until_it_is_resumed_or_a_signal_ends_it",
@@ -63,8 +67,26 @@ fn says(said: &str, all: &[&str]) -> Result<()> {
 
 fn told_and_stopped(lab: &mut Lab, interface: Interface) -> Result<()> {
     let (host, [first, second, _]) = host(lab)?;
-    let run = waiting(&[format!("{first},on_error=ignore"), second.clone()])?;
-    let running = host.start_guest(&run.args(&interface.arguments()))?;
+    let run = signalling(&first, &second)?.args(&interface.arguments());
+    each_as_it_says(host, &run, [&first, &second])
+}
+
+fn under_firmware(lab: &mut Lab) -> Result<()> {
+    let (host, [first, second, _]) = host(lab)?;
+    host.run(BEFORE_FIRMWARE)?;
+    let run = signalling(&first, &second)?
+        .kernel(GuestKernel::Stock)
+        .firmware();
+    each_as_it_says(host, &run, [&first, &second])
+}
+
+/// A guest that ignores the first one's errors.
+fn signalling(first: &str, second: &str) -> Result<GuestRun> {
+    waiting(&[format!("{first},on_error=ignore"), second.to_owned()])
+}
+
+fn each_as_it_says(host: &Host, run: &GuestRun, [first, second]: [&str; 2]) -> Result<()> {
+    let running = host.start_guest(run)?;
     running.wait_line("@@value ready")?;
     inject(host, "rng0", "COMP_TIME")?;
     running.wait_said(&format!("{first} had an uncorrectable error"))?;

@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use busway_lab::{
-    BEFORE_FIRMWARE, Device, GuestKernel, GuestResult, GuestRun, Host, Lab, Vmm, build_lab_io,
+    BEFORE_FIRMWARE, BOOT_FILE, Device, GuestKernel, GuestResult, GuestRun, Host, Lab, NETBOOT,
+    Vmm, build_lab_io,
 };
 
-use crate::Proof;
 use crate::assigned::{give_back, zoo};
 use crate::dma::DRIVE;
 use crate::hotplug::{CTL, EAGER, SOCKET, at_once};
 use crate::life::COMPLAINTS;
+use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
@@ -21,6 +22,10 @@ pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
         "firmware_boots_a_virtio_disk_and_then_the_same_from_an_assigned_drive",
         disks,
+    ),
+    Proof::soak(
+        "firmware_boots_over_the_network_by_the_rom_of_an_assigned_nic",
+        |lab, _| network(lab),
     ),
 ];
 
@@ -352,11 +357,57 @@ fn disks(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
+/// Turns the VMM's command line into that of a guest which has no disk: what it boots is on the network of its NIC.
+fn netboot() -> String {
+    format!(
+        "set -e\n\
+         kernel=$4 initramfs=$6 cmdline=$8 served=/lab/{NETBOOT}\n\
+         shift 8\n\
+         mkdir -p \"$served/grub\"\n\
+         cp /usr/lib/grub/x86_64-efi-signed/grubnetx64.efi.signed \"$served/{BOOT_FILE}\"\n\
+         cp \"$kernel\" \"$served/vmlinuz\"\n\
+         mv \"$initramfs\" \"$served/initrd\"\n\
+         printf 'linux /vmlinuz %s\\ninitrd /initrd\\nboot\\n' \"$cmdline\" >\"$served/grub/grub.cfg\"\n\
+         exec busway run \"$@\"\n"
+    )
+}
+
+/// A guest with no disk at all boots by the driver for UEFI that its NIC has in its own ROM: boot loader, kernel and initial
+/// RAM file system come over that NIC.
+fn network(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo())?;
+    let nic = host.address("nic0")?;
+    host.run(&format!("busway device bind {nic}"))?;
+    let run = by_firmware(host)?
+        .device(&nic)
+        .args(&FIRMWARE)
+        .opened_by(&netboot())
+        .script(&format!(
+            "{}value disks \"$(ls /sys/block | grep -cE '^(vd|nvme)')\"\n",
+            ask()
+        ));
+    let result = host.guest(&run)?.success()?;
+    tell!("{}", result.transcript.text());
+    booted_by_uefi(&result)?;
+    // Firmware that has read a ROM leaves ones in its register (edk2, PciOptionRomSupport.c, `RomDecode`), and Linux
+    // says of any machine that it finds no place for that.
+    let mut complaints = result.block("complaints")?.lines();
+    let other = complaints.find(|line| !line.contains(": ROM [mem "));
+    ensure!(other.is_none(), "{other:?}");
+    ensure!(result.value("disks")? == "0");
+    give_back(host, &nic, "e1000e")
+}
+
 /// The guest was booted by UEFI on the board that this knows, and its kernel has nothing to say against that.
 fn check(result: &GuestResult) -> Result<()> {
-    ensure!(result.value("efi")? == "yes", "{}", result.stderr);
-    ensure!(result.value("bridge")? == "0x29c0");
+    booted_by_uefi(result)?;
     let complaints = result.block("complaints")?.trim();
     ensure!(complaints.is_empty(), "{complaints}");
+    Ok(())
+}
+
+fn booted_by_uefi(result: &GuestResult) -> Result<()> {
+    ensure!(result.value("efi")? == "yes", "{}", result.stderr);
+    ensure!(result.value("bridge")? == "0x29c0");
     Ok(())
 }

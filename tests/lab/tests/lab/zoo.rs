@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use busway_lab::{
-    DataServer, GuestKernel, GuestRun, Host, Iommu, Lab, Vmm, WORKS, Way, Work, addresses,
-    may_be_the_emulators, record, virtual_functions, with_works, zoo_host,
+    BEFORE_FIRMWARE, DataServer, GuestKernel, GuestRun, Host, Iommu, Lab, Vmm, WORKS, Way, Work,
+    addresses, may_be_the_emulators, record, virtual_functions, with_works, zoo_host,
 };
 
 use crate::assigned::Interface;
@@ -17,6 +17,9 @@ pub(crate) const PROOFS: &[Proof] = &[
     Proof::new("zoo_in_one_guest_by_cdev", |lab| every(lab, Way::Cdev)),
     Proof::soak("zoo_in_one_guest_by_cdev_on_an_amd_iommu", |lab, _| {
         every(lab, Way::CdevAmd)
+    }),
+    Proof::soak("zoo_in_one_guest_under_firmware", |lab, _| {
+        under_firmware(lab)
     }),
     Proof::new(
         "zoo_devices_are_left_and_taken_again_one_after_another",
@@ -126,14 +129,7 @@ fn every(lab: &mut Lab, way: Way) -> Result<()> {
     };
     let host = lab.host(&zoo_host(iommu))?;
     let works = chosen();
-    let mut devices = addresses(host, &works)?;
-    if works.len() == WORKS.len() {
-        // Every virtual function there is: sixteen functions in all.
-        devices.extend(virtual_functions(host)?);
-        let mut known = std::collections::BTreeSet::new();
-        devices.retain(|address| known.insert(address.clone()));
-        ensure!(devices.len() == 16, "{} functions", devices.len());
-    }
+    let devices = all(host, &works)?;
     let server = DataServer::start()?;
     let run = with_works(guest(host, &devices, interface)?, host, &server, &works, "")?;
     let result = host.guest(&run)?.success()?;
@@ -150,6 +146,39 @@ fn every(lab: &mut Lab, way: Way) -> Result<()> {
         return outcomes.swap_remove(index).1;
     }
     record(way, &outcomes)
+}
+
+/// The functions that these works need; for all works also every virtual function there is, which makes sixteen.
+fn all(host: &Host, works: &[&Work]) -> Result<Vec<String>> {
+    let mut devices = addresses(host, works)?;
+    if works.len() == WORKS.len() {
+        devices.extend(virtual_functions(host)?);
+        let mut known = std::collections::BTreeSet::new();
+        devices.retain(|address| known.insert(address.clone()));
+        ensure!(devices.len() == 16, "{} functions", devices.len());
+    }
+    Ok(devices)
+}
+
+/// Everything at once, where firmware has numbered the buses and placed the BARs its own way.
+fn under_firmware(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo_host(Iommu::Intel))?;
+    host.run(BEFORE_FIRMWARE)?;
+    let works = chosen();
+    let devices = all(host, &works)?;
+    let server = DataServer::start()?;
+    let run = guest(host, &devices, Interface::Cdev)?
+        .kernel(GuestKernel::Stock)
+        .firmware();
+    let first = "value efi \"$([ -d /sys/firmware/efi ] && echo yes)\"\n";
+    let run = with_works(run, host, &server, &works, first)?;
+    let result = host.guest(&run)?.success()?;
+    ensure!(result.value("efi")? == "yes", "{}", result.stderr);
+    for work in works {
+        work.done(host, &server, &result)?;
+        tell!("{}: done", work.device);
+    }
+    Ok(())
 }
 
 /// In one guest the drivers release their devices and probe them again, one device after another; then each device does
