@@ -164,7 +164,7 @@ fn board_items(
         false => WIDEST_WITHOUT_LARGE_PAGES,
     };
     let windows = around.windows.clone();
-    let hardware_info = move || windows_for_firmware(&windows, &ecam(), bits);
+    let hardware_info = move || told(&windows, &ecam(), bits);
     let reserved = around.plan.reserved.iter();
     let reserved = reserved
         .filter(|(start, _)| *start >= layout::HIGH_RAM_START)
@@ -179,6 +179,21 @@ fn board_items(
         kernel,
         boot_order: boot_order(around),
     }
+}
+
+/// Where builds of OVMF put configuration space that are older than edk2-stable202305, such as Debian 12's. Told of the windows
+/// they give no device a place. Those that they choose themselves, from 0xC0000000 and from high up, lie within them.
+const OLD_ECAM: u64 = 0xb000_0000;
+
+/// What firmware is told of the windows: an older one nothing, by an item whose type is none,
+/// `HardwareInfoTypeUndefined`. OvmfPkg/Include/Library/HardwareInfoLib.h
+fn told(windows: &Windows, ecam: &Range<u64>, bits: u8) -> Vec<u8> {
+    let mut item = windows_for_firmware(windows, ecam, bits);
+    if ecam.start == OLD_ECAM {
+        let kind = item.iter_mut().take(size_of::<u64>());
+        kind.for_each(|byte| *byte = 0);
+    }
+    item
 }
 
 /// Where firmware finds what it is to boot from, the lowest index first.
@@ -323,6 +338,9 @@ mod tests {
                     .all(|part| { part.end <= ecam.start || ecam.end <= part.start })
             );
         }
+        let [new, old] = PLACES.map(|ecam| told(&windows(), &ecam, 46));
+        assert_eq!(new, windows_for_firmware(&windows(), &PLACES[0], 46));
+        assert_eq!((old.len(), &old[..8]), (new.len(), &[0; 8][..]));
         // Without pages of 1 GiB.
         let info = windows_for_firmware(&windows(), &PLACES[0], 40);
         assert_eq!(pair(&info, 3), (1 << 32, (1012 << 30) - (1 << 32)));

@@ -5,6 +5,23 @@ firmware_packages=(ovmf grub-efi-amd64-signed mtools fdisk libfdisk1)
 # Programs that such guests have, in an initramfs image of their own: /boot/guest-firmware.img in the host.
 firmware_programs=(usr/bin/efibootmgr usr/sbin/dmidecode usr/sbin/sfdisk)
 
+# older_firmware DIR: OVMF of the distribution before, by lists of its own.
+older_firmware() {
+    local mirror
+    mirror=$(awk '$1 == "deb" { print $2; exit }' "$root/etc/apt/sources.list")
+    logged firmware-debian-12 in_root "$builder" sh -ec '
+        mkdir -p /older/lists/partial
+        cd /older
+        echo "deb $1 bookworm main" >sources.list
+        older() { apt-get -o Dir::Etc::SourceList=/older/sources.list -o Dir::Etc::SourceParts=- -o Dir::State::Lists=/older/lists "$@"; }
+        older update
+        older download ovmf
+        dpkg-deb -x ovmf_*.deb tree
+    ' sh "$mirror"
+    mkdir -p "$1"
+    cp "$builder"/older/tree/usr/share/OVMF/OVMF_{CODE,VARS}_4M.fd "$1/"
+}
+
 make_firmware() {
     local dir=$1 each module
     mkdir "$dir/tree"
@@ -13,6 +30,7 @@ make_firmware() {
     for each in ./*.deb; do dpkg-deb -x "$each" tree; done
     rm ./*.deb
     rm -rf tree/usr/share/{doc,man,locale}
+    older_firmware "$dir/tree/usr/share/OVMF-debian-12"
     # A module of the host's, without which firmware in a guest ends the emulator.
     module=$builder/lab-cr8
     as_root mkdir "$module"

@@ -46,15 +46,7 @@ impl Parts {
     }
 
     fn set_up() -> Result<Self> {
-        let mut setup = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("setup/setup"));
-        let output = setup
-            .stderr(Stdio::inherit())
-            .output()
-            .context("cannot run tests/lab/setup/setup")?;
-        if !output.status.success() {
-            bail!("the lab's set-up failed; its last lines above tell why");
-        }
-        let text = String::from_utf8(output.stdout)?;
+        let text = run_set_up(&[])?;
         let mut folders: BTreeMap<&str, &str> = text
             .lines()
             .filter_map(|line| line.split_once('='))
@@ -78,6 +70,13 @@ impl Parts {
         })
     }
 
+    /// The folder of `system.qcow2`, a disk with a whole Debian that nothing may write to. It is made where it is not there,
+    /// after the rest.
+    pub fn system(&self) -> Result<PathBuf> {
+        let said = run_set_up(&["system"])?;
+        Ok(PathBuf::from(said.trim_end()))
+    }
+
     /// A host kernel's bzImage, its initramfs, and the name of its set of modules on the host's disk.
     pub(crate) fn host_kernel(&self, kernel: Kernel) -> Result<(PathBuf, PathBuf, &'static str)> {
         let (folder, image, modules) = match kernel {
@@ -93,4 +92,17 @@ impl Parts {
     pub fn inside(name: &str) -> String {
         format!("/boot/{name}")
     }
+}
+
+fn run_set_up(words: &[&str]) -> Result<String> {
+    let mut setup = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("setup/setup"));
+    let output = setup
+        .args(words)
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run tests/lab/setup/setup")?;
+    if !output.status.success() {
+        bail!("the lab's set-up failed; its last lines above tell why");
+    }
+    Ok(String::from_utf8(output.stdout)?)
 }

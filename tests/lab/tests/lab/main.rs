@@ -43,6 +43,7 @@ mod paused;
 mod proof;
 mod run;
 mod slots;
+mod system;
 mod vhost;
 mod vhost_user;
 mod virtio;
@@ -50,7 +51,7 @@ mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 26] = [
+const CHAPTERS: [&[Proof]; 27] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -70,6 +71,7 @@ const CHAPTERS: [&[Proof]; 26] = [
     slots::PROOFS,
     paused::PROOFS,
     firmware::PROOFS,
+    system::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,
