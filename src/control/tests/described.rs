@@ -264,6 +264,7 @@ fn a_full_configuration_is_as_described() {
         }],
         vsock: Some(crate::config::VsockConfig {
             cid: 3,
+            socket: Some("s".into()),
             id: Some("v".into()),
         }),
         net: vec![NetConfig {

@@ -47,6 +47,7 @@ mod vhost;
 mod vhost_user;
 mod virtio;
 mod virtio_hotplug;
+mod vsock;
 mod zoo;
 
 /// All trials, by chapter.
@@ -55,6 +56,7 @@ const CHAPTERS: [&[Proof]; 26] = [
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
+    vsock::PROOFS,
     disk::PROOFS,
     vhost_user::PROOFS,
     bad_input::PROOFS,
