@@ -4,21 +4,22 @@
 //!
 //! All that it keeps is bounded, and nothing in it waits: a connection that cannot be had at once is refused.
 
+mod callers;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{self, ErrorKind};
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use busway_pci::Complaints;
-use log::Level;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 use zerocopy::IntoBytes;
 
 use super::connection::{Connection, Fate, Leaving, NO_CREDIT};
-use super::handshake::{Caller, Said};
+use super::handshake::Caller;
 use super::packet::{HEADER_SIZE, Header, Key, Op, Outgoing};
 use super::ports;
 use crate::unix_socket::{Listening, SocketAddress, SocketError};
@@ -185,48 +186,6 @@ impl Hub {
         self.accept();
     }
 
-    /// Whether there is more to be done that nobody will wake for.
-    pub(super) fn is_unfinished(&self) -> bool {
-        self.accepts()
-    }
-
-    fn accepts(&self) -> bool {
-        let room = self.peers.len() < PEERS_MOST && self.callers < CALLERS_MOST;
-        self.knocking && !self.exhausted && room
-    }
-
-    fn accept(&mut self) {
-        for _ in 0..ROUND {
-            if !self.accepts() {
-                return;
-            }
-            match self.listening.listener().accept() {
-                Ok((stream, _)) => self.greet(stream),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => self.knocking = false,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => {
-                    let level = self.complaints.next(Level::Warn);
-                    log::log!(level, "vsock {}: accept: {error}", self.name);
-                    self.exhausted = true;
-                    self.arm();
-                }
-            }
-        }
-    }
-
-    fn greet(&mut self, stream: UnixStream) {
-        let watched = stream
-            .set_nonblocking(true)
-            .and_then(|()| self.watch(&stream));
-        let token = match watched {
-            Ok(token) => token,
-            Err(error) => return log::debug!("vsock {}: {error}", self.name),
-        };
-        self.callers += 1;
-        let role = Role::Caller(Caller::new(stream));
-        self.enter(token, role, Some(Instant::now() + PATIENCE));
-    }
-
     /// Watches a stream, by a token of its own.
     fn watch(&mut self, stream: &UnixStream) -> io::Result<u64> {
         let token = self.next_token;
@@ -282,48 +241,6 @@ impl Hub {
                 if !more {
                     self.peers.remove(&token);
                 }
-            }
-        }
-    }
-
-    /// A program says what it wants. One that has left before it could be answered wants nothing.
-    fn caller_stirs(&mut self, token: u64, gone: bool) {
-        let Some(Peer {
-            role: Role::Caller(caller),
-            ..
-        }) = self.peers.get_mut(&token)
-        else {
-            return;
-        };
-        let said = match gone {
-            true => Said::Nonsense,
-            false => caller.read(),
-        };
-        if said == Said::Partly {
-            return;
-        }
-        self.callers = self.callers.saturating_sub(1);
-        let peer = self.peers.remove(&token).map(|peer| peer.role);
-        let (Said::Port(guest), Some(Role::Caller(caller))) = (said, peer) else {
-            return;
-        };
-        let key = Key {
-            host: self.free_port(guest),
-            guest,
-        };
-        self.keys.insert(key, token);
-        let connection = Connection::wanted_by_host(key, caller.into_stream());
-        self.enter(token, Role::Connected(Box::new(connection)), None);
-        self.follow(token, Fate::Stays);
-    }
-
-    /// A port of the host's that has no connection to `guest`. There are more ports than connections.
-    fn free_port(&mut self, guest: u32) -> u32 {
-        loop {
-            let host = FIRST_PORT + self.next_port % PORTS;
-            self.next_port = (self.next_port + 1) % PORTS;
-            if !self.keys.contains_key(&Key { host, guest }) {
-                return host;
             }
         }
     }
