@@ -51,7 +51,7 @@ mod vsock;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 26] = [
+const CHAPTERS: [&[Proof]; 27] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
