@@ -17,4 +17,5 @@ pub mod preflight;
 mod provoked;
 pub mod report;
 pub mod smbios;
+mod unix_socket;
 pub mod virtio;

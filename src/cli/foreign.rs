@@ -51,8 +51,6 @@ enum Act {
     Nothing,
     /// What is off here as well; on is refused.
     Off,
-    /// What Busway has not yet, whatever is said.
-    NotYet,
     /// The PCI segment of a device, which comes to segment 0, as its address says.
     Segment,
     /// It is kept.
@@ -105,7 +103,6 @@ const KEYS: &[(&str, &str, Act)] = &[
     ("fs", "pci_segment", Act::Segment),
     ("vsock", "iommu", Act::Off),
     ("vsock", "pci_segment", Act::Segment),
-    ("vsock", "socket", Act::NotYet),
     ("rng", "iommu", Act::Off),
     ("device", "iommu", Act::Off),
     ("device", "pci_segment", Act::Segment),
@@ -195,10 +192,6 @@ fn apply(
             }
             Err(reason) => Err(reason.into()),
         },
-        Act::NotYet => {
-            let value = value.to_string();
-            return Err(ForeignError::Lacks { flag, key, value });
-        }
         Act::Segment => match value.number::<u16>() {
             Ok(0..SEGMENTS_MOST) => Ok(()),
             Ok(_) => Err(Fault::Wrong("it is from 0 to 95")),
@@ -306,11 +299,6 @@ mod tests {
                 "iommu=on: Busway cannot do this yet",
             ),
             ("net", "vhost_user=true", "cannot do this yet"),
-            (
-                "vsock",
-                "cid=3,socket=/run/s",
-                "socket=/run/s: Busway cannot do this yet",
-            ),
             ("disk", "path=a,pci_segment=96", "0 to 95"),
             ("platform", "num_pci_segments=0", "1 to 96"),
             ("cpus", "topology=1:2", "four numbers"),

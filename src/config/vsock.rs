@@ -1,6 +1,7 @@
 //! The vsock device, as the command line and the file say it.
 
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -14,8 +15,11 @@ const GUEST_CIDS: RangeInclusive<u32> = 3..=u32::MAX - 1;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
-    /// The guest's context id: its address, which it alone has on the host.
+    /// The guest's context id: its address, which it alone has on the host where the host's kernel serves it.
     pub cid: u32,
+    /// The Unix socket by which programs on the host reach those in the guest; the host's AF_VSOCK where there is none.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,

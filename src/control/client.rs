@@ -12,10 +12,10 @@ use serde_json::Value;
 
 use super::http::{BODY_MOST, HEAD_MOST};
 use super::metrics::PATH as METRICS;
-use super::socket::connect_within;
 use super::v1::PREFIX;
 use super::wire::{Limits, Wire};
 use crate::exit::{RUNTIME, USAGE};
+use crate::unix_socket::connect_within;
 
 /// The most header lines of an answer.
 const HEADERS_MOST: usize = 64;

@@ -14,7 +14,6 @@ pub mod hostile;
 mod http;
 mod json;
 mod metrics;
-mod socket;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -31,10 +30,10 @@ use busway_vfio::EventFd;
 
 use crate::exit::{RUNTIME, USAGE};
 use crate::machine::{Control, Extent, Request};
+use crate::unix_socket::Listening;
+pub use crate::unix_socket::{SocketAddress, SocketError};
 use connections::{Connections, Service};
 use given_up::Names;
-use socket::Listening;
-pub use socket::{SocketAddress, SocketError};
 use wire::Limits;
 
 /// How long the end waits for answers to be taken.

@@ -303,7 +303,7 @@ impl RunError {
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }
-            | Self::Vsock(VsockError::Config { .. })
+            | Self::Vsock(VsockError::Config { .. } | VsockError::Socket { .. })
             | Self::Net(
                 NetError::Config { .. }
                 | NetError::Tap {

@@ -340,4 +340,26 @@ pub mod vsock {
     /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone, and the address may be another.
     /// §5.10.6.7
     pub const EVENT_TRANSPORT_RESET: u32 = 0;
+    /// `VIRTIO_VSOCK_TYPE_STREAM`. §5.10.6
+    pub const TYPE_STREAM: u16 = 1;
+    /// `VIRTIO_VSOCK_OP_REQUEST`. §5.10.6
+    pub const OP_REQUEST: u16 = 1;
+    /// `VIRTIO_VSOCK_OP_RESPONSE`
+    pub const OP_RESPONSE: u16 = 2;
+    /// `VIRTIO_VSOCK_OP_RST`
+    pub const OP_RST: u16 = 3;
+    /// `VIRTIO_VSOCK_OP_SHUTDOWN`
+    pub const OP_SHUTDOWN: u16 = 4;
+    /// `VIRTIO_VSOCK_OP_RW`
+    pub const OP_RW: u16 = 5;
+    /// `VIRTIO_VSOCK_OP_CREDIT_UPDATE`
+    pub const OP_CREDIT_UPDATE: u16 = 6;
+    /// `VIRTIO_VSOCK_OP_CREDIT_REQUEST`
+    pub const OP_CREDIT_REQUEST: u16 = 7;
+    /// `VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE`: its sender receives no more. §5.10.6.6
+    pub const SHUTDOWN_RECEIVE: u32 = 1;
+    /// `VIRTIO_VSOCK_SHUTDOWN_F_SEND`: its sender sends no more. §5.10.6.6
+    pub const SHUTDOWN_SEND: u32 = 2;
+    /// `VMADDR_CID_HOST`: the host's address. linux/vm_sockets.h
+    pub const HOST_CID: u64 = 2;
 }

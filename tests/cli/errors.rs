@@ -69,7 +69,6 @@ busway: error: --disk: unknown key `readolny`; did you mean `readonly`? (there a
 fn what_a_later_version_has_is_not_taken_silently() {
     for flags in [
         ["--firmware", "OVMF.fd"],
-        ["--vsock", "cid=3,socket=/run/s"],
         ["--device", "01:00.0,iommu=on"],
         ["--net", "tap=a,vhost_user=on"],
     ] {

@@ -121,8 +121,11 @@ enum Verb {
     AddFs(AddFsArgs),
     /// Add sockets between host and guest (vsock); answered when the guest can find them
     AddVsock {
-        /// The guest's address, 3 or more, which no other VM of the host has
+        /// The guest's address, 3 or more; no other VM's of the host without --socket
         cid: u32,
+        /// A Unix socket for programs on the host, in place of AF_VSOCK
+        #[arg(long)]
+        socket: Option<PathBuf>,
         /// What it is called
         #[arg(long)]
         id: Option<String>,
@@ -275,7 +278,9 @@ impl Verb {
             })),
             Self::CheckDevice { device } => Some(json!({ "path": device })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
-            Self::AddVsock { cid, id } => Some(json!({ "cid": cid, "id": id })),
+            Self::AddVsock { cid, socket, id } => Some(json!({
+                "cid": cid, "socket": socket.as_deref().map(absolute), "id": id,
+            })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {

@@ -220,7 +220,11 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             socket: "s".into(),
             id: None,
         }),
-        Verb::AddVsock { cid: 3, id: None },
+        Verb::AddVsock {
+            cid: 3,
+            socket: None,
+            id: None,
+        },
         Verb::RemoveDevice {
             id: device(),
             force: false,

@@ -167,6 +167,7 @@ fn queues_are_counted_and_sized() {
 fn a_guests_address_for_sockets_is_none_of_the_hosts() {
     let vsock = |cid, id: &str| VsockConfig {
         cid,
+        socket: None,
         id: Some(id.into()),
     };
     for cid in [0, 1, 2, u32::MAX] {

@@ -86,7 +86,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     for endpoint in v1::ENDPOINTS {
         let name = format!("{} {}", endpoint.method, endpoint.name);
         let bodies: &[&str] = match endpoint.name {
-            "vm.create" => &["", "{}", r#"{"vsock": {"cid": 3, "socket": "/run/s"}}"#],
+            "vm.create" => &["", "{}", r#"{"watchdog": true}"#],
             "vm.add-device" => &[
                 "",
                 r#"{"path": "0000:02:00.0", "iommu": true}"#,
@@ -117,7 +117,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 "",
                 r#"{"cid": 3}"#,
                 r#"{"cid": 3, "id": "twice"}"#,
-                r#"{"cid": 3, "socket": "/run/s"}"#,
+                r#"{"cid": 3, "socket": "/run/s", "iommu": true}"#,
             ],
             "vm.check-device" => &["", r#"{"path": "0000:02:00.0"}"#, r#"{"path": "no-nic"}"#],
             "vm.remove-device" => &[
@@ -264,6 +264,7 @@ fn a_full_configuration_is_as_described() {
         }],
         vsock: Some(crate::config::VsockConfig {
             cid: 3,
+            socket: Some("s".into()),
             id: Some("v".into()),
         }),
         net: vec![NetConfig {

@@ -8,7 +8,6 @@ use std::path::Path;
 use std::process::Command;
 
 use super::client::{ClientError, ask};
-use super::socket::Listening;
 use super::*;
 
 fn open(path: &Path) -> Result<Listening, SocketError> {
@@ -59,7 +58,7 @@ fn a_live_socket_is_not_stolen_and_its_owner_is_named() {
     let path = folder.path().join("api");
     let first = open(&path).unwrap();
     let said = refusal(&path);
-    let owner = format!("the control socket of process {} (", std::process::id());
+    let owner = format!("a socket of process {} (", std::process::id());
     assert!(said.contains(&owner), "{said}");
     let lock = fs::read_to_string(folder.path().join("api.lock")).unwrap();
     assert_eq!(lock, format!("{}\n", std::process::id()));

@@ -155,8 +155,8 @@ struct Fs {
 #[derive(Clone, Debug, Serialize)]
 struct Vsock {
     cid: u32,
-    /// There is none: the host's kernel has the sockets. Some clients do not read a device without one.
-    socket: &'static str,
+    /// Empty where the host's kernel has the sockets. Some clients do not read a device without one.
+    socket: String,
     iommu: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
@@ -232,7 +232,7 @@ impl From<&VmConfig> for Config {
             fs: config.fs.iter().map(Into::into).collect(),
             vsock: config.vsock.as_ref().map(|vsock| Vsock {
                 cid: vsock.cid,
-                socket: "",
+                socket: vsock.socket.as_deref().map(text).unwrap_or_default(),
                 iommu: false,
                 id: vsock.id.clone(),
             }),

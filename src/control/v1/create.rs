@@ -597,7 +597,6 @@ mod tests {
                 r#"{"generic_vhost_user":[{"socket":"/s"}]}"#,
                 Lack::VhostUser,
             ),
-            (r#"{"vsock":{"cid":3,"socket":"/s"}}"#, Lack::Vsock),
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
             (r#"{"watchdog":true}"#, Lack::Watchdog),
             (r#"{"balloon":{"size":0}}"#, Lack::Balloon),

@@ -46,7 +46,6 @@ pub(super) enum Lack {
     VhostUser,
     VhostUserNet,
     VirtualIommu,
-    Vsock,
     Watchdog,
 }
 
@@ -96,7 +95,6 @@ impl Lack {
             Self::VhostUser => "vhost-user devices of any kind (generic_vhost_user)",
             Self::VhostUserNet => "vhost-user NICs",
             Self::VirtualIommu => "a virtual IOMMU, or a device behind one (iommu)",
-            Self::Vsock => "vsock by a Unix socket (vsock.socket)",
             Self::Watchdog => "a watchdog",
         }
     }

@@ -223,7 +223,7 @@ pub(super) struct AddFs {
     common: Common,
 }
 
-/// A vsock device to be added: the host's, which Cloud Hypervisor has not. Its own leads to a Unix socket.
+/// A vsock device to be added. Without a socket it is the host's, which Cloud Hypervisor has not.
 #[derive(Debug, Deserialize)]
 pub(super) struct AddVsock {
     cid: u32,
@@ -252,12 +252,12 @@ impl AddFs {
 impl AddVsock {
     pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
-        Lack::Vsock.unless_asked(some_text(self.socket).is_some())?;
         if !files.is_empty() {
             return Err(Fault::from("a vsock device takes no descriptors"));
         }
         Ok(VirtioConfig::Vsock(VsockConfig {
             cid: self.cid,
+            socket: some_text(self.socket).map(Into::into),
             id: some_text(self.common.id),
         }))
     }

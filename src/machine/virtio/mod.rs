@@ -33,8 +33,7 @@ use crate::memory::GuestRam;
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::vhost_user::{self, VhostUser};
-use crate::virtio::vsock::Vsock;
-use crate::virtio::{MemoryTable, ServedBy, Sight, VirtioDevice, VirtioPci};
+use crate::virtio::{MemoryTable, ServedBy, Sight, VirtioDevice, VirtioPci, vsock};
 use leave::Leaving;
 
 /// The devices of a machine.
@@ -130,9 +129,7 @@ impl Maker {
                 asked.tap = Some(net.tap_name().to_owned());
                 Box::new(net)
             }
-            VirtioConfig::Vsock(vsock) => {
-                Box::new(Vsock::new(name, vsock, &self.ram, &self.memory)?)
-            }
+            VirtioConfig::Vsock(asked) => vsock::open(name, asked, &self.ram, &self.memory)?,
         };
         Ok((config, self.function(device)?))
     }

@@ -15,6 +15,17 @@ pub enum DeviceState {
     Console(ConsoleState),
     /// A disk's.
     Disk(DiskState),
+    /// A socket device's whose connections are this process's.
+    Vsock(VsockState),
+}
+
+/// What a socket device keeps between two runs. Its connections are the host's, and stay with the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The device that has the driver's connections: no two have the same number.
+    pub session: u64,
+    /// The driver has not heard yet that the connections that it had are gone.
+    pub reset_is_due: bool,
 }
 
 /// What a disk keeps between two runs.

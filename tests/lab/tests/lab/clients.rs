@@ -22,7 +22,9 @@ const LIMIT: Duration = Duration::from_secs(400);
 
 /// The guest reads its drive for ever, and the one that comes later while it is there. Both are on bus 0, where Kata looks for
 /// them; what comes to a root port would not be. One that has just come has no node yet, or has none any more.
+/// At its vsock, where it has one, it answers with what it is told.
 const SCRIPT: &str = "\
+    socat VSOCK-LISTEN:1024,fork,reuseaddr EXEC:cat 2>/dev/null &\n\
     while true; do\n\
     for drive in /sys/bus/pci/devices/0000:00:*/nvme/nvme*; do\n\
     dd if=/dev/${drive##*/}n1 of=/dev/null bs=4096 count=64 iflag=direct 2>/dev/null || true\n\
@@ -46,7 +48,7 @@ fn led(lab: &mut Lab) -> Result<()> {
         archive([("script", SCRIPT.as_bytes())]),
     )?;
     host.run(&format!(
-        "mkdir -p '{}'\nln -s /usr/local/bin/busway '{}'\ncat /boot/guest.img /lab/segment >/run/guest.img",
+        "mkdir -p '{}'\nln -s /usr/local/bin/busway '{}'\ncat /boot/guest.img /boot/guest-programs.img /lab/segment >/run/guest.img",
         folder.display(),
         busway.display()
     ))?;

@@ -48,6 +48,7 @@ mod vhost;
 mod vhost_user;
 mod virtio;
 mod virtio_hotplug;
+mod vsock;
 mod zoo;
 
 /// All trials, by chapter.
@@ -56,6 +57,7 @@ const CHAPTERS: [&[Proof]; 27] = [
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
+    vsock::PROOFS,
     disk::PROOFS,
     vhost_user::PROOFS,
     bad_input::PROOFS,

@@ -1,8 +1,7 @@
-//! The virtio socket device, whose packets pass in the host's kernel: vhost-vsock between the guest's queues
-//! and the sockets of programs on the host. Virtio 1.3 §5.10; Linux, drivers/vhost/vsock.c.
+//! The socket device whose packets pass in the host's kernel: vhost-vsock between the guest's queues and the sockets of
+//! programs on the host. Linux, drivers/vhost/vsock.c.
 //!
-//! This process serves the event queue alone, which has one event: the host's ends of all connections are
-//! gone. It is sent where a driver finds itself on another device than the one that it began with.
+//! This process serves the event queue alone.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -13,60 +12,29 @@ use vhost::{VhostBackend, VringConfigData};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use zerocopy::IntoBytes;
-use zerocopy::little_endian::{U32, U64};
+use zerocopy::little_endian::U64;
 
-use super::activation::Activation;
-use super::config_space::{ConfigSpace, Fields};
-use super::counts::ServedBy;
-use super::device::VirtioDevice;
-use super::error::{QueueError, StartError};
-use super::life::{DeviceState, Progress, QueuePosition, Running};
-use super::queue::Virtqueue;
-use super::spec::{self, feature, vsock};
-use super::vhost::kernel::{KernelError, VSOCK};
-use super::vhost::{self as back_end, Addresses, BackEnd, Handed, MemoryTable, Rings, Watch};
-use super::worker::{Worker, doorbell_events};
-use crate::config::{InvalidVirtio, VsockConfig};
+use super::VsockError;
+use super::events::EventQueue;
+use super::{QUEUE_SIZE, RECEIVE_QUEUE, TRANSMIT_QUEUE};
+use crate::config::VsockConfig;
 use crate::memory::GuestRam;
+use crate::virtio::activation::Activation;
+use crate::virtio::config_space::{ConfigSpace, Fields};
+use crate::virtio::counts::ServedBy;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::error::{QueueError, StartError};
+use crate::virtio::life::{DeviceState, Progress, QueuePosition, Running};
+use crate::virtio::spec::{self, feature, vsock};
+use crate::virtio::vhost::kernel::{KernelError, VSOCK};
+use crate::virtio::vhost::{
+    self as back_end, Addresses, BackEnd, Handed, MemoryTable, Rings, Watch,
+};
+use crate::virtio::worker::Worker;
 
-const QUEUE_SIZE: u16 = 128;
-/// Receive and transmit, which the kernel serves.
-const KERNEL_QUEUES: u16 = 2;
-/// The queue of events.
-const EVENT_QUEUE: u16 = 2;
-
-/// A vsock device cannot be as configured, or the host does not let us have it.
-#[derive(Debug, thiserror::Error)]
-pub enum VsockError {
-    /// vsock {name}: {source}
-    #[error("vsock {name}: {source}")]
-    Config {
-        /// The device.
-        name: String,
-        /// What is wrong, and what would be right.
-        source: InvalidVirtio,
-    },
-    /// vsock {name}: {source}
-    #[error("vsock {name}: {source}")]
-    Kernel {
-        /// The device.
-        name: String,
-        /// Why the kernel does not serve it.
-        source: KernelError,
-    },
-    /// vsock {name}: cid={cid} is another VM's on this host: give each VM its own
-    #[error("vsock {name}: cid={cid} is another VM's on this host: give each VM its own")]
-    CidTaken {
-        /// The device.
-        name: String,
-        /// The address.
-        cid: u32,
-    },
-}
-
-/// A virtio socket device.
+/// A socket device of the kernel's.
 #[derive(Debug)]
-pub struct Vsock {
+pub(super) struct KernelDevice {
     name: String,
     kernel: Arc<KernelVsock>,
     features: u64,
@@ -76,21 +44,18 @@ pub struct Vsock {
     has_run: bool,
 }
 
-impl Vsock {
+impl KernelDevice {
     /// Opens the kernel's device and takes the address. It is told of the guest's memory by `memory`.
     ///
     /// # Errors
     /// [`VsockError`]
-    pub fn new(
+    pub(super) fn new(
         name: &str,
         config: &VsockConfig,
         ram: &GuestRam,
         memory: &Arc<MemoryTable>,
     ) -> Result<Self, VsockError> {
         let name = name.to_owned();
-        if let Err(source) = config.check() {
-            return Err(VsockError::Config { name, source });
-        }
         let (kernel, features) = match KernelVsock::open(ram) {
             Ok(opened) => opened,
             Err(source) => return Err(VsockError::Kernel { name, source }),
@@ -119,7 +84,7 @@ impl Vsock {
     }
 }
 
-impl VirtioDevice for Vsock {
+impl VirtioDevice for KernelDevice {
     fn name(&self) -> &str {
         &self.name
     }
@@ -141,7 +106,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        vec![QUEUE_SIZE; usize::from(KERNEL_QUEUES) + 1]
+        vec![QUEUE_SIZE; 3]
     }
 
     fn config(&self) -> Arc<dyn ConfigSpace> {
@@ -153,7 +118,8 @@ impl VirtioDevice for Vsock {
     }
 
     fn start(&mut self, mut activation: Activation) -> Result<Box<dyn Running>, StartError> {
-        let queues = (0..KERNEL_QUEUES).map_while(|queue| activation.take_setup(queue));
+        let queues = [RECEIVE_QUEUE, TRANSMIT_QUEUE].into_iter();
+        let queues = queues.map_while(|queue| activation.take_setup(queue));
         let queues: Vec<_> = queues.collect();
         let went_on = queues
             .iter()
@@ -167,7 +133,7 @@ impl VirtioDevice for Vsock {
         };
         let mut rings = Vec::new();
         // The kernel serves both or none.
-        if handed.queues.len() == usize::from(KERNEL_QUEUES) {
+        if handed.queues.len() == 2 {
             let kernel = Arc::clone(&self.kernel);
             let ram = activation.ram();
             rings.push(Rings::start(kernel, handed, ram, &self.memory)?);
@@ -176,8 +142,7 @@ impl VirtioDevice for Vsock {
             name: self.name.clone(),
             ram: activation.ram().clone(),
             watch: Watch::new(&rings),
-            events: activation.take_queue(EVENT_QUEUE)?,
-            reset_is_due: moved,
+            events: EventQueue::take(&mut activation, moved)?,
         });
         self.has_run = true;
         back_end::run(activation, rings, worker, DeviceState::None)
@@ -246,34 +211,7 @@ struct VsockWorker {
     name: String,
     ram: GuestRam,
     watch: Watch<KernelVsock>,
-    /// The driver's buffers for events.
-    events: Option<Virtqueue>,
-    /// The driver is to be told that its connections are gone.
-    reset_is_due: bool,
-}
-
-impl VsockWorker {
-    /// Virtio 1.3 §5.10.6.7.
-    fn send_reset(&mut self) -> Result<(), QueueError> {
-        let Some(queue) = self.events.as_mut().filter(|_| self.reset_is_due) else {
-            return Ok(());
-        };
-        let memory = self.ram.memory();
-        let event = U32::new(vsock::EVENT_TRANSPORT_RESET);
-        let Some(mut chain) = queue.pop(&memory)? else {
-            queue.enable_notification(&memory)?;
-            return Ok(());
-        };
-        if chain.writable.len() < event.as_bytes().len() {
-            return Err(chain.malformed("an event's buffer shorter than an event"));
-        }
-        let head = chain.head();
-        let written = chain.writable.write(event.as_bytes());
-        queue.complete(&memory, head, written)?;
-        queue.interrupt(&memory)?;
-        self.reset_is_due = false;
-        Ok(())
-    }
+    events: EventQueue,
 }
 
 impl Worker for VsockWorker {
@@ -286,19 +224,16 @@ impl Worker for VsockWorker {
     }
 
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
-        let events = self.events.iter();
-        let events = events.map(|queue| (queue.doorbell(), doorbell_events()));
-        events.chain(self.watch.sources()).collect()
+        let events = self.events.source();
+        events.into_iter().chain(self.watch.sources()).collect()
     }
 
     fn wake(&mut self, _source: usize) -> Result<(), QueueError> {
-        self.send_reset()?;
+        self.events.send_reset(&self.ram.memory())?;
         self.watch.wake()
     }
 
     fn leave(&mut self, progress: &mut Progress) {
-        if let Some(queue) = &self.events {
-            queue.leave(progress);
-        }
+        self.events.leave(progress);
     }
 }

@@ -1,4 +1,5 @@
-//! The socket that a VM is controlled by: where it is, whose it is, and how it goes.
+//! The Unix sockets that Busway listens at, for the control of a VM and for programs that reach into its guest: where
+//! one is, whose it is, and how it goes.
 //!
 //! A lock beside it (`PATH.lock`) says whose it is, and holds the owner's process id. A socket that
 //! nobody listens at any more is replaced; one that somebody listens at never is.
@@ -24,7 +25,7 @@ const BACKLOG: i32 = 128;
 /// How often a lock that its owner is just removing is tried anew.
 const TRIES: usize = 8;
 /// The most bytes of a socket's path. unix(7): `sun_path` and a zero.
-const PATH_MOST: usize = 107;
+pub(crate) const PATH_MOST: usize = 107;
 /// How long is waited before a socket whose connections are not accepted is tried anew.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -42,8 +43,8 @@ pub enum SocketAddress {
 pub enum SocketError {
     /// somebody listens there
     #[error(
-        "{} is the control socket of {owner}, which listens there: give this VM another one, or end \
-         that one", path.display()
+        "{} is a socket of {owner}, which listens there: give this VM another one, or end that one",
+        path.display()
     )]
     Live {
         /// The socket.
@@ -62,7 +63,7 @@ pub enum SocketError {
     Long(PathBuf),
     /// the lock beside it is not used
     #[error(
-        "{} locks the control socket beside it, and is {what}: remove it, or name another socket",
+        "{} locks the socket beside it, and is {what}: remove it, or name another socket",
         path.display()
     )]
     NoLock {
@@ -106,16 +107,18 @@ fn remedy(error: &io::Error) -> &'static str {
 
 /// A socket that listens. Dropping it removes what was made for it.
 #[derive(Debug)]
-pub(super) struct Listening {
+pub(crate) struct Listening {
     listener: UnixListener,
     /// In order: the socket goes before its lock.
     made: Option<(SocketFile, Lock)>,
 }
 
 impl Listening {
+    /// Makes the socket, in the place of one that nobody listens at any more, or takes over one that was inherited.
+    ///
     /// # Errors
     /// [`SocketError`]
-    pub(super) fn open(address: &SocketAddress) -> Result<Self, SocketError> {
+    pub(crate) fn open(address: &SocketAddress) -> Result<Self, SocketError> {
         let this = match address {
             SocketAddress::Path(path) => Self::make(path)?,
             SocketAddress::Fd(number) => Self {
@@ -134,12 +137,12 @@ impl Listening {
         Ok(this)
     }
 
-    pub(super) fn listener(&self) -> &UnixListener {
+    pub(crate) fn listener(&self) -> &UnixListener {
         &self.listener
     }
 
     /// Where it is, if it was inherited and has a name.
-    pub(super) fn inherited_at(&self) -> Option<PathBuf> {
+    pub(crate) fn inherited_at(&self) -> Option<PathBuf> {
         if self.made.is_some() {
             return None;
         }
@@ -205,15 +208,20 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
     }
 }
 
-/// Connects without waiting. unix(7)
+/// Connects without waiting, to a stream that never blocks. unix(7)
 ///
 /// # Errors
 /// `WouldBlock` where as many wait as may; connect(2)
-fn try_connect(path: &Path) -> io::Result<UnixStream> {
+pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(path)?;
     let socket = unix_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
     connect(&socket, &address)?;
-    let stream = UnixStream::from(socket);
+    Ok(socket.into())
+}
+
+/// The same, to a stream that blocks.
+fn try_connect(path: &Path) -> io::Result<UnixStream> {
+    let stream = connect_at_once(path)?;
     stream.set_nonblocking(false)?;
     Ok(stream)
 }
@@ -222,7 +230,7 @@ fn try_connect(path: &Path) -> io::Result<UnixStream> {
 ///
 /// # Errors
 /// `WouldBlock` where nobody accepts in time; connect(2)
-pub(super) fn connect_within(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+pub(crate) fn connect_within(path: &Path, limit: Duration) -> io::Result<UnixStream> {
     let start = Instant::now();
     loop {
         match try_connect(path) {

@@ -1,0 +1,76 @@
+//! Where programs on the host listen for the guest: the socket's path with `_PORT` behind it, as Firecracker and Cloud
+//! Hypervisor have it (firecracker, docs/vsock.md).
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
+
+use crate::unix_socket::{PATH_MOST, connect_at_once};
+
+/// Connects to who listens for the guest at `port`, without waiting. A path that no socket's address has room for is gone
+/// by a descriptor of its folder. The stream does not block.
+///
+/// # Errors
+/// connect(2): nobody listens there, or as many wait as may.
+pub(super) fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut path = OsString::from(socket);
+    path.push(format!("_{port}"));
+    let path = PathBuf::from(path);
+    if path.as_os_str().len() <= PATH_MOST {
+        return connect_at_once(&path);
+    }
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = openat(CWD, folder, flags, Mode::empty())?;
+    let by_number = format!("/proc/self/fd/{}", folder.as_raw_fd());
+    connect_at_once(&Path::new(&by_number).join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_port_is_found_beside_a_socket_whose_own_path_is_as_long_as_can_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let used = folder.path().as_os_str().len() + 1;
+        let deep = folder.path().join("d".repeat(PATH_MOST - used - 3));
+        std::fs::create_dir(&deep).unwrap();
+        let socket = deep.join("s");
+        assert!(socket.as_os_str().len() <= PATH_MOST);
+        assert_eq!(
+            connect(&socket, 4_000_000_000).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
+        // bind(2) has no more room than connect(2).
+        let short = folder.path().join("l");
+        std::os::unix::fs::symlink(&deep, &short).unwrap();
+        let listener = UnixListener::bind(short.join("s_4000000000")).unwrap();
+        connect(&socket, 4_000_000_000).unwrap();
+        listener.accept().unwrap();
+    }
+
+    #[test]
+    fn a_listener_that_has_no_room_refuses_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let listener = UnixListener::bind(folder.path().join("s_5")).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let mut held = Vec::new();
+        let refused = loop {
+            match connect(&socket, 5) {
+                Ok(stream) => held.push(stream),
+                Err(error) => break error,
+            }
+            assert!(held.len() < 10);
+        };
+        assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+    }
+}
