@@ -14,6 +14,7 @@ use super::run::{self, Buses, ExitCounts, ExitKind, Left, VcpuEvent};
 use super::stats_fd::VcpuStats;
 use super::vm::Vm;
 use crate::arch::{CpuModel, Vcpu, create_vcpus};
+use crate::config::Topology;
 
 /// A vCPU's thread runs devices' register accesses and little else.
 const STACK: usize = 512 << 10;
@@ -55,13 +56,14 @@ impl fmt::Debug for Vcpus {
 }
 
 impl Vcpus {
-    /// Makes `count` vCPUs (1 to 64) and their threads.
+    /// Makes the first `count` vCPUs of `topology`, and their threads.
     ///
     /// # Errors
     /// [`KvmError`]
     pub fn new(
         vm: &Vm,
         model: &CpuModel,
+        topology: Topology,
         count: u8,
         buses: &Buses,
         events: &EventSink,
@@ -71,7 +73,7 @@ impl Vcpus {
             gate: Arc::default(),
             vcpus: Vec::with_capacity(count.into()),
         };
-        for vcpu in create_vcpus(vm, model, count)? {
+        for vcpu in create_vcpus(vm, model, topology, count)? {
             all.start(vcpu, buses.clone(), events.clone())?;
         }
         // A thread names itself: whoever is told that the VM runs finds each by its name.
@@ -169,7 +171,7 @@ impl Vcpus {
         }
     }
 
-    /// The numbers of those that execute instructions, or are halted: the first, and those that the guest has started.
+    /// The APIC ids of those that execute instructions, or are halted: the first, and those that the guest has started.
     pub fn started(&self) -> impl Iterator<Item = u8> {
         let numbered = (0..=u8::MAX).zip(&self.vcpus);
         numbered

@@ -242,7 +242,14 @@ impl Machine {
         report.reached(Stage::Devices);
         early.check()?;
 
-        let vcpus = Vcpus::new(&vm, &model, config.cpus.boot, &buses, &events.sink())?;
+        let vcpus = Vcpus::new(
+            &vm,
+            &model,
+            config.cpus.grouped(),
+            config.cpus.boot,
+            &buses,
+            &events.sink(),
+        )?;
         let machine = Self {
             vcpus,
             pausing: Arc::default(),
@@ -447,10 +454,11 @@ fn smbios_tables(config: &VmConfig) -> Option<smbios::Tables> {
 }
 
 fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
+    let topology = config.cpus.grouped();
     acpi::Hardware {
         cpus: (0..config.cpus.boot)
             .map(|id| acpi::Cpu {
-                apic_id: id.into(),
+                apic_id: topology.apic_id(id),
                 enabled: true,
             })
             .collect(),

@@ -13,7 +13,7 @@ use kvm_ioctls::{Cap, VcpuFd};
 
 use super::cpuid::{self, CpuFeatures, CpuidInput};
 use super::msr;
-use crate::config::MAX_CPUS;
+use crate::config::{MAX_CPUS, Topology};
 use crate::kvm::{KvmError, Vm};
 
 // Offsets and bits of the local APIC's page. Intel SDM vol. 3A §11.4 and §11.5.1.
@@ -121,7 +121,14 @@ impl fmt::Debug for Vcpu {
 
 /// Makes `count` vCPUs, in their state at power-on: the first runnable, the others waiting for INIT
 /// and SIPI.
-pub(crate) fn create_vcpus(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, KvmError> {
+///
+/// A vCPU's number for KVM is its APIC id, which `topology` has holes between. KVM API, KVM_CREATE_VCPU
+pub(crate) fn create_vcpus(
+    vm: &Vm,
+    model: &CpuModel,
+    topology: Topology,
+    count: u8,
+) -> Result<Vec<Vcpu>, KvmError> {
     let limit = vm.kvm().get_max_vcpus().min(MAX_CPUS.into());
     if usize::from(count) > limit {
         return Err(KvmError::TooManyVcpus {
@@ -129,21 +136,28 @@ pub(crate) fn create_vcpus(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<V
             limit,
         });
     }
+    let (last, limit) = (
+        topology.apic_id(count.saturating_sub(1)),
+        vm.kvm().get_max_vcpu_id(),
+    );
+    if usize::try_from(last).unwrap_or(usize::MAX) >= limit {
+        return Err(KvmError::ApicId { id: last, limit });
+    }
     // All of them before any is set up: the TSCs are synchronised by what is written to them, which
     // has to be at one frequency.
     let fds = (0..count)
-        .map(|id| create_one(vm, id))
+        .map(|id| create_one(vm, id, topology.apic_id(id)))
         .collect::<Result<Vec<_>, _>>()?;
     let mut msrs: Option<Arc<[kvm_msr_entry]>> = None;
     (0..count)
         .zip(fds)
         .map(|(id, fd)| {
             let input = CpuidInput {
-                cpus: count,
+                topology,
                 tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
                 tsc_deadline: model.tsc_deadline,
             };
-            let table = cpuid::guest_table(&model.supported, input, id);
+            let table = cpuid::guest_table(&model.supported, input, topology.apic_id(id));
             let ioctl = |what| KvmError::ioctl(what, format!("vCPU {id}"));
             let table = CpuId::from_entries(&table)
                 .map_err(|_| ioctl("KVM_SET_CPUID2")(kvm_ioctls::Error::new(libc::E2BIG)))?;
@@ -174,11 +188,11 @@ pub(crate) fn create_vcpus(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<V
         .collect()
 }
 
-fn create_one(vm: &Vm, id: u8) -> Result<VcpuFd, KvmError> {
+fn create_one(vm: &Vm, id: u8, apic_id: u32) -> Result<VcpuFd, KvmError> {
     let object = format_args!("vCPU {id}");
     let fd = vm
         .fd()
-        .create_vcpu(id.into())
+        .create_vcpu(apic_id.into())
         .map_err(KvmError::ioctl("KVM_CREATE_VCPU", object))?;
     // KVM gives a vCPU the frequency that the host's TSC was thought to have when KVM was loaded.
     // Where the host has since measured it anew, and the processor cannot scale, that fails without
@@ -315,7 +329,7 @@ mod tests {
             .inspect_err(|error| eprintln!("skipped: {error}"))
             .ok()?;
         let model = CpuModel::new(&vm, CpuFeatures::default()).unwrap();
-        let vcpu = create_vcpus(&vm, &model, 1).unwrap().remove(0);
+        let vcpu = create_vcpus(&vm, &model, Topology::cores(1), 1).unwrap().remove(0);
         Some((vm, model, vcpu))
     }
 

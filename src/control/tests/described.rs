@@ -289,14 +289,9 @@ fn a_full_configuration_is_as_described() {
     config.platform.serial_number = Some("s".into());
     config.platform.uuid = Some("3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611".into());
     config.platform.oem_strings = vec!["o".into()];
+    config.cpus.topology = Some(Topology::cores(4));
     config.accepted = Some(Box::new(Accepted {
         max_vcpus: Some(4),
-        topology: Some(Topology {
-            threads_per_core: 1,
-            cores_per_die: 4,
-            dies_per_package: 1,
-            packages: 1,
-        }),
         max_phys_bits: Some(46),
         hotplug_size: Some(1 << 30),
         hotplug_method: Some(HotplugMethod::Acpi),

@@ -278,7 +278,7 @@ impl Cpus {
         Self {
             boot_vcpus: cpus.boot,
             max_vcpus: accepted.max_vcpus.or(cpus.max).unwrap_or(cpus.boot),
-            topology: accepted.topology,
+            topology: cpus.topology,
             kvm_hyperv: false,
             max_phys_bits: accepted.max_phys_bits.unwrap_or_else(bits),
             nested: cpus.nested,
