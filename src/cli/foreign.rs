@@ -263,7 +263,6 @@ mod tests {
             assert_eq!(take(flag, text, &mut accepted).as_deref(), Ok(rest));
         }
         let expected = Accepted {
-            max_vcpus: None,
             max_phys_bits: Some(46),
             hotplug_size: Some(1 << 30),
             hotplug_method: Some(HotplugMethod::VirtioMem),

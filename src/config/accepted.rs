@@ -6,8 +6,6 @@ use serde::{Deserialize, Serialize};
 /// All of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Accepted {
-    /// vCPUs that there could be.
-    pub max_vcpus: Option<u8>,
     /// Bits of a physical address.
     pub max_phys_bits: Option<u8>,
     /// Bytes of RAM that could come.

@@ -39,10 +39,17 @@ impl CpusConfig {
         self.max.unwrap_or(self.boot)
     }
 
+    /// Whether the guest is prepared for processors that come and leave: where it was said how many there can be.
+    #[must_use]
+    pub fn comes_and_goes(&self) -> bool {
+        self.max.is_some_and(|max| max > 1)
+    }
+
     /// How they are grouped.
     #[must_use]
     pub fn grouped(&self) -> Topology {
-        self.topology.unwrap_or_else(|| Topology::cores(self.most()))
+        self.topology
+            .unwrap_or_else(|| Topology::cores(self.most()))
     }
 }
 
@@ -180,7 +187,10 @@ mod tests {
             (0..count).map(|cpu| all.apic_id(cpu)).collect::<Vec<_>>()
         };
         assert_eq!(ids([1, 6, 1, 1], 6), [0, 1, 2, 3, 4, 5]);
-        assert_eq!(ids([2, 3, 1, 2], 12), [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]);
+        assert_eq!(
+            ids([2, 3, 1, 2], 12),
+            [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]
+        );
         assert_eq!(ids([1, 1, 3, 2], 6), [0, 1, 2, 4, 5, 6]);
         assert_eq!(Topology::cores(255).apic_id(254), 254);
     }

@@ -28,7 +28,8 @@ pub use fs::FsConfig;
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
     CONSOLE_FILE_SIZE, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES, FS_QUEUE_SIZES, MAX_CPUS,
-    MAX_QUEUES,    MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
+    MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
+    NET_QUEUE_SIZES,
 };
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};

@@ -14,7 +14,7 @@ pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
     keys: keys! {
         "boot" { "N": "how many run at boot, 1 to 255 [1]" }
             |cpus, value| cpus.boot = value.number()?;
-        "max" { "N": "how many there can be; as many as boot, for now [boot]" }
+        "max" { "N": "how many there can be: others come and leave by `busway ctl resize` [boot]" }
             |cpus, value| cpus.max = Some(value.number()?);
         "topology" { "T:C:D:P": "threads of a core, cores of a die, dies of a package, packages\n[1:max:1:1]" }
             |cpus, value| cpus.topology = Some(topology(value)?);
@@ -62,7 +62,15 @@ mod tests {
             packages: 3,
         };
         assert_eq!(read("2:4:1:3"), Ok(expected));
-        for wrong in ["2", "1:2:3", "1:2:3:4:5", "1:+2:3:4", "a:1:1:1", "1:1:1:65536", "::::"] {
+        for wrong in [
+            "2",
+            "1:2:3",
+            "1:2:3:4:5",
+            "1:+2:3:4",
+            "a:1:1:1",
+            "1:1:1:65536",
+            "::::",
+        ] {
             let why = read(wrong).unwrap_err().to_string();
             assert!(why.contains(&format!("`{wrong}`")), "{why}");
         }

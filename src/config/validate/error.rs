@@ -36,14 +36,6 @@ pub enum InvalidConfig {
         /// What was asked for.
         boot: u8,
     },
-    /// --cpus max={max}: vCPUs cannot be added to a running guest yet
-    #[error(
-        "--cpus max={max}: vCPUs cannot be added to a running guest yet: leave max= out, or boot={max}"
-    )]
-    NoCpuHotplug {
-        /// What was asked for.
-        max: u8,
-    },
     /// --cpus max={max}: must be from boot={boot} to 255
     #[error("--cpus max={max}: must be from boot={boot} to {MAX_CPUS}")]
     MaxCpus {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use super::limits::{
     DISK_QUEUE_SIZES, FS_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY,
-    MAX_OEM_STRINGS, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
-    NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
+    MAX_OEM_STRINGS, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE,
+    MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
 };
 use super::{
     Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType, MemoryConfig, NetConfig,
@@ -125,17 +125,10 @@ impl VmConfig {
             Some(max) if !(boot..=MAX_CPUS).contains(&max) => {
                 Err(InvalidConfig::MaxCpus { max, boot })
             }
-            Some(max) if max > boot => Err(InvalidConfig::NoCpuHotplug { max }),
             _ => Ok(()),
         }?;
-        let accepted = self.accepted.as_ref().and_then(|said| said.max_vcpus);
-        let most = accepted.unwrap_or(self.cpus.most());
-        match self.cpus.topology {
-            Some(topology) => topology
-                .check(most)
-                .map_err(InvalidConfig::Topology),
-            None => Ok(()),
-        }
+        let checked = self.cpus.grouped().check(self.cpus.most());
+        checked.map_err(InvalidConfig::Topology)
     }
 
     fn validate_console_files(&self) -> Result<(), InvalidConfig> {

@@ -303,11 +303,10 @@ impl Cpus {
                     cpus.boot
                 )));
             }
-            accepted.max_vcpus = Some(max);
+            cpus.max = Some(max);
         }
         if let Some(topology) = self.topology {
-            let all = accepted.max_vcpus.unwrap_or(cpus.boot);
-            let checked = topology.check(all);
+            let checked = topology.check(cpus.most());
             checked.map_err(|why| format!("cpus: topology: {why}"))?;
             cpus.topology = Some(topology);
         }
@@ -477,6 +476,7 @@ mod tests {
             "oem_strings":["o"]}}"#;
         let mut expected = defaults();
         expected.cpus.boot = 2;
+        expected.cpus.max = Some(4);
         expected.cpus.nested = false;
         expected.cpus.topology = Some(Topology::cores(4));
         expected.memory = MemoryConfig {
@@ -510,7 +510,6 @@ mod tests {
         expected.platform.serial_number = Some("s".into());
         expected.platform.oem_strings = vec!["o".into()];
         expected.accepted = Some(Box::new(Accepted {
-            max_vcpus: Some(4),
             max_phys_bits: Some(46),
             hotplug_size: Some(1 << 30),
             hotplug_method: Some(HotplugMethod::VirtioMem),

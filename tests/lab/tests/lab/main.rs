@@ -21,6 +21,7 @@ mod bare;
 mod bare_kernel;
 mod bars;
 mod clients;
+mod cpus;
 mod demo;
 mod disk;
 mod dma;
@@ -50,7 +51,7 @@ mod virtio_hotplug;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 26] = [
+const CHAPTERS: [&[Proof]; 27] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -64,6 +65,7 @@ const CHAPTERS: [&[Proof]; 26] = [
     helper::PROOFS,
     errors::PROOFS,
     events::PROOFS,
+    cpus::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
