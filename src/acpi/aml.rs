@@ -12,3 +12,20 @@ pub(crate) fn in_system_bus(device: &Device<'_>, aml: &mut Vec<u8>) {
 pub(crate) fn path(name: &str) -> Path {
     Path::new(name)
 }
+
+/// What is AML already.
+pub(super) struct Bytes(pub(super) Vec<u8>);
+
+impl Bytes {
+    pub(super) fn of(aml: &dyn Aml) -> Self {
+        let mut bytes = Vec::new();
+        aml.to_aml_bytes(&mut bytes);
+        Self(bytes)
+    }
+}
+
+impl Aml for Bytes {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}

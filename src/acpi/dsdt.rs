@@ -11,7 +11,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use busway_pci::{Device as Slot, InterruptPin};
 
-use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug, in_system_bus, path};
+use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, cpus, hotplug, in_system_bus, path};
 use crate::arch::{acpi as arch, gsi, layout};
 
 /// Size of the header that each table has.
@@ -37,7 +37,7 @@ pub(super) fn dsdt(hardware: &Hardware) -> Sdt {
     host_bridge(hardware, &mut aml);
     motherboard(hardware, &mut aml);
     arch::append_devices(hardware.serial, &mut aml);
-    processors(hardware, &mut aml);
+    cpus::append(hardware, &mut aml);
     hotplug::append(hardware.bus0_slots, &mut aml);
     let soft_off = arch::soft_off();
     Name::new(
@@ -182,14 +182,4 @@ fn motherboard(hardware: &Hardware, aml: &mut Vec<u8>) {
     let ports = arch::board_ports();
     let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ecam, &ports]));
     in_system_bus(&Device::new(path("MBRD"), vec![&hid, &uid, &crs]), aml);
-}
-
-/// Processor devices, whose `_UID`s are the MADT's. §8.4.
-fn processors(hardware: &Hardware, aml: &mut Vec<u8>) {
-    for (uid, _) in (0_u32..).zip(&hardware.cpus) {
-        let hid = Name::new(path("_HID"), &"ACPI0007");
-        let id = Name::new(path("_UID"), &uid);
-        let name = format!("C{uid:03X}");
-        in_system_bus(&Device::new(path(&name), vec![&hid, &id]), aml);
-    }
 }

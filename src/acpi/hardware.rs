@@ -15,6 +15,8 @@ pub struct Hardware {
     /// reach one: Linux reads all of a told bus's 32 slots to find out that nothing is there, which
     /// for 255 empty buses is 16,000 exits at each boot.
     pub last_bus: u8,
+    /// Processors can come and leave while the guest runs.
+    pub cpu_hotplug: bool,
     /// The window for BARs below 4 GiB, in ascending parts.
     pub mmio32: Vec<Range<u64>>,
     /// The window for 64-bit BARs, in ascending parts; there may be none.

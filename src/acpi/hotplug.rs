@@ -11,6 +11,7 @@ use acpi_tables::aml::{
     OpRegion, OpRegionSpace, Or, Path, ResourceTemplate, Return, Scope, ShiftLeft, Store, ZERO,
 };
 
+use super::aml::Bytes;
 use super::{in_system_bus, path};
 use crate::arch::{gsi, layout};
 use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, SIZE, WANTED};
@@ -162,23 +163,6 @@ impl Aml for Look<'_> {
             }
         }
         Method::new(path("PCNT"), 0, true, vec![&Bytes(steps)]).to_aml_bytes(sink);
-    }
-}
-
-/// What is AML already.
-struct Bytes(Vec<u8>);
-
-impl Bytes {
-    fn of(aml: &dyn Aml) -> Self {
-        let mut bytes = Vec::new();
-        aml.to_aml_bytes(&mut bytes);
-        Self(bytes)
-    }
-}
-
-impl Aml for Bytes {
-    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        sink.vec(&self.0);
     }
 }
 

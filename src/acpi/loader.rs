@@ -144,6 +144,7 @@ mod tests {
         };
         Hardware {
             cpus: vec![cpu(0), cpu(1)],
+            cpu_hotplug: true,
             last_bus: 3,
             mmio32: layout::mmio32(0x8000_0000, &[]),
             mmio64: layout::mmio64(1 << 32, 40, &[]),

@@ -7,6 +7,7 @@
 //! 6.5 and to the PCI Firmware Specification 3.3.
 
 mod aml;
+mod cpus;
 mod dsdt;
 mod hardware;
 mod hotplug;

@@ -14,6 +14,7 @@ fn hardware(cpus: u32) -> Hardware {
                 enabled: apic_id < 4,
             })
             .collect(),
+        cpu_hotplug: false,
         last_bus: 7,
         mmio32: layout::mmio32(layout::MMIO32_START, &[]),
         mmio64: layout::mmio64(7 << 30, 40, &[]),
@@ -224,7 +225,11 @@ fn iasl(folder: &Path, arguments: &[&str]) -> Option<String> {
 #[test]
 fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, bytes) in tables(&hardware(64)) {
+    let hardware = Hardware {
+        cpu_hotplug: true,
+        ..hardware(64)
+    };
+    for (name, bytes) in tables(&hardware) {
         let file = format!("{name}.aml");
         std::fs::write(folder.path().join(&file), &bytes).unwrap();
         let Some(read) = iasl(folder.path(), &["-d", &file]) else {
@@ -279,4 +284,45 @@ fn slots_that_can_change_are_there_with_their_methods_and_only_where_there_are_s
         assert!(plain.contains(part), "no `{part}` in: {plain}");
     }
     assert!(!some.contains("S004"));
+}
+
+#[test]
+fn processors_that_come_and_go_have_their_methods_and_all_that_there_can_be_fit() {
+    let all = |count, cpu_hotplug| {
+        let hardware = Hardware {
+            cpu_hotplug,
+            ..hardware(count)
+        };
+        let (_, dsdt) = tables(&hardware).swap_remove(4);
+        dsdt
+    };
+    assert!(all(255, true).windows(4).any(|name| name == b"C0FE"));
+    let folder = tempfile::tempdir().unwrap();
+    let source = |cpu_hotplug| {
+        std::fs::write(folder.path().join("dsdt.aml"), all(3, cpu_hotplug)).unwrap();
+        let _said = iasl(folder.path(), &["-d", "dsdt.aml"])?;
+        let text = std::fs::read_to_string(folder.path().join("dsdt.dsl")).unwrap();
+        Some(text.split_whitespace().collect::<Vec<_>>().join(" "))
+    };
+    let (Some(none), Some(some)) = (source(false), source(true)) else {
+        return;
+    };
+    for word in ["GED1", "CPUC", "_MAT", "CSCN"] {
+        assert!(!none.contains(word), "{word}");
+        assert!(some.contains(word), "{word}");
+    }
+    for part in [
+        "OperationRegion (CREG, SystemMemory, 0xFEA01000, 0x14)",
+        "Field (CREG, DWordAcc, NoLock, WriteAsZeros) { EVNT, 32, EJCT, 32, SLCT, 32, PRES, 32, OUTC, 32 }",
+        "If ((\\_SB.CPUC.PRES & One)) { Return (0x0F) }",
+        "Return (\\_SB.CPUC.CSTA (0x02))",
+        "\\_SB.CPUC.EJCT = 0x02",
+        "\\_SB.CPUC.COST (0x02, Arg0, Arg1)",
+        "If ((Arg0 == 0x02)) { Notify (C002, Arg1) }",
+        "If ((Arg0 == 0x0B)) { \\_SB.CSCN () }",
+    ] {
+        assert!(some.contains(part), "no `{part}` in: {some}");
+    }
+    // The first processor stays.
+    assert!(!some.contains("\\_SB.CPUC.EJCT = Zero"), "{some}");
 }

@@ -3,7 +3,7 @@
 
 use super::options::{self, Item};
 use super::value::{Reason, Value};
-use crate::config::{Accepted, HotplugMethod, Topology};
+use crate::config::{Accepted, HotplugMethod};
 
 /// The PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
 const SEGMENTS_MOST: u16 = 96;
@@ -72,7 +72,6 @@ impl From<Reason> for Fault {
 /// The keys of each flag.
 const KEYS: &[(&str, &str, Act)] = &[
     ("cpus", "kvm_hyperv", Act::Off),
-    ("cpus", "topology", Act::Keep(keep_topology)),
     (
         "cpus",
         "max_phys_bits",
@@ -125,24 +124,6 @@ fn keep_method(accepted: &mut Accepted, value: &Value) -> Result<(), Fault> {
         "acpi" => HotplugMethod::Acpi,
         "virtio-mem" => HotplugMethod::VirtioMem,
         _ => return Err(Fault::Wrong("it is acpi or virtio-mem")),
-    });
-    Ok(())
-}
-
-fn keep_topology(accepted: &mut Accepted, value: &Value) -> Result<(), Fault> {
-    let numbers: Result<Vec<u16>, _> = value.text()?.split(':').map(str::parse).collect();
-    let [threads_per_core, cores_per_die, dies_per_package, packages] =
-        numbers.unwrap_or_default()[..]
-    else {
-        return Err(Fault::Wrong(
-            "it is four numbers: threads of a core, cores of a die, dies of a package, and packages, as 1:4:1:1",
-        ));
-    };
-    accepted.topology = Some(Topology {
-        threads_per_core,
-        cores_per_die,
-        dies_per_package,
-        packages,
     });
     Ok(())
 }
@@ -241,7 +222,7 @@ mod tests {
             (
                 "cpus",
                 "boot=2,max=4,topology=1:4:1:1,kvm_hyperv=off,max_phys_bits=46",
-                "boot=2,max=4",
+                "boot=2,max=4,topology=1:4:1:1",
             ),
             (
                 "memory",
@@ -275,13 +256,6 @@ mod tests {
             assert_eq!(take(flag, text, &mut accepted).as_deref(), Ok(rest));
         }
         let expected = Accepted {
-            max_vcpus: None,
-            topology: Some(Topology {
-                threads_per_core: 1,
-                cores_per_die: 4,
-                dies_per_package: 1,
-                packages: 1,
-            }),
             max_phys_bits: Some(46),
             hotplug_size: Some(1 << 30),
             hotplug_method: Some(HotplugMethod::VirtioMem),
@@ -301,7 +275,6 @@ mod tests {
             ("net", "vhost_user=true", "cannot do this yet"),
             ("disk", "path=a,pci_segment=96", "0 to 95"),
             ("platform", "num_pci_segments=0", "1 to 96"),
-            ("cpus", "topology=1:2", "four numbers"),
             ("memory", "hotplug_method=magic", "acpi or virtio-mem"),
             ("memory", "mergeable=maybe", "neither on nor off"),
         ] {

@@ -261,11 +261,6 @@ impl Serve {
         let mut accepted = Accepted::default();
         let vm = self.vm.clone().without_foreign(&mut accepted)?;
         let config = vm.config_from(defaults, |config| {
-            // It is taken, as over the API, and shown.
-            if let Some(max) = config.cpus.max.filter(|max| *max > config.cpus.boot) {
-                config.cpus.max = None;
-                accepted.max_vcpus = Some(max);
-            }
             // Clients look for devices where Cloud Hypervisor has them.
             config.platform.root_ports.get_or_insert(false);
             if accepted != Accepted::default() {
@@ -331,7 +326,7 @@ mod tests {
         )
         .unwrap();
         let accepted = config.accepted.clone().unwrap_or_default();
-        assert_eq!((config.cpus.boot, accepted.max_vcpus), (2, Some(4)));
+        assert_eq!((config.cpus.boot, config.cpus.max), (2, Some(4)));
         assert_eq!(accepted.num_pci_segments, Some(2));
         let firmware = first("busway --api-socket /run/s --firmware /f --disk path=a").unwrap();
         assert_eq!(firmware.firmware.unwrap().path, Some("/f".into()));

@@ -59,6 +59,11 @@ pub(super) enum Reason {
     /// `{0}` does not say which queue runs where
     #[error("`{0}` does not say which queue runs where: write [0@[1,4-6],1@[2]]")]
     Affinity(String),
+    /// `{0}` is no topology
+    #[error(
+        "`{0}` is not four numbers: threads of a core, cores of a die, dies of a package, and packages, as 1:4:1:1"
+    )]
+    Topology(String),
     /// `{value}` is none of the words
     #[error("`{value}` is not one of {}{}", Words(.words), Nearest(.value, .words))]
     Word {

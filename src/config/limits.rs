@@ -2,9 +2,13 @@
 
 use std::ops::RangeInclusive;
 
-/// How many vCPUs a VM can have, and so how many queues, or pairs of them, a virtio device has use for.
-/// An xAPIC id of 8 bits and the MADT's entries would carry 255.
-pub const MAX_CPUS: u8 = 64;
+/// How many vCPUs a VM can have, where KVM gives so many: as many as there are APIC ids that the IOAPIC can send to. KVM's
+/// has 8 bits for a destination, of which 255 is all processors. Intel 82093AA §3.2.4; linux/arch/x86/kvm/ioapic.h,
+/// `kvm_ioapic_redirect_entry`.
+pub const MAX_CPUS: u8 = 255;
+
+/// How many queues, or pairs of them, a virtio device can have.
+pub const MAX_QUEUES: u16 = 64;
 
 /// The least RAM that a guest can have; a kernel with its initial RAM file system needs more.
 pub const MIN_MEMORY: u64 = 16 << 20;
@@ -42,8 +46,8 @@ pub const DEFAULT_REMOVAL_TIMEOUT: u32 = 30;
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
 pub(super) const INTERFACE_NAME: usize = 15;
 
-/// Queues of as many pairs as there can be vCPUs.
-pub(super) const MAX_NET_QUEUES: u16 = 2 * MAX_CPUS as u16;
+/// Queues of as many pairs as there can be.
+pub(super) const MAX_NET_QUEUES: u16 = 2 * MAX_QUEUES;
 
 /// How many slots bus 0 has for root ports beside the functions that come first.
 pub(super) const MAX_HOTPLUG_SLOTS: u8 = 15;

@@ -5,6 +5,7 @@
 //! host must have for them, by those who open it.
 
 mod accepted;
+mod cpus;
 mod disk;
 mod fs;
 mod limits;
@@ -20,13 +21,15 @@ use busway_pci::Reserve;
 use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
-pub use accepted::{Accepted, HotplugMethod, Topology};
+pub use accepted::{Accepted, HotplugMethod};
+pub use cpus::{CpusConfig, Topology, TopologyError};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
     CONSOLE_FILE_SIZE, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES, FS_QUEUE_SIZES, MAX_CPUS,
-    MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
+    MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
+    NET_QUEUE_SIZES,
 };
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
@@ -87,31 +90,6 @@ pub struct FirmwareConfig {
     pub path: Option<PathBuf>,
     /// The file that its variables are kept in; where it is absent, they last as long as the VM.
     pub vars: Option<PathBuf>,
-}
-
-/// `--cpus`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct CpusConfig {
-    /// vCPUs running at boot, 1 to 64.
-    pub boot: u8,
-    /// vCPUs that there can be; `boot` where absent.
-    pub max: Option<u8>,
-    /// The guest can run guests of its own (VMX or SVM), where the host's KVM lets it.
-    pub nested: bool,
-    /// The guest has performance counters, where the host's KVM has them for guests.
-    pub pmu: bool,
-}
-
-impl Default for CpusConfig {
-    fn default() -> Self {
-        Self {
-            boot: 1,
-            max: None,
-            nested: true,
-            pmu: true,
-        }
-    }
 }
 
 /// `--memory`

@@ -6,6 +6,7 @@
 //! eventfd, a level-triggered one by an [`InterruptLevel`](busway_pci::InterruptLevel), and a wish to reset or to turn off by a [`PowerSink`].
 
 pub mod console;
+pub mod cpu_hotplug;
 pub mod fw_cfg;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;

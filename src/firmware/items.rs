@@ -46,8 +46,10 @@ pub type Window = Option<Range<u64>>;
 
 /// What the board is.
 pub struct BoardItems {
-    /// Processors.
-    pub cpus: u16,
+    /// Processors that are there, asked when firmware reads it: it waits for each of them at every start.
+    pub cpus: Box<dyn Fn() -> u16 + Send + Sync>,
+    /// Processors that there can be.
+    pub most_cpus: u16,
     /// RAM, ascending.
     pub ram: Vec<Range<u64>>,
     /// Addresses that nothing may be put at, ascending.
@@ -83,7 +85,7 @@ pub struct Kernel {
 impl std::fmt::Debug for BoardItems {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("BoardItems")
-            .field("cpus", &self.cpus)
+            .field("cpus", &(self.cpus)())
             .field("ram", &self.ram)
             .field("kernel", &self.kernel)
             .finish_non_exhaustive()
@@ -96,8 +98,14 @@ impl std::fmt::Debug for BoardItems {
 /// [`FirmwareError::Items`]
 pub fn items(board: BoardItems) -> Result<Items, FirmwareError> {
     let mut items = Items::default();
-    items.item(CPUS, board.cpus);
-    items.item(MAX_CPUS, board.cpus);
+    let identified_cpus = (board.cpus)();
+    let present = board.cpus;
+    let present = Content::Made {
+        size: size_of::<u16>(),
+        make: Box::new(move || present().to_le_bytes().to_vec()),
+    };
+    items.item(CPUS, present);
+    items.item(MAX_CPUS, board.most_cpus);
     items.item(BOOT_MENU, 0_u16);
     items.file(
         "etc/e820",
@@ -129,7 +137,7 @@ pub fn items(board: BoardItems) -> Result<Items, FirmwareError> {
 
     let memory = board.ram.iter().map(|range| range.end - range.start).sum();
     let identified = smbios::Board {
-        cpus: board.cpus,
+        cpus: identified_cpus,
         memory,
         identity: board.identity,
     };

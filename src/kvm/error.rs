@@ -32,6 +32,17 @@ pub enum KvmError {
         /// How many there can be.
         limit: usize,
     },
+    /// a vCPU would have APIC id {id}, ...
+    #[error(
+        "a vCPU would have APIC id {id}, but this host's KVM has ids below {limit} only; \
+         ask for fewer with --cpus boot= and max=, or group them by powers of two in topology="
+    )]
+    ApicId {
+        /// The id.
+        id: u32,
+        /// How many ids there are.
+        limit: usize,
+    },
     /// no memory slot is free: all {limit} of KVM's are in use
     #[error("no memory slot is free: all {limit} of KVM's are in use")]
     NoMemslot {

@@ -38,6 +38,11 @@ pub enum VcpuEvent {
     PowerOff,
     /// The guest told KVM that it has crashed.
     Crash,
+    /// It is out of the guest, as it was asked to be, and reset.
+    Parked {
+        /// Which vCPU.
+        id: u8,
+    },
     /// KVM could not run it.
     Failed {
         /// Which vCPU.

@@ -8,12 +8,13 @@ use std::thread::{self, JoinHandle};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use super::error::KvmError;
-use super::gate::{Gate, Turn};
+use super::gate::{Gate, Pass, Turn};
 use super::kick::{self, Kick};
 use super::run::{self, Buses, ExitCounts, ExitKind, Left, VcpuEvent};
 use super::stats_fd::VcpuStats;
 use super::vm::Vm;
-use crate::arch::{CpuModel, Vcpu, create_vcpus};
+use crate::arch::{CpuModel, Vcpu, VcpuMaker};
+use crate::config::Topology;
 
 /// A vCPU's thread runs devices' register accesses and little else.
 const STACK: usize = 512 << 10;
@@ -21,6 +22,8 @@ const STACK: usize = 512 << 10;
 /// What one vCPU has done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VcpuSeen {
+    /// Its number.
+    pub id: u8,
     /// Exits to user space, by kind.
     pub exits: [(&'static str, u64); ExitKind::ALL.len()],
     /// What KVM counts, by its names: all exits, interrupts, page faults and others. Empty where the host's KVM does
@@ -32,9 +35,16 @@ pub struct VcpuSeen {
 pub type EventSink = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
 
 /// All vCPUs of a VM. They are held at first. Dropping ends the threads.
+///
+/// KVM takes no vCPU back, so that one which leaves the guest is put aside: its thread has reset it, and waits. One that
+/// comes is made, or is one that was put aside.
 pub struct Vcpus {
     gate: Arc<Gate>,
+    /// By their numbers.
     vcpus: Vec<Thread>,
+    maker: VcpuMaker,
+    buses: Buses,
+    events: EventSink,
 }
 
 struct Thread {
@@ -55,31 +65,72 @@ impl fmt::Debug for Vcpus {
 }
 
 impl Vcpus {
-    /// Makes `count` vCPUs (1 to 64) and their threads.
+    /// Makes the first `count` vCPUs of `topology`, and their threads.
     ///
     /// # Errors
     /// [`KvmError`]
     pub fn new(
         vm: &Vm,
         model: &CpuModel,
+        topology: Topology,
         count: u8,
         buses: &Buses,
         events: &EventSink,
     ) -> Result<Self, KvmError> {
         kick::prepare_signal();
+        let (maker, vcpus) = VcpuMaker::begin(vm, model, topology, count)?;
         let mut all = Self {
             gate: Arc::default(),
             vcpus: Vec::with_capacity(count.into()),
+            maker,
+            buses: buses.clone(),
+            events: events.clone(),
         };
-        for vcpu in create_vcpus(vm, model, count)? {
-            all.start(vcpu, buses.clone(), events.clone())?;
+        for vcpu in vcpus {
+            all.start(vcpu)?;
         }
         // A thread names itself: whoever is told that the VM runs finds each by its name.
-        all.gate.wait_for(all.vcpus.len());
+        all.gate.wait();
         Ok(all)
     }
 
-    fn start(&mut self, vcpu: Vcpu, buses: Buses, events: EventSink) -> Result<(), KvmError> {
+    /// Has the guest have vCPU `id`, as after power-on, until it is put aside: the next that is to be made, or one that
+    /// was put aside, which has been said of it.
+    ///
+    /// # Errors
+    /// [`KvmError`]
+    pub fn bring(&mut self, id: u8) -> Result<(), KvmError> {
+        match self.vcpus.get(usize::from(id)) {
+            Some(thread) => {
+                thread.counts.set_started(false);
+                lock(&thread.vcpu).reset()?;
+                self.gate.let_in(id.into());
+                Ok(())
+            }
+            None => {
+                let vcpu = self.maker.make(id)?;
+                self.start(vcpu)
+            }
+        }
+    }
+
+    /// Takes a vCPU out of the guest, wherever it is in that. Waits for nothing: [`VcpuEvent::Parked`] says when it is
+    /// so.
+    pub fn put_aside(&self, id: u8) {
+        self.gate.put_aside(id.into());
+        if let Some(thread) = self.vcpus.get(usize::from(id)) {
+            thread.kick();
+        }
+    }
+
+    /// A vCPU is none of the guest's from its next start on. To be called while the vCPUs are held, before
+    /// [`Self::reset`].
+    pub fn take_out(&self, id: u8) {
+        self.gate.take_out(id.into());
+    }
+
+    fn start(&mut self, vcpu: Vcpu) -> Result<(), KvmError> {
+        let (buses, events) = (self.buses.clone(), self.events.clone());
         let id = vcpu.id;
         let failed = |source| KvmError::Thread { id, source };
         let kick = Kick::new(&vcpu.fd).map_err(failed)?;
@@ -88,12 +139,14 @@ impl Vcpus {
         let (vcpu, counts) = (Arc::new(Mutex::new(vcpu)), Arc::new(ExitCounts::default()));
         let body = {
             let (gate, vcpu, counts) = (self.gate.clone(), vcpu.clone(), counts.clone());
-            move || thread_body(&gate, &vcpu, &buses, &counts, &events)
+            let number = gate.register();
+            move || thread_body(&gate, number, &vcpu, &buses, &counts, &events)
         };
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
             .stack_size(STACK)
             .spawn(body)
+            .inspect_err(|_| self.gate.forget_last())
             .map_err(failed)?;
         self.vcpus.push(Thread {
             vcpu,
@@ -122,9 +175,13 @@ impl Vcpus {
     /// # Errors
     /// [`KvmError::Ioctl`]
     pub fn reset(&self) -> Result<(), KvmError> {
-        self.vcpus.iter().try_for_each(|thread| {
+        (0..).zip(&self.vcpus).try_for_each(|(number, thread)| {
             thread.counts.set_started(false);
-            lock(&thread.vcpu).reset()
+            let mut vcpu = lock(&thread.vcpu);
+            match self.gate.is_out(number) {
+                true => vcpu.park(),
+                false => vcpu.reset(),
+            }
         })
     }
 
@@ -137,7 +194,7 @@ impl Vcpus {
     /// as the kernel needs for what a vCPU has it do, such as a minute for the reset of a device.
     pub fn hold(&self) {
         self.stop();
-        self.gate.wait_for(self.vcpus.len());
+        self.gate.wait();
     }
 
     /// Stops the guest between two instructions, without waiting for that.
@@ -150,7 +207,7 @@ impl Vcpus {
     /// is in it, on any thread, unless the guest runs again before.
     pub fn stop_then(&self, then: impl FnOnce() + Send + 'static) {
         self.gate.close();
-        self.gate.when_parked(self.vcpus.len(), then);
+        self.gate.when_parked(then);
         self.kick();
     }
 
@@ -169,12 +226,12 @@ impl Vcpus {
         }
     }
 
-    /// The numbers of those that execute instructions, or are halted: the first, and those that the guest has started.
+    /// The APIC ids of those that execute instructions, or are halted: the first, and those that the guest has started.
     pub fn started(&self) -> impl Iterator<Item = u8> {
         let numbered = (0..=u8::MAX).zip(&self.vcpus);
         numbered
             .filter(|(id, thread)| *id == 0 || thread.counts.is_started())
-            .map(|(id, _)| id)
+            .filter_map(|(id, _)| u8::try_from(self.maker.apic_id(id)).ok())
     }
 
     /// Exits to user space of one kind, of all vCPUs together.
@@ -186,10 +243,11 @@ impl Vcpus {
             .sum()
     }
 
-    /// What each has done, in the order of their numbers. Waits for none of them.
+    /// What each that the guest has has done, in the order of their numbers. Waits for none of them.
     #[must_use]
     pub fn seen(&self) -> Vec<VcpuSeen> {
-        let seen = |thread: &Thread| VcpuSeen {
+        let seen = |(id, thread): (u8, &Thread)| VcpuSeen {
+            id,
             exits: ExitKind::ALL.map(|kind| (kind.name(), thread.counts.get(kind))),
             kvm: thread
                 .stats
@@ -197,14 +255,22 @@ impl Vcpus {
                 .map(VcpuStats::read)
                 .unwrap_or_default(),
         };
-        self.vcpus.iter().map(seen).collect()
+        let numbered = (0..=u8::MAX).zip(&self.vcpus);
+        numbered
+            .filter(|(id, _)| !self.gate.is_out((*id).into()))
+            .map(seen)
+            .collect()
     }
 
     fn kick(&self) {
-        for thread in &self.vcpus {
-            if let Some(handle) = &thread.thread {
-                thread.kick.kick(handle.as_pthread_t());
-            }
+        self.vcpus.iter().for_each(Thread::kick);
+    }
+}
+
+impl Thread {
+    fn kick(&self) {
+        if let Some(handle) = &self.thread {
+            self.kick.kick(handle.as_pthread_t());
         }
     }
 }
@@ -246,6 +312,7 @@ impl Drop for LeaveGuard<'_> {
 
 fn thread_body(
     gate: &Gate,
+    number: usize,
     vcpu: &Mutex<Vcpu>,
     buses: &Buses,
     counts: &ExitCounts,
@@ -254,7 +321,25 @@ fn thread_body(
     let id = lock(vcpu).id;
     let _leave = LeaveGuard { gate, events, id };
     let mut last = Turn::default();
-    while let Some(turn) = gate.pass(last) {
+    loop {
+        let turn = match gate.pass(number, last) {
+            Pass::Run(turn) => turn,
+            Pass::Leave => {
+                // Its own thread does this, so that nobody waits for what the vCPU was at.
+                counts.set_started(false);
+                let parked = lock(vcpu).park();
+                gate.left(number);
+                events(match parked {
+                    Ok(()) => VcpuEvent::Parked { id },
+                    Err(error) => VcpuEvent::Failed {
+                        id,
+                        reason: error.to_string(),
+                    },
+                });
+                continue;
+            }
+            Pass::End => return,
+        };
         last = turn;
         let mut vcpu = lock(vcpu);
         let event = loop {
@@ -262,13 +347,14 @@ fn thread_body(
             // The flag first, then the gate: who closes the gate sets the flag after it.
             vcpu.fd.set_kvm_immediate_exit(0);
             match left {
-                Left::Kicked if gate.is_on(turn) => {}
+                Left::Kicked if gate.is_on(number, turn) => {}
                 Left::Kicked => break None,
                 Left::Event(event) => break Some(event),
             }
         };
         drop(vcpu);
-        if let Some(event) = event {
+        // What one does that the guest has given up is nobody's business.
+        if let Some(event) = event.filter(|_| !gate.is_out(number)) {
             events(event);
         }
     }

@@ -21,6 +21,7 @@ use super::events::Events;
 use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
 use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
+use super::resize::ProcessorCount;
 use super::seats::Owner;
 use super::virtio::VirtioDevices;
 use crate::acpi;
@@ -29,6 +30,7 @@ use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::{CpuFeatures, CpuModel};
 use crate::arch::{gsi, layout};
 use crate::config::{ConsoleConfig, MemoryConfig, VirtioConfig, VmConfig};
+use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::pci_hotplug;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{Ram, Regions};
@@ -42,6 +44,7 @@ use crate::virtio::rng::Rng;
 #[derive(Debug)]
 pub(super) struct Machine {
     pub(super) vcpus: Vcpus,
+    pub(super) processors: ProcessorCount,
     /// A pause of the virtio devices that is under way, which is waited for.
     pub(super) pausing: Arc<Aside>,
     // Waits for the devices that are being released, whose functions the topology has no more.
@@ -217,6 +220,7 @@ impl Machine {
         if can_be_asked || pci.seats().count(Owner::Assigned) > 0 {
             acpi.bus0_slots = open_slots(&pci, &buses, &router, &events)?;
         }
+        let processors = ProcessorCount::new(&config.cpus, &buses, &router, &events)?;
         let boot = match source {
             Source::Kernel(source) => Boot::Kernel(Box::new(KernelBoot {
                 source,
@@ -234,6 +238,7 @@ impl Machine {
                     pci: &pci,
                     virtio: &virtio,
                     windows: &windows,
+                    processors: processors.registers(),
                     acpi,
                 };
                 Boot::Firmware(FirmwareBoard::new(source, &around)?)
@@ -242,9 +247,17 @@ impl Machine {
         report.reached(Stage::Devices);
         early.check()?;
 
-        let vcpus = Vcpus::new(&vm, &model, config.cpus.boot, &buses, &events.sink())?;
+        let vcpus = Vcpus::new(
+            &vm,
+            &model,
+            config.cpus.grouped(),
+            config.cpus.boot,
+            &buses,
+            &events.sink(),
+        )?;
         let machine = Self {
             vcpus,
+            processors,
             pausing: Arc::default(),
             passthrough,
             virtio,
@@ -286,7 +299,9 @@ impl Machine {
         };
         self.pci.assign()?;
         let ram = self.ram.guest().memory();
-        let rsdp = acpi::install(&*ram, acpi)?;
+        let mut acpi = acpi.clone();
+        processors_now(&mut acpi, self.processors.registers());
+        let rsdp = acpi::install(&*ram, &acpi)?;
         if let Some(tables) = smbios {
             boot::tell_identity(&*ram, tables)?;
         }
@@ -312,6 +327,7 @@ impl Machine {
             }
         }
         config.device = self.passthrough.attached.configs();
+        self.processors.show(&mut config.cpus);
         config
     }
 
@@ -447,13 +463,15 @@ fn smbios_tables(config: &VmConfig) -> Option<smbios::Tables> {
 }
 
 fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
+    let topology = config.cpus.grouped();
     acpi::Hardware {
-        cpus: (0..config.cpus.boot)
+        cpus: (0..config.cpus.most())
             .map(|id| acpi::Cpu {
-                apic_id: id.into(),
-                enabled: true,
+                apic_id: topology.apic_id(id),
+                enabled: id < config.cpus.boot,
             })
             .collect(),
+        cpu_hotplug: config.cpus.comes_and_goes(),
         // One behind each root port, and each assigned device has a port.
         last_bus: u8::try_from(config.device.len())
             .unwrap_or(u8::MAX)
@@ -464,6 +482,14 @@ fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
         bus0_slots: 0,
         ecam: layout::ECAM_START,
+    }
+}
+
+/// Has the tables say which processors are there now.
+pub(super) fn processors_now(acpi: &mut acpi::Hardware, registers: &CpuHotplug) {
+    let present = registers.processors().present;
+    for (id, cpu) in (0..=u8::MAX).zip(&mut acpi.cpus) {
+        cpu.enabled = present.has(id);
     }
 }
 

@@ -118,6 +118,21 @@ impl Definition {
         Ok(())
     }
 
+    /// The guest begins with so many processors.
+    pub(super) fn resize(&mut self, vcpus: u16) -> Result<(), RequestError> {
+        let cpus = &mut self.config.cpus;
+        let most = cpus.most();
+        match u8::try_from(vcpus) {
+            Ok(count) if (1..=most).contains(&count) => {
+                cpus.boot = count;
+                Ok(())
+            }
+            _ => Err(RequestError::Invalid(format!(
+                "{vcpus} processors: the VM can have 1 to {most} of them (cpus.max_vcpus)"
+            ))),
+        }
+    }
+
     pub(super) fn remove(&mut self, id: &str) -> Result<(), RequestError> {
         let config = &mut self.config;
         let before = count(config);

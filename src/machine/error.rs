@@ -330,7 +330,8 @@ impl RunError {
                 KvmError::Unavailable { .. }
                 | KvmError::MissingCapability(_)
                 | KvmError::ApiVersion(_)
-                | KvmError::TooManyVcpus { .. },
+                | KvmError::TooManyVcpus { .. }
+                | KvmError::ApicId { .. },
             )
             | Self::Ram(_)
             | Self::Prefault(_)

@@ -9,6 +9,7 @@ use busway_pci::SlotListener;
 use busway_vfio::EventFd;
 
 use crate::devices::PowerSink;
+use crate::devices::cpu_hotplug::CpuKeeper;
 use crate::kvm::{EventSink, VcpuEvent};
 
 /// Something that the machine has to decide.
@@ -32,6 +33,18 @@ pub(super) enum Event {
     },
     /// A vCPU cannot deal with something.
     Vcpu(VcpuEvent),
+    /// The guest has released a processor, which is to be put aside.
+    CpuEjected {
+        /// Its number.
+        cpu: u8,
+    },
+    /// The guest does not release a processor.
+    CpuRefused {
+        /// Its number.
+        cpu: u8,
+        /// Why, by the status of `_OST`.
+        status: u8,
+    },
     /// A thread of this process panicked.
     Panicked,
     /// The guest was to be paused: no vCPU is in it any more, and its virtio devices are quiet.
@@ -146,6 +159,16 @@ impl SlotListener for Events {
 
     fn steadied(&self, slot: u16) {
         self.push(Event::SlotSteady { slot });
+    }
+}
+
+impl CpuKeeper for Events {
+    fn ejected(&self, cpu: u8) {
+        self.push(Event::CpuEjected { cpu });
+    }
+
+    fn refused(&self, cpu: u8, status: u8) {
+        self.push(Event::CpuRefused { cpu, status });
     }
 }
 

@@ -9,6 +9,7 @@ use busway_pci::{Topology, Windows};
 
 use super::RunError;
 use super::address_plan::AddressPlan;
+use super::assembly::processors_now;
 use super::pci::Pci;
 use super::virtio::VirtioDevices;
 use crate::acpi;
@@ -18,6 +19,7 @@ use crate::arch::boot::BootSource;
 use crate::arch::debug_port::{self, DebugPort};
 use crate::arch::layout;
 use crate::config::VmConfig;
+use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::fw_cfg::{self, FwCfg};
 use crate::devices::pflash::{self, Pflash};
 use crate::firmware::{
@@ -83,6 +85,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) virtio: &'a VirtioDevices,
     /// Where BARs may be.
     pub(super) windows: &'a Windows,
+    /// Which processors are there.
+    pub(super) processors: &'a Arc<CpuHotplug>,
     pub(super) acpi: acpi::Hardware,
 }
 
@@ -157,7 +161,12 @@ fn board_items(
             around.windows.clone(),
             Arc::downgrade(around.pci.topology()),
         );
-        move || tables_now(&platform, &windows, &topology, &ecam())
+        let processors = around.processors.clone();
+        move || {
+            let mut now = tables_now(&platform, &windows, &topology, &ecam());
+            processors_now(&mut now, &processors);
+            now
+        }
     };
     let bits = match around.model.has_large_pages() {
         true => WIDEST,
@@ -170,7 +179,11 @@ fn board_items(
         .filter(|(start, _)| *start >= layout::HIGH_RAM_START)
         .map(|(start, last)| *start..last.saturating_add(1));
     BoardItems {
-        cpus: around.config.cpus.boot.into(),
+        cpus: {
+            let processors = around.processors.clone();
+            Box::new(move || processors.processors().present.count())
+        },
+        most_cpus: around.config.cpus.most().into(),
         ram: ram.to_vec(),
         reserved: reserved.collect(),
         acpi: Arc::new(acpi),
@@ -309,6 +322,7 @@ mod tests {
     fn firmware_is_told_the_windows_and_the_tables_follow_it() {
         let platform = acpi::Hardware {
             cpus: Vec::new(),
+            cpu_hotplug: false,
             last_bus: 4,
             mmio32: Vec::new(),
             mmio64: Vec::new(),

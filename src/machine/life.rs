@@ -13,6 +13,7 @@ use super::observed::State;
 use super::passthrough::Verdict;
 use super::removal::Removal;
 use super::requests::{Answer, Asker, Request, RequestError, Requests};
+use super::resize::Wish;
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
 use crate::monitor::{self, Source as About};
@@ -153,7 +154,11 @@ impl Machine {
         requests.rouse();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
-            let others = [self.passthrough.deadline(), self.virtio.deadline()];
+            let others = [
+                self.passthrough.deadline(),
+                self.virtio.deadline(),
+                self.processors.deadline(),
+            ];
             let others = others.into_iter().flatten().min();
             let count = match epoll.wait(life.timeout(others), &mut ready) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
@@ -186,6 +191,7 @@ impl Machine {
             let now = Instant::now();
             self.passthrough.on_time(&mut self.pci, now);
             self.virtio.on_time(now);
+            self.processors.on_time(now);
             for (request, asker) in std::mem::take(&mut life.waiting) {
                 self.add(life, request, asker);
             }
@@ -324,6 +330,18 @@ impl Machine {
                     self.virtio.on_refused(slot, status);
                     None
                 }
+                Event::CpuEjected { cpu } => {
+                    self.processors.on_ejected(cpu, &self.vcpus);
+                    None
+                }
+                Event::CpuRefused { cpu, status } => {
+                    self.processors.on_refused(cpu, status);
+                    None
+                }
+                Event::Vcpu(VcpuEvent::Parked { id }) => {
+                    self.processors.on_parked(id);
+                    None
+                }
                 Event::Panicked => return Err(RunError::Panicked),
                 Event::Vcpu(VcpuEvent::Crash) => return Err(RunError::Crashed),
                 Event::Vcpu(VcpuEvent::Failed { id, reason }) => {
@@ -381,6 +399,17 @@ impl Machine {
                         let seats = self.pci.seats();
                         self.passthrough.remove(&id, removal, seats, held);
                     }
+                }
+                Request::Resize { vcpus, wait } => {
+                    let runs = matches!(life.phase, Phase::Running);
+                    let limit = self.passthrough.removal_limit();
+                    let wish = Wish {
+                        count: vcpus,
+                        wait,
+                        asker,
+                        limit,
+                    };
+                    self.processors.resize(wish, runs, &mut self.vcpus);
                 }
                 Request::End(extent) => {
                     log::info!("the VM ends, as its control socket asks");

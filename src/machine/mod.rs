@@ -29,6 +29,7 @@ mod pci;
 mod quiet;
 mod removal;
 mod requests;
+mod resize;
 mod restart;
 mod seats;
 mod shown;

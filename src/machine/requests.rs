@@ -55,6 +55,13 @@ pub enum Request {
     /// Add a virtio device, for descriptors that were passed with the request, or for what the configuration names where
     /// there are none. Answered when the guest can find it.
     AddVirtio(Box<VirtioConfig>, Files),
+    /// Give the guest so many processors.
+    Resize {
+        /// How many.
+        vcpus: u16,
+        /// Answered when the guest has them, and no more, or when it is found to keep some; else when it has been asked.
+        wait: bool,
+    },
     /// Have the guest release a device, and with it all in its slot.
     RemoveDevice {
         /// Its name, or its address on the host where it has none.
@@ -202,6 +209,12 @@ pub enum RequestError {
     /// the VM has ended
     #[error("the VM has ended")]
     Ended,
+    /// processors that were asked for are not released yet
+    #[error(
+        "Too Many Requests: the guest is releasing processors that it was asked for before; ask again when it has, or \
+         has refused"
+    )]
+    Resizing,
     /// too many requests wait
     #[error("{MOST} requests wait already: ask again")]
     TooMany,

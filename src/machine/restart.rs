@@ -70,6 +70,7 @@ impl Machine {
         self.vcpus.hold();
         self.passthrough.attached.on_restart(self.pci.seats());
         self.virtio.on_restart();
+        self.processors.on_restart(&self.vcpus);
         self.events.clear();
         // A device's pin is connected anew by its reset, and what it signals then must not be
         // forgotten by the chips.

@@ -272,7 +272,8 @@ impl Served {
                 | Request::Boot
                 | Request::AddDevice(..)
                 | Request::AddVirtio(..)
-                | Request::RemoveDevice { .. } => Err(RequestError::NotCreated),
+                | Request::RemoveDevice { .. }
+                | Request::Resize { .. } => Err(RequestError::NotCreated),
                 _ => Err(RequestError::NotRunning),
             };
         };
@@ -292,6 +293,7 @@ impl Served {
             Request::AddDevice(configs, files) => definition.add_devices(configs, files)?,
             Request::AddVirtio(config, files) => definition.add_virtio(*config, files)?,
             Request::RemoveDevice { id, .. } => definition.remove(&id)?,
+            Request::Resize { vcpus, .. } => definition.resize(vcpus)?,
             Request::End(Extent::Definition) => self.forget(),
             _ => return Err(RequestError::NotRunning),
         }

@@ -70,7 +70,7 @@ fn the_client_that_is_generated_from_the_description_leads_a_vm_through_its_life
             let mut size = VmResize::new();
             size.desired_vcpus = Some(2);
             if let Err(error) = client.vm_resize_put(size).await {
-                assert_eq!(status::<()>(Err(error)), 501);
+                assert_eq!(status::<()>(Err(error)), 400);
             }
             client.reboot_vm().await.unwrap();
             client.shutdown_vm().await.unwrap();

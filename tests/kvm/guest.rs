@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use busway::arch::{CpuFeatures, CpuModel};
-use busway::config::MemoryConfig;
+use busway::config::{MemoryConfig, Topology};
 use busway::kvm::{BusDevice, Buses, EventSink, IrqRouter, KvmError, VcpuEvent, Vcpus, Vm};
 use busway::memory::{Ram, Regions};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -89,7 +89,7 @@ impl Guest {
             .unwrap();
         let (sender, events) = mpsc::channel();
         let sink: EventSink = Arc::new(move |event| sender.send(event).unwrap());
-        let vcpus = Vcpus::new(&vm, &model, cpus, &buses, &sink)?;
+        let vcpus = Vcpus::new(&vm, &model, Topology::cores(cpus), cpus, &buses, &sink)?;
         let guest = Self {
             vcpus,
             buses,

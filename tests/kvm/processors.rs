@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use busway::arch::CpuFeatures;
+use busway::kvm::VcpuEvent;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::guest::{AP_CODE, Guest, SPIN, STOP, TELL_AL, al, guest, guest_with, wrmsr, x2apic};
@@ -156,6 +157,87 @@ fn a_deadline_timer_comes_when_it_is_due_after_each_reset_too() {
         guest.vm.reset_chips().unwrap();
         guest.enter().unwrap();
     }
+}
+
+/// A guest whose boot processor starts the others again and again, each of which tells its APIC id whenever it starts.
+fn restless(cpus: u8) -> Option<Guest> {
+    let [init, startup] = [0xc_4500, 0xc_4602].map(|command| wrmsr(0x830, 0, command));
+    let guest = guest(
+        cpus,
+        &[
+            &x2apic(),
+            // again: mov cx, 0; loop $; init; start-up; jmp again
+            &[0xb9, 0, 0, 0xe2, 0xfe],
+            &init,
+            &startup,
+            &[
+                0xeb,
+                u8::try_from(256 - (2 + 5 + init.len() + startup.len())).unwrap(),
+            ],
+        ],
+    )?;
+    let id = [
+        0x66, 0xb8, 1, 0, 0, 0, 0x0f, 0xa2, 0x66, 0xc1, 0xeb, 24, 0x88, 0xd8,
+    ];
+    guest.write(AP_CODE.into(), &[&id[..], TELL_AL, STOP].concat());
+    Some(guest)
+}
+
+/// Until the guest has told each of `ids`, and nothing else.
+fn hears(guest: &Guest, ids: &[u8]) {
+    let mut missing = ids.to_vec();
+    while !missing.is_empty() {
+        let id = guest.next();
+        assert!(ids.contains(&id), "{id} is not in the guest");
+        missing.retain(|one| *one != id);
+    }
+}
+
+#[test]
+fn a_processor_that_is_put_aside_executes_nothing_and_comes_back_as_after_power_on() {
+    let Some(mut guest) = restless(3) else { return };
+    // What the guest told before.
+    let forget = |guest: &Guest| while !guest.is_silent() {};
+    guest.vcpus.resume();
+    hears(&guest, &[1, 2]);
+    for _ in 0..5 {
+        guest.vcpus.put_aside(2);
+        assert_eq!(guest.event(), VcpuEvent::Parked { id: 2 });
+        guest.vcpus.hold();
+        forget(&guest);
+        guest.vcpus.resume();
+        for _ in 0..10 {
+            hears(&guest, &[1]);
+        }
+        let seen: Vec<_> = guest.vcpus.seen().iter().map(|vcpu| vcpu.id).collect();
+        assert_eq!(seen, [0, 1]);
+        guest.vcpus.bring(2).unwrap();
+        hears(&guest, &[1, 2]);
+    }
+    // While the guest is held as well; and it stays out when that starts anew.
+    guest.vcpus.hold();
+    guest.vcpus.put_aside(1);
+    assert_eq!(guest.event(), VcpuEvent::Parked { id: 1 });
+    guest.vcpus.hold();
+    forget(&guest);
+    guest.vcpus.reset().unwrap();
+    guest.vm.reset_chips().unwrap();
+    guest.enter().unwrap();
+    guest.vcpus.resume();
+    for _ in 0..10 {
+        hears(&guest, &[2]);
+    }
+}
+
+#[test]
+fn a_processor_that_was_never_there_comes_to_a_guest_that_runs() {
+    let Some(mut guest) = restless(2) else { return };
+    guest.vcpus.resume();
+    hears(&guest, &[1]);
+    // The guest was made for as many as there are: KVM gives more than that all the same.
+    guest.vcpus.bring(2).unwrap();
+    hears(&guest, &[1, 2]);
+    assert_eq!(guest.vcpus.seen().len(), 3);
 }
 
 /// What a guest finds in a register of a leaf of CPUID, byte by byte.

@@ -12,6 +12,9 @@ pub const SCI: u32 = 9;
 /// Level-triggered, active high.
 pub const PCI_HOTPLUG: u32 = 10;
 
+/// What tells of processors that come and leave: another of ISA's. Level-triggered, active high.
+pub const CPU_HOTPLUG: u32 = 11;
+
 /// The first of those that PCI's INTx lines are wired to.
 const INTX_FIRST: u32 = 16;
 /// How many there are.

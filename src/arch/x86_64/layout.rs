@@ -22,6 +22,8 @@ pub const ECAM_START: u64 = 0xe000_0000;
 pub const ECAM_SIZE: u64 = 256 << 20;
 /// The registers by which devices come to bus 0 and leave it, of one page.
 pub const PCI_HOTPLUG_START: u64 = 0xfea0_0000;
+/// The registers by which processors come and leave, of one page.
+pub const CPU_HOTPLUG_START: u64 = 0xfea0_1000;
 /// The IOAPIC.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// The local APIC; the megabyte from here is where MSIs are written, and is never mapped for DMA.

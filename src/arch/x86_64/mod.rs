@@ -16,4 +16,4 @@ mod vcpu;
 
 pub use cpuid::CpuFeatures;
 pub use vcpu::CpuModel;
-pub(crate) use vcpu::{Vcpu, create_vcpus};
+pub(crate) use vcpu::{Vcpu, VcpuMaker};

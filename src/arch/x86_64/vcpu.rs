@@ -9,11 +9,11 @@ use kvm_bindings::{
     KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_cpuid_entry2, kvm_debugregs, kvm_enable_cap, kvm_fpu,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{Cap, VcpuFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 use super::cpuid::{self, CpuFeatures, CpuidInput};
 use super::msr;
-use crate::config::MAX_CPUS;
+use crate::config::{MAX_CPUS, Topology};
 use crate::kvm::{KvmError, Vm};
 
 // Offsets and bits of the local APIC's page. Intel SDM vol. 3A §11.4 and §11.5.1.
@@ -22,12 +22,15 @@ const LAPIC_LVT_LINT1: usize = 0x360;
 const DELIVERY_EXTINT: u32 = 7 << 8;
 const DELIVERY_NMI: u32 = 4 << 8;
 
+/// IA32_APIC_BASE: the local APIC is on. Intel SDM vol. 3A §11.4.4.
+const APIC_ENABLED: u64 = 1 << 11;
+
 /// The FPU's control word and MXCSR at power-on. Intel SDM vol. 3A §10.1.1, table 10-1.
 const FPU_CONTROL: u16 = 0x37f;
 const MXCSR: u32 = 0x1f80;
 
 /// What this host's KVM gives any vCPU.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct CpuModel {
     supported: Vec<kvm_cpuid_entry2>,
     tsc_deadline: bool,
@@ -119,76 +122,123 @@ impl fmt::Debug for Vcpu {
     }
 }
 
-/// Makes `count` vCPUs, in their state at power-on: the first runnable, the others waiting for INIT
-/// and SIPI.
-pub(crate) fn create_vcpus(vm: &Vm, model: &CpuModel, count: u8) -> Result<Vec<Vcpu>, KvmError> {
-    let limit = vm.kvm().get_max_vcpus().min(MAX_CPUS.into());
-    if usize::from(count) > limit {
-        return Err(KvmError::TooManyVcpus {
-            asked: count.into(),
-            limit,
-        });
-    }
-    // All of them before any is set up: the TSCs are synchronised by what is written to them, which
-    // has to be at one frequency.
-    let fds = (0..count)
-        .map(|id| create_one(vm, id))
-        .collect::<Result<Vec<_>, _>>()?;
-    let mut msrs: Option<Arc<[kvm_msr_entry]>> = None;
-    (0..count)
-        .zip(fds)
-        .map(|(id, fd)| {
-            let input = CpuidInput {
-                cpus: count,
-                tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
-                tsc_deadline: model.tsc_deadline,
-            };
-            let table = cpuid::guest_table(&model.supported, input, id);
-            let ioctl = |what| KvmError::ioctl(what, format!("vCPU {id}"));
-            let table = CpuId::from_entries(&table)
-                .map_err(|_| ioctl("KVM_SET_CPUID2")(kvm_ioctls::Error::new(libc::E2BIG)))?;
-            fd.set_cpuid2(&table).map_err(ioctl("KVM_SET_CPUID2"))?;
-            msr::set_boot(&fd, id)?;
-            let msrs = match &msrs {
-                Some(msrs) => msrs.clone(),
-                None => msrs
-                    .insert(msr::read_all(vm.kvm(), &fd, id)?.into())
-                    .clone(),
-            };
-
-            let mut lapic = fd.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?;
-            // As firmware leaves it: the PIC on LINT0, the NMI on LINT1. MP 1.4 §3.6.2.2.
-            set_lapic(&mut lapic, LAPIC_LVT_LINT0, DELIVERY_EXTINT);
-            set_lapic(&mut lapic, LAPIC_LVT_LINT1, DELIVERY_NMI);
-            fd.set_lapic(&lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
-            let power_on = PowerOn {
-                regs: fd.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
-                sregs: fd.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?,
-                debug: fd.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?,
-                xcrs: fd.get_xcrs().ok().filter(|xcrs| xcrs.nr_xcrs != 0),
-                lapic,
-                msrs,
-            };
-            Ok(Vcpu { id, fd, power_on })
-        })
-        .collect()
+/// Makes a VM's vCPUs, in their state at power-on: the first runnable, the others waiting for INIT and SIPI.
+#[derive(Debug)]
+pub(crate) struct VcpuMaker {
+    vm: Arc<VmFd>,
+    model: CpuModel,
+    topology: Topology,
+    /// What each has in its registers at power-on, which the first was asked for.
+    msrs: Option<Arc<[kvm_msr_entry]>>,
 }
 
-fn create_one(vm: &Vm, id: u8) -> Result<VcpuFd, KvmError> {
-    let object = format_args!("vCPU {id}");
-    let fd = vm
-        .fd()
-        .create_vcpu(id.into())
-        .map_err(KvmError::ioctl("KVM_CREATE_VCPU", object))?;
-    // KVM gives a vCPU the frequency that the host's TSC was thought to have when KVM was loaded.
-    // Where the host has since measured it anew, and the processor cannot scale, that fails without
-    // a word: KVM then takes the guest's TSC to stand still, and its timers come too late by all the
-    // time that the host has been up. 0 is the frequency of now. Linux, arch/x86/kvm/x86.c,
-    // `kvm_set_tsc_khz`.
-    if let Err(error) = fd.set_tsc_khz(0) {
-        log::debug!("KVM_SET_TSC_KHZ failed on {object}: {error}");
+impl VcpuMaker {
+    /// Of a VM that can have all of `topology`, with the first `count` made.
+    pub(crate) fn begin(
+        vm: &Vm,
+        model: &CpuModel,
+        topology: Topology,
+        count: u8,
+    ) -> Result<(Self, Vec<Vcpu>), KvmError> {
+        let all = topology.processors().unwrap_or(u32::MAX);
+        let all = usize::try_from(all).unwrap_or(usize::MAX);
+        let limit = vm.kvm().get_max_vcpus().min(MAX_CPUS.into());
+        if all > limit {
+            return Err(KvmError::TooManyVcpus { asked: all, limit });
+        }
+        let last = u8::try_from(all.saturating_sub(1)).unwrap_or(u8::MAX);
+        let (id, limit) = (topology.apic_id(last), vm.kvm().get_max_vcpu_id());
+        if usize::try_from(id).unwrap_or(usize::MAX) >= limit {
+            return Err(KvmError::ApicId { id, limit });
+        }
+        let mut maker = Self {
+            vm: vm.fd().clone(),
+            model: model.clone(),
+            topology,
+            msrs: None,
+        };
+        // All of them before any is set up: the TSCs are synchronised by what is written to them, which
+        // has to be at one frequency.
+        let fds = (0..count)
+            .map(|id| maker.create(id))
+            .collect::<Result<Vec<_>, _>>()?;
+        let vcpus = (0..count).zip(fds).map(|(id, fd)| {
+            maker.describe(id, &fd)?;
+            let msrs = match &maker.msrs {
+                Some(msrs) => msrs.clone(),
+                None => {
+                    let all = msr::read_all(vm.kvm(), &fd, id)?;
+                    maker.msrs.insert(all.into()).clone()
+                }
+            };
+            finish(id, fd, msrs)
+        });
+        let vcpus = vcpus.collect::<Result<Vec<_>, _>>()?;
+        Ok((maker, vcpus))
     }
-    Ok(fd)
+
+    /// One more, of a number that there is none of.
+    pub(crate) fn make(&self, id: u8) -> Result<Vcpu, KvmError> {
+        let fd = self.create(id)?;
+        self.describe(id, &fd)?;
+        finish(id, fd, self.msrs.clone().unwrap_or_default())
+    }
+
+    /// The APIC id of a vCPU, which is its number for KVM too. KVM API, KVM_CREATE_VCPU
+    pub(crate) fn apic_id(&self, id: u8) -> u32 {
+        self.topology.apic_id(id)
+    }
+
+    fn create(&self, id: u8) -> Result<VcpuFd, KvmError> {
+        let object = format_args!("vCPU {id}");
+        let fd = self
+            .vm
+            .create_vcpu(self.apic_id(id).into())
+            .map_err(KvmError::ioctl("KVM_CREATE_VCPU", object))?;
+        // KVM gives a vCPU the frequency that the host's TSC was thought to have when KVM was loaded.
+        // Where the host has since measured it anew, and the processor cannot scale, that fails without
+        // a word: KVM then takes the guest's TSC to stand still, and its timers come too late by all the
+        // time that the host has been up. 0 is the frequency of now. Linux, arch/x86/kvm/x86.c,
+        // `kvm_set_tsc_khz`.
+        if let Err(error) = fd.set_tsc_khz(0) {
+            log::debug!("KVM_SET_TSC_KHZ failed on {object}: {error}");
+        }
+        Ok(fd)
+    }
+
+    /// Says what processor it is.
+    fn describe(&self, id: u8, fd: &VcpuFd) -> Result<(), KvmError> {
+        let input = CpuidInput {
+            topology: self.topology,
+            tsc_khz: fd.get_tsc_khz().ok().filter(|khz| *khz != 0),
+            tsc_deadline: self.model.tsc_deadline,
+        };
+        let table = cpuid::guest_table(&self.model.supported, input, self.apic_id(id));
+        let ioctl = |what| KvmError::ioctl(what, format!("vCPU {id}"));
+        let table = CpuId::from_entries(&table)
+            .map_err(|_| ioctl("KVM_SET_CPUID2")(kvm_ioctls::Error::new(libc::E2BIG)))?;
+        fd.set_cpuid2(&table).map_err(ioctl("KVM_SET_CPUID2"))?;
+        msr::set_boot(fd, id)
+    }
+}
+
+/// Sets what is left to be set of a vCPU that has been described, and notes its state at power-on.
+fn finish(id: u8, fd: VcpuFd, msrs: Arc<[kvm_msr_entry]>) -> Result<Vcpu, KvmError> {
+    let ioctl = |what| KvmError::ioctl(what, format!("vCPU {id}"));
+    let mut lapic = fd.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?;
+    // As firmware leaves it: the PIC on LINT0, the NMI on LINT1. MP 1.4 §3.6.2.2.
+    set_lapic(&mut lapic, LAPIC_LVT_LINT0, DELIVERY_EXTINT);
+    set_lapic(&mut lapic, LAPIC_LVT_LINT1, DELIVERY_NMI);
+    fd.set_lapic(&lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
+    let power_on = PowerOn {
+        regs: fd.get_regs().map_err(ioctl("KVM_GET_REGS"))?,
+        sregs: fd.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?,
+        debug: fd.get_debug_regs().map_err(ioctl("KVM_GET_DEBUGREGS"))?,
+        xcrs: fd.get_xcrs().ok().filter(|xcrs| xcrs.nr_xcrs != 0),
+        lapic,
+        msrs,
+    };
+    Ok(Vcpu { id, fd, power_on })
 }
 
 fn set_lapic(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
@@ -260,6 +310,19 @@ impl Vcpu {
             .map_err(self.ioctl("KVM_SET_MP_STATE"))
     }
 
+    /// Puts it aside: as at power-on, with its local APIC off, so that no INIT or SIPI of what goes on in the guest reaches
+    /// it. A reset takes it back.
+    pub(crate) fn park(&mut self) -> Result<(), KvmError> {
+        self.reset()?;
+        let sregs = kvm_sregs {
+            apic_base: self.power_on.sregs.apic_base & !APIC_ENABLED,
+            ..self.power_on.sregs
+        };
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(self.ioctl("KVM_SET_SREGS"))
+    }
+
     fn reset_fpu(&mut self) -> Result<(), KvmError> {
         let fpu = kvm_fpu {
             fcw: FPU_CONTROL,
@@ -315,7 +378,8 @@ mod tests {
             .inspect_err(|error| eprintln!("skipped: {error}"))
             .ok()?;
         let model = CpuModel::new(&vm, CpuFeatures::default()).unwrap();
-        let vcpu = create_vcpus(&vm, &model, 1).unwrap().remove(0);
+        let (_, mut vcpus) = VcpuMaker::begin(&vm, &model, Topology::cores(1), 1).unwrap();
+        let vcpu = vcpus.remove(0);
         Some((vm, model, vcpu))
     }
 

@@ -130,6 +130,12 @@ enum Verb {
         #[arg(long)]
         id: Option<String>,
     },
+    /// Give the guest another number of processors; answered when it has as many
+    Resize {
+        /// How many, from 1 to what `--cpus max=` said
+        #[arg(long, value_name = "N")]
+        cpus: u16,
+    },
     /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
@@ -245,6 +251,7 @@ impl Verb {
             Self::AddFs(_) => "vm.add-fs",
             Self::AddVsock { .. } => "vm.add-vsock",
             Self::RemoveDevice { .. } => "vm.remove-device",
+            Self::Resize { .. } => "vm.resize",
         }
     }
 
@@ -281,6 +288,7 @@ impl Verb {
             Self::AddVsock { cid, socket, id } => Some(json!({
                 "cid": cid, "socket": socket.as_deref().map(absolute), "id": id,
             })),
+            Self::Resize { cpus } => Some(json!({ "desired_vcpus": cpus, "wait": true })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {
@@ -304,7 +312,8 @@ impl Verb {
             | Self::AddNet(_)
             | Self::AddFs(_)
             | Self::AddVsock { .. }
-            | Self::RemoveDevice { .. } => END_LIMIT,
+            | Self::RemoveDevice { .. }
+            | Self::Resize { .. } => END_LIMIT,
             _ => LIMIT,
         }
     }
@@ -316,7 +325,7 @@ impl Verb {
                 timeout: Some(seconds),
                 ..
             } => (*seconds).into(),
-            Self::RemoveDevice { timeout: None, .. } => {
+            Self::RemoveDevice { timeout: None, .. } | Self::Resize { .. } => {
                 let info = client::ask(socket, "GET", "vm.info", None, LIMIT)?;
                 number(&info, "/config/platform/removal_timeout_s")
             }
@@ -413,6 +422,7 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Counters => counters(answer, screen),
         Verb::CheckDevice { device } => check(device, answer, screen),
         Verb::List | Verb::Top(_) | Verb::Metrics => String::new(),
+        Verb::Resize { cpus } => format!("the guest has {cpus} processors\n"),
         Verb::Reboot => "the guest starts anew\n".to_owned(),
         Verb::Nmi => "the guest's processors have their interrupt\n".to_owned(),
         Verb::Stop => "the VM has ended, and can be booted again\n".to_owned(),

@@ -3,7 +3,7 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    CONSOLE_FILE_SIZE, ConsoleConfig, CpusConfig, DeviceConfig, MemoryConfig, NetConfig, OnError,
+    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, MemoryConfig, NetConfig, OnError,
     PlatformConfig, RngConfig,
 };
 use crate::control::SocketAddress;
@@ -135,38 +135,17 @@ macro_rules! keys {
     };
 }
 
+mod cpus;
 mod disk;
 mod firmware;
 mod fs;
 mod vsock;
 
+pub(super) use cpus::CPUS;
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
 pub(super) use fs::FS;
 pub(super) use vsock::VSOCK;
-
-/// `--cpus`
-pub(super) static CPUS: Section<CpusConfig> = Section {
-    name: "cpus",
-    summary: "Processors: boot=N[,max=N][,nested=on|off][,pmu=on|off]",
-    words: &[],
-    notes: "",
-    blank: CpusConfig::default,
-    keys: keys! {
-        "boot" { "N": "how many run at boot, 1 to 64 [1]" }
-            |cpus, value| cpus.boot = value.number()?;
-        "max" { "N": "how many there can be; as many as boot, for now [boot]" }
-            |cpus, value| cpus.max = Some(value.number()?);
-        "nested" { "on|off": "the guest can run guests of its own, where the host's KVM lets it [on]" }
-            |cpus, value| cpus.nested = value.switch()?;
-        "pmu" { "on|off": "it has performance counters, where the host's KVM has them [on]" }
-            |cpus, value| cpus.pmu = value.switch()?;
-    },
-    required: &[],
-    bare: None,
-    single: false,
-    details: &[],
-};
 
 /// `--memory`
 pub(super) static MEMORY: Section<MemoryConfig> = Section {

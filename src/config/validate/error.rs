@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::config::limits::{
     INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_NET_QUEUES, MAX_OEM_STRINGS,
-    MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE, TAG_SIZE,
+    MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE, TAG_SIZE,
 };
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
@@ -30,21 +30,13 @@ pub enum InvalidConfig {
         /// The flag.
         what: &'static str,
     },
-    /// --cpus boot={boot}: a VM has 1 to 64 processors
+    /// --cpus boot={boot}: a VM has 1 to 255 processors
     #[error("--cpus boot={boot}: a VM has 1 to {MAX_CPUS} processors")]
     Cpus {
         /// What was asked for.
         boot: u8,
     },
-    /// --cpus max={max}: vCPUs cannot be added to a running guest yet
-    #[error(
-        "--cpus max={max}: vCPUs cannot be added to a running guest yet: leave max= out, or boot={max}"
-    )]
-    NoCpuHotplug {
-        /// What was asked for.
-        max: u8,
-    },
-    /// --cpus max={max}: must be from boot={boot} to 64
+    /// --cpus max={max}: must be from boot={boot} to 255
     #[error("--cpus max={max}: must be from boot={boot} to {MAX_CPUS}")]
     MaxCpus {
         /// What was asked for.
@@ -52,6 +44,9 @@ pub enum InvalidConfig {
         /// Processors at boot.
         boot: u8,
     },
+    /// --cpus topology=: {0}
+    #[error("--cpus topology=: {0}")]
+    Topology(super::super::TopologyError),
     /// --memory size={size}: a guest needs 16M at least
     #[error(
         "--memory size={size}: a guest needs {}M at least; a size is in bytes, or has K, M, G or T \
@@ -233,7 +228,7 @@ pub enum InvalidConfig {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidVirtio {
     /// num_queues={0} must be from 1 to 64
-    #[error("num_queues={0} must be from 1 to {MAX_CPUS}")]
+    #[error("num_queues={0} must be from 1 to {MAX_QUEUES}")]
     Queues(u16),
     /// num_queues={0} must be even, from 2 to 128
     #[error(

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use super::limits::{
     DISK_QUEUE_SIZES, FS_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY,
-    MAX_OEM_STRINGS, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
-    NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
+    MAX_OEM_STRINGS, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE,
+    MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
 };
 use super::{
     Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType, MemoryConfig, NetConfig,
@@ -125,9 +125,10 @@ impl VmConfig {
             Some(max) if !(boot..=MAX_CPUS).contains(&max) => {
                 Err(InvalidConfig::MaxCpus { max, boot })
             }
-            Some(max) if max > boot => Err(InvalidConfig::NoCpuHotplug { max }),
             _ => Ok(()),
-        }
+        }?;
+        let checked = self.cpus.grouped().check(self.cpus.most());
+        checked.map_err(InvalidConfig::Topology)
     }
 
     fn validate_console_files(&self) -> Result<(), InvalidConfig> {
@@ -362,7 +363,7 @@ impl MemoryConfig {
 impl DiskConfig {
     /// Whether there can be such a disk.
     pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
-        if !(1..=u16::from(MAX_CPUS)).contains(&self.num_queues) {
+        if !(1..=MAX_QUEUES).contains(&self.num_queues) {
             return Err(InvalidVirtio::Queues(self.num_queues));
         }
         self.check_back_end()?;
@@ -448,7 +449,7 @@ impl FsConfig {
         if self.socket.as_os_str().is_empty() {
             return Err(InvalidVirtio::NoSocket);
         }
-        if !(1..=u16::from(MAX_CPUS)).contains(&self.num_queues) {
+        if !(1..=MAX_QUEUES).contains(&self.num_queues) {
             return Err(InvalidVirtio::Queues(self.num_queues));
         }
         queue_size(self.queue_size, FS_QUEUE_SIZES)
@@ -459,7 +460,7 @@ impl NetConfig {
     /// Whether there can be such a NIC.
     pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
         let pairs = self.num_queues / 2;
-        if !self.num_queues.is_multiple_of(2) || !(1..=u16::from(MAX_CPUS)).contains(&pairs) {
+        if !self.num_queues.is_multiple_of(2) || !(1..=MAX_QUEUES).contains(&pairs) {
             return Err(InvalidVirtio::Pairs(self.num_queues));
         }
         if let Some(tap) = self.tap.as_ref().filter(|tap| !is_interface_name(tap)) {

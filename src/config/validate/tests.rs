@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::{DeviceConfig, FirmwareConfig, FsConfig, VsockConfig};
+use crate::config::{DeviceConfig, FirmwareConfig, FsConfig, Topology, VsockConfig};
 
 /// A VM that is in order, changed by `change`.
 fn validate(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
@@ -97,11 +97,17 @@ fn the_defaults_with_a_kernel_are_a_vm() {
 
 #[test]
 fn processors_are_counted() {
-    assert_eq!(validate(|vm| vm.cpus.boot = 64), Ok(()));
+    assert_eq!(validate(|vm| vm.cpus.boot = 255), Ok(()));
     assert!(complaint(|vm| vm.cpus.boot = 0).starts_with("--cpus boot=0"));
-    assert!(complaint(|vm| vm.cpus.boot = 65).contains("1 to 64"));
-    assert!(complaint(|vm| vm.cpus.max = Some(0)).contains("from boot=1 to 64"));
-    assert!(complaint(|vm| vm.cpus.max = Some(2)).contains("cannot be added"));
+    assert!(complaint(|vm| vm.cpus.boot = 0).contains("1 to 255"));
+    assert!(complaint(|vm| vm.cpus.max = Some(0)).contains("from boot=1 to 255"));
+    assert!(complaint(|vm| vm.cpus.topology = Some(Topology::cores(2))).contains("are not 1"));
+    let grouped = |vm: &mut VmConfig| {
+        vm.cpus.boot = 2;
+        vm.cpus.topology = Some(Topology::cores(2));
+    };
+    assert_eq!(validate(grouped), Ok(()));
+    assert_eq!(validate(|vm| vm.cpus.max = Some(2)), Ok(()));
 }
 
 #[test]

@@ -215,9 +215,9 @@ fn of_vm(observed: Option<&Observed>) -> Vec<Family> {
 }
 
 fn of_vcpus(observed: &Observed) -> Vec<Family> {
-    let vcpus = || observed.vcpus.iter().enumerate();
+    let vcpus = || observed.vcpus.iter().map(|vcpu| (vcpu.id, vcpu));
     let labelled = |label| {
-        move |(id, (word, value)): (usize, (&'static str, u64))| {
+        move |(id, (word, value)): (u8, (&'static str, u64))| {
             let labels = vec![("vcpu", id.to_string()), (label, word.to_owned())];
             (labels, Number::Whole(value))
         }

@@ -63,6 +63,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
         Request::AddDevice(configs, _) => Some(added(configs)),
         Request::AddVirtio(config, _) => Some(added_virtio(config)),
         Request::RemoveDevice { id, .. } => Some(removed(id)),
+        Request::Resize { vcpus, .. } => Some(resized(*vcpus)),
         _ => Some(Ok(Answer::Done)),
     };
     let refused = |_: &Request| Some(Err(RequestError::State("held")));
@@ -72,7 +73,8 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
         | Request::Boot
         | Request::AddDevice(..)
         | Request::AddVirtio(..)
-        | Request::RemoveDevice { .. } => Some(Err(RequestError::NotCreated)),
+        | Request::RemoveDevice { .. }
+        | Request::Resize { .. } => Some(Err(RequestError::NotCreated)),
         _ => Some(Err(RequestError::NotRunning)),
     };
     let created = |request: &Request| match request {
@@ -120,6 +122,12 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"cid": 3, "socket": "/run/s", "iommu": true}"#,
             ],
             "vm.check-device" => &["", r#"{"path": "0000:02:00.0"}"#, r#"{"path": "no-nic"}"#],
+            "vm.resize" => &[
+                "",
+                r#"{"desired_vcpus": 2}"#,
+                r#"{"desired_vcpus": 9}"#,
+                r#"{"desired_ram": 1073741824}"#,
+            ],
             "vm.remove-device" => &[
                 "",
                 r#"{"id": "0000:01:00.0"}"#,
@@ -290,14 +298,9 @@ fn a_full_configuration_is_as_described() {
     config.platform.serial_number = Some("s".into());
     config.platform.uuid = Some("3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611".into());
     config.platform.oem_strings = vec!["o".into()];
+    config.cpus.max = Some(4);
+    config.cpus.topology = Some(Topology::cores(4));
     config.accepted = Some(Box::new(Accepted {
-        max_vcpus: Some(4),
-        topology: Some(Topology {
-            threads_per_core: 1,
-            cores_per_die: 4,
-            dies_per_package: 1,
-            packages: 1,
-        }),
         max_phys_bits: Some(46),
         hotplug_size: Some(1 << 30),
         hotplug_method: Some(HotplugMethod::Acpi),

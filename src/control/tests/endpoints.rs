@@ -297,10 +297,17 @@ fn what_busway_cannot_do_yet_is_named() {
         client.send(request("PUT", name, &length) + body);
         client.reply().unwrap()
     };
-    let reply = ask("vm.resize", r#"{"desired_vcpus":2}"#);
+    assert_eq!(ask("vm.resize", r#"{"desired_vcpus":2}"#).status, 204);
+    let reply = ask("vm.resize", r#"{"desired_ram":1073741824}"#);
     assert_eq!(reply.status, 501);
-    let said = "Busway cannot do this yet: another number of processors or bytes of RAM for a guest that runs";
-    assert_eq!(reply.messages(), ["vm.resize", said]);
+    let said = "Busway cannot do this yet: another number of bytes of RAM for a guest that runs";
+    assert_eq!(reply.messages(), ["The VM could not be resized", said]);
+    let reply = ask("vm.resize", r#"{"desired_vcpus":0}"#);
+    assert_eq!((reply.status, reply.messages().len()), (400, 2));
+    // What Kata Containers looks for.
+    let reply = ask("vm.resize", r#"{"desired_vcpus":9}"#);
+    assert_eq!(reply.status, 429);
+    assert!(reply.messages()[1].starts_with("Too Many Requests"));
     let reply = ask("vm.create", r#"{"balloon":{"size":1}}"#);
     assert_eq!(reply.status, 501);
     let said = "Busway cannot do this yet: a balloon";

@@ -144,9 +144,19 @@ fn living() -> impl FnMut(&Request) -> Reaction {
             (Request::AddDevice(configs, _), _) => return Some(added(configs)),
             (Request::AddVirtio(config, _), _) => return Some(added_virtio(config)),
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
+            (Request::Resize { vcpus, .. }, _) => return Some(resized(*vcpus)),
         };
         state = next;
         Some(Ok(Answer::Done))
+    }
+}
+
+/// None, some, and some while others are about to leave.
+fn resized(vcpus: u16) -> Result<Answer, RequestError> {
+    match vcpus {
+        0 => Err(RequestError::Invalid("0 processors".to_owned())),
+        9 => Err(RequestError::Resizing),
+        _ => Ok(Answer::Done),
     }
 }
 
@@ -256,7 +266,8 @@ pub(super) fn observed(state: State) -> Observed {
         rx_bytes: 60,
         ..NetTotals::default()
     };
-    let vcpu = VcpuSeen {
+    let vcpu = |id| VcpuSeen {
+        id,
         exits: ExitKind::ALL.map(|kind| (kind.name(), 7)),
         kvm: vec![("exits", 100), ("irq_injections", 11)],
     };
@@ -264,7 +275,7 @@ pub(super) fn observed(state: State) -> Observed {
         state,
         uptime: Some(Duration::from_millis(1500)),
         memory: 256 << 20,
-        vcpus: vec![vcpu.clone(), vcpu],
+        vcpus: vec![vcpu(0), vcpu(1)],
         devices: vec![
             DeviceSeen {
                 host: Some("0000:01:00.0".into()),

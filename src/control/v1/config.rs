@@ -277,8 +277,8 @@ impl Cpus {
         let bits = || physical_bits().unwrap_or(PHYSICAL_BITS);
         Self {
             boot_vcpus: cpus.boot,
-            max_vcpus: accepted.max_vcpus.or(cpus.max).unwrap_or(cpus.boot),
-            topology: accepted.topology,
+            max_vcpus: cpus.most(),
+            topology: cpus.topology,
             kvm_hyperv: false,
             max_phys_bits: accepted.max_phys_bits.unwrap_or_else(bits),
             nested: cpus.nested,

@@ -303,16 +303,12 @@ impl Cpus {
                     cpus.boot
                 )));
             }
-            accepted.max_vcpus = Some(max);
+            cpus.max = Some(max);
         }
         if let Some(topology) = self.topology {
-            let all = u32::from(accepted.max_vcpus.unwrap_or(cpus.boot));
-            if topology.processors() != Some(all) {
-                return Err(Fault::Wrong(format!(
-                    "cpus: topology has not as many processors as max_vcpus, which is {all}"
-                )));
-            }
-            accepted.topology = Some(topology);
+            let checked = topology.check(cpus.most());
+            checked.map_err(|why| format!("cpus: topology: {why}"))?;
+            cpus.topology = Some(topology);
         }
         accepted.max_phys_bits = self.max_phys_bits;
         Ok(cpus)
@@ -480,7 +476,9 @@ mod tests {
             "oem_strings":["o"]}}"#;
         let mut expected = defaults();
         expected.cpus.boot = 2;
+        expected.cpus.max = Some(4);
         expected.cpus.nested = false;
+        expected.cpus.topology = Some(Topology::cores(4));
         expected.memory = MemoryConfig {
             size: 1 << 30,
             shared: true,
@@ -512,13 +510,6 @@ mod tests {
         expected.platform.serial_number = Some("s".into());
         expected.platform.oem_strings = vec!["o".into()];
         expected.accepted = Some(Box::new(Accepted {
-            max_vcpus: Some(4),
-            topology: Some(Topology {
-                threads_per_core: 1,
-                cores_per_die: 4,
-                dies_per_package: 1,
-                packages: 1,
-            }),
             max_phys_bits: Some(46),
             hotplug_size: Some(1 << 30),
             hotplug_method: Some(HotplugMethod::VirtioMem),

@@ -78,7 +78,7 @@ impl Lack {
             }
             Self::Panic => "a device by which a guest tells of its panic (pvpanic)",
             Self::Pmem => "persistent memory",
-            Self::Resize => "another number of processors or bytes of RAM for a guest that runs",
+            Self::Resize => "another number of bytes of RAM for a guest that runs",
             Self::ResizeDisk => "another size for a disk of a guest that runs",
             Self::Restore => "a VM that was saved",
             Self::SegmentApertures => {

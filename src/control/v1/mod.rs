@@ -11,6 +11,7 @@ mod info;
 mod lacking;
 mod looks;
 mod observe;
+mod resize;
 mod virtio;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use added::PciDeviceInfo;
 use create::CreateVm;
 use lacking::{Asked, Fault, Lack};
 use observe::{Activity, Devices};
+use resize::Resize;
 use virtio::{AddDisk, AddFs, AddNet, AddVsock, check_segment};
 
 /// Where the API is.
@@ -72,6 +74,8 @@ enum Act {
     /// A host device comes, or goes.
     AddDevice,
     RemoveDevice,
+    /// The guest has more or less of something.
+    Resize,
     /// A virtio device comes: what it is follows from the body.
     AddVirtio(
         fn(&[u8], &Files) -> Result<VirtioConfig, Fault>,
@@ -160,7 +164,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
         body: Body::Ignored,
         act: Act::End(Extent::Process, 200),
     },
-    later("vm.resize", Lack::Resize),
+    with_body("vm.resize", Act::Resize),
     later("vm.resize-disk", Lack::ResizeDisk),
     later("vm.resize-zone", Lack::MemoryZones),
     with_body("vm.add-device", Act::AddDevice),
@@ -219,6 +223,7 @@ impl Endpoint {
             Act::End(..) => &[200, 400, 429, 500],
             Act::AddDevice | Act::AddVirtio(..) => &[200, 204, 400, 404, 409, 429, 500, 501],
             Act::RemoveDevice => &[200, 204, 400, 404, 429, 500],
+            Act::Resize => &[204, 400, 404, 429, 500, 501],
             Act::NotYet(_) => &[400, 501],
         }
     }
@@ -448,6 +453,7 @@ impl Api {
                 Err(fault) => fault.answer(what),
             },
             Act::RemoveDevice => self.remove_device(body),
+            Act::Resize => self.resize(body),
             Act::End(extent, status) => self.end(*extent, *status),
             Act::NotYet(lack) => Fault::Lacks(*lack).answer(endpoint.name),
         }
@@ -495,6 +501,20 @@ impl Api {
         };
         match self.control.ask(request) {
             Ok(machine::Answer::RemovedTogether(ids)) => succeeded(&Removed { ids }),
+            Ok(_) => done(),
+            Err(error) => refused(WHAT, &error),
+        }
+    }
+
+    /// Answers when the guest has been asked, or when it is known what it made of it.
+    fn resize(&self, body: &[u8]) -> Answer {
+        const WHAT: &str = "The VM could not be resized";
+        let request = match read::<Resize>(body).and_then(Resize::into_request) {
+            Ok(Some(request)) => request,
+            Ok(None) => return done(),
+            Err(fault) => return fault.answer(WHAT),
+        };
+        match self.control.ask(request) {
             Ok(_) => done(),
             Err(error) => refused(WHAT, &error),
         }
@@ -552,7 +572,7 @@ fn refused(what: &str, error: &RequestError) -> Answer {
         RequestError::Invalid(_) => failed(400, &[what, &said]),
         RequestError::NotCreated => failed(404, &[what, &said]),
         RequestError::Ended => failed(500, &[what, &said, NOT_RUNNING]),
-        RequestError::TooMany => failed(429, &[what, &said]),
+        RequestError::TooMany | RequestError::Resizing => failed(429, &[what, &said]),
         RequestError::Exists(_) => failed(409, &[what, &said]),
         RequestError::Unknown(_) => failed(404, &[what, &said]),
     }

@@ -40,7 +40,7 @@ pub(super) struct Activity<'a> {
 
 #[derive(Serialize)]
 struct VcpuJson {
-    id: usize,
+    id: u8,
     exits: Counters,
     kvm: Counters,
 }
@@ -264,7 +264,7 @@ impl<'a> Devices<'a> {
 impl<'a> Activity<'a> {
     /// With what the threads of this process have used.
     pub(super) fn of(observed: &'a Observed) -> Self {
-        let vcpus = observed.vcpus.iter().enumerate();
+        let vcpus = observed.vcpus.iter();
         Self {
             state: word(observed.state),
             held: (observed.state == State::Held).then_some(true),
@@ -275,8 +275,8 @@ impl<'a> Activity<'a> {
             memory_bytes: observed.memory,
             process_cpu_us: threads::process_cpu_us(),
             vcpus: vcpus
-                .map(|(id, vcpu)| VcpuJson {
-                    id,
+                .map(|vcpu| VcpuJson {
+                    id: vcpu.id,
                     exits: vcpu.exits.into_iter().collect(),
                     kvm: vcpu.kvm.iter().copied().collect(),
                 })

@@ -43,17 +43,8 @@ pub(crate) fn madt(cpus: &[Cpu]) -> Sdt {
     let mut entries = Vec::new();
     let mut wide = false;
     for (uid, cpu) in (0_u32..).zip(cpus) {
-        if uid < FIRST_X2APIC && cpu.apic_id < FIRST_X2APIC {
-            let status = match cpu.enabled {
-                true => EnabledStatus::Enabled,
-                false => EnabledStatus::DisabledOnlineCapable,
-            };
-            let entry = ProcessorLocalApic::new(uid as u8, cpu.apic_id as u8, status);
-            entries.extend(entry.as_bytes());
-        } else {
-            wide = true;
-            entries.extend(LocalX2Apic::new(uid, cpu).as_bytes());
-        }
+        wide |= !is_narrow(uid, *cpu);
+        entries.extend(madt_processor(uid, *cpu));
     }
     // The ID that KVM's IOAPIC has from the start.
     entries.extend(IoApic::new(0, IOAPIC_START as u32, 0).as_bytes());
@@ -76,6 +67,24 @@ pub(crate) fn madt(cpus: &[Cpu]) -> Sdt {
     madt.write_u32(40, PCAT_COMPAT);
     madt.append_slice(&entries);
     madt
+}
+
+/// The entry of a processor, which its `_MAT` gives as well. §6.2.11.
+pub(crate) fn madt_processor(uid: u32, cpu: Cpu) -> Vec<u8> {
+    if !is_narrow(uid, cpu) {
+        return LocalX2Apic::new(uid, &cpu).as_bytes().to_vec();
+    }
+    let status = match cpu.enabled {
+        true => EnabledStatus::Enabled,
+        false => EnabledStatus::DisabledOnlineCapable,
+    };
+    let entry = ProcessorLocalApic::new(uid as u8, cpu.apic_id as u8, status);
+    entry.as_bytes().to_vec()
+}
+
+/// Whether a processor's numbers fit a local APIC structure.
+fn is_narrow(uid: u32, cpu: Cpu) -> bool {
+    uid < FIRST_X2APIC && cpu.apic_id < FIRST_X2APIC
 }
 
 // The structures that acpi_tables has not.

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 pub(crate) use devices::{append_devices, board_ports, host_bridge_ports, soft_off};
 pub(crate) use fadt::{POINTERS as FADT_POINTERS, fadt};
-pub(crate) use madt::madt;
+pub(crate) use madt::{madt, madt_processor};
 
 /// Where the tables lie: in the area that a kernel without boot parameters searches for the RSDP
 /// (§5.2.5.1), below SMBIOS. The memory map reserves it.

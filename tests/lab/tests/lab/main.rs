@@ -21,6 +21,7 @@ mod bare;
 mod bare_kernel;
 mod bars;
 mod clients;
+mod cpus;
 mod demo;
 mod disk;
 mod dma;
@@ -67,6 +68,7 @@ const CHAPTERS: [&[Proof]; 27] = [
     helper::PROOFS,
     errors::PROOFS,
     events::PROOFS,
+    cpus::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
