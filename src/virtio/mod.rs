@@ -15,6 +15,8 @@ pub mod console;
 mod counts;
 mod device;
 mod error;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod interrupts;
 pub mod life;
 pub mod net;

@@ -143,6 +143,17 @@ impl Blk {
     }
 }
 
+#[cfg(any(test, feature = "hostile"))]
+impl Blk {
+    /// The disk, whose requests are done on the thread that takes them from a queue.
+    pub(super) fn served_here(self) -> Self {
+        Self {
+            way: EngineKind::Here,
+            ..self
+        }
+    }
+}
+
 impl Blk {
     /// The way to tell the guest of another size of the image.
     #[must_use]
