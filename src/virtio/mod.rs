@@ -19,6 +19,7 @@ mod error;
 pub mod hostile;
 mod interrupts;
 pub mod life;
+mod limiter;
 pub mod net;
 mod pci;
 mod queue;

@@ -11,8 +11,8 @@ use super::limits::{
     NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
 };
 use super::{
-    Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType, MemoryConfig, NetConfig,
-    PlatformConfig, QueueAffinity, VirtioConfig, VmConfig,
+    Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType,
+    MemoryConfig, NetConfig, PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
 };
 
 use error::Name;
@@ -81,6 +81,18 @@ impl VmConfig {
                 why,
             })?;
         }
+        let RngConfig {
+            bw_size,
+            bw_one_time_burst,
+            bw_refill_time,
+            ..
+        } = self.rng;
+        bucket("bw", bw_size, bw_one_time_burst, bw_refill_time).map_err(|why| {
+            InvalidConfig::Virtio {
+                device: Name::of("--rng"),
+                why,
+            }
+        })?;
         if self.serial == ConsoleConfig::Tty && self.console == ConsoleConfig::Tty {
             return Err(InvalidConfig::OneTerminal);
         }

@@ -89,6 +89,7 @@ impl Kind {
             Self::Rng => {
                 let config = RngConfig {
                     src: "/dev/zero".into(),
+                    ..RngConfig::default()
                 };
                 Box::new(Rng::new("rng", &config).map_err(io::Error::other)?)
             }
