@@ -5,6 +5,7 @@
 //! host must have for them, by those who open it.
 
 mod accepted;
+mod balloon;
 mod disk;
 mod fs;
 mod limits;
@@ -21,6 +22,7 @@ use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
 pub use accepted::{Accepted, HotplugMethod, Topology};
+pub use balloon::BalloonConfig;
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
 use limits::MAX_HOTPLUG_SLOTS;
@@ -64,6 +66,8 @@ pub struct VmConfig {
     pub fs: Vec<FsConfig>,
     /// Virtio sockets between host and guest.
     pub vsock: Option<VsockConfig>,
+    /// Virtio balloon.
+    pub balloon: Option<BalloonConfig>,
     /// Virtio entropy device.
     pub rng: RngConfig,
     /// 16550 serial port.

@@ -31,7 +31,7 @@ use crate::arch::{gsi, layout};
 use crate::config::{ConsoleConfig, MemoryConfig, VirtioConfig, VmConfig};
 use crate::devices::pci_hotplug;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
-use crate::memory::{Ram, Regions};
+use crate::memory::{Discards, Ram, Regions};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
 use crate::virtio::MemoryTable;
@@ -208,7 +208,13 @@ impl Machine {
         )?;
         let routes = Arc::new(router.clone());
         let mut virtio = VirtioDevices::new(ram.guest(), &table, routes, pci.seats(), &events);
-        let console_terminal = add_virtio(&mut virtio, &mut pci, definition, &quit)?;
+        let console_terminal = add_virtio(
+            &mut virtio,
+            &mut pci,
+            definition,
+            memory.0.discards(),
+            &quit,
+        )?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
         }
@@ -312,6 +318,9 @@ impl Machine {
             }
         }
         config.device = self.passthrough.attached.configs();
+        if let (Some(balloon), Some(target)) = (&mut config.balloon, self.virtio.balloon()) {
+            balloon.size = target.bytes();
+        }
         config
     }
 
@@ -485,11 +494,12 @@ fn add_empty_ports(
     )
 }
 
-/// The virtio devices: disks, NICs, console and entropy source. Gives the pseudo-terminal that the console is at.
+/// The virtio devices: disks, NICs, console, entropy source and balloon. Gives the pseudo-terminal that the console is at.
 fn add_virtio(
     virtio: &mut VirtioDevices,
     pci: &mut Pci,
     definition: &Definition,
+    discards: &Arc<Discards>,
     quit: &EventFd,
 ) -> Result<Option<PathBuf>, RunError> {
     let Definition {
@@ -507,6 +517,9 @@ fn add_virtio(
         virtio.add_fixed(Box::new(Console::new("console", endpoint)), pci)?;
     }
     virtio.add_fixed(Box::new(Rng::new("rng", &config.rng)?), pci)?;
+    if let Some(balloon) = &config.balloon {
+        virtio.add_balloon(balloon, discards, pci)?;
+    }
     Ok(at)
 }
 

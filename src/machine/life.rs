@@ -368,6 +368,7 @@ impl Machine {
                     asker.answer(Ok(Answer::Done));
                 }
                 Request::AddDevice(..) | Request::AddVirtio(..) => self.add(life, request, asker),
+                Request::ResizeBalloon(bytes) => asker.answer(self.resize_balloon(bytes)),
                 Request::RemoveDevice {
                     id,
                     force,
@@ -448,6 +449,17 @@ impl Machine {
         log::info!("the guest restarts, as the control socket asks");
         life.starters.push(asker);
         Some(Stop::Restart)
+    }
+
+    fn resize_balloon(&self, bytes: u64) -> Result<Answer, RequestError> {
+        let Some(balloon) = self.virtio.balloon() else {
+            let why = "the VM has no balloon: it is started with --balloon, or with `balloon` in vm.create";
+            return Err(RequestError::Invalid(why.to_owned()));
+        };
+        let set = balloon.set(bytes);
+        set.map_err(|error| RequestError::Invalid(error.to_string()))?;
+        log::info!("the guest's balloon is to have {bytes} bytes, as the control socket asks");
+        Ok(Answer::Done)
     }
 
     fn interrupt(&self) -> Result<Answer, RequestError> {

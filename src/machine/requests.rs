@@ -55,6 +55,8 @@ pub enum Request {
     /// Add a virtio device, for descriptors that were passed with the request, or for what the configuration names where
     /// there are none. Answered when the guest can find it.
     AddVirtio(Box<VirtioConfig>, Files),
+    /// Have the balloon be of so many bytes. Answered when the guest's driver is told.
+    ResizeBalloon(u64),
     /// Have the guest release a device, and with it all in its slot.
     RemoveDevice {
         /// Its name, or its address on the host where it has none.
@@ -89,6 +91,8 @@ pub struct Info {
     pub config: VmConfig,
     /// Bytes of RAM that the guest has; 0 while it is being put together.
     pub memory: u64,
+    /// Bytes of it that are in the guest's balloon.
+    pub balloon: u64,
     /// The host devices that the guest has; none while it is being put together.
     pub devices: Vec<AssignedDevice>,
     /// What they are called, by their addresses on the host.

@@ -8,6 +8,7 @@
 //! `DEVICE_NEEDS_RESET`, what merely asks for too much is answered with an error.
 
 mod activation;
+pub mod balloon;
 pub mod blk;
 mod chain;
 mod config_space;

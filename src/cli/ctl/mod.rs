@@ -127,6 +127,12 @@ enum Verb {
         #[arg(long)]
         id: Option<String>,
     },
+    /// Give the guest another amount of what it has; answered when it has been told
+    Resize {
+        /// What its balloon is to have: memory that it gives back to the host
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        balloon: u64,
+    },
     /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
@@ -209,6 +215,12 @@ fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
+/// Bytes, as `busway run` has them.
+fn size(text: &str) -> Result<u64, String> {
+    let size = super::value::Value::Text(text.to_owned()).size();
+    size.map_err(|why| why.to_string())
+}
+
 impl Verb {
     const fn method(&self) -> &'static str {
         match self {
@@ -241,6 +253,7 @@ impl Verb {
             Self::AddNet(_) => "vm.add-net",
             Self::AddFs(_) => "vm.add-fs",
             Self::AddVsock { .. } => "vm.add-vsock",
+            Self::Resize { .. } => "vm.resize",
             Self::RemoveDevice { .. } => "vm.remove-device",
         }
     }
@@ -276,6 +289,7 @@ impl Verb {
             Self::CheckDevice { device } => Some(json!({ "path": device })),
             Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
             Self::AddVsock { cid, id } => Some(json!({ "cid": cid, "id": id })),
+            Self::Resize { balloon } => Some(json!({ "desired_balloon": balloon })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {
@@ -423,6 +437,7 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Resume => "the guest runs\n".to_owned(),
         Verb::PowerButton => "the power button is pressed\n".to_owned(),
         Verb::Shutdown => "the VM has ended\n".to_owned(),
+        Verb::Resize { .. } => "the guest is told\n".to_owned(),
         Verb::AddDevice { .. }
         | Verb::AddDisk(_)
         | Verb::AddNet(_)

@@ -33,6 +33,10 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "cmdline" => config.cmdline = Some(file.cmdline(&value)?),
             "cpus" => file.section(&schema::CPUS, &mut config.cpus, &value)?,
             "memory" => file.section(&schema::MEMORY, &mut config.memory, &value)?,
+            "balloon" => {
+                let balloon = config.balloon.get_or_insert_default();
+                file.section(&schema::BALLOON, balloon, &value)?;
+            }
             "rng" => file.section(&schema::RNG, &mut config.rng, &value)?,
             "serial" => file.section(&schema::SERIAL, &mut config.serial, &value)?,
             "console" => file.section(&schema::CONSOLE, &mut config.console, &value)?,

@@ -91,6 +91,12 @@ pub(super) struct RunArgs {
     vsock: Vec<String>,
 
     #[arg(
+        long, help = schema::BALLOON.summary, long_help = schema::BALLOON.help(),
+        value_name = LIST, help_heading = DEVICES
+    )]
+    balloon: Vec<String>,
+
+    #[arg(
         long, help = schema::RNG.summary, long_help = schema::RNG.help(),
         value_name = LIST, help_heading = DEVICES
     )]
@@ -316,6 +322,10 @@ impl RunArgs {
         replace(&mut config.cmdline, &self.cmdline);
         update(&schema::CPUS, &mut config.cpus, &self.cpus)?;
         update(&schema::MEMORY, &mut config.memory, &self.memory)?;
+        if !self.balloon.is_empty() {
+            let balloon = config.balloon.get_or_insert_default();
+            update(&schema::BALLOON, balloon, &self.balloon)?;
+        }
         update(&schema::RNG, &mut config.rng, &self.rng)?;
         update(&schema::PLATFORM, &mut config.platform, &self.platform)?;
         update(&schema::SERIAL, &mut config.serial, self.serial.as_slice())?;

@@ -111,6 +111,7 @@ pub(super) const TOP: &[&str] = &[
     "net",
     "fs",
     "vsock",
+    "balloon",
     "rng",
     "serial",
     "console",
@@ -135,11 +136,13 @@ macro_rules! keys {
     };
 }
 
+mod balloon;
 mod disk;
 mod firmware;
 mod fs;
 mod vsock;
 
+pub(super) use balloon::BALLOON;
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
 pub(super) use fs::FS;
@@ -499,6 +502,7 @@ mod tests {
         agrees(&DISK);
         agrees(&NET);
         agrees(&FS);
+        agrees(&BALLOON);
         agrees(&RNG);
         agrees(&DEVICE);
         agrees(&PLATFORM);

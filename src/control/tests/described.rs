@@ -119,6 +119,11 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"cid": 3, "id": "twice"}"#,
                 r#"{"cid": 3, "socket": "/run/s"}"#,
             ],
+            "vm.resize" => &[
+                "",
+                r#"{"desired_balloon": 4096}"#,
+                r#"{"desired_vcpus": 2}"#,
+            ],
             "vm.check-device" => &["", r#"{"path": "0000:02:00.0"}"#, r#"{"path": "no-nic"}"#],
             "vm.remove-device" => &[
                 "",

@@ -14,7 +14,6 @@ use super::failed;
 pub(super) enum Lack {
     Affinity,
     Amx,
-    Balloon,
     BusPlace,
     ConfidentialGuests,
     CoreDump,
@@ -58,7 +57,6 @@ impl Lack {
                 "processors of the guest that are bound to the host's (cpus.affinity)"
             }
             Self::Amx => "AMX for guests that are not given it by the host (cpus.features)",
-            Self::Balloon => "a balloon",
             Self::BusPlace => "a place on the bus that is asked for (pci_device_id)",
             Self::ConfidentialGuests => {
                 "confidential guests (platform.tdx, platform.sev_snp, payload.igvm, payload.host_data)"

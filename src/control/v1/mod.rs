@@ -77,6 +77,8 @@ enum Act {
         fn(&[u8], &Files) -> Result<VirtioConfig, Fault>,
         &'static str,
     ),
+    /// The guest gets another amount of what it has.
+    Resize,
     /// It is said what the VM is to be.
     Create,
     /// So much ends: with 204, or with 200 and an empty body.
@@ -160,7 +162,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
         body: Body::Ignored,
         act: Act::End(Extent::Process, 200),
     },
-    later("vm.resize", Lack::Resize),
+    with_body("vm.resize", Act::Resize),
     later("vm.resize-disk", Lack::ResizeDisk),
     later("vm.resize-zone", Lack::MemoryZones),
     with_body("vm.add-device", Act::AddDevice),
@@ -215,6 +217,7 @@ impl Endpoint {
             Act::CheckDevice => &[200, 400, 404, 429, 500],
             Act::Ask(Request::Boot, _) => &[204, 400, 404, 429, 500],
             Act::Create => &[204, 400, 429, 500, 501],
+            Act::Resize => &[204, 400, 429, 500, 501],
             Act::Ask(..) | Act::End(_, 204) => &[204, 400, 429, 500],
             Act::End(..) => &[200, 400, 429, 500],
             Act::AddDevice | Act::AddVirtio(..) => &[200, 204, 400, 404, 409, 429, 500, 501],
@@ -327,6 +330,25 @@ fn which(path: Option<String>, fd: bool, files: &Files) -> Result<DeviceConfig, 
             "path is missing: the device's address, its UUID where it is mediated, or its folder in sysfs"
         }
     })?)
+}
+
+/// `VmResize`
+#[derive(Deserialize)]
+struct Resize {
+    #[serde(default)]
+    desired_vcpus: Asked,
+    #[serde(default)]
+    desired_ram: Asked,
+    desired_balloon: Option<u64>,
+}
+
+impl Resize {
+    /// The bytes that the balloon is to have, where something is said of it.
+    fn balloon(self) -> Result<Option<u64>, Fault> {
+        Lack::Resize.unless_asked(self.desired_vcpus)?;
+        Lack::Resize.unless_asked(self.desired_ram)?;
+        Ok(self.desired_balloon)
+    }
 }
 
 /// `VmRemoveDevice`
@@ -442,6 +464,7 @@ impl Api {
                 Err(error) => refused(what, &error),
             },
             Act::Create => self.create(body, files),
+            Act::Resize => self.resize(body),
             Act::AddDevice => self.add_device(body, files),
             Act::AddVirtio(read, what) => match read(body, files) {
                 Ok(config) => self.add(Request::AddVirtio(Box::new(config), files.clone()), what),
@@ -462,6 +485,22 @@ impl Api {
             Err(fault) => return fault.answer(WHAT),
         };
         match self.control.ask(Request::Create(Box::new(config), handed)) {
+            Ok(_) => done(),
+            Err(error) => refused(WHAT, &error),
+        }
+    }
+
+    /// Answers when the guest's driver has been told.
+    fn resize(&self, body: &[u8]) -> Answer {
+        const WHAT: &str = "The VM could not be resized";
+        let balloon = match read::<Resize>(body).and_then(Resize::balloon) {
+            Ok(balloon) => balloon,
+            Err(fault) => return fault.answer(WHAT),
+        };
+        let Some(bytes) = balloon else {
+            return done();
+        };
+        match self.control.ask(Request::ResizeBalloon(bytes)) {
             Ok(_) => done(),
             Err(error) => refused(WHAT, &error),
         }

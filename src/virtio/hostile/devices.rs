@@ -4,14 +4,17 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::guest::{Buffer, DATA, Guest};
-use crate::config::{DiskConfig, ImageType, RngConfig};
+use crate::config::{BalloonConfig, DiskConfig, ImageType, RngConfig};
 use crate::devices::console::Endpoint;
+use crate::memory::GuestRam;
 use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::Console;
 use crate::virtio::net::Net;
@@ -31,16 +34,18 @@ pub(super) enum Kind {
     Net,
     Console,
     Rng,
+    Balloon,
 }
 
 impl Kind {
     /// All of them.
-    pub(super) const ALL: [Self; 5] = [
+    pub(super) const ALL: [Self; 6] = [
         Self::Raw,
         Self::Qcow2,
         Self::Net,
         Self::Console,
         Self::Rng,
+        Self::Balloon,
     ];
 
     pub(super) fn of(byte: u8) -> Self {
@@ -48,8 +53,8 @@ impl Kind {
         Self::ALL.get(at).copied().unwrap_or(Self::Raw)
     }
 
-    /// A device of this kind, and the host's end of it.
-    pub(super) fn make(self) -> io::Result<(Box<dyn VirtioDevice>, Outside)> {
+    /// A device of this kind for a guest with `ram`, and the host's end of it.
+    pub(super) fn make(self, ram: &GuestRam) -> io::Result<(Box<dyn VirtioDevice>, Outside)> {
         let mut outside = Outside::default();
         let device: Box<dyn VirtioDevice> = match self {
             Self::Raw | Self::Qcow2 => {
@@ -92,6 +97,15 @@ impl Kind {
                     ..RngConfig::default()
                 };
                 Box::new(Rng::new("rng", &config).map_err(io::Error::other)?)
+            }
+            Self::Balloon => {
+                let config = BalloonConfig {
+                    size: 0x8000,
+                    deflate_on_oom: true,
+                    free_page_reporting: true,
+                };
+                let balloon = Balloon::new("balloon", &config, ram, &Arc::default());
+                Box::new(balloon.map_err(io::Error::other)?)
             }
         };
         Ok((device, outside))
@@ -155,6 +169,23 @@ impl Kind {
                 _ => (1, vec![Buffer::read(DATA, 0x100)]),
             },
             Self::Rng => (0, vec![data]),
+            Self::Balloon => match which % 4 {
+                // Pages behind what else is used here, and one anywhere.
+                queue @ 0..2 => {
+                    let pages = [0x10 + number as u32 % 0x40, number as u32 * 0x0101];
+                    guest.write(DATA, &pages.map(u32::to_le_bytes).concat());
+                    (
+                        queue.into(),
+                        vec![Buffer::read(DATA, 4 + u32::from(which >> 7) * 4)],
+                    )
+                }
+                2 => {
+                    guest.write(DATA, &[which >> 2, 0]);
+                    guest.write(DATA + 2, &number.to_le_bytes());
+                    (2, vec![Buffer::read(DATA, 10)])
+                }
+                _ => (3, vec![Buffer::written(0x1_0000 + (number << 11), 0x2000)]),
+            },
         }
     }
 
@@ -166,16 +197,16 @@ impl Kind {
                 let status = guest.read::<1>(DATA + 0x3000);
                 written == 0x201 && status == [blk::S_OK]
             }
-            Self::Net | Self::Console => written == 0,
+            Self::Net | Self::Console | Self::Balloon => written == 0,
             Self::Rng => written == 0x200,
         }
     }
 
     /// Which request is tried first of a device that has to work: a read of a disk, a packet, a line, a request for
-    /// entropy.
+    /// entropy, a page.
     pub(super) const fn first(self) -> u8 {
         match self {
-            Self::Raw | Self::Qcow2 | Self::Rng => 0,
+            Self::Raw | Self::Qcow2 | Self::Rng | Self::Balloon => 0,
             Self::Net | Self::Console => 1,
         }
     }

@@ -115,7 +115,7 @@ impl Guest {
         let ranges = RAM.map(|(start, size)| (GuestAddress(start), size));
         let ram = GuestRam::new(RamMap::from_ranges(&ranges).expect("memory"));
         let stage = Stage::set();
-        let (device, outside) = kind.make().expect("a device");
+        let (device, outside) = kind.make(&ram).expect("a device");
         let function = VirtioPci::new(device, ram.clone(), Arc::new(Nowhere));
         Self {
             kind,

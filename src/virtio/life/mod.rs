@@ -35,7 +35,9 @@ use std::fmt::Debug;
 
 use serde::{Deserialize, Serialize};
 
-pub use state::{ConsoleState, DeviceState, DiskState, LeftRequest, NetState, WaitingPacket};
+pub use state::{
+    BalloonState, ConsoleState, DeviceState, DiskState, LeftRequest, NetState, WaitingPacket,
+};
 
 /// How far a device has come in a queue. Both indices run freely modulo 2^16, as those in guest memory
 /// do. Virtio 1.3 §2.7.6 and §2.7.8.

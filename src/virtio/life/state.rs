@@ -15,6 +15,15 @@ pub enum DeviceState {
     Console(ConsoleState),
     /// A disk's.
     Disk(DiskState),
+    /// A balloon's.
+    Balloon(BalloonState),
+}
+
+/// What a balloon keeps between two runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    /// Pages of 4 KiB that it has, as the driver has said.
+    pub actual: u32,
 }
 
 /// What a disk keeps between two runs.
