@@ -68,6 +68,10 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// Virtio balloon.
     pub balloon: Option<BalloonConfig>,
+    /// A watchdog, which resets a guest that does not feed it.
+    pub watchdog: bool,
+    /// A device by which the guest tells that it has panicked.
+    pub pvpanic: bool,
     /// Virtio entropy device.
     pub rng: RngConfig,
     /// 16550 serial port.

@@ -30,6 +30,8 @@ use crate::arch::{CpuFeatures, CpuModel};
 use crate::arch::{gsi, layout};
 use crate::config::{ConsoleConfig, MemoryConfig, VirtioConfig, VmConfig};
 use crate::devices::pci_hotplug;
+use crate::devices::pvpanic::Pvpanic;
+use crate::devices::watchdog::Watchdog;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
 use crate::memory::{Discards, Ram, Regions};
 use crate::report::{Report, Stage};
@@ -49,6 +51,7 @@ pub(super) struct Machine {
     pub(super) virtio: VirtioDevices,
     pub(super) pci: Pci,
     pub(super) board: Board,
+    pub(super) watchdog: Option<Arc<Watchdog>>,
     /// The pseudo-terminals that the serial port and the console are at.
     pub(super) serial_terminal: Option<PathBuf>,
     pub(super) console_terminal: Option<PathBuf>,
@@ -215,6 +218,7 @@ impl Machine {
             memory.0.discards(),
             &quit,
         )?;
+        let watchdog = add_board_devices(config, &mut pci)?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
         }
@@ -256,6 +260,7 @@ impl Machine {
             virtio,
             pci,
             board,
+            watchdog,
             serial_terminal,
             console_terminal,
             definition: definition.clone(),
@@ -521,6 +526,21 @@ fn add_virtio(
         virtio.add_balloon(balloon, discards, pci)?;
     }
     Ok(at)
+}
+
+/// The devices of the board that are on PCI and not virtio's. Gives the watchdog.
+fn add_board_devices(config: &VmConfig, pci: &mut Pci) -> Result<Option<Arc<Watchdog>>, RunError> {
+    if config.pvpanic {
+        let pvpanic = Pvpanic::new().map_err(std::io::Error::other);
+        let pvpanic = pvpanic.map_err(RunError::system("a BAR of pvpanic's"))?;
+        pci.add_board(Arc::new(pvpanic))?;
+    }
+    if !config.watchdog {
+        return Ok(None);
+    }
+    let watchdog = Arc::new(Watchdog::new().map_err(RunError::system("timerfd_create"))?);
+    pci.add_board(watchdog.clone())?;
+    Ok(Some(watchdog))
 }
 
 /// Lets devices come to bus 0 while the guest runs, and leave it: gives the slots for that.

@@ -96,6 +96,14 @@ pub(super) struct RunArgs {
     )]
     balloon: Vec<String>,
 
+    /// A watchdog (Intel's 6300ESB) that resets a guest which does not feed it
+    #[arg(long, help_heading = DEVICES)]
+    watchdog: bool,
+
+    /// A device by which the guest tells that it has panicked: in the log, and as an event
+    #[arg(long, help_heading = DEVICES)]
+    pvpanic: bool,
+
     #[arg(
         long, help = schema::RNG.summary, long_help = schema::RNG.help(),
         value_name = LIST, help_heading = DEVICES
@@ -322,6 +330,8 @@ impl RunArgs {
         replace(&mut config.cmdline, &self.cmdline);
         update(&schema::CPUS, &mut config.cpus, &self.cpus)?;
         update(&schema::MEMORY, &mut config.memory, &self.memory)?;
+        config.watchdog |= self.watchdog;
+        config.pvpanic |= self.pvpanic;
         if !self.balloon.is_empty() {
             let balloon = config.balloon.get_or_insert_default();
             update(&schema::BALLOON, balloon, &self.balloon)?;

@@ -112,6 +112,8 @@ pub(super) const TOP: &[&str] = &[
     "fs",
     "vsock",
     "balloon",
+    "watchdog",
+    "pvpanic",
     "rng",
     "serial",
     "console",

@@ -260,8 +260,8 @@ impl From<&VmConfig> for Config {
             devices: config.device.iter().map(Into::into).collect(),
             platform: Platform::of(&config.platform, accepted),
             iommu: false,
-            watchdog: false,
-            pvpanic: false,
+            watchdog: config.watchdog,
+            pvpanic: config.pvpanic,
             landlock_enable: false,
         }
     }

@@ -46,13 +46,13 @@ pub(super) struct CreateVm {
     numa: Asked,
     pci_segments: Asked,
     pmem: Asked,
-    pvpanic: Asked,
+    pvpanic: Option<bool>,
     rate_limit_groups: Asked,
     tpm: Asked,
     user_devices: Asked,
     vdpa: Asked,
     vsock: Option<AddVsock>,
-    watchdog: Asked,
+    watchdog: Option<bool>,
 }
 
 /// `CpusConfig`
@@ -213,6 +213,8 @@ impl CreateVm {
         if let Some(memory) = self.memory {
             config.memory = memory.into_config(&mut accepted)?;
         }
+        config.watchdog = self.watchdog.unwrap_or(false);
+        config.pvpanic = self.pvpanic.unwrap_or(false);
         config.balloon = self.balloon.map(Balloon::into_config);
         if let Some(rng) = self.rng {
             Lack::VirtualIommu.unless_asked(rng.iommu)?;
@@ -292,12 +294,10 @@ impl CreateVm {
             (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
             (self.pmem, Lack::Pmem),
-            (self.pvpanic, Lack::Panic),
             (self.rate_limit_groups, Lack::SharedLimit),
             (self.tpm, Lack::Tpm),
             (self.user_devices, Lack::UserDevices),
             (self.vdpa, Lack::Vdpa),
-            (self.watchdog, Lack::Watchdog),
         ] {
             lack.unless_asked(asked)?;
         }
@@ -486,14 +486,17 @@ mod tests {
     }
 
     #[test]
-    fn a_balloon_is_there_where_it_is_asked_for() {
-        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1}}"#;
+    fn a_balloon_a_watchdog_and_pvpanic_are_there_where_they_are_asked_for() {
+        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1},
+            "watchdog":true,"pvpanic":true}"#;
         let expected = VmConfig {
             balloon: Some(BalloonConfig {
                 size: 4096,
                 deflate_on_oom: false,
                 free_page_reporting: true,
             }),
+            watchdog: true,
+            pvpanic: true,
             ..defaults()
         };
         assert_eq!(config(body), Ok(expected));

@@ -28,7 +28,6 @@ pub(super) enum Lack {
     Mtu,
     Numa,
     OffloadChoice,
-    Panic,
     Pmem,
     Resize,
     ResizeDisk,
@@ -46,7 +45,6 @@ pub(super) enum Lack {
     VhostUserNet,
     VirtualIommu,
     Vsock,
-    Watchdog,
 }
 
 impl Lack {
@@ -75,7 +73,6 @@ impl Lack {
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
             }
-            Self::Panic => "a device by which a guest tells of its panic (pvpanic)",
             Self::Pmem => "persistent memory",
             Self::Resize => "another number of processors or bytes of RAM for a guest that runs",
             Self::ResizeDisk => "another size for a disk of a guest that runs",
@@ -95,7 +92,6 @@ impl Lack {
             Self::VhostUserNet => "vhost-user NICs",
             Self::VirtualIommu => "a virtual IOMMU, or a device behind one (iommu)",
             Self::Vsock => "vsock by a Unix socket (vsock.socket)",
-            Self::Watchdog => "a watchdog",
         }
     }
 
