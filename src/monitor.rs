@@ -28,6 +28,8 @@ pub(crate) enum Source {
     Vm,
     /// One of its virtio devices.
     VirtioDevice,
+    /// What runs in it.
+    Guest,
 }
 
 impl Source {
@@ -36,6 +38,7 @@ impl Source {
             Self::Vmm => "vmm",
             Self::Vm => "vm",
             Self::VirtioDevice => "virtio-device",
+            Self::Guest => "guest",
         }
     }
 }

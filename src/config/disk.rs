@@ -116,17 +116,22 @@ pub struct BucketConfig {
     pub refill_time: u64,
 }
 
+impl BucketConfig {
+    /// What three keys say of a limit, where it is one.
+    pub(super) fn of(size: Option<u64>, burst: Option<u64>, refill: Option<u64>) -> Option<Self> {
+        size.filter(|size| *size > 0).map(|size| Self {
+            size,
+            one_time_burst: burst.unwrap_or(0),
+            refill_time: refill.unwrap_or(0),
+        })
+    }
+}
+
 impl DiskConfig {
     /// How much of it the guest may use; `None` where that is not limited.
     #[must_use]
     pub fn rate_limiter(&self) -> Option<RateLimiterConfig> {
-        let bucket = |size: Option<u64>, burst: Option<u64>, refill: Option<u64>| {
-            size.filter(|size| *size > 0).map(|size| BucketConfig {
-                size,
-                one_time_burst: burst.unwrap_or(0),
-                refill_time: refill.unwrap_or(0),
-            })
-        };
+        let bucket = BucketConfig::of;
         let bandwidth = bucket(self.bw_size, self.bw_one_time_burst, self.bw_refill_time);
         let ops = bucket(self.ops_size, self.ops_one_time_burst, self.ops_refill_time);
         let limited = bandwidth.is_some() || ops.is_some();

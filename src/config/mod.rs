@@ -5,6 +5,7 @@
 //! host must have for them, by those who open it.
 
 mod accepted;
+mod balloon;
 mod cpus;
 mod disk;
 mod fs;
@@ -22,6 +23,7 @@ use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
 pub use accepted::{Accepted, HotplugMethod};
+pub use balloon::BalloonConfig;
 pub use cpus::{CpusConfig, Topology, TopologyError};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
@@ -67,6 +69,12 @@ pub struct VmConfig {
     pub fs: Vec<FsConfig>,
     /// Virtio sockets between host and guest.
     pub vsock: Option<VsockConfig>,
+    /// Virtio balloon.
+    pub balloon: Option<BalloonConfig>,
+    /// A watchdog, which resets a guest that does not feed it.
+    pub watchdog: bool,
+    /// A device by which the guest tells that it has panicked.
+    pub pvpanic: bool,
     /// Virtio entropy device.
     pub rng: RngConfig,
     /// 16550 serial port.
@@ -168,16 +176,38 @@ impl Default for NetConfig {
 
 /// `--rng`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct RngConfig {
     /// Where entropy comes from.
     pub src: PathBuf,
+    /// Bytes of the limit.
+    pub bw_size: Option<u64>,
+    /// Bytes beside them that are there once.
+    pub bw_one_time_burst: Option<u64>,
+    /// The time in which they come back; milliseconds.
+    pub bw_refill_time: Option<u64>,
+}
+
+impl RngConfig {
+    /// How much of it the guest may use; `None` where that is not limited.
+    #[must_use]
+    pub fn rate_limiter(&self) -> Option<RateLimiterConfig> {
+        let bandwidth =
+            BucketConfig::of(self.bw_size, self.bw_one_time_burst, self.bw_refill_time)?;
+        Some(RateLimiterConfig {
+            bandwidth: Some(bandwidth),
+            ops: None,
+        })
+    }
 }
 
 impl Default for RngConfig {
     fn default() -> Self {
         Self {
             src: "/dev/urandom".into(),
+            bw_size: None,
+            bw_one_time_burst: None,
+            bw_refill_time: None,
         }
     }
 }

@@ -91,10 +91,10 @@ fn width_of(byte: u8) -> usize {
 }
 
 /// What is left of the bytes; behind their end are zeros.
-struct Story<'a>(&'a [u8]);
+pub(crate) struct Story<'a>(pub(crate) &'a [u8]);
 
 impl Story<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
+    pub(crate) fn take<const N: usize>(&mut self) -> [u8; N] {
         let mut bytes = [0; N];
         let (given, rest) = self.0.split_at(N.min(self.0.len()));
         for (to, from) in bytes.iter_mut().zip(given) {
@@ -104,19 +104,19 @@ impl Story<'_> {
         bytes
     }
 
-    fn byte(&mut self) -> u8 {
+    pub(crate) fn byte(&mut self) -> u8 {
         u8::from_le_bytes(self.take())
     }
 
-    fn word(&mut self) -> u16 {
+    pub(crate) fn word(&mut self) -> u16 {
         u16::from_le_bytes(self.take())
     }
 
-    fn dword(&mut self) -> u32 {
+    pub(crate) fn dword(&mut self) -> u32 {
         u32::from_le_bytes(self.take())
     }
 
-    fn quadword(&mut self) -> u64 {
+    pub(crate) fn quadword(&mut self) -> u64 {
         u64::from_le_bytes(self.take())
     }
 }

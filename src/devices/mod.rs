@@ -1,8 +1,8 @@
-//! The board's devices that are not on PCI, as far as any architecture can have them: serial port, flash chips,
-//! what tells firmware of the board, and hot-plug of bus 0. Those of one architecture are in [`arch`](crate::arch),
+//! The board's devices, as far as any architecture can have them: serial port, flash chips, what tells firmware of the
+//! board, and hot-plug of bus 0; and, on PCI, the watchdog and the device that tells of a panic. Those of one architecture are in [`arch`](crate::arch),
 //! which also says where on its board each of these is.
 //!
-//! Each is a [`BusDevice`](crate::kvm::BusDevice). None knows KVM: an edge-triggered interrupt leaves by an
+//! Those that are not on PCI are [`BusDevice`](crate::kvm::BusDevice)s. None knows KVM: an edge-triggered interrupt leaves by an
 //! eventfd, a level-triggered one by an [`InterruptLevel`](busway_pci::InterruptLevel), and a wish to reset or to turn off by a [`PowerSink`].
 
 pub mod console;
@@ -12,8 +12,10 @@ pub mod fw_cfg;
 pub mod hostile;
 pub mod pci_hotplug;
 pub mod pflash;
+pub mod pvpanic;
 pub mod serial;
 pub(crate) mod terminal;
+pub mod watchdog;
 
 use std::fmt::Debug;
 use std::io;

@@ -32,8 +32,10 @@ use crate::arch::{gsi, layout};
 use crate::config::{ConsoleConfig, MemoryConfig, VirtioConfig, VmConfig};
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::pci_hotplug;
+use crate::devices::pvpanic::Pvpanic;
+use crate::devices::watchdog::Watchdog;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
-use crate::memory::{Ram, Regions};
+use crate::memory::{Discards, Ram, Regions};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
 use crate::virtio::MemoryTable;
@@ -52,6 +54,7 @@ pub(super) struct Machine {
     pub(super) virtio: VirtioDevices,
     pub(super) pci: Pci,
     pub(super) board: Board,
+    pub(super) watchdog: Option<Arc<Watchdog>>,
     /// The pseudo-terminals that the serial port and the console are at.
     pub(super) serial_terminal: Option<PathBuf>,
     pub(super) console_terminal: Option<PathBuf>,
@@ -211,7 +214,14 @@ impl Machine {
         )?;
         let routes = Arc::new(router.clone());
         let mut virtio = VirtioDevices::new(ram.guest(), &table, routes, pci.seats(), &events);
-        let console_terminal = add_virtio(&mut virtio, &mut pci, definition, &quit)?;
+        let console_terminal = add_virtio(
+            &mut virtio,
+            &mut pci,
+            definition,
+            memory.0.discards(),
+            &quit,
+        )?;
+        let watchdog = add_board_devices(config, &mut pci)?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
         }
@@ -263,6 +273,7 @@ impl Machine {
             virtio,
             pci,
             board,
+            watchdog,
             serial_terminal,
             console_terminal,
             definition: definition.clone(),
@@ -328,6 +339,9 @@ impl Machine {
         }
         config.device = self.passthrough.attached.configs();
         self.processors.show(&mut config.cpus);
+        if let (Some(balloon), Some(target)) = (&mut config.balloon, self.virtio.balloon()) {
+            balloon.size = target.bytes();
+        }
         config
     }
 
@@ -511,11 +525,12 @@ fn add_empty_ports(
     )
 }
 
-/// The virtio devices: disks, NICs, console and entropy source. Gives the pseudo-terminal that the console is at.
+/// The virtio devices: disks, NICs, console, entropy source and balloon. Gives the pseudo-terminal that the console is at.
 fn add_virtio(
     virtio: &mut VirtioDevices,
     pci: &mut Pci,
     definition: &Definition,
+    discards: &Arc<Discards>,
     quit: &EventFd,
 ) -> Result<Option<PathBuf>, RunError> {
     let Definition {
@@ -533,7 +548,25 @@ fn add_virtio(
         virtio.add_fixed(Box::new(Console::new("console", endpoint)), pci)?;
     }
     virtio.add_fixed(Box::new(Rng::new("rng", &config.rng)?), pci)?;
+    if let Some(balloon) = &config.balloon {
+        virtio.add_balloon(balloon, discards, pci)?;
+    }
     Ok(at)
+}
+
+/// The devices of the board that are on PCI and not virtio's. Gives the watchdog.
+fn add_board_devices(config: &VmConfig, pci: &mut Pci) -> Result<Option<Arc<Watchdog>>, RunError> {
+    if config.pvpanic {
+        let pvpanic = Pvpanic::new().map_err(std::io::Error::other);
+        let pvpanic = pvpanic.map_err(RunError::system("a BAR of pvpanic's"))?;
+        pci.add_board(Arc::new(pvpanic))?;
+    }
+    if !config.watchdog {
+        return Ok(None);
+    }
+    let watchdog = Arc::new(Watchdog::new().map_err(RunError::system("timerfd_create"))?);
+    pci.add_board(watchdog.clone())?;
+    Ok(Some(watchdog))
 }
 
 /// Lets devices come to bus 0 while the guest runs, and leave it: gives the slots for that.

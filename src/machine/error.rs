@@ -20,6 +20,7 @@ use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Overlap};
 use crate::memory::{Amount, PrefaultError, RamError, RegionsError};
 use crate::virtio::VirtioPciError;
+use crate::virtio::balloon::TargetError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::net::{NetError, TapError};
 use crate::virtio::rng::RngError;
@@ -68,6 +69,9 @@ pub enum RunError {
     /// The entropy source cannot be had.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// The balloon cannot be so large.
+    #[error("--balloon: {0}")]
+    Balloon(#[from] TargetError),
     /// {flag}: {source}
     #[error("{flag}: {source}")]
     Console {
@@ -300,6 +304,7 @@ impl RunError {
             | Self::Disk(_)
             | Self::Rom(_)
             | Self::Rng(_)
+            | Self::Balloon(_)
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }

@@ -66,16 +66,18 @@ enum Source {
     Clock,
     Device,
     Request,
+    Watchdog,
 }
 
 impl Source {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Signal,
         Self::Event,
         Self::Quit,
         Self::Clock,
         Self::Device,
         Self::Request,
+        Self::Watchdog,
     ];
 }
 
@@ -132,13 +134,12 @@ impl Machine {
     ) -> Result<Stop, RunError> {
         let epoll = Epoll::new().map_err(RunError::system("epoll_create"))?;
         for source in Source::ALL {
+            let Some(descriptor) = self.descriptor(source, signals, requests) else {
+                continue;
+            };
             let event = EpollEvent::new(EventSet::IN, source as u64);
             epoll
-                .ctl(
-                    ControlOperation::Add,
-                    self.descriptor(source, signals, requests),
-                    event,
-                )
+                .ctl(ControlOperation::Add, descriptor, event)
                 .map_err(RunError::system("epoll_ctl"))?;
         }
         life.started = Instant::now();
@@ -182,6 +183,7 @@ impl Machine {
                         None
                     }
                     Some(Source::Request) => self.on_request(life, requests),
+                    Some(Source::Watchdog) => self.on_watchdog(life),
                     None => None,
                 };
                 if let Some(stop) = stop {
@@ -203,14 +205,33 @@ impl Machine {
         }
     }
 
-    fn descriptor(&self, source: Source, signals: &Signals, requests: &Requests) -> RawFd {
-        match source {
+    /// What tells of `source`, where there is such a thing.
+    fn descriptor(&self, source: Source, signals: &Signals, requests: &Requests) -> Option<RawFd> {
+        Some(match source {
             Source::Signal => signals.as_raw_fd(),
             Source::Event => self.events.as_raw_fd(),
             Source::Quit => self.quit.as_raw_fd(),
             Source::Clock => self.board.rtc.as_raw_fd(),
             Source::Device => self.passthrough.attached.as_raw_fd(),
             Source::Request => requests.as_raw_fd(),
+            Source::Watchdog => self.watchdog.as_ref()?.as_raw_fd(),
+        })
+    }
+
+    /// The watchdog's timer: a guest that has not fed it starts anew.
+    fn on_watchdog(&self, life: &Life) -> Option<Stop> {
+        if !self.watchdog.as_ref()?.on_timer() {
+            return None;
+        }
+        log::warn!("the guest has not fed its watchdog in time, and is reset");
+        monitor::tell(About::Guest, "watchdog", &[("action", "reset")]);
+        match life.restart() {
+            Restart::Anew => Some(Stop::Restart),
+            Restart::End => Some(ends_with("the guest's watchdog has run out")),
+            Restart::Later => {
+                self.events.push(Event::Reset);
+                None
+            }
         }
     }
 
@@ -386,6 +407,7 @@ impl Machine {
                     asker.answer(Ok(Answer::Done));
                 }
                 Request::AddDevice(..) | Request::AddVirtio(..) => self.add(life, request, asker),
+                Request::ResizeBalloon(bytes) => asker.answer(self.resize_balloon(bytes)),
                 Request::RemoveDevice {
                     id,
                     force,
@@ -472,11 +494,25 @@ impl Machine {
                 // What a guest did before it was paused is of a life that is over.
                 life.deferred.clear();
                 self.pci.virtio().resume();
+                if let Some(watchdog) = &self.watchdog {
+                    watchdog.resume();
+                }
             }
         }
         log::info!("the guest restarts, as the control socket asks");
         life.starters.push(asker);
         Some(Stop::Restart)
+    }
+
+    fn resize_balloon(&self, bytes: u64) -> Result<Answer, RequestError> {
+        let Some(balloon) = self.virtio.balloon() else {
+            let why = "the VM has no balloon: it is started with --balloon, or with `balloon` in vm.create";
+            return Err(RequestError::Invalid(why.to_owned()));
+        };
+        let set = balloon.set(bytes);
+        set.map_err(|error| RequestError::Invalid(error.to_string()))?;
+        log::info!("the guest's balloon is to have {bytes} bytes, as the control socket asks");
+        Ok(Answer::Done)
     }
 
     fn interrupt(&self) -> Result<Answer, RequestError> {
@@ -503,6 +539,9 @@ impl Machine {
         match &mut life.phase {
             Phase::Running => {
                 monitor::tell(About::Vm, "pausing", &[]);
+                if let Some(watchdog) = &self.watchdog {
+                    watchdog.pause();
+                }
                 life.phase = Phase::Pausing(asker.into_iter().collect());
                 let events = self.events.clone();
                 let virtio = self.pci.virtio().clone();
@@ -531,6 +570,9 @@ impl Machine {
             self.events.push(event);
         }
         self.pci.virtio().resume();
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.resume();
+        }
         self.vcpus.resume();
         monitor::tell(About::Vm, "resumed", &[]);
         log::info!("the guest goes on");

@@ -170,6 +170,14 @@ impl Pci {
         Ok(id)
     }
 
+    /// Adds a function of the board's that stays, and keeps it.
+    ///
+    /// # Errors
+    /// [`RunError`]
+    pub(super) fn add_board(&mut self, function: Arc<dyn PciFunction>) -> Result<(), RunError> {
+        self.place(&function.name(), 1, function).map(drop)
+    }
+
     /// Bit n: slot n is one for devices, and free at the guest's start.
     pub(super) fn free_slots(&self) -> u32 {
         ((1 << LOW_SLOTS) - 1) & !self.slots

@@ -159,7 +159,14 @@ mod tests {
         let mut functions = VirtioFunctions::default();
         let drivers = [None, Some(slow)].map(|slow| {
             let src = "/dev/zero".into();
-            let rng = Rng::new("rng", &RngConfig { src }).unwrap();
+            let rng = Rng::new(
+                "rng",
+                &RngConfig {
+                    src,
+                    ..RngConfig::default()
+                },
+            )
+            .unwrap();
             let mut driver = Driver::new(Slow {
                 rng,
                 slow,

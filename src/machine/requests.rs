@@ -62,6 +62,8 @@ pub enum Request {
         /// Answered when the guest has them, and no more, or when it is found to keep some; else when it has been asked.
         wait: bool,
     },
+    /// Have the balloon be of so many bytes. Answered when the guest's driver is told.
+    ResizeBalloon(u64),
     /// Have the guest release a device, and with it all in its slot.
     RemoveDevice {
         /// Its name, or its address on the host where it has none.
@@ -96,6 +98,8 @@ pub struct Info {
     pub config: VmConfig,
     /// Bytes of RAM that the guest has; 0 while it is being put together.
     pub memory: u64,
+    /// Bytes of it that are in the guest's balloon.
+    pub balloon: u64,
     /// The host devices that the guest has; none while it is being put together.
     pub devices: Vec<AssignedDevice>,
     /// What they are called, by their addresses on the host.

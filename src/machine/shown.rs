@@ -5,6 +5,7 @@ use super::assembly::Machine;
 use super::life::Life;
 use super::observed::{Observed, State};
 use super::requests::Info;
+use crate::virtio::balloon::BalloonTarget;
 
 impl Machine {
     /// How it is, and what it is made of.
@@ -13,6 +14,7 @@ impl Machine {
             state: life.state(),
             config: self.config(),
             memory: self.ram.size(),
+            balloon: self.virtio.balloon().map_or(0, BalloonTarget::actual),
             devices: self.pci.assigned(),
             ids: self.passthrough.attached.ids(),
             empty_slots: self.passthrough.empty_slots(&self.pci),

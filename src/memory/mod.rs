@@ -2,6 +2,7 @@
 //!
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
+mod discard;
 mod error;
 mod huge_pages;
 mod prefault;
@@ -10,6 +11,7 @@ mod regions;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+pub use discard::{Discarded, Discards};
 pub(crate) use error::Amount;
 pub use error::RamError;
 pub use prefault::PrefaultError;

@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::Discards;
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap};
 
 /// What a region is made of.
@@ -198,6 +199,11 @@ pub trait RegionListener: Send + Sync {
 
     /// A region is going. Afterwards nothing of the listener's may reach it.
     fn removed(&self, region: &Arc<Region>);
+
+    /// Whether it has RAM pinned for as long as it is on the list, so that none of it can be given back to the host.
+    fn pins(&self) -> bool {
+        false
+    }
 }
 
 /// A region could not be added.
@@ -227,6 +233,7 @@ pub enum RegionsError {
 #[derive(Default)]
 pub struct Regions {
     state: Mutex<State>,
+    discards: Arc<Discards>,
 }
 
 #[derive(Default)]
@@ -242,19 +249,39 @@ impl fmt::Debug for Regions {
 }
 
 impl Regions {
+    /// Who gives RAM back to the host, unless a listener has it pinned.
+    #[must_use]
+    pub fn discards(&self) -> &Arc<Discards> {
+        &self.discards
+    }
+
     /// Adds a listener behind the others, and tells it of what is there.
     ///
     /// # Errors
     /// [`RegionsError::Refused`]; the listener is then not added and keeps nothing.
     pub fn listen(&self, listener: Arc<dyn RegionListener>) -> Result<(), RegionsError> {
         let mut state = self.state();
+        let back = if listener.pins() {
+            self.discards.pin()
+        } else {
+            0
+        };
         for (reported, region) in state.regions.iter().enumerate() {
             if let Err(source) = listener.added(region) {
                 for region in state.regions.iter().take(reported).rev() {
                     listener.removed(region);
                 }
+                if listener.pins() {
+                    self.discards.unpin();
+                }
                 return Err(refused(region, listener.as_ref(), source));
             }
+        }
+        if back > 0 {
+            log::warn!(
+                "{back} bytes of the guest's balloon are populated again, for the {} needs all of RAM",
+                listener.name()
+            );
         }
         state.listeners.push(listener);
         Ok(())
@@ -273,6 +300,9 @@ impl Regions {
         let listener = state.listeners.remove(at);
         for region in state.regions.iter().rev() {
             listener.removed(region);
+        }
+        if listener.pins() {
+            self.discards.unpin();
         }
     }
 

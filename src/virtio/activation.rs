@@ -108,6 +108,10 @@ impl Activation {
             device,
             ..self.progress
         };
+        #[cfg(any(test, feature = "hostile"))]
+        if let Some(stage) = super::hostile::Stage::of_this_thread() {
+            return Ok(stage.start(workers, self.stop, self.interrupts, progress)?);
+        }
         let running = Workers::start(workers, self.stop, self.interrupts, progress)?;
         Ok(Box::new(running))
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use busway_pci::{Activity, Seen};
 
+use super::balloon::{BalloonCounts, BalloonTotals};
 use super::spec::status;
 
 /// A number that one thread writes, and any reads.
@@ -44,6 +45,8 @@ enum Kind {
     Net(Vec<Arc<NetCounts>>),
     /// A NIC's that the host's kernel serves.
     Tap(Arc<TapCounts>),
+    /// A balloon's.
+    Balloon(Arc<BalloonCounts>),
 }
 
 /// What the kernel counts of a tap, from some time on.
@@ -254,6 +257,8 @@ pub enum Totals {
     Disk(DiskTotals),
     /// A NIC's.
     Net(NetTotals),
+    /// A balloon's.
+    Balloon(BalloonTotals),
 }
 
 impl Counts {
@@ -273,6 +278,11 @@ impl Counts {
         let statistics = Path::new("/sys/class/net").join(name).join("statistics");
         let counts = TapCounts::of(statistics);
         counts.map_or_else(Self::default, |counts| Self(Kind::Tap(Arc::new(counts))))
+    }
+
+    /// Those of a balloon.
+    pub(crate) fn of_balloon(counts: Arc<BalloonCounts>) -> Self {
+        Self(Kind::Balloon(counts))
     }
 
     /// Those of a disk's queue.
@@ -295,6 +305,7 @@ impl Counts {
         match &self.0 {
             Kind::None => Totals::None,
             Kind::Tap(tap) => tap.totals(),
+            Kind::Balloon(balloon) => Totals::Balloon(balloon.totals()),
             Kind::Disk(queues) => {
                 let mut all = DiskTotals::default();
                 for queue in queues {

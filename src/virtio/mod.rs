@@ -8,6 +8,7 @@
 //! `DEVICE_NEEDS_RESET`, what merely asks for too much is answered with an error.
 
 mod activation;
+pub mod balloon;
 pub mod blk;
 mod chain;
 mod config_space;
@@ -15,8 +16,11 @@ pub mod console;
 mod counts;
 mod device;
 mod error;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod interrupts;
 pub mod life;
+mod limiter;
 pub mod net;
 mod pci;
 mod queue;

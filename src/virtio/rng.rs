@@ -6,9 +6,11 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
@@ -16,6 +18,7 @@ use super::device::VirtioDevice;
 use super::error::QueueError;
 use super::error::StartError;
 use super::life::{DeviceState, Progress, Running};
+use super::limiter::Limiter;
 use super::queue::Virtqueue;
 use super::spec;
 use super::worker::{Worker, doorbell_events};
@@ -56,6 +59,7 @@ pub enum RngError {
 pub struct Rng {
     name: String,
     source: Arc<File>,
+    limiter: Option<Arc<Limiter>>,
     config: Arc<Fields>,
     complaints: Arc<Complaints>,
 }
@@ -86,6 +90,9 @@ impl Rng {
         Ok(Self {
             name: name.to_owned(),
             source: Arc::new(file),
+            limiter: config
+                .rate_limiter()
+                .map(|limits| Arc::new(Limiter::new(&limits, Instant::now()))),
             config: Fields::new(Vec::new()),
             complaints: Arc::new(Complaints::first(1)),
         })
@@ -125,6 +132,8 @@ impl VirtioDevice for Rng {
                 ram: activation.ram().clone(),
                 queue,
                 source: Arc::clone(&self.source),
+                limiter: self.limiter.clone(),
+                timer: TimerFd::new().map_err(io::Error::from)?,
                 complaints: Arc::clone(&self.complaints),
             }));
         }
@@ -136,6 +145,7 @@ impl VirtioDevice for Rng {
 enum Filled {
     One,
     NoRequest,
+    /// Nothing for now: the source wakes the worker, or the limiter's timer does.
     NoEntropy,
 }
 
@@ -145,6 +155,8 @@ struct RngWorker {
     ram: GuestRam,
     queue: Virtqueue,
     source: Arc<File>,
+    limiter: Option<Arc<Limiter>>,
+    timer: TimerFd,
     complaints: Arc<Complaints>,
 }
 
@@ -155,6 +167,15 @@ impl RngWorker {
             return Ok(Filled::NoRequest);
         };
         let room = chain.writable.take_front(MAX_REQUEST);
+        if let Some(limiter) = &self.limiter
+            && let Err(wait) = limiter.take(room.len() as u64, Instant::now())
+        {
+            self.queue.undo_pop();
+            if let Err(error) = self.timer.reset(wait, None) {
+                log::error!("{}: timerfd_settime: {error}", self.name);
+            }
+            return Ok(Filled::NoEntropy);
+        }
         let written = if room.is_empty() {
             0
         } else {
@@ -200,6 +221,7 @@ impl Worker for RngWorker {
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
         vec![
             (self.queue.doorbell(), doorbell_events()),
+            (self.timer.as_raw_fd(), doorbell_events()),
             (self.source.as_raw_fd(), doorbell_events()),
         ]
     }
@@ -210,7 +232,6 @@ impl Worker for RngWorker {
         for _ in 0..self.queue.size() {
             match self.fill(&memory)? {
                 Filled::One => {}
-                // The source's next bytes wake us.
                 Filled::NoEntropy => return Ok(()),
                 Filled::NoRequest => {
                     if !self.queue.enable_notification(&memory)? {
@@ -237,6 +258,7 @@ mod tests {
     fn driver(source: &std::path::Path) -> Driver {
         let config = RngConfig {
             src: source.to_owned(),
+            ..RngConfig::default()
         };
         Driver::new(Rng::new("rng0", &config).unwrap())
     }
@@ -275,9 +297,34 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_gets_no_more_than_its_limit_and_goes_on_when_there_is_more() {
+        let config = RngConfig {
+            src: "/dev/zero".into(),
+            bw_size: Some(1000),
+            bw_one_time_burst: Some(24),
+            bw_refill_time: Some(1000),
+        };
+        let start = Instant::now();
+        let mut driver = Driver::new(Rng::new("rng0", &config).unwrap());
+        driver.negotiate(0);
+        let mut ring = driver.queue(0, 16);
+        driver.ready();
+        // The bucket and the burst, and half of the bucket more.
+        for _ in 0..6 {
+            ring.submit(&[(0x10_0000, 256, true)]);
+        }
+        driver.notify(&ring);
+        for _ in 0..6 {
+            assert_eq!(ring.wait_used().1, 256);
+        }
+        assert!(start.elapsed().as_millis() >= 250, "{:?}", start.elapsed());
+    }
+
+    #[test]
     fn a_source_that_has_ended_is_told_of_once_however_often_the_guest_begins_anew() {
         let config = RngConfig {
             src: "/dev/null".into(),
+            ..RngConfig::default()
         };
         let rng = Rng::new("rng0", &config).unwrap();
         let complaints = Arc::clone(&rng.complaints);
@@ -296,7 +343,10 @@ mod tests {
     #[test]
     fn what_gives_no_random_numbers_is_refused() {
         for (path, expected) in [("/nonexistent", "--rng src=FILE"), ("/", "is no source")] {
-            let config = RngConfig { src: path.into() };
+            let config = RngConfig {
+                src: path.into(),
+                ..RngConfig::default()
+            };
             let error = Rng::new("rng0", &config).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }

@@ -13,6 +13,8 @@ pub mod device_type {
     pub const BLOCK: u16 = virtio_ids::VIRTIO_ID_BLOCK as u16;
     /// Console. §5.3
     pub const CONSOLE: u16 = virtio_ids::VIRTIO_ID_CONSOLE as u16;
+    /// Memory balloon. §5.5
+    pub const BALLOON: u16 = virtio_ids::VIRTIO_ID_BALLOON as u16;
     /// Shared folder. §5.11
     pub const FS: u16 = virtio_ids::VIRTIO_ID_FS as u16;
     /// Entropy source. §5.4
@@ -331,6 +333,30 @@ mod tests {
         assert_eq!((CTRL_MQ, CTRL_MQ_VQ_PAIRS_SET), (4, 0));
         assert_eq!((CTRL_GUEST_OFFLOADS, CTRL_GUEST_OFFLOADS_SET), (5, 0));
     }
+}
+
+/// Memory balloon. Virtio 1.3 §5.5.
+pub mod balloon {
+    /// Bytes of the pages that numbers count, whatever pages the guest has. §5.5.6
+    pub const PAGE: u64 = 1 << 12;
+    /// Queue of pages that go into the balloon. §5.5.2
+    pub const INFLATEQ: u16 = 0;
+    /// Queue of pages that leave it.
+    pub const DEFLATEQ: u16 = 1;
+    /// The first of the queues that there are with their features alone.
+    pub const STATSQ: u16 = 2;
+    /// `VIRTIO_BALLOON_F_STATS_VQ`: the driver gives statistics. §5.5.3
+    pub const F_STATS_VQ: u64 = 1 << 1;
+    /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM`: the driver takes pages out where it has no memory.
+    pub const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+    /// `VIRTIO_BALLOON_F_PAGE_REPORTING`: the driver reports free pages.
+    pub const F_REPORTING: u64 = 1 << 5;
+    /// Bytes of the configuration as far as these features have it: `num_pages` and `actual`. §5.5.4
+    pub const CONFIG_SIZE: usize = 8;
+    /// Where the pages stand that the balloon is to have.
+    pub const CONFIG_NUM_PAGES: usize = 0;
+    /// Where the driver writes how many it has.
+    pub const CONFIG_ACTUAL: usize = 4;
 }
 
 /// Socket device. Virtio 1.3 §5.10.

@@ -174,12 +174,18 @@ impl Drop for Workers {
 }
 
 fn watch(worker: &dyn Worker, stop: &EventFd) -> io::Result<Epoll> {
-    let epoll = Epoll::new()?;
+    let epoll = watch_sources(worker)?;
     epoll.ctl(
         ControlOperation::Add,
         stop.as_fd().as_raw_fd(),
         EpollEvent::new(EventSet::IN, STOP),
     )?;
+    Ok(epoll)
+}
+
+/// What waits for the sources of `worker`, each by its number.
+pub(super) fn watch_sources(worker: &dyn Worker) -> io::Result<Epoll> {
+    let epoll = Epoll::new()?;
     for (number, (fd, events)) in (0..).zip(worker.sources()) {
         let event = EpollEvent::new(events, number);
         match epoll.ctl(ControlOperation::Add, fd, event) {

@@ -130,11 +130,14 @@ enum Verb {
         #[arg(long)]
         id: Option<String>,
     },
-    /// Give the guest another number of processors; answered when it has as many
+    /// Give the guest another number of processors, or its balloon another size; answered when it has them, or is told
     Resize {
-        /// How many, from 1 to what `--cpus max=` said
-        #[arg(long, value_name = "N")]
-        cpus: u16,
+        /// How many processors, from 1 to what `--cpus max=` said
+        #[arg(long, value_name = "N", required_unless_present = "balloon")]
+        cpus: Option<u16>,
+        /// What its balloon is to have: memory that it gives back to the host
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        balloon: Option<u64>,
     },
     /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
@@ -218,6 +221,12 @@ fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
+/// Bytes, as `busway run` has them.
+fn size(text: &str) -> Result<u64, String> {
+    let size = super::value::Value::Text(text.to_owned()).size();
+    size.map_err(|why| why.to_string())
+}
+
 impl Verb {
     const fn method(&self) -> &'static str {
         match self {
@@ -250,8 +259,8 @@ impl Verb {
             Self::AddNet(_) => "vm.add-net",
             Self::AddFs(_) => "vm.add-fs",
             Self::AddVsock { .. } => "vm.add-vsock",
-            Self::RemoveDevice { .. } => "vm.remove-device",
             Self::Resize { .. } => "vm.resize",
+            Self::RemoveDevice { .. } => "vm.remove-device",
         }
     }
 
@@ -288,7 +297,9 @@ impl Verb {
             Self::AddVsock { cid, socket, id } => Some(json!({
                 "cid": cid, "socket": socket.as_deref().map(absolute), "id": id,
             })),
-            Self::Resize { cpus } => Some(json!({ "desired_vcpus": cpus, "wait": true })),
+            Self::Resize { cpus, balloon } => Some(json!({
+                "desired_vcpus": cpus, "desired_balloon": balloon, "wait": true,
+            })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {
@@ -414,6 +425,13 @@ fn pretty(answer: Value) -> String {
     format!("{answer:#}\n")
 }
 
+/// What has come of a [`Verb::Resize`].
+fn resized(cpus: Option<u16>, balloon: Option<u64>) -> String {
+    let cpus = cpus.map(|cpus| format!("the guest has {cpus} processors\n"));
+    let balloon = balloon.map(|bytes| format!("the guest's balloon is to have {bytes} bytes\n"));
+    [cpus, balloon].into_iter().flatten().collect()
+}
+
 /// What a person reads of an answer.
 fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
     match verb {
@@ -422,7 +440,7 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Counters => counters(answer, screen),
         Verb::CheckDevice { device } => check(device, answer, screen),
         Verb::List | Verb::Top(_) | Verb::Metrics => String::new(),
-        Verb::Resize { cpus } => format!("the guest has {cpus} processors\n"),
+        Verb::Resize { cpus, balloon } => resized(*cpus, *balloon),
         Verb::Reboot => "the guest starts anew\n".to_owned(),
         Verb::Nmi => "the guest's processors have their interrupt\n".to_owned(),
         Verb::Stop => "the VM has ended, and can be booted again\n".to_owned(),

@@ -225,6 +225,10 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             socket: None,
             id: None,
         },
+        Verb::Resize {
+            cpus: Some(1),
+            balloon: None,
+        },
         Verb::RemoveDevice {
             id: device(),
             force: false,

@@ -33,6 +33,12 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "cmdline" => config.cmdline = Some(file.cmdline(&value)?),
             "cpus" => file.section(&schema::CPUS, &mut config.cpus, &value)?,
             "memory" => file.section(&schema::MEMORY, &mut config.memory, &value)?,
+            "balloon" => {
+                let balloon = config.balloon.get_or_insert_default();
+                file.section(&schema::BALLOON, balloon, &value)?;
+            }
+            "watchdog" => config.watchdog = file.switch(&value, "watchdog")?,
+            "pvpanic" => config.pvpanic = file.switch(&value, "pvpanic")?,
             "rng" => file.section(&schema::RNG, &mut config.rng, &value)?,
             "serial" => file.section(&schema::SERIAL, &mut config.serial, &value)?,
             "console" => file.section(&schema::CONSOLE, &mut config.console, &value)?,
@@ -111,6 +117,15 @@ impl File<'_> {
             reason,
         })?;
         Ok(text.to_owned())
+    }
+
+    fn switch(&self, node: &Node<'_>, name: &'static str) -> Result<bool, Wrong> {
+        let switch = scalar(node.value).switch();
+        switch.map_err(|reason| Wrong::Value {
+            place: self.place(&node.span, ""),
+            key: name,
+            reason,
+        })
     }
 
     /// A kernel's command line, which may be empty.

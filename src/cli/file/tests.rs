@@ -65,6 +65,7 @@ fn a_whole_machine_is_read() {
         net: vec![crate::config::NetConfig::default()],
         rng: crate::config::RngConfig {
             src: "/dev/hwrng".into(),
+            ..crate::config::RngConfig::default()
         },
         cpus: crate::config::CpusConfig {
             boot: 2,

@@ -91,6 +91,20 @@ pub(super) struct RunArgs {
     vsock: Vec<String>,
 
     #[arg(
+        long, help = schema::BALLOON.summary, long_help = schema::BALLOON.help(),
+        value_name = LIST, help_heading = DEVICES
+    )]
+    balloon: Vec<String>,
+
+    /// A watchdog (Intel's 6300ESB) that resets a guest which does not feed it
+    #[arg(long, help_heading = DEVICES)]
+    watchdog: bool,
+
+    /// A device by which the guest tells that it has panicked: in the log, and as an event
+    #[arg(long, help_heading = DEVICES)]
+    pvpanic: bool,
+
+    #[arg(
         long, help = schema::RNG.summary, long_help = schema::RNG.help(),
         value_name = LIST, help_heading = DEVICES
     )]
@@ -316,6 +330,12 @@ impl RunArgs {
         replace(&mut config.cmdline, &self.cmdline);
         update(&schema::CPUS, &mut config.cpus, &self.cpus)?;
         update(&schema::MEMORY, &mut config.memory, &self.memory)?;
+        config.watchdog |= self.watchdog;
+        config.pvpanic |= self.pvpanic;
+        if !self.balloon.is_empty() {
+            let balloon = config.balloon.get_or_insert_default();
+            update(&schema::BALLOON, balloon, &self.balloon)?;
+        }
         update(&schema::RNG, &mut config.rng, &self.rng)?;
         update(&schema::PLATFORM, &mut config.platform, &self.platform)?;
         update(&schema::SERIAL, &mut config.serial, self.serial.as_slice())?;

@@ -111,6 +111,9 @@ pub(super) const TOP: &[&str] = &[
     "net",
     "fs",
     "vsock",
+    "balloon",
+    "watchdog",
+    "pvpanic",
     "rng",
     "serial",
     "console",
@@ -135,12 +138,14 @@ macro_rules! keys {
     };
 }
 
+mod balloon;
 mod cpus;
 mod disk;
 mod firmware;
 mod fs;
 mod vsock;
 
+pub(super) use balloon::BALLOON;
 pub(super) use cpus::CPUS;
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
@@ -217,12 +222,19 @@ fn numbers(value: &Value) -> Result<Vec<u32>, Reason> {
 /// `--rng`
 pub(super) static RNG: Section<RngConfig> = Section {
     name: "rng",
-    summary: "Virtio entropy device: src=FILE [default: src=/dev/urandom]",
+    summary: "Virtio entropy device: src=FILE[,bw_size=SIZE]… [default: src=/dev/urandom]",
     words: &[],
     notes: "",
     blank: RngConfig::default,
-    keys: keys! {"src" { "FILE": "where entropy comes from [/dev/urandom]" }
+    keys: keys! {
+        "src" { "FILE": "where entropy comes from [/dev/urandom]" }
             |rng, value| rng.src = value.text()?.into();
+        "bw_size" { "SIZE": "bytes of the limit that the guest is held to [none]" }
+            |rng, value| rng.bw_size = Some(value.size()?);
+        "bw_one_time_burst" { "SIZE": "bytes beside it, once [0]" }
+            |rng, value| rng.bw_one_time_burst = Some(value.size()?);
+        "bw_refill_time" { "TIME": "milliseconds in which they come back" }
+            |rng, value| rng.bw_refill_time = Some(value.number()?);
     },
     required: &[],
     bare: None,
@@ -471,6 +483,7 @@ mod tests {
         agrees(&DISK);
         agrees(&NET);
         agrees(&FS);
+        agrees(&BALLOON);
         agrees(&RNG);
         agrees(&DEVICE);
         agrees(&PLATFORM);

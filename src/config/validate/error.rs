@@ -76,6 +76,20 @@ pub enum InvalidConfig {
     /// --memory hugepage_size= without huge pages
     #[error("--memory hugepage_size= needs hugepages=on beside it")]
     HugePageSizeAlone,
+    /// --balloon size={size}: must be a multiple of 4096 bytes, and no more than the guest has
+    #[error(
+        "--balloon size={size}: it must be a multiple of 4096 bytes, and no more than --memory size="
+    )]
+    Balloon {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// --balloon beside hugepages=on
+    #[error(
+        "--balloon beside --memory hugepages=on: a guest gives back single pages of 4 KiB, which the host cannot take \
+         out of a huge page: leave one of the two out"
+    )]
+    BalloonOfHugePages,
     /// {device}: {why}
     #[error("{device}: {why}")]
     Virtio {

@@ -11,10 +11,11 @@ use super::limits::{
     MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
 };
 use super::{
-    Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType, MemoryConfig, NetConfig,
-    PlatformConfig, QueueAffinity, VirtioConfig, VmConfig,
+    BalloonConfig, Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType,
+    MemoryConfig, NetConfig, PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
 };
 
+use busway_pci::PAGE_SIZE;
 use error::Name;
 pub use error::{InvalidConfig, InvalidVirtio};
 
@@ -81,6 +82,19 @@ impl VmConfig {
                 why,
             })?;
         }
+        self.validate_balloon()?;
+        let RngConfig {
+            bw_size,
+            bw_one_time_burst,
+            bw_refill_time,
+            ..
+        } = self.rng;
+        bucket("bw", bw_size, bw_one_time_burst, bw_refill_time).map_err(|why| {
+            InvalidConfig::Virtio {
+                device: Name::of("--rng"),
+                why,
+            }
+        })?;
         if self.serial == ConsoleConfig::Tty && self.console == ConsoleConfig::Tty {
             return Err(InvalidConfig::OneTerminal);
         }
@@ -91,6 +105,19 @@ impl VmConfig {
         self.validate_ids()?;
         self.validate_boot_order()?;
         self.validate_disjoint()
+    }
+
+    /// A balloon has room in RAM, of which single pages can go back to the host.
+    fn validate_balloon(&self) -> Result<(), InvalidConfig> {
+        match &self.balloon {
+            Some(_) if self.memory.hugepages => Err(InvalidConfig::BalloonOfHugePages),
+            Some(BalloonConfig { size, .. })
+                if *size > self.memory.size || !size.is_multiple_of(PAGE_SIZE) =>
+            {
+                Err(InvalidConfig::Balloon { size: *size })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The devices that stand in firmware's boot order, each at a place of its own.

@@ -515,3 +515,24 @@ fn a_folder_has_a_tag_and_a_socket_of_its_own() {
     });
     assert!(queues.contains("num_queues=65"), "{queues}");
 }
+
+#[test]
+fn a_balloon_has_room_in_ram_and_none_beside_huge_pages() {
+    let with = |size, hugepages| {
+        move |vm: &mut VmConfig| {
+            vm.memory.size = 64 << 20;
+            vm.memory.hugepages = hugepages;
+            vm.balloon = Some(BalloonConfig {
+                size,
+                ..BalloonConfig::default()
+            });
+        }
+    };
+    assert_eq!(validate(with(64 << 20, false)), Ok(()));
+    for size in [(64 << 20) + 4096, 4095] {
+        let said = complaint(with(size, false));
+        assert!(said.contains(&format!("size={size}: ")), "{said}");
+    }
+    let said = complaint(with(0, true));
+    assert!(said.contains("leave one of the two out"), "{said}");
+}

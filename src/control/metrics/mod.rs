@@ -15,6 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::threads;
 use crate::machine::{DeviceSeen, DeviceState, Observed, State, VirtioDoing};
+use crate::virtio::balloon::BalloonTotals;
 use crate::virtio::{DiskTotals, NetTotals, Totals};
 
 /// Where it is.
@@ -162,6 +163,7 @@ pub(super) fn text(observed: Option<&Observed>) -> Result<String, fmt::Error> {
     families.extend(of_devices(&devices));
     families.extend(of_disks(&devices));
     families.extend(of_nics(&devices));
+    families.extend(of_balloons(&devices));
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Families(families)));
     let mut text = String::new();
@@ -437,6 +439,83 @@ fn of_disks(devices: &[&DeviceSeen]) -> Vec<Family> {
         whole(
             counter("busway_disk_errors", "Requests that the host refused"),
             |disk| disk.errors,
+        ),
+    ]
+}
+
+/// A guest's balloon, and what the guest says of its memory.
+fn of_balloons(devices: &[&DeviceSeen]) -> Vec<Family> {
+    let balloons: Vec<_> = totals(devices)
+        .filter_map(|(id, totals)| match totals {
+            Totals::Balloon(balloon) => Some((id, balloon)),
+            _ => None,
+        })
+        .collect();
+    let whole = |family: Family, of: fn(&BalloonTotals) -> u64| {
+        family.of(&balloons, |(id, balloon)| {
+            (vec![device(id)], Number::Whole(of(balloon)))
+        })
+    };
+    let stat = |family: Family, name: &str| {
+        let said: Vec<_> = balloons
+            .iter()
+            .filter_map(|(id, balloon)| {
+                let (_, value) = balloon.stats().find(|(stat, _)| *stat == name)?;
+                Some((*id, value))
+            })
+            .collect();
+        family.of(&said, |(id, value)| {
+            (vec![device(id)], Number::Whole(*value))
+        })
+    };
+    let (counter, gauge) = (Family::counter, Family::gauge);
+    vec![
+        whole(
+            gauge("busway_balloon_target", "Bytes that the balloon is to have").in_bytes(),
+            |balloon| balloon.target,
+        ),
+        whole(
+            gauge("busway_balloon_actual", "Bytes that the balloon has").in_bytes(),
+            |balloon| balloon.actual,
+        ),
+        whole(
+            gauge(
+                "busway_balloon_given",
+                "Bytes of the balloon that the host has back",
+            )
+            .in_bytes(),
+            |balloon| balloon.given,
+        ),
+        whole(
+            gauge(
+                "busway_balloon_inhibited",
+                "Whether assigned devices keep the guest's memory from going back",
+            ),
+            |balloon| balloon.inhibited.into(),
+        ),
+        whole(
+            counter(
+                "busway_balloon_reported",
+                "Bytes of free memory that went back to the host",
+            )
+            .in_bytes(),
+            |balloon| balloon.reported,
+        ),
+        stat(
+            gauge(
+                "busway_guest_memory_free",
+                "Bytes that the guest says are free",
+            )
+            .in_bytes(),
+            "free_bytes",
+        ),
+        stat(
+            gauge(
+                "busway_guest_memory_available",
+                "Bytes that the guest says it could have without swapping",
+            )
+            .in_bytes(),
+            "available_bytes",
         ),
     ]
 }

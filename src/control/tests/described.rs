@@ -126,6 +126,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 "",
                 r#"{"desired_vcpus": 2}"#,
                 r#"{"desired_vcpus": 9}"#,
+                r#"{"desired_balloon": 4096}"#,
                 r#"{"desired_ram": 1073741824}"#,
             ],
             "vm.remove-device" => &[

@@ -140,7 +140,8 @@ fn living() -> impl FnMut(&Request) -> Reaction {
             (Request::Resume, State::Paused) => State::Running,
             (Request::Pause, _) => return Some(Err(RequestError::State("paused"))),
             (Request::Resume, _) => return Some(Err(RequestError::State("running"))),
-            (Request::PowerButton | Request::Reboot | Request::Nmi | Request::End(_), _) => state,
+            (Request::PowerButton | Request::Reboot | Request::Nmi, _) => state,
+            (Request::ResizeBalloon(_) | Request::End(_), _) => state,
             (Request::AddDevice(configs, _), _) => return Some(added(configs)),
             (Request::AddVirtio(config, _), _) => return Some(added_virtio(config)),
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
@@ -331,6 +332,7 @@ fn info(state: State) -> Info {
         state,
         config,
         memory: 256 << 20,
+        balloon: 0,
         devices: vec![AssignedDevice {
             host: "0000:01:00.0".into(),
             guest: "0000:02:00.0".into(),

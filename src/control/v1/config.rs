@@ -30,6 +30,8 @@ pub(super) struct Config {
     fs: Vec<Fs>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vsock: Option<Vsock>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    balloon: Option<Balloon>,
     rng: Rng,
     serial: Console,
     console: Console,
@@ -162,6 +164,14 @@ struct Vsock {
     id: Option<String>,
 }
 
+/// `BalloonConfig`
+#[derive(Clone, Debug, Serialize)]
+struct Balloon {
+    size: u64,
+    deflate_on_oom: bool,
+    free_page_reporting: bool,
+}
+
 #[derive(Clone, Debug, Serialize)]
 struct Rng {
     src: String,
@@ -236,6 +246,11 @@ impl From<&VmConfig> for Config {
                 iommu: false,
                 id: vsock.id.clone(),
             }),
+            balloon: config.balloon.as_ref().map(|balloon| Balloon {
+                size: balloon.size,
+                deflate_on_oom: balloon.deflate_on_oom,
+                free_page_reporting: balloon.free_page_reporting,
+            }),
             rng: Rng {
                 src: text(&config.rng.src),
                 iommu: false,
@@ -245,8 +260,8 @@ impl From<&VmConfig> for Config {
             devices: config.device.iter().map(Into::into).collect(),
             platform: Platform::of(&config.platform, accepted),
             iommu: false,
-            watchdog: false,
-            pvpanic: false,
+            watchdog: config.watchdog,
+            pvpanic: config.pvpanic,
             landlock_enable: false,
         }
     }

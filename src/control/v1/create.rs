@@ -14,8 +14,8 @@ use super::lacking::{Asked, Fault, Lack};
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
-    Accepted, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod, MemoryConfig,
-    PlatformConfig, Topology, VirtioConfig, VmConfig,
+    Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
+    MemoryConfig, PlatformConfig, Topology, VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -39,20 +39,20 @@ pub(super) struct CreateVm {
     devices: Option<Vec<AddDevice>>,
     platform: Option<Platform>,
     debug_console: Option<Console>,
-    balloon: Asked,
+    balloon: Option<Balloon>,
     generic_vhost_user: Asked,
     iommu: Asked,
     landlock_enable: Asked,
     numa: Asked,
     pci_segments: Asked,
     pmem: Asked,
-    pvpanic: Asked,
+    pvpanic: Option<bool>,
     rate_limit_groups: Asked,
     tpm: Asked,
     user_devices: Asked,
     vdpa: Asked,
     vsock: Option<AddVsock>,
-    watchdog: Asked,
+    watchdog: Option<bool>,
 }
 
 /// `CpusConfig`
@@ -112,6 +112,26 @@ struct OldPath {
 #[derive(Debug, Deserialize)]
 struct OldArgs {
     args: String,
+}
+
+/// `BalloonConfig`
+#[derive(Debug, Deserialize)]
+struct Balloon {
+    size: u64,
+    #[serde(default)]
+    deflate_on_oom: bool,
+    #[serde(default)]
+    free_page_reporting: bool,
+}
+
+impl Balloon {
+    fn into_config(self) -> BalloonConfig {
+        BalloonConfig {
+            size: self.size,
+            deflate_on_oom: self.deflate_on_oom,
+            free_page_reporting: self.free_page_reporting,
+        }
+    }
 }
 
 /// `RngConfig`
@@ -193,6 +213,9 @@ impl CreateVm {
         if let Some(memory) = self.memory {
             config.memory = memory.into_config(&mut accepted)?;
         }
+        config.watchdog = self.watchdog.unwrap_or(false);
+        config.pvpanic = self.pvpanic.unwrap_or(false);
+        config.balloon = self.balloon.map(Balloon::into_config);
         if let Some(rng) = self.rng {
             Lack::VirtualIommu.unless_asked(rng.iommu)?;
             if let Some(src) = rng.src {
@@ -265,19 +288,16 @@ impl CreateVm {
 
     fn check(&self) -> Result<(), Fault> {
         for (asked, lack) in [
-            (self.balloon, Lack::Balloon),
             (self.generic_vhost_user, Lack::VhostUser),
             (self.iommu, Lack::VirtualIommu),
             (self.landlock_enable, Lack::Landlock),
             (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
             (self.pmem, Lack::Pmem),
-            (self.pvpanic, Lack::Panic),
             (self.rate_limit_groups, Lack::SharedLimit),
             (self.tpm, Lack::Tpm),
             (self.user_devices, Lack::UserDevices),
             (self.vdpa, Lack::Vdpa),
-            (self.watchdog, Lack::Watchdog),
         ] {
             lack.unless_asked(asked)?;
         }
@@ -462,6 +482,24 @@ mod tests {
     }
 
     #[test]
+    fn a_balloon_a_watchdog_and_pvpanic_are_there_where_they_are_asked_for() {
+        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1},
+            "watchdog":true,"pvpanic":true}"#;
+        let expected = VmConfig {
+            balloon: Some(BalloonConfig {
+                size: 4096,
+                deflate_on_oom: false,
+                free_page_reporting: true,
+            }),
+            watchdog: true,
+            pvpanic: true,
+            ..defaults()
+        };
+        assert_eq!(config(body), Ok(expected));
+        assert!(config(r#"{"balloon":{}}"#).is_err(), "its size is missing");
+    }
+
+    #[test]
     fn a_vm_in_cloud_hypervisors_words_is_the_same_as_in_flags() {
         let body = r#"{"cpus":{"boot_vcpus":2,"max_vcpus":4,"nested":false,"max_phys_bits":46,
             "topology":{"threads_per_core":1,"cores_per_die":4,"dies_per_package":1,"packages":1}},
@@ -589,8 +627,6 @@ mod tests {
                 Lack::VhostUser,
             ),
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
-            (r#"{"watchdog":true}"#, Lack::Watchdog),
-            (r#"{"balloon":{"size":0}}"#, Lack::Balloon),
             (
                 r#"{"memory":{"zones":[{"id":"z","size":1}]}}"#,
                 Lack::MemoryZones,

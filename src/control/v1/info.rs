@@ -83,7 +83,7 @@ pub(super) fn show(info: &Info) -> Answer {
         // Clients compute with it, before the guest has any as well.
         memory_actual_size: match info.memory {
             0 => info.config.memory.size,
-            memory => memory,
+            memory => memory.saturating_sub(info.balloon),
         },
         device_tree: nodes.chain(virtio).collect(),
         held: (info.state == State::Held).then_some(true),

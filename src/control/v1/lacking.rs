@@ -14,7 +14,6 @@ use super::failed;
 pub(super) enum Lack {
     Affinity,
     Amx,
-    Balloon,
     BusPlace,
     ConfidentialGuests,
     CoreDump,
@@ -29,7 +28,6 @@ pub(super) enum Lack {
     Mtu,
     Numa,
     OffloadChoice,
-    Panic,
     Pmem,
     Resize,
     ResizeDisk,
@@ -46,7 +44,6 @@ pub(super) enum Lack {
     VhostUser,
     VhostUserNet,
     VirtualIommu,
-    Watchdog,
 }
 
 impl Lack {
@@ -57,7 +54,6 @@ impl Lack {
                 "processors of the guest that are bound to the host's (cpus.affinity)"
             }
             Self::Amx => "AMX for guests that are not given it by the host (cpus.features)",
-            Self::Balloon => "a balloon",
             Self::BusPlace => "a place on the bus that is asked for (pci_device_id)",
             Self::ConfidentialGuests => {
                 "confidential guests (platform.tdx, platform.sev_snp, payload.igvm, payload.host_data)"
@@ -76,7 +72,6 @@ impl Lack {
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
             }
-            Self::Panic => "a device by which a guest tells of its panic (pvpanic)",
             Self::Pmem => "persistent memory",
             Self::Resize => "another number of bytes of RAM for a guest that runs",
             Self::ResizeDisk => "another size for a disk of a guest that runs",
@@ -95,7 +90,6 @@ impl Lack {
             Self::VhostUser => "vhost-user devices of any kind (generic_vhost_user)",
             Self::VhostUserNet => "vhost-user NICs",
             Self::VirtualIommu => "a virtual IOMMU, or a device behind one (iommu)",
-            Self::Watchdog => "a watchdog",
         }
     }
 

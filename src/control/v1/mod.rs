@@ -447,13 +447,13 @@ impl Api {
                 Err(error) => refused(what, &error),
             },
             Act::Create => self.create(body, files),
+            Act::Resize => self.resize(body),
             Act::AddDevice => self.add_device(body, files),
             Act::AddVirtio(read, what) => match read(body, files) {
                 Ok(config) => self.add(Request::AddVirtio(Box::new(config), files.clone()), what),
                 Err(fault) => fault.answer(what),
             },
             Act::RemoveDevice => self.remove_device(body),
-            Act::Resize => self.resize(body),
             Act::End(extent, status) => self.end(*extent, *status),
             Act::NotYet(lack) => Fault::Lacks(*lack).answer(endpoint.name),
         }
@@ -509,15 +509,16 @@ impl Api {
     /// Answers when the guest has been asked, or when it is known what it made of it.
     fn resize(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The VM could not be resized";
-        let request = match read::<Resize>(body).and_then(Resize::into_request) {
-            Ok(Some(request)) => request,
-            Ok(None) => return done(),
+        let requests = match read::<Resize>(body).and_then(Resize::into_requests) {
+            Ok(requests) => requests,
             Err(fault) => return fault.answer(WHAT),
         };
-        match self.control.ask(request) {
-            Ok(_) => done(),
-            Err(error) => refused(WHAT, &error),
+        for request in requests.into_iter().flatten() {
+            if let Err(error) = self.control.ask(request) {
+                return refused(WHAT, &error);
+            }
         }
+        done()
     }
 
     /// Answers when that has ended and given back all it had, for clients kill the process when they are

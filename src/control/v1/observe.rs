@@ -216,6 +216,18 @@ fn counters_of(totals: &Totals) -> Counters {
             ("other_ops", *others),
             ("errors", *errors),
         ]),
+        Totals::Balloon(balloon) => {
+            let own = [
+                ("target_bytes", balloon.target),
+                ("actual_bytes", balloon.actual),
+                ("given_bytes", balloon.given),
+                ("taken_back_bytes", balloon.taken_back),
+                ("inhibited", balloon.inhibited.into()),
+                ("reported_bytes", balloon.reported),
+                ("wanted_bytes", balloon.wanted),
+            ];
+            own.into_iter().chain(balloon.stats()).collect()
+        }
         Totals::Net(NetTotals {
             rx_frames,
             rx_bytes,

@@ -18,17 +18,18 @@ pub(super) struct Resize {
 }
 
 impl Resize {
-    /// What is asked of the machine; nothing where nothing is to change.
+    /// What is asked of the machine, in turn: its balloon and its processors.
     ///
     /// # Errors
     /// What Busway cannot do
-    pub(super) fn into_request(self) -> Result<Option<Request>, Fault> {
+    pub(super) fn into_requests(self) -> Result<[Option<Request>; 2], Fault> {
         Lack::Resize.unless_asked(self.desired_ram.is_some())?;
-        Lack::Balloon.unless_asked(self.desired_balloon.is_some())?;
-        Ok(self.desired_vcpus.map(|vcpus| Request::Resize {
+        let balloon = self.desired_balloon.map(Request::ResizeBalloon);
+        let processors = self.desired_vcpus.map(|vcpus| Request::Resize {
             vcpus,
             wait: self.wait,
-        }))
+        });
+        Ok([balloon, processors])
     }
 }
 
@@ -40,18 +41,18 @@ mod tests {
     fn processors_are_asked_for_and_the_rest_is_named() {
         let read = |body: &str| {
             let body: Resize = serde_json::from_str(body).unwrap();
-            body.into_request()
+            body.into_requests()
         };
-        let of = |vcpus, wait| Ok(Some(Request::Resize { vcpus, wait }));
+        let of = |vcpus, wait| Ok([None, Some(Request::Resize { vcpus, wait })]);
         assert_eq!(
             read(r#"{"desired_vcpus":3,"desired_ram":null}"#),
             of(3, false)
         );
         assert_eq!(read(r#"{"desired_vcpus":0,"wait":true}"#), of(0, true));
-        assert_eq!(read("{}"), Ok(None));
+        assert_eq!(read("{}"), Ok([None, None]));
         let ram = read(r#"{"desired_vcpus":3,"desired_ram":1073741824}"#);
         assert_eq!(ram, Err(Fault::Lacks(Lack::Resize)));
         let balloon = read(r#"{"desired_balloon":1}"#);
-        assert_eq!(balloon, Err(Fault::Lacks(Lack::Balloon)));
+        assert_eq!(balloon, Ok([Some(Request::ResizeBalloon(1)), None]));
     }
 }

@@ -53,6 +53,15 @@ impl Reader {
         })
     }
 
+    #[cfg(any(test, feature = "hostile"))]
+    pub(super) fn file(file: File) -> Self {
+        Self {
+            source: Source::File { file, _slave: None },
+            _ahead: None,
+            _raw: None,
+        }
+    }
+
     pub(super) fn pty(master: File, slave: File) -> Self {
         Self {
             source: Source::File {

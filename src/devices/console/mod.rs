@@ -99,6 +99,16 @@ impl Endpoint {
         }
     }
 
+    /// What can be read from `input` is typed, and output goes nowhere.
+    #[cfg(any(test, feature = "hostile"))]
+    pub(crate) fn typed_from(input: OwnedFd) -> Self {
+        Self {
+            writer: Writer::null(),
+            reader: Some(Reader::file(input.into())),
+            location: None,
+        }
+    }
+
     /// Standard input and output, whatever they are.
     fn terminal(quit: &EventFd) -> Result<Self, ConsoleError> {
         let claim = Claim::take().ok_or(ConsoleError::TerminalTaken)?;

@@ -28,8 +28,9 @@ use super::pci::Pci;
 use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use super::seats::{Owner, Seat, Seats};
-use crate::config::{DiskConfig, VirtioConfig, VmConfig};
-use crate::memory::GuestRam;
+use crate::config::{BalloonConfig, DiskConfig, VirtioConfig, VmConfig};
+use crate::memory::{Discards, GuestRam};
+use crate::virtio::balloon::{Balloon, BalloonTarget};
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::vhost_user::{self, VhostUser};
@@ -53,6 +54,7 @@ pub(super) struct VirtioDevices {
     seats: Arc<Seats>,
     maker: Maker,
     events: Arc<Events>,
+    balloon: Option<BalloonTarget>,
 }
 
 /// A device that the guest has.
@@ -167,6 +169,7 @@ impl VirtioDevices {
                 routes,
             },
             events: events.clone(),
+            balloon: None,
         }
     }
 
@@ -223,6 +226,31 @@ impl VirtioDevices {
         Ok(())
     }
 
+    /// Adds the balloon, whose pages go by `discards`.
+    ///
+    /// # Errors
+    /// [`RunError`]
+    pub(super) fn add_balloon(
+        &mut self,
+        config: &BalloonConfig,
+        discards: &Arc<Discards>,
+        pci: &mut Pci,
+    ) -> Result<(), RunError> {
+        let balloon = Balloon::new("balloon", config, &self.maker.ram, discards)?;
+        self.balloon = Some(balloon.target(&self.maker.ram));
+        if discards.is_inhibited() {
+            log::warn!(
+                "balloon: what the guest gives back stays with the VM, for assigned devices reach all of RAM by DMA"
+            );
+        }
+        self.add_fixed(Box::new(balloon), pci)
+    }
+
+    /// How large the balloon is to be, where there is one.
+    pub(super) fn balloon(&self) -> Option<&BalloonTarget> {
+        self.balloon.as_ref()
+    }
+
     /// Whether one has this name, or is to have it.
     pub(super) fn has(&self, name: &str) -> bool {
         let there = self.entries.iter().filter(|entry| !entry.retired);
@@ -271,6 +299,7 @@ impl VirtioDevices {
         let fixed = self.fixed.iter().map(|(name, address, sight)| {
             let kind = match name.as_str() {
                 "console" => "console",
+                "balloon" => "balloon",
                 _ => "rng",
             };
             observed(format!("__{name}"), kind, address.clone(), sight)

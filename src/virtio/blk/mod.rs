@@ -10,7 +10,6 @@ mod flight;
 mod gate;
 mod hold;
 mod image;
-mod limiter;
 mod linger;
 pub(crate) mod lock;
 mod pool;
@@ -35,6 +34,7 @@ use super::config_space::ConfigSpace;
 use super::counts::Counts;
 use super::device::VirtioDevice;
 use super::life::{DeviceState, DiskState, Running};
+use super::limiter::Limiter;
 use super::queue::Virtqueue;
 use super::segments::MAX_SEGMENTS;
 use super::spec::{self, blk};
@@ -48,7 +48,6 @@ use zerocopy::{Immutable, IntoBytes};
 use engine::{Engine, EngineKind};
 pub use image::ImageError;
 use image::{Image, ImageMode};
-use limiter::Limiter;
 use linger::Lingerers;
 use request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZERO_SECTORS, Requests};
 use space::DiskSpace;
@@ -140,6 +139,17 @@ impl Blk {
             way: EngineKind::default(),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
         })
+    }
+}
+
+#[cfg(any(test, feature = "hostile"))]
+impl Blk {
+    /// The disk, whose requests are done on the thread that takes them from a queue.
+    pub(super) fn served_here(self) -> Self {
+        Self {
+            way: EngineKind::Here,
+            ..self
+        }
     }
 }
 

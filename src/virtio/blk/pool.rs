@@ -56,8 +56,8 @@ impl Shared {
 }
 
 impl Pool {
-    /// `most` threads at most, for requests of `image`. Those that can be divided are left off where
-    /// `stop` says so.
+    /// `most` threads at most, for requests of `image`; where that is none, the caller's own makes the calls. Those
+    /// that can be divided are left off where `stop` says so.
     ///
     /// # Errors
     /// There is no descriptor for its event.
@@ -111,6 +111,9 @@ impl Pool {
         self.in_flight += 1;
         let mut jobs = self.shared.jobs();
         jobs.waiting.push_back(flight);
+        if self.most == 0 {
+            return self.do_next(jobs);
+        }
         if jobs.idle < jobs.waiting.len() && jobs.threads < self.most {
             jobs.threads += 1;
             let shared = Arc::clone(&self.shared);
@@ -132,11 +135,15 @@ impl Pool {
     }
 
     /// Where there is no thread for it, it is done here; others do it where there are any.
-    fn without_thread(&self, mut jobs: MutexGuard<'_, Jobs>, error: &io::Error) {
+    fn without_thread(&self, jobs: MutexGuard<'_, Jobs>, error: &io::Error) {
         log::debug!("{}: no further thread: {error}", self.name);
-        if jobs.threads > 0 {
-            return;
+        if jobs.threads == 0 {
+            self.do_next(jobs);
         }
+    }
+
+    /// Does the next here and now.
+    fn do_next(&self, mut jobs: MutexGuard<'_, Jobs>) {
         if let Some(flight) = jobs.waiting.pop_front() {
             drop(jobs);
             let result = carry_out(&self.shared, &flight);

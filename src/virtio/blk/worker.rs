@@ -14,7 +14,6 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::engine::{Engine, Returned};
 use super::flight::{Flight, Next};
 use super::hold::Hold;
-use super::limiter::Limiter;
 use super::linger::{Lingerers, Lingering, describe};
 use super::request::{Planned, Requests};
 use super::space::DiskSpace;
@@ -23,6 +22,7 @@ use crate::memory::{GuestRam, RamMap};
 use crate::virtio::counts::DiskCounts;
 use crate::virtio::error::QueueError;
 use crate::virtio::life::{DeviceState, LeftRequest, Progress};
+use crate::virtio::limiter::Limiter;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::worker::{Rest, Worker, doorbell_events};
 

@@ -36,7 +36,8 @@ use std::fmt::Debug;
 use serde::{Deserialize, Serialize};
 
 pub use state::{
-    ConsoleState, DeviceState, DiskState, LeftRequest, NetState, VsockState, WaitingPacket,
+    BalloonState, ConsoleState, DeviceState, DiskState, LeftRequest, NetState, VsockState,
+    WaitingPacket,
 };
 
 /// How far a device has come in a queue. Both indices run freely modulo 2^16, as those in guest memory

@@ -17,6 +17,8 @@ pub enum DeviceState {
     Disk(DiskState),
     /// A socket device's whose connections are this process's.
     Vsock(VsockState),
+    /// A balloon's.
+    Balloon(BalloonState),
 }
 
 /// What a socket device keeps between two runs. Its connections are the host's, and stay with the device.
@@ -26,6 +28,13 @@ pub struct VsockState {
     pub session: u64,
     /// The driver has not heard yet that the connections that it had are gone.
     pub reset_is_due: bool,
+}
+
+/// What a balloon keeps between two runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    /// Pages of 4 KiB that it has, as the driver has said.
+    pub actual: u32,
 }
 
 /// What a disk keeps between two runs.

@@ -144,16 +144,23 @@ impl Net {
             name: name.to_owned(),
             source,
         })?;
+        let ours = files.is_empty() && config.fd.is_empty();
+        Ok(Self::on(name, config, mac, tap, ours))
+    }
+
+    /// On a tap whose queues are there.
+    fn on(name: &str, config: &NetConfig, mac: Mac, tap: Tap, tap_is_ours: bool) -> Self {
+        let pairs = config.num_queues / 2;
         let card = NetworkConfig {
             mac: mac.0,
             status: net::S_LINK_UP.into(),
             max_virtqueue_pairs: pairs.into(),
         };
         let config_space = Fields::new(card.as_bytes().to_vec());
-        Ok(Self {
+        Self {
             name: name.to_owned(),
             tap: Arc::new(tap),
-            tap_is_ours: files.is_empty() && config.fd.is_empty(),
+            tap_is_ours,
             mac,
             pairs,
             queue_size: config.queue_size,
@@ -162,7 +169,18 @@ impl Net {
             counts: Counts::of_net(pairs),
             complaints: Arc::new(Complaints::first(LOGGED_ERRORS)),
             kernel: None,
-        })
+        }
+    }
+
+    /// On sockets in the place of a tap, one for each pair of queues.
+    #[cfg(any(test, feature = "hostile"))]
+    pub(super) fn on_sockets(name: &str, sockets: Vec<OwnedFd>) -> Self {
+        let config = NetConfig {
+            num_queues: 2 * sockets.len() as u16,
+            ..NetConfig::default()
+        };
+        let mac = Mac::local([0, 1, 2, 3, 4, 5]);
+        Self::on(name, &config, mac, Tap::made_up(sockets), false)
     }
 
     /// Has the kernel serve its queues, as `choice` says: where that is left to Busway, if the host's vhost-net can

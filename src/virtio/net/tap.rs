@@ -136,6 +136,9 @@ pub(super) struct Tap {
     name: String,
     queues: Vec<Arc<File>>,
     multi_queue: bool,
+    /// It is no interface, and its queues are sockets, which know nothing of offloads.
+    #[cfg(any(test, feature = "hostile"))]
+    made_up: bool,
 }
 
 /// The command that makes a tap.
@@ -156,6 +159,8 @@ impl Tap {
             name: asked.to_owned(),
             queues: Vec::new(),
             multi_queue: pairs > 1,
+            #[cfg(any(test, feature = "hostile"))]
+            made_up: false,
         };
         for _ in 0..pairs.max(1) {
             let queue = open_tun()?;
@@ -182,6 +187,8 @@ impl Tap {
             name: String::new(),
             queues: Vec::new(),
             multi_queue: pairs > 1,
+            #[cfg(any(test, feature = "hostile"))]
+            made_up: false,
         };
         for file in files {
             let no_tap = |source| TapError::NoTap {
@@ -221,6 +228,17 @@ impl Tap {
         Ok(tap)
     }
 
+    /// No interface: each of these sockets carries the packets of a pair of queues.
+    #[cfg(any(test, feature = "hostile"))]
+    pub(super) fn made_up(queues: Vec<OwnedFd>) -> Self {
+        Self {
+            name: "made-up".to_owned(),
+            multi_queue: queues.len() > 1,
+            queues: queues.into_iter().map(|fd| Arc::new(fd.into())).collect(),
+            made_up: true,
+        }
+    }
+
     /// Has a queue of the interface's carry the header that virtio has.
     fn add_queue(&mut self, queue: File) -> Result<(), TapError> {
         let size = net::HEADER_SIZE as libc::c_int;
@@ -244,6 +262,10 @@ impl Tap {
 
     /// What the kernel may hand over unfinished: `TUN_F_*`, linux/if_tun.h.
     pub(super) fn set_offload(&self, flags: libc::c_uint) -> io::Result<()> {
+        #[cfg(any(test, feature = "hostile"))]
+        if self.made_up {
+            return Ok(());
+        }
         let Some(queue) = self.queues.first() else {
             return Ok(());
         };
@@ -260,6 +282,10 @@ impl Tap {
 
     /// Uses the first `pairs` queue pairs and no others, so that no packet goes where nobody reads.
     pub(super) fn use_pairs(&self, pairs: u16) -> io::Result<()> {
+        #[cfg(any(test, feature = "hostile"))]
+        if self.made_up {
+            return Ok(());
+        }
         if self.queues.len() < 2 {
             return Ok(());
         }

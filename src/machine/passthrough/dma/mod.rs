@@ -255,6 +255,11 @@ impl RegionListener for DmaListener {
         "DMA space of the assigned devices"
     }
 
+    /// What is mapped for DMA is pinned: a page that the guest had anew would be another than the devices reach.
+    fn pins(&self) -> bool {
+        true
+    }
+
     fn added(&self, region: &Arc<Region>) -> Result<(), RegionError> {
         match region.kind() {
             RegionKind::Ram => Ok(self.space.map(

@@ -1,4 +1,4 @@
-//! How much of a disk a guest may use: bytes and operations, each by a bucket of tokens that fills at a
+//! How much of a device a guest may use: bytes and operations, each by a bucket of tokens that fills at a
 //! steady rate, beside a burst that is there once.
 
 use std::sync::{Mutex, PoisonError};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::{BucketConfig, RateLimiterConfig};
 
-/// The limits of one disk, for all of its queues together.
+/// The limits of one device, for all of its queues together.
 #[derive(Debug)]
 pub(super) struct Limiter(Mutex<Buckets>);
 
