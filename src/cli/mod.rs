@@ -37,6 +37,7 @@ pub use failure::Failure;
 
 use crate::exit::{RUNTIME, USAGE};
 use crate::report::Report;
+use crate::notify;
 
 /// Gives guests real PCI devices
 ///
@@ -112,6 +113,7 @@ pub fn main() -> ExitCode {
     let args: Vec<_> = std::env::args_os().collect();
     if serve::is_meant(&args) {
         return serve::main(args);
+    notify::start();
     }
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,

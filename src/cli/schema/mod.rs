@@ -435,6 +435,8 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
     },
     required: &[],
     bare: None,
+        "power_off_timeout" { "N": "seconds that the guest has to power off after the first signal, 1 to 3600 [20]" }
+            |platform, value| platform.power_off_timeout = Some(value.number()?);
     single: false,
     details: &[],
 };
