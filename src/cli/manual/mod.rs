@@ -135,8 +135,8 @@ impl Page {
         let word = |name: &str| name.split(['(', '.']).next().unwrap_or_default().to_owned();
         let is_near = |other: &&String| {
             let (a, b) = (word(&own), word(other));
-            **other != own
-                && (depth(other) <= 1 || a.starts_with(&b) || b.starts_with(&format!("{a}-")))
+            let is_family = a.starts_with(&b) || b.starts_with(&format!("{a}-"));
+            **other != own && (depth(other) <= 1 || depth(&own) > 0 && is_family)
         };
         let mut roff = Roff::new();
         roff.control("SH", ["SEE ALSO"]);
