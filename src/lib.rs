@@ -12,6 +12,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 mod monitor;
+mod notify;
 mod outflow;
 pub mod preflight;
 mod provoked;

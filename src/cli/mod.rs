@@ -12,6 +12,7 @@ mod findings;
 mod foreign;
 pub mod hugepages;
 mod logging;
+mod manual;
 mod nearest;
 mod options;
 mod panic;
@@ -36,6 +37,7 @@ use clap_complete::Shell;
 pub use failure::Failure;
 
 use crate::exit::{RUNTIME, USAGE};
+use crate::notify;
 use crate::report::Report;
 
 /// Gives guests real PCI devices
@@ -102,12 +104,16 @@ enum Command {
         /// Whose language to write in
         shell: Shell,
     },
+    /// Write the manual's pages, for packages
+    #[command(hide = true)]
+    Manual(manual::ManualArgs),
 }
 
 /// Runs the command that this process's arguments say.
 #[must_use]
 pub fn main() -> ExitCode {
     let report = Arc::new(Report::start());
+    notify::start();
     panic::exit_on_any();
     let args: Vec<_> = std::env::args_os().collect();
     if serve::is_meant(&args) {
@@ -142,6 +148,7 @@ impl Cli {
                 hugepages::run(&args).map_err(|error| Failure::new(error.exit_status(), error))
             }
             Command::Completions { shell } => completions(shell),
+            Command::Manual(args) => manual::run(&args),
         }
     }
 }

@@ -165,7 +165,7 @@ pub(super) fn is_meant(args: &[OsString]) -> bool {
 }
 
 /// The flags, of which two have Cloud Hypervisor's defaults here, and the report of one boot is nobody's.
-fn command() -> clap::Command {
+pub(super) fn command() -> clap::Command {
     let serial = schema::SERIAL
         .summary
         .replace("[default: tty]", "[default: null]");

@@ -43,6 +43,12 @@ pub const MAX_REMOVAL_TIMEOUT: u32 = 3600;
 /// `pciehp_handle_button_press`).
 pub const DEFAULT_REMOVAL_TIMEOUT: u32 = 30;
 
+/// The most seconds that a guest can be given to power off when it was asked to by a signal.
+pub const MAX_POWER_OFF_TIMEOUT: u32 = 3600;
+
+/// The seconds that it has where nothing else was said.
+pub const DEFAULT_POWER_OFF_TIMEOUT: u32 = 20;
+
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
 pub(super) const INTERFACE_NAME: usize = 15;
 

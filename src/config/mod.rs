@@ -29,9 +29,7 @@ pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterCo
 pub use fs::FsConfig;
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
-    CONSOLE_FILE_SIZE, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES, FS_QUEUE_SIZES, MAX_CPUS,
-    MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
-    NET_QUEUE_SIZES,
+    CONSOLE_FILE_SIZE, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES, FS_QUEUE_SIZES, MAX_CPUS, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES, DEFAULT_POWER_OFF_TIMEOUT, MAX_POWER_OFF_TIMEOUT,
 };
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
@@ -425,6 +423,9 @@ pub struct PlatformConfig {
     /// Seconds that the guest has to release a device that somebody wants back; from 1 to
     /// [`MAX_REMOVAL_TIMEOUT`], and [`DEFAULT_REMOVAL_TIMEOUT`] where absent.
     pub removal_timeout: Option<u32>,
+    /// Seconds that the guest has to power off when a signal asks it to; from 1 to [`MAX_POWER_OFF_TIMEOUT`], and
+    /// [`DEFAULT_POWER_OFF_TIMEOUT`] where absent.
+    pub power_off_timeout: Option<u32>,
     /// The machine's serial number, which the guest reads in SMBIOS.
     pub serial_number: Option<String>,
     /// The machine's UUID, likewise.
@@ -438,6 +439,13 @@ impl PlatformConfig {
     #[must_use]
     pub fn removal_limit(&self) -> Duration {
         let seconds = self.removal_timeout.unwrap_or(DEFAULT_REMOVAL_TIMEOUT);
+        Duration::from_secs(seconds.into())
+    }
+
+    /// How long the guest has to power off when a signal asks it to, before it is killed.
+    #[must_use]
+    pub fn power_off_limit(&self) -> Duration {
+        let seconds = self.power_off_timeout.unwrap_or(DEFAULT_POWER_OFF_TIMEOUT);
         Duration::from_secs(seconds.into())
     }
 

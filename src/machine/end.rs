@@ -10,6 +10,7 @@ use super::long_work::{LongWork, WorkEvent};
 use super::passthrough::OpenDevices;
 use super::requests::{Extent, Info, Requests};
 use super::signals::Signals;
+use crate::notify;
 
 /// How long the end may take of a VM that was to be killed.
 const KILLED_LIMIT: Duration = Duration::from_secs(5);
@@ -31,6 +32,10 @@ impl Machine {
         ended: Result<Ended, RunError>,
     ) -> Result<Ended, RunError> {
         let devices = self.passthrough.open_devices();
+        if audience.is_none() {
+            let status = "The VM ends, and its devices are given back";
+            notify::stopping(status, Duration::ZERO, devices.names().len());
+        }
         give_back(self, &devices, signals, audience, ended, KILLED_LIMIT)
     }
 }

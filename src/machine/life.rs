@@ -17,10 +17,8 @@ use super::resize::Wish;
 use super::signals::Signals;
 use crate::kvm::VcpuEvent;
 use crate::monitor::{self, Source as About};
+use crate::notify;
 use crate::provoked;
-
-/// How long a guest may take to power off when it was asked to by a signal.
-const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
 
 /// A guest that triple-faults is restarted, as a PC would be: some kernels reboot in this way. One
 /// that does it this soon would do it for ever.
@@ -92,6 +90,8 @@ pub(super) struct Life {
     start: &'static str,
     /// When the guest started, the last time.
     started: Instant,
+    /// How long it may take to power off when it was asked to by a signal.
+    power_off_limit: Duration,
     /// By when it has to have powered off.
     deadline: Option<Instant>,
     phase: Phase,
@@ -152,6 +152,7 @@ impl Machine {
         for asker in life.starters.drain(..) {
             asker.answer(Ok(Answer::Done));
         }
+        notify::ready(RUNS);
         requests.rouse();
         let mut ready = [EpollEvent::default(); Source::ALL.len()];
         loop {
@@ -159,6 +160,7 @@ impl Machine {
                 self.passthrough.deadline(),
                 self.virtio.deadline(),
                 self.processors.deadline(),
+                notify::deadline(),
             ];
             let others = others.into_iter().flatten().min();
             let count = match epoll.wait(life.timeout(others), &mut ready) {
@@ -191,6 +193,7 @@ impl Machine {
                 }
             }
             let now = Instant::now();
+            notify::on_time(now);
             self.passthrough.on_time(&mut self.pci, now);
             self.virtio.on_time(now);
             self.processors.on_time(now);
@@ -199,7 +202,7 @@ impl Machine {
             }
             if life.deadline.is_some_and(|deadline| deadline <= now) {
                 return Err(RunError::DeafGuest {
-                    limit: POWER_OFF_LIMIT,
+                    limit: life.power_off_limit,
                 });
             }
         }
@@ -258,6 +261,8 @@ impl Machine {
         while let Some(signal) = signals.take() {
             if life.lasting != Lasting::Vm {
                 log::info!("signal {signal}: the VM ends as it is, and the process with it");
+                let devices = self.passthrough.open_devices().names().len();
+                notify::stopping("The process ends", Duration::ZERO, devices);
                 requests.end_process();
                 return Ok(Some(Stop::End(Ended::Asked)));
             }
@@ -274,9 +279,12 @@ impl Machine {
             }
             log::info!(
                 "signal {signal}: the guest is asked to power off, and has {} s for it",
-                POWER_OFF_LIMIT.as_secs()
+                life.power_off_limit.as_secs()
             );
-            life.deadline = Instant::now().checked_add(POWER_OFF_LIMIT);
+            let status = "The guest was asked to power off";
+            let devices = self.passthrough.open_devices().names().len();
+            notify::stopping(status, life.power_off_limit, devices);
+            life.deadline = Instant::now().checked_add(life.power_off_limit);
             self.board.power.press_button();
         }
         Ok(None)
@@ -575,6 +583,7 @@ impl Machine {
         }
         self.vcpus.resume();
         monitor::tell(About::Vm, "resumed", &[]);
+        notify::status(RUNS);
         log::info!("the guest goes on");
         Ok(Answer::Done)
     }
@@ -586,6 +595,9 @@ fn ends_with(what: &str) -> Stop {
     Stop::End(Ended::PowerOff)
 }
 
+/// What the service manager is told of a guest that is neither paused nor about to end.
+const RUNS: &str = "The guest runs";
+
 /// Why a guest cannot be restarted, or go on.
 const PAUSING: &str = "about to be paused: ask again";
 
@@ -594,12 +606,13 @@ const HELD: &str = "paused already, after an error of a device (on_error=pause)"
 
 impl Life {
     /// Of a guest that is to run. `starter` is told when it does.
-    pub(super) fn new(lasting: Lasting, starter: Option<Asker>) -> Self {
+    pub(super) fn new(lasting: Lasting, starter: Option<Asker>, power_off_limit: Duration) -> Self {
         Self {
             lasting,
             starters: starter.into_iter().collect(),
             start: "booted",
             started: Instant::now(),
+            power_off_limit,
             deadline: None,
             phase: Phase::Running,
             held: false,
@@ -637,6 +650,11 @@ impl Life {
             let askers = std::mem::take(askers);
             self.phase = Phase::Paused;
             monitor::tell(About::Vm, "paused", &[]);
+            notify::status(if self.held {
+                "The guest is paused, after an error of a device"
+            } else {
+                "The guest is paused"
+            });
             log::info!("the guest is paused");
             for asker in askers {
                 asker.answer(Ok(Answer::Done));
@@ -665,7 +683,7 @@ mod tests {
         let life = |deadline, phase| Life {
             deadline,
             phase,
-            ..Life::new(Lasting::Vm, None)
+            ..Life::new(Lasting::Vm, None, Duration::ZERO)
         };
         let asked = Some(Instant::now());
         for (deadline, phase, becomes) in [
@@ -680,7 +698,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_is_held_is_paused_and_said_to_be_held() {
-        let mut life = Life::new(Lasting::Vm, None);
+        let mut life = Life::new(Lasting::Vm, None, Duration::ZERO);
         life.held = true;
         life.phase = Phase::Pausing(Vec::new());
         // What it asked for before waits until it goes on.

@@ -19,6 +19,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::RunError;
 use super::requests::Requests;
 use super::signals::Signals;
+use crate::notify;
 use crate::provoked;
 
 /// What can end or concern the work while it goes on.
@@ -91,12 +92,17 @@ impl LongWork<'_> {
             .and_then(|limit| Instant::now().checked_add(limit));
         let mut ready = [EpollEvent::default()];
         loop {
-            let count = match epoll.wait(timeout(deadline), &mut ready) {
+            notify::on_time(Instant::now());
+            let next = deadline.into_iter().chain(notify::deadline()).min();
+            let count = match epoll.wait(timeout(next), &mut ready) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
             let [event] = ready;
             let event = match event.data() {
+                _ if count == 0 && deadline.is_none_or(|deadline| Instant::now() < deadline) => {
+                    continue;
+                }
                 _ if count == 0 => {
                     deadline = None;
                     Some(WorkEvent::Late)

@@ -16,6 +16,7 @@ use super::long_work::{LongWork, WorkEvent};
 use super::requests::{Answer, Info, Request, RequestError, Requests};
 use super::signals::Signals;
 use crate::kvm::KvmError;
+use crate::notify;
 
 /// A machine that was to restart, and whether it ends instead, or could not.
 type Restarted = (Box<Machine>, Result<Option<Ended>, RunError>);
@@ -33,6 +34,7 @@ impl Machine {
         requests: &Requests,
         info: &Info,
     ) -> Result<Restarted, RunError> {
+        notify::status("The guest restarts");
         let (quit, devices) = (self.quit.clone(), self.passthrough.open_devices());
         let long_work = LongWork {
             signals,

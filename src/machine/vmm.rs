@@ -7,6 +7,7 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -16,6 +17,7 @@ use super::definition::{Definition, invalid};
 use super::early::Early;
 use super::end::Audience;
 use super::life::{Ended, Lasting, Life, Stop};
+use super::long_work;
 use super::observed::{Observed, State};
 #[cfg(debug_assertions)]
 use super::panics;
@@ -25,6 +27,7 @@ use super::signals::Signals;
 use super::{PanicWatch, RunError, madvise, payload};
 use crate::config::VmConfig;
 use crate::monitor::{self, Source};
+use crate::notify;
 use crate::provoked;
 use crate::report::{Report, Stage};
 
@@ -114,7 +117,8 @@ fn live(
     #[cfg(debug_assertions)]
     panics::panic_where_a_test_asks();
     machine.account(report);
-    let mut life = Life::new(lasting, starter);
+    let limit = definition.config.platform.power_off_limit();
+    let mut life = Life::new(lasting, starter, limit);
     let ended = loop {
         madvise::forget_the_start();
         report.reached(Stage::FirstInstruction);
@@ -226,9 +230,11 @@ impl Served {
                 .map_err(RunError::system("epoll_ctl"))?;
         }
         self.requests.rouse();
+        notify::ready("There is no VM");
         let mut ready = [EpollEvent::default(); 2];
         loop {
-            let count = match epoll.wait(-1, &mut ready) {
+            notify::on_time(Instant::now());
+            let count = match epoll.wait(long_work::timeout(notify::deadline()), &mut ready) {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 result => result.map_err(RunError::system("epoll_wait"))?,
             };
@@ -237,6 +243,7 @@ impl Served {
                 if event.data() == SIGNAL {
                     if let Some(signal) = self.signals.take() {
                         log::info!("signal {signal}: the process ends");
+                        notify::stopping("The process ends", Duration::ZERO, 0);
                         return Ok(None);
                     }
                     continue;

@@ -6,6 +6,7 @@ mod dependencies;
 mod errors;
 mod help;
 mod kubernetes;
+mod package;
 mod promises;
 
 use std::path::PathBuf;

@@ -12,6 +12,7 @@ mod hostile;
 mod interrupts;
 mod lines;
 mod memory;
+mod notified;
 mod processors;
 mod served;
 mod whole;

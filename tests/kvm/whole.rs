@@ -15,9 +15,9 @@ use crate::bare::{kernel, outw, power_off, say};
 /// A word of RAM that no loader writes, so that it outlives a reset.
 const MEMORY: [u8; 4] = 0x20_0000_u32.to_le_bytes();
 
-struct Run {
-    folder: TempDir,
-    command: Command,
+pub(crate) struct Run {
+    pub(crate) folder: TempDir,
+    pub(crate) command: Command,
 }
 
 /// What came of a run.
@@ -28,7 +28,7 @@ struct Finished {
 }
 
 impl Run {
-    fn new(code: &[u8]) -> Self {
+    pub(crate) fn new(code: &[u8]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("kernel");
         fs::write(&path, kernel(code)).unwrap();
@@ -87,7 +87,7 @@ pub(crate) fn signal(child: &Child, number: libc::c_int) {
     assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, number) }, 0);
 }
 
-fn stderr(output: &Output) -> String {
+pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
@@ -146,7 +146,7 @@ fn a_kernel_that_triple_faults_at_once_is_named_and_not_tried_for_ever() {
 }
 
 /// Says "ready", and waits for the power button.
-fn wait_for_the_button() -> Vec<u8> {
+pub(crate) fn wait_for_the_button() -> Vec<u8> {
     // PM1 enable = the power button; mov dx, 0x600; again: in ax, dx; test ah, 1; jz again
     let wait = [
         0x66, 0xba, 0x00, 0x06, 0x66, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf9,

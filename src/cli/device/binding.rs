@@ -1,8 +1,8 @@
 //! `busway device bind`, `unbind` and `restore`: their words, and what they say when they are done.
 
 use busway_host::{
-    BindOptions, Bound, Called, Kernel, Outcome, Persist, RestoreError, Restored, Session, Step,
-    SysRoot, UnbindError, Unbound, is_vfio_driver,
+    AtBoot, BindOptions, Bound, Called, Kernel, Outcome, Persist, RestoreError, Restored, Session,
+    Step, SysRoot, UnbindError, Unbound, is_vfio_driver,
 };
 use clap::{ArgGroup, Args};
 
@@ -13,7 +13,7 @@ use super::{DeviceCommandError, find};
 #[derive(Args, Clone, Debug)]
 pub struct BindArgs {
     /// The devices: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1, or files of sysfs
-    #[arg(value_name = "DEVICE", required = true)]
+    #[arg(value_name = "DEVICE", required_unless_present = "persisted")]
     pub addresses: Vec<Called>,
 
     /// Take this VFIO driver, and not the one that the kernel has for the device
@@ -34,6 +34,13 @@ pub struct BindArgs {
     /// root can write, such as /usr/local/bin.
     #[arg(long)]
     pub persist: bool,
+
+    /// Bind what is bound at every boot, and is not yet
+    ///
+    /// It is what busway-devices.service does, when udev has obeyed the rules: a device that could not be bound
+    /// then is tried again, and named where it still cannot.
+    #[arg(long, conflicts_with_all = ["addresses", "driver", "user", "persist", "from_rule"])]
+    pub persisted: bool,
 
     /// Print what would be done, as commands, and do nothing
     #[arg(short = 'n', long)]
@@ -149,6 +156,9 @@ impl<'a> Changes<'a> {
 pub(super) type Said = (String, Result<(), DeviceCommandError>);
 
 pub(super) fn bind(args: &BindArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> Said {
+    if args.persisted {
+        return bind_persisted(args.dry_run, root, kernel);
+    }
     let addresses = match find(root, &args.addresses) {
         Ok(addresses) => addresses,
         Err(error) => return (String::new(), Err(error.into())),
@@ -161,6 +171,28 @@ pub(super) fn bind(args: &BindArgs, root: &SysRoot, kernel: &mut dyn Kernel) -> 
     match changes.make(|session| busway_host::bind(session, &addresses, &options)) {
         Ok(bound) => (changes.said(&bound, bound_line), Ok(())),
         Err(error) => (changes.said(&[], bound_line), Err(error.into())),
+    }
+}
+
+fn bind_persisted(dry_run: bool, root: &SysRoot, kernel: &mut dyn Kernel) -> Said {
+    let mut changes = Changes::new(root, kernel, dry_run);
+    match changes.make(busway_host::bind_persisted) {
+        Ok(done) if done.is_empty() => {
+            let said = "no device is bound at boot: busway device bind --persist DEVICE\n";
+            (said.to_owned(), Ok(()))
+        }
+        Ok(done) => (changes.said(&done, at_boot_line), Ok(())),
+        Err(error) => (changes.said(&error.done, at_boot_line), Err(error.into())),
+    }
+}
+
+fn at_boot_line(one: &AtBoot) -> String {
+    match one {
+        AtBoot::Bound(bound) => bound_line(bound),
+        AtBoot::Absent(address) => format!("{address}: there is no device\n"),
+        AtBoot::Another(address) => {
+            format!("{address}: another kind of device is there, and stays with the host\n")
+        }
     }
 }
 

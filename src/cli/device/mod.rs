@@ -22,8 +22,8 @@ mod watch;
 use std::io::{self, Write};
 
 use busway_host::{
-    BindError, Called, CalledError, HostError, Kernel, LinuxKernel, NoUser, RestoreError, SysRoot,
-    UnbindError, VfsError,
+    AtBootError, BindError, Called, CalledError, HostError, Kernel, LinuxKernel, NoUser,
+    RestoreError, SysRoot, UnbindError, VfsError,
 };
 use busway_pci::Bdf;
 use clap::{Args, Subcommand};
@@ -106,6 +106,9 @@ pub enum DeviceCommandError {
     /// Devices were not given to VFIO.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// Devices that are to be bound at each boot were not.
+    #[error(transparent)]
+    AtBoot(#[from] AtBootError),
     /// Devices were not given to the host's own drivers.
     #[error(transparent)]
     Unbind(#[from] UnbindError),
@@ -172,6 +175,7 @@ impl DeviceCommandError {
             | Self::Vfs(VfsError::Host(_)) => false,
             Self::List(ListError::Picture { .. } | ListError::Json(_))
             | Self::Bind(_)
+            | Self::AtBoot(_)
             | Self::Unbind(_)
             | Self::Restore(_)
             | Self::Vfs(_)

@@ -177,3 +177,40 @@ fn firmware_is_named_or_found_and_keeps_its_variables_where_it_is_told() {
     };
     assert_eq!(shown.firmware, Some(expected));
 }
+
+#[test]
+fn every_example_describes_a_vm_that_is_in_order() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut found = std::collections::BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let flags = ["run", "--config"].map(Into::into);
+        let flags = flags.into_iter().chain([path.clone().into_os_string()]);
+        let args = Command::try_parse_from(flags).unwrap();
+        let config = args.run.config();
+        let config = config.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+        assert!(!config.device.is_empty(), "{name} has no device");
+        found.insert(name, config);
+    }
+    let names: Vec<_> = found.keys().map(String::as_str).collect();
+    let expected = [
+        "driver-domain",
+        "gpus-p2p",
+        "nic-and-disk",
+        "nvme-drive",
+        "vf-per-guest",
+    ];
+    assert_eq!(names, expected);
+    let gpus = &found["gpus-p2p"];
+    assert_eq!(gpus.platform.p2p, crate::config::Choice::On);
+    assert!(
+        gpus.device
+            .iter()
+            .all(|gpu| gpu.x_nv_gpudirect_clique == Some(0))
+    );
+    assert_eq!(found["nvme-drive"].device[0].boot_index, Some(0));
+    let limit = found["nvme-drive"].platform.power_off_limit();
+    assert_eq!(limit, std::time::Duration::from_secs(120));
+    assert_eq!(found["driver-domain"].net.len(), 1);
+}

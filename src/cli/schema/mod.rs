@@ -56,8 +56,8 @@ impl<T> Section<T> {
         self.keys.iter().find(|key| key.name == name)
     }
 
-    /// The whole help of the flag: a line for each thing that can be said.
-    pub(super) fn help(&self) -> String {
+    /// What can be said, and what each of it means.
+    pub(super) fn meanings(&self) -> Vec<(String, &'static str)> {
         let words = self
             .words
             .iter()
@@ -66,7 +66,17 @@ impl<T> Section<T> {
             let shown = |&(value, text): &Meaning| (format!("{}={value}", key.name), text);
             key.values.iter().map(shown)
         });
-        let lines: Vec<(String, &str)> = words.chain(keys).collect();
+        words.chain(keys).collect()
+    }
+
+    /// What else is to be known of it.
+    pub(super) fn notes(&self) -> &'static str {
+        self.notes
+    }
+
+    /// The whole help of the flag: a line for each thing that can be said.
+    pub(super) fn help(&self) -> String {
+        let lines = self.meanings();
         let widths = lines.iter().map(|(shown, _)| shown.len());
         let width = widths.filter(|&width| width <= WIDEST).max().unwrap_or(0);
         let mut help = format!("{}\n\n", self.summary);
@@ -416,6 +426,8 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.root_ports = Some(value.switch()?);
         "removal_timeout" { "N": "seconds that the guest has to release a device, 1 to 3600 [30]" }
             |platform, value| platform.removal_timeout = Some(value.number()?);
+        "power_off_timeout" { "N": "seconds that the guest has to power off after the first signal, 1 to 3600 [20]" }
+            |platform, value| platform.power_off_timeout = Some(value.number()?);
         "serial_number" { "TEXT": "the machine's serial number, as the guest is told by SMBIOS" }
             |platform, value| platform.serial_number = Some(value.text()?.to_owned());
         "uuid" { "UUID": "the machine's UUID, likewise" }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::config::limits::{
     INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_NET_QUEUES, MAX_OEM_STRINGS,
-    MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE, TAG_SIZE,
+    MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE, TAG_SIZE, MAX_POWER_OFF_TIMEOUT,
 };
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
@@ -219,6 +219,14 @@ pub enum InvalidConfig {
         "--platform removal_timeout={seconds}: a guest has 1 to {MAX_REMOVAL_TIMEOUT} seconds to release a device"
     )]
     RemovalTimeout {
+        /// What was asked for.
+        seconds: u32,
+    },
+    /// --platform power_off_timeout={seconds}
+    #[error(
+        "--platform power_off_timeout={seconds}: a guest has 1 to {MAX_POWER_OFF_TIMEOUT} seconds to power off"
+    )]
+    PowerOffTimeout {
         /// What was asked for.
         seconds: u32,
     },

@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::limits::{
     DISK_QUEUE_SIZES, FS_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY,
-    MAX_OEM_STRINGS, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE,
-    MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
+    MAX_OEM_STRINGS, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE, MAX_POWER_OFF_TIMEOUT,
 };
 use super::{
     BalloonConfig, Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType,
@@ -608,6 +607,11 @@ impl PlatformConfig {
             && !is_removal_timeout(seconds)
         {
             return Err(InvalidConfig::RemovalTimeout { seconds });
+        }
+        if let Some(seconds) = self.power_off_timeout
+            && !(1..=MAX_POWER_OFF_TIMEOUT).contains(&seconds)
+        {
+            return Err(InvalidConfig::PowerOffTimeout { seconds });
         }
         match self.hotplug_mmio64 {
             Some(size) if size == 0 || !size.is_multiple_of(1 << 20) => {

@@ -352,6 +352,16 @@ fn a_guest_has_from_a_second_to_an_hour_to_let_go_of_a_device() {
 }
 
 #[test]
+fn a_guest_has_from_a_second_to_an_hour_to_power_off() {
+    let with = |seconds| validate(|vm| vm.platform.power_off_timeout = Some(seconds));
+    assert_eq!((with(1), with(3600)), (Ok(()), Ok(())));
+    for seconds in [0, 3601] {
+        let why = with(seconds).unwrap_err();
+        assert!(why.contains("1 to 3600 seconds to power off"), "{why}");
+    }
+}
+
+#[test]
 fn a_console_s_file_has_room_for_a_line_and_is_one_console_s() {
     let with = |serial: (&str, u64), console: (&str, u64)| {
         let file = |(path, size): (&str, u64)| ConsoleConfig::File {

@@ -227,6 +227,7 @@ struct Platform {
     root_ports: Option<bool>,
     /// Beside Cloud Hypervisor's: the seconds that the guest has to release a device.
     removal_timeout_s: u64,
+    power_off_timeout_s: u64,
 }
 
 impl From<&VmConfig> for Config {
@@ -475,6 +476,7 @@ impl Platform {
             vfio_p2p_dma: known(platform.p2p),
             root_ports: platform.root_ports,
             removal_timeout_s: platform.removal_limit().as_secs(),
+            power_off_timeout_s: platform.power_off_limit().as_secs(),
         }
     }
 }
@@ -507,7 +509,7 @@ mod tests {
             "rng": { "src": "/dev/urandom", "iommu": false },
             "serial": { "mode": "Off", "iommu": false },
             "console": { "mode": "Off", "iommu": false },
-            "platform": { "num_pci_segments": 1, "removal_timeout_s": 30 },
+            "platform": { "num_pci_segments": 1, "removal_timeout_s": 30, "power_off_timeout_s": 20 },
             "iommu": false, "watchdog": false, "pvpanic": false, "landlock_enable": false,
         });
         assert_eq!(config, expected);

@@ -9,6 +9,7 @@
 
 mod acs;
 mod asker;
+mod at_boot;
 mod bind;
 mod boot;
 mod called;
@@ -50,6 +51,7 @@ mod user;
 mod variant;
 mod vfs;
 
+pub use at_boot::{AtBoot, AtBootError, NotBound, bind_persisted};
 pub use bind::{BindError, BindOptions, Bound, bind};
 pub use busway_iommu::{Command, IommuAdvice, Output, Program, Uuid, Word, is_vfio_driver};
 pub use called::{Called, CalledError};

@@ -228,6 +228,35 @@ fn kind(identity: HardwareIds) -> String {
     )
 }
 
+/// What a rule has done at boot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    /// The driver that the device is given to.
+    pub(super) driver: String,
+    /// Who gets its nodes.
+    pub(super) user: Option<u32>,
+}
+
+impl Rule {
+    /// What the text of a rule says, where [`text`] could have written it.
+    pub(super) fn read(text: &str) -> Option<Self> {
+        let line = text.lines().find(|line| !line.starts_with('#'))?;
+        let (_, command) = line.split_once(" device bind --from-rule ")?;
+        let mut words = command.strip_suffix('"')?.split(' ');
+        let mut rule = None;
+        let mut user = None;
+        while let Some(word) = words.next() {
+            match word {
+                "--driver" => rule = words.next().filter(|name| is_driver_name(name)),
+                "--user" => user = Some(words.next()?.parse().ok()?),
+                _ => {}
+            }
+        }
+        let driver = rule?.to_owned();
+        Some(Self { driver, user })
+    }
+}
+
 /// Whether a rule is for this kind of device.
 pub(super) fn is_for(rule: &str, identity: HardwareIds) -> bool {
     rule.contains(&kind(identity))
@@ -332,6 +361,25 @@ mod tests {
                 objection(standing(owner, mode, is_link)).as_deref(),
                 Some(why)
             );
+        }
+    }
+
+    #[test]
+    fn what_a_rule_says_is_read_from_it_and_from_no_other_text() {
+        let text = rule_with("/usr/bin/busway", "mlx5_vfio_pci").unwrap();
+        let rule = Rule {
+            driver: "mlx5_vfio_pci".to_owned(),
+            user: Some(1000),
+        };
+        assert_eq!(Rule::read(&text), Some(rule));
+        for other in [
+            "",
+            "# device bind --from-rule --driver vfio-pci\"",
+            "RUN+=\"/usr/bin/busway device bind --from-rule 0000:01:00.0\"",
+            "RUN+=\"/usr/bin/busway device bind --from-rule --driver a;b 0000:01:00.0\"",
+            "RUN+=\"/usr/bin/busway device bind --from-rule --driver vfio-pci --user x 0000:01:00.0\"",
+        ] {
+            assert_eq!(Rule::read(other), None, "{other}");
         }
     }
 

@@ -9,8 +9,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use busway_host::{
-    BindError, BindOptions, Kernel, Outcome, Permit, Permits, Persist, RestoreError, Session,
-    Standing, Step, SysRoot, UnbindError,
+    AtBoot, BindError, BindOptions, Kernel, Outcome, Permit, Permits, Persist, RestoreError,
+    Session, Standing, Step, SysRoot, UnbindError,
 };
 use busway_pci::Bdf;
 use fake_host::{FakeHost, FakeKernel, Spec};
@@ -354,6 +354,66 @@ fn after_a_reboot_what_a_rule_has_bound_is_left_to_the_host() {
         "{restored:?}"
     );
     assert!(host.traces().is_empty(), "{:?}", host.traces());
+}
+
+#[test]
+fn what_udev_could_not_bind_at_boot_is_bound_when_it_is_done_and_one_failure_keeps_no_other() {
+    let before = host();
+    bind(&before, &mut before.kernel(), &everything()).unwrap();
+    let rules: Vec<_> = before
+        .traces()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("etc/"))
+        .collect();
+    // The host boots: the first has another kind of device now, and nobody obeyed the rules of the others.
+    let host = self::host();
+    for (name, text) in &rules {
+        host.file(name, text);
+    }
+    host.file("etc/udev/rules.d/60-busway-0000:77:00.0.rules", &rules[2].1);
+    host.file(
+        "etc/udev/rules.d/60-busway-0000:78:00.0.rules",
+        "ACTION==\"add\"\n",
+    );
+    let device = host.root.device(at(DEVICES[0]));
+    std::fs::write(device.join("device"), "0xbeef\n").unwrap();
+    let mut kernel = host.kernel();
+    kernel.fails = Box::new(|_, request| {
+        (request == format!("drivers/vfio-pci/bind {}", DEVICES[1])).then_some(libc::EIO)
+    });
+    let error = with(&host.root, &mut kernel, busway_host::bind_persisted).unwrap_err();
+    let said = error.to_string();
+    assert!(
+        said.contains(DEVICES[1]) && said.contains("0000:78:00.0.rules"),
+        "{said}"
+    );
+    assert_eq!(error.failures.len(), 2);
+    let [
+        AtBoot::Another(another),
+        AtBoot::Bound(bound),
+        AtBoot::Absent(absent),
+    ] = &error.done[..]
+    else {
+        panic!("{:?}", error.done);
+    };
+    assert_eq!(
+        (*another, bound.address, *absent),
+        (at(DEVICES[0]), at(DEVICES[2]), at("0000:77:00.0"))
+    );
+    let drivers = DEVICES.map(|address| host.driver_of(address));
+    let drivers = drivers.each_ref().map(Option::as_deref);
+    assert_eq!(drivers, [Some("e1000e"), Some("igb"), Some("vfio-pci")]);
+    // Nothing is recorded, as after a rule, and the next time does the rest.
+    std::fs::remove_file(host.path("etc/udev/rules.d/60-busway-0000:78:00.0.rules")).unwrap();
+    let done = with(&host.root, &mut host.kernel(), busway_host::bind_persisted).unwrap();
+    assert_eq!(done.len(), 4);
+    assert_eq!(host.driver_of(DEVICES[1]).as_deref(), Some("vfio-pci"));
+    assert!(
+        !host
+            .traces()
+            .keys()
+            .any(|name| name.ends_with("devices.json"))
+    );
 }
 
 #[test]
