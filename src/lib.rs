@@ -16,5 +16,6 @@ mod outflow;
 pub mod preflight;
 mod provoked;
 pub mod report;
+pub mod sandbox;
 pub mod smbios;
 pub mod virtio;

@@ -14,6 +14,7 @@ use super::run::{self, Buses, ExitCounts, ExitKind, Left, VcpuEvent};
 use super::stats_fd::VcpuStats;
 use super::vm::Vm;
 use crate::arch::{CpuModel, Vcpu, create_vcpus};
+use crate::sandbox::{self, Kind};
 
 /// A vCPU's thread runs devices' register accesses and little else.
 const STACK: usize = 512 << 10;
@@ -88,7 +89,10 @@ impl Vcpus {
         let (vcpu, counts) = (Arc::new(Mutex::new(vcpu)), Arc::new(ExitCounts::default()));
         let body = {
             let (gate, vcpu, counts) = (self.gate.clone(), vcpu.clone(), counts.clone());
-            move || thread_body(&gate, &vcpu, &buses, &counts, &events)
+            move || {
+                sandbox::enter(Kind::Vcpu);
+                thread_body(&gate, &vcpu, &buses, &counts, &events);
+            }
         };
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))

@@ -14,4 +14,5 @@ mod lines;
 mod memory;
 mod processors;
 mod served;
+mod walls;
 mod whole;
