@@ -17,6 +17,7 @@ mod outflow;
 pub mod preflight;
 mod provoked;
 pub mod report;
+pub mod sandbox;
 pub mod smbios;
 mod unix_socket;
 pub mod virtio;

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::provoked;
+use crate::sandbox::{self, Kind};
 use vmm_sys_util::poll::{PollContext, WatchingEvents};
 
 /// How long [`Outflow::drain`] waits for the reader to take anything more.
@@ -73,13 +74,14 @@ struct State<B> {
 }
 
 impl<B: Backlog> Outflow<B> {
-    /// Starts the thread, which keeps the signals that the calling thread keeps blocked. It ends after
+    /// Starts the thread, of that kind, which keeps the signals that the calling thread keeps blocked. It ends after
     /// [`close`](Self::close), or where `write` fails: then all that comes later is dropped.
     ///
     /// # Errors
     ///
     /// There is no thread to be had.
     pub(crate) fn start(
+        kind: Kind,
         name: &str,
         backlog: B,
         bound: Bound,
@@ -104,6 +106,7 @@ impl<B: Backlog> Outflow<B> {
             .name(name.to_owned())
             .stack_size(STACK_SIZE)
             .spawn(move || {
+                sandbox::enter(kind);
                 while let Some(batch) = shared.next() {
                     provoked::here();
                     let result = write(batch);
@@ -290,13 +293,19 @@ mod tests {
     fn slow(bound: Bound) -> (Arc<Outflow<Numbers>>, SyncSender<bool>, Receiver<i64>) {
         let (take, taken) = sync_channel::<bool>(100);
         let (tell, reported) = sync_channel(100);
-        let outflow = Outflow::start("slow", Numbers::default(), bound, move |number| {
-            let _ = tell.send(number);
-            match taken.recv() {
-                Ok(true) => Ok(()),
-                _ => Err(io::ErrorKind::BrokenPipe.into()),
-            }
-        });
+        let outflow = Outflow::start(
+            Kind::Log,
+            "slow",
+            Numbers::default(),
+            bound,
+            move |number| {
+                let _ = tell.send(number);
+                match taken.recv() {
+                    Ok(true) => Ok(()),
+                    _ => Err(io::ErrorKind::BrokenPipe.into()),
+                }
+            },
+        );
         (outflow.unwrap(), take, reported)
     }
 

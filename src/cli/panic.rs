@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::logging;
 use crate::exit::RUNTIME;
 use crate::machine;
+use crate::sandbox::{self, Kind};
 
 /// How long the VM's end may take: the kernel waits a minute for a device that does not come back from
 /// its reset, and what the thread that panicked was to do may be waited for in vain.
@@ -34,6 +35,7 @@ pub(super) fn exit_on_any() {
 /// Ends the process where the VM does not end in time; `false` where nobody can see to that.
 fn watch_the_end() -> bool {
     let watcher = thread::Builder::new().name("end".to_owned()).spawn(|| {
+        sandbox::enter(Kind::Watchdog);
         thread::sleep(END_LIMIT);
         logging::last_words(&format!(
             "busway: error: the VM did not end within {} s of that\n",

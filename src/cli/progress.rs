@@ -10,6 +10,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::report::Report;
+use crate::sandbox::{self, Kind};
 
 /// How long a start takes before there is a bar.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -75,6 +76,7 @@ impl Pinning {
             let started = thread::Builder::new()
                 .name("progress".to_owned())
                 .spawn(move || {
+                    sandbox::enter(Kind::Progress);
                     let more = |time| stopped.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
                     if more(PATIENCE) {
                         draw(&counter, total, &mut || more(STEP));

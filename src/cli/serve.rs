@@ -10,9 +10,7 @@ use std::str::FromStr;
 
 use busway_host::files::{Existing, OutputError, open_output};
 use clap::error::ErrorKind;
-use clap::{
-    ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand as _, ValueEnum,
-};
+use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcommand as _};
 
 use super::run::RunArgs;
 use super::{Command, DIAGNOSTICS, Failure, logging, panic, print, schema, start_logging};
@@ -48,10 +46,6 @@ struct Serve {
     /// file that stays gets 16 MiB at most.
     #[arg(long, value_name = "WHERE", help_heading = PROCESS)]
     event_monitor: Option<EventMonitor>,
-
-    /// Taken for Cloud Hypervisor's sake: Busway filters no system calls
-    #[arg(long, value_name = "WHAT", default_value = "true", hide_default_value = true, help_heading = PROCESS)]
-    seccomp: Seccomp,
 
     /// Say what is done; -vv: how; -vvv: all
     #[arg(short, long, action = ArgAction::Count, help_heading = DIAGNOSTICS)]
@@ -123,15 +117,6 @@ impl EventMonitor {
 
 fn is_pipe(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_fifo())
-}
-
-/// `--seccomp`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Seccomp {
-    True,
-    False,
-    Log,
-    Errno,
 }
 
 /// Why there is nothing to serve.
@@ -216,6 +201,7 @@ impl Serve {
             let started = monitor.open().and_then(|file| Ok(monitor::start(file)?));
             started.map_err(|error| Failure::usage(format!("--event-monitor: {error}")))?;
         }
+        self.vm.confine()?;
         // Threads start below, and the signals that end a VM are the machine's.
         machine::block_signals();
         logging::step_aside();
@@ -223,9 +209,6 @@ impl Serve {
         let socket = self.vm.api_socket().map_err(Failure::usage)?;
         if first.is_none() && socket.is_none() {
             return Err(Failure::usage(NothingToDo));
-        }
-        if self.seccomp != Seccomp::False {
-            log::debug!("--seccomp: Busway filters no system calls");
         }
         if self.log_format.is_some() {
             log::debug!("--log-format: the log has one form");

@@ -19,6 +19,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::http::{self, Answer, Request, Trouble};
 use super::wire::{Limits, Wire};
 use crate::provoked;
+use crate::sandbox::{self, Kind};
 
 /// How many connections there can be.
 pub(super) const MOST: usize = 10;
@@ -147,6 +148,7 @@ impl Connections {
         };
         let service = Arc::clone(service);
         let serve = move || {
+            sandbox::enter(Kind::Http);
             provoked::here();
             place.serve(wire, service.as_ref());
         };

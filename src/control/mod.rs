@@ -30,6 +30,7 @@ use busway_vfio::EventFd;
 
 use crate::exit::{RUNTIME, USAGE};
 use crate::machine::{Control, Extent, Request};
+use crate::sandbox::{self, Kind};
 use crate::unix_socket::Listening;
 pub use crate::unix_socket::{SocketAddress, SocketError};
 use connections::{Connections, Service};
@@ -67,7 +68,8 @@ pub struct Server {
     connections: Arc<Connections>,
     end: Arc<End>,
     stop: Arc<EventFd>,
-    acceptor: Option<JoinHandle<()>>,
+    /// Gives the socket back when it ends: its name is removed with the main thread's rights.
+    acceptor: Option<JoinHandle<Listening>>,
     /// Where the socket is, if another program made it.
     inherited: Option<PathBuf>,
 }
@@ -96,10 +98,12 @@ impl Server {
         let stop = Arc::new(EventFd::new()?);
         let (accepting, stopped) = (Arc::clone(&connections), Arc::clone(&stop));
         let accept = move || {
+            sandbox::enter(Kind::Http);
             let result = accepting.accept(listening.listener(), &stopped, &service);
             if let Err(error) = result {
                 log::error!("the control socket takes no more connections: {error}");
             }
+            listening
         };
         let acceptor = thread::Builder::new()
             .name("http".to_owned())
@@ -128,18 +132,21 @@ impl Server {
             }
         };
         let (connections, stop) = (Arc::clone(&self.connections), Arc::clone(&self.stop));
-        let end = move || match names.wait_gone(&stop) {
-            Ok(true) => {
-                connections.wait_empty();
-                log::warn!(
-                    "the control socket and the pipe of events were removed, and nobody can reach this process any \
+        let end = move || {
+            sandbox::enter(Kind::GivenUp);
+            match names.wait_gone(&stop) {
+                Ok(true) => {
+                    connections.wait_empty();
+                    log::warn!(
+                        "the control socket and the pipe of events were removed, and nobody can reach this process any \
                      more: it ends, and its VM with it"
-                );
-                // It fails where the process ends already.
-                let _ended = control.ask(Request::End(Extent::Process));
+                    );
+                    // It fails where the process ends already.
+                    let _ended = control.ask(Request::End(Extent::Process));
+                }
+                Ok(false) => {}
+                Err(error) => log::warn!("that the process is given up is not noticed: {error}"),
             }
-            Ok(false) => {}
-            Err(error) => log::warn!("that the process is given up is not noticed: {error}"),
         };
         let started = thread::Builder::new()
             .name("given-up".to_owned())

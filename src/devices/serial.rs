@@ -19,6 +19,7 @@ use super::console::{Endpoint, Input, Reader, Writer};
 use super::watch;
 use crate::kvm::BusDevice;
 use crate::provoked;
+use crate::sandbox::{self, Kind};
 
 /// Bytes of its registers.
 pub const SIZE: u16 = 8;
@@ -127,6 +128,7 @@ impl InputThread {
         let thread = std::thread::Builder::new()
             .name("serial-in".into())
             .spawn(move || {
+                sandbox::enter(Kind::Input);
                 if let Err(error) = bring_input(reader, &uart, &room, &events, stop_fd) {
                     log::warn!("the serial port's input ended: {error}");
                 }

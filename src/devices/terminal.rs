@@ -93,6 +93,11 @@ impl Drop for RawMode {
     }
 }
 
+/// Gives the terminal back where it is in raw mode, for a signal's handler that ends the process.
+pub(crate) fn give_back() {
+    restore();
+}
+
 /// Gives the terminal back, once. Safe to call from a signal handler.
 fn restore() {
     let saved = SAVED.swap(ptr::null_mut(), Ordering::AcqRel);

@@ -12,6 +12,7 @@ use super::Initial;
 use super::error::FirmwareError;
 use super::image::check_variables;
 use crate::devices::pflash::Backing;
+use crate::sandbox::{self, Kind};
 use crate::virtio::blk::lock::{ImageLockError, lock};
 
 /// The most bytes that are read of a file that is to be a store.
@@ -125,6 +126,7 @@ impl Store {
         let path = self.path.clone();
         let (ask, asked) = sync_channel(1);
         let sync = move || {
+            sandbox::enter(Kind::Variables);
             while asked.recv().is_ok() {
                 if let Err(error) = file.sync_data() {
                     log::warn!("{}: {error}", path.display());

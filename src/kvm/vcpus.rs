@@ -15,6 +15,7 @@ use super::stats_fd::VcpuStats;
 use super::vm::Vm;
 use crate::arch::{CpuModel, Vcpu, VcpuMaker};
 use crate::config::Topology;
+use crate::sandbox::{self, Kind};
 
 /// A vCPU's thread runs devices' register accesses and little else.
 const STACK: usize = 512 << 10;
@@ -140,7 +141,10 @@ impl Vcpus {
         let body = {
             let (gate, vcpu, counts) = (self.gate.clone(), vcpu.clone(), counts.clone());
             let number = gate.register();
-            move || thread_body(&gate, number, &vcpu, &buses, &counts, &events)
+            move || {
+                sandbox::enter(Kind::Vcpu);
+                thread_body(&gate, number, &vcpu, &buses, &counts, &events);
+            }
         };
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))

@@ -2,6 +2,8 @@
 
 use std::{fmt, io};
 
+use crate::sandbox::SizeLimitError;
+
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -12,6 +14,9 @@ pub enum RamError {
     /// --memory size={0} is no multiple of 4096 bytes
     #[error("--memory size={0} is no multiple of 4096 bytes")]
     Unaligned(u64),
+    /// It is shared, and larger than a file may be.
+    #[error(transparent)]
+    SizeLimit(#[from] SizeLimitError),
     /// --memory size=0: a VM needs RAM
     #[error("--memory size=0: a VM needs RAM")]
     Empty,

@@ -18,6 +18,7 @@ use rustix::mm::{Advice, madvise};
 use vm_memory::GuestMemoryRegion;
 
 use super::Ram;
+use crate::sandbox::{self, Kind};
 
 /// Bytes populated by one call: enough to make huge pages of, little enough to share out evenly and
 /// to show progress by.
@@ -71,6 +72,7 @@ impl Ram {
                 let (chunks, next, done, stop) = (&chunks, &next, &done, &stop);
                 let finished = finished.clone();
                 scope.spawn(move || {
+                    sandbox::enter(Kind::Populate);
                     let mut outcome = Ok(());
                     while !stop.load(Ordering::Relaxed)
                         && let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed))

@@ -20,6 +20,7 @@ use super::huge_pages::{Pool, reserved_huge_pages};
 use super::{GuestRam, RamMap, Region};
 use crate::arch::layout;
 use crate::config::MemoryConfig;
+use crate::sandbox::{check_size, size_limit};
 
 /// Pages of this size and its multiples are what a guest can be made of.
 const PAGE: u64 = busway_pci::PAGE_SIZE;
@@ -176,7 +177,10 @@ fn map(
         .map_err(|_| map_error("mmap", size)(io::ErrorKind::OutOfMemory.into()))?;
     let reserved = Mapping::reserve(length, guest).map_err(map_error("mmap", size))?;
     let file = match config.shared {
-        true => Some(memfd(size, huge_page).map_err(map_error("memfd_create", size))?),
+        true => {
+            check_size("shared guest RAM (--memory)", size, size_limit())?;
+            Some(memfd(size, huge_page).map_err(map_error("memfd_create", size))?)
+        }
         false => None,
     };
     let protection = ProtFlags::READ | ProtFlags::WRITE;

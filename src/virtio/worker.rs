@@ -15,6 +15,7 @@ use super::error::QueueError;
 use super::interrupts::Interrupts;
 use super::life::{Progress, Running};
 use crate::provoked;
+use crate::sandbox::{self, Kind};
 
 /// What one thread of a device does: it waits for its sources and is woken with their number.
 pub(super) trait Worker: Send + Debug {
@@ -116,6 +117,7 @@ impl Workers {
             let thread_name = thread_name(worker.kind(), &worker.name());
             let (sender, ended) = sync_channel(1);
             let body = move || {
+                sandbox::enter(Kind::of_worker(worker.kind()));
                 worker.begin();
                 run(&mut *worker, &epoll, &stop, &interrupts);
                 let rest = worker.end();

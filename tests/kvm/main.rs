@@ -15,4 +15,5 @@ mod memory;
 mod notified;
 mod processors;
 mod served;
+mod walls;
 mod whole;

@@ -33,6 +33,7 @@ impl Served {
         let child = Command::new(env!("CARGO_BIN_EXE_busway"))
             .arg("--api-socket")
             .arg(folder.path().join("api"))
+            .args(["--seccomp", "true"])
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -34,7 +34,14 @@ impl Run {
         fs::write(&path, kernel(code)).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_busway"));
         command
-            .args(["run", "--memory", "size=64M", "--kernel"])
+            .args([
+                "run",
+                "--seccomp",
+                "true",
+                "--memory",
+                "size=64M",
+                "--kernel",
+            ])
             .arg(path)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

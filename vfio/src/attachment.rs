@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::held_up::{self, Step};
@@ -44,6 +44,8 @@ pub(crate) struct AttachedFile {
     /// Of the same VM.
     pub(crate) open: Arc<OpenOnes>,
     pub(crate) _claim: Arc<()>,
+    /// What sysfs says of its resets, from when it was opened: the thread that resets it opens nothing.
+    pub(crate) methods: Option<Option<FunctionReset>>,
 }
 
 impl Drop for AttachedFile {
@@ -127,6 +129,12 @@ impl OpenOnes {
     }
 }
 
+/// How the kernel resets a device, as the file `reset_method` in its folder says it (Linux 5.15).
+pub(crate) fn read_reset_methods(folder: &Path) -> Option<Option<FunctionReset>> {
+    let methods = fs::read_to_string(folder.join("reset_method")).ok()?;
+    Some(FunctionReset::parse(&methods))
+}
+
 impl AttachedFile {
     /// Where it is on the host's buses.
     ///
@@ -143,8 +151,7 @@ impl AttachedFile {
         if self.name.is_mediated() {
             return Some(Some(FunctionReset::Mediated));
         }
-        let methods = fs::read_to_string(self.folder.join("reset_method")).ok()?;
-        Some(FunctionReset::parse(&methods))
+        self.methods
     }
 
     /// What a hot reset touches.

@@ -72,5 +72,6 @@ pub use resets::Resets;
 pub use rom::{RomChoice, RomError, RomImage};
 pub use survey::SurveyError;
 pub use sys::adopt;
+pub use unmask::begin_threads_with;
 pub use vf_token::{ParseVfTokenError, TokenUse, VfToken};
 pub use wiring::{AssignOptions, Placement, Wiring};

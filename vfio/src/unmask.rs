@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -14,6 +14,15 @@ use busway_pci::Complaints;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{DeviceIo, EventFd, IrqError, IrqIndex};
+
+/// What a thread does first.
+static BEGIN: OnceLock<fn()> = OnceLock::new();
+
+/// Has each thread that this crate starts call `begin` first, such as to give up rights that it needs none of. The
+/// first word counts.
+pub fn begin_threads_with(begin: fn()) {
+    let _first = BEGIN.set(begin);
+}
 
 /// Unmasks a device's pin whenever an eventfd is signalled, until this is dropped.
 #[derive(Debug)]
@@ -45,7 +54,12 @@ impl Unmasker {
         let device = name.to_owned();
         let thread = thread::Builder::new()
             .name("unmask".to_owned())
-            .spawn(move || unmask(&device, &*io, &event, &stopped))?;
+            .spawn(move || {
+                if let Some(begin) = BEGIN.get() {
+                    begin();
+                }
+                unmask(&device, &*io, &event, &stopped);
+            })?;
         Ok(Self {
             stop,
             thread: Some(thread),

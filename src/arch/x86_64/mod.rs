@@ -12,6 +12,7 @@ mod msr;
 pub mod power;
 pub mod q35;
 pub mod rtc;
+pub(crate) mod system_calls;
 mod vcpu;
 
 pub use cpuid::CpuFeatures;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::outflow::{Backlog, Bound, Outflow, write_all};
+use crate::sandbox::Kind;
 
 /// Most lines that wait to be written; what comes then is lost, until half of them are.
 const MOST: usize = 1024;
@@ -81,7 +82,7 @@ impl Aside {
             let _unread = write_all(file, line.as_bytes());
             Ok(())
         };
-        Outflow::start("log", lines, bound, write).map(Self)
+        Outflow::start(Kind::Log, "log", lines, bound, write).map(Self)
     }
 
     /// Has a line written, unless too many wait; at any rate where it is the `last`.

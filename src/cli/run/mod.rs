@@ -17,9 +17,10 @@ use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
 use crate::config::{Accepted, ConsoleConfig, VmConfig};
 use crate::control::{Server, SocketAddress};
-use crate::exit::RUNTIME;
+use crate::exit::{HOST, RUNTIME};
 use crate::machine::{self, Ended, Requests};
 use crate::report::{Report, Stage};
+use crate::sandbox::{self, Kind, Mode};
 
 /// What `busway run` takes.
 #[derive(Clone, Debug, Default, Args)]
@@ -137,6 +138,12 @@ pub(super) struct RunArgs {
     )]
     api_socket: Option<String>,
 
+    /// What becomes of calls of the kernel's that a thread has no need of
+    ///
+    /// Each thread has a filter of the calls that its kind makes. docs/security.md has the kinds.
+    #[arg(long, value_name = "WHAT", default_value_t = Mode::default(), value_enum, help_heading = DIAGNOSTICS)]
+    pub(super) seccomp: Mode,
+
     /// Write the boot report as JSON, when the guest starts and at the end
     #[arg(long, value_name = "FILE", help_heading = DIAGNOSTICS)]
     pub(super) report: Option<PathBuf>,
@@ -178,6 +185,7 @@ Exit status: 0 the guest powered off; 1 it failed while running; 2 bad usage or 
 
 /// Runs a guest until its end.
 pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(), Failure> {
+    args.confine()?;
     // Threads start below, and the signals that end a VM are the machine's.
     machine::block_signals();
     machine::few_arenas();
@@ -255,6 +263,11 @@ impl RunArgs {
             ..VmConfig::default()
         };
         self.config_from(defaults, |_| ())
+    }
+
+    /// Puts the walls up that the flags ask for, before any thread is there.
+    pub(super) fn confine(&self) -> Result<(), Failure> {
+        sandbox::confine(self.seccomp).map_err(|error| Failure::new(HOST, error))
     }
 
     /// Whether the flags say anything of a VM.
@@ -419,6 +432,7 @@ impl Publication {
         let publication = self.clone();
         let report = Arc::clone(report);
         let publisher = move || {
+            sandbox::enter(Kind::Report);
             if running.recv().is_err() {
                 return;
             }

@@ -4,7 +4,8 @@ use std::fmt;
 
 use crate::config::limits::{
     INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_NET_QUEUES, MAX_OEM_STRINGS,
-    MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, SERIAL_SIZE, TAG_SIZE, MAX_POWER_OFF_TIMEOUT,
+    MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
+    SERIAL_SIZE, TAG_SIZE,
 };
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.

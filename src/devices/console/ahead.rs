@@ -13,6 +13,7 @@ use rustix::io::{Errno, ioctl_fionbio};
 
 use super::escape::Escape;
 use crate::provoked;
+use crate::sandbox::{self, Kind};
 
 /// It reads, looks for one key and writes.
 const STACK: usize = 256 << 10;
@@ -43,6 +44,7 @@ impl Ahead {
             .name("stdin".into())
             .stack_size(STACK)
             .spawn(move || {
+                sandbox::enter(Kind::Input);
                 if let Err(error) = read(source.into(), escape, pipe, &heard) {
                     log::warn!("the console's input ended: {error}");
                 }

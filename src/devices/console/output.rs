@@ -10,6 +10,7 @@ use super::Claim;
 use super::kept::KeptFile;
 use super::socket::Client;
 use crate::outflow::{Backlog, Bound, Outflow, PATIENCE, write_all};
+use crate::sandbox::Kind;
 
 /// Bytes that may wait.
 const CAPACITY: usize = 256 << 10;
@@ -103,7 +104,13 @@ impl Writer {
             again: CAPACITY,
             wait: PATIENCE,
         };
-        let outflow = Outflow::start("console-out", Buffer::default(), bound, write)?;
+        let outflow = Outflow::start(
+            Kind::ConsoleOutput,
+            "console-out",
+            Buffer::default(),
+            bound,
+            write,
+        )?;
         Ok(Self {
             handle: Some(Arc::new(Handle {
                 outflow,

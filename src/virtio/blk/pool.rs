@@ -12,6 +12,7 @@ use busway_vfio::EventFd;
 
 use super::flight::Flight;
 use super::image::Image;
+use crate::sandbox::{self, Kind};
 
 /// A thread makes one call at a time, which goes no deeper than the kernel's.
 const STACK_SIZE: usize = 128 << 10;
@@ -120,7 +121,10 @@ impl Pool {
             let started = thread::Builder::new()
                 .name(format!("{}-io", self.name))
                 .stack_size(STACK_SIZE)
-                .spawn(move || work(&shared));
+                .spawn(move || {
+                    sandbox::enter(Kind::Disk);
+                    work(&shared);
+                });
             match started {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {

@@ -16,6 +16,7 @@ use busway_vfio::EventFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::channel::Channel;
+use crate::sandbox::{self, Kind};
 
 /// It reads a few bytes and calls nothing deep.
 const STACK_SIZE: usize = 128 << 10;
@@ -69,7 +70,10 @@ impl Guard {
         });
         let body = {
             let shared = Arc::clone(&shared);
-            move || shared.run()
+            move || {
+                sandbox::enter(Kind::VhostUser);
+                shared.run();
+            }
         };
         let thread = Builder::new()
             .name("vhost-user".to_owned())

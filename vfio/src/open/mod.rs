@@ -14,7 +14,7 @@ use busway_iommu::{
 
 pub use error::DeviceError;
 
-use crate::attachment::{AttachedFile, Attachment, OpenGroup, OpenOnes};
+use crate::attachment::{AttachedFile, Attachment, OpenGroup, OpenOnes, read_reset_methods};
 use crate::held_up::{self, Step};
 use crate::inherited::Inherited;
 use crate::patience::patiently;
@@ -136,6 +136,7 @@ impl Opener {
                     inherited: false,
                     open: self.open.clone(),
                     _claim: claim,
+                    methods: read_reset_methods(device),
                 }
             }
             Space::Iommufd(ioas) => self.cdev(device, name, ioas, vf_token, claim)?,
@@ -253,6 +254,7 @@ impl Opener {
             inherited: is_inherited,
             open: self.open.clone(),
             _claim: claim,
+            methods: read_reset_methods(device),
         };
         bind(&opened.file, ioas, name, vf_token).map_err(|source| {
             if source.raw_os_error() == Some(libc::EACCES) {

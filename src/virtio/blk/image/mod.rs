@@ -21,6 +21,7 @@ use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 use super::steps::{self, Stop};
 use super::sys;
 use crate::config::ImageType;
+use crate::sandbox::{check_size, size_limit};
 use crate::virtio::segments::Segments;
 use bounce::Bounce;
 pub use error::ImageError;
@@ -130,6 +131,12 @@ impl Image {
                 self.path.display(),
                 size - capacity
             );
+        }
+        if !self.readonly && !self.is_device {
+            let what = format!("{}", self.path.display());
+            if let Err(error) = check_size(&what, size, size_limit()) {
+                log::warn!("{error}; a guest's writes beyond fail");
+            }
         }
         self.capacity.store(capacity, Ordering::Release);
         Ok(capacity)

@@ -16,6 +16,7 @@ use busway_vfio::EventFd;
 use super::connection::{BackEndError, Connection, Inflight, Needs};
 use super::kind::BackEndsConfig;
 use super::run::Run;
+use crate::sandbox::{self, Kind};
 use crate::virtio::error::QueueError;
 use crate::virtio::life::QueuePosition;
 use crate::virtio::vhost::{Handed, MemoryTable, Rings, VhostError, Watch};
@@ -105,7 +106,10 @@ impl Link {
         let thread = Builder::new()
             .name(thread_name)
             .stack_size(STACK_SIZE)
-            .spawn(move || worker.run())?;
+            .spawn(move || {
+                sandbox::enter(Kind::VhostUser);
+                worker.run();
+            })?;
         Ok(Self {
             shared,
             thread: Some(thread),

@@ -1,0 +1,82 @@
+//! The kinds of threads that a process with VMs has.
+
+/// What a thread is there for. What it may ask of the kernel follows from that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// The event loop, and the threads that put a VM together, restart it and take it apart, and open and release
+    /// devices: `assemble`, `restart`, `end`, `attach`, `release`, `pause`.
+    Main,
+    /// Runs a processor of the guest: `vcpu0`.
+    Vcpu,
+    /// Serves a queue of a disk, or does what of it can wait: `_disk0`, `_disk0-io`.
+    Disk,
+    /// Serves a NIC's queues: `_net0`.
+    Net,
+    /// Looks after a device that the kernel's vhost serves: `_vhost…`, `_vsock…`.
+    Vhost,
+    /// Connects to the process that serves a device: `_fs0`, `vhost-user`.
+    VhostUser,
+    /// Serves a virtio console: `_console`.
+    Console,
+    /// Serves the entropy device: `_rng`.
+    Entropy,
+    /// Accepts and serves connections to the control socket: `http`.
+    Http,
+    /// Writes log lines: `log`.
+    Log,
+    /// Writes a console's output: `console-out`.
+    ConsoleOutput,
+    /// Reads a console's input: `stdin`, `serial-in`.
+    Input,
+    /// Unmasks a pin whose driver takes no eventfd: `unmask`.
+    Unmask,
+    /// Has the disk take the firmware's variables: `variables`.
+    Variables,
+    /// Touches the guest's RAM before the guest does.
+    Populate,
+    /// Measures and writes the boot report: `report`.
+    Report,
+    /// Draws how far pinning has come: `progress`.
+    Progress,
+    /// Waits until nobody can reach the process any more: `given-up`.
+    GivenUp,
+    /// Ends the process where the VM does not end in time after a panic: `end`.
+    Watchdog,
+}
+
+impl Kind {
+    /// Each of them.
+    pub const ALL: [Self; 19] = [
+        Self::Main,
+        Self::Vcpu,
+        Self::Disk,
+        Self::Net,
+        Self::Vhost,
+        Self::VhostUser,
+        Self::Console,
+        Self::Entropy,
+        Self::Http,
+        Self::Log,
+        Self::ConsoleOutput,
+        Self::Input,
+        Self::Unmask,
+        Self::Variables,
+        Self::Populate,
+        Self::Report,
+        Self::Progress,
+        Self::GivenUp,
+        Self::Watchdog,
+    ];
+
+    /// That of a virtio device's worker, by the word that its device's automatic names begin with.
+    #[must_use]
+    pub fn of_worker(device: &str) -> Self {
+        match device {
+            "disk" => Self::Disk,
+            "net" => Self::Net,
+            "vhost" | "vsock" => Self::Vhost,
+            "console" => Self::Console,
+            _ => Self::Entropy,
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! The walls behind the VMM: what a thread of this process could do, were a guest to take it over.
+//!
+//! Privileges and capabilities that no VM needs are given up at the start ([`confine`]), and so is, by `--seccomp`,
+//! each call of the kernel's that is not in the [`table`]. A thread begins by [`enter`]ing its kind. What is allowed
+//! stands in the table alone; `docs/security.md` says what it is worth.
+
+mod filter;
+mod ioctls;
+mod kind;
+mod limits;
+mod rights;
+mod table;
+#[cfg(test)]
+mod tests;
+mod violation;
+
+use std::io;
+use std::sync::OnceLock;
+
+use clap::ValueEnum;
+
+use filter::Filters;
+pub use kind::Kind;
+pub use limits::{SizeLimitError, check_size, size_limit};
+pub use table::capabilities;
+
+/// What becomes of a call that a thread's filter has not: `--seccomp`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// The process ends, with a message that names thread and call
+    True,
+    /// The kernel does it, and logs it
+    Log,
+    /// It fails with EPERM
+    Errno,
+    /// There are no filters
+    #[default]
+    False,
+}
+
+/// The walls of this process.
+#[derive(Debug)]
+struct Walls {
+    mode: Mode,
+    /// Of each kind that has been entered.
+    filters: [OnceLock<Filters>; Kind::ALL.len()],
+}
+
+static WALLS: OnceLock<Walls> = OnceLock::new();
+
+/// The walls cannot be put up.
+#[derive(Debug, thiserror::Error)]
+pub enum WallsError {
+    /// cannot give up privileges: {0}
+    #[error("cannot give up privileges (prctl, capset): {0}")]
+    Rights(io::Error),
+    /// --seccomp: the kernel takes no filter: {0}
+    #[error(
+        "--seccomp: the kernel takes no filter: {0}; it needs CONFIG_SECCOMP_FILTER, and --seccomp false goes without"
+    )]
+    Filter(io::Error),
+}
+
+/// Puts the walls up round the calling thread, which is to be the only one, and all that it will start.
+///
+/// # Errors
+/// [`WallsError`]: some of them may stand.
+pub fn confine(mode: Mode) -> Result<(), WallsError> {
+    rights::give_up().map_err(WallsError::Rights)?;
+    if mode == Mode::True {
+        violation::tell_of().map_err(WallsError::Filter)?;
+    }
+    busway_vfio::begin_threads_with(|| enter(Kind::Unmask));
+    let walls = WALLS.get_or_init(|| Walls {
+        mode,
+        filters: Default::default(),
+    });
+    walls.filter(Kind::Main).map_err(WallsError::Filter)
+}
+
+/// Narrows the calling thread, and what it will start, to what a thread of this kind does. To be called at a thread's
+/// beginning; where the process has no walls, as in tests, it does nothing.
+///
+/// # Panics
+/// The kernel refuses, for want of memory: a thread does not go on without its walls, and the VM ends.
+pub fn enter(kind: Kind) {
+    let Some(walls) = WALLS.get() else { return };
+    let entered = rights::keep(capabilities(kind)).and_then(|()| walls.filter(kind));
+    if let Err(error) = entered {
+        panic!("a thread ({kind:?}) cannot give up its rights: {error}");
+    }
+}
+
+impl Walls {
+    fn filter(&self, kind: Kind) -> io::Result<()> {
+        let place = Kind::ALL.iter().position(|one| *one == kind);
+        let Some(filters) = place.and_then(|place| self.filters.get(place)) else {
+            return Ok(());
+        };
+        if let Some(filters) = filters.get() {
+            return filters.apply();
+        }
+        let made = Filters::of(kind, self.mode)?;
+        filters.get_or_init(|| made).apply()
+    }
+}

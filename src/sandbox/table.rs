@@ -1,0 +1,422 @@
+//! Which calls of the kernel's a thread of each kind makes: the one table that its filter is made of, and its
+//! capabilities.
+//!
+//! A thread inherits the filters of the one that starts it. So the main thread's has what all others have, and a
+//! vCPU's what those have that it starts when a driver begins. Where C libraries differ in the call that they make,
+//! both forms are here.
+
+use libc::{
+    AF_INET, AF_NETLINK, AF_UNIX, AT_EMPTY_PATH, CLONE_FILES, CLONE_FS, CLONE_PTRACE,
+    CLONE_SIGHAND, CLONE_THREAD, CLONE_UNTRACED, CLONE_VFORK, CLONE_VM, F_ADD_SEALS,
+    F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_SETFD, F_SETFL,
+    O_ACCMODE, O_APPEND, O_CREAT, O_TRUNC, PR_GET_NAME, PR_SET_NAME, PR_SET_NO_NEW_PRIVS,
+    PROT_EXEC, SECCOMP_SET_MODE_FILTER, SIGSYS, c_long,
+};
+use rustix::thread::CapabilitySet;
+
+use super::ioctls;
+use super::kind::Kind;
+
+/// When a call is made: which arguments it has. Arguments are counted from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    /// With any.
+    Always,
+    /// An argument is one of these, in its lower 32 bits.
+    Is(u8, &'static [u32]),
+    /// An argument has other lower 32 bits.
+    IsNot(u8, u32),
+    /// An argument has these of its bits: mask, value.
+    Bits(u8, u32, u32),
+    /// An argument is this process's number.
+    IsThisProcess(u8),
+}
+
+use When::{Always, Bits, Is, IsNot, IsThisProcess};
+
+/// A call, and when it is made.
+pub(super) type Row = (c_long, When);
+
+/// A namespace of any kind. linux/sched.h: CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME
+const NAMESPACES: u32 = 0x7e02_0080;
+/// What makes a thread of a new process's beginning.
+const THREAD: u32 = (CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD) as u32;
+const NO_THREAD: u32 = NAMESPACES | (CLONE_PTRACE | CLONE_UNTRACED | CLONE_VFORK) as u32;
+/// What opening a file to be written, or making one, says at least one of.
+const TO_WRITE: u32 = (O_ACCMODE | O_CREAT | O_TRUNC | O_APPEND) as u32;
+
+/// What every thread does: it uses memory and locks, waits, reads and writes what is open, starts others, logs, gives
+/// the terminal back and ends.
+const COMMON: &[Row] = &[
+    (libc::SYS_read, Always),
+    (libc::SYS_write, Always),
+    (libc::SYS_readv, Always),
+    (libc::SYS_writev, Always),
+    (libc::SYS_close, Always),
+    (libc::SYS_lseek, Always),
+    (libc::SYS_futex, Always),
+    (libc::SYS_ioctl, Is(1, ioctls::ANY)),
+    (libc::SYS_ioctl, Is(1, ioctls::TERMINAL)),
+    (
+        libc::SYS_fcntl,
+        Is(
+            1,
+            &[
+                F_DUPFD_CLOEXEC as u32,
+                F_GETFD as u32,
+                F_SETFD as u32,
+                F_GETFL as u32,
+                F_SETFL as u32,
+            ],
+        ),
+    ),
+    // Of descriptors, which is fstat in either library's words.
+    (libc::SYS_fstat, Always),
+    (
+        libc::SYS_newfstatat,
+        Bits(3, AT_EMPTY_PATH as u32, AT_EMPTY_PATH as u32),
+    ),
+    (
+        libc::SYS_statx,
+        Bits(2, AT_EMPTY_PATH as u32, AT_EMPTY_PATH as u32),
+    ),
+    (libc::SYS_mmap, Bits(2, PROT_EXEC as u32, 0)),
+    (libc::SYS_mprotect, Bits(2, PROT_EXEC as u32, 0)),
+    (libc::SYS_munmap, Always),
+    (libc::SYS_mremap, Always),
+    (libc::SYS_madvise, Always),
+    (libc::SYS_brk, Always),
+    (libc::SYS_poll, Always),
+    (libc::SYS_ppoll, Always),
+    (libc::SYS_epoll_create1, Always),
+    (libc::SYS_epoll_ctl, Always),
+    (libc::SYS_epoll_wait, Always),
+    (libc::SYS_epoll_pwait, Always),
+    (libc::SYS_eventfd2, Always),
+    (libc::SYS_clock_gettime, Always),
+    (libc::SYS_clock_nanosleep, Always),
+    (libc::SYS_nanosleep, Always),
+    (libc::SYS_gettimeofday, Always),
+    (libc::SYS_restart_syscall, Always),
+    (libc::SYS_sched_yield, Always),
+    // glibc's pthread_getattr_np, which a thread of Rust's begins with.
+    (libc::SYS_sched_getaffinity, Always),
+    (libc::SYS_getrandom, Always),
+    (libc::SYS_gettid, Always),
+    (libc::SYS_getpid, Always),
+    (libc::SYS_clone, Bits(0, THREAD | NO_THREAD, THREAD)),
+    // Answered with ENOSYS, for its flags are out of a filter's sight: libraries take clone instead.
+    (libc::SYS_clone3, Always),
+    (libc::SYS_set_robust_list, Always),
+    (libc::SYS_rseq, Always),
+    (libc::SYS_sigaltstack, Always),
+    (libc::SYS_rt_sigprocmask, Always),
+    (libc::SYS_rt_sigreturn, Always),
+    // The handler of what a filter refuses stays.
+    (libc::SYS_rt_sigaction, IsNot(0, SIGSYS as u32)),
+    (libc::SYS_tgkill, IsThisProcess(0)),
+    // What takes rights from the calling thread, as each does at its beginning.
+    (
+        libc::SYS_prctl,
+        Is(
+            0,
+            &[
+                PR_SET_NAME as u32,
+                PR_GET_NAME as u32,
+                PR_SET_NO_NEW_PRIVS as u32,
+                PR_SET_VMA,
+            ],
+        ),
+    ),
+    (libc::SYS_seccomp, Is(0, &[SECCOMP_SET_MODE_FILTER])),
+    (libc::SYS_capget, Always),
+    (libc::SYS_capset, Always),
+    (libc::SYS_exit, Always),
+    (libc::SYS_exit_group, Always),
+];
+
+/// Names for memory, which newer C libraries give to what they map. linux/prctl.h
+const PR_SET_VMA: u32 = 0x5356_4d41;
+
+/// Reads and writes at places in files: a disk's image, or a device's configuration space.
+const AT_PLACES: &[Row] = &[
+    (libc::SYS_pread64, Always),
+    (libc::SYS_pwrite64, Always),
+    (libc::SYS_preadv, Always),
+    (libc::SYS_preadv2, Always),
+    (libc::SYS_pwritev, Always),
+    (libc::SYS_pwritev2, Always),
+];
+
+/// Opens files to be read, looks at them and lists folders.
+const TO_READ: &[Row] = &[
+    (libc::SYS_open, Bits(1, TO_WRITE, 0)),
+    (libc::SYS_openat, Bits(2, TO_WRITE, 0)),
+    (libc::SYS_stat, Always),
+    (libc::SYS_lstat, Always),
+    (libc::SYS_newfstatat, Always),
+    (libc::SYS_statx, Always),
+    (libc::SYS_readlink, Always),
+    (libc::SYS_readlinkat, Always),
+    (libc::SYS_getdents64, Always),
+    (libc::SYS_access, Always),
+    (libc::SYS_faccessat, Always),
+    (libc::SYS_faccessat2, Always),
+    (libc::SYS_getcwd, Always),
+    (libc::SYS_statfs, Always),
+    (libc::SYS_fstatfs, Always),
+];
+
+/// Makes, changes and removes files.
+const TO_CHANGE: &[Row] = &[
+    (libc::SYS_open, Always),
+    (libc::SYS_openat, Always),
+    (libc::SYS_unlink, Always),
+    (libc::SYS_unlinkat, Always),
+    (libc::SYS_rename, Always),
+    (libc::SYS_renameat, Always),
+    (libc::SYS_renameat2, Always),
+    (libc::SYS_link, Always),
+    (libc::SYS_linkat, Always),
+    (libc::SYS_fchmod, Always),
+    (libc::SYS_ftruncate, Always),
+    (libc::SYS_fallocate, Always),
+    (libc::SYS_fsync, Always),
+    (libc::SYS_fdatasync, Always),
+    (libc::SYS_flock, Always),
+    (libc::SYS_fadvise64, Always),
+    (libc::SYS_copy_file_range, Always),
+    (libc::SYS_sendfile, Always),
+];
+
+/// Removes the name of a socket that it served.
+const REMOVES: &[Row] = &[(libc::SYS_unlink, Always), (libc::SYS_unlinkat, Always)];
+
+/// Talks over sockets that are there.
+const STREAMS: &[Row] = &[
+    (libc::SYS_accept, Always),
+    (libc::SYS_accept4, Always),
+    (libc::SYS_recvfrom, Always),
+    (libc::SYS_sendto, Always),
+    (libc::SYS_recvmsg, Always),
+    (libc::SYS_sendmsg, Always),
+    (libc::SYS_shutdown, Always),
+    (libc::SYS_getsockopt, Always),
+    (libc::SYS_setsockopt, Always),
+    (libc::SYS_getsockname, Always),
+    (libc::SYS_getpeername, Always),
+];
+
+/// Makes sockets: of the Unix family, of the Internet's to ask for the state of a tap, and of rtnetlink's to ask by which
+/// interface the host is reached, for what is said of a device that cannot be had.
+const SOCKETS: &[Row] = &[
+    (
+        libc::SYS_socket,
+        Is(0, &[AF_UNIX as u32, AF_INET as u32, AF_NETLINK as u32]),
+    ),
+    (libc::SYS_socketpair, Is(0, &[AF_UNIX as u32])),
+    (libc::SYS_bind, Always),
+    (libc::SYS_listen, Always),
+];
+
+/// Connects to another process.
+const CONNECTS: &[Row] = &[
+    (libc::SYS_socket, Is(0, &[AF_UNIX as u32])),
+    (libc::SYS_connect, Always),
+];
+
+/// What a disk's image is asked for besides.
+const IMAGES: &[Row] = &[
+    (libc::SYS_io_uring_enter, Always),
+    (libc::SYS_io_uring_register, Always),
+    (libc::SYS_fsync, Always),
+    (libc::SYS_fdatasync, Always),
+    (libc::SYS_fallocate, Always),
+    (libc::SYS_ftruncate, Always),
+    (
+        libc::SYS_fcntl,
+        Is(1, &[F_OFD_GETLK as u32, F_OFD_SETLK as u32]),
+    ),
+    (libc::SYS_ioctl, Is(1, ioctls::BLOCK)),
+    (libc::SYS_timerfd_settime, Always),
+    // Its own processors: `queue_affinity=` of --disk.
+    (libc::SYS_sched_setaffinity, Is(0, &[0])),
+];
+
+/// What a start of a device's workers makes.
+const WORKERS: &[Row] = &[
+    (libc::SYS_io_uring_setup, Always),
+    (libc::SYS_timerfd_create, Always),
+    (libc::SYS_timerfd_settime, Always),
+    (libc::SYS_timerfd_gettime, Always),
+];
+
+/// What only putting together, opening and taking apart need.
+const ONCE: &[Row] = &[
+    (libc::SYS_memfd_create, Always),
+    (libc::SYS_pipe2, Always),
+    (libc::SYS_signalfd4, Always),
+    (libc::SYS_inotify_init1, Always),
+    (libc::SYS_inotify_add_watch, Always),
+    (libc::SYS_inotify_rm_watch, Always),
+    (
+        libc::SYS_fcntl,
+        Is(1, &[F_ADD_SEALS as u32, F_GET_SEALS as u32]),
+    ),
+    (libc::SYS_prlimit64, Is(0, &[0])),
+    (libc::SYS_getrlimit, Always),
+    (libc::SYS_uname, Always),
+    (libc::SYS_sysinfo, Always),
+    (libc::SYS_getuid, Always),
+    (libc::SYS_geteuid, Always),
+    (libc::SYS_getgid, Always),
+    (libc::SYS_getegid, Always),
+    (libc::SYS_getpgrp, Always),
+    (libc::SYS_getrusage, Always),
+    (libc::SYS_mincore, Always),
+    (libc::SYS_dup, Always),
+    (libc::SYS_dup3, Always),
+];
+
+const fn ioctl(requests: &'static [u32]) -> Row {
+    (libc::SYS_ioctl, Is(1, requests))
+}
+
+const KVM_RUNNING: &[Row] = &[ioctl(ioctls::KVM_RUNNING)];
+const KVM_MAKING: &[Row] = &[ioctl(ioctls::KVM_MAKING)];
+const VFIO_RUNNING: &[Row] = &[ioctl(ioctls::VFIO_RUNNING)];
+const VFIO_OPENING: &[Row] = &[ioctl(ioctls::VFIO_OPENING)];
+const VFIO_INTERRUPTS: &[Row] = &[ioctl(ioctls::VFIO_INTERRUPTS)];
+const VHOST_RINGS: &[Row] = &[ioctl(ioctls::VHOST_RINGS)];
+const VHOST_CALLS: &[Row] = &[ioctl(ioctls::VHOST_CALLS)];
+const TUN_RUNNING: &[Row] = &[ioctl(ioctls::TUN_RUNNING)];
+const TUN_OPENING: &[Row] = &[ioctl(ioctls::TUN_OPENING)];
+const PSEUDO_TERMINAL: &[Row] = &[ioctl(ioctls::PSEUDO_TERMINAL)];
+
+/// Which a kind's threads make themselves, beside [`COMMON`].
+fn own(kind: Kind) -> &'static [&'static [Row]] {
+    match kind {
+        Kind::Main => &[
+            TO_READ,
+            TO_CHANGE,
+            SOCKETS,
+            CONNECTS,
+            ONCE,
+            KVM_MAKING,
+            VFIO_OPENING,
+            TUN_OPENING,
+            PSEUDO_TERMINAL,
+        ],
+        Kind::Vcpu => &[
+            KVM_RUNNING,
+            AT_PLACES,
+            WORKERS,
+            VFIO_RUNNING,
+            VHOST_RINGS,
+            TUN_RUNNING,
+            STREAMS,
+        ],
+        Kind::Disk => &[AT_PLACES, IMAGES],
+        Kind::Net => &[TUN_RUNNING],
+        Kind::Vhost => &[VHOST_CALLS],
+        Kind::VhostUser => &[STREAMS, CONNECTS],
+        Kind::Console => &[STREAMS],
+        Kind::Http => &[TO_READ, STREAMS, AT_PLACES],
+        Kind::ConsoleOutput => &[TO_READ, TO_CHANGE, STREAMS],
+        Kind::Input => &[STREAMS, REMOVES],
+        Kind::Unmask => &[VFIO_INTERRUPTS],
+        Kind::Variables => &[&[(libc::SYS_fdatasync, Always)]],
+        Kind::Report => &[TO_READ, TO_CHANGE],
+        Kind::GivenUp => &[TO_READ],
+        Kind::Entropy | Kind::Log | Kind::Populate | Kind::Progress | Kind::Watchdog => &[],
+    }
+}
+
+/// Kinds of threads that those of `kind` start while a guest runs: they have its filter, and one of their own.
+pub(super) fn started_by(kind: Kind) -> &'static [Kind] {
+    match kind {
+        Kind::Main => &Kind::ALL,
+        Kind::Vcpu => &[
+            Kind::Disk,
+            Kind::Net,
+            Kind::Vhost,
+            Kind::Console,
+            Kind::Entropy,
+            Kind::Unmask,
+            Kind::Watchdog,
+        ],
+        Kind::Disk => &[Kind::Disk, Kind::Watchdog],
+        Kind::Http => &[Kind::Http, Kind::Watchdog],
+        Kind::VhostUser => &[Kind::VhostUser, Kind::Watchdog],
+        _ => &[Kind::Watchdog],
+    }
+}
+
+/// All that a thread of a kind is allowed.
+pub(super) fn allowed(kind: Kind) -> Vec<Row> {
+    let others = started_by(kind).iter().copied();
+    let kinds = std::iter::once(kind).chain(others.filter(|other| *other != kind));
+    // What a vCPU does most often is looked for first.
+    let first = KVM_RUNNING
+        .iter()
+        .filter(|_| matches!(kind, Kind::Main | Kind::Vcpu));
+    let own = kinds.flat_map(|kind| own(kind).iter().copied().flatten());
+    let mut rows: Vec<Row> = Vec::new();
+    for row in first.chain(COMMON).chain(own) {
+        if !rows.contains(row) {
+            rows.push(*row);
+        }
+    }
+    rows
+}
+
+/// Calls that a kind's threads may make and that come to nothing, with EACCES: paths have nothing for them. A few
+/// messages are poorer for it, and nothing else is.
+pub(super) fn refused(kind: Kind) -> Vec<Row> {
+    let allowed = allowed(kind);
+    // Where some files can be opened, asking for others is a violation.
+    let is_allowed = |(call, when): &&Row| {
+        let mut rows = allowed.iter();
+        rows.any(|row| row.0 == *call && (row.1 == Always || *when == Always))
+    };
+    let rows = PATHS.iter().filter(|row| !is_allowed(row));
+    rows.copied().collect()
+}
+
+/// Calls that look at a path, open it, or take its name away.
+const PATHS: &[Row] = &[
+    (libc::SYS_open, Always),
+    (libc::SYS_openat, Always),
+    (libc::SYS_stat, Always),
+    (libc::SYS_lstat, Always),
+    (libc::SYS_newfstatat, Bits(3, AT_EMPTY_PATH as u32, 0)),
+    (libc::SYS_statx, Bits(2, AT_EMPTY_PATH as u32, 0)),
+    (libc::SYS_readlink, Always),
+    (libc::SYS_readlinkat, Always),
+    (libc::SYS_access, Always),
+    (libc::SYS_faccessat, Always),
+    (libc::SYS_faccessat2, Always),
+    (libc::SYS_unlink, Always),
+    (libc::SYS_unlinkat, Always),
+];
+
+/// The capabilities that a kind's threads keep, of those that the process was started with. `docs/security.md` says
+/// what for.
+#[must_use]
+pub fn capabilities(kind: Kind) -> CapabilitySet {
+    match kind {
+        Kind::Main => {
+            CapabilitySet::DAC_OVERRIDE
+                | CapabilitySet::IPC_LOCK
+                | CapabilitySet::NET_ADMIN
+                | CapabilitySet::SYS_ADMIN
+                | CapabilitySet::SYS_PTRACE
+                | CapabilitySet::SYS_RESOURCE
+        }
+        Kind::Vcpu => CapabilitySet::IPC_LOCK,
+        Kind::Populate => CapabilitySet::IPC_LOCK,
+        Kind::Report | Kind::ConsoleOutput => CapabilitySet::DAC_OVERRIDE,
+        Kind::VhostUser | Kind::Input => CapabilitySet::DAC_OVERRIDE,
+        _ => CapabilitySet::empty(),
+    }
+}

@@ -1,0 +1,292 @@
+//! What a thread of each kind can do once it has entered it, tried in a process of its own.
+
+use std::collections::HashMap;
+use std::env;
+use std::io;
+use std::process::{self, Command};
+use std::thread;
+
+use rustix::thread::{CapabilitySet, capabilities as capabilities_now};
+
+use super::table;
+use super::{Kind, Mode, capabilities, confine, enter};
+
+/// The kind whose thread the process is to have.
+const CHILD: &str = "BUSWAY_TEST_WALLS";
+/// The capabilities that it was started with.
+const RIGHTS: &str = "BUSWAY_TEST_RIGHTS";
+
+/// Runs the test `name` again in a process of its own, for each kind: there, `act` is done on a thread of that kind,
+/// with violations dealt with as `mode` says. Gives each process's status and standard error.
+fn in_a_process_each(name: &str, mode: Mode, act: fn(Kind)) -> Vec<(Kind, Option<i32>, String)> {
+    if let Ok(number) = env::var(CHILD) {
+        let kind = Kind::ALL[number.parse::<usize>().unwrap()];
+        confine(mode).unwrap();
+        let thread = thread::Builder::new().name("taken".to_owned());
+        let body = move || {
+            enter(kind);
+            act(kind);
+        };
+        let done = thread.spawn(body).unwrap().join();
+        process::exit(if done.is_ok() { 0 } else { 9 });
+    }
+    let test = format!("sandbox::tests::{name}");
+    let rights = capabilities_now(None).unwrap().permitted;
+    let run = |(number, kind): (usize, Kind)| {
+        let output = Command::new(env::current_exe().unwrap())
+            .args(["--exact", &test, "--nocapture", "--test-threads=1"])
+            .env(CHILD, number.to_string())
+            .env(RIGHTS, rights.bits().to_string())
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        (kind, output.status.code(), stderr)
+    };
+    Kind::ALL.into_iter().enumerate().map(run).collect()
+}
+
+/// Makes a call, and gives the error that it has.
+fn errno(number: libc::c_long, arguments: [usize; 5]) -> i32 {
+    let [a, b, c, d, e] = arguments;
+    // SAFETY: each call in these tests either is refused, or is given descriptors and addresses that do not exist, or
+    // makes something that is left alone.
+    let result = unsafe { libc::syscall(number, a, b, c, d, e) };
+    if result == 0 && matches!(number, libc::SYS_clone | libc::SYS_fork) {
+        // SAFETY: this is the process that should not be there.
+        unsafe { libc::_exit(0) };
+    }
+    match result {
+        -1 => io::Error::last_os_error().raw_os_error().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+const NO_FD: usize = usize::MAX;
+
+/// What no thread whatever may do: each is refused by EPERM in this mode.
+fn try_what_nobody_may(kind: Kind) {
+    let path = c"/bin/true".as_ptr() as usize;
+    let (exec, anonymous) = (
+        (libc::PROT_READ | libc::PROT_EXEC) as usize,
+        (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as usize,
+    );
+    let child = libc::SIGCHLD as usize;
+    let namespace = (libc::CLONE_NEWUSER | libc::SIGCHLD) as usize;
+    for (what, number, arguments) in [
+        ("execve", libc::SYS_execve, [path, 0, 0, 0, 0]),
+        ("execveat", libc::SYS_execveat, [NO_FD, path, 0, 0, 0]),
+        ("ptrace", libc::SYS_ptrace, [16, NO_FD, 0, 0, 0]),
+        ("mount", libc::SYS_mount, [path, path, path, 0, 0]),
+        ("umount2", libc::SYS_umount2, [path, 0, 0, 0, 0]),
+        ("fsopen", libc::SYS_fsopen, [path, 0, 0, 0, 0]),
+        ("chroot", libc::SYS_chroot, [path, 0, 0, 0, 0]),
+        ("mmap", libc::SYS_mmap, [0, 4096, exec, anonymous, NO_FD]),
+        ("mprotect", libc::SYS_mprotect, [0, 4096, exec, 0, 0]),
+        ("fork", libc::SYS_fork, [0; 5]),
+        ("clone", libc::SYS_clone, [child, 0, 0, 0, 0]),
+        ("clone", libc::SYS_clone, [namespace, 0, 0, 0, 0]),
+        (
+            "unshare",
+            libc::SYS_unshare,
+            [libc::CLONE_NEWNS as usize, 0, 0, 0, 0],
+        ),
+        ("setns", libc::SYS_setns, [NO_FD, 0, 0, 0, 0]),
+        ("setuid", libc::SYS_setuid, [0; 5]),
+        ("bpf", libc::SYS_bpf, [NO_FD, 0, 0, 0, 0]),
+        ("init_module", libc::SYS_init_module, [0; 5]),
+        ("pidfd_getfd", libc::SYS_pidfd_getfd, [NO_FD, 0, 0, 0, 0]),
+        (
+            "process_vm_writev",
+            libc::SYS_process_vm_writev,
+            [NO_FD, 0, 0, 0, 0],
+        ),
+        ("kill", libc::SYS_kill, [1, 0, 0, 0, 0]),
+        ("tgkill", libc::SYS_tgkill, [1, 1, 0, 0, 0]),
+        (
+            "socket",
+            libc::SYS_socket,
+            [libc::AF_PACKET as usize, 3, 0, 0, 0],
+        ),
+        (
+            "socket",
+            libc::SYS_socket,
+            [libc::AF_INET6 as usize, 1, 0, 0, 0],
+        ),
+        (
+            "socket",
+            libc::SYS_socket,
+            [libc::AF_VSOCK as usize, 1, 0, 0, 0],
+        ),
+        (
+            "TIOCSTI",
+            libc::SYS_ioctl,
+            [NO_FD, libc::TIOCSTI as usize, 0, 0, 0],
+        ),
+        (
+            "rt_sigaction",
+            libc::SYS_rt_sigaction,
+            [libc::SIGSYS as usize, 0, 0, 8, 0],
+        ),
+        (
+            "prctl",
+            libc::SYS_prctl,
+            [libc::PR_SET_DUMPABLE as usize, 1, 0, 0, 0],
+        ),
+    ] {
+        assert_eq!(errno(number, arguments), libc::EPERM, "{kind:?}: {what}");
+    }
+    // Libraries go on by clone, whose flags are seen.
+    assert_eq!(errno(libc::SYS_clone3, [0; 5]), libc::ENOSYS);
+}
+
+/// What some kinds may do and others not.
+fn try_what_some_may(kind: Kind) {
+    let refused =
+        |number, arguments| matches!(errno(number, arguments), libc::EPERM | libc::EACCES);
+    let path = c"/dev/null".as_ptr() as usize;
+    let at = libc::AT_FDCWD as usize;
+    let (read, write) = (libc::O_RDONLY as usize, libc::O_WRONLY as usize);
+    let writes = matches!(kind, Kind::Main | Kind::Report | Kind::ConsoleOutput);
+    let reads = writes || matches!(kind, Kind::Http | Kind::GivenUp);
+    let connects = matches!(kind, Kind::Main | Kind::VhostUser);
+    let unix = libc::AF_UNIX as usize;
+    let starts = matches!(kind, Kind::Main | Kind::Vcpu);
+    for (what, may, number, arguments) in [
+        (
+            "openat to write",
+            writes,
+            libc::SYS_openat,
+            [at, path, write, 0, 0],
+        ),
+        (
+            "openat to read",
+            reads,
+            libc::SYS_openat,
+            [at, path, read, 0, 0],
+        ),
+        (
+            "open to write",
+            writes,
+            libc::SYS_open,
+            [path, write, 0, 0, 0],
+        ),
+        ("open to read", reads, libc::SYS_open, [path, read, 0, 0, 0]),
+        ("stat", reads, libc::SYS_newfstatat, [at, path, 0, 0, 0]),
+        ("connect", connects, libc::SYS_connect, [NO_FD, 0, 0, 0, 0]),
+        ("socket", connects, libc::SYS_socket, [unix, 1, 0, 0, 0]),
+        (
+            "timerfd_create",
+            starts,
+            libc::SYS_timerfd_create,
+            [99, 0, 0, 0, 0],
+        ),
+        ("KVM_RUN", starts, libc::SYS_ioctl, [NO_FD, 0xae80, 0, 0, 0]),
+        (
+            "KVM_CREATE_VM",
+            kind == Kind::Main,
+            libc::SYS_ioctl,
+            [NO_FD, 0xae01, 0, 0, 0],
+        ),
+        (
+            "TUNSETIFF",
+            kind == Kind::Main,
+            libc::SYS_ioctl,
+            [NO_FD, 0x4004_54ca, 0, 0, 0],
+        ),
+    ] {
+        assert_eq!(!refused(number, arguments), may, "{kind:?}: {what}");
+    }
+}
+
+/// What threads do as such: they take memory and give it back, wait, start others, and say what goes wrong.
+fn live_and_panic(kind: Kind) {
+    let mut words: HashMap<usize, Vec<u8>> = HashMap::new();
+    for size in [64, 64 << 10, 8 << 20] {
+        words.insert(size, vec![1; size]);
+    }
+    drop(words);
+    let started = std::time::Instant::now();
+    thread::sleep(std::time::Duration::from_millis(1));
+    assert!(started.elapsed().as_micros() > 0);
+    let other = thread::Builder::new().name("other".to_owned());
+    let other = other.spawn(|| enter(Kind::Watchdog)).unwrap();
+    other.join().unwrap();
+    std::panic::set_hook(Box::new(|info| {
+        eprintln!("this went wrong: {info}");
+        process::exit(1);
+    }));
+    panic!("a thread ({kind:?}) is out of tea");
+}
+
+fn exec(_kind: Kind) {
+    errno(
+        libc::SYS_execve,
+        [c"/bin/true".as_ptr() as usize, 0, 0, 0, 0],
+    );
+}
+
+/// The rights that are left are those of the table which were there before.
+fn compare_rights(kind: Kind) {
+    let now = capabilities_now(None).unwrap();
+    let start = env::var(RIGHTS).unwrap().parse().unwrap();
+    let start = CapabilitySet::from_bits_retain(start);
+    assert_eq!(now.effective, capabilities(kind) & start, "{kind:?}");
+    assert_eq!(now.permitted, now.effective);
+    assert!(now.inheritable.is_empty());
+}
+
+fn all_pass(results: Vec<(Kind, Option<i32>, String)>) {
+    for (kind, status, stderr) in results {
+        assert_eq!(status, Some(0), "{kind:?}: {stderr}");
+    }
+}
+
+#[test]
+fn no_thread_executes_traces_mounts_forks_or_makes_memory_executable() {
+    let test = "no_thread_executes_traces_mounts_forks_or_makes_memory_executable";
+    all_pass(in_a_process_each(test, Mode::Errno, try_what_nobody_may));
+}
+
+#[test]
+fn only_threads_whose_work_it_is_open_connect_and_ask_kvm() {
+    let test = "only_threads_whose_work_it_is_open_connect_and_ask_kvm";
+    all_pass(in_a_process_each(test, Mode::Errno, try_what_some_may));
+}
+
+#[test]
+fn a_violation_on_a_thread_of_any_kind_ends_the_process_with_a_word() {
+    let test = "a_violation_on_a_thread_of_any_kind_ends_the_process_with_a_word";
+    for (kind, status, stderr) in in_a_process_each(test, Mode::True, exec) {
+        let message = "busway: error: thread taken asked the kernel for call 59 (execve), with 0x";
+        assert!(stderr.contains(message), "{kind:?}: {stderr}");
+        assert_eq!(status, Some(1), "{kind:?}");
+    }
+}
+
+#[test]
+fn a_panic_on_a_thread_of_any_kind_still_prints_its_message() {
+    let test = "a_panic_on_a_thread_of_any_kind_still_prints_its_message";
+    for (kind, status, stderr) in in_a_process_each(test, Mode::True, live_and_panic) {
+        let message = format!("a thread ({kind:?}) is out of tea");
+        assert!(stderr.contains(&message), "{kind:?}: {stderr}");
+        assert_eq!(status, Some(1), "{kind:?}");
+    }
+}
+
+#[test]
+fn a_thread_keeps_the_capabilities_that_the_table_has_for_its_kind() {
+    let test = "a_thread_keeps_the_capabilities_that_the_table_has_for_its_kind";
+    all_pass(in_a_process_each(test, Mode::False, compare_rights));
+}
+
+#[test]
+fn every_call_in_the_table_has_a_name() {
+    for kind in Kind::ALL {
+        for (call, _) in table::allowed(kind) {
+            assert!(
+                crate::arch::system_calls::call_name(call).is_some(),
+                "{call}"
+            );
+        }
+    }
+}
