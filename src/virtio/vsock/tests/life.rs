@@ -8,10 +8,10 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use zerocopy::IntoBytes as _;
 
+use super::super::EVENT_QUEUE;
 use super::super::hub::{PEERS_MOST, RESETS_MOST};
 use super::super::packet::{HEADER_SIZE, Key, Op};
 use super::super::socket::SocketDevice;
-use super::super::{EVENT_QUEUE, RECEIVE_QUEUE, TRANSMIT_QUEUE};
 use super::{BUFFERS, CID, Guest, from_host, line, rest};
 use crate::virtio::spec::vsock;
 
