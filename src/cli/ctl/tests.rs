@@ -221,6 +221,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             id: None,
         }),
         Verb::AddVsock { cid: 3, id: None },
+        Verb::Resize { cpus: 2 },
         Verb::RemoveDevice {
             id: device(),
             force: false,

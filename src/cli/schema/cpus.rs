@@ -14,7 +14,7 @@ pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
     keys: keys! {
         "boot" { "N": "how many run at boot, 1 to 255 [1]" }
             |cpus, value| cpus.boot = value.number()?;
-        "max" { "N": "how many there can be: others come and leave by `busway ctl resize` [boot]" }
+        "max" { "N": "how many there can be, by `busway ctl resize` while it runs [boot]" }
             |cpus, value| cpus.max = Some(value.number()?);
         "topology" { "T:C:D:P": "threads of a core, cores of a die, dies of a package, packages\n[1:max:1:1]" }
             |cpus, value| cpus.topology = Some(topology(value)?);
