@@ -22,7 +22,7 @@ use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
 pub use accepted::{Accepted, HotplugMethod};
-pub use cpus::{CpusConfig, Topology, TopologyError};
+pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
 use limits::MAX_HOTPLUG_SLOTS;

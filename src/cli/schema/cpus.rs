@@ -1,8 +1,8 @@
 //! The words of `--cpus`.
 
 use super::super::value::{Reason, Value};
-use super::{Key, Section};
-use crate::config::{CpusConfig, Topology};
+use super::{Key, Section, disk};
+use crate::config::{CpusConfig, Topology, VcpuAffinity};
 
 /// `--cpus`
 pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
@@ -22,12 +22,27 @@ pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
             |cpus, value| cpus.nested = value.switch()?;
         "pmu" { "on|off": "it has performance counters, where the host's KVM has them [on]" }
             |cpus, value| cpus.pmu = value.switch()?;
+        "affinity" { "[0@[1],1@[2-3]]": "processors of the host's that each vCPU runs on [any]" }
+            |cpus, value| cpus.affinity = affinity(value)?;
+        "dedicated" { "on|off": "the vCPU's alone: halting and waiting do not leave the guest,\nand Busway's other threads keep away [off]" }
+            |cpus, value| cpus.dedicated = value.switch()?;
     },
     required: &[],
     bare: None,
     single: false,
     details: &[],
 };
+
+/// As those of a disk's queues.
+fn affinity(value: &Value) -> Result<Vec<VcpuAffinity>, Reason> {
+    let places = disk::affinity(value)?.into_iter();
+    Ok(places
+        .map(|place| VcpuAffinity {
+            vcpu: place.queue_index,
+            host_cpus: place.host_cpus,
+        })
+        .collect())
+}
 
 /// Four numbers, as Cloud Hypervisor has them: `2:4:1:1`.
 fn topology(value: &Value) -> Result<Topology, Reason> {

@@ -106,7 +106,12 @@ fn a_switch_hides_what_it_says_and_nothing_else() {
     };
     let hidden = |nested, pmu| {
         let mut leaves = all();
-        hide(&mut leaves, CpuFeatures { nested, pmu });
+        let features = CpuFeatures {
+            nested,
+            pmu,
+            dedicated: false,
+        };
+        hide(&mut leaves, features);
         leaves
     };
     assert_eq!(hidden(true, true), all());
@@ -177,6 +182,20 @@ fn placed(table: &[kvm_cpuid_entry2], function: u32) -> Vec<(u32, u32)> {
         levels.push((kind, level.edx >> level.eax));
     }
     levels
+}
+
+#[test]
+fn a_guest_with_processors_of_its_own_is_told_so() {
+    for dedicated in [false, true] {
+        let mut leaves = vec![entry(KVM_FEATURES, 0, [1 << 24, 0, 0, 0])];
+        let features = CpuFeatures {
+            dedicated,
+            ..CpuFeatures::default()
+        };
+        hide(&mut leaves, features);
+        let leaf = find(&leaves, KVM_FEATURES, 0);
+        assert_eq!((leaf.eax, leaf.edx), (1 << 24, u32::from(dedicated)));
+    }
 }
 
 proptest! {
