@@ -56,8 +56,8 @@ pub(super) enum Reason {
     /// there is no file that it could be the size of
     #[error("it is the size of a file: it goes with file=PATH")]
     NoFile,
-    /// `{0}` does not say which queue runs where
-    #[error("`{0}` does not say which queue runs where: write [0@[1,4-6],1@[2]]")]
+    /// `{0}` does not say what runs where
+    #[error("`{0}` does not say what runs where: write [0@[1,4-6],1@[2]]")]
     Affinity(String),
     /// `{0}` is no topology
     #[error(

@@ -18,6 +18,20 @@ pub struct CpusConfig {
     pub nested: bool,
     /// The guest has performance counters, where the host's KVM has them for guests.
     pub pmu: bool,
+    /// Each vCPU has processors of the host's to itself, and is not left when it halts or waits.
+    pub dedicated: bool,
+    /// The host's processors that vCPUs run on; one that is not named runs on any.
+    pub affinity: Vec<VcpuAffinity>,
+}
+
+/// The host's processors that one vCPU runs on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpuAffinity {
+    /// The vCPU's number, from 0 on.
+    pub vcpu: u16,
+    /// Numbers of processors.
+    pub host_cpus: Vec<usize>,
 }
 
 impl Default for CpusConfig {
@@ -28,6 +42,8 @@ impl Default for CpusConfig {
             topology: None,
             nested: true,
             pmu: true,
+            dedicated: false,
+            affinity: Vec::new(),
         }
     }
 }
@@ -50,6 +66,51 @@ impl CpusConfig {
     pub fn grouped(&self) -> Topology {
         self.topology
             .unwrap_or_else(|| Topology::cores(self.most()))
+    }
+}
+
+impl CpusConfig {
+    /// Whether each vCPU that is placed is one that there can be, and dedicated processors are nobody else's.
+    ///
+    /// # Errors
+    /// What is wrong, to be put behind `--cpus `
+    pub(crate) fn check_places(&self) -> Result<(), String> {
+        let most = u16::from(self.most());
+        let mut placed = Vec::new();
+        let mut taken: Vec<usize> = Vec::new();
+        for VcpuAffinity { vcpu, host_cpus } in &self.affinity {
+            if *vcpu >= most {
+                return Err(format!(
+                    "affinity=: there is no vCPU {vcpu}, only 0 to {}",
+                    most - 1
+                ));
+            }
+            if placed.contains(vcpu) {
+                return Err(format!("affinity=: vCPU {vcpu} stands there twice"));
+            }
+            if host_cpus.is_empty() {
+                return Err(format!("affinity=: vCPU {vcpu} has no processor to run on"));
+            }
+            placed.push(*vcpu);
+            if !self.dedicated {
+                continue;
+            }
+            if let Some(cpu) = host_cpus.iter().find(|cpu| taken.contains(cpu)) {
+                return Err(format!(
+                    "dedicated=on: two vCPUs have the host's processor {cpu}: give each its own in affinity="
+                ));
+            }
+            taken.extend(host_cpus);
+        }
+        if self.dedicated
+            && let Some(missing) = (0..most).find(|vcpu| !placed.contains(vcpu))
+        {
+            return Err(format!(
+                "dedicated=on: vCPU {missing} has no processor of the host's: name one for each in affinity=, \
+                 as in affinity=[0@[2],1@[3]]"
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -177,6 +238,36 @@ mod tests {
             cores_per_die: cores,
             dies_per_package: dies,
             packages,
+        }
+    }
+
+    #[test]
+    fn dedicated_processors_are_one_vcpus_each_and_named_for_every_vcpu() {
+        let place = |vcpu, host_cpus: &[usize]| VcpuAffinity {
+            vcpu,
+            host_cpus: host_cpus.to_vec(),
+        };
+        let check = |dedicated, affinity: Vec<VcpuAffinity>| {
+            let config = CpusConfig {
+                boot: 2,
+                dedicated,
+                affinity,
+                ..CpusConfig::default()
+            };
+            config.check_places()
+        };
+        assert_eq!(check(false, vec![]), Ok(()));
+        assert_eq!(check(false, vec![place(0, &[1]), place(1, &[1])]), Ok(()));
+        assert_eq!(check(true, vec![place(0, &[1, 2]), place(1, &[3])]), Ok(()));
+        for (dedicated, affinity, words) in [
+            (false, vec![place(2, &[1])], "no vCPU 2"),
+            (false, vec![place(1, &[1]), place(1, &[2])], "twice"),
+            (false, vec![place(1, &[])], "no processor to run on"),
+            (true, vec![place(0, &[1]), place(1, &[2, 1])], "processor 1"),
+            (true, vec![place(1, &[1])], "vCPU 0 has no processor"),
+        ] {
+            let why = check(dedicated, affinity).unwrap_err();
+            assert!(why.contains(words), "{why}");
         }
     }
 

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use accepted::{Accepted, HotplugMethod};
 pub use balloon::BalloonConfig;
-pub use cpus::{CpusConfig, Topology, TopologyError};
+pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
 use limits::MAX_HOTPLUG_SLOTS;

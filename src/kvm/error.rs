@@ -59,6 +59,19 @@ pub enum KvmError {
         /// Why.
         source: io::Error,
     },
+    /// vCPU {id} cannot run where --cpus affinity= says: {source}
+    #[error(
+        "vCPU {id} cannot run on the host's processors {cpus:?} alone, as --cpus affinity= says: {source}; \
+         /sys/devices/system/cpu/online has those that there are, and this process may be kept from some (cpuset)"
+    )]
+    Place {
+        /// Which vCPU.
+        id: u8,
+        /// The processors.
+        cpus: Vec<usize>,
+        /// Why not.
+        source: io::Error,
+    },
     /// the thread of vCPU {id} could not be started: {source}
     #[error("the thread of vCPU {id} could not be started: {source}")]
     Thread {

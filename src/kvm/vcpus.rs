@@ -1,5 +1,6 @@
 //! The threads of a VM's vCPUs: started, held, resumed and ended together.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,6 +11,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use super::error::KvmError;
 use super::gate::{Gate, Pass, Turn};
 use super::kick::{self, Kick};
+use super::places;
 use super::run::{self, Buses, ExitCounts, ExitKind, Left, VcpuEvent};
 use super::stats_fd::VcpuStats;
 use super::vm::Vm;
@@ -46,6 +48,8 @@ pub struct Vcpus {
     maker: VcpuMaker,
     buses: Buses,
     events: EventSink,
+    /// Where those run that have a place.
+    places: BTreeMap<u8, Vec<usize>>,
 }
 
 struct Thread {
@@ -86,6 +90,7 @@ impl Vcpus {
             maker,
             buses: buses.clone(),
             events: events.clone(),
+            places: BTreeMap::new(),
         };
         for vcpu in vcpus {
             all.start(vcpu)?;
@@ -93,6 +98,34 @@ impl Vcpus {
         // A thread names itself: whoever is told that the VM runs finds each by its name.
         all.gate.wait();
         Ok(all)
+    }
+
+    /// Has vCPUs run on these of the host's processors only, those that come later as well.
+    ///
+    /// # Errors
+    /// [`KvmError::Place`]
+    pub fn place(
+        &mut self,
+        places: impl IntoIterator<Item = (u8, Vec<usize>)>,
+    ) -> Result<(), KvmError> {
+        self.places = places.into_iter().collect();
+        let made = (0..=u8::MAX).zip(&self.vcpus);
+        let mut made = made;
+        made.try_for_each(|(id, thread)| self.put_in_place(id, thread))
+    }
+
+    fn put_in_place(&self, id: u8, thread: &Thread) -> Result<(), KvmError> {
+        let Some(cpus) = self.places.get(&id) else {
+            return Ok(());
+        };
+        let Some(handle) = &thread.thread else {
+            return Ok(());
+        };
+        places::run_on(handle.as_pthread_t(), cpus).map_err(|source| KvmError::Place {
+            id,
+            cpus: cpus.clone(),
+            source,
+        })
     }
 
     /// Has the guest have vCPU `id`, as after power-on, until it is put aside: the next that is to be made, or one that
@@ -152,14 +185,16 @@ impl Vcpus {
             .spawn(body)
             .inspect_err(|_| self.gate.forget_last())
             .map_err(failed)?;
-        self.vcpus.push(Thread {
+        let thread = Thread {
             vcpu,
             counts,
             stats,
             kick,
             thread: Some(thread),
-        });
-        Ok(())
+        };
+        let placed = self.put_in_place(id, &thread);
+        self.vcpus.push(thread);
+        placed
     }
 
     /// Sets the boot processor's entry: `apply` sets the system registers and gives the general

@@ -29,12 +29,12 @@ use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::{CpuFeatures, CpuModel};
 use crate::arch::{gsi, layout};
-use crate::config::{ConsoleConfig, MemoryConfig, VirtioConfig, VmConfig};
+use crate::config::{ConsoleConfig, CpusConfig, MemoryConfig, VirtioConfig, VmConfig};
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::pci_hotplug;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::watchdog::Watchdog;
-use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm};
+use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from};
 use crate::memory::{Discards, Ram, Regions};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
@@ -157,6 +157,7 @@ impl Machine {
             vm,
         } = begun;
         let config = &definition.config;
+        keep_away(&config.cpus);
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
         let found = Found::find(definition, options)?;
@@ -257,7 +258,7 @@ impl Machine {
         report.reached(Stage::Devices);
         early.check()?;
 
-        let vcpus = Vcpus::new(
+        let mut vcpus = Vcpus::new(
             &vm,
             &model,
             config.cpus.grouped(),
@@ -265,6 +266,10 @@ impl Machine {
             &buses,
             &events.sink(),
         )?;
+        let places = config.cpus.affinity.iter().cloned();
+        let places =
+            places.map(|place| (u8::try_from(place.vcpu).unwrap_or(u8::MAX), place.host_cpus));
+        vcpus.place(places)?;
         let machine = Self {
             vcpus,
             processors,
@@ -389,6 +394,7 @@ fn cpu_features(config: &VmConfig) -> CpuFeatures {
     CpuFeatures {
         nested: config.cpus.nested,
         pmu: config.cpus.pmu,
+        dedicated: config.cpus.dedicated,
     }
 }
 
@@ -496,6 +502,24 @@ fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
         bus0_slots: 0,
         ecam: layout::ECAM_START,
+    }
+}
+
+/// Keeps all threads of this process from processors that are vCPUs' alone.
+fn keep_away(cpus: &CpusConfig) {
+    if !cpus.dedicated {
+        return;
+    }
+    let taken = cpus.affinity.iter();
+    let taken: Vec<_> = taken.flat_map(|place| place.host_cpus.clone()).collect();
+    match keep_from(&taken) {
+        Ok(true) => {}
+        Ok(false) => log::warn!(
+            "--cpus dedicated=on: the vCPUs have all processors that this process may use, so that its other threads run              on them too"
+        ),
+        Err(error) => {
+            log::warn!("--cpus dedicated=on: Busway's other threads are not kept away: {error}")
+        }
     }
 }
 

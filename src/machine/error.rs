@@ -336,7 +336,8 @@ impl RunError {
                 | KvmError::MissingCapability(_)
                 | KvmError::ApiVersion(_)
                 | KvmError::TooManyVcpus { .. }
-                | KvmError::ApicId { .. },
+                | KvmError::ApicId { .. }
+                | KvmError::Place { .. },
             )
             | Self::Ram(_)
             | Self::Prefault(_)

@@ -4,10 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
-    KVM_PMU_CAP_DISABLE, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
-    KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_cpuid_entry2, kvm_debugregs, kvm_enable_cap, kvm_fpu,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_CAP_HALT_POLL, KVM_CAP_PMU_CAPABILITY, KVM_CAP_X86_DISABLE_EXITS,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, KVM_PMU_CAP_DISABLE,
+    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR,
+    KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_enable_cap, kvm_fpu, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
@@ -55,6 +57,9 @@ impl CpuModel {
                  AMD's has from a guest, only the others; Linux 5.18 and later can"
             );
         }
+        if features.dedicated {
+            dedicate(vm)?;
+        }
         Ok(Self {
             supported,
             tsc_deadline: vm.kvm().check_extension(Cap::TscDeadlineTimer),
@@ -93,6 +98,57 @@ fn disable_pmu(vm: &Vm) -> Result<bool, KvmError> {
         .enable_cap(&disable)
         .map_err(KvmError::ioctl("KVM_ENABLE_CAP", "the VM"))?;
     Ok(true)
+}
+
+/// Has no vCPU be left when it halts, pauses or waits, nor its thread poll when it is. What this host's KVM cannot do is
+/// named in the log. To be called before the first vCPU is made. KVM API, KVM_CAP_X86_DISABLE_EXITS and
+/// KVM_CAP_HALT_POLL.
+///
+/// # Errors
+/// [`KvmError::Ioctl`]
+fn dedicate(vm: &Vm) -> Result<(), KvmError> {
+    let can = vm
+        .kvm()
+        .check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into());
+    let can = u32::try_from(can).unwrap_or(0);
+    let wanted = [
+        (KVM_X86_DISABLE_EXITS_HLT, "HLT"),
+        (KVM_X86_DISABLE_EXITS_PAUSE, "PAUSE"),
+        (KVM_X86_DISABLE_EXITS_MWAIT, "MWAIT"),
+    ];
+    let has = |(bit, _): &&(u32, &str)| can & bit != 0;
+    let exits = wanted.iter().filter(has).map(|(bit, _)| *bit).sum::<u32>();
+    let missing: Vec<_> = wanted
+        .iter()
+        .filter(|one| !has(one))
+        .map(|(_, name)| *name)
+        .collect();
+    if !missing.is_empty() {
+        log::warn!(
+            "--cpus dedicated=on: this host's KVM leaves the guest at {} all the same (KVM_CAP_X86_DISABLE_EXITS)",
+            missing.join(", ")
+        );
+    }
+    let set = |cap: u32, value: u32| {
+        let set = kvm_enable_cap {
+            cap,
+            args: [value.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        vm.fd()
+            .enable_cap(&set)
+            .map_err(KvmError::ioctl("KVM_ENABLE_CAP", "the VM"))
+    };
+    if exits != 0 {
+        set(KVM_CAP_X86_DISABLE_EXITS, exits)?;
+    }
+    if vm.kvm().check_extension_raw(KVM_CAP_HALT_POLL.into()) > 0 {
+        return set(KVM_CAP_HALT_POLL, 0);
+    }
+    log::warn!(
+        "--cpus dedicated=on: this host's KVM polls for halted vCPUs all the same (KVM_CAP_HALT_POLL)"
+    );
+    Ok(())
 }
 
 /// A vCPU that is not running.

@@ -1,8 +1,8 @@
 //! The words of `--cpus`.
 
 use super::super::value::{Reason, Value};
-use super::{Key, Section};
-use crate::config::{CpusConfig, Topology};
+use super::{Key, Section, disk};
+use crate::config::{CpusConfig, Topology, VcpuAffinity};
 
 /// `--cpus`
 pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
@@ -14,7 +14,7 @@ pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
     keys: keys! {
         "boot" { "N": "how many run at boot, 1 to 255 [1]" }
             |cpus, value| cpus.boot = value.number()?;
-        "max" { "N": "how many there can be: others come and leave by `busway ctl resize` [boot]" }
+        "max" { "N": "how many there can be, by `busway ctl resize` while it runs [boot]" }
             |cpus, value| cpus.max = Some(value.number()?);
         "topology" { "T:C:D:P": "threads of a core, cores of a die, dies of a package, packages\n[1:max:1:1]" }
             |cpus, value| cpus.topology = Some(topology(value)?);
@@ -22,12 +22,27 @@ pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
             |cpus, value| cpus.nested = value.switch()?;
         "pmu" { "on|off": "it has performance counters, where the host's KVM has them [on]" }
             |cpus, value| cpus.pmu = value.switch()?;
+        "affinity" { "[0@[1],1@[2-3]]": "processors of the host's that each vCPU runs on [any]" }
+            |cpus, value| cpus.affinity = affinity(value)?;
+        "dedicated" { "on|off": "the vCPU's alone: halting and waiting do not leave the guest,\nand Busway's other threads keep away [off]" }
+            |cpus, value| cpus.dedicated = value.switch()?;
     },
     required: &[],
     bare: None,
     single: false,
     details: &[],
 };
+
+/// As those of a disk's queues.
+fn affinity(value: &Value) -> Result<Vec<VcpuAffinity>, Reason> {
+    let places = disk::affinity(value)?.into_iter();
+    Ok(places
+        .map(|place| VcpuAffinity {
+            vcpu: place.queue_index,
+            host_cpus: place.host_cpus,
+        })
+        .collect())
+}
 
 /// Four numbers, as Cloud Hypervisor has them: `2:4:1:1`.
 fn topology(value: &Value) -> Result<Topology, Reason> {

@@ -79,7 +79,7 @@ fn image_type(value: &Value) -> Result<ImageType, Reason> {
 }
 
 /// `[0@[1,4-6],1@[2]]`: a queue and the processors of its worker, several times.
-fn affinity(value: &Value) -> Result<Vec<QueueAffinity>, Reason> {
+pub(super) fn affinity(value: &Value) -> Result<Vec<QueueAffinity>, Reason> {
     let wrong = |value: &Value| Reason::Affinity(value.to_string());
     let Value::List(entries) = value else {
         return Err(wrong(value));

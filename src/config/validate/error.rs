@@ -45,6 +45,9 @@ pub enum InvalidConfig {
         /// Processors at boot.
         boot: u8,
     },
+    /// --cpus {0}
+    #[error("--cpus {0}")]
+    CpuPlaces(String),
     /// --cpus topology=: {0}
     #[error("--cpus topology=: {0}")]
     Topology(super::super::TopologyError),

@@ -155,7 +155,9 @@ impl VmConfig {
             _ => Ok(()),
         }?;
         let checked = self.cpus.grouped().check(self.cpus.most());
-        checked.map_err(InvalidConfig::Topology)
+        checked.map_err(InvalidConfig::Topology)?;
+        let placed = self.cpus.check_places();
+        placed.map_err(InvalidConfig::CpuPlaces)
     }
 
     fn validate_console_files(&self) -> Result<(), InvalidConfig> {

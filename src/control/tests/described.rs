@@ -88,7 +88,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     for endpoint in v1::ENDPOINTS {
         let name = format!("{} {}", endpoint.method, endpoint.name);
         let bodies: &[&str] = match endpoint.name {
-            "vm.create" => &["", "{}", r#"{"watchdog": true}"#],
+            "vm.create" => &["", "{}", r#"{"numa": [{"guest_numa_id": 0}]}"#],
             "vm.add-device" => &[
                 "",
                 r#"{"path": "0000:02:00.0", "iommu": true}"#,
@@ -241,7 +241,7 @@ fn conforms(description: &Value, schema: &Value, value: &Value, place: &str) {
 fn a_full_configuration_is_as_described() {
     use crate::config::{
         Accepted, Choice, ConsoleConfig, DiskConfig, FirmwareConfig, FsConfig, HotplugMethod,
-        NetConfig, QueueAffinity, Topology,
+        NetConfig, QueueAffinity, Topology, VcpuAffinity,
     };
 
     let mut device = DeviceConfig::new("01:00.0").unwrap();
@@ -300,6 +300,11 @@ fn a_full_configuration_is_as_described() {
     config.platform.uuid = Some("3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611".into());
     config.platform.oem_strings = vec!["o".into()];
     config.cpus.max = Some(4);
+    config.cpus.dedicated = true;
+    config.cpus.affinity = vec![VcpuAffinity {
+        vcpu: 0,
+        host_cpus: vec![1],
+    }];
     config.cpus.topology = Some(Topology::cores(4));
     config.accepted = Some(Box::new(Accepted {
         max_phys_bits: Some(46),

@@ -9,7 +9,7 @@ use crate::arch::boot::default_cmdline;
 use crate::config::{
     Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
     HotplugMethod, ImageType, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig,
-    Topology, VmConfig,
+    Topology, VcpuAffinity, VmConfig,
 };
 use crate::machine::Info;
 
@@ -53,6 +53,10 @@ struct Cpus {
     kvm_hyperv: bool,
     max_phys_bits: u8,
     nested: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    affinity: Vec<VcpuAffinity>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    dedicated: bool,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -298,6 +302,8 @@ impl Cpus {
             kvm_hyperv: false,
             max_phys_bits: accepted.max_phys_bits.unwrap_or_else(bits),
             nested: cpus.nested,
+            affinity: cpus.affinity.clone(),
+            dedicated: cpus.dedicated,
         }
     }
 }

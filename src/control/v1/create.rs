@@ -15,7 +15,7 @@ use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
     Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    MemoryConfig, PlatformConfig, Topology, VirtioConfig, VmConfig,
+    MemoryConfig, PlatformConfig, Topology, VcpuAffinity, VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -65,8 +65,9 @@ struct Cpus {
     nested: Option<bool>,
     #[serde(default)]
     kvm_hyperv: Asked,
-    #[serde(default)]
-    affinity: Asked,
+    affinity: Option<Vec<VcpuAffinity>>,
+    /// Beside Cloud Hypervisor's: those processors are the vCPUs' alone.
+    dedicated: Option<bool>,
     #[serde(default)]
     features: Asked,
     core_scheduling: Option<String>,
@@ -309,7 +310,6 @@ impl CreateVm {
 impl Cpus {
     fn into_config(self, accepted: &mut Accepted) -> Result<CpusConfig, Fault> {
         Lack::HyperV.unless_asked(self.kvm_hyperv)?;
-        Lack::Affinity.unless_asked(self.affinity)?;
         Lack::Amx.unless_asked(self.features)?;
         let scheduling = self.core_scheduling.as_deref();
         Lack::CoreScheduling.unless_asked(scheduling.is_some_and(|word| word != "Off"))?;
@@ -330,6 +330,8 @@ impl Cpus {
             checked.map_err(|why| format!("cpus: topology: {why}"))?;
             cpus.topology = Some(topology);
         }
+        cpus.affinity = self.affinity.unwrap_or_default();
+        cpus.dedicated = self.dedicated.unwrap_or(false);
         accepted.max_phys_bits = self.max_phys_bits;
         Ok(cpus)
     }

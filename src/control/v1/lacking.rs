@@ -12,7 +12,6 @@ use super::failed;
 /// Something that Busway cannot do yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lack {
-    Affinity,
     Amx,
     BusPlace,
     ConfidentialGuests,
@@ -50,9 +49,6 @@ impl Lack {
     /// What it is, as the object of "Busway cannot do this yet".
     pub(super) const fn what(self) -> &'static str {
         match self {
-            Self::Affinity => {
-                "processors of the guest that are bound to the host's (cpus.affinity)"
-            }
             Self::Amx => "AMX for guests that are not given it by the host (cpus.features)",
             Self::BusPlace => "a place on the bus that is asked for (pci_device_id)",
             Self::ConfidentialGuests => {

@@ -23,6 +23,10 @@ const EDX7_ARCH_CAPABILITIES: u32 = 1 << 29;
 
 /// The leaves for hypervisors; KVM's own start here. linux Documentation/virt/kvm/x86/cpuid.rst.
 const KVM_SIGNATURE: u32 = 0x4000_0000;
+/// What KVM has for guests, and in EDX what it hints at: that vCPUs are never kept from running. linux
+/// arch/x86/include/uapi/asm/kvm_para.h, KVM_CPUID_FEATURES and KVM_HINTS_REALTIME.
+const KVM_FEATURES: u32 = 0x4000_0001;
+const HINTS_REALTIME: u32 = 1 << 0;
 /// Frequencies in kHz: EAX the TSC's, EBX the local APIC timer's. Made by VMware, and read by any
 /// guest that knows hypervisors.
 const HYPERVISOR_FREQUENCIES: u32 = 0x4000_0010;
@@ -39,6 +43,8 @@ pub struct CpuFeatures {
     pub nested: bool,
     /// Performance counters, where the host's KVM has them for guests.
     pub pmu: bool,
+    /// Each processor is one of the host's alone.
+    pub dedicated: bool,
 }
 
 impl Default for CpuFeatures {
@@ -47,6 +53,7 @@ impl Default for CpuFeatures {
         Self {
             nested: true,
             pmu: true,
+            dedicated: false,
         }
     }
 }
@@ -74,7 +81,7 @@ const PMU: &[Hidden] = &[
     (0x8000_0022, 0, [u32::MAX; 4]),           // extended performance monitoring
 ];
 
-/// Takes from what KVM supports what the guest shall not have.
+/// Takes from what KVM supports what the guest shall not have, and hints at what it has to itself.
 pub(super) fn hide(supported: &mut Vec<kvm_cpuid_entry2>, features: CpuFeatures) {
     let nested = NESTED.iter().filter(|_| !features.nested);
     let pmu = PMU.iter().filter(|_| !features.pmu);
@@ -86,6 +93,12 @@ pub(super) fn hide(supported: &mut Vec<kvm_cpuid_entry2>, features: CpuFeatures)
             entry.ebx &= !ebx;
             entry.ecx &= !ecx;
             entry.edx &= !edx;
+        }
+    }
+    if features.dedicated {
+        let of = |entry: &&mut kvm_cpuid_entry2| entry.function == KVM_FEATURES;
+        for entry in supported.iter_mut().filter(of) {
+            entry.edx |= HINTS_REALTIME;
         }
     }
     if !features.pmu {

@@ -106,7 +106,12 @@ fn a_switch_hides_what_it_says_and_nothing_else() {
     };
     let hidden = |nested, pmu| {
         let mut leaves = all();
-        hide(&mut leaves, CpuFeatures { nested, pmu });
+        let features = CpuFeatures {
+            nested,
+            pmu,
+            dedicated: false,
+        };
+        hide(&mut leaves, features);
         leaves
     };
     assert_eq!(hidden(true, true), all());
@@ -179,6 +184,20 @@ fn placed(table: &[kvm_cpuid_entry2], function: u32) -> Vec<(u32, u32)> {
     levels
 }
 
+#[test]
+fn a_guest_with_processors_of_its_own_is_told_so() {
+    for dedicated in [false, true] {
+        let mut leaves = vec![entry(KVM_FEATURES, 0, [1 << 24, 0, 0, 0])];
+        let features = CpuFeatures {
+            dedicated,
+            ..CpuFeatures::default()
+        };
+        hide(&mut leaves, features);
+        let leaf = find(&leaves, KVM_FEATURES, 0);
+        assert_eq!((leaf.eax, leaf.edx), (1 << 24, u32::from(dedicated)));
+    }
+}
+
 proptest! {
     #[test]
     fn whatever_the_topology_all_leaves_agree_on_who_shares_what(
@@ -194,6 +213,8 @@ proptest! {
         let Some(count) = topology.processors().and_then(|count| u8::try_from(count).ok()) else {
             return Ok(());
         };
+        // Others are refused.
+        prop_assume!(topology.check(count).is_ok());
         let input = CpuidInput { topology, ..SIX };
         let mut host = host(if amd { b"Auth" } else { b"Genu" });
         host.push(entry(0x1f, 0, [0; 4]));

@@ -1,0 +1,109 @@
+//! Which of the host's processors a thread runs on.
+
+use std::sync::OnceLock;
+use std::{fs, io};
+
+/// The processors of a host that a set of the kernel's holds.
+type Set = libc::cpu_set_t;
+
+/// What this process was given before anything was kept from it.
+static GIVEN: OnceLock<Option<Set>> = OnceLock::new();
+
+/// Has a thread that has not been joined run on these of the host's processors only.
+///
+/// # Errors
+/// Of pthread_setaffinity_np(3): EINVAL where the host has none of them, or this process may use none.
+pub(super) fn run_on(thread: libc::pthread_t, processors: &[usize]) -> io::Result<()> {
+    let mut set = empty();
+    for &processor in processors {
+        if processor >= libc::CPU_SETSIZE as usize {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the number is below the set's size.
+        unsafe { libc::CPU_SET(processor, &mut set) };
+    }
+    // SAFETY: it reads a set of the size that it is told; who gives the id holds the thread's handle.
+    match unsafe { libc::pthread_setaffinity_np(thread, size_of_val(&set), &raw const set) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Keeps all threads of this process, and those that they start, from `processors`. Whether any processor is left for
+/// them; else they are let be.
+///
+/// # Errors
+/// Of sched_getaffinity(2), sched_setaffinity(2) and the folder of threads
+pub fn keep_from(processors: &[usize]) -> io::Result<bool> {
+    let Some(mut set) = *GIVEN.get_or_init(given) else {
+        return Err(io::Error::other("sched_getaffinity failed"));
+    };
+    for &processor in processors {
+        if processor < libc::CPU_SETSIZE as usize {
+            // SAFETY: the number is below the set's size.
+            unsafe { libc::CPU_CLR(processor, &mut set) };
+        }
+    }
+    // SAFETY: the set is a valid one, which is only read.
+    if unsafe { libc::CPU_COUNT(&set) } == 0 {
+        return Ok(false);
+    }
+    for thread in fs::read_dir("/proc/self/task")? {
+        let name = thread?.file_name();
+        let id = name.to_str().and_then(|name| name.parse().ok());
+        match id.map(|id| apply(id, &set)) {
+            // It has ended meanwhile.
+            Some(Err(error)) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            Some(Err(error)) => return Err(error),
+            Some(Ok(())) | None => {}
+        }
+    }
+    Ok(true)
+}
+
+fn empty() -> Set {
+    // SAFETY: all zeros is a valid cpu_set_t, an empty one.
+    unsafe { std::mem::zeroed() }
+}
+
+fn given() -> Option<Set> {
+    let mut set = empty();
+    // SAFETY: sched_getaffinity writes a set of the size that it is told.
+    let result = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) };
+    (result == 0).then_some(set)
+}
+
+fn apply(thread: libc::pid_t, set: &Set) -> io::Result<()> {
+    // SAFETY: sched_setaffinity reads a set of the size that it is told.
+    match unsafe { libc::sched_setaffinity(thread, size_of_val(set), set) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_runs_where_it_is_told_to_and_nowhere_that_there_is_not() {
+        let allowed = || {
+            let status = fs::read_to_string("/proc/thread-self/status").unwrap();
+            let line = status
+                .lines()
+                .find(|line| line.starts_with("Cpus_allowed_list:"));
+            line.unwrap().to_owned()
+        };
+        std::thread::spawn(move || {
+            // SAFETY: it gives the id of the calling thread.
+            let me = unsafe { libc::pthread_self() };
+            run_on(me, &[0]).unwrap();
+            assert_eq!(allowed(), "Cpus_allowed_list:\t0");
+            assert!(run_on(me, &[1000]).is_err());
+            assert!(run_on(me, &[5000]).is_err());
+            assert_eq!(allowed(), "Cpus_allowed_list:\t0");
+        })
+        .join()
+        .unwrap();
+    }
+}
