@@ -47,10 +47,11 @@ mod vhost;
 mod vhost_user;
 mod virtio;
 mod virtio_hotplug;
+mod walls;
 mod zoo;
 
 /// All trials, by chapter.
-const CHAPTERS: [&[Proof]; 26] = [
+const CHAPTERS: [&[Proof]; 27] = [
     drive::PROOFS,
     bars::PROOFS,
     nic::PROOFS,
@@ -67,6 +68,7 @@ const CHAPTERS: [&[Proof]; 26] = [
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
+    walls::PROOFS,
     slots::PROOFS,
     paused::PROOFS,
     firmware::PROOFS,
