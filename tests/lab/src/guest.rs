@@ -222,6 +222,11 @@ impl GuestRun {
                 ]);
                 add(&["--memory", &format!("size={}M", self.memory_mib)]);
                 add(&["--serial", "tty", "--report", report]);
+                if let Ok(seccomp) = std::env::var("BUSWAY_LAB_SECCOMP")
+                    && !self.arguments.iter().any(|word| word == "--seccomp")
+                {
+                    add(&["--seccomp", &seccomp]);
+                }
                 self.devices
                     .iter()
                     .for_each(|address| add(&["--device", address]));

@@ -50,6 +50,7 @@ mod vhost_user;
 mod virtio;
 mod virtio_hotplug;
 mod vsock;
+mod walls;
 mod zoo;
 
 /// All trials, by chapter.
@@ -72,6 +73,7 @@ const CHAPTERS: &[&[Proof]] = &[
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
+    walls::PROOFS,
     slots::PROOFS,
     paused::PROOFS,
     firmware::PROOFS,

@@ -1,0 +1,110 @@
+//! The walls behind the VMM, round a VM whose devices come and go.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use busway_lab::{Host, Lab, RunningGuest};
+
+use crate::assigned::{give_back, guest, zoo};
+use crate::hotplug::{CTL, SOCKET};
+use crate::{Proof, tell};
+
+pub(crate) const PROOFS: &[Proof] = &[Proof::new(
+    "walls_stand_round_every_task_while_devices_come_and_go",
+    stand,
+)];
+
+/// The capabilities of the table, by the beginnings of threads' names; the last is all others'. docs/security.md,
+/// linux/capability.h
+const RIGHTS: [(&str, u64); 9] = [
+    ("vcpu", 1 << 14),
+    ("_", 0),
+    ("http", 0),
+    ("log", 0),
+    ("stdin", 1 << 1),
+    ("serial-in", 1 << 1),
+    ("console-out", 1 << 1),
+    ("report", 1 << 1),
+    ("", 1 << 1 | 1 << 12 | 1 << 14 | 1 << 19 | 1 << 21 | 1 << 24),
+];
+
+/// How names begin of threads that KVM, vhost and io_uring make in a process.
+const KERNELS: [&str; 3] = ["kvm-", "vhost-", "iou-"];
+
+/// Each task of the process has a filter, no way to more privileges, and what the table has for it.
+fn look(host: &Host, running: &RunningGuest<'_>, when: &str) -> Result<()> {
+    let pid = running.pid()?;
+    let tasks = host.run(&format!(
+        "for task in /proc/{pid}/task/*; do\n\
+         awk '/^(Name|Seccomp|NoNewPrivs|CapEff):/ {{ printf \"%s \", $2 }} END {{ print \"\" }}' $task/status || true\n\
+         done"
+    ))?;
+    tell!("{when}:\n{tasks}");
+    for task in tasks.lines().filter(|line| !line.trim().is_empty()) {
+        let [name, effective, privileges, filtered] =
+            task.split_whitespace().collect::<Vec<_>>()[..]
+        else {
+            anyhow::bail!("{when}: {task:?}");
+        };
+        ensure!([privileges, filtered] == ["1", "2"], "{when}: {task}");
+        // The kernel's own threads have the rights of the one that had them made, and run nothing of the process's.
+        if KERNELS.iter().any(|begin| name.starts_with(begin)) {
+            continue;
+        }
+        let rights = RIGHTS.iter().find(|(begin, _)| name.starts_with(begin));
+        let (_, rights) = rights.context("the last fits all")?;
+        let expected = format!("{rights:016x}");
+        ensure!(effective == expected, "{when}: {task}, not {expected}");
+    }
+    Ok(())
+}
+
+/// A guest with a disk, a NIC on a tap and an assigned NIC gets another disk and an assigned drive, works with them, is
+/// paused, restarts, and gives all back, with filters that end the process at the first call that is not in the table.
+fn stand(lab: &mut Lab) -> Result<()> {
+    let host = lab.host(&zoo())?;
+    let (drive, nic) = (host.address("nv0")?, host.address("nic0")?);
+    host.run(&format!(
+        "busway device bind {drive} {nic}; rm -f /run/*.raw; truncate -s 4M /run/base.raw /run/hot.raw\n\
+         ip tuntap add dev walls-tap mode tap"
+    ))?;
+    let run = guest()?
+        .device(&nic)
+        .args(&["--seccomp", "true", "--disk", "path=/run/base.raw"])
+        .args(&["--net", "tap=walls-tap"])
+        .args(&["--platform", "hotplug_slots=2,hotplug_mmio64=64M"])
+        .args(&SOCKET)
+        .limit(Duration::from_secs(240))
+        .script(
+            "modprobe -aq virtio_blk virtio_net nvme e1000e\n\
+             if lab-io verify /dev/vda 1; then value again yes; until_pressed waiting; exit 0; fi\n\
+             for each in /sys/class/net/eth*; do ip link set ${each##*/} up; done\n\
+             value written \"$(lab-io write /dev/vda 1) $(lab-io verify /dev/vda 1)\"\n\
+             value ready yes\n\
+             until [ -b /dev/vdb ] && [ -b /dev/nvme0n1 ]; do sleep 0.1; done\n\
+             value hot \"$(lab-io write /dev/vdb 2) $(lab-io write /dev/nvme0n1 3)\"\n\
+             while [ -b /dev/vdb ] || [ -b /dev/nvme0n1 ]; do sleep 0.1; done\n\
+             value gone yes\n\
+             reboot -f\n",
+        );
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value ready")?;
+    look(host, &running, "at the start")?;
+    let add = format!("{CTL} add-disk /run/hot.raw --id hot && {CTL} add-device {drive}");
+    host.run(&add)?;
+    running.wait_line("@@value hot")?;
+    look(host, &running, "with what has come")?;
+    host.run(&format!(
+        "{CTL} pause && {CTL} resume && {CTL} devices && {CTL} top --once"
+    ))?;
+    let remove = format!("{CTL} remove-device hot && {CTL} remove-device {drive}");
+    host.run(&remove)?;
+    running.wait_line("@@value gone")?;
+    running.wait_line("@@value waiting")?;
+    look(host, &running, "after a restart")?;
+    host.run(&format!("{CTL} power-button"))?;
+    running.finish()?.success()?;
+    host.run("ip link del walls-tap")?;
+    give_back(host, &drive, "nvme")?;
+    give_back(host, &nic, "e1000e")
+}
