@@ -52,7 +52,7 @@ fn connections_go_on_over_a_pause_and_end_with_a_reset_and_the_socket_is_there_a
     let listener = guest.listen(7);
     for _ in 0..20 {
         let key = Key { host: 7, guest: 8 };
-        let program = guest.to_program(key, &listener);
+        let program = guest.guest_connects(key, &listener);
         guest.data(key, b"x");
         guest.restart();
         assert!(
@@ -65,7 +65,7 @@ fn connections_go_on_over_a_pause_and_end_with_a_reset_and_the_socket_is_there_a
         guest.expect(key, Op::Rst);
     }
     assert!(rest(&early).is_empty());
-    guest.from_program(5);
+    guest.program_connects(5);
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn a_driver_that_finds_itself_on_another_device_hears_that_its_connections_are_g
     guest.driver.write(at, &[0xff; 4]);
     events.submit(&[(at, 4, true)]);
     guest.driver.notify(&events);
-    let (key, _program) = guest.from_program(5);
+    let (key, _program) = guest.program_connects(5);
     // A pause is no such thing.
     guest.driver.function.pause();
     guest.driver.function.resume();
@@ -152,12 +152,12 @@ fn there_are_so_many_connections_and_no_more_and_each_that_ends_makes_room() {
     let key = |guest| Key { host: 7, guest };
     let mut programs = VecDeque::new();
     for port in 0..PEERS_MOST as u32 {
-        programs.push_back(guest.to_program(key(port), &listener));
+        programs.push_back(guest.guest_connects(key(port), &listener));
     }
     let more = key(PEERS_MOST as u32);
     guest.send(more, Op::Request);
     guest.expect(more, Op::Rst);
     guest.shut(key(0), vsock::SHUTDOWN_SEND | vsock::SHUTDOWN_RECEIVE);
     guest.expect(key(0), Op::Rst);
-    programs.push_back(guest.to_program(more, &listener));
+    programs.push_back(guest.guest_connects(more, &listener));
 }

@@ -190,7 +190,7 @@ impl Guest {
     }
 
     /// A connection that a program on the host wanted to port `guest`.
-    fn from_program(&mut self, guest: u32) -> (Key, UnixStream) {
+    fn program_connects(&mut self, guest: u32) -> (Key, UnixStream) {
         let mut program = self.connect();
         writeln!(program, "CONNECT {guest}").unwrap();
         let (header, _) = self.packet();
@@ -203,7 +203,7 @@ impl Guest {
     }
 
     /// A connection that the guest wanted.
-    fn to_program(&mut self, key: Key, listener: &UnixListener) -> UnixStream {
+    fn guest_connects(&mut self, key: Key, listener: &UnixListener) -> UnixStream {
         self.send(key, Op::Request);
         self.expect(key, Op::Response);
         listener.accept().unwrap().0
@@ -252,7 +252,7 @@ fn a_program_on_the_host_reaches_one_in_the_guest_and_both_are_heard() {
     guest.data(key, b"answer\n");
     assert_eq!(line(&mut program), "answer\n");
     // Another on the same port is another connection.
-    let (other, _program) = guest.from_program(5);
+    let (other, _program) = guest.program_connects(5);
     assert_ne!(other, key);
 }
 
@@ -266,7 +266,7 @@ fn the_guest_reaches_who_listens_and_hears_at_once_that_nobody_does() {
     guest.send(key, Op::Request);
     guest.expect(key, Op::Rst);
     let listener = guest.listen(7);
-    let mut program = guest.to_program(key, &listener);
+    let mut program = guest.guest_connects(key, &listener);
     program.write_all(b"hello").unwrap();
     assert_eq!(guest.packet().1, b"hello");
     guest.data(key, b"you");
@@ -339,7 +339,7 @@ fn ports_that_are_used_again_at_once_are_not_hit_by_the_reset_of_the_connection_
     let mut guest = Guest::ready();
     let listener = guest.listen(7);
     let key = Key { host: 7, guest: 8 };
-    let _first = guest.to_program(key, &listener);
+    let _first = guest.guest_connects(key, &listener);
     // The driver has no buffers for a while.
     for port in 0..u32::from(BUFFERS) {
         guest.send(
@@ -365,7 +365,7 @@ fn ports_that_are_used_again_at_once_are_not_hit_by_the_reset_of_the_connection_
 #[test]
 fn what_the_guest_sent_before_it_closed_arrives_at_a_program_that_reads_late() {
     let mut guest = Guest::ready();
-    let (key, program) = guest.from_program(5);
+    let (key, program) = guest.program_connects(5);
     // More than the program's socket takes.
     let sent: Vec<u8> = (0..2 * ROOM).map(|i| (i >> 8 ^ i) as u8).collect();
     for piece in sent.chunks(ROOM as usize) {
@@ -388,8 +388,8 @@ fn what_the_guest_sent_before_it_closed_arrives_at_a_program_that_reads_late() {
 #[test]
 fn a_guest_that_sends_more_than_there_is_room_for_loses_its_connection_and_no_other() {
     let mut guest = Guest::ready();
-    let (other, mut kept) = guest.from_program(5);
-    let (key, program) = guest.from_program(5);
+    let (other, mut kept) = guest.program_connects(5);
+    let (key, program) = guest.program_connects(5);
     // What the program's socket takes is room that comes back.
     let mut sent = 0;
     loop {
@@ -420,7 +420,7 @@ fn a_guest_that_sends_more_than_there_is_room_for_loses_its_connection_and_no_ot
 #[test]
 fn a_program_that_has_gone_is_the_end_of_both_directions_behind_what_it_had_sent() {
     let mut guest = Guest::ready();
-    let (key, mut program) = guest.from_program(5);
+    let (key, mut program) = guest.program_connects(5);
     program.write_all(b"last words").unwrap();
     drop(program);
     let (mut heard, mut ends) = (Vec::new(), 0);
@@ -457,7 +457,7 @@ fn a_program_that_leaves_before_the_guest_has_answered_leaves_nothing_behind() {
 #[test]
 fn a_thousand_programs_that_say_nonsense_and_leave_disturb_no_stream() {
     let mut guest = Guest::ready();
-    let (key, mut program) = guest.from_program(5);
+    let (key, mut program) = guest.program_connects(5);
     let nonsense: [&[u8]; 5] = [b"", b"CONNECT", b"\xff\xfe\n", b"CONNECT 5", &[b'a'; 400]];
     for round in 0..200_u32 {
         for bytes in nonsense {
@@ -481,7 +481,7 @@ fn a_thousand_programs_that_say_nonsense_and_leave_disturb_no_stream() {
 #[test]
 fn a_guest_that_shuts_one_direction_keeps_the_other() {
     let mut guest = Guest::ready();
-    let (key, mut program) = guest.from_program(5);
+    let (key, mut program) = guest.program_connects(5);
     guest.shut(key, vsock::SHUTDOWN_RECEIVE);
     // The program is told that nobody hears it, and hears all the same.
     eventually("EPIPE", || {

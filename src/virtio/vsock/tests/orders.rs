@@ -58,7 +58,7 @@ struct Talk {
 impl Talk {
     fn new() -> Self {
         let mut guest = Guest::ready();
-        let (key, program) = guest.from_program(5);
+        let (key, program) = guest.program_connects(5);
         program.set_nonblocking(true).unwrap();
         Self {
             guest,
