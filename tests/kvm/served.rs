@@ -300,7 +300,7 @@ fn a_vm_that_cannot_be_booted_says_why_and_leaves_the_process_as_it_was() {
         "{said}"
     );
     assert_eq!(served.put("vm.delete"), 204);
-    let wrong = json!({ "cpus": { "boot_vcpus": 65, "max_vcpus": 65 } });
+    let wrong = json!({ "cpus": { "boot_vcpus": 256, "max_vcpus": 256 } });
     assert_eq!(served.ask("PUT", "vm.create", Some(&wrong)).0, 400);
     let vm = served.vm(&lives("boot"));
     assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);

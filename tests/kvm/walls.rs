@@ -96,7 +96,7 @@ fn walls_stand_round_every_task_of_a_vm_that_runs() {
     assert_eq!(served.put("vm.reboot"), 204);
     eventually("the guest runs again", || served.state() == "Running");
     look_at(pid);
-    assert_eq!(served.put("vmm.shutdown"), 204);
+    assert_eq!(served.put("vmm.shutdown"), 200);
 }
 
 #[test]
