@@ -105,7 +105,7 @@ fn come_and_go(lab: &mut Lab, tier: Tier) -> Result<()> {
         );
         let top = host.run(&format!("{CTL} top --once --json"))?;
         let top: serde_json::Value = serde_json::from_str(&top)?;
-        let shown = top["vcpus"].as_array().map_or(0, Vec::len);
+        let shown = top["per_second"]["vcpus"].as_array().map_or(0, Vec::len);
         ensure!(
             u32::try_from(shown) == Ok(*size),
             "round {round}: {shown} vCPUs are shown of {size}"
