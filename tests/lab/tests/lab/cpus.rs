@@ -10,7 +10,7 @@ use crate::hotplug::{CTL, SOCKET};
 use crate::proof::Tier;
 use crate::{Proof, count, tell};
 
-pub(crate) const PROOFS: &[Proof] = &[Proof::rounds(
+pub(crate) const PROOFS: &[Proof] = &[Proof::soak(
     "cpus_come_and_go_under_a_drives_io_and_its_queues_follow",
     come_and_go,
 )];
