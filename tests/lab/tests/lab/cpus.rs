@@ -56,7 +56,7 @@ fn come_and_go(lab: &mut Lab, tier: Tier) -> Result<()> {
         .limit(Duration::from_secs(240 + 15 * rounds))
         .script(&format!(
             "(while [ ! -e /tmp/still ]; do for one in /sys/devices/system/cpu/cpu[1-9]*/online; do\n\
-             [ \"$(cat $one 2>/dev/null)\" != 0 ] || echo 1 >$one; done; sleep 0.1; done) 2>/dev/null &\n\
+             [ \"$(cat $one 2>/dev/null)\" != 0 ] || echo 1 >$one || true; done; sleep 0.1; done) 2>/dev/null &\n\
              (seed=0; while [ ! -e /tmp/still ]; do seed=$((seed + 1))\n\
              lab-io write /dev/nvme0n1 $seed && lab-io verify /dev/nvme0n1 $seed || echo $seed >>/tmp/bad\n\
              echo $seed >/tmp/passes; done) >/dev/null 2>>/tmp/said & io=$!\n\
