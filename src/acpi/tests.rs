@@ -19,6 +19,7 @@ fn hardware(cpus: u32) -> Hardware {
         mmio32: layout::mmio32(layout::MMIO32_START, &[]),
         mmio64: layout::mmio64(7 << 30, 40, &[]),
         serial: true,
+        tpm: false,
         native_hotplug: true,
         bus0_slots: 0b1110,
         ecam: layout::ECAM_START,

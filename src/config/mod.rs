@@ -10,6 +10,7 @@ mod cpus;
 mod disk;
 mod fs;
 mod limits;
+mod tpm;
 mod validate;
 mod virtio;
 mod vsock;
@@ -33,6 +34,7 @@ pub use limits::{
     FS_QUEUE_SIZES, MAX_CPUS, MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP,
     MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
+pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
@@ -75,6 +77,8 @@ pub struct VmConfig {
     pub watchdog: bool,
     /// A device by which the guest tells that it has panicked.
     pub pvpanic: bool,
+    /// A TPM 2.0.
+    pub tpm: Option<TpmConfig>,
     /// Virtio entropy device.
     pub rng: RngConfig,
     /// 16550 serial port.

@@ -123,7 +123,11 @@ impl Image {
             )));
         }
         let Some(volume) = volume(&self.bytes) else {
-            return Err(wrong("it does not begin with a firmware volume".to_owned()));
+            let why = match is_bios(&self.bytes) {
+                true => "it is a BIOS, such as SeaBIOS, and disks are booted by UEFI",
+                false => "it does not begin with a firmware volume",
+            };
+            return Err(wrong(why.to_owned()));
         };
         let ends_with_code = self
             .bytes
@@ -236,6 +240,15 @@ fn volume(bytes: &[u8]) -> Option<Volume> {
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at.checked_add(4)?)?;
     bytes.try_into().ok().map(u32::from_le_bytes)
+}
+
+/// What a BIOS's first instruction is: a jump into the segment at 0xF0000, from where it is copied to.
+/// SeaBIOS, src/romlayout.S, `reset_vector`
+fn is_bios(bytes: &[u8]) -> bool {
+    const FAR_JUMP: u8 = 0xea;
+    let start = bytes.len().checked_sub(RESET_VECTOR);
+    let vector = start.and_then(|start| bytes.get(start..start + 5));
+    matches!(vector, Some([FAR_JUMP, _, _, 0x00, 0xf0]))
 }
 
 /// What a file is that people mistake for firmware.

@@ -304,6 +304,9 @@ fn what_is_no_firmware_is_refused_with_what_it_is() {
     cut.truncate(CODE / 2);
     let mut odd = code(CODE);
     odd.truncate(CODE - 7);
+    // Debian's bios-256k.bin ends so.
+    let mut bios = vec![0; 0x4_0000];
+    bios[0x3_fff0..].copy_from_slice(b"\xea\x5b\xe0\0\xf006/23/99\0\xfc\0");
     for (name, bytes, why) in [
         ("kernel", bzimage, "given with --kernel"),
         ("disk", disk, "given with --disk"),
@@ -311,6 +314,7 @@ fn what_is_no_firmware_is_refused_with_what_it_is() {
         ("cut", cut, "it may have been cut off"),
         ("odd", odd, "no multiple of 4096"),
         ("empty", Vec::new(), "it is empty"),
+        ("bios", bios, "it is a BIOS, such as SeaBIOS"),
         ("vars", variables(VARS), "give the code with --firmware"),
         (
             "nothing",

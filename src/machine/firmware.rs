@@ -327,6 +327,7 @@ mod tests {
             mmio32: Vec::new(),
             mmio64: Vec::new(),
             serial: true,
+            tpm: false,
             native_hotplug: true,
             bus0_slots: 0,
             ecam: layout::ECAM_START,

@@ -32,6 +32,8 @@ pub enum Kind {
     Unmask,
     /// Has the disk take the firmware's variables: `variables`.
     Variables,
+    /// Has swtpm carry out the commands to the guest's TPM: `tpm`.
+    Tpm,
     /// Touches the guest's RAM before the guest does.
     Populate,
     /// Measures and writes the boot report: `report`.
@@ -46,7 +48,7 @@ pub enum Kind {
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Main,
         Self::Vcpu,
         Self::Disk,
@@ -61,6 +63,7 @@ impl Kind {
         Self::Input,
         Self::Unmask,
         Self::Variables,
+        Self::Tpm,
         Self::Populate,
         Self::Report,
         Self::Progress,

@@ -26,6 +26,8 @@ pub const PCI_HOTPLUG_START: u64 = 0xfea0_0000;
 pub const CPU_HOTPLUG_START: u64 = 0xfea0_1000;
 /// The IOAPIC.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// The registers of the TPM, of one page: locality 0. TCG PC Client Platform TPM Profile 1.05, §6.5.1
+pub const TPM_START: u64 = 0xfed4_0000;
 /// The local APIC; the megabyte from here is where MSIs are written, and is never mapped for DMA.
 pub const LAPIC_START: u64 = 0xfee0_0000;
 /// KVM's identity map page, one page; below the BIOS area and outside of RAM and windows. KVM API

@@ -124,6 +124,7 @@ pub(super) const TOP: &[&str] = &[
     "balloon",
     "watchdog",
     "pvpanic",
+    "tpm",
     "rng",
     "serial",
     "console",
@@ -153,6 +154,7 @@ mod cpus;
 mod disk;
 mod firmware;
 mod fs;
+mod tpm;
 mod vsock;
 
 pub(super) use balloon::BALLOON;
@@ -160,6 +162,7 @@ pub(super) use cpus::CPUS;
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
 pub(super) use fs::FS;
+pub(super) use tpm::TPM;
 pub(super) use vsock::VSOCK;
 
 /// `--memory`
@@ -495,6 +498,7 @@ mod tests {
         agrees(&DISK);
         agrees(&NET);
         agrees(&FS);
+        agrees(&TPM);
         agrees(&BALLOON);
         agrees(&RNG);
         agrees(&DEVICE);

@@ -32,6 +32,8 @@ pub(super) struct Config {
     vsock: Option<Vsock>,
     #[serde(skip_serializing_if = "Option::is_none")]
     balloon: Option<Balloon>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tpm: Option<Tpm>,
     rng: Rng,
     serial: Console,
     console: Console,
@@ -72,6 +74,11 @@ struct Memory {
     hugepage_size: Option<u64>,
     prefault: bool,
     thp: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Tpm {
+    socket: String,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -255,6 +262,9 @@ impl From<&VmConfig> for Config {
                 size: balloon.size,
                 deflate_on_oom: balloon.deflate_on_oom,
                 free_page_reporting: balloon.free_page_reporting,
+            }),
+            tpm: config.tpm.as_ref().map(|tpm| Tpm {
+                socket: text(&tpm.socket),
             }),
             rng: Rng {
                 src: text(&config.rng.src),
@@ -549,6 +559,9 @@ mod tests {
                 mac: Some("52:54:00:12:34:56".parse().unwrap()),
                 ..NetConfig::default()
             }],
+            tpm: Some(crate::config::TpmConfig {
+                socket: "/run/swtpm".into(),
+            }),
             serial: ConsoleConfig::file("/tmp/log"),
             console: ConsoleConfig::Socket("/tmp/socket".into()),
             device: vec![device],
@@ -587,6 +600,7 @@ mod tests {
             ("/net/0/tap", json!("vmtap0")),
             ("/net/0/mac", json!("52:54:00:12:34:56")),
             ("/net/0/num_queues", json!(2)),
+            ("/tpm", json!({"socket": "/run/swtpm"})),
             ("/serial/mode", json!("File")),
             ("/serial/file", json!("/tmp/log")),
             ("/console/mode", json!("Socket")),

@@ -1,7 +1,7 @@
-# Back ends of vhost-user devices that the root lacks; it has qemu-storage-daemon. Debian's own packages, taken out and
+# Processes beside a VM that the root lacks: back ends of vhost-user devices, of which it has qemu-storage-daemon, and a TPM. Debian's own packages, taken out and
 # never installed, so that the root stays as it is: what they stand on is in it. Sourced, after root.sh.
 
-back_end_packages=(virtiofsd)
+back_end_packages=(virtiofsd swtpm swtpm-libs libtpms0)
 
 make_back_ends() {
     local dir=$1 each

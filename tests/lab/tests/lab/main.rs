@@ -45,6 +45,7 @@ mod proof;
 mod run;
 mod slots;
 mod system;
+mod tpm;
 mod vhost;
 mod vhost_user;
 mod virtio;
@@ -77,6 +78,7 @@ const CHAPTERS: &[&[Proof]] = &[
     slots::PROOFS,
     paused::PROOFS,
     firmware::PROOFS,
+    tpm::PROOFS,
     system::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
