@@ -78,6 +78,35 @@ fn each_table_is_found_from_the_rsdp_and_its_checksum_holds() {
 }
 
 #[test]
+fn a_tpm_is_in_a_table_of_its_own_and_in_the_namespace_and_only_where_there_is_one() {
+    let with = Hardware {
+        tpm: true,
+        ..hardware(4)
+    };
+    let found = tables(&with);
+    let table = |name: &str| &found.iter().find(|(one, _)| one == name).unwrap().1;
+    let tpm2 = table("TPM2");
+    assert_eq!((tpm2.len(), tpm2[8], sum(tpm2)), (76, 4, 0));
+    // The control area, and that commands are started by its registers. TCG ACPI Specification 1.4, table 7
+    assert_eq!(tpm2[40..48], 0xfed4_0040_u64.to_le_bytes());
+    assert_eq!(tpm2[48..52], 7_u32.to_le_bytes());
+    let dsdt = table("DSDT");
+    let has = |bytes: &[u8], wanted: &[u8]| bytes.windows(wanted.len()).any(|at| at == wanted);
+    // Name (_HID, "MSFT0101"), and a page of registers that can be written.
+    assert!(has(dsdt, b"_HID\x0dMSFT0101\0"));
+    let mut registers = vec![0x86, 9, 0, 1];
+    registers.extend(0xfed4_0000_u32.to_le_bytes());
+    registers.extend(0x1000_u32.to_le_bytes());
+    assert!(has(dsdt, &registers));
+    let without = tables(&hardware(4));
+    assert!(
+        without
+            .iter()
+            .all(|(name, bytes)| name != "TPM2" && !has(bytes, b"MSFT0101"))
+    );
+}
+
+#[test]
 fn the_madt_lists_each_processor_once_by_the_entry_its_id_needs() {
     let (_, madt) = tables(&hardware(300)).swap_remove(2);
     let (mut local, mut x2, mut io, mut overrides, mut nmis) = (0, 0, 0, Vec::new(), 0);
@@ -228,6 +257,7 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
     let folder = tempfile::tempdir().unwrap();
     let hardware = Hardware {
         cpu_hotplug: true,
+        tpm: true,
         ..hardware(64)
     };
     for (name, bytes) in tables(&hardware) {

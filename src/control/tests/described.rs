@@ -287,6 +287,7 @@ fn a_full_configuration_is_as_described() {
             id: Some("f".into()),
             ..FsConfig::new("t", "s")
         }],
+        tpm: Some(crate::config::TpmConfig { socket: "s".into() }),
         serial: ConsoleConfig::file("f"),
         console: ConsoleConfig::Socket("s".into()),
         device: vec![device],

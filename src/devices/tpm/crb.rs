@@ -291,7 +291,10 @@ mod tests {
             assert_eq!(read(&registers, size), 3968);
         }
         for low in [CMD_LOW, RSP_LOW] {
-            assert_eq!((read(&registers, low), read(&registers, low + 4)), (0xfed4_0080, 0));
+            assert_eq!(
+                (read(&registers, low), read(&registers, low + 4)),
+                (0xfed4_0080, 0)
+            );
         }
         // All 64 bits at once, and a byte of them.
         let mut whole = [0; 8];
@@ -314,11 +317,17 @@ mod tests {
         assert_eq!(answer(&registers)[..2], [0x80, 1]);
         let response = [0x80, 1, 0, 0, 0, 13, 0, 0, 0, 0, 0, 1, 7];
         registers.finish(&response);
-        assert_eq!((read(&registers, CTRL_START), answer(&registers)), (0, response[..10].try_into().unwrap()));
+        assert_eq!(
+            (read(&registers, CTRL_START), answer(&registers)),
+            (0, response[..10].try_into().unwrap())
+        );
         write(&mut registers, CTRL_REQ, GO_IDLE);
         assert_eq!(read(&registers, CTRL_STS), IDLE);
         write(&mut registers, LOC_CTRL, RELINQUISH);
-        assert_eq!((read(&registers, LOC_STATE), read(&registers, LOC_STS)), (0x81, 0));
+        assert_eq!(
+            (read(&registers, LOC_STATE), read(&registers, LOC_STS)),
+            (0x81, 0)
+        );
     }
 
     #[test]
@@ -333,7 +342,10 @@ mod tests {
             registers.write(BUFFER as u64 + 2, &size.to_be_bytes());
             assert_eq!(write(&mut registers, CTRL_START, INVOKE), Effect::None);
             assert!(!registers.busy);
-            assert_eq!(answer(&registers), command::response(command::RC_COMMAND_SIZE));
+            assert_eq!(
+                answer(&registers),
+                command::response(command::RC_COMMAND_SIZE)
+            );
         }
         registers.write(BUFFER as u64 + 2, &(BUFFER_SIZE as u32).to_be_bytes());
         let Effect::Start(command) = write(&mut registers, CTRL_START, INVOKE) else {

@@ -37,13 +37,17 @@ pub(super) enum Broken {
         "swtpm lacks what a TPM of a VM's needs (capabilities {missing:#x}): a newer one has it, such as Debian 12's"
     )]
     Capabilities { missing: u32 },
-    #[error("swtpm has buffers of {size} bytes at least, and the guest's has 3968: a newer swtpm has smaller ones")]
+    #[error(
+        "swtpm has buffers of {size} bytes at least, and the guest's has 3968: a newer swtpm has smaller ones"
+    )]
     BufferSize { size: u32 },
     #[error(
         "swtpm refuses {} with {code:#x}: its log says why; its state may be damaged, or another swtpm's", command.name()
     )]
     Refused { command: Control, code: u32 },
-    #[error("swtpm is a TPM 1.2, and guests are given a TPM 2.0: start it with --tpm2, and another folder for its state")]
+    #[error(
+        "swtpm is a TPM 1.2, and guests are given a TPM 2.0: start it with --tpm2, and another folder for its state"
+    )]
     Tpm12,
     #[error("{0}")]
     System(io::Error),

@@ -151,7 +151,8 @@ impl Link {
         if missing != 0 {
             return Err(Broken::Capabilities { missing });
         }
-        let _done = link.control::<RESULT>(Control::SetDataFd, &[], Some(theirs.as_fd()), orders)?;
+        let _done =
+            link.control::<RESULT>(Control::SetDataFd, &[], Some(theirs.as_fd()), orders)?;
         Ok(link)
     }
 
@@ -199,7 +200,8 @@ impl Link {
     ) -> Result<Vec<u8>, Broken> {
         self.nothing_unasked()?;
         let mut deadline = after(self.limits.command);
-        send(&self.data, command, None, deadline, orders).map_err(|broken| broken.of("a command"))?;
+        send(&self.data, command, None, deadline, orders)
+            .map_err(|broken| broken.of("a command"))?;
         let (mut response, mut cancelled) = (Vec::new(), false);
         // Bytes that are still to come on the control channel.
         let mut owed = 0;
@@ -379,7 +381,11 @@ impl Wait {
         };
         let wake = orders.wake();
         let mut fds = vec![PollFd::new(&wake, PollFlags::IN)];
-        fds.extend(streams.iter().map(|stream| PollFd::new(*stream, self.events)));
+        fds.extend(
+            streams
+                .iter()
+                .map(|stream| PollFd::new(*stream, self.events)),
+        );
         match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
             Ok(0) => return Err(late),
             Ok(_) => {}

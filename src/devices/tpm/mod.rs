@@ -24,8 +24,8 @@ use busway_vfio::EventFd;
 use crate::kvm::BusDevice;
 pub use crb::{CONTROL_AREA, SIZE};
 use crb::{Effect, Registers};
-pub use error::TpmError;
 use error::Broken;
+pub use error::TpmError;
 use link::{Limits, Link, Order, Orders};
 use worker::Worker;
 

@@ -130,7 +130,10 @@ fn a_reset_of_the_guest_is_one_of_the_tpm_whose_measurements_begin_anew() {
     for life in 1..=3 {
         assert_eq!(driver.ask(&MEASURE), measured(1));
         assert_eq!(driver.ask(&MEASURE), measured(2));
-        assert_eq!(fake.asked(), [&[1, 16][..], &SWITCHED_ON.repeat(life)].concat());
+        assert_eq!(
+            fake.asked(),
+            [&[1, 16][..], &SWITCHED_ON.repeat(life)].concat()
+        );
         tpm.reset();
         // The driver has to begin anew as well.
         driver.write(CTRL_START, 1);
@@ -172,7 +175,8 @@ fn a_swtpm_that_lies_or_dies_makes_a_tpm_that_has_failed_until_the_guest_restart
 }
 
 #[test]
-fn a_swtpm_that_goes_while_nothing_is_asked_is_noticed_and_one_in_its_place_is_found_at_the_restart() {
+fn a_swtpm_that_goes_while_nothing_is_asked_is_noticed_and_one_in_its_place_is_found_at_the_restart()
+ {
     let mut fake = Fake::new();
     let tpm = open(&fake);
     let driver = Driver::of(&tpm);
@@ -196,7 +200,7 @@ fn a_swtpm_that_goes_while_nothing_is_asked_is_noticed_and_one_in_its_place_is_f
 fn a_swtpm_that_hangs_is_waited_for_in_bounded_time_and_by_no_vcpu() {
     let fake = Fake::new();
     let limits = Limits {
-        command: Duration::from_millis(200),
+        command: Duration::from_secs(1),
         ..Limits::default()
     };
     let tpm = Tpm::open_within(fake.socket(), BASE, limits).unwrap();
@@ -253,7 +257,10 @@ fn a_response_of_the_life_before_is_nobodys() {
     fake.set(What::Command, None);
     tpm.reset();
     assert_eq!(driver.ask(&MEASURE), measured(1));
-    assert_eq!(fake.asked(), [&[1, 16][..], &SWITCHED_ON, &[9], &SWITCHED_ON].concat());
+    assert_eq!(
+        fake.asked(),
+        [&[1, 16][..], &SWITCHED_ON, &[9], &SWITCHED_ON].concat()
+    );
 }
 
 #[test]
@@ -277,31 +284,53 @@ fn a_vm_ends_at_once_whatever_its_tpm_is_at() {
     }
 }
 
-fn refused(fake: &Fake) -> String {
-    let error: TpmError = Tpm::open_within(fake.socket(), BASE, short()).unwrap_err();
+fn refused(fake: &Fake, limits: Limits) -> String {
+    let error: TpmError = Tpm::open_within(fake.socket(), BASE, limits).unwrap_err();
     error.to_string()
 }
 
 #[test]
 fn a_tpm_that_cannot_be_had_is_named_with_what_helps() {
     let mut fake = Fake::new();
+    fake.set(What::Control(1), Some(Vice::Silent));
+    let error = refused(&fake, short());
+    assert!(error.contains("in time (CMD_GET_CAPABILITY)"), "{error}");
     for (what, vice, says) in [
-        (What::Control(1), Vice::Silent, "CMD_GET_CAPABILITY"),
-        (What::Control(1), Vice::Says(vec![0; 8]), "capabilities 0x3405"),
+        (
+            What::Control(1),
+            Vice::Says(vec![0; 8]),
+            "capabilities 0x3405",
+        ),
         (What::Control(16), Vice::Close, "closed the connection"),
-        (What::Control(2), Vice::Says(vec![0, 0, 0, 9]), "CMD_INIT with 0x9"),
-        (What::Control(17), Vice::Says([[0; 4], [0, 0, 0x10, 0], [0; 4], [0; 4]].concat()), "4096 bytes"),
-        (What::Command, Vice::Says(vec![0, 0xc4, 0, 0, 0, 10, 0, 0, 0, 0x26]), "--tpm2"),
-        (What::Command, Vice::Says(b"HTTP/1.1 400 Bad".to_vec()), "no swtpm"),
+        (
+            What::Control(2),
+            Vice::Says(vec![0, 0, 0, 9]),
+            "CMD_INIT with 0x9",
+        ),
+        (
+            What::Control(17),
+            Vice::Says([[0; 4], [0, 0, 0x10, 0], [0; 4], [0; 4]].concat()),
+            "4096 bytes",
+        ),
+        (
+            What::Command,
+            Vice::Says(vec![0, 0xc4, 0, 0, 0, 10, 0, 0, 0, 0x26]),
+            "--tpm2",
+        ),
+        (
+            What::Command,
+            Vice::Says(b"HTTP/1.1 400 Bad".to_vec()),
+            "no swtpm",
+        ),
     ] {
         fake.set(what, Some(vice));
-        let error = refused(&fake);
+        let error = refused(&fake, Limits::default());
         assert!(error.starts_with("--tpm socket=/"), "{error}");
         assert!(error.contains(says), "{says}: {error}");
         fake.set(what, None);
     }
     fake.die();
-    let error = refused(&fake);
+    let error = refused(&fake, Limits::default());
     assert!(error.contains("start `swtpm socket --tpm2"), "{error}");
 }
 

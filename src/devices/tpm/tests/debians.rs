@@ -49,7 +49,10 @@ impl Swtpm {
             .expect("these tests need the package swtpm: apt-get install swtpm");
         let start = Instant::now();
         while !socket.exists() {
-            assert!(start.elapsed() < Duration::from_secs(60), "swtpm makes no socket");
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "swtpm makes no socket"
+            );
             std::thread::yield_now();
         }
         Self(child)

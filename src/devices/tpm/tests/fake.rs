@@ -140,7 +140,10 @@ impl Drop for Fake {
 
 fn serve(listener: &UnixListener, shared: &Shared, stop: &EventFd) {
     loop {
-        let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        let mut fds = [
+            PollFd::new(listener, PollFlags::IN),
+            PollFd::new(stop, PollFlags::IN),
+        ];
         poll(&mut fds, None).unwrap();
         if !fds[1].revents().is_empty() {
             return;
@@ -169,13 +172,22 @@ struct Served<'a> {
 impl Served<'_> {
     /// Whether to go on.
     fn turn(&mut self, stop: &EventFd) -> bool {
-        let mut fds = vec![PollFd::new(stop, PollFlags::IN), PollFd::new(&self.control, PollFlags::IN)];
-        fds.extend(self.data.as_ref().map(|data| PollFd::new(data, PollFlags::IN)));
+        let mut fds = vec![
+            PollFd::new(stop, PollFlags::IN),
+            PollFd::new(&self.control, PollFlags::IN),
+        ];
+        fds.extend(
+            self.data
+                .as_ref()
+                .map(|data| PollFd::new(data, PollFlags::IN)),
+        );
         poll(&mut fds, None).unwrap();
         let ready: Vec<_> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         drop(fds);
         // As swtpm does, what is on the data channel comes first.
-        !ready[0] && (ready.get(2) != Some(&true) || self.command()) && (!ready[1] || self.control())
+        !ready[0]
+            && (ready.get(2) != Some(&true) || self.command())
+            && (!ready[1] || self.control())
     }
 
     fn vice(&self, what: What) -> Option<Vice> {
@@ -228,7 +240,12 @@ impl Served<'_> {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let mut slices = [IoSliceMut::new(&mut head)];
-            match recvmsg(&self.control, &mut slices, &mut ancillary, RecvFlags::WAITALL) {
+            match recvmsg(
+                &self.control,
+                &mut slices,
+                &mut ancillary,
+                RecvFlags::WAITALL,
+            ) {
                 Ok(received) if received.bytes == 4 => {}
                 _ => return false,
             }

@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use busway_lab::{BEFORE_FIRMWARE, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Job, Kernel, Lab, Vmm};
+use busway_lab::{
+    BEFORE_FIRMWARE, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Job, Kernel, Lab, Vmm,
+};
 
+use crate::Proof;
 use crate::hotplug::{CTL, SOCKET};
 use crate::life::COMPLAINTS;
-use crate::Proof;
 
 /// In the soak until the lab has run it.
 pub(crate) const PROOFS: &[Proof] = &[
@@ -29,7 +31,9 @@ fn start(host: &Host) -> Result<Job> {
         "rm -f /run/tpm.sock; mkdir -p /run/tpm; exec swtpm socket --tpm2 --tpmstate dir=/run/tpm \
          --ctrl type=unixio,path=/run/tpm.sock",
     )?;
-    host.run("for each in $(seq 500); do [ ! -S /run/tpm.sock ] || exit 0; sleep 0.02; done; exit 1")?;
+    host.run(
+        "for each in $(seq 500); do [ ! -S /run/tpm.sock ] || exit 0; sleep 0.02; done; exit 1",
+    )?;
     Ok(job)
 }
 
@@ -91,13 +95,28 @@ fn with_a_kernel(lab: &mut Lab) -> Result<()> {
     drop(again);
     ensure!(result.value("version")? == "2");
     for life in ["first", "second", "third-"] {
-        let [before, done, after] = ["before", "extend", "after"].map(|key| format!("{key}_{life}"));
-        ensure!(result.value(&before)? == ZERO, "{before}: {}", result.value(&before)?);
-        ensure!(result.value(&done)? == "00000000", "{done}: {}", result.value(&done)?);
+        let [before, done, after] =
+            ["before", "extend", "after"].map(|key| format!("{key}_{life}"));
+        ensure!(
+            result.value(&before)? == ZERO,
+            "{before}: {}",
+            result.value(&before)?
+        );
+        ensure!(
+            result.value(&done)? == "00000000",
+            "{done}: {}",
+            result.value(&done)?
+        );
         let after = result.value(&after)?;
-        ensure!(after != ZERO && after == result.value("after_first")?, "{life}: {after}");
+        ensure!(
+            after != ZERO && after == result.value("after_first")?,
+            "{life}: {after}"
+        );
     }
-    ensure!(result.value("lost")? != "00000000", "a command was carried out by nobody");
+    ensure!(
+        result.value("lost")? != "00000000",
+        "a command was carried out by nobody"
+    );
     let complaints = result.block("complaints")?;
     ensure!(complaints.is_empty(), "the guest complains:\n{complaints}");
     host.run("rm -rf /run/tpm /run/tpm.raw").map(drop)
@@ -118,7 +137,12 @@ fn by_firmware(lab: &mut Lab) -> Result<()> {
     let run = GuestRun::new(Vmm::Busway)
         .kernel(GuestKernel::Stock)
         .limit(Duration::from_secs(300))
-        .args(&["--firmware", "auto,vars=/run/tpm.vars", "--disk", "path=/run/tpm.raw"])
+        .args(&[
+            "--firmware",
+            "auto,vars=/run/tpm.vars",
+            "--disk",
+            "path=/run/tpm.raw",
+        ])
         .args(&TPM)
         .script(&script);
     let result = host.start_guest(&run)?.finish()?.success()?;
@@ -126,7 +150,8 @@ fn by_firmware(lab: &mut Lab) -> Result<()> {
     measured(&result)?;
     let complaints = result.block("complaints")?;
     ensure!(complaints.is_empty(), "the guest complains:\n{complaints}");
-    host.run("rm -rf /run/tpm /run/tpm.raw /run/tpm.vars").map(drop)
+    host.run("rm -rf /run/tpm /run/tpm.raw /run/tpm.vars")
+        .map(drop)
 }
 
 /// Code, its configuration, what was started, and its state of Secure Boot; in the second life as in the first, but for what
