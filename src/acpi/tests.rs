@@ -301,7 +301,7 @@ fn slots_that_can_change_are_there_with_their_methods_and_only_where_there_are_s
     for part in [
         // A level-triggered interrupt, and registers of their own.
         "Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive, ,, ) { 0x0000000A, }",
-        "OperationRegion (HPRG, SystemMemory, 0xFEA00000, 0x14)",
+        "OperationRegion (HPRG, SystemMemory, 0xFEC80000, 0x14)",
         "Field (HPRG, DWordAcc, NoLock, WriteAsZeros) { ADDS, 32, WANT, 32, EJCT, 32, PRES, 32, OUTC, 32 }",
         // What is unseen is taken first, and then told.
         "Local0 = \\_SB.PHPC.ADDS \\_SB.PHPC.ADDS = Local0 Local1 = \\_SB.PHPC.WANT",
@@ -343,7 +343,7 @@ fn processors_that_come_and_go_have_their_methods_and_all_that_there_can_be_fit(
         assert!(some.contains(word), "{word}");
     }
     for part in [
-        "OperationRegion (CREG, SystemMemory, 0xFEA01000, 0x14)",
+        "OperationRegion (CREG, SystemMemory, 0xFEC81000, 0x14)",
         "Field (CREG, DWordAcc, NoLock, WriteAsZeros) { EVNT, 32, EJCT, 32, SLCT, 32, PRES, 32, OUTC, 32 }",
         "If ((\\_SB.CPUC.PRES & One)) { Return (0x0F) }",
         "Return (\\_SB.CPUC.CSTA (0x02))",

@@ -11,6 +11,8 @@ use super::error::FirmwareError;
 const LARGEST: u64 = 32 << 20;
 /// What regions come in multiples of: a page.
 const PAGE: u64 = 0x1000;
+/// The bytes of a BIOS: what a PC of that time has room for below 1 MiB, and what is reached above.
+const BIOS_SIZES: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 20;
 /// The first instruction is 16 bytes before the end.
 const RESET_VECTOR: usize = 16;
 
@@ -50,6 +52,8 @@ pub(super) enum Kind {
     Whole { variables: u64 },
     /// Variables alone.
     Variables,
+    /// A BIOS, which has no variables.
+    Bios,
 }
 
 /// Whether a regular file begins as firmware does, with a volume.
@@ -123,11 +127,10 @@ impl Image {
             )));
         }
         let Some(volume) = volume(&self.bytes) else {
-            let why = match is_bios(&self.bytes) {
-                true => "it is a BIOS, such as SeaBIOS, and disks are booted by UEFI",
-                false => "it does not begin with a firmware volume",
-            };
-            return Err(wrong(why.to_owned()));
+            if is_bios(&self.bytes) && BIOS_SIZES.contains(&size) {
+                return Ok(Kind::Bios);
+            }
+            return Err(wrong("it does not begin with a firmware volume".to_owned()));
         };
         let ends_with_code = self
             .bytes

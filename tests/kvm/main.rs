@@ -3,6 +3,7 @@
 
 mod attentive;
 mod bare;
+mod bios;
 mod clients;
 mod curl;
 mod exits;
@@ -15,5 +16,6 @@ mod memory;
 mod notified;
 mod processors;
 mod served;
+mod tpm;
 mod walls;
 mod whole;
