@@ -33,7 +33,7 @@ const SELECT: u32 = 1 << 3;
 const WRITE: u32 = 1 << 4;
 
 /// The bits of a selector that name an item.
-const ITEM_MASK: u16 = 0x3fff;
+const ITEM_MASK: u16 = 0xbfff;
 const DIRECTORY: u16 = 0x19;
 const FIRST_FILE: u16 = 0x20;
 /// Bytes of an item that is read from a file.

@@ -8,8 +8,8 @@ use crate::whole::has_kvm;
 /// Of the package seabios.
 const SEABIOS: &str = "/usr/share/seabios/bios-256k.bin";
 
-/// Reads the disk's second sector by the BIOS, and writes its first byte to the BIOS's console. Where that is `1`, writes the
-/// sector back with `2` and resets the machine by port 0xcf9; else powers off. Loaded at 0x7c00, in real mode.
+/// Reads the disk's second sector by the BIOS, and writes its first byte to the BIOS's console. Where that is `<`, writes the
+/// sector back with `>` and resets the machine by port 0xcf9; else powers off. Loaded at 0x7c00, in real mode.
 const BOOT_SECTOR: &[&[u8]] = &[
     // xor ax, ax; mov ds, ax; mov es, ax; mov ss, ax; mov sp, 0x7c00
     &[
@@ -21,11 +21,11 @@ const BOOT_SECTOR: &[&[u8]] = &[
     ],
     // mov al, [0x8000]; mov ah, 0x0e; mov bx, 7; int 0x10
     &[0xa0, 0x00, 0x80, 0xb4, 0x0e, 0xbb, 0x07, 0x00, 0xcd, 0x10],
-    // cmp byte [0x8000], '1'; jne off
-    &[0x80, 0x3e, 0x00, 0x80, b'1', 0x75, 0x1a],
-    // mov byte [0x8000], '2'; mov ax, 0x0301; mov bx, 0x8000; mov cx, 2; mov dh, 0; int 0x13
+    // cmp byte [0x8000], '<'; jne off
+    &[0x80, 0x3e, 0x00, 0x80, b'<', 0x75, 0x1a],
+    // mov byte [0x8000], '>'; mov ax, 0x0301; mov bx, 0x8000; mov cx, 2; mov dh, 0; int 0x13
     &[
-        0xc6, 0x06, 0x00, 0x80, b'2', 0xb8, 0x01, 0x03, 0xbb, 0x00, 0x80, 0xb9, 0x02, 0x00, 0xb6,
+        0xc6, 0x06, 0x00, 0x80, b'>', 0xb8, 0x01, 0x03, 0xbb, 0x00, 0x80, 0xb9, 0x02, 0x00, 0xb6,
         0x00, 0xcd, 0x13,
     ],
     // mov dx, 0xcf9; mov al, 6; out dx, al; jmp $
@@ -47,10 +47,12 @@ fn seabios_boots_a_virtio_disk_reads_and_writes_it_and_does_so_again_after_a_res
     let disk = folder.path().join("disk");
     let mut bytes = BOOT_SECTOR.concat();
     bytes.resize(510, 0);
-    bytes.extend([0x55, 0xaa, b'1']);
+    bytes.extend([0x55, 0xaa, b'<']);
     bytes.resize(1 << 20, 0);
     fs::write(&disk, &bytes).unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_busway"))
+    // A BIOS that waits for a processor or a device waits for ever.
+    let output = Command::new("timeout")
+        .args(["120", env!("CARGO_BIN_EXE_busway")])
         .args([
             "run",
             "--seccomp",
@@ -78,6 +80,6 @@ fn seabios_boots_a_virtio_disk_reads_and_writes_it_and_does_so_again_after_a_res
     let [_, first, second] = said.split("Hard Disk").collect::<Vec<_>>()[..] else {
         panic!("{said}");
     };
-    assert!(first.contains('1') && second.contains('2'), "{said}");
-    assert_eq!(fs::read(&disk).unwrap()[512], b'2');
+    assert!(first.contains('<') && second.contains('>'), "{said}");
+    assert_eq!(fs::read(&disk).unwrap()[512], b'>');
 }
