@@ -86,7 +86,7 @@ pub fn firmware(story: &[u8]) {
 }
 
 /// Bytes of an access.
-fn width_of(byte: u8) -> usize {
+pub(crate) fn width_of(byte: u8) -> usize {
     [1, 2, 4, 8].get(usize::from(byte % 4)).map_or(1, |&w| w)
 }
 

@@ -543,7 +543,7 @@ pub(super) fn processors_now(acpi: &mut acpi::Hardware, registers: &CpuHotplug) 
 }
 
 /// Root ports with empty slots, for devices that are added later.
-fn add_empty_ports(
+pub(super) fn add_empty_ports(
     pci: &mut Pci,
     config: &VmConfig,
     router: &IrqRouter,
@@ -590,7 +590,10 @@ fn add_virtio(
 }
 
 /// The devices of the board that are on PCI and not virtio's. Gives the watchdog.
-fn add_board_devices(config: &VmConfig, pci: &mut Pci) -> Result<Option<Arc<Watchdog>>, RunError> {
+pub(super) fn add_board_devices(
+    config: &VmConfig,
+    pci: &mut Pci,
+) -> Result<Option<Arc<Watchdog>>, RunError> {
     if config.pvpanic {
         let pvpanic = Pvpanic::new().map_err(std::io::Error::other);
         let pvpanic = pvpanic.map_err(RunError::system("a BAR of pvpanic's"))?;
@@ -605,7 +608,7 @@ fn add_board_devices(config: &VmConfig, pci: &mut Pci) -> Result<Option<Arc<Watc
 }
 
 /// Lets devices come to bus 0 while the guest runs, and leave it: gives the slots for that.
-fn open_slots(
+pub(super) fn open_slots(
     pci: &Pci,
     buses: &Buses,
     router: &IrqRouter,

@@ -339,7 +339,7 @@ impl RunArgs {
         self.api_socket.as_ref().map(make).transpose()
     }
 
-    fn apply(&self, config: &mut VmConfig) -> Result<(), Wrong> {
+    pub(super) fn apply(&self, config: &mut VmConfig) -> Result<(), Wrong> {
         replace(&mut config.kernel, &self.kernel);
         if let Some(said) = &self.firmware {
             let firmware = config.firmware.get_or_insert_default();
