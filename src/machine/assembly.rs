@@ -95,6 +95,12 @@ enum Source {
     Firmware(FirmwareSource),
 }
 
+impl Source {
+    fn is_bios(&self) -> bool {
+        matches!(self, Self::Firmware(source) if source.firmware.is_bios())
+    }
+}
+
 /// What a machine is begun with: none of it takes the kernel long.
 ///
 /// It belongs to the main thread, for KVM calls the VM's folder of counters after the thread that makes it, where
@@ -193,7 +199,10 @@ impl Machine {
         let usable = passthrough.usable_ranges();
         let windows = plan.windows(&ram.guest_ranges(), &usable);
         let mut acpi = acpi_hardware(config, &windows);
-        let windows = plan.bar_windows(&windows, &usable);
+        let mut windows = plan.bar_windows(&windows, &usable);
+        if source.is_bios() {
+            windows.memory32 = layout::bios_mmio32(&windows.memory32);
+        }
         let lines = router.shared_lines();
         let mut pci = Pci::new(
             windows.clone(),

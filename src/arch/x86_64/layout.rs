@@ -16,8 +16,6 @@ pub const FIRMWARE_MMIO32_STARTS: [u64; 2] = [0x8000_0000, 0x4000_0000];
 /// End of the addresses below 4 GiB where firmware may put BARs or configuration space; the board's own
 /// devices are behind it.
 pub const FIRMWARE_MMIO32_END: u64 = 0xfc00_0000;
-/// The addresses behind it, up to the I/O APIC, where a BIOS may put BARs as well.
-pub const BIOS_MMIO32: Range<u64> = FIRMWARE_MMIO32_END..IOAPIC_START;
 /// The enhanced configuration access of segment 0: 256 buses of 1 MiB.
 pub const ECAM_START: u64 = 0xe000_0000;
 /// Bytes of ECAM.
@@ -126,6 +124,18 @@ pub fn firmware_mmio32(start: u64, holes: &[Range<u64>]) -> Vec<Range<u64>> {
     around(start..FIRMWARE_MMIO32_END, holes)
 }
 
+/// The same `window` of a machine with a BIOS, which places BARs from the I/O APIC downwards. SeaBIOS, src/fw/pciinit.c,
+/// `pci_bios_init_root_regions_mem`
+#[must_use]
+pub fn bios_mmio32(window: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut window = window.to_vec();
+    match window.last_mut() {
+        Some(last) if last.end == FIRMWARE_MMIO32_END => last.end = IOAPIC_START,
+        _ => window.push(FIRMWARE_MMIO32_END..IOAPIC_START),
+    }
+    window
+}
+
 /// What of the `window` is not `taken`.
 #[must_use]
 pub fn without(window: &[Range<u64>], taken: &Range<u64>) -> Vec<Range<u64>> {
@@ -214,6 +224,19 @@ mod tests {
             assert_eq!(ram_ranges(6 << 30, start, &[]), ranges);
             let window = start..MMIO32_END;
             assert_eq!(mmio32(start, &[]), std::slice::from_ref(&window));
+        }
+    }
+
+    #[test]
+    fn a_bios_may_place_bars_up_to_the_io_apic_and_the_boards_registers_are_behind_that() {
+        let whole = 0x8000_0000..IOAPIC_START;
+        let window = bios_mmio32(&firmware_mmio32(0x8000_0000, &[]));
+        assert_eq!(window, std::slice::from_ref(&whole));
+        let reserved = holes([(0xfb00_0000, 0xfbff_ffff)], 2 << 20);
+        let parts = [0x8000_0000..0xfb00_0000, FIRMWARE_MMIO32_END..IOAPIC_START];
+        assert_eq!(bios_mmio32(&firmware_mmio32(0x8000_0000, &reserved)), parts);
+        for registers in [PCI_HOTPLUG_START, CPU_HOTPLUG_START, TPM_START] {
+            assert!((IOAPIC_START..LAPIC_START).contains(&registers));
         }
     }
 
