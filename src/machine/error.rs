@@ -10,6 +10,7 @@ use busway_vfio::{DeviceError, InheritedError};
 use super::address_plan::NoRoomError;
 use super::passthrough::dma::PeerToPeerError;
 use super::passthrough::open_devices::OpenDevices;
+use crate::sandbox::landlock::LandlockError;
 use crate::acpi::AcpiError;
 use crate::arch::board::BoardError;
 use crate::arch::boot::BootError;
@@ -33,6 +34,9 @@ pub enum RunError {
     /// The configuration contradicts itself.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
+    /// Landlock cannot bound the process.
+    #[error(transparent)]
+    Landlock(#[from] LandlockError),
     /// There is nothing that could be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -351,7 +355,9 @@ impl RunError {
             | Self::Device(_)
             | Self::Function(_)
             | Self::NoRoom(_)
+            | Self::Landlock(LandlockError::Missing(_) | LandlockError::Kernel(_))
             | Self::Addresses(_) => HOST,
+            Self::Landlock(LandlockError::Path { .. }) => USAGE,
             _ => RUNTIME,
         }
     }

@@ -8,20 +8,36 @@ use std::thread;
 
 use rustix::thread::{CapabilitySet, capabilities as capabilities_now};
 
+use super::landlock::Rules;
 use super::table;
 use super::{Kind, Mode, capabilities, confine, enter};
 
 /// The kind whose thread the process is to have.
 const CHILD: &str = "BUSWAY_TEST_WALLS";
+/// The status of a process that could not be confined.
+pub(super) const NO_WALLS: i32 = 77;
 /// The capabilities that it was started with.
 const RIGHTS: &str = "BUSWAY_TEST_RIGHTS";
 
 /// Runs the test `name` again in a process of its own, for each kind: there, `act` is done on a thread of that kind,
 /// with violations dealt with as `mode` says. Gives each process's status and standard error.
 fn in_a_process_each(name: &str, mode: Mode, act: fn(Kind)) -> Vec<(Kind, Option<i32>, String)> {
+    in_a_process_with(&format!("tests::{name}"), mode, || None, act)
+}
+
+/// The same, where a test is named with its module, and Landlock leaves the process what `files` says.
+pub(super) fn in_a_process_with(
+    name: &str,
+    mode: Mode,
+    files: fn() -> Option<Rules>,
+    act: fn(Kind),
+) -> Vec<(Kind, Option<i32>, String)> {
     if let Ok(number) = env::var(CHILD) {
         let kind = Kind::ALL[number.parse::<usize>().unwrap()];
-        confine(mode).unwrap();
+        if let Err(error) = confine(mode, files().as_ref()) {
+            eprintln!("{error}");
+            process::exit(NO_WALLS);
+        }
         let thread = thread::Builder::new().name("taken".to_owned());
         let body = move || {
             enter(kind);
@@ -30,7 +46,7 @@ fn in_a_process_each(name: &str, mode: Mode, act: fn(Kind)) -> Vec<(Kind, Option
         let done = thread.spawn(body).unwrap().join();
         process::exit(if done.is_ok() { 0 } else { 9 });
     }
-    let test = format!("sandbox::tests::{name}");
+    let test = format!("sandbox::{name}");
     let rights = capabilities_now(None).unwrap().permitted;
     let run = |(number, kind): (usize, Kind)| {
         let output = Command::new(env::current_exe().unwrap())
@@ -46,7 +62,7 @@ fn in_a_process_each(name: &str, mode: Mode, act: fn(Kind)) -> Vec<(Kind, Option
 }
 
 /// Makes a call, and gives the error that it has.
-fn errno(number: libc::c_long, arguments: [usize; 5]) -> i32 {
+pub(super) fn errno(number: libc::c_long, arguments: [usize; 5]) -> i32 {
     let [a, b, c, d, e] = arguments;
     // SAFETY: each call in these tests either is refused, or is given descriptors and addresses that do not exist, or
     // makes something that is left alone.
@@ -61,7 +77,7 @@ fn errno(number: libc::c_long, arguments: [usize; 5]) -> i32 {
     }
 }
 
-const NO_FD: usize = usize::MAX;
+pub(super) const NO_FD: usize = usize::MAX;
 
 /// What no thread whatever may do: each is refused by EPERM in this mode.
 fn try_what_nobody_may(kind: Kind) {

@@ -20,6 +20,7 @@ use crate::control::{Server, SocketAddress};
 use crate::exit::{HOST, RUNTIME};
 use crate::machine::{self, Ended, Requests};
 use crate::report::{Report, Stage};
+use crate::sandbox::landlock::Rules;
 use crate::sandbox::{self, Kind, Mode};
 
 /// What `busway run` takes.
@@ -144,6 +145,23 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHAT", default_value_t = Mode::default(), value_enum, help_heading = DIAGNOSTICS)]
     pub(super) seccomp: Mode,
 
+    /// Bound the process to the files that its VM names, by Landlock
+    ///
+    /// Those are the files, sockets and devices of the flags and of the file, with what the host has for
+    /// them. What is added later by its path is refused, unless --landlock-rules names it; a descriptor
+    /// is always taken. docs/security.md says what is in reach, and what each level of the kernel's bounds.
+    #[arg(
+        long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true",
+        value_parser = clap::value_parser!(bool), hide_possible_values = true, help_heading = DIAGNOSTICS
+    )]
+    landlock: Option<bool>,
+
+    #[arg(
+        long, help = schema::LANDLOCK_RULES.summary, long_help = schema::LANDLOCK_RULES.help(),
+        value_name = LIST, num_args = 1.., help_heading = DIAGNOSTICS
+    )]
+    landlock_rules: Vec<String>,
+
     /// Write the boot report as JSON, when the guest starts and at the end
     #[arg(long, value_name = "FILE", help_heading = DIAGNOSTICS)]
     pub(super) report: Option<PathBuf>,
@@ -185,13 +203,13 @@ Exit status: 0 the guest powered off; 1 it failed while running; 2 bad usage or 
 
 /// Runs a guest until its end.
 pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(), Failure> {
-    args.confine()?;
+    let mut config = args.config().map_err(Failure::usage)?;
+    let socket = args.api_socket().map_err(Failure::usage)?;
+    args.confine(Some(&config), socket.as_ref())?;
     // Threads start below, and the signals that end a VM are the machine's.
     machine::block_signals();
     machine::few_arenas();
     logging::step_aside();
-    let mut config = args.config().map_err(Failure::usage)?;
-    let socket = args.api_socket().map_err(Failure::usage)?;
     if socket.is_some() {
         config.platform.make_slots(config.device.len());
     }
@@ -265,9 +283,18 @@ impl RunArgs {
         self.config_from(defaults, |_| ())
     }
 
-    /// Puts the walls up that the flags ask for, before any thread is there.
-    pub(super) fn confine(&self) -> Result<(), Failure> {
-        sandbox::confine(self.seccomp).map_err(|error| Failure::new(HOST, error))
+    /// Puts the walls up that the flags ask for, before any thread is there. `config`: the VM that there is at once.
+    pub(super) fn confine(
+        &self,
+        config: Option<&VmConfig>,
+        socket: Option<&SocketAddress>,
+    ) -> Result<(), Failure> {
+        let files = config.filter(|config| config.landlock).map(|config| {
+            Rules::of(config, socket.is_some())
+                .with_made(socket.and_then(SocketAddress::path))
+                .with_made(self.report.as_deref())
+        });
+        sandbox::confine(self.seccomp, files.as_ref()).map_err(|error| Failure::new(HOST, error))
     }
 
     /// Whether the flags say anything of a VM.
@@ -364,7 +391,12 @@ impl RunArgs {
             let place = SourcePlace::Flag(schema::VSOCK.name, said.clone());
             config.vsock = Some(schema::VSOCK.make(said, &place)?);
         }
-        extend(&schema::DEVICE, &mut config.device, &self.device)
+        extend(&schema::DEVICE, &mut config.device, &self.device)?;
+        if let Some(landlock) = self.landlock {
+            config.landlock = landlock;
+        }
+        let rules = &mut config.landlock_rules;
+        extend(&schema::LANDLOCK_RULES, rules, &self.landlock_rules)
     }
 }
 

@@ -6,17 +6,70 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+use std::thread;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
+use crate::sandbox::{self, Kind};
 use crate::unix_socket::{PATH_MOST, connect_at_once};
+
+/// Bytes of the stack of the thread that connects.
+const STACK_SIZE: usize = 128 << 10;
+
+type Asked = (u32, SyncSender<io::Result<UnixStream>>);
+
+/// A thread that connects to programs on the host for a device's worker: `vsock-out`.
+///
+/// The worker is started by a vCPU, whose filter it has. So it cannot be allowed to connect without allowing that to the
+/// thread on which the guest's accesses are served. Who has the worker gets a connection to a port of this device, and
+/// to nothing else. The thread ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Ports {
+    asks: Sender<Asked>,
+}
+
+impl Ports {
+    /// Starts the thread, for the ports beside `socket`.
+    ///
+    /// # Errors
+    /// There can be no further thread.
+    pub(super) fn of(socket: &Path) -> io::Result<Self> {
+        let (asks, asked) = channel::<Asked>();
+        let socket = socket.to_owned();
+        let body = move || {
+            sandbox::enter(Kind::VsockPorts);
+            for (port, answer) in asked {
+                // Who asked waits for it, unless the VM is at its end.
+                let _nobody = answer.send(connect(&socket, port));
+            }
+        };
+        thread::Builder::new()
+            .name("vsock-out".to_owned())
+            .stack_size(STACK_SIZE)
+            .spawn(body)?;
+        Ok(Self { asks })
+    }
+
+    /// Connects to who listens for the guest at `port`. The thread does not wait for who listens, so that this is over at
+    /// once.
+    ///
+    /// # Errors
+    /// connect(2): nobody listens there, or as many wait as may.
+    pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let gone = || io::Error::other("the thread that connects to programs has ended");
+        let (answer, answered) = sync_channel(1);
+        self.asks.send((port, answer)).map_err(|_unsent| gone())?;
+        answered.recv().map_err(|_ended| gone())?
+    }
+}
 
 /// Connects to who listens for the guest at `port`, without waiting. A path that no socket's address has room for is gone
 /// by a descriptor of its folder. The stream does not block.
 ///
 /// # Errors
 /// connect(2): nobody listens there, or as many wait as may.
-pub(super) fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
+fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
     let mut path = OsString::from(socket);
     path.push(format!("_{port}"));
     let path = PathBuf::from(path);
