@@ -16,6 +16,7 @@ use super::run::RunArgs;
 use super::{Command, DIAGNOSTICS, Failure, logging, panic, print, schema, start_logging};
 use crate::config::{Accepted, ConsoleConfig, VmConfig};
 use crate::control::Server;
+use crate::control::SocketAddress;
 use crate::exit::RUNTIME;
 use crate::machine::{self, Requests};
 use crate::monitor;

@@ -227,7 +227,7 @@ pub enum RequestError {
 
 impl RequestError {
     /// That something was tried and failed, with every cause that its text leaves out.
-    pub(super) fn failed(error: &dyn std::error::Error) -> Self {
+    pub(super) fn failed(error: &(dyn std::error::Error + 'static)) -> Self {
         let mut text = error.to_string();
         let mut cause = error.source();
         while let Some(error) = cause {

@@ -9,7 +9,7 @@ use libc::{
     AF_INET, AF_NETLINK, AF_UNIX, AT_EMPTY_PATH, CLONE_FILES, CLONE_FS, CLONE_PTRACE,
     CLONE_SIGHAND, CLONE_THREAD, CLONE_UNTRACED, CLONE_VFORK, CLONE_VM, F_ADD_SEALS,
     F_DUPFD_CLOEXEC, F_GET_SEALS, F_GETFD, F_GETFL, F_OFD_GETLK, F_OFD_SETLK, F_SETFD, F_SETFL,
-    O_ACCMODE, O_APPEND, O_CLOEXEC, O_CREAT, O_DIRECTORY, O_PATH, O_TRUNC, PR_GET_NAME, PR_SET_NAME, PR_SET_NO_NEW_PRIVS,
+    O_ACCMODE, O_APPEND, O_CREAT, O_TRUNC, PR_GET_NAME, PR_SET_NAME, PR_SET_NO_NEW_PRIVS,
     PROT_EXEC, SECCOMP_SET_MODE_FILTER, SIGSYS, c_long,
 };
 use rustix::thread::CapabilitySet;
@@ -221,12 +221,6 @@ const SOCKETS: &[Row] = &[
     (libc::SYS_listen, Always),
 ];
 
-/// Looks for a folder, by which a socket is reached whose path is too long for an address.
-const FOLDERS: &[Row] = &[(
-    libc::SYS_openat,
-    Is(2, &[(O_PATH | O_DIRECTORY | O_CLOEXEC) as u32]),
-)];
-
 /// Asks the kernel for routes, for what is said of a device that somebody asks about over the API.
 const ROUTES: &[Row] = &[(libc::SYS_socket, Is(0, &[AF_NETLINK as u32]))];
 
@@ -339,7 +333,7 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::Net => &[TUN_RUNNING],
         Kind::Vhost => &[VHOST_CALLS],
         Kind::Vsock => &[VHOST_CALLS, STREAMS, TIMERS],
-        Kind::VsockPorts => &[CONNECTS, FOLDERS],
+        Kind::VsockPorts => &[CONNECTS],
         Kind::VhostUser => &[STREAMS, CONNECTS],
         Kind::Console => &[STREAMS],
         Kind::Http => &[TO_READ, STREAMS, AT_PLACES, ROUTES],

@@ -7,14 +7,14 @@ use std::io;
 use std::net::TcpStream;
 use std::path::PathBuf;
 
+use tempfile::TempDir;
+
 use super::landlock::Rules;
 use super::table::{self, Files};
-use super::tests::{NO_FD, NO_WALLS, errno, in_a_process_with};
+use super::tests::{FOLDER, NO_FD, NO_WALLS, errno, in_a_process_with};
 use super::{Kind, Mode};
 use crate::config::{LandlockAccess, LandlockRule, VmConfig};
 
-/// The folder that the processes of a test share.
-const FOLDER: &str = "BUSWAY_TEST_FOLDER";
 /// The status of a thread's process that ended as if nothing had happened.
 const SURVIVED: Option<i32> = Some(0);
 
@@ -31,7 +31,8 @@ impl Attempt {
     /// call, and nothing of it is done.
     fn ends_the_process(&self) {
         let name = format!("takeover::{}", self.test);
-        for (kind, status, stderr) in in_a_process_with(&name, Mode::True, || None, self.act) {
+        for (kind, status, stderr) in in_a_process_with(&name, Mode::True, None, || None, self.act)
+        {
             let told = stderr.contains(&format!("({}), with 0x", self.call))
                 && stderr.contains("busway: error: thread taken asked the kernel for call");
             match self.may.contains(&kind) {
@@ -47,7 +48,9 @@ fn a_thread_that_was_taken_over_executes_nothing() {
     Attempt {
         test: "a_thread_that_was_taken_over_executes_nothing",
         call: "execve",
-        act: |_| drop(errno(libc::SYS_execve, [c"/bin/sh".as_ptr() as usize, 0, 0, 0, 0])),
+        act: |_| {
+            errno(libc::SYS_execve, [c"/bin/sh".as_ptr() as usize, 0, 0, 0, 0]);
+        },
         may: &[],
     }
     .ends_the_process();
@@ -59,7 +62,9 @@ fn a_thread_that_was_taken_over_traces_nothing() {
         test: "a_thread_that_was_taken_over_traces_nothing",
         call: "ptrace",
         // PTRACE_ATTACH to its own parent. linux/ptrace.h
-        act: |_| drop(errno(libc::SYS_ptrace, [16, 1, 0, 0, 0])),
+        act: |_| {
+            errno(libc::SYS_ptrace, [16, 1, 0, 0, 0]);
+        },
         may: &[],
     }
     .ends_the_process();
@@ -114,7 +119,9 @@ fn a_thread_that_was_taken_over_connects_only_where_that_is_its_work() {
     Attempt {
         test: "a_thread_that_was_taken_over_connects_only_where_that_is_its_work",
         call: "connect",
-        act: |_| drop(errno(libc::SYS_connect, [NO_FD, 0, 0, 0, 0])),
+        act: |_| {
+            errno(libc::SYS_connect, [NO_FD, 0, 0, 0, 0]);
+        },
         // What a vCPU starts connects to nothing either.
         may: &[Kind::Main, Kind::VhostUser, Kind::VsockPorts],
     }
@@ -128,10 +135,7 @@ fn a_thread_that_was_taken_over_reaches_the_network_by_no_socket() {
         call: "socket",
         act: |_| {
             let stream = libc::SOCK_STREAM as usize;
-            errno(
-                libc::SYS_socket,
-                [libc::AF_INET6 as usize, stream, 0, 0, 0],
-            );
+            errno(libc::SYS_socket, [libc::AF_INET6 as usize, stream, 0, 0, 0]);
         },
         may: &[],
     }
@@ -142,18 +146,17 @@ fn a_thread_that_was_taken_over_reaches_the_network_by_no_socket() {
 /// those that write files makes one.
 #[test]
 fn a_thread_that_was_taken_over_makes_no_file() {
-    let folder = tempfile::tempdir().unwrap();
-    if env::var(FOLDER).is_err() {
-        // SAFETY: nothing else of this test's reads the environment meanwhile; its children inherit it.
-        unsafe { env::set_var(FOLDER, folder.path()) };
-    }
+    let folder = env::var_os(FOLDER)
+        .is_none()
+        .then(|| tempfile::tempdir().unwrap());
+    let folder = folder.as_ref().map(TempDir::path);
     let act = |kind: Kind| {
         let path = PathBuf::from(env::var_os(FOLDER).unwrap()).join(format!("{kind:?}"));
         let _refused = File::create(path);
     };
     let name = "takeover::a_thread_that_was_taken_over_makes_no_file";
-    for (kind, status, stderr) in in_a_process_with(name, Mode::True, || None, act) {
-        let made = folder.path().join(format!("{kind:?}")).exists();
+    for (kind, status, stderr) in in_a_process_with(name, Mode::True, folder, || None, act) {
+        let made = folder.is_some_and(|folder| folder.join(format!("{kind:?}")).exists());
         let writes = table::files(kind) == Files::AsTheProcess;
         assert_eq!(made, writes, "{kind:?}: {status:?}: {stderr}");
     }
@@ -208,7 +211,10 @@ fn try_paths(kind: Kind) {
     assert!(is_refused(fs::read_dir(&other)));
     assert!(is_refused(File::create(other.join("new"))));
     assert!(is_refused(fs::remove_file(other.join("file"))));
-    assert!(is_refused(fs::rename(other.join("file"), named.join("mine"))));
+    assert!(is_refused(fs::rename(
+        other.join("file"),
+        named.join("mine")
+    )));
     assert!(is_refused(fs::create_dir(named.join("folder"))));
     assert!(is_refused(fs::read_dir("/etc")));
     if level() >= 4 {
@@ -228,20 +234,21 @@ fn try_paths(kind: Kind) {
 
 #[test]
 fn under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_with_files() {
-    let folder = tempfile::tempdir().unwrap();
-    if env::var(FOLDER).is_err() {
+    let folder = env::var_os(FOLDER)
+        .is_none()
+        .then(|| tempfile::tempdir().unwrap());
+    let folder = folder.as_ref().map(TempDir::path);
+    if let Some(folder) = folder {
         for name in ["named", "other"] {
-            fs::create_dir(folder.path().join(name)).unwrap();
-            fs::write(folder.path().join(name).join("file"), "secret").unwrap();
+            fs::create_dir(folder.join(name)).unwrap();
+            fs::write(folder.join(name).join("file"), "secret").unwrap();
         }
         for kind in Kind::ALL {
-            fs::write(folder.path().join(format!("named/for {kind:?}")), "").unwrap();
+            fs::write(folder.join(format!("named/for {kind:?}")), "").unwrap();
         }
-        // SAFETY: nothing else of this test's reads the environment meanwhile; its children inherit it.
-        unsafe { env::set_var(FOLDER, folder.path()) };
     }
     let test = "takeover::under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_with_files";
-    for (kind, status, stderr) in in_a_process_with(test, Mode::False, files, try_paths) {
+    for (kind, status, stderr) in in_a_process_with(test, Mode::False, folder, files, try_paths) {
         if status == Some(NO_WALLS) && level() == 0 {
             assert!(stderr.contains("this kernel has no Landlock"), "{stderr}");
             eprintln!("skipped: {stderr}");
@@ -249,5 +256,6 @@ fn under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_wit
         }
         assert_eq!(status, SURVIVED, "{kind:?}: {stderr}");
     }
-    assert_eq!(fs::read_to_string(folder.path().join("other/file")).unwrap(), "secret");
+    let other = folder.map(|folder| fs::read_to_string(folder.join("other/file")).unwrap());
+    assert_eq!(other.as_deref(), Some("secret"));
 }

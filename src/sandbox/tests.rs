@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::env;
 use std::io;
+use std::path::Path;
 use std::process::{self, Command};
 use std::thread;
 
@@ -14,6 +15,8 @@ use super::{Kind, Mode, capabilities, confine, enter};
 
 /// The kind whose thread the process is to have.
 const CHILD: &str = "BUSWAY_TEST_WALLS";
+/// The folder that the processes of a test share.
+pub(super) const FOLDER: &str = "BUSWAY_TEST_FOLDER";
 /// The status of a process that could not be confined.
 pub(super) const NO_WALLS: i32 = 77;
 /// The capabilities that it was started with.
@@ -22,13 +25,15 @@ const RIGHTS: &str = "BUSWAY_TEST_RIGHTS";
 /// Runs the test `name` again in a process of its own, for each kind: there, `act` is done on a thread of that kind,
 /// with violations dealt with as `mode` says. Gives each process's status and standard error.
 fn in_a_process_each(name: &str, mode: Mode, act: fn(Kind)) -> Vec<(Kind, Option<i32>, String)> {
-    in_a_process_with(&format!("tests::{name}"), mode, || None, act)
+    in_a_process_with(&format!("tests::{name}"), mode, None, || None, act)
 }
 
-/// The same, where a test is named with its module, and Landlock leaves the process what `files` says.
+/// The same, where a test is named with its module, the processes share a folder ([`FOLDER`]), and Landlock leaves them
+/// what `files` says.
 pub(super) fn in_a_process_with(
     name: &str,
     mode: Mode,
+    folder: Option<&Path>,
     files: fn() -> Option<Rules>,
     act: fn(Kind),
 ) -> Vec<(Kind, Option<i32>, String)> {
@@ -49,7 +54,9 @@ pub(super) fn in_a_process_with(
     let test = format!("sandbox::{name}");
     let rights = capabilities_now(None).unwrap().permitted;
     let run = |(number, kind): (usize, Kind)| {
+        let folder = folder.map(|folder| (FOLDER, folder));
         let output = Command::new(env::current_exe().unwrap())
+            .envs(folder)
             .args(["--exact", &test, "--nocapture", "--test-threads=1"])
             .env(CHILD, number.to_string())
             .env(RIGHTS, rights.bits().to_string())

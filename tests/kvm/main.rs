@@ -10,6 +10,7 @@ mod generated;
 mod guest;
 mod hostile;
 mod interrupts;
+mod landlock;
 mod lines;
 mod memory;
 mod notified;

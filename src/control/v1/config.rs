@@ -8,8 +8,8 @@ use serde::Serialize;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
     Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig,
-    Topology, VcpuAffinity, VmConfig,
+    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity,
+    RateLimiterConfig, Topology, VcpuAffinity, VmConfig,
 };
 use crate::machine::Info;
 

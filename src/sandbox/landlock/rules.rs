@@ -185,14 +185,10 @@ mod tests {
 
         config.disk = vec![
             DiskConfig {
-                path: "/disks/a".into(),
                 readonly: true,
-                ..DiskConfig::default()
+                ..DiskConfig::new("/disks/a")
             },
-            DiskConfig {
-                path: "b".into(),
-                ..DiskConfig::default()
-            },
+            DiskConfig::new("b"),
         ];
         config.device = vec![DeviceConfig::new("0000:01:00.0").unwrap()];
         config.firmware = Some(FirmwareConfig {
