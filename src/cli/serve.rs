@@ -15,8 +15,7 @@ use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcomma
 use super::run::RunArgs;
 use super::{Command, DIAGNOSTICS, Failure, logging, panic, print, schema, start_logging};
 use crate::config::{Accepted, ConsoleConfig, VmConfig};
-use crate::control::Server;
-use crate::control::SocketAddress;
+use crate::control::{Server, SocketAddress};
 use crate::exit::RUNTIME;
 use crate::machine::{self, Requests};
 use crate::monitor;

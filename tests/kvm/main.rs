@@ -14,6 +14,7 @@ mod landlock;
 mod lines;
 mod memory;
 mod notified;
+mod ordinary;
 mod processors;
 mod served;
 mod walls;

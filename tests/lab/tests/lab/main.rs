@@ -40,6 +40,7 @@ mod libvirt;
 mod life;
 mod mediated;
 mod nic;
+mod package;
 mod paused;
 mod proof;
 mod run;
@@ -78,6 +79,7 @@ const CHAPTERS: &[&[Proof]] = &[
     paused::PROOFS,
     firmware::PROOFS,
     system::PROOFS,
+    package::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,
