@@ -6,9 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use busway_lab::{
-    Device, GuestRun, Host, HostConfig, Kernel, Lab, Profile, Vmm, build_busway,
-};
+use busway_lab::{Device, GuestRun, Host, HostConfig, Kernel, Lab, Profile, Vmm, build_busway};
 
 use crate::{Proof, tell};
 
@@ -67,10 +65,7 @@ fn pack(host: &Host, version: &str) -> Result<()> {
 /// Writes a VM's file, as an administrator does.
 fn describe(host: &Host, machine: &Machine, address: &str) -> Result<()> {
     let Machine {
-        name,
-        driver,
-        file,
-        ..
+        name, driver, file, ..
     } = machine;
     let run = GuestRun::new(Vmm::Busway).script(&format!(
         "modprobe -a {driver} evdev button\n\
@@ -110,8 +105,12 @@ fn runs(host: &Host, machine: &Machine) -> Result<()> {
         ),
         LIMIT + Duration::from_secs(60),
     )?;
-    let said = output.success().with_context(|| format!("{name} does not run"))?;
-    let right = said.lines().any(|line| line.trim() == format!("@@value found {found}"));
+    let said = output
+        .success()
+        .with_context(|| format!("{name} does not run"))?;
+    let right = said
+        .lines()
+        .any(|line| line.trim() == format!("@@value found {found}"));
     ensure!(right, "{name}: {said}");
     Ok(())
 }
@@ -183,7 +182,10 @@ fn life(lab: &mut Lab) -> Result<()> {
     host.run(&format!("busway device bind --persist {drive} {nic}"))?;
     for (machine, address) in MACHINES.iter().zip(&addresses) {
         describe(host, machine, address)?;
-        let enabled = host.output(&format!("systemctl enable --now busway@{}", machine.name), LIMIT)?;
+        let enabled = host.output(
+            &format!("systemctl enable --now busway@{}", machine.name),
+            LIMIT,
+        )?;
         enabled.success()?;
     }
     both_run(host, &addresses)?;
@@ -192,7 +194,8 @@ fn life(lab: &mut Lab) -> Result<()> {
     host.reboot()?;
     booted(host)?;
     let pids = both_run(host, &addresses)?;
-    let before = host.run("journalctl -b -1 -o cat -u 'busway@*' | grep -ac 'powered off' || true")?;
+    let before =
+        host.run("journalctl -b -1 -o cat -u 'busway@*' | grep -ac 'powered off' || true")?;
     tell!("{before} guests told of their end before the restart");
     let result = host.run(
         "journalctl -b -1 -o cat -u busway@one -u busway@two | grep -aE 'Failed with result|status=' || true",
@@ -204,7 +207,10 @@ fn life(lab: &mut Lab) -> Result<()> {
     ensure!(both_run(host, &addresses)? == pids, "an upgrade ended a VM");
     for pid in &pids {
         let program = host.run(&format!("readlink /proc/{pid}/exe"))?;
-        ensure!(program.contains("(deleted)"), "it is another program: {program}");
+        ensure!(
+            program.contains("(deleted)"),
+            "it is another program: {program}"
+        );
     }
 
     // Stopped, by the power button; the other runs on.
@@ -219,12 +225,16 @@ fn life(lab: &mut Lab) -> Result<()> {
         let driver = host.run(&format!(
             "udevadm settle; basename $(readlink /sys/bus/pci/devices/{address}/driver)"
         ))?;
-        ensure!(driver.trim() == machine.driver, "{address} is with {driver}");
+        ensure!(
+            driver.trim() == machine.driver,
+            "{address} is with {driver}"
+        );
     }
     let rules = host.run("ls /etc/udev/rules.d")?;
     ensure!(!rules.contains("busway"), "{rules}");
     ensure!(host.run("pgrep -x busway || true")?.trim().is_empty());
-    host.run("test -e /etc/busway/one.toml").context("its configuration stays")?;
+    host.run("test -e /etc/busway/one.toml")
+        .context("its configuration stays")?;
 
     // Purged.
     tell!("{}", host.run("dpkg -P busway 2>&1")?);
