@@ -89,6 +89,13 @@ pub fn restrict(rules: &Rules) -> Result<(), LandlockError> {
             }
         }
     }
+    for folder in rules.connects() {
+        if let Ok(folder) = PathFd::new(folder) {
+            // Kernels that do not bound connections take the former for an access that is none.
+            let connect = AccessFs::ResolveUnix | AccessFs::ReadDir;
+            created = created.add_rule(PathBeneath::new(folder, connect))?;
+        }
+    }
     let status = created.all_threads(true)?.restrict_self()?;
     match (status.ruleset, status.landlock) {
         (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => {

@@ -13,7 +13,11 @@ use LandlockAccess::{Read, ReadWrite};
 
 /// Some paths of a process's, and what may be done with them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rules(Vec<LandlockRule>);
+pub struct Rules {
+    paths: Vec<LandlockRule>,
+    /// Folders whose sockets are connected to.
+    connects: Vec<PathBuf>,
+}
 
 /// What every VM opens or reads.
 ///
@@ -93,7 +97,12 @@ impl Rules {
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &LandlockRule> {
-        self.0.iter()
+        self.paths.iter()
+    }
+
+    /// Folders whose sockets are connected to.
+    pub(super) fn connects(&self) -> &[PathBuf] {
+        &self.connects
     }
 
     fn allow(&mut self, path: impl Into<PathBuf>, access: LandlockAccess) {
@@ -101,8 +110,8 @@ impl Rules {
             path: path.into(),
             access,
         };
-        if !self.0.contains(&rule) {
-            self.0.push(rule);
+        if !self.paths.contains(&rule) {
+            self.paths.push(rule);
         }
     }
 
@@ -125,9 +134,10 @@ impl Rules {
     }
 
     fn virtio(&mut self, device: &VirtioConfig) {
-        // Where another process serves it, its socket is all that there is.
+        // Where another process serves it, its socket is all that there is. The folder, for a rule is of the file that is
+        // there, and a back end that comes back makes another.
         if let Some(socket) = device.socket() {
-            return self.allow(socket, ReadWrite);
+            return self.connects.push(folder(socket).to_owned());
         }
         match device {
             VirtioConfig::Disk(disk) if disk.readonly => self.allow(&disk.path, Read),
@@ -207,6 +217,17 @@ mod tests {
         assert_eq!(access(&rules, "/var/lib/vm"), [ReadWrite]);
         assert_eq!(access(&rules, "/srv/more"), [LandlockAccess::Write]);
         assert_eq!(access(&rules, "."), [ReadWrite]);
+    }
+
+    #[test]
+    fn of_what_another_process_serves_only_its_socket_is_in_reach() {
+        let config = VmConfig {
+            fs: vec![crate::config::FsConfig::new("tag", "/run/share/socket")],
+            ..VmConfig::default()
+        };
+        let rules = Rules::of(&config, false);
+        assert_eq!(rules.connects(), [Path::new("/run/share")]);
+        assert_eq!(access(&rules, "/run/share"), []);
     }
 
     #[test]

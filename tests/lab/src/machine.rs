@@ -18,7 +18,7 @@ pub(crate) const FOLDERS: [&str; 3] = ["lab", "project", "cache"];
 
 /// What the kernel of a host is told that boots by systemd. Nobody logs in, and nothing is to be waited for at a console.
 const SYSTEMD: &str = "lab.init=systemd systemd.unit=multi-user.target systemd.wants=lab-agent.service \
-     systemd.mask=serial-getty@ttyS0.service systemd.mask=getty.target";
+     systemd.mask=serial-getty@ttyS0.service systemd.mask=getty.target systemd.mask=e2scrub_reap.service";
 
 /// The most that such a host writes, in MiB.
 const WRITTEN_MIB: u64 = 4096;
