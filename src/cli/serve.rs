@@ -201,12 +201,14 @@ impl Serve {
             let started = monitor.open().and_then(|file| Ok(monitor::start(file)?));
             started.map_err(|error| Failure::usage(format!("--event-monitor: {error}")))?;
         }
-        let first = self.first().map_err(Failure::usage)?;
-        let socket = self.vm.api_socket().map_err(Failure::usage)?;
-        self.vm.confine(first.as_ref(), socket.as_ref())?;
+        let described = self.described();
+        let at_once = described.as_ref().ok().cloned();
+        let at_once = at_once.and_then(|(first, socket)| Some((first?, socket)));
+        self.vm.confine(at_once.as_ref())?;
         // Threads start below, and the signals that end a VM are the machine's.
         machine::block_signals();
         logging::step_aside();
+        let (first, socket) = described?;
         if first.is_none() && socket.is_none() {
             return Err(Failure::usage(NothingToDo));
         }
@@ -231,6 +233,12 @@ impl Serve {
             server.finish();
         }
         served.map_err(|error| Failure::new(error.exit_status(), error))
+    }
+
+    /// The VM that is there at once, if there is one, and where the process is controlled.
+    fn described(&self) -> Result<(Option<VmConfig>, Option<SocketAddress>), Failure> {
+        let first = self.first().map_err(Failure::usage)?;
+        Ok((first, self.vm.api_socket().map_err(Failure::usage)?))
     }
 
     /// The VM that is there at once, where the flags describe one.

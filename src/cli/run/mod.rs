@@ -151,14 +151,14 @@ pub(super) struct RunArgs {
     /// them. What is added later by its path is refused, unless --landlock-rules names it; a descriptor
     /// is always taken. docs/security.md says what is in reach, and what each level of the kernel's bounds.
     #[arg(
-        long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true",
-        value_parser = clap::value_parser!(bool), hide_possible_values = true, help_heading = DIAGNOSTICS
+        long, value_name = "WHAT", num_args = 0..=1, default_missing_value = "true",
+        value_parser = clap::value_parser!(bool), help_heading = DIAGNOSTICS
     )]
     landlock: Option<bool>,
 
     #[arg(
         long, help = schema::LANDLOCK_RULES.summary, long_help = schema::LANDLOCK_RULES.help(),
-        value_name = LIST, num_args = 1.., help_heading = DIAGNOSTICS
+        value_name = "RULE", num_args = 1.., help_heading = DIAGNOSTICS
     )]
     landlock_rules: Vec<String>,
 
@@ -203,13 +203,14 @@ Exit status: 0 the guest powered off; 1 it failed while running; 2 bad usage or 
 
 /// Runs a guest until its end.
 pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(), Failure> {
-    let mut config = args.config().map_err(Failure::usage)?;
-    let socket = args.api_socket().map_err(Failure::usage)?;
-    args.confine(Some(&config), socket.as_ref())?;
+    // What is wrong with it is said behind the walls and by a thread, so that the end waits for no reader.
+    let described = args.described();
+    args.confine(described.as_ref().ok())?;
     // Threads start below, and the signals that end a VM are the machine's.
     machine::block_signals();
     machine::few_arenas();
     logging::step_aside();
+    let (mut config, socket) = described?;
     if socket.is_some() {
         config.platform.make_slots(config.device.len());
     }
@@ -283,17 +284,25 @@ impl RunArgs {
         self.config_from(defaults, |_| ())
     }
 
-    /// Puts the walls up that the flags ask for, before any thread is there. `config`: the VM that there is at once.
+    /// The same, and where it is controlled.
+    fn described(&self) -> Result<(VmConfig, Option<SocketAddress>), Failure> {
+        let config = self.config().map_err(Failure::usage)?;
+        Ok((config, self.api_socket().map_err(Failure::usage)?))
+    }
+
+    /// Puts the walls up that the flags ask for, before any thread is there. `vm`: what there is at once, and where it is
+    /// controlled.
     pub(super) fn confine(
         &self,
-        config: Option<&VmConfig>,
-        socket: Option<&SocketAddress>,
+        vm: Option<&(VmConfig, Option<SocketAddress>)>,
     ) -> Result<(), Failure> {
-        let files = config.filter(|config| config.landlock).map(|config| {
-            Rules::of(config, socket.is_some())
-                .with_made(socket.and_then(SocketAddress::path))
-                .with_made(self.report.as_deref())
-        });
+        let files = vm
+            .filter(|(config, _)| config.landlock)
+            .map(|(config, socket)| {
+                Rules::of(config, socket.is_some())
+                    .with_made(socket.as_ref().and_then(SocketAddress::path))
+                    .with_made(self.report.as_deref())
+            });
         sandbox::confine(self.seccomp, files.as_ref()).map_err(|error| Failure::new(HOST, error))
     }
 
