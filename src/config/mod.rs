@@ -9,6 +9,7 @@ mod balloon;
 mod cpus;
 mod disk;
 mod fs;
+mod landlock;
 mod limits;
 mod tpm;
 mod validate;
@@ -28,6 +29,7 @@ pub use balloon::BalloonConfig;
 pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
+pub use landlock::{LandlockAccess, LandlockRule};
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
     CONSOLE_FILE_SIZE, DEFAULT_POWER_OFF_TIMEOUT, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES,
@@ -89,6 +91,11 @@ pub struct VmConfig {
     pub device: Vec<DeviceConfig>,
     /// How the platform is built.
     pub platform: PlatformConfig,
+    /// Landlock bounds the process to the files that this names.
+    pub landlock: bool,
+    /// What may be opened beside them.
+    #[serde(rename = "landlock-rules")]
+    pub landlock_rules: Vec<LandlockRule>,
     /// What was said of it that changes nothing yet. It has no words of its own.
     #[serde(skip)]
     pub accepted: Option<Box<Accepted>>,

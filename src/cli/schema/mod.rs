@@ -130,6 +130,8 @@ pub(super) const TOP: &[&str] = &[
     "console",
     "device",
     "platform",
+    "landlock",
+    "landlock-rules",
 ];
 
 /// The widest that stands in the column of what can be said.
@@ -155,6 +157,7 @@ mod disk;
 mod firmware;
 mod fs;
 mod tpm;
+mod landlock;
 mod vsock;
 
 pub(super) use balloon::BALLOON;
@@ -163,6 +166,7 @@ pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
 pub(super) use fs::FS;
 pub(super) use tpm::TPM;
+pub(super) use landlock::LANDLOCK_RULES;
 pub(super) use vsock::VSOCK;
 
 /// `--memory`
@@ -502,6 +506,7 @@ mod tests {
         agrees(&BALLOON);
         agrees(&RNG);
         agrees(&DEVICE);
+        agrees(&LANDLOCK_RULES);
         agrees(&PLATFORM);
         let vm = serde_json::to_value(VmConfig::default()).unwrap();
         let mut fields: Vec<_> = vm.as_object().unwrap().keys().map(String::as_str).collect();

@@ -17,6 +17,12 @@ pub enum InvalidConfig {
          disk that firmware can boot, with --disk path=FILE or --device ADDRESS"
     )]
     NoKernel,
+    /// --landlock-rules without --landlock
+    #[error(
+        "--landlock-rules says what else may be opened where Landlock bounds the process: give --landlock true, or \
+         leave the rules out"
+    )]
+    LandlockRules,
     /// {device}: boot_index= without firmware
     #[error(
         "{device}: boot_index= is for firmware: give --firmware auto, or leave boot_index= out"

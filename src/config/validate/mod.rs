@@ -99,6 +99,9 @@ impl VmConfig {
             return Err(InvalidConfig::OneTerminal);
         }
         self.validate_console_files()?;
+        if !self.landlock && !self.landlock_rules.is_empty() {
+            return Err(InvalidConfig::LandlockRules);
+        }
         self.validate_vf_tokens()?;
         self.platform.validate_slots()?;
         self.platform.validate_identity()?;

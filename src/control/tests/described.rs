@@ -293,6 +293,11 @@ fn a_full_configuration_is_as_described() {
         device: vec![device],
         ..VmConfig::default()
     };
+    config.landlock = true;
+    config.landlock_rules = vec![crate::config::LandlockRule {
+        path: "p".into(),
+        access: crate::config::LandlockAccess::Read,
+    }];
     config.memory.hugepage_size = Some(1 << 30);
     config.platform.iommufd = Choice::On;
     config.platform.p2p = Choice::Off;

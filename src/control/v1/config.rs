@@ -8,8 +8,8 @@ use serde::Serialize;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
     Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig,
-    Topology, VcpuAffinity, VmConfig,
+    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity,
+    RateLimiterConfig, Topology, VcpuAffinity, VmConfig,
 };
 use crate::machine::Info;
 
@@ -44,6 +44,8 @@ pub(super) struct Config {
     watchdog: bool,
     pvpanic: bool,
     landlock_enable: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    landlock_rules: Vec<LandlockRule>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -277,7 +279,8 @@ impl From<&VmConfig> for Config {
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
-            landlock_enable: false,
+            landlock_enable: config.landlock,
+            landlock_rules: config.landlock_rules.clone(),
         }
     }
 }

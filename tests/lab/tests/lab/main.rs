@@ -40,6 +40,7 @@ mod libvirt;
 mod life;
 mod mediated;
 mod nic;
+mod package;
 mod paused;
 mod proof;
 mod run;
@@ -80,6 +81,7 @@ const CHAPTERS: &[&[Proof]] = &[
     firmware::PROOFS,
     tpm::PROOFS,
     system::PROOFS,
+    package::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,
