@@ -47,6 +47,7 @@ mod slots;
 mod system;
 mod vhost;
 mod vhost_user;
+mod vhost_user_net;
 mod virtio;
 mod virtio_hotplug;
 mod vsock;
@@ -62,6 +63,7 @@ const CHAPTERS: &[&[Proof]] = &[
     vsock::PROOFS,
     disk::PROOFS,
     vhost_user::PROOFS,
+    vhost_user_net::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     libvirt::PROOFS,
