@@ -44,6 +44,7 @@ mod paused;
 mod proof;
 mod run;
 mod slots;
+mod switched;
 mod system;
 mod vhost;
 mod vhost_user;
@@ -64,6 +65,7 @@ const CHAPTERS: &[&[Proof]] = &[
     disk::PROOFS,
     vhost_user::PROOFS,
     vhost_user_net::PROOFS,
+    switched::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     libvirt::PROOFS,
