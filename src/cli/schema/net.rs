@@ -14,8 +14,8 @@ pub(in crate::cli) static NET: Section<NetConfig> = Section {
     keys: keys! {
         "tap" { "NAME": "the interface, made where there is none [named by the kernel]" }
             |net, value| net.tap = Some(value.text()?.to_owned());
-        "fd" { "N|[N,…]": "in place of tap=: descriptors of a tap that Busway inherits, one for each\n\
-                 pair of queues, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR" }
+        "fd" { "N|[N,…]": "in place of tap=: descriptors of a tap that Busway inherits, one for\n\
+                 each pair of queues, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR" }
             |net, value| net.fd = numbers(value)?;
         "vhost_user" { "on|off": "another process serves the NIC, and there is no tap [off]" }
             |net, value| net.vhost_user = value.switch()?;
