@@ -667,10 +667,6 @@ mod tests {
                 r#"{"serial":{"mode":"Off","iommu":true}}"#,
                 Lack::VirtualIommu,
             ),
-            (
-                r#"{"net":[{"vhost_user":true,"vhost_socket":"/s"}]}"#,
-                Lack::VhostUserNet,
-            ),
             (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
         ] {
             assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");

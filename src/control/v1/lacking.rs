@@ -39,7 +39,6 @@ pub(super) enum Lack {
     UserDevices,
     Vdpa,
     VhostUser,
-    VhostUserNet,
     VirtualIommu,
 }
 
@@ -60,7 +59,7 @@ impl Lack {
             Self::MemoryZones => "memory zones",
             Self::MergedPages => "pages that the host merges (memory.mergeable)",
             Self::Migration => "a VM that moves from one process to another",
-            Self::Mtu => "a NIC with an MTU of its own",
+            Self::Mtu => "a tap with an MTU of its own (mtu, without vhost_user)",
             Self::Numa => "NUMA nodes of the guest",
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
@@ -80,7 +79,6 @@ impl Lack {
             Self::UserDevices => "vfio-user devices",
             Self::Vdpa => "vDPA devices",
             Self::VhostUser => "vhost-user devices of any kind (generic_vhost_user)",
-            Self::VhostUserNet => "vhost-user NICs",
             Self::VirtualIommu => "a virtual IOMMU, or a device behind one (iommu)",
         }
     }
