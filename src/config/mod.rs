@@ -11,8 +11,8 @@ mod disk;
 mod fs;
 mod landlock;
 mod limits;
-mod tpm;
 mod net;
+mod tpm;
 mod validate;
 mod virtio;
 mod vsock;
@@ -36,8 +36,8 @@ pub use limits::{
     FS_QUEUE_SIZES, MAX_CPUS, MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP,
     MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
-pub use tpm::TpmConfig;
 pub use net::{NetConfig, VhostMode};
+pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;

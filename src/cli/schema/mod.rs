@@ -156,9 +156,9 @@ mod cpus;
 mod disk;
 mod firmware;
 mod fs;
-mod tpm;
 mod landlock;
 mod net;
+mod tpm;
 mod vsock;
 
 pub(super) use balloon::BALLOON;
@@ -166,9 +166,9 @@ pub(super) use cpus::CPUS;
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
 pub(super) use fs::FS;
-pub(super) use tpm::TPM;
 pub(super) use landlock::LANDLOCK_RULES;
 pub(super) use net::NET;
+pub(super) use tpm::TPM;
 pub(super) use vsock::VSOCK;
 
 /// `--memory`
