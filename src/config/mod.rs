@@ -9,7 +9,9 @@ mod balloon;
 mod cpus;
 mod disk;
 mod fs;
+mod landlock;
 mod limits;
+mod net;
 mod tpm;
 mod validate;
 mod virtio;
@@ -18,7 +20,6 @@ mod vsock;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use busway_host::Mac;
 use busway_pci::Reserve;
 use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
@@ -28,12 +29,14 @@ pub use balloon::BalloonConfig;
 pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
+pub use landlock::{LandlockAccess, LandlockRule};
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
     CONSOLE_FILE_SIZE, DEFAULT_POWER_OFF_TIMEOUT, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES,
     FS_QUEUE_SIZES, MAX_CPUS, MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP,
     MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
+pub use net::{NetConfig, VhostMode};
 pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
@@ -89,6 +92,11 @@ pub struct VmConfig {
     pub device: Vec<DeviceConfig>,
     /// How the platform is built.
     pub platform: PlatformConfig,
+    /// Landlock bounds the process to the files that this names.
+    pub landlock: bool,
+    /// What may be opened beside them.
+    #[serde(rename = "landlock-rules")]
+    pub landlock_rules: Vec<LandlockRule>,
     /// What was said of it that changes nothing yet. It has no words of its own.
     #[serde(skip)]
     pub accepted: Option<Box<Accepted>>,
@@ -133,47 +141,6 @@ impl Default for MemoryConfig {
             hugepage_size: None,
             prefault: None,
             thp: true,
-        }
-    }
-}
-
-/// `--net`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetConfig {
-    /// The tap interface; made where it does not exist, and named by the kernel where absent.
-    #[serde(default)]
-    pub tap: Option<String>,
-    /// Descriptors of a tap that somebody else has opened, one for each pair of queues, in the place of `tap`.
-    #[serde(default)]
-    pub fd: Vec<u32>,
-    /// The guest's MAC address; a random, locally administered one where absent.
-    #[serde(default)]
-    pub mac: Option<Mac>,
-    /// Receive and transmit queues together; even.
-    #[serde(default = "two")]
-    pub num_queues: u16,
-    /// Descriptors a queue; a power of two.
-    #[serde(default = "net_queue_size")]
-    pub queue_size: u16,
-    /// The host's kernel serves the queues (vhost-net).
-    #[serde(default)]
-    pub vhost: Choice,
-    /// Name, unique in the VM.
-    #[serde(default)]
-    pub id: Option<String>,
-}
-
-impl Default for NetConfig {
-    fn default() -> Self {
-        Self {
-            tap: None,
-            fd: Vec::new(),
-            mac: None,
-            num_queues: two(),
-            queue_size: net_queue_size(),
-            vhost: Choice::Auto,
-            id: None,
         }
     }
 }

@@ -20,6 +20,7 @@ use crate::exit::{HOST, RUNTIME, USAGE};
 use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Overlap};
 use crate::memory::{Amount, PrefaultError, RamError, RegionsError};
+use crate::sandbox::landlock::LandlockError;
 use crate::virtio::VirtioPciError;
 use crate::virtio::balloon::TargetError;
 use crate::virtio::blk::BlkError;
@@ -34,6 +35,9 @@ pub enum RunError {
     /// The configuration contradicts itself.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
+    /// Landlock cannot bound the process.
+    #[error(transparent)]
+    Landlock(#[from] LandlockError),
     /// There is nothing that could be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -356,7 +360,9 @@ impl RunError {
             | Self::Device(_)
             | Self::Function(_)
             | Self::NoRoom(_)
+            | Self::Landlock(LandlockError::Missing(_) | LandlockError::Kernel(_))
             | Self::Addresses(_) => HOST,
+            Self::Landlock(LandlockError::Path { .. }) => USAGE,
             _ => RUNTIME,
         }
     }

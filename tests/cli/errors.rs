@@ -70,7 +70,7 @@ fn what_a_later_version_has_is_not_taken_silently() {
     for flags in [
         ["--firmware", "OVMF.fd"],
         ["--device", "01:00.0,iommu=on"],
-        ["--net", "tap=a,vhost_user=on"],
+        ["--net", "tap=a,host_mac=52:54:00:12:34:56"],
     ] {
         refused(&flags);
     }

@@ -49,6 +49,10 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "fs" => file.list(&schema::FS, &mut config.fs, &value)?,
             "vsock" => config.vsock = Some(file.one(&schema::VSOCK, &value)?),
             "device" => file.list(&schema::DEVICE, &mut config.device, &value)?,
+            "landlock" => config.landlock = file.switch(&value, "landlock")?,
+            "landlock-rules" => {
+                file.list(&schema::LANDLOCK_RULES, &mut config.landlock_rules, &value)?;
+            }
             unknown => {
                 return Err(Wrong::UnknownKey {
                     place: file.place(&at, ""),

@@ -291,6 +291,7 @@ impl Keys {
             Self::of(&schema::CONSOLE),
             Self::of(&schema::DEVICE),
             Self::of(&schema::PLATFORM),
+            Self::of(&schema::LANDLOCK_RULES),
             Self::of(&schema::API_SOCKET),
         ]
     }

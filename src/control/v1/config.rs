@@ -8,8 +8,8 @@ use serde::Serialize;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
     Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig,
-    Topology, VcpuAffinity, VmConfig,
+    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity,
+    RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
 
@@ -44,6 +44,8 @@ pub(super) struct Config {
     watchdog: bool,
     pvpanic: bool,
     landlock_enable: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    landlock_rules: Vec<LandlockRule>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -145,7 +147,11 @@ struct Net {
     num_queues: u16,
     queue_size: u16,
     vhost_user: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vhost_socket: Option<String>,
     vhost_mode: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mtu: Option<u16>,
     /// Beside Cloud Hypervisor's: whether the host's kernel serves it, where that was said.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhost: Option<bool>,
@@ -277,7 +283,8 @@ impl From<&VmConfig> for Config {
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
-            landlock_enable: false,
+            landlock_enable: config.landlock,
+            landlock_rules: config.landlock_rules.clone(),
         }
     }
 }
@@ -415,8 +422,13 @@ impl From<&NetConfig> for Net {
             iommu: false,
             num_queues: net.num_queues,
             queue_size: net.queue_size,
-            vhost_user: false,
-            vhost_mode: "Client",
+            vhost_user: net.vhost_user,
+            vhost_socket: net.socket.as_deref().map(text),
+            vhost_mode: match net.vhost_mode {
+                VhostMode::Client => "Client",
+                VhostMode::Server => "Server",
+            },
+            mtu: net.mtu,
             vhost: known(net.vhost),
             id: net.id.clone(),
             pci_segment: 0,

@@ -15,7 +15,8 @@ use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
     Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig, VmConfig,
+    LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
+    VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -42,7 +43,8 @@ pub(super) struct CreateVm {
     balloon: Option<Balloon>,
     generic_vhost_user: Asked,
     iommu: Asked,
-    landlock_enable: Asked,
+    landlock_enable: Option<bool>,
+    landlock_rules: Option<Vec<LandlockRule>>,
     numa: Asked,
     pci_segments: Asked,
     pmem: Asked,
@@ -297,6 +299,8 @@ impl CreateVm {
             }
             config.platform = platform.into_config(&mut accepted)?;
         }
+        config.landlock = self.landlock_enable.unwrap_or(false);
+        config.landlock_rules = self.landlock_rules.unwrap_or_default();
         beside.finish()?;
         // Clients look for devices where Cloud Hypervisor has them.
         config.platform.root_ports.get_or_insert(false);
@@ -308,7 +312,6 @@ impl CreateVm {
         for (asked, lack) in [
             (self.generic_vhost_user, Lack::VhostUser),
             (self.iommu, Lack::VirtualIommu),
-            (self.landlock_enable, Lack::Landlock),
             (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
             (self.pmem, Lack::Pmem),
@@ -663,10 +666,6 @@ mod tests {
             (
                 r#"{"serial":{"mode":"Off","iommu":true}}"#,
                 Lack::VirtualIommu,
-            ),
-            (
-                r#"{"net":[{"vhost_user":true,"vhost_socket":"/s"}]}"#,
-                Lack::VhostUserNet,
             ),
             (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
         ] {
