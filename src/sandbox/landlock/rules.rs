@@ -72,6 +72,9 @@ impl Rules {
         for (_, device) in config.virtio() {
             rules.virtio(&device);
         }
+        if let Some(tpm) = &config.tpm {
+            rules.connects.push(folder(&tpm.socket).to_owned());
+        }
         if can_be_asked || config.net.iter().any(opens_tap) {
             rules.allow_all(NET, ReadWrite);
         }
@@ -223,10 +226,14 @@ mod tests {
     fn of_what_another_process_serves_only_its_socket_is_in_reach() {
         let config = VmConfig {
             fs: vec![crate::config::FsConfig::new("tag", "/run/share/socket")],
+            tpm: Some(crate::config::TpmConfig {
+                socket: "/run/tpm/socket".into(),
+            }),
             ..VmConfig::default()
         };
         let rules = Rules::of(&config, false);
-        assert_eq!(rules.connects(), [Path::new("/run/share")]);
+        let folders = ["/run/share", "/run/tpm"].map(Path::new);
+        assert_eq!(rules.connects(), folders);
         assert_eq!(access(&rules, "/run/share"), []);
     }
 
