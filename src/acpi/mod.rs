@@ -90,6 +90,9 @@ impl Image {
         xsdt.add_entry(fadt);
         xsdt.add_entry(image.append(&arch::madt(&hardware.cpus)));
         xsdt.add_entry(image.append(&mcfg(hardware)));
+        if hardware.tpm {
+            xsdt.add_entry(image.append(&arch::tpm2()));
+        }
         let xsdt = image.append(&xsdt);
         // An address for each table, behind the header. §5.2.8.
         let entries = (image.offset(xsdt) + 36..image.bytes.len()).step_by(8);

@@ -11,6 +11,8 @@ mod disk;
 mod fs;
 mod landlock;
 mod limits;
+mod net;
+mod tpm;
 mod validate;
 mod virtio;
 mod vsock;
@@ -18,7 +20,6 @@ mod vsock;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use busway_host::Mac;
 use busway_pci::Reserve;
 use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,8 @@ pub use limits::{
     FS_QUEUE_SIZES, MAX_CPUS, MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP,
     MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
+pub use net::{NetConfig, VhostMode};
+pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
@@ -77,6 +80,8 @@ pub struct VmConfig {
     pub watchdog: bool,
     /// A device by which the guest tells that it has panicked.
     pub pvpanic: bool,
+    /// A TPM 2.0.
+    pub tpm: Option<TpmConfig>,
     /// Virtio entropy device.
     pub rng: RngConfig,
     /// 16550 serial port.
@@ -136,47 +141,6 @@ impl Default for MemoryConfig {
             hugepage_size: None,
             prefault: None,
             thp: true,
-        }
-    }
-}
-
-/// `--net`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetConfig {
-    /// The tap interface; made where it does not exist, and named by the kernel where absent.
-    #[serde(default)]
-    pub tap: Option<String>,
-    /// Descriptors of a tap that somebody else has opened, one for each pair of queues, in the place of `tap`.
-    #[serde(default)]
-    pub fd: Vec<u32>,
-    /// The guest's MAC address; a random, locally administered one where absent.
-    #[serde(default)]
-    pub mac: Option<Mac>,
-    /// Receive and transmit queues together; even.
-    #[serde(default = "two")]
-    pub num_queues: u16,
-    /// Descriptors a queue; a power of two.
-    #[serde(default = "net_queue_size")]
-    pub queue_size: u16,
-    /// The host's kernel serves the queues (vhost-net).
-    #[serde(default)]
-    pub vhost: Choice,
-    /// Name, unique in the VM.
-    #[serde(default)]
-    pub id: Option<String>,
-}
-
-impl Default for NetConfig {
-    fn default() -> Self {
-        Self {
-            tap: None,
-            fd: Vec::new(),
-            mac: None,
-            num_queues: two(),
-            queue_size: net_queue_size(),
-            vhost: Choice::Auto,
-            id: None,
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::arch::board::BoardError;
 use crate::arch::boot::BootError;
 use crate::config::InvalidConfig;
 use crate::devices::console::ConsoleError;
+use crate::devices::tpm::TpmError;
 use crate::exit::{HOST, RUNTIME, USAGE};
 use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Overlap};
@@ -73,6 +74,9 @@ pub enum RunError {
     /// The entropy source cannot be had.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// The TPM cannot be had.
+    #[error(transparent)]
+    Tpm(#[from] TpmError),
     /// The balloon cannot be so large.
     #[error("--balloon: {0}")]
     Balloon(#[from] TargetError),
@@ -349,6 +353,7 @@ impl RunError {
             | Self::Net(_)
             | Self::VhostUser(_)
             | Self::Vsock(_)
+            | Self::Tpm(_)
             | Self::DmaSpace(_)
             | Self::Memlock(_)
             | Self::PeerToPeer(_)

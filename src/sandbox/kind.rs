@@ -36,6 +36,8 @@ pub enum Kind {
     Unmask,
     /// Has the disk take the firmware's variables: `variables`.
     Variables,
+    /// Has swtpm carry out the commands to the guest's TPM: `tpm`.
+    Tpm,
     /// Touches the guest's RAM before the guest does.
     Populate,
     /// Measures and writes the boot report: `report`.
@@ -50,7 +52,7 @@ pub enum Kind {
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Main,
         Self::Vcpu,
         Self::Disk,
@@ -67,6 +69,7 @@ impl Kind {
         Self::Input,
         Self::Unmask,
         Self::Variables,
+        Self::Tpm,
         Self::Populate,
         Self::Report,
         Self::Progress,

@@ -230,6 +230,9 @@ const CONNECTS: &[Row] = &[
     (libc::SYS_connect, Always),
 ];
 
+/// Makes two ends of a stream, of which another process gets one.
+const PAIRS: &[Row] = &[(libc::SYS_socketpair, Is(0, &[AF_UNIX as u32]))];
+
 /// What a disk's image is asked for besides.
 const IMAGES: &[Row] = &[
     (libc::SYS_io_uring_enter, Always),
@@ -341,6 +344,7 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::Input => &[STREAMS, REMOVES],
         Kind::Unmask => &[VFIO_INTERRUPTS],
         Kind::Variables => &[&[(libc::SYS_fdatasync, Always)]],
+        Kind::Tpm => &[STREAMS, CONNECTS, PAIRS],
         Kind::Report => &[TO_READ, TO_CHANGE],
         Kind::GivenUp => &[TO_READ],
         Kind::Entropy => &[TIMERS],
@@ -459,7 +463,7 @@ pub fn capabilities(kind: Kind) -> CapabilitySet {
         Kind::Vcpu => CapabilitySet::IPC_LOCK,
         Kind::Populate => CapabilitySet::IPC_LOCK,
         Kind::Report | Kind::ConsoleOutput => CapabilitySet::DAC_OVERRIDE,
-        Kind::VhostUser | Kind::VsockPorts | Kind::Input => CapabilitySet::DAC_OVERRIDE,
+        Kind::VhostUser | Kind::VsockPorts | Kind::Input | Kind::Tpm => CapabilitySet::DAC_OVERRIDE,
         _ => CapabilitySet::empty(),
     }
 }

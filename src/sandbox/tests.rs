@@ -171,7 +171,10 @@ fn try_what_some_may(kind: Kind) {
     let (read, write) = (libc::O_RDONLY as usize, libc::O_WRONLY as usize);
     let writes = matches!(kind, Kind::Main | Kind::Report | Kind::ConsoleOutput);
     let reads = writes || matches!(kind, Kind::Http | Kind::GivenUp);
-    let connects = matches!(kind, Kind::Main | Kind::VhostUser | Kind::VsockPorts);
+    let connects = matches!(
+        kind,
+        Kind::Main | Kind::VhostUser | Kind::VsockPorts | Kind::Tpm
+    );
     let unix = libc::AF_UNIX as usize;
     let starts = matches!(kind, Kind::Main | Kind::Vcpu);
     for (what, may, number, arguments) in [

@@ -3,6 +3,7 @@
 
 mod attentive;
 mod bare;
+mod bios;
 mod clients;
 mod curl;
 mod exits;
@@ -17,5 +18,6 @@ mod notified;
 mod ordinary;
 mod processors;
 mod served;
+mod tpm;
 mod walls;
 mod whole;

@@ -39,6 +39,7 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             }
             "watchdog" => config.watchdog = file.switch(&value, "watchdog")?,
             "pvpanic" => config.pvpanic = file.switch(&value, "pvpanic")?,
+            "tpm" => config.tpm = Some(file.one(&schema::TPM, &value)?),
             "rng" => file.section(&schema::RNG, &mut config.rng, &value)?,
             "serial" => file.section(&schema::SERIAL, &mut config.serial, &value)?,
             "console" => file.section(&schema::CONSOLE, &mut config.console, &value)?,

@@ -285,6 +285,7 @@ impl Keys {
             Self::of(&schema::NET),
             Self::of(&schema::FS),
             Self::of(&schema::VSOCK),
+            Self::of(&schema::TPM),
             Self::of(&schema::RNG),
             Self::of(&schema::SERIAL),
             Self::of(&schema::CONSOLE),

@@ -107,6 +107,12 @@ pub(super) struct RunArgs {
     pvpanic: bool,
 
     #[arg(
+        long, help = schema::TPM.summary, long_help = schema::TPM.help(),
+        value_name = LIST, help_heading = DEVICES
+    )]
+    tpm: Vec<String>,
+
+    #[arg(
         long, help = schema::RNG.summary, long_help = schema::RNG.help(),
         value_name = LIST, help_heading = DEVICES
     )]
@@ -369,7 +375,7 @@ impl RunArgs {
         self.api_socket.as_ref().map(make).transpose()
     }
 
-    fn apply(&self, config: &mut VmConfig) -> Result<(), Wrong> {
+    pub(super) fn apply(&self, config: &mut VmConfig) -> Result<(), Wrong> {
         replace(&mut config.kernel, &self.kernel);
         if let Some(said) = &self.firmware {
             let firmware = config.firmware.get_or_insert_default();
@@ -399,6 +405,10 @@ impl RunArgs {
         for said in &self.vsock {
             let place = SourcePlace::Flag(schema::VSOCK.name, said.clone());
             config.vsock = Some(schema::VSOCK.make(said, &place)?);
+        }
+        for said in &self.tpm {
+            let place = SourcePlace::Flag(schema::TPM.name, said.clone());
+            config.tpm = Some(schema::TPM.make(said, &place)?);
         }
         extend(&schema::DEVICE, &mut config.device, &self.device)?;
         if let Some(landlock) = self.landlock {

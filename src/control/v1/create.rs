@@ -15,7 +15,8 @@ use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
     Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    LandlockRule, MemoryConfig, PlatformConfig, Topology, VcpuAffinity, VirtioConfig, VmConfig,
+    LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
+    VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -49,7 +50,7 @@ pub(super) struct CreateVm {
     pmem: Asked,
     pvpanic: Option<bool>,
     rate_limit_groups: Asked,
-    tpm: Asked,
+    tpm: Option<Tpm>,
     user_devices: Asked,
     vdpa: Asked,
     vsock: Option<AddVsock>,
@@ -136,6 +137,22 @@ impl Balloon {
     }
 }
 
+/// `TpmConfig`
+#[derive(Debug, Deserialize)]
+struct Tpm {
+    socket: Option<String>,
+}
+
+impl Tpm {
+    fn into_config(self) -> Result<TpmConfig, Fault> {
+        let socket = some_text(self.socket);
+        let socket = socket.ok_or("tpm: socket is missing, at which swtpm listens")?;
+        Ok(TpmConfig {
+            socket: socket.into(),
+        })
+    }
+}
+
 /// `RngConfig`
 #[derive(Debug, Deserialize)]
 struct Rng {
@@ -218,6 +235,7 @@ impl CreateVm {
         config.watchdog = self.watchdog.unwrap_or(false);
         config.pvpanic = self.pvpanic.unwrap_or(false);
         config.balloon = self.balloon.map(Balloon::into_config);
+        config.tpm = self.tpm.map(Tpm::into_config).transpose()?;
         if let Some(rng) = self.rng {
             Lack::VirtualIommu.unless_asked(rng.iommu)?;
             if let Some(src) = rng.src {
@@ -298,7 +316,6 @@ impl CreateVm {
             (self.pci_segments, Lack::SegmentApertures),
             (self.pmem, Lack::Pmem),
             (self.rate_limit_groups, Lack::SharedLimit),
-            (self.tpm, Lack::Tpm),
             (self.user_devices, Lack::UserDevices),
             (self.vdpa, Lack::Vdpa),
         ] {
@@ -473,7 +490,7 @@ mod tests {
         for body in [
             "{}",
             r#"{"cpus":null,"memory":null,"payload":null,"disks":null,"net":null,"rng":null,"serial":null,
-                "console":null,"devices":null,"platform":null,"fs":null,"vsock":null,"balloon":null,"numa":null,
+                "console":null,"devices":null,"platform":null,"fs":null,"vsock":null,"balloon":null,"numa":null,"tpm":null,
                 "watchdog":false,"iommu":false,"pvpanic":false,"landlock_enable":false,"sgx_epc":null}"#,
             r#"{"cpus":{"boot_vcpus":null,"features":{"amx":false},"kvm_hyperv":false,"affinity":null},
                 "memory":{"mergeable":false,"prefault":false,"zones":[],"hotplugged_size":null},
@@ -486,9 +503,9 @@ mod tests {
     }
 
     #[test]
-    fn a_balloon_a_watchdog_and_pvpanic_are_there_where_they_are_asked_for() {
+    fn a_balloon_a_watchdog_pvpanic_and_a_tpm_are_there_where_they_are_asked_for() {
         let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1},
-            "watchdog":true,"pvpanic":true}"#;
+            "watchdog":true,"pvpanic":true,"tpm":{"socket":"/run/swtpm"}}"#;
         let expected = VmConfig {
             balloon: Some(BalloonConfig {
                 size: 4096,
@@ -497,10 +514,15 @@ mod tests {
             }),
             watchdog: true,
             pvpanic: true,
+            tpm: Some(TpmConfig {
+                socket: "/run/swtpm".into(),
+            }),
             ..defaults()
         };
         assert_eq!(config(body), Ok(expected));
         assert!(config(r#"{"balloon":{}}"#).is_err(), "its size is missing");
+        let nowhere = config(r#"{"tpm":{"socket":""}}"#);
+        assert!(nowhere.is_err_and(|why| why.to_string().contains("socket is missing")));
     }
 
     #[test]
@@ -644,10 +666,6 @@ mod tests {
             (
                 r#"{"serial":{"mode":"Off","iommu":true}}"#,
                 Lack::VirtualIommu,
-            ),
-            (
-                r#"{"net":[{"vhost_user":true,"vhost_socket":"/s"}]}"#,
-                Lack::VhostUserNet,
             ),
             (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
         ] {
