@@ -442,7 +442,7 @@ pub(super) fn files(kind: Kind) -> Files {
         Kind::Main | Kind::Report | Kind::ConsoleOutput => Files::AsTheProcess,
         Kind::Http | Kind::GivenUp => Files::Read,
         Kind::Input => Files::Remove,
-        Kind::VhostUser | Kind::VsockPorts => Files::Connect,
+        Kind::VhostUser | Kind::VsockPorts | Kind::Tpm => Files::Connect,
         _ => Files::None,
     }
 }

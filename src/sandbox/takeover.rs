@@ -123,7 +123,7 @@ fn a_thread_that_was_taken_over_connects_only_where_that_is_its_work() {
             errno(libc::SYS_connect, [NO_FD, 0, 0, 0, 0]);
         },
         // What a vCPU starts connects to nothing either.
-        may: &[Kind::Main, Kind::VhostUser, Kind::VsockPorts],
+        may: &[Kind::Main, Kind::VhostUser, Kind::VsockPorts, Kind::Tpm],
     }
     .ends_the_process();
 }
