@@ -463,9 +463,7 @@ pub fn capabilities(kind: Kind) -> CapabilitySet {
         Kind::Vcpu => CapabilitySet::IPC_LOCK,
         Kind::Populate => CapabilitySet::IPC_LOCK,
         Kind::Report | Kind::ConsoleOutput => CapabilitySet::DAC_OVERRIDE,
-        Kind::VhostUser | Kind::VsockPorts | Kind::Input | Kind::Tpm => {
-            CapabilitySet::DAC_OVERRIDE
-        }
+        Kind::VhostUser | Kind::VsockPorts | Kind::Input | Kind::Tpm => CapabilitySet::DAC_OVERRIDE,
         _ => CapabilitySet::empty(),
     }
 }
