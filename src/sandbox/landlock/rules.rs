@@ -153,7 +153,9 @@ impl Rules {
                 Some(socket) => self.allow(folder(socket), ReadWrite),
                 None => self.allow("/dev/vhost-vsock", ReadWrite),
             },
-            VirtioConfig::Net(_) | VirtioConfig::Fs(_) => {}
+            VirtioConfig::Pmem(pmem) if pmem.discard_writes => self.allow(&pmem.file, Read),
+            VirtioConfig::Pmem(pmem) => self.allow(&pmem.file, ReadWrite),
+            VirtioConfig::Net(_) | VirtioConfig::Fs(_) | VirtioConfig::Generic(_) => {}
         }
     }
 }
