@@ -162,6 +162,7 @@ impl Machine {
         let router = vm.irq_router()?;
         let found = Found::find(definition, options)?;
         let plan = plan(config, &found, &model)?;
+        plan.pluggable(&config.memory)?;
 
         let quit = EventFd::new().map_err(RunError::system("eventfd"))?;
         let events = Events::new().map_err(RunError::system("eventfd"))?;
@@ -186,7 +187,9 @@ impl Machine {
 
         let buses = Buses::default();
         let usable = passthrough.usable_ranges();
-        let windows = plan.windows(&ram.guest_ranges(), &usable);
+        let mut taken = ram.guest_ranges();
+        taken.extend(ram.pluggable_range());
+        let windows = plan.windows(&taken, &usable);
         let mut acpi = acpi_hardware(config, &windows);
         let windows = plan.bar_windows(&windows, &usable);
         let lines = router.shared_lines();
@@ -222,6 +225,15 @@ impl Machine {
             memory.0.discards(),
             &quit,
         )?;
+        if let Some(pluggable) = ram.pluggable(&memory.0) {
+            let requested = config.memory.hotplugged_size.unwrap_or(0);
+            virtio.add_memory(pluggable, requested, &mut pci)?;
+        } else if config.memory.refuse_acpi().is_err() {
+            log::info!(
+                "the guest keeps the RAM that it starts with: none comes by ACPI yet (memory.hotplug_method Acpi), and \
+                 by VirtioMem it does"
+            );
+        }
         let watchdog = add_board_devices(config, &mut pci)?;
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
@@ -344,6 +356,11 @@ impl Machine {
         }
         config.device = self.passthrough.attached.configs();
         self.processors.show(&mut config.cpus);
+        if let Some(memory) = self.virtio.memory() {
+            let requested = memory.totals().requested;
+            let said = config.memory.hotplugged_size.is_some() || requested > 0;
+            config.memory.hotplugged_size = said.then_some(requested);
+        }
         if let (Some(balloon), Some(target)) = (&mut config.balloon, self.virtio.balloon()) {
             balloon.size = target.bytes();
         }

@@ -10,6 +10,7 @@ use busway_vfio::{DeviceError, InheritedError};
 use super::address_plan::NoRoomError;
 use super::passthrough::dma::PeerToPeerError;
 use super::passthrough::open_devices::OpenDevices;
+use super::pluggable::PluggableError;
 use crate::acpi::AcpiError;
 use crate::arch::board::BoardError;
 use crate::arch::boot::BootError;
@@ -22,6 +23,7 @@ use crate::memory::{Amount, PrefaultError, RamError, RegionsError};
 use crate::virtio::VirtioPciError;
 use crate::virtio::balloon::TargetError;
 use crate::virtio::blk::BlkError;
+use crate::virtio::mem::MemTargetError;
 use crate::virtio::net::{NetError, TapError};
 use crate::virtio::rng::RngError;
 use crate::virtio::vhost_user::{BackEndError, VhostUserError};
@@ -72,6 +74,12 @@ pub enum RunError {
     /// The balloon cannot be so large.
     #[error("--balloon: {0}")]
     Balloon(#[from] TargetError),
+    /// The memory device cannot have so much plugged.
+    #[error("--memory: {0}")]
+    Mem(#[from] MemTargetError),
+    /// RAM that is to come finds no place, or is out of devices' reach.
+    #[error(transparent)]
+    Pluggable(#[from] PluggableError),
     /// {flag}: {source}
     #[error("{flag}: {source}")]
     Console {
@@ -305,6 +313,7 @@ impl RunError {
             | Self::Rom(_)
             | Self::Rng(_)
             | Self::Balloon(_)
+            | Self::Mem(_)
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }
@@ -351,6 +360,7 @@ impl RunError {
             | Self::Device(_)
             | Self::Function(_)
             | Self::NoRoom(_)
+            | Self::Pluggable(_)
             | Self::Addresses(_) => HOST,
             _ => RUNTIME,
         }

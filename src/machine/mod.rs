@@ -26,6 +26,7 @@ mod panics;
 mod passthrough;
 mod payload;
 mod pci;
+mod pluggable;
 mod quiet;
 mod removal;
 mod requests;
@@ -40,6 +41,7 @@ mod vmm;
 pub use address_plan::NoRoomError;
 pub use assembly::few_arenas;
 pub use error::RunError;
+pub use pluggable::PluggableError;
 pub use handed::{Files, Handed, check_iommufd, device_of};
 pub use life::Ended;
 pub use observed::{

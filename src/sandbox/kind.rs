@@ -20,6 +20,8 @@ pub enum Kind {
     Console,
     /// Serves the entropy device: `_rng`.
     Entropy,
+    /// Plugs and unplugs memory for a memory device: `_memory`.
+    Memory,
     /// Accepts and serves connections to the control socket: `http`.
     Http,
     /// Writes log lines: `log`.
@@ -46,7 +48,7 @@ pub enum Kind {
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Main,
         Self::Vcpu,
         Self::Disk,
@@ -55,6 +57,7 @@ impl Kind {
         Self::VhostUser,
         Self::Console,
         Self::Entropy,
+        Self::Memory,
         Self::Http,
         Self::Log,
         Self::ConsoleOutput,
@@ -76,6 +79,7 @@ impl Kind {
             "net" => Self::Net,
             "vhost" | "vsock" => Self::Vhost,
             "console" => Self::Console,
+            "memory" => Self::Memory,
             _ => Self::Entropy,
         }
     }

@@ -285,6 +285,7 @@ const fn ioctl(requests: &'static [u32]) -> Row {
 const KVM_RUNNING: &[Row] = &[ioctl(ioctls::KVM_RUNNING)];
 const KVM_MAKING: &[Row] = &[ioctl(ioctls::KVM_MAKING)];
 const VFIO_RUNNING: &[Row] = &[ioctl(ioctls::VFIO_RUNNING)];
+const VFIO_MAPPING: &[Row] = &[ioctl(ioctls::VFIO_MAPPING)];
 const VFIO_OPENING: &[Row] = &[ioctl(ioctls::VFIO_OPENING)];
 const VFIO_INTERRUPTS: &[Row] = &[ioctl(ioctls::VFIO_INTERRUPTS)];
 const VHOST_RINGS: &[Row] = &[ioctl(ioctls::VHOST_RINGS)];
@@ -312,6 +313,7 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
             AT_PLACES,
             WORKERS,
             VFIO_RUNNING,
+            VFIO_MAPPING,
             VHOST_RINGS,
             TUN_RUNNING,
             STREAMS,
@@ -321,6 +323,7 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::Vhost => &[VHOST_CALLS],
         Kind::VhostUser => &[STREAMS, CONNECTS],
         Kind::Console => &[STREAMS],
+        Kind::Memory => &[VFIO_MAPPING],
         Kind::Http => &[TO_READ, STREAMS, AT_PLACES],
         Kind::ConsoleOutput => &[TO_READ, TO_CHANGE, STREAMS],
         Kind::Input => &[STREAMS, REMOVES],
@@ -342,6 +345,7 @@ pub(super) fn started_by(kind: Kind) -> &'static [Kind] {
             Kind::Vhost,
             Kind::Console,
             Kind::Entropy,
+            Kind::Memory,
             Kind::Unmask,
             Kind::Watchdog,
         ],
@@ -414,7 +418,7 @@ pub fn capabilities(kind: Kind) -> CapabilitySet {
                 | CapabilitySet::SYS_RESOURCE
         }
         Kind::Vcpu => CapabilitySet::IPC_LOCK,
-        Kind::Populate => CapabilitySet::IPC_LOCK,
+        Kind::Populate | Kind::Memory => CapabilitySet::IPC_LOCK,
         Kind::Report | Kind::ConsoleOutput => CapabilitySet::DAC_OVERRIDE,
         Kind::VhostUser | Kind::Input => CapabilitySet::DAC_OVERRIDE,
         _ => CapabilitySet::empty(),

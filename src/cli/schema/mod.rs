@@ -3,7 +3,7 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, MemoryConfig, NetConfig, OnError,
+    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, HotplugMethod, MemoryConfig, NetConfig, OnError,
     PlatformConfig, RngConfig,
 };
 use crate::control::SocketAddress;
@@ -183,12 +183,32 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
             |memory, value| memory.prefault = Some(value.switch()?);
         "thp" { "on|off": "transparent huge pages [on]" }
             |memory, value| memory.thp = value.switch()?;
+        "hotplug_size" { "SIZE": "RAM beside it that can come while the guest runs, a multiple of 128M\n\
+                 (`busway ctl resize --memory`) [0]" }
+            |memory, value| memory.hotplug_size = Some(value.size()?);
+        "hotplug_method" { "virtio-mem": "it comes and goes by blocks, as the guest's driver plugs them", "acpi": "not yet, but for Cloud Hypervisor's clients: kept and shown [acpi]" }
+            |memory, value| memory.hotplug_method = hotplug_method(value)?;
+        "hotplugged_size" { "SIZE": "what of it the guest is to have from its start on [0]" }
+            |memory, value| memory.hotplugged_size = Some(value.size()?);
     },
     required: &[],
     bare: None,
     single: false,
     details: &[],
 };
+
+/// The words of [`HotplugMethod`].
+const HOTPLUG_METHODS: &[&str] = &["acpi", "virtio-mem"];
+
+fn hotplug_method(value: &Value) -> Result<HotplugMethod, Reason> {
+    let methods = [HotplugMethod::Acpi, HotplugMethod::VirtioMem];
+    let text = value.text()?;
+    let method = methods.into_iter().find(|method| method.word() == text);
+    method.ok_or_else(|| Reason::Word {
+        value: text.to_owned(),
+        words: HOTPLUG_METHODS,
+    })
+}
 
 /// `--net`
 pub(super) static NET: Section<NetConfig> = Section {

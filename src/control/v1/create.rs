@@ -212,7 +212,7 @@ impl CreateVm {
             config.cpus = cpus.into_config(&mut accepted)?;
         }
         if let Some(memory) = self.memory {
-            config.memory = memory.into_config(&mut accepted)?;
+            config.memory = memory.into_config()?;
         }
         config.watchdog = self.watchdog.unwrap_or(false);
         config.pvpanic = self.pvpanic.unwrap_or(false);
@@ -338,7 +338,7 @@ impl Cpus {
 }
 
 impl Memory {
-    fn into_config(self, accepted: &mut Accepted) -> Result<MemoryConfig, Fault> {
+    fn into_config(self) -> Result<MemoryConfig, Fault> {
         Lack::MergedPages.unless_asked(self.mergeable)?;
         Lack::MemoryZones.unless_asked(self.zones)?;
         let mut memory = MemoryConfig::default();
@@ -349,8 +349,9 @@ impl Memory {
         memory.thp = self.thp.unwrap_or(memory.thp);
         // Clients write out the default, which is not to have it done; devices need it all the same.
         memory.prefault = self.prefault.filter(|prefault| *prefault);
-        accepted.hotplug_size = self.hotplug_size;
-        accepted.hotplug_method = self.hotplug_method;
+        memory.hotplug_size = self.hotplug_size;
+        memory.hotplug_method = self.hotplug_method.unwrap_or_default();
+        memory.hotplugged_size = self.hotplugged_size;
         Ok(memory)
     }
 }
@@ -549,10 +550,10 @@ mod tests {
         expected.platform.uuid = Some("3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611".into());
         expected.platform.serial_number = Some("s".into());
         expected.platform.oem_strings = vec!["o".into()];
+        expected.memory.hotplug_size = Some(1 << 30);
+        expected.memory.hotplug_method = HotplugMethod::VirtioMem;
         expected.accepted = Some(Box::new(Accepted {
             max_phys_bits: Some(46),
-            hotplug_size: Some(1 << 30),
-            hotplug_method: Some(HotplugMethod::VirtioMem),
             num_pci_segments: Some(2),
         }));
         assert_eq!(config(body), Ok(expected));

@@ -28,7 +28,6 @@ pub(super) enum Lack {
     Numa,
     OffloadChoice,
     Pmem,
-    Resize,
     ResizeDisk,
     Restore,
     SegmentApertures,
@@ -69,7 +68,6 @@ impl Lack {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
             }
             Self::Pmem => "persistent memory",
-            Self::Resize => "another number of bytes of RAM for a guest that runs",
             Self::ResizeDisk => "another size for a disk of a guest that runs",
             Self::Restore => "a VM that was saved",
             Self::SegmentApertures => {

@@ -13,6 +13,7 @@ use busway_pci::{
 };
 use busway_vfio::{AssignOptions, RomChoice};
 
+use super::pluggable::PluggableError;
 use super::passthrough::placement::{HostIdentity, behind_ports};
 use crate::arch::layout;
 use crate::config::MemoryConfig;
@@ -193,6 +194,46 @@ impl AddressPlan {
         }
     }
 
+    /// Where RAM can be plugged; nothing where none can.
+    ///
+    /// # Errors
+    /// [`PluggableError::Place`]: it finds no place.
+    pub(super) fn pluggable(
+        &self,
+        memory: &MemoryConfig,
+    ) -> Result<Option<Range<u64>>, PluggableError> {
+        let Some(range) = self.pluggable_beside(memory, memory.size) else {
+            return Ok(None);
+        };
+        let bits = self.address_bits;
+        let reach = 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX);
+        match range.end > reach {
+            true => Err(PluggableError::Place {
+                end: range.end,
+                bits,
+            }),
+            false => Ok(Some(range)),
+        }
+    }
+
+    /// The same beside RAM of `size` bytes, wherever that is.
+    fn pluggable_beside(&self, memory: &MemoryConfig, size: u64) -> Option<Range<u64>> {
+        let asked = memory.pluggable()?;
+        let holes = self.holes_of(memory);
+        let ram = layout::ram_ranges(size, self.mmio32_start, &holes);
+        let top = ram.last().map_or(0, |range| range.end);
+        Some(layout::pluggable_range(asked, top, &holes))
+    }
+
+    /// The holes that RAM goes round.
+    fn holes_of(&self, memory: &MemoryConfig) -> Vec<Range<u64>> {
+        let page = memory.hugepage_size.filter(|_| memory.hugepages);
+        layout::holes(
+            self.reserved.iter().copied(),
+            page.unwrap_or(TRANSPARENT_HUGE_PAGE).max(1),
+        )
+    }
+
     /// The windows of a machine with RAM at `ram`, whose devices' IOMMUs map at `usable` (all
     /// ascending; empty where nothing is known). They keep clear of RAM, and of what is reserved or lies
     /// between the usable ranges.
@@ -236,12 +277,9 @@ impl AddressPlan {
         memory: &MemoryConfig,
         size: u64,
     ) -> Result<(), NoRoom<F>> {
-        let page = memory.hugepage_size.filter(|_| memory.hugepages);
-        let holes = layout::holes(
-            self.reserved.iter().copied(),
-            page.unwrap_or(TRANSPARENT_HUGE_PAGE).max(1),
-        );
-        let ram = layout::ram_ranges(size, self.mmio32_start, &holes);
+        let holes = self.holes_of(memory);
+        let mut ram = layout::ram_ranges(size, self.mmio32_start, &holes);
+        ram.extend(self.pluggable_beside(memory, size));
         find_room(needs, WindowKind::Memory64, &self.windows(&ram, &[]))
     }
 

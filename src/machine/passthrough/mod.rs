@@ -119,7 +119,7 @@ impl Passthrough {
     ) -> Result<Self, RunError> {
         let opening = Opening {
             platform: config.platform.clone(),
-            ram: config.memory.size,
+            ram: config.memory.most(),
             spaces,
             iommufd: OnceLock::new(),
         };

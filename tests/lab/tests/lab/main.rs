@@ -39,6 +39,7 @@ mod lanes;
 mod libvirt;
 mod life;
 mod mediated;
+mod memory;
 mod nic;
 mod paused;
 mod proof;
@@ -70,6 +71,7 @@ const CHAPTERS: &[&[Proof]] = &[
     errors::PROOFS,
     events::PROOFS,
     cpus::PROOFS,
+    memory::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
