@@ -24,7 +24,7 @@ use super::pci::Pci;
 use super::resize::ProcessorCount;
 use super::seats::Owner;
 use super::virtio::VirtioDevices;
-use crate::acpi;
+use crate::acpi::{self, PluggableMemory};
 use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::{CpuFeatures, CpuModel};
@@ -191,6 +191,10 @@ impl Machine {
         taken.extend(ram.pluggable_range());
         let windows = plan.windows(&taken, &usable);
         let mut acpi = acpi_hardware(config, &windows);
+        acpi.pluggable = ram.pluggable_range().map(|range| PluggableMemory {
+            ram: ram.guest_ranges(),
+            range,
+        });
         let windows = plan.bar_windows(&windows, &usable);
         let lines = router.shared_lines();
         let mut pci = Pci::new(
@@ -515,6 +519,7 @@ fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
             .saturating_add(config.platform.hotplug_slots()),
         mmio32: windows.memory32.clone(),
         mmio64: windows.memory64.clone(),
+        pluggable: None,
         serial: config.serial != ConsoleConfig::Off,
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
         bus0_slots: 0,

@@ -363,6 +363,8 @@ pub mod balloon {
 
 /// Memory device. Virtio 1.3 §5.15; the numbers are those of linux/virtio_mem.h.
 pub mod mem {
+    /// `VIRTIO_MEM_F_ACPI_PXM`: the configuration says of which proximity domain the memory is. §5.15.3
+    pub const F_ACPI_PXM: u64 = 1 << 0;
     /// `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE`: the driver does not touch memory that is not plugged. §5.15.3
     pub const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
     /// The one queue, of requests. §5.15.2

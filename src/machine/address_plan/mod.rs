@@ -362,7 +362,17 @@ impl AddressPlan {
                 Amount(reserved)
             );
         }
-        let mut remedy = match self.most_memory(&needs(functions), memory) {
+        let fixed = MemoryConfig {
+            hotplug_size: None,
+            ..memory.clone()
+        };
+        let all = needs(functions);
+        let mut remedy = match self.most_memory(&all, memory) {
+            _ if memory.pluggable().is_some()
+                && self.find_room_above(&all, &fixed, memory.size).is_ok() =>
+            {
+                "have less RAM come while the guest runs (--memory hotplug_size=)".to_owned()
+            }
             Some(size) => format!(
                 "it fits beside {} of RAM (--memory size={}G)",
                 Amount(size),

@@ -27,6 +27,7 @@ use crate::kvm::{IrqRouter, VectorCount};
 use crate::machine::RunError;
 use crate::machine::handed::Files;
 use crate::machine::pci::pins_of;
+use crate::machine::pluggable::check_reach;
 use crate::memory::{RegionListener, Regions};
 use crate::report::Report;
 

@@ -186,10 +186,12 @@ impl VirtioDevice for Mem {
         0xff_00_00 // no class of PCI's
     }
 
+    /// The memory is of domain 0, as ACPI's table of affinities has it.
+    ///
     /// Devices reach nothing that is not plugged. A driver that does not know the feature (Linux before 5.16) may read
     /// such memory, which the processors can.
     fn features(&self) -> u64 {
-        mem::F_UNPLUGGED_INACCESSIBLE
+        mem::F_ACPI_PXM | mem::F_UNPLUGGED_INACCESSIBLE
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

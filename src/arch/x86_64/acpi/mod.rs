@@ -4,12 +4,14 @@
 mod devices;
 mod fadt;
 mod madt;
+mod srat;
 
 use std::ops::Range;
 
 pub(crate) use devices::{append_devices, board_ports, host_bridge_ports, soft_off};
 pub(crate) use fadt::{POINTERS as FADT_POINTERS, fadt};
 pub(crate) use madt::{madt, madt_processor};
+pub(crate) use srat::srat;
 
 /// Where the tables lie: in the area that a kernel without boot parameters searches for the RSDP
 /// (§5.2.5.1), below SMBIOS. The memory map reserves it.

@@ -347,4 +347,6 @@ impl RegionListener for DmaListener {
 }
 
 #[cfg(test)]
+mod blocks_tests;
+#[cfg(test)]
 mod tests;
