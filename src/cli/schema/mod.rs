@@ -167,7 +167,10 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
     name: "memory",
     summary: "RAM: size=SIZE[,shared=on|off][,hugepages=on|off]…",
     words: &[],
-    notes: "",
+    notes: "\
+RAM that comes needs Linux 5.8 in the guest, with its module virtio_mem, and
+`memhp_default_state=online_movable` on its command line where RAM is to go again.
+Beside assigned devices, locked memory is needed for all that can come.",
     blank: MemoryConfig::default,
     keys: keys! {
         "size" { "SIZE": "bytes, or with K, M, G or T after it [512M]" }

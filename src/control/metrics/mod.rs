@@ -458,6 +458,7 @@ fn of_memory(devices: &[&DeviceSeen]) -> Vec<Family> {
             (vec![device(id)], Number::Whole(of(memory)))
         })
     };
+    let gauge = Family::gauge;
     vec![
         whole(
             gauge("busway_memory_requested", "Bytes of RAM that the guest is to have plugged").in_bytes(),

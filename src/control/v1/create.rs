@@ -84,6 +84,7 @@ struct Memory {
     thp: Option<bool>,
     hotplug_size: Option<u64>,
     hotplug_method: Option<HotplugMethod>,
+    hotplugged_size: Option<u64>,
     #[serde(default)]
     mergeable: Asked,
     #[serde(default)]
@@ -527,6 +528,7 @@ mod tests {
             hugepage_size: Some(2 << 20),
             prefault: Some(true),
             thp: false,
+            ..MemoryConfig::default()
         };
         expected.kernel = Some("/k".into());
         expected.initramfs = Some("/i".into());
