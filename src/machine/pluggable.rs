@@ -8,6 +8,7 @@ use busway_iommu::{DmaSpace, IovaRange};
 use super::assembly::Machine;
 use super::requests::{Answer, RequestError};
 use crate::memory::{Amount, Blocks};
+use crate::monitor::{self, Source};
 
 /// Mappings that are kept for other things than blocks of RAM: RAM that the guest starts with, and BARs.
 const OTHER_MAPPINGS: u64 = 256;
@@ -127,6 +128,8 @@ impl Machine {
         };
         let set = memory.set(more);
         set.map_err(|error| RequestError::Invalid(error.to_string()))?;
+        monitor::tell(Source::Vm, "resizing", &[]);
+        monitor::tell(Source::Vm, "resized", &[]);
         log::info!("the guest is to have {bytes} bytes of RAM, {more} of them plugged, as the control socket asks");
         Ok(Answer::Done)
     }

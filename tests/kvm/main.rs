@@ -14,6 +14,7 @@ mod lines;
 mod memory;
 mod notified;
 mod processors;
+mod resizing;
 mod served;
 mod walls;
 mod whole;
