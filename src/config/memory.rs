@@ -78,7 +78,9 @@ impl HotplugMethod {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidHotplug {
     /// hotplug_size={size} is no multiple of {step} bytes
-    #[error("hotplug_size={size}: it must be a multiple of {step} bytes, in which the guest's kernel has memory come")]
+    #[error(
+        "hotplug_size={size}: it must be a multiple of {step} bytes, in which the guest's kernel has memory come"
+    )]
     Uneven {
         /// What was asked for, in bytes.
         size: u64,
@@ -86,7 +88,9 @@ pub enum InvalidHotplug {
         step: u64,
     },
     /// hotplugged_size={size} is more than hotplug_size={most}, or no multiple of {block} bytes
-    #[error("hotplugged_size={size}: it must be a multiple of {block} bytes, and no more than hotplug_size={most}")]
+    #[error(
+        "hotplugged_size={size}: it must be a multiple of {block} bytes, and no more than hotplug_size={most}"
+    )]
     Plugged {
         /// What was asked for, in bytes.
         size: u64,
@@ -225,9 +229,21 @@ mod tests {
         pluggable(1 << 30).validate_hotplug().unwrap();
         MemoryConfig::default().validate_hotplug().unwrap();
         let uneven = pluggable((1 << 30) + (2 << 20)).validate_hotplug();
-        assert!(matches!(uneven, Err(InvalidHotplug::Uneven { step: 0x800_0000, .. })));
+        assert!(matches!(
+            uneven,
+            Err(InvalidHotplug::Uneven {
+                step: 0x800_0000,
+                ..
+            })
+        ));
         let uneven = pluggable((8 << 40) + (128 << 20)).validate_hotplug();
-        assert!(matches!(uneven, Err(InvalidHotplug::Uneven { step: 0x1000_0000, .. })));
+        assert!(matches!(
+            uneven,
+            Err(InvalidHotplug::Uneven {
+                step: 0x1000_0000,
+                ..
+            })
+        ));
         for (plugged, refused) in [(0, false), (2 << 20, false), (1, true), (2 << 30, true)] {
             let memory = MemoryConfig {
                 hotplugged_size: Some(plugged),

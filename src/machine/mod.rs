@@ -41,7 +41,6 @@ mod vmm;
 pub use address_plan::NoRoomError;
 pub use assembly::few_arenas;
 pub use error::RunError;
-pub use pluggable::PluggableError;
 pub use handed::{Files, Handed, check_iommufd, device_of};
 pub use life::Ended;
 pub use observed::{
@@ -49,6 +48,7 @@ pub use observed::{
 };
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
+pub use pluggable::PluggableError;
 pub use requests::{
     Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests,
     VirtioInfo,

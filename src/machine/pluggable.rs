@@ -130,7 +130,9 @@ impl Machine {
         set.map_err(|error| RequestError::Invalid(error.to_string()))?;
         monitor::tell(Source::Vm, "resizing", &[]);
         monitor::tell(Source::Vm, "resized", &[]);
-        log::info!("the guest is to have {bytes} bytes of RAM, {more} of them plugged, as the control socket asks");
+        log::info!(
+            "the guest is to have {bytes} bytes of RAM, {more} of them plugged, as the control socket asks"
+        );
         Ok(Answer::Done)
     }
 

@@ -153,7 +153,11 @@ mod tests {
 
     #[test]
     fn a_stretch_without_a_block_has_nothing_plugged() {
-        for blocks in [Blocks::new(0, 1 << 21), Blocks::new(100, 1 << 21), Blocks::new(1, 0)] {
+        for blocks in [
+            Blocks::new(0, 1 << 21),
+            Blocks::new(100, 1 << 21),
+            Blocks::new(1, 0),
+        ] {
             assert_eq!((blocks.count(), blocks.plugged_bytes()), (0, 0));
             assert_eq!(blocks.runs().count(), 0);
             assert_eq!(blocks.range(0, 1), None);

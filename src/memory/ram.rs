@@ -91,9 +91,9 @@ impl Ram {
         let mut all = regions.clone();
         let mut pluggable = None;
         if let Some(asked) = config.pluggable() {
-            let top = regions.last().map_or(0, |last| {
-                last.start_addr().0.saturating_add(last.len())
-            });
+            let top = regions
+                .last()
+                .map_or(0, |last| last.start_addr().0.saturating_add(last.len()));
             let range = layout::pluggable_range(asked, top, &holes);
             let memory = Arc::new(mapped(&range, config, huge_page)?);
             let name = "pluggable guest RAM";

@@ -45,7 +45,10 @@ fn a_size_is_wanted_at_once_and_had_by_nobody_without_a_driver_and_what_cannot_b
         (0, "started with"),
     ] {
         let (status, why) = resize(&served, bytes);
-        assert!(status == 400 && why.contains(words), "{bytes}: {status} {why}");
+        assert!(
+            status == 400 && why.contains(words),
+            "{bytes}: {status} {why}"
+        );
     }
     for bytes in [FIRST + 2 * MIB, FIRST + MORE, FIRST, FIRST + 128 * MIB] {
         assert_eq!(resize(&served, bytes).0, 204);
@@ -57,7 +60,10 @@ fn a_size_is_wanted_at_once_and_had_by_nobody_without_a_driver_and_what_cannot_b
     assert_eq!(served.put("vm.resume"), 204);
     assert_eq!(served.put("vm.reboot"), 204);
     assert_eq!(wanted(&served), (json!(64 * MIB), json!(FIRST)));
-    assert_eq!((served.put("vm.shutdown"), served.put("vm.boot")), (204, 204));
+    assert_eq!(
+        (served.put("vm.shutdown"), served.put("vm.boot")),
+        (204, 204)
+    );
     assert_eq!(wanted(&served).0, json!(64 * MIB));
     assert_eq!(served.put("vm.shutdown"), 204);
 }

@@ -3,8 +3,8 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, HotplugMethod, MemoryConfig, NetConfig, OnError,
-    PlatformConfig, RngConfig,
+    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, HotplugMethod, MemoryConfig, NetConfig,
+    OnError, PlatformConfig, RngConfig,
 };
 use crate::control::SocketAddress;
 use busway_host::{Called, CalledError, SysRoot};

@@ -461,11 +461,19 @@ fn of_memory(devices: &[&DeviceSeen]) -> Vec<Family> {
     let gauge = Family::gauge;
     vec![
         whole(
-            gauge("busway_memory_requested", "Bytes of RAM that the guest is to have plugged").in_bytes(),
+            gauge(
+                "busway_memory_requested",
+                "Bytes of RAM that the guest is to have plugged",
+            )
+            .in_bytes(),
             |memory| memory.requested,
         ),
         whole(
-            gauge("busway_memory_plugged", "Bytes of RAM that the guest has plugged").in_bytes(),
+            gauge(
+                "busway_memory_plugged",
+                "Bytes of RAM that the guest has plugged",
+            )
+            .in_bytes(),
             |memory| memory.plugged,
         ),
     ]

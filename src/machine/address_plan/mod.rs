@@ -13,8 +13,8 @@ use busway_pci::{
 };
 use busway_vfio::{AssignOptions, RomChoice};
 
-use super::pluggable::PluggableError;
 use super::passthrough::placement::{HostIdentity, behind_ports};
+use super::pluggable::PluggableError;
 use crate::arch::layout;
 use crate::config::MemoryConfig;
 use crate::memory::Amount;

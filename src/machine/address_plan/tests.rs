@@ -203,7 +203,8 @@ fn a_refusal_above_ram_names_what_helps() {
 }
 
 #[test]
-fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_it_finds_no_place() {
+fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_it_finds_no_place()
+{
     use crate::config::HotplugMethod;
     let memory = |size: u64, pluggable: u64| MemoryConfig {
         hotplug_size: Some(pluggable),
@@ -224,7 +225,12 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
         let plan = plan(&memory, &none).unwrap();
         assert_eq!(plan.pluggable(&memory), Ok(Some(expected.clone())));
         let windows = plan.windows(&[0..GIB, expected.clone()], &[]);
-        assert!(windows.memory64.iter().all(|part| part.start >= expected.end));
+        assert!(
+            windows
+                .memory64
+                .iter()
+                .all(|part| part.start >= expected.end)
+        );
         let same = Ram::around(&memory, false, plan.mmio32_start, &plan.reserved).unwrap();
         assert_eq!(same.pluggable_range(), Some(expected));
     }
@@ -232,7 +238,10 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
     assert_eq!(plan(&fixed, &none).unwrap().pluggable(&fixed), Ok(None));
     let large = memory(GIB, 4096 * GIB);
     let place = plan(&large, &none).unwrap().pluggable(&large);
-    assert!(matches!(place, Err(PluggableError::Place { bits: 42, .. })), "{place:?}");
+    assert!(
+        matches!(place, Err(PluggableError::Place { bits: 42, .. })),
+        "{place:?}"
+    );
     // A card's BAR finds no room above it.
     let card = Devices::new(&[&[(0, 2048 * GIB, MEMORY | WIDE | PREFETCH)]]);
     plan(&memory(GIB, GIB), &card).unwrap();

@@ -39,7 +39,10 @@ impl Mapped {
 
     fn note(&self, what: &str, bytes: &Range<u64>) {
         let (first, end) = (bytes.start / BLOCK, bytes.end / BLOCK);
-        self.log.lock().unwrap().push(format!("{what}{first}..{end}"));
+        self.log
+            .lock()
+            .unwrap()
+            .push(format!("{what}{first}..{end}"));
     }
 
     fn taken(&self) -> Vec<String> {
@@ -164,14 +167,29 @@ impl Memory {
 fn what_can_be_plugged_is_ram_to_devices_of_busways_and_none_to_the_guests_map() {
     let memory = Memory::new(128 * MIB, false);
     let range = memory.ram.pluggable_range().unwrap();
-    assert_eq!((memory.ram.size(), range.end - range.start), (16 * MIB, 128 * MIB));
+    assert_eq!(
+        (memory.ram.size(), range.end - range.start),
+        (16 * MIB, 128 * MIB)
+    );
     assert!(range.start >= 4 << 30 && range.start.is_multiple_of(2 << 30));
-    assert!(memory.ram.guest_ranges().iter().all(|part| part.end <= range.start));
-    assert_eq!((memory.pluggable.start(), memory.pluggable.size()), (range.start, 128 * MIB));
+    assert!(
+        memory
+            .ram
+            .guest_ranges()
+            .iter()
+            .all(|part| part.end <= range.start)
+    );
+    assert_eq!(
+        (memory.pluggable.start(), memory.pluggable.size()),
+        (range.start, 128 * MIB)
+    );
     assert_eq!(memory.pluggable.block_size(), BLOCK);
     // Whatever is plugged, there is one region for back ends and the processors.
     assert_eq!(memory.ram.regions().count(), 2);
-    assert_eq!((memory.listener.bytes(), memory.pluggable.plugged()), (0, 0));
+    assert_eq!(
+        (memory.listener.bytes(), memory.pluggable.plugged()),
+        (0, 0)
+    );
 }
 
 #[test]
@@ -188,7 +206,10 @@ fn blocks_are_mapped_when_they_are_plugged_and_the_host_has_them_back_when_they_
         assert_eq!(memory.resident(), 2 * 4096, "{shared}");
         assert_eq!([3, 4, 6].map(|block| memory.read(block)), [7, 0, 7]);
         memory.pluggable.unplug_all(|| true).unwrap();
-        assert_eq!((memory.listener.bytes(), memory.pluggable.plugged()), (0, 0));
+        assert_eq!(
+            (memory.listener.bytes(), memory.pluggable.plugged()),
+            (0, 0)
+        );
         // The zero page that was read is no memory of the host's own, but counts as present.
         assert!(memory.resident() <= 4096, "{shared}");
         assert_eq!(memory.read(3), 0);
@@ -203,14 +224,23 @@ fn a_plug_that_is_refused_or_stopped_leaves_nothing_and_an_unplug_leaves_all() {
     let refused = memory.plug(0..200).unwrap_err();
     assert!(refused.to_string().contains("no more"), "{refused}");
     let log = memory.listener.taken();
-    assert_eq!(log, ["+0..64", "+64..128", "!+128..192", "-0..64", "-64..128"]);
-    assert_eq!((memory.listener.bytes(), memory.pluggable.plugged()), (0, 0));
+    assert_eq!(
+        log,
+        ["+0..64", "+64..128", "!+128..192", "-0..64", "-64..128"]
+    );
+    assert_eq!(
+        (memory.listener.bytes(), memory.pluggable.plugged()),
+        (0, 0)
+    );
     memory.listener.refuse(&[]);
     let looks = AtomicU64::new(0);
     let twice = || looks.fetch_add(1, Relaxed) < 2;
     let stopped = memory.pluggable.plug(&(0..200), twice).unwrap_err();
     assert!(matches!(stopped, PlugError::Stopped));
-    assert_eq!((memory.listener.bytes(), memory.pluggable.plugged()), (0, 0));
+    assert_eq!(
+        (memory.listener.bytes(), memory.pluggable.plugged()),
+        (0, 0)
+    );
     memory.plug(0..200).unwrap();
     memory.listener.refuse(&[130]);
     memory.unplug(0..200).unwrap_err();
@@ -241,7 +271,10 @@ fn all_listeners_are_as_before_where_one_of_them_refuses() {
     memory.unplug(0..2).unwrap_err();
     // The last one hears first, and of its return.
     assert_eq!(other.taken(), ["-0..2", "+0..2"]);
-    assert_eq!((memory.listener.bytes(), other.bytes()), (2 * BLOCK, 2 * BLOCK));
+    assert_eq!(
+        (memory.listener.bytes(), other.bytes()),
+        (2 * BLOCK, 2 * BLOCK)
+    );
 }
 
 #[test]
@@ -272,7 +305,8 @@ fn memory_is_populated_when_it_is_plugged_where_that_was_asked_for() {
     };
     let ram = Ram::new(&config, false).unwrap();
     let regions = Arc::<Regions>::default();
-    ram.regions().for_each(|region| regions.add(region).unwrap());
+    ram.regions()
+        .for_each(|region| regions.add(region).unwrap());
     let memory = Memory {
         pluggable: ram.pluggable(&regions).unwrap(),
         ram,

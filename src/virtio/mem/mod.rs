@@ -53,7 +53,9 @@ struct Shared {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemTargetError {
     /// {asked} bytes are no whole number of blocks of {block} bytes
-    #[error("{asked} bytes beside the RAM that it started with are no whole number of blocks of {block} bytes")]
+    #[error(
+        "{asked} bytes beside the RAM that it started with are no whole number of blocks of {block} bytes"
+    )]
     Uneven {
         /// What was asked for.
         asked: u64,

@@ -79,7 +79,8 @@ impl Guest {
         };
         let ram = Ram::new(&config, false).unwrap();
         let regions = Arc::<Regions>::default();
-        ram.regions().for_each(|region| regions.add(region).unwrap());
+        ram.regions()
+            .for_each(|region| regions.add(region).unwrap());
         let space = Arc::<Space>::default();
         regions.listen(space.clone()).unwrap();
         let pluggable = ram.pluggable(&regions).unwrap();
@@ -122,7 +123,8 @@ impl Guest {
 
     fn ask(&mut self, kind: u16, block: u64, blocks: u16) -> u16 {
         let address = self.start + block * BLOCK;
-        self.ask_with(kind, address, blocks, mem::REQUEST_SIZE as u32).0
+        self.ask_with(kind, address, blocks, mem::REQUEST_SIZE as u32)
+            .0
     }
 
     fn state(&mut self, block: u64, blocks: u16) -> (u16, u16) {
@@ -160,9 +162,15 @@ fn the_configuration_says_where_memory_can_be_and_how_much_is_wanted() {
     guest.target.set(REGION).unwrap();
     assert_eq!(guest.config(mem::CONFIG_REQUESTED_SIZE), REGION);
     let (asked, most) = (REGION + BLOCK, REGION);
-    assert_eq!(guest.target.set(asked), Err(MemTargetError::TooLarge { asked, most }));
+    assert_eq!(
+        guest.target.set(asked),
+        Err(MemTargetError::TooLarge { asked, most })
+    );
     let (asked, block) = (BLOCK + 4096, BLOCK);
-    assert_eq!(guest.target.set(asked), Err(MemTargetError::Uneven { asked, block }));
+    assert_eq!(
+        guest.target.set(asked),
+        Err(MemTargetError::Uneven { asked, block })
+    );
     assert_eq!(guest.target.totals().requested, REGION);
 }
 
@@ -173,7 +181,11 @@ fn no_more_is_plugged_than_is_wanted_and_each_answer_is_the_specifications() {
     assert_eq!(guest.ask(mem::REQ_PLUG, 10, 3), mem::RESP_ACK);
     assert_eq!(guest.plugged(), 3 * BLOCK);
     assert_eq!(guest.ask(mem::REQ_PLUG, 0, 2), mem::RESP_NACK);
-    assert_eq!(guest.ask(mem::REQ_PLUG, 12, 1), mem::RESP_ERROR, "plugged already");
+    assert_eq!(
+        guest.ask(mem::REQ_PLUG, 12, 1),
+        mem::RESP_ERROR,
+        "plugged already"
+    );
     assert_eq!(guest.ask(mem::REQ_PLUG, 0, 1), mem::RESP_ACK);
     assert_eq!(guest.state(10, 3), (mem::RESP_ACK, mem::STATE_PLUGGED));
     assert_eq!(guest.state(1, 9), (mem::RESP_ACK, mem::STATE_UNPLUGGED));

@@ -90,7 +90,12 @@ impl MemWorker {
 
 impl Shared {
     /// Does what a request asks for, while `go_on` says so; nothing where it was stopped, and all is as before.
-    fn answer(&self, request: Request, go_on: impl Fn() -> bool, host: impl Fn(&PlugError)) -> Option<Response> {
+    fn answer(
+        &self,
+        request: Request,
+        go_on: impl Fn() -> bool,
+        host: impl Fn(&PlugError),
+    ) -> Option<Response> {
         let blocks = self.pluggable.range(request.address, request.blocks.into());
         let done = match (request.kind, blocks) {
             (mem::REQ_UNPLUG_ALL, _) => self.pluggable.unplug_all(go_on),

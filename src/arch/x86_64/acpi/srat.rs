@@ -125,7 +125,10 @@ mod tests {
         let ram = [low.clone(), high.clone()];
         let mut bytes = Vec::new();
         srat(&[cpu(0), cpu(7)], &ram, &pluggable).to_aml_bytes(&mut bytes);
-        assert_eq!(bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)), 0);
+        assert_eq!(
+            bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)),
+            0
+        );
         assert_eq!(bytes.len(), 48 + 2 * 24 + 3 * 40);
         let word = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap());
         let long = |at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().unwrap());
@@ -135,7 +138,10 @@ mod tests {
         }
         for (at, range, flags) in [(96, &low, 1), (136, &high, 1), (176, &pluggable, 3)] {
             assert_eq!((bytes[at], bytes[at + 1], word(at + 2)), (1, 40, 0));
-            assert_eq!((long(at + 8), long(at + 16)), (range.start, range.end - range.start));
+            assert_eq!(
+                (long(at + 8), long(at + 16)),
+                (range.start, range.end - range.start)
+            );
             assert_eq!(word(at + 28), flags);
         }
     }

@@ -116,8 +116,7 @@ impl Guest {
     }
 
     fn plugged(&self) -> Vec<(u64, u64)> {
-        let is_plugged =
-            |block: &u64| self.pluggable.state(&(*block..*block + 1)) == Plugged::All;
+        let is_plugged = |block: &u64| self.pluggable.state(&(*block..*block + 1)) == Plugged::All;
         let at = |block| (self.pluggable.start() + block * BLOCK, BLOCK);
         (0..COUNT).filter(is_plugged).map(at).collect()
     }

@@ -324,7 +324,11 @@ impl RegionListener for DmaListener {
     fn removed(&self, region: &Arc<Region>) {
         let mapped = match region.kind() {
             // One call takes all blocks, where there are any.
-            RegionKind::Ram if region.blocks().is_some_and(|blocks| blocks.plugged_bytes() == 0) => {
+            RegionKind::Ram
+                if region
+                    .blocks()
+                    .is_some_and(|blocks| blocks.plugged_bytes() == 0) =>
+            {
                 false
             }
             RegionKind::Ram => true,

@@ -47,7 +47,10 @@ fn reach(host: &Host) -> Result<Reach> {
         let found = all.find(|one| one["kind"] == kind);
         found.with_context(|| format!("{id} in {devices}"))
     };
-    let (drive, memory) = (find("the drive", "assigned")?, find("the memory", "memory")?);
+    let (drive, memory) = (
+        find("the drive", "assigned")?,
+        find("the memory", "memory")?,
+    );
     let number = |value: &Value| value.as_u64().context("a number");
     Ok(Reach {
         mappings: number(&drive["dma"]["mappings"])?,
@@ -114,9 +117,15 @@ fn plugged(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     let running = host.start_guest(&run)?;
     running.wait_line("@@value ready")?;
     let before = reach(host)?;
-    ensure!(before.bytes == FIRST * MIB && before.plugged == 0, "{before:?}");
+    ensure!(
+        before.bytes == FIRST * MIB && before.plugged == 0,
+        "{before:?}"
+    );
     let resize = |mib: u64| host.run(&format!("{CTL} resize --memory {mib}M"));
-    let refused = host.run(&format!("{CTL} resize --memory {}M 2>&1 || true", FIRST + MORE + BLOCK))?;
+    let refused = host.run(&format!(
+        "{CTL} resize --memory {}M 2>&1 || true",
+        FIRST + MORE + BLOCK
+    ))?;
     ensure!(refused.contains("hotplug_size"), "{refused}");
     let mut longest = Duration::ZERO;
     for round in 1..=rounds {
@@ -130,7 +139,10 @@ fn plugged(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
             bytes: before.bytes + MORE * MIB,
             plugged: MORE * MIB,
         };
-        ensure!(all == expected, "round {round}: {all:?} and not {expected:?}");
+        ensure!(
+            all == expected,
+            "round {round}: {all:?} and not {expected:?}"
+        );
         let info = host.run(&format!("{CTL} info --json"))?;
         let info: Value = serde_json::from_str(&info)?;
         ensure!(
@@ -143,7 +155,10 @@ fn plugged(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
         resize(FIRST)?;
         running.wait_line(&format!("@@value left {round}"))?;
         let after = wait_plugged(host, 0)?;
-        ensure!(after == before, "round {round}: {after:?} and not {before:?}");
+        ensure!(
+            after == before,
+            "round {round}: {after:?} and not {before:?}"
+        );
     }
     count("times 1 GiB came and went", rounds);
     tell!("the longest plug of 1 GiB took {longest:.1?}");
