@@ -4,6 +4,8 @@
 //! units, counters that end in `_total`. Labels have as many values as the VM has vCPUs, devices and threads, and no
 //! guest chooses one.
 
+mod memory;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -16,7 +18,6 @@ use prometheus_client::registry::{Registry, Unit};
 use super::threads;
 use crate::machine::{DeviceSeen, DeviceState, Observed, State, VirtioDoing};
 use crate::virtio::balloon::BalloonTotals;
-use crate::virtio::mem::MemTotals;
 use crate::virtio::{DiskTotals, NetTotals, Totals};
 
 /// Where it is.
@@ -165,7 +166,7 @@ pub(super) fn text(observed: Option<&Observed>) -> Result<String, fmt::Error> {
     families.extend(of_disks(&devices));
     families.extend(of_nics(&devices));
     families.extend(of_balloons(&devices));
-    families.extend(of_memory(&devices));
+    families.extend(memory::of_memory(&devices));
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Families(families)));
     let mut text = String::new();
@@ -441,40 +442,6 @@ fn of_disks(devices: &[&DeviceSeen]) -> Vec<Family> {
         whole(
             counter("busway_disk_errors", "Requests that the host refused"),
             |disk| disk.errors,
-        ),
-    ]
-}
-
-/// RAM that comes and goes by a memory device.
-fn of_memory(devices: &[&DeviceSeen]) -> Vec<Family> {
-    let memory: Vec<_> = totals(devices)
-        .filter_map(|(id, totals)| match totals {
-            Totals::Mem(memory) => Some((id, memory)),
-            _ => None,
-        })
-        .collect();
-    let whole = |family: Family, of: fn(&MemTotals) -> u64| {
-        family.of(&memory, |(id, memory)| {
-            (vec![device(id)], Number::Whole(of(memory)))
-        })
-    };
-    let gauge = Family::gauge;
-    vec![
-        whole(
-            gauge(
-                "busway_memory_requested",
-                "Bytes of RAM that the guest is to have plugged",
-            )
-            .in_bytes(),
-            |memory| memory.requested,
-        ),
-        whole(
-            gauge(
-                "busway_memory_plugged",
-                "Bytes of RAM that the guest has plugged",
-            )
-            .in_bytes(),
-            |memory| memory.plugged,
         ),
     ]
 }
