@@ -88,7 +88,7 @@ impl Guest {
         let device = Mem::new("memory", pluggable, requested).unwrap();
         let target = device.target();
         let mut driver = Driver::with_ram(device, ram.guest().clone());
-        let features = driver.negotiate(u64::MAX & !spec::feature::EVENT_IDX);
+        let features = driver.negotiate(!spec::feature::EVENT_IDX);
         assert!(features & mem::F_UNPLUGGED_INACCESSIBLE != 0);
         let requests = driver.queue(0, 16);
         let buffers = driver.alloc(4096);
@@ -304,7 +304,7 @@ proptest! {
                 guest.ask_with(kind, address, blocks, mem::REQUEST_SIZE as u32);
             let count = |model: &[bool]| model.iter().filter(|flag| **flag).count() as u64;
             let end = block + u64::from(blocks);
-            let span = (blocks > 0 && end <= COUNT).then(|| block as usize..end as usize);
+            let span = (blocks > 0 && end <= COUNT).then_some(block as usize..end as usize);
             let expected = match (kind, span) {
                 (mem::REQ_UNPLUG_ALL, _) => {
                     model.fill(false);
