@@ -38,6 +38,17 @@ pub enum SocketAddress {
     Fd(u32),
 }
 
+impl SocketAddress {
+    /// Where it is made, if it is.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Path(path) => Some(path),
+            Self::Fd(_) => None,
+        }
+    }
+}
+
 /// The control socket cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {

@@ -43,8 +43,7 @@ pub enum Obstacle {
     NoIommu(IommuAdvice),
     /// the node's owner and mode forbid it
     #[error(
-        "permission denied: it belongs to {node}; run as root, or give it to your user: \
-         `chown {user} {path}`"
+        "permission denied: it belongs to {node}; run as root, or {}", way_in(path, *user)
     )]
     Permission {
         /// The node.
@@ -133,6 +132,23 @@ pub struct Node {
     pub gid: u32,
     /// Permission bits.
     pub mode: u32,
+}
+
+/// How a user comes to the node at `path` that is not theirs.
+fn way_in(path: &Path, user: u32) -> String {
+    let lent = path.parent().and_then(Path::file_name);
+    match lent.and_then(|folder| folder.to_str()) {
+        // A group's or a device's, which udev makes anew with each binding.
+        Some("vfio" | "devices") if !path.ends_with("vfio/vfio") => format!(
+            "have it given to your user with the device: `busway device bind --user {user}` and the device's address, \
+             as root; `chown {user} {}` does for as long as it is bound",
+            path.display()
+        ),
+        _ => format!(
+            "give it to your user: `chown {user} {}`, or to a group of theirs, as the package's udev rules give it to kvm",
+            path.display()
+        ),
+    }
 }
 
 impl fmt::Display for Node {
@@ -386,6 +402,36 @@ mod tests {
             text.contains("mode 0666") && text.contains("chown"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn who_may_not_open_a_node_is_told_what_gives_it_to_them() {
+        let node = Node {
+            uid: 0,
+            gid: 0,
+            mode: 0o600,
+        };
+        let text = |path: &str| {
+            let path = path.into();
+            Obstacle::Permission {
+                path,
+                node,
+                user: 1000,
+            }
+            .to_string()
+        };
+        for path in ["/dev/vfio/7", "/dev/vfio/devices/vfio3"] {
+            let text = text(path);
+            assert!(text.contains("user 0, group 0, mode 0600"), "{text}");
+            assert!(text.contains("busway device bind --user 1000"), "{text}");
+            assert!(text.contains(&format!("chown 1000 {path}")), "{text}");
+        }
+        for path in ["/dev/iommu", "/dev/vfio/vfio"] {
+            let text = text(path);
+            assert!(!text.contains("device bind"), "{text}");
+            assert!(text.contains(&format!("chown 1000 {path}")), "{text}");
+            assert!(text.contains("kvm"), "{text}");
+        }
     }
 
     #[test]

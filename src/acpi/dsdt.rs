@@ -37,6 +37,9 @@ pub(super) fn dsdt(hardware: &Hardware) -> Sdt {
     host_bridge(hardware, &mut aml);
     motherboard(hardware, &mut aml);
     arch::append_devices(hardware.serial, &mut aml);
+    if hardware.tpm {
+        arch::append_tpm(&mut aml);
+    }
     cpus::append(hardware, &mut aml);
     hotplug::append(hardware.bus0_slots, &mut aml);
     let soft_off = arch::soft_off();

@@ -25,6 +25,8 @@ pub struct Hardware {
     pub pluggable: Option<PluggableMemory>,
     /// There is a serial port COM1.
     pub serial: bool,
+    /// There is a TPM.
+    pub tpm: bool,
     /// Root ports have hot-plug slots that the guest's own driver handles.
     pub native_hotplug: bool,
     /// Bit n: the device in slot n of bus 0 can come and leave. Without any there is nothing that would tell

@@ -150,6 +150,7 @@ mod tests {
             mmio64: layout::mmio64(1 << 32, 40, &[]),
             pluggable: None,
             serial: true,
+            tpm: false,
             bus0_slots: 0,
             native_hotplug: true,
             ecam: layout::ECAM_START,

@@ -93,6 +93,9 @@ impl Image {
         if let Some(PluggableMemory { ram, range }) = &hardware.pluggable {
             xsdt.add_entry(image.append(&arch::srat(&hardware.cpus, ram, range)));
         }
+        if hardware.tpm {
+            xsdt.add_entry(image.append(&arch::tpm2()));
+        }
         let xsdt = image.append(&xsdt);
         // An address for each table, behind the header. §5.2.8.
         let entries = (image.offset(xsdt) + 36..image.bytes.len()).step_by(8);

@@ -20,6 +20,7 @@ fn hardware(cpus: u32) -> Hardware {
         mmio64: layout::mmio64(7 << 30, 40, &[]),
         pluggable: None,
         serial: true,
+        tpm: false,
         native_hotplug: true,
         bus0_slots: 0b1110,
         ecam: layout::ECAM_START,
@@ -75,6 +76,35 @@ fn each_table_is_found_from_the_rsdp_and_its_checksum_holds() {
             assert_eq!(sum(bytes), 0, "{name}");
         }
     }
+}
+
+#[test]
+fn a_tpm_is_in_a_table_of_its_own_and_in_the_namespace_and_only_where_there_is_one() {
+    let with = Hardware {
+        tpm: true,
+        ..hardware(4)
+    };
+    let found = tables(&with);
+    let table = |name: &str| &found.iter().find(|(one, _)| one == name).unwrap().1;
+    let tpm2 = table("TPM2");
+    assert_eq!((tpm2.len(), tpm2[8], sum(tpm2)), (76, 4, 0));
+    // The control area, and that commands are started by its registers. TCG ACPI Specification 1.4, table 7
+    assert_eq!(tpm2[40..48], 0xfed4_0040_u64.to_le_bytes());
+    assert_eq!(tpm2[48..52], 7_u32.to_le_bytes());
+    let dsdt = table("DSDT");
+    let has = |bytes: &[u8], wanted: &[u8]| bytes.windows(wanted.len()).any(|at| at == wanted);
+    // Name (_HID, "MSFT0101"), and a page of registers that can be written.
+    assert!(has(dsdt, b"_HID\x0dMSFT0101\0"));
+    let mut registers = vec![0x86, 9, 0, 1];
+    registers.extend(0xfed4_0000_u32.to_le_bytes());
+    registers.extend(0x1000_u32.to_le_bytes());
+    assert!(has(dsdt, &registers));
+    let without = tables(&hardware(4));
+    assert!(
+        without
+            .iter()
+            .all(|(name, bytes)| name != "TPM2" && !has(bytes, b"MSFT0101"))
+    );
 }
 
 #[test]
@@ -232,6 +262,7 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
             ram: vec![0..3 << 30, 4 << 30..5 << 30],
             range: 6 << 30..7 << 30,
         }),
+        tpm: true,
         ..hardware(64)
     };
     for (name, bytes) in tables(&hardware) {
@@ -275,7 +306,7 @@ fn slots_that_can_change_are_there_with_their_methods_and_only_where_there_are_s
     for part in [
         // A level-triggered interrupt, and registers of their own.
         "Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive, ,, ) { 0x0000000A, }",
-        "OperationRegion (HPRG, SystemMemory, 0xFEA00000, 0x14)",
+        "OperationRegion (HPRG, SystemMemory, 0xFEC80000, 0x14)",
         "Field (HPRG, DWordAcc, NoLock, WriteAsZeros) { ADDS, 32, WANT, 32, EJCT, 32, PRES, 32, OUTC, 32 }",
         // What is unseen is taken first, and then told.
         "Local0 = \\_SB.PHPC.ADDS \\_SB.PHPC.ADDS = Local0 Local1 = \\_SB.PHPC.WANT",
@@ -317,7 +348,7 @@ fn processors_that_come_and_go_have_their_methods_and_all_that_there_can_be_fit(
         assert!(some.contains(word), "{word}");
     }
     for part in [
-        "OperationRegion (CREG, SystemMemory, 0xFEA01000, 0x14)",
+        "OperationRegion (CREG, SystemMemory, 0xFEC81000, 0x14)",
         "Field (CREG, DWordAcc, NoLock, WriteAsZeros) { EVNT, 32, EJCT, 32, SLCT, 32, PRES, 32, OUTC, 32 }",
         "If ((\\_SB.CPUC.PRES & One)) { Return (0x0F) }",
         "Return (\\_SB.CPUC.CSTA (0x02))",

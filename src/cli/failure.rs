@@ -10,6 +10,7 @@ use busway_iommu::printable;
 use super::logging;
 use super::style::ColorChoice;
 use crate::exit::USAGE;
+use crate::sandbox::landlock;
 
 /// An error and the status that the process exits with for it.
 #[derive(Debug)]
@@ -70,6 +71,10 @@ impl fmt::Display for Failure {
                 write!(f, "\n  because: {text}")?;
             }
             said.push_str(&text);
+        }
+        let root: &(dyn Error + 'static) = self.error.as_ref();
+        if let Some(remedy) = landlock::remedy(root) {
+            write!(f, "\n  because: {remedy}")?;
         }
         Ok(())
     }

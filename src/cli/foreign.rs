@@ -85,7 +85,6 @@ const KEYS: &[(&str, &str, Act)] = &[
     ("disk", "pci_segment", Act::Segment),
     ("disk", "sparse", Act::Nothing),
     ("net", "iommu", Act::Off),
-    ("net", "vhost_user", Act::Off),
     ("net", "pci_segment", Act::Segment),
     // A tap's address is whoever's who makes it.
     ("net", "ip", Act::Nothing),
@@ -222,6 +221,11 @@ mod tests {
                 "tap=t,mac=52:54:00:12:34:56",
             ),
             (
+                "net",
+                "vhost_user=true,socket=/s,vhost_mode=server,iommu=off",
+                "vhost_user=true,socket=/s,vhost_mode=server",
+            ),
+            (
                 "device",
                 "path=/sys/bus/pci/devices/0000:01:00.0/,iommu=off",
                 "path=/sys/bus/pci/devices/0000:01:00.0/",
@@ -252,7 +256,6 @@ mod tests {
                 "path=a,iommu=on",
                 "iommu=on: Busway cannot do this yet",
             ),
-            ("net", "vhost_user=true", "cannot do this yet"),
             ("disk", "path=a,pci_segment=96", "0 to 95"),
             ("platform", "num_pci_segments=0", "1 to 96"),
             ("memory", "mergeable=maybe", "neither on nor off"),

@@ -10,6 +10,8 @@ mod failure;
 mod file;
 mod findings;
 mod foreign;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 pub mod hugepages;
 mod logging;
 mod manual;

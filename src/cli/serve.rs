@@ -15,7 +15,7 @@ use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcomma
 use super::run::RunArgs;
 use super::{Command, DIAGNOSTICS, Failure, logging, panic, print, schema, start_logging};
 use crate::config::{Accepted, ConsoleConfig, VmConfig};
-use crate::control::Server;
+use crate::control::{Server, SocketAddress};
 use crate::exit::RUNTIME;
 use crate::machine::{self, Requests};
 use crate::monitor;
@@ -201,12 +201,14 @@ impl Serve {
             let started = monitor.open().and_then(|file| Ok(monitor::start(file)?));
             started.map_err(|error| Failure::usage(format!("--event-monitor: {error}")))?;
         }
-        self.vm.confine()?;
+        let described = self.described();
+        let at_once = described.as_ref().ok().cloned();
+        let at_once = at_once.and_then(|(first, socket)| Some((first?, socket)));
+        self.vm.confine(at_once.as_ref())?;
         // Threads start below, and the signals that end a VM are the machine's.
         machine::block_signals();
         logging::step_aside();
-        let first = self.first().map_err(Failure::usage)?;
-        let socket = self.vm.api_socket().map_err(Failure::usage)?;
+        let (first, socket) = described?;
         if first.is_none() && socket.is_none() {
             return Err(Failure::usage(NothingToDo));
         }
@@ -215,19 +217,28 @@ impl Serve {
         }
         let requests = Requests::new().map_err(|error| Failure::new(error.exit_status(), error))?;
         let server = socket
-            .map(|socket| Server::start(&socket, requests.control()))
+            .as_ref()
+            .map(|socket| Server::start(socket, requests.control()))
             .transpose()
             .map_err(|error| Failure::new(error.exit_status(), error))?;
+        let made = socket.as_ref().and_then(SocketAddress::path);
+        let made = made.map(std::path::Path::to_owned);
         let events = self.event_monitor.as_ref().and_then(EventMonitor::pipe);
         if let (Some(server), Some(events)) = (&server, events) {
             server.end_when_given_up(events, requests.control());
         }
-        let served = machine::serve(first, self.no_shutdown, requests);
+        let served = machine::serve(first, self.no_shutdown, made, requests);
         // Who asked for the end may kill this process when it is answered: nothing comes after it.
         if let Some(server) = server {
             server.finish();
         }
         served.map_err(|error| Failure::new(error.exit_status(), error))
+    }
+
+    /// The VM that is there at once, if there is one, and where the process is controlled.
+    fn described(&self) -> Result<(Option<VmConfig>, Option<SocketAddress>), Failure> {
+        let first = self.first().map_err(Failure::usage)?;
+        Ok((first, self.vm.api_socket().map_err(Failure::usage)?))
     }
 
     /// The VM that is there at once, where the flags describe one.

@@ -49,6 +49,9 @@ pub const MAX_POWER_OFF_TIMEOUT: u32 = 3600;
 /// The seconds that it has where nothing else was said.
 pub const DEFAULT_POWER_OFF_TIMEOUT: u32 = 20;
 
+/// The least MTU that a NIC can have; bytes. Virtio 1.3 §5.1.4.1.
+pub(super) const MIN_MTU: u16 = 68;
+
 /// The longest name of a network interface. linux/if.h, `IFNAMSIZ` less its zero byte.
 pub(super) const INTERFACE_NAME: usize = 15;
 

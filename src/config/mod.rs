@@ -9,8 +9,11 @@ mod balloon;
 mod cpus;
 mod disk;
 mod fs;
+mod landlock;
 mod limits;
 mod memory;
+mod net;
+mod tpm;
 mod validate;
 mod virtio;
 mod vsock;
@@ -18,7 +21,6 @@ mod vsock;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use busway_host::Mac;
 use busway_pci::Reserve;
 use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
@@ -28,6 +30,7 @@ pub use balloon::BalloonConfig;
 pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
+pub use landlock::{LandlockAccess, LandlockRule};
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
     CONSOLE_FILE_SIZE, DEFAULT_POWER_OFF_TIMEOUT, DEFAULT_REMOVAL_TIMEOUT, DISK_QUEUE_SIZES,
@@ -35,6 +38,8 @@ pub use limits::{
     MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
 pub use memory::{HotplugMethod, InvalidHotplug, MOST_BLOCKS, MemoryConfig};
+pub use net::{NetConfig, VhostMode};
+pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
@@ -77,6 +82,8 @@ pub struct VmConfig {
     pub watchdog: bool,
     /// A device by which the guest tells that it has panicked.
     pub pvpanic: bool,
+    /// A TPM 2.0.
+    pub tpm: Option<TpmConfig>,
     /// Virtio entropy device.
     pub rng: RngConfig,
     /// 16550 serial port.
@@ -87,6 +94,11 @@ pub struct VmConfig {
     pub device: Vec<DeviceConfig>,
     /// How the platform is built.
     pub platform: PlatformConfig,
+    /// Landlock bounds the process to the files that this names.
+    pub landlock: bool,
+    /// What may be opened beside them.
+    #[serde(rename = "landlock-rules")]
+    pub landlock_rules: Vec<LandlockRule>,
     /// What was said of it that changes nothing yet. It has no words of its own.
     #[serde(skip)]
     pub accepted: Option<Box<Accepted>>,
@@ -100,47 +112,6 @@ pub struct FirmwareConfig {
     pub path: Option<PathBuf>,
     /// The file that its variables are kept in; where it is absent, they last as long as the VM.
     pub vars: Option<PathBuf>,
-}
-
-/// `--net`
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetConfig {
-    /// The tap interface; made where it does not exist, and named by the kernel where absent.
-    #[serde(default)]
-    pub tap: Option<String>,
-    /// Descriptors of a tap that somebody else has opened, one for each pair of queues, in the place of `tap`.
-    #[serde(default)]
-    pub fd: Vec<u32>,
-    /// The guest's MAC address; a random, locally administered one where absent.
-    #[serde(default)]
-    pub mac: Option<Mac>,
-    /// Receive and transmit queues together; even.
-    #[serde(default = "two")]
-    pub num_queues: u16,
-    /// Descriptors a queue; a power of two.
-    #[serde(default = "net_queue_size")]
-    pub queue_size: u16,
-    /// The host's kernel serves the queues (vhost-net).
-    #[serde(default)]
-    pub vhost: Choice,
-    /// Name, unique in the VM.
-    #[serde(default)]
-    pub id: Option<String>,
-}
-
-impl Default for NetConfig {
-    fn default() -> Self {
-        Self {
-            tap: None,
-            fd: Vec::new(),
-            mac: None,
-            num_queues: two(),
-            queue_size: net_queue_size(),
-            vhost: Choice::Auto,
-            id: None,
-        }
-    }
 }
 
 /// `--rng`

@@ -69,7 +69,8 @@ impl VirtioConfig {
     pub fn socket(&self) -> Option<&Path> {
         match self {
             Self::Disk(disk) => disk.back_end(),
-            Self::Net(_) | Self::Vsock(_) => None,
+            Self::Net(net) => net.back_end(),
+            Self::Vsock(_) => None,
             Self::Fs(fs) => Some(&fs.socket),
         }
     }
@@ -132,6 +133,14 @@ mod tests {
         });
         assert!(config.shares_memory());
         config.disk.clear();
+        config.net.push(NetConfig {
+            vhost_user: true,
+            socket: Some("/s".into()),
+            ..NetConfig::default()
+        });
+        assert!(config.shares_memory());
+        config.net = vec![NetConfig::default()];
+        assert!(!config.shares_memory());
         config.memory.shared = true;
         assert!(config.shares_memory());
     }

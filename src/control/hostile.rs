@@ -38,7 +38,7 @@ fn process() -> &'static Control {
     PROCESS.get_or_init(|| {
         let requests = Requests::new().expect("an eventfd");
         let control = requests.control();
-        std::thread::spawn(move || machine::serve(None, true, requests));
+        std::thread::spawn(move || machine::serve(None, true, None, requests));
         control
     })
 }

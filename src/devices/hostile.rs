@@ -33,7 +33,7 @@ const SELECT: u32 = 1 << 3;
 const WRITE: u32 = 1 << 4;
 
 /// The bits of a selector that name an item.
-const ITEM_MASK: u16 = 0x3fff;
+const ITEM_MASK: u16 = 0xbfff;
 const DIRECTORY: u16 = 0x19;
 const FIRST_FILE: u16 = 0x20;
 /// Bytes of an item that is read from a file.
@@ -86,7 +86,7 @@ pub fn firmware(story: &[u8]) {
 }
 
 /// Bytes of an access.
-fn width_of(byte: u8) -> usize {
+pub(crate) fn width_of(byte: u8) -> usize {
     [1, 2, 4, 8].get(usize::from(byte % 4)).map_or(1, |&w| w)
 }
 

@@ -45,6 +45,26 @@ pub enum FirmwareError {
         /// The file.
         path: PathBuf,
     },
+    /// {path} is a BIOS, and keeps no variables
+    #[error(
+        "{} is a BIOS, which keeps no variables: leave vars={} out, or give UEFI firmware",
+        path.display(), vars.display()
+    )]
+    BiosVariables {
+        /// The file.
+        path: PathBuf,
+        /// Where variables were to be kept.
+        vars: PathBuf,
+    },
+    /// {path} is a BIOS, and starts no kernel
+    #[error(
+        "{} is a BIOS, which boots disks and starts no kernel: leave --kernel or --firmware out, or give UEFI firmware",
+        path.display()
+    )]
+    BiosKernel {
+        /// The file.
+        path: PathBuf,
+    },
     /// {path} needs system management mode
     #[error(
         "{} is a build for Secure Boot that needs system management mode, which Busway has not: use a build \

@@ -11,6 +11,8 @@ use super::error::FirmwareError;
 const LARGEST: u64 = 32 << 20;
 /// What regions come in multiples of: a page.
 const PAGE: u64 = 0x1000;
+/// The bytes of a BIOS: what a PC of that time has room for below 1 MiB, and what is reached above.
+const BIOS_SIZES: std::ops::RangeInclusive<u64> = 64 << 10..=1 << 20;
 /// The first instruction is 16 bytes before the end.
 const RESET_VECTOR: usize = 16;
 
@@ -50,6 +52,8 @@ pub(super) enum Kind {
     Whole { variables: u64 },
     /// Variables alone.
     Variables,
+    /// A BIOS, which has no variables.
+    Bios,
 }
 
 /// Whether a regular file begins as firmware does, with a volume.
@@ -123,6 +127,9 @@ impl Image {
             )));
         }
         let Some(volume) = volume(&self.bytes) else {
+            if is_bios(&self.bytes) && BIOS_SIZES.contains(&size) {
+                return Ok(Kind::Bios);
+            }
             return Err(wrong("it does not begin with a firmware volume".to_owned()));
         };
         let ends_with_code = self
@@ -236,6 +243,15 @@ fn volume(bytes: &[u8]) -> Option<Volume> {
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at.checked_add(4)?)?;
     bytes.try_into().ok().map(u32::from_le_bytes)
+}
+
+/// What a BIOS's first instruction is: a jump into the segment at 0xF0000, from where it is copied to.
+/// SeaBIOS, src/romlayout.S, `reset_vector`
+fn is_bios(bytes: &[u8]) -> bool {
+    const FAR_JUMP: u8 = 0xea;
+    let start = bytes.len().checked_sub(RESET_VECTOR);
+    let vector = start.and_then(|start| bytes.get(start..start + 5));
+    matches!(vector, Some([FAR_JUMP, _, _, 0x00, 0xf0]))
 }
 
 /// What a file is that people mistake for firmware.

@@ -62,12 +62,23 @@ pub struct BoardItems {
     pub acpi: Arc<dyn Fn() -> acpi::Hardware + Send + Sync>,
     /// [`hardware_info`], asked when firmware reads it.
     pub hardware_info: Box<dyn Fn() -> Vec<u8> + Send + Sync>,
+    /// What only a BIOS is told.
+    pub bios: Option<BiosItems>,
     /// Which machine it is.
     pub identity: Identity,
     /// A kernel that firmware starts.
     pub kernel: Option<Kernel>,
     /// What is booted from, the first before the others: paths in Open Firmware's form.
     pub boot_order: Vec<String>,
+}
+
+/// What a BIOS is told besides, which asks it by names of SeaBIOS's. SeaBIOS, docs/Runtime_config.md
+#[derive(Debug, Default)]
+pub struct BiosItems {
+    /// The port of a serial console, which is all that it has to show text on.
+    pub console: Option<u16>,
+    /// Where addresses for BARs begin above 4 GiB.
+    pub memory_above: Option<u64>,
 }
 
 /// A kernel that firmware starts, with what belongs to it.
@@ -159,6 +170,15 @@ pub fn items(board: BoardItems) -> Result<Items, FirmwareError> {
         make: board.hardware_info,
     };
     items.file("etc/hardware-info", hardware)?;
+    if let Some(bios) = board.bios {
+        let number = |value: u64| Content::Bytes(value.to_le_bytes().to_vec());
+        if let Some(port) = bios.console {
+            items.file("etc/sercon-port", number(port.into()))?;
+        }
+        if let Some(start) = bios.memory_above {
+            items.file("etc/reserved-memory-end", number(start))?;
+        }
+    }
     if !board.boot_order.is_empty() {
         let mut order = board.boot_order.join("\n").into_bytes();
         order.push(0);

@@ -1,5 +1,5 @@
-//! UEFI firmware as distributions package it, unmodified: which file it is, where its variables are kept,
-//! and what it is told of the board.
+//! Firmware as distributions package it, unmodified: which file it is, where its variables are kept, and what it is told
+//! of the board. It is UEFI's, or a BIOS, SeaBIOS, for disks that are older than that.
 //!
 //! The flash chips are [`devices::pflash`](crate::devices::pflash), the way to tell is
 //! [`devices::fw_cfg`](crate::devices::fw_cfg), and the board that firmware knows is
@@ -17,12 +17,17 @@ use std::sync::Arc;
 pub use descriptors::FirmwareRoots;
 pub use error::FirmwareError;
 pub(crate) use image::is_firmware;
-pub use items::{BoardItems, Kernel, Window, hardware_info, items};
+pub use items::{BiosItems, BoardItems, Kernel, Window, hardware_info, items};
 
 use crate::arch::layout::{FLASH_END, FLASH_SIZE};
 use crate::config::FirmwareConfig;
 use image::{Image, Kind};
 use store::Store;
+
+/// Where a BIOS ends below 1 MiB, and the most bytes of it there. SeaBIOS, src/config.h, `BUILD_BIOS_ADDR`; QEMU
+/// hw/i386/x86-common.c, `x86_isa_bios_init`
+const LOW_END: u64 = 1 << 20;
+const LOW_COPY: usize = 128 << 10;
 
 /// Firmware, opened and looked at.
 #[derive(Debug)]
@@ -30,6 +35,7 @@ pub struct Firmware {
     /// The file with its code, for a person.
     pub path: PathBuf,
     code: Vec<u8>,
+    is_bios: bool,
     variables: Vec<u8>,
     store: Option<Arc<Store>>,
 }
@@ -57,6 +63,19 @@ impl Firmware {
             Kind::Variables => {
                 return Err(FirmwareError::IsVariables { path });
             }
+            Kind::Bios => {
+                if let Some(vars) = &config.vars {
+                    let vars = vars.clone();
+                    return Err(FirmwareError::BiosVariables { path, vars });
+                }
+                return Ok(Self {
+                    path,
+                    code: image.into_bytes(),
+                    is_bios: true,
+                    variables: Vec::new(),
+                    store: None,
+                });
+            }
             Kind::Code => {
                 let initial = match template.or_else(|| descriptors::template_beside(&path)) {
                     Some(template) => Some(Initial::read(&template)?),
@@ -82,6 +101,7 @@ impl Firmware {
         Ok(Self {
             path,
             code,
+            is_bios: false,
             variables,
             store,
         })
@@ -91,6 +111,20 @@ impl Firmware {
     #[must_use]
     pub fn code(&self) -> (u64, &[u8]) {
         (FLASH_END - self.code.len() as u64, &self.code)
+    }
+
+    /// Whether it is a BIOS, which has no variables and starts no kernel.
+    #[must_use]
+    pub fn is_bios(&self) -> bool {
+        self.is_bios
+    }
+
+    /// What of it is in memory below 1 MiB at power-on, where a BIOS runs, and where that is: its end.
+    #[must_use]
+    pub fn low_copy(&self) -> Option<(u64, &[u8])> {
+        let start = self.code.len().saturating_sub(LOW_COPY);
+        let copy = self.code.get(start..).filter(|_| self.is_bios)?;
+        Some((LOW_END - copy.len() as u64, copy))
     }
 
     /// What the variables' chip holds when the VM starts, and where it is: just below the code.

@@ -398,3 +398,26 @@ proptest! {
         let _refused = host.open(Some(&whole), Some(&path));
     }
 }
+
+#[test]
+fn a_bios_is_told_by_its_first_instruction_and_has_its_end_below_1_mib() {
+    let host = Host::bare();
+    // Debian's bios-256k.bin ends so.
+    let mut bios: Vec<u8> = (0..0x4_0000_u32).map(|at| (at >> 12) as u8).collect();
+    bios[0x3_fff0..].copy_from_slice(b"\xea\x5b\xe0\0\xf006/23/99\0\xfc\0");
+    let path = host.write("bios-256k.bin", &bios);
+    let firmware = host.open(Some(&path), None).unwrap();
+    assert!(firmware.is_bios());
+    assert_eq!(firmware.code(), (0xfffc_0000, &bios[..]));
+    assert_eq!(firmware.low_copy(), Some((0xe_0000, &bios[0x2_0000..])));
+    let refusal = host.refusal(Some(&path), Some(Path::new("v")));
+    assert!(refusal.contains("keeps no variables"), "{refusal}");
+    for (name, bytes) in [("small", &bios[0x3_f000..]), ("cut", &bios[..0x3_f000])] {
+        let path = host.write(name, bytes);
+        let refusal = host.refusal(Some(&path), None);
+        assert!(
+            refusal.contains("does not begin with a firmware volume"),
+            "{refusal}"
+        );
+    }
+}

@@ -2,29 +2,35 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::IoEventAddress;
 
 use super::irq::lend;
+use super::wires::Wires;
 
 /// Makes doorbells.
 #[derive(Clone, Debug)]
 pub struct Doorbells {
-    fd: Arc<VmFd>,
+    fd: Wires,
 }
 
 /// A register that rings, until this is dropped.
 #[derive(Debug)]
 pub struct Doorbell {
-    fd: Arc<VmFd>,
+    fd: Wires,
     event: OwnedFd,
     at: u64,
 }
 
 impl Doorbells {
-    pub(super) fn new(fd: Arc<VmFd>) -> Self {
-        Self { fd }
+    pub(super) fn new(fd: impl Into<Wires>) -> Self {
+        Self { fd: fd.into() }
+    }
+
+    /// Those that signal nothing.
+    #[cfg(any(test, feature = "hostile"))]
+    pub(crate) fn loose() -> Self {
+        Self::new(Wires::Loose)
     }
 
     /// From now on a write of any width and value at guest-physical address `at` signals `event`
@@ -35,9 +41,7 @@ impl Doorbells {
     pub fn ring(&self, at: u64, event: &OwnedFd) -> io::Result<Doorbell> {
         let event = event.try_clone()?;
         let address = IoEventAddress::Mmio(at);
-        lend(&event, |event| {
-            self.fd.register_ioevent(event, &address, NoDatamatch)
-        })?;
+        lend(&event, |event| self.fd.register_ioevent(event, &address))?;
         Ok(Doorbell {
             fd: self.fd.clone(),
             event,
@@ -49,9 +53,7 @@ impl Doorbells {
 impl Drop for Doorbell {
     fn drop(&mut self) {
         let at = IoEventAddress::Mmio(self.at);
-        let silenced = lend(&self.event, |event| {
-            self.fd.unregister_ioevent(event, &at, NoDatamatch)
-        });
+        let silenced = lend(&self.event, |event| self.fd.unregister_ioevent(event, &at));
         if let Err(error) = silenced {
             log::error!("the doorbell at {:#x} stays: {error}", self.at);
         }

@@ -105,7 +105,13 @@ impl KvmError {
                 .any(|line| line.split_whitespace().any(|word| word == flag))
         };
         let (reason, remedy) = match error.raw_os_error() {
-            Some(libc::EACCES | libc::EPERM) => (
+            // The file's mode answers EACCES, and the device cgroup EPERM, to root as well.
+            Some(libc::EPERM) => (
+                "the device cgroup forbids it".to_owned(),
+                "let the container or unit have it (systemd: DeviceAllow=/dev/kvm rw; docker: --device /dev/kvm)"
+                    .to_owned(),
+            ),
+            Some(libc::EACCES) => (
                 "no permission".to_owned(),
                 "join the group that owns it (`sudo usermod -aG kvm $USER`, then log in again)"
                     .to_owned(),
@@ -155,6 +161,7 @@ mod tests {
     #[test]
     fn each_way_kvm_is_missing_has_its_own_remedy() {
         assert!(text(libc::EACCES, "").contains("usermod -aG kvm"));
+        assert!(text(libc::EPERM, "").contains("DeviceAllow=/dev/kvm"));
         assert!(text(libc::ENOENT, "flags\t\t: fpu svm").contains("modprobe kvm_amd"));
         assert!(text(libc::ENODEV, "flags\t\t: vmx").contains("modprobe kvm_intel"));
         assert!(text(libc::ENOENT, "flags\t\t: fpu\nvmx").contains("nesting"));

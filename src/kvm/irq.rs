@@ -14,11 +14,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use busway_pci::{InterruptLevel, InterruptRoute, InterruptRoutes, MsiMessage, RouteError};
 use busway_vfio::EventFd;
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
-use kvm_ioctls::VmFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd as KvmEventFd;
 
 use super::error::KvmError;
+use super::wires::Wires;
 use crate::arch::chips::{IOAPIC_PINS, legacy_routes};
 
 /// Vectors in use, for the boot report.
@@ -50,7 +50,7 @@ struct Counter {
 }
 
 struct Shared {
-    fd: Arc<VmFd>,
+    fd: Wires,
     /// How many routes the table can hold.
     limit: u32,
     table: Mutex<Table>,
@@ -74,9 +74,9 @@ impl fmt::Debug for IrqRouter {
 }
 
 impl IrqRouter {
-    pub(super) fn new(fd: Arc<VmFd>, limit: u32) -> Result<Self, KvmError> {
+    pub(super) fn new(fd: impl Into<Wires>, limit: u32) -> Result<Self, KvmError> {
         let shared = Shared {
-            fd,
+            fd: fd.into(),
             limit,
             table: Mutex::default(),
         };
@@ -108,8 +108,19 @@ impl IrqRouter {
         }
     }
 
-    /// The VM that it is the router of.
-    pub(super) fn vm(&self) -> &Arc<VmFd> {
+    /// One whose interrupts arrive nowhere.
+    ///
+    /// # Errors
+    /// None.
+    #[cfg(any(test, feature = "hostile"))]
+    pub(crate) fn loose() -> Result<Self, KvmError> {
+        /// Linux, include/linux/kvm_host.h, `KVM_MAX_IRQ_ROUTES`.
+        const ROUTES: u32 = 4096;
+        Self::new(Wires::Loose, ROUTES)
+    }
+
+    /// Where it leads.
+    pub(super) fn wires(&self) -> &Wires {
         &self.shared.fd
     }
 
@@ -375,7 +386,7 @@ fn is_readable(event: &EventFd) -> bool {
 /// A pin held up or down by one device.
 #[derive(Debug)]
 pub struct LevelLine {
-    fd: Arc<VmFd>,
+    fd: Wires,
     gsi: u32,
 }
 

@@ -15,6 +15,7 @@ mod stats_fd;
 mod vcpus;
 mod vfio;
 mod vm;
+mod wires;
 
 pub use address_map::{AddressMap, BusDevice, Overlap};
 pub use doorbell::{Doorbell, Doorbells};

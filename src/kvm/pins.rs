@@ -11,14 +11,14 @@ use std::sync::Arc;
 
 use busway_pci::{InterruptLine, InterruptLines, InterruptPin, RouteError};
 use busway_vfio::EventFd;
-use kvm_ioctls::VmFd;
 
 use super::irq::{IrqRouter, eventfd, kernel, lend};
+use super::wires::Wires;
 
 /// The four pins of a device, by the GSIs that they are wired to.
 #[derive(Debug)]
 pub struct Pins {
-    fd: Arc<VmFd>,
+    fd: Wires,
     gsis: [u32; 4],
 }
 
@@ -27,7 +27,7 @@ impl IrqRouter {
     #[must_use]
     pub fn pins(&self, gsis: [u32; 4]) -> Pins {
         Pins {
-            fd: self.vm().clone(),
+            fd: self.wires().clone(),
             gsis,
         }
     }
@@ -61,7 +61,7 @@ impl InterruptLines for Pins {
 /// One pin's way to its line.
 #[derive(Debug)]
 struct Line {
-    fd: Arc<VmFd>,
+    fd: Wires,
     gsi: u32,
     event: EventFd,
     resample: EventFd,

@@ -33,6 +33,7 @@ use crate::config::{ConsoleConfig, CpusConfig, MemoryConfig, VirtioConfig, VmCon
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::pci_hotplug;
 use crate::devices::pvpanic::Pvpanic;
+use crate::devices::tpm::{self, Tpm};
 use crate::devices::watchdog::Watchdog;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from};
 use crate::memory::{Discards, Ram, Regions};
@@ -55,6 +56,7 @@ pub(super) struct Machine {
     pub(super) pci: Pci,
     pub(super) board: Board,
     pub(super) watchdog: Option<Arc<Watchdog>>,
+    pub(super) tpm: Option<Tpm>,
     /// The pseudo-terminals that the serial port and the console are at.
     pub(super) serial_terminal: Option<PathBuf>,
     pub(super) console_terminal: Option<PathBuf>,
@@ -163,6 +165,9 @@ impl Machine {
         let found = Found::find(definition, options)?;
         let plan = plan(config, &found, &model)?;
         plan.pluggable(&config.memory)?;
+        let tpm = config.tpm.as_ref();
+        let tpm = tpm.map(|tpm| Tpm::open(&tpm.socket, layout::TPM_START));
+        let tpm = tpm.transpose()?;
 
         let quit = EventFd::new().map_err(RunError::system("eventfd"))?;
         let events = Events::new().map_err(RunError::system("eventfd"))?;
@@ -239,6 +244,10 @@ impl Machine {
             );
         }
         let watchdog = add_board_devices(config, &mut pci)?;
+        if let Some(tpm) = &tpm {
+            let (at, registers) = (layout::TPM_START, tpm.registers());
+            buses.mmio.insert("TPM", at, tpm::SIZE, registers)?;
+        }
         if let Some(opened) = opened {
             passthrough.attach_first(opened, &mut pci)?;
         }
@@ -295,6 +304,7 @@ impl Machine {
             pci,
             board,
             watchdog,
+            tpm,
             serial_terminal,
             console_terminal,
             definition: definition.clone(),
@@ -521,6 +531,7 @@ fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
         mmio64: windows.memory64.clone(),
         pluggable: None,
         serial: config.serial != ConsoleConfig::Off,
+        tpm: config.tpm.is_some(),
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
         bus0_slots: 0,
         ecam: layout::ECAM_START,
@@ -554,7 +565,7 @@ pub(super) fn processors_now(acpi: &mut acpi::Hardware, registers: &CpuHotplug) 
 }
 
 /// Root ports with empty slots, for devices that are added later.
-fn add_empty_ports(
+pub(super) fn add_empty_ports(
     pci: &mut Pci,
     config: &VmConfig,
     router: &IrqRouter,
@@ -601,7 +612,10 @@ fn add_virtio(
 }
 
 /// The devices of the board that are on PCI and not virtio's. Gives the watchdog.
-fn add_board_devices(config: &VmConfig, pci: &mut Pci) -> Result<Option<Arc<Watchdog>>, RunError> {
+pub(super) fn add_board_devices(
+    config: &VmConfig,
+    pci: &mut Pci,
+) -> Result<Option<Arc<Watchdog>>, RunError> {
     if config.pvpanic {
         let pvpanic = Pvpanic::new().map_err(std::io::Error::other);
         let pvpanic = pvpanic.map_err(RunError::system("a BAR of pvpanic's"))?;
@@ -616,7 +630,7 @@ fn add_board_devices(config: &VmConfig, pci: &mut Pci) -> Result<Option<Arc<Watc
 }
 
 /// Lets devices come to bus 0 while the guest runs, and leave it: gives the slots for that.
-fn open_slots(
+pub(super) fn open_slots(
     pci: &Pci,
     buses: &Buses,
     router: &IrqRouter,

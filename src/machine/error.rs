@@ -16,10 +16,12 @@ use crate::arch::board::BoardError;
 use crate::arch::boot::BootError;
 use crate::config::InvalidConfig;
 use crate::devices::console::ConsoleError;
+use crate::devices::tpm::TpmError;
 use crate::exit::{HOST, RUNTIME, USAGE};
 use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Overlap};
 use crate::memory::{Amount, PrefaultError, RamError, RegionsError};
+use crate::sandbox::landlock::LandlockError;
 use crate::virtio::VirtioPciError;
 use crate::virtio::balloon::TargetError;
 use crate::virtio::blk::BlkError;
@@ -35,6 +37,9 @@ pub enum RunError {
     /// The configuration contradicts itself.
     #[error(transparent)]
     Config(#[from] InvalidConfig),
+    /// Landlock cannot bound the process.
+    #[error(transparent)]
+    Landlock(#[from] LandlockError),
     /// There is nothing that could be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -71,6 +76,9 @@ pub enum RunError {
     /// The entropy source cannot be had.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// The TPM cannot be had.
+    #[error(transparent)]
+    Tpm(#[from] TpmError),
     /// The balloon cannot be so large.
     #[error("--balloon: {0}")]
     Balloon(#[from] TargetError),
@@ -354,6 +362,7 @@ impl RunError {
             | Self::Net(_)
             | Self::VhostUser(_)
             | Self::Vsock(_)
+            | Self::Tpm(_)
             | Self::DmaSpace(_)
             | Self::Memlock(_)
             | Self::PeerToPeer(_)
@@ -361,7 +370,9 @@ impl RunError {
             | Self::Function(_)
             | Self::NoRoom(_)
             | Self::Pluggable(_)
+            | Self::Landlock(LandlockError::Missing(_) | LandlockError::Kernel(_))
             | Self::Addresses(_) => HOST,
+            Self::Landlock(LandlockError::Path { .. }) => USAGE,
             _ => RUNTIME,
         }
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use busway_pci::{Topology, Windows};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::RunError;
 use super::address_plan::AddressPlan;
@@ -18,15 +19,16 @@ use crate::arch::board::Board;
 use crate::arch::boot::BootSource;
 use crate::arch::debug_port::{self, DebugPort};
 use crate::arch::layout;
-use crate::config::VmConfig;
+use crate::config::{ConsoleConfig, VmConfig};
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::fw_cfg::{self, FwCfg};
 use crate::devices::pflash::{self, Pflash};
 use crate::firmware::{
-    BoardItems, Firmware, FirmwareError, FirmwareRoots, Kernel, Window, hardware_info, items,
+    BiosItems, BoardItems, Firmware, FirmwareError, FirmwareRoots, Kernel, Window, hardware_info,
+    items,
 };
 use crate::kvm::Buses;
-use crate::memory::{Ram, Region, Regions};
+use crate::memory::{GuestRam, Ram, Region, Regions};
 use crate::smbios::Identity;
 
 /// The widest addresses that OVMF uses, in bits: with pages of 1 GiB, and without.
@@ -47,7 +49,11 @@ impl FirmwareSource {
         let asked = config.firmware.clone().unwrap_or_default();
         let firmware = Firmware::open(&asked, &FirmwareRoots::default())?;
         log::info!("firmware {}", firmware.path.display());
-        if asked.vars.is_none() {
+        if firmware.is_bios() && kernel.is_some() {
+            let path = firmware.path;
+            return Err(FirmwareError::BiosKernel { path }.into());
+        }
+        if asked.vars.is_none() && !firmware.is_bios() {
             log::info!(
                 "what the firmware's variables are set to lasts until the VM's end (vars=FILE keeps it)"
             );
@@ -68,7 +74,11 @@ impl FirmwareSource {
 #[derive(Debug)]
 pub(super) struct FirmwareBoard {
     fw_cfg: Arc<FwCfg>,
-    variables: Arc<Pflash>,
+    /// None of a BIOS.
+    variables: Option<Arc<Pflash>>,
+    /// What of a BIOS is in RAM at power-on, and where.
+    low_copy: Option<(u64, Vec<u8>)>,
+    ram: GuestRam,
     /// Bytes of RAM below and above 4 GiB.
     memory: (u64, u64),
 }
@@ -100,18 +110,19 @@ impl FirmwareBoard {
         let code = pflash::rom(at, code).map_err(failed("memory for the firmware"))?;
         regions.add(Arc::new(Region::rom("the firmware's code", code)))?;
 
-        let (at, variables) = firmware.variables();
-        let memory =
-            pflash::rom(at, variables).map_err(failed("memory for the firmware's variables"))?;
-        let variables = Pflash::new(memory, firmware.store(), regions.clone())?;
-        let variables = Arc::new(variables);
-        let (start, size) = variables.place();
-        buses
-            .mmio
-            .insert("the firmware's variables", start, size, variables.clone())?;
+        let variables = match firmware.is_bios() {
+            true => None,
+            false => Some(chip_of_variables(&firmware, around)?),
+        };
+        let low_copy = firmware.low_copy();
+        let low_copy = low_copy.map(|(at, bytes)| (at, bytes.to_vec()));
 
         let ram = around.ram.guest_ranges();
-        let items = items(board_items(around, &ram, kernel))?;
+        let mut items_of_board = board_items(around, &ram, kernel);
+        if firmware.is_bios() {
+            tell_bios(&mut items_of_board, around);
+        }
+        let items = items(items_of_board)?;
         let fw_cfg = Arc::new(FwCfg::new(items, around.ram.guest().clone()));
         let ports = &buses.ports;
         ports.insert(
@@ -130,6 +141,8 @@ impl FirmwareBoard {
         Ok(Self {
             fw_cfg,
             variables,
+            low_copy,
+            ram: around.ram.guest().clone(),
             memory: (bytes(false), bytes(true)),
         })
     }
@@ -137,10 +150,52 @@ impl FirmwareBoard {
     /// As at power-on, the variables as they were set. No vCPU may run.
     pub(super) fn power_on(&self, board: &Board) {
         self.fw_cfg.reset();
-        self.variables.reset();
+        if let Some(variables) = &self.variables {
+            variables.reset();
+        }
+        if let Some((at, bytes)) = &self.low_copy
+            && let Err(error) = self.ram.memory().write_slice(bytes, GuestAddress(*at))
+        {
+            log::error!("the BIOS cannot be put into RAM at {at:#x}: {error}");
+        }
         let (below, above) = self.memory;
         board.rtc.tell_memory(below, above);
     }
+}
+
+/// The chip with the firmware's variables, on the bus.
+fn chip_of_variables(
+    firmware: &Firmware,
+    around: &Surroundings<'_>,
+) -> Result<Arc<Pflash>, RunError> {
+    let (at, variables) = firmware.variables();
+    let memory = pflash::rom(at, variables);
+    let memory = memory.map_err(RunError::system("memory for the firmware's variables"))?;
+    let variables = Arc::new(Pflash::new(
+        memory,
+        firmware.store(),
+        around.regions.clone(),
+    )?);
+    let (start, size) = variables.place();
+    let mmio = &around.buses.mmio;
+    mmio.insert("the firmware's variables", start, size, variables.clone())?;
+    Ok(variables)
+}
+
+/// What a BIOS is told besides. It places BARs from the I/O APIC downwards, so that the tables let the guest's own drivers have
+/// them there. SeaBIOS, src/fw/pciinit.c, `pci_bios_init_root_regions_mem`
+fn tell_bios(items: &mut BoardItems, around: &Surroundings<'_>) {
+    let told = items.acpi.clone();
+    items.acpi = Arc::new(move || {
+        let mut now = told();
+        now.mmio32.push(layout::BIOS_MMIO32);
+        now
+    });
+    let serial = around.config.serial != ConsoleConfig::Off;
+    items.bios = Some(BiosItems {
+        console: serial.then_some(layout::SERIAL_PORT),
+        memory_above: around.windows.memory64.first().map(|window| window.start),
+    });
 }
 
 fn board_items(
@@ -189,6 +244,7 @@ fn board_items(
         pluggable_end: around.ram.pluggable_range().map(|range| range.end),
         acpi: Arc::new(acpi),
         hardware_info: Box::new(hardware_info),
+        bios: None,
         identity: Identity::of(&around.config.platform),
         kernel,
         boot_order: boot_order(around),
@@ -329,6 +385,7 @@ mod tests {
             mmio64: Vec::new(),
             pluggable: None,
             serial: true,
+            tpm: false,
             native_hotplug: true,
             bus0_slots: 0,
             ecam: layout::ECAM_START,

@@ -18,6 +18,8 @@ mod error;
 mod events;
 mod firmware;
 mod handed;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod life;
 mod long_work;
 mod madvise;

@@ -19,6 +19,7 @@ use super::handed::{Files, Handed};
 use super::observed::{Observed, State};
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
 use crate::report::AssignedDevice;
+use crate::sandbox::landlock;
 
 /// How many requests wait to be taken; whoever asks then is refused.
 const MOST: usize = 64;
@@ -231,7 +232,7 @@ pub enum RequestError {
 
 impl RequestError {
     /// That something was tried and failed, with every cause that its text leaves out.
-    pub(super) fn failed(error: &dyn std::error::Error) -> Self {
+    pub(super) fn failed(error: &(dyn std::error::Error + 'static)) -> Self {
         let mut text = error.to_string();
         let mut cause = error.source();
         while let Some(error) = cause {
@@ -240,6 +241,9 @@ impl RequestError {
                 text = format!("{text}: {more}");
             }
             cause = error.source();
+        }
+        if let Some(remedy) = landlock::remedy(error) {
+            text = format!("{text}: {remedy}");
         }
         Self::Failed(text)
     }

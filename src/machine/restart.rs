@@ -89,6 +89,9 @@ impl Machine {
 
     fn power_on(&mut self) -> Result<(), RunError> {
         self.board.reset();
+        if let Some(tpm) = &self.tpm {
+            tpm.reset();
+        }
         self.vcpus.reset()?;
         self.load()
     }

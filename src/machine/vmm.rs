@@ -6,6 +6,7 @@
 //! who ask.
 
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,7 @@ use crate::monitor::{self, Source};
 use crate::notify;
 use crate::provoked;
 use crate::report::{Report, Stage};
+use crate::sandbox::landlock::{self, Rules};
 
 /// A machine whose guest runs no more, and how that came.
 type Lived = (Box<Machine>, Result<Ended, RunError>);
@@ -71,15 +73,22 @@ pub fn run(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Resul
 /// Does what `requests` ask, VM after VM, until the process is to end. `first`: a VM that is there at once.
 ///
 /// The calling thread is the event loop, as with [`run`]. A VM that could not be put together, or that was ended over
-/// the API, leaves the process as it was. `kept`: so does one whose guest powered off or failed.
+/// the API, leaves the process as it was. `kept`: so does one whose guest powered off or failed. `socket`: what is removed
+/// at the end, where Landlock bounds the process by then.
 ///
 /// # Errors
 /// What a VM failed with that takes the process with it
-pub fn serve(first: Option<VmConfig>, kept: bool, requests: Requests) -> Result<(), RunError> {
+pub fn serve(
+    first: Option<VmConfig>,
+    kept: bool,
+    socket: Option<PathBuf>,
+    requests: Requests,
+) -> Result<(), RunError> {
     let mut served = Served {
         signals: Signals::new()?,
         requests,
         lasting: if kept { Lasting::Kept } else { Lasting::Served },
+        socket,
         definition: None,
     };
     monitor::tell(Source::Vmm, "starting", &[]);
@@ -174,6 +183,8 @@ struct Served {
     signals: Signals,
     requests: Requests,
     lasting: Lasting,
+    /// The control socket that the process has made.
+    socket: Option<PathBuf>,
     definition: Option<Definition>,
 }
 
@@ -327,6 +338,13 @@ impl Served {
         let devices = whole.config.device.len();
         whole.config.platform.make_slots(devices);
         payload::sort(&mut whole.config);
+        if let Err(error) = self.bound(&whole.config) {
+            if let Some(starter) = starter {
+                starter.answer(Err(RequestError::failed(&error)));
+            }
+            self.definition = Some(definition);
+            return self.after(Err(error), None, !asked);
+        }
         let (watch, report) = (PanicWatch::start(), Arc::new(Report::start()));
         monitor::tell(Source::Vm, "booting", &[]);
         let lived = live(
@@ -373,6 +391,18 @@ impl Served {
         }
         ending.finish();
         self.after(ended, extent, lived || !asked)
+    }
+
+    /// Has Landlock bound the process to the files of the first VM that is booted with it.
+    ///
+    /// # Errors
+    /// [`RunError::Landlock`]
+    fn bound(&self, config: &VmConfig) -> Result<(), RunError> {
+        if config.landlock {
+            let rules = Rules::of(config, true).with_made(self.socket.as_deref());
+            landlock::restrict(&rules)?;
+        }
+        Ok(())
     }
 
     /// What follows a VM. `own`: where it failed, nobody has been told why.

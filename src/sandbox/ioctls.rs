@@ -47,6 +47,19 @@ pub(super) const KVM_RUNNING: &[u32] = &[
     from::<kvm::kvm_sregs>(KVM, 0x83),                 // KVM_GET_SREGS
 ];
 
+/// What the thread of a vCPU asks that is put aside while the guest runs, which puts it into its state at power-on.
+pub(super) const KVM_PARKING: &[u32] = &[
+    to::<kvm::kvm_regs>(KVM, 0x82),        // KVM_SET_REGS
+    to::<kvm::kvm_sregs>(KVM, 0x84),       // KVM_SET_SREGS
+    to::<kvm::kvm_msrs>(KVM, 0x89),        // KVM_SET_MSRS
+    to::<kvm::kvm_fpu>(KVM, 0x8d),         // KVM_SET_FPU
+    to::<kvm::kvm_lapic_state>(KVM, 0x8f), // KVM_SET_LAPIC
+    to::<kvm::kvm_mp_state>(KVM, 0x99),    // KVM_SET_MP_STATE
+    to::<kvm::kvm_vcpu_events>(KVM, 0xa0), // KVM_SET_VCPU_EVENTS
+    to::<kvm::kvm_debugregs>(KVM, 0xa2),   // KVM_SET_DEBUGREGS
+    to::<kvm::kvm_xcrs>(KVM, 0xa7),        // KVM_SET_XCRS
+];
+
 /// What making, restarting and ending a VM asks of KVM besides.
 pub(super) const KVM_MAKING: &[u32] = &[
     none(KVM, 0x00),                           // KVM_GET_API_VERSION
@@ -65,22 +78,13 @@ pub(super) const KVM_MAKING: &[u32] = &[
     from::<kvm::kvm_pit_state2>(KVM, 0x9f),    // KVM_GET_PIT2
     to::<kvm::kvm_pit_state2>(KVM, 0xa0),      // KVM_SET_PIT2
     to::<kvm::kvm_enable_cap>(KVM, 0xa3),      // KVM_ENABLE_CAP
-    to::<kvm::kvm_regs>(KVM, 0x82),            // KVM_SET_REGS
-    to::<kvm::kvm_sregs>(KVM, 0x84),           // KVM_SET_SREGS
     both::<kvm::kvm_msrs>(KVM, 0x88),          // KVM_GET_MSRS
-    to::<kvm::kvm_msrs>(KVM, 0x89),            // KVM_SET_MSRS
-    to::<kvm::kvm_fpu>(KVM, 0x8d),             // KVM_SET_FPU
     from::<kvm::kvm_lapic_state>(KVM, 0x8e),   // KVM_GET_LAPIC
-    to::<kvm::kvm_lapic_state>(KVM, 0x8f),     // KVM_SET_LAPIC
     to::<kvm::kvm_cpuid2>(KVM, 0x90),          // KVM_SET_CPUID2
-    to::<kvm::kvm_mp_state>(KVM, 0x99),        // KVM_SET_MP_STATE
-    to::<kvm::kvm_vcpu_events>(KVM, 0xa0),     // KVM_SET_VCPU_EVENTS
     from::<kvm::kvm_debugregs>(KVM, 0xa1),     // KVM_GET_DEBUGREGS
-    to::<kvm::kvm_debugregs>(KVM, 0xa2),       // KVM_SET_DEBUGREGS
     none(KVM, 0xa2),                           // KVM_SET_TSC_KHZ
     none(KVM, 0xa3),                           // KVM_GET_TSC_KHZ
     from::<kvm::kvm_xcrs>(KVM, 0xa6),          // KVM_GET_XCRS
-    to::<kvm::kvm_xcrs>(KVM, 0xa7),            // KVM_SET_XCRS
     none(KVM, 0xad),                           // KVM_KVMCLOCK_CTRL
     none(KVM, 0xce),                           // KVM_GET_STATS_FD
     both::<kvm::kvm_create_device>(KVM, 0xe0), // KVM_CREATE_DEVICE
@@ -248,7 +252,8 @@ mod tests {
             (KVM_RUNNING, 0x4008_ae6a),
             (KVM_RUNNING, 0x4040_ae79),
             (KVM_MAKING, 0xc208_ae62),
-            (KVM_MAKING, 0x4090_ae82),
+            (KVM_PARKING, 0x4090_ae82),
+            (KVM_PARKING, 0x4400_ae8f),
             (VFIO_RUNNING, 0x3b6e),
             (VFIO_RUNNING, 0x3b71),
             (VFIO_OPENING, 0x3b64),

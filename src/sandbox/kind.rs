@@ -12,8 +12,12 @@ pub enum Kind {
     Disk,
     /// Serves a NIC's queues: `_net0`.
     Net,
-    /// Looks after a device that the kernel's vhost serves: `_vhost…`, `_vsock…`.
+    /// Looks after a NIC that the kernel's vhost serves: `_vhost…`.
     Vhost,
+    /// Serves sockets between host and guest, or looks after the kernel's vhost that does: `_vsock…`.
+    Vsock,
+    /// Connects to programs on the host for the former: `vsock-out`.
+    VsockPorts,
     /// Connects to the process that serves a device: `_fs0`, `vhost-user`.
     VhostUser,
     /// Serves a virtio console: `_console`.
@@ -34,6 +38,8 @@ pub enum Kind {
     Unmask,
     /// Has the disk take the firmware's variables: `variables`.
     Variables,
+    /// Has swtpm carry out the commands to the guest's TPM: `tpm`.
+    Tpm,
     /// Touches the guest's RAM before the guest does.
     Populate,
     /// Measures and writes the boot report: `report`.
@@ -48,12 +54,14 @@ pub enum Kind {
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 23] = [
         Self::Main,
         Self::Vcpu,
         Self::Disk,
         Self::Net,
         Self::Vhost,
+        Self::Vsock,
+        Self::VsockPorts,
         Self::VhostUser,
         Self::Console,
         Self::Entropy,
@@ -64,6 +72,7 @@ impl Kind {
         Self::Input,
         Self::Unmask,
         Self::Variables,
+        Self::Tpm,
         Self::Populate,
         Self::Report,
         Self::Progress,
@@ -77,7 +86,8 @@ impl Kind {
         match device {
             "disk" => Self::Disk,
             "net" => Self::Net,
-            "vhost" | "vsock" => Self::Vhost,
+            "vhost" => Self::Vhost,
+            "vsock" => Self::Vsock,
             "console" => Self::Console,
             "memory" => Self::Memory,
             _ => Self::Entropy,

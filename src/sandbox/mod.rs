@@ -1,15 +1,19 @@
 //! The walls behind the VMM: what a thread of this process could do, were a guest to take it over.
 //!
 //! Privileges and capabilities that no VM needs are given up at the start ([`confine`]), and so is, by `--seccomp`,
-//! each call of the kernel's that is not in the [`table`]. A thread begins by [`enter`]ing its kind. What is allowed
+//! each call of the kernel's that is not in the [`table`], and by `--landlock` each file that the VM does not name
+//! ([`landlock`]). A thread begins by [`enter`]ing its kind. What is allowed
 //! stands in the table alone; `docs/security.md` says what it is worth.
 
 mod filter;
 mod ioctls;
 mod kind;
+pub mod landlock;
 mod limits;
 mod rights;
 mod table;
+#[cfg(test)]
+mod takeover;
 #[cfg(test)]
 mod tests;
 mod violation;
@@ -21,6 +25,7 @@ use clap::ValueEnum;
 
 use filter::Filters;
 pub use kind::Kind;
+use landlock::{LandlockError, Rules};
 pub use limits::{SizeLimitError, check_size, size_limit};
 pub use table::capabilities;
 
@@ -54,6 +59,9 @@ pub enum WallsError {
     /// cannot give up privileges: {0}
     #[error("cannot give up privileges (prctl, capset): {0}")]
     Rights(io::Error),
+    /// --landlock
+    #[error(transparent)]
+    Landlock(#[from] LandlockError),
     /// --seccomp: the kernel takes no filter: {0}
     #[error(
         "--seccomp: the kernel takes no filter: {0}; it needs CONFIG_SECCOMP_FILTER, and --seccomp false goes without"
@@ -61,12 +69,16 @@ pub enum WallsError {
     Filter(io::Error),
 }
 
-/// Puts the walls up round the calling thread, which is to be the only one, and all that it will start.
+/// Puts the walls up round the calling thread, which is to be the only one, and all that it will start. `files`: those
+/// that Landlock leaves in reach.
 ///
 /// # Errors
 /// [`WallsError`]: some of them may stand.
-pub fn confine(mode: Mode) -> Result<(), WallsError> {
+pub fn confine(mode: Mode, files: Option<&Rules>) -> Result<(), WallsError> {
     rights::give_up().map_err(WallsError::Rights)?;
+    if let Some(rules) = files {
+        landlock::restrict(rules)?;
+    }
     if mode == Mode::True {
         violation::tell_of().map_err(WallsError::Filter)?;
     }
@@ -85,7 +97,9 @@ pub fn confine(mode: Mode) -> Result<(), WallsError> {
 /// The kernel refuses, for want of memory: a thread does not go on without its walls, and the VM ends.
 pub fn enter(kind: Kind) {
     let Some(walls) = WALLS.get() else { return };
-    let entered = rights::keep(capabilities(kind)).and_then(|()| walls.filter(kind));
+    let entered = rights::keep(capabilities(kind))
+        .and_then(|()| landlock::narrow(kind))
+        .and_then(|()| walls.filter(kind));
     if let Err(error) = entered {
         panic!("a thread ({kind:?}) cannot give up its rights: {error}");
     }

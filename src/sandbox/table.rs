@@ -129,6 +129,8 @@ const COMMON: &[Row] = &[
         ),
     ),
     (libc::SYS_seccomp, Is(0, &[SECCOMP_SET_MODE_FILTER])),
+    (libc::SYS_landlock_create_ruleset, Always),
+    (libc::SYS_landlock_restrict_self, Always),
     (libc::SYS_capget, Always),
     (libc::SYS_capset, Always),
     (libc::SYS_exit, Always),
@@ -219,11 +221,17 @@ const SOCKETS: &[Row] = &[
     (libc::SYS_listen, Always),
 ];
 
+/// Asks the kernel for routes, for what is said of a device that somebody asks about over the API.
+const ROUTES: &[Row] = &[(libc::SYS_socket, Is(0, &[AF_NETLINK as u32]))];
+
 /// Connects to another process.
 const CONNECTS: &[Row] = &[
     (libc::SYS_socket, Is(0, &[AF_UNIX as u32])),
     (libc::SYS_connect, Always),
 ];
+
+/// Makes two ends of a stream, of which another process gets one.
+const PAIRS: &[Row] = &[(libc::SYS_socketpair, Is(0, &[AF_UNIX as u32]))];
 
 /// What a disk's image is asked for besides.
 const IMAGES: &[Row] = &[
@@ -238,16 +246,17 @@ const IMAGES: &[Row] = &[
         Is(1, &[F_OFD_GETLK as u32, F_OFD_SETLK as u32]),
     ),
     (libc::SYS_ioctl, Is(1, ioctls::BLOCK)),
-    (libc::SYS_timerfd_settime, Always),
     // Its own processors: `queue_affinity=` of --disk.
     (libc::SYS_sched_setaffinity, Is(0, &[0])),
 ];
+
+/// Sets a timer that is there: of a limit, or of connections whose time is over.
+const TIMERS: &[Row] = &[(libc::SYS_timerfd_settime, Always)];
 
 /// What a start of a device's workers makes.
 const WORKERS: &[Row] = &[
     (libc::SYS_io_uring_setup, Always),
     (libc::SYS_timerfd_create, Always),
-    (libc::SYS_timerfd_settime, Always),
     (libc::SYS_timerfd_gettime, Always),
 ];
 
@@ -264,6 +273,10 @@ const ONCE: &[Row] = &[
         Is(1, &[F_ADD_SEALS as u32, F_GET_SEALS as u32]),
     ),
     (libc::SYS_prlimit64, Is(0, &[0])),
+    // Any thread's processors, of this process and, as far as its user goes, of others: --cpus affinity= and dedicated=.
+    (libc::SYS_sched_setaffinity, Always),
+    // The process's layer of Landlock.
+    (libc::SYS_landlock_add_rule, Always),
     (libc::SYS_getrlimit, Always),
     (libc::SYS_uname, Always),
     (libc::SYS_sysinfo, Always),
@@ -283,6 +296,7 @@ const fn ioctl(requests: &'static [u32]) -> Row {
 }
 
 const KVM_RUNNING: &[Row] = &[ioctl(ioctls::KVM_RUNNING)];
+const KVM_PARKING: &[Row] = &[ioctl(ioctls::KVM_PARKING)];
 const KVM_MAKING: &[Row] = &[ioctl(ioctls::KVM_MAKING)];
 const VFIO_RUNNING: &[Row] = &[ioctl(ioctls::VFIO_RUNNING)];
 const VFIO_MAPPING: &[Row] = &[ioctl(ioctls::VFIO_MAPPING)];
@@ -310,28 +324,34 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         ],
         Kind::Vcpu => &[
             KVM_RUNNING,
+            KVM_PARKING,
             AT_PLACES,
             WORKERS,
+            TIMERS,
             VFIO_RUNNING,
             VFIO_MAPPING,
             VHOST_RINGS,
             TUN_RUNNING,
             STREAMS,
         ],
-        Kind::Disk => &[AT_PLACES, IMAGES],
+        Kind::Disk => &[AT_PLACES, IMAGES, TIMERS],
         Kind::Net => &[TUN_RUNNING],
         Kind::Vhost => &[VHOST_CALLS],
+        Kind::Vsock => &[VHOST_CALLS, STREAMS, TIMERS],
+        Kind::VsockPorts => &[CONNECTS],
         Kind::VhostUser => &[STREAMS, CONNECTS],
         Kind::Console => &[STREAMS],
         Kind::Memory => &[VFIO_MAPPING],
-        Kind::Http => &[TO_READ, STREAMS, AT_PLACES],
+        Kind::Http => &[TO_READ, STREAMS, AT_PLACES, ROUTES],
         Kind::ConsoleOutput => &[TO_READ, TO_CHANGE, STREAMS],
         Kind::Input => &[STREAMS, REMOVES],
         Kind::Unmask => &[VFIO_INTERRUPTS],
         Kind::Variables => &[&[(libc::SYS_fdatasync, Always)]],
+        Kind::Tpm => &[STREAMS, CONNECTS, PAIRS],
         Kind::Report => &[TO_READ, TO_CHANGE],
         Kind::GivenUp => &[TO_READ],
-        Kind::Entropy | Kind::Log | Kind::Populate | Kind::Progress | Kind::Watchdog => &[],
+        Kind::Entropy => &[TIMERS],
+        Kind::Log | Kind::Populate | Kind::Progress | Kind::Watchdog => &[],
     }
 }
 
@@ -343,6 +363,7 @@ pub(super) fn started_by(kind: Kind) -> &'static [Kind] {
             Kind::Disk,
             Kind::Net,
             Kind::Vhost,
+            Kind::Vsock,
             Kind::Console,
             Kind::Entropy,
             Kind::Memory,
@@ -404,6 +425,32 @@ const PATHS: &[Row] = &[
     (libc::SYS_unlinkat, Always),
 ];
 
+/// What of the process's files the threads of a kind may still reach by a path, under Landlock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Files {
+    /// All that the process may.
+    AsTheProcess,
+    /// They are read, and folders listed.
+    Read,
+    /// They are removed.
+    Remove,
+    /// Unix sockets are connected to.
+    Connect,
+    /// None.
+    None,
+}
+
+/// What the threads of a kind do with paths. A thread that another starts has the other's bounds as well.
+pub(super) fn files(kind: Kind) -> Files {
+    match kind {
+        Kind::Main | Kind::Report | Kind::ConsoleOutput => Files::AsTheProcess,
+        Kind::Http | Kind::GivenUp => Files::Read,
+        Kind::Input => Files::Remove,
+        Kind::VhostUser | Kind::VsockPorts => Files::Connect,
+        _ => Files::None,
+    }
+}
+
 /// The capabilities that a kind's threads keep, of those that the process was started with. `docs/security.md` says
 /// what for.
 #[must_use]
@@ -420,7 +467,7 @@ pub fn capabilities(kind: Kind) -> CapabilitySet {
         Kind::Vcpu => CapabilitySet::IPC_LOCK,
         Kind::Populate | Kind::Memory => CapabilitySet::IPC_LOCK,
         Kind::Report | Kind::ConsoleOutput => CapabilitySet::DAC_OVERRIDE,
-        Kind::VhostUser | Kind::Input => CapabilitySet::DAC_OVERRIDE,
+        Kind::VhostUser | Kind::VsockPorts | Kind::Input | Kind::Tpm => CapabilitySet::DAC_OVERRIDE,
         _ => CapabilitySet::empty(),
     }
 }

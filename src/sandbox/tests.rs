@@ -3,25 +3,46 @@
 use std::collections::HashMap;
 use std::env;
 use std::io;
+use std::path::Path;
 use std::process::{self, Command};
 use std::thread;
 
 use rustix::thread::{CapabilitySet, capabilities as capabilities_now};
 
+use super::landlock::Rules;
 use super::table;
 use super::{Kind, Mode, capabilities, confine, enter};
 
 /// The kind whose thread the process is to have.
 const CHILD: &str = "BUSWAY_TEST_WALLS";
+/// The folder that the processes of a test share.
+pub(super) const FOLDER: &str = "BUSWAY_TEST_FOLDER";
+/// The status of a process that could not be confined.
+pub(super) const NO_WALLS: i32 = 77;
 /// The capabilities that it was started with.
 const RIGHTS: &str = "BUSWAY_TEST_RIGHTS";
 
 /// Runs the test `name` again in a process of its own, for each kind: there, `act` is done on a thread of that kind,
 /// with violations dealt with as `mode` says. Gives each process's status and standard error.
 fn in_a_process_each(name: &str, mode: Mode, act: fn(Kind)) -> Vec<(Kind, Option<i32>, String)> {
+    in_a_process_with(&format!("tests::{name}"), mode, None, || None, act)
+}
+
+/// The same, where a test is named with its module, the processes share a folder ([`FOLDER`]), and Landlock leaves them
+/// what `files` says.
+pub(super) fn in_a_process_with(
+    name: &str,
+    mode: Mode,
+    folder: Option<&Path>,
+    files: fn() -> Option<Rules>,
+    act: fn(Kind),
+) -> Vec<(Kind, Option<i32>, String)> {
     if let Ok(number) = env::var(CHILD) {
         let kind = Kind::ALL[number.parse::<usize>().unwrap()];
-        confine(mode).unwrap();
+        if let Err(error) = confine(mode, files().as_ref()) {
+            eprintln!("{error}");
+            process::exit(NO_WALLS);
+        }
         let thread = thread::Builder::new().name("taken".to_owned());
         let body = move || {
             enter(kind);
@@ -30,10 +51,12 @@ fn in_a_process_each(name: &str, mode: Mode, act: fn(Kind)) -> Vec<(Kind, Option
         let done = thread.spawn(body).unwrap().join();
         process::exit(if done.is_ok() { 0 } else { 9 });
     }
-    let test = format!("sandbox::tests::{name}");
+    let test = format!("sandbox::{name}");
     let rights = capabilities_now(None).unwrap().permitted;
     let run = |(number, kind): (usize, Kind)| {
+        let folder = folder.map(|folder| (FOLDER, folder));
         let output = Command::new(env::current_exe().unwrap())
+            .envs(folder)
             .args(["--exact", &test, "--nocapture", "--test-threads=1"])
             .env(CHILD, number.to_string())
             .env(RIGHTS, rights.bits().to_string())
@@ -46,7 +69,7 @@ fn in_a_process_each(name: &str, mode: Mode, act: fn(Kind)) -> Vec<(Kind, Option
 }
 
 /// Makes a call, and gives the error that it has.
-fn errno(number: libc::c_long, arguments: [usize; 5]) -> i32 {
+pub(super) fn errno(number: libc::c_long, arguments: [usize; 5]) -> i32 {
     let [a, b, c, d, e] = arguments;
     // SAFETY: each call in these tests either is refused, or is given descriptors and addresses that do not exist, or
     // makes something that is left alone.
@@ -61,7 +84,7 @@ fn errno(number: libc::c_long, arguments: [usize; 5]) -> i32 {
     }
 }
 
-const NO_FD: usize = usize::MAX;
+pub(super) const NO_FD: usize = usize::MAX;
 
 /// What no thread whatever may do: each is refused by EPERM in this mode.
 fn try_what_nobody_may(kind: Kind) {
@@ -148,7 +171,10 @@ fn try_what_some_may(kind: Kind) {
     let (read, write) = (libc::O_RDONLY as usize, libc::O_WRONLY as usize);
     let writes = matches!(kind, Kind::Main | Kind::Report | Kind::ConsoleOutput);
     let reads = writes || matches!(kind, Kind::Http | Kind::GivenUp);
-    let connects = matches!(kind, Kind::Main | Kind::VhostUser);
+    let connects = matches!(
+        kind,
+        Kind::Main | Kind::VhostUser | Kind::VsockPorts | Kind::Tpm
+    );
     let unix = libc::AF_UNIX as usize;
     let starts = matches!(kind, Kind::Main | Kind::Vcpu);
     for (what, may, number, arguments) in [

@@ -74,11 +74,6 @@ impl Activation {
         &self.interrupts
     }
 
-    /// What the last run left, for a run that others have.
-    pub(super) fn into_progress(self) -> Progress {
-        self.progress
-    }
-
     /// Takes queue `index` for who serves it; `None` where the driver has left it disabled. Its rings
     /// lie in RAM.
     pub fn take_setup(&mut self, index: u16) -> Option<QueueSetup> {

@@ -210,6 +210,8 @@ pub mod net {
     pub const F_GUEST_CSUM: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM;
     /// `VIRTIO_NET_F_CTRL_GUEST_OFFLOADS`
     pub const F_CTRL_GUEST_OFFLOADS: u64 = 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
+    /// `VIRTIO_NET_F_MTU`: the configuration has the longest packet that the driver may send.
+    pub const F_MTU: u64 = 1 << VIRTIO_NET_F_MTU;
     /// `VIRTIO_NET_F_MAC`
     pub const F_MAC: u64 = 1 << VIRTIO_NET_F_MAC;
     /// `VIRTIO_NET_F_GUEST_TSO4`

@@ -48,7 +48,7 @@ fn an_unknown_word_of_the_file_is_named_with_its_line_and_the_nearest() {
         .assert()
         .code(2)
         .stderr_eq(str![[r#"
-busway: error: vm.toml: unknown key `memroy`, line 3; did you mean `memory`? (there are: kernel, firmware, initramfs, cmdline, cpus, memory, disk, net, fs, vsock, balloon, watchdog, pvpanic, rng, serial, console, device, platform)
+busway: error: vm.toml: unknown key `memroy`, line 3; did you mean `memory`? (there are: kernel, firmware, initramfs, cmdline, cpus, memory, disk, net, fs, vsock, balloon, watchdog, pvpanic, tpm, rng, serial, console, device, platform)
 
 "#]]);
 }
@@ -70,7 +70,7 @@ fn what_a_later_version_has_is_not_taken_silently() {
     for flags in [
         ["--firmware", "OVMF.fd"],
         ["--device", "01:00.0,iommu=on"],
-        ["--net", "tap=a,vhost_user=on"],
+        ["--net", "tap=a,host_mac=52:54:00:12:34:56"],
     ] {
         refused(&flags);
     }

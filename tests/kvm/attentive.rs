@@ -47,7 +47,7 @@ pub(crate) fn hears_nmi(handler: &[u8]) -> Vec<u8> {
 /// A guest that lets go of each device on bus 0 that is wanted back, and powers off when it is asked to.
 pub(crate) fn attentive() -> Vec<u8> {
     // mov eax, [wanted]; test eax, eax; jz over; mov [wanted], eax; mov [eject], eax
-    let [wanted, eject] = [4, 8].map(|offset| (0xfea0_0000_u32 + offset).to_le_bytes());
+    let [wanted, eject] = [4, 8].map(|offset| (0xfec8_0000_u32 + offset).to_le_bytes());
     let slots = [
         &[0xa1][..],
         &wanted,

@@ -3,6 +3,7 @@
 
 mod attentive;
 mod bare;
+mod bios;
 mod clients;
 mod curl;
 mod exits;
@@ -10,11 +11,14 @@ mod generated;
 mod guest;
 mod hostile;
 mod interrupts;
+mod landlock;
 mod lines;
 mod memory;
 mod notified;
+mod ordinary;
 mod processors;
 mod resizing;
 mod served;
+mod tpm;
 mod walls;
 mod whole;

@@ -424,7 +424,7 @@ const FIRST: u32 = 1 << 1;
 fn ejects(slots: u32) -> Vec<u8> {
     // mov dword [eject], slots
     let mut code = vec![0xc7, 0x05];
-    code.extend(0xfea0_0008_u32.to_le_bytes());
+    code.extend(0xfec8_0008_u32.to_le_bytes());
     code.extend(slots.to_le_bytes());
     code
 }

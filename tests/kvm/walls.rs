@@ -27,6 +27,8 @@ fn kind_of(name: &str) -> Kind {
         ("vcpu", Kind::Vcpu),
         ("_disk", Kind::Disk),
         ("_rng", Kind::Entropy),
+        ("_vsock", Kind::Vsock),
+        ("vsock-out", Kind::VsockPorts),
         ("http", Kind::Http),
         ("log", Kind::Log),
         ("console-out", Kind::ConsoleOutput),
@@ -81,12 +83,18 @@ fn walls_stand_round_every_task_of_a_vm_that_runs() {
     let disk = served.path("disk");
     fs::write(&disk, [0; 4096]).unwrap();
     vm["disks"] = json!([{ "path": disk, "id": "first" }]);
+    vm["vsock"] = json!({ "cid": 3, "socket": served.path("vsock") });
+    vm["cpus"]["affinity"] = json!([{ "vcpu": 1, "host_cpus": [0] }]);
     assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
     assert_eq!(served.put("vm.boot"), 204);
     let names = look_at(pid);
-    for name in ["vcpu0", "vcpu1", "log"] {
+    for name in ["vcpu0", "vcpu1", "vsock-out", "log"] {
         assert!(names.iter().any(|one| one == name), "{name}: {names:?}");
     }
+    // Asked on a thread that serves clients, which looks at the whole host for it, and opens no node.
+    let device = json!({ "path": "0000:00:00.0" });
+    let (status, _) = served.ask("PUT", "vm.check-device", Some(&device));
+    assert!([200, 404, 500].contains(&status), "{status}");
     let more = served.path("more");
     fs::write(&more, [0; 4096]).unwrap();
     let more = json!({ "path": more, "id": "more" });

@@ -16,16 +16,20 @@ pub const FIRMWARE_MMIO32_STARTS: [u64; 2] = [0x8000_0000, 0x4000_0000];
 /// End of the addresses below 4 GiB where firmware may put BARs or configuration space; the board's own
 /// devices are behind it.
 pub const FIRMWARE_MMIO32_END: u64 = 0xfc00_0000;
+/// The addresses behind it, up to the I/O APIC, where a BIOS may put BARs as well.
+pub const BIOS_MMIO32: Range<u64> = FIRMWARE_MMIO32_END..IOAPIC_START;
 /// The enhanced configuration access of segment 0: 256 buses of 1 MiB.
 pub const ECAM_START: u64 = 0xe000_0000;
 /// Bytes of ECAM.
 pub const ECAM_SIZE: u64 = 256 << 20;
 /// The registers by which devices come to bus 0 and leave it, of one page.
-pub const PCI_HOTPLUG_START: u64 = 0xfea0_0000;
+pub const PCI_HOTPLUG_START: u64 = 0xfec8_0000;
 /// The registers by which processors come and leave, of one page.
-pub const CPU_HOTPLUG_START: u64 = 0xfea0_1000;
+pub const CPU_HOTPLUG_START: u64 = 0xfec8_1000;
 /// The IOAPIC.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// The registers of the TPM, of one page: locality 0. TCG PC Client Platform TPM Profile 1.05, §6.5.1
+pub const TPM_START: u64 = 0xfed4_0000;
 /// The local APIC; the megabyte from here is where MSIs are written, and is never mapped for DMA.
 pub const LAPIC_START: u64 = 0xfee0_0000;
 /// KVM's identity map page, one page; below the BIOS area and outside of RAM and windows. KVM API

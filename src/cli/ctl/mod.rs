@@ -190,12 +190,41 @@ struct AddDiskArgs {
 struct AddNetArgs {
     /// The tap interface; a new one that the kernel names, where none is given
     tap: Option<String>,
+    /// TAP is the socket of another process, which serves the NIC
+    #[arg(long, requires = "tap")]
+    vhost_user: bool,
+    /// Busway listens at that socket, and the other process connects
+    #[arg(long, requires = "vhost_user")]
+    server: bool,
+    /// The longest packet of the guest's
+    #[arg(long, value_name = "BYTES", requires = "vhost_user", value_parser = clap::value_parser!(u16).range(68..))]
+    mtu: Option<u16>,
+    /// Receive and transmit queues together; 2, where nothing is given
+    #[arg(long, value_name = "N")]
+    queues: Option<u16>,
     /// The guest's MAC address; a random one, where none is given
     #[arg(long)]
     mac: Option<String>,
     /// What it is called
     #[arg(long)]
     id: Option<String>,
+}
+
+impl AddNetArgs {
+    /// What is said beside the endpoint.
+    fn body(&self) -> Value {
+        let mut body = json!({ "mac": self.mac, "num_queues": self.queues, "id": self.id });
+        match &self.tap {
+            Some(socket) if self.vhost_user => {
+                body["vhost_user"] = json!(true);
+                body["vhost_socket"] = json!(absolute(Path::new(socket)));
+                body["vhost_mode"] = json!(if self.server { "Server" } else { "Client" });
+                body["mtu"] = json!(self.mtu);
+            }
+            tap => body["tap"] = json!(tap),
+        }
+        body
+    }
 }
 
 /// `busway ctl add-fs`
@@ -297,7 +326,7 @@ impl Verb {
                 "backing_files": disk.backing_files, "serial": disk.serial, "id": disk.id,
             })),
             Self::CheckDevice { device } => Some(json!({ "path": device })),
-            Self::AddNet(net) => Some(json!({ "tap": net.tap, "mac": net.mac, "id": net.id })),
+            Self::AddNet(net) => Some(net.body()),
             Self::AddVsock { cid, socket, id } => Some(json!({
                 "cid": cid, "socket": socket.as_deref().map(absolute), "id": id,
             })),

@@ -212,6 +212,10 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
         }),
         Verb::AddNet(AddNetArgs {
             tap: None,
+            vhost_user: false,
+            server: false,
+            mtu: None,
+            queues: None,
             mac: None,
             id: None,
         }),

@@ -39,6 +39,7 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             }
             "watchdog" => config.watchdog = file.switch(&value, "watchdog")?,
             "pvpanic" => config.pvpanic = file.switch(&value, "pvpanic")?,
+            "tpm" => config.tpm = Some(file.one(&schema::TPM, &value)?),
             "rng" => file.section(&schema::RNG, &mut config.rng, &value)?,
             "serial" => file.section(&schema::SERIAL, &mut config.serial, &value)?,
             "console" => file.section(&schema::CONSOLE, &mut config.console, &value)?,
@@ -48,6 +49,10 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "fs" => file.list(&schema::FS, &mut config.fs, &value)?,
             "vsock" => config.vsock = Some(file.one(&schema::VSOCK, &value)?),
             "device" => file.list(&schema::DEVICE, &mut config.device, &value)?,
+            "landlock" => config.landlock = file.switch(&value, "landlock")?,
+            "landlock-rules" => {
+                file.list(&schema::LANDLOCK_RULES, &mut config.landlock_rules, &value)?;
+            }
             unknown => {
                 return Err(Wrong::UnknownKey {
                     place: file.place(&at, ""),

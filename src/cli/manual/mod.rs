@@ -285,11 +285,13 @@ impl Keys {
             Self::of(&schema::NET),
             Self::of(&schema::FS),
             Self::of(&schema::VSOCK),
+            Self::of(&schema::TPM),
             Self::of(&schema::RNG),
             Self::of(&schema::SERIAL),
             Self::of(&schema::CONSOLE),
             Self::of(&schema::DEVICE),
             Self::of(&schema::PLATFORM),
+            Self::of(&schema::LANDLOCK_RULES),
             Self::of(&schema::API_SOCKET),
         ]
     }

@@ -20,6 +20,7 @@ use crate::control::{Server, SocketAddress};
 use crate::exit::{HOST, RUNTIME};
 use crate::machine::{self, Ended, Requests};
 use crate::report::{Report, Stage};
+use crate::sandbox::landlock::Rules;
 use crate::sandbox::{self, Kind, Mode};
 
 /// What `busway run` takes.
@@ -106,6 +107,12 @@ pub(super) struct RunArgs {
     pvpanic: bool,
 
     #[arg(
+        long, help = schema::TPM.summary, long_help = schema::TPM.help(),
+        value_name = LIST, help_heading = DEVICES
+    )]
+    tpm: Vec<String>,
+
+    #[arg(
         long, help = schema::RNG.summary, long_help = schema::RNG.help(),
         value_name = LIST, help_heading = DEVICES
     )]
@@ -143,6 +150,23 @@ pub(super) struct RunArgs {
     /// Each thread has a filter of the calls that its kind makes. docs/security.md has the kinds.
     #[arg(long, value_name = "WHAT", default_value_t = Mode::default(), value_enum, help_heading = DIAGNOSTICS)]
     pub(super) seccomp: Mode,
+
+    /// Bound the process to the files that its VM names, by Landlock
+    ///
+    /// Those are the files, sockets and devices of the flags and of the file, with what the host has for
+    /// them. What is added later by its path is refused, unless --landlock-rules names it; a descriptor
+    /// is always taken. docs/security.md says what is in reach, and what each level of the kernel's bounds.
+    #[arg(
+        long, value_name = "WHAT", num_args = 0..=1, default_missing_value = "true",
+        value_parser = clap::value_parser!(bool), help_heading = DIAGNOSTICS
+    )]
+    landlock: Option<bool>,
+
+    #[arg(
+        long, help = schema::LANDLOCK_RULES.summary, long_help = schema::LANDLOCK_RULES.help(),
+        value_name = "RULE", num_args = 1.., help_heading = DIAGNOSTICS
+    )]
+    landlock_rules: Vec<String>,
 
     /// Write the boot report as JSON, when the guest starts and at the end
     #[arg(long, value_name = "FILE", help_heading = DIAGNOSTICS)]
@@ -185,13 +209,14 @@ Exit status: 0 the guest powered off; 1 it failed while running; 2 bad usage or 
 
 /// Runs a guest until its end.
 pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(), Failure> {
-    args.confine()?;
+    // What is wrong with it is said behind the walls and by a thread, so that the end waits for no reader.
+    let described = args.described();
+    args.confine(described.as_ref().ok())?;
     // Threads start below, and the signals that end a VM are the machine's.
     machine::block_signals();
     machine::few_arenas();
     logging::step_aside();
-    let mut config = args.config().map_err(Failure::usage)?;
-    let socket = args.api_socket().map_err(Failure::usage)?;
+    let (mut config, socket) = described?;
     if socket.is_some() {
         config.platform.make_slots(config.device.len());
     }
@@ -268,9 +293,26 @@ impl RunArgs {
         Ok(config)
     }
 
-    /// Puts the walls up that the flags ask for, before any thread is there.
-    pub(super) fn confine(&self) -> Result<(), Failure> {
-        sandbox::confine(self.seccomp).map_err(|error| Failure::new(HOST, error))
+    /// The same, and where it is controlled.
+    fn described(&self) -> Result<(VmConfig, Option<SocketAddress>), Failure> {
+        let config = self.config().map_err(Failure::usage)?;
+        Ok((config, self.api_socket().map_err(Failure::usage)?))
+    }
+
+    /// Puts the walls up that the flags ask for, before any thread is there. `vm`: what there is at once, and where it is
+    /// controlled.
+    pub(super) fn confine(
+        &self,
+        vm: Option<&(VmConfig, Option<SocketAddress>)>,
+    ) -> Result<(), Failure> {
+        let files = vm
+            .filter(|(config, _)| config.landlock)
+            .map(|(config, socket)| {
+                Rules::of(config, socket.is_some())
+                    .with_made(socket.as_ref().and_then(SocketAddress::path))
+                    .with_made(self.report.as_deref())
+            });
+        sandbox::confine(self.seccomp, files.as_ref()).map_err(|error| Failure::new(HOST, error))
     }
 
     /// Whether the flags say anything of a VM.
@@ -336,7 +378,7 @@ impl RunArgs {
         self.api_socket.as_ref().map(make).transpose()
     }
 
-    fn apply(&self, config: &mut VmConfig) -> Result<(), Wrong> {
+    pub(super) fn apply(&self, config: &mut VmConfig) -> Result<(), Wrong> {
         replace(&mut config.kernel, &self.kernel);
         if let Some(said) = &self.firmware {
             let firmware = config.firmware.get_or_insert_default();
@@ -367,7 +409,16 @@ impl RunArgs {
             let place = SourcePlace::Flag(schema::VSOCK.name, said.clone());
             config.vsock = Some(schema::VSOCK.make(said, &place)?);
         }
-        extend(&schema::DEVICE, &mut config.device, &self.device)
+        for said in &self.tpm {
+            let place = SourcePlace::Flag(schema::TPM.name, said.clone());
+            config.tpm = Some(schema::TPM.make(said, &place)?);
+        }
+        extend(&schema::DEVICE, &mut config.device, &self.device)?;
+        if let Some(landlock) = self.landlock {
+            config.landlock = landlock;
+        }
+        let rules = &mut config.landlock_rules;
+        extend(&schema::LANDLOCK_RULES, rules, &self.landlock_rules)
     }
 }
 

@@ -3,8 +3,8 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, HotplugMethod, MemoryConfig, NetConfig,
-    OnError, PlatformConfig, RngConfig,
+    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, HotplugMethod, MemoryConfig, OnError,
+    PlatformConfig, RngConfig,
 };
 use crate::control::SocketAddress;
 use busway_host::{Called, CalledError, SysRoot};
@@ -124,11 +124,14 @@ pub(super) const TOP: &[&str] = &[
     "balloon",
     "watchdog",
     "pvpanic",
+    "tpm",
     "rng",
     "serial",
     "console",
     "device",
     "platform",
+    "landlock",
+    "landlock-rules",
 ];
 
 /// The widest that stands in the column of what can be said.
@@ -153,6 +156,9 @@ mod cpus;
 mod disk;
 mod firmware;
 mod fs;
+mod landlock;
+mod net;
+mod tpm;
 mod vsock;
 
 pub(super) use balloon::BALLOON;
@@ -160,6 +166,9 @@ pub(super) use cpus::CPUS;
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
 pub(super) use fs::FS;
+pub(super) use landlock::LANDLOCK_RULES;
+pub(super) use net::NET;
+pub(super) use tpm::TPM;
 pub(super) use vsock::VSOCK;
 
 /// `--memory`
@@ -211,45 +220,6 @@ fn hotplug_method(value: &Value) -> Result<HotplugMethod, Reason> {
         value: text.to_owned(),
         words: HOTPLUG_METHODS,
     })
-}
-
-/// `--net`
-pub(super) static NET: Section<NetConfig> = Section {
-    name: "net",
-    summary: "Virtio NIC on a tap interface: tap=NAME[,mac=MAC]…",
-    words: &[],
-    notes: "",
-    blank: NetConfig::default,
-    keys: keys! {
-        "tap" { "NAME": "the interface, made where there is none [named by the kernel]" }
-            |net, value| net.tap = Some(value.text()?.to_owned());
-        "fd" { "N|[N,…]": "in place of tap=: descriptors of a tap that Busway inherits, one for each\n\
-                 pair of queues, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR" }
-            |net, value| net.fd = numbers(value)?;
-        "mac" { "MAC": "the guest's address [random]" }
-            |net, value| net.mac = Some(value.mac()?);
-        "num_queues" { "N": "receive and transmit queues together, even [2]" }
-            |net, value| net.num_queues = value.number()?;
-        "queue_size" { "N": "descriptors of a queue, a power of two from 32 to 4096 [256]" }
-            |net, value| net.queue_size = value.number()?;
-        "vhost" { "on|off": "packets pass in the host's kernel, and not by Busway [on where\n\
-                 /dev/vhost-net can be opened]" }
-            |net, value| net.vhost = value.choice()?;
-        "id" { "NAME": "name, unique in the VM" }
-            |net, value| net.id = Some(value.text()?.to_owned());
-    },
-    required: &[],
-    bare: None,
-    single: false,
-    details: &[],
-};
-
-/// A number, or a list of them.
-fn numbers(value: &Value) -> Result<Vec<u32>, Reason> {
-    match value {
-        Value::List(values) => values.iter().map(Value::number).collect(),
-        value => Ok(vec![value.number()?]),
-    }
 }
 
 /// `--rng`
@@ -518,9 +488,11 @@ mod tests {
         agrees(&DISK);
         agrees(&NET);
         agrees(&FS);
+        agrees(&TPM);
         agrees(&BALLOON);
         agrees(&RNG);
         agrees(&DEVICE);
+        agrees(&LANDLOCK_RULES);
         agrees(&PLATFORM);
         let vm = serde_json::to_value(VmConfig::default()).unwrap();
         let mut fields: Vec<_> = vm.as_object().unwrap().keys().map(String::as_str).collect();

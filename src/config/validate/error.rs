@@ -5,7 +5,7 @@ use std::fmt;
 use crate::config::limits::{
     INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_NET_QUEUES, MAX_OEM_STRINGS,
     MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
-    SERIAL_SIZE, TAG_SIZE,
+    MIN_MTU, SERIAL_SIZE, TAG_SIZE,
 };
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
@@ -17,6 +17,12 @@ pub enum InvalidConfig {
          disk that firmware can boot, with --disk path=FILE or --device ADDRESS"
     )]
     NoKernel,
+    /// --landlock-rules without --landlock
+    #[error(
+        "--landlock-rules says what else may be opened where Landlock bounds the process: give --landlock true, or \
+         leave the rules out"
+    )]
+    LandlockRules,
     /// {device}: boot_index= without firmware
     #[error(
         "{device}: boot_index= is for firmware: give --firmware auto, or leave boot_index= out"
@@ -313,12 +319,20 @@ pub enum InvalidVirtio {
     NoSocket,
     /// socket= without vhost_user=on
     #[error(
-        "socket= is for vhost_user=on, with which another process serves the disk: give both or none"
+        "socket= is for vhost_user=on, with which another process serves the device: give both or none"
     )]
     SocketAlone,
     /// {0} is the back end's to decide
-    #[error("{0} is for the process to decide that serves the disk (vhost_user=on): leave it out")]
+    #[error(
+        "{0} is for the process to decide that serves the device (vhost_user=on): leave it out"
+    )]
     BackEndsChoice(&'static str),
+    /// {0} is for a device of another process's
+    #[error("{0} is for a device of another process's (vhost_user=on): give both or none")]
+    OnlyOfBackEnds(&'static str),
+    /// mtu={0} must be from 68 to 65535
+    #[error("mtu={0} must be from {MIN_MTU} to 65535")]
+    Mtu(u16),
     /// `{0}` is no name for a network interface
     #[error(
         "`{0}` is no name for a network interface: 1 to {INTERFACE_NAME} characters, without spaces, \

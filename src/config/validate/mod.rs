@@ -1,18 +1,19 @@
 //! What the parts of a configuration must be for one another.
 
 mod error;
+mod net;
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::limits::{
-    DISK_QUEUE_SIZES, FS_QUEUE_SIZES, INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY,
-    MAX_OEM_STRINGS, MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP,
-    MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES, SERIAL_SIZE, TAG_SIZE,
+    DISK_QUEUE_SIZES, FS_QUEUE_SIZES, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_OEM_STRINGS,
+    MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE,
+    MIN_MEMORY, SERIAL_SIZE, TAG_SIZE,
 };
 use super::{
     BalloonConfig, Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType,
-    MemoryConfig, NetConfig, PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
+    MemoryConfig, PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;
@@ -101,6 +102,9 @@ impl VmConfig {
             return Err(InvalidConfig::OneTerminal);
         }
         self.validate_console_files()?;
+        if !self.landlock && !self.landlock_rules.is_empty() {
+            return Err(InvalidConfig::LandlockRules);
+        }
         self.validate_vf_tokens()?;
         self.platform.validate_slots()?;
         self.platform.validate_identity()?;
@@ -440,14 +444,8 @@ impl DiskConfig {
 impl DiskConfig {
     /// Whether the disk is Busway's own or another process's, and nothing is asked of one that is the other's to do.
     fn check_back_end(&self) -> Result<(), InvalidVirtio> {
-        match (self.vhost_user, &self.socket) {
-            (false, None) => return Ok(()),
-            (false, Some(_)) => return Err(InvalidVirtio::SocketAlone),
-            (true, None) => return Err(InvalidVirtio::NoSocket),
-            (true, Some(socket)) if socket.as_os_str().is_empty() => {
-                return Err(InvalidVirtio::NoSocket);
-            }
-            (true, Some(_)) => {}
+        if back_ends_socket(self.vhost_user, self.socket.as_deref())?.is_none() {
+            return Ok(());
         }
         let limited = self.rate_limiter().is_some();
         for (key, said) in [
@@ -470,6 +468,19 @@ impl DiskConfig {
     }
 }
 
+/// The socket of the process that serves a device; `None` where that is Busway.
+fn back_ends_socket(
+    vhost_user: bool,
+    socket: Option<&Path>,
+) -> Result<Option<&Path>, InvalidVirtio> {
+    match (vhost_user, socket) {
+        (false, None) => Ok(None),
+        (false, Some(_)) => Err(InvalidVirtio::SocketAlone),
+        (true, Some(socket)) if !socket.as_os_str().is_empty() => Ok(Some(socket)),
+        (true, _) => Err(InvalidVirtio::NoSocket),
+    }
+}
+
 impl FsConfig {
     /// Whether there can be such a folder.
     pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
@@ -484,29 +495,6 @@ impl FsConfig {
             return Err(InvalidVirtio::Queues(self.num_queues));
         }
         queue_size(self.queue_size, FS_QUEUE_SIZES)
-    }
-}
-
-impl NetConfig {
-    /// Whether there can be such a NIC.
-    pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
-        let pairs = self.num_queues / 2;
-        if !self.num_queues.is_multiple_of(2) || !(1..=MAX_QUEUES).contains(&pairs) {
-            return Err(InvalidVirtio::Pairs(self.num_queues));
-        }
-        if let Some(tap) = self.tap.as_ref().filter(|tap| !is_interface_name(tap)) {
-            return Err(InvalidVirtio::TapName(tap.clone()));
-        }
-        match self.fd.len() {
-            0 => {}
-            _ if self.tap.is_some() => return Err(InvalidVirtio::TwoTaps),
-            files if files != usize::from(pairs) => {
-                let queues = self.num_queues;
-                return Err(InvalidVirtio::TapFiles { files, queues });
-            }
-            _ => {}
-        }
-        queue_size(self.queue_size, NET_QUEUE_SIZES)
     }
 }
 
@@ -535,16 +523,6 @@ fn queue_size(size: u16, sizes: RangeInclusive<u16>) -> Result<(), InvalidVirtio
 pub(super) fn is_id(id: &str) -> bool {
     let good = |byte: u8| byte.is_ascii_graphic() && byte != b',' && byte != b'/';
     !id.is_empty() && id.bytes().all(good)
-}
-
-/// What the kernel takes as an interface's name: `dev_valid_name` of linux/netdevice.h.
-fn is_interface_name(name: &str) -> bool {
-    (1..=INTERFACE_NAME).contains(&name.len())
-        && name != "."
-        && name != ".."
-        && !name
-            .bytes()
-            .any(|byte| byte == b'/' || byte == b':' || byte.is_ascii_whitespace())
 }
 
 /// The path as it would be if nobody had written `.` and doubled slashes into it.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::config::{DeviceConfig, FirmwareConfig, FsConfig, Topology, VsockConfig};
+use crate::config::{DeviceConfig, FirmwareConfig, FsConfig, NetConfig, Topology, VsockConfig};
 
 /// A VM that is in order, changed by `change`.
 fn validate(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {

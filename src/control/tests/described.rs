@@ -281,6 +281,9 @@ fn a_full_configuration_is_as_described() {
         }),
         net: vec![NetConfig {
             tap: Some("t".into()),
+            vhost_user: true,
+            socket: Some("s".into()),
+            mtu: Some(1500),
             mac: Some("52:54:00:12:34:56".parse().unwrap()),
             id: Some("n".into()),
             vhost: crate::config::Choice::On,
@@ -290,11 +293,17 @@ fn a_full_configuration_is_as_described() {
             id: Some("f".into()),
             ..FsConfig::new("t", "s")
         }],
+        tpm: Some(crate::config::TpmConfig { socket: "s".into() }),
         serial: ConsoleConfig::file("f"),
         console: ConsoleConfig::Socket("s".into()),
         device: vec![device],
         ..VmConfig::default()
     };
+    config.landlock = true;
+    config.landlock_rules = vec![crate::config::LandlockRule {
+        path: "p".into(),
+        access: crate::config::LandlockAccess::Read,
+    }];
     config.memory.hugepage_size = Some(1 << 30);
     config.platform.iommufd = Choice::On;
     config.platform.p2p = Choice::Off;

@@ -8,8 +8,8 @@ use serde::Serialize;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
     Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, NetConfig, PlatformConfig, QueueAffinity, RateLimiterConfig,
-    Topology, VcpuAffinity, VmConfig,
+    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity,
+    RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
 
@@ -32,6 +32,8 @@ pub(super) struct Config {
     vsock: Option<Vsock>,
     #[serde(skip_serializing_if = "Option::is_none")]
     balloon: Option<Balloon>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tpm: Option<Tpm>,
     rng: Rng,
     serial: Console,
     console: Console,
@@ -42,6 +44,8 @@ pub(super) struct Config {
     watchdog: bool,
     pvpanic: bool,
     landlock_enable: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    landlock_rules: Vec<LandlockRule>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -74,6 +78,11 @@ struct Memory {
     hugepage_size: Option<u64>,
     prefault: bool,
     thp: bool,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Tpm {
+    socket: String,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -140,7 +149,11 @@ struct Net {
     num_queues: u16,
     queue_size: u16,
     vhost_user: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vhost_socket: Option<String>,
     vhost_mode: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mtu: Option<u16>,
     /// Beside Cloud Hypervisor's: whether the host's kernel serves it, where that was said.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhost: Option<bool>,
@@ -258,6 +271,9 @@ impl From<&VmConfig> for Config {
                 deflate_on_oom: balloon.deflate_on_oom,
                 free_page_reporting: balloon.free_page_reporting,
             }),
+            tpm: config.tpm.as_ref().map(|tpm| Tpm {
+                socket: text(&tpm.socket),
+            }),
             rng: Rng {
                 src: text(&config.rng.src),
                 iommu: false,
@@ -269,7 +285,8 @@ impl From<&VmConfig> for Config {
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
-            landlock_enable: false,
+            landlock_enable: config.landlock,
+            landlock_rules: config.landlock_rules.clone(),
         }
     }
 }
@@ -408,8 +425,13 @@ impl From<&NetConfig> for Net {
             iommu: false,
             num_queues: net.num_queues,
             queue_size: net.queue_size,
-            vhost_user: false,
-            vhost_mode: "Client",
+            vhost_user: net.vhost_user,
+            vhost_socket: net.socket.as_deref().map(text),
+            vhost_mode: match net.vhost_mode {
+                VhostMode::Client => "Client",
+                VhostMode::Server => "Server",
+            },
+            mtu: net.mtu,
             vhost: known(net.vhost),
             id: net.id.clone(),
             pci_segment: 0,
@@ -552,6 +574,9 @@ mod tests {
                 mac: Some("52:54:00:12:34:56".parse().unwrap()),
                 ..NetConfig::default()
             }],
+            tpm: Some(crate::config::TpmConfig {
+                socket: "/run/swtpm".into(),
+            }),
             serial: ConsoleConfig::file("/tmp/log"),
             console: ConsoleConfig::Socket("/tmp/socket".into()),
             device: vec![device],
@@ -590,6 +615,7 @@ mod tests {
             ("/net/0/tap", json!("vmtap0")),
             ("/net/0/mac", json!("52:54:00:12:34:56")),
             ("/net/0/num_queues", json!(2)),
+            ("/tpm", json!({"socket": "/run/swtpm"})),
             ("/serial/mode", json!("File")),
             ("/serial/file", json!("/tmp/log")),
             ("/console/mode", json!("Socket")),

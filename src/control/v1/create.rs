@@ -15,7 +15,8 @@ use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
     Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    MemoryConfig, PlatformConfig, Topology, VcpuAffinity, VirtioConfig, VmConfig,
+    LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
+    VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -42,13 +43,14 @@ pub(super) struct CreateVm {
     balloon: Option<Balloon>,
     generic_vhost_user: Asked,
     iommu: Asked,
-    landlock_enable: Asked,
+    landlock_enable: Option<bool>,
+    landlock_rules: Option<Vec<LandlockRule>>,
     numa: Asked,
     pci_segments: Asked,
     pmem: Asked,
     pvpanic: Option<bool>,
     rate_limit_groups: Asked,
-    tpm: Asked,
+    tpm: Option<Tpm>,
     user_devices: Asked,
     vdpa: Asked,
     vsock: Option<AddVsock>,
@@ -136,6 +138,22 @@ impl Balloon {
     }
 }
 
+/// `TpmConfig`
+#[derive(Debug, Deserialize)]
+struct Tpm {
+    socket: Option<String>,
+}
+
+impl Tpm {
+    fn into_config(self) -> Result<TpmConfig, Fault> {
+        let socket = some_text(self.socket);
+        let socket = socket.ok_or("tpm: socket is missing, at which swtpm listens")?;
+        Ok(TpmConfig {
+            socket: socket.into(),
+        })
+    }
+}
+
 /// `RngConfig`
 #[derive(Debug, Deserialize)]
 struct Rng {
@@ -218,6 +236,7 @@ impl CreateVm {
         config.watchdog = self.watchdog.unwrap_or(false);
         config.pvpanic = self.pvpanic.unwrap_or(false);
         config.balloon = self.balloon.map(Balloon::into_config);
+        config.tpm = self.tpm.map(Tpm::into_config).transpose()?;
         if let Some(rng) = self.rng {
             Lack::VirtualIommu.unless_asked(rng.iommu)?;
             if let Some(src) = rng.src {
@@ -281,6 +300,8 @@ impl CreateVm {
             }
             config.platform = platform.into_config(&mut accepted)?;
         }
+        config.landlock = self.landlock_enable.unwrap_or(false);
+        config.landlock_rules = self.landlock_rules.unwrap_or_default();
         beside.finish()?;
         // Clients look for devices where Cloud Hypervisor has them.
         config.platform.root_ports.get_or_insert(false);
@@ -292,12 +313,10 @@ impl CreateVm {
         for (asked, lack) in [
             (self.generic_vhost_user, Lack::VhostUser),
             (self.iommu, Lack::VirtualIommu),
-            (self.landlock_enable, Lack::Landlock),
             (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
             (self.pmem, Lack::Pmem),
             (self.rate_limit_groups, Lack::SharedLimit),
-            (self.tpm, Lack::Tpm),
             (self.user_devices, Lack::UserDevices),
             (self.vdpa, Lack::Vdpa),
         ] {
@@ -473,7 +492,7 @@ mod tests {
         for body in [
             "{}",
             r#"{"cpus":null,"memory":null,"payload":null,"disks":null,"net":null,"rng":null,"serial":null,
-                "console":null,"devices":null,"platform":null,"fs":null,"vsock":null,"balloon":null,"numa":null,
+                "console":null,"devices":null,"platform":null,"fs":null,"vsock":null,"balloon":null,"numa":null,"tpm":null,
                 "watchdog":false,"iommu":false,"pvpanic":false,"landlock_enable":false,"sgx_epc":null}"#,
             r#"{"cpus":{"boot_vcpus":null,"features":{"amx":false},"kvm_hyperv":false,"affinity":null},
                 "memory":{"mergeable":false,"prefault":false,"zones":[],"hotplugged_size":null},
@@ -486,9 +505,9 @@ mod tests {
     }
 
     #[test]
-    fn a_balloon_a_watchdog_and_pvpanic_are_there_where_they_are_asked_for() {
+    fn a_balloon_a_watchdog_pvpanic_and_a_tpm_are_there_where_they_are_asked_for() {
         let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1},
-            "watchdog":true,"pvpanic":true}"#;
+            "watchdog":true,"pvpanic":true,"tpm":{"socket":"/run/swtpm"}}"#;
         let expected = VmConfig {
             balloon: Some(BalloonConfig {
                 size: 4096,
@@ -497,10 +516,15 @@ mod tests {
             }),
             watchdog: true,
             pvpanic: true,
+            tpm: Some(TpmConfig {
+                socket: "/run/swtpm".into(),
+            }),
             ..defaults()
         };
         assert_eq!(config(body), Ok(expected));
         assert!(config(r#"{"balloon":{}}"#).is_err(), "its size is missing");
+        let nowhere = config(r#"{"tpm":{"socket":""}}"#);
+        assert!(nowhere.is_err_and(|why| why.to_string().contains("socket is missing")));
     }
 
     #[test]
@@ -645,10 +669,6 @@ mod tests {
             (
                 r#"{"serial":{"mode":"Off","iommu":true}}"#,
                 Lack::VirtualIommu,
-            ),
-            (
-                r#"{"net":[{"vhost_user":true,"vhost_socket":"/s"}]}"#,
-                Lack::VhostUserNet,
             ),
             (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
         ] {

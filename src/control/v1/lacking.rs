@@ -20,7 +20,6 @@ pub(super) enum Lack {
     DebugConsole,
     HyperV,
     ImageType,
-    Landlock,
     MemoryZones,
     MergedPages,
     Migration,
@@ -36,11 +35,9 @@ pub(super) enum Lack {
     SparseMmap,
     TapAddress,
     TapLimit,
-    Tpm,
     UserDevices,
     Vdpa,
     VhostUser,
-    VhostUserNet,
     VirtualIommu,
 }
 
@@ -58,11 +55,10 @@ impl Lack {
             Self::DebugConsole => "a debug console",
             Self::HyperV => "what guests of Microsoft's are told of Hyper-V (cpus.kvm_hyperv)",
             Self::ImageType => "images of another type than Raw and Qcow2",
-            Self::Landlock => "a VMM that Landlock confines",
             Self::MemoryZones => "memory zones",
             Self::MergedPages => "pages that the host merges (memory.mergeable)",
             Self::Migration => "a VM that moves from one process to another",
-            Self::Mtu => "a NIC with an MTU of its own",
+            Self::Mtu => "a tap with an MTU of its own (mtu, without vhost_user)",
             Self::Numa => "NUMA nodes of the guest",
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
@@ -78,11 +74,9 @@ impl Lack {
             Self::SparseMmap => "BARs that are not mapped (x_exclude_mmap_bars)",
             Self::TapAddress => "an address for the host's end of a tap (host_mac)",
             Self::TapLimit => "a NIC that is limited (rate_limiter_config)",
-            Self::Tpm => "a TPM",
             Self::UserDevices => "vfio-user devices",
             Self::Vdpa => "vDPA devices",
             Self::VhostUser => "vhost-user devices of any kind (generic_vhost_user)",
-            Self::VhostUserNet => "vhost-user NICs",
             Self::VirtualIommu => "a virtual IOMMU, or a device behind one (iommu)",
         }
     }

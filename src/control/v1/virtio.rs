@@ -10,7 +10,8 @@ use serde::Deserialize;
 use super::lacking::{Asked, Fault, Lack};
 use super::some_text;
 use crate::config::{
-    Choice, DiskConfig, FsConfig, ImageType, NetConfig, QueueAffinity, VirtioConfig, VsockConfig,
+    Choice, DiskConfig, FsConfig, ImageType, NetConfig, QueueAffinity, VhostMode, VirtioConfig,
+    VsockConfig,
 };
 use crate::machine::Files;
 
@@ -155,18 +156,16 @@ pub(super) struct AddNet {
     mac: Option<String>,
     #[serde(default)]
     host_mac: Asked,
-    #[serde(default)]
-    mtu: Asked,
+    mtu: Option<u16>,
     #[serde(default)]
     rate_limiter_config: Asked,
     offload_tso: Option<bool>,
     offload_ufo: Option<bool>,
     offload_csum: Option<bool>,
     fds: Option<Vec<i32>>,
-    #[serde(default)]
-    vhost_user: Asked,
-    #[serde(default)]
-    vhost_socket: Asked,
+    vhost_user: Option<bool>,
+    vhost_socket: Option<String>,
+    vhost_mode: Option<String>,
     /// Beside Cloud Hypervisor's: the host's kernel serves it, or must not.
     vhost: Option<bool>,
     /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came are the tap's.
@@ -178,9 +177,8 @@ pub(super) struct AddNet {
 impl AddNet {
     pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
-        Lack::VhostUserNet.unless_asked(self.vhost_user)?;
-        Lack::VhostUserNet.unless_asked(self.vhost_socket)?;
-        Lack::Mtu.unless_asked(self.mtu)?;
+        let vhost_user = self.vhost_user.unwrap_or(false);
+        Lack::Mtu.unless_asked(self.mtu.is_some() && !vhost_user)?;
         Lack::TapAddress.unless_asked(self.host_mac)?;
         Lack::TapLimit.unless_asked(self.rate_limiter_config)?;
         let offloads = [self.offload_tso, self.offload_ufo, self.offload_csum];
@@ -197,9 +195,18 @@ impl AddNet {
                 "both tap and descriptors say which tap: leave one out",
             ));
         }
+        if !files.is_empty() && vhost_user {
+            return Err(Fault::from(
+                "descriptors were sent for a NIC of another process's, which has a socket: leave them out",
+            ));
+        }
         let mac = self.mac.as_deref().map(str::parse::<Mac>).transpose();
         let mut net = NetConfig {
             tap: some_text(self.tap),
+            vhost_user,
+            socket: some_text(self.vhost_socket).map(PathBuf::from),
+            vhost_mode: vhost_mode(self.vhost_mode.as_deref())?,
+            mtu: self.mtu,
             mac: mac.map_err(|error| format!("mac: {error}"))?,
             vhost: match self.vhost {
                 None => Choice::Auto,
@@ -211,6 +218,17 @@ impl AddNet {
         let sizes = (&mut net.num_queues, &mut net.queue_size);
         self.common.apply(&mut net.id, sizes.0, sizes.1);
         Ok(VirtioConfig::Net(net))
+    }
+}
+
+/// Which end of a NIC's socket Busway is. Cloud Hypervisor, `VhostMode`
+fn vhost_mode(word: Option<&str>) -> Result<VhostMode, Fault> {
+    match word {
+        None | Some("Client") => Ok(VhostMode::Client),
+        Some("Server") => Ok(VhostMode::Server),
+        Some(other) => Err(Fault::Wrong(format!(
+            "vhost_mode: {other} is neither Client nor Server"
+        ))),
     }
 }
 
@@ -401,6 +419,33 @@ mod tests {
     }
 
     #[test]
+    fn a_nic_of_another_processs_has_a_socket_and_an_end_of_it() {
+        let body = r#"{"vhost_user":true,"vhost_socket":"/run/net","vhost_mode":"Server","num_queues":4,
+            "mtu":9000,"tap":null,"ip":"192.168.249.1","mask":"255.255.255.0"}"#;
+        let expected = NetConfig {
+            vhost_user: true,
+            socket: Some("/run/net".into()),
+            vhost_mode: VhostMode::Server,
+            mtu: Some(9000),
+            num_queues: 4,
+            ..NetConfig::default()
+        };
+        assert_eq!(net(body), Ok(VirtioConfig::Net(expected)));
+        for (body, word) in [
+            (r#"{"vhost_user":true}"#, "socket=PATH"),
+            (r#"{"vhost_socket":"/s"}"#, "vhost_user=on"),
+            (r#"{"vhost_mode":"Server"}"#, "vhost_mode=server"),
+            (
+                r#"{"vhost_user":true,"vhost_socket":"/s","tap":"t"}"#,
+                "tap is",
+            ),
+        ] {
+            let why = net(body).unwrap().check().unwrap_err().to_string();
+            assert!(why.contains(word), "{body}: {why}");
+        }
+    }
+
+    #[test]
     fn what_would_be_another_device_than_was_asked_for_is_refused() {
         for (body, word) in [
             ("{}", "path"),
@@ -422,6 +467,7 @@ mod tests {
             net.into_config(&files)
         };
         assert!(with_files(r#"{"tap":"vmtap0"}"#).is_err());
+        assert!(with_files(r#"{"vhost_user":true,"vhost_socket":"/s"}"#).is_err());
         // The numbers of the client's own say nothing beside those that came.
         let net_config = VirtioConfig::Net(NetConfig::default());
         assert_eq!(with_files(r#"{"fds":[27]}"#), Ok(net_config));
@@ -429,8 +475,7 @@ mod tests {
             (r#"{"fds":[0,1,2]}"#, "SCM_RIGHTS"),
             (r#"{"mac":"nonsense"}"#, "nonsense"),
             (r#"{"mtu":9000}"#, "MTU"),
-            (r#"{"vhost_user":true}"#, "vhost-user"),
-            (r#"{"vhost_socket":"/run/s"}"#, "vhost-user"),
+            (r#"{"vhost_mode":"Peer"}"#, "Peer"),
             (r#"{"host_mac":"52:54:00:12:34:56"}"#, "host_mac"),
             (r#"{"rate_limiter_config":{"ops":{"size":1}}}"#, "limited"),
             (r#"{"offload_tso":false}"#, "offload"),

@@ -12,10 +12,11 @@ const SIGNATURE: u16 = 0x00;
 const FEATURES: u16 = 0x01;
 const DIRECTORY: u16 = 0x19;
 const FIRST_FILE: u16 = 0x20;
-/// Numbers above are another board's own.
+/// Numbers above are not for files.
 const FILES_MAX: usize = 0x1000;
-/// Bits of a number that say nothing of the item: that it is written to, and that it is the board's own.
-const ITEM_MASK: u16 = 0x3fff;
+/// A number without the bit that says that the item is written to. With bit 15 it is an item of the board's own, of which there
+/// is none: SeaBIOS asks for some. QEMU hw/nvram/fw_cfg.c, `fw_cfg_select`
+const ITEM_MASK: u16 = 0xbfff;
 
 /// The interface by ports, and that by DMA. "Revision / feature bitmap".
 const FEATURE_BITS: u32 = 0b11;

@@ -83,6 +83,9 @@ fn an_item_reads_from_its_start_when_selected_and_zeros_behind_its_end() {
     assert_eq!(read(&device, 5, 2), [3, 0]);
     assert_eq!(read(&device, 0x11, 7), *b"23456\0\0");
     assert_eq!(read(&device, 0x777, 2), [0, 0], "no such item");
+    // Of the board's own items there is none, and a number for writing is the item's.
+    assert_eq!(read(&device, 0x8000, 2), [0, 0]);
+    assert_eq!(read(&device, 0x4000, 4), *b"QEMU");
     device.reset();
     let mut first = [0];
     device.read(1, &mut first);

@@ -121,6 +121,9 @@ impl Maker {
                 }
                 Box::new(Blk::new(name, &there)?)
             }
+            VirtioConfig::Net(net) if net.vhost_user => {
+                Box::new(VhostUser::net(name, net, &self.ram, &self.memory)?)
+            }
             VirtioConfig::Net(asked) => {
                 let mut net = Net::new(name, asked, files.all())?;
                 net.serve_in_kernel(asked.vhost, &self.ram, &self.memory)?;

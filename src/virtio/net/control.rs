@@ -1,6 +1,8 @@
 //! The network card's control queue: how many pairs of queues are in use, and what the kernel may
 //! hand over unfinished. Virtio 1.3 §5.1.6.5.
 
+use std::fmt::Debug;
+use std::io;
 use std::sync::Arc;
 
 use super::tap::Tap;
@@ -13,10 +15,42 @@ use crate::virtio::spec::net;
 use busway_pci::Complaints;
 use zerocopy::little_endian::{U16, U64};
 
+/// The host's end of a card, which its commands are about.
+pub(in crate::virtio) trait Commanded: Debug + Send + Sync {
+    /// What messages call it.
+    fn described(&self) -> String;
+
+    /// Packets pass by the first `pairs` pairs of queues alone from now on.
+    ///
+    /// # Errors
+    /// It stays as it was.
+    fn use_pairs(&self, pairs: u16) -> io::Result<()>;
+
+    /// What may be handed over unfinished: feature bits, `VIRTIO_NET_F_GUEST_*`.
+    ///
+    /// # Errors
+    /// It stays as it was.
+    fn set_offloads(&self, offloads: u64) -> io::Result<()>;
+}
+
+impl Commanded for Tap {
+    fn described(&self) -> String {
+        format!("tap {}", self.name())
+    }
+
+    fn use_pairs(&self, pairs: u16) -> io::Result<()> {
+        Self::use_pairs(self, pairs)
+    }
+
+    fn set_offloads(&self, offloads: u64) -> io::Result<()> {
+        self.set_offload(super::offload(offloads))
+    }
+}
+
 /// The control queue's commands.
 #[derive(Debug)]
-pub(super) struct Control {
-    tap: Arc<Tap>,
+pub(in crate::virtio) struct Control {
+    end: Arc<dyn Commanded>,
     max_pairs: u16,
     features: u64,
     /// Pairs in use.
@@ -27,16 +61,16 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// `state` is what the tap was set to. What the kernel refuses goes to `complaints`.
-    pub(super) fn new(
-        tap: Arc<Tap>,
+    /// `state` is what `end` was set to. What is refused there goes to `complaints`.
+    pub(in crate::virtio) fn new(
+        end: Arc<dyn Commanded>,
         max_pairs: u16,
         features: u64,
         state: &NetState,
         complaints: Arc<Complaints>,
     ) -> Self {
         Self {
-            tap,
+            end,
             max_pairs,
             features,
             pairs: state.pairs,
@@ -46,7 +80,7 @@ impl Control {
     }
 
     /// The pairs in use, and what the driver takes unfinished.
-    pub(super) fn chosen(&self) -> (u16, u64) {
+    pub(in crate::virtio) fn chosen(&self) -> (u16, u64) {
         (self.pairs, self.offloads)
     }
 
@@ -54,7 +88,7 @@ impl Control {
     ///
     /// # Errors
     /// The chain is no command: there is no room for a header, or none for the answer.
-    pub(super) fn serve(&mut self, mut chain: Chain<'_>) -> Result<Served, QueueError> {
+    pub(in crate::virtio) fn serve(&mut self, mut chain: Chain<'_>) -> Result<Served, QueueError> {
         let Some([class, command]) = chain.readable.take::<[u8; 2]>() else {
             return Err(chain.malformed("a control command shorter than its header"));
         };
@@ -81,7 +115,7 @@ impl Control {
             return false;
         };
         let pairs = pairs.get();
-        let done = (1..=self.max_pairs).contains(&pairs) && self.done(self.tap.use_pairs(pairs));
+        let done = (1..=self.max_pairs).contains(&pairs) && self.done(self.end.use_pairs(pairs));
         if done {
             self.pairs = pairs;
         }
@@ -97,7 +131,7 @@ impl Control {
         // The kernel refuses the others too, but that would be an error to tell of.
         let done = offloads & !(self.features & super::GUEST_OFFLOADS) == 0
             && super::have_what_they_stand_on(offloads)
-            && self.done(self.tap.set_offload(super::offload(offloads)));
+            && self.done(self.end.set_offloads(offloads));
         if done {
             self.offloads = offloads;
         }
@@ -108,8 +142,8 @@ impl Control {
         if let Err(error) = &result {
             log::log!(
                 self.complaints.next(log::Level::Warn),
-                "tap {}: a control command failed: {error}",
-                self.tap.name()
+                "{}: a control command failed: {error}",
+                self.end.described()
             );
         }
         result.is_ok()

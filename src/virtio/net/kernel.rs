@@ -152,6 +152,7 @@ impl Kernel {
                 first,
                 queues: vec![receive, transmit],
                 features,
+                active: u16::MAX,
             };
             let ram = activation.ram();
             started.push(Rings::start(Arc::clone(pair), handed, ram, &self.memory)?);

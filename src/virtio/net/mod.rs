@@ -38,13 +38,14 @@ use crate::memory::GuestRam;
 use crate::virtio::error::StartError;
 use busway_pci::Complaints;
 pub use cable::Cable;
-use control::Control;
+pub(in crate::virtio) use control::{Commanded, Control};
 use kernel::{Kernel, KernelWorker};
 use receive::{End, Receiver};
 use tap::Tap;
 pub use tap::TapError;
 
-const CONTROL_QUEUE_SIZE: u16 = 64;
+/// Descriptors of a control queue.
+pub(in crate::virtio) const CONTROL_QUEUE_SIZE: u16 = 64;
 /// Refused control commands of one card that are warnings in the log.
 const LOGGED_ERRORS: u32 = 8;
 
@@ -248,19 +249,31 @@ fn offload(features: u64) -> libc::c_uint {
     .fold(0, |flags, (_, flag)| flags | flag)
 }
 
-/// Whether each of these features has one of those that it stands on. Virtio 1.3 §5.1.3.1.
-fn have_what_they_stand_on(features: u64) -> bool {
-    let has = |feature| features & feature != 0;
-    let stands_on = [
-        (net::F_GUEST_TSO4 | net::F_GUEST_TSO6, net::F_GUEST_CSUM),
-        (net::F_GUEST_ECN, net::F_GUEST_TSO4 | net::F_GUEST_TSO6),
-        (net::F_HOST_TSO4 | net::F_HOST_TSO6, net::F_CSUM),
-        (net::F_HOST_ECN, net::F_HOST_TSO4 | net::F_HOST_TSO6),
-        (net::F_MQ | net::F_CTRL_GUEST_OFFLOADS, net::F_CTRL_VQ),
-    ];
-    stands_on
+/// Features, each with those of which it needs one. Virtio 1.3 §5.1.3.1.
+const STAND_ON: [(u64, u64); 5] = [
+    (net::F_GUEST_TSO4 | net::F_GUEST_TSO6, net::F_GUEST_CSUM),
+    (net::F_GUEST_ECN, net::F_GUEST_TSO4 | net::F_GUEST_TSO6),
+    (net::F_HOST_TSO4 | net::F_HOST_TSO6, net::F_CSUM),
+    (net::F_HOST_ECN, net::F_HOST_TSO4 | net::F_HOST_TSO6),
+    (net::F_MQ | net::F_CTRL_GUEST_OFFLOADS, net::F_CTRL_VQ),
+];
+
+/// Whether each of these features has one of those that it stands on.
+pub(in crate::virtio) fn have_what_they_stand_on(features: u64) -> bool {
+    founded(features) == features
+}
+
+/// Of `features`, those that have one of those that they stand on.
+pub(in crate::virtio) fn founded(features: u64) -> u64 {
+    // What others stand on comes before them.
+    STAND_ON
         .into_iter()
-        .all(|(upper, lower)| !has(upper) || has(lower))
+        .fold(features, |features, (upper, lower)| {
+            match features & lower {
+                0 => features & !upper,
+                _ => features,
+            }
+        })
 }
 
 impl Net {
@@ -277,7 +290,7 @@ impl Net {
     fn control(&self, features: u64, state: &NetState) -> Control {
         let (tap, complaints) = (Arc::clone(&self.tap), Arc::clone(&self.complaints));
         let pairs = self.pairs_known(features);
-        Control::new(tap, pairs, features, state, complaints)
+        Control::new(tap as _, pairs, features, state, complaints)
     }
 }
 
@@ -420,7 +433,7 @@ const GUEST_OFFLOADS: u64 =
 
 impl NetState {
     /// As a driver that agreed on `features` finds it. Virtio 1.3 §5.1.6.5.5 and §5.1.6.5.8.
-    fn at_reset(features: u64) -> Self {
+    pub(in crate::virtio) fn at_reset(features: u64) -> Self {
         Self {
             pairs: 1,
             offloads: features & GUEST_OFFLOADS,
@@ -429,7 +442,7 @@ impl NetState {
     }
 
     /// Whether a run with these features, of which the driver knows `pairs` pairs, could have left it.
-    fn fits(&self, features: u64, pairs: u16) -> bool {
+    pub(in crate::virtio) fn fits(&self, features: u64, pairs: u16) -> bool {
         (1..=pairs).contains(&self.pairs)
             && self.offloads & !(features & GUEST_OFFLOADS) == 0
             && have_what_they_stand_on(self.offloads)
@@ -537,7 +550,10 @@ impl Worker for NetWorker {
 }
 
 /// Notes the position in the control queue, and what was chosen by it.
-fn leave_control(control: Option<&(Virtqueue, Control)>, progress: &mut Progress) {
+pub(in crate::virtio) fn leave_control(
+    control: Option<&(Virtqueue, Control)>,
+    progress: &mut Progress,
+) {
     let Some((queue, control)) = control else {
         return;
     };
@@ -547,7 +563,8 @@ fn leave_control(control: Option<&(Virtqueue, Control)>, progress: &mut Progress
     }
 }
 
-fn random_mac() -> io::Result<Mac> {
+/// An address of no vendor's.
+pub(in crate::virtio) fn random_mac() -> io::Result<Mac> {
     let mut bytes = [0; 6];
     io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut bytes)?;
     Ok(Mac::local(bytes))

@@ -1,5 +1,6 @@
 //! Rings in a back end's hands: how they are handed over and taken back.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,6 +27,8 @@ pub(crate) struct Handed {
     pub(crate) queues: Vec<QueueSetup>,
     /// What to set at the back end: of what was negotiated, and of what it offers, that which is its business.
     pub(crate) features: u64,
+    /// Queues from this number on are set up and lie, until [`serve_up_to`](Rings::serve_up_to) has them served.
+    pub(crate) active: u16,
 }
 
 /// Queues that a back end serves, until it is told to [stop](Self::stop) or this is dropped.
@@ -39,7 +42,15 @@ pub(crate) struct Rings<B: BackEnd> {
     memory: Arc<MemoryTable>,
     /// Signalled when a queue's vector may have another eventfd.
     vectors_changed: EventFd,
-    life: Mutex<Life>,
+    service: Mutex<Service>,
+}
+
+/// Which of the rings the back end serves.
+#[derive(Clone, Copy, Debug)]
+struct Service {
+    life: Life,
+    /// The number of the first queue that lies.
+    active: u16,
 }
 
 /// Whether the back end serves the rings.
@@ -100,7 +111,10 @@ impl<B: BackEnd> Rings<B> {
             ram: ram.clone(),
             memory: Arc::clone(memory),
             vectors_changed: event().map_err(VhostError::at("eventfd"))?,
-            life: Mutex::new(Life::Served),
+            service: Mutex::new(Service {
+                life: Life::Served,
+                active: handed.active,
+            }),
         });
         this.hand_over(handed.features)?;
         Ok(this)
@@ -116,17 +130,37 @@ impl<B: BackEnd> Rings<B> {
         for ring in &self.rings {
             self.set_up(ring)?;
         }
-        let begun = back_end.begin(&self.numbers());
-        begun.map_err(VhostError::at("SET_VRING_ENABLE"))?;
-        self.kick();
+        let active = self.service().active;
+        self.begin(0..active)
+            .map_err(VhostError::at("SET_VRING_ENABLE"))
+    }
+
+    /// Has the back end serve the queues of these numbers, and look at each: a notification may have come, and been
+    /// lost, while nobody listened.
+    fn begin(&self, queues: Range<u16>) -> Result<(), vhost::Error> {
+        self.back_end.begin(&self.numbers(&queues))?;
+        let begun = self.rings.iter().map(|ring| &ring.setup);
+        for setup in begun.filter(|setup| queues.contains(&setup.index)) {
+            setup.kick.signal();
+        }
         Ok(())
     }
 
-    /// Has the back end look at each ring: a notification may have come, and been lost, while nobody listened.
-    fn kick(&self) {
-        for ring in &self.rings {
-            ring.setup.kick.signal();
+    /// Has the back end serve the queues below number `active` from now on, and let the others lie.
+    ///
+    /// # Errors
+    /// [`VhostError`]: the back end serves any of those that this is about.
+    pub(crate) fn serve_up_to(&self, active: u16) -> Result<(), VhostError> {
+        let mut service = self.service();
+        let before = std::mem::replace(&mut service.active, active);
+        if service.life != Life::Served {
+            return Ok(());
         }
+        let changed = match active < before {
+            true => self.back_end.end(&self.numbers(&(active..before))),
+            false => self.begin(before..active),
+        };
+        changed.map_err(VhostError::at("SET_VRING_ENABLE"))
     }
 
     fn set_up(&self, ring: &Vring) -> Result<(), VhostError> {
@@ -197,16 +231,18 @@ impl<B: BackEnd> Rings<B> {
         setup.index.saturating_sub(self.first)
     }
 
-    fn numbers(&self) -> Vec<u16> {
-        let rings = self.rings.iter();
-        rings.map(|ring| self.number(&ring.setup)).collect()
+    /// The back end's numbers of those of `queues` that it has.
+    fn numbers(&self, queues: &Range<u16>) -> Vec<u16> {
+        let rings = self.rings.iter().map(|ring| &ring.setup);
+        let of_these = rings.filter(|setup| queues.contains(&setup.index));
+        of_these.map(|setup| self.number(setup)).collect()
     }
 
     /// Stops the back end's service and gives the positions in the queues, each with the queue's number. Nothing
     /// of what it has in its hands is touched afterwards. A second call gives none.
     pub(crate) fn stop(&self) -> Vec<(u16, QueuePosition)> {
-        let mut life = self.life();
-        if std::mem::replace(&mut *life, Life::Stopped) == Life::Stopped {
+        let mut service = self.service();
+        if std::mem::replace(&mut service.life, Life::Stopped) == Life::Stopped {
             return Vec::new();
         }
         self.end();
@@ -221,7 +257,7 @@ impl<B: BackEnd> Rings<B> {
 
     /// The back end is gone: nothing is asked of it any more. In the place of [`stop`](Self::stop).
     pub(crate) fn abandon(&self) {
-        if std::mem::replace(&mut *self.life(), Life::Stopped) != Life::Stopped {
+        if std::mem::replace(&mut self.service().life, Life::Stopped) != Life::Stopped {
             self.memory.forget(self);
             self.pass_on_calls();
         }
@@ -229,31 +265,30 @@ impl<B: BackEnd> Rings<B> {
 
     /// Has the back end let the rings lie, or go on with them, until they are stopped.
     pub(crate) fn hold(&self, hold: bool) {
-        let mut life = self.life();
-        match (*life, hold) {
+        let mut service = self.service();
+        match (service.life, hold) {
             (Life::Served, true) => {
                 self.end();
-                *life = Life::Held;
+                service.life = Life::Held;
             }
             (Life::Held, false) => {
-                if let Err(error) = self.back_end.begin(&self.numbers()) {
+                if let Err(error) = self.begin(0..service.active) {
                     log::warn!("{}: its back end does not go on: {error}", self.name);
                 }
-                self.kick();
-                *life = Life::Served;
+                service.life = Life::Served;
             }
             _ => {}
         }
     }
 
     fn end(&self) {
-        if let Err(error) = self.back_end.end(&self.numbers()) {
+        if let Err(error) = self.back_end.end(&self.numbers(&(0..u16::MAX))) {
             log::warn!("{}: its back end did not stop in order: {error}", self.name);
         }
     }
 
-    fn life(&self) -> MutexGuard<'_, Life> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    fn service(&self) -> MutexGuard<'_, Service> {
+        self.service.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take_back(&self, ring: &Vring) -> QueuePosition {

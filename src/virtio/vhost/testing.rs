@@ -219,6 +219,7 @@ impl VirtioDevice for FakeDevice {
             first: 0,
             queues: (0..2).filter_map(|at| activation.take_setup(at)).collect(),
             features: activation.features(),
+            active: u16::MAX,
         };
         let back_end = Arc::clone(&self.back_end);
         let rings = vec![Rings::start(

@@ -264,6 +264,7 @@ fn a_ring_has_to_be_in_one_piece_of_ram_and_may_end_where_that_ends() {
             first: 0,
             queues: vec![setup],
             features: 0,
+            active: u16::MAX,
         };
         let back_end = Arc::clone(&machine.back_end);
         Rings::start(back_end, handed, &two, &machine.memory).map(drop)
@@ -292,6 +293,7 @@ fn rings_that_are_held_lie_until_they_go_on_or_are_stopped() {
         first: 0,
         queues: Vec::new(),
         features: 0,
+        active: u16::MAX,
     };
     let (back_end, ram) = (&machine.back_end, &machine.driver.ram);
     let rings = Rings::start(Arc::clone(back_end), handed, ram, &machine.memory).unwrap();

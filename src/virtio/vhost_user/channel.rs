@@ -14,9 +14,9 @@ const MOST: usize = 4096;
 const READS: usize = 16;
 
 /// The version of the protocol in a message's flags, the flag of an answer, and that of a message that wants one.
-const VERSION: u32 = 1;
-const REPLY: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
+pub(super) const VERSION: u32 = 1;
+pub(super) const REPLY: u32 = 1 << 2;
+pub(super) const NEED_REPLY: u32 = 1 << 3;
 
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`
 const CONFIG_CHANGE: u32 = 2;
@@ -24,18 +24,18 @@ const CONFIG_CHANGE: u32 = 2;
 /// A message's head.
 #[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
-struct Head {
-    request: U32,
-    flags: U32,
-    size: U32,
+pub(super) struct Head {
+    pub(super) request: U32,
+    pub(super) flags: U32,
+    pub(super) size: U32,
 }
 
-/// An answer: 0 where what was asked for is done.
-#[derive(Immutable, IntoBytes, Unaligned)]
+/// A message of one number. As an answer it is 0 where what was asked for is done.
+#[derive(FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
-struct Answer {
-    head: Head,
-    value: U64,
+pub(super) struct Number {
+    pub(super) head: Head,
+    pub(super) value: U64,
 }
 
 /// What came.
@@ -112,7 +112,7 @@ impl Channel {
 
     /// Whether the back end was answered: one that does not read is not waited for.
     fn answer(&mut self, asked: Head) -> bool {
-        let answer = Answer {
+        let answer = Number {
             head: Head {
                 request: asked.request,
                 flags: (VERSION | REPLY).into(),

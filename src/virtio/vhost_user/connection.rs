@@ -7,12 +7,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use busway_vfio::EventFd;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::vhost_user::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures};
@@ -24,20 +22,21 @@ use vmm_sys_util::eventfd::EventFd as VringEvent;
 
 use super::channel::Channel;
 use super::guard::Guard;
-use crate::virtio::spec::feature;
+use super::meeting::Meeting;
+use super::number;
+use crate::unix_socket::SocketError;
+use crate::virtio::spec::{feature, net};
 use crate::virtio::vhost::{Addresses, BackEnd, VhostError};
 
 /// How long a back end has to answer a message.
 const ANSWER: Duration = Duration::from_secs(5);
-/// How often it is tried again to reach one that does not listen yet.
-const AGAIN: Duration = Duration::from_millis(20);
-
 /// `VHOST_USER_F_PROTOCOL_FEATURES`
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// What is made use of, of what back ends offer.
 const KNOWN: Protocol = Protocol::MQ
     .union(Protocol::REPLY_ACK)
+    .union(Protocol::MTU)
     .union(Protocol::CONFIG)
     .union(Protocol::INFLIGHT_SHMFD)
     .union(Protocol::BACKEND_REQ);
@@ -56,6 +55,18 @@ pub enum BackEndError {
         /// Why it is not reached.
         source: io::Error,
     },
+    /// the socket for its back end: {0}
+    #[error("the socket for its back end: {0}")]
+    Listen(SocketError),
+    /// no back end has come to {socket}
+    #[error("no back end has connected to {} within {seconds} s: start it beside the VM, as the end that \
+        connects, or leave vhost_mode=server out", .socket.display())]
+    Alone {
+        /// Where it should connect.
+        socket: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// the back end at {socket}: {source}
     #[error("the back end at {}: {source}", .socket.display())]
     Step {
@@ -73,10 +84,12 @@ pub enum BackEndError {
         what: &'static str,
     },
     /// the back end at {socket} has {have} queues, and num_queues= asks for {wanted}
-    #[error("the back end at {} serves {have} queues, and this device has {wanted}: ask for fewer by num_queues=, or give it more", .socket.display())]
+    #[error("the back end at {} serves {have} {of}, and this device has {wanted}: ask for fewer by num_queues=, or give it more", .socket.display())]
     Queues {
         /// Where it listens.
         socket: PathBuf,
+        /// What is counted: `queues`, or `pairs of queues`.
+        of: &'static str,
         /// How many it serves.
         have: u64,
         /// How many the device has.
@@ -91,9 +104,21 @@ pub(super) const PRIVATE_MEMORY: &str = "guest RAM is private to Busway, and a b
 /// What a device wants of its back end.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Needs {
+    /// Queues that the back end serves.
     pub(super) queues: usize,
     /// Bytes of its configuration, where that is the back end's.
     pub(super) config: Option<usize>,
+    /// What a NIC wants besides.
+    pub(super) net: Option<NetNeeds>,
+}
+
+/// What a NIC wants of its back end.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct NetNeeds {
+    /// Pairs of queues, from 1 on.
+    pub(super) pairs: u16,
+    /// The longest packet of the guest's; bytes.
+    pub(super) mtu: Option<u16>,
 }
 
 /// What a back end keeps note of requests in that it has taken and not answered: it is kept here, and is the next back
@@ -128,32 +153,31 @@ impl fmt::Debug for Connection {
 }
 
 impl Connection {
-    /// Connects with the back end that listens at `socket`, or will within `patience`, and agrees with it on all that
+    /// Meets the back end at `meeting`, where it is or will be within `patience`, and agrees with it on all that
     /// is not the driver's to choose. `heard` is signalled when it says something by itself later. `reached` is given the
     /// socket before anything is said on it.
     ///
     /// # Errors
     /// [`BackEndError`]
     pub(super) fn open(
-        socket: &Path,
+        meeting: &Meeting,
         needs: Needs,
         patience: Duration,
         heard: &EventFd,
         reached: impl FnOnce(UnixStream),
     ) -> Result<Self, BackEndError> {
-        let failed = |source| BackEndError::Connect {
-            socket: socket.to_owned(),
-            source,
+        let socket = meeting.socket();
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::TimedOut => BackEndError::Alone {
+                socket: socket.to_owned(),
+                seconds: patience.as_secs(),
+            },
+            _ => BackEndError::Connect {
+                socket: socket.to_owned(),
+                source,
+            },
         };
-        let step = |source| BackEndError::Step {
-            socket: socket.to_owned(),
-            source,
-        };
-        let unfit = |what| BackEndError::Unfit {
-            socket: socket.to_owned(),
-            what,
-        };
-        let stream = reach(socket, patience).map_err(failed)?;
+        let stream = meeting.reach(patience).map_err(failed)?;
         reached(stream.try_clone().map_err(failed)?);
         let guard = Guard::new(&stream, heard).map_err(failed)?;
         let other = stream.try_clone().map_err(failed)?;
@@ -164,31 +188,74 @@ impl Connection {
             features: 0,
             protocol: Protocol::empty(),
         };
+        let step = |source| BackEndError::Step {
+            socket: socket.to_owned(),
+            source,
+        };
         this.agree().map_err(step)?;
-        if this.features & feature::VERSION_1 == 0 {
+        this.check(socket, needs)?;
+        this.open_channel().map_err(step)?;
+        Ok(this)
+    }
+
+    /// Whether the back end can serve what `needs` are of.
+    fn check(&self, socket: &Path, needs: Needs) -> Result<(), BackEndError> {
+        let unfit = |what| BackEndError::Unfit {
+            socket: socket.to_owned(),
+            what,
+        };
+        if self.features & feature::VERSION_1 == 0 {
             return Err(unfit("is for legacy drivers alone (no VIRTIO_F_VERSION_1)"));
         }
-        if needs.config.is_some() && !this.has(Protocol::CONFIG) {
+        if needs.config.is_some() && !self.has(Protocol::CONFIG) {
             return Err(unfit(
                 "does not say what the device is (no VHOST_USER_PROTOCOL_F_CONFIG): it serves another kind",
             ));
         }
-        if this.has(Protocol::MQ) {
-            let queues = this.call(Frontend::get_queue_num);
-            let have = queues
-                .map_err(VhostError::at("GET_QUEUE_NUM"))
-                .map_err(step)?;
-            if have < needs.queues as u64 {
-                let (socket, wanted) = (socket.to_owned(), needs.queues);
-                return Err(BackEndError::Queues {
-                    socket,
-                    have,
-                    wanted,
-                });
+        if let Some(NetNeeds { pairs, mtu }) = needs.net {
+            if pairs > 1 && (self.features & net::F_MQ == 0 || !self.has(Protocol::MQ)) {
+                return Err(unfit(
+                    "serves one pair of queues (no VIRTIO_NET_F_MQ, or no VHOST_USER_PROTOCOL_F_MQ): leave \
+                     num_queues= out, or give it more",
+                ));
+            }
+            if mtu.is_some() && self.features & net::F_MTU == 0 {
+                return Err(unfit(
+                    "does not hold itself to an MTU (no VIRTIO_NET_F_MTU): leave mtu= out, and set it there",
+                ));
             }
         }
-        this.open_channel().map_err(step)?;
-        Ok(this)
+        self.check_queues(socket, needs)
+    }
+
+    fn check_queues(&self, socket: &Path, needs: Needs) -> Result<(), BackEndError> {
+        if !self.has(Protocol::MQ) {
+            return Ok(());
+        }
+        // A NIC's back ends count pairs. DPDK, lib/vhost/vhost_user.c, vhost_user_get_queue_num; QEMU, net/vhost-user.c
+        let (of, wanted, have) = match needs.net {
+            Some(NetNeeds { pairs, .. }) => (
+                "pairs of queues",
+                usize::from(pairs),
+                self.exchange(|stream| number::get(stream, number::GET_QUEUE_NUM)),
+            ),
+            None => ("queues", needs.queues, self.call(Frontend::get_queue_num)),
+        };
+        let socket = || socket.to_owned();
+        let have = have.map_err(VhostError::at("GET_QUEUE_NUM"));
+        let have = have.map_err(|source| BackEndError::Step {
+            socket: socket(),
+            source,
+        })?;
+        if have < wanted as u64 {
+            return Err(BackEndError::Queues {
+                socket: socket(),
+                of,
+                have,
+                wanted,
+            });
+        }
+        Ok(())
     }
 
     fn agree(&mut self) -> Result<(), VhostError> {
@@ -254,6 +321,17 @@ impl Connection {
         Ok(bytes)
     }
 
+    /// Has the back end know the longest packet of the guest's, in bytes, where it wants to.
+    pub(super) fn set_mtu(&self, mtu: u16) -> Result<(), VhostError> {
+        if !self.has(Protocol::MTU) {
+            return Ok(());
+        }
+        let acknowledges = self.has(Protocol::REPLY_ACK);
+        let said = self
+            .exchange(|stream| number::set(stream, number::NET_SET_MTU, mtu.into(), acknowledges));
+        said.map_err(VhostError::at("NET_SET_MTU"))
+    }
+
     /// Whether the back end has said, since the last time of asking, that its configuration is another.
     pub(super) fn take_config_change(&self) -> bool {
         self.guard.take_config_change()
@@ -310,6 +388,11 @@ impl Connection {
         self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Does a call that the `vhost` crate does not make, in the time of one, while it makes none.
+    fn exchange<T>(&self, exchange: impl FnOnce(&UnixStream) -> io::Result<T>) -> vhost::Result<T> {
+        self.call(|_frontend| exchange(&self.stream).map_err(vhost::Error::IOError))
+    }
+
     /// Does one call, which takes [`ANSWER`] at most. After a failure in which the two sides may have lost each
     /// other's place, the connection is over.
     fn call<T>(&self, call: impl FnOnce(&mut Frontend) -> vhost::Result<T>) -> vhost::Result<T> {
@@ -349,31 +432,6 @@ fn leaves_order(error: &vhost::Error) -> bool {
 fn is_readable(stream: &UnixStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::IN | PollFlags::RDHUP)];
     matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
-}
-
-/// Connects, without ever waiting for who listens to take the connection.
-fn reach(socket: &Path, patience: Duration) -> io::Result<UnixStream> {
-    let address = SocketAddrUnix::new(socket)?;
-    let start = Instant::now();
-    loop {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        match connect(&stream, &address) {
-            Ok(()) => {
-                let stream = UnixStream::from(stream);
-                stream.set_nonblocking(false)?;
-                return Ok(stream);
-            }
-            Err(error) => {
-                use rustix::io::Errno;
-                let may_come = [Errno::NOENT, Errno::CONNREFUSED, Errno::AGAIN, Errno::INTR];
-                if !may_come.contains(&error) || start.elapsed() >= patience {
-                    return Err(error.into());
-                }
-            }
-        }
-        thread::sleep(AGAIN);
-    }
 }
 
 impl AsFd for Connection {

@@ -3,15 +3,17 @@
 use std::mem::offset_of;
 use std::sync::Arc;
 
+use busway_host::Mac;
 use virtio_bindings::virtio_blk::virtio_blk_config;
-use zerocopy::little_endian::U32;
+use zerocopy::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::connection::Connection;
+use super::connection::{Connection, Needs, NetNeeds};
 use super::link::Loss;
-use crate::config::{DiskConfig, FsConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig};
 use crate::virtio::config_space::{ConfigSpace, Fields};
-use crate::virtio::spec::{blk, device_type};
+use crate::virtio::net::{CONTROL_QUEUE_SIZE, founded};
+use crate::virtio::spec::{blk, device_type, net};
 use crate::virtio::vhost::VhostError;
 
 /// Descriptors of a request that are not its data: header and status. Virtio 1.3 §5.2.6.
@@ -34,6 +36,27 @@ const BLK_FEATURES: u64 = blk::F_SIZE_MAX
     | blk::F_DISCARD
     | blk::F_WRITE_ZEROES;
 
+/// The features of a NIC that are its back end's: what becomes of packets is its to do.
+const NET_FEATURES: u64 = net::F_CSUM
+    | net::F_GUEST_CSUM
+    | net::F_GUEST_TSO4
+    | net::F_GUEST_TSO6
+    | net::F_GUEST_ECN
+    | net::F_HOST_TSO4
+    | net::F_HOST_TSO6
+    | net::F_HOST_ECN
+    | net::F_MRG_RXBUF;
+
+/// `struct virtio_net_config`, up to its MTU. Virtio 1.3 §5.1.4.
+#[derive(Immutable, IntoBytes)]
+#[repr(C)]
+struct NetFields {
+    mac: [u8; 6],
+    status: U16,
+    max_virtqueue_pairs: U16,
+    mtu: U16,
+}
+
 /// `struct virtio_fs_config`, without the queue for notifications. Virtio 1.3 §5.11.4.
 #[derive(Immutable, IntoBytes)]
 #[repr(C)]
@@ -49,9 +72,14 @@ pub(super) struct Kind {
     pub(super) word: &'static str,
     pub(super) device_type: u16,
     pub(super) class: u32,
-    /// The features of this type that a driver may be offered.
+    /// The features of this type that a driver may be offered where the back end has them.
     pub(super) features: u64,
+    /// The features that the device has of its own, and that are none of the back end's business.
+    pub(super) own: u64,
+    /// The sizes of the back end's queues.
     pub(super) queue_sizes: Vec<u16>,
+    /// What a NIC is besides.
+    pub(super) net: Option<NetNeeds>,
     pub(super) contents: Contents,
     pub(super) loss: Loss,
 }
@@ -96,7 +124,9 @@ impl Kind {
             device_type: device_type::FS,
             class: 0x01_80_00, // mass storage, other
             features: 0,
+            own: 0,
             queue_sizes: vec![config.queue_size; queues],
+            net: None,
             contents: Contents::Own(fields.as_bytes().to_vec()),
             loss: Loss::Session,
         }
@@ -112,12 +142,81 @@ impl Kind {
             device_type: device_type::BLOCK,
             class: 0x01_00_00, // mass storage, SCSI
             features,
+            own: 0,
             queue_sizes: vec![config.queue_size; config.num_queues.into()],
+            net: None,
             contents: Contents::Disk(DiskLimits {
                 queues: config.num_queues,
                 queue_size: config.queue_size,
             }),
             loss: Loss::Requests,
+        }
+    }
+
+    /// A NIC of the address `mac`. With several pairs of queues it has a control queue, which is served here: of its
+    /// commands a back end knows one, how many pairs are in use, as rings that are enabled.
+    /// QEMU, docs/interop/vhost-user.rst, "Multiple queue support"
+    pub(super) fn net(config: &NetConfig, mac: Mac) -> Self {
+        let pairs = config.num_queues / 2;
+        let (mut features, mut own) = (NET_FEATURES, net::F_MAC | net::F_STATUS);
+        if pairs > 1 {
+            (features, own) = (features | net::F_MQ, own | net::F_CTRL_VQ);
+        }
+        if config.mtu.is_some() {
+            features |= net::F_MTU;
+        }
+        let fields = NetFields {
+            mac: mac.0,
+            status: net::S_LINK_UP.into(),
+            max_virtqueue_pairs: pairs.into(),
+            mtu: config.mtu.unwrap_or(0).into(),
+        };
+        Self {
+            word: "net",
+            device_type: device_type::NET,
+            class: 0x02_00_00, // network controller, Ethernet
+            features,
+            own,
+            queue_sizes: vec![config.queue_size; config.num_queues.into()],
+            net: Some(NetNeeds {
+                pairs,
+                mtu: config.mtu,
+            }),
+            contents: Contents::Own(fields.as_bytes().to_vec()),
+            loss: Loss::Packets,
+        }
+    }
+
+    /// What its back end has to be able to do.
+    pub(super) fn needs(&self) -> Needs {
+        Needs {
+            queues: self.queue_sizes.len(),
+            config: self.contents.size(),
+            net: self.net,
+        }
+    }
+
+    /// What a driver is offered where the back end has `offered`. Some back ends have segments of a kind without what
+    /// those stand on, and no driver could take that.
+    pub(super) fn offers(&self, offered: u64) -> u64 {
+        let features = self.own | offered & self.features;
+        match self.net {
+            Some(_) => founded(features),
+            None => features,
+        }
+    }
+
+    /// The sizes of all queues: a control queue is the last.
+    pub(super) fn all_queue_sizes(&self) -> Vec<u16> {
+        let control = (self.own & net::F_CTRL_VQ != 0).then_some(CONTROL_QUEUE_SIZE);
+        self.queue_sizes.iter().copied().chain(control).collect()
+    }
+
+    /// The back end's queues that a driver knows of which agreed on `features`. Virtio 1.3 §5.1.2
+    pub(super) fn queues_known(&self, features: u64) -> u16 {
+        match self.net {
+            Some(_) if features & net::F_MQ == 0 => 2,
+            _ => u16::try_from(self.queue_sizes.len()).unwrap_or(u16::MAX),
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Devices that another process serves, by the vhost-user protocol: shared folders by virtiofsd, and disks by
-//! qemu-storage-daemon and the like. QEMU, docs/interop/vhost-user.rst
+//! Devices that another process serves, by the vhost-user protocol: shared folders by virtiofsd, disks by
+//! qemu-storage-daemon and the like, and NICs by passt, DPDK or Open vSwitch. QEMU, docs/interop/vhost-user.rst
 //!
 //! A back end maps the guest's RAM and serves the device's rings; notifications and interrupts pass between it and the
 //! guest without this process. What it says is another program's word: every wait for it has an end, nothing of it is
@@ -13,11 +13,14 @@ mod connection;
 mod guard;
 mod kind;
 mod link;
+mod meeting;
+mod net;
+mod number;
 mod run;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,15 +32,18 @@ use super::config_space::{ConfigSpace, Fields};
 use super::counts::ServedBy;
 use super::device::VirtioDevice;
 use super::error::StartError;
-use super::life::{DeviceState, Progress, Running};
+use super::life::{DeviceState, NetState, Progress, Running};
+use super::net::{have_what_they_stand_on, random_mac};
 use super::spec::feature;
 use super::vhost::MemoryTable;
-use crate::config::{DiskConfig, FsConfig, InvalidVirtio};
+use crate::config::{DiskConfig, FsConfig, InvalidVirtio, NetConfig, VhostMode};
 use crate::memory::GuestRam;
 pub use connection::BackEndError;
-use connection::{Connection, Needs, PRIVATE_MEMORY};
+use connection::{Connection, PRIVATE_MEMORY};
 use kind::Kind;
 use link::{Link, Purpose, Shared};
+use meeting::Meeting;
+use net::ControlWorker;
 use run::Run;
 
 /// How long a back end that was started together with the VM has until it listens.
@@ -62,6 +68,14 @@ pub enum VhostUserError {
         /// What became of its back end.
         source: BackEndError,
     },
+    /// {device}: no random MAC address: {source}; give one with mac=
+    #[error("{device}: no random MAC address: {source}; give one with mac=")]
+    Mac {
+        /// The device.
+        device: String,
+        /// Why.
+        source: std::io::Error,
+    },
 }
 
 /// Why a device of another process's cannot be added to a VM with this RAM; `None` where it can.
@@ -81,6 +95,8 @@ pub struct VhostUser {
     /// What the back end offered when the device was made.
     offered: u64,
     link: Link,
+    /// A socket that was made goes with the device, after its thread.
+    _meeting: Arc<Meeting>,
 }
 
 impl VhostUser {
@@ -99,16 +115,9 @@ impl VhostUser {
             device: device.clone(),
             source,
         })?;
-        let socket = config.socket.clone();
-        Self::open(
-            name,
-            device,
-            Kind::fs(config),
-            socket,
-            PATIENCE,
-            ram,
-            memory,
-        )
+        let at = (&*config.socket, VhostMode::Client);
+        let kind = Kind::fs(config);
+        Self::open(name, device, kind, at, PATIENCE, ram, memory)
     }
 
     /// A disk, called `name` in this VM. Waits up to five seconds for its back end.
@@ -127,22 +136,44 @@ impl VhostUser {
             source,
         })?;
         let socket = config.socket.clone().unwrap_or_default();
-        Self::open(
-            name,
-            device,
-            Kind::disk(config),
-            socket,
-            PATIENCE,
-            ram,
-            memory,
-        )
+        let at = (&*socket, VhostMode::Client);
+        let kind = Kind::disk(config);
+        Self::open(name, device, kind, at, PATIENCE, ram, memory)
+    }
+
+    /// A NIC, called `name` in this VM. Waits up to five seconds for its back end.
+    ///
+    /// # Errors
+    /// [`VhostUserError`]
+    pub fn net(
+        name: &str,
+        config: &NetConfig,
+        ram: &GuestRam,
+        memory: &Arc<MemoryTable>,
+    ) -> Result<Self, VhostUserError> {
+        let device = format!("net {name}");
+        config.check().map_err(|source| VhostUserError::Config {
+            device: device.clone(),
+            source,
+        })?;
+        let mac = match config.mac {
+            Some(mac) => mac,
+            None => random_mac().map_err(|source| VhostUserError::Mac {
+                device: device.clone(),
+                source,
+            })?,
+        };
+        let socket = config.socket.clone().unwrap_or_default();
+        let at = (&*socket, config.vhost_mode);
+        let kind = Kind::net(config, mac);
+        Self::open(name, device, kind, at, PATIENCE, ram, memory)
     }
 
     fn open(
         name: &str,
         device: String,
         kind: Kind,
-        socket: PathBuf,
+        (socket, mode): (&Path, VhostMode),
         patience: Duration,
         ram: &GuestRam,
         memory: &Arc<MemoryTable>,
@@ -155,18 +186,19 @@ impl VhostUser {
             return Err(failed(BackEndError::PrivateMemory));
         }
         let no_descriptor = |source| BackEndError::Connect {
-            socket: socket.clone(),
+            socket: socket.to_owned(),
             source,
         };
         let wake = EventFd::new().map_err(no_descriptor).map_err(failed)?;
-        let needs = Needs {
-            queues: kind.queue_sizes.len(),
-            config: kind.contents.size(),
-        };
-        let connection = Connection::open(&socket, needs, patience, &wake, drop).map_err(failed)?;
+        let needs = kind.needs();
+        let meeting =
+            Meeting::at(socket, mode).map_err(|error| failed(BackEndError::Listen(error)))?;
+        let meeting = Arc::new(meeting);
+        let connection =
+            Connection::open(&meeting, needs, patience, &wake, drop).map_err(failed)?;
         let (config, back_ends) = kind.contents.make(&connection).map_err(|source| {
             failed(BackEndError::Step {
-                socket: socket.clone(),
+                socket: socket.to_owned(),
                 source,
             })
         })?;
@@ -174,11 +206,12 @@ impl VhostUser {
             name: name.to_owned(),
             described: device.clone(),
             thread: super::worker::thread_name(kind.word, name),
-            socket: socket.clone(),
+            meeting: Arc::clone(&meeting),
             needs,
             queue_size: kind.queue_sizes.iter().copied().max().unwrap_or(0),
             loss: kind.loss,
             config: back_ends,
+            carrier: kind.net.map(|_| Arc::clone(&config)),
             memory: Arc::clone(memory),
         };
         let offered = connection.features();
@@ -189,6 +222,7 @@ impl VhostUser {
             offered,
             link: link.map_err(failed)?,
             kind,
+            _meeting: meeting,
         })
     }
 }
@@ -207,7 +241,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn features(&self) -> u64 {
-        self.offered & self.kind.features
+        self.kind.offers(self.offered)
     }
 
     fn ring_features(&self) -> u64 {
@@ -215,7 +249,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        self.kind.queue_sizes.clone()
+        self.kind.all_queue_sizes()
     }
 
     fn config(&self) -> Arc<dyn ConfigSpace> {
@@ -224,6 +258,21 @@ impl VirtioDevice for VhostUser {
 
     fn served_by(&self) -> ServedBy {
         ServedBy::BackEnd
+    }
+
+    fn accepts(&self, features: u64) -> bool {
+        self.kind.net.is_none() || have_what_they_stand_on(features)
+    }
+
+    fn takes(&self, features: u64, state: &DeviceState) -> bool {
+        match (self.kind.net, state) {
+            (_, DeviceState::None) => true,
+            (Some(_), DeviceState::Net(state)) => {
+                let pairs = self.kind.queues_known(features) / 2;
+                state.fits(features, pairs) && state.waiting.is_empty()
+            }
+            _ => false,
+        }
     }
 
     fn set_state(&mut self, state: &DeviceState) {
@@ -237,14 +286,27 @@ impl VirtioDevice for VhostUser {
     }
 
     fn start(&mut self, mut activation: Activation) -> Result<Box<dyn Running>, StartError> {
-        let count = u16::try_from(self.kind.queue_sizes.len()).unwrap_or(u16::MAX);
-        let run = Run::of(&mut activation, count);
+        let features = activation.features();
+        let count = self.kind.queues_known(features);
+        let run = Run::of(&mut activation, count, self.kind.own);
         let shared = Arc::clone(self.link.shared());
-        shared.serve(run);
-        Ok(Box::new(Served {
+        let (state, active) = match (self.kind.net, activation.state()) {
+            (None, state) => (state.clone(), u16::MAX),
+            (Some(_), DeviceState::Net(state)) => {
+                let active = state.pairs.saturating_mul(2);
+                (DeviceState::Net(state.clone()), active)
+            }
+            (Some(_), _) => (DeviceState::Net(NetState::at_reset(features)), 2),
+        };
+        let control = ControlWorker::of(&self.name, &shared, count, &state, &mut activation)?;
+        shared.serve(run, active);
+        let mut served = Served {
             shared: Some(shared),
-            progress: activation.into_progress(),
-        }))
+            rest: None,
+        };
+        let workers = control.into_iter().map(|worker| Box::new(worker) as _);
+        served.rest = Some(activation.run(workers.collect(), state)?);
+        Ok(Box::new(served))
     }
 }
 
@@ -252,16 +314,19 @@ impl VirtioDevice for VhostUser {
 #[derive(Debug)]
 struct Served {
     shared: Option<Arc<Shared>>,
-    progress: Progress,
+    /// What this process does for it.
+    rest: Option<Box<dyn Running>>,
 }
 
 impl Running for Served {
     fn stop(mut self: Box<Self>) -> Progress {
         let positions = self.shared.take().map(|shared| shared.stop());
+        let rest = self.rest.take();
+        let mut progress = rest.map(|rest| rest.stop()).unwrap_or_default();
         for (index, position) in positions.into_iter().flatten() {
-            self.progress.set_queue(index, position);
+            progress.set_queue(index, position);
         }
-        std::mem::take(&mut self.progress)
+        progress
     }
 
     fn reset(mut self: Box<Self>) {

@@ -23,12 +23,12 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// All enabled queues of the first `count`.
-    pub(super) fn of(activation: &mut Activation, count: u16) -> Self {
+    /// All enabled queues of the first `count`, and of what was negotiated all but `own`, which is the device's.
+    pub(super) fn of(activation: &mut Activation, count: u16, own: u64) -> Self {
         let queues = (0..count).filter_map(|index| activation.take_setup(index));
         Self {
             queues: queues.collect(),
-            features: activation.features(),
+            features: activation.features() & !own,
             ram: activation.ram().clone(),
             interrupts: Arc::clone(activation.interrupts()),
         }

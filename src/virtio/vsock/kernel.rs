@@ -130,6 +130,7 @@ impl VirtioDevice for KernelDevice {
             first: 0,
             features: activation.features() & self.features,
             queues,
+            active: u16::MAX,
         };
         let mut rings = Vec::new();
         // The kernel serves both or none.

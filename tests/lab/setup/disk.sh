@@ -13,6 +13,7 @@ make_disk() {
     as_root cp -a --remove-destination --no-preserve=ownership "$firmware/tree/." "$tree/"
     as_root cp -a --remove-destination --no-preserve=ownership "$back_ends/tree/." "$tree/"
     as_root install -m 755 "$setup_dir/host-agent" "$tree/usr/local/sbin/lab-agent"
+    as_root install -D -m 644 "$setup_dir/lab-agent.service" "$tree/etc/systemd/system/lab-agent.service"
     as_root mkdir -p "$tree"/{lab,project,cache,usr/lib/modules}
     # The root's own program, by the root's own loader.
     logged disk as_root "$root/usr/lib64/ld-linux-x86-64.so.2" --library-path "$root/usr/lib/x86_64-linux-gnu" \
@@ -21,4 +22,4 @@ make_disk() {
     as_root rm -rf "$tree"
 }
 
-disk=$cache/disk-$(key "${root##*/}" "${stock##*/}" "${backports##*/}" "${images##*/}" "${firmware##*/}" "${back_ends##*/}" "$setup_dir"/{disk.sh,host-agent})
+disk=$cache/disk-$(key "${root##*/}" "${stock##*/}" "${backports##*/}" "${images##*/}" "${firmware##*/}" "${back_ends##*/}" "$setup_dir"/{disk.sh,host-agent,lab-agent.service})

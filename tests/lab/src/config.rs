@@ -48,6 +48,7 @@ pub struct HostConfig {
     pub(crate) cmdline: String,
     pub(crate) devices: Vec<Device>,
     pub(crate) native_hot_plug: bool,
+    pub(crate) systemd: bool,
 }
 
 impl HostConfig {
@@ -62,6 +63,7 @@ impl HostConfig {
             cmdline: String::new(),
             devices: Vec::new(),
             native_hot_plug: false,
+            systemd: false,
         }
     }
 
@@ -96,9 +98,16 @@ impl HostConfig {
         self
     }
 
-    /// Whether QEMU can save its state: that of AMD's IOMMU it cannot.
+    /// Has it boot by systemd, as the host that a package is installed on does. What it writes is there after
+    /// [`Host::reboot`](crate::Host::reboot), and no file is copied over its root.
+    pub fn systemd(mut self) -> Self {
+        self.systemd = true;
+        self
+    }
+
+    /// Whether QEMU can save its state: that of AMD's IOMMU it cannot, and one that is to boot is none.
     pub(crate) fn can_be_saved(&self) -> bool {
-        self.iommu != Iommu::Amd
+        self.iommu != Iommu::Amd && !self.systemd
     }
 
     /// Adds a device.

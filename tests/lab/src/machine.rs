@@ -1,5 +1,6 @@
 //! QEMU's command line: the machine that a host is, apart from what is plugged into it.
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -14,6 +15,13 @@ use crate::zoo;
 
 /// The folders that the outer machine shares, as the host's agent mounts them: each is a device of 9p's.
 pub(crate) const FOLDERS: [&str; 3] = ["lab", "project", "cache"];
+
+/// What the kernel of a host is told that boots by systemd. Nobody logs in, and nothing is to be waited for at a console.
+const SYSTEMD: &str = "lab.init=systemd systemd.unit=multi-user.target systemd.wants=lab-agent.service \
+     systemd.mask=serial-getty@ttyS0.service systemd.mask=getty.target systemd.mask=e2scrub_reap.service";
+
+/// The most that such a host writes, in MiB.
+const WRITTEN_MIB: u64 = 4096;
 
 /// How many root ports there are for the devices of the zoo. They are `port1` and so on. With those of the folders they
 /// are 14, for as many as the firmware finds windows of I/O ports.
@@ -56,9 +64,10 @@ pub(crate) fn arguments(
     // A busy machine can be too slow for the kernel's check that timer interrupts arrive, and for its
     // measuring of the time-stamp counter, which is told and trusted instead. One that hangs shows its stacks when SysRq
     // or an NMI asks it to: see `inspector`.
+    let init = if config.systemd { SYSTEMD } else { "" };
     let cmdline = format!(
         "console=ttyS0 quiet panic=-1 no_timer_check tsc_early_khz={} tsc=reliable mitigations=off \
-         init_on_alloc=0 randomize_kstack_offset=off lsm=landlock kvm.halt_poll_ns=0 sysrq_always_enabled unknown_nmi_panic {} lab.modules={modules} {}",
+         init_on_alloc=0 randomize_kstack_offset=off lsm=landlock kvm.halt_poll_ns=0 sysrq_always_enabled unknown_nmi_panic {} lab.modules={modules} {init} {}",
         tsc::khz(),
         match config.iommu {
             Iommu::Intel => "intel_iommu=on",
@@ -110,6 +119,20 @@ pub(crate) fn arguments(
         add(&["-device", &option]);
     }
     Ok(arguments)
+}
+
+/// The disk of a host that boots by systemd, for what it writes: a file in `scratch`, which grows as it is written.
+pub(crate) fn written(config: &HostConfig, scratch: &Path) -> Result<Vec<String>> {
+    if !config.systemd {
+        return Ok(Vec::new());
+    }
+    let path = scratch.join("written.img");
+    File::create_new(&path)?.set_len(WRITTEN_MIB << 20)?;
+    let drive = format!("file={},format=raw,if=none,id=written", path.display());
+    let device = "virtio-blk-pci,drive=written,addr=0x1d,disable-legacy=on";
+    Ok(["-drive", &drive, "-device", device]
+        .map(str::to_owned)
+        .into())
 }
 
 /// What the outer machine shares, each behind the root port that is named after it: words for the command line, and

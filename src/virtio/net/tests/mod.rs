@@ -16,13 +16,11 @@ const HOST: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 
 fn config(num_queues: u16) -> NetConfig {
     NetConfig {
-        tap: None,
-        fd: Vec::new(),
         mac: Some(busway_host::Mac(GUEST)),
         num_queues,
         queue_size: 64,
         vhost: Choice::Off,
-        id: None,
+        ..NetConfig::default()
     }
 }
 

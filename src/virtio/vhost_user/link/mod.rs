@@ -5,7 +5,6 @@
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -15,10 +14,13 @@ use busway_vfio::EventFd;
 
 use super::connection::{BackEndError, Connection, Inflight, Needs};
 use super::kind::BackEndsConfig;
+use super::meeting::Meeting;
 use super::run::Run;
 use crate::sandbox::{self, Kind};
+use crate::virtio::config_space::Fields;
 use crate::virtio::error::QueueError;
 use crate::virtio::life::QueuePosition;
+use crate::virtio::spec::net;
 use crate::virtio::vhost::{Handed, MemoryTable, Rings, VhostError, Watch};
 use events::Events;
 pub(super) use shared::Shared;
@@ -46,6 +48,8 @@ pub(super) enum Loss {
     Requests,
     /// What it knows of its driver: the next one cannot go on.
     Session,
+    /// Packets, as on a wire: the next one goes on behind what was completed. Back ends of NICs complete in order.
+    Packets,
 }
 
 /// What the link is for.
@@ -56,13 +60,15 @@ pub(super) struct Purpose {
     pub(super) described: String,
     /// What the thread is called.
     pub(super) thread: String,
-    pub(super) socket: PathBuf,
+    pub(super) meeting: Arc<Meeting>,
     pub(super) needs: Needs,
     /// Descriptors of the longest queue.
     pub(super) queue_size: u16,
     pub(super) loss: Loss,
     /// The device's configuration, where it is the back end's.
     pub(super) config: Option<BackEndsConfig>,
+    /// The configuration of a NIC, whose link is up while there is a back end.
+    pub(super) carrier: Option<Arc<Fields>>,
     pub(super) memory: Arc<MemoryTable>,
 }
 
@@ -99,6 +105,7 @@ impl Link {
             inflight: None,
             served: false,
             gone_since: None,
+            met_at: Instant::now(),
             next_try: Instant::now(),
             events: None,
             complaints: Complaints::first(LOUD_LOSSES),
@@ -158,6 +165,8 @@ struct LinkWorker {
     /// This back end has served the driver, since that began anew.
     served: bool,
     gone_since: Option<Instant>,
+    /// When this back end was met.
+    met_at: Instant,
     next_try: Instant,
     events: Option<Events>,
     complaints: Complaints,
@@ -175,6 +184,7 @@ impl LinkWorker {
             }
             self.look_after_connection();
             self.take_up();
+            self.follow_active();
             if let Err(error) = self.wait() {
                 log::error!("{}: {error}", self.purpose.described);
                 break;
@@ -238,8 +248,37 @@ impl LinkWorker {
         }
     }
 
+    /// Tells the back end which queues are to be served, where that has changed.
+    fn follow_active(&mut self) {
+        let Some(held) = &self.held else {
+            return;
+        };
+        let (active, told) = {
+            let state = self.shared.state();
+            (state.active, state.told_active)
+        };
+        if active == told {
+            return;
+        }
+        match held.rings.serve_up_to(active) {
+            Ok(()) => {
+                self.shared.state().told_active = active;
+                self.shared.free.notify_all();
+            }
+            Err(error) => self.lose(&error.to_string()),
+        }
+    }
+
+    /// A driver sees whether there is a back end.
+    fn set_carrier(&self, up: bool) {
+        if let Some(config) = &self.purpose.carrier {
+            let status = if up { net::S_LINK_UP } else { 0 };
+            config.set(net::CONFIG_STATUS, &status.to_le_bytes());
+        }
+    }
+
     fn connect(&mut self) {
-        let Purpose { socket, needs, .. } = &self.purpose;
+        let Purpose { meeting, needs, .. } = &self.purpose;
         let shared = &self.shared;
         // The end of the device does not wait for what is agreed on here.
         let reached = |stream: UnixStream| {
@@ -249,11 +288,11 @@ impl LinkWorker {
                 false => state.stream = Some(stream),
             }
         };
-        let opened = Connection::open(socket, *needs, Duration::ZERO, &shared.wake, reached);
+        let opened = Connection::open(meeting, *needs, Duration::ZERO, &shared.wake, reached);
         let opened = opened.and_then(|connection| {
             let refreshed = self.refresh(&connection);
             refreshed.map_err(|source| BackEndError::Step {
-                socket: socket.clone(),
+                socket: meeting.socket().to_owned(),
                 source,
             })?;
             Ok(connection)
@@ -261,7 +300,8 @@ impl LinkWorker {
         match opened {
             Ok(connection) => {
                 self.connection = Some(Arc::new(connection));
-                self.events = None;
+                (self.events, self.met_at) = (None, Instant::now());
+                self.set_carrier(true);
                 let away = self.gone_since.take().map(|since| since.elapsed());
                 log::log!(
                     self.complaints.next(log::Level::Warn),
@@ -288,6 +328,7 @@ impl LinkWorker {
                 return;
             };
             (state.held, state.stop, state.drop) = (true, false, false);
+            state.told_active = state.active;
             (run, std::mem::take(&mut state.fresh))
         };
         if fresh {
@@ -337,6 +378,10 @@ impl LinkWorker {
         let features = connection.agreed(run.features());
         let set = connection.set_features(features);
         set.map_err(VhostError::at("SET_FEATURES"))?;
+        let mtu = self.purpose.needs.net.and_then(|needs| needs.mtu);
+        if let Some(mtu) = mtu.filter(|_| features & net::F_MTU != 0) {
+            connection.set_mtu(mtu)?;
+        }
         let queues = u16::try_from(self.purpose.needs.queues).unwrap_or(u16::MAX);
         let kept = self.inflight.take();
         self.inflight = connection.share_inflight(kept, queues, self.purpose.queue_size)?;
@@ -345,6 +390,7 @@ impl LinkWorker {
             first: 0,
             queues: run.queues().to_vec(),
             features,
+            active: self.shared.state().told_active,
         };
         let rings = Rings::start(
             Arc::clone(connection),
@@ -406,13 +452,17 @@ impl LinkWorker {
             return;
         }
         (self.events, self.served) = (None, false);
-        self.gone_since = Some(Instant::now());
-        self.next_try = Instant::now();
+        let now = Instant::now();
+        // One that goes as soon as it has come is not met without a pause.
+        self.next_try = now.max(self.met_at + AGAIN);
+        self.gone_since = Some(now);
+        self.set_carrier(false);
         log::log!(
             self.complaints.next(log::Level::Warn),
-            "{}: its back end at {} has gone ({why}); the device waits until another listens there",
+            "{}: its back end at {} has gone ({why}); the device waits until another {} there",
             self.purpose.described,
-            self.purpose.socket.display()
+            self.purpose.meeting.socket().display(),
+            self.purpose.meeting.comes_by()
         );
         if let Some(Held { run, rings, watch }) = self.held.take() {
             drop(watch);
@@ -427,11 +477,12 @@ impl LinkWorker {
             _ if self.inflight.is_some() => true,
             Loss::Requests => run.is_idle(),
             Loss::Session => run.is_untouched(),
+            Loss::Packets => true,
         };
         if !known {
             let reason: &dyn std::fmt::Display = match self.purpose.loss {
-                Loss::Requests => &LOST_REQUESTS,
                 Loss::Session => &LOST_SESSION,
+                Loss::Requests | Loss::Packets => &LOST_REQUESTS,
             };
             return self.fail(run, reason);
         }
@@ -448,6 +499,7 @@ impl LinkWorker {
         }
         state.waiting = Some(run);
         state.held = false;
+        self.shared.free.notify_all();
     }
 
     /// The device cannot go on: its driver has to reset it.

@@ -1,5 +1,6 @@
 //! What a device and the thread of its link share: what is to be served, and whether that is in the thread's hands.
 
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,9 +16,9 @@ pub(super) const STOP: Duration = Duration::from_secs(1);
 /// What the device and the thread share.
 #[derive(Debug)]
 pub(in crate::virtio::vhost_user) struct Shared {
-    pub(super) described: String,
+    pub(in crate::virtio::vhost_user) described: String,
     pub(super) state: Mutex<State>,
-    /// The thread has given up what it had.
+    /// The thread has given up what it had, or has told the back end of what is active, or is to take it back.
     pub(super) free: Condvar,
     pub(super) wake: EventFd,
 }
@@ -34,6 +35,10 @@ pub(super) struct State {
     pub(super) drop: bool,
     /// What was left where nobody waited for it any more.
     pub(super) left: Option<Positions>,
+    /// The queues below this number are to be served; the others lie.
+    pub(super) active: u16,
+    /// As the thread has told the back end last.
+    pub(super) told_active: u16,
     /// The driver begins anew: the notes on requests are of the past.
     pub(super) fresh: bool,
     /// The socket of the thread's connection, from before anything is said on it: whoever shuts it down ends a call.
@@ -46,10 +51,34 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has `run` served, as soon as there is a back end. Does not wait.
-    pub(in crate::virtio::vhost_user) fn serve(&self, run: Run) {
-        self.state().waiting = Some(run);
+    /// Has `run` served, as soon as there is a back end, but for its queues from number `active` on. Does not wait.
+    pub(in crate::virtio::vhost_user) fn serve(&self, run: Run, active: u16) {
+        let mut state = self.state();
+        (state.waiting, state.active) = (Some(run), active);
+        drop(state);
         self.wake.signal();
+    }
+
+    /// Has the queues below number `active` served from now on, and the others lie. Waits a second for the back end, and
+    /// then leaves it as it was.
+    ///
+    /// # Errors
+    /// `TimedOut`
+    pub(in crate::virtio::vhost_user) fn serve_up_to(&self, active: u16) -> io::Result<()> {
+        let mut state = self.state();
+        let before = std::mem::replace(&mut state.active, active);
+        self.wake.signal();
+        // What is taken back, or has no back end, is not served at all.
+        let waits = |state: &mut State| state.held && !state.stop && state.told_active != active;
+        let waited = self.free.wait_timeout_while(state, STOP, waits);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waits(&mut state) {
+            state.active = before;
+            drop(state);
+            self.wake.signal();
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
     }
 
     /// Takes back what is served, and gives the positions in its queues. Where the back end keeps them for longer than a
@@ -67,6 +96,7 @@ impl Shared {
         }
         state.stop = true;
         self.wake.signal();
+        self.free.notify_all();
         let waited = self
             .free
             .wait_timeout_while(state, STOP, |state| state.held);
@@ -92,6 +122,7 @@ impl Shared {
             state.stop = true;
             state.drop = true;
             self.wake.signal();
+            self.free.notify_all();
         }
     }
 

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use busway_vfio::EventFd;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tempfile::TempDir;
 
@@ -33,6 +33,7 @@ pub(super) const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(super) const SET_PROTOCOL_FEATURES: u32 = 16;
 pub(super) const GET_QUEUE_NUM: u32 = 17;
 pub(super) const SET_VRING_ENABLE: u32 = 18;
+pub(super) const NET_SET_MTU: u32 = 20;
 const SET_BACKEND_REQ_FD: u32 = 21;
 pub(super) const GET_CONFIG: u32 = 24;
 pub(super) const GET_INFLIGHT_FD: u32 = 31;
@@ -44,6 +45,7 @@ const NEED_REPLY: u32 = 1 << 3;
 /// Protocol features.
 pub(super) const MQ: u64 = 1;
 pub(super) const REPLY_ACK: u64 = 1 << 3;
+pub(super) const NET_MTU: u64 = 1 << 4;
 pub(super) const BACKEND_REQ: u64 = 1 << 5;
 pub(super) const CONFIG: u64 = 1 << 9;
 pub(super) const INFLIGHT: u64 = 1 << 12;
@@ -85,6 +87,12 @@ pub(super) struct Script {
     pub(super) inflight: Vec<u64>,
     /// The bases that rings were given.
     pub(super) bases: Vec<(u32, u32)>,
+    /// The features that were set.
+    pub(super) agreed: Vec<u64>,
+    /// The rings that were enabled (1) and disabled (0).
+    pub(super) enabled: Vec<(u32, u32)>,
+    /// The MTUs that were said.
+    pub(super) mtus: Vec<u64>,
 }
 
 /// The back end.
@@ -99,7 +107,7 @@ impl Fake {
     pub(super) fn start() -> Self {
         let script = Script {
             features: 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 0xff_ffff,
-            protocol: MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT,
+            protocol: MQ | REPLY_ACK | NET_MTU | BACKEND_REQ | CONFIG | INFLIGHT,
             queues: 4,
             config: vec![7; 60],
             vices: BTreeMap::new(),
@@ -109,6 +117,9 @@ impl Fake {
             channel: None,
             inflight: Vec::new(),
             bases: Vec::new(),
+            agreed: Vec::new(),
+            enabled: Vec::new(),
+            mtus: Vec::new(),
         };
         let mut fake = Self {
             folder: tempfile::tempdir().unwrap(),
@@ -161,6 +172,30 @@ impl Fake {
                 Server::new(stream, script.clone()).serve(&ends);
             }
             std::fs::remove_file(&socket).unwrap();
+        });
+        self.running = Some((stop, thread));
+    }
+}
+
+impl Fake {
+    /// Connects to who listens at its socket, and again whenever that connection has ended, in the place of listening.
+    pub(super) fn call(&mut self) {
+        self.die();
+        let (socket, script) = (self.socket(), self.script.clone());
+        let stop = EventFd::new().unwrap();
+        let ends = stop.clone();
+        let thread = std::thread::spawn(move || {
+            loop {
+                if let Ok(stream) = UnixStream::connect(&socket) {
+                    Server::new(stream, script.clone()).serve(&ends);
+                }
+                let pause = Timespec::try_from(Duration::from_millis(5)).unwrap();
+                let mut fds = [PollFd::new(&ends, PollFlags::IN)];
+                poll(&mut fds, Some(&pause)).unwrap();
+                if !fds[0].revents().is_empty() {
+                    return;
+                }
+            }
         });
         self.running = Some((stop, thread));
     }
@@ -380,7 +415,12 @@ impl Server {
             SET_VRING_CALL => {
                 rings.entry(u32_at(0)).or_default().call = files.pop().map(Into::into)
             }
-            SET_VRING_ENABLE => rings.entry(u32_at(0)).or_default().enabled = u32_at(4) == 1,
+            SET_VRING_ENABLE => {
+                rings.entry(u32_at(0)).or_default().enabled = u32_at(4) == 1;
+                script.enabled.push((u32_at(0), u32_at(4)));
+            }
+            SET_FEATURES => script.agreed.push(u64_at(0)),
+            NET_SET_MTU => script.mtus.push(u64_at(0)),
             SET_BACKEND_REQ_FD => script.channel = files.pop().map(Into::into),
             GET_CONFIG => {
                 let mut answer = body.to_vec();

@@ -1,4 +1,5 @@
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use super::*;
@@ -10,6 +11,7 @@ use fake::{Fake, Script, Vice};
 
 mod fake;
 mod hostile;
+mod net;
 
 /// A guest's RAM, and the table of it.
 fn memory(shared: bool) -> (GuestRam, Arc<MemoryTable>, Regions) {
@@ -30,51 +32,49 @@ fn memory(shared: bool) -> (GuestRam, Arc<MemoryTable>, Regions) {
 /// A guest with a device that `fake` serves.
 struct Guest {
     driver: Driver,
+    table: Arc<MemoryTable>,
     _regions: Regions,
 }
+
+/// A device, with the memory of its guest.
+type Opened = (VhostUser, GuestRam, Arc<MemoryTable>, Regions);
 
 /// What is to be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Want {
     Fs,
     Disk,
+    Net,
 }
 
-fn open(
-    want: Want,
-    socket: PathBuf,
-    shared: bool,
-) -> Result<(VhostUser, GuestRam, Regions), VhostUserError> {
-    let (ram, table, regions) = memory(shared);
-    let device = match want {
-        Want::Fs => {
-            let config = FsConfig::new("share", &socket);
-            let described = "fs fs0".to_owned();
-            let kind = Kind::fs(&config);
-            VhostUser::open("fs0", described, kind, socket, Duration::ZERO, &ram, &table)
-        }
+fn open(want: Want, socket: PathBuf, shared: bool) -> Result<Opened, VhostUserError> {
+    let (kind, described) = match want {
+        Want::Fs => (Kind::fs(&FsConfig::new("share", &socket)), "fs fs0"),
         Want::Disk => {
             let config = DiskConfig {
-                vhost_user: true,
-                socket: Some(socket.clone()),
                 num_queues: 2,
                 queue_size: 64,
                 ..DiskConfig::new("")
             };
-            let described = "disk disk0".to_owned();
-            let kind = Kind::disk(&config);
-            VhostUser::open(
-                "disk0",
-                described,
-                kind,
-                socket,
-                Duration::ZERO,
-                &ram,
-                &table,
-            )
+            (Kind::disk(&config), "disk disk0")
         }
+        Want::Net => (net::kind(|_| {}), "net net0"),
     };
-    Ok((device?, ram, regions))
+    let at = (&*socket, VhostMode::Client);
+    opened(kind, described, at, Duration::ZERO, shared)
+}
+
+fn opened(
+    kind: Kind,
+    described: &str,
+    at: (&Path, VhostMode),
+    patience: Duration,
+    shared: bool,
+) -> Result<Opened, VhostUserError> {
+    let (ram, table, regions) = memory(shared);
+    let name = described.split(' ').next_back().unwrap();
+    let device = VhostUser::open(name, described.into(), kind, at, patience, &ram, &table);
+    Ok((device?, ram, table, regions))
 }
 
 fn refusal(want: Want, socket: PathBuf) -> String {
@@ -83,9 +83,13 @@ fn refusal(want: Want, socket: PathBuf) -> String {
 
 impl Guest {
     fn new(want: Want, fake: &Fake) -> Self {
-        let (device, ram, regions) = open(want, fake.socket(), true).unwrap();
+        Self::of(open(want, fake.socket(), true).unwrap())
+    }
+
+    fn of((device, ram, table, regions): Opened) -> Self {
         Self {
             driver: Driver::with_ram(device, ram),
+            table,
             _regions: regions,
         }
     }
@@ -151,7 +155,7 @@ fn a_folder_says_its_tag_and_a_disk_what_its_back_end_says_with_its_own_queues()
 
 #[test]
 fn requests_are_served_by_the_back_end_through_pauses_resets_and_vectors_that_come_late() {
-    for want in [Want::Fs, Want::Disk] {
+    for want in [Want::Fs, Want::Disk, Want::Net] {
         let fake = Fake::start();
         let mut guest = Guest::new(want, &fake);
         for _ in 0..3 {

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use busway_pci::Complaints;
@@ -21,7 +21,7 @@ use zerocopy::IntoBytes;
 use super::connection::{Connection, Fate, Leaving, NO_CREDIT};
 use super::handshake::Caller;
 use super::packet::{HEADER_SIZE, Header, Key, Op, Outgoing};
-use super::ports;
+use super::ports::Ports;
 use crate::unix_socket::{Listening, SocketAddress, SocketError};
 use crate::virtio::segments::Segments;
 use crate::virtio::spec::vsock;
@@ -55,7 +55,8 @@ const FIRST_TOKEN: u64 = 2;
 pub(super) struct Hub {
     name: String,
     cid: u64,
-    socket: PathBuf,
+    /// Connects to programs.
+    ports: Ports,
     listening: Listening,
     /// Watches all descriptors, so that there is one to wait for.
     events: Epoll,
@@ -111,6 +112,7 @@ impl Hub {
             path: socket.to_owned(),
             source,
         };
+        let ports = Ports::of(socket).map_err(failed)?;
         let events = Epoll::new().map_err(failed)?;
         let timer = TimerFd::new().map_err(|error| failed(error.into()))?;
         for (fd, token) in [
@@ -125,7 +127,7 @@ impl Hub {
         Ok(Self {
             name: name.to_owned(),
             cid: cid.into(),
-            socket: socket.to_owned(),
+            ports,
             listening,
             events,
             timer,
@@ -383,7 +385,7 @@ impl Hub {
     fn connect(&mut self, header: &Header) {
         let key = header.key();
         let connected = match self.peers.len() < PEERS_MOST {
-            true => ports::connect(&self.socket, key.host),
+            true => self.ports.connect(key.host),
             false => Err(io::Error::other("too many connections")),
         };
         let watched = connected.and_then(|stream| Ok((self.watch(&stream)?, stream)));

@@ -82,6 +82,7 @@ impl Host {
         let mut command = machine::qemu(parts);
         command
             .args(machine::arguments(config, parts, accelerator)?)
+            .args(machine::written(config, folder)?)
             .args(console.arguments(&logs[0]))
             .args(machine::line("agent", &agent_end))
             .args(["-device", "isa-serial,index=1,chardev=agent"])

@@ -213,12 +213,14 @@ impl Host {
     }
 
     /// Restarts the host, and returns when its agent answers again. Of its files only those in `/lab`
-    /// are still there, and what lies in `/lab/keep` is copied over its root before udev starts.
+    /// are still there, and what lies in `/lab/keep` is copied over its root before udev starts. One that boots by systemd
+    /// ends its services first, and has all that it has written.
     pub fn reboot(&self) -> Result<()> {
         let _boot = spent::host_boots();
         let arguments = serde_json::json!({ "reboot": "reset" });
         self.qmp().execute("set-action", arguments)?;
-        self.agent.reboot(Accelerator::detect().patience())
+        let ending = if self.config.systemd { 2 } else { 1 };
+        self.agent.reboot(ending * Accelerator::detect().patience())
     }
 
     /// The process id of QEMU on this machine: what a power cut kills.

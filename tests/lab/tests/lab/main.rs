@@ -41,13 +41,17 @@ mod life;
 mod mediated;
 mod memory;
 mod nic;
+mod package;
 mod paused;
 mod proof;
 mod run;
 mod slots;
+mod switched;
 mod system;
+mod tpm;
 mod vhost;
 mod vhost_user;
+mod vhost_user_net;
 mod virtio;
 mod virtio_hotplug;
 mod vsock;
@@ -63,6 +67,8 @@ const CHAPTERS: &[&[Proof]] = &[
     vsock::PROOFS,
     disk::PROOFS,
     vhost_user::PROOFS,
+    vhost_user_net::PROOFS,
+    switched::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     libvirt::PROOFS,
@@ -79,7 +85,9 @@ const CHAPTERS: &[&[Proof]] = &[
     slots::PROOFS,
     paused::PROOFS,
     firmware::PROOFS,
+    tpm::PROOFS,
     system::PROOFS,
+    package::PROOFS,
     interrupts::PROOFS,
     groups::PROOFS,
     emulated_host::PROOFS,

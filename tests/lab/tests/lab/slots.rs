@@ -230,7 +230,7 @@ fn again_and_again(lab: &mut Lab, tier: Tier) -> Result<()> {
 /// that restarts while a NIC is asked for finds it gone, and whoever asked is answered. After each further restart the
 /// process has what it had after the first.
 fn restarted(lab: &mut Lab, tier: Tier) -> Result<()> {
-    let restarts: u64 = tier.of(2, 300);
+    let restarts: u64 = tier.of(2, 100);
     let (host, drive) = bound(lab, "nv0")?;
     let nic = host.address("nic0")?;
     host.run(&format!(

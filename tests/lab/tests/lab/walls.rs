@@ -9,10 +9,24 @@ use crate::assigned::{give_back, guest, zoo};
 use crate::hotplug::{CTL, SOCKET};
 use crate::{Proof, tell};
 
-pub(crate) const PROOFS: &[Proof] = &[Proof::new(
-    "walls_stand_round_every_task_while_devices_come_and_go",
-    stand,
-)];
+pub(crate) const PROOFS: &[Proof] = &[
+    Proof::new(
+        "walls_stand_round_every_task_while_devices_come_and_go",
+        |lab| stand(lab, &[]),
+    ),
+    Proof::soak(
+        "walls_by_landlock_leave_a_vm_all_that_it_names_while_devices_come_and_go",
+        |lab, _| stand(lab, &LANDLOCK),
+    ),
+];
+
+/// Of what comes, only the disk has a path that follows from nothing that is there at the start.
+const LANDLOCK: [&str; 4] = [
+    "--landlock",
+    "true",
+    "--landlock-rules",
+    "path=/run/hot.raw",
+];
 
 /// The capabilities of the table, by the beginnings of threads' names; the last is all others'. docs/security.md,
 /// linux/capability.h
@@ -60,8 +74,9 @@ fn look(host: &Host, running: &RunningGuest<'_>, when: &str) -> Result<()> {
 }
 
 /// A guest with a disk, a NIC on a tap and an assigned NIC gets another disk and an assigned drive, works with them, is
-/// paused, restarts, and gives all back, with filters that end the process at the first call that is not in the table.
-fn stand(lab: &mut Lab) -> Result<()> {
+/// paused, restarts, and gives all back, with filters that end the process at the first call that is not in the table, and
+/// with the walls of `more`.
+fn stand(lab: &mut Lab, more: &[&str]) -> Result<()> {
     let host = lab.host(&zoo())?;
     let (drive, nic) = (host.address("nv0")?, host.address("nic0")?);
     host.run(&format!(
@@ -71,6 +86,7 @@ fn stand(lab: &mut Lab) -> Result<()> {
     let run = guest()?
         .device(&nic)
         .args(&["--seccomp", "true", "--disk", "path=/run/base.raw"])
+        .args(more)
         .args(&["--net", "tap=walls-tap"])
         .args(&["--platform", "hotplug_slots=2,hotplug_mmio64=64M"])
         .args(&SOCKET)

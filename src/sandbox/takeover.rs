@@ -1,0 +1,261 @@
+//! What somebody could do who has taken over a thread of each kind: they make the calls that a way out begins with, each in
+//! a process of its own, with the walls as they stand round a VM.
+
+use std::env;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::net::TcpStream;
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+
+use super::landlock::Rules;
+use super::table::{self, Files};
+use super::tests::{FOLDER, NO_FD, NO_WALLS, errno, in_a_process_with};
+use super::{Kind, Mode};
+use crate::config::{LandlockAccess, LandlockRule, VmConfig};
+
+/// The status of a thread's process that ended as if nothing had happened.
+const SURVIVED: Option<i32> = Some(0);
+
+/// An attempt, the call by whose name it is told, and the kinds that make that call for their work.
+struct Attempt {
+    test: &'static str,
+    call: &'static str,
+    act: fn(Kind),
+    may: &'static [Kind],
+}
+
+impl Attempt {
+    /// Makes it on a thread of each kind. Where that is none of its work, the process ends with a line that names the
+    /// call, and nothing of it is done.
+    fn ends_the_process(&self) {
+        let name = format!("takeover::{}", self.test);
+        for (kind, status, stderr) in in_a_process_with(&name, Mode::True, None, || None, self.act)
+        {
+            let told = stderr.contains(&format!("({}), with 0x", self.call))
+                && stderr.contains("busway: error: thread taken asked the kernel for call");
+            match self.may.contains(&kind) {
+                true => assert_eq!(status, SURVIVED, "{kind:?}: {stderr}"),
+                false => assert!(told && status == Some(1), "{kind:?}: {status:?}: {stderr}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_thread_that_was_taken_over_executes_nothing() {
+    Attempt {
+        test: "a_thread_that_was_taken_over_executes_nothing",
+        call: "execve",
+        act: |_| {
+            errno(libc::SYS_execve, [c"/bin/sh".as_ptr() as usize, 0, 0, 0, 0]);
+        },
+        may: &[],
+    }
+    .ends_the_process();
+}
+
+#[test]
+fn a_thread_that_was_taken_over_traces_nothing() {
+    Attempt {
+        test: "a_thread_that_was_taken_over_traces_nothing",
+        call: "ptrace",
+        // PTRACE_ATTACH to its own parent. linux/ptrace.h
+        act: |_| {
+            errno(libc::SYS_ptrace, [16, 1, 0, 0, 0]);
+        },
+        may: &[],
+    }
+    .ends_the_process();
+}
+
+#[test]
+fn a_thread_that_was_taken_over_mounts_nothing() {
+    Attempt {
+        test: "a_thread_that_was_taken_over_mounts_nothing",
+        call: "mount",
+        act: |_| {
+            let path = c"/".as_ptr() as usize;
+            let bind = libc::MS_BIND as usize;
+            errno(libc::SYS_mount, [path, path, 0, bind, 0]);
+        },
+        may: &[],
+    }
+    .ends_the_process();
+}
+
+#[test]
+fn a_thread_that_was_taken_over_has_no_memory_that_it_could_execute() {
+    Attempt {
+        test: "a_thread_that_was_taken_over_has_no_memory_that_it_could_execute",
+        call: "mmap",
+        act: |_| {
+            let all = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC) as usize;
+            let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as usize;
+            errno(libc::SYS_mmap, [0, 4096, all, anonymous, NO_FD]);
+        },
+        may: &[],
+    }
+    .ends_the_process();
+}
+
+#[test]
+fn a_thread_that_was_taken_over_makes_nothing_executable() {
+    Attempt {
+        test: "a_thread_that_was_taken_over_makes_nothing_executable",
+        call: "mprotect",
+        act: |_| {
+            let execute = (libc::PROT_READ | libc::PROT_EXEC) as usize;
+            errno(libc::SYS_mprotect, [0, 4096, execute, 0, 0]);
+        },
+        may: &[],
+    }
+    .ends_the_process();
+}
+
+#[test]
+fn a_thread_that_was_taken_over_connects_only_where_that_is_its_work() {
+    Attempt {
+        test: "a_thread_that_was_taken_over_connects_only_where_that_is_its_work",
+        call: "connect",
+        act: |_| {
+            errno(libc::SYS_connect, [NO_FD, 0, 0, 0, 0]);
+        },
+        // What a vCPU starts connects to nothing either.
+        may: &[Kind::Main, Kind::VhostUser, Kind::VsockPorts],
+    }
+    .ends_the_process();
+}
+
+#[test]
+fn a_thread_that_was_taken_over_reaches_the_network_by_no_socket() {
+    Attempt {
+        test: "a_thread_that_was_taken_over_reaches_the_network_by_no_socket",
+        call: "socket",
+        act: |_| {
+            let stream = libc::SOCK_STREAM as usize;
+            errno(libc::SYS_socket, [libc::AF_INET6 as usize, stream, 0, 0, 0]);
+        },
+        may: &[],
+    }
+    .ends_the_process();
+}
+
+/// A new path is refused with an error where libraries look at paths in passing, and is a violation elsewhere; no kind but
+/// those that write files makes one.
+#[test]
+fn a_thread_that_was_taken_over_makes_no_file() {
+    let folder = env::var_os(FOLDER)
+        .is_none()
+        .then(|| tempfile::tempdir().unwrap());
+    let folder = folder.as_ref().map(TempDir::path);
+    let act = |kind: Kind| {
+        let path = PathBuf::from(env::var_os(FOLDER).unwrap()).join(format!("{kind:?}"));
+        let _refused = File::create(path);
+    };
+    let name = "takeover::a_thread_that_was_taken_over_makes_no_file";
+    for (kind, status, stderr) in in_a_process_with(name, Mode::True, folder, || None, act) {
+        let made = folder.is_some_and(|folder| folder.join(format!("{kind:?}")).exists());
+        let writes = table::files(kind) == Files::AsTheProcess;
+        assert_eq!(made, writes, "{kind:?}: {status:?}: {stderr}");
+    }
+}
+
+/// What the VM's configuration names in the tests of Landlock: a folder, of which there is another beside it.
+fn files() -> Option<Rules> {
+    let folder = PathBuf::from(env::var_os(FOLDER)?);
+    let config = VmConfig {
+        landlock_rules: vec![LandlockRule {
+            path: folder.join("named"),
+            access: LandlockAccess::ReadWrite,
+        }],
+        ..VmConfig::default()
+    };
+    Some(Rules::of(&config, false))
+}
+
+/// The level of the kernel's Landlock.
+fn level() -> i32 {
+    // SAFETY: the call is given no memory, and a flag that asks for the number. landlock_create_ruleset(2)
+    let level = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) };
+    i32::try_from(level).unwrap_or(0)
+}
+
+fn is_refused<T>(result: io::Result<T>) -> bool {
+    matches!(result, Err(error) if error.kind() == io::ErrorKind::PermissionDenied)
+}
+
+/// Without any filter: what is refused is refused by Landlock.
+fn try_paths(kind: Kind) {
+    let folder = PathBuf::from(env::var_os(FOLDER).unwrap());
+    let (named, other) = (folder.join("named"), folder.join("other"));
+    let (reads, writes, removes) = match table::files(kind) {
+        Files::AsTheProcess => (true, true, true),
+        Files::Read => (true, false, false),
+        Files::Remove => (false, false, true),
+        Files::Connect | Files::None => (false, false, false),
+    };
+    let writing = |path: PathBuf| OpenOptions::new().append(true).open(path);
+    assert_eq!(!is_refused(File::open(named.join("file"))), reads);
+    assert_eq!(!is_refused(fs::read_dir(&named)), reads);
+    assert_eq!(!is_refused(fs::read_dir("/proc/self/task")), reads);
+    assert_eq!(!is_refused(writing(named.join("file"))), writes);
+    let new = named.join(format!("{kind:?}"));
+    assert_eq!(!is_refused(File::create(new)), writes);
+    let own = named.join(format!("for {kind:?}"));
+    assert_eq!(!is_refused(fs::remove_file(own)), removes);
+    // Whatever the kind: it is nothing of this VM's.
+    assert!(is_refused(File::open(other.join("file"))));
+    assert!(is_refused(writing(other.join("file"))));
+    assert!(is_refused(fs::read_dir(&other)));
+    assert!(is_refused(File::create(other.join("new"))));
+    assert!(is_refused(fs::remove_file(other.join("file"))));
+    assert!(is_refused(fs::rename(
+        other.join("file"),
+        named.join("mine")
+    )));
+    assert!(is_refused(fs::create_dir(named.join("folder"))));
+    assert!(is_refused(fs::read_dir("/etc")));
+    if level() >= 4 {
+        assert!(is_refused(TcpStream::connect("127.0.0.1:1")));
+    }
+    if level() >= 6 {
+        // The signal 0 is none, and asks whether one could be sent.
+        let parent = std::os::unix::process::parent_id() as usize;
+        let signal = errno(libc::SYS_kill, [parent, 0, 0, 0, 0]);
+        assert_eq!(signal, libc::EPERM);
+    }
+    // Its own process's threads are still kicked.
+    let (own, thread) = (std::process::id() as usize, rustix::thread::gettid());
+    let thread = thread.as_raw_nonzero().get() as usize;
+    assert_eq!(errno(libc::SYS_tgkill, [own, thread, 0, 0, 0]), 0);
+}
+
+#[test]
+fn under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_with_files() {
+    let folder = env::var_os(FOLDER)
+        .is_none()
+        .then(|| tempfile::tempdir().unwrap());
+    let folder = folder.as_ref().map(TempDir::path);
+    if let Some(folder) = folder {
+        for name in ["named", "other"] {
+            fs::create_dir(folder.join(name)).unwrap();
+            fs::write(folder.join(name).join("file"), "secret").unwrap();
+        }
+        for kind in Kind::ALL {
+            fs::write(folder.join(format!("named/for {kind:?}")), "").unwrap();
+        }
+    }
+    let test = "takeover::under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_with_files";
+    for (kind, status, stderr) in in_a_process_with(test, Mode::False, folder, files, try_paths) {
+        if status == Some(NO_WALLS) && level() == 0 {
+            assert!(stderr.contains("this kernel has no Landlock"), "{stderr}");
+            eprintln!("skipped: {stderr}");
+            return;
+        }
+        assert_eq!(status, SURVIVED, "{kind:?}: {stderr}");
+    }
+    let other = folder.map(|folder| fs::read_to_string(folder.join("other/file")).unwrap());
+    assert_eq!(other.as_deref(), Some("secret"));
+}
