@@ -89,6 +89,35 @@ pub trait DmaSpace: Send + Sync + fmt::Debug {
         self.add(mapping, &|| Err(io::ErrorKind::Unsupported.into()))
     }
 
+    /// The same of memory that is unmapped by itself, whatever of the same owner lies beside it: it never shares a
+    /// mapping. It need be unmapped alone no more than other mappings: one call can take several.
+    ///
+    /// # Errors
+    /// As of [`map`](Self::map).
+    fn map_block(
+        &self,
+        iova: Iova,
+        host: HostVa,
+        size: u64,
+        access: Access,
+        owner: &str,
+    ) -> Result<(), MapError> {
+        let mapping = DmaMapping {
+            iova,
+            host,
+            size,
+            access,
+            backing: Backing::Block,
+            owner: owner.to_owned(),
+        };
+        self.add(mapping, &|| Err(io::ErrorKind::Unsupported.into()))
+    }
+
+    /// How many more mappings the kernel takes; `None` where it has no such limit, or does not say.
+    fn room(&self) -> Option<u64> {
+        None
+    }
+
     /// Lets every device of this space reach a part of another device by `iova`: peer-to-peer DMA.
     /// The part is `size` bytes of a BAR that are mapped at `host`; `dma_buf` opens the same bytes as
     /// a dma-buf, which iommufd maps in the place of an address.

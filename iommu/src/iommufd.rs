@@ -189,7 +189,7 @@ impl DmaSpace for Ioas {
             mapping,
             Some(&usable),
             |mapping, range| match mapping.backing {
-                Backing::Memory => self.map_memory(mapping, range),
+                Backing::Memory | Backing::Block => self.map_memory(mapping, range),
                 Backing::Device => self.map_dma_buf(mapping, range, dma_buf()),
             },
         )

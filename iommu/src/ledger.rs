@@ -85,7 +85,7 @@ impl Ledger {
 
     /// How many mappings there are.
     pub(crate) fn mappings(&self) -> usize {
-        self.tracker.iter().count()
+        self.tracker.count()
     }
 
     /// A device of this group is attached now.
@@ -148,7 +148,7 @@ impl Ledger {
 
     fn count(&mut self, mapping: &DmaMapping) {
         match mapping.backing {
-            Backing::Memory => self.stats.map_calls += 1,
+            Backing::Memory | Backing::Block => self.stats.map_calls += 1,
             Backing::Device => self.stats.device_map_calls += 1,
         }
     }
@@ -164,7 +164,8 @@ pub(crate) fn refused(
     source: io::Error,
 ) -> MapError {
     let owner = mapping.owner.clone();
-    // Only memory is pinned, and counts against a limit.
+    // Only memory is pinned, and counts against a limit. That of blocks was judged with all the rest at the start, and
+    // who maps them while the guest runs may not look at the host.
     if source.raw_os_error() == Some(libc::ENOMEM) && mapping.backing == Backing::Memory {
         return match memlock::explains(paths, accounting, mapping.size) {
             Some(source) => MapError::Memlock {

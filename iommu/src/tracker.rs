@@ -13,8 +13,19 @@ use crate::{Access, HostVa, Iova, IovaRange, MapError};
 pub enum Backing {
     /// Memory of the host's, which is pinned.
     Memory,
+    /// Such memory that goes by itself: it is one mapping, whatever lies beside it, for the kernel takes no part of a
+    /// mapping back.
+    Block,
     /// A part of a device's BAR.
     Device,
+}
+
+impl Backing {
+    /// Whether it is memory of the host's.
+    #[must_use]
+    pub const fn is_memory(self) -> bool {
+        matches!(self, Self::Memory | Self::Block)
+    }
 }
 
 /// One stretch of mapped memory.
@@ -41,8 +52,8 @@ impl DmaMapping {
         IovaRange::sized(self.iova.0, self.size)
     }
 
-    /// Whether `next` goes on where this ends, in both address spaces, for the same owner. Parts of
-    /// devices never do: each comes and goes with its own BAR.
+    /// Whether `next` goes on where this ends, in both address spaces, for the same owner. Blocks and parts of
+    /// devices never do: each comes and goes by itself.
     fn continues_into(&self, next: &Self) -> bool {
         self.backing == Backing::Memory
             && next.backing == Backing::Memory
@@ -60,6 +71,8 @@ impl DmaMapping {
 #[derive(Debug, Default)]
 pub struct Tracker {
     by_iova: BTreeMap<u64, DmaMapping>,
+    /// Bytes of memory in them.
+    bytes: u64,
 }
 
 impl Tracker {
@@ -103,6 +116,9 @@ impl Tracker {
     /// As [`check`](Self::check).
     pub fn insert(&mut self, mut mapping: DmaMapping) -> Result<(), MapError> {
         self.check(&mapping)?;
+        if mapping.backing.is_memory() {
+            self.bytes = self.bytes.saturating_add(mapping.size);
+        }
         if let Some((&key, before)) = self.by_iova.range(..mapping.iova.0).next_back()
             && before.continues_into(&mapping)
             && let Some(before) = self.by_iova.remove(&key)
@@ -156,11 +172,14 @@ impl Tracker {
     /// As [`check_removal`](Self::check_removal).
     pub fn remove(&mut self, iova: Iova, size: u64) -> Result<(), MapError> {
         let range = self.check_removal(iova, size)?;
-        self.by_iova.retain(|_, mapping| {
-            !mapping
-                .range()
-                .is_some_and(|mapped| range.contains(&mapped))
-        });
+        let within = self.by_iova.range(range.start..=range.last);
+        let gone: Vec<_> = within.map(|(iova, _)| *iova).collect();
+        for iova in gone {
+            let mapping = self.by_iova.remove(&iova);
+            if let Some(mapping) = mapping.filter(|mapping| mapping.backing.is_memory()) {
+                self.bytes = self.bytes.saturating_sub(mapping.size);
+            }
+        }
         Ok(())
     }
 
@@ -169,12 +188,16 @@ impl Tracker {
         self.by_iova.values()
     }
 
+    /// How many mappings there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.by_iova.len()
+    }
+
     /// Bytes of memory mapped.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.iter()
-            .filter(|mapping| mapping.backing == Backing::Memory)
-            .fold(0, |sum, mapping| sum.saturating_add(mapping.size))
+        self.bytes
     }
 
     fn overlapping(&self, range: IovaRange) -> impl Iterator<Item = &DmaMapping> {
@@ -270,6 +293,25 @@ mod tests {
     }
 
     #[test]
+    fn neighbouring_blocks_stay_apart_from_each_other_and_from_memory_and_count_as_memory() {
+        let mut tracker = Tracker::default();
+        let block = |iova: u64| DmaMapping {
+            backing: Backing::Block,
+            ..ram(iova, 0x10_0000 + iova as usize, 0x1000, "RAM")
+        };
+        tracker.insert(ram(0, 0x10_0000, 0x1000, "RAM")).unwrap();
+        for iova in [0x1000, 0x3000, 0x2000] {
+            tracker.insert(block(iova)).unwrap();
+        }
+        assert_eq!((tracker.count(), tracker.bytes()), (4, 0x4000));
+        tracker.remove(Iova(0x2000), 0x1000).unwrap();
+        assert_eq!((tracker.count(), tracker.bytes()), (3, 0x3000));
+        // Several at once, and none of them in part.
+        tracker.remove(Iova(0x1000), 0x3000).unwrap();
+        assert_eq!((tracker.count(), tracker.bytes()), (1, 0x1000));
+    }
+
+    #[test]
     fn half_a_mapping_cannot_be_removed_and_several_can_at_once() {
         let mut tracker = Tracker::default();
         tracker.insert(ram(0, 0x10_0000, 0x2000, "low")).unwrap();
@@ -356,6 +398,8 @@ mod tests {
                         }
                     }
                 }
+                let bytes = cells.iter().flatten().count() as u64;
+                prop_assert_eq!(tracker.bytes(), bytes);
                 let mut seen = [None::<(u8, usize)>; 64];
                 let mut end = None;
                 for mapping in tracker.iter() {

@@ -254,6 +254,12 @@ impl DmaSpace for Container {
         Ok(self.lock().limits.ranges.clone())
     }
 
+    fn room(&self) -> Option<u64> {
+        let state = self.lock();
+        let limits = (state.groups > 0).then(|| self.limits().ok())?;
+        limits?.available.map(u64::from)
+    }
+
     fn stats(&self) -> Stats {
         self.shown.seen()
     }

@@ -21,6 +21,8 @@ pub struct Hardware {
     pub mmio32: Vec<Range<u64>>,
     /// The window for 64-bit BARs, in ascending parts; there may be none.
     pub mmio64: Vec<Range<u64>>,
+    /// Where RAM is and where more can come, in ascending order; nothing where none can.
+    pub pluggable: Option<PluggableMemory>,
     /// There is a serial port COM1.
     pub serial: bool,
     /// There is a TPM.
@@ -32,6 +34,15 @@ pub struct Hardware {
     pub bus0_slots: u32,
     /// First address of configuration space in memory, below 4 GiB.
     pub ecam: u64,
+}
+
+/// RAM to which more can come while the guest runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PluggableMemory {
+    /// Where there is RAM from the start on.
+    pub ram: Vec<Range<u64>>,
+    /// Where it can come.
+    pub range: Range<u64>,
 }
 
 /// A processor.

@@ -148,6 +148,7 @@ mod tests {
             last_bus: 3,
             mmio32: layout::mmio32(0x8000_0000, &[]),
             mmio64: layout::mmio64(1 << 32, 40, &[]),
+            pluggable: None,
             serial: true,
             tpm: false,
             bus0_slots: 0,

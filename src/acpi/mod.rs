@@ -21,7 +21,7 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 pub(crate) use aml::{in_system_bus, path};
-pub use hardware::{Cpu, Hardware};
+pub use hardware::{Cpu, Hardware, PluggableMemory};
 pub(crate) use hardware::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 pub use loader::Loader;
 
@@ -90,6 +90,9 @@ impl Image {
         xsdt.add_entry(fadt);
         xsdt.add_entry(image.append(&arch::madt(&hardware.cpus)));
         xsdt.add_entry(image.append(&mcfg(hardware)));
+        if let Some(PluggableMemory { ram, range }) = &hardware.pluggable {
+            xsdt.add_entry(image.append(&arch::srat(&hardware.cpus, ram, range)));
+        }
         if hardware.tpm {
             xsdt.add_entry(image.append(&arch::tpm2()));
         }

@@ -18,6 +18,7 @@ fn hardware(cpus: u32) -> Hardware {
         last_bus: 7,
         mmio32: layout::mmio32(layout::MMIO32_START, &[]),
         mmio64: layout::mmio64(7 << 30, 40, &[]),
+        pluggable: None,
         serial: true,
         tpm: false,
         native_hotplug: true,
@@ -257,6 +258,10 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
     let folder = tempfile::tempdir().unwrap();
     let hardware = Hardware {
         cpu_hotplug: true,
+        pluggable: Some(PluggableMemory {
+            ram: vec![0..3 << 30, 4 << 30..5 << 30],
+            range: 6 << 30..7 << 30,
+        }),
         tpm: true,
         ..hardware(64)
     };

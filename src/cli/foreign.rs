@@ -3,7 +3,7 @@
 
 use super::options::{self, Item};
 use super::value::{Reason, Value};
-use crate::config::{Accepted, HotplugMethod};
+use crate::config::Accepted;
 
 /// The PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
 const SEGMENTS_MOST: u16 = 96;
@@ -81,15 +81,6 @@ const KEYS: &[(&str, &str, Act)] = &[
         }),
     ),
     ("memory", "mergeable", Act::Off),
-    (
-        "memory",
-        "hotplug_size",
-        Act::Keep(|accepted, value| {
-            accepted.hotplug_size = Some(value.size()?);
-            Ok(())
-        }),
-    ),
-    ("memory", "hotplug_method", Act::Keep(keep_method)),
     ("disk", "iommu", Act::Off),
     ("disk", "pci_segment", Act::Segment),
     ("disk", "sparse", Act::Nothing),
@@ -119,15 +110,6 @@ fn keep_segments(accepted: &mut Accepted, value: &Value) -> Result<(), Fault> {
         return Err(Fault::Wrong("there can be 1 to 96"));
     }
     accepted.num_pci_segments = Some(count);
-    Ok(())
-}
-
-fn keep_method(accepted: &mut Accepted, value: &Value) -> Result<(), Fault> {
-    accepted.hotplug_method = Some(match value.text()? {
-        "acpi" => HotplugMethod::Acpi,
-        "virtio-mem" => HotplugMethod::VirtioMem,
-        _ => return Err(Fault::Wrong("it is acpi or virtio-mem")),
-    });
     Ok(())
 }
 
@@ -230,7 +212,7 @@ mod tests {
             (
                 "memory",
                 "size=1G,mergeable=off,hotplug_method=virtio-mem,hotplug_size=1G",
-                "size=1G",
+                "size=1G,hotplug_method=virtio-mem,hotplug_size=1G",
             ),
             (
                 "disk",
@@ -265,8 +247,6 @@ mod tests {
         }
         let expected = Accepted {
             max_phys_bits: Some(46),
-            hotplug_size: Some(1 << 30),
-            hotplug_method: Some(HotplugMethod::VirtioMem),
             num_pci_segments: Some(2),
         };
         assert_eq!(accepted, expected);
@@ -282,7 +262,6 @@ mod tests {
             ),
             ("disk", "path=a,pci_segment=96", "0 to 95"),
             ("platform", "num_pci_segments=0", "1 to 96"),
-            ("memory", "hotplug_method=magic", "acpi or virtio-mem"),
             ("memory", "mergeable=maybe", "neither on nor off"),
         ] {
             let why = take(flag, text, &mut Accepted::default())

@@ -12,6 +12,7 @@ mod fs;
 mod generic;
 mod landlock;
 mod limits;
+mod memory;
 mod net;
 mod pmem;
 mod tpm;
@@ -26,7 +27,7 @@ use busway_pci::Reserve;
 use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
-pub use accepted::{Accepted, HotplugMethod};
+pub use accepted::Accepted;
 pub use balloon::BalloonConfig;
 pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
@@ -39,6 +40,7 @@ pub use limits::{
     FS_QUEUE_SIZES, MAX_CPUS, MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP,
     MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
+pub use memory::{HotplugMethod, InvalidHotplug, MOST_BLOCKS, MemoryConfig};
 pub use net::{NetConfig, VhostMode};
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use tpm::TpmConfig;
@@ -119,39 +121,6 @@ pub struct FirmwareConfig {
     pub path: Option<PathBuf>,
     /// The file that its variables are kept in; where it is absent, they last as long as the VM.
     pub vars: Option<PathBuf>,
-}
-
-/// `--memory`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct MemoryConfig {
-    /// Bytes of RAM.
-    pub size: u64,
-    /// Map RAM shared, so that another process can map it. It is so as well where a device that the VM starts with
-    /// needs it: [`VmConfig::shares_memory`].
-    pub shared: bool,
-    /// Take RAM from hugetlbfs.
-    pub hugepages: bool,
-    /// Bytes of a huge page; the host's default where absent.
-    pub hugepage_size: Option<u64>,
-    /// Touch all RAM before the guest starts. Absent: done when devices are assigned, for the IOMMU
-    /// pins it all anyway.
-    pub prefault: Option<bool>,
-    /// Ask for transparent huge pages.
-    pub thp: bool,
-}
-
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        Self {
-            size: 512 << 20,
-            shared: false,
-            hugepages: false,
-            hugepage_size: None,
-            prefault: None,
-            thp: true,
-        }
-    }
 }
 
 /// `--rng`

@@ -54,6 +54,9 @@ pub struct BoardItems {
     pub ram: Vec<Range<u64>>,
     /// Addresses that nothing may be put at, ascending.
     pub reserved: Vec<Range<u64>>,
+    /// Where addresses end at which RAM can come while the guest runs; nothing where none can. Firmware that chooses windows
+    /// for BARs itself has them behind that. OvmfPkg/Library/PlatformInitLib/MemDetect.c
+    pub pluggable_end: Option<u64>,
     /// What the ACPI tables describe, asked when firmware reads them: it has numbered the buses by then, and
     /// put configuration space where it wants it.
     pub acpi: Arc<dyn Fn() -> acpi::Hardware + Send + Sync>,
@@ -122,6 +125,11 @@ pub fn items(board: BoardItems) -> Result<Items, FirmwareError> {
         "etc/e820",
         Content::Bytes(e820(&board.ram, &board.reserved)),
     )?;
+
+    if let Some(end) = board.pluggable_end {
+        let end = end.to_le_bytes().to_vec();
+        items.file("etc/reserved-memory-end", Content::Bytes(end))?;
+    }
 
     let acpi = board.acpi;
     let built = acpi::Loader::new(&acpi());

@@ -24,7 +24,7 @@ use super::pci::Pci;
 use super::resize::ProcessorCount;
 use super::seats::Owner;
 use super::virtio::VirtioDevices;
-use crate::acpi;
+use crate::acpi::{self, PluggableMemory};
 use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::{CpuFeatures, CpuModel};
@@ -171,6 +171,7 @@ impl Machine {
         let found = Found::find(definition, options)?;
         let room = PluggedRoom::of(config, can_be_asked, model.address_bits());
         let plan = plan(config, &found, &model, room)?;
+        plan.pluggable(&config.memory)?;
         let tpm = config.tpm.as_ref();
         let tpm = tpm.map(|tpm| Tpm::open(&tpm.socket, layout::TPM_START));
         let tpm = tpm.transpose()?;
@@ -198,8 +199,14 @@ impl Machine {
 
         let buses = Buses::default();
         let usable = passthrough.usable_ranges();
-        let windows = plan.windows(&ram.guest_ranges(), &usable);
+        let mut taken = ram.guest_ranges();
+        taken.extend(ram.pluggable_range());
+        let windows = plan.windows(&taken, &usable);
         let mut acpi = acpi_hardware(config, &windows);
+        acpi.pluggable = ram.pluggable_range().map(|range| PluggableMemory {
+            ram: ram.guest_ranges(),
+            range,
+        });
         let mut windows = plan.bar_windows(&windows, &usable);
         if source.is_bios() {
             windows.memory32 = layout::bios_mmio32(&windows.memory32);
@@ -229,7 +236,7 @@ impl Machine {
             config.firmware.is_some(),
         )?;
         let routes = Arc::new(router.clone());
-        let top_of_ram = ram.guest_ranges().last().map_or(0, |range| range.end);
+        let top_of_ram = taken.last().map_or(0, |range| range.end);
         let area = Area::new(plan.plugged_area(top_of_ram, &usable));
         let slots = Slots::new(ram.guest(), &memory.0, area);
         let mut virtio =
@@ -241,6 +248,15 @@ impl Machine {
             memory.0.discards(),
             &quit,
         )?;
+        if let Some(pluggable) = ram.pluggable(&memory.0) {
+            let requested = config.memory.hotplugged_size.unwrap_or(0);
+            virtio.add_memory(pluggable, requested, &mut pci)?;
+        } else if config.memory.refuse_acpi().is_err() {
+            log::info!(
+                "the guest keeps the RAM that it starts with: none comes by ACPI yet (memory.hotplug_method Acpi), and \
+                 by VirtioMem it does"
+            );
+        }
         let watchdog = add_board_devices(config, &mut pci)?;
         if let Some(tpm) = &tpm {
             let (at, registers) = (layout::TPM_START, tpm.registers());
@@ -372,6 +388,11 @@ impl Machine {
         }
         config.device = self.passthrough.attached.configs();
         self.processors.show(&mut config.cpus);
+        if let Some(memory) = self.virtio.memory() {
+            let requested = memory.totals().requested;
+            let said = config.memory.hotplugged_size.is_some() || requested > 0;
+            config.memory.hotplugged_size = said.then_some(requested);
+        }
         if let (Some(balloon), Some(target)) = (&mut config.balloon, self.virtio.balloon()) {
             balloon.size = target.bytes();
         }
@@ -532,6 +553,7 @@ fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
             .saturating_add(config.platform.hotplug_slots()),
         mmio32: windows.memory32.clone(),
         mmio64: windows.memory64.clone(),
+        pluggable: None,
         serial: config.serial != ConsoleConfig::Off,
         tpm: config.tpm.is_some(),
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,

@@ -137,6 +137,13 @@ impl Definition {
         }
     }
 
+    /// The guest begins with so much RAM.
+    pub(super) fn resize_memory(&mut self, bytes: u64) -> Result<(), RequestError> {
+        let mut config = self.config.clone();
+        config.memory.size = bytes;
+        self.replace(config)
+    }
+
     pub(super) fn remove(&mut self, id: &str) -> Result<(), RequestError> {
         let config = &mut self.config;
         let before = count(config);

@@ -10,6 +10,7 @@ use busway_vfio::{DeviceError, InheritedError};
 use super::address_plan::NoRoomError;
 use super::passthrough::dma::PeerToPeerError;
 use super::passthrough::open_devices::OpenDevices;
+use super::pluggable::PluggableError;
 use crate::acpi::AcpiError;
 use crate::arch::board::BoardError;
 use crate::arch::boot::BootError;
@@ -24,6 +25,7 @@ use crate::sandbox::landlock::LandlockError;
 use crate::virtio::VirtioPciError;
 use crate::virtio::balloon::TargetError;
 use crate::virtio::blk::BlkError;
+use crate::virtio::mem::MemTargetError;
 use crate::virtio::net::{NetError, TapError};
 use crate::virtio::pmem::{PmemError, PmemFault};
 use crate::virtio::rng::RngError;
@@ -84,6 +86,12 @@ pub enum RunError {
     /// The balloon cannot be so large.
     #[error("--balloon: {0}")]
     Balloon(#[from] TargetError),
+    /// The memory device cannot have so much plugged.
+    #[error("--memory: {0}")]
+    Mem(#[from] MemTargetError),
+    /// RAM that is to come finds no place, or is out of devices' reach.
+    #[error(transparent)]
+    Pluggable(#[from] PluggableError),
     /// {flag}: {source}
     #[error("{flag}: {source}")]
     Console {
@@ -317,6 +325,7 @@ impl RunError {
             | Self::Rom(_)
             | Self::Rng(_)
             | Self::Balloon(_)
+            | Self::Mem(_)
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }
@@ -376,6 +385,7 @@ impl RunError {
             | Self::Device(_)
             | Self::Function(_)
             | Self::NoRoom(_)
+            | Self::Pluggable(_)
             | Self::Landlock(LandlockError::Missing(_) | LandlockError::Kernel(_))
             | Self::Addresses(_) => HOST,
             Self::Landlock(LandlockError::Path { .. }) => USAGE,

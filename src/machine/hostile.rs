@@ -277,7 +277,7 @@ impl Whole {
         let (answers, _) = std::sync::mpsc::sync_channel(1);
         let wish = Wish {
             count: u16::from(story.byte() % 6),
-            wait: story.byte() % 2 == 0,
+            wait: story.byte().is_multiple_of(2),
             asker: answers.into(),
             limit: std::time::Duration::from_secs(30),
         };

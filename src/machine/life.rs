@@ -415,6 +415,7 @@ impl Machine {
                     asker.answer(Ok(Answer::Done));
                 }
                 Request::AddDevice(..) | Request::AddVirtio(..) => self.add(life, request, asker),
+                Request::ResizeMemory(bytes) => asker.answer(self.resize_memory(bytes)),
                 Request::ResizeBalloon(bytes) => asker.answer(self.resize_balloon(bytes)),
                 Request::RemoveDevice {
                     id,

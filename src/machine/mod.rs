@@ -28,6 +28,7 @@ mod panics;
 mod passthrough;
 mod payload;
 mod pci;
+mod pluggable;
 mod quiet;
 mod removal;
 mod requests;
@@ -49,6 +50,7 @@ pub use observed::{
 };
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
+pub use pluggable::PluggableError;
 pub use requests::{
     Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests,
     VirtioInfo,

@@ -72,7 +72,8 @@ pub struct DmaSeen {
 pub struct DeviceSeen {
     /// What it is called.
     pub id: String,
-    /// What kind of device it is: `assigned`, `disk`, `net`, `fs`, `vsock`, `console`, `balloon` or `rng`.
+    /// What kind of device it is: `assigned`, `disk`, `net`, `fs`, `vsock`, `console`, `balloon`, `memory`
+    /// or `rng`.
     pub kind: &'static str,
     /// Its address on the host, or its UUID, where it is the host's.
     pub host: Option<String>,

@@ -63,6 +63,8 @@ pub enum Request {
         /// Answered when the guest has them, and no more, or when it is found to keep some; else when it has been asked.
         wait: bool,
     },
+    /// Have the guest have so many bytes of RAM, with those that it started with. Answered when its driver is told.
+    ResizeMemory(u64),
     /// Have the balloon be of so many bytes. Answered when the guest's driver is told.
     ResizeBalloon(u64),
     /// Have the guest release a device, and with it all in its slot.
@@ -220,6 +222,9 @@ pub enum RequestError {
          has refused"
     )]
     Resizing,
+    /// Busway cannot do this yet: {0}
+    #[error("Busway cannot do this yet: {0}")]
+    NotYet(&'static str),
     /// too many requests wait
     #[error("{MOST} requests wait already: ask again")]
     TooMany,

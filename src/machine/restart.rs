@@ -82,6 +82,8 @@ impl Machine {
         self.pci
             .virtio()
             .wait_for_outstanding(|what| resets.go_on(what));
+        // No device reaches memory any more, and no driver's request is served.
+        self.unplug_memory();
         Ok(())
     }
 

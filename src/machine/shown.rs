@@ -13,7 +13,7 @@ impl Machine {
         Info {
             state: life.state(),
             config: self.config(),
-            memory: self.ram.size(),
+            memory: self.memory(),
             balloon: self.virtio.balloon().map_or(0, BalloonTarget::actual),
             devices: self.pci.assigned(),
             ids: self.passthrough.attached.ids(),
@@ -22,6 +22,12 @@ impl Machine {
             serial: self.serial_terminal.clone(),
             console: self.console_terminal.clone(),
         }
+    }
+
+    /// Bytes of RAM that the guest has, with those that are plugged.
+    fn memory(&self) -> u64 {
+        let plugged = self.virtio.memory().map(|memory| memory.totals().plugged);
+        self.ram.size().saturating_add(plugged.unwrap_or(0))
     }
 
     /// What is seen of it now.
@@ -41,7 +47,7 @@ impl Machine {
         Observed {
             state,
             uptime: Some(life.uptime()),
-            memory: self.ram.size(),
+            memory: self.memory(),
             vcpus: self.vcpus.seen(),
             devices,
             dma: self.passthrough.dma(),

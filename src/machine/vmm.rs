@@ -291,7 +291,8 @@ impl Served {
                 | Request::AddDevice(..)
                 | Request::AddVirtio(..)
                 | Request::RemoveDevice { .. }
-                | Request::Resize { .. } => Err(RequestError::NotCreated),
+                | Request::Resize { .. }
+                | Request::ResizeMemory(_) => Err(RequestError::NotCreated),
                 _ => Err(RequestError::NotRunning),
             };
         };
@@ -312,6 +313,7 @@ impl Served {
             Request::AddVirtio(config, files) => definition.add_virtio(*config, files)?,
             Request::RemoveDevice { id, .. } => definition.remove(&id)?,
             Request::Resize { vcpus, .. } => definition.resize(vcpus)?,
+            Request::ResizeMemory(bytes) => definition.resize_memory(bytes)?,
             Request::End(Extent::Definition) => self.forget(),
             _ => return Err(RequestError::NotRunning),
         }

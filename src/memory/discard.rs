@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{PoisonError, RwLock};
 
 use rustix::mm::{Advice, madvise};
-use vm_memory::{GuestMemoryBackend, VolatileSlice};
+use vm_memory::{GuestMemoryBackend, GuestRegionMmap, VolatileSlice};
 
 use super::RamMap;
 
@@ -102,22 +102,35 @@ impl Discards {
             first >= at && end <= at.saturating_add(size)
         });
         let region = region.ok_or(io::ErrorKind::InvalidInput)?;
-        // What other processes map as well is the file's, and goes with the file's page alone.
-        let advice = match region.flags() & libc::MAP_SHARED {
-            0 => Advice::LinuxDontNeed,
-            _ => Advice::LinuxRemove,
-        };
-        let at = region
-            .as_ptr()
-            .wrapping_add(first - region.as_ptr() as usize);
-        // SAFETY: the range lies in a mapping that `memory` keeps, whole pages of it. It is the guest's RAM, which
-        // nobody here has a reference to, and whose contents may become others at any time.
-        unsafe { madvise(at.cast(), length, advice) }?;
+        give_back(region, first, length)?;
         if lasting {
             self.given.fetch_add(length as u64, Relaxed);
         }
         Ok(Discarded::Given)
     }
+}
+
+/// Gives `size` bytes at `start` in this process, whole pages of `region`, back to the host. Nothing may have them pinned.
+///
+/// # Errors
+/// madvise(2), `MADV_DONTNEED` or `MADV_REMOVE`; a range outside of the region.
+pub(super) fn give_back(region: &GuestRegionMmap, start: usize, size: usize) -> io::Result<()> {
+    let offset = start.checked_sub(region.as_ptr() as usize);
+    let inside = |offset: &usize| {
+        let end = offset.checked_add(size);
+        end.is_some_and(|end| end <= region.size())
+    };
+    let offset = offset.filter(inside).ok_or(io::ErrorKind::InvalidInput)?;
+    // What other processes map as well is the file's, and goes with the file's page alone.
+    let advice = match region.flags() & libc::MAP_SHARED {
+        0 => Advice::LinuxDontNeed,
+        _ => Advice::LinuxRemove,
+    };
+    let at = region.as_ptr().wrapping_add(offset);
+    // SAFETY: the range lies in the region's mapping, which the region keeps. It is the guest's RAM, which nobody here has
+    // a reference to, and whose contents may become others at any time.
+    unsafe { madvise(at.cast(), size, advice) }?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,10 +3,12 @@
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
 mod area;
+mod blocks;
 mod discard;
 mod error;
+mod files;
 mod huge_pages;
-mod plugged;
+mod pluggable;
 mod prefault;
 mod ram;
 mod regions;
@@ -14,10 +16,12 @@ mod regions;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 pub use area::{Area, Place};
+pub use blocks::{Blocks, Plugged};
 pub use discard::{Discarded, Discards};
 pub(crate) use error::Amount;
 pub use error::RamError;
-pub use plugged::{PlugError, Plugged, Slots};
+pub use files::{FileMemory, FileMemoryError, Slots};
+pub use pluggable::{PlugError, Pluggable};
 pub use prefault::PrefaultError;
 pub use ram::Ram;
 pub use regions::{Peer, Region, RegionError, RegionKind, RegionListener, Regions, RegionsError};

@@ -129,6 +129,15 @@ impl Ram {
     }
 }
 
+/// Populates `size` bytes at `host`, which are a part of the guest's RAM that nobody uses yet; `guest` is where it lies
+/// there.
+///
+/// # Errors
+/// madvise(2), `MADV_POPULATE_WRITE`: a part may be populated.
+pub(super) fn populate_range(guest: u64, host: usize, size: usize) -> io::Result<()> {
+    populate(&Chunk { guest, host, size })
+}
+
 fn populate(chunk: &Chunk) -> io::Result<()> {
     // SAFETY: the chunk lies in a mapping of `Ram`, which the caller borrows. Populating for
     // writing changes no byte.

@@ -17,7 +17,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use super::error::RamError;
 use super::huge_pages::{Pool, reserved_huge_pages};
-use super::{GuestRam, RamMap, Region};
+use super::{GuestRam, Pluggable, RamMap, Region, Regions};
 use crate::arch::layout;
 use crate::config::MemoryConfig;
 use crate::sandbox::{check_size, size_limit};
@@ -36,6 +36,10 @@ const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enable
 pub struct Ram {
     map: GuestRam,
     regions: Vec<Arc<GuestRegionMmap>>,
+    /// What is plugged and unplugged by blocks, behind all other RAM: its memory, and it as a region.
+    pluggable: Option<(Arc<GuestRegionMmap>, Arc<Region>)>,
+    /// The host is to have memory before the guest uses it.
+    populates: bool,
     huge_page: Option<u64>,
 }
 
@@ -82,23 +86,30 @@ impl Ram {
         let mut regions = Vec::new();
         let holes = layout::holes(reserved.iter().copied(), huge_page.unwrap_or(2 * MIB));
         for range in layout::ram_ranges(size, low_end, &holes) {
-            let length = range.end - range.start;
-            let mapping = map(range.start, length, config, huge_page)?;
-            let region =
-                GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or_else(|| {
-                    let source = io::Error::from(io::ErrorKind::InvalidInput);
-                    map_error("mmap", length)(source)
-                })?;
-            advise(&region, config, huge_page.is_some());
-            regions.push(Arc::new(region));
+            regions.push(Arc::new(mapped(&range, config, huge_page)?));
         }
-        let map = RamMap::from_arc_regions(regions.clone()).map_err(|error| {
+        let mut all = regions.clone();
+        let mut pluggable = None;
+        if let Some(asked) = config.pluggable() {
+            let top = regions
+                .last()
+                .map_or(0, |last| last.start_addr().0.saturating_add(last.len()));
+            let range = layout::pluggable_range(asked, top, &holes);
+            let memory = Arc::new(mapped(&range, config, huge_page)?);
+            let name = "pluggable guest RAM";
+            let region = Region::pluggable(name, memory.clone(), config.block_size());
+            all.push(memory.clone());
+            pluggable = Some((memory, Arc::new(region)));
+        }
+        let map = RamMap::from_arc_regions(all).map_err(|error| {
             let source = io::Error::new(io::ErrorKind::InvalidInput, error.to_string());
             map_error("mapping", size)(source)
         })?;
         Ok(Self {
             map: GuestRam::new(map),
             regions,
+            pluggable,
+            populates: config.prefault == Some(true),
             huge_page,
         })
     }
@@ -111,16 +122,33 @@ impl Ram {
 
     /// RAM as regions for the list.
     pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
-        self.regions.iter().map(|region| {
+        let pluggable = self.pluggable.iter();
+        let pluggable = pluggable.map(|(_, region)| region.clone());
+        let whole = self.regions.iter().map(|region| {
             let name = match region.start_addr().0 {
                 layout::HIGH_RAM_START.. => "guest RAM above 4 GiB",
                 _ => "guest RAM below 4 GiB",
             };
             Arc::new(Region::ram(name, region.clone()))
-        })
+        });
+        whole.chain(pluggable)
     }
 
-    /// Where RAM is, to the guest, in ascending order.
+    /// What of it comes and goes by blocks, where something does, for the list that it is on.
+    #[must_use]
+    pub fn pluggable(&self, regions: &Arc<Regions>) -> Option<Pluggable> {
+        let (memory, region) = self.pluggable.as_ref()?;
+        Some(Pluggable::new(regions, region, memory, self.populates))
+    }
+
+    /// Where RAM can be plugged, to the guest. It lies behind all other RAM.
+    #[must_use]
+    pub fn pluggable_range(&self) -> Option<Range<u64>> {
+        let (_, region) = self.pluggable.as_ref()?;
+        Some(region.guest()..region.guest().saturating_add(region.size()))
+    }
+
+    /// Where RAM is, to the guest, in ascending order, without what can be plugged.
     #[must_use]
     pub fn guest_ranges(&self) -> Vec<Range<u64>> {
         self.regions
@@ -132,11 +160,13 @@ impl Ram {
             .collect()
     }
 
-    /// Where RAM is mapped in this process.
+    /// Where RAM is mapped in this process, with what can be plugged.
     #[must_use]
     pub fn host_ranges(&self) -> Vec<Range<usize>> {
+        let pluggable = self.pluggable.iter().map(|(memory, _)| memory);
         self.regions
             .iter()
+            .chain(pluggable)
             .map(|region| {
                 let start = region.as_ptr() as usize;
                 start..start + region.size()
@@ -154,7 +184,7 @@ impl Ram {
         self.huge_page
     }
 
-    /// Bytes.
+    /// Bytes, without what can be plugged.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.regions.iter().map(|region| region.size() as u64).sum()
@@ -163,6 +193,22 @@ impl Ram {
 
 fn map_error(what: &'static str, size: u64) -> impl FnOnce(io::Error) -> RamError {
     move |source| RamError::Map { what, size, source }
+}
+
+/// RAM for the guest's addresses in `range`.
+fn mapped(
+    range: &Range<u64>,
+    config: &MemoryConfig,
+    huge_page: Option<u64>,
+) -> Result<GuestRegionMmap, RamError> {
+    let length = range.end - range.start;
+    let mapping = map(range.start, length, config, huge_page)?;
+    let region = GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or_else(|| {
+        let source = io::Error::from(io::ErrorKind::InvalidInput);
+        map_error("mmap", length)(source)
+    })?;
+    advise(&region, config, huge_page.is_some());
+    Ok(region)
 }
 
 /// RAM for the guest's addresses from `guest` on, as aligned here as it is there: only so can the

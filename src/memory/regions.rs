@@ -7,10 +7,11 @@
 use std::error::Error;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Discards;
+use super::{Blocks, Discards};
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap};
 
 /// What a region is made of.
@@ -54,6 +55,8 @@ pub struct Region {
     file: Option<FileOffset>,
     peer: Option<Peer>,
     remedy: Option<&'static str>,
+    /// Of RAM that comes and goes by blocks: which are plugged. It changes under the lock of the list.
+    blocks: Option<Mutex<Blocks>>,
     /// Keeps the mapping at `host`.
     _owner: Box<dyn Owner>,
 }
@@ -63,6 +66,17 @@ impl Region {
     #[must_use]
     pub fn ram(name: &str, memory: Arc<GuestRegionMmap>) -> Self {
         Self::mapped(name, RegionKind::Ram, memory)
+    }
+
+    /// A region of RAM that the guest has by blocks of `block` bytes: at first none. It is on the list whole, so that the
+    /// guest and back ends reach all of it, and what pins memory hears of each block that is plugged and unplugged.
+    #[must_use]
+    pub fn pluggable(name: &str, memory: Arc<GuestRegionMmap>, block: u64) -> Self {
+        let blocks = Blocks::new(memory.len(), block);
+        Self {
+            blocks: Some(Mutex::new(blocks)),
+            ..Self::ram(name, memory)
+        }
     }
 
     /// A region of ROM, which it keeps mapped.
@@ -82,6 +96,7 @@ impl Region {
             file: memory.file_offset().filter(|_| shared).cloned(),
             peer: None,
             remedy: None,
+            blocks: None,
             _owner: Box::new(memory),
         }
     }
@@ -107,6 +122,7 @@ impl Region {
             file: None,
             peer: None,
             remedy: None,
+            blocks: None,
             _owner: Box::new(owner),
         }
     }
@@ -116,6 +132,17 @@ impl Region {
     pub fn for_peers(mut self, peer: Peer) -> Self {
         self.peer = Some(peer);
         self
+    }
+
+    /// Which of its blocks are plugged, where it comes and goes by blocks: a copy of how it is now.
+    #[must_use]
+    pub fn blocks(&self) -> Option<Blocks> {
+        self.blocks_now().map(|blocks| blocks.clone())
+    }
+
+    pub(super) fn blocks_now(&self) -> Option<MutexGuard<'_, Blocks>> {
+        let blocks = self.blocks.as_ref()?;
+        Some(blocks.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// How other devices can reach it, if they can: only host devices have such memory.
@@ -216,6 +243,26 @@ pub trait RegionListener: Send + Sync {
     /// A region is going. Afterwards nothing of the listener's may reach it.
     fn removed(&self, region: &Arc<Region>);
 
+    /// Blocks of a region of RAM are about to be the guest's. `bytes` counts from the region's beginning, is a multiple of
+    /// the block's size at both ends, and none of it is plugged. Who reaches all of the region anyhow has nothing to do.
+    ///
+    /// # Errors
+    /// The blocks do not come at all: those told before are told that they have gone.
+    fn plugged(&self, region: &Arc<Region>, bytes: &Range<u64>) -> Result<(), RegionError> {
+        let _ = (region, bytes);
+        Ok(())
+    }
+
+    /// Such blocks, all of which are plugged, are not the guest's any more, and their memory is about to go back to the
+    /// host. Afterwards nothing of the listener's may have it pinned.
+    ///
+    /// # Errors
+    /// It still has; the blocks then stay the guest's, and those told before are told that they have come.
+    fn unplugged(&self, region: &Arc<Region>, bytes: &Range<u64>) -> Result<(), RegionError> {
+        let _ = (region, bytes);
+        Ok(())
+    }
+
     /// Whether it has RAM pinned for as long as it is on the list, so that none of it can be given back to the host.
     fn pins(&self) -> bool {
         false
@@ -253,9 +300,9 @@ pub struct Regions {
 }
 
 #[derive(Default)]
-struct State {
-    regions: Vec<Arc<Region>>,
-    listeners: Vec<Arc<dyn RegionListener>>,
+pub(super) struct State {
+    pub(super) regions: Vec<Arc<Region>>,
+    pub(super) listeners: Vec<Arc<dyn RegionListener>>,
 }
 
 impl fmt::Debug for Regions {
@@ -370,12 +417,16 @@ impl Regions {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn refused(region: &Region, listener: &dyn RegionListener, source: RegionError) -> RegionsError {
+pub(super) fn refused(
+    region: &Region,
+    listener: &dyn RegionListener,
+    source: RegionError,
+) -> RegionsError {
     RegionsError::Refused {
         region: region.to_string(),
         listener: listener.name().to_owned(),

@@ -91,6 +91,16 @@ pub(super) const KVM_MAKING: &[u32] = &[
     to::<kvm::kvm_device_attr>(KVM, 0xe1),     // KVM_SET_DEVICE_ATTR
 ];
 
+/// What has memory mapped for host devices and unmapped while the guest runs.
+pub(super) const VFIO_MAPPING: &[u32] = &[
+    none(VFIO, VFIO_BASE + 12), // VFIO_IOMMU_GET_INFO
+    none(VFIO, VFIO_BASE + 13), // VFIO_IOMMU_MAP_DMA
+    none(VFIO, VFIO_BASE + 14), // VFIO_IOMMU_UNMAP_DMA
+    none(VFIO, 0x84),           // IOMMU_IOAS_IOVA_RANGES
+    none(VFIO, 0x85),           // IOMMU_IOAS_MAP
+    none(VFIO, 0x86),           // IOMMU_IOAS_UNMAP
+];
+
 /// What a guest's accesses have a host device and its IOMMU do.
 pub(super) const VFIO_RUNNING: &[u32] = &[
     none(VFIO, VFIO_BASE + 10), // VFIO_DEVICE_SET_IRQS

@@ -24,6 +24,8 @@ pub enum Kind {
     Console,
     /// Serves the entropy device: `_rng`.
     Entropy,
+    /// Plugs and unplugs memory for a memory device: `_memory`.
+    Memory,
     /// Accepts and serves connections to the control socket: `http`.
     Http,
     /// Writes log lines: `log`.
@@ -52,7 +54,7 @@ pub enum Kind {
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Main,
         Self::Vcpu,
         Self::Disk,
@@ -63,6 +65,7 @@ impl Kind {
         Self::VhostUser,
         Self::Console,
         Self::Entropy,
+        Self::Memory,
         Self::Http,
         Self::Log,
         Self::ConsoleOutput,
@@ -86,6 +89,7 @@ impl Kind {
             "vhost" => Self::Vhost,
             "vsock" => Self::Vsock,
             "console" => Self::Console,
+            "memory" => Self::Memory,
             _ => Self::Entropy,
         }
     }

@@ -299,6 +299,7 @@ const KVM_RUNNING: &[Row] = &[ioctl(ioctls::KVM_RUNNING)];
 const KVM_PARKING: &[Row] = &[ioctl(ioctls::KVM_PARKING)];
 const KVM_MAKING: &[Row] = &[ioctl(ioctls::KVM_MAKING)];
 const VFIO_RUNNING: &[Row] = &[ioctl(ioctls::VFIO_RUNNING)];
+const VFIO_MAPPING: &[Row] = &[ioctl(ioctls::VFIO_MAPPING)];
 const VFIO_OPENING: &[Row] = &[ioctl(ioctls::VFIO_OPENING)];
 const VFIO_INTERRUPTS: &[Row] = &[ioctl(ioctls::VFIO_INTERRUPTS)];
 const VHOST_RINGS: &[Row] = &[ioctl(ioctls::VHOST_RINGS)];
@@ -328,6 +329,7 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
             WORKERS,
             TIMERS,
             VFIO_RUNNING,
+            VFIO_MAPPING,
             VHOST_RINGS,
             TUN_RUNNING,
             STREAMS,
@@ -339,6 +341,7 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::VsockPorts => &[CONNECTS],
         Kind::VhostUser => &[STREAMS, CONNECTS],
         Kind::Console => &[STREAMS],
+        Kind::Memory => &[VFIO_MAPPING],
         Kind::Http => &[TO_READ, STREAMS, AT_PLACES, ROUTES],
         Kind::ConsoleOutput => &[TO_READ, TO_CHANGE, STREAMS],
         Kind::Input => &[STREAMS, REMOVES],
@@ -363,6 +366,7 @@ pub(super) fn started_by(kind: Kind) -> &'static [Kind] {
             Kind::Vsock,
             Kind::Console,
             Kind::Entropy,
+            Kind::Memory,
             Kind::Unmask,
             Kind::Watchdog,
         ],
@@ -461,7 +465,7 @@ pub fn capabilities(kind: Kind) -> CapabilitySet {
                 | CapabilitySet::SYS_RESOURCE
         }
         Kind::Vcpu => CapabilitySet::IPC_LOCK,
-        Kind::Populate => CapabilitySet::IPC_LOCK,
+        Kind::Populate | Kind::Memory => CapabilitySet::IPC_LOCK,
         Kind::Report | Kind::ConsoleOutput => CapabilitySet::DAC_OVERRIDE,
         Kind::VhostUser | Kind::VsockPorts | Kind::Input | Kind::Tpm => CapabilitySet::DAC_OVERRIDE,
         _ => CapabilitySet::empty(),

@@ -67,21 +67,26 @@ impl Fields {
     /// Changes the field at `offset`, which lies within the configuration. The driver hears of it where
     /// the value is another.
     pub(super) fn set(&self, offset: usize, value: &[u8]) {
+        if self.set_untold(offset, value)
+            && let Some(listener) = self.listener.get()
         {
-            let mut image = self.image();
-            let end = offset.saturating_add(value.len());
-            let Some(field) = image.bytes.get_mut(offset..end) else {
-                return;
-            };
-            if field == value {
-                return;
-            }
-            field.copy_from_slice(value);
-            image.generation = image.generation.wrapping_add(1);
-        }
-        if let Some(listener) = self.listener.get() {
             listener();
         }
+    }
+
+    /// The same of a field of whose changes no driver hears. Gives whether the value is another.
+    pub(super) fn set_untold(&self, offset: usize, value: &[u8]) -> bool {
+        let mut image = self.image();
+        let end = offset.saturating_add(value.len());
+        let Some(field) = image.bytes.get_mut(offset..end) else {
+            return false;
+        };
+        if field == value {
+            return false;
+        }
+        field.copy_from_slice(value);
+        image.generation = image.generation.wrapping_add(1);
+        true
     }
 
     fn image(&self) -> MutexGuard<'_, Image> {

@@ -13,6 +13,7 @@ use std::time::Duration;
 use busway_pci::{Activity, Seen};
 
 use super::balloon::{BalloonCounts, BalloonTotals};
+use super::mem::{MemTarget, MemTotals};
 use super::spec::status;
 
 /// A number that one thread writes, and any reads.
@@ -47,6 +48,8 @@ enum Kind {
     Tap(Arc<TapCounts>),
     /// A balloon's.
     Balloon(Arc<BalloonCounts>),
+    /// A memory device's.
+    Mem(MemTarget),
 }
 
 /// What the kernel counts of a tap, from some time on.
@@ -259,6 +262,8 @@ pub enum Totals {
     Net(NetTotals),
     /// A balloon's.
     Balloon(BalloonTotals),
+    /// A memory device's.
+    Mem(MemTotals),
 }
 
 impl Counts {
@@ -285,6 +290,11 @@ impl Counts {
         Self(Kind::Balloon(counts))
     }
 
+    /// Those of a memory device.
+    pub(crate) fn of_mem(target: MemTarget) -> Self {
+        Self(Kind::Mem(target))
+    }
+
     /// Those of a disk's queue.
     pub(crate) fn disk_queue(&self, index: u16) -> Arc<DiskCounts> {
         match &self.0 {
@@ -306,6 +316,7 @@ impl Counts {
             Kind::None => Totals::None,
             Kind::Tap(tap) => tap.totals(),
             Kind::Balloon(balloon) => Totals::Balloon(balloon.totals()),
+            Kind::Mem(target) => Totals::Mem(target.totals()),
             Kind::Disk(queues) => {
                 let mut all = DiskTotals::default();
                 for queue in queues {

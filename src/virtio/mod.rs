@@ -21,6 +21,7 @@ pub mod hostile;
 mod interrupts;
 pub mod life;
 mod limiter;
+pub mod mem;
 pub mod net;
 mod pci;
 pub mod pmem;

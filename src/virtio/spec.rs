@@ -19,6 +19,8 @@ pub mod device_type {
     pub const FS: u16 = virtio_ids::VIRTIO_ID_FS as u16;
     /// Entropy source. §5.4
     pub const ENTROPY: u16 = virtio_ids::VIRTIO_ID_RNG as u16;
+    /// Memory device. §5.15
+    pub const MEM: u16 = virtio_ids::VIRTIO_ID_MEM as u16;
     /// Socket device. §5.10
     pub const VSOCK: u16 = virtio_ids::VIRTIO_ID_VSOCK as u16;
     /// Persistent memory. §5.19
@@ -371,6 +373,56 @@ pub mod balloon {
     pub const CONFIG_NUM_PAGES: usize = 0;
     /// Where the driver writes how many it has.
     pub const CONFIG_ACTUAL: usize = 4;
+}
+
+/// Memory device. Virtio 1.3 §5.15; the numbers are those of linux/virtio_mem.h.
+pub mod mem {
+    /// `VIRTIO_MEM_F_ACPI_PXM`: the configuration says of which proximity domain the memory is. §5.15.3
+    pub const F_ACPI_PXM: u64 = 1 << 0;
+    /// `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE`: the driver does not touch memory that is not plugged. §5.15.3
+    pub const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
+    /// The one queue, of requests. §5.15.2
+    pub const GUEST_REQUESTQ: u16 = 0;
+    /// Bytes of `struct virtio_mem_config`. §5.15.4
+    pub const CONFIG_SIZE: usize = 56;
+    /// Where the block's size stands in it.
+    pub const CONFIG_BLOCK_SIZE: usize = 0;
+    /// Where the region's first guest-physical address stands.
+    pub const CONFIG_ADDR: usize = 16;
+    /// Where the region's size stands.
+    pub const CONFIG_REGION_SIZE: usize = 24;
+    /// Where it stands how much of the region the driver may use now.
+    pub const CONFIG_USABLE_REGION_SIZE: usize = 32;
+    /// Where it stands how much is plugged.
+    pub const CONFIG_PLUGGED_SIZE: usize = 40;
+    /// Where it stands how much the driver is to have plugged.
+    pub const CONFIG_REQUESTED_SIZE: usize = 48;
+    /// Bytes of a request. §5.15.6
+    pub const REQUEST_SIZE: usize = 24;
+    /// Bytes of a response.
+    pub const RESPONSE_SIZE: usize = 10;
+    /// `VIRTIO_MEM_REQ_PLUG`
+    pub const REQ_PLUG: u16 = 0;
+    /// `VIRTIO_MEM_REQ_UNPLUG`
+    pub const REQ_UNPLUG: u16 = 1;
+    /// `VIRTIO_MEM_REQ_UNPLUG_ALL`
+    pub const REQ_UNPLUG_ALL: u16 = 2;
+    /// `VIRTIO_MEM_REQ_STATE`
+    pub const REQ_STATE: u16 = 3;
+    /// `VIRTIO_MEM_RESP_ACK`: it is done.
+    pub const RESP_ACK: u16 = 0;
+    /// `VIRTIO_MEM_RESP_NACK`: it is more than the driver is to have.
+    pub const RESP_NACK: u16 = 1;
+    /// `VIRTIO_MEM_RESP_BUSY`: not now; the driver tries again.
+    pub const RESP_BUSY: u16 = 2;
+    /// `VIRTIO_MEM_RESP_ERROR`: no such request can be.
+    pub const RESP_ERROR: u16 = 3;
+    /// `VIRTIO_MEM_STATE_PLUGGED`
+    pub const STATE_PLUGGED: u16 = 0;
+    /// `VIRTIO_MEM_STATE_UNPLUGGED`
+    pub const STATE_UNPLUGGED: u16 = 1;
+    /// `VIRTIO_MEM_STATE_MIXED`
+    pub const STATE_MIXED: u16 = 2;
 }
 
 /// Socket device. Virtio 1.3 §5.10.

@@ -17,6 +17,7 @@ mod memory;
 mod notified;
 mod ordinary;
 mod processors;
+mod resizing;
 mod served;
 mod tpm;
 mod walls;

@@ -54,6 +54,10 @@ pub const PCI_IO: Range<u64> = 0x1000..0x1_0000;
 /// pages.
 const MMIO64_ALIGNMENT: u64 = 1 << 30;
 
+/// What RAM that is plugged while the guest runs is aligned to: the largest piece in which Linux adds memory on x86_64.
+/// Linux, arch/x86/mm/init_64.c, `probe_memory_block_size`.
+const PLUGGABLE_ALIGNMENT: u64 = 2 << 30;
+
 /// RAM below is where kernels and their tables go: it stays, whatever the host's IOMMU reserves.
 const KERNEL_END: u64 = 16 << 20;
 
@@ -74,6 +78,23 @@ pub fn ram_ranges(size: u64, low_end: u64, holes: &[Range<u64>]) -> Vec<Range<u6
         }
     }
     ranges
+}
+
+/// The guest-physical addresses of `size` bytes of RAM that can be plugged: one stretch above 4 GiB and all other RAM, which
+/// ends at `top_of_ram`, between the `holes`, which are ascending.
+#[must_use]
+pub fn pluggable_range(size: u64, top_of_ram: u64, holes: &[Range<u64>]) -> Range<u64> {
+    let aligned = |address: u64| {
+        let aligned = address.checked_next_multiple_of(PLUGGABLE_ALIGNMENT);
+        aligned.unwrap_or(u64::MAX)
+    };
+    let mut start = aligned(top_of_ram.max(HIGH_RAM_START));
+    for hole in holes {
+        if hole.start < start.saturating_add(size) && hole.end > start {
+            start = aligned(hole.end);
+        }
+    }
+    start..start.saturating_add(size)
 }
 
 /// What of `place` lies in none of the `holes`, which are ascending.
@@ -201,6 +222,19 @@ mod tests {
         // 12 GiB are reserved, and the PCI hole is 1 GiB.
         let past = (1 << 40) + (13 << 30);
         assert_eq!(around, [0..3 << 30, 4 << 30..0xfd_0000_0000, 1 << 40..past]);
+    }
+
+    #[test]
+    fn pluggable_ram_lies_above_all_other_in_one_piece_that_is_in_no_hole() {
+        let gib = |from: u64, to: u64| from << 30..to << 30;
+        assert_eq!(pluggable_range(1 << 30, 512 << 20, &[]), gib(4, 5));
+        assert_eq!(pluggable_range(1 << 30, (5 << 30) + 4096, &[]), gib(6, 7));
+        let hole = [gib(1012, 1024)];
+        assert_eq!(pluggable_range(8 << 30, 7 << 30, &hole), gib(8, 16));
+        assert_eq!(pluggable_range(1 << 40, 7 << 30, &hole), gib(1024, 2048));
+        assert_eq!(pluggable_range(1 << 30, 1011 << 30, &hole), gib(1024, 1025));
+        let end = pluggable_range(u64::MAX, u64::MAX, &[]);
+        assert!(end.is_empty());
     }
 
     #[test]

@@ -136,11 +136,15 @@ enum Verb {
         #[arg(long)]
         id: Option<String>,
     },
-    /// Give the guest another number of processors, or its balloon another size; answered when it has them, or is told
+    /// Give the guest another number of processors, another amount of memory, or its balloon another size; answered when
+    /// it has the processors, or is told
     Resize {
         /// How many processors, from 1 to what `--cpus max=` said
-        #[arg(long, value_name = "N", required_unless_present = "balloon")]
+        #[arg(long, value_name = "N", required_unless_present_any = ["balloon", "memory"])]
         cpus: Option<u16>,
+        /// How much RAM, from `--memory size=` to that and `hotplug_size=` together: the guest takes it as its driver can
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        memory: Option<u64>,
         /// What its balloon is to have: memory that it gives back to the host
         #[arg(long, value_name = "SIZE", value_parser = size)]
         balloon: Option<u64>,
@@ -336,8 +340,12 @@ impl Verb {
             Self::AddVsock { cid, socket, id } => Some(json!({
                 "cid": cid, "socket": socket.as_deref().map(absolute), "id": id,
             })),
-            Self::Resize { cpus, balloon } => Some(json!({
-                "desired_vcpus": cpus, "desired_balloon": balloon, "wait": true,
+            Self::Resize {
+                cpus,
+                memory,
+                balloon,
+            } => Some(json!({
+                "desired_vcpus": cpus, "desired_ram": memory, "desired_balloon": balloon, "wait": true,
             })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force, "wait": true });
@@ -467,10 +475,11 @@ fn pretty(answer: Value) -> String {
 }
 
 /// What has come of a [`Verb::Resize`].
-fn resized(cpus: Option<u16>, balloon: Option<u64>) -> String {
+fn resized(cpus: Option<u16>, memory: Option<u64>, balloon: Option<u64>) -> String {
     let cpus = cpus.map(|cpus| format!("the guest has {cpus} processors\n"));
     let balloon = balloon.map(|bytes| format!("the guest's balloon is to have {bytes} bytes\n"));
-    [cpus, balloon].into_iter().flatten().collect()
+    let memory = memory.map(|bytes| format!("the guest is to have {bytes} bytes of RAM\n"));
+    [cpus, memory, balloon].into_iter().flatten().collect()
 }
 
 /// What a person reads of an answer.
@@ -481,7 +490,11 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         Verb::Counters => counters(answer, screen),
         Verb::CheckDevice { device } => check(device, answer, screen),
         Verb::List | Verb::Top(_) | Verb::Metrics => String::new(),
-        Verb::Resize { cpus, balloon } => resized(*cpus, *balloon),
+        Verb::Resize {
+            cpus,
+            memory,
+            balloon,
+        } => resized(*cpus, *memory, *balloon),
         Verb::Reboot => "the guest starts anew\n".to_owned(),
         Verb::Nmi => "the guest's processors have their interrupt\n".to_owned(),
         Verb::Stop => "the VM has ended, and can be booted again\n".to_owned(),

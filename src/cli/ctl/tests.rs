@@ -243,6 +243,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
         },
         Verb::Resize {
             cpus: Some(1),
+            memory: None,
             balloon: None,
         },
         Verb::RemoveDevice {

@@ -15,7 +15,7 @@ use super::foreign::{self, ForeignError};
 use super::schema::{self, Section};
 use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
-use crate::config::{Accepted, ConsoleConfig, VmConfig};
+use crate::config::{Accepted, ConsoleConfig, InvalidConfig, VmConfig};
 use crate::control::{Server, SocketAddress};
 use crate::exit::{HOST, RUNTIME};
 use crate::machine::{self, Ended, Requests};
@@ -300,7 +300,10 @@ impl RunArgs {
             serial: ConsoleConfig::Tty,
             ..VmConfig::default()
         };
-        self.config_from(defaults, |_| ())
+        let config = self.config_from(defaults, |_| ())?;
+        let hotplug = config.memory.refuse_acpi();
+        hotplug.map_err(InvalidConfig::Hotplug)?;
+        Ok(config)
     }
 
     /// The same, and where it is controlled.

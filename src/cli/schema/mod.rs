@@ -3,8 +3,8 @@
 
 use super::value::{Reason, Value};
 use crate::config::{
-    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, MemoryConfig, OnError, PlatformConfig,
-    RngConfig,
+    CONSOLE_FILE_SIZE, ConsoleConfig, DeviceConfig, HotplugMethod, MemoryConfig, OnError,
+    PlatformConfig, RngConfig,
 };
 use crate::control::SocketAddress;
 use busway_host::{Called, CalledError, SysRoot};
@@ -182,7 +182,10 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
     name: "memory",
     summary: "RAM: size=SIZE[,shared=on|off][,hugepages=on|off]…",
     words: &[],
-    notes: "",
+    notes: "\
+RAM that comes needs Linux 5.8 in the guest, with its module virtio_mem, and
+`memhp_default_state=online_movable` on its command line where RAM is to go again.
+Beside assigned devices, locked memory is needed for all that can come.",
     blank: MemoryConfig::default,
     keys: keys! {
         "size" { "SIZE": "bytes, or with K, M, G or T after it [512M]" }
@@ -198,12 +201,32 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
             |memory, value| memory.prefault = Some(value.switch()?);
         "thp" { "on|off": "transparent huge pages [on]" }
             |memory, value| memory.thp = value.switch()?;
+        "hotplug_size" { "SIZE": "RAM beside it that can come while the guest runs, a multiple of 128M\n\
+                 (`busway ctl resize --memory`) [0]" }
+            |memory, value| memory.hotplug_size = Some(value.size()?);
+        "hotplug_method" { "virtio-mem": "it comes and goes by blocks, as the guest's driver plugs them", "acpi": "not yet, but for Cloud Hypervisor's clients: kept and shown [acpi]" }
+            |memory, value| memory.hotplug_method = hotplug_method(value)?;
+        "hotplugged_size" { "SIZE": "what of it the guest is to have from its start on [0]" }
+            |memory, value| memory.hotplugged_size = Some(value.size()?);
     },
     required: &[],
     bare: None,
     single: false,
     details: &[],
 };
+
+/// The words of [`HotplugMethod`].
+const HOTPLUG_METHODS: &[&str] = &["acpi", "virtio-mem"];
+
+fn hotplug_method(value: &Value) -> Result<HotplugMethod, Reason> {
+    let methods = [HotplugMethod::Acpi, HotplugMethod::VirtioMem];
+    let text = value.text()?;
+    let method = methods.into_iter().find(|method| method.word() == text);
+    method.ok_or_else(|| Reason::Word {
+        value: text.to_owned(),
+        words: HOTPLUG_METHODS,
+    })
+}
 
 /// `--rng`
 pub(super) static RNG: Section<RngConfig> = Section {

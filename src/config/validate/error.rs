@@ -86,6 +86,9 @@ pub enum InvalidConfig {
     /// --memory hugepage_size= without huge pages
     #[error("--memory hugepage_size= needs hugepages=on beside it")]
     HugePageSizeAlone,
+    /// --memory {0}
+    #[error("--memory {0}")]
+    Hotplug(super::super::InvalidHotplug),
     /// --balloon size={size}: must be a multiple of 4096 bytes, and no more than the guest has
     #[error(
         "--balloon size={size}: it must be a multiple of 4096 bytes, and no more than --memory size="

@@ -59,6 +59,8 @@ impl VmConfig {
     pub fn validate_parts(&self) -> Result<(), InvalidConfig> {
         self.validate_cpus()?;
         self.memory.validate()?;
+        let hotplug = self.memory.validate_hotplug();
+        hotplug.map_err(InvalidConfig::Hotplug)?;
         for (index, disk) in self.disk.iter().enumerate() {
             disk.check().map_err(|why| InvalidConfig::Virtio {
                 device: Name::new("--disk", index, disk.id.as_ref()),

@@ -4,6 +4,8 @@
 //! units, counters that end in `_total`. Labels have as many values as the VM has vCPUs, devices and threads, and no
 //! guest chooses one.
 
+mod memory;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -164,6 +166,7 @@ pub(super) fn text(observed: Option<&Observed>) -> Result<String, fmt::Error> {
     families.extend(of_disks(&devices));
     families.extend(of_nics(&devices));
     families.extend(of_balloons(&devices));
+    families.extend(memory::of_memory(&devices));
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Families(families)));
     let mut text = String::new();

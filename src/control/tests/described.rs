@@ -64,6 +64,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
         Request::AddVirtio(config, _) => Some(added_virtio(config)),
         Request::RemoveDevice { id, .. } => Some(removed(id)),
         Request::Resize { vcpus, .. } => Some(resized(*vcpus)),
+        Request::ResizeMemory(bytes) => Some(resized_memory(*bytes)),
         _ => Some(Ok(Answer::Done)),
     };
     let refused = |_: &Request| Some(Err(RequestError::State("held")));
@@ -74,7 +75,8 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
         | Request::AddDevice(..)
         | Request::AddVirtio(..)
         | Request::RemoveDevice { .. }
-        | Request::Resize { .. } => Some(Err(RequestError::NotCreated)),
+        | Request::Resize { .. }
+        | Request::ResizeMemory(_) => Some(Err(RequestError::NotCreated)),
         _ => Some(Err(RequestError::NotRunning)),
     };
     let created = |request: &Request| match request {
@@ -140,6 +142,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"desired_vcpus": 9}"#,
                 r#"{"desired_balloon": 4096}"#,
                 r#"{"desired_ram": 1073741824}"#,
+                r#"{"desired_ram": 1}"#,
             ],
             "vm.remove-device" => &[
                 "",
@@ -337,10 +340,11 @@ fn a_full_configuration_is_as_described() {
         host_cpus: vec![1],
     }];
     config.cpus.topology = Some(Topology::cores(4));
+    config.memory.hotplug_size = Some(1 << 30);
+    config.memory.hotplug_method = HotplugMethod::VirtioMem;
+    config.memory.hotplugged_size = Some(1 << 29);
     config.accepted = Some(Box::new(Accepted {
         max_phys_bits: Some(46),
-        hotplug_size: Some(1 << 30),
-        hotplug_method: Some(HotplugMethod::Acpi),
         num_pci_segments: Some(2),
     }));
     let vm = Vm::new(move |request| match request {

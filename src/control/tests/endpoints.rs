@@ -298,9 +298,11 @@ fn what_busway_cannot_do_yet_is_named() {
         client.reply().unwrap()
     };
     assert_eq!(ask("vm.resize", r#"{"desired_vcpus":2}"#).status, 204);
-    let reply = ask("vm.resize", r#"{"desired_ram":1073741824}"#);
+    let ram = r#"{"desired_ram":1073741824}"#;
+    assert_eq!(ask("vm.resize", ram).status, 204);
+    let reply = ask("vm.resize", r#"{"desired_ram":1}"#);
     assert_eq!(reply.status, 501);
-    let said = "Busway cannot do this yet: another number of bytes of RAM for a guest that runs";
+    let said = "Busway cannot do this yet: RAM that comes otherwise";
     assert_eq!(reply.messages(), ["The VM could not be resized", said]);
     let reply = ask("vm.resize", r#"{"desired_vcpus":0}"#);
     assert_eq!((reply.status, reply.messages().len()), (400, 2));

@@ -146,6 +146,7 @@ fn living() -> impl FnMut(&Request) -> Reaction {
             (Request::AddVirtio(config, _), _) => return Some(added_virtio(config)),
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
             (Request::Resize { vcpus, .. }, _) => return Some(resized(*vcpus)),
+            (Request::ResizeMemory(bytes), _) => return Some(resized_memory(*bytes)),
         };
         state = next;
         Some(Ok(Answer::Done))
@@ -157,6 +158,14 @@ fn resized(vcpus: u16) -> Result<Answer, RequestError> {
     match vcpus {
         0 => Err(RequestError::Invalid("0 processors".to_owned())),
         9 => Err(RequestError::Resizing),
+        _ => Ok(Answer::Done),
+    }
+}
+
+/// So little that it cannot be had yet, or another amount.
+fn resized_memory(bytes: u64) -> Result<Answer, RequestError> {
+    match bytes {
+        1 => Err(RequestError::NotYet("RAM that comes otherwise")),
         _ => Ok(Answer::Done),
     }
 }

@@ -76,6 +76,8 @@ struct Memory {
     hotplug_method: HotplugMethod,
     #[serde(skip_serializing_if = "Option::is_none")]
     hotplug_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hotplugged_size: Option<u64>,
     shared: bool,
     hugepages: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -259,7 +261,7 @@ impl From<&VmConfig> for Config {
         let accepted = config.accepted.as_deref().unwrap_or(&none);
         Self {
             cpus: Cpus::of(&config.cpus, accepted),
-            memory: Memory::of(config, accepted),
+            memory: Memory::of(config),
             payload: Payload::of(config),
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
@@ -344,13 +346,14 @@ fn physical_bits() -> Option<u8> {
 }
 
 impl Memory {
-    fn of(config: &VmConfig, accepted: &Accepted) -> Self {
+    fn of(config: &VmConfig) -> Self {
         let (memory, has_devices) = (&config.memory, !config.device.is_empty());
         Self {
             size: memory.size,
             mergeable: false,
-            hotplug_method: accepted.hotplug_method.unwrap_or(HotplugMethod::Acpi),
-            hotplug_size: accepted.hotplug_size,
+            hotplug_method: memory.hotplug_method,
+            hotplug_size: memory.hotplug_size,
+            hotplugged_size: memory.hotplugged_size,
             shared: config.shares_memory(),
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,

@@ -89,6 +89,7 @@ struct Memory {
     thp: Option<bool>,
     hotplug_size: Option<u64>,
     hotplug_method: Option<HotplugMethod>,
+    hotplugged_size: Option<u64>,
     #[serde(default)]
     mergeable: Asked,
     #[serde(default)]
@@ -233,7 +234,7 @@ impl CreateVm {
             config.cpus = cpus.into_config(&mut accepted)?;
         }
         if let Some(memory) = self.memory {
-            config.memory = memory.into_config(&mut accepted)?;
+            config.memory = memory.into_config()?;
         }
         config.watchdog = self.watchdog.unwrap_or(false);
         config.pvpanic = self.pvpanic.unwrap_or(false);
@@ -368,7 +369,7 @@ impl Cpus {
 }
 
 impl Memory {
-    fn into_config(self, accepted: &mut Accepted) -> Result<MemoryConfig, Fault> {
+    fn into_config(self) -> Result<MemoryConfig, Fault> {
         Lack::MergedPages.unless_asked(self.mergeable)?;
         Lack::MemoryZones.unless_asked(self.zones)?;
         let mut memory = MemoryConfig::default();
@@ -379,8 +380,9 @@ impl Memory {
         memory.thp = self.thp.unwrap_or(memory.thp);
         // Clients write out the default, which is not to have it done; devices need it all the same.
         memory.prefault = self.prefault.filter(|prefault| *prefault);
-        accepted.hotplug_size = self.hotplug_size;
-        accepted.hotplug_method = self.hotplug_method;
+        memory.hotplug_size = self.hotplug_size;
+        memory.hotplug_method = self.hotplug_method.unwrap_or_default();
+        memory.hotplugged_size = self.hotplugged_size;
         Ok(memory)
     }
 }
@@ -561,6 +563,7 @@ mod tests {
             hugepage_size: Some(2 << 20),
             prefault: Some(true),
             thp: false,
+            ..MemoryConfig::default()
         };
         expected.kernel = Some("/k".into());
         expected.initramfs = Some("/i".into());
@@ -584,10 +587,10 @@ mod tests {
         expected.platform.uuid = Some("3c1f7a52-9b0e-4d6a-8e43-5f2b7d90c611".into());
         expected.platform.serial_number = Some("s".into());
         expected.platform.oem_strings = vec!["o".into()];
+        expected.memory.hotplug_size = Some(1 << 30);
+        expected.memory.hotplug_method = HotplugMethod::VirtioMem;
         expected.accepted = Some(Box::new(Accepted {
             max_phys_bits: Some(46),
-            hotplug_size: Some(1 << 30),
-            hotplug_method: Some(HotplugMethod::VirtioMem),
             num_pci_segments: Some(2),
         }));
         assert_eq!(config(body), Ok(expected));

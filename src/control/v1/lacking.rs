@@ -26,7 +26,6 @@ pub(super) enum Lack {
     Mtu,
     Numa,
     OffloadChoice,
-    Resize,
     ResizeDisk,
     Restore,
     SegmentApertures,
@@ -62,7 +61,6 @@ impl Lack {
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
             }
-            Self::Resize => "another number of bytes of RAM for a guest that runs",
             Self::ResizeDisk => "another size for a disk of a guest that runs",
             Self::Restore => "a VM that was saved",
             Self::SegmentApertures => {

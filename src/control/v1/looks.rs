@@ -99,7 +99,7 @@ impl Api {
         };
         let memory = match (memory, self.control.ask(Request::Info)) {
             (Some(memory), _) => memory,
-            (None, Ok(machine::Answer::Info(info))) => info.config.memory.size,
+            (None, Ok(machine::Answer::Info(info))) => info.config.memory.most(),
             (None, Ok(_) | Err(RequestError::NotCreated)) => MemoryConfig::default().size,
             (None, Err(error)) => return refused(WHAT, &error),
         };

@@ -525,11 +525,11 @@ impl Api {
     /// Answers when the guest has been asked, or when it is known what it made of it.
     fn resize(&self, body: &[u8]) -> Answer {
         const WHAT: &str = "The VM could not be resized";
-        let requests = match read::<Resize>(body).and_then(Resize::into_requests) {
-            Ok(requests) => requests,
+        let asked = match read::<Resize>(body) {
+            Ok(asked) => asked,
             Err(fault) => return fault.answer(WHAT),
         };
-        for request in requests.into_iter().flatten() {
+        for request in asked.into_requests().into_iter().flatten() {
             if let Err(error) = self.control.ask(request) {
                 return refused(WHAT, &error);
             }
@@ -586,6 +586,7 @@ fn refused(what: &str, error: &RequestError) -> Answer {
         | RequestError::AlreadyCreated
         | RequestError::NotRunning
         | RequestError::Failed(_) => failed(500, &[what, &said]),
+        RequestError::NotYet(_) => failed(501, &[what, &said]),
         RequestError::Invalid(_) => failed(400, &[what, &said]),
         RequestError::NotCreated => failed(404, &[what, &said]),
         RequestError::Ended => failed(500, &[what, &said, NOT_RUNNING]),

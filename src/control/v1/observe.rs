@@ -216,6 +216,12 @@ fn counters_of(totals: &Totals) -> Counters {
             ("other_ops", *others),
             ("errors", *errors),
         ]),
+        Totals::Mem(memory) => Counters::from([
+            ("requested_bytes", memory.requested),
+            ("plugged_bytes", memory.plugged),
+            ("region_bytes", memory.region),
+            ("block_bytes", memory.block),
+        ]),
         Totals::Balloon(balloon) => {
             let own = [
                 ("target_bytes", balloon.target),

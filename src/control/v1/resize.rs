@@ -2,7 +2,6 @@
 
 use serde::Deserialize;
 
-use super::lacking::{Fault, Lack};
 use crate::machine::Request;
 
 /// `VmResize`
@@ -18,18 +17,15 @@ pub(super) struct Resize {
 }
 
 impl Resize {
-    /// What is asked of the machine, in turn: its balloon and its processors.
-    ///
-    /// # Errors
-    /// What Busway cannot do
-    pub(super) fn into_requests(self) -> Result<[Option<Request>; 2], Fault> {
-        Lack::Resize.unless_asked(self.desired_ram.is_some())?;
+    /// What is asked of the machine, in turn: its memory, its balloon and its processors.
+    pub(super) fn into_requests(self) -> [Option<Request>; 3] {
+        let memory = self.desired_ram.map(Request::ResizeMemory);
         let balloon = self.desired_balloon.map(Request::ResizeBalloon);
         let processors = self.desired_vcpus.map(|vcpus| Request::Resize {
             vcpus,
             wait: self.wait,
         });
-        Ok([balloon, processors])
+        [memory, balloon, processors]
     }
 }
 
@@ -38,21 +34,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn processors_are_asked_for_and_the_rest_is_named() {
+    fn each_size_is_asked_for_in_turn() {
         let read = |body: &str| {
             let body: Resize = serde_json::from_str(body).unwrap();
             body.into_requests()
         };
-        let of = |vcpus, wait| Ok([None, Some(Request::Resize { vcpus, wait })]);
+        let of = |vcpus, wait| [None, None, Some(Request::Resize { vcpus, wait })];
         assert_eq!(
             read(r#"{"desired_vcpus":3,"desired_ram":null}"#),
             of(3, false)
         );
         assert_eq!(read(r#"{"desired_vcpus":0,"wait":true}"#), of(0, true));
-        assert_eq!(read("{}"), Ok([None, None]));
-        let ram = read(r#"{"desired_vcpus":3,"desired_ram":1073741824}"#);
-        assert_eq!(ram, Err(Fault::Lacks(Lack::Resize)));
-        let balloon = read(r#"{"desired_balloon":1}"#);
-        assert_eq!(balloon, Ok([Some(Request::ResizeBalloon(1)), None]));
+        assert_eq!(read("{}"), [None, None, None]);
+        let all = read(r#"{"desired_vcpus":3,"desired_ram":1073741824,"desired_balloon":1}"#);
+        let [memory, balloon, processors] = all;
+        assert_eq!(memory, Some(Request::ResizeMemory(1 << 30)));
+        assert_eq!(balloon, Some(Request::ResizeBalloon(1)));
+        assert!(processors.is_some());
     }
 }

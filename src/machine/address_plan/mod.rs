@@ -16,6 +16,7 @@ use busway_pci::{
 use busway_vfio::{AssignOptions, RomChoice};
 
 use super::passthrough::placement::{HostIdentity, behind_ports};
+use super::pluggable::PluggableError;
 use crate::arch::layout;
 use crate::config::MemoryConfig;
 use crate::memory::Amount;
@@ -195,7 +196,11 @@ impl AddressPlan {
             return Err(plan.refuse_below_4_gib(functions, &missing));
         }
         let mut above = plan.find_room_above(&needs, memory, memory.size);
-        if above.is_err() || plan.plugged_area(plan.top_of_ram(memory), &[]).is_empty() {
+        if above.is_err()
+            || plan
+                .plugged_area(plan.top_of_memory(memory), &[])
+                .is_empty()
+        {
             plan.plugged = room.first;
             above = plan.find_room_above(&needs, memory, memory.size);
         }
@@ -203,6 +208,46 @@ impl AddressPlan {
             Ok(()) => Ok(plan),
             Err(missing) => Err(plan.refuse_above_ram(functions, memory, &missing)),
         }
+    }
+
+    /// Where RAM can be plugged; nothing where none can.
+    ///
+    /// # Errors
+    /// [`PluggableError::Place`]: it finds no place.
+    pub(super) fn pluggable(
+        &self,
+        memory: &MemoryConfig,
+    ) -> Result<Option<Range<u64>>, PluggableError> {
+        let Some(range) = self.pluggable_beside(memory, memory.size) else {
+            return Ok(None);
+        };
+        let bits = self.address_bits;
+        let reach = 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX);
+        match range.end > reach {
+            true => Err(PluggableError::Place {
+                end: range.end,
+                bits,
+            }),
+            false => Ok(Some(range)),
+        }
+    }
+
+    /// The same beside RAM of `size` bytes, wherever that is.
+    fn pluggable_beside(&self, memory: &MemoryConfig, size: u64) -> Option<Range<u64>> {
+        let asked = memory.pluggable()?;
+        let holes = self.holes_of(memory);
+        let ram = layout::ram_ranges(size, self.mmio32_start, &holes);
+        let top = ram.last().map_or(0, |range| range.end);
+        Some(layout::pluggable_range(asked, top, &holes))
+    }
+
+    /// The holes that RAM goes round.
+    fn holes_of(&self, memory: &MemoryConfig) -> Vec<Range<u64>> {
+        let page = memory.hugepage_size.filter(|_| memory.hugepages);
+        layout::holes(
+            self.reserved.iter().copied(),
+            page.unwrap_or(TRANSPARENT_HUGE_PAGE).max(1),
+        )
     }
 
     /// The windows of a machine with RAM at `ram`, whose devices' IOMMUs map at `usable` (all
@@ -225,8 +270,8 @@ impl AddressPlan {
         layout::plugged(top_of_ram, self.plugged, self.address_bits, &holes)
     }
 
-    fn top_of_ram(&self, memory: &MemoryConfig) -> u64 {
-        let ram = self.ram_ranges(memory, memory.size);
+    fn top_of_memory(&self, memory: &MemoryConfig) -> u64 {
+        let ram = self.memory_ranges(memory, memory.size);
         ram.last().map_or(0, |range| range.end)
     }
 
@@ -260,18 +305,15 @@ impl AddressPlan {
         memory: &MemoryConfig,
         size: u64,
     ) -> Result<(), NoRoom<F>> {
-        let ram = self.ram_ranges(memory, size);
+        let ram = self.memory_ranges(memory, size);
         find_room(needs, WindowKind::Memory64, &self.windows(&ram, &[]))
     }
 
-    /// Where RAM of `size` bytes would lie.
-    fn ram_ranges(&self, memory: &MemoryConfig, size: u64) -> Vec<Range<u64>> {
-        let page = memory.hugepage_size.filter(|_| memory.hugepages);
-        let holes = layout::holes(
-            self.reserved.iter().copied(),
-            page.unwrap_or(TRANSPARENT_HUGE_PAGE).max(1),
-        );
-        layout::ram_ranges(size, self.mmio32_start, &holes)
+    /// Where RAM of `size` bytes would lie, and what can be plugged beside it.
+    fn memory_ranges(&self, memory: &MemoryConfig, size: u64) -> Vec<Range<u64>> {
+        let mut ram = layout::ram_ranges(size, self.mmio32_start, &self.holes_of(memory));
+        ram.extend(self.pluggable_beside(memory, size));
+        ram
     }
 
     fn refuse_below_4_gib(
@@ -353,7 +395,17 @@ impl AddressPlan {
                 Amount(reserved)
             );
         }
-        let mut remedy = match self.most_memory(&needs(functions), memory) {
+        let fixed = MemoryConfig {
+            hotplug_size: None,
+            ..memory.clone()
+        };
+        let all = needs(functions);
+        let mut remedy = match self.most_memory(&all, memory) {
+            _ if memory.pluggable().is_some()
+                && self.find_room_above(&all, &fixed, memory.size).is_ok() =>
+            {
+                "have less RAM come while the guest runs (--memory hotplug_size=)".to_owned()
+            }
             Some(size) => format!(
                 "it fits beside {} of RAM (--memory size={}G)",
                 Amount(size),

@@ -4,6 +4,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::Ram;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -206,6 +207,60 @@ fn a_refusal_above_ram_names_what_helps() {
         text.contains("0000:01:00.0/resource2_resize lists"),
         "{text}"
     );
+}
+
+#[test]
+fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_it_finds_no_place()
+{
+    use crate::config::HotplugMethod;
+    let memory = |size: u64, pluggable: u64| MemoryConfig {
+        hotplug_size: Some(pluggable),
+        hotplug_method: HotplugMethod::VirtioMem,
+        ..with(size)
+    };
+    let plan = |memory: &MemoryConfig, devices: &Devices| {
+        AddressPlan::new(
+            memory,
+            &devices.1,
+            AMD.to_vec(),
+            42,
+            false,
+            PluggedRoom::default(),
+        )
+    };
+    let none = Devices::new(&[]);
+    for (size, pluggable, expected) in [
+        (GIB, GIB, 4 * GIB..5 * GIB),
+        (4 * GIB, 8 * GIB, 6 * GIB..14 * GIB),
+        // Round what the IOMMU reserves, and in one piece.
+        (4 * GIB, 1010 * GIB, 1024 * GIB..2034 * GIB),
+    ] {
+        let memory = memory(size, pluggable);
+        let plan = plan(&memory, &none).unwrap();
+        assert_eq!(plan.pluggable(&memory), Ok(Some(expected.clone())));
+        let windows = plan.windows(&[0..GIB, expected.clone()], &[]);
+        assert!(
+            windows
+                .memory64
+                .iter()
+                .all(|part| part.start >= expected.end)
+        );
+        let same = Ram::around(&memory, false, plan.mmio32_start, &plan.reserved).unwrap();
+        assert_eq!(same.pluggable_range(), Some(expected));
+    }
+    let fixed = with(GIB);
+    assert_eq!(plan(&fixed, &none).unwrap().pluggable(&fixed), Ok(None));
+    let large = memory(GIB, 4096 * GIB);
+    let place = plan(&large, &none).unwrap().pluggable(&large);
+    assert!(
+        matches!(place, Err(PluggableError::Place { bits: 42, .. })),
+        "{place:?}"
+    );
+    // A card's BAR finds no room above it.
+    let card = Devices::new(&[&[(0, 2048 * GIB, MEMORY | WIDE | PREFETCH)]]);
+    plan(&memory(GIB, GIB), &card).unwrap();
+    let why = refused(plan(&memory(GIB, 2048 * GIB), &card));
+    assert!(why.contains("hotplug_size="), "{why}");
 }
 
 #[test]

@@ -27,6 +27,7 @@ use crate::kvm::{IrqRouter, VectorCount};
 use crate::machine::RunError;
 use crate::machine::handed::Files;
 use crate::machine::pci::pins_of;
+use crate::machine::pluggable::check_reach;
 use crate::memory::{RegionListener, Regions};
 use crate::report::Report;
 
@@ -162,6 +163,13 @@ impl Attacher {
         let peer_to_peer = self.opening.platform.p2p;
         let listener = Arc::new(DmaListener::new(dma.clone(), peer_to_peer));
         self.memory.listen(listener.clone())?;
+        if let Some((range, blocks)) = self.memory.pluggable()
+            && let Err(error) = check_reach(&range, &blocks, &*dma)
+        {
+            let listener: Arc<dyn RegionListener> = listener;
+            self.memory.forget(&listener);
+            return Err(error.into());
+        }
         let users = Arc::<Users>::default();
         users.change(|counts| counts.open = count);
         *self.space() = Some(SpaceInUse {

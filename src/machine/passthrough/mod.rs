@@ -124,7 +124,7 @@ impl Passthrough {
                 .pmem
                 .iter()
                 .map(PmemConfig::likely_size)
-                .fold(config.memory.size, u64::saturating_add),
+                .fold(config.memory.most(), u64::saturating_add),
             spaces,
             iommufd: OnceLock::new(),
         };

@@ -30,9 +30,10 @@ use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use super::seats::{Owner, Seat, Seats};
 use crate::config::{BalloonConfig, DiskConfig, VirtioConfig, VmConfig};
-use crate::memory::{Discards, GuestRam, RamMap, Slots};
+use crate::memory::{Discards, GuestRam, Pluggable, RamMap, Slots};
 use crate::virtio::balloon::{Balloon, BalloonTarget};
 use crate::virtio::blk::Blk;
+use crate::virtio::mem::{Mem, MemTarget};
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::vhost_user::{self, VhostUser};
@@ -59,6 +60,7 @@ pub(super) struct VirtioDevices {
     maker: Maker,
     events: Arc<Events>,
     balloon: Option<BalloonTarget>,
+    memory: Option<MemTarget>,
 }
 
 /// A device that the guest has.
@@ -186,6 +188,7 @@ impl VirtioDevices {
             },
             events: events.clone(),
             balloon: None,
+            memory: None,
         }
     }
 
@@ -262,6 +265,27 @@ impl VirtioDevices {
         self.add_fixed(Box::new(balloon), pci)
     }
 
+    /// Adds the device by which blocks of `pluggable` come and go, of which the guest is to have `requested` bytes at
+    /// first.
+    ///
+    /// # Errors
+    /// [`RunError`]
+    pub(super) fn add_memory(
+        &mut self,
+        pluggable: Pluggable,
+        requested: u64,
+        pci: &mut Pci,
+    ) -> Result<(), RunError> {
+        let device = Mem::new("memory", pluggable, requested)?;
+        self.memory = Some(device.target());
+        self.add_fixed(Box::new(device), pci)
+    }
+
+    /// How much RAM the guest is to have plugged, where some can be.
+    pub(super) fn memory(&self) -> Option<&MemTarget> {
+        self.memory.as_ref()
+    }
+
     /// How large the balloon is to be, where there is one.
     pub(super) fn balloon(&self) -> Option<&BalloonTarget> {
         self.balloon.as_ref()
@@ -316,6 +340,7 @@ impl VirtioDevices {
             let kind = match name.as_str() {
                 "console" => "console",
                 "balloon" => "balloon",
+                "memory" => "memory",
                 _ => "rng",
             };
             observed(format!("__{name}"), kind, address.clone(), sight)

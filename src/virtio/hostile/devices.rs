@@ -1,5 +1,6 @@
 //! One device of each kind, with a made-up end on the host, and what a driver that keeps to the rules asks of it.
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -10,13 +11,17 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::guest::{Buffer, DATA, Guest};
-use crate::config::{BalloonConfig, DiskConfig, ImageType, PMEM_ALIGNMENT, PmemConfig, RngConfig};
+use crate::config::{
+    BalloonConfig, DiskConfig, HotplugMethod, ImageType, MemoryConfig, PMEM_ALIGNMENT, PmemConfig,
+    RngConfig,
+};
 use crate::devices::console::Endpoint;
-use crate::memory::{Area, GuestRam, Slots};
+use crate::memory::{Area, GuestRam, Pluggable, Ram, Slots};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::Console;
+use crate::virtio::mem::Mem;
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
@@ -26,6 +31,36 @@ use crate::virtio::spec::{blk, net, pmem};
 const DISK: u64 = 256 << 10;
 /// Pairs of queues of a NIC.
 const PAIRS: usize = 2;
+
+/// Bytes that can be plugged.
+const PLUGGABLE: u64 = 128 << 20;
+/// Where they are to the guest.
+const PLUGGABLE_START: u64 = 4 << 30;
+
+thread_local! {
+    /// The memory that blocks are of: one for each thread, for it stays mapped.
+    static BLOCKS: OnceCell<Ram> = const { OnceCell::new() };
+}
+
+/// Memory of which nothing is plugged, and which no device reaches.
+fn pluggable() -> io::Result<Pluggable> {
+    let config = MemoryConfig {
+        size: 4096,
+        thp: false,
+        hotplug_size: Some(PLUGGABLE),
+        hotplug_method: HotplugMethod::VirtioMem,
+        ..MemoryConfig::default()
+    };
+    let ram = BLOCKS.with(|blocks| match blocks.get() {
+        Some(ram) => Ok(ram.clone()),
+        None => Ram::new(&config, false).map(|ram| blocks.get_or_init(|| ram).clone()),
+    });
+    let (ram, regions) = (ram.map_err(io::Error::other)?, Arc::default());
+    let pluggable = ram.pluggable(&regions).ok_or(io::ErrorKind::NotFound)?;
+    let emptied = pluggable.unplug_all(|| true);
+    emptied.map_err(io::Error::other)?;
+    Ok(pluggable)
+}
 
 /// A kind of device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +72,12 @@ pub(super) enum Kind {
     Rng,
     Balloon,
     Pmem,
+    Memory,
 }
 
 impl Kind {
     /// All of them.
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::Raw,
         Self::Qcow2,
         Self::Net,
@@ -49,6 +85,7 @@ impl Kind {
         Self::Rng,
         Self::Balloon,
         Self::Pmem,
+        Self::Memory,
     ];
 
     pub(super) fn of(byte: u8) -> Self {
@@ -122,6 +159,10 @@ impl Kind {
                 let pmem = Pmem::new("pmem", &config, &slots).map_err(io::Error::other)?;
                 Box::new(pmem)
             }
+            Self::Memory => {
+                let device = Mem::new("memory", pluggable()?, PLUGGABLE / 2);
+                Box::new(device.map_err(io::Error::other)?)
+            }
         };
         Ok((device, outside))
     }
@@ -189,6 +230,17 @@ impl Kind {
                 let answer = Buffer::written(DATA + 0x3000, 4);
                 (0, vec![Buffer::read(DATA, 4), answer])
             }
+            Self::Memory => {
+                // `struct virtio_mem_req`: any kind, somewhere in the region, at a block's beginning or not.
+                let kind = u16::from(which % 5);
+                let address = PLUGGABLE_START + (number << 19);
+                let blocks = 1 + u16::from(which >> 4);
+                guest.write(DATA, &u64::from(kind).to_le_bytes());
+                guest.write(DATA + 8, &address.to_le_bytes());
+                guest.write(DATA + 16, &u64::from(blocks).to_le_bytes());
+                let answer = Buffer::written(DATA + 0x1000, 10);
+                (0, vec![Buffer::read(DATA, 24), answer])
+            }
             Self::Balloon => match which % 4 {
                 // Pages behind what else is used here, and one anywhere.
                 queue @ 0..2 => {
@@ -222,6 +274,8 @@ impl Kind {
             Self::Pmem => {
                 written == 4 && guest.read::<4>(DATA + 0x3000) == pmem::RESP_OK.to_le_bytes()
             }
+            // It is done, as it is in every state: unplugging all.
+            Self::Memory => written == 10 && guest.read::<2>(DATA + 0x1000) == [0, 0],
         }
     }
 
@@ -231,6 +285,7 @@ impl Kind {
         match self {
             Self::Raw | Self::Qcow2 | Self::Rng | Self::Balloon | Self::Pmem => 0,
             Self::Net | Self::Console => 1,
+            Self::Memory => 2,
         }
     }
 }

@@ -26,7 +26,7 @@ use super::life::{DeviceState, Running};
 use super::spec;
 use super::worker::Worker;
 use crate::config::{InvalidVirtio, PMEM_ALIGNMENT, PmemConfig};
-use crate::memory::{PlugError, Plugged, Slots};
+use crate::memory::{FileMemory, FileMemoryError, Slots};
 use flusher::Flusher;
 use open::open;
 use worker::PmemWorker;
@@ -114,7 +114,7 @@ pub enum PmemFault {
         /// The file.
         path: PathBuf,
         /// Why it is no memory of the guest's.
-        source: PlugError,
+        source: FileMemoryError,
     },
 }
 
@@ -133,7 +133,7 @@ pub struct Pmem {
     config: Arc<Fields>,
     /// Writes back what the guest writes; `None` where that ends with the VM.
     flusher: Option<Arc<Flusher>>,
-    _memory: Plugged,
+    _memory: FileMemory,
 }
 
 impl Pmem {

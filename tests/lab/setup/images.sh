@@ -3,7 +3,7 @@
 # What guests load by the alias of each device that they find.
 guest_modules=(
     nvme e1000 e1000e igb igbvf 8139cp xhci-pci sd_mod usb-storage snd-hda-intel snd-hda-codec-generic snd-pcm-oss
-    virtio_blk virtio_net virtiofs virtio_console virtio-rng virtio_balloon vmw_vsock_virtio_transport ext4 uio_pci_generic
+    virtio_blk virtio_net virtiofs virtio_console virtio-rng virtio_balloon virtio_mem vmw_vsock_virtio_transport ext4 uio_pci_generic
     vfio-pci evdev button efivarfs i6300esb pvpanic-pci virtio_pmem nd_pmem
 )
 # Programs of the root that guests can ask for, with their libraries.

@@ -7,7 +7,7 @@
 
 # What the emulated hosts and the guests load. Only these are kept, unpacked, with what they depend on.
 kernel_modules=(
-    9p 9pnet_virtio overlay crc32c_generic erofs virtio_pci virtio_blk virtio_net virtio_console virtio-rng virtio_balloon vsock
+    9p 9pnet_virtio overlay crc32c_generic erofs virtio_pci virtio_blk virtio_net virtio_console virtio-rng virtio_balloon virtio_mem vsock
     vmw_vsock_virtio_transport virtiofs ext4 dm-mod dm-crypt raid1 loop tun vhost_net vhost_vsock bridge
     kvm kvm-amd kvm-intel vfio vfio-pci vfio_iommu_type1 nvme e1000 e1000e igb igbvf 8139cp xhci-pci ahci
     sd_mod usb-storage snd-hda-intel snd-hda-codec-generic snd-pcm-oss uio_pci_generic i2c-i801 lpc_ich evdev button efivarfs

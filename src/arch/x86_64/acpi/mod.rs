@@ -4,6 +4,7 @@
 mod devices;
 mod fadt;
 mod madt;
+mod srat;
 mod tpm;
 
 use std::ops::Range;
@@ -11,6 +12,7 @@ use std::ops::Range;
 pub(crate) use devices::{append_devices, board_ports, host_bridge_ports, soft_off};
 pub(crate) use fadt::{POINTERS as FADT_POINTERS, fadt};
 pub(crate) use madt::{madt, madt_processor};
+pub(crate) use srat::srat;
 pub(crate) use tpm::{append_tpm, tpm2};
 
 /// Where the tables lie: in the area that a kernel without boot parameters searches for the RSDP

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_iommu::{Access, DmaSpace, HostVa, Iova};
@@ -245,6 +246,38 @@ impl DmaListener {
         );
     }
 
+    /// Maps each block of `bytes` of a region by itself, for that is how it is unmapped: the kernel takes no part of a
+    /// mapping back. Either all of them are mapped, or none is.
+    fn map_blocks(&self, region: &Region, bytes: &Range<u64>) -> Result<(), RegionError> {
+        let block = region.blocks().map_or(0, |blocks| blocks.block_size());
+        let mut next = bytes.start;
+        while block > 0 && next < bytes.end {
+            let mapped = self.space.map_block(
+                Iova(region.guest().saturating_add(next)),
+                HostVa(region.host().saturating_add(usize::try_from(next)?)),
+                block,
+                Access::ReadWrite,
+                region.name(),
+            );
+            if let Err(error) = mapped {
+                self.unmap_blocks(region, &(bytes.start..next));
+                return Err(error.into());
+            }
+            next = next.saturating_add(block);
+        }
+        Ok(())
+    }
+
+    /// Unmaps mapped blocks, where there are any.
+    fn unmap_blocks(&self, region: &Region, bytes: &Range<u64>) {
+        let at = Iova(region.guest().saturating_add(bytes.start));
+        if !bytes.is_empty()
+            && let Err(error) = self.space.unmap(at, bytes.end - bytes.start)
+        {
+            log::error!("{error}; devices may still reach it");
+        }
+    }
+
     fn peers(&self) -> MutexGuard<'_, Peers> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -261,8 +294,18 @@ impl RegionListener for DmaListener {
     }
 
     fn added(&self, region: &Arc<Region>) -> Result<(), RegionError> {
-        match region.kind() {
-            RegionKind::Ram => {
+        match (region.kind(), region.blocks()) {
+            (RegionKind::Ram, Some(blocks)) => {
+                for run in blocks.runs() {
+                    if let Err(error) = self.map_blocks(region, &blocks.bytes(&run)) {
+                        let before = blocks.runs().take_while(|one| one.start < run.start);
+                        before.for_each(|run| self.unmap_blocks(region, &blocks.bytes(&run)));
+                        return Err(error);
+                    }
+                }
+                Ok(())
+            }
+            (RegionKind::Ram, None) => {
                 let mapped = self.space.map(
                     Iova(region.guest()),
                     HostVa(region.host()),
@@ -275,17 +318,25 @@ impl RegionListener for DmaListener {
                     None => error.into(),
                 })
             }
-            RegionKind::Device => {
+            (RegionKind::Device, _) => {
                 self.add_device(region);
                 Ok(())
             }
             // No board lets devices reach its flash.
-            RegionKind::Rom => Ok(()),
+            (RegionKind::Rom, _) => Ok(()),
         }
     }
 
     fn removed(&self, region: &Arc<Region>) {
         let mapped = match region.kind() {
+            // One call takes all blocks, where there are any.
+            RegionKind::Ram
+                if region
+                    .blocks()
+                    .is_some_and(|blocks| blocks.plugged_bytes() == 0) =>
+            {
+                false
+            }
             RegionKind::Ram => true,
             RegionKind::Device => self.peers().mapped.remove(&region.guest()),
             RegionKind::Rom => false,
@@ -294,7 +345,18 @@ impl RegionListener for DmaListener {
             log::error!("{error}; devices may still reach it");
         }
     }
+
+    fn plugged(&self, region: &Arc<Region>, bytes: &Range<u64>) -> Result<(), RegionError> {
+        self.map_blocks(region, bytes)
+    }
+
+    fn unplugged(&self, region: &Arc<Region>, bytes: &Range<u64>) -> Result<(), RegionError> {
+        let at = Iova(region.guest().saturating_add(bytes.start));
+        Ok(self.space.unmap(at, bytes.end - bytes.start)?)
+    }
 }
 
+#[cfg(test)]
+mod blocks_tests;
 #[cfg(test)]
 mod tests;

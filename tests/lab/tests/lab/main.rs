@@ -39,6 +39,7 @@ mod lanes;
 mod libvirt;
 mod life;
 mod mediated;
+mod memory;
 mod nic;
 mod package;
 mod paused;
@@ -77,6 +78,7 @@ const CHAPTERS: &[&[Proof]] = &[
     errors::PROOFS,
     events::PROOFS,
     cpus::PROOFS,
+    memory::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,

@@ -21,7 +21,7 @@ const PINNED: &str = "what an assigned device reaches is pinned, and Linux pins 
 
 /// A file cannot be memory of the guest's.
 #[derive(Debug, thiserror::Error)]
-pub enum PlugError {
+pub enum FileMemoryError {
     /// there is no room for it among the guest's addresses, which have {free} left for such memory
     #[error(
         "there is no room for it among the guest's addresses, which have {} left for such memory: give the VM what it \
@@ -65,7 +65,7 @@ impl Slots {
     /// Where devices are assigned, the file is read first: it is pinned, and whoever pins it holds others up.
     ///
     /// # Errors
-    /// [`PlugError`]; nothing has changed then.
+    /// [`FileMemoryError`]; nothing has changed then.
     pub fn plug(
         &self,
         name: &str,
@@ -73,10 +73,10 @@ impl Slots {
         size: u64,
         alignment: u64,
         private: bool,
-    ) -> Result<Plugged, PlugError> {
-        let map_error = |error: &dyn fmt::Display| PlugError::Map(error.to_string());
+    ) -> Result<FileMemory, FileMemoryError> {
+        let map_error = |error: &dyn fmt::Display| FileMemoryError::Map(error.to_string());
         let place = self.area.take(size, alignment);
-        let place = place.ok_or_else(|| PlugError::NoRoom {
+        let place = place.ok_or_else(|| FileMemoryError::NoRoom {
             free: self.area.largest(),
         })?;
         let kept = file.try_clone().map_err(|error| map_error(&error))?;
@@ -101,7 +101,7 @@ impl Slots {
         let region = Region::ram(name, Arc::clone(&mapping)).with_remedy(PINNED);
         let region = Arc::new(region);
         self.regions.add(Arc::clone(&region))?;
-        let plugged = Plugged {
+        let plugged = FileMemory {
             slots: self.clone(),
             region,
             mapping,
@@ -130,7 +130,7 @@ fn read(file: &File, size: u64) -> io::Result<()> {
 }
 
 /// A file that is memory of the guest's, for as long as this is kept.
-pub struct Plugged {
+pub struct FileMemory {
     slots: Slots,
     region: Arc<Region>,
     mapping: Arc<GuestRegionMmap>,
@@ -138,13 +138,13 @@ pub struct Plugged {
     _place: Place,
 }
 
-impl fmt::Debug for Plugged {
+impl fmt::Debug for FileMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Plugged").field(&self.region).finish()
+        f.debug_tuple("FileMemory").field(&self.region).finish()
     }
 }
 
-impl Plugged {
+impl FileMemory {
     /// Its first guest-physical address.
     #[must_use]
     pub fn start(&self) -> u64 {
@@ -161,7 +161,7 @@ impl Plugged {
     }
 }
 
-impl Drop for Plugged {
+impl Drop for FileMemory {
     fn drop(&mut self) {
         {
             let ram = &self.slots.ram;

@@ -1,0 +1,174 @@
+//! RAM that comes and goes while a machine runs: where it can be, whether devices could reach all of it, and how much of
+//! it the guest is to have.
+
+use std::ops::Range;
+
+use busway_iommu::{DmaSpace, IovaRange};
+
+use super::assembly::Machine;
+use super::requests::{Answer, RequestError};
+use crate::memory::{Amount, Blocks};
+use crate::monitor::{self, Source};
+
+/// Mappings that are kept for other things than blocks of RAM: RAM that the guest starts with, and BARs.
+const OTHER_MAPPINGS: u64 = 256;
+
+/// RAM that is to come cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PluggableError {
+    /// it lies beyond what the host's processors address
+    #[error(
+        "--memory hotplug_size=: RAM that is to come would end at {end:#x}, and the host's processors address {} ({bits} \
+         bits): ask for less",
+        Amount(1_u64.checked_shl((*bits).into()).unwrap_or(u64::MAX))
+    )]
+    Place {
+        /// The first address behind it.
+        end: u64,
+        /// Bits of an address.
+        bits: u8,
+    },
+    /// it lies where devices' IOMMUs do not map
+    #[error(
+        "--memory hotplug_size=: RAM that is to come lies at {:#x}..{:#x}, and the IOMMU of the assigned devices maps none \
+         of it from {gap:#x} on: ask for less",
+        range.start, range.end
+    )]
+    Reach {
+        /// Where it lies.
+        range: Range<u64>,
+        /// The first address that is not mapped.
+        gap: u64,
+    },
+    /// it takes more mappings than there are
+    #[error(
+        "--memory hotplug_size= takes {needed} mappings for the assigned devices, one for each block of {}, and the VFIO \
+         container takes {left} more, of which {OTHER_MAPPINGS} are for other things: ask for less, or raise its limit \
+         before Busway starts: `echo {} > /sys/module/vfio_iommu_type1/parameters/dma_entry_limit`",
+        Amount(*block), needed.saturating_add(OTHER_MAPPINGS).next_multiple_of(65535)
+    )]
+    Mappings {
+        /// How many it takes.
+        needed: u64,
+        /// How many there are.
+        left: u64,
+        /// Bytes of a block.
+        block: u64,
+    },
+}
+
+/// That devices in `space` will reach each of the `blocks` at the guest's addresses in `range`. Known is what the kernel
+/// says when a device is attached.
+///
+/// # Errors
+/// [`PluggableError`]
+pub(super) fn check_reach(
+    range: &Range<u64>,
+    blocks: &Blocks,
+    space: &dyn DmaSpace,
+) -> Result<(), PluggableError> {
+    // What is plugged is mapped by now.
+    let block = blocks.block_size();
+    let plugged = blocks.plugged_bytes().checked_div(block).unwrap_or(0);
+    let needed = blocks.count().saturating_sub(plugged);
+    if let Some(left) = space.room()
+        && left < needed.saturating_add(OTHER_MAPPINGS)
+    {
+        return Err(PluggableError::Mappings {
+            needed,
+            left,
+            block,
+        });
+    }
+    let usable = space.usable_ranges().unwrap_or_default();
+    match first_gap(range, &usable) {
+        Some(gap) => Err(PluggableError::Reach {
+            range: range.clone(),
+            gap,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The first address of `range` that is in none of the `usable` ranges, which are ascending; nothing where none is known.
+fn first_gap(range: &Range<u64>, usable: &[IovaRange]) -> Option<u64> {
+    let mut next = range.start;
+    for part in usable {
+        if part.start <= next && part.last >= next {
+            next = part.last.checked_add(1)?;
+        }
+    }
+    (!usable.is_empty() && next < range.end).then_some(next)
+}
+
+impl Machine {
+    /// Has the guest have `bytes` bytes of RAM, with those that it started with. Its driver is told; nobody waits for it.
+    pub(super) fn resize_memory(&self, bytes: u64) -> Result<Answer, RequestError> {
+        let first = self.ram.size();
+        let Some(memory) = self.virtio.memory() else {
+            if bytes == first {
+                return Ok(Answer::Done);
+            }
+            return Err(match self.config().memory.hotplug_size {
+                Some(1..) => RequestError::NotYet(
+                    "RAM that comes by ACPI (memory.hotplug_method Acpi); start the VM with VirtioMem in its place \
+                     (--memory hotplug_method=virtio-mem)",
+                ),
+                _ => RequestError::Invalid(
+                    "the VM was started without room for another amount of RAM: start it with --memory \
+                     hotplug_size=SIZE,hotplug_method=virtio-mem (memory.hotplug_size, memory.hotplug_method)"
+                        .to_owned(),
+                ),
+            });
+        };
+        let Some(more) = bytes.checked_sub(first) else {
+            return Err(RequestError::Invalid(format!(
+                "{bytes} bytes of RAM are less than the {first} that the guest started with, which stay"
+            )));
+        };
+        let set = memory.set(more);
+        set.map_err(|error| RequestError::Invalid(error.to_string()))?;
+        monitor::tell(Source::Vm, "resizing", &[]);
+        monitor::tell(Source::Vm, "resized", &[]);
+        log::info!(
+            "the guest is to have {bytes} bytes of RAM, {more} of them plugged, as the control socket asks"
+        );
+        Ok(Answer::Done)
+    }
+
+    /// The guest starts anew, without what it had plugged; its driver finds that it is to have as much. No vCPU may run
+    /// and no device.
+    pub(super) fn unplug_memory(&self) {
+        if let Some(memory) = self.virtio.memory()
+            && let Err(error) = memory.on_restart()
+        {
+            log::warn!("the guest starts anew with memory that was plugged: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_address_out_of_reach_is_found() {
+        let usable = |ranges: &[(u64, u64)]| -> Vec<IovaRange> {
+            let range = |&(start, last)| IovaRange { start, last };
+            ranges.iter().map(range).collect()
+        };
+        let range = 0x4000..0x8000;
+        for (ranges, gap) in [
+            (&[(0, 0xffff)][..], None),
+            (&[(0, 0x5fff), (0x6000, 0x7fff)], None),
+            (&[(0, 0x5fff)], Some(0x6000)),
+            (&[(0, 0x5fff), (0x7000, 0xffff)], Some(0x6000)),
+            (&[(0x5000, 0xffff)], Some(0x4000)),
+            (&[(0, 0xfff)], Some(0x4000)),
+            (&[(0, u64::MAX)], None),
+            (&[], None),
+        ] {
+            assert_eq!(first_gap(&range, &usable(ranges)), gap, "{ranges:x?}");
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! Memory that comes and goes while a drive works.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use busway_lab::{Host, Lab};
+use serde_json::Value;
+
+use crate::assigned::{Interface, bound, give_back, guest};
+use crate::hotplug::{CTL, SOCKET};
+use crate::proof::Tier;
+use crate::{Proof, count, tell};
+
+pub(crate) const PROOFS: &[Proof] = &[
+    Proof::soak(
+        "memory_plugged_under_a_drives_io_is_mapped_block_by_block_by_group",
+        |lab, tier| plugged(lab, Interface::Group, tier),
+    ),
+    Proof::soak(
+        "memory_plugged_under_a_drives_io_is_mapped_block_by_block_by_cdev",
+        |lab, tier| plugged(lab, Interface::Cdev, tier),
+    ),
+];
+
+const MIB: u64 = 1 << 20;
+/// MiB that the guest starts with, all of them below 4 GiB.
+const FIRST: u64 = 512;
+/// MiB that come and go, above 4 GiB.
+const MORE: u64 = 1024;
+/// MiB of a block.
+const BLOCK: u64 = 2;
+
+/// What a drive's devices reach, and what the guest has plugged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Reach {
+    mappings: u64,
+    bytes: u64,
+    plugged: u64,
+}
+
+fn reach(host: &Host) -> Result<Reach> {
+    let devices = host.run(&format!("{CTL} devices --json"))?;
+    let devices: Value = serde_json::from_str(&devices)?;
+    let all = devices["devices"].as_array().context("devices")?;
+    let find = |id: &str, kind: &str| {
+        let mut all = all.iter();
+        let found = all.find(|one| one["kind"] == kind);
+        found.with_context(|| format!("{id} in {devices}"))
+    };
+    let (drive, memory) = (
+        find("the drive", "assigned")?,
+        find("the memory", "memory")?,
+    );
+    let number = |value: &Value| value.as_u64().context("a number");
+    Ok(Reach {
+        mappings: number(&drive["dma"]["mappings"])?,
+        bytes: number(&drive["dma"]["bytes"])?,
+        plugged: number(&memory["counters"]["plugged_bytes"])?,
+    })
+}
+
+/// Waits until the guest has so many MiB plugged.
+fn wait_plugged(host: &Host, mib: u64) -> Result<Reach> {
+    let began = Instant::now();
+    loop {
+        let reach = reach(host)?;
+        if reach.plugged == mib * MIB {
+            return Ok(reach);
+        }
+        if began.elapsed() > Duration::from_secs(120) {
+            bail!("{mib} MiB are wanted, and there is {reach:?}");
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// A guest is given 1 GiB and gives it back, again and again, while its drive is written to and read back all the time, by
+/// buffers in what was plugged as well. What devices reach is what is plugged, in as many mappings as there are blocks, and
+/// at the end what it was at the start.
+fn plugged(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
+    let rounds = tier.of(2, 10);
+    let (host, address) = bound(lab, "nv0")?;
+    let [_, way] = interface.arguments();
+    let memory = format!("hotplug_size={MORE}M,hotplug_method=virtio-mem");
+    let half = (FIRST + MORE / 2) * 1024;
+    let run = guest()?
+        .memory_mib(FIRST)
+        .cmdline("memhp_default_state=online_movable")
+        .args(&["--memory", &memory, "--platform", &format!("{way},p2p=off")])
+        .args(&SOCKET)
+        .device(&address)
+        .limit(Duration::from_secs(240 + 120 * rounds))
+        .script(&format!(
+            "(seed=0; while [ ! -e /tmp/still ]; do seed=$((seed + 1)); place=$(cat /tmp/place 2>/dev/null || true)\n\
+             lab-io write /dev/nvme0n1 $seed $place && lab-io verify /dev/nvme0n1 $seed $place ||\n\
+             echo \"$seed $place\" >>/tmp/bad\n\
+             echo \"$seed $place\" >/tmp/passes; done) >/dev/null 2>>/tmp/said & io=$!\n\
+             total() {{ awk '/^MemTotal/ {{ print $2 }}' /proc/meminfo; }}\n\
+             passed() {{ seen=$(cut -d ' ' -f 1 /tmp/passes); until [ \"$(cut -d ' ' -f 1 /tmp/passes)\" -gt $((seen + 1)) ]; do sleep 0.1; done; }}\n\
+             until [ -e /tmp/passes ]; do sleep 0.1; done\n\
+             value ready yes\n\
+             for round in $(seq {rounds}); do\n\
+             until [ \"$(total)\" -gt {half} ]; do sleep 0.1; done\n\
+             value plugged $round\n\
+             echo high >/tmp/place; passed\n\
+             value used \"$round $(cat /tmp/passes)\"\n\
+             echo >/tmp/place; passed\n\
+             value rests $round\n\
+             until [ \"$(total)\" -lt {half} ]; do sleep 0.1; done\n\
+             value left $round\n\
+             done\n\
+             : >/tmp/still; wait $io\n\
+             value passes \"$(cat /tmp/passes)\"\nvalue bad \"$(cat /tmp/bad /tmp/said 2>/dev/null | head -n 5)\"\n\
+             until_pressed waiting\n\
+             dmesg | grep -iE 'virtio_mem|nvme|error' | tail -n 40 | block log\n",
+        ));
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value ready")?;
+    let before = reach(host)?;
+    ensure!(
+        before.bytes == FIRST * MIB && before.plugged == 0,
+        "{before:?}"
+    );
+    let resize = |mib: u64| host.run(&format!("{CTL} resize --memory {mib}M"));
+    let refused = host.run(&format!(
+        "{CTL} resize --memory {}M 2>&1 || true",
+        FIRST + MORE + BLOCK
+    ))?;
+    ensure!(refused.contains("hotplug_size"), "{refused}");
+    let mut longest = Duration::ZERO;
+    for round in 1..=rounds {
+        let began = Instant::now();
+        resize(FIRST + MORE)?;
+        running.wait_line(&format!("@@value plugged {round}"))?;
+        let all = wait_plugged(host, MORE)?;
+        longest = longest.max(began.elapsed());
+        let expected = Reach {
+            mappings: before.mappings + MORE / BLOCK,
+            bytes: before.bytes + MORE * MIB,
+            plugged: MORE * MIB,
+        };
+        ensure!(
+            all == expected,
+            "round {round}: {all:?} and not {expected:?}"
+        );
+        let info = host.run(&format!("{CTL} info --json"))?;
+        let info: Value = serde_json::from_str(&info)?;
+        ensure!(
+            info["memory_actual_size"] == (FIRST + MORE) * MIB,
+            "round {round}: {}",
+            info["memory_actual_size"]
+        );
+        running.wait_line(&format!("@@value used {round} "))?;
+        running.wait_line(&format!("@@value rests {round}"))?;
+        resize(FIRST)?;
+        running.wait_line(&format!("@@value left {round}"))?;
+        let after = wait_plugged(host, 0)?;
+        ensure!(
+            after == before,
+            "round {round}: {after:?} and not {before:?}"
+        );
+    }
+    count("times 1 GiB came and went", rounds);
+    tell!("the longest plug of 1 GiB took {longest:.1?}");
+    running.wait_line("@@value waiting")?;
+    host.run(&format!("{CTL} power-button"))?;
+    let result = running.finish()?.success()?;
+    tell!("{}", result.block("log")?);
+    let bad = result.value("bad")?.trim();
+    ensure!(bad.is_empty(), "data was lost: {bad}");
+    give_back(host, &address, "nvme")
+}
