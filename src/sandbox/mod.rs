@@ -33,13 +33,13 @@ pub use table::capabilities;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
     /// The process ends, with a message that names thread and call
+    #[default]
     True,
     /// The kernel does it, and logs it
     Log,
     /// It fails with EPERM
     Errno,
     /// There are no filters
-    #[default]
     False,
 }
 
