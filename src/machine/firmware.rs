@@ -182,15 +182,8 @@ fn chip_of_variables(
     Ok(variables)
 }
 
-/// What a BIOS is told besides. It places BARs from the I/O APIC downwards, so that the tables let the guest's own drivers have
-/// them there. SeaBIOS, src/fw/pciinit.c, `pci_bios_init_root_regions_mem`
+/// What a BIOS is told besides.
 fn tell_bios(items: &mut BoardItems, around: &Surroundings<'_>) {
-    let told = items.acpi.clone();
-    items.acpi = Arc::new(move || {
-        let mut now = told();
-        now.mmio32.push(layout::BIOS_MMIO32);
-        now
-    });
     let serial = around.config.serial != ConsoleConfig::Off;
     items.bios = Some(BiosItems {
         console: serial.then_some(layout::SERIAL_PORT),

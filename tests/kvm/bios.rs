@@ -52,7 +52,7 @@ fn seabios_boots_a_virtio_disk_reads_and_writes_it_and_does_so_again_after_a_res
     fs::write(&disk, &bytes).unwrap();
     // A BIOS that waits for a processor or a device waits for ever.
     let output = Command::new("timeout")
-        .args(["120", env!("CARGO_BIN_EXE_busway")])
+        .args(["600", env!("CARGO_BIN_EXE_busway")])
         .args([
             "run",
             "--seccomp",

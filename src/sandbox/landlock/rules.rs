@@ -153,7 +153,9 @@ impl Rules {
                 Some(socket) => self.allow(folder(socket), ReadWrite),
                 None => self.allow("/dev/vhost-vsock", ReadWrite),
             },
-            VirtioConfig::Net(_) | VirtioConfig::Fs(_) => {}
+            VirtioConfig::Pmem(pmem) if pmem.discard_writes => self.allow(&pmem.file, Read),
+            VirtioConfig::Pmem(pmem) => self.allow(&pmem.file, ReadWrite),
+            VirtioConfig::Net(_) | VirtioConfig::Fs(_) | VirtioConfig::Generic(_) => {}
         }
     }
 }
@@ -234,10 +236,14 @@ mod tests {
     fn of_what_another_process_serves_only_its_socket_is_in_reach() {
         let config = VmConfig {
             fs: vec![crate::config::FsConfig::new("tag", "/run/share/socket")],
+            tpm: Some(crate::config::TpmConfig {
+                socket: "/run/tpm/socket".into(),
+            }),
             ..VmConfig::default()
         };
         let rules = Rules::of(&config, false);
-        assert_eq!(rules.connects(), [Path::new("/run/share")]);
+        let folders = ["/run/share", "/run/tpm"].map(Path::new);
+        assert_eq!(rules.connects(), folders);
         assert_eq!(access(&rules, "/run/share"), []);
     }
 
