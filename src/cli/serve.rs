@@ -268,7 +268,7 @@ impl Serve {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::FsConfig;
+    use crate::config::{FsConfig, GenericConfig, PmemConfig};
 
     fn args(text: &str) -> Vec<OsString> {
         text.split(' ').map(OsString::from).collect()
@@ -316,7 +316,9 @@ mod tests {
         let config = first(
             "busway --api-socket path=/run/s --kernel k --disk path=a,pci_segment=1 path=b --cpus boot=2,max=4 \
              --disk vhost_user=on,socket=/run/b,num_queues=2 --fs tag=t,socket=/run/f,pci_segment=1 \
-             --net tap=t,ip=192.168.249.1 --platform num_pci_segments=2 --log-format text",
+             --net tap=t,ip=192.168.249.1 --platform num_pci_segments=2 --log-format text \
+             --pmem file=/p,iommu=off,pci_segment=1 --generic-vhost-user socket=/run/g,virtio_id=26,queue_sizes=[512,256] \
+             socket=/run/h,device_type=sound,queue_sizes=64,pci_segment=1",
         )
         .unwrap();
         let accepted = config.accepted.clone().unwrap_or_default();
@@ -327,6 +329,12 @@ mod tests {
         assert_eq!((config.disk.len(), config.net.len()), (3, 1));
         assert_eq!(config.disk[2].back_end(), Some("/run/b".as_ref()));
         assert_eq!(config.fs, [FsConfig::new("t", "/run/f")]);
+        assert_eq!(config.pmem, [PmemConfig::new("/p")]);
+        let generic = [
+            GenericConfig::new(26, "/run/g", vec![512, 256]),
+            GenericConfig::new(25, "/run/h", vec![64]),
+        ];
+        assert_eq!(config.generic, generic);
         assert!(config.shares_memory());
         assert_eq!(config.platform.root_ports, Some(false));
         let ports =

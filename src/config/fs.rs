@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{fs_queue_size, one};
+use super::limits::{FS_QUEUE_SIZES, MAX_QUEUES, TAG_SIZE};
+use super::validate::queue_size;
+use super::{InvalidVirtio, fs_queue_size, one};
 
 /// `--fs`
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,5 +38,20 @@ impl FsConfig {
             queue_size: fs_queue_size(),
             id: None,
         }
+    }
+
+    /// Whether there can be such a folder.
+    pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
+        let tag = &self.tag;
+        if tag.is_empty() || tag.len() > TAG_SIZE || tag.contains('\0') {
+            return Err(InvalidVirtio::Tag(tag.clone()));
+        }
+        if self.socket.as_os_str().is_empty() {
+            return Err(InvalidVirtio::NoSocket);
+        }
+        if !(1..=MAX_QUEUES).contains(&self.num_queues) {
+            return Err(InvalidVirtio::Queues(self.num_queues));
+        }
+        queue_size(self.queue_size, FS_QUEUE_SIZES)
     }
 }

@@ -9,9 +9,11 @@ mod balloon;
 mod cpus;
 mod disk;
 mod fs;
+mod generic;
 mod landlock;
 mod limits;
 mod net;
+mod pmem;
 mod tpm;
 mod validate;
 mod virtio;
@@ -29,6 +31,7 @@ pub use balloon::BalloonConfig;
 pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
+pub use generic::GenericConfig;
 pub use landlock::{LandlockAccess, LandlockRule};
 use limits::MAX_HOTPLUG_SLOTS;
 pub use limits::{
@@ -37,6 +40,7 @@ pub use limits::{
     MIN_CONSOLE_FILE_SIZE, MIN_MEMORY, NET_QUEUE_SIZES,
 };
 pub use net::{NetConfig, VhostMode};
+pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
@@ -72,6 +76,11 @@ pub struct VmConfig {
     pub net: Vec<NetConfig>,
     /// Shared folders.
     pub fs: Vec<FsConfig>,
+    /// Persistent memory.
+    pub pmem: Vec<PmemConfig>,
+    /// Devices of any kind that other processes serve.
+    #[serde(rename = "generic-vhost-user")]
+    pub generic: Vec<GenericConfig>,
     /// Virtio sockets between host and guest.
     pub vsock: Option<VsockConfig>,
     /// Virtio balloon.
@@ -278,11 +287,15 @@ impl VmConfig {
         let disks = self.disk.iter().map(|disk| disk.id.as_deref());
         let nets = self.net.iter().map(|net| net.id.as_deref());
         let folders = self.fs.iter().map(|fs| fs.id.as_deref());
+        let pmems = self.pmem.iter().map(|pmem| pmem.id.as_deref());
+        let generic = self.generic.iter().map(|one| one.id.as_deref());
         let vsocks = self.vsock.iter().map(|vsock| vsock.id.as_deref());
         let devices = self.device.iter().map(|device| device.id.as_deref());
         disks
             .chain(nets)
             .chain(folders)
+            .chain(pmems)
+            .chain(generic)
             .chain(vsocks)
             .chain(devices)
             .any(|other| other == Some(id))

@@ -5,7 +5,10 @@ use std::path::Path;
 use busway_host::Mac;
 
 use super::validate::is_id;
-use super::{DiskConfig, FsConfig, InvalidVirtio, NetConfig, VmConfig, VsockConfig};
+use super::{
+    DiskConfig, FsConfig, GenericConfig, InvalidVirtio, NetConfig, PmemConfig, VmConfig,
+    VsockConfig,
+};
 
 /// A virtio device: what a kind of device adds to join those that come and leave is a variant here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +19,10 @@ pub enum VirtioConfig {
     Net(NetConfig),
     /// A shared folder.
     Fs(FsConfig),
+    /// Persistent memory.
+    Pmem(PmemConfig),
+    /// A device of any kind that another process serves.
+    Generic(GenericConfig),
     /// Sockets, of which a VM has one device at most.
     Vsock(VsockConfig),
 }
@@ -28,6 +35,8 @@ impl VirtioConfig {
             Self::Disk(_) => "disk",
             Self::Net(_) => "net",
             Self::Fs(_) => "fs",
+            Self::Pmem(_) => "pmem",
+            Self::Generic(_) => "vhost-user",
             Self::Vsock(_) => "vsock",
         }
     }
@@ -39,6 +48,8 @@ impl VirtioConfig {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
             Self::Fs(fs) => fs.id.as_deref(),
+            Self::Pmem(pmem) => pmem.id.as_deref(),
+            Self::Generic(generic) => generic.id.as_deref(),
             Self::Vsock(vsock) => vsock.id.as_deref(),
         }
     }
@@ -50,6 +61,8 @@ impl VirtioConfig {
             Self::Disk(disk) => disk.id = Some(name.to_owned()),
             Self::Net(net) => net.id = Some(name.to_owned()),
             Self::Fs(fs) => fs.id = Some(name.to_owned()),
+            Self::Pmem(pmem) => pmem.id = Some(name.to_owned()),
+            Self::Generic(generic) => generic.id = Some(name.to_owned()),
             Self::Vsock(vsock) => vsock.id = Some(name.to_owned()),
         }
         self
@@ -59,8 +72,8 @@ impl VirtioConfig {
     #[must_use]
     pub const fn mac(&self) -> Option<Mac> {
         match self {
-            Self::Disk(_) | Self::Fs(_) | Self::Vsock(_) => None,
             Self::Net(net) => net.mac,
+            _ => None,
         }
     }
 
@@ -70,8 +83,9 @@ impl VirtioConfig {
         match self {
             Self::Disk(disk) => disk.back_end(),
             Self::Net(net) => net.back_end(),
-            Self::Vsock(_) => None,
+            Self::Vsock(_) | Self::Pmem(_) => None,
             Self::Fs(fs) => Some(&fs.socket),
+            Self::Generic(generic) => Some(&generic.socket),
         }
     }
 
@@ -93,6 +107,8 @@ impl VirtioConfig {
             Self::Disk(disk) => disk.check(),
             Self::Net(net) => net.check(),
             Self::Fs(fs) => fs.check(),
+            Self::Pmem(pmem) => pmem.check(),
+            Self::Generic(generic) => generic.check(),
             Self::Vsock(vsock) => vsock.check(),
         }
     }
@@ -105,9 +121,13 @@ impl VmConfig {
         let disks = self.disk.iter().cloned().map(VirtioConfig::Disk);
         let nets = self.net.iter().cloned().map(VirtioConfig::Net);
         let folders = self.fs.iter().cloned().map(VirtioConfig::Fs);
+        let pmems = self.pmem.iter().cloned().map(VirtioConfig::Pmem);
+        let generic = self.generic.iter().cloned().map(VirtioConfig::Generic);
         let vsocks = self.vsock.iter().cloned().map(VirtioConfig::Vsock);
         let devices = disks.enumerate().chain(nets.enumerate());
         let devices = devices.chain(folders.enumerate());
+        let devices = devices.chain(pmems.enumerate());
+        let devices = devices.chain(generic.enumerate());
         devices.chain(vsocks.enumerate())
     }
 }

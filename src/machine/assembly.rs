@@ -12,7 +12,7 @@ use busway_vfio::{AssignOptions, EventFd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::RunError;
-use super::address_plan::{AddressPlan, PlannedFunction};
+use super::address_plan::{AddressPlan, PlannedFunction, PluggedRoom};
 use super::aside::Aside;
 use super::consoles::{CONSOLE, SERIAL, open_console, terminal};
 use super::definition::Definition;
@@ -36,7 +36,7 @@ use crate::devices::pvpanic::Pvpanic;
 use crate::devices::tpm::{self, Tpm};
 use crate::devices::watchdog::Watchdog;
 use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from};
-use crate::memory::{Discards, Ram, Regions};
+use crate::memory::{Area, Discards, Ram, Regions, Slots};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
 use crate::virtio::MemoryTable;
@@ -169,7 +169,8 @@ impl Machine {
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
         let found = Found::find(definition, options)?;
-        let plan = plan(config, &found, &model)?;
+        let room = PluggedRoom::of(config, can_be_asked, model.address_bits());
+        let plan = plan(config, &found, &model, room)?;
         let tpm = config.tpm.as_ref();
         let tpm = tpm.map(|tpm| Tpm::open(&tpm.socket, layout::TPM_START));
         let tpm = tpm.transpose()?;
@@ -228,7 +229,11 @@ impl Machine {
             config.firmware.is_some(),
         )?;
         let routes = Arc::new(router.clone());
-        let mut virtio = VirtioDevices::new(ram.guest(), &table, routes, pci.seats(), &events);
+        let top_of_ram = ram.guest_ranges().last().map_or(0, |range| range.end);
+        let area = Area::new(plan.plugged_area(top_of_ram, &usable));
+        let slots = Slots::new(ram.guest(), &memory.0, area);
+        let mut virtio =
+            VirtioDevices::new(ram.guest(), &table, slots, routes, pci.seats(), &events);
         let console_terminal = add_virtio(
             &mut virtio,
             &mut pci,
@@ -352,12 +357,16 @@ impl Machine {
         config.disk.clear();
         config.net.clear();
         config.fs.clear();
+        config.pmem.clear();
+        config.generic.clear();
         config.vsock = None;
         for device in self.virtio.configs() {
             match device {
                 VirtioConfig::Disk(disk) => config.disk.push(disk),
                 VirtioConfig::Net(net) => config.net.push(net),
                 VirtioConfig::Fs(fs) => config.fs.push(fs),
+                VirtioConfig::Pmem(pmem) => config.pmem.push(pmem),
+                VirtioConfig::Generic(generic) => config.generic.push(generic),
                 VirtioConfig::Vsock(vsock) => config.vsock = Some(vsock),
             }
         }
@@ -418,7 +427,12 @@ fn cpu_features(config: &VmConfig) -> CpuFeatures {
 }
 
 /// Where RAM and windows lie, with room for what may be plugged in later.
-fn plan(config: &VmConfig, found: &Found, model: &CpuModel) -> Result<AddressPlan, RunError> {
+fn plan(
+    config: &VmConfig,
+    found: &Found,
+    model: &CpuModel,
+    room: PluggedRoom,
+) -> Result<AddressPlan, RunError> {
     let platform = &config.platform;
     let mut planned = found.planned(platform.reserve());
     let slots = 0..platform.hotplug_slots();
@@ -430,6 +444,7 @@ fn plan(config: &VmConfig, found: &Found, model: &CpuModel) -> Result<AddressPla
         found.reserved(),
         bits,
         config.firmware.is_some(),
+        room,
     )?)
 }
 

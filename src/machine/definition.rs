@@ -80,6 +80,8 @@ impl Definition {
             VirtioConfig::Disk(_) => config.disk.len(),
             VirtioConfig::Net(_) => config.net.len(),
             VirtioConfig::Fs(_) => config.fs.len(),
+            VirtioConfig::Pmem(_) => config.pmem.len(),
+            VirtioConfig::Generic(_) => config.generic.len(),
             VirtioConfig::Vsock(_) => 0,
         };
         let is_free = |name: &str| !config.has_id(name);
@@ -96,6 +98,8 @@ impl Definition {
             VirtioConfig::Disk(disk) => config.disk.push(disk),
             VirtioConfig::Net(net) => config.net.push(net),
             VirtioConfig::Fs(fs) => config.fs.push(fs),
+            VirtioConfig::Pmem(pmem) => config.pmem.push(pmem),
+            VirtioConfig::Generic(generic) => config.generic.push(generic),
             VirtioConfig::Vsock(vsock) => match &config.vsock {
                 None => config.vsock = Some(vsock),
                 Some(_) => return Err(RequestError::Invalid(ONE_VSOCK.to_owned())),
@@ -139,6 +143,8 @@ impl Definition {
         config.disk.retain(|disk| disk.id.as_deref() != Some(id));
         config.net.retain(|net| net.id.as_deref() != Some(id));
         config.fs.retain(|fs| fs.id.as_deref() != Some(id));
+        config.pmem.retain(|pmem| pmem.id.as_deref() != Some(id));
+        config.generic.retain(|one| one.id.as_deref() != Some(id));
         config
             .vsock
             .take_if(|vsock| vsock.id.as_deref() == Some(id));

@@ -25,6 +25,7 @@ use crate::virtio::VirtioPciError;
 use crate::virtio::balloon::TargetError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::net::{NetError, TapError};
+use crate::virtio::pmem::{PmemError, PmemFault};
 use crate::virtio::rng::RngError;
 use crate::virtio::vhost_user::{BackEndError, VhostUserError};
 use crate::virtio::vsock::VsockError;
@@ -68,6 +69,9 @@ pub enum RunError {
     /// A device that another process serves cannot be had.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
+    /// Persistent memory cannot be had.
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// A vsock device cannot be had.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -317,6 +321,17 @@ impl RunError {
             | Self::Inherited(_)
             | Self::NoSlot { .. }
             | Self::Vsock(VsockError::Config { .. } | VsockError::Socket { .. })
+            | Self::Pmem(PmemError {
+                source:
+                    PmemFault::Config(_)
+                    | PmemFault::Open { .. }
+                    | PmemFault::Kind { .. }
+                    | PmemFault::Locked { .. }
+                    | PmemFault::NoSize { .. }
+                    | PmemFault::Size { .. }
+                    | PmemFault::TooShort { .. },
+                ..
+            })
             | Self::Net(
                 NetError::Config { .. }
                 | NetError::Tap {
@@ -352,6 +367,7 @@ impl RunError {
             | Self::Regions(_)
             | Self::Net(_)
             | Self::VhostUser(_)
+            | Self::Pmem(_)
             | Self::Vsock(_)
             | Self::Tpm(_)
             | Self::DmaSpace(_)

@@ -24,7 +24,7 @@ use crate::devices::console::Endpoint;
 use crate::devices::hostile::{Story, width_of};
 use crate::devices::watchdog::Watchdog;
 use crate::kvm::{AddressMap, Buses, Doorbells, IrqRouter, KvmError, VcpuEvent};
-use crate::memory::{Ram, Regions};
+use crate::memory::{Area, Ram, Regions, Slots};
 use crate::virtio::MemoryTable;
 use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
@@ -145,7 +145,9 @@ impl Whole {
         .expect("a board");
         let routes = Arc::new(router.clone());
         let table = Arc::<MemoryTable>::default();
-        let mut virtio = VirtioDevices::new(ram.guest(), &table, routes, pci.seats(), &events);
+        let slots = Slots::new(ram.guest(), &regions, Area::new(0..0));
+        let mut virtio =
+            VirtioDevices::new(ram.guest(), &table, slots, routes, pci.seats(), &events);
         let console = null().map(|endpoint| Console::new("console", endpoint));
         let rng = Rng::new("rng", &config.rng).expect("randomness");
         virtio

@@ -2,18 +2,22 @@
 //!
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
+mod area;
 mod discard;
 mod error;
 mod huge_pages;
+mod plugged;
 mod prefault;
 mod ram;
 mod regions;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+pub use area::{Area, Place};
 pub use discard::{Discarded, Discards};
 pub(crate) use error::Amount;
 pub use error::RamError;
+pub use plugged::{PlugError, Plugged, Slots};
 pub use prefault::PrefaultError;
 pub use ram::Ram;
 pub use regions::{Peer, Region, RegionError, RegionKind, RegionListener, Regions, RegionsError};

@@ -53,6 +53,7 @@ pub struct Region {
     host: usize,
     file: Option<FileOffset>,
     peer: Option<Peer>,
+    remedy: Option<&'static str>,
     /// Keeps the mapping at `host`.
     _owner: Box<dyn Owner>,
 }
@@ -80,6 +81,7 @@ impl Region {
             host: memory.as_ptr() as usize,
             file: memory.file_offset().filter(|_| shared).cloned(),
             peer: None,
+            remedy: None,
             _owner: Box::new(memory),
         }
     }
@@ -104,6 +106,7 @@ impl Region {
             host,
             file: None,
             peer: None,
+            remedy: None,
             _owner: Box::new(owner),
         }
     }
@@ -119,6 +122,19 @@ impl Region {
     #[must_use]
     pub fn peer(&self) -> Option<&Peer> {
         self.peer.as_ref()
+    }
+
+    /// The region, with what helps where it cannot be pinned for DMA.
+    #[must_use]
+    pub fn with_remedy(mut self, remedy: &'static str) -> Self {
+        self.remedy = Some(remedy);
+        self
+    }
+
+    /// What helps where it cannot be pinned for DMA, for a person.
+    #[must_use]
+    pub fn remedy(&self) -> Option<&'static str> {
+        self.remedy
     }
 
     /// The file that is its memory, and where in that it starts; `None` where no other process could

@@ -8,7 +8,7 @@ pub enum Kind {
     Main,
     /// Runs a processor of the guest: `vcpu0`.
     Vcpu,
-    /// Serves a queue of a disk, or does what of it can wait: `_disk0`, `_disk0-io`.
+    /// Serves a queue of a disk or of persistent memory, or does what of it can wait: `_disk0`, `_disk0-io`, `_pmem0`.
     Disk,
     /// Serves a NIC's queues: `_net0`.
     Net,
@@ -81,7 +81,7 @@ impl Kind {
     #[must_use]
     pub fn of_worker(device: &str) -> Self {
         match device {
-            "disk" => Self::Disk,
+            "disk" | "pmem" => Self::Disk,
             "net" => Self::Net,
             "vhost" => Self::Vhost,
             "vsock" => Self::Vsock,

@@ -1,4 +1,4 @@
-//! Virtio 1.x devices over PCI: disk, network card, console, entropy source and sockets.
+//! Virtio 1.x devices over PCI: disk, network card, console, entropy source, sockets and persistent memory.
 //!
 //! [`VirtioPci`] is the transport: a [`PciFunction`](busway_pci::PciFunction) that negotiates, keeps
 //! the registers, and starts and stops the device. A [`VirtioDevice`] is what sits behind it. Each has
@@ -23,6 +23,7 @@ pub mod life;
 mod limiter;
 pub mod net;
 mod pci;
+pub mod pmem;
 mod queue;
 mod retired;
 pub mod rng;

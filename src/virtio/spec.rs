@@ -21,6 +21,8 @@ pub mod device_type {
     pub const ENTROPY: u16 = virtio_ids::VIRTIO_ID_RNG as u16;
     /// Socket device. §5.10
     pub const VSOCK: u16 = virtio_ids::VIRTIO_ID_VSOCK as u16;
+    /// Persistent memory. §5.19
+    pub const PMEM: u16 = virtio_ids::VIRTIO_ID_PMEM as u16;
 }
 
 /// Device status bits. Virtio 1.3 §2.1.
@@ -335,6 +337,16 @@ mod tests {
         assert_eq!((CTRL_MQ, CTRL_MQ_VQ_PAIRS_SET), (4, 0));
         assert_eq!((CTRL_GUEST_OFFLOADS, CTRL_GUEST_OFFLOADS_SET), (5, 0));
     }
+}
+
+/// Persistent memory. Virtio 1.3 §5.19.
+pub mod pmem {
+    /// `VIRTIO_PMEM_REQ_TYPE_FLUSH`. §5.19.6
+    pub const REQ_FLUSH: u32 = 0;
+    /// What was written before is on the host's storage. §5.19.7
+    pub const RESP_OK: u32 = 0;
+    /// It is not.
+    pub const RESP_EIO: u32 = 1;
 }
 
 /// Memory balloon. Virtio 1.3 §5.5.

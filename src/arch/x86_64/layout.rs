@@ -156,6 +156,20 @@ pub fn mmio64(top_of_ram: u64, address_bits: u8, holes: &[Range<u64>]) -> Vec<Ra
     around(start..end, holes)
 }
 
+/// The addresses for `size` bytes of memory that comes and goes while the guest runs: the first together from a GiB
+/// boundary above RAM on, which ends at `top_of_ram`, that lie in none of the `holes` and within `address_bits`. Empty
+/// where nothing is asked for, or there is no room.
+#[must_use]
+pub fn plugged(top_of_ram: u64, size: u64, address_bits: u8, holes: &[Range<u64>]) -> Range<u64> {
+    let clear = mmio64(top_of_ram, address_bits, holes).into_iter();
+    let mut aligned = clear.filter_map(|range| {
+        let start = range.start.checked_next_multiple_of(MMIO64_ALIGNMENT)?;
+        let end = start.checked_add(size)?;
+        (end <= range.end).then_some(start..end)
+    });
+    aligned.next().filter(|_| size > 0).unwrap_or(0..0)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -282,7 +296,47 @@ mod tests {
         assert!(mmio64(1012 << 30, 40, &holes).is_empty());
     }
 
+    #[test]
+    fn memory_that_comes_has_addresses_between_ram_and_the_64_bit_window() {
+        assert_eq!(plugged(256 << 20, 64 << 30, 40, &[]), 4 << 30..68 << 30);
+        assert_eq!(
+            plugged((7 << 30) + 4096, 1 << 30, 40, &[]),
+            8 << 30..9 << 30
+        );
+        for (size, bits) in [(0, 40), (64 << 30, 36), (u64::MAX, 52)] {
+            assert!(plugged(256 << 20, size, bits, &[]).is_empty());
+        }
+        // Before what AMD's IOMMUs reserve where it fits there, and behind it else.
+        let holes = holes([(0xfd_0000_0000, 0xff_ffff_ffff)], 2 << 20);
+        let before = plugged(1000 << 30, 12 << 30, 48, &holes);
+        assert_eq!(before, 1000 << 30..1012 << 30);
+        let behind = plugged(1000 << 30, 13 << 30, 48, &holes);
+        assert_eq!(behind, 1 << 40..(1 << 40) + (13 << 30));
+    }
+
     proptest! {
+        #[test]
+        fn memory_that_comes_is_in_no_hole_in_no_ram_and_in_no_window(
+            ram in 1_u64..1 << 36,
+            size in 1_u64..1 << 37,
+            bits in 36_u8..48,
+            reserved in prop::collection::vec((0_u64..1 << 37, 0_u64..1 << 32), 0..4),
+        ) {
+            let mut reserved: Vec<_> =
+                reserved.into_iter().map(|(start, size)| (start, start + size)).collect();
+            reserved.sort_unstable();
+            let holes = holes(reserved, 2 << 20);
+            let top = ram_ranges(ram, MMIO32_START, &holes).last().map_or(0, |range| range.end);
+            let area = plugged(top, size, bits, &holes);
+            prop_assume!(!area.is_empty());
+            prop_assert_eq!(area.end - area.start, size);
+            prop_assert!(area.start >= top.max(HIGH_RAM_START) && area.end <= 1 << bits);
+            let clear = |hole: &Range<u64>| area.end <= hole.start || hole.end <= area.start;
+            prop_assert!(holes.iter().all(clear));
+            let window = mmio64(top.max(area.end), bits, &holes);
+            prop_assert!(window.iter().all(|part| part.start >= area.end));
+        }
+
         #[test]
         fn no_byte_is_lost_or_in_a_hole_and_windows_are_in_neither(
             size in 1_u64..1 << 36,

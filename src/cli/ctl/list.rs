@@ -87,7 +87,7 @@ fn state(asked: &Asked) -> (String, Style) {
 
 fn devices(info: &Value) -> usize {
     let of = |part: &str| list(info, &format!("/config/{part}")).len();
-    of("devices") + of("disks") + of("net") + of("fs")
+    of("devices") + of("disks") + of("net") + of("fs") + of("pmem") + of("generic_vhost_user")
 }
 
 fn one_json(asked: &Asked) -> Value {

@@ -1,5 +1,6 @@
 //! `busway ctl`: the control socket of a VM that runs, for people.
 
+mod added;
 mod answer;
 mod columns;
 mod devices;
@@ -27,6 +28,7 @@ use crate::config::MAX_REMOVAL_TIMEOUT;
 use crate::control::client::{self, ClientError};
 use crate::exit::{HOST, RUNTIME};
 use crate::preflight::CheckJson;
+use added::{AddGenericArgs, AddPmemArgs};
 use answer::{number, text};
 use columns::{Column, table};
 use top::TopArgs;
@@ -119,6 +121,10 @@ enum Verb {
     AddNet(AddNetArgs),
     /// Add a shared folder, which virtiofsd serves; answered when the guest can find it
     AddFs(AddFsArgs),
+    /// Add persistent memory, which is a file; answered when the guest can find it
+    AddPmem(AddPmemArgs),
+    /// Add a device of any kind, which another process serves (vhost-user); answered when the guest can find it
+    AddVhostUser(AddGenericArgs),
     /// Add sockets between host and guest (vsock); answered when the guest can find them
     AddVsock {
         /// The guest's address, 3 or more; no other VM's of the host without --socket
@@ -287,6 +293,8 @@ impl Verb {
             Self::AddDisk(_) => "vm.add-disk",
             Self::AddNet(_) => "vm.add-net",
             Self::AddFs(_) => "vm.add-fs",
+            Self::AddPmem(_) => "vm.add-pmem",
+            Self::AddVhostUser(_) => "vm.add-generic-vhost-user",
             Self::AddVsock { .. } => "vm.add-vsock",
             Self::Resize { .. } => "vm.resize",
             Self::RemoveDevice { .. } => "vm.remove-device",
@@ -321,6 +329,8 @@ impl Verb {
                 "image_type": if disk.qcow2 { "Qcow2" } else { "Raw" },
                 "backing_files": disk.backing_files, "serial": disk.serial, "id": disk.id,
             })),
+            Self::AddPmem(pmem) => Some(pmem.body()),
+            Self::AddVhostUser(generic) => Some(generic.body()),
             Self::CheckDevice { device } => Some(json!({ "path": device })),
             Self::AddNet(net) => Some(net.body()),
             Self::AddVsock { cid, socket, id } => Some(json!({
@@ -351,6 +361,8 @@ impl Verb {
             | Self::AddDisk(_)
             | Self::AddNet(_)
             | Self::AddFs(_)
+            | Self::AddPmem(_)
+            | Self::AddVhostUser(_)
             | Self::AddVsock { .. }
             | Self::RemoveDevice { .. }
             | Self::Resize { .. } => END_LIMIT,
@@ -489,6 +501,8 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
         | Verb::AddDisk(_)
         | Verb::AddNet(_)
         | Verb::AddFs(_)
+        | Verb::AddPmem(_)
+        | Verb::AddVhostUser(_)
         | Verb::AddVsock { .. } => {
             let all = std::iter::once(answer).chain(answer::list(answer, "/functions"));
             let heard = match answer["attended"].as_bool() {

@@ -224,6 +224,18 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             socket: "s".into(),
             id: None,
         }),
+        Verb::AddPmem(AddPmemArgs {
+            file: "f".into(),
+            size: None,
+            discard_writes: false,
+            id: None,
+        }),
+        Verb::AddVhostUser(AddGenericArgs {
+            virtio_id: "rng".into(),
+            socket: "s".into(),
+            queue_sizes: vec![64],
+            id: None,
+        }),
         Verb::AddVsock {
             cid: 3,
             socket: None,

@@ -47,6 +47,8 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "disk" => file.list(&schema::DISK, &mut config.disk, &value)?,
             "net" => file.list(&schema::NET, &mut config.net, &value)?,
             "fs" => file.list(&schema::FS, &mut config.fs, &value)?,
+            "pmem" => file.list(&schema::PMEM, &mut config.pmem, &value)?,
+            "generic-vhost-user" => file.list(&schema::GENERIC, &mut config.generic, &value)?,
             "vsock" => config.vsock = Some(file.one(&schema::VSOCK, &value)?),
             "device" => file.list(&schema::DEVICE, &mut config.device, &value)?,
             "landlock" => config.landlock = file.switch(&value, "landlock")?,

@@ -7,7 +7,15 @@ use super::super::{Cli, schema};
 use super::{Keys, MANUAL, SOURCE, prose};
 
 /// What can be there several times: a list of tables.
-const LISTS: [&str; 5] = ["disk", "net", "fs", "device", "landlock-rules"];
+const LISTS: [&str; 7] = [
+    "disk",
+    "net",
+    "fs",
+    "pmem",
+    "generic-vhost-user",
+    "device",
+    "landlock-rules",
+];
 
 /// A file that is tried like all of them.
 const EXAMPLE: &str = include_str!("../../../examples/nic-and-disk.toml");

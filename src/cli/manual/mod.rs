@@ -284,6 +284,8 @@ impl Keys {
             Self::of(&schema::DISK),
             Self::of(&schema::NET),
             Self::of(&schema::FS),
+            Self::of(&schema::PMEM),
+            Self::of(&schema::GENERIC),
             Self::of(&schema::VSOCK),
             Self::of(&schema::TPM),
             Self::of(&schema::RNG),

@@ -87,6 +87,18 @@ pub(super) struct RunArgs {
     fs: Vec<String>,
 
     #[arg(
+        long, help = schema::PMEM.summary, long_help = schema::PMEM.help(),
+        value_name = LIST, num_args = 1.., help_heading = DEVICES
+    )]
+    pmem: Vec<String>,
+
+    #[arg(
+        long, help = schema::GENERIC.summary, long_help = schema::GENERIC.help(),
+        value_name = LIST, num_args = 1.., help_heading = DEVICES, hide_short_help = true
+    )]
+    generic_vhost_user: Vec<String>,
+
+    #[arg(
         long, help = schema::VSOCK.summary, long_help = schema::VSOCK.help(),
         value_name = LIST, help_heading = DEVICES
     )]
@@ -186,7 +198,8 @@ pub(super) const MORE: &str = "--help has every key, and examples.";
 /// At the end of the long help.
 pub(super) const EXAMPLES: &str = "\
 A value with commas in it goes in double quotes: --disk 'path=\"/a,b.raw\",readonly=on'.
---disk, --net, --fs and --device can be given several times, and take several values each.
+--disk, --net, --fs, --pmem, --generic-vhost-user and --device can be given several times, and take
+several values each.
 
 Examples:
   A kernel with its initial RAM file system, on this terminal:
@@ -314,7 +327,15 @@ impl RunArgs {
 
     /// Whether the flags say anything of a VM.
     pub(super) fn describes_vm(&self) -> bool {
-        let lists = [&self.disk, &self.net, &self.fs, &self.vsock, &self.device];
+        let lists = [
+            &self.disk,
+            &self.net,
+            &self.fs,
+            &self.pmem,
+            &self.generic_vhost_user,
+            &self.vsock,
+            &self.device,
+        ];
         self.config.is_some()
             || self.kernel.is_some()
             || self.firmware.is_some()
@@ -350,6 +371,8 @@ impl RunArgs {
             ("disk", &mut self.disk),
             ("net", &mut self.net),
             ("fs", &mut self.fs),
+            ("pmem", &mut self.pmem),
+            ("generic-vhost-user", &mut self.generic_vhost_user),
             ("vsock", &mut self.vsock),
             ("rng", &mut self.rng),
             ("device", &mut self.device),
@@ -360,7 +383,8 @@ impl RunArgs {
                 // A NIC of which nothing else was said is one all the same.
                 *value = rest;
             }
-            if !matches!(flag, "disk" | "net" | "fs" | "device") {
+            let lists = ["disk", "net", "fs", "pmem", "generic-vhost-user", "device"];
+            if !lists.contains(&flag) {
                 values.retain(|value| !value.is_empty());
             }
         }
@@ -402,6 +426,12 @@ impl RunArgs {
         extend(&schema::DISK, &mut config.disk, &self.disk)?;
         extend(&schema::NET, &mut config.net, &self.net)?;
         extend(&schema::FS, &mut config.fs, &self.fs)?;
+        extend(&schema::PMEM, &mut config.pmem, &self.pmem)?;
+        extend(
+            &schema::GENERIC,
+            &mut config.generic,
+            &self.generic_vhost_user,
+        )?;
         for said in &self.vsock {
             let place = SourcePlace::Flag(schema::VSOCK.name, said.clone());
             config.vsock = Some(schema::VSOCK.make(said, &place)?);

@@ -120,6 +120,8 @@ pub(super) const TOP: &[&str] = &[
     "disk",
     "net",
     "fs",
+    "pmem",
+    "generic-vhost-user",
     "vsock",
     "balloon",
     "watchdog",
@@ -156,8 +158,10 @@ mod cpus;
 mod disk;
 mod firmware;
 mod fs;
+mod generic;
 mod landlock;
 mod net;
+mod pmem;
 mod tpm;
 mod vsock;
 
@@ -166,8 +170,10 @@ pub(super) use cpus::CPUS;
 pub(super) use disk::DISK;
 pub(super) use firmware::FIRMWARE;
 pub(super) use fs::FS;
+pub(super) use generic::GENERIC;
 pub(super) use landlock::LANDLOCK_RULES;
 pub(super) use net::NET;
+pub(super) use pmem::PMEM;
 pub(super) use tpm::TPM;
 pub(super) use vsock::VSOCK;
 
@@ -181,8 +187,8 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
     keys: keys! {
         "size" { "SIZE": "bytes, or with K, M, G or T after it [512M]" }
             |memory, value| memory.size = value.size()?;
-        "shared" { "on|off": "mapped so that another process can map it too [on with --fs and\n\
-                 vhost_user=on, else off]" }
+        "shared" { "on|off": "mapped so that another process can map it too [on with --fs,\n\
+                 vhost_user=on and --generic-vhost-user, else off]" }
             |memory, value| memory.shared = value.switch()?;
         "hugepages" { "on|off": "taken from hugetlbfs [off]" }
             |memory, value| memory.hugepages = value.switch()?;
@@ -465,6 +471,7 @@ mod tests {
         agrees(&DISK);
         agrees(&NET);
         agrees(&FS);
+        agrees(&PMEM);
         agrees(&TPM);
         agrees(&BALLOON);
         agrees(&RNG);

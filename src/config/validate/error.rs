@@ -314,6 +314,33 @@ pub enum InvalidVirtio {
     /// no socket=
     #[error("socket=PATH is missing: where the back end listens that serves the device")]
     NoSocket,
+    /// no file=
+    #[error("file=PATH is missing: what the memory is")]
+    NoFile,
+    /// size={0} is no multiple of 2 MiB
+    #[error("size={0} must be a multiple of 2 MiB (2097152), and not 0")]
+    PmemSize(u64),
+    /// virtio_id={0} is no kind of virtio device
+    #[error(
+        "virtio_id={0} must be from 1 to 63: virtio's numbers of kinds of devices, as 4 for rng"
+    )]
+    VirtioId(u16),
+    /// virtio_id={0} has to do with what memory the VM has
+    #[error(
+        "virtio_id={0} has to do with what memory the VM has, which no other process can change: Busway has --balloon and --pmem of its own"
+    )]
+    OfTheVmm(u16),
+    /// virtio_id=1 is a network card
+    #[error(
+        "virtio_id=1 is a network card: say --net vhost_user=on,socket=PATH, which knows of its pairs of queues"
+    )]
+    GenericNet,
+    /// queue_sizes= has {0} queues
+    #[error("queue_sizes= must have 1 to 64 sizes, one for each queue, and has {0}")]
+    QueueSizes(usize),
+    /// config_size={0} is more than 4096
+    #[error("config_size={0} must be 4096 at most")]
+    ConfigSize(u16),
     /// socket= without vhost_user=on
     #[error(
         "socket= is for vhost_user=on, with which another process serves the device: give both or none"

@@ -7,13 +7,13 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::limits::{
-    DISK_QUEUE_SIZES, FS_QUEUE_SIZES, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_OEM_STRINGS,
+    DISK_QUEUE_SIZES, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_OEM_STRINGS,
     MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE,
-    MIN_MEMORY, SERIAL_SIZE, TAG_SIZE,
+    MIN_MEMORY, SERIAL_SIZE,
 };
 use super::{
-    BalloonConfig, Choice, ConsoleConfig, DeviceConfig, DiskConfig, FsConfig, ImageType,
-    MemoryConfig, PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
+    BalloonConfig, Choice, ConsoleConfig, DeviceConfig, DiskConfig, ImageType, MemoryConfig,
+    PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;
@@ -74,6 +74,18 @@ impl VmConfig {
         for (index, fs) in self.fs.iter().enumerate() {
             fs.check().map_err(|why| InvalidConfig::Virtio {
                 device: Name::new("--fs", index, fs.id.as_ref()),
+                why,
+            })?;
+        }
+        for (index, pmem) in self.pmem.iter().enumerate() {
+            pmem.check().map_err(|why| InvalidConfig::Virtio {
+                device: Name::new("--pmem", index, pmem.id.as_ref()),
+                why,
+            })?;
+        }
+        for (index, generic) in self.generic.iter().enumerate() {
+            generic.check().map_err(|why| InvalidConfig::Virtio {
+                device: Name::new("--generic-vhost-user", index, generic.id.as_ref()),
                 why,
             })?;
         }
@@ -202,9 +214,13 @@ impl VmConfig {
         let vsocks = self.vsock.iter().map(|vsock| vsock.id.as_ref());
         let devices = self.device.iter().map(|device| device.id.as_ref());
         let folders = self.fs.iter().map(|fs| fs.id.as_ref());
+        let pmems = self.pmem.iter().map(|pmem| pmem.id.as_ref());
+        let generic = self.generic.iter().map(|one| one.id.as_ref());
         let named = numbered("--disk", disks)
             .chain(numbered("--net", nets))
             .chain(numbered("--fs", folders))
+            .chain(numbered("--pmem", pmems))
+            .chain(numbered("--generic-vhost-user", generic))
             .chain(numbered("--vsock", vsocks))
             .chain(numbered("--device", devices));
         let mut seen = Seen::new("id", "names are unique in a VM");
@@ -243,6 +259,15 @@ impl VmConfig {
                 !disk.readonly,
             )?;
         }
+        let mut files = Seen::new(
+            "file",
+            "memory that is written to can be given once; give both discard_writes=on, or make a copy",
+        );
+        for (index, pmem) in self.pmem.iter().enumerate() {
+            let name = Name::new("--pmem", index, pmem.id.as_ref());
+            let file = plain(&pmem.file).display().to_string();
+            files.add(name, file, !pmem.discard_writes)?;
+        }
         let mut taps = Seen::new("tap", "each NIC needs its own");
         let mut macs = Seen::new("mac", "each NIC needs its own, or none to get a random one");
         for (index, net) in self.net.iter().enumerate() {
@@ -272,6 +297,8 @@ impl VmConfig {
                     VirtioConfig::Net(_) => "--net",
                     VirtioConfig::Fs(_) => "--fs",
                     VirtioConfig::Vsock(_) => "--vsock",
+                    VirtioConfig::Pmem(_) => "--pmem",
+                    VirtioConfig::Generic(_) => "--generic-vhost-user",
                 };
                 let id = device.id().map(str::to_owned);
                 let name = Name::new(flag, index, id.as_ref());
@@ -479,23 +506,6 @@ fn back_ends_socket(
     }
 }
 
-impl FsConfig {
-    /// Whether there can be such a folder.
-    pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
-        let tag = &self.tag;
-        if tag.is_empty() || tag.len() > TAG_SIZE || tag.contains('\0') {
-            return Err(InvalidVirtio::Tag(tag.clone()));
-        }
-        if self.socket.as_os_str().is_empty() {
-            return Err(InvalidVirtio::NoSocket);
-        }
-        if !(1..=MAX_QUEUES).contains(&self.num_queues) {
-            return Err(InvalidVirtio::Queues(self.num_queues));
-        }
-        queue_size(self.queue_size, FS_QUEUE_SIZES)
-    }
-}
-
 /// A limit has a size and a time, which are not 0, or nothing at all; 0 is no limit for other VMMs, and here.
 fn bucket(
     key: &'static str,
@@ -509,7 +519,7 @@ fn bucket(
     }
 }
 
-fn queue_size(size: u16, sizes: RangeInclusive<u16>) -> Result<(), InvalidVirtio> {
+pub(super) fn queue_size(size: u16, sizes: RangeInclusive<u16>) -> Result<(), InvalidVirtio> {
     if size.is_power_of_two() && sizes.contains(&size) {
         return Ok(());
     }

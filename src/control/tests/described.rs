@@ -115,6 +115,18 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"tag": "t", "socket": "/run/s", "id": "twice"}"#,
                 r#"{"tag": "t", "socket": "/run/s", "iommu": true}"#,
             ],
+            "vm.add-pmem" => &[
+                "",
+                r#"{"file": "/f"}"#,
+                r#"{"file": "/f", "id": "twice"}"#,
+                r#"{"file": "/f", "iommu": true}"#,
+            ],
+            "vm.add-generic-vhost-user" => &[
+                "",
+                r#"{"socket": "/run/s", "device_type": 4, "queue_sizes": [64]}"#,
+                r#"{"socket": "/run/s", "device_type": 4, "queue_sizes": [64], "id": "twice"}"#,
+                r#"{"socket": "/run/s", "device_type": 4, "queue_sizes": [64], "iommu": true}"#,
+            ],
             "vm.add-vsock" => &[
                 "",
                 r#"{"cid": 3}"#,
@@ -289,6 +301,16 @@ fn a_full_configuration_is_as_described() {
         fs: vec![FsConfig {
             id: Some("f".into()),
             ..FsConfig::new("t", "s")
+        }],
+        pmem: vec![crate::config::PmemConfig {
+            size: Some(2 << 20),
+            id: Some("p".into()),
+            ..crate::config::PmemConfig::new("f")
+        }],
+        generic: vec![crate::config::GenericConfig {
+            config_size: Some(8),
+            id: Some("g".into()),
+            ..crate::config::GenericConfig::new(4, "s", vec![64])
         }],
         tpm: Some(crate::config::TpmConfig { socket: "s".into() }),
         serial: ConsoleConfig::file("f"),

@@ -5,6 +5,8 @@ use std::fs;
 
 use serde::Serialize;
 
+use super::generic::Generic;
+use super::pmem::Pmem;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
     Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
@@ -28,6 +30,10 @@ pub(super) struct Config {
     net: Vec<Net>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     fs: Vec<Fs>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pmem: Vec<Pmem>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    generic_vhost_user: Vec<Generic>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vsock: Option<Vsock>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -258,6 +264,8 @@ impl From<&VmConfig> for Config {
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
             fs: config.fs.iter().map(Into::into).collect(),
+            pmem: config.pmem.iter().map(Into::into).collect(),
+            generic_vhost_user: config.generic.iter().map(Into::into).collect(),
             vsock: config.vsock.as_ref().map(|vsock| Vsock {
                 cid: vsock.cid,
                 socket: vsock.socket.as_deref().map(text).unwrap_or_default(),

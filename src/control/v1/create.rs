@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::beside::{Beside, needs_id};
+use super::generic::AddGeneric;
 use super::lacking::{Asked, Fault, Lack};
+use super::pmem::AddPmem;
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
@@ -41,13 +43,14 @@ pub(super) struct CreateVm {
     platform: Option<Platform>,
     debug_console: Option<Console>,
     balloon: Option<Balloon>,
-    generic_vhost_user: Asked,
+    #[serde(alias = "generic-vhost-user")]
+    generic_vhost_user: Option<Vec<AddGeneric>>,
     iommu: Asked,
     landlock_enable: Option<bool>,
     landlock_rules: Option<Vec<LandlockRule>>,
     numa: Asked,
     pci_segments: Asked,
-    pmem: Asked,
+    pmem: Option<Vec<AddPmem>>,
     pvpanic: Option<bool>,
     rate_limit_groups: Asked,
     tpm: Option<Tpm>,
@@ -277,6 +280,16 @@ impl CreateVm {
                 config.fs.push(fs);
             }
         }
+        for pmem in self.pmem.unwrap_or_default() {
+            if let VirtioConfig::Pmem(pmem) = pmem.into_config(&Files::default())? {
+                config.pmem.push(pmem);
+            }
+        }
+        for generic in self.generic_vhost_user.unwrap_or_default() {
+            if let VirtioConfig::Generic(generic) = generic.into_config(&Files::default())? {
+                config.generic.push(generic);
+            }
+        }
         if let Some(vsock) = self.vsock
             && let VirtioConfig::Vsock(vsock) = vsock.into_config(&Files::default())?
         {
@@ -310,11 +323,9 @@ impl CreateVm {
 
     fn check(&self) -> Result<(), Fault> {
         for (asked, lack) in [
-            (self.generic_vhost_user, Lack::VhostUser),
             (self.iommu, Lack::VirtualIommu),
             (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
-            (self.pmem, Lack::Pmem),
             (self.rate_limit_groups, Lack::SharedLimit),
             (self.user_devices, Lack::UserDevices),
             (self.vdpa, Lack::Vdpa),
@@ -648,10 +659,6 @@ mod tests {
     #[test]
     fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
         for (body, lack) in [
-            (
-                r#"{"generic_vhost_user":[{"socket":"/s"}]}"#,
-                Lack::VhostUser,
-            ),
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
             (
                 r#"{"memory":{"zones":[{"id":"z","size":1}]}}"#,
@@ -689,6 +696,11 @@ mod tests {
             (r#"{"devices":[{"path":"nonsense"}]}"#, "nonsense"),
             (r#"{"disks":[{}]}"#, "path is missing"),
             (r#"{"fs":[{"tag":"t"}]}"#, "socket is missing"),
+            (r#"{"pmem":[{}]}"#, "file is missing"),
+            (
+                r#"{"generic_vhost_user":[{"socket":"/s"}]}"#,
+                "device_type is missing",
+            ),
         ] {
             let Err(Fault::Wrong(why)) = config(body) else {
                 panic!("{body}: {:?}", config(body));

@@ -26,7 +26,6 @@ pub(super) enum Lack {
     Mtu,
     Numa,
     OffloadChoice,
-    Pmem,
     Resize,
     ResizeDisk,
     Restore,
@@ -38,7 +37,6 @@ pub(super) enum Lack {
     TapLimit,
     UserDevices,
     Vdpa,
-    VhostUser,
     VirtualIommu,
 }
 
@@ -64,7 +62,6 @@ impl Lack {
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
             }
-            Self::Pmem => "persistent memory",
             Self::Resize => "another number of bytes of RAM for a guest that runs",
             Self::ResizeDisk => "another size for a disk of a guest that runs",
             Self::Restore => "a VM that was saved",
@@ -78,7 +75,6 @@ impl Lack {
             Self::TapLimit => "a NIC that is limited (rate_limiter_config)",
             Self::UserDevices => "vfio-user devices",
             Self::Vdpa => "vDPA devices",
-            Self::VhostUser => "vhost-user devices of any kind (generic_vhost_user)",
             Self::VirtualIommu => "a virtual IOMMU, or a device behind one (iommu)",
         }
     }

@@ -7,10 +7,12 @@ mod added;
 mod beside;
 mod config;
 mod create;
+mod generic;
 mod info;
 mod lacking;
 mod looks;
 mod observe;
+mod pmem;
 mod resize;
 mod virtio;
 
@@ -28,8 +30,10 @@ use crate::config::{DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, is
 use crate::machine::{self, Control, Extent, Files, Request, RequestError};
 use added::PciDeviceInfo;
 use create::CreateVm;
+use generic::AddGeneric;
 use lacking::{Asked, Fault, Lack};
 use observe::{Activity, Devices};
+use pmem::AddPmem;
 use resize::Resize;
 use virtio::{AddDisk, AddFs, AddNet, AddVsock, check_segment};
 
@@ -184,8 +188,20 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
             "The shared folder could not be added to the VM",
         ),
     ),
-    later("vm.add-generic-vhost-user", Lack::VhostUser),
-    later("vm.add-pmem", Lack::Pmem),
+    with_body(
+        "vm.add-generic-vhost-user",
+        Act::AddVirtio(
+            |body, files| json::parse::<AddGeneric>(body)?.into_config(files),
+            "The vhost-user device could not be added to the VM",
+        ),
+    ),
+    with_body(
+        "vm.add-pmem",
+        Act::AddVirtio(
+            |body, files| json::parse::<AddPmem>(body)?.into_config(files),
+            "The persistent memory could not be added to the VM",
+        ),
+    ),
     with_body(
         "vm.add-net",
         Act::AddVirtio(

@@ -31,7 +31,7 @@ pub(super) fn check_segment(segment: Option<u16>) -> Result<(), Fault> {
 
 /// What all virtio devices can be asked to be.
 #[derive(Debug, Default, Deserialize)]
-struct Common {
+pub(super) struct Common {
     #[serde(default)]
     iommu: Asked,
     pci_segment: Option<u16>,
@@ -39,11 +39,11 @@ struct Common {
     pci_device_id: Asked,
     num_queues: Option<u16>,
     queue_size: Option<u16>,
-    id: Option<String>,
+    pub(super) id: Option<String>,
 }
 
 impl Common {
-    fn check(&self) -> Result<(), Fault> {
+    pub(super) fn check(&self) -> Result<(), Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu)?;
         check_segment(self.pci_segment)?;
         Lack::BusPlace.unless_asked(self.pci_device_id)

@@ -3,6 +3,8 @@
 //! Devices are opened while RAM is populated, so what they need below 4 GiB has to be known before
 //! from what sysfs says of them.
 
+mod plugged;
+
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -17,6 +19,7 @@ use super::passthrough::placement::{HostIdentity, behind_ports};
 use crate::arch::layout;
 use crate::config::MemoryConfig;
 use crate::memory::Amount;
+pub(super) use plugged::PluggedRoom;
 
 /// Huge pages that RAM is aligned for where it is made of ordinary ones.
 const TRANSPARENT_HUGE_PAGE: u64 = 2 << 20;
@@ -143,6 +146,8 @@ pub(super) struct AddressPlan {
     address_bits: u8,
     /// Firmware assigns the addresses.
     firmware: bool,
+    /// Bytes above RAM that are kept for memory which comes and goes while the guest runs.
+    plugged: u64,
 }
 
 impl AddressPlan {
@@ -157,12 +162,14 @@ impl AddressPlan {
         reserved: Vec<(u64, u64)>,
         address_bits: u8,
         firmware: bool,
+        room: PluggedRoom,
     ) -> Result<Self, NoRoomError> {
         let mut plan = Self {
             mmio32_start: layout::MMIO32_START,
             reserved,
             address_bits,
             firmware,
+            plugged: room.first.saturating_add(room.later),
         };
         let starts = match firmware {
             true => &layout::FIRMWARE_MMIO32_STARTS[..],
@@ -187,7 +194,12 @@ impl AddressPlan {
         if let Err(missing) = below {
             return Err(plan.refuse_below_4_gib(functions, &missing));
         }
-        match plan.find_room_above(&needs, memory, memory.size) {
+        let mut above = plan.find_room_above(&needs, memory, memory.size);
+        if above.is_err() || plan.plugged_area(plan.top_of_ram(memory), &[]).is_empty() {
+            plan.plugged = room.first;
+            above = plan.find_room_above(&needs, memory, memory.size);
+        }
+        match above {
             Ok(()) => Ok(plan),
             Err(missing) => Err(plan.refuse_above_ram(functions, memory, &missing)),
         }
@@ -199,11 +211,23 @@ impl AddressPlan {
     pub(super) fn windows(&self, ram: &[Range<u64>], usable: &[IovaRange]) -> Windows {
         let holes = self.holes(usable);
         let top_of_ram = ram.last().map_or(0, |range| range.end);
+        let top_of_ram = top_of_ram.max(self.plugged_area(top_of_ram, usable).end);
         Windows {
             io: layout::PCI_IO,
             memory32: layout::mmio32(self.mmio32_start, &holes),
             memory64: layout::mmio64(top_of_ram, self.address_bits, &holes),
         }
+    }
+
+    /// The addresses for memory that comes and goes while the guest runs, above RAM that ends at `top_of_ram`.
+    pub(super) fn plugged_area(&self, top_of_ram: u64, usable: &[IovaRange]) -> Range<u64> {
+        let holes = self.holes(usable);
+        layout::plugged(top_of_ram, self.plugged, self.address_bits, &holes)
+    }
+
+    fn top_of_ram(&self, memory: &MemoryConfig) -> u64 {
+        let ram = self.ram_ranges(memory, memory.size);
+        ram.last().map_or(0, |range| range.end)
     }
 
     /// Where BARs may be: in the windows, and where firmware assigns addresses also elsewhere below 4 GiB.
@@ -236,13 +260,18 @@ impl AddressPlan {
         memory: &MemoryConfig,
         size: u64,
     ) -> Result<(), NoRoom<F>> {
+        let ram = self.ram_ranges(memory, size);
+        find_room(needs, WindowKind::Memory64, &self.windows(&ram, &[]))
+    }
+
+    /// Where RAM of `size` bytes would lie.
+    fn ram_ranges(&self, memory: &MemoryConfig, size: u64) -> Vec<Range<u64>> {
         let page = memory.hugepage_size.filter(|_| memory.hugepages);
         let holes = layout::holes(
             self.reserved.iter().copied(),
             page.unwrap_or(TRANSPARENT_HUGE_PAGE).max(1),
         );
-        let ram = layout::ram_ranges(size, self.mmio32_start, &holes);
-        find_room(needs, WindowKind::Memory64, &self.windows(&ram, &[]))
+        layout::ram_ranges(size, self.mmio32_start, &holes)
     }
 
     fn refuse_below_4_gib(

@@ -49,7 +49,14 @@ impl Devices {
         reserved: &[(u64, u64)],
         bits: u8,
     ) -> Result<AddressPlan, NoRoomError> {
-        AddressPlan::new(&with(memory), &self.1, reserved.to_vec(), bits, false)
+        AddressPlan::new(
+            &with(memory),
+            &self.1,
+            reserved.to_vec(),
+            bits,
+            false,
+            PluggedRoom::default(),
+        )
     }
 }
 

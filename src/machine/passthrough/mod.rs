@@ -35,7 +35,7 @@ use super::pci::Pci;
 use super::removal::Removal;
 use super::requests::{Added, AddedFunction, Answer, Asker, RequestError};
 use super::seats::{Owner, STEADY_LIMIT, Seat, Seats};
-use crate::config::{DeviceConfig, VmConfig};
+use crate::config::{DeviceConfig, PmemConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
 use crate::report::Report;
@@ -119,7 +119,12 @@ impl Passthrough {
     ) -> Result<Self, RunError> {
         let opening = Opening {
             platform: config.platform.clone(),
-            ram: config.memory.size,
+            // What is memory of the guest's beside RAM is pinned as well.
+            ram: config
+                .pmem
+                .iter()
+                .map(PmemConfig::likely_size)
+                .fold(config.memory.size, u64::saturating_add),
             spaces,
             iommufd: OnceLock::new(),
         };

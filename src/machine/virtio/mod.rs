@@ -17,6 +17,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use busway_pci::{Bdf, InterruptRoutes};
+use vm_memory::GuestAddressSpace;
 
 use super::RunError;
 use super::aside::Aside;
@@ -29,10 +30,11 @@ use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use super::seats::{Owner, Seat, Seats};
 use crate::config::{BalloonConfig, DiskConfig, VirtioConfig, VmConfig};
-use crate::memory::{Discards, GuestRam};
+use crate::memory::{Discards, GuestRam, RamMap, Slots};
 use crate::virtio::balloon::{Balloon, BalloonTarget};
 use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
+use crate::virtio::pmem::Pmem;
 use crate::virtio::vhost_user::{self, VhostUser};
 use crate::virtio::{MemoryTable, ServedBy, Sight, VirtioDevice, VirtioPci, vsock};
 use leave::Leaving;
@@ -52,6 +54,8 @@ pub(super) struct VirtioDevices {
     /// Their names, where somebody takes them for gone.
     closing: Closing<String>,
     seats: Arc<Seats>,
+    /// RAM alone, without the files that are memory beside it.
+    ram: GuestRam,
     maker: Maker,
     events: Arc<Events>,
     balloon: Option<BalloonTarget>,
@@ -99,6 +103,8 @@ struct Maker {
     ram: GuestRam,
     /// The same for back ends, which are told where it is.
     memory: Arc<MemoryTable>,
+    /// Where files become memory.
+    slots: Slots,
     routes: Arc<dyn InterruptRoutes>,
 }
 
@@ -111,6 +117,10 @@ impl Maker {
                 Box::new(VhostUser::disk(name, disk, &self.ram, &self.memory)?)
             }
             VirtioConfig::Fs(fs) => Box::new(VhostUser::fs(name, fs, &self.ram, &self.memory)?),
+            VirtioConfig::Generic(generic) => {
+                Box::new(VhostUser::generic(name, generic, &self.ram, &self.memory)?)
+            }
+            VirtioConfig::Pmem(pmem) => Box::new(Pmem::new(name, pmem, &self.slots)?),
             VirtioConfig::Disk(disk) => {
                 // By its number while it is opened, which makes another descriptor of it.
                 let mut there = disk.clone();
@@ -153,6 +163,7 @@ impl VirtioDevices {
     pub(super) fn new(
         ram: &GuestRam,
         memory: &Arc<MemoryTable>,
+        slots: Slots,
         routes: Arc<dyn InterruptRoutes>,
         seats: &Arc<Seats>,
         events: &Arc<Events>,
@@ -166,9 +177,11 @@ impl VirtioDevices {
             releases: Aside::default(),
             closing: Closing::default(),
             seats: seats.clone(),
+            ram: GuestRam::new(RamMap::clone(&ram.memory())),
             maker: Maker {
                 ram: ram.clone(),
                 memory: memory.clone(),
+                slots,
                 routes,
             },
             events: events.clone(),
@@ -208,7 +221,7 @@ impl VirtioDevices {
     pub(super) fn disks(&self) -> impl Iterator<Item = (&str, &DiskConfig)> {
         self.entries.iter().filter_map(|entry| match &entry.config {
             VirtioConfig::Disk(disk) => Some((entry.name.as_str(), disk)),
-            VirtioConfig::Net(_) | VirtioConfig::Fs(_) | VirtioConfig::Vsock(_) => None,
+            _ => None,
         })
     }
 
@@ -239,8 +252,8 @@ impl VirtioDevices {
         discards: &Arc<Discards>,
         pci: &mut Pci,
     ) -> Result<(), RunError> {
-        let balloon = Balloon::new("balloon", config, &self.maker.ram, discards)?;
-        self.balloon = Some(balloon.target(&self.maker.ram));
+        let balloon = Balloon::new("balloon", config, &self.ram, discards)?;
+        self.balloon = Some(balloon.target(&self.ram));
         if discards.is_inhibited() {
             log::warn!(
                 "balloon: what the guest gives back stays with the VM, for assigned devices reach all of RAM by DMA"

@@ -13,7 +13,7 @@ use crate::devices::pci_hotplug::{
 use crate::kvm::{BusDevice, Buses, Vm};
 use crate::machine::removal::Removal;
 use crate::machine::requests::{Added, Control, Request, Requests};
-use crate::memory::Regions;
+use crate::memory::{Area, Regions, Slots};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{CountingRoutes, eventually, ram};
 use busway_pci::{Bdf, FunctionId, InterruptLevel, Windows};
@@ -66,7 +66,10 @@ fn machine(room: u64) -> Option<Machine> {
     .unwrap();
     let events = Events::new().unwrap();
     let routes = Arc::new(CountingRoutes::default());
-    let mut devices = VirtioDevices::new(&ram(), &Arc::default(), routes, pci.seats(), &events);
+    let ram = ram();
+    let slots = Slots::new(&ram, &Arc::default(), Area::new(4 << 30..8 << 30));
+    let mut devices =
+        VirtioDevices::new(&ram, &Arc::default(), slots, routes, pci.seats(), &events);
     let folder = tempfile::tempdir().unwrap();
     let config = VmConfig {
         disk: vec![disk(&image(&folder, "root"), Some("root"))],

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::config::{
-    ConsoleConfig, LandlockAccess, LandlockRule, NetConfig, VirtioConfig, VmConfig,
+    ConsoleConfig, LandlockAccess, LandlockRule, NetConfig, VhostMode, VirtioConfig, VmConfig,
 };
 
 use LandlockAccess::{Read, ReadWrite};
@@ -140,6 +140,9 @@ impl Rules {
         // Where another process serves it, its socket is all that there is. The folder, for a rule is of the file that is
         // there, and a back end that comes back makes another.
         if let Some(socket) = device.socket() {
+            if is_made(device) {
+                self.allow(folder(socket), ReadWrite);
+            }
             return self.connects.push(folder(socket).to_owned());
         }
         match device {
@@ -150,13 +153,20 @@ impl Rules {
                 Some(socket) => self.allow(folder(socket), ReadWrite),
                 None => self.allow("/dev/vhost-vsock", ReadWrite),
             },
-            VirtioConfig::Net(_) | VirtioConfig::Fs(_) => {}
+            VirtioConfig::Pmem(pmem) if pmem.discard_writes => self.allow(&pmem.file, Read),
+            VirtioConfig::Pmem(pmem) => self.allow(&pmem.file, ReadWrite),
+            VirtioConfig::Net(_) | VirtioConfig::Fs(_) | VirtioConfig::Generic(_) => {}
         }
     }
 }
 
 fn opens_tap(net: &NetConfig) -> bool {
-    net.fd.is_empty()
+    net.fd.is_empty() && !net.vhost_user
+}
+
+/// Whether the socket where a device meets its back end is made on this side.
+fn is_made(device: &VirtioConfig) -> bool {
+    matches!(device, VirtioConfig::Net(net) if net.vhost_mode == VhostMode::Server)
 }
 
 /// The folder that a path is in.

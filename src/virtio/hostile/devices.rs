@@ -10,16 +10,17 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::guest::{Buffer, DATA, Guest};
-use crate::config::{BalloonConfig, DiskConfig, ImageType, RngConfig};
+use crate::config::{BalloonConfig, DiskConfig, ImageType, PMEM_ALIGNMENT, PmemConfig, RngConfig};
 use crate::devices::console::Endpoint;
-use crate::memory::GuestRam;
+use crate::memory::{Area, GuestRam, Slots};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::Console;
 use crate::virtio::net::Net;
+use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
-use crate::virtio::spec::{blk, net};
+use crate::virtio::spec::{blk, net, pmem};
 
 /// Bytes of a disk.
 const DISK: u64 = 256 << 10;
@@ -35,17 +36,19 @@ pub(super) enum Kind {
     Console,
     Rng,
     Balloon,
+    Pmem,
 }
 
 impl Kind {
     /// All of them.
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 7] = [
         Self::Raw,
         Self::Qcow2,
         Self::Net,
         Self::Console,
         Self::Rng,
         Self::Balloon,
+        Self::Pmem,
     ];
 
     pub(super) fn of(byte: u8) -> Self {
@@ -106,6 +109,18 @@ impl Kind {
                 };
                 let balloon = Balloon::new("balloon", &config, ram, &Arc::default());
                 Box::new(balloon.map_err(io::Error::other)?)
+            }
+            Self::Pmem => {
+                let file = File::from(memfd_create(c"pmem", MemfdFlags::CLOEXEC)?);
+                file.set_len(PMEM_ALIGNMENT)?;
+                // Without a thread that flushes, so that a story comes out the same each time.
+                let config = PmemConfig {
+                    discard_writes: true,
+                    ..PmemConfig::new(format!("/proc/self/fd/{}", file.as_raw_fd()))
+                };
+                let slots = Slots::new(ram, &Arc::default(), Area::new(1 << 32..1 << 33));
+                let pmem = Pmem::new("pmem", &config, &slots).map_err(io::Error::other)?;
+                Box::new(pmem)
             }
         };
         Ok((device, outside))
@@ -169,6 +184,11 @@ impl Kind {
                 _ => (1, vec![Buffer::read(DATA, 0x100)]),
             },
             Self::Rng => (0, vec![data]),
+            Self::Pmem => {
+                guest.write(DATA, &u32::from(which).to_le_bytes());
+                let answer = Buffer::written(DATA + 0x3000, 4);
+                (0, vec![Buffer::read(DATA, 4), answer])
+            }
             Self::Balloon => match which % 4 {
                 // Pages behind what else is used here, and one anywhere.
                 queue @ 0..2 => {
@@ -199,14 +219,17 @@ impl Kind {
             }
             Self::Net | Self::Console | Self::Balloon => written == 0,
             Self::Rng => written == 0x200,
+            Self::Pmem => {
+                written == 4 && guest.read::<4>(DATA + 0x3000) == pmem::RESP_OK.to_le_bytes()
+            }
         }
     }
 
     /// Which request is tried first of a device that has to work: a read of a disk, a packet, a line, a request for
-    /// entropy, a page.
+    /// entropy, a page, a flush.
     pub(super) const fn first(self) -> u8 {
         match self {
-            Self::Raw | Self::Qcow2 | Self::Rng | Self::Balloon => 0,
+            Self::Raw | Self::Qcow2 | Self::Rng | Self::Balloon | Self::Pmem => 0,
             Self::Net | Self::Console => 1,
         }
     }

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use busway_vfio::EventFd;
@@ -24,9 +24,10 @@ use super::channel::Channel;
 use super::guard::Guard;
 use super::meeting::Meeting;
 use super::number;
+use crate::memory::Region;
 use crate::unix_socket::SocketError;
 use crate::virtio::spec::{feature, net};
-use crate::virtio::vhost::{Addresses, BackEnd, VhostError};
+use crate::virtio::vhost::{Addresses, BackEnd, VhostError, infos};
 
 /// How long a back end has to answer a message.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -321,6 +322,23 @@ impl Connection {
         Ok(bytes)
     }
 
+    /// Whether the back end has a configuration.
+    pub(super) fn has_config(&self) -> bool {
+        self.has(Protocol::CONFIG)
+    }
+
+    /// Writes into the device's configuration, as its driver has done.
+    pub(super) fn set_config(&self, offset: usize, bytes: &[u8]) -> Result<(), VhostError> {
+        let offset = u32::try_from(offset).unwrap_or(u32::MAX);
+        let set =
+            self.call(|frontend| frontend.set_config(offset, VhostUserConfigFlags::empty(), bytes));
+        match set {
+            // It takes none of it, which the driver sees by what it reads.
+            Err(error) if leaves_order(&error) => Ok(()),
+            set => set.map_err(VhostError::at("SET_CONFIG")),
+        }
+    }
+
     /// Has the back end know the longest packet of the guest's, in bytes, where it wants to.
     pub(super) fn set_mtu(&self, mtu: u16) -> Result<(), VhostError> {
         if !self.has(Protocol::MTU) {
@@ -442,6 +460,14 @@ impl AsFd for Connection {
 
 impl BackEnd for Connection {
     const ADDRESSES: Addresses = Addresses::Process;
+
+    /// What no other process can map (persistent memory with changes of the VM's own) is left out: a request in it is
+    /// the driver's mistake.
+    fn set_memory(&self, regions: &[Arc<Region>]) -> vhost::Result<()> {
+        let mut shared = regions.to_vec();
+        shared.retain(|region| region.file().is_some());
+        self.set_mem_table(&infos(&shared)).map(drop)
+    }
 
     fn begin(&self, rings: &[u16]) -> vhost::Result<()> {
         self.enable(rings, true)

@@ -8,7 +8,10 @@ use virtio_bindings::virtio_blk::virtio_blk_config;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 
+use busway_vfio::EventFd;
+
 use super::connection::{Connection, Needs, NetNeeds};
+use super::generic::Passed;
 use super::link::Loss;
 use crate::config::{DiskConfig, FsConfig, NetConfig};
 use crate::virtio::config_space::{ConfigSpace, Fields};
@@ -65,6 +68,17 @@ struct FsFields {
     num_request_queues: U32,
 }
 
+/// A configuration.
+#[derive(Debug)]
+pub(super) struct Made {
+    /// What the driver reads.
+    pub(super) space: Arc<dyn ConfigSpace>,
+    /// The same, where it is said here and by nobody else.
+    pub(super) own: Option<Arc<Fields>>,
+    /// What keeps it as the back end has it.
+    pub(super) back_ends: Option<Box<dyn BackEndsConfig>>,
+}
+
 /// What a device is.
 #[derive(Debug)]
 pub(super) struct Kind {
@@ -91,6 +105,8 @@ pub(super) enum Contents {
     Own(Vec<u8>),
     /// It is a disk's back end's.
     Disk(DiskLimits),
+    /// It is the back end's, so many bytes as it has them; the driver may write them.
+    Passed(usize),
 }
 
 /// What a disk's back end does not know of the device.
@@ -100,9 +116,32 @@ pub(super) struct DiskLimits {
     queue_size: u16,
 }
 
-/// A configuration that is the back end's.
+/// A configuration that is the back end's, for the thread that speaks with that.
+pub(super) trait BackEndsConfig: std::fmt::Debug + Send {
+    /// Asks for it anew. The driver hears of a change.
+    ///
+    /// # Errors
+    /// The back end's.
+    fn refresh(&self, connection: &Connection) -> Result<(), VhostError>;
+
+    /// Passes on what the driver has written.
+    ///
+    /// # Errors
+    /// The back end's, where the connection is lost.
+    fn pass_on(&self, connection: &Connection) -> Result<(), VhostError> {
+        let _ = connection;
+        Ok(())
+    }
+
+    /// There is no back end for now, or there is one again.
+    fn set_served(&self, served: bool) {
+        let _ = served;
+    }
+}
+
+/// A disk's.
 #[derive(Debug)]
-pub(super) struct BackEndsConfig {
+struct DiskConfiguration {
     fields: Arc<Fields>,
     limits: DiskLimits,
 }
@@ -222,37 +261,52 @@ impl Kind {
 }
 
 impl Contents {
-    /// How many bytes a back end has to give.
+    /// How many bytes a back end has to give; `None` where it need not have a configuration.
     pub(super) fn size(&self) -> Option<usize> {
         match self {
-            Self::Own(_) => None,
+            Self::Own(_) | Self::Passed(_) => None,
             Self::Disk(_) => Some(BLK_CONFIG_SIZE),
         }
     }
 
-    /// The configuration, and the way to a newer one.
-    pub(super) fn make(
-        &self,
-        connection: &Connection,
-    ) -> Result<(Arc<Fields>, Option<BackEndsConfig>), VhostError> {
+    /// The configuration, and the way to a newer one. `wake` wakes the thread that speaks with the back end.
+    pub(super) fn make(&self, connection: &Connection, wake: &EventFd) -> Result<Made, VhostError> {
         let limits = match self {
-            Self::Own(bytes) => return Ok((Fields::new(bytes.clone()), None)),
+            Self::Own(bytes) => {
+                let fields = Fields::new(bytes.clone());
+                return Ok(Made {
+                    space: Arc::clone(&fields) as _,
+                    own: Some(fields),
+                    back_ends: None,
+                });
+            }
             Self::Disk(limits) => *limits,
+            Self::Passed(size) => {
+                let passed = Passed::open(*size, connection, wake)?;
+                return Ok(Made {
+                    space: Arc::clone(&passed) as _,
+                    own: None,
+                    back_ends: Some(Box::new(passed)),
+                });
+            }
         };
         let mut bytes = connection.config(BLK_CONFIG_SIZE)?;
         limits.apply(&mut bytes);
         let fields = Fields::new(bytes);
-        let config = BackEndsConfig {
+        let config = DiskConfiguration {
             fields: Arc::clone(&fields),
             limits,
         };
-        Ok((fields, Some(config)))
+        Ok(Made {
+            space: fields,
+            own: None,
+            back_ends: Some(Box::new(config)),
+        })
     }
 }
 
-impl BackEndsConfig {
-    /// Asks for it anew. The driver hears of a change.
-    pub(super) fn refresh(&self, connection: &Connection) -> Result<(), VhostError> {
+impl BackEndsConfig for DiskConfiguration {
+    fn refresh(&self, connection: &Connection) -> Result<(), VhostError> {
         let mut bytes = connection.config(self.fields.size())?;
         self.limits.apply(&mut bytes);
         self.fields.set(0, &bytes);

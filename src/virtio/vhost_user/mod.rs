@@ -1,5 +1,5 @@
 //! Devices that another process serves, by the vhost-user protocol: shared folders by virtiofsd, disks by
-//! qemu-storage-daemon and the like, and NICs by passt, DPDK or Open vSwitch. QEMU, docs/interop/vhost-user.rst
+//! qemu-storage-daemon and the like, NICs by passt, DPDK or Open vSwitch, and devices of any kind. QEMU, docs/interop/vhost-user.rst
 //!
 //! A back end maps the guest's RAM and serves the device's rings; notifications and interrupts pass between it and the
 //! guest without this process. What it says is another program's word: every wait for it has an end, nothing of it is
@@ -10,6 +10,7 @@
 
 mod channel;
 mod connection;
+mod generic;
 mod guard;
 mod kind;
 mod link;
@@ -28,7 +29,7 @@ use busway_vfio::EventFd;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::activation::Activation;
-use super::config_space::{ConfigSpace, Fields};
+use super::config_space::ConfigSpace;
 use super::counts::ServedBy;
 use super::device::VirtioDevice;
 use super::error::StartError;
@@ -36,7 +37,7 @@ use super::life::{DeviceState, NetState, Progress, Running};
 use super::net::{have_what_they_stand_on, random_mac};
 use super::spec::feature;
 use super::vhost::MemoryTable;
-use crate::config::{DiskConfig, FsConfig, InvalidVirtio, NetConfig, VhostMode};
+use crate::config::{DiskConfig, FsConfig, GenericConfig, InvalidVirtio, NetConfig, VhostMode};
 use crate::memory::GuestRam;
 pub use connection::BackEndError;
 use connection::{Connection, PRIVATE_MEMORY};
@@ -91,7 +92,7 @@ pub fn private_memory(ram: &GuestRam) -> Option<&'static str> {
 pub struct VhostUser {
     name: String,
     kind: Kind,
-    config: Arc<Fields>,
+    config: Arc<dyn ConfigSpace>,
     /// What the back end offered when the device was made.
     offered: u64,
     link: Link,
@@ -169,6 +170,26 @@ impl VhostUser {
         Self::open(name, device, kind, at, PATIENCE, ram, memory)
     }
 
+    /// A device of any kind, called `name` in this VM. Waits up to five seconds for its back end.
+    ///
+    /// # Errors
+    /// [`VhostUserError`]
+    pub fn generic(
+        name: &str,
+        config: &GenericConfig,
+        ram: &GuestRam,
+        memory: &Arc<MemoryTable>,
+    ) -> Result<Self, VhostUserError> {
+        let device = format!("vhost-user {name}");
+        config.check().map_err(|source| VhostUserError::Config {
+            device: device.clone(),
+            source,
+        })?;
+        let at = (&*config.socket, VhostMode::Client);
+        let kind = generic::kind(config);
+        Self::open(name, device, kind, at, PATIENCE, ram, memory)
+    }
+
     fn open(
         name: &str,
         device: String,
@@ -196,7 +217,7 @@ impl VhostUser {
         let meeting = Arc::new(meeting);
         let connection =
             Connection::open(&meeting, needs, patience, &wake, drop).map_err(failed)?;
-        let (config, back_ends) = kind.contents.make(&connection).map_err(|source| {
+        let made = kind.contents.make(&connection, &wake).map_err(|source| {
             failed(BackEndError::Step {
                 socket: socket.to_owned(),
                 source,
@@ -210,15 +231,15 @@ impl VhostUser {
             needs,
             queue_size: kind.queue_sizes.iter().copied().max().unwrap_or(0),
             loss: kind.loss,
-            config: back_ends,
-            carrier: kind.net.map(|_| Arc::clone(&config)),
+            config: made.back_ends,
+            carrier: made.own.filter(|_| kind.net.is_some()),
             memory: Arc::clone(memory),
         };
         let offered = connection.features();
         let link = Link::start(purpose, connection, wake).map_err(no_descriptor);
         Ok(Self {
             name: name.to_owned(),
-            config,
+            config: made.space,
             offered,
             link: link.map_err(failed)?,
             kind,
@@ -253,7 +274,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn config(&self) -> Arc<dyn ConfigSpace> {
-        Arc::clone(&self.config) as _
+        Arc::clone(&self.config)
     }
 
     fn served_by(&self) -> ServedBy {

@@ -4,7 +4,7 @@
 guest_modules=(
     nvme e1000 e1000e igb igbvf 8139cp xhci-pci sd_mod usb-storage snd-hda-intel snd-hda-codec-generic snd-pcm-oss
     virtio_blk virtio_net virtiofs virtio_console virtio-rng virtio_balloon vmw_vsock_virtio_transport ext4 uio_pci_generic
-    vfio-pci evdev button efivarfs
+    vfio-pci evdev button efivarfs i6300esb pvpanic-pci virtio_pmem nd_pmem
 )
 # Programs of the root that guests can ask for, with their libraries.
 guest_programs=(usr/bin/fio usr/bin/lspci usr/bin/socat)

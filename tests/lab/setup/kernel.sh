@@ -11,6 +11,7 @@ kernel_modules=(
     vmw_vsock_virtio_transport virtiofs ext4 dm-mod dm-crypt raid1 loop tun vhost_net vhost_vsock bridge
     kvm kvm-amd kvm-intel vfio vfio-pci vfio_iommu_type1 nvme e1000 e1000e igb igbvf 8139cp xhci-pci ahci
     sd_mod usb-storage snd-hda-intel snd-hda-codec-generic snd-pcm-oss uio_pci_generic i2c-i801 lpc_ich evdev button efivarfs
+    i6300esb pvpanic-pci virtio_pmem nd_pmem
 )
 
 # The root with a compiler and both kernels' headers, its files linked to those of the root. It goes when the set-up ends.

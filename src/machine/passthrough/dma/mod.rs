@@ -262,13 +262,19 @@ impl RegionListener for DmaListener {
 
     fn added(&self, region: &Arc<Region>) -> Result<(), RegionError> {
         match region.kind() {
-            RegionKind::Ram => Ok(self.space.map(
-                Iova(region.guest()),
-                HostVa(region.host()),
-                region.size(),
-                Access::ReadWrite,
-                region.name(),
-            )?),
+            RegionKind::Ram => {
+                let mapped = self.space.map(
+                    Iova(region.guest()),
+                    HostVa(region.host()),
+                    region.size(),
+                    Access::ReadWrite,
+                    region.name(),
+                );
+                mapped.map_err(|error| match region.remedy() {
+                    Some(remedy) => format!("{error}; {remedy}").into(),
+                    None => error.into(),
+                })
+            }
             RegionKind::Device => {
                 self.add_device(region);
                 Ok(())

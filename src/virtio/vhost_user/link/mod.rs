@@ -66,7 +66,7 @@ pub(super) struct Purpose {
     pub(super) queue_size: u16,
     pub(super) loss: Loss,
     /// The device's configuration, where it is the back end's.
-    pub(super) config: Option<BackEndsConfig>,
+    pub(super) config: Option<Box<dyn BackEndsConfig>>,
     /// The configuration of a NIC, whose link is up while there is a back end.
     pub(super) carrier: Option<Arc<Fields>>,
     pub(super) memory: Arc<MemoryTable>,
@@ -230,12 +230,21 @@ impl LinkWorker {
     /// A back end that says so has another configuration; one that has gone may have come back.
     fn look_after_connection(&mut self) {
         match &self.connection {
-            Some(connection) if connection.take_config_change() => {
-                if let Err(error) = self.refresh(&Arc::clone(connection)) {
+            Some(connection) => {
+                let connection = Arc::clone(connection);
+                let changed = connection.take_config_change();
+                let passed = match &self.purpose.config {
+                    Some(config) => config.pass_on(&connection),
+                    None => Ok(()),
+                };
+                let current = passed.and_then(|()| match changed {
+                    true => self.refresh(&connection),
+                    false => Ok(()),
+                });
+                if let Err(error) = current {
                     self.lose(&error.to_string());
                 }
             }
-            Some(_) => {}
             None if Instant::now() >= self.next_try => self.connect(),
             None => {}
         }
@@ -302,6 +311,11 @@ impl LinkWorker {
                 self.connection = Some(Arc::new(connection));
                 (self.events, self.met_at) = (None, Instant::now());
                 self.set_carrier(true);
+                if let Some(config) = &self.purpose.config {
+                    config.set_served(true);
+                    // What was written meanwhile is passed on.
+                    self.shared.wake.signal();
+                }
                 let away = self.gone_since.take().map(|since| since.elapsed());
                 log::log!(
                     self.complaints.next(log::Level::Warn),
@@ -447,6 +461,9 @@ impl LinkWorker {
             return;
         };
         connection.cut();
+        if let Some(config) = &self.purpose.config {
+            config.set_served(false);
+        }
         if ends {
             // The device itself has ended it.
             return;
@@ -524,7 +541,7 @@ impl LinkWorker {
 }
 
 /// What a driver has to be told, with the way on.
-const LOST_SESSION: &str = "its back end has gone, and with it what it knew of its driver: mount the folder anew when \
-    it is back (in the guest, unbind and bind the device's driver, or restart)";
+const LOST_SESSION: &str = "its back end has gone, and with it what it knew of its driver: when it is back, mount a \
+    folder anew, and else have the driver begin anew (in the guest, unbind and bind it, or restart)";
 const LOST_REQUESTS: &str = "its back end has gone with requests in hand, and kept no note of them for the next one \
     (no VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD): restart the guest, for its driver may wait for them without end";

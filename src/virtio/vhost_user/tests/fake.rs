@@ -36,6 +36,7 @@ pub(super) const SET_VRING_ENABLE: u32 = 18;
 pub(super) const NET_SET_MTU: u32 = 20;
 const SET_BACKEND_REQ_FD: u32 = 21;
 pub(super) const GET_CONFIG: u32 = 24;
+pub(super) const SET_CONFIG: u32 = 25;
 pub(super) const GET_INFLIGHT_FD: u32 = 31;
 pub(super) const SET_INFLIGHT_FD: u32 = 32;
 
@@ -427,6 +428,13 @@ impl Server {
                 let size = script.config.len().min(answer.len() - 12);
                 answer[12..12 + size].copy_from_slice(&script.config[..size]);
                 return Some(answer);
+            }
+            SET_CONFIG => {
+                let (at, size) = (u32_at(0) as usize, u32_at(4) as usize);
+                if script.vices.contains_key(&SET_CONFIG) {
+                    return None;
+                }
+                script.config[at..at + size].copy_from_slice(&body[12..12 + size]);
             }
             GET_INFLIGHT_FD => {
                 let file = tempfile::tempfile_in("/dev/shm").unwrap();

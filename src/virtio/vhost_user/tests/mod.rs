@@ -10,6 +10,7 @@ use crate::virtio::testing::{Driver, RAM_SIZE, Ring, eventually};
 use fake::{Fake, Script, Vice};
 
 mod fake;
+mod generic;
 mod hostile;
 mod net;
 

@@ -45,6 +45,7 @@ mod paused;
 mod proof;
 mod run;
 mod slots;
+mod small;
 mod switched;
 mod system;
 mod tpm;
@@ -81,6 +82,7 @@ const CHAPTERS: &[&[Proof]] = &[
     virtio_hotplug::PROOFS,
     walls::PROOFS,
     slots::PROOFS,
+    small::PROOFS,
     paused::PROOFS,
     firmware::PROOFS,
     tpm::PROOFS,
