@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use busway::sandbox::{Kind, capabilities};
-use rustix::thread::capabilities as rights_now;
+use rustix::thread::{CapabilitySet, capabilities as rights_now};
 use serde_json::json;
 use tempfile::tempdir;
 
@@ -14,11 +14,10 @@ use crate::bare::{kernel, power_off, say};
 use crate::served::{Served, eventually};
 use crate::whole::has_kvm;
 
-/// A line of a task's status, by its key. proc_pid_status(5)
-fn of_status(task: &Path, key: &str) -> Option<String> {
-    let status = fs::read_to_string(task.join("status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-    Some(line.trim_start_matches(':').trim().to_owned())
+/// A line of a task's status, by its key; nothing where there is none. proc_pid_status(5)
+fn of<'a>(status: &'a str, key: &str) -> &'a str {
+    let line = status.lines().find_map(|line| line.strip_prefix(key));
+    line.map_or("", |line| line.trim_start_matches(':').trim())
 }
 
 /// The kind of a thread of this name.
@@ -42,32 +41,46 @@ fn kind_of(name: &str) -> Kind {
 /// How names begin of threads that KVM, vhost and io_uring make in a process.
 const KERNELS: [&str; 3] = ["kvm-", "vhost-", "iou-"];
 
-/// Looks at each task of a process, and gives their names.
+/// The name of a task that has the walls of its kind; nothing of one that has ended or is the kernel's, and what is wrong of
+/// any other.
+fn judge(task: &Path, rights: CapabilitySet) -> Result<Option<String>, String> {
+    // As a whole: the task may be gone a moment later, for threads that serve a connection come and go.
+    let Ok(status) = fs::read_to_string(task.join("status")) else {
+        return Ok(None);
+    };
+    let name = of(&status, "Name");
+    if status.is_empty() || of(&status, "State").starts_with(['X', 'Z']) {
+        return Ok(None);
+    }
+    let walls = [of(&status, "Seccomp"), of(&status, "NoNewPrivs")];
+    if walls != ["2", "1"] {
+        return Err(format!("{name}: filters and no-new-privs are {walls:?}"));
+    }
+    // The kernel's own threads have the rights of the one that had them made, and run nothing of the process's.
+    if KERNELS.iter().any(|begin| name.starts_with(begin)) {
+        return Ok(None);
+    }
+    let expected = format!("{:016x}", (capabilities(kind_of(name)) & rights).bits());
+    match of(&status, "CapEff") {
+        effective if effective == expected => Ok(Some(name.to_owned())),
+        effective => Err(format!("{name}: {effective}, not {expected}")),
+    }
+}
+
+/// Looks at each task of a process, and gives their names. One that is just starting has a name before it has its walls.
 fn look_at(pid: u64) -> Vec<String> {
     let rights = rights_now(None).unwrap().permitted;
-    let mut names = Vec::new();
-    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
-        let task = task.unwrap().path();
-        // Threads that serve a connection come and go.
-        let Some(name) = of_status(&task, "Name") else {
-            continue;
-        };
-        let of = |key| of_status(&task, key).unwrap_or_default();
-        if of("State").starts_with('X') || of("State").is_empty() {
-            continue;
-        }
-        assert_eq!(of("Seccomp"), "2", "{name}");
-        assert_eq!(of("NoNewPrivs"), "1", "{name}");
-        // The kernel's own threads have the rights of the one that had them made, and run nothing of the process's.
-        if KERNELS.iter().any(|begin| name.starts_with(begin)) {
-            continue;
-        }
-        let effective = u64::from_str_radix(&of("CapEff"), 16).unwrap();
-        let expected = capabilities(kind_of(&name)) & rights;
-        assert_eq!(effective, expected.bits(), "{name}");
-        names.push(name);
-    }
-    names
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let tasks = tasks.map(|task| task.unwrap().path());
+    let names = tasks.filter_map(|task| {
+        let mut judged = judge(&task, rights);
+        eventually(&format!("{judged:?}"), || {
+            judged = judge(&task, rights);
+            judged.is_ok()
+        });
+        judged.unwrap()
+    });
+    names.collect()
 }
 
 #[test]
