@@ -90,6 +90,7 @@ fn served(lab: &mut Lab) -> Result<()> {
             "virtio_id=2,socket=/run/gen.sock,queue_sizes=[128,128]",
         ])
         .args(&SOCKET)
+        .limit(Duration::from_secs(360))
         .script(SCRIPT);
     let running = host.start_guest(&run)?;
     running.wait_line("@@value begun")?;
