@@ -16,7 +16,7 @@ pub(crate) const PROOFS: &[Proof] = &[
         "memory_plugged_under_a_drives_io_is_mapped_block_by_block_by_group",
         |lab, tier| plugged(lab, Interface::Group, tier),
     ),
-    Proof::soak(
+    Proof::rounds(
         "memory_plugged_under_a_drives_io_is_mapped_block_by_block_by_cdev",
         |lab, tier| plugged(lab, Interface::Cdev, tier),
     ),

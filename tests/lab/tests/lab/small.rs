@@ -13,9 +13,9 @@ pub(crate) const PROOFS: &[Proof] = &[
         "small_devices_give_memory_back_wait_for_entropy_keep_what_was_flushed_bite_and_tell_of_a_panic",
         |lab, _tier| alone(lab),
     ),
-    Proof::soak(
+    Proof::new(
         "small_devices_a_balloon_beside_a_drive_gives_nothing_back_and_says_so",
-        |lab, _tier| beside_a_drive(lab),
+        beside_a_drive,
     ),
 ];
 
@@ -50,7 +50,7 @@ third:)
     for each in $(seq 1 2 4000); do echo /tmp/pieces/$each; done | xargs rm
     until_pressed pieces
     rm -r /tmp/pieces
-    head -c 96M /dev/zero >/tmp/large
+    head -c 100663296 /dev/zero >/tmp/large
     until_pressed large
     rm /tmp/large
     until_pressed reported

@@ -17,7 +17,7 @@ pub(crate) const PROOFS: &[Proof] = &[Proof::soak(
 /// The one that has the data, until the other has it.
 const SERVER: &str = r#"
 ip addr add 10.7.0.1/24 dev eth0; ip link set eth0 up
-mkdir /web; head -c 8M /dev/urandom >/web/data
+mkdir /web; head -c 8388608 /dev/urandom >/web/data
 value sum "$(sha256sum </web/data | cut -d ' ' -f 1)"
 httpd -p 10.7.0.1:80 -h /web
 value serving yes

@@ -11,15 +11,14 @@ use crate::Proof;
 use crate::hotplug::{CTL, SOCKET};
 use crate::life::COMPLAINTS;
 
-/// In the soak until the lab has run it.
 pub(crate) const PROOFS: &[Proof] = &[
-    Proof::soak(
+    Proof::new(
         "tpm_of_a_guest_with_a_kernel_begins_anew_at_its_restart_and_says_that_it_has_failed_without_swtpm",
-        |lab, _| with_a_kernel(lab),
+        with_a_kernel,
     ),
-    Proof::soak(
+    Proof::new(
         "tpm_has_in_its_registers_what_firmware_measured_the_same_after_a_restart",
-        |lab, _| by_firmware(lab),
+        by_firmware,
     ),
 ];
 
