@@ -339,7 +339,8 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::Vhost => &[VHOST_CALLS],
         Kind::Vsock => &[VHOST_CALLS, STREAMS, TIMERS],
         Kind::VsockPorts => &[CONNECTS],
-        Kind::VhostUser => &[STREAMS, CONNECTS],
+        // What a back end asks for comes by one end of a pair.
+        Kind::VhostUser => &[STREAMS, CONNECTS, PAIRS],
         Kind::Console => &[STREAMS],
         Kind::Memory => &[VFIO_MAPPING],
         Kind::Http => &[TO_READ, STREAMS, AT_PLACES, ROUTES],

@@ -175,6 +175,8 @@ fn try_what_some_may(kind: Kind) {
         kind,
         Kind::Main | Kind::VhostUser | Kind::VsockPorts | Kind::Tpm
     );
+    // One end of which is a back end's, or swtpm's.
+    let pairs = matches!(kind, Kind::Main | Kind::VhostUser | Kind::Tpm);
     let unix = libc::AF_UNIX as usize;
     let starts = matches!(kind, Kind::Main | Kind::Vcpu);
     for (what, may, number, arguments) in [
@@ -200,6 +202,7 @@ fn try_what_some_may(kind: Kind) {
         ("stat", reads, libc::SYS_newfstatat, [at, path, 0, 0, 0]),
         ("connect", connects, libc::SYS_connect, [NO_FD, 0, 0, 0, 0]),
         ("socket", connects, libc::SYS_socket, [unix, 1, 0, 0, 0]),
+        ("socketpair", pairs, libc::SYS_socketpair, [unix, 99, 0, 0, 0]),
         (
             "timerfd_create",
             starts,
