@@ -336,7 +336,8 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         ],
         Kind::Disk => &[AT_PLACES, IMAGES, TIMERS],
         Kind::Net => &[TUN_RUNNING],
-        Kind::Vhost => &[VHOST_CALLS],
+        // It serves the queue by which a driver chooses offloads and queues.
+        Kind::Vhost => &[VHOST_CALLS, TUN_RUNNING],
         Kind::Vsock => &[VHOST_CALLS, STREAMS, TIMERS],
         Kind::VsockPorts => &[CONNECTS],
         // What a back end asks for comes by one end of a pair.
