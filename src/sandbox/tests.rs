@@ -202,7 +202,12 @@ fn try_what_some_may(kind: Kind) {
         ("stat", reads, libc::SYS_newfstatat, [at, path, 0, 0, 0]),
         ("connect", connects, libc::SYS_connect, [NO_FD, 0, 0, 0, 0]),
         ("socket", connects, libc::SYS_socket, [unix, 1, 0, 0, 0]),
-        ("socketpair", pairs, libc::SYS_socketpair, [unix, 99, 0, 0, 0]),
+        (
+            "socketpair",
+            pairs,
+            libc::SYS_socketpair,
+            [unix, 99, 0, 0, 0],
+        ),
         (
             "timerfd_create",
             starts,
