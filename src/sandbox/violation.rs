@@ -30,10 +30,10 @@ extern "C" fn on_violation(_signal: c_int, info: *mut libc::siginfo_t, context: 
     // SAFETY: the kernel gives the handler a `siginfo_t`, which has an aligned int there for this signal.
     let number = unsafe { info.byte_add(CALL_NUMBER).cast::<c_int>().read() };
     // SAFETY: the handler was set with SA_SIGINFO, and this is its third argument.
-    let argument = unsafe { system_calls::first_argument(context) };
+    let arguments = unsafe { system_calls::arguments(context) };
     give_back();
     let mut text = [0; 640];
-    let length = write_message(&mut text, number.into(), argument);
+    let length = write_message(&mut text, number.into(), arguments);
     // SAFETY: whoever has closed standard error gets EBADF, or nobody the message.
     let stderr = unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) };
     let _unread = rustix::io::write(stderr, text.get(..length).unwrap_or_default());
@@ -42,7 +42,7 @@ extern "C" fn on_violation(_signal: c_int, info: *mut libc::siginfo_t, context: 
 }
 
 /// Puts the message into `text`, and gives its length.
-fn write_message(text: &mut [u8], number: i64, argument: u64) -> usize {
+fn write_message(text: &mut [u8], number: i64, arguments: [u64; 2]) -> usize {
     let size = text.len();
     let mut rest = text;
     // PR_GET_NAME writes 16 bytes at most, with a zero at the end. PR_GET_NAME(2const)
@@ -50,12 +50,14 @@ fn write_message(text: &mut [u8], number: i64, argument: u64) -> usize {
     // SAFETY: there are so many bytes.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
     let name = CStr::from_bytes_until_nul(&name).unwrap_or_default();
+    let [first, second] = arguments;
     // What does not fit is left out.
     let _cut = writeln!(
         rest,
-        "busway: error: thread {} asked the kernel for call {number} ({}), with {argument:#x} as its first argument, \
-         which its filter does not have: the process ends. It is a bug in Busway, or somebody has taken the thread \
-         over; --seccomp log lets such calls pass and has the kernel log them, --seccomp false has no filters",
+        "busway: error: thread {} asked the kernel for call {number} ({}), with {first:#x} as its first argument and \
+         {second:#x} as its second, which its filter does not have: the process ends. It is a bug in Busway, or \
+         somebody has taken the thread over; --seccomp log lets such calls pass and has the kernel log them, \
+         --seccomp false has no filters",
         name.to_str().unwrap_or("?"),
         system_calls::call_name(number).unwrap_or("unknown"),
     );
@@ -71,12 +73,16 @@ mod tests {
         let mut text = [0; 640];
         let thread = std::thread::Builder::new().name("_disk0".to_owned());
         let write = move || {
-            let length = write_message(&mut text, libc::SYS_execve, 0x7f00);
+            let length = write_message(&mut text, libc::SYS_execve, [0x7f00, 0x40]);
             String::from_utf8(text[..length].to_vec()).unwrap()
         };
         let message = thread.spawn(write).unwrap().join().unwrap();
         let begins = "busway: error: thread _disk0 asked the kernel for call 59 (execve), with 0x7f00 as its first";
         assert!(message.starts_with(begins), "{message}");
+        assert!(
+            message.contains("and 0x40 as its second, which"),
+            "{message}"
+        );
         assert!(
             message.ends_with("--seccomp false has no filters\n"),
             "{message}"

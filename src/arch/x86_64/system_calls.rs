@@ -61,14 +61,14 @@ pub(crate) fn call_name(number: i64) -> Option<&'static str> {
     names.split_ascii_whitespace().nth(place)
 }
 
-/// The first argument of the call that a thread was in when it got a signal.
+/// The first two arguments of the call that a thread was in when it got a signal.
 ///
 /// # Safety
 /// `context` is the third argument of that signal's handler, which was set with `SA_SIGINFO`.
-pub(crate) unsafe fn first_argument(context: *const libc::c_void) -> u64 {
+pub(crate) unsafe fn arguments(context: *const libc::c_void) -> [u64; 2] {
     // SAFETY: the caller says that it is the kernel's `ucontext_t`. sigaction(2)
     let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
-    registers[libc::REG_RDI as usize].cast_unsigned()
+    [libc::REG_RDI, libc::REG_RSI].map(|register| registers[register as usize].cast_unsigned())
 }
 
 #[cfg(test)]
