@@ -7,7 +7,9 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, PciFunction};
+use busway_pci::{
+    BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, PciFunction, Segment,
+};
 
 use super::bus::Bar;
 use crate::kvm::{AddressMap, Buses, Doorbell, Doorbells};
@@ -209,7 +211,12 @@ fn key(region: &BarRegion) -> Key {
 }
 
 impl BarMapper for Bars {
-    fn map(&self, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()> {
+    fn map(
+        &self,
+        _segment: Segment,
+        function: &Arc<dyn PciFunction>,
+        region: &BarRegion,
+    ) -> io::Result<()> {
         self.check_place(region)?;
         let bar = Bar {
             function: function.clone(),
@@ -358,7 +365,7 @@ mod tests {
         let Some(f) = fixture() else { return };
         for start in [WINDOW.start, WINDOW.end - 0x4000] {
             let region = at(start, 0x4000);
-            f.bars.map(&f.function, &region).unwrap();
+            f.bars.map(Segment(0), &f.function, &region).unwrap();
             assert_eq!(
                 [read(&f.buses, start), read(&f.buses, start + 0x4000)],
                 [7, 0xff]
@@ -375,7 +382,7 @@ mod tests {
     fn a_bar_outside_of_the_windows_or_over_another_is_refused_and_harms_nobody() {
         let Some(f) = fixture() else { return };
         let there = at(WINDOW.start, 0x4000);
-        f.bars.map(&f.function, &there).unwrap();
+        f.bars.map(Segment(0), &f.function, &there).unwrap();
         for (address, size) in [
             (0, 0x4000),
             (WINDOW.start - 0x4000, 0x4000),
@@ -383,9 +390,9 @@ mod tests {
             (WINDOW.start, 1 << 32),
             (u64::MAX - 0xfff, 0x4000),
         ] {
-            f.bars.map(&f.function, &at(address, size)).unwrap_err();
+            f.bars.map(Segment(0), &f.function, &at(address, size)).unwrap_err();
         }
-        let error = f.bars.map(&f.small, &at(WINDOW.start + 0x2000, 0x2000));
+        let error = f.bars.map(Segment(0), &f.small, &at(WINDOW.start + 0x2000, 0x2000));
         assert_eq!(
             error.unwrap_err().to_string(),
             "BAR 0 of the function with page 0x0 at 0xc0002000..=0xc0003fff overlaps BAR 0 of the \
@@ -404,7 +411,7 @@ mod tests {
         // The address is no memory of this process's, which KVM finds out only at an access.
         f.regions.add(other).unwrap();
         let (bar, part) = (at(WINDOW.start, 0x4000), WINDOW.start + 0x1000);
-        f.bars.map(&f.function, &bar).unwrap();
+        f.bars.map(Segment(0), &f.function, &bar).unwrap();
         assert_eq!(read(&f.buses, part), 7);
         f.bars.unmap(&f.function, &bar);
         assert_eq!(read(&f.buses, part), 0xff);
@@ -419,7 +426,7 @@ mod tests {
         f.regions.add(Arc::new(other)).unwrap();
         let bar = at(WINDOW.start, 0x4000);
         for round in 1..=LOUD_COMPLAINTS {
-            f.bars.map(&f.function, &bar).unwrap();
+            f.bars.map(Segment(0), &f.function, &bar).unwrap();
             assert_eq!(f.bars.complaints.made(), round);
             f.bars.unmap(&f.function, &bar);
         }
@@ -432,9 +439,9 @@ mod tests {
         let Some(f) = fixture() else { return };
         let page = WINDOW.start + 0x1000;
         let (first, second) = (at(page, 0x100), at(page + 0x800, 0x100));
-        f.bars.map(&f.small, &first).unwrap();
+        f.bars.map(Segment(0), &f.small, &first).unwrap();
         assert!(is_memory(&f.regions, page));
-        f.bars.map(&f.small, &second).unwrap();
+        f.bars.map(Segment(0), &f.small, &second).unwrap();
         assert!(!is_memory(&f.regions, page));
         assert_eq!([read(&f.buses, page), read(&f.buses, page + 0x800)], [7, 7]);
         f.bars.unmap(&f.small, &second);
@@ -442,9 +449,9 @@ mod tests {
         f.bars.unmap(&f.small, &first);
         assert!(!is_memory(&f.regions, page));
         // Not at the page's start: what the guest would find there is not what the host has.
-        f.bars.map(&f.small, &second).unwrap();
+        f.bars.map(Segment(0), &f.small, &second).unwrap();
         assert!(!is_memory(&f.regions, page));
-        f.bars.map(&f.small, &first).unwrap();
+        f.bars.map(Segment(0), &f.small, &first).unwrap();
         f.bars.unmap(&f.small, &second);
         assert!(is_memory(&f.regions, page));
     }

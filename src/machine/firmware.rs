@@ -327,7 +327,7 @@ fn tables_now(
 mod tests {
     use std::io;
 
-    use busway_pci::{BarMapper, BarRegion, HostBridge, PciFunction, Place};
+    use busway_pci::{BarMapper, BarRegion, HostBridge, PciFunction, Place, Segment};
 
     use super::super::bus::EcamPlace;
     use crate::arch::q35::EcamListener;
@@ -340,7 +340,7 @@ mod tests {
     struct Nowhere;
 
     impl BarMapper for Nowhere {
-        fn map(&self, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
+        fn map(&self, _: Segment, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
             Ok(())
         }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use busway_pci::{
     AtomicOps, BarKind, Behind, Device, Ecam, Function, FunctionId, HostBridge, HotPlug,
     InterruptLevel, InterruptPin, InterruptRoutes, Link, Needs, PciFunction, Place, Reserve,
-    RootPort, SlotListener, Topology, WindowKind, Windows, capabilities, find_room, spec,
+    RootPort, Segment, SlotListener, Topology, WindowKind, Windows, capabilities, find_room, spec,
 };
 use busway_vfio::AssignedFunction;
 
@@ -89,7 +89,7 @@ impl Pci {
             "PCI configuration space",
             layout::ECAM_START,
             layout::ECAM_SIZE,
-            Arc::new(EcamWindow(Ecam::new(self.topology.clone()))),
+            Arc::new(EcamWindow(Ecam::new(self.topology.clone(), Segment(0)))),
         )?;
         Ok(())
     }
@@ -163,7 +163,8 @@ impl Pci {
         let device = Device::new(slot).ok_or_else(|| RunError::NoSlot {
             device: function.name(),
         })?;
-        self.topology.has_room(&self.windows, &*function)?;
+        self.topology
+            .has_room(Segment(0), &self.windows, &*function)?;
         let id = self.topology.add(Place::root(device), function)?;
         self.seats.take(slot, owner, id);
         self.seats.tell(slot);
@@ -478,7 +479,7 @@ impl Pci {
 
     /// Numbers buses and gives addresses, as firmware does. No vCPU may run.
     pub(super) fn assign(&self) -> Result<(), RunError> {
-        self.topology.assign(&self.windows)?;
+        self.topology.assign(Segment(0), &self.windows)?;
         for (id, function) in self.topology.functions() {
             let bdf = self.topology.bdf(id).unwrap_or_default();
             log::debug!("{bdf}: {:x?}", function.bars());

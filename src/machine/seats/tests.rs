@@ -3,7 +3,7 @@ use std::io;
 use std::sync::Barrier;
 use std::thread;
 
-use busway_pci::{BarMapper, BarRegion, Device, HostBridge, Place};
+use busway_pci::{BarMapper, BarRegion, Device, HostBridge, Place, Segment};
 use proptest::prelude::*;
 
 use super::*;
@@ -14,7 +14,7 @@ use crate::kvm::BusDevice;
 struct Nothing;
 
 impl BarMapper for Nothing {
-    fn map(&self, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
+    fn map(&self, _: Segment, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
         Ok(())
     }
 
