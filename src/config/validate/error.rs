@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::config::{InvalidPlace, MAX_SEGMENTS};
 use crate::config::limits::{
     INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_NET_QUEUES, MAX_OEM_STRINGS,
     MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
@@ -213,9 +214,34 @@ pub enum InvalidConfig {
         /// What was asked for.
         fd: u32,
     },
+    /// --platform num_pci_segments={segments}
+    #[error("--platform num_pci_segments={segments}: a VM has 1 to {MAX_SEGMENTS} PCI segments")]
+    Segments {
+        /// What was asked for.
+        segments: u16,
+    },
+    /// --platform num_pci_segments={segments} with firmware
+    #[error(
+        "--platform num_pci_segments={segments}: firmware knows segment 0 alone, and gives out addresses without regard to \
+         what is in others: boot the kernel directly (--kernel, without --firmware), or leave num_pci_segments= out"
+    )]
+    FirmwareSegments {
+        /// What was asked for.
+        segments: u16,
+    },
+    /// {device}: {why}
+    #[error("{device}: {why}")]
+    Place {
+        /// The device that is to be there.
+        device: Name,
+        /// What is wrong with it.
+        why: InvalidPlace,
+    },
     /// --platform hotplug_slots={slots}
-    #[error("--platform hotplug_slots={slots}: a VM has 0 to {MAX_HOTPLUG_SLOTS} empty slots")]
+    #[error("--platform {key}={slots}: a VM has 0 to {MAX_HOTPLUG_SLOTS} empty slots in a segment")]
     HotplugSlots {
+        /// The key.
+        key: &'static str,
         /// What was asked for.
         slots: u8,
     },

@@ -35,7 +35,7 @@ use lacking::{Asked, Fault, Lack};
 use observe::{Activity, Devices};
 use pmem::AddPmem;
 use resize::Resize;
-use virtio::{AddDisk, AddFs, AddNet, AddVsock, check_segment};
+use virtio::{AddDisk, AddFs, AddNet, AddVsock};
 
 /// Where the API is.
 pub(super) const PREFIX: &str = "/api/v1/";
@@ -273,8 +273,7 @@ struct AddDevice {
     #[serde(default)]
     iommu: Asked,
     pci_segment: Option<u16>,
-    #[serde(default)]
-    pci_device_id: Asked,
+    pci_device_id: Option<u8>,
     #[serde(default)]
     x_exclude_mmap_bars: Asked,
     x_nv_gpudirect_clique: Option<u8>,
@@ -312,8 +311,6 @@ impl AddDevice {
 
     fn into_config(self, files: &Files) -> Result<DeviceConfig, Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu)?;
-        check_segment(self.pci_segment)?;
-        Lack::BusPlace.unless_asked(self.pci_device_id)?;
         Lack::SparseMmap.unless_asked(self.x_exclude_mmap_bars)?;
         let mut config = which(some_text(self.path), self.fd.into(), files)?;
         if let Some(token) = &self.vf_token {
@@ -326,6 +323,8 @@ impl AddDevice {
         config.vf_token = self.vf_token;
         config.on_error = self.on_error.unwrap_or_default();
         config.root_port = self.root_port;
+        config.pci_segment = self.pci_segment.unwrap_or(0);
+        config.pci_device_id = self.pci_device_id;
         Ok(config)
     }
 }
