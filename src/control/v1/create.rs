@@ -14,7 +14,8 @@ use super::generic::AddGeneric;
 use super::lacking::{Asked, Fault, Lack};
 use super::pmem::AddPmem;
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
-use super::{AddDevice, some_text};
+use super::device::AddDevice;
+use super::some_text;
 use crate::config::{
     Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
     LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
