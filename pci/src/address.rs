@@ -216,10 +216,12 @@ mod tests {
     #[test]
     fn slots_of_all_segments_have_numbers_of_their_own() {
         let slots = (0..256).flat_map(|segment| {
-            (0..Device::COUNT).filter_map(Device::new).map(move |device| RootSlot {
-                segment: Segment(segment),
-                device,
-            })
+            (0..Device::COUNT)
+                .filter_map(Device::new)
+                .map(move |device| RootSlot {
+                    segment: Segment(segment),
+                    device,
+                })
         });
         let numbers: Vec<_> = slots.clone().map(RootSlot::physical_slot).collect();
         assert!(numbers.iter().copied().eq(0..1 << 13));

@@ -331,7 +331,12 @@ impl FakeMapper {
 }
 
 impl BarMapper for FakeMapper {
-    fn map(&self, _: Segment, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()> {
+    fn map(
+        &self,
+        _: Segment,
+        function: &Arc<dyn PciFunction>,
+        region: &BarRegion,
+    ) -> io::Result<()> {
         let mut mapped = lock(&self.mapped);
         let overlaps = |other: &BarRegion| {
             (other.kind == BarKind::Io) == (region.kind == BarKind::Io)

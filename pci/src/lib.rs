@@ -59,7 +59,7 @@ pub use pin::InterruptPin;
 pub use root_port::RootPort;
 pub use slot::SlotListener;
 pub use topology::{
-    AssignError, Behind, FunctionId, Needs, NoRoom, Parent, Place, PlaceError, Topology, end_of_room,
-    find_room,
+    AssignError, Behind, FunctionId, Needs, NoRoom, Parent, Place, PlaceError, Topology,
+    end_of_room, find_room,
 };
 pub use windows::{Reserve, WindowKind, Windows};

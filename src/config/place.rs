@@ -144,9 +144,9 @@ impl VmConfig {
             if place.device.is_none() {
                 continue;
             }
-            let clash = taken.iter().find(|(_, other, of)| {
-                *other == place && (of.is_none() || *of != host)
-            });
+            let clash = taken
+                .iter()
+                .find(|(_, other, of)| *other == place && (of.is_none() || *of != host));
             if let Some((first, ..)) = clash {
                 return Err(InvalidConfig::Twice {
                     first: first.clone(),
@@ -198,7 +198,10 @@ mod tests {
         two.validate_places().unwrap();
         two.disk.push(disk(2, None));
         let why = why(&two);
-        assert!(why.contains("--disk no. 3") && why.contains("num_pci_segments=N"), "{why}");
+        assert!(
+            why.contains("--disk no. 3") && why.contains("num_pci_segments=N"),
+            "{why}"
+        );
     }
 
     #[test]
@@ -212,7 +215,10 @@ mod tests {
             ..NetConfig::default()
         }];
         let said = why(&two);
-        assert!(said.contains("--disk no. 2") && said.contains("--net"), "{said}");
+        assert!(
+            said.contains("--disk no. 2") && said.contains("--net"),
+            "{said}"
+        );
         two.net.clear();
         for (function, fits) in [("01:00.0", true), ("01:00.1", true), ("02:00.0", false)] {
             two.device.push(DeviceConfig {
@@ -235,6 +241,9 @@ mod tests {
         one.validate_places().unwrap();
         one.platform.num_pci_segments = Some(2);
         let said = why(&one);
-        assert!(said.contains("--kernel") && said.contains("num_pci_segments"), "{said}");
+        assert!(
+            said.contains("--kernel") && said.contains("num_pci_segments"),
+            "{said}"
+        );
     }
 }

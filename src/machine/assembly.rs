@@ -12,7 +12,7 @@ use busway_vfio::{AssignOptions, EventFd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::RunError;
-use super::address_plan::{AddressPlan, PlannedFunction, PluggedRoom};
+use super::address_plan::{AddressPlan, PlannedFunction, PluggedRoom, SegmentAddresses};
 use super::aside::Aside;
 use super::consoles::{CONSOLE, SERIAL, open_console, terminal};
 use super::definition::Definition;
@@ -202,24 +202,34 @@ impl Machine {
         let mut taken = ram.guest_ranges();
         taken.extend(ram.pluggable_range());
         let windows = plan.windows(&taken, &usable);
-        let mut acpi = acpi_hardware(config, &windows);
+        let mut segments = segments(config, plan.share(&windows)?)?;
+        let mut acpi = acpi_hardware(config, &segments);
         acpi.pluggable = ram.pluggable_range().map(|range| PluggableMemory {
             ram: ram.guest_ranges(),
             range,
         });
-        let mut windows = plan.bar_windows(&windows, &usable);
-        if source.is_bios() {
-            windows.memory32 = layout::bios_mmio32(&windows.memory32);
+        if config.firmware.is_some()
+            && let Some(only) = segments.first_mut()
+        {
+            only.windows = plan.bar_windows(&windows, &usable);
+            if source.is_bios() {
+                only.windows.memory32 = layout::bios_mmio32(&only.windows.memory32);
+            }
         }
+        let windows = match segments.first() {
+            Some(first) => first.windows.clone(),
+            None => windows,
+        };
         let lines = router.shared_lines();
         let mut pci = Pci::new(
-            windows.clone(),
+            segments,
             &buses,
             memory.0.clone(),
             vm.doorbells(),
             lines,
             config.firmware.is_some(),
         )?;
+        pci.keep_places(config);
         let serial = open_console(
             SERIAL,
             &config.serial,
@@ -268,7 +278,10 @@ impl Machine {
         add_empty_ports(&mut pci, config, &router, &events)?;
         // The host can want back an assigned device of any VM.
         if can_be_asked || pci.seats().count(Owner::Assigned) > 0 {
-            acpi.bus0_slots = open_slots(&pci, &buses, &router, &events)?;
+            let slots = open_slots(&pci, &buses, &router, &events)?;
+            for (root, slots) in acpi.roots.iter_mut().zip(slots) {
+                root.slots = slots;
+            }
         }
         let processors = ProcessorCount::new(&config.cpus, &buses, &router, &events)?;
         let boot = match source {
@@ -361,7 +374,8 @@ impl Machine {
         if let Some(tables) = smbios {
             boot::tell_identity(&*ram, tables)?;
         }
-        let map = E820::new(&self.ram.guest_ranges());
+        let others = acpi.roots.iter().skip(1).map(|root| root.ecam.clone());
+        let map = E820::new(&self.ram.guest_ranges()).reserving(others);
         let entry = boot::load(&*ram, source, &map, rsdp)?;
         self.vcpus.enter(|sregs| entry.apply(sregs))?;
         Ok(())
@@ -456,8 +470,10 @@ fn plan(
 ) -> Result<AddressPlan, RunError> {
     let platform = &config.platform;
     let mut planned = found.planned(platform.reserve());
-    let slots = 0..platform.hotplug_slots();
-    planned.extend(slots.map(|_| PlannedFunction::empty_slot(platform.reserve())));
+    for segment in 0..platform.segments() {
+        let slots = 0..platform.hotplug_slots(segment);
+        planned.extend(slots.map(|_| PlannedFunction::empty_slot(platform.reserve(), segment)));
+    }
     let bits = model.address_bits();
     Ok(AddressPlan::new(
         &config.memory,
@@ -466,6 +482,7 @@ fn plan(
         bits,
         config.firmware.is_some(),
         room,
+        platform.segments(),
     )?)
 }
 
@@ -537,7 +554,7 @@ fn smbios_tables(config: &VmConfig) -> Option<smbios::Tables> {
     (!board.identity.is_empty()).then(|| smbios::tables(&board, FirmwareTable::Ours))
 }
 
-fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
+fn acpi_hardware(config: &VmConfig, segments: &[SegmentAddresses]) -> acpi::Hardware {
     let topology = config.cpus.grouped();
     acpi::Hardware {
         cpus: (0..config.cpus.most())
@@ -547,19 +564,50 @@ fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
             })
             .collect(),
         cpu_hotplug: config.cpus.comes_and_goes(),
-        // One behind each root port, and each assigned device has a port.
-        last_bus: u8::try_from(config.device.len())
-            .unwrap_or(u8::MAX)
-            .saturating_add(config.platform.hotplug_slots()),
-        mmio32: windows.memory32.clone(),
-        mmio64: windows.memory64.clone(),
+        roots: (0..)
+            .zip(segments)
+            .map(|(segment, addresses)| acpi::Root {
+                segment,
+                node: None,
+                last_bus: last_bus(config, segment),
+                io: addresses.windows.io.clone(),
+                mmio32: addresses.windows.memory32.clone(),
+                mmio64: addresses.windows.memory64.clone(),
+                slots: 0,
+                ecam: addresses.ecam.clone(),
+            })
+            .collect(),
         pluggable: None,
         serial: config.serial != ConsoleConfig::Off,
         tpm: config.tpm.is_some(),
-        native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
-        bus0_slots: 0,
-        ecam: layout::ECAM_START,
+        native_hotplug: !config.device.is_empty() || config.platform.has_hotplug_slots(),
     }
+}
+
+/// The highest bus number of a segment: one bus is behind each root port, and each assigned device has a port.
+fn last_bus(config: &VmConfig, segment: u16) -> u8 {
+    let devices = config.device.iter();
+    let here = devices
+        .filter(|device| device.pci_segment == segment)
+        .count();
+    let slots = config.platform.hotplug_slots(segment);
+    u8::try_from(here).unwrap_or(u8::MAX).saturating_add(slots)
+}
+
+/// The segments with these windows, in their order, and with configuration space for as many buses as each has.
+fn segments(config: &VmConfig, windows: Vec<Windows>) -> Result<Vec<SegmentAddresses>, RunError> {
+    let last_buses = (0..).zip(&windows);
+    let last_buses: Vec<_> = last_buses
+        .map(|(segment, _)| last_bus(config, segment))
+        .collect();
+    let ecams = layout::ecams(&last_buses).ok_or(RunError::NoEcamRoom {
+        segments: windows.len(),
+        room: (layout::ECAMS_END - layout::ECAM_START - layout::ECAM_SIZE) >> 20,
+    })?;
+    let segments = windows.into_iter().zip(ecams);
+    Ok(segments
+        .map(|(windows, ecam)| SegmentAddresses { windows, ecam })
+        .collect())
 }
 
 /// Keeps all threads of this process from processors that are vCPUs' alone.
@@ -598,12 +646,11 @@ pub(super) fn add_empty_ports(
     let routes: Arc<dyn InterruptRoutes> = Arc::new(router.clone());
     let listener: Arc<dyn SlotListener> = events.clone();
     let platform = &config.platform;
-    pci.add_empty_ports(
-        platform.hotplug_slots(),
-        platform.reserve(),
-        &routes,
-        &listener,
-    )
+    for segment in 0..platform.segments() {
+        let count = platform.hotplug_slots(segment);
+        pci.add_empty_ports(segment, count, platform.reserve(), &routes, &listener)?;
+    }
+    Ok(())
 }
 
 /// The virtio devices: disks, NICs, console, entropy source and balloon. Gives the pseudo-terminal that the console is at.
@@ -653,21 +700,28 @@ pub(super) fn add_board_devices(
     Ok(Some(watchdog))
 }
 
-/// Lets devices come to bus 0 while the guest runs, and leave it: gives the slots for that.
+/// Lets devices come to bus 0 of each segment while the guest runs, and leave it: gives the slots for that, by segment.
 pub(super) fn open_slots(
     pci: &Pci,
     buses: &Buses,
     router: &IrqRouter,
     events: &Arc<Events>,
-) -> Result<u32, RunError> {
-    let line = Arc::new(router.level_line(gsi::PCI_HOTPLUG));
-    buses.mmio.insert(
-        "PCI hot-plug registers",
-        layout::PCI_HOTPLUG_START,
-        pci_hotplug::SIZE,
-        pci.seats().open(pci.free_slots(), line, events),
-    )?;
-    Ok(pci.seats().open_slots())
+) -> Result<Vec<u32>, RunError> {
+    // One interrupt for all, which is up while something is unseen in any.
+    let lines = router.shared_lines();
+    let mut opened = Vec::new();
+    for (number, segment) in (0..).zip(pci.segments()) {
+        let line = Arc::new(lines.pin(gsi::PCI_HOTPLUG));
+        let free = pci.free_slots(segment);
+        buses.mmio.insert(
+            "PCI hot-plug registers",
+            layout::pci_hotplug(number),
+            pci_hotplug::SIZE,
+            pci.seats().open(segment, free, line, events),
+        )?;
+        opened.push(pci.seats().open_slots(segment));
+    }
+    Ok(opened)
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

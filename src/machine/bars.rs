@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::{
-    BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, PciFunction, Segment,
+    BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, PciFunction, Segment, Windows,
 };
 
 use super::bus::Bar;
@@ -26,8 +26,9 @@ pub(super) struct Bars {
     buses: Buses,
     regions: Arc<Regions>,
     doorbells: Doorbells,
-    /// Where memory BARs may be. Elsewhere is RAM or something of the platform's, which would win.
-    windows: Vec<Range<u64>>,
+    /// Where BARs of each segment may be, in their order. Elsewhere is another segment's part, RAM or something of the
+    /// platform's, which would win.
+    windows: Vec<Windows>,
     mapped: Mutex<BTreeMap<Key, Shortcuts>>,
     complaints: Complaints,
 }
@@ -62,7 +63,7 @@ impl Bars {
         buses: Buses,
         regions: Arc<Regions>,
         doorbells: Doorbells,
-        windows: Vec<Range<u64>>,
+        windows: Vec<Windows>,
     ) -> Self {
         Self {
             buses,
@@ -81,21 +82,31 @@ impl Bars {
         }
     }
 
-    fn check_place(&self, region: &BarRegion) -> io::Result<()> {
+    fn check_place(&self, segment: Segment, region: &BarRegion) -> io::Result<()> {
         let end = region.address.checked_add(region.size);
         let fits = |window: &Range<u64>| {
             end.is_some_and(|end| window.start <= region.address && end <= window.end)
         };
+        let number = usize::try_from(segment.0).unwrap_or(usize::MAX);
+        let Some(windows) = self.windows.get(number) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let memory = || windows.memory32.iter().chain(&windows.memory64);
         let free = match region.kind {
-            BarKind::Io => fits(&(0..PORTS_END)),
-            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => self.windows.iter().any(fits),
+            // Those of the board's own devices win.
+            BarKind::Io if segment == Segment(0) => fits(&(0..PORTS_END)),
+            BarKind::Io => fits(&windows.io),
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => memory().any(fits),
         };
         if free {
             return Ok(());
         }
         Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "it is outside of the windows for PCI devices",
+            match self.windows.len() {
+                1 => "it is outside of the windows for PCI devices",
+                _ => "it is outside of the windows for devices of its PCI segment",
+            },
         ))
     }
 
@@ -213,11 +224,11 @@ fn key(region: &BarRegion) -> Key {
 impl BarMapper for Bars {
     fn map(
         &self,
-        _segment: Segment,
+        segment: Segment,
         function: &Arc<dyn PciFunction>,
         region: &BarRegion,
     ) -> io::Result<()> {
-        self.check_place(region)?;
+        self.check_place(segment, region)?;
         let bar = Bar {
             function: function.clone(),
             index: region.index,
@@ -262,6 +273,16 @@ mod tests {
     use crate::memory::{Ram, RegionsError};
 
     const WINDOW: Range<u64> = 0xc000_0000..0xc100_0000;
+    /// That of segment 1.
+    const OTHER: Range<u64> = 0xc100_0000..0xc200_0000;
+
+    fn windows(memory32: Range<u64>) -> Windows {
+        Windows {
+            io: 0..0,
+            memory32: vec![memory32, 0..0],
+            memory64: Vec::new(),
+        }
+    }
 
     /// A function whose BAR 0 has a page that needs no exit, the second or the one that begins with it,
     /// and that answers the rest with sevens.
@@ -320,7 +341,7 @@ mod tests {
                 buses.clone(),
                 regions.clone(),
                 vm.doorbells(),
-                vec![WINDOW, 0..0],
+                [WINDOW, OTHER].map(windows).to_vec(),
             ),
             function: Arc::new(Function(Ram::new(&page, false).unwrap(), 0x1000)),
             small: Arc::new(Function(Ram::new(&page, false).unwrap(), 0)),
@@ -390,9 +411,13 @@ mod tests {
             (WINDOW.start, 1 << 32),
             (u64::MAX - 0xfff, 0x4000),
         ] {
-            f.bars.map(Segment(0), &f.function, &at(address, size)).unwrap_err();
+            f.bars
+                .map(Segment(0), &f.function, &at(address, size))
+                .unwrap_err();
         }
-        let error = f.bars.map(Segment(0), &f.small, &at(WINDOW.start + 0x2000, 0x2000));
+        let error = f
+            .bars
+            .map(Segment(0), &f.small, &at(WINDOW.start + 0x2000, 0x2000));
         assert_eq!(
             error.unwrap_err().to_string(),
             "BAR 0 of the function with page 0x0 at 0xc0002000..=0xc0003fff overlaps BAR 0 of the \
@@ -400,6 +425,35 @@ mod tests {
         );
         assert_eq!(read(&f.buses, WINDOW.start), 7);
         assert!(is_memory(&f.regions, WINDOW.start + 0x1000));
+    }
+
+    #[test]
+    fn a_bar_is_nowhere_in_another_segments_window() {
+        let Some(f) = fixture() else { return };
+        let (here, there) = (at(WINDOW.start, 0x4000), at(OTHER.start, 0x4000));
+        for (segment, region, fits) in [
+            (0, &here, true),
+            (0, &there, false),
+            (1, &here, false),
+            (1, &there, true),
+            (2, &here, false),
+        ] {
+            let mapped = f.bars.map(Segment(segment), &f.function, region);
+            assert_eq!(mapped.is_ok(), fits, "{segment}: {mapped:?}");
+            let expected = if fits { 7 } else { 0xff };
+            assert_eq!(read(&f.buses, region.address), expected);
+            if fits {
+                f.bars.unmap(&f.function, region);
+            }
+        }
+        // No port but its own segment's, of which there are none here.
+        let ports = BarRegion {
+            kind: BarKind::Io,
+            ..at(0xc000, 0x20)
+        };
+        f.bars.map(Segment(0), &f.function, &ports).unwrap();
+        f.bars.unmap(&f.function, &ports);
+        f.bars.map(Segment(1), &f.function, &ports).unwrap_err();
     }
 
     #[test]

@@ -177,7 +177,9 @@ fn room_is_a_segments_own() {
     };
     let full = FakeFunction::new(&[(BarIndex::Bar(2), PREFETCHABLE_64, 8 * GIB)]);
     f.topology.has_room(SEGMENTS[0], &small, &*large).unwrap();
-    f.topology.has_room(SEGMENTS[0], &small, &*full).unwrap_err();
+    f.topology
+        .has_room(SEGMENTS[0], &small, &*full)
+        .unwrap_err();
     f.topology
         .has_room(SEGMENTS[1], &large_window, &*full)
         .unwrap();

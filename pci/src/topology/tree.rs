@@ -239,9 +239,7 @@ impl Tree {
     pub(super) fn bdf(&self, id: FunctionId) -> Option<Bdf> {
         let node = self.get(id)?;
         let place = node.place;
-        let bridge = self
-            .bridge_above(node)
-            .and_then(|above| above.pci.bridge());
+        let bridge = self.bridge_above(node).and_then(|above| above.pci.bridge());
         Some(Bdf {
             segment: self.segment(id)?,
             bus: Bus(bridge.map_or(0, |bridge| bridge.bus_numbers().0)),

@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use crate::config::{InvalidPlace, MAX_SEGMENTS};
 use crate::config::limits::{
     INTERFACE_NAME, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_NET_QUEUES, MAX_OEM_STRINGS,
     MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
     MIN_MTU, SERIAL_SIZE, TAG_SIZE,
 };
+use crate::config::{InvalidPlace, MAX_SEGMENTS};
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -421,7 +421,7 @@ impl Name {
         Self(flag.to_owned())
     }
 
-    pub(super) fn new(flag: &str, index: usize, id: Option<&String>) -> Self {
+    pub(in crate::config) fn new(flag: &str, index: usize, id: Option<&String>) -> Self {
         match id {
             Some(id) => Self(format!("{flag} id={id}")),
             None => Self::numbered(flag, index),

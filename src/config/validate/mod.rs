@@ -13,7 +13,7 @@ use super::limits::{
 };
 use super::{
     BalloonConfig, Choice, ConsoleConfig, DeviceConfig, DiskConfig, ImageType, MemoryConfig,
-    PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
+    PlatformConfig, QueueAffinity, RngConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;

@@ -10,12 +10,12 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::beside::{Beside, needs_id};
+use super::device::AddDevice;
 use super::generic::AddGeneric;
 use super::lacking::{Asked, Fault, Lack};
 use super::pmem::AddPmem;
-use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
-use super::device::AddDevice;
 use super::some_text;
+use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
 use crate::config::{
     Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
     LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,

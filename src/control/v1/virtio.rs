@@ -394,10 +394,7 @@ mod tests {
             (r#"{"tag":"","socket":"/s"}"#, "tag"),
             (r#"{"tag":"t"}"#, "socket"),
             (r#"{"tag":"t","socket":"/s","iommu":true}"#, "virtual IOMMU"),
-            (
-                r#"{"tag":"t","socket":"/s","pci_segment":65536}"#,
-                "65536",
-            ),
+            (r#"{"tag":"t","socket":"/s","pci_segment":65536}"#, "65536"),
         ] {
             let why = fs(body).unwrap_err().to_string();
             assert!(why.contains(word), "{body}: {why}");

@@ -4,39 +4,60 @@ use std::sync::{Arc, Weak};
 
 use busway_pci::{
     AtomicOps, BarKind, Behind, Device, Function, FunctionId, HotPlug, InterruptLevel,
-    InterruptPin, InterruptRoutes, Link, Needs, PciFunction, Place, Reserve, RootPort,
+    InterruptPin, InterruptRoutes, Link, Needs, PciFunction, Place, Reserve, RootPort, RootSlot,
     SlotListener, WindowKind, capabilities, find_room, spec,
 };
 use busway_vfio::AssignedFunction;
 
 use super::Pci;
 use crate::arch::gsi;
+use crate::config::PciPlace;
 use crate::machine::RunError;
 use crate::machine::seats::{LOW_SLOTS, Owner, Seat};
 use crate::report::AssignedDevice;
 
 impl Pci {
     /// The slot of bus 0 that an assigned device which is there at the guest's start will have, where one is free.
-    pub(in crate::machine) fn low_slot(&self) -> Option<Device> {
-        let slot = self.free_slots().trailing_zeros() as u8;
-        Device::new(slot).filter(|slot| slot.number() < LOW_SLOTS)
+    ///
+    /// # Errors
+    /// [`RunError::PortSlot`] or [`RunError::SlotTaken`], where it is asked for by its number.
+    pub(in crate::machine) fn low_slot(
+        &self,
+        name: &str,
+        place: PciPlace,
+    ) -> Result<Option<RootSlot>, RunError> {
+        if place.device.is_some() {
+            return self.low_place(name, place).map(Some);
+        }
+        let segment = place.segment();
+        let slot = self.free_slots(segment).trailing_zeros() as u8;
+        let device = Device::new(slot).filter(|slot| slot.number() < LOW_SLOTS);
+        Ok(device.map(|device| RootSlot { segment, device }))
     }
 
     /// Adds a function of a host device that sits on bus 0 by itself, in a slot that is free.
     pub(in crate::machine) fn add_low(
         &mut self,
-        slot: Device,
+        slot: RootSlot,
         function: &Arc<AssignedFunction>,
     ) -> Result<(), RunError> {
         let id = self.place_in(slot, function.clone())?;
-        self.seats.take(slot.number(), Owner::Assigned, id);
+        self.seats.take(slot, Owner::Assigned, id);
         self.assigned.push((id, Arc::downgrade(function)));
         Ok(())
     }
 
     /// The slot that the root port for the host device `name` will have.
-    pub(in crate::machine) fn port_slot(&self, name: &str) -> Result<Device, RunError> {
-        self.free_slot(name, LOW_SLOTS)
+    pub(in crate::machine) fn port_slot(
+        &self,
+        name: &str,
+        place: PciPlace,
+    ) -> Result<RootSlot, RunError> {
+        let segment = place.segment();
+        match place.device() {
+            Some(device) => self.root(segment, name)?.asked(device, name),
+            None => self.slot_in(segment, name, LOW_SLOTS),
+        }
     }
 
     /// Adds the functions of a host device, function 0 first, behind a root port in `slot` whose link
@@ -45,8 +66,7 @@ impl Pci {
     /// port.
     pub(in crate::machine) fn add_behind_port(
         &mut self,
-        slot: Device,
-        name: &str,
+        slot: RootSlot,
         functions: Vec<(Function, Arc<AssignedFunction>)>,
         routes: Arc<dyn InterruptRoutes>,
         slots: Arc<dyn SlotListener>,
@@ -56,16 +76,16 @@ impl Pci {
         // They are on one slot of the host, so that what works on the way up works for all of them.
         let atomics = functions.iter().map(|(_, function)| function.atomic_ops());
         let atomics = atomics.fold(AtomicOps::NONE, |all, one| all | one);
-        let mut port = RootPort::new(slot.number().into(), link, routes)
+        let mut port = RootPort::new(slot.physical_slot(), link, routes)
             .completing(atomics)
-            .wired(self.port_pin(slot))
+            .wired(self.port_pin(slot.device))
             .hot_plug(slots);
         let mut bars = functions.iter().flat_map(|(_, function)| function.bars());
         if !bars.any(|bar| bar.kind == BarKind::Io) {
             port = port.without_io();
         }
         let port = self.with_hint(port);
-        let port = self.place(name, slot.number(), Arc::new(port))?;
+        let port = self.place_in(slot, Arc::new(port))?;
         self.ports.push((port, slot));
         for (number, function) in functions {
             let place = Place::behind(port).with_function(number);
@@ -76,9 +96,10 @@ impl Pci {
         Ok(port)
     }
 
-    /// Adds root ports with empty slots, which reserve room for what is plugged in.
+    /// Adds root ports with empty slots to a segment, which reserve room for what is plugged in.
     pub(in crate::machine) fn add_empty_ports(
         &mut self,
+        segment: u16,
         count: u8,
         reserve: Reserve,
         routes: &Arc<dyn InterruptRoutes>,
@@ -86,18 +107,23 @@ impl Pci {
     ) -> Result<(), RunError> {
         for index in 0..count {
             let name = "a slot for hot-plug";
-            let slot = self.port_slot(name)?;
-            let port = RootPort::new(slot.number().into(), Link::default(), routes.clone())
+            let place = PciPlace {
+                segment,
+                device: None,
+            };
+            let slot = self.port_slot(name, place)?;
+            let port = RootPort::new(slot.physical_slot(), Link::default(), routes.clone())
                 .hot_plug(slots.clone())
-                .wired(self.port_pin(slot))
+                .wired(self.port_pin(slot.device))
                 .reserving(reserve);
-            // One is enough for what lives by I/O ports, and leaves the others to those that are there.
-            let port = match index {
-                0 => port,
+            // One is enough for what lives by I/O ports, and leaves the others to those that are there. They are few, and
+            // all segments' together.
+            let port = match (segment, index) {
+                (0, 0) => port,
                 _ => port.without_io(),
             };
             let port = self.with_hint(port);
-            let port = self.place(name, slot.number(), Arc::new(port))?;
+            let port = self.place_in(slot, Arc::new(port))?;
             self.ports.push((port, slot));
         }
         Ok(())
@@ -108,7 +134,7 @@ impl Pci {
         Arc::new(self.lines.pin(gsi::intx(slot, RootPort::PIN)))
     }
 
-    /// A root port whose slot is empty, which is none of those that are `taken`.
+    /// A root port whose slot is empty, at `place` and none of those that are `taken`.
     ///
     /// One with a window for I/O ports is before others, where the device lives by them; and then one that the
     /// guest is not at.
@@ -116,11 +142,16 @@ impl Pci {
         &self,
         taken: &[FunctionId],
         lives_by_io: bool,
-    ) -> Option<(FunctionId, Device)> {
+        place: PciPlace,
+    ) -> Option<(FunctionId, RootSlot)> {
         let is = |port, what: fn(&dyn HotPlug) -> bool| {
             self.topology.with_slot(port, |slot| what(slot)) == Some(true)
         };
-        let mut ports: Vec<_> = self.empty_ports(taken).collect();
+        let here = |(_, slot): &(FunctionId, RootSlot)| {
+            let asked = place.device().is_none_or(|device| device == slot.device);
+            slot.segment == place.segment() && asked
+        };
+        let mut ports: Vec<_> = self.empty_ports(taken).filter(here).collect();
         ports.sort_by_key(|&(port, _)| {
             let lacks_io = lives_by_io && !is(port, |slot| slot.has_io());
             (lacks_io, !is(port, |slot| slot.steady()))
@@ -132,8 +163,8 @@ impl Pci {
     pub(in crate::machine) fn empty_ports(
         &self,
         taken: &[FunctionId],
-    ) -> impl Iterator<Item = (FunctionId, Device)> {
-        let empty = |(port, _): &&(FunctionId, Device)| {
+    ) -> impl Iterator<Item = (FunctionId, RootSlot)> {
+        let empty = |(port, _): &&(FunctionId, RootSlot)| {
             let leaves = |(of, function): &(FunctionId, Weak<AssignedFunction>)| {
                 of == port && function.strong_count() > 0
             };
@@ -145,19 +176,33 @@ impl Pci {
     }
 
     /// That there is no empty slot, and what helps.
-    pub(in crate::machine) fn no_slot(&self) -> String {
+    pub(in crate::machine) fn no_slot(&self, place: PciPlace) -> String {
         let names: Vec<_> = self
             .assigned()
             .into_iter()
             .map(|device| device.host)
             .collect();
-        match self.ports.len() {
-            0 => "the VM has no slot for devices that are added: start it with --platform \
-                  hotplug_slots=N"
-                .to_owned(),
+        let (whose, key) = match place.segment {
+            0 => (String::new(), "hotplug_slots"),
+            segment => (
+                format!(" in PCI segment {segment}"),
+                "segment_hotplug_slots",
+            ),
+        };
+        if let Some(device) = place.device {
+            return format!(
+                "no empty slot is behind a root port with pci_device_id={device}{whose}: leave pci_device_id out, or remove \
+                 what is there"
+            );
+        }
+        let here = |(_, slot): &&(FunctionId, RootSlot)| slot.segment == place.segment();
+        match self.ports.iter().filter(here).count() {
+            0 => format!(
+                "the VM has no slot{whose} for devices that are added: start it with --platform {key}=N"
+            ),
             count => format!(
-                "each of the VM's {count} slots is taken or about to be (it has {}): remove a device, or \
-                 start the VM with more (--platform hotplug_slots=N)",
+                "each of the VM's {count} slots{whose} is taken or about to be (it has {}): remove a device, or \
+                 start the VM with more (--platform {key}=N)",
                 names.join(", ")
             ),
         }

@@ -1,29 +1,34 @@
-//! Bus 0 and who sits where on it.
+//! Bus 0 of each segment and who sits where on it.
 //!
 //! The host bridge has slot 0. Virtio functions come from slot 1 up, in the order in which they are
 //! given, and root ports from slot 16 up, so that neither moves when one of the others is added. Assigned
-//! functions that sit on bus 0 by themselves come behind the virtio functions.
+//! functions that sit on bus 0 by themselves come behind the virtio functions. A slot that is asked for by its number
+//! is kept from all others.
 
 mod assigned;
+mod roots;
 
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use busway_pci::{
-    Device, Ecam, FunctionId, HostBridge, PciFunction, Place, RootPort, Segment, Topology, Windows,
+    Ecam, FunctionId, HostBridge, PciFunction, Place, RootPort, RootSlot, Segment, Topology,
 };
 use busway_vfio::AssignedFunction;
 
 use super::RunError;
+use super::address_plan::SegmentAddresses;
 use super::bars::Bars;
 use super::bus::{EcamPlace, EcamWindow};
 use super::quiet::VirtioFunctions;
-use super::seats::{LOW_SLOTS, Owner, Seats};
-pub(super) use assigned::pins_of;
+use super::seats::{Owner, Seats};
 use crate::arch::q35::{self, Lpc, Mch};
-use crate::arch::layout;
+use crate::config::{PciPlace, VmConfig};
 use crate::kvm::{Buses, Doorbells, SharedLines};
 use crate::memory::Regions;
 use crate::virtio::VirtioPci;
+pub(super) use assigned::pins_of;
+use roots::RootBus;
 
 /// The PCI side of a machine. Dropping it takes out every function, with its BARs unmapped before,
 /// and releases the buses, which refer to it.
@@ -32,11 +37,10 @@ pub(super) struct Pci {
     topology: Arc<Topology>,
     seats: Arc<Seats>,
     buses: Buses,
-    windows: Windows,
-    /// Bit n: slot n is taken.
-    slots: u32,
+    /// Bus 0 of each segment, in their order.
+    roots: Vec<RootBus>,
     /// The root ports that have hot-plug slots.
-    ports: Vec<(FunctionId, Device)>,
+    ports: Vec<(FunctionId, RootSlot)>,
     /// The functions behind each, until they are gone: while one is being taken out, which waits for the
     /// kernel, its port is not to be waited for.
     behind: Vec<(FunctionId, Weak<AssignedFunction>)>,
@@ -49,26 +53,25 @@ pub(super) struct Pci {
 }
 
 impl Pci {
-    /// Bus 0 with nothing on it but the host bridge, reachable for the guest. The BARs may be within
-    /// `windows`. A guest that begins with `firmware` finds the chip set that firmware knows, and firmware
-    /// says where configuration space is in memory.
+    /// Segments with nothing in them but host bridges, reachable for the guest, where `segments` has their addresses, the
+    /// first of them segment 0. A guest that begins with `firmware` finds the chip set that firmware knows in the first, and
+    /// firmware says where that one's configuration space is in memory.
     pub(super) fn new(
-        windows: Windows,
+        segments: Vec<SegmentAddresses>,
         buses: &Buses,
         memory: Arc<Regions>,
         doorbells: Doorbells,
         lines: SharedLines,
         firmware: bool,
     ) -> Result<Self, RunError> {
-        let within = [&windows.memory32[..], &windows.memory64].concat();
-        let bars = Bars::new(buses.clone(), memory, doorbells, within);
+        let windows = segments.iter().map(|segment| segment.windows.clone());
+        let bars = Bars::new(buses.clone(), memory, doorbells, windows.collect());
         let topology = Arc::new(Topology::new(Arc::new(bars)));
         let mut pci = Self {
             seats: Arc::new(Seats::new(topology.clone())),
             topology,
             buses: buses.clone(),
-            windows,
-            slots: 0,
+            roots: Vec::new(),
             ports: Vec::new(),
             behind: Vec::new(),
             assigned: Vec::new(),
@@ -76,20 +79,26 @@ impl Pci {
             lines,
             mch: None,
         };
-        match firmware {
-            true => pci.add_chip_set()?,
-            false => pci.add_host_bridge()?,
+        for (number, addresses) in (0..).zip(segments) {
+            let segment = Segment(number);
+            pci.roots.push(RootBus::new(segment, addresses.windows));
+            match firmware && segment == Segment(0) {
+                true => pci.add_chip_set()?,
+                false => pci.add_host_bridge(segment, addresses.ecam)?,
+            }
         }
         Ok(pci)
     }
 
-    fn add_host_bridge(&mut self) -> Result<(), RunError> {
-        self.place("the host bridge", 0, Arc::new(HostBridge::new()))?;
+    /// The host bridge of a segment, with configuration space at `ecam`.
+    fn add_host_bridge(&mut self, segment: Segment, ecam: Range<u64>) -> Result<(), RunError> {
+        let slot = self.slot_in(segment, "the host bridge", 0)?;
+        self.place_in(slot, Arc::new(HostBridge::new()))?;
         self.buses.mmio.insert(
             "PCI configuration space",
-            layout::ECAM_START,
-            layout::ECAM_SIZE,
-            Arc::new(EcamWindow(Ecam::new(self.topology.clone(), Segment(0)))),
+            ecam.start,
+            ecam.end.saturating_sub(ecam.start),
+            Arc::new(EcamWindow(Ecam::new(self.topology.clone(), segment))),
         )?;
         Ok(())
     }
@@ -98,8 +107,10 @@ impl Pci {
         let place = Arc::new(EcamPlace::new(&self.buses, &self.topology));
         let mch = Arc::new(Mch::new(place));
         self.mch = Some(mch.clone());
-        self.place("the host bridge", 0, mch)?;
-        self.place("the LPC bridge", q35::LPC_SLOT, Arc::new(Lpc::new()))?;
+        let slot = self.slot_in(Segment(0), "the host bridge", 0)?;
+        self.place_in(slot, mch)?;
+        let slot = self.slot_in(Segment(0), "the LPC bridge", q35::LPC_SLOT)?;
+        self.place_in(slot, Arc::new(Lpc::new()))?;
         Ok(())
     }
 
@@ -125,12 +136,24 @@ impl Pci {
         &self.seats
     }
 
+    /// Keeps the slots that devices are to have by their numbers from all others. To be called before any device is added.
+    pub(super) fn keep_places(&mut self, config: &VmConfig) {
+        let virtio = config.virtio().map(|(_, device)| device.place());
+        let devices = config.device.iter().map(|device| device.place());
+        for place in virtio.chain(devices) {
+            if let (Some(device), Some(root)) = (place.device(), self.root_mut(place.segment())) {
+                root.keep(device);
+            }
+        }
+    }
+
     /// Adds a virtio device, which the machine makes itself, and gives its slot.
     pub(super) fn add_virtio(
         &mut self,
         function: &Arc<VirtioPci>,
-    ) -> Result<(Device, FunctionId), RunError> {
-        let slot = self.free_slot(function.name(), 1)?;
+        place: PciPlace,
+    ) -> Result<(RootSlot, FunctionId), RunError> {
+        let slot = self.low_place(function.name(), place)?;
         let id = self.place_in(slot, function.clone())?;
         self.virtio.push(function);
         Ok((slot, id))
@@ -142,7 +165,7 @@ impl Pci {
     /// As [`plug_low`](Self::plug_low)
     pub(super) fn plug_virtio(
         &mut self,
-        slot: u8,
+        slot: RootSlot,
         function: &Arc<VirtioPci>,
     ) -> Result<(), RunError> {
         self.plug_low(slot, Owner::Virtio, function.clone())?;
@@ -156,16 +179,14 @@ impl Pci {
     /// [`RunError::Addresses`] where its BARs would find no room; nothing has changed then
     fn plug_low(
         &self,
-        slot: u8,
+        slot: RootSlot,
         owner: Owner,
         function: Arc<dyn PciFunction>,
     ) -> Result<FunctionId, RunError> {
-        let device = Device::new(slot).ok_or_else(|| RunError::NoSlot {
-            device: function.name(),
-        })?;
+        let root = self.root(slot.segment, &function.name())?;
         self.topology
-            .has_room(Segment(0), &self.windows, &*function)?;
-        let id = self.topology.add(Place::root(device), function)?;
+            .has_room(slot.segment, &root.windows, &*function)?;
+        let id = self.topology.add(place_of(slot), function)?;
         self.seats.take(slot, owner, id);
         self.seats.tell(slot);
         Ok(id)
@@ -176,12 +197,20 @@ impl Pci {
     /// # Errors
     /// [`RunError`]
     pub(super) fn add_board(&mut self, function: Arc<dyn PciFunction>) -> Result<(), RunError> {
-        self.place(&function.name(), 1, function).map(drop)
+        let slot = self.slot_in(Segment(0), &function.name(), 1)?;
+        self.place_in(slot, function).map(drop)
     }
 
-    /// Bit n: slot n is one for devices, and free at the guest's start.
-    pub(super) fn free_slots(&self) -> u32 {
-        ((1 << LOW_SLOTS) - 1) & !self.slots
+    /// The segments that there are.
+    pub(super) fn segments(&self) -> impl Iterator<Item = Segment> {
+        self.roots.iter().map(|root| root.segment)
+    }
+
+    /// Bit n: slot n of bus 0 is one for devices, and free at the guest's start.
+    pub(super) fn free_slots(&self, segment: Segment) -> u32 {
+        let mut roots = self.roots.iter();
+        let root = roots.find(|root| root.segment == segment);
+        root.map_or(0, RootBus::low_free)
     }
 
     /// The virtio devices, which are paused with the guest.
@@ -189,7 +218,7 @@ impl Pci {
         &self.virtio
     }
 
-    /// Where firmware finds the function that is `called` so: slots and functions from the host bridge on, in
+    /// Where firmware finds the function that is `called` so, which is in segment 0: slots and functions from the host bridge on, in
     /// Open Firmware's form. EDK II OvmfPkg/Library/QemuBootOrderLib/QemuBootOrderLib.c,
     /// `TranslatePciOfwNodes`
     pub(super) fn boot_path(&self, called: impl Fn(&str) -> bool) -> Option<String> {
@@ -211,14 +240,19 @@ impl Pci {
             Some(*slot)
         });
         Some(match port {
-            Some(slot) => format!("/pci@i0cf8/pci-bridge@{:x}/{node}", slot.number()),
+            Some(slot) => {
+                let bridge = slot.device.number();
+                format!("/pci@i0cf8/pci-bridge@{bridge:x}/{node}")
+            }
             None => format!("/pci@i0cf8/{node}"),
         })
     }
 
     /// Numbers buses and gives addresses, as firmware does. No vCPU may run.
     pub(super) fn assign(&self) -> Result<(), RunError> {
-        self.topology.assign(Segment(0), &self.windows)?;
+        for root in &self.roots {
+            self.topology.assign(root.segment, &root.windows)?;
+        }
         for (id, function) in self.topology.functions() {
             let bdf = self.topology.bdf(id).unwrap_or_default();
             log::debug!("{bdf}: {:x?}", function.bars());
@@ -226,36 +260,53 @@ impl Pci {
         Ok(())
     }
 
-    fn place(
-        &mut self,
-        name: &str,
-        from: u8,
-        function: Arc<dyn PciFunction>,
-    ) -> Result<FunctionId, RunError> {
-        let slot = self.free_slot(name, from)?;
-        self.place_in(slot, function)
-    }
-
     fn place_in(
         &mut self,
-        slot: Device,
+        slot: RootSlot,
         function: Arc<dyn PciFunction>,
     ) -> Result<FunctionId, RunError> {
-        let id = self.topology.add(Place::root(slot), function)?;
-        self.slots |= 1 << slot.number();
+        let id = self.topology.add(place_of(slot), function)?;
+        if let Some(root) = self.root_mut(slot.segment) {
+            root.take(slot.device);
+        }
         Ok(id)
     }
 
-    /// The first free slot from `from` on or, where there is none, at all.
-    fn free_slot(&self, name: &str, from: u8) -> Result<Device, RunError> {
-        (from..Device::COUNT)
-            .chain(0..from)
-            .find(|slot| self.slots & 1 << slot == 0)
-            .and_then(Device::new)
-            .ok_or_else(|| RunError::NoSlot {
-                device: name.to_owned(),
-            })
+    /// The first free slot of bus 0 of `segment` from `from` on or, where there is none, at all.
+    fn slot_in(&self, segment: Segment, name: &str, from: u8) -> Result<RootSlot, RunError> {
+        let device = self.root(segment, name)?.free(from);
+        let device = device.ok_or_else(|| RunError::NoSlot {
+            device: name.to_owned(),
+        })?;
+        Ok(RootSlot { segment, device })
     }
+
+    /// The slot for a device on bus 0: the one that is asked for, or one that is free.
+    fn low_place(&self, name: &str, place: PciPlace) -> Result<RootSlot, RunError> {
+        let segment = place.segment();
+        match place.device() {
+            Some(device) => self.root(segment, name)?.low(device, name),
+            None => self.slot_in(segment, name, 1),
+        }
+    }
+
+    fn root(&self, segment: Segment, name: &str) -> Result<&RootBus, RunError> {
+        let mut roots = self.roots.iter();
+        let root = roots.find(|root| root.segment == segment);
+        root.ok_or_else(|| RunError::NoSegment {
+            device: name.to_owned(),
+            segment: segment.0,
+        })
+    }
+
+    fn root_mut(&mut self, segment: Segment) -> Option<&mut RootBus> {
+        let mut roots = self.roots.iter_mut();
+        roots.find(|root| root.segment == segment)
+    }
+}
+
+fn place_of(slot: RootSlot) -> Place {
+    Place::root(slot.device).in_segment(slot.segment)
 }
 
 impl Drop for Pci {

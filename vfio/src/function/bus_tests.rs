@@ -22,7 +22,12 @@ use crate::{
 struct Mapper(Mutex<Vec<u64>>);
 
 impl BarMapper for Mapper {
-    fn map(&self, _: Segment, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()> {
+    fn map(
+        &self,
+        _: Segment,
+        function: &Arc<dyn PciFunction>,
+        region: &BarRegion,
+    ) -> io::Result<()> {
         for part in function.parts(region.index) {
             if let BarPart::Memory { offset, size, .. } = part {
                 function.dma_buf(region.index, offset, size).unwrap()?;

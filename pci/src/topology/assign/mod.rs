@@ -125,12 +125,7 @@ fn assign(tree: &Tree, segment: Segment, windows: &Windows) -> Result<(), Assign
 }
 
 /// Numbers the buses behind the bridges of one bus, depth first, from `next` on.
-fn number_buses(
-    tree: &Tree,
-    bus: Parent,
-    number: u8,
-    next: &mut u16,
-) -> Result<(), AssignError> {
+fn number_buses(tree: &Tree, bus: Parent, number: u8, next: &mut u16) -> Result<(), AssignError> {
     for node in tree
         .children(bus)
         .filter(|node| node.pci.bridge().is_some())
@@ -149,11 +144,7 @@ fn number_buses(
 /// What the functions of one bus need, with all that is behind them.
 ///
 /// `call` is what a function is called in them.
-fn needs<F>(
-    tree: &Tree,
-    bus: Parent,
-    call: &impl Fn(FunctionId) -> F,
-) -> Vec<Needs<F>> {
+fn needs<F>(tree: &Tree, bus: Parent, call: &impl Fn(FunctionId) -> F) -> Vec<Needs<F>> {
     tree.children(bus)
         .map(|node| Needs {
             function: call(node.id),

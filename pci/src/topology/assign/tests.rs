@@ -97,7 +97,7 @@ fn buses_behind_buses_nest() {
     let (_, topology) = behind_ports(&[&[]]);
     let (upper, _) = topology.functions()[0];
     let place = Place {
-        bridge: Some(upper),
+        parent: Parent::Bridge(upper),
         device: device(3),
         function: crate::Function::default(),
     };
@@ -130,7 +130,10 @@ fn a_bar_without_room_is_named() {
         ],
     ]);
     assert_eq!(
-        topology.assign(Segment(0), &windows()).unwrap_err().to_string(),
+        topology
+            .assign(Segment(0), &windows())
+            .unwrap_err()
+            .to_string(),
         "a device: BAR 2 of 1073741824 bytes finds no room in the guest's memory below 4 GiB \
          beside the other devices: give the VM fewer devices"
     );
@@ -148,7 +151,11 @@ fn whether_one_more_would_find_room_is_what_assigning_with_it_says() {
         assert_eq!(found.is_ok(), fits, "{size:#x}: {found:?}");
         assert_eq!(addresses(&topology), before, "nothing was touched");
         let id = topology.add(Place::root(device(9)), one).unwrap();
-        assert_eq!(topology.assign(Segment(0), &windows()).is_ok(), fits, "{size:#x}");
+        assert_eq!(
+            topology.assign(Segment(0), &windows()).is_ok(),
+            fits,
+            "{size:#x}"
+        );
         topology.remove(id);
         topology.assign(Segment(0), &windows()).unwrap();
     }

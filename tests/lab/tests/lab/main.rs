@@ -45,6 +45,7 @@ mod package;
 mod paused;
 mod proof;
 mod run;
+mod segments;
 mod slots;
 mod small;
 mod switched;
@@ -83,6 +84,7 @@ const CHAPTERS: &[&[Proof]] = &[
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
     walls::PROOFS,
+    segments::PROOFS,
     slots::PROOFS,
     small::PROOFS,
     paused::PROOFS,
