@@ -323,6 +323,12 @@ fn a_full_configuration_is_as_described() {
         device: vec![device],
         ..VmConfig::default()
     };
+    config.device[0].pci_device_id = Some(16);
+    config.disk[0].pci_device_id = Some(1);
+    config.net[0].pci_device_id = Some(2);
+    config.fs[0].pci_device_id = Some(3);
+    config.pmem[0].pci_device_id = Some(4);
+    config.generic[0].pci_device_id = Some(5);
     config.landlock = true;
     config.landlock_rules = vec![crate::config::LandlockRule {
         path: "p".into(),
