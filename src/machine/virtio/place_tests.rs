@@ -1,6 +1,6 @@
 use busway_pci::Bdf;
 
-use super::tests::{DISK, Machine, disk, failure, image, made};
+use super::tests::{DISK, Machine, disk, image, made};
 use super::*;
 
 #[test]
@@ -35,7 +35,7 @@ fn a_device_comes_to_the_segment_and_the_slot_that_are_asked_for() {
         (1, Some(16), "1 to 15"),
     ] {
         let config = at(&machine, "d", segment, device);
-        let why = failure(machine.add(config));
+        let why = machine.add(config).unwrap_err().to_string();
         assert!(why.contains(words), "{why}");
     }
 }

@@ -245,7 +245,7 @@ fn added(id: &str, slot: u8) -> Result<Answer, RequestError> {
     Ok(Answer::Added(Added::one(id.to_owned(), address)))
 }
 
-pub(super) fn failure(answer: Result<Answer, RequestError>) -> String {
+fn failure(answer: Result<Answer, RequestError>) -> String {
     let Err(RequestError::Failed(why)) = answer else {
         panic!("{answer:?}");
     };

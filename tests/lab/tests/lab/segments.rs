@@ -82,9 +82,8 @@ fn split(lab: &mut Lab) -> Result<()> {
         .limit(Duration::from_secs(420))
         .args(&[
             "--platform",
-            "iommufd=on,num_pci_segments=2,hotplug_slots=2",
+            "iommufd=on,num_pci_segments=2,hotplug_slots=2,segment_hotplug_slots=1,hotplug_mmio64=64M",
         ])
-        .args(&["--platform", "segment_hotplug_slots=1,hotplug_mmio64=64M"])
         .args(&["--disk", "path=/run/first.raw"])
         .args(&[
             "--disk",
