@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use busway_pci::{InterruptRoutes, SlotListener, Windows};
 use busway_vfio::{AssignOptions, EventFd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -23,19 +22,19 @@ use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
 use super::resize::ProcessorCount;
 use super::seats::Owner;
+use super::segments::{add_empty_ports, last_bus, open_slots, segments};
 use super::virtio::VirtioDevices;
 use crate::acpi::{self, PluggableMemory};
 use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
+use crate::arch::layout;
 use crate::arch::{CpuFeatures, CpuModel};
-use crate::arch::{gsi, layout};
 use crate::config::{ConsoleConfig, CpusConfig, MemoryConfig, VirtioConfig, VmConfig};
 use crate::devices::cpu_hotplug::CpuHotplug;
-use crate::devices::pci_hotplug;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::tpm::{self, Tpm};
 use crate::devices::watchdog::Watchdog;
-use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from};
+use crate::kvm::{Buses, ExitKind, Vcpus, Vm, keep_from};
 use crate::memory::{Area, Discards, Ram, Regions, Slots};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
@@ -584,32 +583,6 @@ fn acpi_hardware(config: &VmConfig, segments: &[SegmentAddresses]) -> acpi::Hard
     }
 }
 
-/// The highest bus number of a segment: one bus is behind each root port, and each assigned device has a port.
-fn last_bus(config: &VmConfig, segment: u16) -> u8 {
-    let devices = config.device.iter();
-    let here = devices
-        .filter(|device| device.pci_segment == segment)
-        .count();
-    let slots = config.platform.hotplug_slots(segment);
-    u8::try_from(here).unwrap_or(u8::MAX).saturating_add(slots)
-}
-
-/// The segments with these windows, in their order, and with configuration space for as many buses as each has.
-fn segments(config: &VmConfig, windows: Vec<Windows>) -> Result<Vec<SegmentAddresses>, RunError> {
-    let last_buses = (0..).zip(&windows);
-    let last_buses: Vec<_> = last_buses
-        .map(|(segment, _)| last_bus(config, segment))
-        .collect();
-    let ecams = layout::ecams(&last_buses).ok_or(RunError::NoEcamRoom {
-        segments: windows.len(),
-        room: (layout::ECAMS_END - layout::ECAM_START - layout::ECAM_SIZE) >> 20,
-    })?;
-    let segments = windows.into_iter().zip(ecams);
-    Ok(segments
-        .map(|(windows, ecam)| SegmentAddresses { windows, ecam })
-        .collect())
-}
-
 /// Keeps all threads of this process from processors that are vCPUs' alone.
 fn keep_away(cpus: &CpusConfig) {
     if !cpus.dedicated {
@@ -634,23 +607,6 @@ pub(super) fn processors_now(acpi: &mut acpi::Hardware, registers: &CpuHotplug) 
     for (id, cpu) in (0..=u8::MAX).zip(&mut acpi.cpus) {
         cpu.enabled = present.has(id);
     }
-}
-
-/// Root ports with empty slots, for devices that are added later.
-pub(super) fn add_empty_ports(
-    pci: &mut Pci,
-    config: &VmConfig,
-    router: &IrqRouter,
-    events: &Arc<Events>,
-) -> Result<(), RunError> {
-    let routes: Arc<dyn InterruptRoutes> = Arc::new(router.clone());
-    let listener: Arc<dyn SlotListener> = events.clone();
-    let platform = &config.platform;
-    for segment in 0..platform.segments() {
-        let count = platform.hotplug_slots(segment);
-        pci.add_empty_ports(segment, count, platform.reserve(), &routes, &listener)?;
-    }
-    Ok(())
 }
 
 /// The virtio devices: disks, NICs, console, entropy source and balloon. Gives the pseudo-terminal that the console is at.
@@ -698,30 +654,6 @@ pub(super) fn add_board_devices(
     let watchdog = Arc::new(Watchdog::new().map_err(RunError::system("timerfd_create"))?);
     pci.add_board(watchdog.clone())?;
     Ok(Some(watchdog))
-}
-
-/// Lets devices come to bus 0 of each segment while the guest runs, and leave it: gives the slots for that, by segment.
-pub(super) fn open_slots(
-    pci: &Pci,
-    buses: &Buses,
-    router: &IrqRouter,
-    events: &Arc<Events>,
-) -> Result<Vec<u32>, RunError> {
-    // One interrupt for all, which is up while something is unseen in any.
-    let lines = router.shared_lines();
-    let mut opened = Vec::new();
-    for (number, segment) in (0..).zip(pci.segments()) {
-        let line = Arc::new(lines.pin(gsi::PCI_HOTPLUG));
-        let free = pci.free_slots(segment);
-        buses.mmio.insert(
-            "PCI hot-plug registers",
-            layout::pci_hotplug(number),
-            pci_hotplug::SIZE,
-            pci.seats().open(segment, free, line, events),
-        )?;
-        opened.push(pci.seats().open_slots(segment));
-    }
-    Ok(opened)
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

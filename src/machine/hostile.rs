@@ -12,10 +12,11 @@ use busway_pci::Windows;
 use busway_vfio::EventFd;
 
 use super::address_plan::SegmentAddresses;
-use super::assembly::{add_board_devices, add_empty_ports, open_slots};
+use super::assembly::add_board_devices;
 use super::events::{Event, Events};
 use super::pci::Pci;
 use super::resize::{ProcessorCount, Seats, Wish};
+use super::segments::{add_empty_ports, open_slots};
 use super::virtio::VirtioDevices;
 use crate::arch::board::Board;
 use crate::arch::layout;

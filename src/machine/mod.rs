@@ -35,6 +35,7 @@ mod requests;
 mod resize;
 mod restart;
 mod seats;
+mod segments;
 mod shown;
 mod signals;
 mod virtio;
