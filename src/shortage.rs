@@ -9,7 +9,7 @@ use rustix::process::{Resource, getrlimit};
 
 /// What is to be said after an error that came of a shortage; nothing where its text has the remedy already.
 #[must_use]
-pub fn remedy(error: &(dyn Error + 'static), said: &str) -> Option<Cow<'static, str>> {
+pub(crate) fn remedy(error: &(dyn Error + 'static), said: &str) -> Option<Cow<'static, str>> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let (known, remedy) = match number(error).map(Errno::from_raw_os_error) {
