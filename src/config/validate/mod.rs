@@ -61,6 +61,8 @@ impl VmConfig {
         self.memory.validate()?;
         let hotplug = self.memory.validate_hotplug();
         hotplug.map_err(InvalidConfig::Hotplug)?;
+        self.validate_zones().map_err(InvalidConfig::Zone)?;
+        self.validate_numa().map_err(InvalidConfig::Numa)?;
         for (index, disk) in self.disk.iter().enumerate() {
             disk.check().map_err(|why| InvalidConfig::Virtio {
                 device: Name::new("--disk", index, disk.id.as_ref()),
@@ -128,7 +130,7 @@ impl VmConfig {
     /// A balloon has room in RAM, of which single pages can go back to the host.
     fn validate_balloon(&self) -> Result<(), InvalidConfig> {
         match &self.balloon {
-            Some(_) if self.memory.hugepages => Err(InvalidConfig::BalloonOfHugePages),
+            Some(_) if self.has_huge_pages() => Err(InvalidConfig::BalloonOfHugePages),
             Some(BalloonConfig { size, .. })
                 if *size > self.memory.size || !size.is_multiple_of(PAGE_SIZE) =>
             {
