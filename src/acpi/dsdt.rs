@@ -95,13 +95,12 @@ fn host_bridge(hardware: &Hardware, aml: &mut Vec<u8>) {
     let crs = Name::new(path("_CRS"), &ResourceTemplate::new(resources));
     let prt = Name::new(path("_PRT"), &interrupt_routing());
     let osc = Osc::new(hardware);
-    in_system_bus(
-        &Device::new(
-            path("PCI0"),
-            vec![&hid, &cid, &segment, &bus, &uid, &crs, &prt, &osc],
-        ),
-        aml,
-    );
+    let root = hardware.numa.as_ref().and_then(|numa| numa.root);
+    let proximity = root.map(|node| Name::new(path("_PXM"), &node));
+    let mut children: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &bus, &uid, &crs, &prt, &osc];
+    // §6.2.14.
+    children.extend(proximity.iter().map(|name| name as &dyn Aml));
+    in_system_bus(&Device::new(path("PCI0"), children), aml);
 }
 
 /// `_PRT`: each pin of each device is hard-wired to an interrupt. §6.2.13.

@@ -81,6 +81,7 @@ const KEYS: &[(&str, &str, Act)] = &[
         }),
     ),
     ("memory", "mergeable", Act::Off),
+    ("memory-zone", "mergeable", Act::Off),
     ("disk", "iommu", Act::Off),
     ("disk", "pci_segment", Act::Segment),
     ("disk", "sparse", Act::Nothing),

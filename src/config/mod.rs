@@ -15,6 +15,7 @@ mod limits;
 mod memory;
 mod net;
 mod numa;
+mod placing;
 mod pmem;
 mod tpm;
 mod validate;
@@ -48,6 +49,7 @@ pub use numa::{
     DEFAULT_ZONE, InvalidNuma, LOCAL_DISTANCE, MAX_NUMA_NODES, NumaConfig, NumaDistance,
     REMOTE_DISTANCE,
 };
+pub use placing::Placing;
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
@@ -84,6 +86,8 @@ pub struct VmConfig {
     pub memory_zone: Vec<MemoryZoneConfig>,
     /// The guest's NUMA nodes.
     pub numa: Vec<NumaConfig>,
+    /// Whether RAM and vCPUs are placed by where the devices are.
+    pub place: Placing,
     /// Virtio disks.
     pub disk: Vec<DiskConfig>,
     /// Virtio NICs.

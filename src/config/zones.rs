@@ -136,6 +136,19 @@ impl VmConfig {
         self.memory.hugepages || self.memory_zone.iter().any(|zone| zone.hugepages)
     }
 
+    /// What is said of all RAM, with the largest of the huge pages that its zones are said to be made of: what it goes round
+    /// ends with such.
+    #[must_use]
+    pub fn memory_to_plan(&self) -> MemoryConfig {
+        let mut memory = self.memory.clone();
+        let zones = self.memory_zone.iter().filter(|zone| zone.hugepages);
+        let largest = zones.filter_map(|zone| zone.hugepage_size).max();
+        if largest.is_some() {
+            (memory.hugepages, memory.hugepage_size) = (true, largest);
+        }
+        memory
+    }
+
     /// That RAM can be made of its zones, where there are any.
     ///
     /// # Errors

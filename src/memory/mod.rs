@@ -3,10 +3,12 @@
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
 mod area;
+mod backing;
 mod blocks;
 mod discard;
 mod error;
 mod files;
+mod host;
 mod huge_pages;
 mod pluggable;
 mod prefault;
@@ -20,6 +22,7 @@ pub use blocks::{Blocks, Plugged};
 pub use discard::{Discarded, Discards};
 pub(crate) use error::Amount;
 pub use error::RamError;
+pub(crate) use huge_pages::default_huge_page;
 pub use files::{FileMemory, FileMemoryError, Slots};
 pub use pluggable::{PlugError, Pluggable};
 pub use prefault::PrefaultError;

@@ -92,6 +92,14 @@ pub enum InvalidConfig {
     /// --memory-zone {0}
     #[error("--memory-zone {0}")]
     Zone(super::super::InvalidZone),
+    /// --place auto beside {what}
+    #[error(
+        "--place auto says where RAM and vCPUs are by where the devices are, and so does {what}: leave one of the two out"
+    )]
+    Placed {
+        /// The flag that says the same.
+        what: &'static str,
+    },
     /// --numa {0}
     #[error("--numa {0}")]
     Numa(super::super::InvalidNuma),

@@ -12,8 +12,8 @@ use super::limits::{
     MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
 };
 use super::{
-    BalloonConfig, Choice, ConsoleConfig, DeviceConfig, MemoryConfig, PlatformConfig, RngConfig,
-    VirtioConfig, VmConfig,
+    BalloonConfig, Choice, ConsoleConfig, DeviceConfig, MemoryConfig, Placing, PlatformConfig,
+    RngConfig, VirtioConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;
@@ -61,6 +61,7 @@ impl VmConfig {
         self.memory.validate()?;
         let hotplug = self.memory.validate_hotplug();
         hotplug.map_err(InvalidConfig::Hotplug)?;
+        self.validate_placing()?;
         self.validate_zones().map_err(InvalidConfig::Zone)?;
         self.validate_numa().map_err(InvalidConfig::Numa)?;
         for (index, disk) in self.disk.iter().enumerate() {
@@ -176,8 +177,25 @@ impl VmConfig {
         }?;
         let checked = self.cpus.grouped().check(self.cpus.most());
         checked.map_err(InvalidConfig::Topology)?;
-        let placed = self.cpus.check_places();
+        // Each will have one where they are placed by the devices.
+        let placed = match self.place {
+            Placing::Auto => Ok(()),
+            Placing::Off => self.cpus.check_places(),
+        };
         placed.map_err(InvalidConfig::CpuPlaces)
+    }
+
+    /// Where a VM is, is said in one way.
+    fn validate_placing(&self) -> Result<(), InvalidConfig> {
+        let also = [
+            ("--memory-zone", !self.memory_zone.is_empty()),
+            ("--numa", !self.numa.is_empty()),
+            ("--cpus affinity=", !self.cpus.affinity.is_empty()),
+        ];
+        match also.into_iter().find(|(_, said)| *said) {
+            Some((what, _)) if self.place == Placing::Auto => Err(InvalidConfig::Placed { what }),
+            _ => Ok(()),
+        }
     }
 
     fn validate_console_files(&self) -> Result<(), InvalidConfig> {

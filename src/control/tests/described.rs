@@ -90,7 +90,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     for endpoint in v1::ENDPOINTS {
         let name = format!("{} {}", endpoint.method, endpoint.name);
         let bodies: &[&str] = match endpoint.name {
-            "vm.create" => &["", "{}", r#"{"numa": [{"guest_numa_id": 0}]}"#],
+            "vm.create" => &["", "{}", r#"{"vdpa": [{"path": "/dev/vhost-vdpa-0"}]}"#],
             "vm.add-device" => &[
                 "",
                 r#"{"path": "0000:02:00.0", "iommu": true}"#,

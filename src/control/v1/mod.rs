@@ -11,6 +11,7 @@ mod generic;
 mod info;
 mod lacking;
 mod looks;
+mod numa;
 mod observe;
 mod pmem;
 mod resize;

@@ -41,6 +41,7 @@ mod life;
 mod mediated;
 mod memory;
 mod nic;
+mod nodes;
 mod package;
 mod paused;
 mod proof;
@@ -79,6 +80,7 @@ const CHAPTERS: &[&[Proof]] = &[
     events::PROOFS,
     cpus::PROOFS,
     memory::PROOFS,
+    nodes::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
