@@ -149,7 +149,7 @@ mod tests {
             mmio32: layout::mmio32(0x8000_0000, &[]),
             mmio64: layout::mmio64(1 << 32, 40, &[]),
             pluggable: None,
-numa: None,
+            numa: None,
             serial: true,
             tpm: false,
             bus0_slots: 0,

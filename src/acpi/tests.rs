@@ -19,7 +19,7 @@ fn hardware(cpus: u32) -> Hardware {
         mmio32: layout::mmio32(layout::MMIO32_START, &[]),
         mmio64: layout::mmio64(7 << 30, 40, &[]),
         pluggable: None,
-numa: None,
+        numa: None,
         serial: true,
         tpm: false,
         native_hotplug: true,
@@ -395,7 +395,9 @@ fn nodes_are_told_by_tables_of_their_own_and_by_what_is_near_them() {
     };
     assert_eq!(
         names(&with),
-        ["XSDT", "FACP", "APIC", "MCFG", "SRAT", "SLIT", "DSDT", "FACS"]
+        [
+            "XSDT", "FACP", "APIC", "MCFG", "SRAT", "SLIT", "DSDT", "FACS"
+        ]
     );
     // The root bridge and the two processors.
     assert_eq!(proximities(&with), 3);

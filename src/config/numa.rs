@@ -47,7 +47,10 @@ pub struct NumaDistance {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidNuma {
     /// guest_numa_id={0}: nodes are numbered from 0 to 63
-    #[error("guest_numa_id={0}: nodes are numbered from 0 to {}: take a lower number", MAX_NUMA_NODES - 1)]
+    #[error(
+        "guest_numa_id={0}: nodes are numbered from 0 to {last}: take a lower number",
+        last = MAX_NUMA_NODES - 1
+    )]
     Number(u32),
     /// guest_numa_id={0} is given twice
     #[error("guest_numa_id={0} is given twice: say all of a node in one --numa")]
@@ -107,8 +110,8 @@ pub enum InvalidNuma {
     },
     /// memory zone `{0}` is in no node
     #[error(
-        "memory zone `{0}` is in no node: where there are nodes all RAM is in one; add memory_zones={0} to one{}",
-        of_all(.0)
+        "memory zone `{0}` is in no node: where there are nodes all RAM is in one; add memory_zones={0} to one{more}",
+        more = of_all(.0)
     )]
     ZoneNowhere(String),
     /// PCI segment {segment} is in node {first} and in node {second}

@@ -483,7 +483,10 @@ fn take(
 ) -> Result<(Ram, Result<Option<Opened>, RunError>), RunError> {
     let has_devices = !config.device.is_empty();
     let prefault = config.memory.prefault.unwrap_or(has_devices);
-    let said = config.memory_zone.iter().any(|zone| zone.prefault == Some(true));
+    let said = config
+        .memory_zone
+        .iter()
+        .any(|zone| zone.prefault == Some(true));
     let memory = MemoryConfig {
         shared: config.shares_memory(),
         ..config.memory.clone()
@@ -560,7 +563,7 @@ fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
         mmio32: windows.memory32.clone(),
         mmio64: windows.memory64.clone(),
         pluggable: None,
-numa: None,
+        numa: None,
         serial: config.serial != ConsoleConfig::Off,
         tpm: config.tpm.is_some(),
         native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,

@@ -377,7 +377,7 @@ mod tests {
             mmio32: Vec::new(),
             mmio64: Vec::new(),
             pluggable: None,
-numa: None,
+            numa: None,
             serial: true,
             tpm: false,
             native_hotplug: true,

@@ -51,7 +51,6 @@ pub use observed::{
 };
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
-pub(crate) use placing::node_of_device;
 pub use placing::PlacingError;
 pub use pluggable::PluggableError;
 pub use requests::{

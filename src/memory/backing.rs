@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::error::RamError;
 use super::huge_pages::Pool;
@@ -109,10 +109,7 @@ impl Backing {
                 MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::from_bits_retain(size)
             }
         };
-        let (address, fixed) = (
-            reserved.address().0 as *mut c_void,
-            flags | MapFlags::FIXED,
-        );
+        let (address, fixed) = (reserved.address().0 as *mut c_void, flags | MapFlags::FIXED);
         // SAFETY: the range replaced is `reserved`, which nobody else knows.
         let mapped = unsafe {
             match &file {
@@ -178,7 +175,9 @@ pub(super) fn map_error(what: &'static str, size: u64) -> impl FnOnce(io::Error)
 fn bind(region: &GuestRegionMmap, node: u32) -> io::Result<()> {
     let mut nodes = [0_u64; NODE_WORDS];
     let (word, bit) = (node / u64::BITS, node % u64::BITS);
-    let word = usize::try_from(word).ok().and_then(|word| nodes.get_mut(word));
+    let word = usize::try_from(word)
+        .ok()
+        .and_then(|word| nodes.get_mut(word));
     *word.ok_or(io::ErrorKind::InvalidInput)? |= 1 << bit;
     // The kernel takes one off. Linux, mm/mempolicy.c, `get_nodes`
     let bits = libc::c_ulong::from(MAX_HOST_NODES) + 1;

@@ -158,7 +158,14 @@ mod tests {
             assert!(why.contains("zone `c`") && why.contains("0, 2"), "{why}");
         }
         let pages = check(&both, Some(2 * MIB), true).unwrap();
-        assert_eq!(pages.into_iter().collect::<Vec<_>>(), [((2, 2 * MIB), 1200 * MIB)]);
-        assert!(check(&[zone("any", 9000, None)], None, true).unwrap().is_empty());
+        assert_eq!(
+            pages.into_iter().collect::<Vec<_>>(),
+            [((2, 2 * MIB), 1200 * MIB)]
+        );
+        assert!(
+            check(&[zone("any", 9000, None)], None, true)
+                .unwrap()
+                .is_empty()
+        );
     }
 }

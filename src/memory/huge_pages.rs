@@ -59,10 +59,7 @@ pub(super) fn huge_page_size(asked: Option<u64>) -> Result<u64, RamError> {
 }
 
 /// That enough of these huge pages are free for memory of `sizes`, together.
-pub(super) fn check_pool(
-    page: u64,
-    sizes: impl IntoIterator<Item = u64>,
-) -> Result<(), RamError> {
+pub(super) fn check_pool(page: u64, sizes: impl IntoIterator<Item = u64>) -> Result<(), RamError> {
     let mut needed = 0_u64;
     for size in sizes {
         if !size.is_multiple_of(page) {

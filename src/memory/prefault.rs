@@ -132,7 +132,9 @@ impl Ram {
                 continue;
             }
             // A chunk of huge pages is made of whole ones.
-            let page = backing.huge_page.and_then(|page| usize::try_from(page).ok());
+            let page = backing
+                .huge_page
+                .and_then(|page| usize::try_from(page).ok());
             let size = page.map_or(CHUNK, |page| page.max(CHUNK));
             let (base, length) = (region.as_ptr() as usize, region.size());
             chunks.extend((0..length).step_by(size).map(|offset| Chunk {
@@ -195,7 +197,10 @@ mod tests {
         };
         let ram = Ram::new(&config, false).unwrap();
         let mut last = 0;
-        assert_eq!((ram.to_prefault(true), ram.to_prefault(false)), (config.size, 0));
+        assert_eq!(
+            (ram.to_prefault(true), ram.to_prefault(false)),
+            (config.size, 0)
+        );
         ram.prefault(true, |done| {
             last = done;
             ControlFlow::Continue(())

@@ -83,17 +83,13 @@ impl Ram {
             return Err(RamError::Unaligned(size));
         }
         let backings = backings(config, zones, whole)?;
-        let small = |backing: &Backing| {
-            backing.shared && backing.thp && backing.huge_page.is_none()
-        };
+        let small =
+            |backing: &Backing| backing.shared && backing.thp && backing.huge_page.is_none();
         if backings.iter().any(small) {
             tell_of_small_pages(Path::new(SHMEM_HUGE_PAGES));
         }
         let pages = backings.iter().filter_map(|backing| backing.huge_page);
-        let holes = layout::holes(
-            reserved.iter().copied(),
-            pages.max().unwrap_or(2 * MIB),
-        );
+        let holes = layout::holes(reserved.iter().copied(), pages.max().unwrap_or(2 * MIB));
         let ranges = layout::ram_ranges(size, low_end, &holes);
         let sizes = zones.iter().map(|zone| zone.size);
         let parts = match zones.is_empty() {

@@ -15,7 +15,9 @@ impl Preflight {
         for device in &mut self.check.devices {
             let on = self.host.device(device.address);
             let on = on.and_then(|device: &HostDevice| device.numa_node);
-            device.findings.extend(on.and_then(|on| across(config, on, &nodes)));
+            device
+                .findings
+                .extend(on.and_then(|on| across(config, on, &nodes)));
         }
     }
 }
@@ -103,7 +105,10 @@ mod tests {
         let expected = "the device is on NUMA node 1, and the VM has its RAM on node 0 and its vCPUs on node 0: ";
         assert!(text.starts_with(expected), "{text}");
         let text = said(&vm(&[], &[0, 1]), 1).unwrap();
-        assert!(text.contains("its vCPUs on node 0") && !text.contains("RAM"), "{text}");
+        assert!(
+            text.contains("its vCPUs on node 0") && !text.contains("RAM"),
+            "{text}"
+        );
         let text = said(&vm(&[Some(0), Some(1)], &[2]), 2).unwrap();
         assert!(text.contains("its RAM on nodes 0, 1"), "{text}");
     }

@@ -395,7 +395,11 @@ impl RunArgs {
         self.apply(&mut config)?;
         if config.memory.size == UNSAID {
             // Zones say it.
-            config.memory.size = if config.memory_zone.is_empty() { size } else { 0 };
+            config.memory.size = if config.memory_zone.is_empty() {
+                size
+            } else {
+                0
+            };
         }
         config.sum_zones();
         adapt(&mut config);
@@ -428,7 +432,15 @@ impl RunArgs {
                 // A NIC of which nothing else was said is one all the same.
                 *value = rest;
             }
-            let lists = ["memory-zone", "disk", "net", "fs", "pmem", "generic-vhost-user", "device"];
+            let lists = [
+                "memory-zone",
+                "disk",
+                "net",
+                "fs",
+                "pmem",
+                "generic-vhost-user",
+                "device",
+            ];
             if !lists.contains(&flag) {
                 values.retain(|value| !value.is_empty());
             }
@@ -454,7 +466,11 @@ impl RunArgs {
         replace(&mut config.cmdline, &self.cmdline);
         update(&schema::CPUS, &mut config.cpus, &self.cpus)?;
         update(&schema::MEMORY, &mut config.memory, &self.memory)?;
-        extend(&schema::MEMORY_ZONE, &mut config.memory_zone, &self.memory_zone)?;
+        extend(
+            &schema::MEMORY_ZONE,
+            &mut config.memory_zone,
+            &self.memory_zone,
+        )?;
         extend(&schema::NUMA, &mut config.numa, &self.numa)?;
         if let Some(place) = self.place.as_deref().and_then(Placing::of_word) {
             config.place = place;

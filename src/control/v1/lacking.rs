@@ -55,7 +55,7 @@ impl Lack {
             Self::ImageType => "images of another type than Raw and Qcow2",
             Self::MemoryZones => {
                 "memory zones that are files, or change their size (memory.zones.file, hotplug_size)"
-            },
+            }
             Self::MergedPages => "pages that the host merges (memory.mergeable)",
             Self::Migration => "a VM that moves from one process to another",
             Self::Mtu => "a tap with an MTU of its own (mtu, without vhost_user)",

@@ -138,7 +138,8 @@ mod tests {
 
     fn config(body: &str) -> Result<VmConfig, Fault> {
         let body = parse::<CreateVm>(body.as_bytes())?;
-        body.into_config(&Files::default()).map(|(config, _)| config)
+        body.into_config(&Files::default())
+            .map(|(config, _)| config)
     }
 
     const TWO_NODES: &str = r#"{"cpus":{"boot_vcpus":2},"memory":{"size":0,"zones":[
@@ -167,7 +168,10 @@ mod tests {
         assert_eq!(shown["numa"][0]["distances"][0]["distance"], 31);
         // What is shown can be asked for.
         let again = super::tests::config(&shown.to_string()).unwrap();
-        assert_eq!((again.memory_zone, again.numa), (config.memory_zone, config.numa));
+        assert_eq!(
+            (again.memory_zone, again.numa),
+            (config.memory_zone, config.numa)
+        );
     }
 
     #[test]

@@ -127,7 +127,7 @@ pub(super) fn forget(config: &mut VmConfig, asked: &VmConfig) {
 
 /// The host's node that a device is on, which sysfs says of it or, of a mediated device, of the one that it is a part of.
 /// Linux, Documentation/ABI/testing/sysfs-bus-pci, `numa_node`: -1 where it is not known.
-pub(crate) fn node_of_device(folder: &Path) -> Option<u32> {
+fn node_of_device(folder: &Path) -> Option<u32> {
     let folder = fs::canonicalize(folder).ok()?;
     let mut said = folder
         .ancestors()
@@ -296,7 +296,10 @@ mod tests {
         let placed = applied(&config, &plan, &host());
         placed.validate().unwrap();
         let zones: Vec<_> = placed.memory_zone.iter().collect();
-        let zones: Vec<_> = zones.iter().map(|zone| (zone.size, zone.host_numa_node)).collect();
+        let zones: Vec<_> = zones
+            .iter()
+            .map(|zone| (zone.size, zone.host_numa_node))
+            .collect();
         assert_eq!(zones, [(2 * GIB, Some(0)), (2 * GIB, Some(2))]);
         assert_eq!(placed.numa_distances(), [[10, 21], [21, 10]]);
         // Those of the second node's that this process may use.
@@ -304,7 +307,10 @@ mod tests {
         assert_eq!(placed.place, Placing::Off);
         let said = told(&config, &devices, &plan);
         assert_eq!(said[1].devices, ["0000:81:00.0"]);
-        assert_eq!((said[1].guest, said[1].host, &said[1].vcpus[..]), (1, 2, &[1][..]));
+        assert_eq!(
+            (said[1].guest, said[1].host, &said[1].vcpus[..]),
+            (1, 2, &[1][..])
+        );
         let mut again = placed;
         forget(&mut again, &config);
         assert_eq!(again, config);
@@ -332,7 +338,10 @@ mod tests {
         fs::create_dir_all(&part).unwrap();
         for (text, node) in [("1\n", Some(1)), ("-1\n", None), ("x", None)] {
             fs::write(device.join("numa_node"), text).unwrap();
-            assert_eq!([&device, &part].map(|path| node_of_device(path)), [node, node]);
+            assert_eq!(
+                [&device, &part].map(|path| node_of_device(path)),
+                [node, node]
+            );
         }
         assert_eq!(node_of_device(&folder.path().join("absent")), None);
     }

@@ -102,7 +102,10 @@ pub(super) fn plan(
 /// The RAM of each node: as much of each, but no more than it has room for.
 fn share_out(chosen: &[&HostNode], wish: Wish) -> Result<Vec<u64>, PlacingError> {
     let step = wish.step.max(1);
-    let caps: Vec<u64> = chosen.iter().map(|node| node.room - node.room % step).collect();
+    let caps: Vec<u64> = chosen
+        .iter()
+        .map(|node| node.room - node.room % step)
+        .collect();
     let room = caps.iter().copied().fold(0, u64::saturating_add);
     if room < wish.ram {
         return Err(PlacingError::Room {
@@ -132,10 +135,7 @@ fn share_out(chosen: &[&HostNode], wish: Wish) -> Result<Vec<u64>, PlacingError>
 
 /// The vCPUs of each node, and where they run: as many on each node that has processors, those that follow one another
 /// together.
-fn place_vcpus(
-    chosen: &[&HostNode],
-    wish: Wish,
-) -> Result<Vec<Vec<VcpuAffinity>>, PlacingError> {
+fn place_vcpus(chosen: &[&HostNode], wish: Wish) -> Result<Vec<Vec<VcpuAffinity>>, PlacingError> {
     let able: Vec<usize> = (0..chosen.len())
         .filter(|node| chosen.get(*node).is_some_and(|node| !node.cpus.is_empty()))
         .collect();
@@ -147,7 +147,8 @@ fn place_vcpus(
     }
     for vcpu in 0..wish.vcpus {
         let turn = usize::from(vcpu) * able.len() / usize::from(wish.vcpus.max(1));
-        let Some((index, node)) = able.get(turn).and_then(|at| Some((*at, chosen.get(*at)?))) else {
+        let Some((index, node)) = able.get(turn).and_then(|at| Some((*at, chosen.get(*at)?)))
+        else {
             continue;
         };
         let Some(own) = placed.get_mut(index) else {
@@ -213,28 +214,38 @@ mod tests {
     #[test]
     fn devices_of_one_node_have_all_of_the_guest_there() {
         let devices = [Some(1), None, Some(1)];
-        let plan = plan(&devices, &host(), wish(8 * GIB, 3, 1)).unwrap().unwrap();
+        let plan = plan(&devices, &host(), wish(8 * GIB, 3, 1))
+            .unwrap()
+            .unwrap();
         let [only] = &plan.nodes[..] else {
             panic!("{plan:?}");
         };
         assert_eq!((only.host, only.ram, only.segment), (1, 8 * GIB, Some(0)));
         let places: Vec<_> = only.vcpus.iter().map(|place| place.vcpu).collect();
         assert_eq!(places, [0, 1, 2]);
-        assert!(only.vcpus.iter().all(|place| place.host_cpus == [4, 5, 6, 7]));
+        assert!(
+            only.vcpus
+                .iter()
+                .all(|place| place.host_cpus == [4, 5, 6, 7])
+        );
         assert_eq!(plan.segments, [0, 0, 0]);
     }
 
     #[test]
     fn devices_of_two_nodes_have_half_of_it_on_each_and_a_segment_each_where_there_can_be_two() {
         let devices = [Some(1), Some(0)];
-        let apart = plan(&devices, &host(), wish(8 * GIB, 4, 16)).unwrap().unwrap();
+        let apart = plan(&devices, &host(), wish(8 * GIB, 4, 16))
+            .unwrap()
+            .unwrap();
         assert_eq!(apart.nodes.len(), 2);
         for (index, node) in (0_u16..).zip(&apart.nodes) {
             assert_eq!((node.host, node.ram), (index.into(), 4 * GIB));
             assert_eq!((node.vcpus.len(), node.segment), (2, Some(index)));
         }
         assert_eq!(apart.segments, [1, 0]);
-        let together = plan(&devices, &host(), wish(8 * GIB, 4, 1)).unwrap().unwrap();
+        let together = plan(&devices, &host(), wish(8 * GIB, 4, 1))
+            .unwrap()
+            .unwrap();
         assert!(together.nodes.iter().all(|node| node.segment.is_none()));
         assert_eq!(together.segments, [0, 0]);
     }
@@ -257,7 +268,9 @@ mod tests {
         let uneven = plan(&devices, &host, wish(8 * GIB, 2, 1)).unwrap().unwrap();
         let ram: Vec<_> = uneven.nodes.iter().map(|node| node.ram).collect();
         assert_eq!(ram, [GIB, 7 * GIB]);
-        let why = plan(&[Some(0)], &host, wish(8 * GIB, 2, 1)).unwrap_err().to_string();
+        let why = plan(&[Some(0)], &host, wish(8 * GIB, 2, 1))
+            .unwrap_err()
+            .to_string();
         assert!(why.contains("8 GiB") && why.contains("1 GiB"), "{why}");
     }
 
@@ -268,18 +281,30 @@ mod tests {
             ..wish(GIB, 4, 1)
         };
         let all = plan(&[Some(1)], &host(), asked).unwrap().unwrap();
-        let places: Vec<_> = all.nodes[0].vcpus.iter().map(|place| &*place.host_cpus).collect();
+        let places: Vec<_> = all.nodes[0]
+            .vcpus
+            .iter()
+            .map(|place| &*place.host_cpus)
+            .collect();
         assert_eq!(places, [[4], [5], [6], [7]]);
         let more = Wish { vcpus: 5, ..asked };
         let why = plan(&[Some(1)], &host(), more).unwrap_err().to_string();
-        assert!(why.contains("node 1") && why.contains("4 processors"), "{why}");
+        assert!(
+            why.contains("node 1") && why.contains("4 processors"),
+            "{why}"
+        );
         let mut bare = host();
         bare[1].cpus.clear();
         let why = plan(&[Some(1)], &bare, asked).unwrap_err().to_string();
         assert!(why.contains("no processor"), "{why}");
         // Memory alone is of use where another node has processors.
-        let both = plan(&[Some(0), Some(1)], &bare, wish(GIB, 2, 1)).unwrap().unwrap();
-        assert_eq!([both.nodes[0].vcpus.len(), both.nodes[1].vcpus.len()], [2, 0]);
+        let both = plan(&[Some(0), Some(1)], &bare, wish(GIB, 2, 1))
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            [both.nodes[0].vcpus.len(), both.nodes[1].vcpus.len()],
+            [2, 0]
+        );
     }
 
     proptest! {

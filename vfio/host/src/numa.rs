@@ -56,7 +56,9 @@ fn memory_of(meminfo: &str) -> (u64, u64) {
         found.unwrap_or(0)
     };
     let kept = [" Active(file)", " Inactive(file)", " SReclaimable"].map(bytes);
-    let available = kept.into_iter().fold(bytes(" MemFree"), u64::saturating_add);
+    let available = kept
+        .into_iter()
+        .fold(bytes(" MemFree"), u64::saturating_add);
     let total = bytes(" MemTotal");
     (total, available.min(total))
 }
@@ -102,7 +104,9 @@ mod tests {
         };
         assert!(numa_nodes(&root).is_empty());
         let node = |number: u32, cpus: &str, meminfo: &str| {
-            let node = folder.path().join(format!("devices/system/node/node{number}"));
+            let node = folder
+                .path()
+                .join(format!("devices/system/node/node{number}"));
             fs::create_dir_all(&node).unwrap();
             fs::write(node.join("cpulist"), cpus).unwrap();
             fs::write(node.join("meminfo"), meminfo).unwrap();

@@ -275,7 +275,10 @@ mod tests {
         let mut bytes = Vec::new();
         srat(&hardware).unwrap().to_aml_bytes(&mut bytes);
         assert_eq!(bytes.len(), 48 + 3 * 16 + 24 + 3 * 40);
-        let mut memory: Vec<_> = ram.into_iter().map(|(node, range)| (node, range, 1)).collect();
+        let mut memory: Vec<_> = ram
+            .into_iter()
+            .map(|(node, range)| (node, range, 1))
+            .collect();
         memory.push((300, 4 << 30..5 << 30, 3));
         let expected = Read {
             cpus: vec![(0, 0), (1, 300), (0xfe, 300), (0xff, 2)],

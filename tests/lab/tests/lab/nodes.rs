@@ -10,9 +10,10 @@ use crate::hotplug::{CTL, SOCKET};
 use crate::proof::Tier;
 use crate::{Proof, tell};
 
-pub(crate) const PROOFS: &[Proof] = &[Proof::soak("placement_follows_the_devices_nodes", |lab, _: Tier| {
-    placement(lab)
-})];
+pub(crate) const PROOFS: &[Proof] = &[Proof::soak(
+    "placement_follows_the_devices_nodes",
+    |lab, _: Tier| placement(lab),
+)];
 
 /// MiB of a guest, half of them on each node where it is on both.
 const RAM: u64 = 512;
@@ -68,11 +69,7 @@ fn bound(host: &Host) -> Result<Vec<(u32, u32, u64)>> {
 }
 
 /// Runs a guest until it has looked; `here` is done while it runs.
-fn look(
-    host: &Host,
-    run: GuestRun,
-    here: impl FnOnce(&Host) -> Result<()>,
-) -> Result<GuestResult> {
+fn look(host: &Host, run: GuestRun, here: impl FnOnce(&Host) -> Result<()>) -> Result<GuestResult> {
     let [_, way] = Interface::Group.arguments();
     let run = run
         .cpus(2)
@@ -120,22 +117,33 @@ fn processors(host: &Host) -> Result<Vec<String>> {
 }
 
 /// That a guest's nodes are as it was told: MiB, processors and distances of each, and the node of each drive.
-fn has(
-    result: &GuestResult,
-    nodes: &[(u64, &str, &str)],
-    drives: &str,
-) -> Result<()> {
+fn has(result: &GuestResult, nodes: &[(u64, &str, &str)], drives: &str) -> Result<()> {
     let online = if nodes.len() == 1 { "0" } else { "0-1" };
-    ensure!(result.value("nodes")?.trim() == online, "{}", result.value("nodes")?);
+    ensure!(
+        result.value("nodes")?.trim() == online,
+        "{}",
+        result.value("nodes")?
+    );
     for (node, (mib, cpus, distance)) in nodes.iter().enumerate() {
         let said = |what: &str| result.value(&format!("{what}{node}")).map(str::trim);
         let kib: u64 = said("memory")?.parse()?;
         let range = (mib - KEPT.min(*mib)) << 10..=mib << 10;
-        ensure!(range.contains(&kib), "node {node} has {kib} KiB of {mib} MiB");
+        ensure!(
+            range.contains(&kib),
+            "node {node} has {kib} KiB of {mib} MiB"
+        );
         ensure!(said("cpus")? == *cpus, "node {node}: {}", said("cpus")?);
-        ensure!(said("distance")? == *distance, "node {node}: {}", said("distance")?);
+        ensure!(
+            said("distance")? == *distance,
+            "node {node}: {}",
+            said("distance")?
+        );
     }
-    ensure!(result.value("drives")?.trim() == drives, "{}", result.value("drives")?);
+    ensure!(
+        result.value("drives")?.trim() == drives,
+        "{}",
+        result.value("drives")?
+    );
     Ok(())
 }
 
@@ -154,8 +162,12 @@ fn placement(lab: &mut Lab) -> Result<()> {
     let [near, far] = [&*distances[0], &*distances[1]];
 
     // By flags, with the guest's nodes the other way round than the host's.
-    let zones = [format!("id=a,size={half}M,host_numa_node=1"), format!("id=b,size={half}M,host_numa_node=0")];
-    let there = format!("guest_numa_id=0,cpus=0,memory_zones=a,pci_segments=0,distances=1@{DISTANCE}");
+    let zones = [
+        format!("id=a,size={half}M,host_numa_node=1"),
+        format!("id=b,size={half}M,host_numa_node=0"),
+    ];
+    let there =
+        format!("guest_numa_id=0,cpus=0,memory_zones=a,pci_segments=0,distances=1@{DISTANCE}");
     let run = guest()?
         .args(&["--cpus", "affinity=[0@[2-3],1@[0-1]]"])
         .args(&["--memory-zone", &zones[0], &zones[1]])
@@ -202,7 +214,10 @@ fn placement(lab: &mut Lab) -> Result<()> {
     );
     host.run(&format!("cat >/run/far.toml <<'END'\n{file}END"))?;
     let said = host.run("busway device check --config /run/far.toml || true")?;
-    ensure!(said.contains("NUMA node 1") && said.contains("its RAM on node 0"), "{said}");
+    ensure!(
+        said.contains("NUMA node 1") && said.contains("its RAM on node 0"),
+        "{said}"
+    );
     let kernel = Parts::inside("vmlinux");
     let said = host.run(&format!(
         "busway run --kernel {kernel} --memory-zone id=a,size={RAM}M,host_numa_node=7 2>&1 || echo status $?"
