@@ -151,7 +151,7 @@ mod tests {
         let both = [zone("a", 600, Some(2)), zone("b", 600, Some(2))];
         assert!(check(&both, None, false).unwrap().is_empty());
         let why = check(&both, None, true).unwrap_err().to_string();
-        assert!(why.contains("node 2") && why.contains("1200 MiB"), "{why}");
+        assert!(why.contains("host_numa_node=2 ask for 1200 MiB"), "{why}");
         for absent in [1, 3] {
             let why = check(&[zone("c", 16, Some(absent))], None, false);
             let why = why.unwrap_err().to_string();

@@ -327,6 +327,22 @@ fn a_full_configuration_is_as_described() {
         access: crate::config::LandlockAccess::Read,
     }];
     config.memory.hugepage_size = Some(1 << 30);
+    config.memory_zone = vec![crate::config::MemoryZoneConfig {
+        host_numa_node: Some(1),
+        hugepage_size: Some(1 << 30),
+        ..crate::config::MemoryZoneConfig::new("z", 1 << 30)
+    }];
+    config.numa = vec![crate::config::NumaConfig {
+        guest_numa_id: 1,
+        cpus: vec![0],
+        distances: vec![crate::config::NumaDistance {
+            destination: 0,
+            distance: 21,
+        }],
+        memory_zones: vec!["z".into()],
+        pci_segments: vec![0],
+    }];
+    config.place = crate::config::Placing::Auto;
     config.platform.iommufd = Choice::On;
     config.platform.p2p = Choice::Off;
     config.platform.root_ports = Some(false);
