@@ -243,7 +243,9 @@ impl RequestError {
             }
             cause = error.source();
         }
-        if let Some(remedy) = shortage::remedy(error, &text).or_else(|| landlock::remedy(error)) {
+        if let Some(remedy) =
+            shortage::remedy(error, &text).or_else(|| landlock::remedy(error).map(Into::into))
+        {
             text = format!("{text}: {remedy}");
         }
         Self::Failed(text)

@@ -38,7 +38,7 @@ impl Wanting {
         Command::new("sh")
             .args(["-c", &format!("{limit} && exec \"$@\""), "sh"])
             .arg(env!("CARGO_BIN_EXE_busway"))
-            .args(["run", "--cpus", "boot=2", "--memory", "size=64M"])
+            .args(["run", "--cpus", "boot=2", "--memory", "size=256M"])
             .args(["--kernel", &self.path("kernel"), "--disk", &disk])
             .args(["--serial", serial])
             .stdin(Stdio::null())
@@ -89,6 +89,16 @@ fn with_any_number_of_descriptors_a_vm_runs_or_says_that_it_is_these() {
         assert!(number < 200, "{}", text(&output));
         names(&output, &["ulimit -n", "LimitNOFILE"]);
     }
+}
+
+#[test]
+fn a_limit_of_addresses_is_named_with_its_figure() {
+    let Some(wanting) = Wanting::new() else {
+        return;
+    };
+    let output = wanting.run("ulimit -v 260000", "off");
+    names(&output, &["may map 266240000 bytes"]);
+    assert!(text(&output).contains("ulimit -v"), "{}", text(&output));
 }
 
 #[test]

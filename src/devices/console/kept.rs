@@ -73,15 +73,17 @@ impl KeptFile {
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if let Some(length) = self.length {
-            let mut after = length.saturating_add(bytes.len() as u64);
-            if after > self.most && length > 0 {
-                self.begin_anew()?;
-                after = bytes.len() as u64;
-            }
-            self.length = Some(after);
+        let more = bytes.len() as u64;
+        if let Some(length) = self.length
+            && length > 0
+            && length.saturating_add(more) > self.most
+        {
+            self.begin_anew()?;
+            self.length = Some(0);
         }
-        write_all(&self.file, bytes)
+        write_all(&self.file, bytes)?;
+        self.length = self.length.map(|length| length.saturating_add(more));
+        Ok(())
     }
 
     fn begin_anew(&mut self) -> io::Result<()> {
