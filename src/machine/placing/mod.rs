@@ -103,7 +103,7 @@ pub(super) fn placed(config: &VmConfig, report: &Report) -> Result<Option<VmConf
             "--place auto: nothing is placed, for {}",
             match host.len() {
                 0 | 1 => "the host has one NUMA node",
-                _ => "no device says on which NUMA node of the host it is",
+                _ => "no device says that it is on a NUMA node of the host's that has memory",
             }
         );
         return Ok(None);
