@@ -315,6 +315,79 @@ mod tests {
         }
     }
 
+    /// What the kernel says of the policy of a mapping at this address; nothing where it knows no nodes.
+    fn policy(host: usize) -> Option<String> {
+        let maps = fs::read_to_string("/proc/self/numa_maps").ok()?;
+        let line = maps
+            .lines()
+            .find(|line| line.starts_with(&format!("{host:x} ")))?;
+        line.split_whitespace().nth(1).map(str::to_owned)
+    }
+
+    #[test]
+    fn zones_follow_one_another_and_each_is_bound_to_its_node_before_a_page_is_touched() {
+        if !Path::new("/sys/devices/system/node/node0").exists() {
+            eprintln!("skipped: this kernel has no NUMA nodes");
+            return;
+        }
+        let zone = |id: &str, mib: u64, node| MemoryZoneConfig {
+            host_numa_node: node,
+            ..MemoryZoneConfig::new(id, mib * MIB)
+        };
+        let mut zones = [
+            zone("a", 4, Some(0)),
+            zone("b", 8, Some(0)),
+            zone("c", 4, None),
+        ];
+        zones[1].shared = true;
+        let config = MemoryConfig {
+            size: 16 * MIB,
+            ..Default::default()
+        };
+        let ram = Ram::around(&config, &zones, false, layout::MMIO32_START, &[]).unwrap();
+        let places: Vec<_> = ram.zone_ranges().collect();
+        let expected = [
+            (0, 0..4 * MIB),
+            (1, 4 * MIB..12 * MIB),
+            (2, 12 * MIB..16 * MIB),
+        ];
+        assert_eq!(places, expected);
+        assert_eq!(ram.guest_ranges(), std::slice::from_ref(&(0..16 * MIB)));
+        let shared: Vec<_> = ram
+            .regions()
+            .map(|region| region.file().is_some())
+            .collect();
+        assert_eq!(shared, [false, true, false]);
+        let policies = ram
+            .host_ranges()
+            .into_iter()
+            .map(|range| policy(range.start));
+        let policies: Vec<_> = policies.collect::<Option<_>>().unwrap();
+        assert_eq!(policies, ["bind:0", "bind:0", "default"]);
+        // What is written goes over from one to the next.
+        let memory = ram.guest().memory();
+        let (at, bytes) = (GuestAddress(4 * MIB - 3), *b"across");
+        memory.write_slice(&bytes, at).unwrap();
+        let mut read = [0; 6];
+        memory.read_slice(&mut read, at).unwrap();
+        assert_eq!(read, bytes);
+    }
+
+    #[test]
+    fn a_zone_of_a_node_that_is_not_there_is_refused_before_anything_is_taken() {
+        let zones = [MemoryZoneConfig {
+            host_numa_node: Some(1023),
+            ..MemoryZoneConfig::new("far", 16 * MIB)
+        }];
+        let config = MemoryConfig {
+            size: 16 * MIB,
+            ..Default::default()
+        };
+        let refused = Ram::around(&config, &zones, false, layout::MMIO32_START, &[]);
+        let why = refused.unwrap_err().to_string();
+        assert!(why.contains("`far`") && why.contains("node 1023"), "{why}");
+    }
+
     #[test]
     fn a_host_that_makes_no_huge_pages_of_shared_memory_is_told_of() {
         let setting = tempfile::NamedTempFile::new().unwrap();
