@@ -10,8 +10,8 @@ pub(in crate::cli) static MEMORY_ZONE: Section<MemoryZoneConfig> = Section {
     summary: "A part of RAM: id=NAME,size=SIZE[,host_numa_node=N][,hugepages=on|off]…",
     words: &[],
     notes: "\
-Zones are all of RAM, in the order of the guest's addresses; --memory size= is their sum, and
-need not be said. What --memory says of shared=, prefault= and thp= holds for all of them.",
+Zones are all of RAM, in the order of the guest's addresses. --memory size= is their sum
+where it is said. What it says of shared=, prefault= and thp= holds for all of them.",
     blank: || MemoryZoneConfig::new("", 0),
     keys: keys! {
         "id" { "NAME": "name, unique among zones, for memory_zones= of --numa" }
