@@ -29,7 +29,9 @@ use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::layout;
 use crate::arch::{CpuFeatures, CpuModel};
-use crate::config::{ConsoleConfig, CpusConfig, MemoryConfig, VirtioConfig, VmConfig};
+use crate::config::{
+    ConsoleConfig, CpusConfig, DEFAULT_ZONE, MemoryConfig, VirtioConfig, VmConfig,
+};
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::tpm::{self, Tpm};
@@ -170,7 +172,7 @@ impl Machine {
         let found = Found::find(definition, options)?;
         let room = PluggedRoom::of(config, can_be_asked, model.address_bits());
         let plan = plan(config, &found, &model, room)?;
-        plan.pluggable(&config.memory)?;
+        plan.pluggable(&config.memory_to_plan())?;
         let tpm = config.tpm.as_ref();
         let tpm = tpm.map(|tpm| Tpm::open(&tpm.socket, layout::TPM_START));
         let tpm = tpm.transpose()?;
@@ -207,6 +209,7 @@ impl Machine {
             ram: ram.guest_ranges(),
             range,
         });
+        acpi.numa = numa(config, &ram);
         if config.firmware.is_some()
             && let Some(only) = segments.first_mut()
         {
@@ -475,7 +478,7 @@ fn plan(
     }
     let bits = model.address_bits();
     Ok(AddressPlan::new(
-        &config.memory,
+        &config.memory_to_plan(),
         &planned,
         found.reserved(),
         bits,
@@ -496,22 +499,27 @@ fn take(
 ) -> Result<(Ram, Result<Option<Opened>, RunError>), RunError> {
     let has_devices = !config.device.is_empty();
     let prefault = config.memory.prefault.unwrap_or(has_devices);
+    let said = config
+        .memory_zone
+        .iter()
+        .any(|zone| zone.prefault == Some(true));
     let memory = MemoryConfig {
         shared: config.shares_memory(),
         ..config.memory.clone()
     };
     let ram = Ram::around(
         &memory,
-        prefault || has_devices,
+        &config.memory_zone,
+        prefault || has_devices || said,
         plan.mmio32_start,
         &plan.reserved,
     )?;
     let failed = AtomicBool::new(false);
     let (populated, opened) = thread::scope(|scope| {
         let opening = scope.spawn(|| open().inspect_err(|_| failed.store(true, Ordering::Relaxed)));
-        let populated = match prefault {
-            true => populate(&ram, report, early, &failed),
-            false => Ok(()),
+        let populated = match ram.to_prefault(prefault) {
+            0 => Ok(()),
+            total => populate(&ram, prefault, total, report, early, &failed),
         };
         report.reached(Stage::Memory);
         let opened = opening.join().unwrap_or_else(|panic| resume_unwind(panic));
@@ -521,17 +529,18 @@ fn take(
     Ok((ram, opened))
 }
 
-/// Touches all of RAM, unless the machine is not wanted any more, or somebody else has failed and it is for nothing.
+/// Touches all of RAM that is to be touched, which is `total` bytes, unless the machine is not wanted any more, or somebody else has failed and it is for nothing.
 fn populate(
     ram: &Ram,
+    unsaid: bool,
+    total: u64,
     report: &Report,
     early: &Early,
     failed: &AtomicBool,
 ) -> Result<(), RunError> {
-    let total = ram.size();
     let mut wanted = Ok(());
     report.pinning(0, total);
-    ram.prefault(|done| {
+    ram.prefault(unsaid, |done| {
         report.pinning(done, total);
         wanted = early.check();
         if wanted.is_err() || failed.load(Ordering::Relaxed) {
@@ -567,7 +576,7 @@ fn acpi_hardware(config: &VmConfig, segments: &[SegmentAddresses]) -> acpi::Hard
             .zip(segments)
             .map(|(segment, addresses)| acpi::Root {
                 segment,
-                node: None,
+                node: config.numa_node_of_segment(segment),
                 last_bus: last_bus(config, segment),
                 io: addresses.windows.io.clone(),
                 mmio32: addresses.windows.memory32.clone(),
@@ -577,10 +586,37 @@ fn acpi_hardware(config: &VmConfig, segments: &[SegmentAddresses]) -> acpi::Hard
             })
             .collect(),
         pluggable: None,
+        numa: None,
         serial: config.serial != ConsoleConfig::Off,
         tpm: config.tpm.is_some(),
         native_hotplug: !config.device.is_empty() || config.platform.has_hotplug_slots(),
     }
+}
+
+/// What the tables tell of the guest's nodes, where it has some.
+fn numa(config: &VmConfig, ram: &Ram) -> Option<acpi::Numa> {
+    if config.numa.is_empty() {
+        return None;
+    }
+    let node_of = |zone: usize| {
+        let zone = config.memory_zone.get(zone);
+        let zone = zone.map_or(DEFAULT_ZONE, |zone| &zone.id);
+        config.numa_node_of_zone(zone).unwrap_or(0)
+    };
+    let stretches = ram.zone_ranges();
+    let ram: Vec<_> = stretches
+        .map(|(zone, range)| (node_of(zone), range))
+        .collect();
+    let cpus = 0..config.cpus.most();
+    Some(acpi::Numa {
+        cpus: cpus
+            .map(|cpu| config.numa_node_of_cpu(cpu.into()).unwrap_or(0))
+            .collect(),
+        // It lies behind the last stretch, and is of the same memory of the host's.
+        pluggable: ram.last().map_or(0, |(node, _)| *node),
+        ram,
+        distances: config.numa_distances(),
+    })
 }
 
 /// Keeps all threads of this process from processors that are vCPUs' alone.

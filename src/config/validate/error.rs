@@ -90,6 +90,20 @@ pub enum InvalidConfig {
     /// --memory {0}
     #[error("--memory {0}")]
     Hotplug(super::super::InvalidHotplug),
+    /// --memory-zone {0}
+    #[error("--memory-zone {0}")]
+    Zone(super::super::InvalidZone),
+    /// --place auto beside {what}
+    #[error(
+        "--place auto says where RAM and vCPUs are by where the devices are, and so does {what}: leave one of the two out"
+    )]
+    Placed {
+        /// The flag that says the same.
+        what: &'static str,
+    },
+    /// --numa {0}
+    #[error("--numa {0}")]
+    Numa(super::super::InvalidNuma),
     /// --balloon size={size}: must be a multiple of 4096 bytes, and no more than the guest has
     #[error(
         "--balloon size={size}: it must be a multiple of 4096 bytes, and no more than --memory size="

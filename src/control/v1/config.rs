@@ -6,11 +6,12 @@ use std::fs;
 use serde::Serialize;
 
 use super::generic::Generic;
+use super::numa::{Node, Zone};
 use super::pmem::Pmem;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
     Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity,
+    HotplugMethod, ImageType, LandlockRule, NetConfig, Placing, PlatformConfig, QueueAffinity,
     RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
@@ -23,6 +24,11 @@ const PHYSICAL_BITS: u8 = 46;
 pub(super) struct Config {
     cpus: Cpus,
     memory: Memory,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    numa: Vec<Node>,
+    /// Beside Cloud Hypervisor's, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<Placing>,
     payload: Payload,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     disks: Vec<Disk>,
@@ -84,6 +90,8 @@ struct Memory {
     hugepage_size: Option<u64>,
     prefault: bool,
     thp: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    zones: Vec<Zone>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -273,6 +281,8 @@ impl From<&VmConfig> for Config {
         Self {
             cpus: Cpus::of(&config.cpus, accepted),
             memory: Memory::of(config),
+            numa: config.numa.iter().map(Into::into).collect(),
+            place: Some(config.place).filter(|place| *place != Placing::Off),
             payload: Payload::of(config),
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
@@ -361,17 +371,23 @@ fn physical_bits() -> Option<u8> {
 impl Memory {
     fn of(config: &VmConfig) -> Self {
         let (memory, has_devices) = (&config.memory, !config.device.is_empty());
+        let (shared, prefault) = (
+            config.shares_memory(),
+            memory.prefault.unwrap_or(has_devices),
+        );
+        let zones = config.memory_zone.iter();
         Self {
             size: memory.size,
             mergeable: false,
             hotplug_method: memory.hotplug_method,
             hotplug_size: memory.hotplug_size,
             hotplugged_size: memory.hotplugged_size,
-            shared: config.shares_memory(),
+            shared,
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,
-            prefault: memory.prefault.unwrap_or(has_devices),
+            prefault,
             thp: memory.thp,
+            zones: zones.map(|zone| Zone::of(zone, shared, prefault)).collect(),
         }
     }
 }

@@ -13,13 +13,14 @@ use super::beside::{Beside, needs_id};
 use super::device::AddDevice;
 use super::generic::AddGeneric;
 use super::lacking::{Asked, Fault, Lack};
+use super::numa::{AddNode, AddZone};
 use super::pmem::AddPmem;
 use super::some_text;
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
 use crate::config::{
     Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
-    VmConfig,
+    LandlockRule, MemoryConfig, MemoryZoneConfig, Placing, PlatformConfig, Topology, TpmConfig,
+    VcpuAffinity, VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -49,8 +50,10 @@ pub(super) struct CreateVm {
     iommu: Asked,
     landlock_enable: Option<bool>,
     landlock_rules: Option<Vec<LandlockRule>>,
-    numa: Asked,
+    numa: Option<Vec<AddNode>>,
     pci_segments: Asked,
+    /// Beside Cloud Hypervisor's: RAM and vCPUs are placed by where the devices are.
+    place: Option<Placing>,
     pmem: Option<Vec<AddPmem>>,
     pvpanic: Option<bool>,
     rate_limit_groups: Asked,
@@ -93,8 +96,7 @@ struct Memory {
     hotplugged_size: Option<u64>,
     #[serde(default)]
     mergeable: Asked,
-    #[serde(default)]
-    zones: Asked,
+    zones: Option<Vec<AddZone>>,
 }
 
 /// `PayloadConfig`
@@ -237,8 +239,12 @@ impl CreateVm {
             config.cpus = cpus.into_config(&mut accepted)?;
         }
         if let Some(memory) = self.memory {
-            config.memory = memory.into_config()?;
+            (config.memory, config.memory_zone) = memory.into_config()?;
+            config.sum_zones();
         }
+        let nodes = self.numa.unwrap_or_default().into_iter();
+        config.numa = nodes.map(AddNode::into_config).collect::<Result<_, _>>()?;
+        config.place = self.place.unwrap_or_default();
         config.watchdog = self.watchdog.unwrap_or(false);
         config.pvpanic = self.pvpanic.unwrap_or(false);
         config.balloon = self.balloon.map(Balloon::into_config);
@@ -328,7 +334,6 @@ impl CreateVm {
     fn check(&self) -> Result<(), Fault> {
         for (asked, lack) in [
             (self.iommu, Lack::VirtualIommu),
-            (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
             (self.rate_limit_groups, Lack::SharedLimit),
             (self.user_devices, Lack::UserDevices),
@@ -372,11 +377,14 @@ impl Cpus {
 }
 
 impl Memory {
-    fn into_config(self) -> Result<MemoryConfig, Fault> {
+    fn into_config(self) -> Result<(MemoryConfig, Vec<MemoryZoneConfig>), Fault> {
         Lack::MergedPages.unless_asked(self.mergeable)?;
-        Lack::MemoryZones.unless_asked(self.zones)?;
+        let zones = self.zones.unwrap_or_default().into_iter();
+        let zones: Vec<_> = zones.map(AddZone::into_config).collect::<Result<_, _>>()?;
         let mut memory = MemoryConfig::default();
-        memory.size = self.size.unwrap_or(memory.size);
+        // Zones say it where nobody else does.
+        let unsaid = if zones.is_empty() { memory.size } else { 0 };
+        memory.size = self.size.unwrap_or(unsaid);
         memory.shared = self.shared.unwrap_or(memory.shared);
         memory.hugepages = self.hugepages.unwrap_or(memory.hugepages);
         memory.hugepage_size = self.hugepage_size;
@@ -386,7 +394,7 @@ impl Memory {
         memory.hotplug_size = self.hotplug_size;
         memory.hotplug_method = self.hotplug_method.unwrap_or_default();
         memory.hotplugged_size = self.hotplugged_size;
-        Ok(memory)
+        Ok((memory, zones))
     }
 }
 
@@ -660,10 +668,6 @@ mod tests {
     fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
         for (body, lack) in [
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
-            (
-                r#"{"memory":{"zones":[{"id":"z","size":1}]}}"#,
-                Lack::MemoryZones,
-            ),
             (r#"{"memory":{"mergeable":true}}"#, Lack::MergedPages),
             (r#"{"cpus":{"kvm_hyperv":true}}"#, Lack::HyperV),
             (r#"{"cpus":{"core_scheduling":"Vm"}}"#, Lack::CoreScheduling),

@@ -41,6 +41,7 @@ mod life;
 mod mediated;
 mod memory;
 mod nic;
+mod nodes;
 mod package;
 mod paused;
 mod proof;
@@ -80,6 +81,7 @@ const CHAPTERS: &[&[Proof]] = &[
     events::PROOFS,
     cpus::PROOFS,
     memory::PROOFS,
+    nodes::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
