@@ -28,7 +28,7 @@ use crate::config::MAX_REMOVAL_TIMEOUT;
 use crate::control::client::{self, ClientError};
 use crate::exit::{HOST, RUNTIME};
 use crate::preflight::CheckJson;
-use added::{AddGenericArgs, AddPmemArgs};
+use added::{AddDiskArgs, AddGenericArgs, AddPmemArgs};
 use answer::{number, text};
 use columns::{Column, table};
 use top::TopArgs;
@@ -163,34 +163,6 @@ enum Verb {
     },
 }
 
-/// `busway ctl add-disk`
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
-struct AddDiskArgs {
-    /// An image, or a block device
-    path: PathBuf,
-    /// PATH is the socket of another process, which has the image and serves the disk
-    #[arg(long, conflicts_with_all = ["qcow2", "readonly", "direct", "serial"])]
-    vhost_user: bool,
-    /// The image is qcow2; one is raw otherwise, whatever is in it
-    #[arg(long)]
-    qcow2: bool,
-    /// Open the files that a qcow2 image names, to be read only
-    #[arg(long, requires = "qcow2")]
-    backing_files: bool,
-    /// The guest may not write
-    #[arg(long)]
-    readonly: bool,
-    /// Bypass the host's page cache
-    #[arg(long)]
-    direct: bool,
-    /// The serial number that the guest sees; its id, where none is given
-    #[arg(long)]
-    serial: Option<String>,
-    /// What it is called
-    #[arg(long)]
-    id: Option<String>,
-}
-
 /// `busway ctl add-net`
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 struct AddNetArgs {
@@ -322,17 +294,10 @@ impl Verb {
                 }
                 Some(body)
             }
-            Self::AddDisk(disk) if disk.vhost_user => Some(json!({
-                "vhost_user": true, "vhost_socket": absolute(&disk.path), "id": disk.id,
-            })),
             Self::AddFs(fs) => Some(json!({
                 "tag": fs.tag, "socket": absolute(&fs.socket), "id": fs.id,
             })),
-            Self::AddDisk(disk) => Some(json!({
-                "path": absolute(&disk.path), "readonly": disk.readonly, "direct": disk.direct,
-                "image_type": if disk.qcow2 { "Qcow2" } else { "Raw" },
-                "backing_files": disk.backing_files, "serial": disk.serial, "id": disk.id,
-            })),
+            Self::AddDisk(disk) => Some(disk.body()),
             Self::AddPmem(pmem) => Some(pmem.body()),
             Self::AddVhostUser(generic) => Some(generic.body()),
             Self::CheckDevice { device } => Some(json!({ "path": device })),
@@ -428,9 +393,13 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
         Verb::Create { file } => Some(read(file).map_err(Failure::usage)?),
         verb => verb.body(),
     };
+    let file = match verb {
+        Verb::AddDisk(disk) => disk.file().map_err(Failure::usage)?,
+        _ => None,
+    };
     let answer = verb.limit_of(socket).and_then(|limit| {
         let (method, endpoint) = (verb.method(), verb.endpoint());
-        client::ask(socket, method, endpoint, body.as_ref(), limit)
+        client::ask_with(socket, method, endpoint, body.as_ref(), file, limit)
     });
     let answer = answer.map_err(failed)?;
     let refused = matches!(verb, Verb::CheckDevice { .. }) && answer["ready"] == false;

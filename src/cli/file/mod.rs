@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 use super::schema::{self, Section};
 use super::value::Value;
 use super::words::{SourcePlace, Wrong};
-use crate::config::VmConfig;
+use crate::config::{Choice, VmConfig};
 
 /// Reads a file's text into a configuration. Its path is for the messages.
 pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<(), Wrong> {
@@ -51,7 +51,7 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "generic-vhost-user" => file.list(&schema::GENERIC, &mut config.generic, &value)?,
             "vsock" => config.vsock = Some(file.one(&schema::VSOCK, &value)?),
             "device" => file.list(&schema::DEVICE, &mut config.device, &value)?,
-            "landlock" => config.landlock = file.switch(&value, "landlock")?,
+            "landlock" => config.landlock = file.choice(&value, "landlock")?,
             "landlock-rules" => {
                 file.list(&schema::LANDLOCK_RULES, &mut config.landlock_rules, &value)?;
             }
@@ -129,6 +129,15 @@ impl File<'_> {
     fn switch(&self, node: &Node<'_>, name: &'static str) -> Result<bool, Wrong> {
         let switch = scalar(node.value).switch();
         switch.map_err(|reason| Wrong::Value {
+            place: self.place(&node.span, ""),
+            key: name,
+            reason,
+        })
+    }
+
+    fn choice(&self, node: &Node<'_>, name: &'static str) -> Result<Choice, Wrong> {
+        let choice = scalar(node.value).choice();
+        choice.map_err(|reason| Wrong::Value {
             place: self.place(&node.span, ""),
             key: name,
             reason,

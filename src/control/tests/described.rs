@@ -321,7 +321,7 @@ fn a_full_configuration_is_as_described() {
         device: vec![device],
         ..VmConfig::default()
     };
-    config.landlock = true;
+    config.landlock = Choice::On;
     config.landlock_rules = vec![crate::config::LandlockRule {
         path: "p".into(),
         access: crate::config::LandlockAccess::Read,
