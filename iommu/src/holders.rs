@@ -104,9 +104,10 @@ mod tests {
         symlink(&node, process.join("3")).unwrap();
         // There is no such node here, which is not the kernel's word that somebody has it.
         remember_holders(&paths, 7);
-        assert_eq!(holders(&paths, &[node.clone()]), ["process 12 (other)"]);
+        let only = std::slice::from_ref(&node);
+        assert_eq!(holders(&paths, only), ["process 12 (other)"]);
         fs::remove_dir_all(&process).unwrap();
-        assert_eq!(holders(&paths, &[node.clone()]), [""; 0]);
+        assert_eq!(holders(&paths, only), [""; 0]);
         let mut seen = SEEN.lock().unwrap();
         seen.push((node.clone(), "process 12 (other)".to_owned()));
         drop(seen);

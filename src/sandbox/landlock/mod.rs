@@ -6,6 +6,7 @@
 //!
 //! Kernels differ in what they can enforce. All that this one can is taken; which level that is, is logged once.
 
+mod anchor;
 mod rules;
 
 use std::error::Error;
@@ -23,6 +24,7 @@ use rustix::io::Errno;
 use super::kind::Kind;
 use super::table::{self, Files};
 use crate::config::{Choice, LandlockAccess};
+use anchor::anchor;
 pub use rules::Rules;
 
 /// The newest level of which it is known what it means for a VM. The crate leaves out what a kernel does not have.
@@ -117,7 +119,7 @@ fn restrict(rules: &Rules) -> Result<(), LandlockError> {
     let mut created = ruleset.create()?;
     for rule in rules.iter() {
         // What is not there cannot be opened either, and whoever wants it says so in its own words.
-        let Ok(path) = PathFd::new(&rule.path) else {
+        let Ok(path) = PathFd::new(anchor(&rule.path)) else {
             continue;
         };
         let path = PathBeneath::new(path, rights(rule.access));
@@ -136,14 +138,14 @@ fn restrict(rules: &Rules) -> Result<(), LandlockError> {
         }
     }
     for folder in rules.connects() {
-        if let Ok(folder) = PathFd::new(folder) {
+        if let Ok(folder) = PathFd::new(anchor(folder)) {
             // Kernels that do not bound connections take the former for an access that is none.
             let connect = AccessFs::ResolveUnix | AccessFs::ReadDir;
             created = created.add_rule(PathBeneath::new(folder, connect))?;
         }
     }
     for rule in rules.images() {
-        if let Ok(folder) = PathFd::new(&rule.path) {
+        if let Ok(folder) = PathFd::new(anchor(&rule.path)) {
             let access = image_rights(rule.access);
             created = created.add_rule(PathBeneath::new(folder, access))?;
         }
