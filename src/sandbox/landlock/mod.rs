@@ -208,6 +208,7 @@ pub(super) fn narrow(kind: Kind) -> io::Result<()> {
         Files::AsTheProcess => return Ok(()),
         Files::Read if !is_in_force => return Ok(()),
         Files::Read => all & !(AccessFs::ReadFile | AccessFs::ReadDir),
+        Files::Change => all & !(AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::WriteFile),
         Files::Remove => all & !BitFlags::from(AccessFs::RemoveFile),
         Files::Connect => all & !BitFlags::from(AccessFs::ResolveUnix),
         Files::None => all,
