@@ -313,7 +313,10 @@ fn under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_wit
 /// the guest have none.
 fn try_paths_of_the_process(kind: Kind) {
     let file = PathBuf::from(env::var_os(FOLDER).unwrap()).join("file");
-    let whole = matches!(table::files(kind), Files::AsTheProcess | Files::Read);
+    let whole = matches!(
+        table::files(kind),
+        Files::AsTheProcess | Files::Read | Files::Change
+    );
     assert_eq!(!is_refused(File::open(&file)), whole);
     assert_eq!(!is_refused(fs::read_dir("/")), whole);
     let writes = OpenOptions::new().append(true).open(&file);
