@@ -148,6 +148,32 @@ fn a_vm_made_over_the_api_restarts_under_landlock_and_gets_only_what_it_named() 
     );
 }
 
+#[test]
+fn a_process_that_was_started_with_landlock_has_it_whatever_its_vm_says_of_that() {
+    let Some(_) = level() else { return };
+    let folder = folders();
+    let path = |name: &str| folder.path().join(name);
+    let rule = format!("path={},access=rw", path("images").display());
+    let flags = ["-v", "--landlock", "true", "--landlock-rules", &rule];
+    let Some(served) = Served::start(&flags) else {
+        return;
+    };
+    let vm = served.vm(&lives("boot "));
+    assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+    assert_eq!(served.put("vm.boot"), 204);
+    eventually("its word", || served.said() == "boot ");
+    let (_, info) = served.ask("GET", "vm.info", None);
+    assert_eq!(info["config"]["landlock_enable"], true);
+    let add = |name: &str| {
+        let disk = json!({ "path": path(name) });
+        served.ask("PUT", "vm.add-disk", Some(&disk)).0
+    };
+    assert_eq!(add("images/more"), 200);
+    assert!(add("elsewhere/disk") >= 400);
+    assert_eq!(served.put("vmm.shutdown"), 200);
+    assert_eq!(served.ended().0.code(), Some(0));
+}
+
 /// A folder for what a VM has, one with images, and one that is nobody's.
 fn folders() -> TempDir {
     let folder = tempdir().unwrap();
