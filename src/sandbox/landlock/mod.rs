@@ -24,7 +24,7 @@ use rustix::io::Errno;
 use super::kind::Kind;
 use super::table::{self, Files};
 use crate::config::{Choice, LandlockAccess};
-use anchor::anchor;
+use anchor::Mounts;
 pub use rules::Rules;
 
 /// The newest level of which it is known what it means for a VM. The crate leaves out what a kernel does not have.
@@ -117,9 +117,10 @@ fn restrict(rules: &Rules) -> Result<(), LandlockError> {
         .handle_access(AccessNet::from_all(ABI::V4))?
         .scope(Scope::from_all(ABI::V6))?;
     let mut created = ruleset.create()?;
+    let mounts = Mounts::read();
     for rule in rules.iter() {
         // What is not there cannot be opened either, and whoever wants it says so in its own words.
-        let Ok(path) = PathFd::new(anchor(&rule.path)) else {
+        let Ok(path) = PathFd::new(mounts.anchor(&rule.path)) else {
             continue;
         };
         let path = PathBeneath::new(path, rights(rule.access));
@@ -138,14 +139,14 @@ fn restrict(rules: &Rules) -> Result<(), LandlockError> {
         }
     }
     for folder in rules.connects() {
-        if let Ok(folder) = PathFd::new(anchor(folder)) {
+        if let Ok(folder) = PathFd::new(mounts.anchor(folder)) {
             // Kernels that do not bound connections take the former for an access that is none.
             let connect = AccessFs::ResolveUnix | AccessFs::ReadDir;
             created = created.add_rule(PathBeneath::new(folder, connect))?;
         }
     }
     for rule in rules.images() {
-        if let Ok(folder) = PathFd::new(anchor(&rule.path)) {
+        if let Ok(folder) = PathFd::new(mounts.anchor(&rule.path)) {
             let access = image_rights(rule.access);
             created = created.add_rule(PathBeneath::new(folder, access))?;
         }
