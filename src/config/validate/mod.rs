@@ -117,7 +117,7 @@ impl VmConfig {
             return Err(InvalidConfig::OneTerminal);
         }
         self.validate_console_files()?;
-        if !self.landlock && !self.landlock_rules.is_empty() {
+        if self.landlock == Choice::Off && !self.landlock_rules.is_empty() {
             return Err(InvalidConfig::LandlockRules);
         }
         self.validate_vf_tokens()?;

@@ -329,7 +329,7 @@ fn a_full_configuration_is_as_described() {
     config.fs[0].pci_device_id = Some(3);
     config.pmem[0].pci_device_id = Some(4);
     config.generic[0].pci_device_id = Some(5);
-    config.landlock = true;
+    config.landlock = Choice::On;
     config.landlock_rules = vec![crate::config::LandlockRule {
         path: "p".into(),
         access: crate::config::LandlockAccess::Read,

@@ -15,6 +15,7 @@ use crate::config::{
     RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
+use crate::sandbox::landlock;
 
 /// The width of a physical address where the host does not say, in bits.
 const PHYSICAL_BITS: u8 = 46;
@@ -316,7 +317,7 @@ impl From<&VmConfig> for Config {
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
-            landlock_enable: config.landlock,
+            landlock_enable: landlock::applies(config.landlock),
             landlock_rules: config.landlock_rules.clone(),
         }
     }

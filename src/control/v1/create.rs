@@ -322,7 +322,11 @@ impl CreateVm {
             }
             config.platform = platform.into_config()?;
         }
-        config.landlock = self.landlock_enable.unwrap_or(false);
+        // As Cloud Hypervisor: which files clients add later is not known, and they are not used to naming them.
+        config.landlock = match self.landlock_enable {
+            Some(true) => Choice::On,
+            Some(false) | None => Choice::Off,
+        };
         config.landlock_rules = self.landlock_rules.unwrap_or_default();
         beside.finish()?;
         // Clients look for devices where Cloud Hypervisor has them.
@@ -476,6 +480,7 @@ mod tests {
         VmConfig {
             serial: ConsoleConfig::Null,
             console: ConsoleConfig::Tty,
+            landlock: Choice::Off,
             platform: PlatformConfig {
                 root_ports: Some(false),
                 ..PlatformConfig::default()
