@@ -65,6 +65,20 @@ make_images() {
     pack "$tree" "$dir/guest.img"
 
     pack_programs "$root" "$dir/guest-programs.img" "${guest_programs[@]}"
+
+    # For guests that measure networks or bridge them. The bridge is loaded by insmod, in this order, so that no list of the
+    # kernel's modules is another in the guests that have it.
+    mkdir -p "$tree/lib/bridge"
+    local release number=0 file
+    release=$(ls "$stock/iommufd/lib/modules")
+    modprobe -d "$stock/iommufd" -S "$release" --show-depends bridge | awk '$1 == "insmod" { print $2 }' | while read -r file; do
+        number=$((number + 1))
+        cp "$file" "$tree/lib/bridge/$number-${file##*/}"
+    done
+    pack "$tree" "$dir/bridge.img"
+    pack_programs "$root" "$dir/iperf3.img" usr/bin/iperf3
+    cat "$dir"/{bridge,iperf3}.img >"$dir/guest-net.img"
+    rm "$dir"/{bridge,iperf3}.img
 }
 
 images=$cache/images-$(key "${root##*/}" "${stock##*/}" "${backports##*/}" "$setup_dir"/{images.sh,host-init,guest-init})

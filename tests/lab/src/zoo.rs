@@ -12,6 +12,8 @@ pub struct Device {
     pub kind: Kind,
     /// The device, by its id, whose further function it is: behind the same root port, in the same group.
     pub beside: Option<String>,
+    /// Whether it is a NIC on the one wire that all such NICs of a host share, instead of on a network of its own.
+    pub wired: bool,
 }
 
 /// What a device is, and what is particular to it.
@@ -65,7 +67,14 @@ impl Device {
             id: id.to_owned(),
             kind,
             beside: None,
+            wired: false,
         }
+    }
+
+    /// Puts a NIC on the wire that such NICs of a host share. There is no router on it, and no way to the outer machine.
+    pub fn wired(mut self) -> Self {
+        self.wired = true;
+        self
     }
 
     /// Makes it a further function of another device, named by its id, which has to come before it.
@@ -206,8 +215,12 @@ impl Device {
         };
         let nic = |model: &str| {
             let device = format!("{model},id={id},netdev={id}-net,{place}");
-            let network =
-                format!("user,id={id}-net,tftp={scratch}/share/{NETBOOT},bootfile={BOOT_FILE}");
+            let network = match self.wired {
+                true => format!("hubport,id={id}-net,hubid=0"),
+                false => {
+                    format!("user,id={id}-net,tftp={scratch}/share/{NETBOOT},bootfile={BOOT_FILE}")
+                }
+            };
             plan(Some(("-netdev", network)), vec![device])
         };
         let drive = || {
@@ -404,6 +417,19 @@ mod tests {
         for (device, end) in plugged.devices.iter().zip(ends) {
             assert!(device.ends_with(end), "{device}");
         }
+    }
+
+    #[test]
+    fn wired_nics_share_a_hub_and_others_have_a_network_each() {
+        let zoo = [
+            Device::e1000e("a").wired(),
+            Device::e1000e("b").wired(),
+            Device::igb("c"),
+        ];
+        let [_, plugged] = plans(&zoo, Path::new("/tmp"));
+        let networks: Vec<_> = plugged.words.iter().filter(|word| *word != "-netdev").collect();
+        assert_eq!(networks[..2], ["hubport,id=a-net,hubid=0", "hubport,id=b-net,hubid=0"]);
+        assert!(networks[2].starts_with("user,id=c-net,"), "{}", networks[2]);
     }
 
     #[test]
