@@ -26,10 +26,11 @@ snapshot() { # MARK
     awk '/vfio-msi/ { for (at = 2; $at ~ /^[0-9]+$/; at++) sum += $at } END { print "interrupts", sum + 0 }' \
         /proc/interrupts
     # Where the host counts system calls by thread: the sum of this VMM's. Lines are `{ common_pid: N } hitcount: N`.
-    [ ! -s "$calls" ] || awk -v tasks="$(ls "/proc/$pid/task")" '
+    [ ! -r "$calls" ] || awk -v tasks="$(cd "/proc/$pid/task" && echo *)" '
         BEGIN { split(tasks, each); for (at in each) ours[each[at]] = 1 }
-        /^{/ { gsub(/[^0-9]+/, " "); if ($1 in ours) sum += $2 }
-        END { print "calls", sum + 0 }' "$calls"
+        /^# trigger/ { counts = 1 }
+        /^[{]/ { gsub(/[^0-9]+/, " "); if ($1 in ours) sum += $2 }
+        END { if (counts) print "calls", sum + 0 }' "$calls"
     # The map of a whole guest takes a second under emulation: only where a mark asks for memory.
     case $mark in memory*) sed 's/^/map /' "/proc/$pid/smaps" ;; esac
 }
