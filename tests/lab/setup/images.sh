@@ -20,7 +20,8 @@ pack_programs() {
     local from=$1 image=$2 tree=$2.tree file
     shift 2
     mkdir "$tree"
-    as_root chroot "$from" ldd "${@/#//}" | grep -o '/[^ :]*' | sort -u | while read -r file; do
+    # ldd names a program itself only where it is asked about several.
+    { printf '/%s\n' "$@"; as_root chroot "$from" ldd "${@/#//}" | grep -o '/[^ :]*'; } | sort -u | while read -r file; do
         install -D "$from/$(as_root chroot "$from" realpath "$file")" "$tree/$file"
     done
     pack "$tree" "$image"

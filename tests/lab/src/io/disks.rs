@@ -1,9 +1,10 @@
 //! Disks: the host's own drive, the same by virtio-blk of Busway's and of QEMU's, raw and as qcow2, and passed through.
 
-use anyhow::{Context, Result};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
 use busway_lab::{Device, GuestRun, Host, HostConfig, Kernel, Vmm};
 use clap::Args;
-use std::time::Duration;
 
 use super::fio::{self, AREA_MIB, Load, Pattern};
 use super::result::{Reading, Results, SetUp, Workload};
@@ -157,6 +158,7 @@ fn drive(host: &Host, serial: &str) -> Result<String> {
         "set -e; udevadm settle; for each in /sys/class/nvme/nvme*; do\n\
          ! grep -qw {serial} $each/serial || {{ each=/dev/${{each##*/}}n1; [ -b $each ]; echo $each; }}; done"
     ))?;
+    ensure!(!node.is_empty(), "the host has no drive with the serial number {serial}");
     Ok(node.trim().to_owned())
 }
 

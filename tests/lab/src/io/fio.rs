@@ -104,8 +104,8 @@ fn read(text: &str, load: &Load) -> Result<Done> {
     let start = text.find('{').context("there is no JSON in it")?;
     let json = text.get(start..).unwrap_or_default();
     // What follows the report is not looked at.
-    let report = serde_json::Deserializer::from_str(json).into_iter::<Value>();
-    let report = { report }.next().context("there is no JSON in it")?;
+    let mut reports = serde_json::Deserializer::from_str(json).into_iter::<Value>();
+    let report = reports.next().context("there is no JSON in it")?;
     let report = report.context("it is cut off, or no JSON")?;
     let jobs = report.get("jobs").and_then(Value::as_array);
     let [job] = jobs.context("it has no jobs")?.as_slice() else {
