@@ -186,10 +186,12 @@ fn every_example_describes_a_vm_that_is_in_order() {
         entries.map(|entry| entry.unwrap().path()).collect()
     };
     // Those of several VMs that belong together are in a folder.
-    let all = files(&examples).into_iter().flat_map(|path| match path.is_dir() {
-        true => files(&path),
-        false => vec![path],
-    });
+    let all = files(&examples)
+        .into_iter()
+        .flat_map(|path| match path.is_dir() {
+            true => files(&path),
+            false => vec![path],
+        });
     let mut found = std::collections::BTreeMap::new();
     for path in all.filter(|path| path.extension().is_some_and(|end| end == "toml")) {
         let flags = ["run", "--config"].map(Into::into);

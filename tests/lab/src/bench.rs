@@ -16,7 +16,7 @@ use busway_lab::{
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::{figures, io, mapping, plugging, starting};
+use crate::{figures, mapping, plugging, starting, traffic};
 
 pub(crate) const MEMORY_MIB: u64 = 512;
 /// Reads under way, for each of the guest's processors.
@@ -69,9 +69,9 @@ pub(crate) struct BenchArgs {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Virtio disks of Busway's and of QEMU's, a drive passed through, and the host's own, in turns.
-    Disks(io::disks::DisksArgs),
+    Disks(traffic::disks::DisksArgs),
     /// Virtio NICs of Busway's and of QEMU's, and a NIC passed through, in turns.
-    Nets(io::nets::NetsArgs),
+    Nets(traffic::nets::NetsArgs),
 }
 
 /// What one turn of one VMM gave.
@@ -113,8 +113,8 @@ pub(crate) struct Beyond {
 /// Measures, and prints both side by side.
 pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
     match &arguments.what {
-        Some(What::Disks(disks)) => return io::disks::run(disks),
-        Some(What::Nets(nets)) => return io::nets::run(nets),
+        Some(What::Disks(disks)) => return traffic::disks::run(disks),
+        Some(What::Nets(nets)) => return traffic::nets::run(nets),
         None => {}
     }
     let mut measured = Measured::default();

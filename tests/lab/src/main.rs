@@ -3,12 +3,12 @@
 mod bench;
 mod demo;
 mod figures;
-mod io;
 mod mapping;
 mod plugging;
 mod starting;
 mod terminal;
 mod times;
+mod traffic;
 
 use std::io;
 use std::process::ExitCode;

@@ -427,8 +427,15 @@ mod tests {
             Device::igb("c"),
         ];
         let [_, plugged] = plans(&zoo, Path::new("/tmp"));
-        let networks: Vec<_> = plugged.words.iter().filter(|word| *word != "-netdev").collect();
-        assert_eq!(networks[..2], ["hubport,id=a-net,hubid=0", "hubport,id=b-net,hubid=0"]);
+        let networks: Vec<_> = plugged
+            .words
+            .iter()
+            .filter(|word| *word != "-netdev")
+            .collect();
+        assert_eq!(
+            networks[..2],
+            ["hubport,id=a-net,hubid=0", "hubport,id=b-net,hubid=0"]
+        );
         assert!(networks[2].starts_with("user,id=c-net,"), "{}", networks[2]);
     }
 

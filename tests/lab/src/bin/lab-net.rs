@@ -45,7 +45,8 @@ fn serve(address: &str) -> Result<()> {
 }
 
 fn trips(address: &str, limit: Duration) -> Result<(u64, Duration)> {
-    let mut stream = TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?;
+    let mut stream =
+        TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?;
     stream.set_nodelay(true)?;
     let began = Instant::now();
     let mut trips = 0_u64;

@@ -188,7 +188,10 @@ fn compared(host: &Host) -> Result<()> {
         ensure!(status == 0, "{image}, status {status}: {said}");
         // 1 is for images that differ, and more for those that could not be read.
         let (status, said) = compare(image, SEED + 1)?;
-        ensure!(status == 1, "{image} beside another pattern, status {status}: {said}");
+        ensure!(
+            status == 1,
+            "{image} beside another pattern, status {status}: {said}"
+        );
     }
     Ok(())
 }

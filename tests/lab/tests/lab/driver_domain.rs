@@ -78,22 +78,34 @@ fn serves(lab: &mut Lab, _tier: Tier) -> Result<()> {
         "busway ctl --api-socket {SECOND_SOCKET} power-button"
     ))?;
     let second = second.finish()?.success()?;
-    let addresses = host.run("for each in inside domain second; do ip -o addr show dev $each; done")?;
+    let addresses =
+        host.run("for each in inside domain second; do ip -o addr show dev $each; done")?;
     ensure!(addresses.is_empty(), "the host has {addresses}");
     host.run(&format!("{CTL} power-button"))?;
     let domain = domain.finish()?.success()?;
     host.run("ip link del domain; ip link del second; ip link del inside")?;
     give_back(host, &address, "e1000e")?;
 
-    ensure!(domain.value("ports")? == "2", "{} ports", domain.value("ports")?);
+    ensure!(
+        domain.value("ports")? == "2",
+        "{} ports",
+        domain.value("ports")?
+    );
     let drivers = second.value("drivers")?;
     ensure!(drivers == "virtio_net ", "the second guest has {drivers}");
     let sent = second.value("sent")?;
     for round in ["first", "second"] {
         let of = |what: &str| second.value(&format!("{what}_{round}"));
         ensure!(of("pings")? == "3", "{round}: {} of 3 pings", of("pings")?);
-        ensure!(of("fetched")? == DataServer::sha256(BYTES, 5), "{round}: wrong data");
-        ensure!(of("answer")? == sent, "{round}: {} and not {sent}", of("answer")?);
+        ensure!(
+            of("fetched")? == DataServer::sha256(BYTES, 5),
+            "{round}: wrong data"
+        );
+        ensure!(
+            of("answer")? == sent,
+            "{round}: {} and not {sent}",
+            of("answer")?
+        );
     }
     // What came by the one NIC went by the other.
     let moved = |driver: &str| {
@@ -101,9 +113,15 @@ fn serves(lab: &mut Lab, _tier: Tier) -> Result<()> {
         let bytes: Result<Vec<u64>, _> = words.map(str::parse).collect();
         anyhow::Ok(bytes?)
     };
-    for (driver, bytes) in [("e1000e", moved("e1000e")?), ("virtio_net", moved("virtio_net")?)] {
+    for (driver, bytes) in [
+        ("e1000e", moved("e1000e")?),
+        ("virtio_net", moved("virtio_net")?),
+    ] {
         let least = bytes.iter().min().context("no count")?;
-        ensure!(*least > 2 << 20, "{driver} received and sent {bytes:?} bytes");
+        ensure!(
+            *least > 2 << 20,
+            "{driver} received and sent {bytes:?} bytes"
+        );
         count("bytes", bytes.iter().sum());
     }
     Ok(())

@@ -62,8 +62,18 @@ pub(crate) fn render(results: &Results, title: &str, note: &str) -> String {
         text(&mut body, MARGIN, y + 14.0, "load", workload);
         y += TITLE;
         for row in rows {
-            let place = results.set_ups.iter().position(|each| each.name == row.set_up);
-            bar(&mut body, &axis, y, results.title(row.set_up), place.unwrap_or_default(), row);
+            let place = results
+                .set_ups
+                .iter()
+                .position(|each| each.name == row.set_up);
+            bar(
+                &mut body,
+                &axis,
+                y,
+                results.title(row.set_up),
+                place.unwrap_or_default(),
+                row,
+            );
             y += STEP;
         }
         y += GAP;
@@ -73,7 +83,8 @@ pub(crate) fn render(results: &Results, title: &str, note: &str) -> String {
     let mut head = String::new();
     text(&mut head, MARGIN, 36.0, "head", title);
     text(&mut head, MARGIN, 58.0, "small", note);
-    let words = format!("{reference} = 1; bar: median of the turns, line: least to most; longer is faster");
+    let words =
+        format!("{reference} = 1; bar: median of the turns, line: least to most; longer is faster");
     text(&mut body, MARGIN, bottom + FOOT - 16.0, "small", &words);
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" \
@@ -178,7 +189,9 @@ mod tests {
     /// What stands between two words, each time.
     fn all<'a>(picture: &'a str, before: &str, after: &str) -> Vec<&'a str> {
         let parts = picture.split(before).skip(1);
-        parts.filter_map(|part| Some(part.split_once(after)?.0)).collect()
+        parts
+            .filter_map(|part| Some(part.split_once(after)?.0))
+            .collect()
     }
 
     #[test]
@@ -187,7 +200,14 @@ mod tests {
         // To 2.0, and 4 is cut off at 3.0.
         let widths: Vec<f64> = all(&picture, "<rect class=\"c", "height")
             .into_iter()
-            .filter_map(|part| part.split("width=\"").nth(1)?.split('"').next()?.parse().ok())
+            .filter_map(|part| {
+                part.split("width=\"")
+                    .nth(1)?
+                    .split('"')
+                    .next()?
+                    .parse()
+                    .ok()
+            })
             .collect();
         assert_eq!(widths, [420.0, 140.0, 140.0, 420.0, 140.0, 140.0]);
         assert!(picture.contains("M320.0 "), "{picture}");
@@ -204,7 +224,10 @@ mod tests {
         assert!(picture.contains("a&lt;b &amp; &quot;c&quot; "), "{picture}");
         assert!(picture.contains("random reads &lt;4 KiB&gt; &amp; more"));
         assert!(!picture.contains("href") && !picture.contains("url("));
-        assert_eq!(all(&picture, "<text", ">").len(), all(&picture, "</text", ">").len());
+        assert_eq!(
+            all(&picture, "<text", ">").len(),
+            all(&picture, "</text", ">").len()
+        );
     }
 
     #[test]

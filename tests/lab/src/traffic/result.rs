@@ -137,9 +137,12 @@ impl Results {
             workload: workload.name.clone(),
             set_up: set_up.name,
             rate: figures(|reading| reading.rate)?,
-            ratio: Spread::of(self.ratios(&workload.name, set_up.name, self.reference, |reading| {
-                reading.rate
-            })),
+            ratio: Spread::of(self.ratios(
+                &workload.name,
+                set_up.name,
+                self.reference,
+                |reading| reading.rate,
+            )),
             p99_us: figures(|reading| reading.p99_us),
             exits: figures(|reading| reading.exits),
             interrupts: figures(|reading| reading.interrupts),
@@ -183,7 +186,8 @@ impl Results {
     }
 
     fn of(&self, workload: &str, set_up: &str) -> impl Iterator<Item = &Reading> {
-        let fits = move |reading: &&Reading| reading.workload == workload && reading.set_up == set_up;
+        let fits =
+            move |reading: &&Reading| reading.workload == workload && reading.set_up == set_up;
         self.readings.iter().filter(fits)
     }
 }
@@ -255,7 +259,10 @@ pub(crate) mod tests {
         let rows = results().rows();
         let names: Vec<_> = rows.iter().map(|row| row.set_up).collect();
         assert_eq!(names, ["host", "ours", "qemu", "host", "ours", "qemu"]);
-        let ratio = |row: &Row| row.ratio.map(|ratio| (ratio.median, ratio.least, ratio.most));
+        let ratio = |row: &Row| {
+            row.ratio
+                .map(|ratio| (ratio.median, ratio.least, ratio.most))
+        };
         assert_eq!(ratio(&rows[0]), Some((4.0, 4.0, 4.0)));
         assert_eq!(ratio(&rows[1]), Some((1.0, 0.5, 2.0)));
         assert_eq!(ratio(&rows[2]), Some((1.0, 1.0, 1.0)));

@@ -13,7 +13,10 @@ pub(crate) struct Spread {
 impl Spread {
     /// Nothing where there is no figure. A figure that is not finite, such as a ratio to nothing, is left out.
     pub(crate) fn of(figures: impl IntoIterator<Item = f64>) -> Option<Self> {
-        let mut figures: Vec<f64> = figures.into_iter().filter(|each| each.is_finite()).collect();
+        let mut figures: Vec<f64> = figures
+            .into_iter()
+            .filter(|each| each.is_finite())
+            .collect();
         figures.sort_by(f64::total_cmp);
         let (least, most) = (*figures.first()?, *figures.last()?);
         let upper = *figures.get(figures.len() / 2)?;

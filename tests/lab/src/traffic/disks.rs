@@ -158,19 +158,35 @@ fn drive(host: &Host, serial: &str) -> Result<String> {
         "set -e; udevadm settle; for each in /sys/class/nvme/nvme*; do\n\
          ! grep -qw {serial} $each/serial || {{ each=/dev/${{each##*/}}n1; [ -b $each ]; echo $each; }}; done"
     ))?;
-    ensure!(!node.is_empty(), "the host has no drive with the serial number {serial}");
+    ensure!(
+        !node.is_empty(),
+        "the host has no drive with the serial number {serial}"
+    );
     Ok(node.trim().to_owned())
 }
 
 fn measure(turn: &Turn<'_>, set_up: &SetUp, loads: &[Load]) -> Result<Vec<Reading>> {
     match set_up.name {
         "host" if turn.counts_calls => Ok(Vec::new()),
-        "host" => loads.iter().map(|load| of_the_host(turn, set_up, load)).collect(),
+        "host" => loads
+            .iter()
+            .map(|load| of_the_host(turn, set_up, load))
+            .collect(),
         name if name.ends_with("-assigned") => {
             let address = turn.host.address("nv0")?;
             turn.host.run(&format!("busway device bind {address}"))?;
-            let vmm = if name.starts_with("busway") { Vmm::Busway } else { Vmm::Qemu };
-            let readings = in_a_guest(turn, set_up, loads, turn.guest(vmm).device(&address), "/dev/nvme0n1");
+            let vmm = if name.starts_with("busway") {
+                Vmm::Busway
+            } else {
+                Vmm::Qemu
+            };
+            let readings = in_a_guest(
+                turn,
+                set_up,
+                loads,
+                turn.guest(vmm).device(&address),
+                "/dev/nvme0n1",
+            );
             // It goes back to the host in either case, for the turn may begin anew.
             turn.host.run(&format!("busway device unbind {address}"))?;
             readings
@@ -287,6 +303,9 @@ mod tests {
             assert!(counterpart.starts_with("qemu-"), "{counterpart}");
             assert!(SET_UPS.iter().any(|each| each.name == counterpart));
         }
-        assert!(RARE.iter().all(|rare| SET_UPS.iter().any(|each| each.name == *rare)));
+        assert!(
+            RARE.iter()
+                .all(|rare| SET_UPS.iter().any(|each| each.name == *rare))
+        );
     }
 }

@@ -121,7 +121,9 @@ fn read(text: &str, load: &Load) -> Result<Done> {
         let value = of.get(name);
         let value = value.with_context(|| format!("it has no jobs[0].{direction}.{name}"))?;
         let number = value.as_f64().filter(|number| *number > 0.0);
-        number.with_context(|| format!("jobs[0].{direction}.{name} is {value}, and no number above 0"))
+        number.with_context(|| {
+            format!("jobs[0].{direction}.{name} is {value}, and no number above 0")
+        })
     };
     let p99 = of
         .get("clat_ns")

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use busway_lab::{Device, GuestResult, GuestRun, Host, HostConfig, Job, Kernel, Profile, Vmm, build_static};
+use busway_lab::{
+    Device, GuestResult, GuestRun, Host, HostConfig, Job, Kernel, Profile, Vmm, build_static,
+};
 use clap::Args;
 
 use super::result::{Reading, Results, SetUp, Workload};
@@ -99,7 +101,12 @@ pub(crate) fn run(arguments: &NetsArgs) -> Result<()> {
         operation,
         decimals,
     };
-    let mut workloads = vec![workload(TRIPS, "round trips of a byte over TCP, one at a time", "trip", 0)];
+    let mut workloads = vec![workload(
+        TRIPS,
+        "round trips of a byte over TCP, one at a time",
+        "trip",
+        0,
+    )];
     workloads.extend(STREAMS.map(|(name, title, _)| workload(name, title, "megabyte", 1)));
     bench.run(workloads, &mut results, "A guest's NIC")?;
     print!("{}", table::render(&results));
@@ -120,8 +127,15 @@ fn prepare(host: &Host, program: &Path) -> Result<()> {
 }
 
 fn measure(turn: &Turn<'_>, set_up: &SetUp, program: &Path) -> Result<Vec<Reading>> {
-    let (vmm, kind) = set_up.name.split_once('-').context("a set-up has two words")?;
-    let vmm = if vmm == "busway" { Vmm::Busway } else { Vmm::Qemu };
+    let (vmm, kind) = set_up
+        .name
+        .split_once('-')
+        .context("a set-up has two words")?;
+    let vmm = if vmm == "busway" {
+        Vmm::Busway
+    } else {
+        Vmm::Qemu
+    };
     let run = turn.guest(vmm).file("bin/lab-net", program);
     if kind != "assigned" {
         let vhost = if kind == "vhost" { "on" } else { "off" };
@@ -151,7 +165,9 @@ fn serve(turn: &Turn<'_>, address: &str, place: &str) -> Result<[Job; 2]> {
     let host = turn.host;
     let servers = [
         host.spawn(&format!("exec {place}taskset -c 0 iperf3 -s -B {address}"))?,
-        host.spawn(&format!("exec {place}taskset -c 0 lab-net serve {address}:{PORT}"))?,
+        host.spawn(&format!(
+            "exec {place}taskset -c 0 lab-net serve {address}:{PORT}"
+        ))?,
     ];
     host.run(&format!(
         "for each in $(seq 100); do [ \"$({place}ss -Hltn src {address} | wc -l)\" = 2 ] && exit; sleep 0.1; done; exit 1"
@@ -159,9 +175,16 @@ fn serve(turn: &Turn<'_>, address: &str, place: &str) -> Result<[Job; 2]> {
     Ok(servers)
 }
 
-fn in_a_guest(turn: &Turn<'_>, set_up: &SetUp, run: GuestRun, server: &str) -> Result<Vec<Reading>> {
+fn in_a_guest(
+    turn: &Turn<'_>,
+    set_up: &SetUp,
+    run: GuestRun,
+    server: &str,
+) -> Result<Vec<Reading>> {
     let seconds = turn.seconds;
-    let network = server.rsplit_once('.').map_or(server, |(network, _)| network);
+    let network = server
+        .rsplit_once('.')
+        .map_or(server, |(network, _)| network);
     let mut script = format!(
         "{}ip addr add {network}.2/24 dev eth0; ip link set eth0 up\n\
          for each in $(seq 60); do ! ping -c 1 -W 1 {server} >/dev/null || break; done\n",
@@ -169,7 +192,9 @@ fn in_a_guest(turn: &Turn<'_>, set_up: &SetUp, run: GuestRun, server: &str) -> R
     );
     script += &marked(
         TRIPS,
-        &format!("lab-net trips {server}:{PORT} {seconds} >{REPORT}.words; tr ' ' ',' <{REPORT}.words >{REPORT}"),
+        &format!(
+            "lab-net trips {server}:{PORT} {seconds} >{REPORT}.words; tr ' ' ',' <{REPORT}.words >{REPORT}"
+        ),
         REPORT,
     );
     for (name, _, way) in STREAMS {
@@ -232,6 +257,9 @@ mod tests {
             assert!(counterpart.starts_with("qemu-"), "{counterpart}");
             assert!(SET_UPS.iter().any(|each| each.name == counterpart));
         }
-        assert!(RARE.iter().all(|rare| SET_UPS.iter().any(|each| each.name == *rare)));
+        assert!(
+            RARE.iter()
+                .all(|rare| SET_UPS.iter().any(|each| each.name == *rare))
+        );
     }
 }

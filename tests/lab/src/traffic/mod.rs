@@ -107,8 +107,15 @@ impl Bench<'_> {
             let first = number as usize % set_ups.len().max(1);
             set_ups.rotate_left(first);
             for set_up in &set_ups {
-                let why = if counts_calls { ", for system calls" } else { "" };
-                eprintln!("{}, turn {number} of {last}{why}: {}", self.what, set_up.title);
+                let why = if counts_calls {
+                    ", for system calls"
+                } else {
+                    ""
+                };
+                eprintln!(
+                    "{}, turn {number} of {last}{why}: {}",
+                    self.what, set_up.title
+                );
                 let readings = again_if_stalled(|| (self.measure)(&turn, set_up))
                     .with_context(|| format!("turn {number}, {}", set_up.name))?;
                 results.readings.extend(readings);
@@ -179,7 +186,9 @@ impl Turn<'_> {
             mark.with_context(|| format!("the host took no snapshot at {name}"))
         };
         let (before, after) = (mark(workload)?, mark(&format!("{workload}-end"))?);
-        let exits = after.since(before, "exits").context("KVM counts no exits")?;
+        let exits = after
+            .since(before, "exits")
+            .context("KVM counts no exits")?;
         let calls = before.calls.zip(after.calls);
         let calls = calls.map(|(before, after)| after.saturating_sub(before));
         let interrupts: f64 = guest.value(&format!("{workload}-interrupts"))?.parse()?;
@@ -193,7 +202,9 @@ impl Turn<'_> {
             exits: measured(exits as f64 / operations),
             interrupts: measured(interrupts / operations),
             calls: match self.counts_calls {
-                true => Some(calls.context("the host counted no system calls")? as f64 / operations),
+                true => {
+                    Some(calls.context("the host counted no system calls")? as f64 / operations)
+                }
                 false => None,
             },
         })

@@ -11,7 +11,10 @@ pub(crate) fn render(results: &Results) -> String {
     let mut text = String::new();
     let reference = results.title(results.reference);
     for workload in &results.workloads {
-        let rows: Vec<_> = rows.iter().filter(|row| row.workload == workload.name).collect();
+        let rows: Vec<_> = rows
+            .iter()
+            .filter(|row| row.workload == workload.name)
+            .collect();
         if rows.is_empty() {
             continue;
         }
@@ -21,7 +24,12 @@ pub(crate) fn render(results: &Results) -> String {
         let _ = writeln!(
             text,
             "\n{title}\n{:<34} {:>26} {:>20} {:>7} {:>7} {:>7}  held against QEMU's own",
-            "", format!("{operation}s a second"), "of the reference", "exits", "irqs", "calls"
+            "",
+            format!("{operation}s a second"),
+            "of the reference",
+            "exits",
+            "irqs",
+            "calls"
         );
         for row in rows {
             let _ = writeln!(
@@ -63,7 +71,11 @@ fn held(row: &Row) -> String {
         turns,
         ..
     } = held;
-    let mut said = format!("  rate {:.2} ({rate_held} of {turns}){}", held.rate.median, after(rate));
+    let mut said = format!(
+        "  rate {:.2} ({rate_held} of {turns}){}",
+        held.rate.median,
+        after(rate)
+    );
     if let Some(ratio) = held.exits {
         let _ = write!(
             said,
@@ -90,7 +102,10 @@ mod tests {
     #[test]
     fn each_workload_has_a_line_for_each_set_up_that_was_measured() {
         let text = render(&results());
-        let lines: Vec<_> = text.lines().filter(|line| line.contains("Busway: raw")).collect();
+        let lines: Vec<_> = text
+            .lines()
+            .filter(|line| line.contains("Busway: raw"))
+            .collect();
         assert_eq!(lines.len(), 2);
         let words: Vec<_> = lines[0].split_ascii_whitespace().collect();
         assert_eq!(
