@@ -47,11 +47,13 @@ impl Load {
             (Pattern::Sequential, false) => "sequential reads of 512 KiB",
             (Pattern::Sequential, true) => "sequential writes of 512 KiB",
         };
-        let queues = if self.queues == 1 { "queue" } else { "queues" };
-        format!(
-            "{what}, {} under way on each of {} {queues}",
-            self.depth, self.queues
-        )
+        match self.queues {
+            1 => format!("{what}, {} under way", self.depth),
+            queues => format!(
+                "{what}, {} under way on each of {queues} queues",
+                self.depth
+            ),
+        }
     }
 
     /// fio's word for it (`--rw=`).

@@ -56,11 +56,12 @@ pub(crate) fn render(results: &Results, title: &str, note: &str) -> String {
     let bottom = HEAD + groups.len() as f64 * (TITLE + GAP) + bars * STEP;
     let axis = Axis::of(&rows);
     let mut body = String::new();
-    axis.draw(&mut body, HEAD - 8.0, bottom - GAP);
+    axis.numbers(&mut body, bottom - GAP + 16.0);
     let mut y = HEAD;
     for (workload, rows) in &groups {
         text(&mut body, MARGIN, y + 14.0, "load", workload);
         y += TITLE;
+        axis.lines(&mut body, y - 4.0, y + rows.len() as f64 * STEP);
         for row in rows {
             let place = results
                 .set_ups
@@ -115,9 +116,20 @@ impl Axis {
         LEFT + ratio.clamp(0.0, self.most) / self.most * LENGTH
     }
 
-    fn draw(&self, body: &mut String, top: f64, bottom: f64) {
-        let mut tick = 0.0;
-        while tick <= self.most {
+    /// Each half, from 0 on.
+    fn ticks(&self) -> impl Iterator<Item = f64> {
+        let halves = (self.most * 2.0) as u32;
+        (0..=halves).map(|half| f64::from(half) / 2.0)
+    }
+
+    fn numbers(&self, body: &mut String, y: f64) {
+        for tick in self.ticks() {
+            text(body, self.x(tick), y, "tick", &format!("{tick:.1}"));
+        }
+    }
+
+    fn lines(&self, body: &mut String, top: f64, bottom: f64) {
+        for tick in self.ticks() {
             let x = self.x(tick);
             let class = if tick == 1.0 { "one" } else { "grid" };
             // Writing to a string cannot fail.
@@ -125,8 +137,6 @@ impl Axis {
                 body,
                 "<line class=\"{class}\" x1=\"{x:.1}\" y1=\"{top:.1}\" x2=\"{x:.1}\" y2=\"{bottom:.1}\"/>"
             );
-            text(body, x, bottom + 16.0, "tick", &format!("{tick:.1}"));
-            tick += 0.5;
         }
     }
 }
