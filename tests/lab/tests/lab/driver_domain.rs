@@ -54,10 +54,11 @@ const BYTES: u64 = 8_000_000;
 fn serves(lab: &mut Lab, _tier: Tier) -> Result<()> {
     let server = DataServer::start()?;
     let (host, address) = bound(lab, "nic0")?;
+    // A router behind the NIC that gives IPv6 addresses gives the host one as well, unless it has no IPv6 there.
     host.run(
-        "set -e; ip link add inside type bridge; ip link set inside addrgenmode none; ip link set inside up\n\
-         for each in domain second; do\n\
-         ip tuntap add $each mode tap; ip link set $each master inside addrgenmode none up; done",
+        "set -e; ip link add inside type bridge; sysctl -q net.ipv6.conf.inside.disable_ipv6=1; ip link set inside up\n\
+         for each in domain second; do ip tuntap add $each mode tap\n\
+         sysctl -q net.ipv6.conf.$each.disable_ipv6=1; ip link set $each master inside up; done",
     )?;
     let domain = start_domain(host, &address)?;
     let script = SECOND
