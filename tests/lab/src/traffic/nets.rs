@@ -198,7 +198,10 @@ fn in_a_guest(
         REPORT,
     );
     for (name, _, way) in STREAMS {
-        let client = format!("iperf3 -c {server} -t {seconds} -i 0 -J {way} >{REPORT} || true");
+        // Its report of a failure is the end of the console then, which the error shows.
+        let client = format!(
+            "iperf3 -c {server} -t {seconds} -i 0 -J {way} >{REPORT} || {{ cat {REPORT}; exit 1; }}"
+        );
         script += &marked(name, &client, REPORT);
     }
     let run = run
