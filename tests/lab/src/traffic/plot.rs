@@ -84,8 +84,17 @@ pub(crate) fn render(results: &Results, title: &str, note: &str) -> String {
     let mut head = String::new();
     text(&mut head, MARGIN, 36.0, "head", title);
     text(&mut head, MARGIN, 58.0, "small", note);
-    let words =
-        format!("{reference} = 1; bar: median of the turns, line: least to most; longer is faster");
+    let beyond = rows
+        .iter()
+        .any(|row| row.ratio.is_some_and(|ratio| ratio.median > axis.most));
+    let words = format!(
+        "{reference} = 1; bar: median of the turns{}; line: least to most; longer is faster",
+        if beyond {
+            format!(", cut off at {MOST}")
+        } else {
+            String::new()
+        }
+    );
     text(&mut body, MARGIN, bottom + FOOT - 16.0, "small", &words);
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" \
@@ -155,14 +164,16 @@ fn bar(body: &mut String, axis: &Axis, y: f64, name: &str, place: usize, row: &R
         "<rect class=\"c{colour}\" x=\"{LEFT}\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{BAR}\" rx=\"2\"/>",
         end - LEFT
     );
-    let (least, most) = (axis.x(ratio.least), axis.x(ratio.most));
-    let middle = y + BAR / 2.0;
-    let _ = writeln!(
-        body,
-        "<path class=\"whisker\" fill=\"none\" d=\"M{least:.1} {middle:.1}H{most:.1}M{least:.1} {:.1}v8M{most:.1} {:.1}v8\"/>",
-        middle - 4.0,
-        middle - 4.0
-    );
+    // Of what lies beyond the axis nothing is to be seen.
+    if ratio.least < axis.most {
+        let (least, most) = (axis.x(ratio.least), axis.x(ratio.most));
+        let middle = y + BAR / 2.0;
+        let end = middle - 4.0;
+        let _ = writeln!(
+            body,
+            "<path class=\"whisker\" fill=\"none\" d=\"M{least:.1} {middle:.1}H{most:.1}M{least:.1} {end:.1}v8M{most:.1} {end:.1}v8\"/>"
+        );
+    }
     let number = format!("{:.2} ({:.2}–{:.2})", ratio.median, ratio.least, ratio.most);
     text(body, LEFT + LENGTH + 16.0, base, "number", &number);
 }

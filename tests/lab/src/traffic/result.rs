@@ -295,7 +295,7 @@ pub(crate) mod tests {
     #[test]
     fn a_miss_takes_five_turns() {
         let mut slow = results();
-        let more: Vec<_> = slow.readings.iter().cloned().collect();
+        let more = slow.readings.to_vec();
         slow.readings
             .extend(more.into_iter().map(|reading| Reading {
                 turn: reading.turn + 10,
