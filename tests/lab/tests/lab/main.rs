@@ -26,6 +26,7 @@ mod demo;
 mod disk;
 mod dma;
 mod drive;
+mod driver_domain;
 mod emulated_host;
 mod errors;
 mod events;
@@ -72,6 +73,7 @@ const CHAPTERS: &[&[Proof]] = &[
     vhost_user::PROOFS,
     vhost_user_net::PROOFS,
     switched::PROOFS,
+    driver_domain::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     libvirt::PROOFS,
