@@ -3,6 +3,7 @@
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
 mod area;
+mod ballooned;
 mod blocks;
 mod discard;
 mod error;
@@ -16,6 +17,7 @@ mod regions;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 pub use area::{Area, Place};
+pub use ballooned::{Ballooned, ReturnError};
 pub use blocks::{Blocks, Plugged};
 pub use discard::{Discarded, Discards};
 pub(crate) use error::Amount;

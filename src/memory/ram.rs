@@ -17,7 +17,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use super::error::RamError;
 use super::huge_pages::{Pool, reserved_huge_pages};
-use super::{GuestRam, Pluggable, RamMap, Region, Regions};
+use super::{Ballooned, GuestRam, Pluggable, RamMap, Region, Regions};
 use crate::arch::layout;
 use crate::config::MemoryConfig;
 use crate::sandbox::{check_size, size_limit};
@@ -36,6 +36,8 @@ const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enable
 pub struct Ram {
     map: GuestRam,
     regions: Vec<Arc<GuestRegionMmap>>,
+    /// The regions of `regions`, where these can go and come back by blocks.
+    in_blocks: Vec<Arc<Region>>,
     /// What is plugged and unplugged by blocks, behind all other RAM: its memory, and it as a region.
     pluggable: Option<(Arc<GuestRegionMmap>, Arc<Region>)>,
     /// The host is to have memory before the guest uses it.
@@ -108,6 +110,7 @@ impl Ram {
         Ok(Self {
             map: GuestRam::new(map),
             regions,
+            in_blocks: Vec::new(),
             pluggable,
             populates: config.prefault == Some(true),
             huge_page,
@@ -120,18 +123,33 @@ impl Ram {
         &self.map
     }
 
+    /// Has RAM that the guest starts with be such that blocks of `block` bytes can go and come back
+    /// ([`ballooned`](Self::ballooned)). Called before it is put on the list.
+    pub fn split(&mut self, block: u64) {
+        let region = |memory: &Arc<GuestRegionMmap>| {
+            let region = Region::in_blocks(name_of(memory), memory.clone(), block);
+            Arc::new(region)
+        };
+        self.in_blocks = self.regions.iter().map(region).collect();
+    }
+
     /// RAM as regions for the list.
     pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
         let pluggable = self.pluggable.iter();
         let pluggable = pluggable.map(|(_, region)| region.clone());
-        let whole = self.regions.iter().map(|region| {
-            let name = match region.start_addr().0 {
-                layout::HIGH_RAM_START.. => "guest RAM above 4 GiB",
-                _ => "guest RAM below 4 GiB",
-            };
-            Arc::new(Region::ram(name, region.clone()))
+        let whole = self.regions.iter().enumerate().map(|(at, memory)| {
+            let in_blocks = self.in_blocks.get(at).cloned();
+            in_blocks.unwrap_or_else(|| Arc::new(Region::ram(name_of(memory), memory.clone())))
         });
         whole.chain(pluggable)
+    }
+
+    /// The pages that are in the guest's balloon, where RAM was [split](Self::split), for the list that it is on.
+    #[must_use]
+    pub fn ballooned(&self, regions: &Arc<Regions>) -> Option<Ballooned> {
+        let memory = self.regions.iter().cloned();
+        let parts = memory.zip(self.in_blocks.iter().cloned());
+        (!self.in_blocks.is_empty()).then(|| Ballooned::new(regions, parts))
     }
 
     /// What of it comes and goes by blocks, where something does, for the list that it is on.
@@ -188,6 +206,13 @@ impl Ram {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.regions.iter().map(|region| region.size() as u64).sum()
+    }
+}
+
+fn name_of(memory: &GuestRegionMmap) -> &'static str {
+    match memory.start_addr().0 {
+        layout::HIGH_RAM_START.. => "guest RAM above 4 GiB",
+        _ => "guest RAM below 4 GiB",
     }
 }
 

@@ -202,8 +202,8 @@ struct AddNetArgs {
     /// Busway listens at that socket, and the other process connects
     #[arg(long, requires = "vhost_user")]
     server: bool,
-    /// The longest packet of the guest's
-    #[arg(long, value_name = "BYTES", requires = "vhost_user", value_parser = clap::value_parser!(u16).range(68..))]
+    /// The longest packet, without its Ethernet header
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
     mtu: Option<u16>,
     /// Receive and transmit queues together; 2, where nothing is given
     #[arg(long, value_name = "N")]
@@ -211,6 +211,9 @@ struct AddNetArgs {
     /// The guest's MAC address; a random one, where none is given
     #[arg(long)]
     mac: Option<String>,
+    /// Drop what the guest sends from another address than its own
+    #[arg(long, conflicts_with = "vhost_user")]
+    spoofchk: bool,
     /// What it is called
     #[arg(long)]
     id: Option<String>,
@@ -220,12 +223,15 @@ impl AddNetArgs {
     /// What is said beside the endpoint.
     fn body(&self) -> Value {
         let mut body = json!({ "mac": self.mac, "num_queues": self.queues, "id": self.id });
+        body["mtu"] = json!(self.mtu);
+        if self.spoofchk {
+            body["spoofchk"] = json!(true);
+        }
         match &self.tap {
             Some(socket) if self.vhost_user => {
                 body["vhost_user"] = json!(true);
                 body["vhost_socket"] = json!(absolute(Path::new(socket)));
                 body["vhost_mode"] = json!(if self.server { "Server" } else { "Client" });
-                body["mtu"] = json!(self.mtu);
             }
             tap => body["tap"] = json!(tap),
         }

@@ -12,7 +12,7 @@ use super::limits::{
     MIN_MEMORY, SERIAL_SIZE,
 };
 use super::{
-    BalloonConfig, Choice, ConsoleConfig, DeviceConfig, DiskConfig, ImageType, MemoryConfig,
+    BALLOON_BLOCKS, BalloonConfig, BesideDevices, Choice, ConsoleConfig, DeviceConfig, DiskConfig, ImageType, MemoryConfig,
     PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
 };
 
@@ -134,6 +134,15 @@ impl VmConfig {
             {
                 Err(InvalidConfig::Balloon { size: *size })
             }
+            Some(balloon) => match balloon.block {
+                Some(_) if balloon.vfio == BesideDevices::Keep => {
+                    Err(InvalidConfig::BalloonBlockAlone)
+                }
+                Some(block) if !block.is_power_of_two() || !BALLOON_BLOCKS.contains(&block) => {
+                    Err(InvalidConfig::BalloonBlock { block })
+                }
+                _ => Ok(()),
+            },
             _ => Ok(()),
         }
     }

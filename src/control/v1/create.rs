@@ -16,7 +16,7 @@ use super::pmem::AddPmem;
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
-    Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
+    Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
     LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
     VmConfig,
 };
@@ -129,6 +129,11 @@ struct Balloon {
     deflate_on_oom: bool,
     #[serde(default)]
     free_page_reporting: bool,
+    /// Beside Cloud Hypervisor's: what becomes of it beside assigned devices.
+    #[serde(default)]
+    vfio: BesideDevices,
+    /// Beside Cloud Hypervisor's: bytes of a block that goes back then.
+    block: Option<u64>,
 }
 
 impl Balloon {
@@ -137,6 +142,8 @@ impl Balloon {
             size: self.size,
             deflate_on_oom: self.deflate_on_oom,
             free_page_reporting: self.free_page_reporting,
+            vfio: self.vfio,
+            block: self.block,
         }
     }
 }
@@ -677,7 +684,10 @@ mod tests {
                 r#"{"serial":{"mode":"Off","iommu":true}}"#,
                 Lack::VirtualIommu,
             ),
-            (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
+            (
+                r#"{"net":[{"host_mac":"52:54:00:12:34:56"}]}"#,
+                Lack::TapAddress,
+            ),
         ] {
             assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");
         }

@@ -143,8 +143,9 @@ impl Kind {
                     size: 0x8000,
                     deflate_on_oom: true,
                     free_page_reporting: true,
+                    ..BalloonConfig::default()
                 };
-                let balloon = Balloon::new("balloon", &config, ram, &Arc::default());
+                let balloon = Balloon::new("balloon", &config, ram, &Arc::default(), None);
                 Box::new(balloon.map_err(io::Error::other)?)
             }
             Self::Pmem => {
@@ -214,6 +215,13 @@ impl Kind {
                         (queue, vec![Buffer::read(DATA, 10), answer])
                     }
                     _ if queue % 2 == 1 => {
+                        // Segments of every kind and of none, whose numbers are right and wrong.
+                        let kinds = [net::GSO_NONE, net::GSO_TCPV4, net::GSO_UDP_L4, which];
+                        let kind = kinds.get(usize::from(which >> 6)).copied();
+                        let flags = (number >> 7) as u8;
+                        guest.write(DATA, &[flags, kind.unwrap_or(0), 0, 0]);
+                        let fields = [number as u16 & 0xf, 34, 6, 0];
+                        guest.write(DATA + 4, &fields.map(u16::to_le_bytes).concat());
                         let header = Buffer::read(DATA, net::HEADER_SIZE as u32);
                         (queue, vec![header, Buffer::read(DATA + 0x1000, 0x100)])
                     }
@@ -299,7 +307,12 @@ pub(super) struct Outside {
 impl Outside {
     /// Something comes from outside, as far as there is room for it; and what has come out is taken.
     pub(super) fn happens(&self, which: u8, length: u16) {
-        let bytes = vec![which; usize::from(length) % 3000];
+        let mut bytes = vec![which; usize::from(length) % 3000];
+        // Most packets have a header that says nothing: what is behind one that may not pass is not looked at.
+        if !which.is_multiple_of(4) {
+            let header = bytes.iter_mut().take(net::HEADER_SIZE);
+            header.for_each(|byte| *byte = 0);
+        }
         let at = usize::from(which) % self.ends.len().max(1);
         for mut end in &self.ends {
             let mut packet = [0; 4096];

@@ -1,6 +1,8 @@
 //! The card on a real tap: the host's side is a packet socket on the interface. Skipped where the
 //! kernel does not let us make one.
 
+mod batches;
+mod limits;
 mod wire;
 
 use super::*;
