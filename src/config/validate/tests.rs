@@ -546,3 +546,26 @@ fn a_balloon_has_room_in_ram_and_none_beside_huge_pages() {
     let said = complaint(with(0, true));
     assert!(said.contains("leave one of the two out"), "{said}");
 }
+
+#[test]
+fn blocks_of_a_balloon_have_a_size_that_can_be_mapped_and_are_asked_for() {
+    let with = |vfio, block| {
+        move |vm: &mut VmConfig| {
+            vm.memory.size = 64 << 20;
+            vm.balloon = Some(BalloonConfig {
+                vfio,
+                block,
+                ..BalloonConfig::default()
+            });
+        }
+    };
+    for block in [None, Some(2 << 20), Some(128 << 20)] {
+        assert_eq!(validate(with(BesideDevices::Remap, block)), Ok(()));
+    }
+    for block in [0, 1 << 20, 3 << 20, 256 << 20] {
+        let said = complaint(with(BesideDevices::Remap, Some(block)));
+        assert!(said.contains("from 2M to 128M"), "{said}");
+    }
+    let said = complaint(with(BesideDevices::Keep, Some(2 << 20)));
+    assert!(said.contains("needs vfio=remap"), "{said}");
+}

@@ -524,13 +524,15 @@ mod tests {
 
     #[test]
     fn a_balloon_a_watchdog_pvpanic_and_a_tpm_are_there_where_they_are_asked_for() {
-        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1},
+        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"vfio":"remap","block":4194304,"nonsense":1},
             "watchdog":true,"pvpanic":true,"tpm":{"socket":"/run/swtpm"}}"#;
         let expected = VmConfig {
             balloon: Some(BalloonConfig {
                 size: 4096,
                 deflate_on_oom: false,
                 free_page_reporting: true,
+                vfio: BesideDevices::Remap,
+                block: Some(4 << 20),
             }),
             watchdog: true,
             pvpanic: true,

@@ -61,8 +61,6 @@ impl Common {
 #[derive(Debug, Deserialize)]
 pub(super) struct AddDisk {
     path: Option<String>,
-    /// Beside Cloud Hypervisor's: what the guest sends from another address is dropped.
-    spoofchk: Option<bool>,
     /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came it is.
     pub(super) fd_index: Option<usize>,
     vhost_user: Option<bool>,
@@ -170,6 +168,8 @@ pub(super) struct AddNet {
     vhost_mode: Option<String>,
     /// Beside Cloud Hypervisor's: the host's kernel serves it, or must not.
     vhost: Option<bool>,
+    /// Beside Cloud Hypervisor's: what the guest sends from another address is dropped.
+    spoofchk: Option<bool>,
     /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came are the tap's.
     pub(super) fd_indexes: Option<Vec<usize>>,
     #[serde(flatten)]

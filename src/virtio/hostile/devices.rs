@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+use super::blocks::ballooned;
 use super::guest::{Buffer, DATA, Guest};
 use crate::config::{
     BalloonConfig, DiskConfig, HotplugMethod, ImageType, MemoryConfig, PMEM_ALIGNMENT, PmemConfig,
@@ -145,7 +146,9 @@ impl Kind {
                     free_page_reporting: true,
                     ..BalloonConfig::default()
                 };
-                let balloon = Balloon::new("balloon", &config, ram, &Arc::default(), None);
+                let (regions, blocks) = ballooned()?;
+                let discards = regions.discards();
+                let balloon = Balloon::new("balloon", &config, ram, discards, Some(blocks));
                 Box::new(balloon.map_err(io::Error::other)?)
             }
             Self::Pmem => {
@@ -252,12 +255,14 @@ impl Kind {
             Self::Balloon => match which % 4 {
                 // Pages behind what else is used here, and one anywhere.
                 queue @ 0..2 => {
-                    let pages = [0x10 + number as u32 % 0x40, number as u32 * 0x0101];
-                    guest.write(DATA, &pages.map(u32::to_le_bytes).concat());
-                    (
-                        queue.into(),
-                        vec![Buffer::read(DATA, 4 + u32::from(which >> 7) * 4)],
-                    )
+                    // And, in a long request, a block of them.
+                    let first = 0x10 + number as u32 % 0x40;
+                    let block = [0, 1, 2, 3].map(|page| first & !3 | page);
+                    let pages = [&[first, number as u32 * 0x0101], &block[..]].concat();
+                    let pages: Vec<u8> = pages.into_iter().flat_map(u32::to_le_bytes).collect();
+                    guest.write(DATA, &pages);
+                    let length = 4 + u32::from(which >> 7) * 20;
+                    (queue.into(), vec![Buffer::read(DATA, length)])
                 }
                 2 => {
                     guest.write(DATA, &[which >> 2, 0]);

@@ -49,6 +49,7 @@ mod slots;
 mod small;
 mod switched;
 mod system;
+mod tap;
 mod tpm;
 mod vhost;
 mod vhost_user;
@@ -65,6 +66,7 @@ const CHAPTERS: &[&[Proof]] = &[
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
+    tap::PROOFS,
     vsock::PROOFS,
     disk::PROOFS,
     vhost_user::PROOFS,
