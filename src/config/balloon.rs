@@ -60,8 +60,18 @@ mod tests {
         let mut balloon = BalloonConfig::default();
         assert_eq!(balloon.block_size(1 << 30), None);
         balloon.vfio = BesideDevices::Remap;
-        for (ram, block) in [(1, 2), (32 << 10, 2), ((32 << 10) + 1, 4), (1 << 20, 64), (1 << 30, 128)] {
-            assert_eq!(balloon.block_size(ram << 20), Some(block << 20), "{ram} MiB");
+        for (ram, block) in [
+            (1, 2),
+            (32 << 10, 2),
+            ((32 << 10) + 1, 4),
+            (1 << 20, 64),
+            (1 << 30, 128),
+        ] {
+            assert_eq!(
+                balloon.block_size(ram << 20),
+                Some(block << 20),
+                "{ram} MiB"
+            );
         }
         balloon.block = Some(8 << 20);
         assert_eq!(balloon.block_size(1 << 30), Some(8 << 20));

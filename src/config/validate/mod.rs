@@ -12,8 +12,8 @@ use super::limits::{
     MIN_MEMORY, SERIAL_SIZE,
 };
 use super::{
-    BALLOON_BLOCKS, BalloonConfig, BesideDevices, Choice, ConsoleConfig, DeviceConfig, DiskConfig, ImageType, MemoryConfig,
-    PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
+    BALLOON_BLOCKS, BalloonConfig, BesideDevices, Choice, ConsoleConfig, DeviceConfig, DiskConfig,
+    ImageType, MemoryConfig, PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;

@@ -34,9 +34,7 @@ impl NetConfig {
     fn check_back_end(&self) -> Result<(), InvalidVirtio> {
         if back_ends_socket(self.vhost_user, self.socket.as_deref())?.is_none() {
             return match (self.vhost_mode, self.spoofchk, self.vhost) {
-                (VhostMode::Server, ..) => {
-                    Err(InvalidVirtio::OnlyOfBackEnds("vhost_mode=server"))
-                }
+                (VhostMode::Server, ..) => Err(InvalidVirtio::OnlyOfBackEnds("vhost_mode=server")),
                 (_, true, Choice::On) => Err(InvalidVirtio::SourcesByKernel),
                 _ => Ok(()),
             };

@@ -299,6 +299,7 @@ fn a_full_configuration_is_as_described() {
             mac: Some("52:54:00:12:34:56".parse().unwrap()),
             id: Some("n".into()),
             vhost: crate::config::Choice::On,
+            spoofchk: true,
             ..NetConfig::default()
         }],
         fs: vec![FsConfig {

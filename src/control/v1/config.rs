@@ -9,9 +9,9 @@ use super::generic::Generic;
 use super::pmem::Pmem;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
-    Accepted, BesideDevices, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity,
-    RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
+    Accepted, BesideDevices, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig,
+    DiskConfig, FsConfig, HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig,
+    QueueAffinity, RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
 

@@ -16,9 +16,9 @@ use super::pmem::AddPmem;
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
 use super::{AddDevice, some_text};
 use crate::config::{
-    Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
-    VmConfig,
+    Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CpusConfig, FirmwareConfig,
+    HotplugMethod, LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity,
+    VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 

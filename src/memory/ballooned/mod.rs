@@ -228,7 +228,9 @@ impl Part {
             .ok()
             .and_then(|block| self.taken.get_mut(block))
         {
-            *count = count.saturating_add(after / PAGE).saturating_sub(before / PAGE);
+            *count = count
+                .saturating_add(after / PAGE)
+                .saturating_sub(before / PAGE);
         }
     }
 

@@ -193,7 +193,9 @@ fn pages_wait_while_their_block_cannot_be_mapped_and_come_when_it_can() {
     assert!(matches!(waits, Err(ReturnError::Map(_))), "{waits:?}");
     assert_eq!(guest.dma.taken(), ["+0", "!+1"]);
     assert_eq!(guest.ballooned.failures(), 1);
-    let stopped = guest.ballooned.returned(&bytes(&(PAGES..PAGES + 1)), || false);
+    let stopped = guest
+        .ballooned
+        .returned(&bytes(&(PAGES..PAGES + 1)), || false);
     assert!(matches!(stopped, Err(ReturnError::Stopped)), "{stopped:?}");
     assert_eq!(guest.dma.taken(), [""; 0]);
     guest.dma.refuse(&[]);
@@ -228,7 +230,10 @@ fn a_device_that_comes_later_reaches_all_but_the_blocks_that_are_gone() {
     assert_eq!(guest.ballooned.unmapped(), 2 * BLOCK);
     let later = Arc::<Dma>::default();
     guest.regions.listen(later.clone()).unwrap();
-    assert_eq!(later.all(), (0..COUNT).filter(|it| *it != 1 && *it != 2).collect());
+    assert_eq!(
+        later.all(),
+        (0..COUNT).filter(|it| *it != 1 && *it != 2).collect()
+    );
     assert_eq!(guest.regions.discards().given(), 2 * BLOCK);
     guest.give(PAGES..PAGES + 1).unwrap();
     assert_eq!(later.taken(), ["+1"]);

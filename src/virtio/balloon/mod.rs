@@ -133,9 +133,7 @@ impl Balloon {
         };
         device.target(ram).set(config.size)?;
         let ballooned = device.ballooned.as_ref();
-        device
-            .counts
-            .set_source(&device.space, discards, ballooned);
+        device.counts.set_source(&device.space, discards, ballooned);
         Ok(device)
     }
 

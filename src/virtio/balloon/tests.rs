@@ -390,8 +390,7 @@ fn a_reset_and_a_stop_in_the_middle_leave_no_block_out_of_reach() {
     assert_eq!(it.deflate.wait_used().0, u32::from(head));
     it.inflate(the_block());
     assert_eq!(devices.gone(), [PAGES]);
-    it.driver
-        .set_common(spec::pci::common::DEVICE_STATUS, &[0]);
+    it.driver.set_common(spec::pci::common::DEVICE_STATUS, &[0]);
     assert!(devices.gone().is_empty());
 }
 

@@ -150,7 +150,9 @@ impl BalloonWorker {
             let all = runs(&mut chain.readable);
             if let Some(ballooned) = ballooned {
                 if !chain.readable.is_empty() {
-                    return Err(chain.malformed("more pages that leave the balloon than are looked at"));
+                    return Err(
+                        chain.malformed("more pages that leave the balloon than are looked at")
+                    );
                 }
                 // The answer says that devices reach the pages: it waits until that is so.
                 for &(address, length) in &all {

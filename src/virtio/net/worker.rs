@@ -116,9 +116,7 @@ impl Worker for NetWorker {
             counts: &self.counts,
         };
         match source {
-            TRANSMIT => self
-                .transmitter
-                .transmit(&end, &mut self.transmit, &memory),
+            TRANSMIT => self.transmitter.transmit(&end, &mut self.transmit, &memory),
             _ => self.receiver.receive(&end, &mut self.receive, &memory),
         }
     }

@@ -220,7 +220,9 @@ fn ram_in_blocks_is_mapped_by_blocks_with_its_rest_and_each_goes_and_comes_by_it
     assert_eq!(other.count(), 0);
     ballooned.returned(&(BLOCK..BLOCK + 1), || true).unwrap();
     assert_eq!(kernel.all(), without, "no whole page");
-    ballooned.returned(&(BLOCK..BLOCK + 0x1000), || true).unwrap();
+    ballooned
+        .returned(&(BLOCK..BLOCK + 0x1000), || true)
+        .unwrap();
     assert_eq!(kernel.bytes(), 7 * BLOCK + 0x3000);
     ballooned.all_returned().unwrap();
     assert_eq!(kernel.all(), all);

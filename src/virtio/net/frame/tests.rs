@@ -58,10 +58,7 @@ fn segments_of_udp_pass_where_they_were_agreed_on_and_their_header_is_right() {
             gso: net::GSO_UDP_L4 | net::GSO_ECN,
             ..USO
         },
-        Header {
-            start: 8993,
-            ..USO
-        },
+        Header { start: 8993, ..USO },
         Header {
             start: u16::MAX,
             ..USO
@@ -112,7 +109,11 @@ fn what_was_not_agreed_on_does_not_pass_and_what_was_does() {
             ),
         ] {
             assert_eq!(check(header, 3000, all), Ok(()), "{header:?}");
-            assert_eq!(check(header, 3000, lacks), Err(Refused::Header), "{header:?}");
+            assert_eq!(
+                check(header, 3000, lacks),
+                Err(Refused::Header),
+                "{header:?}"
+            );
         }
     }
     // Fragments of UDP are never offered (VIRTIO_NET_HDR_GSO_UDP), and ECN says nothing by itself.

@@ -336,10 +336,12 @@ impl Tap {
             return Ok(());
         }
         let name = self.name.clone();
-        interface.set_mtu(mtu).map_err(|source| match source.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => TapError::MtuNotPermitted { name, now, mtu },
-            _ => TapError::Mtu { name, mtu, source },
-        })
+        interface
+            .set_mtu(mtu)
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EPERM | libc::EACCES) => TapError::MtuNotPermitted { name, now, mtu },
+                _ => TapError::Mtu { name, mtu, source },
+            })
     }
 
     fn check(&self, what: &'static str, result: libc::c_int) -> Result<(), TapError> {

@@ -6,9 +6,9 @@ mod limits;
 mod wire;
 
 use super::*;
+use crate::virtio::life::WaitingPacket;
 use crate::virtio::spec::pci::common;
 use crate::virtio::spec::status;
-use crate::virtio::life::WaitingPacket;
 use crate::virtio::testing::{Driver, Ring, eventually};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -66,18 +66,28 @@ fn limits(lab: &mut Lab) -> Result<()> {
     let sum = host.run("sha256sum </run/www/data | cut -d ' ' -f 1")?;
     host.run("ip link del lab-mtu0; ip link del lab-mtu1")?;
     // Frames that are from another address come by the NIC that does not look.
-    for (nic, mac, looks) in [(0, "02:00:00:00:00:10", true), (1, "02:00:00:00:00:11", false)] {
+    for (nic, mac, looks) in [
+        (0, "02:00:00:00:00:10", true),
+        (1, "02:00:00:00:00:11", false),
+    ] {
         let value = |key: &str| result.value(&format!("{key}_{nic}")).map(str::trim);
         ensure!(value("mac")? == mac, "{nic}: {}", value("mac")?);
         ensure!(value("mtu")? == "9000", "{nic}: {}", value("mtu")?);
         let features = value("features")?;
         tell!("{nic}: {features}");
         for bit in BITS {
-            ensure!(features.as_bytes().get(bit) == Some(&b'1'), "{nic}: bit {bit} of {features}");
+            ensure!(
+                features.as_bytes().get(bit) == Some(&b'1'),
+                "{nic}: bit {bit} of {features}"
+            );
         }
         ensure!(value("large")? == "3", "{nic}: {}", value("large")?);
         ensure!(value("sum")? == sum.trim(), "{nic}: the data is wrong");
-        ensure!((value("other")? == "0") == looks, "{nic}: {}", value("other")?);
+        ensure!(
+            (value("other")? == "0") == looks,
+            "{nic}: {}",
+            value("other")?
+        );
     }
     let complaints = result.block("complaints")?;
     ensure!(complaints.is_empty(), "the guest complains:\n{complaints}");
