@@ -18,6 +18,7 @@ pub mod preflight;
 mod provoked;
 pub mod report;
 pub mod sandbox;
+mod shortage;
 pub mod smbios;
 mod unix_socket;
 pub mod virtio;

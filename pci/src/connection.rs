@@ -31,13 +31,14 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// A route for `message`, not masked.
+    /// A route for a vector's `message`, not masked.
     pub(crate) fn new(
         routes: &dyn InterruptRoutes,
+        vector: u16,
         message: MsiMessage,
     ) -> Result<Self, VectorError> {
         Ok(Self {
-            route: routes.connect(message)?,
+            route: routes.connect(vector, message)?,
             message,
             masked: false,
         })

@@ -48,7 +48,7 @@ impl FakeRoutes {
 }
 
 impl InterruptRoutes for FakeRoutes {
-    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+    fn connect(&self, _: u16, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         if *lock(&self.exhausted) {
             return Err(RouteError::Exhausted { limit: 0 });
         }

@@ -46,13 +46,18 @@ pub enum RouteError {
 
 /// Makes routes from a device's vectors to the guest. The machine's interrupt router implements it.
 pub trait InterruptRoutes: Send + Sync + Debug {
-    /// Makes an eventfd whose signal delivers `message` to the guest, unmasked from the start.
+    /// Makes an eventfd whose signal delivers `message`, of the function's vector with this number, to the guest,
+    /// unmasked from the start.
     ///
     /// This is what a vector costs; it is called when the guest first unmasks it, not before.
     ///
     /// # Errors
     /// [`RouteError`]
-    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError>;
+    fn connect(
+        &self,
+        vector: u16,
+        message: MsiMessage,
+    ) -> Result<Arc<dyn InterruptRoute>, RouteError>;
 }
 
 /// One vector's way to the guest. Dropping the last reference takes it down.

@@ -11,6 +11,7 @@ use super::logging;
 use super::style::ColorChoice;
 use crate::exit::USAGE;
 use crate::sandbox::landlock;
+use crate::shortage;
 
 /// An error and the status that the process exits with for it.
 #[derive(Debug)]
@@ -73,7 +74,9 @@ impl fmt::Display for Failure {
             said.push_str(&text);
         }
         let root: &(dyn Error + 'static) = self.error.as_ref();
-        if let Some(remedy) = landlock::remedy(root) {
+        if let Some(remedy) =
+            shortage::remedy(root, &said).or_else(|| landlock::remedy(root).map(Into::into))
+        {
             write!(f, "\n  because: {remedy}")?;
         }
         Ok(())

@@ -137,6 +137,10 @@ impl KvmError {
                     ),
                 }
             }
+            Some(libc::EMFILE) => (
+                "the process may open no more files".to_owned(),
+                "raise the limit (`ulimit -n`, LimitNOFILE= in a systemd unit)".to_owned(),
+            ),
             Some(libc::EBUSY) => (
                 "another hypervisor holds the processor".to_owned(),
                 "stop it".to_owned(),

@@ -256,7 +256,7 @@ fn message_route(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {
 }
 
 impl InterruptRoutes for IrqRouter {
-    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+    fn connect(&self, _: u16, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         let event = eventfd()?;
         let gsi = self.shared.take(message)?;
         if let Err(error) = lend(&event, |event| self.shared.fd.register_irqfd(event, gsi)) {

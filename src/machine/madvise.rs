@@ -2,13 +2,45 @@
 //!
 //! The kernel maps sixteen pages of a program around each that is touched (`fault_around_bytes`), so that after the
 //! start almost all of its code is. A guest that runs needs a small part of it: the pages are unmapped, and those that
-//! are touched come again from the page cache, by a fault each.
+//! are touched come again from the page cache, by a fault each. The same is done once more when the guest has booted,
+//! which configures every device.
 
 use std::ffi::c_void;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use busway_pci::PAGE_SIZE;
 use rustix::mm::{Advice, madvise};
+
+/// By when a guest has most likely booted, after its start. One that has not pays some faults.
+const BOOT: Duration = Duration::from_secs(20);
+
+/// What a guest's boot needs, until that is given back.
+#[derive(Debug)]
+pub(super) struct Boot {
+    due: Option<Instant>,
+}
+
+impl Boot {
+    /// Of a guest that starts now.
+    pub(super) fn begins() -> Self {
+        Self {
+            due: Instant::now().checked_add(BOOT),
+        }
+    }
+
+    /// When there is something to be given back.
+    pub(super) const fn deadline(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// Gives it back, if it is time.
+    pub(super) fn on_time(&mut self, now: Instant) {
+        if self.due.take_if(|due| *due <= now).is_some() {
+            forget_the_start();
+        }
+    }
+}
 
 /// Unmaps the pages of this program's code and constants, and gives back what the heap has free.
 pub(super) fn forget_the_start() {
@@ -125,5 +157,15 @@ mod tests {
         forget_the_start();
         WRITTEN.fetch_add(1, Ordering::Relaxed);
         assert_eq!(WRITTEN.load(Ordering::Relaxed), 2);
+    }
+    #[test]
+    fn what_a_boot_needs_is_given_back_once_when_its_time_is_over() {
+        let mut boot = Boot::begins();
+        let due = boot.deadline().unwrap();
+        boot.on_time(due - Duration::from_millis(1));
+        assert_eq!(boot.deadline(), Some(due));
+        boot.on_time(due);
+        assert_eq!(boot.deadline(), None);
+        boot.on_time(due);
     }
 }

@@ -20,6 +20,7 @@ use super::observed::{Observed, State};
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
 use crate::report::AssignedDevice;
 use crate::sandbox::landlock;
+use crate::shortage;
 
 /// How many requests wait to be taken; whoever asks then is refused.
 const MOST: usize = 64;
@@ -242,7 +243,9 @@ impl RequestError {
             }
             cause = error.source();
         }
-        if let Some(remedy) = landlock::remedy(error) {
+        if let Some(remedy) =
+            shortage::remedy(error, &text).or_else(|| landlock::remedy(error).map(Into::into))
+        {
             text = format!("{text}: {remedy}");
         }
         Self::Failed(text)

@@ -42,6 +42,8 @@ pub enum Kind {
     Tpm,
     /// Touches the guest's RAM before the guest does.
     Populate,
+    /// Has the host take devices' interrupts on the processors of dedicated vCPUs: `steer`.
+    Steer,
     /// Measures and writes the boot report: `report`.
     Report,
     /// Draws how far pinning has come: `progress`.
@@ -54,7 +56,7 @@ pub enum Kind {
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Main,
         Self::Vcpu,
         Self::Disk,
@@ -74,6 +76,7 @@ impl Kind {
         Self::Variables,
         Self::Tpm,
         Self::Populate,
+        Self::Steer,
         Self::Report,
         Self::Progress,
         Self::GivenUp,

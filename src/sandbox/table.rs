@@ -169,6 +169,12 @@ const TO_READ: &[Row] = &[
     (libc::SYS_fstatfs, Always),
 ];
 
+/// Writes to files that are there.
+const IN_PLACE: &[Row] = &[(
+    libc::SYS_openat,
+    Bits(2, (O_CREAT | O_TRUNC | O_APPEND) as u32, 0),
+)];
+
 /// Makes, changes and removes files.
 const TO_CHANGE: &[Row] = &[
     (libc::SYS_open, Always),
@@ -351,6 +357,7 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::Unmask => &[VFIO_INTERRUPTS],
         Kind::Variables => &[&[(libc::SYS_fdatasync, Always)]],
         Kind::Tpm => &[STREAMS, CONNECTS, PAIRS],
+        Kind::Steer => &[TO_READ, IN_PLACE],
         Kind::Report => &[TO_READ, TO_CHANGE],
         Kind::GivenUp => &[TO_READ],
         Kind::Entropy => &[TIMERS],
@@ -435,6 +442,8 @@ pub(super) enum Files {
     AsTheProcess,
     /// They are read, and folders listed.
     Read,
+    /// The same, and those that are there are written.
+    Change,
     /// They are removed.
     Remove,
     /// Unix sockets are connected to.
@@ -447,6 +456,7 @@ pub(super) enum Files {
 pub(super) fn files(kind: Kind) -> Files {
     match kind {
         Kind::Main | Kind::Report | Kind::ConsoleOutput => Files::AsTheProcess,
+        Kind::Steer => Files::Change,
         Kind::Http | Kind::GivenUp => Files::Read,
         Kind::Input => Files::Remove,
         Kind::VhostUser | Kind::VsockPorts | Kind::Tpm => Files::Connect,

@@ -170,7 +170,8 @@ fn try_what_some_may(kind: Kind) {
     let at = libc::AT_FDCWD as usize;
     let (read, write) = (libc::O_RDONLY as usize, libc::O_WRONLY as usize);
     let writes = matches!(kind, Kind::Main | Kind::Report | Kind::ConsoleOutput);
-    let reads = writes || matches!(kind, Kind::Http | Kind::GivenUp);
+    let changes = writes || kind == Kind::Steer;
+    let reads = changes || matches!(kind, Kind::Http | Kind::GivenUp);
     let connects = matches!(
         kind,
         Kind::Main | Kind::VhostUser | Kind::VsockPorts | Kind::Tpm
@@ -182,7 +183,7 @@ fn try_what_some_may(kind: Kind) {
     for (what, may, number, arguments) in [
         (
             "openat to write",
-            writes,
+            changes,
             libc::SYS_openat,
             [at, path, write, 0, 0],
         ),

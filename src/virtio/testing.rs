@@ -58,7 +58,7 @@ impl CountingRoutes {
 }
 
 impl InterruptRoutes for CountingRoutes {
-    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+    fn connect(&self, _: u16, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         let route = Arc::new(CountingRoute {
             message: Mutex::new(message),
             masked: AtomicBool::new(false),

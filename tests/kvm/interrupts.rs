@@ -41,7 +41,7 @@ fn message(vector: u8) -> MsiMessage {
 #[test]
 fn a_masked_signal_is_kept_as_one_and_delivered_when_the_mask_goes() {
     let Some(guest) = interruptible() else { return };
-    let route = guest.router.connect(message(0x40)).unwrap();
+    let route = guest.router.connect(0, message(0x40)).unwrap();
     route.trigger();
     assert_eq!(guest.next(), 0x40);
     assert!(!route.pending());
@@ -65,8 +65,8 @@ fn a_masked_signal_is_kept_as_one_and_delivered_when_the_mask_goes() {
 #[test]
 fn a_route_follows_its_message_also_while_masked() {
     let Some(guest) = interruptible() else { return };
-    let route = guest.router.connect(message(0x40)).unwrap();
-    let other = guest.router.connect(message(0x40)).unwrap();
+    let route = guest.router.connect(0, message(0x40)).unwrap();
+    let other = guest.router.connect(0, message(0x40)).unwrap();
     route.update(message(0x41)).unwrap();
     route.trigger();
     assert_eq!(guest.next(), 0x41);
@@ -86,12 +86,12 @@ fn a_route_follows_its_message_also_while_masked() {
 fn a_dropped_route_gives_its_gsi_back_and_the_count_tells() {
     let Some(guest) = interruptible() else { return };
     let routes: Vec<_> = (0..100)
-        .map(|_| guest.router.connect(message(0x40)).unwrap())
+        .map(|_| guest.router.connect(0, message(0x40)).unwrap())
         .collect();
     routes[50].set_masked(true).unwrap();
     assert_eq!(guest.router.vectors().now, 100);
     drop(routes);
-    let route = guest.router.connect(message(0x41)).unwrap();
+    let route = guest.router.connect(0, message(0x41)).unwrap();
     route.trigger();
     assert_eq!(guest.next(), 0x41);
     let count = guest.router.vectors();

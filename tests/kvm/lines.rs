@@ -73,7 +73,7 @@ fn unmask(guest: &Guest) {
         address: 0xfee0_0000,
         data: 0x41,
     };
-    guest.router.connect(message).unwrap().trigger();
+    guest.router.connect(0, message).unwrap().trigger();
     assert_eq!(guest.next(), 0x41);
 }
 

@@ -21,4 +21,5 @@ mod resizing;
 mod served;
 mod tpm;
 mod walls;
+mod want;
 mod whole;

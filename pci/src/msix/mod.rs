@@ -438,7 +438,7 @@ fn connect(
     routes: &dyn InterruptRoutes,
     owner: &mut dyn VectorOwner,
 ) -> Result<Connection, VectorError> {
-    let connection = Connection::new(routes, vector.message)?;
+    let connection = Connection::new(routes, number, vector.message)?;
     owner
         .connect(number, &[connection.event()])
         .map_err(VectorError::Device)?;

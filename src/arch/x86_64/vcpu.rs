@@ -14,7 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 use super::cpuid::{self, CpuFeatures, CpuidInput};
-use super::msr;
+use super::{frequency, msr};
 use crate::config::{MAX_CPUS, Topology};
 use crate::kvm::{KvmError, Vm};
 
@@ -60,6 +60,7 @@ impl CpuModel {
         if features.dedicated {
             dedicate(vm)?;
         }
+        frequency::fix(vm);
         Ok(Self {
             supported,
             tsc_deadline: vm.kvm().check_extension(Cap::TscDeadlineTimer),
@@ -186,6 +187,8 @@ pub(crate) struct VcpuMaker {
     topology: Topology,
     /// What each has in its registers at power-on, which the first was asked for.
     msrs: Option<Arc<[kvm_msr_entry]>>,
+    /// The frequency of the first one's TSC, in kHz, which all have; 0 before there is one.
+    tsc_khz: u32,
 }
 
 impl VcpuMaker {
@@ -212,12 +215,15 @@ impl VcpuMaker {
             model: model.clone(),
             topology,
             msrs: None,
+            tsc_khz: 0,
         };
         // All of them before any is set up: the TSCs are synchronised by what is written to them, which
         // has to be at one frequency.
         let fds = (0..count)
             .map(|id| maker.create(id))
             .collect::<Result<Vec<_>, _>>()?;
+        let first = fds.first().and_then(|first| first.get_tsc_khz().ok());
+        maker.tsc_khz = first.unwrap_or(0);
         let vcpus = (0..count).zip(fds).map(|(id, fd)| {
             maker.describe(id, &fd)?;
             let msrs = match &maker.msrs {
@@ -254,9 +260,9 @@ impl VcpuMaker {
         // KVM gives a vCPU the frequency that the host's TSC was thought to have when KVM was loaded.
         // Where the host has since measured it anew, and the processor cannot scale, that fails without
         // a word: KVM then takes the guest's TSC to stand still, and its timers come too late by all the
-        // time that the host has been up. 0 is the frequency of now. Linux, arch/x86/kvm/x86.c,
-        // `kvm_set_tsc_khz`.
-        if let Err(error) = fd.set_tsc_khz(0) {
+        // time that the host has been up. 0 is the frequency of now; one that comes later has that of the
+        // others. Linux, arch/x86/kvm/x86.c, `kvm_set_tsc_khz`.
+        if let Err(error) = fd.set_tsc_khz(self.tsc_khz) {
             log::debug!("KVM_SET_TSC_KHZ failed on {object}: {error}");
         }
         Ok(fd)
@@ -437,6 +443,41 @@ mod tests {
         let (_, mut vcpus) = VcpuMaker::begin(&vm, &model, Topology::cores(1), 1).unwrap();
         let vcpu = vcpus.remove(0);
         Some((vm, model, vcpu))
+    }
+
+    /// A vCPU's TSC, as the guest would read it.
+    fn counter(vcpu: &Vcpu) -> u64 {
+        const IA32_TIME_STAMP_COUNTER: u32 = 0x10;
+        let entry = kvm_msr_entry {
+            index: IA32_TIME_STAMP_COUNTER,
+            ..Default::default()
+        };
+        let mut one = kvm_bindings::Msrs::from_entries(&[entry]).unwrap();
+        assert_eq!(vcpu.fd.get_msrs(&mut one).unwrap(), 1);
+        one.as_slice()[0].data
+    }
+
+    /// One that began its counter at 0, at a moment of its own, would be behind the first.
+    #[test]
+    fn a_processor_that_comes_later_has_the_counter_of_those_before_it() {
+        let Some(vm) = Vm::new()
+            .inspect_err(|error| eprintln!("skipped: {error}"))
+            .ok()
+        else {
+            return;
+        };
+        let model = CpuModel::new(&vm, CpuFeatures::default()).unwrap();
+        let (maker, first) = VcpuMaker::begin(&vm, &model, Topology::cores(2), 1).unwrap();
+        // Some milliseconds of any processor's.
+        while counter(&first[0]) < 50_000_000 {
+            std::hint::spin_loop();
+        }
+        let before = counter(&first[0]);
+        let second = maker.make(1).unwrap();
+        assert!(counter(&second) >= before);
+        assert!(counter(&second) <= counter(&first[0]));
+        let khz = |vcpu: &Vcpu| vcpu.fd.get_tsc_khz().unwrap();
+        assert_eq!(khz(&second), khz(&first[0]));
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub(super) struct KeptFile {
     most: u64,
     /// It was said that the file could not be moved.
     complained: bool,
+    /// Bytes that there was no room for in the file system, since it was full.
+    lost: u64,
 }
 
 impl KeptFile {
@@ -41,20 +43,47 @@ impl KeptFile {
             length: named.then_some(0),
             most,
             complained: false,
+            lost: 0,
         })
     }
 
-    /// Writes all of `bytes`, which are fewer than the file may have.
+    /// Writes all of `bytes`, which are fewer than the file may have. What a full file system has no room for is lost,
+    /// which is said once, and in the file when there is room again.
     pub(super) fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if let Some(length) = self.length {
-            let mut after = length.saturating_add(bytes.len() as u64);
-            if after > self.most && length > 0 {
-                self.begin_anew()?;
-                after = bytes.len() as u64;
+        let written = match self.lost {
+            0 => self.write(bytes),
+            lost => {
+                let notice = format!("\r\n[busway: {lost} bytes of output lost here]\r\n");
+                self.write(&[notice.as_bytes(), bytes].concat())
             }
-            self.length = Some(after);
+        };
+        let lost = bytes.len() as u64;
+        match written {
+            Ok(()) => self.lost = 0,
+            Err(error) if is_full(&error) => {
+                if self.lost == 0 {
+                    let path = self.path.display();
+                    log::warn!("{path}: {error}: the console's output is lost until there is room");
+                }
+                self.lost = self.lost.saturating_add(lost);
+            }
+            Err(error) => return Err(error),
         }
-        write_all(&self.file, bytes)
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let more = bytes.len() as u64;
+        if let Some(length) = self.length
+            && length > 0
+            && length.saturating_add(more) > self.most
+        {
+            self.begin_anew()?;
+            self.length = Some(0);
+        }
+        write_all(&self.file, bytes)?;
+        self.length = self.length.map(|length| length.saturating_add(more));
+        Ok(())
     }
 
     fn begin_anew(&mut self) -> io::Result<()> {
@@ -108,6 +137,12 @@ impl KeptFile {
     }
 }
 
+/// There is no room for it: on the file system, for its user, or for the process.
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
@@ -141,6 +176,24 @@ mod tests {
         let before = folder.path().join("serial.log.1");
         assert_eq!(lines(&before), (10..20).collect::<Vec<_>>());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn what_a_full_file_system_has_no_room_for_is_lost_and_is_said_when_there_is_some() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial.log");
+        let mut file = KeptFile::open(&path, MOST).unwrap();
+        file.write_all(b"first").unwrap();
+        let room = std::mem::replace(
+            &mut file.file,
+            File::options().write(true).open("/dev/full").unwrap(),
+        );
+        file.write_all(b"lost").unwrap();
+        file.write_all(b"as well").unwrap();
+        file.file = room;
+        file.write_all(b"last").unwrap();
+        let said = "first\r\n[busway: 11 bytes of output lost here]\r\nlast";
+        assert_eq!(text(&path), said);
     }
 
     #[test]

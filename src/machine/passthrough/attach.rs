@@ -46,8 +46,8 @@ pub(super) struct Attacher {
 
 /// The ways of devices' interrupts to the guest.
 pub(super) trait Wires: Debug + Send + Sync {
-    /// Those of messages.
-    fn routes(&self) -> Arc<dyn InterruptRoutes>;
+    /// Those of the messages of a device, by its name on the host.
+    fn routes(&self, device: &str) -> Arc<dyn InterruptRoutes>;
 
     /// Those of pins that are wired to these global system interrupts.
     fn lines(&self, gsis: [u32; 4]) -> Arc<dyn InterruptLines>;
@@ -58,7 +58,7 @@ pub(super) trait Wires: Debug + Send + Sync {
 
 /// KVM's, by a handle that counts the devices' vectors alone.
 impl Wires for IrqRouter {
-    fn routes(&self) -> Arc<dyn InterruptRoutes> {
+    fn routes(&self, _: &str) -> Arc<dyn InterruptRoutes> {
         Arc::new(self.clone())
     }
 
@@ -304,14 +304,14 @@ impl Attacher {
         users: &Arc<Users>,
     ) -> Result<Vec<Prepared>, RunError> {
         let functions = functions.into_iter().map(|(number, (request, device))| {
+            let name = request.identity.name();
             let wiring = Wiring {
-                routes: self.wires.routes(),
+                routes: self.wires.routes(&name),
                 lines: self.wires.lines(pins_of(slot)),
                 resets: self.resets.clone(),
                 clock: Arc::new(SystemClock::default()),
                 placement,
             };
-            let name = request.identity.name();
             let function = AssignedFunction::new(&name, device.clone(), wiring, &request.options)?;
             log::info!("{}", function.summary());
             Ok(Prepared {

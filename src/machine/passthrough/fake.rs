@@ -355,7 +355,7 @@ fn refused(source: io::Error) -> RouteError {
 }
 
 impl Wires for FaultyWires {
-    fn routes(&self) -> Arc<dyn InterruptRoutes> {
+    fn routes(&self, _: &str) -> Arc<dyn InterruptRoutes> {
         Arc::new(self.clone())
     }
 
@@ -369,9 +369,13 @@ impl Wires for FaultyWires {
 }
 
 impl InterruptRoutes for FaultyWires {
-    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+    fn connect(
+        &self,
+        vector: u16,
+        message: MsiMessage,
+    ) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         self.faults.pass("route a message").map_err(refused)?;
-        InterruptRoutes::connect(&self.router, message)
+        InterruptRoutes::connect(&self.router, vector, message)
     }
 }
 

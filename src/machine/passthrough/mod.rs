@@ -16,6 +16,7 @@ mod open;
 pub(super) mod open_devices;
 mod opener;
 pub(super) mod placement;
+mod steering;
 #[cfg(test)]
 mod tests;
 
@@ -49,6 +50,7 @@ use open::Opening;
 pub(super) use open_devices::OpenDevices;
 use opener::{MakeSpace, Vfio};
 use placement::HostIdentity;
+use steering::{Steered, Steering};
 
 /// The host's devices of a machine, and what attaching one needs.
 #[derive(Debug)]
@@ -102,7 +104,14 @@ impl Passthrough {
             kvm,
             devices: devices.clone(),
         });
-        let wires = Arc::new(router.with_own_count());
+        let own = router.with_own_count();
+        let wires: Arc<dyn Wires> = match Steering::begin(&config.cpus) {
+            Some(steering) => Arc::new(Steered {
+                router: own,
+                steering,
+            }),
+            None => Arc::new(own),
+        };
         Self::opening(config, spaces, wires, memory, router, events, devices)
     }
 

@@ -132,6 +132,7 @@ pub(super) fn narrow(kind: Kind) -> io::Result<()> {
     let taken = match table::files(kind) {
         Files::AsTheProcess => return Ok(()),
         Files::Read => all & !(AccessFs::ReadFile | AccessFs::ReadDir),
+        Files::Change => all & !(AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::WriteFile),
         Files::Remove => all & !BitFlags::from(AccessFs::RemoveFile),
         Files::Connect => all & !BitFlags::from(AccessFs::ResolveUnix),
         Files::None => all,

@@ -81,6 +81,10 @@ impl Rules {
         if can_be_asked || !config.device.is_empty() {
             rules.allow_all(DEVICE, ReadWrite);
         }
+        if config.cpus.dedicated {
+            // Where the host takes devices' interrupts.
+            rules.allow("/proc/irq", ReadWrite);
+        }
         for file in config.device.iter().filter_map(|one| one.romfile.as_ref()) {
             rules.allow(file, Read);
         }

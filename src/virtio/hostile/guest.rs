@@ -68,7 +68,7 @@ struct Nowhere;
 struct Lost(EventFd);
 
 impl InterruptRoutes for Nowhere {
-    fn connect(&self, _message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+    fn connect(&self, _: u16, _message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         Ok(Arc::new(Lost(EventFd::new().expect("an eventfd"))))
     }
 }

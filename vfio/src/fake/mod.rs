@@ -476,7 +476,7 @@ pub(crate) struct FakeRoutes {
 struct FakeRoute(EventFd);
 
 impl InterruptRoutes for FakeRoutes {
-    fn connect(&self, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+    fn connect(&self, _: u16, message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         self.made.lock().unwrap().push(message);
         Ok(Arc::new(FakeRoute(eventfd())))
     }

@@ -176,7 +176,7 @@ struct Route {
 }
 
 impl InterruptRoutes for Routes {
-    fn connect(&self, _message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
+    fn connect(&self, _: u16, _message: MsiMessage) -> Result<Arc<dyn InterruptRoute>, RouteError> {
         if self.exhausted.load(Ordering::Relaxed) {
             return Err(RouteError::Exhausted { limit: 0 });
         }

@@ -2,18 +2,24 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use busway_lab::Lab;
+use anyhow::{Context, Result, ensure};
+use busway_lab::{Host, Lab, Snapshot};
 
 use crate::assigned::{Interface, bound, give_back, guest};
 use crate::hotplug::{CTL, SOCKET};
 use crate::proof::Tier;
 use crate::{Proof, count, tell};
 
-pub(crate) const PROOFS: &[Proof] = &[Proof::soak(
-    "cpus_come_and_go_under_a_drives_io_and_its_queues_follow",
-    come_and_go,
-)];
+pub(crate) const PROOFS: &[Proof] = &[
+    Proof::rounds(
+        "cpus_come_and_go_under_a_drives_io_and_its_queues_follow",
+        come_and_go,
+    ),
+    Proof::new(
+        "cpus_that_are_dedicated_leave_no_guest_to_halt_and_take_its_drives_interrupts",
+        dedicated,
+    ),
+];
 
 /// The most processors that the guest has.
 const MOST: u32 = 4;
@@ -127,5 +133,85 @@ fn come_and_go(lab: &mut Lab, tier: Tier) -> Result<()> {
             "the drive does not interrupt processor {cpu} for what it reads"
         );
     }
+    give_back(host, &address, "nvme")
+}
+
+/// Reads of each processor in turn, one at a time, of the drive's queue that is its own.
+const READS: u64 = 1000;
+
+/// How often each processor of the host has taken interrupts of the drive for the VM.
+fn taken(host: &Host, address: &str) -> Result<Vec<u64>> {
+    let said = host.run(&format!(
+        "awk '/vfio-msi.*\\({address}\\)/ {{ a += $2; b += $3 }} END {{ print a + 0, b + 0 }}' /proc/interrupts"
+    ))?;
+    let words = said.split_ascii_whitespace();
+    Ok(words.map(str::parse).collect::<Result<_, _>>()?)
+}
+
+/// A guest reads from its drive, once with processors of its own and once without: with them it is not left when it halts,
+/// fewer exits are needed for a read beyond those of timers, and the host takes the interrupts of each of the drive's queues where the vCPU runs
+/// that has the queue.
+fn dedicated(lab: &mut Lab) -> Result<()> {
+    let (host, address) = bound(lab, "nv0")?;
+    let exits = |place: &[&str]| -> Result<[f64; 2]> {
+        let run = guest()?
+            .cpus(2)
+            .args(place)
+            .args(&SOCKET)
+            .device(&address)
+            .script(&format!(
+                "io() {{ taskset $1 dd if=/dev/nvme0n1 of=/dev/null bs=4k count={READS} iflag=direct 2>/dev/null; }}\n\
+                 io 1\nio 2\nuntil_pressed ready\n\
+                 mark before 1\nio 1\nmark after 1\nsleep 4\nmark idle 1\nuntil_pressed first\nio 2\nuntil_pressed second\n"
+            ));
+        let running = host.start_guest(&run)?;
+        let mut counts = Vec::new();
+        for step in ["ready", "first", "second"] {
+            running.wait_line(&format!("@@value {step}"))?;
+            counts.push(taken(host, &address)?);
+            host.run(&format!("{CTL} power-button"))?;
+        }
+        let result = running.finish()?.success()?;
+        let grown = |step: usize, cpu: usize| counts[step + 1][cpu] - counts[step][cpu];
+        let table = [0, 1].map(|step| [0, 1].map(|cpu| grown(step, cpu)));
+        tell!("{place:?}: interrupts of processors 0 and 1 on the host's 0 and 1: {table:?}");
+        if !place.is_empty() {
+            let own = table[0][0].min(table[1][1]);
+            ensure!(
+                own >= READS / 2,
+                "{table:?}: too few for {READS} reads each"
+            );
+            let elsewhere = table[0][1] + table[1][0];
+            ensure!(
+                elsewhere == 0,
+                "{table:?}: {elsewhere} were taken elsewhere"
+            );
+        }
+        let [before, after, idle] = ["before", "after", "idle"].map(|mark| &result.marks[mark]);
+        let grown = |from: &Snapshot, to: &Snapshot, counter| {
+            let grown = to.since(from, counter).context("KVM does not count it")?;
+            anyhow::Ok(grown as f64)
+        };
+        // What timers cost in that time, of the host's as well: a vCPU that is in its guest is left for each.
+        let timers = grown(after, idle, "exits")? / (idle.at - after.at) * (after.at - before.at);
+        let each = |count: f64| count / READS as f64;
+        let exits = grown(before, after, "exits")?;
+        tell!("{exits} exits, of which {timers:.0} of timers");
+        Ok([
+            each(exits - timers),
+            each(grown(before, after, "halt_exits")?),
+        ])
+    };
+    let [shared, halts] = exits(&[])?;
+    let [own, own_halts] = exits(&["--cpus", "dedicated=on,affinity=[0@[0],1@[1]]"])?;
+    tell!(
+        "exits a read: {shared:.2}, {halts:.2} of them to halt; dedicated: {own:.2}, {own_halts:.2}"
+    );
+    ensure!(own_halts == 0.0, "{own_halts} exits a read to halt");
+    ensure!(halts > 0.5, "{halts} exits a read to halt without the flag");
+    ensure!(
+        own < shared,
+        "{own} exits a read, {shared} without the flag"
+    );
     give_back(host, &address, "nvme")
 }

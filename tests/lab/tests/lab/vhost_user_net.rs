@@ -87,7 +87,10 @@ fn served(lab: &mut Lab, _tier: Tier) -> Result<()> {
     let web = host.spawn("exec busybox httpd -f -p 127.0.0.1:8079 -h /run/web")?;
     let testpmd = start_testpmd(host, "pmd", "")?;
     let passt = start_passt(host)?;
-    host.run("for each in $(seq 300); do [ -S /run/pmd.sock ] && exit; sleep 0.1; done; exit 1")?;
+    host.run(
+        "for each in $(seq 300); do [ -S /run/pmd.sock ] && [ -S /run/passt.sock ] && exit; sleep 0.1; done\n\
+         ls -l /run/*.sock; exit 1",
+    )?;
     let run = guest()?
         .cpus(2)
         .programs()
