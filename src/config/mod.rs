@@ -32,7 +32,7 @@ use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
 pub use accepted::Accepted;
-pub use balloon::BalloonConfig;
+pub use balloon::{BALLOON_BLOCKS, BalloonConfig, BesideDevices};
 pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;

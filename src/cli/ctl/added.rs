@@ -183,8 +183,8 @@ pub(super) struct AddNetArgs {
     /// Busway listens at that socket, and the other process connects
     #[arg(long, requires = "vhost_user")]
     pub(super) server: bool,
-    /// The longest packet of the guest's
-    #[arg(long, value_name = "BYTES", requires = "vhost_user", value_parser = clap::value_parser!(u16).range(68..))]
+    /// The longest packet, without its Ethernet header
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
     pub(super) mtu: Option<u16>,
     /// Receive and transmit queues together; 2, where nothing is given
     #[arg(long, value_name = "N")]
@@ -192,6 +192,9 @@ pub(super) struct AddNetArgs {
     /// The guest's MAC address; a random one, where none is given
     #[arg(long)]
     pub(super) mac: Option<String>,
+    /// Drop what the guest sends from another address than its own
+    #[arg(long, conflicts_with = "vhost_user")]
+    pub(super) spoofchk: bool,
     /// What it is called
     #[arg(long)]
     pub(super) id: Option<String>,
@@ -203,12 +206,15 @@ impl AddNetArgs {
     /// What is said beside the endpoint.
     pub(super) fn body(&self) -> Value {
         let mut body = json!({ "mac": self.mac, "num_queues": self.queues, "id": self.id });
+        body["mtu"] = json!(self.mtu);
+        if self.spoofchk {
+            body["spoofchk"] = json!(true);
+        }
         match &self.tap {
             Some(socket) if self.vhost_user => {
                 body["vhost_user"] = json!(true);
                 body["vhost_socket"] = json!(absolute(Path::new(socket)));
                 body["vhost_mode"] = json!(if self.server { "Server" } else { "Client" });
-                body["mtu"] = json!(self.mtu);
             }
             tap => body["tap"] = json!(tap),
         }

@@ -234,6 +234,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             vhost_user: false,
             server: false,
             mtu: None,
+            spoofchk: false,
             queues: None,
             mac: None,
             id: None,

@@ -12,8 +12,8 @@ use super::limits::{
     MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
 };
 use super::{
-    BalloonConfig, Choice, ConsoleConfig, DeviceConfig, MemoryConfig, Placing, PlatformConfig,
-    RngConfig, VmConfig,
+    BALLOON_BLOCKS, BalloonConfig, BesideDevices, Choice, ConsoleConfig, DeviceConfig,
+    MemoryConfig, Placing, PlatformConfig, RngConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;
@@ -138,6 +138,15 @@ impl VmConfig {
             {
                 Err(InvalidConfig::Balloon { size: *size })
             }
+            Some(balloon) => match balloon.block {
+                Some(_) if balloon.vfio == BesideDevices::Keep => {
+                    Err(InvalidConfig::BalloonBlockAlone)
+                }
+                Some(block) if !block.is_power_of_two() || !BALLOON_BLOCKS.contains(&block) => {
+                    Err(InvalidConfig::BalloonBlock { block })
+                }
+                _ => Ok(()),
+            },
             _ => Ok(()),
         }
     }

@@ -52,6 +52,7 @@ mod slots;
 mod small;
 mod switched;
 mod system;
+mod tap;
 mod tpm;
 mod vhost;
 mod vhost_user;
@@ -68,6 +69,7 @@ const CHAPTERS: &[&[Proof]] = &[
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
+    tap::PROOFS,
     vsock::PROOFS,
     disk::PROOFS,
     vhost_user::PROOFS,
