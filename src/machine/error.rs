@@ -142,6 +142,55 @@ pub enum RunError {
         /// The device that was one too many.
         device: String,
     },
+    /// {device}: pci_device_id={slot} is for a root port
+    #[error(
+        "{device}: pci_device_id={slot}: 16 to 31 are for root ports, and a device on bus 0 itself has 1 to 15: take one of \
+         these, or leave pci_device_id out"
+    )]
+    PortSlot {
+        /// The device that is to be there.
+        device: String,
+        /// The slot.
+        slot: u8,
+    },
+    /// {device}: {slot} is another's already
+    #[error(
+        "{device}: {slot} is another device's already: take another pci_device_id, or leave it out"
+    )]
+    SlotTaken {
+        /// The device that is to be there.
+        device: String,
+        /// The slot.
+        slot: String,
+    },
+    /// {device}: there is no PCI segment {segment}
+    #[error(
+        "{device}: the VM has no PCI segment {segment}: start it with more (--platform num_pci_segments=N), or leave \
+         pci_segment out"
+    )]
+    NoSegment {
+        /// The device that is to be there.
+        device: String,
+        /// The segment.
+        segment: u32,
+    },
+    /// Functions of one host device are to be in different places.
+    #[error(
+        "{0} are functions of one host device, which is one device of the guest's: say the same pci_segment and \
+         pci_device_id for all of them"
+    )]
+    SplitDevice(String),
+    /// The configuration spaces of the PCI segments find no room below 4 GiB.
+    #[error(
+        "the configuration spaces of {segments} PCI segments need more than the {room} MiB that there are for all but the \
+         first: have fewer segments (--platform num_pci_segments=), or fewer devices and empty slots in them"
+    )]
+    NoEcamRoom {
+        /// How many there are to be.
+        segments: usize,
+        /// MiB.
+        room: u64,
+    },
     /// A function cannot be put where it should be.
     #[error(transparent)]
     Place(#[from] PlaceError),
@@ -333,6 +382,11 @@ impl RunError {
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }
+            | Self::PortSlot { .. }
+            | Self::SlotTaken { .. }
+            | Self::NoSegment { .. }
+            | Self::SplitDevice(_)
+            | Self::NoEcamRoom { .. }
             | Self::Vsock(VsockError::Config { .. } | VsockError::Socket { .. })
             | Self::Pmem(PmemError {
                 source:

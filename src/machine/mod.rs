@@ -36,6 +36,7 @@ mod requests;
 mod resize;
 mod restart;
 mod seats;
+mod segments;
 mod shown;
 mod signals;
 mod virtio;

@@ -13,11 +13,11 @@ use super::limits::{
 };
 use super::{
     BalloonConfig, Choice, ConsoleConfig, DeviceConfig, MemoryConfig, Placing, PlatformConfig,
-    RngConfig, VirtioConfig, VmConfig,
+    RngConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;
-use error::Name;
+pub(super) use error::Name;
 pub use error::{InvalidConfig, InvalidVirtio};
 
 /// The last of the three descriptors that every process has.
@@ -123,6 +123,7 @@ impl VmConfig {
         self.validate_vf_tokens()?;
         self.platform.validate_slots()?;
         self.platform.validate_identity()?;
+        self.validate_places()?;
         self.validate_ids()?;
         self.validate_boot_order()?;
         self.validate_disjoint()
@@ -314,16 +315,8 @@ impl VmConfig {
         let mut sockets = Seen::new("socket", "each device needs a back end of its own");
         for (index, device) in self.virtio() {
             if let Some(socket) = device.socket() {
-                let flag = match device {
-                    VirtioConfig::Disk(_) => "--disk",
-                    VirtioConfig::Net(_) => "--net",
-                    VirtioConfig::Fs(_) => "--fs",
-                    VirtioConfig::Vsock(_) => "--vsock",
-                    VirtioConfig::Pmem(_) => "--pmem",
-                    VirtioConfig::Generic(_) => "--generic-vhost-user",
-                };
                 let id = device.id().map(str::to_owned);
-                let name = Name::new(flag, index, id.as_ref());
+                let name = Name::new(device.flag(), index, id.as_ref());
                 sockets.add(name, plain(socket).display().to_string(), true)?;
             }
         }
@@ -538,10 +531,13 @@ pub(crate) fn is_removal_timeout(seconds: u32) -> bool {
 
 impl PlatformConfig {
     fn validate_slots(&self) -> Result<(), InvalidConfig> {
-        if let Some(slots) = self.hotplug_slots
-            && slots > MAX_HOTPLUG_SLOTS
-        {
-            return Err(InvalidConfig::HotplugSlots { slots });
+        for (key, slots) in [
+            ("hotplug_slots", self.hotplug_slots),
+            ("segment_hotplug_slots", self.segment_hotplug_slots),
+        ] {
+            if let Some(slots) = slots.filter(|slots| *slots > MAX_HOTPLUG_SLOTS) {
+                return Err(InvalidConfig::HotplugSlots { key, slots });
+            }
         }
         if let Some(seconds) = self.removal_timeout
             && !is_removal_timeout(seconds)

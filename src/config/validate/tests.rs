@@ -177,6 +177,8 @@ fn a_guests_address_for_sockets_is_none_of_the_hosts() {
         cid,
         socket: None,
         id: Some(id.into()),
+        pci_segment: 0,
+        pci_device_id: None,
     };
     for cid in [0, 1, 2, u32::MAX] {
         let error = complaint(|vm| vm.vsock = Some(vsock(cid, "s")));

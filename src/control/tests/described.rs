@@ -290,6 +290,8 @@ fn a_full_configuration_is_as_described() {
             cid: 3,
             socket: Some("s".into()),
             id: Some("v".into()),
+            pci_segment: 1,
+            pci_device_id: Some(7),
         }),
         net: vec![NetConfig {
             tap: Some("t".into()),
@@ -321,6 +323,12 @@ fn a_full_configuration_is_as_described() {
         device: vec![device],
         ..VmConfig::default()
     };
+    config.device[0].pci_device_id = Some(16);
+    config.disk[0].pci_device_id = Some(1);
+    config.net[0].pci_device_id = Some(2);
+    config.fs[0].pci_device_id = Some(3);
+    config.pmem[0].pci_device_id = Some(4);
+    config.generic[0].pci_device_id = Some(5);
     config.landlock = true;
     config.landlock_rules = vec![crate::config::LandlockRule {
         path: "p".into(),
@@ -361,8 +369,8 @@ fn a_full_configuration_is_as_described() {
     config.memory.hotplugged_size = Some(1 << 29);
     config.accepted = Some(Box::new(Accepted {
         max_phys_bits: Some(46),
-        num_pci_segments: Some(2),
     }));
+    config.platform.num_pci_segments = Some(2);
     let vm = Vm::new(move |request| match request {
         Request::Info => {
             let config = config.clone();

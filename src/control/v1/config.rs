@@ -124,6 +124,8 @@ struct Disk {
     vhost_socket: Option<String>,
     pci_segment: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     serial: Option<String>,
@@ -174,6 +176,8 @@ struct Net {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -185,6 +189,8 @@ struct Fs {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -195,6 +201,9 @@ struct Vsock {
     iommu: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
+    pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 /// `BalloonConfig`
@@ -230,6 +239,8 @@ struct Device {
     fd: Option<u32>,
     iommu: bool,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -283,6 +294,8 @@ impl From<&VmConfig> for Config {
                 socket: vsock.socket.as_deref().map(text).unwrap_or_default(),
                 iommu: false,
                 id: vsock.id.clone(),
+                pci_segment: vsock.pci_segment,
+                pci_device_id: vsock.pci_device_id,
             }),
             balloon: config.balloon.as_ref().map(|balloon| Balloon {
                 size: balloon.size,
@@ -299,7 +312,7 @@ impl From<&VmConfig> for Config {
             serial: (&config.serial).into(),
             console: (&config.console).into(),
             devices: config.device.iter().map(Into::into).collect(),
-            platform: Platform::of(&config.platform, accepted),
+            platform: Platform::of(&config.platform),
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
@@ -406,7 +419,8 @@ impl From<&DiskConfig> for Disk {
             queue_size: disk.queue_size,
             vhost_user: disk.vhost_user,
             vhost_socket: disk.socket.as_deref().map(text),
-            pci_segment: 0,
+            pci_segment: disk.pci_segment,
+            pci_device_id: disk.pci_device_id,
             id: disk.id.clone(),
             serial: disk.serial.clone(),
             rate_limiter_config: disk.rate_limiter().map(Into::into),
@@ -458,7 +472,8 @@ impl From<&NetConfig> for Net {
             mtu: net.mtu,
             vhost: known(net.vhost),
             id: net.id.clone(),
-            pci_segment: 0,
+            pci_segment: net.pci_segment,
+            pci_device_id: net.pci_device_id,
         }
     }
 }
@@ -471,7 +486,8 @@ impl From<&FsConfig> for Fs {
             num_queues: fs.num_queues,
             queue_size: fs.queue_size,
             id: fs.id.clone(),
-            pci_segment: 0,
+            pci_segment: fs.pci_segment,
+            pci_device_id: fs.pci_device_id,
         }
     }
 }
@@ -502,7 +518,8 @@ impl From<&DeviceConfig> for Device {
             path,
             fd: device.fd,
             iommu: false,
-            pci_segment: 0,
+            pci_segment: device.pci_segment,
+            pci_device_id: device.pci_device_id,
             id: device.id.clone(),
             x_nv_gpudirect_clique: device.x_nv_gpudirect_clique,
             root_port: device.root_port,
@@ -520,9 +537,9 @@ const fn known(choice: Choice) -> Option<bool> {
 }
 
 impl Platform {
-    fn of(platform: &PlatformConfig, accepted: &Accepted) -> Self {
+    fn of(platform: &PlatformConfig) -> Self {
         Self {
-            num_pci_segments: accepted.num_pci_segments.unwrap_or(1),
+            num_pci_segments: platform.segments(),
             serial_number: platform.serial_number.clone(),
             uuid: platform.uuid.clone(),
             system_uuid: platform.uuid.clone(),

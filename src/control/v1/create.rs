@@ -10,12 +10,13 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::beside::{Beside, needs_id};
+use super::device::AddDevice;
 use super::generic::AddGeneric;
 use super::lacking::{Asked, Fault, Lack};
 use super::numa::{AddNode, AddZone};
 use super::pmem::AddPmem;
-use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
-use super::{AddDevice, some_text};
+use super::some_text;
+use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
 use crate::config::{
     Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
     LandlockRule, MemoryConfig, MemoryZoneConfig, Placing, PlatformConfig, Topology, TpmConfig,
@@ -192,6 +193,8 @@ enum ConsoleMode {
 #[derive(Debug, Deserialize)]
 struct Platform {
     num_pci_segments: Option<u16>,
+    /// Beside Cloud Hypervisor's: empty slots of each segment but the first.
+    segment_hotplug_slots: Option<u8>,
     iommufd: Option<bool>,
     /// Beside Cloud Hypervisor's: which of the descriptors that came is an iommufd.
     iommufd_fd_index: Option<usize>,
@@ -317,7 +320,7 @@ impl CreateVm {
             if !handed.iommufd.is_empty() {
                 machine::check_iommufd(&handed.iommufd).map_err(|error| error.to_string())?;
             }
-            config.platform = platform.into_config(&mut accepted)?;
+            config.platform = platform.into_config()?;
         }
         config.landlock = self.landlock_enable.unwrap_or(false);
         config.landlock_rules = self.landlock_rules.unwrap_or_default();
@@ -431,18 +434,10 @@ impl Console {
 }
 
 impl Platform {
-    fn into_config(self, accepted: &mut Accepted) -> Result<PlatformConfig, Fault> {
+    fn into_config(self) -> Result<PlatformConfig, Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu_segments)?;
         Lack::ConfidentialGuests.unless_asked(self.tdx)?;
         Lack::ConfidentialGuests.unless_asked(self.sev_snp)?;
-        if let Some(segments) = self.num_pci_segments
-            && !(1..=SEGMENTS_MOST).contains(&segments)
-        {
-            return Err(Fault::Wrong(format!(
-                "platform: num_pci_segments={segments} must be from 1 to {SEGMENTS_MOST}"
-            )));
-        }
-        accepted.num_pci_segments = self.num_pci_segments;
         let choice = |said, on, off| match said {
             None => Choice::Auto,
             Some(true) => on,
@@ -452,6 +447,8 @@ impl Platform {
             iommufd: choice(self.iommufd, Choice::On, Choice::Off),
             // On is what Cloud Hypervisor does where it can.
             p2p: choice(self.vfio_p2p_dma, Choice::Auto, Choice::Off),
+            num_pci_segments: self.num_pci_segments,
+            segment_hotplug_slots: self.segment_hotplug_slots,
             root_ports: self.root_ports,
             serial_number: self.serial_number,
             uuid: self.uuid,
@@ -599,8 +596,8 @@ mod tests {
         expected.memory.hotplug_method = HotplugMethod::VirtioMem;
         expected.accepted = Some(Box::new(Accepted {
             max_phys_bits: Some(46),
-            num_pci_segments: Some(2),
         }));
+        expected.platform.num_pci_segments = Some(2);
         assert_eq!(config(body), Ok(expected));
         // As older clients have it.
         let old =
@@ -699,7 +696,7 @@ mod tests {
             (r#"{"serial":{"mode":"Nonsense"}}"#, "Nonsense"),
             (r#"{"serial":{"mode":"File"}}"#, "file is missing"),
             (r#"{"console":{"mode":"Socket"}}"#, "socket is missing"),
-            (r#"{"platform":{"num_pci_segments":97}}"#, "97"),
+            (r#"{"platform":{"num_pci_segments":65536}}"#, "65536"),
             (r#"{"devices":[{"path":"nonsense"}]}"#, "nonsense"),
             (r#"{"disks":[{}]}"#, "path is missing"),
             (r#"{"fs":[{"tag":"t"}]}"#, "socket is missing"),

@@ -13,7 +13,6 @@ use super::failed;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lack {
     Amx,
-    BusPlace,
     ConfidentialGuests,
     CoreDump,
     CoreScheduling,
@@ -44,7 +43,6 @@ impl Lack {
     pub(super) const fn what(self) -> &'static str {
         match self {
             Self::Amx => "AMX for guests that are not given it by the host (cpus.features)",
-            Self::BusPlace => "a place on the bus that is asked for (pci_device_id)",
             Self::ConfidentialGuests => {
                 "confidential guests (platform.tdx, platform.sev_snp, payload.igvm, payload.host_data)"
             }

@@ -264,7 +264,6 @@ mod tests {
                 ram: ram.clone(),
                 pluggable: 300,
                 distances: Vec::new(),
-                root: None,
             }),
             pluggable: Some(PluggableMemory {
                 ram: vec![0..2 << 30],
@@ -306,7 +305,6 @@ mod tests {
                     ram: parts.iter().map(|(zone, part)| (zones[*zone].1, part.clone())).collect(),
                     pluggable: 0,
                     distances: Vec::new(),
-                    root: None,
                 }),
                 ..hardware(&ids)
             };

@@ -46,6 +46,7 @@ mod package;
 mod paused;
 mod proof;
 mod run;
+mod segments;
 mod slots;
 mod small;
 mod switched;
@@ -85,6 +86,7 @@ const CHAPTERS: &[&[Proof]] = &[
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
     walls::PROOFS,
+    segments::PROOFS,
     slots::PROOFS,
     small::PROOFS,
     paused::PROOFS,
