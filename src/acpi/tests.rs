@@ -487,6 +487,10 @@ fn nodes_are_told_by_tables_of_their_own_and_by_what_is_near_them() {
         pluggable: 1,
         distances: vec![vec![10, 21], vec![21, 10]],
     };
+    let near = || Root {
+        node: Some(1),
+        ..root()
+    };
     let names = |hardware: &Hardware| {
         let tables = tables(hardware).into_iter();
         tables.map(|(name, _)| name).collect::<Vec<_>>()
@@ -498,10 +502,7 @@ fn nodes_are_told_by_tables_of_their_own_and_by_what_is_near_them() {
     };
     let with = Hardware {
         numa: Some(numa.clone()),
-        roots: vec![Root {
-            node: Some(1),
-            ..root()
-        }],
+        roots: vec![near()],
         ..hardware(2)
     };
     assert_eq!(

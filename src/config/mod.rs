@@ -32,7 +32,7 @@ use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
 pub use accepted::Accepted;
-pub use balloon::BalloonConfig;
+pub use balloon::{BALLOON_BLOCKS, BalloonConfig, BesideDevices};
 pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
@@ -121,8 +121,8 @@ pub struct VmConfig {
     pub device: Vec<DeviceConfig>,
     /// How the platform is built.
     pub platform: PlatformConfig,
-    /// Landlock bounds the process to the files that this names.
-    pub landlock: bool,
+    /// Landlock bounds the process to the files that this names; `Auto` where the kernel has it.
+    pub landlock: Choice,
     /// What may be opened beside them.
     #[serde(rename = "landlock-rules")]
     pub landlock_rules: Vec<LandlockRule>,

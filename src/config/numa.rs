@@ -114,6 +114,17 @@ pub enum InvalidNuma {
         more = of_all(.0)
     )]
     ZoneNowhere(String),
+    /// there is no PCI segment {segment}, only {segments} from 0 on
+    #[error(
+        "pci_segments=: there is no PCI segment {segment}, only {segments} from 0 on: give the VM more (--platform \
+         num_pci_segments=N), or leave it out"
+    )]
+    NoSegment {
+        /// The segment.
+        segment: u16,
+        /// How many there are.
+        segments: u16,
+    },
     /// PCI segment {segment} is in node {first} and in node {second}
     #[error(
         "PCI segment {segment} is in node {first} and in node {second}: leave it out of pci_segments= of one"
@@ -280,6 +291,14 @@ impl VmConfig {
                 second,
             });
         }
+        let known = self.platform.segments();
+        let named = self.numa.iter().flat_map(|node| node.pci_segments.iter());
+        if let Some(segment) = named.copied().find(|segment| *segment >= known) {
+            return Err(InvalidNuma::NoSegment {
+                segment,
+                segments: known,
+            });
+        }
         self.validate_distances()
     }
 
@@ -432,7 +451,14 @@ mod tests {
     fn nodes_share_out_processors_memory_and_segments() {
         let mut second = node(1, &[1], &["b"]);
         second.pci_segments = vec![0, 3];
-        let config = vm(&["a", "b"], vec![node(0, &[0], &["a"]), second]);
+        let mut config = vm(&["a", "b"], vec![node(0, &[0], &["a"]), second]);
+        config.platform.num_pci_segments = Some(3);
+        let missing = InvalidNuma::NoSegment {
+            segment: 3,
+            segments: 3,
+        };
+        assert_eq!(config.validate_numa(), Err(missing));
+        config.platform.num_pci_segments = Some(4);
         assert_eq!(config.validate_numa(), Ok(()));
         let segments = [0, 1, 3].map(|segment| config.numa_node_of_segment(segment));
         assert_eq!(segments, [Some(1), None, Some(1)]);

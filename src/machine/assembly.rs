@@ -37,7 +37,7 @@ use crate::devices::pvpanic::Pvpanic;
 use crate::devices::tpm::{self, Tpm};
 use crate::devices::watchdog::Watchdog;
 use crate::kvm::{Buses, ExitKind, Vcpus, Vm, keep_from};
-use crate::memory::{Area, Discards, Ram, Regions, Slots};
+use crate::memory::{Area, Ballooned, Discards, Ram, Regions, Slots};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
 use crate::virtio::MemoryTable;
@@ -257,7 +257,7 @@ impl Machine {
             &mut virtio,
             &mut pci,
             definition,
-            memory.0.discards(),
+            (memory.0.discards(), ram.ballooned(&memory.0)),
             &quit,
         )?;
         if let Some(pluggable) = ram.pluggable(&memory.0) {
@@ -507,13 +507,17 @@ fn take(
         shared: config.shares_memory(),
         ..config.memory.clone()
     };
-    let ram = Ram::around(
+    let mut ram = Ram::around(
         &memory,
         &config.memory_zone,
         prefault || has_devices || said,
         plan.mmio32_start,
         &plan.reserved,
     )?;
+    let balloon = config.balloon.as_ref();
+    if let Some(block) = balloon.and_then(|balloon| balloon.block_size(config.memory.size)) {
+        ram.split(block);
+    }
     let failed = AtomicBool::new(false);
     let (populated, opened) = thread::scope(|scope| {
         let opening = scope.spawn(|| open().inspect_err(|_| failed.store(true, Ordering::Relaxed)));
@@ -650,7 +654,7 @@ fn add_virtio(
     virtio: &mut VirtioDevices,
     pci: &mut Pci,
     definition: &Definition,
-    discards: &Arc<Discards>,
+    (discards, ballooned): (&Arc<Discards>, Option<Ballooned>),
     quit: &EventFd,
 ) -> Result<Option<PathBuf>, RunError> {
     let Definition {
@@ -669,7 +673,7 @@ fn add_virtio(
     }
     virtio.add_fixed(Box::new(Rng::new("rng", &config.rng)?), pci)?;
     if let Some(balloon) = &config.balloon {
-        virtio.add_balloon(balloon, discards, pci)?;
+        virtio.add_balloon(balloon, discards, ballooned, pci)?;
     }
     Ok(at)
 }

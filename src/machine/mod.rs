@@ -18,6 +18,7 @@ mod error;
 mod events;
 mod firmware;
 mod handed;
+mod holders;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod life;
@@ -46,6 +47,7 @@ pub use address_plan::NoRoomError;
 pub use assembly::few_arenas;
 pub use error::RunError;
 pub use handed::{Files, Handed, check_iommufd, device_of};
+pub use holders::look_for_holders;
 pub use life::Ended;
 pub use observed::{
     AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, State, VirtioDoing,
@@ -60,4 +62,4 @@ pub use requests::{
 };
 pub(crate) use signals::Signals;
 pub use signals::block_signals;
-pub use vmm::{run, serve};
+pub use vmm::{ProcessBounds, run, serve};

@@ -4,6 +4,7 @@
 
 mod area;
 mod backing;
+mod ballooned;
 mod blocks;
 mod discard;
 mod error;
@@ -18,6 +19,7 @@ mod regions;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 pub use area::{Area, Place};
+pub use ballooned::{Ballooned, ReturnError};
 pub use blocks::{Blocks, Plugged};
 pub use discard::{Discarded, Discards};
 pub(crate) use error::Amount;

@@ -12,7 +12,7 @@ use super::backing::{Backing, map_error};
 use super::error::RamError;
 use super::host::{check_host_memory, check_host_nodes};
 use super::huge_pages::{check_pool, huge_page_size, reserved_huge_pages};
-use super::{GuestRam, Pluggable, RamMap, Region, Regions};
+use super::{Ballooned, GuestRam, Pluggable, RamMap, Region, Regions};
 use crate::arch::layout;
 use crate::config::{MemoryConfig, MemoryZoneConfig};
 
@@ -30,6 +30,8 @@ pub struct Ram {
     map: GuestRam,
     /// In ascending order.
     stretches: Vec<Stretch>,
+    /// Their regions, where these can go and come back by blocks.
+    in_blocks: Vec<Arc<Region>>,
     /// What is plugged and unplugged by blocks, behind all other RAM: its memory, and it as a region.
     pluggable: Option<(Arc<GuestRegionMmap>, Arc<Region>)>,
     /// The host is to have memory before the guest uses it.
@@ -128,6 +130,7 @@ impl Ram {
         Ok(Self {
             map: GuestRam::new(map),
             stretches,
+            in_blocks: Vec::new(),
             pluggable,
             populates: config.prefault == Some(true),
         })
@@ -139,18 +142,36 @@ impl Ram {
         &self.map
     }
 
+    /// Has RAM that the guest starts with be such that blocks of `block` bytes can go and come back
+    /// ([`ballooned`](Self::ballooned)). Called before it is put on the list.
+    pub fn split(&mut self, block: u64) {
+        let region = |stretch: &Stretch| {
+            let memory = stretch.memory.clone();
+            Arc::new(Region::in_blocks(name_of(&memory), memory, block))
+        };
+        self.in_blocks = self.stretches.iter().map(region).collect();
+    }
+
     /// RAM as regions for the list.
     pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
         let pluggable = self.pluggable.iter();
         let pluggable = pluggable.map(|(_, region)| region.clone());
-        let whole = self.stretches.iter().map(|stretch| {
-            let name = match stretch.range().start {
-                layout::HIGH_RAM_START.. => "guest RAM above 4 GiB",
-                _ => "guest RAM below 4 GiB",
-            };
-            Arc::new(Region::ram(name, stretch.memory.clone()))
+        let whole = self.stretches.iter().enumerate().map(|(at, stretch)| {
+            let in_blocks = self.in_blocks.get(at).cloned();
+            in_blocks.unwrap_or_else(|| {
+                let memory = stretch.memory.clone();
+                Arc::new(Region::ram(name_of(&memory), memory))
+            })
         });
         whole.chain(pluggable)
+    }
+
+    /// The pages that are in the guest's balloon, where RAM was [split](Self::split), for the list that it is on.
+    #[must_use]
+    pub fn ballooned(&self, regions: &Arc<Regions>) -> Option<Ballooned> {
+        let memory = self.stretches.iter().map(|stretch| stretch.memory.clone());
+        let parts = memory.zip(self.in_blocks.iter().cloned());
+        (!self.in_blocks.is_empty()).then(|| Ballooned::new(regions, parts))
     }
 
     /// What of it comes and goes by blocks, where something does, for the list that it is on.
@@ -209,6 +230,13 @@ impl Ram {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.stretches.iter().map(|one| one.memory.len()).sum()
+    }
+}
+
+fn name_of(memory: &GuestRegionMmap) -> &'static str {
+    match memory.start_addr().0 {
+        layout::HIGH_RAM_START.. => "guest RAM above 4 GiB",
+        _ => "guest RAM below 4 GiB",
     }
 }
 

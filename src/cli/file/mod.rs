@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 use super::schema::{self, Section};
 use super::value::{Reason, Value};
 use super::words::{SourcePlace, Wrong};
-use crate::config::{Placing, VmConfig};
+use crate::config::{Choice, Placing, VmConfig};
 
 /// Reads a file's text into a configuration. Its path is for the messages.
 pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<(), Wrong> {
@@ -56,7 +56,7 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "generic-vhost-user" => file.list(&schema::GENERIC, &mut config.generic, &value)?,
             "vsock" => config.vsock = Some(file.one(&schema::VSOCK, &value)?),
             "device" => file.list(&schema::DEVICE, &mut config.device, &value)?,
-            "landlock" => config.landlock = file.switch(&value, "landlock")?,
+            "landlock" => config.landlock = file.choice(&value, "landlock")?,
             "landlock-rules" => {
                 file.list(&schema::LANDLOCK_RULES, &mut config.landlock_rules, &value)?;
             }
@@ -150,6 +150,15 @@ impl File<'_> {
                 value: text,
                 words: &Placing::WORDS,
             },
+        })
+    }
+
+    fn choice(&self, node: &Node<'_>, name: &'static str) -> Result<Choice, Wrong> {
+        let choice = scalar(node.value).choice();
+        choice.map_err(|reason| Wrong::Value {
+            place: self.place(&node.span, ""),
+            key: name,
+            reason,
         })
     }
 

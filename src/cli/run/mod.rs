@@ -9,19 +9,20 @@ use std::thread::{self, JoinHandle};
 use anyhow::Context as _;
 use busway_host::files::check_output;
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use super::failure::Failure;
 use super::foreign::{self, ForeignError};
 use super::schema::{self, Section};
 use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
-use crate::config::{Accepted, ConsoleConfig, InvalidConfig, Placing, VmConfig};
+use crate::config::{Accepted, Choice, ConsoleConfig, InvalidConfig, Placing, VmConfig};
 use crate::control::{Server, SocketAddress};
 use crate::exit::{HOST, RUNTIME};
-use crate::machine::{self, Ended, Requests};
-use crate::report::{Report, Stage};
-use crate::sandbox::landlock::Rules;
-use crate::sandbox::{self, Kind, Mode};
+use crate::machine::{self, Ended, ProcessBounds, Requests};
+use crate::report::{Report, Stage, Walls};
+use crate::sandbox::landlock::{self, Rules};
+use crate::sandbox::{self, Bounds, Kind, Mode};
 
 /// What `busway run` takes.
 #[derive(Clone, Debug, Default, Args)]
@@ -186,16 +187,19 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHAT", default_value_t = Mode::default(), value_enum, help_heading = DIAGNOSTICS)]
     pub(super) seccomp: Mode,
 
-    /// Bound the process to the files that its VM names, by Landlock
+    /// Bound the process to the files that its VM names, by Landlock: true|false|auto
     ///
     /// Those are the files, sockets and devices of the flags and of the file, with what the host has for
-    /// them. What is added later by its path is refused, unless --landlock-rules names it; a descriptor
-    /// is always taken. docs/security.md says what is in reach, and what each level of the kernel's bounds.
+    /// them. auto: where the kernel has it, and -v and the boot report tell of one that has not; true: an
+    /// error there. [default: auto; false for a process that takes VMs over its API, each of which can
+    /// say landlock_enable] A disk that is added later by its path lies beside one that the VM has, where
+    /// that is in a folder for images, or where --landlock-rules says; a descriptor is always taken.
+    /// docs/security.md says what is in reach, and what each level of the kernel's bounds.
     #[arg(
         long, value_name = "WHAT", num_args = 0..=1, default_missing_value = "true",
-        value_parser = clap::value_parser!(bool), help_heading = DIAGNOSTICS
+        value_parser = landlock_parser(), hide_possible_values = true, help_heading = DIAGNOSTICS
     )]
-    landlock: Option<bool>,
+    landlock: Option<Choice>,
 
     #[arg(
         long, help = schema::LANDLOCK_RULES.summary, long_help = schema::LANDLOCK_RULES.help(),
@@ -255,6 +259,8 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
     machine::block_signals();
     machine::few_arenas();
     logging::step_aside();
+    let (level, lacking) = (landlock::level(), landlock::lacking());
+    report.set_walls(Walls::new(args.seccomp.word(), level, lacking));
     let (mut config, socket) = described?;
     if socket.is_some() {
         config.platform.make_slots(config.device.len());
@@ -353,14 +359,32 @@ impl RunArgs {
         &self,
         vm: Option<&(VmConfig, Option<SocketAddress>)>,
     ) -> Result<(), Failure> {
-        let files = vm
-            .filter(|(config, _)| config.landlock)
-            .map(|(config, socket)| {
-                Rules::of(config, socket.is_some())
-                    .with_made(socket.as_ref().and_then(SocketAddress::path))
-                    .with_made(self.report.as_deref())
-            });
-        sandbox::confine(self.seccomp, files.as_ref()).map_err(|error| Failure::new(HOST, error))
+        let files =
+            vm.filter(|(config, _)| config.landlock != Choice::Off)
+                .map(|(config, socket)| {
+                    machine::look_for_holders(config);
+                    let rules = Rules::of(config, socket.is_some())
+                        .with_made(socket.as_ref().and_then(SocketAddress::path))
+                        .with_made(self.report.as_deref());
+                    (config.landlock, rules)
+                });
+        let bounds = match &files {
+            Some((choice, rules)) => Bounds::Files(*choice, rules),
+            None if self.landlock == Some(Choice::Off) => Bounds::None,
+            None => Bounds::Threads,
+        };
+        sandbox::confine(self.seccomp, bounds).map_err(|error| Failure::new(HOST, error))
+    }
+
+    /// What the flags say of Landlock to a process that has VMs of which they say nothing.
+    pub(super) fn process_bounds(&self) -> Result<ProcessBounds, NoConfig> {
+        let mut rules = Vec::new();
+        extend(&schema::LANDLOCK_RULES, &mut rules, &self.landlock_rules)?;
+        let landlock = self.landlock.unwrap_or(Choice::Off);
+        if landlock == Choice::Off && !rules.is_empty() && !self.describes_vm() {
+            return Err(InvalidConfig::LandlockRules.into());
+        }
+        Ok(ProcessBounds { landlock, rules })
     }
 
     /// Whether the flags say anything of a VM.
@@ -513,6 +537,15 @@ impl RunArgs {
         let rules = &mut config.landlock_rules;
         extend(&schema::LANDLOCK_RULES, rules, &self.landlock_rules)
     }
+}
+
+/// The words of `--landlock`.
+fn landlock_parser() -> impl TypedValueParser<Value = Choice> {
+    PossibleValuesParser::new(["true", "false", "auto"]).map(|word| match word.as_str() {
+        "true" => Choice::On,
+        "false" => Choice::Off,
+        _ => Choice::Auto,
+    })
 }
 
 fn replace<T: Clone>(target: &mut Option<T>, said: &Option<T>) {

@@ -12,8 +12,8 @@ use super::limits::{
     MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
 };
 use super::{
-    BalloonConfig, Choice, ConsoleConfig, DeviceConfig, MemoryConfig, Placing, PlatformConfig,
-    RngConfig, VmConfig,
+    BALLOON_BLOCKS, BalloonConfig, BesideDevices, Choice, ConsoleConfig, DeviceConfig,
+    MemoryConfig, Placing, PlatformConfig, RngConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;
@@ -117,7 +117,7 @@ impl VmConfig {
             return Err(InvalidConfig::OneTerminal);
         }
         self.validate_console_files()?;
-        if !self.landlock && !self.landlock_rules.is_empty() {
+        if self.landlock == Choice::Off && !self.landlock_rules.is_empty() {
             return Err(InvalidConfig::LandlockRules);
         }
         self.validate_vf_tokens()?;
@@ -138,6 +138,15 @@ impl VmConfig {
             {
                 Err(InvalidConfig::Balloon { size: *size })
             }
+            Some(balloon) => match balloon.block {
+                Some(_) if balloon.vfio == BesideDevices::Keep => {
+                    Err(InvalidConfig::BalloonBlockAlone)
+                }
+                Some(block) if !block.is_power_of_two() || !BALLOON_BLOCKS.contains(&block) => {
+                    Err(InvalidConfig::BalloonBlock { block })
+                }
+                _ => Ok(()),
+            },
             _ => Ok(()),
         }
     }

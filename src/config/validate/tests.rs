@@ -587,3 +587,26 @@ fn zones_and_nodes_are_held_to_their_rules_and_named_by_their_flags() {
     });
     assert!(error.starts_with("--balloon beside"), "{error}");
 }
+
+#[test]
+fn blocks_of_a_balloon_have_a_size_that_can_be_mapped_and_are_asked_for() {
+    let with = |vfio, block| {
+        move |vm: &mut VmConfig| {
+            vm.memory.size = 64 << 20;
+            vm.balloon = Some(BalloonConfig {
+                vfio,
+                block,
+                ..BalloonConfig::default()
+            });
+        }
+    };
+    for block in [None, Some(2 << 20), Some(128 << 20)] {
+        assert_eq!(validate(with(BesideDevices::Remap, block)), Ok(()));
+    }
+    for block in [0, 1 << 20, 3 << 20, 256 << 20] {
+        let said = complaint(with(BesideDevices::Remap, Some(block)));
+        assert!(said.contains("from 2M to 128M"), "{said}");
+    }
+    let said = complaint(with(BesideDevices::Keep, Some(2 << 20)));
+    assert!(said.contains("needs vfio=remap"), "{said}");
+}

@@ -109,7 +109,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 "",
                 r#"{"tap": "vmtap0"}"#,
                 r#"{"id": "twice"}"#,
-                r#"{"mtu": 9000}"#,
+                r#"{"host_mac": "52:54:00:12:34:56"}"#,
             ],
             "vm.add-fs" => &[
                 "",
@@ -301,6 +301,7 @@ fn a_full_configuration_is_as_described() {
             mac: Some("52:54:00:12:34:56".parse().unwrap()),
             id: Some("n".into()),
             vhost: crate::config::Choice::On,
+            spoofchk: true,
             ..NetConfig::default()
         }],
         fs: vec![FsConfig {
@@ -329,7 +330,7 @@ fn a_full_configuration_is_as_described() {
     config.fs[0].pci_device_id = Some(3);
     config.pmem[0].pci_device_id = Some(4);
     config.generic[0].pci_device_id = Some(5);
-    config.landlock = true;
+    config.landlock = Choice::On;
     config.landlock_rules = vec![crate::config::LandlockRule {
         path: "p".into(),
         access: crate::config::LandlockAccess::Read,

@@ -10,11 +10,12 @@ use super::numa::{Node, Zone};
 use super::pmem::Pmem;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
-    Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, LandlockRule, NetConfig, Placing, PlatformConfig, QueueAffinity,
-    RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
+    Accepted, BesideDevices, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig,
+    DiskConfig, FsConfig, HotplugMethod, ImageType, LandlockRule, NetConfig, Placing,
+    PlatformConfig, QueueAffinity, RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
+use crate::sandbox::landlock;
 
 /// The width of a physical address where the host does not say, in bits.
 const PHYSICAL_BITS: u8 = 46;
@@ -173,6 +174,9 @@ struct Net {
     /// Beside Cloud Hypervisor's: whether the host's kernel serves it, where that was said.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhost: Option<bool>,
+    /// Beside Cloud Hypervisor's: what the guest sends from another address is dropped.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    spoofchk: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
@@ -212,6 +216,11 @@ struct Balloon {
     size: u64,
     deflate_on_oom: bool,
     free_page_reporting: bool,
+    /// Beside Cloud Hypervisor's: what becomes of it beside assigned devices, where that was said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vfio: Option<BesideDevices>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block: Option<u64>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -301,6 +310,8 @@ impl From<&VmConfig> for Config {
                 size: balloon.size,
                 deflate_on_oom: balloon.deflate_on_oom,
                 free_page_reporting: balloon.free_page_reporting,
+                vfio: Some(balloon.vfio).filter(|vfio| *vfio != BesideDevices::Keep),
+                block: balloon.block,
             }),
             tpm: config.tpm.as_ref().map(|tpm| Tpm {
                 socket: text(&tpm.socket),
@@ -316,7 +327,7 @@ impl From<&VmConfig> for Config {
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
-            landlock_enable: config.landlock,
+            landlock_enable: landlock::applies(config.landlock),
             landlock_rules: config.landlock_rules.clone(),
         }
     }
@@ -471,6 +482,7 @@ impl From<&NetConfig> for Net {
             },
             mtu: net.mtu,
             vhost: known(net.vhost),
+            spoofchk: net.spoofchk,
             id: net.id.clone(),
             pci_segment: net.pci_segment,
             pci_device_id: net.pci_device_id,

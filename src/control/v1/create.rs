@@ -18,9 +18,9 @@ use super::pmem::AddPmem;
 use super::some_text;
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
 use crate::config::{
-    Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    LandlockRule, MemoryConfig, MemoryZoneConfig, Placing, PlatformConfig, Topology, TpmConfig,
-    VcpuAffinity, VirtioConfig, VmConfig,
+    Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CpusConfig, FirmwareConfig,
+    HotplugMethod, LandlockRule, MemoryConfig, MemoryZoneConfig, Placing, PlatformConfig, Topology,
+    TpmConfig, VcpuAffinity, VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -132,6 +132,11 @@ struct Balloon {
     deflate_on_oom: bool,
     #[serde(default)]
     free_page_reporting: bool,
+    /// Beside Cloud Hypervisor's: what becomes of it beside assigned devices.
+    #[serde(default)]
+    vfio: BesideDevices,
+    /// Beside Cloud Hypervisor's: bytes of a block that goes back then.
+    block: Option<u64>,
 }
 
 impl Balloon {
@@ -140,6 +145,8 @@ impl Balloon {
             size: self.size,
             deflate_on_oom: self.deflate_on_oom,
             free_page_reporting: self.free_page_reporting,
+            vfio: self.vfio,
+            block: self.block,
         }
     }
 }
@@ -322,7 +329,11 @@ impl CreateVm {
             }
             config.platform = platform.into_config()?;
         }
-        config.landlock = self.landlock_enable.unwrap_or(false);
+        // As Cloud Hypervisor: which files clients add later is not known, and they are not used to naming them.
+        config.landlock = match self.landlock_enable {
+            Some(true) => Choice::On,
+            Some(false) | None => Choice::Off,
+        };
         config.landlock_rules = self.landlock_rules.unwrap_or_default();
         beside.finish()?;
         // Clients look for devices where Cloud Hypervisor has them.
@@ -476,6 +487,7 @@ mod tests {
         VmConfig {
             serial: ConsoleConfig::Null,
             console: ConsoleConfig::Tty,
+            landlock: Choice::Off,
             platform: PlatformConfig {
                 root_ports: Some(false),
                 ..PlatformConfig::default()
@@ -522,13 +534,15 @@ mod tests {
 
     #[test]
     fn a_balloon_a_watchdog_pvpanic_and_a_tpm_are_there_where_they_are_asked_for() {
-        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1},
+        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"vfio":"remap","block":4194304,"nonsense":1},
             "watchdog":true,"pvpanic":true,"tpm":{"socket":"/run/swtpm"}}"#;
         let expected = VmConfig {
             balloon: Some(BalloonConfig {
                 size: 4096,
                 deflate_on_oom: false,
                 free_page_reporting: true,
+                vfio: BesideDevices::Remap,
+                block: Some(4 << 20),
             }),
             watchdog: true,
             pvpanic: true,
@@ -678,7 +692,10 @@ mod tests {
                 r#"{"serial":{"mode":"Off","iommu":true}}"#,
                 Lack::VirtualIommu,
             ),
-            (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
+            (
+                r#"{"net":[{"host_mac":"52:54:00:12:34:56"}]}"#,
+                Lack::TapAddress,
+            ),
         ] {
             assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");
         }

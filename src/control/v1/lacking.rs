@@ -22,7 +22,6 @@ pub(super) enum Lack {
     MemoryZones,
     MergedPages,
     Migration,
-    Mtu,
     NumaDevice,
     OffloadChoice,
     ResizeDisk,
@@ -56,7 +55,6 @@ impl Lack {
             }
             Self::MergedPages => "pages that the host merges (memory.mergeable)",
             Self::Migration => "a VM that moves from one process to another",
-            Self::Mtu => "a tap with an MTU of its own (mtu, without vhost_user)",
             Self::NumaDevice => "devices that are nodes by themselves (numa.device_id)",
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"

@@ -11,7 +11,8 @@ use busway_iommu::SysRoot;
 
 use super::RunError;
 use crate::config::{
-    LOCAL_DISTANCE, MEMORY_STEP, MemoryZoneConfig, NumaConfig, NumaDistance, Placing, VmConfig,
+    LOCAL_DISTANCE, MAX_SEGMENTS, MEMORY_STEP, MemoryZoneConfig, NumaConfig, NumaDistance,
+    PciPlace, Placing, VmConfig,
 };
 use crate::kvm::given_processors;
 use crate::memory::{Amount, default_huge_page};
@@ -25,8 +26,16 @@ const SECTION: u64 = 128 << 20;
 /// The part of a node's memory that is left to the host.
 const HOSTS_PART: u64 = 32;
 
-/// PCI segments that a placed VM has at most.
-const SEGMENTS: u16 = 1;
+/// PCI segments that a placed VM has at most: one where its firmware sees no more, or where it is said what is where.
+fn segments(config: &VmConfig) -> u16 {
+    let mut devices = config.device.iter();
+    let said = config.platform.num_pci_segments.is_some()
+        || devices.any(|device| device.place() != PciPlace::default());
+    match said || config.firmware.is_some() {
+        true => 1,
+        false => MAX_SEGMENTS,
+    }
+}
 
 /// A guest cannot be where its devices are.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -96,7 +105,7 @@ pub(super) fn placed(config: &VmConfig, report: &Report) -> Result<Option<VmConf
         step,
         vcpus: config.cpus.most().into(),
         dedicated: config.cpus.dedicated,
-        segments: SEGMENTS,
+        segments: segments(config),
     };
     let Some(plan) = plan::plan(&devices, &host, wish)? else {
         log::info!(
@@ -122,6 +131,13 @@ pub(super) fn forget(config: &mut VmConfig, asked: &VmConfig) {
     config.cpus.affinity.clone_from(&asked.cpus.affinity);
     config.memory.hugepages = asked.memory.hugepages;
     config.memory.hugepage_size = asked.memory.hugepage_size;
+    config.platform.num_pci_segments = asked.platform.num_pci_segments;
+    for device in &mut config.device {
+        let said = asked.device.iter().find(|one| one.path == device.path);
+        if let Some(said) = said {
+            device.pci_segment = said.pci_segment;
+        }
+    }
     config.place = asked.place;
 }
 
@@ -187,6 +203,14 @@ fn applied(config: &VmConfig, plan: &Plan, host: &[NumaNode]) -> VmConfig {
         }
         config.numa.push(numa);
         config.cpus.affinity.extend(node.vcpus.iter().cloned());
+    }
+    // Each node's devices are behind the root bridge of its own segment.
+    let last = plan.nodes.iter().filter_map(|node| node.segment).max();
+    if let Some(last) = last.filter(|last| *last > 0) {
+        config.platform.num_pci_segments = Some(last.saturating_add(1));
+        for (device, segment) in config.device.iter_mut().zip(&plan.segments) {
+            device.pci_segment = *segment;
+        }
     }
     (config.memory.hugepages, config.memory.hugepage_size) = (false, None);
     config.place = Placing::Off;
@@ -282,7 +306,7 @@ mod tests {
             step: page.unwrap_or(SECTION),
             vcpus: config.cpus.most().into(),
             dedicated: false,
-            segments: SEGMENTS,
+            segments: segments(config),
         };
         plan::plan(devices, &nodes, wish).unwrap()
     }
@@ -305,6 +329,12 @@ mod tests {
         // Those of the second node's that this process may use.
         assert_eq!(placed.cpus.affinity[1].host_cpus, [2]);
         assert_eq!(placed.place, Placing::Off);
+        // A segment for each node, with its device.
+        assert_eq!(placed.platform.segments(), 2);
+        let segments: Vec<_> = placed.device.iter().map(|one| one.pci_segment).collect();
+        assert_eq!(segments, [0, 1]);
+        let nodes = [0, 1].map(|segment| placed.numa_node_of_segment(segment));
+        assert_eq!(nodes, [Some(0), Some(1)]);
         let said = told(&config, &devices, &plan);
         assert_eq!(said[1].devices, ["0000:81:00.0"]);
         assert_eq!(

@@ -14,6 +14,8 @@ pub struct Device {
     pub beside: Option<String>,
     /// The host's NUMA node whose root bus it is on; the first root bus, which is of none, where absent.
     pub node: Option<u32>,
+    /// Whether it is a NIC on the one wire that all such NICs of a host share, instead of on a network of its own.
+    pub wired: bool,
 }
 
 /// What a device is, and what is particular to it.
@@ -68,12 +70,19 @@ impl Device {
             kind,
             beside: None,
             node: None,
+            wired: false,
         }
     }
 
     /// Puts it on the root bus of one of the host's NUMA nodes, which has room for one device.
     pub fn on_node(mut self, node: u32) -> Self {
         self.node = Some(node);
+        self
+    }
+
+    /// Puts a NIC on the wire that such NICs of a host share. There is no router on it, and no way to the outer machine.
+    pub fn wired(mut self) -> Self {
+        self.wired = true;
         self
     }
 
@@ -215,8 +224,12 @@ impl Device {
         };
         let nic = |model: &str| {
             let device = format!("{model},id={id},netdev={id}-net,{place}");
-            let network =
-                format!("user,id={id}-net,tftp={scratch}/share/{NETBOOT},bootfile={BOOT_FILE}");
+            let network = match self.wired {
+                true => format!("hubport,id={id}-net,hubid=0"),
+                false => {
+                    format!("user,id={id}-net,tftp={scratch}/share/{NETBOOT},bootfile={BOOT_FILE}")
+                }
+            };
             plan(Some(("-netdev", network)), vec![device])
         };
         let drive = || {
@@ -426,6 +439,26 @@ mod tests {
         for (device, end) in plugged.devices.iter().zip(ends) {
             assert!(device.ends_with(end), "{device}");
         }
+    }
+
+    #[test]
+    fn wired_nics_share_a_hub_and_others_have_a_network_each() {
+        let zoo = [
+            Device::e1000e("a").wired(),
+            Device::e1000e("b").wired(),
+            Device::igb("c"),
+        ];
+        let [_, plugged] = plans(&zoo, Path::new("/tmp"));
+        let networks: Vec<_> = plugged
+            .words
+            .iter()
+            .filter(|word| *word != "-netdev")
+            .collect();
+        assert_eq!(
+            networks[..2],
+            ["hubport,id=a-net,hubid=0", "hubport,id=b-net,hubid=0"]
+        );
+        assert!(networks[2].starts_with("user,id=c-net,"), "{}", networks[2]);
     }
 
     #[test]

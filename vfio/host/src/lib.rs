@@ -51,6 +51,7 @@ mod usage;
 mod user;
 mod variant;
 mod vfs;
+mod walls;
 
 pub use at_boot::{AtBoot, AtBootError, NotBound, bind_persisted};
 pub use bind::{BindError, BindOptions, Bound, bind};
