@@ -137,17 +137,6 @@ pub enum InvalidNuma {
         /// Another one; the same where it stands there twice.
         second: u32,
     },
-    /// guest_numa_id={node}: there is no PCI segment {segment}
-    #[error(
-        "guest_numa_id={node}: there is no PCI segment {segment}: make it with --platform num_pci_segments=, or leave it \
-         out of pci_segments="
-    )]
-    NoSegment {
-        /// The node.
-        node: u32,
-        /// What there is none of.
-        segment: u16,
-    },
     /// guest_numa_id={node}: distances= names node {destination}, which there is not
     #[error(
         "guest_numa_id={node}: distances= names node {destination}, which there is not: make it with --numa \
@@ -280,10 +269,6 @@ impl VmConfig {
             let segments = node.pci_segments.iter();
             segments.map(|segment| (*segment, node.guest_numa_id))
         });
-        let count = self.platform.segments();
-        if let Some((segment, node)) = segments.clone().find(|(segment, _)| *segment >= count) {
-            return Err(InvalidNuma::NoSegment { node, segment });
-        }
         if let Some((segment, first, second)) = twice(segments) {
             return Err(InvalidNuma::SegmentTwice {
                 segment,
@@ -432,7 +417,6 @@ mod tests {
             ..VmConfig::default()
         };
         config.cpus.boot = 2;
-        config.platform.num_pci_segments = Some(4);
         config
     }
 
@@ -492,8 +476,6 @@ mod tests {
         let all = || node(0, &[0, 1], &["mem0"]);
         let mut segments = all();
         segments.pci_segments = vec![2, 2];
-        let mut absent = all();
-        absent.pci_segments = vec![4];
         for (numa, words) in [
             (vec![node(64, &[0, 1], &["mem0"])], "from 0 to 63"),
             (
@@ -516,7 +498,6 @@ mod tests {
             ),
             (vec![node(0, &[0, 1], &[])], "which is all RAM"),
             (vec![segments], "PCI segment 2 is in node 0 and in node 0"),
-            (vec![absent], "there is no PCI segment 4"),
             (
                 vec![far(all(), &[(1, 20)])],
                 "names node 1, which there is not",
