@@ -39,7 +39,7 @@ value memory$node \"$(awk '/MemTotal/ { print $4 }' $folder/meminfo)\"
 value cpus$node \"$(cat $folder/cpulist)\"
 value distance$node \"$(cat $folder/distance)\"
 done
-value drives \"$(cat /sys/class/nvme/nvme*/device/numa_node | tr '\\n' ' ')\"
+value drives \"$(cat /sys/class/nvme/nvme*/device/numa_node | sort | tr '\\n' ' ')\"
 lab-io write /dev/nvme0n1 7 && lab-io verify /dev/nvme0n1 7
 value ready yes
 until_pressed waiting
@@ -205,8 +205,8 @@ fn placement(lab: &mut Lab) -> Result<()> {
         ensure!(processors == ["0-1", "2-3"], "{processors:?}");
         Ok(())
     })?;
-    // One segment has one root bridge, which is of no node where there are two.
-    has(&said, &[(half, "0", near), (half, "1", far)], "-1 -1")?;
+    // Each node has a segment, with its drive.
+    has(&said, &[(half, "0", near), (half, "1", far)], "0 1")?;
 
     // What is on the other node is warned of, and a node that is not there refused.
     let file = format!(
