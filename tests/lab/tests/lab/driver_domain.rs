@@ -22,7 +22,7 @@ brctl addbr br0
 for each in eth0 eth1; do brctl addif br0 $each; ip link set $each up; done
 ip link set br0 up
 until [ "$(cat /sys/class/net/eth*/carrier | tr -d '\n')" = 11 ]; do sleep 0.1; done
-value ports "$(brctl show br0 | grep -c -o 'eth[01]')"
+value ports "$(ls /sys/class/net/br0/brif | wc -l)"
 until_pressed bridging
 for each in eth0 eth1; do
     folder=/sys/class/net/$each
