@@ -60,7 +60,7 @@ fn an_unknown_key_of_a_flag_is_named_with_the_nearest() {
         .assert()
         .code(2)
         .stderr_eq(str![[r#"
-busway: error: --disk: unknown key `readolny`; did you mean `readonly`? (there are: path, fd, vhost_user, socket, image_type, backing_files, readonly, direct, writeback, serial, num_queues, queue_size, queue_affinity, bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time, id, boot_index)
+busway: error: --disk: unknown key `readolny`; did you mean `readonly`? (there are: path, fd, vhost_user, socket, image_type, backing_files, readonly, direct, writeback, serial, num_queues, queue_size, queue_affinity, bw_size, bw_one_time_burst, bw_refill_time, ops_size, ops_one_time_burst, ops_refill_time, id, pci_segment, pci_device_id, boot_index)
 
 "#]]);
 }
