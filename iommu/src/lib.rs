@@ -10,9 +10,11 @@
 
 mod advice;
 mod command;
+mod device_folder;
 mod dma;
 mod error;
 mod group;
+mod holders;
 pub mod info;
 pub mod ioctl;
 mod iommufd;
@@ -34,13 +36,15 @@ mod way;
 
 pub use advice::{IommuAdvice, ParameterChange};
 pub use command::{Command, Output, Program, Word};
+pub use device_folder::DeviceFolder;
 pub use dma::{Access, DmaSpace, HostVa, Iova, OpenDmaBuf};
 pub use error::{MapError, OpenError};
 pub use group::{Group, is_of_chipset, is_vfio_driver, keeps_group, not_viable};
+pub use holders::{holder, holders, remember_holders};
 pub use iommufd::Ioas;
 pub use mediated::{PCI_API, ParseUuidError, Uuid};
 pub use memlock::MemlockError;
-pub use obstacle::{FIRMWARE_REMEDY, Node, Obstacle, holder, holders};
+pub use obstacle::{FIRMWARE_REMEDY, Node, Obstacle};
 pub use ranges::{IovaRange, keep_clear};
 pub use remapping::Remapping;
 pub use reserved::reserved_ranges;

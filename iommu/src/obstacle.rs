@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::{IommuAdvice, IovaRange, SysRoot, process_name, reserved};
+use crate::{IommuAdvice, IovaRange, SysRoot, holder, reserved};
 
 /// What lets the kernel lend a device that firmware keeps.
 pub const FIRMWARE_REMEDY: &str = "turn that use off in the firmware's set-up (HPE: shared memory of \
@@ -298,49 +298,6 @@ fn keepers(paths: &SysRoot, path: &Path) -> Vec<PathBuf> {
         Some(group) => paths.nodes_of_group(group),
         None => vec![path.to_owned()],
     }
-}
-
-/// The processes that have one of `nodes` open, as far as this one may see, or how they are found.
-#[must_use]
-pub fn holder(paths: &SysRoot, nodes: &[PathBuf]) -> String {
-    let holders = holders(paths, nodes);
-    if nodes.is_empty() {
-        "another process".to_owned()
-    } else if holders.is_empty() {
-        let nodes: Vec<_> = nodes.iter().map(|node| node.to_string_lossy()).collect();
-        format!(
-            "another process (see `fuser -v {}` as root)",
-            nodes.join(" ")
-        )
-    } else {
-        holders.join(", ")
-    }
-}
-
-/// The other processes that have one of `nodes` open, as far as this one may see.
-#[must_use]
-pub fn holders(paths: &SysRoot, nodes: &[PathBuf]) -> Vec<String> {
-    std::fs::read_dir(&paths.proc)
-        .into_iter()
-        .flatten()
-        .filter_map(Result::ok)
-        .filter_map(|process| {
-            let pid: u32 = process.file_name().to_str()?.parse().ok()?;
-            if pid == std::process::id() {
-                return None;
-            }
-            let mut open = std::fs::read_dir(process.path().join("fd")).ok()?;
-            open.any(|fd| {
-                fd.is_ok_and(|fd| {
-                    std::fs::read_link(fd.path()).is_ok_and(|link| nodes.contains(&link))
-                })
-            })
-            .then(|| {
-                let name = process_name(&paths.proc, pid).unwrap_or_default();
-                format!("process {pid} ({name})")
-            })
-        })
-        .collect()
 }
 
 #[cfg(test)]

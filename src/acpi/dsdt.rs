@@ -110,9 +110,8 @@ fn host_bridge(root: &Root, hardware: &Hardware, aml: &mut Vec<u8>) {
     let osc = Osc::new(hardware);
     let proximity = root.node.map(|node| Name::new(path("_PXM"), &node));
     let mut children: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &bus, &uid, &crs, &routing, &osc];
-    if let Some(proximity) = &proximity {
-        children.push(proximity);
-    }
+    // §6.2.14.
+    children.extend(proximity.iter().map(|name| name as &dyn Aml));
     in_system_bus(&Device::new(path(&root.name()), children), aml);
 }
 

@@ -17,6 +17,8 @@ pub struct Hardware {
     pub roots: Vec<Root>,
     /// Where RAM is and where more can come, in ascending order; nothing where none can.
     pub pluggable: Option<PluggableMemory>,
+    /// The guest's nodes; nothing where it has none.
+    pub numa: Option<Numa>,
     /// There is a serial port COM1.
     pub serial: bool,
     /// There is a TPM.
@@ -68,6 +70,19 @@ pub struct PluggableMemory {
     pub range: Range<u64>,
 }
 
+/// Which nodes there are, and what is near which.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Numa {
+    /// The node of each processor, in the order of [`Hardware::cpus`].
+    pub cpus: Vec<u32>,
+    /// The stretches of RAM, ascending, each with its node.
+    pub ram: Vec<(u32, Range<u64>)>,
+    /// The node of RAM that can come ([`Hardware::pluggable`]).
+    pub pluggable: u32,
+    /// How far each node is from each, by their numbers.
+    pub distances: Vec<Vec<u8>>,
+}
+
 /// A processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cpu {
@@ -75,4 +90,21 @@ pub struct Cpu {
     pub apic_id: u32,
     /// It is there from the start; one that is not can come later.
     pub enabled: bool,
+}
+
+#[cfg(test)]
+impl Hardware {
+    /// A machine of which nothing is told.
+    pub(crate) fn bare() -> Self {
+        Self {
+            cpus: Vec::new(),
+            cpu_hotplug: false,
+            roots: Vec::new(),
+            pluggable: None,
+            numa: None,
+            serial: false,
+            tpm: false,
+            native_hotplug: false,
+        }
+    }
 }

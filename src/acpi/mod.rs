@@ -12,6 +12,7 @@ mod dsdt;
 mod hardware;
 mod hotplug;
 mod loader;
+mod slit;
 
 use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
@@ -21,7 +22,7 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 pub(crate) use aml::{in_system_bus, path};
-pub use hardware::{Cpu, Hardware, PluggableMemory, Root};
+pub use hardware::{Cpu, Hardware, Numa, PluggableMemory, Root};
 pub(crate) use hardware::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 pub use loader::Loader;
 
@@ -93,8 +94,11 @@ impl Image {
         xsdt.add_entry(fadt);
         xsdt.add_entry(image.append(&arch::madt(&hardware.cpus)));
         xsdt.add_entry(image.append(&mcfg(hardware)));
-        if let Some(PluggableMemory { ram, range }) = &hardware.pluggable {
-            xsdt.add_entry(image.append(&arch::srat(&hardware.cpus, ram, range)));
+        if let Some(srat) = arch::srat(hardware) {
+            xsdt.add_entry(image.append(&srat));
+        }
+        if let Some(numa) = &hardware.numa {
+            xsdt.add_entry(image.append(&slit::slit(&numa.distances)));
         }
         if hardware.tpm {
             xsdt.add_entry(image.append(&arch::tpm2()));

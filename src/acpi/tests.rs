@@ -17,6 +17,7 @@ fn hardware(cpus: u32) -> Hardware {
         cpu_hotplug: false,
         roots: vec![root()],
         pluggable: None,
+        numa: None,
         serial: true,
         tpm: false,
         native_hotplug: true,
@@ -370,6 +371,12 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
             ram: vec![0..3 << 30, 4 << 30..5 << 30],
             range: 6 << 30..7 << 30,
         }),
+        numa: Some(Numa {
+            cpus: (0..64).map(|cpu| cpu % 2).collect(),
+            ram: vec![(0, 0..3 << 30), (1, 4 << 30..5 << 30)],
+            pluggable: 1,
+            distances: vec![vec![10, 21], vec![21, 10]],
+        }),
         tpm: true,
         roots: segments(2),
         ..hardware(64)
@@ -470,4 +477,46 @@ fn processors_that_come_and_go_have_their_methods_and_all_that_there_can_be_fit(
     }
     // The first processor stays.
     assert!(!some.contains("\\_SB.CPUC.EJCT = Zero"), "{some}");
+}
+
+#[test]
+fn nodes_are_told_by_tables_of_their_own_and_by_what_is_near_them() {
+    let numa = Numa {
+        cpus: vec![0, 1],
+        ram: vec![(0, 0..1 << 30), (1, 1 << 30..2 << 30)],
+        pluggable: 1,
+        distances: vec![vec![10, 21], vec![21, 10]],
+    };
+    let near = || Root {
+        node: Some(1),
+        ..root()
+    };
+    let names = |hardware: &Hardware| {
+        let tables = tables(hardware).into_iter();
+        tables.map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    let proximities = |hardware: &Hardware| {
+        let tables = tables(hardware);
+        let (_, dsdt) = tables.iter().find(|(name, _)| name == "DSDT").unwrap();
+        dsdt.windows(4).filter(|name| name == b"_PXM").count()
+    };
+    let with = Hardware {
+        numa: Some(numa.clone()),
+        roots: vec![near()],
+        ..hardware(2)
+    };
+    assert_eq!(
+        names(&with),
+        [
+            "XSDT", "FACP", "APIC", "MCFG", "SRAT", "SLIT", "DSDT", "FACS"
+        ]
+    );
+    // The root bridge and the two processors.
+    assert_eq!(proximities(&with), 3);
+    let nowhere = Hardware {
+        numa: Some(numa),
+        ..hardware(2)
+    };
+    assert_eq!(proximities(&nowhere), 2);
+    assert_eq!(proximities(&hardware(2)), 0);
 }

@@ -52,6 +52,7 @@ const KEYS: &[(&str, &str, Act)] = &[
         }),
     ),
     ("memory", "mergeable", Act::Off),
+    ("memory-zone", "mergeable", Act::Off),
     ("disk", "iommu", Act::Off),
     ("disk", "sparse", Act::Nothing),
     ("net", "iommu", Act::Off),

@@ -14,7 +14,7 @@ use clap::{ArgAction, CommandFactory as _, FromArgMatches as _, Parser, Subcomma
 
 use super::run::RunArgs;
 use super::{Command, DIAGNOSTICS, Failure, logging, panic, print, schema, start_logging};
-use crate::config::{Accepted, ConsoleConfig, VmConfig};
+use crate::config::{Accepted, Choice, ConsoleConfig, VmConfig};
 use crate::control::{Server, SocketAddress};
 use crate::exit::RUNTIME;
 use crate::machine::{self, Requests};
@@ -209,6 +209,7 @@ impl Serve {
         machine::block_signals();
         logging::step_aside();
         let (first, socket) = described?;
+        let bounds = self.vm.process_bounds().map_err(Failure::usage)?;
         if first.is_none() && socket.is_none() {
             return Err(Failure::usage(NothingToDo));
         }
@@ -227,7 +228,7 @@ impl Serve {
         if let (Some(server), Some(events)) = (&server, events) {
             server.end_when_given_up(events, requests.control());
         }
-        let served = machine::serve(first, self.no_shutdown, made, requests);
+        let served = machine::serve(first, self.no_shutdown, made, bounds, requests);
         // Who asked for the end may kill this process when it is answered: nothing comes after it.
         if let Some(server) = server {
             server.finish();
@@ -250,6 +251,7 @@ impl Serve {
             // What Cloud Hypervisor has where nothing is said.
             serial: ConsoleConfig::Null,
             console: ConsoleConfig::Tty,
+            landlock: Choice::Off,
             ..VmConfig::default()
         };
         let mut accepted = Accepted::default();

@@ -14,12 +14,15 @@ mod landlock;
 mod limits;
 mod memory;
 mod net;
+mod numa;
 mod place;
+mod placing;
 mod pmem;
 mod tpm;
 mod validate;
 mod virtio;
 mod vsock;
+mod zones;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -29,7 +32,7 @@ use busway_vfio::{HostName, ParseHostNameError};
 use serde::{Deserialize, Serialize};
 
 pub use accepted::Accepted;
-pub use balloon::BalloonConfig;
+pub use balloon::{BALLOON_BLOCKS, BalloonConfig, BesideDevices};
 pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
@@ -43,13 +46,19 @@ pub use limits::{
 };
 pub use memory::{HotplugMethod, InvalidHotplug, MOST_BLOCKS, MemoryConfig};
 pub use net::{NetConfig, VhostMode};
+pub use numa::{
+    DEFAULT_ZONE, InvalidNuma, LOCAL_DISTANCE, MAX_NUMA_NODES, NumaConfig, NumaDistance,
+    REMOTE_DISTANCE,
+};
 pub use place::{InvalidPlace, MAX_SEGMENTS, PciPlace};
+pub use placing::Placing;
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
 pub use vsock::VsockConfig;
+pub use zones::{InvalidZone, MAX_HOST_NODES, MemoryZoneConfig};
 
 /// Where Linux shows PCI functions by address.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
@@ -74,6 +83,13 @@ pub struct VmConfig {
     pub cpus: CpusConfig,
     /// RAM.
     pub memory: MemoryConfig,
+    /// What RAM is made of, in the order of the guest's addresses; where there is none it is all of one kind.
+    #[serde(rename = "memory-zone")]
+    pub memory_zone: Vec<MemoryZoneConfig>,
+    /// The guest's NUMA nodes.
+    pub numa: Vec<NumaConfig>,
+    /// Whether RAM and vCPUs are placed by where the devices are.
+    pub place: Placing,
     /// Virtio disks.
     pub disk: Vec<DiskConfig>,
     /// Virtio NICs.
@@ -105,8 +121,8 @@ pub struct VmConfig {
     pub device: Vec<DeviceConfig>,
     /// How the platform is built.
     pub platform: PlatformConfig,
-    /// Landlock bounds the process to the files that this names.
-    pub landlock: bool,
+    /// Landlock bounds the process to the files that this names; `Auto` where the kernel has it.
+    pub landlock: Choice,
     /// What may be opened beside them.
     #[serde(rename = "landlock-rules")]
     pub landlock_rules: Vec<LandlockRule>,
@@ -285,7 +301,9 @@ impl VmConfig {
     #[must_use]
     pub fn shares_memory(&self) -> bool {
         let needs = |(_, device): (usize, VirtioConfig)| device.socket().is_some();
-        self.memory.shared || self.virtio().any(needs)
+        let zones = &self.memory_zone;
+        let all_zones = !zones.is_empty() && zones.iter().all(|zone| zone.shared);
+        self.memory.shared || all_zones || self.virtio().any(needs)
     }
 
     /// Has a VM that was given something to boot from, and nothing that boots it, begin with the firmware that

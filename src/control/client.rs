@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -118,8 +119,23 @@ pub fn ask(
     body: Option<&Value>,
     limit: Duration,
 ) -> Result<Value, ClientError> {
+    ask_with(socket, method, name, body, None, limit)
+}
+
+/// The same, with a descriptor that is sent beside the request.
+///
+/// # Errors
+/// [`ClientError`]
+pub fn ask_with(
+    socket: &Path,
+    method: &str,
+    name: &str,
+    body: Option<&Value>,
+    file: Option<OwnedFd>,
+    limit: Duration,
+) -> Result<Value, ClientError> {
     let target = format!("{PREFIX}{name}");
-    let (status, body) = exchange(socket, method, &target, body, limit)?;
+    let (status, body) = exchange(socket, method, &target, body, file, limit)?;
     match status {
         200 | 204 if body.is_empty() => Ok(Value::Null),
         200 => serde_json::from_slice(&body).map_err(|_| ClientError::Foreign {
@@ -135,7 +151,7 @@ pub fn ask(
 /// # Errors
 /// [`ClientError`]
 pub fn metrics(socket: &Path, limit: Duration) -> Result<String, ClientError> {
-    let (status, body) = exchange(socket, "GET", METRICS, None, limit)?;
+    let (status, body) = exchange(socket, "GET", METRICS, None, None, limit)?;
     match status {
         200 => String::from_utf8(body).map_err(|_| ClientError::Foreign {
             path: socket.to_owned(),
@@ -160,6 +176,7 @@ fn exchange(
     method: &str,
     target: &str,
     body: Option<&Value>,
+    file: Option<OwnedFd>,
     limit: Duration,
 ) -> Result<(u16, Vec<u8>), ClientError> {
     let failed = |error: io::Error| explain(socket, limit, error);
@@ -180,7 +197,11 @@ fn exchange(
         "{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\
          {length}Connection: close\r\n\r\n{body}"
     );
-    wire.send(request.as_bytes()).map_err(failed)?;
+    let sent = match file {
+        Some(file) => wire.send_with(request.as_bytes(), &file),
+        None => wire.send(request.as_bytes()),
+    };
+    sent.map_err(failed)?;
     receive(&mut wire).map_err(|trouble| match trouble {
         Trouble::Io(error) => failed(error),
         Trouble::Foreign(what) => ClientError::Foreign {

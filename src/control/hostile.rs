@@ -38,7 +38,15 @@ fn process() -> &'static Control {
     PROCESS.get_or_init(|| {
         let requests = Requests::new().expect("an eventfd");
         let control = requests.control();
-        std::thread::spawn(move || machine::serve(None, true, None, requests));
+        std::thread::spawn(move || {
+            machine::serve(
+                None,
+                true,
+                None,
+                machine::ProcessBounds::default(),
+                requests,
+            )
+        });
         control
     })
 }

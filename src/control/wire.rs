@@ -1,13 +1,16 @@
 //! The bytes of one connection, with limits on how long they may take.
 
-use std::io::{self, IoSliceMut, Write as _};
+use std::io::{self, IoSlice, IoSliceMut, Write as _};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 
 /// The most descriptors that come with one message, those of a NIC with a pair of queues for each vCPU; what
 /// is beyond them is closed.
@@ -152,6 +155,27 @@ impl Wire {
             }
         }
         Ok(())
+    }
+
+    /// The same, with a descriptor beside the message's first byte.
+    ///
+    /// # Errors
+    /// As for [`send`](Self::send); sendmsg(2)
+    pub(super) fn send_with(&mut self, message: &[u8], file: &OwnedFd) -> io::Result<()> {
+        let Some((first, rest)) = message.split_at_checked(1) else {
+            return Ok(());
+        };
+        let files = [file.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&files)) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        self.stream.set_write_timeout(Some(self.limits.between))?;
+        let parts = [IoSlice::new(first)];
+        sendmsg(&self.stream, &parts, &mut control, SendFlags::NOSIGNAL)
+            .map_err(|error| timed_out(error.into()))?;
+        self.send(rest)
     }
 
     /// Closes this end, and drops what the other end still sends until it closes as well, or time is

@@ -29,13 +29,15 @@ use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::layout;
 use crate::arch::{CpuFeatures, CpuModel};
-use crate::config::{ConsoleConfig, CpusConfig, MemoryConfig, VirtioConfig, VmConfig};
+use crate::config::{
+    ConsoleConfig, CpusConfig, DEFAULT_ZONE, MemoryConfig, VirtioConfig, VmConfig,
+};
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::tpm::{self, Tpm};
 use crate::devices::watchdog::Watchdog;
 use crate::kvm::{Buses, ExitKind, Vcpus, Vm, keep_from};
-use crate::memory::{Area, Discards, Ram, Regions, Slots};
+use crate::memory::{Area, Ballooned, Discards, Ram, Regions, Slots};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
 use crate::virtio::MemoryTable;
@@ -170,7 +172,7 @@ impl Machine {
         let found = Found::find(definition, options)?;
         let room = PluggedRoom::of(config, can_be_asked, model.address_bits());
         let plan = plan(config, &found, &model, room)?;
-        plan.pluggable(&config.memory)?;
+        plan.pluggable(&config.memory_to_plan())?;
         let tpm = config.tpm.as_ref();
         let tpm = tpm.map(|tpm| Tpm::open(&tpm.socket, layout::TPM_START));
         let tpm = tpm.transpose()?;
@@ -207,6 +209,7 @@ impl Machine {
             ram: ram.guest_ranges(),
             range,
         });
+        acpi.numa = numa(config, &ram);
         if config.firmware.is_some()
             && let Some(only) = segments.first_mut()
         {
@@ -254,7 +257,7 @@ impl Machine {
             &mut virtio,
             &mut pci,
             definition,
-            memory.0.discards(),
+            (memory.0.discards(), ram.ballooned(&memory.0)),
             &quit,
         )?;
         if let Some(pluggable) = ram.pluggable(&memory.0) {
@@ -475,7 +478,7 @@ fn plan(
     }
     let bits = model.address_bits();
     Ok(AddressPlan::new(
-        &config.memory,
+        &config.memory_to_plan(),
         &planned,
         found.reserved(),
         bits,
@@ -496,22 +499,31 @@ fn take(
 ) -> Result<(Ram, Result<Option<Opened>, RunError>), RunError> {
     let has_devices = !config.device.is_empty();
     let prefault = config.memory.prefault.unwrap_or(has_devices);
+    let said = config
+        .memory_zone
+        .iter()
+        .any(|zone| zone.prefault == Some(true));
     let memory = MemoryConfig {
         shared: config.shares_memory(),
         ..config.memory.clone()
     };
-    let ram = Ram::around(
+    let mut ram = Ram::around(
         &memory,
-        prefault || has_devices,
+        &config.memory_zone,
+        prefault || has_devices || said,
         plan.mmio32_start,
         &plan.reserved,
     )?;
+    let balloon = config.balloon.as_ref();
+    if let Some(block) = balloon.and_then(|balloon| balloon.block_size(config.memory.size)) {
+        ram.split(block);
+    }
     let failed = AtomicBool::new(false);
     let (populated, opened) = thread::scope(|scope| {
         let opening = scope.spawn(|| open().inspect_err(|_| failed.store(true, Ordering::Relaxed)));
-        let populated = match prefault {
-            true => populate(&ram, report, early, &failed),
-            false => Ok(()),
+        let populated = match ram.to_prefault(prefault) {
+            0 => Ok(()),
+            total => populate(&ram, prefault, total, report, early, &failed),
         };
         report.reached(Stage::Memory);
         let opened = opening.join().unwrap_or_else(|panic| resume_unwind(panic));
@@ -521,17 +533,18 @@ fn take(
     Ok((ram, opened))
 }
 
-/// Touches all of RAM, unless the machine is not wanted any more, or somebody else has failed and it is for nothing.
+/// Touches all of RAM that is to be touched, which is `total` bytes, unless the machine is not wanted any more, or somebody else has failed and it is for nothing.
 fn populate(
     ram: &Ram,
+    unsaid: bool,
+    total: u64,
     report: &Report,
     early: &Early,
     failed: &AtomicBool,
 ) -> Result<(), RunError> {
-    let total = ram.size();
     let mut wanted = Ok(());
     report.pinning(0, total);
-    ram.prefault(|done| {
+    ram.prefault(unsaid, |done| {
         report.pinning(done, total);
         wanted = early.check();
         if wanted.is_err() || failed.load(Ordering::Relaxed) {
@@ -567,7 +580,7 @@ fn acpi_hardware(config: &VmConfig, segments: &[SegmentAddresses]) -> acpi::Hard
             .zip(segments)
             .map(|(segment, addresses)| acpi::Root {
                 segment,
-                node: None,
+                node: config.numa_node_of_segment(segment),
                 last_bus: last_bus(config, segment),
                 io: addresses.windows.io.clone(),
                 mmio32: addresses.windows.memory32.clone(),
@@ -577,10 +590,37 @@ fn acpi_hardware(config: &VmConfig, segments: &[SegmentAddresses]) -> acpi::Hard
             })
             .collect(),
         pluggable: None,
+        numa: None,
         serial: config.serial != ConsoleConfig::Off,
         tpm: config.tpm.is_some(),
         native_hotplug: !config.device.is_empty() || config.platform.has_hotplug_slots(),
     }
+}
+
+/// What the tables tell of the guest's nodes, where it has some.
+fn numa(config: &VmConfig, ram: &Ram) -> Option<acpi::Numa> {
+    if config.numa.is_empty() {
+        return None;
+    }
+    let node_of = |zone: usize| {
+        let zone = config.memory_zone.get(zone);
+        let zone = zone.map_or(DEFAULT_ZONE, |zone| &zone.id);
+        config.numa_node_of_zone(zone).unwrap_or(0)
+    };
+    let stretches = ram.zone_ranges();
+    let ram: Vec<_> = stretches
+        .map(|(zone, range)| (node_of(zone), range))
+        .collect();
+    let cpus = 0..config.cpus.most();
+    Some(acpi::Numa {
+        cpus: cpus
+            .map(|cpu| config.numa_node_of_cpu(cpu.into()).unwrap_or(0))
+            .collect(),
+        // It lies behind the last stretch, and is of the same memory of the host's.
+        pluggable: ram.last().map_or(0, |(node, _)| *node),
+        ram,
+        distances: config.numa_distances(),
+    })
 }
 
 /// Keeps all threads of this process from processors that are vCPUs' alone.
@@ -614,7 +654,7 @@ fn add_virtio(
     virtio: &mut VirtioDevices,
     pci: &mut Pci,
     definition: &Definition,
-    discards: &Arc<Discards>,
+    (discards, ballooned): (&Arc<Discards>, Option<Ballooned>),
     quit: &EventFd,
 ) -> Result<Option<PathBuf>, RunError> {
     let Definition {
@@ -633,7 +673,7 @@ fn add_virtio(
     }
     virtio.add_fixed(Box::new(Rng::new("rng", &config.rng)?), pci)?;
     if let Some(balloon) = &config.balloon {
-        virtio.add_balloon(balloon, discards, pci)?;
+        virtio.add_balloon(balloon, discards, ballooned, pci)?;
     }
     Ok(at)
 }

@@ -10,6 +10,7 @@ use busway_vfio::{DeviceError, InheritedError};
 use super::address_plan::NoRoomError;
 use super::passthrough::dma::PeerToPeerError;
 use super::passthrough::open_devices::OpenDevices;
+use super::placing::PlacingError;
 use super::pluggable::PluggableError;
 use crate::acpi::AcpiError;
 use crate::arch::board::BoardError;
@@ -92,6 +93,9 @@ pub enum RunError {
     /// RAM that is to come finds no place, or is out of devices' reach.
     #[error(transparent)]
     Pluggable(#[from] PluggableError),
+    /// It cannot be where its devices are.
+    #[error(transparent)]
+    Placing(#[from] PlacingError),
     /// {flag}: {source}
     #[error("{flag}: {source}")]
     Console {
@@ -415,7 +419,10 @@ impl RunError {
             )
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })
             | Self::Ram(
-                RamError::Empty | RamError::Unaligned(_) | RamError::NotWholeHugePages { .. },
+                RamError::Empty
+                | RamError::Unaligned(_)
+                | RamError::NotWholeHugePages { .. }
+                | RamError::ZonePlace { .. },
             ) => USAGE,
             Self::Kvm(
                 KvmError::Unavailable { .. }
@@ -440,6 +447,7 @@ impl RunError {
             | Self::Function(_)
             | Self::NoRoom(_)
             | Self::Pluggable(_)
+            | Self::Placing(_)
             | Self::Landlock(LandlockError::Missing(_) | LandlockError::Kernel(_))
             | Self::Addresses(_) => HOST,
             Self::Landlock(LandlockError::Path { .. }) => USAGE,

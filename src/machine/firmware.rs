@@ -390,6 +390,7 @@ mod tests {
                 ecam: PLACES[0].clone(),
             }],
             pluggable: None,
+            numa: None,
             serial: true,
             tpm: false,
             native_hotplug: true,

@@ -177,7 +177,7 @@ impl Whole {
             .add_fixed(Box::new(console.expect("a console")), &mut pci)
             .and_then(|()| virtio.add_fixed(Box::new(rng), &mut pci))
             .and_then(|()| match &config.balloon {
-                Some(balloon) => virtio.add_balloon(balloon, regions.discards(), &mut pci),
+                Some(balloon) => virtio.add_balloon(balloon, regions.discards(), None, &mut pci),
                 None => Ok(()),
             })
             .expect("three devices");

@@ -18,6 +18,7 @@ mod error;
 mod events;
 mod firmware;
 mod handed;
+mod holders;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod life;
@@ -28,6 +29,7 @@ mod panics;
 mod passthrough;
 mod payload;
 mod pci;
+mod placing;
 mod pluggable;
 mod quiet;
 mod removal;
@@ -45,12 +47,14 @@ pub use address_plan::NoRoomError;
 pub use assembly::few_arenas;
 pub use error::RunError;
 pub use handed::{Files, Handed, check_iommufd, device_of};
+pub use holders::look_for_holders;
 pub use life::Ended;
 pub use observed::{
     AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, State, VirtioDoing,
 };
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
+pub use placing::PlacingError;
 pub use pluggable::PluggableError;
 pub use requests::{
     Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests,
@@ -58,4 +62,4 @@ pub use requests::{
 };
 pub(crate) use signals::Signals;
 pub use signals::block_signals;
-pub use vmm::{run, serve};
+pub use vmm::{ProcessBounds, run, serve};

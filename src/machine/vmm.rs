@@ -17,6 +17,7 @@ use super::consoles::Terminals;
 use super::definition::{Definition, invalid};
 use super::early::Early;
 use super::end::Audience;
+use super::holders::look_for_holders;
 use super::life::{Ended, Lasting, Life, Stop};
 use super::long_work;
 use super::observed::{Observed, State};
@@ -25,8 +26,8 @@ use super::panics;
 use super::passthrough::OpenDevices;
 use super::requests::{Answer, Asker, Extent, Info, Request, RequestError, Requests};
 use super::signals::Signals;
-use super::{PanicWatch, RunError, madvise, payload};
-use crate::config::VmConfig;
+use super::{PanicWatch, RunError, madvise, payload, placing};
+use crate::config::{Choice, LandlockRule, VmConfig};
 use crate::monitor::{self, Source};
 use crate::notify;
 use crate::provoked;
@@ -74,7 +75,7 @@ pub fn run(config: &VmConfig, report: &Arc<Report>, requests: Requests) -> Resul
 ///
 /// The calling thread is the event loop, as with [`run`]. A VM that could not be put together, or that was ended over
 /// the API, leaves the process as it was. `kept`: so does one whose guest powered off or failed. `socket`: what is removed
-/// at the end, where Landlock bounds the process by then.
+/// at the end, where Landlock bounds the process by then. `bounds`: what of that the process was started with.
 ///
 /// # Errors
 /// What a VM failed with that takes the process with it
@@ -82,6 +83,7 @@ pub fn serve(
     first: Option<VmConfig>,
     kept: bool,
     socket: Option<PathBuf>,
+    bounds: ProcessBounds,
     requests: Requests,
 ) -> Result<(), RunError> {
     let mut served = Served {
@@ -89,6 +91,7 @@ pub fn serve(
         requests,
         lasting: if kept { Lasting::Kept } else { Lasting::Served },
         socket,
+        bounds,
         definition: None,
     };
     monitor::tell(Source::Vmm, "starting", &[]);
@@ -160,6 +163,14 @@ fn assemble(
     requests: &Requests,
 ) -> Result<Box<Machine>, RunError> {
     definition.config.validate()?;
+    let definition = match placing::placed(&definition.config, report)? {
+        Some(config) => Arc::new(Definition {
+            config,
+            ..Definition::clone(definition)
+        }),
+        None => Arc::clone(definition),
+    };
+    definition.config.validate()?;
     let (early, devices) = (Arc::<Early>::default(), OpenDevices::default());
     let work = {
         let (definition, report) = (definition.clone(), report.clone());
@@ -185,7 +196,26 @@ struct Served {
     lasting: Lasting,
     /// The control socket that the process has made.
     socket: Option<PathBuf>,
+    bounds: ProcessBounds,
     definition: Option<Definition>,
+}
+
+/// Whether Landlock bounds a process whatever its VMs say of that, and what it may open beside what they name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessBounds {
+    /// Off leaves it to the VMs.
+    pub landlock: Choice,
+    /// What may be opened besides.
+    pub rules: Vec<LandlockRule>,
+}
+
+impl Default for ProcessBounds {
+    fn default() -> Self {
+        Self {
+            landlock: Choice::Off,
+            rules: Vec::new(),
+        }
+    }
 }
 
 /// What the process does when a VM is over.
@@ -361,6 +391,7 @@ impl Served {
                 let mut left = machine.definition();
                 // As it was said.
                 let said = definition.config;
+                placing::forget(&mut left.config, &said);
                 left.config.platform = said.platform;
                 left.config.kernel = said.kernel;
                 left.config.firmware = said.firmware;
@@ -393,15 +424,22 @@ impl Served {
         self.after(ended, extent, lived || !asked)
     }
 
-    /// Has Landlock bound the process to the files of the first VM that is booted with it.
+    /// Has Landlock bound the process to the files of the first VM that is booted with it, or of the first one where the
+    /// process was started with it.
     ///
     /// # Errors
     /// [`RunError::Landlock`]
     fn bound(&self, config: &VmConfig) -> Result<(), RunError> {
-        if config.landlock {
-            let rules = Rules::of(config, true).with_made(self.socket.as_deref());
-            landlock::restrict(&rules)?;
-        }
+        let choice = match config.landlock {
+            Choice::Off => self.bounds.landlock,
+            asked => asked,
+        };
+        let rules = || {
+            look_for_holders(config);
+            let rules = Rules::of(config, true).with(&self.bounds.rules);
+            rules.with_made(self.socket.as_deref())
+        };
+        landlock::restrict_by_choice(choice, rules)?;
         Ok(())
     }
 

@@ -5,6 +5,8 @@
 //! thread, and nobody waits for anybody.
 
 mod own_memory;
+mod placed;
+mod walls;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,6 +24,8 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 pub use own_memory::own_memory;
+pub use placed::PlacedNode;
+pub use walls::Walls;
 
 /// A point on the way from `exec` to a running guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -85,7 +89,9 @@ pub struct Report {
     guest_memory: Mutex<Vec<Range<usize>>>,
     exits: Mutex<BTreeMap<&'static str, u64>>,
     iommu: Mutex<Option<IommuWay>>,
+    walls: Mutex<Option<Walls>>,
     devices: Mutex<Vec<AssignedDevice>>,
+    placement: Mutex<Option<Vec<PlacedNode>>>,
     running: Mutex<Option<Sender<()>>>,
     progress: OnceLock<Box<ProgressFn>>,
 }
@@ -115,7 +121,9 @@ impl Report {
             guest_memory: Mutex::default(),
             exits: Mutex::default(),
             iommu: Mutex::default(),
+            walls: Mutex::default(),
             devices: Mutex::default(),
+            placement: Mutex::default(),
             running: Mutex::default(),
             progress: OnceLock::new(),
         }
@@ -163,9 +171,19 @@ impl Report {
         *lock(&self.iommu) = Some(IommuWay { interface, why });
     }
 
+    /// Which walls stand round the process.
+    pub fn set_walls(&self, walls: Walls) {
+        *lock(&self.walls) = Some(walls);
+    }
+
     /// What the assigned devices are like now.
     pub fn set_devices(&self, devices: Vec<AssignedDevice>) {
         *lock(&self.devices) = devices;
+    }
+
+    /// On which nodes of the host's the guest was placed.
+    pub fn set_placement(&self, nodes: Vec<PlacedNode>) {
+        *lock(&self.placement) = Some(nodes);
     }
 
     /// Where guest memory is mapped in this process, so that Busway's own can be told from it.
@@ -248,7 +266,9 @@ impl Report {
             vector_updates: self.vector_updates.load(Relaxed),
             own_memory_bytes: Some(self.own_memory.load(Relaxed)).filter(|bytes| *bytes != 0),
             iommu: lock(&self.iommu).clone(),
+            walls: lock(&self.walls).clone(),
             devices: lock(&self.devices).clone(),
+            placement: lock(&self.placement).clone(),
             exits: lock(&self.exits).clone(),
         }
     }
@@ -297,8 +317,12 @@ pub struct Snapshot {
     pub own_memory_bytes: Option<u64>,
     /// The way to the IOMMU; absent (`null`) where there are no assigned devices.
     pub iommu: Option<IommuWay>,
+    /// The walls round the process; absent (`null`) where they were not put up.
+    pub walls: Option<Walls>,
     /// The assigned devices, as they were given.
     pub devices: Vec<AssignedDevice>,
+    /// Where the guest was placed by its devices; absent (`null`) where it was not.
+    pub placement: Option<Vec<PlacedNode>>,
     /// Exits to user space, by kind.
     pub exits: BTreeMap<&'static str, u64>,
 }
@@ -388,9 +412,15 @@ impl fmt::Display for Snapshot {
         if let Some(IommuWay { interface, why }) = &self.iommu {
             writeln!(f, "{:<18} {interface:>10} {why}", "IOMMU")?;
         }
+        if let Some(walls) = &self.walls {
+            writeln!(f, "{:<18} {walls}", "walls")?;
+        }
         for device in &self.devices {
             let AssignedDevice { host, guest, reset } = device;
             writeln!(f, "{host:<18} {guest:>10} in the guest, reset {reset}")?;
+        }
+        for node in self.placement.iter().flatten() {
+            writeln!(f, "{node}")?;
         }
         if let Some(bytes) = self.own_memory_bytes {
             writeln!(f, "{:<18} {:>10}", "own memory", Bytes(bytes))?;
@@ -474,6 +504,7 @@ mod tests {
             Some(&serde_json::Value::Null)
         );
         report.set_iommu("type1", "it is what was asked for");
+        report.set_walls(Walls::new("true", Some(7), None));
         report.set_own_memory(4 << 20);
         report.set_exits("mmio_write", 7);
         let json = serde_json::to_value(report.snapshot()).unwrap();
@@ -492,6 +523,9 @@ mod tests {
         assert_eq!(json["vector_updates"], 3);
         assert_eq!(json["iommu"]["interface"], "type1");
         assert_eq!(json["iommu"]["why"], "it is what was asked for");
+        assert_eq!(json["walls"]["seccomp"], "true");
+        assert_eq!(json["walls"]["landlock"], 7);
+        assert_eq!(json["walls"]["lacking"], serde_json::Value::Null);
         assert_eq!(json["devices"][0]["host"], "0000:05:00.0");
         assert_eq!(json["devices"][0]["guest"], "0000:01:00.0");
         assert_eq!(json["devices"][0]["reset"], "flr");
@@ -570,6 +604,7 @@ mod tests {
         report.set_mappings(2, 512 << 20, 3);
         report.set_vectors(5, 3);
         report.set_iommu("iommufd", "devices do not reach each other's memory");
+        report.set_walls(Walls::new("true", None, Some("the kernel has none")));
         report.set_own_memory(3 << 20);
         let expected = "\
 stage                   at ms    took ms
@@ -578,6 +613,7 @@ first instruction        21.5       20.0
 DMA mappings                2 calls, 512.0 MiB; 3 calls for BARs
 vectors                     5 moved 3 times
 IOMMU                 iommufd devices do not reach each other's memory
+walls                    true seccomp, no Landlock (the kernel has none)
 own memory            3.0 MiB
 ";
         assert_eq!(report.snapshot().to_string(), expected);

@@ -23,6 +23,8 @@ use std::sync::OnceLock;
 
 use clap::ValueEnum;
 
+use crate::config::Choice;
+
 use filter::Filters;
 pub use kind::Kind;
 use landlock::{LandlockError, Rules};
@@ -41,6 +43,19 @@ pub enum Mode {
     Errno,
     /// There are no filters
     False,
+}
+
+impl Mode {
+    /// The word of the flag.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::True => "true",
+            Self::Log => "log",
+            Self::Errno => "errno",
+            Self::False => "false",
+        }
+    }
 }
 
 /// The walls of this process.
@@ -69,15 +84,28 @@ pub enum WallsError {
     Filter(io::Error),
 }
 
-/// Puts the walls up round the calling thread, which is to be the only one, and all that it will start. `files`: those
-/// that Landlock leaves in reach.
+/// What Landlock does in a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bounds<'a> {
+    /// Nothing.
+    None,
+    /// Threads that serve the guest have no files, where the kernel can do that.
+    Threads,
+    /// The process has these files, and threads what of them their kinds need; the choice says what becomes of a kernel
+    /// that cannot do that.
+    Files(Choice, &'a Rules),
+}
+
+/// Puts the walls up round the calling thread, which is to be the only one, and all that it will start.
 ///
 /// # Errors
 /// [`WallsError`]: some of them may stand.
-pub fn confine(mode: Mode, files: Option<&Rules>) -> Result<(), WallsError> {
+pub fn confine(mode: Mode, bounds: Bounds<'_>) -> Result<(), WallsError> {
     rights::give_up().map_err(WallsError::Rights)?;
-    if let Some(rules) = files {
-        landlock::restrict(rules)?;
+    match bounds {
+        Bounds::None => {}
+        Bounds::Threads => landlock::bound_threads(),
+        Bounds::Files(choice, rules) => landlock::restrict_by_choice(choice, || rules.clone())?,
     }
     if mode == Mode::True {
         violation::tell_of().map_err(WallsError::Filter)?;

@@ -13,7 +13,7 @@ use super::landlock::Rules;
 use super::table::{self, Files};
 use super::tests::{FOLDER, NO_FD, NO_WALLS, errno, in_a_process_with};
 use super::{Kind, Mode};
-use crate::config::{LandlockAccess, LandlockRule, VmConfig};
+use crate::config::{DiskConfig, LandlockAccess, LandlockRule, VmConfig};
 
 /// The status of a thread's process that ended as if nothing had happened.
 const SURVIVED: Option<i32> = Some(0);
@@ -162,17 +162,19 @@ fn a_thread_that_was_taken_over_makes_no_file() {
     }
 }
 
-/// What the VM's configuration names in the tests of Landlock: a folder, of which there is another beside it.
+/// What the VM's configuration names in the tests of Landlock: a folder, of which there is another beside it, and a disk in a
+/// folder with others. It can be asked for more.
 fn files() -> Option<Rules> {
     let folder = PathBuf::from(env::var_os(FOLDER)?);
     let config = VmConfig {
+        disk: vec![DiskConfig::new(folder.join("images/own"))],
         landlock_rules: vec![LandlockRule {
             path: folder.join("named"),
             access: LandlockAccess::ReadWrite,
         }],
         ..VmConfig::default()
     };
-    Some(Rules::of(&config, false))
+    Some(Rules::of(&config, true))
 }
 
 /// The level of the kernel's Landlock.
@@ -207,6 +209,15 @@ fn try_paths(kind: Kind) {
     assert_eq!(!is_refused(File::create(new)), makes);
     let own = named.join(format!("for {kind:?}"));
     assert_eq!(!is_refused(fs::remove_file(own)), removes);
+    // What can be added: it is opened, and not made, taken away or looked for.
+    let images = folder.join("images");
+    let append = |name: &str| is_refused(writing(images.join(name)));
+    assert_eq!([append("own"), append("other")], [!writes; 2]);
+    assert_eq!(!is_refused(File::open(images.join("other"))), reads);
+    assert!(is_refused(File::create(images.join("new"))));
+    assert!(is_refused(fs::remove_file(images.join("other"))));
+    assert!(is_refused(fs::read_dir(&images)));
+    assert!(is_refused(fs::read_dir("/sys/kernel")));
     // Whatever the kind: it is nothing of this VM's.
     assert!(is_refused(File::open(other.join("file"))));
     assert!(is_refused(writing(other.join("file"))));
@@ -234,21 +245,57 @@ fn try_paths(kind: Kind) {
     assert_eq!(errno(libc::SYS_tgkill, [own, thread, 0, 0, 0]), 0);
 }
 
-#[test]
-fn under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_with_files() {
-    let folder = env::var_os(FOLDER)
-        .is_none()
-        .then(|| tempfile::tempdir().unwrap());
-    let folder = folder.as_ref().map(TempDir::path);
-    if let Some(folder) = folder {
-        for name in ["named", "other"] {
-            fs::create_dir(folder.join(name)).unwrap();
-            fs::write(folder.join(name).join("file"), "secret").unwrap();
-        }
-        for kind in Kind::ALL {
-            fs::write(folder.join(format!("named/for {kind:?}")), "").unwrap();
+/// The folders of the tests of Landlock, where this process is the one that starts the others.
+fn folders() -> Option<TempDir> {
+    if env::var_os(FOLDER).is_some() {
+        return None;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path();
+    for (name, files) in [
+        ("named", &["file"][..]),
+        ("other", &["file"]),
+        ("images", &["own", "other"]),
+    ] {
+        fs::create_dir(folder.join(name)).unwrap();
+        for file in files {
+            fs::write(folder.join(name).join(file), "secret").unwrap();
         }
     }
+    for kind in Kind::ALL {
+        fs::write(folder.join(format!("named/for {kind:?}")), "").unwrap();
+    }
+    Some(root)
+}
+
+/// Behind a filter and Landlock, as they stand by default: libraries look at paths in passing, so that nothing ends the process.
+fn try_what_is_not_named(kind: Kind) {
+    let folder = PathBuf::from(env::var_os(FOLDER).unwrap());
+    let other = folder.join("other/file");
+    for path in [&*other, "/etc/passwd".as_ref(), "/proc/1/environ".as_ref()] {
+        assert!(is_refused(File::open(path)), "{kind:?}: {}", path.display());
+    }
+}
+
+#[test]
+fn behind_the_default_walls_no_thread_opens_what_its_vm_does_not_name() {
+    if level() == 0 {
+        eprintln!("skipped: this kernel has no Landlock");
+        return;
+    }
+    let folder = folders();
+    let folder = folder.as_ref().map(TempDir::path);
+    let test = "takeover::behind_the_default_walls_no_thread_opens_what_its_vm_does_not_name";
+    let act = try_what_is_not_named;
+    for (kind, status, stderr) in in_a_process_with(test, Mode::True, folder, files, act) {
+        assert_eq!(status, SURVIVED, "{kind:?}: {stderr}");
+    }
+}
+
+#[test]
+fn under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_with_files() {
+    let folder = folders();
+    let folder = folder.as_ref().map(TempDir::path);
     let test = "takeover::under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_with_files";
     for (kind, status, stderr) in in_a_process_with(test, Mode::False, folder, files, try_paths) {
         if status == Some(NO_WALLS) && level() == 0 {
@@ -260,4 +307,38 @@ fn under_landlock_a_thread_reaches_what_its_vm_names_as_far_as_its_kind_does_wit
     }
     let other = folder.map(|folder| fs::read_to_string(folder.join("other/file")).unwrap());
     assert_eq!(other.as_deref(), Some("secret"));
+}
+
+/// Without any filter, and in a process that Landlock leaves its files, as one is that has VMs over its API: threads that serve
+/// the guest have none.
+fn try_paths_of_the_process(kind: Kind) {
+    let file = PathBuf::from(env::var_os(FOLDER).unwrap()).join("file");
+    let whole = matches!(
+        table::files(kind),
+        Files::AsTheProcess | Files::Read | Files::Change
+    );
+    assert_eq!(!is_refused(File::open(&file)), whole);
+    assert_eq!(!is_refused(fs::read_dir("/")), whole);
+    let writes = OpenOptions::new().append(true).open(&file);
+    assert_eq!(!is_refused(writes), whole);
+}
+
+#[test]
+fn in_a_process_that_has_all_files_threads_that_serve_the_guest_have_none() {
+    let folder = env::var_os(FOLDER)
+        .is_none()
+        .then(|| tempfile::tempdir().unwrap());
+    let folder = folder.as_ref().map(TempDir::path);
+    if let Some(folder) = folder {
+        fs::write(folder.join("file"), "secret").unwrap();
+    }
+    if level() == 0 {
+        eprintln!("skipped: this kernel has no Landlock");
+        return;
+    }
+    let test = "takeover::in_a_process_that_has_all_files_threads_that_serve_the_guest_have_none";
+    let act = try_paths_of_the_process;
+    for (kind, status, stderr) in in_a_process_with(test, Mode::False, folder, || None, act) {
+        assert_eq!(status, SURVIVED, "{kind:?}: {stderr}");
+    }
 }

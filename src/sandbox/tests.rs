@@ -11,7 +11,8 @@ use rustix::thread::{CapabilitySet, capabilities as capabilities_now};
 
 use super::landlock::Rules;
 use super::table;
-use super::{Kind, Mode, capabilities, confine, enter};
+use super::{Bounds, Kind, Mode, capabilities, confine, enter};
+use crate::config::Choice;
 
 /// The kind whose thread the process is to have.
 const CHILD: &str = "BUSWAY_TEST_WALLS";
@@ -39,7 +40,12 @@ pub(super) fn in_a_process_with(
 ) -> Vec<(Kind, Option<i32>, String)> {
     if let Ok(number) = env::var(CHILD) {
         let kind = Kind::ALL[number.parse::<usize>().unwrap()];
-        if let Err(error) = confine(mode, files().as_ref()) {
+        let files = files();
+        let bounds = match &files {
+            Some(files) => Bounds::Files(Choice::On, files),
+            None => Bounds::Threads,
+        };
+        if let Err(error) = confine(mode, bounds) {
             eprintln!("{error}");
             process::exit(NO_WALLS);
         }

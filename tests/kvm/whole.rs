@@ -21,8 +21,8 @@ pub(crate) struct Run {
 }
 
 /// What came of a run.
-struct Finished {
-    output: Output,
+pub(crate) struct Finished {
+    pub(crate) output: Output,
     /// `--report`
     report: serde_json::Value,
 }
@@ -50,7 +50,7 @@ impl Run {
     }
 
     /// What comes of it; nothing, said on standard error, where there is no KVM.
-    fn finish(mut self) -> Option<Finished> {
+    pub(crate) fn finish(mut self) -> Option<Finished> {
         if !has_kvm() {
             return None;
         }
@@ -62,7 +62,7 @@ impl Run {
     }
 
     /// Runs until the guest has said `word`.
-    fn until(mut self, word: &str) -> Option<(Child, TempDir)> {
+    pub(crate) fn until(mut self, word: &str) -> Option<(Child, TempDir)> {
         if !has_kvm() {
             return None;
         }

@@ -6,9 +6,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use busway_iommu::DeviceFolder;
 use busway_pci::{capabilities, extended_capabilities, spec};
 
 use crate::access::read_dword;
@@ -165,9 +165,9 @@ impl fmt::Display for ErrorStatus {
 
 /// How often the host's kernel has seen each of a device's uncorrectable errors, by its own names.
 /// linux/Documentation/ABI/testing/sysfs-bus-pci-devices-aer_stats
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct ErrorCounts {
-    folder: PathBuf,
+    folder: DeviceFolder,
     counts: BTreeMap<String, u64>,
 }
 
@@ -175,12 +175,18 @@ impl ErrorCounts {
     /// The counts of the function whose folder in sysfs is `folder`; none where the kernel keeps none.
     #[must_use]
     pub fn read(folder: &Path) -> Self {
+        let folder = DeviceFolder::open(folder);
+        let counts = Self::now(&folder);
+        Self { folder, counts }
+    }
+
+    fn now(folder: &DeviceFolder) -> BTreeMap<String, u64> {
         let mut counts = BTreeMap::new();
         for (file, severity) in [
             ("aer_dev_fatal", "fatal"),
             ("aer_dev_nonfatal", "non-fatal"),
         ] {
-            let text = fs::read_to_string(folder.join(file)).unwrap_or_default();
+            let text = folder.text(file).unwrap_or_default();
             for line in text.lines() {
                 let Some((name, count)) = line.split_once(' ') else {
                     continue;
@@ -192,19 +198,16 @@ impl ErrorCounts {
                 }
             }
         }
-        Self {
-            folder: folder.to_owned(),
-            counts,
-        }
+        counts
     }
 
     /// Counts anew, and gives the names of the errors that have become more since.
     pub fn refresh(&mut self) -> Vec<String> {
-        let now = Self::read(&self.folder);
-        let before = std::mem::replace(self, now);
+        let now = Self::now(&self.folder);
+        let before = std::mem::replace(&mut self.counts, now);
         self.counts
             .iter()
-            .filter(|(name, count)| before.counts.get(*name).is_none_or(|old| old < *count))
+            .filter(|(name, count)| before.get(*name).is_none_or(|old| old < *count))
             .filter(|(_, count)| **count > 0)
             .map(|(name, _)| name.clone())
             .collect()
@@ -213,6 +216,8 @@ impl ErrorCounts {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use proptest::collection::vec;
     use proptest::prelude::*;
 

@@ -1,17 +1,16 @@
 //! An opened device, what it is attached to, and what its VM has open beside it.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::held_up::{self, Step};
 use crate::hot_reset::{self, Owner};
 use crate::inherited::{Inherited, InheritedKind};
 use crate::{Affected, FunctionReset, HostName, KvmFiles, sys};
-use busway_iommu::{Group, Ioas, SysRoot};
+use busway_iommu::{DeviceFolder, Group, Ioas, SysRoot};
 use busway_pci::Bdf;
 
 /// What a device is attached to, and has to release after it is closed.
@@ -37,7 +36,7 @@ pub(crate) struct AttachedFile {
     pub(crate) attachment: Attachment,
     pub(crate) name: HostName,
     /// Its folder in sysfs.
-    pub(crate) folder: PathBuf,
+    pub(crate) folder: DeviceFolder,
     pub(crate) paths: SysRoot,
     /// Somebody else has opened it, and may hold it as well.
     pub(crate) inherited: bool,
@@ -130,8 +129,8 @@ impl OpenOnes {
 }
 
 /// How the kernel resets a device, as the file `reset_method` in its folder says it (Linux 5.15).
-pub(crate) fn read_reset_methods(folder: &Path) -> Option<Option<FunctionReset>> {
-    let methods = fs::read_to_string(folder.join("reset_method")).ok()?;
+pub(crate) fn read_reset_methods(folder: &DeviceFolder) -> Option<Option<FunctionReset>> {
+    let methods = folder.text("reset_method")?;
     Some(FunctionReset::parse(&methods))
 }
 

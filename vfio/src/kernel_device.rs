@@ -1,6 +1,5 @@
 //! A device opened through the kernel's VFIO, by its group or as a character device.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -132,7 +131,7 @@ impl DeviceIo for KernelDevice {
     /// By sysfs, which shows 64 bytes to who has no CAP_SYS_ADMIN: the lists begin beyond these.
     fn own_config(&self, offset: u16) -> Option<u32> {
         let mut data = [0; 4];
-        let config = File::open(self.opened.folder.join("config")).ok()?;
+        let config = self.opened.folder.file("config").ok()?;
         config.read_exact_at(&mut data, offset.into()).ok()?;
         Some(u32::from_le_bytes(data))
     }
@@ -219,7 +218,7 @@ impl DeviceIo for KernelDevice {
             Some(said) => said,
             // No bridge is above it.
             None if self.is_mediated() => AtomicOps::NONE,
-            None => atomics::of_path(&self.opened.folder, &config),
+            None => atomics::of_path(self.opened.folder.path(), &config),
         }
     }
 

@@ -86,6 +86,37 @@ pub fn ram_ranges(size: u64, low_end: u64, holes: &[Range<u64>]) -> Vec<Range<u6
     ranges
 }
 
+/// The parts of RAM at `ranges` (ascending) that zones of `sizes` are at, which follow one another: each with its zone's
+/// place among them.
+#[must_use]
+pub fn split(
+    ranges: &[Range<u64>],
+    sizes: impl IntoIterator<Item = u64>,
+) -> Vec<(usize, Range<u64>)> {
+    let mut parts = Vec::new();
+    let mut ranges = ranges.iter().cloned();
+    let mut room = 0..0;
+    for (zone, size) in sizes.into_iter().enumerate() {
+        let mut left = size;
+        while left > 0 {
+            if room.is_empty() {
+                match ranges.next() {
+                    Some(next) => room = next,
+                    None => return parts,
+                }
+            }
+            let taken = left.min(room.end - room.start);
+            let end = room.start + taken;
+            if taken > 0 {
+                parts.push((zone, room.start..end));
+            }
+            room.start = end;
+            left -= taken;
+        }
+    }
+    parts
+}
+
 /// The guest-physical addresses of `size` bytes of RAM that can be plugged: one stretch above 4 GiB and all other RAM, which
 /// ends at `top_of_ram`, between the `holes`, which are ascending.
 #[must_use]
@@ -239,6 +270,25 @@ mod tests {
             ram_ranges(6 << 30, MMIO32_START, &[]),
             [0..3 << 30, 4 << 30..7 << 30]
         );
+    }
+
+    #[test]
+    fn zones_follow_one_another_and_go_round_the_hole() {
+        let ranges = ram_ranges(6 << 30, MMIO32_START, &[]);
+        assert_eq!(
+            split(&ranges, [1 << 30, 4 << 30, 1 << 30]),
+            [
+                (0, 0..1 << 30),
+                (1, 1 << 30..3 << 30),
+                (1, 4 << 30..6 << 30),
+                (2, 6 << 30..7 << 30)
+            ]
+        );
+        assert_eq!(
+            split(&ranges, [3 << 30, 3 << 30]),
+            [(0, 0..3 << 30), (1, 4 << 30..7 << 30)]
+        );
+        assert!(split(&[], [1]).is_empty());
     }
 
     #[test]
@@ -432,6 +482,35 @@ mod tests {
             prop_assert!(holes.iter().all(clear));
             let window = mmio64(top.max(area.end), bits, &holes);
             prop_assert!(window.iter().all(|part| part.start >= area.end));
+        }
+
+        #[test]
+        fn each_byte_of_ram_is_in_one_zone_and_zones_are_as_large_as_they_were_asked_for(
+            sizes in prop::collection::vec(0_u64..1 << 34, 1..8),
+            start in prop::sample::select(&MMIO32_STARTS[..]),
+            reserved in prop::collection::vec((0_u64..1 << 37, 0_u64..1 << 32), 0..4),
+        ) {
+            let mut reserved: Vec<_> =
+                reserved.into_iter().map(|(start, size)| (start, start + size)).collect();
+            reserved.sort_unstable();
+            let holes = holes(reserved, 2 << 20);
+            let ranges = ram_ranges(sizes.iter().sum(), start, &holes);
+            let parts = split(&ranges, sizes.iter().copied());
+            for (zone, size) in sizes.iter().enumerate() {
+                let own = parts.iter().filter(|(of, _)| *of == zone);
+                prop_assert_eq!(own.map(|(_, part)| part.end - part.start).sum::<u64>(), *size);
+            }
+            prop_assert!(parts.windows(2).all(|pair| pair[0].0 <= pair[1].0));
+            let mut joined: Vec<Range<u64>> = Vec::new();
+            for (_, part) in parts {
+                match joined.last_mut() {
+                    Some(last) if last.end == part.start && !ranges.iter().any(|range| range.start == part.start) => {
+                        last.end = part.end;
+                    }
+                    _ => joined.push(part),
+                }
+            }
+            prop_assert_eq!(joined, ranges);
         }
 
         #[test]

@@ -1,7 +1,12 @@
 //! What `busway ctl` says of a virtio device when it adds one, and of where in the guest any device is to be.
 
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use busway_iommu::printable;
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -28,6 +33,84 @@ impl PlaceArgs {
         if let Some(device) = self.pci_device_id {
             body["pci_device_id"] = json!(device);
         }
+    }
+}
+
+/// `busway ctl add-disk`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct AddDiskArgs {
+    /// An image, or a block device
+    pub(super) path: PathBuf,
+    /// Open it here, with the rights of who calls this, and send it to the VM, which need not be able to
+    #[arg(long, conflicts_with = "vhost_user")]
+    pub(super) send: bool,
+    /// PATH is the socket of another process, which has the image and serves the disk
+    #[arg(long, conflicts_with_all = ["qcow2", "readonly", "direct", "serial"])]
+    pub(super) vhost_user: bool,
+    /// The image is qcow2; one is raw otherwise, whatever is in it
+    #[arg(long)]
+    pub(super) qcow2: bool,
+    /// Open the files that a qcow2 image names, to be read only
+    #[arg(long, requires = "qcow2")]
+    pub(super) backing_files: bool,
+    /// The guest may not write
+    #[arg(long)]
+    pub(super) readonly: bool,
+    /// Bypass the host's page cache
+    #[arg(long)]
+    pub(super) direct: bool,
+    /// The serial number that the guest sees; its id, where none is given
+    #[arg(long)]
+    pub(super) serial: Option<String>,
+    /// What it is called
+    #[arg(long)]
+    pub(super) id: Option<String>,
+    #[command(flatten)]
+    pub(super) place: PlaceArgs,
+}
+
+impl AddDiskArgs {
+    pub(super) fn body(&self) -> Value {
+        if self.vhost_user {
+            return json!({
+                "vhost_user": true, "vhost_socket": absolute(&self.path), "id": self.id,
+            });
+        }
+        let path = (!self.send).then(|| absolute(&self.path));
+        json!({
+            "path": path, "readonly": self.readonly, "direct": self.direct,
+            "image_type": if self.qcow2 { "Qcow2" } else { "Raw" },
+            "backing_files": self.backing_files, "serial": self.serial, "id": self.id,
+        })
+    }
+
+    /// The image, open, where it is to be sent.
+    ///
+    /// # Errors
+    /// Why it cannot be opened
+    pub(super) fn file(&self) -> Result<Option<OwnedFd>, String> {
+        if !self.send {
+            return Ok(None);
+        }
+        let failed = |error: io::Error| {
+            let path = printable(&self.path.display().to_string());
+            format!("{path}: it cannot be opened to be sent to the VM: {error}")
+        };
+        let kind = fs::metadata(&self.path).map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            // Asked before opening: opening a FIFO would wait for its writer.
+            return Err(failed(io::Error::other(
+                "it is neither a file nor a block device",
+            )));
+        }
+        let mut options = File::options();
+        options.read(true).write(!self.readonly);
+        if kind.is_block_device() && !self.readonly {
+            // Fails where the host itself uses it.
+            options.custom_flags(libc::O_EXCL);
+        }
+        let file = options.open(&self.path).map_err(failed)?;
+        Ok(Some(file.into()))
     }
 }
 
@@ -89,36 +172,6 @@ impl AddGenericArgs {
     }
 }
 
-/// `busway ctl add-disk`
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
-pub(super) struct AddDiskArgs {
-    /// An image, or a block device
-    pub(super) path: PathBuf,
-    /// PATH is the socket of another process, which has the image and serves the disk
-    #[arg(long, conflicts_with_all = ["qcow2", "readonly", "direct", "serial"])]
-    pub(super) vhost_user: bool,
-    /// The image is qcow2; one is raw otherwise, whatever is in it
-    #[arg(long)]
-    pub(super) qcow2: bool,
-    /// Open the files that a qcow2 image names, to be read only
-    #[arg(long, requires = "qcow2")]
-    pub(super) backing_files: bool,
-    /// The guest may not write
-    #[arg(long)]
-    pub(super) readonly: bool,
-    /// Bypass the host's page cache
-    #[arg(long)]
-    pub(super) direct: bool,
-    /// The serial number that the guest sees; its id, where none is given
-    #[arg(long)]
-    pub(super) serial: Option<String>,
-    /// What it is called
-    #[arg(long)]
-    pub(super) id: Option<String>,
-    #[command(flatten)]
-    pub(super) place: PlaceArgs,
-}
-
 /// `busway ctl add-net`
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
 pub(super) struct AddNetArgs {
@@ -130,8 +183,8 @@ pub(super) struct AddNetArgs {
     /// Busway listens at that socket, and the other process connects
     #[arg(long, requires = "vhost_user")]
     pub(super) server: bool,
-    /// The longest packet of the guest's
-    #[arg(long, value_name = "BYTES", requires = "vhost_user", value_parser = clap::value_parser!(u16).range(68..))]
+    /// The longest packet, without its Ethernet header
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
     pub(super) mtu: Option<u16>,
     /// Receive and transmit queues together; 2, where nothing is given
     #[arg(long, value_name = "N")]
@@ -139,6 +192,9 @@ pub(super) struct AddNetArgs {
     /// The guest's MAC address; a random one, where none is given
     #[arg(long)]
     pub(super) mac: Option<String>,
+    /// Drop what the guest sends from another address than its own
+    #[arg(long, conflicts_with = "vhost_user")]
+    pub(super) spoofchk: bool,
     /// What it is called
     #[arg(long)]
     pub(super) id: Option<String>,
@@ -150,12 +206,15 @@ impl AddNetArgs {
     /// What is said beside the endpoint.
     pub(super) fn body(&self) -> Value {
         let mut body = json!({ "mac": self.mac, "num_queues": self.queues, "id": self.id });
+        body["mtu"] = json!(self.mtu);
+        if self.spoofchk {
+            body["spoofchk"] = json!(true);
+        }
         match &self.tap {
             Some(socket) if self.vhost_user => {
                 body["vhost_user"] = json!(true);
                 body["vhost_socket"] = json!(absolute(Path::new(socket)));
                 body["vhost_mode"] = json!(if self.server { "Server" } else { "Client" });
-                body["mtu"] = json!(self.mtu);
             }
             tap => body["tap"] = json!(tap),
         }

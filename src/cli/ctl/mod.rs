@@ -266,17 +266,10 @@ impl Verb {
                 }
                 Some(body)
             }
-            Self::AddDisk(disk) if disk.vhost_user => Some(json!({
-                "vhost_user": true, "vhost_socket": absolute(&disk.path), "id": disk.id,
-            })),
             Self::AddFs(fs) => Some(json!({
                 "tag": fs.tag, "socket": absolute(&fs.socket), "id": fs.id,
             })),
-            Self::AddDisk(disk) => Some(json!({
-                "path": absolute(&disk.path), "readonly": disk.readonly, "direct": disk.direct,
-                "image_type": if disk.qcow2 { "Qcow2" } else { "Raw" },
-                "backing_files": disk.backing_files, "serial": disk.serial, "id": disk.id,
-            })),
+            Self::AddDisk(disk) => Some(disk.body()),
             Self::AddPmem(pmem) => Some(pmem.body()),
             Self::AddVhostUser(generic) => Some(generic.body()),
             Self::CheckDevice { device } => Some(json!({ "path": device })),
@@ -374,9 +367,13 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
         Verb::Create { file } => Some(read(file).map_err(Failure::usage)?),
         verb => verb.body(),
     };
+    let file = match verb {
+        Verb::AddDisk(disk) => disk.file().map_err(Failure::usage)?,
+        _ => None,
+    };
     let answer = verb.limit_of(socket).and_then(|limit| {
         let (method, endpoint) = (verb.method(), verb.endpoint());
-        client::ask(socket, method, endpoint, body.as_ref(), limit)
+        client::ask_with(socket, method, endpoint, body.as_ref(), file, limit)
     });
     let answer = answer.map_err(failed)?;
     let refused = matches!(verb, Verb::CheckDevice { .. }) && answer["ready"] == false;

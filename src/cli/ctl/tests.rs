@@ -219,6 +219,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
         },
         Verb::AddDisk(AddDiskArgs {
             path: "d".into(),
+            send: false,
             vhost_user: false,
             qcow2: false,
             backing_files: false,
@@ -233,6 +234,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             vhost_user: false,
             server: false,
             mtu: None,
+            spoofchk: false,
             queues: None,
             mac: None,
             id: None,

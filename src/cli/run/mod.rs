@@ -9,19 +9,20 @@ use std::thread::{self, JoinHandle};
 use anyhow::Context as _;
 use busway_host::files::check_output;
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use super::failure::Failure;
 use super::foreign::{self, ForeignError};
 use super::schema::{self, Section};
 use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
-use crate::config::{Accepted, ConsoleConfig, InvalidConfig, VmConfig};
+use crate::config::{Accepted, Choice, ConsoleConfig, InvalidConfig, Placing, VmConfig};
 use crate::control::{Server, SocketAddress};
 use crate::exit::{HOST, RUNTIME};
-use crate::machine::{self, Ended, Requests};
-use crate::report::{Report, Stage};
-use crate::sandbox::landlock::Rules;
-use crate::sandbox::{self, Kind, Mode};
+use crate::machine::{self, Ended, ProcessBounds, Requests};
+use crate::report::{Report, Stage, Walls};
+use crate::sandbox::landlock::{self, Rules};
+use crate::sandbox::{self, Bounds, Kind, Mode};
 
 /// What `busway run` takes.
 #[derive(Clone, Debug, Default, Args)]
@@ -67,6 +68,29 @@ pub(super) struct RunArgs {
         value_name = LIST, help_heading = RESOURCES
     )]
     memory: Vec<String>,
+
+    #[arg(
+        long, help = schema::MEMORY_ZONE.summary, long_help = schema::MEMORY_ZONE.help(),
+        value_name = LIST, num_args = 1.., help_heading = RESOURCES, hide_short_help = true
+    )]
+    memory_zone: Vec<String>,
+
+    #[arg(
+        long, help = schema::NUMA.summary, long_help = schema::NUMA.help(),
+        value_name = LIST, num_args = 1.., help_heading = RESOURCES, hide_short_help = true
+    )]
+    numa: Vec<String>,
+
+    /// Place RAM and vCPUs where the devices are: auto|off [default: off]
+    ///
+    /// auto: the guest has a NUMA node for each of the host's that its devices are on, with an equal part of
+    /// RAM and vCPUs, which are there on the host as well. It goes without --memory-zone, --numa and
+    /// --cpus affinity=, by which the same is said in full.
+    #[arg(
+        long, value_name = "HOW", value_parser = Placing::WORDS, help_heading = RESOURCES,
+        hide_short_help = true, hide_possible_values = true
+    )]
+    place: Option<String>,
 
     #[arg(
         long, help = schema::DISK.summary, long_help = schema::DISK.help(),
@@ -163,16 +187,19 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "WHAT", default_value_t = Mode::default(), value_enum, help_heading = DIAGNOSTICS)]
     pub(super) seccomp: Mode,
 
-    /// Bound the process to the files that its VM names, by Landlock
+    /// Bound the process to the files that its VM names, by Landlock: true|false|auto
     ///
     /// Those are the files, sockets and devices of the flags and of the file, with what the host has for
-    /// them. What is added later by its path is refused, unless --landlock-rules names it; a descriptor
-    /// is always taken. docs/security.md says what is in reach, and what each level of the kernel's bounds.
+    /// them. auto: where the kernel has it, and -v and the boot report tell of one that has not; true: an
+    /// error there. [default: auto; false for a process that takes VMs over its API, each of which can
+    /// say landlock_enable] A disk that is added later by its path lies beside one that the VM has, where
+    /// that is in a folder for images, or where --landlock-rules says; a descriptor is always taken.
+    /// docs/security.md says what is in reach, and what each level of the kernel's bounds.
     #[arg(
         long, value_name = "WHAT", num_args = 0..=1, default_missing_value = "true",
-        value_parser = clap::value_parser!(bool), help_heading = DIAGNOSTICS
+        value_parser = landlock_parser(), hide_possible_values = true, help_heading = DIAGNOSTICS
     )]
-    landlock: Option<bool>,
+    landlock: Option<Choice>,
 
     #[arg(
         long, help = schema::LANDLOCK_RULES.summary, long_help = schema::LANDLOCK_RULES.help(),
@@ -191,6 +218,9 @@ const DEVICES: &str = "Devices";
 const PASSTHROUGH: &str = "Passthrough";
 const CONTROL: &str = "Control";
 const LIST: &str = "KEY=VALUE,…";
+
+/// Of RAM's size, before anybody has said it: none that RAM can have, which comes in multiples of 1 MiB.
+const UNSAID: u64 = u64::MAX;
 
 /// At the end of the short help.
 pub(super) const MORE: &str = "--help has every key, and examples.";
@@ -229,6 +259,8 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
     machine::block_signals();
     machine::few_arenas();
     logging::step_aside();
+    let (level, lacking) = (landlock::level(), landlock::lacking());
+    report.set_walls(Walls::new(args.seccomp.word(), level, lacking));
     let (mut config, socket) = described?;
     if socket.is_some() {
         config.platform.make_slots(config.device.len());
@@ -306,6 +338,15 @@ impl RunArgs {
         Ok(config)
     }
 
+    /// The VM that a file describes.
+    pub(super) fn of_file(path: &Path) -> Result<VmConfig, NoConfig> {
+        let args = Self {
+            config: Some(path.to_owned()),
+            ..Self::default()
+        };
+        args.config()
+    }
+
     /// The same, and where it is controlled.
     fn described(&self) -> Result<(VmConfig, Option<SocketAddress>), Failure> {
         let config = self.config().map_err(Failure::usage)?;
@@ -318,14 +359,32 @@ impl RunArgs {
         &self,
         vm: Option<&(VmConfig, Option<SocketAddress>)>,
     ) -> Result<(), Failure> {
-        let files = vm
-            .filter(|(config, _)| config.landlock)
-            .map(|(config, socket)| {
-                Rules::of(config, socket.is_some())
-                    .with_made(socket.as_ref().and_then(SocketAddress::path))
-                    .with_made(self.report.as_deref())
-            });
-        sandbox::confine(self.seccomp, files.as_ref()).map_err(|error| Failure::new(HOST, error))
+        let files =
+            vm.filter(|(config, _)| config.landlock != Choice::Off)
+                .map(|(config, socket)| {
+                    machine::look_for_holders(config);
+                    let rules = Rules::of(config, socket.is_some())
+                        .with_made(socket.as_ref().and_then(SocketAddress::path))
+                        .with_made(self.report.as_deref());
+                    (config.landlock, rules)
+                });
+        let bounds = match &files {
+            Some((choice, rules)) => Bounds::Files(*choice, rules),
+            None if self.landlock == Some(Choice::Off) => Bounds::None,
+            None => Bounds::Threads,
+        };
+        sandbox::confine(self.seccomp, bounds).map_err(|error| Failure::new(HOST, error))
+    }
+
+    /// What the flags say of Landlock to a process that has VMs of which they say nothing.
+    pub(super) fn process_bounds(&self) -> Result<ProcessBounds, NoConfig> {
+        let mut rules = Vec::new();
+        extend(&schema::LANDLOCK_RULES, &mut rules, &self.landlock_rules)?;
+        let landlock = self.landlock.unwrap_or(Choice::Off);
+        if landlock == Choice::Off && !rules.is_empty() && !self.describes_vm() {
+            return Err(InvalidConfig::LandlockRules.into());
+        }
+        Ok(ProcessBounds { landlock, rules })
     }
 
     /// Whether the flags say anything of a VM.
@@ -351,12 +410,22 @@ impl RunArgs {
         mut config: VmConfig,
         adapt: impl FnOnce(&mut VmConfig),
     ) -> Result<VmConfig, NoConfig> {
+        let size = std::mem::replace(&mut config.memory.size, UNSAID);
         if let Some(path) = &self.config {
             let text =
                 fs::read_to_string(path).map_err(|error| NoConfig::Read(path.clone(), error))?;
             file::apply(&mut config, path, &text)?;
         }
         self.apply(&mut config)?;
+        if config.memory.size == UNSAID {
+            // Zones say it.
+            config.memory.size = if config.memory_zone.is_empty() {
+                size
+            } else {
+                0
+            };
+        }
+        config.sum_zones();
         adapt(&mut config);
         config.find_firmware();
         config.validate()?;
@@ -371,6 +440,7 @@ impl RunArgs {
         for (flag, values) in [
             ("cpus", &mut self.cpus),
             ("memory", &mut self.memory),
+            ("memory-zone", &mut self.memory_zone),
             ("disk", &mut self.disk),
             ("net", &mut self.net),
             ("fs", &mut self.fs),
@@ -386,7 +456,15 @@ impl RunArgs {
                 // A NIC of which nothing else was said is one all the same.
                 *value = rest;
             }
-            let lists = ["disk", "net", "fs", "pmem", "generic-vhost-user", "device"];
+            let lists = [
+                "memory-zone",
+                "disk",
+                "net",
+                "fs",
+                "pmem",
+                "generic-vhost-user",
+                "device",
+            ];
             if !lists.contains(&flag) {
                 values.retain(|value| !value.is_empty());
             }
@@ -412,6 +490,15 @@ impl RunArgs {
         replace(&mut config.cmdline, &self.cmdline);
         update(&schema::CPUS, &mut config.cpus, &self.cpus)?;
         update(&schema::MEMORY, &mut config.memory, &self.memory)?;
+        extend(
+            &schema::MEMORY_ZONE,
+            &mut config.memory_zone,
+            &self.memory_zone,
+        )?;
+        extend(&schema::NUMA, &mut config.numa, &self.numa)?;
+        if let Some(place) = self.place.as_deref().and_then(Placing::of_word) {
+            config.place = place;
+        }
         config.watchdog |= self.watchdog;
         config.pvpanic |= self.pvpanic;
         if !self.balloon.is_empty() {
@@ -450,6 +537,15 @@ impl RunArgs {
         let rules = &mut config.landlock_rules;
         extend(&schema::LANDLOCK_RULES, rules, &self.landlock_rules)
     }
+}
+
+/// The words of `--landlock`.
+fn landlock_parser() -> impl TypedValueParser<Value = Choice> {
+    PossibleValuesParser::new(["true", "false", "auto"]).map(|word| match word.as_str() {
+        "true" => Choice::On,
+        "false" => Choice::Off,
+        _ => Choice::Auto,
+    })
 }
 
 fn replace<T: Clone>(target: &mut Option<T>, said: &Option<T>) {

@@ -117,6 +117,9 @@ pub(super) const TOP: &[&str] = &[
     "cmdline",
     "cpus",
     "memory",
+    "memory-zone",
+    "numa",
+    "place",
     "disk",
     "net",
     "fs",
@@ -161,6 +164,7 @@ mod fs;
 mod generic;
 mod landlock;
 mod net;
+mod numa;
 mod pmem;
 mod tpm;
 mod vsock;
@@ -173,6 +177,7 @@ pub(super) use fs::FS;
 pub(super) use generic::GENERIC;
 pub(super) use landlock::LANDLOCK_RULES;
 pub(super) use net::NET;
+pub(super) use numa::{MEMORY_ZONE, NUMA};
 pub(super) use pmem::PMEM;
 pub(super) use tpm::TPM;
 pub(super) use vsock::VSOCK;
@@ -504,6 +509,8 @@ mod tests {
         agrees(&FIRMWARE);
         agrees(&CPUS);
         agrees(&MEMORY);
+        agrees(&MEMORY_ZONE);
+        agrees(&NUMA);
         agrees(&DISK);
         agrees(&NET);
         agrees(&FS);

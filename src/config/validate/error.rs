@@ -90,6 +90,20 @@ pub enum InvalidConfig {
     /// --memory {0}
     #[error("--memory {0}")]
     Hotplug(super::super::InvalidHotplug),
+    /// --memory-zone {0}
+    #[error("--memory-zone {0}")]
+    Zone(super::super::InvalidZone),
+    /// --place auto beside {what}
+    #[error(
+        "--place auto says where RAM and vCPUs are by where the devices are, and so does {what}: leave one of the two out"
+    )]
+    Placed {
+        /// The flag that says the same.
+        what: &'static str,
+    },
+    /// --numa {0}
+    #[error("--numa {0}")]
+    Numa(super::super::InvalidNuma),
     /// --balloon size={size}: must be a multiple of 4096 bytes, and no more than the guest has
     #[error(
         "--balloon size={size}: it must be a multiple of 4096 bytes, and no more than --memory size="
@@ -98,6 +112,15 @@ pub enum InvalidConfig {
         /// What was asked for, in bytes.
         size: u64,
     },
+    /// --balloon block={block}: must be a power of two from 2M to 128M
+    #[error("--balloon block={block}: it must be a power of two from 2M to 128M")]
+    BalloonBlock {
+        /// What was asked for, in bytes.
+        block: u64,
+    },
+    /// --balloon block= without vfio=remap
+    #[error("--balloon block= needs vfio=remap beside it: else RAM is mapped for devices whole")]
+    BalloonBlockAlone,
     /// --balloon beside hugepages=on
     #[error(
         "--balloon beside --memory hugepages=on: a guest gives back single pages of 4 KiB, which the host cannot take \
@@ -383,6 +406,12 @@ pub enum InvalidVirtio {
     /// {0} is for a device of another process's
     #[error("{0} is for a device of another process's (vhost_user=on): give both or none")]
     OnlyOfBackEnds(&'static str),
+    /// spoofchk=on and vhost=on: the host's kernel does not look at the guest's addresses
+    #[error(
+        "spoofchk=on and vhost=on: the host's kernel does not look at the guest's addresses; leave vhost= out, and Busway \
+         serves the NIC"
+    )]
+    SourcesByKernel,
     /// mtu={0} must be from 68 to 65535
     #[error("mtu={0} must be from {MIN_MTU} to 65535")]
     Mtu(u16),

@@ -13,7 +13,15 @@ fn a_vm_is_said_changed_shown_and_forgotten_without_being_booted() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("api");
     let server = Server::start(&SocketAddress::Path(socket.clone()), requests.control()).unwrap();
-    let process = thread::spawn(move || machine::serve(None, false, None, requests));
+    let process = thread::spawn(move || {
+        machine::serve(
+            None,
+            false,
+            None,
+            machine::ProcessBounds::default(),
+            requests,
+        )
+    });
     let mut client = Client::new(&socket);
     let mut put = |name: &str, body: Option<Value>| {
         let body = body.map_or_else(String::new, |body| body.to_string());
@@ -84,7 +92,15 @@ fn a_vm_is_said_changed_shown_and_forgotten_without_being_booted() {
 fn what_a_vm_is_to_be_does_not_grow_without_bound() {
     let requests = Requests::new().unwrap();
     let control = requests.control();
-    let process = thread::spawn(move || machine::serve(None, false, None, requests));
+    let process = thread::spawn(move || {
+        machine::serve(
+            None,
+            false,
+            None,
+            machine::ProcessBounds::default(),
+            requests,
+        )
+    });
     control
         .ask(Request::Create(Box::default(), machine::Handed::default()))
         .unwrap();
@@ -105,7 +121,15 @@ fn what_a_vm_is_to_be_does_not_grow_without_bound() {
 fn the_descriptors_of_a_nic_are_kept_until_it_goes_or_the_vm_does() {
     let requests = Requests::new().unwrap();
     let control = requests.control();
-    let process = thread::spawn(move || machine::serve(None, false, None, requests));
+    let process = thread::spawn(move || {
+        machine::serve(
+            None,
+            false,
+            None,
+            machine::ProcessBounds::default(),
+            requests,
+        )
+    });
     let create = || control.ask(Request::Create(Box::default(), machine::Handed::default()));
     for how in [
         Request::RemoveDevice {

@@ -6,14 +6,16 @@ use std::fs;
 use serde::Serialize;
 
 use super::generic::Generic;
+use super::numa::{Node, Zone};
 use super::pmem::Pmem;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
-    Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity,
-    RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
+    Accepted, BesideDevices, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig,
+    DiskConfig, FsConfig, HotplugMethod, ImageType, LandlockRule, NetConfig, Placing,
+    PlatformConfig, QueueAffinity, RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
+use crate::sandbox::landlock;
 
 /// The width of a physical address where the host does not say, in bits.
 const PHYSICAL_BITS: u8 = 46;
@@ -23,6 +25,11 @@ const PHYSICAL_BITS: u8 = 46;
 pub(super) struct Config {
     cpus: Cpus,
     memory: Memory,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    numa: Vec<Node>,
+    /// Beside Cloud Hypervisor's, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<Placing>,
     payload: Payload,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     disks: Vec<Disk>,
@@ -84,6 +91,8 @@ struct Memory {
     hugepage_size: Option<u64>,
     prefault: bool,
     thp: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    zones: Vec<Zone>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -165,6 +174,9 @@ struct Net {
     /// Beside Cloud Hypervisor's: whether the host's kernel serves it, where that was said.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhost: Option<bool>,
+    /// Beside Cloud Hypervisor's: what the guest sends from another address is dropped.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    spoofchk: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
@@ -204,6 +216,11 @@ struct Balloon {
     size: u64,
     deflate_on_oom: bool,
     free_page_reporting: bool,
+    /// Beside Cloud Hypervisor's: what becomes of it beside assigned devices, where that was said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vfio: Option<BesideDevices>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block: Option<u64>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -273,6 +290,8 @@ impl From<&VmConfig> for Config {
         Self {
             cpus: Cpus::of(&config.cpus, accepted),
             memory: Memory::of(config),
+            numa: config.numa.iter().map(Into::into).collect(),
+            place: Some(config.place).filter(|place| *place != Placing::Off),
             payload: Payload::of(config),
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
@@ -291,6 +310,8 @@ impl From<&VmConfig> for Config {
                 size: balloon.size,
                 deflate_on_oom: balloon.deflate_on_oom,
                 free_page_reporting: balloon.free_page_reporting,
+                vfio: Some(balloon.vfio).filter(|vfio| *vfio != BesideDevices::Keep),
+                block: balloon.block,
             }),
             tpm: config.tpm.as_ref().map(|tpm| Tpm {
                 socket: text(&tpm.socket),
@@ -306,7 +327,7 @@ impl From<&VmConfig> for Config {
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
-            landlock_enable: config.landlock,
+            landlock_enable: landlock::applies(config.landlock),
             landlock_rules: config.landlock_rules.clone(),
         }
     }
@@ -361,17 +382,23 @@ fn physical_bits() -> Option<u8> {
 impl Memory {
     fn of(config: &VmConfig) -> Self {
         let (memory, has_devices) = (&config.memory, !config.device.is_empty());
+        let (shared, prefault) = (
+            config.shares_memory(),
+            memory.prefault.unwrap_or(has_devices),
+        );
+        let zones = config.memory_zone.iter();
         Self {
             size: memory.size,
             mergeable: false,
             hotplug_method: memory.hotplug_method,
             hotplug_size: memory.hotplug_size,
             hotplugged_size: memory.hotplugged_size,
-            shared: config.shares_memory(),
+            shared,
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,
-            prefault: memory.prefault.unwrap_or(has_devices),
+            prefault,
             thp: memory.thp,
+            zones: zones.map(|zone| Zone::of(zone, shared, prefault)).collect(),
         }
     }
 }
@@ -455,6 +482,7 @@ impl From<&NetConfig> for Net {
             },
             mtu: net.mtu,
             vhost: known(net.vhost),
+            spoofchk: net.spoofchk,
             id: net.id.clone(),
             pci_segment: net.pci_segment,
             pci_device_id: net.pci_device_id,

@@ -13,13 +13,14 @@ use super::beside::{Beside, needs_id};
 use super::device::AddDevice;
 use super::generic::AddGeneric;
 use super::lacking::{Asked, Fault, Lack};
+use super::numa::{AddNode, AddZone};
 use super::pmem::AddPmem;
 use super::some_text;
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
 use crate::config::{
-    Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
-    VmConfig,
+    Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CpusConfig, FirmwareConfig,
+    HotplugMethod, LandlockRule, MemoryConfig, MemoryZoneConfig, Placing, PlatformConfig, Topology,
+    TpmConfig, VcpuAffinity, VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -49,8 +50,10 @@ pub(super) struct CreateVm {
     iommu: Asked,
     landlock_enable: Option<bool>,
     landlock_rules: Option<Vec<LandlockRule>>,
-    numa: Asked,
+    numa: Option<Vec<AddNode>>,
     pci_segments: Asked,
+    /// Beside Cloud Hypervisor's: RAM and vCPUs are placed by where the devices are.
+    place: Option<Placing>,
     pmem: Option<Vec<AddPmem>>,
     pvpanic: Option<bool>,
     rate_limit_groups: Asked,
@@ -93,8 +96,7 @@ struct Memory {
     hotplugged_size: Option<u64>,
     #[serde(default)]
     mergeable: Asked,
-    #[serde(default)]
-    zones: Asked,
+    zones: Option<Vec<AddZone>>,
 }
 
 /// `PayloadConfig`
@@ -130,6 +132,11 @@ struct Balloon {
     deflate_on_oom: bool,
     #[serde(default)]
     free_page_reporting: bool,
+    /// Beside Cloud Hypervisor's: what becomes of it beside assigned devices.
+    #[serde(default)]
+    vfio: BesideDevices,
+    /// Beside Cloud Hypervisor's: bytes of a block that goes back then.
+    block: Option<u64>,
 }
 
 impl Balloon {
@@ -138,6 +145,8 @@ impl Balloon {
             size: self.size,
             deflate_on_oom: self.deflate_on_oom,
             free_page_reporting: self.free_page_reporting,
+            vfio: self.vfio,
+            block: self.block,
         }
     }
 }
@@ -237,8 +246,12 @@ impl CreateVm {
             config.cpus = cpus.into_config(&mut accepted)?;
         }
         if let Some(memory) = self.memory {
-            config.memory = memory.into_config()?;
+            (config.memory, config.memory_zone) = memory.into_config()?;
+            config.sum_zones();
         }
+        let nodes = self.numa.unwrap_or_default().into_iter();
+        config.numa = nodes.map(AddNode::into_config).collect::<Result<_, _>>()?;
+        config.place = self.place.unwrap_or_default();
         config.watchdog = self.watchdog.unwrap_or(false);
         config.pvpanic = self.pvpanic.unwrap_or(false);
         config.balloon = self.balloon.map(Balloon::into_config);
@@ -316,7 +329,11 @@ impl CreateVm {
             }
             config.platform = platform.into_config()?;
         }
-        config.landlock = self.landlock_enable.unwrap_or(false);
+        // As Cloud Hypervisor: which files clients add later is not known, and they are not used to naming them.
+        config.landlock = match self.landlock_enable {
+            Some(true) => Choice::On,
+            Some(false) | None => Choice::Off,
+        };
         config.landlock_rules = self.landlock_rules.unwrap_or_default();
         beside.finish()?;
         // Clients look for devices where Cloud Hypervisor has them.
@@ -328,7 +345,6 @@ impl CreateVm {
     fn check(&self) -> Result<(), Fault> {
         for (asked, lack) in [
             (self.iommu, Lack::VirtualIommu),
-            (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
             (self.rate_limit_groups, Lack::SharedLimit),
             (self.user_devices, Lack::UserDevices),
@@ -372,11 +388,14 @@ impl Cpus {
 }
 
 impl Memory {
-    fn into_config(self) -> Result<MemoryConfig, Fault> {
+    fn into_config(self) -> Result<(MemoryConfig, Vec<MemoryZoneConfig>), Fault> {
         Lack::MergedPages.unless_asked(self.mergeable)?;
-        Lack::MemoryZones.unless_asked(self.zones)?;
+        let zones = self.zones.unwrap_or_default().into_iter();
+        let zones: Vec<_> = zones.map(AddZone::into_config).collect::<Result<_, _>>()?;
         let mut memory = MemoryConfig::default();
-        memory.size = self.size.unwrap_or(memory.size);
+        // Zones say it where nobody else does.
+        let unsaid = if zones.is_empty() { memory.size } else { 0 };
+        memory.size = self.size.unwrap_or(unsaid);
         memory.shared = self.shared.unwrap_or(memory.shared);
         memory.hugepages = self.hugepages.unwrap_or(memory.hugepages);
         memory.hugepage_size = self.hugepage_size;
@@ -386,7 +405,7 @@ impl Memory {
         memory.hotplug_size = self.hotplug_size;
         memory.hotplug_method = self.hotplug_method.unwrap_or_default();
         memory.hotplugged_size = self.hotplugged_size;
-        Ok(memory)
+        Ok((memory, zones))
     }
 }
 
@@ -468,6 +487,7 @@ mod tests {
         VmConfig {
             serial: ConsoleConfig::Null,
             console: ConsoleConfig::Tty,
+            landlock: Choice::Off,
             platform: PlatformConfig {
                 root_ports: Some(false),
                 ..PlatformConfig::default()
@@ -514,13 +534,15 @@ mod tests {
 
     #[test]
     fn a_balloon_a_watchdog_pvpanic_and_a_tpm_are_there_where_they_are_asked_for() {
-        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1},
+        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"vfio":"remap","block":4194304,"nonsense":1},
             "watchdog":true,"pvpanic":true,"tpm":{"socket":"/run/swtpm"}}"#;
         let expected = VmConfig {
             balloon: Some(BalloonConfig {
                 size: 4096,
                 deflate_on_oom: false,
                 free_page_reporting: true,
+                vfio: BesideDevices::Remap,
+                block: Some(4 << 20),
             }),
             watchdog: true,
             pvpanic: true,
@@ -660,10 +682,6 @@ mod tests {
     fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
         for (body, lack) in [
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
-            (
-                r#"{"memory":{"zones":[{"id":"z","size":1}]}}"#,
-                Lack::MemoryZones,
-            ),
             (r#"{"memory":{"mergeable":true}}"#, Lack::MergedPages),
             (r#"{"cpus":{"kvm_hyperv":true}}"#, Lack::HyperV),
             (r#"{"cpus":{"core_scheduling":"Vm"}}"#, Lack::CoreScheduling),
@@ -674,7 +692,10 @@ mod tests {
                 r#"{"serial":{"mode":"Off","iommu":true}}"#,
                 Lack::VirtualIommu,
             ),
-            (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
+            (
+                r#"{"net":[{"host_mac":"52:54:00:12:34:56"}]}"#,
+                Lack::TapAddress,
+            ),
         ] {
             assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");
         }

@@ -12,6 +12,7 @@ mod generic;
 mod info;
 mod lacking;
 mod looks;
+mod numa;
 mod observe;
 mod pmem;
 mod resize;

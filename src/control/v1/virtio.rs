@@ -161,6 +161,8 @@ pub(super) struct AddNet {
     vhost_mode: Option<String>,
     /// Beside Cloud Hypervisor's: the host's kernel serves it, or must not.
     vhost: Option<bool>,
+    /// Beside Cloud Hypervisor's: what the guest sends from another address is dropped.
+    spoofchk: Option<bool>,
     /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came are the tap's.
     pub(super) fd_indexes: Option<Vec<usize>>,
     #[serde(flatten)]
@@ -171,7 +173,6 @@ impl AddNet {
     pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
         let vhost_user = self.vhost_user.unwrap_or(false);
-        Lack::Mtu.unless_asked(self.mtu.is_some() && !vhost_user)?;
         Lack::TapAddress.unless_asked(self.host_mac)?;
         Lack::TapLimit.unless_asked(self.rate_limiter_config)?;
         let offloads = [self.offload_tso, self.offload_ufo, self.offload_csum];
@@ -200,6 +201,7 @@ impl AddNet {
             socket: some_text(self.vhost_socket).map(PathBuf::from),
             vhost_mode: vhost_mode(self.vhost_mode.as_deref())?,
             mtu: self.mtu,
+            spoofchk: self.spoofchk.unwrap_or(false),
             mac: mac.map_err(|error| format!("mac: {error}"))?,
             vhost: match self.vhost {
                 None => Choice::Auto,
@@ -365,6 +367,13 @@ mod tests {
         };
         assert_eq!(net(all), Ok(VirtioConfig::Net(expected)));
         assert_eq!(net("{}"), Ok(VirtioConfig::Net(NetConfig::default())));
+        let limited = NetConfig {
+            mtu: Some(9000),
+            spoofchk: true,
+            ..NetConfig::default()
+        };
+        let limited = Ok(VirtioConfig::Net(limited));
+        assert_eq!(net(r#"{"mtu":9000,"spoofchk":true}"#), limited);
     }
 
     fn fs(body: &str) -> Result<VirtioConfig, Fault> {
@@ -484,7 +493,6 @@ mod tests {
         for (body, word) in [
             (r#"{"fds":[0,1,2]}"#, "SCM_RIGHTS"),
             (r#"{"mac":"nonsense"}"#, "nonsense"),
-            (r#"{"mtu":9000}"#, "MTU"),
             (r#"{"vhost_mode":"Peer"}"#, "Peer"),
             (r#"{"host_mac":"52:54:00:12:34:56"}"#, "host_mac"),
             (r#"{"rate_limiter_config":{"ops":{"size":1}}}"#, "limited"),

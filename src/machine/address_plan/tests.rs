@@ -251,7 +251,7 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
                 .iter()
                 .all(|part| part.start >= expected.end)
         );
-        let same = Ram::around(&memory, false, plan.mmio32_start, &plan.reserved).unwrap();
+        let same = Ram::around(&memory, &[], false, plan.mmio32_start, &plan.reserved).unwrap();
         assert_eq!(same.pluggable_range(), Some(expected));
     }
     let fixed = with(GIB);

@@ -32,7 +32,7 @@ use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use super::seats::{Owner, Seat, Seats};
 use crate::config::{BalloonConfig, DiskConfig, PciPlace, VirtioConfig, VmConfig};
-use crate::memory::{Discards, GuestRam, Pluggable, RamMap, Slots};
+use crate::memory::{Ballooned, Discards, GuestRam, Pluggable, RamMap, Slots};
 use crate::virtio::balloon::{Balloon, BalloonTarget};
 use crate::virtio::blk::Blk;
 use crate::virtio::mem::{Mem, MemTarget};
@@ -250,7 +250,7 @@ impl VirtioDevices {
         Ok(())
     }
 
-    /// Adds the balloon, whose pages go by `discards`.
+    /// Adds the balloon, whose pages go by `discards`, and by `ballooned` beside devices.
     ///
     /// # Errors
     /// [`RunError`]
@@ -258,13 +258,16 @@ impl VirtioDevices {
         &mut self,
         config: &BalloonConfig,
         discards: &Arc<Discards>,
+        ballooned: Option<Ballooned>,
         pci: &mut Pci,
     ) -> Result<(), RunError> {
-        let balloon = Balloon::new("balloon", config, &self.ram, discards)?;
+        let keeps = ballooned.is_none();
+        let balloon = Balloon::new("balloon", config, &self.ram, discards, ballooned)?;
         self.balloon = Some(balloon.target(&self.ram));
-        if discards.is_inhibited() {
+        if keeps && discards.is_inhibited() {
             log::warn!(
-                "balloon: what the guest gives back stays with the VM, for assigned devices reach all of RAM by DMA"
+                "balloon: what the guest gives back stays with the VM, for assigned devices reach all of RAM by DMA \
+                 (--balloon vfio=remap has them reach less)"
             );
         }
         self.add_fixed(Box::new(balloon), pci)

@@ -6,11 +6,13 @@
 //!
 //! Kernels differ in what they can enforce. All that this one can is taken; which level that is, is logged once.
 
+mod anchor;
 mod rules;
 
 use std::error::Error;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use ::landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus,
@@ -21,21 +23,26 @@ use rustix::io::Errno;
 
 use super::kind::Kind;
 use super::table::{self, Files};
-use crate::config::LandlockAccess;
+use crate::config::{Choice, LandlockAccess};
+use anchor::Mounts;
 pub use rules::Rules;
 
 /// The newest level of which it is known what it means for a VM. The crate leaves out what a kernel does not have.
 const NEWEST: ABI = ABI::V9;
 
-/// The process has its layer.
-static IN_FORCE: AtomicBool = AtomicBool::new(false);
+/// The level that the process's layer has; 0 where there is none.
+static LEVEL: AtomicI32 = AtomicI32::new(0);
+/// Why there is none, where it was to be there if the kernel has it.
+static LACKING: OnceLock<String> = OnceLock::new();
+/// Threads have their layers, whether or not the process has one.
+static NARROWS: AtomicBool = AtomicBool::new(false);
 
 /// Landlock cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum LandlockError {
     /// the kernel has none
     #[error(
-        "--landlock: this kernel has no Landlock ({0}): it needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK, and \
+        "--landlock true: this kernel has no Landlock ({0}): it needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK, and \
          `landlock` among the modules of lsm= on its command line; --landlock false goes without"
     )]
     Missing(&'static str),
@@ -52,16 +59,57 @@ pub enum LandlockError {
     Kernel(#[from] ::landlock::RulesetError),
 }
 
-/// Bounds the calling thread, and all that it starts, to `rules`; with level 8 the process's other threads, too. A
-/// process that is bounded stays as it is, for bounds cannot be widened.
+/// Whether the kernel has it.
+#[must_use]
+pub fn is_available() -> bool {
+    let created = Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(ABI::V1))
+        .and_then(Ruleset::create);
+    created.is_ok()
+}
+
+/// Has threads that serve the guest be bounded from now on, each as its kind is ([`narrow`]), where the kernel can.
+pub(super) fn bound_threads() {
+    NARROWS.store(is_available(), Ordering::Release);
+}
+
+/// Bounds the process to `rules`, where that is asked for, or where the kernel has Landlock. A process that is bounded
+/// stays as it is, for bounds cannot be widened.
 ///
 /// # Errors
 /// [`LandlockError`]
-pub fn restrict(rules: &Rules) -> Result<(), LandlockError> {
-    if is_in_force() {
-        log::debug!("Landlock: what may be opened is what could be before");
-        return Ok(());
+pub fn restrict_by_choice(
+    choice: Choice,
+    rules: impl FnOnce() -> Rules,
+) -> Result<(), LandlockError> {
+    match choice {
+        Choice::Off => Ok(()),
+        _ if is_in_force() => {
+            log::debug!("Landlock: what may be opened is what could be before");
+            Ok(())
+        }
+        Choice::On => restrict(&rules()),
+        Choice::Auto if lacking().is_some() => Ok(()),
+        Choice::Auto => match restrict(&rules()) {
+            Err(LandlockError::Missing(why)) => {
+                log::info!(
+                    "Landlock bounds nothing: this kernel has none ({why}): it needs Linux 5.13 with \
+                     CONFIG_SECURITY_LANDLOCK, and `landlock` among the modules of lsm= on its command line"
+                );
+                let _already = LACKING.set(format!("the kernel has none: {why}"));
+                Ok(())
+            }
+            restricted => restricted,
+        },
     }
+}
+
+/// Bounds the calling thread, and all that it starts, to `rules`; with level 8 the process's other threads, too.
+///
+/// # Errors
+/// [`LandlockError`]
+fn restrict(rules: &Rules) -> Result<(), LandlockError> {
     let ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(NEWEST))?
@@ -69,9 +117,10 @@ pub fn restrict(rules: &Rules) -> Result<(), LandlockError> {
         .handle_access(AccessNet::from_all(ABI::V4))?
         .scope(Scope::from_all(ABI::V6))?;
     let mut created = ruleset.create()?;
+    let mounts = Mounts::read();
     for rule in rules.iter() {
         // What is not there cannot be opened either, and whoever wants it says so in its own words.
-        let Ok(path) = PathFd::new(&rule.path) else {
+        let Ok(path) = PathFd::new(mounts.anchor(&rule.path)) else {
             continue;
         };
         let path = PathBeneath::new(path, rights(rule.access));
@@ -90,10 +139,16 @@ pub fn restrict(rules: &Rules) -> Result<(), LandlockError> {
         }
     }
     for folder in rules.connects() {
-        if let Ok(folder) = PathFd::new(folder) {
+        if let Ok(folder) = PathFd::new(mounts.anchor(folder)) {
             // Kernels that do not bound connections take the former for an access that is none.
             let connect = AccessFs::ResolveUnix | AccessFs::ReadDir;
             created = created.add_rule(PathBeneath::new(folder, connect))?;
+        }
+    }
+    for rule in rules.images() {
+        if let Ok(folder) = PathFd::new(mounts.anchor(&rule.path)) {
+            let access = image_rights(rule.access);
+            created = created.add_rule(PathBeneath::new(folder, access))?;
         }
     }
     let status = created.all_threads(true)?.restrict_self()?;
@@ -105,32 +160,54 @@ pub fn restrict(rules: &Rules) -> Result<(), LandlockError> {
             return Err(LandlockError::Missing("it was built without it"));
         }
         (_, LandlockStatus::Available { effective_abi, .. }) => {
-            log::info!("{}", level(effective_abi as i32));
+            let abi = effective_abi as i32;
+            log::info!("{}", in_words(abi));
+            LEVEL.store(abi, Ordering::Release);
         }
-        _ => {}
+        // It is enforced, so that it is there.
+        _ => LEVEL.store(1, Ordering::Release),
     }
-    IN_FORCE.store(true, Ordering::Release);
     Ok(())
 }
 
 /// Whether [`restrict`] has bounded this process.
 #[must_use]
 pub fn is_in_force() -> bool {
-    IN_FORCE.load(Ordering::Acquire)
+    level().is_some()
 }
 
-/// Takes from the calling thread, and from what it will start, the files that its kind has no business with. Where the
-/// process has no layer, it does nothing.
+/// The level at which [`restrict`] has bounded this process.
+#[must_use]
+pub fn level() -> Option<i32> {
+    Some(LEVEL.load(Ordering::Acquire)).filter(|level| *level > 0)
+}
+
+/// Why nothing bounds the process that was to be bounded where the kernel can.
+#[must_use]
+pub fn lacking() -> Option<&'static str> {
+    LACKING.get().map(String::as_str)
+}
+
+/// Whether a VM for which that was chosen is in a process that is bounded, or will be.
+#[must_use]
+pub fn applies(choice: Choice) -> bool {
+    choice == Choice::On || is_in_force()
+}
+
+/// Takes from the calling thread, and from what it will start, the files that its kind has no business with. Threads that
+/// read files of the host are bounded where the process is, for who is bounded sees no descriptors of other processes.
 ///
 /// # Errors
 /// The kernel's: no memory, or too many layers
 pub(super) fn narrow(kind: Kind) -> io::Result<()> {
-    if !is_in_force() {
+    let is_in_force = is_in_force();
+    if !is_in_force && !NARROWS.load(Ordering::Acquire) {
         return Ok(());
     }
     let all = AccessFs::from_all(NEWEST);
     let taken = match table::files(kind) {
         Files::AsTheProcess => return Ok(()),
+        Files::Read if !is_in_force => return Ok(()),
         Files::Read => all & !(AccessFs::ReadFile | AccessFs::ReadDir),
         Files::Change => all & !(AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::WriteFile),
         Files::Remove => all & !BitFlags::from(AccessFs::RemoveFile),
@@ -165,7 +242,7 @@ pub fn remedy(error: &(dyn Error + 'static)) -> Option<&'static str> {
 }
 
 const REMEDY: &str = "Landlock bounds this process to the files that its VM's configuration named at the start: \
-    --landlock-rules path=PATH,access=rw adds some, and a descriptor needs none";
+    --landlock-rules path=PATH,access=rw adds some, and a descriptor (busway ctl add-disk --send) needs none";
 
 /// The rights of the kernel's that an access is.
 fn rights(access: LandlockAccess) -> BitFlags<AccessFs> {
@@ -185,8 +262,18 @@ fn rights(access: LandlockAccess) -> BitFlags<AccessFs> {
     }
 }
 
+/// The rights with images in a folder.
+fn image_rights(access: LandlockAccess) -> BitFlags<AccessFs> {
+    match access {
+        LandlockAccess::Read => AccessFs::ReadFile.into(),
+        LandlockAccess::Write | LandlockAccess::ReadWrite => {
+            AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate
+        }
+    }
+}
+
 /// What is enforced at a level, in words.
-fn level(abi: i32) -> String {
+fn in_words(abi: i32) -> String {
     let lacking: Vec<&str> = [
         (3, "that files are cut off"),
         (4, "TCP"),
@@ -212,12 +299,12 @@ mod tests {
 
     #[test]
     fn a_level_says_what_it_does_not_bound() {
-        assert_eq!(level(9), "Landlock is in force, at level 9");
+        assert_eq!(in_words(9), "Landlock is in force, at level 9");
         assert_eq!(
-            level(7),
+            in_words(7),
             "Landlock is in force, at level 7: the kernel is too old to bound Unix sockets by path"
         );
-        assert!(level(1).contains("cut off, TCP, requests"));
+        assert!(in_words(1).contains("cut off, TCP, requests"));
     }
 
     #[test]
@@ -233,6 +320,8 @@ mod tests {
                 | AccessFs::MakeSym
                 | AccessFs::MakeDir;
             assert!((rights(access) & never).is_empty(), "{access:?}");
+            let own = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate;
+            assert!(own.contains(image_rights(access)), "{access:?}");
         }
     }
 }

@@ -1,13 +1,17 @@
 //! Which paths a VM needs: what its configuration names, and what of the host belongs to that.
 //!
-//! A VM that can be asked for more (it has a control socket) also needs what devices that are added are opened by. Files
-//! and sockets that are added later are in no configuration: they come by descriptor, or `--landlock-rules` names them.
+//! A VM that can be asked for more (it has a control socket) also needs what devices that are added are opened by, and the
+//! images that lie beside its own, where their folder is one for images ([`images_in`]). Other files are in no
+//! configuration: they come by descriptor, or `--landlock-rules` names them.
 
 use std::path::{Path, PathBuf};
+use std::{env, fs};
 
 use crate::config::{
-    ConsoleConfig, LandlockAccess, LandlockRule, NetConfig, VhostMode, VirtioConfig, VmConfig,
+    ConsoleConfig, DiskConfig, ImageType, LandlockAccess, LandlockRule, NetConfig, VhostMode,
+    VirtioConfig, VmConfig,
 };
+use crate::virtio::blk::backing_files;
 
 use LandlockAccess::{Read, ReadWrite};
 
@@ -17,22 +21,38 @@ pub struct Rules {
     paths: Vec<LandlockRule>,
     /// Folders whose sockets are connected to.
     connects: Vec<PathBuf>,
+    /// Folders whose files are opened, to be read or to be read and written, and neither listed, made nor removed.
+    images: Vec<LandlockRule>,
 }
 
 /// What every VM opens or reads.
 ///
-/// Of `/proc` and `/sys` a few files are read at any time: what a device's driver, its errors and its resets are, what a
-/// tap has counted, what threads have used. Which these are depends on devices that come later.
+/// Of `/proc` a few files are read at any time: what threads have used, what the host's interrupts are.
 const ALWAYS: &[(&str, LandlockAccess)] = &[
     ("/dev/kvm", ReadWrite),
     ("/dev/null", ReadWrite),
     ("/dev/urandom", Read),
     ("/proc", Read),
-    ("/sys", Read),
     // Standard input is opened anew, so that it can be read without waiting, and the log writes to what it was given.
     ("/proc/self/fd/0", ReadWrite),
     ("/proc/self/fd/1", ReadWrite),
     ("/proc/self/fd/2", ReadWrite),
+];
+
+/// What of sysfs is read at any time: which devices there are, with their drivers, errors and resets, what a tap has
+/// counted, how large pages can be. Which files these are depends on devices that come later. What other kernel
+/// interfaces have below `/sys` (debugfs, tracefs, cgroups, BPF's, EFI's variables) is not among them.
+const SYSFS: &[&str] = &[
+    "/sys/block",
+    "/sys/bus",
+    "/sys/class",
+    "/sys/dev",
+    "/sys/devices",
+    "/sys/firmware/acpi/tables",
+    "/sys/kernel/iommu_groups",
+    "/sys/kernel/irq",
+    "/sys/kernel/mm",
+    "/sys/module",
 ];
 
 /// What a NIC is opened by.
@@ -52,6 +72,7 @@ impl Rules {
         for (path, access) in ALWAYS {
             rules.allow(path, *access);
         }
+        rules.allow_all(SYSFS, Read);
         for path in [&config.kernel, &config.initramfs].into_iter().flatten() {
             rules.allow(path, Read);
         }
@@ -72,6 +93,11 @@ impl Rules {
         for (_, device) in config.virtio() {
             rules.virtio(&device);
         }
+        if can_be_asked {
+            for disk in config.disk.iter().filter(|disk| is_opened(disk)) {
+                rules.beside(disk);
+            }
+        }
         if let Some(tpm) = &config.tpm {
             rules.connects.push(folder(&tpm.socket).to_owned());
         }
@@ -88,10 +114,16 @@ impl Rules {
         for file in config.device.iter().filter_map(|one| one.romfile.as_ref()) {
             rules.allow(file, Read);
         }
-        for rule in &config.landlock_rules {
-            rules.allow(&rule.path, rule.access);
+        rules.with(&config.landlock_rules)
+    }
+
+    /// Leaves more in reach.
+    #[must_use]
+    pub fn with(mut self, more: &[LandlockRule]) -> Self {
+        for rule in more {
+            self.allow(&rule.path, rule.access);
         }
-        rules
+        self
     }
 
     /// Has files and sockets made in the folder that `path` is in.
@@ -101,6 +133,11 @@ impl Rules {
             self.allow(folder(path), ReadWrite);
         }
         self
+    }
+
+    /// Folders with images, and how these are opened.
+    pub(super) fn images(&self) -> &[LandlockRule] {
+        &self.images
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &LandlockRule> {
@@ -140,6 +177,33 @@ impl Rules {
         }
     }
 
+    /// Leaves in reach the images that lie beside that of a disk: to be written, where one of them is.
+    fn beside(&mut self, disk: &DiskConfig) {
+        let Some(folder) = images_in(&disk.path) else {
+            return;
+        };
+        let access = if disk.readonly { Read } else { ReadWrite };
+        let known = self.images.iter_mut().find(|rule| rule.path == folder);
+        match known {
+            Some(rule) if access == ReadWrite => rule.access = access,
+            Some(_) => {}
+            None => self.images.push(LandlockRule {
+                path: folder,
+                access,
+            }),
+        }
+    }
+
+    fn disk(&mut self, disk: &DiskConfig) {
+        let access = if disk.readonly { Read } else { ReadWrite };
+        self.allow(&disk.path, access);
+        if disk.image_type == ImageType::Qcow2 && disk.backing_files {
+            for path in backing_files(&disk.path) {
+                self.allow(path, Read);
+            }
+        }
+    }
+
     fn virtio(&mut self, device: &VirtioConfig) {
         // Where another process serves it, its socket is all that there is. The folder, for a rule is of the file that is
         // there, and a back end that comes back makes another.
@@ -150,8 +214,7 @@ impl Rules {
             return self.connects.push(folder(socket).to_owned());
         }
         match device {
-            VirtioConfig::Disk(disk) if disk.readonly => self.allow(&disk.path, Read),
-            VirtioConfig::Disk(disk) => self.allow(&disk.path, ReadWrite),
+            VirtioConfig::Disk(disk) => self.disk(disk),
             VirtioConfig::Vsock(vsock) => match &vsock.socket {
                 // It is made there, and those that the guest connects to are beside it.
                 Some(socket) => self.allow(folder(socket), ReadWrite),
@@ -166,6 +229,28 @@ impl Rules {
 
 fn opens_tap(net: &NetConfig) -> bool {
     net.fd.is_empty() && !net.vhost_user
+}
+
+/// Whether a disk's image is opened here, by its path.
+fn is_opened(disk: &DiskConfig) -> bool {
+    disk.fd.is_none() && !disk.vhost_user
+}
+
+/// The folder that an image is in, where that is one for images, and not one that has everything else in it as well.
+fn images_in(image: &Path) -> Option<PathBuf> {
+    let folder = fs::canonicalize(folder(image)).ok()?;
+    is_for_images(&folder, env::var_os("HOME").as_deref().map(Path::new)).then_some(folder)
+}
+
+/// Whether a folder, without links in its path, can be one for images: it lies two levels below the root or deeper, is
+/// nobody's home, and is none of the system's own.
+fn is_for_images(folder: &Path, home: Option<&Path>) -> bool {
+    const SYSTEM: &[&str] = &["/boot", "/dev", "/etc", "/proc", "/sys", "/usr"];
+    let is_home = home == Some(folder) || folder.parent() == Some(Path::new("/home"));
+    // The root is a component.
+    folder.components().count() > 2
+        && !is_home
+        && !SYSTEM.iter().any(|system| folder.starts_with(system))
 }
 
 /// Whether the socket where a device meets its back end is made on this side.
@@ -207,8 +292,12 @@ mod tests {
         assert_eq!(access(&least, "/boot"), []);
         assert_eq!(access(&least, "/var/log/vm"), [ReadWrite]);
         assert_eq!(access(&least, "/dev/ptmx"), [ReadWrite]);
-        assert_eq!(access(&least, "/sys"), [Read]);
-        assert_eq!(access(&least, "/proc"), [Read]);
+        for path in ["/sys/bus", "/sys/devices", "/proc"] {
+            assert_eq!(access(&least, path), [Read], "{path}");
+        }
+        for path in ["/sys", "/sys/kernel", "/sys/kernel/debug", "/sys/firmware"] {
+            assert_eq!(access(&least, path), [], "{path}");
+        }
 
         config.disk = vec![
             DiskConfig {
@@ -249,6 +338,59 @@ mod tests {
         let folders = ["/run/share", "/run/tpm"].map(Path::new);
         assert_eq!(rules.connects(), folders);
         assert_eq!(access(&rules, "/run/share"), []);
+    }
+
+    #[test]
+    fn images_lie_in_folders_that_have_nothing_else() {
+        let home = Some(Path::new("/var/lib/service"));
+        for (folder, is) in [
+            ("/", false),
+            ("/run", false),
+            ("/home", false),
+            ("/home/somebody", false),
+            ("/var/lib/service", false),
+            ("/dev/mapper", false),
+            ("/etc/vms/images", false),
+            ("/usr/local/images", false),
+            ("/home/somebody/vms", true),
+            ("/var/lib/service/vms", true),
+            ("/var/lib/libvirt/images", true),
+            ("/srv/vms", true),
+        ] {
+            assert_eq!(is_for_images(Path::new(folder), home), is, "{folder}");
+        }
+    }
+
+    #[test]
+    fn what_is_added_lies_beside_an_image_that_is_there_where_something_can_be_asked_for() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = |name: &str| {
+            let folder = root.path().join(name);
+            fs::create_dir(&folder).unwrap();
+            folder.canonicalize().unwrap()
+        };
+        let [written, read, inherited] = ["written", "read", "inherited"].map(folder);
+        let disk = |folder: &Path, readonly, fd| DiskConfig {
+            readonly,
+            fd,
+            ..DiskConfig::new(folder.join("disk"))
+        };
+        let config = VmConfig {
+            disk: vec![
+                disk(&written, true, None),
+                disk(&written, false, None),
+                disk(&read, true, None),
+                disk(&inherited, false, Some(3)),
+            ],
+            ..VmConfig::default()
+        };
+        assert_eq!(Rules::of(&config, false).images(), []);
+        let rules = Rules::of(&config, true);
+        let images = rules.images().iter();
+        let images: Vec<_> = images.map(|rule| (&*rule.path, rule.access)).collect();
+        assert_eq!(images, [(&*written, ReadWrite), (&*read, Read)]);
+        // As a whole it is nobody's.
+        assert_eq!(access(&rules, written.to_str().unwrap()), []);
     }
 
     #[test]

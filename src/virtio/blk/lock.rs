@@ -4,8 +4,9 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use super::sys;
 
@@ -36,17 +37,47 @@ pub(crate) fn lock(file: &File, shared: bool) -> Result<(), ImageLockError> {
     }
 }
 
+/// Who had the lock on a file, seen by [`remember_holder`].
+static SEEN: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
+
+/// Looks who has the lock on a file that this process is going to lock, where somebody has: for what is said of it when
+/// Landlock keeps the descriptors of others from sight. A file that nobody has locked is opened and closed.
+pub(crate) fn remember_holder(path: &Path, shared: bool) {
+    // Asked before opening: opening a FIFO would wait for its writer.
+    let kind = std::fs::metadata(path).map(|there| there.file_type());
+    if !kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device()) {
+        return;
+    }
+    let Ok(file) = File::open(path) else { return };
+    if sys::is_locked(&file, shared)
+        && let Some(inode) = inode(&file)
+        && let Some(holder) = holder_of(&inode)
+    {
+        let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.push((inode, holder));
+    }
+}
+
 /// Finds a process that holds a lock on `file`. The lock belongs to a descriptor and not to a
 /// process, so that only the descriptors' information tells.
 fn holder(file: &File) -> Option<String> {
+    let inode = inode(file)?;
+    holder_of(&inode).or_else(|| {
+        let seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = seen.iter();
+        seen.find_map(|(of, holder)| (*of == inode).then(|| holder.clone()))
+    })
+}
+
+/// A file as the kernel writes it in lines on locks.
+fn inode(file: &File) -> Option<String> {
     let metadata = file.metadata().ok()?;
     let device = metadata.dev();
-    let inode = format!(
-        "{:02x}:{:02x}:{}",
-        libc::major(device),
-        libc::minor(device),
-        metadata.ino()
-    );
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    Some(format!("{major:02x}:{minor:02x}:{}", metadata.ino()))
+}
+
+fn holder_of(inode: &str) -> Option<String> {
     std::fs::read_dir("/proc")
         .ok()?
         .flatten()
@@ -55,7 +86,7 @@ fn holder(file: &File) -> Option<String> {
             let descriptors = std::fs::read_dir(process.path().join("fdinfo")).ok()?;
             let locks = descriptors
                 .flatten()
-                .any(|descriptor| has_lock(&descriptor.path(), &inode));
+                .any(|descriptor| has_lock(&descriptor.path(), inode));
             locks.then(|| describe(pid))
         })
 }

@@ -47,6 +47,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 use engine::{Engine, EngineKind};
 pub use image::ImageError;
+pub(crate) use image::backing_files;
 use image::{Image, ImageMode};
 use linger::Lingerers;
 use request::{MAX_DISCARD_SECTORS, MAX_RANGES, MAX_ZERO_SECTORS, Requests};

@@ -93,6 +93,17 @@ pub(super) fn lock(file: &File, shared: bool) -> io::Result<()> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })
 }
 
+/// Whether somebody's lock keeps `file` from being locked.
+pub(super) fn is_locked(file: &File, shared: bool) -> bool {
+    // SAFETY: a flock is integers only, of which 0 means all of the file, from its start.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = if shared { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    // SAFETY: F_OFD_GETLK reads a flock and writes what is in its way, if anything is; `lock` is one.
+    let asked = check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) });
+    asked.is_ok() && lock.l_type != libc::F_UNLCK as libc::c_short
+}
+
 /// Another descriptor of what this process has inherited by number `number`, which is closed on exec.
 pub(super) fn duplicate(number: u32) -> io::Result<File> {
     let number = i32::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)?;

@@ -10,6 +10,7 @@ use super::hugepages;
 use super::modules::{Availability, availability};
 use super::root::{self, SysRoot};
 use super::surroundings::{self, Opens};
+use super::walls;
 
 /// Everything that was found, the processor first and the devices last. `memory` is a guest's, in bytes;
 /// `opens` is asked whether a node can be opened.
@@ -32,6 +33,7 @@ pub fn examine(root: &SysRoot, memory: u64, opens: Opens<'_>) -> Vec<Finding> {
     findings.extend(huge_pages(root));
     findings.extend(command_line(root, &cpu));
     findings.extend(surroundings::lockdown(root));
+    findings.extend(walls::landlock(root));
     findings.extend(errata(root));
     findings.push(devices(root));
     findings

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use busway_iommu::{
-    Container, Group, Ioas, Obstacle, OpenError, PCI_API, Space, SysRoot, holder, is_vfio_driver,
+    Container, DeviceFolder, Group, Ioas, Obstacle, OpenError, PCI_API, Space, SysRoot, holder,
+    is_vfio_driver,
 };
 
 pub use error::DeviceError;
@@ -127,16 +128,18 @@ impl Opener {
         let opened = match &self.space {
             Space::Type1(container) => {
                 let group = self.group(container, device, name)?;
+                let folder = DeviceFolder::open(device);
+                let methods = read_reset_methods(&folder);
                 AttachedFile {
                     file: self.in_group(&group.group, name, vf_token)?,
                     attachment: Attachment::Group(group),
                     name,
-                    folder: device.to_owned(),
+                    folder,
                     paths: self.paths.clone(),
                     inherited: false,
                     open: self.open.clone(),
                     _claim: claim,
-                    methods: read_reset_methods(device),
+                    methods,
                 }
             }
             Space::Iommufd(ioas) => self.cdev(device, name, ioas, vf_token, claim)?,
@@ -240,6 +243,8 @@ impl Opener {
         if let Some(group) = group {
             ioas.joined(group);
         }
+        let folder = DeviceFolder::open(device);
+        let methods = read_reset_methods(&folder);
         // From here on dropping it undoes everything.
         let opened = AttachedFile {
             file,
@@ -249,12 +254,12 @@ impl Opener {
                 group,
             },
             name,
-            folder: device.to_owned(),
+            folder,
             paths: self.paths.clone(),
             inherited: is_inherited,
             open: self.open.clone(),
             _claim: claim,
-            methods: read_reset_methods(device),
+            methods,
         };
         bind(&opened.file, ioas, name, vf_token).map_err(|source| {
             if source.raw_os_error() == Some(libc::EACCES) {

@@ -2,6 +2,7 @@
 //! and written.
 
 mod bounce;
+mod chain;
 mod error;
 mod limits;
 mod open;
@@ -24,6 +25,7 @@ use crate::config::ImageType;
 use crate::sandbox::{check_size, size_limit};
 use crate::virtio::segments::Segments;
 use bounce::Bounce;
+pub(crate) use chain::backing_files;
 pub use error::ImageError;
 use limits::Limits;
 pub(super) use open::ImageMode;

@@ -21,7 +21,7 @@ use super::open::{ImageMode, open_raw};
 use crate::virtio::segments::Segments;
 
 /// Most backing files below one another.
-const MOST_BACKING: usize = 8;
+pub(super) const MOST_BACKING: usize = 8;
 
 /// An open qcow2 image, which any thread may use: its metadata change under one order, `imago`'s.
 #[derive(Debug)]
@@ -174,7 +174,7 @@ fn open_backing(
 }
 
 /// Where a name in the image at `path` leads: names count from the image's folder.
-fn beside(path: &Path, name: &str) -> PathBuf {
+pub(super) fn beside(path: &Path, name: &str) -> PathBuf {
     let name = Path::new(name.strip_prefix("file:").unwrap_or(name));
     path.parent().unwrap_or(Path::new("")).join(name)
 }

@@ -200,6 +200,10 @@ fn what_a_qcow2_image_lies_on_is_opened_where_that_is_asked_for_and_never_writte
         refused.contains("middle.qcow2") && refused.contains("backing_files=on"),
         "{refused}"
     );
+    // As many as Landlock is to leave in reach.
+    let below = [at("middle.qcow2"), at("base.raw")];
+    assert_eq!(backing_files(&at("top.qcow2")), below);
+    assert_eq!(backing_files(&at("base.raw")), [] as [PathBuf; 0]);
     let before = std::fs::read(at("middle.qcow2")).unwrap();
     let image = Image::open(&at("top.qcow2"), qcow2(true)).unwrap();
     store(&image, 4096, 6, 512);
@@ -217,6 +221,11 @@ fn what_a_qcow2_image_lies_on_is_opened_where_that_is_asked_for_and_never_writte
     make_qcow2(&at("loop.qcow2"), 8 * MIB, Some(("loop.qcow2", "qcow2")));
     make_qcow2(&at("odd.qcow2"), 8 * MIB, Some(("base.raw", "vmdk")));
     make_qcow2(&at("node.qcow2"), 8 * MIB, Some(("/dev/null", "raw")));
+    assert_eq!(backing_files(&at("loop.qcow2")).len(), 8);
+    // What was written to a raw image names nothing, whatever it looks like.
+    std::fs::copy(at("top.qcow2"), at("like.raw")).unwrap();
+    make_qcow2(&at("on-raw.qcow2"), 8 * MIB, Some(("like.raw", "raw")));
+    assert_eq!(backing_files(&at("on-raw.qcow2")), [at("like.raw")]);
     let readonly = ImageMode {
         readonly: true,
         ..qcow2(true)

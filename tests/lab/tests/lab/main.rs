@@ -26,6 +26,7 @@ mod demo;
 mod disk;
 mod dma;
 mod drive;
+mod driver_domain;
 mod emulated_host;
 mod errors;
 mod events;
@@ -41,6 +42,7 @@ mod life;
 mod mediated;
 mod memory;
 mod nic;
+mod nodes;
 mod package;
 mod paused;
 mod proof;
@@ -50,6 +52,7 @@ mod slots;
 mod small;
 mod switched;
 mod system;
+mod tap;
 mod tpm;
 mod vhost;
 mod vhost_user;
@@ -66,11 +69,13 @@ const CHAPTERS: &[&[Proof]] = &[
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
+    tap::PROOFS,
     vsock::PROOFS,
     disk::PROOFS,
     vhost_user::PROOFS,
     vhost_user_net::PROOFS,
     switched::PROOFS,
+    driver_domain::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     libvirt::PROOFS,
@@ -80,6 +85,7 @@ const CHAPTERS: &[&[Proof]] = &[
     events::PROOFS,
     cpus::PROOFS,
     memory::PROOFS,
+    nodes::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
