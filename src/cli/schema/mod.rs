@@ -369,8 +369,8 @@ Functions of one host device become one device of the guest's.
             |device, value| device.root_port = Some(value.switch()?);
         "pci_segment" { "N": "the PCI segment that it is in [0]" }
             |device, value| device.pci_segment = value.number()?;
-        "pci_device_id" { "N": "the device number on bus 0 there of its root port, 1 to 31, or of itself\n\
-                 with root_port=off, 1 to 15 [any that is free]" }
+        "pci_device_id" { "N": "its root port's device number on bus 0 there, 1 to 31, or with\n\
+                 root_port=off its own, 1 to 15 [any that is free]" }
             |device, value| device.pci_device_id = Some(value.number()?);
     },
     required: &["path", "fd"],
@@ -432,8 +432,8 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.hotplug_slots = Some(value.number()?);
         "hotplug_mmio64" { "SIZE": "room above RAM for the memory of what comes into such a slot [4G]" }
             |platform, value| platform.hotplug_mmio64 = Some(value.size()?);
-        "num_pci_segments" { "N": "PCI segments, each with addresses and buses of its own, 1 to 16; with firmware\n\
-                 there is one [1]" }
+        "num_pci_segments" { "N": "PCI segments with addresses and buses of their own, 1 to 16;\n\
+                 one with firmware [1]" }
             |platform, value| platform.num_pci_segments = Some(value.number()?);
         "segment_hotplug_slots" { "N": "empty slots of each segment but the first, 0 to 15\n\
                  [1 with --api-socket, else 0]" }

@@ -21,7 +21,7 @@ With it they connect to PATH, write `CONNECT port` and a newline, and read
         pci_device_id: None,
     },
     keys: keys! {
-        "cid" { "N": "the guest's address, 3 or more; no other VM's of the host without socket=" }
+        "cid" { "N": "the guest's address, 3 or more; no other VM's without socket=" }
             |vsock, value| vsock.cid = value.number()?;
         "socket" { "PATH": "a Unix socket for programs on the host, in place of AF_VSOCK" }
             |vsock, value| vsock.socket = Some(value.text()?.into());

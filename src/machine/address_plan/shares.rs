@@ -27,6 +27,9 @@ const SPARE_64: [(u64, u64); 5] = [
 /// What segments' shares of ports are multiples of: a bridge's window for ports. PCIe 6.0 §7.5.1.3.6
 const PORTS_STEP: u64 = 0x1000;
 
+/// What each segment has of one kind of window, in the segments' order.
+type Stretches = Vec<Vec<Range<u64>>>;
+
 /// The windows of each segment, where `needs` has what is on bus 0 of each, out of the machine's.
 ///
 /// # Errors
@@ -53,7 +56,7 @@ pub(super) fn share_memory<F: Copy>(
     whole: &[Range<u64>],
     kind: WindowKind,
     needs: &[Vec<Needs<F>>],
-) -> Result<Vec<Vec<Range<u64>>>, NoRoom<F>> {
+) -> Result<Stretches, NoRoom<F>> {
     if let [only] = needs {
         find_room(only, kind, &alone(kind, whole))?;
         return Ok(vec![whole.to_vec()]);
@@ -84,7 +87,7 @@ fn stretches<F: Copy>(
     needs: &[Vec<Needs<F>>],
     spare: u64,
     step: u64,
-) -> Result<Option<Vec<Vec<Range<u64>>>>, NoRoom<F>> {
+) -> Result<Option<Stretches>, NoRoom<F>> {
     let Some((first, others)) = needs.split_first() else {
         return Ok(None);
     };
@@ -266,13 +269,14 @@ mod tests {
         );
         // 256 MiB of slots with 64 to spare, then 34 and 64.
         let start = 3 * GIB + 320 * MIB;
-        assert_eq!(one.memory32, [start..start + 98 * MIB]);
+        let only = |range: Range<u64>| -> Vec<_> { std::iter::once(range).collect() };
+        assert_eq!(one.memory32, only(start..start + 98 * MIB));
         assert_eq!(
             zero.memory32,
             [3 * GIB..start, start + 98 * MIB..7 * GIB / 2]
         );
         // 32 GiB of slots.
-        assert_eq!(one.memory64, [104 * GIB..173 * GIB]);
+        assert_eq!(one.memory64, only(104 * GIB..173 * GIB));
         assert_eq!(
             zero.memory64,
             [
