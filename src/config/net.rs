@@ -29,9 +29,12 @@ pub struct NetConfig {
     /// The guest's MAC address; a random, locally administered one where absent.
     #[serde(default)]
     pub mac: Option<Mac>,
-    /// The longest packet that the guest sends, in bytes, without its Ethernet header; for what another process serves.
+    /// The longest packet, in bytes, without its Ethernet header: the guest is told, and so is a tap that Busway opens.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// Frames from the guest that are from another address than `mac` are dropped.
+    #[serde(default)]
+    pub spoofchk: bool,
     /// Receive and transmit queues together; even.
     #[serde(default = "two")]
     pub num_queues: u16,
@@ -44,6 +47,12 @@ pub struct NetConfig {
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+    /// The PCI segment that it is in.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// Its device number on bus 0 of that segment, 1 to 15; any that is free where absent.
+    #[serde(default)]
+    pub pci_device_id: Option<u8>,
 }
 
 /// Which end of the socket Busway is, between it and the process that serves a device.
@@ -67,10 +76,13 @@ impl Default for NetConfig {
             vhost_mode: VhostMode::Client,
             mac: None,
             mtu: None,
+            spoofchk: false,
             num_queues: two(),
             queue_size: net_queue_size(),
             vhost: Choice::Auto,
             id: None,
+            pci_segment: 0,
+            pci_device_id: None,
         }
     }
 }

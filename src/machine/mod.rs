@@ -29,6 +29,7 @@ mod panics;
 mod passthrough;
 mod payload;
 mod pci;
+mod placing;
 mod pluggable;
 mod quiet;
 mod removal;
@@ -36,6 +37,7 @@ mod requests;
 mod resize;
 mod restart;
 mod seats;
+mod segments;
 mod shown;
 mod signals;
 mod virtio;
@@ -52,6 +54,7 @@ pub use observed::{
 };
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
+pub use placing::PlacingError;
 pub use pluggable::PluggableError;
 pub use requests::{
     Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests,

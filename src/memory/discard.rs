@@ -33,6 +33,8 @@ pub struct Discards {
     given: AtomicU64,
     /// Bytes that were given away, and that devices' mappings have populated again.
     taken_back: AtomicU64,
+    /// Bytes of whole blocks that the host has and that devices' mappings do not reach: pinning leaves them alone.
+    unmapped: AtomicU64,
 }
 
 impl Discards {
@@ -41,7 +43,8 @@ impl Discards {
     pub(super) fn pin(&self) -> u64 {
         let mut pinned = self.pinned.write().unwrap_or_else(PoisonError::into_inner);
         *pinned = pinned.saturating_add(1);
-        let back = self.given.swap(0, Relaxed);
+        let given = self.given.swap(0, Relaxed);
+        let back = given.saturating_sub(self.unmapped());
         self.taken_back.fetch_add(back, Relaxed);
         back
     }
@@ -61,7 +64,24 @@ impl Discards {
     /// Bytes that the guest does without now, and that the host has for others.
     #[must_use]
     pub fn given(&self) -> u64 {
-        self.given.load(Relaxed)
+        self.given.load(Relaxed).max(self.unmapped())
+    }
+
+    /// Bytes of whole blocks that the host has and that no device reaches.
+    #[must_use]
+    pub fn unmapped(&self) -> u64 {
+        self.unmapped.load(Relaxed)
+    }
+
+    /// No device reaches a block of so many bytes any more, and the host has it.
+    pub(super) fn unmap(&self, bytes: u64) {
+        self.unmapped.fetch_add(bytes, Relaxed);
+    }
+
+    /// Devices reach it again.
+    pub(super) fn map(&self, bytes: u64) {
+        let less = |unmapped: u64| Some(unmapped.saturating_sub(bytes));
+        let _always = self.unmapped.fetch_update(Relaxed, Relaxed, less);
     }
 
     /// Bytes that were given away once and that a device's mapping has populated again.

@@ -3,10 +3,13 @@
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
 mod area;
+mod backing;
+mod ballooned;
 mod blocks;
 mod discard;
 mod error;
 mod files;
+mod host;
 mod huge_pages;
 mod pluggable;
 mod prefault;
@@ -16,11 +19,13 @@ mod regions;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 pub use area::{Area, Place};
+pub use ballooned::{Ballooned, ReturnError};
 pub use blocks::{Blocks, Plugged};
 pub use discard::{Discarded, Discards};
 pub(crate) use error::Amount;
 pub use error::RamError;
 pub use files::{FileMemory, FileMemoryError, Slots};
+pub(crate) use huge_pages::default_huge_page;
 pub use pluggable::{PlugError, Pluggable};
 pub use prefault::PrefaultError;
 pub use ram::Ram;

@@ -5,6 +5,7 @@
 //! thread, and nobody waits for anybody.
 
 mod own_memory;
+mod placed;
 mod walls;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 pub use own_memory::own_memory;
+pub use placed::PlacedNode;
 pub use walls::Walls;
 
 /// A point on the way from `exec` to a running guest.
@@ -89,6 +91,7 @@ pub struct Report {
     iommu: Mutex<Option<IommuWay>>,
     walls: Mutex<Option<Walls>>,
     devices: Mutex<Vec<AssignedDevice>>,
+    placement: Mutex<Option<Vec<PlacedNode>>>,
     running: Mutex<Option<Sender<()>>>,
     progress: OnceLock<Box<ProgressFn>>,
 }
@@ -120,6 +123,7 @@ impl Report {
             iommu: Mutex::default(),
             walls: Mutex::default(),
             devices: Mutex::default(),
+            placement: Mutex::default(),
             running: Mutex::default(),
             progress: OnceLock::new(),
         }
@@ -175,6 +179,11 @@ impl Report {
     /// What the assigned devices are like now.
     pub fn set_devices(&self, devices: Vec<AssignedDevice>) {
         *lock(&self.devices) = devices;
+    }
+
+    /// On which nodes of the host's the guest was placed.
+    pub fn set_placement(&self, nodes: Vec<PlacedNode>) {
+        *lock(&self.placement) = Some(nodes);
     }
 
     /// Where guest memory is mapped in this process, so that Busway's own can be told from it.
@@ -259,6 +268,7 @@ impl Report {
             iommu: lock(&self.iommu).clone(),
             walls: lock(&self.walls).clone(),
             devices: lock(&self.devices).clone(),
+            placement: lock(&self.placement).clone(),
             exits: lock(&self.exits).clone(),
         }
     }
@@ -311,6 +321,8 @@ pub struct Snapshot {
     pub walls: Option<Walls>,
     /// The assigned devices, as they were given.
     pub devices: Vec<AssignedDevice>,
+    /// Where the guest was placed by its devices; absent (`null`) where it was not.
+    pub placement: Option<Vec<PlacedNode>>,
     /// Exits to user space, by kind.
     pub exits: BTreeMap<&'static str, u64>,
 }
@@ -406,6 +418,9 @@ impl fmt::Display for Snapshot {
         for device in &self.devices {
             let AssignedDevice { host, guest, reset } = device;
             writeln!(f, "{host:<18} {guest:>10} in the guest, reset {reset}")?;
+        }
+        for node in self.placement.iter().flatten() {
+            writeln!(f, "{node}")?;
         }
         if let Some(bytes) = self.own_memory_bytes {
             writeln!(f, "{:<18} {:>10}", "own memory", Bytes(bytes))?;

@@ -175,6 +175,8 @@ pub(super) const TUN_OPENING: &[u32] = &[
     from::<libc::c_uint>(b'T', 210), // TUNGETIFF
     0x8913,                          // SIOCGIFFLAGS (linux/sockios.h)
     0x8914,                          // SIOCSIFFLAGS
+    0x8921,                          // SIOCGIFMTU
+    0x8922,                          // SIOCSIFMTU
     0x8933,                          // SIOCGIFINDEX
 ];
 
@@ -225,6 +227,8 @@ mod tests {
             (TUN_OPENING, libc::TUNGETFEATURES),
             (TUN_OPENING, libc::SIOCGIFFLAGS),
             (TUN_OPENING, libc::SIOCSIFFLAGS),
+            (TUN_OPENING, libc::SIOCGIFMTU),
+            (TUN_OPENING, libc::SIOCSIFMTU),
             (TUN_OPENING, libc::SIOCGIFINDEX),
             (TUN_RUNNING, libc::TUNSETOFFLOAD),
             (TUN_RUNNING, libc::TUNSETVNETHDRSZ),

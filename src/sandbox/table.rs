@@ -269,6 +269,8 @@ const WORKERS: &[Row] = &[
 /// What only putting together, opening and taking apart need.
 const ONCE: &[Row] = &[
     (libc::SYS_memfd_create, Always),
+    // Whose memory a zone of RAM is: host_numa_node= of --memory-zone.
+    (libc::SYS_mbind, Always),
     (libc::SYS_pipe2, Always),
     (libc::SYS_signalfd4, Always),
     (libc::SYS_inotify_init1, Always),
@@ -349,7 +351,8 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         // What a back end asks for comes by one end of a pair.
         Kind::VhostUser => &[STREAMS, CONNECTS, PAIRS],
         Kind::Console => &[STREAMS],
-        Kind::Memory => &[VFIO_MAPPING],
+        // A balloon that waits for a mapping asks for it again after a while.
+        Kind::Memory => &[VFIO_MAPPING, TIMERS],
         Kind::Http => &[TO_READ, STREAMS, AT_PLACES, ROUTES],
         Kind::ConsoleOutput => &[TO_READ, TO_CHANGE, STREAMS],
         Kind::Input => &[STREAMS, REMOVES],

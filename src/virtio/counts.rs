@@ -80,6 +80,7 @@ impl TapCounts {
             tx_frames: number("rx_packets")?,
             tx_bytes: number("rx_bytes")?,
             tx_dropped: number("rx_dropped")?,
+            tx_spoofed: 0,
         })
     }
 
@@ -97,6 +98,7 @@ impl TapCounts {
             tx_frames: since(now.tx_frames, before.tx_frames),
             tx_bytes: since(now.tx_bytes, before.tx_bytes),
             tx_dropped: since(now.tx_dropped, before.tx_dropped),
+            tx_spoofed: 0,
         })
     }
 }
@@ -167,6 +169,8 @@ pub(crate) struct NetCounts {
     sent_bytes: Count,
     /// Packets of the guest's that the host did not take.
     refused: Count,
+    /// Those of them that were from another address than the card's.
+    spoofed: Count,
 }
 
 impl NetCounts {
@@ -190,6 +194,12 @@ impl NetCounts {
     /// A packet of the guest's is lost.
     pub(crate) fn refused(&self) {
         self.refused.add(1);
+    }
+
+    /// A packet of the guest's is lost, for it was from another address than the card's.
+    pub(crate) fn spoofed(&self) {
+        self.spoofed.add(1);
+        self.refused();
     }
 }
 
@@ -248,6 +258,8 @@ pub struct NetTotals {
     pub tx_bytes: u64,
     /// Packets that the host did not take.
     pub tx_dropped: u64,
+    /// Those of them that were from another address than the NIC's (`spoofchk=on`).
+    pub tx_spoofed: u64,
 }
 
 /// What a device's queues have counted.
@@ -339,6 +351,7 @@ impl Counts {
                     tx_frames: sum(|pair| &pair.sent),
                     tx_bytes: sum(|pair| &pair.sent_bytes),
                     tx_dropped: sum(|pair| &pair.refused),
+                    tx_spoofed: sum(|pair| &pair.spoofed),
                 })
             }
         }
@@ -537,13 +550,15 @@ mod tests {
         counts.net_pair(1).sent(90);
         counts.net_pair(0).dropped();
         counts.net_pair(0).refused();
+        counts.net_pair(1).spoofed();
         let expected = NetTotals {
             rx_frames: 2,
             rx_bytes: 1560,
             rx_dropped: 1,
             tx_frames: 1,
             tx_bytes: 90,
-            tx_dropped: 1,
+            tx_dropped: 2,
+            tx_spoofed: 1,
         };
         assert_eq!(counts.totals(), Totals::Net(expected));
     }
@@ -577,6 +592,7 @@ mod tests {
             tx_frames: 7,
             tx_bytes: 700,
             tx_dropped: 0,
+            tx_spoofed: 0,
         };
         assert_eq!(counts.totals(), Totals::Net(expected));
         drop(folder);

@@ -241,6 +241,22 @@ impl Virtqueue {
         Ok(self.queue.add_used(memory, last.0, length(last.1))?)
     }
 
+    /// Returns the chains of `batch`, each with the bytes written to it, of which the driver sees all or none, and
+    /// interrupts it once, where it wants that. The batch is empty afterwards.
+    pub(crate) fn complete_batch(
+        &mut self,
+        memory: &RamMap,
+        batch: &mut Vec<(u16, usize)>,
+    ) -> Result<(), QueueError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let completed = self.complete_together(memory, batch);
+        batch.clear();
+        completed?;
+        self.interrupt(memory)
+    }
+
     /// Interrupts the driver for what has been completed, where it wants that.
     pub(crate) fn interrupt(&mut self, memory: &RamMap) -> Result<(), QueueError> {
         if self.wants_interrupt(memory)? {

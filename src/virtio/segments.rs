@@ -176,13 +176,32 @@ impl<'m> Segments<'m> {
 
     /// `writev`: from the guest to a stream. Consumes nothing.
     pub(crate) fn send(&self, stream: BorrowedFd<'_>) -> io::Result<usize> {
-        let iov = self.iovecs(usize::MAX);
-        // SAFETY: as in `write_to`.
+        self.send_behind(&[], stream)
+    }
+
+    /// `writev`: `head`, and behind it what is here, from the guest to a stream, as one. Consumes nothing.
+    pub(crate) fn send_behind(&self, head: &[u8], stream: BorrowedFd<'_>) -> io::Result<usize> {
+        let first = libc::iovec {
+            iov_base: head.as_ptr().cast_mut().cast(),
+            iov_len: head.len(),
+        };
+        let mut iov = Vec::with_capacity(self.rest().len() + 1);
+        if !head.is_empty() {
+            iov.push(first);
+        }
+        self.add_iovecs(usize::MAX, &mut iov);
+        // SAFETY: as in `write_to`; `head` is alive as well, and only read.
         size(unsafe { libc::writev(stream.as_raw_fd(), iov.as_ptr(), count(&iov)) })
     }
 
     /// The first bytes, as many as `most` of them.
     fn iovecs(&self, most: usize) -> Vec<libc::iovec> {
+        let mut iov = Vec::with_capacity(self.rest().len());
+        self.add_iovecs(most, &mut iov);
+        iov
+    }
+
+    fn add_iovecs(&self, most: usize, iov: &mut Vec<libc::iovec>) {
         let mut left = most;
         let entry = |slice: &VolatileSlice<'m>| {
             let len = slice.len().min(left);
@@ -192,7 +211,7 @@ impl<'m> Segments<'m> {
                 iov_len: len,
             })
         };
-        self.rest().iter().map_while(entry).collect()
+        iov.extend(self.rest().iter().map_while(entry));
     }
 }
 

@@ -237,6 +237,13 @@ pub mod net {
     /// `VIRTIO_NET_F_MQ`
     pub const F_MQ: u64 = 1 << VIRTIO_NET_F_MQ;
 
+    /// `VIRTIO_NET_F_GUEST_USO4`: the driver takes UDP over IPv4 that is to be cut into segments.
+    pub const F_GUEST_USO4: u64 = 1 << VIRTIO_NET_F_GUEST_USO4;
+    /// `VIRTIO_NET_F_GUEST_USO6`
+    pub const F_GUEST_USO6: u64 = 1 << VIRTIO_NET_F_GUEST_USO6;
+    /// `VIRTIO_NET_F_HOST_USO`: the device takes it, over IPv4 and IPv6.
+    pub const F_HOST_USO: u64 = 1 << VIRTIO_NET_F_HOST_USO;
+
     /// Offset of `status` in `struct virtio_net_config`, 16 bits. §5.1.4
     pub const CONFIG_STATUS: usize = offset_of!(virtio_net_config, status);
     /// `VIRTIO_NET_S_LINK_UP`
@@ -246,6 +253,19 @@ pub mod net {
     pub const HEADER_SIZE: usize = size_of::<virtio_net_hdr_mrg_rxbuf>();
     /// Offset of its `num_buffers`.
     pub const HEADER_NUM_BUFFERS: usize = offset_of!(virtio_net_hdr_mrg_rxbuf, num_buffers);
+
+    /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`. §5.1.6
+    pub const HDR_F_NEEDS_CSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
+    /// `VIRTIO_NET_HDR_GSO_NONE`
+    pub const GSO_NONE: u8 = VIRTIO_NET_HDR_GSO_NONE as u8;
+    /// `VIRTIO_NET_HDR_GSO_TCPV4`
+    pub const GSO_TCPV4: u8 = VIRTIO_NET_HDR_GSO_TCPV4 as u8;
+    /// `VIRTIO_NET_HDR_GSO_TCPV6`
+    pub const GSO_TCPV6: u8 = VIRTIO_NET_HDR_GSO_TCPV6 as u8;
+    /// `VIRTIO_NET_HDR_GSO_UDP_L4`
+    pub const GSO_UDP_L4: u8 = VIRTIO_NET_HDR_GSO_UDP_L4 as u8;
+    /// `VIRTIO_NET_HDR_GSO_ECN`, beside one of TCP's.
+    pub const GSO_ECN: u8 = VIRTIO_NET_HDR_GSO_ECN as u8;
 
     /// `VIRTIO_NET_OK`. §5.1.6.5
     pub const CTRL_OK: u8 = VIRTIO_NET_OK as u8;
@@ -361,6 +381,9 @@ pub mod balloon {
     pub const DEFLATEQ: u16 = 1;
     /// The first of the queues that there are with their features alone.
     pub const STATSQ: u16 = 2;
+    /// `VIRTIO_BALLOON_F_MUST_TELL_HOST`: the driver uses no page of the balloon before the device has answered that it may.
+    /// §5.5.3
+    pub const F_MUST_TELL_HOST: u64 = 1 << 0;
     /// `VIRTIO_BALLOON_F_STATS_VQ`: the driver gives statistics. §5.5.3
     pub const F_STATS_VQ: u64 = 1 << 1;
     /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM`: the driver takes pages out where it has no memory.

@@ -200,6 +200,7 @@ fn the_package_has_the_program_its_manual_completions_units_rules_and_examples()
         "usr/share/doc/busway/copyright",
         "usr/share/doc/busway/changelog.gz",
         "usr/share/doc/busway/examples/nvme-drive.toml",
+        "usr/share/doc/busway/examples/driver-domain/net-domain.toml",
         "usr/share/doc/busway/docs/promises.md",
     ] {
         let there = list

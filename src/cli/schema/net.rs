@@ -25,8 +25,12 @@ pub(in crate::cli) static NET: Section<NetConfig> = Section {
             |net, value| net.vhost_mode = vhost_mode(value)?;
         "mac" { "MAC": "the guest's address [random]" }
             |net, value| net.mac = Some(value.mac()?);
-        "mtu" { "N": "with vhost_user=on: the guest's longest packet, 68 to 65535 [1500]" }
+        "mtu" { "N": "the longest packet without its Ethernet header, 68 to 65535: of the\n\
+                 guest's, and of the tap, which is set to it [1500, as the tap is]" }
             |net, value| net.mtu = Some(value.number()?);
+        "spoofchk" { "on|off": "what the guest sends from another address than mac= is dropped; the\n\
+                      host's kernel does not serve such a NIC [off]" }
+            |net, value| net.spoofchk = value.switch()?;
         "num_queues" { "N": "receive and transmit queues together, even [2]" }
             |net, value| net.num_queues = value.number()?;
         "queue_size" { "N": "descriptors of a queue, a power of two from 32 to 4096 [256]" }
@@ -36,6 +40,10 @@ pub(in crate::cli) static NET: Section<NetConfig> = Section {
             |net, value| net.vhost = value.choice()?;
         "id" { "NAME": "name, unique in the VM" }
             |net, value| net.id = Some(value.text()?.to_owned());
+        "pci_segment" { "N": "the PCI segment that it is in [0]" }
+            |net, value| net.pci_segment = value.number()?;
+        "pci_device_id" { "N": "its device number on bus 0 there, 1 to 15 [any that is free]" }
+            |net, value| net.pci_device_id = Some(value.number()?);
     },
     required: &[],
     bare: None,

@@ -12,6 +12,9 @@ impl NetConfig {
             return Err(InvalidVirtio::Pairs(self.num_queues));
         }
         self.check_back_end()?;
+        if let Some(mtu @ 0..MIN_MTU) = self.mtu {
+            return Err(InvalidVirtio::Mtu(mtu));
+        }
         if let Some(tap) = self.tap.as_ref().filter(|tap| !is_interface_name(tap)) {
             return Err(InvalidVirtio::TapName(tap.clone()));
         }
@@ -30,10 +33,9 @@ impl NetConfig {
     /// Whether the NIC stands on a tap or is another process's, and nothing is said of it that is the other kind's.
     fn check_back_end(&self) -> Result<(), InvalidVirtio> {
         if back_ends_socket(self.vhost_user, self.socket.as_deref())?.is_none() {
-            let is_client = self.vhost_mode == VhostMode::Client;
-            return match (is_client, self.mtu) {
-                (false, _) => Err(InvalidVirtio::OnlyOfBackEnds("vhost_mode=server")),
-                (_, Some(_)) => Err(InvalidVirtio::OnlyOfBackEnds("mtu")),
+            return match (self.vhost_mode, self.spoofchk, self.vhost) {
+                (VhostMode::Server, ..) => Err(InvalidVirtio::OnlyOfBackEnds("vhost_mode=server")),
+                (_, true, Choice::On) => Err(InvalidVirtio::SourcesByKernel),
                 _ => Ok(()),
             };
         }
@@ -41,15 +43,13 @@ impl NetConfig {
             ("tap", self.tap.is_some()),
             ("fd", !self.fd.is_empty()),
             ("vhost", self.vhost != Choice::Auto),
+            ("spoofchk", self.spoofchk),
         ] {
             if said {
                 return Err(InvalidVirtio::BackEndsChoice(key));
             }
         }
-        match self.mtu {
-            Some(mtu @ 0..MIN_MTU) => Err(InvalidVirtio::Mtu(mtu)),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -78,19 +78,27 @@ mod tests {
             .map_or_else(|why| why.to_string(), |()| String::new())
     }
 
+    fn tapped(change: impl FnOnce(&mut NetConfig)) -> NetConfig {
+        let mut net = NetConfig::default();
+        change(&mut net);
+        net
+    }
+
     #[test]
     fn a_nic_is_another_processs_by_its_socket_and_nothing_of_a_tap_is_said_of_it() {
         type Change = fn(&mut NetConfig);
-        let good: [Change; 4] = [
+        let good: [Change; 6] = [
             |_| {},
             |net| net.vhost_mode = VhostMode::Server,
             |net| (net.num_queues, net.mtu) = (8, Some(9000)),
             |net| *net = NetConfig::default(),
+            |net| *net = tapped(|net| net.mtu = Some(9000)),
+            |net| *net = tapped(|net| net.spoofchk = true),
         ];
         for change in good {
             assert_eq!(complaint(change), "");
         }
-        let wrong: [(Change, &str); 9] = [
+        let wrong: [(Change, &str); 11] = [
             (|net| net.socket = None, "socket=PATH is missing"),
             (|net| net.socket = Some("".into()), "socket=PATH is missing"),
             (|net| net.vhost_user = false, "socket= is for vhost_user=on"),
@@ -108,13 +116,13 @@ mod tests {
                 "vhost_mode=server is for a device of another process's",
             ),
             (
-                |net| {
-                    *net = NetConfig {
-                        mtu: Some(1500),
-                        ..NetConfig::default()
-                    }
-                },
-                "mtu is for a device of another process's",
+                |net| *net = tapped(|net| net.mtu = Some(67)),
+                "mtu=67 must be from 68 to 65535",
+            ),
+            (|net| net.spoofchk = true, "spoofchk is for the process"),
+            (
+                |net| *net = tapped(|net| (net.spoofchk, net.vhost) = (true, Choice::On)),
+                "leave vhost= out",
             ),
         ];
         for (change, words) in wrong {

@@ -491,6 +491,21 @@ fn of_balloons(devices: &[&DeviceSeen]) -> Vec<Family> {
         ),
         whole(
             gauge(
+                "busway_balloon_unmapped",
+                "Bytes of the balloon that devices do not reach (vfio=remap)",
+            )
+            .in_bytes(),
+            |balloon| balloon.unmapped,
+        ),
+        whole(
+            counter(
+                "busway_balloon_remap_failures",
+                "Blocks of the balloon that could not be unmapped, given back or mapped again",
+            ),
+            |balloon| balloon.failures,
+        ),
+        whole(
+            gauge(
                 "busway_balloon_inhibited",
                 "Whether assigned devices keep the guest's memory from going back",
             ),
@@ -573,6 +588,13 @@ fn of_nics(devices: &[&DeviceSeen]) -> Vec<Family> {
                 "Packets of the guest's that the host did not take",
             ),
             |nic| nic.tx_dropped,
+        ),
+        whole(
+            counter(
+                "busway_network_transmit_spoofed",
+                "Packets of the guest's that were dropped for they were from another address than the NIC's",
+            ),
+            |nic| nic.tx_spoofed,
         ),
     ]
 }

@@ -6,12 +6,13 @@ use std::fs;
 use serde::Serialize;
 
 use super::generic::Generic;
+use super::numa::{Node, Zone};
 use super::pmem::Pmem;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
-    Accepted, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig, DiskConfig, FsConfig,
-    HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig, QueueAffinity,
-    RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
+    Accepted, BesideDevices, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig,
+    DiskConfig, FsConfig, HotplugMethod, ImageType, LandlockRule, NetConfig, Placing,
+    PlatformConfig, QueueAffinity, RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
 use crate::sandbox::landlock;
@@ -24,6 +25,11 @@ const PHYSICAL_BITS: u8 = 46;
 pub(super) struct Config {
     cpus: Cpus,
     memory: Memory,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    numa: Vec<Node>,
+    /// Beside Cloud Hypervisor's, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<Placing>,
     payload: Payload,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     disks: Vec<Disk>,
@@ -85,6 +91,8 @@ struct Memory {
     hugepage_size: Option<u64>,
     prefault: bool,
     thp: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    zones: Vec<Zone>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -116,6 +124,8 @@ struct Disk {
     #[serde(skip_serializing_if = "Option::is_none")]
     vhost_socket: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -164,9 +174,14 @@ struct Net {
     /// Beside Cloud Hypervisor's: whether the host's kernel serves it, where that was said.
     #[serde(skip_serializing_if = "Option::is_none")]
     vhost: Option<bool>,
+    /// Beside Cloud Hypervisor's: what the guest sends from another address is dropped.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    spoofchk: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -178,6 +193,8 @@ struct Fs {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -188,6 +205,9 @@ struct Vsock {
     iommu: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
+    pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 /// `BalloonConfig`
@@ -196,6 +216,11 @@ struct Balloon {
     size: u64,
     deflate_on_oom: bool,
     free_page_reporting: bool,
+    /// Beside Cloud Hypervisor's: what becomes of it beside assigned devices, where that was said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vfio: Option<BesideDevices>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block: Option<u64>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -223,6 +248,8 @@ struct Device {
     fd: Option<u32>,
     iommu: bool,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -263,6 +290,8 @@ impl From<&VmConfig> for Config {
         Self {
             cpus: Cpus::of(&config.cpus, accepted),
             memory: Memory::of(config),
+            numa: config.numa.iter().map(Into::into).collect(),
+            place: Some(config.place).filter(|place| *place != Placing::Off),
             payload: Payload::of(config),
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
@@ -274,11 +303,15 @@ impl From<&VmConfig> for Config {
                 socket: vsock.socket.as_deref().map(text).unwrap_or_default(),
                 iommu: false,
                 id: vsock.id.clone(),
+                pci_segment: vsock.pci_segment,
+                pci_device_id: vsock.pci_device_id,
             }),
             balloon: config.balloon.as_ref().map(|balloon| Balloon {
                 size: balloon.size,
                 deflate_on_oom: balloon.deflate_on_oom,
                 free_page_reporting: balloon.free_page_reporting,
+                vfio: Some(balloon.vfio).filter(|vfio| *vfio != BesideDevices::Keep),
+                block: balloon.block,
             }),
             tpm: config.tpm.as_ref().map(|tpm| Tpm {
                 socket: text(&tpm.socket),
@@ -290,7 +323,7 @@ impl From<&VmConfig> for Config {
             serial: (&config.serial).into(),
             console: (&config.console).into(),
             devices: config.device.iter().map(Into::into).collect(),
-            platform: Platform::of(&config.platform, accepted),
+            platform: Platform::of(&config.platform),
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
@@ -349,17 +382,23 @@ fn physical_bits() -> Option<u8> {
 impl Memory {
     fn of(config: &VmConfig) -> Self {
         let (memory, has_devices) = (&config.memory, !config.device.is_empty());
+        let (shared, prefault) = (
+            config.shares_memory(),
+            memory.prefault.unwrap_or(has_devices),
+        );
+        let zones = config.memory_zone.iter();
         Self {
             size: memory.size,
             mergeable: false,
             hotplug_method: memory.hotplug_method,
             hotplug_size: memory.hotplug_size,
             hotplugged_size: memory.hotplugged_size,
-            shared: config.shares_memory(),
+            shared,
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,
-            prefault: memory.prefault.unwrap_or(has_devices),
+            prefault,
             thp: memory.thp,
+            zones: zones.map(|zone| Zone::of(zone, shared, prefault)).collect(),
         }
     }
 }
@@ -391,7 +430,8 @@ impl From<&DiskConfig> for Disk {
             queue_size: disk.queue_size,
             vhost_user: disk.vhost_user,
             vhost_socket: disk.socket.as_deref().map(text),
-            pci_segment: 0,
+            pci_segment: disk.pci_segment,
+            pci_device_id: disk.pci_device_id,
             id: disk.id.clone(),
             serial: disk.serial.clone(),
             rate_limiter_config: disk.rate_limiter().map(Into::into),
@@ -442,8 +482,10 @@ impl From<&NetConfig> for Net {
             },
             mtu: net.mtu,
             vhost: known(net.vhost),
+            spoofchk: net.spoofchk,
             id: net.id.clone(),
-            pci_segment: 0,
+            pci_segment: net.pci_segment,
+            pci_device_id: net.pci_device_id,
         }
     }
 }
@@ -456,7 +498,8 @@ impl From<&FsConfig> for Fs {
             num_queues: fs.num_queues,
             queue_size: fs.queue_size,
             id: fs.id.clone(),
-            pci_segment: 0,
+            pci_segment: fs.pci_segment,
+            pci_device_id: fs.pci_device_id,
         }
     }
 }
@@ -487,7 +530,8 @@ impl From<&DeviceConfig> for Device {
             path,
             fd: device.fd,
             iommu: false,
-            pci_segment: 0,
+            pci_segment: device.pci_segment,
+            pci_device_id: device.pci_device_id,
             id: device.id.clone(),
             x_nv_gpudirect_clique: device.x_nv_gpudirect_clique,
             root_port: device.root_port,
@@ -505,9 +549,9 @@ const fn known(choice: Choice) -> Option<bool> {
 }
 
 impl Platform {
-    fn of(platform: &PlatformConfig, accepted: &Accepted) -> Self {
+    fn of(platform: &PlatformConfig) -> Self {
         Self {
-            num_pci_segments: accepted.num_pci_segments.unwrap_or(1),
+            num_pci_segments: platform.segments(),
             serial_number: platform.serial_number.clone(),
             uuid: platform.uuid.clone(),
             system_uuid: platform.uuid.clone(),

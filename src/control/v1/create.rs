@@ -10,15 +10,17 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::beside::{Beside, needs_id};
+use super::device::AddDevice;
 use super::generic::AddGeneric;
 use super::lacking::{Asked, Fault, Lack};
+use super::numa::{AddNode, AddZone};
 use super::pmem::AddPmem;
-use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
-use super::{AddDevice, some_text};
+use super::some_text;
+use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
 use crate::config::{
-    Accepted, BalloonConfig, Choice, ConsoleConfig, CpusConfig, FirmwareConfig, HotplugMethod,
-    LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig,
-    VmConfig,
+    Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CpusConfig, FirmwareConfig,
+    HotplugMethod, LandlockRule, MemoryConfig, MemoryZoneConfig, Placing, PlatformConfig, Topology,
+    TpmConfig, VcpuAffinity, VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -48,8 +50,10 @@ pub(super) struct CreateVm {
     iommu: Asked,
     landlock_enable: Option<bool>,
     landlock_rules: Option<Vec<LandlockRule>>,
-    numa: Asked,
+    numa: Option<Vec<AddNode>>,
     pci_segments: Asked,
+    /// Beside Cloud Hypervisor's: RAM and vCPUs are placed by where the devices are.
+    place: Option<Placing>,
     pmem: Option<Vec<AddPmem>>,
     pvpanic: Option<bool>,
     rate_limit_groups: Asked,
@@ -92,8 +96,7 @@ struct Memory {
     hotplugged_size: Option<u64>,
     #[serde(default)]
     mergeable: Asked,
-    #[serde(default)]
-    zones: Asked,
+    zones: Option<Vec<AddZone>>,
 }
 
 /// `PayloadConfig`
@@ -129,6 +132,11 @@ struct Balloon {
     deflate_on_oom: bool,
     #[serde(default)]
     free_page_reporting: bool,
+    /// Beside Cloud Hypervisor's: what becomes of it beside assigned devices.
+    #[serde(default)]
+    vfio: BesideDevices,
+    /// Beside Cloud Hypervisor's: bytes of a block that goes back then.
+    block: Option<u64>,
 }
 
 impl Balloon {
@@ -137,6 +145,8 @@ impl Balloon {
             size: self.size,
             deflate_on_oom: self.deflate_on_oom,
             free_page_reporting: self.free_page_reporting,
+            vfio: self.vfio,
+            block: self.block,
         }
     }
 }
@@ -190,6 +200,8 @@ enum ConsoleMode {
 #[derive(Debug, Deserialize)]
 struct Platform {
     num_pci_segments: Option<u16>,
+    /// Beside Cloud Hypervisor's: empty slots of each segment but the first.
+    segment_hotplug_slots: Option<u8>,
     iommufd: Option<bool>,
     /// Beside Cloud Hypervisor's: which of the descriptors that came is an iommufd.
     iommufd_fd_index: Option<usize>,
@@ -234,8 +246,12 @@ impl CreateVm {
             config.cpus = cpus.into_config(&mut accepted)?;
         }
         if let Some(memory) = self.memory {
-            config.memory = memory.into_config()?;
+            (config.memory, config.memory_zone) = memory.into_config()?;
+            config.sum_zones();
         }
+        let nodes = self.numa.unwrap_or_default().into_iter();
+        config.numa = nodes.map(AddNode::into_config).collect::<Result<_, _>>()?;
+        config.place = self.place.unwrap_or_default();
         config.watchdog = self.watchdog.unwrap_or(false);
         config.pvpanic = self.pvpanic.unwrap_or(false);
         config.balloon = self.balloon.map(Balloon::into_config);
@@ -311,7 +327,7 @@ impl CreateVm {
             if !handed.iommufd.is_empty() {
                 machine::check_iommufd(&handed.iommufd).map_err(|error| error.to_string())?;
             }
-            config.platform = platform.into_config(&mut accepted)?;
+            config.platform = platform.into_config()?;
         }
         // As Cloud Hypervisor: which files clients add later is not known, and they are not used to naming them.
         config.landlock = match self.landlock_enable {
@@ -329,7 +345,6 @@ impl CreateVm {
     fn check(&self) -> Result<(), Fault> {
         for (asked, lack) in [
             (self.iommu, Lack::VirtualIommu),
-            (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
             (self.rate_limit_groups, Lack::SharedLimit),
             (self.user_devices, Lack::UserDevices),
@@ -373,11 +388,14 @@ impl Cpus {
 }
 
 impl Memory {
-    fn into_config(self) -> Result<MemoryConfig, Fault> {
+    fn into_config(self) -> Result<(MemoryConfig, Vec<MemoryZoneConfig>), Fault> {
         Lack::MergedPages.unless_asked(self.mergeable)?;
-        Lack::MemoryZones.unless_asked(self.zones)?;
+        let zones = self.zones.unwrap_or_default().into_iter();
+        let zones: Vec<_> = zones.map(AddZone::into_config).collect::<Result<_, _>>()?;
         let mut memory = MemoryConfig::default();
-        memory.size = self.size.unwrap_or(memory.size);
+        // Zones say it where nobody else does.
+        let unsaid = if zones.is_empty() { memory.size } else { 0 };
+        memory.size = self.size.unwrap_or(unsaid);
         memory.shared = self.shared.unwrap_or(memory.shared);
         memory.hugepages = self.hugepages.unwrap_or(memory.hugepages);
         memory.hugepage_size = self.hugepage_size;
@@ -387,7 +405,7 @@ impl Memory {
         memory.hotplug_size = self.hotplug_size;
         memory.hotplug_method = self.hotplug_method.unwrap_or_default();
         memory.hotplugged_size = self.hotplugged_size;
-        Ok(memory)
+        Ok((memory, zones))
     }
 }
 
@@ -427,18 +445,10 @@ impl Console {
 }
 
 impl Platform {
-    fn into_config(self, accepted: &mut Accepted) -> Result<PlatformConfig, Fault> {
+    fn into_config(self) -> Result<PlatformConfig, Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu_segments)?;
         Lack::ConfidentialGuests.unless_asked(self.tdx)?;
         Lack::ConfidentialGuests.unless_asked(self.sev_snp)?;
-        if let Some(segments) = self.num_pci_segments
-            && !(1..=SEGMENTS_MOST).contains(&segments)
-        {
-            return Err(Fault::Wrong(format!(
-                "platform: num_pci_segments={segments} must be from 1 to {SEGMENTS_MOST}"
-            )));
-        }
-        accepted.num_pci_segments = self.num_pci_segments;
         let choice = |said, on, off| match said {
             None => Choice::Auto,
             Some(true) => on,
@@ -448,6 +458,8 @@ impl Platform {
             iommufd: choice(self.iommufd, Choice::On, Choice::Off),
             // On is what Cloud Hypervisor does where it can.
             p2p: choice(self.vfio_p2p_dma, Choice::Auto, Choice::Off),
+            num_pci_segments: self.num_pci_segments,
+            segment_hotplug_slots: self.segment_hotplug_slots,
             root_ports: self.root_ports,
             serial_number: self.serial_number,
             uuid: self.uuid,
@@ -522,13 +534,15 @@ mod tests {
 
     #[test]
     fn a_balloon_a_watchdog_pvpanic_and_a_tpm_are_there_where_they_are_asked_for() {
-        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"nonsense":1},
+        let body = r#"{"balloon":{"size":4096,"free_page_reporting":true,"vfio":"remap","block":4194304,"nonsense":1},
             "watchdog":true,"pvpanic":true,"tpm":{"socket":"/run/swtpm"}}"#;
         let expected = VmConfig {
             balloon: Some(BalloonConfig {
                 size: 4096,
                 deflate_on_oom: false,
                 free_page_reporting: true,
+                vfio: BesideDevices::Remap,
+                block: Some(4 << 20),
             }),
             watchdog: true,
             pvpanic: true,
@@ -596,8 +610,8 @@ mod tests {
         expected.memory.hotplug_method = HotplugMethod::VirtioMem;
         expected.accepted = Some(Box::new(Accepted {
             max_phys_bits: Some(46),
-            num_pci_segments: Some(2),
         }));
+        expected.platform.num_pci_segments = Some(2);
         assert_eq!(config(body), Ok(expected));
         // As older clients have it.
         let old =
@@ -668,10 +682,6 @@ mod tests {
     fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
         for (body, lack) in [
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
-            (
-                r#"{"memory":{"zones":[{"id":"z","size":1}]}}"#,
-                Lack::MemoryZones,
-            ),
             (r#"{"memory":{"mergeable":true}}"#, Lack::MergedPages),
             (r#"{"cpus":{"kvm_hyperv":true}}"#, Lack::HyperV),
             (r#"{"cpus":{"core_scheduling":"Vm"}}"#, Lack::CoreScheduling),
@@ -682,7 +692,10 @@ mod tests {
                 r#"{"serial":{"mode":"Off","iommu":true}}"#,
                 Lack::VirtualIommu,
             ),
-            (r#"{"net":[{"mtu":1450}]}"#, Lack::Mtu),
+            (
+                r#"{"net":[{"host_mac":"52:54:00:12:34:56"}]}"#,
+                Lack::TapAddress,
+            ),
         ] {
             assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");
         }
@@ -700,7 +713,7 @@ mod tests {
             (r#"{"serial":{"mode":"Nonsense"}}"#, "Nonsense"),
             (r#"{"serial":{"mode":"File"}}"#, "file is missing"),
             (r#"{"console":{"mode":"Socket"}}"#, "socket is missing"),
-            (r#"{"platform":{"num_pci_segments":97}}"#, "97"),
+            (r#"{"platform":{"num_pci_segments":65536}}"#, "65536"),
             (r#"{"devices":[{"path":"nonsense"}]}"#, "nonsense"),
             (r#"{"disks":[{}]}"#, "path is missing"),
             (r#"{"fs":[{"tag":"t"}]}"#, "socket is missing"),

@@ -228,6 +228,8 @@ fn counters_of(totals: &Totals) -> Counters {
                 ("actual_bytes", balloon.actual),
                 ("given_bytes", balloon.given),
                 ("taken_back_bytes", balloon.taken_back),
+                ("unmapped_bytes", balloon.unmapped),
+                ("remap_failures", balloon.failures),
                 ("inhibited", balloon.inhibited.into()),
                 ("reported_bytes", balloon.reported),
                 ("wanted_bytes", balloon.wanted),
@@ -241,6 +243,7 @@ fn counters_of(totals: &Totals) -> Counters {
             tx_frames,
             tx_bytes,
             tx_dropped,
+            tx_spoofed,
         }) => Counters::from([
             ("rx_frames", *rx_frames),
             ("rx_bytes", *rx_bytes),
@@ -248,6 +251,7 @@ fn counters_of(totals: &Totals) -> Counters {
             ("tx_frames", *tx_frames),
             ("tx_bytes", *tx_bytes),
             ("tx_dropped", *tx_dropped),
+            ("tx_spoofed", *tx_spoofed),
         ]),
     }
 }

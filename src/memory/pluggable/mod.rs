@@ -267,7 +267,7 @@ impl Regions {
     #[must_use]
     pub fn pluggable(&self) -> Option<(Range<u64>, Blocks)> {
         let state = self.state();
-        let mut regions = state.regions.iter();
+        let mut regions = state.regions.iter().filter(|region| region.is_pluggable());
         regions.find_map(|region| {
             let range = region.guest()..region.guest().saturating_add(region.size());
             Some((range, region.blocks()?))
@@ -278,7 +278,11 @@ impl Regions {
     ///
     /// # Errors
     /// [`RegionsError::Refused`]; every listener is then as before.
-    fn plug(&self, region: &Arc<Region>, blocks: &Range<u64>) -> Result<(), RegionsError> {
+    pub(super) fn plug(
+        &self,
+        region: &Arc<Region>,
+        blocks: &Range<u64>,
+    ) -> Result<(), RegionsError> {
         let state = self.state();
         let bytes = bytes_of(region, blocks);
         for (reported, listener) in state.listeners.iter().enumerate() {
@@ -299,7 +303,11 @@ impl Regions {
     ///
     /// # Errors
     /// [`RegionsError::Refused`]; every listener is then as before.
-    fn unplug(&self, region: &Arc<Region>, blocks: &Range<u64>) -> Result<(), RegionsError> {
+    pub(super) fn unplug(
+        &self,
+        region: &Arc<Region>,
+        blocks: &Range<u64>,
+    ) -> Result<(), RegionsError> {
         let state = self.state();
         let bytes = bytes_of(region, blocks);
         for (at, listener) in state.listeners.iter().enumerate().rev() {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use super::space::BalloonSpace;
-use crate::memory::Discards;
+use crate::memory::{Ballooned, Discards};
 use crate::monitor::{self, Source};
 use crate::virtio::spec::balloon;
 
@@ -27,10 +27,18 @@ const STATS: [&str; 11] = [
 /// A value that no guest has given, which none can mean.
 const UNKNOWN: u64 = u64::MAX;
 
+/// What is counted elsewhere.
+#[derive(Debug)]
+struct Sources {
+    space: Arc<BalloonSpace>,
+    discards: Arc<Discards>,
+    ballooned: Option<Arc<Ballooned>>,
+}
+
 /// Where a balloon counts.
 #[derive(Debug)]
 pub(crate) struct BalloonCounts {
-    source: OnceLock<(Arc<BalloonSpace>, Arc<Discards>)>,
+    source: OnceLock<Sources>,
     reported: AtomicU64,
     wanted: AtomicU64,
     told: AtomicBool,
@@ -50,8 +58,17 @@ impl Default for BalloonCounts {
 }
 
 impl BalloonCounts {
-    pub(super) fn set_source(&self, space: &Arc<BalloonSpace>, discards: &Arc<Discards>) {
-        let _once = self.source.set((Arc::clone(space), Arc::clone(discards)));
+    pub(super) fn set_source(
+        &self,
+        space: &Arc<BalloonSpace>,
+        discards: &Arc<Discards>,
+        ballooned: Option<&Arc<Ballooned>>,
+    ) {
+        let _once = self.source.set(Sources {
+            space: Arc::clone(space),
+            discards: Arc::clone(discards),
+            ballooned: ballooned.cloned(),
+        });
     }
 
     /// So much free memory went back to the host.
@@ -79,7 +96,12 @@ impl BalloonCounts {
     }
 
     pub(crate) fn totals(&self) -> BalloonTotals {
-        let Some((space, discards)) = self.source.get() else {
+        let Some(Sources {
+            space,
+            discards,
+            ballooned,
+        }) = self.source.get()
+        else {
             return BalloonTotals::default();
         };
         let mut stats = [None; STATS.len()];
@@ -91,7 +113,9 @@ impl BalloonCounts {
             actual: u64::from(space.actual()) * balloon::PAGE,
             given: discards.given(),
             taken_back: discards.taken_back(),
-            inhibited: discards.is_inhibited(),
+            unmapped: discards.unmapped(),
+            failures: ballooned.as_ref().map_or(0, |it| it.failures()),
+            inhibited: discards.is_inhibited() && ballooned.is_none(),
             reported: self.reported.load(Relaxed),
             wanted: self.wanted.load(Relaxed),
             stats,
@@ -110,6 +134,10 @@ pub struct BalloonTotals {
     pub given: u64,
     /// What the host had back until a device's DMA mapping populated it again.
     pub taken_back: u64,
+    /// What of that devices do not reach: whole blocks (`vfio=remap`).
+    pub unmapped: u64,
+    /// How often a block could not be unmapped, given back, or mapped again.
+    pub failures: u64,
     /// Nothing goes back to the host, for devices reach memory by DMA.
     pub inhibited: bool,
     /// Free memory that went back to the host, all together.

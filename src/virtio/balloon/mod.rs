@@ -2,7 +2,10 @@
 //! free (page reporting). Virtio 1.3 §5.5.
 //!
 //! What the guest gives is discarded by [`Discards`], which keeps all of it while devices reach memory by DMA: the
-//! guest's driver is answered as ever, and the pages stay. A balloon never gets larger by itself than its target, which
+//! guest's driver is answered as ever, and the pages stay. With `vfio=remap` it goes by whole blocks then
+//! ([`Ballooned`]), where the driver has agreed to use none of them before it is answered
+//! (`VIRTIO_BALLOON_F_MUST_TELL_HOST`): the answer comes when devices reach the block again. What is reported stays, for the
+//! guest uses that again without a word. A balloon never gets larger by itself than its target, which
 //! somebody else sets; a guest that is out of memory takes pages back (`deflate_on_oom=on`), and the target stays.
 
 mod counts;
@@ -29,7 +32,7 @@ use super::life::{BalloonState, DeviceState, Running};
 use super::spec::{self, balloon};
 use super::worker::Worker;
 use crate::config::BalloonConfig;
-use crate::memory::{Discards, GuestRam};
+use crate::memory::{Ballooned, Discards, GuestRam};
 
 const QUEUE_SIZE: u16 = 128;
 
@@ -41,6 +44,8 @@ pub struct Balloon {
     reporting: bool,
     space: Arc<BalloonSpace>,
     discards: Arc<Discards>,
+    /// Of RAM that goes back by blocks beside devices.
+    ballooned: Option<Arc<Ballooned>>,
     counts: Arc<BalloonCounts>,
 }
 
@@ -105,7 +110,8 @@ impl BalloonTarget {
 }
 
 impl Balloon {
-    /// A balloon for a guest with `ram`, whose pages go by `discards`.
+    /// A balloon for a guest with `ram`, whose pages go by `discards`, and by `ballooned` beside devices, where that is to
+    /// be.
     ///
     /// # Errors
     /// [`TargetError`]: it cannot have the size that it is to begin with.
@@ -114,6 +120,7 @@ impl Balloon {
         config: &BalloonConfig,
         ram: &GuestRam,
         discards: &Arc<Discards>,
+        ballooned: Option<Ballooned>,
     ) -> Result<Self, TargetError> {
         let device = Self {
             name: name.to_owned(),
@@ -121,10 +128,12 @@ impl Balloon {
             reporting: config.free_page_reporting,
             space: BalloonSpace::new(),
             discards: Arc::clone(discards),
+            ballooned: ballooned.map(Arc::new),
             counts: Arc::default(),
         };
         device.target(ram).set(config.size)?;
-        device.counts.set_source(&device.space, discards);
+        let ballooned = device.ballooned.as_ref();
+        device.counts.set_source(&device.space, discards, ballooned);
         Ok(device)
     }
 
@@ -162,6 +171,9 @@ impl VirtioDevice for Balloon {
         if self.reporting {
             features |= balloon::F_REPORTING;
         }
+        if self.ballooned.is_some() {
+            features |= balloon::F_MUST_TELL_HOST;
+        }
         features
     }
 
@@ -188,6 +200,14 @@ impl VirtioDevice for Balloon {
                 // A driver that begins anew has all pages, and those that were given come back as it touches them.
                 self.space.set_actual(0);
                 self.discards.returned(u64::MAX);
+                if let Some(ballooned) = &self.ballooned
+                    && let Err(error) = ballooned.all_returned()
+                {
+                    log::error!(
+                        "{}: {error}; devices do not reach that memory until the guest's driver begins anew",
+                        self.name
+                    );
+                }
             }
         }
     }
@@ -212,12 +232,14 @@ impl VirtioDevice for Balloon {
         let state = BalloonState {
             actual: self.space.actual(),
         };
+        let waits = has(balloon::F_MUST_TELL_HOST);
         let worker = BalloonWorker::new(
             &self.name,
             activation.ram(),
             queues,
             &self.space,
             &self.discards,
+            self.ballooned.as_ref().filter(|_| waits),
             &self.counts,
         )?;
         let workers: Vec<Box<dyn Worker>> = vec![Box::new(worker)];

@@ -2,7 +2,7 @@
 
 use super::worker::MAX_PAGES;
 use super::*;
-use crate::config::MemoryConfig;
+use crate::config::{BesideDevices, MemoryConfig};
 use crate::memory::{Ram, Region, RegionError, RegionListener, Regions};
 use crate::virtio::testing::{Driver, Ring, eventually};
 
@@ -15,12 +15,17 @@ struct Inflated {
     inflate: Ring,
     deflate: Ring,
     target: BalloonTarget,
-    regions: Regions,
+    regions: Arc<Regions>,
     list: u64,
 }
 
 impl Inflated {
     fn new(config: &BalloonConfig) -> Self {
+        Self::with(config, !spec::feature::EVENT_IDX)
+    }
+
+    /// With a driver that takes those of `features` that are offered.
+    fn with(config: &BalloonConfig, features: u64) -> Self {
         let ram = Ram::new(
             &MemoryConfig {
                 size: 4 * MIB,
@@ -29,12 +34,19 @@ impl Inflated {
             },
             false,
         );
-        let ram = ram.unwrap();
-        let regions = Regions::default();
-        let balloon = Balloon::new("balloon", config, ram.guest(), regions.discards()).unwrap();
+        let mut ram = ram.unwrap();
+        let regions = Arc::<Regions>::default();
+        if let Some(block) = config.block_size(4 * MIB) {
+            ram.split(block);
+        }
+        for region in ram.regions() {
+            regions.add(region).unwrap();
+        }
+        let (discards, ballooned) = (regions.discards(), ram.ballooned(&regions));
+        let balloon = Balloon::new("balloon", config, ram.guest(), discards, ballooned).unwrap();
         let target = balloon.target(ram.guest());
         let mut driver = Driver::with_ram(balloon, ram.guest().clone());
-        driver.negotiate(!spec::feature::EVENT_IDX);
+        driver.negotiate(features);
         let (inflate, deflate) = (driver.queue(0, 16), driver.queue(1, 16));
         let list = driver.alloc(4 * MAX_PAGES as u64);
         Self {
@@ -252,4 +264,156 @@ fn a_balloon_larger_than_the_guest_or_of_parts_of_pages_is_refused() {
         Err(TargetError::TooLarge { asked, most })
     );
     it.target.set(4 * MIB).unwrap();
+}
+
+/// As a DMA space that has blocks pinned by themselves, and maps none while it is told so.
+#[derive(Default)]
+struct PinsBlocks {
+    refuses: std::sync::atomic::AtomicBool,
+    gone: std::sync::Mutex<std::collections::BTreeSet<u64>>,
+}
+
+impl PinsBlocks {
+    fn set_refuses(&self, refuses: bool) {
+        self.refuses
+            .store(refuses, std::sync::atomic::Ordering::SeqCst);
+    }
+
+    fn gone(&self) -> Vec<u64> {
+        self.gone.lock().unwrap().iter().copied().collect()
+    }
+}
+
+impl RegionListener for PinsBlocks {
+    fn name(&self) -> &str {
+        "a DMA space"
+    }
+
+    fn added(&self, _region: &Arc<Region>) -> Result<(), RegionError> {
+        Ok(())
+    }
+
+    fn removed(&self, _region: &Arc<Region>) {}
+
+    fn plugged(
+        &self,
+        _region: &Arc<Region>,
+        bytes: &std::ops::Range<u64>,
+    ) -> Result<(), RegionError> {
+        if self.refuses.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err("no memory".into());
+        }
+        assert!(self.gone.lock().unwrap().remove(&bytes.start));
+        Ok(())
+    }
+
+    fn unplugged(
+        &self,
+        _region: &Arc<Region>,
+        bytes: &std::ops::Range<u64>,
+    ) -> Result<(), RegionError> {
+        assert!(self.gone.lock().unwrap().insert(bytes.start));
+        Ok(())
+    }
+
+    fn pins(&self) -> bool {
+        true
+    }
+}
+
+fn remapped() -> BalloonConfig {
+    BalloonConfig {
+        vfio: BesideDevices::Remap,
+        free_page_reporting: true,
+        ..BalloonConfig::default()
+    }
+}
+
+/// Pages of the block that begins at [`PAGES`], in requests as long as are looked at.
+fn the_block() -> std::ops::Range<u32> {
+    page(PAGES)..page(2 * PAGES)
+}
+
+#[test]
+fn beside_devices_whole_blocks_go_and_come_back_before_the_guest_is_answered() {
+    let mut it = Inflated::with(&remapped(), !spec::feature::EVENT_IDX);
+    let mut reporting = it.driver.queue(3, 16);
+    it.driver.ready();
+    let devices = Arc::<PinsBlocks>::default();
+    it.regions.listen(devices.clone()).unwrap();
+    it.driver.write(PAGES, &vec![7; 2 * MIB as usize]);
+    let all = the_block();
+    it.inflate(all.start..all.end - 1);
+    assert!(devices.gone().is_empty() && !it.is_gone(PAGES));
+    it.inflate(all.end - 1..all.end);
+    assert_eq!(devices.gone(), [PAGES]);
+    assert!(it.is_gone(PAGES));
+    let totals = it.totals();
+    assert_eq!((totals.unmapped, totals.given), (2 * MIB, 2 * MIB));
+    assert!(!totals.inhibited);
+    // What is reported is used again without a word: it stays.
+    it.driver.write(MIB, &[7; 4096]);
+    it.driver.run(&mut reporting, &[(MIB, 4096, true)]);
+    assert!(!it.is_gone(MIB));
+    // The host has no memory for devices: the guest waits, and for as long as it takes.
+    devices.set_refuses(true);
+    let len = it.write_numbers(all.start..all.start + 1);
+    it.deflate.submit(&[(it.list, len, false)]);
+    it.driver.notify(&it.deflate);
+    eventually("it was tried", || it.totals().failures > 0);
+    assert_eq!(it.deflate.poll_used(), None);
+    assert_eq!(devices.gone(), [PAGES]);
+    devices.set_refuses(false);
+    it.deflate.wait_used();
+    assert!(devices.gone().is_empty());
+    assert_eq!(it.totals().unmapped, 0);
+}
+
+#[test]
+fn a_reset_and_a_stop_in_the_middle_leave_no_block_out_of_reach() {
+    let mut it = Inflated::with(&remapped(), !spec::feature::EVENT_IDX);
+    it.driver.ready();
+    let devices = Arc::<PinsBlocks>::default();
+    it.regions.listen(devices.clone()).unwrap();
+    it.inflate(the_block());
+    devices.set_refuses(true);
+    let len = it.write_numbers(the_block());
+    let head = it.deflate.submit(&[(it.list, len, false)]);
+    it.driver.notify(&it.deflate);
+    eventually("it was tried", || it.totals().failures > 0);
+    it.driver.function.pause();
+    let state = it.driver.function.state().unwrap();
+    it.driver.function.restore(&state).unwrap();
+    assert_eq!(devices.gone(), [PAGES], "a pause changes nothing");
+    devices.set_refuses(false);
+    it.driver.function.resume();
+    assert_eq!(it.deflate.wait_used().0, u32::from(head));
+    it.inflate(the_block());
+    assert_eq!(devices.gone(), [PAGES]);
+    it.driver.set_common(spec::pci::common::DEVICE_STATUS, &[0]);
+    assert!(devices.gone().is_empty());
+}
+
+#[test]
+fn a_driver_that_does_not_wait_for_answers_keeps_its_pages_beside_devices() {
+    let features = !spec::feature::EVENT_IDX & !balloon::F_MUST_TELL_HOST;
+    let mut it = Inflated::with(&remapped(), features);
+    it.driver.ready();
+    let devices = Arc::<PinsBlocks>::default();
+    it.regions.listen(devices.clone()).unwrap();
+    it.driver.write(PAGES, &[7; 4096]);
+    it.inflate(the_block());
+    assert!(devices.gone().is_empty() && !it.is_gone(PAGES));
+}
+
+#[test]
+fn more_pages_that_leave_than_are_looked_at_break_the_balloon_alone() {
+    let mut it = Inflated::with(&remapped(), !spec::feature::EVENT_IDX);
+    it.driver.ready();
+    let len = 4 * MAX_PAGES as u32 + 4;
+    it.deflate.submit(&[(it.list, len, false)]);
+    it.driver.notify(&it.deflate);
+    eventually("needs reset", || {
+        it.driver.status() & spec::status::DEVICE_NEEDS_RESET != 0
+    });
 }

@@ -1,8 +1,10 @@
 //! The worker of a balloon: page numbers that come and go, free memory that is reported, and statistics.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use busway_pci::Complaints;
@@ -12,7 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::counts::BalloonCounts;
 use super::space::BalloonSpace;
-use crate::memory::{Discarded, Discards, GuestRam, RamMap};
+use crate::memory::{Ballooned, Discarded, Discards, GuestRam, RamMap, ReturnError};
 use crate::virtio::error::QueueError;
 use crate::virtio::life::{BalloonState, DeviceState, Progress};
 use crate::virtio::queue::{Served, Virtqueue};
@@ -26,6 +28,8 @@ pub(super) const MAX_PAGES: usize = 1024;
 const MAX_STATS: usize = 32;
 /// How often the guest is asked for its statistics.
 const STATS_INTERVAL: Duration = Duration::from_secs(5);
+/// How long it is until a mapping that could not be made is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 /// Failures to give memory away that are warnings in the log.
 const LOUD: u32 = 2;
 
@@ -46,6 +50,7 @@ enum Source {
     Stats,
     Reporting,
     Clock,
+    Retry,
 }
 
 /// Serves all of a balloon's queues.
@@ -55,10 +60,14 @@ pub(super) struct BalloonWorker {
     ram: GuestRam,
     queues: Queues,
     timer: TimerFd,
+    /// Expires when pages that wait for a mapping are to be looked at again.
+    retry: TimerFd,
     /// The driver's buffer for statistics is here, taken from its queue, and goes back when they are wanted again.
     has_stats: Option<u16>,
     space: Arc<BalloonSpace>,
     discards: Arc<Discards>,
+    /// Where blocks go back beside devices, and the driver waits for its answers.
+    ballooned: Option<Arc<Ballooned>>,
     counts: Arc<BalloonCounts>,
     complaints: Complaints,
 }
@@ -72,6 +81,7 @@ impl BalloonWorker {
         queues: Queues,
         space: &Arc<BalloonSpace>,
         discards: &Arc<Discards>,
+        ballooned: Option<&Arc<Ballooned>>,
         counts: &Arc<BalloonCounts>,
     ) -> io::Result<Self> {
         Ok(Self {
@@ -79,9 +89,11 @@ impl BalloonWorker {
             ram: ram.clone(),
             queues,
             timer: TimerFd::new().map_err(io::Error::from)?,
+            retry: TimerFd::new().map_err(io::Error::from)?,
             has_stats: None,
             space: Arc::clone(space),
             discards: Arc::clone(discards),
+            ballooned: ballooned.cloned(),
             counts: Arc::clone(counts),
             complaints: Complaints::first(LOUD),
         })
@@ -98,7 +110,10 @@ impl BalloonWorker {
             .into_iter()
             .filter_map(|(source, queue)| Some((source, queue.as_ref()?.doorbell())));
         queues
-            .chain([(Source::Clock, self.timer.as_raw_fd())])
+            .chain([
+                (Source::Clock, self.timer.as_raw_fd()),
+                (Source::Retry, self.retry.as_raw_fd()),
+            ])
             .collect()
     }
 
@@ -107,13 +122,18 @@ impl BalloonWorker {
             return Ok(());
         };
         let (discards, complaints, name) = (&self.discards, &self.complaints, &self.name);
+        let (ballooned, stop) = (&self.ballooned, queue.stop());
         queue.drain(memory, |mut chain| {
             for (address, length) in runs(&mut chain.readable) {
-                let Ok(slice) = memory.get_slice(GuestAddress(address), length) else {
-                    // No RAM is there: the guest's mistake, which costs it nothing.
-                    continue;
-                };
-                complain(complaints, name, discards.discard(memory, &slice, true));
+                // Zones of RAM follow one another, and a run may go over from one to the next. Where no RAM is, it is the
+                // guest's mistake, which costs it nothing.
+                for slice in memory.get_slices(GuestAddress(address), length) {
+                    let Ok(slice) = slice else { break };
+                    complain(complaints, name, discards.discard(memory, &slice, true));
+                }
+                if let Some(ballooned) = ballooned {
+                    ballooned.taken(&span(address, length), || !stop.load(Relaxed));
+                }
             }
             Ok(Served::Done(0))
         })
@@ -125,8 +145,25 @@ impl BalloonWorker {
         };
         let (discards, counts, space) = (&self.discards, &self.counts, &self.space);
         let name = &self.name;
-        queue.drain(memory, |mut chain| {
+        let (ballooned, stop) = (&self.ballooned, queue.stop());
+        let mut waits = false;
+        let drained = queue.drain(memory, |mut chain| {
             let all = runs(&mut chain.readable);
+            if let Some(ballooned) = ballooned {
+                if !chain.readable.is_empty() {
+                    return Err(
+                        chain.malformed("more pages that leave the balloon than are looked at")
+                    );
+                }
+                // The answer says that devices reach the pages: it waits until that is so.
+                for &(address, length) in &all {
+                    let go_on = || !stop.load(Relaxed);
+                    if let Err(error) = ballooned.returned(&span(address, length), go_on) {
+                        waits = matches!(error, ReturnError::Map(_));
+                        return Ok(Served::Left);
+                    }
+                }
+            }
             let bytes = all.iter().map(|(_, length)| *length as u64).sum();
             discards.returned(bytes);
             // The driver says how large the balloon is when it is done with all of its requests.
@@ -134,7 +171,11 @@ impl BalloonWorker {
                 counts.taken_for_want(name, bytes);
             }
             Ok(Served::Done(0))
-        })
+        });
+        if waits && let Err(error) = self.retry.reset(RETRY, None) {
+            log::error!("{}: timerfd_settime: {error}", self.name);
+        }
+        drained
     }
 
     /// Pages that the guest does not use now. They are the chain's own buffers. Virtio 1.3 §5.5.6.7.
@@ -212,6 +253,10 @@ fn complain(complaints: &Complaints, name: &str, given: io::Result<Discarded>) {
     }
 }
 
+fn span(address: u64, length: usize) -> Range<u64> {
+    address..address.saturating_add(length as u64)
+}
+
 /// The memory that page numbers stand for, each by its guest-physical address and its length: neighbours together.
 fn runs(numbers: &mut Segments<'_>) -> Vec<(u64, usize)> {
     let mut all: Vec<(u64, usize)> = Vec::new();
@@ -239,8 +284,12 @@ impl Worker for BalloonWorker {
         self.name.clone()
     }
 
+    /// With blocks that go and come back it has a memory device's calls.
     fn kind(&self) -> &'static str {
-        "balloon"
+        match self.ballooned {
+            Some(_) => "memory",
+            None => "balloon",
+        }
     }
 
     fn sources(&self) -> Vec<(RawFd, EventSet)> {
@@ -256,7 +305,7 @@ impl Worker for BalloonWorker {
         let memory = ram.memory();
         match source {
             Source::Inflate => self.inflate(&memory),
-            Source::Deflate => self.deflate(&memory),
+            Source::Deflate | Source::Retry => self.deflate(&memory),
             Source::Stats => self.take_stats(&memory),
             Source::Reporting => self.report(&memory),
             Source::Clock => self.ask_for_stats(&memory),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+use super::blocks::ballooned;
 use super::guest::{Buffer, DATA, Guest};
 use crate::config::{
     BalloonConfig, DiskConfig, HotplugMethod, ImageType, MemoryConfig, PMEM_ALIGNMENT, PmemConfig,
@@ -143,8 +144,11 @@ impl Kind {
                     size: 0x8000,
                     deflate_on_oom: true,
                     free_page_reporting: true,
+                    ..BalloonConfig::default()
                 };
-                let balloon = Balloon::new("balloon", &config, ram, &Arc::default());
+                let (regions, blocks) = ballooned()?;
+                let discards = regions.discards();
+                let balloon = Balloon::new("balloon", &config, ram, discards, Some(blocks));
                 Box::new(balloon.map_err(io::Error::other)?)
             }
             Self::Pmem => {
@@ -214,6 +218,13 @@ impl Kind {
                         (queue, vec![Buffer::read(DATA, 10), answer])
                     }
                     _ if queue % 2 == 1 => {
+                        // Segments of every kind and of none, whose numbers are right and wrong.
+                        let kinds = [net::GSO_NONE, net::GSO_TCPV4, net::GSO_UDP_L4, which];
+                        let kind = kinds.get(usize::from(which >> 6)).copied();
+                        let flags = (number >> 7) as u8;
+                        guest.write(DATA, &[flags, kind.unwrap_or(0), 0, 0]);
+                        let fields = [number as u16 & 0xf, 34, 6, 0];
+                        guest.write(DATA + 4, &fields.map(u16::to_le_bytes).concat());
                         let header = Buffer::read(DATA, net::HEADER_SIZE as u32);
                         (queue, vec![header, Buffer::read(DATA + 0x1000, 0x100)])
                     }
@@ -244,12 +255,14 @@ impl Kind {
             Self::Balloon => match which % 4 {
                 // Pages behind what else is used here, and one anywhere.
                 queue @ 0..2 => {
-                    let pages = [0x10 + number as u32 % 0x40, number as u32 * 0x0101];
-                    guest.write(DATA, &pages.map(u32::to_le_bytes).concat());
-                    (
-                        queue.into(),
-                        vec![Buffer::read(DATA, 4 + u32::from(which >> 7) * 4)],
-                    )
+                    // And, in a long request, a block of them.
+                    let first = 0x10 + number as u32 % 0x40;
+                    let block = [0, 1, 2, 3].map(|page| first & !3 | page);
+                    let pages = [&[first, number as u32 * 0x0101], &block[..]].concat();
+                    let pages: Vec<u8> = pages.into_iter().flat_map(u32::to_le_bytes).collect();
+                    guest.write(DATA, &pages);
+                    let length = 4 + u32::from(which >> 7) * 20;
+                    (queue.into(), vec![Buffer::read(DATA, length)])
                 }
                 2 => {
                     guest.write(DATA, &[which >> 2, 0]);
@@ -299,7 +312,12 @@ pub(super) struct Outside {
 impl Outside {
     /// Something comes from outside, as far as there is room for it; and what has come out is taken.
     pub(super) fn happens(&self, which: u8, length: u16) {
-        let bytes = vec![which; usize::from(length) % 3000];
+        let mut bytes = vec![which; usize::from(length) % 3000];
+        // Most packets have a header that says nothing: what is behind one that may not pass is not looked at.
+        if !which.is_multiple_of(4) {
+            let header = bytes.iter_mut().take(net::HEADER_SIZE);
+            header.for_each(|byte| *byte = 0);
+        }
         let at = usize::from(which) % self.ends.len().max(1);
         for mut end in &self.ends {
             let mut packet = [0; 4096];

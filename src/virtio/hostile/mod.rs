@@ -4,6 +4,7 @@
 //! The device's workers run on the story's own thread ([`stage`]), so that it comes out the same each time. The tests
 //! at the end of this file play random bytes; `tests/fuzz` what reaches new code.
 
+mod blocks;
 mod devices;
 mod guest;
 mod stage;

@@ -43,7 +43,7 @@ impl Commanded for Tap {
     }
 
     fn set_offloads(&self, offloads: u64) -> io::Result<()> {
-        self.set_offload(super::offload(offloads))
+        Self::set_offloads(self, offloads)
     }
 }
 

@@ -6,43 +6,49 @@
 
 mod cable;
 mod control;
+mod features;
+mod frame;
 mod kernel;
 mod receive;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod transmit;
+mod worker;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use busway_host::Mac;
-use vm_memory::GuestAddressSpace;
-use vmm_sys_util::epoll::EventSet;
 use zerocopy::little_endian::U16;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::activation::Activation;
 use super::config_space::{ConfigSpace, Fields};
-use super::counts::{Counts, NetCounts, ServedBy};
+use super::counts::{Counts, ServedBy};
 use super::device::VirtioDevice;
-use super::error::QueueError;
-use super::life::{DeviceState, NetState, Progress, Running, WaitingPacket};
-use super::queue::{Served, Virtqueue};
+use super::life::{DeviceState, NetState, Progress, Running};
+use super::queue::Virtqueue;
 use super::spec::{self, net};
 use super::vhost::{self, KernelError, MemoryTable, Watch};
-use super::worker::{Worker, doorbell_events};
+use super::worker::Worker;
 use crate::config::{Choice, InvalidVirtio, NetConfig};
 use crate::memory::GuestRam;
 use crate::virtio::error::StartError;
 use busway_pci::Complaints;
 pub use cable::Cable;
 pub(in crate::virtio) use control::{Commanded, Control};
+use features::GUEST_OFFLOADS;
+pub(in crate::virtio) use features::{founded, have_what_they_stand_on};
+use frame::Rules;
 use kernel::{Kernel, KernelWorker};
-use receive::{End, Receiver};
+use receive::Receiver;
 use tap::Tap;
 pub use tap::TapError;
+use transmit::Transmitter;
+use worker::NetWorker;
 
 /// Descriptors of a control queue.
 pub(in crate::virtio) const CONTROL_QUEUE_SIZE: u16 = 64;
@@ -56,6 +62,7 @@ struct NetworkConfig {
     mac: [u8; 6],
     status: U16,
     max_virtqueue_pairs: U16,
+    mtu: U16,
 }
 
 /// A network card cannot be as configured, or the host does not let us have its tap.
@@ -103,6 +110,10 @@ pub struct Net {
     /// Busway has opened it, by its name.
     tap_is_ours: bool,
     mac: Mac,
+    /// The longest packet, without its Ethernet header, where that was said; bytes.
+    mtu: Option<u16>,
+    /// What comes from the guest has to be from `mac`.
+    checks_source: bool,
     pairs: u16,
     queue_size: u16,
     config: Arc<Fields>,
@@ -141,11 +152,16 @@ impl Net {
             }
             (files, _) => Tap::adopt(files, pairs),
         };
-        let tap = tap.map_err(|source| NetError::Tap {
+        let of_tap = |source| NetError::Tap {
             name: name.to_owned(),
             source,
-        })?;
+        };
+        let tap = tap.map_err(of_tap)?;
         let ours = files.is_empty() && config.fd.is_empty();
+        // A tap that somebody else has opened may be in another network namespace, and its MTU is theirs to set.
+        if let Some(mtu) = config.mtu.filter(|_| ours) {
+            tap.set_mtu(mtu).map_err(of_tap)?;
+        }
         Ok(Self::on(name, config, mac, tap, ours))
     }
 
@@ -156,6 +172,7 @@ impl Net {
             mac: mac.0,
             status: net::S_LINK_UP.into(),
             max_virtqueue_pairs: pairs.into(),
+            mtu: config.mtu.unwrap_or(0).into(),
         };
         let config_space = Fields::new(card.as_bytes().to_vec());
         Self {
@@ -163,6 +180,8 @@ impl Net {
             tap: Arc::new(tap),
             tap_is_ours,
             mac,
+            mtu: config.mtu,
+            checks_source: config.spoofchk,
             pairs,
             queue_size: config.queue_size,
             cable: Cable::new(Arc::clone(&config_space)),
@@ -178,6 +197,7 @@ impl Net {
     pub(super) fn on_sockets(name: &str, sockets: Vec<OwnedFd>) -> Self {
         let config = NetConfig {
             num_queues: 2 * sockets.len() as u16,
+            mtu: Some(1500),
             ..NetConfig::default()
         };
         let mac = Mac::local([0, 1, 2, 3, 4, 5]);
@@ -185,7 +205,7 @@ impl Net {
     }
 
     /// Has the kernel serve its queues, as `choice` says: where that is left to Busway, if the host's vhost-net can
-    /// be opened. It is told of the guest's memory by `memory`. Called before the card is started.
+    /// be opened and nothing is asked of the card that it does not do, which is to look at the guest's addresses. It is told of the guest's memory by `memory`. Called before the card is started.
     ///
     /// # Errors
     /// [`NetError::Kernel`], where it was asked for and cannot be.
@@ -195,7 +215,7 @@ impl Net {
         ram: &GuestRam,
         memory: &Arc<MemoryTable>,
     ) -> Result<(), NetError> {
-        if choice == Choice::Off {
+        if choice == Choice::Off || self.checks_source {
             return Ok(());
         }
         match (Kernel::open(&self.tap, ram, memory), choice) {
@@ -234,46 +254,6 @@ impl Net {
     pub fn mac(&self) -> Mac {
         self.mac
     }
-}
-
-/// `TUN_F_*` for the features of what the driver takes unfinished.
-fn offload(features: u64) -> libc::c_uint {
-    [
-        (net::F_GUEST_CSUM, libc::TUN_F_CSUM),
-        (net::F_GUEST_TSO4, libc::TUN_F_TSO4),
-        (net::F_GUEST_TSO6, libc::TUN_F_TSO6),
-        (net::F_GUEST_ECN, libc::TUN_F_TSO_ECN),
-    ]
-    .into_iter()
-    .filter(|(feature, _)| features & feature != 0)
-    .fold(0, |flags, (_, flag)| flags | flag)
-}
-
-/// Features, each with those of which it needs one. Virtio 1.3 §5.1.3.1.
-const STAND_ON: [(u64, u64); 5] = [
-    (net::F_GUEST_TSO4 | net::F_GUEST_TSO6, net::F_GUEST_CSUM),
-    (net::F_GUEST_ECN, net::F_GUEST_TSO4 | net::F_GUEST_TSO6),
-    (net::F_HOST_TSO4 | net::F_HOST_TSO6, net::F_CSUM),
-    (net::F_HOST_ECN, net::F_HOST_TSO4 | net::F_HOST_TSO6),
-    (net::F_MQ | net::F_CTRL_GUEST_OFFLOADS, net::F_CTRL_VQ),
-];
-
-/// Whether each of these features has one of those that it stands on.
-pub(in crate::virtio) fn have_what_they_stand_on(features: u64) -> bool {
-    founded(features) == features
-}
-
-/// Of `features`, those that have one of those that they stand on.
-pub(in crate::virtio) fn founded(features: u64) -> u64 {
-    // What others stand on comes before them.
-    STAND_ON
-        .into_iter()
-        .fold(features, |features, (upper, lower)| {
-            match features & lower {
-                0 => features & !upper,
-                _ => features,
-            }
-        })
 }
 
 impl Net {
@@ -323,6 +303,12 @@ impl VirtioDevice for Net {
             | net::F_CTRL_VQ;
         if self.pairs > 1 {
             features |= net::F_MQ;
+        }
+        if self.mtu.is_some() {
+            features |= net::F_MTU;
+        }
+        if self.tap.has_uso() {
+            features |= features::USO;
         }
         match &self.kernel {
             Some(kernel) => kernel.card_features(features),
@@ -374,7 +360,7 @@ impl VirtioDevice for Net {
             DeviceState::Net(state) => state.clone(),
             _ => NetState::at_reset(features),
         };
-        self.tap.set_offload(offload(state.offloads))?;
+        self.tap.set_offloads(state.offloads)?;
         self.tap.use_pairs(state.pairs)?;
         if *activation.state() == DeviceState::None {
             self.tap.discard_waiting();
@@ -400,12 +386,20 @@ impl VirtioDevice for Net {
             return vhost::run(activation, rings, worker, DeviceState::Net(state));
         }
         let mut workers: Vec<Box<dyn Worker>> = Vec::new();
+        let from_host = Rules {
+            mtu: self.mtu.filter(|_| features & net::F_MTU != 0),
+            source: None,
+        };
+        let from_guest = Rules {
+            source: self.checks_source.then_some(self.mac),
+            ..from_host
+        };
         for pair in 0..pairs {
             let queues = (
                 activation.take_queue(2 * pair)?,
                 activation.take_queue(2 * pair + 1)?,
             );
-            let ((Some(receive), Some(transmit)), Some(tap)) =
+            let ((Some(receive), Some(transmit)), Some(queue)) =
                 (queues, self.tap.queue(pair.into()))
             else {
                 continue;
@@ -414,22 +408,20 @@ impl VirtioDevice for Net {
                 name: format!("{}-q{pair}", self.name),
                 pair,
                 ram: activation.ram().clone(),
-                tap: Arc::clone(tap),
+                queue: Arc::clone(queue),
+                tap: Arc::clone(&self.tap),
                 cable: Arc::clone(&self.cable),
                 counts: self.counts.net_pair(pair),
                 receive,
                 transmit,
-                receiver: Receiver::new(features, &state.take_packet(pair)),
+                receiver: Receiver::new(features, from_host, &state.take_packet(pair)),
+                transmitter: Transmitter::new(features, from_guest),
                 control: control.take(),
             }));
         }
         activation.run(workers, DeviceState::Net(state))
     }
 }
-
-/// The features that say what the driver takes unfinished.
-const GUEST_OFFLOADS: u64 =
-    net::F_GUEST_CSUM | net::F_GUEST_TSO4 | net::F_GUEST_TSO6 | net::F_GUEST_ECN;
 
 impl NetState {
     /// As a driver that agreed on `features` finds it. Virtio 1.3 §5.1.6.5.5 and §5.1.6.5.8.
@@ -457,95 +449,6 @@ impl NetState {
         let at = self.waiting.iter().position(|packet| packet.pair == pair);
         at.map(|at| self.waiting.swap_remove(at).bytes)
             .unwrap_or_default()
-    }
-}
-
-/// Serves one pair of queues; the first pair's also the control queue.
-#[derive(Debug)]
-struct NetWorker {
-    name: String,
-    pair: u16,
-    ram: GuestRam,
-    tap: Arc<File>,
-    cable: Arc<Cable>,
-    counts: Arc<NetCounts>,
-    receive: Virtqueue,
-    transmit: Virtqueue,
-    receiver: Receiver,
-    control: Option<(Virtqueue, Control)>,
-}
-
-const TRANSMIT: usize = 2;
-const CONTROL: usize = 3;
-
-impl Worker for NetWorker {
-    fn name(&self) -> String {
-        self.name.clone()
-    }
-
-    fn kind(&self) -> &'static str {
-        "net"
-    }
-
-    fn sources(&self) -> Vec<(RawFd, EventSet)> {
-        let mut sources = vec![
-            (self.tap.as_raw_fd(), doorbell_events()),
-            (self.receive.doorbell(), doorbell_events()),
-            (self.transmit.doorbell(), doorbell_events()),
-        ];
-        if let Some((queue, _)) = &self.control {
-            sources.push((queue.doorbell(), doorbell_events()));
-        }
-        sources
-    }
-
-    fn wake(&mut self, source: usize) -> Result<(), QueueError> {
-        let memory = self.ram.memory();
-        match (source, &mut self.control) {
-            (CONTROL, Some((queue, control))) => queue.drain(&memory, |chain| control.serve(chain)),
-            (TRANSMIT, _) => {
-                let (tap, cable, counts) = (self.tap.as_fd(), &self.cable, &self.counts);
-                self.transmit.drain(&memory, |chain| {
-                    if !cable.is_plugged() {
-                        counts.refused();
-                        return Ok(Served::Done(0));
-                    }
-                    // A packet that the kernel does not take, for its header is wrong or the
-                    // interface down, is lost, as on a wire.
-                    match chain.readable.send(tap) {
-                        Ok(sent) => counts.sent(sent.saturating_sub(net::HEADER_SIZE)),
-                        Err(error) => {
-                            counts.refused();
-                            log::trace!("a packet was not sent: {error}");
-                        }
-                    }
-                    Ok(Served::Done(0))
-                })
-            }
-            _ => {
-                let end = End {
-                    tap: &self.tap,
-                    cable: &self.cable,
-                    counts: &self.counts,
-                };
-                self.receiver.receive(&end, &mut self.receive, &memory)
-            }
-        }
-    }
-
-    fn leave(&mut self, progress: &mut Progress) {
-        self.receive.leave(progress);
-        self.transmit.leave(progress);
-        leave_control(self.control.as_ref(), progress);
-        let DeviceState::Net(state) = &mut progress.device else {
-            return;
-        };
-        if let Some(packet) = self.receiver.waiting() {
-            state.waiting.push(WaitingPacket {
-                pair: self.pair,
-                bytes: packet.to_vec(),
-            });
-        }
     }
 }
 

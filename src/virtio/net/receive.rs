@@ -1,12 +1,14 @@
-//! The way of a packet from the tap to the guest's buffers.
+//! The way of a frame from the tap to the guest's buffers.
+//!
+//! A tap hands over a frame a call. As many as fit into a batch go into the guest's buffers one after another, and the
+//! driver hears of them together: the used ring is published once, and it is interrupted once where it wants that.
 
-use std::fs::File;
 use std::io::{self, Read};
 
-use super::cable::Cable;
+use super::frame::{HEAD, Rules, Unfinished};
+use super::worker::{BATCH, Budget, End};
 use crate::memory::RamMap;
 use crate::virtio::chain::Chain;
-use crate::virtio::counts::NetCounts;
 use crate::virtio::error::QueueError;
 use crate::virtio::queue::Virtqueue;
 use crate::virtio::spec::net;
@@ -15,8 +17,6 @@ use crate::virtio::spec::net;
 const MAX_PACKET: usize = net::HEADER_SIZE + 65536 + 18;
 /// Most buffers that one packet is spread over. A driver with smaller ones loses large packets.
 const MAX_BUFFERS: usize = 256;
-/// Packets in one round, after which the device's other queues have their turn.
-const ROUND: usize = 256;
 
 /// One queue's receiver. A packet that finds no buffers waits here, and those behind it in the tap,
 /// whose own queue is bounded and drops.
@@ -26,20 +26,17 @@ pub(super) struct Receiver {
     /// Bytes of `packet` that wait for buffers.
     pending: usize,
     mergeable: bool,
+    rules: Rules,
     dropped: u64,
+    /// Buffers that are filled and that the driver has not heard of yet.
+    filled: Vec<(u16, usize)>,
+    /// How many frames they are.
+    frames: usize,
 }
 
 /// Whether a tap could have given these bytes.
 pub(super) fn is_packet(bytes: &[u8]) -> bool {
     (net::HEADER_SIZE..=MAX_PACKET).contains(&bytes.len())
-}
-
-/// Where packets come from.
-#[derive(Debug)]
-pub(super) struct End<'a> {
-    pub(super) tap: &'a File,
-    pub(super) cable: &'a Cable,
-    pub(super) counts: &'a NetCounts,
 }
 
 /// What became of the waiting packet.
@@ -51,7 +48,7 @@ enum Delivery {
 
 impl Receiver {
     /// `waiting` is a packet that waits for buffers, or empty.
-    pub(super) fn new(features: u64, waiting: &[u8]) -> Self {
+    pub(super) fn new(features: u64, rules: Rules, waiting: &[u8]) -> Self {
         let mut packet = vec![0; MAX_PACKET];
         for (to, from) in packet.iter_mut().zip(waiting) {
             *to = *from;
@@ -60,7 +57,10 @@ impl Receiver {
             packet,
             pending: waiting.len().min(MAX_PACKET),
             mergeable: features & net::F_MRG_RXBUF != 0,
+            rules,
             dropped: 0,
+            filled: Vec::with_capacity(BATCH),
+            frames: 0,
         }
     }
 
@@ -78,43 +78,89 @@ impl Receiver {
         queue: &mut Virtqueue,
         memory: &RamMap,
     ) -> Result<(), QueueError> {
-        let mut tap = end.tap;
         queue.disable_notification(memory)?;
-        for _ in 0..ROUND {
+        let round = self.round(end, queue, memory);
+        // The driver hears of what it has, whatever became of the buffers behind.
+        self.publish(queue, memory)?;
+        round
+    }
+
+    fn round(
+        &mut self,
+        end: &End<'_>,
+        queue: &mut Virtqueue,
+        memory: &RamMap,
+    ) -> Result<(), QueueError> {
+        let mut tap = end.queue;
+        let mut budget = Budget::new();
+        while !budget.is_spent() {
             if self.pending == 0 {
                 match tap.read(&mut self.packet) {
                     Ok(size) if size >= net::HEADER_SIZE => self.pending = size,
-                    Ok(_) => continue,
+                    Ok(_) => {
+                        budget.spend(0);
+                        continue;
+                    }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     // Empty, or the pair is detached or the interface gone: its next event tells.
                     Err(_) => return Ok(()),
                 }
             }
-            if !end.cable.is_plugged() {
+            let size = self.pending;
+            if !end.cable.is_plugged() || !self.may_pass(end) {
                 end.counts.dropped();
                 self.pending = 0;
+                budget.spend(size);
                 continue;
             }
             match self.deliver(queue, memory)? {
                 Delivery::Done => {
-                    let packet = self.pending.saturating_sub(net::HEADER_SIZE);
-                    end.counts.received(packet);
+                    end.counts.received(size.saturating_sub(net::HEADER_SIZE));
                     self.pending = 0;
+                    budget.spend(size);
                 }
                 Delivery::Dropped => {
                     end.counts.dropped();
                     self.pending = 0;
+                    budget.spend(size);
                 }
                 Delivery::NoBuffers => {
+                    self.publish(queue, memory)?;
                     if !queue.enable_notification(memory)? {
                         return Ok(());
                     }
                     queue.disable_notification(memory)?;
+                    // A driver that makes nothing available again and again has its round, too.
+                    budget.spend(0);
                 }
             }
         }
         queue.wake_again();
         Ok(())
+    }
+
+    /// Whether the waiting packet is one that the driver takes: of those that came before it chose what it takes
+    /// unfinished some are not.
+    fn may_pass(&mut self, end: &End<'_>) -> bool {
+        let unfinished = Unfinished::to_guest(end.tap.offloads());
+        let Some(head) = self.packet.first_chunk::<HEAD>() else {
+            return false;
+        };
+        if let Err(why) = self.rules.check(head, self.pending, unfinished) {
+            log::trace!("a packet for the guest is lost: {why:?}");
+            return false;
+        }
+        // A driver that knows nothing of checksums knows no flag of theirs. Virtio 1.3 §5.1.6.4.1
+        if let (false, Some(flags)) = (unfinished.checksums(), self.packet.first_mut()) {
+            *flags = 0;
+        }
+        true
+    }
+
+    /// Has the driver hear of the buffers that are filled.
+    fn publish(&mut self, queue: &mut Virtqueue, memory: &RamMap) -> Result<(), QueueError> {
+        self.frames = 0;
+        queue.complete_batch(memory, &mut self.filled)
     }
 
     fn deliver(&mut self, queue: &mut Virtqueue, memory: &RamMap) -> Result<Delivery, QueueError> {
@@ -156,14 +202,15 @@ impl Receiver {
             num_buffers.copy_from_slice(&count);
         }
         let mut rest = self.packet.get(..self.pending).unwrap_or_default();
-        let mut used = Vec::with_capacity(chains.len());
         for mut chain in chains {
             let written = chain.writable.write(rest);
             rest = rest.get(written..).unwrap_or_default();
-            used.push((chain.head(), written));
+            self.filled.push((chain.head(), written));
         }
-        queue.complete_together(memory, &used)?;
-        queue.interrupt(memory)?;
+        self.frames = self.frames.saturating_add(1);
+        if self.frames >= BATCH || self.filled.len() >= MAX_BUFFERS {
+            self.publish(queue, memory)?;
+        }
         Ok(Delivery::Done)
     }
 }

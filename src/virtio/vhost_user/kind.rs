@@ -48,6 +48,9 @@ const NET_FEATURES: u64 = net::F_CSUM
     | net::F_HOST_TSO4
     | net::F_HOST_TSO6
     | net::F_HOST_ECN
+    | net::F_GUEST_USO4
+    | net::F_GUEST_USO6
+    | net::F_HOST_USO
     | net::F_MRG_RXBUF;
 
 /// `struct virtio_net_config`, up to its MTU. Virtio 1.3 §5.1.4.

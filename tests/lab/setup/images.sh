@@ -20,7 +20,8 @@ pack_programs() {
     local from=$1 image=$2 tree=$2.tree file
     shift 2
     mkdir "$tree"
-    as_root chroot "$from" ldd "${@/#//}" | grep -o '/[^ :]*' | sort -u | while read -r file; do
+    # ldd names a program itself only where it is asked about several.
+    { printf '/%s\n' "$@"; as_root chroot "$from" ldd "${@/#//}" | grep -o '/[^ :]*'; } | sort -u | while read -r file; do
         install -D "$from/$(as_root chroot "$from" realpath "$file")" "$tree/$file"
     done
     pack "$tree" "$image"
@@ -65,6 +66,21 @@ make_images() {
     pack "$tree" "$dir/guest.img"
 
     pack_programs "$root" "$dir/guest-programs.img" "${guest_programs[@]}"
+
+    # For guests that measure networks or bridge them. The bridge is loaded by insmod, in this order, so that no list of the
+    # kernel's modules is another in the guests that have it.
+    mkdir -p "$tree/lib/bridge"
+    local release number=0 file
+    release=$(ls "$stock/iommufd/lib/modules")
+    modprobe -d "$stock/iommufd" -S "$release" --show-depends bridge | awk '$1 == "insmod" { print $2 }' | while read -r file; do
+        number=$((number + 1))
+        cp "$file" "$tree/lib/bridge/$number-${file##*/}"
+    done
+    pack "$tree" "$dir/bridge.img"
+    # iperf3 ends its threads by what the last of these has, and finds that only then.
+    pack_programs "$root" "$dir/iperf3.img" usr/bin/iperf3 usr/lib/x86_64-linux-gnu/libgcc_s.so.1
+    cat "$dir"/{bridge,iperf3}.img >"$dir/guest-net.img"
+    rm "$dir"/{bridge,iperf3}.img
 }
 
 images=$cache/images-$(key "${root##*/}" "${stock##*/}" "${backports##*/}" "$setup_dir"/{images.sh,host-init,guest-init})

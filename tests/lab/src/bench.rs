@@ -13,10 +13,10 @@ use busway_lab::{
     BEFORE_FIRMWARE, Device, GuestKernel, GuestResult, GuestRun, Host, HostConfig, Job, Kernel,
     Profile, Snapshot, Vmm, build_busway, may_be_the_emulators,
 };
-use clap::Args;
+use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::{figures, mapping, plugging, starting};
+use crate::{figures, mapping, plugging, starting, traffic};
 
 pub(crate) const MEMORY_MIB: u64 = 512;
 /// Reads under way, for each of the guest's processors.
@@ -24,7 +24,10 @@ const DEPTH: u32 = 16;
 
 /// How to measure.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    what: Option<What>,
     /// Turns of each VMM with the drive; 0 leaves it out. Fewer than 5 cannot tell a miss from noise; under emulation it
     /// takes some 24 to know the ratio of reads to 5 %.
     #[arg(long, default_value_t = 5)]
@@ -60,6 +63,15 @@ pub(crate) struct BenchArgs {
     /// Write every figure to a file, too, after each turn.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+}
+
+/// What is measured instead of an assigned drive.
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Virtio disks of Busway's and of QEMU's, a drive passed through, and the host's own, in turns.
+    Disks(traffic::disks::DisksArgs),
+    /// Virtio NICs of Busway's and of QEMU's, and a NIC passed through, in turns.
+    Nets(traffic::nets::NetsArgs),
 }
 
 /// What one turn of one VMM gave.
@@ -100,6 +112,11 @@ pub(crate) struct Beyond {
 
 /// Measures, and prints both side by side.
 pub(crate) fn run(arguments: &BenchArgs) -> Result<()> {
+    match &arguments.what {
+        Some(What::Disks(disks)) => return traffic::disks::run(disks),
+        Some(What::Nets(nets)) => return traffic::nets::run(nets),
+        None => {}
+    }
     let mut measured = Measured::default();
     for &cpus in &arguments.cpus {
         if arguments.turns > 0 {
@@ -225,7 +242,7 @@ pub(crate) const ANOTHER: &str = "another";
 /// An emulated processor that sleeps is woken when the machine below sees fit, and how soon that is decides how many reads
 /// an interrupt tells of. Where the machine below has no more processors than the guest has vCPUs, the loop would take from
 /// these.
-fn keep_awake(host: &Host, cpus: u32) -> Result<Option<Job>> {
+pub(crate) fn keep_awake(host: &Host, cpus: u32) -> Result<Option<Job>> {
     let below = thread::available_parallelism().map_or(1, usize::from);
     let spin = format!(
         "exec taskset -c {} chrt --idle 0 bash -c 'while :; do :; done'",
@@ -237,7 +254,7 @@ fn keep_awake(host: &Host, cpus: u32) -> Result<Option<Job>> {
 }
 
 /// Measures up to three times, for the emulator loses a guest now and then: see `docs/lab.md`.
-fn again_if_stalled(measure: impl Fn() -> Result<Turn>) -> Result<Turn> {
+pub(crate) fn again_if_stalled<T>(measure: impl Fn() -> Result<T>) -> Result<T> {
     for _ in 0..2 {
         match measure() {
             Err(error) if may_be_the_emulators(&error) => eprintln!("once more: {error:#}"),

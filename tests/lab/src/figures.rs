@@ -14,7 +14,7 @@ struct Figure {
     wanted: Wanted,
 }
 
-enum Wanted {
+pub(crate) enum Wanted {
     /// It is the drive's affair, not the VMM's.
     Nothing,
     /// At least this much of QEMU's.
@@ -38,7 +38,7 @@ impl Wanted {
     }
 
     /// By the ratio as it is printed.
-    fn holds(&self, ours: f64, theirs: f64) -> bool {
+    pub(crate) fn holds(&self, ours: f64, theirs: f64) -> bool {
         let ratio = (ours / theirs * 100.0).round() / 100.0;
         match self {
             Self::Nothing => true,
@@ -62,7 +62,7 @@ impl fmt::Display for Wanted {
 
 /// No more than QEMU's. The same KVM makes the exits of both, so equal is what they are at best, and which of two equal
 /// medians is the lower one is chance: see [`verdict`].
-const NO_MORE: Wanted = Wanted::RatioTo(1.0);
+pub(crate) const NO_MORE: Wanted = Wanted::RatioTo(1.0);
 
 const FIGURES: &[Figure] = &[
     Figure {
@@ -148,7 +148,7 @@ const FIGURES: &[Figure] = &[
 /// A limit of Busway's own is met or missed. A figure that lies exactly at a limit by QEMU's holds in each turn with a
 /// chance of a half, so it is missed only where it held in so few turns that such a one does in less than one run of
 /// twenty (the sign test), which takes five turns at least.
-fn verdict(wanted: &Wanted, by_median: bool, held: u32, turns: u32) -> &'static str {
+pub(crate) fn verdict(wanted: &Wanted, by_median: bool, held: u32, turns: u32) -> &'static str {
     let mut ways = 1.0; // of holding in exactly this many turns
     let mut at_most = 1.0;
     for so_many in 1..=held {

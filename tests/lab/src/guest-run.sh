@@ -6,6 +6,7 @@ folder=$1
 end=$2
 shift 2
 pipe=/run/lab/console.$$
+calls=/sys/kernel/tracing/events/raw_syscalls/sys_enter/hist
 mkfifo "$pipe" "$pipe.watch"
 trap 'rm -f "$pipe" "$pipe.watch"' EXIT
 
@@ -24,6 +25,12 @@ snapshot() { # MARK
     done
     awk '/vfio-msi/ { for (at = 2; $at ~ /^[0-9]+$/; at++) sum += $at } END { print "interrupts", sum + 0 }' \
         /proc/interrupts
+    # Where the host counts system calls by thread: the sum of this VMM's. Lines are `{ common_pid: N } hitcount: N`.
+    [ ! -r "$calls" ] || awk -v tasks="$(cd "/proc/$pid/task" && echo *)" '
+        BEGIN { split(tasks, each); for (at in each) ours[each[at]] = 1 }
+        /^# trigger/ { counts = 1 }
+        /^[{]/ { gsub(/[^0-9]+/, " "); if ($1 in ours) sum += $2 }
+        END { if (counts) print "calls", sum + 0 }' "$calls"
     # The map of a whole guest takes a second under emulation: only where a mark asks for memory.
     case $mark in memory*) sed 's/^/map /' "/proc/$pid/smaps" ;; esac
 }

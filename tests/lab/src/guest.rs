@@ -66,6 +66,7 @@ pub struct GuestRun {
     arguments: Vec<String>,
     opener: Option<String>,
     programs: bool,
+    net_programs: bool,
     files: Vec<(String, PathBuf)>,
     script: String,
     limit: Duration,
@@ -85,6 +86,7 @@ impl GuestRun {
             arguments: Vec::new(),
             opener: None,
             programs: false,
+            net_programs: false,
             files: Vec::new(),
             script: String::new(),
             limit: Duration::from_secs(180),
@@ -160,6 +162,12 @@ impl GuestRun {
     /// Gives the guest Debian's `fio` and `lspci`, at the price of 57 MB more of initramfs.
     pub fn programs(mut self) -> Self {
         self.programs = true;
+        self
+    }
+
+    /// Gives the guest Debian's `iperf3`, and the kernel's bridge as files that `insmod` takes in their order: `/lib/bridge/*`.
+    pub fn net_programs(mut self) -> Self {
+        self.net_programs = true;
         self
     }
 
@@ -310,6 +318,9 @@ impl Host {
         let mut images = vec![Parts::inside("guest.img")];
         if run.programs {
             images.push(Parts::inside("guest-programs.img"));
+        }
+        if run.net_programs {
+            images.push(Parts::inside("guest-net.img"));
         }
         let initramfs = format!("/run/lab/{}.img", folder.id);
         let command = run.command(&kernel, &initramfs, &format!("{inside}/report.json"));

@@ -8,6 +8,7 @@ mod plugging;
 mod starting;
 mod terminal;
 mod times;
+mod traffic;
 
 use std::io;
 use std::process::ExitCode;
@@ -43,7 +44,7 @@ enum Command {
     },
     /// A guest with an NVMe drive and a NIC, beside a virtio disk and NIC: `scripts/demo`.
     Demo(demo::DemoArgs),
-    /// Busway and QEMU with the same drive and guest, in turns, side by side: `scripts/bench`.
+    /// Busway and QEMU with the same devices and guest, in turns, side by side: `scripts/bench`.
     Bench(bench::BenchArgs),
     /// Where the time of the last `scripts/test` went: a table, and `target/times.json`.
     Times(times::TimesArgs),

@@ -88,7 +88,7 @@ impl Parts {
         Ok((folder.join("bzImage"), self.images.join(image), modules))
     }
 
-    /// Where the emulated host finds what a guest boots from: `bzImage`, `vmlinux`, `guest.img` or `guest-programs.img`.
+    /// Where the emulated host finds what a guest boots from: `bzImage`, `vmlinux`, `guest.img`, `guest-programs.img` or `guest-net.img`.
     pub fn inside(name: &str) -> String {
         format!("/boot/{name}")
     }

@@ -44,6 +44,8 @@ pub struct Snapshot {
     pub kvm: BTreeMap<String, u64>,
     /// Interrupts by MSI and MSI-X of all devices that VFIO has, as the host counts them (proc(5), `interrupts`).
     pub interrupts: u64,
+    /// System calls that the VMM's threads have made, where the host counts them by thread (tracefs).
+    pub calls: Option<u64>,
     /// The VMM's threads.
     pub threads: Vec<Thread>,
     /// The VMM's memory, if the mark's name begins with `memory`.
@@ -68,6 +70,7 @@ impl Snapshot {
                     }
                 }
                 "interrupts" => snapshot.interrupts = rest.parse().unwrap_or_default(),
+                "calls" => snapshot.calls = rest.parse().ok(),
                 "thread" => snapshot.threads.extend(parse_thread(rest)),
                 "map" => parse_mapping(rest, &mut snapshot.mappings),
                 _ => {}
@@ -153,12 +156,14 @@ mod tests {
 
     #[test]
     fn counters_threads_and_maps_are_read() {
-        let text = "at 5.5\nkvm exits 120\nthread 12 30 4 CPU 0/KVM\n\
+        let text = "at 5.5\nkvm exits 120\ncalls 71\nthread 12 30 4 CPU 0/KVM\n\
                     map 7f00-7f01 rw-p 00000000 00:00 0 \nmap Size:  524288 kB\nmap Pss:  1000 kB\n\
                     map 5500-5501 r-xp 00000000 00:01 7    /usr/local/bin/busway\n\
                     map Size: 800 kB\nmap Pss: 600 kB\nmap Private_Dirty: 8 kB\nmap VmFlags: rd\n";
         let snapshot = Snapshot::parse(text);
         assert_eq!(snapshot.kvm["exits"], 120);
+        assert_eq!(snapshot.calls, Some(71));
+        assert_eq!(Snapshot::parse("at 5.5\n").calls, None);
         assert_eq!(snapshot.threads[0].name, "CPU 0/KVM");
         assert_eq!(snapshot.vcpu_seconds(), 0.34);
         assert_eq!(snapshot.mappings[1].name, "/usr/local/bin/busway");

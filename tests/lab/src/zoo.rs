@@ -12,6 +12,10 @@ pub struct Device {
     pub kind: Kind,
     /// The device, by its id, whose further function it is: behind the same root port, in the same group.
     pub beside: Option<String>,
+    /// The host's NUMA node whose root bus it is on; the first root bus, which is of none, where absent.
+    pub node: Option<u32>,
+    /// Whether it is a NIC on the one wire that all such NICs of a host share, instead of on a network of its own.
+    pub wired: bool,
 }
 
 /// What a device is, and what is particular to it.
@@ -65,7 +69,21 @@ impl Device {
             id: id.to_owned(),
             kind,
             beside: None,
+            node: None,
+            wired: false,
         }
+    }
+
+    /// Puts it on the root bus of one of the host's NUMA nodes, which has room for one device.
+    pub fn on_node(mut self, node: u32) -> Self {
+        self.node = Some(node);
+        self
+    }
+
+    /// Puts a NIC on the wire that such NICs of a host share. There is no router on it, and no way to the outer machine.
+    pub fn wired(mut self) -> Self {
+        self.wired = true;
+        self
     }
 
     /// Makes it a further function of another device, named by its id, which has to come before it.
@@ -206,8 +224,12 @@ impl Device {
         };
         let nic = |model: &str| {
             let device = format!("{model},id={id},netdev={id}-net,{place}");
-            let network =
-                format!("user,id={id}-net,tftp={scratch}/share/{NETBOOT},bootfile={BOOT_FILE}");
+            let network = match self.wired {
+                true => format!("hubport,id={id}-net,hubid=0"),
+                false => {
+                    format!("user,id={id}-net,tftp={scratch}/share/{NETBOOT},bootfile={BOOT_FILE}")
+                }
+            };
             plan(Some(("-netdev", network)), vec![device])
         };
         let drive = || {
@@ -317,7 +339,7 @@ fn places(devices: &[Device]) -> impl Iterator<Item = (Option<usize>, &Device)> 
     let mut last = 1;
     let first = devices.iter().filter(|device| device.beside.is_none());
     first.map(move |device| {
-        if device.is_conventional() {
+        if device.is_conventional() || device.node.is_some() {
             return (None, device);
         }
         last += 1;
@@ -343,7 +365,11 @@ pub(crate) fn plans(devices: &[Device], scratch: &Path) -> [Plan; 2] {
     let bridge = "pcie-pci-bridge,id=conventional,bus=port1".to_owned();
     fixed.devices.push(bridge);
     for (port, device) in places(devices) {
-        let bus = port.map_or_else(|| "conventional".to_owned(), |port| format!("port{port}"));
+        let bus = match (device.node, port) {
+            (Some(node), _) => format!("node{node}-port"),
+            (None, Some(port)) => format!("port{port}"),
+            (None, None) => "conventional".to_owned(),
+        };
         let plan = if device.is_fixed() {
             &mut fixed
         } else {
@@ -389,6 +415,15 @@ mod tests {
     }
 
     #[test]
+    fn a_device_of_a_node_is_on_that_nodes_bus_and_takes_no_other_port() {
+        let zoo = [Device::nvme("a", 8).on_node(1), Device::nvme("b", 8)];
+        let [_, plugged] = plans(&zoo, Path::new("/tmp"));
+        for (device, end) in plugged.devices.iter().zip(["bus=node1-port", "bus=port2"]) {
+            assert!(device.ends_with(end), "{device}");
+        }
+    }
+
+    #[test]
     fn further_functions_share_the_first_ones_port_and_come_before_it() {
         let zoo = [
             Device::nvme("a", 8),
@@ -404,6 +439,26 @@ mod tests {
         for (device, end) in plugged.devices.iter().zip(ends) {
             assert!(device.ends_with(end), "{device}");
         }
+    }
+
+    #[test]
+    fn wired_nics_share_a_hub_and_others_have_a_network_each() {
+        let zoo = [
+            Device::e1000e("a").wired(),
+            Device::e1000e("b").wired(),
+            Device::igb("c"),
+        ];
+        let [_, plugged] = plans(&zoo, Path::new("/tmp"));
+        let networks: Vec<_> = plugged
+            .words
+            .iter()
+            .filter(|word| *word != "-netdev")
+            .collect();
+        assert_eq!(
+            networks[..2],
+            ["hubport,id=a-net,hubid=0", "hubport,id=b-net,hubid=0"]
+        );
+        assert!(networks[2].starts_with("user,id=c-net,"), "{}", networks[2]);
     }
 
     #[test]

@@ -186,6 +186,58 @@ fn a_space_that_fills_up_in_the_middle_of_a_plug_has_what_it_had() {
     assert_eq!(small.count(), 0);
 }
 
+#[test]
+fn ram_in_blocks_is_mapped_by_blocks_with_its_rest_and_each_goes_and_comes_by_itself() {
+    let config = MemoryConfig {
+        size: 8 * BLOCK + 0x3000,
+        thp: false,
+        ..MemoryConfig::default()
+    };
+    let mut ram = Ram::new(&config, false).unwrap();
+    ram.split(BLOCK);
+    let regions = Arc::<Regions>::default();
+    for region in ram.regions() {
+        regions.add(region).unwrap();
+    }
+    let ballooned = ram.ballooned(&regions).unwrap();
+    assert!(regions.pluggable().is_none(), "none of it comes later");
+    let kernel = Kernel::new(1000);
+    let listen = |kernel: &Arc<Kernel>| {
+        let listener: Arc<dyn RegionListener> =
+            Arc::new(DmaListener::new(kernel.clone(), Choice::Auto));
+        regions.listen(listener.clone()).map(|()| listener)
+    };
+    let listener = listen(&kernel).unwrap();
+    let all = kernel.all();
+    assert_eq!((kernel.count(), kernel.bytes()), (9, 8 * BLOCK + 0x3000));
+    ballooned.taken(&(BLOCK..3 * BLOCK), || true);
+    let without: Vec<_> = [&all[..1], &all[3..]].concat();
+    assert_eq!(kernel.all(), without);
+    let other = Kernel::new(1000);
+    let late = listen(&other).unwrap();
+    assert_eq!(other.all(), without);
+    regions.forget(&late);
+    assert_eq!(other.count(), 0);
+    ballooned.returned(&(BLOCK..BLOCK + 1), || true).unwrap();
+    assert_eq!(kernel.all(), without, "no whole page");
+    ballooned
+        .returned(&(BLOCK..BLOCK + 0x1000), || true)
+        .unwrap();
+    assert_eq!(kernel.bytes(), 7 * BLOCK + 0x3000);
+    ballooned.all_returned().unwrap();
+    assert_eq!(kernel.all(), all);
+    // Nothing but the rest is mapped.
+    ballooned.taken(&(0..8 * BLOCK), || true);
+    assert_eq!(kernel.all(), [(8 * BLOCK, 0x3000)]);
+    regions.forget(&listener);
+    assert_eq!(kernel.count(), 0);
+    // A space without room for the rest keeps nothing.
+    ballooned.all_returned().unwrap();
+    let small = Kernel::new(8);
+    assert!(listen(&small).is_err());
+    assert_eq!(small.count(), 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

@@ -268,6 +268,22 @@ impl DmaListener {
         Ok(())
     }
 
+    /// Maps what lies behind the last whole block of RAM that was the guest's from the start.
+    fn map_rest(&self, region: &Region) -> Result<(), RegionError> {
+        let rest = region.rest();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        let mapped = self.space.map_block(
+            Iova(region.guest().saturating_add(rest.start)),
+            HostVa(region.host().saturating_add(usize::try_from(rest.start)?)),
+            rest.end - rest.start,
+            Access::ReadWrite,
+            region.name(),
+        );
+        Ok(mapped?)
+    }
+
     /// Unmaps mapped blocks, where there are any.
     fn unmap_blocks(&self, region: &Region, bytes: &Range<u64>) {
         let at = Iova(region.guest().saturating_add(bytes.start));
@@ -303,7 +319,12 @@ impl RegionListener for DmaListener {
                         return Err(error);
                     }
                 }
-                Ok(())
+                let rest = self.map_rest(region);
+                if rest.is_err() {
+                    let runs = blocks.runs();
+                    runs.for_each(|run| self.unmap_blocks(region, &blocks.bytes(&run)));
+                }
+                rest
             }
             (RegionKind::Ram, None) => {
                 let mapped = self.space.map(
@@ -331,9 +352,10 @@ impl RegionListener for DmaListener {
         let mapped = match region.kind() {
             // One call takes all blocks, where there are any.
             RegionKind::Ram
-                if region
-                    .blocks()
-                    .is_some_and(|blocks| blocks.plugged_bytes() == 0) =>
+                if region.rest().is_empty()
+                    && region
+                        .blocks()
+                        .is_some_and(|blocks| blocks.plugged_bytes() == 0) =>
             {
                 false
             }

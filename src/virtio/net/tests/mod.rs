@@ -1,12 +1,16 @@
 //! The card on a real tap: the host's side is a packet socket on the interface. Skipped where the
 //! kernel does not let us make one.
 
+mod batches;
+mod limits;
 mod wire;
 
 use super::*;
+use crate::virtio::life::WaitingPacket;
 use crate::virtio::spec::pci::common;
 use crate::virtio::spec::status;
 use crate::virtio::testing::{Driver, Ring, eventually};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use wire::{ETHERTYPE, Wire, frame};

@@ -15,7 +15,13 @@ pub(super) struct Wire {
 
 impl Wire {
     pub(super) fn new(tap: &str) -> Self {
-        let protocol = libc::c_int::from(ETHERTYPE.to_be());
+        Self::of(tap, ETHERTYPE)
+    }
+
+    /// Of packets of another type.
+    pub(super) fn of(tap: &str, kind: u16) -> Self {
+        let ethertype = kind.to_be();
+        let protocol = libc::c_int::from(ethertype);
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: socket takes no pointer; the descriptor is new and ours.
         let socket = unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, kind, protocol)) };
@@ -23,7 +29,7 @@ impl Wire {
         // SAFETY: all zeros is a valid sockaddr_ll.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = ETHERTYPE.to_be();
+        address.sll_protocol = ethertype;
         // SAFETY: `name` is a C string.
         address.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
         // SAFETY: `address` is a sockaddr_ll of the size given.

@@ -1,7 +1,9 @@
 //! Busway's virtio disk: what it costs the guest, and what is on it whatever happens to Busway.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
-use busway_lab::{Device, GuestKernel, Host, HostConfig, Kernel, Lab};
+use busway_lab::{Device, GuestKernel, Host, HostConfig, Kernel, Lab, Output};
 
 use crate::assigned::{guest, word};
 use crate::{Proof, Tier, count, tell};
@@ -105,7 +107,11 @@ fn random(lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-/// In each round a guest finds what the one before has flushed, and writes on until Busway is killed.
+/// What the last guest writes over both disks.
+const SEED: u64 = 7;
+
+/// In each round a guest finds what the one before has flushed, and writes on until Busway is killed. The last one writes
+/// one pattern over both, and `qemu-img` finds it in both images.
 fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
     let host = host(lab)?;
     host.run(
@@ -122,7 +128,8 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
         );
         let churn =
             format!("lab-io churn /dev/vda {raw} &\nlab-io churn /dev/vdb {qcow2} &\nwait\n");
-        let script = if last { look } else { look + &churn };
+        let whole = format!("lab-io write /dev/vda {SEED}\nlab-io write /dev/vdb {SEED}\n");
+        let script = look + if last { &whole } else { &churn };
         let run = guest()?
             .args(&[
                 "--disk",
@@ -153,8 +160,40 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
         host.run("qemu-img check -q /run/churn.qcow2 || [ $? = 3 ]")?;
     }
     count("rounds", rounds);
+    compared(host)?;
     host.run("qemu-img check -q /run/base.qcow2; rm -f /run/churn.* /run/base.qcow2")
         .map(drop)
+}
+
+/// By `qemu-img`, both images hold what the guest wrote, which is made anew here, and nothing else passes for it.
+fn compared(host: &Host) -> Result<()> {
+    let compare = |image: &str, seed: u64| {
+        let (format, file) = (image, format!("/run/churn.{image}"));
+        let output = host.output(
+            &format!(
+                "truncate -s 8M /run/wrote && lab-io write /run/wrote {seed} >&2 || exit 100\n\
+                 qemu-img compare -f {format} -F raw {file} /run/wrote; status=$?; rm -f /run/wrote; exit $status"
+            ),
+            Duration::from_secs(60),
+        )?;
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = output;
+        anyhow::Ok((status, format!("{stdout}{stderr}")))
+    };
+    for image in ["raw", "qcow2"] {
+        let (status, said) = compare(image, SEED)?;
+        ensure!(status == 0, "{image}, status {status}: {said}");
+        // 1 is for images that differ, and more for those that could not be read.
+        let (status, said) = compare(image, SEED + 1)?;
+        ensure!(
+            status == 1,
+            "{image} beside another pattern, status {status}: {said}"
+        );
+    }
+    Ok(())
 }
 
 /// A file system that is frozen takes no write, and nothing takes one back from it.

@@ -26,6 +26,7 @@ mod demo;
 mod disk;
 mod dma;
 mod drive;
+mod driver_domain;
 mod emulated_host;
 mod errors;
 mod events;
@@ -41,14 +42,17 @@ mod life;
 mod mediated;
 mod memory;
 mod nic;
+mod nodes;
 mod package;
 mod paused;
 mod proof;
 mod run;
+mod segments;
 mod slots;
 mod small;
 mod switched;
 mod system;
+mod tap;
 mod tpm;
 mod vhost;
 mod vhost_user;
@@ -65,11 +69,13 @@ const CHAPTERS: &[&[Proof]] = &[
     bars::PROOFS,
     nic::PROOFS,
     virtio::PROOFS,
+    tap::PROOFS,
     vsock::PROOFS,
     disk::PROOFS,
     vhost_user::PROOFS,
     vhost_user_net::PROOFS,
     switched::PROOFS,
+    driver_domain::PROOFS,
     bad_input::PROOFS,
     life::PROOFS,
     libvirt::PROOFS,
@@ -79,10 +85,12 @@ const CHAPTERS: &[&[Proof]] = &[
     events::PROOFS,
     cpus::PROOFS,
     memory::PROOFS,
+    nodes::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
     walls::PROOFS,
+    segments::PROOFS,
     slots::PROOFS,
     small::PROOFS,
     paused::PROOFS,

@@ -1,10 +1,13 @@
 //! The small devices beside disks and NICs: a balloon with free memory reported, an entropy source with a limit,
 //! persistent memory, a watchdog and pvpanic; and the same balloon beside an assigned drive, where nothing goes back.
 
-use anyhow::{Context, Result, ensure};
-use busway_lab::{Host, HostConfig, Kernel, Lab, RunningGuest};
+use std::time::{Duration, Instant};
 
-use crate::assigned::{bound, guest};
+use anyhow::{Context, Result, bail, ensure};
+use busway_lab::{Host, HostConfig, Kernel, Lab, RunningGuest};
+use serde_json::Value;
+
+use crate::assigned::{bound, give_back, guest};
 use crate::hotplug::{CTL, SOCKET};
 use crate::{Proof, tell};
 
@@ -17,6 +20,9 @@ pub(crate) const PROOFS: &[Proof] = &[
         "small_devices_a_balloon_beside_a_drive_gives_nothing_back_and_says_so",
         beside_a_drive,
     ),
+    Proof::soak("balloon_remaps_beside_an_assigned_drive", |lab, _tier| {
+        remapped(lab)
+    }),
 ];
 
 const MIB: u64 = 1 << 20;
@@ -236,4 +242,94 @@ fn beside_a_drive(lab: &mut Lab) -> Result<()> {
         result.stderr
     );
     Ok(())
+}
+
+/// MiB that the guest has, and that its balloon is to have.
+const RAM: u64 = 512;
+const BALLOON: u64 = 256;
+
+/// Bytes that the drive reaches.
+fn reached(host: &Host) -> Result<u64> {
+    let devices: Value = serde_json::from_str(&host.run(&format!("{CTL} devices --json"))?)?;
+    let mut all = devices["devices"].as_array().into_iter().flatten();
+    let drive = all.find(|one| one["kind"] == "assigned");
+    let bytes = drive.and_then(|drive| drive["dma"]["bytes"].as_u64());
+    bytes.with_context(|| format!("no drive in {devices}"))
+}
+
+/// Waits until what the drive reaches is RAM without what is unmapped, which is between `least` and `most` MiB; gives that in
+/// bytes.
+fn settled(host: &Host, least: u64, most: u64) -> Result<u64> {
+    let began = Instant::now();
+    loop {
+        let (unmapped, bytes) = (metric(host, "unmapped_bytes")?, reached(host)?);
+        let fits = unmapped + bytes == RAM * MIB;
+        if fits && (least * MIB..=most * MIB).contains(&unmapped) {
+            return Ok(unmapped);
+        }
+        if began.elapsed() > Duration::from_secs(90) {
+            bail!("{unmapped} bytes are unmapped, and the drive reaches {bytes}");
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// With `vfio=remap` the host has back the blocks that the balloon has whole, while the drive is written to and read back all
+/// the time; what the drive reaches is all but those, and all again when the balloon is empty.
+fn remapped(lab: &mut Lab) -> Result<()> {
+    let (host, address) = bound(lab, "nv0")?;
+    let run = guest()?
+        .memory_mib(RAM)
+        .device(&address)
+        .args(&["--balloon", "size=0,vfio=remap", "--platform", "p2p=off"])
+        .args(&SOCKET)
+        .limit(Duration::from_secs(300))
+        .script(
+            "(seed=0; while [ ! -e /tmp/still ]; do seed=$((seed + 1))\n\
+             lab-io write /dev/nvme0n1 $seed && lab-io verify /dev/nvme0n1 $seed || echo $seed >>/tmp/bad\n\
+             echo $seed >/tmp/passes; done) >/dev/null 2>>/tmp/said & io=$!\n\
+             until [ -e /tmp/passes ]; do sleep 0.1; done\n\
+             value begun yes\n\
+             until_pressed inflating\n\
+             until_pressed deflated\n\
+             : >/tmp/still; wait $io\n\
+             value passes \"$(cat /tmp/passes)\"\n\
+             value bad \"$(cat /tmp/bad /tmp/said 2>/dev/null | head -n 5)\"\n",
+        );
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value begun")?;
+    running.wait_line("@@value inflating")?;
+    let pid = running.pid()?;
+    settled(host, 0, 0)?;
+    let before = resident(host, pid)?;
+    for round in 1..=3 {
+        host.run(&format!("{CTL} resize --balloon {BALLOON}M"))?;
+        wait_for(host, "actual_bytes", "-ge", BALLOON * MIB)?;
+        // Some of its pages lie in blocks that the guest has pages of as well.
+        let unmapped = settled(host, BALLOON / 2, BALLOON)?;
+        let inflated = resident(host, pid)?;
+        tell!(
+            "round {round}: {} MiB unmapped, resident {} MiB, and {} before",
+            unmapped / MIB,
+            inflated / MIB,
+            before / MIB
+        );
+        ensure!(
+            before.saturating_sub(inflated) >= unmapped * 3 / 4,
+            "the host has {before} bytes less, and {inflated} with {unmapped} unmapped"
+        );
+        ensure!(metric(host, "inhibited")? == 0);
+        host.run(&format!("{CTL} resize --balloon 0"))?;
+        wait_for(host, "actual_bytes", "-eq", 0)?;
+        settled(host, 0, 0)?;
+    }
+    ensure!(metric(host, "remap_failures_total")? == 0);
+    press(host)?;
+    running.wait_line("@@value deflated")?;
+    press(host)?;
+    let result = running.finish()?.success()?;
+    tell!("{} passes", result.value("passes")?);
+    let bad = result.value("bad")?.trim();
+    ensure!(bad.is_empty(), "data was lost: {bad}");
+    give_back(host, &address, "nvme")
 }

@@ -7,12 +7,32 @@ use busway_lab::{HostConfig, Kernel, Lab};
 
 use crate::Proof;
 use crate::assigned::guest;
-use crate::proof::Tier;
 
-pub(crate) const PROOFS: &[Proof] = &[Proof::soak(
-    "switched_by_a_linux_bridge_two_guests_reach_each_other_and_not_the_host",
-    bridged,
-)];
+pub(crate) const PROOFS: &[Proof] = &[
+    Proof::soak(
+        "switched_by_a_linux_bridge_two_guests_reach_each_other_and_not_the_host",
+        |lab, _| switched(lab, LINUX, "ip link del lab-sw"),
+    ),
+    Proof::soak(
+        "switched_by_open_vswitch_two_guests_reach_each_other_and_not_the_host",
+        |lab, _| switched(lab, OPEN_VSWITCH, "ovs-vsctl del-br lab-sw"),
+    ),
+];
+
+/// A switch that has the taps sw0 and sw1.
+const LINUX: &str = "ip link add lab-sw type bridge; ip link set lab-sw up\n\
+    for each in sw0 sw1; do ip link set $each master lab-sw; done";
+
+/// The same by Open vSwitch, whose kernel module switches, in a VLAN.
+const OPEN_VSWITCH: &str = "\
+    for each in /usr/local/lib/openvswitch/*; do\n\
+    name=$(basename $each .ko | tr - _); [ -d /sys/module/${name#*_} ] || insmod $each; done\n\
+    mkdir -p /run/openvswitch /etc/openvswitch /var/log/openvswitch\n\
+    ovsdb-tool create /etc/openvswitch/conf.db /usr/share/openvswitch/vswitch.ovsschema\n\
+    ovsdb-server --remote=punix:/run/openvswitch/db.sock --pidfile --detach /etc/openvswitch/conf.db\n\
+    ovs-vsctl --no-wait init\n\
+    $(ls /usr/sbin/ovs-vswitchd /usr/lib/openvswitch-switch/ovs-vswitchd 2>/dev/null | head -n 1) --pidfile --detach\n\
+    ovs-vsctl add-br lab-sw; for each in sw0 sw1; do ovs-vsctl add-port lab-sw $each tag=7; done";
 
 /// The one that has the data, until the other has it.
 const SERVER: &str = r#"
@@ -35,12 +55,12 @@ nc 10.7.0.1 81 </tmp/data
 
 /// Data passes both ways, also where the host's kernel serves one of the NICs and Busway the other: what the one leaves
 /// unfinished (checksums, segments) the other's guest takes.
-fn bridged(lab: &mut Lab, _tier: Tier) -> Result<()> {
+fn switched(lab: &mut Lab, switch: &str, remove: &str) -> Result<()> {
     let host = lab.host(&HostConfig::new(Kernel::Iommufd))?;
-    host.run(
-        "set -e; modprobe vhost_net; ip link add lab-sw type bridge; ip link set lab-sw up\n\
-         for each in sw0 sw1; do ip tuntap add dev $each mode tap; ip link set $each master lab-sw up; done",
-    )?;
+    host.run(&format!(
+        "set -e; modprobe vhost_net\n\
+         for each in sw0 sw1; do ip tuntap add dev $each mode tap; ip link set $each up; done\n{switch}"
+    ))?;
     let start = |net: &str, script: &str| {
         let run = guest()?
             .args(&["--net", net])
@@ -52,7 +72,7 @@ fn bridged(lab: &mut Lab, _tier: Tier) -> Result<()> {
     server.wait_line("@@value serving")?;
     let client = start("tap=sw1,vhost=off", CLIENT)?.finish()?.success()?;
     let server = server.finish()?.success()?;
-    host.run("ip link del sw0; ip link del sw1; ip link del lab-sw")?;
+    host.run(&format!("{remove}; ip link del sw0; ip link del sw1"))?;
     let sum = server.value("sum")?;
     for (what, found) in [
         ("fetched", client.value("sum")?),

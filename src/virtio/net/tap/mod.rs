@@ -1,134 +1,25 @@
 //! A tap interface of the host, with one descriptor for each pair of queues.
 
-use std::ffi::{CStr, c_char};
+mod error;
+mod interface;
+
+use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use busway_iommu::{Command, printable};
 
+use super::features;
 use crate::virtio::spec::net;
+pub use error::TapError;
+use interface::{Interface, NAME_SIZE, request};
 
 /// The pattern of names from which the kernel takes the first free one.
 const ANY_NAME: &str = "vmtap%d";
-
-/// The bytes of `ifr_name`, with its final zero.
-const NAME_SIZE: usize = libc::IFNAMSIZ;
-
-/// A tap interface cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum TapError {
-    /// cannot open /dev/net/tun: {source}; {remedy}
-    #[error("cannot open /dev/net/tun: {source}; {remedy}")]
-    NoTun {
-        /// Why.
-        source: io::Error,
-        /// What to do.
-        remedy: &'static str,
-    },
-    /// `{name}` is no name for an interface: it has 1 to 15 characters, none of them a slash, a colon or a space
-    #[error(
-        "`{name}` is no name for an interface: it has 1 to 15 characters, none of them a slash, a colon or a space"
-    )]
-    Name {
-        /// The name.
-        name: String,
-    },
-    /// tap {name}: not permitted; make it beforehand for this user, with `ip tuntap add dev {example} mode tap user $USER`, or give Busway CAP_NET_ADMIN
-    #[error(
-        "tap {name}: not permitted; make it beforehand for this user, with `{} user $USER{multi_queue}`, or give Busway CAP_NET_ADMIN",
-        add(example)
-    )]
-    NotPermitted {
-        /// The name asked for.
-        name: String,
-        /// A name for the example.
-        example: String,
-        /// ` multi_queue` where that is needed.
-        multi_queue: &'static str,
-    },
-    /// tap {name} is in use by another program: stop it, or give another name
-    #[error("tap {name} is in use by another program: stop it, or give another name")]
-    Busy {
-        /// The name.
-        name: String,
-    },
-    /// {name} exists and is not a tap that takes {queues} queues: remove it with `ip link delete dev {name}`, make it with `ip tuntap add dev {name} mode tap multi_queue`, or give another name
-    #[error(
-        "{name} exists and is not a tap that takes {queues} queues: remove it with `{}`, make it with `{} multi_queue`, or give another name",
-        Command::new(["ip", "link", "delete", "dev"]).operand(name),
-        add(name)
-    )]
-    Mismatch {
-        /// The name.
-        name: String,
-        /// How many were asked for.
-        queues: u16,
-    },
-    /// fd={number} is no descriptor that was inherited
-    #[error(
-        "fd={number} is no descriptor that Busway has inherited: whoever starts Busway opens the tap without \
-         close-on-exec, and says its number, 3 or more"
-    )]
-    NotInherited {
-        /// The number.
-        number: u32,
-    },
-    /// the descriptor that was passed, which is {what}, is no tap's
-    #[error(
-        "the descriptor that was passed, which is {what}, is no tap's: TUNGETIFF: {source}; pass those of a \
-         tap, one for each pair of queues"
-    )]
-    NoTap {
-        /// What it is.
-        what: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// {files} descriptors were passed, and num_queues={queues} needs {pairs}
-    #[error(
-        "{files} descriptors were passed, and num_queues={queues} needs {pairs}: one for each pair of queues"
-    )]
-    Count {
-        /// How many were.
-        files: usize,
-        /// How many queues were asked for.
-        queues: u16,
-        /// How many pairs these are.
-        pairs: u16,
-    },
-    /// {name} was opened in another way than a tap with IFF_NO_PI and IFF_VNET_HDR
-    #[error(
-        "{name} was opened in another way than a NIC needs it: open it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR\
-         {multi_queue}"
-    )]
-    Kind {
-        /// The interface.
-        name: String,
-        /// `, and with IFF_MULTI_QUEUE ...` where that is needed.
-        multi_queue: &'static str,
-    },
-    /// the descriptors are of two taps, {first} and {name}
-    #[error("the descriptors are of two taps, {first} and {name}: hand over those of one")]
-    Several {
-        /// The first's.
-        first: String,
-        /// Another's.
-        name: String,
-    },
-    /// tap {name}: {what} failed: {source}
-    #[error("tap {name}: {what} failed: {source}")]
-    Kernel {
-        /// The name.
-        name: String,
-        /// The ioctl.
-        what: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-}
 
 /// A tap interface. It goes away with its last descriptor, unless it was made to persist.
 #[derive(Debug)]
@@ -136,17 +27,13 @@ pub(super) struct Tap {
     name: String,
     queues: Vec<Arc<File>>,
     multi_queue: bool,
+    /// It takes and hands over UDP that is to be cut into segments (`TUN_F_USO4` and `TUN_F_USO6`, Linux 6.2).
+    uso: bool,
+    /// What it may hand over unfinished at this moment: feature bits, `VIRTIO_NET_F_GUEST_*`.
+    offloads: AtomicU64,
     /// It is no interface, and its queues are sockets, which know nothing of offloads.
     #[cfg(any(test, feature = "hostile"))]
     made_up: bool,
-}
-
-/// The command that makes a tap.
-fn add(name: &str) -> Command {
-    Command::new(["ip", "tuntap", "add", "dev"])
-        .operand(name)
-        .operand("mode")
-        .operand("tap")
 }
 
 impl Tap {
@@ -156,11 +43,8 @@ impl Tap {
         let asked = name.unwrap_or(ANY_NAME);
         check_name(asked, name.is_some())?;
         let mut tap = Self {
-            name: asked.to_owned(),
-            queues: Vec::new(),
             multi_queue: pairs > 1,
-            #[cfg(any(test, feature = "hostile"))]
-            made_up: false,
+            ..Self::named(asked)
         };
         for _ in 0..pairs.max(1) {
             let queue = open_tun()?;
@@ -169,8 +53,21 @@ impl Tap {
             }
             tap.add_queue(queue)?;
         }
+        tap.probe();
         tap.bring_up()?;
         Ok(tap)
+    }
+
+    fn named(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            queues: Vec::new(),
+            multi_queue: false,
+            uso: false,
+            offloads: AtomicU64::new(0),
+            #[cfg(any(test, feature = "hostile"))]
+            made_up: false,
+        }
     }
 
     /// The interface whose queues somebody else has opened, one for each of `pairs` pairs of queues. It is
@@ -184,11 +81,8 @@ impl Tap {
             });
         }
         let mut tap = Self {
-            name: String::new(),
-            queues: Vec::new(),
             multi_queue: pairs > 1,
-            #[cfg(any(test, feature = "hostile"))]
-            made_up: false,
+            ..Self::named("")
         };
         for file in files {
             let no_tap = |source| TapError::NoTap {
@@ -225,6 +119,7 @@ impl Tap {
                 .map_err(|error| tap.kernel("FIONBIO", error.into()))?;
             tap.add_queue(queue)?;
         }
+        tap.probe();
         Ok(tap)
     }
 
@@ -232,10 +127,11 @@ impl Tap {
     #[cfg(any(test, feature = "hostile"))]
     pub(super) fn made_up(queues: Vec<OwnedFd>) -> Self {
         Self {
-            name: "made-up".to_owned(),
             multi_queue: queues.len() > 1,
             queues: queues.into_iter().map(|fd| Arc::new(fd.into())).collect(),
+            uso: true,
             made_up: true,
+            ..Self::named("made-up")
         }
     }
 
@@ -260,8 +156,40 @@ impl Tap {
         self.queues.get(pair)
     }
 
+    /// Finds out what the kernel's taps can do, and has this one hand over nothing unfinished until a driver asks.
+    fn probe(&mut self) {
+        let uso = libc::TUN_F_CSUM | libc::TUN_F_USO4 | libc::TUN_F_USO6;
+        self.uso = self.set_offload(uso).is_ok();
+        if let Err(error) = self.set_offload(0) {
+            log::debug!("tap {}: TUNSETOFFLOAD: {error}", self.name);
+        }
+    }
+
+    /// Whether it takes and hands over UDP that is to be cut into segments.
+    pub(super) fn has_uso(&self) -> bool {
+        self.uso
+    }
+
+    /// What it may hand over unfinished at this moment: feature bits, `VIRTIO_NET_F_GUEST_*`. While that is changed, what
+    /// it may before or after.
+    pub(super) fn offloads(&self) -> u64 {
+        self.offloads.load(Ordering::Relaxed)
+    }
+
+    /// Has it hand over unfinished what `offloads` say, feature bits: `VIRTIO_NET_F_GUEST_*`.
+    ///
+    /// # Errors
+    /// The kernel's; it stays as it was.
+    pub(super) fn set_offloads(&self, offloads: u64) -> io::Result<()> {
+        let before = self.offloads.fetch_or(offloads, Ordering::Relaxed);
+        let set = self.set_offload(features::offload(offloads));
+        let now = if set.is_ok() { offloads } else { before };
+        self.offloads.store(now, Ordering::Relaxed);
+        set
+    }
+
     /// What the kernel may hand over unfinished: `TUN_F_*`, linux/if_tun.h.
-    pub(super) fn set_offload(&self, flags: libc::c_uint) -> io::Result<()> {
+    fn set_offload(&self, flags: libc::c_uint) -> io::Result<()> {
         #[cfg(any(test, feature = "hostile"))]
         if self.made_up {
             return Ok(());
@@ -373,27 +301,14 @@ impl Tap {
     /// Brings the interface up. Who may use a tap may not always change it; then it stays down, and
     /// that is said.
     fn bring_up(&self) -> Result<(), TapError> {
-        // SAFETY: socket takes no pointer; the result is checked.
-        let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-        self.check("socket", fd)?;
-        // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut request = request(&self.name, 0);
-        // SAFETY: SIOCGIFFLAGS reads and writes an ifreq, which `request` is.
-        let result =
-            unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) };
-        self.check("SIOCGIFFLAGS", result)?;
-        // SAFETY: SIOCGIFFLAGS has filled in the flags.
-        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        let failed = |what| move |source| self.kernel(what, source);
+        let interface = Interface::new(&self.name).map_err(failed("socket"))?;
+        let flags = interface.flags().map_err(failed("SIOCGIFFLAGS"))?;
         let up = libc::IFF_UP as libc::c_short;
         if flags & up != 0 {
             return Ok(());
         }
-        request.ifr_ifru.ifru_flags = flags | up;
-        // SAFETY: SIOCSIFFLAGS reads an ifreq, which `request` is.
-        let result =
-            unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-        match check(result) {
+        match interface.set_flags(flags | up) {
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
                 log::warn!(
                     "tap {name} is down and this user may not change that: `{command}`",
@@ -404,9 +319,29 @@ impl Tap {
                 );
                 Ok(())
             }
-            Err(source) => Err(self.kernel("SIOCSIFFLAGS", source)),
-            Ok(()) => Ok(()),
+            result => result.map_err(failed("SIOCSIFFLAGS")),
         }
+    }
+
+    /// Has the interface carry packets of `mtu` bytes. Nothing is asked of the kernel that needs a right where it does so
+    /// already.
+    ///
+    /// # Errors
+    /// [`TapError`]: this user may not change it, or the tap takes no such MTU.
+    pub(super) fn set_mtu(&self, mtu: u16) -> Result<(), TapError> {
+        let failed = |what| move |source| self.kernel(what, source);
+        let interface = Interface::new(&self.name).map_err(failed("socket"))?;
+        let now = interface.mtu().map_err(failed("SIOCGIFMTU"))?;
+        if now == u32::from(mtu) {
+            return Ok(());
+        }
+        let name = self.name.clone();
+        interface
+            .set_mtu(mtu)
+            .map_err(|source| match source.raw_os_error() {
+                Some(libc::EPERM | libc::EACCES) => TapError::MtuNotPermitted { name, now, mtu },
+                _ => TapError::Mtu { name, mtu, source },
+            })
     }
 
     fn check(&self, what: &'static str, result: libc::c_int) -> Result<(), TapError> {
@@ -479,17 +414,6 @@ fn check_name(name: &str, given: bool) -> Result<(), TapError> {
         });
     }
     Ok(())
-}
-
-fn request(name: &str, flags: libc::c_int) -> libc::ifreq {
-    // SAFETY: all zeros is a valid ifreq, which is plain data.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    let room = request.ifr_name.iter_mut().take(NAME_SIZE - 1);
-    for (to, from) in room.zip(name.bytes()) {
-        *to = from as c_char;
-    }
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    request
 }
 
 fn name_of(request: &libc::ifreq) -> String {
