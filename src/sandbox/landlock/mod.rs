@@ -91,17 +91,34 @@ pub fn restrict_by_choice(
         }
         Choice::On => restrict(&rules()),
         Choice::Auto if lacking().is_some() => Ok(()),
-        Choice::Auto => match restrict(&rules()) {
-            Err(LandlockError::Missing(why)) => {
-                log::info!(
-                    "Landlock bounds nothing: this kernel has none ({why}): it needs Linux 5.13 with \
-                     CONFIG_SECURITY_LANDLOCK, and `landlock` among the modules of lsm= on its command line"
-                );
-                let _already = LACKING.set(format!("the kernel has none: {why}"));
-                Ok(())
-            }
-            restricted => restricted,
-        },
+        Choice::Auto => restrict_where_possible(&rules()),
+    }
+}
+
+/// [`restrict`], where the kernel has Landlock and rules can name what the VM does. Elsewhere threads are bounded alone.
+fn restrict_where_possible(rules: &Rules) -> Result<(), LandlockError> {
+    let mounts = Mounts::read();
+    let mut named = rules.iter().map(|rule| &*rule.path);
+    if let Some(path) = named.find(|path| mounts.is_unnamable(path)) {
+        let why = format!(
+            "{} is on 9p, whose files no rule can name; --landlock true leaves all of that file system in reach",
+            path.display()
+        );
+        log::info!("Landlock bounds threads alone: {why}");
+        bound_threads();
+        let _already = LACKING.set(why);
+        return Ok(());
+    }
+    match restrict(rules) {
+        Err(LandlockError::Missing(why)) => {
+            log::info!(
+                "Landlock bounds nothing: this kernel has none ({why}): it needs Linux 5.13 with \
+                 CONFIG_SECURITY_LANDLOCK, and `landlock` among the modules of lsm= on its command line"
+            );
+            let _already = LACKING.set(format!("the kernel has none: {why}"));
+            Ok(())
+        }
+        restricted => restricted,
     }
 }
 
