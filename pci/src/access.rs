@@ -5,21 +5,22 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::address::Bdf;
+use crate::address::{Bdf, Segment};
 use crate::spec;
 use crate::topology::Topology;
 
-/// Configuration space as memory: 4 KiB for each function of 256 buses. PCIe 6.0 §7.2.2.
+/// Configuration space of one segment as memory: 4 KiB for each function of 256 buses. PCIe 6.0 §7.2.2.
 #[derive(Clone, Debug)]
 pub struct Ecam {
     topology: Arc<Topology>,
+    segment: Segment,
 }
 
 impl Ecam {
-    /// The configuration space of `topology`.
+    /// The configuration space of a segment of `topology`.
     #[must_use]
-    pub fn new(topology: Arc<Topology>) -> Self {
-        Self { topology }
+    pub fn new(topology: Arc<Topology>, segment: Segment) -> Self {
+        Self { topology, segment }
     }
 
     /// Reads `offset` bytes from the start of bus 0; all ones where nothing answers.
@@ -28,7 +29,8 @@ impl Ecam {
         let mut rest = data;
         for (bdf, register, width) in by_function(offset, rest.len()) {
             let (part, after) = rest.split_at_mut(width);
-            self.topology.config_read(bdf, register, part);
+            self.topology
+                .config_read(bdf.in_segment(self.segment), register, part);
             rest = after;
         }
     }
@@ -38,7 +40,8 @@ impl Ecam {
         let mut rest = data;
         for (bdf, register, width) in by_function(offset, data.len()) {
             let (part, after) = rest.split_at(width);
-            self.topology.config_write(bdf, register, part);
+            self.topology
+                .config_write(bdf.in_segment(self.segment), register, part);
             rest = after;
         }
     }
@@ -61,7 +64,7 @@ fn by_function(offset: u64, width: usize) -> impl Iterator<Item = (Bdf, u16, usi
 }
 
 /// Configuration space through I/O ports: an address at CF8, then data at CFC. It reaches the first
-/// 256 bytes of each function. PCI Local Bus Specification 3.0 §3.2.2.3.2.
+/// 256 bytes of each function of segment 0, and no other segment. PCI Local Bus Specification 3.0 §3.2.2.3.2.
 #[derive(Debug)]
 pub struct Cf8Cfc {
     topology: Arc<Topology>,
@@ -156,6 +159,34 @@ mod tests {
         Arc::new(topology)
     }
 
+    /// The same with a second segment: a host bridge, and one function on its bus 0.
+    fn two_segments() -> Arc<Topology> {
+        let topology = topology();
+        let at = |number| Place::root(Device::new(number).unwrap()).in_segment(Segment(1));
+        topology.add(at(0), Arc::new(HostBridge::new())).unwrap();
+        let function = FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 0x1000)]);
+        topology.add(at(3), function).unwrap();
+        topology
+    }
+
+    #[test]
+    fn each_segment_has_a_configuration_space_of_its_own_and_the_ports_reach_the_first() {
+        let topology = two_segments();
+        let ecams = [0, 1, 2].map(|segment| Ecam::new(topology.clone(), Segment(segment)));
+        let vendors = |offset| ecams.each_ref().map(|ecam| read::<2>(ecam, offset));
+        assert_eq!(vendors(0), [[0x36, 0x1b], [0x36, 0x1b], [0xff; 2]]);
+        // Device 3 of bus 0, and bus 1 behind the port.
+        assert_eq!(vendors(0x1_8000), [[0xff; 2], [0x34, 0x12], [0xff; 2]]);
+        assert_eq!(vendors(0x10_0000), [[0x34, 0x12], [0xff; 2], [0xff; 2]]);
+        ecams[1].write(0x1_8010, &[0xff; 4]);
+        assert_eq!(read(&ecams[1], 0x1_8010), [0, 0xf0, 0xff, 0xff]);
+        let ports = Cf8Cfc::new(topology);
+        ports.write(0, &0x8000_1800u32.to_le_bytes());
+        let mut data = [0; 4];
+        ports.read(4, &mut data);
+        assert_eq!(data, [0xff; 4]);
+    }
+
     fn read<const N: usize>(ecam: &Ecam, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         ecam.read(offset, &mut data);
@@ -164,7 +195,7 @@ mod tests {
 
     #[test]
     fn memory_offsets_name_bus_device_function_and_register() {
-        let ecam = Ecam::new(topology());
+        let ecam = Ecam::new(topology(), Segment(0));
         assert_eq!(read(&ecam, 0), [0x36, 0x1b, 0x08, 0x00]);
         assert_eq!(read(&ecam, 0x10_0002), [0x78, 0x56]);
         assert_eq!(read(&ecam, 0x8000), [0x36, 0x1b, 0x0c, 0x00]);
@@ -176,7 +207,7 @@ mod tests {
 
     #[test]
     fn an_access_across_two_functions_reaches_both() {
-        let ecam = Ecam::new(topology());
+        let ecam = Ecam::new(topology(), Segment(0));
         assert_eq!(read(&ecam, 0x7ffe), [0xff, 0xff, 0x36, 0x1b]);
         assert_eq!(read(&ecam, 0xffe), [0, 0, 0xff, 0xff]);
         assert_eq!(read(&ecam, 0x0fff_fffe), [0xff; 4]);
@@ -238,13 +269,14 @@ mod tests {
     proptest! {
         #[test]
         fn no_access_of_any_offset_and_width_panics(
+            segment in (0..3_u32).prop_map(Segment),
             accesses in vec((
                 prop_oneof![0..0x1000u64, 0x8000..0x9000u64, 0x10_0000..0x10_1000u64, any::<u64>()],
                 vec(any::<u8>(), 0..20),
             ), 0..40),
         ) {
-            let topology = topology();
-            let ecam = Ecam::new(topology.clone());
+            let topology = two_segments();
+            let ecam = Ecam::new(topology.clone(), segment);
             let ports = Cf8Cfc::new(topology);
             for (offset, mut data) in accesses {
                 ecam.write(offset, &data);

@@ -96,6 +96,12 @@ impl Bdf {
         (self.bus.0 as u16) << 8 | (self.device.0 as u16) << 3 | self.function.0 as u16
     }
 
+    /// The same address in another segment.
+    #[must_use]
+    pub const fn in_segment(self, segment: Segment) -> Self {
+        Self { segment, ..self }
+    }
+
     /// The function with this routing id, on segment 0.
     #[must_use]
     pub const fn from_routing_id(id: u16) -> Self {
@@ -105,6 +111,41 @@ impl Bdf {
             device: Device((id >> 3) as u8 & 0x1f),
             function: Function(id as u8 & 7),
         }
+    }
+}
+
+/// A device number on bus 0 of a segment, the bus of its root complex.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RootSlot {
+    /// Segment group.
+    pub segment: Segment,
+    /// Device.
+    pub device: Device,
+}
+
+impl RootSlot {
+    /// The address of a function of the device.
+    #[must_use]
+    pub const fn bdf(self, function: Function) -> Bdf {
+        Bdf {
+            segment: self.segment,
+            bus: Bus(0),
+            device: self.device,
+            function,
+        }
+    }
+
+    /// The number of a physical slot behind the root port that is here, unique in a machine: 32 for each segment. It
+    /// has 13 bits (PCIe 6.0 §7.5.3.9), which are enough for 256 segments.
+    #[must_use]
+    pub const fn physical_slot(self) -> u16 {
+        (self.segment.0 as u16 & 0xff) << 5 | self.device.0 as u16
+    }
+}
+
+impl fmt::Display for RootSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.bdf(Function(0)).fmt(f)
     }
 }
 
@@ -170,6 +211,22 @@ mod tests {
         assert_eq!(long, "3b:1f.7".parse().unwrap());
         assert_eq!(long.to_string(), "0000:3b:1f.7");
         assert_eq!(long.routing_id(), 0x3bff);
+    }
+
+    #[test]
+    fn slots_of_all_segments_have_numbers_of_their_own() {
+        let slots = (0..256).flat_map(|segment| {
+            (0..Device::COUNT)
+                .filter_map(Device::new)
+                .map(move |device| RootSlot {
+                    segment: Segment(segment),
+                    device,
+                })
+        });
+        let numbers: Vec<_> = slots.clone().map(RootSlot::physical_slot).collect();
+        assert!(numbers.iter().copied().eq(0..1 << 13));
+        let last = slots.last().unwrap();
+        assert_eq!(last.to_string(), "00ff:00:1f.0");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::address::Segment;
 use crate::bar::{BarIndex, BarKind, BarRegion};
 use crate::bars::Bars;
 use crate::config::{ConfigSpace, Identity};
@@ -330,7 +331,12 @@ impl FakeMapper {
 }
 
 impl BarMapper for FakeMapper {
-    fn map(&self, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()> {
+    fn map(
+        &self,
+        _: Segment,
+        function: &Arc<dyn PciFunction>,
+        region: &BarRegion,
+    ) -> io::Result<()> {
         let mut mapped = lock(&self.mapped);
         let overlaps = |other: &BarRegion| {
             (other.kind == BarKind::Io) == (region.kind == BarKind::Io)

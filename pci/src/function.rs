@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::activity::Activity;
+use crate::address::Segment;
 use crate::atomics::AtomicOps;
 use crate::bar::{BarIndex, BarKind, BarRegion};
 use crate::windows::{Reserve, Windows};
@@ -216,12 +217,17 @@ pub trait HotPlug {
 /// Called without any function's lock held; the same BAR is never mapped twice without an `unmap`
 /// between.
 pub trait BarMapper: Send + Sync {
-    /// Makes `region` reach `function`.
+    /// Makes `region` reach `function`, which is in `segment`.
     ///
     /// # Errors
-    /// The region overlaps something else, or the kernel refused. The BAR then stays unmapped and
+    /// The region overlaps something else, or is outside of the segment's windows, or the kernel refused. The BAR then stays unmapped and
     /// the caller logs it: a guest that places a BAR badly harms itself only.
-    fn map(&self, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()>;
+    fn map(
+        &self,
+        segment: Segment,
+        function: &Arc<dyn PciFunction>,
+        region: &BarRegion,
+    ) -> io::Result<()>;
 
     /// Undoes [`map`](Self::map).
     fn unmap(&self, function: &Arc<dyn PciFunction>, region: &BarRegion);

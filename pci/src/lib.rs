@@ -36,7 +36,7 @@ mod windows;
 
 pub use access::{Cf8Cfc, Ecam};
 pub use activity::{Access, Activity, InterruptMode, Seen};
-pub use address::{Bdf, Bus, Device, Function, ParseBdfError, Segment};
+pub use address::{Bdf, Bus, Device, Function, ParseBdfError, RootSlot, Segment};
 pub use atomics::AtomicOps;
 pub use bar::{BarIndex, BarKind, BarRegion, PAGE_SIZE};
 pub use bars::{BarError, Bars};
@@ -59,6 +59,7 @@ pub use pin::InterruptPin;
 pub use root_port::RootPort;
 pub use slot::SlotListener;
 pub use topology::{
-    AssignError, Behind, FunctionId, Needs, NoRoom, Place, PlaceError, Topology, find_room,
+    AssignError, Behind, FunctionId, Needs, NoRoom, Parent, Place, PlaceError, Topology,
+    end_of_room, find_room,
 };
 pub use windows::{Reserve, WindowKind, Windows};

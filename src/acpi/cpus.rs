@@ -42,6 +42,7 @@ pub(super) fn append(hardware: &Hardware, aml: &mut Vec<u8>) {
         let processor = Processor {
             uid,
             cpu: *cpu,
+            node: node_of(hardware, uid),
             comes_and_goes: hardware.cpu_hotplug,
         };
         processor.to_aml_bytes(&mut processors);
@@ -59,7 +60,14 @@ pub(super) fn append(hardware: &Hardware, aml: &mut Vec<u8>) {
 struct Processor {
     uid: u32,
     cpu: Cpu,
+    /// The node that it is in, where there are some.
+    node: Option<u32>,
     comes_and_goes: bool,
+}
+
+fn node_of(hardware: &Hardware, uid: u32) -> Option<u32> {
+    let numa = hardware.numa.as_ref()?;
+    numa.cpus.get(usize::try_from(uid).ok()?).copied()
 }
 
 fn name(uid: u32) -> String {
@@ -71,7 +79,10 @@ impl Aml for Processor {
         let uid = &self.uid;
         let hid = Name::new(path("_HID"), &"ACPI0007");
         let id = Name::new(path("_UID"), uid);
+        let proximity = self.node.map(|node| Name::new(path("_PXM"), &node));
         let mut children: Vec<&dyn Aml> = vec![&hid, &id];
+        // §6.2.14.
+        children.extend(proximity.iter().map(|name| name as &dyn Aml));
         let status = MethodCall::new(path("\\_SB_.CPUC.CSTA"), vec![uid]);
         let sta = Bytes::of(&Method::new(
             path("_STA"),

@@ -11,8 +11,11 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use busway_pci::{Device as Slot, InterruptPin};
 
-use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, cpus, hotplug, in_system_bus, path};
-use crate::arch::{acpi as arch, gsi, layout};
+use super::aml::Bytes;
+use super::{
+    Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Root, cpus, hotplug, in_system_bus, path,
+};
+use crate::arch::{acpi as arch, gsi};
 
 /// Size of the header that each table has.
 const HEADER: u32 = 36;
@@ -34,14 +37,16 @@ const OSC_CONTROL_MASKED: u8 = 1 << 4;
 /// The table.
 pub(super) fn dsdt(hardware: &Hardware) -> Sdt {
     let mut aml = Vec::new();
-    host_bridge(hardware, &mut aml);
+    for root in &hardware.roots {
+        host_bridge(root, hardware, &mut aml);
+    }
     motherboard(hardware, &mut aml);
     arch::append_devices(hardware.serial, &mut aml);
     if hardware.tpm {
         arch::append_tpm(&mut aml);
     }
     cpus::append(hardware, &mut aml);
-    hotplug::append(hardware.bus0_slots, &mut aml);
+    hotplug::append(&hardware.roots, &mut aml);
     let soft_off = arch::soft_off();
     Name::new(
         path("_S5_"),
@@ -61,10 +66,12 @@ pub(super) fn dsdt(hardware: &Hardware) -> Sdt {
     dsdt
 }
 
-/// Bus 0 of segment 0 and all behind it. PCI Firmware 3.3 §4.
-fn host_bridge(hardware: &Hardware, aml: &mut Vec<u8>) {
-    let buses = AddressSpace::new_bus_number(0_u16, hardware.last_bus.into());
-    let (configuration, [io_low, io_high]) = arch::host_bridge_ports();
+/// Bus 0 of a segment and all behind it. PCI Firmware 3.3 §4.
+fn host_bridge(root: &Root, hardware: &Hardware, aml: &mut Vec<u8>) {
+    let buses = AddressSpace::new_bus_number(0_u16, root.last_bus.into());
+    let last_port = u16::try_from(root.io.end.saturating_sub(1)).unwrap_or(u16::MAX);
+    let (configuration, [io_low, io_high]) = arch::host_bridge_ports(last_port);
+    let io = AddressSpace::new_io(u16::try_from(root.io.start).unwrap_or(0), last_port, None);
     // A descriptor for each part of a window: what lies between them is in none.
     let uncached = AddressSpaceCacheable::NotCacheable;
     let parts = |window: &[Range<u64>]| {
@@ -72,39 +79,59 @@ fn host_bridge(hardware: &Hardware, aml: &mut Vec<u8>) {
         parts.retain(|part| !part.is_empty());
         parts
     };
-    let windows32: Vec<_> = parts(&hardware.mmio32)
+    let windows32: Vec<_> = parts(&root.mmio32)
         .into_iter()
         .map(|part| {
             let (first, last) = (part.start as u32, (part.end - 1) as u32);
             AddressSpace::new_memory(uncached, true, first, last, None)
         })
         .collect();
-    let windows64: Vec<_> = parts(&hardware.mmio64)
+    let windows64: Vec<_> = parts(&root.mmio64)
         .into_iter()
         .map(|part| AddressSpace::new_memory(uncached, true, part.start, part.end - 1, None))
         .collect();
-    let mut resources: Vec<&dyn Aml> = vec![&buses, &configuration, &io_low, &io_high];
+    let mut resources: Vec<&dyn Aml> = vec![&buses];
+    match root.segment {
+        // The ports at 0xCF8 reach this one alone.
+        0 => resources.extend([&configuration as &dyn Aml, &io_low, &io_high]),
+        _ if root.io.is_empty() => {}
+        _ => resources.push(&io),
+    }
     resources.extend(windows32.iter().map(|part| part as &dyn Aml));
     resources.extend(windows64.iter().map(|part| part as &dyn Aml));
 
     let hid = Name::new(path("_HID"), &EISAName::new("PNP0A08"));
     let cid = Name::new(path("_CID"), &EISAName::new("PNP0A03"));
-    let segment = Name::new(path("_SEG"), &0_u8);
+    let segment = Name::new(path("_SEG"), &root.segment);
     let bus = Name::new(path("_BBN"), &0_u8);
-    let uid = Name::new(path("_UID"), &0_u8);
+    let uid = Name::new(path("_UID"), &root.segment);
     let crs = Name::new(path("_CRS"), &ResourceTemplate::new(resources));
-    let prt = Name::new(path("_PRT"), &interrupt_routing());
+    let routing = routing(root);
     let osc = Osc::new(hardware);
-    in_system_bus(
-        &Device::new(
-            path("PCI0"),
-            vec![&hid, &cid, &segment, &bus, &uid, &crs, &prt, &osc],
-        ),
-        aml,
-    );
+    let proximity = root.node.map(|node| Name::new(path("_PXM"), &node));
+    let mut children: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &bus, &uid, &crs, &routing, &osc];
+    // §6.2.14.
+    children.extend(proximity.iter().map(|name| name as &dyn Aml));
+    in_system_bus(&Device::new(path(&root.name()), children), aml);
 }
 
-/// `_PRT`: each pin of each device is hard-wired to an interrupt. §6.2.13.
+/// `_PRT` of a segment: pins are wired alike in all, so that the table is in the first alone. §6.2.13.
+fn routing(root: &Root) -> Bytes {
+    match root.segment {
+        0 => Bytes::of(&Name::new(path("_PRT"), &interrupt_routing())),
+        _ => {
+            let first = path("\\_SB_.PCI0._PRT");
+            Bytes::of(&Method::new(
+                path("_PRT"),
+                0,
+                false,
+                vec![&Return::new(&first)],
+            ))
+        }
+    }
+}
+
+/// Each pin of each device is hard-wired to an interrupt.
 fn interrupt_routing() -> PackageBuilder {
     let mut table = PackageBuilder::new();
     for slot in (0..Slot::COUNT).filter_map(Slot::new) {
@@ -176,13 +203,19 @@ impl Aml for Osc {
     }
 }
 
-/// What no device has but nobody else may take: ECAM (PCI Firmware 3.3 §4.1.2 wants it here) and the
+/// What no device has but nobody else may take: ECAM of each segment (PCI Firmware 3.3 §4.1.2 wants it here) and the
 /// ports of the board.
 fn motherboard(hardware: &Hardware, aml: &mut Vec<u8>) {
     let hid = Name::new(path("_HID"), &EISAName::new("PNP0C02"));
     let uid = Name::new(path("_UID"), &0_u8);
-    let ecam = Memory32Fixed::new(true, hardware.ecam as u32, layout::ECAM_SIZE as u32);
+    let ecams = hardware.roots.iter().map(|root| {
+        let size = root.ecam.end.saturating_sub(root.ecam.start);
+        Memory32Fixed::new(true, root.ecam.start as u32, size as u32)
+    });
+    let ecams: Vec<_> = ecams.collect();
     let ports = arch::board_ports();
-    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&ecam, &ports]));
+    let mut resources: Vec<&dyn Aml> = ecams.iter().map(|ecam| ecam as &dyn Aml).collect();
+    resources.push(&ports);
+    let crs = Name::new(path("_CRS"), &ResourceTemplate::new(resources));
     in_system_bus(&Device::new(path("MBRD"), vec![&hid, &uid, &crs]), aml);
 }

@@ -1,4 +1,4 @@
-//! The DSDT's part that tells of devices which come to bus 0 and leave it: slots with `_EJ0`, and a generic
+//! The DSDT's part that tells of devices which come to bus 0 of a segment and leave it: slots with `_EJ0`, and a generic
 //! event device whose event looks which of them it is about. §5.6.9, §6.3.
 //!
 //! The registers are [`devices::pci_hotplug`](crate::devices::pci_hotplug)'s. Root ports have no object here:
@@ -12,7 +12,7 @@ use acpi_tables::aml::{
 };
 
 use super::aml::Bytes;
-use super::{in_system_bus, path};
+use super::{Root, in_system_bus, path};
 use crate::arch::{gsi, layout};
 use crate::devices::pci_hotplug::{ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, SIZE, WANTED};
 
@@ -34,37 +34,54 @@ const REGISTER_SIZE: u64 = 4;
 /// They lie one after another.
 const _: () = assert!(SIZE == REGISTER_SIZE * REGISTERS.len() as u64);
 
-/// Appends what the slots need that `slots` has a bit for; nothing where there is none.
-pub(super) fn append(slots: u32, aml: &mut Vec<u8>) {
-    let slots: Vec<_> = (0..32_u8)
-        .filter(|slot| slots >> slot & 1 != 0)
-        .map(|slot| SlotObject { slot })
-        .collect();
-    if slots.is_empty() {
-        return;
+/// Appends what the slots need that the roots have a bit for; nothing where there is none.
+pub(super) fn append(roots: &[Root], aml: &mut Vec<u8>) {
+    let changing: Vec<_> = roots.iter().filter(|root| root.slots != 0).collect();
+    for root in &changing {
+        let slots = (0..32_u8).filter(|slot| root.slots >> slot & 1 != 0);
+        let segment = root.segment;
+        let slots: Vec<_> = slots.map(|slot| SlotObject { segment, slot }).collect();
+        registers(segment, aml);
+        let look = Look {
+            segment,
+            slots: &slots,
+        };
+        let mut children: Vec<&dyn Aml> = slots.iter().map(|slot| slot as &dyn Aml).collect();
+        children.push(&look);
+        let scope = path(&format!("\\_SB_.{}", root.name()));
+        Scope::new(scope, children).to_aml_bytes(aml);
     }
-    registers(aml);
-    let look = Look { slots: &slots };
-    let mut children: Vec<&dyn Aml> = slots.iter().map(|slot| slot as &dyn Aml).collect();
-    children.push(&look);
-    Scope::new(path("\\_SB_.PCI0"), children).to_aml_bytes(aml);
-    event_device(aml);
+    if !changing.is_empty() {
+        event_device(&changing, aml);
+    }
+}
+
+/// The container of a segment's registers.
+fn container(segment: u16) -> String {
+    match segment {
+        0 => "PHPC".to_owned(),
+        segment => format!("PH{segment:02X}"),
+    }
 }
 
 /// A register, from anywhere in the namespace.
-fn register(offset: u64) -> Path {
+fn register(segment: u16, offset: u64) -> Path {
     let name = REGISTERS.iter().find(|(_, at)| *at == offset);
     let name = name.map_or("", |(name, _)| {
         std::str::from_utf8(name).unwrap_or_default()
     });
-    path(&format!("\\_SB_.PHPC.{name}"))
+    path(&format!("\\_SB_.{}.{name}", container(segment)))
 }
 
 /// The registers, in a container that nobody else gives their address away.
-fn registers(aml: &mut Vec<u8>) {
+fn registers(segment: u16, aml: &mut Vec<u8>) {
     let hid = Name::new(path("_HID"), &EISAName::new("PNP0A06"));
-    let uid = Name::new(path("_UID"), &"busway PCI hot-plug");
-    let (start, size) = (layout::PCI_HOTPLUG_START as u32, SIZE as u32);
+    let unique = match segment {
+        0 => "busway PCI hot-plug".to_owned(),
+        segment => format!("busway PCI hot-plug {segment}"),
+    };
+    let uid = Name::new(path("_UID"), &unique);
+    let (start, size) = (layout::pci_hotplug(segment) as u32, SIZE as u32);
     let memory = Memory32Fixed::new(true, start, size);
     let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&memory]));
     let region = OpRegion::new(path("HPRG"), OpRegionSpace::SystemMemory, &start, &size);
@@ -79,11 +96,12 @@ fn registers(aml: &mut Vec<u8>) {
         fields.collect(),
     );
     let children: Vec<&dyn Aml> = vec![&hid, &uid, &crs, &region, &fields];
-    in_system_bus(&Device::new(path("PHPC"), children), aml);
+    in_system_bus(&Device::new(path(&container(segment)), children), aml);
 }
 
-/// A slot of bus 0.
+/// A slot of bus 0 of a segment.
 struct SlotObject {
+    segment: u16,
     slot: u8,
 }
 
@@ -100,9 +118,12 @@ impl SlotObject {
 impl Aml for SlotObject {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let (bit, address) = (self.bit(), u32::from(self.slot) << 16);
+        let register = |offset| register(self.segment, offset);
         let (present, eject, outcome) = (register(PRESENT), register(EJECT), register(OUTCOME));
         let adr = Name::new(path("_ADR"), &address);
-        let sun = Name::new(path("_SUN"), &self.slot);
+        // Unique in the machine, as the numbers of slots behind ports are: `RootSlot::physical_slot`.
+        let number = self.segment << 5 | u16::from(self.slot);
+        let sun = Name::new(path("_SUN"), &number);
         let sta = Bytes::of(&Method::new(
             path("_STA"),
             0,
@@ -141,11 +162,13 @@ impl Aml for SlotObject {
 
 /// The method that notifies each slot about which something is unseen, and says that it is seen.
 struct Look<'a> {
+    segment: u16,
     slots: &'a [SlotObject],
 }
 
 impl Aml for Look<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        let register = |offset| register(self.segment, offset);
         let (added, wanted) = (register(ADDED), register(WANTED));
         let (come, leaves) = (Local(0), Local(1));
         let mut steps = Vec::new();
@@ -167,20 +190,25 @@ impl Aml for Look<'_> {
 }
 
 /// The generic event device. §5.6.9.
-fn event_device(aml: &mut Vec<u8>) {
+fn event_device(roots: &[&Root], aml: &mut Vec<u8>) {
     let hid = Name::new(path("_HID"), &"ACPI0013");
     let uid = Name::new(path("_UID"), &0_u8);
     // Level-triggered, active high: for as long as something is unseen.
     let interrupt = Interrupt::new(true, false, false, false, gsi::PCI_HOTPLUG);
     let crs = Name::new(path("_CRS"), &ResourceTemplate::new(vec![&interrupt]));
-    let look = MethodCall::new(path("\\_SB_.PCI0.PCNT"), vec![]);
+    let mut looks = Vec::new();
+    for root in roots {
+        let look = path(&format!("\\_SB_.{}.PCNT", root.name()));
+        MethodCall::new(look, vec![]).to_aml_bytes(&mut looks);
+    }
+    let looks = Bytes(looks);
     let event = Bytes::of(&Method::new(
         path("_EVT"),
         1,
         true,
         vec![&If::new(
             &Equal::new(&Arg(0), &gsi::PCI_HOTPLUG),
-            vec![&look],
+            vec![&looks],
         )],
     ));
     in_system_bus(

@@ -127,7 +127,7 @@ fn command(script: &mut Vec<u8>, kind: u32, mut body: Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::acpi::Cpu;
+    use crate::acpi::{Cpu, Root};
     use crate::arch::layout;
 
     /// Somewhere above 4 GiB, and near its end.
@@ -145,15 +145,21 @@ mod tests {
         Hardware {
             cpus: vec![cpu(0), cpu(1)],
             cpu_hotplug: true,
-            last_bus: 3,
-            mmio32: layout::mmio32(0x8000_0000, &[]),
-            mmio64: layout::mmio64(1 << 32, 40, &[]),
+            roots: vec![Root {
+                segment: 0,
+                node: None,
+                last_bus: 3,
+                io: layout::PCI_IO,
+                mmio32: layout::mmio32(0x8000_0000, &[]),
+                mmio64: layout::mmio64(1 << 32, 40, &[]),
+                slots: 0,
+                ecam: layout::ECAM_START..layout::ECAM_START + layout::ECAM_SIZE,
+            }],
             pluggable: None,
+            numa: None,
             serial: true,
             tpm: false,
-            bus0_slots: 0,
             native_hotplug: true,
-            ecam: layout::ECAM_START,
         }
     }
 
@@ -226,10 +232,10 @@ mod tests {
 
     #[test]
     fn configuration_space_is_where_the_hardware_says() {
-        let moved = Hardware {
-            ecam: 0xb000_0000,
-            ..hardware()
-        };
+        let mut moved = hardware();
+        for root in &mut moved.roots {
+            root.ecam = 0xb000_0000..0xc000_0000;
+        }
         let tables = Loader::new(&moved).tables;
         let mcfg = tables.windows(4).position(|name| name == b"MCFG").unwrap();
         assert_eq!(number(&tables, mcfg + 44, 8), 0xb000_0000);

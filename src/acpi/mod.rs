@@ -12,6 +12,7 @@ mod dsdt;
 mod hardware;
 mod hotplug;
 mod loader;
+mod slit;
 
 use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
@@ -21,7 +22,7 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 pub(crate) use aml::{in_system_bus, path};
-pub use hardware::{Cpu, Hardware, PluggableMemory};
+pub use hardware::{Cpu, Hardware, Numa, PluggableMemory, Root};
 pub(crate) use hardware::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 pub use loader::Loader;
 
@@ -31,7 +32,10 @@ use crate::arch::acpi::{self as arch, TABLES};
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
     /// the ACPI tables need {size} bytes, but there is room for {room}
-    #[error("the ACPI tables need {size} bytes, but there is room for {room}")]
+    #[error(
+        "the ACPI tables need {size} bytes, but there is room for {room}: have fewer processors (--cpus max=) or PCI \
+         segments (--platform num_pci_segments=)"
+    )]
     TooBig {
         /// Bytes of the tables.
         size: u64,
@@ -90,8 +94,11 @@ impl Image {
         xsdt.add_entry(fadt);
         xsdt.add_entry(image.append(&arch::madt(&hardware.cpus)));
         xsdt.add_entry(image.append(&mcfg(hardware)));
-        if let Some(PluggableMemory { ram, range }) = &hardware.pluggable {
-            xsdt.add_entry(image.append(&arch::srat(&hardware.cpus, ram, range)));
+        if let Some(srat) = arch::srat(hardware) {
+            xsdt.add_entry(image.append(&srat));
+        }
+        if let Some(numa) = &hardware.numa {
+            xsdt.add_entry(image.append(&slit::slit(&numa.distances)));
         }
         if hardware.tpm {
             xsdt.add_entry(image.append(&arch::tpm2()));
@@ -127,10 +134,12 @@ impl Image {
     }
 }
 
-/// Where ECAM is. PCI Firmware 3.3 §4.1.2.
+/// Where ECAM of each segment is. PCI Firmware 3.3 §4.1.2.
 fn mcfg(hardware: &Hardware) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(hardware.ecam, 0, 0, hardware.last_bus);
+    for root in &hardware.roots {
+        mcfg.add_ecam(root.ecam.start, root.segment, 0, root.last_bus);
+    }
     mcfg
 }
 

@@ -15,16 +15,54 @@ fn hardware(cpus: u32) -> Hardware {
             })
             .collect(),
         cpu_hotplug: false,
-        last_bus: 7,
-        mmio32: layout::mmio32(layout::MMIO32_START, &[]),
-        mmio64: layout::mmio64(7 << 30, 40, &[]),
+        roots: vec![root()],
         pluggable: None,
+        numa: None,
         serial: true,
         tpm: false,
         native_hotplug: true,
-        bus0_slots: 0b1110,
-        ecam: layout::ECAM_START,
     }
+}
+
+/// Segment 0.
+fn root() -> Root {
+    Root {
+        segment: 0,
+        node: None,
+        last_bus: 7,
+        io: layout::PCI_IO,
+        mmio32: layout::mmio32(layout::MMIO32_START, &[]),
+        mmio64: layout::mmio64(7 << 30, 40, &[]),
+        slots: 0b1110,
+        ecam: layout::ECAM_START..layout::ECAM_START + layout::ECAM_SIZE,
+    }
+}
+
+/// So many segments, which share the windows of the first.
+fn segments(count: u16) -> Vec<Root> {
+    let last: Vec<_> = (0..count)
+        .map(|segment| if segment == 0 { 9 } else { 1 })
+        .collect();
+    let ecams = layout::ecams(&last).unwrap();
+    let of = |((segment, ecam), last_bus)| {
+        let low = 0xc000_0000 + 0x100_0000 * u64::from(segment);
+        let high = (8 + u64::from(segment)) << 30;
+        Root {
+            segment,
+            node: (segment == 1).then_some(3),
+            last_bus,
+            io: match segment {
+                0 => 0x1000..0xf000,
+                1 => 0xf000..0x1_0000,
+                _ => 0..0,
+            },
+            mmio32: std::iter::once(low..low + 0x100_0000).collect(),
+            mmio64: std::iter::once(high..high + (1 << 30)).collect(),
+            slots: 0xfffe,
+            ecam,
+        }
+    };
+    (0..count).zip(ecams).zip(last).map(of).collect()
 }
 
 /// The tables by signature, found as an operating system finds them: from the RSDP on.
@@ -206,22 +244,93 @@ fn the_host_bridge_has_each_part_of_its_windows_and_nothing_between_them() {
     let whole = [(0xc000_0000, 0xdfff_ffff), (7 << 30, (1 << 40) - 1)];
     assert_eq!(windows(&hardware(1)), whole);
     let low = 0x8000_0000..0xe000_0000;
-    let around = Hardware {
-        mmio32: vec![low],
-        mmio64: vec![7 << 30..0xfd_0000_0000, 1 << 40..1 << 48],
+    let with = |root| Hardware {
+        roots: vec![root],
         ..hardware(1)
     };
+    let around = with(Root {
+        mmio32: vec![low],
+        mmio64: vec![7 << 30..0xfd_0000_0000, 1 << 40..1 << 48],
+        ..root()
+    });
     let parts = [
         (0x8000_0000, 0xdfff_ffff),
         (7 << 30, 0xfc_ffff_ffff),
         (1 << 40, (1 << 48) - 1),
     ];
     assert_eq!(windows(&around), parts);
-    let none = Hardware {
+    let none = with(Root {
         mmio64: Vec::new(),
-        ..hardware(1)
-    };
+        ..root()
+    });
     assert_eq!(windows(&none), whole[..1]);
+}
+
+#[test]
+fn each_segment_has_an_entry_for_configuration_space_and_a_root_of_its_own() {
+    let hardware = Hardware {
+        roots: segments(3),
+        ..hardware(2)
+    };
+    let found = tables(&hardware);
+    let table = |name: &str| &found.iter().find(|(one, _)| one == name).unwrap().1;
+    // Base address, segment, first and last bus. PCI Firmware 3.3 §4.1.2, table 4-3
+    let entries = table("MCFG")[44..].chunks(16).map(|entry| {
+        let base = u64::from_le_bytes(entry[..8].try_into().unwrap());
+        (
+            base,
+            u16::from_le_bytes([entry[8], entry[9]]),
+            entry[10],
+            entry[11],
+        )
+    });
+    assert_eq!(
+        entries.collect::<Vec<_>>(),
+        [
+            (0xe000_0000, 0, 0, 9),
+            (0xf000_0000, 1, 0, 1),
+            (0xf020_0000, 2, 0, 1)
+        ]
+    );
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("dsdt.aml"), table("DSDT")).unwrap();
+    let Some(_said) = iasl(folder.path(), &["-d", "dsdt.aml"]) else {
+        return;
+    };
+    let text = std::fs::read_to_string(folder.path().join("dsdt.dsl")).unwrap();
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    for part in [
+        "Device (PCI0)",
+        "Device (PC01)",
+        "Name (_SEG, One)",
+        "Name (_PXM, 0x03)",
+        "Name (_SEG, 0x02)",
+        "Name (_UID, 0x02)",
+        "Return (\\_SB.PCI0._PRT)",
+        // Ports of segment 1, and what segment 0 has below them.
+        "0xF000, // Range Minimum 0xFFFF, // Range Maximum",
+        "0x0D00, // Range Minimum 0xEFFF, // Range Maximum",
+        "0xC1000000, // Range Minimum 0xC1FFFFFF, // Range Maximum",
+        "Memory32Fixed (ReadWrite, 0xF0200000, // Address Base 0x00200000, // Address Length )",
+        "OperationRegion (HPRG, SystemMemory, 0xFEC80020, 0x14)",
+        "Scope (\\_SB.PC02)",
+        "If ((\\_SB.PH02.PRES & 0x02)) { Return (0x0F) }",
+        "Name (_SUN, 0x41)",
+        "\\_SB.PCI0.PCNT () \\_SB.PC01.PCNT () \\_SB.PC02.PCNT ()",
+    ] {
+        assert!(text.contains(part), "no `{part}` in: {text}");
+    }
+    assert_eq!(text.matches("Name (_PXM").count(), 1);
+}
+
+#[test]
+fn as_many_segments_as_there_can_be_fit_beside_many_processors() {
+    let hardware = Hardware {
+        cpu_hotplug: true,
+        roots: segments(crate::config::MAX_SEGMENTS),
+        ..hardware(64)
+    };
+    assert!(!tables(&hardware).is_empty());
 }
 
 #[test]
@@ -262,7 +371,14 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
             ram: vec![0..3 << 30, 4 << 30..5 << 30],
             range: 6 << 30..7 << 30,
         }),
+        numa: Some(Numa {
+            cpus: (0..64).map(|cpu| cpu % 2).collect(),
+            ram: vec![(0, 0..3 << 30), (1, 4 << 30..5 << 30)],
+            pluggable: 1,
+            distances: vec![vec![10, 21], vec![21, 10]],
+        }),
         tpm: true,
+        roots: segments(2),
         ..hardware(64)
     };
     for (name, bytes) in tables(&hardware) {
@@ -283,9 +399,9 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
 #[test]
 fn slots_that_can_change_are_there_with_their_methods_and_only_where_there_are_some() {
     let folder = tempfile::tempdir().unwrap();
-    let source = |bus0_slots| {
+    let source = |slots| {
         let hardware = Hardware {
-            bus0_slots,
+            roots: vec![Root { slots, ..root() }],
             ..hardware(1)
         };
         let tables = tables(&hardware);
@@ -361,4 +477,46 @@ fn processors_that_come_and_go_have_their_methods_and_all_that_there_can_be_fit(
     }
     // The first processor stays.
     assert!(!some.contains("\\_SB.CPUC.EJCT = Zero"), "{some}");
+}
+
+#[test]
+fn nodes_are_told_by_tables_of_their_own_and_by_what_is_near_them() {
+    let numa = Numa {
+        cpus: vec![0, 1],
+        ram: vec![(0, 0..1 << 30), (1, 1 << 30..2 << 30)],
+        pluggable: 1,
+        distances: vec![vec![10, 21], vec![21, 10]],
+    };
+    let near = || Root {
+        node: Some(1),
+        ..root()
+    };
+    let names = |hardware: &Hardware| {
+        let tables = tables(hardware).into_iter();
+        tables.map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    let proximities = |hardware: &Hardware| {
+        let tables = tables(hardware);
+        let (_, dsdt) = tables.iter().find(|(name, _)| name == "DSDT").unwrap();
+        dsdt.windows(4).filter(|name| name == b"_PXM").count()
+    };
+    let with = Hardware {
+        numa: Some(numa.clone()),
+        roots: vec![near()],
+        ..hardware(2)
+    };
+    assert_eq!(
+        names(&with),
+        [
+            "XSDT", "FACP", "APIC", "MCFG", "SRAT", "SLIT", "DSDT", "FACS"
+        ]
+    );
+    // The root bridge and the two processors.
+    assert_eq!(proximities(&with), 3);
+    let nowhere = Hardware {
+        numa: Some(numa),
+        ..hardware(2)
+    };
+    assert_eq!(proximities(&nowhere), 2);
+    assert_eq!(proximities(&hardware(2)), 0);
 }

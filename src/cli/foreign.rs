@@ -5,9 +5,6 @@ use super::options::{self, Item};
 use super::value::{Reason, Value};
 use crate::config::Accepted;
 
-/// The PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
-const SEGMENTS_MOST: u16 = 96;
-
 /// A key that cannot be taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ForeignError {
@@ -31,18 +28,6 @@ pub(super) enum ForeignError {
         /// What was said.
         value: String,
     },
-    /// --{flag}: {key}={value}: {why}
-    #[error("--{flag}: {key}={value}: {why}")]
-    Wrong {
-        /// The flag, without its dashes.
-        flag: &'static str,
-        /// The key.
-        key: &'static str,
-        /// What was said.
-        value: String,
-        /// What it should be.
-        why: &'static str,
-    },
 }
 
 /// What is done with a key.
@@ -51,22 +36,8 @@ enum Act {
     Nothing,
     /// What is off here as well; on is refused.
     Off,
-    /// The PCI segment of a device, which comes to segment 0, as its address says.
-    Segment,
     /// It is kept.
-    Keep(fn(&mut Accepted, &Value) -> Result<(), Fault>),
-}
-
-/// Why it is not kept.
-enum Fault {
-    Reason(Reason),
-    Wrong(&'static str),
-}
-
-impl From<Reason> for Fault {
-    fn from(reason: Reason) -> Self {
-        Self::Reason(reason)
-    }
+    Keep(fn(&mut Accepted, &Value) -> Result<(), Reason>),
 }
 
 /// The keys of each flag.
@@ -81,37 +52,21 @@ const KEYS: &[(&str, &str, Act)] = &[
         }),
     ),
     ("memory", "mergeable", Act::Off),
+    ("memory-zone", "mergeable", Act::Off),
     ("disk", "iommu", Act::Off),
-    ("disk", "pci_segment", Act::Segment),
     ("disk", "sparse", Act::Nothing),
     ("net", "iommu", Act::Off),
-    ("net", "pci_segment", Act::Segment),
     // A tap's address is whoever's who makes it.
     ("net", "ip", Act::Nothing),
     ("net", "mask", Act::Nothing),
-    ("fs", "pci_segment", Act::Segment),
     ("pmem", "iommu", Act::Off),
-    ("pmem", "pci_segment", Act::Segment),
     ("generic-vhost-user", "iommu", Act::Off),
-    ("generic-vhost-user", "pci_segment", Act::Segment),
     ("vsock", "iommu", Act::Off),
-    ("vsock", "pci_segment", Act::Segment),
     ("rng", "iommu", Act::Off),
     ("device", "iommu", Act::Off),
-    ("device", "pci_segment", Act::Segment),
-    ("platform", "num_pci_segments", Act::Keep(keep_segments)),
     ("platform", "tdx", Act::Off),
     ("platform", "sev_snp", Act::Off),
 ];
-
-fn keep_segments(accepted: &mut Accepted, value: &Value) -> Result<(), Fault> {
-    let count = value.number()?;
-    if !(1..=SEGMENTS_MOST).contains(&count) {
-        return Err(Fault::Wrong("there can be 1 to 96"));
-    }
-    accepted.num_pci_segments = Some(count);
-    Ok(())
-}
 
 /// What the value `text` of `--flag` says without what is only Cloud Hypervisor's.
 ///
@@ -156,24 +111,11 @@ fn apply(
                 let value = value.to_string();
                 return Err(ForeignError::Lacks { flag, key, value });
             }
-            Err(reason) => Err(reason.into()),
-        },
-        Act::Segment => match value.number::<u16>() {
-            Ok(0..SEGMENTS_MOST) => Ok(()),
-            Ok(_) => Err(Fault::Wrong("it is from 0 to 95")),
-            Err(reason) => Err(reason.into()),
+            Err(reason) => Err(reason),
         },
         Act::Keep(keep) => keep(accepted, value),
     };
-    done.map_err(|fault| match fault {
-        Fault::Reason(why) => ForeignError::Value { flag, key, why },
-        Fault::Wrong(why) => ForeignError::Wrong {
-            flag,
-            key,
-            value: value.to_string(),
-            why,
-        },
-    })
+    done.map_err(|why| ForeignError::Value { flag, key, why })
 }
 
 /// The parts of a list between its commas, but for those within brackets and quotes.
@@ -217,7 +159,7 @@ mod tests {
             (
                 "disk",
                 "path=a,iommu=off,pci_segment=1,queue_affinity=[0@[1,2]],sparse=on",
-                "path=a,queue_affinity=[0@[1,2]]",
+                "path=a,pci_segment=1,queue_affinity=[0@[1,2]]",
             ),
             (
                 "net",
@@ -237,7 +179,7 @@ mod tests {
             (
                 "platform",
                 "num_pci_segments=2,uuid=u,serial_number=s,oem_strings=[a,b]",
-                "uuid=u,serial_number=s,oem_strings=[a,b]",
+                "num_pci_segments=2,uuid=u,serial_number=s,oem_strings=[a,b]",
             ),
             ("disk", "a.raw", "a.raw"),
             ("disk", "path=\"a,iommu=on\"", "path=\"a,iommu=on\""),
@@ -247,7 +189,6 @@ mod tests {
         }
         let expected = Accepted {
             max_phys_bits: Some(46),
-            num_pci_segments: Some(2),
         };
         assert_eq!(accepted, expected);
     }
@@ -260,8 +201,6 @@ mod tests {
                 "path=a,iommu=on",
                 "iommu=on: Busway cannot do this yet",
             ),
-            ("disk", "path=a,pci_segment=96", "0 to 95"),
-            ("platform", "num_pci_segments=0", "1 to 96"),
             ("memory", "mergeable=maybe", "neither on nor off"),
         ] {
             let why = take(flag, text, &mut Accepted::default())

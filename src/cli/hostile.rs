@@ -28,7 +28,7 @@ const FLAGS: [(&str, bool); 14] = [
     ("net", true),
     ("fs", true),
     ("device", true),
-    ("device", true),
+    ("numa", true),
 ];
 
 /// The flags of `busway run`, alone.

@@ -321,19 +321,23 @@ mod tests {
              socket=/run/h,device_type=sound,queue_sizes=64,pci_segment=1",
         )
         .unwrap();
-        let accepted = config.accepted.clone().unwrap_or_default();
         assert_eq!((config.cpus.boot, config.cpus.max), (2, Some(4)));
-        assert_eq!(accepted.num_pci_segments, Some(2));
+        assert_eq!(config.platform.segments(), 2);
         let firmware = first("busway --api-socket /run/s --firmware /f --disk path=a").unwrap();
         assert_eq!(firmware.firmware.unwrap().path, Some("/f".into()));
         assert_eq!((config.disk.len(), config.net.len()), (3, 1));
         assert_eq!(config.disk[2].back_end(), Some("/run/b".as_ref()));
-        assert_eq!(config.fs, [FsConfig::new("t", "/run/f")]);
-        assert_eq!(config.pmem, [PmemConfig::new("/p")]);
-        let generic = [
+        let mut folder = FsConfig::new("t", "/run/f");
+        folder.pci_segment = 1;
+        assert_eq!(config.fs, [folder]);
+        let mut memory = PmemConfig::new("/p");
+        memory.pci_segment = 1;
+        assert_eq!(config.pmem, [memory]);
+        let mut generic = [
             GenericConfig::new(26, "/run/g", vec![512, 256]),
             GenericConfig::new(25, "/run/h", vec![64]),
         ];
+        generic[1].pci_segment = 1;
         assert_eq!(config.generic, generic);
         assert!(config.shares_memory());
         assert_eq!(config.platform.root_ports, Some(false));

@@ -59,6 +59,12 @@ pub(super) enum Reason {
     /// `{0}` does not say what runs where
     #[error("`{0}` does not say what runs where: write [0@[1,4-6],1@[2]]")]
     Affinity(String),
+    /// `{0}` is no list of numbers
+    #[error("`{0}` is not a list of numbers: write [0-3,8]")]
+    Numbers(String),
+    /// `{0}` says no distances
+    #[error("`{0}` does not say how far which node is: write [1@20,2@30]")]
+    Distances(String),
     /// `{0}` is no topology
     #[error(
         "`{0}` is not four numbers: threads of a core, cores of a die, dies of a package, and packages, as 1:4:1:1"

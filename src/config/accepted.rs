@@ -6,6 +6,4 @@
 pub struct Accepted {
     /// Bits of a physical address.
     pub max_phys_bits: Option<u8>,
-    /// PCI segments.
-    pub num_pci_segments: Option<u16>,
 }

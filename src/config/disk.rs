@@ -73,6 +73,12 @@ pub struct DiskConfig {
     /// Where it stands in firmware's boot order, the lowest first.
     #[serde(default)]
     pub boot_index: Option<u16>,
+    /// The PCI segment that it is in.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// Its device number on bus 0 of that segment, 1 to 15; any that is free where absent.
+    #[serde(default)]
+    pub pci_device_id: Option<u8>,
 }
 
 /// The host's processors that the worker of one queue runs on.
@@ -182,6 +188,8 @@ impl DiskConfig {
             ops_one_time_burst: None,
             ops_refill_time: None,
             id: None,
+            pci_segment: 0,
+            pci_device_id: None,
             boot_index: None,
         }
     }

@@ -25,6 +25,12 @@ pub struct FsConfig {
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+    /// The PCI segment that it is in.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// Its device number on bus 0 of that segment, 1 to 15; any that is free where absent.
+    #[serde(default)]
+    pub pci_device_id: Option<u8>,
 }
 
 impl FsConfig {
@@ -37,6 +43,8 @@ impl FsConfig {
             num_queues: one(),
             queue_size: fs_queue_size(),
             id: None,
+            pci_segment: 0,
+            pci_device_id: None,
         }
     }
 

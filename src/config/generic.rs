@@ -54,6 +54,12 @@ pub struct GenericConfig {
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+    /// The PCI segment that it is in.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// Its device number on bus 0 of that segment, 1 to 15; any that is free where absent.
+    #[serde(default)]
+    pub pci_device_id: Option<u8>,
 }
 
 impl GenericConfig {
@@ -66,6 +72,8 @@ impl GenericConfig {
             queue_sizes,
             config_size: None,
             id: None,
+            pci_segment: 0,
+            pci_device_id: None,
         }
     }
 

@@ -14,11 +14,15 @@ mod landlock;
 mod limits;
 mod memory;
 mod net;
+mod numa;
+mod place;
+mod placing;
 mod pmem;
 mod tpm;
 mod validate;
 mod virtio;
 mod vsock;
+mod zones;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -42,12 +46,19 @@ pub use limits::{
 };
 pub use memory::{HotplugMethod, InvalidHotplug, MOST_BLOCKS, MemoryConfig};
 pub use net::{NetConfig, VhostMode};
+pub use numa::{
+    DEFAULT_ZONE, InvalidNuma, LOCAL_DISTANCE, MAX_NUMA_NODES, NumaConfig, NumaDistance,
+    REMOTE_DISTANCE,
+};
+pub use place::{InvalidPlace, MAX_SEGMENTS, PciPlace};
+pub use placing::Placing;
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};
 pub(crate) use validate::{is_removal_timeout, validate_functions};
 pub use virtio::VirtioConfig;
 pub use vsock::VsockConfig;
+pub use zones::{InvalidZone, MAX_HOST_NODES, MemoryZoneConfig};
 
 /// Where Linux shows PCI functions by address.
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
@@ -72,6 +83,13 @@ pub struct VmConfig {
     pub cpus: CpusConfig,
     /// RAM.
     pub memory: MemoryConfig,
+    /// What RAM is made of, in the order of the guest's addresses; where there is none it is all of one kind.
+    #[serde(rename = "memory-zone")]
+    pub memory_zone: Vec<MemoryZoneConfig>,
+    /// The guest's NUMA nodes.
+    pub numa: Vec<NumaConfig>,
+    /// Whether RAM and vCPUs are placed by where the devices are.
+    pub place: Placing,
     /// Virtio disks.
     pub disk: Vec<DiskConfig>,
     /// Virtio NICs.
@@ -235,6 +253,13 @@ pub struct DeviceConfig {
     /// [`PlatformConfig::root_ports`] says where absent. Of several functions of one device none is on bus 0.
     #[serde(default)]
     pub root_port: Option<bool>,
+    /// The PCI segment that it is in.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// The device number on bus 0 of that segment of the root port that it is behind, 1 to 31, or of the device itself where
+    /// that is on bus 0, 1 to 15; any that is free where absent.
+    #[serde(default)]
+    pub pci_device_id: Option<u8>,
 }
 
 /// What an uncorrectable error of a device's does to the VM.
@@ -276,7 +301,9 @@ impl VmConfig {
     #[must_use]
     pub fn shares_memory(&self) -> bool {
         let needs = |(_, device): (usize, VirtioConfig)| device.socket().is_some();
-        self.memory.shared || self.virtio().any(needs)
+        let zones = &self.memory_zone;
+        let all_zones = !zones.is_empty() && zones.iter().all(|zone| zone.shared);
+        self.memory.shared || all_zones || self.virtio().any(needs)
     }
 
     /// Has a VM that was given something to boot from, and nothing that boots it, begin with the firmware that
@@ -316,6 +343,8 @@ impl DeviceConfig {
             x_nv_gpudirect_clique: None,
             boot_index: None,
             root_port: None,
+            pci_segment: 0,
+            pci_device_id: None,
         })
     }
 
@@ -372,6 +401,11 @@ pub struct PlatformConfig {
     pub hotplug_slots: Option<u8>,
     /// Bytes of guest addresses above RAM for the memory of what comes into such a slot.
     pub hotplug_mmio64: Option<u64>,
+    /// PCI segments, from 1, which is the default, to [`MAX_SEGMENTS`].
+    pub num_pci_segments: Option<u16>,
+    /// Empty slots for devices that are added while the guest runs, in each segment but the first, 0 to 15; one where there is
+    /// a control socket, and none where there is not.
+    pub segment_hotplug_slots: Option<u8>,
     /// Whether devices are behind PCIe root ports, or on bus 0, where nothing is said of one: behind ports where absent,
     /// but for a VM that was made over Cloud Hypervisor's API, whose clients look for them on bus 0.
     pub root_ports: Option<bool>,
@@ -409,6 +443,7 @@ impl PlatformConfig {
     pub fn make_slots(&mut self, devices: usize) {
         let left = MAX_HOTPLUG_SLOTS.saturating_sub(u8::try_from(devices).unwrap_or(u8::MAX));
         self.hotplug_slots.get_or_insert(left.min(8));
+        self.segment_hotplug_slots.get_or_insert(1);
     }
 
     /// Whether devices of which nothing is said are behind root ports.
@@ -423,10 +458,25 @@ impl PlatformConfig {
         !device.root_port.unwrap_or(self.root_ports())
     }
 
-    /// How many empty slots there are.
+    /// How many PCI segments there are.
     #[must_use]
-    pub fn hotplug_slots(&self) -> u8 {
-        self.hotplug_slots.unwrap_or(0)
+    pub fn segments(&self) -> u16 {
+        self.num_pci_segments.unwrap_or(1)
+    }
+
+    /// How many empty slots there are in a segment.
+    #[must_use]
+    pub fn hotplug_slots(&self, segment: u16) -> u8 {
+        match segment {
+            0 => self.hotplug_slots.unwrap_or(0),
+            _ => self.segment_hotplug_slots.unwrap_or(0),
+        }
+    }
+
+    /// Whether there are empty slots.
+    #[must_use]
+    pub fn has_hotplug_slots(&self) -> bool {
+        (0..self.segments()).any(|segment| self.hotplug_slots(segment) > 0)
     }
 
     /// What the windows of an empty slot reserve: below 4 GiB what a graphics card needs beside its large

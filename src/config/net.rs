@@ -47,6 +47,12 @@ pub struct NetConfig {
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+    /// The PCI segment that it is in.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// Its device number on bus 0 of that segment, 1 to 15; any that is free where absent.
+    #[serde(default)]
+    pub pci_device_id: Option<u8>,
 }
 
 /// Which end of the socket Busway is, between it and the process that serves a device.
@@ -75,6 +81,8 @@ impl Default for NetConfig {
             queue_size: net_queue_size(),
             vhost: Choice::Auto,
             id: None,
+            pci_segment: 0,
+            pci_device_id: None,
         }
     }
 }

@@ -23,6 +23,12 @@ pub struct VsockConfig {
     /// Name, unique in the VM.
     #[serde(default)]
     pub id: Option<String>,
+    /// The PCI segment that it is in.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// Its device number on bus 0 of that segment, 1 to 15; any that is free where absent.
+    #[serde(default)]
+    pub pci_device_id: Option<u8>,
 }
 
 impl VsockConfig {

@@ -61,6 +61,15 @@ pub fn keep_from(processors: &[usize]) -> io::Result<bool> {
     Ok(true)
 }
 
+/// The processors that this process was given, ascending; nothing where the kernel does not say.
+#[must_use]
+pub fn given_processors() -> Option<Vec<usize>> {
+    let set = GIVEN.get_or_init(given).as_ref()?;
+    // SAFETY: each number is below the set's size, and the set is only read.
+    let has = |processor: &usize| unsafe { libc::CPU_ISSET(*processor, set) };
+    Some((0..libc::CPU_SETSIZE as usize).filter(has).collect())
+}
+
 fn empty() -> Set {
     // SAFETY: all zeros is a valid cpu_set_t, an empty one.
     unsafe { std::mem::zeroed() }

@@ -7,12 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use busway_pci::{InterruptRoutes, SlotListener, Windows};
 use busway_vfio::{AssignOptions, EventFd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::RunError;
-use super::address_plan::{AddressPlan, PlannedFunction, PluggedRoom};
+use super::address_plan::{AddressPlan, PlannedFunction, PluggedRoom, SegmentAddresses};
 use super::aside::Aside;
 use super::consoles::{CONSOLE, SERIAL, open_console, terminal};
 use super::definition::Definition;
@@ -23,19 +22,21 @@ use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
 use super::resize::ProcessorCount;
 use super::seats::Owner;
+use super::segments::{add_empty_ports, last_bus, open_slots, segments};
 use super::virtio::VirtioDevices;
 use crate::acpi::{self, PluggableMemory};
 use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
+use crate::arch::layout;
 use crate::arch::{CpuFeatures, CpuModel};
-use crate::arch::{gsi, layout};
-use crate::config::{ConsoleConfig, CpusConfig, MemoryConfig, VirtioConfig, VmConfig};
+use crate::config::{
+    ConsoleConfig, CpusConfig, DEFAULT_ZONE, MemoryConfig, VirtioConfig, VmConfig,
+};
 use crate::devices::cpu_hotplug::CpuHotplug;
-use crate::devices::pci_hotplug;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::tpm::{self, Tpm};
 use crate::devices::watchdog::Watchdog;
-use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from};
+use crate::kvm::{Buses, ExitKind, Vcpus, Vm, keep_from};
 use crate::memory::{Area, Ballooned, Discards, Ram, Regions, Slots};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
@@ -171,7 +172,7 @@ impl Machine {
         let found = Found::find(definition, options)?;
         let room = PluggedRoom::of(config, can_be_asked, model.address_bits());
         let plan = plan(config, &found, &model, room)?;
-        plan.pluggable(&config.memory)?;
+        plan.pluggable(&config.memory_to_plan())?;
         let tpm = config.tpm.as_ref();
         let tpm = tpm.map(|tpm| Tpm::open(&tpm.socket, layout::TPM_START));
         let tpm = tpm.transpose()?;
@@ -202,24 +203,35 @@ impl Machine {
         let mut taken = ram.guest_ranges();
         taken.extend(ram.pluggable_range());
         let windows = plan.windows(&taken, &usable);
-        let mut acpi = acpi_hardware(config, &windows);
+        let mut segments = segments(config, plan.share(&windows)?)?;
+        let mut acpi = acpi_hardware(config, &segments);
         acpi.pluggable = ram.pluggable_range().map(|range| PluggableMemory {
             ram: ram.guest_ranges(),
             range,
         });
-        let mut windows = plan.bar_windows(&windows, &usable);
-        if source.is_bios() {
-            windows.memory32 = layout::bios_mmio32(&windows.memory32);
+        acpi.numa = numa(config, &ram);
+        if config.firmware.is_some()
+            && let Some(only) = segments.first_mut()
+        {
+            only.windows = plan.bar_windows(&windows, &usable);
+            if source.is_bios() {
+                only.windows.memory32 = layout::bios_mmio32(&only.windows.memory32);
+            }
         }
+        let windows = match segments.first() {
+            Some(first) => first.windows.clone(),
+            None => windows,
+        };
         let lines = router.shared_lines();
         let mut pci = Pci::new(
-            windows.clone(),
+            segments,
             &buses,
             memory.0.clone(),
             vm.doorbells(),
             lines,
             config.firmware.is_some(),
         )?;
+        pci.keep_places(config);
         let serial = open_console(
             SERIAL,
             &config.serial,
@@ -268,7 +280,10 @@ impl Machine {
         add_empty_ports(&mut pci, config, &router, &events)?;
         // The host can want back an assigned device of any VM.
         if can_be_asked || pci.seats().count(Owner::Assigned) > 0 {
-            acpi.bus0_slots = open_slots(&pci, &buses, &router, &events)?;
+            let slots = open_slots(&pci, &buses, &router, &events)?;
+            for (root, slots) in acpi.roots.iter_mut().zip(slots) {
+                root.slots = slots;
+            }
         }
         let processors = ProcessorCount::new(&config.cpus, &buses, &router, &events)?;
         let boot = match source {
@@ -361,7 +376,8 @@ impl Machine {
         if let Some(tables) = smbios {
             boot::tell_identity(&*ram, tables)?;
         }
-        let map = E820::new(&self.ram.guest_ranges());
+        let others = acpi.roots.iter().skip(1).map(|root| root.ecam.clone());
+        let map = E820::new(&self.ram.guest_ranges()).reserving(others);
         let entry = boot::load(&*ram, source, &map, rsdp)?;
         self.vcpus.enter(|sregs| entry.apply(sregs))?;
         Ok(())
@@ -456,16 +472,19 @@ fn plan(
 ) -> Result<AddressPlan, RunError> {
     let platform = &config.platform;
     let mut planned = found.planned(platform.reserve());
-    let slots = 0..platform.hotplug_slots();
-    planned.extend(slots.map(|_| PlannedFunction::empty_slot(platform.reserve())));
+    for segment in 0..platform.segments() {
+        let slots = 0..platform.hotplug_slots(segment);
+        planned.extend(slots.map(|_| PlannedFunction::empty_slot(platform.reserve(), segment)));
+    }
     let bits = model.address_bits();
     Ok(AddressPlan::new(
-        &config.memory,
+        &config.memory_to_plan(),
         &planned,
         found.reserved(),
         bits,
         config.firmware.is_some(),
         room,
+        platform.segments(),
     )?)
 }
 
@@ -480,13 +499,18 @@ fn take(
 ) -> Result<(Ram, Result<Option<Opened>, RunError>), RunError> {
     let has_devices = !config.device.is_empty();
     let prefault = config.memory.prefault.unwrap_or(has_devices);
+    let said = config
+        .memory_zone
+        .iter()
+        .any(|zone| zone.prefault == Some(true));
     let memory = MemoryConfig {
         shared: config.shares_memory(),
         ..config.memory.clone()
     };
     let mut ram = Ram::around(
         &memory,
-        prefault || has_devices,
+        &config.memory_zone,
+        prefault || has_devices || said,
         plan.mmio32_start,
         &plan.reserved,
     )?;
@@ -497,9 +521,9 @@ fn take(
     let failed = AtomicBool::new(false);
     let (populated, opened) = thread::scope(|scope| {
         let opening = scope.spawn(|| open().inspect_err(|_| failed.store(true, Ordering::Relaxed)));
-        let populated = match prefault {
-            true => populate(&ram, report, early, &failed),
-            false => Ok(()),
+        let populated = match ram.to_prefault(prefault) {
+            0 => Ok(()),
+            total => populate(&ram, prefault, total, report, early, &failed),
         };
         report.reached(Stage::Memory);
         let opened = opening.join().unwrap_or_else(|panic| resume_unwind(panic));
@@ -509,17 +533,18 @@ fn take(
     Ok((ram, opened))
 }
 
-/// Touches all of RAM, unless the machine is not wanted any more, or somebody else has failed and it is for nothing.
+/// Touches all of RAM that is to be touched, which is `total` bytes, unless the machine is not wanted any more, or somebody else has failed and it is for nothing.
 fn populate(
     ram: &Ram,
+    unsaid: bool,
+    total: u64,
     report: &Report,
     early: &Early,
     failed: &AtomicBool,
 ) -> Result<(), RunError> {
-    let total = ram.size();
     let mut wanted = Ok(());
     report.pinning(0, total);
-    ram.prefault(|done| {
+    ram.prefault(unsaid, |done| {
         report.pinning(done, total);
         wanted = early.check();
         if wanted.is_err() || failed.load(Ordering::Relaxed) {
@@ -541,7 +566,7 @@ fn smbios_tables(config: &VmConfig) -> Option<smbios::Tables> {
     (!board.identity.is_empty()).then(|| smbios::tables(&board, FirmwareTable::Ours))
 }
 
-fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
+fn acpi_hardware(config: &VmConfig, segments: &[SegmentAddresses]) -> acpi::Hardware {
     let topology = config.cpus.grouped();
     acpi::Hardware {
         cpus: (0..config.cpus.most())
@@ -551,19 +576,51 @@ fn acpi_hardware(config: &VmConfig, windows: &Windows) -> acpi::Hardware {
             })
             .collect(),
         cpu_hotplug: config.cpus.comes_and_goes(),
-        // One behind each root port, and each assigned device has a port.
-        last_bus: u8::try_from(config.device.len())
-            .unwrap_or(u8::MAX)
-            .saturating_add(config.platform.hotplug_slots()),
-        mmio32: windows.memory32.clone(),
-        mmio64: windows.memory64.clone(),
+        roots: (0..)
+            .zip(segments)
+            .map(|(segment, addresses)| acpi::Root {
+                segment,
+                node: config.numa_node_of_segment(segment),
+                last_bus: last_bus(config, segment),
+                io: addresses.windows.io.clone(),
+                mmio32: addresses.windows.memory32.clone(),
+                mmio64: addresses.windows.memory64.clone(),
+                slots: 0,
+                ecam: addresses.ecam.clone(),
+            })
+            .collect(),
         pluggable: None,
+        numa: None,
         serial: config.serial != ConsoleConfig::Off,
         tpm: config.tpm.is_some(),
-        native_hotplug: !config.device.is_empty() || config.platform.hotplug_slots() > 0,
-        bus0_slots: 0,
-        ecam: layout::ECAM_START,
+        native_hotplug: !config.device.is_empty() || config.platform.has_hotplug_slots(),
     }
+}
+
+/// What the tables tell of the guest's nodes, where it has some.
+fn numa(config: &VmConfig, ram: &Ram) -> Option<acpi::Numa> {
+    if config.numa.is_empty() {
+        return None;
+    }
+    let node_of = |zone: usize| {
+        let zone = config.memory_zone.get(zone);
+        let zone = zone.map_or(DEFAULT_ZONE, |zone| &zone.id);
+        config.numa_node_of_zone(zone).unwrap_or(0)
+    };
+    let stretches = ram.zone_ranges();
+    let ram: Vec<_> = stretches
+        .map(|(zone, range)| (node_of(zone), range))
+        .collect();
+    let cpus = 0..config.cpus.most();
+    Some(acpi::Numa {
+        cpus: cpus
+            .map(|cpu| config.numa_node_of_cpu(cpu.into()).unwrap_or(0))
+            .collect(),
+        // It lies behind the last stretch, and is of the same memory of the host's.
+        pluggable: ram.last().map_or(0, |(node, _)| *node),
+        ram,
+        distances: config.numa_distances(),
+    })
 }
 
 /// Keeps all threads of this process from processors that are vCPUs' alone.
@@ -590,24 +647,6 @@ pub(super) fn processors_now(acpi: &mut acpi::Hardware, registers: &CpuHotplug) 
     for (id, cpu) in (0..=u8::MAX).zip(&mut acpi.cpus) {
         cpu.enabled = present.has(id);
     }
-}
-
-/// Root ports with empty slots, for devices that are added later.
-pub(super) fn add_empty_ports(
-    pci: &mut Pci,
-    config: &VmConfig,
-    router: &IrqRouter,
-    events: &Arc<Events>,
-) -> Result<(), RunError> {
-    let routes: Arc<dyn InterruptRoutes> = Arc::new(router.clone());
-    let listener: Arc<dyn SlotListener> = events.clone();
-    let platform = &config.platform;
-    pci.add_empty_ports(
-        platform.hotplug_slots(),
-        platform.reserve(),
-        &routes,
-        &listener,
-    )
 }
 
 /// The virtio devices: disks, NICs, console, entropy source and balloon. Gives the pseudo-terminal that the console is at.
@@ -655,23 +694,6 @@ pub(super) fn add_board_devices(
     let watchdog = Arc::new(Watchdog::new().map_err(RunError::system("timerfd_create"))?);
     pci.add_board(watchdog.clone())?;
     Ok(Some(watchdog))
-}
-
-/// Lets devices come to bus 0 while the guest runs, and leave it: gives the slots for that.
-pub(super) fn open_slots(
-    pci: &Pci,
-    buses: &Buses,
-    router: &IrqRouter,
-    events: &Arc<Events>,
-) -> Result<u32, RunError> {
-    let line = Arc::new(router.level_line(gsi::PCI_HOTPLUG));
-    buses.mmio.insert(
-        "PCI hot-plug registers",
-        layout::PCI_HOTPLUG_START,
-        pci_hotplug::SIZE,
-        pci.seats().open(pci.free_slots(), line, events),
-    )?;
-    Ok(pci.seats().open_slots())
 }
 
 /// Keeps glibc from giving each thread a heap of its own: what the threads here allocate is little,

@@ -7,7 +7,9 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::{BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, PciFunction};
+use busway_pci::{
+    BarIndex, BarKind, BarMapper, BarPart, BarRegion, PAGE_SIZE, PciFunction, Segment, Windows,
+};
 
 use super::bus::Bar;
 use crate::kvm::{AddressMap, Buses, Doorbell, Doorbells};
@@ -24,8 +26,9 @@ pub(super) struct Bars {
     buses: Buses,
     regions: Arc<Regions>,
     doorbells: Doorbells,
-    /// Where memory BARs may be. Elsewhere is RAM or something of the platform's, which would win.
-    windows: Vec<Range<u64>>,
+    /// Where BARs of each segment may be, in their order. Elsewhere is another segment's part, RAM or something of the
+    /// platform's, which would win.
+    windows: Vec<Windows>,
     mapped: Mutex<BTreeMap<Key, Shortcuts>>,
     complaints: Complaints,
 }
@@ -60,7 +63,7 @@ impl Bars {
         buses: Buses,
         regions: Arc<Regions>,
         doorbells: Doorbells,
-        windows: Vec<Range<u64>>,
+        windows: Vec<Windows>,
     ) -> Self {
         Self {
             buses,
@@ -79,21 +82,31 @@ impl Bars {
         }
     }
 
-    fn check_place(&self, region: &BarRegion) -> io::Result<()> {
+    fn check_place(&self, segment: Segment, region: &BarRegion) -> io::Result<()> {
         let end = region.address.checked_add(region.size);
         let fits = |window: &Range<u64>| {
             end.is_some_and(|end| window.start <= region.address && end <= window.end)
         };
+        let number = usize::try_from(segment.0).unwrap_or(usize::MAX);
+        let Some(windows) = self.windows.get(number) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let memory = || windows.memory32.iter().chain(&windows.memory64);
         let free = match region.kind {
-            BarKind::Io => fits(&(0..PORTS_END)),
-            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => self.windows.iter().any(fits),
+            // Those of the board's own devices win.
+            BarKind::Io if segment == Segment(0) => fits(&(0..PORTS_END)),
+            BarKind::Io => fits(&windows.io),
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => memory().any(fits),
         };
         if free {
             return Ok(());
         }
         Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "it is outside of the windows for PCI devices",
+            match self.windows.len() {
+                1 => "it is outside of the windows for PCI devices",
+                _ => "it is outside of the windows for devices of its PCI segment",
+            },
         ))
     }
 
@@ -209,8 +222,13 @@ fn key(region: &BarRegion) -> Key {
 }
 
 impl BarMapper for Bars {
-    fn map(&self, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()> {
-        self.check_place(region)?;
+    fn map(
+        &self,
+        segment: Segment,
+        function: &Arc<dyn PciFunction>,
+        region: &BarRegion,
+    ) -> io::Result<()> {
+        self.check_place(segment, region)?;
         let bar = Bar {
             function: function.clone(),
             index: region.index,
@@ -255,6 +273,16 @@ mod tests {
     use crate::memory::{Ram, RegionsError};
 
     const WINDOW: Range<u64> = 0xc000_0000..0xc100_0000;
+    /// That of segment 1.
+    const OTHER: Range<u64> = 0xc100_0000..0xc200_0000;
+
+    fn windows(memory32: Range<u64>) -> Windows {
+        Windows {
+            io: 0..0,
+            memory32: vec![memory32, 0..0],
+            memory64: Vec::new(),
+        }
+    }
 
     /// A function whose BAR 0 has a page that needs no exit, the second or the one that begins with it,
     /// and that answers the rest with sevens.
@@ -313,7 +341,7 @@ mod tests {
                 buses.clone(),
                 regions.clone(),
                 vm.doorbells(),
-                vec![WINDOW, 0..0],
+                [WINDOW, OTHER].map(windows).to_vec(),
             ),
             function: Arc::new(Function(Ram::new(&page, false).unwrap(), 0x1000)),
             small: Arc::new(Function(Ram::new(&page, false).unwrap(), 0)),
@@ -358,7 +386,7 @@ mod tests {
         let Some(f) = fixture() else { return };
         for start in [WINDOW.start, WINDOW.end - 0x4000] {
             let region = at(start, 0x4000);
-            f.bars.map(&f.function, &region).unwrap();
+            f.bars.map(Segment(0), &f.function, &region).unwrap();
             assert_eq!(
                 [read(&f.buses, start), read(&f.buses, start + 0x4000)],
                 [7, 0xff]
@@ -375,7 +403,7 @@ mod tests {
     fn a_bar_outside_of_the_windows_or_over_another_is_refused_and_harms_nobody() {
         let Some(f) = fixture() else { return };
         let there = at(WINDOW.start, 0x4000);
-        f.bars.map(&f.function, &there).unwrap();
+        f.bars.map(Segment(0), &f.function, &there).unwrap();
         for (address, size) in [
             (0, 0x4000),
             (WINDOW.start - 0x4000, 0x4000),
@@ -383,9 +411,13 @@ mod tests {
             (WINDOW.start, 1 << 32),
             (u64::MAX - 0xfff, 0x4000),
         ] {
-            f.bars.map(&f.function, &at(address, size)).unwrap_err();
+            f.bars
+                .map(Segment(0), &f.function, &at(address, size))
+                .unwrap_err();
         }
-        let error = f.bars.map(&f.small, &at(WINDOW.start + 0x2000, 0x2000));
+        let error = f
+            .bars
+            .map(Segment(0), &f.small, &at(WINDOW.start + 0x2000, 0x2000));
         assert_eq!(
             error.unwrap_err().to_string(),
             "BAR 0 of the function with page 0x0 at 0xc0002000..=0xc0003fff overlaps BAR 0 of the \
@@ -393,6 +425,35 @@ mod tests {
         );
         assert_eq!(read(&f.buses, WINDOW.start), 7);
         assert!(is_memory(&f.regions, WINDOW.start + 0x1000));
+    }
+
+    #[test]
+    fn a_bar_is_nowhere_in_another_segments_window() {
+        let Some(f) = fixture() else { return };
+        let (here, there) = (at(WINDOW.start, 0x4000), at(OTHER.start, 0x4000));
+        for (segment, region, fits) in [
+            (0, &here, true),
+            (0, &there, false),
+            (1, &here, false),
+            (1, &there, true),
+            (2, &here, false),
+        ] {
+            let mapped = f.bars.map(Segment(segment), &f.function, region);
+            assert_eq!(mapped.is_ok(), fits, "{segment}: {mapped:?}");
+            let expected = if fits { 7 } else { 0xff };
+            assert_eq!(read(&f.buses, region.address), expected);
+            if fits {
+                f.bars.unmap(&f.function, region);
+            }
+        }
+        // No port but its own segment's, of which there are none here.
+        let ports = BarRegion {
+            kind: BarKind::Io,
+            ..at(0xc000, 0x20)
+        };
+        f.bars.map(Segment(0), &f.function, &ports).unwrap();
+        f.bars.unmap(&f.function, &ports);
+        f.bars.map(Segment(1), &f.function, &ports).unwrap_err();
     }
 
     #[test]
@@ -404,7 +465,7 @@ mod tests {
         // The address is no memory of this process's, which KVM finds out only at an access.
         f.regions.add(other).unwrap();
         let (bar, part) = (at(WINDOW.start, 0x4000), WINDOW.start + 0x1000);
-        f.bars.map(&f.function, &bar).unwrap();
+        f.bars.map(Segment(0), &f.function, &bar).unwrap();
         assert_eq!(read(&f.buses, part), 7);
         f.bars.unmap(&f.function, &bar);
         assert_eq!(read(&f.buses, part), 0xff);
@@ -419,7 +480,7 @@ mod tests {
         f.regions.add(Arc::new(other)).unwrap();
         let bar = at(WINDOW.start, 0x4000);
         for round in 1..=LOUD_COMPLAINTS {
-            f.bars.map(&f.function, &bar).unwrap();
+            f.bars.map(Segment(0), &f.function, &bar).unwrap();
             assert_eq!(f.bars.complaints.made(), round);
             f.bars.unmap(&f.function, &bar);
         }
@@ -432,9 +493,9 @@ mod tests {
         let Some(f) = fixture() else { return };
         let page = WINDOW.start + 0x1000;
         let (first, second) = (at(page, 0x100), at(page + 0x800, 0x100));
-        f.bars.map(&f.small, &first).unwrap();
+        f.bars.map(Segment(0), &f.small, &first).unwrap();
         assert!(is_memory(&f.regions, page));
-        f.bars.map(&f.small, &second).unwrap();
+        f.bars.map(Segment(0), &f.small, &second).unwrap();
         assert!(!is_memory(&f.regions, page));
         assert_eq!([read(&f.buses, page), read(&f.buses, page + 0x800)], [7, 7]);
         f.bars.unmap(&f.small, &second);
@@ -442,9 +503,9 @@ mod tests {
         f.bars.unmap(&f.small, &first);
         assert!(!is_memory(&f.regions, page));
         // Not at the page's start: what the guest would find there is not what the host has.
-        f.bars.map(&f.small, &second).unwrap();
+        f.bars.map(Segment(0), &f.small, &second).unwrap();
         assert!(!is_memory(&f.regions, page));
-        f.bars.map(&f.small, &first).unwrap();
+        f.bars.map(Segment(0), &f.small, &first).unwrap();
         f.bars.unmap(&f.small, &second);
         assert!(is_memory(&f.regions, page));
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use busway_pci::{Access, BarIndex, Ecam, PciFunction, Topology};
+use busway_pci::{Access, BarIndex, Ecam, PciFunction, Segment, Topology};
 
 use crate::arch::q35::EcamListener;
 use crate::kvm::{AddressMap, BusDevice, Buses};
@@ -47,7 +47,7 @@ impl EcamListener for EcamPlace {
         let (Some(place), Some(topology)) = (place, self.topology.upgrade()) else {
             return;
         };
-        let window = Arc::new(EcamWindow(Ecam::new(topology)));
+        let window = Arc::new(EcamWindow(Ecam::new(topology, Segment(0))));
         let size = place.end - place.start;
         match self
             .mmio

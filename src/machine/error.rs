@@ -10,6 +10,7 @@ use busway_vfio::{DeviceError, InheritedError};
 use super::address_plan::NoRoomError;
 use super::passthrough::dma::PeerToPeerError;
 use super::passthrough::open_devices::OpenDevices;
+use super::placing::PlacingError;
 use super::pluggable::PluggableError;
 use crate::acpi::AcpiError;
 use crate::arch::board::BoardError;
@@ -92,6 +93,9 @@ pub enum RunError {
     /// RAM that is to come finds no place, or is out of devices' reach.
     #[error(transparent)]
     Pluggable(#[from] PluggableError),
+    /// It cannot be where its devices are.
+    #[error(transparent)]
+    Placing(#[from] PlacingError),
     /// {flag}: {source}
     #[error("{flag}: {source}")]
     Console {
@@ -137,6 +141,55 @@ pub enum RunError {
     NoSlot {
         /// The device that was one too many.
         device: String,
+    },
+    /// {device}: pci_device_id={slot} is for a root port
+    #[error(
+        "{device}: pci_device_id={slot}: 16 to 31 are for root ports, and a device on bus 0 itself has 1 to 15: take one of \
+         these, or leave pci_device_id out"
+    )]
+    PortSlot {
+        /// The device that is to be there.
+        device: String,
+        /// The slot.
+        slot: u8,
+    },
+    /// {device}: {slot} is another's already
+    #[error(
+        "{device}: {slot} is another device's already: take another pci_device_id, or leave it out"
+    )]
+    SlotTaken {
+        /// The device that is to be there.
+        device: String,
+        /// The slot.
+        slot: String,
+    },
+    /// {device}: there is no PCI segment {segment}
+    #[error(
+        "{device}: the VM has no PCI segment {segment}: start it with more (--platform num_pci_segments=N), or leave \
+         pci_segment out"
+    )]
+    NoSegment {
+        /// The device that is to be there.
+        device: String,
+        /// The segment.
+        segment: u32,
+    },
+    /// Functions of one host device are to be in different places.
+    #[error(
+        "{0} are functions of one host device, which is one device of the guest's: say the same pci_segment and \
+         pci_device_id for all of them"
+    )]
+    SplitDevice(String),
+    /// The configuration spaces of the PCI segments find no room below 4 GiB.
+    #[error(
+        "the configuration spaces of {segments} PCI segments need more than the {room} MiB that there are for all but the \
+         first: have fewer segments (--platform num_pci_segments=), or fewer devices and empty slots in them"
+    )]
+    NoEcamRoom {
+        /// How many there are to be.
+        segments: usize,
+        /// MiB.
+        room: u64,
     },
     /// A function cannot be put where it should be.
     #[error(transparent)]
@@ -329,6 +382,11 @@ impl RunError {
             | Self::Console { .. }
             | Self::Inherited(_)
             | Self::NoSlot { .. }
+            | Self::PortSlot { .. }
+            | Self::SlotTaken { .. }
+            | Self::NoSegment { .. }
+            | Self::SplitDevice(_)
+            | Self::NoEcamRoom { .. }
             | Self::Vsock(VsockError::Config { .. } | VsockError::Socket { .. })
             | Self::Pmem(PmemError {
                 source:
@@ -361,7 +419,10 @@ impl RunError {
             )
             | Self::Device(DeviceError::NotPci { .. } | DeviceError::Twice { .. })
             | Self::Ram(
-                RamError::Empty | RamError::Unaligned(_) | RamError::NotWholeHugePages { .. },
+                RamError::Empty
+                | RamError::Unaligned(_)
+                | RamError::NotWholeHugePages { .. }
+                | RamError::ZonePlace { .. },
             ) => USAGE,
             Self::Kvm(
                 KvmError::Unavailable { .. }
@@ -386,6 +447,7 @@ impl RunError {
             | Self::Function(_)
             | Self::NoRoom(_)
             | Self::Pluggable(_)
+            | Self::Placing(_)
             | Self::Landlock(LandlockError::Missing(_) | LandlockError::Kernel(_))
             | Self::Addresses(_) => HOST,
             Self::Landlock(LandlockError::Path { .. }) => USAGE,

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use busway_pci::SlotListener;
+use busway_pci::{RootSlot, SlotListener};
 use busway_vfio::EventFd;
 
 use crate::devices::PowerSink;
@@ -56,7 +56,7 @@ pub(super) enum Event {
     /// The guest does not release the device in a slot of bus 0.
     Refused {
         /// The slot of bus 0.
-        slot: u8,
+        slot: RootSlot,
         /// Why, by the status of `_OST`.
         status: u8,
     },
@@ -104,7 +104,7 @@ impl Events {
     }
 
     /// The guest does not release the device in `slot` of bus 0.
-    pub(super) fn refused(&self, slot: u8, status: u8) {
+    pub(super) fn refused(&self, slot: RootSlot, status: u8) {
         self.push(Event::Refused { slot, status });
     }
 

@@ -314,11 +314,17 @@ fn tables_now(
     });
     let window = ecam.end - ecam.start;
     let last = u8::try_from((window >> 20).saturating_sub(1)).unwrap_or(u8::MAX);
-    acpi::Hardware {
-        last_bus: buses.max().unwrap_or(0).max(platform.last_bus).min(last),
+    let highest = buses.max().unwrap_or(0);
+    // Firmware has one segment.
+    let root = platform.roots.first().map(|root| acpi::Root {
+        last_bus: highest.max(root.last_bus).min(last),
         mmio32: layout::without(&windows.memory32, ecam),
         mmio64: windows.memory64.clone(),
-        ecam: ecam.start,
+        ecam: ecam.clone(),
+        ..root.clone()
+    });
+    acpi::Hardware {
+        roots: root.into_iter().collect(),
         ..platform.clone()
     }
 }
@@ -327,7 +333,7 @@ fn tables_now(
 mod tests {
     use std::io;
 
-    use busway_pci::{BarMapper, BarRegion, HostBridge, PciFunction, Place};
+    use busway_pci::{BarMapper, BarRegion, HostBridge, PciFunction, Place, Segment};
 
     use super::super::bus::EcamPlace;
     use crate::arch::q35::EcamListener;
@@ -340,7 +346,7 @@ mod tests {
     struct Nowhere;
 
     impl BarMapper for Nowhere {
-        fn map(&self, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
+        fn map(&self, _: Segment, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
             Ok(())
         }
 
@@ -373,15 +379,21 @@ mod tests {
         let platform = acpi::Hardware {
             cpus: Vec::new(),
             cpu_hotplug: false,
-            last_bus: 4,
-            mmio32: Vec::new(),
-            mmio64: Vec::new(),
+            roots: vec![acpi::Root {
+                segment: 0,
+                node: None,
+                last_bus: 4,
+                io: layout::PCI_IO,
+                mmio32: Vec::new(),
+                mmio64: Vec::new(),
+                slots: 0,
+                ecam: PLACES[0].clone(),
+            }],
             pluggable: None,
+            numa: None,
             serial: true,
             tpm: false,
             native_hotplug: true,
-            bus0_slots: 0,
-            ecam: layout::ECAM_START,
         };
         let topology = topology();
         let below = [(0x8000_0000, 0x6000_0000), (0xc000_0000, 0x3c00_0000)];
@@ -394,7 +406,8 @@ mod tests {
             assert_eq!(pair(&info, 5), (ecam.start, 256 << 20));
 
             let now = tables_now(&platform, &windows(), &Arc::downgrade(&topology), &ecam);
-            assert_eq!((now.ecam, now.last_bus), (ecam.start, 4));
+            let now = &now.roots[0];
+            assert_eq!((&now.ecam, now.last_bus), (&ecam, 4));
             assert_eq!(now.mmio64, windows().memory64);
             let (start, end) = (below.0, below.0 + below.1);
             assert!(now.mmio32.contains(&(start..end)), "{:x?}", now.mmio32);

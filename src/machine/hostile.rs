@@ -1,33 +1,36 @@
 //! Guests that do as they please with a whole board: [`board`] takes any bytes as accesses to I/O ports and to addresses
 //! that are no memory, and as what happens outside meanwhile, and panics where something does not hold that always has
-//! to. The board is a machine's, with each device that Busway has of its own and no image, backend or host device; KVM
+//! to. The board is a machine's of two PCI segments, or of one where firmware begins, with each device that Busway has of its own and no image, backend or host device; KVM
 //! is not needed, for interrupts lead nowhere.
 //!
 //! The tests at the end of this file play random bytes; `tests/fuzz` what reaches new code.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use busway_pci::Windows;
 use busway_vfio::EventFd;
 
-use super::assembly::{add_board_devices, add_empty_ports, open_slots};
+use super::address_plan::SegmentAddresses;
+use super::assembly::add_board_devices;
 use super::events::{Event, Events};
 use super::pci::Pci;
 use super::resize::{ProcessorCount, Seats, Wish};
+use super::segments::{add_empty_ports, open_slots};
 use super::virtio::VirtioDevices;
 use crate::arch::board::Board;
 use crate::arch::layout;
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, MemoryConfig, PlatformConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, MemoryConfig, PciPlace, PlatformConfig, VmConfig,
 };
 use crate::devices::console::Endpoint;
 use crate::devices::hostile::{Story, width_of};
 use crate::devices::watchdog::Watchdog;
 use crate::kvm::{AddressMap, Buses, Doorbells, IrqRouter, KvmError, VcpuEvent};
 use crate::memory::{Area, Ram, Regions, Slots};
-use crate::virtio::MemoryTable;
 use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
+use crate::virtio::{MemoryTable, VirtioPci};
 
 /// Steps of a story; what is behind them is not played.
 const STEPS: usize = 400;
@@ -35,8 +38,13 @@ const STEPS: usize = 400;
 const MOST_EVENTS: usize = 600;
 /// The guest's RAM.
 const RAM: u64 = 2 << 20;
-/// Where a window for 64-bit BARs begins, and ends.
-const HIGH: std::ops::Range<u64> = 64 << 30..65 << 30;
+/// Where the windows of each segment begin, and end: below 4 GiB, and above.
+const LOW: [Range<u64>; 2] = [0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000];
+const HIGH: [Range<u64>; 2] = [64 << 30..65 << 30, 65 << 30..66 << 30];
+/// The highest bus of each: a bus behind each port.
+const LAST_BUSES: [u8; 2] = [2, 1];
+/// The segments' numbers.
+const SEGMENTS: [u16; 2] = [0, 1];
 /// Buses whose configuration space is tried.
 const BUSES: u64 = 8;
 
@@ -49,7 +57,7 @@ const PORTS: [u16; 12] = [
 ///
 /// # Panics
 /// A device panics, more waits to be decided than there are things, the two ways to configuration space lead to different
-/// functions, or a board that has been started anew is not as at the first start.
+/// functions, or one of them from one segment into another, or a board that has been started anew is not as at the first start.
 pub fn board(story: &[u8]) {
     let mut story = Story(story);
     let mut whole = Whole::new(story.byte() % 4 == 3);
@@ -90,6 +98,7 @@ struct Whole {
     processors: ProcessorCount,
     events: Arc<Events>,
     firmware: bool,
+    ecams: Vec<Range<u64>>,
     _ram: Ram,
 }
 
@@ -106,6 +115,8 @@ impl Whole {
             pvpanic: true,
             platform: PlatformConfig {
                 hotplug_slots: Some(2),
+                num_pci_segments: Some(if firmware { 1 } else { 2 }),
+                segment_hotplug_slots: Some(1),
                 ..PlatformConfig::default()
             },
             ..VmConfig::default()
@@ -118,13 +129,19 @@ impl Whole {
         let regions = Arc::new(Regions::default());
         let router = IrqRouter::loose().expect("a table");
         let (buses, events) = (Buses::default(), Events::new().expect("an eventfd"));
-        let windows = Windows {
-            io: layout::PCI_IO,
-            memory32: vec![layout::mmio32(layout::MMIO32_START, &[]).remove(0)],
-            memory64: vec![HIGH],
-        };
+        let mut ecams = layout::ecams(&LAST_BUSES).expect("room");
+        ecams.truncate(config.platform.segments().into());
+        let segments = SEGMENTS.into_iter().zip(LOW).zip(HIGH).zip(&ecams);
+        let segments = segments.map(|(((segment, low), high), ecam)| SegmentAddresses {
+            windows: Windows {
+                io: if segment == 0 { layout::PCI_IO } else { 0..0 },
+                memory32: vec![low],
+                memory64: vec![high],
+            },
+            ecam: ecam.clone(),
+        });
         let mut pci = Pci::new(
-            windows,
+            segments.collect(),
             &buses,
             regions.clone(),
             Doorbells::loose(),
@@ -146,8 +163,14 @@ impl Whole {
         let routes = Arc::new(router.clone());
         let table = Arc::<MemoryTable>::default();
         let slots = Slots::new(ram.guest(), &regions, Area::new(0..0));
-        let mut virtio =
-            VirtioDevices::new(ram.guest(), &table, slots, routes, pci.seats(), &events);
+        let mut virtio = VirtioDevices::new(
+            ram.guest(),
+            &table,
+            slots,
+            routes.clone(),
+            pci.seats(),
+            &events,
+        );
         let console = null().map(|endpoint| Console::new("console", endpoint));
         let rng = Rng::new("rng", &config.rng).expect("randomness");
         virtio
@@ -158,6 +181,16 @@ impl Whole {
                 None => Ok(()),
             })
             .expect("three devices");
+        if !firmware {
+            let rng = Box::new(Rng::new("second", &config.rng).expect("randomness"));
+            let function = VirtioPci::new(rng, ram.guest().clone(), routes);
+            let place = PciPlace {
+                segment: 1,
+                device: Some(3),
+            };
+            let added = pci.add_virtio(&function.expect("a function"), place);
+            added.expect("a slot");
+        }
         let watchdog = add_board_devices(&config, &mut pci).expect("two devices");
         add_empty_ports(&mut pci, &config, &router, &events).expect("two ports");
         open_slots(&pci, &buses, &router, &events).expect("registers");
@@ -172,6 +205,7 @@ impl Whole {
             processors,
             events,
             firmware,
+            ecams,
             _ram: ram,
         };
         whole.assign();
@@ -203,12 +237,16 @@ impl Whole {
                 access(&self.buses.ports, at, story, 4);
             }
             4..7 => {
-                let at = layout::ECAM_START + place(story);
-                access(&self.buses.mmio, at, story, 8);
+                let segment = usize::from(story.byte() % 2);
+                // Of a board with one segment there is nothing in the second's place.
+                let ecams = self.ecams.get(segment).or(self.ecams.first());
+                let start = ecams.map_or(0, |ecam| ecam.start);
+                access(&self.buses.mmio, start + place(story), story, 8);
             }
             7 => self.configure(story),
             8 => {
-                let at = layout::PCI_HOTPLUG_START + u64::from(story.byte() % 0x40);
+                let segment = u16::from(story.byte() % 3);
+                let at = layout::pci_hotplug(segment) + u64::from(story.byte() % 0x20);
                 access(&self.buses.mmio, at, story, 8);
             }
             9 => {
@@ -230,13 +268,30 @@ impl Whole {
     fn configure(&self, story: &mut Story<'_>) {
         let at = place(story) & !3;
         let value = story.dword();
+        let before = self.in_segment_1(at);
         self.through_ports(at, Some(value));
+        assert_eq!(self.in_segment_1(at), before, "at {at:#x} of segment 1");
         if !self.firmware && at & 0xfff < 0x100 {
             let mut data = [0; 4];
             self.buses.mmio.read(layout::ECAM_START + at, &mut data);
             let memory = u32::from_le_bytes(data);
             assert_eq!(self.through_ports(at, None), memory, "at {at:#x}");
         }
+    }
+
+    /// What tells a function of segment 1 by memory, where there is that: identity and header, which no access changes.
+    fn in_segment_1(&self, at: u64) -> Option<[u32; 2]> {
+        let ecam = self.ecams.get(1)?;
+        let function = at & !0xfff;
+        let read = |register| {
+            let mut data = [0; 4];
+            let at = ecam.start + function + register;
+            if ecam.contains(&at) {
+                self.buses.mmio.read(at, &mut data);
+            }
+            u32::from_le_bytes(data)
+        };
+        Some([0, 0x10].map(read))
     }
 
     /// Reads, or writes before that, a register of the first 256 bytes by the configuration ports.
@@ -298,11 +353,19 @@ impl Whole {
         }
     }
 
-    /// The first registers of each function of bus 0 that a guest cannot change the size of by what it plugs.
+    /// The first registers of each function of bus 0 of each segment that a guest cannot change the size of by what it plugs.
     fn fingerprint(&self) -> Vec<u32> {
         let functions = (0..32_u64).map(|slot| slot << 15);
         let registers = functions.flat_map(|at| (0..16).map(move |register| at | register << 2));
-        registers.map(|at| self.through_ports(at, None)).collect()
+        let first = registers.clone().map(|at| self.through_ports(at, None));
+        let second = self.ecams.get(1).map(|ecam| {
+            registers.map(|at| {
+                let mut data = [0; 4];
+                self.buses.mmio.read(ecam.start + at, &mut data);
+                u32::from_le_bytes(data)
+            })
+        });
+        first.chain(second.into_iter().flatten()).collect()
     }
 }
 
@@ -336,9 +399,9 @@ fn place(story: &mut Story<'_>) -> u64 {
 /// An address: in a window for BARs, near its end, or any.
 fn address(story: &mut Story<'_>) -> u64 {
     match story.byte() % 8 {
-        0..3 => layout::MMIO32_START + u64::from(story.word()) * 4,
-        3..6 => HIGH.start + u64::from(story.word()) * 4,
-        6 => HIGH.end - u64::from(story.byte()),
+        which @ 0..3 => LOW[usize::from(which) % 2].start + u64::from(story.word()) * 4,
+        which @ 3..6 => HIGH[usize::from(which) % 2].start + u64::from(story.word()) * 4,
+        6 => HIGH[1].end - u64::from(story.byte()),
         _ => story.quadword(),
     }
 }

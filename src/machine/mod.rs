@@ -28,6 +28,7 @@ mod panics;
 mod passthrough;
 mod payload;
 mod pci;
+mod placing;
 mod pluggable;
 mod quiet;
 mod removal;
@@ -35,6 +36,7 @@ mod requests;
 mod resize;
 mod restart;
 mod seats;
+mod segments;
 mod shown;
 mod signals;
 mod virtio;
@@ -50,6 +52,7 @@ pub use observed::{
 };
 pub(crate) use panics::PanicWatch;
 pub use panics::end_on_panic;
+pub use placing::PlacingError;
 pub use pluggable::PluggableError;
 pub use requests::{
     Added, AddedFunction, Answer, Control, Extent, Info, Request, RequestError, Requests,

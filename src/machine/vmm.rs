@@ -25,7 +25,7 @@ use super::panics;
 use super::passthrough::OpenDevices;
 use super::requests::{Answer, Asker, Extent, Info, Request, RequestError, Requests};
 use super::signals::Signals;
-use super::{PanicWatch, RunError, madvise, payload};
+use super::{PanicWatch, RunError, madvise, payload, placing};
 use crate::config::VmConfig;
 use crate::monitor::{self, Source};
 use crate::notify;
@@ -159,6 +159,14 @@ fn assemble(
     signals: &Signals,
     requests: &Requests,
 ) -> Result<Box<Machine>, RunError> {
+    definition.config.validate()?;
+    let definition = match placing::placed(&definition.config, report)? {
+        Some(config) => Arc::new(Definition {
+            config,
+            ..Definition::clone(definition)
+        }),
+        None => Arc::clone(definition),
+    };
     definition.config.validate()?;
     let (early, devices) = (Arc::<Early>::default(), OpenDevices::default());
     let work = {
@@ -361,6 +369,7 @@ impl Served {
                 let mut left = machine.definition();
                 // As it was said.
                 let said = definition.config;
+                placing::forget(&mut left.config, &said);
                 left.config.platform = said.platform;
                 left.config.kernel = said.kernel;
                 left.config.firmware = said.firmware;

@@ -68,6 +68,60 @@ pub enum RamError {
         /// The pool's size in sysfs.
         path: String,
     },
+    /// memory zone `{zone}`: this host has no NUMA node {node} with memory, only {have}
+    #[error(
+        "memory zone `{zone}`: this host has no NUMA node {node} with memory, only {have}: say another in \
+         host_numa_node= (`busway hugepages` shows them), or leave it out"
+    )]
+    NoNode {
+        /// The zone.
+        zone: String,
+        /// The node that was asked for.
+        node: u32,
+        /// The nodes that have memory.
+        have: String,
+    },
+    /// the memory zones of the host's node {node} ask for {asked}, and it has {total}, of which {available} are free
+    #[error(
+        "the memory zones with host_numa_node={node} ask for {}, and that node of the host has {}, of which {} are \
+         free: ask for less of it",
+        Amount(*asked), Amount(*total), Amount(*available)
+    )]
+    NodeTooSmall {
+        /// The node.
+        node: u32,
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes that it has.
+        total: u64,
+        /// Bytes that it could give now.
+        available: u64,
+    },
+    /// memory zone `{zone}` would begin or end within a huge page
+    #[error(
+        "memory zone `{zone}` is made of huge pages of {}, and a part of it at {start:#x} would begin or end within \
+         one: name zones of larger pages before those of smaller ones",
+        Amount(*page)
+    )]
+    ZonePlace {
+        /// The zone.
+        zone: String,
+        /// Bytes of a page.
+        page: u64,
+        /// Guest-physical address.
+        start: u64,
+    },
+    /// guest RAM cannot be bound to the host's NUMA node {node}: mbind: {source}
+    #[error(
+        "guest RAM cannot be bound to the host's NUMA node {node}: mbind: {source}; a process may use the nodes in \
+         Mems_allowed_list of /proc/self/status: say one of them in host_numa_node="
+    )]
+    Bind {
+        /// The node.
+        node: u32,
+        /// Why.
+        source: io::Error,
+    },
     /// {what} failed for {size} bytes of guest RAM: {source}
     #[error("{what} failed for {size} bytes of guest RAM: {source}")]
     Map {

@@ -12,8 +12,18 @@ const MIB: u64 = 1 << 20;
 /// The pools of huge pages, a folder for each size.
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
+/// The host's NUMA nodes, each with pools of its own.
+const NODES: &str = "/sys/devices/system/node";
+
 /// The size of the huge pages to use, once it is known that enough of them are free.
 pub(super) fn reserved_huge_pages(config: &MemoryConfig) -> Result<u64, RamError> {
+    let page = huge_page_size(config.hugepage_size)?;
+    check_pool(page, [config.size])?;
+    Ok(page)
+}
+
+/// The size of the huge pages to use where these were `asked` for, or nothing was said.
+pub(super) fn huge_page_size(asked: Option<u64>) -> Result<u64, RamError> {
     let mut sizes: Vec<u64> = fs::read_dir(POOLS)
         .into_iter()
         .flatten()
@@ -27,7 +37,7 @@ pub(super) fn reserved_huge_pages(config: &MemoryConfig) -> Result<u64, RamError
         })
         .collect();
     sizes.sort_unstable();
-    let page = match config.hugepage_size {
+    let page = match asked {
         Some(page) => page,
         None => default_huge_page().unwrap_or(2 * MIB),
     };
@@ -45,16 +55,22 @@ pub(super) fn reserved_huge_pages(config: &MemoryConfig) -> Result<u64, RamError
             },
         });
     }
-    if !config.size.is_multiple_of(page) {
-        return Err(RamError::NotWholeHugePages {
-            size: config.size,
-            page,
-        });
+    Ok(page)
+}
+
+/// That enough of these huge pages are free for memory of `sizes`, together.
+pub(super) fn check_pool(page: u64, sizes: impl IntoIterator<Item = u64>) -> Result<(), RamError> {
+    let mut needed = 0_u64;
+    for size in sizes {
+        if !size.is_multiple_of(page) {
+            return Err(RamError::NotWholeHugePages { size, page });
+        }
+        needed = needed.saturating_add(size / page);
     }
-    let (pool, needed) = (Pool::of(page), config.size / page);
+    let pool = Pool::of(page);
     match pool.room() {
         room if room < needed => Err(pool.too_few(needed, room)),
-        _ => Ok(page),
+        _ => Ok(()),
     }
 }
 
@@ -62,22 +78,32 @@ pub(super) fn reserved_huge_pages(config: &MemoryConfig) -> Result<u64, RamError
 /// Linux, Documentation/admin-guide/mm/hugetlbpage.rst
 pub(super) struct Pool {
     folder: PathBuf,
+    /// Where it is said how many more the kernel would make.
+    of_all: PathBuf,
     page: u64,
 }
 
 impl Pool {
     pub(super) fn of(page: u64) -> Self {
+        let folder = Path::new(POOLS).join(pool_name(page));
         Self {
-            folder: Path::new(POOLS).join(format!("hugepages-{}kB", page / KIB)),
+            of_all: folder.clone(),
+            folder,
             page,
         }
     }
 
+    /// Those of one of the host's NUMA nodes.
+    pub(super) fn of_node(page: u64, node: u32) -> Self {
+        let pools = format!("{NODES}/node{node}/hugepages");
+        Self {
+            folder: Path::new(&pools).join(pool_name(page)),
+            ..Self::of(page)
+        }
+    }
+
     fn read(&self, name: &str) -> u64 {
-        let text = fs::read_to_string(self.folder.join(name));
-        text.ok()
-            .and_then(|text| text.trim().parse().ok())
-            .unwrap_or(0)
+        read(&self.folder, name)
     }
 
     /// Free, and promised to nobody else's mapping.
@@ -87,9 +113,9 @@ impl Pool {
     }
 
     /// How many a mapping can have: those that are free, and as many as the kernel may still make.
-    fn room(&self) -> u64 {
-        let surplus = self.read("surplus_hugepages");
-        let more = self.read("nr_overcommit_hugepages").saturating_sub(surplus);
+    pub(super) fn room(&self) -> u64 {
+        let surplus = read(&self.of_all, "surplus_hugepages");
+        let more = read(&self.of_all, "nr_overcommit_hugepages").saturating_sub(surplus);
         self.free().saturating_add(more)
     }
 
@@ -106,7 +132,20 @@ impl Pool {
     }
 }
 
-fn default_huge_page() -> Option<u64> {
+fn pool_name(page: u64) -> String {
+    format!("hugepages-{}kB", page / KIB)
+}
+
+/// A number in a pool's folder; 0 where there is none.
+fn read(folder: &Path, name: &str) -> u64 {
+    let text = fs::read_to_string(folder.join(name));
+    text.ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// Bytes of a huge page where nothing else is said.
+pub(crate) fn default_huge_page() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let rest = text
         .lines()
@@ -128,6 +167,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pool = Pool {
             folder: folder.path().to_owned(),
+            of_all: folder.path().to_owned(),
             page: 2 * MIB,
         };
         let set = |files: &[(&str, u64)]| {

@@ -3,11 +3,13 @@
 //! This module knows nothing of KVM or VFIO. They listen to the list of regions.
 
 mod area;
+mod backing;
 mod ballooned;
 mod blocks;
 mod discard;
 mod error;
 mod files;
+mod host;
 mod huge_pages;
 mod pluggable;
 mod prefault;
@@ -23,6 +25,7 @@ pub use discard::{Discarded, Discards};
 pub(crate) use error::Amount;
 pub use error::RamError;
 pub use files::{FileMemory, FileMemoryError, Slots};
+pub(crate) use huge_pages::default_huge_page;
 pub use pluggable::{PlugError, Pluggable};
 pub use prefault::PrefaultError;
 pub use ram::Ram;

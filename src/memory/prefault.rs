@@ -18,6 +18,7 @@ use rustix::mm::{Advice, madvise};
 use vm_memory::GuestMemoryRegion;
 
 use super::Ram;
+use super::ram::Stretch;
 use crate::sandbox::{self, Kind};
 
 /// Bytes populated by one call: enough to make huge pages of, little enough to share out evenly and
@@ -47,16 +48,25 @@ struct Chunk {
 }
 
 impl Ram {
-    /// Populates all of RAM; `progress` is told, a few times a second and at the end, how many
-    /// bytes are done, and can have it broken off.
+    /// Bytes of RAM that are to be populated, where `unsaid` is what becomes of zones that do not say it.
+    #[must_use]
+    pub fn to_prefault(&self, unsaid: bool) -> u64 {
+        let stretches = self.stretches().iter();
+        let stretches = stretches.filter(|one| one.backing.prefault.unwrap_or(unsaid));
+        stretches.map(|one| one.memory.len()).sum()
+    }
+
+    /// Populates RAM, but for zones that are not to be; `progress` is told, a few times a second and at the end, how many
+    /// bytes are done, and can have it broken off. `unsaid`: so are zones that do not say it.
     ///
     /// # Errors
     /// [`PrefaultError`], of the first chunk that failed.
     pub fn prefault(
         &self,
+        unsaid: bool,
         mut progress: impl FnMut(u64) -> ControlFlow<()>,
     ) -> Result<(), PrefaultError> {
-        let chunks = self.chunks();
+        let chunks = self.chunks(unsaid);
         let threads = thread::available_parallelism()
             .map_or(1, NonZero::get)
             .min(MOST_THREADS)
@@ -110,14 +120,22 @@ impl Ram {
         })
     }
 
-    fn chunks(&self) -> Vec<Chunk> {
-        // A chunk of huge pages is made of whole ones.
-        let size = self
-            .huge_page()
-            .and_then(|page| usize::try_from(page).ok())
-            .map_or(CHUNK, |page| page.max(CHUNK));
+    fn chunks(&self, unsaid: bool) -> Vec<Chunk> {
         let mut chunks = Vec::new();
-        for region in self.mappings() {
+        for Stretch {
+            memory: region,
+            backing,
+            ..
+        } in self.stretches()
+        {
+            if !backing.prefault.unwrap_or(unsaid) {
+                continue;
+            }
+            // A chunk of huge pages is made of whole ones.
+            let page = backing
+                .huge_page
+                .and_then(|page| usize::try_from(page).ok());
+            let size = page.map_or(CHUNK, |page| page.max(CHUNK));
             let (base, length) = (region.as_ptr() as usize, region.size());
             chunks.extend((0..length).step_by(size).map(|offset| Chunk {
                 guest: region.start_addr().0 + offset as u64,
@@ -179,13 +197,17 @@ mod tests {
         };
         let ram = Ram::new(&config, false).unwrap();
         let mut last = 0;
-        ram.prefault(|done| {
+        assert_eq!(
+            (ram.to_prefault(true), ram.to_prefault(false)),
+            (config.size, 0)
+        );
+        ram.prefault(true, |done| {
             last = done;
             ControlFlow::Continue(())
         })
         .unwrap();
         assert_eq!(last, config.size);
-        for region in ram.mappings() {
+        for region in ram.stretches().iter().map(|one| &one.memory) {
             let mut resident = vec![0_u8; region.size() / 4096];
             // SAFETY: the range is a mapping, and the vector has a byte for each of its pages.
             let result = unsafe {

@@ -1,30 +1,23 @@
-//! Where the guest's RAM comes from: ordinary pages, a memfd where it is shared, or huge pages.
+//! The guest's RAM: its stretches, where each lies to the guest, and what each is made of.
 
-use std::ffi::c_void;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::mem;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use busway_vfio::Mapping;
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
+use super::backing::{Backing, map_error};
 use super::error::RamError;
-use super::huge_pages::{Pool, reserved_huge_pages};
+use super::host::{check_host_memory, check_host_nodes};
+use super::huge_pages::{check_pool, huge_page_size, reserved_huge_pages};
 use super::{Ballooned, GuestRam, Pluggable, RamMap, Region, Regions};
 use crate::arch::layout;
-use crate::config::MemoryConfig;
-use crate::sandbox::{check_size, size_limit};
+use crate::config::{MemoryConfig, MemoryZoneConfig};
 
 /// Pages of this size and its multiples are what a guest can be made of.
 const PAGE: u64 = busway_pci::PAGE_SIZE;
-const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
 /// Whether the host makes transparent huge pages of shared memory, which it decides apart from other memory.
@@ -35,34 +28,51 @@ const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enable
 #[derive(Clone, Debug)]
 pub struct Ram {
     map: GuestRam,
-    regions: Vec<Arc<GuestRegionMmap>>,
-    /// The regions of `regions`, where these can go and come back by blocks.
+    /// In ascending order.
+    stretches: Vec<Stretch>,
+    /// The regions of `stretches`, where these can go and come back by blocks.
     in_blocks: Vec<Arc<Region>>,
     /// What is plugged and unplugged by blocks, behind all other RAM: its memory, and it as a region.
     pluggable: Option<(Arc<GuestRegionMmap>, Arc<Region>)>,
     /// The host is to have memory before the guest uses it.
     populates: bool,
-    huge_page: Option<u64>,
+}
+
+/// A stretch of RAM, of one kind.
+#[derive(Clone, Debug)]
+pub(super) struct Stretch {
+    pub(super) memory: Arc<GuestRegionMmap>,
+    pub(super) backing: Backing,
+    /// The zone that it is of, by its place among the zones; 0 where there are none.
+    zone: usize,
+}
+
+impl Stretch {
+    fn range(&self) -> Range<u64> {
+        let start = self.memory.start_addr().0;
+        start..start.saturating_add(self.memory.len())
+    }
 }
 
 impl Ram {
-    /// As [`around`](Self::around), where nothing is reserved.
+    /// As [`around`](Self::around), without zones and where nothing is reserved.
     ///
     /// # Errors
     /// [`RamError`]
     pub fn new(config: &MemoryConfig, whole: bool) -> Result<Self, RamError> {
-        Self::around(config, whole, layout::MMIO32_START, &[])
+        Self::around(config, &[], whole, layout::MMIO32_START, &[])
     }
 
     /// Maps RAM as configured: below `low_end`, where the 32-bit MMIO window starts, and from 4 GiB on;
     /// round the addresses in `reserved` (first and last, ascending), where assigned devices let none
-    /// be. No page is touched yet; `whole` says that all of them will be,
-    /// so that the host has to have them now.
+    /// be. Its `zones`, where there are any, follow one another there, each of what it says. No page is touched yet;
+    /// `whole` says that all of them will be, so that the host has to have them now.
     ///
     /// # Errors
     /// [`RamError`]; what the host cannot give is refused before anything is taken.
     pub fn around(
         config: &MemoryConfig,
+        zones: &[MemoryZoneConfig],
         whole: bool,
         low_end: u64,
         reserved: &[(u64, u64)],
@@ -74,30 +84,40 @@ impl Ram {
         if !size.is_multiple_of(PAGE) {
             return Err(RamError::Unaligned(size));
         }
-        let huge_page = match config.hugepages {
-            true => Some(reserved_huge_pages(config)?),
-            false => {
-                check_host_memory(size, whole)?;
-                None
-            }
-        };
-
-        if config.shared && config.thp && !config.hugepages {
+        let backings = backings(config, zones, whole)?;
+        let small =
+            |backing: &Backing| backing.shared && backing.thp && backing.huge_page.is_none();
+        if backings.iter().any(small) {
             tell_of_small_pages(Path::new(SHMEM_HUGE_PAGES));
         }
-        let mut regions = Vec::new();
-        let holes = layout::holes(reserved.iter().copied(), huge_page.unwrap_or(2 * MIB));
-        for range in layout::ram_ranges(size, low_end, &holes) {
-            regions.push(Arc::new(mapped(&range, config, huge_page)?));
+        let pages = backings.iter().filter_map(|backing| backing.huge_page);
+        let holes = layout::holes(reserved.iter().copied(), pages.max().unwrap_or(2 * MIB));
+        let ranges = layout::ram_ranges(size, low_end, &holes);
+        let sizes = zones.iter().map(|zone| zone.size);
+        let parts = match zones.is_empty() {
+            true => ranges.into_iter().map(|range| (0, range)).collect(),
+            false => layout::split(&ranges, sizes),
+        };
+        let mut stretches = Vec::new();
+        for (index, range) in parts {
+            let Some(backing) = backings.get(index) else {
+                continue;
+            };
+            if let Some((zone, page)) = zones.get(index).zip(backing.huge_page) {
+                check_place(zone, page, &range)?;
+            }
+            stretches.push(Stretch {
+                memory: Arc::new(backing.map(&range)?),
+                backing: *backing,
+                zone: index,
+            });
         }
-        let mut all = regions.clone();
+        let mut all: Vec<_> = stretches.iter().map(|one| one.memory.clone()).collect();
         let mut pluggable = None;
         if let Some(asked) = config.pluggable() {
-            let top = regions
-                .last()
-                .map_or(0, |last| last.start_addr().0.saturating_add(last.len()));
+            let top = stretches.last().map_or(0, |last| last.range().end);
             let range = layout::pluggable_range(asked, top, &holes);
-            let memory = Arc::new(mapped(&range, config, huge_page)?);
+            let memory = Arc::new(pluggable_backing(config, &backings).map(&range)?);
             let name = "pluggable guest RAM";
             let region = Region::pluggable(name, memory.clone(), config.block_size());
             all.push(memory.clone());
@@ -109,11 +129,10 @@ impl Ram {
         })?;
         Ok(Self {
             map: GuestRam::new(map),
-            regions,
+            stretches,
             in_blocks: Vec::new(),
             pluggable,
             populates: config.prefault == Some(true),
-            huge_page,
         })
     }
 
@@ -126,18 +145,20 @@ impl Ram {
     /// Has RAM that the guest starts with be such that blocks of `block` bytes can go and come back
     /// ([`ballooned`](Self::ballooned)). Called before it is put on the list.
     pub fn split(&mut self, block: u64) {
-        let region = |memory: &Arc<GuestRegionMmap>| {
+        let region = |stretch: &Stretch| {
+            let memory = &stretch.memory;
             let region = Region::in_blocks(name_of(memory), memory.clone(), block);
             Arc::new(region)
         };
-        self.in_blocks = self.regions.iter().map(region).collect();
+        self.in_blocks = self.stretches.iter().map(region).collect();
     }
 
     /// RAM as regions for the list.
     pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
         let pluggable = self.pluggable.iter();
         let pluggable = pluggable.map(|(_, region)| region.clone());
-        let whole = self.regions.iter().enumerate().map(|(at, memory)| {
+        let whole = self.stretches.iter().enumerate().map(|(at, stretch)| {
+            let memory = &stretch.memory;
             let in_blocks = self.in_blocks.get(at).cloned();
             in_blocks.unwrap_or_else(|| Arc::new(Region::ram(name_of(memory), memory.clone())))
         });
@@ -147,7 +168,7 @@ impl Ram {
     /// The pages that are in the guest's balloon, where RAM was [split](Self::split), for the list that it is on.
     #[must_use]
     pub fn ballooned(&self, regions: &Arc<Regions>) -> Option<Ballooned> {
-        let memory = self.regions.iter().cloned();
+        let memory = self.stretches.iter().map(|one| one.memory.clone());
         let parts = memory.zip(self.in_blocks.iter().cloned());
         (!self.in_blocks.is_empty()).then(|| Ballooned::new(regions, parts))
     }
@@ -166,24 +187,31 @@ impl Ram {
         Some(region.guest()..region.guest().saturating_add(region.size()))
     }
 
-    /// Where RAM is, to the guest, in ascending order, without what can be plugged.
+    /// Where RAM is, to the guest, in ascending order, without what can be plugged. Zones that touch are one range.
     #[must_use]
     pub fn guest_ranges(&self) -> Vec<Range<u64>> {
-        self.regions
-            .iter()
-            .map(|region| {
-                let start = region.start_addr().0;
-                start..start.saturating_add(region.len())
-            })
-            .collect()
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for next in self.stretches.iter().map(Stretch::range) {
+            match ranges.last_mut() {
+                Some(last) if last.end == next.start => last.end = next.end,
+                _ => ranges.push(next),
+            }
+        }
+        ranges
+    }
+
+    /// Where each zone is, by its place among the zones, to the guest, in ascending order; all of zone 0 where there are
+    /// none.
+    pub fn zone_ranges(&self) -> impl Iterator<Item = (usize, Range<u64>)> {
+        self.stretches.iter().map(|one| (one.zone, one.range()))
     }
 
     /// Where RAM is mapped in this process, with what can be plugged.
     #[must_use]
     pub fn host_ranges(&self) -> Vec<Range<usize>> {
         let pluggable = self.pluggable.iter().map(|(memory, _)| memory);
-        self.regions
-            .iter()
+        let stretches = self.stretches.iter().map(|one| &one.memory);
+        stretches
             .chain(pluggable)
             .map(|region| {
                 let start = region.as_ptr() as usize;
@@ -192,20 +220,15 @@ impl Ram {
             .collect()
     }
 
-    /// The mappings, in ascending order.
-    pub(super) fn mappings(&self) -> &[Arc<GuestRegionMmap>] {
-        &self.regions
-    }
-
-    /// Bytes of a huge page, where RAM is made of them.
-    pub(super) fn huge_page(&self) -> Option<u64> {
-        self.huge_page
+    /// The stretches, in ascending order.
+    pub(super) fn stretches(&self) -> &[Stretch] {
+        &self.stretches
     }
 
     /// Bytes, without what can be plugged.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.regions.iter().map(|region| region.size() as u64).sum()
+        self.stretches.iter().map(|one| one.memory.len()).sum()
     }
 }
 
@@ -216,123 +239,65 @@ fn name_of(memory: &GuestRegionMmap) -> &'static str {
     }
 }
 
-fn map_error(what: &'static str, size: u64) -> impl FnOnce(io::Error) -> RamError {
-    move |source| RamError::Map { what, size, source }
-}
-
-/// RAM for the guest's addresses in `range`.
-fn mapped(
-    range: &Range<u64>,
+/// What each zone is made of, or all RAM where there are none, once it is known that the host has that.
+fn backings(
     config: &MemoryConfig,
-    huge_page: Option<u64>,
-) -> Result<GuestRegionMmap, RamError> {
-    let length = range.end - range.start;
-    let mapping = map(range.start, length, config, huge_page)?;
-    let region = GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or_else(|| {
-        let source = io::Error::from(io::ErrorKind::InvalidInput);
-        map_error("mmap", length)(source)
-    })?;
-    advise(&region, config, huge_page.is_some());
-    Ok(region)
-}
-
-/// RAM for the guest's addresses from `guest` on, as aligned here as it is there: only so can the
-/// kernel use huge pages, in this process, in the guest's tables and in the IOMMU's.
-fn map(
-    guest: u64,
-    size: u64,
-    config: &MemoryConfig,
-    huge_page: Option<u64>,
-) -> Result<vm_memory::MmapRegion, RamError> {
-    let length = usize::try_from(size)
-        .map_err(|_| map_error("mmap", size)(io::ErrorKind::OutOfMemory.into()))?;
-    let reserved = Mapping::reserve(length, guest).map_err(map_error("mmap", size))?;
-    let file = match config.shared {
-        true => {
-            check_size("shared guest RAM (--memory)", size, size_limit())?;
-            Some(memfd(size, huge_page).map_err(map_error("memfd_create", size))?)
-        }
-        false => None,
-    };
-    let protection = ProtFlags::READ | ProtFlags::WRITE;
-    // Huge pages are reserved by the mapping, so that a guest is never killed for want of one.
-    let mut flags = huge_page.map_or(MapFlags::NORESERVE, |_| MapFlags::empty());
-    flags |= match (&file, huge_page) {
-        (Some(_), _) => MapFlags::SHARED,
-        (None, None) => MapFlags::PRIVATE,
-        (None, Some(page)) => {
-            let size = page.trailing_zeros() << libc::MAP_HUGE_SHIFT;
-            MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::from_bits_retain(size)
-        }
-    };
-    let (address, fixed) = (reserved.address().0 as *mut c_void, flags | MapFlags::FIXED);
-    // SAFETY: the range replaced is `reserved`, which nobody else knows.
-    let mapped = unsafe {
-        match &file {
-            Some(file) => mmap(address, length, protection, fixed, file, 0),
-            None => mmap_anonymous(address, length, protection, fixed),
-        }
-    };
-    mapped.map_err(|error| match huge_page {
-        // Somebody else was quicker, or memory is in too small pieces for the kernel to make more.
-        Some(page) if error == Errno::NOMEM => {
-            let pool = Pool::of(page);
-            pool.too_few(size / page, pool.free())
-        }
-        _ => map_error("mmap", size)(error.into()),
-    })?;
-    // What vm-memory is told are libc's flags.
-    let anonymous = file.as_ref().map_or(libc::MAP_ANONYMOUS, |_| 0);
-    let mut builder = MmapRegionBuilder::new(length)
-        .with_mmap_prot(protection.bits() as i32)
-        .with_mmap_flags(flags.bits() as i32 | anonymous)
-        .with_hugetlbfs(huge_page.is_some());
-    if let Some(file) = file {
-        builder = builder.with_file_offset(FileOffset::new(file, 0));
+    zones: &[MemoryZoneConfig],
+    whole: bool,
+) -> Result<Vec<Backing>, RamError> {
+    if zones.is_empty() {
+        let huge_page = match config.hugepages {
+            true => Some(reserved_huge_pages(config)?),
+            false => {
+                check_host_memory(config.size, whole)?;
+                None
+            }
+        };
+        return Ok(vec![Backing::of_all(config, huge_page)]);
     }
-    // SAFETY: `length` bytes were just mapped there with this protection, and stay for the life of the
-    // process: whoever holds guest memory, device threads among them, may outlive the VM.
-    let region = unsafe { builder.with_raw_mmap_pointer(address.cast()) }.build();
-    mem::forget(reserved);
-    region.map_err(|error| {
-        let source = io::Error::new(io::ErrorKind::InvalidInput, error.to_string());
-        map_error("mmap", size)(source)
+    let mut made = Vec::new();
+    for zone in zones {
+        let page = match zone.hugepages {
+            true => Some(huge_page_size(zone.hugepage_size)?),
+            false => None,
+        };
+        made.push((zone, page));
+    }
+    let ordinary = made.iter().filter(|(_, page)| page.is_none());
+    let ordinary = ordinary.fold(0, |sum: u64, (zone, _)| sum.saturating_add(zone.size));
+    check_host_memory(ordinary, whole)?;
+    let mut pages: Vec<u64> = made.iter().filter_map(|(_, page)| *page).collect();
+    pages.sort_unstable();
+    pages.dedup();
+    for page in pages {
+        let of_page = made.iter().filter(|(_, of)| *of == Some(page));
+        let sizes = of_page.map(|(zone, _)| zone.size);
+        check_pool(page, sizes)?;
+    }
+    check_host_nodes(&made, whole)?;
+    let backing = |(zone, page): (&MemoryZoneConfig, _)| Backing::of_zone(config, zone, page);
+    Ok(made.into_iter().map(backing).collect())
+}
+
+/// What RAM that can be plugged is made of: ordinary pages, of the node that the RAM before it is of.
+fn pluggable_backing(config: &MemoryConfig, backings: &[Backing]) -> Backing {
+    let last = backings.last();
+    Backing {
+        host_node: last.and_then(|backing| backing.host_node),
+        ..Backing::of_all(config, None)
+    }
+}
+
+/// That a stretch of a zone is made of whole huge pages.
+fn check_place(zone: &MemoryZoneConfig, page: u64, range: &Range<u64>) -> Result<(), RamError> {
+    if (range.start | range.end).is_multiple_of(page) {
+        return Ok(());
+    }
+    Err(RamError::ZonePlace {
+        zone: zone.id.clone(),
+        page,
+        start: range.start,
     })
-}
-
-/// A nameless file of `size` bytes that another process can map. It is sealed to that size: whoever is given it
-/// could otherwise cut it short, and have this process and the guest killed by their next access.
-fn memfd(size: u64, huge_page: Option<u64>) -> io::Result<File> {
-    let huge = huge_page.map_or(MemfdFlags::empty(), |page| {
-        let size = page.trailing_zeros() << libc::MFD_HUGE_SHIFT;
-        MemfdFlags::HUGETLB | MemfdFlags::from_bits_retain(size)
-    });
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge;
-    let file = File::from(memfd_create(c"guest-ram", flags)?);
-    file.set_len(size)?;
-    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(file)
-}
-
-/// What the kernel should know about the mapping. Advice only: a refusal costs speed.
-fn advise(region: &GuestRegionMmap, config: &MemoryConfig, huge: bool) {
-    let mut advice = vec![
-        // A child must not keep the guest's memory, nor break its pinning by copy-on-write.
-        Advice::LinuxDontFork,
-        Advice::LinuxDontDump,
-    ];
-    if !huge {
-        advice.push(match config.thp {
-            true => Advice::LinuxHugepage,
-            false => Advice::LinuxNoHugepage,
-        });
-    }
-    for advice in advice {
-        // SAFETY: the range is the region's own mapping, and none of this advice changes contents.
-        if let Err(error) = unsafe { madvise(region.as_ptr().cast(), region.size(), advice) } {
-            log::debug!("madvise({advice:?}) on guest RAM: {error}");
-        }
-    }
 }
 
 /// Says where the host makes no transparent huge pages of shared memory, and what would have it do so.
@@ -349,57 +314,12 @@ fn tell_of_small_pages(setting: &Path) -> bool {
     small
 }
 
-/// Refuses what the host has not got: more than is free, where the whole is needed at once, and
-/// otherwise more than there is, for a guest may never touch it all.
-fn check_host_memory(asked: u64, whole: bool) -> Result<(), RamError> {
-    let Ok(text) = fs::read_to_string("/proc/meminfo") else {
-        return Ok(());
-    };
-    check_against_meminfo(asked, whole, &text)
-}
-
-fn check_against_meminfo(asked: u64, whole: bool, meminfo: &str) -> Result<(), RamError> {
-    let kib = |name: &str| {
-        meminfo
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-            .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
-    };
-    let (Some(total), Some(available)) = (kib("MemTotal"), kib("MemAvailable")) else {
-        return Ok(());
-    };
-    let limit = if whole { available } else { total };
-    if asked > limit.saturating_mul(KIB) {
-        return Err(RamError::TooLarge {
-            asked,
-            total: total.saturating_mul(KIB),
-            available: available.saturating_mul(KIB),
-        });
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use vm_memory::{Bytes, GuestAddressSpace};
+    use rustix::fs::SealFlags;
+    use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace};
 
-    #[test]
-    fn more_than_the_host_can_give_is_refused_with_the_figures() {
-        let meminfo = "MemTotal:        8000000 kB\nMemFree: 1 kB\nMemAvailable:    4096000 kB\n";
-        check_against_meminfo(4000 * MIB, true, meminfo).unwrap();
-        let error = check_against_meminfo(4001 * MIB, true, meminfo).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "--memory size= asks for 4001 MiB, and this host has 7812 MiB, of which 4000 MiB are \
-             free: ask for less"
-        );
-        let error = check_against_meminfo(512 << 30, false, meminfo).unwrap_err();
-        assert!(error.to_string().contains("asks for 512 GiB, "), "{error}");
-        check_against_meminfo(7812 * MIB, false, meminfo).unwrap();
-        check_against_meminfo(7813 * MIB, false, meminfo).unwrap_err();
-        check_against_meminfo(u64::MAX, true, "nonsense").unwrap();
-    }
+    use super::*;
 
     #[test]
     fn ram_of_every_kind_is_mapped_where_the_layout_says() {
@@ -420,6 +340,79 @@ mod tests {
             assert_eq!(region.file().map(FileOffset::start), shared.then_some(0));
             assert!(!region.read_only());
         }
+    }
+
+    /// What the kernel says of the policy of a mapping at this address; nothing where it knows no nodes.
+    fn policy(host: usize) -> Option<String> {
+        let maps = fs::read_to_string("/proc/self/numa_maps").ok()?;
+        let line = maps
+            .lines()
+            .find(|line| line.starts_with(&format!("{host:x} ")))?;
+        line.split_whitespace().nth(1).map(str::to_owned)
+    }
+
+    #[test]
+    fn zones_follow_one_another_and_each_is_bound_to_its_node_before_a_page_is_touched() {
+        if !Path::new("/sys/devices/system/node/node0").exists() {
+            eprintln!("skipped: this kernel has no NUMA nodes");
+            return;
+        }
+        let zone = |id: &str, mib: u64, node| MemoryZoneConfig {
+            host_numa_node: node,
+            ..MemoryZoneConfig::new(id, mib * MIB)
+        };
+        let mut zones = [
+            zone("a", 4, Some(0)),
+            zone("b", 8, Some(0)),
+            zone("c", 4, None),
+        ];
+        zones[1].shared = true;
+        let config = MemoryConfig {
+            size: 16 * MIB,
+            ..Default::default()
+        };
+        let ram = Ram::around(&config, &zones, false, layout::MMIO32_START, &[]).unwrap();
+        let places: Vec<_> = ram.zone_ranges().collect();
+        let expected = [
+            (0, 0..4 * MIB),
+            (1, 4 * MIB..12 * MIB),
+            (2, 12 * MIB..16 * MIB),
+        ];
+        assert_eq!(places, expected);
+        assert_eq!(ram.guest_ranges(), std::slice::from_ref(&(0..16 * MIB)));
+        let shared: Vec<_> = ram
+            .regions()
+            .map(|region| region.file().is_some())
+            .collect();
+        assert_eq!(shared, [false, true, false]);
+        let policies = ram
+            .host_ranges()
+            .into_iter()
+            .map(|range| policy(range.start));
+        let policies: Vec<_> = policies.collect::<Option<_>>().unwrap();
+        assert_eq!(policies, ["bind:0", "bind:0", "default"]);
+        // What is written goes over from one to the next.
+        let memory = ram.guest().memory();
+        let (at, bytes) = (GuestAddress(4 * MIB - 3), *b"across");
+        memory.write_slice(&bytes, at).unwrap();
+        let mut read = [0; 6];
+        memory.read_slice(&mut read, at).unwrap();
+        assert_eq!(read, bytes);
+    }
+
+    #[test]
+    fn a_zone_of_a_node_that_is_not_there_is_refused_before_anything_is_taken() {
+        let zones = [MemoryZoneConfig {
+            host_numa_node: Some(1023),
+            ..MemoryZoneConfig::new("far", 16 * MIB)
+        }];
+        let config = MemoryConfig {
+            size: 16 * MIB,
+            ..Default::default()
+        };
+        let refused = Ram::around(&config, &zones, false, layout::MMIO32_START, &[]);
+        let why = refused.unwrap_err().to_string();
+        assert!(why.contains("`far`") && why.contains("node 1023"), "{why}");
     }
 
     #[test]
@@ -462,9 +455,9 @@ mod tests {
         };
         // A hole moves what follows to an odd place.
         let reserved = [(0x345_6000, 0x345_6fff)];
-        let ram = Ram::around(&config, false, layout::MMIO32_START, &reserved).unwrap();
-        assert!(ram.mappings().len() > 1);
-        for region in ram.mappings() {
+        let ram = Ram::around(&config, &[], false, layout::MMIO32_START, &reserved).unwrap();
+        assert!(ram.stretches().len() > 1);
+        for region in ram.stretches().iter().map(|one| &one.memory) {
             let (guest, host) = (region.start_addr().0, region.as_ptr() as u64);
             let page = if region.len() >= 1 << 30 {
                 1 << 30

@@ -5,6 +5,7 @@
 //! thread, and nobody waits for anybody.
 
 mod own_memory;
+mod placed;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,6 +23,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 pub use own_memory::own_memory;
+pub use placed::PlacedNode;
 
 /// A point on the way from `exec` to a running guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,6 +88,7 @@ pub struct Report {
     exits: Mutex<BTreeMap<&'static str, u64>>,
     iommu: Mutex<Option<IommuWay>>,
     devices: Mutex<Vec<AssignedDevice>>,
+    placement: Mutex<Option<Vec<PlacedNode>>>,
     running: Mutex<Option<Sender<()>>>,
     progress: OnceLock<Box<ProgressFn>>,
 }
@@ -116,6 +119,7 @@ impl Report {
             exits: Mutex::default(),
             iommu: Mutex::default(),
             devices: Mutex::default(),
+            placement: Mutex::default(),
             running: Mutex::default(),
             progress: OnceLock::new(),
         }
@@ -166,6 +170,11 @@ impl Report {
     /// What the assigned devices are like now.
     pub fn set_devices(&self, devices: Vec<AssignedDevice>) {
         *lock(&self.devices) = devices;
+    }
+
+    /// On which nodes of the host's the guest was placed.
+    pub fn set_placement(&self, nodes: Vec<PlacedNode>) {
+        *lock(&self.placement) = Some(nodes);
     }
 
     /// Where guest memory is mapped in this process, so that Busway's own can be told from it.
@@ -249,6 +258,7 @@ impl Report {
             own_memory_bytes: Some(self.own_memory.load(Relaxed)).filter(|bytes| *bytes != 0),
             iommu: lock(&self.iommu).clone(),
             devices: lock(&self.devices).clone(),
+            placement: lock(&self.placement).clone(),
             exits: lock(&self.exits).clone(),
         }
     }
@@ -299,6 +309,8 @@ pub struct Snapshot {
     pub iommu: Option<IommuWay>,
     /// The assigned devices, as they were given.
     pub devices: Vec<AssignedDevice>,
+    /// Where the guest was placed by its devices; absent (`null`) where it was not.
+    pub placement: Option<Vec<PlacedNode>>,
     /// Exits to user space, by kind.
     pub exits: BTreeMap<&'static str, u64>,
 }
@@ -391,6 +403,9 @@ impl fmt::Display for Snapshot {
         for device in &self.devices {
             let AssignedDevice { host, guest, reset } = device;
             writeln!(f, "{host:<18} {guest:>10} in the guest, reset {reset}")?;
+        }
+        for node in self.placement.iter().flatten() {
+            writeln!(f, "{node}")?;
         }
         if let Some(bytes) = self.own_memory_bytes {
             writeln!(f, "{:<18} {:>10}", "own memory", Bytes(bytes))?;

@@ -269,6 +269,8 @@ const WORKERS: &[Row] = &[
 /// What only putting together, opening and taking apart need.
 const ONCE: &[Row] = &[
     (libc::SYS_memfd_create, Always),
+    // Whose memory a zone of RAM is: host_numa_node= of --memory-zone.
+    (libc::SYS_mbind, Always),
     (libc::SYS_pipe2, Always),
     (libc::SYS_signalfd4, Always),
     (libc::SYS_inotify_init1, Always),

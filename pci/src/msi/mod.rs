@@ -295,8 +295,7 @@ impl Msi {
     fn connect(&mut self, owner: &mut dyn VectorOwner) -> Result<(), VectorError> {
         let mut connections = Vec::new();
         for vector in 0..self.count() {
-            let mut connection =
-                Connection::new(&*self.routes, vector.into(), self.message(vector))?;
+            let mut connection = Connection::new(&*self.routes, vector, self.message(vector))?;
             connection.mask(self.masked(vector))?;
             connections.push(connection);
         }

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::busy_tests::{Busy, MOMENT};
 use super::tests::{bdf, device, read32, write16, write32};
 use super::*;
-use crate::address::Function;
+use crate::address::{Function, Segment};
 use crate::bar::BarIndex;
 use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32};
 use crate::link::Link;
@@ -241,7 +241,7 @@ impl Fixture {
             memory32: iter::once(0xc000_0000..0xe000_0000).collect(),
             memory64: iter::once(1 << 36..1 << 40).collect(),
         };
-        self.topology.assign(&windows).unwrap();
+        self.topology.assign(Segment(0), &windows).unwrap();
     }
 }
 

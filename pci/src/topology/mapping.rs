@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::tree::{FunctionId, Tree};
-use crate::address::Bdf;
+use crate::address::{Bdf, Segment};
 use crate::bar::BarRegion;
 use crate::complaints::Complaints;
 use crate::function::{BarMapper, PciFunction};
@@ -89,15 +89,16 @@ impl Mappings {
             }
         }
         for (&id, mappings) in &mut self.functions {
+            let segment = tree.segment(id).unwrap_or_default();
             for mapping in mappings {
                 match mapping.state {
                     State::New => {
                         let level = || self.refusals.next(log::Level::Warn);
-                        mapping.map(mapper, tree.bdf(id), level);
+                        mapping.map(mapper, segment, tree.bdf(id), level);
                         calls = calls.saturating_add(1);
                     }
                     State::Refused if room_made => {
-                        mapping.map(mapper, tree.bdf(id), || log::Level::Debug);
+                        mapping.map(mapper, segment, tree.bdf(id), || log::Level::Debug);
                         calls = calls.saturating_add(1);
                     }
                     State::Refused | State::Mapped => {}
@@ -109,8 +110,14 @@ impl Mappings {
 }
 
 impl Mapping {
-    fn map(&mut self, mapper: &dyn BarMapper, bdf: Option<Bdf>, refusal: impl Fn() -> log::Level) {
-        self.state = match mapper.map(&self.function, &self.region) {
+    fn map(
+        &mut self,
+        mapper: &dyn BarMapper,
+        segment: Segment,
+        bdf: Option<Bdf>,
+        refusal: impl Fn() -> log::Level,
+    ) {
+        self.state = match mapper.map(segment, &self.function, &self.region) {
             Ok(()) => State::Mapped,
             Err(error) => {
                 let BarRegion {

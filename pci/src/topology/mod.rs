@@ -1,4 +1,4 @@
-//! The functions of segment 0: who answers at which address, and which BARs the guest can reach.
+//! The functions of a machine: who answers at which address of which segment, and which BARs the guest can reach.
 //!
 //! The guest decides both as it goes, by the bus numbers and windows of bridges and by each
 //! function's command register. The topology finds functions by what the registers say at the time,
@@ -19,8 +19,8 @@ use crate::pace::{self, Clock, SystemClock};
 use crate::spec;
 pub use assign::AssignError;
 use mapping::Mappings;
-pub use room::{Behind, Needs, NoRoom, find_room};
-pub use tree::{FunctionId, Place, PlaceError};
+pub use room::{Behind, Needs, NoRoom, end_of_room, find_room};
+pub use tree::{FunctionId, Parent, Place, PlaceError};
 use tree::{Node, Tree};
 
 /// The PCI functions of a machine.
@@ -79,7 +79,7 @@ impl Topology {
         let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
         let id = tree.add(place, function, &self.clock)?;
         drop(tree);
-        if let Some(port) = place.bridge {
+        if let Parent::Bridge(port) = place.parent {
             self.with_slot(port, |slot| slot.prepare(true));
         }
         self.remap(&mut self.mappings(), &[id]);
@@ -123,7 +123,8 @@ impl Topology {
     #[must_use]
     pub fn behind(&self, bridge: FunctionId) -> Vec<FunctionId> {
         let tree = self.tree();
-        tree.children(Some(bridge)).map(|node| node.id).collect()
+        let behind = tree.children(Parent::Bridge(bridge));
+        behind.map(|node| node.id).collect()
     }
 
     /// Empties the slot behind a bridge while the guest runs, whether the guest released the device
@@ -134,7 +135,7 @@ impl Topology {
     pub fn unplug(&self, bridge: FunctionId) -> Vec<Arc<dyn PciFunction>> {
         let write = self.tree().get(bridge).map(|node| node.write.clone());
         let _one = write.as_deref().map(lock);
-        let below: Vec<_> = self.tree().children(Some(bridge)).map(|n| n.id).collect();
+        let below = self.behind(bridge);
         let functions = below.into_iter().flat_map(|id| self.remove(id)).collect();
         self.with_slot(bridge, |slot| slot.set_present(false));
         functions
@@ -363,5 +364,7 @@ mod busy_tests;
 mod hot_plug_tests;
 #[cfg(test)]
 mod moves_tests;
+#[cfg(test)]
+mod segments_tests;
 #[cfg(test)]
 mod tests;

@@ -61,6 +61,26 @@ pub fn find_room<F: Copy>(
     missing.into_iter().next().map_or(Ok(()), Err)
 }
 
+/// The end of what everything on bus 0 takes of one kind of window, laid out as addresses are assigned: the address behind
+/// the last BAR or bridge window, 0 where nothing needs any.
+///
+/// # Errors
+/// [`NoRoom`], for the largest BAR of what found none first
+pub fn end_of_room<F: Copy>(
+    bus_0: &[Needs<F>],
+    window: WindowKind,
+    windows: &Windows,
+) -> Result<u64, NoRoom<F>> {
+    let mut end = 0;
+    let missing = place(bus_0, window, windows, |request, at| {
+        end = end.max(at + request.size);
+    });
+    match missing.into_iter().next() {
+        Some(missing) => Err(missing),
+        None => Ok(u64::try_from(end).unwrap_or(u64::MAX)),
+    }
+}
+
 /// Something that needs room. Sizes are wide so that a sum of hostile BARs cannot overflow.
 #[derive(Debug)]
 pub(super) struct Request<F> {

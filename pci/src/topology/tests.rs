@@ -7,7 +7,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::address::Device;
+use crate::address::{Device, Segment};
 use crate::bar::{BarIndex, BarKind, BarRegion};
 use crate::fake::{FakeFunction, FakeMapper, FakeRoutes, MEMORY_32, PREFETCHABLE_64, key};
 use crate::link::Link;
@@ -321,7 +321,7 @@ fn expected(f: &Fixture) -> BTreeMap<(usize, BarIndex), BarRegion> {
     let in_reset = register(port, 0x3c) >> 16 & 0x40 != 0;
     let mut expected = BTreeMap::new();
     for (id, function) in &functions {
-        let behind = f.topology.tree().get(*id).unwrap().place.bridge.is_some();
+        let behind = f.topology.tree().get(*id).unwrap().place.parent != Parent::Root(Segment(0));
         let command = register(function, 4);
         for region in function.bars() {
             let is_io = region.kind == BarKind::Io;

@@ -13,11 +13,20 @@ use crate::pace::{Clock, Pace};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FunctionId(u32);
 
-/// Where a function sits: on bus 0, or on the bus behind a bridge.
+/// What is above a bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parent {
+    /// A segment's root complex: the bus is bus 0 of that segment.
+    Root(Segment),
+    /// A bridge.
+    Bridge(FunctionId),
+}
+
+/// Where a function sits: on bus 0 of a segment, or on the bus behind a bridge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// The bridge above; none on bus 0.
-    pub bridge: Option<FunctionId>,
+    /// What is above the bus that it is on.
+    pub parent: Parent,
     /// Device number. A root port's link leads to device 0 only.
     pub device: Device,
     /// Function number. A device without a function 0 is not found by the guest.
@@ -25,13 +34,22 @@ pub struct Place {
 }
 
 impl Place {
-    /// Function 0 of a device on bus 0.
+    /// Function 0 of a device on bus 0 of segment 0.
     #[must_use]
     pub fn root(device: Device) -> Self {
         Self {
-            bridge: None,
+            parent: Parent::Root(Segment(0)),
             device,
             function: Function::default(),
+        }
+    }
+
+    /// The same device on bus 0 of `segment`.
+    #[must_use]
+    pub fn in_segment(self, segment: Segment) -> Self {
+        Self {
+            parent: Parent::Root(segment),
+            ..self
         }
     }
 
@@ -39,7 +57,7 @@ impl Place {
     #[must_use]
     pub fn behind(port: FunctionId) -> Self {
         Self {
-            bridge: Some(port),
+            parent: Parent::Bridge(port),
             device: Device::default(),
             function: Function::default(),
         }
@@ -59,7 +77,7 @@ pub enum PlaceError {
     #[error("device {device:#04x} function {function} is taken on {bus}")]
     Taken {
         /// Which bus, for a person.
-        bus: &'static str,
+        bus: String,
         /// The device number.
         device: u8,
         /// The function number.
@@ -113,15 +131,16 @@ impl Tree {
         pci: Arc<dyn PciFunction>,
         clock: &Arc<dyn Clock>,
     ) -> Result<FunctionId, PlaceError> {
-        if let Some(bridge) = place.bridge {
+        if let Parent::Bridge(bridge) = place.parent {
             let above = self.get(bridge).and_then(|node| node.pci.bridge());
             above.ok_or(PlaceError::NoBridge)?;
         }
         if self.nodes.iter().any(|node| node.place == place) {
             return Err(PlaceError::Taken {
-                bus: match place.bridge {
-                    Some(_) => "the bus behind that bridge",
-                    None => "bus 0",
+                bus: match place.parent {
+                    Parent::Bridge(_) => "the bus behind that bridge".to_owned(),
+                    Parent::Root(Segment(0)) => "bus 0".to_owned(),
+                    Parent::Root(segment) => format!("bus 0 of segment {}", segment.0),
                 },
                 device: place.device.number(),
                 function: place.function.number(),
@@ -158,20 +177,40 @@ impl Tree {
         self.nodes.iter().find(|node| node.id == id)
     }
 
-    /// What is on the bus behind `bridge`, or on bus 0.
-    pub(super) fn children(&self, bridge: Option<FunctionId>) -> impl Iterator<Item = &Node> {
-        let on_bus = move |node: &&Node| node.place.bridge == bridge;
+    /// What is on the bus below `parent`.
+    pub(super) fn children(&self, parent: Parent) -> impl Iterator<Item = &Node> {
+        let on_bus = move |node: &&Node| node.place.parent == parent;
         self.nodes.iter().filter(on_bus)
+    }
+
+    /// The bridge above a function, where it is not on bus 0.
+    fn bridge_above(&self, node: &Node) -> Option<&Node> {
+        match node.place.parent {
+            Parent::Root(_) => None,
+            Parent::Bridge(bridge) => self.get(bridge),
+        }
+    }
+
+    /// The segment that `id` is in.
+    pub(super) fn segment(&self, id: FunctionId) -> Option<Segment> {
+        let mut node = self.get(id)?;
+        loop {
+            match node.place.parent {
+                Parent::Root(segment) => return Some(segment),
+                // A bridge was there before what is behind it, so this ends.
+                Parent::Bridge(bridge) => node = self.get(bridge)?,
+            }
+        }
     }
 
     /// `id`, where it exists, and every function behind it.
     pub(super) fn with_descendants(&self, id: FunctionId) -> Vec<FunctionId> {
         let mut found = Vec::new();
         for node in &self.nodes {
-            let below = node
-                .place
-                .bridge
-                .is_some_and(|above| found.contains(&above));
+            let below = match node.place.parent {
+                Parent::Root(_) => false,
+                Parent::Bridge(above) => found.contains(&above),
+            };
             if node.id == id || below {
                 found.push(node.id);
             }
@@ -181,10 +220,7 @@ impl Tree {
 
     /// The function that answers at `bdf` by the bus numbers as they are now.
     pub(super) fn find(&self, bdf: Bdf) -> Option<&Node> {
-        if bdf.segment != Segment(0) {
-            return None;
-        }
-        let mut above = None;
+        let mut above = Parent::Root(bdf.segment);
         let mut at = 0;
         while at != bdf.bus.0 {
             // A bus below lies deeper than the bridge that reaches it, so this ends with the tree.
@@ -192,7 +228,7 @@ impl Tree {
                 let (secondary, _) = node.reaches(bdf.bus.0)?;
                 Some((node.id, secondary))
             })?;
-            above = Some(bridge);
+            above = Parent::Bridge(bridge);
             at = secondary;
         }
         self.children(above)
@@ -201,10 +237,11 @@ impl Tree {
 
     /// Where `id` is by the bus numbers as they are now; on bus 0 where its bridge has none yet.
     pub(super) fn bdf(&self, id: FunctionId) -> Option<Bdf> {
-        let place = self.get(id)?.place;
-        let bridge = place.bridge.and_then(|above| self.get(above)?.pci.bridge());
+        let node = self.get(id)?;
+        let place = node.place;
+        let bridge = self.bridge_above(node).and_then(|above| above.pci.bridge());
         Some(Bdf {
-            segment: Segment(0),
+            segment: self.segment(id)?,
             bus: Bus(bridge.map_or(0, |bridge| bridge.bus_numbers().0)),
             device: place.device,
             function: place.function,
@@ -213,7 +250,7 @@ impl Tree {
 
     /// Whether the device that `node` is part of has another function too.
     pub(super) fn is_multi_function(&self, node: &Node) -> bool {
-        self.children(node.place.bridge)
+        self.children(node.place.parent)
             .any(|other| other.place.device == node.place.device && other.id != node.id)
     }
 
@@ -223,13 +260,13 @@ impl Tree {
             return Vec::new();
         };
         let mut regions = node.pci.decoded();
-        let mut above = node.place.bridge;
-        while let Some(node) = above.and_then(|id| self.get(id)) {
+        let mut above = self.bridge_above(node);
+        while let Some(node) = above {
             if let Some(bridge) = node.pci.bridge() {
                 let open = !bridge.in_reset();
                 regions.retain(|region| open && bridge.forwards(region));
             }
-            above = node.place.bridge;
+            above = self.bridge_above(node);
         }
         regions
     }

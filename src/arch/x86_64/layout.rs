@@ -20,8 +20,12 @@ pub const FIRMWARE_MMIO32_END: u64 = 0xfc00_0000;
 pub const ECAM_START: u64 = 0xe000_0000;
 /// Bytes of ECAM.
 pub const ECAM_SIZE: u64 = 256 << 20;
-/// The registers by which devices come to bus 0 and leave it, of one page.
+/// End of the addresses behind it where other segments' are.
+pub const ECAMS_END: u64 = FIRMWARE_MMIO32_END;
+/// The registers by which devices come to bus 0 and leave it: those of all segments have one page.
 pub const PCI_HOTPLUG_START: u64 = 0xfec8_0000;
+/// Bytes from one segment's to the next's.
+const PCI_HOTPLUG_STRIDE: u64 = 0x20;
 /// The registers by which processors come and leave, of one page.
 pub const CPU_HOTPLUG_START: u64 = 0xfec8_1000;
 /// The IOAPIC.
@@ -39,6 +43,8 @@ pub const KVM_TSS: u64 = 0xfeff_d000;
 pub const FLASH_END: u64 = 1 << 32;
 /// The most bytes of firmware, code and variables: what lies below is the local APICs' and KVM's.
 pub const FLASH_SIZE: u64 = 16 << 20;
+/// The bytes of configuration space that a bus has: 32 devices of 8 functions. PCIe 6.0 §7.2.2.
+const ECAM_BUS: u64 = 1 << 20;
 /// Where RAM goes on above the hole.
 pub const HIGH_RAM_START: u64 = 1 << 32;
 
@@ -78,6 +84,37 @@ pub fn ram_ranges(size: u64, low_end: u64, holes: &[Range<u64>]) -> Vec<Range<u6
         }
     }
     ranges
+}
+
+/// The parts of RAM at `ranges` (ascending) that zones of `sizes` are at, which follow one another: each with its zone's
+/// place among them.
+#[must_use]
+pub fn split(
+    ranges: &[Range<u64>],
+    sizes: impl IntoIterator<Item = u64>,
+) -> Vec<(usize, Range<u64>)> {
+    let mut parts = Vec::new();
+    let mut ranges = ranges.iter().cloned();
+    let mut room = 0..0;
+    for (zone, size) in sizes.into_iter().enumerate() {
+        let mut left = size;
+        while left > 0 {
+            if room.is_empty() {
+                match ranges.next() {
+                    Some(next) => room = next,
+                    None => return parts,
+                }
+            }
+            let taken = left.min(room.end - room.start);
+            let end = room.start + taken;
+            if taken > 0 {
+                parts.push((zone, room.start..end));
+            }
+            room.start = end;
+            left -= taken;
+        }
+    }
+    parts
 }
 
 /// The guest-physical addresses of `size` bytes of RAM that can be plugged: one stretch above 4 GiB and all other RAM, which
@@ -157,6 +194,32 @@ pub fn bios_mmio32(window: &[Range<u64>]) -> Vec<Range<u64>> {
     window
 }
 
+/// Where configuration space of each PCI segment is, whose highest bus numbers these are: all 256 buses of the first at
+/// [`ECAM_START`], and of the others, behind it, as many buses as they have, rounded up to a power of two. Nothing where
+/// there is no room for all.
+#[must_use]
+pub fn ecams(last_buses: &[u8]) -> Option<Vec<Range<u64>>> {
+    let mut end = ECAM_START;
+    let mut ecams = Vec::new();
+    for last in last_buses {
+        let buses = (u64::from(*last) + 1).next_power_of_two();
+        let size = match ecams.is_empty() {
+            true => ECAM_SIZE,
+            false => buses * ECAM_BUS,
+        };
+        let start = end.next_multiple_of(size);
+        end = start + size;
+        ecams.push(start..end);
+    }
+    (end <= ECAMS_END).then_some(ecams)
+}
+
+/// First address of the registers by which devices come to bus 0 of a segment, one of fewer than 128, and leave it.
+#[must_use]
+pub const fn pci_hotplug(segment: u16) -> u64 {
+    PCI_HOTPLUG_START + segment as u64 % 0x80 * PCI_HOTPLUG_STRIDE
+}
+
 /// What of the `window` is not `taken`.
 #[must_use]
 pub fn without(window: &[Range<u64>], taken: &Range<u64>) -> Vec<Range<u64>> {
@@ -207,6 +270,25 @@ mod tests {
             ram_ranges(6 << 30, MMIO32_START, &[]),
             [0..3 << 30, 4 << 30..7 << 30]
         );
+    }
+
+    #[test]
+    fn zones_follow_one_another_and_go_round_the_hole() {
+        let ranges = ram_ranges(6 << 30, MMIO32_START, &[]);
+        assert_eq!(
+            split(&ranges, [1 << 30, 4 << 30, 1 << 30]),
+            [
+                (0, 0..1 << 30),
+                (1, 1 << 30..3 << 30),
+                (1, 4 << 30..6 << 30),
+                (2, 6 << 30..7 << 30)
+            ]
+        );
+        assert_eq!(
+            split(&ranges, [3 << 30, 3 << 30]),
+            [(0, 0..3 << 30), (1, 4 << 30..7 << 30)]
+        );
+        assert!(split(&[], [1]).is_empty());
     }
 
     #[test]
@@ -286,6 +368,37 @@ mod tests {
         for registers in [PCI_HOTPLUG_START, CPU_HOTPLUG_START, TPM_START] {
             assert!((IOAPIC_START..LAPIC_START).contains(&registers));
         }
+    }
+
+    #[test]
+    fn segments_have_configuration_spaces_of_their_own_below_the_boards_devices() {
+        let first = ECAM_START..ECAM_START + ECAM_SIZE;
+        assert_eq!(ecams(&[255]), Some(vec![first.clone()]));
+        assert_eq!(ecams(&[3]), Some(vec![first.clone()]));
+        // 2 buses, 6, none but bus 0.
+        let some = [
+            first,
+            0xf000_0000..0xf020_0000,
+            0xf080_0000..0xf100_0000,
+            0xf100_0000..0xf110_0000,
+        ];
+        assert_eq!(ecams(&[40, 1, 5, 0]), Some(some.to_vec()));
+        assert_eq!(ecams(&[1; 16]).unwrap().last().unwrap().end, 0xf1e0_0000);
+        // Six of all that can be behind 31 ports, and no more.
+        assert!(ecams(&[31; 7]).is_some());
+        assert_eq!(ecams(&[31; 8]), None);
+    }
+
+    #[test]
+    fn registers_of_all_segments_have_one_page() {
+        let starts: Vec<_> = (0..0x80).map(pci_hotplug).collect();
+        assert_eq!(starts[0], PCI_HOTPLUG_START);
+        assert!(
+            starts
+                .windows(2)
+                .all(|pair| pair[1] - pair[0] >= crate::devices::pci_hotplug::SIZE)
+        );
+        assert!(starts[0x7f] + PCI_HOTPLUG_STRIDE <= CPU_HOTPLUG_START);
     }
 
     #[test]
@@ -369,6 +482,35 @@ mod tests {
             prop_assert!(holes.iter().all(clear));
             let window = mmio64(top.max(area.end), bits, &holes);
             prop_assert!(window.iter().all(|part| part.start >= area.end));
+        }
+
+        #[test]
+        fn each_byte_of_ram_is_in_one_zone_and_zones_are_as_large_as_they_were_asked_for(
+            sizes in prop::collection::vec(0_u64..1 << 34, 1..8),
+            start in prop::sample::select(&MMIO32_STARTS[..]),
+            reserved in prop::collection::vec((0_u64..1 << 37, 0_u64..1 << 32), 0..4),
+        ) {
+            let mut reserved: Vec<_> =
+                reserved.into_iter().map(|(start, size)| (start, start + size)).collect();
+            reserved.sort_unstable();
+            let holes = holes(reserved, 2 << 20);
+            let ranges = ram_ranges(sizes.iter().sum(), start, &holes);
+            let parts = split(&ranges, sizes.iter().copied());
+            for (zone, size) in sizes.iter().enumerate() {
+                let own = parts.iter().filter(|(of, _)| *of == zone);
+                prop_assert_eq!(own.map(|(_, part)| part.end - part.start).sum::<u64>(), *size);
+            }
+            prop_assert!(parts.windows(2).all(|pair| pair[0].0 <= pair[1].0));
+            let mut joined: Vec<Range<u64>> = Vec::new();
+            for (_, part) in parts {
+                match joined.last_mut() {
+                    Some(last) if last.end == part.start && !ranges.iter().any(|range| range.start == part.start) => {
+                        last.end = part.end;
+                    }
+                    _ => joined.push(part),
+                }
+            }
+            prop_assert_eq!(joined, ranges);
         }
 
         #[test]

@@ -1,11 +1,35 @@
-//! What `busway ctl` says of persistent memory, and of devices that other processes serve, when it adds one.
+//! What `busway ctl` says of a virtio device when it adds one, and of where in the guest any device is to be.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::{absolute, size};
+
+/// Where in the guest a device is to be.
+#[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct PlaceArgs {
+    /// The PCI segment that it comes to; 0, where nothing is given
+    #[arg(long, value_name = "N")]
+    pub(super) pci_segment: Option<u16>,
+    /// Its device number on bus 0 there, or that of the root port that it comes behind; any that is free, where nothing is
+    /// given
+    #[arg(long, value_name = "N")]
+    pub(super) pci_device_id: Option<u8>,
+}
+
+impl PlaceArgs {
+    /// Says it beside the rest.
+    pub(super) fn say(self, body: &mut Value) {
+        if let Some(segment) = self.pci_segment {
+            body["pci_segment"] = json!(segment);
+        }
+        if let Some(device) = self.pci_device_id {
+            body["pci_device_id"] = json!(device);
+        }
+    }
+}
 
 /// `busway ctl add-pmem`
 #[derive(Args, Clone, Debug, PartialEq, Eq)]
@@ -21,6 +45,8 @@ pub(super) struct AddPmemArgs {
     /// What it is called
     #[arg(long)]
     pub(super) id: Option<String>,
+    #[command(flatten)]
+    pub(super) place: PlaceArgs,
 }
 
 impl AddPmemArgs {
@@ -46,6 +72,8 @@ pub(super) struct AddGenericArgs {
     /// What it is called
     #[arg(long)]
     pub(super) id: Option<String>,
+    #[command(flatten)]
+    pub(super) place: PlaceArgs,
 }
 
 impl AddGenericArgs {
@@ -59,4 +87,98 @@ impl AddGenericArgs {
             "id": self.id,
         })
     }
+}
+
+/// `busway ctl add-disk`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct AddDiskArgs {
+    /// An image, or a block device
+    pub(super) path: PathBuf,
+    /// PATH is the socket of another process, which has the image and serves the disk
+    #[arg(long, conflicts_with_all = ["qcow2", "readonly", "direct", "serial"])]
+    pub(super) vhost_user: bool,
+    /// The image is qcow2; one is raw otherwise, whatever is in it
+    #[arg(long)]
+    pub(super) qcow2: bool,
+    /// Open the files that a qcow2 image names, to be read only
+    #[arg(long, requires = "qcow2")]
+    pub(super) backing_files: bool,
+    /// The guest may not write
+    #[arg(long)]
+    pub(super) readonly: bool,
+    /// Bypass the host's page cache
+    #[arg(long)]
+    pub(super) direct: bool,
+    /// The serial number that the guest sees; its id, where none is given
+    #[arg(long)]
+    pub(super) serial: Option<String>,
+    /// What it is called
+    #[arg(long)]
+    pub(super) id: Option<String>,
+    #[command(flatten)]
+    pub(super) place: PlaceArgs,
+}
+
+/// `busway ctl add-net`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct AddNetArgs {
+    /// The tap interface; a new one that the kernel names, where none is given
+    pub(super) tap: Option<String>,
+    /// TAP is the socket of another process, which serves the NIC
+    #[arg(long, requires = "tap")]
+    pub(super) vhost_user: bool,
+    /// Busway listens at that socket, and the other process connects
+    #[arg(long, requires = "vhost_user")]
+    pub(super) server: bool,
+    /// The longest packet, without its Ethernet header
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
+    pub(super) mtu: Option<u16>,
+    /// Receive and transmit queues together; 2, where nothing is given
+    #[arg(long, value_name = "N")]
+    pub(super) queues: Option<u16>,
+    /// The guest's MAC address; a random one, where none is given
+    #[arg(long)]
+    pub(super) mac: Option<String>,
+    /// Drop what the guest sends from another address than its own
+    #[arg(long, conflicts_with = "vhost_user")]
+    pub(super) spoofchk: bool,
+    /// What it is called
+    #[arg(long)]
+    pub(super) id: Option<String>,
+    #[command(flatten)]
+    pub(super) place: PlaceArgs,
+}
+
+impl AddNetArgs {
+    /// What is said beside the endpoint.
+    pub(super) fn body(&self) -> Value {
+        let mut body = json!({ "mac": self.mac, "num_queues": self.queues, "id": self.id });
+        body["mtu"] = json!(self.mtu);
+        if self.spoofchk {
+            body["spoofchk"] = json!(true);
+        }
+        match &self.tap {
+            Some(socket) if self.vhost_user => {
+                body["vhost_user"] = json!(true);
+                body["vhost_socket"] = json!(absolute(Path::new(socket)));
+                body["vhost_mode"] = json!(if self.server { "Server" } else { "Client" });
+            }
+            tap => body["tap"] = json!(tap),
+        }
+        body
+    }
+}
+
+/// `busway ctl add-fs`
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct AddFsArgs {
+    /// What the guest mounts it by
+    pub(super) tag: String,
+    /// The socket where virtiofsd listens
+    pub(super) socket: PathBuf,
+    /// What it is called
+    #[arg(long)]
+    pub(super) id: Option<String>,
+    #[command(flatten)]
+    pub(super) place: PlaceArgs,
 }

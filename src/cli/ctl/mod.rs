@@ -28,7 +28,7 @@ use crate::config::MAX_REMOVAL_TIMEOUT;
 use crate::control::client::{self, ClientError};
 use crate::exit::{HOST, RUNTIME};
 use crate::preflight::CheckJson;
-use added::{AddGenericArgs, AddPmemArgs};
+use added::{AddDiskArgs, AddFsArgs, AddGenericArgs, AddNetArgs, AddPmemArgs, PlaceArgs};
 use answer::{number, text};
 use columns::{Column, table};
 use top::TopArgs;
@@ -114,6 +114,8 @@ enum Verb {
         /// Several functions are behind a port
         #[arg(long, value_name = "on|off", value_parser = switch)]
         root_port: Option<bool>,
+        #[command(flatten)]
+        place: PlaceArgs,
     },
     /// Add a disk; answered when the guest can find it
     AddDisk(AddDiskArgs),
@@ -135,6 +137,8 @@ enum Verb {
         /// What it is called
         #[arg(long)]
         id: Option<String>,
+        #[command(flatten)]
+        place: PlaceArgs,
     },
     /// Give the guest another number of processors, another amount of memory, or its balloon another size; answered when
     /// it has the processors, or is told
@@ -161,94 +165,6 @@ enum Verb {
         #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_REMOVAL_TIMEOUT)))]
         timeout: Option<u32>,
     },
-}
-
-/// `busway ctl add-disk`
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
-struct AddDiskArgs {
-    /// An image, or a block device
-    path: PathBuf,
-    /// PATH is the socket of another process, which has the image and serves the disk
-    #[arg(long, conflicts_with_all = ["qcow2", "readonly", "direct", "serial"])]
-    vhost_user: bool,
-    /// The image is qcow2; one is raw otherwise, whatever is in it
-    #[arg(long)]
-    qcow2: bool,
-    /// Open the files that a qcow2 image names, to be read only
-    #[arg(long, requires = "qcow2")]
-    backing_files: bool,
-    /// The guest may not write
-    #[arg(long)]
-    readonly: bool,
-    /// Bypass the host's page cache
-    #[arg(long)]
-    direct: bool,
-    /// The serial number that the guest sees; its id, where none is given
-    #[arg(long)]
-    serial: Option<String>,
-    /// What it is called
-    #[arg(long)]
-    id: Option<String>,
-}
-
-/// `busway ctl add-net`
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
-struct AddNetArgs {
-    /// The tap interface; a new one that the kernel names, where none is given
-    tap: Option<String>,
-    /// TAP is the socket of another process, which serves the NIC
-    #[arg(long, requires = "tap")]
-    vhost_user: bool,
-    /// Busway listens at that socket, and the other process connects
-    #[arg(long, requires = "vhost_user")]
-    server: bool,
-    /// The longest packet, without its Ethernet header
-    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
-    mtu: Option<u16>,
-    /// Receive and transmit queues together; 2, where nothing is given
-    #[arg(long, value_name = "N")]
-    queues: Option<u16>,
-    /// The guest's MAC address; a random one, where none is given
-    #[arg(long)]
-    mac: Option<String>,
-    /// Drop what the guest sends from another address than its own
-    #[arg(long, conflicts_with = "vhost_user")]
-    spoofchk: bool,
-    /// What it is called
-    #[arg(long)]
-    id: Option<String>,
-}
-
-impl AddNetArgs {
-    /// What is said beside the endpoint.
-    fn body(&self) -> Value {
-        let mut body = json!({ "mac": self.mac, "num_queues": self.queues, "id": self.id });
-        body["mtu"] = json!(self.mtu);
-        if self.spoofchk {
-            body["spoofchk"] = json!(true);
-        }
-        match &self.tap {
-            Some(socket) if self.vhost_user => {
-                body["vhost_user"] = json!(true);
-                body["vhost_socket"] = json!(absolute(Path::new(socket)));
-                body["vhost_mode"] = json!(if self.server { "Server" } else { "Client" });
-            }
-            tap => body["tap"] = json!(tap),
-        }
-        body
-    }
-}
-
-/// `busway ctl add-fs`
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
-struct AddFsArgs {
-    /// What the guest mounts it by
-    tag: String,
-    /// The socket where virtiofsd listens
-    socket: PathBuf,
-    /// What it is called
-    #[arg(long)]
-    id: Option<String>,
 }
 
 /// At the end of the help.
@@ -311,13 +227,35 @@ impl Verb {
         }
     }
 
+    /// Where the device is to be that is added.
+    const fn place(&self) -> Option<PlaceArgs> {
+        Some(match self {
+            Self::AddDevice { place, .. } | Self::AddVsock { place, .. } => *place,
+            Self::AddDisk(disk) => disk.place,
+            Self::AddNet(net) => net.place,
+            Self::AddFs(fs) => fs.place,
+            Self::AddPmem(pmem) => pmem.place,
+            Self::AddVhostUser(generic) => generic.place,
+            _ => return None,
+        })
+    }
+
     /// What is said beside the endpoint.
     fn body(&self) -> Option<Value> {
+        let mut body = self.asked()?;
+        if let Some(place) = self.place() {
+            place.say(&mut body);
+        }
+        Some(body)
+    }
+
+    fn asked(&self) -> Option<Value> {
         match self {
             Self::AddDevice {
                 devices,
                 id,
                 root_port,
+                ..
             } => {
                 let (first, rest) = devices.split_first()?;
                 let functions = rest.iter().map(|path| json!({ "path": path }));
@@ -343,7 +281,9 @@ impl Verb {
             Self::AddVhostUser(generic) => Some(generic.body()),
             Self::CheckDevice { device } => Some(json!({ "path": device })),
             Self::AddNet(net) => Some(net.body()),
-            Self::AddVsock { cid, socket, id } => Some(json!({
+            Self::AddVsock {
+                cid, socket, id, ..
+            } => Some(json!({
                 "cid": cid, "socket": socket.as_deref().map(absolute), "id": id,
             })),
             Self::Resize {

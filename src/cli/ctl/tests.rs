@@ -55,6 +55,7 @@ fn a_device_whose_slot_no_driver_attends_to_is_said_to_wait_for_one() {
             devices: vec!["01:00.0".into()],
             id: None,
             root_port: None,
+            place: PlaceArgs::default(),
         };
         show(&verb, &answer, Screen::default())
     };
@@ -130,6 +131,7 @@ fn functions_come_by_one_request_and_leave_together() {
         devices: vec!["01:00.0".into(), "01:00.1".into()],
         id: Some("card".into()),
         root_port: None,
+        place: PlaceArgs::default(),
     };
     let body = json!({
         "path": "01:00.0", "id": "card", "functions": [{ "path": "01:00.1" }],
@@ -139,9 +141,23 @@ fn functions_come_by_one_request_and_leave_together() {
         devices: vec!["02:00.0".into()],
         id: None,
         root_port: Some(false),
+        place: PlaceArgs::default(),
     };
     let body = json!({ "path": "02:00.0", "id": null, "functions": [], "root_port": false });
     assert_eq!(on_bus_0.body(), Some(body));
+    let placed = Verb::AddDevice {
+        devices: vec!["02:00.0".into()],
+        id: None,
+        root_port: None,
+        place: PlaceArgs {
+            pci_segment: Some(1),
+            pci_device_id: Some(17),
+        },
+    };
+    let body = json!({
+        "path": "02:00.0", "id": null, "functions": [], "pci_segment": 1, "pci_device_id": 17,
+    });
+    assert_eq!(placed.body(), Some(body));
     let answer = json!({
         "id": "card", "bdf": "0000:03:00.0",
         "functions": [{ "id": "0000:01:00.1", "bdf": "0000:03:00.1" }],
@@ -199,6 +215,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             devices: vec![device()],
             id: None,
             root_port: None,
+            place: PlaceArgs::default(),
         },
         Verb::AddDisk(AddDiskArgs {
             path: "d".into(),
@@ -209,6 +226,7 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             direct: false,
             serial: None,
             id: None,
+            place: PlaceArgs::default(),
         }),
         Verb::AddNet(AddNetArgs {
             tap: None,
@@ -219,28 +237,33 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             queues: None,
             mac: None,
             id: None,
+            place: PlaceArgs::default(),
         }),
         Verb::AddFs(AddFsArgs {
             tag: "t".into(),
             socket: "s".into(),
             id: None,
+            place: PlaceArgs::default(),
         }),
         Verb::AddPmem(AddPmemArgs {
             file: "f".into(),
             size: None,
             discard_writes: false,
             id: None,
+            place: PlaceArgs::default(),
         }),
         Verb::AddVhostUser(AddGenericArgs {
             virtio_id: "rng".into(),
             socket: "s".into(),
             queue_sizes: vec![64],
             id: None,
+            place: PlaceArgs::default(),
         }),
         Verb::AddVsock {
             cid: 3,
             socket: None,
             id: None,
+            place: PlaceArgs::default(),
         },
         Verb::Resize {
             cpus: Some(1),

@@ -1,11 +1,14 @@
 //! `busway device check`: whether a guest can have devices, and what to do where it cannot.
 
+use std::path::PathBuf;
+
 use busway_host::{Called, Opens, SysRoot};
 use clap::Args;
 
 use super::names::Names;
 use super::{DeviceCommandError, ListError};
 use crate::cli::findings::{self, FindingArgs};
+use crate::cli::run::RunArgs;
 use crate::cli::style::Screen;
 use crate::preflight::Preflight;
 
@@ -14,8 +17,13 @@ use crate::preflight::Preflight;
 pub struct CheckArgs {
     /// The devices that a guest is to have together: 0000:01:00.0, 01:00.0, 10de:1b81, wlp3s0, nvme0n1,
     /// mediated devices' UUIDs, or files of sysfs
-    #[arg(value_name = "DEVICE", required = true)]
+    #[arg(value_name = "DEVICE", required_unless_present = "config")]
     pub addresses: Vec<Called>,
+
+    /// Look at a VM's file as well: at its devices, for its memory, and whether that and its vCPUs are on
+    /// their NUMA nodes
+    #[arg(long, value_name = "FILE", conflicts_with = "memory")]
+    pub config: Option<PathBuf>,
 
     /// How they are looked at.
     #[command(flatten)]
@@ -29,8 +37,22 @@ pub(super) fn show(
     screen: Screen,
     opens: Opens<'_>,
 ) -> Result<(String, Result<(), DeviceCommandError>), DeviceCommandError> {
-    let memory = args.findings.memory;
-    let found = Preflight::of(root, &args.addresses, memory, opens)?;
+    let config = args.config.as_deref().map(RunArgs::of_file).transpose();
+    let config = config.map_err(|error| DeviceCommandError::Config(error.to_string()))?;
+    let mut called = args.addresses.clone();
+    let mut memory = args.findings.memory;
+    if let Some(config) = &config {
+        memory = config.memory.most();
+        for device in &config.device {
+            // One that is a descriptor alone cannot be told.
+            let name = device.host_name().ok().map(|name| name.to_string().parse());
+            called.extend(name.and_then(Result::ok));
+        }
+    }
+    let mut found = Preflight::of(root, &called, memory, opens)?;
+    if let Some(config) = &config {
+        found.across(config);
+    }
     let Preflight { host, check } = &found;
     let ready = check.is_ready();
     let end = match ready {

@@ -124,6 +124,9 @@ pub enum DeviceCommandError {
     /// Their nodes cannot be given to the user.
     #[error(transparent)]
     User(#[from] NoUser),
+    /// The VM's file is none.
+    #[error("{0}")]
+    Config(String),
     /// cannot tell where this program is, for udev to run it at boot: {0}
     #[error("cannot tell where this program is, for udev to run it at boot: {0}")]
     OwnPath(io::Error),
@@ -161,6 +164,7 @@ impl DeviceCommandError {
             }
             Self::Vfs(VfsError::Refused(error)) => error.is_usage(),
             Self::NotReady { absent } => *absent,
+            Self::Config(_) => true,
             Self::List(
                 ListError::NoGroup { .. } | ListError::NoKind { .. } | ListError::NotMediated(_),
             )

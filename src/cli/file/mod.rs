@@ -11,9 +11,9 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::schema::{self, Section};
-use super::value::Value;
+use super::value::{Reason, Value};
 use super::words::{SourcePlace, Wrong};
-use crate::config::VmConfig;
+use crate::config::{Placing, VmConfig};
 
 /// Reads a file's text into a configuration. Its path is for the messages.
 pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<(), Wrong> {
@@ -33,6 +33,11 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "cmdline" => config.cmdline = Some(file.cmdline(&value)?),
             "cpus" => file.section(&schema::CPUS, &mut config.cpus, &value)?,
             "memory" => file.section(&schema::MEMORY, &mut config.memory, &value)?,
+            "memory-zone" => {
+                file.list(&schema::MEMORY_ZONE, &mut config.memory_zone, &value)?;
+            }
+            "numa" => file.list(&schema::NUMA, &mut config.numa, &value)?,
+            "place" => config.place = file.place_of(&value)?,
             "balloon" => {
                 let balloon = config.balloon.get_or_insert_default();
                 file.section(&schema::BALLOON, balloon, &value)?;
@@ -132,6 +137,19 @@ impl File<'_> {
             place: self.place(&node.span, ""),
             key: name,
             reason,
+        })
+    }
+
+    /// `auto` or `off`.
+    fn place_of(&self, node: &Node<'_>) -> Result<Placing, Wrong> {
+        let text = self.text(node, "place")?;
+        Placing::of_word(&text).ok_or_else(|| Wrong::Value {
+            place: self.place(&node.span, ""),
+            key: "place",
+            reason: Reason::Word {
+                value: text,
+                words: &Placing::WORDS,
+            },
         })
     }
 

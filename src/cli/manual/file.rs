@@ -7,7 +7,9 @@ use super::super::{Cli, schema};
 use super::{Keys, MANUAL, SOURCE, prose};
 
 /// What can be there several times: a list of tables.
-const LISTS: [&str; 7] = [
+const LISTS: [&str; 9] = [
+    "memory-zone",
+    "numa",
     "disk",
     "net",
     "fs",

@@ -281,6 +281,8 @@ impl Keys {
             Self::of(&schema::FIRMWARE),
             Self::of(&schema::CPUS),
             Self::of(&schema::MEMORY),
+            Self::of(&schema::MEMORY_ZONE),
+            Self::of(&schema::NUMA),
             Self::of(&schema::DISK),
             Self::of(&schema::NET),
             Self::of(&schema::FS),

@@ -15,7 +15,7 @@ use super::foreign::{self, ForeignError};
 use super::schema::{self, Section};
 use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
-use crate::config::{Accepted, ConsoleConfig, InvalidConfig, VmConfig};
+use crate::config::{Accepted, ConsoleConfig, InvalidConfig, Placing, VmConfig};
 use crate::control::{Server, SocketAddress};
 use crate::exit::{HOST, RUNTIME};
 use crate::machine::{self, Ended, Requests};
@@ -67,6 +67,29 @@ pub(super) struct RunArgs {
         value_name = LIST, help_heading = RESOURCES
     )]
     memory: Vec<String>,
+
+    #[arg(
+        long, help = schema::MEMORY_ZONE.summary, long_help = schema::MEMORY_ZONE.help(),
+        value_name = LIST, num_args = 1.., help_heading = RESOURCES, hide_short_help = true
+    )]
+    memory_zone: Vec<String>,
+
+    #[arg(
+        long, help = schema::NUMA.summary, long_help = schema::NUMA.help(),
+        value_name = LIST, num_args = 1.., help_heading = RESOURCES, hide_short_help = true
+    )]
+    numa: Vec<String>,
+
+    /// Place RAM and vCPUs where the devices are: auto|off [default: off]
+    ///
+    /// auto: the guest has a NUMA node for each of the host's that its devices are on, with an equal part of
+    /// RAM and vCPUs, which are there on the host as well. It goes without --memory-zone, --numa and
+    /// --cpus affinity=, by which the same is said in full.
+    #[arg(
+        long, value_name = "HOW", value_parser = Placing::WORDS, help_heading = RESOURCES,
+        hide_short_help = true, hide_possible_values = true
+    )]
+    place: Option<String>,
 
     #[arg(
         long, help = schema::DISK.summary, long_help = schema::DISK.help(),
@@ -192,6 +215,9 @@ const PASSTHROUGH: &str = "Passthrough";
 const CONTROL: &str = "Control";
 const LIST: &str = "KEY=VALUE,…";
 
+/// Of RAM's size, before anybody has said it: none that RAM can have, which comes in multiples of 1 MiB.
+const UNSAID: u64 = u64::MAX;
+
 /// At the end of the short help.
 pub(super) const MORE: &str = "--help has every key, and examples.";
 
@@ -306,6 +332,15 @@ impl RunArgs {
         Ok(config)
     }
 
+    /// The VM that a file describes.
+    pub(super) fn of_file(path: &Path) -> Result<VmConfig, NoConfig> {
+        let args = Self {
+            config: Some(path.to_owned()),
+            ..Self::default()
+        };
+        args.config()
+    }
+
     /// The same, and where it is controlled.
     fn described(&self) -> Result<(VmConfig, Option<SocketAddress>), Failure> {
         let config = self.config().map_err(Failure::usage)?;
@@ -351,12 +386,22 @@ impl RunArgs {
         mut config: VmConfig,
         adapt: impl FnOnce(&mut VmConfig),
     ) -> Result<VmConfig, NoConfig> {
+        let size = std::mem::replace(&mut config.memory.size, UNSAID);
         if let Some(path) = &self.config {
             let text =
                 fs::read_to_string(path).map_err(|error| NoConfig::Read(path.clone(), error))?;
             file::apply(&mut config, path, &text)?;
         }
         self.apply(&mut config)?;
+        if config.memory.size == UNSAID {
+            // Zones say it.
+            config.memory.size = if config.memory_zone.is_empty() {
+                size
+            } else {
+                0
+            };
+        }
+        config.sum_zones();
         adapt(&mut config);
         config.find_firmware();
         config.validate()?;
@@ -371,6 +416,7 @@ impl RunArgs {
         for (flag, values) in [
             ("cpus", &mut self.cpus),
             ("memory", &mut self.memory),
+            ("memory-zone", &mut self.memory_zone),
             ("disk", &mut self.disk),
             ("net", &mut self.net),
             ("fs", &mut self.fs),
@@ -386,7 +432,15 @@ impl RunArgs {
                 // A NIC of which nothing else was said is one all the same.
                 *value = rest;
             }
-            let lists = ["disk", "net", "fs", "pmem", "generic-vhost-user", "device"];
+            let lists = [
+                "memory-zone",
+                "disk",
+                "net",
+                "fs",
+                "pmem",
+                "generic-vhost-user",
+                "device",
+            ];
             if !lists.contains(&flag) {
                 values.retain(|value| !value.is_empty());
             }
@@ -412,6 +466,15 @@ impl RunArgs {
         replace(&mut config.cmdline, &self.cmdline);
         update(&schema::CPUS, &mut config.cpus, &self.cpus)?;
         update(&schema::MEMORY, &mut config.memory, &self.memory)?;
+        extend(
+            &schema::MEMORY_ZONE,
+            &mut config.memory_zone,
+            &self.memory_zone,
+        )?;
+        extend(&schema::NUMA, &mut config.numa, &self.numa)?;
+        if let Some(place) = self.place.as_deref().and_then(Placing::of_word) {
+            config.place = place;
+        }
         config.watchdog |= self.watchdog;
         config.pvpanic |= self.pvpanic;
         if !self.balloon.is_empty() {

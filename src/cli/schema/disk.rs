@@ -55,6 +55,10 @@ A file is raw unless image_type= says otherwise, whatever a guest has written to
             |disk, value| disk.ops_refill_time = Some(value.number()?);
         "id" { "NAME": "name, unique in the VM" }
             |disk, value| disk.id = Some(value.text()?.to_owned());
+        "pci_segment" { "N": "the PCI segment that it is in [0]" }
+            |disk, value| disk.pci_segment = value.number()?;
+        "pci_device_id" { "N": "its device number on bus 0 there, 1 to 15 [any that is free]" }
+            |disk, value| disk.pci_device_id = Some(value.number()?);
         "boot_index" { "N": "what firmware boots from, the lowest first" }
             |disk, value| disk.boot_index = Some(value.number()?);
     },

@@ -21,6 +21,10 @@ pub(in crate::cli) static FS: Section<FsConfig> = Section {
             |fs, value| fs.queue_size = value.number()?;
         "id" { "NAME": "name, unique in the VM" }
             |fs, value| fs.id = Some(value.text()?.to_owned());
+        "pci_segment" { "N": "the PCI segment that it is in [0]" }
+            |fs, value| fs.pci_segment = value.number()?;
+        "pci_device_id" { "N": "its device number on bus 0 there, 1 to 15 [any that is free]" }
+            |fs, value| fs.pci_device_id = Some(value.number()?);
     },
     required: &["tag"],
     bare: None,

@@ -26,6 +26,10 @@ crypto, sound, fs, i2c, can or gpio. The guest is offered what the back end offe
             |generic, value| generic.config_size = Some(value.number()?);
         "id" { "NAME": "name, unique in the VM" }
             |generic, value| generic.id = Some(value.text()?.to_owned());
+        "pci_segment" { "N": "the PCI segment that it is in [0]" }
+            |generic, value| generic.pci_segment = value.number()?;
+        "pci_device_id" { "N": "its device number on bus 0 there, 1 to 15 [any that is free]" }
+            |generic, value| generic.pci_device_id = Some(value.number()?);
     },
     required: &["virtio_id", "device_type"],
     bare: None,

@@ -117,6 +117,9 @@ pub(super) const TOP: &[&str] = &[
     "cmdline",
     "cpus",
     "memory",
+    "memory-zone",
+    "numa",
+    "place",
     "disk",
     "net",
     "fs",
@@ -161,6 +164,7 @@ mod fs;
 mod generic;
 mod landlock;
 mod net;
+mod numa;
 mod pmem;
 mod tpm;
 mod vsock;
@@ -173,6 +177,7 @@ pub(super) use fs::FS;
 pub(super) use generic::GENERIC;
 pub(super) use landlock::LANDLOCK_RULES;
 pub(super) use net::NET;
+pub(super) use numa::{MEMORY_ZONE, NUMA};
 pub(super) use pmem::PMEM;
 pub(super) use tpm::TPM;
 pub(super) use vsock::VSOCK;
@@ -334,6 +339,8 @@ Functions of one host device become one device of the guest's.
         x_nv_gpudirect_clique: None,
         boot_index: None,
         root_port: None,
+        pci_segment: 0,
+        pci_device_id: None,
     },
     keys: keys! {
         "path" { "PATH": "address (0000:01:00.0, 01:00.0), a mediated device's UUID, or folder in\n\
@@ -360,6 +367,11 @@ Functions of one host device become one device of the guest's.
             |device, value| device.boot_index = Some(value.number()?);
         "root_port" { "on": "behind a PCIe root port of its own [as --platform root_ports=]", "off": "on bus 0 by itself, integrated into the root complex" }
             |device, value| device.root_port = Some(value.switch()?);
+        "pci_segment" { "N": "the PCI segment that it is in [0]" }
+            |device, value| device.pci_segment = value.number()?;
+        "pci_device_id" { "N": "the device number on bus 0 there of its root port, 1 to 31, or of itself\n\
+                 with root_port=off, 1 to 15 [any that is free]" }
+            |device, value| device.pci_device_id = Some(value.number()?);
     },
     required: &["path", "fd"],
     bare: Some(set_device_path),
@@ -420,6 +432,12 @@ pub(super) static PLATFORM: Section<PlatformConfig> = Section {
             |platform, value| platform.hotplug_slots = Some(value.number()?);
         "hotplug_mmio64" { "SIZE": "room above RAM for the memory of what comes into such a slot [4G]" }
             |platform, value| platform.hotplug_mmio64 = Some(value.size()?);
+        "num_pci_segments" { "N": "PCI segments, each with addresses and buses of its own, 1 to 16; with firmware\n\
+                 there is one [1]" }
+            |platform, value| platform.num_pci_segments = Some(value.number()?);
+        "segment_hotplug_slots" { "N": "empty slots of each segment but the first, 0 to 15\n\
+                 [1 with --api-socket, else 0]" }
+            |platform, value| platform.segment_hotplug_slots = Some(value.number()?);
         "root_ports" { "on": "devices are behind PCIe root ports [for `busway run`]", "off": "those of one function are on bus 0 [for Cloud Hypervisor's clients,\n\
                  which look for them there]" }
             |platform, value| platform.root_ports = Some(value.switch()?);
@@ -491,6 +509,8 @@ mod tests {
         agrees(&FIRMWARE);
         agrees(&CPUS);
         agrees(&MEMORY);
+        agrees(&MEMORY_ZONE);
+        agrees(&NUMA);
         agrees(&DISK);
         agrees(&NET);
         agrees(&FS);

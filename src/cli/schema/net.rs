@@ -40,6 +40,10 @@ pub(in crate::cli) static NET: Section<NetConfig> = Section {
             |net, value| net.vhost = value.choice()?;
         "id" { "NAME": "name, unique in the VM" }
             |net, value| net.id = Some(value.text()?.to_owned());
+        "pci_segment" { "N": "the PCI segment that it is in [0]" }
+            |net, value| net.pci_segment = value.number()?;
+        "pci_device_id" { "N": "its device number on bus 0 there, 1 to 15 [any that is free]" }
+            |net, value| net.pci_device_id = Some(value.number()?);
     },
     required: &[],
     bare: None,

@@ -22,6 +22,10 @@ discard_writes=on.",
             |pmem, value| pmem.discard_writes = value.switch()?;
         "id" { "NAME": "name, unique in the VM" }
             |pmem, value| pmem.id = Some(value.text()?.to_owned());
+        "pci_segment" { "N": "the PCI segment that it is in [0]" }
+            |pmem, value| pmem.pci_segment = value.number()?;
+        "pci_device_id" { "N": "its device number on bus 0 there, 1 to 15 [any that is free]" }
+            |pmem, value| pmem.pci_device_id = Some(value.number()?);
     },
     required: &["file"],
     bare: None,

@@ -17,6 +17,8 @@ With it they connect to PATH, write `CONNECT port` and a newline, and read
         cid: 0,
         socket: None,
         id: None,
+        pci_segment: 0,
+        pci_device_id: None,
     },
     keys: keys! {
         "cid" { "N": "the guest's address, 3 or more; no other VM's of the host without socket=" }
@@ -25,6 +27,10 @@ With it they connect to PATH, write `CONNECT port` and a newline, and read
             |vsock, value| vsock.socket = Some(value.text()?.into());
         "id" { "NAME": "name, unique in the VM" }
             |vsock, value| vsock.id = Some(value.text()?.to_owned());
+        "pci_segment" { "N": "the PCI segment that it is in [0]" }
+            |vsock, value| vsock.pci_segment = value.number()?;
+        "pci_device_id" { "N": "its device number on bus 0 there, 1 to 15 [any that is free]" }
+            |vsock, value| vsock.pci_device_id = Some(value.number()?);
     },
     required: &["cid"],
     bare: None,

@@ -7,6 +7,7 @@ use crate::config::limits::{
     MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
     MIN_MTU, SERIAL_SIZE, TAG_SIZE,
 };
+use crate::config::{InvalidPlace, MAX_SEGMENTS};
 
 /// Why a configuration is none. Each message is whole: what, on which device, why, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -89,6 +90,20 @@ pub enum InvalidConfig {
     /// --memory {0}
     #[error("--memory {0}")]
     Hotplug(super::super::InvalidHotplug),
+    /// --memory-zone {0}
+    #[error("--memory-zone {0}")]
+    Zone(super::super::InvalidZone),
+    /// --place auto beside {what}
+    #[error(
+        "--place auto says where RAM and vCPUs are by where the devices are, and so does {what}: leave one of the two out"
+    )]
+    Placed {
+        /// The flag that says the same.
+        what: &'static str,
+    },
+    /// --numa {0}
+    #[error("--numa {0}")]
+    Numa(super::super::InvalidNuma),
     /// --balloon size={size}: must be a multiple of 4096 bytes, and no more than the guest has
     #[error(
         "--balloon size={size}: it must be a multiple of 4096 bytes, and no more than --memory size="
@@ -222,9 +237,34 @@ pub enum InvalidConfig {
         /// What was asked for.
         fd: u32,
     },
+    /// --platform num_pci_segments={segments}
+    #[error("--platform num_pci_segments={segments}: a VM has 1 to {MAX_SEGMENTS} PCI segments")]
+    Segments {
+        /// What was asked for.
+        segments: u16,
+    },
+    /// --platform num_pci_segments={segments} with firmware
+    #[error(
+        "--platform num_pci_segments={segments}: firmware knows segment 0 alone, and gives out addresses without regard to \
+         what is in others: boot the kernel directly (--kernel, without --firmware), or leave num_pci_segments= out"
+    )]
+    FirmwareSegments {
+        /// What was asked for.
+        segments: u16,
+    },
+    /// {device}: {why}
+    #[error("{device}: {why}")]
+    Place {
+        /// The device that is to be there.
+        device: Name,
+        /// What is wrong with it.
+        why: InvalidPlace,
+    },
     /// --platform hotplug_slots={slots}
-    #[error("--platform hotplug_slots={slots}: a VM has 0 to {MAX_HOTPLUG_SLOTS} empty slots")]
+    #[error("--platform {key}={slots}: a VM has 0 to {MAX_HOTPLUG_SLOTS} empty slots in a segment")]
     HotplugSlots {
+        /// The key.
+        key: &'static str,
         /// What was asked for.
         slots: u8,
     },
@@ -410,7 +450,7 @@ impl Name {
         Self(flag.to_owned())
     }
 
-    pub(super) fn new(flag: &str, index: usize, id: Option<&String>) -> Self {
+    pub(in crate::config) fn new(flag: &str, index: usize, id: Option<&String>) -> Self {
         match id {
             Some(id) => Self(format!("{flag} id={id}")),
             None => Self::numbered(flag, index),

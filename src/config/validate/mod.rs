@@ -1,5 +1,6 @@
 //! What the parts of a configuration must be for one another.
 
+mod disk;
 mod error;
 mod net;
 
@@ -7,17 +8,16 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::limits::{
-    DISK_QUEUE_SIZES, MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_OEM_STRINGS,
-    MAX_POWER_OFF_TIMEOUT, MAX_QUEUES, MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE,
-    MIN_MEMORY, SERIAL_SIZE,
+    MAX_CPUS, MAX_HOTPLUG_SLOTS, MAX_IDENTITY, MAX_OEM_STRINGS, MAX_POWER_OFF_TIMEOUT,
+    MAX_REMOVAL_TIMEOUT, MEMORY_STEP, MIN_CONSOLE_FILE_SIZE, MIN_MEMORY,
 };
 use super::{
-    BALLOON_BLOCKS, BalloonConfig, BesideDevices, Choice, ConsoleConfig, DeviceConfig, DiskConfig,
-    ImageType, MemoryConfig, PlatformConfig, QueueAffinity, RngConfig, VirtioConfig, VmConfig,
+    BALLOON_BLOCKS, BalloonConfig, BesideDevices, Choice, ConsoleConfig, DeviceConfig,
+    MemoryConfig, Placing, PlatformConfig, RngConfig, VmConfig,
 };
 
 use busway_pci::PAGE_SIZE;
-use error::Name;
+pub(super) use error::Name;
 pub use error::{InvalidConfig, InvalidVirtio};
 
 /// The last of the three descriptors that every process has.
@@ -61,6 +61,9 @@ impl VmConfig {
         self.memory.validate()?;
         let hotplug = self.memory.validate_hotplug();
         hotplug.map_err(InvalidConfig::Hotplug)?;
+        self.validate_placing()?;
+        self.validate_zones().map_err(InvalidConfig::Zone)?;
+        self.validate_numa().map_err(InvalidConfig::Numa)?;
         for (index, disk) in self.disk.iter().enumerate() {
             disk.check().map_err(|why| InvalidConfig::Virtio {
                 device: Name::new("--disk", index, disk.id.as_ref()),
@@ -120,6 +123,7 @@ impl VmConfig {
         self.validate_vf_tokens()?;
         self.platform.validate_slots()?;
         self.platform.validate_identity()?;
+        self.validate_places()?;
         self.validate_ids()?;
         self.validate_boot_order()?;
         self.validate_disjoint()
@@ -128,7 +132,7 @@ impl VmConfig {
     /// A balloon has room in RAM, of which single pages can go back to the host.
     fn validate_balloon(&self) -> Result<(), InvalidConfig> {
         match &self.balloon {
-            Some(_) if self.memory.hugepages => Err(InvalidConfig::BalloonOfHugePages),
+            Some(_) if self.has_huge_pages() => Err(InvalidConfig::BalloonOfHugePages),
             Some(BalloonConfig { size, .. })
                 if *size > self.memory.size || !size.is_multiple_of(PAGE_SIZE) =>
             {
@@ -183,8 +187,25 @@ impl VmConfig {
         }?;
         let checked = self.cpus.grouped().check(self.cpus.most());
         checked.map_err(InvalidConfig::Topology)?;
-        let placed = self.cpus.check_places();
+        // Each will have one where they are placed by the devices.
+        let placed = match self.place {
+            Placing::Auto => Ok(()),
+            Placing::Off => self.cpus.check_places(),
+        };
         placed.map_err(InvalidConfig::CpuPlaces)
+    }
+
+    /// Where a VM is, is said in one way.
+    fn validate_placing(&self) -> Result<(), InvalidConfig> {
+        let also = [
+            ("--memory-zone", !self.memory_zone.is_empty()),
+            ("--numa", !self.numa.is_empty()),
+            ("--cpus affinity=", !self.cpus.affinity.is_empty()),
+        ];
+        match also.into_iter().find(|(_, said)| *said) {
+            Some((what, _)) if self.place == Placing::Auto => Err(InvalidConfig::Placed { what }),
+            _ => Ok(()),
+        }
     }
 
     fn validate_console_files(&self) -> Result<(), InvalidConfig> {
@@ -303,16 +324,8 @@ impl VmConfig {
         let mut sockets = Seen::new("socket", "each device needs a back end of its own");
         for (index, device) in self.virtio() {
             if let Some(socket) = device.socket() {
-                let flag = match device {
-                    VirtioConfig::Disk(_) => "--disk",
-                    VirtioConfig::Net(_) => "--net",
-                    VirtioConfig::Fs(_) => "--fs",
-                    VirtioConfig::Vsock(_) => "--vsock",
-                    VirtioConfig::Pmem(_) => "--pmem",
-                    VirtioConfig::Generic(_) => "--generic-vhost-user",
-                };
                 let id = device.id().map(str::to_owned);
-                let name = Name::new(flag, index, id.as_ref());
+                let name = Name::new(device.flag(), index, id.as_ref());
                 sockets.add(name, plain(socket).display().to_string(), true)?;
             }
         }
@@ -431,79 +444,6 @@ impl MemoryConfig {
     }
 }
 
-impl DiskConfig {
-    /// Whether there can be such a disk.
-    pub(crate) fn check(&self) -> Result<(), InvalidVirtio> {
-        if !(1..=MAX_QUEUES).contains(&self.num_queues) {
-            return Err(InvalidVirtio::Queues(self.num_queues));
-        }
-        self.check_back_end()?;
-        let mut placed = Vec::new();
-        for QueueAffinity { queue_index, .. } in &self.queue_affinity {
-            let (queue, queues) = (*queue_index, self.num_queues);
-            if queue >= queues {
-                return Err(InvalidVirtio::AffinityQueue { queue, queues });
-            }
-            if placed.contains(&queue) {
-                return Err(InvalidVirtio::AffinityTwice(queue));
-            }
-            placed.push(queue);
-        }
-        let is_serial = |serial: &&String| {
-            serial.len() <= SERIAL_SIZE
-                && serial
-                    .bytes()
-                    .all(|byte| byte == b' ' || byte.is_ascii_graphic())
-        };
-        if let Some(serial) = self.serial.as_ref().filter(|serial| !is_serial(serial)) {
-            return Err(InvalidVirtio::Serial(serial.clone()));
-        }
-        if self.backing_files && self.image_type != ImageType::Qcow2 {
-            return Err(InvalidVirtio::BackingFiles);
-        }
-        bucket(
-            "bw",
-            self.bw_size,
-            self.bw_one_time_burst,
-            self.bw_refill_time,
-        )?;
-        bucket(
-            "ops",
-            self.ops_size,
-            self.ops_one_time_burst,
-            self.ops_refill_time,
-        )?;
-        queue_size(self.queue_size, DISK_QUEUE_SIZES)
-    }
-}
-
-impl DiskConfig {
-    /// Whether the disk is Busway's own or another process's, and nothing is asked of one that is the other's to do.
-    fn check_back_end(&self) -> Result<(), InvalidVirtio> {
-        if back_ends_socket(self.vhost_user, self.socket.as_deref())?.is_none() {
-            return Ok(());
-        }
-        let limited = self.rate_limiter().is_some();
-        for (key, said) in [
-            ("path", !self.path.as_os_str().is_empty()),
-            ("fd", self.fd.is_some()),
-            ("image_type", self.image_type != ImageType::Raw),
-            ("backing_files", self.backing_files),
-            ("readonly", self.readonly),
-            ("direct", self.direct),
-            ("writeback", !self.writeback),
-            ("queue_affinity", !self.queue_affinity.is_empty()),
-            ("serial", self.serial.is_some()),
-            ("bw_size and ops_size", limited),
-        ] {
-            if said {
-                return Err(InvalidVirtio::BackEndsChoice(key));
-            }
-        }
-        Ok(())
-    }
-}
-
 /// The socket of the process that serves a device; `None` where that is Busway.
 fn back_ends_socket(
     vhost_user: bool,
@@ -600,10 +540,13 @@ pub(crate) fn is_removal_timeout(seconds: u32) -> bool {
 
 impl PlatformConfig {
     fn validate_slots(&self) -> Result<(), InvalidConfig> {
-        if let Some(slots) = self.hotplug_slots
-            && slots > MAX_HOTPLUG_SLOTS
-        {
-            return Err(InvalidConfig::HotplugSlots { slots });
+        for (key, slots) in [
+            ("hotplug_slots", self.hotplug_slots),
+            ("segment_hotplug_slots", self.segment_hotplug_slots),
+        ] {
+            if let Some(slots) = slots.filter(|slots| *slots > MAX_HOTPLUG_SLOTS) {
+                return Err(InvalidConfig::HotplugSlots { key, slots });
+            }
         }
         if let Some(seconds) = self.removal_timeout
             && !is_removal_timeout(seconds)

@@ -1,5 +1,7 @@
 use super::*;
-use crate::config::{DeviceConfig, FirmwareConfig, FsConfig, NetConfig, Topology, VsockConfig};
+use crate::config::{
+    DeviceConfig, DiskConfig, FirmwareConfig, FsConfig, NetConfig, Topology, VsockConfig,
+};
 
 /// A VM that is in order, changed by `change`.
 fn validate(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
@@ -175,6 +177,8 @@ fn a_guests_address_for_sockets_is_none_of_the_hosts() {
         cid,
         socket: None,
         id: Some(id.into()),
+        pci_segment: 0,
+        pci_device_id: None,
     };
     for cid in [0, 1, 2, u32::MAX] {
         let error = complaint(|vm| vm.vsock = Some(vsock(cid, "s")));
@@ -568,4 +572,41 @@ fn blocks_of_a_balloon_have_a_size_that_can_be_mapped_and_are_asked_for() {
     }
     let said = complaint(with(BesideDevices::Keep, Some(2 << 20)));
     assert!(said.contains("needs vfio=remap"), "{said}");
+}
+
+#[test]
+fn where_a_vm_is_is_said_in_one_way() {
+    let auto = |change: fn(&mut VmConfig)| {
+        validate(|vm| {
+            vm.place = Placing::Auto;
+            change(vm);
+        })
+    };
+    assert_eq!(auto(|_| ()), Ok(()));
+    // Each vCPU will have a processor.
+    assert_eq!(auto(|vm| vm.cpus.dedicated = true), Ok(()));
+    let zone = auto(|vm| {
+        let size = vm.memory.size;
+        vm.memory_zone = vec![crate::config::MemoryZoneConfig::new("a", size)];
+    });
+    assert!(zone.unwrap_err().contains("so does --memory-zone"));
+    let numa = auto(|vm| vm.numa = vec![crate::config::NumaConfig::default()]);
+    assert!(numa.unwrap_err().contains("so does --numa"));
+}
+
+#[test]
+fn zones_and_nodes_are_held_to_their_rules_and_named_by_their_flags() {
+    let error = complaint(|vm| vm.memory_zone = vec![crate::config::MemoryZoneConfig::new("a", 1)]);
+    assert!(error.starts_with("--memory-zone id=a: size=1 "), "{error}");
+    let error = complaint(|vm| vm.numa = vec![crate::config::NumaConfig::default()]);
+    assert!(error.starts_with("--numa vCPU 0 is in no node"), "{error}");
+    // A balloon gives back single pages.
+    let error = complaint(|vm| {
+        vm.memory_zone = vec![crate::config::MemoryZoneConfig {
+            hugepages: true,
+            ..crate::config::MemoryZoneConfig::new("a", vm.memory.size)
+        }];
+        vm.balloon = Some(BalloonConfig::default());
+    });
+    assert!(error.starts_with("--balloon beside"), "{error}");
 }

@@ -90,7 +90,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
     for endpoint in v1::ENDPOINTS {
         let name = format!("{} {}", endpoint.method, endpoint.name);
         let bodies: &[&str] = match endpoint.name {
-            "vm.create" => &["", "{}", r#"{"numa": [{"guest_numa_id": 0}]}"#],
+            "vm.create" => &["", "{}", r#"{"vdpa": [{"path": "/dev/vhost-vdpa-0"}]}"#],
             "vm.add-device" => &[
                 "",
                 r#"{"path": "0000:02:00.0", "iommu": true}"#,
@@ -290,6 +290,8 @@ fn a_full_configuration_is_as_described() {
             cid: 3,
             socket: Some("s".into()),
             id: Some("v".into()),
+            pci_segment: 1,
+            pci_device_id: Some(7),
         }),
         net: vec![NetConfig {
             tap: Some("t".into()),
@@ -322,12 +324,34 @@ fn a_full_configuration_is_as_described() {
         device: vec![device],
         ..VmConfig::default()
     };
+    config.device[0].pci_device_id = Some(16);
+    config.disk[0].pci_device_id = Some(1);
+    config.net[0].pci_device_id = Some(2);
+    config.fs[0].pci_device_id = Some(3);
+    config.pmem[0].pci_device_id = Some(4);
+    config.generic[0].pci_device_id = Some(5);
     config.landlock = true;
     config.landlock_rules = vec![crate::config::LandlockRule {
         path: "p".into(),
         access: crate::config::LandlockAccess::Read,
     }];
     config.memory.hugepage_size = Some(1 << 30);
+    config.memory_zone = vec![crate::config::MemoryZoneConfig {
+        host_numa_node: Some(1),
+        hugepage_size: Some(1 << 30),
+        ..crate::config::MemoryZoneConfig::new("z", 1 << 30)
+    }];
+    config.numa = vec![crate::config::NumaConfig {
+        guest_numa_id: 1,
+        cpus: vec![0],
+        distances: vec![crate::config::NumaDistance {
+            destination: 0,
+            distance: 21,
+        }],
+        memory_zones: vec!["z".into()],
+        pci_segments: vec![0],
+    }];
+    config.place = crate::config::Placing::Auto;
     config.platform.iommufd = Choice::On;
     config.platform.p2p = Choice::Off;
     config.platform.root_ports = Some(false);
@@ -346,8 +370,8 @@ fn a_full_configuration_is_as_described() {
     config.memory.hotplugged_size = Some(1 << 29);
     config.accepted = Some(Box::new(Accepted {
         max_phys_bits: Some(46),
-        num_pci_segments: Some(2),
     }));
+    config.platform.num_pci_segments = Some(2);
     let vm = Vm::new(move |request| match request {
         Request::Info => {
             let config = config.clone();

@@ -313,9 +313,9 @@ fn what_busway_cannot_do_yet_is_named() {
     // Clients write out what they do not change.
     let balloon = r#"{"desired_balloon":4096,"desired_ram":null,"desired_vcpus":null}"#;
     assert_eq!(ask("vm.resize", balloon).status, 204);
-    let reply = ask("vm.create", r#"{"numa":[{"guest_numa_id":0}]}"#);
+    let reply = ask("vm.create", r#"{"vdpa":[{"path":"/dev/vhost-vdpa-0"}]}"#);
     assert_eq!(reply.status, 501);
-    let said = "Busway cannot do this yet: NUMA nodes of the guest";
+    let said = "Busway cannot do this yet: vDPA devices";
     assert_eq!(reply.messages(), ["The VM could not be created", said]);
     let unknown = client.ask("PUT", "vm.dance");
     assert_eq!(unknown.status, 404);

@@ -6,12 +6,13 @@ use std::fs;
 use serde::Serialize;
 
 use super::generic::Generic;
+use super::numa::{Node, Zone};
 use super::pmem::Pmem;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
     Accepted, BesideDevices, BucketConfig, Choice, ConsoleConfig, CpusConfig, DeviceConfig,
-    DiskConfig, FsConfig, HotplugMethod, ImageType, LandlockRule, NetConfig, PlatformConfig,
-    QueueAffinity, RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
+    DiskConfig, FsConfig, HotplugMethod, ImageType, LandlockRule, NetConfig, Placing,
+    PlatformConfig, QueueAffinity, RateLimiterConfig, Topology, VcpuAffinity, VhostMode, VmConfig,
 };
 use crate::machine::Info;
 
@@ -23,6 +24,11 @@ const PHYSICAL_BITS: u8 = 46;
 pub(super) struct Config {
     cpus: Cpus,
     memory: Memory,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    numa: Vec<Node>,
+    /// Beside Cloud Hypervisor's, where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<Placing>,
     payload: Payload,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     disks: Vec<Disk>,
@@ -84,6 +90,8 @@ struct Memory {
     hugepage_size: Option<u64>,
     prefault: bool,
     thp: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    zones: Vec<Zone>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -115,6 +123,8 @@ struct Disk {
     #[serde(skip_serializing_if = "Option::is_none")]
     vhost_socket: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -169,6 +179,8 @@ struct Net {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -180,6 +192,8 @@ struct Fs {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -190,6 +204,9 @@ struct Vsock {
     iommu: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
+    pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 /// `BalloonConfig`
@@ -231,6 +248,8 @@ struct Device {
     iommu: bool,
     pci_segment: u16,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     x_nv_gpudirect_clique: Option<u8>,
@@ -270,6 +289,8 @@ impl From<&VmConfig> for Config {
         Self {
             cpus: Cpus::of(&config.cpus, accepted),
             memory: Memory::of(config),
+            numa: config.numa.iter().map(Into::into).collect(),
+            place: Some(config.place).filter(|place| *place != Placing::Off),
             payload: Payload::of(config),
             disks: config.disk.iter().map(Into::into).collect(),
             net: config.net.iter().map(Into::into).collect(),
@@ -281,6 +302,8 @@ impl From<&VmConfig> for Config {
                 socket: vsock.socket.as_deref().map(text).unwrap_or_default(),
                 iommu: false,
                 id: vsock.id.clone(),
+                pci_segment: vsock.pci_segment,
+                pci_device_id: vsock.pci_device_id,
             }),
             balloon: config.balloon.as_ref().map(|balloon| Balloon {
                 size: balloon.size,
@@ -299,7 +322,7 @@ impl From<&VmConfig> for Config {
             serial: (&config.serial).into(),
             console: (&config.console).into(),
             devices: config.device.iter().map(Into::into).collect(),
-            platform: Platform::of(&config.platform, accepted),
+            platform: Platform::of(&config.platform),
             iommu: false,
             watchdog: config.watchdog,
             pvpanic: config.pvpanic,
@@ -358,17 +381,23 @@ fn physical_bits() -> Option<u8> {
 impl Memory {
     fn of(config: &VmConfig) -> Self {
         let (memory, has_devices) = (&config.memory, !config.device.is_empty());
+        let (shared, prefault) = (
+            config.shares_memory(),
+            memory.prefault.unwrap_or(has_devices),
+        );
+        let zones = config.memory_zone.iter();
         Self {
             size: memory.size,
             mergeable: false,
             hotplug_method: memory.hotplug_method,
             hotplug_size: memory.hotplug_size,
             hotplugged_size: memory.hotplugged_size,
-            shared: config.shares_memory(),
+            shared,
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,
-            prefault: memory.prefault.unwrap_or(has_devices),
+            prefault,
             thp: memory.thp,
+            zones: zones.map(|zone| Zone::of(zone, shared, prefault)).collect(),
         }
     }
 }
@@ -400,7 +429,8 @@ impl From<&DiskConfig> for Disk {
             queue_size: disk.queue_size,
             vhost_user: disk.vhost_user,
             vhost_socket: disk.socket.as_deref().map(text),
-            pci_segment: 0,
+            pci_segment: disk.pci_segment,
+            pci_device_id: disk.pci_device_id,
             id: disk.id.clone(),
             serial: disk.serial.clone(),
             rate_limiter_config: disk.rate_limiter().map(Into::into),
@@ -453,7 +483,8 @@ impl From<&NetConfig> for Net {
             vhost: known(net.vhost),
             spoofchk: net.spoofchk,
             id: net.id.clone(),
-            pci_segment: 0,
+            pci_segment: net.pci_segment,
+            pci_device_id: net.pci_device_id,
         }
     }
 }
@@ -466,7 +497,8 @@ impl From<&FsConfig> for Fs {
             num_queues: fs.num_queues,
             queue_size: fs.queue_size,
             id: fs.id.clone(),
-            pci_segment: 0,
+            pci_segment: fs.pci_segment,
+            pci_device_id: fs.pci_device_id,
         }
     }
 }
@@ -497,7 +529,8 @@ impl From<&DeviceConfig> for Device {
             path,
             fd: device.fd,
             iommu: false,
-            pci_segment: 0,
+            pci_segment: device.pci_segment,
+            pci_device_id: device.pci_device_id,
             id: device.id.clone(),
             x_nv_gpudirect_clique: device.x_nv_gpudirect_clique,
             root_port: device.root_port,
@@ -515,9 +548,9 @@ const fn known(choice: Choice) -> Option<bool> {
 }
 
 impl Platform {
-    fn of(platform: &PlatformConfig, accepted: &Accepted) -> Self {
+    fn of(platform: &PlatformConfig) -> Self {
         Self {
-            num_pci_segments: accepted.num_pci_segments.unwrap_or(1),
+            num_pci_segments: platform.segments(),
             serial_number: platform.serial_number.clone(),
             uuid: platform.uuid.clone(),
             system_uuid: platform.uuid.clone(),

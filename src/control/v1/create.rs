@@ -10,15 +10,17 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::beside::{Beside, needs_id};
+use super::device::AddDevice;
 use super::generic::AddGeneric;
 use super::lacking::{Asked, Fault, Lack};
+use super::numa::{AddNode, AddZone};
 use super::pmem::AddPmem;
-use super::virtio::{AddDisk, AddFs, AddNet, AddVsock, SEGMENTS_MOST};
-use super::{AddDevice, some_text};
+use super::some_text;
+use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
 use crate::config::{
     Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CpusConfig, FirmwareConfig,
-    HotplugMethod, LandlockRule, MemoryConfig, PlatformConfig, Topology, TpmConfig, VcpuAffinity,
-    VirtioConfig, VmConfig,
+    HotplugMethod, LandlockRule, MemoryConfig, MemoryZoneConfig, Placing, PlatformConfig, Topology,
+    TpmConfig, VcpuAffinity, VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -48,8 +50,10 @@ pub(super) struct CreateVm {
     iommu: Asked,
     landlock_enable: Option<bool>,
     landlock_rules: Option<Vec<LandlockRule>>,
-    numa: Asked,
+    numa: Option<Vec<AddNode>>,
     pci_segments: Asked,
+    /// Beside Cloud Hypervisor's: RAM and vCPUs are placed by where the devices are.
+    place: Option<Placing>,
     pmem: Option<Vec<AddPmem>>,
     pvpanic: Option<bool>,
     rate_limit_groups: Asked,
@@ -92,8 +96,7 @@ struct Memory {
     hotplugged_size: Option<u64>,
     #[serde(default)]
     mergeable: Asked,
-    #[serde(default)]
-    zones: Asked,
+    zones: Option<Vec<AddZone>>,
 }
 
 /// `PayloadConfig`
@@ -197,6 +200,8 @@ enum ConsoleMode {
 #[derive(Debug, Deserialize)]
 struct Platform {
     num_pci_segments: Option<u16>,
+    /// Beside Cloud Hypervisor's: empty slots of each segment but the first.
+    segment_hotplug_slots: Option<u8>,
     iommufd: Option<bool>,
     /// Beside Cloud Hypervisor's: which of the descriptors that came is an iommufd.
     iommufd_fd_index: Option<usize>,
@@ -241,8 +246,12 @@ impl CreateVm {
             config.cpus = cpus.into_config(&mut accepted)?;
         }
         if let Some(memory) = self.memory {
-            config.memory = memory.into_config()?;
+            (config.memory, config.memory_zone) = memory.into_config()?;
+            config.sum_zones();
         }
+        let nodes = self.numa.unwrap_or_default().into_iter();
+        config.numa = nodes.map(AddNode::into_config).collect::<Result<_, _>>()?;
+        config.place = self.place.unwrap_or_default();
         config.watchdog = self.watchdog.unwrap_or(false);
         config.pvpanic = self.pvpanic.unwrap_or(false);
         config.balloon = self.balloon.map(Balloon::into_config);
@@ -318,7 +327,7 @@ impl CreateVm {
             if !handed.iommufd.is_empty() {
                 machine::check_iommufd(&handed.iommufd).map_err(|error| error.to_string())?;
             }
-            config.platform = platform.into_config(&mut accepted)?;
+            config.platform = platform.into_config()?;
         }
         config.landlock = self.landlock_enable.unwrap_or(false);
         config.landlock_rules = self.landlock_rules.unwrap_or_default();
@@ -332,7 +341,6 @@ impl CreateVm {
     fn check(&self) -> Result<(), Fault> {
         for (asked, lack) in [
             (self.iommu, Lack::VirtualIommu),
-            (self.numa, Lack::Numa),
             (self.pci_segments, Lack::SegmentApertures),
             (self.rate_limit_groups, Lack::SharedLimit),
             (self.user_devices, Lack::UserDevices),
@@ -376,11 +384,14 @@ impl Cpus {
 }
 
 impl Memory {
-    fn into_config(self) -> Result<MemoryConfig, Fault> {
+    fn into_config(self) -> Result<(MemoryConfig, Vec<MemoryZoneConfig>), Fault> {
         Lack::MergedPages.unless_asked(self.mergeable)?;
-        Lack::MemoryZones.unless_asked(self.zones)?;
+        let zones = self.zones.unwrap_or_default().into_iter();
+        let zones: Vec<_> = zones.map(AddZone::into_config).collect::<Result<_, _>>()?;
         let mut memory = MemoryConfig::default();
-        memory.size = self.size.unwrap_or(memory.size);
+        // Zones say it where nobody else does.
+        let unsaid = if zones.is_empty() { memory.size } else { 0 };
+        memory.size = self.size.unwrap_or(unsaid);
         memory.shared = self.shared.unwrap_or(memory.shared);
         memory.hugepages = self.hugepages.unwrap_or(memory.hugepages);
         memory.hugepage_size = self.hugepage_size;
@@ -390,7 +401,7 @@ impl Memory {
         memory.hotplug_size = self.hotplug_size;
         memory.hotplug_method = self.hotplug_method.unwrap_or_default();
         memory.hotplugged_size = self.hotplugged_size;
-        Ok(memory)
+        Ok((memory, zones))
     }
 }
 
@@ -430,18 +441,10 @@ impl Console {
 }
 
 impl Platform {
-    fn into_config(self, accepted: &mut Accepted) -> Result<PlatformConfig, Fault> {
+    fn into_config(self) -> Result<PlatformConfig, Fault> {
         Lack::VirtualIommu.unless_asked(self.iommu_segments)?;
         Lack::ConfidentialGuests.unless_asked(self.tdx)?;
         Lack::ConfidentialGuests.unless_asked(self.sev_snp)?;
-        if let Some(segments) = self.num_pci_segments
-            && !(1..=SEGMENTS_MOST).contains(&segments)
-        {
-            return Err(Fault::Wrong(format!(
-                "platform: num_pci_segments={segments} must be from 1 to {SEGMENTS_MOST}"
-            )));
-        }
-        accepted.num_pci_segments = self.num_pci_segments;
         let choice = |said, on, off| match said {
             None => Choice::Auto,
             Some(true) => on,
@@ -451,6 +454,8 @@ impl Platform {
             iommufd: choice(self.iommufd, Choice::On, Choice::Off),
             // On is what Cloud Hypervisor does where it can.
             p2p: choice(self.vfio_p2p_dma, Choice::Auto, Choice::Off),
+            num_pci_segments: self.num_pci_segments,
+            segment_hotplug_slots: self.segment_hotplug_slots,
             root_ports: self.root_ports,
             serial_number: self.serial_number,
             uuid: self.uuid,
@@ -600,8 +605,8 @@ mod tests {
         expected.memory.hotplug_method = HotplugMethod::VirtioMem;
         expected.accepted = Some(Box::new(Accepted {
             max_phys_bits: Some(46),
-            num_pci_segments: Some(2),
         }));
+        expected.platform.num_pci_segments = Some(2);
         assert_eq!(config(body), Ok(expected));
         // As older clients have it.
         let old =
@@ -672,10 +677,6 @@ mod tests {
     fn what_busway_cannot_do_is_named_and_what_contradicts_itself_is_wrong() {
         for (body, lack) in [
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
-            (
-                r#"{"memory":{"zones":[{"id":"z","size":1}]}}"#,
-                Lack::MemoryZones,
-            ),
             (r#"{"memory":{"mergeable":true}}"#, Lack::MergedPages),
             (r#"{"cpus":{"kvm_hyperv":true}}"#, Lack::HyperV),
             (r#"{"cpus":{"core_scheduling":"Vm"}}"#, Lack::CoreScheduling),
@@ -707,7 +708,7 @@ mod tests {
             (r#"{"serial":{"mode":"Nonsense"}}"#, "Nonsense"),
             (r#"{"serial":{"mode":"File"}}"#, "file is missing"),
             (r#"{"console":{"mode":"Socket"}}"#, "socket is missing"),
-            (r#"{"platform":{"num_pci_segments":97}}"#, "97"),
+            (r#"{"platform":{"num_pci_segments":65536}}"#, "65536"),
             (r#"{"devices":[{"path":"nonsense"}]}"#, "nonsense"),
             (r#"{"disks":[{}]}"#, "path is missing"),
             (r#"{"fs":[{"tag":"t"}]}"#, "socket is missing"),

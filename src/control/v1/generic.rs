@@ -50,8 +50,11 @@ impl AddGeneric {
         };
         let sizes = self.queue_sizes;
         let sizes = sizes.ok_or("queue_sizes is missing: descriptors of each queue")?;
+        let place = self.common.place();
         Ok(VirtioConfig::Generic(GenericConfig {
             config_size: self.config_size,
+            pci_segment: place.segment,
+            pci_device_id: place.device,
             id: some_text(self.common.id),
             ..GenericConfig::new(kind, socket, sizes)
         }))
@@ -69,6 +72,8 @@ pub(super) struct Generic {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 impl From<&GenericConfig> for Generic {
@@ -79,7 +84,8 @@ impl From<&GenericConfig> for Generic {
             device_type: generic.virtio_id,
             config_size: generic.config_size,
             id: generic.id.clone(),
-            pci_segment: 0,
+            pci_segment: generic.pci_segment,
+            pci_device_id: generic.pci_device_id,
         }
     }
 }

@@ -13,7 +13,6 @@ use super::failed;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lack {
     Amx,
-    BusPlace,
     ConfidentialGuests,
     CoreDump,
     CoreScheduling,
@@ -23,7 +22,7 @@ pub(super) enum Lack {
     MemoryZones,
     MergedPages,
     Migration,
-    Numa,
+    NumaDevice,
     OffloadChoice,
     ResizeDisk,
     Restore,
@@ -43,7 +42,6 @@ impl Lack {
     pub(super) const fn what(self) -> &'static str {
         match self {
             Self::Amx => "AMX for guests that are not given it by the host (cpus.features)",
-            Self::BusPlace => "a place on the bus that is asked for (pci_device_id)",
             Self::ConfidentialGuests => {
                 "confidential guests (platform.tdx, platform.sev_snp, payload.igvm, payload.host_data)"
             }
@@ -52,10 +50,12 @@ impl Lack {
             Self::DebugConsole => "a debug console",
             Self::HyperV => "what guests of Microsoft's are told of Hyper-V (cpus.kvm_hyperv)",
             Self::ImageType => "images of another type than Raw and Qcow2",
-            Self::MemoryZones => "memory zones",
+            Self::MemoryZones => {
+                "memory zones that are files, or change their size (memory.zones.file, hotplug_size)"
+            }
             Self::MergedPages => "pages that the host merges (memory.mergeable)",
             Self::Migration => "a VM that moves from one process to another",
-            Self::Numa => "NUMA nodes of the guest",
+            Self::NumaDevice => "devices that are nodes by themselves (numa.device_id)",
             Self::OffloadChoice => {
                 "a NIC without offloads (offload_tso, offload_ufo, offload_csum)"
             }

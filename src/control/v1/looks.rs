@@ -97,15 +97,25 @@ impl Api {
             Ok(asked) => asked,
             Err(why) => return failed(400, &[WHAT, &why]),
         };
-        let memory = match (memory, self.control.ask(Request::Info)) {
-            (Some(memory), _) => memory,
-            (None, Ok(machine::Answer::Info(info))) => info.config.memory.most(),
-            (None, Ok(_) | Err(RequestError::NotCreated)) => MemoryConfig::default().size,
-            (None, Err(error)) => return refused(WHAT, &error),
+        let info = self.control.ask(Request::Info);
+        let config = match &info {
+            Ok(machine::Answer::Info(info)) => Some(&info.config),
+            _ => None,
+        };
+        let memory = match (memory, config, &info) {
+            (Some(memory), ..) => memory,
+            (None, Some(config), _) => config.memory.most(),
+            (None, None, Ok(_) | Err(RequestError::NotCreated)) => MemoryConfig::default().size,
+            (None, None, Err(error)) => return refused(WHAT, error),
         };
         let opens = &may_open;
         match Preflight::of(&self.host, &[called], memory, opens) {
-            Ok(found) => succeeded(&found.json()),
+            Ok(mut found) => {
+                if let Some(config) = config {
+                    found.across(config);
+                }
+                succeeded(&found.json())
+            }
             Err(error @ PreflightError::Called(_)) => failed(404, &[WHAT, &error.to_string()]),
             Err(error) => failed(500, &[WHAT, &error.to_string()]),
         }

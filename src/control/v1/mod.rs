@@ -7,10 +7,12 @@ mod added;
 mod beside;
 mod config;
 mod create;
+mod device;
 mod generic;
 mod info;
 mod lacking;
 mod looks;
+mod numa;
 mod observe;
 mod pmem;
 mod resize;
@@ -26,16 +28,17 @@ use super::End;
 use super::connections::Service;
 use super::http::{Answer, JSON, Request as HttpRequest};
 use super::{json, metrics};
-use crate::config::{DeviceConfig, MAX_REMOVAL_TIMEOUT, OnError, VirtioConfig, is_removal_timeout};
+use crate::config::{MAX_REMOVAL_TIMEOUT, VirtioConfig, is_removal_timeout};
 use crate::machine::{self, Control, Extent, Files, Request, RequestError};
 use added::PciDeviceInfo;
 use create::CreateVm;
+use device::AddDevice;
 use generic::AddGeneric;
-use lacking::{Asked, Fault, Lack};
+use lacking::{Fault, Lack};
 use observe::{Activity, Devices};
 use pmem::AddPmem;
 use resize::Resize;
-use virtio::{AddDisk, AddFs, AddNet, AddVsock, check_segment};
+use virtio::{AddDisk, AddFs, AddNet, AddVsock};
 
 /// Where the API is.
 pub(super) const PREFIX: &str = "/api/v1/";
@@ -260,94 +263,9 @@ struct Removed {
     ids: Vec<String>,
 }
 
-/// `DeviceConfig`, as far as Busway has it. What it does not know is ignored, as clients expect.
-#[derive(Debug, Deserialize)]
-struct AddDevice {
-    path: Option<String>,
-    /// A number of the client's own, which says that a descriptor comes beside the request.
-    #[serde(default)]
-    fd: Asked,
-    /// Beside Cloud Hypervisor's, in vm.create: which of the descriptors that came it is.
-    fd_index: Option<usize>,
-    id: Option<String>,
-    #[serde(default)]
-    iommu: Asked,
-    pci_segment: Option<u16>,
-    #[serde(default)]
-    pci_device_id: Asked,
-    #[serde(default)]
-    x_exclude_mmap_bars: Asked,
-    x_nv_gpudirect_clique: Option<u8>,
-    /// Beside Cloud Hypervisor's.
-    vf_token: Option<String>,
-    on_error: Option<OnError>,
-    root_port: Option<bool>,
-    /// Beside Cloud Hypervisor's: further functions of the same device.
-    #[serde(default)]
-    functions: Vec<AddDevice>,
-}
-
 /// A text that says something: some clients write an empty one for none.
 fn some_text(text: Option<String>) -> Option<String> {
     text.filter(|text| !text.is_empty())
-}
-
-impl AddDevice {
-    /// It and its further functions, which have none; by the descriptor that came for it, where one did.
-    fn into_configs(mut self, files: &Files) -> Result<Vec<DeviceConfig>, Fault> {
-        let functions = std::mem::take(&mut self.functions);
-        if !functions.is_empty() && !files.is_empty() {
-            return Err(Fault::from(
-                "functions beside a descriptor: it is of one function, and the others have to come by path",
-            ));
-        }
-        if functions.iter().any(|one| !one.functions.is_empty()) {
-            return Err(Fault::from(
-                "functions of a function: name all of them in one list",
-            ));
-        }
-        let all = std::iter::once(self).chain(functions);
-        all.map(|one| one.into_config(files)).collect()
-    }
-
-    fn into_config(self, files: &Files) -> Result<DeviceConfig, Fault> {
-        Lack::VirtualIommu.unless_asked(self.iommu)?;
-        check_segment(self.pci_segment)?;
-        Lack::BusPlace.unless_asked(self.pci_device_id)?;
-        Lack::SparseMmap.unless_asked(self.x_exclude_mmap_bars)?;
-        let mut config = which(some_text(self.path), self.fd.into(), files)?;
-        if let Some(token) = &self.vf_token {
-            token
-                .parse::<busway_vfio::VfToken>()
-                .map_err(|error| error.to_string())?;
-        }
-        config.id = some_text(self.id);
-        config.x_nv_gpudirect_clique = self.x_nv_gpudirect_clique;
-        config.vf_token = self.vf_token;
-        config.on_error = self.on_error.unwrap_or_default();
-        config.root_port = self.root_port;
-        Ok(config)
-    }
-}
-
-/// The host device that `path` or a descriptor says; `fd`: whether a descriptor was spoken of.
-fn which(path: Option<String>, fd: bool, files: &Files) -> Result<DeviceConfig, Fault> {
-    let config = |text: &str| DeviceConfig::new(text).map_err(|error| error.to_string());
-    let asked = path.as_deref().map(config).transpose()?;
-    if !files.is_empty() {
-        let path = asked.map(|asked| asked.path).unwrap_or_default();
-        let folder = machine::device_of(files, &path).map_err(|error| error.to_string())?;
-        return Ok(config(&folder.display().to_string())?);
-    }
-    Ok(asked.ok_or(match fd {
-        true => {
-            "fd is a number of nobody's: send the device's descriptor beside the request (SCM_RIGHTS), or name the \
-             device, with path"
-        }
-        false => {
-            "path is missing: the device's address, its UUID where it is mediated, or its folder in sysfs"
-        }
-    })?)
 }
 
 /// `VmRemoveDevice`

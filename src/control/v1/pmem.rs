@@ -27,8 +27,11 @@ impl AddPmem {
             ));
         }
         let file = some_text(self.file).ok_or("file is missing: what the memory is")?;
+        let place = self.common.place();
         Ok(VirtioConfig::Pmem(PmemConfig {
             size: self.size,
+            pci_segment: place.segment,
+            pci_device_id: place.device,
             discard_writes: self.discard_writes.unwrap_or(false),
             id: some_text(self.common.id),
             ..PmemConfig::new(file)
@@ -47,6 +50,8 @@ pub(super) struct Pmem {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<String>,
     pci_segment: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pci_device_id: Option<u8>,
 }
 
 impl From<&PmemConfig> for Pmem {
@@ -57,7 +62,8 @@ impl From<&PmemConfig> for Pmem {
             iommu: false,
             discard_writes: pmem.discard_writes,
             id: pmem.id.clone(),
-            pci_segment: 0,
+            pci_segment: pmem.pci_segment,
+            pci_device_id: pmem.pci_device_id,
         }
     }
 }

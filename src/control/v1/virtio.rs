@@ -10,24 +10,10 @@ use serde::Deserialize;
 use super::lacking::{Asked, Fault, Lack};
 use super::some_text;
 use crate::config::{
-    Choice, DiskConfig, FsConfig, ImageType, NetConfig, QueueAffinity, VhostMode, VirtioConfig,
-    VsockConfig,
+    Choice, DiskConfig, FsConfig, ImageType, NetConfig, PciPlace, QueueAffinity, VhostMode,
+    VirtioConfig, VsockConfig,
 };
 use crate::machine::Files;
-
-/// The most PCI segments that a VM can be said to have. Cloud Hypervisor, `MAX_NUM_PCI_SEGMENTS`
-pub(super) const SEGMENTS_MOST: u16 = 96;
-
-/// The segment that a device is asked to be in: any that there can be is taken, and the device comes to segment 0, as
-/// its address says.
-pub(super) fn check_segment(segment: Option<u16>) -> Result<(), Fault> {
-    match segment {
-        Some(segment @ SEGMENTS_MOST..) => Err(Fault::Wrong(format!(
-            "pci_segment={segment} must be below {SEGMENTS_MOST}"
-        ))),
-        _ => Ok(()),
-    }
-}
 
 /// What all virtio devices can be asked to be.
 #[derive(Debug, Default, Deserialize)]
@@ -35,8 +21,7 @@ pub(super) struct Common {
     #[serde(default)]
     iommu: Asked,
     pci_segment: Option<u16>,
-    #[serde(default)]
-    pci_device_id: Asked,
+    pci_device_id: Option<u8>,
     num_queues: Option<u16>,
     queue_size: Option<u16>,
     pub(super) id: Option<String>,
@@ -44,9 +29,15 @@ pub(super) struct Common {
 
 impl Common {
     pub(super) fn check(&self) -> Result<(), Fault> {
-        Lack::VirtualIommu.unless_asked(self.iommu)?;
-        check_segment(self.pci_segment)?;
-        Lack::BusPlace.unless_asked(self.pci_device_id)
+        Lack::VirtualIommu.unless_asked(self.iommu)
+    }
+
+    /// Where in the guest it is to be. Whether there is such a place is the configuration's to say.
+    pub(super) fn place(&self) -> PciPlace {
+        PciPlace {
+            segment: self.pci_segment.unwrap_or(0),
+            device: self.pci_device_id,
+        }
     }
 
     /// Puts what was said in the place of defaults.
@@ -143,6 +134,8 @@ impl AddDisk {
             disk.ops_one_time_burst = bucket.one_time_burst;
             disk.ops_refill_time = Some(bucket.refill_time);
         }
+        let place = self.common.place();
+        (disk.pci_segment, disk.pci_device_id) = (place.segment, place.device);
         let sizes = (&mut disk.num_queues, &mut disk.queue_size);
         self.common.apply(&mut disk.id, sizes.0, sizes.1);
         Ok(VirtioConfig::Disk(disk))
@@ -217,6 +210,8 @@ impl AddNet {
             },
             ..NetConfig::default()
         };
+        let place = self.common.place();
+        (net.pci_segment, net.pci_device_id) = (place.segment, place.device);
         let sizes = (&mut net.num_queues, &mut net.queue_size);
         self.common.apply(&mut net.id, sizes.0, sizes.1);
         Ok(VirtioConfig::Net(net))
@@ -263,6 +258,8 @@ impl AddFs {
         let tag = some_text(self.tag).ok_or("tag is missing: what the guest mounts it by")?;
         let socket = some_text(self.socket).ok_or("socket is missing: where virtiofsd listens")?;
         let mut fs = FsConfig::new(tag, socket);
+        let place = self.common.place();
+        (fs.pci_segment, fs.pci_device_id) = (place.segment, place.device);
         let sizes = (&mut fs.num_queues, &mut fs.queue_size);
         self.common.apply(&mut fs.id, sizes.0, sizes.1);
         Ok(VirtioConfig::Fs(fs))
@@ -275,10 +272,13 @@ impl AddVsock {
         if !files.is_empty() {
             return Err(Fault::from("a vsock device takes no descriptors"));
         }
+        let place = self.common.place();
         Ok(VirtioConfig::Vsock(VsockConfig {
             cid: self.cid,
             socket: some_text(self.socket).map(Into::into),
             id: some_text(self.common.id),
+            pci_segment: place.segment,
+            pci_device_id: place.device,
         }))
     }
 }
@@ -311,12 +311,23 @@ mod tests {
             num_queues: 2,
             queue_size: 1024,
             id: Some("data".into()),
+            pci_segment: 1,
             ..DiskConfig::new("/a.raw")
         };
         assert_eq!(disk(all), Ok(VirtioConfig::Disk(expected)));
         let least = VirtioConfig::Disk(DiskConfig::new("/a.raw"));
         assert_eq!(disk(r#"{"path":"/a.raw"}"#), Ok(least.clone()));
         assert_eq!(disk(r#"{"path":"/a.raw","id":""}"#), Ok(least));
+    }
+
+    #[test]
+    fn a_place_in_the_guest_is_kept() {
+        let place = |body| disk(body).map(|disk| disk.place());
+        let of = |segment, device| Ok(PciPlace { segment, device });
+        let body = r#"{"path":"a","pci_segment":1,"pci_device_id":7}"#;
+        assert_eq!(place(body), of(1, Some(7)));
+        let null = r#"{"path":"a","pci_segment":null,"pci_device_id":null}"#;
+        assert_eq!(place(null), of(0, None));
     }
 
     #[test]
@@ -373,7 +384,10 @@ mod tests {
     fn a_shared_folder_as_known_clients_write_it() {
         let kata = r#"{"num_queues":1,"pci_segment":1,"queue_size":1024,"socket":"/run/virtiofsd.sock",
             "tag":"kataShared"}"#;
-        let expected = FsConfig::new("kataShared", "/run/virtiofsd.sock");
+        let expected = FsConfig {
+            pci_segment: 1,
+            ..FsConfig::new("kataShared", "/run/virtiofsd.sock")
+        };
         assert_eq!(fs(kata), Ok(VirtioConfig::Fs(expected)));
         let ch_remote =
             r#"{"tag":"share0","socket":"/run/fs","num_queues":2,"queue_size":512,"id":"f"}"#;
@@ -389,10 +403,7 @@ mod tests {
             (r#"{"tag":"","socket":"/s"}"#, "tag"),
             (r#"{"tag":"t"}"#, "socket"),
             (r#"{"tag":"t","socket":"/s","iommu":true}"#, "virtual IOMMU"),
-            (
-                r#"{"tag":"t","socket":"/s","pci_segment":96}"#,
-                "pci_segment",
-            ),
+            (r#"{"tag":"t","socket":"/s","pci_segment":65536}"#, "65536"),
         ] {
             let why = fs(body).unwrap_err().to_string();
             assert!(why.contains(word), "{body}: {why}");
@@ -459,10 +470,9 @@ mod tests {
         for (body, word) in [
             ("{}", "path"),
             (r#"{"path":"a","iommu":true}"#, "virtual IOMMU"),
-            (r#"{"path":"a","pci_segment":96}"#, "pci_segment=96"),
             (r#"{"path":"a","image_type":"Vhdx"}"#, "another type"),
             (r#"{"path":"a","image_type":"Nonsense"}"#, "Nonsense"),
-            (r#"{"path":"a","pci_device_id":7}"#, "pci_device_id"),
+            (r#"{"path":"a","pci_device_id":256}"#, "256"),
             (r#"{"path":"a","rate_limit_group":"g"}"#, "share"),
             (r#"{"path":7}"#, "expected"),
             ("", "body"),

@@ -3,126 +3,26 @@
 //! Devices are opened while RAM is populated, so what they need below 4 GiB has to be known before
 //! from what sysfs says of them.
 
+mod planned;
 mod plugged;
+mod shares;
 
 use std::ops::Range;
-use std::path::PathBuf;
 
-use busway_host::{Resource, resources_in};
 use busway_iommu::{IovaRange, keep_clear};
-use busway_pci::{
-    BarIndex, BarKind, Behind, Needs, NoRoom, Reserve, WindowKind, Windows, find_room, spec,
-};
-use busway_vfio::{AssignOptions, RomChoice};
+use busway_pci::{BarIndex, BarKind, Needs, NoRoom, WindowKind, Windows, find_room};
 
-use super::passthrough::placement::{HostIdentity, behind_ports};
 use super::pluggable::PluggableError;
 use crate::arch::layout;
 use crate::config::MemoryConfig;
 use crate::memory::Amount;
+pub(super) use planned::PlannedFunction;
+use planned::{needing_most, needs, needs_of_segments, port_of};
 pub(super) use plugged::PluggedRoom;
+use shares::{share, share_memory};
 
 /// Huge pages that RAM is aligned for where it is made of ordinary ones.
 const TRANSPARENT_HUGE_PAGE: u64 = 2 << 20;
-/// How many devices a refusal names as those that need most.
-const NAMED: usize = 3;
-
-/// A host function that the guest is to have, as sysfs shows it.
-#[derive(Clone, Debug)]
-pub(super) struct PlannedFunction {
-    host: HostIdentity,
-    bars: Vec<(BarIndex, BarKind, u64)>,
-    /// It sits on bus 0 by itself.
-    on_root_bus: bool,
-}
-
-impl PlannedFunction {
-    /// The function that `host` is, given with `options`. Of a mediated device sysfs says nothing, and only
-    /// VFIO once it is open: it has the room that is reserved for what is plugged in.
-    pub(super) fn new(host: &HostIdentity, options: &AssignOptions, reserve: Reserve) -> Self {
-        if host.is_mediated() {
-            return Self {
-                host: host.clone(),
-                bars: reserved(reserve),
-                on_root_bus: false,
-            };
-        }
-        let mut bars: Vec<_> = resources_in(&host.folder)
-            .iter()
-            .filter_map(|resource| match (bar_of(resource)?, &options.rom) {
-                ((BarIndex::Rom, ..), RomChoice::None | RomChoice::Image(_)) => None,
-                (bar, _) => Some(bar),
-            })
-            .collect();
-        if let RomChoice::Image(image) = &options.rom {
-            bars.push((BarIndex::Rom, ROM, image.size()));
-        }
-        Self {
-            host: host.clone(),
-            bars,
-            on_root_bus: false,
-        }
-    }
-
-    /// The same where it sits on bus 0 by itself, or does not.
-    pub(super) fn on_root_bus(self, on_root_bus: bool) -> Self {
-        Self {
-            on_root_bus,
-            ..self
-        }
-    }
-
-    /// An empty slot, which reserves room.
-    pub(super) fn empty_slot(reserve: Reserve) -> Self {
-        Self {
-            host: HostIdentity {
-                folder: PathBuf::from("an empty slot (--platform hotplug_slots=)"),
-                host: None,
-                is_virtual: false,
-            },
-            bars: reserved(reserve),
-            on_root_bus: false,
-        }
-    }
-
-    /// What of its BARs is below 4 GiB where it sits, in bytes.
-    fn below_4_gib(&self) -> u64 {
-        let below = |kind| WindowKind::of(kind, self.on_root_bus) == WindowKind::Memory32;
-        self.bars
-            .iter()
-            .filter(|(_, kind, _)| below(*kind))
-            .fold(0, |sum, (_, _, size)| sum.saturating_add(*size))
-    }
-}
-
-const ROM: BarKind = BarKind::Memory32 {
-    prefetchable: false,
-};
-
-/// The BARs that room is reserved for.
-fn reserved(reserve: Reserve) -> Vec<(BarIndex, BarKind, u64)> {
-    let prefetchable = BarKind::Memory64 { prefetchable: true };
-    vec![
-        (BarIndex::Bar(0), ROM, reserve.memory32),
-        (BarIndex::Bar(2), prefetchable, reserve.memory64),
-    ]
-}
-
-/// What VFIO will show: BARs by their register, with the host's sizes. A size that no BAR can have is
-/// refused when the device is opened.
-fn bar_of(resource: &Resource) -> Option<(BarIndex, BarKind, u64)> {
-    let prefetchable = resource.is_prefetchable();
-    let (index, kind) = match resource.index {
-        bar if bar >= spec::BAR_COUNT => (BarIndex::Rom, ROM),
-        bar if resource.is_io() => (BarIndex::Bar(bar), BarKind::Io),
-        bar if resource.is_64bit() => (BarIndex::Bar(bar), BarKind::Memory64 { prefetchable }),
-        bar => (BarIndex::Bar(bar), BarKind::Memory32 { prefetchable }),
-    };
-    resource
-        .size
-        .is_power_of_two()
-        .then_some((index, kind, resource.size))
-}
 
 /// A BAR of a host device's finds no room among the guest's addresses.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -134,6 +34,15 @@ pub struct NoRoomError {
     kind: &'static str,
     why: String,
     remedy: String,
+}
+
+/// What a PCI segment has of the guest's addresses.
+#[derive(Clone, Debug)]
+pub(super) struct SegmentAddresses {
+    /// Where its BARs may be.
+    pub(super) windows: Windows,
+    /// Where its configuration space is.
+    pub(super) ecam: Range<u64>,
 }
 
 /// Where the guest's RAM and windows lie.
@@ -149,10 +58,13 @@ pub(super) struct AddressPlan {
     firmware: bool,
     /// Bytes above RAM that are kept for memory which comes and goes while the guest runs.
     plugged: u64,
+    functions: Vec<PlannedFunction>,
+    /// What they need of bus 0 of each PCI segment.
+    needs: Vec<Vec<Needs<Option<usize>>>>,
 }
 
 impl AddressPlan {
-    /// Finds room for all BARs of `functions`, which come in the order in which they were given.
+    /// Finds room for all BARs of `functions`, which come in the order in which they were given, in so many `segments`.
     /// The 32-bit window starts at 3 GiB unless they need a larger one.
     ///
     /// # Errors
@@ -164,24 +76,28 @@ impl AddressPlan {
         address_bits: u8,
         firmware: bool,
         room: PluggedRoom,
+        segments: u16,
     ) -> Result<Self, NoRoomError> {
+        let needs = needs_of_segments(functions, segments);
         let mut plan = Self {
             mmio32_start: layout::MMIO32_START,
             reserved,
             address_bits,
             firmware,
             plugged: room.first.saturating_add(room.later),
+            functions: functions.to_vec(),
+            needs: needs.clone(),
         };
         let starts = match firmware {
             true => &layout::FIRMWARE_MMIO32_STARTS[..],
             false => &layout::MMIO32_STARTS,
         };
-        let needs = needs(functions);
         let mut below = Ok(());
         for start in starts {
             plan.mmio32_start = *start;
             let windows = plan.windows(&[], &[]);
-            below = find_room(&needs, WindowKind::Memory32, &windows);
+            let kind = WindowKind::Memory32;
+            below = share_memory(&windows.memory32, kind, &needs).map(drop);
             if below.is_ok() {
                 break;
             }
@@ -275,6 +191,24 @@ impl AddressPlan {
         ram.last().map_or(0, |range| range.end)
     }
 
+    /// What each PCI segment has of the `windows`.
+    ///
+    /// # Errors
+    /// [`NoRoomError`]: what the devices reach leaves less room than was planned for.
+    pub(super) fn share(&self, windows: &Windows) -> Result<Vec<Windows>, NoRoomError> {
+        if self.needs.len() == 1 {
+            return Ok(vec![windows.clone()]);
+        }
+        share(windows, &self.needs).map_err(|missing| {
+            let why = format!(
+                "each PCI segment has a part of the {} alone",
+                missing.window
+            );
+            let remedy = "have fewer segments, or fewer empty slots in them".to_owned();
+            refusal(&self.functions, &missing, why, remedy)
+        })
+    }
+
     /// Where BARs may be: in the windows, and where firmware assigns addresses also elsewhere below 4 GiB.
     pub(super) fn bar_windows(&self, windows: &Windows, usable: &[IovaRange]) -> Windows {
         match self.firmware {
@@ -301,12 +235,13 @@ impl AddressPlan {
     /// Whether there is room above RAM of `size` bytes.
     fn find_room_above<F: Copy>(
         &self,
-        needs: &[Needs<F>],
+        needs: &[Vec<Needs<F>>],
         memory: &MemoryConfig,
         size: u64,
     ) -> Result<(), NoRoom<F>> {
         let ram = self.memory_ranges(memory, size);
-        find_room(needs, WindowKind::Memory64, &self.windows(&ram, &[]))
+        let windows = self.windows(&ram, &[]);
+        share_memory(&windows.memory64, WindowKind::Memory64, needs).map(drop)
     }
 
     /// Where RAM of `size` bytes would lie, and what can be plugged beside it.
@@ -399,10 +334,10 @@ impl AddressPlan {
             hotplug_size: None,
             ..memory.clone()
         };
-        let all = needs(functions);
-        let mut remedy = match self.most_memory(&all, memory) {
+        let all = &self.needs;
+        let mut remedy = match self.most_memory(all, memory) {
             _ if memory.pluggable().is_some()
-                && self.find_room_above(&all, &fixed, memory.size).is_ok() =>
+                && self.find_room_above(all, &fixed, memory.size).is_ok() =>
             {
                 "have less RAM come while the guest runs (--memory hotplug_size=)".to_owned()
             }
@@ -412,7 +347,7 @@ impl AddressPlan {
                 size >> 30
             ),
             None if self
-                .most_memory(&port_of(functions, missing.function), memory)
+                .most_memory(&[port_of(functions, missing.function)], memory)
                 .is_some() =>
             {
                 "give the VM fewer such devices".to_owned()
@@ -435,7 +370,7 @@ impl AddressPlan {
 
     /// The most RAM, in whole GiB, beside which all of `needs` finds room. Windows begin above RAM, so
     /// less never leaves less room.
-    fn most_memory<F: Copy>(&self, needs: &[Needs<F>], memory: &MemoryConfig) -> Option<u64> {
+    fn most_memory<F: Copy>(&self, needs: &[Vec<Needs<F>>], memory: &MemoryConfig) -> Option<u64> {
         let fits = |gib: u64| self.find_room_above(needs, memory, gib << 30).is_ok();
         let (mut fitting, mut too_much) = (0, memory.size >> 30);
         if too_much > 0 && fits(too_much) {
@@ -452,69 +387,11 @@ impl AddressPlan {
     }
 }
 
-/// What bus 0 needs: a port for each device, with its functions behind it, or the device itself.
-fn needs(functions: &[PlannedFunction]) -> Vec<Needs<Option<usize>>> {
-    behind_ports(functions.iter().map(|function| &function.host))
-        .into_iter()
-        .map(|behind| {
-            let given = |index: usize| functions.get(index);
-            let needs = behind.iter().filter_map(|behind| {
-                Some(Needs {
-                    function: Some(behind.index),
-                    bars: given(behind.index)?.bars.clone(),
-                    bridge: None,
-                })
-            });
-            let mut needs: Vec<_> = needs.collect();
-            let mut behind = behind.iter().filter_map(|behind| given(behind.index));
-            if needs.len() == 1
-                && behind.all(|one| one.on_root_bus)
-                && let Some(alone) = needs.pop()
-            {
-                return alone;
-            }
-            Needs {
-                function: None,
-                bars: Vec::new(),
-                bridge: Some(Behind {
-                    reserve: Reserve::SMALL,
-                    functions: needs,
-                }),
-            }
-        })
-        .collect()
-}
-
-/// What a function has of bus 0: itself, or the port alone that it is behind.
-fn port_of(functions: &[PlannedFunction], function: Option<usize>) -> Vec<Needs<Option<usize>>> {
-    let mut ports = needs(functions);
-    ports.retain(|port| {
-        let behind = port.bridge.iter().flat_map(|bridge| &bridge.functions);
-        let mut all = behind.chain(port.bridge.is_none().then_some(port));
-        all.any(|needs| needs.function == function)
-    });
-    ports
-}
-
 fn function_of<'a>(
     functions: &'a [PlannedFunction],
     missing: &NoRoom<Option<usize>>,
 ) -> Option<&'a PlannedFunction> {
     functions.get(missing.function?)
-}
-
-/// The devices that need most below 4 GiB, as a person says them.
-fn needing_most(functions: &[PlannedFunction]) -> String {
-    let mut most: Vec<_> = functions
-        .iter()
-        .map(|function| (function.below_4_gib(), function.host.name()))
-        .collect();
-    most.sort_by_key(|(size, _)| std::cmp::Reverse(*size));
-    let most = most.iter().take(NAMED);
-    let most: Vec<_> = most
-        .map(|(size, name)| format!("{name} ({})", Amount(*size)))
-        .collect();
-    most.join(", ")
 }
 
 const fn is_64_bit(kind: BarKind) -> bool {

@@ -3,7 +3,11 @@ use std::fs;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use busway_pci::Reserve;
+use busway_vfio::AssignOptions;
+
 use super::*;
+use crate::machine::passthrough::placement::HostIdentity;
 use crate::memory::Ram;
 
 const MIB: u64 = 1 << 20;
@@ -57,6 +61,7 @@ impl Devices {
             bits,
             false,
             PluggedRoom::default(),
+            1,
         )
     }
 }
@@ -226,6 +231,7 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
             42,
             false,
             PluggedRoom::default(),
+            1,
         )
     };
     let none = Devices::new(&[]);
@@ -245,7 +251,7 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
                 .iter()
                 .all(|part| part.start >= expected.end)
         );
-        let same = Ram::around(&memory, false, plan.mmio32_start, &plan.reserved).unwrap();
+        let same = Ram::around(&memory, &[], false, plan.mmio32_start, &plan.reserved).unwrap();
         assert_eq!(same.pluggable_range(), Some(expected));
     }
     let fixed = with(GIB);
@@ -291,7 +297,7 @@ fn a_mediated_device_whose_bars_nobody_tells_has_the_room_of_an_empty_slot() {
     };
     let mediated = PlannedFunction::new(&host, &AssignOptions::default(), reserve);
     assert_eq!(mediated.host.name(), folder.rsplit('/').next().unwrap());
-    assert_eq!(mediated.bars, PlannedFunction::empty_slot(reserve).bars);
+    assert_eq!(mediated.bars, PlannedFunction::empty_slot(reserve, 0).bars);
 }
 
 #[test]

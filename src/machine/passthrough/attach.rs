@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use busway_iommu::{DmaSpace, IovaRange};
 use busway_pci::pace::SystemClock;
-use busway_pci::{Device, Function, InterruptLines, InterruptRoutes, PciFunction};
+use busway_pci::{Function, InterruptLines, InterruptRoutes, PciFunction, RootSlot};
 use busway_vfio::{AssignedFunction, DeviceIo, Placement, Resets, Wiring};
 
 use busway_host::open_node;
@@ -218,7 +218,7 @@ impl Attacher {
         &self,
         configs: &[DeviceConfig],
         files: &Files,
-        place: (Device, Placement),
+        place: (RootSlot, Placement),
     ) -> Result<Vec<Prepared>, RunError> {
         let root = self.opening.spaces.paths();
         let iommufd = self.opening.iommufd()?;
@@ -300,14 +300,14 @@ impl Attacher {
     pub(super) fn functions(
         &self,
         functions: Vec<(Function, Ready)>,
-        (slot, placement): (Device, Placement),
+        (slot, placement): (RootSlot, Placement),
         users: &Arc<Users>,
     ) -> Result<Vec<Prepared>, RunError> {
         let functions = functions.into_iter().map(|(number, (request, device))| {
             let name = request.identity.name();
             let wiring = Wiring {
                 routes: self.wires.routes(&name),
-                lines: self.wires.lines(pins_of(slot)),
+                lines: self.wires.lines(pins_of(slot.device)),
                 resets: self.resets.clone(),
                 clock: Arc::new(SystemClock::default()),
                 placement,

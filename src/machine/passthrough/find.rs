@@ -7,7 +7,7 @@ use busway_iommu::{IommufdMode, SysRoot, reserved_ranges};
 use busway_pci::Reserve;
 use busway_vfio::{AssignOptions, Inherited, RomChoice, RomImage, interface};
 
-use super::placement::{HostIdentity, on_root_bus};
+use super::placement::{Behind, HostIdentity, behind_ports, on_root_bus};
 use crate::config::{Choice, ConsoleConfig, DeviceConfig, VmConfig, validate_functions};
 use crate::machine::RunError;
 use crate::machine::address_plan::PlannedFunction;
@@ -67,11 +67,30 @@ pub(in crate::machine) fn options(config: &DeviceConfig) -> Result<AssignOptions
     })
 }
 
-/// How many slots of bus 0 a machine's own devices leave to others at its start: slot 0 is the host bridge's, and
-/// there are the disks and NICs, the entropy source, and the console where there is one.
-fn low_slots(config: &VmConfig) -> usize {
-    let own = config.virtio().count() + usize::from(config.console != ConsoleConfig::Off) + 2;
-    usize::from(LOW_SLOTS).saturating_sub(own)
+/// How many slots of bus 0 of a segment a machine's own devices leave to others at its start: slot 0 is the host bridge's,
+/// and there are the disks and NICs, and in segment 0 the entropy source, and the console where there is one.
+fn low_slots(config: &VmConfig, segment: u16) -> usize {
+    let virtio = config.virtio();
+    let here = virtio.filter(|(_, device)| device.place().segment == segment);
+    let fixed = match segment {
+        0 => usize::from(config.console != ConsoleConfig::Off) + 1,
+        _ => 0,
+    };
+    usize::from(LOW_SLOTS).saturating_sub(here.count() + fixed + 1)
+}
+
+/// Functions of one host device are together in the guest, so that the same has to be said of their places.
+fn check_places(requests: &[Request]) -> Result<(), RunError> {
+    for behind in behind_ports(requests.iter().map(|one| &one.identity)) {
+        let one = |behind: &Behind| requests.get(behind.index);
+        let mut places: Vec<_> = behind.iter().filter_map(one).collect();
+        let names: Vec<_> = places.iter().map(|one| one.identity.name()).collect();
+        places.dedup_by_key(|one| one.config.place());
+        if places.len() > 1 {
+            return Err(RunError::SplitDevice(names.join(" and ")));
+        }
+    }
+    Ok(())
 }
 
 impl Found {
@@ -113,11 +132,13 @@ impl Found {
                 on_root_bus: false,
             });
         }
+        check_places(&requests)?;
         let wanted = requests.iter().map(|one| {
             let wanted = config.platform.has_on_root_bus(&one.config);
-            (&one.identity, wanted)
+            let segment = wanted.then_some(one.config.pci_segment);
+            (&one.identity, segment)
         });
-        let on_root_bus = on_root_bus(wanted, low_slots(config));
+        let on_root_bus = on_root_bus(wanted, |segment| low_slots(config, segment));
         for (one, on_root_bus) in requests.iter_mut().zip(on_root_bus) {
             one.on_root_bus = on_root_bus;
         }
@@ -170,8 +191,10 @@ impl Found {
                 on_root_bus: false,
             })
         });
+        let requests: Vec<_> = requests.collect::<Result<_, RunError>>()?;
+        check_places(&requests)?;
         Ok(Self {
-            requests: requests.collect::<Result<_, RunError>>()?,
+            requests,
             paths,
             asked,
             mode,
@@ -185,7 +208,8 @@ impl Found {
         requests
             .map(|one| {
                 let planned = PlannedFunction::new(&one.identity, &one.options, reserve);
-                planned.on_root_bus(one.on_root_bus)
+                let planned = planned.on_root_bus(one.on_root_bus);
+                planned.in_segment(one.config.pci_segment)
             })
             .collect()
     }
@@ -207,12 +231,19 @@ mod tests {
 
     #[test]
     fn a_machines_own_devices_leave_the_other_slots_of_bus_0() {
+        let segment_1 = DiskConfig {
+            pci_segment: 1,
+            ..DiskConfig::new("a")
+        };
         let with = |disks: usize, console| {
-            low_slots(&VmConfig {
+            let mut config = VmConfig {
                 disk: vec![DiskConfig::new("a"); disks],
                 console,
                 ..VmConfig::default()
-            })
+            };
+            config.disk.push(segment_1.clone());
+            assert_eq!(low_slots(&config, 1), 14);
+            low_slots(&config, 0)
         };
         // The host bridge and the entropy source.
         assert_eq!(with(0, ConsoleConfig::Off), 14);

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use busway_iommu::{IovaRange, SysRoot};
-use busway_pci::{Device, FunctionId};
+use busway_pci::{FunctionId, RootSlot};
 use busway_vfio::{KvmFiles, Placement, Resets};
 
 use super::RunError;
@@ -36,7 +36,7 @@ use super::pci::Pci;
 use super::removal::Removal;
 use super::requests::{Added, AddedFunction, Answer, Asker, RequestError};
 use super::seats::{Owner, STEADY_LIMIT, Seat, Seats};
-use crate::config::{DeviceConfig, PmemConfig, VmConfig};
+use crate::config::{DeviceConfig, PciPlace, PmemConfig, VmConfig};
 use crate::kvm::{IrqRouter, Vm};
 use crate::memory::Regions;
 use crate::report::Report;
@@ -93,7 +93,7 @@ impl Passthrough {
         events: &Arc<Events>,
         devices: &OpenDevices,
     ) -> Result<Self, RunError> {
-        let can_have_some = !config.device.is_empty() || config.platform.hotplug_slots() > 0;
+        let can_have_some = !config.device.is_empty() || config.platform.has_hotplug_slots();
         let kvm = match can_have_some {
             true => Some(Arc::new(vm.vfio()?) as Arc<dyn KvmFiles>),
             false => None,
@@ -187,15 +187,21 @@ impl Passthrough {
             let names = names.collect::<Vec<_>>().join(" and ");
             let users = self.attacher.users();
             let on_root_bus = functions.iter().all(|(_, (one, _))| one.on_root_bus);
-            if let Some(slot) = pci.low_slot().filter(|_| on_root_bus) {
+            let asked = functions.first().map(|(_, (one, _))| one.config.place());
+            let asked = asked.unwrap_or_default();
+            let low = match on_root_bus {
+                true => pci.low_slot(&names, asked)?,
+                false => None,
+            };
+            if let Some(slot) = low {
                 let place = (slot, Placement::RootBus);
                 for one in self.attacher.functions(functions, place, &users)? {
                     pci.add_low(slot, &one.function)?;
-                    self.attached.add(one, Seat::Low(slot.number()));
+                    self.attached.add(one, Seat::Low(slot));
                 }
                 continue;
             }
-            let slot = pci.port_slot(&names)?;
+            let slot = pci.port_slot(&names, asked)?;
             let place = (slot, Placement::BehindPort);
             let functions = self.attacher.functions(functions, place, &users)?;
             let behind = functions
@@ -203,7 +209,7 @@ impl Passthrough {
                 .map(|one| (one.number, one.function.clone()));
             let routes = Arc::new(self.router.clone());
             let listener = self.events.clone();
-            let port = pci.add_behind_port(slot, &names, behind.collect(), routes, listener)?;
+            let port = pci.add_behind_port(slot, behind.collect(), routes, listener)?;
             for one in functions {
                 self.attached.add(one, Seat::Port(port));
             }
@@ -229,8 +235,14 @@ impl Passthrough {
             asker.answer(Err(RequestError::Exists(twice.name())));
             return;
         }
-        let Some((seat, slot)) = self.find_seat(&configs, pci) else {
-            asker.answer(Err(RequestError::Failed(pci.no_slot())));
+        let asked = configs.first().map(DeviceConfig::place).unwrap_or_default();
+        let segments = u16::try_from(pci.segments().count()).unwrap_or(u16::MAX);
+        if let Err(error) = asked.check(segments) {
+            asker.answer(Err(RequestError::Invalid(error.to_string())));
+            return;
+        }
+        let Some((seat, slot)) = self.find_seat(&configs, asked, pci) else {
+            asker.answer(Err(RequestError::Failed(pci.no_slot(asked))));
             return;
         };
         let names: Vec<_> = configs.iter().map(DeviceConfig::name).collect();
@@ -274,13 +286,17 @@ impl Passthrough {
 
     /// An empty seat for functions of one host device, and the slot of bus 0 that it is in or behind: on bus 0 for one
     /// function that is to be there, while a slot is free, and else behind a port.
-    fn find_seat(&self, configs: &[DeviceConfig], pci: &Pci) -> Option<(Seat, Device)> {
+    fn find_seat(
+        &self,
+        configs: &[DeviceConfig],
+        place: PciPlace,
+        pci: &Pci,
+    ) -> Option<(Seat, RootSlot)> {
         if let [one] = configs
             && self.attacher.is_for_root_bus(one)
         {
-            let slot = pci.seats().claim(Owner::Assigned);
-            if let Some((slot, device)) = slot.and_then(|slot| Some((slot, Device::new(slot)?))) {
-                return Some((Seat::Low(slot), device));
+            if let Some(slot) = pci.seats().claim(Owner::Assigned, place) {
+                return Some((Seat::Low(slot), slot));
             }
             log::warn!(
                 "{}: no slot of bus 0 is free: it comes behind a root port",
@@ -288,7 +304,7 @@ impl Passthrough {
             );
         }
         let lives_by_io = configs.iter().any(HostIdentity::may_live_by_io);
-        let (port, slot) = pci.empty_port(&self.taken(), lives_by_io)?;
+        let (port, slot) = pci.empty_port(&self.taken(), lives_by_io, place)?;
         Some((Seat::Port(port), slot))
     }
 

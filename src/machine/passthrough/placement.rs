@@ -7,6 +7,7 @@
 //! every system, takes conventional functions behind a port. A mediated device, which is on no bus of the
 //! host's, is one as well.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use busway_host::resources_in;
@@ -108,13 +109,14 @@ pub(in crate::machine) fn behind_ports<'a>(
         .collect()
 }
 
-/// Which of the given sit on bus 0 by themselves: those that are to, and are the only function of their device, the first
-/// ones where there are fewer `slots`.
+/// Which of the given sit on bus 0 of a segment by themselves: those that are to, each with its segment, and are the only
+/// function of their device, the first ones where a segment has fewer `slots`.
 pub(super) fn on_root_bus<'a>(
-    given: impl IntoIterator<Item = (&'a HostIdentity, bool)>,
-    slots: usize,
+    given: impl IntoIterator<Item = (&'a HostIdentity, Option<u16>)>,
+    slots: impl Fn(u16) -> usize,
 ) -> Vec<bool> {
     let (hosts, wanted): (Vec<_>, Vec<_>) = given.into_iter().unzip();
+    let mut counts = BTreeMap::<u16, usize>::new();
     let mut on_root_bus = vec![false; wanted.len()];
     let alone = behind_ports(hosts)
         .into_iter()
@@ -122,9 +124,15 @@ pub(super) fn on_root_bus<'a>(
             [one] => Some(one.index),
             _ => None,
         });
-    let wanted = alone.filter(|index| wanted.get(*index) == Some(&true));
-    for index in wanted.take(slots) {
-        if let Some(one) = on_root_bus.get_mut(index) {
+    for index in alone {
+        let Some(segment) = wanted.get(index).copied().flatten() else {
+            continue;
+        };
+        let count = counts.entry(segment).or_default();
+        if *count < slots(segment)
+            && let Some(one) = on_root_bus.get_mut(index)
+        {
+            *count += 1;
             *one = true;
         }
     }
@@ -194,13 +202,20 @@ mod tests {
     #[test]
     fn single_functions_that_are_to_sit_on_bus_0_do_as_long_as_there_are_slots() {
         let given = ["01:00.1", "02:00.0", "01:00.0", "03:00.0", "04:00.0"].map(host);
-        let wanted = [true, true, true, false, true];
-        let on = |slots| on_root_bus(given.iter().zip(wanted), slots);
+        let wanted = [Some(0), Some(0), Some(0), None, Some(0)];
+        let on = |slots| on_root_bus(given.iter().zip(wanted), |_| slots);
         assert_eq!(on(15), [false, true, false, false, true]);
         assert_eq!(on(1), [false, true, false, false, false]);
         assert_eq!(on(0), [false; 5]);
         let alone = [host("01:00.1")];
-        assert_eq!(on_root_bus([(&alone[0], true)], 1), [true]);
+        assert_eq!(on_root_bus([(&alone[0], Some(0))], |_| 1), [true]);
+        // Each segment has slots of its own.
+        let wanted = [0, 1, 0, 1, 1].map(Some);
+        let given = ["01:00.0", "02:00.0", "03:00.0", "04:00.0", "05:00.0"].map(host);
+        assert_eq!(
+            on_root_bus(given.iter().zip(wanted), |segment| 1 + usize::from(segment)),
+            [true, true, false, true, false]
+        );
     }
 
     proptest! {

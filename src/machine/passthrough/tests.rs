@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread::JoinHandle;
 
 use busway_iommu::IommufdMode;
-use busway_pci::{Bdf, InterruptLevel, Reserve, Windows};
+use busway_pci::{Bdf, Device, InterruptLevel, Reserve, Segment, Windows};
 
 use super::fake::{FakeHost, FaultyWires, LARGE};
 use super::*;
@@ -19,6 +19,7 @@ use crate::devices::pci_hotplug::{
     ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, PciHotplug, WANTED,
 };
 use crate::kvm::{BusDevice, Buses};
+use crate::machine::address_plan::SegmentAddresses;
 use crate::machine::events::Event;
 use crate::machine::handed::Files;
 use crate::machine::removal::Removal;
@@ -83,6 +84,12 @@ type Asking = JoinHandle<Result<Answer, RequestError>>;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// The first slot for devices on bus 0 of segment 0.
+const FIRST_SLOT: RootSlot = RootSlot {
+    segment: Segment(0),
+    device: Device::new(1).unwrap(),
+};
+
 impl Machine {
     /// Nothing, said on standard error, where there is no KVM. Each slot has room for BARs of `room` bytes.
     fn new(room: u64) -> Option<Self> {
@@ -127,7 +134,10 @@ impl Machine {
         let lines = router.shared_lines();
         let buses = Buses::default();
         let mut pci = Pci::new(
-            windows,
+            vec![SegmentAddresses {
+                windows,
+                ecam: layout::ECAM_START..layout::ECAM_START + layout::ECAM_SIZE,
+            }],
             &buses,
             memory.clone(),
             vm.doorbells(),
@@ -141,7 +151,7 @@ impl Machine {
             memory64: 1 << 20,
         };
         let (routes, slots) = (Arc::new(router.clone()), events.clone());
-        pci.add_empty_ports(2, reserve, &(routes as _), &(slots as _))
+        pci.add_empty_ports(0, 2, reserve, &(routes as _), &(slots as _))
             .unwrap();
         let host = FakeHost::new();
         let wires = Arc::new(FaultyWires {
@@ -158,7 +168,9 @@ impl Machine {
             passthrough.attach_first(opened, &mut pci).unwrap();
         }
         pci.assign().unwrap();
-        let registers = pci.seats().open(pci.free_slots(), Arc::new(Line), &events);
+        let segment = Segment(0);
+        let free = pci.free_slots(segment);
+        let registers = pci.seats().open(segment, free, Arc::new(Line), &events);
         let requests = Requests::new().unwrap();
         Some(Self {
             passthrough,
@@ -526,6 +538,40 @@ fn devices_that_a_guest_starts_with_sit_where_they_were_planned_and_leave_from_t
 }
 
 #[test]
+fn a_place_that_there_is_not_or_that_is_taken_is_refused_with_what_helps() {
+    let Some(mut machine) = Machine::with_root_bus(16 << 30) else {
+        return;
+    };
+    let at = |path, pci_segment, pci_device_id| DeviceConfig {
+        pci_segment,
+        pci_device_id,
+        ..DeviceConfig::new(path).unwrap()
+    };
+    for (segment, device, words) in [
+        (1, None, "num_pci_segments"),
+        (0, Some(0), "1 to 31"),
+        (0, Some(32), "1 to 31"),
+    ] {
+        let answer = machine.add_all(vec![at(FIRST, segment, device)]);
+        let why = answer.unwrap_err().to_string();
+        assert!(why.contains(words), "{why}");
+    }
+    // On bus 0, and behind the port of that number.
+    for (path, device, address) in [(FIRST, 7, "0000:00:07.0"), (SECOND, 16, "0000:01:00.0")] {
+        let mut one = at(path, 0, Some(device));
+        one.root_port = Some(device == 16);
+        let Ok(Answer::Added(added)) = machine.add_all(vec![one]) else {
+            panic!("not added");
+        };
+        assert_eq!(added.first.address, address);
+    }
+    let mut taken = at(THIRD, 0, Some(16));
+    taken.root_port = Some(true);
+    let why = machine.add_all(vec![taken]).unwrap_err().to_string();
+    assert!(why.contains("pci_device_id=16"), "{why}");
+}
+
+#[test]
 fn a_guest_that_refuses_a_device_on_bus_0_keeps_it_and_one_that_does_not_answer_can_lose_it() {
     let Some(mut machine) = Machine::with_root_bus(16 << 30) else {
         return;
@@ -534,13 +580,16 @@ fn a_guest_that_refuses_a_device_on_bus_0_keeps_it_and_one_that_does_not_answer_
     let asking = machine.remove("drive", false, false);
     machine.write(OUTCOME, 1 | 0x82 << 8 | u32::from(EJECT_REQUEST) << 16);
     let refused = Event::Refused {
-        slot: 1,
+        slot: FIRST_SLOT,
         status: 0x82,
     };
     let mut told = std::iter::from_fn(|| machine.events.take());
     assert!(told.any(|event| event == refused));
     let seats = machine.pci.seats();
-    machine.passthrough.attached.on_refused(1, 0x82, seats);
+    machine
+        .passthrough
+        .attached
+        .on_refused(FIRST_SLOT, 0x82, seats);
     let why = asking.join().unwrap().unwrap_err().to_string();
     assert!(why.contains("busy") && why.contains("--force"), "{why}");
     // It does not look at all, and then looks and does nothing.
@@ -625,7 +674,9 @@ fn several_functions_and_what_finds_no_slot_of_bus_0_come_behind_ports() {
     };
     assert!(!one.first.address.starts_with("0000:00:"), "{one:?}");
     machine.pull_out(SECOND);
-    while machine.pci.seats().claim(Owner::Virtio).is_some() {}
+    let anywhere = PciPlace::default();
+    let seats = machine.pci.seats();
+    while seats.claim(Owner::Virtio, anywhere).is_some() {}
     let Ok(Answer::Added(one)) = machine.add_all(vec![DeviceConfig::new(THIRD).unwrap()]) else {
         panic!("not added");
     };

@@ -1,20 +1,23 @@
 //! Where devices sit in a guest that runs, and how a device is told of and asked for there.
 //!
-//! A seat is the hot-plug slot of a root port, whose registers are PCIe's own, or one of the slots 1 to 15 of bus 0,
-//! of which ACPI tells (`devices::pci_hotplug`). Assigned devices have either, virtio devices those of bus 0, which
+//! A seat is the hot-plug slot of a root port, whose registers are PCIe's own, or one of the slots 1 to 15 of bus 0 of a
+//! segment, of which ACPI tells (`devices::pci_hotplug`), with registers for each segment. Assigned devices have either, virtio devices those of bus 0, which
 //! both choose from together. Whoever owns a device takes it out of its seat, the guest having released it or not.
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use busway_pci::{Bdf, Function, FunctionId, InterruptLevel, PciFunction, Topology};
+use busway_pci::{
+    Device, Function, FunctionId, InterruptLevel, PciFunction, RootSlot, Segment, Topology,
+};
 use busway_vfio::Placement;
 
 use super::events::Events;
+use crate::config::PciPlace;
 use crate::devices::pci_hotplug::{PciHotplug, SlotKeeper};
 
 /// The slots of bus 0 from 1 up to before this one are for devices; those from here on for root ports, as far as there are
@@ -30,8 +33,8 @@ pub(super) const STEADY_LIMIT: Duration = Duration::from_secs(12);
 pub(super) enum Seat {
     /// Behind this root port, in its slot. PCIe 6.0 §6.7
     Port(FunctionId),
-    /// This slot of bus 0.
-    Low(u8),
+    /// This slot of bus 0 of a segment.
+    Low(RootSlot),
 }
 
 impl Seat {
@@ -66,7 +69,8 @@ pub(super) enum Owner {
 pub(super) struct Seats {
     topology: Arc<Topology>,
     low: Arc<LowSlots>,
-    registers: OnceLock<Arc<PciHotplug>>,
+    /// By segment.
+    registers: Mutex<BTreeMap<Segment, Arc<PciHotplug>>>,
 }
 
 impl Seats {
@@ -79,45 +83,50 @@ impl Seats {
                 state: Mutex::default(),
             }),
             topology,
-            registers: OnceLock::new(),
+            registers: Mutex::default(),
         }
     }
 
-    /// Lets devices come to the slots of bus 0 that are `free` (bit n: slot n), and leave these and those that are
-    /// taken. Gives the registers, which belong on the bus, and interrupt by `line`.
+    /// Lets devices come to the slots of bus 0 of `segment` that are `free` (bit n: slot n), and leave these and those that
+    /// are taken. Gives the registers, which belong on the bus, and interrupt by `line`.
     pub(super) fn open(
         &self,
+        segment: Segment,
         free: u32,
         line: Arc<dyn InterruptLevel>,
         events: &Arc<Events>,
     ) -> Arc<PciHotplug> {
         let keeper = Arc::new(Keeper {
+            segment,
             low: self.low.clone(),
             events: events.clone(),
         });
-        let registers = self.registers.get_or_init(|| {
-            let registers = Arc::new(PciHotplug::new(line, keeper));
-            let mut state = self.low.state();
-            state.open = free;
-            let State { open, taken } = &mut *state;
-            for slot in taken.keys().copied().filter(|slot| *slot < LOW_SLOTS) {
-                *open |= bit(slot);
-                registers.prepare(slot);
-            }
-            drop(state);
-            registers
-        });
-        registers.clone()
+        let registers = Arc::new(PciHotplug::new(line, keeper));
+        let mut state = self.low.state();
+        let mut open = free;
+        let here = |slot: &&RootSlot| slot.segment == segment && slot.device.number() < LOW_SLOTS;
+        for slot in state.taken.keys().filter(here) {
+            open |= bit(slot.device);
+            registers.prepare(slot.device.number());
+        }
+        state.open.insert(segment, open);
+        drop(state);
+        lock(&self.registers).insert(segment, registers.clone());
+        registers
     }
 
-    /// Bit n: a device can come to slot n of bus 0, and leave it.
-    pub(super) fn open_slots(&self) -> u32 {
-        self.low.state().open
+    /// Bit n: a device can come to slot n of bus 0 of `segment`, and leave it.
+    pub(super) fn open_slots(&self, segment: Segment) -> u32 {
+        self.low.state().open(segment)
     }
 
-    /// How many slots of bus 0 a device could come to now.
+    /// How many slots of bus 0 a device could come to now, of all segments.
     pub(super) fn free_slots(&self) -> usize {
-        self.low.state().free().count_ones() as usize
+        let state = self.low.state();
+        let segments = state.open.keys();
+        segments
+            .map(|segment| state.free(*segment).count_ones() as usize)
+            .sum()
     }
 
     /// How many slots of bus 0 this owner's devices have, or are about to have.
@@ -127,10 +136,19 @@ impl Seats {
         slots.filter(|(other, _)| *other == owner).count()
     }
 
-    /// Keeps the first free slot of bus 0 for a device that is on its way.
-    pub(super) fn claim(&self, owner: Owner) -> Option<u8> {
+    /// Keeps a free slot of bus 0 for a device that is on its way: the one that is asked for, or the first.
+    pub(super) fn claim(&self, owner: Owner, place: PciPlace) -> Option<RootSlot> {
         let mut state = self.low.state();
-        let slot = Some(state.free().trailing_zeros() as u8).filter(|slot| *slot < 32)?;
+        let segment = place.segment();
+        let free = state.free(segment);
+        let device = match place.device() {
+            Some(device) => Some(device).filter(|device| free & bit(*device) != 0),
+            None => Device::new(free.trailing_zeros() as u8),
+        };
+        let slot = RootSlot {
+            segment,
+            device: device?,
+        };
         state.taken.insert(slot, (owner, Occupant::Coming));
         Some(slot)
     }
@@ -147,7 +165,7 @@ impl Seats {
     }
 
     /// The function is in `slot` of bus 0 from now on.
-    pub(super) fn take(&self, slot: u8, owner: Owner, function: FunctionId) {
+    pub(super) fn take(&self, slot: RootSlot, owner: Owner, function: FunctionId) {
         let mut state = self.low.state();
         state
             .taken
@@ -155,15 +173,15 @@ impl Seats {
     }
 
     /// Tells the guest of what has come into `slot` of bus 0.
-    pub(super) fn tell(&self, slot: u8) {
+    pub(super) fn tell(&self, slot: RootSlot) {
         if let Some(registers) = self.registers_of(slot) {
-            registers.plugged(slot);
+            registers.plugged(slot.device.number());
         }
     }
 
     /// The slots of bus 0 whose devices, `owner`'s, the guest has released since the last time. They answer no more,
     /// and are to be [taken out](Self::take_out).
-    pub(super) fn released(&self, owner: Owner) -> Vec<u8> {
+    pub(super) fn released(&self, owner: Owner) -> Vec<RootSlot> {
         let mut state = self.low.state();
         let mut slots = Vec::new();
         for (slot, (other, occupant)) in &mut state.taken {
@@ -221,7 +239,8 @@ impl Seats {
             }
             Seat::Low(slot) => {
                 let registers = self.registers_of(slot);
-                registers.map(|registers| registers.ask(slot)).is_some()
+                let number = slot.device.number();
+                registers.map(|registers| registers.ask(number)).is_some()
             }
         }
     }
@@ -233,7 +252,7 @@ impl Seats {
             Seat::Port(_) => false,
             Seat::Low(slot) => self
                 .registers_of(slot)
-                .is_none_or(|registers| registers.withdraw(slot)),
+                .is_none_or(|registers| registers.withdraw(slot.device.number())),
         }
     }
 
@@ -250,7 +269,7 @@ impl Seats {
         let registers = self.registers_of(slot);
         let (functions, left_behind) = self.low.take_out(slot, registers.is_some());
         if let Some(registers) = registers.filter(|_| left_behind) {
-            registers.ask(slot);
+            registers.ask(slot.device.number());
         }
         functions
     }
@@ -265,9 +284,9 @@ impl Seats {
             stays
         });
         drop(state);
-        if let Some(registers) = self.registers.get() {
-            for slot in absent {
-                registers.gone(slot);
+        for (segment, registers) in &*lock(&self.registers) {
+            for slot in absent.iter().filter(|slot| slot.segment == *segment) {
+                registers.gone(slot.device.number());
             }
             registers.reset();
         }
@@ -281,7 +300,7 @@ impl Seats {
                 let mut addresses = behind.filter_map(|id| self.topology.bdf(id));
                 addresses.find(|bdf| bdf.function == number)?
             }
-            Seat::Low(slot) => Bdf::new(0, slot, number.number())?,
+            Seat::Low(slot) => slot.bdf(number),
         };
         Some(bdf.to_string())
     }
@@ -297,9 +316,10 @@ impl Seats {
     }
 
     /// The registers, where they tell of this slot.
-    fn registers_of(&self, slot: u8) -> Option<&Arc<PciHotplug>> {
-        let registers = self.registers.get()?;
-        (self.open_slots() & bit(slot) != 0).then_some(registers)
+    fn registers_of(&self, slot: RootSlot) -> Option<Arc<PciHotplug>> {
+        let open = self.open_slots(slot.segment) & bit(slot.device) != 0;
+        let registers = lock(&self.registers).get(&slot.segment).cloned();
+        registers.filter(|_| open)
     }
 }
 
@@ -327,16 +347,20 @@ struct LowSlots {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Bit n: a device can come to slot n, and leave it.
-    open: u32,
-    taken: BTreeMap<u8, (Owner, Occupant)>,
+    /// By segment, bit n: a device can come to slot n, and leave it.
+    open: BTreeMap<Segment, u32>,
+    taken: BTreeMap<RootSlot, (Owner, Occupant)>,
 }
 
 impl State {
-    /// Bit n: slot n is open, and nothing is in it or on its way.
-    fn free(&self) -> u32 {
-        let taken = self.taken.keys();
-        taken.fold(self.open, |open, slot| open & !bit(*slot))
+    fn open(&self, segment: Segment) -> u32 {
+        self.open.get(&segment).copied().unwrap_or(0)
+    }
+
+    /// Bit n: slot n of the segment is open, and nothing is in it or on its way.
+    fn free(&self, segment: Segment) -> u32 {
+        let taken = self.taken.keys().filter(|slot| slot.segment == segment);
+        taken.fold(self.open(segment), |open, slot| open & !bit(slot.device))
     }
 }
 
@@ -360,7 +384,7 @@ enum Occupant {
 impl LowSlots {
     /// Takes out what is in `slot`. Whether the guest has not released it, where it can (`releases`): the slot stays
     /// taken then.
-    fn take_out(&self, slot: u8, releases: bool) -> (Vec<Arc<dyn PciFunction>>, bool) {
+    fn take_out(&self, slot: RootSlot, releases: bool) -> (Vec<Arc<dyn PciFunction>>, bool) {
         let _one = lock(&self.changing);
         let mut state = self.state();
         let Some((_, occupant)) = state.taken.get_mut(&slot) else {
@@ -387,7 +411,7 @@ impl LowSlots {
     }
 
     /// The guest has released what is in `slot`. Whether its owner is to hear of it.
-    fn release(&self, slot: u8) -> bool {
+    fn release(&self, slot: RootSlot) -> bool {
         let _one = lock(&self.changing);
         let mut state = self.state();
         let function = match state.taken.get(&slot) {
@@ -417,25 +441,36 @@ impl LowSlots {
 /// What hears the guest.
 #[derive(Debug)]
 struct Keeper {
+    segment: Segment,
     low: Arc<LowSlots>,
     events: Arc<Events>,
 }
 
 impl SlotKeeper for Keeper {
     fn eject(&self, slot: u8) {
-        if self.low.release(slot) {
+        let slot = self.slot(slot);
+        if slot.is_some_and(|slot| self.low.release(slot)) {
             self.events.ejected();
         }
     }
 
     fn refused(&self, slot: u8, status: u8) {
-        self.events.refused(slot, status);
+        if let Some(slot) = self.slot(slot) {
+            self.events.refused(slot, status);
+        }
+    }
+}
+
+impl Keeper {
+    fn slot(&self, number: u8) -> Option<RootSlot> {
+        let segment = self.segment;
+        Device::new(number).map(|device| RootSlot { segment, device })
     }
 }
 
 /// The bit of a slot of bus 0.
-fn bit(slot: u8) -> u32 {
-    1_u32.checked_shl(slot.into()).unwrap_or(0)
+const fn bit(device: Device) -> u32 {
+    1 << device.number()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -14,7 +14,7 @@ use crate::kvm::BusDevice;
 struct Nothing;
 
 impl BarMapper for Nothing {
-    fn map(&self, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
+    fn map(&self, _: Segment, _: &Arc<dyn PciFunction>, _: &BarRegion) -> io::Result<()> {
         Ok(())
     }
 
@@ -27,6 +27,23 @@ struct Line;
 
 impl InterruptLevel for Line {
     fn set(&self, _asserted: bool) {}
+}
+
+const ANYWHERE: PciPlace = PciPlace {
+    segment: 0,
+    device: None,
+};
+
+/// A slot of bus 0 of segment 0.
+fn root(slot: u8) -> RootSlot {
+    RootSlot {
+        segment: Segment(0),
+        device: Device::new(slot).unwrap(),
+    }
+}
+
+fn low(slot: u8) -> Seat {
+    Seat::Low(root(slot))
 }
 
 struct Bus {
@@ -42,7 +59,7 @@ impl Bus {
         let topology = Arc::new(Topology::new(Arc::new(Nothing)));
         let seats = Seats::new(topology.clone());
         let events = Events::new().unwrap();
-        let registers = seats.open(free, Arc::new(Line), &events);
+        let registers = seats.open(Segment(0), free, Arc::new(Line), &events);
         Self {
             topology,
             seats,
@@ -52,7 +69,11 @@ impl Bus {
     }
 
     fn plug(&self, slot: u8, owner: Owner) {
-        let place = Place::root(Device::new(slot).unwrap());
+        self.plug_at(root(slot), owner);
+    }
+
+    fn plug_at(&self, slot: RootSlot, owner: Owner) {
+        let place = Place::root(slot.device).in_segment(slot.segment);
         let function = Arc::new(HostBridge::new());
         let id = self.topology.add(place, function).unwrap();
         self.seats.take(slot, owner, id);
@@ -74,14 +95,14 @@ impl Bus {
 fn a_device_that_the_guest_releases_while_it_is_pulled_out_is_given_out_once() {
     let bus = Bus::new(0b1110);
     for round in 0..200 {
-        let slot = bus.seats.claim(Owner::Assigned).unwrap();
-        assert_eq!(slot, 1, "round {round}: the slot is free again");
-        bus.plug(slot, Owner::Assigned);
+        let slot = bus.seats.claim(Owner::Assigned, ANYWHERE).unwrap();
+        assert_eq!(slot, root(1), "round {round}: the slot is free again");
+        bus.plug_at(slot, Owner::Assigned);
         let both = Barrier::new(2);
         let functions = thread::scope(|scope| {
             scope.spawn(|| {
                 both.wait();
-                bus.eject(1 << slot);
+                bus.eject(1 << 1);
             });
             both.wait();
             bus.seats.take_out(Seat::Low(slot))
@@ -101,14 +122,14 @@ fn each_owner_hears_of_its_own_once_and_the_event_loop_is_woken() {
     bus.plug(2, Owner::Assigned);
     bus.eject(0b110);
     assert!(bus.events.take().is_some());
-    assert_eq!(bus.seats.released(Owner::Assigned), [2]);
+    assert_eq!(bus.seats.released(Owner::Assigned), [root(2)]);
     assert!(bus.seats.released(Owner::Assigned).is_empty());
-    assert_eq!(bus.seats.released(Owner::Virtio), [1]);
+    assert_eq!(bus.seats.released(Owner::Virtio), [root(1)]);
     // They are not free before they are taken out.
-    assert_eq!(bus.seats.claim(Owner::Virtio), Some(3));
-    assert_eq!(bus.seats.take_out(Seat::Low(2)).len(), 1);
-    assert_eq!(bus.seats.claim(Owner::Virtio), Some(2));
-    assert_eq!(bus.seats.claim(Owner::Virtio), None);
+    assert_eq!(bus.seats.claim(Owner::Virtio, ANYWHERE), Some(root(3)));
+    assert_eq!(bus.seats.take_out(low(2)).len(), 1);
+    assert_eq!(bus.seats.claim(Owner::Virtio, ANYWHERE), Some(root(2)));
+    assert_eq!(bus.seats.claim(Owner::Virtio, ANYWHERE), None);
     assert_eq!(bus.seats.clear().len(), 1, "the one that nobody took");
 }
 
@@ -118,10 +139,39 @@ fn a_slot_that_the_guest_is_not_told_of_is_free_when_its_device_is_taken_out() {
     let seats = Seats::new(topology.clone());
     let place = Place::root(Device::new(1).unwrap());
     let id = topology.add(place, Arc::new(HostBridge::new())).unwrap();
-    seats.take(1, Owner::Assigned, id);
-    assert!(!seats.attended(Seat::Low(1)) && !seats.ask(Seat::Low(1)));
-    assert_eq!(seats.take_out(Seat::Low(1)).len(), 1);
+    seats.take(root(1), Owner::Assigned, id);
+    assert!(!seats.attended(low(1)) && !seats.ask(low(1)));
+    assert_eq!(seats.take_out(low(1)).len(), 1);
     assert_eq!(seats.count(Owner::Assigned), 0);
+}
+
+#[test]
+fn each_segment_has_slots_and_registers_of_its_own_and_one_that_is_asked_for_is_that_one() {
+    let bus = Bus::new(0b1110);
+    let second = bus
+        .seats
+        .open(Segment(1), 0b110, Arc::new(Line), &bus.events);
+    assert_eq!(
+        [0, 1, 2].map(|segment| bus.seats.open_slots(Segment(segment))),
+        [0b1110, 0b110, 0]
+    );
+    let at = |segment, device| PciPlace { segment, device };
+    let slot = bus.seats.claim(Owner::Virtio, at(1, Some(2))).unwrap();
+    assert_eq!(slot.to_string(), "0001:00:02.0");
+    assert_eq!(bus.seats.claim(Owner::Virtio, at(1, Some(2))), None);
+    assert_eq!(bus.seats.claim(Owner::Virtio, at(1, Some(3))), None);
+    assert_eq!(bus.seats.claim(Owner::Virtio, at(2, None)), None);
+    bus.plug_at(slot, Owner::Virtio);
+    bus.plug(2, Owner::Virtio);
+    assert_eq!(second.slots().added, 1 << 2);
+    assert!(bus.seats.ask(Seat::Low(slot)));
+    assert_eq!((second.slots().wanted, bus.read(WANTED)), (1 << 2, 0));
+    // What is released in one segment is that one's.
+    second.write(EJECT, &(1_u32 << 2).to_le_bytes());
+    assert_eq!(bus.seats.released(Owner::Virtio), [slot]);
+    assert_eq!(bus.seats.take_out(Seat::Low(slot)).len(), 1);
+    assert_eq!((second.slots().present, bus.read(PRESENT)), (0, 1 << 2));
+    assert_eq!(bus.seats.free_slots(), 2 + 2);
 }
 
 #[derive(Clone, Debug)]
@@ -159,20 +209,20 @@ proptest! {
             match step {
                 Step::Come(owner, comes) => {
                     let taken: BTreeSet<_> = bus.seats.low.state().taken.keys().copied().collect();
-                    let slot = bus.seats.claim(owner);
+                    let slot = bus.seats.claim(owner, ANYWHERE);
                     prop_assert_eq!(slot.is_none(), taken.len() == 4);
                     let Some(slot) = slot else { continue };
-                    prop_assert!(!taken.contains(&slot) && (1..5).contains(&slot));
+                    prop_assert!(!taken.contains(&slot) && (1..5).contains(&slot.device.number()));
                     if comes {
-                        bus.plug(slot, owner);
+                        bus.plug_at(slot, owner);
                         came += 1;
                     } else {
                         bus.seats.give_up(Seat::Low(slot));
                     }
                 }
-                Step::TakeOut(slot) => given += bus.seats.take_out(Seat::Low(slot)).len(),
-                Step::Ask(slot) => drop(bus.seats.ask(Seat::Low(slot))),
-                Step::Withdraw(slot) => drop(bus.seats.withdraw(Seat::Low(slot))),
+                Step::TakeOut(slot) => given += bus.seats.take_out(low(slot)).len(),
+                Step::Ask(slot) => drop(bus.seats.ask(low(slot))),
+                Step::Withdraw(slot) => drop(bus.seats.withdraw(low(slot))),
                 Step::Eject(slots) => bus.eject(slots),
                 Step::Hear(owner) => drop(bus.seats.released(owner)),
                 Step::Restart => bus.seats.restart(),
@@ -181,10 +231,10 @@ proptest! {
             let state = bus.seats.low.state();
             for slot in 1..5 {
                 let there = matches!(
-                    state.taken.get(&slot),
+                    state.taken.get(&root(slot)),
                     Some((_, Occupant::Function(_) | Occupant::Absent))
                 );
-                prop_assert_eq!(bus.registers.slots().present & bit(slot) != 0, there);
+                prop_assert_eq!(bus.registers.slots().present & 1 << slot != 0, there);
             }
         }
         prop_assert_eq!(came - given, bus.topology.functions().len() + bus.seats.clear().len());

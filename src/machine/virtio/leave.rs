@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use busway_pci::RootSlot;
+
 use super::{Entry, VirtioDevices, address};
 use crate::machine::handed::Files;
 use crate::machine::removal::{Removal, tell_of};
@@ -77,7 +79,7 @@ impl VirtioDevices {
     }
 
     /// The guest does not release what is in `slot`, by the status of `_OST`.
-    pub(in crate::machine) fn on_refused(&mut self, slot: u8, status: u8) {
+    pub(in crate::machine) fn on_refused(&mut self, slot: RootSlot, status: u8) {
         self.give_up_on(slot, &refusal(status));
     }
 
@@ -109,7 +111,7 @@ impl VirtioDevices {
     }
 
     /// The guest does not release what is in `slot`: it keeps the device, or its function alone.
-    fn give_up_on(&mut self, slot: u8, why: &str) {
+    fn give_up_on(&mut self, slot: RootSlot, why: &str) {
         let in_slot = |entry: &&mut Entry| entry.slot == slot;
         let Some(entry) = self.entries.iter_mut().find(in_slot) else {
             return;
@@ -156,7 +158,7 @@ impl VirtioDevices {
 
     /// Takes a device out of its slot, where the guest has not released it, and closes it, without waiting for
     /// that.
-    fn release(&mut self, slot: u8, how: &str) {
+    fn release(&mut self, slot: RootSlot, how: &str) {
         let Some(at) = self.entries.iter().position(|entry| entry.slot == slot) else {
             return;
         };

@@ -10,13 +10,15 @@
 
 mod leave;
 #[cfg(test)]
+mod place_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use busway_pci::{Bdf, InterruptRoutes};
+use busway_pci::{Function, InterruptRoutes, RootSlot};
 use vm_memory::GuestAddressSpace;
 
 use super::RunError;
@@ -29,7 +31,7 @@ use super::pci::Pci;
 use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use super::seats::{Owner, Seat, Seats};
-use crate::config::{BalloonConfig, DiskConfig, VirtioConfig, VmConfig};
+use crate::config::{BalloonConfig, DiskConfig, PciPlace, VirtioConfig, VmConfig};
 use crate::memory::{Ballooned, Discards, GuestRam, Pluggable, RamMap, Slots};
 use crate::virtio::balloon::{Balloon, BalloonTarget};
 use crate::virtio::blk::Blk;
@@ -61,6 +63,8 @@ pub(super) struct VirtioDevices {
     events: Arc<Events>,
     balloon: Option<BalloonTarget>,
     memory: Option<MemTarget>,
+    /// How many PCI segments the machine has.
+    segments: u16,
 }
 
 /// A device that the guest has.
@@ -70,7 +74,7 @@ struct Entry {
     config: VirtioConfig,
     /// What was handed over for it.
     files: Files,
-    slot: u8,
+    slot: RootSlot,
     function: Weak<VirtioPci>,
     sight: Sight,
     /// Somebody wants it removed.
@@ -85,13 +89,13 @@ struct Coming {
     name: String,
     config: VirtioConfig,
     files: Files,
-    slot: u8,
+    slot: RootSlot,
 }
 
 /// A device that was made for a slot, or why it was not.
 #[derive(Debug)]
 struct Come {
-    slot: u8,
+    slot: RootSlot,
     outcome: Result<Made, RunError>,
     asker: Asker,
 }
@@ -189,6 +193,7 @@ impl VirtioDevices {
             events: events.clone(),
             balloon: None,
             memory: None,
+            segments: 1,
         }
     }
 
@@ -203,6 +208,7 @@ impl VirtioDevices {
         files: &BTreeMap<String, Files>,
         pci: &mut Pci,
     ) -> Result<(), RunError> {
+        self.segments = config.platform.segments();
         let given: Vec<_> = config
             .virtio()
             .filter_map(|(_, device)| device.id().map(str::to_owned))
@@ -213,9 +219,9 @@ impl VirtioDevices {
             let name = name_of(&device, index, free);
             let files = files.get(&name).cloned().unwrap_or_default();
             let (device, function) = self.maker.make(&name, &device, &files)?;
-            let (slot, id) = pci.add_virtio(&function)?;
-            self.enter(name, device, files, slot.number(), &function);
-            self.seats.take(slot.number(), Owner::Virtio, id);
+            let (slot, id) = pci.add_virtio(&function, device.place())?;
+            self.enter(name, device, files, slot, &function);
+            self.seats.take(slot, Owner::Virtio, id);
         }
         Ok(())
     }
@@ -238,10 +244,9 @@ impl VirtioDevices {
         pci: &mut Pci,
     ) -> Result<(), RunError> {
         let function = self.maker.function(device)?;
-        let (slot, _) = pci.add_virtio(&function)?;
+        let (slot, _) = pci.add_virtio(&function, PciPlace::default())?;
         let name = function.name().to_owned();
-        self.fixed
-            .push((name, address(slot.number()), function.sight()));
+        self.fixed.push((name, address(slot), function.sight()));
         Ok(())
     }
 
@@ -406,7 +411,7 @@ impl VirtioDevices {
         &self,
         config: &VirtioConfig,
         taken: impl Fn(&str) -> bool,
-    ) -> Result<(String, u8), RequestError> {
+    ) -> Result<(String, RootSlot), RequestError> {
         config.check().map_err(|error| {
             let word = config.word();
             RequestError::Failed(format!("{word}: {error}"))
@@ -439,14 +444,25 @@ impl VirtioDevices {
                 config.described(&name)
             )));
         }
-        match self.seats.claim(Owner::Virtio) {
+        let place = config.place();
+        let placed = place.check(self.segments);
+        placed.map_err(|error| {
+            RequestError::Invalid(format!("{}: {error}", config.described(&name)))
+        })?;
+        match self.seats.claim(Owner::Virtio, place) {
             Some(slot) => Ok((name, slot)),
-            None => Err(RequestError::Failed(self.no_slot())),
+            None => Err(RequestError::Failed(self.no_slot(place))),
         }
     }
 
     /// That there is no empty slot, and what helps.
-    fn no_slot(&self) -> String {
+    fn no_slot(&self, place: PciPlace) -> String {
+        if let Some(device) = place.device {
+            return format!(
+                "slot {device} of bus 0 is taken, or none that devices can come to (1 to 15): take another \
+                 pci_device_id, or leave it out"
+            );
+        }
         let mut names: Vec<_> = self.entries.iter().map(|one| one.name.clone()).collect();
         match self.seats.count(Owner::Assigned) {
             0 => {}
@@ -454,8 +470,12 @@ impl VirtioDevices {
             count => names.push(format!("{count} assigned devices")),
         }
         format!(
-            "each of the {} slots of bus 0 for devices is taken or about to be (it has {}): remove one",
-            self.seats.open_slots().count_ones(),
+            "each of the {} slots of bus 0{} for devices is taken or about to be (it has {}): remove one",
+            self.seats.open_slots(place.segment()).count_ones(),
+            match place.segment {
+                0 => String::new(),
+                segment => format!(" of PCI segment {segment}"),
+            },
             names.join(", ")
         )
     }
@@ -489,7 +509,7 @@ impl VirtioDevices {
         name: &str,
         config: VirtioConfig,
         files: Files,
-        slot: u8,
+        slot: RootSlot,
         function: Arc<VirtioPci>,
         pci: &mut Pci,
     ) -> Result<Answer, RunError> {
@@ -511,7 +531,7 @@ impl VirtioDevices {
         name: String,
         config: VirtioConfig,
         files: Files,
-        slot: u8,
+        slot: RootSlot,
         function: &Arc<VirtioPci>,
     ) {
         self.entries.push(Entry {
@@ -559,8 +579,8 @@ fn observed(id: String, kind: &'static str, address: String, sight: &Sight) -> D
 }
 
 /// The address in the guest of the function in a slot of bus 0.
-fn address(slot: u8) -> String {
-    Bdf::new(0, slot, 0).unwrap_or_default().to_string()
+fn address(slot: RootSlot) -> String {
+    slot.bdf(Function::default()).to_string()
 }
 
 /// The name that a device was given, or the first of its kind from `number` on that is free.

@@ -6,17 +6,18 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::arch::layout;
-use crate::config::{DiskConfig, FsConfig, NetConfig, RngConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, PlatformConfig, RngConfig};
 use crate::devices::pci_hotplug::{
     ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, PciHotplug, WANTED,
 };
 use crate::kvm::{BusDevice, Buses, Vm};
+use crate::machine::address_plan::SegmentAddresses;
 use crate::machine::removal::Removal;
 use crate::machine::requests::{Added, Control, Request, Requests};
 use crate::memory::{Area, Regions, Slots};
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{CountingRoutes, eventually, ram};
-use busway_pci::{Bdf, FunctionId, InterruptLevel, Windows};
+use busway_pci::{Bdf, Device, FunctionId, InterruptLevel, Segment, Windows};
 
 /// An interrupt line that leads nowhere.
 #[derive(Debug)]
@@ -27,14 +28,14 @@ impl InterruptLevel for Line {
 }
 
 /// A machine's virtio devices, a guest that is played by the test, and somebody who asks.
-struct Machine {
+pub(super) struct Machine {
     devices: VirtioDevices,
     registers: Arc<PciHotplug>,
-    pci: Pci,
+    pub(super) pci: Pci,
     events: Arc<Events>,
     requests: Requests,
     control: Control,
-    folder: TempDir,
+    pub(super) folder: TempDir,
     _vm: Vm,
 }
 
@@ -44,6 +45,11 @@ type Asking = JoinHandle<Result<Answer, RequestError>>;
 /// Nothing, said on standard error, where there is no KVM. The machine starts with the disk `root`, in slot 1, and has a
 /// source of randomness in slot 2, and a window above RAM of `room` bytes for BARs.
 fn machine(room: u64) -> Option<Machine> {
+    made(room, 1)
+}
+
+/// The same with one or two PCI segments.
+pub(super) fn made(room: u64, segments: u16) -> Option<Machine> {
     let vm = Vm::new()
         .inspect_err(|error| eprintln!("skipped: {error}"))
         .ok()?;
@@ -55,8 +61,17 @@ fn machine(room: u64) -> Option<Machine> {
     };
     let regions = Arc::new(Regions::default());
     let lines = vm.irq_router().ok()?.shared_lines();
+    let above = HIGH + room..HIGH + 2 * room;
+    let second = Windows {
+        io: 0..0,
+        memory32: Vec::new(),
+        memory64: vec![above],
+    };
+    let ecams = layout::ecams(&[0, 0]).unwrap();
+    let addresses = [windows, second].into_iter().zip(ecams);
+    let addresses = addresses.map(|(windows, ecam)| SegmentAddresses { windows, ecam });
     let mut pci = Pci::new(
-        windows,
+        addresses.take(segments.into()).collect(),
         &Buses::default(),
         regions,
         vm.doorbells(),
@@ -73,6 +88,10 @@ fn machine(room: u64) -> Option<Machine> {
     let folder = tempfile::tempdir().unwrap();
     let config = VmConfig {
         disk: vec![disk(&image(&folder, "root"), Some("root"))],
+        platform: PlatformConfig {
+            num_pci_segments: Some(segments),
+            ..PlatformConfig::default()
+        },
         ..VmConfig::default()
     };
     devices
@@ -80,7 +99,13 @@ fn machine(room: u64) -> Option<Machine> {
         .unwrap();
     let rng = Rng::new("rng", &RngConfig::default()).unwrap();
     devices.add_fixed(Box::new(rng), &mut pci).unwrap();
-    let registers = pci.seats().open(pci.free_slots(), Arc::new(Line), &events);
+    let segment = Segment(0);
+    let free = pci.free_slots(segment);
+    let registers = pci.seats().open(segment, free, Arc::new(Line), &events);
+    for segment in pci.segments().skip(1) {
+        let free = pci.free_slots(segment);
+        let _registers = pci.seats().open(segment, free, Arc::new(Line), &events);
+    }
     pci.assign().unwrap();
     let requests = Requests::new().unwrap();
     Some(Machine {
@@ -101,13 +126,13 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// Where the window for 64-bit BARs begins.
 const HIGH: u64 = 64 << 30;
 
-fn image(folder: &TempDir, name: &str) -> PathBuf {
+pub(super) fn image(folder: &TempDir, name: &str) -> PathBuf {
     let path = folder.path().join(name);
     std::fs::write(&path, [0; 4096]).unwrap();
     path
 }
 
-fn disk(path: &std::path::Path, id: Option<&str>) -> DiskConfig {
+pub(super) fn disk(path: &std::path::Path, id: Option<&str>) -> DiskConfig {
     DiskConfig {
         id: id.map(str::to_owned),
         ..DiskConfig::new(path)
@@ -127,7 +152,7 @@ impl Machine {
     }
 
     /// Adds a device, and gives what was answered when it has come.
-    fn add(&mut self, config: VirtioConfig) -> Result<Answer, RequestError> {
+    pub(super) fn add(&mut self, config: VirtioConfig) -> Result<Answer, RequestError> {
         let (asker, asking) = self.asker();
         let taken = |id: &str| id == "nvme";
         self.devices.add(config, Files::default(), taken, asker);
@@ -207,6 +232,14 @@ impl Machine {
     }
 }
 
+/// A slot of bus 0 of segment 0.
+fn root_slot(slot: u8) -> RootSlot {
+    RootSlot {
+        segment: Segment(0),
+        device: Device::new(slot).unwrap(),
+    }
+}
+
 fn added(id: &str, slot: u8) -> Result<Answer, RequestError> {
     let address = format!("0000:00:{slot:02x}.0");
     Ok(Answer::Added(Added::one(id.to_owned(), address)))
@@ -219,7 +252,7 @@ fn failure(answer: Result<Answer, RequestError>) -> String {
     why
 }
 
-const DISK: u16 = 0x1042;
+pub(super) const DISK: u16 = 0x1042;
 const NOTHING: u16 = 0xffff;
 
 #[test]
@@ -228,7 +261,7 @@ fn a_device_comes_into_the_first_free_slot_and_leaves_nothing_when_the_guest_let
         return;
     };
     assert_eq!(
-        machine.pci.seats().open_slots(),
+        machine.pci.seats().open_slots(Segment(0)),
         0xfffa,
         "not the bridge's, nor the fixed one's"
     );
@@ -531,12 +564,12 @@ fn who_does_not_wait_is_answered_at_once_and_shown_a_vm_without_the_device() {
     // A guest that does not let go of it keeps it, and that is shown again.
     assert_eq!(machine.remove_at_once("more", false), Ok(Answer::Done));
     assert_eq!(machine.shown(), ["root"]);
-    machine.devices.on_refused(4, 0x82);
+    machine.devices.on_refused(root_slot(4), 0x82);
     assert_eq!(machine.shown(), ["root", "more"]);
     assert!(!machine.devices.is_leaving("more"));
     // By force it is gone at once, whatever the guest says.
     assert_eq!(machine.remove_at_once("more", true), Ok(Answer::Done));
-    machine.devices.on_refused(4, 0x82);
+    machine.devices.on_refused(root_slot(4), 0x82);
     eventually("it is closed", || machine.is_free("more"));
     assert_eq!(machine.shown(), ["root"]);
 }

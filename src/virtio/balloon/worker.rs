@@ -125,11 +125,12 @@ impl BalloonWorker {
         let (ballooned, stop) = (&self.ballooned, queue.stop());
         queue.drain(memory, |mut chain| {
             for (address, length) in runs(&mut chain.readable) {
-                let Ok(slice) = memory.get_slice(GuestAddress(address), length) else {
-                    // No RAM is there: the guest's mistake, which costs it nothing.
-                    continue;
-                };
-                complain(complaints, name, discards.discard(memory, &slice, true));
+                // Zones of RAM follow one another, and a run may go over from one to the next. Where no RAM is, it is the
+                // guest's mistake, which costs it nothing.
+                for slice in memory.get_slices(GuestAddress(address), length) {
+                    let Ok(slice) = slice else { break };
+                    complain(complaints, name, discards.discard(memory, &slice, true));
+                }
                 if let Some(ballooned) = ballooned {
                     ballooned.taken(&span(address, length), || !stop.load(Relaxed));
                 }

@@ -49,6 +49,7 @@ pub struct HostConfig {
     pub(crate) devices: Vec<Device>,
     pub(crate) native_hot_plug: bool,
     pub(crate) systemd: bool,
+    pub(crate) numa_nodes: u32,
 }
 
 impl HostConfig {
@@ -64,6 +65,7 @@ impl HostConfig {
             devices: Vec::new(),
             native_hot_plug: false,
             systemd: false,
+            numa_nodes: 0,
         }
     }
 
@@ -105,9 +107,17 @@ impl HostConfig {
         self
     }
 
-    /// Whether QEMU can save its state: that of AMD's IOMMU it cannot, and one that is to boot is none.
+    /// Splits its processors and its memory evenly into so many NUMA nodes, each with a PCI root bus of its own, where
+    /// [`Device::on_node`] has one device.
+    pub fn numa_nodes(mut self, nodes: u32) -> Self {
+        self.numa_nodes = nodes;
+        self
+    }
+
+    /// Whether QEMU can save its state: that of AMD's IOMMU it cannot, and one that is to boot is none. Nothing is plugged
+    /// later where a node has a bus of its own.
     pub(crate) fn can_be_saved(&self) -> bool {
-        self.iommu != Iommu::Amd && !self.systemd
+        self.iommu != Iommu::Amd && !self.systemd && self.numa_nodes == 0
     }
 
     /// Adds a device.

@@ -23,6 +23,9 @@ const SYSTEMD: &str = "lab.init=systemd systemd.unit=multi-user.target systemd.w
 /// The most that such a host writes, in MiB.
 const WRITTEN_MIB: u64 = 4096;
 
+/// How far the nodes of a host that has some are from each other.
+pub(crate) const NODE_DISTANCE: u8 = 24;
+
 /// How many root ports there are for the devices of the zoo. They are `port1` and so on. With those of the folders they
 /// are 14, for as many as the firmware finds windows of I/O ports.
 const PORTS: usize = 11;
@@ -118,7 +121,42 @@ pub(crate) fn arguments(
         }
         add(&["-device", &option]);
     }
+    arguments.extend(nodes(config));
     Ok(arguments)
+}
+
+/// The host's NUMA nodes: processors, memory, and a PCI root bus with a root port. The buses are numbered from 64 on, 32
+/// apart, past those of the first root bus.
+fn nodes(config: &HostConfig) -> Vec<String> {
+    let mut words = Vec::new();
+    let count = config.numa_nodes;
+    for node in 0..count {
+        let size = config.memory_mib / u64::from(count);
+        let (first, last) = (
+            config.cpus * node / count,
+            config.cpus * (node + 1) / count - 1,
+        );
+        let (bus, port) = (64 + 32 * node, 100 + node);
+        for word in [
+            "-object",
+            &format!("memory-backend-ram,id=node{node}-memory,size={size}M"),
+            "-numa",
+            &format!("node,nodeid={node},memdev=node{node}-memory,cpus={first}-{last}"),
+            "-device",
+            &format!("pxb-pcie,id=node{node}-bus,bus=pcie.0,bus_nr={bus},numa_node={node}"),
+            "-device",
+            &format!(
+                "pcie-root-port,id=node{node}-port,bus=node{node}-bus,slot={port},chassis={port},x-speed=5,io-reserve=0"
+            ),
+        ] {
+            words.push(word.to_owned());
+        }
+    }
+    for (first, second) in (0..count).flat_map(|a| (a + 1..count).map(move |b| (a, b))) {
+        words.push("-numa".to_owned());
+        words.push(format!("dist,src={first},dst={second},val={NODE_DISTANCE}"));
+    }
+    words
 }
 
 /// The disk of a host that boots by systemd, for what it writes: a file in `scratch`, which grows as it is written.

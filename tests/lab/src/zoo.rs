@@ -12,6 +12,8 @@ pub struct Device {
     pub kind: Kind,
     /// The device, by its id, whose further function it is: behind the same root port, in the same group.
     pub beside: Option<String>,
+    /// The host's NUMA node whose root bus it is on; the first root bus, which is of none, where absent.
+    pub node: Option<u32>,
 }
 
 /// What a device is, and what is particular to it.
@@ -65,7 +67,14 @@ impl Device {
             id: id.to_owned(),
             kind,
             beside: None,
+            node: None,
         }
+    }
+
+    /// Puts it on the root bus of one of the host's NUMA nodes, which has room for one device.
+    pub fn on_node(mut self, node: u32) -> Self {
+        self.node = Some(node);
+        self
     }
 
     /// Makes it a further function of another device, named by its id, which has to come before it.
@@ -317,7 +326,7 @@ fn places(devices: &[Device]) -> impl Iterator<Item = (Option<usize>, &Device)> 
     let mut last = 1;
     let first = devices.iter().filter(|device| device.beside.is_none());
     first.map(move |device| {
-        if device.is_conventional() {
+        if device.is_conventional() || device.node.is_some() {
             return (None, device);
         }
         last += 1;
@@ -343,7 +352,11 @@ pub(crate) fn plans(devices: &[Device], scratch: &Path) -> [Plan; 2] {
     let bridge = "pcie-pci-bridge,id=conventional,bus=port1".to_owned();
     fixed.devices.push(bridge);
     for (port, device) in places(devices) {
-        let bus = port.map_or_else(|| "conventional".to_owned(), |port| format!("port{port}"));
+        let bus = match (device.node, port) {
+            (Some(node), _) => format!("node{node}-port"),
+            (None, Some(port)) => format!("port{port}"),
+            (None, None) => "conventional".to_owned(),
+        };
         let plan = if device.is_fixed() {
             &mut fixed
         } else {
@@ -386,6 +399,15 @@ mod tests {
             devices.filter(|each| each.ends_with(end)).count()
         };
         assert_eq!((ending("bus=conventional"), ending("bus=port2")), (2, 1));
+    }
+
+    #[test]
+    fn a_device_of_a_node_is_on_that_nodes_bus_and_takes_no_other_port() {
+        let zoo = [Device::nvme("a", 8).on_node(1), Device::nvme("b", 8)];
+        let [_, plugged] = plans(&zoo, Path::new("/tmp"));
+        for (device, end) in plugged.devices.iter().zip(["bus=node1-port", "bus=port2"]) {
+            assert!(device.ends_with(end), "{device}");
+        }
     }
 
     #[test]

@@ -71,7 +71,8 @@ pub(crate) fn raw_name(path: &Path) -> Option<OsString> {
     Some(OsString::from_vec(bytes))
 }
 
-fn page(path: &Path) -> Option<Vec<u8>> {
+/// The first page of an attribute of sysfs, as its bytes are.
+pub(crate) fn page(path: &Path) -> Option<Vec<u8>> {
     let mut page = [0; 4096];
     let mut file = File::open(path).ok()?;
     let length = loop {

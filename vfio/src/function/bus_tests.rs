@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use busway_pci::pace::StoppedClock;
 use busway_pci::{
     BarMapper, BarPart, BarRegion, Bdf, Device, FunctionId, Link, PciFunction, Place, RootPort,
-    Topology, Windows, spec,
+    Segment, Topology, Windows, spec,
 };
 
 use super::tests::nvme;
@@ -22,7 +22,12 @@ use crate::{
 struct Mapper(Mutex<Vec<u64>>);
 
 impl BarMapper for Mapper {
-    fn map(&self, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()> {
+    fn map(
+        &self,
+        _: Segment,
+        function: &Arc<dyn PciFunction>,
+        region: &BarRegion,
+    ) -> io::Result<()> {
         for part in function.parts(region.index) {
             if let BarPart::Memory { offset, size, .. } = part {
                 function.dma_buf(region.index, offset, size).unwrap()?;
@@ -119,7 +124,7 @@ impl Vm {
             memory32: vec![memory32],
             memory64: vec![memory64],
         };
-        self.topology.assign(&windows).unwrap();
+        self.topology.assign(Segment(0), &windows).unwrap();
         (0..2).for_each(|which| self.decode(which));
     }
 

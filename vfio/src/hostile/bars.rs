@@ -32,7 +32,12 @@ fn overlap(one: &BarRegion, other: &BarRegion) -> bool {
 }
 
 impl BarMapper for Machine {
-    fn map(&self, function: &Arc<dyn PciFunction>, region: &BarRegion) -> io::Result<()> {
+    fn map(
+        &self,
+        _: Segment,
+        function: &Arc<dyn PciFunction>,
+        region: &BarRegion,
+    ) -> io::Result<()> {
         let mut mapped = self.mapped.lock().unwrap();
         let own = |(other, known): &&(usize, BarRegion)| {
             *other == key(function) && known.index == region.index
@@ -157,11 +162,14 @@ pub fn bars(bytes: &[u8]) {
     if story.byte() & 1 == 0 {
         // As firmware does it; where there is no room, the guest begins with nothing.
         let (memory32, memory64) = (0xc000_0000..0xe000_0000, 1 << 36..1 << 40);
-        let _ = topology.assign(&Windows {
-            io: 0xc000..0x1_0000,
-            memory32: vec![memory32],
-            memory64: vec![memory64],
-        });
+        let _ = topology.assign(
+            Segment(0),
+            &Windows {
+                io: 0xc000..0x1_0000,
+                memory32: vec![memory32],
+                memory64: vec![memory64],
+            },
+        );
         cast.check();
     }
     while !story.is_over() {

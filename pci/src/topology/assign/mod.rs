@@ -7,7 +7,8 @@
 
 use super::Topology;
 use super::room::{Behind, Needs, Request, What, find_room, place, places};
-use super::tree::{FunctionId, Tree};
+use super::tree::{FunctionId, Node, Parent, Tree};
+use crate::address::Segment;
 use crate::bar::{BarIndex, BarKind};
 use crate::function::{HotPlug, PciFunction};
 use crate::spec;
@@ -38,17 +39,18 @@ pub enum AssignError {
 }
 
 impl Topology {
-    /// Numbers the buses and gives every BAR an address, as firmware does. No vCPU may run.
+    /// Numbers the buses of a segment and gives every BAR in it an address within `windows`, as firmware does. No vCPU
+    /// may run.
     ///
     /// I/O BARs for which no ports are left stay at 0, with a warning, as few devices need theirs:
     /// behind bridges each takes 4 KiB of 64.
     ///
     /// # Errors
     /// [`AssignError`], naming the BAR that found no room.
-    pub fn assign(&self, windows: &Windows) -> Result<(), AssignError> {
+    pub fn assign(&self, segment: Segment, windows: &Windows) -> Result<(), AssignError> {
         let mut mappings = self.mappings();
         let tree = self.snapshot();
-        let outcome = assign(&tree, windows);
+        let outcome = assign(&tree, segment, windows);
         let ids: Vec<_> = tree.nodes().iter().map(|node| node.id).collect();
         self.remap(&mut mappings, &ids);
         outcome
@@ -56,17 +58,19 @@ impl Topology {
 }
 
 impl Topology {
-    /// Whether all would find room if `function` were on bus 0, too, as addresses are assigned at a start.
+    /// Whether all of a segment would find room if `function` were on its bus 0, too, as addresses are assigned at a
+    /// start.
     ///
     /// # Errors
     /// [`AssignError::NoRoom`]
     pub fn has_room(
         &self,
+        segment: Segment,
         windows: &Windows,
         function: &dyn PciFunction,
     ) -> Result<(), AssignError> {
         let tree = self.snapshot();
-        let mut all = needs(&tree, None, &Some);
+        let mut all = needs(&tree, Parent::Root(segment), &Some);
         all.push(Needs {
             function: None,
             bars: function.bar_sizes(),
@@ -92,19 +96,20 @@ impl Topology {
     }
 }
 
-fn assign(tree: &Tree, windows: &Windows) -> Result<(), AssignError> {
-    let bridges = || {
-        tree.nodes()
-            .iter()
-            .filter(|node| node.pci.bridge().is_some())
+fn assign(tree: &Tree, segment: Segment, windows: &Windows) -> Result<(), AssignError> {
+    let nodes = || {
+        let inside = |node: &&Node| tree.segment(node.id) == Some(segment);
+        tree.nodes().iter().filter(inside)
     };
+    let bridges = || nodes().filter(|node| node.pci.bridge().is_some());
     let decode = spec::COMMAND_IO | spec::COMMAND_MEMORY;
-    for node in tree.nodes() {
+    for node in nodes() {
         let command = read16(&*node.pci, spec::COMMAND);
         write16(&*node.pci, spec::COMMAND, command & !decode);
     }
-    number_buses(tree, None, 0, &mut 1)?;
-    let needs = needs(tree, None, &|id| id);
+    let root = Parent::Root(segment);
+    number_buses(tree, root, 0, &mut 1)?;
+    let needs = needs(tree, root, &|id| id);
     for window in [WindowKind::Io, WindowKind::Memory32, WindowKind::Memory64] {
         for node in bridges() {
             close_window(&*node.pci, window);
@@ -120,19 +125,14 @@ fn assign(tree: &Tree, windows: &Windows) -> Result<(), AssignError> {
 }
 
 /// Numbers the buses behind the bridges of one bus, depth first, from `next` on.
-fn number_buses(
-    tree: &Tree,
-    bus: Option<FunctionId>,
-    number: u8,
-    next: &mut u16,
-) -> Result<(), AssignError> {
+fn number_buses(tree: &Tree, bus: Parent, number: u8, next: &mut u16) -> Result<(), AssignError> {
     for node in tree
         .children(bus)
         .filter(|node| node.pci.bridge().is_some())
     {
         let secondary = u8::try_from(*next).map_err(|_| AssignError::TooManyBuses)?;
         *next += 1;
-        number_buses(tree, Some(node.id), secondary, next)?;
+        number_buses(tree, Parent::Bridge(node.id), secondary, next)?;
         let subordinate = (*next - 1) as u8;
         node.pci.config_write(spec::PRIMARY_BUS, &[number]);
         node.pci.config_write(spec::SECONDARY_BUS, &[secondary]);
@@ -144,11 +144,7 @@ fn number_buses(
 /// What the functions of one bus need, with all that is behind them.
 ///
 /// `call` is what a function is called in them.
-fn needs<F>(
-    tree: &Tree,
-    bus: Option<FunctionId>,
-    call: &impl Fn(FunctionId) -> F,
-) -> Vec<Needs<F>> {
+fn needs<F>(tree: &Tree, bus: Parent, call: &impl Fn(FunctionId) -> F) -> Vec<Needs<F>> {
     tree.children(bus)
         .map(|node| Needs {
             function: call(node.id),
@@ -157,7 +153,7 @@ fn needs<F>(
                 reserve: bridge
                     .hot_plug()
                     .map_or(Reserve::default(), HotPlug::reserve),
-                functions: needs(tree, Some(node.id), call),
+                functions: needs(tree, Parent::Bridge(node.id), call),
             }),
         })
         .collect()

@@ -54,7 +54,7 @@ fn each_bar_lies_in_the_window_for_its_kind() {
     ]]);
     let beside = FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_64, 0x8000)]);
     topology.add(Place::root(device(9)), beside).unwrap();
-    topology.assign(&windows()).unwrap();
+    topology.assign(Segment(0), &windows()).unwrap();
     assert_eq!(
         addresses(&topology),
         [
@@ -80,7 +80,7 @@ fn each_bar_lies_in_the_window_for_its_kind() {
 #[test]
 fn windows_of_ports_with_nothing_in_them_are_closed() {
     let (_, topology) = behind_ports(&[&[], &[(BarIndex::Bar(0), MEMORY_32, 0x1000)]]);
-    topology.assign(&windows()).unwrap();
+    topology.assign(Segment(0), &windows()).unwrap();
     let register = |offset| read32(&topology, bdf("00:01.0"), offset);
     assert_eq!(register(spec::IO_BASE) & 0xffff, 0x00f0);
     assert_eq!(register(spec::MEMORY_BASE), 0x0000_fff0);
@@ -97,14 +97,14 @@ fn buses_behind_buses_nest() {
     let (_, topology) = behind_ports(&[&[]]);
     let (upper, _) = topology.functions()[0];
     let place = Place {
-        bridge: Some(upper),
+        parent: Parent::Bridge(upper),
         device: device(3),
         function: crate::Function::default(),
     };
     let lower = topology.add(place, port(9)).unwrap();
     let leaf = FakeFunction::new(&[(BarIndex::Bar(0), MEMORY_32, 1 << 21)]);
     let leaf = topology.add(Place::behind(lower), leaf).unwrap();
-    topology.assign(&windows()).unwrap();
+    topology.assign(Segment(0), &windows()).unwrap();
     assert_eq!(
         read32(&topology, bdf("00:01.0"), spec::PRIMARY_BUS),
         0x0002_0100
@@ -130,7 +130,10 @@ fn a_bar_without_room_is_named() {
         ],
     ]);
     assert_eq!(
-        topology.assign(&windows()).unwrap_err().to_string(),
+        topology
+            .assign(Segment(0), &windows())
+            .unwrap_err()
+            .to_string(),
         "a device: BAR 2 of 1073741824 bytes finds no room in the guest's memory below 4 GiB \
          beside the other devices: give the VM fewer devices"
     );
@@ -139,18 +142,22 @@ fn a_bar_without_room_is_named() {
 #[test]
 fn whether_one_more_would_find_room_is_what_assigning_with_it_says() {
     let (_, topology) = behind_ports(&[&[(BarIndex::Bar(0), PREFETCHABLE_64, 256 * GIB)]]);
-    topology.assign(&windows()).unwrap();
+    topology.assign(Segment(0), &windows()).unwrap();
     let before = addresses(&topology);
     // The window has 448 GiB, of which 64 lie before the first multiple of 128 that is free.
     for (size, fits) in [(64 * GIB, true), (128 * GIB, true), (256 * GIB, false)] {
         let one = FakeFunction::new(&[(BarIndex::Bar(2), MEMORY_64, size)]);
-        let found = topology.has_room(&windows(), &*one);
+        let found = topology.has_room(Segment(0), &windows(), &*one);
         assert_eq!(found.is_ok(), fits, "{size:#x}: {found:?}");
         assert_eq!(addresses(&topology), before, "nothing was touched");
         let id = topology.add(Place::root(device(9)), one).unwrap();
-        assert_eq!(topology.assign(&windows()).is_ok(), fits, "{size:#x}");
+        assert_eq!(
+            topology.assign(Segment(0), &windows()).is_ok(),
+            fits,
+            "{size:#x}"
+        );
         topology.remove(id);
-        topology.assign(&windows()).unwrap();
+        topology.assign(Segment(0), &windows()).unwrap();
     }
 }
 
@@ -158,7 +165,7 @@ fn whether_one_more_would_find_room_is_what_assigning_with_it_says() {
 fn the_largest_possible_bars_find_no_room_without_overflow() {
     let largest: &[_] = &[(BarIndex::Bar(0), PREFETCHABLE_64, 1 << 63)];
     let (_, topology) = behind_ports(&[largest, largest, largest]);
-    assert!(topology.assign(&windows()).is_err());
+    assert!(topology.assign(Segment(0), &windows()).is_err());
 }
 
 #[test]
@@ -168,7 +175,7 @@ fn io_bars_beyond_the_ports_there_are_stay_unassigned() {
         (BarIndex::Bar(1), BarKind::Io, 0x20),
     ];
     let (_, topology) = behind_ports(&[io; 6]);
-    topology.assign(&windows()).unwrap();
+    topology.assign(Segment(0), &windows()).unwrap();
     let addresses = addresses(&topology);
     let ports: Vec<_> = addresses.iter().skip(1).step_by(2).collect();
     let ports: Vec<_> = ports.into_iter().map(|(_, address)| *address).collect();
@@ -181,10 +188,10 @@ fn assigning_again_after_a_reset_gives_the_same() {
         (BarIndex::Bar(0), MEMORY_32, 0x1000),
         (BarIndex::Bar(2), PREFETCHABLE_64, GIB),
     ]]);
-    topology.assign(&windows()).unwrap();
+    topology.assign(Segment(0), &windows()).unwrap();
     let before = addresses(&topology);
     topology.reset();
-    topology.assign(&windows()).unwrap();
+    topology.assign(Segment(0), &windows()).unwrap();
     assert_eq!(addresses(&topology), before);
 }
 
@@ -207,7 +214,7 @@ fn a_hot_plug_port_has_room_in_its_memory_windows_and_none_of_the_few_ports() {
             .add(Place::root(device(number as u8)), Arc::new(port))
             .unwrap();
     }
-    topology.assign(&windows()).unwrap();
+    topology.assign(Segment(0), &windows()).unwrap();
     for number in 1..32 {
         let at = bdf(&format!("00:{number:02x}.0"));
         let window = |register| {
@@ -251,7 +258,7 @@ proptest! {
         for (number, bars) in (0x10..).zip(&beside) {
             topology.add(Place::root(device(number)), FakeFunction::new(bars)).unwrap();
         }
-        if topology.assign(&windows()).is_ok() {
+        if topology.assign(Segment(0), &windows()).is_ok() {
             let mut count = 0;
             for (id, function) in topology.functions() {
                 write16(&topology, topology.bdf(id).unwrap(), spec::COMMAND, 7);

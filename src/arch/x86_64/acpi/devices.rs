@@ -6,12 +6,12 @@ use crate::acpi::{in_system_bus, path};
 use crate::arch::{gsi, layout, power, rtc};
 use crate::devices::serial;
 
-/// The ports by which a PCI host bridge's configuration space is reached, and those that it passes on.
-pub(crate) fn host_bridge_ports() -> (IO, [AddressSpace<u16>; 2]) {
+/// The ports by which configuration space of the first PCI host bridge is reached, and those that it passes on, up to `last`.
+pub(crate) fn host_bridge_ports(last: u16) -> (IO, [AddressSpace<u16>; 2]) {
     let (first, size) = (power::CONFIG_PORTS, power::CONFIG_PORTS_SIZE);
     let configuration = IO::new(first, first, 1, size as u8);
     let below = AddressSpace::new_io(0_u16, first - 1, None);
-    let above = AddressSpace::new_io(first + size, 0xffff, None);
+    let above = AddressSpace::new_io(first + size, last, None);
     (configuration, [below, above])
 }
 

@@ -67,6 +67,17 @@ impl E820 {
         Self { regions }
     }
 
+    /// The same where `ranges`, in which there is no RAM, are reserved as well: configuration space of further PCI segments.
+    #[must_use]
+    pub fn reserving(mut self, ranges: impl IntoIterator<Item = Range<u64>>) -> Self {
+        let kind = E820Kind::Reserved;
+        let more = ranges.into_iter();
+        self.regions
+            .extend(more.map(|range| E820Region { range, kind }));
+        self.regions.sort_by_key(|region| region.range.start);
+        self
+    }
+
     /// The regions, ascending.
     #[must_use]
     pub fn regions(&self) -> &[E820Region] {

@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use busway_pci::RootSlot;
 use busway_vfio::is_silent;
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent};
 
@@ -102,7 +103,12 @@ impl Attached {
     }
 
     /// The guest does not release what is in a slot of bus 0, by the status of `_OST`.
-    pub(in crate::machine) fn on_refused(&mut self, slot: u8, status: u8, seats: &Arc<Seats>) {
+    pub(in crate::machine) fn on_refused(
+        &mut self,
+        slot: RootSlot,
+        status: u8,
+        seats: &Arc<Seats>,
+    ) {
         let seat = Seat::Low(slot);
         let mut devices = self.devices.iter();
         if devices.any(|device| device.seat == seat && device.leaves.is_some()) {

@@ -41,10 +41,12 @@ mod life;
 mod mediated;
 mod memory;
 mod nic;
+mod nodes;
 mod package;
 mod paused;
 mod proof;
 mod run;
+mod segments;
 mod slots;
 mod small;
 mod switched;
@@ -81,10 +83,12 @@ const CHAPTERS: &[&[Proof]] = &[
     events::PROOFS,
     cpus::PROOFS,
     memory::PROOFS,
+    nodes::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
     walls::PROOFS,
+    segments::PROOFS,
     slots::PROOFS,
     small::PROOFS,
     paused::PROOFS,

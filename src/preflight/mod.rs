@@ -1,6 +1,8 @@
 //! Whether a guest can have devices, asked by the command line and over the control socket in the same words: what a
 //! check finds, in the form that `docs/device-json.md` describes.
 
+mod nodes;
+
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
