@@ -246,7 +246,8 @@ fn what_lies_behind_the_last_whole_block_stays() {
     guest.take(COUNT * PAGES..COUNT * PAGES + 3);
     guest.take(1 << 40..(1 << 40) + 5);
     guest.ballooned.taken(&(u64::MAX - 5..u64::MAX), || true);
-    guest.ballooned.taken(&(9..3), || true);
+    let (first, end) = (9, 3);
+    guest.ballooned.taken(&(first..end), || true);
     guest.give(COUNT * PAGES..1 << 40).unwrap();
     assert_eq!(guest.dma.taken(), [""; 0]);
     assert_eq!(guest.read(COUNT * BLOCK), 7);
