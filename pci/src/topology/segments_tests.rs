@@ -51,7 +51,7 @@ fn windows(segment: Segment) -> Windows {
     let number = u64::from(segment.0);
     let stretch = |start: u64, size: u64| -> Vec<Range<u64>> {
         let start = start + number * size;
-        vec![start..start + size]
+        std::iter::once(start..start + size).collect()
     };
     Windows {
         io: 0..0,

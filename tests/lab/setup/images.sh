@@ -7,7 +7,7 @@ guest_modules=(
     vfio-pci evdev button efivarfs i6300esb pvpanic-pci virtio_pmem nd_pmem
 )
 # Programs of the root that guests can ask for, with their libraries.
-guest_programs=(usr/bin/fio usr/bin/lspci usr/bin/socat)
+guest_programs=(usr/bin/fio usr/bin/lspci usr/bin/socat usr/sbin/ethtool)
 
 # pack DIR IMAGE
 pack() {

@@ -266,7 +266,7 @@ mod tests {
                 distances: Vec::new(),
             }),
             pluggable: Some(PluggableMemory {
-                ram: vec![0..2 << 30],
+                ram: std::iter::once(0..2 << 30).collect(),
                 range: 4 << 30..5 << 30,
             }),
             ..hardware(&[0, 1, 0xfe, 0xff])
