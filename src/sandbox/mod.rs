@@ -104,7 +104,7 @@ pub fn confine(mode: Mode, bounds: Bounds<'_>) -> Result<(), WallsError> {
     rights::give_up().map_err(WallsError::Rights)?;
     match bounds {
         Bounds::None => {}
-        Bounds::Threads => landlock::bound_threads(),
+        Bounds::Threads => landlock::bound_threads()?,
         Bounds::Files(choice, rules) => landlock::restrict_by_choice(choice, || rules.clone())?,
     }
     if mode == Mode::True {

@@ -7,24 +7,25 @@
 //! Kernels differ in what they can enforce. All that this one can is taken; which level that is, is logged once.
 
 mod anchor;
+mod narrow;
 mod rules;
 
 use std::error::Error;
 use std::io;
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use ::landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus,
-    PathBeneath, PathFd, RestrictSelfAttr as _, Ruleset, RulesetAttr as _, RulesetCreatedAttr as _,
-    RulesetStatus, Scope,
+    PathBeneath, PathFd, PathFdError, RestrictSelfAttr as _, Ruleset, RulesetAttr as _,
+    RulesetCreatedAttr as _, RulesetStatus, Scope,
 };
 use rustix::io::Errno;
 
-use super::kind::Kind;
-use super::table::{self, Files};
 use crate::config::{Choice, LandlockAccess};
 use anchor::Mounts;
+pub(super) use narrow::narrow;
 pub use rules::Rules;
 
 /// The newest level of which it is known what it means for a VM. The crate leaves out what a kernel does not have.
@@ -70,8 +71,16 @@ pub fn is_available() -> bool {
 }
 
 /// Has threads that serve the guest be bounded from now on, each as its kind is ([`narrow`]), where the kernel can.
-pub(super) fn bound_threads() {
-    NARROWS.store(is_available(), Ordering::Release);
+///
+/// # Errors
+/// [`LandlockError::Kernel`]
+pub(super) fn bound_threads() -> Result<(), LandlockError> {
+    let can = is_available();
+    if can {
+        narrow::prepare()?;
+    }
+    NARROWS.store(can, Ordering::Release);
+    Ok(())
 }
 
 /// Bounds the process to `rules`, where that is asked for, or where the kernel has Landlock. A process that is bounded
@@ -105,7 +114,7 @@ fn restrict_where_possible(rules: &Rules) -> Result<(), LandlockError> {
             path.display()
         );
         log::info!("Landlock bounds threads alone: {why}");
-        bound_threads();
+        bound_threads()?;
         let _already = LACKING.set(why);
         return Ok(());
     }
@@ -137,7 +146,7 @@ fn restrict(rules: &Rules) -> Result<(), LandlockError> {
     let mounts = Mounts::read();
     for rule in rules.iter() {
         // What is not there cannot be opened either, and whoever wants it says so in its own words.
-        let Ok(path) = PathFd::new(mounts.anchor(&rule.path)) else {
+        let Some(path) = open(&mounts.anchor(&rule.path))? else {
             continue;
         };
         let path = PathBeneath::new(path, rights(rule.access));
@@ -156,18 +165,19 @@ fn restrict(rules: &Rules) -> Result<(), LandlockError> {
         }
     }
     for folder in rules.connects() {
-        if let Ok(folder) = PathFd::new(mounts.anchor(folder)) {
+        if let Some(folder) = open(&mounts.anchor(folder))? {
             // Kernels that do not bound connections take the former for an access that is none.
             let connect = AccessFs::ResolveUnix | AccessFs::ReadDir;
             created = created.add_rule(PathBeneath::new(folder, connect))?;
         }
     }
     for rule in rules.images() {
-        if let Ok(folder) = PathFd::new(mounts.anchor(&rule.path)) {
+        if let Some(folder) = open(&mounts.anchor(&rule.path))? {
             let access = image_rights(rule.access);
             created = created.add_rule(PathBeneath::new(folder, access))?;
         }
     }
+    narrow::prepare()?;
     let status = created.all_threads(true)?.restrict_self()?;
     match (status.ruleset, status.landlock) {
         (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => {
@@ -185,6 +195,22 @@ fn restrict(rules: &Rules) -> Result<(), LandlockError> {
         _ => LEVEL.store(1, Ordering::Release),
     }
     Ok(())
+}
+
+/// What a rule is of; nothing where it cannot be opened, but for want of descriptors.
+fn open(path: &Path) -> Result<Option<PathFd>, LandlockError> {
+    match PathFd::new(path) {
+        Ok(opened) => Ok(Some(opened)),
+        Err(PathFdError::OpenCall { source, .. })
+            if !matches!(source.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) =>
+        {
+            Ok(None)
+        }
+        Err(source) => Err(LandlockError::Path {
+            path: path.display().to_string(),
+            source: source.into(),
+        }),
+    }
 }
 
 /// Whether [`restrict`] has bounded this process.
@@ -209,34 +235,6 @@ pub fn lacking() -> Option<&'static str> {
 #[must_use]
 pub fn applies(choice: Choice) -> bool {
     choice == Choice::On || is_in_force()
-}
-
-/// Takes from the calling thread, and from what it will start, the files that its kind has no business with. Threads that
-/// read files of the host are bounded where the process is, for who is bounded sees no descriptors of other processes.
-///
-/// # Errors
-/// The kernel's: no memory, or too many layers
-pub(super) fn narrow(kind: Kind) -> io::Result<()> {
-    let is_in_force = is_in_force();
-    if !is_in_force && !NARROWS.load(Ordering::Acquire) {
-        return Ok(());
-    }
-    let all = AccessFs::from_all(NEWEST);
-    let taken = match table::files(kind) {
-        Files::AsTheProcess => return Ok(()),
-        Files::Read if !is_in_force => return Ok(()),
-        Files::Read => all & !(AccessFs::ReadFile | AccessFs::ReadDir),
-        Files::Change => all & !(AccessFs::ReadFile | AccessFs::ReadDir | AccessFs::WriteFile),
-        Files::Remove => all & !BitFlags::from(AccessFs::RemoveFile),
-        Files::Connect => all & !BitFlags::from(AccessFs::ResolveUnix),
-        Files::None => all,
-    };
-    let narrowed = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(taken)
-        .and_then(Ruleset::create)
-        .and_then(|created| created.restrict_self());
-    narrowed.map(drop).map_err(io::Error::other)
 }
 
 /// What an error of a file that was not opened is to be followed by, where Landlock may be the reason.
