@@ -69,8 +69,8 @@ fn look(host: &Host, running: &RunningGuest<'_>, when: &str) -> Result<()> {
 }
 
 /// A guest with a disk, a NIC on a tap and an assigned NIC gets another disk, another NIC and an assigned drive by their paths,
-/// works with them, is paused, restarts, and gives all back, one device because the host unbinds it. All walls are those that
-/// stand by default: filters that end the process at the first call that is not in the table, and Landlock, which refuses a disk
+/// works with them, is paused, restarts, and gives all back, one device because the host unbinds it. All walls
+/// stand: filters that end the process at the first call that is not in the table, and Landlock, which refuses a disk
 /// that lies elsewhere.
 fn stand(lab: &mut Lab, iommu: &str) -> Result<()> {
     let host = lab.host(&zoo())?;
@@ -82,7 +82,8 @@ fn stand(lab: &mut Lab, iommu: &str) -> Result<()> {
     ))?;
     let run = guest()?
         .device(&nic)
-        .args(&["--disk", "path=/run/images/vm/base.raw"])
+        // What the guest boots is on 9p here, where it would bound threads alone by default.
+        .args(&["--landlock", "true", "--disk", "path=/run/images/vm/base.raw"])
         .args(&["--net", "tap=walls-tap"])
         .args(&["--platform", &format!("hotplug_slots=2,hotplug_mmio64=64M,{iommu}")])
         .args(&SOCKET)
