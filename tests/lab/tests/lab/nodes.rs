@@ -7,13 +7,9 @@ use busway_lab::{Device, GuestResult, GuestRun, Host, HostConfig, Kernel, Lab, P
 
 use crate::assigned::{Interface, give_back, guest};
 use crate::hotplug::{CTL, SOCKET};
-use crate::proof::Tier;
 use crate::{Proof, tell};
 
-pub(crate) const PROOFS: &[Proof] = &[Proof::soak(
-    "placement_follows_the_devices_nodes",
-    |lab, _: Tier| placement(lab),
-)];
+pub(crate) const PROOFS: &[Proof] = &[Proof::new("placement_follows_the_devices_nodes", placement)];
 
 /// MiB of a guest, half of them on each node where it is on both.
 const RAM: u64 = 512;

@@ -12,9 +12,9 @@ use serde_json::Value;
 use crate::hotplug::{CTL, SOCKET};
 use crate::{Proof, count, tell};
 
-pub(crate) const PROOFS: &[Proof] = &[Proof::soak(
+pub(crate) const PROOFS: &[Proof] = &[Proof::new(
     "segments_hold_the_zoos_devices_with_their_interrupts",
-    |lab, _| split(lab),
+    split,
 )];
 
 /// The works that are done, and the segments that the devices of each are in, in the order of its ids: those of two, by
