@@ -32,6 +32,10 @@ const FIRST_WAIT: Duration = Duration::from_millis(2);
 /// How often it is looked for: for two seconds in all.
 const TRIES: u32 = 10;
 
+/// How long the thread rests after each try: a guest that moves its interrupts without end has the host move a thousand a
+/// second at most.
+const PACE: Duration = Duration::from_millis(1);
+
 /// What steers the interrupts of a VM's devices. Dropping it ends its thread.
 #[derive(Debug)]
 pub(super) struct Steering {
@@ -200,6 +204,7 @@ impl Shared {
                 ),
                 Err(error) => log::debug!("{}: vector {}: {error}", vector.device, vector.number),
             }
+            thread::sleep(PACE);
         }
     }
 

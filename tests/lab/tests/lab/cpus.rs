@@ -149,8 +149,7 @@ fn taken(host: &Host, address: &str) -> Result<Vec<u64>> {
 }
 
 /// A guest reads from its drive, once with processors of its own and once without: with them it is not left when it halts,
-/// and the host takes the interrupts of each of the drive's queues where the vCPU runs
-/// that has the queue.
+/// and the host takes the interrupts of each of the drive's queues where the vCPU runs that has the queue.
 fn dedicated(lab: &mut Lab) -> Result<()> {
     let (host, address) = bound(lab, "nv0")?;
     let exits = |place: &[&str]| -> Result<[f64; 2]> {
