@@ -13,7 +13,7 @@ use busway_pci::{Device as Slot, InterruptPin};
 
 use super::aml::Bytes;
 use super::{
-    Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Root, cpus, hotplug, in_system_bus, path,
+    Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Root, cpus, hotplug, in_system_bus, memory, path,
 };
 use crate::arch::{acpi as arch, gsi};
 
@@ -46,6 +46,7 @@ pub(super) fn dsdt(hardware: &Hardware) -> Sdt {
         arch::append_tpm(&mut aml);
     }
     cpus::append(hardware, &mut aml);
+    memory::append(hardware, &mut aml);
     hotplug::append(&hardware.roots, &mut aml);
     let soft_off = arch::soft_off();
     Name::new(

@@ -17,6 +17,8 @@ pub struct Hardware {
     pub roots: Vec<Root>,
     /// Where RAM is and where more can come, in ascending order; nothing where none can.
     pub pluggable: Option<PluggableMemory>,
+    /// It comes by memory devices, of which there are as many as the registers have.
+    pub memory_devices: bool,
     /// The guest's nodes; nothing where it has none.
     pub numa: Option<Numa>,
     /// There is a serial port COM1.
@@ -101,6 +103,7 @@ impl Hardware {
             cpu_hotplug: false,
             roots: Vec::new(),
             pluggable: None,
+            memory_devices: false,
             numa: None,
             serial: false,
             tpm: false,

@@ -12,6 +12,7 @@ mod dsdt;
 mod hardware;
 mod hotplug;
 mod loader;
+mod memory;
 mod slit;
 
 use acpi_tables::Aml;

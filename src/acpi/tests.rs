@@ -17,6 +17,7 @@ fn hardware(cpus: u32) -> Hardware {
         cpu_hotplug: false,
         roots: vec![root()],
         pluggable: None,
+        memory_devices: false,
         numa: None,
         serial: true,
         tpm: false,
@@ -327,6 +328,7 @@ fn each_segment_has_an_entry_for_configuration_space_and_a_root_of_its_own() {
 fn as_many_segments_as_there_can_be_fit_beside_many_processors() {
     let hardware = Hardware {
         cpu_hotplug: true,
+        memory_devices: true,
         roots: segments(crate::config::MAX_SEGMENTS),
         ..hardware(64)
     };
@@ -371,6 +373,7 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
             ram: vec![0..3 << 30, 4 << 30..5 << 30],
             range: 6 << 30..7 << 30,
         }),
+        memory_devices: true,
         numa: Some(Numa {
             cpus: (0..64).map(|cpu| cpu % 2).collect(),
             ram: vec![(0, 0..3 << 30), (1, 4 << 30..5 << 30)],
@@ -443,6 +446,7 @@ fn processors_that_come_and_go_have_their_methods_and_all_that_there_can_be_fit(
     let all = |count, cpu_hotplug| {
         let hardware = Hardware {
             cpu_hotplug,
+            memory_devices: true,
             ..hardware(count)
         };
         let (_, dsdt) = tables(&hardware).swap_remove(4);
@@ -477,6 +481,59 @@ fn processors_that_come_and_go_have_their_methods_and_all_that_there_can_be_fit(
     }
     // The first processor stays.
     assert!(!some.contains("\\_SB.CPUC.EJCT = Zero"), "{some}");
+}
+
+#[test]
+fn memory_devices_say_where_their_ram_is_and_are_there_only_where_ram_comes_by_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = |memory_devices, numa| {
+        let hardware = Hardware {
+            memory_devices,
+            numa,
+            ..hardware(2)
+        };
+        let (_, dsdt) = tables(&hardware)
+            .into_iter()
+            .find(|(name, _)| name == "DSDT")?;
+        std::fs::write(folder.path().join("dsdt.aml"), dsdt).unwrap();
+        let _said = iasl(folder.path(), &["-d", "dsdt.aml"])?;
+        let text = std::fs::read_to_string(folder.path().join("dsdt.dsl")).unwrap();
+        Some(text.split_whitespace().collect::<Vec<_>>().join(" "))
+    };
+    let numa = Numa {
+        cpus: vec![0, 1],
+        ram: vec![(0, 0..1 << 30), (1, 1 << 30..2 << 30)],
+        pluggable: 1,
+        distances: vec![vec![10, 21], vec![21, 10]],
+    };
+    let (Some(none), Some(some)) = (source(false, None), source(true, None)) else {
+        return;
+    };
+    let near = source(true, Some(numa)).unwrap();
+    for word in ["GED2", "MEMC", "PNP0C80", "MSCN"] {
+        assert!(!none.contains(word), "{word}");
+        assert!(some.contains(word), "{word}");
+    }
+    for part in [
+        "Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive, ,, ) { 0x00000005, }",
+        "OperationRegion (MREG, SystemMemory, 0xFEC82000, 0x20)",
+        "Field (MREG, DWordAcc, NoLock, WriteAsZeros) { ADDS, 32, PRES, 32, SLCT, 32, STRL, 32, STRH, 32, LENL, 32, LENH, 32, OUTC, 32 }",
+        "CreateQWordField (TMPL, \\_SB.MEMC.MCRS._MIN, FRST)",
+        "CreateQWordField (TMPL, \\_SB.MEMC.MCRS._MAX, LAST)",
+        "CreateQWordField (TMPL, \\_SB.MEMC.MCRS._LEN, SIZE)",
+        "If ((\\_SB.MEMC.PRES & 0x80000000)) { Return (0x0F) }",
+        "Return (\\_SB.MEMC.MCRS (0x1F))",
+        "\\_SB.MEMC.MOST (0x1F, Arg0, Arg1)",
+        "Local0 = \\_SB.MEMC.ADDS \\_SB.MEMC.ADDS = Local0",
+        "If ((Local0 & 0x80000000)) { Notify (M01F, One) // Device Check }",
+        "If ((Arg0 == 0x05)) { \\_SB.MSCN () }",
+    ] {
+        assert!(some.contains(part), "no `{part}` in: {some}");
+    }
+    assert_eq!(some.matches("PNP0C80").count(), 32);
+    let proximities = |text: &str| text.matches("Name (_PXM, One)").count();
+    // Each memory device and a processor.
+    assert_eq!((proximities(&some), proximities(&near)), (0, 33));
 }
 
 #[test]

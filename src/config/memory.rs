@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 /// What RAM that can be plugged comes in multiples of: the pieces in which Linux adds memory on x86_64.
 /// Linux, arch/x86/include/asm/sparsemem.h, `SECTION_SIZE_BITS`.
 const PLUGGABLE_STEP: u64 = 128 << 20;
-/// Bytes of the smallest block by which RAM comes and goes: one of the IOMMU's and the processors' larger pages.
+/// Bytes of the smallest block by which RAM comes and goes by virtio-mem: one of the IOMMU's and the processors' larger
+/// pages.
 const SMALLEST_BLOCK: u64 = 2 << 20;
 /// The most blocks of a VM. Each is a mapping of its own for devices, of which the kernel's type1 container takes 65535
 /// where nothing else is said (linux/vfio.h, `VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL`): BARs have the rest.
@@ -56,10 +57,10 @@ impl Default for MemoryConfig {
 /// By what RAM is added to a guest that runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HotplugMethod {
-    /// ACPI's memory devices. None of them is served yet: such a VM keeps the RAM that it starts with.
+    /// ACPI's memory devices: somebody has it come, in whole blocks of 128 MiB, and it stays.
     #[default]
     Acpi,
-    /// virtio-mem.
+    /// virtio-mem: the guest's driver plugs and unplugs blocks.
     VirtioMem,
 }
 
@@ -99,41 +100,36 @@ pub enum InvalidHotplug {
         /// Bytes of a block.
         block: u64,
     },
-    /// hotplugged_size= needs hotplug_size= and hotplug_method=virtio-mem beside it
-    #[error("hotplugged_size= needs hotplug_size= and hotplug_method=virtio-mem beside it")]
+    /// hotplugged_size= needs hotplug_size= beside it, of 128 MiB or more
+    #[error("hotplugged_size= needs hotplug_size= beside it, of 128 MiB or more")]
     Alone,
-    /// hotplug_size= with hotplug_method=acpi
-    #[error(
-        "hotplug_size= with hotplug_method=acpi, which is the default: Busway cannot do this yet; say \
-         hotplug_method=virtio-mem beside it"
-    )]
-    Acpi,
-    /// hotplug_size= beside hugepages=on
-    #[error(
-        "hotplug_size= beside hugepages=on: RAM that comes by virtio-mem is made of ordinary pages, and huge ones are \
-         reserved at the start: leave one of the two out"
-    )]
-    HugePages,
 }
 
 impl MemoryConfig {
-    /// Bytes of RAM that can be plugged while the guest runs; nothing where there are none.
+    /// Bytes of RAM that can be plugged while the guest runs; nothing where there are none. By ACPI only whole blocks come,
+    /// of what Cloud Hypervisor's clients say in any number of bytes.
     #[must_use]
     pub fn pluggable(&self) -> Option<u64> {
-        let size = self.hotplug_size.filter(|size| *size > 0)?;
-        (self.hotplug_method == HotplugMethod::VirtioMem).then_some(size)
+        let asked = self.hotplug_size?;
+        let size = match self.hotplug_method {
+            HotplugMethod::Acpi => asked.checked_rem(self.block_size()).map(|odd| asked - odd)?,
+            HotplugMethod::VirtioMem => asked,
+        };
+        (size > 0).then_some(size)
     }
 
-    /// That nobody is promised RAM that cannot come. Cloud Hypervisor's clients say of every VM that it can, and most never
-    /// have any come: to them it is kept and shown.
-    ///
-    /// # Errors
-    /// [`InvalidHotplug::Acpi`]
-    pub fn refuse_acpi(&self) -> Result<(), InvalidHotplug> {
-        match (self.hotplug_size, self.hotplug_method) {
-            (Some(1..), HotplugMethod::Acpi) => Err(InvalidHotplug::Acpi),
-            _ => Ok(()),
-        }
+    /// Whether RAM comes by a virtio device, where it comes.
+    #[must_use]
+    pub fn comes_by_virtio(&self) -> bool {
+        self.hotplug_method == HotplugMethod::VirtioMem
+    }
+
+    /// What RAM that came by ACPI is part of to Cloud Hypervisor's clients: they read in `memory.size` how much the guest
+    /// has, and ask for more than that. `None` where it comes by virtio-mem, or none has come.
+    #[must_use]
+    pub fn size_with_plugged(&self) -> Option<u64> {
+        let plugged = self.hotplugged_size.filter(|_| !self.comes_by_virtio())?;
+        Some(self.size.saturating_add(plugged))
     }
 
     /// Bytes of RAM that the guest can have at most.
@@ -142,11 +138,19 @@ impl MemoryConfig {
         self.size.saturating_add(self.pluggable().unwrap_or(0))
     }
 
-    /// Bytes of a block by which RAM comes and goes: a power of two, so large that there are [`MOST_BLOCKS`] at most.
+    /// Bytes of a block by which RAM comes and goes: a power of two, so large that there are [`MOST_BLOCKS`] at most, and
+    /// that it is a whole number of the huge pages that were said.
     #[must_use]
     pub fn block_size(&self) -> u64 {
-        let size = self.pluggable().unwrap_or(0);
-        let mut block = SMALLEST_BLOCK;
+        let size = self.hotplug_size.unwrap_or(0);
+        let page = self.hugepage_size.filter(|_| self.hugepages);
+        let least = match self.hotplug_method {
+            HotplugMethod::Acpi => PLUGGABLE_STEP,
+            HotplugMethod::VirtioMem => SMALLEST_BLOCK,
+        };
+        // What is no power of two is no page's size, which is found out with the host's.
+        let page = page.filter(|page| page.is_power_of_two()).unwrap_or(0);
+        let mut block = least.max(page);
         while size.checked_div(block).unwrap_or(0) > MOST_BLOCKS {
             block = block.saturating_mul(2);
         }
@@ -165,9 +169,6 @@ impl MemoryConfig {
                 None => Ok(()),
             };
         };
-        if self.hugepages {
-            return Err(InvalidHotplug::HugePages);
-        }
         let block = self.block_size();
         let step = block.max(PLUGGABLE_STEP);
         if !size.is_multiple_of(step) {
@@ -198,6 +199,13 @@ mod tests {
         }
     }
 
+    fn by_acpi(size: u64) -> MemoryConfig {
+        MemoryConfig {
+            hotplug_method: HotplugMethod::Acpi,
+            ..pluggable(size)
+        }
+    }
+
     #[test]
     fn blocks_are_as_small_as_their_number_allows() {
         for (size, block) in [
@@ -213,15 +221,51 @@ mod tests {
             assert_eq!(memory.most(), memory.size + size);
         }
         assert!(pluggable(u64::MAX).block_size().is_power_of_two());
-        let acpi = MemoryConfig {
-            hotplug_method: HotplugMethod::Acpi,
-            ..pluggable(1 << 30)
-        };
-        assert_eq!((acpi.pluggable(), acpi.most()), (None, acpi.size));
-        assert_eq!(acpi.refuse_acpi(), Err(InvalidHotplug::Acpi));
-        assert_eq!(pluggable(1 << 30).refuse_acpi(), Ok(()));
-        assert_eq!(MemoryConfig::default().refuse_acpi(), Ok(()));
+        assert!(by_acpi(u64::MAX).block_size().is_power_of_two());
         assert_eq!(pluggable(0).pluggable(), None);
+        // Whole huge pages, of what can be one.
+        for (page, block) in [(2 << 20, 2 << 20), (1 << 30, 1 << 30), (3 << 30, 2 << 20)] {
+            let memory = MemoryConfig {
+                hugepages: true,
+                hugepage_size: Some(page),
+                ..pluggable(4 << 30)
+            };
+            assert_eq!(memory.block_size(), block, "{page}");
+        }
+    }
+
+    #[test]
+    fn by_acpi_whole_blocks_of_128_mib_come_of_whatever_a_client_says() {
+        const STEP: u64 = 128 << 20;
+        for (said, comes) in [
+            (0, None),
+            (STEP - 1, None),
+            (STEP, Some(STEP)),
+            (3 * STEP + 4096, Some(3 * STEP)),
+            (4 << 40, Some(4 << 40)),
+        ] {
+            let memory = by_acpi(said);
+            assert_eq!((memory.pluggable(), memory.block_size()), (comes, STEP));
+            assert_eq!(memory.most(), memory.size + comes.unwrap_or(0));
+            memory.validate_hotplug().unwrap();
+        }
+        let plugged = |bytes| MemoryConfig {
+            hotplugged_size: Some(bytes),
+            ..by_acpi(3 * STEP)
+        };
+        plugged(2 * STEP).validate_hotplug().unwrap();
+        for wrong in [STEP / 2, 4 * STEP] {
+            let refused = plugged(wrong).validate_hotplug();
+            assert!(matches!(refused, Err(InvalidHotplug::Plugged { .. })));
+        }
+        let size = plugged(2 * STEP).size;
+        assert_eq!(plugged(2 * STEP).size_with_plugged(), Some(size + 2 * STEP));
+        assert_eq!(by_acpi(STEP).size_with_plugged(), None);
+        let other = MemoryConfig {
+            hotplugged_size: Some(STEP),
+            ..pluggable(STEP)
+        };
+        assert_eq!(other.size_with_plugged(), None);
     }
 
     #[test]
@@ -260,6 +304,6 @@ mod tests {
             hugepages: true,
             ..pluggable(1 << 30)
         };
-        assert_eq!(huge.validate_hotplug(), Err(InvalidHotplug::HugePages));
+        huge.validate_hotplug().unwrap();
     }
 }

@@ -1,5 +1,5 @@
 //! The board's devices, as far as any architecture can have them: serial port, flash chips, what tells firmware of the
-//! board, the TPM, and hot-plug of bus 0; and, on PCI, the watchdog and the device that tells of a panic. Those of one architecture are in [`arch`](crate::arch),
+//! board, the TPM, and hot-plug of bus 0, of processors and of RAM; and, on PCI, the watchdog and the device that tells of a panic. Those of one architecture are in [`arch`](crate::arch),
 //! which also says where on its board each of these is.
 //!
 //! Those that are not on PCI are [`BusDevice`](crate::kvm::BusDevice)s. None knows KVM: an edge-triggered interrupt leaves by an
@@ -10,6 +10,7 @@ pub mod cpu_hotplug;
 pub mod fw_cfg;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
+pub mod memory_hotplug;
 pub mod pci_hotplug;
 pub mod pflash;
 pub mod pvpanic;

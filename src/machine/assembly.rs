@@ -18,6 +18,7 @@ use super::definition::Definition;
 use super::early::Early;
 use super::events::Events;
 use super::firmware::{FirmwareBoard, FirmwareSource, Surroundings};
+use super::memory_devices::MemoryDevices;
 use super::passthrough::{Found, OpenDevices, Opened, Passthrough, options};
 use super::pci::Pci;
 use super::resize::ProcessorCount;
@@ -49,6 +50,8 @@ use crate::virtio::rng::Rng;
 pub(super) struct Machine {
     pub(super) vcpus: Vcpus,
     pub(super) processors: ProcessorCount,
+    /// Where RAM comes by ACPI.
+    pub(super) memory_devices: Option<MemoryDevices>,
     /// A pause of the virtio devices that is under way, which is waited for.
     pub(super) pausing: Arc<Aside>,
     // Waits for the devices that are being released, whose functions the topology has no more.
@@ -260,14 +263,18 @@ impl Machine {
             (memory.0.discards(), ram.ballooned(&memory.0)),
             &quit,
         )?;
-        if let Some(pluggable) = ram.pluggable(&memory.0) {
-            let requested = config.memory.hotplugged_size.unwrap_or(0);
-            virtio.add_memory(pluggable, requested, &mut pci)?;
-        } else if config.memory.refuse_acpi().is_err() {
-            log::info!(
-                "the guest keeps the RAM that it starts with: none comes by ACPI yet (memory.hotplug_method Acpi), and \
-                 by VirtioMem it does"
-            );
+        let first = config.memory.hotplugged_size.unwrap_or(0);
+        let mut memory_devices = None;
+        match ram.pluggable(&memory.0) {
+            Some(pluggable) if config.memory.comes_by_virtio() => {
+                virtio.add_memory(pluggable, first, &mut pci)?;
+            }
+            Some(pluggable) => {
+                let devices = MemoryDevices::new(pluggable, first, &buses, &router, &events)?;
+                memory_devices = Some(devices);
+                acpi.memory_devices = true;
+            }
+            None => {}
         }
         let watchdog = add_board_devices(config, &mut pci)?;
         if let Some(tpm) = &tpm {
@@ -327,6 +334,7 @@ impl Machine {
         let machine = Self {
             vcpus,
             processors,
+            memory_devices,
             pausing: Arc::default(),
             passthrough,
             virtio,
@@ -408,6 +416,10 @@ impl Machine {
             let requested = memory.totals().requested;
             let said = config.memory.hotplugged_size.is_some() || requested > 0;
             config.memory.hotplugged_size = said.then_some(requested);
+        }
+        if let Some(devices) = &self.memory_devices {
+            let plugged = devices.plugged();
+            config.memory.hotplugged_size = (plugged > 0).then_some(plugged);
         }
         if let (Some(balloon), Some(target)) = (&mut config.balloon, self.virtio.balloon()) {
             balloon.size = target.bytes();
@@ -590,6 +602,7 @@ fn acpi_hardware(config: &VmConfig, segments: &[SegmentAddresses]) -> acpi::Hard
             })
             .collect(),
         pluggable: None,
+        memory_devices: false,
         numa: None,
         serial: config.serial != ConsoleConfig::Off,
         tpm: config.tpm.is_some(),

@@ -141,6 +141,10 @@ impl Definition {
     pub(super) fn resize_memory(&mut self, bytes: u64) -> Result<(), RequestError> {
         let mut config = self.config.clone();
         config.memory.size = bytes;
+        // What came by ACPI in another life is among them.
+        if !config.memory.comes_by_virtio() {
+            config.memory.hotplugged_size = None;
+        }
         self.replace(config)
     }
 

@@ -21,7 +21,7 @@ use crate::devices::tpm::TpmError;
 use crate::exit::{HOST, RUNTIME, USAGE};
 use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Overlap};
-use crate::memory::{Amount, PrefaultError, RamError, RegionsError};
+use crate::memory::{Amount, PlugError, PrefaultError, RamError, RegionsError};
 use crate::sandbox::landlock::LandlockError;
 use crate::virtio::VirtioPciError;
 use crate::virtio::balloon::TargetError;
@@ -51,6 +51,9 @@ pub enum RunError {
     /// KVM cannot do it.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// RAM that the guest is to have from its start on, beside what it starts with, cannot be had.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
     /// There is no such RAM.
     #[error(transparent)]
     Ram(#[from] RamError),
@@ -446,6 +449,7 @@ impl RunError {
             | Self::Device(_)
             | Self::Function(_)
             | Self::NoRoom(_)
+            | Self::Plug(_)
             | Self::Pluggable(_)
             | Self::Placing(_)
             | Self::Landlock(LandlockError::Missing(_) | LandlockError::Kernel(_))

@@ -10,6 +10,7 @@ use busway_vfio::EventFd;
 
 use crate::devices::PowerSink;
 use crate::devices::cpu_hotplug::CpuKeeper;
+use crate::devices::memory_hotplug::MemoryKeeper;
 use crate::kvm::{EventSink, VcpuEvent};
 
 /// Something that the machine has to decide.
@@ -43,6 +44,13 @@ pub(super) enum Event {
         /// Its number.
         cpu: u8,
         /// Why, by the status of `_OST`.
+        status: u8,
+    },
+    /// The guest says what it made of RAM that has come.
+    MemoryReported {
+        /// The memory device that tells of it.
+        device: u8,
+        /// 0 that it uses it, else why it does not, by the status of `_OST`.
         status: u8,
     },
     /// A thread of this process panicked.
@@ -169,6 +177,12 @@ impl CpuKeeper for Events {
 
     fn refused(&self, cpu: u8, status: u8) {
         self.push(Event::CpuRefused { cpu, status });
+    }
+}
+
+impl MemoryKeeper for Events {
+    fn reported(&self, device: u8, status: u8) {
+        self.push(Event::MemoryReported { device, status });
     }
 }
 

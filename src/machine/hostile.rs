@@ -19,12 +19,13 @@ use super::resize::{ProcessorCount, Seats, Wish};
 use super::segments::{add_empty_ports, open_slots};
 use super::virtio::VirtioDevices;
 use crate::arch::board::Board;
-use crate::arch::layout;
+use crate::arch::{gsi, layout};
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, MemoryConfig, PciPlace, PlatformConfig, VmConfig,
 };
 use crate::devices::console::Endpoint;
 use crate::devices::hostile::{Story, width_of};
+use crate::devices::memory_hotplug::{self, MemoryHotplug};
 use crate::devices::watchdog::Watchdog;
 use crate::kvm::{AddressMap, Buses, Doorbells, IrqRouter, KvmError, VcpuEvent};
 use crate::memory::{Area, Ram, Regions, Slots};
@@ -96,6 +97,7 @@ struct Whole {
     board: Board,
     watchdog: Option<Arc<Watchdog>>,
     processors: ProcessorCount,
+    memory: Arc<MemoryHotplug>,
     events: Arc<Events>,
     firmware: bool,
     ecams: Vec<Range<u64>>,
@@ -196,6 +198,11 @@ impl Whole {
         open_slots(&pci, &buses, &router, &events).expect("registers");
         let processors =
             ProcessorCount::new(&config.cpus, &buses, &router, &events).expect("registers");
+        let line = Arc::new(router.level_line(gsi::MEMORY_HOTPLUG));
+        let memory = Arc::new(MemoryHotplug::new(line, events.clone()));
+        let (at, size) = (layout::MEMORY_HOTPLUG_START, memory_hotplug::SIZE);
+        let inserted = buses.mmio.insert("memory", at, size, memory.clone());
+        inserted.expect("registers");
         let whole = Self {
             buses,
             pci,
@@ -203,6 +210,7 @@ impl Whole {
             board,
             watchdog,
             processors,
+            memory,
             events,
             firmware,
             ecams,
@@ -224,6 +232,7 @@ impl Whole {
         self.pci.seats().restart();
         self.virtio.on_restart();
         self.processors.on_restart(&Vcpus(self.events.clone()));
+        self.memory.reset(0..0);
         self.events.clear();
         self.pci.topology().reset_while(|_| true);
         self.board.reset();
@@ -250,8 +259,12 @@ impl Whole {
                 access(&self.buses.mmio, at, story, 8);
             }
             9 => {
-                let at = layout::CPU_HOTPLUG_START + u64::from(story.byte() % 0x20);
-                access(&self.buses.mmio, at, story, 8);
+                let place = story.byte();
+                let start = match place < 0x80 {
+                    true => layout::CPU_HOTPLUG_START,
+                    false => layout::MEMORY_HOTPLUG_START,
+                };
+                access(&self.buses.mmio, start + u64::from(place % 0x28), story, 8);
             }
             10 | 11 => {
                 let at = address(story);
@@ -318,6 +331,7 @@ impl Whole {
                     let _expired = watchdog.on_timer();
                 }
             }
+            _ if story.byte().is_multiple_of(2) => self.memory.plugged(1 << 32..2 << 32),
             _ => {
                 if let Some(balloon) = self.virtio.balloon() {
                     // What is more than the guest's memory is refused.

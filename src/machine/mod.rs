@@ -24,6 +24,7 @@ pub mod hostile;
 mod life;
 mod long_work;
 mod madvise;
+mod memory_devices;
 mod observed;
 mod panics;
 mod passthrough;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use busway_iommu::{DmaSpace, IovaRange};
 
 use super::assembly::Machine;
-use super::requests::{Answer, RequestError};
+use super::requests::{Answer, Asker, RequestError};
 use crate::memory::{Amount, Blocks};
 use crate::monitor::{self, Source};
 
@@ -102,24 +102,26 @@ fn first_gap(range: &Range<u64>, usable: &[IovaRange]) -> Option<u64> {
 }
 
 impl Machine {
-    /// Has the guest have `bytes` bytes of RAM, with those that it started with. Its driver is told; nobody waits for it.
-    pub(super) fn resize_memory(&self, bytes: u64) -> Result<Answer, RequestError> {
+    /// Has the guest have `bytes` bytes of RAM, with those that it started with. It is told; nobody waits for what it makes
+    /// of it.
+    pub(super) fn resize_memory(&self, bytes: u64, asker: Asker) {
+        match &self.memory_devices {
+            Some(devices) => devices.resize(self.ram.size(), bytes, asker),
+            None => asker.answer(self.resize_by_virtio(bytes)),
+        }
+    }
+
+    fn resize_by_virtio(&self, bytes: u64) -> Result<Answer, RequestError> {
         let first = self.ram.size();
         let Some(memory) = self.virtio.memory() else {
-            if bytes == first {
-                return Ok(Answer::Done);
-            }
-            return Err(match self.config().memory.hotplug_size {
-                Some(1..) => RequestError::NotYet(
-                    "RAM that comes by ACPI (memory.hotplug_method Acpi); start the VM with VirtioMem in its place \
-                     (--memory hotplug_method=virtio-mem)",
-                ),
-                _ => RequestError::Invalid(
+            return match bytes == first {
+                true => Ok(Answer::Done),
+                false => Err(RequestError::Invalid(
                     "the VM was started without room for another amount of RAM: start it with --memory \
-                     hotplug_size=SIZE,hotplug_method=virtio-mem (memory.hotplug_size, memory.hotplug_method)"
+                     hotplug_size=SIZE (memory.hotplug_size)"
                         .to_owned(),
-                ),
-            });
+                )),
+            };
         };
         let Some(more) = bytes.checked_sub(first) else {
             return Err(RequestError::Invalid(format!(
@@ -136,9 +138,12 @@ impl Machine {
         Ok(Answer::Done)
     }
 
-    /// The guest starts anew, without what it had plugged; its driver finds that it is to have as much. No vCPU may run
-    /// and no device.
+    /// The guest starts anew: without what it had plugged by virtio, whose driver finds that it is to have as much, and with
+    /// what has come by ACPI. No vCPU may run and no device.
     pub(super) fn unplug_memory(&self) {
+        if let Some(devices) = &self.memory_devices {
+            devices.on_restart();
+        }
         if let Some(memory) = self.virtio.memory()
             && let Err(error) = memory.on_restart()
         {

@@ -64,7 +64,8 @@ pub enum Request {
         /// Answered when the guest has them, and no more, or when it is found to keep some; else when it has been asked.
         wait: bool,
     },
-    /// Have the guest have so many bytes of RAM, with those that it started with. Answered when its driver is told.
+    /// Have the guest have so many bytes of RAM, with those that it started with. Answered when its driver is told, which
+    /// for RAM that comes by ACPI is when devices reach it.
     ResizeMemory(u64),
     /// Have the balloon be of so many bytes. Answered when the guest's driver is told.
     ResizeBalloon(u64),
@@ -223,9 +224,11 @@ pub enum RequestError {
          has refused"
     )]
     Resizing,
-    /// Busway cannot do this yet: {0}
-    #[error("Busway cannot do this yet: {0}")]
-    NotYet(&'static str),
+    /// RAM that was asked for before is still on its way
+    #[error(
+        "Too Many Requests: RAM that was asked for before is still being mapped; ask again when that is answered"
+    )]
+    Growing,
     /// too many requests wait
     #[error("{MOST} requests wait already: ask again")]
     TooMany,

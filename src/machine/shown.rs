@@ -3,6 +3,7 @@
 
 use super::assembly::Machine;
 use super::life::Life;
+use super::memory_devices::MemoryDevices;
 use super::observed::{Observed, State};
 use super::requests::Info;
 use crate::virtio::balloon::BalloonTarget;
@@ -26,7 +27,9 @@ impl Machine {
 
     /// Bytes of RAM that the guest has, with those that are plugged.
     fn memory(&self) -> u64 {
-        let plugged = self.virtio.memory().map(|memory| memory.totals().plugged);
+        let by_virtio = self.virtio.memory().map(|memory| memory.totals().plugged);
+        let by_acpi = self.memory_devices.as_ref().map(MemoryDevices::plugged);
+        let plugged = by_virtio.or(by_acpi);
         self.ram.size().saturating_add(plugged.unwrap_or(0))
     }
 

@@ -35,6 +35,8 @@ pub(super) struct Backing {
     pub(super) host_node: Option<u32>,
     /// Whether it is touched before the guest starts, where that was said.
     pub(super) prefault: Option<bool>,
+    /// Huge pages are taken block by block, and none by the mapping: [`HugeBlocks`](super::huge_blocks::HugeBlocks).
+    pub(super) by_blocks: bool,
 }
 
 impl Backing {
@@ -46,6 +48,7 @@ impl Backing {
             huge_page,
             host_node: None,
             prefault: config.prefault,
+            by_blocks: false,
         }
     }
 
@@ -66,6 +69,7 @@ impl Backing {
                 true => Some(true),
                 false => zone.prefault.or(config.prefault),
             },
+            by_blocks: false,
         }
     }
 
@@ -100,7 +104,10 @@ impl Backing {
         };
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // Huge pages are reserved by the mapping, so that a guest is never killed for want of one.
-        let mut flags = huge_page.map_or(MapFlags::NORESERVE, |_| MapFlags::empty());
+        let mut flags = match huge_page {
+            Some(_) if !self.by_blocks => MapFlags::empty(),
+            _ => MapFlags::NORESERVE,
+        };
         flags |= match (&file, huge_page) {
             (Some(_), _) => MapFlags::SHARED,
             (None, None) => MapFlags::PRIVATE,
@@ -198,6 +205,52 @@ fn bind(region: &GuestRegionMmap, node: u32) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// What is at a part of a region's mapping.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Put<'a> {
+    /// The region's own file, from as far into it as the part is into the region.
+    File(&'a File),
+    /// Ordinary pages that read as zeros, of which the host gives each when it is touched.
+    Nothing,
+}
+
+/// Puts something else at `size` bytes of `region` from `offset` on, both whole pages of it. What was there is gone to
+/// whoever reaches it by this process: its own threads, and the guest's processors.
+///
+/// # Errors
+/// mmap(2); a range outside of the region. What was there may be gone then.
+pub(super) fn put(
+    region: &GuestRegionMmap,
+    offset: u64,
+    size: u64,
+    what: Put<'_>,
+) -> io::Result<()> {
+    let inside = |end: &u64| *end <= region.len();
+    let end = offset.checked_add(size).filter(inside);
+    end.ok_or(io::ErrorKind::InvalidInput)?;
+    let convert = |number: u64| usize::try_from(number).map_err(|_| io::ErrorKind::InvalidInput);
+    let at = region.as_ptr().wrapping_add(convert(offset)?);
+    let (at, length) = (at.cast::<c_void>(), convert(size)?);
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::NORESERVE | MapFlags::FIXED;
+    // SAFETY: the range lies in the region's mapping, which stays for the life of the process. It is the guest's RAM, which
+    // nobody here has a reference to, and whose contents may become others at any time; what is put there can be read and
+    // written as well.
+    unsafe {
+        match what {
+            Put::File(file) => mmap(at, length, protection, flags | MapFlags::SHARED, file, offset),
+            Put::Nothing => mmap_anonymous(at, length, protection, flags | MapFlags::PRIVATE),
+        }
+    }?;
+    for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
+        // SAFETY: the range was just mapped, and this advice does not change contents.
+        if let Err(error) = unsafe { madvise(at, length, advice) } {
+            log::debug!("madvise({advice:?}) on guest RAM: {error}");
+        }
+    }
+    Ok(())
 }
 
 /// A nameless file of `size` bytes that another process can map. It is sealed to that size: whoever is given it

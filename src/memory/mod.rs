@@ -10,6 +10,7 @@ mod discard;
 mod error;
 mod files;
 mod host;
+mod huge_blocks;
 mod huge_pages;
 mod pluggable;
 mod prefault;

@@ -11,7 +11,9 @@ use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 use super::backing::{Backing, map_error};
 use super::error::RamError;
 use super::host::{check_host_memory, check_host_nodes};
+use super::huge_blocks::HugeBlocks;
 use super::huge_pages::{check_pool, huge_page_size, reserved_huge_pages};
+use super::pluggable::Pages;
 use super::{Ballooned, GuestRam, Pluggable, RamMap, Region, Regions};
 use crate::arch::layout;
 use crate::config::{MemoryConfig, MemoryZoneConfig};
@@ -32,8 +34,8 @@ pub struct Ram {
     stretches: Vec<Stretch>,
     /// Their regions, where these can go and come back by blocks.
     in_blocks: Vec<Arc<Region>>,
-    /// What is plugged and unplugged by blocks, behind all other RAM: its memory, and it as a region.
-    pluggable: Option<(Arc<GuestRegionMmap>, Arc<Region>)>,
+    /// What is plugged and unplugged by blocks, behind all other RAM.
+    pluggable: Option<PluggableRam>,
     /// The host is to have memory before the guest uses it.
     populates: bool,
 }
@@ -45,6 +47,43 @@ pub(super) struct Stretch {
     pub(super) backing: Backing,
     /// The zone that it is of, by its place among the zones; 0 where there are none.
     zone: usize,
+}
+
+/// RAM that is plugged and unplugged by blocks.
+#[derive(Clone, Debug)]
+struct PluggableRam {
+    memory: Arc<GuestRegionMmap>,
+    region: Arc<Region>,
+    /// Its pages, where they are huge ones.
+    huge: Option<Arc<HugeBlocks>>,
+}
+
+impl PluggableRam {
+    /// Behind RAM that ends at `top`, round the `holes`, in blocks of whole pages. `None` where none can come.
+    fn map(
+        config: &MemoryConfig,
+        backing: &Backing,
+        top: u64,
+        holes: &[Range<u64>],
+    ) -> Result<Option<Self>, RamError> {
+        let block = config.block_size().max(backing.huge_page.unwrap_or(0));
+        let asked = config.pluggable().unwrap_or(0);
+        // The host's own huge pages may be larger than those that a configuration was checked for.
+        let size = asked.checked_div(block).unwrap_or(0).saturating_mul(block);
+        if size == 0 {
+            return Ok(None);
+        }
+        let range = layout::pluggable_range(size, top, holes);
+        let memory = Arc::new(backing.map(&range)?);
+        let huge = backing.huge_page.map(|page| HugeBlocks::new(&memory, page));
+        let huge = huge.transpose().map_err(map_error("mmap", size))?;
+        let region = Region::pluggable("pluggable guest RAM", memory.clone(), block);
+        Ok(Some(Self {
+            memory,
+            region: Arc::new(region),
+            huge: huge.map(Arc::new),
+        }))
+    }
 }
 
 impl Stretch {
@@ -113,16 +152,10 @@ impl Ram {
             });
         }
         let mut all: Vec<_> = stretches.iter().map(|one| one.memory.clone()).collect();
-        let mut pluggable = None;
-        if let Some(asked) = config.pluggable() {
-            let top = stretches.last().map_or(0, |last| last.range().end);
-            let range = layout::pluggable_range(asked, top, &holes);
-            let memory = Arc::new(pluggable_backing(config, &backings).map(&range)?);
-            let name = "pluggable guest RAM";
-            let region = Region::pluggable(name, memory.clone(), config.block_size());
-            all.push(memory.clone());
-            pluggable = Some((memory, Arc::new(region)));
-        }
+        let top = stretches.last().map_or(0, |last| last.range().end);
+        let backing = pluggable_backing(config, &backings);
+        let pluggable = PluggableRam::map(config, &backing, top, &holes)?;
+        all.extend(pluggable.iter().map(|pluggable| pluggable.memory.clone()));
         let map = RamMap::from_arc_regions(all).map_err(|error| {
             let source = io::Error::new(io::ErrorKind::InvalidInput, error.to_string());
             map_error("mapping", size)(source)
@@ -155,7 +188,7 @@ impl Ram {
     /// RAM as regions for the list.
     pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
         let pluggable = self.pluggable.iter();
-        let pluggable = pluggable.map(|(_, region)| region.clone());
+        let pluggable = pluggable.map(|pluggable| pluggable.region.clone());
         let whole = self.stretches.iter().enumerate().map(|(at, stretch)| {
             let in_blocks = self.in_blocks.get(at).cloned();
             in_blocks.unwrap_or_else(|| {
@@ -177,14 +210,23 @@ impl Ram {
     /// What of it comes and goes by blocks, where something does, for the list that it is on.
     #[must_use]
     pub fn pluggable(&self, regions: &Arc<Regions>) -> Option<Pluggable> {
-        let (memory, region) = self.pluggable.as_ref()?;
-        Some(Pluggable::new(regions, region, memory, self.populates))
+        let PluggableRam {
+            memory,
+            region,
+            huge,
+        } = self.pluggable.as_ref()?;
+        let pages = match huge {
+            Some(huge) => Pages::Huge(huge.clone()),
+            None if self.populates => Pages::Populated,
+            None => Pages::Ordinary,
+        };
+        Some(Pluggable::new(regions, region, memory, pages))
     }
 
     /// Where RAM can be plugged, to the guest. It lies behind all other RAM.
     #[must_use]
     pub fn pluggable_range(&self) -> Option<Range<u64>> {
-        let (_, region) = self.pluggable.as_ref()?;
+        let region = &self.pluggable.as_ref()?.region;
         Some(region.guest()..region.guest().saturating_add(region.size()))
     }
 
@@ -210,7 +252,7 @@ impl Ram {
     /// Where RAM is mapped in this process, with what can be plugged.
     #[must_use]
     pub fn host_ranges(&self) -> Vec<Range<usize>> {
-        let pluggable = self.pluggable.iter().map(|(memory, _)| memory);
+        let pluggable = self.pluggable.iter().map(|pluggable| &pluggable.memory);
         let stretches = self.stretches.iter().map(|one| &one.memory);
         stretches
             .chain(pluggable)
@@ -280,12 +322,19 @@ fn backings(
     Ok(made.into_iter().map(backing).collect())
 }
 
-/// What RAM that can be plugged is made of: ordinary pages, of the node that the RAM before it is of.
+/// What RAM that can be plugged is made of: pages of the node that the RAM before it is of, huge ones where all RAM is of
+/// such (`hugepages=` of `--memory`, which zones stand in place of).
 fn pluggable_backing(config: &MemoryConfig, backings: &[Backing]) -> Backing {
     let last = backings.last();
+    let huge_page = last.and_then(|backing| backing.huge_page);
+    let huge_page = huge_page.filter(|_| config.hugepages);
+    let backing = Backing::of_all(config, huge_page);
     Backing {
         host_node: last.and_then(|backing| backing.host_node),
-        ..Backing::of_all(config, None)
+        by_blocks: true,
+        // They are a file's, from which they are taken and given back.
+        shared: backing.shared || huge_page.is_some(),
+        ..backing
     }
 }
 

@@ -4,7 +4,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// The event loop, and the threads that put a VM together, restart it and take it apart, and open and release
-    /// devices: `assemble`, `restart`, `end`, `attach`, `release`, `pause`.
+    /// devices, or plug memory: `assemble`, `restart`, `end`, `attach`, `release`, `pause`, `plug`.
     Main,
     /// Runs a processor of the guest: `vcpu0`.
     Vcpu,

@@ -256,6 +256,9 @@ const IMAGES: &[Row] = &[
     (libc::SYS_sched_setaffinity, Is(0, &[0])),
 ];
 
+/// Takes huge pages for RAM that comes, and gives them back.
+const HUGE_BLOCKS: &[Row] = &[(libc::SYS_fallocate, Always)];
+
 /// Sets a timer that is there: of a limit, or of connections whose time is over.
 const TIMERS: &[Row] = &[(libc::SYS_timerfd_settime, Always)];
 
@@ -352,7 +355,7 @@ fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::VhostUser => &[STREAMS, CONNECTS, PAIRS],
         Kind::Console => &[STREAMS],
         // A balloon that waits for a mapping asks for it again after a while.
-        Kind::Memory => &[VFIO_MAPPING, TIMERS],
+        Kind::Memory => &[VFIO_MAPPING, TIMERS, HUGE_BLOCKS],
         Kind::Http => &[TO_READ, STREAMS, AT_PLACES, ROUTES],
         Kind::ConsoleOutput => &[TO_READ, TO_CHANGE, STREAMS],
         Kind::Input => &[STREAMS, REMOVES],

@@ -38,6 +38,8 @@ fn limit() -> Duration {
 const REAL: &str = "BUSWAY_CLIENTS";
 /// The memory of the guests in the files.
 const SMALL: &str = "134217728";
+/// Bytes of a block of memory that comes, which is a guest's own block.
+const BLOCK: u64 = 128 << 20;
 /// So many interrupts of its device say that a guest works with it, and has not only found it.
 const WORKS: u64 = 100;
 
@@ -94,6 +96,9 @@ fn start(client: &str) -> Option<Walk> {
     let real = std::env::var(REAL).unwrap_or_default();
     let real = real.lines().filter_map(|line| line.split_once('='));
     words.extend(real.map(|(word, value)| (word.to_owned(), value.to_owned())));
+    let memory = words.get("MEMORY").map_or(SMALL, String::as_str);
+    let more = memory.parse::<u64>().unwrap() + BLOCK;
+    words.insert("MORE".to_owned(), more.to_string());
     let mut command = Command::new(env!("CARGO_BIN_EXE_busway"));
     let socket = folder.path().join("api");
     let libvirt = client.starts_with("libvirt");
@@ -425,6 +430,9 @@ impl Walk {
         for want in step["wants"].as_array().into_iter().flatten() {
             let (pointer, op) = (want[0].as_str().unwrap(), want[1].as_str().unwrap());
             let wanted = match &want[2] {
+                Value::String(text) if text == "${MORE}" => {
+                    self.filled(text).parse::<u64>().unwrap().into()
+                }
                 Value::String(text) => Value::String(self.filled(text)),
                 Value::Number(number) => self.whole_number(number),
                 Value::Object(parts) => parts

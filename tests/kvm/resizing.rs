@@ -1,4 +1,4 @@
-//! RAM that a VM is to have more of, beside a guest that has no driver for it.
+//! RAM that a VM is to have more of: by virtio-mem, beside a guest that has no driver for it, and by ACPI.
 
 use serde_json::{Value, json};
 
@@ -9,6 +9,8 @@ const MIB: u64 = 1 << 20;
 /// Of the guests of these tests.
 const FIRST: u64 = 64 * MIB;
 const MORE: u64 = 256 * MIB;
+/// What comes by ACPI comes in such.
+const BLOCK: u64 = 128 * MIB;
 
 fn resize(served: &Served, bytes: u64) -> (u16, String) {
     let body = json!({ "desired_ram": bytes });
@@ -70,19 +72,70 @@ fn a_size_is_wanted_at_once_and_had_by_nobody_without_a_driver_and_what_cannot_b
     assert_eq!(served.put("vm.shutdown"), 204);
 }
 
+/// What is said of the guest's RAM, and what it has.
+fn had(served: &Served) -> (Value, Value, Value, Value) {
+    let (_, mut info) = served.ask("GET", "vm.info", None);
+    let actual = info["memory_actual_size"].take();
+    let memory = &mut info["config"]["memory"];
+    (
+        memory["size"].take(),
+        memory["hotplug_size"].take(),
+        memory["hotplugged_size"].take(),
+        actual,
+    )
+}
+
 #[test]
-fn a_vm_whose_ram_would_come_by_acpi_lives_as_ever_and_only_its_growth_is_refused() {
+fn ram_comes_by_acpi_as_clients_ask_and_what_the_guest_has_stays_over_each_kind_of_start() {
     let Some(served) = Served::start(&[]) else {
         return;
     };
     let mut vm = served.vm(&attentive());
-    // As Kata Containers has it.
-    vm["memory"] = json!({ "size": FIRST, "hotplug_size": MORE });
+    // As Kata Containers has it, which reads in `size` what there is, and says any number of bytes of what can come.
+    let said = 4 * BLOCK + 4096;
+    vm["memory"] = json!({ "size": FIRST, "hotplug_size": said });
     assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
     assert_eq!(served.put("vm.boot"), 204);
+    let is = |bytes: u64| (json!(bytes), json!(said), Value::Null, json!(bytes));
+    assert_eq!(had(&served), is(FIRST));
     assert_eq!(resize(&served, FIRST).0, 204);
-    let (status, why) = resize(&served, 2 * FIRST);
-    assert!(status == 501 && why.contains("VirtioMem"), "{status} {why}");
-    assert_eq!(wanted(&served), (Value::Null, json!(FIRST)));
+    for (bytes, words) in [
+        (2 * FIRST, "whole blocks of 134217728 bytes"),
+        (FIRST - 4096, "hotplug_method=virtio-mem"),
+        (FIRST + 5 * BLOCK, "hotplug_size"),
+        (u64::MAX, "hotplug_size"),
+    ] {
+        let (status, why) = resize(&served, bytes);
+        assert!(
+            status == 400 && why.contains(words),
+            "{bytes}: {status} {why}"
+        );
+    }
+    assert_eq!(had(&served), is(FIRST));
+    assert_eq!(resize(&served, FIRST + BLOCK).0, 204);
+    assert_eq!(had(&served), is(FIRST + BLOCK));
+    // Less than it has now is refused, and a guest that stands still has more as well.
+    assert_eq!(resize(&served, FIRST).0, 400);
+    assert_eq!(served.put("vm.pause"), 204);
+    assert_eq!(resize(&served, FIRST + 3 * BLOCK).0, 204);
+    assert_eq!(served.put("vm.resume"), 204);
+    let now = is(FIRST + 3 * BLOCK);
+    assert_eq!(had(&served), now);
+    assert_eq!(served.put("vm.reboot"), 204);
+    assert_eq!(had(&served), now);
+    assert_eq!(
+        (served.put("vm.shutdown"), served.put("vm.boot")),
+        (204, 204)
+    );
+    assert_eq!(had(&served), now);
+    // As much as was said once, whatever lives it had.
+    assert_eq!(resize(&served, FIRST + 5 * BLOCK).0, 400);
+    assert_eq!(resize(&served, FIRST + 4 * BLOCK).0, 204);
+    assert_eq!(had(&served), is(FIRST + 4 * BLOCK));
+    assert_eq!(served.put("vm.shutdown"), 204);
+    // What is to be booted has what is asked for from its start on.
+    assert_eq!(resize(&served, 2 * FIRST).0, 204);
+    assert_eq!(served.put("vm.boot"), 204);
+    assert_eq!(had(&served), is(2 * FIRST));
     assert_eq!(served.put("vm.shutdown"), 204);
 }

@@ -14,6 +14,8 @@ pub const PCI_HOTPLUG: u32 = 10;
 
 /// What tells of processors that come and leave: another of ISA's. Level-triggered, active high.
 pub const CPU_HOTPLUG: u32 = 11;
+/// What tells of RAM that comes: a third of ISA's. Level-triggered, active high.
+pub const MEMORY_HOTPLUG: u32 = 5;
 
 /// The first of those that PCI's INTx lines are wired to.
 const INTX_FIRST: u32 = 16;

@@ -28,6 +28,8 @@ pub const PCI_HOTPLUG_START: u64 = 0xfec8_0000;
 const PCI_HOTPLUG_STRIDE: u64 = 0x20;
 /// The registers by which processors come and leave, of one page.
 pub const CPU_HOTPLUG_START: u64 = 0xfec8_1000;
+/// The registers by which RAM comes, of one page.
+pub const MEMORY_HOTPLUG_START: u64 = 0xfec8_2000;
 /// The IOAPIC.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// The registers of the TPM, of one page: locality 0. TCG PC Client Platform TPM Profile 1.05, §6.5.1
@@ -365,7 +367,12 @@ mod tests {
         let reserved = holes([(0xfb00_0000, 0xfbff_ffff)], 2 << 20);
         let parts = [0x8000_0000..0xfb00_0000, FIRMWARE_MMIO32_END..IOAPIC_START];
         assert_eq!(bios_mmio32(&firmware_mmio32(0x8000_0000, &reserved)), parts);
-        for registers in [PCI_HOTPLUG_START, CPU_HOTPLUG_START, TPM_START] {
+        for registers in [
+            PCI_HOTPLUG_START,
+            CPU_HOTPLUG_START,
+            MEMORY_HOTPLUG_START,
+            TPM_START,
+        ] {
             assert!((IOAPIC_START..LAPIC_START).contains(&registers));
         }
     }

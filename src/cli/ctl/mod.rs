@@ -146,7 +146,8 @@ enum Verb {
         /// How many processors, from 1 to what `--cpus max=` said
         #[arg(long, value_name = "N", required_unless_present_any = ["balloon", "memory"])]
         cpus: Option<u16>,
-        /// How much RAM, from `--memory size=` to that and `hotplug_size=` together: the guest takes it as its driver can
+        /// How much RAM, from `--memory size=` to that and `hotplug_size=` together: by virtio-mem the guest takes it and
+        /// gives it back as its driver can, by ACPI it gets no less than it has
         #[arg(long, value_name = "SIZE", value_parser = size)]
         memory: Option<u64>,
         /// What its balloon is to have: memory that it gives back to the host

@@ -332,10 +332,7 @@ impl RunArgs {
             serial: ConsoleConfig::Tty,
             ..VmConfig::default()
         };
-        let config = self.config_from(defaults, |_| ())?;
-        let hotplug = config.memory.refuse_acpi();
-        hotplug.map_err(InvalidConfig::Hotplug)?;
-        Ok(config)
+        self.config_from(defaults, |_| ())
     }
 
     /// The VM that a file describes.

@@ -188,9 +188,12 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
     summary: "RAM: size=SIZE[,shared=on|off][,hugepages=on|off]…",
     words: &[],
     notes: "\
-RAM that comes needs Linux 5.8 in the guest, with its module virtio_mem, and
-`memhp_default_state=online_movable` on its command line where RAM is to go again.
-Beside assigned devices, locked memory is needed for all that can come.",
+RAM that comes by virtio-mem needs Linux 5.8 in the guest, with its module virtio_mem,
+and `memhp_default_state=online_movable` on its command line where RAM is to go again.
+By ACPI it needs a kernel with ACPI_HOTPLUG_MEMORY, and `memhp_default_state=online`
+where nothing in the guest takes memory into use.
+Beside assigned devices, locked memory is needed for all that can come.
+With hugepages=on, blocks are whole huge pages, which the host has to have when they come.",
     blank: MemoryConfig::default,
     keys: keys! {
         "size" { "SIZE": "bytes, or with K, M, G or T after it [512M]" }
@@ -209,7 +212,7 @@ Beside assigned devices, locked memory is needed for all that can come.",
         "hotplug_size" { "SIZE": "RAM beside it that can come while the guest runs, a multiple of 128M\n\
                  (`busway ctl resize --memory`) [0]" }
             |memory, value| memory.hotplug_size = Some(value.size()?);
-        "hotplug_method" { "virtio-mem": "it comes and goes by blocks, as the guest's driver plugs them", "acpi": "not yet, but for Cloud Hypervisor's clients: kept and shown [acpi]" }
+        "hotplug_method" { "virtio-mem": "it comes and goes by blocks, as the guest's driver plugs them", "acpi": "it comes in blocks of 128M, 32 times between two starts, and stays [acpi]" }
             |memory, value| memory.hotplug_method = hotplug_method(value)?;
         "hotplugged_size" { "SIZE": "what of it the guest is to have from its start on [0]" }
             |memory, value| memory.hotplugged_size = Some(value.size()?);

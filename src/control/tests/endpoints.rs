@@ -301,9 +301,9 @@ fn what_busway_cannot_do_yet_is_named() {
     let ram = r#"{"desired_ram":1073741824}"#;
     assert_eq!(ask("vm.resize", ram).status, 204);
     let reply = ask("vm.resize", r#"{"desired_ram":1}"#);
-    assert_eq!(reply.status, 501);
-    let said = "Busway cannot do this yet: RAM that comes otherwise";
-    assert_eq!(reply.messages(), ["The VM could not be resized", said]);
+    assert_eq!(reply.status, 429);
+    assert_eq!(reply.messages()[0], "The VM could not be resized");
+    assert!(reply.messages()[1].starts_with("Too Many Requests"));
     let reply = ask("vm.resize", r#"{"desired_vcpus":0}"#);
     assert_eq!((reply.status, reply.messages().len()), (400, 2));
     // What Kata Containers looks for.

@@ -162,10 +162,10 @@ fn resized(vcpus: u16) -> Result<Answer, RequestError> {
     }
 }
 
-/// So little that it cannot be had yet, or another amount.
+/// So little while other RAM is on its way, or another amount.
 fn resized_memory(bytes: u64) -> Result<Answer, RequestError> {
     match bytes {
-        1 => Err(RequestError::NotYet("RAM that comes otherwise")),
+        1 => Err(RequestError::Growing),
         _ => Ok(Answer::Done),
     }
 }

@@ -504,11 +504,12 @@ fn refused(what: &str, error: &RequestError) -> Answer {
         | RequestError::AlreadyCreated
         | RequestError::NotRunning
         | RequestError::Failed(_) => failed(500, &[what, &said]),
-        RequestError::NotYet(_) => failed(501, &[what, &said]),
         RequestError::Invalid(_) => failed(400, &[what, &said]),
         RequestError::NotCreated => failed(404, &[what, &said]),
         RequestError::Ended => failed(500, &[what, &said, NOT_RUNNING]),
-        RequestError::TooMany | RequestError::Resizing => failed(429, &[what, &said]),
+        RequestError::TooMany | RequestError::Resizing | RequestError::Growing => {
+            failed(429, &[what, &said])
+        }
         RequestError::Exists(_) => failed(409, &[what, &said]),
         RequestError::Unknown(_) => failed(404, &[what, &said]),
     }

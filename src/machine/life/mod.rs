@@ -13,6 +13,7 @@ use crate::machine::assembly::Machine;
 use crate::machine::events::Event;
 use crate::machine::long_work;
 use crate::machine::madvise::Boot;
+use crate::machine::memory_devices::MemoryDevices;
 use crate::machine::observed::State;
 use crate::machine::passthrough::Verdict;
 use crate::machine::requests::{Answer, Asker, Request, Requests};
@@ -369,6 +370,10 @@ impl Machine {
                 }
                 Event::CpuRefused { cpu, status } => {
                     self.processors.on_refused(cpu, status);
+                    None
+                }
+                Event::MemoryReported { device, status } => {
+                    MemoryDevices::on_reported(device, status);
                     None
                 }
                 Event::Vcpu(VcpuEvent::Parked { id }) => {

@@ -41,7 +41,7 @@ impl Machine {
                     asker.answer(Ok(Answer::Done));
                 }
                 Request::AddDevice(..) | Request::AddVirtio(..) => self.add(life, request, asker),
-                Request::ResizeMemory(bytes) => asker.answer(self.resize_memory(bytes)),
+                Request::ResizeMemory(bytes) => self.resize_memory(bytes, asker),
                 Request::ResizeBalloon(bytes) => asker.answer(self.resize_balloon(bytes)),
                 Request::RemoveDevice {
                     id,

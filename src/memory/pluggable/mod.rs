@@ -13,9 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
 use super::discard::give_back;
+use super::huge_blocks::{HugeBlocks, HugeBlocksError};
 use super::prefault::populate_range;
 use super::regions::refused;
-use super::{Blocks, Plugged, Region, Regions, RegionsError};
+use super::{Amount, Blocks, Plugged, Region, Regions, RegionsError};
 
 /// Bytes that are plugged or unplugged with the list's lock held: what others who change it, such as a vCPU whose guest
 /// places a BAR anew, wait for.
@@ -35,17 +36,40 @@ pub enum PlugError {
         /// Why.
         source: io::Error,
     },
-    /// giving {bytes} bytes of guest RAM back to the host failed: madvise: {source}
-    #[error("giving {bytes} bytes of guest RAM back to the host failed: madvise: {source}")]
+    /// giving {bytes} bytes of guest RAM back to the host failed: {source}
+    #[error("giving {bytes} bytes of guest RAM back to the host failed: {source}")]
     Discard {
         /// Bytes.
         bytes: u64,
         /// Why.
         source: io::Error,
     },
+    /// {bytes} of guest RAM need more huge pages of {page} than are free
+    #[error(
+        "{} of guest RAM need more huge pages of {} than are free: have the host reserve more (`busway hugepages`), in \
+         /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages",
+        Amount(*bytes), Amount(*page), page >> 10
+    )]
+    HugePages {
+        /// Bytes.
+        bytes: u64,
+        /// Bytes of a page.
+        page: u64,
+    },
     /// it was stopped
     #[error("it was stopped")]
     Stopped,
+}
+
+/// What blocks are made of.
+#[derive(Debug)]
+pub(super) enum Pages {
+    /// Ordinary pages, which the host gives when they are touched.
+    Ordinary,
+    /// Ordinary pages, which the host has to give when a block is plugged.
+    Populated,
+    /// Huge pages.
+    Huge(Arc<HugeBlocks>),
 }
 
 /// A region of RAM whose blocks are plugged and unplugged.
@@ -54,8 +78,7 @@ pub struct Pluggable {
     regions: Arc<Regions>,
     region: Arc<Region>,
     memory: Arc<GuestRegionMmap>,
-    /// Blocks are populated when they are plugged.
-    populates: bool,
+    pages: Pages,
     /// Bytes that are plugged, for who looks.
     plugged: AtomicU64,
     /// One change at a time.
@@ -63,19 +86,18 @@ pub struct Pluggable {
 }
 
 impl Pluggable {
-    /// Of a `region` that is on the list, with its `memory`. `populates`: the host has to have a block's memory when the
-    /// block is plugged.
+    /// Of a `region` that is on the list, with its `memory`, made of such `pages`.
     pub(super) fn new(
         regions: &Arc<Regions>,
         region: &Arc<Region>,
         memory: &Arc<GuestRegionMmap>,
-        populates: bool,
+        pages: Pages,
     ) -> Self {
         Self {
             regions: Arc::clone(regions),
             region: Arc::clone(region),
             memory: Arc::clone(memory),
-            populates,
+            pages,
             plugged: AtomicU64::new(0),
             changing: Mutex::default(),
         }
@@ -184,14 +206,7 @@ impl Pluggable {
 
     fn plug_step(&self, part: &Range<u64>) -> Result<(), PlugError> {
         let bytes = self.blocks().bytes(part);
-        if self.populates {
-            let (at, size) = self.place(&bytes);
-            if let Err(source) = populate_range(self.region.guest(), at, size) {
-                self.forget(&bytes);
-                let bytes = bytes.end - bytes.start;
-                return Err(PlugError::Populate { bytes, source });
-            }
-        }
+        self.take(&bytes)?;
         if let Err(error) = self.regions.plug(&self.region, part) {
             self.forget(&bytes);
             return Err(error.into());
@@ -203,8 +218,7 @@ impl Pluggable {
     fn unplug_step(&self, part: &Range<u64>) -> Result<(), PlugError> {
         self.regions.unplug(&self.region, part)?;
         let bytes = self.blocks().bytes(part);
-        let (at, size) = self.place(&bytes);
-        let given = give_back(&self.memory, at, size);
+        let given = self.give(&bytes);
         let given = given.or_else(|source| match self.regions.plug(&self.region, part) {
             Ok(()) => Err(PlugError::Discard {
                 bytes: bytes.end - bytes.start,
@@ -220,11 +234,51 @@ impl Pluggable {
         given
     }
 
-    /// What a plug that failed has populated goes back.
+    /// Has the host give what it has to give when a block is plugged.
+    fn take(&self, bytes: &Range<u64>) -> Result<(), PlugError> {
+        let size = bytes.end - bytes.start;
+        match &self.pages {
+            Pages::Ordinary => Ok(()),
+            Pages::Populated => {
+                let (at, length) = self.place(bytes);
+                let populated = populate_range(self.region.guest(), at, length);
+                populated.map_err(|source| {
+                    self.forget(bytes);
+                    let bytes = size;
+                    PlugError::Populate { bytes, source }
+                })
+            }
+            Pages::Huge(huge) => {
+                let taken = huge.take(&self.memory, bytes.start, size);
+                taken.map_err(|error| match error {
+                    HugeBlocksError::TooFew => PlugError::HugePages {
+                        bytes: size,
+                        page: huge.page(),
+                    },
+                    HugeBlocksError::System(source) => PlugError::Populate {
+                        bytes: size,
+                        source,
+                    },
+                })
+            }
+        }
+    }
+
+    /// Gives blocks that no device reaches any more back to the host.
+    fn give(&self, bytes: &Range<u64>) -> io::Result<()> {
+        match &self.pages {
+            Pages::Ordinary | Pages::Populated => {
+                let (at, size) = self.place(bytes);
+                give_back(&self.memory, at, size)
+            }
+            Pages::Huge(huge) => huge.give(&self.memory, bytes.start, bytes.end - bytes.start),
+        }
+    }
+
+    /// What a plug that failed was given goes back.
     fn forget(&self, bytes: &Range<u64>) {
-        let (at, size) = self.place(bytes);
-        if let Err(error) = give_back(&self.memory, at, size) {
-            log::debug!("madvise on memory that was not plugged: {error}");
+        if let Err(error) = self.give(bytes) {
+            log::debug!("memory that was not plugged: {error}");
         }
     }
 

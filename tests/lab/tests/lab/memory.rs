@@ -20,6 +20,14 @@ pub(crate) const PROOFS: &[Proof] = &[
         "memory_plugged_under_a_drives_io_is_mapped_block_by_block_by_cdev",
         |lab, tier| plugged(lab, Interface::Cdev, tier),
     ),
+    Proof::soak(
+        "memory_that_comes_by_acpi_under_a_drives_io_stays_over_a_restart_by_group",
+        |lab, _| by_acpi(lab, Interface::Group),
+    ),
+    Proof::soak(
+        "memory_that_comes_by_acpi_under_a_drives_io_stays_over_a_restart_by_cdev",
+        |lab, _| by_acpi(lab, Interface::Cdev),
+    ),
 ];
 
 const MIB: u64 = 1 << 20;
@@ -29,6 +37,11 @@ const FIRST: u64 = 512;
 const MORE: u64 = 1024;
 /// MiB of a block.
 const BLOCK: u64 = 2;
+
+/// MiB of a block that comes by ACPI.
+const ACPI_BLOCK: u64 = 128;
+/// MiB that the guest is given by ACPI at a time.
+const STEPS: [u64; 2] = [ACPI_BLOCK, MORE - ACPI_BLOCK];
 
 /// What a drive's devices reach, and what the guest has plugged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,5 +181,126 @@ fn plugged(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     tell!("{}", result.block("log")?);
     let bad = result.value("bad")?.trim();
     ensure!(bad.is_empty(), "data was lost: {bad}");
+    give_back(host, &address, "nvme")
+}
+
+/// How many mappings a drive has, and of how many bytes.
+fn mapped(host: &Host) -> Result<(u64, u64)> {
+    let devices = host.run(&format!("{CTL} devices --json"))?;
+    let devices: Value = serde_json::from_str(&devices)?;
+    let mut all = devices["devices"].as_array().context("devices")?.iter();
+    let drive = all.find(|one| one["kind"] == "assigned");
+    let dma = &drive.context("the drive")?["dma"];
+    let number = |key: &str| dma[key].as_u64().with_context(|| format!("{key} in {dma}"));
+    Ok((number("mappings")?, number("bytes")?))
+}
+
+/// What is said of the guest's memory, and what it has, in MiB.
+fn shown(host: &Host) -> Result<(u64, u64)> {
+    let info = host.run(&format!("{CTL} info --json"))?;
+    let info: Value = serde_json::from_str(&info)?;
+    let size = info["config"]["memory"]["size"].as_u64().context("size")?;
+    let actual = info["memory_actual_size"].as_u64().context("actual")?;
+    Ok((size / MIB, actual / MIB))
+}
+
+/// A guest of a stock kernel is given memory by ACPI, twice, while its drive is written to and read back all the time, by
+/// buffers in what came as well. The drive reaches it when the request is answered, in as many mappings as there are blocks.
+/// After a restart the guest has all of it, and its drive reaches that.
+fn by_acpi(lab: &mut Lab, interface: Interface) -> Result<()> {
+    let (host, address) = bound(lab, "nv0")?;
+    let [_, way] = interface.arguments();
+    let memory = format!("hotplug_size={MORE}M,hotplug_method=acpi");
+    // What the kernel keeps for itself is less than half of a block.
+    let least = |mib: u64| (mib - ACPI_BLOCK / 2) * 1024;
+    let mut sum = FIRST;
+    let steps = STEPS.map(|step| {
+        sum += step;
+        sum
+    });
+    let waits: Vec<_> = steps.iter().map(|mib| least(*mib).to_string()).collect();
+    let whole = least(FIRST + MORE);
+    let run = guest()?
+        .memory_mib(FIRST)
+        .cmdline("memhp_default_state=online_movable")
+        .args(&["--memory", &memory, "--platform", &format!("{way},p2p=off")])
+        .args(&SOCKET)
+        .device(&address)
+        .limit(Duration::from_secs(400))
+        .script(&format!(
+            "total() {{ awk '/^MemTotal/ {{ print $2 }}' /proc/meminfo; }}\n\
+             if [ \"$(total)\" -gt {whole} ]; then\n\
+             lab-io write /dev/nvme0n1 77 high && lab-io verify /dev/nvme0n1 77 high && value again \"$(total)\"\n\
+             until_pressed waiting\n\
+             dmesg | grep -iE 'memory|acpi.*error|nvme' | tail -n 40 | block log\n\
+             else\n\
+             (seed=0; while [ ! -e /tmp/still ]; do seed=$((seed + 1)); place=$(cat /tmp/place 2>/dev/null || true)\n\
+             lab-io write /dev/nvme0n1 $seed $place && lab-io verify /dev/nvme0n1 $seed $place ||\n\
+             echo \"$seed $place\" >>/tmp/bad\n\
+             echo \"$seed $place\" >/tmp/passes; done) >/dev/null 2>>/tmp/said & io=$!\n\
+             passed() {{ seen=$(cut -d ' ' -f 1 /tmp/passes); until [ \"$(cut -d ' ' -f 1 /tmp/passes)\" -gt $((seen + 1)) ]; do sleep 0.1; done; }}\n\
+             until [ -e /tmp/passes ]; do sleep 0.1; done\n\
+             value ready yes\n\
+             step=0\n\
+             for least in {waits}; do\n\
+             step=$((step + 1))\n\
+             until [ \"$(total)\" -gt $least ]; do sleep 0.1; done\n\
+             value plugged $step\n\
+             echo high >/tmp/place; passed\n\
+             value used \"$step $(cat /tmp/passes)\"\n\
+             done\n\
+             : >/tmp/still; wait $io\n\
+             value bad \"$(cat /tmp/bad /tmp/said 2>/dev/null | head -n 5)\"\n\
+             reboot -f\n\
+             fi\n",
+            waits = waits.join(" "),
+        ));
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value ready")?;
+    let before = mapped(host)?;
+    ensure!(before.1 == FIRST * MIB, "{before:?}");
+    for (mib, words) in [
+        (FIRST + ACPI_BLOCK / 2, "whole blocks"),
+        (FIRST - ACPI_BLOCK, "stays"),
+        (FIRST + MORE + ACPI_BLOCK, "hotplug_size"),
+    ] {
+        let refused = host.run(&format!("{CTL} resize --memory {mib}M 2>&1 || true"))?;
+        ensure!(refused.contains(words), "{mib}: {refused}");
+    }
+    let mut longest = Duration::ZERO;
+    for (step, mib) in (1..).zip(steps) {
+        let began = Instant::now();
+        host.run(&format!("{CTL} resize --memory {mib}M"))?;
+        longest = longest.max(began.elapsed());
+        let more = mib - FIRST;
+        let expected = (before.0 + more / ACPI_BLOCK, before.1 + more * MIB);
+        let now = mapped(host)?;
+        ensure!(
+            now == expected,
+            "step {step}: {now:?} and not {expected:?}"
+        );
+        ensure!(shown(host)? == (mib, mib), "step {step}: {:?}", shown(host)?);
+        running.wait_line(&format!("@@value plugged {step}"))?;
+        running.wait_line(&format!("@@value used {step} "))?;
+    }
+    tell!("the longest resize took {longest:.1?}");
+    running.wait_line("@@value waiting")?;
+    let after = mapped(host)?;
+    ensure!(
+        after.1 == before.1 + MORE * MIB,
+        "after the restart: {after:?}"
+    );
+    ensure!(
+        shown(host)?.1 == FIRST + MORE,
+        "after the restart: {:?}",
+        shown(host)?
+    );
+    host.run(&format!("{CTL} power-button"))?;
+    let result = running.finish()?.success()?;
+    tell!("{}", result.block("log")?);
+    let bad = result.value("bad")?.trim();
+    ensure!(bad.is_empty(), "data was lost: {bad}");
+    let again: u64 = result.value("again")?.trim().parse()?;
+    ensure!(again > whole, "after the restart: {again} KiB");
     give_back(host, &address, "nvme")
 }
