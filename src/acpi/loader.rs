@@ -156,7 +156,7 @@ mod tests {
                 ecam: layout::ECAM_START..layout::ECAM_START + layout::ECAM_SIZE,
             }],
             pluggable: None,
-        memory_devices: false,
+            memory_devices: false,
             numa: None,
             serial: true,
             tpm: false,

@@ -16,7 +16,9 @@ use super::aml::Bytes;
 use super::{Hardware, in_system_bus, path};
 use crate::arch::{gsi, layout};
 use crate::devices::cpu_hotplug::DEVICE_CHECK;
-use crate::devices::memory_hotplug::{ADDED, DEVICES, LENGTH, OUTCOME, PRESENT, SELECT, SIZE, START};
+use crate::devices::memory_hotplug::{
+    ADDED, DEVICES, LENGTH, OUTCOME, PRESENT, SELECT, SIZE, START,
+};
 
 /// `_STA`: present, enabled, shown and working. §6.3.7.
 const STATUS_THERE: u8 = 0xf;

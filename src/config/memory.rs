@@ -112,7 +112,9 @@ impl MemoryConfig {
     pub fn pluggable(&self) -> Option<u64> {
         let asked = self.hotplug_size?;
         let size = match self.hotplug_method {
-            HotplugMethod::Acpi => asked.checked_rem(self.block_size()).map(|odd| asked - odd)?,
+            HotplugMethod::Acpi => asked
+                .checked_rem(self.block_size())
+                .map(|odd| asked - odd)?,
             HotplugMethod::VirtioMem => asked,
         };
         (size > 0).then_some(size)
@@ -124,12 +126,12 @@ impl MemoryConfig {
         self.hotplug_method == HotplugMethod::VirtioMem
     }
 
-    /// What RAM that came by ACPI is part of to Cloud Hypervisor's clients: they read in `memory.size` how much the guest
-    /// has, and ask for more than that. `None` where it comes by virtio-mem, or none has come.
+    /// Bytes of RAM that the guest has from its start on, with those that have come by ACPI in an earlier life: what Cloud
+    /// Hypervisor's clients read in `memory.size`, and ask for more than.
     #[must_use]
-    pub fn size_with_plugged(&self) -> Option<u64> {
-        let plugged = self.hotplugged_size.filter(|_| !self.comes_by_virtio())?;
-        Some(self.size.saturating_add(plugged))
+    pub fn at_start(&self) -> u64 {
+        let plugged = self.hotplugged_size.filter(|_| !self.comes_by_virtio());
+        self.size.saturating_add(plugged.unwrap_or(0))
     }
 
     /// Bytes of RAM that the guest can have at most.
@@ -259,13 +261,13 @@ mod tests {
             assert!(matches!(refused, Err(InvalidHotplug::Plugged { .. })));
         }
         let size = plugged(2 * STEP).size;
-        assert_eq!(plugged(2 * STEP).size_with_plugged(), Some(size + 2 * STEP));
-        assert_eq!(by_acpi(STEP).size_with_plugged(), None);
+        assert_eq!(plugged(2 * STEP).at_start(), size + 2 * STEP);
+        assert_eq!(by_acpi(STEP).at_start(), size);
         let other = MemoryConfig {
             hotplugged_size: Some(STEP),
             ..pluggable(STEP)
         };
-        assert_eq!(other.size_with_plugged(), None);
+        assert_eq!(other.at_start(), size);
     }
 
     #[test]

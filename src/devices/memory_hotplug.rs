@@ -121,7 +121,10 @@ impl MemoryHotplug {
     pub fn reset(&self, range: Range<u64>) {
         self.change(|state| {
             *state = MemoryDevices {
-                ranges: Some(range).filter(|range| !range.is_empty()).into_iter().collect(),
+                ranges: Some(range)
+                    .filter(|range| !range.is_empty())
+                    .into_iter()
+                    .collect(),
                 ..MemoryDevices::default()
             };
         });

@@ -390,7 +390,7 @@ mod tests {
                 ecam: PLACES[0].clone(),
             }],
             pluggable: None,
-        memory_devices: false,
+            memory_devices: false,
             numa: None,
             serial: true,
             tpm: false,

@@ -353,7 +353,10 @@ mod tests {
             (0, "stays"),
             (FIRST + 5 * BLOCK, "hotplug_size"),
             (u64::MAX, "hotplug_size"),
-            (FIRST + 2 * BLOCK + 64 * MIB, "ask for 335544320 or 469762048"),
+            (
+                FIRST + 2 * BLOCK + 64 * MIB,
+                "ask for 335544320 or 469762048",
+            ),
         ] {
             let why = test.refused(bytes);
             assert!(why.contains(words), "{bytes}: {why}");

@@ -240,7 +240,14 @@ pub(super) fn put(
     // written as well.
     unsafe {
         match what {
-            Put::File(file) => mmap(at, length, protection, flags | MapFlags::SHARED, file, offset),
+            Put::File(file) => mmap(
+                at,
+                length,
+                protection,
+                flags | MapFlags::SHARED,
+                file,
+                offset,
+            ),
             Put::Nothing => mmap_anonymous(at, length, protection, flags | MapFlags::PRIVATE),
         }
     }?;

@@ -190,8 +190,8 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
     notes: "\
 RAM that comes by virtio-mem needs Linux 5.8 in the guest, with its module virtio_mem,
 and `memhp_default_state=online_movable` on its command line where RAM is to go again.
-By ACPI it needs a kernel with ACPI_HOTPLUG_MEMORY, and `memhp_default_state=online`
-where nothing in the guest takes memory into use.
+By ACPI it comes 32 times between two starts of the guest at most. Its kernel needs
+ACPI_HOTPLUG_MEMORY, and `memhp_default_state=online` where nothing else takes it into use.
 Beside assigned devices, locked memory is needed for all that can come.
 With hugepages=on, blocks are whole huge pages, which the host has to have when they come.",
     blank: MemoryConfig::default,
@@ -212,7 +212,7 @@ With hugepages=on, blocks are whole huge pages, which the host has to have when 
         "hotplug_size" { "SIZE": "RAM beside it that can come while the guest runs, a multiple of 128M\n\
                  (`busway ctl resize --memory`) [0]" }
             |memory, value| memory.hotplug_size = Some(value.size()?);
-        "hotplug_method" { "virtio-mem": "it comes and goes by blocks, as the guest's driver plugs them", "acpi": "it comes in blocks of 128M, 32 times between two starts, and stays [acpi]" }
+        "hotplug_method" { "virtio-mem": "it comes and goes by blocks, as the guest's driver plugs them", "acpi": "it comes in blocks of 128M, and stays [acpi]" }
             |memory, value| memory.hotplug_method = hotplug_method(value)?;
         "hotplugged_size" { "SIZE": "what of it the guest is to have from its start on [0]" }
             |memory, value| memory.hotplugged_size = Some(value.size()?);

@@ -388,13 +388,11 @@ impl Memory {
         );
         let zones = config.memory_zone.iter();
         Self {
-            size: memory.size_with_plugged().unwrap_or(memory.size),
+            size: memory.at_start(),
             mergeable: false,
             hotplug_method: memory.hotplug_method,
             hotplug_size: memory.hotplug_size,
-            hotplugged_size: memory
-                .hotplugged_size
-                .filter(|_| memory.comes_by_virtio()),
+            hotplugged_size: memory.hotplugged_size.filter(|_| memory.comes_by_virtio()),
             shared,
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,

@@ -82,7 +82,7 @@ pub(super) fn show(info: &Info) -> Answer {
         state: word(info.state),
         // Clients compute with it, before the guest has any as well.
         memory_actual_size: match info.memory {
-            0 => info.config.memory.size,
+            0 => info.config.memory.at_start(),
             memory => memory.saturating_sub(info.balloon),
         },
         device_tree: nodes.chain(virtio).collect(),

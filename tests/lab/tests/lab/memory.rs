@@ -28,6 +28,10 @@ pub(crate) const PROOFS: &[Proof] = &[
         "memory_that_comes_by_acpi_under_a_drives_io_stays_over_a_restart_by_cdev",
         |lab, _| by_acpi(lab, Interface::Cdev),
     ),
+    Proof::soak(
+        "memory_of_huge_pages_is_taken_block_by_block_and_no_guest_dies_of_an_empty_pool",
+        |lab, _| of_huge_pages(lab),
+    ),
 ];
 
 const MIB: u64 = 1 << 20;
@@ -275,11 +279,12 @@ fn by_acpi(lab: &mut Lab, interface: Interface) -> Result<()> {
         let more = mib - FIRST;
         let expected = (before.0 + more / ACPI_BLOCK, before.1 + more * MIB);
         let now = mapped(host)?;
+        ensure!(now == expected, "step {step}: {now:?} and not {expected:?}");
         ensure!(
-            now == expected,
-            "step {step}: {now:?} and not {expected:?}"
+            shown(host)? == (mib, mib),
+            "step {step}: {:?}",
+            shown(host)?
         );
-        ensure!(shown(host)? == (mib, mib), "step {step}: {:?}", shown(host)?);
         running.wait_line(&format!("@@value plugged {step}"))?;
         running.wait_line(&format!("@@value used {step} "))?;
     }
@@ -302,5 +307,86 @@ fn by_acpi(lab: &mut Lab, interface: Interface) -> Result<()> {
     ensure!(bad.is_empty(), "data was lost: {bad}");
     let again: u64 = result.value("again")?.trim().parse()?;
     ensure!(again > whole, "after the restart: {again} KiB");
+    give_back(host, &address, "nvme")
+}
+
+/// Where the host says how many huge pages of 2 MiB it has.
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Has the host have so many MiB of huge pages.
+fn pool(host: &Host, mib: u64) -> Result<()> {
+    let pages = mib / BLOCK;
+    let has = host.run(&format!(
+        "echo {pages} >{POOL}/nr_hugepages; cat {POOL}/nr_hugepages"
+    ))?;
+    ensure!(has.trim() == pages.to_string(), "{pages} pages: {has}");
+    Ok(())
+}
+
+/// MiB of huge pages that nobody has taken.
+fn free(host: &Host) -> Result<u64> {
+    let free = host.run(&format!("cat {POOL}/free_hugepages"))?;
+    Ok(free.trim().parse::<u64>()? * BLOCK)
+}
+
+/// A guest of huge pages is given more by virtio-mem than the host's pool has. It gets what there is, its drive's data is right
+/// in all of it, and it goes on; when the pool is larger it gets the rest. What it gives back is the pool's again.
+fn of_huge_pages(lab: &mut Lab) -> Result<()> {
+    const STEP: u64 = 128;
+    let (host, address) = bound(lab, "nv0")?;
+    pool(host, FIRST + STEP)?;
+    let memory = format!(
+        "hugepages=on,hugepage_size=2M,hotplug_size={}M,hotplug_method=virtio-mem",
+        2 * STEP
+    );
+    let [_, way] = Interface::Group.arguments();
+    let run = guest()?
+        .memory_mib(FIRST)
+        .cmdline("memhp_default_state=online_movable")
+        .args(&["--memory", &memory, "--platform", &format!("{way},p2p=off")])
+        .args(&SOCKET)
+        .device(&address)
+        .limit(Duration::from_secs(400))
+        .script(
+            "seed=0\n\
+             for name in less all none; do\n\
+             until_pressed $name\n\
+             seed=$((seed + 1)); place=high; [ $name != none ] || place=\n\
+             lab-io write /dev/nvme0n1 $seed $place && lab-io verify /dev/nvme0n1 $seed $place && value verified $name\n\
+             done\n\
+             until_pressed waiting\n\
+             dmesg | grep -iE 'virtio_mem|nvme|error' | tail -n 40 | block log\n",
+        );
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value less")?;
+    ensure!(free(host)? == STEP, "{} MiB are free", free(host)?);
+    let resize = |mib: u64| host.run(&format!("{CTL} resize --memory {mib}M"));
+    let press = || host.run(&format!("{CTL} power-button"));
+    resize(FIRST + 2 * STEP)?;
+    let there = wait_plugged(host, STEP)?;
+    ensure!(there.bytes == (FIRST + STEP) * MIB, "{there:?}");
+    ensure!(free(host)? == 0, "{} MiB are free", free(host)?);
+    press()?;
+    running.wait_line("@@value verified less")?;
+    running.wait_line("@@value all")?;
+    pool(host, FIRST + 2 * STEP)?;
+    // A guest that was told to try again later does so when it hears of another size.
+    resize(FIRST + STEP)?;
+    resize(FIRST + 2 * STEP)?;
+    let all = wait_plugged(host, 2 * STEP)?;
+    ensure!(all.bytes == (FIRST + 2 * STEP) * MIB, "{all:?}");
+    press()?;
+    running.wait_line("@@value verified all")?;
+    running.wait_line("@@value none")?;
+    resize(FIRST)?;
+    wait_plugged(host, 0)?;
+    ensure!(free(host)? == 2 * STEP, "{} MiB are free", free(host)?);
+    press()?;
+    running.wait_line("@@value verified none")?;
+    running.wait_line("@@value waiting")?;
+    press()?;
+    let result = running.finish()?.success()?;
+    tell!("{}", result.block("log")?);
+    pool(host, 0)?;
     give_back(host, &address, "nvme")
 }
