@@ -191,7 +191,7 @@ pub(super) static MEMORY: Section<MemoryConfig> = Section {
 RAM that comes by virtio-mem needs Linux 5.8 in the guest, with its module virtio_mem,
 and `memhp_default_state=online_movable` on its command line where RAM is to go again.
 By ACPI it comes 32 times between two starts of the guest at most. Its kernel needs
-ACPI_HOTPLUG_MEMORY, and `memhp_default_state=online` where nothing else takes it into use.
+ACPI_HOTPLUG_MEMORY, and `memhp_default_state=online` where nothing else has it used.
 Beside assigned devices, locked memory is needed for all that can come.
 With hugepages=on, blocks are whole huge pages, which the host has to have when they come.",
     blank: MemoryConfig::default,
