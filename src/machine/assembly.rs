@@ -262,7 +262,9 @@ impl Machine {
         )?;
         if let Some(pluggable) = ram.pluggable(&memory.0) {
             let requested = config.memory.hotplugged_size.unwrap_or(0);
-            virtio.add_memory(pluggable, requested, &mut pci)?;
+            let node = acpi.numa.as_ref().map_or(0, |numa| numa.pluggable);
+            let node = u16::try_from(node).unwrap_or(u16::MAX);
+            virtio.add_memory(pluggable, requested, node, &mut pci)?;
         } else if config.memory.refuse_acpi().is_err() {
             log::info!(
                 "the guest keeps the RAM that it starts with: none comes by ACPI yet (memory.hotplug_method Acpi), and \

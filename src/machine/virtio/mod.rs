@@ -274,7 +274,7 @@ impl VirtioDevices {
     }
 
     /// Adds the device by which blocks of `pluggable` come and go, of which the guest is to have `requested` bytes at
-    /// first.
+    /// first. They are of its NUMA node `node`.
     ///
     /// # Errors
     /// [`RunError`]
@@ -282,9 +282,10 @@ impl VirtioDevices {
         &mut self,
         pluggable: Pluggable,
         requested: u64,
+        node: u16,
         pci: &mut Pci,
     ) -> Result<(), RunError> {
-        let device = Mem::new("memory", pluggable, requested)?;
+        let device = Mem::new("memory", pluggable, requested, node)?;
         self.memory = Some(device.target());
         self.add_fixed(Box::new(device), pci)
     }

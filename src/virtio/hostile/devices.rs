@@ -164,7 +164,7 @@ impl Kind {
                 Box::new(pmem)
             }
             Self::Memory => {
-                let device = Mem::new("memory", pluggable()?, PLUGGABLE / 2);
+                let device = Mem::new("memory", pluggable()?, PLUGGABLE / 2, 0);
                 Box::new(device.map_err(io::Error::other)?)
             }
         };
