@@ -635,7 +635,8 @@ fn keep_away(cpus: &CpusConfig) {
     match keep_from(&taken) {
         Ok(true) => {}
         Ok(false) => log::warn!(
-            "--cpus dedicated=on: the vCPUs have all processors that this process may use, so that its other threads run              on them too"
+            "--cpus dedicated=on: the vCPUs have all processors that this process may use, so that its other threads run \
+             on them too"
         ),
         Err(error) => {
             log::warn!("--cpus dedicated=on: Busway's other threads are not kept away: {error}")
