@@ -148,7 +148,7 @@ impl Kind {
                 };
                 let (regions, blocks) = ballooned()?;
                 let discards = regions.discards();
-                let balloon = Balloon::new("balloon", &config, ram, discards, Some(blocks));
+                let balloon = Balloon::new("balloon", &config, discards, Some(blocks));
                 Box::new(balloon.map_err(io::Error::other)?)
             }
             Self::Pmem => {
