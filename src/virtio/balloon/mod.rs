@@ -232,7 +232,8 @@ impl VirtioDevice for Balloon {
             &self.discards,
             self.ballooned.as_ref().filter(|_| waits),
             &self.counts,
-        )?;
+        )?
+        .deflating_on_oom(has(balloon::F_DEFLATE_ON_OOM));
         let workers: Vec<Box<dyn Worker>> = vec![Box::new(worker)];
         activation.run(workers, DeviceState::Balloon(state))
     }

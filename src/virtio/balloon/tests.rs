@@ -168,6 +168,22 @@ fn a_guest_that_takes_pages_out_of_want_is_seen_to_and_the_target_stays() {
 }
 
 #[test]
+fn a_driver_that_leaves_takes_its_pages_and_is_not_said_to_be_in_want() {
+    let mut it = Inflated::new(&BalloonConfig {
+        size: MIB,
+        ..BalloonConfig::default()
+    });
+    it.driver.ready();
+    let first = page(PAGES);
+    it.inflate(first..first + 256);
+    it.driver
+        .bar_write(it.driver.device + 4, &256_u32.to_le_bytes());
+    it.deflate(first..first + 256);
+    let totals = it.totals();
+    assert_eq!((totals.target, totals.wanted, totals.given), (MIB, 0, 0));
+}
+
+#[test]
 fn beside_what_pins_memory_the_guest_is_answered_and_its_pages_stay() {
     let mut it = Inflated::new(&BalloonConfig {
         free_page_reporting: true,
