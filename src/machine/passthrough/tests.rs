@@ -14,7 +14,7 @@ use busway_pci::{Bdf, Device, InterruptLevel, Reserve, Segment, Windows};
 use super::fake::{FakeHost, FaultyWires, LARGE};
 use super::*;
 use crate::arch::layout;
-use crate::config::{Choice, MemoryConfig, PlatformConfig};
+use crate::config::{Choice, MemoryConfig, OnError, PlatformConfig};
 use crate::devices::pci_hotplug::{
     ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, PciHotplug, WANTED,
 };
@@ -504,6 +504,29 @@ fn a_device_comes_to_bus_0_as_an_integrated_endpoint_and_leaves_when_the_guest_l
         );
         assert_eq!(machine.passthrough.empty_slots(&machine.pci), empty);
     }
+}
+
+#[test]
+fn a_guest_that_restarts_is_held_for_a_device_no_more() {
+    let Some(mut machine) = Machine::new(1 << 20) else {
+        return;
+    };
+    let mut config = DeviceConfig::new(FIRST).unwrap();
+    config.on_error = OnError::Pause;
+    machine.add_all(vec![config]).unwrap();
+    let state = |machine: &Machine| {
+        let seen = machine.passthrough.observed(machine.pci.seats(), true);
+        seen[0].state
+    };
+    assert_ne!(state(&machine), DeviceState::Held);
+    machine.host.fail_all();
+    let seats = machine.pci.seats();
+    let verdict = machine.passthrough.attached.on_ready(seats, false);
+    assert_eq!(verdict.unwrap(), Verdict::Hold);
+    assert_eq!(state(&machine), DeviceState::Held);
+    machine.passthrough.attached.on_restart(seats);
+    // It is held later, for another.
+    assert_ne!(state(&machine), DeviceState::Held);
 }
 
 #[test]
