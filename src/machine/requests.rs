@@ -127,6 +127,11 @@ impl Info {
             ..Self::default()
         }
     }
+
+    /// What there is to be observed of a machine of which no more than this can be told now.
+    pub(super) fn observed(&self) -> Answer {
+        Answer::Observed(Box::new(Observed::of(self.state, self.memory)))
+    }
 }
 
 /// A virtio device that a guest has.
@@ -319,8 +324,7 @@ impl Control {
                     Ok(receiver)
                 }
                 (Some(info), Request::Observe) => {
-                    let seen = Box::new(Observed::of(info.state, info.memory));
-                    Asker::from(sender).answer(Ok(Answer::Observed(seen)));
+                    Asker::from(sender).answer(Ok(info.observed()));
                     Ok(receiver)
                 }
                 _ => Err(RequestError::Ended),
@@ -411,11 +415,7 @@ impl Requests {
         for (request, asker) in asked {
             match request {
                 Request::Info => asker.answer(Ok(Answer::Info(Box::new(info())))),
-                Request::Observe => {
-                    let Info { state, memory, .. } = info();
-                    let seen = Box::new(Observed::of(state, memory));
-                    asker.answer(Ok(Answer::Observed(seen)));
-                }
+                Request::Observe => asker.answer(Ok(info().observed())),
                 Request::End(extent) => {
                     self.end(extent, asker);
                     ends = true;
