@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::{known, text};
 use crate::config::{
-    BucketConfig, DeviceConfig, DiskConfig, FsConfig, ImageType, NetConfig, QueueAffinity,
+    BucketConfig, DeviceConfig, DiskConfig, FsConfig, ImageType, NetConfig, OnError, QueueAffinity,
     RateLimiterConfig, VhostMode, VsockConfig,
 };
 
@@ -124,6 +124,9 @@ pub(super) struct Device {
     /// Beside Cloud Hypervisor's.
     #[serde(skip_serializing_if = "Option::is_none")]
     root_port: Option<bool>,
+    /// Beside Cloud Hypervisor's: what its errors do to the VM, where they do not end it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    on_error: Option<OnError>,
 }
 
 impl From<&DiskConfig> for Disk {
@@ -236,6 +239,7 @@ impl From<&DeviceConfig> for Device {
             id: device.id.clone(),
             x_nv_gpudirect_clique: device.x_nv_gpudirect_clique,
             root_port: device.root_port,
+            on_error: Some(device.on_error).filter(|on_error| *on_error != OnError::Stop),
         }
     }
 }
