@@ -36,7 +36,7 @@ use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::pvpanic::Pvpanic;
 use crate::devices::tpm::{self, Tpm};
 use crate::devices::watchdog::Watchdog;
-use crate::kvm::{Buses, ExitKind, Vcpus, Vm, keep_from};
+use crate::kvm::{Buses, ExitKind, Vcpus, Vm, keep_from, keep_from_none};
 use crate::memory::{Area, Ballooned, Discards, Ram, Regions, Slots};
 use crate::report::{Report, Stage};
 use crate::smbios::{self, FirmwareTable, Identity};
@@ -625,9 +625,12 @@ fn numa(config: &VmConfig, ram: &Ram) -> Option<acpi::Numa> {
     })
 }
 
-/// Keeps all threads of this process from processors that are vCPUs' alone.
+/// Keeps all threads of this process from processors that are vCPUs' alone, and from none where none are.
 fn keep_away(cpus: &CpusConfig) {
     if !cpus.dedicated {
+        if let Err(error) = keep_from_none() {
+            log::warn!("Busway's threads stay away from the processors of a VM before: {error}");
+        }
         return;
     }
     let taken = cpus.affinity.iter();
