@@ -39,13 +39,14 @@ impl Fitted {
         tpm: Option<&Tpm>,
     ) -> Result<Self, RunError> {
         let Steps { config, .. } = steps;
+        let node = ground.acpi.numa.as_ref().map_or(0, |numa| numa.pluggable);
         let (ram, pci) = (&taken.ram, &mut ground.pci);
         let slots = Slots::new(ram.guest(), &taken.memory.0, ground.area.clone());
         let routes = Arc::new(steps.router.clone());
         let (table, seats) = (&taken.table, pci.seats());
         let mut virtio =
             VirtioDevices::new(ram.guest(), table, slots, routes, seats, &steps.events);
-        let console_terminal = add_virtio(steps, taken, &mut virtio, pci)?;
+        let console_terminal = add_virtio(steps, taken, node, &mut virtio, pci)?;
         let watchdog = add_board_devices(config, pci)?;
         if let Some(tpm) = tpm {
             let (at, registers) = (layout::TPM_START, tpm.registers());
@@ -71,10 +72,11 @@ impl Fitted {
 }
 
 /// The virtio devices: disks, NICs, console, entropy source, balloon, and RAM that comes and goes. Gives the
-/// pseudo-terminal that the console is at.
+/// pseudo-terminal that the console is at. RAM that comes is of `node`, where the guest has nodes.
 fn add_virtio(
     steps: &Steps<'_>,
     taken: &Taken,
+    node: u32,
     virtio: &mut VirtioDevices,
     pci: &mut Pci,
 ) -> Result<Option<PathBuf>, RunError> {
@@ -96,7 +98,8 @@ fn add_virtio(
     }
     if let Some(pluggable) = taken.ram.pluggable(regions) {
         let requested = config.memory.hotplugged_size.unwrap_or(0);
-        virtio.add_memory(pluggable, requested, pci)?;
+        let node = u16::try_from(node).unwrap_or(u16::MAX);
+        virtio.add_memory(pluggable, requested, node, pci)?;
     } else if config.memory.refuse_acpi().is_err() {
         log::info!(
             "the guest keeps the RAM that it starts with: none comes by ACPI yet (memory.hotplug_method Acpi), and \

@@ -31,7 +31,7 @@ use crate::arch::layout;
 use crate::config::{CpusConfig, VirtioConfig, VmConfig};
 use crate::devices::tpm::Tpm;
 use crate::devices::watchdog::Watchdog;
-use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from};
+use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from, keep_from_none};
 use crate::memory::Ram;
 use crate::report::{Report, Stage};
 use crate::smbios;
@@ -336,9 +336,12 @@ impl Steps<'_> {
     }
 }
 
-/// Keeps all threads of this process from processors that are vCPUs' alone.
+/// Keeps all threads of this process from processors that are vCPUs' alone, and from none where none are.
 fn keep_away(cpus: &CpusConfig) {
     if !cpus.dedicated {
+        if let Err(error) = keep_from_none() {
+            log::warn!("Busway's threads stay away from the processors of a VM before: {error}");
+        }
         return;
     }
     let taken = cpus.affinity.iter();
