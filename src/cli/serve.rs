@@ -130,11 +130,6 @@ fn is_pipe(path: &Path) -> bool {
 )]
 struct NothingToDo;
 
-/// What a VM's file says that this process cannot do.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct NotHere(String);
-
 /// Whether these arguments, the program's name first, are meant for this.
 pub(super) fn is_meant(args: &[OsString]) -> bool {
     let Some((program, args)) = args.split_first() else {
@@ -266,7 +261,7 @@ impl Serve {
         });
         if let Some(asked) = asked {
             let why = format!("--config: `{asked}` is of the one VM of `busway run`: {OF_ONE_VM}");
-            return Err(Failure::usage(NotHere(why)));
+            return Err(Failure::usage(why));
         }
         Ok((first, self.vm.api_socket().map_err(Failure::usage)?))
     }

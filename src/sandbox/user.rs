@@ -56,7 +56,7 @@ pub enum UserError {
         file: &'static str,
     },
     /// --user {0}: the number has no entry
-    #[error("--user {0}: {PASSWD} has no such user, and so no group for it; give UID:GID")]
+    #[error("--user {0}: /etc/passwd has no such user, and so no group for it; give UID:GID")]
     NoGroup(String),
     /// --user {0}: not of the form
     #[error("--user {0}: it is UID, UID:GID, NAME or NAME:GROUP")]

@@ -208,21 +208,21 @@ pub(super) struct RunArgs {
     )]
     landlock_rules: Vec<String>,
 
-    /// Put the process into a jail: namespaces of its own, and a tree with what its VM names: true|false
+    /// Put the process into a jail with what its VM names: true|false
     ///
-    /// The tree has the files, sockets and devices that --landlock leaves in reach, and nothing else of the
-    /// host's; mounts, network, IPC and host name are its own. A tap that comes later comes as a
-    /// descriptor. Without root it needs user namespaces. [default: false]
+    /// It has namespaces of its own (mounts, network, IPC, host name), and a root with the files, sockets
+    /// and devices that --landlock leaves in reach, and nothing else of the host's. A tap that is added
+    /// comes as a descriptor. Without root it needs user namespaces. [default: false]
     #[arg(
         long, value_name = "WHETHER", num_args = 0..=1, default_missing_value = "true",
         value_parser = ["true", "false"], hide_possible_values = true, help_heading = DIAGNOSTICS
     )]
     pub(super) jail: Option<String>,
 
-    /// Become another user, once what only root may open is open: UID[:GID]|NAME[:GROUP]
+    /// Become this user when all is open: UID[:GID]|NAME[:GROUP]
     ///
-    /// No capability is left when the guest begins, and what is opened later is opened by that user's
-    /// rights. NAME and UID have the groups that /etc/passwd and /etc/group give them; where a group is
+    /// What only root may open is open by then. No capability is left when the guest begins, and what is
+    /// opened later is opened by that user's rights. NAME and UID have the groups that /etc/passwd and /etc/group give them; where a group is
     /// named, it is the only one. Folders in which the VM makes files and sockets have to be that user's.
     #[arg(long, value_name = "USER", help_heading = DIAGNOSTICS)]
     pub(super) user: Option<String>,

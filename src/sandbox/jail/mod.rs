@@ -141,6 +141,7 @@ pub(super) fn enter(rules: &Rules, other_user: bool) -> Result<(), JailError> {
         readonly: false,
         devices: false,
         is_folder: true,
+        is_inside: false,
     };
     let own = taken(&own)?;
     let root = empty()?;
@@ -298,7 +299,7 @@ fn make(plan: &Plan) -> Result<(), JailError> {
     for (at, to) in &plan.links {
         rustix::fs::symlink(to, below(at)).map_err(JailError::path(at))?;
     }
-    for bound in &plan.bound {
+    for bound in plan.bound.iter().filter(|bound| !bound.is_inside) {
         if bound.is_folder {
             folder(&bound.path)?;
             continue;

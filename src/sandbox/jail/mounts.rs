@@ -27,7 +27,7 @@ const NO_EXECUTION: u64 = 8;
 pub(super) fn leave(namespaces: UnshareFlags) -> io::Result<()> {
     // SAFETY: of the flags, those are dangerous that give a thread a table of descriptors of its own: there is one thread,
     // and the callers name namespaces alone.
-    Ok(unsafe { unshare_unsafe(namespaces) }?)
+    unsafe { unshare_unsafe(namespaces) }.map_err(Into::into)
 }
 
 /// Has nothing in `tree`, which nobody has mounted yet, be executed, nor written or opened as a device where that is said.

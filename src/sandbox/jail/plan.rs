@@ -30,6 +30,8 @@ pub(super) struct Bound {
     /// Device nodes in it can be opened.
     pub(super) devices: bool,
     pub(super) is_folder: bool,
+    /// It lies in another one, which has the place for it.
+    pub(super) is_inside: bool,
 }
 
 /// The tree, as it is made.
@@ -87,6 +89,7 @@ impl Plan {
             if above.is_some_and(|above| !above.readonly || !writes) {
                 continue;
             }
+            let is_inside = above.is_some();
             let Ok(metadata) = fs::metadata(&path) else {
                 continue;
             };
@@ -97,6 +100,7 @@ impl Plan {
                 readonly: !writes && !is_node,
                 path,
                 is_folder,
+                is_inside,
             });
         }
     }
@@ -173,7 +177,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::config::{ConsoleConfig, DiskConfig, VmConfig};
+    use crate::config::{ConsoleConfig, DiskConfig, LandlockRule, VmConfig};
 
     fn bound<'a>(plan: &'a Plan, path: &Path) -> Option<&'a Bound> {
         plan.bound.iter().find(|bound| bound.path == path)
@@ -201,12 +205,19 @@ mod tests {
                 DiskConfig::new(root.join("missing")),
             ],
             serial: ConsoleConfig::file(root.join("out/serial")),
+            landlock_rules: vec![LandlockRule {
+                path: root.join("work"),
+                access: LandlockAccess::Read,
+            }],
             ..VmConfig::default()
         };
         let plan = Plan::of(&Rules::of(&config, false), &root.join("work"));
         let disk = bound(&plan, &root.join("images/a")).unwrap();
-        assert!(!disk.readonly && !disk.devices && !disk.is_folder);
-        assert!(bound(&plan, &root.join("work/b")).is_some());
+        assert!(!disk.readonly && !disk.devices && !disk.is_folder && !disk.is_inside);
+        // What is written in a folder that is only read is a mount in that one.
+        assert!(bound(&plan, &root.join("work")).unwrap().readonly);
+        let inside = bound(&plan, &root.join("work/b")).unwrap();
+        assert!(inside.is_inside && !inside.readonly);
         assert!(bound(&plan, &root.join("kernel")).unwrap().readonly);
         // A file that is renamed when it is full is no mount of its own.
         assert!(bound(&plan, &root.join("out")).unwrap().is_folder);
@@ -218,10 +229,12 @@ mod tests {
         let (first, second) = (root.join("disk"), root.join("names/first"));
         let (to_first, to_second) = (root.join("names/first/a"), PathBuf::from("../images"));
         assert_eq!(links, [(&first, &to_first), (&second, &to_second)]);
-        for folder in ["images", "names", "work"] {
+        for folder in ["images", "names"] {
             assert!(plan.folders.contains(&root.join(folder)), "{folder}");
         }
-        assert!(!plan.folders.contains(&root.join("out")));
+        for folder in ["out", "work"] {
+            assert!(!plan.folders.contains(&root.join(folder)), "{folder}");
+        }
     }
 
     #[test]
