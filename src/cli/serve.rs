@@ -179,7 +179,10 @@ fn parse(args: Vec<OsString>) -> Result<Serve, clap::Error> {
     }
     // What its VMs name is not known before they are made, and its threads are there by then.
     for (flag, said) in [
-        ("--jail", serve.vm.jail.as_ref().is_some_and(|said| said == "true")),
+        (
+            "--jail",
+            serve.vm.jail.as_ref().is_some_and(|said| said == "true"),
+        ),
         ("--user", serve.vm.user.is_some()),
     ] {
         if said {

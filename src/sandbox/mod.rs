@@ -13,11 +13,11 @@ pub mod landlock;
 mod limits;
 mod rights;
 mod table;
-mod user;
 #[cfg(test)]
 mod takeover;
 #[cfg(test)]
 mod tests;
+mod user;
 mod violation;
 
 use std::io;

@@ -349,7 +349,10 @@ fn look_round_a_jail(kind: Kind) {
     let missing = |path: &Path| {
         let error = File::open(path).err().map(|error| error.kind());
         let none = [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied];
-        assert!(error.is_some_and(|error| none.contains(&error)), "{kind:?}: {path:?}: {error:?}");
+        assert!(
+            error.is_some_and(|error| none.contains(&error)),
+            "{kind:?}: {path:?}: {error:?}"
+        );
         fs::metadata(path).map_err(|error| error.kind())
     };
     for path in [
@@ -364,7 +367,11 @@ fn look_round_a_jail(kind: Kind) {
         "/sys/fs/cgroup",
     ] {
         let there = missing(Path::new(path));
-        assert_eq!(there.err(), Some(io::ErrorKind::NotFound), "{kind:?}: {path}");
+        assert_eq!(
+            there.err(),
+            Some(io::ErrorKind::NotFound),
+            "{kind:?}: {path}"
+        );
     }
     assert!(missing(&folder.join("other/file")).is_err());
     // No process but this one, by whatever number.
@@ -414,8 +421,7 @@ fn in_a_jail_no_thread_sees_files_processes_or_interfaces_of_the_host() {
         ..Apart::default()
     };
     let act = look_round_a_jail;
-    for (kind, status, stderr) in
-        in_a_process_apart(test, Mode::False, folder, || None, jail, act)
+    for (kind, status, stderr) in in_a_process_apart(test, Mode::False, folder, || None, jail, act)
     {
         assert_eq!(status, SURVIVED, "{kind:?}: {stderr}");
     }

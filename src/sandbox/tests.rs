@@ -299,7 +299,11 @@ fn as_another_user() -> Apart {
 /// The main thread can open what is root's until it is said that all is open; no other thread can, and nobody after that.
 fn compare_rights_of_another_user(kind: Kind) {
     let uids = [rustix::process::getuid(), rustix::process::geteuid()];
-    assert_eq!(uids.map(rustix::process::Uid::as_raw), [65534; 2], "{kind:?}");
+    assert_eq!(
+        uids.map(rustix::process::Uid::as_raw),
+        [65534; 2],
+        "{kind:?}"
+    );
     let groups = rustix::process::getgroups().unwrap();
     assert!(groups.is_empty(), "{kind:?}: {groups:?}");
     let now = || capabilities_now(None).unwrap();
@@ -311,7 +315,10 @@ fn compare_rights_of_another_user(kind: Kind) {
     };
     assert_eq!(now().effective, expected, "{kind:?}");
     end_opening().unwrap();
-    assert!(now().effective.is_empty() && now().permitted.is_empty(), "{kind:?}");
+    assert!(
+        now().effective.is_empty() && now().permitted.is_empty(),
+        "{kind:?}"
+    );
     let other = thread::spawn(|| {
         enter(Kind::Main);
         let now = capabilities_now(None).unwrap();

@@ -336,7 +336,8 @@ mod tests {
 
     const USERS: &str = "root:x:0:0:root:/root:/bin/sh\nodd\nvm:x:990:991::/var/lib/vm:/usr/sbin/nologin\n\
         toor:x:0:0::/:/bin/sh\n+::::::\n";
-    const GROUPS: &str = "root:x:0:\nkvm:x:104:vm,other\nvm:x:991:vm\ndisk:x:6:other\nvfio:x:105:other,vm\nodd:x\n";
+    const GROUPS: &str =
+        "root:x:0:\nkvm:x:104:vm,other\nvm:x:991:vm\ndisk:x:6:other\nvfio:x:105:other,vm\nodd:x\n";
 
     fn read(file: &'static str) -> Result<String, UserError> {
         Ok(if file == PASSWD { USERS } else { GROUPS }.to_owned())
@@ -372,7 +373,10 @@ mod tests {
     #[test]
     fn what_is_no_user_is_told_with_what_helps() {
         for (said, what) in [
-            ("nobody", "/etc/passwd has no user of that name; give UID:GID"),
+            (
+                "nobody",
+                "/etc/passwd has no user of that name; give UID:GID",
+            ),
             ("vm:wheel", "/etc/group has no group of that name"),
             ("4000", "no group for it; give UID:GID"),
             ("root", "that is root"),

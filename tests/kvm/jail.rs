@@ -62,7 +62,10 @@ impl Place {
             .args(["run", "-v", "--memory", "size=64M", "--kernel"])
             .arg(self.path("kernel"))
             .arg("--disk")
-            .arg(format!("path={},id=first", self.path("images/disk").display()))
+            .arg(format!(
+                "path={},id=first",
+                self.path("images/disk").display()
+            ))
             .arg("--serial")
             .arg(format!("file={}", self.path("own/serial").display()))
             .arg("--api-socket")
@@ -111,7 +114,10 @@ impl Place {
     fn refused(&self, words: &[&str], why: &str) {
         let output = self.ctl(words);
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && stderr.contains(why), "{words:?}: {stderr}");
+        assert!(
+            !output.status.success() && stderr.contains(why),
+            "{words:?}: {stderr}"
+        );
     }
 
     /// It restarts, and ends in order by a signal: the first asks the guest, which does not hear, and the second ends it.
@@ -124,9 +130,16 @@ impl Place {
         signal(&child, libc::SIGINT);
         let output = child.wait_with_output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.code().is_some(), "{}: {stderr}", output.status);
+        assert!(
+            output.status.code().is_some(),
+            "{}: {stderr}",
+            output.status
+        );
         assert!(!stderr.contains("its filter does not have"), "{stderr}");
-        assert!(!self.path("own/api").exists(), "the socket is left: {stderr}");
+        assert!(
+            !self.path("own/api").exists(),
+            "the socket is left: {stderr}"
+        );
     }
 }
 
@@ -151,15 +164,20 @@ fn is_nobody(pid: u32) {
 fn a_task_that_is_somebodys(pid: u32) -> Option<String> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     // As a whole: the task may be gone a moment later.
-    let statuses = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("status")).ok());
+    let statuses =
+        tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("status")).ok());
     statuses.filter(|status| !status.is_empty()).find(|status| {
         let name = of(status, "Name:").concat();
         if KERNELS.iter().any(|begin| name.starts_with(begin)) {
             return false;
         }
-        let is_nobody = ["Uid:", "Gid:"].iter().all(|key| of(status, key) == ["65534"; 4]);
+        let is_nobody = ["Uid:", "Gid:"]
+            .iter()
+            .all(|key| of(status, key) == ["65534"; 4]);
         let kinds = ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"];
-        let nothing = kinds.iter().all(|key| of(status, key) == ["0000000000000000"]);
+        let nothing = kinds
+            .iter()
+            .all(|key| of(status, key) == ["0000000000000000"]);
         !is_nobody || !nothing || !of(status, "Groups:").is_empty()
     })
 }
@@ -199,7 +217,11 @@ fn is_jailed(place: &Place, pid: u32, by_user: bool) {
         ("user", by_user),
         ("pid", false),
     ] {
-        assert_eq!(namespace(&its, kind) != namespace("self", kind), own, "{kind}");
+        assert_eq!(
+            namespace(&its, kind) != namespace("self", kind),
+            own,
+            "{kind}"
+        );
     }
     let root = PathBuf::from(format!("/proc/{pid}/root"));
     let first = place.folder.path().iter().nth(1).unwrap().to_str().unwrap();
@@ -217,18 +239,30 @@ fn is_jailed(place: &Place, pid: u32, by_user: bool) {
     }
     let proc = names(&root.join("proc"));
     let known = ["cpuinfo", "interrupts", "irq", "meminfo", "self", "sys"];
-    assert!(proc.iter().all(|name| known.contains(&name.as_str())), "{proc:?}");
+    assert!(
+        proc.iter().all(|name| known.contains(&name.as_str())),
+        "{proc:?}"
+    );
     let status = fs::read_to_string(root.join("proc/self/status")).unwrap();
     assert_eq!(of(&status, "Pid:"), [its.as_str()]);
     // The host's tree is not below or above it, and even root makes nothing in its own.
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
-    let roots: Vec<_> = mounts.lines().filter(|line| line.split(' ').nth(4) == Some("/")).collect();
+    let roots: Vec<_> = mounts
+        .lines()
+        .filter(|line| line.split(' ').nth(4) == Some("/"))
+        .collect();
     assert!(roots.len() == 1 && roots[0].contains(" ro,"), "{mounts}");
     assert!(roots[0].contains("- tmpfs "), "{mounts}");
-    assert_eq!(fs::create_dir(root.join("new")).unwrap_err().raw_os_error(), Some(libc::EROFS));
+    assert_eq!(
+        fs::create_dir(root.join("new")).unwrap_err().raw_os_error(),
+        Some(libc::EROFS)
+    );
     let interfaces = fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap();
     let names: Vec<_> = interfaces.lines().skip(2).map(|line| line.trim()).collect();
-    assert!(names.iter().all(|name| name.starts_with("lo:")), "{interfaces}");
+    assert!(
+        names.iter().all(|name| name.starts_with("lo:")),
+        "{interfaces}"
+    );
 }
 
 #[test]
@@ -248,7 +282,14 @@ fn a_jail_has_what_its_vm_names_and_nothing_else_of_the_host() {
 #[test]
 fn in_a_jail_as_another_user_a_vm_has_neither_roots_rights_nor_the_hosts_files() {
     let Some(place) = Place::new() else { return };
-    let child = place.start(&["--jail", "true", "--user", "65534:65534", "--landlock", "false"]);
+    let child = place.start(&[
+        "--jail",
+        "true",
+        "--user",
+        "65534:65534",
+        "--landlock",
+        "false",
+    ]);
     is_nobody(child.id());
     is_jailed(&place, child.id(), false);
     place.live_and_end(child);
@@ -263,7 +304,13 @@ fn a_tap_that_a_jailed_vm_makes_is_in_the_hosts_network() {
         return;
     }
     let name = format!("jail{}", std::process::id());
-    let flags = ["--net", &format!("tap={name},num_queues=4,mtu=1400"), "--jail", "--user", "65534:65534"];
+    let flags = [
+        "--net",
+        &format!("tap={name},num_queues=4,mtu=1400"),
+        "--jail",
+        "--user",
+        "65534:65534",
+    ];
     let child = place.start(&flags);
     let of_host = Path::new("/sys/class/net").join(&name);
     assert_eq!(fs::read_to_string(of_host.join("mtu")).unwrap(), "1400\n");
@@ -286,7 +333,9 @@ fn a_user_has_a_jail_in_a_user_namespace_or_is_told_what_forbids_it() {
     let mut own = Command::new(place.path("busway"));
     let kvm = fs::metadata("/dev/kvm").map(|kvm| std::os::unix::fs::MetadataExt::gid(&kvm));
     own.args(command.get_args()).gid(kvm.unwrap()).uid(NOBODY);
-    own.current_dir("/").stdin(Stdio::null()).stderr(Stdio::piped());
+    own.current_dir("/")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
     let mut child = own.spawn().unwrap();
     let mut ended = false;
     eventually("its word or its end", || {
@@ -311,10 +360,17 @@ fn who_cannot_be_another_user_is_told_what_helps() {
     let Some(place) = Place::new() else { return };
     let run = |flags: &[&str]| {
         let output = place.command(flags).output().unwrap();
-        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
     };
     for (user, status, what) in [
-        ("no-such-user", 2, "/etc/passwd has no user of that name; give UID:GID"),
+        (
+            "no-such-user",
+            2,
+            "/etc/passwd has no user of that name; give UID:GID",
+        ),
         ("0:0", 2, "that is root"),
         ("1:2:3", 2, "UID, UID:GID, NAME or NAME:GROUP"),
         // The folder is the other one's.

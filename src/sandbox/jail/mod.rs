@@ -21,8 +21,8 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
-    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change,
-    mount_remount, move_mount, open_tree, unmount,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    mount_change, mount_remount, move_mount, open_tree, unmount,
 };
 use rustix::process::{chdir, getegid, geteuid, pivot_root, umask};
 use rustix::thread::{CapabilitySet, UnshareFlags, capabilities};
@@ -170,10 +170,8 @@ pub(super) fn enter(rules: &Rules, other_user: bool) -> Result<(), JailError> {
 fn leave_namespaces(other_user: bool) -> Result<(), JailError> {
     let now = capabilities(None).map(|now| now.effective);
     let may = now.is_ok_and(|now| now.contains(CapabilitySet::SYS_ADMIN));
-    let mut namespaces = UnshareFlags::NEWNS
-        | UnshareFlags::NEWNET
-        | UnshareFlags::NEWIPC
-        | UnshareFlags::NEWUTS;
+    let mut namespaces =
+        UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     if may {
         return mounts::leave(namespaces).map_err(|source| JailError::Namespaces {
             remedy: why_none(&source, false),
@@ -336,16 +334,36 @@ mod tests {
         let denied = io::Error::from_raw_os_error(libc::EPERM);
         let with = |name: &'static str, value| move |asked: &str| (asked == name).then_some(value);
         for (name, value, by_user, what) in [
-            ("user/max_user_namespaces", 0, true, "sysctl -w user.max_user_namespaces=1024"),
-            ("user/max_net_namespaces", 0, false, "sysctl -w user.max_net_namespaces=1024"),
-            ("kernel/unprivileged_userns_clone", 0, true, "kernel.unprivileged_userns_clone=1"),
+            (
+                "user/max_user_namespaces",
+                0,
+                true,
+                "sysctl -w user.max_user_namespaces=1024",
+            ),
+            (
+                "user/max_net_namespaces",
+                0,
+                false,
+                "sysctl -w user.max_net_namespaces=1024",
+            ),
+            (
+                "kernel/unprivileged_userns_clone",
+                0,
+                true,
+                "kernel.unprivileged_userns_clone=1",
+            ),
             (
                 "kernel/apparmor_restrict_unprivileged_userns",
                 1,
                 true,
                 "kernel.apparmor_restrict_unprivileged_userns=0",
             ),
-            ("kernel/unprivileged_userns_clone", 0, false, "RestrictNamespaces="),
+            (
+                "kernel/unprivileged_userns_clone",
+                0,
+                false,
+                "RestrictNamespaces=",
+            ),
             ("user/max_user_namespaces", 9, true, "RestrictNamespaces="),
         ] {
             let said = why(&denied, by_user, with(name, value));

@@ -115,7 +115,8 @@ impl Plan {
         let bound = self.bound.iter().map(|bound| bound.path.clone());
         let all: Vec<_> = bound.chain(self.links.keys().cloned()).collect();
         for path in all {
-            self.folders.extend(path.ancestors().skip(1).map(Path::to_owned));
+            self.folders
+                .extend(path.ancestors().skip(1).map(Path::to_owned));
         }
         if let Ok((work, links)) = resolve(work) {
             self.links.extend(links);
@@ -123,7 +124,12 @@ impl Plan {
         }
         // What is in a folder of the host's is there with it.
         let made = |path: &PathBuf| !self.bound.iter().any(|bound| path.starts_with(&bound.path));
-        self.folders = self.folders.iter().filter(|path| made(path)).cloned().collect();
+        self.folders = self
+            .folders
+            .iter()
+            .filter(|path| made(path))
+            .cloned()
+            .collect();
         let links = self.links.iter().filter(|(path, _)| made(path));
         self.links = links.map(|(at, to)| (at.clone(), to.clone())).collect();
     }
@@ -225,7 +231,11 @@ mod tests {
         for path in ["images", "images/other", "loop", "missing", "names", "disk"] {
             assert_eq!(bound(&plan, &root.join(path)), None, "{path}");
         }
-        let links: Vec<_> = plan.links.iter().filter(|(at, _)| at.starts_with(&root)).collect();
+        let links: Vec<_> = plan
+            .links
+            .iter()
+            .filter(|(at, _)| at.starts_with(&root))
+            .collect();
         let (first, second) = (root.join("disk"), root.join("names/first"));
         let (to_first, to_second) = (root.join("names/first/a"), PathBuf::from("../images"));
         assert_eq!(links, [(&first, &to_first), (&second, &to_second)]);
@@ -242,13 +252,27 @@ mod tests {
         let plan = Plan::of(&Rules::of(&VmConfig::default(), false), Path::new("/"));
         let null = bound(&plan, Path::new("/dev/null")).unwrap();
         assert!(null.devices && !null.readonly);
-        for path in ["/", "/dev", "/proc", "/sys", "/etc", "/dev/vfio", "/dev/mem"] {
+        for path in [
+            "/",
+            "/dev",
+            "/proc",
+            "/sys",
+            "/etc",
+            "/dev/vfio",
+            "/dev/mem",
+        ] {
             assert_eq!(bound(&plan, Path::new(path)), None, "{path}");
         }
-        let of_proc = plan.bound.iter().filter(|bound| bound.path.starts_with("/proc"));
+        let of_proc = plan
+            .bound
+            .iter()
+            .filter(|bound| bound.path.starts_with("/proc"));
         for bound in of_proc {
             assert!(bound.readonly && !bound.devices, "{bound:?}");
-            assert!(PROC.iter().any(|path| bound.path == Path::new(path)), "{bound:?}");
+            assert!(
+                PROC.iter().any(|path| bound.path == Path::new(path)),
+                "{bound:?}"
+            );
         }
         // Device nodes can be written to by a mount that is not, and its files cannot.
         assert!(bound(&plan, Path::new("/sys/devices")).unwrap().readonly);

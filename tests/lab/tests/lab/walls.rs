@@ -172,9 +172,23 @@ fn apart(lab: &mut Lab, iommu: &str) -> Result<()> {
     ))?;
     let run = guest()?
         .device(&nic)
-        .args(&["--jail", "--user", &format!("{USER}:{USER}"), "--landlock", "true"])
-        .args(&["--disk", "path=/run/images/vm/base.raw", "--net", "tap=walls-tap"])
-        .args(&["--platform", &format!("hotplug_slots=2,hotplug_mmio64=64M,{iommu}")])
+        .args(&[
+            "--jail",
+            "--user",
+            &format!("{USER}:{USER}"),
+            "--landlock",
+            "true",
+        ])
+        .args(&[
+            "--disk",
+            "path=/run/images/vm/base.raw",
+            "--net",
+            "tap=walls-tap",
+        ])
+        .args(&[
+            "--platform",
+            &format!("hotplug_slots=2,hotplug_mmio64=64M,{iommu}"),
+        ])
         .args(&SOCKET)
         // The report is written beside this.
         .opened_by("chmod 777 $(dirname $0)\nexec \"$@\"\n")
@@ -251,7 +265,12 @@ fn is_apart(host: &Host, running: &RunningGuest<'_>, when: &str) -> Result<()> {
     ))?;
     tell!("{seen}");
     for word in ["shared", "etc", "usr", "bin", "eth0", "walls-tap"] {
-        ensure!(!seen.split_whitespace().any(|one| one.trim_end_matches(':') == word), "{when}: {seen}");
+        ensure!(
+            !seen
+                .split_whitespace()
+                .any(|one| one.trim_end_matches(':') == word),
+            "{when}: {seen}"
+        );
     }
     Ok(())
 }
