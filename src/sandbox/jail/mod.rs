@@ -250,12 +250,12 @@ fn taken(bound: &Bound) -> Result<OwnedFd, JailError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE;
-    let tree = open_tree(CWD, &bound.path, flags).map_err(JailError::path(&bound.path))?;
-    let narrowed = mounts::narrow(&tree, bound.readonly, bound.devices);
-    narrowed.map_err(|source| JailError::Path {
-        path: bound.path.clone(),
-        source,
-    })?;
+    let refused = |source: Errno| match source {
+        Errno::NOSYS => JailError::tree("its tree cannot be made", OLD)(source),
+        _ => JailError::path(&bound.path)(source),
+    };
+    let tree = open_tree(CWD, &bound.path, flags).map_err(refused)?;
+    mounts::narrow(&tree, bound.readonly, bound.devices).map_err(refused)?;
     Ok(tree)
 }
 

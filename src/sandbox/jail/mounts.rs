@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
+use rustix::io::Errno;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// linux/mount.h, `struct mount_attr` in its first version
@@ -34,7 +35,7 @@ pub(super) fn leave(namespaces: UnshareFlags) -> io::Result<()> {
 ///
 /// # Errors
 /// mount_setattr(2), which came with Linux 5.12
-pub(super) fn narrow(tree: &OwnedFd, readonly: bool, devices: bool) -> io::Result<()> {
+pub(super) fn narrow(tree: &OwnedFd, readonly: bool, devices: bool) -> rustix::io::Result<()> {
     let mut attributes = Attributes {
         set: NO_SET_USER | NO_EXECUTION,
         clear: 0,
@@ -62,6 +63,9 @@ pub(super) fn narrow(tree: &OwnedFd, readonly: bool, devices: bool) -> io::Resul
     };
     match done {
         0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+        _ => {
+            let error = io::Error::last_os_error();
+            Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL))
+        }
     }
 }
