@@ -16,6 +16,8 @@ mod table;
 mod takeover;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod used;
 mod violation;
 
 use std::io;
