@@ -107,8 +107,8 @@ impl ClientError {
     }
 }
 
-/// Asks the VM that listens at `socket`: `method` and the endpoint's name, such as `vm.info`, with a body where one is wanted. Gives the JSON
-/// that it answers, or null where it has nothing to say.
+/// Asks the VM that listens at `socket`: `method` and the endpoint's name, such as `vm.info`, with a body where one is
+/// wanted. Gives the JSON that it answers, or null where it has nothing to say.
 ///
 /// # Errors
 /// [`ClientError`]

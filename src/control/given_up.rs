@@ -107,17 +107,17 @@ mod tests {
         assert!(Names::watch(&[&socket, &pipe]).unwrap().is_none());
         fs::write(&pipe, "").unwrap();
         let names = Names::watch(&[&socket, &pipe]).unwrap().unwrap();
-        let stop = EventFd::new().unwrap();
-        stop.signal();
-        assert!(!names.wait_gone(&stop).unwrap());
+        let stopped = EventFd::new().unwrap();
+        stopped.signal();
+        assert!(!names.wait_gone(&stopped).unwrap());
+        // One of them alone is no sign, whether the name is nobody's or somebody else's by now. The socket still listens.
+        fs::remove_file(&socket).unwrap();
+        assert!(!names.wait_gone(&stopped).unwrap());
+        fs::write(&socket, "").unwrap();
+        assert!(!names.wait_gone(&stopped).unwrap());
         let stop = EventFd::new().unwrap();
         thread::scope(|scope| {
             let gone = scope.spawn(|| names.wait_gone(&stop).unwrap());
-            // It still listens.
-            fs::remove_file(&socket).unwrap();
-            assert!(!gone.is_finished());
-            // Somebody else has the name by now.
-            fs::write(&socket, "").unwrap();
             fs::remove_file(&pipe).unwrap();
             assert!(gone.join().unwrap());
         });

@@ -24,7 +24,7 @@ pub(crate) use irq::lend;
 pub use irq::{IrqRouter, LevelLine, VectorCount};
 pub use memslots::Memslots;
 pub use pins::Pins;
-pub use places::{given_processors, keep_from};
+pub use places::{given_processors, keep_from, keep_from_none};
 pub use run::{Buses, ExitKind, VcpuEvent};
 pub use shared_lines::{SharedLines, SharedPin};
 pub use vcpus::{EventSink, VcpuSeen, Vcpus};

@@ -1,6 +1,7 @@
 //! Which of the host's processors a thread runs on.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::{fs, io};
 
 /// The processors of a host that a set of the kernel's holds.
@@ -8,6 +9,9 @@ type Set = libc::cpu_set_t;
 
 /// What this process was given before anything was kept from it.
 static GIVEN: OnceLock<Option<Set>> = OnceLock::new();
+
+/// Its threads are kept from some of that.
+static KEPT: AtomicBool = AtomicBool::new(false);
 
 /// Has a thread that has not been joined run on these of the host's processors only.
 ///
@@ -35,9 +39,7 @@ pub(super) fn run_on(thread: libc::pthread_t, processors: &[usize]) -> io::Resul
 /// # Errors
 /// Of sched_getaffinity(2), sched_setaffinity(2) and the folder of threads
 pub fn keep_from(processors: &[usize]) -> io::Result<bool> {
-    let Some(mut set) = *GIVEN.get_or_init(given) else {
-        return Err(io::Error::other("sched_getaffinity failed"));
-    };
+    let mut set = all_given()?;
     for &processor in processors {
         if processor < libc::CPU_SETSIZE as usize {
             // SAFETY: the number is below the set's size.
@@ -48,17 +50,40 @@ pub fn keep_from(processors: &[usize]) -> io::Result<bool> {
     if unsafe { libc::CPU_COUNT(&set) } == 0 {
         return Ok(false);
     }
+    KEPT.store(true, Relaxed);
+    apply_to_all(&set)?;
+    Ok(true)
+}
+
+/// Lets all threads of this process run on all processors that it was given, where they were
+/// [kept](keep_from) from some: for a VM before this one.
+///
+/// # Errors
+/// As [`keep_from`]
+pub fn keep_from_none() -> io::Result<()> {
+    match KEPT.swap(false, Relaxed) {
+        true => apply_to_all(&all_given()?),
+        false => Ok(()),
+    }
+}
+
+fn all_given() -> io::Result<Set> {
+    let given = *GIVEN.get_or_init(given);
+    given.ok_or_else(|| io::Error::other("sched_getaffinity failed"))
+}
+
+fn apply_to_all(set: &Set) -> io::Result<()> {
     for thread in fs::read_dir("/proc/self/task")? {
         let name = thread?.file_name();
         let id = name.to_str().and_then(|name| name.parse().ok());
-        match id.map(|id| apply(id, &set)) {
+        match id.map(|id| apply(id, set)) {
             // It has ended meanwhile.
             Some(Err(error)) if error.raw_os_error() == Some(libc::ESRCH) => {}
             Some(Err(error)) => return Err(error),
             Some(Ok(())) | None => {}
         }
     }
-    Ok(true)
+    Ok(())
 }
 
 /// The processors that this process was given, ascending; nothing where the kernel does not say.
@@ -94,15 +119,52 @@ fn apply(thread: libc::pid_t, set: &Set) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    fn allowed() -> String {
+        let status = fs::read_to_string("/proc/thread-self/status").unwrap();
+        let mut lines = status.lines();
+        let line = lines.find(|line| line.starts_with("Cpus_allowed_list:"));
+        line.unwrap().to_owned()
+    }
+
+    /// That this process has no other test beside this one, whose threads would be moved.
+    const ALONE: &str = "BUSWAY_TEST_ALONE";
+
+    #[test]
+    fn what_threads_are_kept_from_for_a_vm_is_theirs_again_for_the_next() {
+        if std::env::var_os(ALONE).is_none() {
+            let run = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "--nocapture"])
+                .arg(concat!(
+                    "kvm::places::tests::",
+                    "what_threads_are_kept_from_for_a_vm_is_theirs_again_for_the_next"
+                ))
+                .env(ALONE, "1")
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&run.stdout);
+            assert!(run.status.success() && said.contains("1 passed"), "{said}");
+            return;
+        }
+        let (before, given) = (allowed(), given_processors().unwrap());
+        let [first, _, ..] = given[..] else {
+            eprintln!("skipped: this process has one processor");
+            return;
+        };
+        keep_from_none().unwrap();
+        assert_eq!(allowed(), before);
+        assert!(keep_from(&[first]).unwrap());
+        let kept = allowed();
+        assert_ne!(kept, before);
+        // Those that begin later are kept from it as well.
+        assert_eq!(std::thread::spawn(allowed).join().unwrap(), kept);
+        assert!(!keep_from(&given).unwrap(), "none would be left");
+        assert_eq!(allowed(), kept);
+        keep_from_none().unwrap();
+        assert_eq!(allowed(), before);
+    }
+
     #[test]
     fn a_thread_runs_where_it_is_told_to_and_nowhere_that_there_is_not() {
-        let allowed = || {
-            let status = fs::read_to_string("/proc/thread-self/status").unwrap();
-            let line = status
-                .lines()
-                .find(|line| line.starts_with("Cpus_allowed_list:"));
-            line.unwrap().to_owned()
-        };
         std::thread::spawn(move || {
             // SAFETY: it gives the id of the calling thread.
             let me = unsafe { libc::pthread_self() };

@@ -321,7 +321,7 @@ impl Whole {
             _ => {
                 if let Some(balloon) = self.virtio.balloon() {
                     // What is more than the guest's memory is refused.
-                    let _wish = balloon.set(u64::from(story.word()) << 12);
+                    let _wish = balloon.set(u64::from(story.word()) << 12, u64::MAX);
                 }
             }
         }

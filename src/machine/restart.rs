@@ -165,6 +165,7 @@ impl Listening<'_> {
             };
             match request {
                 Request::Info => asker.answer(Ok(Answer::Info(Box::new(self.info.clone())))),
+                Request::Observe => asker.answer(Ok(self.info.observed())),
                 Request::End(extent) => {
                     self.requests.end(extent, asker);
                     ends = true;
@@ -210,7 +211,7 @@ mod tests {
         let mut listening = listening();
         let asking = std::thread::spawn(move || {
             let end = Request::End(Extent::Process);
-            let requests = [Request::Info, Request::Pause, end];
+            let requests = [Request::Info, Request::Observe, Request::Pause, end];
             requests.map(|request| control.ask(request))
         });
         while listening.ended.is_none() {
@@ -219,6 +220,7 @@ mod tests {
         }
         let answers = [
             Ok(Answer::Info(Box::default())),
+            Ok(Answer::Observed(Box::default())),
             Err(RequestError::State("restarting: ask again")),
             // It is told of the process's end, which comes when all is given back.
             Err(RequestError::Ended),

@@ -20,7 +20,7 @@ use super::end::Audience;
 use super::holders::look_for_holders;
 use super::life::{Ended, Lasting, Life, Stop};
 use super::long_work;
-use super::observed::{Observed, State};
+use super::observed::State;
 #[cfg(debug_assertions)]
 use super::panics;
 use super::passthrough::OpenDevices;
@@ -332,11 +332,7 @@ impl Served {
                 return Ok(Answer::Info(Box::new(info)));
             }
             Request::Observe => {
-                let info = definition.info(State::Created);
-                return Ok(Answer::Observed(Box::new(Observed::of(
-                    info.state,
-                    info.memory,
-                ))));
+                return Ok(definition.info(State::Created).observed());
             }
             Request::Create(..) => return Err(RequestError::AlreadyCreated),
             Request::AddDevice(configs, files) => definition.add_devices(configs, files)?,

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::Bytes;
+use super::snapshot::Bytes;
 
 /// A NUMA node of the guest's, and where it is on the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

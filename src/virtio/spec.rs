@@ -410,6 +410,8 @@ pub mod mem {
     pub const CONFIG_SIZE: usize = 56;
     /// Where the block's size stands in it.
     pub const CONFIG_BLOCK_SIZE: usize = 0;
+    /// Where the number of the memory's proximity domain stands (`node_id`), two bytes.
+    pub const CONFIG_NODE_ID: usize = 8;
     /// Where the region's first guest-physical address stands.
     pub const CONFIG_ADDR: usize = 16;
     /// Where the region's size stands.

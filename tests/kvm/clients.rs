@@ -4,12 +4,13 @@
 //! The guest is one of a few instructions, without a host device. In the lab the same tests run in an emulated host that has
 //! both, a real guest and a device for it: `BUSWAY_CLIENTS` then says so, a `WORD=VALUE` a line.
 
+mod demands;
+mod wire;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, IoSlice, Read, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -17,13 +18,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::attentive::attentive;
 use crate::bare::kernel;
 use crate::whole::{has_kvm, signal};
+use demands::{find, is};
+pub(crate) use wire::{Answer, receive, send, try_send};
 
 /// What nothing here takes as long as, and what nothing takes in the lab, on a machine that is busy with other things.
 fn limit() -> Duration {
@@ -54,15 +56,6 @@ struct Walk {
     taps: Vec<File>,
     /// When the VM was asked for.
     created: Instant,
-}
-
-/// An answer as it came.
-pub(crate) struct Answer {
-    pub(crate) status: u16,
-    head: String,
-    pub(crate) body: Vec<u8>,
-    /// All of it came in one piece.
-    at_once: bool,
 }
 
 /// The start of a process by `client`.
@@ -456,172 +449,6 @@ impl Drop for Walk {
         // It has ended, or the test has failed.
         let _ended = self.child.kill();
         let _ended = self.child.wait();
-    }
-}
-
-impl Answer {
-    /// What clients demand of an answer's form.
-    fn follows(&self, rule: &str) -> bool {
-        let line = |start: &str| self.head.split("\r\n").find(|line| line.starts_with(start));
-        let length = line("Content-Length: ").map(|line| line["Content-Length: ".len()..].parse());
-        match rule {
-            "no-reason" => self
-                .head
-                .split("\r\n")
-                .next()
-                .is_some_and(|line| line.trim_end().len() == 12),
-            "cl-literal" | "cl-present" | "framed" => match self.status {
-                204 => length.is_none(),
-                _ => length == Some(Ok(self.body.len())),
-            },
-            "no-body" => self.body.is_empty() && length.is_none(),
-            "ct-json" => line("Content-Type: ").is_some_and(|line| line.contains("json")),
-            "no-chunked" => line("Transfer-Encoding").is_none(),
-            "ascii" => self.head.is_ascii() && self.body.is_ascii(),
-            "one-read-1023" => self.at_once && self.head.len() + 4 + self.body.len() <= 1023,
-            // Nothing came behind it, or the body had been too long.
-            "one-response-per-read" => true,
-            other => panic!("no rule is called {other}"),
-        }
-    }
-}
-
-/// What the pointer leads to, with its parent; `*` leads to each element.
-fn find<'a>(value: &'a Value, pointer: &str) -> Vec<(Option<&'a Value>, Option<&'a Value>)> {
-    if let Some((before, after)) = pointer.split_once("/*") {
-        let list = value.pointer(before).and_then(Value::as_array);
-        let elements = list.into_iter().flatten();
-        return elements.flat_map(|element| find(element, after)).collect();
-    }
-    let parent = pointer
-        .rsplit_once('/')
-        .and_then(|(parent, _)| value.pointer(parent));
-    vec![(parent, value.pointer(pointer))]
-}
-
-/// Whether the client would take it.
-fn is(op: &str, text: &str, parent: Option<&Value>, found: Option<&Value>, wanted: &Value) -> bool {
-    let absent = found.is_none_or(Value::is_null);
-    if op.ends_with('?') && absent || op == "type-if-parent" && parent.is_none() {
-        return true;
-    }
-    let Some(found) = found else {
-        return op == "none";
-    };
-    let has = |one: &Value| {
-        let parts = wanted.as_object().unwrap();
-        parts.iter().all(|(key, part)| one.get(key) == Some(part))
-    };
-    let text_of = found.as_str().unwrap_or_default();
-    match op.trim_end_matches('?') {
-        "eq" => found == wanted,
-        "in" => wanted.as_array().unwrap().contains(found),
-        "gt" => found.as_u64() > wanted.as_u64(),
-        "any" => found.as_array().unwrap().iter().any(has),
-        "none" => !found.as_array().unwrap().iter().any(has),
-        "contains" => text.contains(wanted.as_str().unwrap()),
-        "pty" => File::options()
-            .read(true)
-            .write(true)
-            // It would become this process's own, whose end ends the process.
-            .custom_flags(libc::O_NOCTTY)
-            .open(text_of)
-            .is_ok_and(|file| std::io::IsTerminal::is_terminal(&file)),
-        "bdf" => is_bdf(text_of),
-        "bus-0" => is_bdf(text_of) && text_of.starts_with("0000:00:") && text_of.ends_with(".0"),
-        "mac" => {
-            text_of.len() == 17
-                && text_of
-                    .split(':')
-                    .all(|part| u8::from_str_radix(part, 16).is_ok())
-        }
-        "type" | "type-if-parent" => is_type(found, wanted.as_str().unwrap()),
-        other => panic!("no demand is called {other}"),
-    }
-}
-
-fn is_bdf(text: &str) -> bool {
-    text.parse::<busway_pci::Bdf>()
-        .is_ok_and(|bdf| bdf.to_string() == text)
-}
-
-fn is_type(value: &Value, name: &str) -> bool {
-    let all = |is: fn(&Value) -> bool| value.as_array().is_some_and(|list| list.iter().all(is));
-    let objects = || {
-        value
-            .as_object()
-            .map(|map| map.values().all(Value::is_object))
-    };
-    match name {
-        "json" => true,
-        "object" => value.is_object(),
-        "array" => value.is_array(),
-        "string" => value.is_string(),
-        "integer" => value.is_u64() || value.is_i64(),
-        "i64" => value.is_i64(),
-        "u8" => value.as_u64().is_some_and(|number| number <= 255),
-        "array<string>" => all(Value::is_string),
-        "ipv4" => value
-            .as_str()
-            .is_some_and(|text| text.parse::<std::net::Ipv4Addr>().is_ok()),
-        "object<object<integer>>" | "device_tree" => objects() == Some(true),
-        other => panic!("no type is called {other}"),
-    }
-}
-
-/// Sends bytes with descriptors beside the first of them.
-pub(crate) fn send(stream: &UnixStream, text: &str, files: &[BorrowedFd<'_>]) {
-    assert!(text.is_empty() || try_send(stream, text, files));
-}
-
-/// The same; whether all of it was taken.
-pub(crate) fn try_send(stream: &UnixStream, text: &str, files: &[BorrowedFd<'_>]) -> bool {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !files.is_empty() {
-        assert!(control.push(SendAncillaryMessage::ScmRights(files)));
-    }
-    let parts = [IoSlice::new(text.as_bytes())];
-    let mut rest = stream;
-    sendmsg(stream, &parts, &mut control, SendFlags::NOSIGNAL)
-        .is_ok_and(|sent| rest.write_all(&text.as_bytes()[sent..]).is_ok())
-}
-
-/// The next answer; none where the connection is closed.
-pub(crate) fn receive(stream: &mut UnixStream) -> Option<Answer> {
-    let mut bytes = Vec::new();
-    let mut reads = 0;
-    loop {
-        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n");
-        if let Some(end) = end {
-            let head = String::from_utf8(bytes[..end].to_vec()).unwrap();
-            let length = head
-                .split("\r\n")
-                .find_map(|line| line.strip_prefix("Content-Length: "));
-            let length = length.map_or(0, |length| length.parse().unwrap());
-            let body = &bytes[end + 4..];
-            assert!(body.len() <= length, "something comes behind the answer");
-            if body.len() == length {
-                let status = head.strip_prefix("HTTP/1.1 ").unwrap()[..3]
-                    .parse()
-                    .unwrap();
-                let (body, at_once) = (body.to_vec(), reads == 1);
-                return Some(Answer {
-                    status,
-                    head,
-                    body,
-                    at_once,
-                });
-            }
-        }
-        let mut part = [0; 1023];
-        match stream.read(&mut part) {
-            Ok(0) => return None,
-            Ok(count) => bytes.extend(&part[..count]),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(error) => panic!("{error}"),
-        }
-        reads += 1;
     }
 }
 

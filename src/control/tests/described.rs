@@ -264,6 +264,7 @@ fn a_full_configuration_is_as_described() {
     device.id = Some("e".into());
     device.x_nv_gpudirect_clique = Some(1);
     device.root_port = Some(true);
+    device.on_error = crate::config::OnError::Pause;
     let mut config = VmConfig {
         kernel: Some("k".into()),
         firmware: Some(FirmwareConfig {

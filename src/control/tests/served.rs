@@ -1,11 +1,17 @@
 //! A process that has no VM, and is told what to do: what needs no KVM.
 
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use serde_json::json;
 
 use super::*;
-use crate::machine;
+use crate::machine::{self, RunError};
+
+/// Does what is asked until it is told to end.
+fn process(requests: Requests) -> JoinHandle<Result<(), RunError>> {
+    let bounds = machine::ProcessBounds::default();
+    thread::spawn(move || machine::serve(None, false, None, bounds, requests))
+}
 
 #[test]
 fn a_vm_is_said_changed_shown_and_forgotten_without_being_booted() {
@@ -13,15 +19,7 @@ fn a_vm_is_said_changed_shown_and_forgotten_without_being_booted() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("api");
     let server = Server::start(&SocketAddress::Path(socket.clone()), requests.control()).unwrap();
-    let process = thread::spawn(move || {
-        machine::serve(
-            None,
-            false,
-            None,
-            machine::ProcessBounds::default(),
-            requests,
-        )
-    });
+    let process = process(requests);
     let mut client = Client::new(&socket);
     let mut put = |name: &str, body: Option<Value>| {
         let body = body.map_or_else(String::new, |body| body.to_string());
@@ -92,15 +90,7 @@ fn a_vm_is_said_changed_shown_and_forgotten_without_being_booted() {
 fn what_a_vm_is_to_be_does_not_grow_without_bound() {
     let requests = Requests::new().unwrap();
     let control = requests.control();
-    let process = thread::spawn(move || {
-        machine::serve(
-            None,
-            false,
-            None,
-            machine::ProcessBounds::default(),
-            requests,
-        )
-    });
+    let process = process(requests);
     control
         .ask(Request::Create(Box::default(), machine::Handed::default()))
         .unwrap();
@@ -121,15 +111,7 @@ fn what_a_vm_is_to_be_does_not_grow_without_bound() {
 fn the_descriptors_of_a_nic_are_kept_until_it_goes_or_the_vm_does() {
     let requests = Requests::new().unwrap();
     let control = requests.control();
-    let process = thread::spawn(move || {
-        machine::serve(
-            None,
-            false,
-            None,
-            machine::ProcessBounds::default(),
-            requests,
-        )
-    });
+    let process = process(requests);
     let create = || control.ask(Request::Create(Box::default(), machine::Handed::default()));
     for how in [
         Request::RemoveDevice {

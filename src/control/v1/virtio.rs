@@ -173,6 +173,7 @@ impl AddNet {
     pub(super) fn into_config(self, files: &Files) -> Result<VirtioConfig, Fault> {
         self.common.check()?;
         let vhost_user = self.vhost_user.unwrap_or(false);
+        let tap = some_text(self.tap);
         Lack::TapAddress.unless_asked(self.host_mac)?;
         Lack::TapLimit.unless_asked(self.rate_limiter_config)?;
         let offloads = [self.offload_tso, self.offload_ufo, self.offload_csum];
@@ -184,7 +185,7 @@ impl AddNet {
                  (SCM_RIGHTS), or name the tap, with tap",
             ));
         }
-        if !files.is_empty() && self.tap.is_some() {
+        if !files.is_empty() && tap.is_some() {
             return Err(Fault::from(
                 "both tap and descriptors say which tap: leave one out",
             ));
@@ -196,7 +197,7 @@ impl AddNet {
         }
         let mac = self.mac.as_deref().map(str::parse::<Mac>).transpose();
         let mut net = NetConfig {
-            tap: some_text(self.tap),
+            tap,
             vhost_user,
             socket: some_text(self.vhost_socket).map(PathBuf::from),
             vhost_mode: vhost_mode(self.vhost_mode.as_deref())?,
@@ -489,7 +490,8 @@ mod tests {
         assert!(with_files(r#"{"vhost_user":true,"vhost_socket":"/s"}"#).is_err());
         // The numbers of the client's own say nothing beside those that came.
         let net_config = VirtioConfig::Net(NetConfig::default());
-        assert_eq!(with_files(r#"{"fds":[27]}"#), Ok(net_config));
+        assert_eq!(with_files(r#"{"fds":[27]}"#), Ok(net_config.clone()));
+        assert_eq!(with_files(r#"{"tap":""}"#), Ok(net_config), "none is said");
         for (body, word) in [
             (r#"{"fds":[0,1,2]}"#, "SCM_RIGHTS"),
             (r#"{"mac":"nonsense"}"#, "nonsense"),

@@ -144,7 +144,8 @@ impl Machine {
             let why = "the VM has no balloon: it is started with --balloon, or with `balloon` in vm.create";
             return Err(RequestError::Invalid(why.to_owned()));
         };
-        let set = balloon.set(bytes);
+        // What is plugged is gone when the guest starts anew, and its balloon is as large then.
+        let set = balloon.set(bytes, self.ram.size());
         set.map_err(|error| RequestError::Invalid(error.to_string()))?;
         log::info!("the guest's balloon is to have {bytes} bytes, as the control socket asks");
         Ok(Answer::Done)

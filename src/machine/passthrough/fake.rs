@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
@@ -91,6 +91,13 @@ impl FakeHost {
         }
     }
 
+    /// Each of its devices has an error.
+    pub(super) fn fail_all(&self) {
+        let out = self.out.lock().unwrap();
+        let devices = out.devices.iter().filter_map(Weak::upgrade);
+        devices.for_each(|device| device.fail());
+    }
+
     /// Open devices, spaces, groups that keep one of use, and pieces of memory that are mapped.
     pub(super) fn held(&self) -> [usize; 4] {
         fn there<T>(all: &[Weak<T>]) -> usize {
@@ -169,6 +176,7 @@ impl OpenDevice for FakeOpener {
             } else {
                 16 << 10
             },
+            error: Mutex::default(),
             _group: File::open("/dev/null").unwrap(),
         });
         let weak = Arc::downgrade(&device);
@@ -219,6 +227,8 @@ struct FakeDevice {
     faults: Arc<Faults>,
     config: Mutex<Vec<u8>>,
     bar_size: u64,
+    /// What its errors are told by.
+    error: Mutex<Option<File>>,
     _group: File,
 }
 
@@ -238,6 +248,16 @@ fn configuration() -> Vec<u8> {
 }
 
 impl FakeDevice {
+    /// It has an error that it does not recover from.
+    fn fail(&self) {
+        let error = self.error.lock().unwrap();
+        error
+            .as_ref()
+            .unwrap()
+            .write_all(&1_u64.to_ne_bytes())
+            .unwrap();
+    }
+
     fn refuse(&self, what: &'static str) -> Result<(), IrqError> {
         self.faults.pass(what).map_err(IrqError::Kernel)
     }
@@ -266,7 +286,10 @@ impl DeviceIo for FakeDevice {
         data.fill(0);
         if index == RegionIndex::CONFIG {
             let from = offset as usize;
-            data.copy_from_slice(&self.config.lock().unwrap()[from..from + data.len()]);
+            let config = self.config.lock().unwrap();
+            // It has no extended configuration space.
+            let there = config.get(from..from + data.len());
+            data.copy_from_slice(there.ok_or(io::ErrorKind::InvalidInput)?);
         }
         Ok(())
     }
@@ -297,8 +320,18 @@ impl DeviceIo for FakeDevice {
         }
     }
 
-    fn set_irqs(&self, _: IrqIndex, _: u32, _: &[Option<BorrowedFd<'_>>]) -> Result<(), IrqError> {
-        self.refuse("set interrupts up")
+    fn set_irqs(
+        &self,
+        index: IrqIndex,
+        _: u32,
+        events: &[Option<BorrowedFd<'_>>],
+    ) -> Result<(), IrqError> {
+        self.refuse("set interrupts up")?;
+        if let (IrqIndex::Error, [Some(event)]) = (index, events) {
+            let event = event.try_clone_to_owned().map_err(IrqError::Kernel)?;
+            *self.error.lock().unwrap() = Some(event.into());
+        }
+        Ok(())
     }
 
     fn unmask_on(&self, _: IrqIndex, _: BorrowedFd<'_>) -> Result<(), IrqError> {

@@ -11,8 +11,8 @@ use busway_iommu::SysRoot;
 
 use super::RunError;
 use crate::config::{
-    LOCAL_DISTANCE, MAX_SEGMENTS, MEMORY_STEP, MemoryZoneConfig, NumaConfig, NumaDistance,
-    PciPlace, Placing, VmConfig,
+    DeviceConfig, LOCAL_DISTANCE, MAX_SEGMENTS, MEMORY_STEP, MemoryZoneConfig, NumaConfig,
+    NumaDistance, PciPlace, Placing, VmConfig,
 };
 use crate::kvm::given_processors;
 use crate::memory::{Amount, default_huge_page};
@@ -133,7 +133,9 @@ pub(super) fn forget(config: &mut VmConfig, asked: &VmConfig) {
     config.memory.hugepage_size = asked.memory.hugepage_size;
     config.platform.num_pci_segments = asked.platform.num_pci_segments;
     for device in &mut config.device {
-        let said = asked.device.iter().find(|one| one.path == device.path);
+        // One that is said by an inherited descriptor has no path.
+        let same = |one: &&DeviceConfig| (&one.path, one.fd) == (&device.path, device.fd);
+        let said = asked.device.iter().find(same);
         if let Some(said) = said {
             device.pci_segment = said.pci_segment;
         }
@@ -262,7 +264,6 @@ fn told(config: &VmConfig, devices: &[Option<u32>], plan: &Plan) -> Vec<PlacedNo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::DeviceConfig;
 
     const GIB: u64 = 1 << 30;
 
@@ -342,6 +343,18 @@ mod tests {
             (1, 2, &[1][..])
         );
         let mut again = placed;
+        forget(&mut again, &config);
+        assert_eq!(again, config);
+    }
+
+    #[test]
+    fn devices_by_descriptors_keep_the_segments_that_were_said() {
+        let mut config = vm();
+        for (fd, (device, segment)) in (3..).zip(config.device.iter_mut().zip([0, 1])) {
+            device.path = "".into();
+            (device.fd, device.pci_segment) = (Some(fd), segment);
+        }
+        let mut again = config.clone();
         forget(&mut again, &config);
         assert_eq!(again, config);
     }

@@ -2,8 +2,8 @@
 //! alone.
 //!
 //! The guest has a node for each of the host's nodes that has devices of its. RAM and vCPUs are split evenly among them, but
-//! that no node gets more RAM than it has room for. With as many PCI segments each node has one, for its devices; with one
-//! segment all devices are there, and its root bridge is of a node where there is one node.
+//! that no node gets more RAM than it has room for. Where there can be as many PCI segments as nodes, each node has one, for
+//! its devices; else all devices are in segment 0, whose root bridge is of no node.
 
 use std::collections::BTreeSet;
 
@@ -54,7 +54,7 @@ pub(super) struct PlannedNode {
     pub(super) ram: u64,
     /// Its vCPUs, each with the processors of the host's that it runs on.
     pub(super) vcpus: Vec<VcpuAffinity>,
-    /// The PCI segment whose root bridge is near it.
+    /// The PCI segment whose root bridge is near it, where there are as many segments as nodes.
     pub(super) segment: Option<u16>,
 }
 
@@ -80,10 +80,7 @@ pub(super) fn plan(
     let vcpus = place_vcpus(&chosen, wish)?;
     let apart = chosen.len() <= usize::from(wish.segments);
     let number = |node: usize| u16::try_from(node).unwrap_or(u16::MAX);
-    let segment = |node: usize| match (apart, chosen.len()) {
-        (true, _) => Some(number(node)),
-        (false, _) => None,
-    };
+    let segment = |node: usize| apart.then(|| number(node));
     let at = |device: &Option<u32>| chosen.iter().position(|node| Some(node.number) == *device);
     let segments = devices.iter().map(|device| at(device).and_then(segment));
     let segments = segments.map(Option::unwrap_or_default).collect();

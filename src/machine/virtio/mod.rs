@@ -19,7 +19,6 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use busway_pci::{Function, InterruptRoutes, RootSlot};
-use vm_memory::GuestAddressSpace;
 
 use super::RunError;
 use super::aside::Aside;
@@ -32,7 +31,7 @@ use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use super::seats::{Owner, Seat, Seats};
 use crate::config::{BalloonConfig, DiskConfig, PciPlace, VirtioConfig, VmConfig};
-use crate::memory::{Ballooned, Discards, GuestRam, Pluggable, RamMap, Slots};
+use crate::memory::{Ballooned, Discards, GuestRam, Pluggable, Slots};
 use crate::virtio::balloon::{Balloon, BalloonTarget};
 use crate::virtio::blk::Blk;
 use crate::virtio::mem::{Mem, MemTarget};
@@ -57,8 +56,6 @@ pub(super) struct VirtioDevices {
     /// Their names, where somebody takes them for gone.
     closing: Closing<String>,
     seats: Arc<Seats>,
-    /// RAM alone, without the files that are memory beside it.
-    ram: GuestRam,
     maker: Maker,
     events: Arc<Events>,
     balloon: Option<BalloonTarget>,
@@ -183,7 +180,6 @@ impl VirtioDevices {
             releases: Aside::default(),
             closing: Closing::default(),
             seats: seats.clone(),
-            ram: GuestRam::new(RamMap::clone(&ram.memory())),
             maker: Maker {
                 ram: ram.clone(),
                 memory: memory.clone(),
@@ -262,8 +258,8 @@ impl VirtioDevices {
         pci: &mut Pci,
     ) -> Result<(), RunError> {
         let keeps = ballooned.is_none();
-        let balloon = Balloon::new("balloon", config, &self.ram, discards, ballooned)?;
-        self.balloon = Some(balloon.target(&self.ram));
+        let balloon = Balloon::new("balloon", config, discards, ballooned)?;
+        self.balloon = Some(balloon.target());
         if keeps && discards.is_inhibited() {
             log::warn!(
                 "balloon: what the guest gives back stays with the VM, for assigned devices reach all of RAM by DMA \
@@ -274,7 +270,7 @@ impl VirtioDevices {
     }
 
     /// Adds the device by which blocks of `pluggable` come and go, of which the guest is to have `requested` bytes at
-    /// first.
+    /// first. They are of its NUMA node `node`.
     ///
     /// # Errors
     /// [`RunError`]
@@ -282,9 +278,10 @@ impl VirtioDevices {
         &mut self,
         pluggable: Pluggable,
         requested: u64,
+        node: u16,
         pci: &mut Pci,
     ) -> Result<(), RunError> {
-        let device = Mem::new("memory", pluggable, requested)?;
+        let device = Mem::new("memory", pluggable, requested, node)?;
         self.memory = Some(device.target());
         self.add_fixed(Box::new(device), pci)
     }

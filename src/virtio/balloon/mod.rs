@@ -17,8 +17,6 @@ mod tests;
 
 use std::sync::Arc;
 
-use vm_memory::GuestAddressSpace;
-
 pub(crate) use self::counts::BalloonCounts;
 pub use self::counts::BalloonTotals;
 use self::space::BalloonSpace;
@@ -32,7 +30,7 @@ use super::life::{BalloonState, DeviceState, Running};
 use super::spec::{self, balloon};
 use super::worker::Worker;
 use crate::config::BalloonConfig;
-use crate::memory::{Ballooned, Discards, GuestRam};
+use crate::memory::{Ballooned, Discards};
 
 const QUEUE_SIZE: u16 = 128;
 
@@ -53,8 +51,6 @@ pub struct Balloon {
 #[derive(Clone, Debug)]
 pub struct BalloonTarget {
     space: Arc<BalloonSpace>,
-    /// Bytes of the guest's RAM.
-    most: u64,
 }
 
 /// A balloon cannot be so large.
@@ -66,8 +62,10 @@ pub enum TargetError {
         /// What was asked for.
         asked: u64,
     },
-    /// {asked} bytes are more than the guest has
-    #[error("a balloon of {asked} bytes is larger than the guest's RAM, which has {most}")]
+    /// {asked} bytes are more than the guest starts with
+    #[error(
+        "a balloon of {asked} bytes is larger than the RAM that the guest starts with, which has {most}"
+    )]
     TooLarge {
         /// What was asked for.
         asked: u64,
@@ -77,20 +75,18 @@ pub enum TargetError {
 }
 
 impl BalloonTarget {
-    /// Wants the balloon to be of `bytes` bytes. The guest's driver hears of it.
+    /// Wants the balloon to be of `bytes` bytes, no more than `most`, the RAM that the guest starts with. The guest's
+    /// driver hears of it.
     ///
     /// # Errors
     /// [`TargetError`]
-    pub fn set(&self, bytes: u64) -> Result<(), TargetError> {
+    pub fn set(&self, bytes: u64, most: u64) -> Result<(), TargetError> {
         if !bytes.is_multiple_of(balloon::PAGE) {
             return Err(TargetError::Uneven { asked: bytes });
         }
         let pages = u32::try_from(bytes / balloon::PAGE);
-        let (Ok(pages), true) = (pages, bytes <= self.most) else {
-            return Err(TargetError::TooLarge {
-                asked: bytes,
-                most: self.most,
-            });
+        let (Ok(pages), true) = (pages, bytes <= most) else {
+            return Err(TargetError::TooLarge { asked: bytes, most });
         };
         self.space.set_target(pages);
         Ok(())
@@ -110,15 +106,14 @@ impl BalloonTarget {
 }
 
 impl Balloon {
-    /// A balloon for a guest with `ram`, whose pages go by `discards`, and by `ballooned` beside devices, where that is to
-    /// be.
+    /// A balloon whose pages go by `discards`, and by `ballooned` beside devices, where that is to be. That the guest has
+    /// as much RAM as it is to begin with is the configuration's to say.
     ///
     /// # Errors
     /// [`TargetError`]: it cannot have the size that it is to begin with.
     pub fn new(
         name: &str,
         config: &BalloonConfig,
-        ram: &GuestRam,
         discards: &Arc<Discards>,
         ballooned: Option<Ballooned>,
     ) -> Result<Self, TargetError> {
@@ -131,7 +126,7 @@ impl Balloon {
             ballooned: ballooned.map(Arc::new),
             counts: Arc::default(),
         };
-        device.target(ram).set(config.size)?;
+        device.target().set(config.size, config.size)?;
         let ballooned = device.ballooned.as_ref();
         device.counts.set_source(&device.space, discards, ballooned);
         Ok(device)
@@ -139,13 +134,9 @@ impl Balloon {
 
     /// The way to change its size while the guest runs.
     #[must_use]
-    pub fn target(&self, ram: &GuestRam) -> BalloonTarget {
-        use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-        let regions = ram.memory();
-        let most = regions.iter().map(GuestMemoryRegion::len);
+    pub fn target(&self) -> BalloonTarget {
         BalloonTarget {
             space: Arc::clone(&self.space),
-            most: most.fold(0, u64::saturating_add),
         }
     }
 }
@@ -241,7 +232,8 @@ impl VirtioDevice for Balloon {
             &self.discards,
             self.ballooned.as_ref().filter(|_| waits),
             &self.counts,
-        )?;
+        )?
+        .deflating_on_oom(has(balloon::F_DEFLATE_ON_OOM));
         let workers: Vec<Box<dyn Worker>> = vec![Box::new(worker)];
         activation.run(workers, DeviceState::Balloon(state))
     }

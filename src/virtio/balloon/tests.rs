@@ -43,8 +43,8 @@ impl Inflated {
             regions.add(region).unwrap();
         }
         let (discards, ballooned) = (regions.discards(), ram.ballooned(&regions));
-        let balloon = Balloon::new("balloon", config, ram.guest(), discards, ballooned).unwrap();
-        let target = balloon.target(ram.guest());
+        let balloon = Balloon::new("balloon", config, discards, ballooned).unwrap();
+        let target = balloon.target();
         let mut driver = Driver::with_ram(balloon, ram.guest().clone());
         driver.negotiate(features);
         let (inflate, deflate) = (driver.queue(0, 16), driver.queue(1, 16));
@@ -120,7 +120,7 @@ impl RegionListener for Pins {
 fn pages_that_the_guest_gives_are_the_hosts_and_come_back_as_zeros() {
     let mut it = Inflated::new(&BalloonConfig::default());
     it.driver.ready();
-    it.target.set(MIB).unwrap();
+    it.target.set(MIB, 4 * MIB).unwrap();
     let target = it.driver.bar_read::<4>(it.driver.device);
     assert_eq!(u32::from_le_bytes(target), 256);
     it.driver.write(PAGES, &vec![7; 2 * MIB as usize]);
@@ -138,7 +138,7 @@ fn pages_that_the_guest_gives_are_the_hosts_and_come_back_as_zeros() {
     assert!(it.is_gone(PAGES) && it.is_gone(PAGES + 127 * 4096));
     assert!(it.is_gone(PAGES + 300 * 4096));
     assert!(!it.is_gone(PAGES + 128 * 4096));
-    it.target.set(0).unwrap();
+    it.target.set(0, 4 * MIB).unwrap();
     it.deflate(first..first + 64);
     it.driver
         .bar_write(it.driver.device + 4, &65_u32.to_le_bytes());
@@ -165,6 +165,22 @@ fn a_guest_that_takes_pages_out_of_want_is_seen_to_and_the_target_stays() {
     let totals = it.totals();
     assert_eq!((totals.target, totals.actual), (MIB, 240 * 4096));
     assert_eq!(totals.wanted, 16 * 4096);
+}
+
+#[test]
+fn a_driver_that_leaves_takes_its_pages_and_is_not_said_to_be_in_want() {
+    let mut it = Inflated::new(&BalloonConfig {
+        size: MIB,
+        ..BalloonConfig::default()
+    });
+    it.driver.ready();
+    let first = page(PAGES);
+    it.inflate(first..first + 256);
+    it.driver
+        .bar_write(it.driver.device + 4, &256_u32.to_le_bytes());
+    it.deflate(first..first + 256);
+    let totals = it.totals();
+    assert_eq!((totals.target, totals.wanted, totals.given), (MIB, 0, 0));
 }
 
 #[test]
@@ -257,13 +273,14 @@ fn a_pause_keeps_the_balloon_and_the_buffer_for_statistics() {
 fn a_balloon_larger_than_the_guest_or_of_parts_of_pages_is_refused() {
     let it = Inflated::new(&BalloonConfig::default());
     let uneven = TargetError::Uneven { asked: 4097 };
-    assert_eq!(it.target.set(4097), Err(uneven));
-    let (asked, most) = (8 * MIB, 4 * MIB);
-    assert_eq!(
-        it.target.set(asked),
-        Err(TargetError::TooLarge { asked, most })
-    );
-    it.target.set(4 * MIB).unwrap();
+    assert_eq!(it.target.set(4097, 4 * MIB), Err(uneven));
+    for (asked, most) in [(8 * MIB, 4 * MIB), (1 << 44, u64::MAX)] {
+        assert_eq!(
+            it.target.set(asked, most),
+            Err(TargetError::TooLarge { asked, most })
+        );
+    }
+    it.target.set(4 * MIB, 4 * MIB).unwrap();
 }
 
 /// As a DMA space that has blocks pinned by themselves, and maps none while it is told so.

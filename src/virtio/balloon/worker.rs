@@ -69,6 +69,8 @@ pub(super) struct BalloonWorker {
     /// Where blocks go back beside devices, and the driver waits for its answers.
     ballooned: Option<Arc<Ballooned>>,
     counts: Arc<BalloonCounts>,
+    /// The driver may take pages out of want (`VIRTIO_BALLOON_F_DEFLATE_ON_OOM`).
+    deflates_on_oom: bool,
     complaints: Complaints,
 }
 
@@ -95,8 +97,17 @@ impl BalloonWorker {
             discards: Arc::clone(discards),
             ballooned: ballooned.cloned(),
             counts: Arc::clone(counts),
+            deflates_on_oom: false,
             complaints: Complaints::first(LOUD),
         })
+    }
+
+    /// The same for a driver that may, or may not, take pages out of want.
+    pub(super) fn deflating_on_oom(self, deflates_on_oom: bool) -> Self {
+        Self {
+            deflates_on_oom,
+            ..self
+        }
     }
 
     fn all_sources(&self) -> Vec<(Source, RawFd)> {
@@ -144,7 +155,7 @@ impl BalloonWorker {
             return Ok(());
         };
         let (discards, counts, space) = (&self.discards, &self.counts, &self.space);
-        let name = &self.name;
+        let (name, deflates_on_oom) = (&self.name, self.deflates_on_oom);
         let (ballooned, stop) = (&self.ballooned, queue.stop());
         let mut waits = false;
         let drained = queue.drain(memory, |mut chain| {
@@ -166,8 +177,9 @@ impl BalloonWorker {
             }
             let bytes = all.iter().map(|(_, length)| *length as u64).sum();
             discards.returned(bytes);
-            // The driver says how large the balloon is when it is done with all of its requests.
-            if space.actual() <= space.target() {
+            // The driver says how large the balloon is when it is done with all of its requests. One that has not
+            // agreed to take pages out of want ends here, or sleeps, and takes all of them.
+            if deflates_on_oom && space.actual() <= space.target() {
                 counts.taken_for_want(name, bytes);
             }
             Ok(Served::Done(0))

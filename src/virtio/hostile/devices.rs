@@ -148,7 +148,7 @@ impl Kind {
                 };
                 let (regions, blocks) = ballooned()?;
                 let discards = regions.discards();
-                let balloon = Balloon::new("balloon", &config, ram, discards, Some(blocks));
+                let balloon = Balloon::new("balloon", &config, discards, Some(blocks));
                 Box::new(balloon.map_err(io::Error::other)?)
             }
             Self::Pmem => {
@@ -164,7 +164,7 @@ impl Kind {
                 Box::new(pmem)
             }
             Self::Memory => {
-                let device = Mem::new("memory", pluggable()?, PLUGGABLE / 2);
+                let device = Mem::new("memory", pluggable()?, PLUGGABLE / 2, 0);
                 Box::new(device.map_err(io::Error::other)?)
             }
         };

@@ -142,12 +142,19 @@ impl Shared {
 }
 
 impl Mem {
-    /// A device for blocks of `pluggable`, of which the guest is to have `requested` bytes at first.
+    /// A device for blocks of `pluggable`, of which the guest is to have `requested` bytes at first. They are of the
+    /// guest's NUMA node `node`, as ACPI's table of affinities has it; of node 0 where the guest has no nodes.
     ///
     /// # Errors
     /// [`MemTargetError`]
-    pub fn new(name: &str, pluggable: Pluggable, requested: u64) -> Result<Self, MemTargetError> {
+    pub fn new(
+        name: &str,
+        pluggable: Pluggable,
+        requested: u64,
+        node: u16,
+    ) -> Result<Self, MemTargetError> {
         let fields = Fields::new(vec![0; mem::CONFIG_SIZE]);
+        fields.set(mem::CONFIG_NODE_ID, &node.to_le_bytes());
         for (offset, value) in [
             (mem::CONFIG_BLOCK_SIZE, pluggable.block_size()),
             (mem::CONFIG_ADDR, pluggable.start()),
@@ -188,7 +195,8 @@ impl VirtioDevice for Mem {
         0xff_00_00 // no class of PCI's
     }
 
-    /// The memory is of domain 0, as ACPI's table of affinities has it.
+    /// The configuration says of which node the memory is; a driver that does not know that feature takes the node
+    /// that ACPI's table of affinities has at its addresses.
     ///
     /// Devices reach nothing that is not plugged. A driver that does not know the feature (Linux before 5.16) may read
     /// such memory, which the processors can.

@@ -1,8 +1,8 @@
 //! The virtio network card on a tap interface. Virtio 1.3 §5.1.
 //!
 //! A worker for each pair of queues, on the tap's own queue of the same number; or the host's kernel serves
-//! them (`vhost=on`), and no packet comes by this process. What the driver
-//! agrees to handle unfinished (checksums, segments), the kernel hands over so, and the other way.
+//! them (`vhost=`), and no packet comes by this process. What the driver agrees to handle unfinished (checksums,
+//! segments), the kernel hands over so, and the other way.
 
 mod cable;
 mod control;
@@ -205,7 +205,8 @@ impl Net {
     }
 
     /// Has the kernel serve its queues, as `choice` says: where that is left to Busway, if the host's vhost-net can
-    /// be opened and nothing is asked of the card that it does not do, which is to look at the guest's addresses. It is told of the guest's memory by `memory`. Called before the card is started.
+    /// be opened and nothing is asked of the card that it does not do, which is to look at the guest's addresses. It is
+    /// told of the guest's memory by `memory`. Called before the card is started.
     ///
     /// # Errors
     /// [`NetError::Kernel`], where it was asked for and cannot be.

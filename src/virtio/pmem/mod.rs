@@ -108,6 +108,14 @@ pub enum PmemFault {
         /// What was asked for.
         asked: u64,
     },
+    /// there is no thread that has {path} written back: {source}
+    #[error("there is no thread that has {path} written back: {source}")]
+    Flusher {
+        /// The file.
+        path: PathBuf,
+        /// Why there is none.
+        source: io::Error,
+    },
     /// {path}: {source}
     #[error("{path}: {source}")]
     Plug {
@@ -155,11 +163,8 @@ impl Pmem {
             failed(PmemFault::Plug { path, source })
         })?;
         let no_thread = |source| {
-            failed(PmemFault::Open {
-                path: config.file.clone(),
-                source,
-                hint: "",
-            })
+            let path = config.file.clone();
+            failed(PmemFault::Flusher { path, source })
         };
         let flusher = match config.discard_writes {
             true => None,

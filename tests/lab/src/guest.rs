@@ -490,6 +490,9 @@ impl GuestResult {
             "Oops: ",
             "general protection fault",
         ];
+        /// What the kernel says when the guest's own program had it crash.
+        const ASKED_FOR: &str = "sysrq triggered crash";
+        let crashed = |line: &str| CRASHES.iter().any(|words| line.contains(words));
         let console = self.transcript.text();
         if self.stderr.contains(TRIPLE_FAULT) {
             Some("the guest triple-faulted")
@@ -497,7 +500,10 @@ impl GuestResult {
             Some("the guest stood still")
         } else if self.stderr.contains(UNDELIVERED) {
             Some("KVM could not deliver an event")
-        } else if CRASHES.iter().any(|words| console.contains(words)) {
+        } else if console
+            .lines()
+            .any(|line| crashed(line) && !line.contains(ASKED_FOR))
+        {
             Some("the guest's kernel crashed")
         } else {
             None

@@ -2,7 +2,8 @@
 
 use busway_pci::{BarIndex, BarPart};
 
-use super::{AssignedFunction, MsixPart, State};
+use super::interrupts::MsixPart;
+use super::{AssignedFunction, State};
 use crate::RegionIndex;
 use crate::pin::InPlaceOfPin;
 

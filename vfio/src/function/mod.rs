@@ -1,6 +1,7 @@
 //! A host device as a PCI function of the guest.
 
 mod bars;
+mod interrupts;
 
 use std::fmt;
 use std::io;
@@ -9,10 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use busway_pci::pace::{self, Pace};
 use busway_pci::{
-    Activity, AtomicOps, BarIndex, BarKind, BarPart, BarRegion, InterruptMode, InterruptPin, Msi,
-    Msix, PciFunction, spec,
+    Activity, AtomicOps, BarIndex, BarKind, BarPart, BarRegion, InterruptMode, InterruptPin,
+    PciFunction, spec,
 };
 
+use self::interrupts::{MsiPart, MsixPart, connect_pin};
 use crate::access::read_dword;
 use crate::aer::is_silent;
 use crate::clique::Clique;
@@ -24,7 +26,6 @@ use crate::quirks::Quirks;
 use crate::resets::ResetHandle;
 use crate::rom::Rom;
 use crate::survey::{Part, check_header, find_msi, find_msix, map_parts, read_bars};
-use crate::vectors::{MsiVectors, MsixVectors};
 use crate::{
     Area, AssignOptions, DeviceIo, Placement, RegionIndex, ResetMethod, SurveyError, Wiring,
 };
@@ -66,7 +67,7 @@ struct State {
     /// It decodes nothing, and is quiet still.
     reset_incomplete: bool,
     pin: Option<Pin>,
-    msi: Option<MsiState>,
+    msi: Option<MsiPart>,
     msix: Option<MsixPart>,
 }
 
@@ -98,20 +99,6 @@ impl State {
             pin.update(messages, &mut self.config);
         }
     }
-}
-
-#[derive(Debug)]
-struct MsiState {
-    at: u16,
-    msi: Msi,
-    vectors: MsiVectors,
-}
-
-#[derive(Debug)]
-struct MsixPart {
-    at: u16,
-    msix: Msix,
-    vectors: MsixVectors,
 }
 
 /// A way to look at a function, for as long as anybody likes: the device may be gone meanwhile.
@@ -159,6 +146,23 @@ impl fmt::Display for Summary {
     }
 }
 
+/// The lists of capabilities that the guest walks, of those that the device has.
+fn capabilities(io: &dyn DeviceIo, placement: Placement) -> (List, List) {
+    let dword = |offset| read_dword(io, offset);
+    let own = |offset| io.own_config(offset).unwrap_or(0);
+    let mut standard = lists::standard(&dword, &own);
+    let size = io.region(RegionIndex::CONFIG).size;
+    let mut extended = if size > u64::from(spec::EXTENDED_CONFIG_START) {
+        lists::extended(&dword, &own)
+    } else {
+        List::default()
+    };
+    if placement == Placement::RootBus {
+        lists::integrate(&dword, &mut standard, &mut extended);
+    }
+    (standard, extended)
+}
+
 impl AssignedFunction {
     /// Resets the device behind `io`, called `name` in messages (its address on the host), and makes
     /// a function of it that is connected to its guest by `wiring`.
@@ -190,23 +194,8 @@ impl AssignedFunction {
             name: name.to_owned(),
             source,
         })?;
-        let dword = |offset| read_dword(&*io, offset);
-        let own = |offset| io.own_config(offset).unwrap_or(0);
-        let mut standard = lists::standard(&dword, &own);
-        let mut extended =
-            if io.region(RegionIndex::CONFIG).size > u64::from(spec::EXTENDED_CONFIG_START) {
-                lists::extended(&dword, &own)
-            } else {
-                List::default()
-            };
-        if placement == Placement::RootBus {
-            lists::integrate(&dword, &mut standard, &mut extended);
-        }
-        let msi = find_msi(name, &*io, &mut standard).map(|(at, features)| MsiState {
-            at,
-            msi: Msi::new(features, routes.clone()).named(name),
-            vectors: MsiVectors::new(name, io.clone()),
-        });
+        let (mut standard, extended) = capabilities(&*io, placement);
+        let msi = find_msi(name, &*io, &mut standard);
         let layout = find_msix(name, &*io, &mut standard, &bars.regions(), &quirks);
         let clique = nv_gpudirect_clique
             .map(|number| Clique::add(name, &*io, number, &mut standard))
@@ -221,49 +210,11 @@ impl AssignedFunction {
         if let Some(clique) = clique {
             clique.show(&mut config);
         }
-        if let Some(state) = &msi {
-            let end = state.at.saturating_add(state.msi.capability_size());
-            config.hide(state.at.saturating_add(2), end);
-        }
-        let msix = layout.map(|(at, layout)| {
-            config.hide(
-                at.saturating_add(2),
-                at.saturating_add(spec::MSIX_CAPABILITY_SIZE),
-            );
-            let msix = layout.state(name, routes.clone());
-            let [first, second] = Msix::CAPABILITY_WRITABLE;
-            let writable = u16::from_le_bytes([first, second]);
-            config.define(
-                at.saturating_add(spec::MSIX_CONTROL),
-                msix.control(),
-                writable,
-            );
-            config.define(
-                at.saturating_add(spec::MSIX_TABLE),
-                layout.table().register(),
-                0,
-            );
-            config.define(
-                at.saturating_add(spec::MSIX_PBA),
-                layout.pba().register(),
-                0,
-            );
-            MsixPart {
-                at,
-                msix,
-                vectors: MsixVectors::new(name, io.clone()),
-            }
-        });
+        let msi = msi.map(|found| MsiPart::new(name, &io, found, routes.clone(), &mut config));
+        let msix = layout.map(|found| MsixPart::new(name, &io, found, routes, &mut config));
         config.quieten(&*io);
-        let mut pin = Pin::find(name, &io, lines);
-        config.set_pin(&*io, pin.as_ref().map(Pin::pin));
-        if let Some(Err(source)) = pin.as_mut().map(|pin| pin.connect(&mut config)) {
-            if msi.is_none() && msix.is_none() {
-                let name = name.to_owned();
-                return Err(SurveyError::Pin { name, source });
-            }
-            log::warn!("{name}: its interrupt pin cannot be connected: {source}");
-        }
+        let has_messages = msi.is_some() || msix.is_some();
+        let pin = connect_pin(name, &io, lines, &mut config, has_messages)?;
         let layout = layout.map(|(_, layout)| layout);
         let function = Self {
             name: name.to_owned(),
@@ -389,7 +340,7 @@ impl AssignedFunction {
         if let Some(MsixPart { msix, vectors, .. }) = &mut state.msix {
             msix.reset(vectors);
         }
-        if let Some(MsiState { msi, vectors, .. }) = &mut state.msi {
+        if let Some(MsiPart { msi, vectors, .. }) = &mut state.msi {
             msi.reset(vectors);
         }
         if let Some(pin) = &mut state.pin {
@@ -434,7 +385,7 @@ impl PciFunction for AssignedFunction {
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         let state = self.lock();
         state.config.read(&*self.io, offset, data);
-        if let Some(MsiState { at, msi, .. }) = &state.msi
+        if let Some(MsiPart { at, msi, .. }) = &state.msi
             && let Some(offset) = offset.checked_sub(*at)
         {
             msi.read(offset, data);
@@ -461,7 +412,7 @@ impl PciFunction for AssignedFunction {
             ..
         } = &mut *state;
         config.write(&*self.io, offset, data);
-        if let Some(MsiState { at, msi, vectors }) = msi
+        if let Some(MsiPart { at, msi, vectors }) = msi
             && let Some(offset) = offset.checked_sub(*at)
         {
             let pin = pin.as_mut();

@@ -182,6 +182,7 @@ impl Attached {
     /// Pulls out what the guest was asked for: it starts anew, and shall not find it. Waits until all
     /// that leaves is closed, for it may reach memory until then. No vCPU may run.
     pub(in crate::machine) fn on_restart(&mut self, seats: &Arc<Seats>) {
+        self.go_on();
         self.on_ejected(seats);
         let leaving = |device: &&Entry| device.leaves.is_some();
         while let Some(seat) = self.devices.iter().find(leaving).map(|device| device.seat) {

@@ -1,5 +1,7 @@
 //! What a card lets pass: packets as long as its MTU, from its own address, unfinished as was agreed on.
 
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+
 use super::*;
 use crate::virtio::counts::NetTotals;
 
@@ -107,8 +109,21 @@ fn a_tap_that_has_its_mtu_already_needs_no_right_for_it() {
     let Some(net) = with(|net| net.mtu = Some(1400)) else {
         return;
     };
-    // The second time nothing is asked that needs one.
-    net.tap.set_mtu(1400).unwrap();
+    let tap = Arc::clone(&net.tap);
+    let unprivileged = std::thread::spawn(move || {
+        let none = CapabilitySet::empty();
+        let none = CapabilitySets {
+            effective: none,
+            permitted: none,
+            inheritable: none,
+        };
+        set_capabilities(None, none).unwrap();
+        (tap.set_mtu(1400), tap.set_mtu(1300))
+    });
+    let (same, other) = unprivileged.join().unwrap();
+    same.unwrap();
+    let refused = matches!(other, Err(TapError::MtuNotPermitted { now: 1400, .. }));
+    assert!(refused, "{other:?}");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! NICs: a tap that Busway or the host's kernel (vhost-net) serves, the same by QEMU, and a physical NIC passed through,
-//! whose wire leads to another NIC of the host's.
+//! NICs: a tap that Busway or the host's kernel (vhost-net) serves, the same by QEMU, passt by vhost-user, and a physical NIC
+//! passed through, whose wire leads to another NIC of the host's.
 
 use std::path::Path;
 use std::time::Duration;
@@ -35,6 +35,11 @@ const SET_UPS: &[SetUp] = &[
         counterpart: Some("qemu-vhost"),
     },
     SetUp {
+        name: "busway-passt",
+        title: "Busway: vhost-user, passt",
+        counterpart: None,
+    },
+    SetUp {
         name: "busway-assigned",
         title: "Busway: passed through",
         counterpart: Some("qemu-assigned"),
@@ -59,9 +64,41 @@ const SET_UPS: &[SetUp] = &[
 /// What is measured only with `--all`.
 const RARE: &[&str] = &["qemu-tap", "qemu-assigned"];
 
-/// Who answers a guest by its tap, and who does at the other end of the NICs' wire: a namespace of the host's.
-const BY_TAP: &str = "10.5.0.1";
-const BY_WIRE: &str = "10.6.0.1";
+/// Both ends of what a guest's NIC leads to.
+#[derive(Clone, Copy)]
+struct Ends {
+    /// The guest's address, with the length of the network's part.
+    guest: &'static str,
+    /// Whom it asks.
+    server: &'static str,
+    /// Where the host listens for that.
+    listening: &'static str,
+    /// What begins the host's commands for that.
+    place: &'static str,
+}
+
+/// A tap of the host's.
+const BY_TAP: Ends = Ends {
+    guest: "10.5.0.2/24",
+    server: "10.5.0.1",
+    listening: "10.5.0.1",
+    place: "",
+};
+/// The other end of the NICs' wire: a namespace of the host's.
+const BY_WIRE: Ends = Ends {
+    guest: "10.6.0.2/24",
+    server: "10.6.0.1",
+    listening: "10.6.0.1",
+    place: "ip netns exec far ",
+};
+/// passt on a host without a way out, which has the guest reach the host's own addresses by this one. passt(1),
+/// "local mode"
+const BY_PASST: Ends = Ends {
+    guest: "169.254.2.1/16",
+    server: "169.254.2.2",
+    listening: "127.0.0.1",
+    place: "",
+};
 /// Where round trips are answered.
 const PORT: u16 = 7;
 
@@ -117,11 +154,12 @@ pub(crate) fn run(arguments: &NetsArgs) -> Result<()> {
 fn prepare(host: &Host, program: &Path) -> Result<()> {
     host.install(program)?;
     let far = host.address("wire1")?;
+    let (wire, tap) = (BY_WIRE.server, BY_TAP.server);
     host.run(&format!(
         "set -e; modprobe vhost_net; ip netns add far; ip netns exec far ip link set lo up\n\
          ip link set $(ls /sys/bus/pci/devices/{far}/net) netns far name far0\n\
-         ip netns exec far sh -ec 'ip addr add {BY_WIRE}/24 dev far0; ip link set far0 up'\n\
-         ip tuntap add bench0 mode tap vnet_hdr; ip addr add {BY_TAP}/24 dev bench0; ip link set bench0 up"
+         ip netns exec far sh -ec 'ip addr add {wire}/24 dev far0; ip link set far0 up'\n\
+         ip tuntap add bench0 mode tap vnet_hdr; ip addr add {tap}/24 dev bench0; ip link set bench0 up"
     ))
     .map(drop)
 }
@@ -137,32 +175,55 @@ fn measure(turn: &Turn<'_>, set_up: &SetUp, program: &Path) -> Result<Vec<Readin
         Vmm::Qemu
     };
     let run = turn.guest(vmm).file("bin/lab-net", program);
-    if kind != "assigned" {
-        let vhost = if kind == "vhost" { "on" } else { "off" };
-        let run = match vmm {
-            Vmm::Busway => run.args(&["--net", &format!("tap=bench0,vhost={vhost}")]),
-            Vmm::Qemu => run.args(&[
-                "-netdev",
-                &format!("tap,id=net,ifname=bench0,script=no,downscript=no,vhost={vhost}"),
-                "-device",
-                "virtio-net-pci,netdev=net",
-            ]),
-        };
-        let _servers = serve(turn, BY_TAP, "")?;
-        return in_a_guest(turn, set_up, run, BY_TAP);
+    match kind {
+        "assigned" => by_wire(turn, set_up, run),
+        "passt" => by_passt(turn, set_up, run),
+        _ => {
+            let vhost = if kind == "vhost" { "on" } else { "off" };
+            let run = match vmm {
+                Vmm::Busway => run.args(&["--net", &format!("tap=bench0,vhost={vhost}")]),
+                Vmm::Qemu => run.args(&[
+                    "-netdev",
+                    &format!("tap,id=net,ifname=bench0,script=no,downscript=no,vhost={vhost}"),
+                    "-device",
+                    "virtio-net-pci,netdev=net",
+                ]),
+            };
+            in_a_guest(turn, set_up, run, BY_TAP)
+        }
     }
+}
+
+fn by_wire(turn: &Turn<'_>, set_up: &SetUp, run: GuestRun) -> Result<Vec<Reading>> {
     let address = turn.host.address("wire0")?;
     turn.host.run(&format!("busway device bind {address}"))?;
-    let readings = serve(turn, BY_WIRE, "ip netns exec far ")
-        .and_then(|_servers| in_a_guest(turn, set_up, run.device(&address), BY_WIRE));
+    let readings = in_a_guest(turn, set_up, run.device(&address), BY_WIRE);
     // It goes back to the host in either case, for the turn may begin anew.
     turn.host.run(&format!("busway device unbind {address}"))?;
     readings
 }
 
-/// Who answers the guest at an address, for as long as these jobs are kept: on the processor that no VMM has.
-fn serve(turn: &Turn<'_>, address: &str, place: &str) -> Result<[Job; 2]> {
+fn by_passt(turn: &Turn<'_>, set_up: &SetUp, run: GuestRun) -> Result<Vec<Reading>> {
+    let socket = "/run/bench.sock";
+    let _passt = turn.host.spawn(&format!(
+        "rm -f {socket}; ip link set lo up; exec passt --foreground --vhost-user --socket {socket} --tcp-ports none \
+         --udp-ports none"
+    ))?;
+    turn.host.run(&format!(
+        "for each in $(seq 100); do ! ss -Hlx | grep -q {socket} || exit; sleep 0.1; done; exit 1"
+    ))?;
+    let run = run.args(&["--net", &format!("vhost_user=on,socket={socket}")]);
+    in_a_guest(turn, set_up, run, BY_PASST)
+}
+
+/// Who answers the guest, for as long as these jobs are kept: on the processor that no VMM has.
+fn serve(turn: &Turn<'_>, ends: Ends) -> Result<[Job; 2]> {
     let host = turn.host;
+    let Ends {
+        listening: address,
+        place,
+        ..
+    } = ends;
     let servers = [
         host.spawn(&format!("exec {place}taskset -c 0 iperf3 -s -B {address}"))?,
         host.spawn(&format!(
@@ -175,18 +236,12 @@ fn serve(turn: &Turn<'_>, address: &str, place: &str) -> Result<[Job; 2]> {
     Ok(servers)
 }
 
-fn in_a_guest(
-    turn: &Turn<'_>,
-    set_up: &SetUp,
-    run: GuestRun,
-    server: &str,
-) -> Result<Vec<Reading>> {
+fn in_a_guest(turn: &Turn<'_>, set_up: &SetUp, run: GuestRun, ends: Ends) -> Result<Vec<Reading>> {
     let seconds = turn.seconds;
-    let network = server
-        .rsplit_once('.')
-        .map_or(server, |(network, _)| network);
+    let Ends { guest, server, .. } = ends;
+    let _servers = serve(turn, ends)?;
     let mut script = format!(
-        "{}ip addr add {network}.2/24 dev eth0; ip link set eth0 up\n\
+        "{}ip addr add {guest} dev eth0; ip link set eth0 up\n\
          for each in $(seq 60); do ! ping -c 1 -W 1 {server} >/dev/null || break; done\n",
         interrupts("virtio[0-9]+-(input|output)|eth0")
     );

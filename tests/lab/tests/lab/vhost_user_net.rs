@@ -88,8 +88,8 @@ fn served(lab: &mut Lab, _tier: Tier) -> Result<()> {
     let testpmd = start_testpmd(host, "pmd", "")?;
     let passt = start_passt(host)?;
     host.run(
-        "for each in $(seq 300); do [ -S /run/pmd.sock ] && [ -S /run/passt.sock ] && exit; sleep 0.1; done\n\
-         ls -l /run/*.sock; exit 1",
+        "for each in $(seq 300); do [ \"$(ss -Hlx | grep -cE '/run/(pmd|passt)[.]sock')\" = 2 ] && exit; sleep 0.1; done\n\
+         ss -lx; exit 1",
     )?;
     let run = guest()?
         .cpus(2)
