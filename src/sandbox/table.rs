@@ -260,6 +260,8 @@ const ONCE: &[Row] = &[
     (libc::SYS_memfd_create, Always),
     // Whose memory a zone of RAM is: host_numa_node= of --memory-zone.
     (libc::SYS_mbind, Always),
+    // A terminal's input goes by one.
+    (libc::SYS_pipe2, Always),
     (libc::SYS_signalfd4, Always),
     (libc::SYS_inotify_init1, Always),
     (libc::SYS_inotify_add_watch, Always),
