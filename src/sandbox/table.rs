@@ -476,6 +476,7 @@ pub(super) const SPARE: &[(&str, &[Kind], &[&[Row]])] = &[
             (libc::SYS_stat, Always),
             (libc::SYS_lstat, Always),
             (libc::SYS_newfstatat, Always),
+            (libc::SYS_poll, Always),
             (libc::SYS_epoll_pwait, Always),
             (libc::SYS_nanosleep, Always),
             (libc::SYS_gettimeofday, Always),
@@ -487,6 +488,11 @@ pub(super) const SPARE: &[(&str, &[Kind], &[&[Row]])] = &[
         "another C library's form of what is seen",
         &[Kind::Http, Kind::Steer, Kind::Report, Kind::ConsoleOutput],
         &[&[(libc::SYS_open, Always)]],
+    ),
+    (
+        "a library's, that waits a moment for a lock",
+        &[],
+        &[&[(libc::SYS_sched_yield, Always)]],
     ),
     (
         "the kernel's own, where a stop has interrupted a wait",
