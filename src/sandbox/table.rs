@@ -536,8 +536,7 @@ pub(super) const SPARE: &[(&str, &[Kind], &[&[Row]])] = &[
         &[],
         &[&[(libc::SYS_fcntl, Is(1, &[F_SETFL as u32]))]],
     ),
-    // Which of these the threads make is in what the lab's trials of disks, networks, consoles, memory, firmware and placement
-    // do, and has not been noted from those yet.
+    // Which of these the threads make has not been noted yet from the lab's trials of them.
     (
         NOT_NOTED,
         &[Kind::Main],
