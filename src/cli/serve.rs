@@ -66,6 +66,10 @@ struct Serve {
 
 const PROCESS: &str = "Process";
 
+/// Why a process that takes its VMs over an API has neither a jail nor another user, and what does instead.
+const OF_ONE_VM: &str = "a process that takes its VMs over an API opens what they name, VM after VM; start it as the user, and \
+    in the namespaces, that it is to have";
+
 /// `--event-monitor`
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum EventMonitor {
@@ -161,6 +165,8 @@ pub(super) fn command() -> clap::Command {
         .mut_arg("serial", |arg| arg.help(serial))
         .mut_arg("console", |arg| arg.help(console))
         .mut_arg("report", |arg| arg.hide(true))
+        .mut_arg("jail", |arg| arg.hide(true))
+        .mut_arg("user", |arg| arg.hide(true))
 }
 
 fn parse(args: Vec<OsString>) -> Result<Serve, clap::Error> {
@@ -170,6 +176,19 @@ fn parse(args: Vec<OsString>) -> Result<Serve, clap::Error> {
     if serve.vm.report.is_some() {
         let why = "--report is of the one VM of `busway run`";
         return Err(command.error(ErrorKind::ArgumentConflict, why));
+    }
+    // What its VMs name is not known before they are made, and its threads are there by then.
+    for (flag, said) in [
+        (
+            "--jail",
+            serve.vm.jail.as_ref().is_some_and(|said| said == "true"),
+        ),
+        ("--user", serve.vm.user.is_some()),
+    ] {
+        if said {
+            let why = format!("{flag} is of the one VM of `busway run`: {OF_ONE_VM}");
+            return Err(command.error(ErrorKind::ArgumentConflict, why));
+        }
     }
     Ok(serve)
 }
@@ -239,6 +258,14 @@ impl Serve {
     /// The VM that is there at once, if there is one, and where the process is controlled.
     fn described(&self) -> Result<(Option<VmConfig>, Option<SocketAddress>), Failure> {
         let first = self.first().map_err(Failure::usage)?;
+        let asked = first.as_ref().and_then(|first| match first.jail {
+            true => Some("jail"),
+            false => first.user.as_ref().map(|_| "user"),
+        });
+        if let Some(asked) = asked {
+            let why = format!("--config: `{asked}` is of the one VM of `busway run`: {OF_ONE_VM}");
+            return Err(Failure::usage(why));
+        }
         Ok((first, self.vm.api_socket().map_err(Failure::usage)?))
     }
 

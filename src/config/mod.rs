@@ -126,6 +126,10 @@ pub struct VmConfig {
     /// What may be opened beside them.
     #[serde(rename = "landlock-rules")]
     pub landlock_rules: Vec<LandlockRule>,
+    /// The process is in namespaces of its own, in which there is what this names.
+    pub jail: bool,
+    /// Whose rights the process has: `UID[:GID]` or `NAME[:GROUP]`.
+    pub user: Option<String>,
     /// What was said of it that changes nothing yet. It has no words of its own.
     #[serde(skip)]
     pub accepted: Option<Box<Accepted>>,

@@ -47,7 +47,7 @@ pub use address_plan::NoRoomError;
 pub use assembly::few_arenas;
 pub use error::RunError;
 pub use handed::{Files, Handed, check_iommufd, device_of};
-pub use holders::look_for_holders;
+pub use holders::{keep_host_network, look_for_holders};
 pub use life::Ended;
 pub use observed::{
     AssignedDoing, DeviceSeen, DeviceState, DmaSeen, Doing, Observed, State, VirtioDoing,

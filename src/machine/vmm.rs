@@ -32,6 +32,7 @@ use crate::monitor::{self, Source};
 use crate::notify;
 use crate::provoked;
 use crate::report::{Report, Stage};
+use crate::sandbox;
 use crate::sandbox::landlock::{self, Rules};
 
 /// A machine whose guest runs no more, and how that came.
@@ -125,6 +126,8 @@ fn live(
             return Err(error);
         }
     };
+    // Before the guest's first instruction, and after the last thing that is root's to open.
+    sandbox::end_opening().map_err(RunError::system("capset"))?;
     watch.tell(&machine.events);
     #[cfg(debug_assertions)]
     panics::panic_where_a_test_asks();

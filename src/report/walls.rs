@@ -13,6 +13,10 @@ pub struct Walls {
     pub landlock: Option<i32>,
     /// Why it is not, where it was to be if the kernel has it.
     pub lacking: Option<String>,
+    /// The process is in a jail: `--jail`.
+    pub jail: bool,
+    /// Whose rights it has, where that is not who started it: `--user`.
+    pub user: Option<String>,
 }
 
 impl Walls {
@@ -23,7 +27,15 @@ impl Walls {
             seccomp,
             landlock,
             lacking: lacking.map(str::to_owned),
+            jail: false,
+            user: None,
         }
+    }
+
+    /// Whether the process is in a jail, and as which other user.
+    #[must_use]
+    pub fn apart(self, jail: bool, user: Option<String>) -> Self {
+        Self { jail, user, ..self }
     }
 }
 
@@ -34,6 +46,13 @@ impl fmt::Display for Walls {
             (Some(level), _) => write!(f, ", Landlock at level {level}"),
             (None, Some(why)) => write!(f, ", no Landlock ({why})"),
             (None, None) => write!(f, ", no Landlock"),
+        }?;
+        if self.jail {
+            write!(f, ", in a jail")?;
+        }
+        match &self.user {
+            Some(user) => write!(f, ", as user {user}"),
+            None => Ok(()),
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod filter;
 mod ioctls;
+mod jail;
 mod kind;
 pub mod landlock;
 mod limits;
@@ -18,20 +19,25 @@ mod takeover;
 mod tests;
 #[cfg(test)]
 mod used;
+mod user;
 mod violation;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use clap::ValueEnum;
+use rustix::thread::capabilities as capabilities_now;
 
 use crate::config::Choice;
 
 use filter::Filters;
+pub use jail::{JailError, remedy as jail_remedy};
 pub use kind::Kind;
 use landlock::{LandlockError, Rules};
 pub use limits::{SizeLimitError, check_size, size_limit};
 pub use table::capabilities;
+pub use user::{User, UserError};
 
 /// What becomes of a call that a thread's filter has not: `--seccomp`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -76,6 +82,12 @@ pub enum WallsError {
     /// cannot give up privileges: {0}
     #[error("cannot give up privileges (prctl, capset): {0}")]
     Rights(io::Error),
+    /// --jail
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// --user
+    #[error(transparent)]
+    User(#[from] UserError),
     /// --landlock
     #[error(transparent)]
     Landlock(#[from] LandlockError),
@@ -98,12 +110,30 @@ pub enum Bounds<'a> {
     Files(Choice, &'a Rules),
 }
 
+/// Where the process goes, and as whom.
+#[derive(Clone, Debug, Default)]
+pub struct Apart {
+    /// `--jail`: what is in its tree.
+    pub jail: Option<Rules>,
+    /// `--user`: whose rights it has.
+    pub user: Option<User>,
+    /// Folders in which files and sockets are made and removed while the guest runs.
+    pub made: Vec<PathBuf>,
+}
+
 /// Puts the walls up round the calling thread, which is to be the only one, and all that it will start.
 ///
 /// # Errors
 /// [`WallsError`]: some of them may stand.
-pub fn confine(mode: Mode, bounds: Bounds<'_>) -> Result<(), WallsError> {
-    rights::give_up().map_err(WallsError::Rights)?;
+pub fn confine(mode: Mode, bounds: Bounds<'_>, apart: &Apart) -> Result<(), WallsError> {
+    let before = capabilities_now(None).map_err(|error| WallsError::Rights(error.into()))?;
+    if let Some(rules) = &apart.jail {
+        jail::enter(rules, apart.user.is_some())?;
+    }
+    rights::give_up(apart.user.as_ref(), before.effective)?;
+    if let Some(user) = &apart.user {
+        user.check_folders(&apart.made)?;
+    }
     match bounds {
         Bounds::None => {}
         Bounds::Threads => landlock::bound_threads()?,
@@ -127,12 +157,22 @@ pub fn confine(mode: Mode, bounds: Bounds<'_>) -> Result<(), WallsError> {
 /// The kernel refuses, for want of memory: a thread does not go on without its walls, and the VM ends.
 pub fn enter(kind: Kind) {
     let Some(walls) = WALLS.get() else { return };
-    let entered = rights::keep(capabilities(kind))
+    let entered = rights::keep(capabilities(kind) & user::bound(kind))
         .and_then(|()| landlock::narrow(kind))
         .and_then(|()| walls.filter(kind));
     if let Err(error) = entered {
         panic!("a thread ({kind:?}) cannot give up its rights: {error}");
     }
+}
+
+/// All that the VM names is open. Where the process is another user than the one that started it, it has that user's
+/// rights and no others from now on. The calling thread is the main one, and the only one of its kind.
+///
+/// # Errors
+/// capset(2)
+pub fn end_opening() -> io::Result<()> {
+    user::end_opening();
+    rights::keep(user::bound(Kind::Main))
 }
 
 impl Walls {

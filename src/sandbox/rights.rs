@@ -9,20 +9,38 @@ use rustix::thread::{
 };
 
 use super::kind::Kind;
-use super::table;
+use super::user::User;
+use super::{WallsError, table};
 
-/// Takes from this process what no VM needs. Call it before any thread is started.
+/// Takes from this process what no VM needs, and its user, where it is to be another one. Call it before any thread is
+/// started. `before`: the capabilities that it was started with.
 ///
 /// # Errors
-/// The kernel's: prctl(2), capset(2).
-pub(super) fn give_up() -> io::Result<()> {
+/// The kernel's: prctl(2), capset(2), setresuid(2).
+pub(super) fn give_up(user: Option<&User>, before: CapabilitySet) -> Result<(), WallsError> {
+    if let Some(user) = user {
+        User::check_rights()?;
+        leave_bounding_set();
+        user.become_it()?;
+    }
+    give_up_privileges(before).map_err(WallsError::Rights)
+}
+
+fn give_up_privileges(before: CapabilitySet) -> io::Result<()> {
     // No program that it could start gets more than it has.
     set_no_new_privs(true)?;
-    let may_trace = capabilities(None)?
-        .effective
-        .contains(CapabilitySet::SYS_PTRACE);
+    let may_trace = before.contains(CapabilitySet::SYS_PTRACE);
     leave_bounding_set();
-    keep(table::capabilities(Kind::Main))?;
+    // A change of the user leaves none in effect.
+    let kept = capabilities(None)?.permitted & before & table::capabilities(Kind::Main);
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: kept,
+            permitted: kept,
+            inheritable: CapabilitySet::empty(),
+        },
+    )?;
     // A core would have the guest's memory in it, which is nobody else's.
     let none = Rlimit {
         current: Some(0),

@@ -5,14 +5,14 @@ use std::env;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
 use super::landlock::Rules;
 use super::table::{self, Files};
-use super::tests::{FOLDER, NO_FD, NO_WALLS, errno, in_a_process_with};
-use super::{Kind, Mode};
+use super::tests::{FOLDER, NO_FD, NO_WALLS, errno, in_a_process_apart, in_a_process_with};
+use super::{Apart, Kind, Mode};
 use crate::config::{DiskConfig, LandlockAccess, LandlockRule, VmConfig};
 
 /// The status of a thread's process that ended as if nothing had happened.
@@ -341,4 +341,90 @@ fn in_a_process_that_has_all_files_threads_that_serve_the_guest_have_none() {
     for (kind, status, stderr) in in_a_process_with(test, Mode::False, folder, || None, act) {
         assert_eq!(status, SURVIVED, "{kind:?}: {stderr}");
     }
+}
+
+/// Without any filter, and without Landlock where the kernel has none: what is not there cannot be had.
+fn look_round_a_jail(kind: Kind) {
+    let folder = PathBuf::from(env::var_os(FOLDER).unwrap());
+    let missing = |path: &Path| {
+        let error = File::open(path).err().map(|error| error.kind());
+        let none = [io::ErrorKind::NotFound, io::ErrorKind::PermissionDenied];
+        assert!(
+            error.is_some_and(|error| none.contains(&error)),
+            "{kind:?}: {path:?}: {error:?}"
+        );
+        fs::metadata(path).map_err(|error| error.kind())
+    };
+    for path in [
+        "/etc/passwd",
+        "/usr",
+        "/proc/1",
+        "/proc/cmdline",
+        "/proc/net",
+        "/dev/mem",
+        "/dev/tty",
+        "/sys/kernel/debug",
+        "/sys/fs/cgroup",
+    ] {
+        let there = missing(Path::new(path));
+        assert_eq!(
+            there.err(),
+            Some(io::ErrorKind::NotFound),
+            "{kind:?}: {path}"
+        );
+    }
+    assert!(missing(&folder.join("other/file")).is_err());
+    // No process but this one, by whatever number.
+    if let Ok(processes) = fs::read_dir("/proc") {
+        let names = processes.map(|one| one.unwrap().file_name().into_string().unwrap());
+        let mut numbers = names.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+        assert_eq!(numbers.next(), None, "{kind:?}");
+    }
+    // No interface but the namespace's own loopback, by whatever call.
+    let mut interfaces = 0;
+    for number in 1..200 {
+        // SAFETY: the buffer has IF_NAMESIZE bytes, which is what a name has at most.
+        let name = unsafe {
+            let mut name = [0; libc::IF_NAMESIZE];
+            libc::if_indextoname(number, name.as_mut_ptr())
+        };
+        interfaces += u32::from(!name.is_null());
+    }
+    assert!(interfaces <= 1, "{kind:?}: {interfaces}");
+    // The tree stays as it is, whatever the rights.
+    for place in ["/new", "/proc/new", "/dev/new", "/etc"] {
+        assert!(fs::create_dir(place).is_err(), "{kind:?}: {place}");
+        assert!(File::create(place).is_err(), "{kind:?}: {place}");
+    }
+    let own = File::open(folder.join("named/file"));
+    assert_eq!(own.is_ok(), level() == 0 || reads_files(kind), "{kind:?}");
+}
+
+fn reads_files(kind: Kind) -> bool {
+    matches!(
+        table::files(kind),
+        Files::AsTheProcess | Files::Read | Files::Change
+    )
+}
+
+#[test]
+fn in_a_jail_no_thread_sees_files_processes_or_interfaces_of_the_host() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root has this jail");
+        return;
+    }
+    let folder = folders();
+    let folder = folder.as_ref().map(TempDir::path);
+    let test = "takeover::in_a_jail_no_thread_sees_files_processes_or_interfaces_of_the_host";
+    let jail = || Apart {
+        jail: files(),
+        ..Apart::default()
+    };
+    let act = look_round_a_jail;
+    for (kind, status, stderr) in in_a_process_apart(test, Mode::False, folder, || None, jail, act)
+    {
+        assert_eq!(status, SURVIVED, "{kind:?}: {stderr}");
+    }
+    let other = folder.map(|folder| fs::read_to_string(folder.join("other/file")).unwrap());
+    assert_eq!(other.as_deref(), Some("secret"));
 }

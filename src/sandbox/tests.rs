@@ -11,7 +11,7 @@ use rustix::thread::{CapabilitySet, capabilities as capabilities_now};
 
 use super::landlock::Rules;
 use super::table;
-use super::{Bounds, Kind, Mode, capabilities, confine, enter};
+use super::{Apart, Bounds, Kind, Mode, User, capabilities, confine, end_opening, enter};
 use crate::config::Choice;
 
 /// The kind whose thread the process is to have.
@@ -38,6 +38,18 @@ pub(super) fn in_a_process_with(
     files: fn() -> Option<Rules>,
     act: fn(Kind),
 ) -> Vec<(Kind, Option<i32>, String)> {
+    in_a_process_apart(name, mode, folder, files, Apart::default, act)
+}
+
+/// The same, in a process that goes where `apart` says.
+pub(super) fn in_a_process_apart(
+    name: &str,
+    mode: Mode,
+    folder: Option<&Path>,
+    files: fn() -> Option<Rules>,
+    apart: fn() -> Apart,
+    act: fn(Kind),
+) -> Vec<(Kind, Option<i32>, String)> {
     if let Ok(number) = env::var(CHILD) {
         let kind = Kind::ALL[number.parse::<usize>().unwrap()];
         let files = files();
@@ -45,7 +57,7 @@ pub(super) fn in_a_process_with(
             Some(files) => Bounds::Files(Choice::On, files),
             None => Bounds::Threads,
         };
-        if let Err(error) = confine(mode, bounds) {
+        if let Err(error) = confine(mode, bounds, &apart()) {
             eprintln!("{error}");
             process::exit(NO_WALLS);
         }
@@ -275,6 +287,62 @@ fn compare_rights(kind: Kind) {
     assert_eq!(now.effective, capabilities(kind) & start, "{kind:?}");
     assert_eq!(now.permitted, now.effective);
     assert!(now.inheritable.is_empty());
+}
+
+/// Numbers that no file of users and groups is asked for. base-passwd, `nobody`
+fn as_another_user() -> Apart {
+    Apart {
+        user: Some(User::named("65534:65534").unwrap()),
+        ..Apart::default()
+    }
+}
+
+/// The main thread can open what is root's until it is said that all is open; no other thread can, and nobody after that.
+fn compare_rights_of_another_user(kind: Kind) {
+    let uids = [rustix::process::getuid(), rustix::process::geteuid()];
+    assert_eq!(
+        uids.map(rustix::process::Uid::as_raw),
+        [65534; 2],
+        "{kind:?}"
+    );
+    let groups = rustix::process::getgroups().unwrap();
+    assert!(groups.is_empty(), "{kind:?}: {groups:?}");
+    let now = || capabilities_now(None).unwrap();
+    let start = env::var(RIGHTS).unwrap().parse().unwrap();
+    let start = CapabilitySet::from_bits_retain(start);
+    let expected = match kind {
+        Kind::Main => capabilities(kind) & start,
+        _ => CapabilitySet::empty(),
+    };
+    assert_eq!(now().effective, expected, "{kind:?}");
+    end_opening().unwrap();
+    assert!(
+        now().effective.is_empty() && now().permitted.is_empty(),
+        "{kind:?}"
+    );
+    let other = thread::spawn(|| {
+        enter(Kind::Main);
+        let now = capabilities_now(None).unwrap();
+        now.effective | now.permitted | now.inheritable
+    });
+    assert!(other.join().unwrap().is_empty(), "{kind:?}");
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock);
+    // Who may not raise limits keeps the one that they have.
+    if start.contains(CapabilitySet::SYS_RESOURCE) {
+        assert_eq!((limit.current, limit.maximum), (None, None));
+    }
+}
+
+#[test]
+fn as_another_user_no_thread_has_a_capability_once_all_is_open() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root becomes another user");
+        return;
+    }
+    let test = "tests::as_another_user_no_thread_has_a_capability_once_all_is_open";
+    let act = compare_rights_of_another_user;
+    let results = in_a_process_apart(test, Mode::False, None, || None, as_another_user, act);
+    all_pass(results);
 }
 
 fn all_pass(results: Vec<(Kind, Option<i32>, String)>) {

@@ -48,7 +48,7 @@ fn an_unknown_word_of_the_file_is_named_with_its_line_and_the_nearest() {
         .assert()
         .code(2)
         .stderr_eq(str![[r#"
-busway: error: vm.toml: unknown key `memroy`, line 3; did you mean `memory`? (there are: kernel, firmware, initramfs, cmdline, cpus, memory, memory-zone, numa, place, disk, net, fs, pmem, generic-vhost-user, vsock, balloon, watchdog, pvpanic, tpm, rng, serial, console, device, platform, landlock, landlock-rules)
+busway: error: vm.toml: unknown key `memroy`, line 3; did you mean `memory`? (there are: kernel, firmware, initramfs, cmdline, cpus, memory, memory-zone, numa, place, disk, net, fs, pmem, generic-vhost-user, vsock, balloon, watchdog, pvpanic, tpm, rng, serial, console, device, platform, landlock, landlock-rules, jail, user)
 
 "#]]);
 }

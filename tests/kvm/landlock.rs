@@ -65,7 +65,7 @@ fn a_guest_runs_under_landlock_with_all_that_its_flags_name() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(0), "{flags:?}: {stderr}");
         assert_eq!(fs::read_to_string(path("out/serial")).unwrap(), "here");
-        let walls = json!({ "seccomp": "true", "landlock": level.min(9), "lacking": null });
+        let walls = json!({ "seccomp": "true", "landlock": level.min(9), "lacking": null, "jail": false, "user": null });
         assert_eq!(report()["walls"], walls, "{stderr}");
         let told = format!("Landlock is in force, at level {}", level.min(9));
         assert!(stderr.contains(&told), "{stderr}");

@@ -11,6 +11,7 @@ mod generated;
 mod guest;
 mod hostile;
 mod interrupts;
+mod jail;
 mod landlock;
 mod lines;
 mod memory;

@@ -60,6 +60,8 @@ pub(super) fn apply(config: &mut VmConfig, path: &Path, text: &str) -> Result<()
             "landlock-rules" => {
                 file.list(&schema::LANDLOCK_RULES, &mut config.landlock_rules, &value)?;
             }
+            "jail" => config.jail = file.switch(&value, "jail")?,
+            "user" => config.user = Some(file.text(&value, "user")?),
             unknown => {
                 return Err(Wrong::UnknownKey {
                     place: file.place(&at, ""),

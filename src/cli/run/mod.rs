@@ -1,5 +1,7 @@
 //! `busway run`: from flags and file to a configuration, to a guest that runs, to its report.
 
+mod confinement;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,7 +11,6 @@ use std::thread::{self, JoinHandle};
 use anyhow::Context as _;
 use busway_host::files::check_output;
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use super::failure::Failure;
 use super::foreign::{self, ForeignError};
@@ -18,11 +19,11 @@ use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
 use crate::config::{Accepted, Choice, ConsoleConfig, InvalidConfig, Placing, VmConfig};
 use crate::control::{Server, SocketAddress};
-use crate::exit::{HOST, RUNTIME};
-use crate::machine::{self, Ended, ProcessBounds, Requests};
+use crate::exit::RUNTIME;
+use crate::machine::{self, Ended, Requests};
 use crate::report::{Report, Stage, Walls};
-use crate::sandbox::landlock::{self, Rules};
-use crate::sandbox::{self, Bounds, Kind, Mode};
+use crate::sandbox::landlock;
+use crate::sandbox::{self, Kind, Mode};
 
 /// What `busway run` takes.
 #[derive(Clone, Debug, Default, Args)]
@@ -197,7 +198,7 @@ pub(super) struct RunArgs {
     /// docs/security.md says what is in reach, and what each level of the kernel's bounds.
     #[arg(
         long, value_name = "WHAT", num_args = 0..=1, default_missing_value = "true",
-        value_parser = landlock_parser(), hide_possible_values = true, help_heading = DIAGNOSTICS
+        value_parser = confinement::landlock_parser(), hide_possible_values = true, help_heading = DIAGNOSTICS
     )]
     landlock: Option<Choice>,
 
@@ -206,6 +207,25 @@ pub(super) struct RunArgs {
         value_name = "RULE", num_args = 1.., help_heading = DIAGNOSTICS
     )]
     landlock_rules: Vec<String>,
+
+    /// Put the process into a jail with what its VM names: true|false
+    ///
+    /// It has namespaces of its own (mounts, network, IPC, host name), and a root with the files, sockets
+    /// and devices that --landlock leaves in reach, and nothing else of the host's. A tap that is added
+    /// comes as a descriptor. Without root it needs user namespaces. [default: false]
+    #[arg(
+        long, value_name = "WHETHER", num_args = 0..=1, default_missing_value = "true",
+        value_parser = ["true", "false"], hide_possible_values = true, help_heading = DIAGNOSTICS
+    )]
+    pub(super) jail: Option<String>,
+
+    /// Become this user when all is open: UID[:GID]|NAME[:GROUP]
+    ///
+    /// What only root may open is open by then. No capability is left when the guest begins, and what is
+    /// opened later is opened by that user's rights. NAME and UID have the groups that /etc/passwd and /etc/group give them; where a group is
+    /// named, it is the only one. Folders in which the VM makes files and sockets have to be that user's.
+    #[arg(long, value_name = "USER", help_heading = DIAGNOSTICS)]
+    pub(super) user: Option<String>,
 
     /// Write the boot report as JSON, when the guest starts and at the end
     #[arg(long, value_name = "FILE", help_heading = DIAGNOSTICS)]
@@ -260,7 +280,11 @@ pub(super) fn run(args: &RunArgs, verbose: u8, report: &Arc<Report>) -> Result<(
     machine::few_arenas();
     logging::step_aside();
     let (level, lacking) = (landlock::level(), landlock::lacking());
-    report.set_walls(Walls::new(args.seccomp.word(), level, lacking));
+    let mut walls = Walls::new(args.seccomp.word(), level, lacking);
+    if let Ok((config, _)) = &described {
+        walls = walls.apart(config.jail, config.user.clone());
+    }
+    report.set_walls(walls);
     let (mut config, socket) = described?;
     if socket.is_some() {
         config.platform.make_slots(config.device.len());
@@ -351,40 +375,6 @@ impl RunArgs {
     fn described(&self) -> Result<(VmConfig, Option<SocketAddress>), Failure> {
         let config = self.config().map_err(Failure::usage)?;
         Ok((config, self.api_socket().map_err(Failure::usage)?))
-    }
-
-    /// Puts the walls up that the flags ask for, before any thread is there. `vm`: what there is at once, and where it is
-    /// controlled.
-    pub(super) fn confine(
-        &self,
-        vm: Option<&(VmConfig, Option<SocketAddress>)>,
-    ) -> Result<(), Failure> {
-        let files =
-            vm.filter(|(config, _)| config.landlock != Choice::Off)
-                .map(|(config, socket)| {
-                    machine::look_for_holders(config);
-                    let rules = Rules::of(config, socket.is_some())
-                        .with_made(socket.as_ref().and_then(SocketAddress::path))
-                        .with_made(self.report.as_deref());
-                    (config.landlock, rules)
-                });
-        let bounds = match &files {
-            Some((choice, rules)) => Bounds::Files(*choice, rules),
-            None if self.landlock == Some(Choice::Off) => Bounds::None,
-            None => Bounds::Threads,
-        };
-        sandbox::confine(self.seccomp, bounds).map_err(|error| Failure::new(HOST, error))
-    }
-
-    /// What the flags say of Landlock to a process that has VMs of which they say nothing.
-    pub(super) fn process_bounds(&self) -> Result<ProcessBounds, NoConfig> {
-        let mut rules = Vec::new();
-        extend(&schema::LANDLOCK_RULES, &mut rules, &self.landlock_rules)?;
-        let landlock = self.landlock.unwrap_or(Choice::Off);
-        if landlock == Choice::Off && !rules.is_empty() && !self.describes_vm() {
-            return Err(InvalidConfig::LandlockRules.into());
-        }
-        Ok(ProcessBounds { landlock, rules })
     }
 
     /// Whether the flags say anything of a VM.
@@ -534,18 +524,13 @@ impl RunArgs {
         if let Some(landlock) = self.landlock {
             config.landlock = landlock;
         }
+        if let Some(jail) = &self.jail {
+            config.jail = jail == "true";
+        }
+        replace(&mut config.user, &self.user);
         let rules = &mut config.landlock_rules;
         extend(&schema::LANDLOCK_RULES, rules, &self.landlock_rules)
     }
-}
-
-/// The words of `--landlock`.
-fn landlock_parser() -> impl TypedValueParser<Value = Choice> {
-    PossibleValuesParser::new(["true", "false", "auto"]).map(|word| match word.as_str() {
-        "true" => Choice::On,
-        "false" => Choice::Off,
-        _ => Choice::Auto,
-    })
 }
 
 fn replace<T: Clone>(target: &mut Option<T>, said: &Option<T>) {

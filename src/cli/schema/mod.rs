@@ -137,6 +137,8 @@ pub(super) const TOP: &[&str] = &[
     "platform",
     "landlock",
     "landlock-rules",
+    "jail",
+    "user",
 ];
 
 /// The widest that stands in the column of what can be said.

@@ -24,6 +24,12 @@ pub enum InvalidConfig {
          leave the rules out"
     )]
     LandlockRules,
+    /// --jail with a pseudo-terminal
+    #[error(
+        "--jail: a pseudo-terminal is made by the host's /dev/ptmx, which is in no jail: give --{0} socket=PATH, file=PATH \
+         or tty instead of pty, or leave --jail out"
+    )]
+    JailTerminal(&'static str),
     /// {device}: boot_index= without firmware
     #[error(
         "{device}: boot_index= is for firmware: give --firmware auto, or leave boot_index= out"

@@ -120,6 +120,11 @@ impl VmConfig {
         if self.landlock == Choice::Off && !self.landlock_rules.is_empty() {
             return Err(InvalidConfig::LandlockRules);
         }
+        for (console, flag) in [(&self.serial, "serial"), (&self.console, "console")] {
+            if self.jail && *console == ConsoleConfig::Pty {
+                return Err(InvalidConfig::JailTerminal(flag));
+            }
+        }
         self.validate_vf_tokens()?;
         self.platform.validate_slots()?;
         self.platform.validate_identity()?;

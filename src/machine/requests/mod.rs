@@ -19,7 +19,7 @@ use super::handed::{Files, Handed};
 use super::observed::{Observed, State};
 use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
 use crate::report::AssignedDevice;
-use crate::sandbox::landlock;
+use crate::sandbox::{jail_remedy, landlock};
 use crate::shortage;
 
 /// How many requests wait to be taken; whoever asks then is refused.
@@ -248,9 +248,8 @@ impl RequestError {
             }
             cause = error.source();
         }
-        if let Some(remedy) =
-            shortage::remedy(error, &text).or_else(|| landlock::remedy(error).map(Into::into))
-        {
+        let bounds = || landlock::remedy(error).or_else(|| jail_remedy(error));
+        if let Some(remedy) = shortage::remedy(error, &text).or_else(|| bounds().map(Into::into)) {
             text = format!("{text}: {remedy}");
         }
         Self::Failed(text)

@@ -21,6 +21,8 @@ pub struct Rules {
     paths: Vec<LandlockRule>,
     /// Folders whose sockets are connected to.
     connects: Vec<PathBuf>,
+    /// Folders in which files and sockets are made, renamed and removed while the guest runs.
+    made: Vec<PathBuf>,
     /// Folders whose files are opened, to be read or to be read and written, and neither listed, made nor removed.
     images: Vec<LandlockRule>,
 }
@@ -130,22 +132,28 @@ impl Rules {
     #[must_use]
     pub fn with_made(mut self, path: Option<&Path>) -> Self {
         if let Some(path) = path {
-            self.allow(folder(path), ReadWrite);
+            self.makes(path);
         }
         self
     }
 
+    /// Folders in which files and sockets are made, renamed and removed while the guest runs.
+    #[must_use]
+    pub fn made(&self) -> &[PathBuf] {
+        &self.made
+    }
+
     /// Folders with images, and how these are opened.
-    pub(super) fn images(&self) -> &[LandlockRule] {
+    pub(in crate::sandbox) fn images(&self) -> &[LandlockRule] {
         &self.images
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &LandlockRule> {
+    pub(in crate::sandbox) fn iter(&self) -> impl Iterator<Item = &LandlockRule> {
         self.paths.iter()
     }
 
     /// Folders whose sockets are connected to.
-    pub(super) fn connects(&self) -> &[PathBuf] {
+    pub(in crate::sandbox) fn connects(&self) -> &[PathBuf] {
         &self.connects
     }
 
@@ -156,6 +164,15 @@ impl Rules {
         };
         if !self.paths.contains(&rule) {
             self.paths.push(rule);
+        }
+    }
+
+    /// What is at `path` is made there.
+    fn makes(&mut self, path: &Path) {
+        let folder = folder(path).to_owned();
+        self.allow(&folder, ReadWrite);
+        if !self.made.contains(&folder) {
+            self.made.push(folder);
         }
     }
 
@@ -170,7 +187,7 @@ impl Rules {
             // When it is full it gets another name, and a new one is made.
             ConsoleConfig::File { path, .. } | ConsoleConfig::Socket(path) => {
                 self.allow(path, ReadWrite);
-                self.allow(folder(path), ReadWrite);
+                self.makes(path);
             }
             ConsoleConfig::Pty => self.allow_all(PTY, ReadWrite),
             ConsoleConfig::Off | ConsoleConfig::Null | ConsoleConfig::Tty => {}
@@ -209,7 +226,7 @@ impl Rules {
         // there, and a back end that comes back makes another.
         if let Some(socket) = device.socket() {
             if is_made(device) {
-                self.allow(folder(socket), ReadWrite);
+                self.makes(socket);
             }
             return self.connects.push(folder(socket).to_owned());
         }
@@ -217,7 +234,7 @@ impl Rules {
             VirtioConfig::Disk(disk) => self.disk(disk),
             VirtioConfig::Vsock(vsock) => match &vsock.socket {
                 // It is made there, and those that the guest connects to are beside it.
-                Some(socket) => self.allow(folder(socket), ReadWrite),
+                Some(socket) => self.makes(socket),
                 None => self.allow("/dev/vhost-vsock", ReadWrite),
             },
             VirtioConfig::Pmem(pmem) if pmem.discard_writes => self.allow(&pmem.file, Read),

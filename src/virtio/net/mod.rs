@@ -47,6 +47,7 @@ use kernel::{Kernel, KernelWorker};
 use receive::Receiver;
 use tap::Tap;
 pub use tap::TapError;
+pub(crate) use tap::keep_host_network;
 use transmit::Transmitter;
 use worker::NetWorker;
 

@@ -15,6 +15,15 @@ pub enum TapError {
         /// What to do.
         remedy: &'static str,
     },
+    /// this process is in a jail
+    #[error(
+        "this process is in a jail (--jail), with no network of the host's but the taps that it was started with: pass the \
+         tap's descriptor"
+    )]
+    Jailed,
+    /// no socket of the host's network
+    #[error("no socket can be made, by which a tap's state is asked for: {0}")]
+    Socket(#[source] io::Error),
     /// `{name}` is no name for an interface: it has 1 to 15 characters, none of them a slash, a colon or a space
     #[error(
         "`{name}` is no name for an interface: it has 1 to 15 characters, none of them a slash, a colon or a space"

@@ -3,6 +3,7 @@
 use std::ffi::c_char;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
 /// The bytes of `ifr_name`, with its final zero.
 pub(super) const NAME_SIZE: usize = libc::IFNAMSIZ;
@@ -19,15 +20,12 @@ impl Interface {
     /// # Errors
     /// socket(2)
     pub(super) fn new(name: &str) -> io::Result<Self> {
-        // SAFETY: socket takes no pointer; the result is checked.
-        let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
         Ok(Self {
             name: name.to_owned(),
-            // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
-            socket: unsafe { OwnedFd::from_raw_fd(fd) },
+            socket: match KEPT.get() {
+                Some(kept) => kept.try_clone()?,
+                None => socket()?,
+            },
         })
     }
 
@@ -77,6 +75,28 @@ impl Interface {
         request.ifr_ifru.ifru_mtu = mtu.into();
         self.ask(libc::SIOCSIFMTU as libc::Ioctl, &mut request)
     }
+}
+
+/// A socket of the host's network namespace, in a process that has left it.
+static KEPT: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Has interfaces be asked for in the network namespace that the process is in now.
+///
+/// # Errors
+/// socket(2)
+pub(super) fn keep_socket() -> io::Result<()> {
+    let _already = KEPT.set(socket()?);
+    Ok(())
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    // SAFETY: socket takes no pointer; the result is checked.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A request about interface `name`, with `flags`.

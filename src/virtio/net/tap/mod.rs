@@ -8,8 +8,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use busway_iommu::{Command, printable};
 
@@ -385,7 +385,34 @@ fn described(file: &OwnedFd) -> String {
     }
 }
 
+/// Nodes that were opened in the host's network namespace, by a process that has left it.
+static KEPT: OnceLock<Mutex<Vec<File>>> = OnceLock::new();
+
+/// Opens what `pairs` pairs of queues need of the host's network namespace, which the process is about to leave. From then
+/// on there is no more of it. The tap that a node is given belongs to the namespace in which the node was opened: Linux,
+/// drivers/net/tun.c, `tun_chr_open`.
+///
+/// # Errors
+/// [`TapError::NoTun`], [`TapError::Socket`]
+pub(crate) fn keep_host_network(pairs: usize) -> Result<(), TapError> {
+    let nodes = (0..pairs).map(|_| open_node());
+    let nodes = nodes.collect::<Result<Vec<_>, _>>()?;
+    if pairs > 0 {
+        interface::keep_socket().map_err(TapError::Socket)?;
+    }
+    let _already = KEPT.set(Mutex::new(nodes));
+    Ok(())
+}
+
 fn open_tun() -> Result<File, TapError> {
+    let Some(kept) = KEPT.get() else {
+        return open_node();
+    };
+    let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+    kept.pop().ok_or(TapError::Jailed)
+}
+
+fn open_node() -> Result<File, TapError> {
     OpenOptions::new()
         .read(true)
         .write(true)

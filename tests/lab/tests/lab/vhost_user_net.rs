@@ -88,7 +88,7 @@ fn served(lab: &mut Lab, _tier: Tier) -> Result<()> {
     let testpmd = start_testpmd(host, "pmd", "")?;
     let passt = start_passt(host)?;
     host.run(
-        "for each in $(seq 300); do [ \"$(ss -Hlx | grep -cE '/run/(pmd|passt)[.]sock')\" = 2 ] && exit; sleep 0.1; done\n\
+        "for each in $(seq 300); do [ \"$(ss -Hlx | grep -cE '/run/(pmd|passt)[.]sock ')\" = 2 ] && exit; sleep 0.1; done\n\
          ss -lx; exit 1",
     )?;
     let run = guest()?
