@@ -106,11 +106,30 @@ pub enum SocketError {
     },
 }
 
+impl SocketError {
+    /// Whether it is room that the host has not, and not what was asked for.
+    pub(crate) fn is_want(&self) -> bool {
+        match self {
+            Self::System { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            ),
+            _ => false,
+        }
+    }
+}
+
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => "; make the folder first",
         io::ErrorKind::PermissionDenied => {
             "; name a folder that you can write, such as one in /run"
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; there is no room left on that file system, or none for this user: see df, df -i and quota"
+        }
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "; that file system is only read: name a folder on another one, such as one in /run"
         }
         _ => "",
     }

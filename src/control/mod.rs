@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use busway_vfio::EventFd;
 
-use crate::exit::{RUNTIME, USAGE};
+use crate::exit::{HOST, RUNTIME, USAGE};
 use crate::machine::{Control, Extent, Request};
 use crate::sandbox::{self, Kind};
 use crate::unix_socket::Listening;
@@ -56,6 +56,7 @@ impl ServerError {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
+            Self::Socket(error) if error.is_want() => HOST,
             Self::Socket(_) => USAGE,
             Self::System(_) => RUNTIME,
         }

@@ -412,6 +412,26 @@ mod tests {
     }
 
     #[test]
+    fn a_vector_beyond_the_last_route_is_refused_by_name_and_had_when_another_is_gone() {
+        const LIMIT: u32 = 64;
+        let router = IrqRouter::new(Wires::Loose, LIMIT).unwrap();
+        let mut vectors = Vec::new();
+        let refused = loop {
+            match router.connect(0, MsiMessage::default()) {
+                Ok(vector) => vectors.push(vector),
+                Err(error) => break error,
+            }
+        };
+        // Those of the legacy pins are among them.
+        assert!(vectors.len() >= LIMIT as usize - legacy_routes().len());
+        assert!(matches!(refused, RouteError::Exhausted { limit: LIMIT }));
+        assert!(refused.to_string().contains("64"), "{refused}");
+        vectors.pop();
+        vectors.push(router.connect(0, MsiMessage::default()).unwrap());
+        router.connect(0, MsiMessage::default()).unwrap_err();
+    }
+
+    #[test]
     fn a_table_can_be_as_long_as_kvm_takes_it() {
         // Linux, include/linux/kvm_host.h, `KVM_MAX_IRQ_ROUTES`.
         let entries = vec![kvm_irq_routing_entry::default(); 4096];

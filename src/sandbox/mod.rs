@@ -17,6 +17,8 @@ mod table;
 mod takeover;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod used;
 mod user;
 mod violation;
 

@@ -1,6 +1,6 @@
 //! The package: what it is made of, what its units promise, and what is in it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -76,6 +76,53 @@ fn a_vms_unit_is_exposed_little() {
     let said = String::from_utf8_lossy(&output.stdout);
     let last = said.lines().rfind(|line| line.contains("exposure level"));
     assert!(output.status.success(), "{last:?}");
+}
+
+/// The calls that a set of systemd's has, or the call itself.
+fn members<'a>(sets: &BTreeMap<&'a str, Vec<&'a str>>, name: &'a str) -> BTreeSet<&'a str> {
+    match sets.get(name) {
+        Some(inner) => inner.iter().flat_map(|one| members(sets, one)).collect(),
+        None => BTreeSet::from([name]),
+    }
+}
+
+#[test]
+fn a_vms_unit_lets_each_call_pass_that_busways_own_filters_do() {
+    let Some(output) = run("systemd-analyze", &["syscall-filter"]) else {
+        return;
+    };
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut sets = BTreeMap::<_, Vec<_>>::new();
+    let mut set = "";
+    for line in text.lines() {
+        match line.trim() {
+            "" => {}
+            word if word.starts_with('#') => {}
+            name if line.starts_with('@') => set = name,
+            word => sets.entry(set).or_default().push(word),
+        }
+    }
+    let unit = settings("busway@.service");
+    let mut passes = BTreeSet::new();
+    for value in &unit["SystemCallFilter"] {
+        let (denies, words) = match value.strip_prefix('~') {
+            Some(words) => (true, words),
+            None => (false, &**value),
+        };
+        for name in words.split(' ').flat_map(|word| members(&sets, word)) {
+            match denies {
+                true => passes.remove(name),
+                false => passes.insert(name),
+            };
+        }
+    }
+    let table = include_str!("../../src/sandbox/table.rs");
+    let named = table.split("libc::SYS_").skip(1).map(|rest| {
+        let end = rest.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_');
+        rest.split_at(end.unwrap_or(rest.len())).0
+    });
+    let kept: BTreeSet<_> = named.filter(|name| !passes.contains(name)).collect();
+    assert!(kept.is_empty(), "the unit keeps from Busway: {kept:?}");
 }
 
 #[test]

@@ -14,14 +14,18 @@ fn every_promise_names_tests_that_there_are() {
         .iter()
         .map(|room| read_all(&root.join(room)))
         .collect();
-    let page = include_str!("../../docs/promises.md");
-    let promises: Vec<&str> = page
-        .lines()
-        .filter_map(|line| line.strip_prefix("| ")?.split(" | ").nth(2))
-        .skip(1)
-        .collect();
-    assert!(!promises.is_empty());
-    for tests in promises {
+    let column = |page: &'static str, place| {
+        let rows = page.lines().filter(|line| line.starts_with("| "));
+        let tests: Vec<&str> = rows
+            .filter_map(|row| row.strip_prefix("| ")?.split(" | ").nth(place))
+            .skip(1)
+            .collect();
+        assert!(!tests.is_empty());
+        tests
+    };
+    let promises = column(include_str!("../../docs/promises.md"), 2);
+    let want = column(include_str!("../../docs/want.md"), 4);
+    for tests in promises.into_iter().chain(want) {
         let names: Vec<&str> = tests.split('`').skip(1).step_by(2).collect();
         assert!(!names.is_empty(), "a promise without a test: {tests}");
         for name in names.into_iter().filter(|name| !name.contains('/')) {
@@ -29,7 +33,7 @@ fn every_promise_names_tests_that_there_are() {
             let there = [format!("fn {name}("), format!("\"{name}\"")];
             assert!(
                 there.iter().any(|there| sources.contains(there)),
-                "docs/promises.md names `{name}`, which is no test"
+                "a page names `{name}`, which is no test"
             );
         }
     }

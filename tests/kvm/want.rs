@@ -114,3 +114,83 @@ fn a_full_file_system_is_told_of_and_the_guest_runs_on() {
         "{said}"
     );
 }
+
+/// In a mount namespace where `/mnt` is a file system of so many inodes, of which its root is one: a lock beside a socket takes
+/// one, and the socket another. Nothing, said on standard error, where this user may mount nothing.
+fn within_a_full_file_system(inodes: u32, words: &[&str]) -> Option<Output> {
+    let mount = format!("mount -t tmpfs -o nr_inodes={inodes} full /mnt");
+    let run = |script: &str| {
+        Command::new("unshare")
+            .args(["--mount", "--map-root-user", "sh", "-ec", script, "sh"])
+            .args(words)
+            .stdin(Stdio::null())
+            .output()
+    };
+    match run(&mount) {
+        Ok(output) if output.status.success() => {}
+        other => {
+            eprintln!("skipped: {other:?}");
+            return None;
+        }
+    }
+    Some(run(&format!("{mount}; exec \"$@\"")).unwrap())
+}
+
+#[test]
+fn a_control_socket_on_a_full_file_system_is_named_with_what_helps() {
+    let Some(wanting) = Wanting::new() else {
+        return;
+    };
+    let kernel = wanting.path("kernel");
+    let words = [
+        env!("CARGO_BIN_EXE_busway"),
+        "run",
+        "--kernel",
+        &kernel,
+        "--serial",
+        "off",
+        "--api-socket",
+        "/mnt/api",
+    ];
+    for inodes in [1, 2] {
+        let Some(output) = within_a_full_file_system(inodes, &words) else {
+            return;
+        };
+        names(&output, &["/mnt/api"]);
+        let said = text(&output);
+        assert_eq!(output.status.code(), Some(3), "{said}");
+        assert!(
+            said.contains("No space left") && said.contains("df -i"),
+            "{said}"
+        );
+    }
+    let output = within_a_full_file_system(3, &words).unwrap();
+    assert!(has_run(&output), "{}", text(&output));
+}
+
+#[test]
+fn what_a_full_file_system_has_no_room_for_is_told_of_and_the_guest_runs_to_its_end() {
+    let Some(wanting) = Wanting::new() else {
+        return;
+    };
+    let kernel = wanting.path("kernel");
+    let words = [
+        env!("CARGO_BIN_EXE_busway"),
+        "run",
+        "--kernel",
+        &kernel,
+        "--serial",
+        "null",
+        "--report",
+        "/mnt/report",
+    ];
+    let Some(output) = within_a_full_file_system(1, &words) else {
+        return;
+    };
+    let said = text(&output);
+    assert!(has_run(&output), "{said}");
+    assert!(
+        said.contains("--report /mnt/report: ") && said.contains("No space left"),
+        "{said}"
+    );
+}

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::calls;
 use crate::config::HostConfig;
 use crate::host::Host;
 use crate::spent;
@@ -34,6 +35,7 @@ impl Lab {
             for program in &self.programs {
                 host.install(program)?;
             }
+            calls::begin(&host)?;
             self.current = Some(host);
         }
         let host = self.current.as_ref().expect("a host was just put there");
@@ -43,6 +45,16 @@ impl Lab {
 
     /// Stops the running host: also after a failed test, so that the next one starts afresh.
     pub fn stop(&mut self) {
-        self.current = None;
+        if let Some(host) = self.current.take()
+            && let Err(error) = calls::end(&host)
+        {
+            eprintln!("lab: the calls of a host's threads are lost: {error:#}");
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.stop();
     }
 }

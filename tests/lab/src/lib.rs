@@ -7,6 +7,7 @@
 mod agent;
 mod binding;
 pub mod budgets;
+mod calls;
 pub mod churn;
 mod config;
 mod cpio;

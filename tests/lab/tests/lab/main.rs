@@ -43,6 +43,8 @@ mod mediated;
 mod memory;
 mod nic;
 mod nodes;
+#[path = "../../../kvm/opened.rs"]
+mod opened;
 mod package;
 mod paused;
 mod proof;
@@ -54,6 +56,7 @@ mod switched;
 mod system;
 mod tap;
 mod tpm;
+mod traced;
 mod vhost;
 mod vhost_user;
 mod vhost_user_net;
@@ -61,6 +64,7 @@ mod virtio;
 mod virtio_hotplug;
 mod vsock;
 mod walls;
+mod want;
 mod zoo;
 
 /// All trials, by chapter.
@@ -90,6 +94,8 @@ const CHAPTERS: &[&[Proof]] = &[
     mediated::PROOFS,
     virtio_hotplug::PROOFS,
     walls::PROOFS,
+    traced::PROOFS,
+    want::PROOFS,
     segments::PROOFS,
     slots::PROOFS,
     small::PROOFS,

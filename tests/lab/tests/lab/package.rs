@@ -194,9 +194,13 @@ fn life(lab: &mut Lab) -> Result<()> {
     host.reboot()?;
     booted(host)?;
     let pids = both_run(host, &addresses)?;
-    let before =
-        host.run("journalctl -b -1 -o cat -u 'busway@*' | grep -ac 'powered off' || true")?;
-    tell!("{before} guests told of their end before the restart");
+    for machine in &MACHINES {
+        let Machine { name, .. } = machine;
+        let ended = host.run(&format!(
+            "journalctl -b -1 -o cat -u busway@{name} | grep -aF 'Deactivated successfully' || true"
+        ))?;
+        ensure!(!ended.trim().is_empty(), "{name} was not stopped in order");
+    }
     let result = host.run(
         "journalctl -b -1 -o cat -u busway@one -u busway@two | grep -aE 'Failed with result|status=' || true",
     )?;

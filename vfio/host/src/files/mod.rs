@@ -299,6 +299,14 @@ impl OwnError {
             Self::Io(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 "only root may see to it: run it with sudo".to_owned()
             }
+            Self::Io(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                ) =>
+            {
+                format!("there is no room left on its file system: df {path}; df -i {path}")
+            }
             Self::Io(_) => format!("see what is there: ls -ld {path}"),
             Self::Owner { .. } | Self::Mode { .. } | Self::Kind { .. } => format!(
                 "somebody else may have written what it says: see what is there (ls -la {path}), and \
