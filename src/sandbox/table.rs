@@ -310,6 +310,7 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
             VFIO_OPENING,
             TUN_OPENING,
             PSEUDO_TERMINAL,
+            HUGE_BLOCKS,
         ],
         Kind::Vcpu => &[
             KVM_RUNNING,
@@ -580,11 +581,8 @@ pub(super) const SPARE: &[(&str, &[Kind], &[&[Row]])] = &[
         &[STREAMS, CONNECTS, PAIRS],
     ),
     (NOT_NOTED, &[Kind::Console], &[STREAMS]),
-    (
-        NOT_NOTED,
-        &[Kind::Memory],
-        &[VFIO_MAPPING, TIMERS, HUGE_BLOCKS],
-    ),
+    (NOT_NOTED, &[Kind::Memory], &[VFIO_MAPPING, TIMERS]),
+    (NOT_NOTED, &[Kind::Main, Kind::Memory], &[HUGE_BLOCKS]),
     (NOT_NOTED, &[Kind::Entropy], &[TIMERS]),
     (NOT_NOTED, &[Kind::Http], &[STREAMS, AT_A_PLACE]),
     (
