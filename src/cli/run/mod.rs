@@ -17,7 +17,7 @@ use super::foreign::{self, ForeignError};
 use super::schema::{self, Section};
 use super::words::{SourcePlace, Wrong};
 use super::{DIAGNOSTICS, file, logging, progress};
-use crate::config::{Accepted, Choice, ConsoleConfig, InvalidConfig, Placing, VmConfig};
+use crate::config::{Accepted, Choice, ConsoleConfig, Placing, VmConfig};
 use crate::control::{Server, SocketAddress};
 use crate::exit::RUNTIME;
 use crate::machine::{self, Ended, Requests};
