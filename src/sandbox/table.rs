@@ -468,10 +468,13 @@ pub fn capabilities(kind: Kind) -> CapabilitySet {
     }
 }
 
-/// What is allowed though nothing was seen to make use of it, and why: for which kinds (all, where there is none), and which
-/// rows. `used.txt` has what was seen.
+/// A reason, the kinds (all, where there is none), and the rows.
 #[cfg(test)]
-pub(super) const SPARE: &[(&str, &[Kind], &[&[Row]])] = &[
+type Reason = (&'static str, &'static [Kind], &'static [&'static [Row]]);
+
+/// What is allowed though nothing was seen to make use of it, and why. `used.txt` has what was seen.
+#[cfg(test)]
+pub(super) const SPARE: &[Reason] = &[
     (
         "another C library's, or an older kernel's, form of what is seen",
         &[],
