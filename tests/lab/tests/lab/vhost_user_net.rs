@@ -77,7 +77,7 @@ fn start_passt(host: &Host) -> Result<Job> {
 }
 
 fn served(lab: &mut Lab, _tier: Tier) -> Result<()> {
-    let host = lab.host(&HostConfig::new(Kernel::Iommufd))?;
+    let host = lab.host(&HostConfig::new(Kernel::Iommufd).cpus(4))?;
     host.run(
         "set -e; rm -rf /run/web; mkdir /run/web; cd /run/web; head -c 4M /dev/urandom >data; echo first >life\n\
          ip link set lo up",
@@ -112,7 +112,7 @@ fn served(lab: &mut Lab, _tier: Tier) -> Result<()> {
     host.run(&format!("sleep 2; {CTL} power-button"))?;
     running.wait_line("@@value passt")?;
     let passt = again(host, passt, "passt", start_passt)?;
-    running.wait_said("net net0: its back end is back after")?;
+    running.wait_said("net net1: its back end is back after")?;
     host.run(&format!("{CTL} power-button"))?;
     plugged(host, &running)?;
     running.wait_line("@@value ending")?;
