@@ -31,6 +31,8 @@ ip addr add 10.9.0.1/16 dev eth0
 ip link set eth0 up
 dhcp eth1
 value address "$(ip -4 -o addr show eth1 | sed 's/.*inet //; s/ .*//')"
+# testpmd takes a while to serve a queue for the first time.
+for cpu in 0 1; do until taskset -c $cpu ping -c 1 -W 1 10.9.0.9 >/dev/null; do :; done; done
 life=$(wget -q -O - http://169.254.2.2:8079/life)
 fetched "$life"
 pings "pings_$life"
@@ -53,6 +55,7 @@ if [ "$life" = first ]; then
     dhcp eth1
     fetched anew
     until_pressed hot
+    until [ -e /sys/class/net/eth2 ]; do sleep 0.1; done
     ip addr add 10.8.0.1/16 dev eth2
     ip link set eth2 up
     value hot "$(ping -c 5 -i 0.2 -W 2 10.8.0.9 | grep -c 'bytes from')"
