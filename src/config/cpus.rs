@@ -20,6 +20,8 @@ pub struct CpusConfig {
     pub pmu: bool,
     /// Each vCPU has processors of the host's to itself, and is not left when it halts or waits.
     pub dedicated: bool,
+    /// What may be on a core of the host's beside a vCPU; [`CoreScheduling::Vm`] where absent, as far as the host can.
+    pub core_scheduling: Option<CoreScheduling>,
     /// The host's processors that vCPUs run on; one that is not named runs on any.
     pub affinity: Vec<VcpuAffinity>,
 }
@@ -34,6 +36,33 @@ pub struct VcpuAffinity {
     pub host_cpus: Vec<usize>,
 }
 
+/// What may be on a core of the host's at the same time as a vCPU, where cores run several threads (SMT). The kernel's
+/// Documentation/admin-guide/hw-vuln/core-scheduling.rst
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CoreScheduling {
+    /// Threads of the same VM's.
+    Vm,
+    /// Nothing.
+    Vcpu,
+    /// Anything.
+    Off,
+}
+
+impl CoreScheduling {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Vm, Self::Vcpu, Self::Off];
+
+    /// Its word on the command line.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Vm => "vm",
+            Self::Vcpu => "vcpu",
+            Self::Off => "off",
+        }
+    }
+}
+
 impl Default for CpusConfig {
     fn default() -> Self {
         Self {
@@ -43,6 +72,7 @@ impl Default for CpusConfig {
             nested: true,
             pmu: true,
             dedicated: false,
+            core_scheduling: None,
             affinity: Vec::new(),
         }
     }

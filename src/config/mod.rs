@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 
 pub use accepted::Accepted;
 pub use balloon::{BALLOON_BLOCKS, BalloonConfig, BesideDevices};
-pub use cpus::{CpusConfig, Topology, TopologyError, VcpuAffinity};
+pub use cpus::{CoreScheduling, CpusConfig, Topology, TopologyError, VcpuAffinity};
 pub use disk::{BucketConfig, DiskConfig, ImageType, QueueAffinity, RateLimiterConfig};
 pub use fs::FsConfig;
 pub use generic::GenericConfig;

@@ -1,6 +1,7 @@
 //! The kernel's side of the machine: VM, vCPUs, memory slots, interrupt routes and exit dispatch.
 
 mod address_map;
+mod cores;
 mod doorbell;
 mod error;
 mod gate;
@@ -18,6 +19,7 @@ mod vm;
 mod wires;
 
 pub use address_map::{AddressMap, BusDevice, Overlap};
+pub use cores::keep_process_apart;
 pub use doorbell::{Doorbell, Doorbells};
 pub use error::KvmError;
 pub(crate) use irq::lend;

@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
+use super::cores;
 use super::error::KvmError;
 use super::gate::{Gate, Pass, Turn};
 use super::kick::{self, Kick};
@@ -48,6 +49,8 @@ pub struct Vcpus {
     maker: VcpuMaker,
     buses: Buses,
     events: EventSink,
+    /// No two of them are on one core of the host's at the same time.
+    apart: bool,
     /// Where those run that have a place.
     places: BTreeMap<u8, Vec<usize>>,
 }
@@ -70,7 +73,8 @@ impl fmt::Debug for Vcpus {
 }
 
 impl Vcpus {
-    /// Makes the first `count` vCPUs of `topology`, and their threads.
+    /// Makes the first `count` vCPUs of `topology`, and their threads, each of which is kept apart from all others where
+    /// that is asked for.
     ///
     /// # Errors
     /// [`KvmError`]
@@ -81,6 +85,7 @@ impl Vcpus {
         count: u8,
         buses: &Buses,
         events: &EventSink,
+        apart: bool,
     ) -> Result<Self, KvmError> {
         kick::prepare_signal();
         let (maker, vcpus) = VcpuMaker::begin(vm, model, topology, count)?;
@@ -90,6 +95,7 @@ impl Vcpus {
             maker,
             buses: buses.clone(),
             events: events.clone(),
+            apart,
             places: BTreeMap::new(),
         };
         for vcpu in vcpus {
@@ -174,7 +180,11 @@ impl Vcpus {
         let body = {
             let (gate, vcpu, counts) = (self.gate.clone(), vcpu.clone(), counts.clone());
             let number = gate.register();
+            let apart = self.apart;
             move || {
+                if apart && let Err(error) = cores::keep_thread_apart() {
+                    log::warn!("vCPU {id} shares cores of the host's with others: {error}");
+                }
                 sandbox::enter(Kind::Vcpu);
                 thread_body(&gate, number, &vcpu, &buses, &counts, &events);
             }

@@ -42,6 +42,17 @@ pub enum RunError {
     /// Landlock cannot bound the process.
     #[error(transparent)]
     Landlock(#[from] LandlockError),
+    /// The host cannot keep other processes from the cores of vCPUs.
+    #[error(
+        "--cpus core_scheduling={word}: this kernel cannot keep others from the vCPUs' cores ({source}): it needs Linux \
+         5.14 with CONFIG_SCHED_CORE; core_scheduling=off goes without"
+    )]
+    CoreScheduling {
+        /// What was asked for.
+        word: &'static str,
+        /// Why.
+        source: io::Error,
+    },
     /// There is nothing that could be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -452,6 +463,7 @@ impl RunError {
             | Self::Plug(_)
             | Self::Pluggable(_)
             | Self::Placing(_)
+            | Self::CoreScheduling { .. }
             | Self::Landlock(LandlockError::Missing(_) | LandlockError::Kernel(_))
             | Self::Addresses(_) => HOST,
             Self::Landlock(LandlockError::Path { .. }) => USAGE,

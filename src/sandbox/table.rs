@@ -137,6 +137,9 @@ pub(super) const COMMON: &[Row] = &[
     (libc::SYS_exit_group, Always),
 ];
 
+/// linux/prctl.h
+const PR_SCHED_CORE: u32 = 62;
+
 /// Names for memory, which newer C libraries give to what they map. linux/prctl.h
 const PR_SET_VMA: u32 = 0x5356_4d41;
 
@@ -270,6 +273,8 @@ const ONCE: &[Row] = &[
     (libc::SYS_inotify_add_watch, Always),
     (libc::SYS_fcntl, Is(1, &[F_ADD_SEALS as u32])),
     (libc::SYS_prlimit64, Is(0, &[0])),
+    // What may be on a core beside this process's threads: --cpus core_scheduling=.
+    (libc::SYS_prctl, Is(0, &[PR_SCHED_CORE])),
     // Any thread's processors, of this process and, as far as its user goes, of others: --cpus affinity= and dedicated=.
     (libc::SYS_sched_setaffinity, Always),
     // The process's layer of Landlock.

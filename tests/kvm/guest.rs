@@ -89,7 +89,15 @@ impl Guest {
             .unwrap();
         let (sender, events) = mpsc::channel();
         let sink: EventSink = Arc::new(move |event| sender.send(event).unwrap());
-        let vcpus = Vcpus::new(&vm, &model, Topology::cores(cpus), cpus, &buses, &sink)?;
+        let vcpus = Vcpus::new(
+            &vm,
+            &model,
+            Topology::cores(cpus),
+            cpus,
+            &buses,
+            &sink,
+            false,
+        )?;
         let guest = Self {
             vcpus,
             buses,

@@ -2,7 +2,7 @@
 
 use super::super::value::{Reason, Value};
 use super::{Key, Section, disk};
-use crate::config::{CpusConfig, Topology, VcpuAffinity};
+use crate::config::{CoreScheduling, CpusConfig, Topology, VcpuAffinity};
 
 /// `--cpus`
 pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
@@ -26,12 +26,27 @@ pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
             |cpus, value| cpus.affinity = affinity(value)?;
         "dedicated" { "on|off": "the vCPU's alone: halting and waiting do not leave the guest,\nand Busway's other threads keep away [off]" }
             |cpus, value| cpus.dedicated = value.switch()?;
+        "core_scheduling" { "vm|vcpu|off": "what may be on a core beside it: threads of its own VM, none, any\n[vm, where the host can do that]" }
+            |cpus, value| cpus.core_scheduling = Some(core_scheduling(value)?);
     },
     required: &[],
     bare: None,
     single: false,
     details: &[],
 };
+
+/// The words of [`CoreScheduling`], for messages.
+const CORE_SCHEDULING: &[&str] = &["vm", "vcpu", "off"];
+
+fn core_scheduling(value: &Value) -> Result<CoreScheduling, Reason> {
+    let text = value.text()?;
+    let mut choices = CoreScheduling::ALL.into_iter();
+    let found = choices.find(|choice| choice.word() == text);
+    found.ok_or_else(|| Reason::Word {
+        value: text.to_owned(),
+        words: CORE_SCHEDULING,
+    })
+}
 
 /// As those of a disk's queues.
 fn affinity(value: &Value) -> Result<Vec<VcpuAffinity>, Reason> {
@@ -66,6 +81,21 @@ fn topology(value: &Value) -> Result<Topology, Reason> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_word_of_core_scheduling_is_one_and_no_other_is() {
+        let read = |text: &str| core_scheduling(&Value::Text(text.to_owned()));
+        for one in CoreScheduling::ALL {
+            assert_eq!(read(one.word()), Ok(one));
+        }
+        assert!(
+            CoreScheduling::ALL
+                .iter()
+                .map(|one| one.word())
+                .eq(CORE_SCHEDULING.iter().copied())
+        );
+        assert!(read("on").unwrap_err().to_string().contains("`on`"));
+    }
 
     #[test]
     fn a_topology_is_four_numbers() {

@@ -18,9 +18,9 @@ use super::pmem::AddPmem;
 use super::some_text;
 use super::virtio::{AddDisk, AddFs, AddNet, AddVsock};
 use crate::config::{
-    Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CpusConfig, FirmwareConfig,
-    HotplugMethod, LandlockRule, MemoryConfig, MemoryZoneConfig, Placing, PlatformConfig, Topology,
-    TpmConfig, VcpuAffinity, VirtioConfig, VmConfig,
+    Accepted, BalloonConfig, BesideDevices, Choice, ConsoleConfig, CoreScheduling, CpusConfig,
+    FirmwareConfig, HotplugMethod, LandlockRule, MemoryConfig, MemoryZoneConfig, Placing,
+    PlatformConfig, Topology, TpmConfig, VcpuAffinity, VirtioConfig, VmConfig,
 };
 use crate::machine::{self, Files, Handed};
 
@@ -79,7 +79,7 @@ struct Cpus {
     dedicated: Option<bool>,
     #[serde(default)]
     features: Asked,
-    core_scheduling: Option<String>,
+    core_scheduling: Option<CoreScheduling>,
 }
 
 /// `MemoryConfig`
@@ -361,8 +361,6 @@ impl Cpus {
     fn into_config(self, accepted: &mut Accepted) -> Result<CpusConfig, Fault> {
         Lack::HyperV.unless_asked(self.kvm_hyperv)?;
         Lack::Amx.unless_asked(self.features)?;
-        let scheduling = self.core_scheduling.as_deref();
-        Lack::CoreScheduling.unless_asked(scheduling.is_some_and(|word| word != "Off"))?;
         let mut cpus = CpusConfig::default();
         cpus.boot = self.boot_vcpus.unwrap_or(cpus.boot);
         cpus.nested = self.nested.unwrap_or(cpus.nested);
@@ -382,6 +380,9 @@ impl Cpus {
         }
         cpus.affinity = self.affinity.unwrap_or_default();
         cpus.dedicated = self.dedicated.unwrap_or(false);
+        // `Vm` is what clients send that mean nothing by it: Cloud Hypervisor's default.
+        let asked = self.core_scheduling;
+        cpus.core_scheduling = asked.filter(|one| *one != CoreScheduling::Vm);
         accepted.max_phys_bits = self.max_phys_bits;
         Ok(cpus)
     }
@@ -684,7 +685,6 @@ mod tests {
             (r#"{"iommu":true}"#, Lack::VirtualIommu),
             (r#"{"memory":{"mergeable":true}}"#, Lack::MergedPages),
             (r#"{"cpus":{"kvm_hyperv":true}}"#, Lack::HyperV),
-            (r#"{"cpus":{"core_scheduling":"Vm"}}"#, Lack::CoreScheduling),
             (r#"{"platform":{"tdx":true}}"#, Lack::ConfidentialGuests),
             (r#"{"payload":{"igvm":"/i"}}"#, Lack::ConfidentialGuests),
             (r#"{"debug_console":{"mode":"Tty"}}"#, Lack::DebugConsole),

@@ -15,7 +15,6 @@ pub(super) enum Lack {
     Amx,
     ConfidentialGuests,
     CoreDump,
-    CoreScheduling,
     DebugConsole,
     HyperV,
     ImageType,
@@ -46,7 +45,6 @@ impl Lack {
                 "confidential guests (platform.tdx, platform.sev_snp, payload.igvm, payload.host_data)"
             }
             Self::CoreDump => "a guest's memory in a file",
-            Self::CoreScheduling => "core scheduling (cpus.core_scheduling)",
             Self::DebugConsole => "a debug console",
             Self::HyperV => "what guests of Microsoft's are told of Hyper-V (cpus.kvm_hyperv)",
             Self::ImageType => "images of another type than Raw and Qcow2",

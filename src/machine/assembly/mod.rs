@@ -29,10 +29,12 @@ use crate::arch::CpuModel;
 use crate::arch::board::Board;
 use crate::arch::boot::{self, BootSource, E820};
 use crate::arch::layout;
-use crate::config::{CpusConfig, VirtioConfig, VmConfig};
+use crate::config::{CoreScheduling, CpusConfig, VirtioConfig, VmConfig};
 use crate::devices::tpm::Tpm;
 use crate::devices::watchdog::Watchdog;
-use crate::kvm::{Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from, keep_from_none};
+use crate::kvm::{
+    Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from, keep_from_none, keep_process_apart,
+};
 use crate::memory::Ram;
 use crate::report::{Report, Stage};
 use crate::smbios;
@@ -131,6 +133,7 @@ impl Machine {
         } = begun;
         let config = &definition.config;
         keep_away(&config.cpus);
+        keep_apart(&config.cpus)?;
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
         let found = Found::find(definition, options)?;
@@ -334,6 +337,7 @@ impl Steps<'_> {
             cpus.boot,
             &self.buses,
             &self.events.sink(),
+            cpus.core_scheduling == Some(CoreScheduling::Vcpu),
         )?;
         let places = cpus.affinity.iter().cloned();
         vcpus.place(places.map(|place| {
@@ -342,6 +346,25 @@ impl Steps<'_> {
         }))?;
         Ok(vcpus)
     }
+}
+
+/// Keeps other processes' threads from the cores that this process's are on, where `--cpus core_scheduling=` wants that,
+/// or does not say and the host can.
+fn keep_apart(cpus: &CpusConfig) -> Result<(), RunError> {
+    let asked = cpus.core_scheduling;
+    if asked == Some(CoreScheduling::Off) {
+        return Ok(());
+    }
+    keep_process_apart().or_else(|source| match asked {
+        Some(asked) => Err(RunError::CoreScheduling {
+            word: asked.word(),
+            source,
+        }),
+        None => {
+            log::debug!("the host has no core scheduling: {source}");
+            Ok(())
+        }
+    })
 }
 
 /// Keeps all threads of this process from processors that are vCPUs' alone, and from none where none are.

@@ -34,6 +34,7 @@ pub fn examine(root: &SysRoot, memory: u64, opens: Opens<'_>) -> Vec<Finding> {
     findings.extend(command_line(root, &cpu));
     findings.extend(surroundings::lockdown(root));
     findings.extend(walls::landlock(root));
+    findings.extend(walls::leaks(root));
     findings.extend(errata(root));
     findings.push(devices(root));
     findings

@@ -20,11 +20,86 @@ pub(super) fn landlock(root: &SysRoot) -> Option<Finding> {
     Some(Finding::new(Level::Note, TOPIC, text).remedy(remedy))
 }
 
+/// What the kernel knows that one program can learn of another's on this processor; nothing where it does not tell.
+/// Documentation/ABI/testing/sysfs-devices-system-cpu, vulnerabilities
+pub(super) fn leaks(root: &SysRoot) -> Option<Finding> {
+    const TOPIC: &str = "leaks";
+    let folder = root.sys.join("devices/system/cpu/vulnerabilities");
+    let mut known = Vec::new();
+    for entry in std::fs::read_dir(folder).ok()?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        known.extend(root::text(&entry.path()).map(|says| (name, says)));
+    }
+    known.sort();
+    let named = |is: fn(&str) -> bool| {
+        let names = known.iter().filter(|(_, says)| is(says));
+        names.map(|(name, _)| &**name).collect::<Vec<_>>()
+    };
+    let open = named(|says| says.starts_with("Vulnerable"));
+    let by_threads =
+        named(|says| !says.starts_with("Vulnerable") && says.contains("SMT vulnerable"));
+    if known.is_empty() {
+        return None;
+    }
+    if !open.is_empty() {
+        let text = format!(
+            "a guest may learn what is not its own: the kernel does nothing against {}",
+            open.join(", ")
+        );
+        let remedy = Remedy::words(
+            "update the processor's microcode and the kernel, and leave mitigations=off away from its command line",
+        );
+        return Some(Finding::new(Level::Note, TOPIC, text).remedy(remedy));
+    }
+    if !by_threads.is_empty() {
+        let text = format!(
+            "a guest may learn what the host does on the same core, by {}",
+            by_threads.join(", ")
+        );
+        let remedy = Remedy::words(
+            "have each core run one thread: nosmt on the kernel's command line, or `off` in /sys/devices/system/cpu/smt/control; \
+             VMs are kept apart from each other by --cpus core_scheduling=",
+        );
+        return Some(Finding::new(Level::Note, TOPIC, text).remedy(remedy));
+    }
+    let text = format!(
+        "of {} known leaks of processors none is open here",
+        known.len()
+    );
+    Some(Finding::new(Level::Fine, TOPIC, text))
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
 
     use super::*;
+
+    #[test]
+    fn leaks_that_are_open_are_named_with_what_closes_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = SysRoot::under(folder.path());
+        assert!(leaks(&root).is_none());
+        let known = root.sys.join("devices/system/cpu/vulnerabilities");
+        fs::create_dir_all(&known).unwrap();
+        let says = |name: &str, text: &str| fs::write(known.join(name), text).unwrap();
+        says("meltdown", "Not affected\n");
+        says(
+            "l1tf",
+            "Mitigation: PTE Inversion; VMX: conditional cache flushes, SMT disabled\n",
+        );
+        let fine = leaks(&root).unwrap();
+        assert_eq!((fine.level, fine.remedies.len()), (Level::Fine, 0));
+        assert!(fine.text.contains("of 2"), "{}", fine.text);
+        says("mds", "Mitigation: Clear CPU buffers; SMT vulnerable\n");
+        let threads = leaks(&root).unwrap();
+        assert_eq!((threads.level, threads.remedies.len()), (Level::Note, 1));
+        assert!(threads.text.ends_with("by mds"), "{}", threads.text);
+        says("retbleed", "Vulnerable\n");
+        let open = leaks(&root).unwrap();
+        assert_eq!((open.level, open.remedies.len()), (Level::Note, 1));
+        assert!(open.text.ends_with("against retbleed"), "{}", open.text);
+    }
 
     #[test]
     fn a_kernel_without_landlock_is_told_of_with_what_gets_it() {

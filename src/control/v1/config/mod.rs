@@ -12,8 +12,8 @@ use super::numa::{Node, Zone};
 use super::pmem::Pmem;
 use crate::arch::boot::default_cmdline;
 use crate::config::{
-    Accepted, BesideDevices, Choice, ConsoleConfig, CpusConfig, HotplugMethod, LandlockRule,
-    Placing, PlatformConfig, Topology, VcpuAffinity, VmConfig,
+    Accepted, BesideDevices, Choice, ConsoleConfig, CoreScheduling, CpusConfig, HotplugMethod,
+    LandlockRule, Placing, PlatformConfig, Topology, VcpuAffinity, VmConfig,
 };
 use crate::machine::Info;
 use crate::sandbox::landlock;
@@ -76,6 +76,7 @@ struct Cpus {
     affinity: Vec<VcpuAffinity>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     dedicated: bool,
+    core_scheduling: CoreScheduling,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -242,6 +243,7 @@ impl Cpus {
             nested: cpus.nested,
             affinity: cpus.affinity.clone(),
             dedicated: cpus.dedicated,
+            core_scheduling: cpus.core_scheduling.unwrap_or(CoreScheduling::Vm),
         }
     }
 }

@@ -17,7 +17,7 @@ fn defaults_are_filled_in_and_what_is_unset_is_left_out() {
     let expected = json!({
         "cpus": {
             "boot_vcpus": 1, "max_vcpus": 1, "kvm_hyperv": false, "max_phys_bits": null,
-            "nested": true,
+            "core_scheduling": "Vm", "nested": true,
         },
         "memory": {
             "size": 512 << 20, "mergeable": false, "hotplug_method": "Acpi", "shared": false,

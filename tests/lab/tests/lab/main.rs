@@ -46,6 +46,7 @@ mod nodes;
 #[path = "../../../kvm/opened.rs"]
 mod opened;
 mod package;
+mod passt;
 mod paused;
 mod proof;
 mod run;
@@ -99,6 +100,7 @@ const CHAPTERS: &[&[Proof]] = &[
     segments::PROOFS,
     slots::PROOFS,
     small::PROOFS,
+    passt::PROOFS,
     paused::PROOFS,
     firmware::PROOFS,
     tpm::PROOFS,

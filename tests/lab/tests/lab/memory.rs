@@ -215,15 +215,16 @@ fn by_acpi(lab: &mut Lab, interface: Interface) -> Result<()> {
     let (host, address) = bound(lab, "nv0")?;
     let [_, way] = interface.arguments();
     let memory = format!("hotplug_size={MORE}M,hotplug_method=acpi");
-    // What the kernel keeps for itself is less than half of a block.
-    let least = |mib: u64| (mib - ACPI_BLOCK / 2) * 1024;
+    // KiB more than at the start: the kernel keeps less than half of a block for the memory's administration.
+    let least = |mib: u64| (mib - FIRST - ACPI_BLOCK / 2) * 1024;
     let mut sum = FIRST;
     let steps = STEPS.map(|step| {
         sum += step;
         sum
     });
     let waits: Vec<_> = steps.iter().map(|mib| least(*mib).to_string()).collect();
-    let whole = least(FIRST + MORE);
+    // More than the first RAM can be, and less than all: which life it is.
+    let whole = (FIRST + MORE / 2) * 1024;
     let run = guest()?
         .memory_mib(FIRST)
         .cmdline("memhp_default_state=online_movable")
@@ -233,8 +234,9 @@ fn by_acpi(lab: &mut Lab, interface: Interface) -> Result<()> {
         .limit(Duration::from_secs(400))
         .script(&format!(
             "total() {{ awk '/^MemTotal/ {{ print $2 }}' /proc/meminfo; }}\n\
-             if [ \"$(total)\" -gt {whole} ]; then\n\
-             lab-io write /dev/nvme0n1 77 high && lab-io verify /dev/nvme0n1 77 high && value again \"$(total)\"\n\
+             first=$(total)\n\
+             if [ \"$first\" -gt {whole} ]; then\n\
+             lab-io write /dev/nvme0n1 77 high && lab-io verify /dev/nvme0n1 77 high && value again \"$first\"\n\
              until_pressed waiting\n\
              dmesg | grep -iE 'memory|acpi.*error|nvme' | tail -n 40 | block log\n\
              else\n\
@@ -248,7 +250,7 @@ fn by_acpi(lab: &mut Lab, interface: Interface) -> Result<()> {
              step=0\n\
              for least in {waits}; do\n\
              step=$((step + 1))\n\
-             until [ \"$(total)\" -gt $least ]; do sleep 0.1; done\n\
+             until [ \"$(total)\" -gt $((first + least)) ]; do sleep 0.1; done\n\
              value plugged $step\n\
              echo high >/tmp/place; passed\n\
              value used \"$step $(cat /tmp/passes)\"\n\
