@@ -210,7 +210,7 @@ fn by_passt(turn: &Turn<'_>, set_up: &SetUp, run: GuestRun) -> Result<Vec<Readin
          --udp-ports none"
     ))?;
     turn.host.run(&format!(
-        "for each in $(seq 100); do ! ss -Hlx | grep -q {socket} || exit; sleep 0.1; done; exit 1"
+        "for each in $(seq 100); do ! ss -Hlx | grep -q '{socket} ' || exit 0; sleep 0.1; done; exit 1"
     ))?;
     let run = run.args(&["--net", &format!("vhost_user=on,socket={socket}")]);
     in_a_guest(turn, set_up, run, BY_PASST)

@@ -24,7 +24,7 @@ pub(crate) const PROOFS: &[Proof] = &[
         "memory_that_comes_by_acpi_under_a_drives_io_stays_over_a_restart_by_group",
         |lab, _| by_acpi(lab, Interface::Group),
     ),
-    Proof::soak(
+    Proof::new(
         "memory_that_comes_by_acpi_under_a_drives_io_stays_over_a_restart_by_cdev",
         |lab, _| by_acpi(lab, Interface::Cdev),
     ),
