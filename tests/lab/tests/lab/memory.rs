@@ -26,7 +26,7 @@ pub(crate) const PROOFS: &[Proof] = &[
     ),
     Proof::new(
         "memory_that_comes_by_acpi_under_a_drives_io_stays_over_a_restart_by_cdev",
-        |lab, _| by_acpi(lab, Interface::Cdev),
+        |lab| by_acpi(lab, Interface::Cdev),
     ),
     Proof::soak(
         "memory_of_huge_pages_is_taken_block_by_block_and_no_guest_dies_of_an_empty_pool",

@@ -7,7 +7,6 @@ use busway_lab::{Host, HostConfig, Job, Kernel, Lab};
 
 use crate::assigned::guest;
 use crate::hotplug::{CTL, SOCKET};
-use crate::proof::Tier;
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[Proof::new(
@@ -51,7 +50,7 @@ fn start_passt(host: &Host) -> Result<Job> {
     Ok(job)
 }
 
-fn served(lab: &mut Lab, _tier: Tier) -> Result<()> {
+fn served(lab: &mut Lab) -> Result<()> {
     let host = lab.host(&HostConfig::new(Kernel::Iommufd))?;
     host.run(
         "set -e; rm -rf /run/web; mkdir /run/web; cd /run/web; head -c 4M /dev/urandom >data; echo first >life\n\
