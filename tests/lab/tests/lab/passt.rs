@@ -7,9 +7,10 @@ use busway_lab::{Host, HostConfig, Job, Kernel, Lab};
 
 use crate::assigned::guest;
 use crate::hotplug::{CTL, SOCKET};
+use crate::proof::Tier;
 use crate::{Proof, tell};
 
-pub(crate) const PROOFS: &[Proof] = &[Proof::new(
+pub(crate) const PROOFS: &[Proof] = &[Proof::soak(
     "passt_serves_a_nic_over_pauses_its_own_death_in_the_middle_of_a_download_and_a_restart",
     served,
 )];
@@ -50,7 +51,7 @@ fn start_passt(host: &Host) -> Result<Job> {
     Ok(job)
 }
 
-fn served(lab: &mut Lab) -> Result<()> {
+fn served(lab: &mut Lab, _tier: Tier) -> Result<()> {
     let host = lab.host(&HostConfig::new(Kernel::Iommufd))?;
     host.run(
         "set -e; rm -rf /run/web; mkdir /run/web; cd /run/web; head -c 4M /dev/urandom >data; echo first >life\n\
