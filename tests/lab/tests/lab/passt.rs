@@ -30,9 +30,10 @@ if [ "$life" = first ]; then
     busy=$!
     until_pressed paused
     fetched paused
+    before=$(cat /sys/class/net/eth0/carrier_down_count)
     until_pressed killed
     kill $busy
-    value carrier "$(cat /sys/class/net/eth0/carrier_down_count) $(cat /sys/class/net/eth0/carrier)"
+    value carrier "$(($(cat /sys/class/net/eth0/carrier_down_count) - before)) $(cat /sys/class/net/eth0/carrier)"
     dhcp eth0
     fetched anew
     until_pressed ending
