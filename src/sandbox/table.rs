@@ -104,6 +104,9 @@ pub(super) const COMMON: &[Row] = &[
     (libc::SYS_getrandom, Always),
     (libc::SYS_gettid, Always),
     (libc::SYS_getpid, Always),
+    // Whose a file is, and which limit was reached, is found out on whichever thread is refused something.
+    (libc::SYS_geteuid, Always),
+    (libc::SYS_prlimit64, Is(2, &[0])),
     (libc::SYS_clone, Bits(0, THREAD | NO_THREAD, THREAD)),
     // Answered with ENOSYS, for its flags are out of a filter's sight: libraries take clone instead.
     (libc::SYS_clone3, Always),
@@ -185,10 +188,7 @@ const TO_CHANGE: &[Row] = &[
     (libc::SYS_ftruncate, Always),
 ];
 
-/// Asks who this process's user is: whose file is in the way, or who has no right to a device.
-const WHO: &[Row] = &[(libc::SYS_geteuid, Always)];
-
-/// Asks for this process's limits, and sets them.
+/// Sets this process's limits.
 const LIMITS: &[Row] = &[(libc::SYS_prlimit64, Is(0, &[0]))];
 
 /// What is done with files besides, where a VM is put together and ends.
@@ -326,7 +326,6 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
             LOOKS,
             TO_CHANGE,
             TO_KEEP,
-            WHO,
             LIMITS,
             SOCKETS,
             CONNECTS,
@@ -361,17 +360,16 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
         // A balloon that waits for a mapping asks for it again after a while.
         Kind::Memory => &[VFIO_MAPPING, TIMERS, HUGE_BLOCKS],
         Kind::Http => &[
-            TO_READ, LINKS, LOOKS, LOOKS_INTO, WHO, LIMITS, ACCEPTS, TAKES, SAYS, TIMES, ENDS,
-            ROUTES,
+            TO_READ, LINKS, LOOKS, LOOKS_INTO, ACCEPTS, TAKES, SAYS, TIMES, ENDS, ROUTES,
         ],
-        Kind::ConsoleOutput => &[LOOKS, TO_CHANGE, WHO, SAYS],
+        Kind::ConsoleOutput => &[LOOKS, TO_CHANGE, SAYS],
         Kind::Input => &[ACCEPTS, HEARS, REMOVES],
         Kind::Unmask => &[VFIO_INTERRUPTS],
         Kind::Variables => &[&[(libc::SYS_fdatasync, Always)]],
         // swtpm's half of a pair goes to it by a message.
         Kind::Tpm => &[CONNECTS, PAIRS, HEARS, SAYS, GIVES],
         Kind::Steer => &[TO_READ, LOOKS, IN_PLACE],
-        Kind::Report => &[LOOKS, TO_CHANGE, WHO],
+        Kind::Report => &[LOOKS, TO_CHANGE],
         Kind::GivenUp => &[LOOKS],
         Kind::Entropy => &[TIMERS],
         Kind::Log | Kind::Populate | Kind::Progress | Kind::Watchdog => &[],
@@ -566,10 +564,7 @@ pub(super) const SPARE: &[Reason] = &[
     (
         "a report that was not written whole is taken away, and so is what is left of one",
         &[Kind::Report],
-        &[
-            &[(libc::SYS_unlink, Always), (libc::SYS_ftruncate, Always)],
-            WHO,
-        ],
+        &[&[(libc::SYS_unlink, Always), (libc::SYS_ftruncate, Always)]],
     ),
     (
         "a buffer that direct I/O cannot take: Linux's drivers have none",
