@@ -193,6 +193,7 @@ const LIMITS: &[Row] = &[(libc::SYS_prlimit64, Is(0, &[0]))];
 
 /// What is done with files besides, where a VM is put together and ends.
 const TO_KEEP: &[Row] = &[
+    (libc::SYS_linkat, Always),
     (libc::SYS_fchmod, Always),
     (libc::SYS_fsync, Always),
     (libc::SYS_flock, Always),

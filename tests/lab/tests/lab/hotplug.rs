@@ -220,8 +220,7 @@ fn looked_at(host: &Host) -> Result<()> {
          echo $status; done | sort | uniq -c"
     ))?;
     tell!("devices by the status of check-device:\n{said}");
-    ensure!(said.lines().count() == 2, "{said}");
-    Ok(())
+    host.run(&format!("{CTL} info")).map(drop)
 }
 
 /// What cannot be added or removed is refused with a reason, and the guest, whose drive works all the while, has what it
