@@ -149,9 +149,6 @@ const PR_SET_VMA: u32 = 0x5356_4d41;
 /// Reads and writes at a place in a file: a device's regions, or its configuration space.
 const AT_A_PLACE: &[Row] = &[(libc::SYS_pread64, Always), (libc::SYS_pwrite64, Always)];
 
-/// Looks at a device's configuration space.
-const LOOKS_INTO: &[Row] = &[(libc::SYS_pread64, Always)];
-
 /// Reads and writes at places in a disk's image, from several pieces of the guest's memory and to them.
 const AT_PLACES: &[Row] = &[(libc::SYS_preadv, Always), (libc::SYS_pwritev, Always)];
 
@@ -179,11 +176,10 @@ const IN_PLACE: &[Row] = &[(
     Bits(2, (O_CREAT | O_TRUNC | O_APPEND) as u32, 0),
 )];
 
-/// Makes and changes files, gives them other names, and takes these away.
+/// Makes and changes files, and gives them other names.
 const TO_CHANGE: &[Row] = &[
     (libc::SYS_open, Always),
     (libc::SYS_openat, Always),
-    (libc::SYS_unlink, Always),
     (libc::SYS_rename, Always),
     (libc::SYS_ftruncate, Always),
 ];
@@ -201,7 +197,7 @@ const TO_KEEP: &[Row] = &[
     (libc::SYS_getcwd, Always),
 ];
 
-/// Removes the name of a socket that it served.
+/// Takes a file's name away: that of a socket that it served, or of what was not written whole.
 const REMOVES: &[Row] = &[(libc::SYS_unlink, Always)];
 
 /// Takes connections to a socket.
@@ -326,6 +322,7 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
             LINKS,
             LOOKS,
             TO_CHANGE,
+            REMOVES,
             TO_KEEP,
             LIMITS,
             SOCKETS,
@@ -337,7 +334,6 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
             PSEUDO_TERMINAL,
             VHOST_OPENING,
             IMAGES_OPENING,
-            HUGE_BLOCKS,
         ],
         Kind::Vcpu => &[
             KVM_RUNNING,
@@ -361,7 +357,7 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
         // A balloon that waits for a mapping asks for it again after a while.
         Kind::Memory => &[VFIO_MAPPING, TIMERS, HUGE_BLOCKS],
         Kind::Http => &[
-            TO_READ, LINKS, LOOKS, LOOKS_INTO, ACCEPTS, TAKES, SAYS, TIMES, ENDS, ROUTES,
+            TO_READ, LINKS, LOOKS, ACCEPTS, TAKES, SAYS, TIMES, ENDS, ROUTES,
         ],
         Kind::ConsoleOutput => &[LOOKS, TO_CHANGE, SAYS],
         Kind::Input => &[ACCEPTS, HEARS, REMOVES],
@@ -370,7 +366,7 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
         // swtpm's half of a pair goes to it by a message.
         Kind::Tpm => &[CONNECTS, PAIRS, HEARS, SAYS, GIVES],
         Kind::Steer => &[TO_READ, LOOKS, IN_PLACE],
-        Kind::Report => &[LOOKS, TO_CHANGE],
+        Kind::Report => &[LOOKS, TO_CHANGE, REMOVES],
         Kind::GivenUp => &[LOOKS],
         Kind::Entropy => &[TIMERS],
         Kind::Log | Kind::Populate | Kind::Progress | Kind::Watchdog => &[],
@@ -526,11 +522,6 @@ pub(super) const SPARE: &[Reason] = &[
         &[&[(libc::SYS_open, Always)]],
     ),
     (
-        "a library's, that waits a moment for a lock",
-        &[],
-        &[&[(libc::SYS_sched_yield, Always)]],
-    ),
-    (
         "the kernel's own, where a stop has interrupted a wait",
         &[],
         &[&[(libc::SYS_restart_syscall, Always)]],
@@ -571,6 +562,26 @@ pub(super) const SPARE: &[Reason] = &[
         "a buffer that direct I/O cannot take: Linux's drivers have none",
         &[Kind::Disk],
         &[&[(libc::SYS_pread64, Always)]],
+    ),
+    (
+        "the firmware's variables, which are made on the process's first thread",
+        &[Kind::Main],
+        &[&[(libc::SYS_linkat, Always), (libc::SYS_fsync, Always)]],
+    ),
+    (
+        "an error's: who has locked a disk's image",
+        &[Kind::Main],
+        &[&[(libc::SYS_fcntl, Is(1, &[F_OFD_GETLK as u32]))]],
+    ),
+    (
+        "imago's, where zeroes reach beyond the end of an image's file",
+        &[Kind::Disk],
+        &[&[(libc::SYS_ftruncate, Always)]],
+    ),
+    (
+        "a back end that comes again to the socket where Busway listens, as dpdk-testpmd does",
+        &[Kind::VhostUser],
+        &[ACCEPTS],
     ),
     (
         "a driver that chooses other offloads while it runs: Linux's does for XDP",

@@ -271,7 +271,7 @@ fn by_plain_calls(lab: &mut Lab) -> Result<()> {
     let running = host.start_guest(&run)?;
     running.wait_line("@@value up")?;
     let client = host.spawn(
-        "printf 'the host is heard\\n' | socat -t 300 - UNIX-CONNECT:/run/hvc.sock >/run/hvc.said",
+        "printf 'the host is heard\\n' | socat -t 300 - UNIX-CONNECT:/run/hvc.sock,shut-none >/run/hvc.said",
     )?;
     let result = running.finish()?.success()?;
     ensure!(
