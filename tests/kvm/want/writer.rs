@@ -162,3 +162,21 @@ pub(super) fn writes_twice() -> Vec<u8> {
     ]
     .concat()
 }
+
+/// Says "ready", and when something is typed, brings the disk up and writes to it: where the device needs a reset it says
+/// "broken" and begins anew, else it says how the write went, and powers off.
+pub(super) fn writes_when_told() -> Vec<u8> {
+    // mov dx, 0x3fd; again: in al, dx; test al, 1; jz again; mov dx, 0x3f8; in al, dx
+    let typed = [
+        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec,
+    ];
+    let begin = [&typed[..], &bring_up()].concat();
+    let write = |distance: i32| {
+        // jmp
+        let again = [&[0xe9][..], &distance.to_le_bytes()].concat();
+        write(1, &[say("broken"), again].concat())
+    };
+    // From behind the jump to what was typed.
+    let back = begin.len() + write(0).len() - tell().len();
+    [say("ready"), begin, write(-(back as i32)), power_off()].concat()
+}
