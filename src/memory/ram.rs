@@ -16,7 +16,7 @@ use super::huge_pages::{check_pool, huge_page_size, reserved_huge_pages};
 use super::pluggable::Pages;
 use super::{Ballooned, GuestRam, Pluggable, RamMap, Region, Regions};
 use crate::arch::layout;
-use crate::config::{MemoryConfig, MemoryZoneConfig};
+use crate::config::{MemoryConfig, MemoryZoneConfig, PluggableConfig};
 
 /// Pages of this size and its multiples are what a guest can be made of.
 const PAGE: u64 = busway_pci::PAGE_SIZE;
@@ -34,10 +34,8 @@ pub struct Ram {
     stretches: Vec<Stretch>,
     /// Their regions, where these can go and come back by blocks.
     in_blocks: Vec<Arc<Region>>,
-    /// What is plugged and unplugged by blocks, behind all other RAM.
-    pluggable: Option<PluggableRam>,
-    /// The host is to have memory before the guest uses it.
-    populates: bool,
+    /// What is plugged and unplugged by blocks, behind all other RAM, in ascending order.
+    pluggable: Vec<PluggableRam>,
 }
 
 /// A stretch of RAM, of one kind.
@@ -49,40 +47,75 @@ pub(super) struct Stretch {
     zone: usize,
 }
 
-/// RAM that is plugged and unplugged by blocks.
+/// A piece of RAM that is plugged and unplugged by blocks.
 #[derive(Clone, Debug)]
 struct PluggableRam {
+    /// The zone that it is of, by its place among the zones; none where it is of all RAM.
+    zone: Option<usize>,
     memory: Arc<GuestRegionMmap>,
     region: Arc<Region>,
-    /// Its pages, where they are huge ones.
-    huge: Option<Arc<HugeBlocks>>,
+    pages: Pages,
 }
 
 impl PluggableRam {
-    /// Behind RAM that ends at `top`, round the `holes`, in blocks of whole pages. `None` where none can come.
+    /// At `range`, whole blocks of `block` bytes.
     fn map(
-        config: &MemoryConfig,
+        zone: Option<usize>,
         backing: &Backing,
-        top: u64,
-        holes: &[Range<u64>],
-    ) -> Result<Option<Self>, RamError> {
-        let block = config.block_size().max(backing.huge_page.unwrap_or(0));
-        let asked = config.pluggable().unwrap_or(0);
-        // The host's own huge pages may be larger than those that a configuration was checked for.
-        let size = asked.checked_div(block).unwrap_or(0).saturating_mul(block);
-        if size == 0 {
-            return Ok(None);
-        }
-        let range = layout::pluggable_range(size, top, holes);
-        let memory = Arc::new(backing.map(&range)?);
-        let huge = backing.huge_page.map(|page| HugeBlocks::new(&memory, page));
-        let huge = huge.transpose().map_err(map_error("mmap", size))?;
+        range: &Range<u64>,
+        block: u64,
+    ) -> Result<Self, RamError> {
+        let memory = Arc::new(backing.map(range)?);
+        let huge = backing.huge_page.map(|page| {
+            let made = HugeBlocks::new(&memory, page, backing.host_node);
+            made.map_err(map_error("mmap", memory.len()))
+        });
         let region = Region::pluggable("pluggable guest RAM", memory.clone(), block);
-        Ok(Some(Self {
+        Ok(Self {
+            zone,
             memory,
             region: Arc::new(region),
-            huge: huge.map(Arc::new),
-        }))
+            pages: match huge.transpose()? {
+                Some(huge) => Pages::Huge(Arc::new(huge)),
+                None if backing.prefault == Some(true) => Pages::Populated,
+                None => Pages::Ordinary,
+            },
+        })
+    }
+
+    /// All pieces that can come, behind RAM that ends at `top` and is made as `backings` say, round the `holes`.
+    fn map_all(
+        config: &MemoryConfig,
+        zones: &[MemoryZoneConfig],
+        backings: &[Backing],
+        top: u64,
+        holes: &[Range<u64>],
+    ) -> Result<Vec<Self>, RamError> {
+        let mut pieces = Vec::new();
+        for piece in PluggableConfig::all(config, zones) {
+            let of_zone = piece.zone.and_then(|zone| backings.get(zone));
+            let backing = match of_zone {
+                Some(zone) => zone.by_blocks(),
+                None => backing_of_all(config, backings).by_blocks(),
+            };
+            let block = piece.block.max(backing.huge_page.unwrap_or(0));
+            // The host's own huge pages may be larger than those that a configuration was checked for.
+            let blocks = piece.size.checked_div(block).unwrap_or(0);
+            if blocks > 0 {
+                pieces.push((piece.zone, backing, block, blocks.saturating_mul(block)));
+            }
+        }
+        let sizes = pieces.iter().map(|(.., size)| *size);
+        let ranges = layout::pluggable_ranges(sizes, top, holes);
+        let places = pieces.iter().zip(&ranges);
+        places
+            .map(|((zone, backing, block, _), range)| Self::map(*zone, backing, range, *block))
+            .collect()
+    }
+
+    fn range(&self) -> Range<u64> {
+        let start = self.region.guest();
+        start..start.saturating_add(self.region.size())
     }
 }
 
@@ -153,9 +186,8 @@ impl Ram {
         }
         let mut all: Vec<_> = stretches.iter().map(|one| one.memory.clone()).collect();
         let top = stretches.last().map_or(0, |last| last.range().end);
-        let backing = pluggable_backing(config, &backings);
-        let pluggable = PluggableRam::map(config, &backing, top, &holes)?;
-        all.extend(pluggable.iter().map(|pluggable| pluggable.memory.clone()));
+        let pluggable = PluggableRam::map_all(config, zones, &backings, top, &holes)?;
+        all.extend(pluggable.iter().map(|piece| piece.memory.clone()));
         let map = RamMap::from_arc_regions(all).map_err(|error| {
             let source = io::Error::new(io::ErrorKind::InvalidInput, error.to_string());
             map_error("mapping", size)(source)
@@ -165,7 +197,6 @@ impl Ram {
             stretches,
             in_blocks: Vec::new(),
             pluggable,
-            populates: config.prefault == Some(true),
         })
     }
 
@@ -188,7 +219,7 @@ impl Ram {
     /// RAM as regions for the list.
     pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
         let pluggable = self.pluggable.iter();
-        let pluggable = pluggable.map(|pluggable| pluggable.region.clone());
+        let pluggable = pluggable.map(|piece| piece.region.clone());
         let whole = self.stretches.iter().enumerate().map(|(at, stretch)| {
             let in_blocks = self.in_blocks.get(at).cloned();
             in_blocks.unwrap_or_else(|| {
@@ -207,27 +238,29 @@ impl Ram {
         (!self.in_blocks.is_empty()).then(|| Ballooned::new(regions, parts))
     }
 
-    /// What of it comes and goes by blocks, where something does, for the list that it is on.
-    #[must_use]
-    pub fn pluggable(&self, regions: &Arc<Regions>) -> Option<Pluggable> {
-        let PluggableRam {
-            memory,
-            region,
-            huge,
-        } = self.pluggable.as_ref()?;
-        let pages = match huge {
-            Some(huge) => Pages::Huge(huge.clone()),
-            None if self.populates => Pages::Populated,
-            None => Pages::Ordinary,
-        };
-        Some(Pluggable::new(regions, region, memory, pages))
+    /// What of it comes and goes by blocks, for the list that it is on: each piece with the place of its zone among the
+    /// zones, or none where it is of all RAM.
+    pub fn pluggable(
+        &self,
+        regions: &Arc<Regions>,
+    ) -> impl Iterator<Item = (Option<usize>, Pluggable)> {
+        self.pluggable.iter().map(|piece| {
+            let pages = piece.pages.clone();
+            let made = Pluggable::new(regions, &piece.region, &piece.memory, pages);
+            (piece.zone, made)
+        })
     }
 
-    /// Where RAM can be plugged, to the guest. It lies behind all other RAM.
+    /// Where RAM can be plugged, to the guest, in ascending order. It lies behind all other RAM.
     #[must_use]
-    pub fn pluggable_range(&self) -> Option<Range<u64>> {
-        let region = &self.pluggable.as_ref()?.region;
-        Some(region.guest()..region.guest().saturating_add(region.size()))
+    pub fn pluggable_ranges(&self) -> Vec<Range<u64>> {
+        self.pluggable.iter().map(PluggableRam::range).collect()
+    }
+
+    /// The same, each with the place of its zone among the zones; none where it is of all RAM.
+    pub fn pluggable_zones(&self) -> impl Iterator<Item = (Option<usize>, Range<u64>)> {
+        let pieces = self.pluggable.iter();
+        pieces.map(|piece| (piece.zone, piece.range()))
     }
 
     /// Where RAM is, to the guest, in ascending order, without what can be plugged. Zones that touch are one range.
@@ -252,7 +285,7 @@ impl Ram {
     /// Where RAM is mapped in this process, with what can be plugged.
     #[must_use]
     pub fn host_ranges(&self) -> Vec<Range<usize>> {
-        let pluggable = self.pluggable.iter().map(|pluggable| &pluggable.memory);
+        let pluggable = self.pluggable.iter().map(|piece| &piece.memory);
         let stretches = self.stretches.iter().map(|one| &one.memory);
         stretches
             .chain(pluggable)
@@ -322,19 +355,15 @@ fn backings(
     Ok(made.into_iter().map(backing).collect())
 }
 
-/// What RAM that can be plugged is made of: pages of the node that the RAM before it is of, huge ones where all RAM is of
-/// such (`hugepages=` of `--memory`, which zones stand in place of).
-fn pluggable_backing(config: &MemoryConfig, backings: &[Backing]) -> Backing {
+/// What RAM is made of that can be plugged and is of no zone: pages of the node that the RAM before it is of, huge ones where
+/// all RAM is of such (`hugepages=` of `--memory`, which zones stand in place of).
+fn backing_of_all(config: &MemoryConfig, backings: &[Backing]) -> Backing {
     let last = backings.last();
     let huge_page = last.and_then(|backing| backing.huge_page);
     let huge_page = huge_page.filter(|_| config.hugepages);
-    let backing = Backing::of_all(config, huge_page);
     Backing {
         host_node: last.and_then(|backing| backing.host_node),
-        by_blocks: true,
-        // They are a file's, from which they are taken and given back.
-        shared: backing.shared || huge_page.is_some(),
-        ..backing
+        ..Backing::of_all(config, huge_page)
     }
 }
 

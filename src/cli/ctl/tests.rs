@@ -271,6 +271,10 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             memory: None,
             balloon: None,
         },
+        Verb::ResizeZone {
+            id: "a".into(),
+            size: 1 << 30,
+        },
         Verb::RemoveDevice {
             id: device(),
             force: false,

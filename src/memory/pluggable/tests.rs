@@ -124,7 +124,7 @@ impl Memory {
         }
         let listener = Arc::<Mapped>::default();
         regions.listen(listener.clone()).unwrap();
-        let pluggable = ram.pluggable(&regions).unwrap();
+        let (_, pluggable) = ram.pluggable(&regions).next().unwrap();
         Self {
             ram,
             regions,
@@ -308,7 +308,7 @@ fn memory_is_populated_when_it_is_plugged_where_that_was_asked_for() {
     ram.regions()
         .for_each(|region| regions.add(region).unwrap());
     let memory = Memory {
-        pluggable: ram.pluggable(&regions).unwrap(),
+        pluggable: ram.pluggable(&regions).next().unwrap().1,
         ram,
         regions,
         listener: Arc::default(),
