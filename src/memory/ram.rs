@@ -11,12 +11,11 @@ use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 use super::backing::{Backing, map_error};
 use super::error::RamError;
 use super::host::{check_host_memory, check_host_nodes};
-use super::huge_blocks::HugeBlocks;
 use super::huge_pages::{check_pool, huge_page_size, reserved_huge_pages};
-use super::pluggable::Pages;
-use super::{Ballooned, GuestRam, Pluggable, RamMap, Region, Regions};
+use super::pieces::PluggableRam;
+use super::{Ballooned, GuestRam, RamMap, Region, Regions};
 use crate::arch::layout;
-use crate::config::{MemoryConfig, MemoryZoneConfig, PluggableConfig};
+use crate::config::{MemoryConfig, MemoryZoneConfig};
 
 /// Pages of this size and its multiples are what a guest can be made of.
 const PAGE: u64 = busway_pci::PAGE_SIZE;
@@ -35,7 +34,7 @@ pub struct Ram {
     /// Their regions, where these can go and come back by blocks.
     in_blocks: Vec<Arc<Region>>,
     /// What is plugged and unplugged by blocks, behind all other RAM, in ascending order.
-    pluggable: Vec<PluggableRam>,
+    pub(super) pluggable: Vec<PluggableRam>,
 }
 
 /// A stretch of RAM, of one kind.
@@ -45,78 +44,6 @@ pub(super) struct Stretch {
     pub(super) backing: Backing,
     /// The zone that it is of, by its place among the zones; 0 where there are none.
     zone: usize,
-}
-
-/// A piece of RAM that is plugged and unplugged by blocks.
-#[derive(Clone, Debug)]
-struct PluggableRam {
-    /// The zone that it is of, by its place among the zones; none where it is of all RAM.
-    zone: Option<usize>,
-    memory: Arc<GuestRegionMmap>,
-    region: Arc<Region>,
-    pages: Pages,
-}
-
-impl PluggableRam {
-    /// At `range`, whole blocks of `block` bytes.
-    fn map(
-        zone: Option<usize>,
-        backing: &Backing,
-        range: &Range<u64>,
-        block: u64,
-    ) -> Result<Self, RamError> {
-        let memory = Arc::new(backing.map(range)?);
-        let huge = backing.huge_page.map(|page| {
-            let made = HugeBlocks::new(&memory, page, backing.host_node);
-            made.map_err(map_error("mmap", memory.len()))
-        });
-        let region = Region::pluggable("pluggable guest RAM", memory.clone(), block);
-        Ok(Self {
-            zone,
-            memory,
-            region: Arc::new(region),
-            pages: match huge.transpose()? {
-                Some(huge) => Pages::Huge(Arc::new(huge)),
-                None if backing.prefault == Some(true) => Pages::Populated,
-                None => Pages::Ordinary,
-            },
-        })
-    }
-
-    /// All pieces that can come, behind RAM that ends at `top` and is made as `backings` say, round the `holes`.
-    fn map_all(
-        config: &MemoryConfig,
-        zones: &[MemoryZoneConfig],
-        backings: &[Backing],
-        top: u64,
-        holes: &[Range<u64>],
-    ) -> Result<Vec<Self>, RamError> {
-        let mut pieces = Vec::new();
-        for piece in PluggableConfig::all(config, zones) {
-            let of_zone = piece.zone.and_then(|zone| backings.get(zone));
-            let backing = match of_zone {
-                Some(zone) => zone.by_blocks(),
-                None => backing_of_all(config, backings).by_blocks(),
-            };
-            let block = piece.block.max(backing.huge_page.unwrap_or(0));
-            // The host's own huge pages may be larger than those that a configuration was checked for.
-            let blocks = piece.size.checked_div(block).unwrap_or(0);
-            if blocks > 0 {
-                pieces.push((piece.zone, backing, block, blocks.saturating_mul(block)));
-            }
-        }
-        let sizes = pieces.iter().map(|(.., size)| *size);
-        let ranges = layout::pluggable_ranges(sizes, top, holes);
-        let places = pieces.iter().zip(&ranges);
-        places
-            .map(|((zone, backing, block, _), range)| Self::map(*zone, backing, range, *block))
-            .collect()
-    }
-
-    fn range(&self) -> Range<u64> {
-        let start = self.region.guest();
-        start..start.saturating_add(self.region.size())
-    }
 }
 
 impl Stretch {
@@ -238,31 +165,6 @@ impl Ram {
         (!self.in_blocks.is_empty()).then(|| Ballooned::new(regions, parts))
     }
 
-    /// What of it comes and goes by blocks, for the list that it is on: each piece with the place of its zone among the
-    /// zones, or none where it is of all RAM.
-    pub fn pluggable(
-        &self,
-        regions: &Arc<Regions>,
-    ) -> impl Iterator<Item = (Option<usize>, Pluggable)> {
-        self.pluggable.iter().map(|piece| {
-            let pages = piece.pages.clone();
-            let made = Pluggable::new(regions, &piece.region, &piece.memory, pages);
-            (piece.zone, made)
-        })
-    }
-
-    /// Where RAM can be plugged, to the guest, in ascending order. It lies behind all other RAM.
-    #[must_use]
-    pub fn pluggable_ranges(&self) -> Vec<Range<u64>> {
-        self.pluggable.iter().map(PluggableRam::range).collect()
-    }
-
-    /// The same, each with the place of its zone among the zones; none where it is of all RAM.
-    pub fn pluggable_zones(&self) -> impl Iterator<Item = (Option<usize>, Range<u64>)> {
-        let pieces = self.pluggable.iter();
-        pieces.map(|piece| (piece.zone, piece.range()))
-    }
-
     /// Where RAM is, to the guest, in ascending order, without what can be plugged. Zones that touch are one range.
     #[must_use]
     pub fn guest_ranges(&self) -> Vec<Range<u64>> {
@@ -355,18 +257,6 @@ fn backings(
     Ok(made.into_iter().map(backing).collect())
 }
 
-/// What RAM is made of that can be plugged and is of no zone: pages of the node that the RAM before it is of, huge ones where
-/// all RAM is of such (`hugepages=` of `--memory`, which zones stand in place of).
-fn backing_of_all(config: &MemoryConfig, backings: &[Backing]) -> Backing {
-    let last = backings.last();
-    let huge_page = last.and_then(|backing| backing.huge_page);
-    let huge_page = huge_page.filter(|_| config.hugepages);
-    Backing {
-        host_node: last.and_then(|backing| backing.host_node),
-        ..Backing::of_all(config, huge_page)
-    }
-}
-
 /// That a stretch of a zone is made of whole huge pages.
 fn check_place(zone: &MemoryZoneConfig, page: u64, range: &Range<u64>) -> Result<(), RamError> {
     if (range.start | range.end).is_multiple_of(page) {
@@ -399,6 +289,7 @@ mod tests {
     use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace};
 
     use super::*;
+    use crate::memory::pieces::policy;
 
     #[test]
     fn ram_of_every_kind_is_mapped_where_the_layout_says() {
@@ -419,15 +310,6 @@ mod tests {
             assert_eq!(region.file().map(FileOffset::start), shared.then_some(0));
             assert!(!region.read_only());
         }
-    }
-
-    /// What the kernel says of the policy of a mapping at this address; nothing where it knows no nodes.
-    fn policy(host: usize) -> Option<String> {
-        let maps = fs::read_to_string("/proc/self/numa_maps").ok()?;
-        let line = maps
-            .lines()
-            .find(|line| line.starts_with(&format!("{host:x} ")))?;
-        line.split_whitespace().nth(1).map(str::to_owned)
     }
 
     #[test]

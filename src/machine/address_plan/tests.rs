@@ -7,6 +7,7 @@ use busway_pci::Reserve;
 use busway_vfio::AssignOptions;
 
 use super::*;
+use crate::config::MemoryConfig;
 use crate::machine::passthrough::placement::HostIdentity;
 use crate::memory::Ram;
 
@@ -248,7 +249,10 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
     ] {
         let memory = memory(size, pluggable);
         let plan = plan(&memory, &none).unwrap();
-        assert_eq!(plan.pluggable(&to_plan(&memory)), Ok(vec![expected.clone()]));
+        assert_eq!(
+            plan.pluggable(&to_plan(&memory)),
+            Ok(vec![expected.clone()])
+        );
         let windows = plan.windows(&[0..GIB, expected.clone()], &[]);
         assert!(
             windows

@@ -5,7 +5,7 @@ use busway_iommu::{DmaMapping, IovaRange, MapError, OpenDmaBuf, Stats, Tracker};
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{HotplugMethod, MemoryConfig};
+use crate::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 use crate::machine::pluggable::{PluggableError, check_reach};
 use crate::memory::{Pluggable, Plugged, Ram, Regions};
 
