@@ -488,6 +488,10 @@ fn memory_devices_say_where_their_ram_is_and_are_there_only_where_ram_comes_by_t
     let source = |memory_devices, numa| {
         let hardware = Hardware {
             memory_devices,
+            pluggable: memory_devices.then(|| PluggableMemory {
+                ram: std::iter::once(0..2 << 30).collect(),
+                pieces: vec![(1, 4 << 30..5 << 30)],
+            }),
             numa,
             ..hardware(2)
         };

@@ -217,8 +217,14 @@ fn under_io(lab: &mut Lab) -> Result<()> {
     is_on(host, [FIRST, FIRST])?;
     for (order, words) in [
         (format!("resize-zone c {FIRST}M"), "only `a`, `b`"),
-        (format!("resize-zone b {}M", FIRST + MORE + BLOCK), "268435456 to 805306368"),
-        (format!("resize --memory {}M", 2 * FIRST + MORE), "resize-zone"),
+        (
+            format!("resize-zone b {}M", FIRST + MORE + BLOCK),
+            "268435456 to 805306368",
+        ),
+        (
+            format!("resize --memory {}M", 2 * FIRST + MORE),
+            "resize-zone",
+        ),
     ] {
         let refused = host.run(&format!("{CTL} {order} 2>&1 || true"))?;
         ensure!(refused.contains(words), "{order}: {refused}");
@@ -228,7 +234,10 @@ fn under_io(lab: &mut Lab) -> Result<()> {
     let now = nodes(&running.wait_line("@@value plugged ")?)?;
     grown(first, now, [0, MORE])?;
     wait_reached(host, before, [0, MORE])?;
-    tell!("{MORE} MiB came to node 1 in {:.1?}: {first:?} {now:?}", began.elapsed());
+    tell!(
+        "{MORE} MiB came to node 1 in {:.1?}: {first:?} {now:?}",
+        began.elapsed()
+    );
     running.wait_line("@@value used ")?;
     resize(host, "a", FIRST + SOME)?;
     let now = nodes(&running.wait_line("@@value more ")?)?;
@@ -303,7 +312,11 @@ fn of_huge_pages(lab: &mut Lab) -> Result<()> {
         );
     let running = host.start_guest(&run)?;
     running.wait_line("@@value waiting")?;
-    ensure!(free(host)? == [MORE, SOME], "{:?} MiB are free", free(host)?);
+    ensure!(
+        free(host)? == [MORE, SOME],
+        "{:?} MiB are free",
+        free(host)?
+    );
     resize(host, "b", FIRST + 2 * SOME)?;
     wait_plugged(host, [0, SOME])?;
     ensure!(free(host)? == [MORE, 0], "{:?} MiB are free", free(host)?);
