@@ -15,8 +15,6 @@ pub struct PluggableConfig {
     /// Bytes of a block by which they come: a power of two. All pieces together have
     /// [`MOST_BLOCKS`](super::MOST_BLOCKS) at most.
     pub block: u64,
-    /// Bytes that the guest is to have from its start on.
-    pub plugged: u64,
 }
 
 impl PluggableConfig {
@@ -27,7 +25,6 @@ impl PluggableConfig {
             zone: None,
             size,
             block: memory.block_size(),
-            plugged: memory.hotplugged_size.unwrap_or(0),
         });
         let total = zones.iter().filter_map(MemoryZoneConfig::pluggable);
         let total = total.fold(0, u64::saturating_add);
@@ -36,7 +33,6 @@ impl PluggableConfig {
                 zone: Some(at),
                 size: zone.pluggable()?,
                 block: zone.block_size(total),
-                plugged: zone.hotplugged_size.unwrap_or(0),
             })
         });
         of_all.into_iter().chain(of_zones).collect()
@@ -255,7 +251,6 @@ mod tests {
             zone: Some(1),
             size: 2 * GIB,
             block: 2 * MIB,
-            plugged: 128 * MIB,
         };
         assert_eq!(config.pluggable(), [of_zone]);
         assert_eq!(config.most_memory(), 5 * GIB);
@@ -270,7 +265,6 @@ mod tests {
             zone: None,
             size: GIB,
             block: 128 * MIB,
-            plugged: 0,
         };
         assert_eq!(whole.pluggable(), [of_all]);
         assert_eq!(whole.most_memory(), GIB + 512 * MIB);
