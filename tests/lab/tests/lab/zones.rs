@@ -12,9 +12,9 @@ use crate::nodes::{host, is_on};
 use crate::{Proof, tell};
 
 pub(crate) const PROOFS: &[Proof] = &[
-    Proof::soak(
+    Proof::new(
         "zones_grow_and_shrink_each_by_itself_on_its_own_node_under_a_drives_io",
-        |lab, _| under_io(lab),
+        under_io,
     ),
     Proof::soak(
         "zones_of_huge_pages_take_them_of_their_own_node_and_of_no_other",
