@@ -68,8 +68,8 @@ impl Root {
 pub struct PluggableMemory {
     /// Where there is RAM from the start on.
     pub ram: Vec<Range<u64>>,
-    /// Where it can come.
-    pub range: Range<u64>,
+    /// Where it can come, in ascending order, each piece with its node; that is 0 where there are no nodes.
+    pub pieces: Vec<(u32, Range<u64>)>,
 }
 
 /// Which nodes there are, and what is near which.
@@ -79,8 +79,6 @@ pub struct Numa {
     pub cpus: Vec<u32>,
     /// The stretches of RAM, ascending, each with its node.
     pub ram: Vec<(u32, Range<u64>)>,
-    /// The node of RAM that can come ([`Hardware::pluggable`]).
-    pub pluggable: u32,
     /// How far each node is from each, by their numbers.
     pub distances: Vec<Vec<u8>>,
 }

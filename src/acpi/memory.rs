@@ -50,7 +50,11 @@ pub(super) fn append(hardware: &Hardware, aml: &mut Vec<u8>) {
         return;
     }
     controller(aml);
-    let node = hardware.numa.as_ref().map(|numa| numa.pluggable);
+    // All of what comes by them is one piece.
+    let pluggable = hardware.pluggable.as_ref();
+    let piece = pluggable.and_then(|memory| memory.pieces.first());
+    let node = piece.map(|(node, _)| *node);
+    let node = node.filter(|_| hardware.numa.is_some());
     let mut devices = Vec::new();
     for number in 0..DEVICES {
         MemoryDevice { number, node }.to_aml_bytes(&mut devices);

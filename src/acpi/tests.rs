@@ -371,13 +371,12 @@ fn iasl_reads_all_tables_and_compiles_them_back_without_a_warning() {
         cpu_hotplug: true,
         pluggable: Some(PluggableMemory {
             ram: vec![0..3 << 30, 4 << 30..5 << 30],
-            range: 6 << 30..7 << 30,
+            pieces: vec![(1, 6 << 30..7 << 30)],
         }),
         memory_devices: true,
         numa: Some(Numa {
             cpus: (0..64).map(|cpu| cpu % 2).collect(),
             ram: vec![(0, 0..3 << 30), (1, 4 << 30..5 << 30)],
-            pluggable: 1,
             distances: vec![vec![10, 21], vec![21, 10]],
         }),
         tpm: true,
@@ -489,6 +488,10 @@ fn memory_devices_say_where_their_ram_is_and_are_there_only_where_ram_comes_by_t
     let source = |memory_devices, numa| {
         let hardware = Hardware {
             memory_devices,
+            pluggable: memory_devices.then(|| PluggableMemory {
+                ram: std::iter::once(0..2 << 30).collect(),
+                pieces: vec![(1, 4 << 30..5 << 30)],
+            }),
             numa,
             ..hardware(2)
         };
@@ -503,7 +506,6 @@ fn memory_devices_say_where_their_ram_is_and_are_there_only_where_ram_comes_by_t
     let numa = Numa {
         cpus: vec![0, 1],
         ram: vec![(0, 0..1 << 30), (1, 1 << 30..2 << 30)],
-        pluggable: 1,
         distances: vec![vec![10, 21], vec![21, 10]],
     };
     let (Some(none), Some(some)) = (source(false, None), source(true, None)) else {
@@ -541,7 +543,6 @@ fn nodes_are_told_by_tables_of_their_own_and_by_what_is_near_them() {
     let numa = Numa {
         cpus: vec![0, 1],
         ram: vec![(0, 0..1 << 30), (1, 1 << 30..2 << 30)],
-        pluggable: 1,
         distances: vec![vec![10, 21], vec![21, 10]],
     };
     let near = || Root {

@@ -134,29 +134,16 @@ impl MemoryConfig {
         self.size.saturating_add(plugged.unwrap_or(0))
     }
 
-    /// Bytes of RAM that the guest can have at most.
-    #[must_use]
-    pub fn most(&self) -> u64 {
-        self.size.saturating_add(self.pluggable().unwrap_or(0))
-    }
-
     /// Bytes of a block by which RAM comes and goes: a power of two, so large that there are [`MOST_BLOCKS`] at most, and
     /// that it is a whole number of the huge pages that were said.
     #[must_use]
     pub fn block_size(&self) -> u64 {
-        let size = self.hotplug_size.unwrap_or(0);
-        let page = self.hugepage_size.filter(|_| self.hugepages);
-        let least = match self.hotplug_method {
-            HotplugMethod::Acpi => PLUGGABLE_STEP,
-            HotplugMethod::VirtioMem => SMALLEST_BLOCK,
-        };
-        // What is no power of two is no page's size, which is found out with the host's.
-        let page = page.filter(|page| page.is_power_of_two()).unwrap_or(0);
-        let mut block = least.max(page);
-        while size.checked_div(block).unwrap_or(0) > MOST_BLOCKS {
-            block = block.saturating_mul(2);
+        BlockOf {
+            acpi: !self.comes_by_virtio(),
+            huge_page: self.hugepage_size.filter(|_| self.hugepages),
+            total: self.hotplug_size.unwrap_or(0),
         }
-        block
+        .size()
     }
 
     /// That what can be plugged can be.
@@ -164,28 +151,67 @@ impl MemoryConfig {
     /// # Errors
     /// [`InvalidHotplug`]
     pub(super) fn validate_hotplug(&self) -> Result<(), InvalidHotplug> {
-        let plugged = self.hotplugged_size.filter(|size| *size > 0);
-        let Some(size) = self.pluggable() else {
-            return match plugged {
-                Some(_) => Err(InvalidHotplug::Alone),
-                None => Ok(()),
-            };
+        check_plugged(self.pluggable(), self.hotplugged_size, self.block_size())
+    }
+}
+
+/// What the size of blocks follows from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BlockOf {
+    /// They come by ACPI.
+    pub(super) acpi: bool,
+    /// Bytes of the huge pages that they are said to be made of.
+    pub(super) huge_page: Option<u64>,
+    /// Bytes of all that can come to the VM.
+    pub(super) total: u64,
+}
+
+impl BlockOf {
+    /// Bytes of a block: a power of two.
+    pub(super) fn size(self) -> u64 {
+        let least = match self.acpi {
+            true => PLUGGABLE_STEP,
+            false => SMALLEST_BLOCK,
         };
-        let block = self.block_size();
-        let step = block.max(PLUGGABLE_STEP);
-        if !size.is_multiple_of(step) {
-            return Err(InvalidHotplug::Uneven { size, step });
+        // What is no power of two is no page's size, which is found out with the host's.
+        let page = self.huge_page.filter(|page| page.is_power_of_two());
+        let mut block = least.max(page.unwrap_or(0));
+        while self.total.checked_div(block).unwrap_or(0) > MOST_BLOCKS {
+            block = block.saturating_mul(2);
         }
-        match plugged {
-            Some(plugged) if plugged > size || !plugged.is_multiple_of(block) => {
-                Err(InvalidHotplug::Plugged {
-                    size: plugged,
-                    most: size,
-                    block,
-                })
-            }
-            _ => Ok(()),
+        block
+    }
+}
+
+/// That `size` bytes can come in blocks of `block` bytes, and that `plugged` of them can be there from the start on.
+///
+/// # Errors
+/// [`InvalidHotplug`]
+pub(super) fn check_plugged(
+    size: Option<u64>,
+    plugged: Option<u64>,
+    block: u64,
+) -> Result<(), InvalidHotplug> {
+    let plugged = plugged.filter(|size| *size > 0);
+    let Some(size) = size else {
+        return match plugged {
+            Some(_) => Err(InvalidHotplug::Alone),
+            None => Ok(()),
+        };
+    };
+    let step = block.max(PLUGGABLE_STEP);
+    if !size.is_multiple_of(step) {
+        return Err(InvalidHotplug::Uneven { size, step });
+    }
+    match plugged {
+        Some(plugged) if plugged > size || !plugged.is_multiple_of(block) => {
+            Err(InvalidHotplug::Plugged {
+                size: plugged,
+                most: size,
+                block,
+            })
         }
+        _ => Ok(()),
     }
 }
 
@@ -220,7 +246,6 @@ mod tests {
             let memory = pluggable(size);
             assert_eq!(memory.block_size(), block, "{size}");
             assert!(size / memory.block_size() <= MOST_BLOCKS);
-            assert_eq!(memory.most(), memory.size + size);
         }
         assert!(pluggable(u64::MAX).block_size().is_power_of_two());
         assert!(by_acpi(u64::MAX).block_size().is_power_of_two());
@@ -248,7 +273,6 @@ mod tests {
         ] {
             let memory = by_acpi(said);
             assert_eq!((memory.pluggable(), memory.block_size()), (comes, STEP));
-            assert_eq!(memory.most(), memory.size + comes.unwrap_or(0));
             memory.validate_hotplug().unwrap();
         }
         let plugged = |bytes| MemoryConfig {

@@ -17,6 +17,7 @@ mod net;
 mod numa;
 mod place;
 mod placing;
+mod pluggable;
 mod pmem;
 mod tpm;
 mod validate;
@@ -52,6 +53,7 @@ pub use numa::{
 };
 pub use place::{InvalidPlace, MAX_SEGMENTS, PciPlace};
 pub use placing::Placing;
+pub use pluggable::{MemoryToPlan, NoZoneError, PluggableConfig, ZoneSizeError};
 pub use pmem::{PMEM_ALIGNMENT, PmemConfig};
 pub use tpm::TpmConfig;
 pub use validate::{InvalidConfig, InvalidVirtio};

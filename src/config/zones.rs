@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::limits::MEMORY_STEP;
 use super::validate::is_id;
-use super::{MemoryConfig, VmConfig};
+use super::{InvalidHotplug, MemoryConfig, MemoryToPlan, VmConfig};
 
 /// The most zones: as many as there can be nodes.
 const MAX_ZONES: usize = 64;
@@ -36,6 +36,12 @@ pub struct MemoryZoneConfig {
     /// Touch it before the guest starts. Absent: as [`MemoryConfig::prefault`] says of all RAM.
     #[serde(default)]
     pub prefault: Option<bool>,
+    /// Bytes of RAM that can come to it while the guest runs, beside `size`, by virtio-mem.
+    #[serde(default)]
+    pub hotplug_size: Option<u64>,
+    /// Bytes of `hotplug_size` that the guest is to have from its start on.
+    #[serde(default)]
+    pub hotplugged_size: Option<u64>,
 }
 
 impl MemoryZoneConfig {
@@ -50,6 +56,8 @@ impl MemoryZoneConfig {
             hugepages: false,
             hugepage_size: None,
             prefault: None,
+            hotplug_size: None,
+            hotplugged_size: None,
         }
     }
 }
@@ -115,6 +123,26 @@ pub enum InvalidZone {
          instead"
     )]
     HugePagesOfAll,
+    /// --memory hotplug_size= beside hotplug_size= of zone {0}
+    #[error(
+        "id={0}: hotplug_size= beside --memory hotplug_size=: RAM comes to all of it or to each zone by itself; leave \
+         hotplug_size= and hotplugged_size= of --memory out"
+    )]
+    HotplugOfAll(String),
+    /// id={0}: hotplug_size= needs --memory hotplug_method=virtio-mem
+    #[error(
+        "id={0}: hotplug_size= needs --memory hotplug_method=virtio-mem (memory.hotplug_method VirtioMem) beside it: \
+         RAM does not come to a zone by ACPI"
+    )]
+    ByAcpi(String),
+    /// id={id}: {why}
+    #[error("id={id}: {why}")]
+    Hotplug {
+        /// The zone.
+        id: String,
+        /// What is wrong.
+        why: InvalidHotplug,
+    },
 }
 
 impl VmConfig {
@@ -136,17 +164,10 @@ impl VmConfig {
         self.memory.hugepages || self.memory_zone.iter().any(|zone| zone.hugepages)
     }
 
-    /// What is said of all RAM, with the largest of the huge pages that its zones are said to be made of: what it goes round
-    /// ends with such.
+    /// What is to be known of RAM to find room for it.
     #[must_use]
-    pub fn memory_to_plan(&self) -> MemoryConfig {
-        let mut memory = self.memory.clone();
-        let zones = self.memory_zone.iter().filter(|zone| zone.hugepages);
-        let largest = zones.filter_map(|zone| zone.hugepage_size).max();
-        if largest.is_some() {
-            (memory.hugepages, memory.hugepage_size) = (true, largest);
-        }
-        memory
+    pub fn memory_to_plan(&self) -> MemoryToPlan {
+        MemoryToPlan::new(&self.memory, &self.memory_zone)
     }
 
     /// That RAM can be made of its zones, where there are any.
@@ -178,7 +199,7 @@ impl VmConfig {
         }
         match self.zones_size() {
             sum if sum != size => Err(InvalidZone::Sum { sum, size }),
-            _ => Ok(()),
+            _ => self.validate_zones_hotplug(),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::consoles::Terminals;
 use super::handed::{Files, Handed, Unused};
 use super::observed::State;
+use super::pluggable::{no_room, to_plug};
 use super::requests::{Info, RequestError};
 use super::virtio::name_of;
 use crate::config::{DeviceConfig, InvalidConfig, VirtioConfig, VmConfig};
@@ -140,10 +141,40 @@ impl Definition {
     /// The guest begins with so much RAM.
     pub(super) fn resize_memory(&mut self, bytes: u64) -> Result<(), RequestError> {
         let mut config = self.config.clone();
+        if !config.memory_zone.is_empty() {
+            return self.resize_beside_zones(bytes);
+        }
         config.memory.size = bytes;
         // What came by ACPI in another life is among them.
         if !config.memory.comes_by_virtio() {
             config.memory.hotplugged_size = None;
+        }
+        self.replace(config)
+    }
+
+    /// The same where zones say what there is: what is more has been plugged from the start on.
+    fn resize_beside_zones(&mut self, bytes: u64) -> Result<(), RequestError> {
+        let mut config = self.config.clone();
+        let size = config.memory.size;
+        let Some(more) = bytes.checked_sub(size) else {
+            return Err(RequestError::Invalid(format!(
+                "{bytes} bytes of RAM are less than the {size} of the VM's memory zones, which stay"
+            )));
+        };
+        if more > 0 && config.memory.pluggable().is_none() {
+            return Err(no_room(config.pluggable().is_empty()));
+        }
+        config.memory.hotplugged_size = Some(more).filter(|more| *more > 0);
+        self.replace(config)
+    }
+
+    /// The guest begins with so much RAM of a zone.
+    pub(super) fn resize_zone(&mut self, id: &str, bytes: u64) -> Result<(), RequestError> {
+        let more = to_plug(&self.config, id, bytes)?;
+        let mut config = self.config.clone();
+        let mut zones = config.memory_zone.iter_mut();
+        if let Some(zone) = zones.find(|zone| zone.id == id) {
+            zone.hotplugged_size = Some(more).filter(|more| *more > 0);
         }
         self.replace(config)
     }

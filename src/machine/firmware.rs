@@ -234,7 +234,7 @@ fn board_items(
         most_cpus: around.config.cpus.most().into(),
         ram: ram.to_vec(),
         reserved: reserved.collect(),
-        pluggable_end: around.ram.pluggable_range().map(|range| range.end),
+        pluggable_end: around.ram.pluggable_ranges().last().map(|range| range.end),
         acpi: Arc::new(acpi),
         hardware_info: Box::new(hardware_info),
         bios: None,

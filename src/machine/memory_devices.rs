@@ -299,7 +299,7 @@ mod tests {
                 limit: limit * BLOCK,
             };
             regions.listen(Arc::new(mapper)).unwrap();
-            let pluggable = ram.pluggable(&regions).unwrap();
+            let (_, pluggable) = ram.pluggable(&regions).next().unwrap();
             assert_eq!(pluggable.size(), blocks * BLOCK);
             Self {
                 start: pluggable.start(),

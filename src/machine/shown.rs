@@ -1,6 +1,8 @@
 //! What a machine that runs tells of itself. It is gathered on the event loop, which waits for nothing in it: no
 //! function's lock is taken, and no worker's.
 
+use std::collections::BTreeMap;
+
 use super::assembly::Machine;
 use super::life::Life;
 use super::memory_devices::MemoryDevices;
@@ -17,6 +19,7 @@ impl Machine {
             state: life.state(),
             config,
             memory: self.memory(),
+            zones: self.zones(),
             balloon: self.virtio.balloon().map_or(0, BalloonTarget::actual),
             devices: self.pci.assigned(),
             ids: self.passthrough.attached.ids(),
@@ -29,10 +32,22 @@ impl Machine {
 
     /// Bytes of RAM that the guest has, with those that are plugged.
     fn memory(&self) -> u64 {
-        let by_virtio = self.virtio.memory().map(|memory| memory.totals().plugged);
-        let by_acpi = self.memory_devices.as_ref().map(MemoryDevices::plugged);
-        let plugged = by_virtio.or(by_acpi);
-        self.ram.size().saturating_add(plugged.unwrap_or(0))
+        let by_virtio = self.virtio.memory().iter();
+        let by_virtio = by_virtio.map(|memory| memory.target.totals().plugged);
+        let by_acpi = self.memory_devices.iter().map(MemoryDevices::plugged);
+        let plugged = by_virtio.chain(by_acpi);
+        plugged.fold(self.ram.size(), u64::saturating_add)
+    }
+
+    /// Bytes of RAM that the guest has of each zone to which some can come, by the zones' names.
+    fn zones(&self) -> BTreeMap<String, u64> {
+        let memory = self.virtio.memory().iter();
+        let zones = memory.filter_map(|memory| {
+            let zone = self.started_as().zone(memory.zone.as_deref()?).ok()?;
+            let plugged = memory.target.totals().plugged;
+            Some((zone.id.clone(), zone.size.saturating_add(plugged)))
+        });
+        zones.collect()
     }
 
     /// What is seen of it now.

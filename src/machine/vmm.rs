@@ -325,7 +325,8 @@ impl Served {
                 | Request::AddVirtio(..)
                 | Request::RemoveDevice { .. }
                 | Request::Resize { .. }
-                | Request::ResizeMemory(_) => Err(RequestError::NotCreated),
+                | Request::ResizeMemory(_)
+                | Request::ResizeZone { .. } => Err(RequestError::NotCreated),
                 _ => Err(RequestError::NotRunning),
             };
         };
@@ -343,6 +344,7 @@ impl Served {
             Request::RemoveDevice { id, .. } => definition.remove(&id)?,
             Request::Resize { vcpus, .. } => definition.resize(vcpus)?,
             Request::ResizeMemory(bytes) => definition.resize_memory(bytes)?,
+            Request::ResizeZone { id, bytes } => definition.resize_zone(&id, bytes)?,
             Request::End(Extent::Definition) => self.forget(),
             _ => return Err(RequestError::NotRunning),
         }

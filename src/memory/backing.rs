@@ -73,6 +73,16 @@ impl Backing {
         }
     }
 
+    /// The same of RAM that comes and goes by blocks.
+    pub(super) fn by_blocks(self) -> Self {
+        Self {
+            by_blocks: true,
+            // Huge pages are a file's, from which they are taken and given back.
+            shared: self.shared || self.huge_page.is_some(),
+            ..self
+        }
+    }
+
     /// RAM for the guest's addresses in `range`, of which no page is touched yet.
     pub(super) fn map(&self, range: &Range<u64>) -> Result<GuestRegionMmap, RamError> {
         let length = range.end - range.start;
@@ -177,19 +187,27 @@ pub(super) fn map_error(what: &'static str, size: u64) -> impl FnOnce(io::Error)
     move |source| RamError::Map { what, size, source }
 }
 
-/// Has a mapping's pages be of one of the host's nodes and of no other, whoever touches them first. That of shared memory
-/// is its file's policy, and holds for other processes as well. mbind(2)
-fn bind(region: &GuestRegionMmap, node: u32) -> io::Result<()> {
+/// A set of the host's nodes, as the kernel takes it. The kernel takes one off its number of bits. Linux, mm/mempolicy.c,
+/// `get_nodes`
+const NODE_BITS: libc::c_ulong = MAX_HOST_NODES as libc::c_ulong + 1;
+
+/// The set of one node.
+fn only(node: u32) -> io::Result<[u64; NODE_WORDS]> {
     let mut nodes = [0_u64; NODE_WORDS];
     let (word, bit) = (node / u64::BITS, node % u64::BITS);
     let word = usize::try_from(word)
         .ok()
         .and_then(|word| nodes.get_mut(word));
     *word.ok_or(io::ErrorKind::InvalidInput)? |= 1 << bit;
-    // The kernel takes one off. Linux, mm/mempolicy.c, `get_nodes`
-    let bits = libc::c_ulong::from(MAX_HOST_NODES) + 1;
-    // SAFETY: the range is the region's own mapping, whose contents the call does not change, and it reads `bits` less
-    // one bits of `nodes`.
+    Ok(nodes)
+}
+
+/// Has a mapping's pages be of one of the host's nodes and of no other, whoever touches them first. That of shared memory
+/// is its file's policy, and holds for other processes as well. mbind(2)
+fn bind(region: &GuestRegionMmap, node: u32) -> io::Result<()> {
+    let nodes = only(node)?;
+    // SAFETY: the range is the region's own mapping, whose contents the call does not change, and it reads `NODE_BITS`
+    // less one bits of `nodes`.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mbind,
@@ -197,7 +215,7 @@ fn bind(region: &GuestRegionMmap, node: u32) -> io::Result<()> {
             region.size(),
             libc::MPOL_BIND,
             nodes.as_ptr(),
-            bits,
+            NODE_BITS,
             0,
         )
     };
@@ -205,6 +223,46 @@ fn bind(region: &GuestRegionMmap, node: u32) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Does what takes memory from the host with the calling thread bound to one of its nodes, where one is given: a file of
+/// hugetlbfs has no policy of its own, and fallocate(2) of one goes by its caller's. set_mempolicy(2); Linux,
+/// Documentation/admin-guide/mm/numa_memory_policy.rst
+///
+/// # Errors
+/// set_mempolicy(2), before anything is done.
+pub(super) fn with_node<T>(node: Option<u32>, take: impl FnOnce() -> T) -> io::Result<T> {
+    let Some(node) = node else {
+        return Ok(take());
+    };
+    let nodes = only(node)?;
+    // SAFETY: the call reads `NODE_BITS` less one bits of `nodes`.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_set_mempolicy,
+            libc::MPOL_BIND,
+            nodes.as_ptr(),
+            NODE_BITS,
+        )
+    };
+    if set != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let taken = take();
+    // SAFETY: without a set of nodes the call reads nothing.
+    let reset = unsafe {
+        libc::syscall(
+            libc::SYS_set_mempolicy,
+            libc::MPOL_DEFAULT,
+            std::ptr::null::<u64>(),
+            0,
+        )
+    };
+    if reset != 0 {
+        let error = io::Error::last_os_error();
+        log::debug!("set_mempolicy(MPOL_DEFAULT): {error}");
+    }
+    Ok(taken)
 }
 
 /// What is at a part of a region's mapping.

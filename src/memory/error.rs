@@ -84,7 +84,7 @@ pub enum RamError {
     /// the memory zones of the host's node {node} ask for {asked}, and it has {total}, of which {available} are free
     #[error(
         "the memory zones with host_numa_node={node} ask for {}, and that node of the host has {}, of which {} are \
-         free: ask for less of it",
+         free: ask for less of it (size= and hotplug_size=)",
         Amount(*asked), Amount(*total), Amount(*available)
     )]
     NodeTooSmall {

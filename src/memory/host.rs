@@ -42,8 +42,8 @@ fn check_against_meminfo(asked: u64, whole: bool, meminfo: &str) -> Result<(), R
     Ok(())
 }
 
-/// Refuses zones whose nodes the host has not got, or that ask for more of a node than it has. Each zone comes with the
-/// size of the huge pages that it is made of.
+/// Refuses zones whose nodes the host has not got, or that ask for more of a node than it has, with what can come to them
+/// while the guest runs. Each zone comes with the size of the huge pages that it is made of.
 pub(super) fn check_host_nodes(
     zones: &[(&MemoryZoneConfig, Option<u64>)],
     whole: bool,
@@ -70,6 +70,8 @@ fn check_against_nodes(
     nodes: &[NumaNode],
 ) -> Result<BTreeMap<(u32, u64), u64>, RamError> {
     let (mut ordinary, mut huge) = (BTreeMap::<u32, u64>::new(), BTreeMap::new());
+    // With what can come, which is never of another node.
+    let mut most = BTreeMap::<u32, u64>::new();
     for (zone, page) in zones {
         let Some(number) = zone.host_numa_node else {
             continue;
@@ -88,14 +90,21 @@ fn check_against_nodes(
         }
         let asked = match page {
             Some(page) => huge.entry((number, *page)).or_insert(0),
-            None => ordinary.entry(number).or_default(),
+            None => {
+                let most = most.entry(number).or_default();
+                *most = most.saturating_add(zone.most());
+                ordinary.entry(number).or_default()
+            }
         };
         *asked = asked.saturating_add(zone.size);
     }
     for node in nodes {
         let asked = ordinary.get(&node.number).copied().unwrap_or(0);
+        let most = most.get(&node.number).copied().unwrap_or(0);
         let limit = if whole { node.available } else { node.memory };
-        if asked > limit {
+        let too_large = [(asked, limit), (most, node.memory)];
+        let too_large = too_large.into_iter().find(|(asked, limit)| asked > limit);
+        if let Some((asked, _)) = too_large {
             return Err(RamError::NodeTooSmall {
                 node: node.number,
                 asked,
@@ -157,6 +166,14 @@ mod tests {
             let why = why.unwrap_err().to_string();
             assert!(why.contains("zone `c`") && why.contains("0, 2"), "{why}");
         }
+        // What can come is of that node as well, whatever else has taken of it.
+        let grows = |more| MemoryZoneConfig {
+            hotplug_size: Some(more * MIB),
+            ..zone("d", 512, Some(2))
+        };
+        check(&[grows(3584)], None, true).unwrap();
+        let why = check(&[grows(3585)], None, true).unwrap_err().to_string();
+        assert!(why.contains("host_numa_node=2 ask for 4097 MiB"), "{why}");
         let pages = check(&both, Some(2 * MIB), true).unwrap();
         assert_eq!(
             pages.into_iter().collect::<Vec<_>>(),

@@ -14,13 +14,15 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
-use super::backing::{Put, put};
+use super::backing::{Put, put, with_node};
 
 /// The pages of a region.
 #[derive(Debug)]
 pub(super) struct HugeBlocks {
     file: File,
     page: u64,
+    /// The host's node that they are of; any where absent.
+    host_node: Option<u32>,
 }
 
 /// Huge pages could not be taken, or not given back.
@@ -36,20 +38,33 @@ pub(super) enum HugeBlocksError {
 
 impl HugeBlocks {
     /// Of a `region` that is mapped from its file and of which nothing is plugged; nothing of the file's is mapped
-    /// afterwards. `page`: bytes of a huge page.
+    /// afterwards. `page`: bytes of a huge page. `host_node`: the host's node that pages are taken of; any where absent.
     ///
     /// # Errors
     /// mmap(2), dup(2); a region without a file.
-    pub(super) fn new(region: &GuestRegionMmap, page: u64) -> io::Result<Self> {
+    pub(super) fn new(
+        region: &GuestRegionMmap,
+        page: u64,
+        host_node: Option<u32>,
+    ) -> io::Result<Self> {
         let file = region.file_offset().ok_or(io::ErrorKind::InvalidInput)?;
         let file = file.file().try_clone()?;
         put(region, 0, region.len(), Put::Nothing)?;
-        Ok(Self { file, page })
+        Ok(Self {
+            file,
+            page,
+            host_node,
+        })
     }
 
     /// Bytes of a page.
     pub(super) fn page(&self) -> u64 {
         self.page
+    }
+
+    /// The host's node that they are of.
+    pub(super) fn host_node(&self) -> Option<u32> {
+        self.host_node
     }
 
     /// Has `size` bytes of the `region` from `offset` on be huge pages that the host has given.
@@ -62,7 +77,8 @@ impl HugeBlocks {
         offset: u64,
         size: u64,
     ) -> Result<(), HugeBlocksError> {
-        let taken = match self.allocate(FallocateFlags::empty(), offset, size) {
+        let allocate = || self.allocate(FallocateFlags::empty(), offset, size);
+        let taken = match with_node(self.host_node, allocate)? {
             Ok(()) => put(region, offset, size, Put::File(&self.file)).map_err(Into::into),
             // A file of hugetlbfs says the former of its own pool, and the latter of a node's or a cgroup's.
             Err(Errno::NOSPC | Errno::NOMEM) => Err(HugeBlocksError::TooFew),
@@ -105,6 +121,10 @@ mod tests {
 
     /// A region of which nothing is taken; nothing where the kernel has no such pages.
     fn region() -> Option<(GuestRegionMmap, HugeBlocks)> {
+        of_node(None)
+    }
+
+    fn of_node(node: Option<u32>) -> Option<(GuestRegionMmap, HugeBlocks)> {
         if !std::path::Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB").exists() {
             eprintln!("skipped: this kernel has no huge pages of 2 MiB");
             return None;
@@ -117,7 +137,7 @@ mod tests {
         let start = 4_u64 << 30;
         let region = backing.map(&(start..start + COUNT * PAGE)).unwrap();
         assert_eq!(region.start_addr(), GuestAddress(start));
-        let blocks = HugeBlocks::new(&region, PAGE).unwrap();
+        let blocks = HugeBlocks::new(&region, PAGE, node).unwrap();
         Some((region, blocks))
     }
 
@@ -198,5 +218,46 @@ mod tests {
         assert_eq!((read(&region, 8), read(&region, 9)), (0, 9));
         blocks.give(&region, 9 * PAGE, PAGE).unwrap();
         assert_eq!((taken(&blocks), read(&region, 9)), (0, 0));
+    }
+
+    /// The number of pages of 2 MiB that a node has free.
+    fn free_of_node(node: u32) -> u64 {
+        Pool::of_node(PAGE, node).free()
+    }
+
+    #[test]
+    fn pages_of_one_node_are_taken_of_it_and_the_thread_is_bound_to_none_afterwards() {
+        let Some((region, blocks)) = of_node(Some(0)) else {
+            return;
+        };
+        assert_eq!(blocks.host_node(), Some(0));
+        let before = free_of_node(0);
+        match blocks.take(&region, 0, PAGE) {
+            Err(HugeBlocksError::TooFew) => {
+                eprintln!("skipped: this host has no huge page of 2 MiB to spare on node 0");
+            }
+            done => {
+                done.unwrap();
+                assert_eq!(taken(&blocks), 1);
+                assert!(free_of_node(0) <= before);
+                blocks.give(&region, 0, PAGE).unwrap();
+            }
+        }
+        let policy = std::fs::read_to_string("/proc/thread-self/numa_maps").unwrap_or_default();
+        let stack = policy.lines().find(|line| line.contains("stack"));
+        assert!(stack.is_none_or(|line| !line.contains("bind")), "{stack:?}");
+    }
+
+    #[test]
+    fn a_node_that_there_is_not_is_refused_before_anything_is_taken() {
+        let Some((region, blocks)) = of_node(Some(1023)) else {
+            return;
+        };
+        let refused = blocks.take(&region, 0, PAGE);
+        assert!(
+            matches!(refused, Err(HugeBlocksError::System(_))),
+            "{refused:?}"
+        );
+        assert_eq!(taken(&blocks), 0);
     }
 }

@@ -12,6 +12,7 @@ mod files;
 mod host;
 mod huge_blocks;
 mod huge_pages;
+mod pieces;
 mod pluggable;
 mod prefault;
 mod ram;

@@ -11,10 +11,9 @@ use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 use super::backing::{Backing, map_error};
 use super::error::RamError;
 use super::host::{check_host_memory, check_host_nodes};
-use super::huge_blocks::HugeBlocks;
 use super::huge_pages::{check_pool, huge_page_size, reserved_huge_pages};
-use super::pluggable::Pages;
-use super::{Ballooned, GuestRam, Pluggable, RamMap, Region, Regions};
+use super::pieces::PluggableRam;
+use super::{Ballooned, GuestRam, RamMap, Region, Regions};
 use crate::arch::layout;
 use crate::config::{MemoryConfig, MemoryZoneConfig};
 
@@ -34,10 +33,8 @@ pub struct Ram {
     stretches: Vec<Stretch>,
     /// Their regions, where these can go and come back by blocks.
     in_blocks: Vec<Arc<Region>>,
-    /// What is plugged and unplugged by blocks, behind all other RAM.
-    pluggable: Option<PluggableRam>,
-    /// The host is to have memory before the guest uses it.
-    populates: bool,
+    /// What is plugged and unplugged by blocks, behind all other RAM, in ascending order.
+    pub(super) pluggable: Vec<PluggableRam>,
 }
 
 /// A stretch of RAM, of one kind.
@@ -47,43 +44,6 @@ pub(super) struct Stretch {
     pub(super) backing: Backing,
     /// The zone that it is of, by its place among the zones; 0 where there are none.
     zone: usize,
-}
-
-/// RAM that is plugged and unplugged by blocks.
-#[derive(Clone, Debug)]
-struct PluggableRam {
-    memory: Arc<GuestRegionMmap>,
-    region: Arc<Region>,
-    /// Its pages, where they are huge ones.
-    huge: Option<Arc<HugeBlocks>>,
-}
-
-impl PluggableRam {
-    /// Behind RAM that ends at `top`, round the `holes`, in blocks of whole pages. `None` where none can come.
-    fn map(
-        config: &MemoryConfig,
-        backing: &Backing,
-        top: u64,
-        holes: &[Range<u64>],
-    ) -> Result<Option<Self>, RamError> {
-        let block = config.block_size().max(backing.huge_page.unwrap_or(0));
-        let asked = config.pluggable().unwrap_or(0);
-        // The host's own huge pages may be larger than those that a configuration was checked for.
-        let size = asked.checked_div(block).unwrap_or(0).saturating_mul(block);
-        if size == 0 {
-            return Ok(None);
-        }
-        let range = layout::pluggable_range(size, top, holes);
-        let memory = Arc::new(backing.map(&range)?);
-        let huge = backing.huge_page.map(|page| HugeBlocks::new(&memory, page));
-        let huge = huge.transpose().map_err(map_error("mmap", size))?;
-        let region = Region::pluggable("pluggable guest RAM", memory.clone(), block);
-        Ok(Some(Self {
-            memory,
-            region: Arc::new(region),
-            huge: huge.map(Arc::new),
-        }))
-    }
 }
 
 impl Stretch {
@@ -153,9 +113,8 @@ impl Ram {
         }
         let mut all: Vec<_> = stretches.iter().map(|one| one.memory.clone()).collect();
         let top = stretches.last().map_or(0, |last| last.range().end);
-        let backing = pluggable_backing(config, &backings);
-        let pluggable = PluggableRam::map(config, &backing, top, &holes)?;
-        all.extend(pluggable.iter().map(|pluggable| pluggable.memory.clone()));
+        let pluggable = PluggableRam::map_all(config, zones, &backings, top, &holes)?;
+        all.extend(pluggable.iter().map(|piece| piece.memory.clone()));
         let map = RamMap::from_arc_regions(all).map_err(|error| {
             let source = io::Error::new(io::ErrorKind::InvalidInput, error.to_string());
             map_error("mapping", size)(source)
@@ -165,7 +124,6 @@ impl Ram {
             stretches,
             in_blocks: Vec::new(),
             pluggable,
-            populates: config.prefault == Some(true),
         })
     }
 
@@ -188,7 +146,7 @@ impl Ram {
     /// RAM as regions for the list.
     pub fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
         let pluggable = self.pluggable.iter();
-        let pluggable = pluggable.map(|pluggable| pluggable.region.clone());
+        let pluggable = pluggable.map(|piece| piece.region.clone());
         let whole = self.stretches.iter().enumerate().map(|(at, stretch)| {
             let in_blocks = self.in_blocks.get(at).cloned();
             in_blocks.unwrap_or_else(|| {
@@ -205,29 +163,6 @@ impl Ram {
         let memory = self.stretches.iter().map(|stretch| stretch.memory.clone());
         let parts = memory.zip(self.in_blocks.iter().cloned());
         (!self.in_blocks.is_empty()).then(|| Ballooned::new(regions, parts))
-    }
-
-    /// What of it comes and goes by blocks, where something does, for the list that it is on.
-    #[must_use]
-    pub fn pluggable(&self, regions: &Arc<Regions>) -> Option<Pluggable> {
-        let PluggableRam {
-            memory,
-            region,
-            huge,
-        } = self.pluggable.as_ref()?;
-        let pages = match huge {
-            Some(huge) => Pages::Huge(huge.clone()),
-            None if self.populates => Pages::Populated,
-            None => Pages::Ordinary,
-        };
-        Some(Pluggable::new(regions, region, memory, pages))
-    }
-
-    /// Where RAM can be plugged, to the guest. It lies behind all other RAM.
-    #[must_use]
-    pub fn pluggable_range(&self) -> Option<Range<u64>> {
-        let region = &self.pluggable.as_ref()?.region;
-        Some(region.guest()..region.guest().saturating_add(region.size()))
     }
 
     /// Where RAM is, to the guest, in ascending order, without what can be plugged. Zones that touch are one range.
@@ -252,7 +187,7 @@ impl Ram {
     /// Where RAM is mapped in this process, with what can be plugged.
     #[must_use]
     pub fn host_ranges(&self) -> Vec<Range<usize>> {
-        let pluggable = self.pluggable.iter().map(|pluggable| &pluggable.memory);
+        let pluggable = self.pluggable.iter().map(|piece| &piece.memory);
         let stretches = self.stretches.iter().map(|one| &one.memory);
         stretches
             .chain(pluggable)
@@ -322,22 +257,6 @@ fn backings(
     Ok(made.into_iter().map(backing).collect())
 }
 
-/// What RAM that can be plugged is made of: pages of the node that the RAM before it is of, huge ones where all RAM is of
-/// such (`hugepages=` of `--memory`, which zones stand in place of).
-fn pluggable_backing(config: &MemoryConfig, backings: &[Backing]) -> Backing {
-    let last = backings.last();
-    let huge_page = last.and_then(|backing| backing.huge_page);
-    let huge_page = huge_page.filter(|_| config.hugepages);
-    let backing = Backing::of_all(config, huge_page);
-    Backing {
-        host_node: last.and_then(|backing| backing.host_node),
-        by_blocks: true,
-        // They are a file's, from which they are taken and given back.
-        shared: backing.shared || huge_page.is_some(),
-        ..backing
-    }
-}
-
 /// That a stretch of a zone is made of whole huge pages.
 fn check_place(zone: &MemoryZoneConfig, page: u64, range: &Range<u64>) -> Result<(), RamError> {
     if (range.start | range.end).is_multiple_of(page) {
@@ -370,6 +289,7 @@ mod tests {
     use vm_memory::{Bytes, FileOffset, GuestAddress, GuestAddressSpace};
 
     use super::*;
+    use crate::memory::pieces::policy;
 
     #[test]
     fn ram_of_every_kind_is_mapped_where_the_layout_says() {
@@ -390,15 +310,6 @@ mod tests {
             assert_eq!(region.file().map(FileOffset::start), shared.then_some(0));
             assert!(!region.read_only());
         }
-    }
-
-    /// What the kernel says of the policy of a mapping at this address; nothing where it knows no nodes.
-    fn policy(host: usize) -> Option<String> {
-        let maps = fs::read_to_string("/proc/self/numa_maps").ok()?;
-        let line = maps
-            .lines()
-            .find(|line| line.starts_with(&format!("{host:x} ")))?;
-        line.split_whitespace().nth(1).map(str::to_owned)
     }
 
     #[test]

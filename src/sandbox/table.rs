@@ -265,7 +265,11 @@ const IMAGES_OPENING: &[Row] = &[
 ];
 
 /// Takes huge pages for RAM that comes, and gives them back.
-const HUGE_BLOCKS: &[Row] = &[(libc::SYS_fallocate, Always)];
+const HUGE_BLOCKS: &[Row] = &[
+    (libc::SYS_fallocate, Always),
+    // The host's node that they are taken of: host_numa_node= of --memory-zone.
+    (libc::SYS_set_mempolicy, Always),
+];
 
 /// Sets a timer that is there: of a limit, or of connections whose time is over.
 const TIMERS: &[Row] = &[(libc::SYS_timerfd_settime, Always)];

@@ -121,8 +121,7 @@ pub fn split(
 
 /// The guest-physical addresses of `size` bytes of RAM that can be plugged: one stretch above 4 GiB and all other RAM, which
 /// ends at `top_of_ram`, between the `holes`, which are ascending.
-#[must_use]
-pub fn pluggable_range(size: u64, top_of_ram: u64, holes: &[Range<u64>]) -> Range<u64> {
+fn pluggable_range(size: u64, top_of_ram: u64, holes: &[Range<u64>]) -> Range<u64> {
     let aligned = |address: u64| {
         let aligned = address.checked_next_multiple_of(PLUGGABLE_ALIGNMENT);
         aligned.unwrap_or(u64::MAX)
@@ -134,6 +133,22 @@ pub fn pluggable_range(size: u64, top_of_ram: u64, holes: &[Range<u64>]) -> Rang
         }
     }
     start..start.saturating_add(size)
+}
+
+/// The same for pieces of `sizes`, each behind the last one: in ascending order.
+#[must_use]
+pub fn pluggable_ranges(
+    sizes: impl IntoIterator<Item = u64>,
+    top_of_ram: u64,
+    holes: &[Range<u64>],
+) -> Vec<Range<u64>> {
+    let mut top = top_of_ram;
+    let place = |size| {
+        let range = pluggable_range(size, top, holes);
+        top = range.end;
+        range
+    };
+    sizes.into_iter().map(place).collect()
 }
 
 /// What of `place` lies in none of the `holes`, which are ascending.
@@ -319,6 +334,10 @@ mod tests {
         assert_eq!(pluggable_range(1 << 30, 1011 << 30, &hole), gib(1024, 1025));
         let end = pluggable_range(u64::MAX, u64::MAX, &[]);
         assert!(end.is_empty());
+        // Several pieces follow one another, each from its own boundary on.
+        let pieces = pluggable_ranges([1 << 30, 3 << 30, 1 << 30], 5 << 30, &[gib(8, 11)]);
+        assert_eq!(pieces, [gib(6, 7), gib(12, 15), gib(16, 17)]);
+        assert!(pluggable_ranges([u64::MAX; 2], 0, &[])[1].is_empty());
     }
 
     #[test]

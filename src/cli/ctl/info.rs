@@ -16,6 +16,9 @@ pub(super) fn show(info: &Value, screen: Screen) -> String {
 
 fn rows(info: &Value) -> Vec<Row> {
     let mut rows = vec![("state", state(info)), ("memory", memory(info))];
+    for zone in list(info, "/config/memory/zones") {
+        rows.push(("zone", zone_of(zone)));
+    }
     let processors = number(info, "/config/cpus/boot_vcpus");
     rows.push(("processors", processors.to_string()));
     for part in ["kernel", "initramfs", "cmdline"] {
@@ -84,6 +87,22 @@ pub(super) fn memory_bytes(info: &Value) -> u64 {
 
 fn memory(info: &Value) -> String {
     format!("{} MiB", memory_bytes(info) >> 20)
+}
+
+/// A memory zone: its name, what the guest has of it, what it is to have where that is another amount, and the host's node.
+fn zone_of(zone: &Value) -> String {
+    let (size, plugged) = (number(zone, "/size"), number(zone, "/hotplugged_size"));
+    let wanted = size.saturating_add(plugged);
+    let now = zone["actual_size"].as_u64().unwrap_or(wanted);
+    let node = zone["host_numa_node"].as_u64();
+    joined([
+        text(zone, "/id"),
+        format!("{} MiB", now >> 20),
+        note(&format!("to be {} MiB", wanted >> 20), now != wanted),
+        node.map_or(String::new(), |node| {
+            format!("of the host's NUMA node {node}")
+        }),
+    ])
 }
 
 /// Where the guest has a virtio device, if it has it yet.

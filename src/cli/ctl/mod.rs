@@ -154,6 +154,15 @@ enum Verb {
         #[arg(long, value_name = "SIZE", value_parser = size)]
         balloon: Option<u64>,
     },
+    /// Give the guest another amount of memory of one zone, which is a NUMA node's; answered when its driver is told
+    ResizeZone {
+        /// The zone's name, which `--memory-zone id=` said
+        id: String,
+        /// How much RAM of it, from `--memory-zone size=` to that and `hotplug_size=` together: the guest takes it and gives
+        /// it back as its driver can
+        #[arg(value_parser = size)]
+        size: u64,
+    },
     /// Have the guest release a device and all in its slot; answered when the host has it back
     RemoveDevice {
         /// What it is called: its name, or its address or UUID on the host where it has none
@@ -224,6 +233,7 @@ impl Verb {
             Self::AddVhostUser(_) => "vm.add-generic-vhost-user",
             Self::AddVsock { .. } => "vm.add-vsock",
             Self::Resize { .. } => "vm.resize",
+            Self::ResizeZone { .. } => "vm.resize-zone",
             Self::RemoveDevice { .. } => "vm.remove-device",
         }
     }
@@ -287,6 +297,7 @@ impl Verb {
             } => Some(json!({
                 "desired_vcpus": cpus, "desired_ram": memory, "desired_balloon": balloon, "wait": true,
             })),
+            Self::ResizeZone { id, size } => Some(json!({ "id": id, "desired_ram": size })),
             Self::RemoveDevice { id, force, timeout } => {
                 let mut body = json!({ "id": id, "force": force, "wait": true });
                 if let Some(seconds) = timeout {
@@ -439,6 +450,10 @@ fn show(verb: &Verb, answer: &Value, screen: Screen) -> String {
             memory,
             balloon,
         } => resized(*cpus, *memory, *balloon),
+        Verb::ResizeZone { id, size } => {
+            let zone = printable(id);
+            format!("the guest is to have {size} bytes of RAM of zone {zone}\n")
+        }
         Verb::Reboot => "the guest starts anew\n".to_owned(),
         Verb::Nmi => "the guest's processors have their interrupt\n".to_owned(),
         Verb::Stop => "the VM has ended, and can be booted again\n".to_owned(),

@@ -70,6 +70,26 @@ fn a_device_whose_slot_no_driver_attends_to_is_said_to_wait_for_one() {
 }
 
 #[test]
+fn each_memory_zone_is_shown_with_what_the_guest_has_of_it_and_what_it_is_to_have() {
+    let mut info = info();
+    info["config"]["memory"] = json!({ "zones": [
+        { "id": "a", "size": 256 << 20, "host_numa_node": 1, "hotplug_size": 512 << 20,
+          "hotplugged_size": 512 << 20, "actual_size": 300 << 20 },
+        { "id": "b", "size": 256 << 20, "hotplug_size": 512 << 20, "actual_size": 256 << 20 },
+        { "id": "c", "size": 128 << 20 },
+    ] });
+    let text = info::show(&info, Screen::default());
+    let zones = text.lines().filter_map(|line| line.strip_prefix("zone"));
+    let zones: Vec<_> = zones.map(str::trim).collect();
+    let expected = [
+        "a, 300 MiB, to be 768 MiB, of the host's NUMA node 1",
+        "b, 256 MiB",
+        "c, 128 MiB",
+    ];
+    assert_eq!(zones, expected);
+}
+
+#[test]
 fn empty_slots_are_counted_where_there_are_some() {
     let mut info = info();
     for (slots, ends) in [(0, "0000:01:00.0\n"), (3, "\nslots       3 empty\n")] {
@@ -270,6 +290,10 @@ fn every_endpoint_that_busway_serves_has_a_verb() {
             cpus: Some(1),
             memory: None,
             balloon: None,
+        },
+        Verb::ResizeZone {
+            id: "a".into(),
+            size: 1 << 30,
         },
         Verb::RemoveDevice {
             id: device(),

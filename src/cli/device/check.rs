@@ -42,7 +42,7 @@ pub(super) fn show(
     let mut called = args.addresses.clone();
     let mut memory = args.findings.memory;
     if let Some(config) = &config {
-        memory = config.memory.most();
+        memory = config.most_memory();
         for device in &config.device {
             // One that is a descriptor alone cannot be told.
             let name = device.host_name().ok().map(|name| name.to_string().parse());

@@ -28,6 +28,11 @@ where it is said. What it says of shared=, prefault= and thp= holds for all of t
             |zone, value| zone.hugepage_size = Some(value.size()?);
         "prefault" { "on|off": "touched before the guest starts [as --memory prefault=]" }
             |zone, value| zone.prefault = Some(value.switch()?);
+        "hotplug_size" { "SIZE": "more RAM that can come while the guest runs, a multiple of 128M [0]\n\
+                 (`busway ctl resize-zone`), by --memory hotplug_method=virtio-mem" }
+            |zone, value| zone.hotplug_size = Some(value.size()?);
+        "hotplugged_size" { "SIZE": "what of it the guest is to have from its start on [0]" }
+            |zone, value| zone.hotplugged_size = Some(value.size()?);
     },
     required: &["id"],
     bare: None,

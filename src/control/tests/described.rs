@@ -65,6 +65,7 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
         Request::RemoveDevice { id, .. } => Some(removed(id)),
         Request::Resize { vcpus, .. } => Some(resized(*vcpus)),
         Request::ResizeMemory(bytes) => Some(resized_memory(*bytes)),
+        Request::ResizeZone { id, bytes } => Some(resized_zone(id, *bytes)),
         _ => Some(Ok(Answer::Done)),
     };
     let refused = |_: &Request| Some(Err(RequestError::State("held")));
@@ -76,7 +77,8 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
         | Request::AddVirtio(..)
         | Request::RemoveDevice { .. }
         | Request::Resize { .. }
-        | Request::ResizeMemory(_) => Some(Err(RequestError::NotCreated)),
+        | Request::ResizeMemory(_)
+        | Request::ResizeZone { .. } => Some(Err(RequestError::NotCreated)),
         _ => Some(Err(RequestError::NotRunning)),
     };
     let created = |request: &Request| match request {
@@ -143,6 +145,12 @@ fn every_status_that_is_described_is_answered_at_some_time_and_no_other_is() {
                 r#"{"desired_balloon": 4096}"#,
                 r#"{"desired_ram": 1073741824}"#,
                 r#"{"desired_ram": 1}"#,
+            ],
+            "vm.resize-zone" => &[
+                "",
+                r#"{"id": "a", "desired_ram": 1073741824}"#,
+                r#"{"id": "a", "desired_ram": 1}"#,
+                r#"{"id": "b", "desired_ram": 1073741824}"#,
             ],
             "vm.remove-device" => &[
                 "",
@@ -340,6 +348,8 @@ fn a_full_configuration_is_as_described() {
     config.memory_zone = vec![crate::config::MemoryZoneConfig {
         host_numa_node: Some(1),
         hugepage_size: Some(1 << 30),
+        hotplug_size: Some(1 << 30),
+        hotplugged_size: Some(0),
         ..crate::config::MemoryZoneConfig::new("z", 1 << 30)
     }];
     config.numa = vec![crate::config::NumaConfig {
@@ -378,6 +388,7 @@ fn a_full_configuration_is_as_described() {
             let config = config.clone();
             let info = Info {
                 config,
+                zones: BTreeMap::from([("z".into(), 1 << 30)]),
                 ..Info::default()
             };
             Some(Ok(Answer::Info(Box::new(info))))

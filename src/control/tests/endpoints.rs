@@ -313,6 +313,17 @@ fn what_busway_cannot_do_yet_is_named() {
     // Clients write out what they do not change.
     let balloon = r#"{"desired_balloon":4096,"desired_ram":null,"desired_vcpus":null}"#;
     assert_eq!(ask("vm.resize", balloon).status, 204);
+    // A zone's is its whole size, and is asked for by its name.
+    let zone = r#"{"id":"a","desired_ram":1610612736}"#;
+    assert_eq!(ask("vm.resize-zone", zone).status, 204);
+    let reply = ask("vm.resize-zone", r#"{"id":"a","desired_ram":3221225472}"#);
+    assert_eq!(reply.status, 400);
+    assert_eq!(reply.messages()[0], "The memory zone could not be resized");
+    assert!(reply.messages()[1].contains("1073741824 to 2147483648"));
+    let reply = ask("vm.resize-zone", r#"{"id":"b","desired_ram":1073741824}"#);
+    assert_eq!(reply.status, 404);
+    assert!(reply.messages()[1].ends_with("no memory zone `b`, only `a`"));
+    assert_eq!(ask("vm.resize-zone", r#"{"id":"a"}"#).status, 400);
     let reply = ask("vm.create", r#"{"vdpa":[{"path":"/dev/vhost-vdpa-0"}]}"#);
     assert_eq!(reply.status, 501);
     let said = "Busway cannot do this yet: vDPA devices";

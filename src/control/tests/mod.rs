@@ -23,7 +23,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
-use crate::config::{DeviceConfig, DiskConfig, VirtioConfig, VmConfig};
+use crate::config::{DeviceConfig, DiskConfig, MemoryZoneConfig, VirtioConfig, VmConfig};
 use crate::kvm::{ExitKind, VcpuSeen};
 use crate::machine::{
     Added, AddedFunction, Answer, Extent, Info, Request, RequestError, Requests, State, VirtioInfo,
@@ -147,6 +147,7 @@ fn living() -> impl FnMut(&Request) -> Reaction {
             (Request::RemoveDevice { id, .. }, _) => return Some(removed(id)),
             (Request::Resize { vcpus, .. }, _) => return Some(resized(*vcpus)),
             (Request::ResizeMemory(bytes), _) => return Some(resized_memory(*bytes)),
+            (Request::ResizeZone { id, bytes }, _) => return Some(resized_zone(id, *bytes)),
         };
         state = next;
         Some(Ok(Answer::Done))
@@ -168,6 +169,21 @@ fn resized_memory(bytes: u64) -> Result<Answer, RequestError> {
         1 => Err(RequestError::Growing),
         _ => Ok(Answer::Done),
     }
+}
+
+/// Of zone `a`, which has a GiB at least; there is no other.
+fn resized_zone(id: &str, bytes: u64) -> Result<Answer, RequestError> {
+    let config = VmConfig {
+        memory_zone: vec![MemoryZoneConfig {
+            hotplug_size: Some(1 << 30),
+            ..MemoryZoneConfig::new("a", 1 << 30)
+        }],
+        ..VmConfig::default()
+    };
+    let zone = config.zone(id).map_err(RequestError::NoZone)?;
+    let plugged = zone.to_plug(bytes);
+    plugged.map_err(|error| RequestError::Invalid(error.to_string()))?;
+    Ok(Answer::Done)
 }
 
 /// One that is there already, one that cannot be had, and any other.
@@ -341,6 +357,7 @@ fn info(state: State) -> Info {
         state,
         config,
         memory: 256 << 20,
+        zones: BTreeMap::new(),
         balloon: 0,
         devices: vec![AssignedDevice {
             host: "0000:01:00.0".into(),

@@ -18,7 +18,6 @@ pub(super) enum Lack {
     DebugConsole,
     HyperV,
     ImageType,
-    MemoryZones,
     MergedPages,
     Migration,
     NumaDevice,
@@ -34,6 +33,7 @@ pub(super) enum Lack {
     UserDevices,
     Vdpa,
     VirtualIommu,
+    ZoneFile,
 }
 
 impl Lack {
@@ -48,9 +48,6 @@ impl Lack {
             Self::DebugConsole => "a debug console",
             Self::HyperV => "what guests of Microsoft's are told of Hyper-V (cpus.kvm_hyperv)",
             Self::ImageType => "images of another type than Raw and Qcow2",
-            Self::MemoryZones => {
-                "memory zones that are files, or change their size (memory.zones.file, hotplug_size)"
-            }
             Self::MergedPages => "pages that the host merges (memory.mergeable)",
             Self::Migration => "a VM that moves from one process to another",
             Self::NumaDevice => "devices that are nodes by themselves (numa.device_id)",
@@ -70,6 +67,7 @@ impl Lack {
             Self::UserDevices => "vfio-user devices",
             Self::Vdpa => "vDPA devices",
             Self::VirtualIommu => "a virtual IOMMU, or a device behind one (iommu)",
+            Self::ZoneFile => "memory zones that are files (memory.zones.file)",
         }
     }
 

@@ -104,7 +104,7 @@ impl Api {
         };
         let memory = match (memory, config, &info) {
             (Some(memory), ..) => memory,
-            (None, Some(config), _) => config.memory.most(),
+            (None, Some(config), _) => config.most_memory(),
             (None, None, Ok(_) | Err(RequestError::NotCreated)) => MemoryConfig::default().size,
             (None, None, Err(error)) => return refused(WHAT, error),
         };

@@ -37,7 +37,7 @@ use generic::AddGeneric;
 use lacking::{Fault, Lack};
 use observe::{Activity, Devices};
 use pmem::AddPmem;
-use resize::Resize;
+use resize::{Resize, ResizeZone};
 use virtio::{AddDisk, AddFs, AddNet, AddVsock};
 
 /// Where the API is.
@@ -83,6 +83,8 @@ enum Act {
     RemoveDevice,
     /// The guest has more or less of something.
     Resize,
+    /// The guest has more or less of a memory zone.
+    ResizeZone,
     /// A virtio device comes: what it is follows from the body.
     AddVirtio(
         fn(&[u8], &Files) -> Result<VirtioConfig, Fault>,
@@ -173,7 +175,7 @@ pub(super) static ENDPOINTS: &[Endpoint] = &[
     },
     with_body("vm.resize", Act::Resize),
     later("vm.resize-disk", Lack::ResizeDisk),
-    later("vm.resize-zone", Lack::MemoryZones),
+    with_body("vm.resize-zone", Act::ResizeZone),
     with_body("vm.add-device", Act::AddDevice),
     with_body("vm.check-device", Act::CheckDevice),
     later("vm.add-user-device", Lack::UserDevices),
@@ -242,7 +244,7 @@ impl Endpoint {
             Act::End(..) => &[200, 400, 429, 500],
             Act::AddDevice | Act::AddVirtio(..) => &[200, 204, 400, 404, 409, 429, 500, 501],
             Act::RemoveDevice => &[200, 204, 400, 404, 429, 500],
-            Act::Resize => &[204, 400, 404, 429, 500],
+            Act::Resize | Act::ResizeZone => &[204, 400, 404, 429, 500],
             Act::NotYet(_) => &[400, 501],
         }
     }
@@ -382,6 +384,7 @@ impl Api {
             },
             Act::Create => self.create(body, files),
             Act::Resize => self.resize(body),
+            Act::ResizeZone => self.resize_zone(body),
             Act::AddDevice => self.add_device(body, files),
             Act::AddVirtio(read, what) => match read(body, files) {
                 Ok(config) => self.add(Request::AddVirtio(Box::new(config), files.clone()), what),
@@ -455,6 +458,19 @@ impl Api {
         done()
     }
 
+    /// Answers when the guest has been asked.
+    fn resize_zone(&self, body: &[u8]) -> Answer {
+        const WHAT: &str = "The memory zone could not be resized";
+        let asked = match read::<ResizeZone>(body) {
+            Ok(asked) => asked,
+            Err(fault) => return fault.answer(WHAT),
+        };
+        match self.control.ask(asked.into()) {
+            Ok(_) => done(),
+            Err(error) => refused(WHAT, &error),
+        }
+    }
+
     /// Answers when that has ended and given back all it had, for clients kill the process when they are
     /// answered.
     fn end(&self, extent: Extent, status: u16) -> Answer {
@@ -511,7 +527,7 @@ fn refused(what: &str, error: &RequestError) -> Answer {
             failed(429, &[what, &said])
         }
         RequestError::Exists(_) => failed(409, &[what, &said]),
-        RequestError::Unknown(_) => failed(404, &[what, &said]),
+        RequestError::Unknown(_) | RequestError::NoZone(_) => failed(404, &[what, &said]),
     }
 }
 

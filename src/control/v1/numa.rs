@@ -1,6 +1,8 @@
 //! Memory zones and NUMA nodes in Cloud Hypervisor's words (`MemoryZoneConfig`, `NumaConfig`), as they come in
 //! `vm.create` and are shown by `vm.info`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::lacking::{Asked, Fault, Lack};
@@ -20,18 +22,14 @@ pub(super) struct AddZone {
     mergeable: Asked,
     #[serde(default)]
     file: Asked,
-    #[serde(default)]
-    hotplug_size: Asked,
-    #[serde(default)]
-    hotplugged_size: Asked,
+    hotplug_size: Option<u64>,
+    hotplugged_size: Option<u64>,
 }
 
 impl AddZone {
     pub(super) fn into_config(self) -> Result<MemoryZoneConfig, Fault> {
         Lack::MergedPages.unless_asked(self.mergeable)?;
-        for asked in [self.file, self.hotplug_size, self.hotplugged_size] {
-            Lack::MemoryZones.unless_asked(asked)?;
-        }
+        Lack::ZoneFile.unless_asked(self.file)?;
         Ok(MemoryZoneConfig {
             id: self.id,
             size: self.size,
@@ -41,6 +39,8 @@ impl AddZone {
             hugepage_size: self.hugepage_size,
             // As of all RAM: clients write out the default.
             prefault: self.prefault.filter(|prefault| *prefault),
+            hotplug_size: self.hotplug_size,
+            hotplugged_size: self.hotplugged_size,
         })
     }
 }
@@ -58,6 +58,14 @@ pub(super) struct Zone {
     #[serde(skip_serializing_if = "Option::is_none")]
     host_numa_node: Option<u32>,
     prefault: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hotplug_size: Option<u64>,
+    /// What the guest is to have of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hotplugged_size: Option<u64>,
+    /// Beside Cloud Hypervisor's: bytes that the guest has, with those that it has plugged, where some can be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
 }
 
 impl Zone {
@@ -72,7 +80,15 @@ impl Zone {
             hugepage_size: zone.hugepage_size,
             host_numa_node: zone.host_numa_node,
             prefault: zone.prefault.unwrap_or(prefault),
+            hotplug_size: zone.hotplug_size,
+            hotplugged_size: zone.hotplugged_size,
+            actual_size: None,
         }
+    }
+
+    /// What the guest has of it now, where that is among `sizes` by zones' names.
+    pub(super) fn has(&mut self, sizes: &BTreeMap<String, u64>) {
+        self.actual_size = sizes.get(&self.id).copied();
     }
 }
 
@@ -134,7 +150,7 @@ mod tests {
     use crate::control::json::parse;
     use crate::control::v1::config::Config;
     use crate::control::v1::create::CreateVm;
-    use crate::machine::Files;
+    use crate::machine::{Files, Info};
 
     fn config(body: &str) -> Result<VmConfig, Fault> {
         let body = parse::<CreateVm>(body.as_bytes())?;
@@ -179,11 +195,7 @@ mod tests {
         for (body, lack) in [
             (
                 r#"{"memory":{"zones":[{"id":"z","size":1,"file":"/dev/shm/z"}]}}"#,
-                Lack::MemoryZones,
-            ),
-            (
-                r#"{"memory":{"zones":[{"id":"z","size":1,"hotplug_size":1}]}}"#,
-                Lack::MemoryZones,
+                Lack::ZoneFile,
             ),
             (
                 r#"{"memory":{"zones":[{"id":"z","size":1,"mergeable":true}]}}"#,
@@ -195,6 +207,49 @@ mod tests {
             ),
         ] {
             assert_eq!(config(body), Err(Fault::Lacks(lack)), "{body}");
+        }
+    }
+
+    #[test]
+    fn zones_to_which_ram_can_come_are_shown_with_what_is_wanted_and_what_there_is() {
+        let body = r#"{"memory":{"size":0,"hotplug_method":"VirtioMem","zones":[
+            {"id":"a","size":1073741824,"hotplug_size":1073741824,"hotplugged_size":134217728},
+            {"id":"b","size":1073741824,"hotplug_size":0}]}}"#;
+        let config = config(body).unwrap();
+        config.validate_parts().unwrap();
+        assert_eq!(config.memory_zone[0].hotplug_size, Some(1 << 30));
+        assert_eq!(config.memory_zone[0].hotplugged_size, Some(128 << 20));
+        assert_eq!(config.most_memory(), 3 << 30);
+        let info = Info {
+            config,
+            zones: BTreeMap::from([("a".to_owned(), (1 << 30) + (64 << 20))]),
+            ..Info::default()
+        };
+        let shown = serde_json::to_value(Config::from(&info)).unwrap();
+        let zones = &shown["memory"]["zones"];
+        assert_eq!(zones[0]["hotplugged_size"], 128 << 20);
+        assert_eq!(zones[0]["actual_size"], (1 << 30) + (64 << 20));
+        assert!(zones[1].get("actual_size").is_none());
+        // What was plugged is beside what zones and RAM are said to be.
+        assert_eq!(shown["memory"]["size"], 2_u64 << 30);
+        let again = super::tests::config(&shown.to_string()).unwrap();
+        assert_eq!(again.memory_zone, info.config.memory_zone);
+        again.validate_parts().unwrap();
+    }
+
+    #[test]
+    fn zones_are_as_large_together_as_ram_is_shown_to_be_whatever_has_come_beside_them() {
+        for method in ["Acpi", "VirtioMem"] {
+            let body = r#"{"memory":{"hotplug_size":1073741824,"hotplugged_size":134217728,"hotplug_method":"METHOD",
+                "zones":[{"id":"a","size":536870912},{"id":"b","size":536870912}]}}"#;
+            let config = config(&body.replace("METHOD", method)).unwrap();
+            config.validate_parts().unwrap();
+            let shown = serde_json::to_value(Config::from(&config)).unwrap();
+            assert_eq!(shown["memory"]["size"], 1 << 30, "{method}");
+            assert_eq!(shown["memory"]["hotplugged_size"], 128 << 20, "{method}");
+            let again = super::tests::config(&shown.to_string()).unwrap();
+            again.validate_parts().unwrap();
+            assert_eq!(again.memory, config.memory, "{method}");
         }
     }
 }

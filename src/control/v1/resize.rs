@@ -1,4 +1,4 @@
-//! The body of `vm.resize`: what a guest that runs is to have more of, or less.
+//! The bodies of `vm.resize` and `vm.resize-zone`: what a guest that runs is to have more of, or less.
 
 use serde::Deserialize;
 
@@ -26,6 +26,23 @@ impl Resize {
             wait: self.wait,
         });
         [memory, balloon, processors]
+    }
+}
+
+/// `VmResizeZone`
+#[derive(Debug, Deserialize)]
+pub(super) struct ResizeZone {
+    id: String,
+    /// Bytes of the whole zone: what it started with, and what is plugged.
+    desired_ram: u64,
+}
+
+impl From<ResizeZone> for Request {
+    fn from(asked: ResizeZone) -> Self {
+        Self::ResizeZone {
+            id: asked.id,
+            bytes: asked.desired_ram,
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use busway_pci::{BarIndex, BarKind, Needs, NoRoom, WindowKind, Windows, find_roo
 
 use super::pluggable::PluggableError;
 use crate::arch::layout;
-use crate::config::MemoryConfig;
+use crate::config::MemoryToPlan;
 use crate::memory::Amount;
 pub(super) use planned::PlannedFunction;
 use planned::{needing_most, needs, needs_of_segments, port_of};
@@ -70,7 +70,7 @@ impl AddressPlan {
     /// # Errors
     /// [`NoRoomError`], which names a BAR and what helps
     pub(super) fn new(
-        memory: &MemoryConfig,
+        memory: &MemoryToPlan,
         functions: &[PlannedFunction],
         reserved: Vec<(u64, u64)>,
         address_bits: u8,
@@ -126,43 +126,37 @@ impl AddressPlan {
         }
     }
 
-    /// Where RAM can be plugged; nothing where none can.
+    /// That RAM which can be plugged finds its place, where there is any.
     ///
     /// # Errors
     /// [`PluggableError::Place`]: it finds no place.
     pub(super) fn pluggable(
         &self,
-        memory: &MemoryConfig,
-    ) -> Result<Option<Range<u64>>, PluggableError> {
-        let Some(range) = self.pluggable_beside(memory, memory.size) else {
-            return Ok(None);
-        };
+        memory: &MemoryToPlan,
+    ) -> Result<Vec<Range<u64>>, PluggableError> {
+        let ranges = self.pluggable_beside(memory, memory.size);
+        let end = ranges.last().map_or(0, |range| range.end);
         let bits = self.address_bits;
         let reach = 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX);
-        match range.end > reach {
-            true => Err(PluggableError::Place {
-                end: range.end,
-                bits,
-            }),
-            false => Ok(Some(range)),
+        match end > reach {
+            true => Err(PluggableError::Place { end, bits }),
+            false => Ok(ranges),
         }
     }
 
-    /// The same beside RAM of `size` bytes, wherever that is.
-    fn pluggable_beside(&self, memory: &MemoryConfig, size: u64) -> Option<Range<u64>> {
-        let asked = memory.pluggable()?;
+    /// Where it can be plugged beside RAM of `size` bytes, wherever that is.
+    fn pluggable_beside(&self, memory: &MemoryToPlan, size: u64) -> Vec<Range<u64>> {
         let holes = self.holes_of(memory);
         let ram = layout::ram_ranges(size, self.mmio32_start, &holes);
         let top = ram.last().map_or(0, |range| range.end);
-        Some(layout::pluggable_range(asked, top, &holes))
+        layout::pluggable_ranges(memory.pluggable.iter().copied(), top, &holes)
     }
 
     /// The holes that RAM goes round.
-    fn holes_of(&self, memory: &MemoryConfig) -> Vec<Range<u64>> {
-        let page = memory.hugepage_size.filter(|_| memory.hugepages);
+    fn holes_of(&self, memory: &MemoryToPlan) -> Vec<Range<u64>> {
         layout::holes(
             self.reserved.iter().copied(),
-            page.unwrap_or(TRANSPARENT_HUGE_PAGE).max(1),
+            memory.page.unwrap_or(TRANSPARENT_HUGE_PAGE).max(1),
         )
     }
 
@@ -186,7 +180,7 @@ impl AddressPlan {
         layout::plugged(top_of_ram, self.plugged, self.address_bits, &holes)
     }
 
-    fn top_of_memory(&self, memory: &MemoryConfig) -> u64 {
+    fn top_of_memory(&self, memory: &MemoryToPlan) -> u64 {
         let ram = self.memory_ranges(memory, memory.size);
         ram.last().map_or(0, |range| range.end)
     }
@@ -236,7 +230,7 @@ impl AddressPlan {
     fn find_room_above<F: Copy>(
         &self,
         needs: &[Vec<Needs<F>>],
-        memory: &MemoryConfig,
+        memory: &MemoryToPlan,
         size: u64,
     ) -> Result<(), NoRoom<F>> {
         let ram = self.memory_ranges(memory, size);
@@ -245,7 +239,7 @@ impl AddressPlan {
     }
 
     /// Where RAM of `size` bytes would lie, and what can be plugged beside it.
-    fn memory_ranges(&self, memory: &MemoryConfig, size: u64) -> Vec<Range<u64>> {
+    fn memory_ranges(&self, memory: &MemoryToPlan, size: u64) -> Vec<Range<u64>> {
         let mut ram = layout::ram_ranges(size, self.mmio32_start, &self.holes_of(memory));
         ram.extend(self.pluggable_beside(memory, size));
         ram
@@ -306,7 +300,7 @@ impl AddressPlan {
     fn refuse_above_ram(
         &self,
         functions: &[PlannedFunction],
-        memory: &MemoryConfig,
+        memory: &MemoryToPlan,
         missing: &NoRoom<Option<usize>>,
     ) -> NoRoomError {
         let reach = 1_u64
@@ -330,16 +324,16 @@ impl AddressPlan {
                 Amount(reserved)
             );
         }
-        let fixed = MemoryConfig {
-            hotplug_size: None,
+        let fixed = MemoryToPlan {
+            pluggable: Vec::new(),
             ..memory.clone()
         };
         let all = &self.needs;
         let mut remedy = match self.most_memory(all, memory) {
-            _ if memory.pluggable().is_some()
+            _ if !memory.pluggable.is_empty()
                 && self.find_room_above(all, &fixed, memory.size).is_ok() =>
             {
-                "have less RAM come while the guest runs (--memory hotplug_size=)".to_owned()
+                "have less RAM come while the guest runs (hotplug_size=)".to_owned()
             }
             Some(size) => format!(
                 "it fits beside {} of RAM (--memory size={}G)",
@@ -370,7 +364,7 @@ impl AddressPlan {
 
     /// The most RAM, in whole GiB, beside which all of `needs` finds room. Windows begin above RAM, so
     /// less never leaves less room.
-    fn most_memory<F: Copy>(&self, needs: &[Vec<Needs<F>>], memory: &MemoryConfig) -> Option<u64> {
+    fn most_memory<F: Copy>(&self, needs: &[Vec<Needs<F>>], memory: &MemoryToPlan) -> Option<u64> {
         let fits = |gib: u64| self.find_room_above(needs, memory, gib << 30).is_ok();
         let (mut fitting, mut too_much) = (0, memory.size >> 30);
         if too_much > 0 && fits(too_much) {

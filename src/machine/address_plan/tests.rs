@@ -7,6 +7,7 @@ use busway_pci::Reserve;
 use busway_vfio::AssignOptions;
 
 use super::*;
+use crate::config::MemoryConfig;
 use crate::machine::passthrough::placement::HostIdentity;
 use crate::memory::Ram;
 
@@ -55,7 +56,7 @@ impl Devices {
         bits: u8,
     ) -> Result<AddressPlan, NoRoomError> {
         AddressPlan::new(
-            &with(memory),
+            &to_plan(&with(memory)),
             &self.1,
             reserved.to_vec(),
             bits,
@@ -64,6 +65,11 @@ impl Devices {
             1,
         )
     }
+}
+
+/// The same RAM without zones.
+fn to_plan(memory: &MemoryConfig) -> MemoryToPlan {
+    MemoryToPlan::new(memory, &[])
 }
 
 /// Room for all BARs of `devices`, but for ports.
@@ -225,7 +231,7 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
     };
     let plan = |memory: &MemoryConfig, devices: &Devices| {
         AddressPlan::new(
-            memory,
+            &to_plan(memory),
             &devices.1,
             AMD.to_vec(),
             42,
@@ -243,7 +249,10 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
     ] {
         let memory = memory(size, pluggable);
         let plan = plan(&memory, &none).unwrap();
-        assert_eq!(plan.pluggable(&memory), Ok(Some(expected.clone())));
+        assert_eq!(
+            plan.pluggable(&to_plan(&memory)),
+            Ok(vec![expected.clone()])
+        );
         let windows = plan.windows(&[0..GIB, expected.clone()], &[]);
         assert!(
             windows
@@ -252,12 +261,13 @@ fn ram_that_can_be_plugged_lies_between_ram_and_the_window_and_is_refused_where_
                 .all(|part| part.start >= expected.end)
         );
         let same = Ram::around(&memory, &[], false, plan.mmio32_start, &plan.reserved).unwrap();
-        assert_eq!(same.pluggable_range(), Some(expected));
+        assert_eq!(same.pluggable_ranges(), [expected]);
     }
     let fixed = with(GIB);
-    assert_eq!(plan(&fixed, &none).unwrap().pluggable(&fixed), Ok(None));
+    let nothing = plan(&fixed, &none).unwrap().pluggable(&to_plan(&fixed));
+    assert_eq!(nothing, Ok(Vec::new()));
     let large = memory(GIB, 4096 * GIB);
-    let place = plan(&large, &none).unwrap().pluggable(&large);
+    let place = plan(&large, &none).unwrap().pluggable(&to_plan(&large));
     assert!(
         matches!(place, Err(PluggableError::Place { bits: 42, .. })),
         "{place:?}"

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Steps;
 use super::ground::Ground;
 use super::taken::Taken;
+use super::told::node_of_pluggable;
 use crate::arch::layout;
 use crate::config::VmConfig;
 use crate::devices::pvpanic::Pvpanic;
@@ -18,7 +19,7 @@ use crate::machine::pci::Pci;
 use crate::machine::seats::Owner;
 use crate::machine::segments::{add_empty_ports, open_slots};
 use crate::machine::virtio::VirtioDevices;
-use crate::memory::Slots;
+use crate::memory::{Ram, Regions, Slots};
 use crate::virtio::console::Console;
 use crate::virtio::rng::Rng;
 
@@ -42,14 +43,13 @@ impl Fitted {
         tpm: Option<&Tpm>,
     ) -> Result<Self, RunError> {
         let Steps { config, .. } = steps;
-        let node = ground.acpi.numa.as_ref().map_or(0, |numa| numa.pluggable);
         let (ram, pci) = (&taken.ram, &mut ground.pci);
         let slots = Slots::new(ram.guest(), &taken.memory.0, ground.area.clone());
         let routes = Arc::new(steps.router.clone());
         let (table, seats) = (&taken.table, pci.seats());
         let mut virtio =
             VirtioDevices::new(ram.guest(), table, slots, routes, seats, &steps.events);
-        let console_terminal = add_virtio(steps, taken, node, &mut virtio, pci)?;
+        let console_terminal = add_virtio(steps, taken, &mut virtio, pci)?;
         let memory_devices = memory_devices(steps, taken)?;
         ground.acpi.memory_devices = memory_devices.is_some();
         let watchdog = add_board_devices(config, pci)?;
@@ -78,11 +78,10 @@ impl Fitted {
 }
 
 /// The virtio devices: disks, NICs, console, entropy source, balloon, and RAM that comes and goes. Gives the
-/// pseudo-terminal that the console is at. RAM that comes is of `node`, where the guest has nodes.
+/// pseudo-terminal that the console is at.
 fn add_virtio(
     steps: &Steps<'_>,
     taken: &Taken,
-    node: u32,
     virtio: &mut VirtioDevices,
     pci: &mut Pci,
 ) -> Result<Option<PathBuf>, RunError> {
@@ -102,23 +101,40 @@ fn add_virtio(
         let ballooned = taken.ram.ballooned(regions);
         virtio.add_balloon(balloon, regions.discards(), ballooned, pci)?;
     }
-    if config.memory.comes_by_virtio()
-        && let Some(pluggable) = taken.ram.pluggable(regions)
-    {
-        let requested = config.memory.hotplugged_size.unwrap_or(0);
-        let node = u16::try_from(node).unwrap_or(u16::MAX);
-        virtio.add_memory(pluggable, requested, node, pci)?;
+    if config.memory.comes_by_virtio() {
+        add_memory(config, &taken.ram, regions, virtio, pci)?;
     }
     Ok(console_terminal)
+}
+
+/// The devices by which RAM comes and goes: one for each piece of it.
+fn add_memory(
+    config: &VmConfig,
+    ram: &Ram,
+    regions: &Arc<Regions>,
+    virtio: &mut VirtioDevices,
+    pci: &mut Pci,
+) -> Result<(), RunError> {
+    for (zone, pluggable) in ram.pluggable(regions) {
+        let node = u16::try_from(node_of_pluggable(config, zone)).unwrap_or(u16::MAX);
+        let zone = zone.and_then(|zone| config.memory_zone.get(zone));
+        let requested = match zone {
+            Some(zone) => zone.hotplugged_size,
+            None => config.memory.hotplugged_size,
+        };
+        let name = zone.map(|zone| zone.id.clone());
+        virtio.add_memory(name, pluggable, requested.unwrap_or(0), node, pci)?;
+    }
+    Ok(())
 }
 
 /// The memory devices, where RAM comes by ACPI.
 fn memory_devices(steps: &Steps<'_>, taken: &Taken) -> Result<Option<MemoryDevices>, RunError> {
     let memory = &steps.config.memory;
-    let pluggable = taken.ram.pluggable(&taken.memory.0);
-    let pluggable = pluggable.filter(|_| !memory.comes_by_virtio());
+    let mut pieces = taken.ram.pluggable(&taken.memory.0);
+    let pluggable = pieces.next().filter(|_| !memory.comes_by_virtio());
     let first = memory.hotplugged_size.unwrap_or(0);
-    let new = |pluggable| {
+    let new = |(_, pluggable)| {
         let Steps {
             buses,
             router,

@@ -43,7 +43,7 @@ impl Ground {
         let has_firmware = config.firmware.is_some();
         let usable = taken.passthrough.usable_ranges();
         let mut used = taken.ram.guest_ranges();
-        used.extend(taken.ram.pluggable_range());
+        used.extend(taken.ram.pluggable_ranges());
         let windows = plan.windows(&used, &usable);
         let mut segments = segments(config, plan.share(&windows)?)?;
         let acpi = acpi_hardware(config, &segments, &taken.ram);

@@ -220,10 +220,19 @@ impl Machine {
         }
         config.device = self.passthrough.attached.configs();
         self.processors.show(&mut config.cpus);
-        if let Some(memory) = self.virtio.memory() {
-            let requested = memory.totals().requested;
-            let said = config.memory.hotplugged_size.is_some() || requested > 0;
-            config.memory.hotplugged_size = said.then_some(requested);
+        for memory in self.virtio.memory() {
+            let mut zones = config.memory_zone.iter_mut();
+            let plugged = match &memory.zone {
+                None => Some(&mut config.memory.hotplugged_size),
+                Some(id) => zones
+                    .find(|zone| zone.id == *id)
+                    .map(|zone| &mut zone.hotplugged_size),
+            };
+            if let Some(plugged) = plugged {
+                let requested = memory.target.totals().requested;
+                let said = plugged.is_some() || requested > 0;
+                *plugged = said.then_some(requested);
+            }
         }
         if let Some(devices) = &self.memory_devices {
             let plugged = devices.plugged();
@@ -235,7 +244,12 @@ impl Machine {
         config
     }
 
-    /// The same, with the descriptors that were handed over for it.
+    /// What it was put together from.
+    pub(in crate::machine) fn started_as(&self) -> &VmConfig {
+        &self.definition.config
+    }
+
+    /// What it is made of, with the descriptors that were handed over for it.
     pub(in crate::machine) fn definition(&self) -> Definition {
         Definition {
             files: self.virtio.files(),

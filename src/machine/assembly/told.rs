@@ -36,10 +36,7 @@ pub(super) fn acpi_hardware(
                 ecam: addresses.ecam.clone(),
             })
             .collect(),
-        pluggable: ram.pluggable_range().map(|range| PluggableMemory {
-            ram: ram.guest_ranges(),
-            range,
-        }),
+        pluggable: pluggable(config, ram),
         memory_devices: false,
         numa: numa(config, ram),
         serial: config.serial != ConsoleConfig::Off,
@@ -48,28 +45,46 @@ pub(super) fn acpi_hardware(
     }
 }
 
+/// What the tables tell of RAM that can come, where some can.
+fn pluggable(config: &VmConfig, ram: &Ram) -> Option<PluggableMemory> {
+    let pieces = ram.pluggable_zones();
+    let pieces: Vec<_> = pieces
+        .map(|(zone, range)| (node_of_pluggable(config, zone), range))
+        .collect();
+    (!pieces.is_empty()).then(|| PluggableMemory {
+        ram: ram.guest_ranges(),
+        pieces,
+    })
+}
+
+/// The node of RAM that can come, of a zone or of all RAM; 0 where there are no nodes. What is of all RAM lies behind the last
+/// zone, and is of the same memory of the host's.
+pub(super) fn node_of_pluggable(config: &VmConfig, zone: Option<usize>) -> u32 {
+    let last = config.memory_zone.len().saturating_sub(1);
+    node_of_zone(config, zone.unwrap_or(last))
+}
+
+/// The node of a zone, by its place among the zones; 0 where there are no nodes.
+fn node_of_zone(config: &VmConfig, zone: usize) -> u32 {
+    let zone = config.memory_zone.get(zone);
+    let zone = zone.map_or(DEFAULT_ZONE, |zone| &zone.id);
+    config.numa_node_of_zone(zone).unwrap_or(0)
+}
+
 /// What the tables tell of the guest's nodes, where it has some.
 fn numa(config: &VmConfig, ram: &Ram) -> Option<acpi::Numa> {
     if config.numa.is_empty() {
         return None;
     }
-    let node_of = |zone: usize| {
-        let zone = config.memory_zone.get(zone);
-        let zone = zone.map_or(DEFAULT_ZONE, |zone| &zone.id);
-        config.numa_node_of_zone(zone).unwrap_or(0)
-    };
     let stretches = ram.zone_ranges();
-    let ram: Vec<_> = stretches
-        .map(|(zone, range)| (node_of(zone), range))
-        .collect();
     let cpus = 0..config.cpus.most();
     Some(acpi::Numa {
         cpus: cpus
             .map(|cpu| config.numa_node_of_cpu(cpu.into()).unwrap_or(0))
             .collect(),
-        // It lies behind the last stretch, and is of the same memory of the host's.
-        pluggable: ram.last().map_or(0, |(node, _)| *node),
-        ram,
+        ram: stretches
+            .map(|(zone, range)| (node_of_zone(config, zone), range))
+            .collect(),
         distances: config.numa_distances(),
     })
 }

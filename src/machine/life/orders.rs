@@ -42,6 +42,7 @@ impl Machine {
                 }
                 Request::AddDevice(..) | Request::AddVirtio(..) => self.add(life, request, asker),
                 Request::ResizeMemory(bytes) => self.resize_memory(bytes, asker),
+                Request::ResizeZone { id, bytes } => asker.answer(self.resize_zone(&id, bytes)),
                 Request::ResizeBalloon(bytes) => asker.answer(self.resize_balloon(bytes)),
                 Request::RemoveDevice {
                     id,

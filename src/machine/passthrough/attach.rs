@@ -163,9 +163,7 @@ impl Attacher {
         let peer_to_peer = self.opening.platform.p2p;
         let listener = Arc::new(DmaListener::new(dma.clone(), peer_to_peer));
         self.memory.listen(listener.clone())?;
-        if let Some((range, blocks)) = self.memory.pluggable()
-            && let Err(error) = check_reach(&range, &blocks, &*dma)
-        {
+        if let Err(error) = check_reach(&self.memory.pluggable(), &*dma) {
             let listener: Arc<dyn RegionListener> = listener;
             self.memory.forget(&listener);
             return Err(error.into());

@@ -133,7 +133,7 @@ impl Passthrough {
                 .pmem
                 .iter()
                 .map(PmemConfig::likely_size)
-                .fold(config.memory.most(), u64::saturating_add),
+                .fold(config.most_memory(), u64::saturating_add),
             spaces,
             iommufd: OnceLock::new(),
         };

@@ -17,7 +17,7 @@ use busway_vfio::EventFd;
 use super::RunError;
 use super::handed::{Files, Handed};
 use super::observed::{Observed, State};
-use crate::config::{DeviceConfig, VirtioConfig, VmConfig};
+use crate::config::{DeviceConfig, NoZoneError, VirtioConfig, VmConfig};
 use crate::report::AssignedDevice;
 use crate::sandbox::{jail_remedy, landlock};
 use crate::shortage;
@@ -67,6 +67,13 @@ pub enum Request {
     /// Have the guest have so many bytes of RAM, with those that it started with. Answered when its driver is told, which
     /// for RAM that comes by ACPI is when devices reach it.
     ResizeMemory(u64),
+    /// Have the guest have so many bytes of RAM of one zone, with those that it started with. Answered when its driver is told.
+    ResizeZone {
+        /// The zone's name.
+        id: String,
+        /// Bytes.
+        bytes: u64,
+    },
     /// Have the balloon be of so many bytes. Answered when the guest's driver is told.
     ResizeBalloon(u64),
     /// Have the guest release a device, and with it all in its slot.
@@ -104,6 +111,8 @@ pub struct Info {
     pub config: VmConfig,
     /// Bytes of RAM that the guest has; 0 while it is being put together.
     pub memory: u64,
+    /// Bytes that it has of each memory zone to which RAM can come, by their names; none while it is being put together.
+    pub zones: BTreeMap<String, u64>,
     /// Bytes of it that are in the guest's balloon.
     pub balloon: u64,
     /// The host devices that the guest has; none while it is being put together.
@@ -218,6 +227,9 @@ pub enum RequestError {
     /// the VM has no device {0}
     #[error("the VM has no device `{0}`")]
     Unknown(String),
+    /// there is no memory zone of this name
+    #[error(transparent)]
+    NoZone(NoZoneError),
     /// it was tried and failed
     #[error("{0}")]
     Failed(String),

@@ -9,6 +9,7 @@
 //! the function goes when the guest releases it or starts anew.
 
 mod leave;
+mod memory;
 #[cfg(test)]
 mod place_tests;
 #[cfg(test)]
@@ -31,15 +32,16 @@ use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use super::seats::{Owner, Seat, Seats};
 use crate::config::{BalloonConfig, DiskConfig, PciPlace, VirtioConfig, VmConfig};
-use crate::memory::{Ballooned, Discards, GuestRam, Pluggable, Slots};
+use crate::memory::{Ballooned, Discards, GuestRam, Slots};
 use crate::virtio::balloon::{Balloon, BalloonTarget};
 use crate::virtio::blk::Blk;
-use crate::virtio::mem::{Mem, MemTarget};
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::vhost_user::{self, VhostUser};
 use crate::virtio::{MemoryTable, ServedBy, Sight, VirtioDevice, VirtioPci, vsock};
 use leave::Leaving;
+pub(super) use memory::ComingMemory;
+use memory::MEMORY;
 
 /// The devices of a machine.
 #[derive(Debug)]
@@ -59,7 +61,7 @@ pub(super) struct VirtioDevices {
     maker: Maker,
     events: Arc<Events>,
     balloon: Option<BalloonTarget>,
-    memory: Option<MemTarget>,
+    memory: Vec<ComingMemory>,
     /// How many PCI segments the machine has.
     segments: u16,
 }
@@ -188,7 +190,7 @@ impl VirtioDevices {
             },
             events: events.clone(),
             balloon: None,
-            memory: None,
+            memory: Vec::new(),
             segments: 1,
         }
     }
@@ -269,28 +271,6 @@ impl VirtioDevices {
         self.add_fixed(Box::new(balloon), pci)
     }
 
-    /// Adds the device by which blocks of `pluggable` come and go, of which the guest is to have `requested` bytes at
-    /// first. They are of its NUMA node `node`.
-    ///
-    /// # Errors
-    /// [`RunError`]
-    pub(super) fn add_memory(
-        &mut self,
-        pluggable: Pluggable,
-        requested: u64,
-        node: u16,
-        pci: &mut Pci,
-    ) -> Result<(), RunError> {
-        let device = Mem::new("memory", pluggable, requested, node)?;
-        self.memory = Some(device.target());
-        self.add_fixed(Box::new(device), pci)
-    }
-
-    /// How much RAM the guest is to have plugged, where some can be.
-    pub(super) fn memory(&self) -> Option<&MemTarget> {
-        self.memory.as_ref()
-    }
-
     /// How large the balloon is to be, where there is one.
     pub(super) fn balloon(&self) -> Option<&BalloonTarget> {
         self.balloon.as_ref()
@@ -345,7 +325,7 @@ impl VirtioDevices {
             let kind = match name.as_str() {
                 "console" => "console",
                 "balloon" => "balloon",
-                "memory" => "memory",
+                name if name.starts_with(MEMORY) => "memory",
                 _ => "rng",
             };
             observed(format!("__{name}"), kind, address.clone(), sight)

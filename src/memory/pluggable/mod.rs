@@ -47,22 +47,32 @@ pub enum PlugError {
     /// {bytes} of guest RAM need more huge pages of {page} than are free
     #[error(
         "{} of guest RAM need more huge pages of {} than are free: have the host reserve more (`busway hugepages`), in \
-         /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages",
-        Amount(*bytes), Amount(*page), page >> 10
+         {}/hugepages/hugepages-{}kB/nr_hugepages",
+        Amount(*bytes), Amount(*page), pools(*node), page >> 10
     )]
     HugePages {
         /// Bytes.
         bytes: u64,
         /// Bytes of a page.
         page: u64,
+        /// The host's node that they are of; any where absent.
+        node: Option<u32>,
     },
     /// it was stopped
     #[error("it was stopped")]
     Stopped,
 }
 
+/// The folder of the pools of huge pages, of all nodes or of one.
+fn pools(node: Option<u32>) -> String {
+    match node {
+        Some(node) => format!("/sys/devices/system/node/node{node}"),
+        None => "/sys/kernel/mm".to_owned(),
+    }
+}
+
 /// What blocks are made of.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Pages {
     /// Ordinary pages, which the host gives when they are touched.
     Ordinary,
@@ -254,6 +264,7 @@ impl Pluggable {
                     HugeBlocksError::TooFew => PlugError::HugePages {
                         bytes: size,
                         page: huge.page(),
+                        node: huge.host_node(),
                     },
                     HugeBlocksError::System(source) => PlugError::Populate {
                         bytes: size,
@@ -319,13 +330,14 @@ impl Pluggable {
 impl Regions {
     /// Where RAM on the list comes and goes by blocks, and which blocks are plugged now; nothing where none does.
     #[must_use]
-    pub fn pluggable(&self) -> Option<(Range<u64>, Blocks)> {
+    pub fn pluggable(&self) -> Vec<(Range<u64>, Blocks)> {
         let state = self.state();
-        let mut regions = state.regions.iter().filter(|region| region.is_pluggable());
-        regions.find_map(|region| {
+        let regions = state.regions.iter().filter(|region| region.is_pluggable());
+        let pieces = regions.filter_map(|region| {
             let range = region.guest()..region.guest().saturating_add(region.size());
             Some((range, region.blocks()?))
-        })
+        });
+        pieces.collect()
     }
 
     /// Tells every listener that blocks of `region` come, and then has them plugged.

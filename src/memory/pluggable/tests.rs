@@ -124,7 +124,7 @@ impl Memory {
         }
         let listener = Arc::<Mapped>::default();
         regions.listen(listener.clone()).unwrap();
-        let pluggable = ram.pluggable(&regions).unwrap();
+        let (_, pluggable) = ram.pluggable(&regions).next().unwrap();
         Self {
             ram,
             regions,
@@ -166,7 +166,7 @@ impl Memory {
 #[test]
 fn what_can_be_plugged_is_ram_to_devices_of_busways_and_none_to_the_guests_map() {
     let memory = Memory::new(128 * MIB, false);
-    let range = memory.ram.pluggable_range().unwrap();
+    let range = memory.ram.pluggable_ranges().remove(0);
     assert_eq!(
         (memory.ram.size(), range.end - range.start),
         (16 * MIB, 128 * MIB)
@@ -307,8 +307,9 @@ fn memory_is_populated_when_it_is_plugged_where_that_was_asked_for() {
     let regions = Arc::<Regions>::default();
     ram.regions()
         .for_each(|region| regions.add(region).unwrap());
+    let (_, pluggable) = ram.pluggable(&regions).next().unwrap();
     let memory = Memory {
-        pluggable: ram.pluggable(&regions).unwrap(),
+        pluggable,
         ram,
         regions,
         listener: Arc::default(),

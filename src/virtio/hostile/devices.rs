@@ -57,7 +57,8 @@ fn pluggable() -> io::Result<Pluggable> {
         None => Ram::new(&config, false).map(|ram| blocks.get_or_init(|| ram).clone()),
     });
     let (ram, regions) = (ram.map_err(io::Error::other)?, Arc::default());
-    let pluggable = ram.pluggable(&regions).ok_or(io::ErrorKind::NotFound)?;
+    let piece = ram.pluggable(&regions).next();
+    let (_, pluggable) = piece.ok_or(io::ErrorKind::NotFound)?;
     let emptied = pluggable.unplug_all(|| true);
     emptied.map_err(io::Error::other)?;
     Ok(pluggable)

@@ -64,7 +64,7 @@ pub enum MemTargetError {
     },
     /// {asked} bytes are more than can be plugged, which is {most}
     #[error(
-        "{asked} bytes beside the RAM that it started with are more than the {most} that can come (--memory hotplug_size=)"
+        "{asked} bytes beside the RAM that it started with are more than the {most} that can come (hotplug_size=)"
     )]
     TooLarge {
         /// What was asked for.

@@ -84,7 +84,7 @@ impl Guest {
             .for_each(|region| regions.add(region).unwrap());
         let space = Arc::<Space>::default();
         regions.listen(space.clone()).unwrap();
-        let pluggable = ram.pluggable(&regions).unwrap();
+        let (_, pluggable) = ram.pluggable(&regions).next().unwrap();
         let start = pluggable.start();
         let device = Mem::new("memory", pluggable, requested, NODE).unwrap();
         let target = device.target();

@@ -43,7 +43,7 @@ pub(crate) fn srat(hardware: &Hardware) -> Option<Sdt> {
     );
     // For compatibility. Table 5.50.
     srat.write_u32(36, 1);
-    let node_to_come = match (&hardware.numa, pluggable) {
+    match (&hardware.numa, pluggable) {
         (None, None) => return None,
         (None, Some(PluggableMemory { ram, .. })) => {
             for cpu in cpus {
@@ -52,16 +52,12 @@ pub(crate) fn srat(hardware: &Hardware) -> Option<Sdt> {
             for range in ram {
                 srat.append_slice(Memory::new(0, range, ENABLED).as_bytes());
             }
-            0
         }
-        (Some(numa), _) => {
-            append_nodes(&mut srat, cpus, numa);
-            numa.pluggable
-        }
-    };
-    if let Some(PluggableMemory { range, .. }) = pluggable {
+        (Some(numa), _) => append_nodes(&mut srat, cpus, numa),
+    }
+    for (node, range) in pluggable.into_iter().flat_map(|memory| &memory.pieces) {
         let flags = ENABLED | HOT_PLUGGABLE;
-        srat.append_slice(Memory::new(node_to_come, range, flags).as_bytes());
+        srat.append_slice(Memory::new(*node, range, flags).as_bytes());
     }
     Some(srat)
 }
@@ -236,7 +232,7 @@ mod tests {
         let hardware = Hardware {
             pluggable: Some(PluggableMemory {
                 ram: vec![low.clone(), high.clone()],
-                range: range.clone(),
+                pieces: vec![(0, range.clone())],
             }),
             ..hardware(&[0, 7])
         };
@@ -262,23 +258,24 @@ mod tests {
             numa: Some(Numa {
                 cpus: vec![0, 300, 300, 2],
                 ram: ram.clone(),
-                pluggable: 300,
                 distances: Vec::new(),
             }),
             pluggable: Some(PluggableMemory {
                 ram: std::iter::once(0..2 << 30).collect(),
-                range: 4 << 30..5 << 30,
+                pieces: vec![(300, 4 << 30..5 << 30), (0, 6 << 30..7 << 30)],
             }),
             ..hardware(&[0, 1, 0xfe, 0xff])
         };
         let mut bytes = Vec::new();
         srat(&hardware).unwrap().to_aml_bytes(&mut bytes);
-        assert_eq!(bytes.len(), 48 + 3 * 16 + 24 + 3 * 40);
+        assert_eq!(bytes.len(), 48 + 3 * 16 + 24 + 4 * 40);
         let mut memory: Vec<_> = ram
             .into_iter()
             .map(|(node, range)| (node, range, 1))
             .collect();
+        // What can come to each node.
         memory.push((300, 4 << 30..5 << 30, 3));
+        memory.push((0, 6 << 30..7 << 30, 3));
         let expected = Read {
             cpus: vec![(0, 0), (1, 300), (0xfe, 300), (0xff, 2)],
             memory,
@@ -303,7 +300,6 @@ mod tests {
                 numa: Some(Numa {
                     cpus: nodes.clone(),
                     ram: parts.iter().map(|(zone, part)| (zones[*zone].1, part.clone())).collect(),
-                    pluggable: 0,
                     distances: Vec::new(),
                 }),
                 ..hardware(&ids)

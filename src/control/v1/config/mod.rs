@@ -211,7 +211,7 @@ impl From<&VmConfig> for Config {
     }
 }
 
-/// With what came of it: a pseudo-terminal's name is known when it is made.
+/// With what came of it: a pseudo-terminal's name is known when it is made, and how large a zone is while the guest runs.
 impl From<&Info> for Config {
     fn from(info: &Info) -> Self {
         let mut config = Self::from(&info.config);
@@ -221,6 +221,9 @@ impl From<&Info> for Config {
             (&mut config.console, terminal(&info.console)),
         ] {
             console.file = at.or(console.file.take());
+        }
+        for zone in &mut config.memory.zones {
+            zone.has(&info.zones);
         }
         config
     }
@@ -266,12 +269,19 @@ impl Memory {
             memory.prefault.unwrap_or(has_devices),
         );
         let zones = config.memory_zone.iter();
+        // Zones are as large together as RAM is said to be; what comes beside them is beside both.
+        let has_zones = !config.memory_zone.is_empty();
         Self {
-            size: memory.at_start(),
+            size: match has_zones {
+                true => memory.size,
+                false => memory.at_start(),
+            },
             mergeable: false,
             hotplug_method: memory.hotplug_method,
             hotplug_size: memory.hotplug_size,
-            hotplugged_size: memory.hotplugged_size.filter(|_| memory.comes_by_virtio()),
+            hotplugged_size: memory
+                .hotplugged_size
+                .filter(|_| memory.comes_by_virtio() || has_zones),
             shared,
             hugepages: memory.hugepages,
             hugepage_size: memory.hugepage_size,

@@ -5,7 +5,7 @@ use busway_iommu::{DmaMapping, IovaRange, MapError, OpenDmaBuf, Stats, Tracker};
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{HotplugMethod, MemoryConfig};
+use crate::config::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 use crate::machine::pluggable::{PluggableError, check_reach};
 use crate::memory::{Pluggable, Plugged, Ram, Regions};
 
@@ -99,7 +99,7 @@ impl Guest {
         for region in ram.regions() {
             regions.add(region).unwrap();
         }
-        let pluggable = ram.pluggable(&regions).unwrap();
+        let (_, pluggable) = ram.pluggable(&regions).next().unwrap();
         Self {
             ram,
             regions,
@@ -149,9 +149,13 @@ fn each_block_is_a_mapping_of_its_own_and_nothing_else_of_the_region_is_mapped()
 #[test]
 fn a_space_without_room_for_all_blocks_is_refused_with_its_figures_and_one_in_reach_is_not() {
     let guest = Guest::new();
-    let (range, blocks) = guest.regions.pluggable().unwrap();
-    assert_eq!(Some(&range), guest.ram.pluggable_range().as_ref());
-    let check = |kernel: &Kernel| check_reach(&range, &blocks, kernel);
+    let pieces = guest.regions.pluggable();
+    let range = guest.ram.pluggable_ranges().remove(0);
+    assert_eq!(
+        pieces.iter().map(|(range, _)| range).collect::<Vec<_>>(),
+        [&range]
+    );
+    let check = |kernel: &Kernel| check_reach(&pieces, kernel);
     assert_eq!(check(&Kernel::new(COUNT as usize + 256)), Ok(()));
     let few = check(&Kernel::new(COUNT as usize + 255)).unwrap_err();
     let expected = PluggableError::Mappings {
@@ -167,8 +171,56 @@ fn a_space_without_room_for_all_blocks_is_refused_with_its_figures_and_one_in_re
         reach: range.start + BLOCK - 1,
     };
     let gap = range.start + BLOCK;
-    let range = range.clone();
     assert_eq!(check(&short), Err(PluggableError::Reach { range, gap }));
+}
+
+#[test]
+fn blocks_of_all_zones_together_have_room_and_each_of_them_is_in_reach() {
+    const MORE: u64 = 128 * MIB;
+    let zone = |id: &str| MemoryZoneConfig {
+        hotplug_size: Some(MORE),
+        ..MemoryZoneConfig::new(id, 16 * MIB)
+    };
+    let config = MemoryConfig {
+        size: 32 * MIB,
+        thp: false,
+        hotplug_method: HotplugMethod::VirtioMem,
+        ..MemoryConfig::default()
+    };
+    let ram = Ram::around(&config, &[zone("a"), zone("b")], false, 3 << 30, &[]).unwrap();
+    let regions = Arc::<Regions>::default();
+    for region in ram.regions() {
+        regions.add(region).unwrap();
+    }
+    let (blocks, ranges) = (2 * MORE / BLOCK, ram.pluggable_ranges());
+    let pieces = || regions.pluggable();
+    let check = |kernel: &Kernel| check_reach(&pieces(), kernel);
+    assert_eq!(check(&Kernel::new(blocks as usize + 256)), Ok(()));
+    let few = check(&Kernel::new(blocks as usize + 255)).unwrap_err();
+    assert!(
+        matches!(few, PluggableError::Mappings { needed, .. } if needed == blocks),
+        "{few}"
+    );
+    let short = Kernel {
+        tracker: Mutex::default(),
+        most: 1000,
+        reach: ranges[1].start - 1,
+    };
+    let (range, gap) = (ranges[1].clone(), ranges[1].start);
+    assert_eq!(check(&short), Err(PluggableError::Reach { range, gap }));
+    // What is plugged is mapped by now, each block by itself.
+    let kernel = Kernel::new(1000);
+    let listener: Arc<dyn RegionListener> =
+        Arc::new(DmaListener::new(kernel.clone(), Choice::Auto));
+    regions.listen(listener).unwrap();
+    let before = kernel.count();
+    for (zone, pluggable) in ram.pluggable(&regions) {
+        pluggable.plug(&(0..8), || true).unwrap();
+        assert_eq!(pluggable.plugged(), 8 * BLOCK, "{zone:?}");
+    }
+    assert_eq!(kernel.count(), before + 16);
+    assert_eq!(kernel.bytes(), 32 * MIB + 16 * BLOCK);
+    assert_eq!(check(&Kernel::new(blocks as usize + 240)), Ok(()));
 }
 
 #[test]
@@ -200,7 +252,7 @@ fn ram_in_blocks_is_mapped_by_blocks_with_its_rest_and_each_goes_and_comes_by_it
         regions.add(region).unwrap();
     }
     let ballooned = ram.ballooned(&regions).unwrap();
-    assert!(regions.pluggable().is_none(), "none of it comes later");
+    assert!(regions.pluggable().is_empty(), "none of it comes later");
     let kernel = Kernel::new(1000);
     let listen = |kernel: &Arc<Kernel>| {
         let listener: Arc<dyn RegionListener> =

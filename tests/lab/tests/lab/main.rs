@@ -66,6 +66,7 @@ mod virtio_hotplug;
 mod vsock;
 mod walls;
 mod want;
+mod zones;
 mod zoo;
 
 /// All trials, by chapter.
@@ -91,6 +92,7 @@ const CHAPTERS: &[&[Proof]] = &[
     cpus::PROOFS,
     memory::PROOFS,
     nodes::PROOFS,
+    zones::PROOFS,
     hotplug::PROOFS,
     mediated::PROOFS,
     virtio_hotplug::PROOFS,

@@ -18,7 +18,7 @@ const KEPT: u64 = 200;
 /// How far the host's nodes are from each other.
 const DISTANCE: &str = "24";
 
-fn host() -> HostConfig {
+pub(crate) fn host() -> HostConfig {
     HostConfig::new(Kernel::Iommufd)
         .cpus(4)
         .numa_nodes(2)
@@ -85,7 +85,7 @@ fn look(host: &Host, run: GuestRun, here: impl FnOnce(&Host) -> Result<()>) -> R
 }
 
 /// That RAM is on the host's nodes as it is bound, so many MiB on each.
-fn is_on(host: &Host, mib: [u64; 2]) -> Result<()> {
+pub(crate) fn is_on(host: &Host, mib: [u64; 2]) -> Result<()> {
     let all = bound(host)?;
     tell!("bound to node, on node, pages: {all:?}");
     for (bound, on, _) in &all {
