@@ -21,9 +21,9 @@ pub(crate) const PROOFS: &[Proof] = &[
         "a_disk_on_a_frozen_file_system_holds_nothing_else_up",
         frozen,
     ),
-    Proof::soak(
+    Proof::new(
         "virtio_disks_work_by_plain_calls_where_io_uring_is_forbidden",
-        |lab, _tier| by_plain_calls(lab),
+        by_plain_calls,
     ),
 ];
 
