@@ -1,5 +1,6 @@
 //! Busway: a virtual machine monitor that gives guests real PCI devices.
 
+mod accepting;
 pub mod acpi;
 pub mod arch;
 pub mod cli;

@@ -12,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use busway_host::files::{is_no_room, no_room};
 use busway_iommu::{effective_user, process_name};
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
@@ -110,10 +111,7 @@ impl SocketError {
     /// Whether it is room that the host has not, and not what was asked for.
     pub(crate) fn is_want(&self) -> bool {
         match self {
-            Self::System { source, .. } => matches!(
-                source.kind(),
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-            ),
+            Self::System { source, .. } => is_no_room(source),
             _ => false,
         }
     }
@@ -125,13 +123,10 @@ fn remedy(error: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => {
             "; name a folder that you can write, such as one in /run"
         }
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; there is no room left on that file system, or none for this user: see df, df -i and quota"
-        }
         io::ErrorKind::ReadOnlyFilesystem => {
             "; that file system is only read: name a folder on another one, such as one in /run"
         }
-        _ => "",
+        _ => no_room(error),
     }
 }
 

@@ -201,10 +201,14 @@ fn exchange(
         Some(file) => wire.send_with(request.as_bytes(), &file),
         None => wire.send(request.as_bytes()),
     };
-    sent.map_err(failed)?;
-    receive(&mut wire).map_err(|trouble| match trouble {
-        Trouble::Io(error) => failed(error),
-        Trouble::Foreign(what) => ClientError::Foreign {
+    // A VM that does not serve the connection may have said why, and closed it, before it was asked.
+    let unasked = match sent {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Some(error),
+        sent => sent.map(|()| None).map_err(failed)?,
+    };
+    receive(&mut wire).map_err(|trouble| match (unasked, trouble) {
+        (Some(error), _) | (None, Trouble::Io(error)) => failed(error),
+        (None, Trouble::Foreign(what)) => ClientError::Foreign {
             path: socket.to_owned(),
             what,
         },

@@ -18,15 +18,15 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::http::{self, Answer, Request, Trouble};
 use super::wire::{Limits, Wire};
+use crate::accepting::{Accepted, Acceptor, PAUSE};
 use crate::provoked;
 use crate::sandbox::{self, Kind};
+use crate::shortage;
 
 /// How many connections there can be.
 pub(super) const MOST: usize = 10;
 /// How long a connection that gives way is waited for.
 const YIELD_LIMIT: Duration = Duration::from_secs(1);
-/// How long is waited before connections are accepted again where the process has no descriptor left.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// What answers requests, on many threads at once.
 pub(super) trait Service: Send + Sync {
@@ -110,6 +110,7 @@ impl Connections {
             epoll.ctl(ControlOperation::Add, descriptor, event)?;
         }
         let mut ready = [EpollEvent::default(); 2];
+        let mut acceptor = Acceptor::new(listener);
         loop {
             match epoll.wait(-1, &mut ready) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -118,8 +119,11 @@ impl Connections {
             if self.seats().closed {
                 return Ok(());
             }
-            match listener.accept() {
-                Ok((stream, _)) => self.admit(stream, service),
+            match acceptor.accept(listener) {
+                Ok(Accepted::Stream(stream)) => self.admit(stream, service),
+                Ok(Accepted::TurnedAway(stream, error)) => {
+                    unserved(Wire::new(stream, self.limits), service, &error);
+                }
                 Err(error) if is_passing(&error) => {}
                 Err(error) => {
                     log::debug!("a connection to the control socket is not accepted: {error}");
@@ -136,15 +140,9 @@ impl Connections {
             Ok(Some(place)) => place,
             Ok(None) => {
                 let reason = format!("all {MOST} connections are in the middle of a request");
-                let answer = service.refuse(503, &reason);
-                // A new connection has room for it.
-                let _gone = wire.send(&answer.encode(true, false));
-                return;
+                return turn_away(&mut wire, service, &reason);
             }
-            Err(error) => {
-                log::debug!("a connection to the control socket is not served: {error}");
-                return;
-            }
+            Err(error) => return unserved(wire, service, &error),
         };
         let service = Arc::clone(service);
         let serve = move || {
@@ -203,6 +201,26 @@ impl Connections {
             log::debug!("{left} connections to the control socket are cut off");
         }
     }
+}
+
+/// Answers a connection that is not served.
+fn turn_away(wire: &mut Wire, service: &Arc<dyn Service>, reason: &str) {
+    log::debug!("a connection to the control socket is turned away: {reason}");
+    let answer = service.refuse(503, reason);
+    // A new connection has room for it.
+    let _gone = wire.send(&answer.encode(true, false));
+}
+
+/// The same, where there is no descriptor for it. Whoever is still asking is waited for, so that the answer is read: nobody else
+/// can be served meanwhile.
+fn unserved(mut wire: Wire, service: &Arc<dyn Service>, error: &io::Error) {
+    let error = shortage::explained(error);
+    turn_away(
+        &mut wire,
+        service,
+        &format!("no connection can be served: {error}"),
+    );
+    wire.finish();
 }
 
 /// What concerns one connection that was to be accepted, and not the next. accept(2)

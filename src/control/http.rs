@@ -10,6 +10,7 @@ use httparse::{EMPTY_HEADER, Header, Status};
 
 use super::wire::Wire;
 use crate::machine::Files;
+use crate::shortage;
 
 /// The most bytes of a request's head, and of the trailers behind a chunked body.
 pub(super) const HEAD_MOST: usize = 16 << 10;
@@ -79,6 +80,12 @@ pub(super) enum Refusal {
     /// the request did not come whole in time
     #[error("the request did not come whole in time")]
     Slow,
+    /// descriptors that came with the request could not be taken
+    #[error(
+        "descriptors that came with the request could not be taken: {}",
+        shortage::explained(&io::Error::from_raw_os_error(libc::EMFILE))
+    )]
+    Files,
 }
 
 impl Refusal {
@@ -89,6 +96,7 @@ impl Refusal {
             Self::Slow => 408,
             Self::Body => 413,
             Self::Head => 431,
+            Self::Files => 503,
         }
     }
 }
@@ -113,6 +121,9 @@ pub(super) fn receive(wire: &mut Wire) -> Result<Request, Trouble> {
     match head.length {
         Length::Bytes(count) => receive_bytes(wire, count, &mut request.body)?,
         Length::Chunked => receive_chunks(wire, &mut request.body)?,
+    }
+    if wire.has_lost_files() {
+        return Err(Refusal::Files.into());
     }
     request.files = wire.take_files().into();
     Ok(request)

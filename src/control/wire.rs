@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
@@ -51,6 +51,8 @@ pub(super) struct Wire {
     taken: usize,
     /// The descriptors that came beside them.
     files: Vec<OwnedFd>,
+    /// Others came, and this process had no descriptor for them.
+    lost_files: bool,
 }
 
 impl Wire {
@@ -62,12 +64,18 @@ impl Wire {
             bytes: Vec::new(),
             taken: 0,
             files: Vec::new(),
+            lost_files: false,
         }
     }
 
     /// Takes the descriptors that have come.
     pub(super) fn take_files(&mut self) -> Vec<OwnedFd> {
         std::mem::take(&mut self.files)
+    }
+
+    /// Whether descriptors came that this process had no room for.
+    pub(super) fn has_lost_files(&self) -> bool {
+        self.lost_files
     }
 
     /// By which the connection can be ended from another thread.
@@ -133,6 +141,10 @@ impl Wire {
                 result => break result.map_err(timed_out),
             }
         };
+        let result = result.map(|(count, truncated)| {
+            self.lost_files |= truncated && self.files.len() < FILES_MOST;
+            count
+        });
         let count = result.as_ref().copied().unwrap_or(0);
         self.bytes.truncate(before.saturating_add(count));
         result
@@ -192,7 +204,11 @@ impl Wire {
 }
 
 /// Reads bytes, and the descriptors that come beside them (SCM_RIGHTS, unix(7)). What finds no room is closed.
-fn receive(stream: &UnixStream, bytes: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
+fn receive(
+    stream: &UnixStream,
+    bytes: &mut [u8],
+    files: &mut Vec<OwnedFd>,
+) -> io::Result<(usize, bool)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MOST))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(bytes)];
@@ -203,7 +219,7 @@ fn receive(stream: &UnixStream, bytes: &mut [u8], files: &mut Vec<OwnedFd>) -> i
             files.extend(come.take(room));
         }
     }
-    Ok(received.bytes)
+    Ok((received.bytes, received.flags.contains(ReturnFlags::CTRUNC)))
 }
 
 /// As much of `most` as is left before the deadline.

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use busway_host::files::no_room;
+
 /// Firmware cannot be used. Each message is whole: what, which file, why, and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum FirmwareError {
@@ -100,7 +102,7 @@ pub enum FirmwareError {
         path: PathBuf,
     },
     /// the store {vars} cannot be used
-    #[error("vars={}: {what}: {source}", vars.display())]
+    #[error("vars={}: {what}: {source}{}", vars.display(), no_room(source))]
     Store {
         /// The store.
         vars: PathBuf,

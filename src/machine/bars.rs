@@ -14,6 +14,7 @@ use busway_pci::{
 use super::bus::Bar;
 use crate::kvm::{AddressMap, Buses, Doorbell, Doorbells};
 use crate::memory::{Peer, Region, Regions};
+use crate::shortage;
 use busway_pci::Complaints;
 
 /// End of the I/O ports.
@@ -154,13 +155,13 @@ impl Bars {
                     self.regions
                         .add(part.clone())
                         .map(|()| shortcuts.regions.push(part))
-                        .map_err(|error| error.to_string())
+                        .map_err(|error| shortage::explained(&error))
                 }
                 BarPart::Doorbell { offset, event } => self
                     .doorbells
                     .ring(region.address.saturating_add(offset), &event)
                     .map(|doorbell| shortcuts.doorbells.push(doorbell))
-                    .map_err(|error| error.to_string()),
+                    .map_err(|error| shortage::explained(&error)),
             };
             if let Err(error) = taken {
                 log::log!(

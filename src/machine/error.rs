@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use busway_host::files::is_no_room;
 use busway_iommu::{MemlockError, OpenError};
 use busway_pci::{AssignError, BarIndex, PlaceError, WindowKind};
 use busway_vfio::{DeviceError, InheritedError};
@@ -379,10 +380,21 @@ impl RunError {
         move |source| Self::System { what, source }
     }
 
+    /// Whether a file system has no room for what was to be made, or none for this user.
+    fn is_want_of_room(&self) -> bool {
+        match self {
+            Self::Console { source, .. } => source.is_want(),
+            Self::Vsock(VsockError::Socket { source, .. }) => source.is_want(),
+            Self::Firmware(FirmwareError::Store { source, .. }) => is_no_room(source),
+            _ => false,
+        }
+    }
+
     /// The exit status, of [`crate::exit`].
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
+            _ if self.is_want_of_room() => HOST,
             Self::NotReady { error, .. } => error.exit_status(),
             Self::Firmware(FirmwareError::NotInstalled { .. }) => HOST,
             Self::Config(_)
@@ -469,5 +481,30 @@ impl RunError {
             Self::Landlock(LandlockError::Path { .. }) => USAGE,
             _ => RUNTIME,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_file_system_has_no_room_for_is_the_hosts_want_and_what_is_not_there_is_none() {
+        let store = |errno| {
+            RunError::Firmware(FirmwareError::Store {
+                vars: "/vm.vars".into(),
+                what: "it cannot be made",
+                source: io::Error::from_raw_os_error(errno),
+            })
+        };
+        for errno in [libc::ENOSPC, libc::EDQUOT] {
+            assert_eq!(store(errno).exit_status(), HOST);
+            let said = store(errno).to_string();
+            assert!(
+                said.contains("/vm.vars") && said.contains("quota"),
+                "{said}"
+            );
+        }
+        assert_eq!(store(libc::ENOENT).exit_status(), USAGE);
     }
 }

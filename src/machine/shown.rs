@@ -13,9 +13,11 @@ use crate::virtio::balloon::BalloonTarget;
 impl Machine {
     /// How it is, and what it is made of.
     pub(super) fn info(&self, life: &Life) -> Info {
+        let mut config = self.config();
+        config.cpus.core_scheduling = Some(self.core_scheduling);
         Info {
             state: life.state(),
-            config: self.config(),
+            config,
             memory: self.memory(),
             zones: self.zones(),
             balloon: self.virtio.balloon().map_or(0, BalloonTarget::actual),

@@ -35,6 +35,9 @@ pub enum FileMemoryError {
     /// it cannot be mapped: {0}
     #[error("it cannot be mapped: {0}")]
     Map(String),
+    /// it cannot be kept open: {0}
+    #[error("it cannot be kept open: {0}")]
+    Keep(#[source] io::Error),
     /// Somebody who has to know of it does not take it.
     #[error(transparent)]
     Regions(#[from] RegionsError),
@@ -79,7 +82,7 @@ impl Slots {
         let place = place.ok_or_else(|| FileMemoryError::NoRoom {
             free: self.area.largest(),
         })?;
-        let kept = file.try_clone().map_err(|error| map_error(&error))?;
+        let kept = file.try_clone().map_err(FileMemoryError::Keep)?;
         let length = usize::try_from(size).map_err(|error| map_error(&error))?;
         let flags = match private {
             true => libc::MAP_PRIVATE | libc::MAP_NORESERVE,

@@ -42,7 +42,6 @@ pub(super) const KVM_RUNNING: &[u32] = &[
     to::<kvm::kvm_ioeventfd>(KVM, 0x79),               // KVM_IOEVENTFD
     to::<kvm::kvm_userspace_memory_region>(KVM, 0x46), // KVM_SET_USER_MEMORY_REGION
     to::<kvm::kvm_irq_level>(KVM, 0x61),               // KVM_IRQ_LINE
-    to::<kvm::kvm_msi>(KVM, 0xa5),                     // KVM_SIGNAL_MSI
     from::<kvm::kvm_regs>(KVM, 0x81),                  // KVM_GET_REGS
     from::<kvm::kvm_sregs>(KVM, 0x83),                 // KVM_GET_SREGS
 ];
@@ -78,6 +77,7 @@ pub(super) const KVM_MAKING: &[u32] = &[
     from::<kvm::kvm_pit_state2>(KVM, 0x9f),    // KVM_GET_PIT2
     to::<kvm::kvm_pit_state2>(KVM, 0xa0),      // KVM_SET_PIT2
     to::<kvm::kvm_enable_cap>(KVM, 0xa3),      // KVM_ENABLE_CAP
+    to::<kvm::kvm_msi>(KVM, 0xa5),             // KVM_SIGNAL_MSI
     both::<kvm::kvm_msrs>(KVM, 0x88),          // KVM_GET_MSRS
     from::<kvm::kvm_lapic_state>(KVM, 0x8e),   // KVM_GET_LAPIC
     to::<kvm::kvm_cpuid2>(KVM, 0x90),          // KVM_SET_CPUID2
@@ -109,7 +109,6 @@ pub(super) const VFIO_RUNNING: &[u32] = &[
     none(VFIO, VFIO_BASE + 13), // VFIO_DEVICE_PCI_HOT_RESET, VFIO_IOMMU_MAP_DMA
     none(VFIO, VFIO_BASE + 14), // VFIO_IOMMU_UNMAP_DMA
     none(VFIO, VFIO_BASE + 17), // VFIO_DEVICE_FEATURE
-    none(VFIO, 0x85),           // IOMMU_IOAS_MAP
     none(VFIO, 0x86),           // IOMMU_IOAS_UNMAP
     none(VFIO, 0x8f),           // IOMMU_IOAS_MAP_FILE
 ];
@@ -128,7 +127,6 @@ pub(super) const VFIO_OPENING: &[u32] = &[
     none(VFIO, VFIO_BASE + 9),  // VFIO_DEVICE_GET_IRQ_INFO
     none(VFIO, VFIO_BASE + 18), // VFIO_DEVICE_BIND_IOMMUFD
     none(VFIO, VFIO_BASE + 19), // VFIO_DEVICE_ATTACH_IOMMUFD_PT
-    none(VFIO, VFIO_BASE + 20), // VFIO_DEVICE_DETACH_IOMMUFD_PT
     none(VFIO, 0x80),           // IOMMU_DESTROY
     none(VFIO, 0x81),           // IOMMU_IOAS_ALLOC
     none(VFIO, 0x84),           // IOMMU_IOAS_IOVA_RANGES
@@ -139,10 +137,7 @@ pub(super) const VFIO_INTERRUPTS: &[u32] = &[none(VFIO, VFIO_BASE + 10)];
 
 /// What hands a device's rings to the kernel's vhost, and takes them back.
 pub(super) const VHOST_RINGS: &[u32] = &[
-    from::<u64>(VHOST, 0x00),       // VHOST_GET_FEATURES
     to::<u64>(VHOST, 0x00),         // VHOST_SET_FEATURES
-    none(VHOST, 0x01),              // VHOST_SET_OWNER
-    none(VHOST, 0x02),              // VHOST_RESET_OWNER
     to::<u64>(VHOST, 0x03),         // VHOST_SET_MEM_TABLE: the head of a list, 8 bytes
     to::<u64>(VHOST, 0x10),         // VHOST_SET_VRING_NUM: 8 bytes, as the next ones but one
     to::<[u64; 5]>(VHOST, 0x11),    // VHOST_SET_VRING_ADDR: 40 bytes
@@ -151,11 +146,15 @@ pub(super) const VHOST_RINGS: &[u32] = &[
     to::<u64>(VHOST, 0x20),         // VHOST_SET_VRING_KICK
     to::<u64>(VHOST, 0x21),         // VHOST_SET_VRING_CALL
     to::<u64>(VHOST, 0x22),         // VHOST_SET_VRING_ERR
-    from::<u64>(VHOST, 0x26),       // VHOST_GET_BACKEND_FEATURES
-    to::<u64>(VHOST, 0x25),         // VHOST_SET_BACKEND_FEATURES
     to::<u64>(VHOST, 0x30),         // VHOST_NET_SET_BACKEND
-    to::<u64>(VHOST, 0x60),         // VHOST_VSOCK_SET_GUEST_CID
     to::<libc::c_int>(VHOST, 0x61), // VHOST_VSOCK_SET_RUNNING
+];
+
+/// What a device of the kernel's vhost is opened by.
+pub(super) const VHOST_OPENING: &[u32] = &[
+    from::<u64>(VHOST, 0x00), // VHOST_GET_FEATURES
+    none(VHOST, 0x01),        // VHOST_SET_OWNER
+    to::<u64>(VHOST, 0x60),   // VHOST_VSOCK_SET_GUEST_CID
 ];
 
 /// What vectors that come late ask of vhost.
@@ -164,27 +163,29 @@ pub(super) const VHOST_CALLS: &[u32] = &[to::<u64>(VHOST, 0x21)];
 /// What a driver's choice of offloads and queues asks of a tap.
 pub(super) const TUN_RUNNING: &[u32] = &[
     to::<libc::c_uint>(b'T', 208), // TUNSETOFFLOAD
-    to::<libc::c_int>(b'T', 216),  // TUNSETVNETHDRSZ
     to::<libc::c_int>(b'T', 217),  // TUNSETQUEUE
 ];
 
 /// What a tap is opened and brought up by.
 pub(super) const TUN_OPENING: &[u32] = &[
     to::<libc::c_int>(b'T', 202),    // TUNSETIFF
-    from::<libc::c_uint>(b'T', 207), // TUNGETFEATURES
+    to::<libc::c_int>(b'T', 216),    // TUNSETVNETHDRSZ
     from::<libc::c_uint>(b'T', 210), // TUNGETIFF
     0x8913,                          // SIOCGIFFLAGS (linux/sockios.h)
     0x8914,                          // SIOCSIFFLAGS
     0x8921,                          // SIOCGIFMTU
     0x8922,                          // SIOCSIFMTU
-    0x8933,                          // SIOCGIFINDEX
 ];
 
-/// What a block device is asked for.
-pub(super) const BLOCK: &[u32] = &[
+/// What a guest's requests to a block device ask for.
+pub(super) const BLOCK_RUNNING: &[u32] = &[
+    none(0x12, 119), // BLKDISCARD (linux/fs.h)
+];
+
+/// What a block device is asked for when it is opened, and when it is looked at anew.
+pub(super) const BLOCK_OPENING: &[u32] = &[
     request(READ, 0x12, 114, 8), // BLKGETSIZE64 (linux/fs.h)
     none(0x12, 104),             // BLKSSZGET
-    none(0x12, 119),             // BLKDISCARD
     none(0x12, 120),             // BLKIOMIN
     none(0x12, 121),             // BLKIOOPT
     none(0x12, 123),             // BLKPBSZGET
@@ -224,14 +225,12 @@ mod tests {
         for (list, number) in [
             (TUN_OPENING, libc::TUNSETIFF),
             (TUN_OPENING, libc::TUNGETIFF),
-            (TUN_OPENING, libc::TUNGETFEATURES),
             (TUN_OPENING, libc::SIOCGIFFLAGS),
             (TUN_OPENING, libc::SIOCSIFFLAGS),
             (TUN_OPENING, libc::SIOCGIFMTU),
             (TUN_OPENING, libc::SIOCSIFMTU),
-            (TUN_OPENING, libc::SIOCGIFINDEX),
             (TUN_RUNNING, libc::TUNSETOFFLOAD),
-            (TUN_RUNNING, libc::TUNSETVNETHDRSZ),
+            (TUN_OPENING, libc::TUNSETVNETHDRSZ),
             (TUN_RUNNING, libc::TUNSETQUEUE),
             (TERMINAL, libc::TCGETS),
             (TERMINAL, libc::TCSETS),
@@ -242,10 +241,10 @@ mod tests {
             (PSEUDO_TERMINAL, libc::TIOCGPTN),
             (PSEUDO_TERMINAL, libc::TIOCSPTLCK),
             (PSEUDO_TERMINAL, libc::TIOCGPTPEER),
-            (BLOCK, libc::BLKSSZGET),
-            (BLOCK, libc::BLKPBSZGET),
-            (BLOCK, libc::BLKIOMIN),
-            (BLOCK, libc::BLKIOOPT),
+            (BLOCK_OPENING, libc::BLKSSZGET),
+            (BLOCK_OPENING, libc::BLKPBSZGET),
+            (BLOCK_OPENING, libc::BLKIOMIN),
+            (BLOCK_OPENING, libc::BLKIOOPT),
             (ANY, libc::FIONBIO),
             (ANY, libc::FIOCLEX),
             (ANY, libc::FIONREAD),

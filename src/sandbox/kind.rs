@@ -18,7 +18,7 @@ pub enum Kind {
     Vsock,
     /// Connects to programs on the host for the former: `vsock-out`.
     VsockPorts,
-    /// Connects to the process that serves a device: `_fs0`, `vhost-user`.
+    /// Connects to the process that serves a device: `vu-fs0`, `vhost-user`.
     VhostUser,
     /// Serves a virtio console: `_console`.
     Console,

@@ -104,6 +104,9 @@ pub(super) const COMMON: &[Row] = &[
     (libc::SYS_getrandom, Always),
     (libc::SYS_gettid, Always),
     (libc::SYS_getpid, Always),
+    // Whose a file is, and which limit was reached, is found out on whichever thread is refused something.
+    (libc::SYS_geteuid, Always),
+    (libc::SYS_prlimit64, Is(2, &[0])),
     (libc::SYS_clone, Bits(0, THREAD | NO_THREAD, THREAD)),
     // Answered with ENOSYS, for its flags are out of a filter's sight: libraries take clone instead.
     (libc::SYS_clone3, Always),
@@ -153,10 +156,11 @@ const AT_PLACES: &[Row] = &[(libc::SYS_preadv, Always), (libc::SYS_pwritev, Alwa
 const TO_READ: &[Row] = &[
     (libc::SYS_open, Bits(1, TO_WRITE, 0)),
     (libc::SYS_openat, Bits(2, TO_WRITE, 0)),
-    (libc::SYS_readlink, Always),
-    (libc::SYS_readlinkat, Always),
     (libc::SYS_getdents64, Always),
 ];
+
+/// Follows links, as sysfs has them from one thing to another.
+const LINKS: &[Row] = &[(libc::SYS_readlink, Always), (libc::SYS_readlinkat, Always)];
 
 /// Looks at files by their paths, in either library's words.
 const LOOKS: &[Row] = &[
@@ -172,41 +176,44 @@ const IN_PLACE: &[Row] = &[(
     Bits(2, (O_CREAT | O_TRUNC | O_APPEND) as u32, 0),
 )];
 
-/// Makes and changes files, gives them other names, and takes these away.
+/// Makes and changes files, and gives them other names.
 const TO_CHANGE: &[Row] = &[
     (libc::SYS_open, Always),
     (libc::SYS_openat, Always),
-    (libc::SYS_unlink, Always),
     (libc::SYS_rename, Always),
     (libc::SYS_ftruncate, Always),
 ];
+
+/// Sets this process's limits.
+const LIMITS: &[Row] = &[(libc::SYS_prlimit64, Is(0, &[0]))];
 
 /// What is done with files besides, where a VM is put together and ends.
 const TO_KEEP: &[Row] = &[
     (libc::SYS_linkat, Always),
     (libc::SYS_fchmod, Always),
     (libc::SYS_fsync, Always),
-    (libc::SYS_fdatasync, Always),
     (libc::SYS_flock, Always),
     (libc::SYS_fstatfs, Always),
     (libc::SYS_getcwd, Always),
 ];
 
-/// Removes the name of a socket that it served.
+/// Takes a file's name away: that of a socket that it served, or of what was not written whole.
 const REMOVES: &[Row] = &[(libc::SYS_unlink, Always)];
 
-/// Talks over sockets that are there.
-const STREAMS: &[Row] = &[
-    (libc::SYS_accept4, Always),
-    (libc::SYS_recvfrom, Always),
-    (libc::SYS_sendto, Always),
-    (libc::SYS_recvmsg, Always),
-    (libc::SYS_sendmsg, Always),
-    (libc::SYS_shutdown, Always),
-    (libc::SYS_getsockopt, Always),
-    (libc::SYS_setsockopt, Always),
-    (libc::SYS_getsockname, Always),
-];
+/// Takes connections to a socket.
+const ACCEPTS: &[Row] = &[(libc::SYS_accept4, Always)];
+
+/// Hears what is said over a connection, says something, and ends it or half of it.
+const HEARS: &[Row] = &[(libc::SYS_recvfrom, Always)];
+const SAYS: &[Row] = &[(libc::SYS_sendto, Always)];
+const ENDS: &[Row] = &[(libc::SYS_shutdown, Always)];
+
+/// Takes descriptors from the other end, and gives it some.
+const TAKES: &[Row] = &[(libc::SYS_recvmsg, Always)];
+const GIVES: &[Row] = &[(libc::SYS_sendmsg, Always)];
+
+/// Bounds the time that a client has.
+const TIMES: &[Row] = &[(libc::SYS_setsockopt, Always)];
 
 /// Makes sockets: of the Unix family, of the Internet's to ask for the state of a tap, and of rtnetlink's to ask by which
 /// interface the host is reached, for what is said of a device that cannot be had.
@@ -218,6 +225,9 @@ const SOCKETS: &[Row] = &[
     (libc::SYS_socketpair, Is(0, &[AF_UNIX as u32])),
     (libc::SYS_bind, Always),
     (libc::SYS_listen, Always),
+    // Of a socket that was inherited.
+    (libc::SYS_getsockopt, Always),
+    (libc::SYS_getsockname, Always),
 ];
 
 /// Asks the kernel for routes, for what is said of a device that somebody asks about over the API.
@@ -240,13 +250,18 @@ const IMAGES: &[Row] = &[
     (libc::SYS_fdatasync, Always),
     (libc::SYS_fallocate, Always),
     (libc::SYS_ftruncate, Always),
+    (libc::SYS_ioctl, Is(1, ioctls::BLOCK_RUNNING)),
+    // Its own processors: `queue_affinity=` of --disk.
+    (libc::SYS_sched_setaffinity, Is(0, &[0])),
+];
+
+/// Opens a disk's image: its size, and the lock by which no other VM writes to it.
+const IMAGES_OPENING: &[Row] = &[
     (
         libc::SYS_fcntl,
         Is(1, &[F_OFD_GETLK as u32, F_OFD_SETLK as u32]),
     ),
-    (libc::SYS_ioctl, Is(1, ioctls::BLOCK)),
-    // Its own processors: `queue_affinity=` of --disk.
-    (libc::SYS_sched_setaffinity, Is(0, &[0])),
+    (libc::SYS_ioctl, Is(1, ioctls::BLOCK_OPENING)),
 ];
 
 /// Takes huge pages for RAM that comes, and gives them back.
@@ -276,14 +291,12 @@ const ONCE: &[Row] = &[
     (libc::SYS_inotify_init1, Always),
     (libc::SYS_inotify_add_watch, Always),
     (libc::SYS_fcntl, Is(1, &[F_ADD_SEALS as u32])),
-    (libc::SYS_prlimit64, Is(0, &[0])),
     // What may be on a core beside this process's threads: --cpus core_scheduling=.
     (libc::SYS_prctl, Is(0, &[PR_SCHED_CORE])),
     // Any thread's processors, of this process and, as far as its user goes, of others: --cpus affinity= and dedicated=.
     (libc::SYS_sched_setaffinity, Always),
     // The process's layer of Landlock.
     (libc::SYS_landlock_add_rule, Always),
-    (libc::SYS_geteuid, Always),
     (libc::SYS_getpgrp, Always),
 ];
 
@@ -299,6 +312,7 @@ const VFIO_MAPPING: &[Row] = &[ioctl(ioctls::VFIO_MAPPING)];
 const VFIO_OPENING: &[Row] = &[ioctl(ioctls::VFIO_OPENING)];
 const VFIO_INTERRUPTS: &[Row] = &[ioctl(ioctls::VFIO_INTERRUPTS)];
 const VHOST_RINGS: &[Row] = &[ioctl(ioctls::VHOST_RINGS)];
+const VHOST_OPENING: &[Row] = &[ioctl(ioctls::VHOST_OPENING)];
 const VHOST_CALLS: &[Row] = &[ioctl(ioctls::VHOST_CALLS)];
 const TUN_RUNNING: &[Row] = &[ioctl(ioctls::TUN_RUNNING)];
 const TUN_OPENING: &[Row] = &[ioctl(ioctls::TUN_OPENING)];
@@ -309,9 +323,12 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
     match kind {
         Kind::Main => &[
             TO_READ,
+            LINKS,
             LOOKS,
             TO_CHANGE,
+            REMOVES,
             TO_KEEP,
+            LIMITS,
             SOCKETS,
             CONNECTS,
             ONCE,
@@ -319,7 +336,8 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
             VFIO_OPENING,
             TUN_OPENING,
             PSEUDO_TERMINAL,
-            HUGE_BLOCKS,
+            VHOST_OPENING,
+            IMAGES_OPENING,
         ],
         Kind::Vcpu => &[
             KVM_RUNNING,
@@ -328,7 +346,6 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
             WORKERS,
             TIMERS,
             VFIO_RUNNING,
-            VFIO_MAPPING,
             VHOST_RINGS,
             TUN_RUNNING,
         ],
@@ -336,21 +353,24 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::Net => &[TUN_RUNNING],
         // It serves the queue by which a driver chooses offloads and queues.
         Kind::Vhost => &[VHOST_CALLS, TUN_RUNNING],
-        Kind::Vsock => &[VHOST_CALLS, STREAMS, TIMERS],
+        Kind::Vsock => &[ACCEPTS, HEARS, SAYS, ENDS, TIMERS],
         Kind::VsockPorts => &[CONNECTS],
         // What a back end asks for comes by one end of a pair.
-        Kind::VhostUser => &[STREAMS, CONNECTS, PAIRS],
-        Kind::Console => &[STREAMS],
+        Kind::VhostUser => &[ACCEPTS, HEARS, SAYS, TAKES, GIVES, ENDS, CONNECTS, PAIRS],
+        Kind::Console => &[ACCEPTS, HEARS],
         // A balloon that waits for a mapping asks for it again after a while.
         Kind::Memory => &[VFIO_MAPPING, TIMERS, HUGE_BLOCKS],
-        Kind::Http => &[TO_READ, LOOKS, STREAMS, AT_A_PLACE, ROUTES],
-        Kind::ConsoleOutput => &[LOOKS, TO_CHANGE, STREAMS],
-        Kind::Input => &[STREAMS, REMOVES],
+        Kind::Http => &[
+            TO_READ, LINKS, LOOKS, ACCEPTS, TAKES, SAYS, TIMES, ENDS, ROUTES,
+        ],
+        Kind::ConsoleOutput => &[LOOKS, TO_CHANGE, SAYS],
+        Kind::Input => &[ACCEPTS, HEARS, REMOVES],
         Kind::Unmask => &[VFIO_INTERRUPTS],
         Kind::Variables => &[&[(libc::SYS_fdatasync, Always)]],
-        Kind::Tpm => &[STREAMS, CONNECTS, PAIRS],
+        // swtpm's half of a pair goes to it by a message.
+        Kind::Tpm => &[CONNECTS, PAIRS, HEARS, SAYS, GIVES],
         Kind::Steer => &[TO_READ, LOOKS, IN_PLACE],
-        Kind::Report => &[LOOKS, TO_CHANGE],
+        Kind::Report => &[LOOKS, TO_CHANGE, REMOVES],
         Kind::GivenUp => &[LOOKS],
         Kind::Entropy => &[TIMERS],
         Kind::Log | Kind::Populate | Kind::Progress | Kind::Watchdog => &[],
@@ -506,11 +526,6 @@ pub(super) const SPARE: &[Reason] = &[
         &[&[(libc::SYS_open, Always)]],
     ),
     (
-        "a library's, that waits a moment for a lock",
-        &[],
-        &[&[(libc::SYS_sched_yield, Always)]],
-    ),
-    (
         "the kernel's own, where a stop has interrupted a wait",
         &[],
         &[&[(libc::SYS_restart_syscall, Always)]],
@@ -543,75 +558,48 @@ pub(super) const SPARE: &[Reason] = &[
         ]],
     ),
     (
-        "a report that was not written whole is taken away, and one that is there is emptied",
+        "a report that was not written whole is taken away, and so is what is left of one",
         &[Kind::Report],
         &[&[(libc::SYS_unlink, Always), (libc::SYS_ftruncate, Always)]],
+    ),
+    (
+        "a buffer that direct I/O cannot take: Linux's drivers have none",
+        &[Kind::Disk],
+        &[&[(libc::SYS_pread64, Always)]],
+    ),
+    (
+        "the firmware's variables, which are made on the process's first thread",
+        &[Kind::Main],
+        &[&[(libc::SYS_linkat, Always), (libc::SYS_fsync, Always)]],
+    ),
+    (
+        "an error's: who has locked a disk's image",
+        &[Kind::Main],
+        &[&[(libc::SYS_fcntl, Is(1, &[F_OFD_GETLK as u32]))]],
+    ),
+    (
+        "imago's, where zeroes reach beyond the end of an image's file",
+        &[Kind::Disk],
+        &[&[(libc::SYS_ftruncate, Always)]],
+    ),
+    (
+        "a back end that comes again to the socket where Busway listens, as dpdk-testpmd does",
+        &[Kind::VhostUser],
+        &[ACCEPTS],
+    ),
+    (
+        "a driver that chooses other offloads while it runs: Linux's does for XDP",
+        &[Kind::Net, Kind::Vhost],
+        &[&[(libc::SYS_ioctl, Is(1, &[0x4004_54d0]))]],
+    ),
+    (
+        "a driver that gives a queue another vector, or masks it, while it runs: Linux's does not",
+        &[Kind::Vhost],
+        &[VHOST_CALLS],
     ),
     (
         "F_SETFL: what libraries set of descriptors that they are given",
         &[],
         &[&[(libc::SYS_fcntl, Is(1, &[F_SETFL as u32]))]],
     ),
-    // Which of these the threads make has not been noted yet from the lab's trials of them.
-    (
-        NOT_NOTED,
-        &[Kind::Main],
-        &[
-            &[
-                (libc::SYS_linkat, Always),
-                (libc::SYS_fsync, Always),
-                (libc::SYS_fdatasync, Always),
-                (libc::SYS_mbind, Always),
-            ],
-            KVM_MAKING,
-            VFIO_OPENING,
-            TUN_OPENING,
-        ],
-    ),
-    (
-        NOT_NOTED,
-        &[Kind::Vcpu],
-        &[
-            KVM_RUNNING,
-            VFIO_RUNNING,
-            VFIO_MAPPING,
-            VHOST_RINGS,
-            TUN_RUNNING,
-        ],
-    ),
-    (
-        NOT_NOTED,
-        &[Kind::Disk],
-        &[AT_A_PLACE, AT_PLACES, IMAGES, TIMERS],
-    ),
-    (NOT_NOTED, &[Kind::Net], &[TUN_RUNNING]),
-    (NOT_NOTED, &[Kind::Vhost], &[VHOST_CALLS, TUN_RUNNING]),
-    (NOT_NOTED, &[Kind::Vsock], &[VHOST_CALLS, STREAMS]),
-    (
-        NOT_NOTED,
-        &[Kind::VhostUser, Kind::Tpm],
-        &[STREAMS, CONNECTS, PAIRS],
-    ),
-    (NOT_NOTED, &[Kind::Console], &[STREAMS]),
-    (NOT_NOTED, &[Kind::Memory], &[VFIO_MAPPING, TIMERS]),
-    (NOT_NOTED, &[Kind::Main, Kind::Memory], &[HUGE_BLOCKS]),
-    (NOT_NOTED, &[Kind::Entropy], &[TIMERS]),
-    (NOT_NOTED, &[Kind::Http], &[STREAMS, AT_A_PLACE]),
-    (
-        NOT_NOTED,
-        &[Kind::ConsoleOutput],
-        &[LOOKS, TO_CHANGE, STREAMS],
-    ),
-    (NOT_NOTED, &[Kind::Input], &[STREAMS, REMOVES]),
-    (NOT_NOTED, &[Kind::Unmask], &[VFIO_INTERRUPTS]),
-    (
-        NOT_NOTED,
-        &[Kind::Variables],
-        &[&[(libc::SYS_fdatasync, Always)]],
-    ),
-    (NOT_NOTED, &[Kind::Steer], &[TO_READ, LOOKS, IN_PLACE]),
 ];
-
-#[cfg(test)]
-const NOT_NOTED: &str =
-    "a trial of the lab's makes use of it, which has not been noted yet: scripts/calls";

@@ -265,6 +265,10 @@ fn live_and_panic(kind: Kind) {
     let other = thread::Builder::new().name("other".to_owned());
     let other = other.spawn(|| enter(Kind::Watchdog)).unwrap();
     other.join().unwrap();
+    // What was refused is explained where it was, with the limit and the user.
+    let lack = std::io::Error::from_raw_os_error(libc::ENOMEM);
+    let _no_limit = crate::shortage::remedy(&lack, "");
+    let _user = busway_iommu::effective_user();
     std::panic::set_hook(Box::new(|info| {
         eprintln!("this went wrong: {info}");
         process::exit(1);

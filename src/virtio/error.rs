@@ -55,6 +55,6 @@ pub enum StartError {
     #[error(transparent)]
     Vhost(#[from] VhostError),
     /// The host refused something that the device needs to run.
-    #[error(transparent)]
+    #[error("{0}")]
     Host(#[from] io::Error),
 }

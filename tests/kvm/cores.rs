@@ -8,8 +8,10 @@ use rustix::io::Errno;
 use rustix::thread::{
     CoreSchedulingScope, Pid, core_scheduling_cookie, create_core_scheduling_cookie, gettid,
 };
+use serde_json::json;
 
 use crate::bare::power_off;
+use crate::served::{Served, lives};
 use crate::whole::{Run, has_kvm, signal, stderr, wait_for_the_button};
 
 const THREAD: CoreSchedulingScope = CoreSchedulingScope::Thread;
@@ -63,5 +65,39 @@ fn a_vm_has_a_cookie_and_each_vcpu_its_own_where_asked_or_the_kernel_without_is_
         }
         signal(&child, libc::SIGTERM);
         assert!(child.wait().unwrap().success(), "{word}");
+    }
+}
+
+#[test]
+fn what_is_in_effect_is_shown_whether_it_was_asked_for_or_not() {
+    let can = thread::spawn(|| create_core_scheduling_cookie(gettid(), THREAD));
+    let has_none = can.join().unwrap() == Err(Errno::INVAL);
+    for (asked, shown) in [
+        (None, if has_none { "Off" } else { "Vm" }),
+        (Some("Vm"), if has_none { "Off" } else { "Vm" }),
+        (Some("Off"), "Off"),
+        (Some("Vcpu"), "Vcpu"),
+    ] {
+        let Some(served) = Served::start(&[]) else {
+            return;
+        };
+        let mut vm = served.vm(&lives("boot"));
+        if let Some(asked) = asked {
+            vm["cpus"]["core_scheduling"] = json!(asked);
+        }
+        assert_eq!(served.ask("PUT", "vm.create", Some(&vm)).0, 204);
+        let in_effect = || {
+            let (_, mut info) = served.ask("GET", "vm.info", None);
+            info["config"]["cpus"]["core_scheduling"].take()
+        };
+        // Nothing is in effect yet.
+        assert_eq!(in_effect(), asked.unwrap_or("Vm"));
+        let (status, said) = served.ask("PUT", "vm.boot", None);
+        if has_none && asked == Some("Vcpu") {
+            assert_eq!(status, 500, "{said}");
+            continue;
+        }
+        assert_eq!(status, 204, "{said}");
+        assert_eq!(in_effect(), shown, "{asked:?}");
     }
 }

@@ -5,6 +5,7 @@ mod attentive;
 mod bare;
 mod bios;
 mod clients;
+mod consoles;
 mod cores;
 mod curl;
 mod exits;

@@ -11,11 +11,18 @@ use crate::opened::{STRACE, Table, since_the_guest_began};
 use crate::served::eventually;
 use crate::whole::has_kvm;
 
+/// Whether strace(1) can be run; where it cannot, why is said on standard error.
+pub(crate) fn has_strace() -> bool {
+    let version = Command::new("strace").arg("--version").output();
+    if let Err(error) = &version {
+        eprintln!("skipped: cannot run strace (Debian package strace): {error}");
+    }
+    version.is_ok()
+}
+
 #[test]
 fn while_a_guest_runs_nothing_is_opened_but_what_is_listed() {
-    let version = Command::new("strace").arg("--version").output();
-    if !has_kvm() || version.is_err() {
-        eprintln!("skipped: {version:?}");
+    if !has_kvm() || !has_strace() {
         return;
     }
     let folder = tempdir().unwrap();

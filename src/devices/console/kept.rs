@@ -63,7 +63,10 @@ impl KeptFile {
             Err(error) if is_full(&error) => {
                 if self.lost == 0 {
                     let path = self.path.display();
-                    log::warn!("{path}: {error}: the console's output is lost until there is room");
+                    let remedy = files::no_room(&error);
+                    log::warn!(
+                        "{path}: {error}: the console's output is lost until there is room{remedy}"
+                    );
                 }
                 self.lost = self.lost.saturating_add(lost);
             }
@@ -139,8 +142,7 @@ impl KeptFile {
 
 /// There is no room for it: on the file system, for its user, or for the process.
 fn is_full(error: &io::Error) -> bool {
-    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+    files::is_no_room(error) || error.kind() == io::ErrorKind::FileTooLarge
 }
 
 #[cfg(test)]

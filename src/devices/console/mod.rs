@@ -19,7 +19,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use busway_host::files::OutputError;
+use busway_host::files::{OutputError, is_no_room, no_room};
 use busway_vfio::EventFd;
 
 pub use input::{Input, Reader};
@@ -52,7 +52,7 @@ pub enum ConsoleError {
         source: OutputError,
     },
     /// cannot listen at {path}: {source}; a socket that an earlier run has left must be removed first
-    #[error("cannot listen at {}: {source}; a socket that an earlier run has left must be removed first", path.display())]
+    #[error("cannot listen at {}: {source}{}", path.display(), socket_remedy(source))]
     Socket {
         /// The socket.
         path: PathBuf,
@@ -62,6 +62,24 @@ pub enum ConsoleError {
     /// cannot start the console's thread: {0}
     #[error("cannot start the console's thread: {0}")]
     Thread(io::Error),
+}
+
+impl ConsoleError {
+    /// Whether it is room that the host has not, and not what was asked for.
+    pub(crate) fn is_want(&self) -> bool {
+        match self {
+            Self::File { source, .. } => source.is_want(),
+            Self::Socket { source, .. } => is_no_room(source),
+            _ => false,
+        }
+    }
+}
+
+fn socket_remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "; a socket that an earlier run has left must be removed first",
+        _ => no_room(error),
+    }
 }
 
 /// Both directions of a console.

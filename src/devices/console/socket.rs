@@ -5,10 +5,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
+use crate::accepting::{Accepted, Acceptor, PAUSE, is_shortage};
 use crate::devices::watch;
+use crate::shortage;
 
 /// The one client of a listening socket, if it is there.
 #[derive(Clone, Debug, Default)]
@@ -36,6 +39,7 @@ impl Client {
 #[derive(Debug)]
 pub(super) struct SocketServer {
     listener: UnixListener,
+    acceptor: Acceptor,
     client: Client,
     /// Watches both, so that there is one descriptor to wait for.
     events: Epoll,
@@ -49,6 +53,7 @@ impl SocketServer {
         let events = Epoll::new()?;
         watch(&events, ControlOperation::Add, &listener)?;
         Ok(Self {
+            acceptor: Acceptor::new(&listener),
             listener,
             client: Client::default(),
             events,
@@ -81,8 +86,13 @@ impl SocketServer {
     }
 
     fn accept(&mut self) -> io::Result<()> {
-        match self.listener.accept() {
-            Ok((stream, _)) => {
+        match self.acceptor.accept(&self.listener) {
+            Ok(Accepted::TurnedAway(_stream, error)) => {
+                let (path, error) = (self.path.display(), shortage::explained(&error));
+                log::warn!("{path}: a client is turned away: {error}");
+                Ok(())
+            }
+            Ok(Accepted::Stream(stream)) => {
                 let mut client = self.client.lock();
                 if client.is_none() {
                     watch(&self.events, ControlOperation::Add, &stream)?;
@@ -91,6 +101,11 @@ impl SocketServer {
                 Ok(())
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) if is_shortage(&error) => {
+                log::debug!("{}: {error}", self.path.display());
+                thread::sleep(PAUSE);
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }

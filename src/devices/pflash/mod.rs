@@ -16,6 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryR
 
 use crate::kvm::BusDevice;
 use crate::memory::{Region, Regions, RegionsError};
+use busway_host::files::no_room;
 use busway_pci::Complaints;
 use cfi::{Array, Cfi};
 
@@ -179,8 +180,9 @@ impl BusDevice for Pflash {
         if let Some(error) = cells.failed.take() {
             log::log!(
                 self.complaints.next(log::Level::Error),
-                "the firmware's variables cannot be written to their file: {error}; what the guest sets \
-                 lasts until the VM's end only"
+                "the firmware's variables cannot be written to their file: {error}{}; what the guest sets \
+                 lasts until the VM's end only",
+                no_room(&error)
             );
         }
         self.show(&mut state);

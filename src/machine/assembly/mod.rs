@@ -69,6 +69,8 @@ pub(in crate::machine) struct Machine {
     /// The pseudo-terminals that the serial port and the console are at.
     pub(in crate::machine) serial_terminal: Option<PathBuf>,
     pub(in crate::machine) console_terminal: Option<PathBuf>,
+    /// What may be on a core of the host's beside a vCPU.
+    pub(in crate::machine) core_scheduling: CoreScheduling,
     /// What it was made of.
     definition: Arc<Definition>,
     _memory: MemoryMap,
@@ -112,6 +114,8 @@ struct Steps<'a> {
     quit: EventFd,
     /// Devices can be asked for while the guest runs.
     can_be_asked: bool,
+    /// What is in effect of what `--cpus core_scheduling=` says.
+    core_scheduling: CoreScheduling,
     vm: Vm,
 }
 
@@ -133,7 +137,7 @@ impl Machine {
         } = begun;
         let config = &definition.config;
         keep_away(&config.cpus);
-        keep_apart(&config.cpus)?;
+        let core_scheduling = keep_apart(&config.cpus)?;
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
         let found = Found::find(definition, options)?;
@@ -150,6 +154,7 @@ impl Machine {
             events: Events::new().map_err(RunError::system("eventfd"))?,
             quit: EventFd::new().map_err(RunError::system("eventfd"))?,
             can_be_asked,
+            core_scheduling,
             vm,
         };
         steps.plan.pluggable(&config.memory_to_plan())?;
@@ -290,6 +295,7 @@ impl Steps<'_> {
             tpm,
             serial_terminal: ground.serial_terminal,
             console_terminal: fitted.console_terminal,
+            core_scheduling: self.core_scheduling,
             definition: self.definition.clone(),
             _memory: taken.memory,
             ram: taken.ram,
@@ -351,7 +357,7 @@ impl Steps<'_> {
             cpus.boot,
             &self.buses,
             &self.events.sink(),
-            cpus.core_scheduling == Some(CoreScheduling::Vcpu),
+            self.core_scheduling == CoreScheduling::Vcpu,
         )?;
         let places = cpus.affinity.iter().cloned();
         vcpus.place(places.map(|place| {
@@ -363,22 +369,23 @@ impl Steps<'_> {
 }
 
 /// Keeps other processes' threads from the cores that this process's are on, where `--cpus core_scheduling=` wants that,
-/// or does not say and the host can.
-fn keep_apart(cpus: &CpusConfig) -> Result<(), RunError> {
-    let asked = cpus.core_scheduling;
-    if asked == Some(CoreScheduling::Off) {
-        return Ok(());
+/// or does not say and the host can. Gives what is in effect then.
+fn keep_apart(cpus: &CpusConfig) -> Result<CoreScheduling, RunError> {
+    let wanted = cpus.core_scheduling.unwrap_or(CoreScheduling::Vm);
+    if wanted == CoreScheduling::Off {
+        return Ok(wanted);
     }
-    keep_process_apart().or_else(|source| match asked {
-        Some(asked) => Err(RunError::CoreScheduling {
-            word: asked.word(),
+    match keep_process_apart() {
+        Ok(()) => Ok(wanted),
+        Err(source) if cpus.core_scheduling.is_some() => Err(RunError::CoreScheduling {
+            word: wanted.word(),
             source,
         }),
-        None => {
+        Err(source) => {
             log::debug!("the host has no core scheduling: {source}");
-            Ok(())
+            Ok(CoreScheduling::Off)
         }
-    })
+    }
 }
 
 /// Keeps all threads of this process from processors that are vCPUs' alone, and from none where none are.

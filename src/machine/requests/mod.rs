@@ -106,7 +106,8 @@ pub enum Extent {
 pub struct Info {
     /// What it is doing.
     pub state: State,
-    /// What it is made of, or is to be: with what has come since its start, and without what has gone.
+    /// What it is made of, or is to be: with what has come since its start, and without what has gone. What was left to
+    /// the host is as the host has it, where that is known: `cpus.core_scheduling`.
     pub config: VmConfig,
     /// Bytes of RAM that the guest has; 0 while it is being put together.
     pub memory: u64,

@@ -9,7 +9,8 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use busway_pci::{
     Device, Function, FunctionId, InterruptLevel, PciFunction, RootSlot, Segment, Topology,
@@ -19,6 +20,10 @@ use busway_vfio::Placement;
 use super::events::Events;
 use crate::config::PciPlace;
 use crate::devices::pci_hotplug::{PciHotplug, SlotKeeper};
+
+/// For how long an access of a vCPU's to a device that leaves is waited for, and how often it is looked at.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_micros(200);
 
 /// The slots of bus 0 from 1 up to before this one are for devices; those from here on for root ports, as far as there are
 /// enough.
@@ -257,13 +262,13 @@ impl Seats {
     }
 
     /// Takes out all functions of a seat, so that nothing answers there, and gives them to the caller, to be dropped.
-    /// Waits for what a vCPU had one carry out, such as a reset.
+    /// Waits for what a vCPU had one carry out, such as a reset, and until no vCPU has one any more.
     ///
     /// Where the guest has not released a device of bus 0, the slot stays taken until it does, or starts anew: it is
     /// asked to, so that its driver looks and finds the device gone.
     pub(super) fn take_out(&self, seat: Seat) -> Vec<Arc<dyn PciFunction>> {
         let slot = match seat {
-            Seat::Port(port) => return self.topology.unplug(port),
+            Seat::Port(port) => return alone(self.topology.unplug(port)),
             Seat::Low(slot) => slot,
         };
         let registers = self.registers_of(slot);
@@ -271,7 +276,7 @@ impl Seats {
         if let Some(registers) = registers.filter(|_| left_behind) {
             registers.ask(slot.device.number());
         }
-        functions
+        alone(functions)
     }
 
     /// The guest starts anew, and finds what is there: all that was to leave has been taken out.
@@ -475,4 +480,19 @@ const fn bit(device: Device) -> u32 {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until nobody else has these functions. A vCPU in the middle of an access has the one that it accesses; who is
+/// the last to have one closes its device, which takes the kernel's time and calls that no vCPU may make.
+fn alone(functions: Vec<Arc<dyn PciFunction>>) -> Vec<Arc<dyn PciFunction>> {
+    let begun = Instant::now();
+    let is_shared = |function: &Arc<dyn PciFunction>| Arc::strong_count(function) > 1;
+    while functions.iter().any(is_shared) {
+        if begun.elapsed() > PATIENCE {
+            log::warn!("a vCPU does not end its access to a device that is taken out");
+            break;
+        }
+        thread::sleep(PAUSE);
+    }
+    functions
 }

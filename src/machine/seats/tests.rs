@@ -146,6 +146,23 @@ fn a_slot_that_the_guest_is_not_told_of_is_free_when_its_device_is_taken_out() {
 }
 
 #[test]
+fn a_function_that_somebody_is_in_the_middle_of_is_taken_out_when_nobody_has_it_any_more() {
+    let topology = Arc::new(Topology::new(Arc::new(Nothing)));
+    let seats = Seats::new(topology.clone());
+    let place = Place::root(Device::new(1).unwrap());
+    let function = Arc::new(HostBridge::new());
+    let id = topology.add(place, function.clone()).unwrap();
+    seats.take(root(1), Owner::Assigned, id);
+    let access = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        drop(function);
+    });
+    let taken = seats.take_out(low(1));
+    assert_eq!(Arc::strong_count(&taken[0]), 1);
+    access.join().unwrap();
+}
+
+#[test]
 fn each_segment_has_slots_and_registers_of_its_own_and_one_that_is_asked_for_is_that_one() {
     let bus = Bus::new(0b1110);
     let second = bus

@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Once, OnceLock};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -184,11 +184,20 @@ impl Engine {
     }
 }
 
+/// Whether the host's administrator keeps io_uring from processes: kernel.io_uring_disabled.
+static DISABLED: OnceLock<bool> = OnceLock::new();
+
+/// Looks, while files can still be opened, at what would keep disks from io_uring. Those who say so cannot.
+pub(super) fn look() {
+    let switch = "/proc/sys/kernel/io_uring_disabled";
+    let disabled = || std::fs::read_to_string(switch).is_ok_and(|text| text.trim() != "0");
+    DISABLED.get_or_init(disabled);
+}
+
 /// Says once why disks do without io_uring, and what would change that.
 fn say_why_not(error: &io::Error) {
     static SAID: Once = Once::new();
-    let switch = "/proc/sys/kernel/io_uring_disabled";
-    let disabled = std::fs::read_to_string(switch).is_ok_and(|text| text.trim() != "0");
+    let disabled = DISABLED.get() == Some(&true);
     let why = match error.raw_os_error() {
         Some(libc::EPERM) if disabled => {
             "the sysctl kernel.io_uring_disabled keeps it from this process; 0 allows it"

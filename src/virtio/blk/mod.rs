@@ -111,6 +111,7 @@ impl Blk {
             name: name.to_owned(),
             source,
         })?;
+        engine::look();
         let mode = ImageMode {
             readonly: config.readonly,
             direct: config.direct,

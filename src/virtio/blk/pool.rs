@@ -13,6 +13,7 @@ use busway_vfio::EventFd;
 use super::flight::Flight;
 use super::image::Image;
 use crate::sandbox::{self, Kind};
+use crate::virtio::worker::thread_name;
 
 /// A thread makes one call at a time, which goes no deeper than the kernel's.
 const STACK_SIZE: usize = 128 << 10;
@@ -119,7 +120,7 @@ impl Pool {
             jobs.threads += 1;
             let shared = Arc::clone(&self.shared);
             let started = thread::Builder::new()
-                .name(format!("{}-io", self.name))
+                .name(format!("{}-io", thread_name("disk", &self.name)))
                 .stack_size(STACK_SIZE)
                 .spawn(move || {
                     sandbox::enter(Kind::Disk);

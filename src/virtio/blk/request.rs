@@ -11,6 +11,7 @@ use crate::virtio::chain::Chain;
 use crate::virtio::error::QueueError;
 use crate::virtio::segments::{Held, Segments};
 use crate::virtio::spec::{self, blk};
+use busway_host::files::no_room;
 use busway_pci::Complaints;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
@@ -168,8 +169,9 @@ impl Requests {
     fn complain(&self, flight: &Flight, error: &io::Error) {
         log::log!(
             self.complaints.next(log::Level::Error),
-            "disk {}: {flight} failed: {error}",
-            self.name
+            "disk {}: {flight} failed: {error}{}",
+            self.name,
+            no_room(error)
         );
     }
 

@@ -36,6 +36,7 @@ use super::vhost::{self, KernelError, MemoryTable, Watch};
 use super::worker::Worker;
 use crate::config::{Choice, InvalidVirtio, NetConfig};
 use crate::memory::GuestRam;
+use crate::shortage;
 use crate::virtio::error::StartError;
 use busway_pci::Complaints;
 pub use cable::Cable;
@@ -235,7 +236,16 @@ impl Net {
                 source,
             }),
             (Err(error), _) => {
-                log::debug!("net {}: {error}", self.name);
+                let level = match shortage::remedy_of_descriptors(&error, "") {
+                    Some(_) => log::Level::Warn,
+                    None => log::Level::Debug,
+                };
+                log::log!(
+                    level,
+                    "net {}: Busway serves it, for the host's kernel does not: {}",
+                    self.name,
+                    shortage::explained(&error)
+                );
                 Ok(())
             }
         }

@@ -31,6 +31,7 @@ use super::retired::Retired;
 use super::spec::{self, status};
 use crate::memory::GuestRam;
 use crate::monitor::{self, Source};
+use crate::shortage;
 use crate::virtio::error::StartError;
 use crate::virtio::queue::{Call, QueueSetup};
 use layout::{BarPlace, Capabilities};
@@ -59,10 +60,8 @@ pub enum VirtioPciError {
         /// What is wrong with its BAR.
         source: BarError,
     },
-    /// virtio device {name}: no eventfd for a queue: {source}; the limit on open files may be too low (ulimit -n)
-    #[error(
-        "virtio device {name}: no eventfd for a queue: {source}; the limit on open files may be too low (ulimit -n)"
-    )]
+    /// virtio device {name}: no eventfd for a queue: {source}
+    #[error("virtio device {name}: no eventfd for a queue: {source}")]
     Event {
         /// The device.
         name: String,
@@ -320,7 +319,8 @@ impl VirtioPci {
             return;
         }
         if let Err(error) = self.try_start(function) {
-            self.interrupts.needs_reset(&self.name, &error);
+            let reason = shortage::explained(&error);
+            self.interrupts.needs_reset(&self.name, &reason);
         }
     }
 

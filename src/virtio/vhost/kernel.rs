@@ -4,6 +4,7 @@
 use std::io;
 
 use super::VhostError;
+use crate::shortage;
 use crate::virtio::spec::feature;
 
 /// A kernel's back end, by its node.
@@ -71,7 +72,10 @@ impl Node {
                 "this user has to be able to read and write it: where it is the group kvm's, join that, else \
                  `chmod 666 {path}`"
             ),
-            _ => format!("it has to be the node of the kernel's module {module}"),
+            _ => shortage::remedy_of_descriptors(&source, "").map_or_else(
+                || format!("it has to be the node of the kernel's module {module}"),
+                str::to_owned,
+            ),
         };
         KernelError::Open {
             path,
@@ -114,7 +118,7 @@ mod tests {
         );
         assert!(of(libc::ENODEV).ends_with("`modprobe vhost_net`"));
         assert!(of(libc::EACCES).contains("the group kvm's"));
-        assert!(of(libc::EMFILE).contains("Too many open files"));
+        assert!(of(libc::EMFILE).contains("ulimit -n"));
     }
 
     #[test]

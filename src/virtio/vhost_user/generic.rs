@@ -73,7 +73,6 @@ pub(super) fn kind(config: &GenericConfig) -> Kind {
     let mut classes = CLASSES.iter();
     let class = classes.find(|(kind, _)| *kind == config.virtio_id);
     Kind {
-        word: "vhost-user",
         device_type: config.virtio_id,
         class: class.map_or(NO_CLASS, |(_, class)| *class),
         features: OF_THE_KIND,

@@ -85,8 +85,6 @@ pub(super) struct Made {
 /// What a device is.
 #[derive(Debug)]
 pub(super) struct Kind {
-    /// What threads of such a device are called by.
-    pub(super) word: &'static str,
     pub(super) device_type: u16,
     pub(super) class: u32,
     /// The features of this type that a driver may be offered where the back end has them.
@@ -162,7 +160,6 @@ impl Kind {
         };
         let queues = usize::from(config.num_queues).saturating_add(1);
         Self {
-            word: "fs",
             device_type: device_type::FS,
             class: 0x01_80_00, // mass storage, other
             features: 0,
@@ -180,7 +177,6 @@ impl Kind {
             features &= !blk::F_MQ;
         }
         Self {
-            word: "disk",
             device_type: device_type::BLOCK,
             class: 0x01_00_00, // mass storage, SCSI
             features,
@@ -214,7 +210,6 @@ impl Kind {
             mtu: config.mtu.unwrap_or(0).into(),
         };
         Self {
-            word: "net",
             device_type: device_type::NET,
             class: 0x02_00_00, // network controller, Ethernet
             features,

@@ -226,7 +226,7 @@ impl VhostUser {
         let purpose = Purpose {
             name: name.to_owned(),
             described: device.clone(),
-            thread: super::worker::thread_name(kind.word, name),
+            thread: format!("vu-{name}"),
             meeting: Arc::clone(&meeting),
             needs,
             queue_size: kind.queue_sizes.iter().copied().max().unwrap_or(0),

@@ -282,6 +282,23 @@ pub struct RunningGuest<'host> {
     limit: Duration,
     dies: bool,
     _boot: spent::GuestBoot,
+    left: Left,
+}
+
+/// Says what the VMM said last, where a trial has failed and left its guest.
+#[derive(Debug)]
+struct Left(Option<PathBuf>);
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        let said = self.0.take().and_then(|path| fs::read_to_string(path).ok());
+        if let Some(said) = said.filter(|said| !said.is_empty()) {
+            eprintln!(
+                "the trial has left its guest; the VMM said:\n{}",
+                last_lines(&said, 15)
+            );
+        }
+    }
 }
 
 /// What came of a guest.
@@ -341,6 +358,7 @@ impl Host {
         );
         let name = format!("a guest under {:?}", run.vmm);
         let _boot = spent::guest_boots(&folder.path.join("stdout"));
+        let left = Left(Some(folder.path.join("vmm.stderr")));
         let job = self.start(folder, &name, &script)?;
         Ok(RunningGuest {
             host: self,
@@ -348,6 +366,7 @@ impl Host {
             limit: run.limit,
             dies: run.dies,
             _boot,
+            left,
         })
     }
 }
@@ -415,7 +434,8 @@ impl RunningGuest<'_> {
     }
 
     /// Waits for the end, and collects what came of it. At the limit the VMM is killed.
-    pub fn finish(self) -> Result<GuestResult> {
+    pub fn finish(mut self) -> Result<GuestResult> {
+        self.left.0 = None;
         let read = |name: &str| {
             let bytes = fs::read(self.job.folder().join(name)).unwrap_or_default();
             String::from_utf8_lossy(&bytes).into_owned()

@@ -344,7 +344,7 @@ fn file_remedy(error: &io::Error) -> &'static str {
             "that file system is mounted read-only: run it where it can be written"
         }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "there is no room left on that file system: see df"
+            "there is no room left on that file system, or none for this user: see df, df -i and quota"
         }
         _ => "see whether it is there, and what its file system says: dmesg | tail",
     }

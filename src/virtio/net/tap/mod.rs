@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use busway_iommu::{Command, printable};
 
 use super::features;
+use crate::shortage;
 use crate::virtio::spec::net;
 pub use error::TapError;
 use interface::{Interface, NAME_SIZE, request};
@@ -426,7 +427,8 @@ fn open_node() -> Result<File, TapError> {
                 Some(libc::EACCES | libc::EPERM) => {
                     "this user has to be able to read and write it; mostly everybody can: `chmod 666 /dev/net/tun`"
                 }
-                _ => "it has to be the tun driver's node: character device 10:200",
+                _ => shortage::remedy_of_descriptors(&source, "")
+                    .unwrap_or("it has to be the tun driver's node: character device 10:200"),
             },
             source,
         })

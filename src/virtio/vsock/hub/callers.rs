@@ -7,6 +7,7 @@ use std::time::Instant;
 use log::Level;
 
 use super::{CALLERS_MOST, FIRST_PORT, Hub, PATIENCE, PEERS_MOST, PORTS, Peer, ROUND, Role};
+use crate::shortage;
 use crate::virtio::vsock::connection::{Connection, Fate};
 use crate::virtio::vsock::handshake::{Caller, Said};
 use crate::virtio::vsock::packet::Key;
@@ -33,6 +34,7 @@ impl Hub {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
                     let level = self.complaints.next(Level::Warn);
+                    let error = shortage::explained(&error);
                     log::log!(level, "vsock {}: accept: {error}", self.name);
                     self.exhausted = true;
                     self.arm();

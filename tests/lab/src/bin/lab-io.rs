@@ -5,14 +5,17 @@
 //!     lab-io verify DEVICE SEED [PLACE]
 //!     lab-io churn DEVICE FIRST
 //!     lab-io churned DEVICE FLUSHED
+//!     lab-io zero DEVICE OFFSET LENGTH
 //!
 //! PLACE is `low` or `high`: buffers below or above 4 GiB, for proof that DMA reaches both sides of
 //! the hole. `churn` writes all over the drive from write number FIRST on until it is killed, and says
-//! `flushed=N` after each flush; `churned` looks whether those writes are there.
+//! `flushed=N` after each flush; `churned` looks whether those writes are there. `zero` has the drive zero a range by
+//! itself, and not give it up.
 
 use std::alloc::Layout;
 use std::fs::OpenOptions;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
@@ -53,6 +56,9 @@ fn main() -> Result<()> {
     if let [action @ ("churn" | "churned"), path, number] = arguments[..] {
         return churned(action == "churn", path, number.parse()?);
     }
+    if let ["zero", path, offset, length] = arguments[..] {
+        return zero(path, offset.parse()?, length.parse()?);
+    }
     let (action, path, seed, place) = match arguments[..] {
         [action @ ("write" | "verify"), path, seed] => (action, path, seed, None),
         [
@@ -61,7 +67,7 @@ fn main() -> Result<()> {
             seed,
             place @ ("low" | "high"),
         ] => (action, path, seed, Some(place)),
-        _ => bail!("usage: lab-io write|verify DEVICE SEED [low|high]"),
+        _ => bail!("usage: lab-io write|verify DEVICE SEED [low|high], and others"),
     };
     let seed: u64 = seed.parse().context("SEED is a number")?;
     // Past the page cache, but for file systems in memory, which know no such thing.
@@ -113,6 +119,17 @@ fn main() -> Result<()> {
     let rate = size as f64 / 1e6 / seconds;
     println!("bytes={size} mb_per_second={rate:.1} buffer_address={address:#x}");
     Ok(())
+}
+
+/// fallocate(2), which block devices have as well
+fn zero(path: &str, offset: i64, length: i64) -> Result<()> {
+    let device = OpenOptions::new().write(true).open(path)?;
+    let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: it takes numbers only.
+    match unsafe { libc::fallocate(device.as_raw_fd(), mode, offset, length) } {
+        0 => Ok(device.sync_all()?),
+        _ => Err(io::Error::last_os_error()).context("fallocate"),
+    }
 }
 
 /// Writes all over a drive for ever, or looks whether what was flushed is there.

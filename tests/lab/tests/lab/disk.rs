@@ -21,6 +21,10 @@ pub(crate) const PROOFS: &[Proof] = &[
         "a_disk_on_a_frozen_file_system_holds_nothing_else_up",
         frozen,
     ),
+    Proof::soak(
+        "virtio_disks_work_by_plain_calls_where_io_uring_is_forbidden",
+        |lab, _tier| by_plain_calls(lab),
+    ),
 ];
 
 /// A host whose drive is its own.
@@ -233,4 +237,60 @@ fn frozen(lab: &mut Lab) -> Result<()> {
     );
     result.value("cold")?;
     host.run("umount /run/cold; rm -f /run/warm.raw").map(drop)
+}
+
+/// A raw file with a limit and a processor of its own, a qcow2 image and a block device, by the calls that there were
+/// before io_uring; and a console at a socket beside them.
+fn by_plain_calls(lab: &mut Lab) -> Result<()> {
+    let host = host(lab)?;
+    host.run(
+        "set -e; sysctl -q -w kernel.io_uring_disabled=2; rm -f /run/hvc.*\n\
+         truncate -s 8M /run/plain.raw; qemu-img create -q -f qcow2 /run/plain.qcow2 8M",
+    )?;
+    let disks = ["/dev/vda", "/dev/vdb", "/dev/vdc"];
+    let work = disks.map(|disk| {
+        format!(
+            "value {disk} \"$(lab-io write {disk} 6 && lab-io verify {disk} 6)\"\n\
+             dd if=/dev/zero of={disk} bs=512 seek=1 count=1 conv=notrunc,fsync 2>/dev/null\n\
+             blkdiscard -o 1048576 -l 1048576 {disk}\nlab-io zero {disk} 2097152 1048576\n\
+             value zeroed{disk} \"$(dd if={disk} bs=1M skip=2 count=1 2>/dev/null | tr -d '\\0' | wc -c)\"\n"
+        )
+    });
+    let run = guest()?
+        .args(&[
+            "--disk",
+            "path=/run/plain.raw,queue_affinity=[0@[0]],bw_size=8M,bw_refill_time=500",
+            "path=/run/plain.qcow2,image_type=qcow2",
+            "path=/dev/nvme0n1,direct=on",
+        ])
+        .args(&["--console", "socket=/run/hvc.sock"])
+        .script(&format!(
+            "value up yes\nread -r said </dev/hvc0\nvalue said \"$said\"\necho the guest is heard >/dev/hvc0\n{}",
+            work.concat()
+        ));
+    let running = host.start_guest(&run)?;
+    running.wait_line("@@value up")?;
+    let client = host.spawn(
+        "printf 'the host is heard\\n' | socat -t 300 - UNIX-CONNECT:/run/hvc.sock,shut-none >/run/hvc.said",
+    )?;
+    let result = running.finish()?.success()?;
+    ensure!(
+        result
+            .stderr
+            .contains("kernel.io_uring_disabled keeps it from this process"),
+        "nobody says what serves the disks: {}",
+        result.stderr
+    );
+    ensure!(result.value("said")? == "the host is heard");
+    for disk in disks {
+        result.value(disk)?;
+        ensure!(result.value(&format!("zeroed{disk}"))? == "0", "{disk}");
+    }
+    // The client ends when Busway has.
+    host.run(
+        "for each in $(seq 100); do grep -q 'the guest is heard' /run/hvc.said && exit 0; sleep 0.1; done; exit 1",
+    )?;
+    drop(client);
+    host.run("qemu-img check -q /run/plain.qcow2; rm -f /run/plain.* /run/hvc.said\nsysctl -q -w kernel.io_uring_disabled=0")
+        .map(drop)
 }

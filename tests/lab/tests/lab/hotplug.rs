@@ -196,6 +196,7 @@ fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     }
     count("rounds", rounds);
     running.wait_line("@@value waiting")?;
+    looked_at(host)?;
     host.run(&format!("{CTL} power-button"))?;
     let result = running.finish()?.success()?;
     tell!("the guest's log:\n{}", result.block("log")?);
@@ -209,6 +210,17 @@ fn in_turn(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
     ))?;
     tell!("the host reads what the guest wrote last: {verified}");
     Ok(())
+}
+
+/// A VM that runs says of each of the host's devices whether it could have it, as `busway device check` does.
+fn looked_at(host: &Host) -> Result<()> {
+    let said = host.run(&format!(
+        "for one in /sys/bus/pci/devices/*; do {CTL} check-device ${{one##*/}} >/run/check; status=$?\n\
+         case $status in 0 | 3) ;; *) echo \"${{one##*/}}: status $status\"; exit 1 ;; esac\n\
+         echo $status; done | sort | uniq -c"
+    ))?;
+    tell!("devices by the status of check-device:\n{said}");
+    host.run(&format!("{CTL} info")).map(drop)
 }
 
 /// What cannot be added or removed is refused with a reason, and the guest, whose drive works all the while, has what it

@@ -51,9 +51,37 @@ pub enum OutputError {
         /// What it is, with its article.
         what: &'static str,
     },
-    /// The answer of the file system.
-    #[error(transparent)]
+    /// The answer of the file system, and what helps where it has no room.
+    #[error("{}{}", .0, no_room(.0))]
     Io(#[from] io::Error),
+}
+
+impl OutputError {
+    /// Whether the file system has no room for the file, or none for its user.
+    #[must_use]
+    pub fn is_want(&self) -> bool {
+        matches!(self, Self::Io(error) if is_no_room(error))
+    }
+}
+
+/// Whether an error is that a file system has no room left, or none for this user (ENOSPC, EDQUOT).
+#[must_use]
+pub fn is_no_room(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
+/// What helps where a file system has no room, to be put behind the error; empty for all other errors.
+#[must_use]
+pub fn no_room(error: &io::Error) -> &'static str {
+    match is_no_room(error) {
+        true => {
+            "; there is no room left on that file system, or none for this user: see df, df -i and quota"
+        }
+        false => "",
+    }
 }
 
 /// What becomes of a regular file that is there already.
@@ -299,13 +327,10 @@ impl OwnError {
             Self::Io(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 "only root may see to it: run it with sudo".to_owned()
             }
-            Self::Io(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-                ) =>
-            {
-                format!("there is no room left on its file system: df {path}; df -i {path}")
+            Self::Io(error) if is_no_room(error) => {
+                format!(
+                    "there is no room left on its file system, or none for this user: df {path}; df -i {path}; quota"
+                )
             }
             Self::Io(_) => format!("see what is there: ls -ld {path}"),
             Self::Owner { .. } | Self::Mode { .. } | Self::Kind { .. } => format!(

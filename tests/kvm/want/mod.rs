@@ -1,6 +1,10 @@
 //! What the host may lack while a VM starts: descriptors, addresses, processes, room in a file system. Whatever it is, and
 //! at whichever step, the VM runs or ends in order, and what is missing is named with its remedy.
 
+mod descriptors;
+mod quota;
+mod writer;
+
 use std::fs;
 use std::process::{Command, Output, Stdio};
 
