@@ -28,6 +28,7 @@ use super::requests::{Answer, Asker, Extent, Info, Request, RequestError, Reques
 use super::signals::Signals;
 use super::{PanicWatch, RunError, madvise, payload, placing};
 use crate::config::{Choice, LandlockRule, VmConfig};
+use crate::memory::unmap_unused;
 use crate::monitor::{self, Source};
 use crate::notify;
 use crate::provoked;
@@ -410,6 +411,7 @@ impl Served {
             Err(error) => (definition, false, Err(error)),
         };
         drop(watch);
+        unmap_unused();
         let ending = self.requests.take_ending();
         let extent = ending.extent;
         // All that it had is given back by now, which is what those wait for who take devices then.

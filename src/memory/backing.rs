@@ -4,8 +4,8 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
-use std::mem;
 use std::ops::Range;
+use std::sync::Arc;
 
 use busway_vfio::Mapping;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
@@ -16,6 +16,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 
 use super::error::RamError;
 use super::huge_pages::Pool;
+use super::mapped;
 use crate::config::{MAX_HOST_NODES, MemoryConfig, MemoryZoneConfig};
 use crate::sandbox::{check_size, size_limit};
 
@@ -84,9 +85,9 @@ impl Backing {
     }
 
     /// RAM for the guest's addresses in `range`, of which no page is touched yet.
-    pub(super) fn map(&self, range: &Range<u64>) -> Result<GuestRegionMmap, RamError> {
+    pub(super) fn map(&self, range: &Range<u64>) -> Result<Arc<GuestRegionMmap>, RamError> {
         let length = range.end - range.start;
-        let mapping = self.mapping(range.start, length)?;
+        let (mapping, pages) = self.mapping(range.start, length)?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(range.start)).ok_or_else(|| {
             let source = io::Error::from(io::ErrorKind::InvalidInput);
             map_error("mmap", length)(source)
@@ -95,12 +96,12 @@ impl Backing {
             bind(&region, node).map_err(|source| RamError::Bind { node, source })?;
         }
         self.advise(&region);
-        Ok(region)
+        Ok(mapped::keep(region, pages))
     }
 
     /// RAM for the guest's addresses from `guest` on, as aligned here as it is there: only so can the
     /// kernel use huge pages, in this process, in the guest's tables and in the IOMMU's.
-    fn mapping(&self, guest: u64, size: u64) -> Result<vm_memory::MmapRegion, RamError> {
+    fn mapping(&self, guest: u64, size: u64) -> Result<(vm_memory::MmapRegion, Mapping), RamError> {
         let huge_page = self.huge_page;
         let length = usize::try_from(size)
             .map_err(|_| map_error("mmap", size)(io::ErrorKind::OutOfMemory.into()))?;
@@ -151,14 +152,14 @@ impl Backing {
         if let Some(file) = file {
             builder = builder.with_file_offset(FileOffset::new(file, 0));
         }
-        // SAFETY: `length` bytes were just mapped there with this protection, and stay for the life of the
-        // process: whoever holds guest memory, device threads among them, may outlive the VM.
+        // SAFETY: `length` bytes were just mapped there with this protection, and stay for as long as somebody has the
+        // region, device threads that outlive the VM among them: `mapped::keep`.
         let region = unsafe { builder.with_raw_mmap_pointer(address.cast()) }.build();
-        mem::forget(reserved);
-        region.map_err(|error| {
+        let region = region.map_err(|error| {
             let source = io::Error::new(io::ErrorKind::InvalidInput, error.to_string());
             map_error("mmap", size)(source)
-        })
+        })?;
+        Ok((region, reserved))
     }
 
     /// What the kernel should know about the mapping. Advice only: a refusal costs speed.
@@ -293,7 +294,7 @@ pub(super) fn put(
     let (at, length) = (at.cast::<c_void>(), convert(size)?);
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     let flags = MapFlags::NORESERVE | MapFlags::FIXED;
-    // SAFETY: the range lies in the region's mapping, which stays for the life of the process. It is the guest's RAM, which
+    // SAFETY: the range lies in the region's mapping, which stays while there is the region. It is the guest's RAM, which
     // nobody here has a reference to, and whose contents may become others at any time; what is put there can be read and
     // written as well.
     unsafe {

@@ -109,6 +109,8 @@ impl HugeBlocks {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::config::MemoryConfig;
     use crate::memory::backing::Backing;
@@ -120,11 +122,11 @@ mod tests {
     const COUNT: u64 = 64;
 
     /// A region of which nothing is taken; nothing where the kernel has no such pages.
-    fn region() -> Option<(GuestRegionMmap, HugeBlocks)> {
+    fn region() -> Option<(Arc<GuestRegionMmap>, HugeBlocks)> {
         of_node(None)
     }
 
-    fn of_node(node: Option<u32>) -> Option<(GuestRegionMmap, HugeBlocks)> {
+    fn of_node(node: Option<u32>) -> Option<(Arc<GuestRegionMmap>, HugeBlocks)> {
         if !std::path::Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB").exists() {
             eprintln!("skipped: this kernel has no huge pages of 2 MiB");
             return None;

@@ -31,7 +31,7 @@ impl PluggableRam {
         range: &Range<u64>,
         block: u64,
     ) -> Result<Self, RamError> {
-        let memory = Arc::new(backing.map(range)?);
+        let memory = backing.map(range)?;
         let huge = backing.huge_page.map(|page| {
             let made = HugeBlocks::new(&memory, page, backing.host_node);
             made.map_err(map_error("mmap", memory.len()))

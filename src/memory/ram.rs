@@ -12,6 +12,7 @@ use super::backing::{Backing, map_error};
 use super::error::RamError;
 use super::host::{check_host_memory, check_host_nodes};
 use super::huge_pages::{check_pool, huge_page_size, reserved_huge_pages};
+use super::mapped::unmap_unused;
 use super::pieces::PluggableRam;
 use super::{Ballooned, GuestRam, RamMap, Region, Regions};
 use crate::arch::layout;
@@ -83,6 +84,7 @@ impl Ram {
         if !size.is_multiple_of(PAGE) {
             return Err(RamError::Unaligned(size));
         }
+        unmap_unused();
         let backings = backings(config, zones, whole)?;
         let small =
             |backing: &Backing| backing.shared && backing.thp && backing.huge_page.is_none();
@@ -106,7 +108,7 @@ impl Ram {
                 check_place(zone, page, &range)?;
             }
             stretches.push(Stretch {
-                memory: Arc::new(backing.map(&range)?),
+                memory: backing.map(&range)?,
                 backing: *backing,
                 zone: index,
             });

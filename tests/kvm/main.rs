@@ -1,6 +1,7 @@
 //! The kernel's interface, driven by guests of a few instructions. Needs `/dev/kvm`; where there is
 //! none, each test says so and passes.
 
+mod again;
 mod attentive;
 mod bare;
 mod bios;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use busway_vfio::EventFd;
 
 use super::engine::{Engine, Returned};
+use crate::memory::RamMap;
 use crate::virtio::worker::Rest;
 
 /// How many requests are named where some are told of.
@@ -71,12 +72,15 @@ impl Lingering {
     }
 
     /// Waits for all that `engine` has out.
-    fn wait(&self, mut engine: Engine) {
+    /// `memory` is what they are for.
+    fn wait(&self, mut engine: Engine, memory: Arc<RamMap>) {
         let mut done = Vec::new();
         while engine.in_flight() > 0 {
             engine.wait(None);
             if let Err(error) = engine.enter(None) {
                 log::error!("a disk's requests cannot be waited for: io_uring_enter: {error}");
+                // The host has it for good.
+                std::mem::forget(memory);
                 return;
             }
             engine.reap(&mut done);
@@ -104,8 +108,13 @@ impl Lingerers {
         entries
     }
 
-    /// Keeps what `engine` has out, and gives what its thread has to do from now on.
-    pub(super) fn keep(&self, queue: u16, engine: Engine) -> std::io::Result<Rest> {
+    /// Keeps what `engine` has out, and `memory`, which it is for; and gives what its thread has to do from now on.
+    pub(super) fn keep(
+        &self,
+        queue: u16,
+        engine: Engine,
+        memory: Arc<RamMap>,
+    ) -> std::io::Result<Rest> {
         let requests = Arc::new(Lingering {
             state: Mutex::new(State {
                 open: engine.outstanding(),
@@ -118,7 +127,7 @@ impl Lingerers {
             forgotten: false,
             requests: Arc::clone(&requests),
         });
-        Ok(Box::new(move || requests.wait(engine)))
+        Ok(Box::new(move || requests.wait(engine, memory)))
     }
 
     /// What a start of `queue` carries on with.

@@ -275,11 +275,15 @@ impl BlkWorker {
             STOP_PATIENCE.as_secs()
         );
         self.left.extend(heads);
-        match self.parts.lingerers.keep(self.queue.index(), engine) {
+        // The host may write to what they are for until it has given them back.
+        let memory = self.parts.ram.memory().into_inner();
+        let lingerers = &self.parts.lingerers;
+        match lingerers.keep(self.queue.index(), engine, Arc::clone(&memory)) {
             Ok(rest) => Some(rest),
             Err(error) => {
                 // The engine is gone, and with it what tells when they are back: their memory is leaked.
                 log::error!("{}: eventfd: {error}", self.parts.name);
+                std::mem::forget(memory);
                 None
             }
         }
