@@ -132,6 +132,13 @@ pub(super) const VFIO_OPENING: &[u32] = &[
     none(VFIO, 0x84),           // IOMMU_IOAS_IOVA_RANGES
 ];
 
+/// What closing a host device and leaving its IOMMU address space take besides.
+pub(super) const CLOSING: &[u32] = &[
+    to::<kvm::kvm_device_attr>(KVM, 0xe1), // KVM_SET_DEVICE_ATTR: KVM_DEV_VFIO_FILE_DEL
+    none(VFIO, VFIO_BASE + 5),             // VFIO_GROUP_UNSET_CONTAINER
+    none(VFIO, 0x80),                      // IOMMU_DESTROY
+];
+
 /// Only unmasks a pin.
 pub(super) const VFIO_INTERRUPTS: &[u32] = &[none(VFIO, VFIO_BASE + 10)];
 

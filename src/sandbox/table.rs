@@ -310,6 +310,7 @@ const KVM_MAKING: &[Row] = &[ioctl(ioctls::KVM_MAKING)];
 const VFIO_RUNNING: &[Row] = &[ioctl(ioctls::VFIO_RUNNING)];
 const VFIO_MAPPING: &[Row] = &[ioctl(ioctls::VFIO_MAPPING)];
 const VFIO_OPENING: &[Row] = &[ioctl(ioctls::VFIO_OPENING)];
+const CLOSING: &[Row] = &[ioctl(ioctls::CLOSING)];
 const VFIO_INTERRUPTS: &[Row] = &[ioctl(ioctls::VFIO_INTERRUPTS)];
 const VHOST_RINGS: &[Row] = &[ioctl(ioctls::VHOST_RINGS)];
 const VHOST_OPENING: &[Row] = &[ioctl(ioctls::VHOST_OPENING)];
@@ -346,6 +347,7 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
             WORKERS,
             TIMERS,
             VFIO_RUNNING,
+            CLOSING,
             VHOST_RINGS,
             TUN_RUNNING,
         ],
@@ -566,6 +568,11 @@ pub(super) const SPARE: &[Reason] = &[
         "a buffer that direct I/O cannot take: Linux's drivers have none",
         &[Kind::Disk],
         &[&[(libc::SYS_pread64, Always)]],
+    ),
+    (
+        "a device is closed by who has it last: a vCPU, where it resets one that leaves meanwhile",
+        &[Kind::Vcpu],
+        &[CLOSING],
     ),
     (
         "the firmware's variables, which are made on the process's first thread",

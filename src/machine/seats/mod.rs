@@ -483,7 +483,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Waits until nobody else has these functions. A vCPU in the middle of an access has the one that it accesses; who is
-/// the last to have one closes its device, which takes the kernel's time and calls that no vCPU may make.
+/// the last to have one resets and closes its device, which takes the kernel's time.
 fn alone(functions: Vec<Arc<dyn PciFunction>>) -> Vec<Arc<dyn PciFunction>> {
     let begun = Instant::now();
     let is_shared = |function: &Arc<dyn PciFunction>| Arc::strong_count(function) > 1;

@@ -212,6 +212,20 @@ impl Agent {
         self.wait_ready(limit)
     }
 
+    /// Has `crash` restart the host without a word to anybody, and waits until the agent answers anew. What runs there is
+    /// killed by it.
+    pub(crate) fn crash(&self, limit: Duration, crash: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.change(|state| state.ready = false);
+        crash()?;
+        self.change(|state| {
+            for job in state.jobs.values_mut().filter(|job| job.status.is_none()) {
+                job.status = Some(128 + libc::SIGKILL);
+                job.bell = None;
+            }
+        });
+        self.wait_ready(limit)
+    }
+
     /// Waits until the host is gone; false if it still is there at the end of the limit.
     pub(crate) fn wait_gone(&self, limit: Duration) -> bool {
         let outcome = self.wait(Instant::now() + limit, |_| None::<()>);

@@ -223,6 +223,20 @@ impl Host {
         self.agent.reboot(ending * Accelerator::detect().patience())
     }
 
+    /// Restarts the host as its processors' reset does, and returns when its agent answers again: what its kernel had not
+    /// written to a drive is lost. Of its files those in `/lab` are still there, as after a [reboot](Self::reboot).
+    pub fn crash(&self) -> Result<()> {
+        let _boot = spent::host_boots();
+        let arguments = serde_json::json!({ "reboot": "reset" });
+        self.qmp().execute("set-action", arguments)?;
+        let reset = || {
+            self.qmp()
+                .execute("system_reset", serde_json::json!({}))
+                .map(drop)
+        };
+        self.agent.crash(Accelerator::detect().patience(), reset)
+    }
+
     /// The process id of QEMU on this machine: what a power cut kills.
     pub fn qemu_pid(&self) -> u32 {
         self.qemu.0.id()

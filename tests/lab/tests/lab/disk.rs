@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use busway_lab::{Device, GuestKernel, Host, HostConfig, Kernel, Lab, Output};
+use busway_lab::{
+    Device, GuestKernel, GuestResult, Host, HostConfig, Kernel, Lab, Output, RunningGuest,
+};
 
 use crate::assigned::{guest, word};
 use crate::{Proof, Tier, count, tell};
@@ -20,6 +22,10 @@ pub(crate) const PROOFS: &[Proof] = &[
     Proof::new(
         "a_disk_on_a_frozen_file_system_holds_nothing_else_up",
         frozen,
+    ),
+    Proof::soak(
+        "what_a_guest_flushed_to_raw_and_qcow2_disks_is_there_when_the_host_crashes",
+        |lab, _tier| crashed(lab),
     ),
     Proof::new(
         "virtio_disks_work_by_plain_calls_where_io_uring_is_forbidden",
@@ -125,13 +131,8 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
     let rounds = tier.of(2, 50);
     let mut flushed = [0_u64; 2];
     for round in 0..=rounds {
-        let [raw, qcow2] = flushed;
         let last = round == rounds;
-        let look = format!(
-            "value raw \"$(lab-io churned /dev/vda {raw})\"\nvalue qcow2 \"$(lab-io churned /dev/vdb {qcow2})\"\n"
-        );
-        let churn =
-            format!("lab-io churn /dev/vda {raw} &\nlab-io churn /dev/vdb {qcow2} &\nwait\n");
+        let [look, churn] = scripts(flushed);
         let whole = format!("lab-io write /dev/vda {SEED}\nlab-io write /dev/vdb {SEED}\n");
         let script = look + if last { &whole } else { &churn };
         let run = guest()?
@@ -146,20 +147,11 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
             break;
         }
         let running = host.start_guest(&run)?;
-        running.wait_line("@@value qcow2 blocks=")?;
-        for disk in ["/dev/vda", "/dev/vdb"] {
-            running.wait_line(&format!("path={disk}"))?;
-        }
+        wait_for_flushes(&running)?;
         running.signal("KILL")?;
         let result = running.finish()?;
         ensure!(result.status == 128 + 9, "status {}", result.status);
-        let text = result.transcript.text();
-        for (flushed, disk) in flushed.iter_mut().zip(["/dev/vda", "/dev/vdb"]) {
-            let lines = text.lines();
-            let mut said = lines.filter(|line| line.ends_with(disk) && line.contains("flushed="));
-            let said = said.next_back().context("nothing was flushed")?;
-            *flushed = word(said, "flushed")?.parse()?;
-        }
+        flushed = flushed_by(&result)?;
         // A leak is 3: clusters that nobody has are lost, and nothing else.
         host.run("qemu-img check -q /run/churn.qcow2 || [ $? = 3 ]")?;
     }
@@ -167,6 +159,78 @@ fn killed(lab: &mut Lab, tier: Tier) -> Result<()> {
     compared(host)?;
     host.run("qemu-img check -q /run/base.qcow2; rm -f /run/churn.* /run/base.qcow2")
         .map(drop)
+}
+
+/// What looks whether so many writes are there, and what writes on from there.
+fn scripts([raw, qcow2]: [u64; 2]) -> [String; 2] {
+    [
+        format!(
+            "value raw \"$(lab-io churned /dev/vda {raw})\"\nvalue qcow2 \"$(lab-io churned /dev/vdb {qcow2})\"\n"
+        ),
+        format!("lab-io churn /dev/vda {raw} &\nlab-io churn /dev/vdb {qcow2} &\nwait\n"),
+    ]
+}
+
+/// Waits until the guest has found what was flushed before, and has flushed more.
+fn wait_for_flushes(running: &RunningGuest<'_>) -> Result<()> {
+    running.wait_line("@@value qcow2 blocks=")?;
+    for disk in ["/dev/vda", "/dev/vdb"] {
+        running.wait_line(&format!("path={disk}"))?;
+    }
+    Ok(())
+}
+
+/// How many writes the guest has flushed, by what it said last of each disk.
+fn flushed_by(result: &GuestResult) -> Result<[u64; 2]> {
+    let text = result.transcript.text();
+    let flushed = |disk: &str| {
+        let lines = text.lines();
+        let mut said = lines.filter(|line| line.ends_with(disk) && line.contains("flushed="));
+        let said = said.next_back().context("nothing was flushed")?;
+        anyhow::Ok(word(said, "flushed")?.parse()?)
+    };
+    Ok([flushed("/dev/vda")?, flushed("/dev/vdb")?])
+}
+
+/// The same, with the images on a drive's file system, and the host's kernel gone from one moment to the next.
+fn crashed(lab: &mut Lab) -> Result<()> {
+    const ROUNDS: u64 = 5;
+    let config = HostConfig::new(Kernel::Iommufd).device(Device::nvme("nv0", 128));
+    let host = lab.host(&config)?;
+    host.run(
+        "set -e; mkfs.ext4 -q /dev/nvme0n1; mkdir -p /run/kept; mount /dev/nvme0n1 /run/kept; cd /run/kept\n\
+         truncate -s 8M raw; qemu-img create -q -f qcow2 base 8M; qemu-img create -q -f qcow2 -b base -F qcow2 qcow2\n\
+         sync; mkdir -p /lab/keep/usr/local/bin; cp /usr/local/bin/* /lab/keep/usr/local/bin/",
+    )?;
+    let mut flushed = [0; 2];
+    for round in 0..=ROUNDS {
+        let [look, churn] = scripts(flushed);
+        let last = round == ROUNDS;
+        let run = guest()?
+            .args(&[
+                "--disk",
+                "path=/run/kept/raw",
+                "path=/run/kept/qcow2,image_type=qcow2,backing_files=on",
+            ])
+            .script(&(look + if last { "" } else { &churn }));
+        if last {
+            host.guest(&run)?.success()?;
+            break;
+        }
+        let running = host.start_guest(&run)?;
+        wait_for_flushes(&running)?;
+        host.crash()?;
+        flushed = flushed_by(&running.finish()?)?;
+        tell!("crash {round}: {flushed:?} writes were flushed");
+        host.run(
+            "set -e; udevadm wait --timeout=60 /dev/nvme0n1; mkdir -p /run/kept; mount /dev/nvme0n1 /run/kept\n\
+             qemu-img check -q /run/kept/qcow2 || [ $? = 3 ]",
+        )?;
+    }
+    count("crashes", ROUNDS);
+    // What is in /lab/keep would be in the next trial's host.
+    lab.stop();
+    Ok(())
 }
 
 /// By `qemu-img`, both images hold what the guest wrote, which is made anew here, and nothing else passes for it.

@@ -95,7 +95,7 @@ fn wait_plugged(host: &Host, mib: u64) -> Result<Reach> {
 /// buffers in what was plugged as well. What devices reach is what is plugged, in as many mappings as there are blocks, and
 /// at the end what it was at the start.
 fn plugged(lab: &mut Lab, interface: Interface, tier: Tier) -> Result<()> {
-    let rounds = tier.of(2, 10);
+    let rounds = tier.of(2, 100);
     let (host, address) = bound(lab, "nv0")?;
     let [_, way] = interface.arguments();
     let memory = format!("hotplug_size={MORE}M,hotplug_method=virtio-mem");
