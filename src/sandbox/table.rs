@@ -246,7 +246,6 @@ const PAIRS: &[Row] = &[(libc::SYS_socketpair, Is(0, &[AF_UNIX as u32]))];
 const IMAGES: &[Row] = &[
     (libc::SYS_io_uring_enter, Always),
     (libc::SYS_io_uring_register, Always),
-    (libc::SYS_fsync, Always),
     (libc::SYS_fdatasync, Always),
     (libc::SYS_fallocate, Always),
     (libc::SYS_ftruncate, Always),

@@ -13,6 +13,8 @@ mod image;
 mod linger;
 pub(crate) mod lock;
 mod pool;
+#[cfg(test)]
+mod qcow2_tests;
 mod request;
 mod space;
 mod state;

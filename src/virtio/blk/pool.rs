@@ -12,6 +12,7 @@ use busway_vfio::EventFd;
 
 use super::flight::Flight;
 use super::image::Image;
+use super::worker::STOP_PATIENCE;
 use crate::sandbox::{self, Kind};
 use crate::virtio::worker::thread_name;
 
@@ -21,7 +22,6 @@ const STACK_SIZE: usize = 128 << 10;
 /// Threads that make calls, started when there is something for them to do.
 #[derive(Debug)]
 pub(super) struct Pool {
-    name: String,
     most: usize,
     shared: Arc<Shared>,
     in_flight: usize,
@@ -30,6 +30,7 @@ pub(super) struct Pool {
 
 #[derive(Debug)]
 struct Shared {
+    name: String,
     image: Arc<Image>,
     /// The device is being stopped.
     stop: Arc<AtomicBool>,
@@ -48,7 +49,11 @@ struct Jobs {
     done: Vec<(Box<Flight>, io::Result<usize>)>,
     threads: usize,
     idle: usize,
+    /// Calls have been made by the thread that asks for them.
+    made_here: bool,
     over: bool,
+    /// Nothing will be written any more.
+    finished: bool,
 }
 
 impl Shared {
@@ -70,9 +75,9 @@ impl Pool {
         stop: Arc<AtomicBool>,
     ) -> io::Result<Self> {
         Ok(Self {
-            name: name.to_owned(),
             most,
             shared: Arc::new(Shared {
+                name: name.to_owned(),
                 image,
                 stop,
                 jobs: Mutex::default(),
@@ -120,7 +125,7 @@ impl Pool {
             jobs.threads += 1;
             let shared = Arc::clone(&self.shared);
             let started = thread::Builder::new()
-                .name(format!("{}-io", thread_name("disk", &self.name)))
+                .name(format!("{}-io", thread_name("disk", &self.shared.name)))
                 .stack_size(STACK_SIZE)
                 .spawn(move || {
                     sandbox::enter(Kind::Disk);
@@ -141,7 +146,7 @@ impl Pool {
 
     /// Where there is no thread for it, it is done here; others do it where there are any.
     fn without_thread(&self, jobs: MutexGuard<'_, Jobs>, error: &io::Error) {
-        log::debug!("{}: no further thread: {error}", self.name);
+        log::debug!("{}: no further thread: {error}", self.shared.name);
         if jobs.threads == 0 {
             self.do_next(jobs);
         }
@@ -150,6 +155,7 @@ impl Pool {
     /// Does the next here and now.
     fn do_next(&self, mut jobs: MutexGuard<'_, Jobs>) {
         if let Some(flight) = jobs.waiting.pop_front() {
+            jobs.made_here = true;
             drop(jobs);
             let result = carry_out(&self.shared, &flight);
             self.shared.jobs().done.push((flight, result));
@@ -169,18 +175,53 @@ impl Pool {
 }
 
 impl Drop for Pool {
-    /// Threads end when they are done with what they are at. Where that is nothing they are waited for, so that the
-    /// image is closed, and its lock gone, when its disk is.
+    /// Threads end when they are done with what they are at, and the last one writes what the image has in memory only.
+    /// Where they are at nothing they are waited for, so that the image is closed, and its lock gone, when its disk is;
+    /// but not for a host that does not take what is written.
     fn drop(&mut self) {
-        self.shared.jobs().over = true;
-        self.shared.news.notify_all();
-        if self.in_flight == 0 {
-            for thread in self.threads.drain(..) {
-                // Why a thread panicked was reported when it did.
-                let _panicked = thread.join();
+        let mut jobs = self.shared.jobs();
+        jobs.over = true;
+        if self.threads.is_empty() {
+            let made_here = jobs.made_here;
+            drop(jobs);
+            if made_here {
+                finish(&self.shared);
             }
+            return;
+        }
+        self.shared.news.notify_all();
+        if self.in_flight > 0 {
+            return;
+        }
+        let waited =
+            (self.shared.news).wait_timeout_while(jobs, STOP_PATIENCE, |jobs| !jobs.finished);
+        let (jobs, late) = waited.unwrap_or_else(PoisonError::into_inner);
+        drop(jobs);
+        if late.timed_out() {
+            log::warn!(
+                "{} stops, and the host does not take its image's tables within {} s: the image stays locked until it does",
+                self.shared.name,
+                STOP_PATIENCE.as_secs()
+            );
+            return;
+        }
+        for thread in self.threads.drain(..) {
+            // Why a thread panicked was reported when it did.
+            let _panicked = thread.join();
         }
     }
+}
+
+/// Writes what the image has in memory only.
+fn finish(shared: &Shared) {
+    if let Err(error) = shared.image.write_tables() {
+        log::error!(
+            "{}: what the guest wrote and did not flush is lost, for the image's tables cannot be written: {error}",
+            shared.name
+        );
+    }
+    shared.jobs().finished = true;
+    shared.news.notify_all();
 }
 
 fn carry_out(shared: &Shared, flight: &Flight) -> io::Result<usize> {
@@ -207,6 +248,11 @@ fn work(shared: &Shared) {
             jobs.done.push((flight, result));
             shared.event.signal();
         } else if jobs.over {
+            jobs.threads -= 1;
+            if jobs.threads == 0 {
+                drop(jobs);
+                finish(shared);
+            }
             return;
         } else {
             jobs.idle += 1;

@@ -28,8 +28,8 @@ pub(super) fn disk(file: &NamedTempFile, change: impl FnOnce(&mut DiskConfig)) -
 type Range = (u64, u32, u32);
 
 /// A disk's driver that has come up, and the queue's buffers.
-struct Disk {
-    driver: Driver,
+pub(super) struct Disk {
+    pub(super) driver: Driver,
     ring: Ring,
     header: u64,
     data: u64,
@@ -40,7 +40,7 @@ const RAM: u64 = crate::virtio::testing::RAM_SIZE;
 const DATA_SIZE: u64 = 256 << 10;
 
 impl Disk {
-    fn new(device: Blk) -> Self {
+    pub(super) fn new(device: Blk) -> Self {
         Self::with_features(device, !spec::feature::EVENT_IDX)
     }
 
@@ -77,7 +77,7 @@ impl Disk {
         self.driver.read(self.status, 1)[0]
     }
 
-    fn write(&mut self, sector: u64, bytes: &[u8]) -> u8 {
+    pub(super) fn write(&mut self, sector: u64, bytes: &[u8]) -> u8 {
         self.driver.write(self.data, bytes);
         self.request(
             blk::T_OUT,

@@ -15,7 +15,7 @@ use crate::job::Job;
 use crate::parts::Parts;
 use crate::snapshot::Snapshot;
 use crate::spent;
-use crate::suspect::Suspect;
+use crate::suspect::{Suspect, left_a_triple_fault};
 use crate::transcript::{EXEC, Transcript, UP};
 
 /// The VMM that runs a guest.
@@ -287,12 +287,19 @@ pub struct RunningGuest<'host> {
 
 /// Says what the VMM said last, where a trial has failed and left its guest.
 #[derive(Debug)]
-struct Left(Option<PathBuf>);
+struct Left {
+    said: Option<PathBuf>,
+    dies: bool,
+}
 
 impl Drop for Left {
     fn drop(&mut self) {
-        let said = self.0.take().and_then(|path| fs::read_to_string(path).ok());
+        let said = self.said.take();
+        let said = said.and_then(|path| fs::read_to_string(path).ok());
         if let Some(said) = said.filter(|said| !said.is_empty()) {
+            if !self.dies && said.contains(TRIPLE_FAULT) {
+                left_a_triple_fault();
+            }
             eprintln!(
                 "the trial has left its guest; the VMM said:\n{}",
                 last_lines(&said, 15)
@@ -358,7 +365,10 @@ impl Host {
         );
         let name = format!("a guest under {:?}", run.vmm);
         let _boot = spent::guest_boots(&folder.path.join("stdout"));
-        let left = Left(Some(folder.path.join("vmm.stderr")));
+        let left = Left {
+            said: Some(folder.path.join("vmm.stderr")),
+            dies: run.dies,
+        };
         let job = self.start(folder, &name, &script)?;
         Ok(RunningGuest {
             host: self,
@@ -435,7 +445,7 @@ impl RunningGuest<'_> {
 
     /// Waits for the end, and collects what came of it. At the limit the VMM is killed.
     pub fn finish(mut self) -> Result<GuestResult> {
-        self.left.0 = None;
+        self.left.said = None;
         let read = |name: &str| {
             let bytes = fs::read(self.job.folder().join(name)).unwrap_or_default();
             String::from_utf8_lossy(&bytes).into_owned()

@@ -54,7 +54,7 @@ pub use program::{Profile, build_busway, build_lab_io, build_lab_pci, build_stat
 pub use qmp::Qmp;
 pub use server::{DataServer, Upload};
 pub use snapshot::{Mapping, Snapshot, Thread};
-pub use suspect::may_be_the_emulators;
+pub use suspect::{may_be_the_emulators, with_guests_left};
 pub use transcript::{Line, Transcript};
 pub use works::{
     WORKS, Work, addresses, edu_sends, exact, exact_while_moved, virtual_functions, with_works,

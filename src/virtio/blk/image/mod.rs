@@ -3,12 +3,15 @@
 
 mod bounce;
 mod chain;
+#[cfg(test)]
+mod crash_tests;
 mod error;
 mod limits;
 mod open;
+mod ordered;
 mod qcow2;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::fs::File;
 use std::io;
@@ -223,6 +226,16 @@ impl Image {
         match &self.format {
             Some(format) => format.flush(),
             None => retry(|| self.file.sync_data()),
+        }
+    }
+
+    /// Writes what a format has in memory only: the file then has all that was written, if the host does not crash.
+    pub(super) fn write_tables(&self) -> io::Result<()> {
+        #[cfg(test)]
+        self.gate.pass();
+        match &self.format {
+            Some(format) if !self.readonly => format.write_tables(),
+            _ => Ok(()),
         }
     }
 

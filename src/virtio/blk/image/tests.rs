@@ -14,7 +14,7 @@ fn open(path: &Path, readonly: bool) -> Result<Image, ImageError> {
 }
 
 /// Opens what has been opened before. A program that another test starts keeps its lock for a moment.
-fn open_again(path: &Path, mode: ImageMode) -> Image {
+pub(in crate::virtio::blk) fn open_again(path: &Path, mode: ImageMode) -> Image {
     for _ in 0..1000 {
         match Image::open(path, mode) {
             Err(ImageError::Locked { .. }) => std::thread::sleep(Duration::from_millis(10)),
@@ -117,7 +117,7 @@ fn what_is_stopped_is_left_undone() {
 }
 
 /// An empty qcow2 image of `size` bytes, which lies on `backing`, a name and a format, where there is one.
-fn make_qcow2(path: &Path, size: u64, backing: Option<(&str, &str)>) {
+pub(in crate::virtio::blk) fn make_qcow2(path: &Path, size: u64, backing: Option<(&str, &str)>) {
     use imago::FormatCreateBuilder;
     let file = OpenOptions::new()
         .read(true)
@@ -137,7 +137,7 @@ fn make_qcow2(path: &Path, size: u64, backing: Option<(&str, &str)>) {
 
 const MIB: u64 = 1 << 20;
 
-fn qcow2(backing_files: bool) -> ImageMode {
+pub(in crate::virtio::blk) fn qcow2(backing_files: bool) -> ImageMode {
     ImageMode {
         image_type: ImageType::Qcow2,
         backing_files,
@@ -157,7 +157,7 @@ fn store(image: &Image, start: u64, byte: u8, len: usize) {
     image.write(data, start, &|| false).unwrap();
 }
 
-fn load(image: &Image, start: u64, len: usize) -> Vec<u8> {
+pub(in crate::virtio::blk) fn load(image: &Image, start: u64, len: usize) -> Vec<u8> {
     let memory =
         vm_memory::GuestMemoryMmap::<()>::from_ranges(&[(vm_memory::GuestAddress(0), 0x10_0000)])
             .unwrap();

@@ -193,7 +193,6 @@ fn flushed_by(result: &GuestResult) -> Result<[u64; 2]> {
 }
 
 /// The same, with the images on a drive's file system, and the host's kernel gone from one moment to the next.
-/// It does not pass yet, by what `qemu-img check` says of the qcow2 image (docs/roadmap.md).
 fn crashed(lab: &mut Lab) -> Result<()> {
     const ROUNDS: u64 = 5;
     let config = HostConfig::new(Kernel::Iommufd).device(Device::nvme("nv0", 128));

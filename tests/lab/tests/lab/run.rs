@@ -11,7 +11,7 @@ use anyhow::{Result, anyhow};
 use busway_lab::budgets::Budgets;
 use busway_lab::spent::Meter;
 use busway_lab::trials::{TrialRun, Trials, first_line};
-use busway_lab::{Lab, may_be_the_emulators};
+use busway_lab::{Lab, may_be_the_emulators, with_guests_left};
 use libtest_mimic::{Failed, Trial};
 
 use crate::proof::{Proof, TRIAL, Tier, take_numbers, tell};
@@ -165,8 +165,9 @@ impl Run {
 
 /// One attempt; a panic is a failure as every other.
 fn attempt(proof: &Proof, lab: &mut Lab, tier: Tier) -> Result<()> {
-    catch_unwind(AssertUnwindSafe(|| proof.prove(lab, tier)))
-        .unwrap_or_else(|panic| Err(anyhow!("it panicked: {}", words(panic.as_ref()))))
+    let outcome = catch_unwind(AssertUnwindSafe(|| proof.prove(lab, tier)))
+        .unwrap_or_else(|panic| Err(anyhow!("it panicked: {}", words(panic.as_ref()))));
+    with_guests_left(outcome)
 }
 
 fn words(panic: &(dyn Any + Send)) -> &str {
