@@ -272,7 +272,7 @@ fn what_a_qcow2_image_lies_on_is_in_reach_wherever_it_is() {
 }
 
 /// An empty image of 64 KiB and clusters of as many, which lies on a raw one. QEMU's docs/interop/qcow2.rst
-fn qcow2(below: &Path) -> Vec<u8> {
+pub(crate) fn qcow2(below: &Path) -> Vec<u8> {
     const CLUSTER: u64 = 64 << 10;
     let name = below.to_str().unwrap().as_bytes();
     let mut image = b"QFI\xfb".to_vec();

@@ -26,6 +26,8 @@ mod resizing;
 mod served;
 mod tpm;
 mod traced;
+mod unflushed;
 mod walls;
 mod want;
 mod whole;
+mod writer;

@@ -11,11 +11,11 @@ use std::process::{Command, Output, Stdio};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use super::text;
-use super::writer::{SLOT, writes_when_told};
 use crate::attentive::attentive;
 use crate::bare::say;
 use crate::served::{LIMIT, Served, eventually};
 use crate::whole::{Run, has_kvm};
+use crate::writer::{SLOT, writes_when_told};
 
 /// More descriptors than anything here takes.
 const PLENTY: u64 = 64;

@@ -3,7 +3,6 @@
 
 mod descriptors;
 mod quota;
-mod writer;
 
 use std::fs;
 use std::process::{Command, Output, Stdio};

@@ -9,8 +9,7 @@ use crate::attentive::attentive;
 use crate::bare::kernel;
 use crate::served::eventually;
 use crate::traced::has_strace;
-
-use super::writer::{SLOT, writes_twice};
+use crate::writer::{SLOT, writes_twice};
 
 /// Who has no quota left is told so, and what to look at.
 const REMEDY: [&str; 2] = ["Disk quota exceeded", "quota"];

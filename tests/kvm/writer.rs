@@ -4,7 +4,7 @@
 use crate::bare::{power_off, say};
 
 /// Where the disk is on bus 0: `pci_device_id=`.
-pub(super) const SLOT: u32 = 5;
+pub(crate) const SLOT: u32 = 5;
 
 /// The function's configuration space. PCIe 6.0 §7.2.2; docs/design.md has where it is.
 const CONFIG: u32 = 0xe000_0000 + (SLOT << 15);
@@ -60,8 +60,16 @@ fn byte(address: u32, value: u8) -> Vec<u8> {
     [&[0xc6, 0x05][..], &address.to_le_bytes(), &[value]].concat()
 }
 
+/// VIRTIO_BLK_F_FLUSH: writes may stay in a cache until the driver has it flushed.
+const CACHED: u32 = 1 << 9;
+
 /// Resets the disk, and has it serve a queue of four descriptors, of which three are a write of the first sector.
-pub(super) fn bring_up() -> Vec<u8> {
+pub(crate) fn bring_up() -> Vec<u8> {
+    bring_up_with(0)
+}
+
+/// The same, with these of the features below 32.
+fn bring_up_with(features: u32) -> Vec<u8> {
     let mut code = Vec::new();
     let mut add = |part: Vec<u8>| code.extend(part);
     for (address, value) in [(COMMAND, 0), (BAR, REGISTERS), (BAR + 4, 0), (COMMAND, 6)] {
@@ -71,8 +79,8 @@ pub(super) fn bring_up() -> Vec<u8> {
     for status in [0, 1, 3] {
         add(byte(STATUS, status));
     }
-    // VIRTIO_F_VERSION_1 alone, bit 32
-    for (half, features) in [(0, 0), (1, 1)] {
+    // VIRTIO_F_VERSION_1, bit 32
+    for (half, features) in [(0, features), (1, 1)] {
         add(dword(DRIVER_FEATURE_SELECT, half));
         add(dword(DRIVER_FEATURE, features));
     }
@@ -114,7 +122,7 @@ pub(super) fn bring_up() -> Vec<u8> {
 
 /// Makes the write available as request number `number`, from 1 on, and waits until it is done: its status is said as a digit.
 /// Where the device needs a reset `broken` follows.
-pub(super) fn write(number: u16, broken: &[u8]) -> Vec<u8> {
+pub(crate) fn write(number: u16, broken: &[u8]) -> Vec<u8> {
     let mut code = Vec::new();
     code.extend(word(AVAIL + 4 + 2 * u32::from((number - 1) % 4), 0));
     code.extend(word(AVAIL + 2, number));
@@ -152,7 +160,7 @@ fn tell() -> Vec<u8> {
 }
 
 /// Writes twice, says how that went, and powers off.
-pub(super) fn writes_twice() -> Vec<u8> {
+pub(crate) fn writes_twice() -> Vec<u8> {
     let broken = [&say("broken")[..], &power_off()].concat();
     [
         bring_up(),
@@ -163,9 +171,24 @@ pub(super) fn writes_twice() -> Vec<u8> {
     .concat()
 }
 
+/// What [`writes_unflushed`] writes to the disk's beginning.
+pub(crate) const WRITTEN: [u8; 4] = *b"kept";
+
+/// Writes once, flushes nothing, says how that went, and powers off.
+pub(crate) fn writes_unflushed() -> Vec<u8> {
+    let broken = [&say("broken")[..], &power_off()].concat();
+    [
+        bring_up_with(CACHED),
+        dword(DATA, u32::from_le_bytes(WRITTEN)),
+        write(1, &broken),
+        power_off(),
+    ]
+    .concat()
+}
+
 /// Says "ready", and when something is typed, brings the disk up and writes to it: where the device needs a reset it says
 /// "broken" and begins anew, else it says how the write went, and powers off.
-pub(super) fn writes_when_told() -> Vec<u8> {
+pub(crate) fn writes_when_told() -> Vec<u8> {
     // mov dx, 0x3fd; again: in al, dx; test al, 1; jz again; mov dx, 0x3f8; in al, dx
     let typed = [
         0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0x66, 0xba, 0xf8, 0x03, 0xec,
