@@ -40,9 +40,9 @@ pub struct VcpuAffinity {
 /// Documentation/admin-guide/hw-vuln/core-scheduling.rst
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CoreScheduling {
-    /// Threads of the same VM's.
+    /// Threads of the same VM's: its other vCPUs, and those that serve its devices.
     Vm,
-    /// Nothing.
+    /// No other vCPU, and no thread but what it has started itself, such as a device's and KVM's own.
     Vcpu,
     /// Anything.
     Off,

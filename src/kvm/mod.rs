@@ -19,7 +19,7 @@ mod vm;
 mod wires;
 
 pub use address_map::{AddressMap, BusDevice, Overlap};
-pub use cores::keep_process_apart;
+pub use cores::Cores;
 pub use doorbell::{Doorbell, Doorbells};
 pub use error::KvmError;
 pub(crate) use irq::lend;

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
-use super::cores;
+use super::cores::Cores;
 use super::error::KvmError;
 use super::gate::{Gate, Pass, Turn};
 use super::kick::{self, Kick};
@@ -49,8 +49,7 @@ pub struct Vcpus {
     maker: VcpuMaker,
     buses: Buses,
     events: EventSink,
-    /// No two of them are on one core of the host's at the same time.
-    apart: bool,
+    cores: Cores,
     /// Where those run that have a place.
     places: BTreeMap<u8, Vec<usize>>,
 }
@@ -73,8 +72,7 @@ impl fmt::Debug for Vcpus {
 }
 
 impl Vcpus {
-    /// Makes the first `count` vCPUs of `topology`, and their threads, each of which is kept apart from all others where
-    /// that is asked for.
+    /// Makes the first `count` vCPUs of `topology`, and their threads, which are on cores of the host's as `cores` has it.
     ///
     /// # Errors
     /// [`KvmError`]
@@ -85,7 +83,7 @@ impl Vcpus {
         count: u8,
         buses: &Buses,
         events: &EventSink,
-        apart: bool,
+        cores: Cores,
     ) -> Result<Self, KvmError> {
         kick::prepare_signal();
         let (maker, vcpus) = VcpuMaker::begin(vm, model, topology, count)?;
@@ -95,7 +93,7 @@ impl Vcpus {
             maker,
             buses: buses.clone(),
             events: events.clone(),
-            apart,
+            cores,
             places: BTreeMap::new(),
         };
         for vcpu in vcpus {
@@ -104,6 +102,12 @@ impl Vcpus {
         // A thread names itself: whoever is told that the VM runs finds each by its name.
         all.gate.wait();
         Ok(all)
+    }
+
+    /// Which threads are on a core of the host's with them.
+    #[must_use]
+    pub fn cores(&self) -> &Cores {
+        &self.cores
     }
 
     /// Has vCPUs run on these of the host's processors only, those that come later as well.
@@ -180,9 +184,9 @@ impl Vcpus {
         let body = {
             let (gate, vcpu, counts) = (self.gate.clone(), vcpu.clone(), counts.clone());
             let number = gate.register();
-            let apart = self.apart;
+            let cores = self.cores.clone();
             move || {
-                if apart && let Err(error) = cores::keep_thread_apart() {
+                if let Err(error) = cores.enter_vcpu() {
                     log::warn!("vCPU {id} shares cores of the host's with others: {error}");
                 }
                 sandbox::enter(Kind::Vcpu);

@@ -14,7 +14,7 @@ impl Machine {
     /// How it is, and what it is made of.
     pub(super) fn info(&self, life: &Life) -> Info {
         let mut config = self.config();
-        config.cpus.core_scheduling = Some(self.core_scheduling);
+        config.cpus.core_scheduling = Some(self.vcpus.cores().scheduling());
         Info {
             state: life.state(),
             config,

@@ -290,7 +290,7 @@ const ONCE: &[Row] = &[
     (libc::SYS_inotify_init1, Always),
     (libc::SYS_inotify_add_watch, Always),
     (libc::SYS_fcntl, Is(1, &[F_ADD_SEALS as u32])),
-    // What may be on a core beside this process's threads: --cpus core_scheduling=.
+    // What may be on a core beside a VM's threads: --cpus core_scheduling=.
     (libc::SYS_prctl, Is(0, &[PR_SCHED_CORE])),
     // Any thread's processors, of this process and, as far as its user goes, of others: --cpus affinity= and dedicated=.
     (libc::SYS_sched_setaffinity, Always),

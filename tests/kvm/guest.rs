@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use busway::arch::{CpuFeatures, CpuModel};
-use busway::config::{MemoryConfig, Topology};
-use busway::kvm::{BusDevice, Buses, EventSink, IrqRouter, KvmError, VcpuEvent, Vcpus, Vm};
+use busway::config::{CoreScheduling, MemoryConfig, Topology};
+use busway::kvm::{BusDevice, Buses, Cores, EventSink, IrqRouter, KvmError, VcpuEvent, Vcpus, Vm};
 use busway::memory::{Ram, Regions};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -96,7 +96,7 @@ impl Guest {
             cpus,
             &buses,
             &sink,
-            false,
+            Cores::keep_apart(CoreScheduling::Off).unwrap(),
         )?;
         let guest = Self {
             vcpus,

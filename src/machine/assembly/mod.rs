@@ -32,9 +32,7 @@ use crate::arch::layout;
 use crate::config::{CoreScheduling, CpusConfig, VirtioConfig, VmConfig};
 use crate::devices::tpm::Tpm;
 use crate::devices::watchdog::Watchdog;
-use crate::kvm::{
-    Buses, ExitKind, IrqRouter, Vcpus, Vm, keep_from, keep_from_none, keep_process_apart,
-};
+use crate::kvm::{Buses, Cores, ExitKind, IrqRouter, Vcpus, Vm, keep_from, keep_from_none};
 use crate::memory::Ram;
 use crate::report::{Report, Stage};
 use crate::smbios;
@@ -69,8 +67,6 @@ pub(in crate::machine) struct Machine {
     /// The pseudo-terminals that the serial port and the console are at.
     pub(in crate::machine) serial_terminal: Option<PathBuf>,
     pub(in crate::machine) console_terminal: Option<PathBuf>,
-    /// What may be on a core of the host's beside a vCPU.
-    pub(in crate::machine) core_scheduling: CoreScheduling,
     /// What it was made of.
     definition: Arc<Definition>,
     _memory: MemoryMap,
@@ -114,8 +110,8 @@ struct Steps<'a> {
     quit: EventFd,
     /// Devices can be asked for while the guest runs.
     can_be_asked: bool,
-    /// What is in effect of what `--cpus core_scheduling=` says.
-    core_scheduling: CoreScheduling,
+    /// By what is in effect of what `--cpus core_scheduling=` says.
+    cores: Cores,
     vm: Vm,
 }
 
@@ -137,7 +133,7 @@ impl Machine {
         } = begun;
         let config = &definition.config;
         keep_away(&config.cpus);
-        let core_scheduling = keep_apart(&config.cpus)?;
+        let cores = keep_apart(&config.cpus)?;
         let model = CpuModel::new(&vm, cpu_features(config))?;
         let router = vm.irq_router()?;
         let found = Found::find(definition, options)?;
@@ -154,7 +150,7 @@ impl Machine {
             events: Events::new().map_err(RunError::system("eventfd"))?,
             quit: EventFd::new().map_err(RunError::system("eventfd"))?,
             can_be_asked,
-            core_scheduling,
+            cores,
             vm,
         };
         steps.plan.pluggable(&config.memory_to_plan())?;
@@ -295,7 +291,6 @@ impl Steps<'_> {
             tpm,
             serial_terminal: ground.serial_terminal,
             console_terminal: fitted.console_terminal,
-            core_scheduling: self.core_scheduling,
             definition: self.definition.clone(),
             _memory: taken.memory,
             ram: taken.ram,
@@ -357,7 +352,7 @@ impl Steps<'_> {
             cpus.boot,
             &self.buses,
             &self.events.sink(),
-            self.core_scheduling == CoreScheduling::Vcpu,
+            self.cores.clone(),
         )?;
         let places = cpus.affinity.iter().cloned();
         vcpus.place(places.map(|place| {
@@ -368,24 +363,21 @@ impl Steps<'_> {
     }
 }
 
-/// Keeps other processes' threads from the cores that this process's are on, where `--cpus core_scheduling=` wants that,
-/// or does not say and the host can. Gives what is in effect then.
-fn keep_apart(cpus: &CpusConfig) -> Result<CoreScheduling, RunError> {
+/// Keeps the calling thread, and those that it starts for the VM, apart from all others of the host's, where
+/// `--cpus core_scheduling=` wants that, or does not say and the host can.
+fn keep_apart(cpus: &CpusConfig) -> Result<Cores, RunError> {
     let wanted = cpus.core_scheduling.unwrap_or(CoreScheduling::Vm);
-    if wanted == CoreScheduling::Off {
-        return Ok(wanted);
-    }
-    match keep_process_apart() {
-        Ok(()) => Ok(wanted),
-        Err(source) if cpus.core_scheduling.is_some() => Err(RunError::CoreScheduling {
-            word: wanted.word(),
-            source,
-        }),
-        Err(source) => {
-            log::debug!("the host has no core scheduling: {source}");
-            Ok(CoreScheduling::Off)
+    let failed = |source| RunError::CoreScheduling {
+        word: wanted.word(),
+        source,
+    };
+    Cores::keep_apart(wanted).or_else(|error| match cpus.core_scheduling {
+        Some(_) => Err(failed(error)),
+        None => {
+            log::debug!("the host has no core scheduling: {error}");
+            Cores::keep_apart(CoreScheduling::Off).map_err(failed)
         }
-    }
+    })
 }
 
 /// Keeps all threads of this process from processors that are vCPUs' alone, and from none where none are.

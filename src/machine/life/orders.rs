@@ -106,7 +106,8 @@ impl Machine {
             Request::AddVirtio(config, files) => {
                 let attached = &self.passthrough.attached;
                 let taken = |id: &str| attached.has_id(id);
-                self.virtio.add(*config, files, taken, asker);
+                self.virtio
+                    .add(*config, files, self.vcpus.cores(), taken, asker);
             }
             _ => {}
         }

@@ -32,6 +32,7 @@ use super::removal::Closing;
 use super::requests::{Added, Answer, Asker, RequestError, VirtioInfo};
 use super::seats::{Owner, Seat, Seats};
 use crate::config::{BalloonConfig, DiskConfig, PciPlace, VirtioConfig, VmConfig};
+use crate::kvm::Cores;
 use crate::memory::{Ballooned, Discards, GuestRam, Slots};
 use crate::virtio::balloon::{Balloon, BalloonTarget};
 use crate::virtio::blk::Blk;
@@ -350,11 +351,13 @@ impl VirtioDevices {
     }
 
     /// Adds a device to the machine that runs. Whoever asks is answered when the guest can find it, or when
-    /// it is known that it will not. `taken`: whether a name is another device's.
+    /// it is known that it will not. `cores`: what its threads are on, the kernel's among them. `taken`: whether a name is
+    /// another device's.
     pub(super) fn add(
         &mut self,
         config: VirtioConfig,
         files: Files,
+        cores: &Cores,
         taken: impl Fn(&str) -> bool,
         asker: Asker,
     ) {
@@ -369,8 +372,11 @@ impl VirtioDevices {
             slot,
         });
         let (maker, come, events) = (self.maker.clone(), self.come.clone(), self.events.clone());
-        let described = config.described(&name);
+        let (described, cores) = (config.described(&name), cores.clone());
         self.builds.start("attach", &described, move || {
+            if let Err(error) = cores.enter() {
+                log::warn!("{name}: its threads are kept from the vCPUs' cores: {error}");
+            }
             let outcome = maker.make(&name, &config, &files);
             let mut come = come.lock().unwrap_or_else(PoisonError::into_inner);
             come.push(Come {

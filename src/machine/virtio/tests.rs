@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::arch::layout;
-use crate::config::{DiskConfig, FsConfig, NetConfig, PlatformConfig, RngConfig};
+use crate::config::{CoreScheduling, DiskConfig, FsConfig, NetConfig, PlatformConfig, RngConfig};
 use crate::devices::pci_hotplug::{
     ADDED, EJECT, EJECT_REQUEST, OUTCOME, PRESENT, PciHotplug, WANTED,
 };
@@ -155,7 +155,9 @@ impl Machine {
     pub(super) fn add(&mut self, config: VirtioConfig) -> Result<Answer, RequestError> {
         let (asker, asking) = self.asker();
         let taken = |id: &str| id == "nvme";
-        self.devices.add(config, Files::default(), taken, asker);
+        let cores = Cores::keep_apart(CoreScheduling::Off).unwrap();
+        self.devices
+            .add(config, Files::default(), &cores, taken, asker);
         while !asking.is_finished() {
             self.devices.on_attached(&mut self.pci);
         }
