@@ -15,6 +15,9 @@ pub enum Kernel {
     /// That of Debian's backports, likewise with iommufd: what only it can is mapping a device's memory for others by
     /// dma-buf.
     Backports,
+    /// Debian's stable one as the lab builds it, with core scheduling, which no kernel of Debian's has: few drivers, no VFIO and
+    /// no module. It is made when it is first asked for.
+    CoreScheduling,
 }
 
 /// The IOMMU that the emulated host has.
@@ -44,6 +47,7 @@ pub struct HostConfig {
     pub(crate) kernel: Kernel,
     pub(crate) iommu: Iommu,
     pub(crate) cpus: u32,
+    pub(crate) threads: u32,
     pub(crate) memory_mib: u64,
     pub(crate) cmdline: String,
     pub(crate) devices: Vec<Device>,
@@ -60,6 +64,7 @@ impl HostConfig {
             kernel,
             iommu: Iommu::Intel,
             cpus: 2,
+            threads: 1,
             memory_mib: 6144,
             cmdline: String::new(),
             devices: Vec::new(),
@@ -78,6 +83,12 @@ impl HostConfig {
     /// Takes another number of processors.
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
+        self
+    }
+
+    /// Has each core run so many of its processors as threads (SMT), which are as many as that or a multiple.
+    pub fn threads(mut self, threads: u32) -> Self {
+        self.threads = threads;
         self
     }
 

@@ -88,7 +88,7 @@ pub(crate) fn arguments(
         add(&["-global", firmware]);
     }
     add(accelerator.arguments());
-    add(&["-smp", &config.cpus.to_string()]);
+    add(&["-smp", &processors(config)]);
     add(&["-m", &config.memory_mib.to_string()]);
     add(&["-kernel", &kernel.display().to_string()]);
     add(&["-initrd", &initramfs.display().to_string()]);
@@ -123,6 +123,14 @@ pub(crate) fn arguments(
     }
     arguments.extend(nodes(config));
     Ok(arguments)
+}
+
+/// How many processors there are, and how many of them a core runs.
+fn processors(config: &HostConfig) -> String {
+    match config.threads {
+        1 => config.cpus.to_string(),
+        threads => format!("{},threads={threads}", config.cpus),
+    }
 }
 
 /// The host's NUMA nodes: processors, memory, and a PCI root bus with a root port. The buses are numbered from 64 on, 32

@@ -79,10 +79,15 @@ impl Parts {
 
     /// A host kernel's bzImage, its initramfs, and the name of its set of modules on the host's disk.
     pub(crate) fn host_kernel(&self, kernel: Kernel) -> Result<(PathBuf, PathBuf, &'static str)> {
+        let cores;
         let (folder, image, modules) = match kernel {
             Kernel::Stock => (Some(&self.stock), "host-stock.img", "stock"),
             Kernel::Iommufd => (Some(&self.stock), "host-stock.img", "iommufd"),
             Kernel::Backports => (self.backports.as_ref(), "host-backports.img", "backports"),
+            Kernel::CoreScheduling => {
+                cores = core_scheduling()?;
+                (Some(&cores), "host-stock.img", "stock")
+            }
         };
         let folder = folder.context("the set-up could not make the backports kernel")?;
         Ok((folder.join("bzImage"), self.images.join(image), modules))
@@ -92,6 +97,18 @@ impl Parts {
     pub fn inside(name: &str) -> String {
         format!("/boot/{name}")
     }
+}
+
+/// The folder of the kernel with core scheduling, which is made where it is not there. A process looks once.
+fn core_scheduling() -> Result<PathBuf> {
+    static FOLDER: Mutex<Option<PathBuf>> = Mutex::new(None);
+    let mut folder = FOLDER.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = match folder.take() {
+        Some(path) => path,
+        None => PathBuf::from(run_set_up(&["cores"])?.trim_end()),
+    };
+    *folder = Some(path.clone());
+    Ok(path)
 }
 
 fn run_set_up(words: &[&str]) -> Result<String> {

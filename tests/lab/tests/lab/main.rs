@@ -21,6 +21,7 @@ mod bare;
 mod bare_kernel;
 mod bars;
 mod clients;
+mod cores;
 mod cpus;
 mod demo;
 mod disk;
@@ -90,6 +91,7 @@ const CHAPTERS: &[&[Proof]] = &[
     errors::PROOFS,
     events::PROOFS,
     cpus::PROOFS,
+    cores::PROOFS,
     memory::PROOFS,
     nodes::PROOFS,
     zones::PROOFS,
