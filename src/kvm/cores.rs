@@ -2,8 +2,8 @@
 //! same cookie. A thread has that of the one that starts it. The kernel's
 //! Documentation/admin-guide/hw-vuln/core-scheduling.rst
 //!
-//! Cookies are given to single threads, and never to the process: the kernel has no call that takes one away. So those that
-//! serve VM after VM never have one, and a VM that asks for none has none of the VM before it.
+//! Cookies are given to single threads, and never to the process: only a thread without one can take it from another, and
+//! there would be none. So those that serve VM after VM never have one, and a VM that asks for none has none of the VM before.
 
 use std::io;
 use std::sync::{Arc, OnceLock};
