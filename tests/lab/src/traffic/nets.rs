@@ -91,8 +91,8 @@ const BY_WIRE: Ends = Ends {
     listening: "10.6.0.1",
     place: "ip netns exec far ",
 };
-/// passt on a host without a way out, which has the guest reach the host's own addresses by this one. passt(1),
-/// "local mode"
+/// passt, by whose gateway the guest reaches the host's own addresses. Both are given to it: it would take the tap's else.
+/// passt(1), `--gateway`
 const BY_PASST: Ends = Ends {
     guest: "169.254.2.1/16",
     server: "169.254.2.2",
@@ -207,7 +207,8 @@ fn by_passt(turn: &Turn<'_>, set_up: &SetUp, run: GuestRun) -> Result<Vec<Readin
     let socket = "/run/bench.sock";
     let _passt = turn.host.spawn(&format!(
         "rm -f {socket}; ip link set lo up; exec passt --foreground --vhost-user --socket {socket} --tcp-ports none \
-         --udp-ports none"
+         --udp-ports none --address 169.254.2.1 --netmask 255.255.0.0 --gateway {}",
+        BY_PASST.server
     ))?;
     turn.host.run(&format!(
         "for each in $(seq 100); do ! ss -Hlx | grep -q '{socket} ' || exit 0; sleep 0.1; done; exit 1"
