@@ -26,7 +26,7 @@ pub(in crate::cli) static CPUS: Section<CpusConfig> = Section {
             |cpus, value| cpus.affinity = affinity(value)?;
         "dedicated" { "on|off": "the vCPU's alone: halting and waiting do not leave the guest,\nand Busway's other threads keep away [off]" }
             |cpus, value| cpus.dedicated = value.switch()?;
-        "core_scheduling" { "vm|vcpu|off": "what may be on a core beside it: threads of its own VM, no other vCPU, any\n[vm, where the host can do that]" }
+        "core_scheduling" { "vm|vcpu|off": "what may be on a core beside it: its VM's, no other vCPU, any\n[vm, where the host can do that]" }
             |cpus, value| cpus.core_scheduling = Some(core_scheduling(value)?);
     },
     required: &[],
