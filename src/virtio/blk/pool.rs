@@ -163,6 +163,14 @@ impl Pool {
         }
     }
 
+    /// Whether the last thread has written what there was to write before patience is at its end.
+    fn finishes(&self, jobs: MutexGuard<'_, Jobs>) -> bool {
+        let news = &self.shared.news;
+        let waited = news.wait_timeout_while(jobs, STOP_PATIENCE, |jobs| !jobs.finished);
+        let (jobs, _late) = waited.unwrap_or_else(PoisonError::into_inner);
+        jobs.finished
+    }
+
     /// Takes what is done.
     pub(super) fn reap(&mut self, done: &mut Vec<(Box<Flight>, io::Result<usize>)>) {
         if self.in_flight == 0 {
@@ -193,11 +201,13 @@ impl Drop for Pool {
         if self.in_flight > 0 {
             return;
         }
-        let waited =
-            (self.shared.news).wait_timeout_while(jobs, STOP_PATIENCE, |jobs| !jobs.finished);
-        let (jobs, late) = waited.unwrap_or_else(PoisonError::into_inner);
-        drop(jobs);
-        if late.timed_out() {
+        let finished = if self.shared.image.has_tables() {
+            self.finishes(jobs)
+        } else {
+            drop(jobs);
+            true
+        };
+        if !finished {
             log::warn!(
                 "{} stops, and the host does not take its image's tables within {} s: the image stays locked until it does",
                 self.shared.name,

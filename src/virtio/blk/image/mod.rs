@@ -229,6 +229,11 @@ impl Image {
         }
     }
 
+    /// Whether there is something that [`write_tables`](Self::write_tables) may have to write.
+    pub(super) fn has_tables(&self) -> bool {
+        self.format.is_some() && !self.readonly
+    }
+
     /// Writes what a format has in memory only: the file then has all that was written, if the host does not crash.
     pub(super) fn write_tables(&self) -> io::Result<()> {
         #[cfg(test)]

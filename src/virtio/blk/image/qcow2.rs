@@ -76,22 +76,25 @@ impl<S: Storage> Qcow2Image<S> {
         self.layer.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// To allocate clusters: none that has been given back can be had while a table that was made last names it.
-    fn to_write(&self) -> io::Result<RwLockReadGuard<'_, Layer<S>>> {
-        loop {
-            let layer = self.shared();
-            if !layer.has_freed {
-                return Ok(layer);
-            }
-            drop(layer);
-            self.settle_freed()?;
+    /// Has `call` write, which may allocate clusters: none that has been given back while a table that was made last
+    /// names it.
+    fn allocate(
+        &self,
+        call: impl FnOnce(&FormatAccess<Part<S>>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let layer = self.shared();
+        if !layer.has_freed {
+            return call(&layer.access);
         }
+        drop(layer);
+        let flushing = self.flush_alone();
+        let mut layer = self.alone();
+        self.settle_freed(&mut layer, &flushing)?;
+        call(&layer.access)
     }
 
     /// Has no table name what has been given back, wherever the host crashes.
-    fn settle_freed(&self) -> io::Result<()> {
-        let _alone = self.flush_alone();
-        let mut layer = self.alone();
+    fn settle_freed(&self, layer: &mut Layer<S>, _flushing: &MutexGuard<'_, ()>) -> io::Result<()> {
         if layer.has_freed {
             self.order.flush(|| layer.access.flush())?;
             self.order.sync()?;
@@ -111,7 +114,7 @@ impl<S: Storage> Qcow2Image<S> {
 
     pub(super) fn write(&self, data: &Segments<'_>, start: u64) -> io::Result<()> {
         let (buffers, _guard) = IoVector::from_volatile_slice(data.slices());
-        self.to_write()?.access.writev(buffers, start)
+        self.allocate(|access| access.writev(buffers, start))
     }
 
     /// Makes what has been written last, the tables that say where it is too.
@@ -138,7 +141,7 @@ impl<S: Storage> Qcow2Image<S> {
         if may_unmap {
             self.free(start, len, FormatAccess::discard_to_zero)
         } else {
-            self.to_write()?.access.write_zeroes(start, len)
+            self.allocate(|access| access.write_zeroes(start, len))
         }
     }
 
@@ -154,10 +157,11 @@ impl<S: Storage> Qcow2Image<S> {
         while at < end {
             let (table_end, has_table) = self.order.l2_of(at);
             let next = table_end.min(end);
-            if !has_table {
-                self.settle_freed()?;
-            }
+            let flushing = (!has_table).then(|| self.flush_alone());
             let mut layer = self.alone();
+            if let Some(flushing) = &flushing {
+                self.settle_freed(&mut layer, flushing)?;
+            }
             layer.has_freed = true;
             call(&mut layer.access, at, next - at)?;
             at = next;
