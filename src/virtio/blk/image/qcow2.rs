@@ -162,7 +162,8 @@ impl<S: Storage> Qcow2Image<S> {
             if let Some(flushing) = &flushing {
                 self.settle_freed(&mut layer, flushing)?;
             }
-            layer.has_freed = true;
+            // A table that has just been made names nothing that could be given back. Another thread may have made it since.
+            layer.has_freed |= self.order.l2_of(at).1;
             call(&mut layer.access, at, next - at)?;
             at = next;
         }
