@@ -412,6 +412,21 @@ impl Ring {
 
     /// Makes a chain available and gives its head. Does not notify.
     pub(crate) fn submit(&mut self, chain: &[Buffer]) -> u16 {
+        let head = self.enter(chain);
+        self.publish();
+        head
+    }
+
+    /// Submits chains so that the device sees all of them or none, whenever it looks.
+    pub(crate) fn submit_together(&mut self, chains: &[Vec<Buffer>]) {
+        for chain in chains {
+            self.enter(chain);
+        }
+        self.publish();
+    }
+
+    /// Writes a chain and its place among those that are available, which the device is not told of.
+    fn enter(&mut self, chain: &[Buffer]) -> u16 {
         let head = self.next_desc;
         for (i, &(address, len, write)) in chain.iter().enumerate() {
             let index = self.next_desc;
@@ -420,14 +435,22 @@ impl Ring {
             let flags = u16::from(!last) | u16::from(write) << 1;
             self.describe(index, address, len, flags, self.next_desc);
         }
-        self.make_available(head);
+        self.offer(head);
         head
     }
 
     pub(crate) fn make_available(&mut self, head: u16) {
+        self.offer(head);
+        self.publish();
+    }
+
+    fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail_idx % self.size);
         self.put(self.avail + 4 + slot * 2, &head.to_le_bytes());
         self.avail_idx = self.avail_idx.wrapping_add(1);
+    }
+
+    fn publish(&mut self) {
         let memory = self.ram.memory();
         memory
             .store(

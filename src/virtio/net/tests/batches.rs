@@ -25,10 +25,11 @@ fn a_burst_of_the_guests_is_returned_together_and_interrupts_once() {
         let mut driver = Driver::new(net);
         let (_rx, mut tx) = bring_up(&mut driver, features);
         let packet = |seed| frame(HOST, GUEST, 500, seed as u8);
-        for seed in 0..BURST {
-            let chain = buffer(&mut driver, &packet(seed));
-            tx.submit(&[chain]);
-        }
+        let chains: Vec<_> = (0..BURST)
+            .map(|seed| vec![buffer(&mut driver, &packet(seed))])
+            .collect();
+        // The worker may look before it is notified.
+        tx.submit_together(&chains);
         driver.notify(&tx);
         for seed in 0..BURST {
             assert_eq!(wire.receive(), packet(seed), "in their order");

@@ -78,9 +78,11 @@ fn receive(driver: &Driver, ring: &mut Ring, buffers: &[u64], size: u32) -> (u16
 
 fn provide(driver: &mut Driver, ring: &mut Ring, count: u64, size: u32) -> Vec<u64> {
     let buffers: Vec<u64> = (0..count).map(|_| driver.alloc(size.into())).collect();
-    for &buffer in &buffers {
-        ring.submit(&[(buffer, size, true)]);
-    }
+    let chains: Vec<_> = buffers
+        .iter()
+        .map(|&buffer| vec![(buffer, size, true)])
+        .collect();
+    ring.submit_together(&chains);
     driver.notify(ring);
     buffers
 }
