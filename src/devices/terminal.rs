@@ -4,7 +4,7 @@
 //! signal that ends the process. SIGKILL and a power cut cannot be caught: then `stty sane` (or `reset`)
 //! gives the terminal back.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -28,8 +28,9 @@ struct Saved {
 /// What is to be restored; null where nothing is.
 static SAVED: AtomicPtr<Saved> = AtomicPtr::new(ptr::null_mut());
 
-/// The signals that end a process by default and may reach this one.
-const FATAL: [libc::c_int; 11] = [
+/// The signals that end a process by default and may reach this one. SIGSYS is the filters', whose handler gives the terminal
+/// back as well, and no thread may touch (`sandbox/violation.rs`).
+const FATAL: [libc::c_int; 10] = [
     libc::SIGHUP,
     libc::SIGINT,
     libc::SIGQUIT,
@@ -39,7 +40,6 @@ const FATAL: [libc::c_int; 11] = [
     libc::SIGBUS,
     libc::SIGILL,
     libc::SIGFPE,
-    libc::SIGSYS,
     libc::SIGPIPE,
 ];
 
@@ -195,10 +195,22 @@ fn disposition(signal: libc::c_int) -> libc::sigaction {
 fn in_foreground(fd: BorrowedFd<'_>) -> bool {
     match tcgetpgrp(fd) {
         Ok(foreground) => foreground == getpgrp(),
-        // There is one, of another PID namespace.
-        Err(Errno::OPNOTSUPP) => false,
+        // There is one, of another PID namespace: this process is in a jail.
+        Err(Errno::OPNOTSUPP) => fs::read_to_string("/proc/self/stat")
+            .is_ok_and(|stat| is_foreground_by(&stat) == Some(true)),
         Err(_) => true,
     }
+}
+
+/// What `/proc/self/stat` says: whether the process's group is the one in its terminal's foreground. proc_pid_stat(5), fields
+/// `pgrp` and `tpgid`
+fn is_foreground_by(stat: &str) -> Option<bool> {
+    // A name may have spaces and parentheses in it; the state is behind it.
+    let (_, after) = stat.rsplit_once(')')?;
+    let mut fields = after.split_ascii_whitespace();
+    let group = fields.nth(2)?;
+    let foreground = fields.nth(2)?;
+    Some(group == foreground)
 }
 
 /// A new pseudo-terminal.
@@ -226,7 +238,7 @@ impl Pty {
         let mut raw = tcgetattr(&slave)?;
         raw.make_raw();
         tcsetattr(&slave, OptionalActions::Now, &raw)?;
-        let path = std::fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd()))?;
+        let path = fs::read_link(format!("/proc/self/fd/{}", slave.as_raw_fd()))?;
         Ok(Self {
             master: master.into(),
             slave: slave.into(),
@@ -335,6 +347,19 @@ mod tests {
         let after = tcgetattr(&pty.slave).unwrap();
         assert_eq!(after.local_modes, before.local_modes, "{end}");
         assert_eq!(after.input_modes, before.input_modes, "{end}");
+    }
+
+    #[test]
+    fn the_foreground_is_told_by_the_numbers_that_the_host_has_for_it() {
+        for (stat, expected) in [
+            ("7 (a) (b) S 6 5 5 34816 5 0", Some(true)),
+            ("7 (busway) S 6 5 5 34816 4 0", Some(false)),
+            ("7 (busway) S 6 5 5 0 -1 0", Some(false)),
+            ("7 (busway) S 6 5", None),
+            ("", None),
+        ] {
+            assert_eq!(is_foreground_by(stat), expected, "{stat}");
+        }
     }
 
     #[test]
