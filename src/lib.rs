@@ -20,6 +20,7 @@ mod provoked;
 pub mod report;
 pub mod sandbox;
 mod shortage;
+mod signals;
 pub mod smbios;
 mod unix_socket;
 pub mod virtio;

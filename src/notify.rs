@@ -46,6 +46,18 @@ pub(crate) fn start() {
     }
 }
 
+/// Takes the service manager's socket, for a process that passes on what another one says.
+pub(crate) fn take_socket() -> Option<UnixDatagram> {
+    current().take().map(|manager| manager.socket)
+}
+
+/// Has the service manager, where there is one, be told by another socket: that of a process which passes it on.
+pub(crate) fn tell_by(socket: UnixDatagram) {
+    if let Some(manager) = current().as_mut() {
+        manager.socket = socket;
+    }
+}
+
 /// The VM runs, or, in a process that makes VMs as it is told, can be asked for.
 pub(crate) fn ready(status: &str) {
     tell(&[("READY", "1"), ("STATUS", status)]);

@@ -432,7 +432,7 @@ impl Lock {
 
     fn write_pid(&mut self) -> io::Result<()> {
         self.file.set_len(0)?;
-        writeln!(self.file, "{}", std::process::id())
+        writeln!(self.file, "{}", crate::sandbox::process_id())
     }
 }
 

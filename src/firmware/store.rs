@@ -158,7 +158,7 @@ impl Backing for Store {
 /// Makes a store whole or not at all: another file is written first, and gets its name when it is complete.
 fn make(vars: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut name = vars.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.new", std::process::id()));
+    name.push(format!(".{}.new", crate::sandbox::process_id()));
     let beside = vars.with_file_name(name);
     let file = OpenOptions::new()
         .write(true)

@@ -74,16 +74,34 @@ fn all_given() -> io::Result<Set> {
 
 fn apply_to_all(set: &Set) -> io::Result<()> {
     for thread in fs::read_dir("/proc/self/task")? {
-        let name = thread?.file_name();
-        let id = name.to_str().and_then(|name| name.parse().ok());
-        match id.map(|id| apply(id, set)) {
-            // It has ended meanwhile.
-            Some(Err(error)) if error.raw_os_error() == Some(libc::ESRCH) => {}
+        let folder = thread?.path();
+        let status = match fs::read_to_string(folder.join("status")) {
+            Err(error) if has_ended(&error) => continue,
+            status => status?,
+        };
+        match own_number(&status).map(|id| apply(id, set)) {
+            Some(Err(error)) if has_ended(&error) => {}
             Some(Err(error)) => return Err(error),
             Some(Ok(())) | None => {}
         }
     }
     Ok(())
+}
+
+/// Whether the thread that was asked for has ended meanwhile.
+fn has_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// The number by which this process knows the thread that a `status` is of: in a jail the host has another one for it.
+/// proc_pid_status(5)
+fn own_number(status: &str) -> Option<libc::pid_t> {
+    let number = |key| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+        line.split_ascii_whitespace().last()?.parse().ok()
+    };
+    // A kernel without PID namespaces has the latter alone.
+    number("NSpid:").or_else(|| number("Pid:"))
 }
 
 /// The processors that this process was given, ascending; nothing where the kernel does not say.
@@ -161,6 +179,18 @@ mod tests {
         assert_eq!(allowed(), kept);
         keep_from_none().unwrap();
         assert_eq!(allowed(), before);
+    }
+
+    #[test]
+    fn a_thread_is_asked_for_by_the_number_that_its_own_process_has_for_it() {
+        let in_a_jail = "Name:\tvcpu0\nPid:\t4711\nPPid:\t1\nNSpid:\t4711\t7\n";
+        assert_eq!(own_number(in_a_jail), Some(7));
+        assert_eq!(
+            own_number("Name:\tvcpu0\nPid:\t4711\nNSpid:\t4711\n"),
+            Some(4711)
+        );
+        assert_eq!(own_number("Name:\tvcpu0\nPid:\t4711\n"), Some(4711));
+        assert_eq!(own_number("Name:\tvcpu0\n"), None);
     }
 
     #[test]

@@ -308,7 +308,7 @@ fn milliseconds(time: Duration) -> f64 {
 /// A name for the file that is to take `path`'s place.
 fn beside(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}", std::process::id()));
+    name.push(format!(".{}", crate::sandbox::process_id()));
     path.with_file_name(name)
 }
 

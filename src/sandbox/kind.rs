@@ -52,11 +52,13 @@ pub enum Kind {
     GivenUp,
     /// Ends the process where the VM does not end in time after a panic: `end`.
     Watchdog,
+    /// Waits, outside of a jail, for the process that is in it: `supervisor`. It is a process of its own, with one thread.
+    Supervisor,
 }
 
 impl Kind {
     /// Each of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::Main,
         Self::Vcpu,
         Self::Disk,
@@ -81,7 +83,14 @@ impl Kind {
         Self::Progress,
         Self::GivenUp,
         Self::Watchdog,
+        Self::Supervisor,
     ];
+
+    /// Those that a process with VMs has, which is all but the one that stays outside.
+    pub(super) const OF_VMS: &[Self] = match const { &Self::ALL }.split_last() {
+        Some((_, others)) => others,
+        None => &[],
+    };
 
     /// That of a virtio device's worker, by the word that its device's automatic names begin with.
     #[must_use]

@@ -22,17 +22,20 @@ mod used;
 mod user;
 mod violation;
 
+use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use clap::ValueEnum;
-use rustix::thread::capabilities as capabilities_now;
+use rustix::thread::{CapabilitySet, capabilities as capabilities_now};
 
 use crate::config::Choice;
 
 use filter::Filters;
-pub use jail::{JailError, remedy as jail_remedy};
+pub(crate) use jail::is_told_on;
+pub use jail::{JailError, process_id, remedy as jail_remedy};
+use jail::{Outer, Side};
 pub use kind::Kind;
 use landlock::{LandlockError, Rules};
 pub use limits::{SizeLimitError, check_size, size_limit};
@@ -121,16 +124,27 @@ pub struct Apart {
     pub made: Vec<PathBuf>,
 }
 
-/// Puts the walls up round the calling thread, which is to be the only one, and all that it will start.
+/// Puts the walls up round the calling thread, which is to be the only one, and all that it will start. With a jail, it is the
+/// thread of a new process that goes on, and the process that was started ends with that one.
 ///
 /// # Errors
 /// [`WallsError`]: some of them may stand.
 pub fn confine(mode: Mode, bounds: Bounds<'_>, apart: &Apart) -> Result<(), WallsError> {
     let before = capabilities_now(None).map_err(|error| WallsError::Rights(error.into()))?;
+    let mut inner = None;
     if let Some(rules) = &apart.jail {
-        jail::enter(rules, apart.user.is_some())?;
+        let begun = match jail::divide(apart.user.is_some())? {
+            Side::Outer(outer) => match stay_outside(outer, mode, apart, before.effective)? {},
+            Side::Inner(begun) => inner.insert(begun),
+        };
+        begun.begin().map_err(WallsError::Rights)?;
+        jail::enter(rules)?;
     }
     rights::give_up(apart.user.as_ref(), before.effective)?;
+    // A change of the user would undo it.
+    if let Some(inner) = inner {
+        inner.end_with_outer().map_err(WallsError::Rights)?;
+    }
     if let Some(user) = &apart.user {
         user.check_folders(&apart.made)?;
     }
@@ -148,6 +162,28 @@ pub fn confine(mode: Mode, bounds: Bounds<'_>, apart: &Apart) -> Result<(), Wall
         filters: Default::default(),
     });
     walls.filter(Kind::Main).map_err(WallsError::Filter)
+}
+
+/// What becomes of the process that was started, where another one is in a jail. It has that one's user, so that it may signal
+/// it, and no rights, and opens nothing.
+fn stay_outside(
+    outer: Outer,
+    mode: Mode,
+    apart: &Apart,
+    before: CapabilitySet,
+) -> Result<Infallible, WallsError> {
+    let manager = outer.close_others().map_err(WallsError::Rights)?;
+    rights::give_up(apart.user.as_ref(), before)?;
+    rights::keep(capabilities(Kind::Supervisor)).map_err(WallsError::Rights)?;
+    // As it is seen beside the other one.
+    let named = rustix::thread::set_name(c"supervisor");
+    named.map_err(|error| WallsError::Rights(error.into()))?;
+    if mode == Mode::True {
+        violation::tell_of().map_err(WallsError::Filter)?;
+    }
+    let filtered = Filters::of(Kind::Supervisor, mode).and_then(|filters| filters.apply());
+    filtered.map_err(WallsError::Filter)?;
+    outer.wait(manager)
 }
 
 /// Narrows the calling thread, and what it will start, to what a thread of this kind does. To be called at a thread's

@@ -208,6 +208,12 @@ const HEARS: &[Row] = &[(libc::SYS_recvfrom, Always)];
 const SAYS: &[Row] = &[(libc::SYS_sendto, Always)];
 const ENDS: &[Row] = &[(libc::SYS_shutdown, Always)];
 
+/// Signals a process by its descriptor, and waits for it. There is one that is held.
+const OTHER_PROCESS: &[Row] = &[
+    (libc::SYS_pidfd_send_signal, Always),
+    (libc::SYS_waitid, Always),
+];
+
 /// Takes descriptors from the other end, and gives it some.
 const TAKES: &[Row] = &[(libc::SYS_recvmsg, Always)];
 const GIVES: &[Row] = &[(libc::SYS_sendmsg, Always)];
@@ -374,6 +380,7 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
         Kind::Report => &[LOOKS, TO_CHANGE, REMOVES],
         Kind::GivenUp => &[LOOKS],
         Kind::Entropy => &[TIMERS],
+        Kind::Supervisor => &[HEARS, OTHER_PROCESS],
         Kind::Log | Kind::Populate | Kind::Progress | Kind::Watchdog => &[],
     }
 }
@@ -381,7 +388,8 @@ pub(super) fn own(kind: Kind) -> &'static [&'static [Row]] {
 /// Kinds of threads that those of `kind` start while a guest runs: they have its filter, and one of their own.
 pub(super) fn started_by(kind: Kind) -> &'static [Kind] {
     match kind {
-        Kind::Main => &Kind::ALL,
+        Kind::Main => Kind::OF_VMS,
+        Kind::Supervisor => &[],
         Kind::Vcpu => &[
             Kind::Disk,
             Kind::Net,

@@ -48,6 +48,7 @@ const THREADS: &[(&str, Kind)] = &[
     ("report", Kind::Report),
     ("progress", Kind::Progress),
     ("given-up", Kind::GivenUp),
+    ("supervisor", Kind::Supervisor),
     ("assemble", Kind::Main),
     ("restart", Kind::Main),
     ("end", Kind::Main),

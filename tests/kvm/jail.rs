@@ -19,13 +19,13 @@ const NOBODY: u32 = 65534;
 const KERNELS: [&str; 3] = ["kvm-", "vhost-", "iou-"];
 
 /// A folder with a guest and disks that are root's alone, and one that is another user's, for what the VM makes.
-struct Place {
+pub(crate) struct Place {
     folder: TempDir,
 }
 
 impl Place {
     /// None, said on standard error, where this process is not root, or there is no KVM.
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         if !has_kvm() {
             return None;
         }
@@ -51,12 +51,12 @@ impl Place {
         Some(this)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// `busway run` with a disk, a console's file and a control socket.
-    fn command(&self, flags: &[&str]) -> Command {
+    pub(crate) fn command(&self, flags: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_busway"));
         command
             .args(["run", "-v", "--memory", "size=64M", "--kernel"])
@@ -74,17 +74,23 @@ impl Place {
             // In the tree there is the way to it.
             .current_dir("/")
             .stdin(Stdio::null())
+            .stdout(Stdio::null())
             .stderr(Stdio::piped());
         command
     }
 
-    fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         fs::read_to_string(self.path("own/serial")).unwrap_or_default()
     }
 
     /// The process, once its guest has said its word.
-    fn start(&self, flags: &[&str]) -> Child {
-        let mut child = self.command(flags).spawn().unwrap();
+    pub(crate) fn start(&self, flags: &[&str]) -> Child {
+        self.started(&mut self.command(flags))
+    }
+
+    /// The same, by a command that has been prepared.
+    pub(crate) fn started(&self, command: &mut Command) -> Child {
+        let mut child = command.spawn().unwrap();
         eventually("the guest's word", || {
             if child.try_wait().unwrap().is_some() {
                 let mut stderr = String::new();
@@ -105,7 +111,7 @@ impl Place {
             .unwrap()
     }
 
-    fn done(&self, words: &[&str]) {
+    pub(crate) fn done(&self, words: &[&str]) {
         let output = self.ctl(words);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{words:?}: {stderr}");
@@ -143,7 +149,7 @@ impl Place {
     }
 }
 
-fn of<'a>(status: &'a str, key: &str) -> Vec<&'a str> {
+pub(crate) fn of<'a>(status: &'a str, key: &str) -> Vec<&'a str> {
     let line = status.lines().find_map(|line| line.strip_prefix(key));
     line.map_or(Vec::new(), |line| line.split_whitespace().collect())
 }
@@ -205,8 +211,46 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
+/// The process in the jail, whose outer one was started as `outer`, as the host knows it.
+pub(crate) fn inner(outer: u32) -> u32 {
+    let children = fs::read_to_string(format!("/proc/{outer}/task/{outer}/children")).unwrap();
+    children
+        .trim()
+        .parse()
+        .unwrap_or_else(|_| panic!("one, not {children:?}"))
+}
+
+/// The process that was started has one thread, nothing open but what it waits with, and no rights.
+fn is_bare(outer: u32) {
+    let folder = PathBuf::from(format!("/proc/{outer}"));
+    assert_eq!(names(&folder.join("task")), [outer.to_string()]);
+    let open = names(&folder.join("fd")).into_iter();
+    let mut open: Vec<_> = open
+        .filter(|number| number != "2")
+        .map(|number| fs::read_link(folder.join("fd").join(number)).unwrap())
+        .collect();
+    for kept in ["pidfd", "signalfd", "socket"] {
+        let place = open
+            .iter()
+            .position(|link| link.to_string_lossy().contains(kept));
+        open.remove(place.unwrap_or_else(|| panic!("{kept}: {open:?}")));
+    }
+    assert!(open.is_empty(), "{open:?}");
+    let status = fs::read_to_string(folder.join("status")).unwrap();
+    for key in ["CapPrm:", "CapEff:", "CapBnd:"] {
+        assert_eq!(of(&status, key), ["0000000000000000"], "{key}");
+    }
+    assert_eq!(of(&status, "Name:"), ["supervisor"]);
+    assert_eq!(
+        [of(&status, "Seccomp:"), of(&status, "NoNewPrivs:")],
+        [["2"], ["1"]]
+    );
+}
+
 /// The process has namespaces of its own, and a root in which there is what its VM names.
-fn is_jailed(place: &Place, pid: u32, by_user: bool) {
+fn is_jailed(place: &Place, outer: u32, by_user: bool) {
+    let pid = inner(outer);
+    is_bare(outer);
     let namespace = |pid: &str, kind| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
     let its = pid.to_string();
     for (kind, own) in [
@@ -214,8 +258,8 @@ fn is_jailed(place: &Place, pid: u32, by_user: bool) {
         ("net", true),
         ("ipc", true),
         ("uts", true),
+        ("pid", true),
         ("user", by_user),
-        ("pid", false),
     ] {
         assert_eq!(
             namespace(&its, kind) != namespace("self", kind),
@@ -245,6 +289,7 @@ fn is_jailed(place: &Place, pid: u32, by_user: bool) {
     );
     let status = fs::read_to_string(root.join("proc/self/status")).unwrap();
     assert_eq!(of(&status, "Pid:"), [its.as_str()]);
+    assert_eq!(of(&status, "NSpid:"), [its.as_str(), "1"]);
     // The host's tree is not below or above it, and even root makes nothing in its own.
     let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
     let roots: Vec<_> = mounts
@@ -291,6 +336,7 @@ fn in_a_jail_as_another_user_a_vm_has_neither_roots_rights_nor_the_hosts_files()
         "false",
     ]);
     is_nobody(child.id());
+    is_nobody(inner(child.id()));
     is_jailed(&place, child.id(), false);
     place.live_and_end(child);
 }

@@ -9,6 +9,7 @@ mod clients;
 mod consoles;
 mod cores;
 mod curl;
+mod divided;
 mod exits;
 mod generated;
 mod guest;

@@ -210,9 +210,10 @@ pub(super) struct RunArgs {
 
     /// Put the process into a jail with what its VM names: true|false
     ///
-    /// It has namespaces of its own (mounts, network, IPC, host name), and a root with the files, sockets
-    /// and devices that --landlock leaves in reach, and nothing else of the host's. A tap that is added
-    /// comes as a descriptor. Without root it needs user namespaces. [default: false]
+    /// It has namespaces of its own (mounts, processes, network, IPC, host name), and a root with the files,
+    /// sockets and devices that --landlock leaves in reach, and nothing else of the host's. A tap that is
+    /// added comes as a descriptor. The process that was started waits outside, tells signals on, and ends
+    /// with its VM. Without root it needs user namespaces. [default: false]
     #[arg(
         long, value_name = "WHETHER", num_args = 0..=1, default_missing_value = "true",
         value_parser = ["true", "false"], hide_possible_values = true, help_heading = DIAGNOSTICS

@@ -366,7 +366,7 @@ impl Api {
             Act::Ping => succeeded(&Ping {
                 build_version: concat!("busway ", env!("CARGO_PKG_VERSION")),
                 version: env!("CARGO_PKG_VERSION"),
-                pid: std::process::id(),
+                pid: crate::sandbox::process_id(),
                 features: ["kvm"],
             }),
             Act::Info => self.info(),

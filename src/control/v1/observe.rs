@@ -290,7 +290,7 @@ impl<'a> Activity<'a> {
         Self {
             state: word(observed.state),
             held: (observed.state == State::Held).then_some(true),
-            pid: std::process::id(),
+            pid: crate::sandbox::process_id(),
             uptime_ms: observed
                 .uptime
                 .map(|uptime| u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX)),

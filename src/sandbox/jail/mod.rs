@@ -1,14 +1,16 @@
 //! `--jail`: the process has namespaces of its own, and a tree in which there is nothing but what its VM names.
 //!
-//! The tree is made of the same rules as Landlock's bounds ([`Rules`]). Mounts, network, IPC and host name are the process's
-//! own; a user namespace is taken where nothing else gives the right to the others, which is where the process has no
-//! `CAP_SYS_ADMIN`. Process numbers stay the host's: `docs/security.md` says why.
+//! The tree is made of the same rules as Landlock's bounds ([`Rules`]). Mounts, process numbers, network, IPC and host name are
+//! the process's own; a user namespace is taken where nothing else gives the right to the others, which is where the process
+//! has no `CAP_SYS_ADMIN`. The process that was started stays outside of the namespace of process numbers (`processes.rs`).
 //!
 //! What is open stays open, and so does what belongs to the host's network: [`Tap`](crate::virtio::net)'s nodes are opened
 //! before.
 
+mod calls;
 mod mounts;
 mod plan;
+mod processes;
 
 use std::error::Error;
 use std::fs;
@@ -29,6 +31,9 @@ use rustix::thread::{CapabilitySet, UnshareFlags, capabilities};
 
 use super::landlock::Rules;
 use plan::{Bound, Plan};
+pub(crate) use processes::is_told_on;
+pub use processes::process_id;
+pub(super) use processes::{Outer, Side};
 
 /// This process is in one.
 static IS_IN_FORCE: AtomicBool = AtomicBool::new(false);
@@ -119,18 +124,31 @@ impl JailError {
 
 const OLD: &str = "it needs Linux 5.12 or newer, with tmpfs (CONFIG_TMPFS), and the right to mount";
 
-/// Puts the calling thread, which is to be the only one, and all that it will start, into a jail with what `rules` name.
-/// `other_user`: it becomes another user in it.
+/// Leaves the host's namespaces, and makes the process that is in its own one of process numbers. There has to be one thread.
+/// `other_user`: the process becomes another user.
+///
+/// # Errors
+/// [`JailError`]: the process may be half way out, and is to end.
+pub(super) fn divide(other_user: bool) -> Result<Side, JailError> {
+    leave_namespaces(other_user)?;
+    processes::divide().map_err(|source| JailError::Tree {
+        what: "its process cannot be made",
+        source,
+        remedy: "it needs Linux 5.3 or newer, and one process more than ulimit -u or pids.max may let there be",
+    })
+}
+
+/// Puts the calling thread, which is to be the only one of the inner process, and all that it will start, into a jail with
+/// what `rules` name.
 ///
 /// # Errors
 /// [`JailError`]: the process may be half way in, and is to end.
-pub(super) fn enter(rules: &Rules, other_user: bool) -> Result<(), JailError> {
+pub(super) fn enter(rules: &Rules) -> Result<(), JailError> {
     let work = std::env::current_dir().map_err(|source| JailError::Tree {
         what: "the working directory cannot be told",
         source,
         remedy: "start it in a folder that is there",
     })?;
-    leave_namespaces(other_user)?;
     let plan = Plan::of(rules, &work);
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(JailError::tree("mounts cannot be its own", OLD))?;
@@ -170,10 +188,13 @@ pub(super) fn enter(rules: &Rules, other_user: bool) -> Result<(), JailError> {
 fn leave_namespaces(other_user: bool) -> Result<(), JailError> {
     let now = capabilities(None).map(|now| now.effective);
     let may = now.is_ok_and(|now| now.contains(CapabilitySet::SYS_ADMIN));
-    let mut namespaces =
-        UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    let mut namespaces = UnshareFlags::NEWNS
+        | UnshareFlags::NEWPID
+        | UnshareFlags::NEWNET
+        | UnshareFlags::NEWIPC
+        | UnshareFlags::NEWUTS;
     if may {
-        return mounts::leave(namespaces).map_err(|source| JailError::Namespaces {
+        return calls::leave(namespaces).map_err(|source| JailError::Namespaces {
             remedy: why_none(&source, false),
             source,
         });
@@ -187,7 +208,7 @@ fn leave_namespaces(other_user: bool) -> Result<(), JailError> {
         remedy: why_none(&source, true),
         source,
     };
-    mounts::leave(namespaces).map_err(refused)?;
+    calls::leave(namespaces).map_err(refused)?;
     // Each is itself, and there is nobody else. user_namespaces(7)
     for (file, text) in [
         ("/proc/self/setgroups", "deny".to_owned()),
@@ -210,8 +231,8 @@ fn why_none(error: &io::Error, by_user: bool) -> String {
 
 fn why(error: &io::Error, by_user: bool, setting: impl Fn(&str) -> Option<u64>) -> String {
     let limits: &[&str] = match by_user {
-        true => &["user", "mnt", "net", "ipc", "uts"],
-        false => &["mnt", "net", "ipc", "uts"],
+        true => &["user", "mnt", "pid", "net", "ipc", "uts"],
+        false => &["mnt", "pid", "net", "ipc", "uts"],
     };
     for limit in limits {
         let name = format!("max_{limit}_namespaces");
@@ -237,7 +258,7 @@ fn why(error: &io::Error, by_user: bool, setting: impl Fn(&str) -> Option<u64>) 
             "there are as many as the limits user.max_*_namespaces let be".to_owned()
         }
         Some(libc::EINVAL) => {
-            "the kernel was built without them: CONFIG_NAMESPACES, _USER_NS, _NET_NS, _IPC_NS, _UTS_NS".to_owned()
+            "the kernel was built without them: CONFIG_NAMESPACES, _USER_NS, _PID_NS, _NET_NS, _IPC_NS, _UTS_NS".to_owned()
         }
         _ => "what started it forbids them: a service's RestrictNamespaces=, a container's filter, or a module of the \
               kernel's such as AppArmor or SELinux"

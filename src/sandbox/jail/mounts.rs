@@ -1,10 +1,9 @@
-//! The kernel's calls by which a tree of mounts is put together: mount_setattr(2), unshare(2).
+//! The kernel's calls by which a tree of mounts is put together: mount_setattr(2).
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use rustix::io::Errno;
-use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// linux/mount.h, `struct mount_attr` in its first version
 #[repr(C)]
@@ -20,16 +19,6 @@ const READ_ONLY: u64 = 1;
 const NO_SET_USER: u64 = 2;
 const NO_DEVICES: u64 = 4;
 const NO_EXECUTION: u64 = 8;
-
-/// Gives the calling thread, which is to be the only one, namespaces of its own.
-///
-/// # Errors
-/// unshare(2)
-pub(super) fn leave(namespaces: UnshareFlags) -> io::Result<()> {
-    // SAFETY: of the flags, those are dangerous that give a thread a table of descriptors of its own: there is one thread,
-    // and the callers name namespaces alone.
-    unsafe { unshare_unsafe(namespaces) }.map_err(Into::into)
-}
 
 /// Has nothing in `tree`, which nobody has mounted yet, be executed, nor written or opened as a device where that is said.
 ///

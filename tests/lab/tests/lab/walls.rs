@@ -239,9 +239,11 @@ fn apart(lab: &mut Lab, iommu: &str) -> Result<()> {
 
 /// Each task is the other user's, without any capability, and the process has namespaces and a root of its own.
 fn is_apart(host: &Host, running: &RunningGuest<'_>, when: &str) -> Result<()> {
-    let pid = running.pid()?;
+    let outer = running.pid()?;
+    let inner = host.run(&format!("cat /proc/{outer}/task/{outer}/children"))?;
+    let pid = inner.trim();
     let tasks = host.run(&format!(
-        "for task in /proc/{pid}/task/*; do\n\
+        "for task in /proc/{outer}/task/* /proc/{pid}/task/*; do\n\
          awk '/^(Name|Uid|Gid|CapPrm|CapEff):/ {{ printf \"%s \", $2 }} END {{ print \"\" }}' $task/status || true\n\
          done"
     ))?;
@@ -259,7 +261,7 @@ fn is_apart(host: &Host, running: &RunningGuest<'_>, when: &str) -> Result<()> {
         ensure!(rest == [&user, &user, &nothing, &nothing], "{when}: {task}");
     }
     let seen = host.run(&format!(
-        "for each in mnt net ipc uts; do\n\
+        "for each in mnt pid net ipc uts; do\n\
          [ $(readlink /proc/{pid}/ns/$each) != $(readlink /proc/self/ns/$each) ] || echo shared $each\n\
          done; echo $(ls /proc/{pid}/root /proc/{pid}/root/run); tail -n +3 /proc/{pid}/net/dev"
     ))?;
