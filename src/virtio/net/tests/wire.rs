@@ -21,10 +21,11 @@ impl Wire {
     /// Of packets of another type.
     pub(super) fn of(tap: &str, kind: u16) -> Self {
         let ethertype = kind.to_be();
-        let protocol = libc::c_int::from(ethertype);
+        // With a type it would hear all interfaces until it is bound to one. packet(7)
+        let none_yet = 0;
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: socket takes no pointer; the descriptor is new and ours.
-        let socket = unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, kind, protocol)) };
+        let socket = unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_PACKET, kind, none_yet)) };
         let name = std::ffi::CString::new(tap).unwrap();
         // SAFETY: all zeros is a valid sockaddr_ll.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
