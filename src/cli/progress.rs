@@ -106,11 +106,47 @@ fn draw(done: &AtomicU64, total: u64, more: &mut dyn FnMut() -> bool) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+    use std::process::{Command, Stdio};
+
     use super::*;
+    use crate::devices::terminal::Pty;
+    use crate::sandbox::{Apart, Bounds, Mode};
 
     #[test]
     fn the_bar_can_be_drawn() {
         assert!(ProgressStyle::with_template(TEMPLATE).is_ok());
+    }
+
+    /// The process that draws has the terminal as its standard error, and all walls.
+    #[test]
+    fn the_bar_is_seen_on_a_terminal_and_asks_for_nothing_that_its_filter_lacks() {
+        const CHILD: &str = "BUSWAY_TEST_PROGRESS";
+        if std::env::var_os(CHILD).is_some() {
+            sandbox::confine(Mode::True, Bounds::Threads, &Apart::default()).unwrap();
+            let pinning = Pinning::new(draw);
+            pinning.at(1 << 20, 1 << 30);
+            // Until the bar is there and has been drawn a few times.
+            thread::sleep(PATIENCE + 5 * STEP);
+            pinning.at(1 << 30, 1 << 30);
+            std::process::exit(0);
+        }
+        let terminal = Pty::open().unwrap();
+        let name = "the_bar_is_seen_on_a_terminal_and_asks_for_nothing_that_its_filter_lacks";
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", &format!("cli::progress::tests::{name}")])
+            .arg("--nocapture")
+            .env(CHILD, "1")
+            .env("TERM", "xterm")
+            .stdout(Stdio::null())
+            .stderr(terminal.slave.try_clone().unwrap())
+            .status()
+            .unwrap();
+        let mut text = [0; 16 << 10];
+        let length = (&terminal.master).read(&mut text).unwrap();
+        let seen = String::from_utf8_lossy(&text[..length]).into_owned();
+        assert_eq!(status.code(), Some(0), "{seen}");
+        assert!(seen.contains("pinning guest memory [>"), "{seen}");
     }
 
     #[test]
