@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use rustix::io::Errno;
 use rustix::process::getpgrp;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr};
 
 /// The terminal as it was, and its descriptor. Leaked, for a signal handler may read it at any time.
 struct Saved {
@@ -55,6 +55,24 @@ impl RawMode {
     /// It is no terminal, another one is in raw mode already, or the process is in the background,
     /// where it may not touch it.
     pub(crate) fn enter(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::enter_with(fd, |raw| {
+            let output = raw.output_modes;
+            raw.make_raw();
+            raw.output_modes = output;
+        })
+    }
+
+    /// Has each key be read when it is pressed, and not shown. Those that make signals, such as Ctrl-C, go on to do so.
+    ///
+    /// # Errors
+    /// As [`enter`](Self::enter)
+    pub(crate) fn enter_for_keys(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::enter_with(fd, |keys| {
+            keys.local_modes -= LocalModes::ICANON | LocalModes::ECHO;
+        })
+    }
+
+    fn enter_with(fd: BorrowedFd<'_>, change: impl FnOnce(&mut Termios)) -> io::Result<Self> {
         if !in_foreground(fd) {
             return Err(io::Error::other(
                 "the process is in the background of its terminal",
@@ -62,9 +80,8 @@ impl RawMode {
         }
         let fd = fd.try_clone_to_owned()?;
         let settings = tcgetattr(&fd)?;
-        let mut raw = settings.clone();
-        raw.make_raw();
-        raw.output_modes = settings.output_modes;
+        let mut changed = settings.clone();
+        change(&mut changed);
         let saved = Box::into_raw(Box::new(Saved {
             fd,
             settings,
@@ -82,7 +99,7 @@ impl RawMode {
         // SAFETY: published pointers are never freed, so the reference lives as long as it is used.
         let saved = unsafe { &*saved };
         catch_the_end(saved);
-        tcsetattr(&saved.fd, OptionalActions::Now, &raw)?;
+        tcsetattr(&saved.fd, OptionalActions::Now, &changed)?;
         Ok(guard)
     }
 }
@@ -265,7 +282,7 @@ mod tests {
     use std::os::fd::AsFd;
     use std::process::{Child, Command, Stdio};
 
-    use rustix::termios::{InputModes, LocalModes};
+    use rustix::termios::InputModes;
 
     use super::*;
 

@@ -540,12 +540,9 @@ pub(super) const SPARE: &[Reason] = &[
         &[&[(libc::SYS_restart_syscall, Always)]],
     ),
     (
-        "a terminal's: it is given back at any end, and no trial has one",
+        "a terminal's: it is given back at any end, on whichever thread, in either library's words",
         &[],
-        &[&[
-            (libc::SYS_ioctl, Is(1, ioctls::TERMINAL)),
-            (libc::SYS_getpgrp, Always),
-        ]],
+        &[&[(libc::SYS_ioctl, Is(1, ioctls::TERMINAL))]],
     ),
     (
         "the thread's name, in the message on a violation, which ends the process",

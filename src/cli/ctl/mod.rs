@@ -66,6 +66,8 @@ enum Verb {
     /// Show the VM's devices: where each is, how it is, how it interrupts, and what it has done
     Devices,
     /// Show what the VM does, live: exits, interrupts, faults, I/O and processor time
+    ///
+    /// On a terminal it goes on until q or Ctrl-C.
     Top(TopArgs),
     /// Show what disks and NICs have counted
     Counters,

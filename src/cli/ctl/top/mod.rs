@@ -6,7 +6,7 @@ mod tests;
 mod view;
 
 use std::io::{self, IsTerminal as _, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use crate::cli::failure::Failure;
 use crate::cli::style::Screen;
 use crate::cli::text::fit;
 use crate::control::client::{self, ClientError};
+use crate::devices::terminal::RawMode;
 use crate::exit::RUNTIME;
 use crate::machine::Signals;
 use rates::{Doing, Look};
@@ -56,8 +57,8 @@ fn seconds(text: &str) -> Result<Duration, String> {
 enum End {
     /// Once was asked for, or whoever reads has seen enough.
     Enough,
-    /// Ctrl-C, or another signal that ends.
-    Signal,
+    /// `q`, Ctrl-C, or another signal that ends.
+    Asked,
     /// There is no VM any more.
     Gone,
     /// It does not answer in time, and nobody looks again.
@@ -91,7 +92,13 @@ pub(super) fn run(socket: &Path, args: &TopArgs, json: bool) -> Result<(), Failu
     // What is wrong with the socket is told on the terminal as it is.
     let failed = |error: ClientError| Failure::new(error.exit_status(), error);
     let first = look().map_err(failed)?;
-    let mut wait = || pause(&signals, args.interval);
+    // Nobody presses keys where standard input is no terminal.
+    let stdin = io::stdin();
+    let by_keys = live
+        .then(|| RawMode::enter_for_keys(stdin.as_fd()).ok())
+        .flatten();
+    let keys = by_keys.as_ref().map(|_| stdin.as_fd());
+    let mut wait = || pause(&signals, keys, args.interval);
     let shown = Shown {
         socket: &printable(&socket.display().to_string()),
         once: args.once,
@@ -121,23 +128,43 @@ pub(super) fn run(socket: &Path, args: &TopArgs, json: bool) -> Result<(), Failu
             let _unread = writeln!(out, "the VM has ended");
             Ok(())
         }
-        End::Enough | End::Signal | End::Gone => Ok(()),
+        End::Enough | End::Asked | End::Gone => Ok(()),
     }
 }
 
-/// Waits; `false` where a signal ends it.
-fn pause(signals: &Signals, time: Duration) -> bool {
+/// Waits; `false` where a signal ends it, or `q` among `keys`.
+fn pause(signals: &Signals, keys: Option<BorrowedFd<'_>>, time: Duration) -> bool {
     let end = Instant::now() + time;
     loop {
         let left = end.saturating_duration_since(Instant::now());
         let left = Timespec::try_from(left).unwrap_or_default();
-        let mut asked = [PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
-        match poll(&mut asked, Some(&left)) {
+        let asked = PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN);
+        let pressed = keys.map(|keys| PollFd::from_borrowed_fd(keys, PollFlags::IN));
+        let mut sources: Vec<_> = [asked].into_iter().chain(pressed).collect();
+        match poll(&mut sources, Some(&left)) {
             Ok(0) => return true,
             // Stopped, and continued.
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(_) | Err(_) => return signals.take().is_none(),
+            Err(rustix::io::Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(_) => return false,
         }
+        if signals.take().is_some() || keys.is_some_and(is_to_end) {
+            return false;
+        }
+    }
+}
+
+/// Whether `q` was pressed, or there are no keys any more. It is asked for where there may be some.
+fn is_to_end(keys: BorrowedFd<'_>) -> bool {
+    let mut ready = [PollFd::from_borrowed_fd(keys, PollFlags::IN)];
+    if poll(&mut ready, Some(&Timespec::default())) != Ok(1) {
+        return false;
+    }
+    let mut pressed = [0; 64];
+    match rustix::io::read(keys, &mut pressed) {
+        Ok(0) => true,
+        Ok(count) => pressed.iter().take(count).any(|key| *key == b'q'),
+        Err(error) => error != rustix::io::Errno::INTR,
     }
 }
 
@@ -205,7 +232,7 @@ impl Shown<'_> {
         let mut frames = 0_u64;
         loop {
             if !wait() {
-                return Ok(End::Signal);
+                return Ok(End::Asked);
             }
             let now = match look() {
                 Looked::At(now) if lived && !now.lives() => return Ok(End::Gone),

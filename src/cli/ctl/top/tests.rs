@@ -171,7 +171,7 @@ fn watched(looks: Vec<Looked>, live: bool, json: bool, once: bool) -> (String, E
 #[test]
 fn a_terminal_is_as_it_was_on_ctrl_c_and_when_the_vm_has_ended() {
     for (looks, expected) in [
-        (vec![Looked::At(look(2)), Looked::Silent], End::Signal),
+        (vec![Looked::At(look(2)), Looked::Silent], End::Asked),
         (vec![Looked::At(look(2)), Looked::Gone], End::Gone),
         (vec![Looked::At(ended())], End::Gone),
     ] {
@@ -227,4 +227,25 @@ fn an_interval_is_a_number_of_seconds_within_a_range() {
     for wrong in ["0", "0.05", "3601", "-1", "NaN", "inf", "soon", ""] {
         seconds(wrong).unwrap_err();
     }
+}
+
+#[test]
+fn q_ends_it_and_other_keys_do_not() {
+    let signals = Signals::new().unwrap();
+    let pause_with = |typed: &[u8]| {
+        let (keys, mut person) = io::pipe().unwrap();
+        person.write_all(typed).unwrap();
+        let goes_on = pause(&signals, Some(keys.as_fd()), Duration::from_millis(20));
+        (goes_on, person)
+    };
+    assert!(pause_with(b"x ").0);
+    assert!(!pause_with(b"xq").0);
+    let (keys, gone) = io::pipe().unwrap();
+    drop(gone);
+    let time = Duration::from_secs(100);
+    assert!(!pause(&signals, Some(keys.as_fd()), time), "hung up");
+    // SAFETY: the signal is blocked in this thread, which is the one it goes to.
+    unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGINT) };
+    assert!(!pause(&signals, None, time));
+    assert!(pause(&signals, None, Duration::from_millis(1)));
 }
